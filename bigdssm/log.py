@@ -1,0 +1,52 @@
+"""Rank-aware logging and the metrics.jsonl writer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+class _MainRankOnly(logging.Filter):
+    """Lets records below WARNING through on rank 0 only, so that N ranks do not print a line N times."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        rank = int(os.environ.get("RANK", "0"))
+        record.rank = rank
+        return rank == 0 or record.levelno >= logging.WARNING
+
+
+def get_logger(name: str) -> logging.Logger:
+    """Return the logger `name`; call it with `__name__`."""
+    return logging.getLogger(name)
+
+
+def setup_logging(level: int = logging.INFO) -> None:
+    """Send the package's records to stderr as `[rank] message`; called once, by launch/ and tools/."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_MainRankOnly())
+    handler.setFormatter(logging.Formatter("[%(rank)s] %(message)s"))
+    root = logging.getLogger("bigdssm")
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    root.propagate = False
+
+
+class MetricsWriter:
+    """Appends one JSON object a line to `path`; each line is flushed, so a killed run keeps what it wrote."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append `record`; its values must be JSON types."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
