@@ -1,0 +1,300 @@
+"""The one configuration of a run: frozen dataclasses, read from YAML and `key=value` overrides, checked as a whole.
+
+A YAML file has the sections `run`, `data`, `model`, `engine`, `pretrain` and (optionally) `sft`. Unknown keys are
+rejected with the nearest name; every message names the dotted key, what it got and what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from bigdssm.errors import ConfigError
+
+FeatureType = Literal["text", "categorical", "numeric", "history"]
+StageName = Literal["pretrain", "sft"]
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    """One feature of a query or a document, as declared; `schema.Feature` is the same, fitted to a dataset."""
+
+    type: FeatureType = MISSING
+    column: str | None = None  # column of the source table; the feature's own name by default
+    max_tokens: int = 64  # text: longer texts are cut, newest history items and first tokens stay
+    multi: bool = False  # categorical: several values in one cell, or a list
+    separator: str = " "  # categorical, multi: what parts the values in a cell
+    min_count: int = 1  # categorical: rarer values become out-of-vocabulary
+    hash_buckets: int = 0  # categorical: 0 keeps an exact vocabulary, else values are hashed into this many
+    log: bool = False  # numeric: log1p before the normalisation, for heavy tails
+    of: str | None = None  # history: the categorical document feature that stands for an item
+    max_items: int = 50  # history: the newest so many items
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Where token ids come from."""
+
+    path: str | None = None  # folder of a Hugging Face tokenizer; none: WordPiece is trained on the dataset's texts
+    vocab_size: int = 8000  # of a trained one
+    lowercase: bool = True
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The dataset and its schema."""
+
+    dir: str = MISSING
+    query: dict[str, FeatureConfig] = field(default_factory=dict)
+    doc: dict[str, FeatureConfig] = field(default_factory=dict)
+    display: str | None = None  # column of the document table shown to people; the document id by default
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    lanes: int = 8  # fixed order lanes; divides rows_global, at least the world size
+    num_workers: int = 1  # loader processes per rank
+    max_bad_fraction: float = 0.001  # of the rows met; past it the run stops
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """A BERT: from a pretrained folder, or small and from scratch."""
+
+    init: str | None = None  # folder of a Hugging Face model; the sizes below are then the folder's
+    layers: int = 2
+    hidden: int = 128
+    heads: int = 2
+    pooling: Literal["mean", "cls"] = "mean"
+
+
+@dataclass(frozen=True)
+class HistoryEncoderConfig:
+    """A transformer over the item vectors of a history."""
+
+    layers: int = 1
+    heads: int = 2
+    dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """Encoders → concatenation → MLP → D-dim vector."""
+
+    mlp: tuple[int, ...] = (128,)  # hidden widths; empty: one linear layer
+    dropout: float = 0.0
+    embedding_dim: int = 32  # of every categorical feature
+    numeric_dim: int = 16
+    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    history: HistoryEncoderConfig = field(default_factory=HistoryEncoderConfig)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Two towers and the scorer S = alpha * <u, w> + beta."""
+
+    dim: int = 64
+    score: Literal["dot", "cosine"] = "cosine"
+    alpha_init: float = 10.0
+    alpha_learned: bool = True
+    beta: bool = True  # a learned bias per document, part of the score everywhere
+    share_text: bool = False  # one text encoder for both towers
+    query: TowerConfig = field(default_factory=TowerConfig)
+    doc: TowerConfig = field(default_factory=TowerConfig)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How steps are computed; none of it changes what is learned."""
+
+    zero_stage: int = 1
+    precision: Literal["fp32", "bf16", "bf16_pure"] = "fp32"
+    offload_optimizer: bool = False
+    activation_checkpointing: bool = False
+    chunk_tokens: int = 0  # gradient cache: tokens encoded at once per tower; 0 encodes all rows at once
+    loss_tile: int | None = None  # columns of the score matrix held at once; none: chosen by the loss
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Which loss, over which negatives."""
+
+    name: Literal["fps", "softmax", "pair_ce", "triplet", "sigmoid"] = "fps"
+    direction: Literal["q2d", "d2q", "both"] = "q2d"
+    weight: Literal["indicator", "relevance"] = "indicator"  # 1[r>0], or r itself
+    sampling: Literal["none", "classic", "corrected"] = "none"  # correction for popular in-batch documents
+    gamma: float = 1.0  # its strength: 0 learns PMI, 1 learns p(doc|query)
+    negatives: int = 0  # mined negatives per row
+    uniform_negatives: int = 0  # documents per rank drawn uniformly from the catalogue, as extra columns
+    in_batch: bool = True  # SFT losses: the other documents of the global batch are negatives too
+    margin: float = 0.2  # triplet
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and a cosine to `final_lr_ratio`; the schedule counts applied steps."""
+
+    lr: float = 1e-3
+    embedding_lr_ratio: float = 1.0  # learning rate of embedding tables over lr
+    weight_decay: float = 0.01  # matrices only: not biases, norms, tables, alpha
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    warmup_steps: int = 100
+    final_lr_ratio: float = 0.0
+    gradient_clipping: float = 1.0  # 0 turns it off
+
+
+@dataclass(frozen=True)
+class MiningConfig:
+    """Where the mined negatives of a row come from: the ranks [first, last) of its own query's ranking."""
+
+    first: int = 10
+    last: int = 200
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of training."""
+
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    rows_global: int = 1024
+    epochs: float = 1.0
+    steps: int = 0  # 0: as many as `epochs` says
+    init: str | None = None  # model folder or stage folder to start from; sft: the run's own pretraining by default
+    last_positions: int = 0  # interactions: train on the newest so many events of each sequence; 0: on all
+    mining: MiningConfig = field(default_factory=MiningConfig)
+    validate_every_steps: int = 0  # 0: once, at the end
+    patience: int = 0  # stop after so many validations without a better one; 0: never
+    save_every_steps: int = 500
+    keep_checkpoints: int = 2
+    log_every_steps: int = 10
+    max_skipped_steps: int = 5  # non-finite steps in a row before the run stops
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run writes and what follows it."""
+
+    dir: str = MISSING
+    seed: int = 0
+    trackers: tuple[str, ...] = ("tensorboard",)
+
+
+@dataclass(frozen=True)
+class DebugConfig:
+    """Switches for looking closer."""
+
+    log_row_ids: bool = False  # write each consumed step's row ids per rank into the run's folder
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything about a run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    pretrain: StageConfig = field(default_factory=StageConfig)
+    sft: StageConfig | None = None
+    debug: DebugConfig = field(default_factory=DebugConfig)
+
+    def stage(self, name: StageName) -> StageConfig:
+        """Return the stage `name`. Raises ConfigError where the file has no such section."""
+        stage = self.pretrain if name == "pretrain" else self.sft
+        if stage is None:
+            raise ConfigError(f"the config has no section `{name}:`; add one (an empty one takes the defaults)")
+        return stage
+
+    def stage_dir(self, name: StageName) -> Path:
+        """Return the folder that the stage `name` writes."""
+        return Path(self.run.dir) / name
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the resolved config as plain containers, for a YAML or JSON file."""
+        return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(asdict(self)), resolve=True))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Return the checked Config of the YAML file `path` with `key=value` overrides (dotted keys, YAML values).
+
+    Raises ConfigError: missing file, YAML that does not parse, unknown or missing keys, wrong types, or values that
+    do not go together.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist; --config takes a YAML file such as those in configs/")
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r} is not of the form key=value, for example pretrain.steps=100")
+    try:
+        content = OmegaConf.load(path)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), content, OmegaConf.from_dotlist(list(overrides)))
+        config = cast(Config, OmegaConf.to_object(merged))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{path}: a required key is missing: {_first_line(error)}") from None
+    except ConfigKeyError as error:
+        raise ConfigError(f"{path}: unknown key {error.full_key}: {_first_line(error)}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {error.full_key or 'config'}: {_first_line(error)}") from None
+    check_config(config)
+    return config
+
+
+def check_config(config: Config) -> None:
+    """Raise ConfigError with one sentence on the first thing in `config` that cannot work."""
+    data, engine = config.data, config.engine
+    _require(bool(data.query), "data.query", "no features", "at least one feature")
+    _require(bool(data.doc), "data.doc", "no features", "at least one feature")
+    _require(data.lanes >= 1, "data.lanes", data.lanes, "at least 1")
+    _require(engine.zero_stage in (0, 1, 2, 3), "engine.zero_stage", engine.zero_stage, "0, 1, 2 or 3")
+    _require(config.model.alpha_init > 0, "model.alpha_init", config.model.alpha_init, "a number above 0")
+    for side, features in (("query", data.query), ("doc", data.doc)):
+        for name, feature in features.items():
+            _check_feature(f"data.{side}.{name}", side, feature, data)
+    stages: dict[str, StageConfig | None] = {"pretrain": config.pretrain, "sft": config.sft}
+    for name, stage in stages.items():
+        if stage is not None:
+            _check_stage(name, stage, data.lanes)
+
+
+def _check_feature(key: str, side: str, feature: FeatureConfig, data: DataConfig) -> None:
+    if feature.type != "history":
+        return
+    _require(side == "query", key, "type=history on a document", "a query feature")
+    of = data.doc.get(feature.of or "")
+    known = [name for name, doc in data.doc.items() if doc.type == "categorical" and not doc.multi]
+    fits = of is not None and of.type == "categorical" and not of.multi
+    _require(fits, f"{key}.of", feature.of, f"a single-valued categorical document feature, one of {known}")
+    _require(feature.max_items >= 1, f"{key}.max_items", feature.max_items, "at least 1")
+
+
+def _check_stage(name: str, stage: StageConfig, lanes: int) -> None:
+    rows = stage.rows_global
+    if rows < 1 or rows % lanes:
+        below, above = rows // lanes * lanes, (rows // lanes + 1) * lanes
+        fix = f"use {below} or {above}" if below else f"use {above}"
+        raise ConfigError(f"{name}.rows_global={rows} must be divisible by data.lanes={lanes}; {fix}")
+    _require(stage.steps > 0 or stage.epochs > 0, f"{name}.epochs", stage.epochs, "above 0 where steps is 0")
+    loss = stage.loss
+    mined_or_batch = loss.in_batch or loss.negatives > 0
+    _require(mined_or_batch, f"{name}.loss.negatives", loss.negatives, "at least 1 where in_batch is false")
+    mining = stage.mining
+    _require(0 <= mining.first < mining.last, f"{name}.mining", f"[{mining.first}, {mining.last})", "first < last")
+    room = mining.last - mining.first
+    _require(loss.negatives <= room, f"{name}.loss.negatives", loss.negatives, f"at most the mining window's {room}")
+
+
+def _require(holds: bool, key: str, got: object, needed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key}: got {got}, needs {needed}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,36 @@
+"""What one training step of one rank works on.
+
+Shapes: m queries, n distinct document columns, T tokens or history items, K values of a multi-valued feature,
+k given negatives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Features = dict[str, Tensor]
+"""One side's features by name, every tensor with one row per query or document; padding stands at the end of a row:
+
+text        int64 [rows, T]   token ids, padded with the tokenizer's pad id
+categorical int64 [rows]      codes; multi-valued: [rows, K], padded with 0
+history     int64 [rows, T]   codes of the items' `of` feature, oldest first, newest last before the padding (0)
+numeric     float32 [rows]    values as in the source (NaN is missing); models normalise them
+"""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's share of one global step."""
+
+    step: int
+    row_ids: Tensor  # int64 [m]: the row's number in the dataset's split
+    query: Features  # m rows
+    doc: Features  # n rows: distinct documents, positives first, further columns (negatives) behind
+    positive: Tensor  # int64 [m]: the column of the query's document
+    relevance: Tensor  # float32 [m]: r, not negative
+    query_ids: Tensor  # int64 [m]
+    doc_ids: Tensor  # int64 [n]
+    doc_rows: Tensor  # int64 [n]: catalogue rows; -1 where documents stand in the shards themselves
+    negatives: Tensor | None = None  # int64 [m, k]: columns of given negatives, -1 for none
