@@ -29,7 +29,7 @@ SCHEMA_FILE = "schema.json"
 
 def hash64(text: str) -> int:
     """Return the 64-bit signed hash of `text` that identifies documents and queries everywhere (xxh3)."""
-    return int(np.int64(np.uint64(xxhash.xxh3_64_intdigest(text))))
+    return int(np.int64(np.uint64(xxhash.xxh3_64_intdigest(text.encode()))))
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,9 @@ class Schema:
         path = folder / SCHEMA_FILE
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            sides = {side: {name: _feature(value) for name, value in content[side].items()} for side in ("query", "doc")}
+            sides = {
+                side: {name: _feature(value) for name, value in content[side].items()} for side in ("query", "doc")
+            }
             return cls(**sides, display=content["display"])
         except FileNotFoundError:
             raise DataError(f"{path} does not exist; {folder} is no dataset or model folder of this project") from None

@@ -1,0 +1,5 @@
+"""Towers and the dual encoder; pure torch, no data."""
+
+from bigdssm.models.dual_encoder import ALPHA_MAX, DualEncoder, Encoded
+
+__all__ = ["ALPHA_MAX", "DualEncoder", "Encoded"]

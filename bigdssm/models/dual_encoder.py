@@ -1,0 +1,106 @@
+"""The dual encoder: two towers and the scalars of the score S = alpha * <u, w> + beta.
+
+Shapes: m queries, n documents, D vector width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from bigdssm.config import ModelConfig
+from bigdssm.models.encoders import TextEncoder
+from bigdssm.models.tables import EmbeddingTables
+from bigdssm.models.tower import Tower
+from bigdssm.schema import Schema
+
+ALPHA_MAX = 100.0
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What one forward returns; the sides that were not asked for are None."""
+
+    U: Tensor | None  # [m, D]
+    W: Tensor | None  # [n, D]
+    beta: Tensor | None  # [n]
+    alpha: Tensor  # [1]
+
+
+class DualEncoder(nn.Module):
+    """Query tower, document tower, alpha, and beta as a head of the document tower.
+
+    `vocab_size` is the tokenizer's (0 without text features). Source: Huang et al. 2013 (DSSM); Radford et al. 2021
+    (CLIP) for the learned scale.
+    """
+
+    def __init__(self, config: ModelConfig, schema: Schema, pad_token_id: int = 0, vocab_size: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.schema = schema
+        self.tables = EmbeddingTables(schema, config.query.embedding_dim, config.doc.embedding_dim)
+        self.text = self._text_encoders(pad_token_id, vocab_size)
+        item_dim = config.doc.embedding_dim
+        query_text, doc_text = self._text_of("query"), self._text_of("doc")
+        self.query_tower = Tower("query", schema.query, config.query, config.dim, self.tables, item_dim, query_text)
+        doc_width = config.dim + int(config.beta)
+        self.doc_tower = Tower("doc", schema.doc, config.doc, doc_width, self.tables, item_dim, doc_text)
+        # Shape (1,): a 0-dim parameter breaks DeepSpeed's bf16 broadcast over gloo.
+        self.log_alpha = nn.Parameter(torch.full((1,), math.log(config.alpha_init)), requires_grad=config.alpha_learned)
+
+    def forward(self, query: dict[str, Tensor] | None = None, doc: dict[str, Tensor] | None = None) -> Encoded:
+        """Encode queries, documents, or both; alpha always comes along (ZeRO-3 hides it outside the forward)."""
+        U = W = beta = None
+        if query is not None:
+            U = self._scored(self.query_tower(query))
+        if doc is not None:
+            output = self.doc_tower(doc)
+            W = self._scored(output[:, : self.config.dim])
+            if self.config.beta:
+                beta = output[:, self.config.dim]
+        return Encoded(U, W, beta, _clamp_above(self.log_alpha.float().exp(), ALPHA_MAX))
+
+    def _scored(self, vectors: Tensor) -> Tensor:
+        return nn.functional.normalize(vectors, dim=1) if self.config.score == "cosine" else vectors
+
+    def _text_of(self, side: str) -> TextEncoder | None:
+        key = self._text_key(side)
+        return cast(TextEncoder, self.text[key]) if key in self.text else None
+
+    def _text_key(self, side: str) -> str:
+        return "shared" if self.config.share_text else side
+
+    def _text_encoders(self, pad_token_id: int, vocab_size: int) -> nn.ModuleDict:
+        encoders = nn.ModuleDict()
+        sides = (("query", self.schema.query, self.config.query.text), ("doc", self.schema.doc, self.config.doc.text))
+        longest = {side: [f.max_tokens for f in features.values() if f.type == "text"] for side, features, _ in sides}
+        for side, _, text in sides:
+            key = self._text_key(side)
+            if longest[side] and key not in encoders:
+                lengths = longest["query"] + longest["doc"] if self.config.share_text else longest[side]
+                encoders[key] = TextEncoder(text, vocab_size, pad_token_id, max(lengths))
+        return encoders
+
+
+class _ClampAbove(torch.autograd.Function):
+    """min(x, top) whose gradient still passes where it would lower x: a plain clamp would stick at the top."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, top: float) -> Tensor:
+        ctx.save_for_backward(x >= top)
+        return x.clamp(max=top)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (at_top,) = ctx.saved_tensors
+        (gradient,) = gradients
+        return torch.where(at_top & (gradient < 0), torch.zeros_like(gradient), gradient), None
+
+
+def _clamp_above(x: Tensor, top: float) -> Tensor:
+    clamped: Tensor = _ClampAbove.apply(x, top)
+    return clamped

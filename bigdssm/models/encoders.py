@@ -1,0 +1,145 @@
+"""Encoders: one feature of one side → one vector per row.
+
+Shapes: R rows, T tokens or history items, K values, E table width, H encoder width.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, BertConfig, BertModel, PreTrainedModel
+
+from bigdssm.config import HistoryEncoderConfig, TextEncoderConfig
+from bigdssm.errors import ConfigError
+from bigdssm.models.tables import EmbeddingTables
+from bigdssm.schema import PADDING, Feature
+
+
+class CategoricalEncoder(nn.Module):
+    """Mean of the table's vectors over the values of a row; a single value is its own mean."""
+
+    def __init__(self, table: str, tables: EmbeddingTables) -> None:
+        super().__init__()
+        self.table = table
+        self._tables = (tables,)  # in a tuple: the tables are the model's, not a submodule of each encoder
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Return [R, E] for codes [R] or, multi-valued, [R, K]."""
+        vectors = self._tables[0].look_up(self.table, codes)
+        if codes.dim() == 1:
+            return vectors
+        count = (codes != PADDING).sum(dim=1, keepdim=True).clamp(min=1)
+        return vectors.sum(dim=1) / count
+
+
+class NumericEncoder(nn.Module):
+    """A normalised value and whether it is missing, through one layer."""
+
+    def __init__(self, feature: Feature, dim: int) -> None:
+        super().__init__()
+        self.feature = feature
+        self.layer = nn.Linear(2, dim)
+
+    def forward(self, values_R: Tensor) -> Tensor:
+        """Return [R, H] for float32 values [R]; NaN is missing."""
+        missing = values_R.isnan()
+        value = values_R.masked_fill(missing, self.feature.mean)
+        if self.feature.log:
+            value = torch.where(missing, value, value.clamp(min=0).log1p())
+        normalised = (value - self.feature.mean) / self.feature.std
+        inputs = torch.stack([normalised, missing.to(value.dtype)], dim=1)
+        return nn.functional.gelu(self.layer(inputs.to(self.layer.weight.dtype)))
+
+
+class TextEncoder(nn.Module):
+    """A BERT and its pooling."""
+
+    def __init__(self, config: TextEncoderConfig, vocab_size: int, pad_token_id: int, max_tokens: int) -> None:
+        super().__init__()
+        self.pad_token_id = pad_token_id
+        self.pooling = config.pooling
+        self.bert: PreTrainedModel = (
+            _load_bert(config.init) if config.init else _new_bert(config, vocab_size, pad_token_id, max_tokens)
+        )
+        self.dim: int = self.bert.config.hidden_size
+        num_words: int = self.bert.config.vocab_size
+        if num_words < vocab_size:
+            raise ConfigError(
+                f"text.init={config.init} has {num_words} word vectors, but the dataset's tokenizer "
+                f"has {vocab_size} tokens; make the shards with data.tokenizer.path={config.init}"
+            )
+
+    def forward(self, tokens_RT: Tensor) -> Tensor:
+        """Return [R, H] for token ids [R, T], padded at the end."""
+        mask_RT = tokens_RT != self.pad_token_id
+        hidden: Tensor = self.bert(input_ids=tokens_RT, attention_mask=mask_RT.long()).last_hidden_state
+        if self.pooling == "cls":
+            return hidden[:, 0]
+        weight = mask_RT.unsqueeze(2).to(hidden.dtype)
+        return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+
+
+class HistoryEncoder(nn.Module):
+    """A causal transformer over [start, oldest item, …, newest item]; the vector at the newest item is the history's.
+
+    The start token makes an empty history an ordinary one. Positions count from the newest item back, so that what
+    happened last has the same position in long and short histories.
+    """
+
+    def __init__(
+        self, config: HistoryEncoderConfig, feature: Feature, dim: int, table: str, tables: EmbeddingTables
+    ) -> None:
+        super().__init__()
+        self.table = table
+        self.dim = dim
+        self._tables = (tables,)
+        self.start = nn.Parameter(torch.randn(dim) * dim**-0.5)
+        self.positions = nn.Embedding(feature.max_items + 1, dim)
+        nn.init.normal_(self.positions.weight, std=0.1 * dim**-0.5)
+        self.dropout = nn.Dropout(config.dropout)
+        layer = nn.TransformerEncoderLayer(
+            dim, config.heads, 4 * dim, config.dropout, nn.functional.gelu, batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, config.layers, nn.LayerNorm(dim), enable_nested_tensor=False)
+
+    def forward(self, items_RT: Tensor) -> Tensor:
+        """Return [R, E] for item codes [R, T], oldest first, padded at the end."""
+        num_rows, num_items = items_RT.shape
+        length_R = (items_RT != PADDING).sum(dim=1)
+        vectors = self._tables[0].look_up(self.table, items_RT)
+        start = self.start.to(vectors.dtype).expand(num_rows, 1, -1)
+        place = torch.arange(num_items + 1, device=items_RT.device)
+        age_RT = (length_R.unsqueeze(1) - place).clamp(min=0)
+        hidden = self.dropout(torch.cat([start, vectors], dim=1) + self.positions(age_RT))
+        causal = torch.ones(num_items + 1, num_items + 1, dtype=torch.bool, device=items_RT.device).triu(1)
+        hidden = self.layers(hidden, mask=causal, is_causal=True)  # padding lies behind the newest: never attended
+        return hidden[torch.arange(num_rows, device=items_RT.device), length_R]
+
+
+def _new_bert(config: TextEncoderConfig, vocab_size: int, pad_token_id: int, max_tokens: int) -> BertModel:
+    bert = BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=config.hidden,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        intermediate_size=4 * config.hidden,
+        max_position_embeddings=max(max_tokens, 8),
+        pad_token_id=pad_token_id,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return BertModel(bert, add_pooling_layer=False)
+
+
+def _load_bert(folder: str) -> PreTrainedModel:
+    if not os.path.isdir(folder):
+        raise ConfigError(f"text.init={folder} is not a folder; it takes the local folder of a Hugging Face BERT")
+    try:
+        model: PreTrainedModel = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"text.init={folder} does not load as a Hugging Face model: {error}") from None
+    if hasattr(model, "pooler"):
+        setattr(model, "pooler", None)  # unused by both poolings; without a gradient it would stop ZeRO
+    return model

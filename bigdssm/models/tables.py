@@ -1,0 +1,42 @@
+"""Embedding tables: storage behind one module, look-ups through names, so that storage can change alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bigdssm.schema import PADDING, Feature, Schema
+
+
+class EmbeddingTables(nn.Module):
+    """The tables of all categorical features of both sides; a history reads its item's table by the same name.
+
+    Shapes: R rows, K values or items, E table width.
+    """
+
+    def __init__(self, schema: Schema, query_dim: int, doc_dim: int) -> None:
+        super().__init__()
+        widths = {"query": query_dim, "doc": doc_dim}
+        self.tables = nn.ModuleDict()
+        for side, features in (("query", schema.query), ("doc", schema.doc)):
+            for feature in features.values():
+                if feature.type == "categorical":
+                    self.tables[table_name(side, feature)] = _table(feature.num_codes, widths[side])
+
+    def look_up(self, name: str, codes: Tensor) -> Tensor:
+        """Return the vectors [*codes.shape, E] of int64 `codes` in table `name`; padding (0) gives zeros."""
+        vectors: Tensor = self.tables[name](codes)
+        return vectors
+
+
+def table_name(side: str, feature: Feature) -> str:
+    """Return the name of the table that codes of `feature` (of `side`: query or doc) are looked up in."""
+    return f"doc_{feature.of}" if feature.type == "history" else f"{side}_{feature.name}"
+
+
+def _table(num_codes: int, dim: int) -> nn.Embedding:
+    table = nn.Embedding(num_codes, dim, padding_idx=PADDING)
+    with torch.no_grad():
+        table.weight.normal_(std=dim**-0.5)
+        table.weight[PADDING].zero_()
+    return table
