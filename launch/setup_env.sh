@@ -1,0 +1,121 @@
+# Sourced by launch/quickstart.sh and tests/run.sh: makes or refreshes .venv and puts it on PATH.
+# shellcheck shell=bash
+#
+#   setup_env base    the package and what it needs
+#   setup_env test    the same and the [test] extra
+#
+# BIGDSSM_PYTHON=/path/to/python   the interpreter to make .venv with (default: the first on PATH that will do)
+# BIGDSSM_MIN_FREE_GB=N            how much free disk to ask for before .venv is made (default 4)
+
+say() { printf '\033[1m== %s\033[0m\n' "$*"; }
+
+die() {
+    printf 'error: %s\n' "$*" >&2
+    exit 1
+}
+
+# What is wrong with the interpreter $1, as a phrase; nothing when it will do.
+python_problem() {
+    local version
+    version=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || {
+        echo "does not run"
+        return
+    }
+    if ! "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+        echo "is Python $version"
+    elif ! "$1" -c 'import venv, ensurepip' 2>/dev/null; then
+        echo "is Python $version without the venv module"
+    fi
+}
+
+# Sets PYTHON to an interpreter that can make .venv.
+find_python() {
+    local name path problem seen="" no_venv=""
+    if [ -n "${BIGDSSM_PYTHON:-}" ]; then
+        problem=$(python_problem "$BIGDSSM_PYTHON")
+        [ -z "$problem" ] || die "BIGDSSM_PYTHON=$BIGDSSM_PYTHON $problem; Python 3.10 or newer with its venv module is needed"
+        PYTHON=$BIGDSSM_PYTHON
+        return
+    fi
+    for name in python3 python3.13 python3.12 python3.11 python3.10 python3.14 python; do
+        path=$(command -v "$name" 2>/dev/null) || continue
+        problem=$(python_problem "$path")
+        if [ -z "$problem" ]; then
+            PYTHON=$path
+            return
+        fi
+        seen="$seen${seen:+, }$path $problem"
+        case $problem in *venv*) no_venv=1 ;; esac
+    done
+    [ -n "$seen" ] || die "no python3 on PATH; install Python 3.10 or newer, or name one with BIGDSSM_PYTHON=/path/to/python"
+    if [ -n "$no_venv" ]; then
+        die "$seen; install the venv module (Debian, Ubuntu: apt install python3-venv) or name another Python with BIGDSSM_PYTHON=/path/to/python"
+    fi
+    die "Python 3.10 or newer is needed, but $seen; install one, or name it with BIGDSSM_PYTHON=/path/to/python"
+}
+
+# What .venv must match: the package's metadata, the interpreter and the place (a moved .venv does not work).
+env_fingerprint() {
+    "$1" -c 'import hashlib, pathlib, sys
+print(hashlib.sha256(pathlib.Path("pyproject.toml").read_bytes() + repr((sys.version, sys.argv[1])).encode()).hexdigest())' "$PWD"
+}
+
+setup_env() {
+    local kind=$1 target="." free_kb need_gb=${BIGDSSM_MIN_FREE_GB:-4} venv=.venv log=.venv/pip.log quiet=() stamp
+    [ "$kind" = base ] || target=".[$kind]"
+
+    if [ -x "$venv/bin/python" ] && stamp=$(env_fingerprint "$venv/bin/python" 2>/dev/null); then
+        if [ "$(cat "$venv/.bigdssm-$kind" 2>/dev/null)" = "$stamp" ]; then
+            say "environment: .venv is up to date"
+            activate
+            return
+        fi
+    fi
+
+    find_python
+    free_kb=$(df -Pk . | awk 'NR == 2 {print $4}')
+    if [ ! -e "$venv/.bigdssm-base" ] && [ "$free_kb" -lt $((need_gb * 1024 * 1024)) ]; then
+        die "$PWD has $((free_kb / 1024)) MB of free disk and .venv needs about $need_gb GB; free some, or clone to a larger disk"
+    fi
+
+    # A .venv that does not run, or that was moved here, is made anew; any other is brought up to date in place.
+    if [ "$(cat "$venv/.bigdssm-place" 2>/dev/null)" != "$PWD" ] || ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
+        say "environment: making .venv with $PYTHON ($("$PYTHON" --version 2>&1))"
+        mkdir -p "$venv" 2>/dev/null || die "cannot write to $PWD; clone the repository to a folder of your own"
+        "$PYTHON" -m venv --clear "$venv" >"${TMPDIR:-/tmp}/bigdssm-venv.$$" 2>&1 || {
+            tail -n 3 "${TMPDIR:-/tmp}/bigdssm-venv.$$" >&2
+            rm -f "${TMPDIR:-/tmp}/bigdssm-venv.$$"
+            die "$PYTHON could not make .venv (its last lines are above); name another Python with BIGDSSM_PYTHON=/path/to/python"
+        }
+        rm -f "${TMPDIR:-/tmp}/bigdssm-venv.$$"
+        echo "$PWD" >"$venv/.bigdssm-place"
+    fi
+
+    say "environment: installing $target and what it needs into .venv (some minutes; log: $log)"
+    rm -f "$venv/.bigdssm-base" "$venv/.bigdssm-test" "$log"
+    [ -t 1 ] || quiet=(--quiet --progress-bar off)
+    "$venv/bin/python" -m pip install --disable-pip-version-check --retries 2 ${quiet[@]+"${quiet[@]}"} --log "$log" \
+        --editable "$target" || pip_failed "$log"
+
+    stamp=$(env_fingerprint "$venv/bin/python")
+    echo "$stamp" >"$venv/.bigdssm-base"
+    [ "$kind" = base ] || echo "$stamp" >"$venv/.bigdssm-$kind"
+    activate
+}
+
+pip_failed() {
+    local log=$PWD/$1
+    if grep -qi 'no space left' "$log" 2>/dev/null; then
+        die "the disk filled up while pip installed packages (pip's log: $log); free some space and start again"
+    elif grep -qiE 'connection|resolve|timed out|unreachable|proxy|no matching distribution' "$log" 2>/dev/null; then
+        die "pip could not get a package from its registry (pip's log: $log); check the network and pip's configuration, then start again"
+    fi
+    die "pip could not install the packages (pip's log: $log)"
+}
+
+activate() {
+    VIRTUAL_ENV=$PWD/.venv
+    PATH=$VIRTUAL_ENV/bin:$PATH
+    export VIRTUAL_ENV PATH
+    unset PYTHONHOME
+}
