@@ -1,0 +1,70 @@
+"""What every command line of tools/ and launch/ shares: one-sentence errors, exit codes, a progress bar."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from bigdssm.errors import BigDSSMError
+from bigdssm.log import setup_logging
+
+INTERRUPTED_EXIT_CODE = 130  # what shells give for Ctrl-C
+
+
+def run_main(main: Callable[[], int | None]) -> int:
+    """Run `main` and return its exit code; an error a user can act on becomes `error: <sentence>` on stderr."""
+    setup_logging()
+    try:
+        return main() or 0
+    except BigDSSMError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("error: interrupted\n")
+        return INTERRUPTED_EXIT_CODE
+    except BrokenPipeError:  # the reader of our output, such as `head`, has what it wanted
+        sys.stderr.close()
+        return 0
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        sys.stderr.write(f"error: {error.strerror or error}{where}\n")
+        return BigDSSMError.exit_code
+
+
+class ProgressBar:
+    """A rich progress bar on stderr that appears only once the work has taken `delay_s`; quiet off a terminal.
+
+    Call it as `progress(phase, done, total)`; total None is unknown. A new phase starts a new bar.
+    """
+
+    def __init__(self, delay_s: float = 2.0) -> None:
+        self._delay_s = delay_s
+        self._started = time.monotonic()
+        self._console = Console(stderr=True)
+        self._progress: Progress | None = None
+        self._phase = ""
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def __call__(self, phase: str, done: int, total: int | None = None) -> None:
+        """Show that `done` of `total` is finished in `phase`."""
+        if self._progress is None:
+            if not self._console.is_terminal or time.monotonic() - self._started < self._delay_s:
+                return
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            self._progress = Progress(*columns, TimeRemainingColumn(), console=self._console)
+            self._progress.start()
+        if phase != self._phase:
+            self._phase = phase
+            self._task = self._progress.add_task(phase, total=total)
+        self._progress.update(self._task, completed=done, total=total)
