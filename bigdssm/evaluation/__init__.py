@@ -1,0 +1,1 @@
+"""Exact ranks over the full catalogue, metrics with intervals, and baselines."""

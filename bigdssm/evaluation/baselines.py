@@ -1,0 +1,81 @@
+"""What a model has to beat: popularity, and a Markov chain over the last items of a history.
+
+Both are fitted to the train split alone and scored on the same rows, filter and ties as a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from bigdssm.data import Dataset, Rows
+from bigdssm.errors import DataError
+
+FIT_ROWS = 16_384
+
+
+@dataclass(frozen=True)
+class Popularity:
+    """The score of a document is the number of its train positives."""
+
+    counts: np.ndarray  # int64 [N]
+
+    @classmethod
+    def fit(cls, dataset: Dataset) -> Popularity:
+        """Return the baseline of `dataset`."""
+        return cls(dataset.doc_counts())
+
+    def __call__(self, rows: Rows) -> np.ndarray:
+        """Return scores [m, N]."""
+        return np.broadcast_to(self.counts, (len(rows.doc_rows), len(self.counts)))
+
+
+@dataclass(frozen=True)
+class Markov:
+    """The score of document j is Σ count(i → j) over the last `window` items i of the history.
+
+    count(i → j) is the number of train events j with i among the `window` events before, each distance counting the
+    same. Kept as sorted (i, j) with their counts.
+    """
+
+    num_docs: int
+    window: int
+    starts: np.ndarray  # int64 [N+1]: the followers of i are followers[starts[i]:starts[i + 1]]
+    followers: np.ndarray  # int64
+    counts: np.ndarray  # float64
+
+    @classmethod
+    def fit(cls, dataset: Dataset, window: int = 3) -> Markov:
+        """Return the baseline of `dataset`. Raises DataError where its rows have no history."""
+        num_docs = dataset.catalogue.num_docs
+        keys, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        for rows in dataset.iterate("train", FIT_ROWS):
+            if rows.sequence is None:
+                raise DataError(f"{dataset.dir} holds pairs without histories, which a Markov baseline needs")
+            _, before, row = last_items(rows, window)
+            relevant = rows.relevance[row] > 0
+            new = before[relevant] * num_docs + rows.doc_rows[row[relevant]]
+            keys, inverse = np.unique(np.concatenate([keys, new]), return_inverse=True)
+            weights = np.concatenate([counts, np.ones(len(new), np.int64)])
+            counts = np.bincount(inverse, weights, len(keys)).astype(np.int64)
+        starts = np.searchsorted(keys, np.arange(num_docs + 1) * num_docs)
+        return cls(num_docs, window, starts, keys % num_docs, counts.astype(np.float64))
+
+    def __call__(self, rows: Rows) -> np.ndarray:
+        """Return scores [m, N]."""
+        _, items, row = last_items(rows, self.window)
+        length = self.starts[items + 1] - self.starts[items]
+        entry = np.repeat(self.starts[items] - np.cumsum(length) + length, length) + np.arange(length.sum())
+        cell = np.repeat(row, length) * self.num_docs + self.followers[entry]
+        shape = (len(rows.doc_rows), self.num_docs)
+        return np.bincount(cell, self.counts[entry], shape[0] * shape[1]).reshape(shape)
+
+
+def last_items(rows: Rows, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (distance from 1, catalogue row, row) of the newest `window` items of every history, int64."""
+    values, offsets = rows.seen_ragged()
+    length = np.minimum(np.diff(offsets), window)
+    row = np.repeat(np.arange(len(length)), length)
+    distance = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length) + 1
+    return distance, np.asarray(values, np.int64)[offsets[1:][row] - distance], row

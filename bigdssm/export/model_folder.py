@@ -1,0 +1,188 @@
+"""The model folder: config.yaml, schema.json, tokenizer/, text/, model.safetensors and bigdssm.json.
+
+It holds all that is needed to encode: a text encoder that started from a pretrained folder brings its architecture
+along (text/<key>/config.json), so that this folder need not exist any more. Nothing in it is ever unpickled or run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+
+from bigdssm.config import Config, ModelConfig, TowerConfig, load_config
+from bigdssm.data import Dataset
+from bigdssm.errors import BigDSSMError, CheckpointError
+from bigdssm.models import DualEncoder
+from bigdssm.schema import SCHEMA_FILE, Schema
+
+FORMAT = 1
+META_FILE, CONFIG_FILE, WEIGHTS_FILE = "bigdssm.json", "config.yaml", "model.safetensors"
+TOKENIZER_DIR, TEXT_DIR = "tokenizer", "text"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A loaded model folder."""
+
+    model: DualEncoder  # in evaluation mode, on the CPU
+    config: Config
+    schema: Schema
+    tokenizer: PreTrainedTokenizerFast | None
+    provenance: dict[str, Any]
+    checksum: str  # of the weights: names the model in indexes and reports
+
+    def check_dataset(self, dataset: Dataset) -> None:
+        """Raise CheckpointError unless `dataset` has the schema and vocabularies that the model was trained with."""
+        difference = self.schema.difference(dataset.schema)
+        if difference is None and self.schema.fingerprint() != dataset.schema.fingerprint():
+            difference = "another vocabulary or normalisation"
+        if difference is not None:
+            raise CheckpointError(f"the model's schema is not that of the dataset {dataset.dir}: {difference}")
+
+
+def save_model_folder(
+    folder: Path,
+    model: DualEncoder,
+    config: Config,
+    schema: Schema,
+    tokenizer_dir: Path | None,
+    provenance: Mapping[str, Any],
+    *,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the model folder in one step: whoever looks finds the old one or the new one whole.
+
+    `state` holds the full weights where the model's own are sharded. Raises CheckpointError where `folder` exists and
+    is not a model folder.
+    """
+    if folder.exists() and not (folder / META_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is not a model folder; nothing was written, choose another --out")
+    aside = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    (aside / CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+    schema.save(aside)
+    if tokenizer_dir is not None:
+        shutil.copytree(tokenizer_dir, aside / TOKENIZER_DIR)
+    for key, encoder in model.text.items():
+        encoder.bert.config.save_pretrained(aside / TEXT_DIR / key)
+    weights = model.state_dict() if state is None else state
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt"})
+    checksums = _checksums(aside)
+    meta = {
+        "format": FORMAT,
+        "provenance": dict(provenance),
+        "weights_checksum": checksums[WEIGHTS_FILE],
+        "checksums": checksums,
+    }
+    (aside / META_FILE).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    replace_folder(aside, folder)
+
+
+def load_model_folder(folder: Path) -> ModelFolder:
+    """Return the model in `folder`, its files checked against their checksums.
+
+    Raises CheckpointError: no such folder, a file missing or damaged, or weights that do not fit config and schema.
+    """
+    meta = _read_meta(folder)
+    for name, checksum in meta["checksums"].items():
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is missing; the model folder is not whole")
+        if _checksum(folder / name) != checksum:
+            raise CheckpointError(f"{folder / name} is damaged: its checksum is not the one in {META_FILE}")
+    try:
+        config, schema = load_config(folder / CONFIG_FILE), Schema.load(folder)
+        model = _empty_model(config.model, schema, folder / TEXT_DIR)
+        model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        tokenizer = _load_tokenizer(folder / TOKENIZER_DIR)
+    except (RuntimeError, SafetensorError, OSError, BigDSSMError) as error:
+        raise CheckpointError(f"the model folder {folder} does not load: {' '.join(str(error).split())}") from None
+    model.eval()
+    return ModelFolder(model, config, schema, tokenizer, meta["provenance"], meta["weights_checksum"])
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Return True where `folder` claims to be a model folder."""
+    return (folder / META_FILE).is_file()
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Put the folder `new` in the place of `folder`, both on the same file system."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    path = folder / META_FILE
+    try:
+        meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if meta["format"] != FORMAT:
+            raise CheckpointError(f"{path} has format {meta['format']}, this version reads format {FORMAT}")
+        missing = {"provenance", "weights_checksum", "checksums"} - set(meta)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{folder} is no model folder: it holds no {META_FILE}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from None
+    if missing:
+        raise CheckpointError(f"{path} is damaged: it lacks {sorted(missing)}")
+    return meta
+
+
+def _empty_model(config: ModelConfig, schema: Schema, text_dir: Path) -> DualEncoder:
+    """Return a DualEncoder whose text encoders have the saved architectures, whatever they were initialised from."""
+    texts = {path.name: AutoConfig.from_pretrained(path) for path in sorted(text_dir.glob("*/"))}
+
+    def with_widths(side: str, tower: TowerConfig) -> TowerConfig:
+        text = texts.get("shared" if config.share_text else side)
+        if text is None:
+            return tower
+        return replace(tower, text=replace(tower.text, init=None, layers=1, heads=1, hidden=text.hidden_size))
+
+    sides = {side: with_widths(side, getattr(config, side)) for side in ("query", "doc")}
+    model = DualEncoder(replace(config, **sides), schema, vocab_size=1)
+    for key, text in texts.items():
+        encoder: Any = model.text[key]
+        encoder.bert = AutoModel.from_config(text)
+        encoder.bert.pooler = None
+        encoder.pad_token_id = text.pad_token_id
+    model.config = config
+    return model
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
+    if not folder.is_dir():
+        return None
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    return tokenizer
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """Return the checksum of every file but the config, whose data.dir may be edited when a dataset moves."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CONFIG_FILE)
+    assert folder / SCHEMA_FILE in files
+    return {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
+
+
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,65 @@
+"""Metrics: hand-worked ranks, agreement with trec_eval, and the paired bootstrap."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import pytrec_eval
+import torch
+
+from bigdssm.evaluation.metrics import mean_metrics, paired_bootstrap, row_metrics, standard_errors
+from bigdssm.evaluation.ranks import ranks_of_scores
+
+
+def test_hand_worked() -> None:
+    ranks = np.array([1.0, 3.0, 10.0, 10.5, 101.0, np.nan])
+    metrics = mean_metrics(ranks)
+    assert metrics["hr_at_10"] == 3 / 5
+    assert metrics["ndcg_at_10"] == pytest.approx((1 + 0.5 + 1 / math.log2(11)) / 5, abs=1e-12)
+    assert metrics["mrr"] == pytest.approx((1 + 1 / 3 + 1 / 10 + 1 / 10.5 + 1 / 101) / 5, abs=1e-12)
+    assert metrics["recall_at_100"] == 4 / 5
+    assert standard_errors(ranks)["hr_at_10"] == pytest.approx(math.sqrt(0.6 * 0.4 / 4))
+    assert math.isnan(mean_metrics(np.array([np.nan]))["mrr"])
+
+
+def test_agrees_with_trec_eval() -> None:
+    random = np.random.RandomState(1)
+    scores = (
+        random.permutation(200 * 300).reshape(200, 300).astype(np.float64)
+    )  # no ties: trec_eval breaks them by name
+    target = random.randint(0, 300, 200)
+    ranks = ranks_of_scores(torch.tensor(scores), torch.tensor(target)).numpy()
+    run = {f"q{i}": {f"d{j}": float(score) for j, score in enumerate(row)} for i, row in enumerate(scores)}
+    qrels = {f"q{i}": {f"d{j}": 1} for i, j in enumerate(target)}
+    names = {"success_10": "hr_at_10", "ndcg_cut_10": "ndcg_at_10", "recip_rank": "mrr", "recall_100": "recall_at_100"}
+    measured = pytrec_eval.RelevanceEvaluator(qrels, {"success.10", "ndcg_cut.10", "recip_rank", "recall.100"})
+    theirs = measured.evaluate(run)
+    ours = row_metrics(ranks)
+    for their_name, name in names.items():
+        np.testing.assert_allclose(ours[name], [theirs[f"q{i}"][their_name] for i in range(200)], atol=1e-12)
+
+
+def test_paired_bootstrap() -> None:
+    random = np.random.RandomState(2)
+    b = random.rand(900)
+    a = b + 0.1 + 0.5 * random.randn(900)
+    difference = paired_bootstrap(a, b)
+    assert difference == paired_bootstrap(a, b)
+    assert difference != paired_bootstrap(a, b, seed=1)
+    assert difference.mean == pytest.approx((a - b).mean(), abs=1e-12)
+    half_width = 1.96 * (a - b).std() / 30  # what the normal approximation says
+    assert difference.low == pytest.approx(difference.mean - half_width, rel=0.1)
+    assert difference.high == pytest.approx(difference.mean + half_width, rel=0.1)
+    # Frozen: the interval is part of what a report says, on every machine.
+    assert (
+        str(paired_bootstrap(np.array([1.0, 0, 1, 1, 0]), np.array([0.0, 0, 1, 0, 0]))) == "+0.4000 [+0.0000, +0.8000]"
+    )
+
+
+def test_bootstrap_refuses_rows_that_do_not_pair() -> None:
+    with pytest.raises(ValueError, match="paired rows"):
+        paired_bootstrap(np.zeros(3), np.zeros(4))
+    with pytest.raises(ValueError, match="paired rows"):
+        paired_bootstrap(np.zeros(0), np.zeros(0))
