@@ -1,0 +1,183 @@
+"""Reads one block: the bytes at its place, their checksum, the Arrow batch in them, and what is wrong with its rows.
+
+Nothing here raises because of damage: a block or row that cannot be used comes back as a `Bad` that names it. Only
+columns the schema knows are taken, and offsets and UTF-8 are validated before anything is indexed with them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from bigdssm.data.arrow_size import decoded_size
+from bigdssm.data.index import SplitIndex
+from bigdssm.data.mapped import MappedTable
+from bigdssm.data.ragged import Column, Ragged, from_arrow
+from bigdssm.schema import Feature, Schema
+
+MAX_DECODED_BYTES = 1 << 30
+_IPC = pa.ipc.IpcReadOptions(use_threads=False)
+
+
+@dataclass(frozen=True)
+class Bad:
+    """What was left out: a row of a block, or (row None) a whole block."""
+
+    shard: str
+    block: int
+    row: int | None
+    rows: int  # how many rows this leaves out
+    reason: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The columns of a block, and the limits of their values."""
+
+    types: dict[str, pa.DataType]
+    query: dict[str, Feature]  # by block column
+    doc: dict[str, Feature]  # by block column (`doc.<feature>`), inline documents only
+    num_docs: int  # catalogue rows; 0 where documents are inline
+    vocab_size: int  # of the tokenizer, 0 without text
+    sequences: tuple[MappedTable, ...] = field(default=())  # one per partition, or none
+
+    @classmethod
+    def of(cls, schema: Schema, *, inline: bool, num_docs: int, vocab_size: int, sequences: tuple[MappedTable, ...]) -> Layout:
+        """Return the layout that the schema and the presence of sequences imply."""
+        types = {"query_id": pa.int64(), "relevance": pa.float32()}
+        types |= {"doc_id": pa.int64()} if inline else {"doc": pa.int64()}
+        elsewhere: set[str] = set()
+        if sequences:
+            types |= {"sequence": pa.int64(), "end": pa.int32()}
+            elsewhere = set(sequences[0].schema.names)
+        query = {n: f for n, f in schema.query.items() if f.type != "history" and n not in elsewhere}
+        doc = {f"doc.{n}": f for n, f in schema.doc.items()} if inline else {}
+        types |= {name: arrow_type(feature) for name, feature in (query | doc).items()}
+        return cls(types, query, doc, num_docs, vocab_size, sequences)
+
+
+def arrow_type(feature: Feature) -> pa.DataType:
+    """Return the Arrow type in which a feature's values stand in blocks."""
+    if feature.type == "numeric":
+        return pa.float32()
+    return pa.list_(pa.int32()) if feature.type == "text" or feature.multi else pa.int32()
+
+
+def read_range(path: Path, offset: int, size: int) -> bytes:
+    """Return up to `size` bytes of a file. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(handle, size, offset)
+    finally:
+        os.close(handle)
+
+
+def read_block(index: SplitIndex, block: int, layout: Layout) -> tuple[pa.RecordBatch | None, list[Bad]]:
+    """Return a block's columns (None where it cannot be used as a whole) and everything that is wrong with it."""
+    shard, number, rows = index.shards[index.shard[block]], int(index.block[block]), int(index.rows[block])
+
+    def whole(reason: str) -> tuple[None, list[Bad]]:
+        return None, [Bad(str(shard), number, None, rows, reason)]
+
+    size = int(index.size[block])
+    try:
+        content = read_range(shard, int(index.offset[block]), size)
+    except FileNotFoundError:
+        return whole("the shard is missing")
+    except OSError as error:
+        return whole(f"the shard cannot be read: {error.strerror}")
+    if len(content) < size:
+        return whole(f"the shard is cut short: {len(content)} of the block's {size} bytes are there")
+    if xxhash.xxh3_64_intdigest(content) != int(index.checksum[block]):
+        return whole("the bytes are damaged: their checksum is not the index's")
+    try:
+        batch = decode(content, layout)
+        if batch.num_rows != rows:
+            return whole(f"it has {batch.num_rows} rows, the index says {rows}")
+    except (pa.ArrowException, OSError, ValueError) as error:
+        return whole(f"it cannot be used: {' '.join(str(error).split())[:200]}")
+    bad: dict[int, str] = {}
+    for mask, describe in _row_faults(batch, layout, int(index.partition[block])):
+        for row in np.flatnonzero(mask).tolist():
+            bad.setdefault(row, describe(row))
+    return batch, [Bad(str(shard), number, row, 1, reason) for row, reason in sorted(bad.items())]
+
+
+def decode(content: bytes, layout: Layout) -> pa.RecordBatch:
+    """Return the batch in an Arrow stream, its columns as in `layout.types`. Raises ValueError or an Arrow error."""
+    if (needed := decoded_size(content)) > MAX_DECODED_BYTES:
+        raise ValueError(f"it would take {needed:,} bytes decoded, more than the {MAX_DECODED_BYTES:,} allowed")
+    batch = pa.ipc.open_stream(pa.py_buffer(content), options=_IPC).read_next_batch()
+    columns = []
+    for name, needed_type in layout.types.items():
+        position = batch.schema.get_field_index(name)
+        if position < 0:
+            raise ValueError(f"a block of another schema: it has no column {name}, only {batch.schema.names}")
+        column = batch.column(position)
+        column.validate(full=True)
+        if column.type != needed_type:
+            if not (pa.types.is_large_list(column.type) and column.type.value_type == getattr(needed_type, "value_type", None)):
+                raise ValueError(f"a block of another schema: column {name} is {column.type}, needed is {needed_type}")
+            column = column.cast(needed_type)
+        if column.null_count:
+            raise ValueError(f"column {name} has nulls")
+        columns.append(column)
+    return pa.RecordBatch.from_arrays(columns, schema=pa.schema(list(layout.types.items())))
+
+
+Fault = tuple[np.ndarray, Callable[[int], str]]
+
+
+def _row_faults(batch: pa.RecordBatch, layout: Layout, partition: int) -> Iterator[Fault]:
+    """Yield (mask over rows, what to say of one of them); later checks may rely on rows that earlier ones passed."""
+    columns: Mapping[str, pa.Array] = dict(zip(batch.schema.names, batch.columns, strict=True))
+    relevance = columns["relevance"].to_numpy()
+    if not relevance.min(initial=0) >= 0 or not np.isfinite(relevance).all():
+        yield ~(np.isfinite(relevance) & (relevance >= 0)), lambda row: f"relevance is {relevance[row]}, needs a number ≥ 0"
+    if "doc" in columns:
+        doc = columns["doc"].to_numpy()
+        if _outside(doc, 0, layout.num_docs):
+            what = f"not a row of the catalogue's {layout.num_docs}"
+            yield (doc < 0) | (doc >= layout.num_docs), lambda row: f"unknown document: {doc[row]} is {what}"
+    if layout.sequences:
+        yield from _sequence_faults(columns, layout.sequences[partition])
+    for name, feature in (layout.query | layout.doc).items():
+        yield from _feature_faults(name, feature, from_arrow(columns[name]), layout.vocab_size)
+
+
+def _sequence_faults(columns: Mapping[str, pa.Array], table: MappedTable) -> Iterator[Fault]:
+    sequence, end = columns["sequence"].to_numpy(), columns["end"].to_numpy()
+    outside = (sequence < 0) | (sequence >= table.num_rows)
+    if outside.any():
+        yield outside, lambda row: f"sequence {sequence[row]} is not a row of the partition's {table.num_rows}"
+    lengths = table.lengths("items", np.where(outside, 0, sequence)) if table.num_rows else np.zeros(len(sequence))
+    beyond = ~outside & ((end < 0) | (end > lengths))
+    if beyond.any():
+        yield beyond, lambda row: f"history end {end[row]} is outside its sequence of {lengths[row]} events"
+
+
+def _feature_faults(name: str, feature: Feature, column: Column, vocab_size: int) -> Iterator[Fault]:
+    if feature.type == "numeric":
+        return
+    codes, what = (vocab_size, "token id") if feature.type == "text" else (feature.num_codes, "code")
+    values = column.values if isinstance(column, Ragged) else column
+    if _outside(values, 0, codes):
+        wrong = (values < 0) | (values >= codes)
+        if isinstance(column, Ragged):
+            wrong = np.isin(np.arange(len(column)), np.searchsorted(column.offsets, np.flatnonzero(wrong), "right") - 1)
+        yield wrong, lambda row: f"{name} has a {what} outside the schema's {codes}"
+    if isinstance(column, Ragged) and feature.type == "text":
+        lengths = column.lengths
+        if _outside(lengths, 1, feature.max_tokens + 1):
+            needed = f"needs 1 to {feature.max_tokens}"
+            yield (lengths < 1) | (lengths > feature.max_tokens), lambda row: f"{name} has {lengths[row]} tokens, {needed}"
+
+
+def _outside(values: np.ndarray, low: int, high: int) -> bool:
+    return bool(len(values)) and (int(values.min()) < low or int(values.max()) >= high)

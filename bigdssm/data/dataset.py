@@ -1,0 +1,262 @@
+"""A dataset folder: immutable partitions, one schema, one catalogue (or documents inline)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from tokenizers import Tokenizer
+
+from bigdssm.config import DataConfig
+from bigdssm.data.blocks import Layout, read_block
+from bigdssm.data.catalogue import Catalogue
+from bigdssm.data.index import SplitIndex, read_index
+from bigdssm.data.mapped import MappedTable
+from bigdssm.data.ragged import Column, from_arrow, offsets_of
+from bigdssm.data.rows import Rows
+from bigdssm.errors import ConfigError, DataError
+from bigdssm.log import get_logger
+from bigdssm.schema import Schema
+
+FORMAT = 1
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One immutable part of a dataset."""
+
+    name: str
+    folder: Path
+    content: dict[str, Any]  # of partition.json
+
+    @property
+    def identity(self) -> str:
+        """Return a hash of the partition's rows: its indexes hold every block's checksum."""
+        known = {"fingerprint": self.content.get("fingerprint"), "splits": self.content["splits"]}
+        return _hash(json.dumps(known, sort_keys=True).encode())
+
+
+class Dataset:
+    """A dataset opened for reading; see `open`."""
+
+    def __init__(self, folder: Path, content: dict[str, Any], schema: Schema, partitions: list[Partition]) -> None:
+        """For `open`."""
+        self.dir, self.schema, self.partitions = folder, schema, partitions
+        self.name: str = content["name"]
+        self.inline: bool = content["documents"] == "inline"
+        self.tokenizer_dir: Path | None = folder / "tokenizer" if schema.has_text else None
+        self.pad_token_id, self.vocab_size, self.tokenizer_hash = _read_tokenizer(self.tokenizer_dir)
+        self._catalogue = None
+        if not self.inline:
+            self._catalogue = Catalogue([folder / part["file"] for part in content["catalogue"]], schema, self.pad_token_id)
+            expected = [part["rows"] for part in content["catalogue"]]
+            if self._catalogue.file_rows != expected:
+                raise DataError(f"{folder}/catalogue has {self._catalogue.file_rows} rows, dataset.json says {expected}")
+        present = [(partition.folder / "sequences.arrow").exists() for partition in partitions]
+        if any(present) and not all(present):
+            missing = partitions[present.index(False)].folder / "sequences.arrow"
+            raise DataError(f"{missing} is missing, other partitions have theirs; copy the dataset whole")
+        self._sequence_tables = tuple(MappedTable([p.folder / "sequences.arrow"]) for p in partitions) if any(present) else ()
+        self.sequences = MappedTable([table.paths[0] for table in self._sequence_tables]) if any(present) else None
+        self._sequence_base = offsets_of(np.array([table.num_rows for table in self._sequence_tables], np.int64))
+        self.layout = Layout.of(
+            schema, inline=self.inline, num_docs=self._catalogue.num_docs if self._catalogue else 0,
+            vocab_size=self.vocab_size, sequences=self._sequence_tables,
+        )  # fmt: skip
+        self._indexes: dict[str, SplitIndex] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path, partitions: Sequence[str] | None = None) -> Dataset:
+        """Return the dataset in `folder`, or only some of its partitions.
+
+        Raises DataError: no dataset there, of another format, damaged metadata, or a file missing (shards aside: a
+        missing shard is damage, which readers count and leave out).
+        """
+        folder = Path(folder)
+        content = _read_json(folder / "dataset.json", f"{folder} is no dataset; tools/make_shards.py makes one")
+        if content.get("format") != FORMAT:
+            raise DataError(f"{folder}/dataset.json has format {content.get('format')}, this version reads {FORMAT}")
+        schema = Schema.load(folder)
+        if content["schema"] != schema.fingerprint():
+            raise DataError(f"{folder}/schema.json is not the one that dataset.json was written with; copy both again")
+        names = list(content["partitions"]) if partitions is None else list(partitions)
+        if unknown := [name for name in names if name not in content["partitions"]]:
+            raise DataError(f"{folder} has no partition {unknown[0]!r}, only {content['partitions']}")
+        if not names:
+            raise DataError(f"{folder} has no partitions; tools/make_shards.py adds one")
+        found = []
+        for name in names:
+            where = folder / "partitions" / name
+            if where.parent != folder / "partitions" or name.startswith("."):
+                raise DataError(f"{folder}/dataset.json: partition name {name!r} is not a plain folder name; refused")
+            found.append(Partition(name, where, _read_json(where / "partition.json", "copy the dataset whole")))
+        return cls(folder, content, schema, found)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the path: a loader process maps the files itself."""
+        return Dataset.open, (self.dir, [partition.name for partition in self.partitions])
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """Return the catalogue. Raises DataError where documents stand in the shards."""
+        if self._catalogue is None:
+            raise DataError(f"{self.dir} has no catalogue, its documents stand beside their queries in the shards")
+        return self._catalogue
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Return a hash of schema, tokenizer and the partitions' rows."""
+        known = [self.schema.fingerprint(), self.tokenizer_hash, *(p.name + p.identity for p in self.partitions)]
+        return _hash("\n".join(known).encode())
+
+    def index(self, split: str) -> SplitIndex:
+        """Return the split's blocks. Raises DataError: no such split, or a damaged index."""
+        if split not in self._indexes:
+            parts = []
+            for number, partition in enumerate(self.partitions):
+                expected = partition.content["splits"].get(split)
+                if expected and expected["blocks"]:
+                    parts.append(read_index(partition.folder, split, expected, number))
+            if not parts:
+                known = sorted({name for partition in self.partitions for name in partition.content["splits"]})
+                raise DataError(f"{self.dir} has no rows in split {split!r}; its splits are {known}")
+            self._indexes[split] = SplitIndex.concat(parts)
+        return self._indexes[split]
+
+    def num_rows(self, split: str) -> int:
+        """Return the rows of a split, 0 where the dataset has none."""
+        return sum(partition.content["splits"].get(split, {"rows": 0})["rows"] for partition in self.partitions)
+
+    def doc_counts(self) -> np.ndarray:
+        """Return the train positives of every document, int64 [num_docs], summed over the partitions."""
+        total = np.zeros(self.catalogue.num_docs, np.int64)
+        for partition in self.partitions:
+            path = partition.folder / "counts.npy"
+            try:
+                counts = np.load(path, allow_pickle=False)
+            except (OSError, ValueError) as error:
+                raise DataError(f"{path} cannot be read ({error}); make the partition again") from None
+            if counts.ndim != 1 or len(counts) > len(total):
+                raise DataError(f"{path} has shape {counts.shape}, the catalogue {len(total)} documents")
+            total[: len(counts)] += counts
+        return total
+
+    def check_against(self, config: DataConfig) -> None:
+        """Raise ConfigError naming the first feature that `config` declares otherwise than the dataset has it."""
+        difference = Schema.declared(config).difference(self.schema)
+        if difference is not None:
+            raise ConfigError(
+                f"data.dir={self.dir} was made with another schema than this config's: {difference}; "
+                f"make the dataset again with this config, or change the config"
+            )
+
+    def rows(self, split: str, step: int, row_ids: np.ndarray, batch: pa.RecordBatch) -> Rows:
+        """Return block columns (`layout.types`) with row ids as Rows: histories and the sequences' features added."""
+        columns: dict[str, Column] = {n: from_arrow(c) for n, c in zip(batch.schema.names, batch.columns, strict=True)}
+        sequence = end = None
+        if self.sequences is not None:
+            sequence, end = np.asarray(columns["sequence"]), np.asarray(columns["end"])
+            if len(self.partitions) > 1:
+                index = self.index(split)
+                block = np.searchsorted(index.first_row, row_ids, "right") - 1
+                sequence = sequence + self._sequence_base[index.partition[block]]
+        query: dict[str, Column] = {}
+        for name, feature in self.schema.query.items():
+            if name in columns:
+                query[name] = columns[name]
+            elif self.sequences is None or sequence is None or end is None:
+                raise DataError(f"{self.dir}: query feature {name} stands neither in the blocks nor in sequences.arrow")
+            elif feature.type == "history":
+                last = end.astype(np.int64)
+                items = self.sequences.take_slices("items", sequence, np.maximum(0, last - feature.max_items), last)
+                query[name] = type(items)(self.catalogue.codes(str(feature.of), items.values), items.offsets)
+            else:
+                query[name] = self.sequences.take(name, sequence)
+        inline = {name: columns[f"doc.{name}"] for name in self.schema.doc} if self.inline else {}
+        return Rows(
+            step=step, row_ids=row_ids, query=query, doc=inline, sequence=sequence, end=end, sequences=self.sequences,
+            doc_rows=np.full(len(row_ids), -1, np.int64) if self.inline else np.asarray(columns["doc"]),
+            doc_ids=np.asarray(columns["doc_id"]) if self.inline else None,
+            relevance=np.asarray(columns["relevance"]), query_ids=np.asarray(columns["query_id"]),
+        )  # fmt: skip
+
+    def iterate(self, split: str, rows_per_batch: int, rank: int = 0, world_size: int = 1) -> Iterator[Rows]:
+        """Yield the rank's contiguous share of a split in dataset order, `rows_per_batch` row ids at a time.
+
+        Rows that cannot be used are left out, and named in a warning.
+        """
+        index = self.index(split)
+        first, last = (index.num_rows * k // world_size for k in (rank, rank + 1))
+        pending: list[tuple[np.ndarray, pa.RecordBatch]] = []
+        step = 0
+        block = int(np.searchsorted(index.first_row, first, "right")) - 1
+        for begin in range(first, last, rows_per_batch):
+            end = min(begin + rows_per_batch, last)
+            while block < index.num_blocks and index.first_row[block] < end:
+                pending.append(self._good_rows(index, block))
+                block += 1
+            ids = np.concatenate([part[0] for part in pending])
+            table = pa.concat_batches([part[1] for part in pending])
+            inside, later = (ids >= begin) & (ids < end), ids >= end
+            yield self.rows(split, step, ids[inside], table.filter(pa.array(inside)))
+            pending = [(ids[later], table.filter(pa.array(later)))]
+            step += 1
+
+    def _good_rows(self, index: SplitIndex, block: int) -> tuple[np.ndarray, pa.RecordBatch]:
+        batch, bad = read_block(index, block, self.layout)
+        for fault in bad:
+            where = "" if fault.row is None else f", row {fault.row}"
+            log.warning("left out: %s%s: %s", index.name(block), where, fault.reason)
+        if batch is None:
+            return np.empty(0, np.int64), empty_batch(self.layout)
+        row_ids = np.arange(index.first_row[block], index.first_row[block + 1])
+        good = np.setdiff1d(np.arange(batch.num_rows), [fault.row for fault in bad])
+        return (row_ids[good], batch.take(pa.array(good))) if bad else (row_ids, batch)
+
+
+def empty_batch(layout: Layout) -> pa.RecordBatch:
+    """Return a batch of no rows."""
+    schema = pa.schema(list(layout.types.items()))
+    return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _read_json(path: Path, fix: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{path} does not exist; {fix}") from None
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is damaged: no JSON object")
+    return content
+
+
+def _read_tokenizer(folder: Path | None) -> tuple[int, int, str]:
+    """Return pad token id, vocabulary size and a hash of the tokenizer."""
+    if folder is None:
+        return 0, 0, ""
+    path = folder / "tokenizer.json"
+    try:
+        content = path.read_bytes()
+        tokenizer = Tokenizer.from_buffer(content)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise DataError(f"{path} is no readable tokenizer ({error}); a dataset with text features needs one") from None
+    declared = _read_json(folder / "tokenizer_config.json", "copy the dataset whole").get("pad_token")
+    name = declared.get("content") if isinstance(declared, dict) else declared
+    pad = tokenizer.token_to_id(name) if name else None
+    if pad is None:
+        raise DataError(f"{folder}: the tokenizer has no padding token ({name!r}); add one and make the dataset again")
+    return pad, tokenizer.get_vocab_size(), _hash(content)

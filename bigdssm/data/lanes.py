@@ -1,0 +1,100 @@
+"""Assembles the rows of some lanes, step after step: what a loader process does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pyarrow as pa
+
+from bigdssm.data.blocks import Bad, read_block
+from bigdssm.data.dataset import Dataset, empty_batch
+from bigdssm.data.order import Order, Window
+from bigdssm.data.ragged import offsets_of
+from bigdssm.data.rows import Rows
+
+
+@dataclass
+class Part:
+    """The rows that some lanes give to one step, and what was found to be bad since the last one."""
+
+    rows: Rows
+    rows_planned: int  # as many would be here if none were bad
+    bad: list[Bad] = field(default_factory=list)
+
+
+@dataclass
+class _Loaded:
+    """A window whose good rows stand in the order in which the lane gives them."""
+
+    plan: Window
+    batch: pa.RecordBatch
+    row_ids: np.ndarray  # int64 [good rows]
+    good_before: np.ndarray  # int64 [rows + 1]: good rows among the first i of the order
+
+
+class LaneReader:
+    """Holds one window per lane in memory: at most lanes × window_blocks blocks, once more while one is loaded."""
+
+    def __init__(self, dataset: Dataset, split: str, order: Order, lanes: Sequence[int]) -> None:
+        """Prepare to read `lanes` of `split`; nothing is read yet."""
+        self._dataset, self._split, self._order, self._lanes = dataset, split, order, lanes
+        self._index = dataset.index(split)
+        self._loaded: dict[int, _Loaded] = {}
+        self._bad: list[Bad] = []
+
+    def parts(self, step: int) -> Iterator[Part]:
+        """Yield the lanes' part of every step from `step` on, endlessly."""
+        while True:
+            yield self.part(step)
+            step += 1
+
+    def part(self, step: int) -> Part:
+        """Return the lanes' part of one global step, lane after lane."""
+        slices: list[tuple[np.ndarray, pa.RecordBatch]] = []
+        for lane in self._lanes:
+            for epoch, first, last in self._order.spans(step, lane):
+                slices += self._read(epoch, lane, first, last)
+        row_ids = np.concatenate([ids for ids, _ in slices])
+        batch = pa.concat_batches([batch for _, batch in slices])
+        rows = self._dataset.rows(self._split, step, row_ids, batch)
+        bad, self._bad = self._bad, []
+        return Part(rows, self._order.rows_per_lane_step * len(self._lanes), bad)
+
+    def _read(self, epoch: int, lane: int, first: int, last: int) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
+        while first < last:
+            window = self._window(epoch, lane, first)
+            start = window.plan.start
+            upto = min(last, start + len(window.plan.order))
+            a, b = (int(window.good_before[position - start]) for position in (first, upto))
+            yield window.row_ids[a:b], window.batch.slice(a, b - a)
+            first = upto
+
+    def _window(self, epoch: int, lane: int, position: int) -> _Loaded:
+        held = self._loaded.get(lane)
+        if held is None or held.plan.key[0] != epoch or not 0 <= position - held.plan.start < len(held.plan.order):
+            self._loaded.pop(lane, None)  # freed before the next one is read
+            self._loaded[lane] = held = self._load(self._order.window(epoch, lane, position))
+        return held
+
+    def _load(self, plan: Window) -> _Loaded:
+        """Read the window's blocks and bring the good rows into its order once, so that a step is a slice."""
+        batches, readable, good = [empty_batch(self._dataset.layout)], [], []
+        for block, first, last in zip(plan.blocks.tolist(), plan.first.tolist(), plan.last.tolist(), strict=True):
+            batch, faults = read_block(self._index, block, self._dataset.layout)
+            usable = np.full(last - first, batch is not None)
+            readable.append(usable.copy())
+            if batch is not None:
+                batches.append(batch.slice(first, last - first))
+            for fault in faults:  # a block may be shared with another lane, which counts its own rows
+                if fault.row is None:
+                    self._bad.append(replace(fault, rows=last - first))
+                elif first <= fault.row < last:
+                    self._bad.append(fault)
+                    usable[fault.row - first] = False
+            good.append(usable)
+        keep = np.concatenate(good)[plan.order]
+        place = np.cumsum(np.concatenate(readable)) - 1
+        batch = pa.concat_batches(batches).take(pa.array(place[plan.order[keep]]))
+        return _Loaded(plan, batch, plan.row_ids[plan.order[keep]], offsets_of(keep))

@@ -1,0 +1,115 @@
+"""Arrow files, memory-mapped and read by row number: the catalogue and the sequences.
+
+Several files, and the record batches in them, stand below each other as one table. Nothing is read at opening but
+the files' footers, and all processes on a machine share the pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from bigdssm.data import ragged
+from bigdssm.data.ragged import Column, Ragged
+from bigdssm.errors import DataError
+
+
+def open_arrow(path: Path) -> pa.ipc.RecordBatchFileReader:
+    """Return a memory-mapped reader of an Arrow file. Raises DataError: missing, or no Arrow file."""
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path)))
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; the dataset is not complete, make it again or copy it whole") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is no readable Arrow file ({error}); copy it again or make the dataset again") from None
+
+
+class MappedTable:
+    """Arrow files of one schema as one table with rows 0 … num_rows - 1."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = list(paths)
+        self._batches: list[pa.RecordBatch] = []
+        self.file_rows: list[int] = []
+        for path in self.paths:
+            reader = open_arrow(path)
+            batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            if self._batches and reader.schema.names != self._batches[0].schema.names:
+                raise DataError(f"{path} has columns {reader.schema.names}, {self.paths[0]} {self._batches[0].schema.names}")
+            self._batches += [batch for batch in batches if batch.num_rows]
+            self.file_rows.append(sum(batch.num_rows for batch in batches))
+            self._schema = reader.schema
+        self._starts = ragged.offsets_of(np.array([batch.num_rows for batch in self._batches], np.int64))
+        self._columns: dict[str, list[Column | pa.Array]] = {}
+
+    @property
+    def num_rows(self) -> int:
+        """Return the number of rows of all files."""
+        return int(self._starts[-1])
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """Return the Arrow schema."""
+        return self._schema
+
+    def _parts(self, name: str) -> list[Column]:
+        if name not in self._columns:
+            arrays = [batch.column(batch.schema.get_field_index(name)) for batch in self._batches]
+            if any(array.null_count for array in arrays):
+                raise DataError(f"{self.paths[0].parent}: column {name} has nulls; make the dataset again")
+            self._columns[name] = [ragged.from_arrow(array) for array in arrays]
+        return self._columns[name]
+
+    def whole(self, name: str) -> np.ndarray:
+        """Return a fixed-width column; copied only where the table has several record batches."""
+        parts = self._parts(name)
+        if not parts:
+            return np.empty(0, self._schema.field(name).type.to_pandas_dtype())
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def take(self, name: str, rows: np.ndarray) -> Column:
+        """Return the column's values at `rows` (int64, each inside the table), in that order."""
+        return self._gather(name, rows, lambda part, local: ragged.take(part, local))
+
+    def take_slices(self, name: str, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> Ragged:
+        """Return, for every i, the part [starts[i], ends[i]) of the list that the column holds at rows[i]."""
+
+        def cut(part: Ragged, local: np.ndarray, begin: np.ndarray, end: np.ndarray) -> Ragged:
+            first = part.offsets[local]
+            return ragged.gather_ranges(part.values, first + begin, first + end)
+
+        return self._gather(name, rows, cut, starts, ends)
+
+    def lengths(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Return the lengths of the lists that the column holds at `rows`, int64."""
+        return self._gather(name, rows, lambda part, local: part.offsets[local + 1] - part.offsets[local])
+
+    def strings(self, name: str, rows: np.ndarray) -> list[str]:
+        """Return the strings of a column at `rows`."""
+        index = self._schema.get_field_index(name)
+        batch_of, local = self._locate(rows)
+        return [self._batches[b].column(index)[i].as_py() for b, i in zip(batch_of.tolist(), local.tolist(), strict=True)]
+
+    def _locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        batch_of = np.searchsorted(self._starts, rows, "right") - 1
+        return batch_of, rows - self._starts[batch_of]
+
+    def _gather(self, name: str, rows: np.ndarray, cut, *more: np.ndarray):  # type: ignore[no-untyped-def]
+        parts = self._parts(name)
+        if len(parts) == 1:
+            return cut(parts[0], rows, *more)
+        if not len(rows):
+            empty = ragged.from_arrow(pa.array([], self._schema.field(name).type))
+            return cut(parts[0] if parts else empty, rows, *more)
+        batch_of, local = self._locate(rows)
+        order = np.argsort(batch_of, kind="stable")
+        found, begins = np.unique(batch_of[order], return_index=True)
+        groups = np.split(order, begins[1:])
+        pieces = [cut(parts[b], local[g], *(m[g] for m in more)) for b, g in zip(found.tolist(), groups, strict=True)]
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return ragged.take(ragged.concat(pieces), back)

@@ -1,0 +1,97 @@
+"""Rows of different lengths, kept as one value array and its offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of different lengths: row i is values[offsets[i]:offsets[i + 1]]."""
+
+    values: np.ndarray
+    offsets: np.ndarray  # int64 [rows + 1], begins with 0
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """Return the values of one row."""
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Return the rows' lengths, int64 [rows]."""
+        return np.diff(self.offsets)
+
+    @classmethod
+    def of_lists(cls, rows: Sequence[Sequence[int] | np.ndarray], dtype: type = np.int32) -> Ragged:
+        """Return the rows of a sequence of sequences."""
+        lengths = np.fromiter((len(row) for row in rows), np.int64, len(rows))
+        parts = [np.asarray(row, dtype) for row in rows]
+        return cls(np.concatenate(parts) if parts else np.empty(0, dtype), offsets_of(lengths))
+
+    @classmethod
+    def of_arrow(cls, array: pa.Array) -> Ragged:
+        """Return the rows of a list or large_list array without nulls; its values are not copied."""
+        offsets = array.offsets.to_numpy().astype(np.int64)
+        values = array.values.to_numpy()[offsets[0] : offsets[-1]]
+        return cls(values, offsets - offsets[0])
+
+    def take(self, rows: np.ndarray) -> Ragged:
+        """Return the given rows, in the given order."""
+        return gather_ranges(self.values, self.offsets[rows], self.offsets[rows + 1])
+
+    def padded(self, fill: int, dtype: type = np.int64) -> np.ndarray:
+        """Return the rows side by side as [rows, longest row, at least 1], `fill` behind each row's end."""
+        lengths = self.lengths
+        width = max(1, int(lengths.max(initial=0)))
+        out = np.full((len(self), width), fill, dtype)
+        out[np.arange(width) < lengths[:, None]] = self.values
+        return out
+
+
+def offsets_of(lengths: np.ndarray) -> np.ndarray:
+    """Return the int64 offsets [rows + 1] of rows with these lengths."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def gather_ranges(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> Ragged:
+    """Return the ranges values[start:end] as rows."""
+    lengths = ends - starts
+    offsets = offsets_of(lengths)
+    index = np.repeat(starts - offsets[:-1], lengths)
+    index += np.arange(offsets[-1])
+    return Ragged(values[index], offsets)
+
+
+Column = np.ndarray | Ragged
+"""One column of rows: fixed width, or ragged."""
+
+
+def concat(columns: Sequence[Column]) -> Column:
+    """Return columns of one kind below each other."""
+    if len(columns) == 1:
+        return columns[0]
+    if isinstance(columns[0], Ragged):
+        values = np.concatenate([column.values for column in columns])
+        return Ragged(values, offsets_of(np.concatenate([column.lengths for column in columns])))
+    return np.concatenate(columns)
+
+
+def take(column: Column, rows: np.ndarray) -> Column:
+    """Return the given rows of a column, in the given order."""
+    return column.take(rows) if isinstance(column, Ragged) else column[rows]
+
+
+def from_arrow(array: pa.Array) -> Column:
+    """Return an Arrow array without nulls as a column; its values are not copied."""
+    nested = pa.types.is_list(array.type) or pa.types.is_large_list(array.type)
+    return Ragged.of_arrow(array) if nested else array.to_numpy()

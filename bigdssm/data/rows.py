@@ -1,0 +1,72 @@
+"""Decoded rows, before they become tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from bigdssm.data import ragged
+from bigdssm.data.mapped import MappedTable
+from bigdssm.data.ragged import Column
+
+
+@dataclass(frozen=True)
+class Rows:
+    """m rows as columns; a history holds the newest items' codes, oldest first."""
+
+    step: int
+    row_ids: np.ndarray  # int64 [m]: the row's number in the split
+    query: dict[str, Column]
+    doc_rows: np.ndarray  # int64 [m]: catalogue rows; -1 where documents are inline
+    relevance: np.ndarray  # float32 [m]
+    query_ids: np.ndarray  # int64 [m]
+    sequence: np.ndarray | None = None  # int64 [m]: the number of the row's sequence
+    end: np.ndarray | None = None  # int32 [m]: the row's history is items[:end] of its sequence
+    doc: dict[str, Column] = field(default_factory=dict)  # inline documents only: the features of each row's document
+    doc_ids: np.ndarray | None = None  # int64 [m], inline documents only
+    sequences: MappedTable | None = field(default=None, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.row_ids)
+
+    def seen_ragged(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the catalogue rows of every event before each row's own: values, offsets (int64 [m + 1]).
+
+        Without sequences nothing is seen.
+        """
+        if self.sequences is None or self.sequence is None or self.end is None:
+            return np.empty(0, np.int64), np.zeros(len(self) + 1, np.int64)
+        begin = np.zeros_like(self.sequence)
+        seen = self.sequences.take_slices("items", self.sequence, begin, self.end.astype(np.int64))
+        return seen.values, seen.offsets
+
+    def seen(self, i: int) -> np.ndarray:
+        """Return the catalogue rows of every event before row i's own, int64, oldest first."""
+        if self.sequences is None or self.sequence is None or self.end is None:
+            return np.empty(0, np.int64)
+        row = np.array([i])
+        return self.sequences.take_slices("items", self.sequence[row], np.zeros(1, np.int64), self.end[row].astype(np.int64))[0]
+
+    @classmethod
+    def concat(cls, parts: Sequence[Rows]) -> Rows:
+        """Return the rows of parts of one step below each other."""
+        if len(parts) == 1:
+            return parts[0]
+
+        def optional(name: str) -> np.ndarray | None:
+            return None if getattr(parts[0], name) is None else np.concatenate([getattr(part, name) for part in parts])
+
+        return cls(
+            step=parts[0].step,
+            query={name: ragged.concat([part.query[name] for part in parts]) for name in parts[0].query},
+            doc={name: ragged.concat([part.doc[name] for part in parts]) for name in parts[0].doc},
+            sequences=parts[0].sequences,
+            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in _REQUIRED},
+            **{name: optional(name) for name in ("sequence", "end", "doc_ids")},
+        )
+
+
+_REQUIRED = ("row_ids", "doc_rows", "relevance", "query_ids")

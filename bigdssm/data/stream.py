@@ -1,0 +1,196 @@
+"""PairStream: this rank's rows of every global step, endlessly, exact to the row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigdssm import distributed
+from bigdssm.data.blocks import Bad
+from bigdssm.data.dataset import Dataset, empty_batch
+from bigdssm.data.lanes import Part
+from bigdssm.data.order import WINDOW_BLOCKS, Order, Tail
+from bigdssm.data.rows import Rows
+from bigdssm.data.workers import open_parts
+from bigdssm.errors import ConfigError, DataError
+from bigdssm.log import get_logger
+
+CHECK_EVERY_STEPS = 16
+STATE_FORMAT = 1
+log = get_logger(__name__)
+
+
+class PairStream:
+    """An endless iterator of Rows: step s holds the rows that lanes k, k + R, … of rank k of R give to step s.
+
+    All ranks make the same number of steps whatever is damaged: bad rows are missing from a rank's Rows, which may be
+    empty. Every CHECK_EVERY_STEPS steps `next` is a collective (see `check`), where world_size is the process group's.
+    """
+
+    def __init__(
+        self, dataset: str | Path | Dataset, *, split: str = "train", rows_global: int, lanes: int, seed: int = 0,
+        rank: int = 0, world_size: int = 1, num_workers: int = 0, start_step: int = 0, tail: Tail = "carry",
+        window_blocks: int = WINDOW_BLOCKS, max_bad_fraction: float = 0.001, quarantine: Path | None = None,
+    ) -> None:  # fmt: skip
+        """Plan the stream; nothing is read before the first `next`.
+
+        `num_workers` processes read (0: this one), each for some of this rank's lanes. `quarantine` is the JSONL file
+        in which this rank names what it leaves out. Raises ConfigError: numbers that do not go together; DataError:
+        a dataset that cannot be opened, or fewer rows than `Order` needs.
+        """
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank={rank} must be at least 0 and below world_size={world_size}")
+        if world_size > lanes:
+            raise ConfigError(f"world_size={world_size} is more than lanes={lanes}; use at least one lane per rank")
+        if num_workers < 0 or start_step < 0:
+            raise ConfigError(f"num_workers={num_workers} and start_step={start_step} must not be negative")
+        self.dataset = dataset if isinstance(dataset, Dataset) else Dataset.open(dataset)
+        self.split, self.rank, self.world_size = split, rank, world_size
+        index = self.dataset.index(split)
+        self.order = Order(
+            index.rows, rows_global=rows_global, lanes=lanes, seed=seed, tail=tail, window_blocks=window_blocks
+        )  # fmt: skip
+        self.step = start_step  # the next one to be handed out
+        self.rows_bad = self.rows_met = 0  # of this rank, since it was opened
+        self._max_bad_fraction, self._quarantine = max_bad_fraction, quarantine
+        self._quarantined: set[tuple[str, int, int | None]] = set()
+        self._failure: DataError | None = None
+        self._opened_at = start_step
+        lanes_owned = list(range(rank, lanes, world_size))
+        workers = min(num_workers, len(lanes_owned))
+        self._shares = np.array_split(np.array(lanes_owned), max(1, workers))  # contiguous: parts stand in lane order
+        self._num_workers = workers
+        self._parts: Iterator[Part] | None = None
+        if self.order.rows_dropped_per_epoch:
+            log.info("each epoch leaves out %d rows that do not fill a step", self.order.rows_dropped_per_epoch)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Return the global steps after which every row (tail="drop": every row but the tail) was given."""
+        return self.order.steps_per_epoch
+
+    def __iter__(self) -> PairStream:
+        """Return the stream itself: it goes on where it is."""
+        return self
+
+    def __next__(self) -> Rows:
+        """Return this rank's rows of the next step. Raises DataError or PeerError as `check` does."""
+        if (self.step - self._opened_at) % CHECK_EVERY_STEPS == 0:
+            self.check()
+        rows = self._next_rows()
+        self.step += 1
+        return rows
+
+    def check(self) -> None:
+        """Stop all ranks together where one cannot read, or too many rows are bad. A collective.
+
+        Call it before a checkpoint is written, too. Rows are too many when they are more than max_bad_fraction of an
+        epoch's, or of the rows met where that is more. Raises DataError; PeerError on ranks that are not to blame.
+        """
+        mine = (self.rows_bad, self.rows_met, self._failure is not None)
+        alone = self.world_size == 1 or self.world_size != distributed.world_size()
+        reports = [mine] if alone else distributed.all_gather_object(mine)
+        if any(failed for _, _, failed in reports):
+            distributed.raise_together(self._failure) if not alone else self._raise_own()
+        bad, met = sum(report[0] for report in reports), sum(report[1] for report in reports)
+        allowed = self._max_bad_fraction * max(met, self.order.num_rows)
+        if bad > allowed:
+            where = f"; they are named in {self._quarantine}" if self._quarantine else ""
+            raise DataError(
+                f"{self.dataset.dir}: {bad} of {met} rows met are bad, more than max_bad_fraction="
+                f"{self._max_bad_fraction} allows ({int(allowed)}){where}; mend the shards or allow more"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """Return where the stream stands and what it depends on; plain JSON types, the same on every rank."""
+        order = self.order
+        return {
+            "format": STATE_FORMAT,
+            "step": self.step,
+            "epoch": self.step // order.steps_per_epoch,
+            "seed": order.seed,
+            "split": self.split,
+            "lanes": order.lanes,
+            "rows_global": order.rows_global,
+            "tail": order.tail,
+            "window_blocks": order.window_blocks,
+            "schema": self.dataset.schema.fingerprint(),
+            "tokenizer": self.dataset.tokenizer_hash,
+            "partitions": {partition.name: partition.identity for partition in self.dataset.partitions},
+        }
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise DataError naming everything in which this stream differs from the one that `state` was taken from."""
+        mine = self.state()
+        differences = []
+        for key in mine:
+            if key in ("step", "epoch") or mine[key] == state.get(key):
+                continue
+            if key == "partitions" and isinstance(state.get(key), dict):
+                differences += _partition_differences(state[key], mine[key])
+            else:
+                differences.append(f"{key} was {state.get(key)!r}, is {mine[key]!r}")
+        if differences:
+            raise DataError(
+                f"{self.dataset.dir}: the stream cannot go on where it was, because {'; '.join(differences)}; "
+                f"restore that, or start a new run"
+            )
+
+    def close(self) -> None:
+        """End the loader processes."""
+        self._parts = None
+
+    def _raise_own(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _next_rows(self) -> Rows:
+        if self._parts is None:
+            self._parts = open_parts(self.dataset, self.split, self.order, self._shares, self._num_workers, self.step)
+        parts: list[Part] = []
+        if self._failure is None:
+            try:
+                parts = [next(self._parts) for _ in self._shares]
+            except DataError as error:
+                self._failure = DataError(f"rank {self.rank} cannot read {self.dataset.dir}: {error}")
+                log.error("%s; all ranks stop at the next check", self._failure)
+        if self._failure is not None:
+            return self._empty_rows()
+        for part in parts:
+            self.rows_met += part.rows_planned
+            for fault in part.bad:
+                self._leave_out(fault)
+        rows = Rows.concat([part.rows for part in parts])
+        if rows.step != self.step:
+            raise AssertionError(f"the loaders gave step {rows.step}, needed is {self.step}")
+        return replace(rows, sequences=self.dataset.sequences)
+
+    def _empty_rows(self) -> Rows:
+        return self.dataset.rows(self.split, self.step, np.empty(0, np.int64), empty_batch(self.dataset.layout))
+
+    def _leave_out(self, fault: Bad) -> None:
+        """Count a bad row or block; name it once in the log and the quarantine file."""
+        self.rows_bad += fault.rows
+        key = (fault.shard, fault.block, fault.row)
+        if key in self._quarantined:
+            return
+        self._quarantined.add(key)
+        row = "" if fault.row is None else f", row {fault.row}"
+        log.warning("left out: %s, block %d%s: %s", fault.shard, fault.block, row, fault.reason)
+        if self._quarantine is not None:
+            self._quarantine.parent.mkdir(parents=True, exist_ok=True)
+            with self._quarantine.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(fault)) + "\n")
+
+
+def _partition_differences(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    gone = [f"partition {name} is gone" for name in before if name not in now]
+    new = [f"partition {name} is new" for name in now if name not in before]
+    changed = [f"partition {name} has changed" for name in now if name in before and before[name] != now[name]]
+    order = [] if gone or new or list(before) == list(now) else [f"partitions were {list(before)}, are {list(now)}"]
+    return gone + new + changed + order

@@ -1,0 +1,60 @@
+"""Loader processes: each assembles some lanes of its rank, so that decoding is shared out and not multiplied."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from bigdssm.data.dataset import Dataset
+from bigdssm.data.lanes import LaneReader, Part
+from bigdssm.data.order import Order
+from bigdssm.errors import BigDSSMError, DataError
+
+
+def open_parts(
+    dataset: Dataset, split: str, order: Order, shares: Sequence[np.ndarray], num_workers: int, start_step: int
+) -> Iterator[Part]:
+    """Yield, step after step, the part of each share of lanes in turn; `num_workers` is 0 or one per share.
+
+    Raises DataError: reading failed for another reason than damaged data, or a loader process died.
+    """
+    if num_workers == 0:
+        yield from LaneReader(dataset, split, order, shares[0].tolist()).parts(start_step)
+        return
+    shared = _Shares(dataset, split, order, [share.tolist() for share in shares], start_step)
+    loader = DataLoader(shared, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, prefetch_factor=4)
+    try:
+        for part in loader:
+            if isinstance(part, str):
+                raise DataError(part)
+            yield part
+    except RuntimeError as error:  # torch's word for a loader process that was killed
+        raise DataError(f"a loader process died: {' '.join(str(error).split())}") from None
+
+
+class _Shares(IterableDataset):  # type: ignore[type-arg]
+    """Gives process i the steps of share i."""
+
+    def __init__(self, dataset: Dataset, split: str, order: Order, shares: list[list[int]], start_step: int) -> None:
+        self._args, self._shares, self._start_step = (dataset, split, order), shares, start_step
+
+    def __iter__(self) -> Iterator[Part | str]:
+        worker = get_worker_info()
+        pa.set_cpu_count(1)
+        try:
+            reader = LaneReader(*self._args, self._shares[worker.id if worker else 0])
+            for part in reader.parts(self._start_step):
+                yield replace(part, rows=replace(part.rows, sequences=None))  # the parent has its own mapping
+        except BigDSSMError as error:
+            yield str(error)
+        except Exception:  # torch would wrap it in a message of its own; the parent wants one sentence
+            yield " ".join(traceback.format_exc().split("\n")[-6:])
+
+
+def _as_it_is(part: Part | str) -> Part | str:
+    return part

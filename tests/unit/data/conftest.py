@@ -1,0 +1,223 @@
+"""Writes tiny datasets by hand, so that what is read is checked against the format and not against our writer."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import xxhash
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from bigdssm.schema import Feature, Schema, hash64
+
+NUM_DOCS = 37
+ITEMS_PER_SEQUENCE = 30
+WORDS = ["[PAD]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(50))]
+
+
+@dataclass
+class Writer:
+    """Makes a dataset folder; fields say what kind, and what to spoil is up to the test."""
+
+    dir: Path
+    rows: int = 1000
+    rows_per_block: int = 64
+    blocks_per_shard: int = 4
+    text: bool = False
+    inline: bool = False
+    interactions: bool = True
+    partitions: list[str] = field(default_factory=list)
+
+    @property
+    def schema(self) -> Schema:
+        doc = {
+            "item": Feature("item", "categorical", "item", vocabulary=tuple(f"i{i}" for i in range(NUM_DOCS))),
+            "tags": Feature("tags", "categorical", "tags", multi=True, vocabulary=("a", "b", "c")),
+            "year": Feature("year", "numeric", "year", mean=1990.0, std=10.0),
+        }
+        query = {"age": Feature("age", "numeric", "age")}
+        if self.text:
+            doc["title"] = Feature("title", "text", "title", max_tokens=8)
+            query["words"] = Feature("words", "text", "words", max_tokens=6)
+        if self.interactions:
+            query["history"] = Feature("history", "history", "history", of="item", max_items=5)
+        return Schema(query, doc)
+
+    def write(self, *names: str) -> Path:
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.schema.save(self.dir)
+        if self.text:
+            self._tokenizer()
+        catalogue = [] if self.inline else [self._catalogue()]
+        for name in names or ("all",):
+            self._partition(name, seed=len(self.partitions))
+            self.partitions.append(name)
+        content = {
+            "format": 1,
+            "name": "tiny",
+            "schema": self.schema.fingerprint(),
+            "documents": "inline" if self.inline else "catalogue",
+            "catalogue": catalogue,
+            "partitions": self.partitions,
+        }
+        (self.dir / "dataset.json").write_text(json.dumps(content))
+        return self.dir
+
+    def _tokenizer(self) -> None:
+        folder = self.dir / "tokenizer"
+        folder.mkdir(exist_ok=True)
+        tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[PAD]"))
+        tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]"}))
+
+    def doc_columns(self, rows: np.ndarray, prefix: str = "") -> dict[str, pa.Array]:
+        columns = {
+            "item": pa.array((rows + 2).astype(np.int32)),
+            "tags": pa.array([[2 + int(r) % 3] * (int(r) % 3) for r in rows], pa.list_(pa.int32())),
+            "year": pa.array((1950 + rows).astype(np.float32)),
+        }
+        if self.text:
+            lists = [[1, *range(3, 3 + int(r) % 5), 2] for r in rows]
+            columns["title"] = pa.array(lists, pa.list_(pa.int32()) if prefix else pa.large_list(pa.int32()))
+        return {prefix + name: column for name, column in columns.items()}
+
+    def _catalogue(self) -> dict[str, object]:
+        rows = np.arange(NUM_DOCS)
+        keys = [f"d{i}" for i in rows]
+        columns = {
+            "doc_key": pa.array(keys),
+            "doc_id": pa.array([hash64(key) for key in keys]),
+            "display": pa.array([f"Document {i}" for i in rows]),
+            **self.doc_columns(rows),
+        }
+        path = self.dir / "catalogue" / "000000.arrow"
+        path.parent.mkdir(exist_ok=True)
+        write_arrow(path, pa.table(columns), rows_per_batch=20)  # two record batches
+        return {"file": "catalogue/000000.arrow", "rows": NUM_DOCS, "checksum": checksum(path)}
+
+    def columns(self, first: int, count: int, seed: int) -> dict[str, pa.Array]:
+        """Return block columns of rows first … first + count, their values functions of the row's number."""
+        row = np.arange(first, first + count)
+        doc = (row * 7 + seed) % NUM_DOCS
+        columns = {"query_id": pa.array(row * 10 + seed), "relevance": pa.array((row % 3 / 2).astype(np.float32))}
+        if self.inline:
+            columns["doc_key"] = pa.array([f"d{i}" for i in doc])
+            columns["doc_id"] = pa.array([hash64(f"d{i}") for i in doc])
+            columns |= self.doc_columns(doc, "doc.")
+        else:
+            columns["doc"] = pa.array(doc)
+        if self.interactions:
+            columns["sequence"] = pa.array(row % 11)
+            columns["end"] = pa.array((row % (ITEMS_PER_SEQUENCE + 1)).astype(np.int32))
+        else:
+            columns["age"] = pa.array((row % 80).astype(np.float32))
+        if self.text:
+            columns["words"] = pa.array([[1, *range(3, 3 + int(r) % 4), 2] for r in row], pa.list_(pa.int32()))
+        return columns
+
+    def _partition(self, name: str, seed: int) -> None:
+        folder = self.dir / "partitions" / name
+        folder.mkdir(parents=True)
+        splits = {split: self._split(folder, split, rows, seed) for split, rows in (("train", self.rows), ("test", 100))}
+        if self.interactions:
+            items = [[(s + i + seed) % NUM_DOCS for i in range(ITEMS_PER_SEQUENCE)] for s in range(11)]
+            sequences = {
+                "query_key": pa.array([f"u{s}" for s in range(11)]),
+                "query_id": pa.array([hash64(f"u{s}") for s in range(11)]),
+                "items": pa.array(items, pa.large_list(pa.int64())),
+                "age": pa.array(np.arange(11, dtype=np.float32) + 100 * seed),
+            }
+            write_arrow(folder / "sequences.arrow", pa.table(sequences))
+        if not self.inline:
+            np.save(folder / "counts.npy", np.full(NUM_DOCS, 1 + seed))
+        content = {"name": name, "splits": splits, "num_docs": NUM_DOCS, "fingerprint": f"{name}-{seed}"}
+        (folder / "partition.json").write_text(json.dumps(content))
+
+    def _split(self, folder: Path, split: str, rows: int, seed: int) -> dict[str, object]:
+        entries, shards = [], []
+        per_shard = self.rows_per_block * self.blocks_per_shard
+        for number, start in enumerate(range(0, rows, per_shard)):
+            name = f"{split}-{number:06d}.tar"
+            shards.append(name)
+            with tarfile.open(folder / name, "w", format=tarfile.USTAR_FORMAT) as tar:
+                for first in range(start, min(start + per_shard, rows), self.rows_per_block):
+                    count = min(self.rows_per_block, rows - first)
+                    content = block_bytes(self.columns(first, count, seed))
+                    member = tarfile.TarInfo(f"{first // self.rows_per_block:08d}.arrow")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+                    data = tar.offset - -(-len(content) // 512) * 512
+                    entries.append((name, data, len(content), count, xxhash.xxh3_64_intdigest(content)))
+        path = folder / f"{split}.index.arrow"
+        write_index(path, entries)
+        return {"rows": rows, "blocks": len(entries), "shards": shards, "index_checksum": checksum(path)}
+
+
+def write_index(path: Path, entries: list[tuple[str, int, int, int, int]]) -> None:
+    shard, offset, size, rows, checksums = (list(column) for column in zip(*entries, strict=True))
+    columns = {
+        "shard": pa.array(shard).dictionary_encode(),
+        "offset": pa.array(offset, pa.int64()),
+        "size": pa.array(size, pa.int64()),
+        "rows": pa.array(rows, pa.int32()),
+        "checksum": pa.array(checksums, pa.uint64()),
+    }
+    write_arrow(path, pa.table(columns))
+
+
+def write_arrow(path: Path, table: pa.Table, rows_per_batch: int | None = None) -> None:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=rows_per_batch)
+
+
+def block_bytes(columns: dict[str, pa.Array], compression: str | None = "zstd") -> bytes:
+    batch = pa.RecordBatch.from_pydict(columns)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def checksum(path: Path) -> str:
+    return xxhash.xxh3_64_hexdigest(path.read_bytes())
+
+
+class Tools:
+    """What tests need beside the Writer (this file cannot be imported by name)."""
+
+    NUM_DOCS = NUM_DOCS
+    Writer = Writer
+    write_arrow = staticmethod(write_arrow)
+    write_index = staticmethod(write_index)
+    block_bytes = staticmethod(block_bytes)
+    checksum = staticmethod(checksum)
+
+
+@pytest.fixture
+def tools() -> type[Tools]:
+    return Tools
+
+
+@pytest.fixture(scope="session")
+def interactions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1,000 train rows in 16 blocks, histories in sequences.arrow."""
+    return Writer(tmp_path_factory.mktemp("interactions") / "data").write()
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text pairs with a catalogue."""
+    return Writer(tmp_path_factory.mktemp("texts") / "data", text=True, interactions=False).write()
+
+
+@pytest.fixture(scope="session")
+def inline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text pairs with their documents beside them."""
+    return Writer(tmp_path_factory.mktemp("inline") / "data", text=True, interactions=False, inline=True).write()
