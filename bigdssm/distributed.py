@@ -7,6 +7,7 @@ the business of the callers (losses/ has autograd functions around these).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,10 @@ from bigdssm.errors import BigDSSMError, PeerError
 
 T = TypeVar("T")
 Group = dist.ProcessGroup
+
+# torch 2.13 renamed reduce_scatter_tensor; gloo has it since the same release
+_GLOO_REDUCE_SCATTER = hasattr(dist, "reduce_scatter_single")
+_reduce_scatter = dist.reduce_scatter_single if _GLOO_REDUCE_SCATTER else dist.reduce_scatter_tensor
 
 
 def is_distributed() -> bool:
@@ -48,7 +53,9 @@ def barrier() -> None:
 def all_reduce(tensor: Tensor, op: str = "sum", group: Group | None = None) -> Tensor:
     """Reduce `tensor` in place over the ranks (`sum`, `max` or `min`) and return it."""
     if world_size(group) > 1:
-        dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op], group)
+        dist.all_reduce(
+            tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op], group
+        )
     return tensor
 
 
@@ -77,12 +84,12 @@ def any_rank(flag: bool) -> bool:
     return bool(all_reduce(torch.tensor([int(flag)]), "max").item())
 
 
-def raise_together(error: BigDSSMError | None) -> None:
+def raise_together(error: BigDSSMError | None, group: Group | None = None) -> None:
     """Raise on every rank where any rank brings an error: the own one, or a PeerError that quotes the other's.
 
     A collective: every rank must call it, with None where all is well, so that no rank waits for one that stopped.
     """
-    messages = all_gather_object(None if error is None else str(error))
+    messages = all_gather_object(None if error is None else str(error), group)
     if error is not None:
         raise error
     for other, message in enumerate(messages):
@@ -100,3 +107,52 @@ def all_gather_rows(rows: Tensor, counts: Sequence[int], group: Group | None = N
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded, group=group)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+@dataclass
+class PaddedRows:
+    """The rows of all ranks in one buffer [world_size · longest, …]; rank k's rows start at k · longest.
+
+    `wait` must be called before any rows but the own ones are read: the gather may still be under way.
+    """
+
+    buffer: Tensor
+    longest: int
+    work: Any = None
+
+    def wait(self) -> Tensor:
+        """Wait for the gather to end and return the buffer."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+        return self.buffer
+
+
+def all_gather_padded(rows: Tensor, longest: int, group: Group | None = None, async_op: bool = False) -> PaddedRows:
+    """Gather the rows [n_k ≤ longest, …] of all ranks in one collective, without a copy per rank; padding rows are zero.
+
+    With `async_op` the collective runs in the background; the own rows stand in the buffer at once.
+    """
+    if world_size(group) == 1:
+        return PaddedRows(rows, longest)
+    buffer = rows.new_zeros((world_size(group) * longest, *rows.shape[1:]))
+    own = buffer.narrow(0, rank(group) * longest, longest)
+    own[: rows.shape[0]] = rows
+    parts = list(buffer.view(world_size(group), longest, *rows.shape[1:]).unbind(0))
+    work = dist.all_gather(parts, own.clone(), group=group, async_op=async_op)
+    return PaddedRows(buffer, longest, work)
+
+
+def reduce_scatter_rows(buffer: Tensor, group: Group | None = None) -> Tensor:
+    """Sum a buffer [world_size · longest, …] over the ranks and return this rank's part [longest, …].
+
+    Falls back to an all-reduce (twice the traffic) where the backend has no reduce-scatter.
+    """
+    if world_size(group) == 1:
+        return buffer
+    longest = buffer.shape[0] // world_size(group)
+    if dist.get_backend(group) == "gloo" and not _GLOO_REDUCE_SCATTER:
+        return all_reduce(buffer, "sum", group).narrow(0, rank(group) * longest, longest)
+    own = buffer.new_empty((longest, *buffer.shape[1:]))
+    _reduce_scatter(own, buffer, group=group)
+    return own

@@ -1,0 +1,157 @@
+"""The losses written down directly: dense matrices on the concatenated batch, float64, autograd, sets for the masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DOUBLE = torch.float64
+
+
+@dataclass
+class Shard:
+    """One rank's input to a loss, as plain tensors; None as in the losses' arguments."""
+
+    U: Tensor
+    W: Tensor
+    positive: Tensor
+    beta: Tensor | None = None
+    neg_bias: Tensor | None = None
+    weight: Tensor | None = None
+    query_ids: Tensor | None = None
+    doc_ids: Tensor | None = None
+    known: Tensor | None = None
+    negatives: Tensor | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the optional arguments that are given."""
+        names = ("beta", "neg_bias", "weight", "query_ids", "doc_ids", "known", "negatives")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+@dataclass
+class Dense:
+    """The concatenated batch: scores and who is dropped."""
+
+    S: Tensor  # [M, N]
+    positive: Tensor  # [M]
+    weight: Tensor
+    in_X: Tensor  # [M, N] bool
+    neg_bias: Tensor
+    leaves: list[Tensor | None]  # U, W, alpha, beta
+
+
+def dense(shards: list[Shard], alpha: float, scalar_beta: float | None = None) -> Dense:
+    """Concatenate the shards and find the drop set by comparing sets of ids."""
+    U = torch.cat([s.U for s in shards]).to(DOUBLE).requires_grad_()
+    W = torch.cat([s.W for s in shards]).to(DOUBLE).requires_grad_()
+    a = torch.tensor([alpha], dtype=DOUBLE, requires_grad=True)
+    beta = None
+    if scalar_beta is not None:
+        beta = torch.tensor([scalar_beta], dtype=DOUBLE, requires_grad=True)
+    elif shards[0].beta is not None:
+        beta = torch.cat([s.beta for s in shards if s.beta is not None]).to(DOUBLE).requires_grad_()
+    M, N = U.shape[0], W.shape[0]
+    starts = [sum(s.W.shape[0] for s in shards[:k]) for k in range(len(shards))]
+    positive = torch.cat([s.positive + start for s, start in zip(shards, starts, strict=True)])
+    weight = _join([s.weight for s in shards], M, 1.0)
+    queries = _ids([s.query_ids for s in shards], M)
+    docs = _ids([s.doc_ids for s in shards], N)
+    pairs = {(queries[i], docs[int(positive[i])]) for i in range(M) if weight[i] > 0}
+    for shard in shards:
+        if shard.known is not None:
+            pairs |= {(int(q), int(d)) for q, d in shard.known.tolist()}
+    in_X = torch.tensor([[(q, d) in pairs for d in docs] for q in queries], dtype=torch.bool).view(M, N)
+    S = a * (U @ W.T) + (0 if beta is None else beta)
+    return Dense(S, positive, weight, in_X, _join([s.neg_bias for s in shards], N, 0.0), [U, W, a, beta])
+
+
+def fps(shards: list[Shard], alpha: float, direction: str) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the loss and the gradients of U, W, alpha, beta."""
+    x = dense(shards, alpha)
+    if x.weight.sum() == 0:
+        return torch.zeros((), dtype=DOUBLE), [None if t is None else torch.zeros_like(t) for t in x.leaves]
+    losses = []
+    for i in range(len(x.positive)):
+        if x.weight[i] == 0:
+            continue
+        p = int(x.positive[i])
+        row = [x.S[i, p]] + [x.S[i, j] + x.neg_bias[j] for j in range(x.S.shape[1]) if j != p and not x.in_X[i, j]]
+        column = [x.S[i, p]] + [x.S[other, p] for other in range(x.S.shape[0]) if not x.in_X[other, p]]
+        terms = {"q2d": torch.logsumexp(torch.stack(row), 0), "d2q": torch.logsumexp(torch.stack(column), 0)}
+        terms["both"] = (terms["q2d"] + terms["d2q"]) / 2
+        losses.append(x.weight[i] * (terms[direction] - x.S[i, p]))
+    return _gradients(torch.stack(losses).sum() / x.weight.sum(), x.leaves)
+
+
+def _gradients(loss: Tensor, leaves: list[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
+    given = [t for t in leaves if t is not None]
+    found = iter(torch.autograd.grad(loss, given, allow_unused=True))
+    results = []
+    for leaf in leaves:
+        grad = None if leaf is None else next(found)
+        results.append(None if leaf is None else torch.zeros_like(leaf) if grad is None else grad)
+    return loss.detach(), results
+
+
+def _join(parts: list[Tensor | None], total: int, default: float) -> Tensor:
+    if all(part is None for part in parts):
+        return torch.full((total,), default, dtype=DOUBLE)
+    return torch.cat([part.to(DOUBLE) for part in parts if part is not None])
+
+
+def _ids(parts: list[Tensor | None], total: int) -> list[int]:
+    given = [part for part in parts if part is not None]
+    return torch.cat(given).tolist() if given else list(range(total))
+
+
+def make_shards(
+    generator: torch.Generator,
+    sizes: list[tuple[int, int]],
+    D: int,
+    *,
+    norm: float = 1.0,
+    num_queries: int | None = None,
+    num_docs: int | None = None,
+    options: frozenset[str] = frozenset(),
+    dtype: torch.dtype = DOUBLE,
+) -> list[Shard]:
+    """Draw a batch: `sizes` are (m, n) per rank; `options` name what is given beside the vectors.
+
+    Columns with the same document id get the same vector, as encoding the same document twice would.
+    """
+    total_docs = num_docs or 10**6
+    table = torch.randn(total_docs if num_docs else 1, D, generator=generator, dtype=DOUBLE)
+    shards = []
+    for m, n in sizes:
+        m = m if n else 0
+        docs = torch.randint(total_docs, (n,), generator=generator)
+        W = table[docs] if num_docs else torch.randn(n, D, generator=generator, dtype=DOUBLE)
+        U = torch.randn(m, D, generator=generator, dtype=DOUBLE)
+        U, W = (norm * x / x.norm(dim=1, keepdim=True).clamp(min=1e-9) for x in (U, W))
+        shared = "shared" in options or n < m
+        positive = torch.randint(n, (m,), generator=generator) if shared and n else torch.arange(m)
+        shard = Shard(U.to(dtype), W.to(dtype), positive)
+        if "beta" in options:
+            shard = replace(shard, beta=torch.randn(n, generator=generator, dtype=DOUBLE).to(dtype))
+        if "neg_bias" in options:
+            shard = replace(shard, neg_bias=torch.randn(n, generator=generator, dtype=DOUBLE))
+        if "weight" in options:
+            weight = torch.rand(m, generator=generator, dtype=DOUBLE) * 3
+            shard = replace(shard, weight=torch.where(torch.rand(m, generator=generator) < 0.3, 0.0, weight))
+        if "query_ids" in options:
+            ids = torch.randint(num_queries or 10**6, (m,), generator=generator) - 2**62
+            shard = replace(shard, query_ids=ids)
+        if "doc_ids" in options:
+            shard = replace(shard, doc_ids=docs + 2**61)
+        if "known" in options and {"query_ids", "doc_ids"} <= options:
+            known = torch.stack([
+                torch.randint(num_queries or 10**6, (3,), generator=generator) - 2**62,
+                torch.randint(total_docs, (3,), generator=generator) + 2**61,
+            ], 1)  # fmt: skip
+            shard = replace(shard, known=known)
+        shards.append(shard)
+    return shards
