@@ -81,7 +81,7 @@ setup_env() {
     # A .venv that does not run, or that was moved here, is made anew; any other is brought up to date in place.
     if [ "$(cat "$venv/.bigdssm-place" 2>/dev/null)" != "$PWD" ] || ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
         say "environment: making .venv with $PYTHON ($("$PYTHON" --version 2>&1))"
-        mkdir -p "$venv" 2>/dev/null || die "cannot write to $PWD; clone the repository to a folder of your own"
+        mkdir -p "$venv" 2>/dev/null || die "cannot make $PWD/.venv; clone the repository into a folder that you can write to"
         "$PYTHON" -m venv --clear "$venv" >"${TMPDIR:-/tmp}/bigdssm-venv.$$" 2>&1 || {
             tail -n 3 "${TMPDIR:-/tmp}/bigdssm-venv.$$" >&2
             rm -f "${TMPDIR:-/tmp}/bigdssm-venv.$$"

