@@ -74,7 +74,7 @@ def _pairs_of_block(seen: Seen | None, target: Tensor, first: int, size: int = 5
 def _count_above(
     scores: Tensor, column: int, target_score: Tensor, tolerance: Tensor, rows: Tensor, columns: Tensor
 ) -> Tensor:
-    """Return float64 [m]: the documents of this tile that score higher, ties as halves; (rows, columns) do not count."""
+    """Return float64 [m]: the documents of this tile that score higher, ties as halves, without (rows, columns)."""
     width = scores.shape[1]
     inside = (columns >= column) & (columns < column + width)
     scores = scores.index_put((rows[inside], columns[inside] - column), scores.new_tensor(float("-inf")))

@@ -15,7 +15,7 @@ from bigdssm.data import Dataset, Rows
 from bigdssm.errors import DivergedError
 from bigdssm.evaluation.metrics import mean_metrics
 from bigdssm.evaluation.ranks import Seen, ranks_of_scores, ranks_of_vectors
-from bigdssm.retrieval.embed import Encoders, encode_catalogue, in_step
+from bigdssm.retrieval.embed import Encoders, Progress, Share, encode_catalogue, encode_queries, no_progress
 
 SCORES_PER_CHUNK = 16_777_216  # of a scorer without vectors, 128 MiB of float64
 
@@ -24,7 +24,7 @@ SCORES_PER_CHUNK = 16_777_216  # of a scorer without vectors, 128 MiB of float64
 class Evaluation:
     """The rank of every row's document, and what follows from it."""
 
-    ranks: np.ndarray  # float64 [rows of the split], in dataset order; NaN where relevance is 0
+    ranks: np.ndarray  # float64 [rows of the split], in dataset order; NaN where relevance is 0 or the row is bad
     metrics: dict[str, float]
     seconds: float
 
@@ -39,6 +39,7 @@ def evaluate_split(
     rows_per_chunk: int = 1024,
     filter_seen: bool = True,
     ks: Sequence[int] = (10,),
+    progress: Progress = no_progress,
 ) -> Evaluation:
     """Return the Evaluation of a two-tower model on `split`, the same on every rank.
 
@@ -46,22 +47,19 @@ def evaluate_split(
     on every rank where a vector is not finite: comparisons with NaN would rank every target first.
     """
     started = time.perf_counter()
-    shares = {"rank": rank, "world_size": world_size}
-    documents = encode_catalogue(encoders, dataset.catalogue.num_docs, rows_per_chunk=rows_per_chunk, **shares)
+    share = Share(rank, world_size, rows_per_chunk, progress)
+    documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
     finite = bool(documents.isfinite().all())
-    ranks: list[Tensor] = []
-    chunks = in_step(dataset.iterate(split, rows_per_chunk, **shares), lambda: next(dataset.iterate(split, 1)))
-    for rows, mine in chunks:
-        queries = encoders.queries(rows)
-        if mine:
-            finite = finite and bool(queries.isfinite().all())
-            target = torch.as_tensor(rows.doc_rows, device=documents.device)
-            seen = _seen(rows, documents.device) if filter_seen else None
-            ranks.append(_of_relevant(ranks_of_vectors(queries, documents, target, seen), rows))
-    distributed.raise_together(
-        None if finite else DivergedError(f"the model's vectors of split {split} hold NaN or inf")
-    )
-    return _gathered(ranks, documents.device, ks, started)
+    first, last = share.of(dataset.num_rows(split))
+    ranks = np.full(last - first, np.nan)
+    for rows, queries in encode_queries(encoders, dataset, split, share):
+        finite = finite and bool(queries.isfinite().all())
+        target = torch.as_tensor(rows.doc_rows, device=documents.device)
+        seen = _seen(rows, documents.device) if filter_seen else None
+        ranks[rows.row_ids - first] = _of_relevant(ranks_of_vectors(queries, documents, target, seen), rows)
+    distributed.raise_together(None if finite else DivergedError(f"vectors of split {split} hold NaN or inf"))
+    everything = np.concatenate(distributed.all_gather_object(ranks))
+    return Evaluation(everything, mean_metrics(everything, ks), time.perf_counter() - started)
 
 
 def evaluate_scores(
@@ -75,25 +73,17 @@ def evaluate_scores(
     """Return the Evaluation of any function from Rows of m queries to scores [m, N] over the catalogue, on one rank."""
     started = time.perf_counter()
     rows_per_chunk = max(1, min(1024, SCORES_PER_CHUNK // dataset.catalogue.num_docs))
-    ranks = []
+    ranks = np.full(dataset.num_rows(split), np.nan)
     for rows in dataset.iterate(split, rows_per_chunk):
         seen = _seen(rows, "cpu") if filter_seen else None
         rank = ranks_of_scores(torch.as_tensor(scores(rows)), torch.as_tensor(rows.doc_rows), seen)
-        ranks.append(_of_relevant(rank, rows))
-    return _gathered(ranks, "cpu", ks, started)
+        ranks[rows.row_ids] = _of_relevant(rank, rows)
+    return Evaluation(ranks, mean_metrics(ranks, ks), time.perf_counter() - started)
 
 
 def _seen(rows: Rows, device: torch.device | str) -> Seen:
-    values, offsets = rows.seen_ragged()
-    return Seen(*(torch.as_tensor(part, dtype=torch.int64, device=device) for part in (values, offsets)))
+    return Seen(*(torch.as_tensor(part, dtype=torch.int64, device=device) for part in rows.seen_ragged()))
 
 
-def _of_relevant(ranks: Tensor, rows: Rows) -> Tensor:
-    irrelevant = torch.as_tensor(rows.relevance <= 0, device=ranks.device)
-    return ranks.masked_fill(irrelevant, float("nan"))
-
-
-def _gathered(ranks: list[Tensor], device: torch.device | str, ks: Sequence[int], started: float) -> Evaluation:
-    share = torch.cat(ranks) if ranks else torch.zeros(0, dtype=torch.float64, device=device)
-    everything = distributed.all_gather_rows(share, distributed.all_gather_object(len(share))).cpu().numpy()
-    return Evaluation(everything, mean_metrics(everything, ks), time.perf_counter() - started)
+def _of_relevant(ranks: Tensor, rows: Rows) -> np.ndarray:
+    return np.where(rows.relevance > 0, ranks.cpu().numpy(), np.nan)

@@ -19,7 +19,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel
 
 from bigdssm.config import Config, ModelConfig, TowerConfig, load_config
 from bigdssm.data import Dataset
@@ -39,7 +39,7 @@ class ModelFolder:
     model: DualEncoder  # in evaluation mode, on the CPU
     config: Config
     schema: Schema
-    tokenizer: PreTrainedTokenizerFast | None
+    tokenizer_dir: Path | None
     provenance: dict[str, Any]
     checksum: str  # of the weights: names the model in indexes and reports
 
@@ -77,7 +77,8 @@ def save_model_folder(
     if tokenizer_dir is not None:
         shutil.copytree(tokenizer_dir, aside / TOKENIZER_DIR)
     for key, encoder in model.text.items():
-        encoder.bert.config.save_pretrained(aside / TEXT_DIR / key)
+        bert: Any = encoder.bert
+        bert.config.save_pretrained(aside / TEXT_DIR / key)
     weights = model.state_dict() if state is None else state
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -107,11 +108,11 @@ def load_model_folder(folder: Path) -> ModelFolder:
         config, schema = load_config(folder / CONFIG_FILE), Schema.load(folder)
         model = _empty_model(config.model, schema, folder / TEXT_DIR)
         model.load_state_dict(load_file(folder / WEIGHTS_FILE))
-        tokenizer = _load_tokenizer(folder / TOKENIZER_DIR)
     except (RuntimeError, SafetensorError, OSError, BigDSSMError) as error:
         raise CheckpointError(f"the model folder {folder} does not load: {' '.join(str(error).split())}") from None
     model.eval()
-    return ModelFolder(model, config, schema, tokenizer, meta["provenance"], meta["weights_checksum"])
+    tokenizer_dir = folder / TOKENIZER_DIR if (folder / TOKENIZER_DIR).is_dir() else None
+    return ModelFolder(model, config, schema, tokenizer_dir, meta["provenance"], meta["weights_checksum"])
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -155,8 +156,8 @@ def _empty_model(config: ModelConfig, schema: Schema, text_dir: Path) -> DualEnc
             return tower
         return replace(tower, text=replace(tower.text, init=None, layers=1, heads=1, hidden=text.hidden_size))
 
-    sides = {side: with_widths(side, getattr(config, side)) for side in ("query", "doc")}
-    model = DualEncoder(replace(config, **sides), schema, vocab_size=1)
+    query, doc = with_widths("query", config.query), with_widths("doc", config.doc)
+    model = DualEncoder(replace(config, query=query, doc=doc), schema, vocab_size=1)
     for key, text in texts.items():
         encoder: Any = model.text[key]
         encoder.bert = AutoModel.from_config(text)
@@ -164,13 +165,6 @@ def _empty_model(config: ModelConfig, schema: Schema, text_dir: Path) -> DualEnc
         encoder.pad_token_id = text.pad_token_id
     model.config = config
     return model
-
-
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
-    if not folder.is_dir():
-        return None
-    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    return tokenizer
 
 
 def _checksums(folder: Path) -> dict[str, str]:

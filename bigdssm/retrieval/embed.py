@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -18,6 +19,13 @@ from bigdssm.data import Collator, Dataset, Rows
 from bigdssm.data.batch import Features
 from bigdssm.models import Encoded
 
+Progress = Callable[[str, int, int], None]
+"""Called as progress(what is being done, rows done, rows in all)."""
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """Show nothing."""
+
 
 @dataclass(frozen=True)
 class Encoders:
@@ -25,6 +33,29 @@ class Encoders:
 
     queries: Callable[[Rows], Tensor]  # Rows of m queries -> [m, D+1]
     documents: Callable[[np.ndarray], Tensor]  # int64 [n] catalogue rows -> [n, D+1]
+
+
+@dataclass(frozen=True)
+class Share:
+    """This rank's part of the work, and the piece of it that is encoded at once."""
+
+    rank: int = 0
+    world_size: int = 1
+    rows_per_chunk: int = 1024
+    progress: Progress = no_progress
+
+    def bounds(self, num_rows: int) -> list[tuple[int, int]]:
+        """Return every rank's [first, last) of so many rows, the shares that `Dataset.iterate` gives."""
+        edges = [num_rows * k // self.world_size for k in range(self.world_size + 1)]
+        return list(pairwise(edges))
+
+    def of(self, num_rows: int) -> tuple[int, int]:
+        """Return this rank's [first, last) of so many rows."""
+        return self.bounds(num_rows)[self.rank]
+
+    def num_chunks(self, num_rows: int) -> int:
+        """Return the chunks of the rank that has most rows."""
+        return -(-max(last - first for first, last in self.bounds(num_rows)) // self.rows_per_chunk)
 
 
 def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | str = "cpu") -> Encoders:
@@ -65,32 +96,41 @@ def to_device(features: Features, device: torch.device | str) -> Features:
     return {name: values.to(device) for name, values in features.items()}
 
 
-def encode_catalogue(
-    encoders: Encoders, num_docs: int, *, rank: int = 0, world_size: int = 1, rows_per_chunk: int = 1024
-) -> Tensor:
-    """Return the index vectors [N, D+1] of the whole catalogue on every rank, each having encoded one share."""
-    bounds = [num_docs * k // world_size for k in range(world_size + 1)]
-    counts = [last - first for first, last in zip(bounds, bounds[1:], strict=False)]
-    num_chunks = max(1, -(-max(counts) // rows_per_chunk))
+def encode_catalogue(encoders: Encoders, num_docs: int, share: Share | None = None) -> Tensor:
+    """Return the index vectors [N, D+1] of the whole catalogue on every rank, each having encoded its share."""
+    share = share or Share()
+    begin, end = share.of(num_docs)
     parts = []
-    for chunk in range(num_chunks):
-        first = bounds[rank] + chunk * rows_per_chunk
-        rows = np.arange(first, min(first + rows_per_chunk, bounds[rank + 1]))
+    for chunk in range(share.num_chunks(num_docs)):
+        first = begin + chunk * share.rows_per_chunk
+        rows = np.arange(first, min(first + share.rows_per_chunk, end))
         # A rank that has run out encodes a document for nothing: a sharded model's forward is a collective.
         vectors = encoders.documents(rows if len(rows) else np.zeros(1, np.int64))
         parts.append(vectors[: len(rows)])
-    return distributed.all_gather_rows(torch.cat(parts), counts)
+        share.progress("documents encoded", min(first + share.rows_per_chunk, end) - begin, end - begin)
+    bounds = share.bounds(num_docs)
+    return distributed.all_gather_rows(torch.cat(parts), [last - first for first, last in bounds])
 
 
-def in_step(chunks: Iterator[Rows], dummy: Callable[[], Rows]) -> Iterator[tuple[Rows, bool]]:
-    """Yield this rank's `chunks` with True, then `dummy()` with False until every rank has run out of its own.
+def encode_queries(
+    encoders: Encoders, dataset: Dataset, split: str, share: Share | None = None
+) -> Iterator[tuple[Rows, Tensor]]:
+    """Yield this rank's share of the split as (Rows of m queries, their index vectors [m, D+1]).
 
-    A collective: every rank must run it to the end.
+    Every rank calls the encoder equally often, as a sharded model needs; run it to the end.
     """
-    rows = next(chunks, None)
-    while distributed.any_rank(rows is not None):
-        yield (rows, True) if rows is not None else (dummy(), False)
+    share = share or Share()
+    chunks = dataset.iterate(split, share.rows_per_chunk, share.rank, share.world_size)
+    num_rows = dataset.num_rows(split)
+    begin, end = share.of(num_rows)
+    for chunk in range(share.num_chunks(num_rows)):
         rows = next(chunks, None)
+        if rows is not None and len(rows):
+            yield rows, encoders.queries(rows)
+        else:
+            encoders.queries(next(some for some in dataset.iterate(split, share.rows_per_chunk) if len(some)))
+        done = min((chunk + 1) * share.rows_per_chunk, end - begin)
+        share.progress("queries encoded", done, end - begin)
 
 
 def _encode(model: nn.Module, **sides: Features) -> Encoded:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -22,7 +21,7 @@ from numpy.lib.format import open_memmap
 
 from bigdssm.data import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
-from bigdssm.retrieval.embed import Encoders
+from bigdssm.retrieval.embed import Encoders, Progress, no_progress
 
 IndexType = Literal["flat", "hnsw", "ivf"]
 FORMAT = 1
@@ -70,8 +69,8 @@ class Index:
         scores, rows = self.index.search(np.ascontiguousarray(queries, np.float32), wanted)
         out = np.isin(rows, excluded) | (rows < 0)
         order = np.argsort(out, axis=1, kind="stable")[:, :top]
-        scores, rows, out = (np.take_along_axis(part, order, axis=1) for part in (scores, rows, out))
-        scores, rows = np.where(out, np.float32(-np.inf), scores), np.where(out, -1, rows)
+        scores = np.where(out, np.float32(-np.inf), scores)
+        scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(np.where(out, -1, rows), order, 1)
         pad = ((0, 0), (0, top - rows.shape[1]))
         return np.pad(scores, pad, constant_values=-np.inf), np.pad(rows, pad, constant_values=-1)
 
@@ -83,23 +82,24 @@ def write_vectors(
     model_checksum: str,
     *,
     rows_per_chunk: int = 1024,
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    progress: Progress = no_progress,
 ) -> VectorsMeta:
     """Encode the whole catalogue into a vectors folder, chunk by chunk, and return its meta.
 
-    `progress` is handed the first row of every chunk. Raises ConfigError where `folder` holds something else, DataError
+    Raises ConfigError where `folder` holds something else, DataError
     where a vector is not finite.
     """
     aside = _begin(folder)
     num_docs = dataset.catalogue.num_docs
-    vectors: np.ndarray | None = None
-    for first in progress(range(0, num_docs, rows_per_chunk)):
+    vectors: np.memmap | None = None
+    for first in range(0, num_docs, rows_per_chunk):
         chunk = encoders.documents(np.arange(first, min(first + rows_per_chunk, num_docs))).cpu()
         if not bool(torch.isfinite(chunk).all()):
             raise DataError(f"the vectors of catalogue rows {first} and on hold NaN or inf; nothing was written")
         if vectors is None:
             vectors = open_memmap(aside / VECTORS_FILE, "w+", np.float32, (num_docs, chunk.shape[1]))
         vectors[first : first + len(chunk)] = chunk.numpy()
+        progress("documents encoded", first + len(chunk), num_docs)
     if vectors is None:
         raise DataError(f"the catalogue of {dataset.dir} is empty")
     vectors.flush()

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.data import Dataset, Rows
+from bigdssm.data.order import derive_key, mix64
 from bigdssm.errors import DivergedError
-from bigdssm.retrieval.embed import Encoders, encode_catalogue, in_step
+from bigdssm.retrieval.embed import Encoders, Progress, Share, encode_catalogue, encode_queries, no_progress
 
 TILE_DOCS = 16_384
-_UINT = np.uint64
 
 
 @dataclass(frozen=True)
@@ -66,28 +66,28 @@ def mine(
     rank: int = 0,
     world_size: int = 1,
     rows_per_chunk: int = 1024,
+    progress: Progress = no_progress,
 ) -> np.ndarray:
     """Return int32 [rows of this rank's share, last − first]: catalogue rows at ranks [first, last) of each ranking.
 
     The share is that of `dataset.iterate(split, …, rank, world_size)`, so the shares of all ranks one after another
     are the split. Known positives (all of the query's train documents, the row's own history, and its target) are
-    taken out before ranks are counted; -1 stands where the catalogue ends. A collective over the ranks. Raises
+    taken out before ranks are counted; -1 stands where the catalogue ends, and
+    in rows that were left out as bad. A collective over the ranks. Raises
     DivergedError where a vector is not finite.
     """
-    shares = {"rank": rank, "world_size": world_size}
-    documents = encode_catalogue(encoders, dataset.catalogue.num_docs, rows_per_chunk=rows_per_chunk, **shares)
+    share = Share(rank, world_size, rows_per_chunk, progress)
+    documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
     known = KnownPositives.of(dataset, split)
     finite = bool(documents.isfinite().all())
-    windows = [np.zeros((0, last - first), np.int32)]
-    chunks = in_step(dataset.iterate(split, rows_per_chunk, **shares), lambda: next(dataset.iterate(split, 1)))
-    for rows, own in chunks:
-        queries = encoders.queries(rows)
-        if own:
-            finite = finite and bool(queries.isfinite().all())
-            excluded = _excluded(rows, known, documents.device)
-            windows.append(top_documents(queries, documents, last, *excluded)[:, first:].cpu().numpy().astype(np.int32))
+    begin, end = share.of(dataset.num_rows(split))
+    windows = np.full((end - begin, last - first), -1, np.int32)
+    for rows, queries in encode_queries(encoders, dataset, split, share):
+        finite = finite and bool(queries.isfinite().all())
+        best = top_documents(queries, documents, last, *_excluded(rows, known, documents.device))
+        windows[rows.row_ids - begin] = best[:, first:].cpu().numpy()
     distributed.raise_together(None if finite else DivergedError("the model's vectors hold NaN or inf; nothing mined"))
-    return np.concatenate(windows)
+    return windows
 
 
 def mine_to_file(
@@ -101,29 +101,24 @@ def mine_to_file(
     rank: int = 0,
     world_size: int = 1,
     rows_per_chunk: int = 1024,
+    progress: Progress = no_progress,
 ) -> np.ndarray:
     """Return int32 [rows of the split, last − first], indexed by row id and mapped from the .npy file `path`.
 
     Every rank writes its share, so `path` must be on storage that all ranks see, as a run's folder is; the file
     appears under its name when it is whole. A collective; see `mine`.
     """
-    share = mine(
-        encoders,
-        dataset,
-        split,
-        first=first,
-        last=last,
-        rank=rank,
-        world_size=world_size,
-        rows_per_chunk=rows_per_chunk,
-    )
-    counts = distributed.all_gather_object(len(share))
-    start, unfinished = sum(counts[:rank]), path.with_name(f".{path.name}.unfinished")
+    windows = mine(
+        encoders, dataset, split,
+        first=first, last=last, rank=rank, world_size=world_size, rows_per_chunk=rows_per_chunk, progress=progress,
+    )  # fmt: skip
+    bounds = Share(rank, world_size).bounds(dataset.num_rows(split))
+    unfinished = path.with_name(f".{path.name}.unfinished")
     if rank == 0:
-        open_memmap(unfinished, "w+", np.int32, (sum(counts), last - first)).flush()
+        open_memmap(unfinished, "w+", np.int32, (bounds[-1][1], last - first)).flush()
     distributed.barrier()
     whole = open_memmap(unfinished, "r+")
-    whole[start : start + len(share)] = share
+    whole[slice(*bounds[rank])] = windows
     whole.flush()
     distributed.barrier()
     if rank == 0:
@@ -157,12 +152,9 @@ def choose_negatives(window: np.ndarray, row_ids: np.ndarray, epoch: int, seed: 
 
     A pure function of (seed, epoch, row id): the same whatever the ranks and the steps, another draw every epoch.
     """
-    width = window.shape[1]
-    with np.errstate(over="ignore"):
-        stream = _mix(_mix(np.full(1, seed, np.int64).view(_UINT)) ^ np.full(1, epoch, np.int64).view(_UINT))
-        row_keys = _mix(np.ascontiguousarray(row_ids, np.int64).view(_UINT) ^ stream)
-        keys = _mix(row_keys[:, None] ^ np.arange(1, width + 1, dtype=_UINT))
-    keys = np.where(window < 0, np.iinfo(_UINT).max, keys)
+    row_keys = mix64(row_ids, derive_key(seed, epoch))
+    keys = mix64(row_keys[:, None] ^ mix64(np.arange(window.shape[1]), 0), 0)
+    keys = np.where(window < 0, np.iinfo(np.uint64).max, keys)
     place = np.argsort(keys, axis=1, kind="stable")[:, :k]
     chosen = np.take_along_axis(window, place, axis=1).astype(np.int32)
     return np.pad(chosen, ((0, 0), (0, k - chosen.shape[1])), constant_values=-1)
@@ -171,15 +163,7 @@ def choose_negatives(window: np.ndarray, row_ids: np.ndarray, epoch: int, seed: 
 def _excluded(rows: Rows, known: KnownPositives, device: torch.device) -> tuple[Tensor, Tensor]:
     known_rows, known_docs = known.pairs(rows.query_ids)
     seen, offsets = rows.seen_ragged()
-    row = np.arange(len(rows.doc_rows))
+    row = np.arange(len(rows))
     all_rows = np.concatenate([known_rows, np.repeat(row, np.diff(offsets)), row])
-    all_docs = np.concatenate([known_docs, np.asarray(seen, np.int64), rows.doc_rows])
+    all_docs = np.concatenate([known_docs, seen, rows.doc_rows]).astype(np.int64)
     return torch.as_tensor(all_rows, device=device), torch.as_tensor(all_docs, device=device)
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """Return splitmix64's output function of uint64 `values`. Source: Steele, Lea and Flood 2014."""
-    values = values + _UINT(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> _UINT(30))) * _UINT(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> _UINT(27))) * _UINT(0x94D049BB133111EB)
-    return values ^ (values >> _UINT(31))

@@ -5,13 +5,73 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
-from bigdssm.data import Dataset, Rows
-from bigdssm.errors import DataError
+from bigdssm.data import Dataset, Ragged
+from bigdssm.data.ragged import Column
+from bigdssm.data.tokenizer import TextEncoder
+from bigdssm.errors import ConfigError, DataError
+from bigdssm.schema import PADDING, Feature, Schema, hash64
 
 NUM_SUGGESTIONS = 3
+
+
+@dataclass(frozen=True)
+class Query:
+    """One query: its feature columns (as `Collator.query_features` takes them) and what it has seen."""
+
+    columns: dict[str, Column]
+    seen: np.ndarray  # int64 catalogue rows, oldest first
+
+
+def user_query(dataset: Dataset, key: str) -> Query:
+    """Return the query of a known user, with all events in the history. Raises DataError: no such user or sequences."""
+    table = dataset.sequences
+    if table is None:
+        raise DataError(f"{dataset.dir} holds pairs, no users; describe the query by its features instead")
+    rows = np.flatnonzero(table.whole("query_id") == hash64(key))
+    if not len(rows):
+        some = "; ".join(table.strings("query_key", np.arange(min(NUM_SUGGESTIONS, table.num_rows))))
+        raise DataError(f"no user is called {key!r}; some who are: {some}")
+    newest = rows[-1:]  # a later partition knows more of the user
+    columns = _missing(dataset.schema)
+    columns |= {name: table.take(name, newest) for name in dataset.schema.query if name in table.schema.names}
+    length = table.lengths("items", newest)
+    seen = table.take_slices("items", newest, np.zeros_like(length), length)[0]
+    return Query(columns | _histories(dataset, seen), np.asarray(seen, np.int64))
+
+
+def history_query(dataset: Dataset, names: Sequence[str]) -> Query:
+    """Return the query of a typed history, oldest first, by document keys or display names; other features are missing.
+
+    Raises DataError: an unknown name, or a schema without a history.
+    """
+    if not any(feature.type == "history" for feature in dataset.schema.query.values()):
+        raise DataError(f"queries of {dataset.dir} have no history; they have {list(dataset.schema.query)}")
+    rows = np.arange(dataset.catalogue.num_docs)
+    seen = find_documents(names, dataset.catalogue.keys(rows), dataset.catalogue.display(rows))
+    return Query(_missing(dataset.schema) | _histories(dataset, seen), seen)
+
+
+def feature_query(schema: Schema, values: Mapping[str, str], tokenizer_dir: Path | None) -> Query:
+    """Return the query of typed feature values; features that are not given are missing.
+
+    Raises ConfigError: an unknown feature, a history, or a number that is none.
+    """
+    columns = _missing(schema)
+    for name, value in values.items():
+        feature = schema.query.get(name)
+        if feature is None or feature.type == "history":
+            known = [name for name, feature in schema.query.items() if feature.type != "history"]
+            raise ConfigError(f"{name} is not a query feature that can be typed; these are: {', '.join(known)}")
+        columns[name] = _typed(feature, value, tokenizer_dir)
+    if tokenizer_dir is not None:
+        texts = [feature for feature in schema.query.values() if feature.type == "text" and feature.name not in values]
+        columns |= {feature.name: _typed(feature, "", tokenizer_dir) for feature in texts}
+    return Query(columns, np.zeros(0, np.int64))
 
 
 def find_documents(names: Sequence[str], keys: Sequence[str], display: Sequence[str]) -> np.ndarray:
@@ -23,16 +83,53 @@ def find_documents(names: Sequence[str], keys: Sequence[str], display: Sequence[
     by_name = {name.casefold(): row for row, name in reversed(list(enumerate(display)))}
     rows = []
     for name in names:
-        row = by_key.get(name, by_name.get(name.strip().casefold()))
+        row = by_key.get(name.strip(), by_name.get(name.strip().casefold()))
         if row is None:
-            raise DataError(f"no document is called {name!r}; the nearest are: {_nearest(name, display)}")
+            raise DataError(f"no document is called {name.strip()!r}; the nearest are: {_nearest(name, display)}")
         rows.append(row)
     return np.array(rows, np.int64)
 
 
+def _typed(feature: Feature, value: str, tokenizer_dir: Path | None) -> Column:
+    if feature.type == "text":
+        if tokenizer_dir is None:
+            raise DataError(f"feature {feature.name} is text, but there is no tokenizer")
+        return Ragged(*TextEncoder(tokenizer_dir).encode(pa.array([value], pa.large_string()), feature.max_tokens))
+    if feature.type == "numeric":
+        try:
+            return np.array([float(value)], np.float32)
+        except ValueError:
+            raise ConfigError(f"{feature.name} is {value!r}, needs a number") from None
+    if feature.multi:
+        parts = [part.strip() for part in value.split(None if feature.separator == " " else feature.separator)]
+        return Ragged.of_lists([feature.encode([part for part in parts if part])])
+    return feature.encode([value.strip()])
+
+
+def _missing(schema: Schema) -> dict[str, Column]:
+    """Return one row in which every feature but text, which has no missing value, is missing."""
+    columns: dict[str, Column] = {}
+    for name, feature in schema.query.items():
+        if feature.type == "numeric":
+            columns[name] = np.array([np.nan], np.float32)
+        elif feature.type == "categorical" and not feature.multi:
+            columns[name] = np.array([PADDING], np.int32)
+        else:
+            columns[name] = Ragged.of_lists([[]])
+    return columns
+
+
+def _histories(dataset: Dataset, seen: np.ndarray) -> dict[str, Column]:
+    return {
+        name: Ragged.of_lists([dataset.catalogue.codes(str(feature.of), seen[-feature.max_items :])])
+        for name, feature in dataset.schema.query.items()
+        if feature.type == "history"
+    }
+
+
 def _nearest(name: str, display: Sequence[str]) -> str:
     wanted = name.strip().casefold()
-    inside = [title for title in display if wanted in title.casefold()][:NUM_SUGGESTIONS]
+    inside = [title for title in display if wanted and wanted in title.casefold()][:NUM_SUGGESTIONS]
     if not inside:
         folded = {title.casefold(): title for title in display}
         close = difflib.get_close_matches(wanted, list(folded), NUM_SUGGESTIONS, 0.0)
