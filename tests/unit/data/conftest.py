@@ -125,7 +125,8 @@ class Writer:
     def _partition(self, name: str, seed: int) -> None:
         folder = self.dir / "partitions" / name
         folder.mkdir(parents=True)
-        splits = {split: self._split(folder, split, rows, seed) for split, rows in (("train", self.rows), ("test", 100))}
+        sizes = {"train": self.rows, "test": 100}
+        splits = {split: self._split(folder, split, rows, seed) for split, rows in sizes.items()}
         if self.interactions:
             items = [[(s + i + seed) % NUM_DOCS for i in range(ITEMS_PER_SEQUENCE)] for s in range(11)]
             sequences = {

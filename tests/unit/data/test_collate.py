@@ -1,0 +1,105 @@
+"""Batches: distinct documents once, positives first, every value where it belongs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bigdssm.data import Collator, Dataset, PairStream, Rows
+from bigdssm.data.collate import distinct_in_order
+from bigdssm.errors import ConfigError
+from bigdssm.schema import hash64
+
+
+def first_rows(folder: Path, count: int = 1) -> tuple[Dataset, Collator, Rows]:
+    dataset = Dataset.open(folder)
+    *_, rows = islice(PairStream(dataset, rows_global=64, lanes=4), count)
+    catalogue = None if dataset.inline else dataset.catalogue
+    return dataset, Collator(dataset.schema, catalogue, dataset.pad_token_id), rows
+
+
+def test_tensors_of_a_batch_with_histories(interactions: Path) -> None:
+    dataset, collate, rows = first_rows(interactions)
+    batch = collate(rows)
+    assert batch.step == rows.step
+    assert torch.equal(batch.doc_rows[batch.positive], torch.from_numpy(rows.doc_rows))
+    assert len(batch.doc_rows) == len(set(rows.doc_rows.tolist()))
+    assert torch.equal(batch.doc_ids, torch.from_numpy(dataset.catalogue.doc_ids[batch.doc_rows]))
+    assert torch.equal(batch.doc["item"], batch.doc_rows + 2)
+    assert torch.equal(batch.doc["year"], (1950 + batch.doc_rows).float())
+    tags = [[2 + r % 3] * (r % 3) + [0] * (2 - r % 3) for r in batch.doc_rows.tolist()]
+    assert batch.doc["tags"].tolist() == tags
+    history = batch.query["history"]
+    for i, row in enumerate(batch.row_ids.tolist()):
+        length = min(5, row % 31)
+        assert (history[i, :length] > 0).all()
+        assert (history[i, length:] == 0).all()
+    dtypes = {t.dtype for t in (batch.row_ids, batch.positive, batch.query_ids, batch.doc_ids, batch.doc_rows, history)}
+    assert dtypes == {torch.int64}
+    assert batch.relevance.dtype == batch.query["age"].dtype == batch.doc["year"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["texts", "inline"])
+def test_text_is_padded_with_the_pad_token(kind: str, request: pytest.FixtureRequest) -> None:
+    _, collate, rows = first_rows(request.getfixturevalue(kind))
+    batch = collate(rows)
+    assert batch.query["words"].dtype == torch.int64
+    for row, tokens in zip(batch.row_ids.tolist(), batch.query["words"].tolist(), strict=True):
+        assert tokens == ([1, *range(3, 3 + row % 4), 2] + [0] * 5)[: len(tokens)]
+    docs = (batch.doc["item"] - 2).tolist()
+    assert docs == list(dict.fromkeys(docs))
+    for doc, tokens in zip(docs, batch.doc["title"].tolist(), strict=True):
+        assert tokens == ([1, *range(3, 3 + doc % 5), 2] + [0] * 8)[: len(tokens)]
+    assert batch.doc_ids.tolist() == [hash64(f"d{doc}") for doc in docs]
+    assert [docs[c] for c in batch.positive.tolist()] == [row * 7 % 37 for row in batch.row_ids.tolist()]
+
+
+def test_a_dataset_with_inline_documents_gives_the_same_features(texts: Path, inline: Path) -> None:
+    with_catalogue, without = (collate(rows) for _, collate, rows in (first_rows(texts), first_rows(inline)))
+    assert torch.equal(with_catalogue.positive, without.positive)
+    assert torch.equal(with_catalogue.doc_ids, without.doc_ids)
+    assert all(torch.equal(with_catalogue.doc[name], without.doc[name]) for name in without.doc)
+    assert without.doc_rows.tolist() == [-1] * len(without.doc_ids)
+
+
+def test_negatives_and_extra_documents_become_columns_behind_the_positives(interactions: Path) -> None:
+    _, collate, rows = first_rows(interactions)
+    rows = replace(rows.take(np.arange(5)), doc_rows=np.array([3, 4, 3, 5, 4]))
+    negatives = np.array([[4, 9], [-1, -1], [9, 20], [3, -1], [21, 5]])
+    batch = collate(rows, negatives=negatives, extra_docs=np.array([20, 30, 3, 30]))
+    assert batch.doc_rows.tolist() == [3, 4, 5, 9, 20, 21, 30]
+    assert batch.positive.tolist() == [0, 1, 0, 2, 1]
+    assert batch.negatives is not None
+    assert batch.negatives.tolist() == [[1, 3], [-1, -1], [3, 4], [0, -1], [5, 2]]
+    assert torch.equal(batch.doc["item"], batch.doc_rows + 2)
+
+
+def test_no_rows_make_an_empty_batch(interactions: Path, inline: Path) -> None:
+    for folder in (interactions, inline):
+        dataset, collate, _ = first_rows(folder)
+        batch = collate(next(dataset.iterate("test", 10)).take(np.empty(0, np.int64)))
+        assert len(batch.row_ids) == len(batch.positive) == len(batch.doc_ids) == 0
+        for features in (batch.query, batch.doc):
+            assert all(tensor.shape[0] == 0 for tensor in features.values())
+            assert all(tensor.shape[1] >= 1 for tensor in features.values() if tensor.ndim == 2)
+
+
+def test_given_negatives_need_a_catalogue(inline: Path) -> None:
+    _, collate, rows = first_rows(inline)
+    with pytest.raises(ConfigError, match="need a dataset with a catalogue"):
+        collate(rows, extra_docs=np.array([1]))
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(-5, 5)))
+def test_distinct_in_order(values: list[int]) -> None:
+    distinct, place = distinct_in_order(np.array(values, np.int64))
+    assert distinct.tolist() == list(dict.fromkeys(values))
+    assert distinct[place].tolist() == values

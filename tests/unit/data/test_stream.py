@@ -1,0 +1,204 @@
+"""What a rank gets is its lanes' share of the order, whatever the number of workers, ranks and restarts."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bigdssm.data import Dataset, PairStream, Ragged, Rows
+from bigdssm.data.order import Order
+from bigdssm.errors import ConfigError, DataError
+
+ROWS_GLOBAL, LANES = 48, 8
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+def steps(dataset: Path | Dataset, count: int, **arguments: int) -> list[Rows]:
+    stream = PairStream(dataset, **{"rows_global": ROWS_GLOBAL, "lanes": LANES, **arguments})  # type: ignore[arg-type]
+    rows = list(islice(stream, count))
+    stream.close()
+    return rows
+
+
+def same(a: Rows, b: Rows) -> bool:
+    """Return True where two Rows agree in every value."""
+
+    def columns(rows: Rows) -> list[np.ndarray]:
+        out = [rows.row_ids, rows.doc_rows, rows.relevance, rows.query_ids]
+        out += [value for value in (rows.sequence, rows.end, rows.doc_ids) if value is not None]
+        for column in [*rows.query.values(), *rows.doc.values()]:
+            out += [column.values, column.offsets] if isinstance(column, Ragged) else [column]
+        return out
+
+    return a.step == b.step and all(np.array_equal(x, y) for x, y in zip(columns(a), columns(b), strict=True))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 3, 4])
+def test_any_world_size_and_workers_give_the_same_global_batches(interactions: Path, num_workers: int) -> None:
+    dataset = Dataset.open(interactions)
+    order = Order(dataset.index("train").rows, rows_global=ROWS_GLOBAL, lanes=LANES)
+    for world_size in (1, 2, 3, 4, 8):
+        ranks = [
+            steps(dataset, 25, rank=rank, world_size=world_size, num_workers=num_workers) for rank in range(world_size)
+        ]
+        for step in range(25):  # 20.8 steps are an epoch
+            together = np.concatenate([rows[step].row_ids for rows in ranks])
+            assert np.array_equal(np.sort(together), np.sort(order.row_ids(step)))
+
+
+@pytest.mark.parametrize("kind", ["interactions", "texts", "inline"])
+def test_rows_are_equal_for_every_number_of_workers(kind: str, request: pytest.FixtureRequest) -> None:
+    dataset = request.getfixturevalue(kind)
+    plain = steps(dataset, 23, rank=1, world_size=2)
+    for num_workers in (1, 3):
+        loaded = steps(dataset, 23, rank=1, world_size=2, num_workers=num_workers)
+        assert all(same(a, b) for a, b in zip(plain, loaded, strict=True))
+
+
+def test_every_row_carries_its_own_values(interactions: Path, tools) -> None:
+    for rows in steps(interactions, 22):
+        ids = rows.row_ids
+        assert np.array_equal(rows.query_ids, ids * 10)
+        assert np.array_equal(rows.doc_rows, ids * 7 % tools.NUM_DOCS)
+        assert np.array_equal(rows.relevance, (ids % 3 / 2).astype(np.float32))
+        assert np.array_equal(rows.query["age"], ids % 11)
+        history, (seen, offsets) = rows.query["history"], rows.seen_ragged()
+        for i, row in enumerate(ids.tolist()):
+            events = [(row % 11 + event) % tools.NUM_DOCS for event in range(row % 31)]
+            assert history[i].tolist() == [event + 2 for event in events[-5:]]  # codes; the newest five, newest last
+            assert seen[offsets[i] : offsets[i + 1]].tolist() == rows.seen(i).tolist() == events
+
+
+def test_text_rows_carry_their_own_tokens(texts: Path) -> None:
+    for rows in steps(texts, 21):
+        for i, row in enumerate(rows.row_ids.tolist()):
+            assert rows.query["words"][i].tolist() == [1, *range(3, 3 + row % 4), 2]
+        assert np.array_equal(rows.query["age"], rows.row_ids % 80)
+        assert rows.seen_ragged()[1].tolist() == [0] * (len(rows) + 1)
+
+
+def test_two_partitions_are_one_order_with_their_own_sequences(tmp_path: Path, tools) -> None:
+    folder = tools.Writer(tmp_path / "data", rows=300).write("day1", "day2")
+    for rows in steps(folder, 14, num_workers=1):
+        day, local = np.divmod(rows.row_ids, 300)
+        assert np.array_equal(rows.query_ids, local * 10 + day)
+        assert np.array_equal(rows.query["age"], local % 11 + 100 * day)
+        assert np.array_equal(rows.sequence, local % 11 + 11 * day)
+        for i in range(len(rows)):
+            first = (local[i] % 11 + day[i]) % tools.NUM_DOCS
+            assert rows.seen(i)[:1].tolist() == [first][: local[i] % 31]
+    only = Dataset.open(folder, partitions=["day2"])
+    assert only.num_rows("train") == 300
+    assert only.doc_counts().tolist() == [2] * tools.NUM_DOCS
+    assert all((rows.query_ids % 10 == 1).all() for rows in steps(only, 5))
+
+
+@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 0), (1, 2), (2, 1), (3, 0)])
+def test_a_stream_goes_on_from_any_step_on_other_ranks_and_workers(
+    interactions: Path, world_size: int, num_workers: int
+) -> None:
+    whole = steps(interactions, 40)
+    stream = PairStream(interactions, rows_global=ROWS_GLOBAL, lanes=LANES, rank=0, world_size=2, num_workers=2)
+    for _ in range(23):
+        next(stream)
+    state = json.loads(json.dumps(stream.state()))
+    stream.close()
+    assert (state["step"], state["epoch"]) == (23, 1)
+    ranks = []
+    for rank in range(world_size):
+        resumed = PairStream(
+            interactions, rows_global=ROWS_GLOBAL, lanes=LANES, rank=rank, world_size=world_size,
+            num_workers=num_workers, start_step=state["step"],
+        )  # fmt: skip
+        resumed.check_state(state)
+        ranks.append(list(islice(resumed, 17)))
+        resumed.close()
+    for i, expected in enumerate(whole[23:]):
+        together = np.sort(np.concatenate([rows[i].row_ids for rows in ranks]))
+        assert np.array_equal(together, np.sort(expected.row_ids))
+        assert all(rows[i].step == expected.step for rows in ranks)
+
+
+def test_changes_are_refused_by_name(interactions: Path, texts: Path, tmp_path: Path, tools) -> None:
+    arguments = {"rows_global": ROWS_GLOBAL, "lanes": LANES}
+    state = PairStream(interactions, **arguments).state()
+    for change, message in [
+        ({"rows_global": 96}, "rows_global was 48, is 96"),
+        ({"lanes": 4}, "lanes was 8, is 4"),
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"tail": "drop"}, "tail was 'carry', is 'drop'"),
+        ({"window_blocks": 2}, "window_blocks was 16, is 2"),
+        ({"split": "test"}, "split was 'train', is 'test'"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            PairStream(interactions, **{**arguments, **change}).check_state(state)
+    with pytest.raises(DataError, match="schema was"):
+        PairStream(texts, **arguments).check_state(state)
+
+    folder = tools.Writer(tmp_path / "text", text=True, interactions=False).write("a")
+    state = PairStream(folder, **arguments).state()
+    tokenizer = folder / "tokenizer" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"w49"', '"x49"'))
+    with pytest.raises(DataError, match="tokenizer was"):
+        PairStream(folder, **arguments).check_state(state)
+
+
+def test_changed_partitions_are_refused_by_name(tmp_path: Path, tools) -> None:
+    arguments = {"rows_global": ROWS_GLOBAL, "lanes": LANES}
+    writer = tools.Writer(tmp_path / "data")
+    state = PairStream(writer.write("a", "b"), **arguments).state()
+    only_a = PairStream(Dataset.open(writer.dir, ["a"]), **arguments)
+    with pytest.raises(DataError, match="partition b is gone"):
+        only_a.check_state(state)
+    with pytest.raises(DataError, match="partition b is new"):
+        PairStream(writer.dir, **arguments).check_state(only_a.state())
+    with pytest.raises(DataError, match="partitions were"):
+        PairStream(Dataset.open(writer.dir, ["b", "a"]), **arguments).check_state(state)
+    other = tools.Writer(tmp_path / "other", rows=1001).write("a", "b")
+    with pytest.raises(DataError, match="partition a has changed; partition b has changed"):
+        PairStream(other, **arguments).check_state(state)
+
+
+def test_numbers_that_cannot_work_are_refused(interactions: Path) -> None:
+    for arguments, message in [
+        ({"rank": 2, "world_size": 2}, "rank=2 must be at least 0 and below world_size=2"),
+        ({"rank": 0, "world_size": 9}, "world_size=9 is more than lanes=8"),
+        ({"num_workers": -1}, "num_workers=-1"),
+        ({"start_step": -1}, "start_step=-1"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            PairStream(interactions, rows_global=ROWS_GLOBAL, lanes=LANES, **arguments)
+
+
+def test_order_is_untouched_by_the_global_random_state(interactions: Path) -> None:
+    a = steps(interactions, 3)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    assert all(same(x, y) for x, y in zip(a, steps(interactions, 3), strict=True))
+
+
+def test_a_dataset_pickles_as_its_path(interactions: Path) -> None:
+    dataset = Dataset.open(interactions)
+    content = pickle.dumps(dataset)
+    assert len(content) < 1000
+    assert pickle.loads(content).fingerprint == dataset.fingerprint
+
+
+def test_a_killed_worker_stops_the_stream(interactions: Path) -> None:
+    import multiprocessing
+    import os
+    import signal
+
+    stream = PairStream(interactions, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=2)
+    next(stream)
+    os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+    with pytest.raises(DataError, match="a loader process died"):
+        for _ in range(100):
+            next(stream)
+    stream.close()
