@@ -129,7 +129,7 @@ class PaddedRows:
 
 
 def all_gather_padded(rows: Tensor, longest: int, group: Group | None = None, async_op: bool = False) -> PaddedRows:
-    """Gather the rows [n_k ≤ longest, …] of all ranks in one collective, without a copy per rank; padding rows are zero.
+    """Gather the rows [n_k ≤ longest, …] of all ranks in one collective; padding rows are zero.
 
     With `async_op` the collective runs in the background; the own rows stand in the buffer at once.
     """

@@ -28,6 +28,7 @@ class Tile:
 
     @property
     def width(self) -> int:
+        """Number of columns."""
         return self.stop - self.start
 
 
@@ -62,7 +63,8 @@ def gather_columns(x: LossInputs, facts: Facts, width: int, group: Group | None)
     """Start the gather of W and gather ids and biases; `width` is the tiles' number of columns."""
     device, longest = x.W.device, facts.longest
     gathered = distributed.all_gather_padded(x.W.detach(), longest, group, async_op=True)
-    own, others = [], []
+    own: list[tuple[int, int]] = []
+    others: list[tuple[int, int]] = []
     for owner, count in enumerate(facts.num_columns):
         start = owner * longest
         pieces = [(start + lo, start + min(lo + width, count)) for lo in range(0, count, width)]

@@ -24,7 +24,15 @@ from bigdssm.distributed import Group
 from bigdssm.losses.columns import Columns, gather_columns
 from bigdssm.losses.inputs import Facts, LossInputError, LossInputs, check_inputs, exchange
 from bigdssm.losses.masks import DropPlan, plan_drops
-from bigdssm.losses.output import LossOutput, attach, finish_gradients, local_stats, reduce_output, weighted
+from bigdssm.losses.output import (
+    LossOutput,
+    attach,
+    finish_gradients,
+    local_stats,
+    reduce_output,
+    reduce_sums,
+    weighted,
+)
 from bigdssm.losses.softmax import Coefficients, column_pass, gradient_pass, softmax_rows
 from bigdssm.losses.tiles import TILE_WIDTH, Problem, Sums, add_biases, positive_scores, softplus
 
@@ -100,7 +108,7 @@ def _query_to_doc(x: LossInputs, facts: Facts, columns: Columns, drops: DropPlan
     if sums is None:
         return LossOutput(attach(loss, x, None), stats)
     pull_m = weighted(x.weight, torch.sigmoid(rows.log_sum - positive_m))
-    grads = finish_gradients(x, facts, columns, sums, pull_m, pull_m, group)
+    grads = finish_gradients(x, facts, reduce_sums(sums, x.W.shape[0], group), pull_m, pull_m)
     return LossOutput(attach(loss, x, grads), stats)
 
 
@@ -138,7 +146,8 @@ def _with_columns(
         column_log_sum_N=log_N,
     )
     gradient_pass(p, shift, coefficients, sums)
-    grads = finish_gradients(x, facts, columns, sums, row_pull_m + column_pull_m, row_pull_m, group)
+    reduced = reduce_sums(sums, x.W.shape[0], group)
+    grads = finish_gradients(x, facts, reduced, row_pull_m + column_pull_m, row_pull_m)
     return LossOutput(attach(loss, x, grads), stats)
 
 

@@ -60,6 +60,7 @@ class Facts:
 
     @property
     def world_size(self) -> int:
+        """Number of ranks."""
         return len(self.num_queries)
 
     @property
@@ -106,7 +107,7 @@ def check_inputs(
     _check_ids("positive", positive, m)
     if m:
         lo, hi = int(positive.min()), int(positive.max())
-        _need(0 <= lo and hi < n, f"positive holds {lo if lo < 0 else hi}, outside this rank's {n} columns")
+        _need(lo >= 0 and hi < n, f"positive holds {lo if lo < 0 else hi}, outside this rank's {n} columns")
     if weight is None:
         weight = torch.ones(m, dtype=torch.float64, device=U.device)
     _check_vector("weight", weight, m)
@@ -126,8 +127,8 @@ def check_inputs(
     _need(alpha.numel() == 1 and alpha.is_floating_point(), f"alpha must be one float, got shape {list(alpha.shape)}")
     wants = 0
     if torch.is_grad_enabled():
-        for bit, x in ((WANTS_U, U), (WANTS_W, W), (WANTS_ALPHA, alpha), (WANTS_BETA, beta)):
-            wants |= bit if x is not None and x.requires_grad else 0
+        for bit, leaf in ((WANTS_U, U), (WANTS_W, W), (WANTS_ALPHA, alpha), (WANTS_BETA, beta)):
+            wants |= bit if leaf is not None and leaf.requires_grad else 0
     return LossInputs(
         U, W, positive, weight.detach().double(), alpha, beta, neg_bias, query_ids, doc_ids, known, acc, wants
     )

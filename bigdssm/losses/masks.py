@@ -42,6 +42,7 @@ class Ragged:
         return Ragged(start, values[order])
 
     def lengths(self, lists: Tensor) -> Tensor:
+        """Return how many members each of `lists` has."""
         return self.start[lists + 1] - self.start[lists]
 
     def expand(self, lists: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +130,7 @@ class DropPlan:
 
 
 def plan_drops(x: LossInputs, facts: Facts, columns: Columns, group: Group | None) -> DropPlan:
-    """Find the drop set of this rank's queries; gathers two integers per query of all ranks where query_ids are given."""
+    """Find the drop set of this rank's queries; with query_ids it gathers two integers per query of all ranks."""
     m, device = x.positive.shape[0], x.positive.device
     slot_doc, docs = _documents(columns, device)
     num_docs = max(1, docs.shape[0])

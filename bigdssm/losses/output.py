@@ -103,44 +103,47 @@ def reduce_output(local: LocalStats, facts: Facts, group: Group | None) -> tuple
 
 @dataclass
 class Gradients:
-    """Of the global loss, times world_size, for this rank's inputs; None where not wanted."""
+    """For this rank's U [m, D], W [n, D], alpha (scalar) and beta ([n] or scalar); None where not wanted."""
 
-    U: Tensor | None
-    W: Tensor | None
-    alpha: Tensor | None
-    beta: Tensor | None
+    U: Tensor | None = None
+    W: Tensor | None = None
+    alpha: Tensor | None = None
+    beta: Tensor | None = None
 
 
-def finish_gradients(
-    x: LossInputs,
-    facts: Facts,
-    columns: Columns,
-    sums: Sums,
-    positive_gradient_m: Tensor,
-    positive_beta_m: Tensor,
-    group: Group | None,
-) -> Gradients:
-    """Reduce the sums over ranks and add the positives' part: −`positive_gradient_m` times the vector across.
+def reduce_sums(sums: Sums, num_columns: int, group: Group | None) -> Gradients:
+    """Bring each rank the sums of its own columns."""
+    grads = Gradients(U=sums.dU_mD)
+    if sums.dW_ND is not None:
+        grads.W = distributed.reduce_scatter_rows(sums.dW_ND, group)[:num_columns]
+    if sums.dbeta_N is not None:
+        grads.beta = distributed.reduce_scatter_rows(sums.dbeta_N, group)[:num_columns]
+    return grads
 
-    `positive_beta_m` is the part of it that concerns beta.
+
+def finish_gradients(x: LossInputs, facts: Facts, sums: Gradients, pull_m: Tensor, beta_pull_m: Tensor) -> Gradients:
+    """Turn sums over G into gradients of the global loss times world_size, in place.
+
+    `pull_m` is minus the gradient of each query's positive score, `beta_pull_m` the part of it that concerns beta.
     """
     factor = facts.world_size / facts.weight_sum if facts.weight_sum > 0 else 0.0
     alpha = float(x.alpha.detach())
-    pull_m1 = positive_gradient_m.to(x.acc)[:, None]
+    pull_m1 = pull_m.to(x.acc)[:, None]
     U_mD = x.U.detach().to(x.acc)
-    grads = Gradients(None, None, None, None)
-    if sums.dU_mD is not None:
-        sums.dU_mD.addcmul_(x.W.detach()[x.positive].to(x.acc), pull_m1, value=-1)
-        grads.alpha = (sums.dU_mD * U_mD).sum(1).double().sum() * factor
-        grads.U = sums.dU_mD.mul_(alpha * factor)
-    if sums.dW_ND is not None:
-        dW_nD = distributed.reduce_scatter_rows(sums.dW_ND, group)[: x.W.shape[0]]
-        dW_nD.index_add_(0, x.positive, U_mD * pull_m1, alpha=-1)
-        grads.W = dW_nD.mul_(alpha * factor)
-    if sums.dbeta_N is not None:
-        dbeta_n = distributed.reduce_scatter_rows(sums.dbeta_N, group)[: x.W.shape[0]]
-        dbeta_n.index_add_(0, x.positive, positive_beta_m.to(dbeta_n.dtype), alpha=-1)
-        grads.beta = dbeta_n.mul_(factor)
+    grads = Gradients()
+    if sums.U is not None:
+        sums.U.addcmul_(x.W.detach()[x.positive].to(x.acc), pull_m1, value=-1)
+        grads.alpha = (sums.U * U_mD).sum(1).double().sum() * factor
+        grads.U = sums.U.mul_(alpha * factor)
+    if sums.W is not None:
+        sums.W.index_add_(0, x.positive, U_mD * pull_m1, alpha=-1)
+        grads.W = sums.W.mul_(alpha * factor)
+    if sums.beta is not None:
+        if sums.beta.ndim:
+            sums.beta.index_add_(0, x.positive, beta_pull_m.to(sums.beta.dtype), alpha=-1)
+        else:
+            sums.beta -= beta_pull_m.sum()
+        grads.beta = sums.beta.mul_(factor)
     return grads
 
 

@@ -119,7 +119,7 @@ def choose_shift(p: Problem, facts: Facts) -> Shift | None:
 def column_pass(
     p: Problem, facts: Facts, neg_bias_N: Tensor | None, rows_matter: bool, group: Group | None
 ) -> tuple[RowSums, Tensor, Shift | None]:
-    """Return the rows' sums (with `neg_bias`), the columns' log-sum-exp [N] over all ranks' rows, and the shift used."""
+    """Return the rows' sums (with `neg_bias`), the columns' log-sum-exp [N] over all ranks, and the shift used."""
     shift = choose_shift(p, facts)
     if shift is not None:
         rows, columns_N, safe = _shifted_sums(p, neg_bias_N, shift, rows_matter, group)
@@ -200,7 +200,7 @@ def gradient_pass(p: Problem, shift: Shift | None, c: Coefficients, sums: Sums) 
             W_cD = p.columns.vectors(tile)
             S_rc = p.scores(strip, tile, W_cD, buffer, at)
             row_part_c = gradient(S_rc, second[: S_rc.numel()].view_as(S_rc), strip, tile, sums.dbeta_N is not None)
-            if sums.dbeta_N is not None:
+            if sums.dbeta_N is not None and row_part_c is not None:
                 sums.dbeta_N[tile.start : tile.stop] += row_part_c
             sums.add(strip, tile, S_rc, W_cD)
 

@@ -1,4 +1,4 @@
-"""Score tiles: S = alpha · U Wᵀ + bias for a strip of rows and a tile of columns, and the sums the gradients are made of.
+"""Score tiles: S = alpha · U Wᵀ + bias for a strip of rows and a tile of columns, and the sums behind the gradients.
 
 This is the seam for other devices: all products with W go through `Problem.scores` and `Sums.add`, in float32 (or
 float64) whatever the dtype of U and W. bfloat16 vectors are widened a tile at a time, since rounding the *scores* to
@@ -44,6 +44,7 @@ class Problem:
 
     @property
     def num_rows(self) -> int:
+        """m."""
         return self.U_mD.shape[0]
 
     def strips(self, height: int) -> Iterator[Strip]:
@@ -63,7 +64,7 @@ class Problem:
 
 @dataclass
 class Sums:
-    """Gradients with respect to the scores, G, summed up: Σ_j G_ij w_j, Σ_i G_ij u_i and Σ_i G_ij; None where unused."""
+    """Sums over G, the gradient of the scores: Σ_j G_ij w_j, Σ_i G_ij u_i and Σ_i G_ij; None where unused."""
 
     dU_mD: Tensor | None
     dW_ND: Tensor | None

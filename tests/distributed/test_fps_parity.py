@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from bigdssm.losses import fps_loss
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from bigdssm.losses import fps_loss
 
 from . import reference
 from .reference import DOUBLE, Shard, make_shards
