@@ -6,6 +6,7 @@ Both are fitted to the train split alone and scored on the same rows, filter and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import lcm
 
 import numpy as np
 
@@ -28,22 +29,23 @@ class Popularity:
 
     def __call__(self, rows: Rows) -> np.ndarray:
         """Return scores [m, N]."""
-        return np.broadcast_to(self.counts, (len(rows.doc_rows), len(self.counts)))
+        return np.repeat(self.counts[None], len(rows), axis=0)
 
 
 @dataclass(frozen=True)
 class Markov:
-    """The score of document j is Σ count(i → j) over the last `window` items i of the history.
+    """The score of document j is Σ over the last `window` items of the history of count(item → j) / distance.
 
-    count(i → j) is the number of train events j with i among the `window` events before, each distance counting the
-    same. Kept as sorted (i, j) with their counts.
+    count(i → j) sums 1 / distance over the train events j that have i among the `window` events before; distance 1 is
+    the event just before. Weighting neither, or only one of both, is weaker on MovieLens-100K. Every weight is kept
+    times the least common multiple of the distances, so that sums are exact and equal scores tie.
     """
 
     num_docs: int
     window: int
     starts: np.ndarray  # int64 [N+1]: the followers of i are followers[starts[i]:starts[i + 1]]
     followers: np.ndarray  # int64
-    counts: np.ndarray  # float64
+    counts: np.ndarray  # int64
 
     @classmethod
     def fit(cls, dataset: Dataset, window: int = 3) -> Markov:
@@ -53,29 +55,29 @@ class Markov:
         for rows in dataset.iterate("train", FIT_ROWS):
             if rows.sequence is None:
                 raise DataError(f"{dataset.dir} holds pairs without histories, which a Markov baseline needs")
-            _, before, row = last_items(rows, window)
+            weights, items, row = _last_items(rows, window)
             relevant = rows.relevance[row] > 0
-            new = before[relevant] * num_docs + rows.doc_rows[row[relevant]]
-            keys, inverse = np.unique(np.concatenate([keys, new]), return_inverse=True)
-            weights = np.concatenate([counts, np.ones(len(new), np.int64)])
-            counts = np.bincount(inverse, weights, len(keys)).astype(np.int64)
+            keys = np.concatenate([keys, items[relevant] * num_docs + rows.doc_rows[row[relevant]]])
+            counts = np.concatenate([counts, weights[relevant]])
+            keys, inverse = np.unique(keys, return_inverse=True)
+            counts = np.bincount(inverse, counts, len(keys)).astype(np.int64)
         starts = np.searchsorted(keys, np.arange(num_docs + 1) * num_docs)
-        return cls(num_docs, window, starts, keys % num_docs, counts.astype(np.float64))
+        return cls(num_docs, window, starts, keys % num_docs, counts)
 
     def __call__(self, rows: Rows) -> np.ndarray:
-        """Return scores [m, N]."""
-        _, items, row = last_items(rows, self.window)
+        """Return scores float64 [m, N]."""
+        weights, items, row = _last_items(rows, self.window)
         length = self.starts[items + 1] - self.starts[items]
         entry = np.repeat(self.starts[items] - np.cumsum(length) + length, length) + np.arange(length.sum())
         cell = np.repeat(row, length) * self.num_docs + self.followers[entry]
-        shape = (len(rows.doc_rows), self.num_docs)
-        return np.bincount(cell, self.counts[entry], shape[0] * shape[1]).reshape(shape)
+        values = self.counts[entry] * np.repeat(weights, length)
+        return np.bincount(cell, values, len(rows) * self.num_docs).reshape(len(rows), self.num_docs)
 
 
-def last_items(rows: Rows, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (distance from 1, catalogue row, row) of the newest `window` items of every history, int64."""
+def _last_items(rows: Rows, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (weight, catalogue row, row) of the newest `window` items of every history, int64."""
     values, offsets = rows.seen_ragged()
     length = np.minimum(np.diff(offsets), window)
     row = np.repeat(np.arange(len(length)), length)
     distance = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length) + 1
-    return distance, np.asarray(values, np.int64)[offsets[1:][row] - distance], row
+    return lcm(*range(1, window + 1)) // distance, np.asarray(values, np.int64)[offsets[1:][row] - distance], row
