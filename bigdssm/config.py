@@ -77,7 +77,9 @@ class HistoryEncoderConfig:
 
     layers: int = 1
     heads: int = 2
+    feedforward: int = 2  # width of the feed-forward layer over the item vectors' width
     dropout: float = 0.1
+    item_dropout: float = 0.1  # on the item vectors
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class TowerConfig:
     """Encoders → concatenation → MLP → D-dim vector."""
 
     mlp: tuple[int, ...] = (128,)  # hidden widths; empty: one linear layer
+    residual: str | None = None  # feature whose vector (width model.dim) skips the MLP and is added to its output
     dropout: float = 0.0
     embedding_dim: int = 32  # of every categorical feature
     numeric_dim: int = 16
@@ -128,8 +131,9 @@ class LossConfig:
     sampling: Literal["none", "classic", "corrected"] = "none"  # correction for popular in-batch documents
     gamma: float = 1.0  # its strength: 0 learns PMI, 1 learns p(doc|query)
     negatives: int = 0  # mined negatives per row
-    uniform_negatives: int = 0  # documents per rank drawn uniformly from the catalogue, as extra columns
+    uniform_negatives: int = 0  # documents per step drawn uniformly from the catalogue, as extra columns
     in_batch: bool = True  # SFT losses: the other documents of the global batch are negatives too
+    mask_history: bool = False  # what a row's sequence holds before it is no negative, as at serving time
     margin: float = 0.2  # triplet
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 class _MainRankOnly(logging.Filter):
@@ -19,6 +19,17 @@ class _MainRankOnly(logging.Filter):
         return rank == 0 or record.levelno >= logging.WARNING
 
 
+class _CurrentStderr(logging.StreamHandler):
+    """Writes to what sys.stderr is at the moment, so that lines pass above a live progress bar."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+
 def get_logger(name: str) -> logging.Logger:
     """Return the logger `name`; call it with `__name__`."""
     return logging.getLogger(name)
@@ -26,7 +37,7 @@ def get_logger(name: str) -> logging.Logger:
 
 def setup_logging(level: int = logging.INFO) -> None:
     """Send the package's records to stderr as `[rank] message`; called once, by launch/ and tools/."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _CurrentStderr()
     handler.addFilter(_MainRankOnly())
     handler.setFormatter(logging.Formatter("[%(rank)s] %(message)s"))
     root = logging.getLogger("bigdssm")

@@ -47,8 +47,8 @@ class DualEncoder(nn.Module):
         item_dim = config.doc.embedding_dim
         query_text, doc_text = self._text_of("query"), self._text_of("doc")
         self.query_tower = Tower("query", schema.query, config.query, config.dim, self.tables, item_dim, query_text)
-        doc_width = config.dim + int(config.beta)
-        self.doc_tower = Tower("doc", schema.doc, config.doc, doc_width, self.tables, item_dim, doc_text)
+        self.doc_tower = Tower("doc", schema.doc, config.doc, config.dim, self.tables, item_dim, doc_text)
+        self.beta_head = _beta_head(config.dim) if config.beta else None
         # Shape (1,): a 0-dim parameter breaks DeepSpeed's bf16 broadcast over gloo.
         self.log_alpha = nn.Parameter(torch.full((1,), math.log(config.alpha_init)), requires_grad=config.alpha_learned)
 
@@ -59,9 +59,9 @@ class DualEncoder(nn.Module):
             U = self._scored(self.query_tower(query))
         if doc is not None:
             output = self.doc_tower(doc)
-            W = self._scored(output[:, : self.config.dim])
-            if self.config.beta:
-                beta = output[:, self.config.dim]
+            W = self._scored(output)
+            if self.beta_head is not None:
+                beta = self.beta_head(output).squeeze(1)
         return Encoded(U, W, beta, _clamp_above(self.log_alpha.float().exp(), ALPHA_MAX))
 
     def _scored(self, vectors: Tensor) -> Tensor:
@@ -84,6 +84,13 @@ class DualEncoder(nn.Module):
                 lengths = longest["query"] + longest["doc"] if self.config.share_text else longest[side]
                 encoders[key] = TextEncoder(text, vocab_size, pad_token_id, max(lengths))
         return encoders
+
+
+def _beta_head(dim: int) -> nn.Linear:
+    head = nn.Linear(dim, 1)
+    nn.init.zeros_(head.weight)  # every document starts with the same beta
+    nn.init.zeros_(head.bias)
+    return head
 
 
 class _ClampAbove(torch.autograd.Function):

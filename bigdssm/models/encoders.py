@@ -13,7 +13,7 @@ from transformers import AutoModel, BertConfig, BertModel, PreTrainedModel
 
 from bigdssm.config import HistoryEncoderConfig, TextEncoderConfig
 from bigdssm.errors import ConfigError
-from bigdssm.models.tables import EmbeddingTables
+from bigdssm.models.tables import INIT_STD, EmbeddingTables
 from bigdssm.schema import PADDING, Feature
 
 
@@ -85,7 +85,7 @@ class HistoryEncoder(nn.Module):
     """A causal transformer over [start, oldest item, …, newest item]; the vector at the newest item is the history's.
 
     The start token makes an empty history an ordinary one. Positions count from the newest item back, so that what
-    happened last has the same position in long and short histories.
+    happened last has the same position in long and short histories. Source: Kang and McAuley 2018 (SASRec).
     """
 
     def __init__(
@@ -95,27 +95,61 @@ class HistoryEncoder(nn.Module):
         self.table = table
         self.dim = dim
         self._tables = (tables,)
-        self.start = nn.Parameter(torch.randn(dim) * dim**-0.5)
+        self.start = nn.Parameter(torch.randn(dim) * INIT_STD)
         self.positions = nn.Embedding(feature.max_items + 1, dim)
-        nn.init.normal_(self.positions.weight, std=0.1 * dim**-0.5)
-        self.dropout = nn.Dropout(config.dropout)
-        layer = nn.TransformerEncoderLayer(
-            dim, config.heads, 4 * dim, config.dropout, nn.functional.gelu, batch_first=True, norm_first=True
-        )
-        self.layers = nn.TransformerEncoder(layer, config.layers, nn.LayerNorm(dim), enable_nested_tensor=False)
+        nn.init.normal_(self.positions.weight, std=INIT_STD)
+        self.dropout = nn.Dropout(config.item_dropout)
+        self.layers = nn.ModuleList(_HistoryLayer(config, dim) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(dim)
 
     def forward(self, items_RT: Tensor) -> Tensor:
         """Return [R, E] for item codes [R, T], oldest first, padded at the end."""
         num_rows, num_items = items_RT.shape
+        device = items_RT.device
         length_R = (items_RT != PADDING).sum(dim=1)
         vectors = self._tables[0].look_up(self.table, items_RT)
         start = self.start.to(vectors.dtype).expand(num_rows, 1, -1)
-        place = torch.arange(num_items + 1, device=items_RT.device)
-        age_RT = (length_R.unsqueeze(1) - place).clamp(min=0)
+        place_T = torch.arange(num_items + 1, device=device)
+        age_RT = (length_R.unsqueeze(1) - place_T).clamp(min=0)
         hidden = self.dropout(torch.cat([start, vectors], dim=1) + self.positions(age_RT))
-        causal = torch.ones(num_items + 1, num_items + 1, dtype=torch.bool, device=items_RT.device).triu(1)
-        hidden = self.layers(hidden, mask=causal, is_causal=True)  # padding lies behind the newest: never attended
-        return hidden[torch.arange(num_rows, device=items_RT.device), length_R]
+        newest = (torch.arange(num_rows, device=device), length_R)
+        causal_TT = place_T.unsqueeze(1) >= place_T
+        for layer in self.layers[:-1]:
+            hidden = layer(hidden, hidden, causal_TT)
+        # Only the newest place is read, so the last layer computes only that one.
+        up_to_newest_R1T = (place_T <= length_R.unsqueeze(1)).unsqueeze(1)
+        hidden = self.layers[-1](hidden[newest].unsqueeze(1), hidden, up_to_newest_R1T)
+        vector: Tensor = self.norm(hidden.squeeze(1))
+        return vector
+
+
+class _HistoryLayer(nn.Module):
+    """A pre-norm transformer layer whose queries may stand at fewer places than its keys."""
+
+    def __init__(self, config: HistoryEncoderConfig, dim: int) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.attention_norm = nn.LayerNorm(dim)
+        self.query, self.key_value, self.output = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.feedforward = nn.Sequential(
+            nn.LayerNorm(dim),
+            nn.Linear(dim, config.feedforward * dim),
+            nn.GELU(),
+            nn.Linear(config.feedforward * dim, dim),
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, at: Tensor, over: Tensor, mask: Tensor) -> Tensor:
+        """Return [R, A, E] at places `at` [R, A, E] attending over [R, T, E] where `mask` (…, A, T) is True."""
+        q = self._split(self.query(self.attention_norm(at)))
+        k, v = (self._split(part) for part in self.key_value(self.attention_norm(over)).chunk(2, dim=2))
+        mask = mask.unsqueeze(1) if mask.dim() == 3 else mask
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        hidden = at + self.dropout(self.output(attended.transpose(1, 2).flatten(2)))
+        return hidden + self.dropout(self.feedforward(hidden))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
 def _new_bert(config: TextEncoderConfig, vocab_size: int, pad_token_id: int, max_tokens: int) -> BertModel:
@@ -141,5 +175,5 @@ def _load_bert(folder: str) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         raise ConfigError(f"text.init={folder} does not load as a Hugging Face model: {error}") from None
     if hasattr(model, "pooler"):
-        setattr(model, "pooler", None)  # unused by both poolings; without a gradient it would stop ZeRO
+        model.pooler = None  # unused by both poolings; without a gradient it would stop ZeRO
     return model

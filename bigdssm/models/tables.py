@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from bigdssm.schema import PADDING, Feature, Schema
 
+INIT_STD = 0.02  # BERT's
+
 
 class EmbeddingTables(nn.Module):
     """The tables of all categorical features of both sides; a history reads its item's table by the same name.
@@ -37,6 +39,6 @@ def table_name(side: str, feature: Feature) -> str:
 def _table(num_codes: int, dim: int) -> nn.Embedding:
     table = nn.Embedding(num_codes, dim, padding_idx=PADDING)
     with torch.no_grad():
-        table.weight.normal_(std=dim**-0.5)
+        table.weight.normal_(std=INIT_STD)
         table.weight[PADDING].zero_()
     return table

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from bigdssm.config import TowerConfig
+from bigdssm.errors import ConfigError
 from bigdssm.models.encoders import CategoricalEncoder, HistoryEncoder, NumericEncoder, TextEncoder
-from bigdssm.models.tables import EmbeddingTables, table_name
+from bigdssm.models.tables import INIT_STD, EmbeddingTables, table_name
 from bigdssm.schema import Feature
 
 
@@ -19,44 +20,67 @@ class Tower(nn.Module):
         side: str,
         features: dict[str, Feature],
         config: TowerConfig,
-        dim_out: int,
+        dim: int,
         tables: EmbeddingTables,
         item_dim: int,
         text: TextEncoder | None,
     ) -> None:
         super().__init__()
-        self.side = side
         self._text = (text,)  # in a tuple: the model owns the text encoder
+        self.residual = config.residual
         self.text_names = [name for name, feature in features.items() if feature.type == "text"]
         self.encoders = nn.ModuleDict()
-        width = len(self.text_names) * (text.dim if text else 0)
+        widths = dict.fromkeys(self.text_names, text.dim if text else 0)
         for name, feature in features.items():
             if feature.type == "categorical":
                 self.encoders[name] = CategoricalEncoder(table_name(side, feature), tables)
-                width += config.embedding_dim
+                widths[name] = config.embedding_dim
             elif feature.type == "numeric":
                 self.encoders[name] = NumericEncoder(feature, config.numeric_dim)
-                width += config.numeric_dim
+                widths[name] = config.numeric_dim
             elif feature.type == "history":
                 self.encoders[name] = HistoryEncoder(
                     config.history, feature, item_dim, table_name(side, feature), tables
                 )
-                width += item_dim
-        self.mlp = _mlp(width, config, dim_out)
+                widths[name] = item_dim
+        self._check_residual(side, widths, dim)
+        width = sum(width for name, width in widths.items() if name != self.residual)
+        self.mlp = _mlp(width, config, dim) if width else None
 
     def forward(self, features: dict[str, Tensor]) -> Tensor:
         """Return [R, D] for one side's features of R rows."""
-        parts = [encoder(features[name]) for name, encoder in self.encoders.items()]
+        parts = {name: encoder(features[name]) for name, encoder in self.encoders.items()}
         text = self._text[0]
         if text is not None:
-            parts += [text(features[name]) for name in self.text_names]
-        output: Tensor = self.mlp(torch.cat(parts, dim=1))
-        return output
+            parts |= {name: text(features[name]) for name in self.text_names}
+        residual = parts.pop(self.residual) if self.residual else None
+        if self.mlp is None:
+            assert residual is not None
+            return residual
+        output: Tensor = self.mlp(torch.cat(list(parts.values()), dim=1))
+        return output if residual is None else output + residual
+
+    def _check_residual(self, side: str, widths: dict[str, int], dim: int) -> None:
+        if self.residual is None:
+            return
+        if self.residual not in widths:
+            raise ConfigError(
+                f"model.{side}.residual={self.residual} is no {side} feature, needs one of {list(widths)}"
+            )
+        if widths[self.residual] != dim:
+            raise ConfigError(
+                f"model.{side}.residual={self.residual} has width {widths[self.residual]}, but model.dim={dim}; "
+                f"set both to the same (embedding_dim of model.doc for categorical features and histories)"
+            )
 
 
-def _mlp(width: int, config: TowerConfig, dim_out: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
+def _mlp(width: int, config: TowerConfig, dim: int) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Dropout(config.dropout)]
     for hidden in config.mlp:
         layers += [nn.Linear(width, hidden), nn.GELU(), nn.Dropout(config.dropout)]
         width = hidden
-    return nn.Sequential(*layers, nn.Linear(width, dim_out))
+    head = nn.Linear(width, dim)
+    if config.residual:  # starts as a small addition to what the residual says
+        nn.init.normal_(head.weight, std=INIT_STD)
+        nn.init.zeros_(head.bias)
+    return nn.Sequential(*layers, head)

@@ -1,0 +1,76 @@
+"""From the stream's rows to the batches of a stage: mined and uniform negatives, and documents that are none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bigdssm import distributed
+from bigdssm.config import LossConfig
+from bigdssm.data import Batch, Collator, Dataset, PairStream, Rows
+from bigdssm.retrieval.mine import choose_negatives
+
+
+class Batches:
+    """An endless iterator of this rank's batches."""
+
+    def __init__(
+        self,
+        stream: PairStream,
+        loss: LossConfig,
+        mined: np.ndarray | None,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        """`mined` is int32 [rows of the split, W]: the window that each row's negatives are drawn from."""
+        self._stream, self._loss, self._mined, self._seed, self._device = stream, loss, mined, seed, device
+        dataset = stream.dataset
+        self._dataset = dataset
+        self._collator = Collator(dataset.schema, None if dataset.inline else dataset.catalogue, dataset.pad_token_id)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield batches on the rank's device."""
+        for rows in self._stream:
+            negatives = None
+            if self._mined is not None:
+                epoch = rows.step // self._stream.steps_per_epoch
+                window = np.asarray(self._mined[rows.row_ids])
+                negatives = choose_negatives(window, rows.row_ids, epoch, self._seed, self._loss.negatives)
+                negatives = negatives.astype(np.int64)
+            batch = self._collator(rows, negatives=negatives, extra_docs=self._uniform(rows.step))
+            if self._loss.mask_history:
+                batch = replace(batch, known=seen_pairs(rows, self._dataset))
+            yield on_device(batch, self._device)
+
+    def _uniform(self, step: int) -> np.ndarray | None:
+        """Return this rank's share of the step's uniform draws, which do not depend on the number of ranks."""
+        if self._loss.uniform_negatives == 0:
+            return None
+        random = np.random.RandomState([self._seed, step % 2**32])  # its stream is frozen across numpy versions
+        draws = random.randint(0, self._dataset.catalogue.num_docs, self._loss.uniform_negatives)
+        return draws[distributed.rank() :: distributed.world_size()].astype(np.int64)
+
+
+def seen_pairs(rows: Rows, dataset: Dataset) -> Tensor:
+    """Return int64 [p, 2]: (query id, doc id) of every event before each row's own."""
+    values, offsets = rows.seen_ragged()
+    query_ids = np.repeat(rows.query_ids, np.diff(offsets))
+    pairs = np.stack([query_ids, dataset.catalogue.doc_ids[values]], axis=1)
+    return torch.from_numpy(np.unique(pairs, axis=0)) if len(pairs) else torch.empty((0, 2), dtype=torch.int64)
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch with every tensor on `device`."""
+
+    def move(value: object) -> object:
+        if isinstance(value, Tensor):
+            return value.to(device, non_blocking=True)
+        if isinstance(value, dict):
+            return {name: move(tensor) for name, tensor in value.items()}
+        return value
+
+    return Batch(**{field.name: move(getattr(batch, field.name)) for field in fields(batch)})  # type: ignore[arg-type]

@@ -1,0 +1,43 @@
+"""The command line that both stages share: `deepspeed launch/<stage>.py --config F [key=value …]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from bigdssm.cli import run_main
+from bigdssm.config import StageName, load_config
+from bigdssm.training.stages import run_stage
+
+
+def main(stage: StageName) -> int:
+    """Run `stage` as the command line says and return the exit code."""
+    arguments = _parser(stage).parse_args()
+
+    def run() -> None:
+        config = load_config(arguments.config, arguments.overrides)
+        run_stage(
+            config,
+            stage,
+            resume=arguments.resume == "auto",
+            validate_only=arguments.validate,
+            world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        )
+
+    try:
+        return run_main(run)
+    finally:
+        sys.stdout.flush()
+
+
+def _parser(stage: StageName) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=f"Run the stage `{stage}` of a config; under deepspeed, torchrun, or alone on one rank."
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted config keys, for example run.seed=1")
+    parser.add_argument("--resume", choices=["auto"], help="go on from the newest good checkpoint, if there is one")
+    parser.add_argument("--validate", action="store_true", help="check config and data, make one batch, and stop")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # deepspeed passes it
+    return parser

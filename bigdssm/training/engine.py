@@ -1,0 +1,164 @@
+"""The DeepSpeed engine, built from the config alone; with `checkpoint.py` the only importer of deepspeed.
+
+Gradients come from vectors, not from a loss: `backward` takes the vectors that the towers gave and their gradients.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from bigdssm import distributed
+from bigdssm.config import EngineConfig, OptimizerConfig
+from bigdssm.errors import ConfigError
+from bigdssm.models import Encoded
+from bigdssm.training.optimizer import build_optimizer
+
+COLLECTIVE_TIMEOUT_S = 1800
+
+
+def init_process_group() -> None:
+    """Join the process group the launcher describes (`deepspeed`, `torchrun`), or a world of one without a launcher."""
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    if "OMP_NUM_THREADS" not in os.environ:  # else every rank would take every core
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    # The shared-memory all-reduce is compiled on first use: 45 s, a compiler, and a race between ranks.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend=get_accelerator().communication_backend_name() if _on_device() else "gloo",
+        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+        verbose=False,
+    )
+
+
+def device() -> torch.device:
+    """Return this rank's device."""
+    return torch.device(get_accelerator().current_device_name()) if _on_device() else torch.device("cpu")
+
+
+def deepspeed_config(engine: EngineConfig, optimizer: OptimizerConfig, rows_per_rank: int) -> dict[str, Any]:
+    """Return the DeepSpeed dict of a stage; there is no other place where DeepSpeed is configured."""
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": rows_per_rank,
+        "gradient_accumulation_steps": 1,  # FPS does not decompose over accumulation
+        "gradient_clipping": optimizer.gradient_clipping,  # DeepSpeed's own default is 1.0
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": False,
+        "zero_force_ds_cpu_optimizer": False,  # its CPU Adam is compiled on first use
+        "steps_per_print": 10**9,
+    }
+    if engine.precision == "bf16":
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    elif engine.precision == "bf16_pure":
+        config["bf16"] = {"enabled": True}
+    return config
+
+
+class Engine:
+    """A model under DeepSpeed: forward of one or both towers, backward from vector gradients, one step."""
+
+    def __init__(self, model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, rows_per_rank: int) -> None:
+        if config.offload_optimizer and config.zero_stage == 0:
+            raise ConfigError("engine.offload_optimizer=true needs engine.zero_stage of 1, 2 or 3; got 0")
+        self.zero_stage = config.zero_stage
+        self._clipping = optimizer.gradient_clipping
+        built = deepspeed.initialize(
+            model=model.to(device()),
+            optimizer=build_optimizer(model, optimizer),
+            config=deepspeed_config(config, optimizer, rows_per_rank),
+        )
+        self.deepspeed = built[0]
+        if self.zero_stage > 0:
+            self.deepspeed.optimizer.check_grad_overflow = True  # in fp32, too, a non-finite gradient skips the step
+
+    def forward(self, query: dict[str, Tensor] | None = None, doc: dict[str, Tensor] | None = None) -> Encoded:
+        """Encode queries, documents, or both, on this rank."""
+        return cast(Encoded, self.deepspeed(query=query, doc=doc))
+
+    def backward(self, outputs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Push (output, gradient) pairs through the towers; by a surrogate loss, since DeepSpeed takes scalars only."""
+        products = [(output.float() * gradient.float()).sum() for output, gradient in outputs]
+        self.deepspeed.backward(torch.stack(products).sum())
+
+    @contextmanager
+    def one_reduction(self) -> Iterator[None]:
+        """Within it, several backwards add up on the rank and are reduced over the ranks once, at its end."""
+        with self.deepspeed.coalesce_grad_reduction() if self.zero_stage > 0 else nullcontext():
+            yield
+
+    def no_reduction(self) -> Any:
+        """At ZeRO stage 0: the context of every backward but the last of a step."""
+        return self.deepspeed.no_sync() if self.zero_stage == 0 else nullcontext()
+
+    def step(self, lr_factor: float) -> bool:
+        """Apply the gradients with every group's base rate times `lr_factor`; return False where it was skipped.
+
+        It is skipped on all ranks together when any gradient is not finite.
+        """
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * lr_factor
+        if self.zero_stage == 0 and not self._gradients_finite():
+            self.deepspeed.optimizer.zero_grad()
+            return False
+        self.deepspeed.step()
+        return not getattr(self.deepspeed.optimizer, "overflow", False)
+
+    def gradient_norm(self) -> float:
+        """Return the global gradient norm of the last step, before clipping."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def learning_rate(self) -> float:
+        """Return the current rate of the first group."""
+        return float(self.deepspeed.optimizer.param_groups[0]["lr"])
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself."""
+        return cast(nn.Module, self.deepspeed.module)
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write this rank's part of a DeepSpeed checkpoint into `folder`/`tag`. A collective."""
+        self.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Read weights and optimizer state back. A collective; the files must have been verified: they are pickles."""
+        self.deepspeed.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return all weights in float32 on the CPU, whole on every rank. A collective at ZeRO stage 3."""
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.module.named_parameters():
+            gathered = deepspeed.zero.GatheredParameters([parameter]) if self.zero_stage == 3 else nullcontext()
+            with gathered:
+                state[name] = parameter.detach().float().cpu().clone()
+        return state
+
+    def _gradients_finite(self) -> bool:
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+        return not distributed.any_rank(not finite)
+
+
+def _on_device() -> bool:
+    return get_accelerator().device_name() != "cpu"
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

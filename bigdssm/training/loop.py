@@ -1,0 +1,162 @@
+"""The training loop: one page, read it from the top to the bottom.
+
+What a step is stands in step.py, where batches come from in batches.py, what is reported in health.py, and how a
+stage is put together in stages.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bigdssm import distributed
+from bigdssm.checkpoint import ENGINE_TAG, Checkpoint, CheckpointStore
+from bigdssm.config import StageConfig
+from bigdssm.data import Batch, PairStream
+from bigdssm.errors import DivergedError, Preempted
+from bigdssm.evaluation.split import Evaluation
+from bigdssm.log import get_logger
+from bigdssm.training.batches import Batches
+from bigdssm.training.chunks import RandomState
+from bigdssm.training.engine import Engine
+from bigdssm.training.health import Health
+from bigdssm.training.objective import Objective
+from bigdssm.training.optimizer import schedule_factor
+from bigdssm.training.row_log import RowLog
+from bigdssm.training.signals import StopRequest
+from bigdssm.training.step import StepResult, train_step
+from bigdssm.training.validation import Validator
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class Progress:
+    """Where a stage stands; the same on every rank, and part of every checkpoint."""
+
+    step: int = 0  # global batches consumed
+    applied: int = 0  # of them, those whose gradients were applied; what the schedule counts
+    skipped_in_row: int = 0
+    best: float = float("-inf")  # validation NDCG@10
+    best_step: int = 0
+    validations_since_best: int = 0
+    validated_at: int = -1
+    history: list[dict[str, Any]] = field(default_factory=list)  # every validation
+
+
+@dataclass
+class Stage:
+    """Everything that a running stage consists of."""
+
+    name: str
+    folder: Path
+    config: StageConfig
+    chunk_tokens: int
+    total_steps: int
+    engine: Engine
+    stream: PairStream
+    batches: Batches
+    objective: Objective
+    validator: Validator
+    store: CheckpointStore
+    health: Health
+    stop: StopRequest
+    row_log: RowLog | None
+    progress: Progress
+
+
+def train(stage: Stage) -> Progress:
+    """Run `stage` from where its progress stands to its end and return the final progress. A collective.
+
+    Raises DivergedError after too many non-finite steps in a row, Preempted where it was told to stop and has saved.
+    """
+    config, progress, health = stage.config, stage.progress, stage.health
+    batches = iter(stage.batches)
+    while progress.step < stage.total_steps and not _is_finished_early(stage):
+        batch = health.waited_for(batches)
+        factor = schedule_factor(progress.applied, stage.total_steps, config.optimizer)
+        result = train_step(stage.engine, batch, stage.objective, factor, stage.chunk_tokens)
+        _count(stage, batch, result)
+        health.after_step(progress.step, progress.applied, batch, result)
+        if _due(progress.step, config.validate_every_steps):
+            validate(stage)
+        if stage.stop.agreed():
+            save(stage)
+            raise Preempted(f"stopped on request after step {progress.step}, saved; go on with --resume auto")
+        if _due(progress.step, config.save_every_steps):
+            save(stage)
+    if progress.validated_at != progress.step:
+        validate(stage)
+    save(stage)
+    return progress
+
+
+def validate(stage: Stage) -> Evaluation | None:
+    """Measure on the validation split; keep the weights in best/ where they are the best so far. A collective."""
+    progress = stage.progress
+    evaluation = stage.validator.evaluate(stage.engine)
+    score = evaluation.metrics["ndcg_at_10"] if evaluation else float(progress.step)  # no split: the newest is best
+    progress.validated_at = progress.step
+    if evaluation:
+        progress.history.append({"step": progress.step, **evaluation.metrics})
+        stage.health.after_validation(progress.step, evaluation)
+    if score > progress.best:
+        progress.best, progress.best_step, progress.validations_since_best = score, progress.step, 0
+        stage.validator.keep(stage.engine, {"stage": stage.name, "step": progress.step, "validation": score})
+    else:
+        progress.validations_since_best += 1
+    return evaluation
+
+
+def save(stage: Stage) -> None:
+    """Write a checkpoint of everything that the next step depends on. A collective."""
+    stage.stream.check()
+    random = RandomState.now()
+    rank_state = {"cpu": random.cpu} | ({"device": random.device} if random.device is not None else {})
+    state = {
+        "zero_stage": stage.engine.zero_stage,
+        "stream": stage.stream.state(),
+        "progress": asdict(stage.progress),
+    }
+    with stage.health.timed("checkpoint"):
+        stage.store.save(stage.progress.step, state, rank_state, lambda path: stage.engine.save(path, ENGINE_TAG))
+
+
+def restore(checkpoint: Checkpoint, engine: Engine, stream: PairStream) -> Progress:
+    """Return the progress of a verified checkpoint, with engine, stream and random state as they were. A collective."""
+    stream.check_state(checkpoint.state["stream"])
+    engine.load(checkpoint.path, ENGINE_TAG)
+    rank_state = checkpoint.rank_state(distributed.rank())
+    RandomState(rank_state["cpu"], rank_state.get("device")).restore()
+    stream.step = checkpoint.state["stream"]["step"]
+    return Progress(**checkpoint.state["progress"])
+
+
+def _count(stage: Stage, batch: Batch, result: StepResult) -> None:
+    """Count a step as consumed, and as applied or skipped. Raises DivergedError."""
+    progress, limit = stage.progress, stage.config.max_skipped_steps
+    progress.step += 1
+    if stage.row_log is not None:
+        stage.row_log.write(batch.step, batch.row_ids)
+    if result.applied:
+        progress.applied += 1
+        progress.skipped_in_row = 0
+        return
+    progress.skipped_in_row += 1
+    rows = batch.row_ids[:8].tolist()
+    logger.warning("step %d skipped: loss or gradient not finite; this rank's first row ids: %s", progress.step, rows)
+    if progress.skipped_in_row >= limit:
+        raise DivergedError(
+            f"{stage.name} stopped at step {progress.step}: {limit} steps in a row had no finite loss and gradient; "
+            f"lower optimizer.lr, or start again from a checkpoint in {stage.folder}"
+        )
+
+
+def _is_finished_early(stage: Stage) -> bool:
+    patience = stage.config.patience
+    return patience > 0 and stage.progress.validations_since_best >= patience
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

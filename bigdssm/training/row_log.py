@@ -1,0 +1,31 @@
+"""The consumed row ids of every step and rank, to prove that a resumed run saw what it should (debug.log_row_ids)."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from torch import Tensor
+
+
+class RowLog:
+    """`row_ids-<rank>.jsonl` in a stage folder: {"step": s, "row_ids": […]} a line."""
+
+    def __init__(self, folder: Path, rank: int, next_step: int) -> None:
+        """Open the log, cut back to the steps before `next_step`."""
+        path = folder / f"row_ids-{rank:05d}.jsonl"
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                if line.endswith("}") and json.loads(line)["step"] < next_step:  # a killed run may leave half a line
+                    kept.append(line + "\n")
+        rewritten = path.with_suffix(".unfinished")
+        rewritten.write_text("".join(kept), encoding="utf-8")
+        os.replace(rewritten, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, row_ids: Tensor) -> None:
+        """Append one step."""
+        self._file.write(json.dumps({"step": step, "row_ids": row_ids.tolist()}) + "\n")
+        self._file.flush()

@@ -1,0 +1,247 @@
+"""Putting a stage together from the config, and running it: pretraining, and fine-tuning (SFT) from its result."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from bigdssm import distributed
+from bigdssm.checkpoint import Checkpoint, CheckpointStore
+from bigdssm.cli import ProgressBar
+from bigdssm.config import Config, ModelConfig, StageConfig, StageName
+from bigdssm.data import Dataset, PairStream
+from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError
+from bigdssm.export.model_folder import load_model_folder
+from bigdssm.log import get_logger
+from bigdssm.models import DualEncoder
+from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.retrieval.mine import mine_to_file
+from bigdssm.training.batches import Batches
+from bigdssm.training.engine import Engine, device, init_process_group
+from bigdssm.training.health import Health, describe_ranks
+from bigdssm.training.loop import Progress, Stage, restore, train
+from bigdssm.training.objective import Objective
+from bigdssm.training.row_log import RowLog
+from bigdssm.training.signals import StopRequest
+from bigdssm.training.trackers import Trackers, check_trackers
+from bigdssm.training.validation import Validator
+
+logger = get_logger(__name__)
+
+CONFIG_FILE = "config.yaml"
+MINED_FILE = "mined_negatives.npy"
+
+
+def check_stage(config: Config, name: StageName, world_size: int, resume: bool) -> Dataset:
+    """Return the opened dataset after everything was checked that can be before ranks depend on each other.
+
+    Raises ConfigError, DataError or CheckpointError; nothing has been written then.
+    """
+    stage = config.stage(name)
+    if world_size > config.data.lanes:
+        raise ConfigError(f"{world_size} ranks, but data.lanes={config.data.lanes}: use at least one lane per rank")
+    check_trackers(config.run.trackers)
+    dataset = Dataset.open(config.data.dir)
+    dataset.check_against(config.data)
+    if dataset.inline and (stage.loss.negatives or stage.loss.uniform_negatives or stage.loss.sampling != "none"):
+        raise ConfigError(
+            f"{name}.loss: negatives and sampling need a catalogue, {dataset.dir} has its documents inline"
+        )
+    folder = config.stage_dir(name)
+    if folder.exists() and any(folder.iterdir()):
+        _check_folder(folder, config, name, resume)
+    source = initial_model(config, name)
+    if source is not None and not source.is_dir():
+        fix = "run launch/pretrain.py with this config first" if name == "sft" else "correct the path"
+        raise ConfigError(f"{name} starts from {source}, which does not exist; {fix}, or set {name}.init")
+    return dataset
+
+
+def initial_model(config: Config, name: StageName) -> Path | None:
+    """Return the model folder that the stage starts from: its `init`, for SFT else the pretraining's best."""
+    init = config.stage(name).init
+    if init is not None:
+        return Path(init)
+    return config.stage_dir("pretrain") / "best" if name == "sft" else None
+
+
+def run_stage(config: Config, name: StageName, *, resume: bool, validate_only: bool, world_size: int) -> None:
+    """Check, build and train one stage on this rank; `validate_only` stops after the first batch was made."""
+    dataset = check_stage(config, name, world_size, resume)
+    stage_config = config.stage(name)
+    init_process_group()
+    _agree_on_config(config, dataset)
+    torch.manual_seed(config.run.seed)
+    model = _model(config, name, dataset)
+    stream = _stream(config, stage_config, dataset)
+    if validate_only:
+        _report_valid(config, name, model, stream)
+        return
+    folder = config.stage_dir(name)
+    store = CheckpointStore(folder / "checkpoints", stage_config.keep_checkpoints)
+    checkpoint = store.newest_good() if resume else None
+    _write_config(folder, config)
+    trackers = Trackers(folder, config)
+    with ProgressBar() as bar:
+        stage = _assemble(config, name, model, stream, store, checkpoint, trackers, bar)
+        logger.info(
+            "%s: %s rows, %d steps of %d rows on %s, from step %d, in %s",
+            name, f"{dataset.num_rows('train'):,}", stage.total_steps, stage_config.rows_global, describe_ranks(),
+            stage.progress.step, folder,
+        )  # fmt: skip
+        try:
+            progress = train(stage)
+        finally:
+            stage.stream.close()
+            trackers.close()
+    logger.info("%s finished: best validation NDCG@10 %.4f at step %d", name, progress.best, progress.best_step)
+
+
+def _assemble(
+    config: Config, name: StageName, model: DualEncoder, stream: PairStream, store: CheckpointStore,
+    checkpoint: Checkpoint | None, trackers: Trackers, bar: ProgressBar,
+) -> Stage:  # fmt: skip
+    stage_config, folder, dataset = config.stage(name), config.stage_dir(name), stream.dataset
+    rows_per_rank = stage_config.rows_global // distributed.world_size()
+    engine = Engine(model, config.engine, stage_config.optimizer, max(1, rows_per_rank))
+    mined = _mined(engine, dataset, stage_config, folder / MINED_FILE)
+    torch.manual_seed(config.run.seed * 1_000_003 + distributed.rank() + 1)  # dropout differs between ranks
+    progress = Progress()
+    if checkpoint is not None:
+        progress = restore(checkpoint, engine, stream)
+        logger.info("%s goes on from %s", name, checkpoint.path)
+    total_steps = stage_config.steps or math.ceil(stage_config.epochs * stream.steps_per_epoch)
+    counts = dataset.doc_counts() if stage_config.loss.sampling != "none" else None
+    rank = distributed.rank()
+    return Stage(
+        name=name,
+        folder=folder,
+        config=stage_config,
+        chunk_tokens=config.engine.chunk_tokens,
+        total_steps=total_steps,
+        engine=engine,
+        stream=stream,
+        batches=Batches(stream, stage_config.loss, mined, config.run.seed, device()),
+        objective=Objective(stage_config.loss, config.engine.loss_tile, counts, stage_config.rows_global),
+        validator=Validator(dataset, config, folder / "best", rows_per_chunk=1024),
+        store=store,
+        health=Health(name, engine, trackers, bar, total_steps, stage_config.rows_global, stage_config.log_every_steps),
+        stop=StopRequest(),
+        row_log=RowLog(folder, rank, progress.step) if config.debug.log_row_ids else None,
+        progress=progress,
+    )
+
+
+def _model(config: Config, name: StageName, dataset: Dataset) -> DualEncoder:
+    """Return a new model, or the one that the stage starts from, checked against dataset and config."""
+    source = initial_model(config, name)
+    if source is None:
+        return DualEncoder(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+    loaded = load_model_folder(source)
+    loaded.check_dataset(dataset)
+    difference = _model_difference(loaded.config.model, config.model)
+    if difference:
+        raise ConfigError(f"{source} was trained with another model section: {difference}; use the same in this config")
+    loaded.model.train()
+    logger.info("%s starts from %s", name, source)
+    return loaded.model
+
+
+def _model_difference(theirs: ModelConfig, mine: ModelConfig) -> str | None:
+    """Return the first key in which two model sections differ; dropout may."""
+
+    def flat(config: ModelConfig) -> dict[str, object]:
+        sides = {side: getattr(config, side) for side in ("query", "doc")}
+        same = {
+            side: replace(tower, dropout=0.0, history=replace(tower.history, dropout=0.0, item_dropout=0.0))
+            for side, tower in sides.items()
+        }
+        return vars(replace(config, alpha_init=1.0, **same))
+
+    a, b = flat(theirs), flat(mine)
+    return next((f"model.{key} was {a[key]}, is {b[key]}" for key in a if a[key] != b[key]), None)
+
+
+def _stream(config: Config, stage: StageConfig, dataset: Dataset) -> PairStream:
+    rank = distributed.rank()
+    quarantine = Path(config.run.dir) / f"quarantine-{rank:05d}.jsonl"
+    return PairStream(
+        dataset,
+        rows_global=stage.rows_global,
+        lanes=config.data.lanes,
+        seed=config.run.seed,
+        rank=rank,
+        world_size=distributed.world_size(),
+        num_workers=config.data.num_workers,
+        max_bad_fraction=config.data.max_bad_fraction,
+        quarantine=quarantine,
+    )
+
+
+def _mined(engine: Engine, dataset: Dataset, stage: StageConfig, path: Path) -> np.ndarray | None:
+    """Return each train row's window of mined negatives, mined with the initial weights; kept for a resumed run."""
+    if stage.loss.negatives == 0:
+        return None
+    if distributed.broadcast_object(path.exists()):
+        mined: np.ndarray = np.load(path, mmap_mode="r")
+        return mined
+    logger.info("mining negatives at ranks %d to %d of every train row", stage.mining.first, stage.mining.last)
+    return mine_to_file(
+        path,
+        tower_encoders(engine.deepspeed, dataset, device()),
+        dataset,
+        first=stage.mining.first,
+        last=stage.mining.last,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+
+
+def _check_folder(folder: Path, config: Config, name: StageName, resume: bool) -> None:
+    """Raise unless `folder` is this run's own and is to be resumed."""
+    path = folder / CONFIG_FILE
+    if not resume:
+        raise CheckpointError(f"{folder} is not empty; go on with --resume auto, or choose another run.dir")
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not a stage folder: it has no {CONFIG_FILE}; choose another run.dir")
+    before, now = yaml.safe_load(path.read_text(encoding="utf-8")), config.to_dict()
+    for section in ("data", "model", name):
+        for key, value in now[section].items():
+            if before[section].get(key) != value:
+                was = before[section].get(key)
+                raise ConfigError(
+                    f"{folder} was run with {section}.{key}={was}, the config has {value}; resume needs the same"
+                )
+
+
+def _agree_on_config(config: Config, dataset: Dataset) -> None:
+    """Raise on every rank where a rank has another config or dataset than rank 0."""
+    mine = (config.to_dict(), dataset.fingerprint)
+    first = distributed.broadcast_object(mine)
+    error: BigDSSMError | None = None
+    if first != mine:
+        what = "dataset" if first[0] == mine[0] else "config"
+        error = ConfigError(f"rank {distributed.rank()} has another {what} than rank 0; start all ranks alike")
+    distributed.raise_together(error)
+
+
+def _write_config(folder: Path, config: Config) -> None:
+    if distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(config.to_dict(), sort_keys=False)
+        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    distributed.barrier()
+
+
+def _report_valid(config: Config, name: StageName, model: DualEncoder, stream: PairStream) -> None:
+    batch = next(iter(Batches(stream, replace(config.stage(name).loss, negatives=0), None, config.run.seed, device())))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    logger.info(
+        "%s is valid: %s parameters, %d steps an epoch, a first batch of %d rows and %d documents on rank 0",
+        name, f"{parameters:,}", stream.steps_per_epoch, len(batch.query_ids), len(batch.doc_ids),
+    )  # fmt: skip

@@ -1,0 +1,77 @@
+"""Metrics to where people look at them: metrics.jsonl always, accelerate's trackers by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+from bigdssm import distributed
+from bigdssm.config import Config
+from bigdssm.errors import ConfigError
+from bigdssm.log import MetricsWriter
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Trackers:
+    """Writes records on rank 0; the other ranks' calls do nothing."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        """Open `folder`/metrics.jsonl and the trackers that `config.run.trackers` names."""
+        self._metrics: MetricsWriter | None = None
+        self._trackers: list[Any] = []
+        PartialState(cpu=True)  # accelerate's trackers ask it for the main process; the process group stays ours
+        if distributed.is_main():
+            self._metrics = MetricsWriter(folder / METRICS_FILE)
+            self._trackers = [_open(name, folder) for name in config.run.trackers]
+            for tracker in self._trackers:
+                tracker.start()
+                tracker.store_init_configuration(_flat(config.to_dict()))
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Write one record; `step` is its step, numbers (one level of nesting allowed) go to the trackers."""
+        if self._metrics is None:
+            return
+        self._metrics.write(record)
+        values = {
+            key: value for key, value in _flat(record).items() if isinstance(value, int | float) and key != "step"
+        }
+        for tracker in self._trackers:
+            tracker.log(values, step=record["step"])
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self._metrics is not None:
+            self._metrics.close()
+        for tracker in self._trackers:
+            tracker.finish()
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ConfigError where a name is no tracker, or its package is not installed."""
+    known = {str(key): tracker for key, tracker in LOGGER_TYPE_TO_CLASS.items()}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"run.trackers: got {name!r}, needs names out of {sorted(known)}")
+
+
+def _open(name: str, folder: Path) -> Any:
+    tracker_class = {str(key): tracker for key, tracker in LOGGER_TYPE_TO_CLASS.items()}[name]
+    run_name = f"{folder.parent.name}-{folder.name}"
+    return (
+        tracker_class(name, logging_dir=folder) if tracker_class.requires_logging_directory else tracker_class(run_name)
+    )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}/")
+        else:
+            flat[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
+    return flat

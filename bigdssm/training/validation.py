@@ -1,0 +1,52 @@
+"""Full-catalogue validation during training, and the best weights as a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from bigdssm import distributed
+from bigdssm.config import Config
+from bigdssm.data import Dataset
+from bigdssm.evaluation.split import Evaluation, evaluate_split
+from bigdssm.export.model_folder import save_model_folder
+from bigdssm.models import DualEncoder
+from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.training.engine import Engine, device
+
+SPLIT = "validation"
+
+
+class Validator:
+    """Evaluates an engine's model on the validation split, and keeps a model folder."""
+
+    def __init__(self, dataset: Dataset, config: Config, best_dir: Path, rows_per_chunk: int) -> None:
+        self._dataset, self._config, self._best_dir, self._rows_per_chunk = dataset, config, best_dir, rows_per_chunk
+
+    def evaluate(self, engine: Engine) -> Evaluation | None:
+        """Return the evaluation, or None where the dataset has no validation rows. A collective."""
+        if self._dataset.num_rows(SPLIT) == 0:
+            return None
+        return evaluate_split(
+            tower_encoders(engine.deepspeed, self._dataset, device()),
+            self._dataset,
+            SPLIT,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            rows_per_chunk=self._rows_per_chunk,
+        )
+
+    def keep(self, engine: Engine, provenance: dict[str, Any]) -> None:
+        """Write the present weights to the best/ folder. A collective."""
+        state = engine.state_dict()
+        if distributed.is_main():
+            save_model_folder(
+                self._best_dir,
+                cast(DualEncoder, engine.module),
+                self._config,
+                self._dataset.schema,
+                self._dataset.tokenizer_dir,
+                {**provenance, "dataset": self._dataset.fingerprint},
+                state=state,
+            )
+        distributed.barrier()
