@@ -29,7 +29,7 @@ def test_tensors_of_a_batch_with_histories(interactions: Path) -> None:
     dataset, collate, rows = first_rows(interactions)
     batch = collate(rows)
     assert batch.step == rows.step
-    assert torch.equal(batch.doc_rows[batch.positive], torch.from_numpy(rows.doc_rows))
+    assert batch.doc_rows[batch.positive].tolist() == rows.doc_rows.tolist()
     assert len(batch.doc_rows) == len(set(rows.doc_rows.tolist()))
     assert torch.equal(batch.doc_ids, torch.from_numpy(dataset.catalogue.doc_ids[batch.doc_rows]))
     assert torch.equal(batch.doc["item"], batch.doc_rows + 2)

@@ -1,0 +1,277 @@
+"""Damage is named, counted and left out; the number of steps stays; past the limit the stream stops."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import xxhash
+
+from bigdssm.data import Dataset, PairStream, Rows
+from bigdssm.data import blocks as blocks_module
+from bigdssm.data.arrow_size import decoded_size
+from bigdssm.errors import DataError
+
+STEPS, ROWS_GLOBAL, LANES = 21, 48, 8
+FIRST_SHARD = "partitions/all/train-000000.tar"
+
+
+@pytest.fixture
+def copy(interactions: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(interactions, tmp_path / "copy")
+
+
+def read(folder: Path, tmp_path: Path, **arguments: object) -> tuple[list[Rows], list[dict], PairStream]:
+    """Return an epoch's steps, the quarantine's lines, and the stream."""
+    quarantine = tmp_path / "run" / "quarantine.jsonl"
+    stream = PairStream(
+        folder, rows_global=ROWS_GLOBAL, lanes=LANES, max_bad_fraction=1.0, quarantine=quarantine, **arguments
+    )  # type: ignore[arg-type]
+    rows = list(islice(stream, STEPS))
+    stream.close()
+    lines = [json.loads(line) for line in quarantine.read_text().splitlines()] if quarantine.exists() else []
+    return rows, lines, stream
+
+
+def missing(rows: list[Rows]) -> list[int]:
+    return sorted(set(range(1000)) - set(np.concatenate([part.row_ids for part in rows]).tolist()))
+
+
+def block_entry(folder: Path, block: int) -> tuple[Path, int, int]:
+    index = Dataset.open(folder).index("train")
+    return index.shards[index.shard[block]], int(index.offset[block]), int(index.size[block])
+
+
+def flip(path: Path, at: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 0x10]))
+
+
+def flip_payload(folder: Path) -> None:
+    path, offset, size = block_entry(folder, 1)
+    flip(path, offset + size // 2)
+
+
+def cut_in_data(folder: Path) -> None:
+    path, offset, size = block_entry(folder, 1)
+    with path.open("r+b") as file:
+        file.truncate(offset + size // 2)
+
+
+def cut_in_header(folder: Path) -> None:
+    path, offset, _ = block_entry(folder, 1)
+    with path.open("r+b") as file:
+        file.truncate(offset - 256)
+
+
+def delete(folder: Path) -> None:
+    (folder / FIRST_SHARD).unlink()
+
+
+def swap(folder: Path) -> None:
+    shutil.copy(folder / "partitions/all/train-000001.tar", folder / FIRST_SHARD)
+
+
+FILE_DAMAGE: dict[str, tuple[Callable[[Path], None], list[int], str]] = {
+    "payload byte flipped": (flip_payload, [1], "the bytes are damaged"),
+    "cut in data": (cut_in_data, [1, 2, 3], "the shard is cut short"),
+    "cut in a header": (cut_in_header, [1, 2, 3], "the shard is cut short"),
+    "shard deleted": (delete, [0, 1, 2, 3], "the shard is missing"),
+    "another shard's content": (swap, [0, 1, 2, 3], "the bytes are damaged"),
+}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("damage", list(FILE_DAMAGE))
+def test_damaged_files_cost_their_blocks_and_nothing_else(
+    copy: Path, tmp_path: Path, damage: str, num_workers: int
+) -> None:
+    spoil, blocks, reason = FILE_DAMAGE[damage]
+    spoil(copy)
+    rows, lines, stream = read(copy, tmp_path, num_workers=num_workers)
+    assert len(rows) == STEPS
+    assert missing(rows) == [row for block in blocks for row in range(64 * block, 64 * block + 64)]
+    assert sorted({(line["block"], line["row"]) for line in lines}) == [(block, None) for block in blocks]
+    assert len(lines) == len(blocks)
+    assert all(line["shard"] == str(copy / FIRST_SHARD) and reason in line["reason"] for line in lines)
+    assert stream.rows_met == STEPS * ROWS_GLOBAL
+    assert 64 * len(blocks) <= stream.rows_bad < 64 * len(blocks) + 64  # step 21 reaches into the second epoch
+
+
+def test_a_flipped_header_byte_costs_nothing(copy: Path, tmp_path: Path) -> None:
+    _, offset, _ = block_entry(copy, 1)
+    flip(copy / FIRST_SHARD, offset - 512 + 3)
+    rows, lines, _ = read(copy, tmp_path)
+    assert (missing(rows), lines) == ([], [])
+
+
+def put_block(folder: Path, tools, content: bytes, rows: int = 64) -> None:
+    """Replace block 0 by other bytes, with an index that vouches for them."""
+    shard = folder / "partitions/all/evil.tar"
+    shard.write_bytes(bytes(512) + content)
+    path = folder / "partitions/all/train.index.arrow"
+    table = pa.ipc.open_file(path.read_bytes()).read_all().to_pydict()
+    entries = list(zip(*(table[name] for name in ("shard", "offset", "size", "rows", "checksum")), strict=True))
+    entries[0] = ("evil.tar", 512, len(content), rows, xxhash.xxh3_64_intdigest(content))
+    tools.write_index(path, entries)
+    partition = folder / "partitions/all/partition.json"
+    facts = json.loads(partition.read_text())
+    facts["splits"]["train"]["index_checksum"] = tools.checksum(path)
+    partition.write_text(json.dumps(facts))
+
+
+def spoil(columns: dict[str, pa.Array], name: str, row: int, value: object) -> dict[str, pa.Array]:
+    values = columns[name].to_pylist()
+    values[row] = value
+    return {**columns, name: pa.array(values, columns[name].type)}
+
+
+BAD_ROWS = {
+    "NaN relevance": ("relevance", float("nan"), "relevance is nan"),
+    "infinite relevance": ("relevance", float("inf"), "relevance is inf"),
+    "negative relevance": ("relevance", -1.0, "relevance is -1.0"),
+    "unknown document": ("doc", 37, "unknown document: 37 is not a row of the catalogue's 37"),
+    "negative document": ("doc", -1, "unknown document: -1"),
+    "unknown sequence": ("sequence", 11, "sequence 11 is not a row of the partition's 11"),
+    "end beyond the sequence": ("end", 31, "history end 31 is outside its sequence of 30 events"),
+    "negative end": ("end", -1, "history end -1"),
+}
+BAD_TEXT_ROWS = {
+    "empty text": ("words", [], "words has 0 tokens, needs 1 to 6"),
+    "5 MB in one field": ("words", [3] * 1_250_000, "words has 1250000 tokens, needs 1 to 6"),
+    "unknown token": ("words", [1, 53], "words has a token id outside the schema's 53"),
+    "code out of range": ("doc.item", 99, "doc.item has a code outside the schema's 39"),
+    "multi-valued code": ("doc.tags", [2, -7], "doc.tags has a code outside the schema's 5"),
+}
+
+
+@pytest.mark.parametrize("case", [*BAD_ROWS, *BAD_TEXT_ROWS])
+def test_bad_rows_are_left_out_one_by_one(case: str, tools, tmp_path: Path) -> None:
+    text = case in BAD_TEXT_ROWS
+    writer = tools.Writer(tmp_path / "data", text=text, inline=text, interactions=not text)
+    folder = writer.write()
+    name, value, reason = (BAD_ROWS | BAD_TEXT_ROWS)[case]
+    put_block(folder, tools, tools.block_bytes(spoil(writer.columns(0, 64, 0), name, 17, value)))
+    rows, lines, stream = read(folder, tmp_path)
+    assert missing(rows) == [17]
+    assert [(line["block"], line["row"], line["rows"]) for line in lines] == [(0, 17, 1)]
+    assert reason in lines[0]["reason"]
+    assert stream.rows_bad == 1
+
+
+def cast(columns: dict[str, pa.Array], name: str, to: pa.DataType) -> dict[str, pa.Array]:
+    return {**columns, name: columns[name].cast(to)}
+
+
+BAD_BLOCKS: dict[str, tuple[Callable[..., bytes], str]] = {
+    "a missing column": (
+        lambda tools, c: tools.block_bytes({n: v for n, v in c.items() if n != "doc"}), "it has no column doc"
+    ),
+    "another type": (
+        lambda tools, c: tools.block_bytes(cast(c, "doc", pa.float64())), "column doc is double, needed is int64"
+    ),
+    "nulls": (lambda tools, c: tools.block_bytes(spoil(c, "doc", 0, None)), "column doc has nulls"),
+    "fewer rows": (
+        lambda tools, c: tools.block_bytes({n: v.slice(1) for n, v in c.items()}), "it has 63 rows, the index says 64"
+    ),
+    "no Arrow": (lambda tools, c: b"\x80\x04}q\x00." * 20, "no Arrow stream"),
+    "half an Arrow stream": (lambda tools, c: tools.block_bytes(c)[:-300], "it cannot be used"),
+    "a dictionary": (
+        lambda tools, c: tools.block_bytes({**c, "doc": c["doc"].dictionary_encode()}), "with dictionaries"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(BAD_BLOCKS))
+def test_blocks_that_are_not_ours_are_left_out_whole(case: str, tools, tmp_path: Path) -> None:
+    writer = tools.Writer(tmp_path / "data")
+    folder = writer.write()
+    make, reason = BAD_BLOCKS[case]
+    put_block(folder, tools, make(tools, writer.columns(0, 64, 0)))
+    rows, lines, _ = read(folder, tmp_path)
+    assert missing(rows) == list(range(64))
+    assert {(line["block"], line["row"]) for line in lines} == {(0, None)}
+    assert reason in lines[0]["reason"]
+
+
+def test_a_block_that_would_fill_the_memory_is_refused_before_it_is_decoded(
+    tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks_module, "MAX_DECODED_BYTES", 1 << 24)
+    writer = tools.Writer(tmp_path / "data")
+    folder = writer.write()
+    bomb = tools.block_bytes(
+        {**writer.columns(0, 64, 0), "extra": pa.array([b"\0" * (1 << 20)] * 64, pa.large_binary())}
+    )
+    assert len(bomb) < 1 << 16
+    assert decoded_size(bomb) > 1 << 26
+    put_block(folder, tools, bomb)
+    before = pa.default_memory_pool().max_memory()
+    rows, lines, _ = read(folder, tmp_path)
+    assert missing(rows) == list(range(64))
+    assert "bytes decoded, more than the" in lines[0]["reason"]
+    assert pa.default_memory_pool().max_memory() - before < 1 << 24
+
+
+@pytest.mark.parametrize("position", range(0, 1200, 7))
+def test_no_flipped_byte_of_a_block_crashes_the_reader(position: int, tools, tmp_path: Path) -> None:
+    """Even where index and checksum vouch for it: offsets and lengths are validated before they are used."""
+    content = bytearray(tools.block_bytes(tools.Writer(tmp_path).columns(0, 64, 0), compression=None))
+    content[position % len(content)] ^= 0xFF
+    folder = tools.Writer(tmp_path / "data").write()
+    layout = Dataset.open(folder).layout
+    try:
+        batch = blocks_module.decode(bytes(content), layout)
+    except (ValueError, OSError, pa.ArrowException):
+        return
+    assert batch.schema.names == list(layout.types)
+
+
+def test_past_the_limit_the_stream_stops(copy: Path, tmp_path: Path) -> None:
+    flip_payload(copy)  # 64 of 1,000 rows
+    arguments = {"rows_global": 40, "lanes": LANES, "quarantine": tmp_path / "q.jsonl"}  # 25 steps are an epoch
+    stream = PairStream(copy, max_bad_fraction=0.063, **arguments)
+    with pytest.raises(DataError, match=r"rows met are bad, more than max_bad_fraction=0.063 allows \(63\).*q.jsonl"):
+        list(islice(stream, 25))
+        stream.check()  # as before a checkpoint
+    assert stream.rows_bad == 64
+    for start_step in (0, 10):  # 10: the first rows met are the end of one epoch and the beginning of another
+        stream = PairStream(copy, max_bad_fraction=0.065, start_step=start_step, **arguments)
+        assert len(list(islice(stream, 200))) == 200
+
+
+def test_a_bad_row_early_in_a_good_dataset_does_not_stop_it(tools, tmp_path: Path) -> None:
+    writer = tools.Writer(tmp_path / "data")
+    folder = writer.write()
+    put_block(folder, tools, tools.block_bytes(spoil(writer.columns(0, 64, 0), "doc", 17, -1)))
+    stream = PairStream(folder, rows_global=8, lanes=8, max_bad_fraction=0.001)
+    assert len(list(islice(stream, 300))) == 300  # 1 of 1,000, although at times 1 of fewer rows met
+
+
+def test_iterate_warns_of_what_it_leaves_out(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = copy / "partitions/all/test-000000.tar"
+    index = Dataset.open(copy).index("test")
+    flip(path, int(index.offset[0]) + 100)
+    with caplog.at_level(logging.WARNING):
+        rows = list(Dataset.open(copy).iterate("test", 30))
+    assert np.concatenate([part.row_ids for part in rows]).tolist() == list(range(64, 100))
+    assert "test-000000.tar, block 0: the bytes are damaged" in caplog.text
+
+
+def test_decoded_size_is_what_decoding_takes(tools) -> None:
+    columns = {"a": pa.array(np.zeros(10_000)), "b": pa.array([[1, 2]] * 10_000, pa.list_(pa.int32()))}
+    for compression in (None, "zstd"):
+        content = tools.block_bytes(columns, compression)
+        decoded = pa.ipc.open_stream(io.BytesIO(content)).read_all()
+        assert decoded.nbytes <= decoded_size(content) <= decoded.nbytes + 64

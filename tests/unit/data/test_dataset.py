@@ -1,0 +1,142 @@
+"""Opening a dataset, iterating over a split in order, and what is said about a dataset that is not one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bigdssm.config import DataConfig, FeatureConfig
+from bigdssm.data import Dataset
+from bigdssm.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def copy(interactions: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(interactions, tmp_path / "copy")
+
+
+def test_what_a_dataset_says_of_itself(interactions: Path, texts: Path, tools) -> None:
+    dataset = Dataset.open(interactions)
+    assert (dataset.num_rows("train"), dataset.num_rows("test"), dataset.num_rows("validation")) == (1000, 100, 0)
+    assert dataset.doc_counts().tolist() == [1] * tools.NUM_DOCS
+    assert (dataset.tokenizer_dir, dataset.pad_token_id) == (None, 0)
+    text = Dataset.open(texts)
+    assert (text.tokenizer_dir, text.vocab_size) == (texts / "tokenizer", 53)
+    assert text.fingerprint != dataset.fingerprint == Dataset.open(interactions).fingerprint
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("rows_per_batch", [1, 30, 64, 1000])
+def test_iterate_gives_a_split_in_order(interactions: Path, world_size: int, rows_per_batch: int) -> None:
+    dataset = Dataset.open(interactions)
+    ranks = [list(dataset.iterate("test", rows_per_batch, rank, world_size)) for rank in range(world_size)]
+    ids = [rows.row_ids for batches in ranks for rows in batches]
+    assert np.concatenate(ids).tolist() == list(range(100))
+    assert all((rows.query_ids == rows.row_ids * 10).all() for batches in ranks for rows in batches)
+    assert all(len(rows) <= rows_per_batch for batches in ranks for rows in batches)
+    assert all([rows.step for rows in batches] == list(range(len(batches))) for batches in ranks)
+
+
+def test_a_config_of_other_features_is_refused_by_name(interactions: Path) -> None:
+    history = FeatureConfig(type="history", of="item", max_items=5)
+    query = {"age": FeatureConfig(type="numeric"), "history": history}
+    doc = {
+        "item": FeatureConfig(type="categorical"),
+        "tags": FeatureConfig(type="categorical", multi=True),
+        "year": FeatureConfig(type="numeric"),
+    }
+    dataset, config = Dataset.open(interactions), DataConfig(dir="x", query=query, doc=doc)
+    dataset.check_against(config)
+    changed = replace(config, query={**query, "history": replace(history, max_items=9)})
+    with pytest.raises(ConfigError, match=r"query\.history\.max_items=9 against 5"):
+        dataset.check_against(changed)
+    with pytest.raises(ConfigError, match="doc features"):
+        dataset.check_against(replace(config, doc={"item": doc["item"]}))
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def remove(name: str):
+    return lambda folder: (folder / name).unlink()
+
+
+PARTITION = "partitions/all"
+CASES = {
+    "no folder": (shutil.rmtree, "dataset.json does not exist; .* is no dataset; tools/make_shards.py makes one"),
+    "no dataset.json": (remove("dataset.json"), "dataset.json does not exist"),
+    "another format": (lambda d: edit(d / "dataset.json", format=2), "has format 2, this version reads 1"),
+    "broken JSON": (lambda d: (d / "dataset.json").write_text("{"), "dataset.json is damaged"),
+    "another schema": (lambda d: edit(d / "dataset.json", schema="00"), "schema.json is not the one"),
+    "no partitions": (lambda d: edit(d / "dataset.json", partitions=[]), "has no partitions"),
+    "a partition elsewhere": (lambda d: edit(d / "dataset.json", partitions=["../x"]), "not a plain folder name"),
+    "no partition.json": (remove(f"{PARTITION}/partition.json"), "partition.json does not exist"),
+    "no index": (remove(f"{PARTITION}/train.index.arrow"), "train.index.arrow is missing"),
+    "no catalogue": (remove("catalogue/000000.arrow"), "000000.arrow is missing"),
+    "no counts": (remove(f"{PARTITION}/counts.npy"), "counts.npy cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_what_is_missing_is_named(copy: Path, case: str) -> None:
+    spoil, message = CASES[case]
+    spoil(copy)
+    with pytest.raises(DataError, match=message):
+        dataset = Dataset.open(copy)
+        dataset.index("train")
+        dataset.doc_counts()
+
+
+def test_unknown_splits_and_partitions_are_named(interactions: Path) -> None:
+    with pytest.raises(DataError, match=r"no rows in split 'dev'; its splits are \['test', 'train'\]"):
+        Dataset.open(interactions).index("dev")
+    with pytest.raises(DataError, match=r"has no partition 'b', only \['all'\]"):
+        Dataset.open(interactions, ["b"])
+
+
+def test_sequences_missing_from_one_partition_are_named(tmp_path: Path, tools) -> None:
+    folder = tools.Writer(tmp_path / "data").write("a", "b")
+    (folder / "partitions" / "b" / "sequences.arrow").unlink()
+    with pytest.raises(DataError, match=r"b/sequences.arrow is missing, other partitions have theirs"):
+        Dataset.open(folder)
+    (folder / "partitions" / "a" / "sequences.arrow").unlink()
+    with pytest.raises(DataError, match=r"neither in the blocks nor in sequences\.arrow"):
+        next(Dataset.open(folder).iterate("test", 10))
+
+
+def test_a_text_dataset_without_its_tokenizer_is_refused(texts: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(texts, tmp_path / "copy")
+    edit(folder / "tokenizer" / "tokenizer_config.json", pad_token="[NONE]")
+    with pytest.raises(DataError, match=r"no padding token \('\[NONE\]'\)"):
+        Dataset.open(folder)
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match="no readable tokenizer"):
+        Dataset.open(folder)
+
+
+def test_indexes_that_cannot_be_are_refused(copy: Path, tools) -> None:
+    path, partition = copy / PARTITION / "train.index.arrow", copy / PARTITION / "partition.json"
+    splits = json.loads(partition.read_text())["splits"]
+
+    def attempt(entries: list[tuple], rows: int) -> Dataset:
+        tools.write_index(path, entries)
+        facts = {"rows": rows, "blocks": len(entries), "shards": [], "index_checksum": tools.checksum(path)}
+        edit(partition, splits={**splits, "train": facts})
+        return Dataset.open(copy)
+
+    for name in ("../train-000000.tar", "/etc/x.tar", "..\\x.tar", ".hidden.tar", "train-000000.pickle", "pipe:cat x"):
+        with pytest.raises(DataError, match=r"is not a plain file name ending in \.tar; refused"):
+            attempt([(name, 512, 10, 5, 0)], 5).index("train")
+    with pytest.raises(DataError, match="blocks without bytes or rows"):
+        attempt([("a.tar", 512, 10, 0, 0)], 0).index("train")
+    with pytest.raises(DataError, match=r"has 5 rows in 1 blocks, partition\.json says 6 in 1"):
+        attempt([("a.tar", 512, 10, 5, 0)], 6).index("train")
+    shutil.copy(copy / PARTITION / "test.index.arrow", path)
+    with pytest.raises(DataError, match="is damaged or of other shards"):
+        Dataset.open(copy).index("train")
