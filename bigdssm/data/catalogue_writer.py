@@ -1,0 +1,96 @@
+"""Collects the distinct documents of a dataset being made, and writes them as one part of its catalogue."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bigdssm.data.column_file import ColumnFile
+from bigdssm.data.columns import canonical_type
+from bigdssm.data.fit import encode_columns, encoded_type
+from bigdssm.data.hashing import KeyIndex, hash_strings
+from bigdssm.data.mapped import MappedTable
+from bigdssm.data.tokenizer import TextEncoder
+from bigdssm.errors import ConfigError
+from bigdssm.schema import Feature
+
+KEY_COLUMNS = (("doc_key", pa.string()), ("doc_id", pa.int64()), ("display", pa.string()))
+
+
+class CatalogueWriter:
+    """Numbers documents by first appearance, behind those of the existing parts; their raw features wait on disk."""
+
+    def __init__(self, spool: Path, features: Mapping[str, Feature], existing: Sequence[Path]) -> None:
+        self._features = features
+        self._index = KeyIndex()
+        if existing:
+            self._index.add(MappedTable(existing).whole("doc_id"))
+        self.first_new = len(self._index)
+        fields = [("doc_key", pa.large_string()), ("display", pa.large_string())]
+        fields += [(f"feature.{name}", canonical_type(feature)) for name, feature in features.items()]
+        self._schema = pa.schema(fields)
+        self._path = spool / "documents.arrows"
+        self._spool = pa.ipc.new_stream(str(self._path), self._schema)
+
+    @property
+    def num_docs(self) -> int:
+        """Return the documents known so far, those of existing parts included."""
+        return len(self._index)
+
+    def find(self, doc_ids: np.ndarray) -> np.ndarray:
+        """Return the catalogue rows of documents by their hash, -1 where unknown, int64."""
+        return self._index.find(doc_ids)
+
+    def add(self, keys: pa.Array, display: pa.Array, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+        """Take in documents (canonical features in `table`); the first row of a key stays.
+
+        Returns their catalogue rows, int64, and the places in the batch where new ones stand.
+        """
+        rows, first = self._index.add(hash_strings(keys))
+        shown = pc.if_else(pc.equal(display, ""), keys, display)
+        columns = [keys, shown, *(table.column(name).combine_chunks() for name in self._features)]
+        batch = pa.RecordBatch.from_arrays(columns, schema=self._schema)
+        if len(first):
+            self._spool.write_batch(batch if len(first) == len(rows) else batch.take(pa.array(first)))
+        return rows, first
+
+    def new_documents(self) -> Iterator[pa.Table]:
+        """Yield the canonical features of the new documents in order; no document can be added after this."""
+        for batch in self._batches():
+            yield self._canonical(batch)
+
+    def write(self, path: Path, features: Mapping[str, Feature], text: TextEncoder | None, spool: Path) -> str:
+        """Write the new documents, encoded with the fitted `features`, and return the file's checksum."""
+        fields = [*KEY_COLUMNS, *((name, encoded_type(feature, large=True)) for name, feature in features.items())]
+        part = ColumnFile(path, pa.schema(fields), spool)
+        for batch in self._batches():
+            keys = {
+                "doc_key": batch.column("doc_key").cast(pa.string()),
+                "doc_id": pa.array(hash_strings(batch.column("doc_key"))),
+                "display": batch.column("display").cast(pa.string()),
+            }
+            part.append(keys | encode_columns(self._canonical(batch), features, text, large=True))
+        return part.finish()
+
+    def close(self) -> None:
+        """Close the spool file."""
+        self._spool.close()
+
+    def _canonical(self, batch: pa.RecordBatch) -> pa.Table:
+        return pa.table({name: batch.column(f"feature.{name}") for name in self._features})
+
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        self._spool.close()
+        with pa.ipc.open_stream(str(self._path)) as reader:
+            yield from reader
+
+
+def check_names(features: Iterable[str], reserved: Sequence[str], side: str) -> None:
+    """Raise ConfigError where a feature has the name of one of the dataset's own columns."""
+    for name in features:
+        if name in reserved:
+            raise ConfigError(f"data.{side}.{name}: the name is taken by the dataset's own column; choose another")

@@ -1,0 +1,213 @@
+"""Source columns in canonical form: what a feature's values are before vocabularies and tokenizers see them.
+
+text and categorical: large_string, '' is missing; multi-valued: list<large_string> without empty values;
+numeric: float64, NaN is missing. A number that cannot be read is reported and taken as missing: real tables have them.
+What a row cannot do without (ids, relevance, time) fails the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bigdssm.data.sources import ReportBad, SourceBatch
+from bigdssm.errors import DataError
+from bigdssm.schema import Feature
+
+MAX_FIELD_BYTES = 1 << 20  # one longer text in a batch would cost more than the batch
+MISSING_NUMBERS = ("", "nan", "na", "null", "none", "\\n")
+CANONICAL_TYPES = {"text": pa.large_string(), "categorical": pa.large_string(), "numeric": pa.float64()}
+MULTI_TYPE = pa.list_(pa.large_string())
+
+
+class RowCheck:
+    """Which rows of a batch are still good; the first thing wrong with a row is reported."""
+
+    def __init__(self, batch: SourceBatch, report_bad: ReportBad) -> None:
+        self.batch = batch
+        self.good = np.ones(len(batch.rows), bool)
+        self._report_bad = report_bad
+
+    def fail(self, mask: np.ndarray, reason: str, values: Any = None) -> None:
+        """Take the rows in `mask` for bad; `{}` in `reason` stands for the row's entry in `values`."""
+        self._report(mask, reason, values, left_out=True)
+        self.good &= ~mask
+
+    def blank(self, mask: np.ndarray, reason: str, values: Any) -> None:
+        """Report the values in `mask`, which the caller takes as missing; their rows stay."""
+        self._report(mask, f"{reason}; taken as missing", values, left_out=False)
+
+    def _report(self, mask: np.ndarray, reason: str, values: Any, left_out: bool) -> None:
+        for i in np.flatnonzero(mask & self.good).tolist():
+            said = reason if values is None else reason.replace("{}", _shown(values[i]), 1)
+            self._report_bad(self.batch.file, int(self.batch.rows[i]), said, left_out)
+
+    def column(self, name: str) -> pa.Array:
+        """Return a source column as one array."""
+        column = self.batch.table.column(name)
+        return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+
+
+def canonical_type(feature: Feature) -> pa.DataType:
+    """Return the Arrow type of a feature's canonical column."""
+    return MULTI_TYPE if feature.multi else CANONICAL_TYPES[feature.type]
+
+
+def canonical(check: RowCheck, features: Mapping[str, Feature]) -> pa.Table:
+    """Return the canonical columns of all rows by feature name; rows that cannot be are failed in `check`.
+
+    Raises DataError where a whole column has a type that the feature cannot have.
+    """
+    columns = {}
+    for name, feature in features.items():
+        if feature.type == "numeric":
+            columns[name] = pa.array(feature_numbers(check, feature))
+        elif feature.multi:
+            columns[name] = value_lists(check, feature.column, feature.separator)
+        else:
+            columns[name] = strings(check, feature.column, trim=feature.type == "categorical")
+    return pa.table(columns)
+
+
+def is_empty(column: pa.Array) -> np.ndarray:
+    """Return which strings are empty, bool."""
+    return pc.equal(column, "").to_numpy(zero_copy_only=False)
+
+
+def missing(table: pa.Table, features: Mapping[str, Feature]) -> np.ndarray:
+    """Return which rows say nothing: every text is empty, or, without text features, every value is missing; bool."""
+    texts = [name for name, feature in features.items() if feature.type == "text"]
+    empty = np.ones(table.num_rows, bool)
+    for name in texts or features:
+        column = table.column(name)
+        if pa.types.is_list(column.type):
+            empty &= pc.list_value_length(column).to_numpy() == 0
+        elif pa.types.is_floating(column.type):
+            empty &= np.isnan(column.to_numpy())
+        else:
+            empty &= pc.equal(pc.utf8_trim_whitespace(column), "").to_numpy()
+    return empty
+
+
+def strings(check: RowCheck, name: str, *, trim: bool = True) -> pa.Array:
+    """Return a column as large_string, null as ''; whole floats become integers. Raises DataError on lists."""
+    array = check.column(name)
+    if pa.types.is_nested(array.type):
+        hint = "; declare the feature `multi: true`" if pa.types.is_list(array.type) else ""
+        raise DataError(f"{check.batch.file}: column {name!r} holds {array.type}, needs single values{hint}")
+    if pa.types.is_floating(array.type):
+        array = _float_strings(array)
+    array = pc.fill_null(array.cast(pa.large_string()), "")
+    lengths = pc.binary_length(array).to_numpy()
+    check.fail(lengths > MAX_FIELD_BYTES, f"{name} has {{}} bytes, at most {MAX_FIELD_BYTES} are taken", lengths)
+    return pc.utf8_trim_whitespace(array) if trim else array
+
+
+def _float_strings(array: pa.Array) -> pa.Array:
+    values = array.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    finite = values[np.isfinite(values)]
+    array = pc.if_else(pa.array(np.isnan(values)), pa.scalar(None, array.type), array)
+    if len(finite) == np.count_nonzero(~np.isnan(values)) and (finite == np.floor(finite)).all():
+        return array.cast(pa.int64(), safe=False)  # an integer column with gaps, as other tools store it
+    return array
+
+
+def value_lists(check: RowCheck, name: str, separator: str) -> pa.Array:
+    """Return a column as list<large_string>, cells of a text column parted at `separator`; no empty values."""
+    array = check.column(name)
+    if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type)):
+        cells = strings(check, name)
+        parts = pc.utf8_split_whitespace(cells) if separator == " " else pc.split_pattern(cells, separator)
+    else:
+        if pa.types.is_nested(array.type.value_type):
+            raise DataError(f"{check.batch.file}: column {name!r} holds {array.type}, needs lists of single values")
+        parts = array
+    lengths = pc.fill_null(pc.list_value_length(parts), 0).to_numpy(zero_copy_only=False)
+    flat = pc.utf8_trim_whitespace(pc.fill_null(parts.flatten().cast(pa.large_string()), ""))
+    keep = pc.not_equal(flat, "")
+    kept = np.concatenate([[0], np.cumsum(keep.to_numpy(zero_copy_only=False))])
+    offsets = kept[np.concatenate([[0], np.cumsum(lengths)])]
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat.filter(keep))
+
+
+def feature_numbers(check: RowCheck, feature: Feature) -> np.ndarray:
+    """Return a numeric feature as float64, missing as NaN; values that cannot be are missing too, and reported."""
+    values, unreadable = _numbers(check, feature.column)
+    check.blank(unreadable, f"{feature.column} is {{}}, needs a finite 32-bit number", check.column(feature.column))
+    if feature.log:
+        negative = values < 0
+        check.blank(negative, f"{feature.column} is {{}}, needs a number ≥ 0 for its logarithm", values)
+        unreadable = unreadable | negative
+    return np.where(unreadable, np.nan, values)
+
+
+def relevances(check: RowCheck, name: str) -> np.ndarray:
+    """Return a relevance column as float64; rows where it is missing, infinite, negative or no number are failed."""
+    values, unreadable = _numbers(check, name)
+    check.fail(unreadable | ~(values >= 0), f"{name} is {{}}, needs a finite number ≥ 0", check.column(name))
+    return values
+
+
+def _numbers(check: RowCheck, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return a column as float64, missing as NaN, and which values are there but are no finite float32."""
+    array = check.column(name)
+    if pa.types.is_nested(array.type) or pa.types.is_temporal(array.type):
+        raise DataError(f"{check.batch.file}: column {name!r} holds {array.type}, needs numbers")
+    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+        values, unreadable = _parse_numbers(array)
+    else:
+        values = array.cast(pa.float64()).to_numpy(zero_copy_only=False)
+        unreadable = np.zeros(len(values), bool)
+    return values, unreadable | (np.abs(values) > float(np.finfo(np.float32).max))
+
+
+def _parse_numbers(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    trimmed = pc.utf8_trim_whitespace(pc.fill_null(array, ""))
+    absent = pc.is_in(pc.utf8_lower(trimmed), value_set=pa.array(MISSING_NUMBERS, trimmed.type))
+    candidates = pc.if_else(absent, pa.scalar(None, trimmed.type), trimmed)
+    try:
+        return candidates.cast(pa.float64()).to_numpy(zero_copy_only=False), np.zeros(len(array), bool)
+    except pa.ArrowInvalid:
+        values, unparsable = np.full(len(array), np.nan), np.zeros(len(array), bool)
+        for i, text in enumerate(candidates.to_pylist()):
+            try:
+                values[i] = np.nan if text is None else float(text)
+                unparsable[i] = text is not None and "_" in text  # Python's own notation
+            except ValueError:
+                unparsable[i] = True
+        return values, unparsable
+
+
+def times(check: RowCheck, name: str) -> np.ndarray:
+    """Return a time column as float64 seconds (numbers as they are; ISO 8601 and timestamps since 1970, UTC).
+
+    A row without a time that can be read is failed.
+    """
+    array = check.column(name)
+    if pa.types.is_temporal(array.type):
+        micros = array.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
+        values = micros.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False) / 1e6
+    else:
+        values, unreadable = _numbers(check, name)
+        for i in np.flatnonzero(unreadable).tolist():
+            values[i] = _parse_iso(str(array[i].as_py()))
+    check.fail(~np.isfinite(values), f"{name} is {{}}, needs a number or an ISO 8601 time", array)
+    return values
+
+
+def _parse_iso(text: str) -> float:
+    try:
+        moment = datetime.fromisoformat(text.strip().replace("Z", "+00:00"))
+    except ValueError:
+        return float("nan")
+    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+
+
+def _shown(value: Any) -> str:
+    text = repr(value.as_py()) if isinstance(value, pa.Scalar) else str(value)
+    return text if len(text) <= 60 else text[:57] + "…"

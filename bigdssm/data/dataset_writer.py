@@ -1,0 +1,247 @@
+"""Makes a dataset folder appear whole or not at all, and lets one grow by immutable partitions.
+
+A new dataset is written into a hidden folder beside its place and renamed; a partition is written into a hidden folder
+inside the dataset and moved in, `dataset.json` replaced last. What a killed run leaves is cleared by the next one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from bigdssm.data.column_file import file_checksum
+from bigdssm.errors import DataError
+from bigdssm.schema import SCHEMA_FILE, Schema
+
+DATASET_FILE, QUARANTINE_FILE = "dataset.json", "quarantine.jsonl"
+TOKENIZER, CATALOGUE, PARTITIONS = "tokenizer", "catalogue", "partitions"
+FORMAT = 1
+PREVIOUS_SCHEMA = "schema.previous.json"
+
+
+class Quarantine:
+    """Counts bad rows and writes them, one JSON object a line; past a fraction of all rows it stops the work."""
+
+    def __init__(self, path: Path, partition: str, max_bad_fraction: float) -> None:
+        self.path = path
+        self._partition, self._max_bad_fraction = partition, max_bad_fraction
+        self._file = path.open("w", encoding="utf-8")
+        self._first = ""
+        self.num_bad = 0
+        self.num_good = 0
+
+    def report(self, file: str, row: int, reason: str, left_out: bool = True) -> None:
+        """Record a bad row, or (not left out) a bad value of a row that stays."""
+        self.num_bad += 1
+        self._first = self._first or f"{file}, row {row}: {reason}"
+        record = {"partition": self._partition, "file": file, "row": row, "reason": reason, "left_out": left_out}
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def check(self) -> None:
+        """Raise DataError, naming the first bad row, where there are too many."""
+        total, limit = self.num_bad + self.num_good, self._max_bad_fraction
+        if self.num_bad > limit * total:
+            told = f"{self.num_bad} of {total} rows are bad or have bad values"
+            raise DataError(f"{told}, more than data.max_bad_fraction={limit}; the first is {self._first}")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class DatasetWriter:
+    """A dataset being made: write into `partition_dir`, `tokenizer_dir` and `catalogue_file`, then `commit`.
+
+    As a context manager it clears up after an error, keeping the quarantine as OUT.quarantine.jsonl.
+    """
+
+    def __init__(
+        self, out: Path, partition: str, max_bad_fraction: float, *, overwrite: bool = False, append: bool = False
+    ) -> None:
+        self.out, self.partition, self.append = out, partition, append
+        if "/" in partition or "\\" in partition or partition.startswith(".") or not partition:
+            raise DataError(f"partition name {partition!r} must be a plain folder name")
+        _recover_overwritten(out)
+        self.content: dict[str, Any] = {"catalogue": [], PARTITIONS: []}
+        if append:
+            self.content = self._open_for_append()
+            self.staging = out / ".making"
+        else:
+            _check_free(out, overwrite)
+            self.staging = out.parent / f".{out.name}.making"
+        self._lock = _claim(self.staging, out)
+        if append:
+            shutil.copyfile(out / SCHEMA_FILE, self.staging / PREVIOUS_SCHEMA)
+        self.partition_dir = self.staging / PARTITIONS / partition
+        self.partition_dir.mkdir(parents=True)
+        self.spool = self.staging / "spool"
+        self.spool.mkdir()
+        (self.staging / CATALOGUE).mkdir()
+        self.quarantine = Quarantine(self.staging / QUARANTINE_FILE, partition, max_bad_fraction)
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """Return the folder of the dataset's tokenizer; an appended partition uses the one that is there."""
+        return (self.out if self.append else self.staging) / TOKENIZER
+
+    @property
+    def catalogue_file(self) -> Path:
+        """Return where the new catalogue part goes."""
+        return self.staging / CATALOGUE / f"{len(self.content['catalogue']):06d}.arrow"
+
+    @property
+    def catalogue_parts(self) -> list[Path]:
+        """Return the catalogue files that the dataset has already."""
+        return [self.out / part["file"] for part in self.content["catalogue"]]
+
+    def commit(
+        self, schema: Schema, new_docs: int, catalogue_checksum: str, splits: dict[str, Any], counts: np.ndarray
+    ) -> None:
+        """Write the partition's and the dataset's JSON and move everything into place."""
+        self.quarantine.close()
+        np.save(self.partition_dir / "counts.npy", counts)
+        described = {"name": self.partition, "splits": splits, "num_docs": len(counts)}
+        for file, key in (("counts.npy", "counts_checksum"), ("sequences.arrow", "sequences_checksum")):
+            if (self.partition_dir / file).exists():
+                described[key] = file_checksum(self.partition_dir / file)
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        write_json(self.partition_dir / "partition.json", {**described, "fingerprint": digest[:16]})
+        parts = list(self.content["catalogue"])
+        if new_docs:
+            file = f"{CATALOGUE}/{self.catalogue_file.name}"
+            parts.append({"file": file, "rows": new_docs, "checksum": catalogue_checksum})
+        dataset = {
+            "format": FORMAT,
+            "name": self.out.resolve().name,
+            "schema": schema.fingerprint(),
+            "documents": "catalogue",
+            "catalogue": parts,
+            PARTITIONS: [*self.content[PARTITIONS], self.partition],
+        }
+        schema.save(self.staging)
+        write_json(self.staging / DATASET_FILE, dataset)
+        shutil.rmtree(self.spool)
+        if self.append:
+            self._move_in(new_docs)
+        else:
+            self._replace()
+
+    def _open_for_append(self) -> dict[str, Any]:
+        content = read_dataset_json(self.out)
+        previous = self.out / ".making" / PREVIOUS_SCHEMA
+        if Schema.load(self.out).fingerprint() != content["schema"] and previous.exists():
+            os.replace(previous, self.out / SCHEMA_FILE)  # an append was killed between its last two renames
+        if self.partition in content[PARTITIONS]:
+            raise DataError(f"{self.out} has a partition {self.partition!r} already; partitions are never rewritten")
+        if content["documents"] != "catalogue":
+            raise DataError(f"{self.out} holds its documents in the shards; partitions cannot be appended")
+        return content
+
+    def _move_in(self, new_docs: int) -> None:
+        if new_docs:
+            os.replace(self.catalogue_file, self.out / CATALOGUE / self.catalogue_file.name)
+        place = self.out / PARTITIONS / self.partition
+        if place.exists():  # dataset.json does not know it: a killed run's
+            shutil.rmtree(place)
+        os.replace(self.partition_dir, place)
+        with (self.out / QUARANTINE_FILE).open("ab") as target:
+            target.write(self.quarantine.path.read_bytes())
+        os.replace(self.staging / SCHEMA_FILE, self.out / SCHEMA_FILE)
+        os.replace(self.staging / DATASET_FILE, self.out / DATASET_FILE)
+        shutil.rmtree(self.staging)
+        self._lock.close()
+
+    def _replace(self) -> None:
+        (self.staging / "lock").unlink()
+        old = _old_place(self.out)
+        if self.out.exists():
+            os.replace(self.out, old)
+        os.replace(self.staging, self.out)
+        self._lock.close()
+        if old.exists():
+            shutil.rmtree(old)
+
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.quarantine.close()
+        if kind is not None and self.staging.exists():
+            if self.quarantine.num_bad:
+                kept = self.out.parent / f"{self.out.name}.{QUARANTINE_FILE}"
+                shutil.copyfile(self.quarantine.path, kept)
+            shutil.rmtree(self.staging)
+        self._lock.close()
+
+
+def read_dataset_json(folder: Path) -> dict[str, Any]:
+    """Return the content of a dataset's dataset.json. Raises DataError where it is missing or not of this format."""
+    path = folder / DATASET_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known = content["format"] == FORMAT
+    except FileNotFoundError:
+        raise DataError(f"{folder} is no dataset: it has no {DATASET_FILE}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged: {error!r}") from None
+    if not known:
+        raise DataError(f"{path} has format {content['format']}, this version reads {FORMAT}")
+    return dict(content)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` to `path`, on the disk before this returns."""
+    with path.open("w", encoding="utf-8") as stream:
+        json.dump(content, stream, ensure_ascii=False, indent=1)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise DataError(f"{out} is a file, needs a folder; choose another --out")
+    if (out / DATASET_FILE).exists():
+        if not overwrite:
+            raise DataError(f"{out} holds a dataset already; use --overwrite, --append NAME or another --out")
+    elif any(out.iterdir()):
+        raise DataError(f"{out} is not empty and holds no dataset; choose another --out")
+
+
+def _claim(staging: Path, out: Path) -> Any:
+    """Return the locked lock file of a fresh staging folder. Raises DataError where another process works in it."""
+    if staging.exists():
+        with (staging / "lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(f"another process is writing {out}; wait for it or choose another --out") from None
+            shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+    lock = (staging / "lock").open("a")
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return lock
+
+
+def _old_place(out: Path) -> Path:
+    return out.parent / f".{out.name}.replaced"
+
+
+def _recover_overwritten(out: Path) -> None:
+    """Undo or finish what an --overwrite that was killed between its two renames left."""
+    old = _old_place(out)
+    if old.exists():
+        if out.exists():
+            shutil.rmtree(old)
+        else:
+            os.replace(old, out)

@@ -1,0 +1,278 @@
+"""Source tables as a stream of Arrow batches: TSV, CSV, JSON lines and Parquet, also compressed (.gz, .xz, .zst).
+
+Delimited tables come as strings, so that an id such as `007` stays what it is; types are given later, by the schema.
+A line that cannot be read (wrong number of fields, broken JSON, invalid UTF-8) is a bad row, never a silent gap: it is
+handed to the quarantine with its number. Rows are numbered from 1, the header not counted.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from bigdssm.errors import DataError
+
+DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".inter": "\t", ".item": "\t", ".user": "\t"}
+JSON_SUFFIXES = (".jsonl", ".ndjson")
+COMPRESSIONS = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}
+# RecBole writes each column's type into the header, as in `item_id:token`.
+HEADER_TYPES = (":token", ":token_seq", ":float", ":float_seq")
+ROWS_PER_BATCH = 16384
+BYTES_PER_BATCH = 8 << 20
+MAX_LINE_BYTES = 64 << 20
+
+
+class ReportBad(Protocol):
+    """Takes what is wrong with a row; `left_out` is false where only a value is dropped and the row stays."""
+
+    def __call__(self, file: str, row: int, reason: str, left_out: bool = True) -> None:
+        """Record it."""
+
+
+@dataclass(frozen=True)
+class SourceBatch:
+    """Some rows of one file: `table` has the asked columns that exist, `rows` (int64) their numbers in the file."""
+
+    file: str
+    table: pa.Table
+    rows: np.ndarray
+
+    def keep(self, mask: np.ndarray) -> SourceBatch:
+        """Return the rows where `mask` (bool) is true."""
+        return SourceBatch(self.file, self.table.filter(pa.array(mask)), self.rows[mask])
+
+
+def read_table(path: str | Path, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
+    """Yield the rows of the table at `path` in order, with exactly `columns`; bad rows go to `report_bad`.
+
+    Raises DataError: missing file, unknown format, missing column (naming the nearest), damaged file, empty table.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"table {path} does not exist")
+    inner, compression = split_suffix(path)
+    seen = 0
+    try:
+        if inner in DELIMITERS:
+            batches = _read_delimited(path, compression, DELIMITERS[inner], columns, report_bad)
+        elif inner in JSON_SUFFIXES:
+            batches = _read_json_lines(path, compression, columns, report_bad)
+        elif inner == ".parquet" and compression is None:
+            batches = _read_parquet(path, columns, report_bad)
+        else:
+            known = ", ".join([*DELIMITERS, *JSON_SUFFIXES, ".parquet"])
+            raise DataError(
+                f"{path}: unknown table format; known are {known}, the text ones also with .gz, .xz or .zst"
+            )
+        for batch in batches:
+            seen += len(batch.rows)
+            yield batch
+    except (pa.ArrowException, OSError, lzma.LZMAError, zlib.error, EOFError) as error:
+        if isinstance(error, OSError) and error.errno:  # the machine's trouble, not the file's
+            raise
+        detail = " ".join(str(error).split())[:300]
+        raise DataError(f"{path} is damaged or not what its name says, after row {seen}: {detail}") from None
+    if not seen:
+        raise DataError(f"{path} has no usable rows")
+
+
+def split_suffix(path: Path) -> tuple[str, str | None]:
+    """Return the format's suffix and the compression's name (None: not compressed)."""
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    return (Path(path.stem) if compression else path).suffix.lower(), compression
+
+
+def require_columns(path: Path, found: Collection[str], needed: Sequence[str]) -> None:
+    """Raise DataError naming the first of `needed` that `found` lacks, and the nearest that it has."""
+    for name in needed:
+        if name not in found:
+            near = difflib.get_close_matches(name, list(found), n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, found))}"
+            raise DataError(f"{path} has no column {name!r}; {hint}")
+
+
+def _open(path: Path, compression: str | None) -> BinaryIO:
+    if compression == "xz":
+        return cast(BinaryIO, lzma.open(path))
+    if compression == "gzip":
+        return cast(BinaryIO, gzip.open(path))
+    if compression == "zstd":
+        return cast(BinaryIO, io.BufferedReader(pa.input_stream(str(path), compression="zstd")))
+    return path.open("rb")
+
+
+def _strip_types(path: Path, header: Sequence[str]) -> list[str]:
+    names = []
+    for name in header:
+        suffix = next((kind for kind in HEADER_TYPES if name.endswith(kind)), "")
+        names.append(name.removesuffix(suffix).strip())
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise DataError(f"{path} has the column {twice[0]!r} twice")
+    return names
+
+
+def _read_delimited(
+    path: Path, compression: str | None, delimiter: str, columns: Sequence[str], report_bad: ReportBad
+) -> Iterator[SourceBatch]:
+    quoted = delimiter == ","  # TSV has no quoting: titles may hold a lone quote
+    with _open(path, compression) as stream:
+        first = stream.readline(MAX_LINE_BYTES)
+    try:
+        header = first.decode("utf-8-sig").rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: the header is not UTF-8; convert the table first") from None
+    if not header:
+        raise DataError(f"{path} is empty: it has no header line")
+    names = _strip_types(path, next(csv.reader([header], delimiter=delimiter, quoting=0 if quoted else csv.QUOTE_NONE)))
+    require_columns(path, names, columns)
+    broken: list[int] = []
+
+    def on_broken(row: pa_csv.InvalidRow) -> str:
+        number = row.number - 1  # Arrow counts the header too
+        broken.append(number)
+        report_bad(str(path), number, f"has {row.actual_columns} fields, the header has {row.expected_columns}")
+        return "skip"
+
+    parsing = pa_csv.ParseOptions(
+        delimiter=delimiter,
+        quote_char='"' if quoted else False,
+        newlines_in_values=quoted,
+        invalid_row_handler=on_broken,
+    )
+    conversion = pa_csv.ConvertOptions(
+        check_utf8=False, column_types=dict.fromkeys(names, pa.binary()), include_columns=list(columns)
+    )
+    reading = pa_csv.ReadOptions(use_threads=False, block_size=BYTES_PER_BATCH, column_names=names)
+    with _open(path, compression) as stream:
+        first_row = 0  # names are given, so that the header comes as row 0
+        for batch in pa_csv.open_csv(pa.PythonFile(stream, mode="r"), reading, parsing, conversion):
+            candidates = np.arange(first_row, first_row + batch.num_rows + len(broken))
+            rows = np.setdiff1d(candidates, np.array(broken, np.int64))[: batch.num_rows]
+            first_row = int(rows[-1]) + 1 if len(rows) else first_row
+            broken[:] = [number for number in broken if number >= first_row]
+            table = SourceBatch(str(path), pa.Table.from_batches([batch]), rows)
+            yield _as_utf8(table.keep(rows > 0) if len(rows) and rows[0] == 0 else table, report_bad)
+
+
+def _read_json_lines(
+    path: Path, compression: str | None, columns: Sequence[str], report_bad: ReportBad
+) -> Iterator[SourceBatch]:
+    records: list[dict[str, Any]] = []
+    rows: list[int] = []
+    num_bytes, checked = 0, False
+    with _open(path, compression) as stream:
+        for row, line in enumerate(_lines(stream), 1):
+            if not line.strip():
+                continue
+            try:
+                if len(line) >= MAX_LINE_BYTES:
+                    raise ValueError(f"a line of more than {MAX_LINE_BYTES:,} bytes")
+                record = json.loads(line.decode("utf-8-sig" if row == 1 else "utf-8"))
+                if not isinstance(record, dict):
+                    raise ValueError(f"a JSON {type(record).__name__}, needs an object")
+            except UnicodeDecodeError as error:
+                report_bad(str(path), row, f"invalid UTF-8 at byte {error.start}")
+                continue
+            except (ValueError, RecursionError) as error:
+                report_bad(str(path), row, f"not a JSON object: {error}")
+                continue
+            records.append(record)
+            rows.append(row)
+            num_bytes += len(line)
+            if len(records) >= ROWS_PER_BATCH or num_bytes >= BYTES_PER_BATCH:
+                yield _record_batch(path, records, rows, columns, checked, report_bad)
+                records, rows, num_bytes, checked = [], [], 0, True
+    if records:
+        yield _record_batch(path, records, rows, columns, checked, report_bad)
+
+
+def _lines(stream: BinaryIO) -> Iterator[bytes]:
+    """Yield lines; of a line longer than the limit only its beginning, so that memory stays bounded."""
+    while line := stream.readline(MAX_LINE_BYTES):
+        yield line
+        while len(line) >= MAX_LINE_BYTES and not line.endswith(b"\n"):
+            line = stream.readline(MAX_LINE_BYTES)
+
+
+def _record_batch(
+    path: Path, records: list[dict[str, Any]], rows: list[int], columns: Sequence[str], checked: bool, bad: ReportBad
+) -> SourceBatch:
+    if not checked:  # a key may be absent in some records, but not in all of the first ones
+        require_columns(path, dict.fromkeys(key for record in records for key in record), columns)
+    table = pa.table({name: _json_column([record.get(name) for record in records]) for name in columns})
+    return _as_utf8(SourceBatch(str(path), table, np.array(rows, np.int64)), bad)
+
+
+def _json_column(values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # mixed types
+        return pa.array([None if value is None else _text(value) for value in values], pa.string())
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _read_parquet(path: Path, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
+    with pq.ParquetFile(path) as file:
+        raw = file.schema_arrow.names
+        names = dict(zip(_strip_types(path, raw), raw, strict=True))
+        require_columns(path, names, columns)
+        first_row = 1
+        for batch in file.iter_batches(ROWS_PER_BATCH, columns=[names[name] for name in columns]):
+            table = (
+                pa.Table.from_batches([batch]).select([names[name] for name in columns]).rename_columns(list(columns))
+            )
+            rows = np.arange(first_row, first_row + batch.num_rows, dtype=np.int64)
+            first_row += batch.num_rows
+            yield _as_utf8(SourceBatch(str(path), table, rows), report_bad)
+
+
+def _as_utf8(batch: SourceBatch, report_bad: ReportBad) -> SourceBatch:
+    """Return the batch with byte columns as strings, without the rows that are not UTF-8."""
+    good = np.ones(len(batch.rows), bool)
+    columns: dict[str, pa.ChunkedArray] = {}
+    for name in batch.table.column_names:
+        column = batch.table.column(name)
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            column = column.cast(pa.large_binary())  # casting back checks it; Parquet and JSON readers do not
+        if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
+            try:
+                column = column.cast(pa.large_string())
+            except pa.ArrowInvalid:
+                wrong = [i for i, value in enumerate(column.to_pylist()) if value is not None and not _is_utf8(value)]
+                for i in wrong:
+                    if good[i]:
+                        report_bad(batch.file, int(batch.rows[i]), f"invalid UTF-8 in column {name!r}")
+                good[wrong] = False
+                column = pc.if_else(pa.array(good), column, pa.scalar(b"", column.type)).cast(pa.large_string())
+        columns[name] = column
+    whole = SourceBatch(batch.file, pa.table(columns), batch.rows)
+    return whole if good.all() else whole.keep(good)
+
+
+def _is_utf8(value: bytes) -> bool:
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

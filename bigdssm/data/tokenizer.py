@@ -1,0 +1,121 @@
+"""The dataset's tokenizer: a WordPiece trained on its texts, or a copy of a given one; and texts as token ids.
+
+Both end as a Hugging Face fast-tokenizer folder that AutoTokenizer loads, so that models, serving and other tools read
+text exactly as the shards were made.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from bigdssm.config import TokenizerConfig
+from bigdssm.errors import ConfigError
+
+PAD, UNKNOWN, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+TEXTS_AT_ONCE = 4096  # encodings take about 100 bytes a token until they are arrays
+MAX_TRAINING_CHARACTERS = 200_000_000  # more text hardly changes 8,000 word pieces
+
+
+class TextEncoder:
+    """Texts → token ids, special tokens included, with the tokenizer of a folder; uses all cores."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer.no_padding()
+
+    def encode(self, texts: pa.Array, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (ids int32, offsets int64 [rows + 1]): text i is ids[offsets[i]:offsets[i + 1]], cut to max_tokens."""
+        self._tokenizer.enable_truncation(max_tokens)
+        parts: list[np.ndarray] = []
+        lengths: list[int] = []
+        for start in range(0, len(texts), TEXTS_AT_ONCE):
+            chunk = texts.slice(start, TEXTS_AT_ONCE).to_pylist()
+            ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(chunk)]
+            lengths += map(len, ids)
+            parts.append(np.fromiter(chain.from_iterable(ids), np.int32, sum(lengths[-len(ids) :])))
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        return np.concatenate(parts) if parts else np.empty(0, np.int32), offsets
+
+
+def make_tokenizer(config: TokenizerConfig, texts: Iterable[list[str]], folder: Path) -> None:
+    """Write the tokenizer that `config` asks for into `folder`; without a path it is trained on `texts`.
+
+    Raises ConfigError where the given one cannot be used.
+    """
+    if config.path is not None:
+        _copy(Path(config.path), folder)
+        return
+    tokenizer = train_wordpiece(texts, config.vocab_size, config.lowercase)
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    named = {"pad_token": PAD, "unk_token": UNKNOWN, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def train_wordpiece(texts: Iterable[list[str]], vocab_size: int, lowercase: bool) -> Tokenizer:
+    """Return a BERT-like WordPiece tokenizer trained on `texts`; the same texts give the same ids every time.
+
+    Raises ConfigError where vocab_size leaves no room for the characters of the texts.
+    """
+    normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    kept = list(_up_to(texts, MAX_TRAINING_CHARACTERS))
+    # The trainer numbers the continuing characters (`##a`) in the order of a randomly seeded hash map, and breaks ties
+    # between merges by these numbers; given in advance they, and so the whole vocabulary, come out the same.
+    raw = sorted(set(chain.from_iterable(map(set, chain.from_iterable(kept)))))
+    alphabet = sorted(set("".join(normalizer.normalize_str(c) for c in raw)) - {" "})
+    words = {c: [word for word, _ in pre_tokenizer.pre_tokenize_str(f"a{c}a")] for c in alphabet}
+    inside = [f"##{c}" for c in alphabet if len(words[c]) == 1]  # the others, such as punctuation, are always apart
+    needed = len(SPECIAL_TOKENS) + len(alphabet) + len(inside)
+    if vocab_size < needed:
+        raise ConfigError(
+            f"data.tokenizer.vocab_size={vocab_size} has no room for the {needed} characters and special tokens of the"
+            " texts; raise it"
+        )
+    learner = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+    learner.normalizer, learner.pre_tokenizer = normalizer, pre_tokenizer
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=[*SPECIAL_TOKENS, *alphabet, *inside], show_progress=False
+    )
+    learner.train_from_iterator(chain.from_iterable(kept), trainer)
+    tokenizer = Tokenizer(models.WordPiece(learner.get_vocab(), unk_token=UNKNOWN))  # without the pieces as "special"
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    ends = [(token, tokenizer.token_to_id(token)) for token in (CLS, SEP)]
+    tokenizer.post_processor = processors.TemplateProcessing(f"{CLS} $A {SEP}", f"{CLS} $A {SEP} $B {SEP}", ends)
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def _up_to(texts: Iterable[list[str]], characters: int) -> Iterator[list[str]]:
+    for chunk in texts:
+        yield chunk
+        characters -= sum(map(len, chunk))
+        if characters <= 0:
+            return
+
+
+def _copy(source: Path, folder: Path) -> None:
+    from transformers import AutoTokenizer  # slow to import, and only needed here
+
+    if not source.is_dir():
+        raise ConfigError(f"data.tokenizer.path={source} is no folder; give one with a Hugging Face tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"data.tokenizer.path={source} holds no usable tokenizer: {str(error).splitlines()[0]}"
+        ) from None
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(f"data.tokenizer.path={source} is not a fast tokenizer; save it with tokenizer.json first")
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(f"data.tokenizer.path={source} has no pad token; set one and save it again")
+    tokenizer.save_pretrained(str(folder))
