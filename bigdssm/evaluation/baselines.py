@@ -28,8 +28,8 @@ class Popularity:
         return cls(dataset.doc_counts())
 
     def __call__(self, rows: Rows) -> np.ndarray:
-        """Return scores [m, N]."""
-        return np.repeat(self.counts[None], len(rows), axis=0)
+        """Return scores float64 [m, N]."""
+        return np.repeat(self.counts[None].astype(np.float64), len(rows), axis=0)
 
 
 @dataclass(frozen=True)

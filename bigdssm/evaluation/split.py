@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.data import Dataset, Rows
+from bigdssm.data.tensors import as_tensor
 from bigdssm.errors import DivergedError
 from bigdssm.evaluation.metrics import mean_metrics
 from bigdssm.evaluation.ranks import Seen, ranks_of_scores, ranks_of_vectors
@@ -54,7 +55,7 @@ def evaluate_split(
     ranks = np.full(last - first, np.nan)
     for rows, queries in encode_queries(encoders, dataset, split, share):
         finite = finite and bool(queries.isfinite().all())
-        target = torch.as_tensor(rows.doc_rows, device=documents.device)
+        target = as_tensor(rows.doc_rows).to(documents.device)
         seen = _seen(rows, documents.device) if filter_seen else None
         ranks[rows.row_ids - first] = _of_relevant(ranks_of_vectors(queries, documents, target, seen), rows)
     distributed.raise_together(None if finite else DivergedError(f"vectors of split {split} hold NaN or inf"))
@@ -70,19 +71,20 @@ def evaluate_scores(
     filter_seen: bool = True,
     ks: Sequence[int] = (10,),
 ) -> Evaluation:
-    """Return the Evaluation of any function from Rows of m queries to scores [m, N] over the catalogue, on one rank."""
+    """Return the Evaluation of any function from Rows of m queries to float scores [m, N], on one rank."""
     started = time.perf_counter()
     rows_per_chunk = max(1, min(1024, SCORES_PER_CHUNK // dataset.catalogue.num_docs))
     ranks = np.full(dataset.num_rows(split), np.nan)
     for rows in dataset.iterate(split, rows_per_chunk):
         seen = _seen(rows, "cpu") if filter_seen else None
-        rank = ranks_of_scores(torch.as_tensor(scores(rows)), torch.as_tensor(rows.doc_rows), seen)
+        rank = ranks_of_scores(as_tensor(scores(rows)), as_tensor(rows.doc_rows), seen)
         ranks[rows.row_ids] = _of_relevant(rank, rows)
     return Evaluation(ranks, mean_metrics(ranks, ks), time.perf_counter() - started)
 
 
 def _seen(rows: Rows, device: torch.device | str) -> Seen:
-    return Seen(*(torch.as_tensor(part, dtype=torch.int64, device=device) for part in rows.seen_ragged()))
+    values, offsets = (as_tensor(part).long().to(device) for part in rows.seen_ragged())
+    return Seen(values, offsets)
 
 
 def _of_relevant(ranks: Tensor, rows: Rows) -> np.ndarray:

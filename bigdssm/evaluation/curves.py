@@ -1,0 +1,144 @@
+"""What a run wrote into metrics.jsonl, as records and as a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed, nor looked for
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from bigdssm.config import StageName, load_config
+from bigdssm.errors import DataError
+from bigdssm.log import get_logger
+
+STAGES: tuple[StageName, ...] = ("pretrain", "sft")
+METRICS_FILE, CONFIG_FILE = "metrics.jsonl", "config.yaml"
+Point = tuple[float, float]
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class StageCurve:
+    """The records of one stage, in the order of their steps."""
+
+    name: str
+    records: list[dict[str, Any]]
+
+    def points(self, value: Callable[[dict[str, Any]], Any]) -> list[Point]:
+        """Return (step, value) of every record that has the value."""
+        return [(record["step"], value(record)) for record in self.records if value(record) is not None]
+
+    @property
+    def last_step(self) -> int:
+        """Return the stage's last recorded step, 0 where there is none."""
+        return max((record["step"] for record in self.records), default=0)
+
+
+def stage_folders(run: Path) -> list[Path]:
+    """Return the stage folders of a run folder, or a stage folder itself. Raises DataError where there is neither."""
+    if (run / METRICS_FILE).is_file():
+        return [run]
+    found = [run / stage for stage in STAGES if (run / stage / METRICS_FILE).is_file()]
+    if not found:
+        raise DataError(
+            f"{run} holds no {METRICS_FILE}, and neither do {' or '.join(STAGES)} in it; is it a run folder?"
+        )
+    return found
+
+
+def read_stage(folder: Path) -> StageCurve:
+    """Return the records of a stage folder.
+
+    A step that a resumed run wrote again counts as it was written last; lines cut short by a kill are left out.
+    """
+    train: dict[int, dict[str, Any]] = {}
+    validation: dict[int, dict[str, Any]] = {}
+    for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+            (validation if "validation" in record else train)[int(record["step"])] = record
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s: left out a line that is no record: %.60s", folder / METRICS_FILE, line)
+    return StageCurve(folder.name, sorted([*train.values(), *validation.values()], key=lambda record: record["step"]))
+
+
+def training_seconds(folder: Path) -> float:
+    """Return about how long a stage trained and validated, from the speeds it recorded."""
+    stage: StageName = "sft" if folder.name == "sft" else "pretrain"
+    rows_global = load_config(folder / CONFIG_FILE).stage(stage).rows_global
+    seconds, before = 0.0, 0
+    for record in read_stage(folder).records:
+        if "validation" in record:
+            seconds += record.get("seconds", 0.0)
+        elif record.get("rows_per_s"):
+            seconds += (record["step"] - before) * rows_global / record["rows_per_s"]
+            before = record["step"]
+    return seconds
+
+
+PANELS: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (
+    ("loss [nats]", lambda record: record.get("loss")),
+    ("validation NDCG@10", lambda record: record.get("validation", {}).get("ndcg_at_10")),
+    ("alpha (scale of the score)", lambda record: record.get("alpha")),
+    ("training speed [rows/s]", lambda record: record.get("rows_per_s")),
+)
+
+
+def plot_runs(runs: Sequence[Path], out: Path) -> None:
+    """Draw the curves of one or more run folders (or stage folders) into the PNG `out`. Raises DataError."""
+    curves = {_label(run, runs): [read_stage(folder) for folder in stage_folders(run)] for run in runs}
+    with plt.rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}):
+        figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
+        for axis, (label, value) in zip(axes.flat, PANELS, strict=True):
+            for number, stages in enumerate(curves.values()):
+                _draw(axis, stages, value, f"C{number}")
+            axis.set_ylabel(label)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes[0, 0].set_ylim(bottom=0)
+        axes[1, 1].set_ylim(bottom=0)
+        axes[1, 1].yaxis.set_major_formatter(EngFormatter())
+        for axis in axes[1]:
+            axis.set_xlabel("step (stages one after another)" if _several_stages(curves) else "step")
+        if len(curves) > 1:
+            handles = [plt.Line2D([], [], color=f"C{number}") for number in range(len(curves))]
+            figure.legend(handles, list(curves), loc="outside upper center", ncols=min(len(curves), 4), frameon=False)
+        else:
+            figure.suptitle(next(iter(curves)))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=120)
+        plt.close(figure)
+
+
+def _draw(axis: Axes, stages: Sequence[StageCurve], value: Callable[[dict[str, Any]], Any], colour: str) -> None:
+    """Draw the stages one after another; the line breaks between them, because their losses are not comparable."""
+    offset = 0
+    for number, stage in enumerate(stages):
+        points = stage.points(value)
+        marker = "o" if len(points) < 40 else ""
+        axis.plot([offset + x for x, _ in points], [y for _, y in points], color=colour, marker=marker, ms=3, lw=1.5)
+        if number:
+            axis.axvline(offset, color=colour, ls="--", lw=1, alpha=0.7)
+            place = axis.get_xaxis_transform()
+            axis.text(offset, 1.0, f" {stage.name}", transform=place, color=colour, va="top", fontsize=8)
+        offset += stage.last_step
+
+
+def _several_stages(curves: dict[str, list[StageCurve]]) -> bool:
+    return any(len(stages) > 1 for stages in curves.values())
+
+
+def _label(run: Path, runs: Sequence[Path]) -> str:
+    """Return the run's name, with its parent where names repeat."""
+    names = [other.resolve().name for other in runs]
+    path = run.resolve()
+    return path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}"

@@ -1,0 +1,136 @@
+"""Several systems on the same rows: their table, their paired differences, and both as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE
+from rich.table import Table
+
+from bigdssm.data import Dataset
+from bigdssm.errors import DataError
+from bigdssm.evaluation.baselines import Markov, Popularity
+from bigdssm.evaluation.metrics import Difference, mean_metrics, paired_bootstrap, row_metrics, standard_errors
+from bigdssm.evaluation.split import evaluate_scores
+
+SHOWN = {"hr_at_10": "HR@10", "ndcg_at_10": "NDCG@10", "mrr": "MRR"}
+MARKOV = "Markov, window 3"
+
+
+@dataclass(frozen=True)
+class System:
+    """The ranks that one system gives the rows of a split."""
+
+    name: str
+    ranks: np.ndarray  # float64 [rows of the split]
+    seconds: float  # to make and to evaluate it
+
+    def difference(self, other: System, metric: str) -> Difference:
+        """Return this system's mean `metric` less the other's, paired by row."""
+        return paired_bootstrap(row_metrics(self.ranks)[metric], row_metrics(other.ranks)[metric])
+
+
+def baseline_systems(dataset: Dataset, split: str) -> list[System]:
+    """Return popularity and, where rows have histories, the Markov baseline."""
+    found = [_fitted("popularity", Popularity, dataset, split)]
+    if dataset.sequences is not None:
+        found.append(_fitted(MARKOV, Markov, dataset, split))
+    return found
+
+
+def table(systems: Sequence[System], title: str) -> Table:
+    """Return the systems as a rich table: metrics ± standard error, and seconds."""
+    drawn = Table(title=title, box=SIMPLE)
+    drawn.add_column("system", no_wrap=True)
+    for label in (*SHOWN.values(), "seconds"):
+        drawn.add_column(label, justify="right", no_wrap=True)
+    for system in systems:
+        means, errors = mean_metrics(system.ranks), standard_errors(system.ranks)
+        cells = [f"{means[name]:.4f} ± {errors[name]:.4f}" for name in SHOWN]
+        drawn.add_row(system.name, *cells, f"{system.seconds:.1f}")
+    return drawn
+
+
+def differences(pairs: Sequence[tuple[System, System]]) -> list[str]:
+    """Return a sentence for each pair: the first less the second with 95 % intervals."""
+    lines = []
+    for a, b in pairs:
+        parts = [f"{label} {a.difference(b, name)}" for name, label in SHOWN.items()]
+        lines.append(f"{a.name} − {b.name}: {', '.join(parts)}")
+    return lines
+
+
+def as_json(systems: Sequence[System]) -> list[dict[str, Any]]:
+    """Return one object per system: name, the means of the metrics, seconds."""
+    return [
+        {"name": system.name, **_without_nan(mean_metrics(system.ranks)), "seconds": round(system.seconds, 3)}
+        for system in systems
+    ]
+
+
+def differences_as_json(pairs: Sequence[tuple[System, System]]) -> list[dict[str, Any]]:
+    """Return one object per pair and metric: what less what, mean and 95 % interval."""
+    return [
+        {"system": a.name, "less": b.name, "metric": metric, "mean": found.mean, "low": found.low, "high": found.high}
+        for a, b in pairs
+        for metric in SHOWN
+        for found in [a.difference(b, metric)]
+    ]
+
+
+def save_comparison(
+    path: Path, dataset: Dataset, split: str, systems: Sequence[System], pairs: Sequence[tuple[System, System]]
+) -> None:
+    """Write the JSON `path`, and beside it each system's ranks as .npy."""
+    content: dict[str, Any] = {"dataset": dataset.fingerprint, "split": split, "systems": as_json(systems)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number, (entry, system) in enumerate(zip(content["systems"], systems, strict=True)):
+        entry["standard_errors"] = _without_nan(standard_errors(system.ranks))
+        entry["ranks"] = f"{path.stem}.ranks-{number}.npy"
+        np.save(path.with_name(entry["ranks"]), system.ranks)
+    content["differences"] = differences_as_json(pairs)
+    write_json(path, content)
+
+
+def load_system(path: Path, dataset: Dataset, split: str) -> System:
+    """Return the first system of a saved comparison.
+
+    Raises DataError: missing, damaged, or of another dataset or split, whose rows do not pair.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        made_of = (content["dataset"], content["split"])
+        entry = content["systems"][0]
+        ranks = np.load(path.with_name(Path(entry["ranks"]).name), allow_pickle=False)
+        system = System(f"{entry['name']} ({path.stem})", ranks, entry["seconds"])
+    except FileNotFoundError as error:
+        raise DataError(f"{error.filename} does not exist") from None
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise DataError(f"{path} is no comparison written by tools/evaluate.py: {error!r}") from None
+    if made_of != (dataset.fingerprint, split) or len(ranks) != dataset.num_rows(split):
+        raise DataError(f"{path} was measured on other rows (split {made_of[1]} of dataset {made_of[0]})")
+    return system
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write `content` to `path` in one step."""
+    aside = path.with_name(f".{path.name}.unfinished")
+    aside.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _fitted(name: str, kind: type[Popularity] | type[Markov], dataset: Dataset, split: str) -> System:
+    started = perf_counter()
+    evaluation = evaluate_scores(kind.fit(dataset), dataset, split)
+    return System(name, evaluation.ranks, perf_counter() - started)
+
+
+def _without_nan(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: None if np.isnan(value) else round(value, 6) for name, value in values.items()}

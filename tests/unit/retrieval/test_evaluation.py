@@ -1,0 +1,148 @@
+"""Evaluation of a split: against the model's own scores, over ranks, and the baselines against dense ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from bigdssm import distributed
+from bigdssm.data import Collator, Dataset, Rows
+from bigdssm.errors import DivergedError
+from bigdssm.evaluation import split as split_module
+from bigdssm.evaluation.baselines import Markov, Popularity
+from bigdssm.evaluation.metrics import mean_metrics
+from bigdssm.evaluation.split import evaluate_scores, evaluate_split
+from bigdssm.evaluation.systems import baseline_systems
+from bigdssm.models import DualEncoder
+from bigdssm.retrieval.embed import Encoders, Share, encode_queries, tower_encoders
+
+
+def model_scores(model: DualEncoder, dataset: Dataset, rows: Rows) -> np.ndarray:
+    """Return S = alpha * U @ W.T + beta, [m, N], as the training loss computes it."""
+    collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
+    with torch.no_grad():
+        query = collator.query_features(rows.query)
+        encoded = model(query=query, doc=dataset.catalogue.features(np.arange(dataset.catalogue.num_docs)))
+        return (encoded.alpha * encoded.U @ encoded.W.T + encoded.beta).numpy()
+
+
+def expected_ranks(model: DualEncoder, dataset: Dataset, split: str) -> list[float]:
+    ranks = []
+    for rows in dataset.iterate(split, 7):
+        for i, scores in enumerate(model_scores(model, dataset, rows)):
+            own = rows.doc_rows[i]
+            others = np.setdiff1d(np.arange(len(scores)), [*rows.seen(i), own])
+            ranks.append(1.0 + (scores[others] > scores[own]).sum())
+    return ranks
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_ranks_are_those_of_the_training_score(model: DualEncoder, dataset: Dataset, split: str) -> None:
+    evaluation = evaluate_split(tower_encoders(model, dataset), dataset, split, rows_per_chunk=13)
+    assert evaluation.ranks.tolist() == expected_ranks(model, dataset, split)
+    assert evaluation.metrics == mean_metrics(evaluation.ranks)
+
+
+def test_what_is_seen_counts_only_where_it_is_not_filtered(model: DualEncoder, dataset: Dataset) -> None:
+    encoders = tower_encoders(model, dataset)
+    filtered = evaluate_split(encoders, dataset, "test")
+    everything = evaluate_split(encoders, dataset, "test", filter_seen=False)
+    assert (filtered.ranks <= everything.ranks).all()
+    assert (filtered.ranks < everything.ranks).any()
+
+
+def test_the_model_is_left_in_the_mode_it_was_in(model: DualEncoder, dataset: Dataset) -> None:
+    model.train()
+    evaluation = evaluate_split(tower_encoders(model, dataset), dataset, "test")
+    assert model.training
+    model.eval()
+    assert evaluation.ranks.tolist() == evaluate_split(tower_encoders(model, dataset), dataset, "test").ranks.tolist()
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 64])
+def test_shares_of_ranks_make_the_whole_and_calls_are_equally_many(dataset: Dataset, world_size: int) -> None:
+    whole = np.concatenate([rows.row_ids for rows in dataset.iterate("test", 1000)])
+    calls, row_ids = [], []
+    for rank in range(world_size):
+        sizes: list[int] = []
+        encoders = Encoders(lambda rows, to=sizes: to.append(len(rows)) or torch.zeros(len(rows), 2), None)  # type: ignore
+        for rows, vectors in encode_queries(encoders, dataset, "test", Share(rank, world_size, rows_per_chunk=3)):
+            assert len(vectors) == len(rows)
+            row_ids.extend(rows.row_ids)
+        assert min(sizes) > 0
+        calls.append(len(sizes))
+    assert row_ids == whole.tolist()
+    assert len(set(calls)) == 1
+
+
+def test_vectors_that_are_not_finite_are_no_good_rank(model: DualEncoder, dataset: Dataset) -> None:
+    encoders = tower_encoders(model, dataset)
+    spoiled = Encoders(lambda rows: encoders.queries(rows) * float("nan"), encoders.documents)
+    with pytest.raises(DivergedError, match="NaN"):
+        evaluate_split(spoiled, dataset, "test")
+    spoiled = Encoders(encoders.queries, lambda rows: encoders.documents(rows) / 0)
+    with pytest.raises(DivergedError, match="NaN"):
+        evaluate_split(spoiled, dataset, "test")
+
+
+def test_rows_without_relevance_have_no_rank(
+    model: DualEncoder, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = split_module._of_relevant
+    monkeypatch.setattr(
+        split_module,
+        "_of_relevant",
+        lambda ranks, rows: kept(ranks, type(rows)(**{**vars(rows), "relevance": rows.row_ids % 2 * 1.0})),
+    )
+    ranks = evaluate_split(tower_encoders(model, dataset), dataset, "test").ranks
+    assert np.isnan(ranks).tolist() == [row % 2 == 0 for row in range(len(ranks))]
+
+
+def train_sequences(dataset: Dataset) -> dict[int, list[int]]:
+    """Return each user's train events in order, put together from the rows alone."""
+    events: dict[int, dict[int, int]] = {}
+    for rows in dataset.iterate("train", 1000):
+        for i in range(len(rows)):
+            user = events.setdefault(int(rows.query_ids[i]), {})
+            user[len(rows.seen(i))] = int(rows.doc_rows[i])
+            user |= dict(enumerate(rows.seen(i).tolist()))
+    return {user: [items[i] for i in range(len(items))] for user, items in events.items()}
+
+
+def test_markov_is_the_dense_definition(dataset: Dataset) -> None:
+    num_docs = dataset.catalogue.num_docs
+    counts = np.zeros((num_docs, num_docs))
+    for items in train_sequences(dataset).values():
+        for distance in (1, 2, 3):
+            for before, after in zip(items, items[distance:], strict=False):
+                counts[before, after] += 6 / distance
+    baseline = Markov.fit(dataset, window=3)
+    for rows in dataset.iterate("test", 11):
+        expected = np.zeros((len(rows), num_docs))
+        for i in range(len(rows)):
+            for distance, item in enumerate(rows.seen(i)[-3:][::-1], start=1):
+                expected[i] += counts[item] * 6 / distance
+        np.testing.assert_array_equal(baseline(rows), expected.round())
+
+
+def test_popularity_counts_train_events_alone(dataset: Dataset) -> None:
+    counts = np.zeros(dataset.catalogue.num_docs, np.int64)
+    for rows in dataset.iterate("train", 1000):
+        np.add.at(counts, rows.doc_rows, 1)
+    rows = next(dataset.iterate("test", 5))
+    np.testing.assert_array_equal(Popularity.fit(dataset)(rows), np.tile(counts, (5, 1)))
+
+
+def test_a_constant_score_has_the_middle_rank(dataset: Dataset) -> None:
+    evaluation = evaluate_scores(
+        lambda rows: np.zeros((len(rows), dataset.catalogue.num_docs)), dataset, "test", filter_seen=False
+    )
+    assert set(evaluation.ranks) == {(dataset.catalogue.num_docs + 1) / 2}
+
+
+def test_baselines_of_a_split(dataset: Dataset) -> None:
+    systems = baseline_systems(dataset, "test")
+    assert [system.name for system in systems] == ["popularity", "Markov, window 3"]
+    assert all(len(system.ranks) == dataset.num_rows("test") for system in systems)
+    assert distributed.world_size() == 1

@@ -1,0 +1,42 @@
+"""Mine negatives: for each train row the documents at ranks [first, last) of its own query's ranking.
+
+    python tools/mine_negatives.py --model MODEL --data DATASET --out NEGATIVES.npy [--first 10] [--last 200]
+
+The file is int32 [train rows, last - first] of catalogue rows, -1 where there are none, by row id. Known train
+positives of the query never appear.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from bigdssm.cli import ProgressBar, run_main
+from bigdssm.data import Dataset
+from bigdssm.errors import ConfigError
+from bigdssm.export import load_model_folder
+from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.retrieval.mine import mine_to_file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="model folder")
+    parser.add_argument("--data", type=Path, required=True, help="dataset folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="NPY", help="file for the negatives")
+    parser.add_argument("--first", type=int, default=10, help="first rank, counted from 0 (%(default)s)")
+    parser.add_argument("--last", type=int, default=200, help="rank to stop before (%(default)s)")
+    args = parser.parse_args()
+    if not 0 <= args.first < args.last:
+        raise ConfigError(f"--first {args.first} --last {args.last}: needs 0 <= first < last")
+    folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
+    folder.check_dataset(dataset)
+    encoders = tower_encoders(folder.model, dataset)
+    with ProgressBar() as progress:
+        mined = mine_to_file(args.out, encoders, dataset, first=args.first, last=args.last, progress=progress)
+    print(f"{args.out}: {mined.shape[0]} rows, {(mined >= 0).sum(axis=1).mean():.1f} negatives a row")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
