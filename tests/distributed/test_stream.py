@@ -1,0 +1,168 @@
+"""The stream on several processes: damage that one rank alone sees, and ranks that are killed and started again."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import multiprocessing as mp
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bigdssm.data import Dataset, PairStream
+from bigdssm.data import lanes as lanes_module
+from bigdssm.data.order import Order
+from bigdssm.data.stream import CHECK_EVERY_STEPS
+from bigdssm.errors import DataError, PeerError
+
+from .spawn import Pool
+
+ROWS_GLOBAL, LANES, SAVE_EVERY_STEPS = 32, 4, 5
+
+
+def writer() -> ModuleType:
+    """Return the module that writes tiny datasets."""
+    path = Path(__file__).parents[1] / "unit" / "data" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("tiny_datasets", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tiny_datasets"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return writer().Writer(tmp_path_factory.mktemp("ranks") / "data").write()
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with Pool(2) as ranks:
+        yield ranks
+
+
+def read_until_it_stops(rank: int, world_size: int, folder: str, fraction: float, fails: str) -> tuple[int, int, str]:
+    """Return how many steps this rank made, how many rows, and the error's class and message."""
+    if fails == "rank 1" and rank == 1:
+
+        def fail(*_: object) -> None:
+            raise OSError("the disk is gone")
+
+        lanes_module.read_block = fail  # type: ignore[assignment]
+    stream = PairStream(
+        folder, rows_global=ROWS_GLOBAL, lanes=LANES, rank=rank, world_size=world_size, max_bad_fraction=fraction
+    )
+    made = rows = 0
+    try:
+        for part in islice(stream, 100):
+            made, rows = made + 1, rows + len(part)
+    except (DataError, PeerError) as error:
+        return made, rows, f"{type(error).__name__}: {error}"
+    return made, rows, ""
+
+
+def test_all_ranks_stop_at_the_same_step_where_one_alone_meets_damage(
+    pool: Pool, dataset: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(dataset, tmp_path / "copy")
+    index = Dataset.open(folder).index("train")
+    lane_of_rank_1 = Order(index.rows, rows_global=ROWS_GLOBAL, lanes=LANES).window(0, 1, 0)
+    block = int(lane_of_rank_1.blocks[1])  # wholly inside the lane
+    with index.shards[index.shard[block]].open("r+b") as file:
+        file.seek(int(index.offset[block]) + 50)
+        file.write(b"damage")
+    (made_0, rows_0, error_0), (made_1, rows_1, error_1) = pool.run(read_until_it_stops, str(folder), 0.01, "")
+    assert made_0 == made_1 < 100
+    assert made_0 % CHECK_EVERY_STEPS == 0
+    assert rows_0 == made_0 * 16 > rows_1
+    assert error_0 == error_1
+    assert "more than max_bad_fraction=0.01 allows" in error_0
+    allowed = pool.run(read_until_it_stops, str(folder), 0.5, "")
+    assert [(made, error) for made, _, error in allowed] == [(100, ""), (100, "")]
+
+
+def test_a_rank_that_cannot_read_takes_the_others_with_it(dataset: Path) -> None:
+    with Pool(2) as own:  # the planted fault stays in the processes
+        (made_0, _, error_0), (made_1, rows_1, error_1) = own.run(read_until_it_stops, str(dataset), 0.5, "rank 1")
+    assert (made_0, made_1, rows_1) == (CHECK_EVERY_STEPS, CHECK_EVERY_STEPS, 0)
+    assert error_0.startswith("PeerError: rank 1 stopped: rank 1 cannot read")
+    assert error_1.startswith("DataError: rank 1 cannot read")
+    assert "the disk is gone" in error_0
+
+
+def consume(folder: str, run: str, rank: int, world_size: int, start: dict[str, Any] | None, step_done: Any) -> None:
+    """Do what a training rank does: log every step's row ids, wait for the others, save the state, until killed."""
+    stream = PairStream(
+        folder, rows_global=ROWS_GLOBAL, lanes=LANES, rank=rank, world_size=world_size, num_workers=1,
+        start_step=start["step"] if start else 0,
+    )  # fmt: skip
+    if start:
+        stream.check_state(start)
+    with open(f"{run}/rows-{world_size}-{rank}.jsonl", "a", encoding="utf-8") as log:
+        for rows in stream:
+            log.write(json.dumps([rows.step, rows.row_ids.tolist()]) + "\n")
+            log.flush()
+            step_done.wait()
+            if rank == 0 and stream.step % SAVE_EVERY_STEPS == 0:
+                Path(f"{run}/state.new").write_text(json.dumps(stream.state()))
+                os.replace(f"{run}/state.new", f"{run}/state.json")
+
+
+def run_and_kill(dataset: Path, run: Path, world_size: int, start: dict[str, Any] | None, upto: int) -> None:
+    """Start the ranks, and kill -9 them once rank 0 is past step `upto`, each at another moment."""
+    context = mp.get_context("spawn")
+    step_done = context.Barrier(world_size)
+    ranks = [
+        context.Process(target=consume, args=(str(dataset), str(run), rank, world_size, start, step_done))
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + 60
+    while read_log(run, world_size).get(upto) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for process in ranks:
+        os.kill(process.pid or 0, signal.SIGKILL)
+        time.sleep(random.random() / 50)
+    for process in ranks:
+        process.join()
+
+
+def read_log(run: Path, world_size: int) -> dict[int, list[int]]:
+    """Return each step that all ranks have logged, with its row ids."""
+    steps: dict[int, list[list[int]]] = {}
+    for path in run.glob(f"rows-{world_size}-*.jsonl"):
+        for line in path.read_text().splitlines():
+            if line.endswith("]]"):
+                step, ids = json.loads(line)
+                steps.setdefault(step, []).append(ids)
+    return {step: sorted(row for part in ids for row in part) for step, ids in steps.items() if len(ids) == world_size}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resumed_on", [1, 2, 3])
+def test_killed_ranks_go_on_with_the_rows_they_would_have_seen(dataset: Path, tmp_path: Path, resumed_on: int) -> None:
+    order = Order(Dataset.open(dataset).index("train").rows, rows_global=ROWS_GLOBAL, lanes=LANES)
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    after.mkdir()
+    run_and_kill(dataset, before, 2, None, upto=random.randint(SAVE_EVERY_STEPS, 40))
+    state = json.loads((before / "state.json").read_text())
+    run_and_kill(dataset, after, resumed_on, state, upto=state["step"] + 40)
+    first, second = read_log(before, 2), read_log(after, resumed_on)
+    assert set(range(state["step"])) <= set(first)
+    assert min(second) == state["step"]
+    for step, ids in [*first.items(), *second.items()]:
+        assert ids == np.sort(order.row_ids(step)).tolist()
