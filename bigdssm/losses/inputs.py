@@ -41,6 +41,14 @@ class LossInputs:
     known: Tensor | None
     acc: torch.dtype
     wants: int  # bits: gradients of U, W, alpha, beta
+    scalar_beta: bool = False
+
+    def beta_of(self, columns: Tensor) -> Tensor | None:
+        """Return beta at `columns` of any shape, float64, broadcastable."""
+        if self.beta is None:
+            return None
+        beta = self.beta.detach().double()
+        return beta if self.scalar_beta else beta[columns]
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,19 @@ def check_inputs(
         for bit, leaf in ((WANTS_U, U), (WANTS_W, W), (WANTS_ALPHA, alpha), (WANTS_BETA, beta)):
             wants |= bit if leaf is not None and leaf.requires_grad else 0
     return LossInputs(
-        U, W, positive, weight.detach().double(), alpha, beta, neg_bias, query_ids, doc_ids, known, acc, wants
+        U,
+        W,
+        positive,
+        weight.detach().double(),
+        alpha,
+        beta,
+        neg_bias,
+        query_ids,
+        doc_ids,
+        known,
+        acc,
+        wants,
+        scalar_beta,
     )
 
 

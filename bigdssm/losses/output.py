@@ -30,7 +30,8 @@ class LossOutput:
 
     in_batch_accuracy: share of the queries of weight > 0 whose positive scores above all their negatives, as the loss
     scores them; dropped_fraction: share of all entries but the positives that the masks drop; effective_negatives:
-    negatives left per query; lse_min, lse_max: range of the log-sum-exps (of all scores, for losses without one).
+    negatives left per query; lse_min, lse_max: range of the log-sum-exps (for losses without one, of the queries' best
+    scores).
     """
 
     loss: Tensor

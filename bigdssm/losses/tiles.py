@@ -78,7 +78,9 @@ class Sums:
         return Sums(
             torch.zeros((x.U.shape[0], size), dtype=x.acc, device=device) if own else None,
             torch.zeros((columns.num_slots, size), dtype=x.acc, device=device) if facts.wants & WANTS_W else None,
-            torch.zeros(columns.num_slots, dtype=torch.float64, device=device) if facts.wants & WANTS_BETA else None,
+            torch.zeros(columns.num_slots, dtype=torch.float64, device=device)
+            if facts.wants & WANTS_BETA and not x.scalar_beta
+            else None,
         )
 
     def add(self, strip: Strip, tile: Tile, G_rc: Tensor, W_cD: Tensor) -> None:
@@ -92,9 +94,8 @@ class Sums:
 def positive_scores(x: LossInputs, with_beta: bool = True) -> Tensor:
     """Return the scores of the positives, float64 [m]."""
     products = (x.U.detach().to(x.acc) * x.W.detach()[x.positive].to(x.acc)).sum(1).double() * float(x.alpha.detach())
-    if with_beta and x.beta is not None:
-        products += x.beta.detach().double()[x.positive]
-    return products
+    beta_m = x.beta_of(x.positive) if with_beta else None
+    return products if beta_m is None else products + beta_m
 
 
 def add_biases(first: Tensor | None, second: Tensor | None) -> Tensor | None:

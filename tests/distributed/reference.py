@@ -87,6 +87,46 @@ def fps(shards: list[Shard], alpha: float, direction: str) -> tuple[Tensor, list
     return _gradients(torch.stack(losses).sum() / x.weight.sum(), x.leaves)
 
 
+def ranking(
+    name: str,
+    shards: list[Shard],
+    alpha: float,
+    in_batch: bool,
+    margin: float = 0.2,
+    scalar_beta: float | None = None,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the loss and the gradients of U, W, alpha, beta (a scalar for sigmoid)."""
+    x = dense(shards, alpha, scalar_beta)
+    starts = [sum(s.W.shape[0] for s in shards[:k]) for k in range(len(shards))]
+    lists = [
+        [start + int(c) for c in row if c >= 0] if s.negatives is not None else []
+        for s, start in zip(shards, starts, strict=True)
+        for row in (s.negatives if s.negatives is not None else s.positive[:, None]).tolist()
+    ]
+    shared = set(x.positive.tolist()) if in_batch else set()
+    total = x.S.sum() * 0
+    for i, p in enumerate(x.positive.tolist()):
+        listed = sorted(shared) + [j for j in lists[i] if j not in shared]
+        kept = [j for j in listed if j != p and not x.in_X[i, j]]
+        if x.weight[i] == 0:
+            continue
+        positive = x.S[i, p]
+        S = torch.stack([x.S[i, j] + x.neg_bias[j] for j in kept]) if kept else x.S[i, :0]
+        softplus = torch.nn.functional.softplus
+        if name == "softmax":
+            term = torch.logsumexp(torch.cat([positive[None], S]), 0) - positive
+        elif name == "sigmoid":
+            term = softplus(-positive, threshold=500) + softplus(S, threshold=500).sum()
+        elif not kept:
+            continue
+        elif name == "pair_ce":
+            term = softplus(S - positive, threshold=500).mean()
+        else:
+            term = (margin - positive + S).clamp(min=0).mean()
+        total = total + x.weight[i] * term
+    return _gradients(total / x.weight.sum().clamp(min=1e-300), x.leaves)
+
+
 def _gradients(loss: Tensor, leaves: list[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
     given = [t for t in leaves if t is not None]
     found = iter(torch.autograd.grad(loss, given, allow_unused=True))
@@ -153,5 +193,8 @@ def make_shards(
                 torch.randint(total_docs, (3,), generator=generator) + 2**61,
             ], 1)  # fmt: skip
             shard = replace(shard, known=known)
+        if "negatives" in options:
+            negatives = torch.randint(-1, n, (m, 4), generator=generator)
+            shard = replace(shard, negatives=negatives)
         shards.append(shard)
     return shards

@@ -77,6 +77,10 @@ class Pool:
             raise RankFailed("\n".join(errors))
         return [results[rank] for rank in range(self.world_size)]
 
+    @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self._ranks)
+
     def close(self) -> None:
         """End the ranks."""
         for process, tasks in zip(self._ranks, self._tasks, strict=True):

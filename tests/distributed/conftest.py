@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from .spawn import Pool
+
+
+class Pools(dict[int, Pool]):
+    """Ranks that are started when first asked for, again after a failure ended them."""
+
+    def __missing__(self, world_size: int) -> Pool:
+        self[world_size] = Pool(world_size)
+        return self[world_size]
+
+    def __getitem__(self, world_size: int) -> Pool:
+        if world_size in self and not super().__getitem__(world_size).alive:
+            super().__getitem__(world_size).close()
+            del self[world_size]
+        return super().__getitem__(world_size)
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[dict[int, Pool]]:
+    made = Pools()
+    yield made
+    for pool in made.values():
+        pool.close()

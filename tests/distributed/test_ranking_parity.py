@@ -1,0 +1,95 @@
+"""The fine-tuning losses on 1, 2 and 3 ranks equal the dense losses of the concatenated batch."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from bigdssm.losses import RANKING_NAMES, fps_loss, ranking_loss
+
+from . import reference
+from .parity import assert_close, assert_parity, run
+from .reference import Shard, make_shards
+from .spawn import Pool
+
+OPTIONS = ("beta", "neg_bias", "weight", "query_ids", "doc_ids", "shared", "known")
+
+
+def check(
+    pools: dict[int, Pool], name: str, shards: list[Shard], alpha: float, in_batch: bool, tile: int | None
+) -> None:
+    beta = -0.7 if name == "sigmoid" else None
+    expected = reference.ranking(name, shards, alpha, in_batch, margin=0.3, scalar_beta=beta)
+    arguments = {"in_batch": in_batch, "margin": 0.3, "tile": tile}
+    found = run(pools, partial(ranking_loss, name), shards, alpha, beta=beta, **arguments)
+    assert_parity(shards, alpha, found, expected, 1e-10)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> dict[str, Any]:
+    ranks = draw(st.integers(1, 3))
+    sizes = draw(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 9)), min_size=ranks, max_size=ranks))
+    name, in_batch = draw(st.sampled_from(RANKING_NAMES)), draw(st.booleans())
+    options = draw(st.sets(st.sampled_from(OPTIONS))) - ({"beta"} if name == "sigmoid" else set())
+    if not in_batch or draw(st.booleans()):
+        options |= {"negatives"}
+    shards = make_shards(
+        torch.Generator().manual_seed(draw(st.integers(0, 2**31))),
+        sizes,
+        D=draw(st.sampled_from([1, 3, 8])),
+        num_queries=draw(st.sampled_from([None, 3, 8])),
+        num_docs=draw(st.sampled_from([None, 4, 12])),
+        options=frozenset(options),
+    )
+    tile = draw(st.sampled_from([None, 1, 2, 3, 5]))
+    return {
+        "name": name,
+        "shards": shards,
+        "alpha": draw(st.sampled_from([0.5, 20.0])),
+        "in_batch": in_batch,
+        "tile": tile,
+    }
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(batch=batches())
+def test_equals_dense_reference(pools: dict[int, Pool], batch: dict[str, Any]) -> None:
+    check(pools, **batch)
+
+
+@pytest.mark.parametrize("name", RANKING_NAMES)
+@pytest.mark.parametrize(("given_negatives", "in_batch"), [(True, False), (False, True), (True, True)])
+def test_each_loss_and_source_of_negatives(
+    pools: dict[int, Pool], name: str, given_negatives: bool, in_batch: bool
+) -> None:
+    options = {"neg_bias", "weight", "query_ids", "doc_ids", "known"}
+    options |= {"negatives"} if given_negatives else set()
+    options |= {"beta"} if name != "sigmoid" else set()
+    generator = torch.Generator().manual_seed(4)
+    shards = make_shards(
+        generator, [(7, 12), (0, 0), (9, 11)], 6, num_queries=6, num_docs=15, options=frozenset(options)
+    )
+    check(pools, name, shards, 5.0, in_batch, 4)
+
+
+def test_in_batch_softmax_is_the_fps_loss(pools: dict[int, Pool]) -> None:
+    shards = make_shards(
+        torch.Generator().manual_seed(6), [(5, 5), (6, 6)], 4, num_docs=7, options=frozenset({"doc_ids"})
+    )
+    found, found_grads, found_stats = run(pools, partial(ranking_loss, "softmax"), shards, 9.0, in_batch=True)
+    right, right_grads, right_stats = run(pools, fps_loss, shards, 9.0)
+    assert_close(found, right, 1e-12, "loss")
+    assert_close(found_grads[0], right_grads[0], 1e-12, "U")
+    assert_close(found_grads[1], right_grads[1], 1e-12, "W")
+    assert found_stats == right_stats
