@@ -1,6 +1,7 @@
 """Makes a dataset that training reads: shards, catalogue, tokenizer and schema, from tables as they are.
 
-    python tools/make_shards.py interactions --config F --interactions F --items F [--users F] [key=value …]
+    python tools/make_shards.py interactions --config F [key=value …] --interactions F --items F [--users F]
+    python tools/make_shards.py pairs --config F [key=value …] --pairs F [F …] [--group-column C]
 
 `--help` behind a sub-command says everything it takes. The schema comes from the config's `data` section.
 """
@@ -14,19 +15,31 @@ from bigdssm.cli import ProgressBar, run_main
 from bigdssm.config import DataConfig, load_config
 from bigdssm.data.interactions import InteractionTables, make_interactions
 from bigdssm.data.making import Report, Target
+from bigdssm.data.pairs import PairTables, make_pairs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    files = getattr(args, "pairs", [])
+    args.overrides = [word for word in [*rest, *map(str, files)] if _is_override(word)]
+    if unknown := [word for word in rest if not _is_override(word)]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if files:
+        args.pairs = [path for path in files if not _is_override(str(path))]
     return run_main(lambda: args.run(args))
+
+
+def _is_override(word: str) -> bool:
+    """Return True for key=value, which may stand anywhere, behind a list of files too."""
+    return "=" in word and not word.startswith("-") and not Path(word).exists()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(title="sub-commands", required=True)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--config", type=Path, required=True, help="YAML file; its data section is the schema")
-    common.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config, dotted keys")
+    common.add_argument("--config", type=Path, required=True, help="YAML file, and anywhere key=value to change it")
     common.add_argument("--out", type=Path, help="dataset folder (default: the config's data.dir)")
     common.add_argument("--seed", type=int, default=0, help="of the shuffle and of random splits")
     common.add_argument("--partition", default="base", help="name of a new dataset's first partition")
@@ -46,6 +59,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--min-rating", type=float, help="events rated lower are left out")
     sub.add_argument("--split", choices=("leave-one-out", "time", "train"), default="leave-one-out")
     _add_fractions(sub, "--split time")
+
+    sub = commands.add_parser("pairs", parents=[common], help="query and document features in one row")
+    sub.set_defaults(run=_pairs)
+    sub.add_argument("--pairs", type=Path, nargs="+", required=True, help="tables: .tsv .csv .jsonl .parquet, .xz …")
+    sub.add_argument("--doc-id-column", help="default: documents are the same where all their features are")
+    sub.add_argument("--query-id-column", help="default: queries are the same where all their features are")
+    sub.add_argument("--relevance-column", help="default: every relevance is 1")
+    sub.add_argument("--split", choices=("random", "time", "column", "train"), default="random")
+    sub.add_argument("--group-column", help="--split random: its rows stay together (default: rows of one query)")
+    sub.add_argument("--time-column", help="--split time: the newest rows are test, the ones before validation")
+    sub.add_argument("--split-column", help="--split column: says train, validation or test")
+    sub.add_argument("--dedup", action="store_true", help="leave out repeated (query, document) pairs")
+    _add_fractions(sub, "--split random or time")
     return parser
 
 
@@ -71,6 +97,25 @@ def _interactions(args: argparse.Namespace) -> None:
     config, target = _data_and_target(args)
     with ProgressBar() as progress:
         report = make_interactions(config, tables, target, progress)
+    _print(report)
+
+
+def _pairs(args: argparse.Namespace) -> None:
+    deciding = {"random": args.group_column, "time": args.time_column, "column": args.split_column}
+    tables = PairTables(
+        files=tuple(args.pairs),
+        doc_id_column=args.doc_id_column,
+        query_id_column=args.query_id_column,
+        relevance_column=args.relevance_column,
+        split=args.split,
+        split_column=deciding.get(args.split),
+        validation_fraction=args.validation_fraction,
+        test_fraction=args.test_fraction,
+        dedup=args.dedup,
+    )
+    config, target = _data_and_target(args)
+    with ProgressBar() as progress:
+        report = make_pairs(config, tables, target, progress)
     _print(report)
 
 

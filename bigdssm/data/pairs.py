@@ -1,0 +1,265 @@
+"""Makes a dataset from tables whose rows are pairs: query features, document features, relevance.
+
+Two passes in bounded memory. The first reads the tables, checks rows, numbers the distinct documents and fits the
+schema; its rows wait on disk in buckets by a shuffle key. The second sorts bucket by bucket, tokenises and writes.
+In memory stay one bucket, the vocabularies, and about 40 bytes a distinct document.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bigdssm.config import DataConfig
+from bigdssm.data.block_writer import SplitWriter, block_rows
+from bigdssm.data.catalogue_writer import KEY_COLUMNS, CatalogueWriter, check_names
+from bigdssm.data.columns import RowCheck, canonical, canonical_type, is_empty, missing, relevances, strings
+from bigdssm.data.dataset_writer import DatasetWriter
+from bigdssm.data.fit import encode_columns
+from bigdssm.data.hashing import KeyIndex, hash_strings, mix
+from bigdssm.data.making import (
+    BLOCK_COLUMNS,
+    Fitting,
+    Progress,
+    Report,
+    Target,
+    commit,
+    no_progress,
+    text_columns,
+)
+from bigdssm.data.pair_splits import SPLITS, PairSplit, Splitter, pair_hash
+from bigdssm.data.row_spool import RowSpool, ShuffleSpool, num_buckets
+from bigdssm.data.sources import SourceBatch, read_table
+from bigdssm.data.tokenizer import TextEncoder
+from bigdssm.errors import ConfigError, DataError
+from bigdssm.schema import Feature, Schema
+
+
+@dataclass(frozen=True)
+class PairTables:
+    """The source tables and what their columns are; features name their own columns in the config."""
+
+    files: tuple[Path, ...]
+    doc_id_column: str | None = None  # none: documents are the same where all their features are
+    query_id_column: str | None = None  # none: queries are the same where all their features are
+    relevance_column: str | None = None  # none: 1
+    split: PairSplit = "random"
+    split_column: str | None = None  # random: the group that stays together; time, column: what decides
+    validation_fraction: float = 0.05
+    test_fraction: float = 0.05
+    dedup: bool = False  # drop further rows of one (query, document), in any split; 16 bytes a pair
+
+
+def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress: Progress = no_progress) -> Report:
+    """Make (or append to) the dataset at `target.out` and return what was made.
+
+    Raises DataError or ConfigError with nothing left half-written.
+    """
+    started = time.monotonic()
+    check_names(config.doc, [name for name, _ in KEY_COLUMNS], "doc")
+    check_names(config.query, BLOCK_COLUMNS, "query")
+    for name, feature in config.query.items():
+        if feature.type == "history":
+            raise ConfigError(f"data.query.{name}: pairs have no histories; use the sub-command `interactions`")
+    fractions = (tables.validation_fraction, tables.test_fraction)
+    splitter = Splitter(tables.split, tables.split_column, fractions, target.seed)
+    with target.open(config) as writer:
+        making = _Making(config, tables, target, writer, splitter, progress)
+        if splitter.needs_thresholds:
+            splitter.learn(RowCheck(batch, _ignore) for batch in making.batches(splitter.columns, _ignore))
+        making.read()
+        schema, text = making.fitting.finish(making.texts())
+        splits, counts = making.write(schema, text)
+        return commit(writer, making.catalogue, schema, text, splits, counts, started, making.notes)
+
+
+def _ignore(file: str, row: int, reason: str, left_out: bool = True) -> None:
+    """Bad rows met while looking for time thresholds are reported by the reading that follows."""
+
+
+class _Making:
+    """The state between the passes."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tables: PairTables,
+        target: Target,
+        writer: DatasetWriter,
+        splitter: Splitter,
+        progress: Progress,
+    ) -> None:
+        self.tables, self.target, self.writer = tables, target, writer
+        self.splitter, self.progress = splitter, progress
+        self.fitting = Fitting(config, writer)
+        self.notes: list[str] = []
+        base = self.fitting.base
+        self.query, self.doc, self.display = base.query, base.doc, config.display
+        self.catalogue = CatalogueWriter(writer.spool, base.doc, writer.catalogue_parts)
+        self.documents = _PerDocument()
+        fields = [("query_id", pa.int64()), ("doc", pa.int64()), ("relevance", pa.float32())]
+        fields += [(f"feature.{name}", canonical_type(feature)) for name, feature in base.query.items()]
+        self.row_schema = pa.schema(fields)
+        for path in tables.files:
+            if not path.is_file():
+                raise DataError(f"table {path} does not exist")
+        self.train = ShuffleSpool(writer.spool, self.row_schema, num_buckets(tables.files))
+        self.held_out = [RowSpool(writer.spool / f"{name}.arrows", self.row_schema) for name in SPLITS[1:]]
+
+    def batches(self, columns: Sequence[str], report_bad: Any) -> Iterator[SourceBatch]:
+        for path in self.tables.files:
+            yield from read_table(path, list(dict.fromkeys(columns)), report_bad)
+
+    def read(self) -> None:
+        """Pass 1: every row checked, numbered, split, counted for the fit, and spooled."""
+        tables, quarantine = self.tables, self.writer.quarantine
+        columns = [feature.column for side in (self.query, self.doc) for feature in side.values()]
+        named = (self.display, tables.doc_id_column, tables.query_id_column, tables.relevance_column)
+        columns += [name for name in named if name] + self.splitter.columns
+        seen_pairs, place, repeated = KeyIndex(), 0, 0
+        for batch in self.batches(columns, quarantine.report):
+            check = RowCheck(batch, quarantine.report)
+            query, doc = canonical(check, self.query), canonical(check, self.doc)
+            check.fail(missing(query, self.query), "no query: its features are empty")
+            check.fail(missing(doc, self.doc), "no document: its features are empty")
+            query_ids = self._query_ids(check, query)
+            contents = _content(doc)
+            keys = self._doc_keys(check, contents)
+            display = strings(check, self.display) if self.display else keys
+            relevance = np.ones(len(query_ids))
+            if tables.relevance_column:
+                relevance = relevances(check, tables.relevance_column)
+            split = self.splitter.split(check, query_ids)
+            good = check.good
+            quarantine.num_good += int(good.sum())
+            mask = pa.array(good)
+            doc = doc.filter(mask)
+            docs, first = self.catalogue.add(keys.filter(mask), display.filter(mask), doc)
+            self.documents.grow(self.catalogue.num_docs)
+            self.documents.note(docs, first, contents[good])
+            query_ids, split, relevance = query_ids[good], split[good], relevance[good]
+            shuffle = mix(np.flatnonzero(good) + place, "shuffle", self.target.seed)
+            place += len(good)
+            keep = np.ones(len(docs), bool)
+            if tables.dedup:
+                keep[:] = False
+                keep[seen_pairs.add(pair_hash(query_ids, docs))[1]] = True
+                repeated += int((~keep).sum())
+            query = query.filter(mask)
+            in_train = keep & (split == 0)
+            self._fit(query, doc, docs, in_train)
+            values = [pa.array(query_ids), pa.array(docs), pa.array(relevance.astype(np.float32))]
+            rows = pa.table([*values, *query.columns], schema=self.row_schema)
+            self.train.add(rows.filter(pa.array(in_train)), shuffle[in_train])
+            for number, spool in enumerate(self.held_out, 1):
+                spool.add(rows.filter(pa.array(keep & (split == number))))
+            self.progress("reading", place, None)
+        quarantine.check()
+        if not self.train.num_rows:
+            raise DataError(f"{self.tables.files[0]}: no row is left for the train split")
+        if repeated:
+            self.notes.append(f"{repeated} rows repeat a (query, document) pair and are left out")
+        if self.documents.num_changed:
+            self.notes.append(
+                f"{self.documents.num_changed} rows give a known {tables.doc_id_column} other features; the first stay"
+            )
+
+    def texts(self) -> Iterator[list[str]]:
+        """Yield the texts of train queries and of documents that train rows have, for the tokenizer."""
+        first = self.catalogue.first_new
+        for table in self.catalogue.new_documents():
+            seen = pa.array(self.documents.fitted[first : first + table.num_rows])
+            first += table.num_rows
+            for name in text_columns(self.doc):
+                yield table.column(name).filter(seen).to_pylist()
+        for table in self.train.unordered():
+            for name in text_columns(self.query):
+                yield table.column(f"feature.{name}").to_pylist()
+
+    def write(self, schema: Schema, text: TextEncoder | None) -> tuple[dict[str, Any], np.ndarray]:
+        """Pass 2: return the splits' entries and the train positives of each document, int64 [num_docs]."""
+        counts = np.zeros(self.catalogue.num_docs, np.int64)
+        entries = {}
+        spools: dict[str, RowSpool | ShuffleSpool] = dict(zip(SPLITS, (self.train, *self.held_out), strict=True))
+        done, total = 0, sum(spool.num_rows for spool in spools.values())
+        for name, spool in spools.items():
+            if not spool.num_rows:
+                spool.close()
+                self.notes.append(f"the split {name} is empty")
+                continue
+            rows = SplitWriter(self.writer.partition_dir, name, block_rows(spool.num_rows))
+            for table in spool.tables():
+                rows.write(_encoded(table, schema.query, text))
+                if name == "train":
+                    positive = table.column("relevance").to_numpy() > 0
+                    counts += np.bincount(table.column("doc").to_numpy()[positive], minlength=len(counts))
+                done += table.num_rows
+                self.progress("encoding and writing", done, total)
+            entries[name] = rows.close()
+        return entries, counts
+
+    def _query_ids(self, check: RowCheck, query: pa.Table) -> np.ndarray:
+        name = self.tables.query_id_column
+        if name is None:
+            return _content(query)
+        ids = strings(check, name)
+        check.fail(is_empty(ids), f"{name} is empty")
+        return hash_strings(ids)
+
+    def _doc_keys(self, check: RowCheck, contents: np.ndarray) -> pa.Array:
+        name = self.tables.doc_id_column
+        if name is None:
+            return pa.array([f"{content:016x}" for content in contents.view(np.uint64).tolist()], pa.large_string())
+        keys = strings(check, name)
+        check.fail(is_empty(keys), f"no document: {name} is empty")
+        return keys
+
+    def _fit(self, query: pa.Table, doc: pa.Table, docs: np.ndarray, in_train: np.ndarray) -> None:
+        """Count train queries, and each document at its first train row: the fit knows nothing of held-out rows."""
+        self.fitting.query.update(query.filter(pa.array(in_train)))
+        places = np.flatnonzero(in_train & ~self.documents.fitted[docs] & (docs >= self.catalogue.first_new))
+        distinct, first = np.unique(docs[places], return_index=True)
+        self.documents.fitted[distinct] = True
+        self.fitting.doc.update(doc.take(pa.array(np.sort(places[first]))))
+
+
+class _PerDocument:
+    """A hash of each document's features as first met, and whether the fit has counted it."""
+
+    def __init__(self) -> None:
+        self.fitted = np.zeros(1024, bool)
+        self._content = np.zeros(1024, np.int64)  # 0: of an earlier partition, not known
+        self.num_changed = 0
+
+    def grow(self, num_docs: int) -> None:
+        while len(self.fitted) < num_docs:
+            self.fitted = np.concatenate([self.fitted, np.zeros_like(self.fitted)])
+            self._content = np.concatenate([self._content, np.zeros_like(self._content)])
+
+    def note(self, docs: np.ndarray, first: np.ndarray, contents: np.ndarray) -> None:
+        self._content[docs[first]] = contents[first]
+        known = self._content[docs]
+        self.num_changed += int(((known != contents) & (known != 0)).sum())
+
+
+def _content(table: pa.Table) -> np.ndarray:
+    """Return a hash of all canonical columns of every row, int64."""
+    between, within = (pa.scalar(separator, pa.large_string()) for separator in "\x1f\x1e")
+    parts = []
+    for column in table.columns:
+        array = column.combine_chunks()
+        parts.append(pc.binary_join(array, within) if pa.types.is_list(array.type) else array.cast(pa.large_string()))
+    return hash_strings(pc.binary_join_element_wise(*parts, between))
+
+
+def _encoded(table: pa.Table, features: dict[str, Feature], text: TextEncoder | None) -> dict[str, pa.Array]:
+    raw = pa.table({name: table.column(f"feature.{name}") for name in features})
+    fixed = {name: table.column(name).combine_chunks() for name in ("query_id", "doc", "relevance")}
+    return fixed | encode_columns(raw, features, text, large=False)
