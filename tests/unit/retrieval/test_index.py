@@ -1,0 +1,137 @@
+"""The served score is the training score; an index serves the model it was made of and no other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bigdssm.config import Config
+from bigdssm.data import Collator, Dataset
+from bigdssm.errors import CheckpointError, ConfigError, DataError
+from bigdssm.export import load_model_folder
+from bigdssm.models import DualEncoder
+from bigdssm.retrieval.embed import Encoders, tower_encoders
+from bigdssm.retrieval.index import IndexType, build_index, open_index, write_vectors
+
+
+@pytest.fixture(scope="module")
+def vectors_dir(model_dir: Path, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = load_model_folder(model_dir)
+    out = tmp_path_factory.mktemp("vectors") / "vectors"
+    write_vectors(out, tower_encoders(folder.model, dataset), dataset, folder.checksum, rows_per_chunk=17)
+    return out
+
+
+@pytest.fixture(scope="module")
+def index_dir(vectors_dir: Path) -> Path:
+    build_index(vectors_dir, vectors_dir.with_name("index"))
+    return vectors_dir.with_name("index")
+
+
+def test_top_k_of_the_index_is_the_scorers(
+    model: DualEncoder, model_dir: Path, dataset: Dataset, index_dir: Path
+) -> None:
+    collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
+    rows = next(dataset.iterate("test", 40))
+    with torch.no_grad():
+        docs = dataset.catalogue.features(np.arange(dataset.catalogue.num_docs))
+        encoded = model(query=collator.query_features(rows.query), doc=docs)
+        scores = encoded.alpha * encoded.U @ encoded.W.T + encoded.beta
+    assert encoded.beta.std() > 0.1, "beta does not tell documents apart: the test would not see it missing"
+    best, place = scores.topk(10)
+    without_beta = (scores - encoded.beta).topk(10).indices
+    assert (without_beta != place).any()
+    queries = tower_encoders(model, dataset).queries(rows).numpy()
+    found_scores, found_rows = open_index(index_dir).search(queries, 10, load_model_folder(model_dir).checksum)
+    np.testing.assert_array_equal(found_rows, place.numpy())
+    np.testing.assert_allclose(found_scores, best.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_excluded_documents_do_not_come_back(model_dir: Path, index_dir: Path) -> None:
+    index, checksum = open_index(index_dir), load_model_folder(model_dir).checksum
+    query = np.random.RandomState(0).randn(1, index.meta.width).astype(np.float32)
+    _, everything = index.search(query, 60, checksum)
+    excluded = everything[0, [0, 2, 5]]
+    scores, rows = index.search(query, 57, checksum, np.append(excluded, excluded))
+    assert rows[0].tolist() == [row for row in everything[0] if row not in excluded]
+    scores, rows = index.search(query, 60, checksum, excluded)
+    assert rows[0, 57:].tolist() == [-1] * 3
+    assert np.isneginf(scores[0, 57:]).all()
+    assert index.search(query, 100, checksum)[1].shape == (1, 100)
+
+
+def test_another_models_queries_are_refused(other_model_dir: Path, index_dir: Path) -> None:
+    index = open_index(index_dir)
+    with pytest.raises(CheckpointError, match="holds vectors of model"):
+        index.search(np.zeros((1, index.meta.width)), 1, load_model_folder(other_model_dir).checksum)
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivf"])
+def test_approximate_indexes_find_most(
+    kind: IndexType, vectors_dir: Path, index_dir: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    build_index(vectors_dir, tmp_path / "index", kind)
+    checksum = load_model_folder(model_dir).checksum
+    queries = np.random.RandomState(0).randn(50, open_index(index_dir).meta.width).astype(np.float32)
+    exact = open_index(index_dir).search(queries, 10, checksum)[1]
+    found = open_index(tmp_path / "index").search(queries, 10, checksum)[1]
+    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, found, strict=True)]) > 0.8
+
+
+def test_vectors_name_documents(vectors_dir: Path, index_dir: Path, dataset: Dataset) -> None:
+    index, rows = open_index(index_dir), np.arange(dataset.catalogue.num_docs)
+    assert index.keys.to_pylist() == dataset.catalogue.keys(rows)
+    assert index.display.to_pylist() == dataset.catalogue.display(rows)
+    assert json.loads((vectors_dir / "meta.json").read_text())["dataset_fingerprint"] == dataset.fingerprint
+
+
+def test_vectors_that_are_not_finite_are_not_written(model: DualEncoder, dataset: Dataset, tmp_path: Path) -> None:
+    encoders = tower_encoders(model, dataset)
+    spoiled = Encoders(encoders.queries, lambda rows: encoders.documents(rows) / 0)
+    with pytest.raises(DataError, match="NaN"):
+        write_vectors(tmp_path / "vectors", spoiled, dataset, "checksum")
+    assert not (tmp_path / "vectors").exists()
+
+
+def test_a_model_without_beta_scores_without(config: Config, dataset: Dataset) -> None:
+    from dataclasses import replace
+
+    plain = DualEncoder(replace(config.model, beta=False), dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+    vectors = tower_encoders(plain, dataset).documents(np.arange(5))
+    assert vectors.shape == (5, config.model.dim + 1)
+    assert vectors[:, -1].tolist() == [0.0] * 5
+
+
+def test_folders_that_are_not_ours_are_refused(vectors_dir: Path, index_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("do not touch")
+    with pytest.raises(ConfigError, match="neither vectors nor an index"):
+        build_index(vectors_dir, tmp_path)
+    assert (tmp_path / "precious.txt").read_text() == "do not touch"
+    for folder in (tmp_path, tmp_path / "missing", tmp_path / "precious.txt"):
+        with pytest.raises(CheckpointError, match=r"holds no meta\.json"):
+            open_index(folder)
+    with pytest.raises(CheckpointError, match="not an index"):
+        open_index(vectors_dir)
+    with pytest.raises(CheckpointError, match="is an index"):
+        build_index(index_dir, tmp_path / "again")
+
+
+def test_damage_is_named(vectors_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "index"
+    build_index(vectors_dir, out)
+    content = (out / "index.faiss").read_bytes()
+    (out / "index.faiss").write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match="does not load"):
+        open_index(out)
+    build_index(vectors_dir, out)  # an index of ours is replaced
+    meta = json.loads((out / "meta.json").read_text())
+    (out / "meta.json").write_text(json.dumps({**meta, "num_docs": 7}))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        open_index(out)
+    (out / "meta.json").write_text("{")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        open_index(out)

@@ -1,0 +1,108 @@
+"""Mined negatives: the right ranks, no known positive among them, nothing learned from held-out rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bigdssm.data import Dataset
+from bigdssm.models import DualEncoder
+from bigdssm.retrieval import mine as mine_module
+from bigdssm.retrieval.embed import Encoders, tower_encoders
+from bigdssm.retrieval.mine import KnownPositives, choose_negatives, mine, mine_to_file, top_documents
+
+
+def brute_force(encoders: Encoders, dataset: Dataset, first: int, last: int) -> np.ndarray:
+    """Return the windows by the definition."""
+    documents = encoders.documents(np.arange(dataset.catalogue.num_docs)).numpy()
+    positives: dict[int, set[int]] = {}
+    for rows in dataset.iterate("train", 1000):
+        for query_id, doc in zip(rows.query_ids.tolist(), rows.doc_rows.tolist(), strict=True):
+            positives.setdefault(query_id, set()).add(doc)
+    windows = []
+    for rows in dataset.iterate("train", 1000):
+        scores = encoders.queries(rows).numpy() @ documents.T
+        for i in range(len(rows)):
+            gone = positives[int(rows.query_ids[i])] | set(rows.seen(i).tolist())
+            ranking = [doc for doc in np.argsort(-scores[i], kind="stable").tolist() if doc not in gone]
+            windows.append((ranking + [-1] * last)[first:last])
+    return np.array(windows)
+
+
+@pytest.mark.parametrize(("first", "last", "tile"), [(0, 5, 1000), (3, 20, 7), (0, 70, 16)])
+def test_windows(
+    model: DualEncoder, dataset: Dataset, first: int, last: int, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mine_module, "TILE_DOCS", tile)
+    encoders = tower_encoders(model, dataset)
+    mined = mine(encoders, dataset, first=first, last=last, rows_per_chunk=50)
+    assert mined.dtype == np.int32
+    np.testing.assert_array_equal(mined, brute_force(encoders, dataset, first, last))
+
+
+def test_held_out_items_are_not_avoided(model: DualEncoder, dataset: Dataset) -> None:
+    """A miner that never names a user's test item has told the model what it is."""
+    held_out = {
+        (int(query_id), int(doc))
+        for split in ("validation", "test")
+        for rows in dataset.iterate(split, 1000)
+        for query_id, doc in zip(rows.query_ids, rows.doc_rows, strict=True)
+    }
+    mined = mine(tower_encoders(model, dataset), dataset, first=0, last=dataset.catalogue.num_docs)
+    row_of = next(dataset.iterate("train", 10_000))
+    ids = row_of.query_ids.tolist()
+    named = {(query_id, doc) for query_id, docs in zip(ids, mined.tolist(), strict=True) for doc in docs}
+    known = {(query_id, doc) for query_id, doc in zip(ids, row_of.doc_rows.tolist(), strict=True)}
+    known |= {(query_id, doc) for i, query_id in enumerate(ids) for doc in row_of.seen(i).tolist()}
+    assert held_out - known <= named
+
+
+def test_the_file_holds_every_row(model: DualEncoder, dataset: Dataset, tmp_path: Path) -> None:
+    encoders = tower_encoders(model, dataset)
+    path = tmp_path / "mined.npy"
+    mined = mine_to_file(path, encoders, dataset, first=1, last=4)
+    np.testing.assert_array_equal(mined, mine(encoders, dataset, first=1, last=4))
+    np.testing.assert_array_equal(mined, np.load(path))
+    assert [file.name for file in tmp_path.iterdir()] == ["mined.npy"]
+
+
+def test_known_positives_of_queries_that_have_none() -> None:
+    known = KnownPositives(np.array([3, 7]), np.array([0, 2, 3]), np.array([10, 11, 12]))
+    rows, docs = known.pairs(np.array([7, 5, 3, 9, 1]))
+    assert (rows.tolist(), docs.tolist()) == ([0, 2, 2], [12, 10, 11])
+    nothing = KnownPositives(np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.int64))
+    assert [len(part) for part in nothing.pairs(np.array([7, 5]))] == [0, 0]
+
+
+def test_top_documents_leaves_out_what_it_is_told() -> None:
+    queries, documents = torch.eye(2), torch.tensor([[1.0, 0.0], [2.0, 1.0], [3.0, 2.0]])
+    excluded = torch.tensor([0, 1, 1]), torch.tensor([2, 0, 1])
+    assert top_documents(queries, documents, 2, *excluded).tolist() == [[1, 0], [2, -1]]
+
+
+def test_choice_is_a_function_of_the_row_and_the_epoch() -> None:
+    window = np.random.RandomState(0).permutation(5000).reshape(50, 100).astype(np.int32)
+    window[3, 2:] = -1
+    row_ids = np.arange(50) * 1_000_003
+    chosen = choose_negatives(window, row_ids, epoch=4, seed=9, k=8)
+    assert chosen.shape == (50, 8)
+    for i, row in enumerate(chosen):
+        real = row[row >= 0]
+        assert set(real) <= set(window[i])
+        assert len(set(real)) == len(real) == (2 if i == 3 else 8)
+    order = np.random.RandomState(1).permutation(50)
+    np.testing.assert_array_equal(choose_negatives(window[order], row_ids[order], 4, 9, 8), chosen[order])
+    for epoch, seed in ((5, 9), (4, 10)):
+        again = choose_negatives(window, row_ids, epoch, seed, 8)
+        assert (np.delete(again, 3, 0) == np.delete(chosen, 3, 0)).mean() < 0.05
+    assert choose_negatives(window[:, :3], row_ids, 0, 0, 5)[0].tolist()[3:] == [-1, -1]
+    assert choose_negatives(window, row_ids, -1, -1, 1).shape == (50, 1)
+
+
+def test_choice_is_uniform_over_the_window() -> None:
+    window = np.tile(np.arange(20, dtype=np.int32), (4000, 1))
+    counts = np.bincount(choose_negatives(window, np.arange(4000), 0, 0, 5).ravel(), minlength=20)
+    assert abs(counts - 1000).max() < 130  # 5 standard deviations

@@ -1,0 +1,148 @@
+"""A model folder gives back the model, needs nothing else, and does not load when it was damaged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bigdssm.config import Config
+from bigdssm.data import Collator, Dataset
+from bigdssm.errors import CheckpointError
+from bigdssm.export import load_model_folder, save_model_folder
+from bigdssm.models import DualEncoder
+from bigdssm.schema import Schema
+
+
+def outputs(model: DualEncoder, dataset: Dataset) -> list[torch.Tensor]:
+    rows = next(dataset.iterate("test", 9))
+    batch = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)(rows)
+    with torch.no_grad():
+        encoded = model(query=batch.query, doc=batch.doc)
+    return [encoded.U, encoded.W, encoded.beta, encoded.alpha]
+
+
+def test_round_trip(model: DualEncoder, model_dir: Path, config: Config, dataset: Dataset) -> None:
+    folder = load_model_folder(model_dir)
+    for ours, theirs in zip(outputs(folder.model, dataset), outputs(model, dataset), strict=True):
+        assert torch.equal(ours, theirs)
+    assert folder.config == config
+    assert folder.model.config == config.model
+    assert folder.schema == dataset.schema
+    assert folder.provenance == {"stage": "pretrain", "step": 3}
+    assert folder.tokenizer_dir is not None
+    assert not folder.model.training
+    folder.check_dataset(dataset)
+    names = {path.name for path in model_dir.iterdir()}
+    assert names == {"config.yaml", "schema.json", "tokenizer", "text", "model.safetensors", "bigdssm.json"}
+
+
+def test_weights_of_a_sharded_model_come_from_state(
+    model: DualEncoder, config: Config, dataset: Dataset, tmp_path: Path
+) -> None:
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    hollow = DualEncoder(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+    save_model_folder(tmp_path / "m", hollow, config, dataset.schema, dataset.tokenizer_dir, {}, state=state)
+    assert torch.equal(outputs(load_model_folder(tmp_path / "m").model, dataset)[0], outputs(model, dataset)[0])
+
+
+def test_the_pretrained_folder_of_a_text_encoder_may_go(config: Config, dataset: Dataset, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    pretrained = tmp_path / "bert"
+    sizes = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20}
+    BertModel(BertConfig(vocab_size=300, max_position_embeddings=33, **sizes)).save_pretrained(pretrained)
+    doc = replace(config.model.doc, text=replace(config.model.doc.text, init=str(pretrained)))
+    started = replace(config, model=replace(config.model, doc=doc))
+    model = DualEncoder(started.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size).eval()
+    save_model_folder(tmp_path / "m", model, started, dataset.schema, dataset.tokenizer_dir, {})
+    shutil.rmtree(pretrained)
+    loaded = load_model_folder(tmp_path / "m")
+    assert loaded.config == started
+    assert torch.equal(outputs(loaded.model, dataset)[1], outputs(model, dataset)[1])
+
+
+@pytest.fixture
+def copied(model_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_dir, tmp_path / "copied"))
+
+
+def test_a_flipped_bit_is_found(copied: Path) -> None:
+    path = copied / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        load_model_folder(copied)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "schema.json", "tokenizer/tokenizer.json", "text/doc/config.json"]
+)
+def test_a_missing_file_is_named(copied: Path, name: str) -> None:
+    (copied / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{name} is missing"):
+        load_model_folder(copied)
+
+
+def test_damaged_descriptions(copied: Path) -> None:
+    meta = json.loads((copied / "bigdssm.json").read_text())
+    for content, message in (
+        ("{", "damaged"),
+        ("[]", "damaged"),
+        (json.dumps({**meta, "format": 99}), "format 99"),
+        (json.dumps({"format": 1}), "lacks"),
+    ):
+        (copied / "bigdssm.json").write_text(content)
+        with pytest.raises(CheckpointError, match=message):
+            load_model_folder(copied)
+    (copied / "bigdssm.json").write_text(json.dumps(meta))
+    load_model_folder(copied)
+    (copied / "config.yaml").write_text("run: [")
+    with pytest.raises(CheckpointError, match="does not load"):
+        load_model_folder(copied)
+    for folder in (copied / "nothing", copied / "schema.json"):
+        with pytest.raises(CheckpointError, match="is no model folder"):
+            load_model_folder(folder)
+
+
+def test_weights_of_another_model_do_not_fit(copied: Path) -> None:
+    import xxhash
+
+    tensors = load_file(copied / "model.safetensors")
+    tensors.pop("log_alpha")
+    save_file(tensors, copied / "model.safetensors")
+    meta = json.loads((copied / "bigdssm.json").read_text())
+    meta["checksums"]["model.safetensors"] = xxhash.xxh3_128_hexdigest((copied / "model.safetensors").read_bytes())
+    (copied / "bigdssm.json").write_text(json.dumps(meta))
+    with pytest.raises(CheckpointError, match="log_alpha"):
+        load_model_folder(copied)
+
+
+def test_a_dataset_of_another_schema_is_refused(model_dir: Path, dataset: Dataset) -> None:
+    folder = load_model_folder(model_dir)
+    grown = replace(dataset.schema.doc["genres"], vocabulary=("z",))
+    other = replace(folder, schema=Schema(dataset.schema.query, {**dataset.schema.doc, "genres": grown}))
+    with pytest.raises(CheckpointError, match="another vocabulary"):
+        other.check_dataset(dataset)
+    other = replace(folder, schema=Schema({}, dataset.schema.doc))
+    with pytest.raises(CheckpointError, match="query features"):
+        other.check_dataset(dataset)
+
+
+def test_only_model_folders_are_replaced(model: DualEncoder, config: Config, dataset: Dataset, tmp_path: Path) -> None:
+    arguments = (model, config, dataset.schema, dataset.tokenizer_dir)
+    (tmp_path / "precious.txt").write_text("do not touch")
+    for folder in (tmp_path, tmp_path / "precious.txt"):
+        with pytest.raises(CheckpointError, match="not a model folder"):
+            save_model_folder(folder, *arguments, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+    save_model_folder(tmp_path / "m", *arguments, {"step": 1})
+    save_model_folder(tmp_path / "m", *arguments, {"step": 2})
+    assert load_model_folder(tmp_path / "m").provenance == {"step": 2}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "precious.txt"]

@@ -1,0 +1,83 @@
+"""Typed queries become what the training rows were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from bigdssm.data import Dataset, Ragged
+from bigdssm.data.ragged import Column
+from bigdssm.data.tokenizer import TextEncoder
+from bigdssm.errors import ConfigError, DataError
+from bigdssm.retrieval.search import feature_query, find_documents, history_query, user_query
+from bigdssm.schema import Feature, Schema
+
+
+def listed(column: Column) -> list[object]:
+    return [column[0].tolist()] if isinstance(column, Ragged) else column.tolist()
+
+
+def test_a_known_user_has_features_and_the_whole_history(dataset: Dataset) -> None:
+    rows = next(dataset.iterate("test", 1000))
+    assert dataset.sequences is not None
+    for i in (0, 5, 17):
+        key = dataset.sequences.strings("query_key", rows.sequence[i : i + 1])[0]
+        query = user_query(dataset, key)
+        assert query.seen.tolist() == [*rows.seen(i), rows.doc_rows[i]]  # the test item is history by now
+        assert listed(query.columns["age"]) == [20.0 + int(key[1:])]
+        newest = dataset.catalogue.codes("item_id", query.seen[-5:])
+        assert listed(query.columns["history"]) == [newest.tolist()]
+        assert list(query.columns) == list(dataset.schema.query)
+    with pytest.raises(DataError, match="no user is called 'u999'; some who are: u"):
+        user_query(dataset, "u999")
+
+
+def test_a_typed_history(dataset: Dataset) -> None:
+    titles = dataset.catalogue.display(np.array([4, 9]))
+    query = history_query(dataset, [titles[0].upper(), "i9"])
+    assert query.seen.tolist() == [4, 9]
+    assert listed(query.columns["history"]) == [dataset.catalogue.codes("item_id", query.seen).tolist()]
+    assert np.isnan(query.columns["age"]).all()
+    assert listed(query.columns["gender"]) == [0]
+    assert history_query(dataset, []).seen.tolist() == []
+
+
+def test_unknown_documents_get_the_nearest_names() -> None:
+    keys, names = ["1", "2", "3", "4"], ["Toy Story", "Toy Story 2", "GoldenEye", "Heat"]
+    assert find_documents([" toy story ", "3"], keys, names).tolist() == [0, 2]
+    with pytest.raises(DataError, match="'story'; the nearest are: Toy Story; Toy Story 2$"):
+        find_documents(["story"], keys, names)
+    with pytest.raises(DataError, match="the nearest are: GoldenEye;"):
+        find_documents(["Goldeneey"], keys, names)
+
+
+def test_typed_features(dataset: Dataset) -> None:
+    schema = Schema(
+        query={
+            "words": Feature("words", "text", "words", max_tokens=4),
+            "more": Feature("more", "text", "more", max_tokens=6),
+            "age": Feature("age", "numeric", "age"),
+            "sex": Feature("sex", "categorical", "sex", vocabulary=("m", "f")),
+            "tags": Feature("tags", "categorical", "tags", multi=True, separator="|", vocabulary=("a b", "c")),
+        }
+    )
+    tokenizer_dir: Path | None = dataset.tokenizer_dir
+    assert tokenizer_dir is not None
+    query = feature_query(
+        schema, {"words": "north king north king", "age": "3.5", "sex": "f", "tags": "c| a b|z"}, tokenizer_dir
+    )
+    ids, _ = TextEncoder(tokenizer_dir).encode(pa.array(["north king north king"]), 4)
+    assert listed(query.columns["words"]) == [ids.tolist()]
+    assert len(ids) == 4
+    assert len(query.columns["more"].values) >= 1  # an empty text still has its special tokens
+    assert [listed(query.columns[name]) for name in ("age", "sex", "tags")] == [[3.5], [3], [[3, 2, 1]]]
+    assert list(query.columns) == list(schema.query)
+    with pytest.raises(
+        ConfigError, match="colour is not a query feature that can be typed; these are: words, more, age"
+    ):
+        feature_query(schema, {"colour": "red"}, tokenizer_dir)
+    with pytest.raises(ConfigError, match="age is 'old', needs a number"):
+        feature_query(schema, {"age": "old"}, tokenizer_dir)
