@@ -33,4 +33,6 @@ class Batch:
     query_ids: Tensor  # int64 [m]
     doc_ids: Tensor  # int64 [n]
     doc_rows: Tensor  # int64 [n]: catalogue rows; -1 where documents stand in the shards themselves
+    multiplicity: Tensor  # int64 [n]: how many positives, negatives and extra documents were merged in the column
     negatives: Tensor | None = None  # int64 [m, k]: columns of given negatives, -1 for none
+    known: Tensor | None = None  # int64 [p, 2]: (query id, doc id) of further documents that are no negatives

@@ -48,7 +48,9 @@ class Layout:
     sequences: tuple[MappedTable, ...] = field(default=())  # one per partition, or none
 
     @classmethod
-    def of(cls, schema: Schema, *, inline: bool, num_docs: int, vocab_size: int, sequences: tuple[MappedTable, ...]) -> Layout:
+    def of(
+        cls, schema: Schema, *, inline: bool, num_docs: int, vocab_size: int, sequences: tuple[MappedTable, ...]
+    ) -> Layout:
         """Return the layout that the schema and the presence of sequences imply."""
         types = {"query_id": pa.int64(), "relevance": pa.float32()}
         types |= {"doc_id": pa.int64()} if inline else {"doc": pa.int64()}
@@ -122,7 +124,7 @@ def decode(content: bytes, layout: Layout) -> pa.RecordBatch:
         column = batch.column(position)
         column.validate(full=True)
         if column.type != needed_type:
-            if not (pa.types.is_large_list(column.type) and column.type.value_type == getattr(needed_type, "value_type", None)):
+            if not (pa.types.is_list(needed_type) and column.type == pa.large_list(needed_type.value_type)):
                 raise ValueError(f"a block of another schema: column {name} is {column.type}, needed is {needed_type}")
             column = column.cast(needed_type)
         if column.null_count:
@@ -139,7 +141,8 @@ def _row_faults(batch: pa.RecordBatch, layout: Layout, partition: int) -> Iterat
     columns: Mapping[str, pa.Array] = dict(zip(batch.schema.names, batch.columns, strict=True))
     relevance = columns["relevance"].to_numpy()
     if not relevance.min(initial=0) >= 0 or not np.isfinite(relevance).all():
-        yield ~(np.isfinite(relevance) & (relevance >= 0)), lambda row: f"relevance is {relevance[row]}, needs a number ≥ 0"
+        wrong = ~(np.isfinite(relevance) & (relevance >= 0))
+        yield wrong, lambda row: f"relevance is {relevance[row]}, needs a number of at least 0"
     if "doc" in columns:
         doc = columns["doc"].to_numpy()
         if _outside(doc, 0, layout.num_docs):
@@ -175,8 +178,8 @@ def _feature_faults(name: str, feature: Feature, column: Column, vocab_size: int
     if isinstance(column, Ragged) and feature.type == "text":
         lengths = column.lengths
         if _outside(lengths, 1, feature.max_tokens + 1):
-            needed = f"needs 1 to {feature.max_tokens}"
-            yield (lengths < 1) | (lengths > feature.max_tokens), lambda row: f"{name} has {lengths[row]} tokens, {needed}"
+            wrong, most = (lengths < 1) | (lengths > feature.max_tokens), feature.max_tokens
+            yield wrong, lambda row: f"{name} has {lengths[row]} tokens, needs 1 to {most}"
 
 
 def _outside(values: np.ndarray, low: int, high: int) -> bool:

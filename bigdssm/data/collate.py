@@ -33,7 +33,7 @@ class Collator:
         """
         if self._catalogue is None:
             if negatives is not None or extra_docs is not None:
-                raise ConfigError("negatives and extra documents need a dataset with a catalogue; this one's are inline")
+                raise ConfigError("given negatives need a dataset with a catalogue; this one's documents are inline")
             return self._batch(rows, *self._inline(rows))
         m = len(rows)
         given = np.empty(0, np.int64) if negatives is None else negatives[negatives >= 0]

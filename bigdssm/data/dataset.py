@@ -56,20 +56,22 @@ class Dataset:
         self.pad_token_id, self.vocab_size, self.tokenizer_hash = _read_tokenizer(self.tokenizer_dir)
         self._catalogue = None
         if not self.inline:
-            self._catalogue = Catalogue([folder / part["file"] for part in content["catalogue"]], schema, self.pad_token_id)
-            expected = [part["rows"] for part in content["catalogue"]]
-            if self._catalogue.file_rows != expected:
-                raise DataError(f"{folder}/catalogue has {self._catalogue.file_rows} rows, dataset.json says {expected}")
+            files = content["catalogue"]
+            self._catalogue = Catalogue([folder / part["file"] for part in files], schema, self.pad_token_id)
+            got, expected = self._catalogue.file_rows, [part["rows"] for part in files]
+            if got != expected:
+                raise DataError(f"{folder}/catalogue: the files have {got} rows, dataset.json says {expected}")
         present = [(partition.folder / "sequences.arrow").exists() for partition in partitions]
         if any(present) and not all(present):
             missing = partitions[present.index(False)].folder / "sequences.arrow"
             raise DataError(f"{missing} is missing, other partitions have theirs; copy the dataset whole")
-        self._sequence_tables = tuple(MappedTable([p.folder / "sequences.arrow"]) for p in partitions) if any(present) else ()
-        self.sequences = MappedTable([table.paths[0] for table in self._sequence_tables]) if any(present) else None
-        self._sequence_base = offsets_of(np.array([table.num_rows for table in self._sequence_tables], np.int64))
+        paths = [partition.folder / "sequences.arrow" for partition in partitions if any(present)]
+        tables = tuple(MappedTable([path]) for path in paths)
+        self.sequences = MappedTable(paths) if paths else None
+        self._sequence_base = offsets_of(np.array([table.num_rows for table in tables], np.int64))
         self.layout = Layout.of(
             schema, inline=self.inline, num_docs=self._catalogue.num_docs if self._catalogue else 0,
-            vocab_size=self.vocab_size, sequences=self._sequence_tables,
+            vocab_size=self.vocab_size, sequences=tables,
         )  # fmt: skip
         self._indexes: dict[str, SplitIndex] = {}
 
@@ -196,9 +198,8 @@ class Dataset:
         index = self.index(split)
         first, last = (index.num_rows * k // world_size for k in (rank, rank + 1))
         pending: list[tuple[np.ndarray, pa.RecordBatch]] = []
-        step = 0
         block = int(np.searchsorted(index.first_row, first, "right")) - 1
-        for begin in range(first, last, rows_per_batch):
+        for step, begin in enumerate(range(first, last, rows_per_batch)):
             end = min(begin + rows_per_batch, last)
             while block < index.num_blocks and index.first_row[block] < end:
                 pending.append(self._good_rows(index, block))
@@ -208,7 +209,6 @@ class Dataset:
             inside, later = (ids >= begin) & (ids < end), ids >= end
             yield self.rows(split, step, ids[inside], table.filter(pa.array(inside)))
             pending = [(ids[later], table.filter(pa.array(later)))]
-            step += 1
 
     def _good_rows(self, index: SplitIndex, block: int) -> tuple[np.ndarray, pa.RecordBatch]:
         batch, bad = read_block(index, block, self.layout)

@@ -76,7 +76,7 @@ def read_index(folder: Path, split: str, expected: dict[str, object], partition:
     except FileNotFoundError:
         raise DataError(f"{path} is missing; copy the dataset whole or make it again") from None
     if xxhash.xxh3_64_hexdigest(content) != expected["index_checksum"]:
-        raise DataError(f"{path} is damaged or the index of other shards: its checksum is not the one in partition.json")
+        raise DataError(f"{path} is damaged or of other shards: its checksum is not the one in partition.json")
     try:
         table = pa.ipc.open_file(content).read_all().unify_dictionaries().combine_chunks()
         shard = table.column("shard").chunk(0) if table.num_rows else pa.array([], pa.string()).dictionary_encode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ from bigdssm.data.rows import Rows
 
 @dataclass
 class Part:
-    """The rows that some lanes give to one step, and what was found to be bad since the last one."""
+    """The rows that some lanes give to one step, and what their windows, read since the last step, hold of bad ones."""
 
     rows: Rows
     rows_planned: int  # as many would be here if none were bad
@@ -87,10 +87,10 @@ class LaneReader:
             readable.append(usable.copy())
             if batch is not None:
                 batches.append(batch.slice(first, last - first))
-            for fault in faults:  # a block may be shared with another lane, which counts its own rows
+            for fault in faults:
                 if fault.row is None:
-                    self._bad.append(replace(fault, rows=last - first))
-                elif first <= fault.row < last:
+                    self._bad.append(fault)
+                elif first <= fault.row < last:  # the others are another lane's
                     self._bad.append(fault)
                     usable[fault.row - first] = False
             good.append(usable)

@@ -7,14 +7,13 @@ the files' footers, and all processes on a machine share the pages.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from bigdssm.data import ragged
-from bigdssm.data.ragged import Column, Ragged
+from bigdssm.data.ragged import Column, Ragged, from_arrow
 from bigdssm.errors import DataError
 
 
@@ -25,7 +24,7 @@ def open_arrow(path: Path) -> pa.ipc.RecordBatchFileReader:
     except FileNotFoundError:
         raise DataError(f"{path} is missing; the dataset is not complete, make it again or copy it whole") from None
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is no readable Arrow file ({error}); copy it again or make the dataset again") from None
+        raise DataError(f"{path} is no readable Arrow file ({error}); copy it again or make it again") from None
 
 
 class MappedTable:
@@ -39,37 +38,31 @@ class MappedTable:
             reader = open_arrow(path)
             batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
             if self._batches and reader.schema.names != self._batches[0].schema.names:
-                raise DataError(f"{path} has columns {reader.schema.names}, {self.paths[0]} {self._batches[0].schema.names}")
+                others = self._batches[0].schema.names
+                raise DataError(f"{path} has columns {reader.schema.names}, {self.paths[0]} has {others}")
             self._batches += [batch for batch in batches if batch.num_rows]
             self.file_rows.append(sum(batch.num_rows for batch in batches))
-            self._schema = reader.schema
+            self.schema = reader.schema
         self._starts = ragged.offsets_of(np.array([batch.num_rows for batch in self._batches], np.int64))
-        self._columns: dict[str, list[Column | pa.Array]] = {}
+        self._columns: dict[str, list[Column]] = {}
 
     @property
     def num_rows(self) -> int:
         """Return the number of rows of all files."""
         return int(self._starts[-1])
 
-    @cached_property
-    def schema(self) -> pa.Schema:
-        """Return the Arrow schema."""
-        return self._schema
-
     def _parts(self, name: str) -> list[Column]:
         if name not in self._columns:
             arrays = [batch.column(batch.schema.get_field_index(name)) for batch in self._batches]
             if any(array.null_count for array in arrays):
                 raise DataError(f"{self.paths[0].parent}: column {name} has nulls; make the dataset again")
-            self._columns[name] = [ragged.from_arrow(array) for array in arrays]
+            self._columns[name] = [from_arrow(array) for array in arrays]
         return self._columns[name]
 
     def whole(self, name: str) -> np.ndarray:
         """Return a fixed-width column; copied only where the table has several record batches."""
         parts = self._parts(name)
-        if not parts:
-            return np.empty(0, self._schema.field(name).type.to_pandas_dtype())
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return np.asarray(ragged.concat(parts) if parts else from_arrow(pa.array([], self.schema.field(name).type)))
 
     def take(self, name: str, rows: np.ndarray) -> Column:
         """Return the column's values at `rows` (int64, each inside the table), in that order."""
@@ -90,9 +83,9 @@ class MappedTable:
 
     def strings(self, name: str, rows: np.ndarray) -> list[str]:
         """Return the strings of a column at `rows`."""
-        index = self._schema.get_field_index(name)
+        columns = [batch.column(batch.schema.get_field_index(name)) for batch in self._batches]
         batch_of, local = self._locate(rows)
-        return [self._batches[b].column(index)[i].as_py() for b, i in zip(batch_of.tolist(), local.tolist(), strict=True)]
+        return [columns[b][i].as_py() for b, i in zip(batch_of.tolist(), local.tolist(), strict=True)]
 
     def _locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         batch_of = np.searchsorted(self._starts, rows, "right") - 1
@@ -103,7 +96,7 @@ class MappedTable:
         if len(parts) == 1:
             return cut(parts[0], rows, *more)
         if not len(rows):
-            empty = ragged.from_arrow(pa.array([], self._schema.field(name).type))
+            empty = from_arrow(pa.array([], self.schema.field(name).type))
             return cut(parts[0] if parts else empty, rows, *more)
         batch_of, local = self._locate(rows)
         order = np.argsort(batch_of, kind="stable")

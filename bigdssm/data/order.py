@@ -12,7 +12,8 @@ run would see other rows (golden hashes in the tests hold it).
 
 The end of an epoch, `tail`:
 carry  lane l has n_l rows (all lanes together: every row exactly once), and goes on into its next epoch in the middle
-       of a step where n_l is no multiple of rows_global / L. Nothing is left out. steps_per_epoch = ceil(N / rows_global).
+       of a step where n_l is no multiple of rows_global / L. Nothing is left out. steps_per_epoch is
+       ceil(N / rows_global): after so many steps every row was given.
 drop   an epoch is steps_per_epoch = floor(N / rows_global) whole steps; the last N mod rows_global rows of its order
        (others in each epoch) are left out, and reported.
 """
@@ -98,11 +99,13 @@ class Order:
                 f"the split has {self.num_rows} rows, at least {needed} are needed "
                 f"({'rows_global with tail=drop' if tail == 'drop' else 'one for every lane'})"
             )
-        self.rows_global, self.lanes, self.seed, self.tail, self.window_blocks = rows_global, lanes, seed, tail, window_blocks
+        self.rows_global, self.lanes, self.seed = rows_global, lanes, seed
+        self.tail, self.window_blocks = tail, window_blocks
         self.rows_per_lane_step = rows_global // lanes
         whole = self.num_rows // rows_global
         self.steps_per_epoch = whole if tail == "drop" else -(-self.num_rows // rows_global)
-        self.rows_dropped_per_epoch = self.num_rows - whole * rows_global if tail == "drop" else 0
+        self.rows_per_epoch = whole * rows_global if tail == "drop" else self.num_rows
+        self.rows_dropped_per_epoch = self.num_rows - self.rows_per_epoch
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
     def lane_rows(self, lane: int) -> int:
@@ -112,7 +115,7 @@ class Order:
         return self._lane_start(lane + 1) - self._lane_start(lane)
 
     def spans(self, step: int, lane: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (epoch, first, last): the positions [first, last) in `lane` that make its part of global step `step`."""
+        """Yield (epoch, first, last): the positions [first, last) in `lane` that make its part of a global step."""
         per_epoch, need = self.lane_rows(lane), self.rows_per_lane_step
         epoch, first = divmod(step * need, per_epoch)
         while need:
@@ -134,7 +137,6 @@ class Order:
         first = np.maximum(begin - starts[:-1], 0)
         last = np.minimum(end, starts[1:]) - starts[:-1]
         base = self.first_row[blocks]
-        # the identity gathered in ranges: every row id of the fragments
         lengths = last - first
         offsets = offsets_of(lengths)
         row_ids = np.repeat(base + first - offsets[:-1], lengths) + np.arange(offsets[-1])
@@ -161,6 +163,6 @@ class Order:
             key = derive_key(self.seed, epoch)
             blocks = np.argsort(mix64(np.arange(len(self.rows)), derive_key(key, 0)), kind="stable")
             self._epochs[epoch] = _Epoch(key, blocks, offsets_of(self.rows[blocks]))
-            while len(self._epochs) > 2:  # lanes drift apart by less than an epoch: two are in use at most
+            while len(self._epochs) > 2:  # lanes drift apart by a row per epoch: two are in use at once
                 self._epochs.popitem(last=False)
         return self._epochs[epoch]

@@ -33,7 +33,7 @@ class Ragged:
     def of_lists(cls, rows: Sequence[Sequence[int] | np.ndarray], dtype: type = np.int32) -> Ragged:
         """Return the rows of a sequence of sequences."""
         lengths = np.fromiter((len(row) for row in rows), np.int64, len(rows))
-        parts = [np.asarray(row, dtype) for row in rows]
+        parts: list[np.ndarray] = [np.asarray(row, dtype) for row in rows]
         return cls(np.concatenate(parts) if parts else np.empty(0, dtype), offsets_of(lengths))
 
     @classmethod
@@ -51,7 +51,7 @@ class Ragged:
         """Return the rows side by side as [rows, longest row, at least 1], `fill` behind each row's end."""
         lengths = self.lengths
         width = max(1, int(lengths.max(initial=0)))
-        out = np.full((len(self), width), fill, dtype)
+        out: np.ndarray = np.full((len(self), width), fill, dtype)
         out[np.arange(width) < lengths[:, None]] = self.values
         return out
 
@@ -80,10 +80,11 @@ def concat(columns: Sequence[Column]) -> Column:
     """Return columns of one kind below each other."""
     if len(columns) == 1:
         return columns[0]
-    if isinstance(columns[0], Ragged):
-        values = np.concatenate([column.values for column in columns])
-        return Ragged(values, offsets_of(np.concatenate([column.lengths for column in columns])))
-    return np.concatenate(columns)
+    rows = [column for column in columns if isinstance(column, Ragged)]
+    if rows:
+        lengths = offsets_of(np.concatenate([row.lengths for row in rows]))
+        return Ragged(np.concatenate([row.values for row in rows]), lengths)
+    return np.concatenate([np.asarray(column) for column in columns])
 
 
 def take(column: Column, rows: np.ndarray) -> Column:

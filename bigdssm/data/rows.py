@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -47,8 +48,22 @@ class Rows:
         """Return the catalogue rows of every event before row i's own, int64, oldest first."""
         if self.sequences is None or self.sequence is None or self.end is None:
             return np.empty(0, np.int64)
-        row = np.array([i])
-        return self.sequences.take_slices("items", self.sequence[row], np.zeros(1, np.int64), self.end[row].astype(np.int64))[0]
+        end = self.end[i : i + 1].astype(np.int64)
+        return self.sequences.take_slices("items", self.sequence[i : i + 1], np.zeros(1, np.int64), end)[0]
+
+    def take(self, rows: np.ndarray) -> Rows:
+        """Return the given rows (int64), in the given order."""
+
+        def taken(name: str) -> Any:
+            return None if getattr(self, name) is None else getattr(self, name)[rows]
+
+        return Rows(
+            step=self.step,
+            query={name: ragged.take(column, rows) for name, column in self.query.items()},
+            doc={name: ragged.take(column, rows) for name, column in self.doc.items()},
+            sequences=self.sequences,
+            **{name: taken(name) for name in _ARRAYS},
+        )
 
     @classmethod
     def concat(cls, parts: Sequence[Rows]) -> Rows:
@@ -56,7 +71,7 @@ class Rows:
         if len(parts) == 1:
             return parts[0]
 
-        def optional(name: str) -> np.ndarray | None:
+        def together(name: str) -> Any:
             return None if getattr(parts[0], name) is None else np.concatenate([getattr(part, name) for part in parts])
 
         return cls(
@@ -64,9 +79,8 @@ class Rows:
             query={name: ragged.concat([part.query[name] for part in parts]) for name in parts[0].query},
             doc={name: ragged.concat([part.doc[name] for part in parts]) for name in parts[0].doc},
             sequences=parts[0].sequences,
-            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in _REQUIRED},
-            **{name: optional(name) for name in ("sequence", "end", "doc_ids")},
+            **{name: together(name) for name in _ARRAYS},
         )
 
 
-_REQUIRED = ("row_ids", "doc_rows", "relevance", "query_ids")
+_ARRAYS = ("row_ids", "doc_rows", "relevance", "query_ids", "sequence", "end", "doc_ids")

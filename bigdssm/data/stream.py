@@ -55,7 +55,7 @@ class PairStream:
         self.order = Order(
             index.rows, rows_global=rows_global, lanes=lanes, seed=seed, tail=tail, window_blocks=window_blocks
         )  # fmt: skip
-        self.step = start_step  # the next one to be handed out
+        self.step = start_step  # the next one to be handed out; may be set until the first `next`
         self.rows_bad = self.rows_met = 0  # of this rank, since it was opened
         self._max_bad_fraction, self._quarantine = max_bad_fraction, quarantine
         self._quarantined: set[tuple[str, int, int | None]] = set()
@@ -80,17 +80,20 @@ class PairStream:
 
     def __next__(self) -> Rows:
         """Return this rank's rows of the next step. Raises DataError or PeerError as `check` does."""
+        if self._parts is None:
+            self._parts = self._open()
         if (self.step - self._opened_at) % CHECK_EVERY_STEPS == 0:
             self.check()
-        rows = self._next_rows()
+        rows = self._next_rows(self._parts)
         self.step += 1
         return rows
 
     def check(self) -> None:
         """Stop all ranks together where one cannot read, or too many rows are bad. A collective.
 
-        Call it before a checkpoint is written, too. Rows are too many when they are more than max_bad_fraction of an
-        epoch's, or of the rows met where that is more. Raises DataError; PeerError on ranks that are not to blame.
+        Call it before a checkpoint is written, too. Too many is more than max_bad_fraction of the rows of the epochs
+        begun since the stream was opened: few bad rows never stop it because they come early. Raises DataError;
+        PeerError on the ranks that could read where another could not.
         """
         mine = (self.rows_bad, self.rows_met, self._failure is not None)
         alone = self.world_size == 1 or self.world_size != distributed.world_size()
@@ -98,7 +101,9 @@ class PairStream:
         if any(failed for _, _, failed in reports):
             distributed.raise_together(self._failure) if not alone else self._raise_own()
         bad, met = sum(report[0] for report in reports), sum(report[1] for report in reports)
-        allowed = self._max_bad_fraction * max(met, self.order.num_rows)
+        rows, per_step = self.order.rows_per_epoch, self.order.rows_global
+        epochs = -(-self.step * per_step // rows) - self._opened_at * per_step // rows
+        allowed = self._max_bad_fraction * rows * max(1, epochs)
         if bad > allowed:
             where = f"; they are named in {self._quarantine}" if self._quarantine else ""
             raise DataError(
@@ -121,7 +126,7 @@ class PairStream:
             "window_blocks": order.window_blocks,
             "schema": self.dataset.schema.fingerprint(),
             "tokenizer": self.dataset.tokenizer_hash,
-            "partitions": {partition.name: partition.identity for partition in self.dataset.partitions},
+            "partitions": [[partition.name, partition.identity] for partition in self.dataset.partitions],
         }
 
     def check_state(self, state: dict[str, Any]) -> None:
@@ -131,8 +136,8 @@ class PairStream:
         for key in mine:
             if key in ("step", "epoch") or mine[key] == state.get(key):
                 continue
-            if key == "partitions" and isinstance(state.get(key), dict):
-                differences += _partition_differences(state[key], mine[key])
+            if key == "partitions" and key in state:
+                differences += _partition_differences(dict(state[key]), dict(mine[key]))
             else:
                 differences.append(f"{key} was {state.get(key)!r}, is {mine[key]!r}")
         if differences:
@@ -149,13 +154,16 @@ class PairStream:
         if self._failure is not None:
             raise self._failure
 
-    def _next_rows(self) -> Rows:
-        if self._parts is None:
-            self._parts = open_parts(self.dataset, self.split, self.order, self._shares, self._num_workers, self.step)
+    def _open(self) -> Iterator[Part]:
+        if not self.rows_met:
+            self._opened_at = self.step
+        return open_parts(self.dataset, self.split, self.order, self._shares, self._num_workers, self.step)
+
+    def _next_rows(self, loaded: Iterator[Part]) -> Rows:
         parts: list[Part] = []
         if self._failure is None:
             try:
-                parts = [next(self._parts) for _ in self._shares]
+                parts = [next(loaded) for _ in self._shares]
             except DataError as error:
                 self._failure = DataError(f"rank {self.rank} cannot read {self.dataset.dir}: {error}")
                 log.error("%s; all ranks stop at the next check", self._failure)
@@ -163,8 +171,9 @@ class PairStream:
             return self._empty_rows()
         for part in parts:
             self.rows_met += part.rows_planned
+            self.rows_bad += part.rows_planned - len(part.rows)
             for fault in part.bad:
-                self._leave_out(fault)
+                self._name(fault)
         rows = Rows.concat([part.rows for part in parts])
         if rows.step != self.step:
             raise AssertionError(f"the loaders gave step {rows.step}, needed is {self.step}")
@@ -173,9 +182,8 @@ class PairStream:
     def _empty_rows(self) -> Rows:
         return self.dataset.rows(self.split, self.step, np.empty(0, np.int64), empty_batch(self.dataset.layout))
 
-    def _leave_out(self, fault: Bad) -> None:
-        """Count a bad row or block; name it once in the log and the quarantine file."""
-        self.rows_bad += fault.rows
+    def _name(self, fault: Bad) -> None:
+        """Name a bad row or block in the log and the quarantine file, once."""
         key = (fault.shard, fault.block, fault.row)
         if key in self._quarantined:
             return

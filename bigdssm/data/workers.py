@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +14,9 @@ from bigdssm.data.dataset import Dataset
 from bigdssm.data.lanes import LaneReader, Part
 from bigdssm.data.order import Order
 from bigdssm.errors import BigDSSMError, DataError
+from bigdssm.log import get_logger
+
+log = get_logger(__name__)
 
 
 def open_parts(
@@ -24,20 +27,19 @@ def open_parts(
     Raises DataError: reading failed for another reason than damaged data, or a loader process died.
     """
     if num_workers == 0:
-        yield from LaneReader(dataset, split, order, shares[0].tolist()).parts(start_step)
+        for part in _guarded(dataset, split, order, shares[0].tolist(), start_step):
+            yield _raised(part)
         return
     shared = _Shares(dataset, split, order, [share.tolist() for share in shares], start_step)
     loader = DataLoader(shared, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, prefetch_factor=4)
     try:
         for part in loader:
-            if isinstance(part, str):
-                raise DataError(part)
-            yield part
+            yield _raised(part)
     except RuntimeError as error:  # torch's word for a loader process that was killed
         raise DataError(f"a loader process died: {' '.join(str(error).split())}") from None
 
 
-class _Shares(IterableDataset):  # type: ignore[type-arg]
+class _Shares(IterableDataset):
     """Gives process i the steps of share i."""
 
     def __init__(self, dataset: Dataset, split: str, order: Order, shares: list[list[int]], start_step: int) -> None:
@@ -46,15 +48,27 @@ class _Shares(IterableDataset):  # type: ignore[type-arg]
     def __iter__(self) -> Iterator[Part | str]:
         worker = get_worker_info()
         pa.set_cpu_count(1)
-        try:
-            reader = LaneReader(*self._args, self._shares[worker.id if worker else 0])
-            for part in reader.parts(self._start_step):
-                yield replace(part, rows=replace(part.rows, sequences=None))  # the parent has its own mapping
-        except BigDSSMError as error:
-            yield str(error)
-        except Exception:  # torch would wrap it in a message of its own; the parent wants one sentence
-            yield " ".join(traceback.format_exc().split("\n")[-6:])
+        for part in _guarded(*self._args, self._shares[worker.id if worker else 0], self._start_step):
+            # the parent has its own mapping of the sequences
+            yield part if isinstance(part, str) else replace(part, rows=replace(part.rows, sequences=None))
 
 
-def _as_it_is(part: Part | str) -> Part | str:
+def _guarded(dataset: Dataset, split: str, order: Order, lanes: list[int], start_step: int) -> Iterator[Part | str]:
+    """Yield the parts, and as the last thing the message of whatever went wrong: all ranks must stop together."""
+    try:
+        yield from LaneReader(dataset, split, order, lanes).parts(start_step)
+    except BigDSSMError as error:
+        yield str(error)
+    except Exception as error:
+        log.exception("reading failed")
+        yield f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _raised(part: Part | str) -> Part:
+    if isinstance(part, str):
+        raise DataError(part)
+    return part
+
+
+def _as_it_is(part: Any) -> Any:
     return part
