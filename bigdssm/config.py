@@ -6,6 +6,7 @@ rejected with the nearest name; every message names the dotted key, what it got 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -220,7 +221,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the resolved config as plain containers, for a YAML or JSON file."""
-        return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(asdict(self)), resolve=True))
+        return cast(dict[str, Any], json.loads(json.dumps(asdict(self))))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -266,6 +267,17 @@ def check_config(config: Config) -> None:
     for name, stage in stages.items():
         if stage is not None:
             _check_stage(name, stage, data.lanes)
+
+
+def first_difference(before: Any, now: Any, key: str = "") -> str | None:
+    """Return `dotted.key was …, is …` for the first place in which two plain config containers differ, or None."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return None if before == now else f"{key} was {before}, is {now}"
+    for name in {**before, **now}:
+        found = first_difference(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+        if found:
+            return found
+    return None
 
 
 def _check_feature(key: str, side: str, feature: FeatureConfig, data: DataConfig) -> None:

@@ -6,8 +6,7 @@ Shapes: m queries, n documents, D vector width.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +20,8 @@ from bigdssm.schema import Schema
 ALPHA_MAX = 100.0
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """What one forward returns; the sides that were not asked for are None."""
+class Encoded(NamedTuple):
+    """What one forward returns; the sides that were not asked for are None. A tuple, so that ZeRO-3 finds the tensors."""
 
     U: Tensor | None  # [m, D]
     W: Tensor | None  # [n, D]
@@ -87,9 +85,8 @@ class DualEncoder(nn.Module):
 
 
 def _beta_head(dim: int) -> nn.Linear:
-    head = nn.Linear(dim, 1)
-    nn.init.zeros_(head.weight)  # every document starts with the same beta
-    nn.init.zeros_(head.bias)
+    head = nn.Linear(dim, 1, bias=False)  # a bias common to all documents has no gradient in a softmax
+    nn.init.zeros_(head.weight)
     return head
 
 

@@ -56,11 +56,19 @@ class Batches:
 
 
 def seen_pairs(rows: Rows, dataset: Dataset) -> Tensor:
-    """Return int64 [p, 2]: (query id, doc id) of every event before each row's own."""
+    """Return int64 [p, 2]: (query id, doc id) of the events before the row, of each query's latest row.
+
+    The masks work by query id, and the history of a query's latest row holds those of its earlier ones.
+    """
     values, offsets = rows.seen_ragged()
-    query_ids = np.repeat(rows.query_ids, np.diff(offsets))
-    pairs = np.stack([query_ids, dataset.catalogue.doc_ids[values]], axis=1)
-    return torch.from_numpy(np.unique(pairs, axis=0)) if len(pairs) else torch.empty((0, 2), dtype=torch.int64)
+    length = np.diff(offsets)
+    order = np.lexsort((length, rows.query_ids))
+    is_latest = np.append(np.diff(rows.query_ids[order]) != 0, True)[: len(order)]
+    latest = np.zeros(len(order), bool)
+    latest[order[is_latest]] = True
+    keep = np.repeat(latest, length)
+    pairs = np.stack([np.repeat(rows.query_ids, length)[keep], dataset.catalogue.doc_ids[values[keep]]], axis=1)
+    return torch.from_numpy(pairs)
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

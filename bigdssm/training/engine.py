@@ -5,6 +5,7 @@ Gradients come from vectors, not from a loss: `backward` takes the vectors that 
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,6 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from bigdssm import distributed
 from bigdssm.config import EngineConfig, OptimizerConfig
 from bigdssm.errors import ConfigError
 from bigdssm.models import Encoded
@@ -75,7 +75,7 @@ class Engine:
         if config.offload_optimizer and config.zero_stage == 0:
             raise ConfigError("engine.offload_optimizer=true needs engine.zero_stage of 1, 2 or 3; got 0")
         self.zero_stage = config.zero_stage
-        self._clipping = optimizer.gradient_clipping
+        self._norm = float("nan")
         built = deepspeed.initialize(
             model=model.to(device()),
             optimizer=build_optimizer(model, optimizer),
@@ -111,16 +111,18 @@ class Engine:
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor
-        if self.zero_stage == 0 and not self._gradients_finite():
-            self.deepspeed.optimizer.zero_grad()
-            return False
+        if self.zero_stage == 0:
+            # DeepSpeed neither looks at the norm nor keeps it here. The gradients are reduced: every rank has the same.
+            self._norm = self._whole_norm()
+            if not math.isfinite(self._norm):
+                self.deepspeed.optimizer.zero_grad()
+                return False
         self.deepspeed.step()
         return not getattr(self.deepspeed.optimizer, "overflow", False)
 
     def gradient_norm(self) -> float:
         """Return the global gradient norm of the last step, before clipping."""
-        norm = self.deepspeed.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        return self._norm if self.zero_stage == 0 else float(self.deepspeed.get_global_grad_norm())
 
     def learning_rate(self) -> float:
         """Return the current rate of the first group."""
@@ -148,10 +150,9 @@ class Engine:
                 state[name] = parameter.detach().float().cpu().clone()
         return state
 
-    def _gradients_finite(self) -> bool:
+    def _whole_norm(self) -> float:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
-        return not distributed.any_rank(not finite)
+        return float(torch.nn.utils.get_total_norm(gradients))
 
 
 def _on_device() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ import yaml
 from bigdssm import distributed
 from bigdssm.checkpoint import Checkpoint, CheckpointStore
 from bigdssm.cli import ProgressBar
-from bigdssm.config import Config, ModelConfig, StageConfig, StageName
+from bigdssm.config import Config, StageConfig, StageName, first_difference
 from bigdssm.data import Dataset, PairStream
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError
 from bigdssm.export.model_folder import load_model_folder
@@ -144,7 +145,7 @@ def _model(config: Config, name: StageName, dataset: Dataset) -> DualEncoder:
         return DualEncoder(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
     loaded = load_model_folder(source)
     loaded.check_dataset(dataset)
-    difference = _model_difference(loaded.config.model, config.model)
+    difference = _model_difference(loaded.config, config)
     if difference:
         raise ConfigError(f"{source} was trained with another model section: {difference}; use the same in this config")
     loaded.model.train()
@@ -152,19 +153,17 @@ def _model(config: Config, name: StageName, dataset: Dataset) -> DualEncoder:
     return loaded.model
 
 
-def _model_difference(theirs: ModelConfig, mine: ModelConfig) -> str | None:
-    """Return the first key in which two model sections differ; dropout may."""
+def _model_difference(theirs: Config, mine: Config) -> str | None:
+    """Return the first key in which two model sections differ; what only training looks at may."""
 
-    def flat(config: ModelConfig) -> dict[str, object]:
-        sides = {side: getattr(config, side) for side in ("query", "doc")}
-        same = {
-            side: replace(tower, dropout=0.0, history=replace(tower.history, dropout=0.0, item_dropout=0.0))
-            for side, tower in sides.items()
-        }
-        return vars(replace(config, alpha_init=1.0, **same))
+    def shape(config: Config) -> dict[str, Any]:
+        model = config.to_dict()["model"]
+        for side in ("query", "doc"):
+            for section in (model[side], model[side]["history"]):
+                section.pop("dropout"), section.pop("item_dropout", None)
+        return {key: value for key, value in model.items() if key not in ("alpha_init", "alpha_learned")}
 
-    a, b = flat(theirs), flat(mine)
-    return next((f"model.{key} was {a[key]}, is {b[key]}" for key in a if a[key] != b[key]), None)
+    return first_difference(shape(theirs), shape(mine), "model")
 
 
 def _stream(config: Config, stage: StageConfig, dataset: Dataset) -> PairStream:
@@ -210,13 +209,11 @@ def _check_folder(folder: Path, config: Config, name: StageName, resume: bool) -
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a stage folder: it has no {CONFIG_FILE}; choose another run.dir")
     before, now = yaml.safe_load(path.read_text(encoding="utf-8")), config.to_dict()
-    for section in ("data", "model", name):
-        for key, value in now[section].items():
-            if before[section].get(key) != value:
-                was = before[section].get(key)
-                raise ConfigError(
-                    f"{folder} was run with {section}.{key}={was}, the config has {value}; resume needs the same"
-                )
+    difference = next(
+        filter(None, (first_difference(before[key], now[key], key) for key in ("data", "model", name))), None
+    )
+    if difference:
+        raise ConfigError(f"{folder} was run with another config: {difference}; resume needs the same")
 
 
 def _agree_on_config(config: Config, dataset: Dataset) -> None:

@@ -46,7 +46,7 @@ def train_step(
     """Run one step on this rank's share of the global batch and return what all ranks report of it. A collective."""
     cut = _agreed_chunks(batch, chunk_tokens)
     encoded, backward = _encode_whole(engine, batch) if cut is None else _encode_in_chunks(engine, batch, *cut)
-    leaves = Encoded(*(None if t is None else t.detach().requires_grad_() for t in _fields(encoded)))  # type: ignore[arg-type]
+    leaves = Encoded(*(None if t is None else t.detach().requires_grad_() for t in encoded))  # type: ignore[arg-type]
     output = loss_function(leaves, batch)
     output.loss.backward()
     loss = _agreed_loss(output, leaves)
@@ -70,7 +70,7 @@ def _encode_whole(engine: Engine, batch: Batch) -> tuple[Encoded, Backward]:
     encoded = Encoded(full.U[: len(batch.query_ids)], full.W[:num_docs], beta, full.alpha)
 
     def backward(leaves: Encoded) -> None:
-        sides = zip(_fields(encoded), _fields(leaves), strict=True)
+        sides = zip(encoded, leaves, strict=True)
         engine.backward([(out, _gradient(leaf)) for out, leaf in sides if out is not None and leaf is not None])
 
     return encoded, backward
@@ -122,14 +122,10 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 def _agreed_loss(output: LossOutput, leaves: Encoded) -> float:
     """Return the mean loss over ranks, NaN on every rank where a loss or a vector's gradient on any is not finite."""
-    gradients = [leaf.grad for leaf in _fields(leaves) if leaf is not None and leaf.grad is not None]
+    gradients = [leaf.grad for leaf in leaves if leaf is not None and leaf.grad is not None]
     finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
     local = float(output.loss.detach()) if finite else float("nan")
     return float(distributed.all_reduce(torch.tensor([local], dtype=torch.float64))) / distributed.world_size()
-
-
-def _fields(encoded: Encoded) -> Sequence[Tensor | None]:
-    return encoded.U, encoded.W, encoded.beta, encoded.alpha
 
 
 def _assemble(parts: Sequence[Tensor | None], side: list[Chunk], num_rows: int) -> Tensor:

@@ -13,6 +13,7 @@ from bigdssm import distributed
 from bigdssm.config import Config
 from bigdssm.errors import ConfigError
 from bigdssm.log import MetricsWriter
+from bigdssm.training.engine import device
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -24,7 +25,8 @@ class Trackers:
         """Open `folder`/metrics.jsonl and the trackers that `config.run.trackers` names."""
         self._metrics: MetricsWriter | None = None
         self._trackers: list[Any] = []
-        PartialState(cpu=True)  # accelerate's trackers ask it for the main process; the process group stays ours
+        if config.run.trackers:  # they ask accelerate's state for the main process; the process group stays ours
+            PartialState(cpu=device().type == "cpu")
         if distributed.is_main():
             self._metrics = MetricsWriter(folder / METRICS_FILE)
             self._trackers = [_open(name, folder) for name in config.run.trackers]

@@ -1,0 +1,107 @@
+"""A small run over synthetic interactions: users who walk through items of one genre, with a few popular ones between.
+
+Items have a title, so that all four encoders take part.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from bigdssm.config import StageName, load_config
+from bigdssm.data.interactions import InteractionTables, make_interactions
+from bigdssm.data.making import Target, no_progress
+from bigdssm.training.stages import run_stage
+
+NUM_USERS, NUM_ITEMS, NUM_GENRES = 60, 48, 4
+
+CONFIG: dict[str, Any] = {
+    "run": {"dir": "replaced", "trackers": []},
+    "data": {
+        "dir": "replaced",
+        "lanes": 6,
+        "num_workers": 0,
+        "query": {
+            "history": {"type": "history", "of": "item_id", "max_items": 8},
+            "age": {"type": "numeric"},
+            "gender": {"type": "categorical"},
+        },
+        "doc": {
+            "item_id": {"type": "categorical"},
+            "title": {"type": "text", "max_tokens": 8},
+            "genre": {"type": "categorical", "multi": True},
+        },
+        "tokenizer": {"vocab_size": 200},
+    },
+    "model": {
+        "dim": 16,
+        "score": "cosine",  # with dot products a shift of all document vectors has no gradient: nothing to compare
+        "alpha_init": 4.0,
+        "query": {
+            "residual": "history", "mlp": [], "embedding_dim": 4, "numeric_dim": 4,
+            "history": {"dropout": 0.0, "item_dropout": 0.0},
+        },
+        "doc": {"residual": "item_id", "mlp": [16], "embedding_dim": 16, "text": {"layers": 1, "hidden": 16, "heads": 2}},
+    },
+    "pretrain": {
+        "rows_global": 96,
+        "steps": 12,
+        "loss": {"sampling": "corrected", "mask_history": True, "uniform_negatives": 24},
+        "optimizer": {"lr": 0.01, "warmup_steps": 3},
+        "save_every_steps": 0,
+        "log_every_steps": 1,
+    },
+    "sft": {
+        "rows_global": 48,
+        "steps": 4,
+        "loss": {"name": "pair_ce", "negatives": 3, "in_batch": False},
+        "mining": {"first": 1, "last": 20},
+        "log_every_steps": 1,
+    },
+}  # fmt: skip
+
+
+def write_dataset(folder: Path) -> Path:
+    """Make the tables, the config and the dataset in `folder`; return the config's path."""
+    random = np.random.RandomState(0)
+    genre_of = random.randint(0, NUM_GENRES, NUM_ITEMS)
+    items = ["item_id\ttitle\tgenre"]
+    for item in range(NUM_ITEMS):
+        words = " ".join(f"word{w}" for w in random.randint(0, 20, 1 + item % 4))
+        items.append(f"i{item}\t{words} number {item}\tg{genre_of[item]} all")
+    users = ["user_id\tage\tgender"] + [f"u{u}\t{20 + u % 40}\t{'MF'[u % 2]}" for u in range(NUM_USERS)]
+    events = ["user_id\titem_id\ttimestamp"]
+    for user in range(NUM_USERS):
+        liked = np.flatnonzero(genre_of == user % NUM_GENRES)
+        for time in range(14 + user % 9):
+            item = time % 5 if time % 4 == 3 else liked[(time * 3 + user) % len(liked)]
+            events.append(f"u{user}\ti{item}\t{time}")
+    for name, lines in (("items", items), ("users", users), ("events", events)):
+        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    content = {**CONFIG, "data": {**CONFIG["data"], "dir": str(folder / "dataset")}}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    tables = InteractionTables(folder / "events.tsv", folder / "items.tsv", folder / "users.tsv")
+    make_interactions(load_config(path).data, tables, Target(folder / "dataset"), no_progress)
+    return path
+
+
+def run(
+    rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...] = (),
+    stage: StageName = "pretrain", resume: bool = False,
+) -> None:  # fmt: skip
+    """Run a stage on this rank; for a Pool."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    loaded = load_config(config, [f"run.dir={run_dir}", *overrides])
+    run_stage(loaded, stage, resume=resume, validate_only=False, world_size=world_size)
+
+
+def records(run_dir: Path, stage: str = "pretrain") -> list[dict[str, Any]]:
+    """Return the training records of metrics.jsonl."""
+    lines = (run_dir / stage / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if "loss" in record]
