@@ -1,49 +1,19 @@
-"""A small dataset with all kinds of features, and small random models of it as model folders."""
+"""Small random models of the tiny interactions, as model folders."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import yaml
 
 from bigdssm.config import Config, load_config
 from bigdssm.data import Dataset
-from bigdssm.data.interactions import InteractionTables, make_interactions
-from bigdssm.data.making import Target
 from bigdssm.export import save_model_folder
 from bigdssm.models import DualEncoder
 
-NUM_USERS, NUM_ITEMS = 40, 60
-WORDS = ["alpha", "beta", "gamma", "delta", "north", "south", "river", "stone", "night", "day", "king", "queen"]
-
-SECTIONS = {
-    "run": {"dir": "runs/tiny"},
-    "data": {
-        "display": "title",
-        "query": {
-            "history": {"type": "history", "of": "item_id", "max_items": 5},
-            "age": {"type": "numeric"},
-            "gender": {"type": "categorical"},
-        },
-        "doc": {
-            "item_id": {"type": "categorical"},
-            "title": {"type": "text", "max_tokens": 8},
-            "genres": {"type": "categorical", "multi": True},
-            "year": {"type": "numeric"},
-        },
-        "tokenizer": {"vocab_size": 200},
-        "lanes": 2,
-    },
-    "model": {
-        "dim": 8,
-        "query": {"mlp": [16]},
-        "doc": {"mlp": [16], "embedding_dim": 8, "text": {"layers": 1, "hidden": 8, "heads": 2}},
-    },
-    "pretrain": {"rows_global": 64},
-}
+SMALL = ("dim=8", "query.mlp=[16]", "doc.mlp=[16]", "doc.text.layers=1", "doc.text.hidden=8")
 
 
 def random_model(config: Config, dataset: Dataset, seed: int) -> DualEncoder:
@@ -53,36 +23,20 @@ def random_model(config: Config, dataset: Dataset, seed: int) -> DualEncoder:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0
     return model.eval()
 
 
 @pytest.fixture(scope="session")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    folder = tmp_path_factory.mktemp("config")
-    sections = {**SECTIONS, "data": {**SECTIONS["data"], "dir": str(folder / "data")}}
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(sections, sort_keys=False))
-    return load_config(folder / "tiny.yaml")
+def config(tiny_interactions: Any) -> Config:
+    return load_config(tiny_interactions.config, [f"model.{override}" for override in SMALL])
 
 
 @pytest.fixture(scope="session")
-def dataset(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """40 users with 4 to 30 events each over 60 items; some events repeat."""
-    random = np.random.RandomState(0)
-    folder = tmp_path_factory.mktemp("tables")
-    items = ["item_id\ttitle\tgenres\tyear"]
-    for item in range(NUM_ITEMS):
-        words = " ".join(random.choice(WORDS, random.randint(1, 5)))
-        items.append(f"i{item}\tThe {words} {item}\t{' '.join(random.choice(['a', 'b', 'c'], 2))}\t{1950 + item}")
-    users = ["user_id\tage\tgender", *(f"u{user}\t{20 + user}\t{'mf'[user % 2]}" for user in range(NUM_USERS))]
-    events = ["user_id\titem_id\ttimestamp"]
-    for user in range(NUM_USERS):
-        for time in range(random.randint(4, 31)):
-            events.append(f"u{user}\ti{int(NUM_ITEMS * random.rand() ** 2)}\t{time}")
-    for name, lines in (("items", items), ("users", users), ("events", events)):
-        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
-    tables = InteractionTables(folder / "events.tsv", folder / "items.tsv", folder / "users.tsv")
-    make_interactions(config.data, tables, Target(Path(config.data.dir)))
-    return Dataset.open(config.data.dir)
+def dataset(tiny_interactions: Any) -> Dataset:
+    return Dataset.open(tiny_interactions.dir)
 
 
 @pytest.fixture(scope="session")
