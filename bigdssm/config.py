@@ -170,7 +170,6 @@ class StageConfig:
     epochs: float = 1.0
     steps: int = 0  # 0: as many as `epochs` says
     init: str | None = None  # model folder or stage folder to start from; sft: the run's own pretraining by default
-    last_positions: int = 0  # interactions: train on the newest so many events of each sequence; 0: on all
     mining: MiningConfig = field(default_factory=MiningConfig)
     validate_every_steps: int = 0  # 0: once, at the end
     patience: int = 0  # stop after so many validations without a better one; 0: never

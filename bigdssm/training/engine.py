@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import socket
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -31,6 +32,7 @@ def init_process_group() -> None:
     """Join the process group the launcher describes (`deepspeed`, `torchrun`), or a world of one without a launcher."""
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of DeepSpeed's calls
     if "OMP_NUM_THREADS" not in os.environ:  # else every rank would take every core
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     # The shared-memory all-reduce is compiled on first use: 45 s, a compiler, and a race between ranks.

@@ -54,6 +54,7 @@ class Stage:
     config: StageConfig
     chunk_tokens: int
     total_steps: int
+    starts_trained: bool
     engine: Engine
     stream: PairStream
     batches: Batches
@@ -73,6 +74,8 @@ def train(stage: Stage) -> Progress:
     """
     config, progress, health = stage.config, stage.progress, stage.health
     batches = iter(stage.batches)
+    if stage.starts_trained and progress.step == 0:
+        validate(stage)  # so that best/ is never worse than what the stage started from
     while progress.step < stage.total_steps and not _is_finished_early(stage):
         batch = health.waited_for(batches)
         factor = schedule_factor(progress.applied, stage.total_steps, config.optimizer)

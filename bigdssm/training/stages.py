@@ -125,6 +125,7 @@ def _assemble(
         config=stage_config,
         chunk_tokens=config.engine.chunk_tokens,
         total_steps=total_steps,
+        starts_trained=initial_model(config, name) is not None,
         engine=engine,
         stream=stream,
         batches=Batches(stream, stage_config.loss, mined, config.run.seed, device()),
