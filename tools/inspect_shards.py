@@ -1,0 +1,100 @@
+"""Says what is in a dataset, or (--verify) checks all of it; the exit code is not 0 where anything is damaged.
+
+python tools/inspect_shards.py datasets/movielens_100k
+python tools/inspect_shards.py datasets/movielens_100k --verify
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bigdssm.cli import ProgressBar, run_main
+from bigdssm.data.inspection import PERCENTILES, Description, describe, open_for_inspection, sample_rows
+from bigdssm.data.verification import verify_dataset
+from bigdssm.errors import DataError
+from bigdssm.schema import Feature
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", type=Path, help="dataset folder")
+    parser.add_argument("--verify", action="store_true", help="check all checksums and rows, print nothing else")
+    parser.add_argument("--split", default="train", help="of lengths, duplicates and rows (default: train)")
+    parser.add_argument("--rows", type=int, default=10, help="how many decoded rows to print (default: 10)")
+    args = parser.parse_args(argv)
+    return run_main(lambda: _verify(args) if args.verify else _inspect(args))
+
+
+def _verify(args: argparse.Namespace) -> None:
+    with ProgressBar() as progress:
+        damages = verify_dataset(args.dataset, progress)
+    for damage in damages:
+        print(damage)
+    if damages:
+        raise DataError(f"{args.dataset} is damaged in {len(damages)} places; the first: {damages[0]}")
+    print(f"{args.dataset}: all checksums are right")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    dataset = open_for_inspection(args.dataset)
+    console = Console(soft_wrap=True, highlight=False)
+    _print_description(console, describe(dataset, args.split), args.split)
+    for row in sample_rows(dataset, args.split, args.rows) if args.rows else []:
+        console.print(f"\nrow {row.pop('row')}", style="bold")
+        for name, value in row.items():
+            console.print(f"  {name}: {' | '.join(value) if isinstance(value, list) else value}", markup=False)
+
+
+def _print_description(console: Console, found: Description, split: str) -> None:
+    sizes = _table("partition", "split", "rows", "blocks", "shards", "bytes", "bytes/row")
+    for s in found.sizes:
+        sizes.add_row(
+            s.partition, s.split, *(f"{n:,}" for n in (s.rows, s.blocks, s.shards, s.num_bytes)),
+            f"{s.num_bytes / max(1, s.rows):.1f}",
+        )  # fmt: skip
+    console.print(sizes)
+    schema = _table("feature", "type", "column", "fitted")
+    for side, feature in found.features:
+        schema.add_row(f"{side}.{feature.name}", feature.type, feature.column, _fitted(feature, found.vocab_size))
+    console.print(schema)
+    lengths = _table("lengths", *(f"{p}%" for p in PERCENTILES), "cut")
+    for entry in found.lengths:
+        cut = "" if entry.cut is None else f"{entry.cut:.1%}"
+        lengths.add_row(entry.feature, *map(str, entry.percentiles), cut)
+    console.print(lengths)
+    top = _table("most frequent documents", "train positives")
+    for display, count in found.top_docs:
+        top.add_row(display, f"{count:,}")
+    console.print(top)
+    console.print(f"{found.num_docs:,} documents, {found.docs_without_train_rows:,} of them without a train row")
+    console.print(f"{found.duplicate_pairs:,} of {found.scanned_rows:,} {split} rows repeat a (query, document) pair")
+    console.print(f"{found.num_bad:,} bad rows or values in the source (quarantine.jsonl)")
+    if found.unreadable_blocks:
+        console.print(f"{found.unreadable_blocks:,} blocks cannot be read: use --verify", style="bold red")
+
+
+def _table(*headers: str) -> Table:
+    table = Table()
+    for i, header in enumerate(headers):
+        table.add_column(header, justify="left" if i == 0 else "default", overflow="fold")
+    return table
+
+
+def _fitted(feature: Feature, vocab_size: int) -> str:
+    if feature.type == "text":
+        return f"{vocab_size:,} word pieces, at most {feature.max_tokens} tokens"
+    if feature.type == "history":
+        return f"newest {feature.max_items} of doc.{feature.of}"
+    if feature.type == "numeric":
+        return f"mean {feature.mean:.4g}, deviation {feature.std:.4g}{' of log(1 + x)' if feature.log else ''}"
+    if feature.hash_buckets:
+        return f"hashed into {feature.hash_buckets:,}"
+    return f"{len(feature.vocabulary):,} values{', several at once' if feature.multi else ''}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
