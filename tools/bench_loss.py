@@ -1,0 +1,220 @@
+"""Time and memory of the FPS loss on the ranks of this machine, beside open_clip's where it is installed.
+
+    python tools/bench_loss.py speed            # both directions, q2d, open_clip, and the share of the product peak
+    python tools/bench_loss.py memory           # peak over base for growing batches, beside open_clip's
+    python tools/bench_loss.py large            # one step with 262,144 rows
+    python tools/bench_loss.py precision        # bfloat16 against float64 on the same rounded inputs
+
+Every rank uses one thread; the variants take turns, and ratios are medians over the turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from bigdssm.losses import fps_loss
+
+Step = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=sorted(TASKS))
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rows", type=int, help="per rank; default 8192, for `large` 131072")
+    parser.add_argument("--dim", type=int, help="default 256, for `large` 128")
+    parser.add_argument("--alpha", type=float, default=20.0)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--direction", choices=["q2d", "d2q", "both"], default="both", help="for `memory` and `large`")
+    parser.add_argument("--turns", type=int, default=5)
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (args, f"file://{folder}/rendezvous"), nprocs=args.ranks)
+
+
+def _rank(rank: int, args: argparse.Namespace, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=args.ranks)
+    lines = TASKS[args.task](args)
+    if rank == 0:
+        print("\n".join(lines), flush=True)
+    dist.destroy_process_group()
+
+
+def speed(args: argparse.Namespace) -> list[str]:
+    """Return the times of one forward and backward, and their ratios to open_clip's."""
+    m, D = args.rows or 8192, args.dim or 256
+    U, W, alpha = _inputs(m, D, args)
+    variants: dict[str, Step] = {"both": _ours("both"), "q2d": _ours("q2d")}
+    if (open_clip := _open_clip()) is not None:
+        variants["open_clip"] = open_clip
+    times: dict[str, list[float]] = {name: [] for name in [*variants, "product"]}
+    for turn in range(args.turns + 1):
+        for name, step in variants.items():
+            seconds = _timed(lambda step=step: _step(step, U, W, alpha))  # type: ignore[misc]
+            times[name].append(seconds)
+        times["product"].append(_timed(lambda: _one_product(m, args.ranks * m, D)))
+        if turn == 0:
+            times = {name: [] for name in times}
+    lines = [f"{args.ranks} ranks x {m} x {D}, {args.dtype}, alpha {args.alpha:g}, {args.turns} turns, medians"]
+    product = times.pop("product")
+    for name, values in times.items():
+        line = f"{name:10s} {statistics.median(values):7.2f} s"
+        if "open_clip" in times:
+            ratio = statistics.median(a / b for a, b in zip(values, times["open_clip"], strict=True))
+            line += f"   {ratio:.2f} of open_clip"
+        if name in _PRODUCTS:
+            share = statistics.median(_PRODUCTS[name] * p / t for p, t in zip(product, values, strict=True))
+            line += f"   {share:.0%} of it in its {_PRODUCTS[name]} products at peak"
+        lines.append(line)
+    flops = 2 * m * args.ranks * m * D
+    lines.append(
+        f"product    {statistics.median(product):7.2f} s   {flops / statistics.median(product) / 1e9:.0f} GFLOP/s"
+    )
+    return lines
+
+
+_PRODUCTS = {"both": 4, "q2d": 3, "open_clip": 6}
+
+
+def memory(args: argparse.Namespace) -> list[str]:
+    """Return the peak over base of one forward and backward for growing batches."""
+    D = args.dim or 256
+    lines = [f"{args.ranks} ranks, D = {D}, {args.dtype}, {args.direction}: peak over base in MB, the larger rank's"]
+    sizes = [args.rows] if args.rows else [2048, 8192, 32768]
+    for m in sizes:
+        U, W, alpha = _inputs(m, D, args)
+        found = _peak(_ours(args.direction), U, W, alpha)
+        line = f"m = {m:6d}   {found:7.0f}"
+        open_clip = _open_clip()
+        if open_clip is not None and m <= 8192:  # beyond it takes 16 times as much
+            other = _peak(open_clip, U, W, alpha)
+            line += f"   open_clip {other:7.0f}   1/{other / found:.1f}"
+        lines.append(line)
+    return lines
+
+
+def large(args: argparse.Namespace) -> list[str]:
+    """Return time and peak memory of one step with a batch that no dense score matrix could hold."""
+    m, D = args.rows or 131072, args.dim or 128
+    U, W, alpha = _inputs(m, D, args)
+    seconds: list[float] = []
+    step = _ours(args.direction)
+    peak = _peak(lambda *x: _keep_time(step, seconds, *x), U, W, alpha)
+    N = args.ranks * m
+    return [
+        f"{args.ranks} ranks x {m} x {D} (batch {N}), {args.dtype}, {args.direction}: {seconds[0]:.0f} s, "
+        f"peak over base {peak:.0f} MB a rank, largest resident size {_status_mb('VmHWM'):.0f} MB; "
+        f"dense scores alone would be {4 * m * N / 1e9:.0f} GB a rank and matrix"
+    ]
+
+
+def precision(args: argparse.Namespace) -> list[str]:
+    """Return the errors of loss, dU and dW in bfloat16 against float64 on the same rounded inputs."""
+    m, D = args.rows or 2048, args.dim or 256
+    lines = []
+    for alpha_value in (20.0, 100.0):
+        for direction in ("q2d", "both"):
+            args.dtype, args.alpha = "bfloat16", alpha_value
+            U, W, alpha = _inputs(m, D, args)
+            results = []
+            for dtype in (torch.bfloat16, torch.float64):
+                leaves = [t.detach().to(dtype).requires_grad_() for t in (U, W)]
+                loss = _ours(direction)(*leaves, alpha)
+                loss.backward()
+                results.append([loss.detach().double(), *(t.grad.double() for t in leaves)])
+            errors = [float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True)]
+            named = ", ".join(f"{name} {error:.1e}" for name, error in zip(("loss", "dU", "dW"), errors, strict=True))
+            lines.append(f"alpha {alpha_value:g} {direction:5s} relative error: {named}")
+    return lines
+
+
+TASKS = {"speed": speed, "memory": memory, "large": large, "precision": precision}
+
+
+def _inputs(m: int, D: int, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    dtype = getattr(torch, args.dtype)
+    W = torch.nn.functional.normalize(torch.randn(m, D, generator=generator), dim=1)
+    U = torch.nn.functional.normalize(W + 0.1 * torch.randn(m, D, generator=generator), dim=1)
+    return U.to(dtype).requires_grad_(), W.to(dtype).requires_grad_(), torch.tensor([args.alpha], requires_grad=True)
+
+
+def _ours(direction: Any) -> Step:
+    return lambda U, W, alpha: fps_loss(U, W, alpha=alpha, direction=direction).loss
+
+
+def _open_clip() -> Step | None:
+    try:
+        from open_clip.loss import ClipLoss
+    except ImportError:
+        return None
+    loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=dist.get_rank(), world_size=dist.get_world_size())
+    return lambda U, W, alpha: loss(U, W, alpha.to(U.dtype))
+
+
+def _step(step: Step, U: Tensor, W: Tensor, alpha: Tensor) -> None:
+    for tensor in (U, W, alpha):
+        tensor.grad = None
+    step(U, W, alpha).backward()
+
+
+def _one_product(m: int, N: int, D: int, edge: int = 1024) -> None:
+    """Multiply as many 1024-tiles as a product of m x D by D x N has: the peak for these sizes."""
+    U, W, S = torch.ones(edge, D), torch.ones(edge, D), torch.empty(edge, edge)
+    for _ in range((m // edge) * (N // edge)):
+        torch.mm(U, W.T, out=S)
+
+
+def _timed(run: Callable[[], Any]) -> float:
+    dist.barrier()
+    start = time.perf_counter()
+    run()
+    dist.barrier()
+    return time.perf_counter() - start
+
+
+def _keep_time(step: Step, seconds: list[float], U: Tensor, W: Tensor, alpha: Tensor) -> Tensor:
+    """Run the step, backward included, and note how long it took."""
+    start = time.perf_counter()
+    loss = step(U, W, alpha)
+    loss.backward()
+    dist.barrier()
+    seconds.append(time.perf_counter() - start)
+    return loss.detach().requires_grad_()
+
+
+def _peak(step: Step, U: Tensor, W: Tensor, alpha: Tensor) -> float:
+    """Return the largest rank's growth of resident memory during a step, in MB."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark
+    base = _status_mb("VmRSS")
+    _step(step, U, W, alpha)
+    found = torch.tensor([_status_mb("VmHWM") - base])
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return float(found)
+
+
+def _status_mb(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1e3
+    raise KeyError(field)
+
+
+if __name__ == "__main__":
+    main()
