@@ -1,0 +1,156 @@
+"""Sampling correction: how often a document is a column of the batch by chance, and what that changes in the scores.
+
+With c_j the expected number of the global batch's columns that hold document j:
+
+    none        nothing: in the limit the score learns log p(d|q) − log q(d), with q the documents' share of the data
+    classic     beta_j −= γ log c_j, everywhere in training, the positive included (logQ)
+    corrected   neg_bias_j −= γ log c_j: negatives only, since a positive is there by right and not by chance
+
+Neither enters the score that serves. c comes from the catalogue's counts or from a streaming estimate. In `classic` a
+constant factor of c cancels; in `corrected` it does not, which is why c is a number of columns and not a share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bigdssm import distributed
+from bigdssm.distributed import Group
+from bigdssm.losses.inputs import LossInputError
+from bigdssm.losses.tiles import add_biases
+
+Sampling = Literal["none", "classic", "corrected"]
+SAMPLINGS = ("none", "classic", "corrected")
+
+
+@dataclass(frozen=True)
+class Biases:
+    """The beta and neg_bias to call a loss with; beta keeps the gradient of the learned one."""
+
+    beta: Tensor | None
+    neg_bias: Tensor | None
+
+
+def apply_sampling(
+    sampling: Sampling,
+    log_expected: Tensor,
+    *,
+    gamma: float = 1.0,
+    beta: Tensor | None = None,
+    neg_bias: Tensor | None = None,
+) -> Biases:
+    """Return beta and neg_bias [n] with the correction of strength gamma added; log_expected [n] is log c.
+
+    Raises: LossInputError.
+    Source: classic, Yi et al. 2019, eq. 4; corrected, arXiv 2507.09331.
+    """
+    if sampling not in SAMPLINGS:
+        raise LossInputError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {sampling!r}")
+    if bool(log_expected.isnan().any()):
+        raise LossInputError("log_expected holds NaN")
+    if sampling == "none" or gamma == 0:
+        return Biases(beta, neg_bias)
+    correction = -gamma * log_expected
+    if sampling == "classic":
+        return Biases(add_biases(beta, correction), neg_bias)
+    return Biases(beta, add_biases(neg_bias, correction))
+
+
+def log_expected_from_counts(counts: Tensor, documents: Tensor, num_columns: int, num_uniform: int = 0) -> Tensor:
+    """Return log c float64 [n] of `documents` (catalogue rows) from the catalogue's counts [num_documents].
+
+    num_columns of the global batch follow the data, num_uniform are drawn uniformly from the catalogue (mixed negative
+    sampling); a document never seen counts as seen once. Raises: LossInputError.
+    Source: Yang et al. 2020 (mixed negative sampling), eq. 4, times the number of columns.
+    """
+    if bool((counts < 0).any()):
+        raise LossInputError("counts hold negative values")
+    seen = counts.double().clamp(min=1)
+    share = seen[documents] / seen.sum()
+    return (num_columns * share + num_uniform / counts.shape[0]).log()
+
+
+def sample_uniform(num: int, num_documents: int, generator: torch.Generator) -> Tensor:
+    """Return catalogue rows int64 [num], uniform with replacement: extra columns for mixed negative sampling."""
+    return torch.randint(num_documents, (num,), generator=generator)
+
+
+@dataclass
+class StreamingFrequency:
+    """An estimate of c from the stream of batches: one over the mean number of steps between a document's appearances.
+
+    Several hashes; the largest of their estimates of the gap is the least disturbed by collisions. Its state is the
+    same on every rank, since all ranks see all ids. A document in several places of one batch counts once.
+    Source: Yi et al. 2019, Algorithm 2 and section 5.
+    """
+
+    num_buckets: int
+    num_hashes: int = 4
+    rate: float = 0.05
+    seed: int = 0
+    step: int = 0
+    last_seen: Tensor = field(init=False)
+    gap: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.last_seen = torch.zeros(self.num_hashes, self.num_buckets, dtype=torch.int64)
+        self.gap = torch.zeros(self.num_hashes, self.num_buckets, dtype=torch.float64)
+
+    def update(self, doc_ids: Tensor, group: Group | None = None) -> None:
+        """Take in the next step's document ids int64 [n] of this rank; a collective."""
+        counts = distributed.all_gather_padded(torch.tensor([doc_ids.shape[0]]), 1, group).wait().tolist()
+        ids = torch.unique(distributed.all_gather_rows(doc_ids.cpu(), counts, group))
+        self.step += 1
+        for hash_index in range(self.num_hashes):
+            bucket = torch.unique(self._bucket(ids, hash_index))
+            last = self.last_seen[hash_index, bucket]
+            new = (self.step - last).double()
+            old = self.gap[hash_index, bucket]
+            # the first appearance sets the estimate; Algorithm 2's moving average starts there
+            self.gap[hash_index, bucket] = torch.where(last == 0, new, (1 - self.rate) * old + self.rate * new)
+            self.last_seen[hash_index, bucket] = self.step
+
+    def log_expected(self, doc_ids: Tensor) -> Tensor:
+        """Return log c float64 [n]: the log of the estimated probability that a step holds the document."""
+        gaps = [self.gap[index, self._bucket(doc_ids.cpu(), index)] for index in range(self.num_hashes)]
+        longest = torch.stack(gaps).amax(0)
+        # never seen: as if once in all steps so far
+        longest = torch.where(longest == 0, float(max(1, self.step)), longest)
+        return -longest.log().to(doc_ids.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that goes into a checkpoint."""
+        return {"step": self.step, "last_seen": self.last_seen, "gap": self.gap, "seed": self.seed, "rate": self.rate}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint. Raises: LossInputError where it has another shape or seed."""
+        if state["last_seen"].shape != self.last_seen.shape or state["seed"] != self.seed:
+            raise LossInputError(
+                f"the checkpoint's estimator is {list(state['last_seen'].shape)} with seed {state['seed']}, "
+                f"this one {list(self.last_seen.shape)} with seed {self.seed}"
+            )
+        self.step, self.rate = int(state["step"]), float(state["rate"])
+        self.last_seen, self.gap = state["last_seen"].clone(), state["gap"].clone()
+
+    def _bucket(self, ids: Tensor, hash_index: int) -> Tensor:
+        """Mix 64-bit ids (splitmix64's steps, in wrapping int64) and take the remainder."""
+        x = ids + _wrap(0x9E3779B97F4A7C15 * (self.seed * self.num_hashes + hash_index + 1))
+        x = (x ^ _shift_right(x, 30)) * _wrap(0xBF58476D1CE4E5B9)
+        x = (x ^ _shift_right(x, 27)) * _wrap(0x94D049BB133111EB)
+        x = x ^ _shift_right(x, 31)
+        return _shift_right(x, 1) % self.num_buckets
+
+
+def _wrap(value: int) -> int:
+    """Return the int64 with the same 64 bits."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Shift as unsigned."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
