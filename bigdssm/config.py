@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 
 import yaml
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from bigdssm.errors import ConfigError
 
@@ -238,11 +238,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         content = OmegaConf.load(path)
         merged = OmegaConf.merge(OmegaConf.structured(Config), content, OmegaConf.from_dotlist(list(overrides)))
+        if missing := sorted(OmegaConf.missing_keys(merged)):
+            raise ConfigError(f"{path}: required key {missing[0]} is missing; give it a value")
         config = cast(Config, OmegaConf.to_object(merged))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    except MissingMandatoryValue as error:
-        raise ConfigError(f"{path}: a required key is missing: {_first_line(error)}") from None
     except ConfigKeyError as error:
         raise ConfigError(f"{path}: unknown key {error.full_key}: {_first_line(error)}") from None
     except OmegaConfBaseException as error:

@@ -1,0 +1,89 @@
+"""The config: what is refused, and with which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bigdssm.config import Config, first_difference, load_config
+from bigdssm.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+MINIMAL = {
+    "run": {"dir": "runs/x"},
+    "data": {
+        "dir": "data/x",
+        "lanes": 8,
+        "query": {"history": {"type": "history", "of": "item"}},
+        "doc": {"item": {"type": "categorical"}, "tags": {"type": "categorical", "multi": True}},
+    },
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(MINIMAL))
+    return file
+
+
+def test_a_minimal_config_loads_and_survives_its_own_yaml(path: Path, tmp_path: Path) -> None:
+    config = load_config(path, ["model.query.mlp=[32, 16]", "sft={}"])
+    assert config.model.query.mlp == (32, 16)
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(config.to_dict()))
+    assert load_config(again) == config
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_shipped_configs_load(file: Path) -> None:
+    assert isinstance(load_config(file), Config)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("pretrain.rows_globl=1", ["pretrain.rows_globl", "Did you mean", "rows_global"]),
+        ("pretrain.rows_global=many", ["pretrain.rows_global", "many"]),
+        ("pretrain.rows_global=1001", ["pretrain.rows_global=1001", "data.lanes=8", "1000 or 1008"]),
+        ("pretrain.loss.name=fsp", ["pretrain.loss.name", "fsp", "'fps'"]),
+        ("engine.zero_stage=4", ["engine.zero_stage", "4", "0, 1, 2 or 3"]),
+        ("data.query.history.of=itme", ["data.query.history.of", "itme", "item"]),
+        ("data.query.history.of=tags", ["data.query.history.of", "tags", "single-valued"]),
+        ("model.alpha_init=0", ["model.alpha_init", "above 0"]),
+        ("pretrain.mining={first: 9, last: 9}", ["pretrain.mining", "first < last"]),
+        ("pretrain.loss={in_batch: false, negatives: 0}", ["pretrain.loss.negatives", "at least 1"]),
+        ("nothing", ["nothing", "key=value"]),
+    ],
+)
+def test_bad_values_are_named(path: Path, override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_a_missing_file_a_missing_key_and_broken_yaml_are_named(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(tmp_path / "no.yaml")
+    path.write_text("run: {dir: x}\n")
+    with pytest.raises(ConfigError, match=r"data\.dir|data.query"):
+        load_config(path)
+    path.write_text("run: {dir: [\n")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(path)
+
+
+def test_a_stage_that_is_not_there_is_named(path: Path) -> None:
+    with pytest.raises(ConfigError, match="`sft:`"):
+        load_config(path).stage("sft")
+
+
+def test_first_difference_names_the_deepest_key() -> None:
+    a = {"x": {"y": {"z": 1}, "same": [1]}}
+    assert first_difference(a, {"x": {"y": {"z": 2}, "same": [1]}}) == "x.y.z was 1, is 2"
+    assert first_difference(a, a) is None

@@ -1,0 +1,118 @@
+"""The dual encoder: shapes, padding, missing values, the scalars of the score."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bigdssm.config import HistoryEncoderConfig, ModelConfig, TextEncoderConfig, TowerConfig
+from bigdssm.errors import ConfigError
+from bigdssm.models import ALPHA_MAX, DualEncoder
+from bigdssm.schema import Feature, Schema
+
+QUERY = {
+    "history": Feature("history", "history", "history", of="item", max_items=6),
+    "gender": Feature("gender", "categorical", "gender", vocabulary=("f", "m")),
+    "age": Feature("age", "numeric", "age", mean=30.0, std=10.0),
+}
+DOC = {
+    "item": Feature("item", "categorical", "item", vocabulary=tuple("abcdefgh")),
+    "genres": Feature("genres", "categorical", "genres", multi=True, vocabulary=("x", "y")),
+    "title": Feature("title", "text", "title", max_tokens=16),
+}
+CONFIG = ModelConfig(
+    dim=32,
+    query=TowerConfig(history=HistoryEncoderConfig(layers=2)),
+    doc=TowerConfig(text=TextEncoderConfig(layers=1, hidden=32)),
+)
+
+
+def model(**changes: object) -> DualEncoder:
+    torch.manual_seed(0)
+    return DualEncoder(replace(CONFIG, **changes), Schema(QUERY, DOC), vocab_size=50).eval()  # type: ignore[arg-type]
+
+
+def query(history: list[list[int]]) -> dict[str, torch.Tensor]:
+    rows = len(history)
+    return {
+        "history": torch.tensor(history),
+        "gender": torch.full((rows,), 2),
+        "age": torch.full((rows,), 25.0),
+    }
+
+
+def doc(titles: list[list[int]], genres: list[list[int]]) -> dict[str, torch.Tensor]:
+    return {
+        "item": torch.arange(2, 2 + len(titles)),
+        "genres": torch.tensor(genres),
+        "title": torch.tensor(titles),
+    }
+
+
+def test_shapes_and_norms() -> None:
+    encoded = model()(query([[2, 3, 0], [0, 0, 0]]), doc([[1, 2], [3, 0]], [[2, 3], [0, 0]]))
+    assert encoded.U is not None and encoded.W is not None and encoded.beta is not None
+    assert encoded.U.shape == (2, 32) and encoded.W.shape == (2, 32)
+    assert encoded.beta.shape == (2,) and encoded.alpha.shape == (1,)
+    torch.testing.assert_close(encoded.U.norm(dim=1), torch.ones(2))
+    assert not torch.allclose(model(score="dot")(query([[2, 3, 0]])).U.norm(dim=1), torch.ones(1))
+
+
+def test_padding_changes_nothing() -> None:
+    dual = model()
+    short = dual(query([[2, 3]]), doc([[1, 2]], [[2]]))
+    long = dual(query([[2, 3, 0, 0]]), doc([[1, 2, 0, 0, 0]], [[2, 0, 0]]))
+    torch.testing.assert_close(short.U, long.U)
+    torch.testing.assert_close(short.W, long.W)
+
+
+def test_the_newest_item_and_the_order_matter_and_later_rows_do_not() -> None:
+    dual = model()
+    vectors = dual(query([[2, 3, 4], [3, 2, 4], [2, 3, 5]])).U
+    assert not torch.allclose(vectors[0], vectors[1], atol=1e-5)
+    assert not torch.allclose(vectors[0], vectors[2], atol=1e-5)
+    torch.testing.assert_close(dual(query([[2, 3, 4]])).U[0], vectors[0])
+
+
+def test_a_missing_number_is_not_the_mean() -> None:
+    dual = model()
+    features = query([[2], [2], [2]])
+    features["age"] = torch.tensor([float("nan"), 30.0, 20.0])
+    vectors = dual(features).U
+    assert vectors.isfinite().all()
+    assert not torch.allclose(vectors[0], vectors[1], atol=1e-5)
+    assert not torch.allclose(vectors[1], vectors[2], atol=1e-5)
+
+
+def test_a_history_shares_the_documents_table() -> None:
+    dual = model()
+    dual(query([[2, 3]])).U.sum().backward()
+    touched = dual.tables.tables["doc_item"].weight.grad.abs().sum(dim=1) > 0
+    assert touched.nonzero().flatten().tolist() == [2, 3]
+
+
+def test_alpha_is_clamped_and_comes_back_from_the_clamp() -> None:
+    dual = model(alpha_init=150.0)
+    for sign, moves in ((1.0, True), (-1.0, False)):  # descent on +alpha lowers it, on -alpha would raise it
+        dual.zero_grad()
+        alpha = dual(query([[2]])).alpha
+        assert alpha.item() == ALPHA_MAX
+        (sign * alpha.sum()).backward()
+        assert bool(dual.log_alpha.grad.abs().sum() > 0) is moves
+
+
+def test_a_residual_needs_the_models_width() -> None:
+    tower = replace(CONFIG.doc, residual="item", embedding_dim=16)
+    with pytest.raises(ConfigError, match=r"model\.doc\.residual=item has width 16, but model\.dim=32"):
+        model(doc=tower)
+    with pytest.raises(ConfigError, match="is no doc feature"):
+        model(doc=replace(CONFIG.doc, residual="itme"))
+
+
+def test_shared_text_is_one_encoder() -> None:
+    schema = Schema({"words": replace(DOC["title"], name="words")}, {"title": DOC["title"]})
+    shared = DualEncoder(replace(CONFIG, share_text=True), schema, vocab_size=50)
+    apart = DualEncoder(CONFIG, schema, vocab_size=50)
+    assert list(shared.text) == ["shared"] and list(apart.text) == ["query", "doc"]

@@ -1,0 +1,104 @@
+"""What training is made of: groups, schedule, chunks, random states, the row log, expected columns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bigdssm.config import OptimizerConfig
+from bigdssm.training import chunks
+from bigdssm.training.chunks import RandomState
+from bigdssm.training.objective import expected_columns
+from bigdssm.training.optimizer import parameter_groups, schedule_factor
+from bigdssm.training.row_log import RowLog
+
+
+class Everything(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 3)
+        self.layer = nn.Linear(3, 3)
+        self.norm = nn.LayerNorm(3)
+        self.log_alpha = nn.Parameter(torch.zeros(1))
+        self.frozen = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
+
+
+def test_only_matrices_decay() -> None:
+    model = Everything()
+    config = OptimizerConfig(lr=0.1, embedding_lr_ratio=2.0, weight_decay=0.5)
+    groups = {group["name"]: group for group in parameter_groups(model, config)}
+    assert [id(p) for p in groups["matrices"]["params"]] == [id(model.layer.weight)]
+    assert [id(p) for p in groups["tables"]["params"]] == [id(model.table.weight)]
+    rest = {id(p) for p in groups["rest"]["params"]}
+    assert rest == {id(model.layer.bias), id(model.norm.weight), id(model.norm.bias), id(model.log_alpha)}
+    assert {name: group["weight_decay"] for name, group in groups.items()} == {
+        "matrices": 0.5,
+        "tables": 0.0,
+        "rest": 0,
+    }
+    assert groups["tables"]["lr"] == pytest.approx(0.2)
+
+
+def test_the_schedule_warms_up_and_falls_to_its_end() -> None:
+    config = OptimizerConfig(warmup_steps=10, final_lr_ratio=0.1)
+    factors = [schedule_factor(step, 100, config) for step in range(101)]
+    assert factors[:10] == sorted(factors[:10]) and factors[0] == pytest.approx(1 / 11)
+    assert factors[10] == 1.0
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert factors[100] == pytest.approx(0.1)
+
+
+def test_chunks_keep_the_budget_and_every_row_once() -> None:
+    lengths = [1, 7, 3, 3, 9, 2, 0]
+    text = torch.zeros(7, 9, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        text[row, :length] = row + 1
+    features = {"text": text, "number": torch.arange(7.0)}
+    cut = chunks.cut(features, 7, 12)
+    assert sorted(torch.cat([chunk.rows for chunk in cut]).tolist()) == list(range(7))
+    for chunk in cut:
+        part = chunk.features["text"]
+        assert part.shape[1] == max(1, max(lengths[row] for row in chunk.rows.tolist()))
+        assert len(chunk.rows) == 1 or len(chunk.rows) * (part.shape[1] + 1) <= 12
+        assert torch.equal(chunk.features["number"], chunk.rows.float())
+        assert torch.equal(part, text[chunk.rows][:, : part.shape[1]])
+
+
+def test_a_rank_without_rows_still_has_something_to_encode() -> None:
+    features = {"text": torch.zeros(0, 0, dtype=torch.int64), "number": torch.zeros(0)}
+    dummy = chunks.dummy(features)
+    assert dummy.features["text"].shape == (1, 1) and dummy.features["number"].shape == (1,)
+    assert len(dummy.rows) == 0
+    assert chunks.cut(features, 0, 12) == []
+
+
+def test_a_replayed_state_draws_the_same_and_leaves_no_trace() -> None:
+    state = RandomState.now()
+    first = torch.rand(3)
+    following = RandomState.now()
+    with state.replayed():
+        assert torch.equal(torch.rand(3), first)
+    assert torch.equal(RandomState.now().cpu, following.cpu)
+
+
+def test_the_row_log_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
+    log = RowLog(tmp_path, 0, 0)
+    for step in range(4):
+        log.write(step, torch.tensor([step, step + 10]))
+    with (tmp_path / "row_ids-00000.jsonl").open("a") as file:
+        file.write('{"step": 4, "row_i')  # killed while writing
+    RowLog(tmp_path, 0, 2).write(2, torch.tensor([7]))
+    lines = [json.loads(line) for line in (tmp_path / "row_ids-00000.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert lines[2]["row_ids"] == [7]
+
+
+def test_expected_columns_are_the_mixture() -> None:
+    expected = expected_columns(np.array([6, 2, 0]), rows_global=90, uniform_negatives=30)
+    np.testing.assert_allclose(expected, [90 * 6 / 9 + 10, 90 * 2 / 9 + 10, 90 * 1 / 9 + 10])
+    assert expected.sum() == pytest.approx(120)
