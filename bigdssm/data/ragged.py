@@ -38,10 +38,10 @@ class Ragged:
 
     @classmethod
     def of_arrow(cls, array: pa.Array) -> Ragged:
-        """Return the rows of a list or large_list array without nulls; its values are not copied."""
-        offsets = array.offsets.to_numpy().astype(np.int64)
+        """Return the rows of a list or large_list array without nulls; copied are only 32-bit offsets, or a slice's."""
+        offsets = array.offsets.to_numpy().astype(np.int64, copy=False)
         values = array.values.to_numpy()[offsets[0] : offsets[-1]]
-        return cls(values, offsets - offsets[0])
+        return cls(values, offsets - offsets[0] if offsets[0] else offsets)
 
     def take(self, rows: np.ndarray) -> Ragged:
         """Return the given rows, in the given order."""

@@ -1,0 +1,215 @@
+"""How fast the stream is, and what it takes at scale.
+
+    python tools/bench_stream.py speed --config configs/debian_packages.yaml \\
+        --pairs ../shared/data/debian_packages/packages.jsonl.xz --query synopsis --doc description
+    python tools/bench_stream.py scale              # an index of 1e9 rows, without the data
+    python tools/bench_stream.py catalogue          # 10 million documents of 32 tokens: 2 GB on disk for a while
+
+`speed` counts CPU seconds of one process: stock webdataset on shards with one pair per sample (query.txt, doc.txt,
+json) and `.decode()`, against PairStream on the same pairs, to columns and to tensors; and the bytes of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import webdataset as wds
+import xxhash
+
+from bigdssm.cli import run_main
+from bigdssm.config import load_config
+from bigdssm.data import Catalogue, Collator, Dataset, PairStream
+from bigdssm.data.making import Target
+from bigdssm.data.order import WINDOW_BLOCKS, Order
+from bigdssm.data.pairs import PairTables, make_pairs
+from bigdssm.schema import Feature, Schema
+
+ROWS_GLOBAL, LANES = 4096, 8
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=sorted(TASKS))
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--pairs", type=Path, help="JSONL, also .xz")
+    parser.add_argument("--query", help="the query's text column")
+    parser.add_argument("--doc", help="the document's text column")
+    parser.add_argument("--rows", type=float, default=1e9, help="of the index (default: 1e9)")
+    parser.add_argument("--docs", type=float, default=1e7, help="of the catalogue (default: 1e7)")
+    args = parser.parse_args()
+    return run_main(lambda: TASKS[args.task](args))
+
+
+def speed(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        stock = write_stock(args, Path(folder) / "stock")
+        config = load_config(args.config).data
+        make_pairs(config, PairTables(files=(args.pairs,), split="train"), Target(Path(folder) / "ours"))
+        dataset = Dataset.open(Path(folder) / "ours")
+        rows = dataset.num_rows("train")
+        urls = [str(path) for path in sorted(stock.glob("*.tar"))]
+        plain_s, count = cpu_seconds(lambda: wds.WebDataset(urls, shardshuffle=False).decode())
+        report("stock webdataset, .decode()", count, plain_s, size(stock))
+
+        def stream() -> Iterator[Any]:
+            steps = rows // ROWS_GLOBAL
+            return islice(PairStream(dataset, rows_global=ROWS_GLOBAL, lanes=LANES), steps)
+
+        given = rows // ROWS_GLOBAL * ROWS_GLOBAL
+        ours = size(dataset.dir / "partitions") + size(dataset.dir / "catalogue")
+        collate = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
+        columns_s, _ = cpu_seconds(lambda: ((step, dataset.catalogue.columns(step.doc_rows)) for step in stream()))
+        report("PairStream, to columns", given, columns_s, ours)
+        tensors_s, _ = cpu_seconds(lambda: map(collate, stream()))
+        report("PairStream and Collator, to tensors", given, tensors_s, ours)
+        faster, smaller = (given / columns_s) / (count / plain_s), size(stock) / count / (ours / rows)
+        print(f"to columns: {faster:.0f} × the rows per CPU-second; {smaller:.1f} × fewer bytes per pair")
+
+
+def write_stock(args: argparse.Namespace, folder: Path) -> Path:
+    """Write the pairs as others do: one sample per pair."""
+    folder.mkdir()
+    opener = lzma.open if args.pairs.suffix == ".xz" else open
+    with (
+        opener(args.pairs, "rt", encoding="utf-8") as lines,
+        wds.ShardWriter(str(folder / "%06d.tar"), maxcount=10_000, verbose=0) as sink,
+    ):
+        for number, line in enumerate(lines):
+            row = json.loads(line)
+            sample = {"query.txt": row.pop(args.query), "doc.txt": row.pop(args.doc), "json": row}
+            sink.write({"__key__": f"{number:09d}", **sample})
+    return folder
+
+
+def cpu_seconds(make: Callable[[], Any]) -> tuple[float, int]:
+    """Return the best of three passes over what `make` returns, and the number of its items."""
+    best = float("inf")
+    for _ in range(3):
+        begin = time.process_time()
+        count = sum(1 for _ in make())
+        best = min(best, time.process_time() - begin)
+    return best, count
+
+
+def report(name: str, rows: int, seconds: float, size_bytes: int) -> None:
+    print(
+        f"{name:38} {rows:8,} rows {seconds:7.3f} CPU-s {rows / seconds:10,.0f} rows/CPU-s {size_bytes / 1e6:8.1f} MB"
+    )
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def scale(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write_index(Path(folder), int(args.rows))
+        base_mb, begin = resident_mb(), time.perf_counter()
+        dataset = Dataset.open(folder)
+        stream = PairStream(dataset, rows_global=ROWS_GLOBAL, lanes=LANES)
+        ids = stream.order.row_ids(0)
+        seconds, mb = time.perf_counter() - begin, peak_mb() - base_mb
+        blocks = dataset.index("train").num_blocks
+        what = f"{dataset.num_rows('train'):,} rows in {blocks:,} blocks"
+        print(f"{what}: opened, and the first batch planned, in {seconds:.2f} s and {mb:.0f} MB")
+        assert len(np.unique(ids)) == ROWS_GLOBAL
+    for rows in (10**5, int(args.rows)):
+        order = Order(np.full(rows // 2048, 2048, np.int32), rows_global=ROWS_GLOBAL, lanes=LANES)
+        order.row_ids(0)
+        begin = time.perf_counter()
+        planned = sum(len(order.window(0, lane, 0).order) for lane in range(LANES))
+        per_step = (time.perf_counter() - begin) / planned * ROWS_GLOBAL
+        print(f"{rows:13,} rows: a step of {ROWS_GLOBAL:,} takes {per_step * 1e3:.2f} ms of planning")
+    blocks = LANES * WINDOW_BLOCKS
+    print(f"held in memory: at most {LANES} lanes × {WINDOW_BLOCKS} blocks = {blocks} blocks, over all ranks together")
+
+
+def write_index(folder: Path, rows: int) -> None:
+    """Write a dataset of which only the metadata exists."""
+    per_block, blocks_per_shard = 2048, 64
+    blocks = -(-rows // per_block)
+    counts = np.full(blocks, per_block, np.int32)
+    counts[-1] = rows - per_block * (blocks - 1)
+    schema = Schema({"age": Feature("age", "numeric", "age")}, {"year": Feature("year", "numeric", "year")})
+    schema.save(folder)
+    partition = folder / "partitions" / "base"
+    partition.mkdir(parents=True)
+    number = np.arange(blocks) // blocks_per_shard
+    names = pa.array([f"train-{i:06d}.tar" for i in range(int(number[-1]) + 1)])
+    table = pa.table(
+        {
+            "shard": pa.DictionaryArray.from_arrays(pa.array(number.astype(np.int32)), names),
+            "offset": np.arange(blocks) % blocks_per_shard * 400_000 + 512,
+            "size": np.full(blocks, 399_000),
+            "rows": counts,
+            "checksum": np.zeros(blocks, np.uint64),
+        }
+    )
+    path = partition / "train.index.arrow"
+    write_table(path, table)
+    facts = {"rows": rows, "blocks": blocks, "index_checksum": xxhash.xxh3_64_hexdigest(path.read_bytes())}
+    content = {"name": "base", "splits": {"train": facts}, "num_docs": 0, "fingerprint": "synthetic"}
+    (partition / "partition.json").write_text(json.dumps(content))
+    head = {"format": 1, "name": "synthetic", "schema": schema.fingerprint(), "documents": "inline"}
+    (folder / "dataset.json").write_text(json.dumps({**head, "catalogue": [], "partitions": ["base"]}))
+
+
+def catalogue(args: argparse.Namespace) -> None:
+    docs, tokens = int(args.docs), 32
+    schema = Schema({}, {"title": Feature("title", "text", "title", max_tokens=tokens)})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "000000.arrow"
+        keys = pa.array(np.arange(docs)).cast(pa.string())
+        offsets = pa.array(np.arange(docs + 1) * tokens)
+        values = pa.array(np.resize(np.arange(30_000, dtype=np.int32), docs * tokens))
+        title = pa.LargeListArray.from_arrays(offsets, values)
+        write_table(path, pa.table({"doc_key": keys, "doc_id": np.arange(docs), "display": keys, "title": title}))
+        del keys, offsets, values, title
+        base_mb, begin = private_mb(), time.perf_counter()
+        opened = Catalogue([path], schema, 0)
+        rows = np.arange(0, docs, docs // 8192)[:8192]
+        features = opened.features(rows)
+        seconds = time.perf_counter() - begin
+        print(
+            f"{opened.num_docs:,} documents × {tokens} tokens, {path.stat().st_size / 1e9:.2f} GB: opened and", end=" "
+        )
+        print(f"{len(features['title']):,} read in {seconds:.2f} s; {private_mb() - base_mb:.0f} MB not shared")
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def resident_mb() -> float:
+    return status_mb("VmRSS")
+
+
+def private_mb() -> float:
+    return status_mb("RssAnon")
+
+
+def status_mb(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+TASKS: dict[str, Callable[[argparse.Namespace], None]] = {"speed": speed, "scale": scale, "catalogue": catalogue}
+
+if __name__ == "__main__":
+    raise SystemExit(main())
