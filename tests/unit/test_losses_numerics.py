@@ -1,0 +1,146 @@
+"""The FPS loss where numbers are extreme: large alpha, aligned and long vectors, nothing left, nothing weighted."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from bigdssm.losses import fps_loss
+
+DIRECTIONS = ("q2d", "d2q", "both")
+DOUBLE = torch.float64
+
+
+def exact(U: Tensor, W: Tensor, alpha: float, direction: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return loss, dU, dW by float64 autograd, each column its own document."""
+    U, W = (t.detach().double().requires_grad_() for t in (U, W))
+    S = alpha * U @ W.T
+    target = torch.arange(len(U))
+    rows = torch.nn.functional.cross_entropy(S, target)
+    columns = torch.nn.functional.cross_entropy(S.T[: len(U)], target)
+    loss = {"q2d": rows, "d2q": columns, "both": (rows + columns) / 2}[direction]
+    return loss.detach(), *torch.autograd.grad(loss, (U, W))
+
+
+def found(U: Tensor, W: Tensor, alpha: float, direction: str, **arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    U, W = (t.detach().clone().requires_grad_() for t in (U, W))
+    loss = fps_loss(U, W, alpha=alpha, direction=direction, tile=16, **arguments).loss
+    loss.backward()
+    assert U.grad is not None and W.grad is not None
+    return loss.detach(), U.grad, W.grad
+
+
+def unit(rows: int, D: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(rows, D, generator=generator, dtype=DOUBLE), dim=1)
+
+
+CASES = {
+    "alpha at its clamp": (unit(40, 8, 1), unit(40, 8, 2), 100.0),
+    "alpha above it": (unit(40, 8, 1), unit(40, 8, 2), 400.0),
+    "aligned vectors": (unit(40, 8, 1), unit(40, 8, 1), 100.0),
+    "all vectors equal": (unit(1, 8, 1).expand(40, 8), unit(1, 8, 1).expand(40, 8), 100.0),
+    "opposed vectors": (unit(1, 8, 1).expand(40, 8), -unit(1, 8, 1).expand(40, 8), 100.0),
+    "norm 30": (30 * unit(40, 8, 1), 30 * unit(40, 8, 2), 1.0),
+    "norm 30, two clusters": (30 * unit(40, 1, 1), 30 * unit(40, 1, 2), 1.0),
+}
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(DOUBLE, 1e-10), (torch.float32, 2e-4)])
+def test_extreme_scores(case: str, direction: str, dtype: torch.dtype, tolerance: float) -> None:
+    U, W, alpha = CASES[case]
+    U, W = U.to(dtype), W.to(dtype)
+    norm = float(U.double().norm(dim=1).max())
+    for name, a, b in zip(
+        ["loss", "dU", "dW"], found(U, W, alpha, direction), exact(U, W, alpha, direction), strict=True
+    ):
+        # the terms of the sums, where they cancel
+        scale = max(float(b.abs().max()), alpha * norm / len(U) if name != "loss" else 1e-3)
+        assert float((a.double() - b).abs().max()) <= tolerance * scale, name
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("alpha", [20.0, 100.0])
+def test_bfloat16_is_as_good_as_its_inputs(direction: str, alpha: float) -> None:
+    """Scores are never rounded to bfloat16: that alone would be 12 % of dU at alpha = 100."""
+    U = unit(300, 64, 3)
+    W = torch.nn.functional.normalize(U + 3 * unit(300, 64, 4), dim=1)
+    U, W = U.bfloat16(), W.bfloat16()
+    for a, b in zip(found(U, W, alpha, direction), exact(U, W, alpha, direction), strict=True):
+        assert float((a.double() - b).norm() / b.norm()) <= 5e-3
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_all_columns_dropped_but_one(direction: str) -> None:
+    """With one document everywhere no negative is left: the loss is 0, and so is its gradient."""
+    U, W = unit(6, 4, 1), unit(6, 4, 2)
+    same = torch.zeros(6, dtype=torch.int64)
+    for query_ids in (None, same):
+        ids = {"doc_ids": same} if query_ids is None else {"doc_ids": torch.arange(6), "query_ids": query_ids}
+        if query_ids is None and direction != "q2d":
+            ids["query_ids"] = same
+        loss, dU, dW = found(U, W, 20.0, direction, **ids)
+        assert float(loss) == 0.0
+        assert not dU.any() and not dW.any()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_all_weights_zero(direction: str) -> None:
+    loss, dU, dW = found(unit(6, 4, 1), unit(9, 4, 2), 20.0, direction, weight=torch.zeros(6))
+    assert float(loss) == 0.0
+    assert not dU.any() and not dW.any()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_vectors_give_a_non_finite_loss(direction: str, bad: float) -> None:
+    """The trainer skips such a step: it must see it, and nothing may raise or hang."""
+    U = unit(6, 4, 1)
+    U[2, 1] = bad
+    loss = fps_loss(U, unit(6, 4, 2), alpha=20.0, direction=direction).loss
+    assert not loss.isfinite()
+
+
+def test_confident_queries_keep_their_small_loss() -> None:
+    """log(1 + exp(−25)) is 1.4e-11, not 0 and not cut off."""
+    U, W = torch.eye(2, dtype=DOUBLE), torch.eye(2, dtype=DOUBLE)
+    assert float(fps_loss(U, W, alpha=25.0).loss) == pytest.approx(math.log1p(math.exp(-25)), rel=1e-9)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_one_document_in_half_of_all_rows(direction: str) -> None:
+    """The drop set is m·N/4 entries, found as a dense mask a strip at a time, and equals the direct one."""
+    m = 200
+    U = unit(m, 8, 1).requires_grad_()
+    doc_ids = torch.arange(m)
+    doc_ids[::2] = 0
+    W = unit(m, 8, 2)[doc_ids].requires_grad_()
+    loss = fps_loss(U, W, alpha=20.0, doc_ids=doc_ids, query_ids=torch.arange(m), direction=direction, tile=64).loss
+    loss.backward()
+    drop = doc_ids[:, None] == doc_ids[None, :]
+    keep = ~drop | torch.eye(m, dtype=torch.bool)
+    S = (20.0 * U @ W.T).masked_fill(~keep, -math.inf)
+    rows, columns = (torch.nn.functional.cross_entropy(X, torch.arange(m)) for X in (S, S.T))
+    expected = {"q2d": rows, "d2q": columns, "both": (rows + columns) / 2}[direction]
+    assert float(loss) == pytest.approx(float(expected), rel=1e-12)
+    for leaf, right in zip((U, W), torch.autograd.grad(expected, (U, W)), strict=True):
+        assert leaf.grad is not None
+        torch.testing.assert_close(leaf.grad, right, rtol=1e-10, atol=1e-12)
+
+
+def test_excluded_negatives() -> None:
+    """neg_bias −inf takes a column out of the negatives, not out of being a positive."""
+    U, W = unit(5, 4, 1), unit(8, 4, 2)
+    out = torch.zeros(8)
+    out[[1, 6]] = -math.inf
+    some = [0, 2, 3, 4, 5, 7]
+    S = 9.0 * U @ W.T
+    right = torch.stack([
+        torch.logsumexp(S[i, sorted({*some, i})], 0) - S[i, i] for i in range(5)
+    ]).mean()  # fmt: skip
+    assert float(fps_loss(U, W, alpha=9.0, neg_bias=out).loss) == pytest.approx(float(right), rel=1e-12)
