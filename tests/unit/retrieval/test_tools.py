@@ -1,0 +1,256 @@
+"""Every command line around a trained model, run as a user runs it, on a hand-made run folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from bigdssm.config import Config
+from bigdssm.data import Dataset
+from bigdssm.evaluation.curves import read_stage, stage_folders, training_seconds
+from bigdssm.evaluation.split import evaluate_split
+from bigdssm.export import load_model_folder
+from bigdssm.models import DualEncoder
+from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.retrieval.index import build_index, write_vectors
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+class Tools:
+    """Runs command lines inside this process, which spares each of them the seconds that importing torch takes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+
+    def run(self, name: str, *arguments: object) -> tuple[int, str, str]:
+        """Return exit code, stdout and stderr of `python tools/<name>.py <arguments>`."""
+        path = str(ROOT / "tools" / f"{name}.py")
+        self._monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
+        self._monkeypatch.setenv("COLUMNS", "100")
+        logger = logging.getLogger("bigdssm")
+        before = list(logger.handlers), logger.level, logger.propagate
+        self._capsys.readouterr()
+        try:
+            with pytest.raises(SystemExit) as stopped:
+                runpy.run_path(path, run_name="__main__")
+        finally:
+            logger.handlers[:], logger.level, logger.propagate = before
+        captured = self._capsys.readouterr()
+        return int(stopped.value.code or 0), captured.out, captured.err
+
+    def ran(self, name: str, *arguments: object) -> str:
+        """Return the stdout of a command that succeeds."""
+        code, out, err = self.run(name, *arguments)
+        assert code == 0, err
+        return out
+
+    def refused(self, expected: int, name: str, *arguments: object) -> str:
+        """Return the one sentence of a command that refuses with the exit code `expected`."""
+        code, out, err = self.run(name, *arguments)
+        assert (code, out) == (expected, ""), err
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        return err
+
+
+@pytest.fixture
+def tools(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tools:
+    return Tools(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module")
+def run_dir(config: Config, model_dir: Path, other_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder as training leaves it; its checkpoints aside."""
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    for stage, best in (("pretrain", model_dir), ("sft", other_model_dir)):
+        shutil.copytree(best, run / stage / "best")
+        content = {**config.to_dict(), "sft": config.to_dict()["pretrain"]}
+        (run / stage / "config.yaml").write_text(yaml.safe_dump(content))
+        with (run / stage / "metrics.jsonl").open("w") as file:
+            for step in range(10, 110, 10):
+                record = {"step": step, "loss": 5 / step, "alpha": 10 + step / 10, "rows_per_s": 2048.0, "lr": 0.1}
+                file.write(json.dumps(record) + "\n")
+                if step % 50 == 0:
+                    validation = {"hr_at_10": 0.1, "ndcg_at_10": step / 1000, "mrr": 0.1}
+                    file.write(json.dumps({"step": step, "validation": validation, "seconds": 0.5}) + "\n")
+            file.write('{"step": 110, "lo')  # killed while writing
+    return run
+
+
+@pytest.fixture(scope="module")
+def index_dir(model_dir: Path, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, loaded = tmp_path_factory.mktemp("served"), load_model_folder(model_dir)
+    write_vectors(folder / "vectors", tower_encoders(loaded.model, dataset), dataset, loaded.checksum)
+    build_index(folder / "vectors", folder / "index")
+    return folder / "index"
+
+
+@pytest.mark.e2e
+def test_every_tool_as_a_user_runs_it(model_dir: Path, run_dir: Path, dataset: Dataset, tmp_path: Path) -> None:
+    data = ["--data", str(dataset.dir)]
+    model = ["--model", str(model_dir)]
+    chains = [
+        [
+            ["embed", *model, *data, "--out", "vectors"],
+            ["build_index", "--vectors", "vectors", "--out", "index"],
+            ["search", *model, "--index", "index", "--user", "u7"],
+        ],
+        [
+            ["convert_checkpoint", "--run", str(run_dir / "sft"), "--out", "model"],
+            ["evaluate", "--model", "model", *data, "--out", "evaluation.json"],
+            ["mine_negatives", "--model", "model", *data, "--out", "mined.npy"],
+            ["report", str(run_dir), "--out", "report.json"],
+            ["plot_run", str(run_dir), "--out", "curves.png"],
+        ],
+    ]
+    python, folder = shlex.quote(sys.executable), ROOT / "tools"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    running = []
+    for chain in chains:
+        script = " && ".join(f"{python} {folder}/{name}.py {shlex.join(arguments)}" for name, *arguments in chain)
+        running.append(subprocess.Popen(["sh", "-c", script], cwd=tmp_path, env=environment, stderr=subprocess.PIPE))
+    for process in running:
+        errors = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, errors.decode()
+    for made in (
+        "index/index.faiss",
+        "model/bigdssm.json",
+        "evaluation.json",
+        "mined.npy",
+        "report.json",
+        "curves.png",
+    ):
+        assert (tmp_path / made).is_file()
+
+
+def test_embed_and_index(tools: Tools, model_dir: Path, index_dir: Path, dataset: Dataset, tmp_path: Path) -> None:
+    out = tools.ran("embed", "--model", model_dir, "--data", dataset.dir, "--out", tmp_path / "vectors")
+    assert "40 vectors of width 9" in out
+    np.testing.assert_array_equal(
+        np.load(tmp_path / "vectors" / "vectors.npy"), np.load(index_dir.with_name("vectors") / "vectors.npy")
+    )
+    for kind in ("flat", "hnsw"):
+        out = tools.ran("build_index", "--vectors", tmp_path / "vectors", "--out", tmp_path / "index", "--type", kind)
+        assert f"{kind} index of 40 documents" in out
+    message = tools.refused(4, "build_index", "--vectors", tmp_path / "index", "--out", tmp_path / "again")
+    assert "is an index" in message
+
+
+def test_search_for_a_user(
+    tools: Tools, model: DualEncoder, model_dir: Path, index_dir: Path, dataset: Dataset
+) -> None:
+    out = tools.ran("search", "--model", model_dir, "--index", index_dir, "--user", "u7")
+    found = [line.split()[-1] for line in out.splitlines() if " i" in line and "history" not in line]
+    assert len(found) == 10
+    assert dataset.sequences is not None
+    rows = next(dataset.iterate("test", 1000))
+    i = dataset.sequences.strings("query_key", rows.sequence).index("u7")
+    seen = {*dataset.catalogue.keys(rows.seen(i)), *dataset.catalogue.keys(rows.doc_rows[i : i + 1])}
+    assert not seen & set(found)
+
+
+def test_search_for_a_typed_history_and_features(
+    tools: Tools, model_dir: Path, index_dir: Path, dataset: Dataset
+) -> None:
+    title = dataset.catalogue.display(np.array([3]))[0]
+    out = tools.ran("search", "--model", model_dir, "--index", index_dir, "--history", f"i9; {title}", "--top", 4)
+    assert title in out.splitlines()[0]
+    assert len([line for line in out.splitlines() if "." in line]) == 4
+    out = tools.ran("search", "--model", model_dir, "--index", index_dir, "--text", "age=33", "occupation=artist")
+    assert len([line for line in out.splitlines() if "." in line]) == 10
+
+
+def test_search_refuses_with_a_sentence(tools: Tools, model_dir: Path, other_model_dir: Path, index_dir: Path) -> None:
+    message = tools.refused(3, "search", "--model", model_dir, "--index", index_dir, "--history", "river ston")
+    assert "the nearest are: river stone" in message or "the nearest are: river" in message
+    message = tools.refused(4, "search", "--model", other_model_dir, "--index", index_dir, "--user", "u7")
+    assert "holds vectors of model" in message
+
+
+def test_evaluate(
+    tools: Tools, model: DualEncoder, model_dir: Path, other_model_dir: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    common = ("--data", dataset.dir, "--split", "validation")
+    tools.ran("evaluate", "--model", other_model_dir, *common, "--out", tmp_path / "other.json")
+    out = tools.ran(
+        "evaluate", "--model", model_dir, *common,
+        "--baselines", "--compare", tmp_path / "other.json", "--out", tmp_path / "first.json",
+    )  # fmt: skip
+    content = json.loads((tmp_path / "first.json").read_text())
+    assert [system["name"] for system in content["systems"]] == [
+        "first", "popularity", "Markov, window 3", "second (other)",
+    ]  # fmt: skip
+    expected = evaluate_split(tower_encoders(model, dataset), dataset, "validation")
+    np.testing.assert_array_equal(np.load(tmp_path / content["systems"][0]["ranks"]), expected.ranks)
+    for name in ("hr_at_10", "ndcg_at_10", "mrr"):
+        assert content["systems"][0][name] == pytest.approx(expected.metrics[name], abs=1e-6)
+        assert f"{expected.metrics[name]:.4f} ± " in out
+    assert [(d["system"], d["less"]) for d in content["differences"][::3]] == [
+        ("first", "popularity"), ("first", "Markov, window 3"), ("first", "second (other)"),
+    ]  # fmt: skip
+    assert "first − popularity: HR@10 " in out
+    message = tools.refused(
+        3, "evaluate", "--model", model_dir, "--data", dataset.dir, "--compare", tmp_path / "first.json"
+    )  # the test split
+    assert "other rows" in message
+
+
+def test_mine_negatives(tools: Tools, model_dir: Path, dataset: Dataset, tmp_path: Path) -> None:
+    arguments = ("--model", model_dir, "--data", dataset.dir, "--out", tmp_path / "mined.npy")
+    out = tools.ran("mine_negatives", *arguments, "--first", 2, "--last", 9)
+    assert f"{dataset.num_rows('train')} rows" in out
+    assert np.load(tmp_path / "mined.npy").shape == (dataset.num_rows("train"), 7)
+    assert "needs 0 <= first < last" in tools.refused(2, "mine_negatives", *arguments, "--first", 9, "--last", 9)
+
+
+def test_convert_the_best_weights(tools: Tools, run_dir: Path, tmp_path: Path) -> None:
+    tools.ran("convert_checkpoint", "--run", run_dir / "sft", "--out", tmp_path / "model")
+    best = load_model_folder(run_dir / "sft" / "best")
+    assert load_model_folder(tmp_path / "model").checksum == best.checksum
+    message = tools.refused(
+        4, "convert_checkpoint", "--run", run_dir / "sft", "--checkpoint", "latest", "--out", tmp_path / "model"
+    )
+    assert "no checkpoint" in message
+
+
+def test_plot(tools: Tools, run_dir: Path, tmp_path: Path) -> None:
+    tools.ran("plot_run", run_dir, run_dir / "pretrain", "--out", tmp_path / "curves.png")
+    content = (tmp_path / "curves.png").read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert len(content) > 20_000
+    assert "holds no metrics.jsonl" in tools.refused(3, "plot_run", tmp_path, "--out", tmp_path / "none.png")
+
+
+def test_curves_of_a_run(run_dir: Path) -> None:
+    assert [folder.name for folder in stage_folders(run_dir)] == ["pretrain", "sft"]
+    curve = read_stage(run_dir / "sft")
+    assert curve.last_step == 100
+    assert curve.points(lambda record: record.get("alpha"))[0] == (10, 11.0)
+    assert curve.points(lambda record: record.get("validation")) == [
+        (50, {"hr_at_10": 0.1, "ndcg_at_10": 0.05, "mrr": 0.1}),
+        (100, {"hr_at_10": 0.1, "ndcg_at_10": 0.1, "mrr": 0.1}),
+    ]
+    assert training_seconds(run_dir / "sft") == pytest.approx(100 * 1024 / 2048 + 2 * 0.5)
+
+
+def test_report(tools: Tools, run_dir: Path, dataset: Dataset, tmp_path: Path) -> None:
+    out = tools.ran("report", run_dir, "--out", tmp_path / "report.json")
+    systems = json.loads((tmp_path / "report.json").read_text())
+    names = ["popularity", "Markov, window 3", "FPS pretraining", "+ SFT"]
+    assert [system["name"] for system in systems] == names
+    assert all({"hr_at_10", "ndcg_at_10", "mrr", "seconds"} <= set(system) for system in systems)
+    for first, second in (names[2:0:-1], (names[3], names[1]), (names[3], names[2])):
+        assert f"{first} − {second}: HR@10 " in out
+    assert "train first" in tools.refused(4, "report", tmp_path, "--out", tmp_path / "none.json")
