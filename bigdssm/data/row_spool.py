@@ -70,6 +70,8 @@ class ShuffleSpool:
 
     def add(self, table: pa.Table, keys: np.ndarray) -> None:
         """Append rows with their keys (uint64)."""
+        if not len(keys):
+            return
         bucket = (keys >> self._shift).astype(np.int64) if len(self._buckets) > 1 else np.zeros(len(keys), np.int64)
         order = np.argsort(bucket, kind="stable")
         sorted_table = table.append_column(KEY, pa.array(keys)).take(pa.array(order))

@@ -1,0 +1,98 @@
+"""Vocabularies, normalisation and the tokenizer are a function of the data, and grow only at their end."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from bigdssm.config import FeatureConfig, TokenizerConfig
+from bigdssm.data.columns import MULTI_TYPE
+from bigdssm.data.fit import SideFitter, encode_columns
+from bigdssm.data.tokenizer import TextEncoder, make_tokenizer, train_wordpiece
+from bigdssm.errors import ConfigError
+from bigdssm.schema import Feature
+
+CONFIGS = {
+    "kind": FeatureConfig("categorical", min_count=2),
+    "tags": FeatureConfig("categorical", multi=True),
+    "size": FeatureConfig("numeric", log=True),
+    "hashed": FeatureConfig("categorical", hash_buckets=8),
+}
+TEXTS = [["The quick brown fox, jumping over lazy dogs!", "Zebras & quick ünïcode 漢字"] * 20, ["foxes jump"] * 10]
+
+
+def canonical(kinds: list[str], tags: list[list[str]], sizes: list[float]) -> pa.Table:
+    text = pa.array(kinds, pa.large_string())
+    return pa.table({"kind": text, "tags": pa.array(tags, MULTI_TYPE), "size": pa.array(sizes), "hashed": text})
+
+
+def test_fit_counts_over_batches_and_leaves_out_what_is_rare_or_missing() -> None:
+    features = {name: Feature.declared(name, config) for name, config in CONFIGS.items()}
+    fitter = SideFitter(features, CONFIGS)
+    sizes = [0.0, 3.0, float("nan"), 8.0, 100.0]
+    fitter.update(canonical(["b", "a", ""], [["y", "x"], [], ["x"]], sizes[:3]))
+    fitter.update(canonical(["b", "c"], [["z"], []], sizes[3:]))
+    fitted = fitter.fitted()
+    assert fitted["kind"].vocabulary == ("b",) and fitted["tags"].vocabulary == ("y", "x", "z")
+    assert fitted["hashed"].vocabulary == ()
+    logs = np.log1p([0.0, 3.0, 8.0, 100.0])
+    assert fitted["size"].mean == pytest.approx(logs.mean()) and fitted["size"].std == pytest.approx(logs.std())
+
+    grown = SideFitter(fitted, CONFIGS)
+    grown.update(canonical(["d", "b", "d"], [["x", "w"], [], []], [1e6, 1e6, 1e6]))
+    later = grown.fitted(grow=True)
+    assert later["kind"].vocabulary == ("b", "d") and later["tags"].vocabulary == ("y", "x", "z", "w")
+    assert later["size"] == fitted["size"], "a model's inputs keep their normalisation"
+
+
+def test_encoded_columns_hold_codes_in_the_schema_s_sense() -> None:
+    features = {name: Feature.declared(name, config) for name, config in CONFIGS.items()}
+    features["kind"] = replace(features["kind"], vocabulary=("b", "a"))
+    features["tags"] = replace(features["tags"], vocabulary=("x", "y"))
+    table = canonical(["a", "?", "", "b"], [["y", "?"], [], ["x"], ["x", "y"]], [1.0, float("nan"), 3.0, 4.0])
+    columns = encode_columns(table.slice(1), features, None, large=True)
+    assert columns["kind"].to_pylist() == [1, 0, 2]
+    assert columns["tags"].to_pylist() == [[], [2], [2, 3]] and columns["tags"].type == pa.list_(pa.int32())
+    assert columns["size"].type == pa.float32() and np.isnan(columns["size"][0].as_py())
+    assert columns["hashed"][1].as_py() == 0 and 2 <= columns["hashed"][2].as_py() < 10
+
+
+def test_the_trained_tokenizer_is_bert_like_and_loads_through_auto_tokenizer(tmp_path: Path) -> None:
+    make_tokenizer(TokenizerConfig(vocab_size=150), TEXTS, tmp_path / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert tokenizer.pad_token_id == 0
+    text = "Quick FOX, 漢字 [unseen: ж]"
+    ids = tokenizer(text)["input_ids"]
+    words = tokenizer.convert_ids_to_tokens(ids)
+    assert words[0] == "[CLS]" and words[-1] == "[SEP]" and "quick" in words and "漢" in words and "[UNK]" in words
+    encoder = TextEncoder(tmp_path / "tokenizer")
+    values, offsets = encoder.encode(pa.array([text, "", "fox " * 50]), 9)
+    assert values[: offsets[1]].tolist() == [*ids[:8], ids[-1]], "cut texts keep their [SEP]"
+    assert np.diff(offsets).tolist() == [9, 2, 9]
+
+
+@pytest.mark.parametrize("vocab_size", [85, 150])
+def test_the_same_texts_give_the_same_ids_every_time(vocab_size: int) -> None:
+    """The trainer's hash maps are seeded anew each time, in one process too."""
+    assert len({train_wordpiece(TEXTS, vocab_size, True).to_str() for _ in range(6)}) == 1
+
+
+def test_a_vocabulary_too_small_for_the_characters_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data\.tokenizer\.vocab_size=20 has no room"):
+        train_wordpiece(TEXTS, 20, True)
+
+
+def test_a_given_tokenizer_is_copied_and_an_unusable_one_refused(tmp_path: Path) -> None:
+    make_tokenizer(TokenizerConfig(vocab_size=150), TEXTS, tmp_path / "a")
+    make_tokenizer(TokenizerConfig(path=str(tmp_path / "a")), [], tmp_path / "b")
+    vocabularies = [Tokenizer.from_file(str(tmp_path / n / "tokenizer.json")).get_vocab() for n in "ab"]
+    assert vocabularies[0] == vocabularies[1]
+    with pytest.raises(ConfigError, match=r"data\.tokenizer\.path=.*is no folder"):
+        make_tokenizer(TokenizerConfig(path=str(tmp_path / "none")), [], tmp_path / "c")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="holds no usable tokenizer"):
+        make_tokenizer(TokenizerConfig(path=str(tmp_path / "empty")), [], tmp_path / "d")

@@ -1,0 +1,91 @@
+"""The inspection shows what the model gets, and no damage passes --verify unnamed."""
+
+import importlib.util
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from bigdssm.data import Dataset
+from bigdssm.data.inspection import describe, sample_rows
+from bigdssm.data.verification import verify_dataset
+
+ROOT = Path(__file__).parents[2]
+
+
+def inspect_main(argv: list[str]) -> int:
+    spec = importlib.util.spec_from_file_location("inspect_shards", ROOT / "tools/inspect_shards.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return int(module.main(argv))
+
+
+def test_description_and_rows(tiny_interactions: Any, capsys: Any) -> None:
+    dataset = Dataset.open(tiny_interactions.dir)
+    found = describe(dataset)
+    assert [size.rows for size in found.sizes if size.split == "train"] == [found.scanned_rows]
+    assert found.top_docs[0][0] == dataset.catalogue.display([int(dataset.doc_counts().argmax())])[0]
+    history = next(entry for entry in found.lengths if entry.feature == "query.history")
+    assert history.percentiles[-1] == 10 and history.cut is not None and 0.3 < history.cut < 0.9
+    row = sample_rows(dataset, "test", 3)[0]
+    rows = next(dataset.iterate("test", 3))
+    assert row["query.history"] == dataset.catalogue.display(rows.seen(0)[-10:])
+    assert row["doc.item_id"] == dataset.catalogue.keys(rows.doc_rows[:1])[0]
+    assert row["doc.title"].startswith("[CLS] ") and row["query.occupation"] in ("artist", "doctor", "farmer")
+    assert inspect_main([str(tiny_interactions.dir), "--rows", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "doc.title: [CLS]" in said and "40 documents" in said and "newest 10 of doc.item_id" in said
+
+
+def test_a_sound_dataset_verifies(tiny_pairs: Any, tiny_interactions: Any) -> None:
+    assert verify_dataset(tiny_pairs.dir) == [] and verify_dataset(tiny_interactions.dir) == []
+    assert inspect_main([str(tiny_pairs.dir), "--verify"]) == 0
+
+
+def block_place(folder: Path, block: int) -> tuple[int, int]:
+    index = pa.ipc.open_file(str(folder / "partitions/base/train.index.arrow")).read_all().to_pylist()
+    return index[block]["offset"], index[block]["size"]
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0x10
+    path.write_bytes(bytes(content))
+
+
+def cut(path: Path, place: int) -> None:
+    path.write_bytes(path.read_bytes()[:place])
+
+
+SHARD = "partitions/base/train-000000.tar"
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "payload": (lambda d: flip(d / SHARD, block_place(d, 1)[0] + 9), "train-000000.tar, block 1: .*damaged"),
+    "header": (lambda d: flip(d / SHARD, block_place(d, 2)[0] - 400), "train-000000.tar, block 2: .*header"),
+    "cut in data": (lambda d: cut(d / SHARD, block_place(d, 3)[0] + 50), "train-000000.tar, block 3: .*cut short"),
+    "cut in header": (lambda d: cut(d / SHARD, block_place(d, 3)[0] - 100), "train-000000.tar, block 3: .*cut short"),
+    "no shard": (lambda d: (d / SHARD).unlink(), "train-000000.tar, block 0: .*missing"),
+    "index": (lambda d: flip(d / "partitions/base/train.index.arrow", 300), "train.index.arrow is damaged"),
+    "catalogue": (lambda d: flip(d / "catalogue/000000.arrow", 2000), "catalogue/000000.arrow is damaged"),
+    "sequences": (lambda d: flip(d / "partitions/base/sequences.arrow", 2000), "sequences.arrow is damaged"),
+    "counts": (lambda d: flip(d / "partitions/base/counts.npy", 200), "counts.npy is damaged"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named(tiny_interactions: Any, tmp_path: Path, damage: str, capsys: Any) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_interactions.dir, folder)
+    harm, named = DAMAGES[damage]
+    harm(folder)
+    assert inspect_main([str(folder), "--verify"]) == 3
+    assert re.search(named, capsys.readouterr().out)
+
+
+def test_no_dataset_is_one_sentence(tmp_path: Path, capsys: Any) -> None:
+    assert inspect_main([str(tmp_path)]) == 3 and inspect_main([str(tmp_path), "--verify"]) == 3
+    assert "is no dataset" in capsys.readouterr().err

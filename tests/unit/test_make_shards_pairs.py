@@ -1,0 +1,186 @@
+"""Pairs become whole splits in a global shuffle, fitted on train rows alone, in bounded memory."""
+
+import json
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import webdataset as wds
+
+from bigdssm.config import DataConfig, FeatureConfig, TokenizerConfig, load_config
+from bigdssm.data import Dataset
+from bigdssm.data.inspection import sample_rows
+from bigdssm.data.making import Target
+from bigdssm.data.pairs import PairTables, make_pairs
+from bigdssm.data.row_spool import ShuffleSpool
+from bigdssm.errors import ConfigError, DataError
+
+CONFIG = DataConfig(
+    dir="",
+    query={"q": FeatureConfig("text", max_tokens=8)},
+    doc={"text": FeatureConfig("text", max_tokens=16), "kind": FeatureConfig("categorical")},
+    tokenizer=TokenizerConfig(vocab_size=120),
+    max_bad_fraction=0.5,
+)
+Record = dict[str, Any]
+
+
+def records(count: int) -> list[Record]:
+    return [
+        {
+            "q": f"find item {i}",
+            "text": f"this is item {i // 2}",
+            "kind": f"k{i % 3}",
+            "group": f"g{i // 2}",
+            "time": i,
+        }
+        for i in range(count)
+    ]
+
+
+def make(folder: Path, rows: list[Record], out: str = "out", seed: int = 0, **options: Any) -> Dataset:
+    path = folder / f"{out}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    append = options.pop("append", None)
+    target = Target(folder / (options.pop("to", out)), append or "base", append=append is not None, seed=seed)
+    make_pairs(CONFIG, PairTables((path,), **options), target)
+    return Dataset.open(target.out)
+
+
+def queries(dataset: Dataset, split: str) -> list[str]:
+    return [row["query.q"] for row in sample_rows(dataset, split, dataset.num_rows(split))]
+
+
+def test_every_pair_is_in_one_split_with_its_document(tiny_pairs: Any) -> None:
+    source = [json.loads(line) for line in (tiny_pairs.source / "pairs.jsonl").open()]
+    dataset = Dataset.open(tiny_pairs.dir)
+    rows = [row for split in ("train", "validation", "test") for row in sample_rows(dataset, split, 2000)]
+    found = Counter((r["query.query"], r["doc.text"], r["doc.size"], r["relevance"]) for r in rows)
+    expected = Counter(
+        (f"[CLS] {s['query']} [SEP]", f"[CLS] {s['text']} [SEP]", float(s["size"]), float(s["relevance"]))
+        for s in source
+    )
+    assert found == expected
+    for row, record in ((r, s) for r in rows for s in source if f"[CLS] {s['text']} [SEP]" == r["doc.text"]):
+        assert (row["doc.section"], row["doc.tags"]) == (record["section"], list(record["tags"]))
+    positives = sum(r["relevance"] > 0 for r in sample_rows(dataset, "train", 2000))
+    assert dataset.doc_counts().sum() == positives
+
+
+@pytest.mark.parametrize("split_column", ["group", None])
+def test_random_splits_keep_groups_together(tmp_path: Path, split_column: str | None) -> None:
+    rows = records(600) * 2
+    dataset = make(tmp_path, rows, split_column=split_column, validation_fraction=0.2, test_fraction=0.2)
+    unit = {f"[CLS] {row['q']} [SEP]": row["group"] if split_column else row["q"] for row in rows}
+    units = {split: {unit[q] for q in queries(dataset, split)} for split in ("train", "validation", "test")}
+    assert not units["train"] & units["validation"] and not units["train"] & units["test"]
+    sizes = {split: dataset.num_rows(split) for split in units}
+    assert sum(sizes.values()) == 1200
+    spread = 4 * (300 * 0.2 * 0.8) ** 0.5 if split_column else 2 * (600 * 0.2 * 0.8) ** 0.5  # rows, of whole groups
+    assert all(abs(sizes[split] - 240) < 4 * spread for split in ("validation", "test")), sizes
+
+
+def test_time_and_column_splits(tmp_path: Path) -> None:
+    rows = records(100)[::-1]
+    dataset = make(tmp_path, rows, split="time", split_column="time", validation_fraction=0.1, test_fraction=0.2)
+    assert {len(queries(dataset, "test")), len(queries(dataset, "validation"))} == {20, 10}
+    assert set(queries(dataset, "test")) == {f"[CLS] find item {i} [SEP]" for i in range(80, 100)}
+    for row, name in zip(rows, ["train", "valid", "dev", "Test"] * 25, strict=True):
+        row["group"] = name
+    dataset = make(tmp_path, rows, "by_column", split="column", split_column="group")
+    assert [dataset.num_rows(split) for split in ("train", "validation", "test")] == [25, 50, 25]
+
+
+def test_the_fit_knows_nothing_of_held_out_rows(tmp_path: Path) -> None:
+    rows = records(40)
+    for i, row in enumerate(rows):
+        row["group"] = "test" if i >= 30 else "train"
+        if i >= 30:
+            row |= {"kind": f"only{i}", "text": f"жук {i}", "q": f"щука {i}"}
+    dataset = make(tmp_path, rows, split="column", split_column="group")
+    assert dataset.schema.doc["kind"].vocabulary == ("k0", "k1", "k2")
+    assert "ж" not in (tmp_path / "out/tokenizer/tokenizer.json").read_text()
+    assert {row["doc.kind"] for row in sample_rows(dataset, "test", 40)} == {"<out of vocabulary>"}
+
+
+def test_bad_rows_are_named_and_the_rest_is_whole(tmp_path: Path) -> None:
+    rows = records(50)
+    wrong: list[Record] = [{"text": ""}, {"text": None}, {"q": "  "}, {"relevance": float("nan")}, {"relevance": -1}]
+    for row in rows:
+        row["relevance"] = 1
+    for row, change in zip(rows, [*wrong, {"text": "x" * 5_000_000}], strict=False):
+        row |= change
+    dataset = make(tmp_path, rows, split="train", relevance_column="relevance")
+    found = [json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").open()]
+    assert [entry["row"] for entry in found] == [6, 3, 1, 2, 4, 5] or {e["row"] for e in found} == {1, 2, 3, 4, 5, 6}
+    assert dataset.num_rows("train") == 44
+    reasons = " ".join(entry["reason"] for entry in found)
+    for said in ("no document", "no query", "needs a finite number ≥ 0", "5000000 bytes"):
+        assert said in reasons
+
+
+def test_dedup_keeps_the_first_of_a_pair(tmp_path: Path) -> None:
+    assert make(tmp_path, records(30) * 2, split="train").num_rows("train") == 60
+    assert make(tmp_path, records(30) * 2, "once", split="train", dedup=True).num_rows("train") == 30
+
+
+def test_append_extends_catalogue_and_vocabularies_at_their_end(tmp_path: Path) -> None:
+    first = make(tmp_path, records(40), split="train")
+    more = [{"q": "new", "text": f"this is item {i}", "kind": "k9" if i > 18 else "k0"} for i in range(0, 30, 3)]
+    both = make(tmp_path, more, "more", to="out", append="more", split="train")
+    assert both.num_rows("train") == 50 and both.schema.doc["kind"].vocabulary == ("k0", "k1", "k2", "k9")
+    old = np.arange(first.catalogue.num_docs)
+    assert both.catalogue.keys(old) == first.catalogue.keys(old) and both.catalogue.num_docs > len(old)
+    assert both.doc_counts().sum() == 50
+
+
+def test_the_order_is_that_of_the_keys_whatever_the_number_of_buckets(tmp_path: Path) -> None:
+    keys = np.random.RandomState(0).randint(0, 2**63, 5000).astype(np.uint64) * np.uint64(2)
+    table = pa.table({"x": pa.array(np.arange(5000))})
+    orders = []
+    for buckets in (1, 2, 16):
+        (tmp_path / str(buckets)).mkdir()
+        spool = ShuffleSpool(tmp_path / str(buckets), table.schema, buckets)
+        for start in range(0, 5000, 700):
+            spool.add(table.slice(start, 700), keys[start : start + 700])
+        orders.append(np.concatenate([piece.column("x").to_numpy() for piece in spool.tables()]))
+    for order in orders:
+        np.testing.assert_array_equal(order, np.argsort(keys, kind="stable"))
+
+
+def test_shards_are_tars_that_stock_webdataset_reads(tiny_pairs: Any) -> None:
+    folder = tiny_pairs.dir / "partitions/base"
+    index = pa.ipc.open_file(str(folder / "train.index.arrow")).read_all()
+    samples = list(wds.WebDataset(str(folder / "train-000000.tar"), shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [f"{i:08d}" for i in range(index.num_rows)]
+    content = (folder / "train-000000.tar").read_bytes()
+    for sample, entry in zip(samples, index.to_pylist(), strict=True):
+        assert content[entry["offset"] : entry["offset"] + entry["size"]] == sample["arrow"]
+        block = pa.ipc.open_stream(sample["arrow"]).read_all()
+        assert block.num_rows == entry["rows"] and block.column_names == ["query_id", "doc", "relevance", "query"]
+    with tarfile.open(folder / "train-000000.tar") as tar:
+        assert {member.mtime for member in tar} == {0}
+
+
+def test_shards_roll_over_and_read_as_one(tiny_pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bigdssm.data.block_writer.SplitWriter.__init__.__defaults__", (3000,))
+    tables = PairTables((tiny_pairs.source / "pairs.jsonl",), relevance_column="relevance", split="train")
+    make_pairs(load_config(tiny_pairs.config).data, tables, Target(tmp_path / "out"))
+    dataset = Dataset.open(tmp_path / "out")
+    assert len(dataset.index("train").shards) > 2
+    assert sum(len(rows) for rows in dataset.iterate("train", 100)) == 1200
+
+
+def test_histories_and_empty_train_splits_are_refused(tmp_path: Path) -> None:
+    rows = [{**row, "split": "test"} for row in records(10)]
+    with pytest.raises(DataError, match="no row is left for the train split"):
+        make(tmp_path, rows, split="column", split_column="split")
+    with pytest.raises(ConfigError, match="--split time needs --time-column"):
+        make(tmp_path, rows, split="time")
+    history = DataConfig(dir="", query={"h": FeatureConfig("history", of="kind")}, doc=CONFIG.doc)
+    with pytest.raises(ConfigError, match="pairs have no histories"):
+        make_pairs(history, PairTables((tmp_path / "x.jsonl",)), Target(tmp_path / "out"))

@@ -1,0 +1,128 @@
+"""The command lines: what they print, refuse and leave behind, and what a killed run leaves to the next one."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from bigdssm.data import Dataset
+from bigdssm.data.dataset_writer import DatasetWriter
+
+ROOT = Path(__file__).parents[2]
+
+
+def tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pairs_command(tiny: Any, out: Path, *more: str) -> list[str]:
+    return [
+        "pairs",
+        "--config",
+        str(tiny.config),
+        "--pairs",
+        str(tiny.source / "pairs.jsonl"),
+        "--out",
+        str(out),
+        *more,
+    ]
+
+
+def test_interactions_from_the_command_line(tiny_interactions: Any, tmp_path: Path, capsys: Any) -> None:
+    main, source = tool("make_shards").main, tiny_interactions.source
+    tables = [f"--{name}={source / name}.csv" for name in ("interactions", "items", "users")]
+    command = ["interactions", "--config", str(tiny_interactions.config), f"data.dir={tmp_path / 'out'}", *tables]
+    assert main(command) == 0
+    assert Dataset.open(tmp_path / "out").fingerprint == Dataset.open(tiny_interactions.dir).fingerprint
+    said = capsys.readouterr().out
+    assert "60 validation, 60 test rows" in said and "40 documents" in said and "rows/s" in said
+    assert main(command) == 3
+    assert "error: " in (said := capsys.readouterr().err) and "use --overwrite" in said
+    assert (
+        main([*command, "--item-column", "itm_id"]) == 3
+        and main([*command, "--overwrite", "--time-column", "time"]) == 3
+    )
+    assert "has no column 'time'; did you mean 'timestamp'?" in capsys.readouterr().err
+    assert Dataset.open(tmp_path / "out").num_rows("test") == 60, "a failed --overwrite leaves what was there"
+    assert main([*command, "--overwrite", "--seed", "1"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"], "nothing is left beside it"
+
+
+def test_pairs_from_the_command_line(tiny_pairs: Any, tmp_path: Path, capsys: Any) -> None:
+    main = tool("make_shards").main
+    assert main(pairs_command(tiny_pairs, tmp_path / "out", "--doc-id-column", "doc_key", "data.lanes=2")) == 0
+    assert Dataset.open(tmp_path / "out").catalogue.keys([0])[0].startswith("d")
+    assert main(pairs_command(tiny_pairs, tmp_path / "o2", "data.lanse=2")) == 2
+    assert "lanse" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        main(pairs_command(tiny_pairs, tmp_path / "o2", "--no-such-option"))
+    assert caught.value.code == 2 and not (tmp_path / "o2").exists()
+
+
+def test_a_folder_that_is_no_dataset_is_left_alone(tiny_pairs: Any, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("x")
+    assert tool("make_shards").main(pairs_command(tiny_pairs, tmp_path / "mine", "--overwrite")) == 3
+    assert "holds no dataset; choose another --out" in capsys.readouterr().err
+    assert (tmp_path / "mine/thesis.txt").exists()
+
+
+def test_a_killed_run_leaves_no_dataset_and_the_next_one_clears_up(tiny_pairs: Any, tmp_path: Path) -> None:
+    code = (
+        "import sys, time, runpy, bigdssm.data.block_writer as b; b.SplitWriter.close = lambda self: time.sleep(60);"
+        f"sys.argv = {['make_shards', *pairs_command(tiny_pairs, tmp_path / 'out')]!r};"
+        f"runpy.run_path({str(ROOT / 'tools/make_shards.py')!r}, run_name='__main__')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    staging = tmp_path / ".out.making"
+    try:
+        while not list(staging.glob("partitions/base/*.tar")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        main = tool("make_shards").main
+        assert main(pairs_command(tiny_pairs, tmp_path / "out")) == 3, "two at once: the second is refused"
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert staging.exists() and not (tmp_path / "out").exists()
+    assert main(pairs_command(tiny_pairs, tmp_path / "out")) == 0
+    assert Dataset.open(tmp_path / "out").num_rows("train") and not staging.exists()
+
+
+@pytest.mark.parametrize("after", ["schema.json", "dataset.json"])
+def test_an_append_killed_at_any_rename_can_be_repeated(
+    tiny_pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
+    main, out = tool("make_shards").main, tmp_path / "out"
+    assert main(pairs_command(tiny_pairs, out)) == 0
+    new = tmp_path / "new.jsonl"
+    new.write_text('{"query": "amber", "text": "amber glass", "section": "new", "tags": ["t9"], "size": 3}\n' * 3)
+    append = ["pairs", "--config", str(tiny_pairs.config), "--pairs", str(new), "--out", str(out), "--split", "train"]
+    replace = os.replace
+
+    def killed(source: Any, target: Any) -> None:
+        if Path(target).name == after and Path(target).parent == out:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        patch.setattr(DatasetWriter, "__exit__", lambda self, *error: self._lock.close())
+        assert main([*append, "--append", "day2"]) == 130
+    assert main([*append, "--append", "day2"]) == 0
+    dataset = Dataset.open(out)
+    assert [p.name for p in dataset.partitions] == ["base", "day2"] and dataset.schema.doc["section"].vocabulary[
+        -1
+    ] == "new"
+    assert not (out / ".making").exists()

@@ -1,0 +1,188 @@
+"""Tables come in whole and numbered, whatever their format, and every line that cannot be read is named."""
+
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bigdssm.data.columns import RowCheck, feature_numbers, relevances, strings, times, value_lists
+from bigdssm.data.sources import SourceBatch, read_table
+from bigdssm.errors import DataError
+from bigdssm.schema import Feature
+
+ROWS = [{"id": f"{i:03d}", "title": f'a "{i}" b', "year": i} for i in range(5)]
+
+
+class Bad:
+    """Collects what is reported."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, str, bool]] = []
+
+    def __call__(self, file: str, row: int, reason: str, left_out: bool = True) -> None:
+        self.seen.append((row, reason, left_out))
+
+
+def read(path: Path, *columns: str, bad: Bad | None = None) -> tuple[list[dict[str, object]], list[int]]:
+    rows: list[dict[str, object]] = []
+    numbers: list[int] = []
+    for batch in read_table(path, columns, bad or Bad()):
+        rows += batch.table.to_pylist()
+        numbers += batch.rows.tolist()
+    return rows, numbers
+
+
+def written(folder: Path, suffix: str) -> Path:
+    path = folder / f"table{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(ROWS), path)
+        return path
+    if "jsonl" in suffix:
+        text = "".join(json.dumps(row) + "\n" for row in ROWS)
+    elif "csv" in suffix:
+        text = "id,title,year\n" + "".join(f'{r["id"]},"a ""{r["year"]}"" b",{r["year"]}\n' for r in ROWS)
+    else:
+        text = "id:token\ttitle:token_seq\tyear:float\n" + "".join(
+            f"{r['id']}\t{r['title']}\t{r['year']}\n" for r in ROWS
+        )
+    content = text.encode()
+    if suffix.endswith(".xz"):
+        content = lzma.compress(content)
+    elif suffix.endswith(".gz"):
+        content = gzip.compress(content)
+    elif suffix.endswith(".zst"):
+        content = pa.Codec("zstd").compress(content, asbytes=True)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    "suffix", [".csv", ".csv.xz", ".tsv", ".inter", ".tsv.gz", ".jsonl", ".jsonl.xz", ".jsonl.zst", ".parquet"]
+)
+def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
+    rows, numbers = read(written(tmp_path, suffix), "title", "id", "year")
+    assert [row["title"] for row in rows] == [row["title"] for row in ROWS]
+    assert [row["id"] for row in rows] == ["000", "001", "002", "003", "004"], "ids keep their leading zeros"
+    assert [str(row["year"]) for row in rows] == ["0", "1", "2", "3", "4"]
+    assert numbers == [1, 2, 3, 4, 5]
+
+
+def test_broken_lines_are_named_and_the_others_keep_their_numbers(tmp_path: Path) -> None:
+    table = tmp_path / "t.tsv"
+    table.write_bytes(b"a\tb\n1\t2\n3\n4\t\xff5\n6\t7\t8\n9\t10\n")
+    bad = Bad()
+    rows, numbers = read(table, "a", "b", bad=bad)
+    assert rows == [{"a": "1", "b": "2"}, {"a": "9", "b": "10"}] and numbers == [1, 5]
+    assert sorted(bad.seen) == [
+        (2, "has 1 fields, the header has 2", True),
+        (3, "invalid UTF-8 in column 'b'", True),
+        (4, "has 3 fields, the header has 2", True),
+    ]
+    lines = tmp_path / "t.jsonl"
+    lines.write_bytes(b'{"a": 1}\nnonsense\n[1]\n{"a": "\xff"}\n\n{"a": "x"}\n')
+    bad = Bad()
+    rows, numbers = read(lines, "a", bad=bad)
+    assert rows == [{"a": "1"}, {"a": "x"}] and numbers == [1, 6]
+    assert [row for row, _, _ in bad.seen] == [2, 3, 4]
+
+
+def test_row_numbers_stay_right_over_many_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bigdssm.data.sources.BYTES_PER_BATCH", 1000)
+    table = tmp_path / "t.csv"
+    broken = {7, 8, 500, 999}
+    table.write_text("a,b\n" + "".join(f"{i}\n" if i in broken else f"{i},x\n" for i in range(1, 1001)))
+    bad = Bad()
+    rows, numbers = read(table, "a", bad=bad)
+    assert [int(str(row["a"])) for row in rows] == numbers == [i for i in range(1, 1001) if i not in broken]
+    assert {row for row, _, _ in bad.seen} == broken
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", b"item,title\n1,x\n", "has no column 'items'; did you mean 'item'"),
+        ("t.jsonl", b'{"other": 1}\n', "has no column 'items'; it has 'other'"),
+        ("t.csv", b"", "is empty"),
+        ("t.csv", b"items\n", "no usable rows"),
+        ("t.csv", b"items,items\n1,2\n", "twice"),
+        ("t.xlsx", b"x", "unknown table format"),
+        ("t.parquet", b"not parquet", "is damaged or not what its name says"),
+        ("t.csv.xz", b"not xz", "is damaged or not what its name says"),
+        ("t.csv.gz", b"not gzip", "is damaged or not what its name says"),
+        ("t.csv.xz", lzma.compress(b"items\n" + b"1\n" * 9999)[:-20], "is damaged or not what its name says"),
+    ],
+)
+def test_structural_trouble_is_one_sentence_naming_the_file(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read(tmp_path / name, "items")
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no\.csv does not exist"):
+        read(tmp_path / "no.csv", "a")
+
+
+def check_of(values: list[object], bad: Bad) -> RowCheck:
+    return RowCheck(SourceBatch("f", pa.table({"x": pa.array(values)}), np.arange(len(values)) + 1), bad)
+
+
+def test_numbers_that_cannot_be_read_are_missing_and_reported_but_the_row_stays() -> None:
+    bad = Bad()
+    check = check_of(["1.5", "", "V", "nan", "inf", "-3", None, "1_0"], bad)
+    values = feature_numbers(check, Feature("x", "numeric", "x", log=True))
+    np.testing.assert_array_equal(values, [1.5, *[np.nan] * 7])
+    assert check.good.all() and {row for row, _, left_out in bad.seen if not left_out} == {3, 5, 6, 8}
+
+
+@pytest.mark.parametrize("values", [["1", "0", "-1", "x", "", "inf"], [1.0, 0.0, -1.0, None, float("nan"), 1e300]])
+def test_relevance_must_be_a_finite_number_not_negative(values: list[object]) -> None:
+    bad = Bad()
+    check = check_of(values, bad)
+    relevances(check, "x")
+    assert check.good.tolist() == [True, True, False, False, False, False]
+    assert [row for row, _, left_out in bad.seen if left_out] == [3, 4, 5, 6]
+
+
+def test_times_are_numbers_or_iso_8601() -> None:
+    bad = Bad()
+    check = check_of(
+        ["881250949", "1997-12-04T15:55:49", "1997-12-04T15:55:49Z", "1997-12-04T17:55:49+02:00", "?"], bad
+    )
+    assert times(check, "x")[:4].tolist() == [881250949.0] * 4
+    assert check.good.tolist() == [True] * 4 + [False] and "'?'" in bad.seen[0][1]
+
+
+def test_strings_of_whole_floats_are_integers_and_lists_are_refused() -> None:
+    assert strings(check_of([1.0, None, 3.0], Bad()), "x").to_pylist() == ["1", "", "3"]
+    assert strings(check_of([" a ", None], Bad()), "x").to_pylist() == ["a", ""]
+    with pytest.raises(DataError, match="multi: true"):
+        strings(check_of([["a"], ["b"]], Bad()), "x")
+
+
+@pytest.mark.parametrize(
+    ("values", "separator"),
+    [
+        (["a|b", None, "", "c||d "], "|"),
+        (["a  b", None, " ", "c d"], " "),
+        ([["a", "b"], None, [], ["c", "", "d"]], "|"),
+    ],
+)
+def test_multi_valued_cells_lose_their_empty_values(values: list[object], separator: str) -> None:
+    lists = value_lists(check_of(values, Bad()), "x", separator)
+    assert lists.to_pylist() == [["a", "b"], [], [], ["c", "d"]]
+
+
+def test_a_text_beyond_a_megabyte_fails_its_row() -> None:
+    bad = Bad()
+    check = check_of(["x" * 5_000_000, "y"], bad)
+    strings(check, "x")
+    assert check.good.tolist() == [False, True] and "5000000 bytes" in bad.seen[0][1]
