@@ -101,6 +101,7 @@ def test_damaged_files_cost_their_blocks_and_nothing_else(
     spoil(copy)
     rows, lines, stream = read(copy, tmp_path, num_workers=num_workers)
     assert len(rows) == STEPS
+    assert all((part.query_ids == part.row_ids * 10).all() for part in rows)  # the others keep their own values
     assert missing(rows) == [row for block in blocks for row in range(64 * block, 64 * block + 64)]
     assert sorted({(line["block"], line["row"]) for line in lines}) == [(block, None) for block in blocks]
     assert len(lines) == len(blocks)
