@@ -138,6 +138,7 @@ def test_bad_options_of_the_quickstart(checkout: Path) -> None:
     assert "--seed one" in the_error(run_script(checkout, "launch/quickstart.sh", "--seed", "one"))
     assert "no such file" in the_error(run_script(checkout, "launch/quickstart.sh", "--movielens", "nowhere"))
     assert "needs a value" in the_error(run_script(checkout, "launch/quickstart.sh", "--movielens"))
+    assert "cannot be changed" in the_error(run_script(checkout, "launch/quickstart.sh", "run.dir=runs/mine"))
 
 
 def test_an_up_to_date_environment_is_left_alone(checkout: Path) -> None:
