@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bigdssm import distributed
@@ -29,7 +29,7 @@ from bigdssm.log import get_logger
 
 logger = get_logger(__name__)
 
-MANIFEST, LATEST, ENGINE_TAG = "manifest.json", "latest", "deepspeed"
+MANIFEST, LATEST = "manifest.json", "latest"
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,30 @@ class Checkpoint:
 
     def rank_state(self, rank: int) -> dict[str, Tensor]:
         """Return what rank `rank` saved for itself."""
-        state: dict[str, Tensor] = torch.load(self.path / _rank_file(rank), weights_only=True)
-        return state
+        return load_file(self.path / _rank_file(rank))
+
+    def reader(self) -> TensorReader:
+        """Return what reads single tensors by name."""
+        return TensorReader(self.path)
+
+
+class TensorReader:
+    """Reads tensors by name out of all ranks' files, one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._files = [safe_open(file, "pt") for file in sorted(path.glob("tensors-*.safetensors"))]
+        self._file_of = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+    def __call__(self, name: str) -> Tensor:
+        """Return the tensor `name`, on the CPU. Raises CheckpointError where there is none."""
+        if name not in self._file_of:
+            raise CheckpointError(f"the checkpoint has no tensor {name!r}; it was written for another model")
+        tensor: Tensor = self._file_of[name].get_tensor(name)
+        return tensor
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return all weights, without the optimizer's moments."""
+        return {name: self(name) for name in self._file_of if "/" not in name}
 
 
 class CheckpointStore:
@@ -55,17 +77,19 @@ class CheckpointStore:
         self._keep = keep
 
     def save(
-        self, step: int, state: dict[str, Any], rank_state: dict[str, Tensor], write_engine: Callable[[Path], None]
+        self, step: int, state: dict[str, Any], rank_state: dict[str, Tensor], share: Callable[[], dict[str, Tensor]]
     ) -> Path:
-        """Write the checkpoint of `step` and drop the oldest; `write_engine(folder)` writes `folder`/deepspeed.
+        """Write the checkpoint of `step` and drop the oldest; `share()` returns this rank's share of the tensors.
 
         Raises CheckpointError on every rank where any rank cannot write; earlier checkpoints are untouched.
         """
         path = self.folder / _name(step)
         aside = self.folder / f".{_name(step)}.unfinished"
+        rank = distributed.rank()
         self._together(lambda: self._prepare(aside), "prepare")
-        self._together(lambda: write_engine(aside), "write")
-        self._together(lambda: torch.save(rank_state, aside / _rank_file(distributed.rank())), "write")
+        tensors = share()
+        self._together(lambda: save_file(tensors, aside / f"tensors-{rank:05d}.safetensors"), "write")
+        self._together(lambda: save_file(rank_state, aside / _rank_file(rank)), "write")
         self._together(lambda: self._publish(aside, path, step, state), "publish")
         return path
 
@@ -108,7 +132,7 @@ class CheckpointStore:
         error: BigDSSMError | None = None
         try:
             action()
-        except (OSError, RuntimeError) as problem:
+        except (OSError, RuntimeError, SafetensorError) as problem:
             reason = " ".join(str(problem).split())
             error = CheckpointError(
                 f"could not {verb} a checkpoint in {self.folder}: {reason}; the last good one stays"
@@ -138,17 +162,8 @@ def verify(path: Path) -> Checkpoint:
 
 
 def consolidated_state_dict(path: Path) -> dict[str, Tensor]:
-    """Return the whole float32 weights in the checkpoint folder `path`, from any ZeRO stage and world size.
-
-    Verified first, since DeepSpeed's files are pickles. Raises CheckpointError.
-    """
-    checkpoint = verify(path)
-    if checkpoint.state["zero_stage"] == 0:
-        file = checkpoint.path / ENGINE_TAG / "mp_rank_00_model_states.pt"
-        module: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=False)["module"]
-        return {name: tensor.float() for name, tensor in module.items()}
-    state: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.path), tag=ENGINE_TAG)
-    return {name: tensor.detach().clone() for name, tensor in state.items()}
+    """Return the whole float32 weights in the checkpoint folder `path`. Raises CheckpointError where it is damaged."""
+    return verify(path).reader().weights()
 
 
 def find(stage_dir: Path, which: str) -> Path:
@@ -166,7 +181,7 @@ def _name(step: int) -> str:
 
 
 def _rank_file(rank: int) -> str:
-    return f"rank-{rank:05d}.pt"
+    return f"rank-{rank:05d}.safetensors"
 
 
 def _checksum(path: Path) -> str:

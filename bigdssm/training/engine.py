@@ -1,4 +1,4 @@
-"""The DeepSpeed engine, built from the config alone; with `checkpoint.py` the only importer of deepspeed.
+"""The DeepSpeed engine, built from the config alone; with `portable.py` the only importer of deepspeed.
 
 Gradients come from vectors, not from a loss: `backward` takes the vectors that the towers gave and their gradients.
 """
@@ -9,10 +9,9 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, cast
 
 import deepspeed
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from bigdssm.config import EngineConfig, OptimizerConfig
 from bigdssm.errors import ConfigError
 from bigdssm.models import Encoded
+from bigdssm.training import portable
 from bigdssm.training.optimizer import build_optimizer
 
 COLLECTIVE_TIMEOUT_S = 1800
@@ -135,13 +135,13 @@ class Engine:
         """The model itself."""
         return cast(nn.Module, self.deepspeed.module)
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write this rank's part of a DeepSpeed checkpoint into `folder`/`tag`. A collective."""
-        self.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    def own_share(self) -> dict[str, Tensor]:
+        """Return this rank's share of the whole weights and moments, by name (see portable.py). A collective."""
+        return portable.own_share(portable.whole_tensors(self.deepspeed, self.zero_stage))
 
-    def load(self, folder: Path, tag: str) -> None:
-        """Read weights and optimizer state back. A collective; the files must have been verified: they are pickles."""
-        self.deepspeed.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
+    def restore(self, read: Callable[[str], Tensor], applied_steps: int) -> None:
+        """Set master weights and moments from `read(name)`; the model was given its weights before. A collective."""
+        portable.set_tensors(self.deepspeed, self.zero_stage, read, applied_steps)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all weights in float32 on the CPU, whole on every rank. A collective at ZeRO stage 3."""

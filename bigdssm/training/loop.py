@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bigdssm import distributed
-from bigdssm.checkpoint import ENGINE_TAG, Checkpoint, CheckpointStore
+from bigdssm.checkpoint import Checkpoint, CheckpointStore
 from bigdssm.config import StageConfig
 from bigdssm.data import Batch, PairStream
 from bigdssm.errors import DivergedError, Preempted
@@ -118,22 +118,26 @@ def save(stage: Stage) -> None:
     random = RandomState.now()
     rank_state = {"cpu": random.cpu} | ({"device": random.device} if random.device is not None else {})
     state = {
-        "zero_stage": stage.engine.zero_stage,
         "stream": stage.stream.state(),
         "progress": asdict(stage.progress),
     }
     with stage.health.timed("checkpoint"):
-        stage.store.save(stage.progress.step, state, rank_state, lambda path: stage.engine.save(path, ENGINE_TAG))
+        stage.store.save(stage.progress.step, state, rank_state, stage.engine.own_share)
 
 
 def restore(checkpoint: Checkpoint, engine: Engine, stream: PairStream) -> Progress:
-    """Return the progress of a verified checkpoint, with engine, stream and random state as they were. A collective."""
+    """Return the progress of a verified checkpoint, with engine, stream and random state as they were. A collective.
+
+    With another number of ranks than before the random states are new: dropout then draws other masks.
+    """
     stream.check_state(checkpoint.state["stream"])
-    engine.load(checkpoint.path, ENGINE_TAG)
-    rank_state = checkpoint.rank_state(distributed.rank())
-    RandomState(rank_state["cpu"], rank_state.get("device")).restore()
+    progress = Progress(**checkpoint.state["progress"])
+    engine.restore(checkpoint.reader(), progress.applied)
+    if checkpoint.world_size == distributed.world_size():
+        rank_state = checkpoint.rank_state(distributed.rank())
+        RandomState(rank_state["cpu"], rank_state.get("device")).restore()
     stream.step = checkpoint.state["stream"]["step"]
-    return Progress(**checkpoint.state["progress"])
+    return progress
 
 
 def _count(stage: Stage, batch: Batch, result: StepResult) -> None:

@@ -36,6 +36,8 @@ logger = get_logger(__name__)
 
 CONFIG_FILE = "config.yaml"
 MINED_FILE = "mined_negatives.npy"
+# What may change when a stage is resumed: it changes what is kept and said, not what is learned.
+WATCHING_KEYS = ("save_every_steps", "keep_checkpoints", "log_every_steps", "validate_every_steps", "patience")
 
 
 def check_stage(config: Config, name: StageName, world_size: int, resume: bool) -> Dataset:
@@ -109,6 +111,8 @@ def _assemble(
 ) -> Stage:  # fmt: skip
     stage_config, folder, dataset = config.stage(name), config.stage_dir(name), stream.dataset
     rows_per_rank = stage_config.rows_global // distributed.world_size()
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint.reader().weights())
     engine = Engine(model, config.engine, stage_config.optimizer, max(1, rows_per_rank))
     mined = _mined(engine, dataset, stage_config, folder / MINED_FILE)
     torch.manual_seed(config.run.seed * 1_000_003 + distributed.rank() + 1)  # dropout differs between ranks
@@ -210,6 +214,8 @@ def _check_folder(folder: Path, config: Config, name: StageName, resume: bool) -
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a stage folder: it has no {CONFIG_FILE}; choose another run.dir")
     before, now = yaml.safe_load(path.read_text(encoding="utf-8")), config.to_dict()
+    for key in WATCHING_KEYS:
+        before[name].pop(key, None), now[name].pop(key)
     difference = next(
         filter(None, (first_difference(before[key], now[key], key) for key in ("data", "model", name))), None
     )

@@ -124,3 +124,73 @@ def stop_after(rank: int, world_size: int, config: Path, run_dir: Path, override
         small_run.run(rank, world_size, config, run_dir, overrides, resume=run_dir.exists())
     finally:
         loop.train_step = original
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "stage_before", "stage_after"),
+    [(2, 1, 1, 1), (2, 3, 2, 2), (1, 2, 3, 3), (3, 2, 0, 0), (2, 3, 3, 1)],
+)
+def test_another_world_size_goes_on_with_the_same_state(
+    config: Path,
+    reference: Path,
+    tmp_path: Path,
+    pools: dict[int, Pool],
+    before: int,
+    after: int,
+    stage_before: int,
+    stage_after: int,
+) -> None:
+    """Every weight and moment is equal after the change, and the rest of the run is that of one never interrupted."""
+    saving = "pretrain.save_every_steps=6"
+    with pytest.raises(RankFailed, match="stopped for the test"):
+        stage = (saving, f"engine.zero_stage={stage_before}")
+        pools[before].run(stop_after, config, tmp_path, stage, 6)
+    checkpoints = tmp_path / "pretrain" / "checkpoints"
+    first = merged(checkpoints / "step-00000006")
+    stage = (saving, f"engine.zero_stage={stage_after}")
+    shares = pools[after].run(restored_share, config, tmp_path, stage)
+    second = {name: tensor for share, _ in shares for name, tensor in share.items()}
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert sum(name.startswith("exp_avg_sq/") for name in first) == len(first) // 3
+    expected = {("matrices", 6.0, 0.01), ("tables", 6.0, 0.0), ("rest", 6.0, 0.0)}
+    assert all(groups == expected for _, groups in shares)
+    pools[after].run(small_run.run, config, tmp_path, stage, "pretrain", True)
+    curve = {record["step"]: record["loss"] for record in small_run.records(tmp_path)}
+    for record in small_run.records(reference):
+        assert curve[record["step"]] == pytest.approx(record["loss"], rel=1e-5)
+    assert_same_weights(tmp_path, reference)
+
+
+def merged(checkpoint: Path) -> dict[str, torch.Tensor]:
+    files = sorted(checkpoint.glob("tensors-*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def restored_share(
+    rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...]
+) -> tuple[dict[str, torch.Tensor], set[tuple[str, float, float]]]:
+    """Resume, take no step, and return what this rank would save, and (group, Adam's step, decay) of its states."""
+    from bigdssm.training import stages
+    from bigdssm.training.portable import base_optimizer
+
+    found = {}
+    original = stages.train
+
+    def look(stage: object) -> object:
+        engine = stage.engine  # type: ignore[attr-defined]
+        found["share"] = engine.own_share()
+        optimizer = base_optimizer(engine.deepspeed, engine.zero_stage)
+        names = [group["name"] for group in optimizer.param_groups]
+        decays = [group["weight_decay"] for group in optimizer.param_groups]
+        steps = {float(state["step"]) for state in optimizer.state.values()}
+        assert len(steps) == 1
+        found["groups"] = {(name, steps.copy().pop(), decay) for name, decay in zip(names, decays, strict=True)}
+        return stage.progress  # type: ignore[attr-defined]
+
+    stages.train = look  # type: ignore[assignment]
+    try:
+        small_run.run(rank, world_size, config, run_dir, overrides, resume=True)
+    finally:
+        stages.train = original
+    return found["share"], found["groups"]

@@ -12,16 +12,15 @@ from bigdssm.checkpoint import CheckpointStore, find, verify
 from bigdssm.errors import CheckpointError
 
 
-def write_engine(path: Path) -> None:
-    (path / "deepspeed").mkdir()
-    (path / "deepspeed" / "weights.pt").write_bytes(bytes(range(256)) * 8)
+def share() -> dict[str, torch.Tensor]:
+    return {"layer.weight": torch.arange(512.0), "exp_avg/layer.weight": torch.ones(512)}
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> CheckpointStore:
     store = CheckpointStore(tmp_path / "checkpoints", keep=2)
     for step in (5, 10, 15):
-        store.save(step, {"step": step}, {"cpu": torch.arange(4)}, write_engine)
+        store.save(step, {"step": step}, {"cpu": torch.arange(4)}, share)
     return store
 
 
@@ -32,6 +31,10 @@ def test_the_newest_two_are_kept_and_read_back(store: CheckpointStore) -> None:
     newest = store.newest_good()
     assert newest is not None and newest.step == 15 and newest.state == {"step": 15}
     assert torch.equal(newest.rank_state(0)["cpu"], torch.arange(4))
+    assert torch.equal(newest.reader()("exp_avg/layer.weight"), torch.ones(512))
+    assert list(newest.reader().weights()) == ["layer.weight"]
+    with pytest.raises(CheckpointError, match="no tensor 'other'"):
+        newest.reader()("other")
 
 
 def flip(path: Path) -> None:
@@ -43,9 +46,9 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda step: flip(step / "deepspeed" / "weights.pt"), "weights.pt is damaged"),
-        (lambda step: (step / "deepspeed" / "weights.pt").unlink(), "weights.pt is missing"),
-        (lambda step: (step / "rank-00000.pt").write_bytes(b"short"), "has 5 bytes"),
+        (lambda step: flip(step / "tensors-00000.safetensors"), "tensors-00000.safetensors is damaged"),
+        (lambda step: (step / "tensors-00000.safetensors").unlink(), "tensors-00000.safetensors is missing"),
+        (lambda step: (step / "rank-00000.safetensors").write_bytes(b"short"), "has 5 bytes"),
         (lambda step: (step / "manifest.json").unlink(), "never finished"),
         (lambda step: (step / "manifest.json").write_text("{"), "manifest.json is damaged"),
     ],
@@ -68,16 +71,17 @@ def test_latest_is_never_needed(store: CheckpointStore) -> None:
     assert newest is not None and newest.step == 15
 
 
-def test_a_failed_save_leaves_what_was_there(store: CheckpointStore) -> None:
-    def full_disk(path: Path) -> None:
-        write_engine(path)
+def test_a_failed_save_leaves_what_was_there(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(CheckpointError, match="No space left on device"):
-        store.save(20, {"step": 20}, {}, full_disk)
+    with monkeypatch.context() as patch:
+        patch.setattr("bigdssm.checkpoint.save_file", full_disk)
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            store.save(20, {"step": 20}, {}, share)
     newest = store.newest_good()
     assert newest is not None and newest.step == 15
-    store.save(20, {"step": 20}, {}, write_engine)
+    store.save(20, {"step": 20}, {}, share)
     assert not list(store.folder.glob(".*"))
 
 
