@@ -91,6 +91,7 @@ class ShuffleSpool:
             whole = whole.drop_columns([KEY])
             for start in range(0, len(order), ROWS_PER_BATCH):
                 yield whole.take(pa.array(order[start : start + ROWS_PER_BATCH]))
+            del whole, pieces, order  # before the next bucket is read, not after: memory holds one
 
     def unordered(self) -> Iterator[pa.Table]:
         """Yield the rows bucket by bucket, unsorted within; each bucket is a random sample of all rows."""
