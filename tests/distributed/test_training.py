@@ -194,3 +194,82 @@ def restored_share(
     finally:
         stages.train = original
     return found["share"], found["groups"]
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
+    config: Path, tmp_path: Path, pools: dict[int, Pool]
+) -> None:
+    finals = pools[2].run(with_a_nan, config, tmp_path, 3)
+    records = small_run.records(tmp_path)
+    assert [(record["step"], record["skipped"]) for record in records] == [
+        *((step, 0) for step in (1, 2, 3)),  # the record of the skipped step 4 has no loss
+        *((step, 1) for step in range(5, 13)),
+    ]
+    assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
+    assert all(tensor.isfinite().all() for tensor in finals[0].values())
+
+
+def with_a_nan(rank: int, world_size: int, config: Path, run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """Run with a NaN in rank 1's loss at one step; return the rank's final weights."""
+    from bigdssm.training import stages
+    from bigdssm.training.loop import Stage
+    from bigdssm.training.objective import Objective
+
+    found = {}
+    call, train = Objective.__call__, stages.train
+
+    def spoiled(self: Objective, encoded: object, batch: object) -> object:
+        output = call(self, encoded, batch)  # type: ignore[arg-type]
+        if rank == 1 and batch.step == step:  # type: ignore[attr-defined]
+            return type(output)(output.loss * float("nan"), output.stats)
+        return output
+
+    def keep(stage: Stage) -> object:
+        progress = train(stage)
+        found.update(stage.engine.state_dict())
+        return progress
+
+    Objective.__call__, stages.train = spoiled, keep  # type: ignore[method-assign,assignment]
+    try:
+        small_run.run(rank, world_size, config, run_dir)
+    finally:
+        Objective.__call__, stages.train = call, train  # type: ignore[method-assign]
+    return found
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_run_that_diverges_stops_on_all_ranks(
+    config: Path, tmp_path: Path, pools: dict[int, Pool], zero_stage: int
+) -> None:
+    exploding = ("pretrain.optimizer.lr=1e30", "pretrain.optimizer.warmup_steps=0", f"engine.zero_stage={zero_stage}")
+    with pytest.raises(RankFailed, match="5 steps in a row had no finite loss") as caught:
+        pools[2].run(small_run.run, config, tmp_path, exploding)
+    assert str(caught.value).count("DivergedError") >= 2
+
+
+def test_a_run_told_to_stop_saves_on_all_ranks_first(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
+    with pytest.raises(RankFailed, match="stopped on request after step 4, saved") as caught:
+        pools[2].run(with_a_signal, config, tmp_path, 3)
+    assert str(caught.value).count("Preempted") >= 2
+    assert [path.name for path in (tmp_path / "pretrain" / "checkpoints").glob("step-*")] == ["step-00000004"]
+
+
+def with_a_signal(rank: int, world_size: int, config: Path, run_dir: Path, step: int) -> None:
+    """Run, with a SIGTERM to rank 1 in the middle of a step."""
+    import os
+    import signal
+
+    from bigdssm.training import loop
+
+    original = loop.train_step
+
+    def signalled(*args: object) -> object:
+        if rank == 1 and args[1].step == step:  # type: ignore[attr-defined]
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)  # type: ignore[arg-type]
+
+    loop.train_step = signalled  # type: ignore[assignment]
+    try:
+        small_run.run(rank, world_size, config, run_dir)
+    finally:
+        loop.train_step = original

@@ -1,0 +1,79 @@
+"""What is refused before ranks depend on each other: one sentence, nothing written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bigdssm.config import Config, load_config
+from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
+from bigdssm.training.stages import check_stage
+from tests.distributed import small_run
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_run.write_dataset(tmp_path_factory.mktemp("stages"))
+
+
+@pytest.fixture
+def config(path: Path, tmp_path: Path) -> Config:
+    return load_config(path, [f"run.dir={tmp_path / 'run'}"])
+
+
+def refused(config: Config, error: type[BigDSSMError], words: str, *, ranks: int = 1, stage: str = "pretrain") -> None:
+    before = sorted(Path(config.run.dir).rglob("*"))
+    with pytest.raises(error, match=words) as caught:
+        check_stage(config, stage, ranks, False)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    assert sorted(Path(config.run.dir).rglob("*")) == before
+
+
+def test_a_good_config_passes(config: Config) -> None:
+    assert check_stage(config, "pretrain", 2, False).num_rows("validation") == small_run.NUM_USERS
+
+
+def test_more_ranks_than_lanes(config: Config) -> None:
+    refused(config, ConfigError, r"7 ranks, but data\.lanes=6", ranks=7)
+
+
+def test_a_missing_dataset(config: Config, tmp_path: Path) -> None:
+    refused(replace(config, data=replace(config.data, dir=str(tmp_path))), DataError, "no dataset")
+
+
+def test_a_dataset_of_another_schema(config: Config) -> None:
+    query = {**config.data.query, "history": replace(config.data.query["history"], max_items=9)}
+    refused(replace(config, data=replace(config.data, query=query)), ConfigError, "max_items")
+
+
+def test_an_unknown_tracker(config: Config) -> None:
+    refused(replace(config, run=replace(config.run, trackers=("tensorbord",))), ConfigError, "tensorbord")
+
+
+def test_fine_tuning_without_a_pretraining(config: Config) -> None:
+    refused(config, ConfigError, r"does not exist; run launch/pretrain\.py", stage="sft")
+
+
+def test_a_folder_that_is_in_use(config: Config) -> None:
+    folder = config.stage_dir("pretrain")
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    refused(config, CheckpointError, "not empty")
+    with pytest.raises(CheckpointError, match=r"no config\.yaml"):
+        check_stage(config, "pretrain", 1, True)
+
+
+def test_resuming_with_another_config_names_the_key(config: Config) -> None:
+    import yaml
+
+    folder = config.stage_dir("pretrain")
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    check_stage(config, "pretrain", 1, True)
+    stage = replace(config.pretrain, save_every_steps=77)
+    check_stage(replace(config, pretrain=stage), "pretrain", 1, True)
+    stage = replace(config.pretrain, optimizer=replace(config.pretrain.optimizer, lr=0.5))
+    with pytest.raises(ConfigError, match=r"pretrain\.optimizer\.lr was 0\.01, is 0\.5"):
+        check_stage(replace(config, pretrain=stage), "pretrain", 1, True)
