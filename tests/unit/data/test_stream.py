@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -202,3 +203,17 @@ def test_a_killed_worker_stops_the_stream(interactions: Path) -> None:
         for _ in range(100):
             next(stream)
     stream.close()
+
+
+def test_memory_is_bounded_by_lanes_and_window_not_by_the_dataset(tmp_path: Path, tools) -> None:
+    writer = tools.Writer(tmp_path / "data", rows=40_000, rows_per_block=100, interactions=False, text=True)
+    dataset = Dataset.open(writer.write())
+    stream = PairStream(dataset, rows_global=64, lanes=2, window_blocks=4)
+    bytes_per_row = sum(column.nbytes for column in writer.columns(0, 1000, 0).values()) / 1000
+    held = 2 * 4 * 100 * bytes_per_row
+    before, most = pa.total_allocated_bytes(), 0
+    for rows in islice(stream, stream.steps_per_epoch):
+        most = max(most, pa.total_allocated_bytes() - before)
+        assert len(rows) == 64
+    assert held / 2 < most < 2 * held
+    assert most < 0.05 * 40_000 * bytes_per_row
