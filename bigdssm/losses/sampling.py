@@ -110,15 +110,16 @@ class StreamingFrequency:
             last = self.last_seen[hash_index, bucket]
             new = (self.step - last).double()
             old = self.gap[hash_index, bucket]
-            # the first appearance sets the estimate; Algorithm 2's moving average starts there
-            self.gap[hash_index, bucket] = torch.where(last == 0, new, (1 - self.rate) * old + self.rate * new)
+            # the first gap starts the moving average (Algorithm 2 starts it at 0, which takes 1 / rate gaps to forget)
+            moved = torch.where(old == 0, new, (1 - self.rate) * old + self.rate * new)
+            self.gap[hash_index, bucket] = torch.where(last == 0, 0.0, moved)
             self.last_seen[hash_index, bucket] = self.step
 
     def log_expected(self, doc_ids: Tensor) -> Tensor:
         """Return log c float64 [n]: the log of the estimated probability that a step holds the document."""
         gaps = [self.gap[index, self._bucket(doc_ids.cpu(), index)] for index in range(self.num_hashes)]
         longest = torch.stack(gaps).amax(0)
-        # never seen: as if once in all steps so far
+        # not seen twice: as if once in all steps so far
         longest = torch.where(longest == 0, float(max(1, self.step)), longest)
         return -longest.log().to(doc_ids.device)
 

@@ -1,0 +1,163 @@
+"""The sampling correction: what it estimates, and how far each kind is from the full softmax's gradient."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from bigdssm.losses import (
+    LossInputError,
+    StreamingFrequency,
+    apply_sampling,
+    fps_loss,
+    log_expected_from_counts,
+    norm_penalty,
+    ranking_loss,
+    relevance_weight,
+    sample_uniform,
+    scored_loss,
+)
+
+ITEMS, BATCH, D = 10_000, 256, 8
+TASTE = 2.0  # how much more than the scores the queries' own taste decides
+
+
+@pytest.fixture(scope="module")
+def world() -> dict[str, Tensor]:
+    """10,000 items with Zipf popularity, and queries."""
+    generator = torch.Generator().manual_seed(0)
+    popularity = 1.0 / torch.arange(1, ITEMS + 1, dtype=torch.float64)
+    items = torch.randn(ITEMS, D, generator=generator, dtype=torch.float64) / math.sqrt(D)
+    queries = torch.randn(500, D, generator=generator, dtype=torch.float64)
+    drawn = torch.softmax(TASTE * queries @ items.T + popularity.log(), 1)
+    return {"items": items, "queries": queries, "drawn": drawn}
+
+
+def gradient_bias(
+    world: dict[str, Tensor], sampling: str, gamma: float, num_uniform: int = 0, batches: int = 12
+) -> float:
+    """Return |mean gradient of a linear document tower − the full softmax's| / |the full softmax's|.
+
+    Positives are drawn from p(d|q), which the scores fit only in part.
+    """
+    generator = torch.Generator().manual_seed(1)
+    items, drawn = world["items"], world["drawn"]
+    log_expected = log_expected_from_counts(drawn.mean(0) * 1e9, torch.arange(ITEMS), BATCH, num_uniform)
+    total, right = torch.zeros(D, D, dtype=torch.float64), torch.zeros(D, D, dtype=torch.float64)
+    for _ in range(batches):
+        rows = torch.randint(len(drawn), (BATCH,), generator=generator)
+        U = world["queries"][rows]
+        S = U @ items.T
+        docs = torch.multinomial(drawn[rows], 1, generator=generator)[:, 0]
+        columns = torch.cat([docs, sample_uniform(num_uniform, ITEMS, generator)])
+        W = items[columns].requires_grad_()
+        biases = apply_sampling(sampling, log_expected[columns], gamma=gamma)  # type: ignore[arg-type]
+        fps_loss(U, W, alpha=1.0, beta=biases.beta, neg_bias=biases.neg_bias, doc_ids=columns).loss.backward()
+        assert W.grad is not None
+        total += W.grad.T @ items[columns]
+        p = torch.softmax(S, 1)
+        p[torch.arange(BATCH), docs] -= 1
+        right += (p.T @ U).T @ items / BATCH
+    return float((total - right).norm() / right.norm())
+
+
+def test_each_correction_brings_the_gradient_nearer_to_the_full_softmax(world: dict[str, Tensor]) -> None:
+    none, classic, corrected = (gradient_bias(world, s, 1.0) for s in ("none", "classic", "corrected"))
+    half = gradient_bias(world, "corrected", 0.5)
+    assert corrected < classic < none
+    assert corrected < half < none
+
+
+def test_uniform_negatives_with_the_mixtures_counts_are_nearer_still(world: dict[str, Tensor]) -> None:
+    assert gradient_bias(world, "corrected", 1.0, num_uniform=2048) < gradient_bias(world, "corrected", 1.0)
+
+
+def test_strength_zero_and_none_change_nothing() -> None:
+    log_expected = torch.tensor([-1.0, -2.0])
+    for biases in (apply_sampling("none", log_expected), apply_sampling("classic", log_expected, gamma=0.0)):
+        assert biases.beta is None and biases.neg_bias is None
+
+
+def test_corrections_add_to_what_is_there() -> None:
+    log_expected, own = torch.tensor([-1.0, -2.0]), torch.tensor([5.0, 7.0])
+    assert apply_sampling("classic", log_expected, gamma=0.5, beta=own).beta.tolist() == [5.5, 8.0]
+    assert apply_sampling("corrected", log_expected, neg_bias=own).neg_bias.tolist() == [6.0, 9.0]
+    with pytest.raises(LossInputError, match="sampling must be one of"):
+        apply_sampling("yes", log_expected)  # type: ignore[arg-type]
+
+
+def test_expected_columns_from_counts() -> None:
+    counts = torch.tensor([6, 3, 0])
+    expected = log_expected_from_counts(counts, torch.tensor([0, 2]), num_columns=100, num_uniform=30).exp()
+    torch.testing.assert_close(expected, torch.tensor([60.0 + 10, 10 + 10], dtype=torch.float64))
+
+
+def test_streaming_estimate_follows_the_stream() -> None:
+    """Documents of period 1, 4 and 16 steps, among thousands that come once."""
+    estimate = StreamingFrequency(num_buckets=1 << 16, rate=0.05)
+    for step in range(400):
+        ids = [10] + [20] * (step % 4 == 0) + [30] * (step % 16 == 0) + list(range(1000 + 5 * step, 1005 + 5 * step))
+        estimate.update(torch.tensor(ids))
+    found = estimate.log_expected(torch.tensor([10, 20, 30])).exp()
+    torch.testing.assert_close(found, torch.tensor([1.0, 1 / 4, 1 / 16], dtype=torch.float64), rtol=0.02, atol=0)
+
+
+def test_several_hashes_see_through_collisions() -> None:
+    """Collisions make a document look more frequent than it is, with more hashes less so."""
+    errors = []
+    for num_hashes in (1, 8):
+        estimate = StreamingFrequency(num_buckets=2000, num_hashes=num_hashes, rate=0.2)
+        for step in range(2000):
+            estimate.update(torch.tensor([step % 500]))
+        errors.append(float((estimate.log_expected(torch.arange(500)) + math.log(500)).abs().mean()))
+    assert errors[1] < 0.1 * errors[0]
+
+
+def test_streaming_state_goes_through_a_checkpoint() -> None:
+    first, second = StreamingFrequency(1000), StreamingFrequency(1000)
+    batches = [torch.randint(300, (20,), generator=torch.Generator().manual_seed(k)) for k in range(20)]
+    for ids in batches[:10]:
+        first.update(ids)
+    second.load_state_dict(first.state_dict())
+    for ids in batches[10:]:
+        first.update(ids)
+        second.update(ids)
+    everything = torch.arange(300)
+    assert torch.equal(first.log_expected(everything), second.log_expected(everything))
+    with pytest.raises(LossInputError, match="the checkpoint's estimator"):
+        StreamingFrequency(999).load_state_dict(first.state_dict())
+
+
+def test_relevance_weights() -> None:
+    relevance = torch.tensor([0.0, 0.5, 3.0])
+    assert relevance_weight(relevance, "indicator").tolist() == [0.0, 1.0, 1.0]
+    assert relevance_weight(relevance, "relevance").tolist() == [0.0, 0.5, 3.0]
+    for bad in (-1.0, math.nan):
+        with pytest.raises(LossInputError, match="relevance holds NaN"):
+            relevance_weight(torch.tensor([1.0, bad]), "relevance")
+
+
+def test_norm_penalty_is_the_mean_squared_norm() -> None:
+    assert float(norm_penalty(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))) == 12.5
+
+
+@pytest.mark.parametrize("name", ["softmax", "pair_ce", "triplet", "sigmoid"])
+def test_losses_on_scores_equal_those_on_vectors(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    U, W = (torch.randn(rows, 4, generator=generator, dtype=torch.float64) for rows in (5, 9))
+    negatives = torch.randint(5, 9, (5, 3), generator=generator)
+    negatives[0, 1] = -1
+    positive_scores = (2.0 * (U * W[:5]).sum(1)).requires_grad_()
+    scores = torch.einsum("md,mkd->mk", 2.0 * U, W[negatives]).masked_fill(negatives < 0, -math.inf).requires_grad_()
+    U.requires_grad_()
+    loss = scored_loss(name, positive_scores, scores)  # type: ignore[arg-type]
+    right = ranking_loss(name, U, W, alpha=2.0, negatives=negatives).loss  # type: ignore[arg-type]
+    assert float(loss) == pytest.approx(float(right), rel=1e-12)
+    loss.backward()
+    right.backward()
+    assert positive_scores.grad is not None and scores.grad is not None and U.grad is not None
+    by_scores = 2.0 * (positive_scores.grad[:, None] * W[:5] + torch.einsum("mk,mkd->md", scores.grad, W[negatives]))
+    torch.testing.assert_close(U.grad, by_scores)
