@@ -47,9 +47,15 @@ out=runs/quickstart
 
 # Prints a command as it can be typed again, then runs it.
 run() {
-    local status=0
+    local status=0 word
     printf '\n\033[1m$'
-    printf ' %q' "$@"
+    for word in "$@"; do
+        case $word in
+        *\'*) printf ' %q' "$word" ;;
+        '' | *[!A-Za-z0-9_./:,=+-]*) printf " '%s'" "$word" ;;
+        *) printf ' %s' "$word" ;;
+        esac
+    done
     printf '\033[0m\n'
     "$@" || status=$?
     [ $status = 0 ] || die "the command above ended with exit code $status; everything before it is kept in $out"
