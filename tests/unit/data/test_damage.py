@@ -239,6 +239,20 @@ def test_no_flipped_byte_of_a_block_crashes_the_reader(position: int, tools, tmp
     assert batch.schema.names == list(layout.types)
 
 
+@pytest.mark.parametrize("value", [-4, 3, 1 << 30])
+def test_list_offsets_that_point_elsewhere_are_refused(value: int, tools, tmp_path: Path) -> None:
+    writer = tools.Writer(tmp_path / "data", text=True, interactions=False)
+    layout = Dataset.open(writer.write()).layout
+    columns = writer.columns(0, 64, 0)
+    content = tools.block_bytes(columns, compression=None)
+    offsets = columns["words"].offsets.to_numpy()
+    spoilt = offsets.copy()
+    spoilt[40] = value
+    assert content.count(offsets.tobytes()) == 1
+    with pytest.raises((pa.ArrowInvalid, ValueError)):
+        blocks_module.decode(content.replace(offsets.tobytes(), spoilt.tobytes()), layout)
+
+
 def test_past_the_limit_the_stream_stops(copy: Path, tmp_path: Path) -> None:
     flip_payload(copy)  # 64 of 1,000 rows
     arguments = {"rows_global": 40, "lanes": LANES, "quarantine": tmp_path / "q.jsonl"}  # 25 steps are an epoch
