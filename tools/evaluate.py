@@ -42,7 +42,7 @@ def main() -> None:
     console = Console()
     console.print(table([model, *others], f"{args.split}, {dataset.num_rows(args.split)} rows"))
     for line in differences(pairs):
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if args.out is not None:
         save_comparison(args.out, dataset, args.split, [model, *others], pairs)
 

@@ -47,7 +47,7 @@ def main() -> None:
     strongest = baselines[-1]
     pairs = [(model, strongest) for model in models] + [(b, a) for a, b in combinations(models, 2)]
     for line in differences(pairs):
-        console.print(f"  {line}", highlight=False, markup=False)
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, as_json([*baselines, *models]))
 

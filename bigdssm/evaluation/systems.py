@@ -47,7 +47,8 @@ def baseline_systems(dataset: Dataset, split: str) -> list[System]:
 
 def table(systems: Sequence[System], title: str) -> Table:
     """Return the systems as a rich table: metrics ± standard error, and seconds."""
-    drawn = Table(title=title, box=SIMPLE)
+    # Narrow enough for 80 columns, which is what rich takes where there is no terminal.
+    drawn = Table(title=title, box=SIMPLE, show_edge=False, pad_edge=False, collapse_padding=True)
     drawn.add_column("system", no_wrap=True)
     for label in (*SHOWN.values(), "seconds"):
         drawn.add_column(label, justify="right", no_wrap=True)
