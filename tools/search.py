@@ -72,7 +72,8 @@ def show(dataset: Dataset, query: Query, scores: np.ndarray, rows: np.ndarray) -
     if len(query.seen):
         newest = dataset.catalogue.display(query.seen[-5:])
         more = f" and {len(query.seen) - 5} earlier" if len(query.seen) > 5 else ""
-        console.print(f"history, newest first: {'; '.join(reversed(newest))}{more}", highlight=False, markup=False, soft_wrap=True)
+        line = f"history, newest first: {'; '.join(reversed(newest))}{more}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     table = Table()
     for column in ("rank", "score"):
         table.add_column(column, justify="right")
