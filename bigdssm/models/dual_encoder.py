@@ -21,7 +21,7 @@ ALPHA_MAX = 100.0
 
 
 class Encoded(NamedTuple):
-    """What one forward returns; the sides that were not asked for are None. A tuple, so that ZeRO-3 finds the tensors."""
+    """What one forward returns; a side not asked for is None. A tuple: ZeRO-3 looks for tensors in tuples only."""
 
     U: Tensor | None  # [m, D]
     W: Tensor | None  # [n, D]

@@ -12,6 +12,7 @@ from torch import Tensor
 from bigdssm import distributed
 from bigdssm.config import LossConfig
 from bigdssm.data import Batch, Collator, Dataset, PairStream, Rows
+from bigdssm.losses import sample_uniform
 from bigdssm.retrieval.mine import choose_negatives
 
 
@@ -50,9 +51,10 @@ class Batches:
         """Return this rank's share of the step's uniform draws, which do not depend on the number of ranks."""
         if self._loss.uniform_negatives == 0:
             return None
-        random = np.random.RandomState([self._seed, step % 2**32])  # its stream is frozen across numpy versions
-        draws = random.randint(0, self._dataset.catalogue.num_docs, self._loss.uniform_negatives)
-        return draws[distributed.rank() :: distributed.world_size()].astype(np.int64)
+        generator = torch.Generator().manual_seed((self._seed << 40) + step)
+        draws = sample_uniform(self._loss.uniform_negatives, self._dataset.catalogue.num_docs, generator).numpy()
+        share: np.ndarray = draws[distributed.rank() :: distributed.world_size()]
+        return share
 
 
 def seen_pairs(rows: Rows, dataset: Dataset) -> Tensor:

@@ -46,7 +46,9 @@ CONFIG: dict[str, Any] = {
             "residual": "history", "mlp": [], "embedding_dim": 4, "numeric_dim": 4,
             "history": {"dropout": 0.0, "item_dropout": 0.0},
         },
-        "doc": {"residual": "item_id", "mlp": [16], "embedding_dim": 16, "text": {"layers": 1, "hidden": 16, "heads": 2}},
+        "doc": {
+            "residual": "item_id", "mlp": [16], "embedding_dim": 16, "text": {"layers": 1, "hidden": 16, "heads": 2},
+        },
     },
     "pretrain": {
         "rows_global": 96,

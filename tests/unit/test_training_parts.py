@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +12,6 @@ from torch import nn
 from bigdssm.config import OptimizerConfig
 from bigdssm.training import chunks
 from bigdssm.training.chunks import RandomState
-from bigdssm.training.objective import expected_columns
 from bigdssm.training.optimizer import parameter_groups, schedule_factor
 from bigdssm.training.row_log import RowLog
 
@@ -96,9 +94,3 @@ def test_the_row_log_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "row_ids-00000.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert lines[2]["row_ids"] == [7]
-
-
-def test_expected_columns_are_the_mixture() -> None:
-    expected = expected_columns(np.array([6, 2, 0]), rows_global=90, uniform_negatives=30)
-    np.testing.assert_allclose(expected, [90 * 6 / 9 + 10, 90 * 2 / 9 + 10, 90 * 1 / 9 + 10])
-    assert expected.sum() == pytest.approx(120)
