@@ -59,6 +59,7 @@ class DataConfig:
     lanes: int = 8  # fixed order lanes; divides rows_global, at least the world size
     num_workers: int = 1  # loader processes per rank
     max_bad_fraction: float = 0.001  # of the rows met; past it the run stops
+    from_partition: str | None = None  # train on the dataset's partitions from this one on; none: on all of them
 
 
 @dataclass(frozen=True)

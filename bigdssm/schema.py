@@ -105,6 +105,23 @@ class Schema:
         """Return a hash of everything in the schema."""
         return hashlib.sha256(json.dumps(self._to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
+    def vocabulary_sizes(self) -> dict[str, dict[str, int]]:
+        """Return the length of every vocabulary, by side and feature name."""
+        sides = {"query": self.query, "doc": self.doc}
+        return {
+            side: {name: len(feature.vocabulary) for name, feature in features.items() if feature.vocabulary}
+            for side, features in sides.items()
+        }
+
+    def cut(self, sizes: dict[str, dict[str, int]]) -> Schema:
+        """Return the schema with every vocabulary cut to the first so many values (0 where `sizes` has no entry)."""
+
+        def side(name: str, features: dict[str, Feature]) -> dict[str, Feature]:
+            sized = sizes.get(name, {})
+            return {n: replace(f, vocabulary=f.vocabulary[: sized.get(n, 0)]) for n, f in features.items()}
+
+        return replace(self, query=side("query", self.query), doc=side("doc", self.doc))
+
     def difference(self, other: Schema) -> str | None:
         """Return a phrase that names the first difference from `other` (declaration, not vocabulary), or None."""
         for side in ("query", "doc"):

@@ -76,8 +76,8 @@ class Dataset:
         self._indexes: dict[str, SplitIndex] = {}
 
     @classmethod
-    def open(cls, folder: str | Path, partitions: Sequence[str] | None = None) -> Dataset:
-        """Return the dataset in `folder`, or only some of its partitions.
+    def open(cls, folder: str | Path, partitions: Sequence[str] | None = None, *, first: str | None = None) -> Dataset:
+        """Return the dataset in `folder`, or only some of its partitions, or only those from `first` on.
 
         Raises DataError: no dataset there, of another format, damaged metadata, or a file missing (shards aside: a
         missing shard is damage, which readers count and leave out).
@@ -89,18 +89,15 @@ class Dataset:
         schema = Schema.load(folder)
         if content["schema"] != schema.fingerprint():
             raise DataError(f"{folder}/schema.json is not the one that dataset.json was written with; copy both again")
-        names = list(content["partitions"]) if partitions is None else list(partitions)
-        if unknown := [name for name in names if name not in content["partitions"]]:
-            raise DataError(f"{folder} has no partition {unknown[0]!r}, only {content['partitions']}")
+        known = list(content["partitions"])
+        names = known if partitions is None else list(partitions)
+        if unknown := [name for name in [*names, *([first] if first else [])] if name not in known]:
+            raise DataError(f"{folder} has no partition {unknown[0]!r}, only {known}")
+        if first:
+            names = known[known.index(first) :]
         if not names:
             raise DataError(f"{folder} has no partitions; tools/make_shards.py adds one")
-        found = []
-        for name in names:
-            where = folder / "partitions" / name
-            if where.parent != folder / "partitions" or name.startswith("."):
-                raise DataError(f"{folder}/dataset.json: partition name {name!r} is not a plain folder name; refused")
-            found.append(Partition(name, where, _read_json(where / "partition.json", "copy the dataset whole")))
-        return cls(folder, content, schema, found)
+        return cls(folder, content, schema, [_read_partition(folder, name) for name in names])
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the path: a loader process maps the files itself."""
@@ -118,6 +115,11 @@ class Dataset:
         """Return a hash of schema, tokenizer and the partitions' rows."""
         known = [self.schema.fingerprint(), self.tokenizer_hash, *(p.name + p.identity for p in self.partitions)]
         return _hash("\n".join(known).encode())
+
+    def partitions_on_disk(self) -> list[Partition]:
+        """Return all partitions in the dataset's folder, opened or not. Raises DataError where one is damaged."""
+        content = _read_json(self.dir / "dataset.json", "copy the dataset whole")
+        return [_read_partition(self.dir, name) for name in content["partitions"]]
 
     def index(self, split: str) -> SplitIndex:
         """Return the split's blocks. Raises DataError: no such split, or a damaged index."""
@@ -230,6 +232,13 @@ def empty_batch(layout: Layout) -> pa.RecordBatch:
 
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _read_partition(folder: Path, name: str) -> Partition:
+    where = folder / "partitions" / name
+    if where.parent != folder / "partitions" or name.startswith("."):
+        raise DataError(f"{folder}/dataset.json: partition name {name!r} is not a plain folder name; refused")
+    return Partition(name, where, _read_json(where / "partition.json", "copy the dataset whole"))
 
 
 def _read_json(path: Path, fix: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from bigdssm.data.dataset import Dataset, empty_batch
 from bigdssm.data.lanes import Part
 from bigdssm.data.order import WINDOW_BLOCKS, Order, Tail
 from bigdssm.data.rows import Rows
+from bigdssm.data.stream_state import check_state
 from bigdssm.data.workers import open_parts
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.log import get_logger
@@ -125,26 +126,17 @@ class PairStream:
             "tail": order.tail,
             "window_blocks": order.window_blocks,
             "schema": self.dataset.schema.fingerprint(),
+            "vocabularies": self.dataset.schema.vocabulary_sizes(),
             "tokenizer": self.dataset.tokenizer_hash,
             "partitions": [[partition.name, partition.identity] for partition in self.dataset.partitions],
         }
 
-    def check_state(self, state: dict[str, Any]) -> None:
-        """Raise DataError naming everything in which this stream differs from the one that `state` was taken from."""
-        mine = self.state()
-        differences = []
-        for key in mine:
-            if key in ("step", "epoch") or mine[key] == state.get(key):
-                continue
-            if key == "partitions" and key in state:
-                differences += _partition_differences(dict(state[key]), dict(mine[key]))
-            else:
-                differences.append(f"{key} was {state.get(key)!r}, is {mine[key]!r}")
-        if differences:
-            raise DataError(
-                f"{self.dataset.dir}: the stream cannot go on where it was, because {'; '.join(differences)}; "
-                f"restore that, or start a new run"
-            )
+    def check_state(self, state: dict[str, Any]) -> bool:
+        """Return True where the stream may go on where `state` was taken, False where it begins partitions added since.
+
+        Raises DataError naming everything else in which this stream differs from the one of `state`.
+        """
+        return check_state(self.dataset, self.state(), state)
 
     def close(self) -> None:
         """End the loader processes."""
@@ -194,11 +186,3 @@ class PairStream:
             self._quarantine.parent.mkdir(parents=True, exist_ok=True)
             with self._quarantine.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(fault)) + "\n")
-
-
-def _partition_differences(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    gone = [f"partition {name} is gone" for name in before if name not in now]
-    new = [f"partition {name} is new" for name in now if name not in before]
-    changed = [f"partition {name} has changed" for name in now if name in before and before[name] != now[name]]
-    order = [] if gone or new or list(before) == list(now) else [f"partitions were {list(before)}, are {list(now)}"]
-    return gone + new + changed + order

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -20,10 +23,21 @@ class EmbeddingTables(nn.Module):
         super().__init__()
         widths = {"query": query_dim, "doc": doc_dim}
         self.tables = nn.ModuleDict()
-        for side, features in (("query", schema.query), ("doc", schema.doc)):
-            for feature in features.values():
-                if feature.type == "categorical":
-                    self.tables[table_name(side, feature)] = _table(feature.num_codes, widths[side])
+        for side, feature in _tabled(schema):
+            self.tables[table_name(side, feature)] = _table(feature.num_codes, widths[side])
+
+    def grow(self, schema: Schema) -> dict[str, tuple[int, int]]:
+        """Lengthen the tables to what `schema` needs, known rows kept; return (rows before, now) by table that grew."""
+        grown = {}
+        for side, feature in _tabled(schema):
+            name = table_name(side, feature)
+            old = cast(nn.Embedding, self.tables[name])
+            if old.num_embeddings < feature.num_codes:
+                table = self.tables[name] = _table(feature.num_codes, old.embedding_dim)
+                with torch.no_grad():
+                    table.weight[: old.num_embeddings] = old.weight
+                grown[name] = (old.num_embeddings, feature.num_codes)
+        return grown
 
     def look_up(self, name: str, codes: Tensor) -> Tensor:
         """Return the vectors [*codes.shape, E] of int64 `codes` in table `name`; padding (0) gives zeros."""
@@ -34,6 +48,13 @@ class EmbeddingTables(nn.Module):
 def table_name(side: str, feature: Feature) -> str:
     """Return the name of the table that codes of `feature` (of `side`: query or doc) are looked up in."""
     return f"doc_{feature.of}" if feature.type == "history" else f"{side}_{feature.name}"
+
+
+def _tabled(schema: Schema) -> Iterator[tuple[str, Feature]]:
+    for side, features in (("query", schema.query), ("doc", schema.doc)):
+        for feature in features.values():
+            if feature.type == "categorical":
+                yield side, feature
 
 
 def _table(num_codes: int, dim: int) -> nn.Embedding:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bigdssm import distributed
-from bigdssm.checkpoint import Checkpoint, CheckpointStore
+from bigdssm.checkpoint import Checkpoint, CheckpointStore, TensorReader
 from bigdssm.config import StageConfig
 from bigdssm.data import Batch, PairStream
 from bigdssm.errors import DivergedError, Preempted
@@ -43,6 +43,14 @@ class Progress:
     validations_since_best: int = 0
     validated_at: int = -1
     history: list[dict[str, Any]] = field(default_factory=list)  # every validation
+    # Where the present part began, the run having gone on over new partitions: steps and schedule count from there.
+    part_step: int = 0
+    part_applied: int = 0
+
+    def begin_part(self) -> None:
+        """Begin a new part here; validations are then over other rows, so that none so far compares with them."""
+        self.part_step, self.part_applied = self.step, self.applied
+        self.best, self.best_step, self.validations_since_best, self.validated_at = float("-inf"), self.step, 0, -1
 
 
 @dataclass
@@ -74,11 +82,12 @@ def train(stage: Stage) -> Progress:
     """
     config, progress, health = stage.config, stage.progress, stage.health
     batches = iter(stage.batches)
-    if stage.starts_trained and progress.step == 0:
+    part_steps = stage.total_steps - progress.part_step
+    if stage.starts_trained and progress.step == progress.part_step:
         validate(stage)  # so that best/ is never worse than what the stage started from
     while progress.step < stage.total_steps and not _is_finished_early(stage):
         batch = health.waited_for(batches)
-        factor = schedule_factor(progress.applied, stage.total_steps, config.optimizer)
+        factor = schedule_factor(progress.applied - progress.part_applied, part_steps, config.optimizer)
         result = train_step(stage.engine, batch, stage.objective, factor, stage.chunk_tokens)
         _count(stage, batch, result)
         health.after_step(progress.step, progress.applied, batch, result)
@@ -125,18 +134,21 @@ def save(stage: Stage) -> None:
         stage.store.save(stage.progress.step, state, rank_state, stage.engine.own_share)
 
 
-def restore(checkpoint: Checkpoint, engine: Engine, stream: PairStream) -> Progress:
+def restore(checkpoint: Checkpoint, read: TensorReader, engine: Engine, stream: PairStream, new_part: bool) -> Progress:
     """Return the progress of a verified checkpoint, with engine, stream and random state as they were. A collective.
 
-    With another number of ranks than before the random states are new: dropout then draws other masks.
+    `new_part`: the stream's partitions were added since, it stays at its beginning. With another number of ranks than
+    before the random states are new: dropout then draws other masks.
     """
-    stream.check_state(checkpoint.state["stream"])
     progress = Progress(**checkpoint.state["progress"])
-    engine.restore(checkpoint.reader(), progress.applied)
+    engine.restore(read, progress.applied)
     if checkpoint.world_size == distributed.world_size():
         rank_state = checkpoint.rank_state(distributed.rank())
         RandomState(rank_state["cpu"], rank_state.get("device")).restore()
-    stream.step = checkpoint.state["stream"]["step"]
+    if new_part:
+        progress.begin_part()
+    else:
+        stream.step = checkpoint.state["stream"]["step"]
     return progress
 
 
@@ -145,7 +157,7 @@ def _count(stage: Stage, batch: Batch, result: StepResult) -> None:
     progress, limit = stage.progress, stage.config.max_skipped_steps
     progress.step += 1
     if stage.row_log is not None:
-        stage.row_log.write(batch.step, batch.row_ids)
+        stage.row_log.write(progress.step - 1, batch.row_ids)
     if result.applied:
         progress.applied += 1
         progress.skipped_in_row = 0

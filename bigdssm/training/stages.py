@@ -24,6 +24,7 @@ from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.mine import mine_to_file
 from bigdssm.training.batches import Batches
 from bigdssm.training.engine import Engine, device, init_process_group
+from bigdssm.training.growth import GrownReader, grow_model
 from bigdssm.training.health import Health, describe_ranks
 from bigdssm.training.loop import Progress, Stage, restore, train
 from bigdssm.training.objective import Objective
@@ -35,7 +36,7 @@ from bigdssm.training.validation import Validator
 logger = get_logger(__name__)
 
 CONFIG_FILE = "config.yaml"
-MINED_FILE = "mined_negatives.npy"
+NEW_PART_KEYS = ("steps", "epochs")  # may change, too, where a stage goes on over new partitions
 # What may change when a stage is resumed: it changes what is kept and said, not what is learned.
 WATCHING_KEYS = ("save_every_steps", "keep_checkpoints", "log_every_steps", "validate_every_steps", "patience")
 
@@ -49,7 +50,7 @@ def check_stage(config: Config, name: StageName, world_size: int, resume: bool) 
     if world_size > config.data.lanes:
         raise ConfigError(f"{world_size} ranks, but data.lanes={config.data.lanes}: use at least one lane per rank")
     check_trackers(config.run.trackers)
-    dataset = Dataset.open(config.data.dir)
+    dataset = Dataset.open(config.data.dir, first=config.data.from_partition)
     dataset.check_against(config.data)
     if dataset.inline and (stage.loss.negatives or stage.loss.uniform_negatives or stage.loss.sampling != "none"):
         raise ConfigError(
@@ -88,10 +89,11 @@ def run_stage(config: Config, name: StageName, *, resume: bool, validate_only: b
     folder = config.stage_dir(name)
     store = CheckpointStore(folder / "checkpoints", stage_config.keep_checkpoints)
     checkpoint = store.newest_good() if resume else None
+    new_part = checkpoint is not None and not stream.check_state(checkpoint.state["stream"])
     _write_config(folder, config)
     trackers = Trackers(folder, config)
     with ProgressBar() as bar:
-        stage = _assemble(config, name, model, stream, store, checkpoint, trackers, bar)
+        stage = _assemble(config, name, model, stream, store, checkpoint, new_part, trackers, bar)
         logger.info(
             "%s: %s rows, %d steps of %d rows on %s, from step %d, in %s",
             name, f"{dataset.num_rows('train'):,}", stage.total_steps, stage_config.rows_global, describe_ranks(),
@@ -107,20 +109,23 @@ def run_stage(config: Config, name: StageName, *, resume: bool, validate_only: b
 
 def _assemble(
     config: Config, name: StageName, model: DualEncoder, stream: PairStream, store: CheckpointStore,
-    checkpoint: Checkpoint | None, trackers: Trackers, bar: ProgressBar,
+    checkpoint: Checkpoint | None, new_part: bool, trackers: Trackers, bar: ProgressBar,
 ) -> Stage:  # fmt: skip
     stage_config, folder, dataset = config.stage(name), config.stage_dir(name), stream.dataset
     rows_per_rank = stage_config.rows_global // distributed.world_size()
     if checkpoint is not None:
-        model.load_state_dict(checkpoint.reader().weights())
+        read = GrownReader(checkpoint, model) if new_part else checkpoint.reader()
+        model.load_state_dict(read.weights())
     engine = Engine(model, config.engine, stage_config.optimizer, max(1, rows_per_rank))
-    mined = _mined(engine, dataset, stage_config, folder / MINED_FILE)
+    mined = _mined(engine, dataset, stage_config, _mined_file(config, folder))
     torch.manual_seed(config.run.seed * 1_000_003 + distributed.rank() + 1)  # dropout differs between ranks
     progress = Progress()
     if checkpoint is not None:
-        progress = restore(checkpoint, engine, stream)
-        logger.info("%s goes on from %s", name, checkpoint.path)
-    total_steps = stage_config.steps or math.ceil(stage_config.epochs * stream.steps_per_epoch)
+        progress = restore(checkpoint, read, engine, stream, new_part)
+        over = f", at the beginning of {', '.join(p.name for p in dataset.partitions)}" if new_part else ""
+        logger.info("%s goes on from %s%s", name, checkpoint.path, over)
+    part_steps = stage_config.steps or math.ceil(stage_config.epochs * stream.steps_per_epoch)
+    total_steps = progress.part_step + part_steps
     counts = dataset.doc_counts() if stage_config.loss.sampling != "none" else None
     rank = distributed.rank()
     return Stage(
@@ -129,7 +134,7 @@ def _assemble(
         config=stage_config,
         chunk_tokens=config.engine.chunk_tokens,
         total_steps=total_steps,
-        starts_trained=initial_model(config, name) is not None,
+        starts_trained=initial_model(config, name) is not None or progress.part_step > 0,
         engine=engine,
         stream=stream,
         batches=Batches(stream, stage_config.loss, mined, config.run.seed, device()),
@@ -149,7 +154,10 @@ def _model(config: Config, name: StageName, dataset: Dataset) -> DualEncoder:
     if source is None:
         return DualEncoder(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
     loaded = load_model_folder(source)
-    loaded.check_dataset(dataset)
+    if dataset.schema.cut(loaded.schema.vocabulary_sizes()) == loaded.schema:
+        grow_model(loaded.model, dataset.schema)
+    else:
+        loaded.check_dataset(dataset)
     difference = _model_difference(loaded.config, config)
     if difference:
         raise ConfigError(f"{source} was trained with another model section: {difference}; use the same in this config")
@@ -206,6 +214,12 @@ def _mined(engine: Engine, dataset: Dataset, stage: StageConfig, path: Path) -> 
     )
 
 
+def _mined_file(config: Config, folder: Path) -> Path:
+    """Return where the mined negatives of the partitions that are trained on stand."""
+    part = f".{config.data.from_partition}" if config.data.from_partition else ""
+    return folder / f"mined_negatives{part}.npy"
+
+
 def _check_folder(folder: Path, config: Config, name: StageName, resume: bool) -> None:
     """Raise unless `folder` is this run's own and is to be resumed."""
     path = folder / CONFIG_FILE
@@ -216,6 +230,9 @@ def _check_folder(folder: Path, config: Config, name: StageName, resume: bool) -
     before, now = yaml.safe_load(path.read_text(encoding="utf-8")), config.to_dict()
     for key in WATCHING_KEYS:
         before[name].pop(key, None), now[name].pop(key)
+    if before["data"].pop("from_partition", None) != now["data"].pop("from_partition"):
+        for key in NEW_PART_KEYS:
+            before[name].pop(key, None), now[name].pop(key)
     difference = next(
         filter(None, (first_difference(before[key], now[key], key) for key in ("data", "model", name))), None
     )

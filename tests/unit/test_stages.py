@@ -77,3 +77,17 @@ def test_resuming_with_another_config_names_the_key(config: Config) -> None:
     stage = replace(config.pretrain, optimizer=replace(config.pretrain.optimizer, lr=0.5))
     with pytest.raises(ConfigError, match=r"pretrain\.optimizer\.lr was 0\.01, is 0\.5"):
         check_stage(replace(config, pretrain=stage), "pretrain", 1, True)
+
+
+def test_a_new_part_may_have_other_steps(config: Config) -> None:
+    import yaml
+
+    folder = config.stage_dir("pretrain")
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    longer = replace(config, pretrain=replace(config.pretrain, steps=99))
+    with pytest.raises(ConfigError, match=r"pretrain\.steps was 12, is 99"):
+        check_stage(longer, "pretrain", 1, True)
+    check_stage(replace(longer, data=replace(config.data, from_partition="base")), "pretrain", 1, True)
+    with pytest.raises(DataError, match="no partition 'day9'"):
+        check_stage(replace(longer, data=replace(config.data, from_partition="day9")), "pretrain", 1, True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from bigdssm.data import Collator, Dataset, PairStream
 from bigdssm.data.making import Target
 from bigdssm.data.pairs import PairTables, make_pairs
 from bigdssm.errors import DataError
+from bigdssm.schema import Schema
 
 ROWS = 3000
 CONFIG = DataConfig(
@@ -78,6 +81,63 @@ def test_an_appended_partition_leaves_the_first_as_it_was(grown: tuple[Path, dic
     assert sorted(epoch(second).tolist()) == list(range(ROWS, ROWS + 500))
     with pytest.raises(DataError, match="partition day2 is new"):
         PairStream(folder, rows_global=100, lanes=4).check_state(PairStream(first, rows_global=100, lanes=4).state())
+
+
+def streams(folder: Path) -> tuple[PairStream, PairStream]:
+    """Return a stream of the first day, and one over the days from the second on."""
+    days = Dataset.open(folder, ["day1"]), Dataset.open(folder, first="day2")
+    first, second = (PairStream(day, rows_global=100, lanes=4) for day in days)
+    return first, second
+
+
+def changed_schema(folder: Path, **changes: object) -> Path:
+    """Change the document feature `kind` of a dataset."""
+    schema = Schema.load(folder)
+    schema = replace(schema, doc={"kind": replace(schema.doc["kind"], **changes)})
+    schema.save(folder)
+    content = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps({**content, "schema": schema.fingerprint()}))
+    return folder
+
+
+def test_a_stream_begins_at_partitions_that_were_added(grown: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    first, second = streams(grown[0])
+    assert first.check_state(first.state())
+    assert not second.check_state(first.state())
+    folder = Path(shutil.copytree(grown[0], tmp_path / "data"))
+    vocabulary = Schema.load(folder).doc["kind"].vocabulary
+    longer = changed_schema(folder, vocabulary=(*vocabulary, "a new kind"))
+    assert not streams(longer)[1].check_state(first.state())
+
+
+@pytest.mark.parametrize("change", ["order", "shorter", "declaration"])
+def test_a_vocabulary_that_has_not_only_grown_is_refused(
+    grown: tuple[Path, dict[str, str]], tmp_path: Path, change: str
+) -> None:
+    state = streams(grown[0])[0].state()
+    folder = Path(shutil.copytree(grown[0], tmp_path / "data"))
+    words = Schema.load(folder).doc["kind"].vocabulary
+    changes = {"order": {"vocabulary": (*words[::-1], "new")}, "shorter": {"vocabulary": words[:-1]}}
+    changed_schema(folder, **changes.get(change, {"column": "other"}))
+    with pytest.raises(DataError, match="schema was") as caught:
+        streams(folder)[1].check_state(state)
+    assert "partition" not in str(caught.value)
+
+
+def test_old_partitions_must_still_be_there_unchanged(grown: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    first, second = streams(grown[0])
+    other = PairStream(second.dataset, rows_global=200, lanes=4)
+    with pytest.raises(DataError, match="rows_global was 100, is 200"):
+        other.check_state(first.state())
+    with pytest.raises(DataError, match="partition day1 is older than day2"):
+        first.check_state(second.state())
+    folder = Path(shutil.copytree(grown[0], tmp_path / "data"))
+    content = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps({**content, "partitions": ["day2"]}))
+    with pytest.raises(DataError, match="partition day1 is gone"):
+        PairStream(Dataset.open(folder, first="day2"), rows_global=100, lanes=4).check_state(first.state())
+    with pytest.raises(DataError, match=r"no partition 'day3', only \['day1', 'day2'\]"):
+        Dataset.open(grown[0], first="day3")
 
 
 def test_neighbours_of_the_source_are_far_apart(grown: tuple[Path, dict[str, str]]) -> None:

@@ -1,0 +1,56 @@
+"""May a stream go on from a saved state: where it was, or at the beginning of partitions that were added since?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bigdssm.data.dataset import Dataset
+from bigdssm.errors import DataError
+from bigdssm.schema import Schema
+
+
+def check_state(dataset: Dataset, mine: dict[str, Any], state: dict[str, Any]) -> bool:
+    """Return True where a stream in state `mine` goes on where `state` was taken, False where it begins a new part.
+
+    A new part has only partitions that were added since; those of `state` must still be in the dataset, unchanged, and
+    vocabularies may have grown at their end. Raises DataError naming everything else that differs.
+    """
+    before, now = dict(state.get("partitions", [])), dict(mine["partitions"])
+    new_part = bool(before) and not before.keys() & now.keys()
+    differences = []
+    for key in mine:
+        if key in ("step", "epoch", "vocabularies", "partitions") or mine[key] == state.get(key):
+            continue
+        if key == "schema" and new_part and has_only_grown(dataset.schema, state):
+            continue
+        differences.append(f"{key} was {state.get(key)!r}, is {mine[key]!r}")
+    new: list[str] = []
+    if new_part:
+        on_disk = {partition.name: partition.identity for partition in dataset.partitions_on_disk()}
+        differences += _gone_or_changed(before, on_disk)
+        order = list(on_disk)
+        latest = max((order.index(name) for name in before if name in on_disk), default=-1)
+        differences += [f"partition {n} is older than {order[latest]}" for n in now if order.index(n) < latest]
+    else:
+        new = [name for name in now if name not in before]
+        differences += _gone_or_changed(before, now) + [f"partition {name} is new" for name in new]
+        if not differences and list(before) != list(now):
+            differences.append(f"partitions were {list(before)}, are {list(now)}")
+    if differences:
+        growing = f", or go on over the new partitions with data.from_partition={new[0]}" if new else ""
+        raise DataError(
+            f"{dataset.dir}: the stream cannot go on where it was, because {'; '.join(differences)}; "
+            f"restore that, or start a new run{growing}"
+        )
+    return not new_part
+
+
+def has_only_grown(schema: Schema, state: dict[str, Any]) -> bool:
+    """Return True where `schema` with its vocabularies cut to the state's lengths is the state's schema."""
+    lengths = state.get("vocabularies")
+    return lengths is not None and schema.cut(lengths).fingerprint() == state["schema"]
+
+
+def _gone_or_changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    gone = [f"partition {name} is gone" for name in before if name not in now]
+    return gone + [f"partition {name} has changed" for name in before if name in now and before[name] != now[name]]

@@ -1,0 +1,153 @@
+"""A run goes on over partitions added since: weights, moments and progress stay, the rows are the new ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bigdssm.config import load_config
+from bigdssm.data import Dataset, PairStream
+from bigdssm.data.interactions import InteractionTables, make_interactions
+from bigdssm.data.making import Target
+
+from . import small_run
+from .spawn import Pool, RankFailed
+from .test_training import merged, restored_share, stop_after, weights
+
+STEPS, NEW_STEPS = 12, 6
+ON = (
+    "data.from_partition=day2",
+    f"pretrain.steps={NEW_STEPS}",
+    "pretrain.save_every_steps=2",
+    "debug.log_row_ids=true",
+)
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory, pools: dict[int, Pool]) -> tuple[Path, Path]:
+    """The config of a dataset that grew by `day2`, and the folder of a run that was finished before."""
+    folder = tmp_path_factory.mktemp("grown")
+    config, run_dir = small_run.write_dataset(folder), folder / "run"
+    pools[2].run(small_run.run, config, run_dir, ("debug.log_row_ids=true",))
+    items = ["item_id\ttitle\tgenre"] + [f"new{i}\tword{i} number {i}\tg9 all" for i in range(7)]
+    users = ["user_id\tage\tgender"] + [f"v{u}\t{30 + u}\t{'MX'[u % 2]}" for u in range(30)]
+    events = ["user_id\titem_id\ttimestamp"]
+    for user in range(30):
+        for time in range(9):
+            item = f"new{(user + time) % 7}" if time % 2 else f"i{(3 * user + time) % small_run.NUM_ITEMS}"
+            events.append(f"{'uv'[user % 2]}{user}\t{item}\t{100 + time}")
+    for name, lines in (("items2", items), ("users2", users), ("events2", events)):
+        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    tables = InteractionTables(folder / "events2.tsv", folder / "items2.tsv", folder / "users2.tsv")
+    make_interactions(load_config(config).data, tables, Target(folder / "dataset", "day2", append=True))
+    return config, run_dir
+
+
+def copy(run_dir: Path, folder: Path) -> Path:
+    shutil.copytree(run_dir, folder / "run")
+    return folder / "run"
+
+
+def row_ids(run_dir: Path, ranks: int) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for rank in range(ranks):
+        for line in (run_dir / "pretrain" / f"row_ids-{rank:05d}.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            found.setdefault(record["step"], []).extend(record["row_ids"])
+    return {step: sorted(ids) for step, ids in found.items()}
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_weights_and_moments_are_kept_and_new_rows_added(
+    grown: tuple[Path, Path], tmp_path: Path, pools: dict[int, Pool], zero_stage: int
+) -> None:
+    config, run_dir = grown[0], copy(grown[1], tmp_path)
+    before = merged(run_dir / "pretrain" / "checkpoints" / f"step-{STEPS:08d}")
+    shares = pools[2].run(restored_share, config, run_dir, (*ON, f"engine.zero_stage={zero_stage}"))
+    after = {name: tensor for share, _ in shares for name, tensor in share.items()}
+    assert all(groups == {(name, STEPS, decay) for name, _, decay in groups} for _, groups in shares)
+    longer = {name for name in before if before[name].shape != after[name].shape}
+    tables = {f"tables.tables.{name}.weight" for name in ("query_gender", "doc_item_id", "doc_genre")}
+    assert longer == {prefix + table for table in tables for prefix in ("", "exp_avg/", "exp_avg_sq/")}
+    for name, tensor in before.items():
+        assert torch.equal(after[name][: len(tensor)], tensor), name
+        added = after[name][len(tensor) :]
+        assert not added.any() if "/" in name else added.abs().sum() > 0 or name not in longer, name
+
+
+def test_the_rows_are_the_new_partitions_from_their_first_step_on(
+    grown: tuple[Path, Path], tmp_path: Path, pools: dict[int, Pool]
+) -> None:
+    config, run_dir = grown[0], copy(grown[1], tmp_path)
+    pools[2].run(small_run.run, config, run_dir, ON, "pretrain", True)
+    old = row_ids(grown[1], 2)
+    seen = row_ids(run_dir, 2)
+    assert list(seen) == list(range(STEPS + NEW_STEPS))
+    assert {step: seen[step] for step in range(STEPS)} == old
+    dataset = Dataset.open(config.parent / "dataset", first="day2")
+    stream = PairStream(dataset, rows_global=96, lanes=6)
+    expected = {STEPS + step: sorted(next(stream).row_ids.tolist()) for step in range(NEW_STEPS)}
+    assert {step: seen[step] for step in range(STEPS, STEPS + NEW_STEPS)} == expected
+    curve = small_run.records(run_dir)
+    assert [record["step"] for record in curve] == list(range(1, STEPS + NEW_STEPS + 1))
+    assert np.isfinite([record["loss"] for record in curve]).all()
+    rates = [record["lr"] for record in curve]
+    assert rates[STEPS] == pytest.approx(rates[0])  # a schedule of its own: warm-up again
+    best = weights(run_dir)
+    assert len(best["tables.tables.doc_item_id.weight"]) == 2 + small_run.NUM_ITEMS + 7
+
+
+def test_a_new_part_that_was_killed_ends_with_the_same_weights(
+    grown: tuple[Path, Path], tmp_path: Path, pools: dict[int, Pool]
+) -> None:
+    whole, cut = copy(grown[1], tmp_path / "a"), copy(grown[1], tmp_path / "b")
+    pools[2].run(small_run.run, grown[0], whole, ON, "pretrain", True)
+    with pytest.raises(RankFailed, match="stopped for the test"):
+        pools[2].run(stop_after, grown[0], cut, ON, 1)
+    assert (cut / "pretrain" / "checkpoints" / f"step-{STEPS + 2:08d}").is_dir()
+    pools[2].run(small_run.run, grown[0], cut, ON, "pretrain", True)
+    last = f"step-{STEPS + NEW_STEPS:08d}"
+    first, second = (merged(run / "pretrain" / "checkpoints" / last) for run in (whole, cut))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert row_ids(whole, 2) == row_ids(cut, 2)
+
+
+def test_another_run_starts_from_a_model_with_fewer_values(
+    grown: tuple[Path, Path], tmp_path: Path, pools: dict[int, Pool]
+) -> None:
+    config, best = grown[0], grown[1] / "pretrain" / "best"
+    pools[2].run(small_run.run, config, tmp_path, (f"pretrain.init={best}", "pretrain.optimizer.lr=0.0"))
+    before, after = weights(grown[1]), weights(tmp_path)
+    assert len(after["tables.tables.doc_item_id.weight"]) == 2 + small_run.NUM_ITEMS + 7
+    assert all(torch.equal(after[name][: len(tensor)], tensor) for name, tensor in before.items())
+
+
+def test_what_is_not_growth_is_refused(grown: tuple[Path, Path], tmp_path: Path, pools: dict[int, Pool]) -> None:
+    config, run_dir = grown[0], copy(grown[1], tmp_path)
+    written = (run_dir / "pretrain" / "config.yaml").read_text()
+    with pytest.raises(RankFailed, match=r"partition day2 is new.*or go on over .* data\.from_partition=day2"):
+        pools[1].run(small_run.run, config, run_dir, (), "pretrain", True)
+    shutil.copytree(config.parent / "dataset", tmp_path / "dataset")
+    elsewhere = yaml_with(config, tmp_path, str(tmp_path / "dataset"))
+    saved = yaml_with(run_dir / "pretrain" / "config.yaml", tmp_path, str(tmp_path / "dataset"))
+    shutil.copy(saved, run_dir / "pretrain" / "config.yaml")
+    described = tmp_path / "dataset" / "partitions" / "base" / "partition.json"
+    described.write_text(described.read_text().replace('"fingerprint": "', '"fingerprint": "x'))
+    with pytest.raises(RankFailed, match="partition base has changed"):
+        pools[1].run(small_run.run, elsewhere, run_dir, ON, "pretrain", True)
+    assert "day2" not in written and "day2" not in saved.read_text()
+
+
+def yaml_with(path: Path, folder: Path, dataset: str) -> Path:
+    import yaml
+
+    content = yaml.safe_load(path.read_text())
+    content["data"]["dir"] = dataset
+    target = folder / f"{path.parent.name}.yaml"
+    target.write_text(yaml.safe_dump(content))
+    return target
