@@ -6,8 +6,10 @@ import argparse
 import os
 import sys
 
+from bigdssm import distributed
 from bigdssm.cli import run_main
 from bigdssm.config import StageName, load_config
+from bigdssm.errors import BigDSSMError
 from bigdssm.training.stages import run_stage
 
 
@@ -16,19 +18,21 @@ def main(stage: StageName) -> int:
     arguments = _parser(stage).parse_args()
 
     def run() -> None:
-        config = load_config(arguments.config, arguments.overrides)
-        run_stage(
-            config,
-            stage,
-            resume=arguments.resume == "auto",
-            validate_only=arguments.validate,
-            world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        )
+        try:
+            config = load_config(arguments.config, arguments.overrides)
+            run_stage(
+                config,
+                stage,
+                resume=arguments.resume == "auto",
+                validate_only=arguments.validate,
+                world_size=int(os.environ.get("WORLD_SIZE", "1")),
+            )
+        except BigDSSMError as error:
+            if os.environ.get("RANK", "0") != "0" and not distributed.is_distributed():
+                sys.exit(error.exit_code)  # every rank has found the same; rank 0 says it
+            raise
 
-    try:
-        return run_main(run)
-    finally:
-        sys.stdout.flush()
+    return run_main(run)
 
 
 def _parser(stage: StageName) -> argparse.ArgumentParser:

@@ -1,0 +1,80 @@
+"""launch/pretrain.py and launch/sft.py as a user starts them: alone, under torchrun, under deepspeed."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import small_run
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_run.write_dataset(tmp_path_factory.mktemp("launch"))
+
+
+def start(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
+    return subprocess.run(
+        [str(part) for part in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def deepspeed(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return start(BIN / "deepspeed", "--num_gpus", "2", "--master_port", free_port(), *arguments)
+
+
+def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")]
+
+
+def test_a_bad_key_is_one_sentence_from_all_ranks_together(config: Path, tmp_path: Path) -> None:
+    done = deepspeed("launch/pretrain.py", "--config", config, f"run.dir={tmp_path}/run", "pretrain.rows_globl=1")
+    assert done.returncode == 2
+    assert len(errors(done)) == 1
+    assert "rows_globl" in errors(done)[0] and "Did you mean: 'rows_global'" in errors(done)[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_validate_makes_a_batch_and_writes_nothing(config: Path, tmp_path: Path) -> None:
+    done = start(
+        sys.executable, "launch/pretrain.py", "--config", config, f"run.dir={tmp_path}/run", "--validate"
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "pretrain is valid" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_pretraining_under_torchrun_then_fine_tuning_under_deepspeed(config: Path, tmp_path: Path) -> None:
+    run_dir = f"run.dir={tmp_path}/run"
+    tracked = "run.trackers=[tensorboard]"
+    torchrun = (BIN / "torchrun", "--nproc-per-node", "2", "--master-port", free_port())
+    done = start(*torchrun, "launch/pretrain.py", "--config", config, run_dir, tracked)
+    assert done.returncode == 0, done.stderr
+    pretrain = tmp_path / "run" / "pretrain"
+    assert len(small_run.records(tmp_path / "run")) == 12
+    assert list(pretrain.glob("tensorboard/**/events.*"))
+    assert (pretrain / "best" / "model.safetensors").is_file()
+    again = start(*torchrun, "launch/pretrain.py", "--config", config, run_dir, tracked)
+    assert again.returncode != 0 and "not empty; go on with --resume auto" in again.stderr
+    done = deepspeed("launch/sft.py", "--config", config, run_dir)
+    assert done.returncode == 0, done.stderr
+    assert "sft finished" in done.stderr
+    assert len(small_run.records(tmp_path / "run", "sft")) == 4
