@@ -2,6 +2,7 @@
 
     python tools/make_shards.py interactions --config F [key=value …] --interactions F --items F [--users F]
     python tools/make_shards.py pairs --config F [key=value …] --pairs F [F …] [--group-column C]
+    python tools/make_shards.py webdataset --config F [key=value …] --shards F [F …]
 
 `--help` behind a sub-command says everything it takes. The schema comes from the config's `data` section.
 """
@@ -61,8 +62,21 @@ def _parser() -> argparse.ArgumentParser:
     _add_fractions(sub, "--split time")
 
     sub = commands.add_parser("pairs", parents=[common], help="query and document features in one row")
-    sub.set_defaults(run=_pairs)
     sub.add_argument("--pairs", type=Path, nargs="+", required=True, help="tables: .tsv .csv .jsonl .parquet, .xz …")
+    _add_pair_options(sub)
+
+    sub = commands.add_parser(
+        "webdataset",
+        parents=[common],
+        help="pairs from plain WebDataset shards: a sample's .json gives the columns, or .query.txt and .doc.txt",
+    )
+    sub.add_argument("--shards", dest="pairs", type=Path, nargs="+", required=True, help=".tar, also .tar.gz …")
+    _add_pair_options(sub)
+    return parser
+
+
+def _add_pair_options(sub: argparse.ArgumentParser) -> None:
+    sub.set_defaults(run=_pairs)
     sub.add_argument("--doc-id-column", help="default: documents are the same where all their features are")
     sub.add_argument("--query-id-column", help="default: queries are the same where all their features are")
     sub.add_argument("--relevance-column", help="default: every relevance is 1")
@@ -72,7 +86,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--split-column", help="--split column: says train, validation or test")
     sub.add_argument("--dedup", action="store_true", help="leave out repeated (query, document) pairs")
     _add_fractions(sub, "--split random or time")
-    return parser
 
 
 def _add_fractions(sub: argparse.ArgumentParser, when: str) -> None:

@@ -38,13 +38,14 @@ from bigdssm.data.pair_splits import SPLITS, PairSplit, Splitter, pair_hash
 from bigdssm.data.row_spool import RowSpool, ShuffleSpool, num_buckets
 from bigdssm.data.sources import SourceBatch, read_table
 from bigdssm.data.tokenizer import TextEncoder
+from bigdssm.data.webdataset_source import check_shard, is_shard, read_shard
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.schema import Feature, Schema
 
 
 @dataclass(frozen=True)
 class PairTables:
-    """The source tables and what their columns are; features name their own columns in the config."""
+    """The source tables (or plain WebDataset shards) and what their columns are; features name theirs in the config."""
 
     files: tuple[Path, ...]
     doc_id_column: str | None = None  # none: documents are the same where all their features are
@@ -108,14 +109,17 @@ class _Making:
         fields += [(f"feature.{name}", canonical_type(feature)) for name, feature in base.query.items()]
         self.row_schema = pa.schema(fields)
         for path in tables.files:
-            if not path.is_file():
+            if is_shard(path):
+                check_shard(path)
+            elif not path.is_file():
                 raise DataError(f"table {path} does not exist")
         self.train = ShuffleSpool(writer.spool, self.row_schema, num_buckets(tables.files))
         self.held_out = [RowSpool(writer.spool / f"{name}.arrows", self.row_schema) for name in SPLITS[1:]]
 
     def batches(self, columns: Sequence[str], report_bad: Any) -> Iterator[SourceBatch]:
         for path in self.tables.files:
-            yield from read_table(path, list(dict.fromkeys(columns)), report_bad)
+            read = read_shard if is_shard(path) else read_table
+            yield from read(path, list(dict.fromkeys(columns)), report_bad)
 
     def read(self) -> None:
         """Pass 1: every row checked, numbered, split, counted for the fit, and spooled."""

@@ -106,7 +106,8 @@ def require_columns(path: Path, found: Collection[str], needed: Sequence[str]) -
             raise DataError(f"{path} has no column {name!r}; {hint}")
 
 
-def _open(path: Path, compression: str | None) -> BinaryIO:
+def open_source(path: Path, compression: str | None) -> BinaryIO:
+    """Return the file opened for reading, its compression undone."""
     if compression == "xz":
         return cast(BinaryIO, lzma.open(path))
     if compression == "gzip":
@@ -131,7 +132,7 @@ def _read_delimited(
     path: Path, compression: str | None, delimiter: str, columns: Sequence[str], report_bad: ReportBad
 ) -> Iterator[SourceBatch]:
     quoted = delimiter == ","  # TSV has no quoting: titles may hold a lone quote
-    with _open(path, compression) as stream:
+    with open_source(path, compression) as stream:
         first = stream.readline(MAX_LINE_BYTES)
     try:
         header = first.decode("utf-8-sig").rstrip("\r\n")
@@ -159,7 +160,7 @@ def _read_delimited(
         check_utf8=False, column_types=dict.fromkeys(names, pa.binary()), include_columns=list(columns)
     )
     reading = pa_csv.ReadOptions(use_threads=False, block_size=BYTES_PER_BATCH, column_names=names)
-    with _open(path, compression) as stream:
+    with open_source(path, compression) as stream:
         first_row = 0  # names are given, so that the header comes as row 0
         for batch in pa_csv.open_csv(pa.PythonFile(stream, mode="r"), reading, parsing, conversion):
             candidates = np.arange(first_row, first_row + batch.num_rows + len(broken))
@@ -176,7 +177,7 @@ def _read_json_lines(
     records: list[dict[str, Any]] = []
     rows: list[int] = []
     num_bytes, checked = 0, False
-    with _open(path, compression) as stream:
+    with open_source(path, compression) as stream:
         for row, line in enumerate(_lines(stream), 1):
             if not line.strip():
                 continue
@@ -196,10 +197,10 @@ def _read_json_lines(
             rows.append(row)
             num_bytes += len(line)
             if len(records) >= ROWS_PER_BATCH or num_bytes >= BYTES_PER_BATCH:
-                yield _record_batch(path, records, rows, columns, checked, report_bad)
+                yield record_batch(path, records, rows, columns, checked, report_bad)
                 records, rows, num_bytes, checked = [], [], 0, True
     if records:
-        yield _record_batch(path, records, rows, columns, checked, report_bad)
+        yield record_batch(path, records, rows, columns, checked, report_bad)
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:
@@ -210,9 +211,10 @@ def _lines(stream: BinaryIO) -> Iterator[bytes]:
             line = stream.readline(MAX_LINE_BYTES)
 
 
-def _record_batch(
+def record_batch(
     path: Path, records: list[dict[str, Any]], rows: list[int], columns: Sequence[str], checked: bool, bad: ReportBad
 ) -> SourceBatch:
+    """Return records as a batch of `columns`; until `checked`, one that no record has raises DataError."""
     if not checked:  # a key may be absent in some records, but not in all of the first ones
         require_columns(path, dict.fromkeys(key for record in records for key in record), columns)
     table = pa.table({name: _json_column([record.get(name) for record in records]) for name in columns})

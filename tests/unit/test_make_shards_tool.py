@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from webdataset import TarWriter
 
 from bigdssm.data import Dataset
 from bigdssm.data.dataset_writer import DatasetWriter
@@ -24,6 +25,19 @@ def tool(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_webdataset_shards_from_the_command_line(tiny_pairs: Any, tmp_path: Path, capsys: Any) -> None:
+    lines = (tiny_pairs.source / "pairs.jsonl").read_bytes().splitlines()
+    with TarWriter(str(tmp_path / "a=b.tar")) as writer:
+        for number, line in enumerate(lines):
+            writer.write({"__key__": f"{number:06d}", "json": line})
+    pairs = pairs_command(tiny_pairs, tmp_path / "pairs")
+    shards = ["webdataset", *pairs[1:3], f"--shards={tmp_path / 'a=b.tar'}", "--out", str(tmp_path / "shards")]
+    assert tool("make_shards").main(pairs) == tool("make_shards").main(shards) == 0
+    first, second = (line for line in capsys.readouterr().out.splitlines() if "partition base" in line)
+    assert first.split(": ")[1] == second.split(": ")[1]
+    assert Dataset.open(tmp_path / "pairs").fingerprint == Dataset.open(tmp_path / "shards").fingerprint
 
 
 def pairs_command(tiny: Any, out: Path, *more: str) -> list[str]:
