@@ -20,6 +20,7 @@ from bigdssm.errors import ConfigError
 
 FeatureType = Literal["text", "categorical", "numeric", "history"]
 StageName = Literal["pretrain", "sft"]
+DEFAULT_CACHE_BYTES = 50 * 1024**3
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class DataConfig:
     lanes: int = 8  # fixed order lanes; divides rows_global, at least the world size
     num_workers: int = 1  # loader processes per rank
     max_bad_fraction: float = 0.001  # of the rows met; past it the run stops
+    cache_dir: str | None = None  # where a dataset at a URL is cached; none: bigdssm/ in the user's cache folder
+    cache_bytes: int = DEFAULT_CACHE_BYTES  # most that all files in it take
     from_partition: str | None = None  # train on the dataset's partitions from this one on; none: on all of them
 
 
@@ -258,6 +261,7 @@ def check_config(config: Config) -> None:
     _require(bool(data.query), "data.query", "no features", "at least one feature")
     _require(bool(data.doc), "data.doc", "no features", "at least one feature")
     _require(data.lanes >= 1, "data.lanes", data.lanes, "at least 1")
+    _require(data.cache_bytes >= 1, "data.cache_bytes", data.cache_bytes, "at least 1")
     _require(engine.zero_stage in (0, 1, 2, 3), "engine.zero_stage", engine.zero_stage, "0, 1, 2 or 3")
     _require(config.model.alpha_init > 0, "model.alpha_init", config.model.alpha_init, "a number above 0")
     for side, features in (("query", data.query), ("doc", data.doc)):

@@ -89,7 +89,10 @@ def read_block(index: SplitIndex, block: int, layout: Layout) -> tuple[pa.Record
 
     size = int(index.size[block])
     try:
-        content = read_range(shard, int(index.offset[block]), size)
+        if isinstance(shard, Path):
+            content = read_range(shard, int(index.offset[block]), size)
+        else:
+            content = shard.read(int(index.offset[block]), size, int(index.checksum[block]))
     except FileNotFoundError:
         return whole("the shard is missing")
     except OSError as error:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from tokenizers import Tokenizer
 
 from bigdssm.config import DataConfig
 from bigdssm.data.blocks import Layout, read_block
+from bigdssm.data.cache import Cache
 from bigdssm.data.catalogue import Catalogue
 from bigdssm.data.index import SplitIndex, read_index
 from bigdssm.data.mapped import MappedTable
 from bigdssm.data.ragged import Column, from_arrow, offsets_of
+from bigdssm.data.remote import RemoteFolder, is_url
 from bigdssm.data.rows import Rows
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.log import get_logger
@@ -74,15 +76,22 @@ class Dataset:
             vocab_size=self.vocab_size, sequences=tables,
         )  # fmt: skip
         self._indexes: dict[str, SplitIndex] = {}
+        self.remote: RemoteFolder | None = None  # set by `open` where the dataset is at a URL
 
     @classmethod
-    def open(cls, folder: str | Path, partitions: Sequence[str] | None = None, *, first: str | None = None) -> Dataset:
+    def open(
+        cls, folder: str | Path, partitions: Sequence[str] | None = None, *, first: str | None = None,
+        cache: Cache | None = None,
+    ) -> Dataset:  # fmt: skip
         """Return the dataset in `folder`, or only some of its partitions, or only those from `first` on.
+
+        A URL (http://, s3://, …) is read through `cache` (none: the user's default one).
 
         Raises DataError: no dataset there, of another format, damaged metadata, or a file missing (shards aside: a
         missing shard is damage, which readers count and leave out).
         """
-        folder = Path(folder)
+        remote = RemoteFolder(str(folder), cache or Cache.of(), partitions, first) if is_url(folder) else None
+        folder = remote.dir if remote else Path(folder)
         content = _read_json(folder / "dataset.json", f"{folder} is no dataset; tools/make_shards.py makes one")
         if content.get("format") != FORMAT:
             raise DataError(f"{folder}/dataset.json has format {content.get('format')}, this version reads {FORMAT}")
@@ -97,11 +106,16 @@ class Dataset:
             names = known[known.index(first) :]
         if not names:
             raise DataError(f"{folder} has no partitions; tools/make_shards.py adds one")
-        return cls(folder, content, schema, [_read_partition(folder, name) for name in names])
+        dataset = cls(folder, content, schema, [_read_partition(folder, name) for name in names])
+        dataset.remote = remote
+        return dataset
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the path: a loader process maps the files itself."""
-        return Dataset.open, (self.dir, [partition.name for partition in self.partitions])
+        names = [partition.name for partition in self.partitions]
+        if self.remote is not None:
+            return partial(Dataset.open, cache=self.remote.cache), (self.remote.url, names)
+        return Dataset.open, (self.dir, names)
 
     @property
     def catalogue(self) -> Catalogue:
@@ -128,7 +142,11 @@ class Dataset:
             for number, partition in enumerate(self.partitions):
                 expected = partition.content["splits"].get(split)
                 if expected and expected["blocks"]:
-                    parts.append(read_index(partition.folder, split, expected, number))
+                    part = read_index(partition.folder, split, expected, number)
+                    if self.remote is not None:
+                        at = f"partitions/{partition.name}"
+                        part = replace(part, shards=tuple(self.remote.file(f"{at}/{p.name}") for p in part.shards))
+                    parts.append(part)
             if not parts:
                 known = sorted({name for partition in self.partitions for name in partition.content["splits"]})
                 raise DataError(f"{self.dir} has no rows in split {split!r}; its splits are {known}")

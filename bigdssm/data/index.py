@@ -16,6 +16,7 @@ import pyarrow as pa
 import xxhash
 
 from bigdssm.data.ragged import offsets_of
+from bigdssm.data.remote import RemoteFile
 from bigdssm.errors import DataError
 
 COLUMNS = {"offset": np.int64, "size": np.int64, "rows": np.int32, "checksum": np.uint64}
@@ -25,7 +26,7 @@ COLUMNS = {"offset": np.int64, "size": np.int64, "rows": np.int32, "checksum": n
 class SplitIndex:
     """The blocks of a split over all its partitions, in order; arrays are [blocks]."""
 
-    shards: tuple[Path, ...]
+    shards: tuple[Path | RemoteFile, ...]
     shard: np.ndarray  # int32: number in `shards`
     partition: np.ndarray  # int32: number of the partition
     block: np.ndarray  # int32: number of the block within its partition's split

@@ -65,7 +65,7 @@ def _block_damages(dataset: Dataset, index: SplitIndex, block: int) -> Iterator[
     for bad in read_block(index, block, dataset.layout)[1]:
         yield f"{name}: {bad.reason}" if bad.row is None else f"{name}, row {bad.row}: {bad.reason}"
     shard = index.shards[index.shard[block]]
-    if not shard.is_file():
+    if not isinstance(shard, Path) or not shard.is_file():
         return
     header = read_range(shard, int(index.offset[block]) - TAR_HEADER_BYTES, TAR_HEADER_BYTES)
     try:  # this project reads past the headers, other readers of tars do not

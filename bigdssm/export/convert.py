@@ -7,6 +7,7 @@ from pathlib import Path
 from bigdssm.checkpoint import consolidated_state_dict, find
 from bigdssm.config import load_config
 from bigdssm.data import Dataset
+from bigdssm.data.cache import Cache
 from bigdssm.errors import CheckpointError
 from bigdssm.export.model_folder import CONFIG_FILE, is_model_folder, load_model_folder, save_model_folder
 from bigdssm.models import DualEncoder
@@ -33,7 +34,7 @@ def convert_stage(stage_dir: Path, which: str, out: Path) -> str:
         model, config, schema, tokenizer_dir = folder.model, folder.config, folder.schema, folder.tokenizer_dir
     else:
         config = load_config(stage_dir / CONFIG_FILE)
-        dataset = Dataset.open(config.data.dir)
+        dataset = Dataset.open(config.data.dir, cache=Cache.of(config.data))
         schema, tokenizer_dir = dataset.schema, dataset.tokenizer_dir
         model = DualEncoder(config.model, schema, dataset.pad_token_id, dataset.vocab_size)
     try:

@@ -16,6 +16,7 @@ from bigdssm.checkpoint import Checkpoint, CheckpointStore
 from bigdssm.cli import ProgressBar
 from bigdssm.config import Config, StageConfig, StageName, first_difference
 from bigdssm.data import Dataset, PairStream
+from bigdssm.data.cache import Cache
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError
 from bigdssm.export.model_folder import load_model_folder
 from bigdssm.log import get_logger
@@ -50,7 +51,7 @@ def check_stage(config: Config, name: StageName, world_size: int, resume: bool) 
     if world_size > config.data.lanes:
         raise ConfigError(f"{world_size} ranks, but data.lanes={config.data.lanes}: use at least one lane per rank")
     check_trackers(config.run.trackers)
-    dataset = Dataset.open(config.data.dir, first=config.data.from_partition)
+    dataset = Dataset.open(config.data.dir, first=config.data.from_partition, cache=Cache.of(config.data))
     dataset.check_against(config.data)
     if dataset.inline and (stage.loss.negatives or stage.loss.uniform_negatives or stage.loss.sampling != "none"):
         raise ConfigError(

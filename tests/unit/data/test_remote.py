@@ -1,0 +1,536 @@
+"""A dataset at a URL: the same rows as on disk whatever the server does, a cache never wrong and never too large."""
+
+from __future__ import annotations
+
+import http.server
+import itertools
+import json
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+
+from bigdssm.config import DataConfig
+from bigdssm.data import Dataset, PairStream, cache, remote
+from bigdssm.data.cache import Cache
+from bigdssm.errors import ConfigError, DataError
+
+pytest.importorskip("aiohttp")
+GB = 1 << 30
+
+
+class Server:
+    """Serves a folder on 127.0.0.1 with byte ranges; `fault(handler, content)` may answer instead, returning True."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ranges = True
+        self.fault: Callable[[http.server.BaseHTTPRequestHandler, bytes], bool] | None = None
+        self.requests: Counter[str] = Counter()  # GETs by path
+        served = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+            def do_HEAD(self) -> None:
+                self.do_GET()
+
+            def do_GET(self) -> None:
+                path = self.path.partition("?")[0]
+                served.requests[path] += self.command == "GET"
+                file = served.folder / path.lstrip("/")
+                if not file.is_file():
+                    return answer(self, 404, b"")
+                content, status = file.read_bytes(), 200
+                if served.ranges and (wanted := self.headers.get("Range")):
+                    first, last = (int(n) for n in wanted.removeprefix("bytes=").split("-"))
+                    if first >= len(content):
+                        return answer(self, 416, b"")
+                    content, status = content[first : last + 1], 206
+                if served.fault is None or not served.fault(self, content):
+                    answer(self, status, content)
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def every(self, n: int, fault: Callable[[http.server.BaseHTTPRequestHandler, bytes], None]) -> None:
+        """Answer all but every n-th request by `fault`; n = 0: all of them."""
+        count = itertools.count(1)
+
+        def strike(handler: http.server.BaseHTTPRequestHandler, content: bytes) -> bool:
+            if fault is short and handler.command == "HEAD":
+                return False
+            if n and next(count) % n == 0:
+                return False
+            fault(handler, content)
+            return True
+
+        self.fault = strike
+
+
+def answer(handler: http.server.BaseHTTPRequestHandler, status: int, content: bytes, length: int | None = None) -> None:
+    handler.send_response(status)
+    handler.send_header("Content-Length", str(len(content) if length is None else length))
+    handler.end_headers()
+    if handler.command != "HEAD":
+        handler.wfile.write(content)
+
+
+def failing(handler, content: bytes) -> None:
+    answer(handler, 500, b"try later")
+
+
+def resetting(handler, content: bytes) -> None:
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.connection.close()
+    handler.close_connection = True
+
+
+def cut_off(handler, content: bytes) -> None:
+    """Promise all bytes, give half, and hang up."""
+    answer(handler, 206, content[: len(content) // 2], len(content))
+    handler.close_connection = True
+
+
+def short(handler, content: bytes) -> None:
+    """Give half of the bytes as if that were all."""
+    answer(handler, 206, content[: len(content) // 2])
+
+
+def slow(handler, content: bytes) -> None:
+    answer(handler, 206, content[:1], len(content))
+    handler.wfile.flush()
+    time.sleep(1.0)
+    handler.close_connection = True
+
+
+@pytest.fixture
+def server(interactions: Path, tmp_path: Path, tools) -> Iterator[Server]:
+    folder = shutil.copytree(interactions, tmp_path / "served" / "a" / "data")
+    part = folder / "partitions/all"
+    content = json.loads((part / "partition.json").read_text())
+    sums = {f"{p.stem}_checksum": tools.checksum(p) for p in (part / "counts.npy", part / "sequences.arrow")}
+    (part / "partition.json").write_text(json.dumps(content | sums))  # as make_shards does
+    server = Server(tmp_path / "served")
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(remote, "LONGEST_WAIT_S", 0.002)
+    return Cache(tmp_path / "cache", GB)
+
+
+def steps(dataset: Dataset, count: int = 14, **options: int) -> list[tuple]:
+    """Return everything in the first steps of a stream, an epoch of it and some of the next."""
+    stream = PairStream(dataset, rows_global=80, lanes=8, seed=3, **options)
+    taken = [
+        (r.row_ids.tolist(), r.doc_rows.tolist(), r.query["age"].tolist(), r.query["history"].values.tolist())
+        for r in itertools.islice(stream, count)
+    ]
+    stream.close()
+    return taken
+
+
+def entries(store: Cache, suffix: str = "") -> list[Path]:
+    return [path for path in store.dir.glob("??/*") if path.suffix == suffix]
+
+
+def used(store: Cache) -> int:
+    return sum(path.stat().st_size for path in store.dir.glob("??/*"))
+
+
+def blocks_of(dataset: Dataset) -> list[tuple[remote.RemoteFile, int, int, int]]:
+    index = dataset.index("train")
+    return [
+        (index.shards[index.shard[b]], int(index.offset[b]), int(index.size[b]), int(index.checksum[b]))
+        for b in range(index.num_blocks)
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_rows_are_those_on_disk(server: Server, store: Cache, interactions: Path, workers: int) -> None:
+    dataset, local = Dataset.open(f"{server.url}/a/data", cache=store), Dataset.open(interactions)
+    assert dataset.fingerprint == local.fingerprint
+    assert dataset.doc_counts().tolist() == local.doc_counts().tolist()
+    assert dataset.catalogue.keys(np.arange(3)) == ["d0", "d1", "d2"]
+    assert steps(dataset, num_workers=workers) == steps(local)
+
+
+@pytest.mark.parametrize("kind", ["texts", "inline"])
+def test_other_kinds_of_datasets(kind: str, request, tmp_path: Path, store: Cache) -> None:
+    folder = request.getfixturevalue(kind)
+    server = Server(folder)
+    mine, theirs = (
+        next(iter(d.iterate("test", 100))) for d in (Dataset.open(server.url, cache=store), Dataset.open(folder))
+    )
+    server.close()
+    assert mine.query["words"].values.tolist() == theirs.query["words"].values.tolist()
+
+
+def test_an_object_store(interactions: Path, store: Cache) -> None:
+    """`memory://` stands for every file system of fsspec without asyncio."""
+    import fsspec
+
+    files = fsspec.filesystem("memory")
+    files.put(str(interactions), "/bucket/dt=1/data", recursive=True)
+    assert steps(Dataset.open("memory://bucket/dt=1/data", cache=store)) == steps(Dataset.open(interactions))
+    again = Dataset.open("memory://bucket/dt=1/data/", cache=store)
+    files.rm("/bucket", recursive=True)
+    assert again.num_rows("train") == 1000
+
+
+def test_local_folders_do_without_fsspec(interactions: Path) -> None:
+    code = f"""
+import sys
+sys.modules["fsspec"] = sys.modules["aiohttp"] = None  # any import of them fails
+sys.modules["torch.utils.data"] = type(sys)("data"); vars(sys.modules["torch.utils.data"]).update(
+    DataLoader=None, IterableDataset=object, get_worker_info=None)
+from bigdssm.data.dataset import Dataset
+assert next(iter(Dataset.open({str(interactions)!r}).iterate("train", 100))).row_ids[99] == 99
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("fault", [failing, resetting, cut_off, short])
+def test_faults_that_pass_change_nothing(server: Server, store: Cache, interactions: Path, fault) -> None:
+    """Most answers are wrong, while the dataset is opened and while it is read."""
+    server.every(2 if fault is short else 3, fault)
+    assert steps(Dataset.open(f"{server.url}/a/data", cache=store)) == steps(Dataset.open(interactions))
+
+
+def test_slow_bodies_are_given_up(server: Server, store: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = Dataset.open(f"{server.url}/a/data", cache=store)
+    monkeypatch.setattr(remote, "TIMEOUT_S", 0.1)
+    shard, *block = blocks_of(dataset)[0]
+    server.every(2, slow)
+    start = time.monotonic()
+    assert xxhash.xxh3_64_intdigest(shard.read(*block)) == block[2]
+    assert time.monotonic() - start < 0.9, "the slow answer takes a second"
+
+
+def test_a_server_that_stays_away_ends_the_run(server: Server, store: Cache) -> None:
+    """It is no damage: nothing may be left out because of it, so that the run can go on exactly."""
+    dataset = Dataset.open(f"{server.url}/a/data", cache=store)
+    server.every(0, failing)
+    with pytest.raises(DataError, match=r"train-000000.tar cannot be read: 8 attempts failed, the last with .*500"):
+        list(dataset.iterate("train", 100))
+    stream = PairStream(dataset, rows_global=80, lanes=8)
+    with pytest.raises(DataError, match="rank 0 cannot read"):
+        list(itertools.islice(stream, 40))
+    assert stream.rows_bad == 0
+
+
+def test_damage_on_the_server_is_damage(server: Server, store: Cache, caplog) -> None:
+    folder = server.folder / "a/data/partitions/all"
+    dataset = Dataset.open(f"{server.url}/a/data", cache=store)
+    (folder / "train-000000.tar").unlink()
+    content = bytearray((folder / "train-000001.tar").read_bytes())
+    index = dataset.index("train")
+    content[int(index.offset[4]) + 20] ^= 1
+    (folder / "train-000001.tar").write_bytes(content)
+    with (folder / "train-000002.tar").open("r+b") as file:
+        file.truncate(int(index.offset[9]) + 10)  # blocks 10 and 11 begin behind the end
+    rows = sum(len(rows) for rows in dataset.iterate("train", 100))
+    lost = [0, 1, 2, 3, 4, 9, 10, 11]
+    assert rows == 1000 - int(index.rows[lost].sum())
+    for reason in ("missing", "checksum", "cut short: 10 of", "cut short: 0 of"):
+        assert reason in caplog.text
+    assert f"{server.url}/a/data/partitions/all/train-000000.tar" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: (d / "dataset.json").unlink(), r"a/data is no dataset"),
+        (lambda d: (d / "dataset.json").write_text("{"), r"dataset.json is damaged"),
+        (lambda d: (d / "dataset.json").write_text("{}"), r"metadata of another format"),
+        (lambda d: (d / "schema.json").unlink(), r"schema.json does not exist"),
+        (lambda d: (d / "catalogue/000000.arrow").unlink(), r"000000.arrow does not exist"),
+        (lambda d: (d / "catalogue/000000.arrow").write_bytes(b"x"), r"000000.arrow is damaged: its checksum"),
+        (lambda d: (d / "partitions/all/train.index.arrow").write_bytes(b"x"), r"train.index.arrow is damaged"),
+    ],
+)
+def test_what_is_said_of_a_damaged_dataset(server: Server, store: Cache, spoil, message: str) -> None:
+    spoil(server.folder / "a/data")
+    with pytest.raises(DataError, match=message):
+        Dataset.open(f"{server.url}/a/data", cache=store)
+    assert not entries(store, ".part")
+
+
+@pytest.mark.parametrize("place", ["../../x", "/etc/x", "a/../../x", "a\\..\\x", "a//b"])
+def test_paths_out_of_the_dataset_are_refused(server: Server, store: Cache, place: str) -> None:
+    path = server.folder / "a/data/dataset.json"
+    content = json.loads(path.read_text())
+    content["catalogue"][0]["file"] = place
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="not a plain path inside it; refused"):
+        Dataset.open(f"{server.url}/a/data", cache=store)
+
+
+def test_servers_without_ranges_are_refused(server: Server, store: Cache) -> None:
+    dataset = Dataset.open(f"{server.url}/a/data", cache=store)
+    server.ranges = False
+    with pytest.raises(DataError, match="ignores byte ranges"):
+        list(dataset.iterate("train", 100))
+
+
+def test_refused_access_is_not_tried_again(server: Server, store: Cache) -> None:
+    server.every(0, lambda handler, content: answer(handler, 403, b""))
+    with pytest.raises(DataError, match=r"the server refuses it \(.*403.*check address and credentials"):
+        Dataset.open(f"{server.url}/a/data?token=secret", cache=store)
+    assert server.requests == {"/a/data/dataset.json": 1}
+
+
+def test_secrets_of_a_url_are_not_shown(server: Server, store: Cache, caplog) -> None:
+    caplog.set_level("INFO")
+    dataset = Dataset.open(f"{server.url}/a/data?token=secret", cache=store)
+    server.every(2, failing)
+    next(iter(dataset.iterate("test", 50)))
+    shutil.rmtree(server.folder / "a/data/partitions")
+    assert not sum(len(rows) for rows in dataset.iterate("train", 500))
+    assert "trying again" in caplog.text and "is missing" in caplog.text and "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("url", ["simplecache::memory://x", "nosuch://x/y"])
+def test_urls_that_cannot_be_read(url: str, store: Cache) -> None:
+    with pytest.raises(ConfigError, match=r"chained URLs are not read|cannot be read without another package"):
+        Dataset.open(url, cache=store)
+
+
+def test_a_missing_extra_is_named(store: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fsspec.core", None)
+    with pytest.raises(ConfigError, match=r"pip install 'bigdssm\[remote\]'"):
+        Dataset.open("http://127.0.0.1:1/never", cache=store)
+
+
+def test_what_is_in_the_cache_is_not_fetched_again(server: Server, store: Cache) -> None:
+    steps(Dataset.open(f"{server.url}/a/data", cache=store))
+    server.requests.clear()
+    steps(Dataset.open(f"{server.url}/a/data", cache=store))
+    assert all(path.endswith((".json", ".txt")) for path in server.requests)
+
+
+def test_same_names_in_other_folders_are_other_files(server: Server, store: Cache, tools) -> None:
+    """Shards a/…/train-000000.tar and b/…/train-000000.tar, same places and sizes, other content."""
+    tools.Writer(server.folder / "b/data").write("other")
+    other = server.folder / "b/data/partitions/other"
+    shutil.copytree(server.folder / "a/data/partitions/all", server.folder / "b/data/partitions/all")
+    assert (other / "train-000000.tar").exists()
+    a, b = (Dataset.open(f"{server.url}/{folder}/data", cache=store) for folder in "ab")
+    first = [steps(dataset) for dataset in (a, b)]
+    shard, *block = blocks_of(a)[0]
+    there = remote.RemoteFile(shard.url.replace("/a/", "/b/"), store)
+    size = len(entries(store))
+    assert there.read(*block) == shard.read(*block), "the same bytes"
+    assert first == [steps(Dataset.open(server.folder / folder / "data")) for folder in "ab"]
+    assert len(entries(store)) >= size and remote.key_of(shard.url) != remote.key_of(there.url)
+
+
+def test_a_changed_block_is_not_taken_from_the_cache(server: Server, store: Cache) -> None:
+    """The checksum is part of the name: the same place in the same shard, made again."""
+    dataset = Dataset.open(f"{server.url}/a/data", cache=store)
+    shard, offset, size, checksum = blocks_of(dataset)[0]
+    shard.read(offset, size, checksum)
+    path = server.folder / "a/data/partitions/all" / shard.name
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+    now = bytes(content[offset : offset + size])
+    assert shard.read(offset, size, xxhash.xxh3_64_intdigest(now)) == now
+
+
+def test_a_torn_block_in_the_cache_is_fetched_again(server: Server, store: Cache) -> None:
+    """As a machine's crash may leave it: the name is there, not all the bytes."""
+    dataset = Dataset.open(f"{server.url}/a/data", cache=store)
+    shard, *block = blocks_of(dataset)[0]
+    before = set(entries(store))
+    content = shard.read(*block)
+    (path,) = set(entries(store)) - before
+    for torn in (content[:-1], b"", b"\0" * len(content)):
+        path.write_bytes(torn)
+        assert shard.read(*block) == content
+        assert path.read_bytes() == content
+
+
+def test_wrong_content_is_never_kept(server: Server, store: Cache) -> None:
+    dataset = Dataset.open(f"{server.url}/a/data", cache=store)
+    shard, *block = blocks_of(dataset)[0]
+    before = set(entries(store))
+    server.every(0, lambda handler, content: answer(handler, 206, b"\0" * len(content)))
+    shard.read(*block)
+    assert set(entries(store)) == before
+
+
+def test_the_cap_holds_and_the_least_recently_used_go(server: Server, tmp_path: Path, store: Cache) -> None:
+    held = Dataset.open(f"{server.url}/a/data", cache=store)
+    fixed, blocks = used(store), blocks_of(held)
+    one = max(size for _, _, size, _ in blocks)
+    small = Cache(store.dir, fixed + 5 * one)
+    names = {}
+    for shard, *block in blocks:
+        for wanted in (blocks[0], (shard, *block)):  # the first block stays in use
+            remote.RemoteFile(wanted[0].url, small).read(*wanted[1:])
+            time.sleep(0.002)  # so that times of use differ
+        names[block[0], str(shard)] = small.path(remote.key_of(shard.url, *block))
+        assert used(small) <= small.max_bytes
+    there = [path.exists() for path in names.values()]
+    assert there[0] and there[-1] and not all(there) and sum(there) >= 3
+    assert steps(held)  # what a process has open is not evicted for blocks
+    assert all(path.exists() for path in held.dir.rglob("*") if path.is_symlink())
+
+
+def test_a_dataset_that_nobody_holds_makes_room(server: Server, store: Cache, tools) -> None:
+    tools.Writer(server.folder / "b/data").write()
+    first = Dataset.open(f"{server.url}/a/data", cache=store)
+    tree, size = first.dir, used(store)
+    small = Cache(store.dir, size + size // 2)
+    with pytest.raises(DataError, match=r"data.cache_bytes=\d+ has no room for a file of \d+ bytes"):
+        Dataset.open(f"{server.url}/b/data", cache=small)
+    del first
+    assert steps(Dataset.open(f"{server.url}/b/data", cache=small))
+    assert used(small) <= small.max_bytes and not tree.exists()
+
+
+def test_a_full_disk_costs_only_time(server: Server, store: Cache, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    dataset = Dataset.open(f"{server.url}/a/data", cache=store)
+    monkeypatch.setattr(
+        cache.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    assert len(steps(dataset)) == 14
+    assert "blocks are not cached: No space left on device" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"data.cache_dir=.*file cannot be used"):
+        Dataset.open(f"{server.url}/a/data", cache=Cache(tmp_path / "file", GB))
+
+
+def test_the_config_names_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert Cache.of(DataConfig(dir="", cache_bytes=7)) == Cache(tmp_path / "bigdssm", 7)
+    assert Cache.of(DataConfig(dir="", cache_dir=str(tmp_path / "x"))).dir == tmp_path / "x"
+
+
+def reader(url: str, store: Cache) -> subprocess.Popen[str]:
+    """Start a process that prints the row ids and documents of a stream's first steps."""
+    code = f"""
+import itertools, json
+from pathlib import Path
+from bigdssm.data import Dataset, PairStream
+from bigdssm.data.cache import Cache
+dataset = Dataset.open({url!r}, cache=Cache(Path({str(store.dir)!r}), {store.max_bytes}))
+stream = PairStream(dataset, rows_global=80, lanes=8, seed=3)
+print(json.dumps([[r.row_ids.tolist(), r.doc_rows.tolist()] for r in itertools.islice(stream, 14)]))
+"""
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+def finished(process: subprocess.Popen[str]) -> list[list[list[int]]]:
+    return json.loads(process.communicate(timeout=60)[0])
+
+
+def expected_of(folder: Path) -> list[list[list[int]]]:
+    return [[row_ids, doc_rows] for row_ids, doc_rows, *_ in steps(Dataset.open(folder))]
+
+
+def test_processes_fill_one_cache_together(server: Server, store: Cache, interactions: Path) -> None:
+    """Under a cap that makes them evict each other's blocks; large files are fetched once."""
+    fixed = sum(p.stat().st_size for p in interactions.rglob("*") if p.is_file() and p.suffix != ".tar")
+    small = Cache(store.dir, fixed + 20_000)
+    server.fault = lambda handler, content: bool(time.sleep(0.005))  # so that they meet
+    processes = [reader(f"{server.url}/a/data", small) for _ in range(2)]
+    peak = 0
+    while any(process.poll() is None for process in processes):
+        peak = max(peak, used_now(small))
+        time.sleep(0.001)
+    expected = expected_of(interactions)
+    assert [finished(process) for process in processes] == [expected, expected]
+    assert server.requests["/a/data/catalogue/000000.arrow"] == 1
+    assert 0 < peak <= small.max_bytes
+    assert not entries(small, ".part")
+
+
+def used_now(store: Cache) -> int:
+    """Return the bytes in the cache while others change it."""
+    total = 0
+    for path in store.dir.glob("??/*"):
+        try:
+            total += path.stat().st_size
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def test_kill_in_a_fill_leaves_nothing_that_is_believed(server: Server, store: Cache, interactions: Path) -> None:
+    """A process is killed half through the catalogue while another waits for that fill; the other one fetches it."""
+    url, path = f"{server.url}/a/data", "/a/data/catalogue/000000.arrow"
+    stuck = threading.Event()
+
+    def stall(handler, content: bytes) -> bool:
+        if handler.path == path and handler.command == "GET" and not stuck.is_set():
+            handler.send_response(206)
+            handler.send_header("Content-Length", str(len(content)))
+            handler.end_headers()
+            handler.wfile.write(content[: len(content) // 2])
+            handler.wfile.flush()
+            stuck.set()
+            time.sleep(60)
+        return False
+
+    server.fault = stall
+    victim = reader(url, store)
+    assert stuck.wait(60)
+    (part,) = entries(store, ".part")
+    assert not part.with_suffix("").exists()
+    other = reader(url, store)
+    deadline = time.monotonic() + 60
+    while server.requests["/a/data/schema.json"] < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert server.requests[path] == 1, "the second waits for the first"
+    victim.kill()
+    victim.communicate(timeout=30)
+    assert finished(other) == expected_of(interactions)
+    assert server.requests[path] == 2
+    assert not entries(store, ".part")
+
+
+def test_parts_of_killed_processes_are_removed_and_overwritten(server: Server, store: Cache) -> None:
+    """Longer than the file, at the very name that the file will be written under."""
+    url = f"{server.url}/a/data/catalogue/000000.arrow"
+    checksum = json.loads((server.folder / "a/data/dataset.json").read_text())["catalogue"][0]["checksum"]
+    part = store.path(remote.key_of(url, checksum)).with_suffix(".part")
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"\xff" * 100_000)
+    stale = store.dir / "00" / ("f" * 38 + ".part")
+    stale.parent.mkdir(exist_ok=True)
+    stale.write_bytes(b"\xff" * 100_000)
+    dataset = Dataset.open(f"{server.url}/a/data", cache=Cache(store.dir, 200_000))
+    assert dataset.catalogue.num_docs == 37 and not part.exists()
+    keep = Cache(store.dir, used(store) - 1)
+    shard, *block = blocks_of(dataset)[0]
+    remote.RemoteFile(shard.url, keep).read(*block)
+    assert not stale.exists()
