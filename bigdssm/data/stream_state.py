@@ -24,7 +24,7 @@ def check_state(dataset: Dataset, mine: dict[str, Any], state: dict[str, Any]) -
         if key == "schema" and new_part and has_only_grown(dataset.schema, state):
             continue
         differences.append(f"{key} was {state.get(key)!r}, is {mine[key]!r}")
-    new: list[str] = []
+    growing = ""
     if new_part:
         on_disk = {partition.name: partition.identity for partition in dataset.partitions_on_disk()}
         differences += _gone_or_changed(before, on_disk)
@@ -34,10 +34,10 @@ def check_state(dataset: Dataset, mine: dict[str, Any], state: dict[str, Any]) -
     else:
         new = [name for name in now if name not in before]
         differences += _gone_or_changed(before, now) + [f"partition {name} is new" for name in new]
+        growing = _how_to_go_on(list(before), list(now)) if new else ""
         if not differences and list(before) != list(now):
             differences.append(f"partitions were {list(before)}, are {list(now)}")
     if differences:
-        growing = f", or go on over the new partitions with data.from_partition={new[0]}" if new else ""
         raise DataError(
             f"{dataset.dir}: the stream cannot go on where it was, because {'; '.join(differences)}; "
             f"restore that, or start a new run{growing}"
@@ -54,3 +54,12 @@ def has_only_grown(schema: Schema, state: dict[str, Any]) -> bool:
 def _gone_or_changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
     gone = [f"partition {name} is gone" for name in before if name not in now]
     return gone + [f"partition {name} has changed" for name in before if name in now and before[name] != now[name]]
+
+
+def _how_to_go_on(before: list[str], now: list[str]) -> str:
+    if not before or before[-1] not in now:
+        return ""
+    later = now[now.index(before[-1]) + 1 :]
+    if later:
+        return f", or go on over the new partitions with data.from_partition={later[0]}"
+    return f", or go on where it was with data.from_partition={before[0]}"

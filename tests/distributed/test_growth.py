@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from bigdssm.checkpoint import verify
 from bigdssm.config import load_config
 from bigdssm.data import Dataset, PairStream
 from bigdssm.data.interactions import InteractionTables, make_interactions
@@ -33,7 +34,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory, pools: dict[int, Pool]) -> t
     """The config of a dataset that grew by `day2`, and the folder of a run that was finished before."""
     folder = tmp_path_factory.mktemp("grown")
     config, run_dir = small_run.write_dataset(folder), folder / "run"
-    pools[2].run(small_run.run, config, run_dir, ("debug.log_row_ids=true",))
+    pools[2].run(small_run.run, config, run_dir, ("debug.log_row_ids=true", "pretrain.save_every_steps=8"))
     items = ["item_id\ttitle\tgenre"] + [f"new{i}\tword{i} number {i}\tg9 all" for i in range(7)]
     users = ["user_id\tage\tgender"] + [f"v{u}\t{30 + u}\t{'MX'[u % 2]}" for u in range(30)]
     events = ["user_id\titem_id\ttimestamp"]
@@ -100,6 +101,20 @@ def test_the_rows_are_the_new_partitions_from_their_first_step_on(
     assert rates[STEPS] == pytest.approx(rates[0])  # a schedule of its own: warm-up again
     best = weights(run_dir)
     assert len(best["tables.tables.doc_item_id.weight"]) == 2 + small_run.NUM_ITEMS + 7
+
+
+def test_a_run_that_is_not_finished_goes_on_too_on_another_number_of_ranks(
+    grown: tuple[Path, Path], tmp_path: Path, pools: dict[int, Pool]
+) -> None:
+    config, run_dir = grown[0], copy(grown[1], tmp_path)
+    shutil.rmtree(run_dir / "pretrain" / "checkpoints" / f"step-{STEPS:08d}")
+    pools[1].run(small_run.run, config, run_dir, ON, "pretrain", True)
+    stream = PairStream(Dataset.open(config.parent / "dataset", first="day2"), rows_global=96, lanes=6)
+    expected = {8 + step: sorted(next(stream).row_ids.tolist()) for step in range(NEW_STEPS)}
+    seen = row_ids(run_dir, 1)
+    assert {step: ids for step, ids in seen.items() if step >= 8} == expected
+    progress = verify(run_dir / "pretrain" / "checkpoints" / f"step-{8 + NEW_STEPS:08d}").state["progress"]
+    assert (progress["part_step"], progress["step"]) == (8, 8 + NEW_STEPS)
 
 
 def test_a_new_part_that_was_killed_ends_with_the_same_weights(
