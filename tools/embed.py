@@ -22,7 +22,7 @@ from bigdssm.retrieval.index import write_vectors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="model folder")
-    parser.add_argument("--data", type=Path, required=True, help="dataset folder")
+    parser.add_argument("--data", required=True, help="dataset folder or URL")
     parser.add_argument("--out", type=Path, required=True, help="folder for the vectors")
     parser.add_argument("--rows-per-chunk", type=int, default=1024, help="documents encoded at once (%(default)s)")
     args = parser.parse_args()

@@ -24,7 +24,7 @@ from bigdssm.retrieval.embed import tower_encoders
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="model folder")
-    parser.add_argument("--data", type=Path, required=True, help="dataset folder")
+    parser.add_argument("--data", required=True, help="dataset folder or URL")
     parser.add_argument("--split", default="test", help="split of the dataset (%(default)s)")
     parser.add_argument("--baselines", action="store_true", help="also evaluate popularity and the Markov baseline")
     parser.add_argument("--compare", type=Path, metavar="OTHER", help="model folder or earlier JSON to compare with")

@@ -23,7 +23,7 @@ from bigdssm.retrieval.mine import mine_to_file
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="model folder")
-    parser.add_argument("--data", type=Path, required=True, help="dataset folder")
+    parser.add_argument("--data", required=True, help="dataset folder or URL")
     parser.add_argument("--out", type=Path, required=True, metavar="NPY", help="file for the negatives")
     parser.add_argument("--first", type=int, default=10, help="first rank, counted from 0 (%(default)s)")
     parser.add_argument("--last", type=int, default=200, help="rank to stop before (%(default)s)")

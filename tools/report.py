@@ -17,6 +17,7 @@ from rich.console import Console
 
 from bigdssm.cli import ProgressBar, run_main
 from bigdssm.data import Dataset
+from bigdssm.data.cache import Cache
 from bigdssm.errors import CheckpointError
 from bigdssm.evaluation.curves import training_seconds
 from bigdssm.evaluation.split import evaluate_split
@@ -28,7 +29,7 @@ from bigdssm.retrieval.embed import tower_encoders
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--data", type=Path, help="dataset folder (by default the one that the run was trained on)")
+    parser.add_argument("--data", help="dataset folder or URL (by default the one that the run was trained on)")
     parser.add_argument("--split", default="test", help="split of the dataset (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="JSON", help="where the list is saved")
     args = parser.parse_args()
@@ -37,7 +38,8 @@ def main() -> None:
     if not stages:
         raise CheckpointError(f"{args.run} holds neither pretrain/best nor sft/best; train first")
     folders = {stage: load_model_folder(folder / "best") for stage, folder in stages.items()}
-    dataset = Dataset.open(args.data or next(iter(folders.values())).config.data.dir)
+    data = next(iter(folders.values())).config.data
+    dataset = Dataset.open(args.data or data.dir, cache=Cache.of(data))
     baselines = baseline_systems(dataset, args.split)
     models = [evaluated(stage, folders[stage], folder, dataset, args.split) for stage, folder in stages.items()]
 

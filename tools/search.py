@@ -20,6 +20,7 @@ from rich.table import Table
 
 from bigdssm.cli import run_main
 from bigdssm.data import Collator, Dataset
+from bigdssm.data.cache import Cache
 from bigdssm.errors import ConfigError
 from bigdssm.export import load_model_folder
 from bigdssm.retrieval.embed import query_vectors
@@ -31,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="model folder")
     parser.add_argument("--index", type=Path, required=True, help="index folder")
-    parser.add_argument("--data", type=Path, help="dataset folder (by default the one that the model was trained on)")
+    parser.add_argument("--data", help="dataset folder or URL (by default the one that the model was trained on)")
     query = parser.add_mutually_exclusive_group(required=True)
     query.add_argument("--user", metavar="KEY", help="a user of the dataset")
     query.add_argument("--history", metavar="TITLES", help="documents, parted by semicolons, oldest first")
@@ -42,7 +43,7 @@ def main() -> None:
         raise ConfigError(f"--top {args.top}: needs at least 1")
 
     folder, index = load_model_folder(args.model), open_index(args.index)
-    dataset = Dataset.open(args.data or folder.config.data.dir)
+    dataset = Dataset.open(args.data or folder.config.data.dir, cache=Cache.of(folder.config.data))
     folder.check_dataset(dataset)
     if args.user is not None:
         found = user_query(dataset, args.user)
