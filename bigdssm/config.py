@@ -130,7 +130,7 @@ class EngineConfig:
 class LossConfig:
     """Which loss, over which negatives."""
 
-    name: Literal["fps", "softmax", "pair_ce", "triplet", "sigmoid"] = "fps"
+    name: Literal["fps", "softmax", "pair_ce", "triplet"] = "fps"
     direction: Literal["q2d", "d2q", "both"] = "q2d"
     weight: Literal["indicator", "relevance"] = "indicator"  # 1[r>0], or r itself
     sampling: Literal["none", "classic", "corrected"] = "none"  # correction for popular in-batch documents
