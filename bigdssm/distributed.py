@@ -44,6 +44,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def shutdown() -> None:
+    """Leave the process group. Without it a rank that ends last can die of the threads that the group still runs."""
+    if is_distributed():
+        dist.destroy_process_group()
+
+
 def barrier() -> None:
     """Wait for every rank."""
     if is_distributed():

@@ -31,6 +31,8 @@ def main(stage: StageName) -> int:
             if os.environ.get("RANK", "0") != "0" and not distributed.is_distributed():
                 sys.exit(error.exit_code)  # every rank has found the same; rank 0 says it
             raise
+        finally:
+            distributed.shutdown()
 
     return run_main(run)
 
