@@ -121,7 +121,6 @@ class EngineConfig:
     zero_stage: int = 1
     precision: Literal["fp32", "bf16", "bf16_pure"] = "fp32"
     offload_optimizer: bool = False
-    activation_checkpointing: bool = False
     chunk_tokens: int = 0  # gradient cache: tokens encoded at once per tower; 0 encodes all rows at once
     loss_tile: int | None = None  # columns of the score matrix held at once; none: chosen by the loss
 
