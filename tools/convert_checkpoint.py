@@ -2,7 +2,7 @@
 
     python tools/convert_checkpoint.py --run RUN/pretrain [--checkpoint best|latest|step-00000100] --out MODEL
 
-best is the stage's best validation; latest and step-… are consolidated from DeepSpeed's ZeRO files.
+best is the stage's best validation; latest and step-… are put together from the shares of all ranks.
 """
 
 from __future__ import annotations
