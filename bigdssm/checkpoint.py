@@ -115,7 +115,7 @@ class CheckpointStore:
         if not distributed.is_main():
             return
         files = {
-            file.relative_to(aside).as_posix(): {"bytes": file.stat().st_size, "xxh3_128": _checksum(file)}
+            file.relative_to(aside).as_posix(): {"bytes": file.stat().st_size, "xxh3_128": file_checksum(file)}
             for file in sorted(aside.rglob("*"))
             if file.is_file()
         }
@@ -156,7 +156,7 @@ def verify(path: Path) -> Checkpoint:
             raise CheckpointError(f"checkpoint file {file} is missing")
         if file.stat().st_size != expected["bytes"]:
             raise CheckpointError(f"checkpoint file {file} has {file.stat().st_size} bytes, was {expected['bytes']}")
-        if _checksum(file) != expected["xxh3_128"]:
+        if file_checksum(file) != expected["xxh3_128"]:
             raise CheckpointError(f"checkpoint file {file} is damaged: its checksum is not the manifest's")
     return checkpoint
 
@@ -184,7 +184,8 @@ def _rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def _checksum(path: Path) -> str:
+def file_checksum(path: Path) -> str:
+    """Return the xxh3_128 of a file, in hex."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import xxhash
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
+from bigdssm.checkpoint import file_checksum
 from bigdssm.config import Config, ModelConfig, TowerConfig, load_config
 from bigdssm.data import Dataset
 from bigdssm.errors import BigDSSMError, CheckpointError
@@ -102,7 +102,7 @@ def load_model_folder(folder: Path) -> ModelFolder:
     for name, checksum in meta["checksums"].items():
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing; the model folder is not whole")
-        if _checksum(folder / name) != checksum:
+        if file_checksum(folder / name) != checksum:
             raise CheckpointError(f"{folder / name} is damaged: its checksum is not the one in {META_FILE}")
     try:
         config, schema = load_config(folder / CONFIG_FILE), Schema.load(folder)
@@ -171,12 +171,4 @@ def _checksums(folder: Path) -> dict[str, str]:
     """Return the checksum of every file but the config, whose data.dir may be edited when a dataset moves."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CONFIG_FILE)
     assert folder / SCHEMA_FILE in files
-    return {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
-
-
-def _checksum(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
+    return {path.relative_to(folder).as_posix(): file_checksum(path) for path in files}
