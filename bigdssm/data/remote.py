@@ -93,12 +93,18 @@ class RemoteFolder:
         self._entries: dict[str, str] = {}
         try:
             self.dir = self._mirror(partitions, first)
-        except OSError as error:
-            raise DataError(f"data.cache_dir={cache.dir} cannot be used: {error}; choose another one") from None
+        except BaseException as error:
+            self._release()  # now, not when the last traceback that leads here is collected
+            if isinstance(error, OSError):
+                raise DataError(f"data.cache_dir={cache.dir} cannot be used: {error}; choose another one") from None
+            raise
 
     def __del__(self) -> None:
-        for fd in getattr(self, "_held", ()):
-            os.close(fd)
+        self._release()
+
+    def _release(self) -> None:
+        while self._held:
+            os.close(self._held.pop())
 
     def file(self, place: str) -> RemoteFile:
         """Return the file that stands at `place` in the folder."""
@@ -232,6 +238,7 @@ def _retried(url: str, attempt: Callable[[], T]) -> T:
             raise
         except Exception as error:
             told, status = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", _status(error)
+            error.__traceback__ = None  # fsspec's frames hold it, and through their callers all that is opened here
         if status == 404:
             raise FileNotFoundError(errno.ENOENT, "no such file", shown(url))
         if 400 <= status < 500 and status not in (408, 425, 429):
