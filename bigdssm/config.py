@@ -49,6 +49,15 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One part of a mixture: a dataset, or some of its partitions."""
+
+    dir: str | None = None  # none: data.dir
+    partitions: tuple[str, ...] = ()  # empty: all of its partitions
+    weight: float = 1.0  # share of the rows, over the sum of all weights; kept to a thousandth
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The dataset and its schema."""
 
@@ -63,6 +72,9 @@ class DataConfig:
     cache_dir: str | None = None  # where a dataset at a URL is cached; none: bigdssm/ in the user's cache folder
     cache_bytes: int = DEFAULT_CACHE_BYTES  # most that all files in it take
     from_partition: str | None = None  # train on the dataset's partitions from this one on; none: on all of them
+    mixture: list[SourceConfig] = field(default_factory=list)  # several datasets or partitions, by weight
+    mixture_batches: Literal["mixed", "one_source"] = "mixed"  # a step's lanes each from one source, or all of them
+    tail: Literal["carry", "drop"] = "carry"  # an epoch's rows that fill no step: into the next, or left out
 
 
 @dataclass(frozen=True)
@@ -261,6 +273,7 @@ def check_config(config: Config) -> None:
     _require(bool(data.doc), "data.doc", "no features", "at least one feature")
     _require(data.lanes >= 1, "data.lanes", data.lanes, "at least 1")
     _require(data.cache_bytes >= 1, "data.cache_bytes", data.cache_bytes, "at least 1")
+    _check_mixture(data)
     _require(engine.zero_stage in (0, 1, 2, 3), "engine.zero_stage", engine.zero_stage, "0, 1, 2 or 3")
     _require(config.model.alpha_init > 0, "model.alpha_init", config.model.alpha_init, "a number above 0")
     for side, features in (("query", data.query), ("doc", data.doc)):
@@ -281,6 +294,16 @@ def first_difference(before: Any, now: Any, key: str = "") -> str | None:
         if found:
             return found
     return None
+
+
+def _check_mixture(data: DataConfig) -> None:
+    for number, source in enumerate(data.mixture):
+        weight = source.weight
+        _require(0 < weight < float("inf"), f"data.mixture[{number}].weight", weight, "a finite number above 0")
+    both = bool(data.mixture) and data.from_partition is not None
+    _require(
+        not both, "data.from_partition", data.from_partition, "no mixture beside it; name partitions in the mixture"
+    )
 
 
 def _check_feature(key: str, side: str, feature: FeatureConfig, data: DataConfig) -> None:

@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--seed", type=int, default=0, help="of the shuffle and of random splits")
     common.add_argument("--partition", default="base", help="name of a new dataset's first partition")
     common.add_argument("--overwrite", action="store_true", help="replace the dataset that stands at --out")
+    common.add_argument("--like", type=Path, metavar="DIR", help="take the schema and tokenizer of that dataset")
     common.add_argument("--append", metavar="NAME", help="add a partition to the dataset at --out")
 
     name = "interactions"
@@ -135,7 +136,8 @@ def _pairs(args: argparse.Namespace) -> None:
 def _data_and_target(args: argparse.Namespace) -> tuple[DataConfig, Target]:
     data = load_config(args.config, args.overrides).data
     out, partition = args.out or Path(data.dir), args.append or args.partition
-    return data, Target(out, partition, overwrite=args.overwrite, append=args.append is not None, seed=args.seed)
+    append = args.append is not None
+    return data, Target(out, partition, overwrite=args.overwrite, append=append, seed=args.seed, like=args.like)
 
 
 def _print(report: Report) -> None:

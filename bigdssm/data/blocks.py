@@ -43,14 +43,15 @@ class Layout:
     types: dict[str, pa.DataType]
     query: dict[str, Feature]  # by block column
     doc: dict[str, Feature]  # by block column (`doc.<feature>`), inline documents only
-    num_docs: int  # catalogue rows; 0 where documents are inline
+    num_docs: tuple[int, ...]  # catalogue rows of each partition's dataset; 0 where documents are inline
     vocab_size: int  # of the tokenizer, 0 without text
     sequences: tuple[MappedTable, ...] = field(default=())  # one per partition, or none
 
     @classmethod
     def of(
-        cls, schema: Schema, *, inline: bool, num_docs: int, vocab_size: int, sequences: tuple[MappedTable, ...]
-    ) -> Layout:
+        cls, schema: Schema, *, inline: bool, num_docs: tuple[int, ...], vocab_size: int,
+        sequences: tuple[MappedTable, ...],
+    ) -> Layout:  # fmt: skip
         """Return the layout that the schema and the presence of sequences imply."""
         types = {"query_id": pa.int64(), "relevance": pa.float32()}
         types |= {"doc_id": pa.int64()} if inline else {"doc": pa.int64()}
@@ -148,9 +149,10 @@ def _row_faults(batch: pa.RecordBatch, layout: Layout, partition: int) -> Iterat
         yield wrong, lambda row: f"relevance is {relevance[row]}, needs a number of at least 0"
     if "doc" in columns:
         doc = columns["doc"].to_numpy()
-        if _outside(doc, 0, layout.num_docs):
-            what = f"not a row of the catalogue's {layout.num_docs}"
-            yield (doc < 0) | (doc >= layout.num_docs), lambda row: f"unknown document: {doc[row]} is {what}"
+        num_docs = layout.num_docs[partition]
+        if _outside(doc, 0, num_docs):
+            what = f"not a row of the catalogue's {num_docs}"
+            yield (doc < 0) | (doc >= num_docs), lambda row: f"unknown document: {doc[row]} is {what}"
     if layout.sequences:
         yield from _sequence_faults(columns, layout.sequences[partition])
     for name, feature in (layout.query | layout.doc).items():

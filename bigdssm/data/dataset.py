@@ -20,6 +20,7 @@ from bigdssm.data.cache import Cache
 from bigdssm.data.catalogue import Catalogue
 from bigdssm.data.index import SplitIndex, read_index
 from bigdssm.data.mapped import MappedTable
+from bigdssm.data.mixture import Batches, Source
 from bigdssm.data.ragged import Column, from_arrow, offsets_of
 from bigdssm.data.remote import RemoteFolder, is_url
 from bigdssm.data.rows import Rows
@@ -38,6 +39,9 @@ class Partition:
     name: str
     folder: Path
     content: dict[str, Any]  # of partition.json
+    num_docs: int = 0  # rows of its dataset's catalogue
+    first_doc: int = 0  # where that catalogue begins in the one of several joined datasets
+    remote: RemoteFolder | None = None  # where the dataset is at a URL
 
     @property
     def identity(self) -> str:
@@ -46,23 +50,42 @@ class Partition:
         return _hash(json.dumps(known, sort_keys=True).encode())
 
 
-class Dataset:
-    """A dataset opened for reading; see `open`."""
+@dataclass(frozen=True)
+class CatalogueFile:
+    """One file of a catalogue."""
 
-    def __init__(self, folder: Path, content: dict[str, Any], schema: Schema, partitions: list[Partition]) -> None:
-        """For `open`."""
-        self.dir, self.schema, self.partitions = folder, schema, partitions
-        self.name: str = content["name"]
-        self.inline: bool = content["documents"] == "inline"
-        self.tokenizer_dir: Path | None = folder / "tokenizer" if schema.has_text else None
+    path: Path
+    rows: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Head:
+    """What holds for all partitions of a dataset."""
+
+    dir: Path
+    name: str
+    schema: Schema
+    documents: str  # "catalogue", or "inline": beside their queries
+
+
+class Dataset:
+    """A dataset opened for reading, see `open`; or several joined, see joining.py."""
+
+    def __init__(self, head: Head, partitions: list[Partition], catalogue_files: Sequence[CatalogueFile]) -> None:
+        """For `open` and `joining.join`."""
+        self.head, self.partitions, self.catalogue_files = head, partitions, tuple(catalogue_files)
+        self.dir, self.name, self.schema = head.dir, head.name, head.schema
+        self.inline = head.documents == "inline"
+        self.tokenizer_dir: Path | None = head.dir / "tokenizer" if head.schema.has_text else None
         self.pad_token_id, self.vocab_size, self.tokenizer_hash = _read_tokenizer(self.tokenizer_dir)
         self._catalogue = None
         if not self.inline:
-            files = content["catalogue"]
-            self._catalogue = Catalogue([folder / part["file"] for part in files], schema, self.pad_token_id)
-            got, expected = self._catalogue.file_rows, [part["rows"] for part in files]
+            paths = [file.path for file in catalogue_files]
+            self._catalogue = Catalogue(paths, head.schema, self.pad_token_id)
+            got, expected = self._catalogue.file_rows, [file.rows for file in catalogue_files]
             if got != expected:
-                raise DataError(f"{folder}/catalogue: the files have {got} rows, dataset.json says {expected}")
+                raise DataError(f"{self.dir}/catalogue: the files have {got} rows, dataset.json says {expected}")
         present = [(partition.folder / "sequences.arrow").exists() for partition in partitions]
         if any(present) and not all(present):
             missing = partitions[present.index(False)].folder / "sequences.arrow"
@@ -72,11 +95,15 @@ class Dataset:
         self.sequences = MappedTable(paths) if paths else None
         self._sequence_base = offsets_of(np.array([table.num_rows for table in tables], np.int64))
         self.layout = Layout.of(
-            schema, inline=self.inline, num_docs=self._catalogue.num_docs if self._catalogue else 0,
+            head.schema, inline=self.inline, num_docs=tuple(partition.num_docs for partition in partitions),
             vocab_size=self.vocab_size, sequences=tables,
         )  # fmt: skip
+        self._first_doc = np.array([partition.first_doc for partition in partitions])
         self._indexes: dict[str, SplitIndex] = {}
-        self.remote: RemoteFolder | None = None  # set by `open` where the dataset is at a URL
+        self.sources: tuple[Source, ...] = ()  # of a mixture; none: all partitions are one
+        self.batches: Batches = "mixed"  # of a mixture
+        self.siblings: tuple[Partition, ...] = ()  # all partitions that are there, where several datasets were joined
+        self.pickled: tuple[Any, ...] | None = None
 
     @classmethod
     def open(
@@ -106,16 +133,17 @@ class Dataset:
             names = known[known.index(first) :]
         if not names:
             raise DataError(f"{folder} has no partitions; tools/make_shards.py adds one")
-        dataset = cls(folder, content, schema, [_read_partition(folder, name) for name in names])
-        dataset.remote = remote
+        files = [CatalogueFile(folder / f["file"], f["rows"], f["checksum"]) for f in content["catalogue"]]
+        num_docs = sum(file.rows for file in files)
+        read = [replace(_read_partition(folder, name), num_docs=num_docs, remote=remote) for name in names]
+        dataset = cls(Head(folder, content["name"], schema, content["documents"]), read, files)
+        if remote is not None:
+            dataset.pickled = partial(cls.open, cache=remote.cache), (remote.url, names)
         return dataset
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the path: a loader process maps the files itself."""
-        names = [partition.name for partition in self.partitions]
-        if self.remote is not None:
-            return partial(Dataset.open, cache=self.remote.cache), (self.remote.url, names)
-        return Dataset.open, (self.dir, names)
+        return self.pickled or (Dataset.open, (self.dir, [partition.name for partition in self.partitions]))
 
     @property
     def catalogue(self) -> Catalogue:
@@ -132,6 +160,8 @@ class Dataset:
 
     def partitions_on_disk(self) -> list[Partition]:
         """Return all partitions in the dataset's folder, opened or not. Raises DataError where one is damaged."""
+        if self.siblings:
+            return list(self.siblings)
         content = _read_json(self.dir / "dataset.json", "copy the dataset whole")
         return [_read_partition(self.dir, name) for name in content["partitions"]]
 
@@ -143,9 +173,9 @@ class Dataset:
                 expected = partition.content["splits"].get(split)
                 if expected and expected["blocks"]:
                     part = read_index(partition.folder, split, expected, number)
-                    if self.remote is not None:
-                        at = f"partitions/{partition.name}"
-                        part = replace(part, shards=tuple(self.remote.file(f"{at}/{p.name}") for p in part.shards))
+                    if partition.remote is not None:
+                        at, file = f"partitions/{partition.folder.name}", partition.remote.file
+                        part = replace(part, shards=tuple(file(f"{at}/{path.name}") for path in part.shards))
                     parts.append(part)
             if not parts:
                 known = sorted({name for partition in self.partitions for name in partition.content["splits"]})
@@ -157,18 +187,18 @@ class Dataset:
         """Return the rows of a split, 0 where the dataset has none."""
         return sum(partition.content["splits"].get(split, {"rows": 0})["rows"] for partition in self.partitions)
 
-    def doc_counts(self) -> np.ndarray:
-        """Return the train positives of every document, int64 [num_docs], summed over the partitions."""
+    def doc_counts(self, partitions: range | None = None) -> np.ndarray:
+        """Return the train positives of every document, int64 [num_docs], summed over the partitions (or some)."""
         total = np.zeros(self.catalogue.num_docs, np.int64)
-        for partition in self.partitions:
+        for partition in self.partitions if partitions is None else self.partitions[partitions.start : partitions.stop]:
             path = partition.folder / "counts.npy"
             try:
                 counts = np.load(path, allow_pickle=False)
             except (OSError, ValueError) as error:
                 raise DataError(f"{path} cannot be read ({error}); make the partition again") from None
-            if counts.ndim != 1 or len(counts) > len(total):
-                raise DataError(f"{path} has shape {counts.shape}, the catalogue {len(total)} documents")
-            total[: len(counts)] += counts
+            if counts.ndim != 1 or len(counts) > partition.num_docs:
+                raise DataError(f"{path} has shape {counts.shape}, the catalogue {partition.num_docs} documents")
+            total[partition.first_doc : partition.first_doc + len(counts)] += counts
         return total
 
     def check_against(self, config: DataConfig) -> None:
@@ -183,13 +213,16 @@ class Dataset:
     def rows(self, split: str, step: int, row_ids: np.ndarray, batch: pa.RecordBatch) -> Rows:
         """Return block columns (`layout.types`) with row ids as Rows: histories and the sequences' features added."""
         columns: dict[str, Column] = {n: from_arrow(c) for n, c in zip(batch.schema.names, batch.columns, strict=True)}
-        sequence = end = None
+        sequence = end = doc = None
         if self.sequences is not None:
             sequence, end = np.asarray(columns["sequence"]), np.asarray(columns["end"])
-            if len(self.partitions) > 1:
-                index = self.index(split)
-                block = np.searchsorted(index.first_row, row_ids, "right") - 1
-                sequence = sequence + self._sequence_base[index.partition[block]]
+        if not self.inline:
+            doc = np.asarray(columns["doc"])
+        if len(self.partitions) > 1:
+            index = self.index(split)
+            partition = index.partition[np.searchsorted(index.first_row, row_ids, "right") - 1]
+            sequence = None if sequence is None else sequence + self._sequence_base[partition]
+            doc = None if doc is None else doc + self._first_doc[partition]
         query: dict[str, Column] = {}
         for name, feature in self.schema.query.items():
             if name in columns:
@@ -205,7 +238,7 @@ class Dataset:
         inline = {name: columns[f"doc.{name}"] for name in self.schema.doc} if self.inline else {}
         return Rows(
             step=step, row_ids=row_ids, query=query, doc=inline, sequence=sequence, end=end, sequences=self.sequences,
-            doc_rows=np.full(len(row_ids), -1, np.int64) if self.inline else np.asarray(columns["doc"]),
+            doc_rows=np.full(len(row_ids), -1, np.int64) if doc is None else doc,
             doc_ids=np.asarray(columns["doc_id"]) if self.inline else None,
             relevance=np.asarray(columns["relevance"]), query_ids=np.asarray(columns["query_id"]),
         )  # fmt: skip

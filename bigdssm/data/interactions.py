@@ -92,7 +92,7 @@ def make_interactions(
     check_names(config.doc, [name for name, _ in KEY_COLUMNS], "doc")
     check_names(config.query, [*BLOCK_COLUMNS, *SEQUENCE_COLUMNS], "query")
     with target.open(config) as writer:
-        fitting = Fitting(config, writer)
+        fitting = Fitting(config, writer, target.like)
         catalogue = CatalogueWriter(writer.spool, fitting.base.doc, writer.catalogue_parts)
         _read_items(config, tables, catalogue, fitting, writer, progress)
         users = _read_users(tables, stored(fitting.base.query), fitting, writer)

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from bigdssm.data.blocks import Bad, read_block
 from bigdssm.data.dataset import Dataset, empty_batch
+from bigdssm.data.mixture import MixedOrder
 from bigdssm.data.order import Order, Window
 from bigdssm.data.ragged import offsets_of
 from bigdssm.data.rows import Rows
@@ -35,13 +36,16 @@ class _Loaded:
 
 
 class LaneReader:
-    """Holds one window per lane in memory: at most lanes × window_blocks blocks, once more while one is loaded."""
+    """Holds one window per lane, and per source of a mixture, in memory: each of at most window_blocks blocks.
 
-    def __init__(self, dataset: Dataset, split: str, order: Order, lanes: Sequence[int]) -> None:
+    A window is held once more while it is loaded.
+    """
+
+    def __init__(self, dataset: Dataset, split: str, order: Order | MixedOrder, lanes: Sequence[int]) -> None:
         """Prepare to read `lanes` of `split`; nothing is read yet."""
         self._dataset, self._split, self._order, self._lanes = dataset, split, order, lanes
         self._index = dataset.index(split)
-        self._loaded: dict[int, _Loaded] = {}
+        self._loaded: dict[tuple[Order, int], _Loaded] = {}
         self._bad: list[Bad] = []
 
     def parts(self, step: int) -> Iterator[Part]:
@@ -54,28 +58,32 @@ class LaneReader:
         """Return the lanes' part of one global step, lane after lane."""
         slices: list[tuple[np.ndarray, pa.RecordBatch]] = []
         for lane in self._lanes:
-            for epoch, first, last in self._order.spans(step, lane):
-                slices += self._read(epoch, lane, first, last)
+            order, turn = self._order.turn(step, lane)
+            for epoch, first, last in order.spans(turn, lane):
+                slices += self._read(order, epoch, lane, first, last)
         row_ids = np.concatenate([ids for ids, _ in slices])
         batch = pa.concat_batches([batch for _, batch in slices])
         rows = self._dataset.rows(self._split, step, row_ids, batch)
         bad, self._bad = self._bad, []
         return Part(rows, self._order.rows_per_lane_step * len(self._lanes), bad)
 
-    def _read(self, epoch: int, lane: int, first: int, last: int) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
+    def _read(
+        self, order: Order, epoch: int, lane: int, first: int, last: int
+    ) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
         while first < last:
-            window = self._window(epoch, lane, first)
+            window = self._window(order, epoch, lane, first)
             start = window.plan.start
             upto = min(last, start + len(window.plan.order))
             a, b = (int(window.good_before[position - start]) for position in (first, upto))
             yield window.row_ids[a:b], window.batch.slice(a, b - a)
             first = upto
 
-    def _window(self, epoch: int, lane: int, position: int) -> _Loaded:
-        held = self._loaded.get(lane)
+    def _window(self, order: Order, epoch: int, lane: int, position: int) -> _Loaded:
+        held = self._loaded.get((order, lane))
         if held is None or held.plan.key[0] != epoch or not 0 <= position - held.plan.start < len(held.plan.order):
-            self._loaded.pop(lane, None)  # freed before the next one is read
-            self._loaded[lane] = held = self._load(self._order.window(epoch, lane, position))
+            held = None
+            self._loaded.pop((order, lane), None)  # freed before the next one is read
+            self._loaded[order, lane] = held = self._load(order.window(epoch, lane, position))
         return held
 
     def _load(self, plan: Window) -> _Loaded:

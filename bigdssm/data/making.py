@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ import numpy as np
 
 from bigdssm.config import DataConfig
 from bigdssm.data.catalogue_writer import CatalogueWriter
-from bigdssm.data.dataset_writer import DatasetWriter
+from bigdssm.data.dataset_writer import TOKENIZER, DatasetWriter
 from bigdssm.data.fit import SideFitter
 from bigdssm.data.tokenizer import TextEncoder, make_tokenizer
 from bigdssm.errors import ConfigError
@@ -38,6 +39,7 @@ class Target:
     overwrite: bool = False
     append: bool = False
     seed: int = 0
+    like: Path | None = None  # a dataset whose schema and tokenizer are taken as they are, so that both can be mixed
 
     def open(self, config: DataConfig) -> DatasetWriter:
         """Return the writer. Raises DataError where `out` cannot be written."""
@@ -66,22 +68,28 @@ class Report:
 
 
 class Fitting:
-    """The schema on its way from declared (or, appending, from the dataset's) to fitted."""
+    """The schema on its way from declared (or, appending, from the dataset's) to fitted; `like` has a fitted one."""
 
-    def __init__(self, config: DataConfig, writer: DatasetWriter) -> None:
-        declared = Schema.declared(config)
-        if writer.append:
-            self.base = Schema.load(writer.out)
+    def __init__(self, config: DataConfig, writer: DatasetWriter, like: Path | None = None) -> None:
+        if writer.append and like is not None:
+            raise ConfigError("--append takes the schema of the dataset that grows; leave out --like")
+        self.base = Schema.declared(config)
+        fitted = writer.out if writer.append else like
+        if fitted is not None:
+            declared, self.base = self.base, Schema.load(fitted)
             if difference := declared.difference(self.base):
-                raise ConfigError(f"the config's schema is not that of {writer.out}: {difference}")
-        else:
-            self.base = declared
-        self._config, self._writer = config, writer
+                raise ConfigError(f"the config's schema is not that of {fitted}: {difference}")
+        self._config, self._writer, self._like = config, writer, like
         self.query = SideFitter(stored(self.base.query), config.query)
         self.doc = SideFitter(self.base.doc, config.doc)
 
     def finish(self, texts: Iterable[list[str]]) -> tuple[Schema, TextEncoder | None]:
         """Return the fitted schema and, where it has text, the encoder of the tokenizer (trained on `texts`)."""
+        if self._like is not None:
+            if not self.base.has_text:
+                return self.base, None
+            shutil.copytree(self._like / TOKENIZER, self._writer.tokenizer_dir)
+            return self.base, TextEncoder(self._writer.tokenizer_dir)
         grow = self._writer.append
         query = {**self.base.query, **self.query.fitted(grow=grow)}
         schema = replace(self.base, query=query, doc=self.doc.fitted(grow=grow))

@@ -82,9 +82,12 @@ class Order:
 
     def __init__(
         self, rows: np.ndarray, *, rows_global: int, lanes: int, seed: int = 0, tail: Tail = "carry",
-        window_blocks: int = WINDOW_BLOCKS,
+        window_blocks: int = WINDOW_BLOCKS, first_block: int = 0, first_row: int = 0,
     ) -> None:  # fmt: skip
-        """Raises ConfigError where rows_global and lanes do not go together, DataError where rows are too few."""
+        """`first_block` and `first_row` are what the numbers of blocks and rows begin with: nothing but the names.
+
+        Raises ConfigError where rows_global and lanes do not go together, DataError where rows are too few.
+        """
         if lanes < 1 or rows_global < 1 or rows_global % lanes:
             raise ConfigError(f"rows_global={rows_global} must be a positive multiple of lanes={lanes}")
         if tail not in ("carry", "drop"):
@@ -106,7 +109,12 @@ class Order:
         self.steps_per_epoch = whole if tail == "drop" else -(-self.num_rows // rows_global)
         self.rows_per_epoch = whole * rows_global if tail == "drop" else self.num_rows
         self.rows_dropped_per_epoch = self.num_rows - self.rows_per_epoch
+        self._first_block, self._first_row_id = first_block, first_row
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+
+    def turn(self, step: int, lane: int) -> tuple[Order, int]:
+        """Return which order gives a lane's part of a global step, and as the how manieth: this one, every step."""
+        return self, step
 
     def lane_rows(self, lane: int) -> int:
         """Return the rows that a lane gives in an epoch."""
@@ -141,7 +149,8 @@ class Order:
         offsets = offsets_of(lengths)
         row_ids = np.repeat(base + first - offsets[:-1], lengths) + np.arange(offsets[-1])
         order = np.argsort(mix64(row_ids, derive_key(plan.key, 1)), kind="stable")
-        return Window((epoch, lane, number), max(int(starts[0]) - begin, 0), blocks, first, last, row_ids, order)
+        names = blocks + self._first_block, first, last, row_ids + self._first_row_id
+        return Window((epoch, lane, number), max(int(starts[0]) - begin, 0), *names, order)
 
     def row_ids(self, step: int, lanes: range | None = None) -> np.ndarray:
         """Return the row ids of a global step, lane after lane, int64: the whole contract, without reading a row."""

@@ -99,7 +99,7 @@ class _Making:
     ) -> None:
         self.tables, self.target, self.writer = tables, target, writer
         self.splitter, self.progress = splitter, progress
-        self.fitting = Fitting(config, writer)
+        self.fitting = Fitting(config, writer, target.like)
         self.notes: list[str] = []
         base = self.fitting.base
         self.query, self.doc, self.display = base.query, base.doc, config.display

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from bigdssm import distributed
 from bigdssm.data.blocks import Bad
 from bigdssm.data.dataset import Dataset, empty_batch
 from bigdssm.data.lanes import Part
-from bigdssm.data.order import WINDOW_BLOCKS, Order, Tail
+from bigdssm.data.mixture import TURNS, MixedOrder, turns_per_round
+from bigdssm.data.order import WINDOW_BLOCKS, Order, Tail, derive_key
 from bigdssm.data.rows import Rows
 from bigdssm.data.stream_state import check_state
 from bigdssm.data.workers import open_parts
@@ -52,10 +54,10 @@ class PairStream:
             raise ConfigError(f"num_workers={num_workers} and start_step={start_step} must not be negative")
         self.dataset = dataset if isinstance(dataset, Dataset) else Dataset.open(dataset)
         self.split, self.rank, self.world_size = split, rank, world_size
-        index = self.dataset.index(split)
-        self.order = Order(
-            index.rows, rows_global=rows_global, lanes=lanes, seed=seed, tail=tail, window_blocks=window_blocks
-        )  # fmt: skip
+        plan = partial(Order, rows_global=rows_global, lanes=lanes, tail=tail, window_blocks=window_blocks)
+        self.order = (
+            self._mixed(plan, seed) if self.dataset.sources else plan(self.dataset.index(split).rows, seed=seed)
+        )
         self.step = start_step  # the next one to be handed out; may be set until the first `next`
         self.rows_bad = self.rows_met = 0  # of this rank, since it was opened
         self._max_bad_fraction, self._quarantine = max_bad_fraction, quarantine
@@ -72,7 +74,10 @@ class PairStream:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Return the global steps after which every row (tail="drop": every row but the tail) was given."""
+        """Return the global steps after which every row (tail="drop": every row but the tail) was given.
+
+        In a mixture each source has epochs of its own; this is then as many steps as all sources have rows for.
+        """
         return self.order.steps_per_epoch
 
     def __iter__(self) -> PairStream:
@@ -88,6 +93,30 @@ class PairStream:
         rows = self._next_rows(self._parts)
         self.step += 1
         return rows
+
+    def _mixed(self, plan: Callable[..., Order], seed: int) -> MixedOrder:
+        """Return the plan of the dataset's mixture; the sources' blocks stand one after the other in the index."""
+        sources, index = self.dataset.sources, self.dataset.index(self.split)
+        orders = []
+        for number, source in enumerate(sources):
+            lo, hi = (int(block) for block in np.searchsorted(index.partition, [source.first, source.last]))
+            key, first_row = derive_key(seed, number), int(index.first_row[lo])
+            try:
+                orders.append(plan(index.rows[lo:hi], seed=key, first_block=lo, first_row=first_row))
+            except DataError as error:
+                raise DataError(f"data.mixture: {source.name} is too small: {error}") from None
+        turns = turns_per_round([source.name for source in sources], [source.weight for source in sources])
+        return MixedOrder(orders, turns, self.dataset.batches, seed)
+
+    def doc_weights(self) -> np.ndarray:
+        """Return how often each document comes as a positive, relative to all, float64 [num_docs] (any scale)."""
+        if not isinstance(self.order, MixedOrder):
+            return self.dataset.doc_counts().astype(np.float64)
+        total = np.zeros(self.dataset.catalogue.num_docs)
+        for source, order, turns in zip(self.dataset.sources, self.order.orders, self.order.turns, strict=True):
+            counts = self.dataset.doc_counts(range(source.first, source.last))
+            total += counts * (turns / TURNS * self.order.rows_per_epoch / order.num_rows)
+        return total
 
     def check(self) -> None:
         """Stop all ranks together where one cannot read, or too many rows are bad. A collective.
@@ -115,6 +144,10 @@ class PairStream:
     def state(self) -> dict[str, Any]:
         """Return where the stream stands and what it depends on; plain JSON types, the same on every rank."""
         order = self.order
+        mixture: dict[str, Any] = {}
+        if isinstance(order, MixedOrder):
+            names = [source.name for source in self.dataset.sources]
+            mixture = {"mixture": [[n, t] for n, t in zip(names, order.turns, strict=True)], "batches": order.batches}
         return {
             "format": STATE_FORMAT,
             "step": self.step,
@@ -129,6 +162,7 @@ class PairStream:
             "vocabularies": self.dataset.schema.vocabulary_sizes(),
             "tokenizer": self.dataset.tokenizer_hash,
             "partitions": [[partition.name, partition.identity] for partition in self.dataset.partitions],
+            **mixture,
         }
 
     def check_state(self, state: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""May a stream go on from a saved state: where it was, or at the beginning of partitions that were added since?"""
+"""May a stream go on from a saved state: where it was, or at the beginning of a part with partitions that are new?"""
 
 from __future__ import annotations
 
@@ -12,25 +12,28 @@ from bigdssm.schema import Schema
 def check_state(dataset: Dataset, mine: dict[str, Any], state: dict[str, Any]) -> bool:
     """Return True where a stream in state `mine` goes on where `state` was taken, False where it begins a new part.
 
-    A new part has only partitions that were added since; those of `state` must still be in the dataset, unchanged, and
-    vocabularies may have grown at their end. Raises DataError naming everything else that differs.
+    A new part has only partitions that were added since, or a mixture with one of them in it; those of `state` must
+    still be there, unchanged, and vocabularies may have grown at their end. Raises DataError naming everything else
+    that differs.
     """
     before, now = dict(state.get("partitions", [])), dict(mine["partitions"])
-    new_part = bool(before) and not before.keys() & now.keys()
+    mixed = bool(dataset.sources) and any(name not in before for name in now)
+    new_part = bool(before) and (mixed or not before.keys() & now.keys())
     differences = []
-    for key in mine:
-        if key in ("step", "epoch", "vocabularies", "partitions") or mine[key] == state.get(key):
+    for key in {**mine, **state}:
+        if key in ("step", "epoch", "vocabularies", "partitions") or mine.get(key) == state.get(key):
             continue
-        if key == "schema" and new_part and has_only_grown(dataset.schema, state):
+        if new_part and (key in ("mixture", "batches") or (key == "schema" and has_only_grown(dataset.schema, state))):
             continue
-        differences.append(f"{key} was {state.get(key)!r}, is {mine[key]!r}")
+        differences.append(f"{key} was {state.get(key)!r}, is {mine.get(key)!r}")
     growing = ""
     if new_part:
         on_disk = {partition.name: partition.identity for partition in dataset.partitions_on_disk()}
         differences += _gone_or_changed(before, on_disk)
-        order = list(on_disk)
-        latest = max((order.index(name) for name in before if name in on_disk), default=-1)
-        differences += [f"partition {n} is older than {order[latest]}" for n in now if order.index(n) < latest]
+        if not mixed:
+            order = list(on_disk)
+            latest = max((order.index(name) for name in before if name in on_disk), default=-1)
+            differences += [f"partition {n} is older than {order[latest]}" for n in now if order.index(n) < latest]
     else:
         new = [name for name in now if name not in before]
         differences += _gone_or_changed(before, now) + [f"partition {name} is new" for name in new]
@@ -61,5 +64,8 @@ def _how_to_go_on(before: list[str], now: list[str]) -> str:
         return ""
     later = now[now.index(before[-1]) + 1 :]
     if later:
-        return f", or go on over the new partitions with data.from_partition={later[0]}"
+        return (
+            f", or go on over the new partitions with data.from_partition={later[0]}, over old and new ones by weight "
+            f"with data.mixture"
+        )
     return f", or go on where it was with data.from_partition={before[0]}"

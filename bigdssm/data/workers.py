@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from bigdssm.data.dataset import Dataset
 from bigdssm.data.lanes import LaneReader, Part
+from bigdssm.data.mixture import MixedOrder
 from bigdssm.data.order import Order
 from bigdssm.errors import BigDSSMError, DataError
 from bigdssm.log import get_logger
@@ -20,8 +21,9 @@ log = get_logger(__name__)
 
 
 def open_parts(
-    dataset: Dataset, split: str, order: Order, shares: Sequence[np.ndarray], num_workers: int, start_step: int
-) -> Iterator[Part]:
+    dataset: Dataset, split: str, order: Order | MixedOrder, shares: Sequence[np.ndarray], num_workers: int,
+    start_step: int,
+) -> Iterator[Part]:  # fmt: skip
     """Yield, step after step, the part of each share of lanes in turn; `num_workers` is 0 or one per share.
 
     Raises DataError: reading failed for another reason than damaged data, or a loader process died.
@@ -42,7 +44,9 @@ def open_parts(
 class _Shares(IterableDataset):
     """Gives process i the steps of share i."""
 
-    def __init__(self, dataset: Dataset, split: str, order: Order, shares: list[list[int]], start_step: int) -> None:
+    def __init__(
+        self, dataset: Dataset, split: str, order: Order | MixedOrder, shares: list[list[int]], start_step: int
+    ) -> None:
         self._args, self._shares, self._start_step = (dataset, split, order), shares, start_step
 
     def __iter__(self) -> Iterator[Part | str]:
@@ -53,7 +57,9 @@ class _Shares(IterableDataset):
             yield part if isinstance(part, str) else replace(part, rows=replace(part.rows, sequences=None))
 
 
-def _guarded(dataset: Dataset, split: str, order: Order, lanes: list[int], start_step: int) -> Iterator[Part | str]:
+def _guarded(
+    dataset: Dataset, split: str, order: Order | MixedOrder, lanes: list[int], start_step: int
+) -> Iterator[Part | str]:
     """Yield the parts, and as the last thing the message of whatever went wrong: all ranks must stop together."""
     try:
         yield from LaneReader(dataset, split, order, lanes).parts(start_step)

@@ -29,7 +29,7 @@ class Objective:
     """Calls the configured loss."""
 
     def __init__(self, config: LossConfig, tile: int | None, doc_counts: np.ndarray | None, rows_global: int) -> None:
-        """`doc_counts` are int64 train positives per catalogue row, needed where `config.sampling` is not none."""
+        """`doc_counts` says how often each catalogue row is a positive, needed where `config.sampling` is not none."""
         self._config = config
         self._tile = tile
         self._counts = None if doc_counts is None else torch.from_numpy(doc_counts)

@@ -16,13 +16,14 @@ from bigdssm.checkpoint import Checkpoint, CheckpointStore
 from bigdssm.cli import ProgressBar
 from bigdssm.config import Config, StageConfig, StageName, first_difference
 from bigdssm.data import Dataset, PairStream
-from bigdssm.data.cache import Cache
+from bigdssm.data.joining import open_dataset
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError
 from bigdssm.export.model_folder import load_model_folder
 from bigdssm.log import get_logger
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.mine import mine_to_file
+from bigdssm.schema import hash64
 from bigdssm.training.batches import Batches
 from bigdssm.training.engine import Engine, device, init_process_group
 from bigdssm.training.growth import GrownReader, grow_model
@@ -38,6 +39,7 @@ logger = get_logger(__name__)
 
 CONFIG_FILE = "config.yaml"
 NEW_PART_KEYS = ("steps", "epochs")  # may change, too, where a stage goes on over new partitions
+PART_KEYS = ("from_partition", "mixture", "mixture_batches")
 # What may change when a stage is resumed: it changes what is kept and said, not what is learned.
 WATCHING_KEYS = ("save_every_steps", "keep_checkpoints", "log_every_steps", "validate_every_steps", "patience")
 
@@ -51,7 +53,7 @@ def check_stage(config: Config, name: StageName, world_size: int, resume: bool) 
     if world_size > config.data.lanes:
         raise ConfigError(f"{world_size} ranks, but data.lanes={config.data.lanes}: use at least one lane per rank")
     check_trackers(config.run.trackers)
-    dataset = Dataset.open(config.data.dir, first=config.data.from_partition, cache=Cache.of(config.data))
+    dataset = open_dataset(config.data)
     dataset.check_against(config.data)
     if dataset.inline and (stage.loss.negatives or stage.loss.uniform_negatives or stage.loss.sampling != "none"):
         raise ConfigError(
@@ -127,7 +129,7 @@ def _assemble(
         logger.info("%s goes on from %s%s", name, checkpoint.path, over)
     part_steps = stage_config.steps or math.ceil(stage_config.epochs * stream.steps_per_epoch)
     total_steps = progress.part_step + part_steps
-    counts = dataset.doc_counts() if stage_config.loss.sampling != "none" else None
+    counts = stream.doc_weights() if stage_config.loss.sampling != "none" else None
     rank = distributed.rank()
     return Stage(
         name=name,
@@ -144,7 +146,7 @@ def _assemble(
         store=store,
         health=Health(name, engine, trackers, bar, total_steps, stage_config.rows_global, stage_config.log_every_steps),
         stop=StopRequest(),
-        row_log=RowLog(folder, rank, progress.step) if config.debug.log_row_ids else None,
+        row_log=RowLog(folder, rank, distributed.world_size(), progress.step) if config.debug.log_row_ids else None,
         progress=progress,
     )
 
@@ -191,6 +193,7 @@ def _stream(config: Config, stage: StageConfig, dataset: Dataset) -> PairStream:
         rank=rank,
         world_size=distributed.world_size(),
         num_workers=config.data.num_workers,
+        tail=config.data.tail,
         max_bad_fraction=config.data.max_bad_fraction,
         quarantine=quarantine,
     )
@@ -218,6 +221,8 @@ def _mined(engine: Engine, dataset: Dataset, stage: StageConfig, path: Path) -> 
 def _mined_file(config: Config, folder: Path) -> Path:
     """Return where the mined negatives of the partitions that are trained on stand."""
     part = f".{config.data.from_partition}" if config.data.from_partition else ""
+    if config.data.mixture:
+        part = f".{hash64(repr(config.data.mixture)) % 2**64:016x}"
     return folder / f"mined_negatives{part}.npy"
 
 
@@ -231,7 +236,8 @@ def _check_folder(folder: Path, config: Config, name: StageName, resume: bool) -
     before, now = yaml.safe_load(path.read_text(encoding="utf-8")), config.to_dict()
     for key in WATCHING_KEYS:
         before[name].pop(key, None), now[name].pop(key)
-    if before["data"].pop("from_partition", None) != now["data"].pop("from_partition"):
+    parts = [[content["data"].pop(key, None) for key in PART_KEYS] for content in (before, now)]
+    if parts[0] != parts[1]:  # the stream's state decides whether a new part may begin
         for key in NEW_PART_KEYS:
             before[name].pop(key, None), now[name].pop(key)
     difference = next(

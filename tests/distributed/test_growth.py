@@ -14,6 +14,7 @@ from bigdssm.checkpoint import verify
 from bigdssm.config import load_config
 from bigdssm.data import Dataset, PairStream
 from bigdssm.data.interactions import InteractionTables, make_interactions
+from bigdssm.data.joining import open_dataset
 from bigdssm.data.making import Target
 
 from . import small_run
@@ -115,6 +116,31 @@ def test_a_run_that_is_not_finished_goes_on_too_on_another_number_of_ranks(
     assert {step: ids for step, ids in seen.items() if step >= 8} == expected
     progress = verify(run_dir / "pretrain" / "checkpoints" / f"step-{8 + NEW_STEPS:08d}").state["progress"]
     assert (progress["part_step"], progress["step"]) == (8, 8 + NEW_STEPS)
+
+
+MIXED = (
+    "data.mixture=[{partitions: [day2], weight: 3}, {partitions: [base], weight: 1}]",
+    *ON[1:],
+)
+
+
+def test_old_rows_are_mixed_in_by_weight_and_a_resumed_mixture_is_exact(
+    grown: tuple[Path, Path], tmp_path: Path, pools: dict[int, Pool]
+) -> None:
+    config, run_dir = grown[0], copy(grown[1], tmp_path)
+    with pytest.raises(RankFailed, match="stopped for the test"):
+        pools[2].run(stop_after, config, run_dir, MIXED, 1)
+    with pytest.raises(RankFailed, match=r"mixture was \[\['day2', 750\], \['base', 250\]\], is \[\['day2', 500\]"):
+        changed = MIXED[0].replace("weight: 3", "weight: 1")
+        pools[1].run(small_run.run, config, run_dir, (changed, *MIXED[1:]), "pretrain", True)
+    pools[1].run(small_run.run, config, run_dir, MIXED, "pretrain", True)
+    stream = PairStream(open_dataset(load_config(config, MIXED).data), rows_global=96, lanes=6)
+    expected = {STEPS + step: sorted(next(stream).row_ids.tolist()) for step in range(NEW_STEPS)}
+    seen = row_ids(run_dir, 2)
+    assert {step: ids for step, ids in seen.items() if step >= STEPS} == expected
+    rows_of_day2 = stream.dataset.partitions[0].content["splits"]["train"]["rows"]
+    assert 0.5 < np.mean(np.concatenate(list(expected.values())) < rows_of_day2) < 1
+    assert np.isfinite([record["loss"] for record in small_run.records(run_dir)]).all()
 
 
 def test_a_new_part_that_was_killed_ends_with_the_same_weights(

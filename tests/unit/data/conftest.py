@@ -201,7 +201,7 @@ class Tools:
     checksum = staticmethod(checksum)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tools() -> type[Tools]:
     return Tools
 
