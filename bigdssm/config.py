@@ -133,6 +133,7 @@ class EngineConfig:
     zero_stage: int = 1
     precision: Literal["fp32", "bf16", "bf16_pure"] = "fp32"
     offload_optimizer: bool = False
+    checkpoint_activations: bool = False  # transformer layers are computed again in the backward, not kept
     chunk_tokens: int = 0  # gradient cache: tokens encoded at once per tower; 0 encodes all rows at once
     loss_tile: int | None = None  # columns of the score matrix held at once; none: chosen by the loss
 
@@ -275,6 +276,12 @@ def check_config(config: Config) -> None:
     _require(data.cache_bytes >= 1, "data.cache_bytes", data.cache_bytes, "at least 1")
     _check_mixture(data)
     _require(engine.zero_stage in (0, 1, 2, 3), "engine.zero_stage", engine.zero_stage, "0, 1, 2 or 3")
+    shards_optimizer = engine.zero_stage > 0
+    for key, needs_it in (
+        ("engine.offload_optimizer=true", engine.offload_optimizer),
+        ("engine.precision=bf16_pure", engine.precision == "bf16_pure"),
+    ):
+        _require(shards_optimizer or not needs_it, "engine.zero_stage", 0, f"1, 2 or 3 with {key}")
     _require(config.model.alpha_init > 0, "model.alpha_init", config.model.alpha_init, "a number above 0")
     for side, features in (("query", data.query), ("doc", data.doc)):
         for name, feature in features.items():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bigdssm.config import ModelConfig
-from bigdssm.models.encoders import TextEncoder
+from bigdssm.models.encoders import HistoryEncoder, TextEncoder
 from bigdssm.models.tables import EmbeddingTables
 from bigdssm.models.tower import Tower
 from bigdssm.schema import Schema
@@ -61,6 +61,12 @@ class DualEncoder(nn.Module):
             if self.beta_head is not None:
                 beta = self.beta_head(output).squeeze(1)
         return Encoded(U, W, beta, _clamp_above(self.log_alpha.float().exp(), ALPHA_MAX))
+
+    def checkpoint_activations(self) -> None:
+        """Have the transformers, whose activations grow with the length, compute them again in the backward."""
+        for module in self.modules():
+            if isinstance(module, TextEncoder | HistoryEncoder):
+                module.checkpoint_activations()
 
     def _scored(self, vectors: Tensor) -> Tensor:
         return nn.functional.normalize(vectors, dim=1) if self.config.score == "cosine" else vectors

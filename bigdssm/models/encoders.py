@@ -6,9 +6,11 @@ Shapes: R rows, T tokens or history items, K values, E table width, H encoder wi
 from __future__ import annotations
 
 import os
+import warnings
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, BertConfig, BertModel, PreTrainedModel
 
 from bigdssm.config import HistoryEncoderConfig, TextEncoderConfig
@@ -71,6 +73,13 @@ class TextEncoder(nn.Module):
                 f"has {vocab_size} tokens; make the shards with data.tokenizer.path={config.init}"
             )
 
+    def checkpoint_activations(self) -> None:
+        """Keep only the layers' inputs for the backward, which computes the rest again."""
+        self.bert.config.use_cache = False  # there is none in an encoder, and transformers would warn of it
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its new name is not in every transformers 5
+            self.bert.gradient_checkpointing_enable({"use_reentrant": False})
+
     def forward(self, tokens_RT: Tensor) -> Tensor:
         """Return [R, H] for token ids [R, T], padded at the end."""
         mask_RT = tokens_RT != self.pad_token_id
@@ -101,6 +110,11 @@ class HistoryEncoder(nn.Module):
         self.dropout = nn.Dropout(config.item_dropout)
         self.layers = nn.ModuleList(_HistoryLayer(config, dim) for _ in range(config.layers))
         self.norm = nn.LayerNorm(dim)
+        self._recompute = False
+
+    def checkpoint_activations(self) -> None:
+        """Keep only the layers' inputs for the backward, which computes the rest again."""
+        self._recompute = True
 
     def forward(self, items_RT: Tensor) -> Tensor:
         """Return [R, E] for item codes [R, T], oldest first, padded at the end."""
@@ -115,12 +129,20 @@ class HistoryEncoder(nn.Module):
         newest = (torch.arange(num_rows, device=device), length_R)
         causal_TT = place_T.unsqueeze(1) >= place_T
         for layer in self.layers[:-1]:
-            hidden = layer(hidden, hidden, causal_TT)
+            hidden = self._run(layer, hidden, hidden, causal_TT)
         # Only the newest place is read, so the last layer computes only that one.
         up_to_newest_R1T = (place_T <= length_R.unsqueeze(1)).unsqueeze(1)
-        hidden = self.layers[-1](hidden[newest].unsqueeze(1), hidden, up_to_newest_R1T)
+        hidden = self._run(self.layers[-1], hidden[newest].unsqueeze(1), hidden, up_to_newest_R1T)
         vector: Tensor = self.norm(hidden.squeeze(1))
         return vector
+
+    def _run(self, layer: nn.Module, *inputs: Tensor) -> Tensor:
+        output: Tensor
+        if self._recompute and self.training:
+            output = checkpoint(layer, *inputs, use_reentrant=False)
+        else:
+            output = layer(*inputs)
+        return output
 
 
 class _HistoryLayer(nn.Module):

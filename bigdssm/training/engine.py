@@ -20,7 +20,6 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from bigdssm.config import EngineConfig, OptimizerConfig
-from bigdssm.errors import ConfigError
 from bigdssm.models import Encoded
 from bigdssm.training import portable
 from bigdssm.training.optimizer import build_optimizer
@@ -74,8 +73,6 @@ class Engine:
     """A model under DeepSpeed: forward of one or both towers, backward from vector gradients, one step."""
 
     def __init__(self, model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, rows_per_rank: int) -> None:
-        if config.offload_optimizer and config.zero_stage == 0:
-            raise ConfigError("engine.offload_optimizer=true needs engine.zero_stage of 1, 2 or 3; got 0")
         self.zero_stage = config.zero_stage
         self._norm = float("nan")
         built = deepspeed.initialize(

@@ -119,6 +119,8 @@ def _assemble(
     if checkpoint is not None:
         read = GrownReader(checkpoint, model) if new_part else checkpoint.reader()
         model.load_state_dict(read.weights())
+    if config.engine.checkpoint_activations:
+        model.checkpoint_activations()
     engine = Engine(model, config.engine, stage_config.optimizer, max(1, rows_per_rank))
     mined = _mined(engine, dataset, stage_config, _mined_file(config, folder))
     torch.manual_seed(config.run.seed * 1_000_003 + distributed.rank() + 1)  # dropout differs between ranks

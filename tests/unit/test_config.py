@@ -50,6 +50,8 @@ def test_the_shipped_configs_load(file: Path) -> None:
         ("pretrain.rows_global=1001", ["pretrain.rows_global=1001", "data.lanes=8", "1000 or 1008"]),
         ("pretrain.loss.name=fsp", ["pretrain.loss.name", "fsp", "'fps'"]),
         ("engine.zero_stage=4", ["engine.zero_stage", "4", "0, 1, 2 or 3"]),
+        ("engine={zero_stage: 0, precision: bf16_pure}", ["engine.zero_stage", "1, 2 or 3 with engine.precision=bf16"]),
+        ("engine={zero_stage: 0, offload_optimizer: true}", ["engine.zero_stage", "1, 2 or 3", "offload_optimizer"]),
         ("data.query.history.of=itme", ["data.query.history.of", "itme", "item"]),
         ("data.query.history.of=tags", ["data.query.history.of", "tags", "single-valued"]),
         ("model.alpha_init=0", ["model.alpha_init", "above 0"]),
