@@ -3,8 +3,9 @@
 checkpoints/
   step-00000100/
     manifest.json       written last: step, world size, state, and size and checksum of every file
-    deepspeed/          what the engine wrote
-    rank-00000.pt       this rank's random state
+    tensors-00000.safetensors   one rank's share of the weights and moments
+    rank-00000.safetensors      one rank's random state
+    common.safetensors          further tensors that are the same on every rank, where there are any
   latest                the name of the newest one; moved after the rename, and never needed to find it
 """
 
@@ -29,7 +30,7 @@ from bigdssm.log import get_logger
 
 logger = get_logger(__name__)
 
-MANIFEST, LATEST = "manifest.json", "latest"
+MANIFEST, LATEST, COMMON = "manifest.json", "latest", "common.safetensors"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Checkpoint:
     def rank_state(self, rank: int) -> dict[str, Tensor]:
         """Return what rank `rank` saved for itself."""
         return load_file(self.path / _rank_file(rank))
+
+    def common_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors, beside the weights, that were the same on every rank."""
+        path = self.path / COMMON
+        return load_file(path) if path.is_file() else {}
 
     def reader(self) -> TensorReader:
         """Return what reads single tensors by name."""
@@ -77,10 +83,16 @@ class CheckpointStore:
         self._keep = keep
 
     def save(
-        self, step: int, state: dict[str, Any], rank_state: dict[str, Tensor], share: Callable[[], dict[str, Tensor]]
+        self,
+        step: int,
+        state: dict[str, Any],
+        common: dict[str, Tensor],
+        rank_state: dict[str, Tensor],
+        share: Callable[[], dict[str, Tensor]],
     ) -> Path:
-        """Write the checkpoint of `step` and drop the oldest; `share()` returns this rank's share of the tensors.
+        """Write the checkpoint of `step` and drop the oldest; `share()` returns this rank's share of the weights.
 
+        `state` and the `common` tensors are the same on every rank, `rank_state` is this one's own.
         Raises CheckpointError on every rank where any rank cannot write; earlier checkpoints are untouched.
         """
         path = self.folder / _name(step)
@@ -88,8 +100,10 @@ class CheckpointStore:
         rank = distributed.rank()
         self._together(lambda: self._prepare(aside), "prepare")
         tensors = share()
-        self._together(lambda: save_file(tensors, aside / f"tensors-{rank:05d}.safetensors"), "write")
-        self._together(lambda: save_file(rank_state, aside / _rank_file(rank)), "write")
+        own = {f"tensors-{rank:05d}.safetensors": tensors, _rank_file(rank): rank_state}
+        if common and distributed.is_main():
+            own[COMMON] = common
+        self._together(lambda: _save_files(aside, own), "write")
         self._together(lambda: self._publish(aside, path, step, state), "publish")
         return path
 
@@ -174,6 +188,11 @@ def find(stage_dir: Path, which: str) -> Path:
     if name not in names:
         raise CheckpointError(f"{folder} has no checkpoint {which!r}; it has {names or 'none'}")
     return folder / name
+
+
+def _save_files(folder: Path, files: dict[str, dict[str, Tensor]]) -> None:
+    for name, tensors in files.items():
+        save_file(tensors, folder / name)
 
 
 def _name(step: int) -> str:

@@ -120,7 +120,9 @@ class ModelConfig:
     score: Literal["dot", "cosine"] = "cosine"
     alpha_init: float = 10.0
     alpha_learned: bool = True
-    beta: bool = True  # a learned bias per document, part of the score everywhere
+    # Part of the score everywhere: learned per document; one for all, which only `sigmoid` can learn; or none.
+    beta: Literal["document", "scalar", "none"] = "document"
+    beta_init: float = -10.0  # of a scalar beta (SigLIP's)
     share_text: bool = False  # one text encoder for both towers
     query: TowerConfig = field(default_factory=TowerConfig)
     doc: TowerConfig = field(default_factory=TowerConfig)
@@ -142,16 +144,21 @@ class EngineConfig:
 class LossConfig:
     """Which loss, over which negatives."""
 
-    name: Literal["fps", "softmax", "pair_ce", "triplet"] = "fps"
+    name: Literal["fps", "softmax", "pair_ce", "triplet", "sigmoid"] = "fps"
     direction: Literal["q2d", "d2q", "both"] = "q2d"
     weight: Literal["indicator", "relevance"] = "indicator"  # 1[r>0], or r itself
     sampling: Literal["none", "classic", "corrected"] = "none"  # correction for popular in-batch documents
     gamma: float = 1.0  # its strength: 0 learns PMI, 1 learns p(doc|query)
+    frequency: Literal["counts", "streaming"] = (
+        "counts"  # what it knows of them: the catalogue's counts, or the batches
+    )
+    frequency_buckets: int = 65536  # streaming: several times the number of documents (96 bytes each)
     negatives: int = 0  # mined negatives per row
     uniform_negatives: int = 0  # documents per step drawn uniformly from the catalogue, as extra columns
     in_batch: bool = True  # SFT losses: the other documents of the global batch are negatives too
     mask_history: bool = False  # what a row's sequence holds before it is no negative, as at serving time
     margin: float = 0.2  # triplet
+    norm_penalty: float = 0.0  # times the mean squared norms of both towers' vectors, for model.score=dot
 
 
 @dataclass(frozen=True)
@@ -290,6 +297,10 @@ def check_config(config: Config) -> None:
     for name, stage in stages.items():
         if stage is not None:
             _check_stage(name, stage, data.lanes)
+            _check_loss(f"{name}.loss", stage.loss, config.model)
+    if config.model.beta == "scalar":
+        fits = any(stage is not None and stage.loss.name == "sigmoid" for stage in stages.values())
+        _require(fits, "model.beta", "scalar", "document or none without a sigmoid loss: in all others it cancels")
 
 
 def first_difference(before: Any, now: Any, key: str = "") -> str | None:
@@ -331,13 +342,32 @@ def _check_stage(name: str, stage: StageConfig, lanes: int) -> None:
         fix = f"use {below} or {above}" if below else f"use {above}"
         raise ConfigError(f"{name}.rows_global={rows} must be divisible by data.lanes={lanes}; {fix}")
     _require(stage.steps > 0 or stage.epochs > 0, f"{name}.epochs", stage.epochs, "above 0 where steps is 0")
-    loss = stage.loss
-    mined_or_batch = loss.in_batch or loss.negatives > 0
-    _require(mined_or_batch, f"{name}.loss.negatives", loss.negatives, "at least 1 where in_batch is false")
     mining = stage.mining
     _require(0 <= mining.first < mining.last, f"{name}.mining", f"[{mining.first}, {mining.last})", "first < last")
     room = mining.last - mining.first
-    _require(loss.negatives <= room, f"{name}.loss.negatives", loss.negatives, f"at most the mining window's {room}")
+    negatives = stage.loss.negatives
+    _require(negatives <= room, f"{name}.loss.negatives", negatives, f"at most the mining window's {room}")
+
+
+def _check_loss(key: str, loss: LossConfig, model: ModelConfig) -> None:
+    fps = loss.name == "fps"
+    _require(loss.in_batch or not fps, f"{key}.in_batch", False, "true for fps, which is over the whole batch")
+    mined_or_batch = loss.in_batch or loss.negatives > 0
+    _require(mined_or_batch, f"{key}.negatives", loss.negatives, "at least 1 where in_batch is false")
+    _require(fps or loss.direction == "q2d", f"{key}.direction", loss.direction, f"q2d: {loss.name} has no other")
+    uniform = loss.uniform_negatives
+    _require(fps or uniform == 0, f"{key}.uniform_negatives", uniform, f"0: {loss.name} takes no extra columns")
+    if loss.sampling == "none":
+        _require(loss.frequency == "counts", f"{key}.frequency", loss.frequency, "sampling=classic or corrected")
+    else:
+        _require(loss.in_batch, f"{key}.sampling", loss.sampling, "in_batch=true: it corrects in-batch documents")
+    buckets = loss.frequency_buckets
+    _require(buckets >= 1, f"{key}.frequency_buckets", buckets, "several times the number of documents")
+    _require(loss.norm_penalty >= 0, f"{key}.norm_penalty", loss.norm_penalty, "a number not below 0")
+    if model.score == "cosine":
+        _require(loss.norm_penalty == 0, f"{key}.norm_penalty", loss.norm_penalty, "0: model.score=cosine has norms 1")
+    if loss.name == "sigmoid":
+        _require(model.beta == "scalar", "model.beta", model.beta, f"scalar where {key}.name is sigmoid")
 
 
 def _require(holds: bool, key: str, got: object, needed: str) -> None:

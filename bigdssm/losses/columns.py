@@ -83,7 +83,7 @@ def gather_columns(x: LossInputs, facts: Facts, width: int, group: Group | None)
         num_columns=sum(facts.num_columns),
         valid=torch.cat(valid),
         doc_keys=_gather_vector(x.doc_ids, longest, group),
-        beta=_gather_vector(None if x.beta is None or x.scalar_beta else x.beta.detach().double(), longest, group),
+        beta=_gather_vector(None if x.beta is None else x.beta.detach().double(), longest, group),
         neg_bias=_gather_vector(None if x.neg_bias is None else x.neg_bias.double(), longest, group),
         acc=x.acc,
     )

@@ -29,12 +29,15 @@ def relevance_weight(relevance: Tensor, kind: Literal["indicator", "relevance"])
     raise LossInputError(f"weight must be indicator or relevance, got {kind!r}")
 
 
-def norm_penalty(vectors: Tensor, group: Group | None = None) -> Tensor:
+def norm_penalty(vectors: Tensor, copies: Tensor | None = None, group: Group | None = None) -> Tensor:
     """Return the mean squared norm over the vectors [rows, D] of all ranks; keeps `score: dot` from growing.
 
-    Its scale is the losses': the same value on every rank, gradients whose mean over ranks is the global one.
+    copies [rows]: how many vectors were merged in each, so that it makes no difference which ranks merged them. Its
+    scale is the losses': the same value on every rank, gradients whose mean over ranks is the global one.
     """
-    return _reduced(vectors.pow(2).sum(), float(vectors.shape[0]), group)
+    squares = vectors.float().pow(2).sum(1) if vectors.dtype == torch.bfloat16 else vectors.pow(2).sum(1)
+    weight = torch.ones_like(squares) if copies is None else copies.to(squares.dtype)
+    return _reduced((squares * weight).sum(), float(weight.sum()), group)
 
 
 def scored_loss(

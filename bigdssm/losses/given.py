@@ -31,15 +31,13 @@ class Given:
     num_dropped: int
 
 
-def score_given(x: LossInputs, facts: Facts, negatives_mk: Tensor, skip_n: Tensor | None, group: Group | None) -> Given:
-    """Score the listed negatives; `skip_n` marks columns that are negatives already, in the batch."""
+def score_given(x: LossInputs, facts: Facts, negatives_mk: Tensor, group: Group | None) -> Given:
+    """Score the listed negatives, without the known positives of their queries."""
     used = negatives_mk >= 0
     column = negatives_mk.clamp(min=0)
     known = used & _is_known_positive(x, facts, column, group)
     own = column == x.positive[:, None]
     keep = used & ~known & ~own
-    if skip_n is not None and skip_n.numel():
-        keep &= ~skip_n[column]
     score = torch.full(column.shape, -math.inf, dtype=torch.float64, device=column.device)
     alpha = float(x.alpha.detach())
     for rows, vectors in _chunks(x, column):
@@ -61,7 +59,7 @@ def add_given(x: LossInputs, given: Given, G_mk: Tensor, grads: Gradients) -> No
         if grads.W is not None:
             spread = G[rows][:, :, None] * x.U.detach()[rows].to(x.acc)[:, None, :]
             grads.W.index_add_(0, given.column_mk[rows].flatten(), spread.flatten(0, 1))
-    if grads.beta is not None and grads.beta.ndim:
+    if grads.beta is not None:
         grads.beta.index_add_(0, given.column_mk.flatten(), G_mk.flatten().to(grads.beta.dtype))
 
 

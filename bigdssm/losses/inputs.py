@@ -41,14 +41,10 @@ class LossInputs:
     known: Tensor | None
     acc: torch.dtype
     wants: int  # bits: gradients of U, W, alpha, beta
-    scalar_beta: bool = False
 
     def beta_of(self, columns: Tensor) -> Tensor | None:
-        """Return beta at `columns` of any shape, float64, broadcastable."""
-        if self.beta is None:
-            return None
-        beta = self.beta.detach().double()
-        return beta if self.scalar_beta else beta[columns]
+        """Return beta at `columns` of any shape, float64."""
+        return None if self.beta is None else self.beta.detach().double()[columns]
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,6 @@ def check_inputs(
     query_ids: Tensor | None,
     doc_ids: Tensor | None,
     known: Tensor | None,
-    scalar_beta: bool = False,
 ) -> LossInputs:
     """Return this rank's input with its defaults filled in. Raises: LossInputError."""
     for name, x in (("U", U), ("W", W)):
@@ -120,7 +115,7 @@ def check_inputs(
         weight = torch.ones(m, dtype=torch.float64, device=U.device)
     _check_vector("weight", weight, m)
     _need(bool((weight >= 0).all()) and bool(weight.isfinite().all()), "weight holds NaN, infinite or negative values")
-    _check_bias("beta", beta, 1 if scalar_beta else n)
+    _check_bias("beta", beta, n)
     _check_bias("neg_bias", neg_bias, n)
     _need(neg_bias is None or not neg_bias.requires_grad, "neg_bias is a constant of the sampling: it gets no gradient")
     if query_ids is not None:
@@ -150,7 +145,6 @@ def check_inputs(
         known,
         acc,
         wants,
-        scalar_beta,
     )
 
 

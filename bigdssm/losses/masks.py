@@ -84,8 +84,18 @@ class DropPlan:
     slot_doc: Tensor  # [N]
     pair_keys: Tensor  # sorted query · num_docs + document
     num_docs: int
-    row_lengths: Tensor  # [m] entries of X in each row
     columns: Columns
+
+    def __post_init__(self) -> None:
+        self.row_lengths = self.row_sums(torch.ones_like(self.slot_doc))  # [m] entries of X in each row
+
+    def row_sums(self, values_N: Tensor) -> Tensor:
+        """Return [m]: the sum of a value per slot over the entries of X in each row."""
+        valid = self.columns.valid
+        per_doc = values_N.new_zeros(self.num_docs).index_add_(0, self.slot_doc[valid], values_N[valid])
+        per_query = values_N.new_zeros(self.query_docs.start.shape[0] - 1)
+        per_query.index_add_(0, self.pair_keys // self.num_docs, per_doc[self.pair_keys % self.num_docs])
+        return per_query[self.row_query]
 
     def strip(self, start: int, stop: int) -> StripMask:
         """Return X in rows [start, stop)."""
@@ -148,10 +158,7 @@ def plan_drops(x: LossInputs, facts: Facts, columns: Columns, group: Group | Non
     pair_keys = torch.unique(query * num_docs + doc)
     query_docs = Ragged.of(pair_keys // num_docs, pair_keys % num_docs, num_queries)
     doc_slots = Ragged.of(slot_doc[columns.valid], columns.valid, num_docs)
-    slots_of_doc = doc_slots.start.diff()
-    per_query = torch.zeros(num_queries, dtype=torch.int64, device=device)
-    per_query.index_add_(0, pair_keys // num_docs, slots_of_doc[pair_keys % num_docs])
-    return DropPlan(row_query, query_docs, doc_slots, slot_doc, pair_keys, num_docs, per_query[row_query], columns)
+    return DropPlan(row_query, query_docs, doc_slots, slot_doc, pair_keys, num_docs, columns)
 
 
 def _documents(columns: Columns, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -104,7 +104,7 @@ def reduce_output(local: LocalStats, facts: Facts, group: Group | None) -> tuple
 
 @dataclass
 class Gradients:
-    """For this rank's U [m, D], W [n, D], alpha (scalar) and beta ([n] or scalar); None where not wanted."""
+    """For this rank's U [m, D], W [n, D], alpha (scalar) and beta [n]; None where not wanted."""
 
     U: Tensor | None = None
     W: Tensor | None = None
@@ -140,10 +140,7 @@ def finish_gradients(x: LossInputs, facts: Facts, sums: Gradients, pull_m: Tenso
         sums.W.index_add_(0, x.positive, U_mD * pull_m1, alpha=-1)
         grads.W = sums.W.mul_(alpha * factor)
     if sums.beta is not None:
-        if sums.beta.ndim:
-            sums.beta.index_add_(0, x.positive, beta_pull_m.to(sums.beta.dtype), alpha=-1)
-        else:
-            sums.beta -= beta_pull_m.sum()
+        sums.beta.index_add_(0, x.positive, beta_pull_m.to(sums.beta.dtype), alpha=-1)
         grads.beta = sums.beta.mul_(factor)
     return grads
 

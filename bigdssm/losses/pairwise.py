@@ -62,12 +62,15 @@ class PairSums:
         return PairSums(zeros, zeros.clone(), zeros - math.inf)
 
 
-def pairwise_pass(p: Problem, loss: Pairwise, positive_m: Tensor, scale_m: Tensor, sums: Sums | None) -> PairSums:
-    """Return the sums over the columns that are not dropped; add scale · slope, as G, to `sums`."""
+def pairwise_pass(
+    p: Problem, loss: Pairwise, positive_m: Tensor, scale_m: Tensor, copies_N: Tensor, sums: Sums | None
+) -> PairSums:
+    """Return the sums over the columns that are not dropped; add scale · copies · slope, as G, to `sums`."""
     result = PairSums.zero(positive_m)
     widest = max((tile.width for tile in p.columns.tiles), default=0)
     buffer = p.U_mD.new_empty(min(_STRIP_ROWS, p.num_rows) * widest)
     scale_m1, positive_m1 = scale_m.to(p.U_mD.dtype)[:, None], positive_m.to(p.U_mD.dtype)[:, None]
+    copies_N = copies_N.to(p.U_mD.dtype)
     for strip in p.strips(_STRIP_ROWS):
         rows = slice(strip.start, strip.stop)
         for index in range(len(p.columns.tiles)):
@@ -77,11 +80,13 @@ def pairwise_pass(p: Problem, loss: Pairwise, positive_m: Tensor, scale_m: Tenso
             strip.mask.fill(S_rc, tile, -math.inf)
             torch.maximum(result.largest[rows], S_rc.amax(1).double(), out=result.largest[rows])
             value_rc, slope_rc = loss.value_and_slope(S_rc, positive_m1[rows])
-            result.value[rows] += value_rc.sum(1)
-            result.slope[rows] += slope_rc.sum(1)
+            copies_c = copies_N[tile.start : tile.stop]
+            result.value[rows] += torch.mv(value_rc, copies_c)
+            G_rc = slope_rc.mul_(copies_c)
+            result.slope[rows] += G_rc.sum(1)
             if sums is None:
                 continue
-            G_rc = slope_rc.mul_(scale_m1[rows])
+            G_rc.mul_(scale_m1[rows])
             if sums.dbeta_N is not None:
                 sums.dbeta_N[tile.start : tile.stop] += G_rc.sum(0)
             sums.add(strip, tile, G_rc, W_cD)

@@ -8,13 +8,15 @@ every rank at once. With S⁺ the positive's score and A_i query i's negatives:
     softmax   log(1 + Σ_j∈A exp(S⁻_j − S⁺))
     pair_ce   mean over A of −log σ(S⁺ − S⁻_j)
     triplet   mean over A of max(0, margin − S⁺ + S⁻_j)
-    sigmoid   −log σ(S⁺) − Σ_j∈A log σ(−S⁻_j), with one beta for all documents
+    sigmoid   −log σ(S⁺) − Σ_j∈A log σ(−S⁻_j), usually with one beta for all documents: beta.expand(n)
 
-averaged over queries by weight; neg_bias_j is part of S⁻_j. In-batch negatives are the columns that are some query's
-positive, on any rank; given negatives are columns of this rank, for their query alone. A query without negatives adds
-nothing to pair_ce and triplet.
+averaged over queries by weight; neg_bias_j is part of S⁻_j. In-batch negatives are the documents of all other queries,
+on any rank; given negatives are columns of this rank, for their query alone. Both count as often as they occur, so that
+it makes no difference which rows share a rank, and thereby a column. A query without negatives adds nothing to pair_ce
+and triplet.
 
-Shape legend: m queries, n columns and k given negatives of this rank, N slots of the in-batch columns, D vector size.
+Shape legend: m queries, n columns and k given negatives of this rank, N slots and c columns of a tile of the in-batch
+columns, D vector size.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bigdssm import distributed
 from bigdssm.distributed import Group
 from bigdssm.losses.columns import Columns, gather_columns
 from bigdssm.losses.given import Given, add_given, score_given
@@ -80,7 +83,7 @@ def ranking_loss(
     """Return a fine-tuning loss by name; a collective. See `fps_loss` for what it shares with it.
 
     negatives int64 [m, k]: columns of this rank, −1 where there is none. in_batch: also every other query's document.
-    beta: [n], or [1] for sigmoid. margin: of triplet.
+    margin: of triplet.
     Raises: LossInputError (PeerError on the ranks whose own input is good), on every rank.
     Source: softmax and triplet, Karpukhin et al. 2020 and Schroff et al. 2015; pair_ce, Burges et al. 2005 (RankNet),
     eq. 3; sigmoid, Zhai et al. 2023 (SigLIP), eq. 1.
@@ -89,21 +92,21 @@ def ranking_loss(
     try:
         x = check_inputs(
             U, W, positive, alpha=alpha, beta=beta, neg_bias=neg_bias, weight=weight,
-            query_ids=query_ids, doc_ids=doc_ids, known=known, scalar_beta=name == "sigmoid",
+            query_ids=query_ids, doc_ids=doc_ids, known=known,
         )  # fmt: skip
         _check_negatives(name, x, negatives, in_batch, tile)
     except LossInputError as error:
         x = error
     mode = 16 + 2 * RANKING_NAMES.index(name) + in_batch if name in RANKING_NAMES else -1
     # only what is a negative in the batch is gathered
-    shown = x if isinstance(x, LossInputError) else _in_batch_part(x, in_batch)
+    shown = x if isinstance(x, LossInputError) else _in_batch_part(x) if in_batch else _no_columns(x)
     checked, facts = exchange(shown, mode, getattr(U, "device", torch.device("cpu")), group)
     assert isinstance(x, LossInputs)
     if negatives is None:
         negatives = x.positive.new_zeros((x.positive.shape[0], 0))
     with torch.no_grad():
-        in_batch_negatives = _gather_in_batch(checked, facts, tile or TILE_WIDTH, group) if in_batch else None
-        return _Ranking(x, facts, negatives, in_batch_negatives, group).output(Pairwise(name, margin))
+        shared = _gather_in_batch(checked, facts, tile or TILE_WIDTH, name == "softmax", group) if in_batch else None
+        return _Ranking(x, facts, negatives, shared, group).output(Pairwise(name, margin))
 
 
 def _check_negatives(name: str, x: LossInputs, negatives: Tensor | None, in_batch: bool, tile: int | None) -> None:
@@ -123,19 +126,23 @@ def _check_negatives(name: str, x: LossInputs, negatives: Tensor | None, in_batc
         raise LossInputError(f"negatives hold a column outside -1 … {x.W.shape[0] - 1}")
 
 
-def _in_batch_part(x: LossInputs, in_batch: bool) -> LossInputs:
-    """Keep the columns that are positives, none where nothing is shared; `positive` counts among those kept."""
+def _in_batch_part(x: LossInputs) -> LossInputs:
+    """Keep the columns that are positives; `positive` counts among those kept."""
     kept, positive = torch.unique(x.positive, return_inverse=True)
-    if not in_batch:
-        kept, positive = kept[:0], positive[:0]
-    beta = x.beta if x.beta is None or x.scalar_beta else x.beta.detach()[kept]
+    return replace(_kept(x, kept), positive=positive)
+
+
+def _no_columns(x: LossInputs) -> LossInputs:
+    return replace(_kept(x, x.positive[:0]), positive=x.positive[:0])
+
+
+def _kept(x: LossInputs, columns: Tensor) -> LossInputs:
     return replace(
         x,
-        W=x.W.detach()[kept],
-        positive=positive,
-        beta=beta,
-        neg_bias=None if x.neg_bias is None else x.neg_bias[kept],
-        doc_ids=None if x.doc_ids is None else x.doc_ids[kept],
+        W=x.W.detach()[columns],
+        beta=None if x.beta is None else x.beta.detach()[columns],
+        neg_bias=None if x.neg_bias is None else x.neg_bias[columns],
+        doc_ids=None if x.doc_ids is None else x.doc_ids[columns],
     )
 
 
@@ -148,24 +155,26 @@ class _InBatch:
     problem: Problem
     drops: DropPlan
     sums: Sums | None
+    copies_N: Tensor  # float64: the queries whose document the column is
 
     def count_m(self) -> Tensor:
         """Return each query's number of negatives, for those of weight > 0 (their positives are in the drop set)."""
-        return self.columns.num_columns - self.drops.row_lengths
+        return self.copies_N.sum() - self.drops.row_sums(self.copies_N)
 
 
-def _gather_in_batch(part: LossInputs, facts: Facts, width: int, group: Group | None) -> _InBatch:
+def _gather_in_batch(part: LossInputs, facts: Facts, width: int, as_bias: bool, group: Group | None) -> _InBatch:
+    """Gather the shared negatives; `as_bias`: their numbers of copies are part of the scores, as logarithms."""
     columns = gather_columns(part, facts, width, group)
+    copies_n = torch.bincount(part.positive, minlength=part.W.shape[0]).double()
+    copies_N = distributed.all_gather_padded(copies_n, facts.longest, group).wait()
     drops = plan_drops(part, facts, columns, group)
     bias_N = add_biases(columns.beta, columns.neg_bias)
-    if part.beta is not None and part.scalar_beta:
-        constant = part.beta.detach().double().expand(columns.num_slots)
-        bias_N = add_biases(bias_N, constant)
+    bias_N = add_biases(bias_N, copies_N.log()) if as_bias else bias_N
     U_mD = part.U.detach().to(part.acc)
     bias_N = None if bias_N is None else bias_N.to(part.acc)
     problem = Problem(U_mD, columns, drops, float(part.alpha.detach()), bias_N)
     sums = Sums.like(part, facts, columns) if facts.wants else None
-    return _InBatch(part, columns, problem, drops, sums)
+    return _InBatch(part, columns, problem, drops, sums, copies_N)
 
 
 @dataclass
@@ -177,7 +186,6 @@ class _Terms:
     largest_m: Tensor
     lse_m: Tensor
     G_mk: Tensor
-    beta_sum: Tensor  # Σ over all negatives of G: the gradient of a scalar beta, less the positives'
 
 
 @dataclass
@@ -191,17 +199,13 @@ class _Ranking:
     group: Group | None
 
     def output(self, loss: Pairwise) -> LossOutput:
-        skip_n = None
-        if self.in_batch is not None:
-            skip_n = torch.zeros(self.x.W.shape[0], dtype=torch.bool, device=self.x.W.device)
-            skip_n[self.x.positive] = True
-        given = score_given(self.x, self.facts, self.negatives_mk, skip_n, self.group)
+        given = score_given(self.x, self.facts, self.negatives_mk, self.group)
         positive_m = positive_scores(self.x)
         terms = self._softmax(given, positive_m) if loss.name == "softmax" else self._pairwise(loss, given, positive_m)
         value, stats = reduce_output(self._local_stats(given, terms, positive_m), self.facts, self.group)
         if not self.facts.wants:
             return LossOutput(attach(value, self.x, None), stats)
-        grads = self._own_sums(terms)
+        grads = self._own_sums()
         add_given(self.x, given, terms.G_mk, grads)
         grads = finish_gradients(self.x, self.facts, grads, terms.pull_m, terms.pull_m)
         return LossOutput(attach(value, self.x, grads), stats)
@@ -216,7 +220,7 @@ class _Ranking:
         above_m = rows.log_sum - positive_m
         G_mk = weighted(weight_m[:, None], (given.score_mk - lse_m[:, None]).exp())
         pull_m = weighted(weight_m, torch.sigmoid(above_m))
-        return _Terms(weighted(weight_m, softplus(above_m)), pull_m, rows.largest, lse_m, G_mk, pull_m.sum())
+        return _Terms(weighted(weight_m, softplus(above_m)), pull_m, rows.largest, lse_m, G_mk)
 
     def _pairwise(self, loss: Pairwise, given: Given, positive_m: Tensor) -> _Terms:
         weight_m = self.x.weight
@@ -226,7 +230,8 @@ class _Ranking:
             scale_m = torch.where(count_m > 0, scale_m / count_m.clamp(min=1), 0.0)
         pairs = PairSums.zero(positive_m)
         if self.in_batch is not None:
-            pairs = pairwise_pass(self.in_batch.problem, loss, positive_m, scale_m, self.in_batch.sums)
+            shared = self.in_batch
+            pairs = pairwise_pass(shared.problem, loss, positive_m, scale_m, shared.copies_N, shared.sums)
         value_mk, slope_mk = loss.value_and_slope(given.score_mk.clone(), positive_m[:, None])
         slope_m = weighted(scale_m, pairs.slope + slope_mk.sum(1))
         own_m, own_slope_m = loss.positive_term(positive_m)
@@ -234,9 +239,9 @@ class _Ranking:
         pull_m = slope_m if loss.relative else weighted(weight_m, own_slope_m)
         largest_m = torch.maximum(pairs.largest, _largest(given.score_mk))
         best_m = torch.maximum(largest_m, positive_m)
-        return _Terms(term_m, pull_m, largest_m, best_m, weighted(scale_m[:, None], slope_mk), slope_m.sum())
+        return _Terms(term_m, pull_m, largest_m, best_m, weighted(scale_m[:, None], slope_mk))
 
-    def _own_sums(self, terms: _Terms) -> Gradients:
+    def _own_sums(self) -> Gradients:
         """Return this rank's sums over the in-batch negatives, on all its columns; zeros where there are none."""
         x, wants = self.x, self.facts.wants
         grads = Gradients(
@@ -252,8 +257,6 @@ class _Ranking:
                 grads.W[kept] = reduced.W
             if grads.beta is not None and reduced.beta is not None:
                 grads.beta[kept] = reduced.beta
-        if grads.beta is not None and x.scalar_beta:
-            grads.beta = terms.beta_sum
         return grads
 
     def _local_stats(self, given: Given, terms: _Terms, positive_m: Tensor) -> LocalStats:
@@ -271,8 +274,8 @@ class _Ranking:
         if self.in_batch is not None:
             own = self.in_batch.part.positive + self.in_batch.columns.own_start
             in_X = self.in_batch.drops.contains(torch.arange(int(m), device=own.device), own)
-            local.dropped += float(self.in_batch.drops.row_lengths.sum() - in_X.sum())
-            local.entries += m * (self.in_batch.columns.num_columns - 1)
+            local.dropped += float(self.in_batch.drops.row_sums(self.in_batch.copies_N).sum() - in_X.sum())
+            local.entries += m * (float(self.in_batch.copies_N.sum()) - 1)
         return local
 
 

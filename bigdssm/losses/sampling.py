@@ -13,7 +13,7 @@ constant factor of c cancels; in `corrected` it does not, which is why c is a nu
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -81,65 +81,78 @@ def sample_uniform(num: int, num_documents: int, generator: torch.Generator) -> 
 
 @dataclass
 class StreamingFrequency:
-    """An estimate of c from the stream of batches: one over the mean number of steps between a document's appearances.
+    """An estimate of c from the stream of batches: the copies that a document comes in, over the steps between them.
 
-    Several hashes; the largest of their estimates of the gap is the least disturbed by collisions. Its state is the
-    same on every rank, since all ranks see all ids. A document in several places of one batch counts once.
-    Source: Yi et al. 2019, Algorithm 2 and section 5.
+    Both are moving averages, kept in buckets by several hashes; the smallest of their estimates is the least disturbed
+    by collisions. Its state is the same on every rank, since all ranks see all ids, and depends on the batches alone.
+    Source: Yi et al. 2019, Algorithm 2 and section 5, with the number of copies in a step in addition: there a step
+    holds a document or does not, which makes one that every step holds many times no more frequent than one it holds
+    once.
     """
 
     num_buckets: int
     num_hashes: int = 4
     rate: float = 0.05
-    seed: int = 0
     step: int = 0
     last_seen: Tensor = field(init=False)
     gap: Tensor = field(init=False)
+    copies: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.last_seen = torch.zeros(self.num_hashes, self.num_buckets, dtype=torch.int64)
-        self.gap = torch.zeros(self.num_hashes, self.num_buckets, dtype=torch.float64)
+        shape = (self.num_hashes, self.num_buckets)
+        self.last_seen = torch.zeros(shape, dtype=torch.int64)
+        self.gap = torch.zeros(shape, dtype=torch.float64)
+        self.copies = torch.zeros(shape, dtype=torch.float64)
 
-    def update(self, doc_ids: Tensor, group: Group | None = None) -> None:
-        """Take in the next step's document ids int64 [n] of this rank; a collective."""
-        counts = distributed.all_gather_padded(torch.tensor([doc_ids.shape[0]]), 1, group).wait().tolist()
-        ids = torch.unique(distributed.all_gather_rows(doc_ids.cpu(), counts, group))
+    def update(self, doc_ids: Tensor, copies: Tensor | None = None, group: Group | None = None) -> None:
+        """Take in the next step's document ids int64 [n] of this rank, each in so many copies [n]; a collective."""
+        copies = torch.ones_like(doc_ids) if copies is None else copies.to(torch.int64)
+        counts = distributed.all_gather_padded(doc_ids.new_tensor([doc_ids.shape[0]]), 1, group).wait().tolist()
+        rows = distributed.all_gather_rows(torch.stack([doc_ids, copies], 1), counts, group).cpu()
+        ids, inverse = torch.unique(rows[:, 0], return_inverse=True)
+        copies = torch.zeros_like(ids).index_add_(0, inverse, rows[:, 1])
         self.step += 1
         for hash_index in range(self.num_hashes):
-            bucket = torch.unique(self._bucket(ids, hash_index))
-            last = self.last_seen[hash_index, bucket]
-            new = (self.step - last).double()
-            old = self.gap[hash_index, bucket]
+            bucket, inverse = torch.unique(self._bucket(ids, hash_index), return_inverse=True)
+            new_copies = torch.zeros_like(bucket).index_add_(0, inverse, copies).double()
+            last, gap = self.last_seen[hash_index, bucket], self.gap[hash_index, bucket]
+            new_gap = (self.step - last).double()
             # the first gap starts the moving average (Algorithm 2 starts it at 0, which takes 1 / rate gaps to forget)
-            moved = torch.where(old == 0, new, (1 - self.rate) * old + self.rate * new)
-            self.gap[hash_index, bucket] = torch.where(last == 0, 0.0, moved)
+            self.gap[hash_index, bucket] = torch.where(
+                last == 0, 0.0, torch.where(gap == 0, new_gap, torch.lerp(gap, new_gap, self.rate))
+            )
+            moved = torch.lerp(self.copies[hash_index, bucket], new_copies, self.rate)
+            self.copies[hash_index, bucket] = torch.where(last == 0, new_copies, moved)
             self.last_seen[hash_index, bucket] = self.step
 
     def log_expected(self, doc_ids: Tensor) -> Tensor:
-        """Return log c float64 [n]: the log of the estimated probability that a step holds the document."""
-        gaps = [self.gap[index, self._bucket(doc_ids.cpu(), index)] for index in range(self.num_hashes)]
-        longest = torch.stack(gaps).amax(0)
-        # not seen twice: as if once in all steps so far
-        longest = torch.where(longest == 0, float(max(1, self.step)), longest)
-        return -longest.log().to(doc_ids.device)
+        """Return log c float64 [n]: the log of the estimated number of columns of a step that hold the document."""
+        found = []
+        for hash_index in range(self.num_hashes):
+            bucket = self._bucket(doc_ids.cpu(), hash_index)
+            gap, copies = self.gap[hash_index, bucket], self.copies[hash_index, bucket].clamp(min=1)
+            # not seen twice: as if once in all steps so far
+            found.append(copies / torch.where(gap == 0, float(max(1, self.step)), gap))
+        return torch.stack(found).amin(0).log().to(doc_ids.device)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Return everything that goes into a checkpoint."""
-        return {"step": self.step, "last_seen": self.last_seen, "gap": self.gap, "seed": self.seed, "rate": self.rate}
+        step = torch.tensor([self.step])
+        return {"step": step, "last_seen": self.last_seen, "gap": self.gap, "copies": self.copies}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint. Raises: LossInputError where it has another shape or seed."""
-        if state["last_seen"].shape != self.last_seen.shape or state["seed"] != self.seed:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint. Raises: LossInputError where it has another shape."""
+        if state["gap"].shape != self.gap.shape:
             raise LossInputError(
-                f"the checkpoint's estimator is {list(state['last_seen'].shape)} with seed {state['seed']}, "
-                f"this one {list(self.last_seen.shape)} with seed {self.seed}"
+                f"the checkpoint's estimator has {list(state['gap'].shape)} hashes and buckets, this one "
+                f"{list(self.gap.shape)}"
             )
-        self.step, self.rate = int(state["step"]), float(state["rate"])
-        self.last_seen, self.gap = state["last_seen"].clone(), state["gap"].clone()
+        self.step = int(state["step"])
+        self.last_seen, self.gap, self.copies = (state[name].clone() for name in ("last_seen", "gap", "copies"))
 
     def _bucket(self, ids: Tensor, hash_index: int) -> Tensor:
         """Mix 64-bit ids (splitmix64's steps, in wrapping int64) and take the remainder."""
-        x = ids + _wrap(0x9E3779B97F4A7C15 * (self.seed * self.num_hashes + hash_index + 1))
+        x = ids + _wrap(0x9E3779B97F4A7C15 * (hash_index + 1))
         x = (x ^ _shift_right(x, 30)) * _wrap(0xBF58476D1CE4E5B9)
         x = (x ^ _shift_right(x, 27)) * _wrap(0x94D049BB133111EB)
         x = x ^ _shift_right(x, 31)

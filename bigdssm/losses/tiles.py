@@ -78,9 +78,7 @@ class Sums:
         return Sums(
             torch.zeros((x.U.shape[0], size), dtype=x.acc, device=device) if own else None,
             torch.zeros((columns.num_slots, size), dtype=x.acc, device=device) if facts.wants & WANTS_W else None,
-            torch.zeros(columns.num_slots, dtype=torch.float64, device=device)
-            if facts.wants & WANTS_BETA and not x.scalar_beta
-            else None,
+            torch.zeros(columns.num_slots, dtype=torch.float64, device=device) if facts.wants & WANTS_BETA else None,
         )
 
     def add(self, strip: Strip, tile: Tile, G_rc: Tensor, W_cD: Tensor) -> None:

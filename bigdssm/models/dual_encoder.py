@@ -30,7 +30,7 @@ class Encoded(NamedTuple):
 
 
 class DualEncoder(nn.Module):
-    """Query tower, document tower, alpha, and beta as a head of the document tower.
+    """Query tower, document tower, alpha, and beta: a head of the document tower, or one for all documents.
 
     `vocab_size` is the tokenizer's (0 without text features). Source: Huang et al. 2013 (DSSM); Radford et al. 2021
     (CLIP) for the learned scale.
@@ -46,7 +46,8 @@ class DualEncoder(nn.Module):
         query_text, doc_text = self._text_of("query"), self._text_of("doc")
         self.query_tower = Tower("query", schema.query, config.query, config.dim, self.tables, item_dim, query_text)
         self.doc_tower = Tower("doc", schema.doc, config.doc, config.dim, self.tables, item_dim, doc_text)
-        self.beta_head = _beta_head(config.dim) if config.beta else None
+        self.beta_head = _beta_head(config.dim) if config.beta == "document" else None
+        self.beta = nn.Parameter(torch.full((1,), config.beta_init)) if config.beta == "scalar" else None
         # Shape (1,): a 0-dim parameter breaks DeepSpeed's bf16 broadcast over gloo.
         self.log_alpha = nn.Parameter(torch.full((1,), math.log(config.alpha_init)), requires_grad=config.alpha_learned)
 
@@ -60,6 +61,8 @@ class DualEncoder(nn.Module):
             W = self._scored(output)
             if self.beta_head is not None:
                 beta = self.beta_head(output).squeeze(1)
+            elif self.beta is not None:
+                beta = self.beta.float() + W.new_zeros(len(W), dtype=torch.float32)
         return Encoded(U, W, beta, _clamp_above(self.log_alpha.float().exp(), ALPHA_MAX))
 
     def checkpoint_activations(self) -> None:

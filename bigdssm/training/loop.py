@@ -131,17 +131,25 @@ def save(stage: Stage) -> None:
         "progress": asdict(stage.progress),
     }
     with stage.health.timed("checkpoint"):
-        stage.store.save(stage.progress.step, state, rank_state, stage.engine.own_share)
+        stage.store.save(stage.progress.step, state, stage.objective.state(), rank_state, stage.engine.own_share)
 
 
-def restore(checkpoint: Checkpoint, read: TensorReader, engine: Engine, stream: PairStream, new_part: bool) -> Progress:
-    """Return the progress of a verified checkpoint, with engine, stream and random state as they were. A collective.
+def restore(
+    checkpoint: Checkpoint,
+    read: TensorReader,
+    engine: Engine,
+    stream: PairStream,
+    objective: Objective,
+    new_part: bool,
+) -> Progress:
+    """Return the progress of a verified checkpoint, with everything else as it was. A collective.
 
     `new_part`: the stream's partitions were added since, it stays at its beginning. With another number of ranks than
     before the random states are new: dropout then draws other masks.
     """
     progress = Progress(**checkpoint.state["progress"])
     engine.restore(read, progress.applied)
+    objective.restore(checkpoint.common_tensors())
     if checkpoint.world_size == distributed.world_size():
         rank_state = checkpoint.rank_state(distributed.rank())
         RandomState(rank_state["cpu"], rank_state.get("device")).restore()

@@ -1,4 +1,4 @@
-"""The loss of a stage as a function of vectors and batch: weights, sampling correction, masks.
+"""The loss of a stage as a function of vectors and batch: weights, sampling correction, masks, norm penalty.
 
 The sampling correction's log q goes on the negatives alone (`corrected`) or on every column (`classic`); neither
 enters the serving score.
@@ -8,6 +8,8 @@ Shapes: m queries, n document columns.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,9 +18,11 @@ from bigdssm.config import LossConfig
 from bigdssm.data import Batch
 from bigdssm.losses import (
     LossOutput,
+    StreamingFrequency,
     apply_sampling,
     fps_loss,
     log_expected_from_counts,
+    norm_penalty,
     ranking_loss,
     relevance_weight,
 )
@@ -28,44 +32,77 @@ from bigdssm.models import Encoded
 class Objective:
     """Calls the configured loss."""
 
-    def __init__(self, config: LossConfig, tile: int | None, doc_counts: np.ndarray | None, rows_global: int) -> None:
-        """`doc_counts` says how often each catalogue row is a positive, needed where `config.sampling` is not none."""
+    def __init__(
+        self, config: LossConfig, tile: int | None, doc_counts: np.ndarray | None, rows_global: int, scalar_beta: bool
+    ) -> None:
+        """`doc_counts` says how often each catalogue row is a positive, needed where `config` takes frequencies of it.
+
+        `scalar_beta`: the model's beta is one for all documents.
+        """
         self._config = config
+        # All losses but the sigmoid cancel it: its gradient would be rounding noise, which Adam turns into steps.
+        self._without_beta = scalar_beta and config.name != "sigmoid"
         self._tile = tile
         self._counts = None if doc_counts is None else torch.from_numpy(doc_counts)
         self._rows_global = rows_global
+        self._streaming = StreamingFrequency(config.frequency_buckets) if config.frequency == "streaming" else None
 
     def __call__(self, encoded: Encoded, batch: Batch) -> LossOutput:
-        """Return the loss of this rank's vectors; a collective."""
+        """Return the loss of this rank's vectors; a collective.
+
+        It is called once a step: a streaming estimate of frequencies takes the batch in, whether the step that follows
+        is applied or skipped.
+        """
         assert encoded.U is not None and encoded.W is not None
         config = self._config
         weight = relevance_weight(batch.relevance, config.weight)
-        beta, neg_bias = self._biases(encoded.beta, batch)
+        beta = None if self._without_beta else encoded.beta
         if config.name == "fps":
-            return fps_loss(
+            # A column into which c documents were merged stands for c columns: log c keeps the loss that of the
+            # unmerged batch, which is what makes it the same at every number of ranks.
+            beta, neg_bias = self._corrected(beta, batch.multiplicity.double().log(), batch, batch.multiplicity)
+            output = fps_loss(
                 encoded.U, encoded.W, batch.positive, alpha=encoded.alpha, beta=beta, neg_bias=neg_bias, weight=weight,
                 query_ids=batch.query_ids, doc_ids=batch.doc_ids, known=batch.known,
                 direction=config.direction, tile=self._tile,
             )  # fmt: skip
-        return ranking_loss(
-            config.name, encoded.U, encoded.W, batch.positive, alpha=encoded.alpha, beta=beta, neg_bias=neg_bias,
-            weight=weight, negatives=batch.negatives, in_batch=config.in_batch, query_ids=batch.query_ids,
-            doc_ids=batch.doc_ids, known=batch.known, margin=config.margin,
-        )  # fmt: skip
+        else:
+            # here the loss counts the copies itself: only positives are shared among queries
+            copies = torch.bincount(batch.positive, minlength=len(batch.doc_ids))
+            beta, neg_bias = self._corrected(beta, None, batch, copies)
+            output = ranking_loss(
+                config.name, encoded.U, encoded.W, batch.positive, alpha=encoded.alpha, beta=beta, neg_bias=neg_bias,
+                weight=weight, negatives=batch.negatives, in_batch=config.in_batch, query_ids=batch.query_ids,
+                doc_ids=batch.doc_ids, known=batch.known, margin=config.margin, tile=self._tile,
+            )  # fmt: skip
+        if config.norm_penalty == 0:
+            return output
+        norms = norm_penalty(encoded.U) + norm_penalty(encoded.W, batch.multiplicity)
+        return replace(output, loss=output.loss + config.norm_penalty * norms)
 
-    def _biases(self, beta: Tensor | None, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-        """Return (beta, neg_bias) of the columns.
+    def state(self) -> dict[str, Tensor]:
+        """Return what the next step's loss depends on besides the model; the same on every rank."""
+        return {} if self._streaming is None else self._streaming.state_dict()
 
-        A column into which c documents were merged stands for c columns: log c keeps the loss that of the unmerged
-        batch, which is what makes it the same at every number of ranks.
-        """
-        neg_bias = batch.multiplicity.double().log()
-        if self._counts is None:
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from the `state` of a checkpoint."""
+        if self._streaming is not None:
+            self._streaming.load_state_dict(state)
+
+    def _corrected(
+        self, beta: Tensor | None, neg_bias: Tensor | None, batch: Batch, copies: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return (beta, neg_bias) [n] with the sampling correction; `copies` [n] are the loss's columns of each."""
+        config = self._config
+        if config.sampling == "none":
             return beta, neg_bias
-        log_expected = log_expected_from_counts(
-            self._counts, batch.doc_rows.cpu(), self._rows_global, self._config.uniform_negatives
-        ).to(neg_bias.device)
-        biases = apply_sampling(
-            self._config.sampling, log_expected, gamma=self._config.gamma, beta=beta, neg_bias=neg_bias
-        )
+        if self._streaming is not None:
+            self._streaming.update(batch.doc_ids, copies)
+            log_expected = self._streaming.log_expected(batch.doc_ids)
+        else:
+            assert self._counts is not None
+            log_expected = log_expected_from_counts(
+                self._counts, batch.doc_rows.cpu(), self._rows_global, config.uniform_negatives
+            ).to(copies.device)
+        biases = apply_sampling(config.sampling, log_expected, gamma=config.gamma, beta=beta, neg_bias=neg_bias)
         return biases.beta, biases.neg_bias

@@ -14,7 +14,7 @@ import yaml
 from bigdssm import distributed
 from bigdssm.checkpoint import Checkpoint, CheckpointStore
 from bigdssm.cli import ProgressBar
-from bigdssm.config import Config, StageConfig, StageName, first_difference
+from bigdssm.config import Config, LossConfig, StageConfig, StageName, first_difference
 from bigdssm.data import Dataset, PairStream
 from bigdssm.data.joining import open_dataset
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError
@@ -55,10 +55,8 @@ def check_stage(config: Config, name: StageName, world_size: int, resume: bool) 
     check_trackers(config.run.trackers)
     dataset = open_dataset(config.data)
     dataset.check_against(config.data)
-    if dataset.inline and (stage.loss.negatives or stage.loss.uniform_negatives or stage.loss.sampling != "none"):
-        raise ConfigError(
-            f"{name}.loss: negatives and sampling need a catalogue, {dataset.dir} has its documents inline"
-        )
+    if dataset.inline:
+        _check_inline(f"{name}.loss", stage.loss, dataset)
     folder = config.stage_dir(name)
     if folder.exists() and any(folder.iterdir()):
         _check_folder(folder, config, name, resume)
@@ -67,6 +65,16 @@ def check_stage(config: Config, name: StageName, world_size: int, resume: bool) 
         fix = "run launch/pretrain.py with this config first" if name == "sft" else "correct the path"
         raise ConfigError(f"{name} starts from {source}, which does not exist; {fix}, or set {name}.init")
     return dataset
+
+
+def _check_inline(key: str, loss: LossConfig, dataset: Dataset) -> None:
+    """Raise where a loss needs a catalogue."""
+    why = f"{dataset.dir} has its documents inline, without a catalogue"
+    for name, value in (("negatives", loss.negatives), ("uniform_negatives", loss.uniform_negatives)):
+        if value:
+            raise ConfigError(f"{key}.{name}: got {value}, needs 0: {why}")
+    if loss.sampling != "none" and loss.frequency == "counts":
+        raise ConfigError(f"{key}.frequency: got counts, needs streaming (or sampling=none): {why}")
 
 
 def initial_model(config: Config, name: StageName) -> Path | None:
@@ -122,16 +130,19 @@ def _assemble(
     if config.engine.checkpoint_activations:
         model.checkpoint_activations()
     engine = Engine(model, config.engine, stage_config.optimizer, max(1, rows_per_rank))
+    loss = stage_config.loss
+    counts = stream.doc_weights() if loss.sampling != "none" and loss.frequency == "counts" else None
+    scalar_beta = config.model.beta == "scalar"
+    objective = Objective(loss, config.engine.loss_tile, counts, stage_config.rows_global, scalar_beta)
     mined = _mined(engine, dataset, stage_config, _mined_file(config, folder))
     torch.manual_seed(config.run.seed * 1_000_003 + distributed.rank() + 1)  # dropout differs between ranks
     progress = Progress()
     if checkpoint is not None:
-        progress = restore(checkpoint, read, engine, stream, new_part)
+        progress = restore(checkpoint, read, engine, stream, objective, new_part)
         over = f", at the beginning of {', '.join(p.name for p in dataset.partitions)}" if new_part else ""
         logger.info("%s goes on from %s%s", name, checkpoint.path, over)
     part_steps = stage_config.steps or math.ceil(stage_config.epochs * stream.steps_per_epoch)
     total_steps = progress.part_step + part_steps
-    counts = stream.doc_weights() if stage_config.loss.sampling != "none" else None
     rank = distributed.rank()
     return Stage(
         name=name,
@@ -143,7 +154,7 @@ def _assemble(
         engine=engine,
         stream=stream,
         batches=Batches(stream, stage_config.loss, mined, config.run.seed, device()),
-        objective=Objective(stage_config.loss, config.engine.loss_tile, counts, stage_config.rows_global),
+        objective=objective,
         validator=Validator(dataset, config, folder / "best", rows_per_chunk=1024),
         store=store,
         health=Health(name, engine, trackers, bar, total_steps, stage_config.rows_global, stage_config.log_every_steps),
@@ -179,7 +190,7 @@ def _model_difference(theirs: Config, mine: Config) -> str | None:
         for side in ("query", "doc"):
             for section in (model[side], model[side]["history"]):
                 section.pop("dropout"), section.pop("item_dropout", None)
-        return {key: value for key, value in model.items() if key not in ("alpha_init", "alpha_learned")}
+        return {key: value for key, value in model.items() if key not in ("alpha_init", "alpha_learned", "beta_init")}
 
     return first_difference(shape(theirs), shape(mine), "model")
 

@@ -23,13 +23,14 @@ def run_rank(
     U, W = shard.U.clone().requires_grad_(), shard.W.clone().requires_grad_()
     a = torch.tensor([alpha], dtype=DOUBLE if U.dtype == DOUBLE else torch.float32, requires_grad=True)
     optional = shard.arguments()
+    given = None
     if beta is not None:
-        optional["beta"] = torch.tensor([beta], dtype=DOUBLE, requires_grad=True)
+        given = torch.tensor([beta], dtype=DOUBLE, requires_grad=True)
+        optional["beta"] = given.expand(len(W))
     elif shard.beta is not None:
-        optional["beta"] = shard.beta.clone().requires_grad_()
+        given = optional["beta"] = shard.beta.clone().requires_grad_()
     out = loss(U, W, shard.positive, alpha=a, **optional, **arguments)
     out.loss.backward()
-    given = optional.get("beta")
     return out.loss.detach(), [U.grad, W.grad, a.grad, None if given is None else given.grad], out.stats
 
 
@@ -44,7 +45,7 @@ def run(
 ) -> tuple[Tensor, list[Any], Any]:
     """Return the mean over ranks of the loss, and of the gradients what a mean over ranks makes of them.
 
-    `beta` is a scalar beta, in place of the shards' own.
+    `beta` is one for all documents, in place of the shards' own.
     """
     R = len(shards)
     call = (loss, shards, alpha, beta, arguments)

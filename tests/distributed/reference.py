@@ -95,7 +95,7 @@ def ranking(
     margin: float = 0.2,
     scalar_beta: float | None = None,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Return the loss and the gradients of U, W, alpha, beta (a scalar for sigmoid)."""
+    """Return the loss and the gradients of U, W, alpha, beta; a positive per query stands in the batch once each."""
     x = dense(shards, alpha, scalar_beta)
     starts = [sum(s.W.shape[0] for s in shards[:k]) for k in range(len(shards))]
     lists = [
@@ -103,11 +103,10 @@ def ranking(
         for s, start in zip(shards, starts, strict=True)
         for row in (s.negatives if s.negatives is not None else s.positive[:, None]).tolist()
     ]
-    shared = set(x.positive.tolist()) if in_batch else set()
+    shared = x.positive.tolist() if in_batch else []
     total = x.S.sum() * 0
     for i, p in enumerate(x.positive.tolist()):
-        listed = sorted(shared) + [j for j in lists[i] if j not in shared]
-        kept = [j for j in listed if j != p and not x.in_X[i, j]]
+        kept = [j for j in shared + lists[i] if j != p and not x.in_X[i, j]]
         if x.weight[i] == 0:
             continue
         positive = x.S[i, p]

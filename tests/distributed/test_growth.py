@@ -19,14 +19,23 @@ from bigdssm.data.making import Target
 
 from . import small_run
 from .spawn import Pool, RankFailed
-from .test_training import merged, restored_share, stop_after, weights
+from .test_training import (
+    STREAMING,
+    assert_same_tensors,
+    frequencies,
+    merged,
+    restored_share,
+    stop_after,
+    weights,
+)
 
 STEPS, NEW_STEPS = 12, 6
+ALWAYS = (*STREAMING, "debug.log_row_ids=true")
 ON = (
+    *ALWAYS,
     "data.from_partition=day2",
     f"pretrain.steps={NEW_STEPS}",
     "pretrain.save_every_steps=2",
-    "debug.log_row_ids=true",
 )
 
 
@@ -35,7 +44,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory, pools: dict[int, Pool]) -> t
     """The config of a dataset that grew by `day2`, and the folder of a run that was finished before."""
     folder = tmp_path_factory.mktemp("grown")
     config, run_dir = small_run.write_dataset(folder), folder / "run"
-    pools[2].run(small_run.run, config, run_dir, ("debug.log_row_ids=true", "pretrain.save_every_steps=8"))
+    pools[2].run(small_run.run, config, run_dir, (*ALWAYS, "pretrain.save_every_steps=8"))
     items = ["item_id\ttitle\tgenre"] + [f"new{i}\tword{i} number {i}\tg9 all" for i in range(7)]
     users = ["user_id\tage\tgender"] + [f"v{u}\t{30 + u}\t{'MX'[u % 2]}" for u in range(30)]
     events = ["user_id\titem_id\ttimestamp"]
@@ -156,6 +165,8 @@ def test_a_new_part_that_was_killed_ends_with_the_same_weights(
     first, second = (merged(run / "pretrain" / "checkpoints" / last) for run in (whole, cut))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert row_ids(whole, 2) == row_ids(cut, 2)
+    assert frequencies(whole, STEPS + NEW_STEPS)["step"].tolist() == [STEPS + NEW_STEPS]  # of the whole run
+    assert_same_tensors(frequencies(whole, STEPS + NEW_STEPS), frequencies(cut, STEPS + NEW_STEPS))
 
 
 def test_another_run_starts_from_a_model_with_fewer_values(
@@ -172,7 +183,7 @@ def test_what_is_not_growth_is_refused(grown: tuple[Path, Path], tmp_path: Path,
     config, run_dir = grown[0], copy(grown[1], tmp_path)
     written = (run_dir / "pretrain" / "config.yaml").read_text()
     with pytest.raises(RankFailed, match=r"partition day2 is new.*or go on over .* data\.from_partition=day2"):
-        pools[1].run(small_run.run, config, run_dir, (), "pretrain", True)
+        pools[1].run(small_run.run, config, run_dir, STREAMING, "pretrain", True)
     shutil.copytree(config.parent / "dataset", tmp_path / "dataset")
     elsewhere = yaml_with(config, tmp_path, str(tmp_path / "dataset"))
     saved = yaml_with(run_dir / "pretrain" / "config.yaml", tmp_path, str(tmp_path / "dataset"))

@@ -21,9 +21,14 @@ OPTIONS = ("beta", "neg_bias", "weight", "query_ids", "doc_ids", "shared", "know
 
 
 def check(
-    pools: dict[int, Pool], name: str, shards: list[Shard], alpha: float, in_batch: bool, tile: int | None
+    pools: dict[int, Pool],
+    name: str,
+    shards: list[Shard],
+    alpha: float,
+    in_batch: bool,
+    tile: int | None,
+    beta: float | None = None,
 ) -> None:
-    beta = -0.7 if name == "sigmoid" else None
     expected = reference.ranking(name, shards, alpha, in_batch, margin=0.3, scalar_beta=beta)
     arguments = {"in_batch": in_batch, "margin": 0.3, "tile": tile}
     found = run(pools, partial(ranking_loss, name), shards, alpha, beta=beta, **arguments)
@@ -35,7 +40,7 @@ def batches(draw: st.DrawFn) -> dict[str, Any]:
     ranks = draw(st.integers(1, 3))
     sizes = draw(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 9)), min_size=ranks, max_size=ranks))
     name, in_batch = draw(st.sampled_from(RANKING_NAMES)), draw(st.booleans())
-    options = draw(st.sets(st.sampled_from(OPTIONS))) - ({"beta"} if name == "sigmoid" else set())
+    options = draw(st.sets(st.sampled_from(OPTIONS)))
     if not in_batch or draw(st.booleans()):
         options |= {"negatives"}
     shards = make_shards(
@@ -53,6 +58,7 @@ def batches(draw: st.DrawFn) -> dict[str, Any]:
         "alpha": draw(st.sampled_from([0.5, 20.0])),
         "in_batch": in_batch,
         "tile": tile,
+        "beta": draw(st.sampled_from([None, -0.7])) if name == "sigmoid" else None,
     }
 
 
@@ -73,14 +79,15 @@ def test_equals_dense_reference(pools: dict[int, Pool], batch: dict[str, Any]) -
 def test_each_loss_and_source_of_negatives(
     pools: dict[int, Pool], name: str, given_negatives: bool, in_batch: bool
 ) -> None:
-    options = {"neg_bias", "weight", "query_ids", "doc_ids", "known"}
+    options = {"neg_bias", "weight", "query_ids", "doc_ids", "known", "shared"}
     options |= {"negatives"} if given_negatives else set()
     options |= {"beta"} if name != "sigmoid" else set()
+    beta = -0.7 if name == "sigmoid" else None
     generator = torch.Generator().manual_seed(4)
     shards = make_shards(
         generator, [(7, 12), (0, 0), (9, 11)], 6, num_queries=6, num_docs=15, options=frozenset(options)
     )
-    check(pools, name, shards, 5.0, in_batch, 4)
+    check(pools, name, shards, 5.0, in_batch, 4, beta)
 
 
 def test_in_batch_softmax_is_the_fps_loss(pools: dict[int, Pool]) -> None:

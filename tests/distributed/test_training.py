@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
+
+from tests.unit.data.conftest import Writer
 
 from . import small_run
 from .spawn import Pool, RankFailed
@@ -30,8 +33,8 @@ def weights(run_dir: Path, stage: str = "pretrain") -> dict[str, torch.Tensor]:
     return load_file(run_dir / stage / "best" / "model.safetensors")
 
 
-def assert_same_curve(run_dir: Path, reference: Path, tolerance: float = 1e-5) -> None:
-    for mine, theirs in zip(small_run.records(run_dir), small_run.records(reference), strict=True):
+def assert_same_curve(run_dir: Path, reference: Path, tolerance: float = 1e-5, stage: str = "pretrain") -> None:
+    for mine, theirs in zip(small_run.records(run_dir, stage), small_run.records(reference, stage), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=tolerance), mine["step"]
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=10 * tolerance), mine["step"]
 
@@ -76,13 +79,115 @@ def test_the_gradient_cache_changes_nothing(
     assert_same_weights(tmp_path, reference)
 
 
-def test_fine_tuning_starts_from_the_pretraining_on_two_ranks(
-    config: Path, reference: Path, pools: dict[int, Pool]
+STREAMING = ("pretrain.loss.frequency=streaming", "pretrain.loss.frequency_buckets=512")
+
+
+def frequencies(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "pretrain" / "checkpoints" / f"step-{step:08d}" / "common.safetensors")
+
+
+def assert_same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_streaming_frequencies_are_the_same_at_any_world_size_and_go_on(
+    config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool]
 ) -> None:
-    pools[2].run(small_run.run, config, reference, (), "sft")
-    losses = [record["loss"] for record in small_run.records(reference, "sft")]
-    assert len(losses) == 4
-    assert np.isfinite(losses).all()
+    overrides = (*STREAMING, "pretrain.save_every_steps=6", "pretrain.loss.direction=both")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    pools[1].run(small_run.run, config, whole, overrides)
+    with pytest.raises(RankFailed, match="stopped for the test"):
+        pools[2].run(stop_after, config, cut, overrides, 6)
+    assert_same_tensors(frequencies(cut, 6), frequencies(whole, 6))
+    pools[3].run(small_run.run, config, cut, overrides, "pretrain", True)
+    assert_same_tensors(frequencies(cut, 12), frequencies(whole, 12))
+    assert frequencies(whole, 12)["step"].tolist() == [12]
+    curve = {record["step"]: record["loss"] for record in small_run.records(cut)}
+    for record in small_run.records(whole):
+        assert curve[record["step"]] == pytest.approx(record["loss"], rel=1e-5)
+    assert_same_weights(cut, whole)
+    with_counts = [record["loss"] for record in small_run.records(reference)]
+    assert curve[12] != pytest.approx(with_counts[-1], rel=1e-3)
+
+
+def test_streaming_frequencies_need_no_catalogue(tmp_path: Path, pools: dict[int, Pool]) -> None:
+    """With documents in the shards nothing is counted beforehand."""
+    Writer(tmp_path / "data", text=True, inline=True, interactions=False).write()
+    path = tmp_path / "config.yaml"
+    content = INLINE_CONFIG | {"data": {**INLINE_CONFIG["data"], "dir": str(tmp_path / "data")}}
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    for ranks in (1, 3):
+        pools[ranks].run(small_run.run, path, tmp_path / f"{ranks}", STREAMING)
+    assert len(small_run.records(tmp_path / "1")) == 6
+    assert_same_curve(tmp_path / "3", tmp_path / "1")
+    assert_same_tensors(frequencies(tmp_path / "3", 6), frequencies(tmp_path / "1", 6))
+    with pytest.raises(RankFailed, match=r"loss\.frequency: got counts, needs streaming .* has its documents inline"):
+        pools[1].run(small_run.run, path, tmp_path / "counts")
+
+
+INLINE_CONFIG: dict[str, Any] = {
+    "run": {"dir": "replaced", "trackers": []},
+    "data": {
+        "lanes": 6,
+        "num_workers": 0,
+        "query": {"age": {"type": "numeric"}, "words": {"type": "text", "max_tokens": 6}},
+        "doc": {
+            "item": {"type": "categorical"},
+            "tags": {"type": "categorical", "multi": True},
+            "year": {"type": "numeric"},
+            "title": {"type": "text", "max_tokens": 8},
+        },
+    },
+    "model": {side: {"text": {"layers": 1, "hidden": 16, "heads": 2}} for side in ("query", "doc")},
+    "pretrain": {
+        "rows_global": 60,
+        "steps": 6,
+        "loss": {"sampling": "classic"},
+        "log_every_steps": 1,
+    },
+}
+
+FINE_TUNING = {
+    "pair_ce, mined": ("sft.loss.name=pair_ce",),
+    "triplet, both": ("sft.loss.name=triplet", "sft.loss.in_batch=true", "sft.loss.weight=relevance"),
+    "softmax, both": (
+        "sft.loss.name=softmax", "sft.loss.in_batch=true", "sft.loss.sampling=corrected",
+        "sft.loss.frequency=streaming", "sft.loss.mask_history=true",
+    ),
+    "fps, mined columns": ("sft.loss.name=fps", "sft.loss.in_batch=true", "sft.loss.sampling=classic"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", FINE_TUNING)
+def test_fine_tuning_has_one_curve_at_any_world_size(
+    config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool], loss: str
+) -> None:
+    """Also where rows of one rank share the columns of their documents and negatives, and rows of two ranks cannot."""
+    overrides = (f"sft.init={reference / 'pretrain' / 'best'}", *FINE_TUNING[loss])
+    for ranks in (1, 2, 3):
+        pools[ranks].run(small_run.run, config, tmp_path / f"{ranks}", overrides, "sft")
+    assert len(small_run.records(tmp_path / "1", "sft")) == 4
+    for ranks in (2, 3):
+        assert_same_curve(tmp_path / f"{ranks}", tmp_path / "1", stage="sft")
+
+
+def test_a_scalar_beta_waits_for_the_sigmoid_loss(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
+    """It stands still in pretraining, whose softmax it cancels in; vectors with a norm penalty all the way."""
+    model = ("model.beta=scalar", "model.beta_init=-3.0", "model.score=dot", "model.alpha_init=1.0")
+    overrides = (*model, "pretrain.loss.norm_penalty=0.3", "sft.loss={name: sigmoid, negatives: 3, norm_penalty: 0.3}")
+    for ranks in (1, 3):
+        pools[ranks].run(small_run.run, config, tmp_path / f"{ranks}", overrides)
+        pools[ranks].run(small_run.run, config, tmp_path / f"{ranks}", overrides, "sft")
+    for stage in ("pretrain", "sft"):
+        assert_same_curve(tmp_path / "3", tmp_path / "1", stage=stage)
+    assert weights(tmp_path / "1")["beta"].tolist() == [-3.0]
+    moved = [merged(tmp_path / ranks / "sft/checkpoints/step-00000004")["beta"] for ranks in ("1", "3")]
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-5, atol=1e-5)
+    assert abs(float(moved[0]) + 3) > 1e-4
+    free = tmp_path / "free"
+    pools[1].run(small_run.run, config, free, (*overrides, "pretrain.loss.norm_penalty=0.0"))
+    assert small_run.records(free)[-1]["loss"] < small_run.records(tmp_path / "1")[-1]["loss"] - 0.1
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
@@ -95,6 +200,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
         "pretrain.save_every_steps=4",
         "debug.log_row_ids=true",
         f"engine.zero_stage={zero_stage}",
+        *STREAMING,
     )
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     pools[2].run(small_run.run, config, whole, dropout)

@@ -20,7 +20,7 @@ def share() -> dict[str, torch.Tensor]:
 def store(tmp_path: Path) -> CheckpointStore:
     store = CheckpointStore(tmp_path / "checkpoints", keep=2)
     for step in (5, 10, 15):
-        store.save(step, {"step": step}, {"cpu": torch.arange(4)}, share)
+        store.save(step, {"step": step}, {"shared": torch.arange(3)}, {"cpu": torch.arange(4)}, share)
     return store
 
 
@@ -31,6 +31,7 @@ def test_the_newest_two_are_kept_and_read_back(store: CheckpointStore) -> None:
     newest = store.newest_good()
     assert newest is not None and newest.step == 15 and newest.state == {"step": 15}
     assert torch.equal(newest.rank_state(0)["cpu"], torch.arange(4))
+    assert torch.equal(newest.common_tensors()["shared"], torch.arange(3))
     assert torch.equal(newest.reader()("exp_avg/layer.weight"), torch.ones(512))
     assert list(newest.reader().weights()) == ["layer.weight"]
     with pytest.raises(CheckpointError, match="no tensor 'other'"):
@@ -48,6 +49,7 @@ def flip(path: Path) -> None:
     [
         (lambda step: flip(step / "tensors-00000.safetensors"), "tensors-00000.safetensors is damaged"),
         (lambda step: (step / "tensors-00000.safetensors").unlink(), "tensors-00000.safetensors is missing"),
+        (lambda step: (step / "common.safetensors").unlink(), "common.safetensors is missing"),
         (lambda step: (step / "rank-00000.safetensors").write_bytes(b"short"), "has 5 bytes"),
         (lambda step: (step / "manifest.json").unlink(), "never finished"),
         (lambda step: (step / "manifest.json").write_text("{"), "manifest.json is damaged"),
@@ -78,10 +80,10 @@ def test_a_failed_save_leaves_what_was_there(store: CheckpointStore, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr("bigdssm.checkpoint.save_file", full_disk)
         with pytest.raises(CheckpointError, match="No space left on device"):
-            store.save(20, {"step": 20}, {}, share)
+            store.save(20, {"step": 20}, {}, {}, share)
     newest = store.newest_good()
     assert newest is not None and newest.step == 15
-    store.save(20, {"step": 20}, {}, share)
+    store.save(20, {"step": 20}, {}, {}, share)
     assert not list(store.folder.glob(".*"))
 
 

@@ -105,6 +105,28 @@ def test_streaming_estimate_follows_the_stream() -> None:
     torch.testing.assert_close(found, torch.tensor([1.0, 1 / 4, 1 / 16], dtype=torch.float64), rtol=0.02, atol=0)
 
 
+def test_streaming_estimate_counts_copies() -> None:
+    """A document in every step is more frequent the more columns of the step hold it, or would hold it unmerged."""
+    estimate = StreamingFrequency(num_buckets=1 << 16, rate=0.05)
+    for step in range(400):
+        estimate.update(torch.tensor([10, 20, 10, 30]), torch.tensor([3, 2 + 2 * (step % 2), 4, 1]))
+    found = estimate.log_expected(torch.tensor([10, 20, 30, 40])).exp()
+    expected = torch.tensor([7.0, 3.0, 1.0, 1 / 400], dtype=torch.float64)  # 40: never seen
+    torch.testing.assert_close(found, expected, rtol=0.03, atol=0)
+
+
+def test_streaming_estimate_is_as_good_as_the_counts(world: dict[str, Tensor]) -> None:
+    """On Zipf popularity, batches of 256: of the 100 most frequent documents, after 2,000 steps."""
+    generator = torch.Generator().manual_seed(2)
+    share = world["drawn"].mean(0)
+    estimate = StreamingFrequency(num_buckets=1 << 16, rate=0.01)
+    for _ in range(2000):
+        estimate.update(torch.multinomial(share, BATCH, replacement=True, generator=generator))
+    top = share.topk(100).indices
+    exact = log_expected_from_counts(share * 1e12, top, BATCH)
+    assert float((estimate.log_expected(top) - exact).abs().mean()) < 0.1
+
+
 def test_several_hashes_see_through_collisions() -> None:
     """Collisions make a document look more frequent than it is, with more hashes less so."""
     errors = []
@@ -121,6 +143,7 @@ def test_streaming_state_goes_through_a_checkpoint() -> None:
     batches = [torch.randint(300, (20,), generator=torch.Generator().manual_seed(k)) for k in range(20)]
     for ids in batches[:10]:
         first.update(ids)
+    assert all(isinstance(value, Tensor) for value in first.state_dict().values())
     second.load_state_dict(first.state_dict())
     for ids in batches[10:]:
         first.update(ids)
@@ -141,7 +164,9 @@ def test_relevance_weights() -> None:
 
 
 def test_norm_penalty_is_the_mean_squared_norm() -> None:
-    assert float(norm_penalty(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))) == 12.5
+    vectors = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    assert float(norm_penalty(vectors)) == 12.5
+    assert float(norm_penalty(vectors, torch.tensor([3, 1]))) == 0.75 * 25  # as if the first stood there three times
 
 
 @pytest.mark.parametrize("name", ["softmax", "pair_ce", "triplet", "sigmoid"])

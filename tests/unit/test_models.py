@@ -111,6 +111,17 @@ def test_a_residual_needs_the_models_width() -> None:
         model(doc=replace(CONFIG.doc, residual="itme"))
 
 
+def test_beta_is_per_document_one_for_all_or_none() -> None:
+    documents = doc([[1, 2], [3, 0], [4, 0]], [[2, 3], [0, 0], [2, 0]])
+    scalar = model(beta="scalar", beta_init=-4.0)
+    beta = scalar(doc=documents).beta
+    assert beta.tolist() == [-4.0] * 3
+    beta.sum().backward()
+    assert scalar.beta.grad.tolist() == [3.0]
+    assert model(beta="none")(doc=documents).beta is None
+    assert model().beta is None and model(beta="scalar").beta_head is None
+
+
 def test_shared_text_is_one_encoder() -> None:
     schema = Schema({"words": replace(DOC["title"], name="words")}, {"title": DOC["title"]})
     shared = DualEncoder(replace(CONFIG, share_text=True), schema, vocab_size=50)

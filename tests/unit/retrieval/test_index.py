@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from bigdssm.config import Config
+from bigdssm.config import Config, load_config
 from bigdssm.data import Collator, Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
-from bigdssm.export import load_model_folder
+from bigdssm.export import load_model_folder, save_model_folder
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import Encoders, tower_encoders
 from bigdssm.retrieval.index import IndexType, build_index, open_index, write_vectors
+
+from .conftest import SMALL, random_model
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +52,28 @@ def test_top_k_of_the_index_is_the_scorers(
     found_scores, found_rows = open_index(index_dir).search(queries, 10, load_model_folder(model_dir).checksum)
     np.testing.assert_array_equal(found_rows, place.numpy())
     np.testing.assert_allclose(found_scores, best.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_scalar_beta_is_in_the_score_and_changes_no_ranking(
+    tiny_interactions: Any, dataset: Dataset, tmp_path: Path
+) -> None:
+    """Through a model folder, vectors and an index."""
+    overrides = [f"model.{override}" for override in SMALL] + ["model.beta=scalar", "sft.loss.name=sigmoid"]
+    config = load_config(tiny_interactions.config, overrides)
+    save_model_folder(
+        tmp_path / "m", random_model(config, dataset, 1), config, dataset.schema, dataset.tokenizer_dir, {}
+    )
+    folder = load_model_folder(tmp_path / "m")
+    encoders = tower_encoders(folder.model, dataset)
+    write_vectors(tmp_path / "vectors", encoders, dataset, folder.checksum)
+    build_index(tmp_path / "vectors", tmp_path / "index")
+    queries = encoders.queries(next(dataset.iterate("test", 40))).numpy()
+    scores, rows = open_index(tmp_path / "index").search(queries, 10, folder.checksum)
+    without, same_rows = open_index(tmp_path / "index").search(queries * ([1.0] * 8 + [0.0]), 10, folder.checksum)
+    np.testing.assert_array_equal(rows, same_rows)
+    beta = float(folder.model.beta.detach())
+    assert beta < -5
+    np.testing.assert_allclose(scores, without + beta, rtol=1e-5, atol=1e-5)
 
 
 def test_excluded_documents_do_not_come_back(model_dir: Path, index_dir: Path) -> None:
