@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -15,9 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from bigdssm import distributed
-from bigdssm.data import Collator, Dataset, Rows
+from bigdssm.data import Collator, Dataset, Rows, chunks
 from bigdssm.data.batch import Features
 from bigdssm.models import Encoded
+
+# Encoded at once: what a CPU's caches hold (twice as fast there as all rows together), or what keeps a GPU busy.
+CHUNK_TOKENS_CPU, CHUNK_TOKENS_GPU = 4096, 65536
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(what is being done, rows done, rows in all)."""
@@ -61,16 +65,19 @@ class Share:
 def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | str = "cpu") -> Encoders:
     """Return the Encoders of `model`: a DualEncoder, or an engine around one, on `device`.
 
-    Every call runs the model's own forward in evaluation mode, so it also works on an engine that shards parameters;
-    then all ranks must make the same calls.
+    Every call runs the model's own forward in evaluation mode, so it also works on an engine that shards parameters.
+    Where there is a process group a call is a collective. Rows are encoded in chunks of like length.
     """
     collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
 
     def queries(rows: Rows) -> Tensor:
-        return query_vectors(model, to_device(collator.query_features(rows.query), device))
+        return _in_chunks(
+            to_device(collator.query_features(rows.query), device), len(rows), partial(query_vectors, model)
+        )
 
     def documents(doc_rows: np.ndarray) -> Tensor:
-        return document_vectors(model, to_device(dataset.catalogue.features(doc_rows), device))
+        features = to_device(dataset.catalogue.features(doc_rows), device)
+        return _in_chunks(features, len(doc_rows), partial(document_vectors, model))
 
     return Encoders(queries, documents)
 
@@ -131,6 +138,15 @@ def encode_queries(
             encoders.queries(next(some for some in dataset.iterate(split, share.rows_per_chunk) if len(some)))
         done = min((chunk + 1) * share.rows_per_chunk, end - begin)
         share.progress("queries encoded", done, end - begin)
+
+
+def _in_chunks(features: Features, num_rows: int, encode: Callable[[Features], Tensor]) -> Tensor:
+    """Return `encode` of all rows, in their order; every rank makes the same number of calls to it."""
+    on_cpu = next(iter(features.values())).device.type == "cpu"
+    own = chunks.cut(features, num_rows, CHUNK_TOKENS_CPU if on_cpu else CHUNK_TOKENS_GPU)
+    number = int(distributed.all_reduce(torch.tensor([len(own)]), "max"))
+    side = chunks.filled_up(own, features, number)
+    return chunks.assemble([encode(chunk.features) for chunk in side], side, num_rows)
 
 
 def _encode(model: nn.Module, **sides: Features) -> Encoded:

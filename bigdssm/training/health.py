@@ -11,9 +11,9 @@ from typing import Any
 from bigdssm import distributed
 from bigdssm.cli import ProgressBar
 from bigdssm.data import Batch
+from bigdssm.data.chunks import padding_fraction
 from bigdssm.evaluation.split import Evaluation
 from bigdssm.log import get_logger
-from bigdssm.training.chunks import padding_fraction
 from bigdssm.training.engine import Engine
 from bigdssm.training.step import StepResult
 from bigdssm.training.trackers import Trackers

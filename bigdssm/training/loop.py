@@ -18,11 +18,11 @@ from bigdssm.errors import DivergedError, Preempted
 from bigdssm.evaluation.split import Evaluation
 from bigdssm.log import get_logger
 from bigdssm.training.batches import Batches
-from bigdssm.training.chunks import RandomState
 from bigdssm.training.engine import Engine
 from bigdssm.training.health import Health
 from bigdssm.training.objective import Objective
 from bigdssm.training.optimizer import schedule_factor
+from bigdssm.training.random_state import RandomState
 from bigdssm.training.row_log import RowLog
 from bigdssm.training.signals import StopRequest
 from bigdssm.training.step import StepResult, train_step

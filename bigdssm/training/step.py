@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from bigdssm import distributed
-from bigdssm.data import Batch, Features
+from bigdssm.data import Batch, chunks
+from bigdssm.data.chunks import Chunk
 from bigdssm.losses import LossOutput
 from bigdssm.models import Encoded
-from bigdssm.training import chunks
-from bigdssm.training.chunks import Chunk, RandomState
 from bigdssm.training.engine import Engine
+from bigdssm.training.random_state import RandomState
 
 LossFunction = Callable[[Encoded, Batch], LossOutput]
 
@@ -88,10 +88,9 @@ def _encode_in_chunks(
             states.append(RandomState.now())
             parts.append(engine.forward(**{side: chunk.features}))
     queries, docs = parts[: len(query_chunks)], parts[len(query_chunks) :]
-    U = _assemble([part.U for part in queries], query_chunks, len(batch.query_ids))
-    W = _assemble([part.W for part in docs], doc_chunks, len(batch.doc_ids))
-    has_beta = docs[0].beta is not None
-    beta = _assemble([part.beta for part in docs], doc_chunks, len(batch.doc_ids)) if has_beta else None
+    U = _whole([part.U for part in queries], query_chunks, len(batch.query_ids))
+    W = _whole([part.W for part in docs], doc_chunks, len(batch.doc_ids))
+    beta = _whole([part.beta for part in docs], doc_chunks, len(batch.doc_ids))
 
     def backward(leaves: Encoded) -> None:
         with engine.one_reduction():
@@ -128,15 +127,10 @@ def _agreed_loss(output: LossOutput, leaves: Encoded) -> float:
     return float(distributed.all_reduce(torch.tensor([local], dtype=torch.float64))) / distributed.world_size()
 
 
-def _assemble(parts: Sequence[Tensor | None], side: list[Chunk], num_rows: int) -> Tensor:
-    """Put the chunks' vectors back into the batch's order."""
-    first = parts[0]
-    assert first is not None
-    whole = first.new_empty((num_rows, *first.shape[1:]))
-    for part, chunk in zip(parts, side, strict=True):
-        assert part is not None
-        whole[chunk.rows] = part[: len(chunk.rows)]
-    return whole
+def _whole(parts: Sequence[Tensor | None], side: list[Chunk], num_rows: int) -> Tensor | None:
+    """Return the chunks' outputs in the batch's order, None where the model has no such output."""
+    present = [part for part in parts if part is not None]
+    return chunks.assemble(present, side, num_rows) if present else None
 
 
 def _agreed_chunks(batch: Batch, chunk_tokens: int) -> tuple[list[Chunk], list[Chunk]] | None:
@@ -148,8 +142,4 @@ def _agreed_chunks(batch: Batch, chunk_tokens: int) -> tuple[list[Chunk], list[C
     num_query, num_doc = distributed.all_reduce(torch.tensor([len(query), len(doc)]), "max").tolist()
     if max(num_query, num_doc) <= 1:
         return None
-    return _filled_up(query, batch.query, num_query), _filled_up(doc, batch.doc, num_doc)
-
-
-def _filled_up(own: list[Chunk], features: Features, number: int) -> list[Chunk]:
-    return own + [chunks.dummy(features)] * (max(1, number) - len(own))
+    return chunks.filled_up(query, batch.query, num_query), chunks.filled_up(doc, batch.doc, num_doc)

@@ -16,6 +16,7 @@ import yaml
 from bigdssm.config import StageName, load_config
 from bigdssm.data.interactions import InteractionTables, make_interactions
 from bigdssm.data.making import Target, no_progress
+from bigdssm.training import engine
 from bigdssm.training.stages import run_stage
 
 NUM_USERS, NUM_ITEMS, NUM_GENRES = 60, 48, 4
@@ -97,10 +98,27 @@ def run(
     rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...] = (),
     stage: StageName = "pretrain", resume: bool = False,
 ) -> None:  # fmt: skip
-    """Run a stage on this rank; for a Pool."""
+    """Run a stage on this rank; for a Pool. At ZeRO 3 every parameter is sharded, which small ones else are not."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     loaded = load_config(config, [f"run.dir={run_dir}", *overrides])
-    run_stage(loaded, stage, resume=resume, validate_only=False, world_size=world_size)
+    derive = engine.deepspeed_config
+
+    def sharding_all(*args: Any) -> dict[str, Any]:
+        derived = derive(*args)
+        derived["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return derived
+
+    engine.deepspeed_config = sharding_all
+    try:
+        run_stage(loaded, stage, resume=resume, validate_only=False, world_size=world_size)
+    finally:
+        engine.deepspeed_config = derive
+
+
+def validations(run_dir: Path, stage: str = "pretrain") -> list[dict[str, float]]:
+    """Return the metrics of every validation in metrics.jsonl."""
+    lines = (run_dir / stage / "metrics.jsonl").read_text().splitlines()
+    return [record["validation"] for record in map(json.loads, lines) if "validation" in record]
 
 
 def records(run_dir: Path, stage: str = "pretrain") -> list[dict[str, Any]]:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from bigdssm.config import OptimizerConfig
-from bigdssm.training import chunks
-from bigdssm.training.chunks import RandomState
+from bigdssm.data import chunks
 from bigdssm.training.optimizer import parameter_groups, schedule_factor
+from bigdssm.training.random_state import RandomState
 from bigdssm.training.row_log import RowLog
 
 

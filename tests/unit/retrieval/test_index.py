@@ -15,6 +15,7 @@ from bigdssm.data import Collator, Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.export import load_model_folder, save_model_folder
 from bigdssm.models import DualEncoder
+from bigdssm.retrieval import embed
 from bigdssm.retrieval.embed import Encoders, tower_encoders
 from bigdssm.retrieval.index import IndexType, build_index, open_index, write_vectors
 
@@ -74,6 +75,21 @@ def test_a_scalar_beta_is_in_the_score_and_changes_no_ranking(
     beta = float(folder.model.beta.detach())
     assert beta < -5
     np.testing.assert_allclose(scores, without + beta, rtol=1e-5, atol=1e-5)
+
+
+def test_vectors_do_not_depend_on_the_chunks_they_were_encoded_in(
+    model: DualEncoder, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoders, rows = tower_encoders(model, dataset), next(dataset.iterate("test", 40))
+    doc_rows = np.arange(dataset.catalogue.num_docs)
+    whole = encoders.documents(doc_rows), encoders.queries(rows)
+    calls: list[int] = []
+    counting = model.register_forward_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(embed, "CHUNK_TOKENS_CPU", 20)
+    torch.testing.assert_close((encoders.documents(doc_rows), encoders.queries(rows)), whole)
+    counting.remove()
+    assert len(calls) > 10
+    assert encoders.documents(doc_rows[:0]).shape == (0, whole[0].shape[1])
 
 
 def test_excluded_documents_do_not_come_back(model_dir: Path, index_dir: Path) -> None:

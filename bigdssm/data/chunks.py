@@ -1,15 +1,14 @@
-"""Cutting one side of a batch into chunks of a token budget, and replaying the random state of each."""
+"""Cutting the rows of one side into chunks of a token budget, rows of like length together: little padding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bigdssm.data import Features
+from bigdssm.data.batch import Features
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,19 @@ def cut(features: Features, num_rows: int, chunk_tokens: int) -> list[Chunk]:
     return chunks
 
 
+def filled_up(own: list[Chunk], features: Features, number: int) -> list[Chunk]:
+    """Return `own` and as many dummies as make them `number`, at least one."""
+    return own + [dummy(features)] * (max(1, number) - len(own))
+
+
+def assemble(parts: Sequence[Tensor], side: Sequence[Chunk], num_rows: int) -> Tensor:
+    """Return what was computed chunk by chunk, [num_rows, …], in the order of the rows."""
+    whole = parts[0].new_empty((num_rows, *parts[0].shape[1:]))
+    for part, chunk in zip(parts, side, strict=True):
+        whole[chunk.rows] = part[: len(chunk.rows)]
+    return whole
+
+
 def dummy(features: Features) -> Chunk:
     """Return a chunk that encodes one row for nothing: a rank without a backward that others make stops ZeRO."""
     one = {name: tensor[:1] for name, tensor in features.items()}
@@ -53,33 +65,6 @@ def padding_fraction(features: Features) -> float:
     ragged = [tensor for tensor in features.values() if tensor.dim() == 2]
     cells = sum(tensor.numel() for tensor in ragged)
     return 1 - sum(int((tensor != 0).sum()) for tensor in ragged) / cells if cells else 0.0
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """The random state at one moment, of the CPU and of this rank's device."""
-
-    cpu: Tensor
-    device: Tensor | None
-
-    @classmethod
-    def now(cls) -> RandomState:
-        """Return the present state."""
-        return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
-
-    def restore(self) -> None:
-        """Make this the present state."""
-        torch.set_rng_state(self.cpu)
-        if self.device is not None:
-            torch.cuda.set_rng_state(self.device)
-
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        """Within it this state runs; afterwards the one from before goes on."""
-        present = RandomState.now()
-        self.restore()
-        yield
-        present.restore()
 
 
 def _row_lengths(features: Features, num_rows: int) -> Tensor:
