@@ -40,29 +40,22 @@ def reference(config: Path, tmp_path_factory: pytest.TempPathFactory, pools: dic
 
 
 def run_mode(rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...]) -> int:
-    """Run with every parameter sharded at stage 3, small ones too; return how often BERT's attention was computed."""
+    """Run and return how often BERT's attention was computed."""
     from transformers.models.bert.modeling_bert import BertSelfAttention
 
-    from bigdssm.training import engine
-
-    derive, attend = engine.deepspeed_config, BertSelfAttention.forward
+    attend = BertSelfAttention.forward
     count = 0
-
-    def sharding_all(*args: Any) -> dict[str, Any]:
-        derived = derive(*args)
-        derived["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        return derived
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
         count += 1
         return attend(*args, **kwargs)
 
-    engine.deepspeed_config, BertSelfAttention.forward = sharding_all, counted
+    BertSelfAttention.forward = counted
     try:
         small_run.run(rank, world_size, config, run_dir, overrides)
     finally:
-        engine.deepspeed_config, BertSelfAttention.forward = derive, attend
+        BertSelfAttention.forward = attend
     return count
 
 
