@@ -137,6 +137,7 @@ class EngineConfig:
     offload_optimizer: bool = False
     checkpoint_activations: bool = False  # transformer layers are computed again in the backward, not kept
     chunk_tokens: int = 0  # gradient cache: tokens encoded at once per tower; 0 encodes all rows at once
+    peer_timeout_s: float = 300.0  # without a sign of life from a rank, or without progress, before the others stop
     loss_tile: int | None = None  # columns of the score matrix held at once; none: chosen by the loss
 
 
@@ -289,6 +290,7 @@ def check_config(config: Config) -> None:
         ("engine.precision=bf16_pure", engine.precision == "bf16_pure"),
     ):
         _require(shards_optimizer or not needs_it, "engine.zero_stage", 0, f"1, 2 or 3 with {key}")
+    _require(engine.peer_timeout_s >= 5, "engine.peer_timeout_s", engine.peer_timeout_s, "at least 5")
     _require(config.model.alpha_init > 0, "model.alpha_init", config.model.alpha_init, "a number above 0")
     for side, features in (("query", data.query), ("doc", data.doc)):
         for name, feature in features.items():

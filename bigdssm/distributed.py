@@ -103,6 +103,36 @@ def raise_together(error: BigDSSMError | None, group: Group | None = None) -> No
             raise PeerError(f"rank {other} stopped: {message}")
 
 
+class Board:
+    """Short notes that every rank may read, on the store of the process group, over a connection of its own.
+
+    A call blocks for as long as the store does not answer, with the interpreter lock released: use it in a thread that
+    nobody waits for. Raises RuntimeError where the store is gone.
+    """
+
+    def __init__(self, name: str) -> None:
+        """`name` must be new: notes of the same name would be taken for this board's."""
+        shared: Any = dist.distributed_c10d._get_default_store()
+        self._store = dist.PrefixStore(f"bigdssm/{name}", shared.clone())
+
+    def write(self, key: str, note: str) -> None:
+        """Set a note."""
+        self._store.set(key, note)
+
+    def write_once(self, key: str, note: str) -> None:
+        """Set a note that the first writer keeps."""
+        self._store.compare_set(key, "", note)
+
+    def read(self, key: str) -> str | None:
+        """Return a note, or None where there is none."""
+        return str(self._store.get(key).decode()) if self._store.check([key]) else None
+
+
+def is_peer_failure(error: BaseException) -> bool:
+    """Return True where an error is what a collective raises when another rank has left it."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
 def all_gather_rows(rows: Tensor, counts: Sequence[int], group: Group | None = None) -> Tensor:
     """Return the rows [n_k, …] of all ranks as [Σ n_k, …], in rank order; `counts[k]` is rank k's n_k."""
     if world_size(group) == 1:

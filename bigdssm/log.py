@@ -52,6 +52,11 @@ class MetricsWriter:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8")
+        with path.open("rb") as written:
+            length = written.seek(0, os.SEEK_END)
+            written.seek(max(0, length - 1))
+            if length and written.read() != b"\n":  # cut off by a kill: the next record must not be lost with it
+                self._file.write("\n")
 
     def write(self, record: dict[str, Any]) -> None:
         """Append `record`; its values must be JSON types."""

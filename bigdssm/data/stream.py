@@ -20,7 +20,7 @@ from bigdssm.data.order import WINDOW_BLOCKS, Order, Tail, derive_key
 from bigdssm.data.rows import Rows
 from bigdssm.data.stream_state import check_state
 from bigdssm.data.workers import open_parts
-from bigdssm.errors import ConfigError, DataError
+from bigdssm.errors import ConfigError, DataError, PeerError
 from bigdssm.log import get_logger
 
 CHECK_EVERY_STEPS = 16
@@ -62,7 +62,7 @@ class PairStream:
         self.rows_bad = self.rows_met = 0  # of this rank, since it was opened
         self._max_bad_fraction, self._quarantine = max_bad_fraction, quarantine
         self._quarantined: set[tuple[str, int, int | None]] = set()
-        self._failure: DataError | None = None
+        self._failure: DataError | PeerError | None = None
         self._opened_at = start_step
         lanes_owned = list(range(rank, lanes, world_size))
         workers = min(num_workers, len(lanes_owned))
@@ -123,7 +123,7 @@ class PairStream:
 
         Call it before a checkpoint is written, too. Too many is more than max_bad_fraction of the rows of the epochs
         begun since the stream was opened: few bad rows never stop it because they come early. Raises DataError;
-        PeerError on the ranks that could read where another could not.
+        PeerError where a loader process died, and on the ranks that could read where another could not.
         """
         mine = (self.rows_bad, self.rows_met, self._failure is not None)
         alone = self.world_size == 1 or self.world_size != distributed.world_size()
@@ -190,8 +190,8 @@ class PairStream:
         if self._failure is None:
             try:
                 parts = [next(loaded) for _ in self._shares]
-            except DataError as error:
-                self._failure = DataError(f"rank {self.rank} cannot read {self.dataset.dir}: {error}")
+            except (DataError, PeerError) as error:
+                self._failure = type(error)(f"rank {self.rank} cannot read {self.dataset.dir}: {error}")
                 log.error("%s; all ranks stop at the next check", self._failure)
         if self._failure is not None:
             return self._empty_rows()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +17,7 @@ from bigdssm.data.dataset import Dataset
 from bigdssm.data.lanes import LaneReader, Part
 from bigdssm.data.mixture import MixedOrder
 from bigdssm.data.order import Order
-from bigdssm.errors import BigDSSMError, DataError
+from bigdssm.errors import BigDSSMError, DataError, PeerError
 from bigdssm.log import get_logger
 
 log = get_logger(__name__)
@@ -26,19 +29,24 @@ def open_parts(
 ) -> Iterator[Part]:  # fmt: skip
     """Yield, step after step, the part of each share of lanes in turn; `num_workers` is 0 or one per share.
 
-    Raises DataError: reading failed for another reason than damaged data, or a loader process died.
+    Raises DataError: reading failed for another reason than damaged data; PeerError: a loader process died.
     """
     if num_workers == 0:
         for part in _guarded(dataset, split, order, shares[0].tolist(), start_step):
             yield _raised(part)
         return
     shared = _Shares(dataset, split, order, [share.tolist() for share in shares], start_step)
-    loader = DataLoader(shared, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, prefetch_factor=4)
+    loader = DataLoader(
+        shared, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, prefetch_factor=4,
+        worker_init_fn=_heed_only_the_parent,
+    )  # fmt: skip
     try:
-        for part in loader:
+        parts = iter(loader)
+        _notice_deaths_when_reading()
+        for part in parts:
             yield _raised(part)
     except RuntimeError as error:  # torch's word for a loader process that was killed
-        raise DataError(f"a loader process died: {' '.join(str(error).split())}") from None
+        raise PeerError(f"a loader process died: {' '.join(str(error).split())}") from None
 
 
 class _Shares(IterableDataset):
@@ -55,6 +63,29 @@ class _Shares(IterableDataset):
         for part in _guarded(*self._args, self._shares[worker.id if worker else 0], self._start_step):
             # the parent has its own mapping of the sequences
             yield part if isinstance(part, str) else replace(part, rows=replace(part.rows, sequences=None))
+
+
+def _notice_deaths_when_reading() -> None:
+    """Take torch's SIGCHLD handler away: it raises wherever the main thread happens to be, within a collective, too."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def _heed_only_the_parent(worker: int) -> None:
+    """Let a loader process end on its parent's SIGTERM alone.
+
+    Launchers send the signal to every process below them, and a terminal its own: the rank needs its loaders to go on
+    to the step after which all ranks save.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _guarded(

@@ -6,18 +6,22 @@ import argparse
 import os
 import sys
 
-from bigdssm import distributed
 from bigdssm.cli import run_main
 from bigdssm.config import StageName, load_config
-from bigdssm.errors import BigDSSMError
-from bigdssm.training.stages import run_stage
+from bigdssm.errors import BigDSSMError, PeerError
+from bigdssm.training.launcher import Launcher
 
 
 def main(stage: StageName) -> int:
     """Run `stage` as the command line says and return the exit code."""
+    launcher = Launcher()
     arguments = _parser(stage).parse_args()
 
     def run() -> None:
+        # They take seconds; by now it is known who stands above this process.
+        from bigdssm import distributed
+        from bigdssm.training.stages import run_stage
+
         try:
             config = load_config(arguments.config, arguments.overrides)
             run_stage(
@@ -26,15 +30,21 @@ def main(stage: StageName) -> int:
                 resume=arguments.resume == "auto",
                 validate_only=arguments.validate,
                 world_size=int(os.environ.get("WORLD_SIZE", "1")),
+                launcher=launcher,
             )
         except BigDSSMError as error:
             if os.environ.get("RANK", "0") != "0" and not distributed.is_distributed():
                 sys.exit(error.exit_code)  # every rank has found the same; rank 0 says it
             raise
         finally:
-            distributed.shutdown()
+            if not isinstance(sys.exc_info()[1], PeerError):
+                distributed.shutdown()
 
-    return run_main(run)
+    code = run_main(run)
+    if code == PeerError.exit_code:
+        sys.stderr.flush()
+        os._exit(code)  # what is left of the process group may never answer
+    return code
 
 
 def _parser(stage: StageName) -> argparse.ArgumentParser:

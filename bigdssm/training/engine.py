@@ -19,7 +19,9 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from bigdssm import distributed
 from bigdssm.config import EngineConfig, OptimizerConfig
+from bigdssm.errors import ConfigError, PeerError
 from bigdssm.models import Encoded
 from bigdssm.training import portable
 from bigdssm.training.optimizer import build_optimizer
@@ -36,11 +38,23 @@ def init_process_group() -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     # The shared-memory all-reduce is compiled on first use: 45 s, a compiler, and a race between ranks.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend=get_accelerator().communication_backend_name() if _on_device() else "gloo",
-        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
-        verbose=False,
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend=get_accelerator().communication_backend_name() if _on_device() else "gloo",
+            timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+            verbose=False,
+        )
+    except RuntimeError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        if "EADDRINUSE" in str(error):
+            raise ConfigError(
+                f"the master port at {where} is taken; give the launcher a free one (deepspeed --master_port, "
+                "torchrun --master-port)"
+            ) from None
+        if distributed.is_peer_failure(error):
+            reason = str(error).splitlines()[0]
+            raise PeerError(f"not all {os.environ['WORLD_SIZE']} ranks came together at {where}: {reason}") from None
+        raise
 
 
 def device() -> torch.device:

@@ -17,8 +17,10 @@ from bigdssm.data import Batch, PairStream
 from bigdssm.errors import DivergedError, Preempted
 from bigdssm.evaluation.split import Evaluation
 from bigdssm.log import get_logger
+from bigdssm.training.alerts import SpikeAlert
 from bigdssm.training.batches import Batches
 from bigdssm.training.engine import Engine
+from bigdssm.training.faults import Faults
 from bigdssm.training.health import Health
 from bigdssm.training.objective import Objective
 from bigdssm.training.optimizer import schedule_factor
@@ -27,6 +29,7 @@ from bigdssm.training.row_log import RowLog
 from bigdssm.training.signals import StopRequest
 from bigdssm.training.step import StepResult, train_step
 from bigdssm.training.validation import Validator
+from bigdssm.training.watchdog import Watchdog
 
 logger = get_logger(__name__)
 
@@ -54,6 +57,25 @@ class Progress:
 
 
 @dataclass
+class Watch:
+    """Who looks after a running stage."""
+
+    watchdog: Watchdog
+    stop: StopRequest
+    faults: Faults
+    alert: SpikeAlert
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Say that long work between steps gets on; where the run is asked to stop, leave it. A collective.
+
+        Raises Preempted.
+        """
+        self.watchdog.beat(f"{what}: {done} of {total}")
+        if self.stop.agreed():
+            raise Preempted(f"asked to stop while {what}")
+
+
+@dataclass
 class Stage:
     """Everything that a running stage consists of."""
 
@@ -70,7 +92,7 @@ class Stage:
     validator: Validator
     store: CheckpointStore
     health: Health
-    stop: StopRequest
+    watch: Watch
     row_log: RowLog | None
     progress: Progress
 
@@ -80,22 +102,37 @@ def train(stage: Stage) -> Progress:
 
     Raises DivergedError after too many non-finite steps in a row, Preempted where it was told to stop and has saved.
     """
-    config, progress, health = stage.config, stage.progress, stage.health
-    batches = iter(stage.batches)
+    try:
+        return _train(stage)
+    except Preempted:
+        save(stage)
+        step = stage.progress.step
+        raise Preempted(f"stopped on request after step {step}, saved; go on with --resume auto") from None
+
+
+def _train(stage: Stage) -> Progress:
+    config, progress, health, watch = stage.config, stage.progress, stage.health, stage.watch
+    batches, objective = iter(stage.batches), watch.faults.in_loss(stage.objective)
     part_steps = stage.total_steps - progress.part_step
-    if stage.starts_trained and progress.step == progress.part_step:
-        validate(stage)  # so that best/ is never worse than what the stage started from
+    if progress.step == progress.part_step:
+        if stage.starts_trained:
+            validate(stage)  # so that best/ is never worse than what the stage started from
+    elif _due(progress.step, config.validate_every_steps) and progress.validated_at != progress.step:
+        validate(stage)  # a request to stop had broken it off
     while progress.step < stage.total_steps and not _is_finished_early(stage):
+        watch.watchdog.beat(f"step {progress.step}, waiting for rows")
         batch = health.waited_for(batches)
+        watch.watchdog.beat(f"step {progress.step}")
+        watch.faults.in_step(progress.step)
         factor = schedule_factor(progress.applied - progress.part_applied, part_steps, config.optimizer)
-        result = train_step(stage.engine, batch, stage.objective, factor, stage.chunk_tokens)
+        result = train_step(stage.engine, batch, objective, factor, stage.chunk_tokens)
         _count(stage, batch, result)
+        watch.alert.after_step(progress.step, result.loss, batch.row_ids)
         health.after_step(progress.step, progress.applied, batch, result)
         if _due(progress.step, config.validate_every_steps):
             validate(stage)
-        if stage.stop.agreed():
-            save(stage)
-            raise Preempted(f"stopped on request after step {progress.step}, saved; go on with --resume auto")
+        if watch.stop.agreed():
+            raise Preempted("asked to stop")
         if _due(progress.step, config.save_every_steps):
             save(stage)
     if progress.validated_at != progress.step:
@@ -105,9 +142,12 @@ def train(stage: Stage) -> Progress:
 
 
 def validate(stage: Stage) -> Evaluation | None:
-    """Measure on the validation split; keep the weights in best/ where they are the best so far. A collective."""
+    """Measure on the validation split; keep the weights in best/ where they are the best so far. A collective.
+
+    Raises Preempted where the run is asked to stop meanwhile.
+    """
     progress = stage.progress
-    evaluation = stage.validator.evaluate(stage.engine)
+    evaluation = stage.validator.evaluate(stage.engine, stage.watch.progress)
     score = evaluation.metrics["ndcg_at_10"] if evaluation else float(progress.step)  # no split: the newest is best
     progress.validated_at = progress.step
     if evaluation:
@@ -130,8 +170,10 @@ def save(stage: Stage) -> None:
         "stream": stage.stream.state(),
         "progress": asdict(stage.progress),
     }
+    stage.watch.watchdog.beat(f"the checkpoint of step {stage.progress.step}")
+    share = stage.watch.faults.in_save(stage.progress.step, stage.engine.own_share)
     with stage.health.timed("checkpoint"):
-        stage.store.save(stage.progress.step, state, stage.objective.state(), rank_state, stage.engine.own_share)
+        stage.store.save(stage.progress.step, state, stage.objective.state(), rank_state, share)
 
 
 def restore(

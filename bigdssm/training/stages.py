@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,16 +27,21 @@ from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.mine import mine_to_file
 from bigdssm.schema import hash64
+from bigdssm.training.alerts import SpikeAlert
 from bigdssm.training.batches import Batches
 from bigdssm.training.engine import Engine, device, init_process_group
+from bigdssm.training.faults import Faults
 from bigdssm.training.growth import GrownReader, grow_model
 from bigdssm.training.health import Health, describe_ranks
-from bigdssm.training.loop import Progress, Stage, restore, train
+from bigdssm.training.launcher import Launcher
+from bigdssm.training.loop import Progress, Stage, Watch, restore, train
 from bigdssm.training.objective import Objective
 from bigdssm.training.row_log import RowLog
+from bigdssm.training.run_folder import RUNNING_FILE, STOP_FILE, FolderLock, note_start, versions
 from bigdssm.training.signals import StopRequest
 from bigdssm.training.trackers import Trackers, check_trackers
 from bigdssm.training.validation import Validator
+from bigdssm.training.watchdog import Watchdog
 
 logger = get_logger(__name__)
 
@@ -58,7 +66,7 @@ def check_stage(config: Config, name: StageName, world_size: int, resume: bool) 
     if dataset.inline:
         _check_inline(f"{name}.loss", stage.loss, dataset)
     folder = config.stage_dir(name)
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(file.name != RUNNING_FILE for file in folder.iterdir()):
         _check_folder(folder, config, name, resume)
     source = initial_model(config, name)
     if source is not None and not source.is_dir():
@@ -85,42 +93,48 @@ def initial_model(config: Config, name: StageName) -> Path | None:
     return config.stage_dir("pretrain") / "best" if name == "sft" else None
 
 
-def run_stage(config: Config, name: StageName, *, resume: bool, validate_only: bool, world_size: int) -> None:
+def run_stage(
+    config: Config, name: StageName, *, resume: bool, validate_only: bool, world_size: int,
+    launcher: Launcher | None = None,
+) -> None:  # fmt: skip
     """Check, build and train one stage on this rank; `validate_only` stops after the first batch was made."""
     dataset = check_stage(config, name, world_size, resume)
-    stage_config = config.stage(name)
+    stage_config, folder = config.stage(name), config.stage_dir(name)
     init_process_group()
-    _agree_on_config(config, dataset)
-    torch.manual_seed(config.run.seed)
-    model = _model(config, name, dataset)
-    stream = _stream(config, stage_config, dataset)
-    if validate_only:
-        _report_valid(config, name, model, stream)
-        return
-    folder = config.stage_dir(name)
-    store = CheckpointStore(folder / "checkpoints", stage_config.keep_checkpoints)
-    checkpoint = store.newest_good() if resume else None
-    new_part = checkpoint is not None and not stream.check_state(checkpoint.state["stream"])
-    _write_config(folder, config)
-    trackers = Trackers(folder, config)
-    with ProgressBar() as bar:
-        stage = _assemble(config, name, model, stream, store, checkpoint, new_part, trackers, bar)
-        logger.info(
-            "%s: %s rows, %d steps of %d rows on %s, from step %d, in %s",
-            name, f"{dataset.num_rows('train'):,}", stage.total_steps, stage_config.rows_global, describe_ranks(),
-            stage.progress.step, folder,
-        )  # fmt: skip
-        try:
-            progress = train(stage)
-        finally:
-            stage.stream.close()
-            trackers.close()
+    stop = StopRequest()
+    with ExitStack() as after:  # what ends behind the watchdog's back, such as trackers that upload
+        watchdog = Watchdog(config.engine.peer_timeout_s, launcher or Launcher(), folder / STOP_FILE)
+        with watchdog:
+            _agree(config, dataset)
+            torch.manual_seed(config.run.seed)
+            model = _model(config, name, dataset)
+            stream = _stream(config, stage_config, dataset)
+            if validate_only:
+                _report_valid(config, name, model, stream)
+                return
+            after.enter_context(FolderLock(folder))
+            store = CheckpointStore(folder / "checkpoints", stage_config.keep_checkpoints)
+            checkpoint = store.newest_good() if resume else None
+            new_part = checkpoint is not None and not stream.check_state(checkpoint.state["stream"])
+            _write_config(folder, config)
+            trackers = after.enter_context(closing(Trackers(folder, config)))
+            with ProgressBar() as bar, closing(stream):
+                watch = Watch(watchdog, stop, Faults.from_environment(), SpikeAlert(folder, distributed.rank()))
+                stage = _assemble(config, name, model, stream, store, checkpoint, new_part, trackers, bar, watch)
+                note_start(folder, stage.progress.step)
+                logger.info(
+                    "%s: %s rows, %d steps of %d rows on %s, from step %d, in %s",
+                    name, f"{dataset.num_rows('train'):,}", stage.total_steps, stage_config.rows_global,
+                    describe_ranks(), stage.progress.step, folder,
+                )  # fmt: skip
+                stop.wait_for_steps()
+                progress = train(stage)
     logger.info("%s finished: best validation NDCG@10 %.4f at step %d", name, progress.best, progress.best_step)
 
 
 def _assemble(
     config: Config, name: StageName, model: DualEncoder, stream: PairStream, store: CheckpointStore,
-    checkpoint: Checkpoint | None, new_part: bool, trackers: Trackers, bar: ProgressBar,
+    checkpoint: Checkpoint | None, new_part: bool, trackers: Trackers, bar: ProgressBar, watch: Watch,
 ) -> Stage:  # fmt: skip
     stage_config, folder, dataset = config.stage(name), config.stage_dir(name), stream.dataset
     rows_per_rank = stage_config.rows_global // distributed.world_size()
@@ -134,7 +148,7 @@ def _assemble(
     counts = stream.doc_weights() if loss.sampling != "none" and loss.frequency == "counts" else None
     scalar_beta = config.model.beta == "scalar"
     objective = Objective(loss, config.engine.loss_tile, counts, stage_config.rows_global, scalar_beta)
-    mined = _mined(engine, dataset, stage_config, _mined_file(config, folder))
+    mined = _mined(engine, dataset, stage_config, _mined_file(config, folder), watch)
     torch.manual_seed(config.run.seed * 1_000_003 + distributed.rank() + 1)  # dropout differs between ranks
     progress = Progress()
     if checkpoint is not None:
@@ -158,7 +172,7 @@ def _assemble(
         validator=Validator(dataset, config, folder / "best", rows_per_chunk=1024),
         store=store,
         health=Health(name, engine, trackers, bar, total_steps, stage_config.rows_global, stage_config.log_every_steps),
-        stop=StopRequest(),
+        watch=watch,
         row_log=RowLog(folder, rank, distributed.world_size(), progress.step) if config.debug.log_row_ids else None,
         progress=progress,
     )
@@ -212,7 +226,7 @@ def _stream(config: Config, stage: StageConfig, dataset: Dataset) -> PairStream:
     )
 
 
-def _mined(engine: Engine, dataset: Dataset, stage: StageConfig, path: Path) -> np.ndarray | None:
+def _mined(engine: Engine, dataset: Dataset, stage: StageConfig, path: Path, watch: Watch) -> np.ndarray | None:
     """Return each train row's window of mined negatives, mined with the initial weights; kept for a resumed run."""
     if stage.loss.negatives == 0:
         return None
@@ -228,6 +242,7 @@ def _mined(engine: Engine, dataset: Dataset, stage: StageConfig, path: Path) -> 
         last=stage.mining.last,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
+        progress=watch.progress,
     )
 
 
@@ -260,14 +275,18 @@ def _check_folder(folder: Path, config: Config, name: StageName, resume: bool) -
         raise ConfigError(f"{folder} was run with another config: {difference}; resume needs the same")
 
 
-def _agree_on_config(config: Config, dataset: Dataset) -> None:
-    """Raise on every rank where a rank has another config or dataset than rank 0."""
-    mine = (config.to_dict(), dataset.fingerprint)
+def _agree(config: Config, dataset: Dataset) -> None:
+    """Raise on every rank where a rank has another config, dataset, or version of code or libraries than rank 0."""
+    mine = {"config": config.to_dict(), "dataset": {"fingerprint": dataset.fingerprint}, "version": versions()}
     first = distributed.broadcast_object(mine)
     error: BigDSSMError | None = None
-    if first != mine:
-        what = "dataset" if first[0] == mine[0] else "config"
-        error = ConfigError(f"rank {distributed.rank()} has another {what} than rank 0; start all ranks alike")
+    for what in mine:
+        difference = first_difference(first[what], mine[what])
+        if difference and error is None:
+            error = ConfigError(
+                f"rank {distributed.rank()} on {socket.gethostname()} has another {what} than rank 0: {difference} "
+                "there; start all ranks alike"
+            )
     distributed.raise_together(error)
 
 
@@ -275,7 +294,9 @@ def _write_config(folder: Path, config: Config) -> None:
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(config.to_dict(), sort_keys=False)
-        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        aside = folder / f".{CONFIG_FILE}.unfinished"
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, folder / CONFIG_FILE)
     distributed.barrier()
 
 

@@ -11,7 +11,7 @@ from bigdssm.data import Dataset
 from bigdssm.evaluation.split import Evaluation, evaluate_split
 from bigdssm.export.model_folder import save_model_folder
 from bigdssm.models import DualEncoder
-from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.retrieval.embed import Progress, tower_encoders
 from bigdssm.training.engine import Engine, device
 
 SPLIT = "validation"
@@ -23,7 +23,7 @@ class Validator:
     def __init__(self, dataset: Dataset, config: Config, best_dir: Path, rows_per_chunk: int) -> None:
         self._dataset, self._config, self._best_dir, self._rows_per_chunk = dataset, config, best_dir, rows_per_chunk
 
-    def evaluate(self, engine: Engine) -> Evaluation | None:
+    def evaluate(self, engine: Engine, progress: Progress) -> Evaluation | None:
         """Return the evaluation, or None where the dataset has no validation rows. A collective."""
         if self._dataset.num_rows(SPLIT) == 0:
             return None
@@ -34,6 +34,7 @@ class Validator:
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             rows_per_chunk=self._rows_per_chunk,
+            progress=progress,
         )
 
     def keep(self, engine: Engine, provenance: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from bigdssm.data import Dataset, PairStream, Ragged, Rows
 from bigdssm.data.order import Order
-from bigdssm.errors import ConfigError, DataError
+from bigdssm.errors import ConfigError, DataError, PeerError
 
 ROWS_GLOBAL, LANES = 48, 8
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -199,7 +199,7 @@ def test_a_killed_worker_stops_the_stream(interactions: Path) -> None:
     stream = PairStream(interactions, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=2)
     next(stream)
     os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
-    with pytest.raises(DataError, match="a loader process died"):
+    with pytest.raises(PeerError, match="a loader process died"):
         for _ in range(100):
             next(stream)
     stream.close()

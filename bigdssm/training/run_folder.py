@@ -1,0 +1,185 @@
+"""A stage folder belongs to one run at a time, and tells who trains in it and with what."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import functools
+import json
+import os
+import platform
+import socket
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import xxhash
+
+import bigdssm
+from bigdssm import distributed
+from bigdssm.errors import BigDSSMError, CheckpointError
+from bigdssm.log import MetricsWriter, get_logger
+
+RUNNING_FILE, EVENTS_FILE, STOP_FILE = "running.json", "events.jsonl", "stop"
+STOP_NOW = "now"  # in the stop file: without saving
+LOCK_WAIT_S = 5.0  # a run that was asked to stop may be about to end
+PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "numpy", "pyarrow")
+
+logger = get_logger(__name__)
+
+
+class FolderLock:
+    """Held by rank 0 while it trains in a stage folder; the system lets go of it when the process ends, however.
+
+    A POSIX record lock: unlike flock it is not shared with forked loader processes, which outlive a killed rank.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / RUNNING_FILE
+        self._file: Any = None
+
+    def __enter__(self) -> FolderLock:
+        """Take the lock. A collective. Raises CheckpointError where another process has it."""
+        error: BigDSSMError | None = None
+        if distributed.is_main():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a+", encoding="utf-8")
+            error = self._taken()
+        distributed.raise_together(error)
+        if self._file is not None:
+            self._file.seek(0)
+            self._file.truncate()
+            json.dump({"host": socket.gethostname(), "pid": os.getpid(), "started": _now()}, self._file)
+            self._file.flush()
+            (self._path.parent / STOP_FILE).unlink(missing_ok=True)  # of somebody who waited for an earlier run
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Note how the run ended, and let go of the folder."""
+        if self._file is not None:
+            code = error.exit_code if isinstance(error, BigDSSMError) else int(error is not None)
+            reason = "finished" if error is None else " ".join(str(error).split()) or type(error).__name__
+            _note(self._path.parent, {"event": "end", "exit_code": code, "reason": reason})
+            self._file.truncate(0)
+            self._file.close()
+
+    def _taken(self) -> CheckpointError | None:
+        until = time.monotonic() + LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return None
+            except OSError as problem:
+                if problem.errno not in (errno.EACCES, errno.EAGAIN):
+                    logger.warning("%s: no locks here (%s); mind that no two runs share it", self._path, problem)
+                    return None
+            if time.monotonic() > until:
+                holder = running(self._path.parent) or {}
+                return CheckpointError(
+                    f"{self._path.parent} is in use by pid {holder.get('pid', '?')} on {holder.get('host', '?')}, "
+                    f"since {holder.get('started', '?')}; stop that run (tools/stop_run.py) or choose another run.dir"
+                )
+            time.sleep(0.2)
+
+
+def running(folder: Path) -> dict[str, Any] | None:
+    """Return host, pid and start of the run that trains in a stage folder, None where none does.
+
+    Reading it tells nothing of a run that was killed: only taking the lock does.
+    """
+    try:
+        content: dict[str, Any] = json.loads((folder / RUNNING_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content
+
+
+def is_locked(folder: Path) -> bool:
+    """Return whether another process trains in a stage folder. Never call it in the process that holds the lock."""
+    try:
+        with (folder / RUNNING_FILE).open("a+", encoding="utf-8") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError as problem:
+        return problem.errno in (errno.EACCES, errno.EAGAIN)
+    return False
+
+
+def find_running(run: Path) -> Path:
+    """Return the stage folder in which a run trains now: `run` itself, or a stage in it. Raises CheckpointError."""
+    for folder in (run, run / "pretrain", run / "sft"):
+        if is_locked(folder):
+            return folder
+    raise CheckpointError(f"nothing trains in {run}, as far as this machine can see; is it the run's folder?")
+
+
+def request_stop(folder: Path, saving: bool, timeout_s: float) -> dict[str, Any]:
+    """Ask the run in a stage folder to stop, from any machine that sees the folder; return the event of its end.
+
+    Raises CheckpointError where it still trains after `timeout_s`; the request then stands.
+    """
+    ends = len(read_events(folder))
+    (folder / STOP_FILE).write_text("save\n" if saving else f"{STOP_NOW}\n", encoding="utf-8")
+    until = time.monotonic() + timeout_s
+    while is_locked(folder):
+        if time.monotonic() > until:
+            holder = running(folder) or {}
+            raise CheckpointError(
+                f"the run in {folder} (pid {holder.get('pid', '?')} on {holder.get('host', '?')}) was asked to stop "
+                f"and has not in {timeout_s:.0f} s; it does after its step and checkpoint"
+            )
+        time.sleep(0.2)
+    events = read_events(folder)
+    ended = len(events) > ends and events[-1]["event"] == "end"
+    return events[-1] if ended else {"event": "end", "exit_code": None, "reason": "ended without saving"}
+
+
+def note_start(folder: Path, step: int) -> None:
+    """Append this start to `events.jsonl`: when, where, on how many ranks, from which step, with which versions."""
+    hosts = distributed.all_gather_object(socket.gethostname())
+    if distributed.is_main():
+        who = {"step": step, "ranks": len(hosts), "hosts": sorted(set(hosts)), "pid": os.getpid()}
+        _note(folder, {"event": "start", **who, "versions": versions()})
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """Return the starts and ends of a stage's runs, oldest first; a run that was killed has no end."""
+    path = folder / EVENTS_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def _note(folder: Path, event: dict[str, Any]) -> None:
+    writer = MetricsWriter(folder / EVENTS_FILE)
+    writer.write({"time": _now(), **event})
+    writer.close()
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Return what computes: Python, the packages, and a checksum of this package's own source."""
+    found = {"python": platform.python_version(), "bigdssm": bigdssm.__version__, "code": code_checksum()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "none"
+    return found
+
+
+def code_checksum() -> str:
+    """Return a checksum of all source files of this package."""
+    root = Path(sys.modules["bigdssm"].__file__ or "").parent
+    digest = xxhash.xxh3_64()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(file.relative_to(root).as_posix().encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

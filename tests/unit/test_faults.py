@@ -1,0 +1,170 @@
+"""The fault hook, alerts, signals before the first step, and who stands above a rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from bigdssm.errors import ConfigError, Preempted
+from bigdssm.training.alerts import SpikeAlert
+from bigdssm.training.faults import VARIABLE, Fault, Faults, parse
+from bigdssm.training.launcher import Launcher, parent_of, state_of
+from bigdssm.training.signals import StopRequest
+
+# A process named like DeepSpeed's launcher, under a runner; it starts a rank that tells what it has lost.
+RANK = """
+import sys, time
+from bigdssm.training.launcher import Launcher
+launcher = Launcher()
+print(launcher.lost(), flush=True)
+while launcher.lost() is None:
+    time.sleep(0.05)
+print(launcher.lost(), flush=True)
+"""
+DEEPSPEED_LAUNCH = "import subprocess, sys; subprocess.call(sys.argv[2:])"
+
+
+@dataclass(frozen=True)
+class Output:
+    loss: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    step: int
+
+
+def test_faults_are_read_and_refused() -> None:
+    assert parse("kill@3:1") == Fault("kill", 3, 1)
+    assert parse(" term-runner@0 ") == Fault("term-runner", 0, 0)
+    for wrong in ("kill", "kill@x", "explode@3", "kill@3:"):
+        with pytest.raises(ConfigError, match="needs kind@step"):
+            parse(wrong)
+
+
+def test_only_this_ranks_faults_strike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "nan@3:1,raise@4,spike@5:1")
+    monkeypatch.setenv("RANK", "1")
+    faults = Faults.from_environment()
+    assert faults.faults == (Fault("nan", 3, 1), Fault("spike", 5, 1))
+    objective = faults.in_loss(lambda encoded, batch: Output(torch.tensor(2.0)))
+    assert [objective(None, Step(step)).loss.item() for step in (2, 4, 5)] == [2.0, 2.0, 200.0]
+    assert objective(None, Step(3)).loss.isnan()
+    faults.in_step(4)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(RuntimeError, match="asked for this"):
+        Faults.from_environment().in_step(4)
+
+
+def test_without_faults_nothing_is_wrapped() -> None:
+    def objective(encoded: object, batch: object) -> None: ...
+
+    assert Faults().in_loss(objective) is objective
+    assert Faults().in_save(0, dict) is dict
+
+
+def test_a_full_disk_stops_a_file_from_growing(tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom bigdssm.training.faults import Fault, Faults\n"
+        "share = Faults((Fault('disk-full', 8),)).in_save(8, lambda: 1)\n"
+        "open(sys.argv[1], 'wb').write(bytes(9000))\nassert share() == 1\n"
+        "try:\n    open(sys.argv[2], 'wb').write(bytes(9000))\nexcept OSError as error:\n    print(error.strerror)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "before"), str(tmp_path / "after")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "File too large\n"
+
+
+def test_a_spike_is_told_with_its_rows_and_noise_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    alert = SpikeAlert(tmp_path, 3)
+    rows = torch.arange(20)
+    torch.manual_seed(0)
+    noise = 4.0 + 0.3 * torch.randn(500)
+    for step, loss in enumerate(noise.tolist()):
+        alert.after_step(step, loss, rows)
+    alert.after_step(500, float("nan"), rows)
+    assert not (tmp_path / "alerts-00003.jsonl").exists()
+    alert.after_step(501, 9.0, rows)
+    alert.after_step(502, 4.1, rows)
+    (found,) = [json.loads(line) for line in (tmp_path / "alerts-00003.jsonl").read_text().splitlines()]
+    assert (found["step"], found["loss"], found["row_ids"]) == (501, 9.0, list(range(20)))
+    assert found["usual"] == pytest.approx(4.0, abs=0.1)
+
+
+def test_a_constant_loss_that_moves_a_little_is_no_spike(tmp_path: Path) -> None:
+    alert = SpikeAlert(tmp_path, 0)
+    for step in range(50):
+        alert.after_step(step, 1.0, torch.arange(2))
+    alert.after_step(50, 1.2, torch.arange(2))
+    alert.after_step(51, 1.3, torch.arange(2))
+    assert [json.loads(line)["step"] for line in (tmp_path / "alerts-00000.jsonl").read_text().splitlines()] == [51]
+
+
+def test_a_signal_before_the_first_step_ends_the_rank_at_once() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stop = StopRequest()
+        with pytest.raises(Preempted, match="before the first step"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        stop = StopRequest()
+        stop.wait_for_steps()
+        assert not stop.agreed()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.agreed()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("ends", ["launcher", "runner"])
+def test_a_rank_sees_launcher_and_runner_end(ends: str) -> None:
+    rank = [sys.executable, "-c", RANK]
+    launch = [sys.executable, "-c", DEEPSPEED_LAUNCH, "deepspeed.launcher.launch", *rank]
+    runner = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess, time; subprocess.Popen({launch!r}); time.sleep(60)"],
+        cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert runner.stdout is not None
+    with runner.stdout as told:
+        assert told.readline() == "None\n"
+        children = Path(f"/proc/{runner.pid}/task/{runner.pid}/children").read_text().split()
+        launcher = int(children[0])
+        pid = launcher if ends == "launcher" else runner.pid
+        os.kill(pid, signal.SIGKILL)
+        if ends == "launcher":
+            expected = f"the launcher (pid {launcher})\n"
+        else:
+            runner.wait()
+            expected = f"the deepspeed runner (pid {runner.pid})\n"
+        assert told.readline() == expected
+    runner.kill()
+    runner.wait()
+
+
+def test_without_a_launcher_nobody_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    launcher = Launcher()
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert launcher.lost() is None
+    monkeypatch.undo()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    launcher = Launcher()
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert launcher.lost() is not None
+
+
+def test_states_of_processes() -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    assert state_of(child.pid) in ("S", "R", "D") and parent_of(child.pid) == os.getpid()
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert state_of(child.pid) == "Z"
+    child.wait()
+    assert state_of(child.pid) is None
