@@ -77,7 +77,9 @@ def deepspeed_config(engine: EngineConfig, optimizer: OptimizerConfig, rows_per_
         "steps_per_print": 10**9,
     }
     if engine.precision == "bf16":
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        # By itself DeepSpeed also communicates linear layers and their gradients in bfloat16: their mean over the ranks
+        # is then rounded, and at ZeRO stage 3 weights differ by when they were last gathered. None of it with `[]`.
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     elif engine.precision == "bf16_pure":
         config["bf16"] = {"enabled": True}
     return config

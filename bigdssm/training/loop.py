@@ -93,7 +93,8 @@ class Stage:
     store: CheckpointStore
     health: Health
     watch: Watch
-    row_log: RowLog | None
+    consumed_log: RowLog | None
+    skipped_log: RowLog
     progress: Progress
 
 
@@ -206,15 +207,18 @@ def _count(stage: Stage, batch: Batch, result: StepResult) -> None:
     """Count a step as consumed, and as applied or skipped. Raises DivergedError."""
     progress, limit = stage.progress, stage.config.max_skipped_steps
     progress.step += 1
-    if stage.row_log is not None:
-        stage.row_log.write(progress.step - 1, batch.row_ids)
+    if stage.consumed_log is not None:
+        stage.consumed_log.write(progress.step - 1, batch.row_ids)
     if result.applied:
         progress.applied += 1
         progress.skipped_in_row = 0
         return
     progress.skipped_in_row += 1
-    rows = batch.row_ids[:8].tolist()
-    logger.warning("step %d skipped: loss or gradient not finite; this rank's first row ids: %s", progress.step, rows)
+    stage.skipped_log.write(progress.step - 1, batch.row_ids)
+    logger.warning(
+        "step %d skipped: loss or gradient not finite; this rank's rows, %s …, are named in %s",
+        progress.step, batch.row_ids[:8].tolist(), stage.skipped_log.path,
+    )  # fmt: skip
     if progress.skipped_in_row >= limit:
         raise DivergedError(
             f"{stage.name} stopped at step {progress.step}: {limit} steps in a row had no finite loss and gradient; "

@@ -7,6 +7,7 @@ import os
 import socket
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from bigdssm.training.health import Health, describe_ranks
 from bigdssm.training.launcher import Launcher
 from bigdssm.training.loop import Progress, Stage, Watch, restore, train
 from bigdssm.training.objective import Objective
-from bigdssm.training.row_log import RowLog
+from bigdssm.training.row_log import CONSUMED, SKIPPED, RowLog
 from bigdssm.training.run_folder import RUNNING_FILE, STOP_FILE, FolderLock, note_start, versions
 from bigdssm.training.signals import StopRequest
 from bigdssm.training.trackers import Trackers, check_trackers
@@ -157,7 +158,9 @@ def _assemble(
         logger.info("%s goes on from %s%s", name, checkpoint.path, over)
     part_steps = stage_config.steps or math.ceil(stage_config.epochs * stream.steps_per_epoch)
     total_steps = progress.part_step + part_steps
-    rank = distributed.rank()
+    row_log = partial(
+        RowLog, folder, rank=distributed.rank(), world_size=distributed.world_size(), next_step=progress.step
+    )
     return Stage(
         name=name,
         folder=folder,
@@ -173,7 +176,8 @@ def _assemble(
         store=store,
         health=Health(name, engine, trackers, bar, total_steps, stage_config.rows_global, stage_config.log_every_steps),
         watch=watch,
-        row_log=RowLog(folder, rank, distributed.world_size(), progress.step) if config.debug.log_row_ids else None,
+        consumed_log=row_log(CONSUMED) if config.debug.log_row_ids else None,
+        skipped_log=row_log(SKIPPED),
         progress=progress,
     )
 

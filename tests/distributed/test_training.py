@@ -302,44 +302,81 @@ def restored_share(
     return found["share"], found["groups"]
 
 
+@pytest.mark.parametrize(
+    ("precision", "zero_stage", "more"),
+    [
+        ("fp32", 0, ()),
+        ("fp32", 1, ()),
+        ("fp32", 2, ("engine.offload_optimizer=true", "engine.chunk_tokens=400")),
+        ("fp32", 3, ("engine.offload_optimizer=true",)),
+        ("bf16", 0, ("engine.chunk_tokens=400",)),
+        ("bf16", 1, ("engine.offload_optimizer=true",)),
+        ("bf16", 3, ()),
+        ("bf16_pure", 1, ("engine.chunk_tokens=400",)),
+        ("bf16_pure", 2, ("engine.offload_optimizer=true",)),
+        ("bf16_pure", 3, ()),
+    ],
+)
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
-    config: Path, tmp_path: Path, pools: dict[int, Pool]
+    config: Path, tmp_path: Path, pools: dict[int, Pool], precision: str, zero_stage: int, more: tuple[str, ...]
 ) -> None:
-    finals = pools[2].run(with_a_nan, config, tmp_path, 3)
-    records = small_run.records(tmp_path)
-    assert [(record["step"], record["skipped"]) for record in records] == [
-        *((step, 0) for step in (1, 2, 3)),  # the record of the skipped step 4 has no loss
-        *((step, 1) for step in range(5, 13)),
-    ]
-    assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
-    assert all(tensor.isfinite().all() for tensor in finals[0].values())
+    """Whether a loss or only a gradient in the towers is NaN, the step leaves no trace: both end with the same bits."""
+    log = ("pretrain.steps=6", "debug.log_row_ids=true")
+    mode = (*log, f"engine.precision={precision}", f"engine.zero_stage={zero_stage}", *more)
+    finals = []
+    for where in ("loss", "gradient"):
+        run_dir = tmp_path / where
+        finals += pools[2].run(with_a_nan, config, run_dir, mode, 3, where)
+        records = [record for record in small_run.records(run_dir) if record["step"] != 4]
+        assert [(record["step"], record["skipped"]) for record in records] == [(1, 0), (2, 0), (3, 0), (5, 1), (6, 1)]
+        for rank in (0, 1):
+            consumed, skipped = (
+                (run_dir / "pretrain" / f"{name}-0000{rank}.jsonl").read_text().splitlines()
+                for name in ("row_ids", "skipped_rows")
+            )
+            assert skipped == [consumed[3]]
+    for final in finals:
+        assert all(tensor.isfinite().all() for tensor in final.values())
+        assert all(torch.equal(final[name], finals[0][name]) for name in final)
 
 
-def with_a_nan(rank: int, world_size: int, config: Path, run_dir: Path, step: int) -> dict[str, torch.Tensor]:
-    """Run with a NaN in rank 1's loss at one step; return the rank's final weights."""
+def with_a_nan(
+    rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...], step: int, where: str
+) -> dict[str, torch.Tensor]:
+    """Run with a NaN in rank 1's loss, or only in its towers' gradients, at one step; return the final weights."""
     from bigdssm.training import stages
+    from bigdssm.training.engine import Engine
     from bigdssm.training.loop import Stage
     from bigdssm.training.objective import Objective
 
-    found = {}
-    call, train = Objective.__call__, stages.train
+    found, now = {}, -1
+    call, backward, train = Objective.__call__, Engine.backward, stages.train
 
     def spoiled(self: Objective, encoded: object, batch: object) -> object:
+        nonlocal now
+        now = batch.step  # type: ignore[attr-defined]
         output = call(self, encoded, batch)  # type: ignore[arg-type]
-        if rank == 1 and batch.step == step:  # type: ignore[attr-defined]
+        if rank == 1 and now == step and where == "loss":
             return type(output)(output.loss * float("nan"), output.stats)
         return output
+
+    def spoiled_backward(self: Engine, outputs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        if rank == 1 and now == step and where == "gradient":
+            outputs = [(output, gradient * float("nan")) for output, gradient in outputs]
+        backward(self, outputs)
 
     def keep(stage: Stage) -> object:
         progress = train(stage)
         found.update(stage.engine.state_dict())
         return progress
 
-    Objective.__call__, stages.train = spoiled, keep  # type: ignore[method-assign,assignment]
+    Objective.__call__, Engine.backward = spoiled, spoiled_backward  # type: ignore[method-assign,assignment]
+    stages.train = keep  # type: ignore[assignment]
     try:
-        small_run.run(rank, world_size, config, run_dir)
+        small_run.run(rank, world_size, config, run_dir, overrides)
     finally:
-        Objective.__call__, stages.train = call, train  # type: ignore[method-assign]
+        Objective.__call__, Engine.backward = call, backward  # type: ignore[method-assign]
+        stages.train = train
     return found
 
 

@@ -13,7 +13,7 @@ from bigdssm.config import OptimizerConfig
 from bigdssm.data import chunks
 from bigdssm.training.optimizer import parameter_groups, schedule_factor
 from bigdssm.training.random_state import RandomState
-from bigdssm.training.row_log import RowLog
+from bigdssm.training.row_log import CONSUMED, RowLog
 
 
 class Everything(nn.Module):
@@ -85,12 +85,12 @@ def test_a_replayed_state_draws_the_same_and_leaves_no_trace() -> None:
 
 
 def test_the_row_log_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
-    log = RowLog(tmp_path, 0, 1, 0)
+    log = RowLog(tmp_path, CONSUMED, 0, 1, 0)
     for step in range(4):
         log.write(step, torch.tensor([step, step + 10]))
     with (tmp_path / "row_ids-00000.jsonl").open("a") as file:
         file.write('{"step": 4, "row_i')  # killed while writing
-    RowLog(tmp_path, 0, 1, 2).write(2, torch.tensor([7]))
+    RowLog(tmp_path, CONSUMED, 0, 1, 2).write(2, torch.tensor([7]))
     lines = [json.loads(line) for line in (tmp_path / "row_ids-00000.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert lines[2]["row_ids"] == [7]
