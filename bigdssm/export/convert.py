@@ -1,32 +1,61 @@
-"""From what a stage saved to a model folder."""
+"""From what a stage saved, or from a model folder, to a folder that serves: written aside, compared, then in place."""
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from bigdssm.checkpoint import consolidated_state_dict, find
 from bigdssm.config import load_config
 from bigdssm.data import Dataset
 from bigdssm.data.cache import Cache
-from bigdssm.errors import CheckpointError
-from bigdssm.export.model_folder import CONFIG_FILE, is_model_folder, load_model_folder, save_model_folder
+from bigdssm.errors import CheckpointError, ConfigError
+from bigdssm.evaluation.curves import METRICS_FILE, read_stage
+from bigdssm.export.card import CARD_FILE, Figures, model_card
+from bigdssm.export.hf_format import write_hf
+from bigdssm.export.model_folder import (
+    CONFIG_FILE,
+    META_FILE,
+    ModelFolder,
+    is_model_folder,
+    load_model_folder,
+    replace_folder,
+    save_model_folder,
+    weights_checksum,
+)
+from bigdssm.export.probe import Parity, Probe, largest_difference
+from bigdssm.export.st_format import write_sentence_transformers
 from bigdssm.models import DualEncoder
 
 BEST = "best"
+EXPORT_FILE = "bigdssm_export.json"
+Format = Literal["model", "sentence-transformers", "hf"]
 
 
-def convert_stage(stage_dir: Path, which: str, out: Path) -> str:
-    """Write the model folder `out` from a stage's `best`, `latest` or `step-…` weights, and return what was taken.
+@dataclass(frozen=True)
+class Source:
+    """A trained model as the trainer has it."""
 
-    Checkpoints may be of any ZeRO stage and world size. Raises CheckpointError: no such weights, or damaged ones.
+    model: ModelFolder
+    name: str  # for people: best, step-00000100, …
+    figures: Figures | None = None
+
+
+def stage_source(stage_dir: Path, which: str) -> Source:
+    """Return a stage's `best`, `latest` or `step-…` weights; checkpoints may be of any ZeRO stage and world size.
+
+    Raises CheckpointError: no such weights, or damaged ones.
     """
     best = stage_dir / BEST
     if which == BEST:
         if not is_model_folder(best):
             raise CheckpointError(f"{stage_dir} has no {BEST}/ folder; has the stage validated or finished yet?")
         folder = load_model_folder(best)
-        save_model_folder(out, folder.model, folder.config, folder.schema, folder.tokenizer_dir, folder.provenance)
-        return BEST
+        return Source(folder, BEST, _validation(stage_dir, folder.provenance.get("step")))
     path = find(stage_dir, which)
     state = consolidated_state_dict(path)
     if is_model_folder(best):  # knows schema and architecture even where the dataset has gone
@@ -43,5 +72,62 @@ def convert_stage(stage_dir: Path, which: str, out: Path) -> str:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"the weights in {path} do not fit the stage's config and schema: {reason}") from None
     provenance = {"stage": stage_dir.name, "checkpoint": path.name}
-    save_model_folder(out, model, config, schema, tokenizer_dir, provenance)
-    return path.name
+    taken = ModelFolder(model.eval(), config, schema, tokenizer_dir, provenance, weights_checksum(model))
+    return Source(taken, path.name, _validation(stage_dir, int(path.name.removeprefix("step-"))))
+
+
+def folder_source(folder: Path) -> Source:
+    """Return the model of a model folder. Raises CheckpointError where there is none, or a damaged one."""
+    return Source(load_model_folder(folder), folder.name)
+
+
+def export(source: Source, out: Path, target: Format = "model") -> Parity:
+    """Write `source` as the folder `out`, with a model card, and return how its vectors compare with the trainer's.
+
+    Raises ConfigError where the format cannot hold the model or `out` holds something else, CheckpointError where the
+    vectors differ by more than `probe.PARITY_LIMIT`; nothing is written then.
+    """
+    marker = META_FILE if target == "model" else EXPORT_FILE
+    if out.exists() and not (out / marker).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is no export of the format {target}; choose another --out")
+    aside = out.with_name(f".{out.name}.exporting")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        parity = WRITERS[target](source.model, aside)
+        parity.check(f"the {target} export")
+        card = model_card(source.model, out.resolve().name, target, parity, source.figures)
+        (aside / CARD_FILE).write_text(card, encoding="utf-8")
+        if target != "model":
+            made = {"format": target, "model_checksum": source.model.checksum, "provenance": source.model.provenance}
+            (aside / EXPORT_FILE).write_text(json.dumps({**made, "parity": asdict(parity)}, indent=1) + "\n")
+        replace_folder(aside, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return parity
+
+
+def _write_model(model: ModelFolder, out: Path) -> Parity:
+    save_model_folder(out, model.model, model.config, model.schema, model.tokenizer_dir, model.provenance)
+    trainers, loaded = Probe(model), Probe(load_model_folder(out))
+    return Parity(
+        largest_difference(loaded.vectors["query"], trainers.vectors["query"]),
+        largest_difference(loaded.vectors["doc"], trainers.vectors["doc"]),
+    )
+
+
+WRITERS: dict[Format, Callable[[ModelFolder, Path], Parity]] = {
+    "model": _write_model,
+    "sentence-transformers": write_sentence_transformers,
+    "hf": write_hf,
+}
+
+
+def _validation(stage_dir: Path, step: Any) -> Figures | None:
+    """Return the validation of exactly this step, or None where it was never validated."""
+    if not (stage_dir / METRICS_FILE).is_file():
+        return None
+    for record in read_stage(stage_dir).records:
+        if record["step"] == step and "validation" in record:
+            return Figures("validation", f"step {step} of {stage_dir.name}", record["validation"])
+    return None

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import xxhash
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
@@ -79,9 +80,7 @@ def save_model_folder(
     for key, encoder in model.text.items():
         bert: Any = encoder.bert
         bert.config.save_pretrained(aside / TEXT_DIR / key)
-    weights = model.state_dict() if state is None else state
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt"})
+    (aside / WEIGHTS_FILE).write_bytes(_serialised(model.state_dict() if state is None else state))
     checksums = _checksums(aside)
     meta = {
         "format": FORMAT,
@@ -115,6 +114,11 @@ def load_model_folder(folder: Path) -> ModelFolder:
     return ModelFolder(model, config, schema, tokenizer_dir, meta["provenance"], meta["weights_checksum"])
 
 
+def weights_checksum(model: DualEncoder) -> str:
+    """Return the checksum that a folder of this model has, without writing one."""
+    return xxhash.xxh3_128_hexdigest(_serialised(model.state_dict()))
+
+
 def is_model_folder(folder: Path) -> bool:
     """Return True where `folder` claims to be a model folder."""
     return (folder / META_FILE).is_file()
@@ -128,6 +132,11 @@ def replace_folder(new: Path, folder: Path) -> None:
         os.replace(folder, old)
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _serialised(weights: Mapping[str, Tensor]) -> bytes:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    return save(tensors, metadata={"format": "pt"})
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

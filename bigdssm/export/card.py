@@ -1,0 +1,145 @@
+"""The model card that every exported folder carries as its README.md: only what is known, nothing by heart."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from textwrap import dedent
+
+import yaml
+
+from bigdssm.export import hf_loading
+from bigdssm.export.model_folder import ModelFolder
+from bigdssm.export.probe import Parity
+from bigdssm.export.text_tower import SIDES, alpha, beta_weight
+from bigdssm.schema import Feature
+
+CARD_FILE = "README.md"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured of a model."""
+
+    split: str
+    where: str
+    metrics: Mapping[str, float]
+
+
+def model_card(model: ModelFolder, name: str, target: str, parity: Parity, figures: Figures | None) -> str:
+    """Return the card as Markdown with the front matter that model hubs read; its code runs beside the folder."""
+    library, loading = LOADING[target]
+    parts = [
+        f"---\nlibrary_name: {library}\npipeline_tag: feature-extraction\ntags: [retrieval, two-tower, dssm]\n---",
+        f"# {name}",
+        _what(model, target),
+        "## Loading",
+        loading(model, name),
+        f"On a probe batch the vectors of this folder differ from the trainer's, relative to a vector's largest entry, "
+        f"by at most: {parity} (float32, CPU).",
+        "## Data",
+        _data(model),
+        "## Figures",
+        _figures(figures),
+        "## Training",
+        f"```yaml\n{yaml.safe_dump(model.config.to_dict(), sort_keys=False)}```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _what(model: ModelFolder, target: str) -> str:
+    config = model.config.model
+    vectors = "of length 1" if config.score == "cosine" else "of any length"
+    beta = "0: this model has none" if beta_weight(model) is None else "a learned number of the document's"
+    parameters = sum(parameter.numel() for parameter in model.model.parameters())
+    known = {key: model.provenance[key] for key in ("stage", "step", "checkpoint") if key in model.provenance}
+    taken = ", ".join(f"{key} {value}" for key, value in known.items()) or "of a model folder"
+    return (
+        f"Two towers for retrieval, trained with bigdssm: a query becomes a vector u and a document a vector w, both "
+        f"of width {config.dim} and {vectors}. They score\n\n    alpha * <u, w> + beta\n\nwhere alpha is "
+        f"{alpha(model):.6g} and beta is {beta}. {parameters:,} parameters; the weights ({taken}) have the checksum "
+        f"`{model.checksum}`. Format of this folder: {target}."
+    )
+
+
+def _data(model: ModelFolder) -> str:
+    lines = ["| side | feature | type | |", "|---|---|---|---|"]
+    for side in SIDES:
+        declared: dict[str, Feature] = getattr(model.schema, side)
+        lines += [f"| {side} | {name} | {feature.type} | {_detail(feature)} |" for name, feature in declared.items()]
+    fingerprint = model.provenance.get("dataset")
+    trained_on = f"Trained on `{model.config.data.dir}`" + (f", fingerprint `{fingerprint}`." if fingerprint else ".")
+    return trained_on + "\n\n" + "\n".join(lines)
+
+
+def _detail(feature: Feature) -> str:
+    if feature.type == "text":
+        return f"the first {feature.max_tokens} tokens"
+    if feature.type == "history":
+        return f"the newest {feature.max_items} of {feature.of}"
+    if feature.type == "numeric":
+        return f"mean {feature.mean:.4g}, deviation {feature.std:.4g}{' of its log1p' if feature.log else ''}"
+    return f"{feature.hash_buckets} buckets" if feature.hash_buckets else f"{len(feature.vocabulary)} values"
+
+
+def _figures(figures: Figures | None) -> str:
+    if figures is None:
+        return "None were recorded for exactly these weights; `tools/evaluate.py` measures them."
+    lines = [f"| {figures.split} | {figures.where} |", "|---|---|"]
+    lines += [f"| {name} | {value:.4f} |" for name, value in figures.metrics.items()]
+    return "Over the whole catalogue, seen documents left out:\n\n" + "\n".join(lines)
+
+
+def _load_model(model: ModelFolder, name: str) -> str:
+    code = f"""
+        from pathlib import Path
+        from bigdssm.export import load_model_folder
+
+        folder = load_model_folder(Path("{name}"))
+        folder.model  # a torch module; folder.schema, folder.config and folder.tokenizer_dir come with it
+        """
+    tools = (
+        "`tools/embed.py`, `build_index.py`, `search.py`, `serve.py` and `evaluate.py` take this folder as `--model`."
+    )
+    return f"{_python(dedent(code))}\n\n{tools}"
+
+
+def _load_sentence_transformers(model: ModelFolder, name: str) -> str:
+    dot = model.config.model.score == "dot"
+    code = f"""
+        from sentence_transformers import SentenceTransformer
+
+        model = SentenceTransformer("{name}")
+        queries = model.encode_query(["the text of a query"])
+        documents = model.encode_document(["the text of a document"])
+        scores = model.similarity(queries, documents)
+        """
+    scores = (
+        "The scores are the training scores: alpha and beta are inside the vectors, [u, 1] and [alpha * w, beta]. "
+        "Search by dot product; do not normalise them."
+        if dot
+        else "The scores are cosines, <u, w>; alpha, which ranks nothing, is left out."
+    )
+    routes = 'The two towers differ, so plain `encode` needs `task="query"` or `task="document"`.'
+    return f"{_python(dedent(code))}\n\n{scores} {routes}"
+
+
+def _load_hf(model: ModelFolder, name: str) -> str:
+    example = f"""
+        encode_query, encode_document = load_tower("{name}/query"), load_tower("{name}/document")
+        scores = encode_query(["the text of a query"]) @ encode_document(["the text of a document"]).T
+        """
+    source = inspect.getsource(hf_loading).split('"""', 2)[2].strip()
+    return f"{_python(source + chr(10) * 2 + dedent(example))}\n\nThe scores are the training scores."
+
+
+LOADING: dict[str, tuple[str, Callable[[ModelFolder, str], str]]] = {
+    "model": ("bigdssm", _load_model),
+    "sentence-transformers": ("sentence-transformers", _load_sentence_transformers),
+    "hf": ("transformers", _load_hf),
+}
+
+
+def _python(code: str) -> str:
+    return f"```python\n{code.strip()}\n```"

@@ -1,0 +1,40 @@
+"""How to encode with a folder of `--format hf`: complete as it stands, and copied into the folder's model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModel, AutoTokenizer
+
+
+def load_tower(folder: str | Path) -> Callable[[list[str]], torch.Tensor]:
+    """Return a function from n texts to float32 [n, D+1]; a query's and a document's inner product is their score."""
+    head = json.loads((Path(folder) / "projection.json").read_text(encoding="utf-8"))
+    weights = load_file(Path(folder) / "projection.safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    bert = AutoModel.from_pretrained(folder, **head["loading_arguments"]).eval()
+
+    @torch.no_grad()
+    def encode(texts: list[str]) -> torch.Tensor:
+        tokens = tokenizer(
+            texts, padding=True, truncation=True, max_length=head["max_tokens"], return_tensors="pt"
+        )  # fmt: skip
+        mask = tokens["attention_mask"]
+        x = bert(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state
+        weight = mask.unsqueeze(2).to(x.dtype)
+        x = x[:, 0] if head["pooling"] == "cls" else (x * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+        for number, gelu in enumerate(head["gelu_after_layer"]):
+            x = F.linear(x, weights[f"layers.{number}.weight"], weights[f"layers.{number}.bias"])
+            x = F.gelu(x) if gelu else x
+        vector = F.normalize(x, dim=1) if head["score"] == "cosine" else x
+        if head["side"] == "query":
+            return torch.cat([vector, torch.ones(len(x), 1)], dim=1)
+        beta = F.linear(x, weights["beta"]) if "beta" in weights else torch.zeros(len(x), 1)
+        return torch.cat([head["alpha"] * vector, beta], dim=1)
+
+    return encode

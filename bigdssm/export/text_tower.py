@@ -1,0 +1,99 @@
+"""A tower that reads one text and nothing else, taken apart: what formats that know only texts can carry."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from bigdssm.errors import ConfigError
+from bigdssm.export.model_folder import ModelFolder
+from bigdssm.models import ALPHA_MAX
+from bigdssm.models.encoders import TextEncoder
+
+Side = Literal["query", "doc"]
+SIDES: tuple[Side, Side] = ("query", "doc")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer of a tower's MLP, and whether GELU follows."""
+
+    linear: nn.Linear
+    gelu: bool
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """Text encoder → layers → vector."""
+
+    side: Side
+    feature: str
+    max_tokens: int
+    encoder: TextEncoder
+    layers: list[Layer]
+
+
+def text_towers(folder: ModelFolder, target: str) -> tuple[TextTower, TextTower]:
+    """Return the query and the document tower. Raises ConfigError where one reads more than one text."""
+    query, doc = (_text_tower(folder, side, target) for side in SIDES)
+    return query, doc
+
+
+def alpha(folder: ModelFolder) -> float:
+    """Return the score's scale."""
+    return float(folder.model.log_alpha.detach().exp().clamp(max=ALPHA_MAX))
+
+
+def beta_weight(folder: ModelFolder) -> Tensor | None:
+    """Return float32 [1, D]: beta is its product with the document tower's output; None in a model without beta."""
+    head = folder.model.beta_head
+    return None if head is None else head.weight.detach()
+
+
+def save_encoder(tower: TextTower, tokenizer_dir: Path, folder: Path) -> None:
+    """Write the tower's BERT and tokenizer as a folder that AutoModel and AutoTokenizer load."""
+    bert: Any = tower.encoder.bert
+    bert.save_pretrained(folder)
+    shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["model_max_length"] = tower.max_tokens
+    path.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def loading_arguments(tower: TextTower) -> dict[str, bool]:
+    """Return what keeps `from_pretrained` from adding a pooler that was never trained."""
+    known = inspect.signature(type(tower.encoder.bert)).parameters
+    return {"add_pooling_layer": False} if "add_pooling_layer" in known else {}
+
+
+def _text_tower(folder: ModelFolder, side: Side, target: str) -> TextTower:
+    features = getattr(folder.schema, side)
+    if [feature.type for feature in features.values()] != ["text"]:
+        declared = ", ".join(f"{name} ({feature.type})" for name, feature in features.items())
+        raise ConfigError(
+            f"--format {target}: the {side} tower reads {declared}; this format holds towers of one text and nothing "
+            f"else, --format onnx holds any"
+        )
+    (feature,) = features.values()
+    tower = getattr(folder.model, f"{side}_tower")
+    encoder: TextEncoder = folder.model.text["shared" if folder.config.model.share_text else side]  # type: ignore[assignment]
+    return TextTower(side, feature.name, feature.max_tokens, encoder, _layers(tower.mlp))
+
+
+def _layers(mlp: nn.Sequential | None) -> list[Layer]:
+    modules = [module for module in mlp or () if not isinstance(module, nn.Dropout)]
+    layers = []
+    for i, module in enumerate(modules):
+        following = modules[i + 1] if i + 1 < len(modules) else None
+        if isinstance(module, nn.Linear):
+            layers.append(Layer(module, isinstance(following, nn.GELU)))
+        else:
+            assert isinstance(module, nn.GELU), f"no export of {type(module).__name__}"
+    return layers

@@ -1,0 +1,67 @@
+"""An export is the same model whatever ranks and ZeRO stage its checkpoint was written by."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from bigdssm.config import load_config
+from bigdssm.data.making import Target
+from bigdssm.data.pairs import PairTables, make_pairs
+from bigdssm.export import load_model_folder
+from bigdssm.export.convert import EXPORT_FILE, export, stage_source
+from bigdssm.export.hf_loading import load_tower
+from bigdssm.export.probe import Probe
+
+from . import small_run
+from .spawn import Pool
+
+WORDS = ["river", "stone", "bridge", "lantern", "copper", "meadow", "signal", "harbor", "winter", "violet"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """480 pairs of a short and a longer text."""
+    folder = tmp_path_factory.mktemp("texts")
+    with (folder / "pairs.jsonl").open("w") as file:
+        for row in range(480):
+            words = [WORDS[(row * k + k) % len(WORDS)] for k in range(1, 7)]
+            file.write(json.dumps({"query": words[0] + " " + words[2], "doc": " ".join(words)}) + "\n")
+    content = {
+        "run": {"dir": "replaced", "trackers": []},
+        "data": {
+            "dir": str(folder / "dataset"),
+            "lanes": 6,
+            "num_workers": 0,
+            "query": {"query": {"type": "text", "max_tokens": 6}},
+            "doc": {"doc": {"type": "text", "max_tokens": 10}},
+            "tokenizer": {"vocab_size": 100},
+        },
+        "model": {"dim": 8, "query": {"text": {"layers": 1, "hidden": 8}}, "doc": {"text": {"layers": 1, "hidden": 8}}},
+        "pretrain": {"rows_global": 48, "steps": 4, "optimizer": {"lr": 0.01, "warmup_steps": 1}},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    make_pairs(load_config(path).data, PairTables((folder / "pairs.jsonl",)), Target(folder / "dataset"))
+    return path
+
+
+@pytest.mark.parametrize(("world_size", "zero_stage"), [(3, 1), (2, 3)])
+def test_a_checkpoint_of_any_ranks_and_stage_is_exported(
+    config: Path, tmp_path: Path, pools: dict[int, Pool], world_size: int, zero_stage: int
+) -> None:
+    pools[world_size].run(small_run.run, config, tmp_path / "run", (f"engine.zero_stage={zero_stage}",))
+    stage_dir = tmp_path / "run" / "pretrain"
+    best = load_model_folder(stage_dir / "best")  # of the same step: the run is validated at its end only
+    export(stage_source(stage_dir, "latest"), tmp_path / "exported", "hf")
+    probe = Probe(best)
+    for side, folder in (("query", "query"), ("doc", "document")):
+        vectors = load_tower(tmp_path / "exported" / folder)(probe.only_text(side))
+        torch.testing.assert_close(vectors, probe.vectors[side], rtol=1e-5, atol=1e-5)
+    marker = json.loads((tmp_path / "exported" / EXPORT_FILE).read_text())
+    assert marker["model_checksum"] == best.checksum
+    assert marker["provenance"]["checkpoint"] == "step-00000004"

@@ -1,0 +1,212 @@
+"""Exports give the trainer's vectors, load as their own model card says, and are not written where they do not."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+import yaml
+
+from bigdssm.config import TokenizerConfig, load_config
+from bigdssm.data import Ragged
+from bigdssm.data.tensors import to_tensor
+from bigdssm.data.tokenizer import TextEncoder, make_tokenizer
+from bigdssm.errors import CheckpointError, ConfigError
+from bigdssm.export import ModelFolder, load_model_folder, save_model_folder
+from bigdssm.export.card import Figures
+from bigdssm.export.convert import EXPORT_FILE, Format, Source, export, folder_source, stage_source
+from bigdssm.export.model_folder import weights_checksum
+from bigdssm.export.probe import PARITY_LIMIT, Probe
+from bigdssm.export.text_tower import alpha
+from bigdssm.models import DualEncoder
+from bigdssm.retrieval.embed import document_vectors, query_vectors
+from bigdssm.schema import Schema
+from tests.conftest import WORDS
+
+QUERIES = ["copper lantern", "", "River STONE, bridge?", "walnut " * 40]
+DOCUMENTS = ["a lantern of copper", "stone bridges over a river. " * 9, "zephyr"]
+MODELS = {
+    "dot with beta, one encoder": {"score": "dot", "share_text": True},
+    "dot without beta": {"score": "dot", "beta": False, "doc": {"text": {"pooling": "cls"}}},
+    "cosine with beta": {"score": "cosine"},
+    "cosine without beta": {"score": "cosine", "beta": False, "share_text": True, "query": {"mlp": []}},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text") / "tokenizer"
+    make_tokenizer(TokenizerConfig(vocab_size=300), [WORDS, DOCUMENTS, QUERIES], folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def make_source(tokenizer_dir: Path) -> Any:
+    """A function from model settings to a Source: a random model of one text on each side, in which all matters."""
+
+    def make(lengths: tuple[int, int] = (12, 24), **settings: Any) -> Source:
+        sides = {
+            side: {"text": {"type": "text", "max_tokens": n}} for side, n in zip(("query", "doc"), lengths, strict=True)
+        }
+        towers = {side: {"mlp": [10], **settings.pop(side, {})} for side in ("query", "doc")}
+        for tower in towers.values():
+            tower["text"] = {"layers": 1, "hidden": 8, **tower.get("text", {})}
+        content = {"run": {"dir": "r"}, "data": {"dir": "d", **sides}, "model": {"dim": 6, **settings, **towers}}
+        path = tokenizer_dir.with_name("config.yaml")
+        path.write_text(yaml.safe_dump(content))
+        config = load_config(path)
+        schema = Schema.declared(config.data)
+        torch.manual_seed(0)
+        model = DualEncoder(config.model, schema, vocab_size=300).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.3 * torch.randn_like(parameter)
+        folder = ModelFolder(model, config, schema, tokenizer_dir, {"step": 3}, weights_checksum(model))
+        return Source(folder, "random", Figures("validation", "step 3", {"ndcg_at_10": 0.1234}))
+
+    return make
+
+
+def trainers_scores(source: Source) -> torch.Tensor:
+    """Return alpha * <u, w> + beta of QUERIES and DOCUMENTS, [m, n]."""
+    model, vectors = source.model, []
+    for side, texts, encode in (("query", QUERIES, query_vectors), ("doc", DOCUMENTS, document_vectors)):
+        feature = getattr(model.schema, side)["text"]
+        assert model.tokenizer_dir is not None
+        ids = TextEncoder(model.tokenizer_dir).encode(pa.array(texts, pa.large_string()), feature.max_tokens)
+        vectors.append(encode(model.model, {"text": to_tensor(feature, Ragged(*ids), 0)}))
+    return vectors[0] @ vectors[1].T
+
+
+def run_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Run the code of a model card where the card says that it runs, and return its names."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(folder.parent)
+    names: dict[str, Any] = {"__name__": "card"}
+    exec(compile(code.replace("from __future__ import annotations", ""), "card", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
+def test_hf_scores_as_the_trainer(
+    make_source: Any, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source(**settings)
+    parity = export(source, tmp_path / "exported", "hf")
+    assert max(parity.query, parity.doc) <= PARITY_LIMIT
+    card = run_card(tmp_path / "exported", monkeypatch)
+    scores = card["encode_query"](QUERIES) @ card["encode_document"](DOCUMENTS).T
+    torch.testing.assert_close(scores, trainers_scores(source), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
+def test_sentence_transformers_scores_as_the_trainer(
+    make_source: Any, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sentence_transformers")
+    source = make_source(**settings)
+    if settings == MODELS["cosine with beta"]:
+        with pytest.raises(ConfigError, match="cosine with a learned beta"):
+            export(source, tmp_path / "exported", "sentence-transformers")
+        assert not list(tmp_path.iterdir())
+        return
+    parity = export(source, tmp_path / "exported", "sentence-transformers")
+    assert max(parity.query, parity.doc) <= PARITY_LIMIT
+    model = run_card(tmp_path / "exported", monkeypatch)["model"]
+    scores = model.similarity(model.encode_query(QUERIES), model.encode_document(DOCUMENTS))
+    scale = source.model.model.log_alpha.exp() if settings["score"] == "cosine" else 1.0
+    torch.testing.assert_close(scale * scores, trainers_scores(source), rtol=1e-5, atol=1e-5)
+    encoders = len(list((tmp_path / "exported").glob("*_Transformer")))
+    assert encoders == 2, "a shared encoder cuts queries and documents at different lengths"
+    with pytest.raises(ValueError, match="task"):
+        model.encode(QUERIES)
+
+
+def test_sentence_transformers_keeps_one_encoder_where_it_is_one(make_source: Any, tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers")
+    source = make_source(lengths=(16, 16), **MODELS["dot with beta, one encoder"])
+    export(source, tmp_path / "exported", "sentence-transformers")
+    assert [path.name for path in (tmp_path / "exported").glob("*_Transformer")] == ["query_0_Transformer"]
+
+
+def test_a_model_folder_is_the_model(make_source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_source()
+    parity = export(source, tmp_path / "exported")
+    assert (parity.query, parity.doc) == (0.0, 0.0)
+    card = run_card(tmp_path / "exported", monkeypatch)
+    assert card["folder"].checksum == source.model.checksum == load_model_folder(tmp_path / "exported").checksum
+    export(folder_source(tmp_path / "exported"), tmp_path / "exported")  # ours, so it may be replaced
+    assert "None were recorded" in (tmp_path / "exported" / "README.md").read_text()
+
+
+def test_the_card_says_what_is_known(make_source: Any, tmp_path: Path) -> None:
+    source = make_source()
+    export(source, tmp_path / "named", "hf")
+    card = (tmp_path / "named" / "README.md").read_text()
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["library_name"] == "transformers"
+    parameters = sum(parameter.numel() for parameter in source.model.model.parameters())
+    for said in ("# named", "| query | text | text | the first 12 tokens |", "| ndcg_at_10 | 0.1234 |",
+                 source.model.checksum, f"{parameters:,} parameters", "step 3"):  # fmt: skip
+        assert said in card, said
+    settings = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)[0])
+    assert settings == source.model.config.to_dict()
+    marker = json.loads((tmp_path / "named" / EXPORT_FILE).read_text())
+    assert (marker["format"], marker["model_checksum"]) == ("hf", source.model.checksum)
+
+
+@pytest.mark.parametrize("target", ["hf", "sentence-transformers"])
+def test_vectors_that_differ_are_not_written(
+    make_source: Any, target: Format, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if target == "sentence-transformers":
+        pytest.importorskip("sentence_transformers")
+    module = {"hf": "bigdssm.export.hf_format", "sentence-transformers": "bigdssm.export.st_format"}[target]
+    source = make_source(score="dot")
+    monkeypatch.setattr(f"{module}.alpha", lambda model: 1.0001 * alpha(model))
+    with pytest.raises(CheckpointError, match=r"other vectors .*: queries 0\.0e\+00, documents (1\.0e-04|9\.\de-05)"):
+        export(source, tmp_path / "exported", target)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_probe_reaches_what_exports_get_wrong(make_source: Any) -> None:
+    probe = Probe(make_source().model)
+    texts = probe.only_text("query")
+    tokens = probe.features["query"]["text"]
+    assert "" in texts and any(text != text.lower() for text in texts)
+    assert (tokens != 0).sum(dim=1).tolist().count(12) > 5, "no text is cut"
+    assert len(set((tokens != 0).sum(dim=1).tolist())) > 5, "all texts have one length"
+
+
+@pytest.mark.parametrize("target", ["hf", "sentence-transformers"])
+def test_towers_of_more_than_a_text_are_refused(model_dir: Path, target: Format, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the query tower reads history \(history\), age \(numeric\)"):
+        export(folder_source(model_dir), tmp_path / "exported", target)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_ours_stays(make_source: Any, tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("do not touch")
+    for target in ("hf", "model"):
+        with pytest.raises(ConfigError, match="is no export of the format"):
+            export(make_source(), tmp_path, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_a_stages_best_brings_its_figures(make_source: Any, tmp_path: Path) -> None:
+    model = make_source().model
+    for step, recorded in ((3, {"ndcg_at_10": 0.25}), (4, None)):
+        provenance = {"stage": "pretrain", "step": step}
+        save_model_folder(
+            tmp_path / "best", model.model, model.config, model.schema, model.tokenizer_dir, provenance
+        )  # fmt: skip
+        (tmp_path / "metrics.jsonl").write_text('{"step": 3, "validation": {"ndcg_at_10": 0.25}, "seconds": 1}\n')
+        figures = stage_source(tmp_path, "best").figures
+        assert (figures and figures.metrics) == recorded
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
+        stage_source(tmp_path, "latest")
