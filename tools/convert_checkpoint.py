@@ -7,7 +7,7 @@ best is the stage's best validation; latest and step-… are put together from t
 stage. The formats, each with a model card (README.md):
 
     model                  config, schema, tokenizer, safetensors: what the other tools take as --model
-    sentence-transformers  SentenceTransformer(FOLDER); towers of one text, beta only where the score is dot
+    sentence-transformers  SentenceTransformer(FOLDER); towers of one text; beta per document only beside dot
     hf                     AutoModel, AutoTokenizer and the projection of each tower; towers of one text
 
 The last line is how far vectors of a probe batch are from the trainer's; more than 1e-5 is an error.

@@ -12,7 +12,7 @@ import yaml
 from bigdssm.export import hf_loading
 from bigdssm.export.model_folder import ModelFolder
 from bigdssm.export.probe import Parity
-from bigdssm.export.text_tower import SIDES, alpha, beta_weight
+from bigdssm.export.text_tower import SIDES, alpha, beta_of_all, beta_weight
 from bigdssm.schema import Feature
 
 CARD_FILE = "README.md"
@@ -51,7 +51,8 @@ def model_card(model: ModelFolder, name: str, target: str, parity: Parity, figur
 def _what(model: ModelFolder, target: str) -> str:
     config = model.config.model
     vectors = "of length 1" if config.score == "cosine" else "of any length"
-    beta = "0: this model has none" if beta_weight(model) is None else "a learned number of the document's"
+    one_beta = f"{beta_of_all(model):.6g}"
+    beta = one_beta if beta_weight(model) is None else "a learned number of the document's own"
     parameters = sum(parameter.numel() for parameter in model.model.parameters())
     known = {key: model.provenance[key] for key in ("stage", "step", "checkpoint") if key in model.provenance}
     taken = ", ".join(f"{key} {value}" for key, value in known.items()) or "of a model folder"
@@ -119,7 +120,7 @@ def _load_sentence_transformers(model: ModelFolder, name: str) -> str:
         "The scores are the training scores: alpha and beta are inside the vectors, [u, 1] and [alpha * w, beta]. "
         "Search by dot product; do not normalise them."
         if dot
-        else "The scores are cosines, <u, w>; alpha, which ranks nothing, is left out."
+        else "The scores are cosines, <u, w>; alpha and beta are left out: the same for all, they rank nothing."
     )
     routes = 'The two towers differ, so plain `encode` needs `task="query"` or `task="document"`.'
     return f"{_python(dedent(code))}\n\n{scores} {routes}"

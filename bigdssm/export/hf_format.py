@@ -14,7 +14,15 @@ from torch import Tensor
 from bigdssm.export.hf_loading import load_tower
 from bigdssm.export.model_folder import ModelFolder
 from bigdssm.export.probe import Parity, Probe, largest_difference
-from bigdssm.export.text_tower import TextTower, alpha, beta_weight, loading_arguments, save_encoder, text_towers
+from bigdssm.export.text_tower import (
+    TextTower,
+    alpha,
+    beta_of_all,
+    beta_weight,
+    loading_arguments,
+    save_encoder,
+    text_towers,
+)
 
 FOLDERS = {"query": "query", "doc": "document"}
 
@@ -52,6 +60,7 @@ def _write_projection(model: ModelFolder, tower: TextTower, folder: Path) -> Non
         "gelu_after_layer": [layer.gelu for layer in tower.layers],
         "score": model.config.model.score,
         "alpha": alpha(model),
+        "beta": beta_of_all(model),  # unless each document has its own
         "loading_arguments": loading_arguments(tower),
     }
     (folder / "projection.json").write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")

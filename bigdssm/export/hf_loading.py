@@ -34,7 +34,7 @@ def load_tower(folder: str | Path) -> Callable[[list[str]], torch.Tensor]:
         vector = F.normalize(x, dim=1) if head["score"] == "cosine" else x
         if head["side"] == "query":
             return torch.cat([vector, torch.ones(len(x), 1)], dim=1)
-        beta = F.linear(x, weights["beta"]) if "beta" in weights else torch.zeros(len(x), 1)
+        beta = F.linear(x, weights["beta"]) if "beta" in weights else torch.full((len(x), 1), head["beta"])
         return torch.cat([head["alpha"] * vector, beta], dim=1)
 
     return encode

@@ -2,8 +2,9 @@
 
 A Router sends queries and documents through Transformer → Pooling → Dense …, and a Normalize ends both in a model
 whose score is cosine. In a model whose score is dot a last Dense puts alpha and beta into the vectors: documents are
-[alpha * w, beta] and queries [u, 1], so that their dot product is the training score. Only beta beside cosine has no
-place in these modules (beta must not be normalised away), and such a model is refused.
+[alpha * w, beta] and queries [u, 1], so that their dot product is the training score. Only a beta per document beside
+cosine has no place in these modules (it must not be normalised away), and such a model is refused; a beta that all
+documents have ranks nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from bigdssm.export.text_tower import (
     Side,
     TextTower,
     alpha,
+    beta_of_all,
     beta_weight,
     loading_arguments,
     save_encoder,
@@ -40,15 +42,15 @@ IDENTITY, GELU = "torch.nn.modules.linear.Identity", "torch.nn.modules.activatio
 def write_sentence_transformers(model: ModelFolder, out: Path) -> Parity:
     """Write both towers into the folder `out` and return how what SentenceTransformer makes of it compares.
 
-    Raises ConfigError: a tower reads more than one text, the model has beta beside cosine, or the package that the
-    comparison is made with is not installed.
+    Raises ConfigError: a tower reads more than one text, the model has a beta per document beside cosine, or the
+    package that the comparison is made with is not installed.
     """
     query, doc = text_towers(model, TARGET)
     if model.config.model.score == "cosine" and beta_weight(model) is not None:
         raise ConfigError(
-            f"--format {TARGET}: this model's score is cosine with a learned beta, which no module of that package "
-            f"can add to a normalised vector, and without it the ranking would be another; train with "
-            f"model.beta=false or model.score=dot, or take --format hf or onnx"
+            f"--format {TARGET}: this model's score is cosine with a beta per document, which no module of that "
+            f"package can add to a normalised vector, and without it the ranking would be another; train with "
+            f"model.beta=none or model.score=dot, or take --format hf or onnx"
         )
     if importlib.util.find_spec("sentence_transformers") is None:
         raise ConfigError(
@@ -135,9 +137,10 @@ def _dense_layers(model: ModelFolder, tower: TextTower) -> Sequence[tuple[Tensor
         dim = model.config.model.dim
         beta = beta_weight(model)
         beta = torch.zeros(1, dim) if beta is None else beta
-        scale, last, one = (1.0, torch.zeros(1, dim), 1.0) if tower.side == "query" else (alpha(model), beta, 0.0)
-        weight = torch.cat([scale * torch.eye(dim), last])
-        layers.append((weight, torch.cat([torch.zeros(dim), torch.tensor([one])]), IDENTITY))  # type: ignore[arg-type]
+        is_query = tower.side == "query"
+        scale, last, added = (1.0, torch.zeros(1, dim), 1.0) if is_query else (alpha(model), beta, beta_of_all(model))
+        weight, bias = torch.cat([scale * torch.eye(dim), last]), torch.cat([torch.zeros(dim), torch.tensor([added])])
+        layers.append((weight, bias, IDENTITY))  # type: ignore[arg-type]
     return [(weight.detach(), bias.detach(), activation) for weight, bias, activation in layers]
 
 

@@ -51,9 +51,15 @@ def alpha(folder: ModelFolder) -> float:
 
 
 def beta_weight(folder: ModelFolder) -> Tensor | None:
-    """Return float32 [1, D]: beta is its product with the document tower's output; None in a model without beta."""
+    """Return float32 [1, D]: a document's own beta is its product with the tower's output; None where it has none."""
     head = folder.model.beta_head
     return None if head is None else head.weight.detach()
+
+
+def beta_of_all(folder: ModelFolder) -> float:
+    """Return the beta that all documents have."""
+    beta = folder.model.beta
+    return 0.0 if beta is None else float(beta.detach())
 
 
 def save_encoder(tower: TextTower, tokenizer_dir: Path, folder: Path) -> None:

@@ -32,9 +32,11 @@ QUERIES = ["copper lantern", "", "River STONE, bridge?", "walnut " * 40]
 DOCUMENTS = ["a lantern of copper", "stone bridges over a river. " * 9, "zephyr"]
 MODELS = {
     "dot with beta, one encoder": {"score": "dot", "share_text": True},
-    "dot without beta": {"score": "dot", "beta": False, "doc": {"text": {"pooling": "cls"}}},
+    "dot without beta": {"score": "dot", "beta": "none", "doc": {"text": {"pooling": "cls"}}},
     "cosine with beta": {"score": "cosine"},
-    "cosine without beta": {"score": "cosine", "beta": False, "share_text": True, "query": {"mlp": []}},
+    "dot with one beta": {"score": "dot", "beta": "scalar", "beta_init": -3.0},
+    "cosine with one beta": {"score": "cosine", "beta": "scalar", "beta_init": -3.0},
+    "cosine without beta": {"score": "cosine", "beta": "none", "share_text": True, "query": {"mlp": []}},
 }
 
 
@@ -56,7 +58,13 @@ def make_source(tokenizer_dir: Path) -> Any:
         towers = {side: {"mlp": [10], **settings.pop(side, {})} for side in ("query", "doc")}
         for tower in towers.values():
             tower["text"] = {"layers": 1, "hidden": 8, **tower.get("text", {})}
-        content = {"run": {"dir": "r"}, "data": {"dir": "d", **sides}, "model": {"dim": 6, **settings, **towers}}
+        sft = {"loss": {"name": "sigmoid"}} if settings.get("beta") == "scalar" else {}
+        content = {
+            "run": {"dir": "r"},
+            "data": {"dir": "d", **sides},
+            "model": {"dim": 6, **settings, **towers},
+            "sft": sft,
+        }
         path = tokenizer_dir.with_name("config.yaml")
         path.write_text(yaml.safe_dump(content))
         config = load_config(path)
@@ -111,7 +119,7 @@ def test_sentence_transformers_scores_as_the_trainer(
     pytest.importorskip("sentence_transformers")
     source = make_source(**settings)
     if settings == MODELS["cosine with beta"]:
-        with pytest.raises(ConfigError, match="cosine with a learned beta"):
+        with pytest.raises(ConfigError, match="cosine with a beta per document"):
             export(source, tmp_path / "exported", "sentence-transformers")
         assert not list(tmp_path.iterdir())
         return
@@ -120,7 +128,9 @@ def test_sentence_transformers_scores_as_the_trainer(
     model = run_card(tmp_path / "exported", monkeypatch)["model"]
     scores = model.similarity(model.encode_query(QUERIES), model.encode_document(DOCUMENTS))
     scale = source.model.model.log_alpha.exp() if settings["score"] == "cosine" else 1.0
-    torch.testing.assert_close(scale * scores, trainers_scores(source), rtol=1e-5, atol=1e-5)
+    beta = source.model.model.beta if settings["score"] == "cosine" else None
+    scores = scale * scores + (0.0 if beta is None else beta)
+    torch.testing.assert_close(scores, trainers_scores(source), rtol=1e-5, atol=1e-5)
     encoders = len(list((tmp_path / "exported").glob("*_Transformer")))
     assert encoders == 2, "a shared encoder cuts queries and documents at different lengths"
     with pytest.raises(ValueError, match="task"):
