@@ -81,10 +81,12 @@ class DataConfig:
 class TextEncoderConfig:
     """A BERT: from a pretrained folder, or small and from scratch."""
 
-    init: str | None = None  # folder of a Hugging Face model; the sizes below are then the folder's
+    init: str | None = None  # folder of a Hugging Face model; layers, hidden and heads are then the folder's
+    keep_layers: int = 0  # with init: the first so many of its layers, for a lighter tower; 0: all
     layers: int = 2
     hidden: int = 128
     heads: int = 2
+    dropout: float = 0.0  # inside the BERT, also in place of a pretrained folder's own
     pooling: Literal["mean", "cls"] = "mean"
 
 
@@ -292,6 +294,8 @@ def check_config(config: Config) -> None:
         _require(shards_optimizer or not needs_it, "engine.zero_stage", 0, f"1, 2 or 3 with {key}")
     _require(engine.peer_timeout_s >= 5, "engine.peer_timeout_s", engine.peer_timeout_s, "at least 5")
     _require(config.model.alpha_init > 0, "model.alpha_init", config.model.alpha_init, "a number above 0")
+    for side, tower in (("query", config.model.query), ("doc", config.model.doc)):
+        _check_text(f"model.{side}.text", tower.text)
     for side, features in (("query", data.query), ("doc", data.doc)):
         for name, feature in features.items():
             _check_feature(f"data.{side}.{name}", side, feature, data)
@@ -335,6 +339,15 @@ def _check_feature(key: str, side: str, feature: FeatureConfig, data: DataConfig
     fits = of is not None and of.type == "categorical" and not of.multi
     _require(fits, f"{key}.of", feature.of, f"a single-valued categorical document feature, one of {known}")
     _require(feature.max_items >= 1, f"{key}.max_items", feature.max_items, "at least 1")
+
+
+def _check_text(key: str, text: TextEncoderConfig) -> None:
+    _require(0 <= text.dropout < 1, f"{key}.dropout", text.dropout, "at least 0 and below 1")
+    _require(text.keep_layers >= 0, f"{key}.keep_layers", text.keep_layers, "at least 0")
+    _require(
+        text.init is not None or text.keep_layers == 0, f"{key}.keep_layers", text.keep_layers,
+        "an init folder to keep them of; without one `layers` says how many there are",
+    )  # fmt: skip
 
 
 def _check_stage(name: str, stage: StageConfig, lanes: int) -> None:

@@ -1,42 +1,93 @@
-"""Evaluate a model on a split over the full catalogue: seen items filtered, rank ties counting half.
+"""Evaluate a model on a split over the full catalogue, or on a retrieval collection as others do.
 
     python tools/evaluate.py --model MODEL --data DATASET --split test [--baselines] [--compare OTHER] [--out JSON]
+    python tools/evaluate.py --beir DIR --split test [--model MODEL] [--bm25] [--pretrained FOLDER] [--save-run FILE]
+    python tools/evaluate.py --run FILE --qrels FILE
 
-OTHER is another model folder, or the JSON of an earlier evaluation. Each row's rank is saved beside JSON as .npy.
+The first form filters what a row has seen, ties counting half; OTHER is another model folder, or the JSON of an earlier
+evaluation. Each row's rank is saved beside JSON as .npy. The second takes a BEIR folder (corpus.jsonl, queries.jsonl,
+qrels/SPLIT.tsv) and compares the model with BM25, a pretrained text encoder as it is, and TREC runs (--compare). The
+third measures a TREC run alone. Runs are measured as trec_eval does.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from time import perf_counter
 
 from rich.console import Console
 
 from bigdssm.cli import ProgressBar, run_main
 from bigdssm.data import Dataset
+from bigdssm.data.beir import Collection, read_collection
+from bigdssm.errors import ConfigError
+from bigdssm.evaluation.collection import Run, bm25_run, model_run, pretrained_run
 from bigdssm.evaluation.split import evaluate_split
-from bigdssm.evaluation.systems import System, baseline_systems, differences, load_system, save_comparison, table
+from bigdssm.evaluation.systems import (
+    SHOWN_OF_RUNS,
+    System,
+    as_json,
+    baseline_systems,
+    differences,
+    differences_as_json,
+    load_system,
+    save_comparison,
+    table,
+    write_json,
+)
+from bigdssm.evaluation.trec import read_qrels, read_run, run_metrics, write_qrels, write_run
 from bigdssm.export import load_model_folder
 from bigdssm.retrieval.embed import tower_encoders
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="model folder")
-    parser.add_argument("--data", required=True, help="dataset folder or URL")
-    parser.add_argument("--split", default="test", help="split of the dataset (%(default)s)")
+    parser.add_argument("--model", type=Path, help="model folder")
+    parser.add_argument("--data", help="dataset folder or URL")
+    parser.add_argument("--split", default="test", help="split of the dataset or collection (%(default)s)")
     parser.add_argument("--baselines", action="store_true", help="also evaluate popularity and the Markov baseline")
-    parser.add_argument("--compare", type=Path, metavar="OTHER", help="model folder or earlier JSON to compare with")
+    parser.add_argument(
+        "--compare", type=Path, metavar="OTHER", nargs="+", default=[],
+        help="model folders, earlier JSON, or (with --beir) TREC runs to compare with",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="JSON", help="where to save the figures")
+    beir = parser.add_argument_group("a retrieval collection")
+    beir.add_argument("--beir", type=Path, metavar="DIR", help="folder in BEIR's layout")
+    beir.add_argument("--bm25", action="store_true", help="also evaluate BM25")
+    beir.add_argument("--pretrained", type=Path, metavar="FOLDER", help="also evaluate a Hugging Face encoder as it is")
+    beir.add_argument("--max-tokens", type=int, default=256, help="of a text, with --pretrained (%(default)s)")
+    beir.add_argument(
+        "--filter-known", action="store_true",
+        help="leave out of a query's ranking what other splits call relevant to it",
+    )  # fmt: skip
+    beir.add_argument("--run", type=Path, metavar="FILE", help="TREC run to evaluate in place of a model")
+    beir.add_argument("--qrels", type=Path, metavar="FILE", help="TREC qrels, with --run and without --beir")
+    beir.add_argument("--save-run", type=Path, metavar="FILE", help="write the first system's run in TREC's format")
+    beir.add_argument("--save-qrels", type=Path, metavar="FILE", help="write the qrels in TREC's format")
     args = parser.parse_args()
+    if args.beir is not None:
+        on_collection(args)
+    elif args.run is not None and args.qrels is not None:
+        qrels = read_qrels(args.qrels)
+        started = perf_counter()
+        show(
+            args, [System(args.run.stem, run_metrics(qrels, read_run(args.run)), perf_counter() - started)], len(qrels)
+        )
+    elif args.model is not None and args.data is not None:
+        on_split(args)
+    else:
+        raise ConfigError("give --model and --data, or --beir, or --run and --qrels; --help says more")
 
+
+def on_split(args: argparse.Namespace) -> None:
     dataset = Dataset.open(args.data)
     model = evaluated(args.model, dataset, args.split)
     others = baseline_systems(dataset, args.split) if args.baselines else []
-    if args.compare is not None:
-        is_model = args.compare.is_dir()
-        others.append((evaluated if is_model else load_system)(args.compare, dataset, args.split))
+    others += [(evaluated if path.is_dir() else load_system)(path, dataset, args.split) for path in args.compare]
     pairs = [(model, other) for other in others]
 
     console = Console()
@@ -52,7 +103,58 @@ def evaluated(path: Path, dataset: Dataset, split: str) -> System:
     folder.check_dataset(dataset)
     with ProgressBar() as progress:
         evaluation = evaluate_split(tower_encoders(folder.model, dataset), dataset, split, progress=progress)
-    return System(path.name, evaluation.ranks, evaluation.seconds)
+    return System.of_ranks(path.name, evaluation.ranks, evaluation.seconds)
+
+
+def on_collection(args: argparse.Namespace) -> None:
+    collection = read_collection(args.beir, args.split)
+    known = args.filter_known
+    runs: list[tuple[str, Run, float]] = []
+
+    def add(name: str, make: Callable[[], Run]) -> None:
+        started = perf_counter()
+        runs.append((name, make(), perf_counter() - started))
+
+    with ProgressBar() as progress:
+        if args.model is not None:
+            add(args.model.name, partial(run_of_model, args.model, collection, known, progress))
+        if args.run is not None:
+            add(args.run.stem, partial(read_run, args.run))
+        if args.bm25:
+            add("BM25", partial(bm25_run, collection, filter_known=known))
+        if args.pretrained is not None:
+            options = {"max_tokens": args.max_tokens, "filter_known": known, "progress": progress}
+            add(f"{args.pretrained.name} as it is", partial(pretrained_run, args.pretrained, collection, **options))
+        for path in args.compare:
+            of_model = partial(run_of_model, path, collection, known, progress)
+            add(path.stem, of_model if path.is_dir() else partial(read_run, path))
+    if not runs:
+        raise ConfigError("--beir needs something to evaluate: --model, --run, --bm25, --pretrained or --compare")
+    if args.save_run is not None:
+        write_run(args.save_run, runs[0][1], runs[0][0])
+    if args.save_qrels is not None:
+        write_qrels(args.save_qrels, collection.qrels)
+    systems = [System(name, run_metrics(collection.qrels, run), seconds) for name, run, seconds in runs]
+    show(args, systems, len(collection.qrels))
+
+
+def run_of_model(path: Path, collection: Collection, filter_known: bool, progress: ProgressBar) -> Run:
+    folder = load_model_folder(path)
+    return model_run(
+        folder.model, folder.schema, folder.tokenizer_dir, collection, filter_known=filter_known, progress=progress
+    )
+
+
+def show(args: argparse.Namespace, systems: list[System], num_queries: int) -> None:
+    pairs = [(systems[0], other) for other in systems[1:]]
+    console = Console()
+    console.print(table(systems, f"{args.split}, {num_queries} queries", SHOWN_OF_RUNS))
+    for line in differences(pairs, SHOWN_OF_RUNS):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if args.out is not None:
+        content = {"split": args.split, "queries": num_queries, "systems": as_json(systems)}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.out, {**content, "differences": differences_as_json(pairs, SHOWN_OF_RUNS)})
 
 
 if __name__ == "__main__":

@@ -3,17 +3,20 @@
     python tools/make_shards.py interactions --config F [key=value …] --interactions F --items F [--users F]
     python tools/make_shards.py pairs --config F [key=value …] --pairs F [F …] [--group-column C]
     python tools/make_shards.py webdataset --config F [key=value …] --shards F [F …]
+    python tools/make_shards.py docstrings --config F [key=value …] [--site-packages DIR] [--packages NAME …]
 
 `--help` behind a sub-command says everything it takes. The schema comes from the config's `data` section.
 """
 
 import argparse
 import sys
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
 from bigdssm.cli import ProgressBar, run_main
 from bigdssm.config import DataConfig, load_config
+from bigdssm.data.docstrings import write_functions
 from bigdssm.data.interactions import InteractionTables, make_interactions
 from bigdssm.data.making import Report, Target
 from bigdssm.data.pairs import PairTables, make_pairs
@@ -73,6 +76,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--shards", dest="pairs", type=Path, nargs="+", required=True, help=".tar, also .tar.gz …")
     _add_pair_options(sub)
+
+    sub = commands.add_parser(
+        "docstrings",
+        parents=[common],
+        help="docstring → source of the functions of installed packages, which are parsed and never imported",
+    )
+    sub.set_defaults(run=_docstrings)
+    sub.add_argument("--site-packages", type=Path, default=Path(sysconfig.get_path("purelib")), help="(%(default)s)")
+    sub.add_argument("--packages", nargs="+", default=(), help="only these (default: all)")
+    sub.add_argument("--max-per-package", type=int, default=0, help="functions of each (default: all)")
+    sub.add_argument("--table", type=Path, help=".jsonl.gz for the functions (default: beside the dataset)")
+    _add_beir(sub)
+    _add_fractions(sub, "packages")
     return parser
 
 
@@ -85,8 +101,15 @@ def _add_pair_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--group-column", help="--split random: its rows stay together (default: rows of one query)")
     sub.add_argument("--time-column", help="--split time: the newest rows are test, the ones before validation")
     sub.add_argument("--split-column", help="--split column: says train, validation or test")
+    sub.add_argument("--whole-documents", action="store_true", help="--split random: so do rows of one document")
+    sub.add_argument("--each-of", metavar="COLUMN", help="a list column: every value makes a row")
+    _add_beir(sub)
     sub.add_argument("--dedup", action="store_true", help="leave out repeated (query, document) pairs")
     _add_fractions(sub, "--split random or time")
+
+
+def _add_beir(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--beir", type=Path, metavar="DIR", help="also write a BEIR collection, for tools/evaluate.py")
 
 
 def _add_fractions(sub: argparse.ArgumentParser, when: str) -> None:
@@ -125,10 +148,31 @@ def _pairs(args: argparse.Namespace) -> None:
         split_column=deciding.get(args.split),
         validation_fraction=args.validation_fraction,
         test_fraction=args.test_fraction,
+        whole_documents=args.whole_documents,
+        each_of=args.each_of,
+        beir=args.beir,
         dedup=args.dedup,
     )
     config, target = _data_and_target(args)
     with ProgressBar() as progress:
+        report = make_pairs(config, tables, target, progress)
+    _print(report)
+
+
+def _docstrings(args: argparse.Namespace) -> None:
+    config, target = _data_and_target(args)
+    table = args.table or target.out.with_name(f"{target.out.name}.jsonl.gz")
+    tables = PairTables(
+        files=(table,),
+        doc_id_column="name",
+        split_column="package",
+        validation_fraction=args.validation_fraction,
+        test_fraction=args.test_fraction,
+        beir=args.beir,
+    )
+    with ProgressBar() as progress:
+        count = write_functions(args.site_packages, table, args.packages, args.max_per_package, args.seed, progress)
+        print(f"{table}: {count:,} functions")
         report = make_pairs(config, tables, target, progress)
     _print(report)
 

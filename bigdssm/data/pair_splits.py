@@ -20,15 +20,25 @@ MAX_SAMPLE = 1 << 22  # times held to find the thresholds
 class Splitter:
     """Gives every row of a batch its split, a number in SPLITS."""
 
-    def __init__(self, how: PairSplit, column: str | None, fractions: tuple[float, float], seed: int) -> None:
+    def __init__(
+        self,
+        how: PairSplit,
+        column: str | None,
+        fractions: tuple[float, float],
+        seed: int,
+        whole_documents: bool = False,
+    ) -> None:
         validation, test = fractions
         if not (validation >= 0 and test >= 0 and validation + test < 1):
             raise ConfigError(f"split fractions {validation} and {test} must not be negative and sum to less than 1")
+        if whole_documents and how != "random":
+            raise ConfigError(f"--whole-documents goes with --split random, not with --split {how}")
         if how in ("time", "column") and column is None:
             raise ConfigError(f"--split {how} needs --{'time' if how == 'time' else 'split'}-column")
         self._how, self._column, self._seed = how, column, seed
         self._validation, self._test = validation, test
         self._thresholds = (np.inf, np.inf)
+        self._joined: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def columns(self) -> list[str]:
@@ -59,6 +69,18 @@ class Splitter:
         first, second = (ordered[end] if end < len(ordered) else np.inf for end in ends)
         self._thresholds = (first, second)
 
+    def units(self, check: RowCheck, query_ids: np.ndarray) -> np.ndarray:
+        """Return what a random split keeps together: the rows of one group, or without a column of one query, int64."""
+        if self._column is None:
+            return query_ids
+        groups = strings(check, self._column)
+        # A row without a group is its own.
+        return np.where(is_empty(groups), query_ids, hash_strings(groups))
+
+    def join(self, units: np.ndarray, documents: np.ndarray) -> None:
+        """Keep together, too, all units that a document connects; both int64 [rows]."""
+        self._joined = joined_units(units, documents)
+
     def split(self, check: RowCheck, query_ids: np.ndarray) -> np.ndarray:
         """Return the split of every row of the batch, int64; without a group column rows of one query stay together."""
         if self._how == "train":
@@ -72,13 +94,28 @@ class Splitter:
             numbers = np.array([NAMES.get(value.lower(), -1) for value in said.to_pylist()], np.int64)
             check.fail(numbers < 0, f"{self._column} is {{}}, needs train, validation or test", said)
             return numbers
-        units = query_ids
-        if self._column is not None:
-            groups = strings(check, self._column)
-            # A row without a group is its own.
-            units = np.where(is_empty(groups), query_ids, hash_strings(groups))
+        units = self.units(check, query_ids)
+        if self._joined is not None:
+            known, joined = self._joined
+            units = joined[np.minimum(np.searchsorted(known, units), len(known) - 1)]
         u = uniform(units, "split", self._seed)
         return np.where(u < self._test, 2, np.where(u < self._test + self._validation, 1, 0))
+
+
+def joined_units(units: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distinct units, sorted, and for each the least unit that documents connect it with, int64."""
+    known, unit = np.unique(units, return_inverse=True)
+    distinct, document = np.unique(documents, return_inverse=True)
+    label = np.arange(len(known))
+    while True:
+        least = np.full(len(distinct), len(known))
+        np.minimum.at(least, document, label[unit])
+        new = label.copy()
+        np.minimum.at(new, unit, least[document])
+        new = new[new]  # a label's own label is at most it: long chains shorten by half
+        if (new == label).all():
+            return known, known[label]
+        label = new
 
 
 def pair_hash(query_ids: np.ndarray, docs: np.ndarray) -> np.ndarray:

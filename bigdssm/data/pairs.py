@@ -18,10 +18,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bigdssm.config import DataConfig
+from bigdssm.data.beir import BeirWriter
 from bigdssm.data.block_writer import SplitWriter, block_rows
 from bigdssm.data.catalogue_writer import KEY_COLUMNS, CatalogueWriter, check_names
 from bigdssm.data.columns import RowCheck, canonical, canonical_type, is_empty, missing, relevances, strings
 from bigdssm.data.dataset_writer import DatasetWriter
+from bigdssm.data.explode import exploded
 from bigdssm.data.fit import encode_columns
 from bigdssm.data.hashing import KeyIndex, hash_strings, mix
 from bigdssm.data.making import (
@@ -55,6 +57,11 @@ class PairTables:
     split_column: str | None = None  # random: the group that stays together; time, column: what decides
     validation_fraction: float = 0.05
     test_fraction: float = 0.05
+    whole_documents: bool = (
+        False  # random: the rows of one document stay together too; 40 bytes a row, in an extra pass
+    )
+    each_of: str | None = None  # a list column: every value makes a row
+    beir: Path | None = None  # also write the pairs there as a BEIR collection
     dedup: bool = False  # drop further rows of one (query, document), in any split; 16 bytes a pair
 
 
@@ -70,15 +77,20 @@ def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress:
         if feature.type == "history":
             raise ConfigError(f"data.query.{name}: pairs have no histories; use the sub-command `interactions`")
     fractions = (tables.validation_fraction, tables.test_fraction)
-    splitter = Splitter(tables.split, tables.split_column, fractions, target.seed)
+    splitter = Splitter(tables.split, tables.split_column, fractions, target.seed, tables.whole_documents)
     with target.open(config) as writer:
         making = _Making(config, tables, target, writer, splitter, progress)
         if splitter.needs_thresholds:
             splitter.learn(RowCheck(batch, _ignore) for batch in making.batches(splitter.columns, _ignore))
+        if tables.whole_documents:
+            splitter.join(*making.units_and_documents())
         making.read()
         schema, text = making.fitting.finish(making.texts())
         splits, counts = making.write(schema, text)
-        return commit(writer, making.catalogue, schema, text, splits, counts, started, making.notes)
+        report = commit(writer, making.catalogue, schema, text, splits, counts, started, making.notes)
+        if making.beir is not None:
+            making.beir.close()
+        return report
 
 
 def _ignore(file: str, row: int, reason: str, left_out: bool = True) -> None:
@@ -114,21 +126,38 @@ class _Making:
             elif not path.is_file():
                 raise DataError(f"table {path} does not exist")
         self.train = ShuffleSpool(writer.spool, self.row_schema, num_buckets(tables.files))
+        self.beir = BeirWriter(tables.beir, self.query, self.doc) if tables.beir else None
         self.held_out = [RowSpool(writer.spool / f"{name}.arrows", self.row_schema) for name in SPLITS[1:]]
 
     def batches(self, columns: Sequence[str], report_bad: Any) -> Iterator[SourceBatch]:
         for path in self.tables.files:
             read = read_shard if is_shard(path) else read_table
-            yield from read(path, list(dict.fromkeys(columns)), report_bad)
+            for batch in read(path, list(dict.fromkeys(columns)), report_bad):
+                yield exploded(batch, self.tables.each_of, report_bad) if self.tables.each_of else batch
+
+    @property
+    def columns(self) -> list[str]:
+        """Return the source columns of features, ids, relevance and split."""
+        tables = self.tables
+        named = (self.display, tables.doc_id_column, tables.query_id_column, tables.relevance_column)
+        features = [feature.column for side in (self.query, self.doc) for feature in side.values()]
+        return features + [name for name in named if name] + self.splitter.columns
+
+    def units_and_documents(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return what the split keeps together and the content of its document for every row, int64 [rows]."""
+        units, contents = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for batch in self.batches(self.columns, _ignore):
+            check = RowCheck(batch, _ignore)
+            query, doc = canonical(check, self.query), canonical(check, self.doc)
+            units.append(self.splitter.units(check, self._query_ids(check, query))[check.good])
+            contents.append(_content(doc)[check.good])
+        return np.concatenate(units), np.concatenate(contents)
 
     def read(self) -> None:
         """Pass 1: every row checked, numbered, split, counted for the fit, and spooled."""
         tables, quarantine = self.tables, self.writer.quarantine
-        columns = [feature.column for side in (self.query, self.doc) for feature in side.values()]
-        named = (self.display, tables.doc_id_column, tables.query_id_column, tables.relevance_column)
-        columns += [name for name in named if name] + self.splitter.columns
         seen_pairs, place, repeated = KeyIndex(), 0, 0
-        for batch in self.batches(columns, quarantine.report):
+        for batch in self.batches(self.columns, quarantine.report):
             check = RowCheck(batch, quarantine.report)
             query, doc = canonical(check, self.query), canonical(check, self.doc)
             check.fail(missing(query, self.query), "no query: its features are empty")
@@ -147,7 +176,7 @@ class _Making:
             doc = doc.filter(mask)
             docs, first = self.catalogue.add(keys.filter(mask), display.filter(mask), doc)
             self.documents.grow(self.catalogue.num_docs)
-            self.documents.note(docs, first, contents[good])
+            self.documents.note(docs, first, contents[good], split[good])
             query_ids, split, relevance = query_ids[good], split[good], relevance[good]
             shuffle = mix(np.flatnonzero(good) + place, "shuffle", self.target.seed)
             place += len(good)
@@ -157,6 +186,10 @@ class _Making:
                 keep[seen_pairs.add(pair_hash(query_ids, docs))[1]] = True
                 repeated += int((~keep).sum())
             query = query.filter(mask)
+            if self.beir is not None:
+                names = [SPLITS[number] for number in split.tolist()]
+                pair_ids = pair_hash(query_ids, docs)
+                self.beir.add(doc, first, keys.filter(mask), query, query_ids, names, relevance, pair_ids)
             in_train = keep & (split == 0)
             self._fit(query, doc, docs, in_train)
             values = [pa.array(query_ids), pa.array(docs), pa.array(relevance.astype(np.float32))]
@@ -170,6 +203,8 @@ class _Making:
             raise DataError(f"{self.tables.files[0]}: no row is left for the train split")
         if repeated:
             self.notes.append(f"{repeated} rows repeat a (query, document) pair and are left out")
+        if apart := self.documents.num_in_several_splits:
+            self.notes.append(f"{apart} documents have rows in several splits; --whole-documents keeps each in one")
         if self.documents.num_changed:
             self.notes.append(
                 f"{self.documents.num_changed} rows give a known {tables.doc_id_column} other features; the first stay"
@@ -240,14 +275,21 @@ class _PerDocument:
     def __init__(self) -> None:
         self.fitted = np.zeros(1024, bool)
         self._content = np.zeros(1024, np.int64)  # 0: of an earlier partition, not known
+        self._splits = np.zeros(1024, np.uint8)  # bit s: a row is in split s
         self.num_changed = 0
 
     def grow(self, num_docs: int) -> None:
         while len(self.fitted) < num_docs:
             self.fitted = np.concatenate([self.fitted, np.zeros_like(self.fitted)])
             self._content = np.concatenate([self._content, np.zeros_like(self._content)])
+            self._splits = np.concatenate([self._splits, np.zeros_like(self._splits)])
 
-    def note(self, docs: np.ndarray, first: np.ndarray, contents: np.ndarray) -> None:
+    @property
+    def num_in_several_splits(self) -> int:
+        return int((np.bitwise_count(self._splits) > 1).sum())
+
+    def note(self, docs: np.ndarray, first: np.ndarray, contents: np.ndarray, split: np.ndarray) -> None:
+        np.bitwise_or.at(self._splits, docs, (1 << split).astype(np.uint8))
         self._content[docs[first]] = contents[first]
         known = self._content[docs]
         self.num_changed += int(((known != contents) & (known != 0)).sum())

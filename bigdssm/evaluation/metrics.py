@@ -5,7 +5,7 @@ A row has one relevant document; NaN is the rank of a row that has none and does
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,14 +37,19 @@ def row_metrics(
 
 def mean_metrics(ranks: np.ndarray, ks: Sequence[int] = (10,)) -> dict[str, float]:
     """Return the mean over rows of every metric of `row_metrics`; NaN where no row has a rank."""
-    return {name: float(rows.mean()) if len(rows) else float("nan") for name, rows in row_metrics(ranks, ks).items()}
+    return means(row_metrics(ranks, ks))
 
 
-def standard_errors(ranks: np.ndarray, ks: Sequence[int] = (10,)) -> dict[str, float]:
-    """Return the standard error of every mean of `mean_metrics`; NaN below two rows."""
+def means(values: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Return the mean over rows of every metric; NaN where there are no rows."""
+    return {name: float(rows.mean()) if len(rows) else float("nan") for name, rows in values.items()}
+
+
+def standard_errors(values: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Return the standard error of every mean of `means`; NaN below two rows."""
     return {
         name: float(rows.std(ddof=1) / len(rows) ** 0.5) if len(rows) > 1 else float("nan")
-        for name, rows in row_metrics(ranks, ks).items()
+        for name, rows in values.items()
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -17,24 +17,31 @@ from rich.table import Table
 from bigdssm.data import Dataset
 from bigdssm.errors import DataError
 from bigdssm.evaluation.baselines import Markov, Popularity
-from bigdssm.evaluation.metrics import Difference, mean_metrics, paired_bootstrap, row_metrics, standard_errors
+from bigdssm.evaluation.metrics import Difference, means, paired_bootstrap, row_metrics, standard_errors
 from bigdssm.evaluation.split import evaluate_scores
 
 SHOWN = {"hr_at_10": "HR@10", "ndcg_at_10": "NDCG@10", "mrr": "MRR"}
+SHOWN_OF_RUNS = {"ndcg_at_10": "NDCG@10", "recall_at_100": "Recall@100", "mrr": "MRR"}
 MARKOV = "Markov, window 3"
 
 
 @dataclass(frozen=True)
 class System:
-    """The ranks that one system gives the rows of a split."""
+    """What one system is worth on the rows of a split, or on the queries of a collection."""
 
     name: str
-    ranks: np.ndarray  # float64 [rows of the split]
+    values: dict[str, np.ndarray]  # float64 [rows or queries] by metric
     seconds: float  # to make and to evaluate it
+    ranks: np.ndarray | None = None  # float64 [rows of the split], where the values are of ranks
+
+    @classmethod
+    def of_ranks(cls, name: str, ranks: np.ndarray, seconds: float) -> System:
+        """Return the system that gives the rows of a split these ranks."""
+        return cls(name, row_metrics(ranks), seconds, ranks)
 
     def difference(self, other: System, metric: str) -> Difference:
         """Return this system's mean `metric` less the other's, paired by row."""
-        return paired_bootstrap(row_metrics(self.ranks)[metric], row_metrics(other.ranks)[metric])
+        return paired_bootstrap(self.values[metric], other.values[metric])
 
 
 def baseline_systems(dataset: Dataset, split: str) -> list[System]:
@@ -45,25 +52,25 @@ def baseline_systems(dataset: Dataset, split: str) -> list[System]:
     return found
 
 
-def table(systems: Sequence[System], title: str) -> Table:
-    """Return the systems as a rich table: metrics ± standard error, and seconds."""
+def table(systems: Sequence[System], title: str, shown: Mapping[str, str] = SHOWN) -> Table:
+    """Return the systems as a rich table: the metrics `shown` (by name: label) ± standard error, and seconds."""
     # Narrow enough for 80 columns, which is what rich takes where there is no terminal.
     drawn = Table(title=title, box=SIMPLE, show_edge=False, pad_edge=False, collapse_padding=True)
     drawn.add_column("system", no_wrap=True)
-    for label in (*SHOWN.values(), "seconds"):
+    for label in (*shown.values(), "seconds"):
         drawn.add_column(label, justify="right", no_wrap=True)
     for system in systems:
-        means, errors = mean_metrics(system.ranks), standard_errors(system.ranks)
-        cells = [f"{means[name]:.4f} ± {errors[name]:.4f}" for name in SHOWN]
+        average, errors = means(system.values), standard_errors(system.values)
+        cells = [f"{average[name]:.4f} ± {errors[name]:.4f}" for name in shown]
         drawn.add_row(system.name, *cells, f"{system.seconds:.1f}")
     return drawn
 
 
-def differences(pairs: Sequence[tuple[System, System]]) -> list[str]:
+def differences(pairs: Sequence[tuple[System, System]], shown: Mapping[str, str] = SHOWN) -> list[str]:
     """Return a sentence for each pair: the first less the second with 95 % intervals."""
     lines = []
     for a, b in pairs:
-        parts = [f"{label} {a.difference(b, name)}" for name, label in SHOWN.items()]
+        parts = [f"{label} {a.difference(b, name)}" for name, label in shown.items()]
         lines.append(f"{a.name} − {b.name}: {', '.join(parts)}")
     return lines
 
@@ -71,17 +78,19 @@ def differences(pairs: Sequence[tuple[System, System]]) -> list[str]:
 def as_json(systems: Sequence[System]) -> list[dict[str, Any]]:
     """Return one object per system: name, the means of the metrics, seconds."""
     return [
-        {"name": system.name, **_without_nan(mean_metrics(system.ranks)), "seconds": round(system.seconds, 3)}
+        {"name": system.name, **_without_nan(means(system.values)), "seconds": round(system.seconds, 3)}
         for system in systems
     ]
 
 
-def differences_as_json(pairs: Sequence[tuple[System, System]]) -> list[dict[str, Any]]:
+def differences_as_json(
+    pairs: Sequence[tuple[System, System]], shown: Mapping[str, str] = SHOWN
+) -> list[dict[str, Any]]:
     """Return one object per pair and metric: what less what, mean and 95 % interval."""
     return [
         {"system": a.name, "less": b.name, "metric": metric, "mean": found.mean, "low": found.low, "high": found.high}
         for a, b in pairs
-        for metric in SHOWN
+        for metric in shown
         for found in [a.difference(b, metric)]
     ]
 
@@ -93,7 +102,8 @@ def save_comparison(
     content: dict[str, Any] = {"dataset": dataset.fingerprint, "split": split, "systems": as_json(systems)}
     path.parent.mkdir(parents=True, exist_ok=True)
     for number, (entry, system) in enumerate(zip(content["systems"], systems, strict=True)):
-        entry["standard_errors"] = _without_nan(standard_errors(system.ranks))
+        assert system.ranks is not None
+        entry["standard_errors"] = _without_nan(standard_errors(system.values))
         entry["ranks"] = f"{path.stem}.ranks-{number}.npy"
         np.save(path.with_name(entry["ranks"]), system.ranks)
     content["differences"] = differences_as_json(pairs)
@@ -110,7 +120,7 @@ def load_system(path: Path, dataset: Dataset, split: str) -> System:
         made_of = (content["dataset"], content["split"])
         entry = content["systems"][0]
         ranks = np.load(path.with_name(Path(entry["ranks"]).name), allow_pickle=False)
-        system = System(f"{entry['name']} ({path.stem})", ranks, entry["seconds"])
+        system = System.of_ranks(f"{entry['name']} ({path.stem})", ranks, entry["seconds"])
     except FileNotFoundError as error:
         raise DataError(f"{error.filename} does not exist") from None
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
@@ -130,7 +140,7 @@ def write_json(path: Path, content: object) -> None:
 def _fitted(name: str, kind: type[Popularity] | type[Markov], dataset: Dataset, split: str) -> System:
     started = perf_counter()
     evaluation = evaluate_scores(kind.fit(dataset), dataset, split)
-    return System(name, evaluation.ranks, perf_counter() - started)
+    return System.of_ranks(name, evaluation.ranks, perf_counter() - started)
 
 
 def _without_nan(values: dict[str, float]) -> dict[str, float | None]:

@@ -11,7 +11,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, BertConfig, BertModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, BertConfig, BertModel, PreTrainedModel
 
 from bigdssm.config import HistoryEncoderConfig, TextEncoderConfig
 from bigdssm.errors import ConfigError
@@ -63,7 +63,7 @@ class TextEncoder(nn.Module):
         self.pad_token_id = pad_token_id
         self.pooling = config.pooling
         self.bert: PreTrainedModel = (
-            _load_bert(config.init) if config.init else _new_bert(config, vocab_size, pad_token_id, max_tokens)
+            _load_bert(config.init, config) if config.init else _new_bert(config, vocab_size, pad_token_id, max_tokens)
         )
         self.dim: int = self.bert.config.hidden_size
         num_words: int = self.bert.config.vocab_size
@@ -183,17 +183,27 @@ def _new_bert(config: TextEncoderConfig, vocab_size: int, pad_token_id: int, max
         intermediate_size=4 * config.hidden,
         max_position_embeddings=max(max_tokens, 8),
         pad_token_id=pad_token_id,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.dropout,
     )
     return BertModel(bert, add_pooling_layer=False)
 
 
-def _load_bert(folder: str) -> PreTrainedModel:
+def _load_bert(folder: str, config: TextEncoderConfig) -> PreTrainedModel:
     if not os.path.isdir(folder):
         raise ConfigError(f"text.init={folder} is not a folder; it takes the local folder of a Hugging Face BERT")
     try:
-        model: PreTrainedModel = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        architecture = AutoConfig.from_pretrained(folder, local_files_only=True)
+        has = getattr(architecture, "num_hidden_layers", 0)
+        if config.keep_layers > has:
+            raise ConfigError(f"text.keep_layers={config.keep_layers}, but text.init={folder} has {has} layers")
+        architecture.num_hidden_layers = config.keep_layers or has
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
+            if hasattr(architecture, name):
+                setattr(architecture, name, config.dropout)
+        model: PreTrainedModel = AutoModel.from_pretrained(
+            folder, config=architecture, local_files_only=True, use_safetensors=True
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(f"text.init={folder} does not load as a Hugging Face model: {error}") from None
     if hasattr(model, "pooler"):

@@ -20,7 +20,7 @@ def test_hand_worked() -> None:
     assert metrics["ndcg_at_10"] == pytest.approx((1 + 0.5 + 1 / math.log2(11)) / 5, abs=1e-12)
     assert metrics["mrr"] == pytest.approx((1 + 1 / 3 + 1 / 10 + 1 / 10.5 + 1 / 101) / 5, abs=1e-12)
     assert metrics["recall_at_100"] == 4 / 5
-    assert standard_errors(ranks)["hr_at_10"] == pytest.approx(math.sqrt(0.6 * 0.4 / 4))
+    assert standard_errors(row_metrics(ranks))["hr_at_10"] == pytest.approx(math.sqrt(0.6 * 0.4 / 4))
     assert math.isnan(mean_metrics(np.array([np.nan]))["mrr"])
 
 

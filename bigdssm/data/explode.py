@@ -1,0 +1,27 @@
+"""Source rows whose one column is a list, as one row for each of its values."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bigdssm.data.sources import ReportBad, SourceBatch
+from bigdssm.errors import DataError
+
+
+def exploded(batch: SourceBatch, name: str, report_bad: ReportBad) -> SourceBatch:
+    """Return the rows of `batch`, once for each value of the list column `name`; a row without values is reported.
+
+    Raises DataError where the column holds no lists.
+    """
+    column = batch.table.column(name).combine_chunks()
+    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+        raise DataError(f"{batch.file}: column {name!r} holds {column.type}, --each-of needs lists")
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    for i in np.flatnonzero(lengths == 0).tolist():
+        report_bad(batch.file, int(batch.rows[i]), f"{name} holds no value")
+    parent = np.repeat(np.arange(len(lengths)), lengths)
+    table = batch.table.take(pa.array(parent))
+    table = table.set_column(table.column_names.index(name), name, column.flatten())
+    return SourceBatch(batch.file, table, batch.rows[parent])

@@ -1,0 +1,183 @@
+"""Runs of a BEIR collection: what a model, a pretrained encoder as it is, and BM25 retrieve for its queries.
+
+Shapes: m queries, N documents, D+1 the width of index vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bigdssm.config import TextEncoderConfig
+from bigdssm.data import ragged
+from bigdssm.data.batch import Features
+from bigdssm.data.beir import Collection, Entry, texts_and_metadata
+from bigdssm.data.columns import RowCheck, canonical
+from bigdssm.data.fit import encode_columns
+from bigdssm.data.ragged import Column, Ragged, from_arrow
+from bigdssm.data.sources import SourceBatch
+from bigdssm.data.tensors import to_features
+from bigdssm.data.tokenizer import TextEncoder as Tokenizer
+from bigdssm.errors import ConfigError, DivergedError
+from bigdssm.models.dual_encoder import DualEncoder
+from bigdssm.models.encoders import TextEncoder
+from bigdssm.retrieval.embed import Progress, document_vectors, no_progress, query_vectors
+from bigdssm.retrieval.mine import top_documents
+from bigdssm.schema import Feature, Schema
+
+TOP = 100  # documents retrieved for a query
+TOKENS_AT_ONCE = 4096  # what a CPU's caches hold
+ROWS_AT_ONCE = 1024
+QUERIES_AT_ONCE = 512
+BM25_K1, BM25_B = 0.9, 0.4  # Anserini's, with which BEIR's figures were made
+
+Run = dict[str, dict[str, float]]
+Encode = Callable[[Features], Tensor]
+
+
+def model_run(
+    model: DualEncoder, schema: Schema, tokenizer_dir: Path | None, collection: Collection, *,
+    filter_known: bool = False, top: int = TOP, progress: Progress = no_progress,
+) -> Run:  # fmt: skip
+    """Return the run of a two-tower model over the whole corpus.
+
+    filter_known leaves out what other splits call relevant to a query. Raises ConfigError where queries need a
+    history, DivergedError where a vector is not finite.
+    """
+    if histories := [name for name, feature in schema.query.items() if feature.type == "history"]:
+        raise ConfigError(f"queries have the history {histories[0]!r}, which a BEIR collection cannot give")
+    tokenizer = None if tokenizer_dir is None else Tokenizer(tokenizer_dir)
+    pad = _pad_token(model)
+
+    def encoded(side: str, entries: Sequence[Entry], encode: Callable[..., Tensor]) -> Tensor:
+        features: Mapping[str, Feature] = getattr(schema, side)
+        columns = entry_columns(features, entries, tokenizer)
+        what = "queries encoded" if side == "query" else "documents encoded"
+        return _in_chunks(columns, lambda part: encode(model, to_features(features, part, pad)), what, progress)
+
+    return _search(
+        collection, encoded("query", collection.queries, query_vectors),
+        encoded("doc", collection.corpus, document_vectors), filter_known, top,
+    )  # fmt: skip
+
+
+def pretrained_run(
+    folder: Path, collection: Collection, *, max_tokens: int = 256, filter_known: bool = False, top: int = TOP,
+    progress: Progress = no_progress,
+) -> Run:  # fmt: skip
+    """Return the run of a Hugging Face text encoder as it is: the cosine of mean-pooled vectors.
+
+    Raises ConfigError where `folder` holds no such encoder and tokenizer.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        raise ConfigError(f"{folder} has no tokenizer.json; give the folder of a Hugging Face model and its tokenizer")
+    encoder = TextEncoder(TextEncoderConfig(init=str(folder)), 0, 0, max_tokens).eval()
+    encoder.pad_token_id = int(encoder.bert.config.pad_token_id or 0)
+    tokenizer, feature = Tokenizer(folder), {"text": Feature("text", "text", "text", max_tokens=max_tokens)}
+
+    def encode(columns: dict[str, Column]) -> Tensor:
+        with torch.no_grad():
+            vectors = encoder(to_features(feature, columns, encoder.pad_token_id)["text"])
+        return torch.nn.functional.normalize(vectors.float(), dim=1)
+
+    def encoded(entries: Sequence[Entry], what: str) -> Tensor:
+        texts = [Entry(entry.key, entry.text, {}) for entry in entries]
+        return _in_chunks(entry_columns(feature, texts, tokenizer), encode, what, progress)
+
+    queries = encoded(collection.queries, "queries encoded")
+    return _search(collection, queries, encoded(collection.corpus, "documents encoded"), filter_known, top)
+
+
+def bm25_run(collection: Collection, *, filter_known: bool = False, top: int = TOP) -> Run:
+    """Return the run of BM25 over the whole texts: English stop words left out, words stemmed (Snowball).
+
+    Raises ConfigError where bm25s or PyStemmer is not installed. Source: Robertson and Zaragoza 2009.
+    """
+    try:
+        import bm25s
+        import Stemmer
+    except ImportError as error:
+        raise ConfigError(f"BM25 needs the package {error.name}; install bigdssm[bench]") from None
+    stemmer = Stemmer.Stemmer("english")
+
+    def words(entries: Sequence[Entry]) -> object:
+        texts = [entry.text for entry in entries]
+        return bm25s.tokenize(texts, stopwords="en", stemmer=stemmer, show_progress=False)
+
+    index = bm25s.BM25(k1=BM25_K1, b=BM25_B)
+    index.index(words(collection.corpus), show_progress=False)
+    known = {query: len(documents) for query, documents in collection.known.items()} if filter_known else {}
+    wanted = min(len(collection.corpus), top + max(known.values(), default=0))
+    places, scores = index.retrieve(words(collection.queries), k=wanted, show_progress=False)
+    run: Run = {}
+    for entry, row, row_scores in zip(collection.queries, places.tolist(), scores.tolist(), strict=True):
+        left_out = collection.known.get(entry.key, {}) if filter_known else {}
+        found = {collection.corpus[i].key: score for i, score in zip(row, row_scores, strict=True) if score > 0}
+        run[entry.key] = dict([(key, score) for key, score in found.items() if key not in left_out][:top])
+    return run
+
+
+def entry_columns(
+    features: Mapping[str, Feature], entries: Sequence[Entry], tokenizer: Tokenizer | None
+) -> dict[str, Column]:
+    """Return the encoded columns of `entries` by feature name, as shards and catalogue hold them."""
+    batch = SourceBatch("collection", texts_and_metadata(features, entries), np.arange(1, len(entries) + 1))
+    table = canonical(RowCheck(batch, _ignore), features)
+    encoded = encode_columns(table, features, tokenizer, large=True)
+    return {name: from_arrow(column) for name, column in encoded.items()}
+
+
+def _pad_token(model: DualEncoder) -> int:
+    """Return the id that the model's text encoders take for padding, 0 where it has none."""
+    ids = [cast(TextEncoder, encoder).pad_token_id for encoder in model.text.values()]
+    return ids[0] if ids else 0
+
+
+def _ignore(file: str, row: int, reason: str, left_out: bool = True) -> None:
+    """What cannot be read is taken as missing; making the dataset has reported it."""
+
+
+def _in_chunks(
+    columns: dict[str, Column], encode: Callable[[dict[str, Column]], Tensor], what: str, progress: Progress
+) -> Tensor:
+    """Return the vectors of all rows, encoded in chunks of similar length, which is several times faster."""
+    num_rows = len(next(iter(columns.values())))
+    length = np.ones(num_rows, np.int64)
+    for column in columns.values():
+        if isinstance(column, Ragged):
+            length += column.lengths
+    order = np.argsort(-length, kind="stable")
+    parts, first = [], 0
+    while first < num_rows:
+        rows = order[first : first + max(1, min(ROWS_AT_ONCE, TOKENS_AT_ONCE // int(length[order[first]])))]
+        parts.append(encode({name: ragged.take(column, rows) for name, column in columns.items()}))
+        first += len(rows)
+        progress(what, first, num_rows)
+    whole = torch.cat(parts)
+    vectors = torch.empty_like(whole)
+    vectors[torch.from_numpy(order)] = whole
+    return vectors
+
+
+def _search(collection: Collection, queries: Tensor, documents: Tensor, filter_known: bool, top: int) -> Run:
+    if not bool(queries.isfinite().all() and documents.isfinite().all()):
+        raise DivergedError("vectors of the collection hold NaN or inf")
+    place = {entry.key: i for i, entry in enumerate(collection.corpus)}
+    run: Run = {}
+    for first in range(0, len(queries), QUERIES_AT_ONCE):
+        entries = collection.queries[first : first + QUERIES_AT_ONCE]
+        known = [collection.known.get(entry.key, {}) if filter_known else {} for entry in entries]
+        rows = [i for i, keys in enumerate(known) for _ in keys]
+        columns = [place[key] for keys in known for key in keys]
+        block = queries[first : first + QUERIES_AT_ONCE]
+        best = top_documents(block, documents, min(top, len(documents)), torch.tensor(rows, dtype=torch.long),
+                             torch.tensor(columns, dtype=torch.long))  # fmt: skip
+        scores = (block.unsqueeze(1) * documents[best.clamp(min=0)]).sum(dim=2)
+        for entry, found, values in zip(entries, best.tolist(), scores.tolist(), strict=True):
+            run[entry.key] = {collection.corpus[i].key: value for i, value in zip(found, values, strict=True) if i >= 0}
+    return run

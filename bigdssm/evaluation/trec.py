@@ -1,0 +1,128 @@
+"""TREC run and qrels files, and trec_eval's measures of a run.
+
+A run gives each query's retrieved documents with their scores. As in trec_eval, documents are ranked by score, equal
+scores (as float32) by document id in descending order, and a judgement above 0 is relevant. A judged query that the
+run lacks counts as 0 (trec_eval -c).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from bigdssm.errors import ConfigError, DataError
+
+T = TypeVar("T")
+Run = Mapping[str, Mapping[str, float]]
+"""Score by query id and document id."""
+Judgements = Mapping[str, Mapping[str, int]]
+"""Relevance by query id and document id."""
+
+
+def run_metrics(qrels: Judgements, run: Run, k: int = 10, recall_k: int = 100) -> dict[str, np.ndarray]:
+    """Return float64 [judged queries, in order of their ids] by name: ndcg_at_k, recall_at_k, mrr (uncut), hr_at_k.
+
+    Source: trec_eval 9 (ndcg_cut, recall, recip_rank, success), whose gains are the judgements themselves.
+    """
+    names = (f"ndcg_at_{k}", f"recall_at_{recall_k}", "mrr", f"hr_at_{k}")
+    values: dict[str, np.ndarray] = {name: np.zeros(len(qrels)) for name in names}
+    for i, query in enumerate(sorted(qrels)):
+        judged = qrels[query]
+        gains = np.array([max(0, judged.get(key, 0)) for key in ranked(run.get(query, {}))], np.float64)
+        ideal = np.sort([grade for grade in judged.values() if grade > 0])[::-1]
+        found = np.flatnonzero(gains > 0)
+        if not len(ideal) or not len(found):
+            continue
+        values[names[0]][i] = _dcg(gains[:k]) / _dcg(ideal[:k])
+        values[names[1]][i] = (found < recall_k).sum() / len(ideal)
+        values[names[2]][i] = 1 / (found[0] + 1)
+        values[names[3]][i] = found[0] < k
+    return values
+
+
+def ranked(scores: Mapping[str, float]) -> list[str]:
+    """Return the document ids of one query, best first."""
+    return sorted(scores, key=lambda key: (np.float32(scores[key]), key), reverse=True)
+
+
+def read_run(path: Path) -> dict[str, dict[str, float]]:
+    """Return the run in `path`: query, Q0, document, rank, score, tag. Raises DataError naming the line."""
+    run: dict[str, dict[str, float]] = {}
+    for number, (query, _, document, _, score, _) in _lines(path, 6, "query Q0 document rank score tag"):
+        documents = run.setdefault(query, {})
+        if document in documents:
+            raise DataError(f"{path}:{number} retrieves {document} for query {query} a second time")
+        documents[document] = _number(float, score, path, number)
+    return run
+
+
+def read_qrels(path: Path) -> dict[str, dict[str, int]]:
+    """Return the judgements in `path`: query, iteration, document, relevance. Raises DataError naming the line."""
+    qrels: dict[str, dict[str, int]] = {}
+    for number, (query, _, document, grade) in _lines(path, 4, "query iteration document relevance"):
+        qrels.setdefault(query, {})[document] = _number(int, grade, path, number)
+    return qrels
+
+
+def write_run(path: Path, run: Run, tag: str) -> None:
+    """Write `run` in TREC's format. Raises ConfigError where an id holds white space, which the format cannot."""
+    lines = []
+    tag = "-".join(tag.split()) or "run"
+    for query, scores in run.items():
+        for rank, document in enumerate(ranked(scores), 1):
+            _check_ids(query, document)
+            lines.append(f"{query} Q0 {document} {rank} {float(scores[document])!r} {tag}\n")
+    _write(path, lines)
+
+
+def write_qrels(path: Path, qrels: Judgements) -> None:
+    """Write `qrels` in TREC's format. Raises ConfigError where an id holds white space, which the format cannot."""
+    lines = []
+    for query, judged in qrels.items():
+        for document, grade in judged.items():
+            _check_ids(query, document)
+            lines.append(f"{query} 0 {document} {grade}\n")
+    _write(path, lines)
+
+
+def _dcg(gains: np.ndarray) -> float:
+    return float((gains / np.log2(np.arange(2, len(gains) + 2))).sum())
+
+
+def _check_ids(*ids: str) -> None:
+    for key in ids:
+        if not key or key.split() != [key]:
+            raise ConfigError(f"the id {key!r} is empty or holds white space, which TREC files cannot have")
+
+
+def _lines(path: Path, num_fields: int, layout: str) -> Iterable[tuple[int, list[str]]]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                fields = line.split()
+                if len(fields) != num_fields and fields:
+                    raise DataError(f"{path}:{number} has {len(fields)} fields, needs {num_fields}: {layout}")
+                if fields:
+                    yield number, fields
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is no text file in UTF-8") from None
+
+
+def _number(kind: Callable[[str], T], text: str, path: Path, number: int) -> T:
+    try:
+        return kind(text)
+    except ValueError:
+        raise DataError(f"{path}:{number}: {text!r} is no number") from None
+
+
+def _write(path: Path, lines: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.unfinished")
+    aside.write_text("".join(lines), encoding="utf-8")
+    os.replace(aside, path)
