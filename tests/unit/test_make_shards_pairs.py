@@ -184,3 +184,63 @@ def test_histories_and_empty_train_splits_are_refused(tmp_path: Path) -> None:
     history = DataConfig(dir="", query={"h": FeatureConfig("history", of="kind")}, doc=CONFIG.doc)
     with pytest.raises(ConfigError, match="pairs have no histories"):
         make_pairs(history, PairTables((tmp_path / "x.jsonl",)), Target(tmp_path / "out"))
+
+
+def test_whole_documents_stay_in_one_split_through_chains_of_groups(tmp_path: Path) -> None:
+    # Groups a and b share document 1, b and c share document 2 …: chains of 6 groups that documents connect.
+    rows = [
+        {
+            "q": f"query {chain} {link} {side}",
+            "text": f"text {chain} {link + side}",
+            "kind": "k",
+            "group": f"{chain}/{link}",
+        }
+        for chain in range(120)
+        for link in range(6)
+        for side in (0, 1)
+    ]
+    options: dict[str, Any] = {"split_column": "group", "validation_fraction": 0.2, "test_fraction": 0.2}
+
+    def splits(dataset: Dataset) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for split in ("train", "validation", "test"):
+            for query in queries(dataset, split):
+                found.setdefault(query.split()[2], set()).add(split)
+        return found
+
+    whole = splits(make(tmp_path, rows, "whole", whole_documents=True, **options))
+    assert len(whole) == 120 and all(len(found) == 1 for found in whole.values())
+    assert {next(iter(found)) for found in whole.values()} == {"train", "validation", "test"}
+    assert splits(make(tmp_path, rows[::-1], "reversed", whole_documents=True, **options)) == whole
+    assert any(len(found) > 1 for found in splits(make(tmp_path, rows, "apart", **options)).values())
+    with pytest.raises(ConfigError, match="--whole-documents goes with --split random, not with --split train"):
+        make(tmp_path, rows, "never", split="train", whole_documents=True)
+
+
+def test_documents_in_several_splits_are_said(tmp_path: Path) -> None:
+    rows = [{"q": f"q {i}", "text": f"t {i % 40}", "kind": "k"} for i in range(400)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = make_pairs(CONFIG, PairTables((path,)), Target(tmp_path / "out"))
+    dataset = Dataset.open(tmp_path / "out")
+    splits = [
+        {int(d) for rows in dataset.iterate(s, 500) for d in rows.doc_rows} for s in ("train", "validation", "test")
+    ]
+    apart = sum(sum(doc in split for split in splits) > 1 for doc in range(40))
+    assert apart > 0
+    assert f"{apart} documents have rows in several splits; --whole-documents keeps each in one" in report.notes
+
+
+def test_every_value_of_a_list_column_makes_a_row(tmp_path: Path) -> None:
+    rows = [{"q": [f"word {i}", f"other {i}"][: i % 3], "text": f"t {i}", "kind": f"k{i}"} for i in range(30)]
+    rows.append({"q": ["lost", "too"], "text": "", "kind": ""})
+    dataset = make(tmp_path, rows, each_of="q", split="train")
+    del rows[-1]
+    bad = [json.loads(line) for line in (dataset.dir / "quarantine.jsonl").open()]
+    assert [entry["row"] for entry in bad if "no document" in entry["reason"]] == [31, 31]
+    found = sample_rows(dataset, "train", 100)
+    assert sorted(row["query.q"] for row in found) == sorted(f"[CLS] {q} [SEP]" for row in rows for q in row["q"])
+    assert all(row["query.q"].split()[2] == row["doc.text"].split()[2] for row in found)
+    assert "q holds no value" in (dataset.dir / "quarantine.jsonl").read_text()
+    with pytest.raises(DataError, match=r"column 'kind' holds .*string, --each-of needs lists"):
+        make(tmp_path, rows, "never", each_of="kind")

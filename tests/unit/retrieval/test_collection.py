@@ -1,0 +1,157 @@
+"""A BEIR collection written beside a dataset: the same figures as the dataset's own evaluation, and as others'."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bigdssm.config import Config, load_config
+from bigdssm.data import Dataset
+from bigdssm.data.beir import Entry, read_collection
+from bigdssm.data.making import Target
+from bigdssm.data.pairs import PairTables, make_pairs
+from bigdssm.errors import ConfigError, DataError
+from bigdssm.evaluation.collection import model_run, pretrained_run
+from bigdssm.evaluation.split import evaluate_split
+from bigdssm.evaluation.trec import run_metrics
+from bigdssm.models import DualEncoder
+from bigdssm.models.encoders import TextEncoder
+from bigdssm.retrieval.embed import tower_encoders
+from tests.unit.retrieval.conftest import SMALL, random_model
+
+SPLITS = {"train": "train", "validation": "dev", "test": "test"}
+
+
+@pytest.fixture(scope="module")
+def made(tiny_pairs: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Path, Config]:
+    root = tmp_path_factory.mktemp("collection")
+    config = load_config(tiny_pairs.config, [f"model.{override}" for override in SMALL])
+    tables = PairTables(
+        (tiny_pairs.source / "pairs.jsonl",), doc_id_column="doc_key", relevance_column="relevance",
+        validation_fraction=0.1, test_fraction=0.1, beir=root / "beir",
+    )  # fmt: skip
+    make_pairs(config.data, tables, Target(root / "dataset"))
+    return Dataset.open(root / "dataset"), root / "beir", config
+
+
+@pytest.fixture(scope="module")
+def text_model(made: tuple[Dataset, Path, Config]) -> DualEncoder:
+    return random_model(made[2], made[0], seed=3)
+
+
+def test_collection_holds_the_pairs(made: tuple[Dataset, Path, Config], tiny_pairs: Any) -> None:
+    dataset, folder, _ = made
+    records = [json.loads(line) for line in (tiny_pairs.source / "pairs.jsonl").open()]
+    expected = Counter({(r["query"], r["doc_key"], int(r["relevance"])) for r in records})
+    found: Counter[tuple[str, str, int]] = Counter()
+    for split in SPLITS:
+        collection = read_collection(folder, split)
+        texts = {entry.key: entry.text for entry in collection.queries}
+        found.update((texts[q], d, grade) for q, judged in collection.qrels.items() for d, grade in judged.items())
+        assert (folder / "qrels" / f"{SPLITS[split]}.tsv").read_text().startswith("query-id\tcorpus-id\tscore\n")
+    # A pair that is said to be relevant and irrelevant is there once, as it first stood.
+    assert {pair[:2] for pair in found} == {pair[:2] for pair in expected} and max(found.values()) == 1
+    corpus = {entry.key: entry for entry in read_collection(folder, "test").corpus}
+    assert sorted(corpus) == sorted(dataset.catalogue.keys(np.arange(dataset.catalogue.num_docs)))
+    one = next(r for r in records if r["doc_key"] == "d4")
+    assert corpus["d4"] == Entry(
+        "d4", one["text"], {"section": one["section"], "tags": one["tags"], "size": one["size"]}
+    )
+
+
+def test_a_models_run_is_the_datasets_evaluation(made: tuple[Dataset, Path, Config], text_model: DualEncoder) -> None:
+    dataset, folder, _ = made
+    collection = read_collection(folder, "test")
+    run = model_run(text_model, dataset.schema, dataset.tokenizer_dir, collection, top=dataset.catalogue.num_docs)
+    ranks = evaluate_split(tower_encoders(text_model, dataset), dataset, "test").ranks
+    ids = np.concatenate([rows.query_ids for rows in dataset.iterate("test", 999)]).view(np.uint64)
+    docs = dataset.catalogue.keys(np.concatenate([rows.doc_rows for rows in dataset.iterate("test", 999)]))
+    compared = 0
+    for query, doc, rank in zip((f"{i:016x}" for i in ids.tolist()), docs, ranks, strict=True):
+        if not np.isnan(rank):
+            place = sorted(run[query], key=run[query].__getitem__, reverse=True).index(doc) + 1
+            assert abs(place - rank) <= 0.5  # scores that rounding cannot tell apart are half a rank there
+            compared += 1
+    assert compared > 50
+
+
+def test_known_positives_can_be_left_out(made: tuple[Dataset, Path, Config], text_model: DualEncoder) -> None:
+    dataset, folder, _ = made
+    collection = read_collection(folder, "test")
+    query = collection.queries[0].key
+    collection.known[query] = {entry.key: 1 for entry in collection.corpus[:150]}
+    arguments = (text_model, dataset.schema, dataset.tokenizer_dir, collection)
+    everything, left = (model_run(*arguments, filter_known=known, top=100)[query] for known in (False, True))
+    assert len(everything) == len(left) == 100
+    assert everything.keys() & collection.known[query].keys()
+    assert not left.keys() & collection.known[query].keys()
+
+
+def test_a_pretrained_encoder_as_it_is(made: tuple[Dataset, Path, Config], tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    dataset, folder, _ = made
+    torch.manual_seed(0)
+    bert = BertModel(BertConfig(vocab_size=200, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                intermediate_size=32, max_position_embeddings=32)).eval()  # fmt: skip
+    bert.save_pretrained(tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(str(dataset.tokenizer_dir))
+    tokenizer.save_pretrained(str(tmp_path / "hf"))
+    collection = read_collection(folder, "test")
+    run = pretrained_run(tmp_path / "hf", collection, max_tokens=12)
+
+    def vectors(texts: list[str]) -> torch.Tensor:
+        inputs = tokenizer(texts, padding=True, truncation=True, max_length=12, return_tensors="pt")
+        mask = inputs["attention_mask"].unsqueeze(2)
+        with torch.no_grad():
+            hidden = bert(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+        return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+
+    entry = collection.queries[0]
+    scores = (vectors([entry.text]) @ vectors([doc.text for doc in collection.corpus]).T)[0]
+    best = scores.topk(100)
+    assert list(run[entry.key].values()) == pytest.approx(best.values.tolist(), abs=1e-5)
+    values = run_metrics(collection.qrels, run)
+    assert all(len(value) == len(collection.qrels) for value in values.values())
+    with pytest.raises(ConfigError, match=r"has no tokenizer\.json"):
+        pretrained_run(tmp_path, collection)
+
+
+def test_damage_is_named(made: tuple[Dataset, Path, Config], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nothing.tsv does not exist; splits there: dev, test, train"):
+        read_collection(made[1], "nothing")
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td\t1\n")
+    (tmp_path / "corpus.jsonl").write_text('{"_id": "d", "title": "A", "text": "b"}\n')
+    (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "c"}\n')
+    assert read_collection(tmp_path, "test").corpus[0].text == "A b"
+    (tmp_path / "queries.jsonl").write_text('{"_id": "p", "text": "c"}\n')
+    with pytest.raises(DataError, match=r"judges query 'q', which queries\.jsonl does not have"):
+        read_collection(tmp_path, "test")
+    (tmp_path / "corpus.jsonl").write_text('{"_id": "d", "text": "b"}\n{"_id": "e"}\n')
+    with pytest.raises(DataError, match=r"corpus.jsonl:2 is no BEIR record: KeyError\('text'\)"):
+        read_collection(tmp_path, "test")
+
+
+def test_layers_of_a_pretrained_encoder_can_be_kept(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    from bigdssm.config import TextEncoderConfig
+
+    BertModel(BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
+                         intermediate_size=32, max_position_embeddings=16)).save_pretrained(tmp_path)  # fmt: skip
+    whole = TextEncoder(TextEncoderConfig(init=str(tmp_path)), 50, 0, 8)
+    light = TextEncoder(TextEncoderConfig(init=str(tmp_path), keep_layers=2), 50, 0, 8)
+    for name, weight in light.state_dict().items():
+        torch.testing.assert_close(weight, whole.state_dict()[name])
+    layers = [sum(".attention.output.dense.weight" in n for n in e.state_dict()) for e in (whole, light)]
+    assert layers == [3, 2]
+    assert {m.p for m in light.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
+    with pytest.raises(ConfigError, match=r"keep_layers=4, but text.init=.* has 3 layers"):
+        TextEncoder(TextEncoderConfig(init=str(tmp_path), keep_layers=4), 50, 0, 8)
