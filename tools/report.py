@@ -1,18 +1,20 @@
 """Report a run on a split: popularity, a window-3 Markov chain, the pretrained model, and what fine-tuning adds.
 
     python tools/report.py RUN --out REPORT.json [--split test]
-    python tools/report.py RUN --out REPORT.json --beir DIR [--compare RUN.trec …] [--save-runs DIR]
+    python tools/report.py RUN --out REPORT.json --beir DIR [--bm25] [--pretrained FOLDER] [--compare RUN.trec …]
 
 Evaluates RUN/pretrain/best and, where it is there, RUN/sft/best over the full catalogue. With --beir they are measured
-on a collection that tools/make_shards.py wrote beside the dataset, against runs that tools/evaluate.py saved (BM25, a
-pretrained encoder as it is). REPORT.json is a list of {name, ndcg_at_10, …, seconds}; a model's seconds are those of
-its training and its evaluation.
+on a collection that tools/make_shards.py wrote beside the dataset, against BM25, a pretrained encoder as it is, and
+runs that tools/evaluate.py saved. REPORT.json is a list of {name, ndcg_at_10, …, seconds}; a model's seconds are those
+of its training and its evaluation.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from time import perf_counter
@@ -25,7 +27,7 @@ from bigdssm.data import Dataset
 from bigdssm.data.beir import Collection, read_collection
 from bigdssm.data.cache import Cache
 from bigdssm.errors import CheckpointError
-from bigdssm.evaluation.collection import model_run
+from bigdssm.evaluation.collection import Run, bm25_run, model_run, pretrained_run
 from bigdssm.evaluation.curves import training_seconds
 from bigdssm.evaluation.split import evaluate_split
 from bigdssm.evaluation.systems import (
@@ -50,8 +52,10 @@ def main() -> None:
     parser.add_argument("--split", default="test", help="split of the dataset or collection (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="JSON", help="where the list is saved")
     parser.add_argument("--beir", type=Path, metavar="DIR", help="measure on this BEIR folder")
+    parser.add_argument("--bm25", action="store_true", help="with --beir: also BM25")
+    parser.add_argument("--pretrained", type=Path, metavar="FOLDER", help="with --beir: also an encoder as it is")
     parser.add_argument("--compare", type=Path, nargs="+", default=[], metavar="TREC", help="runs of other systems")
-    parser.add_argument("--save-runs", type=Path, metavar="DIR", help="write the models' runs there in TREC's format")
+    parser.add_argument("--save-runs", type=Path, metavar="DIR", help="write all runs there in TREC's format")
     parser.add_argument("--filter-known", action="store_true", help="as with tools/evaluate.py")
     args = parser.parse_args()
 
@@ -68,7 +72,7 @@ def main() -> None:
         title, shown, pairs = f"{dataset.num_rows(args.split)} rows", SHOWN, [(m, others[-1]) for m in models]
     else:
         collection = read_collection(args.beir, args.split)
-        others = [System(path.stem, run_metrics(collection.qrels, read_run(path)), 0.0) for path in args.compare]
+        others = baselines_on_collection(collection, args)
         models = [on_collection(names[stage], folders[stage], stages[stage], collection, args) for stage in stages]
         title, shown = f"{len(collection.qrels)} queries", SHOWN_OF_RUNS
         pairs = [(model, other) for model in models for other in others]
@@ -86,19 +90,34 @@ def stage_name(stage: str, config: Config) -> str:
     return f"{config.pretrain.loss.name.upper()} pretraining" if stage == "pretrain" else "+ SFT"
 
 
+def baselines_on_collection(collection: Collection, args: argparse.Namespace) -> list[System]:
+    known, runs = args.filter_known, {}
+    if args.bm25:
+        runs["BM25"] = partial(bm25_run, collection, filter_known=known)
+    if args.pretrained is not None:
+        name = f"{args.pretrained.name} as it is"
+        runs[name] = partial(pretrained_run, args.pretrained, collection, filter_known=known)
+    runs |= {path.stem: partial(read_run, path) for path in args.compare}
+    return [measured(name, run, collection, args, 0.0) for name, run in runs.items()]
+
+
 def on_collection(
     name: str, folder: ModelFolder, stage_dir: Path, collection: Collection, args: argparse.Namespace
 ) -> System:
+    make = partial(
+        model_run, folder.model, folder.schema, folder.tokenizer_dir, collection, filter_known=args.filter_known
+    )
+    return measured(name, make, collection, args, training_seconds(stage_dir))
+
+
+def measured(
+    name: str, make: Callable[..., Run], collection: Collection, args: argparse.Namespace, spent: float
+) -> System:
     started = perf_counter()
-    with ProgressBar() as progress:
-        run = model_run(
-            folder.model, folder.schema, folder.tokenizer_dir, collection,
-            filter_known=args.filter_known, progress=progress,
-        )  # fmt: skip
+    run = make()
     if args.save_runs is not None:
-        write_run(args.save_runs / f"{stage_dir.name}.trec", run, name)
-    seconds = perf_counter() - started + training_seconds(stage_dir)
-    return System(name, run_metrics(collection.qrels, run), seconds)
+        write_run(args.save_runs / f"{'-'.join(name.split())}.trec", run, name)
+    return System(name, run_metrics(collection.qrels, run), perf_counter() - started + spent)
 
 
 def evaluated(name: str, folder: ModelFolder, stage_dir: Path, dataset: Dataset, split: str) -> System:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from bigdssm.config import Config, load_config
 from bigdssm.data import Dataset
@@ -20,10 +21,12 @@ from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.collection import model_run, pretrained_run
 from bigdssm.evaluation.split import evaluate_split
 from bigdssm.evaluation.trec import run_metrics
+from bigdssm.export import save_model_folder
 from bigdssm.models import DualEncoder
 from bigdssm.models.encoders import TextEncoder
 from bigdssm.retrieval.embed import tower_encoders
 from tests.unit.retrieval.conftest import SMALL, random_model
+from tests.unit.retrieval.test_tools import Tools
 
 SPLITS = {"train": "train", "validation": "dev", "test": "test"}
 
@@ -155,3 +158,33 @@ def test_layers_of_a_pretrained_encoder_can_be_kept(tmp_path: Path) -> None:
     assert {m.p for m in light.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
     with pytest.raises(ConfigError, match=r"keep_layers=4, but text.init=.* has 3 layers"):
         TextEncoder(TextEncoderConfig(init=str(tmp_path), keep_layers=4), 50, 0, 8)
+
+
+def test_the_tools_on_a_collection(
+    made: tuple[Dataset, Path, Config], text_model: DualEncoder, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    dataset, folder, config = made
+    sft = yaml.safe_dump({**config.to_dict(), "sft": config.to_dict()["pretrain"]})
+    for stage in ("pretrain", "sft"):
+        best = tmp_path / "run" / stage / "best"
+        save_model_folder(best, text_model, config, dataset.schema, dataset.tokenizer_dir, {})
+        (tmp_path / "run" / stage / "config.yaml").write_text(sft)
+        (tmp_path / "run" / stage / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    tools = Tools(monkeypatch, capsys)
+    beir, split = ("--beir", folder), ("--split", "validation")
+    files = ("--save-run", tmp_path / "own.trec", "--save-qrels", tmp_path / "qrels")
+    out = tools.ran("evaluate", *beir, *split, "--model", best, *files, "--out", tmp_path / "own.json")
+    system = json.loads((tmp_path / "own.json").read_text())["systems"][0]
+    assert f"{system['ndcg_at_10']:.4f} ± " in out and "Recall@100" in out
+    out = tools.ran("evaluate", "--run", tmp_path / "own.trec", "--qrels", tmp_path / "qrels")
+    assert f"{system['ndcg_at_10']:.4f} ± " in out
+    report = ("report", tmp_path / "run", "--out", tmp_path / "report.json", *beir, *split)
+    out = tools.ran(*report, "--compare", tmp_path / "own.trec", "--save-runs", tmp_path / "runs")
+    systems = json.loads((tmp_path / "report.json").read_text())
+    assert [s["name"] for s in systems] == ["own", "FPS pretraining", "+ SFT"]
+    assert len({s["recall_at_100"] for s in systems}) == 1
+    assert "+ SFT − FPS pretraining: NDCG@10 +0.0000 [+0.0000, +0.0000], Recall@100 " in out
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"own.trec", "FPS-pretraining.trec", "+-SFT.trec"}
+    assert "needs something to evaluate" in tools.refused(2, "evaluate", *beir)
+    assert "give --model and --data, or --beir" in tools.refused(2, "evaluate")
