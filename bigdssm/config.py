@@ -72,6 +72,7 @@ class DataConfig:
     cache_dir: str | None = None  # where a dataset at a URL is cached; none: bigdssm/ in the user's cache folder
     cache_bytes: int = DEFAULT_CACHE_BYTES  # most that all files in it take
     from_partition: str | None = None  # train on the dataset's partitions from this one on; none: on all of them
+    webdataset: str | None = None  # train on these plain shards (path with {000..009}), `dir` giving all but train rows
     mixture: list[SourceConfig] = field(default_factory=list)  # several datasets or partitions, by weight
     mixture_batches: Literal["mixed", "one_source"] = "mixed"  # a step's lanes each from one source, or all of them
     tail: Literal["carry", "drop"] = "carry"  # an epoch's rows that fill no step: into the next, or left out
@@ -325,6 +326,8 @@ def _check_mixture(data: DataConfig) -> None:
         weight = source.weight
         _require(0 < weight < float("inf"), f"data.mixture[{number}].weight", weight, "a finite number above 0")
     both = bool(data.mixture) and data.from_partition is not None
+    plain = data.webdataset is not None
+    _require(not plain or not data.mixture, "data.webdataset", data.webdataset, "no mixture beside it")
     _require(
         not both, "data.from_partition", data.from_partition, "no mixture beside it; name partitions in the mixture"
     )

@@ -22,6 +22,21 @@ def hash_strings(array: pa.Array | pa.ChunkedArray) -> np.ndarray:
     return hashes[coded.indices.to_numpy()] if len(hashes) else np.empty(0, np.int64)
 
 
+def hash_rows(table: pa.Table) -> np.ndarray:
+    """Return a hash of all canonical columns of every row, int64 [rows]: what tells rows without an id apart."""
+    between, within = (pa.scalar(separator, pa.large_string()) for separator in "\x1f\x1e")
+    parts = []
+    for column in table.columns:
+        array = column.combine_chunks()
+        parts.append(pc.binary_join(array, within) if pa.types.is_list(array.type) else array.cast(pa.large_string()))
+    return hash_strings(pc.binary_join_element_wise(*parts, between))
+
+
+def row_keys(hashes: np.ndarray) -> pa.Array:
+    """Return the keys that documents without an id get: their hash of `hash_rows` in hexadecimal."""
+    return pa.array([f"{content:016x}" for content in hashes.view(np.uint64).tolist()], pa.large_string())
+
+
 def mix(keys: np.ndarray, purpose: str, seed: int) -> np.ndarray:
     """Return a uint64 hash of the int64 `keys`, another one for every purpose and seed; distinct keys stay distinct."""
     return mix64(keys, hash64(f"{purpose}/{seed}"))

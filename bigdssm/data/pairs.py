@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from bigdssm.config import DataConfig
 from bigdssm.data.beir import BeirWriter
@@ -25,7 +24,7 @@ from bigdssm.data.columns import RowCheck, canonical, canonical_type, is_empty, 
 from bigdssm.data.dataset_writer import DatasetWriter
 from bigdssm.data.explode import exploded
 from bigdssm.data.fit import encode_columns
-from bigdssm.data.hashing import KeyIndex, hash_strings, mix
+from bigdssm.data.hashing import KeyIndex, hash_rows, hash_strings, mix, row_keys
 from bigdssm.data.making import (
     BLOCK_COLUMNS,
     Fitting,
@@ -163,7 +162,7 @@ class _Making:
             check.fail(missing(query, self.query), "no query: its features are empty")
             check.fail(missing(doc, self.doc), "no document: its features are empty")
             query_ids = self._query_ids(check, query)
-            contents = _content(doc)
+            contents = hash_rows(doc)
             keys = self._doc_keys(check, contents)
             display = strings(check, self.display) if self.display else keys
             relevance = np.ones(len(query_ids))
@@ -247,7 +246,7 @@ class _Making:
     def _query_ids(self, check: RowCheck, query: pa.Table) -> np.ndarray:
         name = self.tables.query_id_column
         if name is None:
-            return _content(query)
+            return hash_rows(query)
         ids = strings(check, name)
         check.fail(is_empty(ids), f"{name} is empty")
         return hash_strings(ids)
@@ -255,7 +254,7 @@ class _Making:
     def _doc_keys(self, check: RowCheck, contents: np.ndarray) -> pa.Array:
         name = self.tables.doc_id_column
         if name is None:
-            return pa.array([f"{content:016x}" for content in contents.view(np.uint64).tolist()], pa.large_string())
+            return row_keys(contents)
         keys = strings(check, name)
         check.fail(is_empty(keys), f"no document: {name} is empty")
         return keys
@@ -293,16 +292,6 @@ class _PerDocument:
         self._content[docs[first]] = contents[first]
         known = self._content[docs]
         self.num_changed += int(((known != contents) & (known != 0)).sum())
-
-
-def _content(table: pa.Table) -> np.ndarray:
-    """Return a hash of all canonical columns of every row, int64."""
-    between, within = (pa.scalar(separator, pa.large_string()) for separator in "\x1f\x1e")
-    parts = []
-    for column in table.columns:
-        array = column.combine_chunks()
-        parts.append(pc.binary_join(array, within) if pa.types.is_list(array.type) else array.cast(pa.large_string()))
-    return hash_strings(pc.binary_join_element_wise(*parts, between))
 
 
 def _encoded(table: pa.Table, features: dict[str, Feature], text: TextEncoder | None) -> dict[str, pa.Array]:

@@ -51,7 +51,7 @@ def read_shard(path: Path, columns: Sequence[str], report_bad: ReportBad) -> Ite
     with open_source(path, split_suffix(path)[1]) as stream:
         for row, sample in enumerate(_samples(path, stream), 1):
             try:
-                records.append(_record(sample))
+                records.append(record_of(sample))
             except (ValueError, RecursionError) as error:
                 report_bad(str(path), row, f"sample {sample[KEY]!r}: {error}")
                 continue
@@ -81,7 +81,7 @@ def check_shard(path: Path) -> None:
                     last = f"member {member.name!r}"
                     if member.name.lower().endswith(tuple(f".{suffix}" for suffix in UNPICKLED_SUFFIXES)):
                         raise DataError(f"{path}: {last} holds code for whoever unpickles it; refused, leave it out")
-                    if _is_text(member.name) and member.size > MAX_LINE_BYTES:
+                    if is_text(member.name) and member.size > MAX_LINE_BYTES:
                         raise DataError(
                             f"{path}: {last} has {member.size:,} bytes, at most {MAX_LINE_BYTES:,} are read"
                         )
@@ -94,18 +94,19 @@ def check_shard(path: Path) -> None:
 
 
 def _samples(path: Path, stream: BinaryIO) -> Iterator[dict[str, Any]]:
-    members = tar_file_iterator(stream, select_files=_is_text)
+    members = tar_file_iterator(stream, select_files=is_text)
     try:
         yield from group_by_keys({**member, "__url__": str(path)} for member in members)
     except ValueError as error:  # a member of one name twice in a sample
         raise DataError(f"{path}: {error.args[0]}; give every sample a key of its own") from None
 
 
-def _is_text(name: str) -> bool:
+def is_text(name: str) -> bool:
+    """Return True where a member's name says that its content is text."""
     return name.lower().endswith(tuple(f".{suffix}" for suffix in TEXT_SUFFIXES))
 
 
-def _record(sample: dict[str, Any]) -> dict[str, Any]:
+def record_of(sample: dict[str, Any]) -> dict[str, Any]:
     """Return a sample's columns. Raises ValueError: not UTF-8, no JSON object, or a column that comes twice."""
     record: dict[str, Any] = {KEY: sample[KEY]}
     for suffix, content in sample.items():

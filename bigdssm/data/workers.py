@@ -32,13 +32,21 @@ def open_parts(
     Raises DataError: reading failed for another reason than damaged data; PeerError: a loader process died.
     """
     if num_workers == 0:
-        for part in _guarded(dataset, split, order, shares[0].tolist(), start_step):
+        for part in until_an_error(_read(dataset, split, order, shares[0].tolist(), start_step)):
             yield _raised(part)
         return
     shared = _Shares(dataset, split, order, [share.tolist() for share in shares], start_step)
+    yield from load(shared, num_workers, prefetch=4)
+
+
+def load(source: IterableDataset, num_workers: int, prefetch: int) -> Iterator[Part]:
+    """Yield what `source` gives through `until_an_error`, in that many loader processes (0: in this one).
+
+    Raises DataError and PeerError as `open_parts` does.
+    """
     loader = DataLoader(
-        shared, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, prefetch_factor=4,
-        worker_init_fn=_heed_only_the_parent,
+        source, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, worker_init_fn=_heed_only_the_parent,
+        prefetch_factor=prefetch if num_workers else None,
     )  # fmt: skip
     try:
         parts = iter(loader)
@@ -47,6 +55,10 @@ def open_parts(
             yield _raised(part)
     except RuntimeError as error:  # torch's word for a loader process that was killed
         raise PeerError(f"a loader process died: {' '.join(str(error).split())}") from None
+
+
+def _read(dataset: Dataset, split: str, order: Order | MixedOrder, lanes: list[int], start_step: int) -> Iterator[Part]:
+    yield from LaneReader(dataset, split, order, lanes).parts(start_step)
 
 
 class _Shares(IterableDataset):
@@ -60,7 +72,7 @@ class _Shares(IterableDataset):
     def __iter__(self) -> Iterator[Part | str]:
         worker = get_worker_info()
         pa.set_cpu_count(1)
-        for part in _guarded(*self._args, self._shares[worker.id if worker else 0], self._start_step):
+        for part in until_an_error(_read(*self._args, self._shares[worker.id if worker else 0], self._start_step)):
             # the parent has its own mapping of the sequences
             yield part if isinstance(part, str) else replace(part, rows=replace(part.rows, sequences=None))
 
@@ -88,12 +100,10 @@ def _end_with_the_parent() -> None:
     os._exit(0)
 
 
-def _guarded(
-    dataset: Dataset, split: str, order: Order | MixedOrder, lanes: list[int], start_step: int
-) -> Iterator[Part | str]:
+def until_an_error(parts: Iterator[Part]) -> Iterator[Part | str]:
     """Yield the parts, and as the last thing the message of whatever went wrong: all ranks must stop together."""
     try:
-        yield from LaneReader(dataset, split, order, lanes).parts(start_step)
+        yield from parts
     except BigDSSMError as error:
         yield str(error)
     except Exception as error:

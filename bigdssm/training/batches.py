@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.config import LossConfig
-from bigdssm.data import Batch, Collator, Dataset, PairStream, Rows
+from bigdssm.data import Batch, Collator, Dataset, Rows, RowStream
 from bigdssm.losses import sample_uniform
 from bigdssm.retrieval.mine import choose_negatives
 
@@ -21,7 +21,7 @@ class Batches:
 
     def __init__(
         self,
-        stream: PairStream,
+        stream: RowStream,
         loss: LossConfig,
         mined: np.ndarray | None,
         seed: int,
@@ -31,7 +31,7 @@ class Batches:
         self._stream, self._loss, self._mined, self._seed, self._device = stream, loss, mined, seed, device
         dataset = stream.dataset
         self._dataset = dataset
-        self._collator = Collator(dataset.schema, None if dataset.inline else dataset.catalogue, dataset.pad_token_id)
+        self._collator = Collator(dataset.schema, None if stream.inline else dataset.catalogue, dataset.pad_token_id)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches on the rank's device."""

@@ -13,7 +13,7 @@ from typing import Any
 from bigdssm import distributed
 from bigdssm.checkpoint import Checkpoint, CheckpointStore, TensorReader
 from bigdssm.config import StageConfig
-from bigdssm.data import Batch, PairStream
+from bigdssm.data import Batch, RowStream
 from bigdssm.errors import DivergedError, Preempted
 from bigdssm.evaluation.split import Evaluation
 from bigdssm.log import get_logger
@@ -86,7 +86,7 @@ class Stage:
     total_steps: int
     starts_trained: bool
     engine: Engine
-    stream: PairStream
+    stream: RowStream
     batches: Batches
     objective: Objective
     validator: Validator
@@ -181,7 +181,7 @@ def restore(
     checkpoint: Checkpoint,
     read: TensorReader,
     engine: Engine,
-    stream: PairStream,
+    stream: RowStream,
     objective: Objective,
     new_part: bool,
 ) -> Progress:

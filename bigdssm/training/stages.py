@@ -19,7 +19,7 @@ from bigdssm import distributed
 from bigdssm.checkpoint import Checkpoint, CheckpointStore
 from bigdssm.cli import ProgressBar
 from bigdssm.config import Config, LossConfig, StageConfig, StageName, first_difference
-from bigdssm.data import Dataset, PairStream
+from bigdssm.data import Dataset, PairStream, PlainStream, RowStream
 from bigdssm.data.joining import open_dataset
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError
 from bigdssm.export.model_folder import load_model_folder
@@ -64,8 +64,10 @@ def check_stage(config: Config, name: StageName, world_size: int, resume: bool) 
     check_trackers(config.run.trackers)
     dataset = open_dataset(config.data)
     dataset.check_against(config.data)
-    if dataset.inline:
-        _check_inline(f"{name}.loss", stage.loss, dataset)
+    if dataset.inline or config.data.webdataset is not None:
+        _check_inline(f"{name}.loss", stage.loss, config.data.webdataset or str(dataset.dir))
+    if config.data.webdataset is not None and not stage.steps:
+        raise ConfigError(f"{name}.steps: got 0, needs a number of steps: plain shards have no epochs")
     folder = config.stage_dir(name)
     if folder.exists() and any(file.name != RUNNING_FILE for file in folder.iterdir()):
         _check_folder(folder, config, name, resume)
@@ -76,9 +78,9 @@ def check_stage(config: Config, name: StageName, world_size: int, resume: bool) 
     return dataset
 
 
-def _check_inline(key: str, loss: LossConfig, dataset: Dataset) -> None:
-    """Raise where a loss needs a catalogue."""
-    why = f"{dataset.dir} has its documents inline, without a catalogue"
+def _check_inline(key: str, loss: LossConfig, rows: str) -> None:
+    """Raise where a loss needs a catalogue; `rows` is where the rows come from."""
+    why = f"{rows} has its documents inline, without a catalogue"
     for name, value in (("negatives", loss.negatives), ("uniform_negatives", loss.uniform_negatives)):
         if value:
             raise ConfigError(f"{key}.{name}: got {value}, needs 0: {why}")
@@ -124,9 +126,9 @@ def run_stage(
                 stage = _assemble(config, name, model, stream, store, checkpoint, new_part, trackers, bar, watch)
                 note_start(folder, stage.progress.step)
                 logger.info(
-                    "%s: %s rows, %d steps of %d rows on %s, from step %d, in %s",
-                    name, f"{dataset.num_rows('train'):,}", stage.total_steps, stage_config.rows_global,
-                    describe_ranks(), stage.progress.step, folder,
+                    "%s: %s, %d steps of %d rows on %s, from step %d, in %s",
+                    name, config.data.webdataset or f"{dataset.num_rows('train'):,} rows", stage.total_steps,
+                    stage_config.rows_global, describe_ranks(), stage.progress.step, folder,
                 )  # fmt: skip
                 stop.wait_for_steps()
                 progress = train(stage)
@@ -134,7 +136,7 @@ def run_stage(
 
 
 def _assemble(
-    config: Config, name: StageName, model: DualEncoder, stream: PairStream, store: CheckpointStore,
+    config: Config, name: StageName, model: DualEncoder, stream: RowStream, store: CheckpointStore,
     checkpoint: Checkpoint | None, new_part: bool, trackers: Trackers, bar: ProgressBar, watch: Watch,
 ) -> Stage:  # fmt: skip
     stage_config, folder, dataset = config.stage(name), config.stage_dir(name), stream.dataset
@@ -156,8 +158,7 @@ def _assemble(
         progress = restore(checkpoint, read, engine, stream, objective, new_part)
         over = f", at the beginning of {', '.join(p.name for p in dataset.partitions)}" if new_part else ""
         logger.info("%s goes on from %s%s", name, checkpoint.path, over)
-    part_steps = stage_config.steps or math.ceil(stage_config.epochs * stream.steps_per_epoch)
-    total_steps = progress.part_step + part_steps
+    total_steps = progress.part_step + _part_steps(stage_config, stream)
     row_log = partial(
         RowLog, folder, rank=distributed.rank(), world_size=distributed.world_size(), next_step=progress.step
     )
@@ -213,21 +214,20 @@ def _model_difference(theirs: Config, mine: Config) -> str | None:
     return first_difference(shape(theirs), shape(mine), "model")
 
 
-def _stream(config: Config, stage: StageConfig, dataset: Dataset) -> PairStream:
-    rank = distributed.rank()
-    quarantine = Path(config.run.dir) / f"quarantine-{rank:05d}.jsonl"
-    return PairStream(
-        dataset,
-        rows_global=stage.rows_global,
-        lanes=config.data.lanes,
-        seed=config.run.seed,
-        rank=rank,
-        world_size=distributed.world_size(),
-        num_workers=config.data.num_workers,
-        tail=config.data.tail,
-        max_bad_fraction=config.data.max_bad_fraction,
-        quarantine=quarantine,
-    )
+def _stream(config: Config, stage: StageConfig, dataset: Dataset) -> RowStream:
+    rank, data = distributed.rank(), config.data
+    shared: dict[str, Any] = {
+        "rows_global": stage.rows_global,
+        "seed": config.run.seed,
+        "rank": rank,
+        "world_size": distributed.world_size(),
+        "num_workers": data.num_workers,
+        "max_bad_fraction": data.max_bad_fraction,
+        "quarantine": Path(config.run.dir) / f"quarantine-{rank:05d}.jsonl",
+    }
+    if data.webdataset is not None:
+        return PlainStream(dataset, data.webdataset, **shared)
+    return PairStream(dataset, lanes=data.lanes, tail=data.tail, **shared)
 
 
 def _mined(engine: Engine, dataset: Dataset, stage: StageConfig, path: Path, watch: Watch) -> np.ndarray | None:
@@ -304,10 +304,14 @@ def _write_config(folder: Path, config: Config) -> None:
     distributed.barrier()
 
 
-def _report_valid(config: Config, name: StageName, model: DualEncoder, stream: PairStream) -> None:
+def _part_steps(stage: StageConfig, stream: RowStream) -> int:
+    return stage.steps or math.ceil(stage.epochs * stream.steps_per_epoch)
+
+
+def _report_valid(config: Config, name: StageName, model: DualEncoder, stream: RowStream) -> None:
     batch = next(iter(Batches(stream, replace(config.stage(name).loss, negatives=0), None, config.run.seed, device())))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     logger.info(
-        "%s is valid: %s parameters, %d steps an epoch, a first batch of %d rows and %d documents on rank 0",
-        name, f"{parameters:,}", stream.steps_per_epoch, len(batch.query_ids), len(batch.doc_ids),
+        "%s is valid: %s parameters, %d steps, a first batch of %d rows and %d documents on rank 0",
+        name, f"{parameters:,}", _part_steps(config.stage(name), stream), len(batch.query_ids), len(batch.doc_ids),
     )  # fmt: skip

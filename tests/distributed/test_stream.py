@@ -22,7 +22,7 @@ import pytest
 from bigdssm.data import Dataset, PairStream
 from bigdssm.data import lanes as lanes_module
 from bigdssm.data.order import Order
-from bigdssm.data.stream import CHECK_EVERY_STEPS
+from bigdssm.data.row_stream import CHECK_EVERY_STEPS
 from bigdssm.errors import DataError, PeerError
 
 from .spawn import Pool

@@ -196,9 +196,11 @@ def test_a_killed_worker_stops_the_stream(interactions: Path) -> None:
     import os
     import signal
 
+    others = multiprocessing.active_children()
     stream = PairStream(interactions, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=2)
     next(stream)
-    os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+    own = next(process for process in multiprocessing.active_children() if process not in others)
+    os.kill(own.pid or 0, signal.SIGKILL)
     with pytest.raises(PeerError, match="a loader process died"):
         for _ in range(100):
             next(stream)

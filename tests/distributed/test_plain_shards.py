@@ -1,0 +1,73 @@
+"""A run on plain WebDataset shards by another writer, at 2 ranks, stopped and gone on with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from webdataset import TarWriter
+
+from bigdssm.config import load_config
+from bigdssm.data.making import Target
+from bigdssm.data.pairs import PairTables, make_pairs
+from bigdssm.schema import hash64
+
+from . import small_run
+from .spawn import Pool, RankFailed
+from .test_training import stop_after
+
+STEPS = 6
+
+
+def test_plain_shards_train_evaluate_and_go_on(tmp_path: Path, pools: dict[int, Pool]) -> None:
+    for shard in range(3):
+        with TarWriter(str(tmp_path / f"{shard}.tar")) as writer:
+            for i in range(200 * shard, 200 * shard + 200):
+                words = {"query.txt": f"word{i % 60} of {i % 7}", "doc.txt": f"text {i % 60}"}
+                writer.write({"__key__": str(i), **{name: text.encode() for name, text in words.items()}})
+    text = {"type": "text", "max_tokens": 8}
+    sizes = {"layers": 1, "hidden": 16, "heads": 2}
+    tower = {"mlp": [16], "text": sizes}
+    content = {
+        "run": {"dir": str(tmp_path / "run"), "trackers": []},
+        "data": {
+            "dir": str(tmp_path / "dataset"), "lanes": 2, "num_workers": 0,
+            "query": {"query": text}, "doc": {"doc": text},
+            "tokenizer": {"vocab_size": 200}, "webdataset": str(tmp_path / "{0..2}.tar"), "max_bad_fraction": 0.0,
+        },
+        "model": {"dim": 16, "query": tower, "doc": tower},
+        "pretrain": {
+            "rows_global": 64, "steps": STEPS, "save_every_steps": 2, "log_every_steps": 1, "validate_every_steps": 3,
+            "optimizer": {"lr": 0.01, "warmup_steps": 1},
+        },
+        "debug": {"log_row_ids": True},
+    }  # fmt: skip
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(content))
+    make_pairs(load_config(config).data, PairTables(files=(tmp_path / "0.tar",)), Target(tmp_path / "dataset"))
+    with pytest.raises(RankFailed, match=r"loss\.frequency: got counts, needs streaming .*\.tar has its"):
+        pools[2].run(
+            small_run.run,
+            config,
+            tmp_path / "run",
+            ("pretrain.loss.sampling=corrected",),
+        )
+    with pytest.raises(RankFailed, match=r"pretrain\.steps: got 0, needs a number of steps"):
+        pools[2].run(small_run.run, config, tmp_path / "run", ("pretrain.steps=0",))
+    with pytest.raises(RankFailed, match="stopped for the test"):
+        pools[2].run(stop_after, config, tmp_path / "run", (), 1)
+    pools[2].run(small_run.run, config, tmp_path / "run", (), "pretrain", True)
+    curve = small_run.records(tmp_path / "run")
+    assert {record["step"] for record in curve} == set(range(1, STEPS + 1))
+    losses = [record["loss"] for record in curve]
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+    known = {hash64(f"{tmp_path}/{i // 200}.tar/{i}") for i in range(600)}
+    for rank in range(2):
+        lines = (tmp_path / "run" / "pretrain" / f"row_ids-{rank:05d}.jsonl").read_text().splitlines()
+        steps = {json.loads(line)["step"]: json.loads(line)["row_ids"] for line in lines}
+        assert list(steps) == list(range(STEPS))
+        assert all(len(ids) == 32 and set(ids) <= known for ids in steps.values())
+    assert (tmp_path / "run" / "pretrain" / "best" / "schema.json").is_file()
