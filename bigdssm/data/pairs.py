@@ -149,7 +149,7 @@ class _Making:
             check = RowCheck(batch, _ignore)
             query, doc = canonical(check, self.query), canonical(check, self.doc)
             units.append(self.splitter.units(check, self._query_ids(check, query))[check.good])
-            contents.append(_content(doc)[check.good])
+            contents.append(hash_rows(doc)[check.good])
         return np.concatenate(units), np.concatenate(contents)
 
     def read(self) -> None:
