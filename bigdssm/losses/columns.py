@@ -1,4 +1,7 @@
-"""The document columns of all ranks: one gather of W (and of ids and biases), cut into tiles.
+"""All that a loss gathers: the document columns of all ranks (W, ids, biases), cut into tiles, and the known positives.
+
+W is the last and largest gather. It goes on while masks are planned and while tiles of this rank's own columns, which
+need no other rank's, are worked on.
 
 A column's *slot* is its place in the gathered buffers: rank k's columns stand at k · longest, so ranks with fewer
 columns leave slots unused and nothing is copied together after the gather. Tiles never span two ranks.
@@ -44,6 +47,8 @@ class Columns:
     num_columns: int
     valid: Tensor  # [num_columns] the slots in use, ascending
     doc_keys: Tensor | None  # [N] document ids, None where each column is its own document
+    pairs: Tensor | None  # [M, 2] (query id, slot of its positive, −1 at weight 0) of all ranks; None without query_ids
+    known: Tensor | None  # [P, 2] (query id, document id) of further known positives of all ranks
     beta: Tensor | None  # [N] float64
     neg_bias: Tensor | None  # [N] float64
     acc: torch.dtype
@@ -60,9 +65,9 @@ class Columns:
 
 
 def gather_columns(x: LossInputs, facts: Facts, width: int, group: Group | None) -> Columns:
-    """Start the gather of W and gather ids and biases; `width` is the tiles' number of columns."""
+    """Gather ids and biases, and start the gather of W; `width` is the tiles' number of columns."""
     device, longest = x.W.device, facts.longest
-    gathered = distributed.all_gather_padded(x.W.detach(), longest, group, async_op=True)
+    own_start = facts.rank * longest
     own: list[tuple[int, int]] = []
     others: list[tuple[int, int]] = []
     for owner, count in enumerate(facts.num_columns):
@@ -74,17 +79,28 @@ def gather_columns(x: LossInputs, facts: Facts, width: int, group: Group | None)
         tiles.append(Tile(start, stop, at))
         at += stop - start
     valid = [torch.arange(k * longest, k * longest + count, device=device) for k, count in enumerate(facts.num_columns)]
+    pairs = known = None
+    if x.query_ids is not None:
+        slot = torch.where(x.weight > 0, x.positive + own_start, -1)
+        pairs = _gather_rows(torch.stack([x.query_ids, slot], 1), facts.num_queries, group)
+    if x.known is not None:
+        known = _gather_rows(x.known, facts.num_known, group)
+    doc_keys = _gather_vector(x.doc_ids, longest, group)
+    beta = _gather_vector(None if x.beta is None else x.beta.detach().double(), longest, group)
+    neg_bias = _gather_vector(None if x.neg_bias is None else x.neg_bias.double(), longest, group)
     return Columns(
-        gathered=gathered,
+        gathered=distributed.all_gather_padded(x.W.detach(), longest, group, async_op=True),
         tiles=tiles,
         num_own_tiles=len(own),
-        own_start=facts.rank * longest,
+        own_start=own_start,
         num_slots=facts.world_size * longest,
         num_columns=sum(facts.num_columns),
         valid=torch.cat(valid),
-        doc_keys=_gather_vector(x.doc_ids, longest, group),
-        beta=_gather_vector(None if x.beta is None else x.beta.detach().double(), longest, group),
-        neg_bias=_gather_vector(None if x.neg_bias is None else x.neg_bias.double(), longest, group),
+        doc_keys=doc_keys,
+        pairs=pairs,
+        known=known,
+        beta=beta,
+        neg_bias=neg_bias,
         acc=x.acc,
     )
 
@@ -93,3 +109,9 @@ def _gather_vector(vector: Tensor | None, longest: int, group: Group | None) -> 
     if vector is None:
         return None
     return distributed.all_gather_padded(vector, longest, group).wait()
+
+
+def _gather_rows(rows: Tensor, counts: list[int], group: Group | None) -> Tensor:
+    longest = max(counts)
+    padded = distributed.all_gather_padded(rows, longest, group).wait()
+    return torch.cat([padded[k * longest : k * longest + count] for k, count in enumerate(counts)])

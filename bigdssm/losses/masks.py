@@ -17,10 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bigdssm import distributed
-from bigdssm.distributed import Group
 from bigdssm.losses.columns import Columns, Tile
-from bigdssm.losses.inputs import Facts, LossInputs
+from bigdssm.losses.inputs import LossInputs
 
 # coordinates cost about 64 bytes an entry while they are made, the dense mask one byte per entry of the strip
 _DENSE_FROM = 1 / 32
@@ -139,8 +137,8 @@ class DropPlan:
         return StripMask(dense=mask)
 
 
-def plan_drops(x: LossInputs, facts: Facts, columns: Columns, group: Group | None) -> DropPlan:
-    """Find the drop set of this rank's queries; with query_ids it gathers two integers per query of all ranks."""
+def plan_drops(x: LossInputs, columns: Columns) -> DropPlan:
+    """Find the drop set of this rank's queries."""
     m, device = x.positive.shape[0], x.positive.device
     slot_doc, docs = _documents(columns, device)
     num_docs = max(1, docs.shape[0])
@@ -152,7 +150,7 @@ def plan_drops(x: LossInputs, facts: Facts, columns: Columns, group: Group | Non
     else:
         distinct, row_query = torch.unique(x.query_ids, return_inverse=True)
         num_queries = distinct.shape[0]
-        query, doc = _gather_pairs(x, facts, positive_slot, slot_doc, docs, group)
+        query, doc = _known_positives(columns, slot_doc, docs)
         found, query = _look_up(distinct, query)
         query, doc = query[found], doc[found]
     pair_keys = torch.unique(query * num_docs + doc)
@@ -172,27 +170,15 @@ def _documents(columns: Columns, device: torch.device) -> tuple[Tensor, Tensor]:
     return slot_doc, docs
 
 
-def _gather_pairs(
-    x: LossInputs, facts: Facts, positive_slot: Tensor, slot_doc: Tensor, docs: Tensor, group: Group | None
-) -> tuple[Tensor, Tensor]:
+def _known_positives(columns: Columns, slot_doc: Tensor, docs: Tensor) -> tuple[Tensor, Tensor]:
     """Return (query id, document) of all ranks' pairs of weight > 0 and of the known pairs whose document is here."""
-    assert x.query_ids is not None
-    slot = torch.where(x.weight > 0, positive_slot, -1)
-    rows = distributed.all_gather_padded(torch.stack([x.query_ids, slot], 1), max(facts.num_queries), group).wait()
-    rows = _drop_padding(rows, facts.num_queries)
-    rows = rows[rows[:, 1] >= 0]
+    assert columns.pairs is not None
+    rows = columns.pairs[columns.pairs[:, 1] >= 0]
     query, doc = rows[:, 0], slot_doc[rows[:, 1]]
-    if x.known is not None:
-        known = distributed.all_gather_padded(x.known, max(facts.num_known), group).wait()
-        known = _drop_padding(known, facts.num_known)
-        found, known_doc = _look_up(docs, known[:, 1])
-        query, doc = torch.cat([query, known[found, 0]]), torch.cat([doc, known_doc[found]])
+    if columns.known is not None:
+        found, known_doc = _look_up(docs, columns.known[:, 1])
+        query, doc = torch.cat([query, columns.known[found, 0]]), torch.cat([doc, known_doc[found]])
     return query, doc
-
-
-def _drop_padding(rows: Tensor, counts: list[int]) -> Tensor:
-    longest = max(counts)
-    return torch.cat([rows[k * longest : k * longest + count] for k, count in enumerate(counts)])
 
 
 def _look_up(sorted_ids: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,7 @@ from bigdssm.losses.output import (
 )
 from bigdssm.losses.pairwise import PairSums, Pairwise, pairwise_pass
 from bigdssm.losses.softmax import RowSums, softmax_rows
-from bigdssm.losses.tiles import TILE_WIDTH, Problem, Sums, add_biases, positive_scores, softplus
+from bigdssm.losses.tiles import TILE_WIDTH, Problem, Sums, add_biases, fast_products, positive_scores, softplus
 
 RankingName = Literal["softmax", "pair_ce", "triplet", "sigmoid"]
 RANKING_NAMES = ("softmax", "pair_ce", "triplet", "sigmoid")
@@ -104,7 +104,7 @@ def ranking_loss(
     assert isinstance(x, LossInputs)
     if negatives is None:
         negatives = x.positive.new_zeros((x.positive.shape[0], 0))
-    with torch.no_grad():
+    with torch.no_grad(), fast_products(x):
         shared = _gather_in_batch(checked, facts, tile or TILE_WIDTH, name == "softmax", group) if in_batch else None
         return _Ranking(x, facts, negatives, shared, group).output(Pairwise(name, margin))
 
@@ -164,10 +164,10 @@ class _InBatch:
 
 def _gather_in_batch(part: LossInputs, facts: Facts, width: int, as_bias: bool, group: Group | None) -> _InBatch:
     """Gather the shared negatives; `as_bias`: their numbers of copies are part of the scores, as logarithms."""
-    columns = gather_columns(part, facts, width, group)
     copies_n = torch.bincount(part.positive, minlength=part.W.shape[0]).double()
     copies_N = distributed.all_gather_padded(copies_n, facts.longest, group).wait()
-    drops = plan_drops(part, facts, columns, group)
+    columns = gather_columns(part, facts, width, group)
+    drops = plan_drops(part, columns)
     bias_N = add_biases(columns.beta, columns.neg_bias)
     bias_N = add_biases(bias_N, copies_N.log()) if as_bias else bias_N
     U_mD = part.U.detach().to(part.acc)

@@ -28,11 +28,12 @@ def check(
     in_batch: bool,
     tile: int | None,
     beta: float | None = None,
+    tolerance: float = 1e-10,
 ) -> None:
     expected = reference.ranking(name, shards, alpha, in_batch, margin=0.3, scalar_beta=beta)
     arguments = {"in_batch": in_batch, "margin": 0.3, "tile": tile}
     found = run(pools, partial(ranking_loss, name), shards, alpha, beta=beta, **arguments)
-    assert_parity(shards, alpha, found, expected, 1e-10)
+    assert_parity(shards, alpha, found, expected, tolerance)
 
 
 @st.composite
@@ -88,6 +89,18 @@ def test_each_loss_and_source_of_negatives(
         generator, [(7, 12), (0, 0), (9, 11)], 6, num_queries=6, num_docs=15, options=frozenset(options)
     )
     check(pools, name, shards, 5.0, in_batch, 4, beta)
+
+
+@pytest.mark.parametrize("name", RANKING_NAMES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-3)])
+def test_lower_precision(pools: dict[int, Pool], name: str, dtype: torch.dtype, tolerance: float) -> None:
+    """On the same rounded inputs; bfloat16 gradients are rounded once, to 8 bits."""
+    options = frozenset({"beta", "neg_bias", "query_ids", "doc_ids", "weight", "negatives", "shared"})
+    shards = make_shards(
+        torch.Generator().manual_seed(1), [(40, 60), (37, 37)], 32, num_queries=30, num_docs=50, options=options,
+        dtype=dtype,
+    )  # fmt: skip
+    check(pools, name, shards, 20.0, True, 16, tolerance=tolerance)
 
 
 def test_in_batch_softmax_is_the_fps_loss(pools: dict[int, Pool]) -> None:

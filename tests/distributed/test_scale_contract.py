@@ -76,7 +76,7 @@ def train_plain(rank: int, world_size: int, loss: str, clip: float) -> list[Tens
     return [p.detach().clone() for p in parameters]
 
 
-def train_deepspeed(rank: int, world_size: int, loss: str, clip: float, stage: int) -> list[Tensor]:
+def train_deepspeed(rank: int, world_size: int, loss: str, stage: int, clip: float) -> list[Tensor]:
     """Train with a DeepSpeed engine, in float32."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", DS_ACCELERATOR="cpu")
     import deepspeed
@@ -100,8 +100,9 @@ def train_deepspeed(rank: int, world_size: int, loss: str, clip: float, stage: i
         outputs = engine(rows["q"].float(), rows["d"].float())
         engine.backward(compute_loss(loss, outputs, rows))
         engine.step()
-    state = engine.module.state_dict()
-    return [state[name].detach().clone() for name in names]
+    parameters = [engine.module.get_parameter(name) for name in names]
+    with deepspeed.zero.GatheredParameters(parameters, enabled=stage == 3):
+        return [parameter.detach().clone() for parameter in parameters]
 
 
 def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
@@ -117,9 +118,10 @@ def test_ddp(pools: dict[int, Pool], world_size: int, loss: str, clip: float) ->
         assert_same(weights, expected, 1e-10)
 
 
-@pytest.mark.parametrize("clip", CLIPS)
-@pytest.mark.parametrize(("world_size", "stage"), [(1, 0), (2, 1), (3, 0)])
-def test_deepspeed(pools: dict[int, Pool], world_size: int, stage: int, clip: float) -> None:
-    expected = train_plain(0, 1, "fps", clip)
-    for weights in pools[world_size].run(train_deepspeed, "fps", clip, stage):
-        assert_same([w.double() for w in weights], expected, 1e-5)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("world_size", "loss"), [(1, "fps"), (2, "fps"), (2, "pair_ce"), (3, "fps")])
+def test_deepspeed(pools: dict[int, Pool], world_size: int, loss: str, stage: int) -> None:
+    for clip in CLIPS:
+        expected = train_plain(0, 1, loss, clip)
+        for weights in pools[world_size].run(train_deepspeed, loss, stage, clip):
+            assert_same([w.double() for w in weights], expected, 1e-5)

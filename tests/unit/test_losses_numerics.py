@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from bigdssm.losses import fps_loss
 
@@ -64,15 +67,40 @@ def test_extreme_scores(case: str, direction: str, dtype: torch.dtype, tolerance
         assert float((a.double() - b).abs().max()) <= tolerance * scale, name
 
 
+class NarrowProducts(TorchFunctionMode):
+    """Products of float32 matrices as a CPU with bfloat16 units makes them where the loss lets it: narrow operands."""
+
+    narrowed = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        allowed = torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        if allowed and function in (torch.addmm, Tensor.addmm_) and args[1].dtype == torch.float32:
+            self.narrowed += 1
+            args = (args[0], *(operand.bfloat16().float() for operand in args[1:3]), *args[3:])
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("alpha", [20.0, 100.0])
-def test_bfloat16_is_as_good_as_its_inputs(direction: str, alpha: float) -> None:
+@pytest.mark.parametrize("narrow", [False, True])
+def test_bfloat16_is_as_good_as_its_inputs(direction: str, alpha: float, narrow: bool) -> None:
     """Scores are never rounded to bfloat16: that alone would be 12 % of dU at alpha = 100."""
     U = unit(300, 64, 3)
     W = torch.nn.functional.normalize(U + 3 * unit(300, 64, 4), dim=1)
     U, W = U.bfloat16(), W.bfloat16()
-    for a, b in zip(found(U, W, alpha, direction), exact(U, W, alpha, direction), strict=True):
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with NarrowProducts() if narrow else nullcontext() as products:
+        results = found(U, W, alpha, direction)
+    assert products is None or products.narrowed > 50
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    for a, b in zip(results, exact(U, W, alpha, direction), strict=True):
         assert float((a.double() - b).norm() / b.norm()) <= 5e-3
+
+
+def test_float32_products_are_never_narrowed() -> None:
+    with NarrowProducts() as products:
+        found(unit(30, 8, 1).float(), unit(30, 8, 2).float(), 20.0, "both")
+    assert products.narrowed == 0
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

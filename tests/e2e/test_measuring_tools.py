@@ -1,0 +1,45 @@
+"""The tools that measure the losses: they run, and say of this project's losses what is claimed of them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.e2e
+
+
+def output(*arguments: str) -> str:
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_gradients_have_the_right_size_and_direction() -> None:
+    lines = output("tools/check_gradients.py", "--ranks", "3").splitlines()
+    ours = [line for line in lines if line.startswith(("fps_loss", "ranking_loss"))]
+    assert len(ours) >= 4
+    for line in ours:
+        assert re.search(r" +1\.00 +1\.000 +1\.00$", line), line
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_loss_runs() -> None:
+    assert re.search(r"both +\d+\.\d+ s .* of it in its 4 products", output(
+        "tools/bench_loss.py", "speed", "--rows", "1024", "--dim", "16", "--turns", "1"
+    ))  # fmt: skip
+    assert re.search(r"m = +1024 +\d+", output("tools/bench_loss.py", "memory", "--rows", "1024", "--dim", "16"))
+    assert re.search(r"batch 2048", output("tools/bench_loss.py", "large", "--rows", "1024", "--dim", "16"))
+
+
+def test_bfloat16_is_precise_enough_for_its_speed_to_count() -> None:
+    lines = output("tools/bench_loss.py", "precision", "--rows", "512", "--dim", "32").splitlines()
+    assert len(lines) == 4
+    errors = [float(error) for line in lines for error in re.findall(r"(?:loss|dU|dW) (\S+?)(?:,|$)", line)]
+    assert len(errors) == 12 and max(errors) < 1e-2
