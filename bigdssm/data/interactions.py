@@ -99,7 +99,7 @@ def make_interactions(
         notes: list[str] = []
         events = _read_events(tables, catalogue, writer, notes, progress)
         writer.quarantine.check()
-        schema, text = fitting.finish(_texts(catalogue, users, fitting.base))
+        schema, text = fitting.finish(lambda: _texts(catalogue, users, fitting.base))
         prior = _prior_items(writer, hash_strings(events.keys))
         _write_sequences(writer, events, prior, users, schema, text, notes)
         splits, counts = _write_rows(tables, target, writer, events, prior, catalogue.num_docs, notes)

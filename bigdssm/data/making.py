@@ -15,7 +15,7 @@ from bigdssm.config import DataConfig
 from bigdssm.data.catalogue_writer import CatalogueWriter
 from bigdssm.data.dataset_writer import TOKENIZER, DatasetWriter
 from bigdssm.data.fit import SideFitter
-from bigdssm.data.tokenizer import TextEncoder, make_tokenizer
+from bigdssm.data.tokenizer import TextEncoder, Texts, make_tokenizer
 from bigdssm.errors import ConfigError
 from bigdssm.schema import Feature, Schema
 
@@ -83,7 +83,7 @@ class Fitting:
         self.query = SideFitter(stored(self.base.query), config.query)
         self.doc = SideFitter(self.base.doc, config.doc)
 
-    def finish(self, texts: Iterable[list[str]]) -> tuple[Schema, TextEncoder | None]:
+    def finish(self, texts: Texts) -> tuple[Schema, TextEncoder | None]:
         """Return the fitted schema and, where it has text, the encoder of the tokenizer (trained on `texts`)."""
         if self._like is not None:
             if not self.base.has_text:

@@ -2,7 +2,7 @@
 
 Two passes in bounded memory. The first reads the tables, checks rows, numbers the distinct documents and fits the
 schema; its rows wait on disk in buckets by a shuffle key. The second sorts bucket by bucket, tokenises and writes.
-In memory stay one bucket, the vocabularies, and about 40 bytes a distinct document.
+In memory stay one bucket, the vocabularies, and about 50 bytes a distinct document.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress:
         if tables.whole_documents:
             splitter.join(*making.units_and_documents())
         making.read()
-        schema, text = making.fitting.finish(making.texts())
+        schema, text = making.fitting.finish(making.texts)
         splits, counts = making.write(schema, text)
         report = commit(writer, making.catalogue, schema, text, splits, counts, started, making.notes)
         if making.beir is not None:

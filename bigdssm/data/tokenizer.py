@@ -7,7 +7,7 @@ text exactly as the shards were made.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -20,7 +20,10 @@ from bigdssm.errors import ConfigError
 
 PAD, UNKNOWN, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TEXTS_AT_ONCE = 4096  # encodings take about 100 bytes a token until they are arrays
-MAX_TRAINING_CHARACTERS = 200_000_000  # more text hardly changes 8,000 word pieces
+MAX_TRAINING_CHARACTERS = 50_000_000  # more text hardly changes 8,000 word pieces, its rare words fill the memory
+
+Texts = Callable[[], Iterable[list[str]]]
+"""Gives the same texts from the beginning each time that it is called; they are read twice and not held."""
 
 
 class TextEncoder:
@@ -44,7 +47,7 @@ class TextEncoder:
         return np.concatenate(parts) if parts else np.empty(0, np.int32), offsets
 
 
-def make_tokenizer(config: TokenizerConfig, texts: Iterable[list[str]], folder: Path) -> None:
+def make_tokenizer(config: TokenizerConfig, texts: Texts, folder: Path) -> None:
     """Write the tokenizer that `config` asks for into `folder`; without a path it is trained on `texts`.
 
     Raises ConfigError where the given one cannot be used.
@@ -60,17 +63,19 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterable[list[str]], folder: 
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
-def train_wordpiece(texts: Iterable[list[str]], vocab_size: int, lowercase: bool) -> Tokenizer:
+def train_wordpiece(texts: Texts, vocab_size: int, lowercase: bool) -> Tokenizer:
     """Return a BERT-like WordPiece tokenizer trained on `texts`; the same texts give the same ids every time.
 
     Raises ConfigError where vocab_size leaves no room for the characters of the texts.
     """
     normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    kept = list(_up_to(texts, MAX_TRAINING_CHARACTERS))
     # The trainer numbers the continuing characters (`##a`) in the order of a randomly seeded hash map, and breaks ties
     # between merges by these numbers; given in advance they, and so the whole vocabulary, come out the same.
-    raw = sorted(set(chain.from_iterable(map(set, chain.from_iterable(kept)))))
+    characters: set[str] = set()
+    for chunk in _up_to(texts(), MAX_TRAINING_CHARACTERS):
+        characters.update(*chunk)
+    raw = sorted(characters)
     alphabet = sorted(set("".join(normalizer.normalize_str(c) for c in raw)) - {" "})
     words = {c: [word for word, _ in pre_tokenizer.pre_tokenize_str(f"a{c}a")] for c in alphabet}
     inside = [f"##{c}" for c in alphabet if len(words[c]) == 1]  # the others, such as punctuation, are always apart
@@ -85,7 +90,7 @@ def train_wordpiece(texts: Iterable[list[str]], vocab_size: int, lowercase: bool
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=[*SPECIAL_TOKENS, *alphabet, *inside], show_progress=False
     )
-    learner.train_from_iterator(chain.from_iterable(kept), trainer)
+    learner.train_from_iterator(chain.from_iterable(_up_to(texts(), MAX_TRAINING_CHARACTERS)), trainer)
     tokenizer = Tokenizer(models.WordPiece(learner.get_vocab(), unk_token=UNKNOWN))  # without the pieces as "special"
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))

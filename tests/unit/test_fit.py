@@ -1,5 +1,8 @@
 """Vocabularies, normalisation and the tokenizer are a function of the data, and grow only at their end."""
 
+import sys
+import tracemalloc
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,7 +65,7 @@ def test_encoded_columns_hold_codes_in_the_schema_s_sense() -> None:
 
 
 def test_the_trained_tokenizer_is_bert_like_and_loads_through_auto_tokenizer(tmp_path: Path) -> None:
-    make_tokenizer(TokenizerConfig(vocab_size=150), TEXTS, tmp_path / "tokenizer")
+    make_tokenizer(TokenizerConfig(vocab_size=150), lambda: TEXTS, tmp_path / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     assert tokenizer.pad_token_id == 0
     text = "Quick FOX, 漢字 [unseen: ж]"
@@ -78,21 +81,34 @@ def test_the_trained_tokenizer_is_bert_like_and_loads_through_auto_tokenizer(tmp
 @pytest.mark.parametrize("vocab_size", [85, 150])
 def test_the_same_texts_give_the_same_ids_every_time(vocab_size: int) -> None:
     """The trainer's hash maps are seeded anew each time, in one process too."""
-    assert len({train_wordpiece(TEXTS, vocab_size, True).to_str() for _ in range(6)}) == 1
+    assert len({train_wordpiece(lambda: TEXTS, vocab_size, True).to_str() for _ in range(6)}) == 1
 
 
 def test_a_vocabulary_too_small_for_the_characters_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"data\.tokenizer\.vocab_size=20 has no room"):
-        train_wordpiece(TEXTS, 20, True)
+        train_wordpiece(lambda: TEXTS, 20, True)
 
 
 def test_a_given_tokenizer_is_copied_and_an_unusable_one_refused(tmp_path: Path) -> None:
-    make_tokenizer(TokenizerConfig(vocab_size=150), TEXTS, tmp_path / "a")
-    make_tokenizer(TokenizerConfig(path=str(tmp_path / "a")), [], tmp_path / "b")
+    make_tokenizer(TokenizerConfig(vocab_size=150), lambda: TEXTS, tmp_path / "a")
+    make_tokenizer(TokenizerConfig(path=str(tmp_path / "a")), list, tmp_path / "b")
     vocabularies = [Tokenizer.from_file(str(tmp_path / n / "tokenizer.json")).get_vocab() for n in "ab"]
     assert vocabularies[0] == vocabularies[1]
     with pytest.raises(ConfigError, match=r"data\.tokenizer\.path=.*is no folder"):
-        make_tokenizer(TokenizerConfig(path=str(tmp_path / "none")), [], tmp_path / "c")
+        make_tokenizer(TokenizerConfig(path=str(tmp_path / "none")), list, tmp_path / "c")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="holds no usable tokenizer"):
-        make_tokenizer(TokenizerConfig(path=str(tmp_path / "empty")), [], tmp_path / "d")
+        make_tokenizer(TokenizerConfig(path=str(tmp_path / "empty")), list, tmp_path / "d")
+
+
+def test_texts_are_not_held_while_the_tokenizer_is_trained() -> None:
+    def texts() -> Iterator[list[str]]:
+        for chunk in range(40):
+            yield [f"{chunk} {i} " + "some words that repeat " * 8 for i in range(1000)]
+
+    one = sum(map(sys.getsizeof, next(texts())))
+    tracemalloc.start()
+    train_wordpiece(texts, 300, True)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert one < most < 6 * one  # of 40

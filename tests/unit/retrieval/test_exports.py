@@ -43,7 +43,7 @@ MODELS = {
 @pytest.fixture(scope="module")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text") / "tokenizer"
-    make_tokenizer(TokenizerConfig(vocab_size=300), [WORDS, DOCUMENTS, QUERIES], folder)
+    make_tokenizer(TokenizerConfig(vocab_size=300), lambda: [WORDS, DOCUMENTS, QUERIES], folder)
     return folder
 
 
