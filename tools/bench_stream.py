@@ -6,7 +6,8 @@
     python tools/bench_stream.py catalogue          # 10 million documents of 32 tokens: 2 GB on disk for a while
 
 `speed` counts CPU seconds of one process: stock webdataset on shards with one pair per sample (query.txt, doc.txt,
-json) and `.decode()`, against PairStream on the same pairs, to columns and to tensors; and the bytes of both.
+json) and `.decode()`, against PairStream on the same pairs, to columns and to tensors; and the bytes of both. Then the
+same with queries that are tokenised while they are read.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
+import os
 import resource
 import tempfile
 import time
@@ -28,11 +30,12 @@ import webdataset as wds
 import xxhash
 
 from bigdssm.cli import run_main
-from bigdssm.config import load_config
+from bigdssm.config import DataConfig, load_config
 from bigdssm.data import Catalogue, Collator, Dataset, PairStream
 from bigdssm.data.making import Target
 from bigdssm.data.order import WINDOW_BLOCKS, Order
 from bigdssm.data.pairs import PairTables, make_pairs
+from bigdssm.data.tokenizer import TextEncoder
 from bigdssm.schema import Feature, Schema
 
 ROWS_GLOBAL, LANES = 4096, 8
@@ -41,6 +44,7 @@ ROWS_GLOBAL, LANES = 4096, 8
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=sorted(TASKS))
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
     parser.add_argument("--config", type=Path)
     parser.add_argument("--pairs", type=Path, help="JSONL, also .xz")
     parser.add_argument("--query", help="the query's text column")
@@ -54,7 +58,7 @@ def main() -> int:
 def speed(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         stock = write_stock(args, Path(folder) / "stock")
-        config = load_config(args.config).data
+        config = load_config(args.config, args.overrides).data
         make_pairs(config, PairTables(files=(args.pairs,), split="train"), Target(Path(folder) / "ours"))
         dataset = Dataset.open(Path(folder) / "ours")
         rows = dataset.num_rows("train")
@@ -73,8 +77,34 @@ def speed(args: argparse.Namespace) -> None:
         report("PairStream, to columns", given, columns_s, ours)
         tensors_s, _ = cpu_seconds(lambda: map(collate, stream()))
         report("PairStream and Collator, to tensors", given, tensors_s, ours)
+        live(args, Path(folder) / "raw", config)
         faster, smaller = (given / columns_s) / (count / plain_s), size(stock) / count / (ours / rows)
         print(f"to columns: {faster:.0f} × the rows per CPU-second; {smaller:.1f} × fewer bytes per pair")
+
+
+def live(args: argparse.Namespace, folder: Path, config: DataConfig) -> None:
+    """Measure a dataset whose queries are tokenised while it is read: how much of the time is not the tokenizer's."""
+    make_pairs(config, PairTables(files=(args.pairs,), split="train", raw_text=True), Target(folder))
+    dataset = Dataset.open(folder)
+    collate = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
+    steps = dataset.num_rows("train") // ROWS_GLOBAL
+    tokenizing_s, encode = 0.0, TextEncoder.tokenize
+
+    def timed(*texts: Any) -> Any:
+        nonlocal tokenizing_s
+        begin = time.process_time()
+        found = encode(*texts)
+        tokenizing_s += time.process_time() - begin
+        return found
+
+    TextEncoder.tokenize = timed  # type: ignore[method-assign]
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as in a loader process
+    begin = time.process_time()
+    for step in islice(PairStream(dataset, rows_global=ROWS_GLOBAL, lanes=LANES), steps):
+        collate(step)
+    seconds = time.process_time() - begin
+    report("with live tokenising, to tensors", steps * ROWS_GLOBAL, seconds, size(folder / "partitions"))
+    print(f"of that, {1 - tokenizing_s / seconds:.1%} is not the tokenizer")
 
 
 def write_stock(args: argparse.Namespace, folder: Path) -> Path:

@@ -104,6 +104,7 @@ def _add_pair_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--whole-documents", action="store_true", help="--split random: so do rows of one document")
     sub.add_argument("--each-of", metavar="COLUMN", help="a list column: every value makes a row")
     _add_beir(sub)
+    sub.add_argument("--raw-text", action="store_true", help="leave queries' texts as they are: loaders tokenise them")
     sub.add_argument("--dedup", action="store_true", help="leave out repeated (query, document) pairs")
     _add_fractions(sub, "--split random or time")
 
@@ -151,6 +152,7 @@ def _pairs(args: argparse.Namespace) -> None:
         whole_documents=args.whole_documents,
         each_of=args.each_of,
         beir=args.beir,
+        raw_text=args.raw_text,
         dedup=args.dedup,
     )
     config, target = _data_and_target(args)

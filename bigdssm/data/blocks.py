@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from bigdssm.data.arrow_size import decoded_size
@@ -22,6 +23,7 @@ from bigdssm.data.ragged import Column, Ragged, from_arrow
 from bigdssm.schema import Feature, Schema
 
 MAX_DECODED_BYTES = 1 << 30
+MAX_FIELD_BYTES = 1 << 20  # of a text: a longer one would cost more than its block
 _IPC = pa.ipc.IpcReadOptions(use_threads=False)
 
 
@@ -50,9 +52,9 @@ class Layout:
     @classmethod
     def of(
         cls, schema: Schema, *, inline: bool, num_docs: tuple[int, ...], vocab_size: int,
-        sequences: tuple[MappedTable, ...],
+        sequences: tuple[MappedTable, ...], raw_text: bool = False,
     ) -> Layout:  # fmt: skip
-        """Return the layout that the schema and the presence of sequences imply."""
+        """Return the layout that the schema and the presence of sequences imply; `raw_text`: texts are no tokens."""
         types = {"query_id": pa.int64(), "relevance": pa.float32()}
         types |= {"doc_id": pa.int64()} if inline else {"doc": pa.int64()}
         elsewhere: set[str] = set()
@@ -61,12 +63,14 @@ class Layout:
             elsewhere = set(sequences[0].schema.names)
         query = {n: f for n, f in schema.query.items() if f.type != "history" and n not in elsewhere}
         doc = {f"doc.{n}": f for n, f in schema.doc.items()} if inline else {}
-        types |= {name: arrow_type(feature) for name, feature in (query | doc).items()}
+        types |= {name: arrow_type(feature, raw_text) for name, feature in (query | doc).items()}
         return cls(types, query, doc, num_docs, vocab_size, sequences)
 
 
-def arrow_type(feature: Feature) -> pa.DataType:
+def arrow_type(feature: Feature, raw_text: bool = False) -> pa.DataType:
     """Return the Arrow type in which a feature's values stand in blocks."""
+    if feature.type == "text" and raw_text:
+        return pa.large_string()
     if feature.type == "numeric":
         return pa.float32()
     return pa.list_(pa.int32()) if feature.type == "text" or feature.multi else pa.int32()
@@ -156,7 +160,10 @@ def _row_faults(batch: pa.RecordBatch, layout: Layout, partition: int) -> Iterat
     if layout.sequences:
         yield from _sequence_faults(columns, layout.sequences[partition])
     for name, feature in (layout.query | layout.doc).items():
-        yield from _feature_faults(name, feature, from_arrow(columns[name]), layout.vocab_size)
+        if pa.types.is_large_string(columns[name].type):
+            yield from _text_faults(name, columns[name])
+        else:
+            yield from _feature_faults(name, feature, from_arrow(columns[name]), layout.vocab_size)
 
 
 def _sequence_faults(columns: Mapping[str, pa.Array], table: MappedTable) -> Iterator[Fault]:
@@ -168,6 +175,15 @@ def _sequence_faults(columns: Mapping[str, pa.Array], table: MappedTable) -> Ite
     beyond = ~outside & ((end < 0) | (end > lengths))
     if beyond.any():
         yield beyond, lambda row: f"history end {end[row]} is outside its sequence of {lengths[row]} events"
+
+
+def _text_faults(name: str, column: pa.Array) -> Iterator[Fault]:
+    lengths = pc.binary_length(column).to_numpy()
+    if _outside(lengths, 0, MAX_FIELD_BYTES + 1):
+        yield (
+            lengths > MAX_FIELD_BYTES,
+            lambda row: f"{name} has {lengths[row]} bytes, at most {MAX_FIELD_BYTES} are taken",
+        )
 
 
 def _feature_faults(name: str, feature: Feature, column: Column, vocab_size: int) -> Iterator[Fault]:

@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bigdssm.data.blocks import MAX_FIELD_BYTES
 from bigdssm.data.sources import ReportBad, SourceBatch
 from bigdssm.errors import DataError
 from bigdssm.schema import Feature
 
-MAX_FIELD_BYTES = 1 << 20  # one longer text in a batch would cost more than the batch
 MISSING_NUMBERS = ("", "nan", "na", "null", "none", "\\n")
 CANONICAL_TYPES = {"text": pa.large_string(), "categorical": pa.large_string(), "numeric": pa.float64()}
 MULTI_TYPE = pa.list_(pa.large_string())

@@ -21,9 +21,10 @@ from bigdssm.data.catalogue import Catalogue
 from bigdssm.data.index import SplitIndex, read_index
 from bigdssm.data.mapped import MappedTable
 from bigdssm.data.mixture import Batches, Source
-from bigdssm.data.ragged import Column, from_arrow, offsets_of
+from bigdssm.data.ragged import Column, Ragged, from_arrow, offsets_of
 from bigdssm.data.remote import RemoteFolder, is_url
 from bigdssm.data.rows import Rows
+from bigdssm.data.tokenizer import TextEncoder
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.log import get_logger
 from bigdssm.schema import Schema
@@ -67,6 +68,7 @@ class Head:
     name: str
     schema: Schema
     documents: str  # "catalogue", or "inline": beside their queries
+    text: str = "tokens"  # how texts stand in blocks; "raw": as they are
 
 
 class Dataset:
@@ -96,7 +98,7 @@ class Dataset:
         self._sequence_base = offsets_of(np.array([table.num_rows for table in tables], np.int64))
         self.layout = Layout.of(
             head.schema, inline=self.inline, num_docs=tuple(partition.num_docs for partition in partitions),
-            vocab_size=self.vocab_size, sequences=tables,
+            vocab_size=self.vocab_size, sequences=tables, raw_text=head.text == "raw",
         )  # fmt: skip
         self._first_doc = np.array([partition.first_doc for partition in partitions])
         self._indexes: dict[str, SplitIndex] = {}
@@ -136,7 +138,8 @@ class Dataset:
         files = [CatalogueFile(folder / f["file"], f["rows"], f["checksum"]) for f in content["catalogue"]]
         num_docs = sum(file.rows for file in files)
         read = [replace(_read_partition(folder, name), num_docs=num_docs, remote=remote) for name in names]
-        dataset = cls(Head(folder, content["name"], schema, content["documents"]), read, files)
+        head = Head(folder, content["name"], schema, content["documents"], content.get("text", "tokens"))
+        dataset = cls(head, read, files)
         if remote is not None:
             dataset.pickled = partial(cls.open, cache=remote.cache), (remote.url, names)
         return dataset
@@ -212,7 +215,7 @@ class Dataset:
 
     def rows(self, split: str, step: int, row_ids: np.ndarray, batch: pa.RecordBatch) -> Rows:
         """Return block columns (`layout.types`) with row ids as Rows: histories and the sequences' features added."""
-        columns: dict[str, Column] = {n: from_arrow(c) for n, c in zip(batch.schema.names, batch.columns, strict=True)}
+        columns = {n: self._column(n, c) for n, c in zip(batch.schema.names, batch.columns, strict=True)}
         sequence = end = doc = None
         if self.sequences is not None:
             sequence, end = np.asarray(columns["sequence"]), np.asarray(columns["end"])
@@ -242,6 +245,18 @@ class Dataset:
             doc_ids=np.asarray(columns["doc_id"]) if self.inline else None,
             relevance=np.asarray(columns["relevance"]), query_ids=np.asarray(columns["query_id"]),
         )  # fmt: skip
+
+    def _column(self, name: str, array: pa.Array) -> Column:
+        """Return a block's column, texts tokenised."""
+        if not pa.types.is_large_string(array.type):
+            return from_arrow(array)
+        feature = self.layout.query.get(name) or self.layout.doc[name]
+        return Ragged(*self._text_encoder.encode(array, feature.max_tokens))
+
+    @cached_property
+    def _text_encoder(self) -> TextEncoder:
+        assert self.tokenizer_dir is not None, "a schema with text has a tokenizer"
+        return TextEncoder(self.tokenizer_dir)
 
     def iterate(self, split: str, rows_per_batch: int, rank: int = 0, world_size: int = 1) -> Iterator[Rows]:
         """Yield the rank's contiguous share of a split in dataset order, `rows_per_batch` row ids at a time.

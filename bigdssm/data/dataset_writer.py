@@ -70,7 +70,7 @@ class DatasetWriter:
         if "/" in partition or "\\" in partition or partition.startswith(".") or not partition:
             raise DataError(f"partition name {partition!r} must be a plain folder name")
         _recover_overwritten(out)
-        self.content: dict[str, Any] = {"catalogue": [], PARTITIONS: []}
+        self.content: dict[str, Any] = {"catalogue": [], PARTITIONS: [], "text": "tokens"}
         if append:
             self.content = self._open_for_append()
             self.staging = out / ".making"
@@ -123,6 +123,7 @@ class DatasetWriter:
             "name": self.out.resolve().name,
             "schema": schema.fingerprint(),
             "documents": "catalogue",
+            "text": self.content["text"],
             "catalogue": parts,
             PARTITIONS: [*self.content[PARTITIONS], self.partition],
         }
@@ -143,7 +144,7 @@ class DatasetWriter:
             raise DataError(f"{self.out} has a partition {self.partition!r} already; partitions are never rewritten")
         if content["documents"] != "catalogue":
             raise DataError(f"{self.out} holds its documents in the shards; partitions cannot be appended")
-        return content
+        return {"text": "tokens", **content}
 
     def _move_in(self, new_docs: int) -> None:
         if new_docs:

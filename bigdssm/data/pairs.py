@@ -61,6 +61,7 @@ class PairTables:
     )
     each_of: str | None = None  # a list column: every value makes a row
     beir: Path | None = None  # also write the pairs there as a BEIR collection
+    raw_text: bool = False  # queries' texts stay as they are, loaders tokenise them
     dedup: bool = False  # drop further rows of one (query, document), in any split; 16 bytes a pair
 
 
@@ -78,6 +79,8 @@ def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress:
     fractions = (tables.validation_fraction, tables.test_fraction)
     splitter = Splitter(tables.split, tables.split_column, fractions, target.seed, tables.whole_documents)
     with target.open(config) as writer:
+        if tables.raw_text and not writer.append:
+            writer.content["text"] = "raw"
         making = _Making(config, tables, target, writer, splitter, progress)
         if splitter.needs_thresholds:
             splitter.learn(RowCheck(batch, _ignore) for batch in making.batches(splitter.columns, _ignore))
@@ -234,7 +237,7 @@ class _Making:
                 continue
             rows = SplitWriter(self.writer.partition_dir, name, block_rows(spool.num_rows))
             for table in spool.tables():
-                rows.write(_encoded(table, schema.query, text))
+                rows.write(_encoded(table, schema.query, text, self.writer.content["text"] == "raw"))
                 if name == "train":
                     positive = table.column("relevance").to_numpy() > 0
                     counts += np.bincount(table.column("doc").to_numpy()[positive], minlength=len(counts))
@@ -294,7 +297,12 @@ class _PerDocument:
         self.num_changed += int(((known != contents) & (known != 0)).sum())
 
 
-def _encoded(table: pa.Table, features: dict[str, Feature], text: TextEncoder | None) -> dict[str, pa.Array]:
-    raw = pa.table({name: table.column(f"feature.{name}") for name in features})
-    fixed = {name: table.column(name).combine_chunks() for name in ("query_id", "doc", "relevance")}
-    return fixed | encode_columns(raw, features, text, large=False)
+def _encoded(
+    table: pa.Table, features: dict[str, Feature], text: TextEncoder | None, raw_text: bool
+) -> dict[str, pa.Array]:
+    columns = pa.table({name: table.column(f"feature.{name}") for name in features})
+    done = {name: table.column(name).combine_chunks() for name in ("query_id", "doc", "relevance")}
+    if raw_text:
+        done |= {name: columns.column(name).combine_chunks() for name in text_columns(features)}
+    encoded = {name: feature for name, feature in features.items() if name not in done}
+    return done | encode_columns(columns, encoded, text, large=False)

@@ -38,7 +38,7 @@ from bigdssm.data.rows import Rows
 from bigdssm.data.sources import record_batch
 from bigdssm.data.tokenizer import TextEncoder
 from bigdssm.data.webdataset_source import KEY, check_shard, is_text, record_of
-from bigdssm.data.workers import load, until_an_error
+from bigdssm.data.workers import load, one_core_each, until_an_error
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.log import get_logger
 from bigdssm.schema import hash64
@@ -149,8 +149,7 @@ class _Samples(IterableDataset):
         worker = get_worker_info()
         number, of = (worker.id, worker.num_workers) if worker else (0, 1)
         if worker:
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-            pa.set_cpu_count(1)
+            one_core_each()
         return until_an_error(self._parts(number, of))
 
     def _parts(self, number: int, of: int) -> Iterator[Part]:

@@ -71,7 +71,7 @@ class _Shares(IterableDataset):
 
     def __iter__(self) -> Iterator[Part | str]:
         worker = get_worker_info()
-        pa.set_cpu_count(1)
+        one_core_each()
         for part in until_an_error(_read(*self._args, self._shares[worker.id if worker else 0], self._start_step)):
             # the parent has its own mapping of the sequences
             yield part if isinstance(part, str) else replace(part, rows=replace(part.rows, sequences=None))
@@ -98,6 +98,12 @@ def _end_with_the_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
+
+
+def one_core_each() -> None:
+    """Let this loader process use one core: the processes are the parallelism."""
+    pa.set_cpu_count(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def until_an_error(parts: Iterator[Part]) -> Iterator[Part | str]:

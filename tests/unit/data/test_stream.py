@@ -12,8 +12,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from bigdssm.data import Dataset, PairStream, Ragged, Rows
+from bigdssm.config import DataConfig, FeatureConfig, TokenizerConfig
+from bigdssm.data import Dataset, PairStream, Ragged, Rows, blocks
+from bigdssm.data.making import Target
 from bigdssm.data.order import Order
+from bigdssm.data.pairs import PairTables, make_pairs
 from bigdssm.errors import ConfigError, DataError, PeerError
 
 ROWS_GLOBAL, LANES = 48, 8
@@ -219,3 +222,33 @@ def test_memory_is_bounded_by_lanes_and_window_not_by_the_dataset(tmp_path: Path
         assert len(rows) == 64
     assert held / 2 < most < 2 * held
     assert most < 0.05 * 40_000 * bytes_per_row
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_texts_tokenised_while_reading_are_those_tokenised_before(
+    tmp_path: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [json.dumps({"a": f"word{i % 50} of {i % 7}", "n": i, "b": "" if i % 3 else "more", "d": f"doc {i % 9}"})
+             for i in range(900)]  # fmt: skip
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    text = FeatureConfig(type="text", max_tokens=4)
+    query = {"a": text, "n": FeatureConfig(type="numeric"), "b": text}
+    config = DataConfig(dir="x", query=query, doc={"d": text}, tokenizer=TokenizerConfig(vocab_size=200))
+    for name in ("tokens", "raw"):
+        tables = PairTables(files=(tmp_path / "t.jsonl",), raw_text=name == "raw")
+        make_pairs(config, tables, Target(tmp_path / name))
+    raw = Dataset.open(tmp_path / "raw")
+    assert (
+        raw.layout.types["a"] == pa.large_string() and raw.catalogue.columns(np.arange(1))["d"].values.dtype == np.int32
+    )
+    before, while_reading = (steps(tmp_path / name, 20, num_workers=num_workers) for name in ("tokens", "raw"))
+    assert all(same(a, b) for a, b in zip(before, while_reading, strict=True))
+    held_out = [list(Dataset.open(tmp_path / name).iterate("test", 100)) for name in ("tokens", "raw")]
+    assert all(same(a, b) for a, b in zip(*held_out, strict=True))
+    # a partition that is added is of the same kind
+    make_pairs(config, PairTables(files=(tmp_path / "t.jsonl",)), Target(tmp_path / "raw", "more", append=True))
+    assert len(steps(tmp_path / "raw", 40)) == 40
+    monkeypatch.setattr(blocks, "MAX_FIELD_BYTES", 10)
+    stream = PairStream(raw, rows_global=ROWS_GLOBAL, lanes=LANES, max_bad_fraction=1.0)
+    assert sum(map(len, islice(stream, 10))) == 10 * ROWS_GLOBAL - stream.rows_bad
+    assert stream.rows_bad > 100
