@@ -1,8 +1,10 @@
 """Build a FAISS inner-product index of a folder of document vectors.
 
-    python tools/build_index.py --vectors VECTORS --out INDEX [--type flat|hnsw|ivf]
+    python tools/build_index.py --vectors VECTORS --out INDEX [--type flat|sq8|hnsw|ivf|ivfpq]
 
-flat is exact. The index names the model whose vectors it holds and refuses another model's queries.
+flat is exact and sq8 nearly so in a quarter of its memory; hnsw, ivf and ivfpq are fast on large catalogues, and
+tools/bench_index.py shows what each costs. The index names the model whose vectors it holds and refuses another
+model's queries.
 """
 
 from __future__ import annotations

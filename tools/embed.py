@@ -1,22 +1,29 @@
 """Encode a dataset's catalogue with a model into a folder of document vectors.
 
-    python tools/embed.py --model MODEL --data DATASET --out VECTORS
+    python tools/embed.py --model MODEL --data DATASET --out VECTORS [--format fvecs parquet]
+    torchrun --nproc-per-node 8 tools/embed.py --model MODEL --data DATASET --out VECTORS
 
 VECTORS/vectors.npy is float32 [documents, D+1]: [alpha * w, beta], whose inner product with a query's [u, 1] is the
 training score. VECTORS/documents.arrow names the documents, VECTORS/meta.json the model and the dataset.
+
+A run that was ended goes on from its finished shards when it is started again, with any number of ranks; each of them
+needs only the dataset and --out. --since EARLIER takes the vectors of documents that have not changed from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
+from typing import get_args
 
 from bigdssm.cli import ProgressBar, run_main
 from bigdssm.data import Dataset
 from bigdssm.export import load_model_folder
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.retrieval.index import write_vectors
+from bigdssm.retrieval.vector_files import FileFormat, difference_from_model, write_card, write_file
+from bigdssm.retrieval.vectors import ROWS_PER_SHARD, Work, write_vectors
 
 
 def main() -> None:
@@ -24,16 +31,28 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="model folder")
     parser.add_argument("--data", required=True, help="dataset folder or URL")
     parser.add_argument("--out", type=Path, required=True, help="folder for the vectors")
-    parser.add_argument("--rows-per-chunk", type=int, default=1024, help="documents encoded at once (%(default)s)")
+    parser.add_argument("--since", type=Path, metavar="EARLIER", help="vectors of the same model, may be --out")
+    parser.add_argument("--format", nargs="+", choices=get_args(FileFormat), default=[], help="files to write too")
+    parser.add_argument("--rows-per-shard", type=int, default=ROWS_PER_SHARD, help="documents a shard (%(default)s)")
     args = parser.parse_args()
     folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
     folder.check_dataset(dataset)
     encoders = tower_encoders(folder.model, dataset)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
     with ProgressBar() as progress:
-        meta = write_vectors(
-            args.out, encoders, dataset, folder.checksum, rows_per_chunk=args.rows_per_chunk, progress=progress
-        )
-    print(f"{args.out}: {meta.num_docs} vectors of width {meta.width}")
+        work = Work(rank, world_size, args.rows_per_shard, progress)
+        written = write_vectors(args.out, encoders, dataset, folder.checksum, work, args.since)
+    went_on = f", {written.found} shards were finished before" if written.found else ""
+    print(f"rank {rank} of {world_size}: {written.encoded} encoded, {written.reused} unchanged{went_on}")
+    if written.meta is None:
+        return
+    print(f"{args.out}: {written.meta.num_docs} vectors of width {written.meta.width}")
+    parity: dict[FileFormat, float] = {}
+    for target in dict.fromkeys(["npy", *args.format]):
+        path = write_file(args.out, target)
+        parity[target] = difference_from_model(path, encoders)
+        print(f"{path}: largest difference from the model's vectors {parity[target]:.1e}")
+    write_card(args.out, folder.config.model.score, parity)
 
 
 if __name__ == "__main__":

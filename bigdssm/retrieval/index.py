@@ -1,45 +1,40 @@
-"""Folders of document vectors and of KNN indexes; each names the model whose vectors it holds.
+"""KNN indexes of document vectors; each names the model whose vectors it holds and refuses another's queries.
 
-VECTORS/  vectors.npy (float32 [N, D+1]), documents.arrow (doc_key, display), meta.json
-INDEX/    index.faiss, documents.arrow, meta.json
+INDEX/    index.faiss, documents.arrow (doc_key, display), meta.json
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import faiss
 import numpy as np
 import pyarrow as pa
-import torch
-from numpy.lib.format import open_memmap
 
-from bigdssm.data import Dataset
-from bigdssm.errors import CheckpointError, ConfigError, DataError
-from bigdssm.retrieval.embed import Encoders, Progress, no_progress
+from bigdssm.errors import CheckpointError, ConfigError
+from bigdssm.retrieval.vectors import (
+    DOCUMENTS_FILE,
+    META_FILE,
+    ROWS_AT_ONCE,
+    VECTORS,
+    VectorsMeta,
+    check_free,
+    load_vectors,
+    put_in_place,
+    read_meta,
+    unfinished,
+)
 
-IndexType = Literal["flat", "hnsw", "ivf"]
-FORMAT = 1
-META_FILE, DOCUMENTS_FILE, VECTORS_FILE, INDEX_FILE = "meta.json", "documents.arrow", "vectors.npy", "index.faiss"
-ADD_ROWS = 65_536
-HNSW_LINKS = 32
-
-
-@dataclass(frozen=True)
-class VectorsMeta:
-    """Whose vectors they are."""
-
-    kind: str  # vectors, or the index type
-    model_checksum: str
-    dataset_fingerprint: str
-    num_docs: int
-    width: int  # D+1
-    format: int = FORMAT
+IndexType = Literal["flat", "sq8", "hnsw", "ivf", "ivfpq"]
+INDEX_FILE = "index.faiss"
+HNSW_LINKS, HNSW_BUILD_WIDTH, HNSW_SEARCH_WIDTH = 32, 200, 200
+TRAINING_POINTS = 39  # FAISS wants so many for a list of an inverted file
+PQ_LEAST_DOCS = TRAINING_POINTS * 256  # a code is a byte
+PQ_ROUNDS, PQ_POINTS = 10, 64  # of k-means, and points per centroid: FAISS's 25 and 256 take ten times as long
+PQ_DIMENSIONS = 2  # of a vector, that one byte of its code stands for
 
 
 @dataclass(frozen=True)
@@ -75,64 +70,31 @@ class Index:
         return np.pad(scores, pad, constant_values=-np.inf), np.pad(rows, pad, constant_values=-1)
 
 
-def write_vectors(
-    folder: Path,
-    encoders: Encoders,
-    dataset: Dataset,
-    model_checksum: str,
-    *,
-    rows_per_chunk: int = 1024,
-    progress: Progress = no_progress,
-) -> VectorsMeta:
-    """Encode the whole catalogue into a vectors folder, chunk by chunk, and return its meta.
-
-    Raises ConfigError where `folder` holds something else, DataError
-    where a vector is not finite.
-    """
-    aside = _begin(folder)
-    num_docs = dataset.catalogue.num_docs
-    vectors: np.memmap | None = None
-    for first in range(0, num_docs, rows_per_chunk):
-        chunk = encoders.documents(np.arange(first, min(first + rows_per_chunk, num_docs))).cpu()
-        if not bool(torch.isfinite(chunk).all()):
-            raise DataError(f"the vectors of catalogue rows {first} and on hold NaN or inf; nothing was written")
-        if vectors is None:
-            vectors = open_memmap(aside / VECTORS_FILE, "w+", np.float32, (num_docs, chunk.shape[1]))
-        vectors[first : first + len(chunk)] = chunk.numpy()
-        progress("documents encoded", first + len(chunk), num_docs)
-    if vectors is None:
-        raise DataError(f"the catalogue of {dataset.dir} is empty")
-    vectors.flush()
-    _write_documents(aside / DOCUMENTS_FILE, dataset)
-    meta = VectorsMeta("vectors", model_checksum, dataset.fingerprint, num_docs, vectors.shape[1])
-    _finish(aside, folder, meta)
-    return meta
-
-
 def build_index(vectors_dir: Path, folder: Path, kind: IndexType = "flat") -> VectorsMeta:
     """Build the inner-product index of a vectors folder and return its meta.
 
-    flat is exact; hnsw and ivf are approximate and faster on large catalogues. Raises CheckpointError where
-    `vectors_dir` is not a whole vectors folder, ConfigError where `folder` holds something else.
+    flat is exact, sq8 is flat with a byte per dimension; hnsw, ivf and ivfpq look at a part of the catalogue only, and
+    ivfpq keeps half a byte per dimension. Raises CheckpointError where `vectors_dir` is not a whole vectors folder,
+    ConfigError where `folder` holds something else, or ivfpq has too few documents.
     """
-    meta = _read_meta(vectors_dir)
-    if meta.kind != "vectors":
+    meta = read_meta(vectors_dir)
+    if meta.kind != VECTORS:
         raise CheckpointError(f"{vectors_dir} is an index; the vectors it was built from are needed")
-    vectors = _load_vectors(vectors_dir, meta)
-    aside = _begin(folder)
-    index = _new_index(kind, vectors)
-    for first in range(0, len(vectors), ADD_ROWS):
-        index.add(np.ascontiguousarray(vectors[first : first + ADD_ROWS]))
-    faiss.write_index(index, str(aside / INDEX_FILE))
+    vectors = load_vectors(vectors_dir, meta)
+    check_free(folder)
+    aside = unfinished(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    faiss.write_index(faiss_index(kind, vectors), str(aside / INDEX_FILE))
     shutil.copyfile(vectors_dir / DOCUMENTS_FILE, aside / DOCUMENTS_FILE)
-    built = VectorsMeta(kind, meta.model_checksum, meta.dataset_fingerprint, meta.num_docs, meta.width)
-    _finish(aside, folder, built)
+    built = replace(meta, kind=kind)
+    put_in_place(aside, folder, built)
     return built
 
 
 def open_index(folder: Path) -> Index:
     """Return the Index in `folder`. Raises CheckpointError where it is missing, damaged or no index."""
-    meta = _read_meta(folder)
+    meta = read_meta(folder)
     if meta.kind not in get_args(IndexType):
         raise CheckpointError(f"{folder} holds {meta.kind}, not an index; run tools/build_index.py on it")
     try:
@@ -149,62 +111,46 @@ def open_index(folder: Path) -> Index:
     return Index(index, meta, documents["doc_key"], documents["display"])
 
 
-def _new_index(kind: IndexType, vectors: np.ndarray) -> faiss.Index:
-    num_docs, width = vectors.shape
-    if kind == "flat":
-        return faiss.IndexFlatIP(width)
-    if kind == "hnsw":
-        return faiss.IndexHNSWFlat(width, HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
-    num_lists = max(1, min(int(4 * num_docs**0.5), num_docs // 39))  # FAISS wants 39 training points a list
-    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, num_lists, faiss.METRIC_INNER_PRODUCT)
-    sample = np.linspace(0, num_docs - 1, min(num_docs, 256 * num_lists)).astype(np.int64)
-    index.train(np.ascontiguousarray(vectors[sample]))
-    index.nprobe = max(1, num_lists // 8)
+def faiss_index(kind: IndexType, vectors: np.ndarray) -> faiss.Index:
+    """Return the inner-product index of float32 `vectors` [N, D+1], trained and filled. Raises ConfigError: too few."""
+    index = _empty_index(kind, vectors)
+    for first in range(0, len(vectors), ROWS_AT_ONCE):
+        index.add(np.ascontiguousarray(vectors[first : first + ROWS_AT_ONCE]))
     return index
 
 
-def _write_documents(path: Path, dataset: Dataset) -> None:
-    schema = pa.schema([("doc_key", pa.string()), ("display", pa.string())])
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-        for first in range(0, dataset.catalogue.num_docs, ADD_ROWS):
-            rows = np.arange(first, min(first + ADD_ROWS, dataset.catalogue.num_docs))
-            columns = [dataset.catalogue.keys(rows), dataset.catalogue.display(rows)]
-            writer.write_table(pa.table([pa.array(column, pa.string()) for column in columns], schema=schema))
+def _empty_index(kind: IndexType, vectors: np.ndarray) -> faiss.Index:
+    num_docs, width = vectors.shape
+    index: Any
+    if kind == "flat":
+        return faiss.IndexFlatIP(width)
+    if kind == "hnsw":
+        index = faiss.IndexHNSWFlat(width, HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction, index.hnsw.efSearch = HNSW_BUILD_WIDTH, HNSW_SEARCH_WIDTH
+        return index
+    if kind == "sq8":
+        index = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
+        index.train(_sample(vectors, 65_536))
+        return index
+    num_lists = max(1, min(int(4 * num_docs**0.5), num_docs // TRAINING_POINTS))
+    if kind == "ivf":
+        index = faiss.index_factory(width, f"IVF{num_lists},Flat", faiss.METRIC_INNER_PRODUCT)
+    else:
+        if num_docs < PQ_LEAST_DOCS:
+            raise ConfigError(
+                f"--type ivfpq: {num_docs} documents, needs at least {PQ_LEAST_DOCS} to learn its codes from; take flat"
+            )
+        codes = -(-width // PQ_DIMENSIONS)
+        padded = codes * PQ_DIMENSIONS
+        index = faiss.index_factory(width, f"Pad{padded},IVF{num_lists},PQ{codes}", faiss.METRIC_INNER_PRODUCT)
+        learning = faiss.extract_index_ivf(index).pq.cp
+        learning.niter, learning.max_points_per_centroid = PQ_ROUNDS, PQ_POINTS
+    index.train(_sample(vectors, 256 * max(num_lists, 256)))
+    faiss.extract_index_ivf(index).nprobe = max(1, num_lists // 8)
+    return index
 
 
-def _load_vectors(folder: Path, meta: VectorsMeta) -> np.ndarray:
-    try:
-        vectors = open_memmap(folder / VECTORS_FILE, "r")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / VECTORS_FILE} does not load: {error}") from None
-    if vectors.shape != (meta.num_docs, meta.width):
-        raise CheckpointError(f"{folder} is damaged: vectors of shape {vectors.shape}, {META_FILE} says otherwise")
-    return vectors
-
-
-def _read_meta(folder: Path) -> VectorsMeta:
-    try:
-        meta = VectorsMeta(**json.loads((folder / META_FILE).read_text(encoding="utf-8")))
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{folder} holds no {META_FILE}; it is neither vectors nor an index") from None
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder / META_FILE} is damaged: {error}") from None
-    if meta.format != FORMAT:
-        raise CheckpointError(f"{folder} has format {meta.format}, this version reads format {FORMAT}")
-    return meta
-
-
-def _begin(folder: Path) -> Path:
-    """Return an empty folder beside `folder`, which must be free or one of ours."""
-    if folder.exists() and not (folder / META_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists and holds neither vectors nor an index; choose another --out")
-    aside = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    return aside
-
-
-def _finish(aside: Path, folder: Path, meta: VectorsMeta) -> None:
-    (aside / META_FILE).write_text(json.dumps(asdict(meta), indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
+def _sample(vectors: np.ndarray, most: int) -> np.ndarray:
+    """Return evenly spaced vectors, `most` of them where there are more."""
+    rows = np.linspace(0, len(vectors) - 1, min(len(vectors), most)).astype(np.int64)
+    return np.ascontiguousarray(vectors[rows])

@@ -17,7 +17,8 @@ from bigdssm.export import load_model_folder, save_model_folder
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval import embed
 from bigdssm.retrieval.embed import Encoders, tower_encoders
-from bigdssm.retrieval.index import IndexType, build_index, open_index, write_vectors
+from bigdssm.retrieval.index import IndexType, build_index, faiss_index, open_index
+from bigdssm.retrieval.vectors import Work, write_vectors
 
 from .conftest import SMALL, random_model
 
@@ -26,7 +27,7 @@ from .conftest import SMALL, random_model
 def vectors_dir(model_dir: Path, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = load_model_folder(model_dir)
     out = tmp_path_factory.mktemp("vectors") / "vectors"
-    write_vectors(out, tower_encoders(folder.model, dataset), dataset, folder.checksum, rows_per_chunk=17)
+    write_vectors(out, tower_encoders(folder.model, dataset), dataset, folder.checksum, Work(rows_per_shard=17))
     return out
 
 
@@ -112,7 +113,7 @@ def test_another_models_queries_are_refused(other_model_dir: Path, index_dir: Pa
         index.search(np.zeros((1, index.meta.width)), 1, load_model_folder(other_model_dir).checksum)
 
 
-@pytest.mark.parametrize("kind", ["hnsw", "ivf"])
+@pytest.mark.parametrize("kind", ["sq8", "hnsw", "ivf"])
 def test_approximate_indexes_find_most(
     kind: IndexType, vectors_dir: Path, index_dir: Path, model_dir: Path, tmp_path: Path
 ) -> None:
@@ -122,6 +123,16 @@ def test_approximate_indexes_find_most(
     exact = open_index(index_dir).search(queries, 10, checksum)[1]
     found = open_index(tmp_path / "index").search(queries, 10, checksum)[1]
     assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, found, strict=True)]) > 0.8
+
+
+def test_product_quantisation_takes_a_width_that_its_codes_do_not_divide() -> None:
+    random = np.random.RandomState(0)
+    vectors = random.randn(9_984, 3).astype(np.float32) @ random.randn(3, 9).astype(np.float32)
+    index = faiss_index("ivfpq", vectors)
+    exact, found = (faiss_index("flat", vectors).search(vectors[:50], 100)[1], index.search(vectors[:50], 100)[1])
+    assert np.mean([len(set(a) & set(b)) / 100 for a, b in zip(exact, found, strict=True)]) > 0.7
+    with pytest.raises(ConfigError, match="40 documents, needs at least 9984"):
+        faiss_index("ivfpq", vectors[:40])
 
 
 def test_vectors_name_documents(vectors_dir: Path, index_dir: Path, dataset: Dataset) -> None:

@@ -23,7 +23,8 @@ from bigdssm.evaluation.split import evaluate_split
 from bigdssm.export import load_model_folder
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.retrieval.index import build_index, write_vectors
+from bigdssm.retrieval.index import build_index
+from bigdssm.retrieval.vectors import write_vectors
 
 ROOT = Path(__file__).resolve().parents[3]
 

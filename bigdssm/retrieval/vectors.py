@@ -1,0 +1,265 @@
+"""Folders of document vectors, which name their model: encoded in shards by any number of ranks, going on where killed.
+
+VECTORS/   vectors.npy (float32 [N, D+1]), documents.arrow (doc_key, display), contents.npy (DOCUMENT [N]), meta.json
+.VECTORS.unfinished/   the same while it grows, with job.json, lock and done/<shard> for every finished shard
+
+Ranks need no process group, only this folder: rank k encodes the shards s ≡ k mod world size that are not done, and
+whoever finds all of them done puts the folder in place.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import pyarrow as pa
+import torch
+import xxhash
+from numpy.lib.format import open_memmap
+
+from bigdssm.data import Dataset
+from bigdssm.data.ragged import Column, Ragged
+from bigdssm.errors import CheckpointError, ConfigError, DataError
+from bigdssm.retrieval.embed import Encoders, Progress, no_progress
+
+FORMAT = 2
+VECTORS = "vectors"
+META_FILE, DOCUMENTS_FILE, VECTORS_FILE, CONTENTS_FILE = "meta.json", "documents.arrow", "vectors.npy", "contents.npy"
+JOB_FILE, LOCK_FILE, DONE_DIR = "job.json", "lock", "done"
+ROWS_PER_SHARD = 4096
+ROWS_AT_ONCE = 65_536
+DOCUMENT = np.dtype([("id", np.int64), ("content", np.uint64)])  # what a vector was made of
+
+
+@dataclass(frozen=True)
+class VectorsMeta:
+    """Whose vectors they are."""
+
+    kind: str  # vectors, or the index type
+    model_checksum: str
+    dataset_fingerprint: str
+    num_docs: int
+    width: int  # D+1
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class Work:
+    """Which of the ranks this is, and how much is encoded between two records of it."""
+
+    rank: int = 0
+    world_size: int = 1
+    rows_per_shard: int = ROWS_PER_SHARD
+    progress: Progress = no_progress
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a call of `write_vectors` did."""
+
+    encoded: int  # documents
+    reused: int  # documents whose vectors came from the earlier folder
+    found: int  # shards that were finished before
+    meta: VectorsMeta | None  # None: shards of other ranks are not finished yet; the last rank puts the folder in place
+
+
+def write_vectors(
+    folder: Path,
+    encoders: Encoders,
+    dataset: Dataset,
+    model_checksum: str,
+    work: Work | None = None,
+    since: Path | None = None,
+) -> Written:
+    """Encode this rank's share of the catalogue into a vectors folder; finished shards of an ended run are kept.
+
+    `since` is an earlier vectors folder of the same model: documents that have not changed are copied from there.
+    Raises ConfigError where `folder` holds something else, CheckpointError where `since` is of another model, DataError
+    where a vector is not finite.
+    """
+    work = work or Work()
+    num_docs = dataset.catalogue.num_docs
+    if num_docs == 0:
+        raise DataError(f"the catalogue of {dataset.dir} is empty")
+    earlier = None if since is None else Earlier(since, model_checksum)
+    width = encoders.documents(np.zeros(1, np.int64)).shape[1]
+    meta = VectorsMeta(VECTORS, model_checksum, dataset.fingerprint, num_docs, width)
+    aside = _begin_or_go_on(folder, meta, work.rows_per_shard)
+    vectors, contents = open_memmap(aside / VECTORS_FILE, "r+"), open_memmap(aside / CONTENTS_FILE, "r+")
+    num_shards = -(-num_docs // work.rows_per_shard)
+    own = range(work.rank, num_shards, work.world_size)
+    pending = [shard for shard in own if not _done(aside, shard).exists()]
+    encoded = reused = 0
+    for place, shard in enumerate(pending, start=1):
+        rows = np.arange(shard * work.rows_per_shard, min((shard + 1) * work.rows_per_shard, num_docs))
+        documents = _documents(dataset, rows)
+        found = np.full(len(rows), -1) if earlier is None else earlier.find(documents)
+        new = rows[found < 0]
+        if len(new):
+            made = encoders.documents(new).cpu()
+            if not bool(torch.isfinite(made).all()):
+                raise DataError(f"vectors of the catalogue rows {new[0]} to {new[-1]} hold NaN or inf; {folder} stays")
+            vectors[new] = made.numpy()
+        if earlier is not None:
+            vectors[rows[found >= 0]] = earlier.vectors[found[found >= 0]]
+        contents[rows] = documents
+        vectors.flush()
+        contents.flush()
+        _done(aside, shard).touch()
+        encoded, reused = encoded + len(new), reused + len(rows) - len(new)
+        work.progress("shards encoded", place, len(pending))
+    finished = _finish_if_all_done(aside, folder, dataset, meta, num_shards)
+    return Written(encoded, reused, len(own) - len(pending), meta if finished else None)
+
+
+class Earlier:
+    """The vectors of an earlier catalogue, found by document and content."""
+
+    def __init__(self, folder: Path, model_checksum: str) -> None:
+        """Raises CheckpointError: no vectors folder, a damaged one, or one of another model."""
+        meta = read_meta(folder)
+        if (meta.kind, meta.model_checksum) != (VECTORS, model_checksum):
+            raise CheckpointError(
+                f"{folder} holds {meta.kind} of model {meta.model_checksum[:12]}; --since needs vectors of the model "
+                f"in use, {model_checksum[:12]}"
+            )
+        self.vectors = load_vectors(folder, meta)
+        contents = _load(folder / CONTENTS_FILE)
+        if contents.dtype != DOCUMENT or len(contents) != meta.num_docs:
+            raise CheckpointError(f"{folder / CONTENTS_FILE} is damaged: it does not belong to these vectors")
+        self._order = np.argsort(contents["id"], kind="stable")
+        self._sorted = contents[self._order]
+
+    def find(self, documents: np.ndarray) -> np.ndarray:
+        """Return the rows of the vectors of DOCUMENT `documents`, int64; -1 where one is new or has changed."""
+        place = np.searchsorted(self._sorted["id"], documents["id"])
+        place = np.minimum(place, len(self._sorted) - 1)
+        return np.where(self._sorted[place] == documents, self._order[place], -1)
+
+
+def load_vectors(folder: Path, meta: VectorsMeta) -> np.ndarray:
+    """Return the vectors of a folder, mapped. Raises CheckpointError where they are not as `meta` says."""
+    vectors = _load(folder / VECTORS_FILE)
+    if vectors.shape != (meta.num_docs, meta.width):
+        raise CheckpointError(f"{folder} is damaged: vectors of shape {vectors.shape}, {META_FILE} says otherwise")
+    return vectors
+
+
+def read_meta(folder: Path) -> VectorsMeta:
+    """Return the meta of a vectors or index folder. Raises CheckpointError: none there, damaged, of another format."""
+    try:
+        content = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise CheckpointError(f"{folder} has format {content['format']}, this version reads format {FORMAT}")
+        return VectorsMeta(**content)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{folder} holds no {META_FILE}; it is neither vectors nor an index") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder / META_FILE} is damaged: {error}") from None
+
+
+def check_free(folder: Path) -> None:
+    """Raise ConfigError where `folder` holds something that is neither vectors nor an index."""
+    if folder.exists() and not (folder / META_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and holds neither vectors nor an index; choose another --out")
+
+
+def put_in_place(aside: Path, folder: Path, meta: VectorsMeta) -> None:
+    """Write the meta of the finished folder `aside` and give it its name."""
+    (aside / META_FILE).write_text(json.dumps(asdict(meta), indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)
+
+
+def unfinished(folder: Path) -> Path:
+    """Return where `folder` grows."""
+    return folder.with_name(f".{folder.name}.unfinished")
+
+
+def _begin_or_go_on(folder: Path, meta: VectorsMeta, rows_per_shard: int) -> Path:
+    """Return the unfinished folder of exactly this job, started anew where there is none."""
+    check_free(folder)
+    aside = unfinished(folder)
+    job = json.dumps({**asdict(meta), "rows_per_shard": rows_per_shard}, indent=1)
+    aside.mkdir(parents=True, exist_ok=True)
+    with _lock(aside):
+        path = aside / JOB_FILE
+        if not path.is_file() or path.read_text(encoding="utf-8") != job:
+            shutil.rmtree(aside / DONE_DIR, ignore_errors=True)
+            (aside / DONE_DIR).mkdir()
+            open_memmap(aside / VECTORS_FILE, "w+", np.float32, (meta.num_docs, meta.width)).flush()
+            open_memmap(aside / CONTENTS_FILE, "w+", DOCUMENT, (meta.num_docs,)).flush()
+            path.write_text(job, encoding="utf-8")
+    return aside
+
+
+def _finish_if_all_done(aside: Path, folder: Path, dataset: Dataset, meta: VectorsMeta, num_shards: int) -> bool:
+    """Put the folder in place if every shard is done; True where the folder is in place, whoever put it there."""
+    try:
+        lock = _lock(aside)
+    except FileNotFoundError:
+        return True  # another rank was the last
+    with lock:
+        if not aside.exists():
+            return True  # while this one waited for the lock
+        if not all(_done(aside, shard).exists() for shard in range(num_shards)):
+            return False
+        _write_documents(aside / DOCUMENTS_FILE, dataset)
+        put_in_place(aside, folder, meta)
+        shutil.rmtree(folder / DONE_DIR)
+        (folder / JOB_FILE).unlink()
+        (folder / LOCK_FILE).unlink()
+    return True
+
+
+def _done(aside: Path, shard: int) -> Path:
+    return aside / DONE_DIR / f"{shard:07d}"
+
+
+def _lock(aside: Path) -> IO[str]:
+    """Return the folder's lock, held until it is closed, or until the process ends, however it does."""
+    file = (aside / LOCK_FILE).open("w")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    return file
+
+
+def _documents(dataset: Dataset, rows: np.ndarray) -> np.ndarray:
+    """Return DOCUMENT [n]: the id of each document and a hash of its features."""
+    columns = list(dataset.catalogue.columns(rows).values())
+    documents = np.empty(len(rows), DOCUMENT)
+    documents["id"] = dataset.catalogue.ids(rows)
+    for i in range(len(rows)):
+        digest = xxhash.xxh3_64()
+        for column in columns:
+            value = _bytes(column, i)
+            digest.update(len(value).to_bytes(8, "little"))
+            digest.update(value)
+        documents["content"][i] = digest.intdigest()
+    return documents
+
+
+def _bytes(column: Column, row: int) -> bytes:
+    value = column[row] if isinstance(column, Ragged) else np.asarray(column)[row]
+    return bytes(value.tobytes())
+
+
+def _write_documents(path: Path, dataset: Dataset) -> None:
+    schema = pa.schema([("doc_key", pa.string()), ("display", pa.string())])
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        for first in range(0, dataset.catalogue.num_docs, ROWS_AT_ONCE):
+            rows = np.arange(first, min(first + ROWS_AT_ONCE, dataset.catalogue.num_docs))
+            columns = [dataset.catalogue.keys(rows), dataset.catalogue.display(rows)]
+            writer.write_table(pa.table([pa.array(column, pa.string()) for column in columns], schema=schema))
+
+
+def _load(path: Path) -> np.ndarray:
+    try:
+        return open_memmap(path, "r")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} does not load: {error}") from None

@@ -1,0 +1,198 @@
+"""Vectors folders: many ranks make one, a killed run goes on, unchanged documents are not encoded again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import yaml
+from pyarrow import parquet
+
+from bigdssm.config import Config, load_config
+from bigdssm.data import Dataset
+from bigdssm.data.making import Target
+from bigdssm.data.pairs import PairTables, make_pairs
+from bigdssm.errors import CheckpointError
+from bigdssm.export import load_model_folder
+from bigdssm.models import DualEncoder
+from bigdssm.retrieval.embed import Encoders, tower_encoders
+from bigdssm.retrieval.vector_files import difference_from_model, read_rows, write_card, write_file
+from bigdssm.retrieval.vectors import Work, read_meta, unfinished, write_vectors
+from tests.conftest import NUM_ITEMS
+
+from .conftest import random_model
+
+SHARD = 7  # of 40 documents, so that there are 6 shards
+
+
+class Counting:
+    """Encoders that know which documents they have encoded, and may be killed at one of them."""
+
+    def __init__(self, model: DualEncoder, dataset: Dataset, killed_at: int | None = None) -> None:
+        encoders = tower_encoders(model, dataset)
+        self.calls: list[list[int]] = []
+
+        def documents(rows: np.ndarray):  # type: ignore[no-untyped-def]
+            if killed_at in rows.tolist():
+                raise KeyboardInterrupt
+            self.calls.append(rows.tolist())
+            return encoders.documents(rows)
+
+        self.encoders = Encoders(encoders.queries, documents)
+
+    @property
+    def rows(self) -> list[int]:
+        return [row for call in self.calls[1:] for row in call]  # the first asks for the width
+
+
+@pytest.fixture(scope="module")
+def expected(model: DualEncoder, dataset: Dataset) -> np.ndarray:
+    return tower_encoders(model, dataset).documents(np.arange(NUM_ITEMS)).numpy()
+
+
+def test_a_killed_run_goes_on_from_its_finished_shards(
+    model: DualEncoder, dataset: Dataset, expected: np.ndarray, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        write_vectors(tmp_path / "v", Counting(model, dataset, 25).encoders, dataset, "m", Work(rows_per_shard=SHARD))
+    assert not (tmp_path / "v").exists()
+    again = Counting(model, dataset)
+    written = write_vectors(tmp_path / "v", again.encoders, dataset, "m", Work(rows_per_shard=SHARD))
+    assert again.rows == list(range(21, NUM_ITEMS))
+    assert (written.found, written.encoded, written.reused) == (3, 19, 0)
+    np.testing.assert_allclose(np.load(tmp_path / "v" / "vectors.npy"), expected, rtol=1e-5, atol=1e-5)
+    names = {path.name for path in (tmp_path / "v").iterdir()}
+    assert names == {"vectors.npy", "contents.npy", "documents.arrow", "meta.json"}
+    assert [path.name for path in tmp_path.iterdir()] == ["v"]
+
+
+@pytest.mark.parametrize("other", ["model", "shards"])
+def test_another_job_does_not_go_on_from_it(model: DualEncoder, dataset: Dataset, tmp_path: Path, other: str) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        write_vectors(tmp_path / "v", Counting(model, dataset, 25).encoders, dataset, "m", Work(rows_per_shard=SHARD))
+    checksum, rows_per_shard = ("n", SHARD) if other == "model" else ("m", SHARD + 1)
+    written = write_vectors(
+        tmp_path / "v", Counting(model, dataset).encoders, dataset, checksum, Work(rows_per_shard=rows_per_shard)
+    )
+    assert (written.found, written.encoded) == (0, NUM_ITEMS)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_ranks_share_the_shards_and_the_last_puts_the_folder_in_place(
+    model: DualEncoder, dataset: Dataset, expected: np.ndarray, tmp_path: Path, world_size: int
+) -> None:
+    encoders = [Counting(model, dataset) for _ in range(world_size)]
+    order = [*range(1, world_size), 0]
+    for rank in order:
+        assert not (tmp_path / "v").exists()
+        written = write_vectors(
+            tmp_path / "v", encoders[rank].encoders, dataset, "m", Work(rank, world_size, rows_per_shard=SHARD)
+        )
+        assert (written.meta is not None) == (rank == order[-1])
+    assert sorted(row for one in encoders for row in one.rows) == list(range(NUM_ITEMS))
+    np.testing.assert_allclose(np.load(tmp_path / "v" / "vectors.npy"), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_ranks_at_the_same_time(model: DualEncoder, dataset: Dataset, expected: np.ndarray, tmp_path: Path) -> None:
+    written, encoders = [], tower_encoders(model, dataset)
+
+    def run(rank: int) -> None:
+        written.append(write_vectors(tmp_path / "v", encoders, dataset, "m", Work(rank, 4, rows_per_shard=1)))
+
+    ranks = [threading.Thread(target=run, args=(rank,)) for rank in range(4)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert sum(one.encoded for one in written) == NUM_ITEMS
+    assert any(one.meta is not None for one in written)
+    np.testing.assert_allclose(np.load(tmp_path / "v" / "vectors.npy"), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_only_what_has_changed_is_encoded(tmp_path: Path) -> None:
+    """A partition brings documents behind those that are there; a catalogue made anew brings a changed one."""
+
+    def pairs(name: str, numbers: range, changed: int | None = None) -> Path:
+        path = tmp_path / f"{name}.jsonl"
+        with path.open("w") as file:
+            for number in numbers:
+                text = f"document {number}" + (" is another now" if number == changed else "")
+                file.write(json.dumps({"query": f"query {number}", "key": f"d{number}", "text": text}) + "\n")
+        return path
+
+    data = {"query": {"query": {"type": "text"}}, "doc": {"text": {"type": "text"}}, "tokenizer": {"vocab_size": 80}}
+    (tmp_path / "c.yaml").write_text(
+        yaml.safe_dump({"run": {"dir": "r"}, "data": {"dir": "d", "display": "text", **data}, "model": {"dim": 8}})
+    )
+    config = load_config(tmp_path / "c.yaml")
+
+    def make(source: Path, target: Target) -> Dataset:
+        tables = PairTables((source,), doc_id_column="key", validation_fraction=0.0, test_fraction=0.0)
+        make_pairs(config.data, tables, target)
+        return Dataset.open(target.out)
+
+    first = make(pairs("first", range(30)), Target(tmp_path / "d"))
+    model = random_model(config, first, 1)
+    write_vectors(tmp_path / "v", tower_encoders(model, first), first, "m")
+    grown = make(pairs("second", range(30, 37)), Target(tmp_path / "d", "more", append=True))
+    other = make(pairs("third", range(36, -1, -1), changed=4), Target(tmp_path / "other", like=tmp_path / "d"))
+    for dataset, changed, reused in ((grown, [f"d{n}" for n in range(30, 37)], 30), (other, ["d4"], 36)):
+        counting = Counting(model, dataset)
+        written = write_vectors(tmp_path / "v", counting.encoders, dataset, "m", since=tmp_path / "v")
+        assert (written.encoded, written.reused) == (len(changed), reused)
+        assert dataset.catalogue.keys(np.array(counting.rows)) == changed
+        whole = tower_encoders(model, dataset).documents(np.arange(37)).numpy()
+        np.testing.assert_allclose(np.load(tmp_path / "v" / "vectors.npy"), whole, rtol=1e-5, atol=1e-5)
+    with pytest.raises(CheckpointError, match="--since needs vectors of the model in use"):
+        write_vectors(tmp_path / "w", counting.encoders, other, "another", since=tmp_path / "v")
+
+
+@pytest.fixture(scope="module")
+def folder(model_dir: Path, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("files") / "v"
+    loaded = load_model_folder(model_dir)
+    write_vectors(out, tower_encoders(loaded.model, dataset), dataset, loaded.checksum)
+    return out
+
+
+def test_files_of_other_engines(model: DualEncoder, dataset: Dataset, config: Config, folder: Path) -> None:
+    vectors = np.load(folder / "vectors.npy")
+    parity = {}
+    for target in ("npy", "fvecs", "parquet"):
+        path = write_file(folder, target)  # type: ignore[arg-type]
+        parity[target] = difference_from_model(path, tower_encoders(model, dataset))
+        np.testing.assert_array_equal(read_rows(path, np.array([3, 39, 0])), vectors[[3, 39, 0]])
+    # as their readers elsewhere read them
+    raw = np.fromfile(folder / "vectors.fvecs", np.int32)
+    assert raw[0] == 9
+    np.testing.assert_array_equal(raw.reshape(-1, 10)[:, 1:].view(np.float32), vectors)
+    table = parquet.read_table(folder / "vectors.parquet")
+    assert table["doc_key"].to_pylist() == dataset.catalogue.keys(np.arange(NUM_ITEMS))
+    assert table.schema.field("vector").type == pa.list_(pa.float32(), 9)
+    assert table["vector"][5].as_py() == vectors[5].tolist()
+    write_card(folder, config.model.score, parity)  # type: ignore[arg-type]
+    card = (folder / "README.md").read_text()
+    assert read_meta(folder).model_checksum in card
+    assert "40 documents" in card and "width 9" in card and "vectors.parquet" in card
+
+
+def test_a_file_with_other_vectors_is_named(model: DualEncoder, dataset: Dataset, folder: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    vectors = np.load(copied / "vectors.npy")
+    np.save(copied / "vectors.npy", vectors[::-1])
+    with pytest.raises(CheckpointError, match=r"vectors\.npy holds other vectors than the model gives"):
+        difference_from_model(copied / "vectors.npy", tower_encoders(model, dataset))
+
+
+def test_an_older_format_is_named(folder: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    (copied / "meta.json").write_text(json.dumps({**asdict(read_meta(folder)), "format": 1}))
+    with pytest.raises(CheckpointError, match="has format 1"):
+        read_meta(copied)
+    assert not unfinished(folder).exists()
