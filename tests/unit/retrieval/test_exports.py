@@ -36,6 +36,13 @@ MODELS = {
     "cosine with beta": {"score": "cosine"},
     "dot with one beta": {"score": "dot", "beta": "scalar", "beta_init": -3.0},
     "cosine with one beta": {"score": "cosine", "beta": "scalar", "beta_init": -3.0},
+    "the text's own vector": {
+        "score": "cosine",
+        "beta": "none",
+        "dim": 8,
+        "query": {"residual": "text"},
+        "doc": {"residual": "text"},
+    },
     "cosine without beta": {"score": "cosine", "beta": "none", "share_text": True, "query": {"mlp": []}},
 }
 
