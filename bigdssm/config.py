@@ -200,7 +200,8 @@ class StageConfig:
     mining: MiningConfig = field(default_factory=MiningConfig)
     validate_every_steps: int = 0  # 0: once, at the end
     patience: int = 0  # stop after so many validations without a better one; 0: never
-    save_every_steps: int = 500
+    save_every_steps: int = 500  # 0: not by steps
+    save_every_minutes: float = 0.0  # since the last checkpoint; 0: not by time
     keep_checkpoints: int = 2
     log_every_steps: int = 10
     max_skipped_steps: int = 5  # non-finite steps in a row before the run stops
@@ -360,6 +361,8 @@ def _check_stage(name: str, stage: StageConfig, lanes: int) -> None:
         fix = f"use {below} or {above}" if below else f"use {above}"
         raise ConfigError(f"{name}.rows_global={rows} must be divisible by data.lanes={lanes}; {fix}")
     _require(stage.steps > 0 or stage.epochs > 0, f"{name}.epochs", stage.epochs, "above 0 where steps is 0")
+    _require(stage.save_every_minutes >= 0, f"{name}.save_every_minutes", stage.save_every_minutes, "at least 0")
+    _require(stage.keep_checkpoints >= 1, f"{name}.keep_checkpoints", stage.keep_checkpoints, "at least 1")
     mining = stage.mining
     _require(0 <= mining.first < mining.last, f"{name}.mining", f"[{mining.first}, {mining.last})", "first < last")
     room = mining.last - mining.first

@@ -31,6 +31,7 @@ class Health:
         self._name, self._engine, self._trackers, self._bar = name, engine, trackers, bar
         self._total_steps, self._rows_global, self._every = total_steps, rows_global, log_every_steps
         self._skipped = 0
+        self._began, self._spent_s = time.perf_counter(), {"checkpoint": 0.0, "validation": 0.0}
         self._restart()
 
     def waited_for(self, batches: Iterator[Batch]) -> Batch:
@@ -47,6 +48,7 @@ class Health:
         yield
         seconds = time.perf_counter() - started
         self._apart_s += seconds
+        self._spent_s[what] += seconds
         logger.info("%s: %s took %.2f s", self._name, what, seconds)
 
     def after_step(self, step: int, applied: int, batch: Batch, result: StepResult) -> None:
@@ -88,6 +90,7 @@ class Health:
     def after_validation(self, step: int, evaluation: Evaluation) -> None:
         """Write a validation's record and line; its time is taken out of the training time."""
         self._apart_s += evaluation.seconds
+        self._spent_s["validation"] += evaluation.seconds
         metrics = evaluation.metrics
         self._trackers.log({"step": step, "validation": metrics, "seconds": evaluation.seconds})
         logger.info(
@@ -95,6 +98,13 @@ class Health:
             self._name, step, self._total_steps, metrics["ndcg_at_10"], metrics["hr_at_10"], metrics["mrr"],
             evaluation.seconds,
         )  # fmt: skip
+
+    def costs(self) -> str:
+        """Return what checkpoints and validations took so far, in seconds and as a share of the whole."""
+        whole_s = time.perf_counter() - self._began
+        return ", ".join(
+            f"{what}s took {seconds:.1f} s ({100 * seconds / whole_s:.1f}%)" for what, seconds in self._spent_s.items()
+        )
 
     def _restart(self) -> None:
         self._started, self._waited_s, self._apart_s, self._steps = time.perf_counter(), 0.0, 0.0, 0

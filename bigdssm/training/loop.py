@@ -6,6 +6,7 @@ stage is put together in stages.py.
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,21 @@ class Watch:
             raise Preempted(f"asked to stop while {what}")
 
 
+class SaveClock:
+    """Tells when a checkpoint is due by time."""
+
+    def __init__(self, every_minutes: float) -> None:
+        self._every_s, self._since = 60.0 * every_minutes, time.monotonic()
+
+    def restart(self) -> None:
+        """Count from now on."""
+        self._since = time.monotonic()
+
+    def due(self) -> bool:
+        """Return True on every rank where the time is over on any. A collective, unless there is no such time."""
+        return self._every_s > 0 and distributed.any_rank(time.monotonic() - self._since >= self._every_s)
+
+
 @dataclass
 class Stage:
     """Everything that a running stage consists of."""
@@ -82,6 +98,7 @@ class Stage:
     name: str
     folder: Path
     config: StageConfig
+    origin: dict[str, Any]  # what every checkpoint tells of its making: the resolved config, and versions
     chunk_tokens: int
     total_steps: int
     starts_trained: bool
@@ -91,6 +108,7 @@ class Stage:
     objective: Objective
     validator: Validator
     store: CheckpointStore
+    save_clock: SaveClock
     health: Health
     watch: Watch
     consumed_log: RowLog | None
@@ -134,7 +152,7 @@ def _train(stage: Stage) -> Progress:
             validate(stage)
         if watch.stop.agreed():
             raise Preempted("asked to stop")
-        if _due(progress.step, config.save_every_steps):
+        if _due(progress.step, config.save_every_steps) or stage.save_clock.due():
             save(stage)
     if progress.validated_at != progress.step:
         validate(stage)
@@ -170,11 +188,13 @@ def save(stage: Stage) -> None:
     state = {
         "stream": stage.stream.state(),
         "progress": asdict(stage.progress),
+        **stage.origin,
     }
     stage.watch.watchdog.beat(f"the checkpoint of step {stage.progress.step}")
     share = stage.watch.faults.in_save(stage.progress.step, stage.engine.own_share)
     with stage.health.timed("checkpoint"):
         stage.store.save(stage.progress.step, state, stage.objective.state(), rank_state, share)
+    stage.save_clock.restart()
 
 
 def restore(

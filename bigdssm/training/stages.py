@@ -35,7 +35,7 @@ from bigdssm.training.faults import Faults
 from bigdssm.training.growth import GrownReader, grow_model
 from bigdssm.training.health import Health, describe_ranks
 from bigdssm.training.launcher import Launcher
-from bigdssm.training.loop import Progress, Stage, Watch, restore, train
+from bigdssm.training.loop import Progress, SaveClock, Stage, Watch, restore, train
 from bigdssm.training.objective import Objective
 from bigdssm.training.row_log import CONSUMED, SKIPPED, RowLog
 from bigdssm.training.run_folder import RUNNING_FILE, STOP_FILE, FolderLock, note_start, versions
@@ -50,7 +50,9 @@ CONFIG_FILE = "config.yaml"
 NEW_PART_KEYS = ("steps", "epochs")  # may change, too, where a stage goes on over new partitions
 PART_KEYS = ("from_partition", "mixture", "mixture_batches")
 # What may change when a stage is resumed: it changes what is kept and said, not what is learned.
-WATCHING_KEYS = ("save_every_steps", "keep_checkpoints", "log_every_steps", "validate_every_steps", "patience")
+WATCHING_KEYS = (
+    "save_every_steps", "save_every_minutes", "keep_checkpoints", "log_every_steps", "validate_every_steps", "patience",
+)  # fmt: skip
 
 
 def check_stage(config: Config, name: StageName, world_size: int, resume: bool) -> Dataset:
@@ -132,7 +134,10 @@ def run_stage(
                 )  # fmt: skip
                 stop.wait_for_steps()
                 progress = train(stage)
-    logger.info("%s finished: best validation NDCG@10 %.4f at step %d", name, progress.best, progress.best_step)
+    logger.info(
+        "%s finished: best validation NDCG@10 %.4f at step %d; %s",
+        name, progress.best, progress.best_step, stage.health.costs(),
+    )  # fmt: skip
 
 
 def _assemble(
@@ -166,6 +171,7 @@ def _assemble(
         name=name,
         folder=folder,
         config=stage_config,
+        origin={"config": config.to_dict(), "versions": versions()},
         chunk_tokens=config.engine.chunk_tokens,
         total_steps=total_steps,
         starts_trained=initial_model(config, name) is not None or progress.part_step > 0,
@@ -175,6 +181,7 @@ def _assemble(
         objective=objective,
         validator=Validator(dataset, config, folder / "best", rows_per_chunk=1024),
         store=store,
+        save_clock=SaveClock(stage_config.save_every_minutes),
         health=Health(name, engine, trackers, bar, total_steps, stage_config.rows_global, stage_config.log_every_steps),
         watch=watch,
         consumed_log=row_log(CONSUMED) if config.debug.log_row_ids else None,

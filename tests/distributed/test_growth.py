@@ -137,8 +137,7 @@ def test_old_rows_are_mixed_in_by_weight_and_a_resumed_mixture_is_exact(
     grown: tuple[Path, Path], tmp_path: Path, pools: dict[int, Pool]
 ) -> None:
     config, run_dir = grown[0], copy(grown[1], tmp_path)
-    with pytest.raises(RankFailed, match="stopped for the test"):
-        pools[2].run(stop_after, config, run_dir, MIXED, 1)
+    pools[2].run(stop_after, config, run_dir, MIXED, 1)
     with pytest.raises(RankFailed, match=r"mixture was \[\['day2', 750\], \['base', 250\]\], is \[\['day2', 500\]"):
         changed = MIXED[0].replace("weight: 3", "weight: 1")
         pools[1].run(small_run.run, config, run_dir, (changed, *MIXED[1:]), "pretrain", True)
@@ -157,8 +156,7 @@ def test_a_new_part_that_was_killed_ends_with_the_same_weights(
 ) -> None:
     whole, cut = copy(grown[1], tmp_path / "a"), copy(grown[1], tmp_path / "b")
     pools[2].run(small_run.run, grown[0], whole, ON, "pretrain", True)
-    with pytest.raises(RankFailed, match="stopped for the test"):
-        pools[2].run(stop_after, grown[0], cut, ON, 1)
+    pools[2].run(stop_after, grown[0], cut, ON, 1)
     assert (cut / "pretrain" / "checkpoints" / f"step-{STEPS + 2:08d}").is_dir()
     pools[2].run(small_run.run, grown[0], cut, ON, "pretrain", True)
     last = f"step-{STEPS + NEW_STEPS:08d}"

@@ -70,6 +70,8 @@ def test_the_shipped_configs_load(file: Path) -> None:
         ("pretrain.loss.norm_penalty=-1", ["pretrain.loss.norm_penalty", "not below 0"]),
         ("sft.loss.name=sigmoid", ["model.beta", "got document", "needs scalar", "sft.loss.name"]),
         ("model.beta=scalar", ["model.beta", "got scalar", "without a sigmoid loss"]),
+        ("pretrain.save_every_minutes=-1", ["pretrain.save_every_minutes", "at least 0"]),
+        ("pretrain.keep_checkpoints=0", ["pretrain.keep_checkpoints", "at least 1"]),
         ("nothing", ["nothing", "key=value"]),
     ],
 )
