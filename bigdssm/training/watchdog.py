@@ -108,7 +108,11 @@ class Watchdog:
         """End; where an error passes, leave its sentence to the others. Raises PeerError for what they caused."""
         self._leaving_until = time.monotonic() + LEAVING_S
         if error is None:
-            distributed.barrier()  # whoever is through must not look like one that has died
+            try:
+                distributed.barrier()  # whoever is through must not look like one that has died
+            except RuntimeError as late:
+                error = late
+        if error is None:
             self._close()
         elif distributed.is_peer_failure(error):
             blamed = self._blame()
@@ -177,7 +181,8 @@ class Watchdog:
     def _fault(self, now: float) -> str | None:
         """Return what is wrong with another rank, in one sentence, or None."""
         timeout_s = self._timeout_s
-        near = self._near_fault(now, stopped_s=timeout_s, gone_s=GONE_S)
+        # a little earlier than what beats say of a stopped rank 0: that nothing is heard from the store
+        near = self._near_fault(now, stopped_s=timeout_s - 2 * self._interval_s, gone_s=GONE_S)
         if near:
             return near
         if self._broken_at and now - self._broken_at > BROKEN_STORE_S and self._store_is_rank_0s and self._rank:
@@ -211,7 +216,7 @@ class Watchdog:
                     return f"{peer} has ended without a word: killed, or out of memory"
                 if kind == "stopped" and now - since >= stopped_s:
                     self._to_kill = peer.pid if state == "T" else None
-                    return f"{peer} is stopped (SIGSTOP or a debugger) and gave no sign of life for {stopped_s:.0f} s"
+                    return f"{peer} is stopped (SIGSTOP or a debugger), for {now - since:.0f} s by now"
         return None
 
     def _stuck_fault(self, survey: dict[int, dict[str, Any]]) -> str:
