@@ -119,7 +119,7 @@ def _copy(source: Path, folder: Path) -> None:
     if not source.is_dir():
         raise ConfigError(f"data.tokenizer.path={source} is no folder; give one with a Hugging Face tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"data.tokenizer.path={source} holds no usable tokenizer: {str(error).splitlines()[0]}"

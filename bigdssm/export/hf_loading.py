@@ -16,8 +16,8 @@ def load_tower(folder: str | Path) -> Callable[[list[str]], torch.Tensor]:
     """Return a function from n texts to float32 [n, D+1]; a query's and a document's inner product is their score."""
     head = json.loads((Path(folder) / "projection.json").read_text(encoding="utf-8"))
     weights = load_file(Path(folder) / "projection.safetensors")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    bert = AutoModel.from_pretrained(folder, **head["loading_arguments"]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    bert = AutoModel.from_pretrained(folder, trust_remote_code=False, **head["loading_arguments"]).eval()
 
     @torch.no_grad()
     def encode(texts: list[str]) -> torch.Tensor:

@@ -157,7 +157,9 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 
 def _empty_model(config: ModelConfig, schema: Schema, text_dir: Path) -> DualEncoder:
     """Return a DualEncoder whose text encoders have the saved architectures, whatever they were initialised from."""
-    texts = {path.name: AutoConfig.from_pretrained(path) for path in sorted(text_dir.glob("*/"))}
+    texts = {
+        path.name: AutoConfig.from_pretrained(path, trust_remote_code=False) for path in sorted(text_dir.glob("*/"))
+    }
 
     def with_widths(side: str, tower: TowerConfig) -> TowerConfig:
         text = texts.get("shared" if config.share_text else side)
@@ -169,7 +171,7 @@ def _empty_model(config: ModelConfig, schema: Schema, text_dir: Path) -> DualEnc
     model = DualEncoder(replace(config, query=query, doc=doc), schema, vocab_size=1)
     for key, text in texts.items():
         encoder: Any = model.text[key]
-        encoder.bert = AutoModel.from_config(text)
+        encoder.bert = AutoModel.from_config(text, trust_remote_code=False)
         encoder.bert.pooler = None
         encoder.pad_token_id = text.pad_token_id
     model.config = config

@@ -193,7 +193,7 @@ def _load_bert(folder: str, config: TextEncoderConfig) -> PreTrainedModel:
     if not os.path.isdir(folder):
         raise ConfigError(f"text.init={folder} is not a folder; it takes the local folder of a Hugging Face BERT")
     try:
-        architecture = AutoConfig.from_pretrained(folder, local_files_only=True)
+        architecture = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         has = getattr(architecture, "num_hidden_layers", 0)
         if config.keep_layers > has:
             raise ConfigError(f"text.keep_layers={config.keep_layers}, but text.init={folder} has {has} layers")
@@ -202,7 +202,7 @@ def _load_bert(folder: str, config: TextEncoderConfig) -> PreTrainedModel:
             if hasattr(architecture, name):
                 setattr(architecture, name, config.dropout)
         model: PreTrainedModel = AutoModel.from_pretrained(
-            folder, config=architecture, local_files_only=True, use_safetensors=True
+            folder, config=architecture, local_files_only=True, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"text.init={folder} does not load as a Hugging Face model: {error}") from None

@@ -138,11 +138,17 @@ def request_stop(folder: Path, saving: bool, timeout_s: float) -> dict[str, Any]
     return events[-1] if ended else {"event": "end", "exit_code": None, "reason": "ended without saving"}
 
 
-def note_start(folder: Path, step: int) -> None:
+def note_start(folder: Path, step: int, total_steps: int) -> None:
     """Append this start to `events.jsonl`: when, where, on how many ranks, from which step, with which versions."""
     hosts = distributed.all_gather_object(socket.gethostname())
     if distributed.is_main():
-        who = {"step": step, "ranks": len(hosts), "hosts": sorted(set(hosts)), "pid": os.getpid()}
+        who = {
+            "step": step,
+            "total_steps": total_steps,
+            "ranks": len(hosts),
+            "hosts": sorted(set(hosts)),
+            "pid": os.getpid(),
+        }
         _note(folder, {"event": "start", **who, "versions": versions()})
 
 

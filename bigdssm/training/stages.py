@@ -126,7 +126,7 @@ def run_stage(
             with ProgressBar() as bar, closing(stream):
                 watch = Watch(watchdog, stop, Faults.from_environment(), SpikeAlert(folder, distributed.rank()))
                 stage = _assemble(config, name, model, stream, store, checkpoint, new_part, trackers, bar, watch)
-                note_start(folder, stage.progress.step)
+                note_start(folder, stage.progress.step, stage.total_steps)
                 logger.info(
                     "%s: %s, %d steps of %d rows on %s, from step %d, in %s",
                     name, config.data.webdataset or f"{dataset.num_rows('train'):,} rows", stage.total_steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,10 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             raise ConfigError(f"run.trackers: got {name!r}, needs names out of {sorted(known)}")
+        if importlib.util.find_spec(name) is None:  # every tracker is called like its package
+            raise ConfigError(
+                f"run.trackers: {name} is not installed; pip install {name}, or take it out of run.trackers"
+            )
 
 
 def _open(name: str, folder: Path) -> Any:

@@ -37,6 +37,7 @@ from bigdssm.training.run_folder import STOP_NOW
 BEATS_PER_TIMEOUT, LONGEST_BEAT_S = 10, 5.0
 GONE_S = 3.0  # after the end of a process is seen: its peers' collectives fail first, which says more
 BROKEN_STORE_S = 10.0
+STARTING_S = 900.0  # without progress before the first step: imports, opening a dataset, reading a checkpoint
 LEAVING_S = 15.0  # that a main thread has for leaving by itself
 VERDICT = "verdict"
 STOPPED_EXIT_CODE = 143  # what shells give for SIGTERM
@@ -195,8 +196,9 @@ class Watchdog:
                 f"{self._next} gave no sign of life for {timeout_s:.0f} s: its process or host is stopped, or cut off"
             )
         # a little later than the others: where one is dead, all main threads are stuck
-        if now - self._moved_at > timeout_s + 3 * self._interval_s:
-            if self._survey is None and now - self._moved_at < timeout_s + 5 * self._interval_s:
+        allowed_s = timeout_s if self._moves else max(timeout_s, STARTING_S)
+        if now - self._moved_at > allowed_s + 3 * self._interval_s:
+            if self._survey is None and now - self._moved_at < allowed_s + 5 * self._interval_s:
                 self._survey_wanted = True
                 self._wake.set()
                 return None

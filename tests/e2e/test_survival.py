@@ -75,13 +75,13 @@ def test_one_rank_told_to_stop_gives_the_documented_code(config: Path, folder: P
 
 
 def test_a_stopped_rank_ends_the_run_within_its_timeout(config: Path, folder: Path) -> None:
-    arguments = (*NEVER_ENDING, "engine.peer_timeout_s=6")
+    arguments = (*NEVER_ENDING, "engine.peer_timeout_s=10")
     run = Run(folder, config, *arguments, variables=environment("stop@9:0"))
     run.wait_for("BIGDSSM_FAULT: stop")
     struck = time.monotonic()
     assert run.wait() in (6, 247), run.log  # the launcher gives that of the rank it sees first
     run.wait_for_orphans(5)
-    assert time.monotonic() - struck < 6 + 15
+    assert time.monotonic() - struck < 10 + 15
     assert re.search(r"rank 0 \(pid \d+ on \S+\) is stopped", run.errors[0])
     assert "in all_gather" in run.log or "in all_reduce" in run.log  # the stacks
     assert run.checkpoints() == []

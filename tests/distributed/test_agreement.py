@@ -1,0 +1,53 @@
+"""Ranks that were not started alike are told so before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from . import small_run
+from .spawn import Pool, RankFailed
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_run.write_dataset(tmp_path_factory.mktemp("agreement"))
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("config", r"rank 1 on \S+ has another config than rank 0: pretrain.optimizer.lr was 0.01, is 0.02 there"),
+        ("dataset", r"rank 1 on \S+ has another dataset than rank 0: fingerprint was \S+, is \S+ there"),
+        ("code", r"rank 1 on \S+ has another version than rank 0: code was \w+, is another there"),
+        ("torch", r"rank 1 on \S+ has another version than rank 0: torch was \S+, is 1.0 there"),
+    ],
+)
+def test_a_rank_with_something_else_is_named(
+    config: Path, tmp_path: Path, pools: dict[int, Pool], what: str, expected: str
+) -> None:
+    with pytest.raises(RankFailed, match=expected) as caught:
+        pools[2].run(differing, config, tmp_path / "run", what)
+    assert "PeerError: rank 1 stopped: rank 1 on" in str(caught.value) or "ConfigError" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def differing(rank: int, world_size: int, config: Path, run_dir: Path, what: str) -> None:
+    """Run, on rank 1 with another `what`."""
+    from bigdssm.data import Dataset
+    from bigdssm.training import stages
+
+    overrides: tuple[str, ...] = ()
+    versions, fingerprint = stages.versions, Dataset.fingerprint
+    if rank == 1 and what == "config":
+        overrides = ("pretrain.optimizer.lr=0.02",)
+    elif rank == 1 and what == "dataset":
+        Dataset.fingerprint = property(lambda self: "other")  # type: ignore[assignment,method-assign]
+    elif rank == 1:
+        other = {"code": "another", "torch": "1.0"}[what]
+        stages.versions = lambda: {**versions(), what: other}  # type: ignore[assignment]
+    try:
+        small_run.run(rank, world_size, config, run_dir, overrides)
+    finally:
+        stages.versions, Dataset.fingerprint = versions, fingerprint  # type: ignore[assignment,method-assign]

@@ -1,0 +1,133 @@
+"""What people see of runs: watch_run, compare_runs, trackers by name."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bigdssm.config import load_config
+from bigdssm.data import Dataset
+from bigdssm.errors import ConfigError, DataError
+from bigdssm.export.model_folder import save_model_folder
+from bigdssm.models import DualEncoder
+from bigdssm.training.compare import compare
+from bigdssm.training.observing import observe, sparkline
+from bigdssm.training.run_folder import FolderLock
+from bigdssm.training.trackers import check_trackers
+from tests.conftest import TinyDataset
+
+ROOT = Path(__file__).resolve().parents[2]
+START = {"event": "start", "step": 0, "total_steps": 40, "ranks": 2, "versions": {"torch": "2.13.0", "code": "abc"}}
+
+
+def write_stage(run: Path, *, end: dict[str, object] | None, losses: list[float]) -> Path:
+    """Write what a stage leaves behind, its model aside."""
+    folder = run / "pretrain"
+    folder.mkdir(parents=True)
+    records: list[dict[str, object]] = [
+        {"step": step, "loss": loss, "rows_per_s": 100.0 * step, "dropped_fraction": 0.25, "memory_gb": 0.5}
+        for step, loss in enumerate(losses, 1)
+    ]
+    records.append({"step": len(losses), "validation": {"ndcg_at_10": 0.125}, "seconds": 1.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    events = [START] + ([end] if end else [])
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    return folder
+
+
+def tool(name: str, *arguments: str | Path) -> str:
+    command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_run_that_ended_is_shown_with_its_end(tmp_path: Path) -> None:
+    end = {"event": "end", "exit_code": 75, "reason": "stopped on request after step 20, saved"}
+    folder = write_stage(tmp_path, end=end, losses=[4.0 - 0.1 * step for step in range(20)])
+    alert = {"step": 7, "loss": 40.0, "usual": 3.5, "row_ids": [1]}
+    for rank in (0, 1):
+        (folder / f"alerts-{rank:05d}.jsonl").write_text(json.dumps(alert) + "\n")
+    seen = observe(tmp_path)
+    assert seen.ended and (seen.step, seen.total_steps) == (20, 40)
+    assert seen.state == "ended with exit code 75: stopped on request after step 20, saved"
+    assert seen.curves["loss"][0] == 4.0 and seen.curves["validation NDCG@10"] == [0.125]
+    assert seen.figures == {"dropped": "25.0 %", "memory gb": "0.5"}
+    assert len(seen.alerts) == 1 and "alert at step 7: loss 40, usually 3.5" in seen.alerts[0]
+    shown = tool("watch_run.py", tmp_path, "--once")
+    assert "step 20 of 40" in shown and "█" in shown and "alert at step 7" in shown
+
+
+def test_a_run_that_trains_and_one_that_was_killed(tmp_path: Path) -> None:
+    folder = write_stage(tmp_path, end=None, losses=[4.0])
+    assert observe(tmp_path).state.startswith("ended without a word") and observe(tmp_path).ended
+    script = "import sys\nfrom bigdssm.training.observing import observe\nfrom pathlib import Path\n"
+    script += "seen = observe(Path(sys.argv[1]))\nprint(seen.state, seen.ended)"
+    with FolderLock(folder):
+        done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.startswith(f"trains: pid {os.getpid()} on ") and done.stdout.endswith("False\n"), done.stderr
+    with pytest.raises(DataError, match="is it a run folder"):
+        observe(tmp_path / "nothing")
+
+
+def test_sparklines() -> None:
+    assert sparkline([0.0, 7.0], 40) == "▁█"
+    assert sparkline([1.0] * 3, 2) == "▁▁"
+    assert sparkline(list(map(float, range(800))), 8) == "▁▂▃▄▅▆▇█"
+
+
+def test_two_runs_are_compared_in_all_they_differ_in(tmp_path: Path, tiny_pairs: TinyDataset) -> None:
+    import torch
+
+    dataset = Dataset.open(tiny_pairs.dir)
+    for seed, name in enumerate(("first", "second")):
+        folder = write_stage(tmp_path / name, end={"event": "end", "exit_code": 0, "reason": "finished"}, losses=[4.0])
+        config = load_config(tiny_pairs.config, [f"run.dir={tmp_path / name}", f"pretrain.rows_global={256 << seed}"])
+        (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+        torch.manual_seed(seed)
+        model = DualEncoder(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+        provenance = {"dataset": dataset.fingerprint}
+        save_model_folder(folder / "best", model, config, dataset.schema, dataset.tokenizer_dir, provenance)
+    events = (tmp_path / "second" / "pretrain" / "events.jsonl").read_text()
+    (tmp_path / "second" / "pretrain" / "events.jsonl").write_text(events.replace("2.13.0", "2.14.0"))
+    found = compare(tmp_path / "first", tmp_path / "second", None, "validation", None)
+    assert [(row.what, row.a, row.b) for row in found.config if row.what != "run.dir"] == [
+        ("pretrain.rows_global", "256", "512")
+    ]
+    assert [(row.what, row.a, row.b) for row in found.versions] == [("torch", "2.13.0", "2.14.0")]
+    assert found.data == [] and found.not_measured == ""
+    assert found.systems is not None
+    assert found.systems[0].difference(found.systems[0], "mrr").mean == 0
+    assert found.systems[0].difference(found.systems[1], "mrr").mean != 0
+    shown = tool("compare_runs.py", tmp_path / "first", tmp_path / "second")
+    for text in ("pretrain.rows_global", "2.14.0", "data: the same", "B − A: ", "finished"):
+        assert text in shown, shown
+    with pytest.raises(DataError, match="no stage to compare"):
+        compare(tmp_path / "first", tmp_path / "second", "sft", "validation", None)
+
+
+def test_a_missing_dataset_leaves_the_rest_of_the_comparison(tmp_path: Path, tiny_pairs: TinyDataset) -> None:
+    for name in ("first", "second"):
+        folder = write_stage(tmp_path / name, end=None, losses=[4.0])
+        config = load_config(tiny_pairs.config, [f"run.dir={tmp_path / name}"])
+        (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    found = compare(tmp_path / "first", tmp_path / "second", None, "validation", None)
+    assert found.systems is None and "is no model folder" in found.not_measured
+    assert "results: not measured:" in tool("compare_runs.py", tmp_path / "first", tmp_path / "second")
+
+
+def test_trackers_are_known_by_name_and_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    check_trackers(["tensorboard"])
+    with pytest.raises(ConfigError, match=r"got 'wandbb', needs names out of .*'mlflow'.*'trackio'.*'wandb'"):
+        check_trackers(["wandbb"])
+    with pytest.raises(ConfigError, match=r"run.trackers: wandb is not installed; pip install wandb"):
+        check_trackers(["tensorboard", "wandb"])
