@@ -162,6 +162,7 @@ class LossConfig:
     in_batch: bool = True  # SFT losses: the other documents of the global batch are negatives too
     mask_history: bool = False  # what a row's sequence holds before it is no negative, as at serving time
     margin: float = 0.2  # triplet
+    widths: tuple[int, ...] = ()  # Matryoshka: further widths, below model.dim, that vectors can be cut to
     norm_penalty: float = 0.0  # times the mean squared norms of both towers' vectors, for model.score=dot
 
 
@@ -185,6 +186,7 @@ class MiningConfig:
 
     first: int = 10
     last: int = 200
+    margin: float | None = None  # leave out what scores above the row's own document less this much, in score units
 
 
 @dataclass(frozen=True)
@@ -384,6 +386,9 @@ def _check_loss(key: str, loss: LossConfig, model: ModelConfig) -> None:
         _require(loss.in_batch, f"{key}.sampling", loss.sampling, "in_batch=true: it corrects in-batch documents")
     buckets = loss.frequency_buckets
     _require(buckets >= 1, f"{key}.frequency_buckets", buckets, "several times the number of documents")
+    widths = loss.widths
+    fit = len(set(widths)) == len(widths) and all(0 < width < model.dim for width in widths)
+    _require(fit, f"{key}.widths", list(widths), f"distinct numbers from 1 to {model.dim - 1}, below model.dim")
     _require(loss.norm_penalty >= 0, f"{key}.norm_penalty", loss.norm_penalty, "a number not below 0")
     if model.score == "cosine":
         _require(loss.norm_penalty == 0, f"{key}.norm_penalty", loss.norm_penalty, "0: model.score=cosine has norms 1")

@@ -25,7 +25,15 @@ from bigdssm.cli import ProgressBar, run_main
 from bigdssm.data import Dataset
 from bigdssm.data.beir import Collection, read_collection
 from bigdssm.errors import ConfigError
-from bigdssm.evaluation.collection import Run, bm25_run, model_run, pretrained_run
+from bigdssm.evaluation.collection import (
+    Run,
+    bm25_run,
+    cut_vectors,
+    model_run,
+    model_vectors,
+    pretrained_run,
+    vectors_run,
+)
 from bigdssm.evaluation.split import evaluate_split
 from bigdssm.evaluation.systems import (
     SHOWN_OF_RUNS,
@@ -57,6 +65,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="JSON", help="where to save the figures")
     beir = parser.add_argument_group("a retrieval collection")
     beir.add_argument("--beir", type=Path, metavar="DIR", help="folder in BEIR's layout")
+    beir.add_argument("--widths", type=int, nargs="+", default=[], help="also the model's vectors cut to these")
     beir.add_argument("--bm25", action="store_true", help="also evaluate BM25")
     beir.add_argument("--pretrained", type=Path, metavar="FOLDER", help="also evaluate a Hugging Face encoder as it is")
     beir.add_argument("--max-tokens", type=int, default=256, help="of a text, with --pretrained (%(default)s)")
@@ -117,7 +126,13 @@ def on_collection(args: argparse.Namespace) -> None:
 
     with ProgressBar() as progress:
         if args.model is not None:
-            add(args.model.name, partial(run_of_model, args.model, collection, known, progress))
+            folder = load_model_folder(args.model)
+            queries, documents = model_vectors(folder.model, folder.schema, folder.tokenizer_dir, collection, progress)
+            add(args.model.name, partial(vectors_run, collection, queries, documents, known))
+            normalise = folder.config.model.score == "cosine"
+            for width in args.widths:
+                cut = [cut_vectors(vectors, width, normalise) for vectors in (queries, documents)]
+                add(f"{args.model.name} cut to {width}", partial(vectors_run, collection, *cut, known))
         if args.run is not None:
             add(args.run.stem, partial(read_run, args.run))
         if args.bm25:

@@ -46,8 +46,19 @@ def model_run(
 ) -> Run:  # fmt: skip
     """Return the run of a two-tower model over the whole corpus.
 
-    filter_known leaves out what other splits call relevant to a query. Raises ConfigError where queries need a
-    history, DivergedError where a vector is not finite.
+    filter_known leaves out what other splits call relevant to a query. Raises as `model_vectors` and `vectors_run`.
+    """
+    queries, documents = model_vectors(model, schema, tokenizer_dir, collection, progress)
+    return vectors_run(collection, queries, documents, filter_known, top)
+
+
+def model_vectors(
+    model: DualEncoder, schema: Schema, tokenizer_dir: Path | None, collection: Collection,
+    progress: Progress = no_progress,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the index vectors of the queries [m, D+1] and of the corpus [N, D+1].
+
+    Raises ConfigError where queries need a history, which a collection cannot give.
     """
     if histories := [name for name, feature in schema.query.items() if feature.type == "history"]:
         raise ConfigError(f"queries have the history {histories[0]!r}, which a BEIR collection cannot give")
@@ -60,10 +71,37 @@ def model_run(
         what = "queries encoded" if side == "query" else "documents encoded"
         return _in_chunks(columns, lambda part: encode(model, to_features(features, part, pad)), what, progress)
 
-    return _search(
-        collection, encoded("query", collection.queries, query_vectors),
-        encoded("doc", collection.corpus, document_vectors), filter_known, top,
-    )  # fmt: skip
+    queries = encoded("query", collection.queries, query_vectors)
+    return queries, encoded("doc", collection.corpus, document_vectors)
+
+
+def cut_vectors(vectors: Tensor, width: int, normalise: bool) -> Tensor:
+    """Return index vectors [n, D+1] cut to [n, width+1]; normalise: the part before the last gets its norm again."""
+    whole, first = vectors[:, :-1], vectors[:, :width]
+    if normalise:
+        first = torch.nn.functional.normalize(first, dim=1) * whole.norm(dim=1, keepdim=True)
+    return torch.cat([first, vectors[:, -1:]], dim=1)
+
+
+def vectors_run(
+    collection: Collection, queries: Tensor, documents: Tensor, filter_known: bool = False, top: int = TOP
+) -> Run:
+    """Return the run of vectors by inner product. Raises DivergedError where one is not finite."""
+    if not bool(queries.isfinite().all() and documents.isfinite().all()):
+        raise DivergedError("vectors of the collection hold NaN or inf")
+    place = {entry.key: i for i, entry in enumerate(collection.corpus)}
+    run: Run = {}
+    for first in range(0, len(queries), QUERIES_AT_ONCE):
+        entries = collection.queries[first : first + QUERIES_AT_ONCE]
+        known = [collection.known.get(entry.key, {}) if filter_known else {} for entry in entries]
+        rows = [i for i, keys in enumerate(known) for _ in keys]
+        columns = [place[key] for keys in known for key in keys]
+        block = queries[first : first + QUERIES_AT_ONCE]
+        excluded = torch.tensor(rows, dtype=torch.long), torch.tensor(columns, dtype=torch.long)
+        scores, best = top_documents(block, documents, min(top, len(documents)), *excluded)
+        for entry, found, values in zip(entries, best.tolist(), scores.tolist(), strict=True):
+            run[entry.key] = {collection.corpus[i].key: value for i, value in zip(found, values, strict=True) if i >= 0}
+    return run
 
 
 def pretrained_run(
@@ -90,7 +128,7 @@ def pretrained_run(
         return _in_chunks(entry_columns(feature, texts, tokenizer), encode, what, progress)
 
     queries = encoded(collection.queries, "queries encoded")
-    return _search(collection, queries, encoded(collection.corpus, "documents encoded"), filter_known, top)
+    return vectors_run(collection, queries, encoded(collection.corpus, "documents encoded"), filter_known, top)
 
 
 def bm25_run(collection: Collection, *, filter_known: bool = False, top: int = TOP) -> Run:
@@ -162,22 +200,3 @@ def _in_chunks(
     vectors = torch.empty_like(whole)
     vectors[torch.from_numpy(order)] = whole
     return vectors
-
-
-def _search(collection: Collection, queries: Tensor, documents: Tensor, filter_known: bool, top: int) -> Run:
-    if not bool(queries.isfinite().all() and documents.isfinite().all()):
-        raise DivergedError("vectors of the collection hold NaN or inf")
-    place = {entry.key: i for i, entry in enumerate(collection.corpus)}
-    run: Run = {}
-    for first in range(0, len(queries), QUERIES_AT_ONCE):
-        entries = collection.queries[first : first + QUERIES_AT_ONCE]
-        known = [collection.known.get(entry.key, {}) if filter_known else {} for entry in entries]
-        rows = [i for i, keys in enumerate(known) for _ in keys]
-        columns = [place[key] for keys in known for key in keys]
-        block = queries[first : first + QUERIES_AT_ONCE]
-        best = top_documents(block, documents, min(top, len(documents)), torch.tensor(rows, dtype=torch.long),
-                             torch.tensor(columns, dtype=torch.long))  # fmt: skip
-        scores = (block.unsqueeze(1) * documents[best.clamp(min=0)]).sum(dim=2)
-        for entry, found, values in zip(entries, best.tolist(), scores.tolist(), strict=True):
-            run[entry.key] = {collection.corpus[i].key: value for i, value in zip(found, values, strict=True) if i >= 0}
-    return run

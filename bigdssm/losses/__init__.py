@@ -3,6 +3,7 @@
 from bigdssm.losses.extras import norm_penalty, relevance_weight, scored_loss
 from bigdssm.losses.fps import DIRECTIONS, fps_loss
 from bigdssm.losses.inputs import LossInputError
+from bigdssm.losses.matryoshka import matryoshka_loss
 from bigdssm.losses.output import LossOutput
 from bigdssm.losses.ranking import RANKING_NAMES, ranking_loss
 from bigdssm.losses.sampling import (
@@ -23,6 +24,7 @@ __all__ = [
     "apply_sampling",
     "fps_loss",
     "log_expected_from_counts",
+    "matryoshka_loss",
     "norm_penalty",
     "ranking_loss",
     "relevance_weight",

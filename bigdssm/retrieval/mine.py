@@ -1,7 +1,8 @@
 """Mined negatives: for each train row a window of its own query's ranking, and the choice of some at each epoch.
 
-Ranks below `first` are left out because they hold what the user would have liked but did not happen to meet. Only
-train rows are looked at: leaving out validation or test items would tell the model what they are.
+Ranks below `first` are left out because they hold what the user would have liked but did not happen to meet, and so
+may be documents that score nearly as the row's own does (`margin`). Only train rows are looked at: leaving out
+validation or test items would tell the model what they are.
 
 Shapes: m rows, N documents, W = last − first window places, k negatives a row.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 from bigdssm import distributed
 from bigdssm.data import Dataset, Rows
 from bigdssm.data.order import derive_key, mix64
+from bigdssm.data.tensors import as_tensor
 from bigdssm.errors import DivergedError
 from bigdssm.retrieval.embed import Encoders, Progress, Share, encode_catalogue, encode_queries, no_progress
 
@@ -63,6 +65,8 @@ def mine(
     *,
     first: int,
     last: int,
+    margin: float | None = None,
+    documents: Tensor | None = None,
     rank: int = 0,
     world_size: int = 1,
     rows_per_chunk: int = 1024,
@@ -72,19 +76,24 @@ def mine(
 
     The share is that of `dataset.iterate(split, …, rank, world_size)`, so the shares of all ranks one after another
     are the split. Known positives (all of the query's train documents, the row's own history, and its target) are
-    taken out before ranks are counted; -1 stands where the catalogue ends, and
-    in rows that were left out as bad. A collective over the ranks. Raises
-    DivergedError where a vector is not finite.
+    taken out before ranks are counted; -1 stands where the catalogue ends, in rows that were left out as bad, and with
+    `margin` where a document's score alpha * <u, w> + beta is above that of the row's own less the margin. `documents`
+    [N, D+1] are index vectors of the catalogue that were made before. A collective over the ranks. Raises DivergedError
+    where a vector is not finite.
     """
     share = Share(rank, world_size, rows_per_chunk, progress)
-    documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
+    if documents is None:
+        documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
     known = KnownPositives.of(dataset, split)
     finite = bool(documents.isfinite().all())
     begin, end = share.of(dataset.num_rows(split))
     windows = np.full((end - begin, last - first), -1, np.int32)
     for rows, queries in encode_queries(encoders, dataset, split, share):
         finite = finite and bool(queries.isfinite().all())
-        best = top_documents(queries, documents, last, *_excluded(rows, known, documents.device))
+        scores, best = top_documents(queries, documents, last, *_excluded(rows, known, documents.device))
+        if margin is not None:
+            own = (queries * documents[as_tensor(rows.doc_rows).to(documents.device)]).sum(dim=1)
+            best = best.masked_fill(scores > (own - margin).unsqueeze(1), -1)
         windows[rows.row_ids - begin] = best[:, first:].cpu().numpy()
     distributed.raise_together(None if finite else DivergedError("the model's vectors hold NaN or inf; nothing mined"))
     return windows
@@ -98,6 +107,8 @@ def mine_to_file(
     *,
     first: int,
     last: int,
+    margin: float | None = None,
+    documents: Tensor | None = None,
     rank: int = 0,
     world_size: int = 1,
     rows_per_chunk: int = 1024,
@@ -109,8 +120,8 @@ def mine_to_file(
     appears under its name when it is whole. A collective; see `mine`.
     """
     windows = mine(
-        encoders, dataset, split,
-        first=first, last=last, rank=rank, world_size=world_size, rows_per_chunk=rows_per_chunk, progress=progress,
+        encoders, dataset, split, first=first, last=last, margin=margin, documents=documents,
+        rank=rank, world_size=world_size, rows_per_chunk=rows_per_chunk, progress=progress,
     )  # fmt: skip
     bounds = Share(rank, world_size).bounds(dataset.num_rows(split))
     unfinished = path.with_name(f".{path.name}.unfinished")
@@ -127,8 +138,10 @@ def mine_to_file(
     return open_memmap(path, "r")
 
 
-def top_documents(queries: Tensor, documents: Tensor, top: int, excluded_rows: Tensor, excluded_docs: Tensor) -> Tensor:
-    """Return int64 [m, top]: each query's best catalogue rows, best first, -1 behind the last.
+def top_documents(
+    queries: Tensor, documents: Tensor, top: int, excluded_rows: Tensor, excluded_docs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return (scores, catalogue rows int64), both [m, top]: each query's best documents, -inf and -1 behind the last.
 
     queries [m, D+1] and documents [N, D+1] are index vectors; (excluded_rows, excluded_docs) are left out.
     """
@@ -144,7 +157,7 @@ def top_documents(queries: Tensor, documents: Tensor, top: int, excluded_rows: T
         scores, columns = torch.cat([best, scores], dim=1), torch.cat([index, columns], dim=1)
         best, place = scores.topk(top, dim=1)
         index = columns.gather(1, place)
-    return index.masked_fill(best == float("-inf"), -1)
+    return best, index.masked_fill(best == float("-inf"), -1)
 
 
 def choose_negatives(window: np.ndarray, row_ids: np.ndarray, epoch: int, seed: int, k: int) -> np.ndarray:

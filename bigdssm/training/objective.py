@@ -8,13 +8,15 @@ Shapes: m queries, n document columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bigdssm.config import LossConfig
+from bigdssm.config import LossConfig, ModelConfig
 from bigdssm.data import Batch
 from bigdssm.losses import (
     LossOutput,
@@ -22,6 +24,7 @@ from bigdssm.losses import (
     apply_sampling,
     fps_loss,
     log_expected_from_counts,
+    matryoshka_loss,
     norm_penalty,
     ranking_loss,
     relevance_weight,
@@ -33,15 +36,13 @@ class Objective:
     """Calls the configured loss."""
 
     def __init__(
-        self, config: LossConfig, tile: int | None, doc_counts: np.ndarray | None, rows_global: int, scalar_beta: bool
+        self, config: LossConfig, model: ModelConfig, tile: int | None, doc_counts: np.ndarray | None, rows_global: int
     ) -> None:
-        """`doc_counts` says how often each catalogue row is a positive, needed where `config` takes frequencies of it.
-
-        `scalar_beta`: the model's beta is one for all documents.
-        """
+        """`doc_counts`: how often each catalogue row is a positive, needed where `config` takes frequencies of it."""
         self._config = config
+        self._normalise = model.score == "cosine"
         # All losses but the sigmoid cancel it: its gradient would be rounding noise, which Adam turns into steps.
-        self._without_beta = scalar_beta and config.name != "sigmoid"
+        self._without_beta = model.beta == "scalar" and config.name != "sigmoid"
         self._tile = tile
         self._counts = None if doc_counts is None else torch.from_numpy(doc_counts)
         self._rows_global = rows_global
@@ -57,24 +58,24 @@ class Objective:
         config = self._config
         weight = relevance_weight(batch.relevance, config.weight)
         beta = None if self._without_beta else encoded.beta
+        loss: Callable[..., LossOutput]
         if config.name == "fps":
             # A column into which c documents were merged stands for c columns: log c keeps the loss that of the
             # unmerged batch, which is what makes it the same at every number of ranks.
             beta, neg_bias = self._corrected(beta, batch.multiplicity.double().log(), batch, batch.multiplicity)
-            output = fps_loss(
-                encoded.U, encoded.W, batch.positive, alpha=encoded.alpha, beta=beta, neg_bias=neg_bias, weight=weight,
-                query_ids=batch.query_ids, doc_ids=batch.doc_ids, known=batch.known,
-                direction=config.direction, tile=self._tile,
-            )  # fmt: skip
+            loss = partial(fps_loss, direction=config.direction)
         else:
             # here the loss counts the copies itself: only positives are shared among queries
             copies = torch.bincount(batch.positive, minlength=len(batch.doc_ids))
             beta, neg_bias = self._corrected(beta, None, batch, copies)
-            output = ranking_loss(
-                config.name, encoded.U, encoded.W, batch.positive, alpha=encoded.alpha, beta=beta, neg_bias=neg_bias,
-                weight=weight, negatives=batch.negatives, in_batch=config.in_batch, query_ids=batch.query_ids,
-                doc_ids=batch.doc_ids, known=batch.known, margin=config.margin, tile=self._tile,
-            )  # fmt: skip
+            loss = partial(
+                ranking_loss, config.name, negatives=batch.negatives, in_batch=config.in_batch, margin=config.margin
+            )
+        loss = partial(
+            loss, positive=batch.positive, alpha=encoded.alpha, beta=beta, neg_bias=neg_bias, weight=weight,
+            query_ids=batch.query_ids, doc_ids=batch.doc_ids, known=batch.known, tile=self._tile,
+        )  # fmt: skip
+        output = matryoshka_loss(loss, encoded.U, encoded.W, config.widths, self._normalise)
         if config.norm_penalty == 0:
             return output
         norms = norm_penalty(encoded.U) + norm_penalty(encoded.W, batch.multiplicity)

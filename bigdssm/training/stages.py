@@ -154,8 +154,7 @@ def _assemble(
     engine = Engine(model, config.engine, stage_config.optimizer, max(1, rows_per_rank))
     loss = stage_config.loss
     counts = stream.doc_weights() if loss.sampling != "none" and loss.frequency == "counts" else None
-    scalar_beta = config.model.beta == "scalar"
-    objective = Objective(loss, config.engine.loss_tile, counts, stage_config.rows_global, scalar_beta)
+    objective = Objective(loss, config.model, config.engine.loss_tile, counts, stage_config.rows_global)
     mined = _mined(engine, dataset, stage_config, _mined_file(config, folder), watch)
     torch.manual_seed(config.run.seed * 1_000_003 + distributed.rank() + 1)  # dropout differs between ranks
     progress = Progress()
@@ -251,6 +250,7 @@ def _mined(engine: Engine, dataset: Dataset, stage: StageConfig, path: Path, wat
         dataset,
         first=stage.mining.first,
         last=stage.mining.last,
+        margin=stage.mining.margin,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         progress=watch.progress,

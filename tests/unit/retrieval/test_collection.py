@@ -18,10 +18,11 @@ from bigdssm.data.beir import Entry, read_collection
 from bigdssm.data.making import Target
 from bigdssm.data.pairs import PairTables, make_pairs
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.evaluation.collection import model_run, pretrained_run
+from bigdssm.evaluation.collection import cut_vectors, model_run, model_vectors, pretrained_run
 from bigdssm.evaluation.split import evaluate_split
 from bigdssm.evaluation.trec import run_metrics
 from bigdssm.export import save_model_folder
+from bigdssm.losses.matryoshka import cut
 from bigdssm.models import DualEncoder
 from bigdssm.models.encoders import TextEncoder
 from bigdssm.retrieval.embed import tower_encoders
@@ -94,6 +95,19 @@ def test_known_positives_can_be_left_out(made: tuple[Dataset, Path, Config], tex
     assert len(everything) == len(left) == 100
     assert everything.keys() & collection.known[query].keys()
     assert not left.keys() & collection.known[query].keys()
+
+
+def test_cut_vectors_score_as_the_loss_scores_them(made: tuple[Dataset, Path, Config], text_model: DualEncoder) -> None:
+    dataset, folder, _ = made
+    collection = read_collection(folder, "validation")
+    queries, documents = model_vectors(text_model, dataset.schema, dataset.tokenizer_dir, collection)
+    with torch.no_grad():
+        alpha = text_model().alpha
+    U, W, beta = queries[:, :-1], documents[:, :-1] / alpha, documents[:, -1]
+    expected = alpha * cut(U, 3, True) @ cut(W, 3, True).T + beta
+    torch.testing.assert_close(cut_vectors(queries, 3, True) @ cut_vectors(documents, 3, True).T, expected)
+    expected = alpha * cut(U, 3, False) @ cut(W, 3, False).T + beta
+    torch.testing.assert_close(cut_vectors(queries, 3, False) @ cut_vectors(documents, 3, False).T, expected)
 
 
 def test_a_pretrained_encoder_as_it_is(made: tuple[Dataset, Path, Config], tmp_path: Path) -> None:
@@ -179,6 +193,8 @@ def test_the_tools_on_a_collection(
     assert f"{system['ndcg_at_10']:.4f} ± " in out and "Recall@100" in out
     out = tools.ran("evaluate", "--run", tmp_path / "own.trec", "--qrels", tmp_path / "qrels")
     assert f"{system['ndcg_at_10']:.4f} ± " in out
+    out = tools.ran("evaluate", *beir, *split, "--model", best, "--widths", 4, 8)
+    assert "best cut to 4" in out and "best − best cut to 8: NDCG@10 +0.0000 [+0.0000, +0.0000]" in out
     report = ("report", tmp_path / "run", "--out", tmp_path / "report.json", *beir, *split)
     out = tools.ran(*report, "--compare", tmp_path / "own.trec", "--save-runs", tmp_path / "runs")
     systems = json.loads((tmp_path / "report.json").read_text())

@@ -43,6 +43,25 @@ def test_windows(
     np.testing.assert_array_equal(mined, brute_force(encoders, dataset, first, last))
 
 
+def test_documents_within_the_margin_of_the_rows_own_are_left_out(model: DualEncoder, dataset: Dataset) -> None:
+    encoders = tower_encoders(model, dataset)
+    documents = encoders.documents(np.arange(dataset.catalogue.num_docs))
+    everything = mine(encoders, dataset, first=2, last=25)
+    # given vectors stand in for the model's: nothing is encoded again
+    only_queries = Encoders(encoders.queries, None)  # type: ignore[arg-type]
+    kept = mine(only_queries, dataset, first=2, last=25, margin=0.5, documents=documents)
+    left_out = 0
+    for rows in dataset.iterate("train", 1000):
+        scores = encoders.queries(rows) @ documents.T
+        for i, row in enumerate(rows.row_ids.tolist()):
+            own = float(scores[i, rows.doc_rows[i]])
+            for before, now in zip(everything[row].tolist(), kept[row].tolist(), strict=True):
+                close = float(scores[i, before]) > own - 0.5 if before >= 0 else True
+                assert now == (-1 if close else before)
+                left_out += before >= 0 and close
+    assert 0 < left_out < (everything >= 0).sum()
+
+
 def test_held_out_items_are_not_avoided(model: DualEncoder, dataset: Dataset) -> None:
     """A miner that never names a user's test item has told the model what it is."""
     held_out = {
@@ -80,7 +99,10 @@ def test_known_positives_of_queries_that_have_none() -> None:
 def test_top_documents_leaves_out_what_it_is_told() -> None:
     queries, documents = torch.eye(2), torch.tensor([[1.0, 0.0], [2.0, 1.0], [3.0, 2.0]])
     excluded = torch.tensor([0, 1, 1]), torch.tensor([2, 0, 1])
-    assert top_documents(queries, documents, 2, *excluded).tolist() == [[1, 0], [2, -1]]
+    scores, found = top_documents(queries, documents, 2, *excluded)
+    assert found.tolist() == [[1, 0], [2, -1]]
+    expected = (queries @ documents.T).gather(1, found.clamp(min=0)).masked_fill(found < 0, float("-inf"))
+    torch.testing.assert_close(scores, expected)
 
 
 def test_choice_is_a_function_of_the_row_and_the_epoch() -> None:
