@@ -1,23 +1,30 @@
 """Mine negatives: for each train row the documents at ranks [first, last) of its own query's ranking.
 
     python tools/mine_negatives.py --model MODEL --data DATASET --out NEGATIVES.npy [--first 10] [--last 200]
+    torchrun --nproc-per-node 2 tools/mine_negatives.py …       # the rows are shared out over the ranks
 
 The file is int32 [train rows, last - first] of catalogue rows, -1 where there are none, by row id. Known train
-positives of the query never appear.
+positives of the query never appear, nor with --margin what scores nearly as the row's own document. --vectors takes the
+documents from a folder that tools/embed.py made with the same model.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
+import torch
+
+from bigdssm import distributed
 from bigdssm.cli import ProgressBar, run_main
 from bigdssm.data import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.export import load_model_folder
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.mine import mine_to_file
+from bigdssm.retrieval.vectors import vectors_of
 
 
 def main() -> None:
@@ -27,15 +34,29 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="NPY", help="file for the negatives")
     parser.add_argument("--first", type=int, default=10, help="first rank, counted from 0 (%(default)s)")
     parser.add_argument("--last", type=int, default=200, help="rank to stop before (%(default)s)")
+    parser.add_argument("--margin", type=float, help="leave out what scores above the row's own document less this")
+    parser.add_argument("--vectors", type=Path, metavar="DIR", help="vectors folder of the model and the dataset")
     args = parser.parse_args()
     if not 0 <= args.first < args.last:
         raise ConfigError(f"--first {args.first} --last {args.last}: needs 0 <= first < last")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from bigdssm.training.engine import init_process_group  # only with several ranks: it takes seconds to import
+
+        init_process_group()
     folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
     folder.check_dataset(dataset)
-    encoders = tower_encoders(folder.model, dataset)
+    documents = None
+    if args.vectors is not None:
+        documents = torch.from_numpy(vectors_of(args.vectors, folder.checksum, dataset))
     with ProgressBar() as progress:
-        mined = mine_to_file(args.out, encoders, dataset, first=args.first, last=args.last, progress=progress)
-    print(f"{args.out}: {mined.shape[0]} rows, {(mined >= 0).sum(axis=1).mean():.1f} negatives a row")
+        mined = mine_to_file(
+            args.out, tower_encoders(folder.model, dataset), dataset, first=args.first, last=args.last,
+            margin=args.margin, documents=documents, rank=distributed.rank(), world_size=distributed.world_size(),
+            progress=progress,
+        )  # fmt: skip
+    if distributed.is_main():
+        print(f"{args.out}: {mined.shape[0]} rows, {(mined >= 0).sum(axis=1).mean():.1f} negatives a row")
+    distributed.shutdown()
 
 
 if __name__ == "__main__":

@@ -143,6 +143,25 @@ class Earlier:
         return np.where(self._sorted[place] == documents, self._order[place], -1)
 
 
+def vectors_of(folder: Path, model_checksum: str, dataset: Dataset) -> np.ndarray:
+    """Return the catalogue's vectors float32 [N, D+1] in a vectors folder.
+
+    Raises CheckpointError where they are another model's or another dataset's.
+    """
+    meta = read_meta(folder)
+    if meta.kind != VECTORS:
+        raise CheckpointError(f"{folder} is an index; give the folder of the vectors it was built from")
+    for what, theirs, ours in (
+        ("model", meta.model_checksum, model_checksum),
+        ("dataset", meta.dataset_fingerprint, dataset.fingerprint),
+    ):
+        if theirs != ours:
+            raise CheckpointError(
+                f"{folder} holds vectors of {what} {theirs[:12]}, needed are those of {ours[:12]}; embed it again"
+            )
+    return np.array(load_vectors(folder, meta))
+
+
 def load_vectors(folder: Path, meta: VectorsMeta) -> np.ndarray:
     """Return the vectors of a folder, mapped. Raises CheckpointError where they are not as `meta` says."""
     vectors = _load(folder / VECTORS_FILE)
