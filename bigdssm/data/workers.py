@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from bigdssm.data.dataset import Dataset
@@ -47,6 +48,7 @@ def load(source: IterableDataset, num_workers: int, prefetch: int) -> Iterator[P
     loader = DataLoader(
         source, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, worker_init_fn=_heed_only_the_parent,
         prefetch_factor=prefetch if num_workers else None,
+        generator=torch.Generator(),  # else it draws a seed from the one that dropout draws from, at a resume once more
     )  # fmt: skip
     try:
         parts = iter(loader)

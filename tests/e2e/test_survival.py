@@ -23,7 +23,10 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 KUBERNETES_GRACE_S = 30.0
 NEVER_ENDING = ("pretrain.steps=100000", "pretrain.log_every_steps=1000000")
-STEADY = ("pretrain.save_every_steps=4", "pretrain.keep_checkpoints=3", "debug.log_row_ids=true")
+STEADY = (
+    "pretrain.save_every_steps=4", "pretrain.keep_checkpoints=3", "debug.log_row_ids=true", "data.num_workers=1",
+    "model.query.history.dropout=0.1", "model.doc.dropout=0.1",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

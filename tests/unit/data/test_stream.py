@@ -187,6 +187,16 @@ def test_order_is_untouched_by_the_global_random_state(interactions: Path) -> No
     assert all(same(x, y) for x, y in zip(a, steps(interactions, 3), strict=True))
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_opening_a_stream_leaves_the_global_random_state_alone(interactions: Path, num_workers: int) -> None:
+    """Or a resumed run would draw other dropout masks than one that went on."""
+    before = torch.get_rng_state()
+    stream = PairStream(interactions, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=num_workers)
+    next(stream)
+    stream.close()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_dataset_pickles_as_its_path(interactions: Path) -> None:
     dataset = Dataset.open(interactions)
     content = pickle.dumps(dataset)
