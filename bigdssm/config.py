@@ -163,6 +163,8 @@ class LossConfig:
     mask_history: bool = False  # what a row's sequence holds before it is no negative, as at serving time
     margin: float = 0.2  # triplet
     widths: tuple[int, ...] = ()  # Matryoshka: further widths, below model.dim, that vectors can be cut to
+    # Hidden widths of an MLP on [u, w, u * w] that scores in place of the product: a comparison, which has no index.
+    mlp: tuple[int, ...] = ()
     norm_penalty: float = 0.0  # times the mean squared norms of both towers' vectors, for model.score=dot
 
 
@@ -307,7 +309,7 @@ def check_config(config: Config) -> None:
     for name, stage in stages.items():
         if stage is not None:
             _check_stage(name, stage, data.lanes)
-            _check_loss(f"{name}.loss", stage.loss, config.model)
+            _check_loss(f"{name}.loss", stage.loss, config.model, engine.chunk_tokens)
     if config.model.beta == "scalar":
         fits = any(stage is not None and stage.loss.name == "sigmoid" for stage in stages.values())
         _require(fits, "model.beta", "scalar", "document or none without a sigmoid loss: in all others it cancels")
@@ -372,7 +374,7 @@ def _check_stage(name: str, stage: StageConfig, lanes: int) -> None:
     _require(negatives <= room, f"{name}.loss.negatives", negatives, f"at most the mining window's {room}")
 
 
-def _check_loss(key: str, loss: LossConfig, model: ModelConfig) -> None:
+def _check_loss(key: str, loss: LossConfig, model: ModelConfig, chunk_tokens: int) -> None:
     fps = loss.name == "fps"
     _require(loss.in_batch or not fps, f"{key}.in_batch", False, "true for fps, which is over the whole batch")
     mined_or_batch = loss.in_batch or loss.negatives > 0
@@ -392,7 +394,14 @@ def _check_loss(key: str, loss: LossConfig, model: ModelConfig) -> None:
     _require(loss.norm_penalty >= 0, f"{key}.norm_penalty", loss.norm_penalty, "a number not below 0")
     if model.score == "cosine":
         _require(loss.norm_penalty == 0, f"{key}.norm_penalty", loss.norm_penalty, "0: model.score=cosine has norms 1")
-    if loss.name == "sigmoid":
+    if loss.mlp:
+        given = "name other than fps, in_batch=false and negatives: it scores documents given for each query"
+        _require(not fps and not loss.in_batch, f"{key}.mlp", list(loss.mlp), given)
+        _require(key == "sft.loss", f"{key}.mlp", list(loss.mlp), "the stage sft: mining needs a model that can search")
+        _require(chunk_tokens == 0, f"{key}.mlp", list(loss.mlp), "engine.chunk_tokens=0: it sees both towers at once")
+        _require(not loss.widths, f"{key}.mlp", list(loss.mlp), "widths=[]: it takes vectors whole")
+        _require(min(loss.mlp) >= 1, f"{key}.mlp", list(loss.mlp), "widths of at least 1")
+    elif loss.name == "sigmoid":
         _require(model.beta == "scalar", "model.beta", model.beta, f"scalar where {key}.name is sigmoid")
 
 

@@ -49,7 +49,7 @@ from bigdssm.evaluation.systems import (
 )
 from bigdssm.evaluation.trec import read_qrels, read_run, run_metrics, write_qrels, write_run
 from bigdssm.export import load_model_folder
-from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.retrieval.embed import scored_encoders, tower_encoders
 
 
 def main() -> None:
@@ -108,10 +108,12 @@ def on_split(args: argparse.Namespace) -> None:
 
 
 def evaluated(path: Path, dataset: Dataset, split: str) -> System:
-    folder = load_model_folder(path)
+    folder = load_model_folder(path, any_score=True)
     folder.check_dataset(dataset)
+    scorer = folder.model.scorer
+    encoders = scored_encoders(folder.model, scorer, dataset) if scorer else tower_encoders(folder.model, dataset)
     with ProgressBar() as progress:
-        evaluation = evaluate_split(tower_encoders(folder.model, dataset), dataset, split, progress=progress)
+        evaluation = evaluate_split(encoders, dataset, split, progress=progress)
     return System.of_ranks(path.name, evaluation.ranks, evaluation.seconds)
 
 

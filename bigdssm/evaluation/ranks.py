@@ -6,11 +6,13 @@ the target itself is never filtered. Shapes: m queries, N documents, D+1 the wid
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+PAIRED_QUERIES, PAIRED_DOCS = 64, 1024  # scored at once where the score is no product: each pair has its own vector
 TILE_SCORES = 8_388_608  # scores held at once, 32 MiB of float32
 # A document encoded in two batches of different sizes differs in its last bits. Scores closer than rounding allows to
 # tell apart are ties: otherwise a collapsed model, all of whose documents score the same, is ranked by its noise.
@@ -47,6 +49,32 @@ def ranks_of_vectors(queries: Tensor, documents: Tensor, target: Tensor, seen: S
         count = torch.zeros(len(own), dtype=torch.float64, device=queries.device)
         for column in range(0, num_docs, tile):
             scores = queries[block] @ documents[column : column + tile].T
+            count += _count_above(scores, column, target_score, tolerance, *pairs)
+        ranks.append(1 + count)
+    return torch.cat(ranks) if ranks else queries.new_zeros(0, dtype=torch.float64)
+
+
+@torch.no_grad()
+def ranks_of_pairs(
+    scorer: Callable[[Tensor, Tensor], Tensor],
+    queries: Tensor,
+    documents: Tensor,
+    target: Tensor,
+    seen: Seen | None = None,
+) -> Tensor:
+    """Return float64 [m]: the rank of document `target[i]` for `queries[i]` by the scores of all pairs.
+
+    queries [m, D], documents [N, D]; `scorer` takes both […, D], broadcasts, and returns […].
+    """
+    ranks = []
+    for first in range(0, len(queries), PAIRED_QUERIES):
+        block = slice(first, first + PAIRED_QUERIES)
+        target_score = scorer(queries[block], documents[target[block]])
+        tolerance = TIE_RELATIVE * (1 + target_score.abs())
+        pairs = _pairs_of_block(seen, target, first, PAIRED_QUERIES)
+        count = torch.zeros(len(target_score), dtype=torch.float64, device=queries.device)
+        for column in range(0, len(documents), PAIRED_DOCS):
+            scores = scorer(queries[block, None], documents[column : column + PAIRED_DOCS])
             count += _count_above(scores, column, target_score, tolerance, *pairs)
         ranks.append(1 + count)
     return torch.cat(ranks) if ranks else queries.new_zeros(0, dtype=torch.float64)

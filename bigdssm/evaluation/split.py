@@ -15,7 +15,7 @@ from bigdssm.data import Dataset, Rows
 from bigdssm.data.tensors import as_tensor
 from bigdssm.errors import DivergedError
 from bigdssm.evaluation.metrics import mean_metrics
-from bigdssm.evaluation.ranks import Seen, ranks_of_scores, ranks_of_vectors
+from bigdssm.evaluation.ranks import Seen, ranks_of_pairs, ranks_of_scores, ranks_of_vectors
 from bigdssm.retrieval.embed import Encoders, Progress, Share, encode_catalogue, encode_queries, no_progress
 
 SCORES_PER_CHUNK = 16_777_216  # of a scorer without vectors, 128 MiB of float64
@@ -42,7 +42,7 @@ def evaluate_split(
     ks: Sequence[int] = (10,),
     progress: Progress = no_progress,
 ) -> Evaluation:
-    """Return the Evaluation of a two-tower model on `split`, the same on every rank.
+    """Return the Evaluation of a two-tower model on `split`, the same on every rank: every document is scored.
 
     A collective: documents and queries are shared out over the ranks, `rows_per_chunk` at a time. Raises DivergedError
     on every rank where a vector is not finite: comparisons with NaN would rank every target first.
@@ -57,7 +57,11 @@ def evaluate_split(
         finite = finite and bool(queries.isfinite().all())
         target = as_tensor(rows.doc_rows).to(documents.device)
         seen = _seen(rows, documents.device) if filter_seen else None
-        ranks[rows.row_ids - first] = _of_relevant(ranks_of_vectors(queries, documents, target, seen), rows)
+        if encoders.scorer is None:
+            found = ranks_of_vectors(queries, documents, target, seen)
+        else:
+            found = ranks_of_pairs(encoders.scorer, queries, documents, target, seen)
+        ranks[rows.row_ids - first] = _of_relevant(found, rows)
     distributed.raise_together(None if finite else DivergedError(f"vectors of split {split} hold NaN or inf"))
     everything = np.concatenate(distributed.all_gather_object(ranks))
     return Evaluation(everything, mean_metrics(everything, ks), time.perf_counter() - started)

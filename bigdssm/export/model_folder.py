@@ -92,10 +92,12 @@ def save_model_folder(
     replace_folder(aside, folder)
 
 
-def load_model_folder(folder: Path) -> ModelFolder:
+def load_model_folder(folder: Path, *, any_score: bool = False) -> ModelFolder:
     """Return the model in `folder`, its files checked against their checksums.
 
-    Raises CheckpointError: no such folder, a file missing or damaged, or weights that do not fit config and schema.
+    `any_score`: also one whose score is no inner product, which can be evaluated, but neither indexed nor exported.
+    Raises CheckpointError: no such folder, a file missing or damaged, weights that do not fit config and schema, or
+    such a model where it is of no use.
     """
     meta = _read_meta(folder)
     for name, checksum in meta["checksums"].items():
@@ -106,9 +108,17 @@ def load_model_folder(folder: Path) -> ModelFolder:
     try:
         config, schema = load_config(folder / CONFIG_FILE), Schema.load(folder)
         model = _empty_model(config.model, schema, folder / TEXT_DIR)
+        mlp = _mlp(config, meta["provenance"])
+        if mlp:
+            model.add_scorer(mlp)
         model.load_state_dict(load_file(folder / WEIGHTS_FILE))
     except (RuntimeError, SafetensorError, OSError, BigDSSMError) as error:
         raise CheckpointError(f"the model folder {folder} does not load: {' '.join(str(error).split())}") from None
+    if mlp and not any_score:
+        raise CheckpointError(
+            f"the model in {folder} scores with an MLP, not by an inner product of vectors: it can only be evaluated, "
+            "with tools/evaluate.py --data; train with sft.loss.mlp=[] for one to index, export or go on from"
+        )
     model.eval()
     tokenizer_dir = folder / TOKENIZER_DIR if (folder / TOKENIZER_DIR).is_dir() else None
     return ModelFolder(model, config, schema, tokenizer_dir, meta["provenance"], meta["weights_checksum"])
@@ -153,6 +163,11 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if missing:
         raise CheckpointError(f"{path} is damaged: it lacks {sorted(missing)}")
     return meta
+
+
+def _mlp(config: Config, provenance: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the hidden widths of the MLP that the stage trained, if it did."""
+    return config.sft.loss.mlp if config.sft is not None and provenance.get("stage") == "sft" else ()
 
 
 def _empty_model(config: ModelConfig, schema: Schema, text_dir: Path) -> DualEncoder:

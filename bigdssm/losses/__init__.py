@@ -1,6 +1,6 @@
 """Losses: the Full Product Softmax and the fine-tuning losses, over any number of ranks; plain tensors in, no model."""
 
-from bigdssm.losses.extras import norm_penalty, relevance_weight, scored_loss
+from bigdssm.losses.extras import norm_penalty, relevance_weight
 from bigdssm.losses.fps import DIRECTIONS, fps_loss
 from bigdssm.losses.inputs import LossInputError
 from bigdssm.losses.matryoshka import matryoshka_loss
@@ -13,6 +13,7 @@ from bigdssm.losses.sampling import (
     log_expected_from_counts,
     sample_uniform,
 )
+from bigdssm.losses.scored import scored_loss
 
 __all__ = [
     "DIRECTIONS",

@@ -104,7 +104,7 @@ def _query_to_doc(x: LossInputs, facts: Facts, columns: Columns, drops: DropPlan
     terms_m = softplus(rows.log_sum - positive_m)
     lse_m = torch.logaddexp(rows.log_sum, positive_m)
     local = local_stats(x, columns, drops, weighted(x.weight, terms_m), positive_m, rows.largest, lse_m[used])
-    loss, stats = reduce_output(local, facts, group)
+    loss, stats = reduce_output(local, facts.weight_sum, group)
     if sums is None:
         return LossOutput(attach(loss, x, None), stats)
     pull_m = weighted(x.weight, torch.sigmoid(rows.log_sum - positive_m))
@@ -132,7 +132,7 @@ def _with_columns(
         terms_m = terms_m + row_share * softplus(rows.log_sum - positive_m)
         lse.append(torch.logaddexp(rows.log_sum, positive_m)[used])
     local = local_stats(x, columns, drops, weighted(x.weight, terms_m), positive_m, rows.largest, torch.cat(lse))
-    loss, stats = reduce_output(local, facts, group)
+    loss, stats = reduce_output(local, facts.weight_sum, group)
     if not facts.wants:
         return LossOutput(attach(loss, x, None), stats)
     row_pull_m = weighted(x.weight, row_share * torch.sigmoid(rows.log_sum - positive_m))

@@ -73,21 +73,39 @@ def _chunks(x: LossInputs, column_mk: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _is_known_positive(x: LossInputs, facts: Facts, column_mk: Tensor, group: Group | None) -> Tensor:
-    """Return whether (query id, document id of the column) is a known positive of any rank."""
-    device = x.positive.device
+    """Return whether the document of each listed column is a known positive of its query."""
     # without ids a column is its own document; columns of other ranks cannot be among the given ones
-    docs_n = x.doc_ids if x.doc_ids is not None else torch.arange(x.W.shape[0], device=device) + (facts.rank << 40)
-    listed = docs_n[column_mk] if x.W.shape[0] else column_mk
+    own_n = torch.arange(x.W.shape[0], device=x.positive.device) + (facts.rank << 40)
+    docs_n = own_n if x.doc_ids is None else x.doc_ids
+    listed_mk = docs_n[column_mk] if x.W.shape[0] else column_mk
+    positive_m = docs_n[x.positive]
     if x.query_ids is None:
-        return (listed == docs_n[x.positive][:, None]) & (x.weight > 0)[:, None]
-    used = (x.weight > 0).to(torch.int64)
-    rows = torch.stack([x.query_ids, docs_n[x.positive], used], 1)
-    pairs = distributed.all_gather_padded(rows, max(facts.num_queries), group).wait()
+        return (listed_mk == positive_m[:, None]) & (x.weight > 0)[:, None]
+    longest = max(facts.num_queries), max(facts.num_known)
+    return is_known_positive(x.query_ids, listed_mk, positive_m, x.weight, x.known, longest, group)
+
+
+def is_known_positive(
+    query_ids: Tensor,
+    listed_mk: Tensor,
+    positive_m: Tensor,
+    weight_m: Tensor,
+    known: Tensor | None,
+    longest: tuple[int, int],
+    group: Group | None,
+) -> Tensor:
+    """Return bool [m, k]: whether (query id, document id listed) is a known positive of any rank.
+
+    `longest` are the largest numbers of queries and of known pairs of a rank.
+    """
+    used = (weight_m > 0).to(torch.int64)
+    rows = torch.stack([query_ids, positive_m, used], 1)
+    pairs = distributed.all_gather_padded(rows, longest[0], group).wait()
     pairs = pairs[pairs[:, 2] == 1, :2]
-    if x.known is not None:
-        known = torch.cat([x.known, torch.ones_like(x.known[:, :1])], 1)
-        gathered = distributed.all_gather_padded(known, max(facts.num_known), group).wait()
+    if known is not None:
+        marked = torch.cat([known, torch.ones_like(known[:, :1])], 1)  # padding has 0 there
+        gathered = distributed.all_gather_padded(marked, longest[1], group).wait()
         pairs = torch.cat([pairs, gathered[gathered[:, 2] == 1, :2]])
-    wanted = torch.stack([x.query_ids[:, None].expand_as(listed), listed], -1).flatten(0, 1)
+    wanted = torch.stack([query_ids[:, None].expand_as(listed_mk), listed_mk], -1).flatten(0, 1)
     numbers = torch.unique(torch.cat([pairs, wanted]), dim=0, return_inverse=True)[1]
-    return torch.isin(numbers[pairs.shape[0] :], numbers[: pairs.shape[0]]).view_as(listed)
+    return torch.isin(numbers[pairs.shape[0] :], numbers[: pairs.shape[0]]).view_as(listed_mk)

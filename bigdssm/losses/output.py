@@ -81,7 +81,7 @@ def local_stats(
     )
 
 
-def reduce_output(local: LocalStats, facts: Facts, group: Group | None) -> tuple[Tensor, dict[str, Tensor]]:
+def reduce_output(local: LocalStats, weight_sum: float, group: Group | None) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the global loss and statistics: two small all-reduces."""
     device = local.loss_sum.device
     totals = torch.stack([
@@ -91,7 +91,7 @@ def reduce_output(local: LocalStats, facts: Facts, group: Group | None) -> tuple
     distributed.all_reduce(totals, "sum", group)
     ends = [-local.lse.min(), local.lse.max()] if local.lse.numel() else [totals.new_tensor(-math.inf)] * 2
     extremes = distributed.all_reduce(torch.stack(ends).double(), "max", group)
-    loss = totals[0] / facts.weight_sum if facts.weight_sum > 0 else torch.zeros_like(totals[0])
+    loss = totals[0] / weight_sum if weight_sum > 0 else torch.zeros_like(totals[0])
     stats = {
         "in_batch_accuracy": totals[1] / totals[2].clamp(min=1),
         "dropped_fraction": totals[3] / totals[4].clamp(min=1),

@@ -202,7 +202,7 @@ class _Ranking:
         given = score_given(self.x, self.facts, self.negatives_mk, self.group)
         positive_m = positive_scores(self.x)
         terms = self._softmax(given, positive_m) if loss.name == "softmax" else self._pairwise(loss, given, positive_m)
-        value, stats = reduce_output(self._local_stats(given, terms, positive_m), self.facts, self.group)
+        value, stats = reduce_output(self._local_stats(given, terms, positive_m), self.facts.weight_sum, self.group)
         if not self.facts.wants:
             return LossOutput(attach(value, self.x, None), stats)
         grads = self._own_sums()

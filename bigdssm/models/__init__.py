@@ -1,5 +1,6 @@
 """Towers and the dual encoder; pure torch, no data."""
 
 from bigdssm.models.dual_encoder import ALPHA_MAX, DualEncoder, Encoded
+from bigdssm.models.scorer import MlpScorer
 
-__all__ = ["ALPHA_MAX", "DualEncoder", "Encoded"]
+__all__ = ["ALPHA_MAX", "DualEncoder", "Encoded", "MlpScorer"]

@@ -6,6 +6,7 @@ Shapes: m queries, n documents, D vector width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from bigdssm.config import ModelConfig
 from bigdssm.models.encoders import HistoryEncoder, TextEncoder
+from bigdssm.models.scorer import MlpScorer
 from bigdssm.models.tables import EmbeddingTables
 from bigdssm.models.tower import Tower
 from bigdssm.schema import Schema
@@ -27,6 +29,7 @@ class Encoded(NamedTuple):
     W: Tensor | None  # [n, D]
     beta: Tensor | None  # [n]
     alpha: Tensor  # [1]
+    scores: Tensor | None = None  # [m, l] of the documents listed for each query, by the MLP of a model that has one
 
 
 class DualEncoder(nn.Module):
@@ -49,11 +52,24 @@ class DualEncoder(nn.Module):
         self.beta_head = _beta_head(config.dim) if config.beta == "document" else None
         self.beta = nn.Parameter(torch.full((1,), config.beta_init)) if config.beta == "scalar" else None
         # Shape (1,): a 0-dim parameter breaks DeepSpeed's bf16 broadcast over gloo.
+        self.scorer: MlpScorer | None = None
         self.log_alpha = nn.Parameter(torch.full((1,), math.log(config.alpha_init)), requires_grad=config.alpha_learned)
 
-    def forward(self, query: dict[str, Tensor] | None = None, doc: dict[str, Tensor] | None = None) -> Encoded:
-        """Encode queries, documents, or both; alpha always comes along (ZeRO-3 hides it outside the forward)."""
-        U = W = beta = None
+    def add_scorer(self, hidden: Sequence[int]) -> None:
+        """Give the model an MLP that scores in place of the product (its weights are new)."""
+        self.scorer = MlpScorer(self.config.dim, hidden)
+
+    def forward(
+        self,
+        query: dict[str, Tensor] | None = None,
+        doc: dict[str, Tensor] | None = None,
+        listed: Tensor | None = None,
+    ) -> Encoded:
+        """Encode queries, documents, or both; alpha always comes along (ZeRO-3 hides it outside the forward).
+
+        listed int64 [m, l]: documents, by their place in `doc`, to score for each query by the MLP.
+        """
+        U = W = beta = scores = None
         if query is not None:
             U = self._scored(self.query_tower(query))
         if doc is not None:
@@ -63,7 +79,10 @@ class DualEncoder(nn.Module):
                 beta = self.beta_head(output).squeeze(1)
             elif self.beta is not None:
                 beta = self.beta.float() + W.new_zeros(len(W), dtype=torch.float32)
-        return Encoded(U, W, beta, _clamp_above(self.log_alpha.float().exp(), ALPHA_MAX))
+        if listed is not None:
+            assert U is not None and W is not None and self.scorer is not None
+            scores = self.scorer(U[:, None], W[listed])
+        return Encoded(U, W, beta, _clamp_above(self.log_alpha.float().exp(), ALPHA_MAX), scores)
 
     def checkpoint_activations(self) -> None:
         """Have the transformers, whose activations grow with the length, compute them again in the backward."""

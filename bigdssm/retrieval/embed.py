@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bigdssm import distributed
 from bigdssm.data import Collator, Dataset, Rows, chunks
 from bigdssm.data.batch import Features
-from bigdssm.models import Encoded
+from bigdssm.models import Encoded, MlpScorer
 
 # Encoded at once: what a CPU's caches hold (twice as fast there as all rows together), or what keeps a GPU busy.
 CHUNK_TOKENS_CPU, CHUNK_TOKENS_GPU = 4096, 65536
@@ -37,6 +37,7 @@ class Encoders:
 
     queries: Callable[[Rows], Tensor]  # Rows of m queries -> [m, D+1]
     documents: Callable[[np.ndarray], Tensor]  # int64 [n] catalogue rows -> [n, D+1]
+    scorer: MlpScorer | None = None  # scores in place of the inner product; vectors are then the towers' own, [.., D]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,25 @@ class Share:
     def num_chunks(self, num_rows: int) -> int:
         """Return the chunks of the rank that has most rows."""
         return -(-max(last - first for first, last in self.bounds(num_rows)) // self.rows_per_chunk)
+
+
+def scored_encoders(
+    model: nn.Module, scorer: MlpScorer, dataset: Dataset, device: torch.device | str = "cpu"
+) -> Encoders:
+    """Return the Encoders of a `model` (see `tower_encoders`) whose score is an MLP's: to evaluate, not to index."""
+    collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
+
+    def queries(rows: Rows) -> Tensor:
+        U = _encode(model, query=to_device(collator.query_features(rows.query), device)).U
+        assert U is not None
+        return U.float()
+
+    def documents(doc_rows: np.ndarray) -> Tensor:
+        W = _encode(model, doc=to_device(dataset.catalogue.features(doc_rows), device)).W
+        assert W is not None
+        return W.float()
+
+    return Encoders(queries, documents, scorer)
 
 
 def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | str = "cpu") -> Encoders:

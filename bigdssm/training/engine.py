@@ -100,9 +100,14 @@ class Engine:
         if self.zero_stage > 0:
             self.deepspeed.optimizer.check_grad_overflow = True  # in fp32, too, a non-finite gradient skips the step
 
-    def forward(self, query: dict[str, Tensor] | None = None, doc: dict[str, Tensor] | None = None) -> Encoded:
-        """Encode queries, documents, or both, on this rank."""
-        return cast(Encoded, self.deepspeed(query=query, doc=doc))
+    def forward(
+        self,
+        query: dict[str, Tensor] | None = None,
+        doc: dict[str, Tensor] | None = None,
+        listed: Tensor | None = None,
+    ) -> Encoded:
+        """Encode queries, documents, or both, on this rank; see `DualEncoder.forward`."""
+        return cast(Encoded, self.deepspeed(query=query, doc=doc, listed=listed))
 
     def backward(self, outputs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Push (output, gradient) pairs through the towers; by a surrogate loss, since DeepSpeed takes scalars only."""

@@ -28,6 +28,7 @@ from bigdssm.losses import (
     norm_penalty,
     ranking_loss,
     relevance_weight,
+    scored_loss,
 )
 from bigdssm.models import Encoded
 
@@ -57,6 +58,31 @@ class Objective:
         assert encoded.U is not None and encoded.W is not None
         config = self._config
         weight = relevance_weight(batch.relevance, config.weight)
+        output = self._on_scores(encoded, batch, weight) if config.mlp else self._on_vectors(encoded, batch, weight)
+        if config.norm_penalty == 0:
+            return output
+        norms = norm_penalty(encoded.U) + norm_penalty(encoded.W, batch.multiplicity)
+        return replace(output, loss=output.loss + config.norm_penalty * norms)
+
+    def listed(self, batch: Batch) -> Tensor | None:
+        """Return int64 [m, 1 + k], the columns that an MLP scores for each query, positives first; None without one."""
+        if not self._config.mlp:
+            return None
+        assert batch.negatives is not None
+        return torch.cat([batch.positive[:, None], batch.negatives.clamp(min=0)], 1)
+
+    def _on_scores(self, encoded: Encoded, batch: Batch, weight: Tensor) -> LossOutput:
+        listed = self.listed(batch)
+        assert listed is not None and encoded.scores is not None and batch.negatives is not None
+        absent = torch.nn.functional.pad(batch.negatives < 0, (1, 0))  # the positive is always there
+        return scored_loss(
+            self._config.name, encoded.scores.float().masked_fill(absent, -torch.inf), weight=weight,  # type: ignore[arg-type]
+            query_ids=batch.query_ids, doc_ids=batch.doc_ids[listed], known=batch.known, margin=self._config.margin,
+        )  # fmt: skip
+
+    def _on_vectors(self, encoded: Encoded, batch: Batch, weight: Tensor) -> LossOutput:
+        assert encoded.U is not None and encoded.W is not None
+        config = self._config
         beta = None if self._without_beta else encoded.beta
         loss: Callable[..., LossOutput]
         if config.name == "fps":
@@ -75,11 +101,7 @@ class Objective:
             loss, positive=batch.positive, alpha=encoded.alpha, beta=beta, neg_bias=neg_bias, weight=weight,
             query_ids=batch.query_ids, doc_ids=batch.doc_ids, known=batch.known, tile=self._tile,
         )  # fmt: skip
-        output = matryoshka_loss(loss, encoded.U, encoded.W, config.widths, self._normalise)
-        if config.norm_penalty == 0:
-            return output
-        norms = norm_penalty(encoded.U) + norm_penalty(encoded.W, batch.multiplicity)
-        return replace(output, loss=output.loss + config.norm_penalty * norms)
+        return matryoshka_loss(loss, encoded.U, encoded.W, config.widths, self._normalise)
 
     def state(self) -> dict[str, Tensor]:
         """Return what the next step's loss depends on besides the model; the same on every rank."""

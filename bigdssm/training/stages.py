@@ -113,6 +113,8 @@ def run_stage(
             _agree(config, dataset)
             torch.manual_seed(config.run.seed)
             model = _model(config, name, dataset)
+            if stage_config.loss.mlp:
+                model.add_scorer(stage_config.loss.mlp)
             stream = _stream(config, stage_config, dataset)
             if validate_only:
                 _report_valid(config, name, model, stream)

@@ -41,11 +41,19 @@ class StepResult:
 
 
 def train_step(
-    engine: Engine, batch: Batch, loss_function: LossFunction, lr_factor: float, chunk_tokens: int
+    engine: Engine,
+    batch: Batch,
+    loss_function: LossFunction,
+    lr_factor: float,
+    chunk_tokens: int,
+    listed: Tensor | None = None,
 ) -> StepResult:
-    """Run one step on this rank's share of the global batch and return what all ranks report of it. A collective."""
+    """Run one step on this rank's share of the global batch and return what all ranks report of it. A collective.
+
+    listed int64 [m, l]: columns for the model to score for each query, where its score is no product (without chunks).
+    """
     cut = _agreed_chunks(batch, chunk_tokens)
-    encoded, backward = _encode_whole(engine, batch) if cut is None else _encode_in_chunks(engine, batch, *cut)
+    encoded, backward = _encode_whole(engine, batch, listed) if cut is None else _encode_in_chunks(engine, batch, *cut)
     leaves = Encoded(*(None if t is None else t.detach().requires_grad_() for t in encoded))  # type: ignore[arg-type]
     output = loss_function(leaves, batch)
     output.loss.backward()
@@ -61,13 +69,15 @@ def train_step(
 Backward = Callable[[Encoded], None]  # takes leaves whose gradients the loss has filled
 
 
-def _encode_whole(engine: Engine, batch: Batch) -> tuple[Encoded, Backward]:
-    """Encode both sides in one forward, so that every parameter has its gradient in one backward."""
-    full = engine.forward(chunks.at_least_one(batch.query), chunks.at_least_one(batch.doc))
+def _encode_whole(engine: Engine, batch: Batch, listed: Tensor | None) -> tuple[Encoded, Backward]:
+    """Encode both sides, and score what is listed, in one forward: every parameter has its gradient in one backward."""
+    some = None if listed is None else chunks.at_least_one({"listed": listed})["listed"]
+    full = engine.forward(chunks.at_least_one(batch.query), chunks.at_least_one(batch.doc), some)
     assert full.U is not None and full.W is not None
-    num_docs = len(batch.doc_ids)
+    num_queries, num_docs = len(batch.query_ids), len(batch.doc_ids)
     beta = None if full.beta is None else full.beta[:num_docs]
-    encoded = Encoded(full.U[: len(batch.query_ids)], full.W[:num_docs], beta, full.alpha)
+    scores = None if full.scores is None else full.scores[:num_queries]
+    encoded = Encoded(full.U[:num_queries], full.W[:num_docs], beta, full.alpha, scores)
 
     def backward(leaves: Encoded) -> None:
         sides = zip(encoded, leaves, strict=True)
@@ -86,7 +96,7 @@ def _encode_in_chunks(
     with torch.no_grad():
         for side, chunk in work:
             states.append(RandomState.now())
-            parts.append(engine.forward(**{side: chunk.features}))
+            parts.append(engine.forward(**{side: chunk.features}))  # type: ignore[arg-type]
     queries, docs = parts[: len(query_chunks)], parts[len(query_chunks) :]
     U = _whole([part.U for part in queries], query_chunks, len(batch.query_ids))
     W = _whole([part.W for part in docs], doc_chunks, len(batch.doc_ids))
@@ -97,7 +107,7 @@ def _encode_in_chunks(
             for number, ((side, chunk), state) in enumerate(zip(work, states, strict=True)):
                 last = number == len(work) - 1
                 with state.replayed():
-                    encoded = engine.forward(**{side: chunk.features})
+                    encoded = engine.forward(**{side: chunk.features})  # type: ignore[arg-type]
                 with nullcontext() if last else engine.no_reduction():
                     engine.backward(_chunk_gradients(encoded, leaves, chunk, with_alpha=last))
 

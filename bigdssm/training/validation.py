@@ -10,8 +10,8 @@ from bigdssm.config import Config
 from bigdssm.data import Dataset
 from bigdssm.evaluation.split import Evaluation, evaluate_split
 from bigdssm.export.model_folder import save_model_folder
-from bigdssm.models import DualEncoder
-from bigdssm.retrieval.embed import Progress, tower_encoders
+from bigdssm.models import DualEncoder, MlpScorer
+from bigdssm.retrieval.embed import Encoders, Progress, scored_encoders, tower_encoders
 from bigdssm.training.engine import Engine, device
 
 SPLIT = "validation"
@@ -28,7 +28,7 @@ class Validator:
         if self._dataset.num_rows(SPLIT) == 0:
             return None
         return evaluate_split(
-            tower_encoders(engine.deepspeed, self._dataset, device()),
+            self._encoders(engine),
             self._dataset,
             SPLIT,
             rank=distributed.rank(),
@@ -36,6 +36,17 @@ class Validator:
             rows_per_chunk=self._rows_per_chunk,
             progress=progress,
         )
+
+    def _encoders(self, engine: Engine) -> Encoders:
+        module = cast(DualEncoder, engine.module)
+        if module.scorer is None:
+            return tower_encoders(engine.deepspeed, self._dataset, device())
+        # a whole copy: at ZeRO stage 3 the engine's own has its weights within a forward only
+        scorer = MlpScorer(module.config.dim, self._config.stage("sft").loss.mlp)
+        prefix = "scorer."
+        whole = engine.state_dict().items()
+        scorer.load_state_dict({name.removeprefix(prefix): t for name, t in whole if name.startswith(prefix)})
+        return scored_encoders(engine.deepspeed, scorer.to(device()), self._dataset, device())
 
     def keep(self, engine: Engine, provenance: dict[str, Any]) -> None:
         """Write the present weights to the best/ folder. A collective."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bigdssm.errors import BigDSSMError
-from bigdssm.losses import fps_loss, ranking_loss
+from bigdssm.losses import fps_loss, ranking_loss, scored_loss
 
 from .spawn import Pool
 
@@ -93,4 +93,32 @@ def call_ranking(rank: int, world_size: int, bad: dict[str, Any]) -> str:
 )
 def test_bad_negatives_stop_every_rank(pools: dict[int, Pool], bad: dict[str, Any], expected: str) -> None:
     for message in pools[2].run(call_ranking, bad, timeout_s=20):
+        assert expected in message
+
+
+def call_scored(rank: int, world_size: int, bad: dict[str, Any]) -> str:
+    ids = {"query_ids": torch.arange(M), "doc_ids": torch.zeros(M, 3, dtype=torch.int64)}
+    arguments = {"name": "pair_ce", "scores": torch.zeros(M, 3), **ids, **(bad if rank == 1 else {})}
+    try:
+        scored_loss(**arguments)
+    except BigDSSMError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("bad", "expected"),
+    [
+        ({"name": "hinge"}, "the loss must be one of softmax, pair_ce, triplet, sigmoid, got 'hinge'"),
+        ({"scores": torch.zeros(M, 1)}, "scores must be floating point [m, 1 + k]"),
+        ({"weight": torch.full((M,), float("nan"))}, "weight must be [3], finite and not negative"),
+        ({"query_ids": None}, "query_ids and doc_ids go together"),
+        ({"doc_ids": torch.zeros(M, 2, dtype=torch.int64)}, "doc_ids must be int64 [3, 3]"),
+        ({"known": torch.zeros(2, 3, dtype=torch.int64)}, "known must be int64 [pairs, 2]"),
+        ({"name": "triplet"}, "the ranks disagree on the loss"),
+        ({"query_ids": None, "doc_ids": None}, "the ranks disagree on the loss, or on which of query_ids"),
+    ],
+)
+def test_bad_scores_stop_every_rank(pools: dict[int, Pool], bad: dict[str, Any], expected: str) -> None:
+    for message in pools[2].run(call_scored, bad, timeout_s=20):
         assert expected in message

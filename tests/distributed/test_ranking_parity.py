@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from bigdssm.losses import RANKING_NAMES, fps_loss, ranking_loss
+from bigdssm.losses import RANKING_NAMES, fps_loss, ranking_loss, scored_loss
 
 from . import reference
 from .parity import assert_close, assert_parity, run
@@ -101,6 +101,32 @@ def test_lower_precision(pools: dict[int, Pool], name: str, dtype: torch.dtype, 
         dtype=dtype,
     )  # fmt: skip
     check(pools, name, shards, 20.0, True, 16, tolerance=tolerance)
+
+
+def by_scores(
+    name: str, U: torch.Tensor, W: torch.Tensor, positive: torch.Tensor, *, alpha: torch.Tensor,
+    negatives: torch.Tensor, margin: float, neg_bias: torch.Tensor, doc_ids: torch.Tensor, **shared: Any,
+) -> Any:  # fmt: skip
+    """Return `scored_loss` of scores that are products, made here, in ranking_loss' place."""
+    listed = torch.cat([positive[:, None], negatives.clamp(min=0)], 1)
+    scores = alpha * torch.einsum("md,mkd->mk", U, W[listed])
+    scores = scores + torch.cat([torch.zeros_like(scores[:, :1]), neg_bias[listed[:, 1:]]], 1)
+    absent = torch.nn.functional.pad((negatives < 0) | (negatives == positive[:, None]), (1, 0))
+    scores = scores.masked_fill(absent, -torch.inf)
+    return scored_loss(name, scores, doc_ids=doc_ids[listed], margin=margin, **shared)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", RANKING_NAMES)
+def test_losses_on_scores_equal_those_on_vectors(pools: dict[int, Pool], name: str) -> None:
+    options = frozenset({"neg_bias", "weight", "query_ids", "doc_ids", "known", "shared", "negatives"})
+    shards = make_shards(
+        torch.Generator().manual_seed(4), [(7, 12), (2, 3), (9, 11)], 6, num_queries=6, num_docs=15, options=options
+    )
+    expected = reference.ranking(name, shards, 5.0, False, margin=0.3)
+    found = run(pools, partial(by_scores, name), shards, 5.0, margin=0.3)
+    assert_parity(shards, 5.0, found, expected, 1e-10)
+    on_vectors = run(pools, partial(ranking_loss, name), shards, 5.0, margin=0.3)
+    assert found[2]["in_batch_accuracy"] == on_vectors[2]["in_batch_accuracy"]
 
 
 def test_in_batch_softmax_is_the_fps_loss(pools: dict[int, Pool]) -> None:

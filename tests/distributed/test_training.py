@@ -11,6 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from bigdssm.checkpoint import verify
+from bigdssm.export import load_model_folder
 from tests.unit.data.conftest import Writer
 
 from . import small_run
@@ -155,6 +156,7 @@ FINE_TUNING = {
         "sft.loss.name=softmax", "sft.loss.in_batch=true", "sft.loss.sampling=corrected",
         "sft.loss.frequency=streaming", "sft.loss.mask_history=true",
     ),
+    "pair_ce by an MLP": ("sft.loss.name=pair_ce", "sft.loss.mlp=[8]", "engine.zero_stage=3"),
     "fps, mined columns": ("sft.loss.name=fps", "sft.loss.in_batch=true", "sft.loss.sampling=classic"),
 }  # fmt: skip
 
@@ -170,6 +172,8 @@ def test_fine_tuning_has_one_curve_at_any_world_size(
     assert len(small_run.records(tmp_path / "1", "sft")) == 4
     for ranks in (2, 3):
         assert_same_curve(tmp_path / f"{ranks}", tmp_path / "1", stage="sft")
+    best = load_model_folder(tmp_path / "3" / "sft" / "best", any_score=True).model
+    assert (best.scorer is not None) == ("MLP" in loss)
 
 
 def test_a_scalar_beta_waits_for_the_sigmoid_loss(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:

@@ -68,6 +68,8 @@ def test_the_shipped_configs_load(file: Path) -> None:
         ("pretrain.loss={sampling: classic, frequency_buckets: 0}", ["pretrain.loss.frequency_buckets", "got 0"]),
         ("pretrain.loss.norm_penalty=0.1", ["pretrain.loss.norm_penalty", "score=cosine"]),
         ("pretrain.loss.norm_penalty=-1", ["pretrain.loss.norm_penalty", "not below 0"]),
+        ("sft.loss={name: pair_ce, negatives: 3, mlp: [8]}", ["sft.loss.mlp", "[8]", "in_batch=false"]),
+        ("pretrain.loss={name: pair_ce, negatives: 3, in_batch: false, mlp: [8]}", ["pretrain.loss.mlp", "stage sft"]),
         ("sft.loss.name=sigmoid", ["model.beta", "got document", "needs scalar", "sft.loss.name"]),
         ("model.beta=scalar", ["model.beta", "got scalar", "without a sigmoid loss"]),
         ("pretrain.save_every_minutes=-1", ["pretrain.save_every_minutes", "at least 0"]),

@@ -15,10 +15,8 @@ from bigdssm.losses import (
     fps_loss,
     log_expected_from_counts,
     norm_penalty,
-    ranking_loss,
     relevance_weight,
     sample_uniform,
-    scored_loss,
 )
 
 ITEMS, BATCH, D = 10_000, 256, 8
@@ -167,22 +165,3 @@ def test_norm_penalty_is_the_mean_squared_norm() -> None:
     vectors = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     assert float(norm_penalty(vectors)) == 12.5
     assert float(norm_penalty(vectors, torch.tensor([3, 1]))) == 0.75 * 25  # as if the first stood there three times
-
-
-@pytest.mark.parametrize("name", ["softmax", "pair_ce", "triplet", "sigmoid"])
-def test_losses_on_scores_equal_those_on_vectors(name: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    U, W = (torch.randn(rows, 4, generator=generator, dtype=torch.float64) for rows in (5, 9))
-    negatives = torch.randint(5, 9, (5, 3), generator=generator)
-    negatives[0, 1] = -1
-    positive_scores = (2.0 * (U * W[:5]).sum(1)).requires_grad_()
-    scores = torch.einsum("md,mkd->mk", 2.0 * U, W[negatives]).masked_fill(negatives < 0, -math.inf).requires_grad_()
-    U.requires_grad_()
-    loss = scored_loss(name, positive_scores, scores)  # type: ignore[arg-type]
-    right = ranking_loss(name, U, W, alpha=2.0, negatives=negatives).loss  # type: ignore[arg-type]
-    assert float(loss) == pytest.approx(float(right), rel=1e-12)
-    loss.backward()
-    right.backward()
-    assert positive_scores.grad is not None and scores.grad is not None and U.grad is not None
-    by_scores = 2.0 * (positive_scores.grad[:, None] * W[:5] + torch.einsum("mk,mkd->md", scores.grad, W[negatives]))
-    torch.testing.assert_close(U.grad, by_scores)

@@ -9,7 +9,7 @@ import torch
 
 from bigdssm.config import HistoryEncoderConfig, ModelConfig, TextEncoderConfig, TowerConfig
 from bigdssm.errors import ConfigError
-from bigdssm.models import ALPHA_MAX, DualEncoder
+from bigdssm.models import ALPHA_MAX, DualEncoder, MlpScorer
 from bigdssm.schema import Feature, Schema
 
 QUERY = {
@@ -120,6 +120,17 @@ def test_beta_is_per_document_one_for_all_or_none() -> None:
     assert scalar.beta.grad.tolist() == [3.0]
     assert model(beta="none")(doc=documents).beta is None
     assert model().beta is None and model(beta="scalar").beta_head is None
+
+
+def test_the_scorer_is_an_mlp_on_u_w_and_their_product() -> None:
+    torch.manual_seed(0)
+    scorer = MlpScorer(4, (6, 5))
+    u, w = torch.randn(3, 4), torch.randn(7, 4)
+    first = torch.cat([part.weight for part in (scorer.of_query, scorer.of_doc, scorer.of_product)], 1)
+    joined = torch.cat([u[:, None].expand(3, 7, 4), w.expand(3, 7, 4), u[:, None] * w], 2)
+    expected = scorer.rest(torch.nn.functional.linear(joined, first, scorer.of_query.bias)).squeeze(2)
+    torch.testing.assert_close(scorer(u[:, None], w), expected)
+    assert [tuple(layer.weight.shape) for layer in scorer.rest if hasattr(layer, "weight")] == [(5, 6), (1, 5)]
 
 
 def test_shared_text_is_one_encoder() -> None:

@@ -1,0 +1,71 @@
+"""A model that scores with an MLP: evaluated over every document, refused where a score must be an inner product."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bigdssm.config import load_config
+from bigdssm.data import Collator, Dataset
+from bigdssm.errors import CheckpointError
+from bigdssm.evaluation.split import evaluate_split
+from bigdssm.export import load_model_folder, save_model_folder
+from bigdssm.retrieval.embed import scored_encoders
+
+from .conftest import SMALL, random_model
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def mlp_dir(tiny_interactions: Any, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    overrides = [f"model.{override}" for override in SMALL]
+    loss = "sft.loss={name: pair_ce, negatives: 3, in_batch: false, mlp: [12, 5]}"
+    config = load_config(tiny_interactions.config, [*overrides, loss])
+    model = random_model(config, dataset, seed=1)
+    model.add_scorer(config.stage("sft").loss.mlp)
+    folder = tmp_path_factory.mktemp("mlp") / "model"
+    save_model_folder(folder, model, config, dataset.schema, dataset.tokenizer_dir, {"stage": "sft", "step": 3})
+    return folder
+
+
+def test_every_document_is_scored(mlp_dir: Path, dataset: Dataset) -> None:
+    model = load_model_folder(mlp_dir, any_score=True).model
+    assert model.scorer is not None
+    found = evaluate_split(scored_encoders(model, model.scorer, dataset), dataset, "test", rows_per_chunk=7)
+    collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
+    rows = next(dataset.iterate("test", 1000))
+    num_docs = dataset.catalogue.num_docs
+    with torch.no_grad():
+        docs = dataset.catalogue.features(np.arange(num_docs))
+        everything = torch.arange(num_docs).expand(len(rows), num_docs)
+        scores = model(collator.query_features(rows.query), docs, everything).scores.double()
+    expected = []
+    for i, target in enumerate(rows.doc_rows):
+        others = [j for j in range(num_docs) if j != target and j not in rows.seen(i)]
+        expected.append(1 + sum(float(scores[i, j]) > float(scores[i, target]) for j in others))
+    np.testing.assert_array_equal(found.ranks[rows.row_ids], expected)
+    assert len(set(expected)) > 10
+
+
+def test_nothing_that_needs_vectors_takes_it(mlp_dir: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"scores with an MLP.*can only be evaluated, with tools/evaluate\.py"):
+        load_model_folder(mlp_dir)
+
+
+@pytest.mark.e2e
+def test_the_tool_evaluates_it(mlp_dir: Path, model_dir: Path, dataset: Dataset, tmp_path: Path) -> None:
+    def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, f"tools/{name}.py", *map(str, arguments), "--data", str(dataset.dir)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    done = run("evaluate", "--model", mlp_dir, "--compare", model_dir)
+    assert done.returncode == 0 and "model − first: HR@10" in done.stdout, done.stderr
+    refused = run("embed", "--model", mlp_dir, "--out", tmp_path / "vectors")
+    assert refused.returncode == 4 and "scores with an MLP" in refused.stderr
