@@ -140,6 +140,7 @@ class EngineConfig:
     offload_optimizer: bool = False
     checkpoint_activations: bool = False  # transformer layers are computed again in the backward, not kept
     chunk_tokens: int = 0  # gradient cache: tokens encoded at once per tower; 0 encodes all rows at once
+    keep_graph_tokens: int | None = None  # of them kept for the backward, not encoded again; none: chunk_tokens
     peer_timeout_s: float = 300.0  # without a sign of life from a rank, or without progress, before the others stop
     loss_tile: int | None = None  # columns of the score matrix held at once; none: chosen by the loss
 
@@ -292,6 +293,9 @@ def check_config(config: Config) -> None:
     _require(data.cache_bytes >= 1, "data.cache_bytes", data.cache_bytes, "at least 1")
     _check_mixture(data)
     _require(engine.zero_stage in (0, 1, 2, 3), "engine.zero_stage", engine.zero_stage, "0, 1, 2 or 3")
+    _require(engine.chunk_tokens >= 0, "engine.chunk_tokens", engine.chunk_tokens, "at least 0")
+    kept = engine.keep_graph_tokens
+    _require(kept is None or kept >= 0, "engine.keep_graph_tokens", kept, "at least 0")
     shards_optimizer = engine.zero_stage > 0
     for key, needs_it in (
         ("engine.offload_optimizer=true", engine.offload_optimizer),

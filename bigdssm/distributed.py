@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bigdssm import timing
 from bigdssm.errors import BigDSSMError, PeerError
 
 T = TypeVar("T")
@@ -59,9 +60,10 @@ def barrier() -> None:
 def all_reduce(tensor: Tensor, op: str = "sum", group: Group | None = None) -> Tensor:
     """Reduce `tensor` in place over the ranks (`sum`, `max` or `min`) and return it."""
     if world_size(group) > 1:
-        dist.all_reduce(
-            tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op], group
-        )
+        with timing.span("communication"):
+            dist.all_reduce(
+                tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op], group
+            )
     return tensor
 
 
@@ -141,7 +143,8 @@ def all_gather_rows(rows: Tensor, counts: Sequence[int], group: Group | None = N
     padded = rows.new_zeros((longest, *rows.shape[1:]))
     padded[: rows.shape[0]] = rows
     parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded, group=group)
+    with timing.span("communication"):
+        dist.all_gather(parts, padded, group=group)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
@@ -159,7 +162,8 @@ class PaddedRows:
     def wait(self) -> Tensor:
         """Wait for the gather to end and return the buffer."""
         if self.work is not None:
-            self.work.wait()
+            with timing.span("communication"):
+                self.work.wait()
             self.work = None
         return self.buffer
 
@@ -175,7 +179,8 @@ def all_gather_padded(rows: Tensor, longest: int, group: Group | None = None, as
     own = buffer.narrow(0, rank(group) * longest, longest)
     own[: rows.shape[0]] = rows
     parts = list(buffer.view(world_size(group), longest, *rows.shape[1:]).unbind(0))
-    work = dist.all_gather(parts, own.clone(), group=group, async_op=async_op)
+    with timing.span("communication"):
+        work = dist.all_gather(parts, own.clone(), group=group, async_op=async_op)
     return PaddedRows(buffer, longest, work)
 
 
@@ -190,5 +195,6 @@ def reduce_scatter_rows(buffer: Tensor, group: Group | None = None) -> Tensor:
     if dist.get_backend(group) == "gloo" and not _GLOO_REDUCE_SCATTER:
         return all_reduce(buffer, "sum", group).narrow(0, rank(group) * longest, longest)
     own = buffer.new_empty((longest, *buffer.shape[1:]))
-    _reduce_scatter(own, buffer, group=group)
+    with timing.span("communication"):
+        _reduce_scatter(own, buffer, group=group)
     return own

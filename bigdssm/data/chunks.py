@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,15 +19,24 @@ class Chunk:
     features: Features
     rows: Tensor  # int64: the rows' numbers; empty in a dummy that only keeps this rank in step with the others
 
+    @property
+    def tokens(self) -> int:
+        """Return the cells of all features, padding among them."""
+        return sum(tensor.numel() for tensor in self.features.values() if tensor.dim() == 2) + len(self.rows)
+
 
 def cut(features: Features, num_rows: int, chunk_tokens: int) -> list[Chunk]:
-    """Return chunks of rows sorted by length, each within the budget of rows × longest row (at least one row)."""
-    length = _row_lengths(features, num_rows)
-    order = torch.argsort(length, descending=True, stable=True)
+    """Return chunks of rows of like length, each within the budget of cells (at least one row), longest rows first.
+
+    Rows are sorted by their length in the widest feature, then the next: that is where padding would cost most.
+    """
+    length_RF = _lengths(features, num_rows)
+    order = np.lexsort(-length_RF[:, ::-1].T)
     chunks, start = [], 0
     while start < num_rows:
-        longest = int(length[order[start]])
-        rows = order[start : start + max(1, chunk_tokens // longest)]
+        window = length_RF[order[start : start + max(1, chunk_tokens)]]
+        cells = np.arange(1, len(window) + 1) * (1 + np.maximum.accumulate(window).sum(axis=1))
+        rows = torch.from_numpy(order[start : start + max(1, int((cells <= chunk_tokens).sum()))])
         chunks.append(Chunk(_take(features, rows), rows))
         start += len(rows)
     return chunks
@@ -60,20 +70,18 @@ def at_least_one(features: Features) -> Features:
     }
 
 
-def padding_fraction(features: Features) -> float:
+def padding_fraction(encoded: Sequence[Features]) -> float:
     """Return the share of cells that hold padding among all cells of ragged features; 0 without any."""
-    ragged = [tensor for tensor in features.values() if tensor.dim() == 2]
+    ragged = [tensor for features in encoded for tensor in features.values() if tensor.dim() == 2]
     cells = sum(tensor.numel() for tensor in ragged)
     return 1 - sum(int((tensor != 0).sum()) for tensor in ragged) / cells if cells else 0.0
 
 
-def _row_lengths(features: Features, num_rows: int) -> Tensor:
-    """Return int64 [rows]: the cells a row fills, its padding left out, at least 1."""
-    length = torch.ones(num_rows, dtype=torch.int64)
-    for tensor in features.values():
-        if tensor.dim() == 2:
-            length += (tensor != 0).sum(dim=1).cpu()
-    return length
+def _lengths(features: Features, num_rows: int) -> np.ndarray:
+    """Return int64 [rows, ragged features, the widest first]: the cells that a row fills, at least 1."""
+    ragged = sorted((tensor for tensor in features.values() if tensor.dim() == 2), key=lambda t: -t.shape[1])
+    lengths = [(tensor != 0).sum(dim=1).clamp(min=1).cpu().numpy() for tensor in ragged]
+    return np.stack(lengths, axis=1) if lengths else np.zeros((num_rows, 1), np.int64)
 
 
 def _take(features: Features, rows: Tensor) -> Features:

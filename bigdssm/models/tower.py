@@ -60,6 +60,11 @@ class Tower(nn.Module):
         output: Tensor = self.mlp(torch.cat(list(parts.values()), dim=1))
         return output if residual is None else output + residual
 
+    def encoder_of(self, name: str) -> nn.Module:
+        """Return the encoder of the feature `name`."""
+        text = self._text[0]
+        return text if text is not None and name in self.text_names else self.encoders[name]
+
     def _check_residual(self, side: str, widths: dict[str, int], dim: int) -> None:
         if self.residual is None:
             return

@@ -143,7 +143,8 @@ def _empty_index(kind: IndexType, vectors: np.ndarray) -> faiss.Index:
         codes = -(-width // PQ_DIMENSIONS)
         padded = codes * PQ_DIMENSIONS
         index = faiss.index_factory(width, f"Pad{padded},IVF{num_lists},PQ{codes}", faiss.METRIC_INNER_PRODUCT)
-        learning = faiss.downcast_index(faiss.extract_index_ivf(index)).pq.cp
+        lists: Any = faiss.downcast_index(faiss.extract_index_ivf(index))
+        learning = lists.pq.cp
         learning.niter, learning.max_points_per_centroid = PQ_ROUNDS, PQ_POINTS
     index.train(_sample(vectors, 256 * max(num_lists, 256)))
     faiss.extract_index_ivf(index).nprobe = max(1, num_lists // 8)

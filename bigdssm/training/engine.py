@@ -10,7 +10,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from bigdssm import distributed
+from bigdssm import distributed, timing
 from bigdssm.config import EngineConfig, OptimizerConfig
 from bigdssm.errors import ConfigError, PeerError
 from bigdssm.models import Encoded
@@ -90,6 +90,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, rows_per_rank: int) -> None:
         self.zero_stage = config.zero_stage
+        self.product_dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
         self._norm = float("nan")
         built = deepspeed.initialize(
             model=model.to(device()),
@@ -117,12 +118,14 @@ class Engine:
     @contextmanager
     def one_reduction(self) -> Iterator[None]:
         """Within it, several backwards add up on the rank and are reduced over the ranks once, at its end."""
-        with self.deepspeed.coalesce_grad_reduction() if self.zero_stage > 0 else nullcontext():
+        with ExitStack() as adding_up:
+            engine = self.deepspeed
+            adding_up.enter_context(engine.no_sync() if self.zero_stage == 0 else engine.coalesce_grad_reduction())
             yield
-
-    def no_reduction(self) -> Any:
-        """At ZeRO stage 0: the context of every backward but the last of a step."""
-        return self.deepspeed.no_sync() if self.zero_stage == 0 else nullcontext()
+            with timing.span("reduce"):
+                adding_up.close()
+                if self.zero_stage == 0:
+                    engine.allreduce_gradients()
 
     def step(self, lr_factor: float) -> bool:
         """Apply the gradients with every group's base rate times `lr_factor`; return False where it was skipped.

@@ -6,23 +6,25 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
-from bigdssm import distributed
+from bigdssm import distributed, timing
 from bigdssm.cli import ProgressBar
 from bigdssm.data import Batch
-from bigdssm.data.chunks import padding_fraction
 from bigdssm.evaluation.split import Evaluation
 from bigdssm.log import get_logger
-from bigdssm.training.engine import Engine
+from bigdssm.models import DualEncoder
+from bigdssm.models.flops import forward_flops
+from bigdssm.training.engine import Engine, device
 from bigdssm.training.step import StepResult
+from bigdssm.training.time_table import TimeTable, peak_flops
 from bigdssm.training.trackers import Trackers
 
 logger = get_logger(__name__)
 
 
 class Health:
-    """Measures between two log lines; time in checkpoints and validations does not count as training time."""
+    """Measures between two log lines, and over the run: rows per second, waiting, where the time goes."""
 
     def __init__(
         self, name: str, engine: Engine, trackers: Trackers, bar: ProgressBar, total_steps: int, rows_global: int,
@@ -31,36 +33,35 @@ class Health:
         self._name, self._engine, self._trackers, self._bar = name, engine, trackers, bar
         self._total_steps, self._rows_global, self._every = total_steps, rows_global, log_every_steps
         self._skipped = 0
-        self._began, self._spent_s = time.perf_counter(), {"checkpoint": 0.0, "validation": 0.0}
-        self._restart()
+        self._whole = TimeTable()
+        self._started, self._steps, self._flops = time.perf_counter(), 0, 0.0
+        timing.taken()
 
     def waited_for(self, batches: Iterator[Batch]) -> Batch:
         """Return the next batch, counting the time it took as waiting for data."""
-        started = time.perf_counter()
-        batch = next(batches)
-        self._waited_s += time.perf_counter() - started
-        return batch
+        with timing.span("data wait"):
+            return next(batches)
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Take what happens within it out of the training time, and say how long it took."""
+        """Count what happens within it, which is no training, under `what`, and say how long it took."""
         started = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - started
-        self._apart_s += seconds
-        self._spent_s[what] += seconds
-        logger.info("%s: %s took %.2f s", self._name, what, seconds)
+        with timing.span(what):
+            yield
+        logger.info("%s: %s took %.2f s", self._name, what, time.perf_counter() - started)
 
     def after_step(self, step: int, applied: int, batch: Batch, result: StepResult) -> None:
         """Count a step; every so many, write a record and a line."""
         self._steps += 1
+        self._flops += 3 * forward_flops(cast(DualEncoder, self._engine.module), batch.query, batch.doc)
         self._skipped += not result.applied
         self._bar(self._name, step, self._total_steps)
         if step % self._every and step != self._total_steps:
             return
-        seconds = max(1e-9, time.perf_counter() - self._started - self._apart_s)
+        interval = self._counted()
+        seconds = interval.training_s
         stats = {name: float(value) for name, value in result.stats.items()}
-        rows_per_s = self._rows_global * self._steps / seconds
+        rows_per_s = self._rows_global * interval.steps / seconds
         record: dict[str, Any] = {
             "step": step,
             "loss": result.loss,
@@ -69,14 +70,15 @@ class Health:
             "alpha": result.alpha,
             **stats,
             "rows_per_s": rows_per_s,
-            "data_wait_fraction": self._waited_s / seconds,
-            "padding_fraction": padding_fraction({**batch.query, **{f"doc.{k}": v for k, v in batch.doc.items()}}),
+            "data_wait_fraction": interval.seconds.get("data wait", 0.0) / seconds,
+            "padding_fraction": result.padding,
             "distinct_fraction": len(batch.doc_ids) / max(1, int(batch.multiplicity.sum())),
             "skipped": self._skipped,
             "memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            "seconds": {name: round(value, 4) for name, value in interval.seconds.items()},
         }
         self._trackers.log({key: value for key, value in record.items() if value == value})  # JSON has no NaN
-        eta_s = (self._total_steps - step) * seconds / self._steps
+        eta_s = (self._total_steps - step) * seconds / interval.steps
         logger.info(
             "%s %d/%d  loss %.4f  lr %.2e  |g| %.2f  alpha %.2f  accuracy %.1f%%  dropped %.2f%%  %s rows/s  "
             "data wait %.0f%%  padding %.0f%%  distinct %.0f%%  skipped %d  %.2f GB  ETA %d:%02d",
@@ -85,12 +87,15 @@ class Health:
             f"{rows_per_s:,.0f}", 100 * record["data_wait_fraction"], 100 * record["padding_fraction"],
             100 * record["distinct_fraction"], self._skipped, record["memory_gb"], eta_s // 60, eta_s % 60,
         )  # fmt: skip
-        self._restart()
+
+    def after_run(self) -> None:
+        """Say where the time went."""
+        self._counted()
+        table = self._whole.lines(peak_flops(device(), self._engine.product_dtype))
+        logger.info("%s, where the time of this rank went: %s", self._name, "\n    ".join(table))
 
     def after_validation(self, step: int, evaluation: Evaluation) -> None:
-        """Write a validation's record and line; its time is taken out of the training time."""
-        self._apart_s += evaluation.seconds
-        self._spent_s["validation"] += evaluation.seconds
+        """Write a validation's record and line."""
         metrics = evaluation.metrics
         self._trackers.log({"step": step, "validation": metrics, "seconds": evaluation.seconds})
         logger.info(
@@ -99,15 +104,13 @@ class Health:
             evaluation.seconds,
         )  # fmt: skip
 
-    def costs(self) -> str:
-        """Return what checkpoints and validations took so far, in seconds and as a share of the whole."""
-        whole_s = time.perf_counter() - self._began
-        return ", ".join(
-            f"{what}s took {seconds:.1f} s ({100 * seconds / whole_s:.1f}%)" for what, seconds in self._spent_s.items()
-        )
-
-    def _restart(self) -> None:
-        self._started, self._waited_s, self._apart_s, self._steps = time.perf_counter(), 0.0, 0.0, 0
+    def _counted(self) -> TimeTable:
+        """Return the time since the last call, counted in the whole."""
+        started, self._started = self._started, time.perf_counter()
+        interval = TimeTable(self._started - started, self._steps, self._flops, timing.taken())
+        self._whole.add(interval)
+        self._steps, self._flops = 0, 0.0
+        return interval
 
 
 def describe_ranks() -> str:

@@ -28,7 +28,7 @@ from bigdssm.training.optimizer import schedule_factor
 from bigdssm.training.random_state import RandomState
 from bigdssm.training.row_log import RowLog
 from bigdssm.training.signals import StopRequest
-from bigdssm.training.step import StepResult, train_step
+from bigdssm.training.step import Budget, StepResult, train_step
 from bigdssm.training.validation import Validator
 from bigdssm.training.watchdog import Watchdog
 
@@ -99,7 +99,7 @@ class Stage:
     folder: Path
     config: StageConfig
     origin: dict[str, Any]  # what every checkpoint tells of its making: the resolved config, and versions
-    chunk_tokens: int
+    budget: Budget
     total_steps: int
     starts_trained: bool
     engine: Engine
@@ -145,7 +145,7 @@ def _train(stage: Stage) -> Progress:
         watch.faults.in_step(progress.step)
         factor = schedule_factor(progress.applied - progress.part_applied, part_steps, config.optimizer)
         listed = stage.objective.listed(batch)
-        result = train_step(stage.engine, batch, objective, factor, stage.chunk_tokens, listed)
+        result = train_step(stage.engine, batch, objective, factor, stage.budget, listed)
         _count(stage, batch, result)
         watch.alert.after_step(progress.step, result.loss, batch.row_ids)
         health.after_step(progress.step, progress.applied, batch, result)
@@ -158,6 +158,7 @@ def _train(stage: Stage) -> Progress:
     if progress.validated_at != progress.step:
         validate(stage)
     save(stage)
+    health.after_run()
     return progress
 
 

@@ -40,6 +40,7 @@ from bigdssm.training.objective import Objective
 from bigdssm.training.row_log import CONSUMED, SKIPPED, RowLog
 from bigdssm.training.run_folder import RUNNING_FILE, STOP_FILE, FolderLock, note_start, versions
 from bigdssm.training.signals import StopRequest
+from bigdssm.training.step import Budget
 from bigdssm.training.trackers import Trackers, check_trackers
 from bigdssm.training.validation import Validator
 from bigdssm.training.watchdog import Watchdog
@@ -136,10 +137,7 @@ def run_stage(
                 )  # fmt: skip
                 stop.wait_for_steps()
                 progress = train(stage)
-    logger.info(
-        "%s finished: best validation NDCG@10 %.4f at step %d; %s",
-        name, progress.best, progress.best_step, stage.health.costs(),
-    )  # fmt: skip
+    logger.info("%s finished: best validation NDCG@10 %.4f at step %d", name, progress.best, progress.best_step)
 
 
 def _assemble(
@@ -173,7 +171,7 @@ def _assemble(
         folder=folder,
         config=stage_config,
         origin={"config": config.to_dict(), "versions": versions()},
-        chunk_tokens=config.engine.chunk_tokens,
+        budget=Budget.of(config.engine),
         total_steps=total_steps,
         starts_trained=initial_model(config, name) is not None or progress.part_step > 0,
         engine=engine,

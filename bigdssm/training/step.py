@@ -1,9 +1,9 @@
 """One training step: encode, one loss over all vectors of the global batch, and the way back through the towers.
 
 The loss runs on vectors detached from the towers. Without a token budget both towers encode everything at once and
-keep their graph. With one they encode in chunks (the gradient cache, Gao et al. 2021): first without a graph, then,
-once the loss has given every vector its gradient, again chunk by chunk with one, each chunk's random state replayed
-so that dropout masks agree.
+keep their graph. With one they encode in chunks (the gradient cache, Gao et al. 2021): the last of them, as many as
+may be kept, with a graph; the others without, and, once the loss has given every vector its gradient, again with one,
+each chunk's random state replayed so that dropout masks agree.
 
 Shapes: m queries, n documents, D vector width.
 """
@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bigdssm import distributed
+from bigdssm import distributed, timing
+from bigdssm.config import EngineConfig
 from bigdssm.data import Batch, chunks
 from bigdssm.data.chunks import Chunk
 from bigdssm.losses import LossOutput
@@ -31,13 +31,28 @@ LossFunction = Callable[[Encoded, Batch], LossOutput]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step reports; the same on every rank."""
+    """What one step reports; the same on every rank but for the padding."""
 
     loss: float
     applied: bool  # False where loss or gradients were not finite
     gradient_norm: float
     alpha: float
+    padding: float  # share of what this rank encoded, its own
     stats: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is encoded at once and how much is kept for the backward, in tokens: rows × the longest row."""
+
+    chunk_tokens: int  # 0: both sides whole
+    kept_tokens: int
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> Budget:
+        """Return the budget that a config states; what is kept by default takes no more memory than one chunk."""
+        kept = config.keep_graph_tokens
+        return cls(config.chunk_tokens, config.chunk_tokens if kept is None else kept)
 
 
 def train_step(
@@ -45,28 +60,39 @@ def train_step(
     batch: Batch,
     loss_function: LossFunction,
     lr_factor: float,
-    chunk_tokens: int,
+    budget: Budget,
     listed: Tensor | None = None,
 ) -> StepResult:
     """Run one step on this rank's share of the global batch and return what all ranks report of it. A collective.
 
     listed int64 [m, l]: columns for the model to score for each query, where its score is no product (without chunks).
     """
-    cut = _agreed_chunks(batch, chunk_tokens)
-    encoded, backward = _encode_whole(engine, batch, listed) if cut is None else _encode_in_chunks(engine, batch, *cut)
-    leaves = Encoded(*(None if t is None else t.detach().requires_grad_() for t in encoded))  # type: ignore[arg-type]
-    output = loss_function(leaves, batch)
-    output.loss.backward()
-    loss = _agreed_loss(output, leaves)
+    with timing.span("encode"):
+        pieces = _agreed_pieces(batch, budget)
+        if pieces is None:
+            encoded, backward = _encode_whole(engine, batch, listed)
+        else:
+            encoded, backward = _encode_pieces(engine, batch, pieces)
+    with timing.span("loss"):
+        leaves = Encoded(*(None if t is None else t.detach().requires_grad_() for t in encoded))  # type: ignore[arg-type]
+        output = loss_function(leaves, batch)
+        output.loss.backward()
+        loss = _agreed_loss(output, leaves)
     applied = False
     if math.isfinite(loss):
-        backward(leaves)
-        applied = engine.step(lr_factor)
+        with timing.span("backward"):
+            backward(leaves)
+        with timing.span("optimizer"):
+            applied = engine.step(lr_factor)
     norm = engine.gradient_norm() if applied else float("nan")
-    return StepResult(loss, applied, norm, float(leaves.alpha.detach()), output.stats)
+    padding = chunks.padding_fraction(
+        [piece.chunk.features for piece in pieces] if pieces else [batch.query, batch.doc]
+    )
+    return StepResult(loss, applied, norm, float(leaves.alpha.detach()), padding, output.stats)
 
 
 Backward = Callable[[Encoded], None]  # takes leaves whose gradients the loss has filled
+Gradients = list[tuple[Tensor, Tensor]]  # outputs of the towers, and the gradient of each
 
 
 def _encode_whole(engine: Engine, batch: Batch, listed: Tensor | None) -> tuple[Encoded, Backward]:
@@ -86,43 +112,69 @@ def _encode_whole(engine: Engine, batch: Batch, listed: Tensor | None) -> tuple[
     return encoded, backward
 
 
-def _encode_in_chunks(
-    engine: Engine, batch: Batch, query_chunks: list[Chunk], doc_chunks: list[Chunk]
-) -> tuple[Encoded, Backward]:
-    """Encode without graphs; the backward encodes each chunk again with one."""
-    work = [("query", chunk) for chunk in query_chunks] + [("doc", chunk) for chunk in doc_chunks]
-    states: list[RandomState] = []
-    parts: list[Encoded] = []
-    with torch.no_grad():
-        for side, chunk in work:
-            states.append(RandomState.now())
-            parts.append(engine.forward(**{side: chunk.features}))  # type: ignore[arg-type]
-    queries, docs = parts[: len(query_chunks)], parts[len(query_chunks) :]
-    U = _whole([part.U for part in queries], query_chunks, len(batch.query_ids))
-    W = _whole([part.W for part in docs], doc_chunks, len(batch.doc_ids))
-    beta = _whole([part.beta for part in docs], doc_chunks, len(batch.doc_ids))
+@dataclass
+class _Piece:
+    """A chunk of one side; between encoding and backward it has its graph, or the random state to make it again."""
+
+    side: str
+    chunk: Chunk
+    keep: bool
+    encoded: Encoded | None = None
+    state: RandomState | None = None
+
+    def encode(self, engine: Engine) -> Encoded:
+        """Return the chunk's vectors, without a graph."""
+        if not self.keep:
+            self.state = RandomState.now()
+        with torch.set_grad_enabled(self.keep):
+            encoded = engine.forward(**{self.side: self.chunk.features})  # type: ignore[arg-type]
+        if self.keep:
+            self.encoded = encoded
+        return Encoded(*(None if t is None else t.detach() for t in encoded))  # type: ignore[arg-type]
+
+    def with_graph(self, engine: Engine) -> Encoded:
+        """Return the vectors with their graph, once."""
+        if self.state is None:
+            encoded, self.encoded = self.encoded, None
+            assert encoded is not None
+            return encoded
+        with timing.span("encode again"), self.state.replayed():
+            return engine.forward(**{self.side: self.chunk.features})  # type: ignore[arg-type]
+
+
+def _encode_pieces(engine: Engine, batch: Batch, pieces: list[_Piece]) -> tuple[Encoded, Backward]:
+    """Encode piece by piece; backward goes through those kept at once, then through the others one by one."""
+    parts = [piece.encode(engine) for piece in pieces]
+    query = [(piece.chunk, part) for piece, part in zip(pieces, parts, strict=True) if piece.side == "query"]
+    doc = [(piece.chunk, part) for piece, part in zip(pieces, parts, strict=True) if piece.side == "doc"]
+    U = _whole([(chunk, part.U) for chunk, part in query], len(batch.query_ids))
+    W = _whole([(chunk, part.W) for chunk, part in doc], len(batch.doc_ids))
+    beta = _whole([(chunk, part.beta) for chunk, part in doc], len(batch.doc_ids))
+    kept = [piece for piece in pieces if piece.keep]
+    groups = ([kept] if kept else []) + [[piece] for piece in pieces if not piece.keep]
 
     def backward(leaves: Encoded) -> None:
         with engine.one_reduction():
-            for number, ((side, chunk), state) in enumerate(zip(work, states, strict=True)):
-                last = number == len(work) - 1
-                with state.replayed():
-                    encoded = engine.forward(**{side: chunk.features})  # type: ignore[arg-type]
-                with nullcontext() if last else engine.no_reduction():
-                    engine.backward(_chunk_gradients(encoded, leaves, chunk, with_alpha=last))
+            for number, group in enumerate(groups):
+                gradients: Gradients = []
+                for piece in group:
+                    encoded = piece.with_graph(engine)
+                    gradients += _gradients(encoded, leaves, piece.chunk)
+                if number == 0:
+                    gradients.append((encoded.alpha, _gradient(leaves.alpha)))
+                engine.backward(gradients)
 
-    return Encoded(U, W, beta, docs[0].alpha), backward
+    return Encoded(U, W, beta, parts[-1].alpha), backward
 
 
-def _chunk_gradients(encoded: Encoded, leaves: Encoded, chunk: Chunk, with_alpha: bool) -> list[tuple[Tensor, Tensor]]:
-    """Return a chunk's outputs with their gradients; alpha's goes with one chunk only."""
-    pairs = []
+def _gradients(encoded: Encoded, leaves: Encoded, chunk: Chunk) -> Gradients:
+    """Return a chunk's vectors and biases with their gradients; alpha's is the batch's and goes with one chunk."""
     sides = ((encoded.U, leaves.U), (encoded.W, leaves.W), (encoded.beta, leaves.beta))
-    for output, leaf in sides:
-        if output is not None and leaf is not None:
-            pairs.append((output[: len(chunk.rows)], _gradient(leaf)[chunk.rows]))
-    alpha = _gradient(leaves.alpha)
-    return [*pairs, (encoded.alpha, alpha if with_alpha else torch.zeros_like(alpha))]
+    return [
+        (output[: len(chunk.rows)], _gradient(leaf)[chunk.rows])
+        for output, leaf in sides
+        if output is not None and leaf is not None
+    ]
 
 
 def _gradient(leaf: Tensor) -> Tensor:
@@ -137,19 +189,25 @@ def _agreed_loss(output: LossOutput, leaves: Encoded) -> float:
     return float(distributed.all_reduce(torch.tensor([local], dtype=torch.float64))) / distributed.world_size()
 
 
-def _whole(parts: Sequence[Tensor | None], side: list[Chunk], num_rows: int) -> Tensor | None:
+def _whole(parts: Sequence[tuple[Chunk, Tensor | None]], num_rows: int) -> Tensor | None:
     """Return the chunks' outputs in the batch's order, None where the model has no such output."""
-    present = [part for part in parts if part is not None]
-    return chunks.assemble(present, side, num_rows) if present else None
+    present = [(chunk, part) for chunk, part in parts if part is not None]
+    return (
+        chunks.assemble([part for _, part in present], [chunk for chunk, _ in present], num_rows) if present else None
+    )
 
 
-def _agreed_chunks(batch: Batch, chunk_tokens: int) -> tuple[list[Chunk], list[Chunk]] | None:
-    """Return both sides' chunks, equally many on every rank, or None where everything is encoded at once."""
-    if chunk_tokens == 0:
+def _agreed_pieces(batch: Batch, budget: Budget) -> list[_Piece] | None:
+    """Return both sides' chunks, equally many and as many of them kept on every rank; None: everything at once."""
+    if budget.chunk_tokens == 0:
         return None
-    query = chunks.cut(batch.query, len(batch.query_ids), chunk_tokens)
-    doc = chunks.cut(batch.doc, len(batch.doc_ids), chunk_tokens)
+    query = chunks.cut(batch.query, len(batch.query_ids), budget.chunk_tokens)
+    doc = chunks.cut(batch.doc, len(batch.doc_ids), budget.chunk_tokens)
     num_query, num_doc = distributed.all_reduce(torch.tensor([len(query), len(doc)]), "max").tolist()
     if max(num_query, num_doc) <= 1:
         return None
-    return chunks.filled_up(query, batch.query, num_query), chunks.filled_up(doc, batch.doc, num_doc)
+    work = [("query", chunk) for chunk in chunks.filled_up(query, batch.query, num_query)]
+    work += [("doc", chunk) for chunk in chunks.filled_up(doc, batch.doc, num_doc)]
+    tokens = torch.tensor([chunk.tokens for _, chunk in reversed(work)]).cumsum(0)
+    num_kept = int(distributed.all_reduce((tokens <= budget.kept_tokens).sum(), "min"))
+    return [_Piece(side, chunk, number >= len(work) - num_kept) for number, (side, chunk) in enumerate(work)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from bigdssm import distributed
+from bigdssm import distributed, timing
 from bigdssm.config import Config
 from bigdssm.data import Dataset
 from bigdssm.evaluation.split import Evaluation, evaluate_split
@@ -27,15 +27,16 @@ class Validator:
         """Return the evaluation, or None where the dataset has no validation rows. A collective."""
         if self._dataset.num_rows(SPLIT) == 0:
             return None
-        return evaluate_split(
-            self._encoders(engine),
-            self._dataset,
-            SPLIT,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            rows_per_chunk=self._rows_per_chunk,
-            progress=progress,
-        )
+        with timing.span("validation"):
+            return evaluate_split(
+                self._encoders(engine),
+                self._dataset,
+                SPLIT,
+                rank=distributed.rank(),
+                world_size=distributed.world_size(),
+                rows_per_chunk=self._rows_per_chunk,
+                progress=progress,
+            )
 
     def _encoders(self, engine: Engine) -> Encoders:
         module = cast(DualEncoder, engine.module)
@@ -50,15 +51,16 @@ class Validator:
 
     def keep(self, engine: Engine, provenance: dict[str, Any]) -> None:
         """Write the present weights to the best/ folder. A collective."""
-        state = engine.state_dict()
-        if distributed.is_main():
-            save_model_folder(
-                self._best_dir,
-                cast(DualEncoder, engine.module),
-                self._config,
-                self._dataset.schema,
-                self._dataset.tokenizer_dir,
-                {**provenance, "dataset": self._dataset.fingerprint},
-                state=state,
-            )
-        distributed.barrier()
+        with timing.span("model folder"):
+            state = engine.state_dict()
+            if distributed.is_main():
+                save_model_folder(
+                    self._best_dir,
+                    cast(DualEncoder, engine.module),
+                    self._config,
+                    self._dataset.schema,
+                    self._dataset.tokenizer_dir,
+                    {**provenance, "dataset": self._dataset.fingerprint},
+                    state=state,
+                )
+            distributed.barrier()

@@ -1,15 +1,176 @@
-"""Encoding in chunks, on 1, 2 and 3 ranks: it changes no result."""
+"""Encoding in chunks, with graphs kept or made again, on 1, 2 and 3 ranks: it changes no result."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from bigdssm.config import EngineConfig, ModelConfig, OptimizerConfig, TextEncoderConfig, TowerConfig
+from bigdssm.data import Batch
+from bigdssm.losses import LossOutput, fps_loss
+from bigdssm.models import DualEncoder, Encoded
 from bigdssm.retrieval import embed
+from bigdssm.schema import Feature, Schema
 
 from . import small_run
 from .spawn import Pool
+
+TEXT = Feature("words", "text", "words", max_tokens=9)
+SCHEMA = Schema(
+    {"words": TEXT, "history": Feature("history", "history", "history", of="item", max_items=6)},
+    {"words": TEXT, "item": Feature("item", "categorical", "item", vocabulary=tuple("abcdefghijklmnopqrstuvwx"))},
+)
+TOWER = TowerConfig(mlp=(16,), embedding_dim=8, text=TextEncoderConfig(layers=1, hidden=16))
+MODEL = ModelConfig(dim=16, alpha_init=5.0, share_text=True, query=TOWER, doc=TOWER)
+LR, CLIPPING, STEPS = 0.5, 0.1, 5
+SHARES = {1: (24,), 2: (24, 0), 3: (13, 0, 11)}  # queries per rank: with several, one rank has none
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way of computing the same steps."""
+
+    zero_stage: int
+    chunk_tokens: int
+    keep_graph_tokens: int | None = None
+
+
+CASES = [
+    Case(stage, *budget) for stage in (0, 1, 2, 3) for budget in ((0, None), (12, 0), (40, None), (40, 90), (40, 10**6))
+]
+
+
+def global_batch(step: int) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """Return words and histories of 24 queries, words and items of 12 documents, and each query's document."""
+    torch.manual_seed(100 + step)
+    length, history_length = torch.randint(1, 10, (24, 1)), torch.randint(0, 7, (24, 1))
+    words = torch.randint(1, 30, (24, 9)) * (torch.arange(9) < length)
+    history = torch.randint(2, 26, (24, 6)) * (torch.arange(6) < history_length)
+    doc_words = torch.randint(1, 30, (12, 9)) * (torch.arange(9) < torch.randint(1, 10, (12, 1)))
+    positive = torch.cat([torch.arange(12), torch.randint(0, 12, (12,))])[torch.randperm(24)]
+    return [words, history], [doc_words, torch.arange(2, 14)], positive, torch.arange(12) + 1000
+
+
+def share_of(rank: int, world_size: int, step: int) -> Batch:
+    """Return the rank's rows, each of its documents once; documents met on several ranks are columns on each."""
+    (words, history), (doc_words, items), positive, doc_ids = global_batch(step)
+    first = sum(SHARES[world_size][:rank])
+    rows = torch.arange(first, first + SHARES[world_size][rank])
+    columns, column = positive[rows].unique(return_inverse=True)
+    return Batch(
+        step=step,
+        row_ids=rows,
+        query={"words": words[rows], "history": history[rows]},
+        doc={"words": doc_words[columns], "item": items[columns]},
+        positive=column,
+        relevance=torch.ones(len(rows)),
+        query_ids=rows,
+        doc_ids=doc_ids[columns],
+        doc_rows=columns,
+        multiplicity=torch.bincount(column, minlength=len(columns)),
+    )
+
+
+def loss_of(encoded: Encoded, batch: Batch) -> LossOutput:
+    assert encoded.U is not None and encoded.W is not None
+    return fps_loss(
+        encoded.U, encoded.W, batch.positive, alpha=encoded.alpha, beta=encoded.beta, direction="both",
+        neg_bias=batch.multiplicity.double().log(), query_ids=batch.query_ids, doc_ids=batch.doc_ids,
+    )  # fmt: skip
+
+
+def new_model(dropout: float) -> DualEncoder:
+    torch.manual_seed(0)
+    model = DualEncoder(MODEL, SCHEMA, vocab_size=30).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+    return model
+
+
+def plain_steps(rank: int, world_size: int) -> dict[str, Tensor]:
+    """Return the weights after the same steps without engine, chunks and ranks."""
+    model = new_model(0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    for step in range(STEPS):
+        batch = share_of(0, 1, step)
+        optimizer.zero_grad()
+        loss_of(model(batch.query, batch.doc), batch).loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
+        assert norm > CLIPPING
+        optimizer.step()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def steps(rank: int, world_size: int, cases: list[Case], dropout: float) -> list[dict[str, Tensor]]:
+    """Return the weights after the steps of every case; SGD, since Adam would hide a wrong scale."""
+    from bigdssm.training import engine
+    from bigdssm.training.step import Budget, train_step
+
+    derive, build = engine.deepspeed_config, engine.build_optimizer
+
+    def derived(*args: Any) -> dict[str, Any]:
+        config = derive(*args) | {"zero_allow_untested_optimizer": True}
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # shards small parameters, too
+        return config
+
+    def sgd(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+        return torch.optim.SGD([{"params": list(model.parameters()), "lr": LR, "base_lr": LR}])
+
+    engine.deepspeed_config, engine.build_optimizer = derived, sgd  # type: ignore[assignment]
+    weights = []
+    try:
+        for case in cases:
+            config = EngineConfig(
+                zero_stage=case.zero_stage,
+                chunk_tokens=case.chunk_tokens,
+                keep_graph_tokens=case.keep_graph_tokens,
+            )
+            running = engine.Engine(new_model(dropout), config, OptimizerConfig(gradient_clipping=CLIPPING), 1)
+            torch.manual_seed(rank + 1)
+            for step in range(STEPS):
+                result = train_step(running, share_of(rank, world_size, step), loss_of, 1.0, Budget.of(config))
+                assert result.applied and result.gradient_norm > CLIPPING
+            weights.append(running.state_dict())
+    finally:
+        engine.deepspeed_config, engine.build_optimizer = derive, build
+    return weights
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_chunks_and_kept_graphs_change_no_weight(pools: dict[int, Pool], world_size: int) -> None:
+    (plain,) = pools[1].run(plain_steps)
+    start = dict(new_model(0.0).named_parameters())
+    assert all((plain[name] - start[name]).abs().max() > 5e-5 for name in plain if "key.bias" not in name)
+    for rank, found in enumerate(pools[world_size].run(steps, CASES, 0.0, timeout_s=300)):
+        for case, weights in zip(CASES, found, strict=True):
+            assert weights.keys() == plain.keys()
+            for name in plain:
+                torch.testing.assert_close(
+                    weights[name], plain[name], rtol=1e-5, atol=1e-6, msg=f"{name} of rank {rank} in {case}"
+                )
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_chunks_encoded_again_have_the_dropout_of_the_first_time(pools: dict[int, Pool], world_size: int) -> None:
+    """A kept graph is the one that the loss was computed of."""
+    for stage in (0, 1, 2, 3):
+        cases = [Case(stage, 40, keep) for keep in (10**6, 90, 0)]
+        for kept, some, none in pools[world_size].run(steps, cases, 0.1, timeout_s=300):
+            for name in kept:
+                torch.testing.assert_close(some[name], kept[name], rtol=1e-5, atol=1e-6, msg=f"{name} at stage {stage}")
+                torch.testing.assert_close(none[name], kept[name], rtol=1e-5, atol=1e-6, msg=f"{name} at stage {stage}")
+    (without,) = pools[1].run(plain_steps)
+    word = "text.shared.bert.embeddings.word_embeddings.weight"
+    assert (without[word] - kept[word]).abs().max() > 1e-3
 
 
 @pytest.fixture(scope="module")

@@ -56,13 +56,15 @@ def test_chunks_keep_the_budget_and_every_row_once() -> None:
     text = torch.zeros(7, 9, dtype=torch.int64)
     for row, length in enumerate(lengths):
         text[row, :length] = row + 1
-    features = {"text": text, "number": torch.arange(7.0)}
-    cut = chunks.cut(features, 7, 12)
+    tags = torch.tensor([[0, 0], [1, 0], [1, 1], [0, 0], [1, 1], [0, 0], [1, 0]])
+    features = {"tags": tags, "text": text, "number": torch.arange(7.0)}
+    cut = chunks.cut(features, 7, 14)
+    assert [row for chunk in cut for row in chunk.rows.tolist()] == [4, 1, 2, 3, 5, 0, 6]
     assert sorted(torch.cat([chunk.rows for chunk in cut]).tolist()) == list(range(7))
     for chunk in cut:
         part = chunk.features["text"]
         assert part.shape[1] == max(1, max(lengths[row] for row in chunk.rows.tolist()))
-        assert len(chunk.rows) == 1 or len(chunk.rows) * (part.shape[1] + 1) <= 12
+        assert len(chunk.rows) == 1 or chunk.tokens <= 14
         assert torch.equal(chunk.features["number"], chunk.rows.float())
         assert torch.equal(part, text[chunk.rows][:, : part.shape[1]])
 
