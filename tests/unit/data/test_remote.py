@@ -208,7 +208,7 @@ def test_local_folders_do_without_fsspec(interactions: Path) -> None:
 import sys
 sys.modules["fsspec"] = sys.modules["aiohttp"] = None  # any import of them fails
 sys.modules["torch.utils.data"] = type(sys)("data"); vars(sys.modules["torch.utils.data"]).update(
-    DataLoader=None, IterableDataset=object, get_worker_info=None)
+    DataLoader=None, IterableDataset=type("IterableDataset", (), {{}}), get_worker_info=None)
 from bigdssm.data.dataset import Dataset
 assert next(iter(Dataset.open({str(interactions)!r}).iterate("train", 100))).row_ids[99] == 99
 """
