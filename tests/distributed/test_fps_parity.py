@@ -64,7 +64,8 @@ def test_one_rank_empty(pools: dict[int, Pool], direction: str, empty: int) -> N
     check_fps(pools, fps_loss, shards, 20.0, direction=direction, tile=4)
 
 
-def test_merged_duplicates_equal_masked_duplicates(pools: dict[int, Pool]) -> None:
+@pytest.mark.parametrize("direction", ["q2d", "d2q", "both"])
+def test_merged_duplicates_equal_masked_duplicates(pools: dict[int, Pool], direction: str) -> None:
     """A document encoded once, with neg_bias = log(count), stands for its copies: each row drops the positive's."""
     generator = torch.Generator().manual_seed(5)
     D, docs, rows = 6, 5, 14
@@ -79,8 +80,8 @@ def test_merged_duplicates_equal_masked_duplicates(pools: dict[int, Pool]) -> No
         Shard(U, table, column, neg_bias=count, doc_ids=torch.arange(docs)),
         Shard(U[:0], table[:0], column[:0], neg_bias=count[:0], doc_ids=column[:0]),
     ]
-    loss, grads, _ = run(pools, fps_loss, copies, 3.0)
-    merged_loss, merged_grads, _ = run(pools, fps_loss, merged, 3.0)
+    loss, grads, _ = run(pools, fps_loss, copies, 3.0, direction=direction)
+    merged_loss, merged_grads, _ = run(pools, fps_loss, merged, 3.0, direction=direction)
     assert_close(merged_loss, loss, 1e-12, "loss")
     assert_close(merged_grads[0], grads[0], 1e-12, "U")
     summed = torch.zeros(docs, D, dtype=DOUBLE).index_add_(0, column, grads[1])

@@ -1,0 +1,92 @@
+"""What a stage's loss makes of a batch: each config key against the loss called by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from bigdssm.config import LossConfig, ModelConfig
+from bigdssm.data import Batch
+from bigdssm.losses import fps_loss, ranking_loss
+from bigdssm.models import Encoded
+from bigdssm.training.objective import Objective
+
+M, N, D = 4, 6, 3
+GENERATOR = torch.Generator().manual_seed(0)
+U, W = (torch.randn(rows, D, generator=GENERATOR, dtype=torch.float64) for rows in (M, N))
+BETA = torch.randn(N, generator=GENERATOR, dtype=torch.float64)
+ALPHA = torch.tensor([2.0])
+POSITIVE = torch.tensor([0, 1, 0, 2])
+RELEVANCE = torch.tensor([1.0, 0.0, 2.5, 0.5])
+MULTIPLICITY = torch.tensor([2, 1, 1, 3, 1, 1])
+LOG_COPIES = MULTIPLICITY.double().log()
+COUNTS = np.array([40, 10, 0, 5, 30, 15])
+BATCH = Batch(
+    step=0,
+    row_ids=torch.arange(M),
+    query={},
+    doc={},
+    positive=POSITIVE,
+    relevance=RELEVANCE,
+    query_ids=torch.arange(M),
+    doc_ids=torch.arange(N) + 100,
+    doc_rows=torch.arange(N),
+    multiplicity=MULTIPLICITY,
+    negatives=torch.tensor([[3, 4], [5, -1], [3, 3], [4, 5]]),
+)
+IDS = {"query_ids": BATCH.query_ids, "doc_ids": BATCH.doc_ids}
+INDICATOR = torch.tensor([1.0, 0.0, 1.0, 1.0])
+
+
+def loss(config: LossConfig, model: ModelConfig | None = None, scores: torch.Tensor | None = None) -> float:
+    objective = Objective(config, model or ModelConfig(score="dot"), None, COUNTS, 20)
+    return float(objective(Encoded(U, W, BETA, ALPHA, scores), BATCH).loss)
+
+
+def fps(**arguments: object) -> float:
+    given = {"alpha": 2.0, "beta": BETA, "neg_bias": LOG_COPIES, "weight": INDICATOR, **IDS, **arguments}
+    return float(fps_loss(U, W, POSITIVE, **given).loss)  # type: ignore[arg-type]
+
+
+def test_merged_columns_count_as_often_as_they_were() -> None:
+    assert loss(LossConfig()) == pytest.approx(fps(), rel=1e-12)
+    assert loss(LossConfig(direction="both")) == pytest.approx(fps(direction="both"), rel=1e-12)
+
+
+def test_relevance_is_an_indicator_or_a_weight() -> None:
+    assert loss(LossConfig(weight="relevance")) == pytest.approx(fps(weight=RELEVANCE), rel=1e-12)
+    assert loss(LossConfig()) != pytest.approx(fps(weight=RELEVANCE), rel=1e-3)
+
+
+def test_the_sampling_correction_goes_on_all_columns_or_on_negatives() -> None:
+    expected = (20 * torch.tensor(COUNTS).double().clamp(min=1) / 101 + 6 / N).log()
+    common = {"gamma": 0.5, "uniform_negatives": 6}
+    classic, corrected = (loss(LossConfig(sampling=kind, **common)) for kind in ("classic", "corrected"))
+    assert classic == pytest.approx(fps(beta=BETA - 0.5 * expected), rel=1e-12)
+    assert corrected == pytest.approx(fps(neg_bias=LOG_COPIES - 0.5 * expected), rel=1e-12)
+
+
+def test_the_norm_penalty_is_the_mean_over_queries_and_over_unmerged_documents() -> None:
+    documents = float((W.pow(2).sum(1) * MULTIPLICITY).sum() / MULTIPLICITY.sum())
+    penalty = float(U.pow(2).sum(1).mean()) + documents
+    assert loss(LossConfig(norm_penalty=0.25)) == pytest.approx(fps() + 0.25 * penalty, rel=1e-12)
+
+
+def test_a_scalar_beta_takes_part_in_the_sigmoid_only() -> None:
+    model = ModelConfig(score="dot", beta="scalar")
+    assert loss(LossConfig(), model) == pytest.approx(fps(beta=None), rel=1e-12)
+    sigmoid = ranking_loss("sigmoid", U, W, POSITIVE, alpha=2.0, beta=BETA, weight=INDICATOR, in_batch=True,
+                           negatives=BATCH.negatives, **IDS).loss  # fmt: skip
+    assert loss(LossConfig(name="sigmoid"), model) == pytest.approx(float(sigmoid), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["softmax", "pair_ce", "triplet"])
+def test_an_mlps_scores_take_the_place_of_products(name: str) -> None:
+    config = LossConfig(name=name, in_batch=False, negatives=2, mlp=(4,), margin=0.3)  # type: ignore[arg-type]
+    listed = Objective(config, ModelConfig(), None, None, 20).listed(BATCH)
+    assert listed is not None and listed.tolist() == [[0, 3, 4], [1, 5, 0], [0, 3, 3], [2, 4, 5]]
+    scores = (2.0 * torch.einsum("md,mkd->mk", U, W[listed])).float()
+    right = ranking_loss(name, U, W, POSITIVE, alpha=2.0, weight=INDICATOR, negatives=BATCH.negatives, margin=0.3,
+                         **IDS).loss  # type: ignore[arg-type]  # fmt: skip
+    assert loss(config, scores=scores) == pytest.approx(float(right), rel=1e-5)
