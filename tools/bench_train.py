@@ -1,0 +1,474 @@
+"""Training speed beside sentence-transformers' cached loss, and the memory of steps of growing batches.
+
+    python tools/bench_train.py speed --pairs ../shared/data/debian_packages/packages.jsonl.xz
+    python tools/bench_train.py speed --movielens datasets/source/ml-100k
+    python tools/bench_train.py kept --pairs …      # what the graphs that are kept save
+    python tools/bench_train.py memory --pairs …    # peak over base from 256 to 8,192 rows a rank
+
+The pairs are synopsis → description of packages, or, of MovieLens-100K, the titles of the last five films → the next
+title, in which documents repeat. `speed` wants sentence-transformers (`pip install bigdssm[bench]`). Both sides train
+one BERT with mean pooling for queries and documents from the same weights on the same batches, with the same AdamW and
+clipping, one thread a rank; `speed` first checks that they see the same tokens and compute the same loss. The peer's
+mini-batch is the fastest of 16 to 256. The variants take turns; ratios are medians over the turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import itertools
+import json
+import lzma
+import os
+import socket
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import transformers
+import yaml
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+from bigdssm import timing
+from bigdssm.config import Config, EngineConfig, LossConfig, OptimizerConfig, load_config
+from bigdssm.data import Batch, Collator, Dataset, PairStream, Rows
+from bigdssm.data.making import Target
+from bigdssm.data.pairs import PairTables, make_pairs
+from bigdssm.losses import fps_loss
+from bigdssm.models import DualEncoder, Encoded
+from bigdssm.models.flops import forward_flops
+from bigdssm.schema import hash64
+
+MINI_BATCHES = (16, 32, 64, 128, 256)
+SCALE = 20.0  # alpha, fixed on both sides
+HISTORY = 5  # titles in a query
+OPTIMIZER = OptimizerConfig(lr=1e-4, weight_decay=0.01)
+LANES = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=sorted(TASKS))
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--pairs", type=Path, help="JSONL (.xz) with synopsis and description")
+    data.add_argument("--movielens", type=Path, help="folder with ml-100k.inter and .item (tools/fetch_movielens.py)")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--rows", type=int, default=2048, help="global batch")
+    parser.add_argument("--max-tokens", type=int, default=64, help="of queries and documents")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--chunk-tokens", type=int, default=4096)
+    parser.add_argument("--keep-graph-tokens", type=int, default=10**9, help="for `speed` (default: all)")
+    parser.add_argument("--zero-stage", type=int, default=1)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2, help="a turn")
+    args = parser.parse_args()
+    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", DS_ACCELERATOR="cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        texts = debian_texts(args.pairs) if args.pairs else movielens_texts(args.movielens)
+        prepare(Path(folder), texts, args)
+        mp.spawn(_rank, (args, Path(folder), texts), nprocs=args.ranks)
+
+
+def _rank(rank: int, args: argparse.Namespace, folder: Path, texts: list[tuple[str, str]]) -> None:
+    from bigdssm.training.engine import init_process_group
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(args.ranks))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=(folder / "port").read_text())
+    init_process_group()
+    for line in TASKS[args.task](args, folder, texts):
+        if rank == 0:
+            print(line, flush=True)
+    dist.destroy_process_group()
+
+
+# --- what both sides train on ---
+
+
+def debian_texts(path: Path) -> list[tuple[str, str]]:
+    """Return (synopsis, description) of every package."""
+    with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return [(row["synopsis"], row["description"]) for row in rows if row["synopsis"] and row["description"]]
+
+
+def movielens_texts(folder: Path) -> list[tuple[str, str]]:
+    """Return (titles of a user's last films, the next film's title) of every rating but a user's first."""
+    titles, events = {}, defaultdict(list)
+    for line in (folder / "ml-100k.item").read_text(encoding="utf-8").splitlines()[1:]:
+        number, title, *_ = line.split("\t")
+        titles[number] = title
+    for line in (folder / "ml-100k.inter").read_text(encoding="utf-8").splitlines()[1:]:
+        user, item, _, when = line.split("\t")
+        events[user].append((float(when), titles[item]))
+    pairs = []
+    for user in sorted(events):
+        seen = [title for _, title in sorted(events[user], key=lambda event: event[0])]
+        pairs += [("; ".join(seen[max(0, end - HISTORY) : end]), seen[end]) for end in range(1, len(seen))]
+    return pairs
+
+
+def prepare(folder: Path, texts: list[tuple[str, str]], args: argparse.Namespace) -> None:
+    """Write the dataset, the config and the initial encoder with its tokenizer into `folder`."""
+    with (folder / "pairs.jsonl").open("w", encoding="utf-8") as file:
+        for number, (query, doc) in enumerate(texts):
+            file.write(json.dumps({"number": str(number), "query": query, "doc": doc}) + "\n")
+    tower = {"mlp": [], "text": {"init": str(folder / "encoder"), "pooling": "mean"}}
+    text = {"type": "text", "max_tokens": args.max_tokens}
+    content = {
+        "run": {"dir": str(folder / "run")},
+        "data": {
+            "dir": str(folder / "dataset"), "query": {"query": text}, "doc": {"doc": text}, "lanes": LANES,
+            "tokenizer": {"vocab_size": 8000},
+        },
+        "model": {
+            "dim": args.hidden, "score": "cosine", "alpha_init": SCALE, "alpha_learned": False, "beta": "none",
+            "share_text": True,
+            "query": {**tower, "residual": "query"}, "doc": {**tower, "residual": "doc"},
+        },
+        "pretrain": {"rows_global": args.rows},
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    config = load_config(folder / "config.yaml")
+    started = time.process_time()
+    tables = PairTables(files=(folder / "pairs.jsonl",), query_id_column="number", split="train")
+    report = make_pairs(config.data, tables, Target(folder / "dataset"))
+    print(
+        f"{report.rows['train']:,} pairs, {report.num_docs:,} documents; made into shards, tokenizer trained and texts "
+        f"tokenised once, in {time.process_time() - started:.0f} CPU-seconds"
+    )
+    dataset = Dataset.open(folder / "dataset")
+    torch.manual_seed(0)
+    bert = BertConfig(
+        vocab_size=dataset.vocab_size, hidden_size=args.hidden, num_hidden_layers=args.layers,
+        num_attention_heads=max(1, args.hidden // 64), intermediate_size=4 * args.hidden,
+        max_position_embeddings=args.max_tokens, pad_token_id=dataset.pad_token_id,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    BertModel(bert, add_pooling_layer=False).save_pretrained(folder / "encoder")
+    assert dataset.tokenizer_dir is not None
+    for file in dataset.tokenizer_dir.iterdir():
+        (folder / "encoder" / file.name).write_bytes(file.read_bytes())
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        (folder / "port").write_text(str(probe.getsockname()[1]))
+
+
+class Batches:
+    """This rank's batches, as rows and as tensors; the first `num` stay at hand."""
+
+    def __init__(self, folder: Path, rows_global: int, num: int) -> None:
+        self.dataset = Dataset.open(folder / "dataset")
+        self._collator = Collator(self.dataset.schema, self.dataset.catalogue, self.dataset.pad_token_id)
+        self._stream = PairStream(
+            self.dataset, rows_global=rows_global, lanes=LANES, seed=0, rank=dist.get_rank(),
+            world_size=dist.get_world_size(), num_workers=0,
+        )  # fmt: skip
+        self.rows = list(itertools.islice(self._stream, num))
+        self.ready = [self._collator(rows) for rows in self.rows]
+
+    def fresh(self) -> Iterator[Batch]:
+        """Read, decode and collate further batches."""
+        for rows in self._stream:
+            yield self._collator(rows)
+
+
+# --- this project's side ---
+
+
+class Ours:
+    """A step as training/ makes it."""
+
+    def __init__(self, config: Config, dataset: Dataset, engine: EngineConfig, rows_global: int) -> None:
+        from bigdssm.training.engine import Engine
+        from bigdssm.training.objective import Objective
+        from bigdssm.training.step import Budget
+
+        self.model = DualEncoder(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size).train()
+        self.engine = Engine(self.model, engine, OPTIMIZER, rows_global // dist.get_world_size())
+        self.objective = Objective(LossConfig(), config.model, None, None, rows_global)
+        self.budget = Budget.of(engine)
+
+    def step(self, batch: Batch, keep_graph_tokens: int | None = None) -> float:
+        from bigdssm.training.step import train_step
+
+        budget = self.budget if keep_graph_tokens is None else replace(self.budget, kept_tokens=keep_graph_tokens)
+        return train_step(self.engine, batch, self.objective, 1.0, budget).loss
+
+    def plain_loss(self, batch: Batch) -> float:
+        """Return the loss with every row's document as a column of its own, copies as negatives: the peer's."""
+        with torch.no_grad():
+            encoded: Encoded = self.engine.forward(batch.query, batch.doc)
+            assert encoded.U is not None and encoded.W is not None
+            return float(fps_loss(encoded.U, encoded.W[batch.positive], alpha=SCALE).loss)
+
+
+# --- the peer's side ---
+
+
+class Peer:
+    """sentence-transformers' CachedMultipleNegativesRankingLoss in a loop without its trainer, which costs it time."""
+
+    def __init__(self, folder: Path, dataset: Dataset, args: argparse.Namespace) -> None:
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+        from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+        from bigdssm.training.optimizer import build_optimizer
+
+        transformer = Transformer(str(folder / "encoder"), max_seq_length=args.max_tokens)
+        bert = transformer.auto_model if hasattr(transformer, "auto_model") else transformer.model
+        bert.pooler = None  # neither side uses it
+        self.model = SentenceTransformer(modules=[transformer, Pooling(args.hidden, "mean")], device="cpu").train()
+        self.optimizer = build_optimizer(self.model, OPTIMIZER)
+        self.loss = CachedMultipleNegativesRankingLoss(
+            self.model, scale=SCALE, gather_across_devices=args.ranks > 1, mini_batch_size=64
+        )
+        if args.ranks > 1:
+            self.loss.model = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+        if args.precision == "bf16":
+            self.model.forward = torch.autocast("cpu", torch.bfloat16)(self.model.forward)  # type: ignore[method-assign]
+        self.pad_token_id = dataset.pad_token_id
+
+    def step(self, features: list[dict[str, Tensor]], mini_batch: int) -> float:
+        self.loss.mini_batch_size = mini_batch
+        loss = self.loss(features, None)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER.gradient_clipping)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss.detach())
+
+    def plain_loss(self, features: list[dict[str, Tensor]]) -> float:
+        with torch.no_grad():
+            return float(self.loss(features, None))
+
+    def tokenised(self, texts: Sequence[tuple[str, str]]) -> list[dict[str, Tensor]]:
+        """Return queries and documents as its collator makes them."""
+        return [self.model.preprocess(list(side)) for side in zip(*texts, strict=True)]
+
+    def features(self, batch: Batch) -> list[dict[str, Tensor]]:
+        """Return the batch's own tokens; every row has its document, copies too."""
+        sides = (batch.query["query"], batch.doc["doc"][batch.positive])
+        return [{"input_ids": side, "attention_mask": (side != self.pad_token_id).long()} for side in sides]
+
+
+# --- the tasks ---
+
+
+def speed(args: argparse.Namespace, folder: Path, texts: list[tuple[str, str]]) -> Iterator[str]:
+    """Yield the check of the comparison, then pairs per second of either side and their ratio."""
+    config = load_config(folder / "config.yaml")
+    batches = Batches(folder, args.rows, args.steps)
+    engine = EngineConfig(
+        zero_stage=args.zero_stage, precision=args.precision, chunk_tokens=args.chunk_tokens,
+        keep_graph_tokens=args.keep_graph_tokens,
+    )  # fmt: skip
+    ours, peer = Ours(config, batches.dataset, engine, args.rows), Peer(folder, batches.dataset, args)
+    number_of = {hash64(str(number)): number for number in range(len(texts))}
+    rows_texts = [texts_of(rows, number_of, texts) for rows in batches.rows]
+    ready = [peer.features(batch) for batch in batches.ready]
+    yield from check_sameness(ours, peer, batches.ready[0], rows_texts[0], ready[0])
+    distinct = statistics.mean(len(batch.doc_ids) / len(batch.row_ids) for batch in batches.ready)
+    yield f"{args.ranks} rank(s), {args.rows} rows a step, {distinct:.0%} of a rank's documents distinct"
+    yield f"BERT of {args.layers} layers, width {args.hidden}, at most {args.max_tokens} tokens, {args.precision}"
+
+    tuning = {size: timed(lambda size=size: peer.step(ready[0], size))[0] for size in MINI_BATCHES for _ in range(2)}  # type: ignore[misc]
+    best = min(tuning, key=lambda size: tuning[size])
+    yield "peer's mini-batch: " + ", ".join(f"{size}: {args.rows / s:.0f} pairs/s" for size, s in tuning.items())
+    fresh, more_texts = batches.fresh(), itertools.cycle(rows_texts)
+    variants: dict[str, Callable[[int], Any]] = {
+        "ours": lambda n: ours.step(batches.ready[n]),
+        "ours, one chunk's graphs kept": lambda n: ours.step(batches.ready[n], args.chunk_tokens),
+        "peer": lambda n: peer.step(ready[n], best),
+        "ours, from shards": lambda n: ours.step(next(fresh)),
+        "peer, from texts": lambda n: peer.step(peer.tokenised(next(more_texts)), best),
+    }
+    wall: dict[str, list[float]] = {name: [] for name in variants}
+    cpu: dict[str, list[float]] = {name: [] for name in variants}
+    peaks = dict.fromkeys(variants, 0.0)
+    flops, spans, products = 0.0, defaultdict(float), []
+    for turn in range(args.turns + 1):
+        for name, step in variants.items():
+            base = forget_peak()
+            timing.taken()
+            seconds, cpu_seconds = timed(lambda step=step: [step(n) for n in range(args.steps)])  # type: ignore[misc]
+            if turn == 0:
+                continue
+            wall[name].append(seconds), cpu[name].append(cpu_seconds)
+            peaks[name] = max(peaks[name], status_mb("VmHWM") - base)
+            if name == "ours":
+                flops += sum(3 * forward_flops(ours.model, batch.query, batch.doc) for batch in batches.ready)
+                for span, spent in timing.taken().items():
+                    spans[span] += spent
+        products.append(product_flops_per_s(args))
+    yield from speed_table(args, best, wall, cpu, peaks)
+    yield from where_it_goes(sum(wall["ours"]), args.turns * args.steps, spans, flops, max(products))
+
+
+def check_sameness(
+    ours: Ours, peer: Peer, batch: Batch, texts: list[tuple[str, str]], ready: list[dict[str, Tensor]]
+) -> Iterator[str]:
+    """Yield what was compared. Raises AssertionError where the two sides do not see the same or compute the same."""
+    for mine, theirs in zip(ready, peer.tokenised(texts), strict=True):
+        length = theirs["input_ids"].shape[1]
+        assert torch.equal(mine["input_ids"][:, :length], theirs["input_ids"]), "the two sides see other tokens"
+        assert not mine["attention_mask"][:, length:].any()
+    plain, theirs = (mean_over_ranks(side) for side in (ours.plain_loss(batch), peer.plain_loss(ready)))
+    assert abs(plain - theirs) < 1e-4, f"the two sides compute other losses: {plain} and {theirs}"
+    yield f"same tokens; same loss on the first batch: {plain:.6f} and the peer's {theirs:.6f}"
+    yield f"our training loss on it, known positives masked, as the peer's cannot: {ours.step(batch):.6f}"
+    peer.step(ready, 64)
+
+
+def speed_table(
+    args: argparse.Namespace,
+    mini_batch: int,
+    wall: dict[str, list[float]],
+    cpu: dict[str, list[float]],
+    peaks: dict[str, float],
+) -> Iterator[str]:
+    pairs = args.rows * args.steps
+    yield f"{'':30s} {'pairs/s':>9s} {'ratio':>6s} {'by CPU time':>11s} {'peak MB':>8s}"
+    for name, seconds in wall.items():
+        against = "peer, from texts" if "from" in name else "peer"
+        ratio, cpu_ratio = (
+            statistics.median(b / a for a, b in zip(times[name], times[against], strict=True)) for times in (wall, cpu)
+        )
+        shown = name.replace("peer", f"peer, mini-batch {mini_batch}")
+        rate = pairs / statistics.median(seconds)
+        yield f"{shown:30s} {rate:9.0f} {ratio:6.2f} {cpu_ratio:11.2f} {peaks[name]:8.0f}"
+
+
+def where_it_goes(
+    elapsed_s: float, steps: int, spans: dict[str, float], flops: float, peak_flops: float
+) -> Iterator[str]:
+    from bigdssm.training.time_table import TimeTable
+
+    yield "where the time of rank 0 goes, ours: " + "\n    ".join(
+        TimeTable(elapsed_s, steps, flops, dict(spans)).lines(peak_flops)
+    )
+
+
+def kept(args: argparse.Namespace, folder: Path, texts: list[tuple[str, str]]) -> Iterator[str]:
+    """Yield CPU-seconds and peak memory of a step with none, half and all of the graphs kept."""
+    batches = Batches(folder, args.rows, 1)
+    engine = EngineConfig(zero_stage=args.zero_stage, precision=args.precision, chunk_tokens=args.chunk_tokens)
+    ours = Ours(load_config(folder / "config.yaml"), batches.dataset, engine, args.rows)
+    batch = batches.ready[0]
+    tokens = sum(int((side != batches.dataset.pad_token_id).sum()) for side in (batch.query["query"], batch.doc["doc"]))
+    budgets = {"none": 0, "one chunk": args.chunk_tokens, "half": tokens // 2, "all": 2 * tokens}
+    times: dict[str, list[float]] = {name: [] for name in budgets}
+    peaks = dict.fromkeys(budgets, 0.0)
+    for turn in range(args.turns + 1):
+        for name, budget in budgets.items():
+            base = forget_peak()
+            _, cpu_seconds = timed(lambda budget=budget: ours.step(batch, budget))  # type: ignore[misc]
+            if turn:
+                times[name].append(cpu_seconds)
+                peaks[name] = max(peaks[name], status_mb("VmHWM") - base)
+    yield (
+        f"{args.rows // args.ranks} rows a rank, {tokens:,} tokens, chunks of {args.chunk_tokens}, "
+        f"ZeRO {args.zero_stage}, {args.precision}"
+    )
+    for name, values in times.items():
+        share = statistics.median(a / b for a, b in zip(values, times["none"], strict=True))
+        seconds = statistics.median(values)
+        yield f"{name:10s} {seconds:7.2f} CPU-s a step  {share:.0%} of none  peak {peaks[name]:6.0f} MB"
+
+
+def memory(args: argparse.Namespace, folder: Path, texts: list[tuple[str, str]]) -> Iterator[str]:
+    """Yield the peak over base of a step for growing batches; vectors, their gradients and inputs are taken out."""
+    config = load_config(folder / "config.yaml")
+    engine = EngineConfig(zero_stage=args.zero_stage, precision=args.precision, chunk_tokens=args.chunk_tokens)
+    ours, first = None, 0.0
+    yield f"{args.ranks} rank(s), chunks of {args.chunk_tokens} tokens, ZeRO {args.zero_stage}: MB of the larger rank"
+    for rows in (256, 512, 1024, 2048, 4096, 8192):
+        batches = Batches(folder, rows * args.ranks, 2)
+        ours = ours or Ours(config, batches.dataset, engine, rows * args.ranks)
+        for batch in batches.ready:
+            ours.step(batch)  # the optimizer's state and the allocator's pools stand
+        growth = []
+        for batch in batches.ready:
+            base = forget_peak()
+            ours.step(batch)
+            growth.append(status_mb("VmHWM") - base)
+        vectors = vectors_mb(rows, args.hidden)
+        peak = max_over_ranks(max(growth) - vectors)
+        first = first or peak
+        whole = f"{peak + vectors:7.1f}, vectors {vectors:6.1f}, without them {peak:7.1f}"
+        yield f"{rows:6d} rows a rank: {whole}, {peak / first:.2f} ×"
+
+
+def vectors_mb(rows: int, width: int) -> float:
+    """Return the MB of U and W of this rank, W of all ranks, and a gradient of each, in float32."""
+    own, everybody = 2 * rows, dist.get_world_size() * rows
+    return 2 * (own + everybody) * width * 4 / 1e6
+
+
+TASKS: dict[str, Callable[..., Iterator[str]]] = {"speed": speed, "kept": kept, "memory": memory}
+
+
+def texts_of(rows: Rows, number_of: dict[int, int], texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [texts[number_of[query_id]] for query_id in rows.query_ids.tolist()]
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, float]:
+    """Return seconds until every rank has run it, and this rank's CPU-seconds."""
+    dist.barrier()
+    started, cpu_started = time.perf_counter(), time.process_time()
+    run()
+    cpu_seconds = time.process_time() - cpu_started
+    dist.barrier()
+    return time.perf_counter() - started, cpu_seconds
+
+
+def product_flops_per_s(args: argparse.Namespace) -> float:
+    from bigdssm.training.time_table import peak_flops
+
+    return peak_flops(torch.device("cpu"), torch.float32 if args.precision == "fp32" else torch.bfloat16)
+
+
+def mean_over_ranks(value: float) -> float:
+    total = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(total)
+    return float(total) / dist.get_world_size()
+
+
+def max_over_ranks(value: float) -> float:
+    largest = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return float(largest)
+
+
+def forget_peak() -> float:
+    """Give back what is free, forget the high-water mark of resident memory; return what is resident now, in MB."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return status_mb("VmRSS")
+
+
+def status_mb(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1e3
+    raise KeyError(field)
+
+
+if __name__ == "__main__":
+    main()
