@@ -108,4 +108,6 @@ class Run:
         return [json.loads(line) for line in lines]
 
     def checkpoints(self) -> list[str]:
-        return sorted(path.name for path in (self.folder / "pretrain" / "checkpoints").iterdir())
+        return sorted(
+            path.name for path in (self.folder / "pretrain" / "checkpoints").glob("*")
+        )  # none before the first
