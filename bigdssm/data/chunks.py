@@ -70,11 +70,16 @@ def at_least_one(features: Features) -> Features:
     }
 
 
+def num_tokens(features: Features) -> Tensor:
+    """Return the cells of ragged features (tokens, history items, values) that hold something, int64 [], unread."""
+    filled = [(tensor != 0).sum() for tensor in features.values() if tensor.dim() == 2]
+    return torch.stack(filled).sum() if filled else torch.zeros((), dtype=torch.int64)
+
+
 def padding_fraction(encoded: Sequence[Features]) -> float:
     """Return the share of cells that hold padding among all cells of ragged features; 0 without any."""
-    ragged = [tensor for features in encoded for tensor in features.values() if tensor.dim() == 2]
-    cells = sum(tensor.numel() for tensor in ragged)
-    return 1 - sum(int((tensor != 0).sum()) for tensor in ragged) / cells if cells else 0.0
+    cells = sum(tensor.numel() for features in encoded for tensor in features.values() if tensor.dim() == 2)
+    return 1 - sum(int(num_tokens(features)) for features in encoded) / cells if cells else 0.0
 
 
 def _lengths(features: Features, num_rows: int) -> np.ndarray:

@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
+
 from bigdssm import distributed, timing
 from bigdssm.cli import ProgressBar
 from bigdssm.data import Batch
+from bigdssm.data.chunks import num_tokens
 from bigdssm.evaluation.split import Evaluation
 from bigdssm.log import get_logger
 from bigdssm.models import DualEncoder
@@ -35,6 +38,7 @@ class Health:
         self._skipped = 0
         self._whole = TimeTable()
         self._started, self._steps, self._flops = time.perf_counter(), 0, 0.0
+        self._tokens = torch.zeros((), dtype=torch.int64)
         timing.taken()
 
     def waited_for(self, batches: Iterator[Batch]) -> Batch:
@@ -54,6 +58,7 @@ class Health:
         """Count a step; every so many, write a record and a line."""
         self._steps += 1
         self._flops += 3 * forward_flops(cast(DualEncoder, self._engine.module), batch.query, batch.doc)
+        self._tokens = self._tokens + num_tokens(batch.query) + num_tokens(batch.doc)  # read once an interval
         self._skipped += not result.applied
         self._bar(self._name, step, self._total_steps)
         if step % self._every and step != self._total_steps:
@@ -70,6 +75,7 @@ class Health:
             "alpha": result.alpha,
             **stats,
             "rows_per_s": rows_per_s,
+            "tokens_per_s": float(self._tokens) * distributed.world_size() / seconds,  # as if all ranks had as many
             "data_wait_fraction": interval.seconds.get("data wait", 0.0) / seconds,
             "padding_fraction": result.padding,
             "distinct_fraction": len(batch.doc_ids) / max(1, int(batch.multiplicity.sum())),
@@ -81,12 +87,14 @@ class Health:
         eta_s = (self._total_steps - step) * seconds / interval.steps
         logger.info(
             "%s %d/%d  loss %.4f  lr %.2e  |g| %.2f  alpha %.2f  accuracy %.1f%%  dropped %.2f%%  %s rows/s  "
-            "data wait %.0f%%  padding %.0f%%  distinct %.0f%%  skipped %d  %.2f GB  ETA %d:%02d",
+            "%s tokens/s  data wait %.0f%%  padding %.0f%%  distinct %.0f%%  skipped %d  %.2f GB  ETA %d:%02d",
             self._name, step, self._total_steps, result.loss, record["lr"], result.gradient_norm, result.alpha,
             100 * stats.get("in_batch_accuracy", 0.0), 100 * stats.get("dropped_fraction", 0.0),
-            f"{rows_per_s:,.0f}", 100 * record["data_wait_fraction"], 100 * record["padding_fraction"],
+            f"{rows_per_s:,.0f}", f"{record['tokens_per_s']:,.0f}",
+            100 * record["data_wait_fraction"], 100 * record["padding_fraction"],
             100 * record["distinct_fraction"], self._skipped, record["memory_gb"], eta_s // 60, eta_s % 60,
         )  # fmt: skip
+        self._tokens = torch.zeros((), dtype=torch.int64)
 
     def after_run(self) -> None:
         """Say where the time went."""

@@ -55,9 +55,15 @@ def assert_same_weights(run_dir: Path, reference: Path, tolerance: float = 1e-5)
 
 
 def test_the_loss_falls(reference: Path) -> None:
-    losses = [record["loss"] for record in small_run.records(reference)]
+    records = small_run.records(reference)
+    losses = [record["loss"] for record in records]
     assert len(losses) == 12
     assert losses[-1] < 0.9 * losses[0]
+    said = {
+        "lr", "grad_norm", "alpha", "in_batch_accuracy", "dropped_fraction", "rows_per_s", "tokens_per_s",
+        "padding_fraction", "data_wait_fraction", "skipped", "memory_gb",
+    }  # fmt: skip
+    assert all(said <= record.keys() and record["tokens_per_s"] > record["rows_per_s"] for record in records)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
