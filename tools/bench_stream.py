@@ -99,10 +99,13 @@ def live(args: argparse.Namespace, folder: Path, config: DataConfig) -> None:
 
     TextEncoder.tokenize = timed  # type: ignore[method-assign]
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as in a loader process
-    begin = time.process_time()
-    for step in islice(PairStream(dataset, rows_global=ROWS_GLOBAL, lanes=LANES), steps):
-        collate(step)
-    seconds = time.process_time() - begin
+    passes = []
+    for _ in range(3):
+        begin, tokenizing_s = time.process_time(), 0.0
+        for step in islice(PairStream(dataset, rows_global=ROWS_GLOBAL, lanes=LANES), steps):
+            collate(step)
+        passes.append((time.process_time() - begin, tokenizing_s))
+    seconds, tokenizing_s = min(passes)
     report("with live tokenising, to tensors", steps * ROWS_GLOBAL, seconds, size(folder / "partitions"))
     print(f"of that, {1 - tokenizing_s / seconds:.1%} is not the tokenizer")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from bigdssm.config import TokenizerConfig
 from bigdssm.errors import ConfigError
@@ -33,10 +33,9 @@ class TextEncoder:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_padding()
 
-    def tokenize(self, texts: list[str]) -> list[Encoding]:
-        """Return the encodings of some texts, cut as `encode` was last told."""
-        found: list[Encoding] = self._tokenizer.encode_batch_fast(texts)
-        return found
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Return the token ids of some texts, cut as `encode` was last told: all that the library does."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts)]
 
     def encode(self, texts: pa.Array, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (ids int32, offsets int64 [rows + 1]): text i is ids[offsets[i]:offsets[i + 1]], cut to max_tokens."""
@@ -45,7 +44,7 @@ class TextEncoder:
         lengths: list[int] = []
         for start in range(0, len(texts), TEXTS_AT_ONCE):
             chunk = texts.slice(start, TEXTS_AT_ONCE).to_pylist()
-            ids = [encoding.ids for encoding in self.tokenize(chunk)]
+            ids = self.tokenize(chunk)
             lengths += map(len, ids)
             parts.append(np.fromiter(chain.from_iterable(ids), np.int32, sum(lengths[-len(ids) :])))
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
