@@ -7,7 +7,6 @@ python tools/inspect_shards.py datasets/movielens_100k --verify
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +20,7 @@ from bigdssm.schema import Feature
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", type=Path, help="dataset folder")
+    parser.add_argument("dataset", help="dataset folder, or its URL")
     parser.add_argument("--verify", action="store_true", help="check all checksums and rows, print nothing else")
     parser.add_argument("--split", default="train", help="of lengths, duplicates and rows (default: train)")
     parser.add_argument("--rows", type=int, default=10, help="how many decoded rows to print (default: 10)")

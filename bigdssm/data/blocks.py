@@ -7,7 +7,8 @@ columns the schema knows are taken, and offsets and UTF-8 are validated before a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from bigdssm.data.ragged import Column, Ragged, from_arrow
 from bigdssm.schema import Feature, Schema
 
 MAX_DECODED_BYTES = 1 << 30
+CONNECTIONS = 8  # of one reading process: a block is some 100 kB, its latency counts
 MAX_FIELD_BYTES = 1 << 20  # of a text: a longer one would cost more than its block
 _IPC = pa.ipc.IpcReadOptions(use_threads=False)
 
@@ -117,6 +119,17 @@ def read_block(index: SplitIndex, block: int, layout: Layout) -> tuple[pa.Record
         for row in np.flatnonzero(mask).tolist():
             bad.setdefault(row, describe(row))
     return batch, [Bad(str(shard), number, row, 1, reason) for row, reason in sorted(bad.items())]
+
+
+def read_blocks(
+    index: SplitIndex, blocks: Sequence[int], layout: Layout
+) -> Iterator[tuple[pa.RecordBatch | None, list[Bad]]]:
+    """Yield what `read_block` returns of each block; several at a time are fetched where they come over a network."""
+    if all(isinstance(index.shards[index.shard[block]], Path) for block in blocks):
+        yield from (read_block(index, block, layout) for block in blocks)
+        return
+    with ThreadPoolExecutor(CONNECTIONS) as threads:
+        yield from threads.map(lambda block: read_block(index, block, layout), blocks)
 
 
 def decode(content: bytes, layout: Layout) -> pa.RecordBatch:

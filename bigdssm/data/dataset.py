@@ -175,11 +175,7 @@ class Dataset:
             for number, partition in enumerate(self.partitions):
                 expected = partition.content["splits"].get(split)
                 if expected and expected["blocks"]:
-                    part = read_index(partition.folder, split, expected, number)
-                    if partition.remote is not None:
-                        at, file = f"partitions/{partition.folder.name}", partition.remote.file
-                        part = replace(part, shards=tuple(file(f"{at}/{path.name}") for path in part.shards))
-                    parts.append(part)
+                    parts.append(with_shards_of(partition, read_index(partition.folder, split, expected, number)))
             if not parts:
                 known = sorted({name for partition in self.partitions for name in partition.content["splits"]})
                 raise DataError(f"{self.dir} has no rows in split {split!r}; its splits are {known}")
@@ -288,6 +284,14 @@ class Dataset:
         row_ids = np.arange(index.first_row[block], index.first_row[block + 1])
         good = np.setdiff1d(np.arange(batch.num_rows), [fault.row for fault in bad])
         return (row_ids[good], batch.take(pa.array(good))) if bad else (row_ids, batch)
+
+
+def with_shards_of(partition: Partition, index: SplitIndex) -> SplitIndex:
+    """Return an index of the partition with its shards at their URL, where it is at one."""
+    if partition.remote is None:
+        return index
+    at, file = f"partitions/{partition.folder.name}", partition.remote.file
+    return replace(index, shards=tuple(file(f"{at}/{path.name}") for path in index.shards))
 
 
 def empty_batch(layout: Layout) -> pa.RecordBatch:

@@ -14,6 +14,7 @@ from bigdssm.data.blocks import read_block
 from bigdssm.data.collate import Collator
 from bigdssm.data.dataset import Dataset
 from bigdssm.data.dataset_writer import QUARANTINE_FILE
+from bigdssm.data.index import read_index
 from bigdssm.data.pair_splits import pair_hash
 from bigdssm.data.ragged import Ragged
 from bigdssm.errors import DataError
@@ -107,10 +108,14 @@ def describe(dataset: Dataset, split: str = "train", top: int = 10) -> Descripti
 
 def _sizes(dataset: Dataset) -> list[SplitSize]:
     sizes = []
-    for partition in dataset.partitions:
+    for number, partition in enumerate(dataset.partitions):
         for split, content in partition.content["splits"].items():
             files = [partition.folder / name for name in content["shards"]]
-            num_bytes = sum(path.stat().st_size for path in files if path.exists())
+            if partition.remote is None:
+                num_bytes = sum(path.stat().st_size for path in files if path.exists())
+            else:  # without the tar headers
+                index = read_index(partition.folder, split, content, number)
+                num_bytes = int(index.size.sum())
             counts = (content["rows"], content["blocks"], len(files))
             sizes.append(SplitSize(partition.name, split, *counts, num_bytes))
     return sizes
@@ -187,8 +192,11 @@ def _category(feature: Feature, code: int) -> str:
     return f"<bucket {code - FIRST_CODE}>" if feature.hash_buckets else feature.vocabulary[code - FIRST_CODE]
 
 
-def open_for_inspection(folder: Path) -> Dataset:
-    """Return the dataset. Raises DataError where it cannot be opened, or holds its documents in the shards."""
+def open_for_inspection(folder: str | Path) -> Dataset:
+    """Return the dataset in a folder or at a URL.
+
+    Raises DataError where it cannot be opened, or holds its documents in the shards.
+    """
     dataset = Dataset.open(folder)
     if dataset.inline:
         raise DataError(f"{folder} holds its documents in the shards; only --verify works on it")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from bigdssm.data.blocks import Bad, read_block
+from bigdssm.data.blocks import Bad, read_blocks
 from bigdssm.data.dataset import Dataset, empty_batch
 from bigdssm.data.mixture import MixedOrder
 from bigdssm.data.order import Order, Window
@@ -89,8 +89,8 @@ class LaneReader:
     def _load(self, plan: Window) -> _Loaded:
         """Read the window's blocks and bring the good rows into its order once, so that a step is a slice."""
         batches, readable, good = [empty_batch(self._dataset.layout)], [], []
-        for block, first, last in zip(plan.blocks.tolist(), plan.first.tolist(), plan.last.tolist(), strict=True):
-            batch, faults = read_block(self._index, block, self._dataset.layout)
+        contents = read_blocks(self._index, plan.blocks.tolist(), self._dataset.layout)
+        for (batch, faults), first, last in zip(contents, plan.first.tolist(), plan.last.tolist(), strict=True):
             usable = np.full(last - first, batch is not None)
             readable.append(usable.copy())
             if batch is not None:

@@ -3,35 +3,46 @@
 from __future__ import annotations
 
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from bigdssm.config import DEFAULT_CACHE_BYTES
 from bigdssm.data.block_writer import TAR_HEADER_BYTES
 from bigdssm.data.blocks import read_block, read_range
+from bigdssm.data.cache import Cache
 from bigdssm.data.column_file import file_checksum
-from bigdssm.data.dataset import Dataset, Partition
+from bigdssm.data.dataset import Dataset, Partition, with_shards_of
 from bigdssm.data.dataset_writer import read_dataset_json
 from bigdssm.data.index import SplitIndex, read_index
 from bigdssm.data.making import Progress, no_progress
+from bigdssm.data.remote import is_url
 from bigdssm.errors import DataError
 
 EXTRA_FILES = {"counts_checksum": "counts.npy", "sequences_checksum": "sequences.arrow"}
 
 
-def verify_dataset(folder: Path, progress: Progress = no_progress) -> list[str]:
+def verify_dataset(folder: str | Path, progress: Progress = no_progress) -> list[str]:
     """Return a sentence for everything damaged in the dataset, naming file and block; empty where all is well.
 
-    Raises DataError where the dataset cannot be opened at all.
+    At a URL everything is fetched anew, into a temporary cache. Raises DataError where the dataset cannot be opened at
+    all; there, also where a file beside the shards is damaged.
     """
-    damages = list(_catalogue_damages(folder))
-    if damages:  # what points into the catalogue cannot be judged
+    if is_url(folder):
+        with tempfile.TemporaryDirectory(prefix="verify-") as cache:
+            return _damages(Dataset.open(folder, cache=Cache(Path(cache), DEFAULT_CACHE_BYTES)), progress)
+    if damages := list(_catalogue_damages(Path(folder))):  # what points into the catalogue cannot be judged
         return damages
-    dataset = Dataset.open(folder)
+    return _damages(Dataset.open(folder), progress)
+
+
+def _damages(dataset: Dataset, progress: Progress) -> list[str]:
+    damages: list[str] = []
     for number, partition in enumerate(dataset.partitions):
         damages += _file_damages(partition)
         for split, expected in partition.content["splits"].items():
             try:
-                index = read_index(partition.folder, split, expected, number)
+                index = with_shards_of(partition, read_index(partition.folder, split, expected, number))
             except DataError as error:
                 damages.append(str(error))
                 continue

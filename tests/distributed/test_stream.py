@@ -59,7 +59,7 @@ def read_until_it_stops(rank: int, world_size: int, folder: str, fraction: float
         def fail(*_: object) -> None:
             raise OSError("the disk is gone")
 
-        lanes_module.read_block = fail  # type: ignore[assignment]
+        lanes_module.read_blocks = fail  # type: ignore[assignment]
     stream = PairStream(
         folder, rows_global=ROWS_GLOBAL, lanes=LANES, rank=rank, world_size=world_size, max_bad_fraction=fraction
     )

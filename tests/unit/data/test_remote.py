@@ -21,8 +21,10 @@ import pytest
 import xxhash
 
 from bigdssm.config import DataConfig
-from bigdssm.data import Dataset, PairStream, cache, remote
+from bigdssm.data import Dataset, PairStream, blocks, cache, remote
 from bigdssm.data.cache import Cache
+from bigdssm.data.inspection import describe, sample_rows
+from bigdssm.data.verification import verify_dataset
 from bigdssm.errors import ConfigError, DataError
 
 pytest.importorskip("aiohttp")
@@ -532,3 +534,43 @@ def test_parts_of_killed_processes_are_removed_and_overwritten(server: Server, s
     shard, *block = blocks_of(dataset)[0]
     remote.RemoteFile(shard.url, keep).read(*block)
     assert not stale.exists()
+
+
+def test_blocks_of_a_window_are_fetched_side_by_side(server: Server, store: Cache, interactions: Path) -> None:
+    dataset = Dataset.open(f"{server.url}/a/data", cache=store)
+    next(iter(dataset.iterate("test", 10)))  # connected
+    present, most, lock = 0, 0, threading.Lock()
+
+    def count(handler: http.server.BaseHTTPRequestHandler, content: bytes) -> bool:
+        nonlocal present, most
+        with lock:
+            present += 1
+            most = max(most, present)
+        time.sleep(0.05)
+        with lock:
+            present -= 1
+        return False
+
+    server.fault = count
+    assert steps(dataset, 2) == steps(Dataset.open(interactions), 2)
+    assert 1 < most <= blocks.CONNECTIONS
+
+
+def test_a_url_is_inspected_and_verified(server: Server, store: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cache, "of", lambda config=None: store)
+    url = f"{server.url}/a/data"
+    found = describe(Dataset.open(url))
+    assert next((size.split, size.rows, size.blocks, size.shards) for size in found.sizes) == ("train", 1000, 16, 4)
+    assert found.sizes[0].num_bytes > 10_000 and len(sample_rows(Dataset.open(url))) == 10
+    assert verify_dataset(url) == []
+    shard = server.folder / "a/data/partitions/all/train-000001.tar"
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 1
+    shard.write_bytes(content)
+    assert len(next(iter(Dataset.open(url).iterate("train", 1000)))) == 1000, "the cache has it, rightly"
+    (damage,) = verify_dataset(url)
+    assert damage.startswith(f"{url}/partitions/all/train-000001.tar, block 4: the bytes are damaged")
+    flipped = server.folder / "a/data/catalogue/000000.arrow"
+    flipped.write_bytes(flipped.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"catalogue/000000.arrow is damaged: its checksum"):
+        verify_dataset(url)
