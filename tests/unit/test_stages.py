@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bigdssm.config import Config, load_config
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
+from bigdssm.training.stages import _stream as training_stream
 from bigdssm.training.stages import check_stage
 from tests.distributed import small_run
 
@@ -91,3 +94,18 @@ def test_a_new_part_may_have_other_steps(config: Config) -> None:
     check_stage(replace(longer, data=replace(config.data, from_partition="base")), "pretrain", 1, True)
     with pytest.raises(DataError, match="no partition 'day9'"):
         check_stage(replace(longer, data=replace(config.data, from_partition="day9")), "pretrain", 1, True)
+
+
+@pytest.mark.parametrize("tail", ["carry", "drop"])
+def test_the_tail_of_an_epoch_is_the_configs(config: Config, tail: str, caplog: pytest.LogCaptureFixture) -> None:
+    config = replace(config, data=replace(config.data, tail=tail))  # type: ignore[arg-type]
+    dataset = check_stage(config, "pretrain", 1, False)
+    whole, rest = divmod(dataset.num_rows("train"), 96)
+    assert rest > 0
+    with caplog.at_level(logging.INFO):
+        rows = training_stream(config, config.pretrain, dataset)
+    steps = whole + (tail == "carry")
+    assert rows.steps_per_epoch == steps
+    seen = np.concatenate([next(rows).row_ids for _ in range(steps)])
+    assert len(np.unique(seen)) == dataset.num_rows("train") - (rest if tail == "drop" else 0)
+    assert (f"each epoch leaves out {rest} rows" in caplog.text) == (tail == "drop")
