@@ -9,6 +9,7 @@ stage. The formats, each with a model card (README.md):
     model                  config, schema, tokenizer, safetensors: what the other tools take as --model
     sentence-transformers  SentenceTransformer(FOLDER); towers of one text; beta per document only beside dot
     hf                     AutoModel, AutoTokenizer and the projection of each tower; towers of one text
+    onnx                   query.onnx, doc.onnx and query.int8.onnx for onnxruntime; any towers
 
 The last line is how far vectors of a probe batch are from the trainer's; more than 1e-5 is an error.
 """

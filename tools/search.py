@@ -21,11 +21,12 @@ from rich.table import Table
 from bigdssm.cli import run_main
 from bigdssm.data import Collator, Dataset
 from bigdssm.data.cache import Cache
+from bigdssm.data.tokenizer import TextEncoder
 from bigdssm.errors import ConfigError
 from bigdssm.export import load_model_folder
 from bigdssm.retrieval.embed import query_vectors
 from bigdssm.retrieval.index import open_index
-from bigdssm.retrieval.search import Query, feature_query, history_query, user_query
+from bigdssm.retrieval.search import DocumentNames, Query, feature_query, history_query, user_query
 
 
 def main() -> None:
@@ -48,13 +49,15 @@ def main() -> None:
     if args.user is not None:
         found = user_query(dataset, args.user)
     elif args.history is not None:
-        found = history_query(dataset, [title for title in args.history.split(";") if title.strip()])
+        titles = [title for title in args.history.split(";") if title.strip()]
+        found = history_query(dataset, DocumentNames.of(dataset), titles)
     else:
-        found = feature_query(folder.schema, typed_values(args.text), folder.tokenizer_dir)
+        tokenizer = None if folder.tokenizer_dir is None else TextEncoder(folder.tokenizer_dir)
+        found = feature_query(folder.schema, typed_values(args.text), tokenizer)
 
     collator = Collator(folder.schema, dataset.catalogue, dataset.pad_token_id)
     vector = query_vectors(folder.model, collator.query_features(found.columns)).numpy()
-    scores, rows = index.search(vector, args.top, folder.checksum, found.seen)
+    scores, rows = index.search(vector, args.top, folder.checksum, [found.seen])
     show(dataset, found, scores[0], rows[0])
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from textwrap import dedent
 
 import yaml
 
-from bigdssm.export import hf_loading
 from bigdssm.export.model_folder import ModelFolder
 from bigdssm.export.probe import Parity
 from bigdssm.export.text_tower import SIDES, alpha, beta_of_all, beta_weight
@@ -131,16 +130,42 @@ def _load_hf(model: ModelFolder, name: str) -> str:
         encode_query, encode_document = load_tower("{name}/query"), load_tower("{name}/document")
         scores = encode_query(["the text of a query"]) @ encode_document(["the text of a document"]).T
         """
-    source = inspect.getsource(hf_loading).split('"""', 2)[2].strip()
-    return f"{_python(source + chr(10) * 2 + dedent(example))}\n\nThe scores are the training scores."
+    return f"{_python(_source('hf_loading.py') + chr(10) * 2 + dedent(example))}\n\nThe scores are the training scores."
+
+
+def _load_onnx(model: ModelFolder, name: str) -> str:
+    kinds = {"text": '"a text"', "numeric": "1.0", "categorical": '"a value"', "history": '["a value"]'}
+    example = {}
+    for side in SIDES:
+        declared: dict[str, Feature] = getattr(model.schema, side)
+        values = {n: '["a value"]' if feature.multi else kinds[feature.type] for n, feature in declared.items()}
+        example[side] = ", ".join(f'"{feature}": {value}' for feature, value in values.items())
+    code = f"""
+        encode_query, encode_document = load_tower("{name}", "query"), load_tower("{name}", "doc")
+        queries = encode_query([{{{example["query"]}}}])
+        documents = encode_document([{{{example["doc"]}}}])
+        scores = queries @ documents.T
+        """
+    return (
+        f"{_python(_source('onnx_loading.py') + chr(10) * 2 + dedent(code))}\n\nThe scores are the training scores. "
+        f"`query.int8.onnx` is the query tower with weights of 8 bits: "
+        f'`load_tower("{name}", "query", "query.int8.onnx")`; tools/bench_onnx.py measures what that costs in NDCG.'
+    )
+
+
+def _source(module: str) -> str:
+    """Return the code of a module beside this one without its docstring; it need not be able to be imported here."""
+    return Path(__file__).with_name(module).read_text(encoding="utf-8").split('"""', 2)[2].strip()
 
 
 LOADING: dict[str, tuple[str, Callable[[ModelFolder, str], str]]] = {
     "model": ("bigdssm", _load_model),
     "sentence-transformers": ("sentence-transformers", _load_sentence_transformers),
     "hf": ("transformers", _load_hf),
+    "onnx": ("onnx", _load_onnx),
 }
 
 
-def _python(code: str) -> str:
-    return f"```python\n{code.strip()}\n```"
+def _python(*parts: str) -> str:
+    code = "\n\n".join(part.strip() for part in parts)
+    return f"```python\n{code}\n```"

@@ -27,13 +27,14 @@ from bigdssm.export.model_folder import (
     save_model_folder,
     weights_checksum,
 )
+from bigdssm.export.onnx_format import write_onnx
 from bigdssm.export.probe import Parity, Probe, largest_difference
 from bigdssm.export.st_format import write_sentence_transformers
 from bigdssm.models import DualEncoder
 
 BEST = "best"
 EXPORT_FILE = "bigdssm_export.json"
-Format = Literal["model", "sentence-transformers", "hf"]
+Format = Literal["model", "sentence-transformers", "hf", "onnx"]
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,14 @@ def export(source: Source, out: Path, target: Format = "model") -> Parity:
         card = model_card(source.model, out.resolve().name, target, parity, source.figures)
         (aside / CARD_FILE).write_text(card, encoding="utf-8")
         if target != "model":
-            made = {"format": target, "model_checksum": source.model.checksum, "provenance": source.model.provenance}
-            (aside / EXPORT_FILE).write_text(json.dumps({**made, "parity": asdict(parity)}, indent=1) + "\n")
+            made = {
+                "format": target,
+                "model_checksum": source.model.checksum,
+                "provenance": source.model.provenance,
+                "pad_token_id": source.model.pad_token_id,
+                "parity": asdict(parity),
+            }
+            (aside / EXPORT_FILE).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
         replace_folder(aside, out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -120,6 +127,7 @@ WRITERS: dict[Format, Callable[[ModelFolder, Path], Parity]] = {
     "model": _write_model,
     "sentence-transformers": write_sentence_transformers,
     "hf": write_hf,
+    "onnx": write_onnx,
 }
 
 

@@ -26,6 +26,7 @@ from bigdssm.config import Config, ModelConfig, TowerConfig, load_config
 from bigdssm.data import Dataset
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.models import DualEncoder
+from bigdssm.models.encoders import TextEncoder
 from bigdssm.schema import SCHEMA_FILE, Schema
 
 FORMAT = 1
@@ -43,6 +44,12 @@ class ModelFolder:
     tokenizer_dir: Path | None
     provenance: dict[str, Any]
     checksum: str  # of the weights: names the model in indexes and reports
+
+    @property
+    def pad_token_id(self) -> int:
+        """Return the token that pads texts, 0 without text features."""
+        ids = [encoder.pad_token_id for encoder in self.model.text.values() if isinstance(encoder, TextEncoder)]
+        return ids[0] if ids else 0
 
     def check_dataset(self, dataset: Dataset) -> None:
         """Raise CheckpointError unless `dataset` has the schema and vocabularies that the model was trained with."""

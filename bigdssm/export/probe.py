@@ -22,7 +22,6 @@ from bigdssm.data.tokenizer import TextEncoder
 from bigdssm.errors import CheckpointError
 from bigdssm.export.model_folder import ModelFolder
 from bigdssm.export.text_tower import SIDES, Side
-from bigdssm.models.encoders import TextEncoder as TextTowerEncoder
 from bigdssm.retrieval.embed import document_vectors, query_vectors
 from bigdssm.schema import Feature
 
@@ -87,12 +86,7 @@ class Probe:
     def _features(self, side: Side) -> Features:
         declared: dict[str, Feature] = getattr(self._folder.schema, side)
         columns = {name: self._column(side, feature) for name, feature in declared.items()}
-        pad_token_ids = [
-            encoder.pad_token_id
-            for encoder in self._folder.model.text.values()
-            if isinstance(encoder, TextTowerEncoder)
-        ]
-        return to_features(declared, columns, pad_token_ids[0] if pad_token_ids else 0)
+        return to_features(declared, columns, self._folder.pad_token_id)
 
     def _column(self, side: Side, feature: Feature) -> Column:
         random, rows = self._random, self._rows

@@ -78,7 +78,8 @@ class DualEncoder(nn.Module):
             if self.beta_head is not None:
                 beta = self.beta_head(output).squeeze(1)
             elif self.beta is not None:
-                beta = self.beta.float() + W.new_zeros(len(W), dtype=torch.float32)
+                # shape[0], not len(): an export would fix the number of rows
+                beta = self.beta.float() + W.new_zeros(W.shape[0], dtype=torch.float32)
         if listed is not None:
             assert U is not None and W is not None and self.scorer is not None
             scores = self.scorer(U[:, None], W[listed])

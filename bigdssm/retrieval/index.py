@@ -6,6 +6,7 @@ INDEX/    index.faiss, documents.arrow (doc_key, display), meta.json
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,6 +32,7 @@ from bigdssm.retrieval.vectors import (
 IndexType = Literal["flat", "sq8", "hnsw", "ivf", "ivfpq"]
 INDEX_FILE = "index.faiss"
 HNSW_LINKS, HNSW_BUILD_WIDTH, HNSW_SEARCH_WIDTH = 32, 200, 200
+SIMILAR_CANDIDATES = 20
 TRAINING_POINTS = 39  # FAISS wants so many for a list of an inverted file
 PQ_LEAST_DOCS = TRAINING_POINTS * 256  # a code is a byte
 PQ_ROUNDS, PQ_POINTS = 10, 64  # of k-means, and points per centroid: FAISS's 25 and 256 take ten times as long
@@ -47,11 +49,11 @@ class Index:
     display: pa.ChunkedArray
 
     def search(
-        self, queries: np.ndarray, top: int, model_checksum: str, excluded: np.ndarray | None = None
+        self, queries: np.ndarray, top: int, model_checksum: str, excluded: Sequence[np.ndarray] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return (scores float32 [m, top], catalogue rows int64 [m, top]), best first; -inf and -1 behind the last.
 
-        queries [m, D+1] are index vectors of the model `model_checksum`, `excluded` the catalogue rows to leave out.
+        queries [m, D+1] are index vectors of the model `model_checksum`, `excluded` each query's rows to leave out.
         Raises CheckpointError where the index holds another model's vectors.
         """
         if model_checksum != self.meta.model_checksum:
@@ -59,15 +61,38 @@ class Index:
                 f"the index holds vectors of model {self.meta.model_checksum[:12]}, the queries are of model "
                 f"{model_checksum[:12]}; their scores would mean nothing: embed and index with the model in use"
             )
-        excluded = np.unique(np.zeros(0, np.int64) if excluded is None else excluded)
-        wanted = min(top + len(excluded), self.meta.num_docs)
+        left_out = [np.unique(some) for some in excluded or [np.zeros(0, np.int64)] * len(queries)]
+        wanted = min(top + max(map(len, left_out), default=0), self.meta.num_docs)
         scores, rows = self.index.search(np.ascontiguousarray(queries, np.float32), wanted)
-        out = np.isin(rows, excluded) | (rows < 0)
+        out = rows < 0
+        for i, some in enumerate(left_out):
+            out[i] |= np.isin(rows[i], some)
         order = np.argsort(out, axis=1, kind="stable")[:, :top]
         scores = np.where(out, np.float32(-np.inf), scores)
         scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(np.where(out, -1, rows), order, 1)
         pad = ((0, 0), (0, top - rows.shape[1]))
         return np.pad(scores, pad, constant_values=-np.inf), np.pad(rows, pad, constant_values=-1)
+
+    def similar(self, row: int, top: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (cosines float32 [top], catalogue rows int64 [top]) of the documents nearest to one; beta is no part.
+
+        They are chosen by cosine among those of the largest inner products, SIMILAR_CANDIDATES for each.
+        """
+        own = self._vector(row)
+        asked = own.copy()
+        asked[-1] = 0
+        candidates = min(SIMILAR_CANDIDATES * (top + 1), self.meta.num_docs)
+        rows = self.index.search(asked[None], candidates)[1][0]
+        rows = rows[(rows >= 0) & (rows != row)]
+        vectors = np.stack([own, *(self._vector(int(other)) for other in rows)])[:, :-1]
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=np.finfo(np.float32).tiny)
+        cosines = vectors[1:] @ vectors[0]
+        best = np.argsort(-cosines, kind="stable")[:top]
+        return cosines[best], rows[best]
+
+    def _vector(self, row: int) -> np.ndarray:
+        """Return the vector [D+1] of a document, as exact as this kind of index keeps it."""
+        return np.asarray(self.index.reconstruct(row))
 
 
 def build_index(vectors_dir: Path, folder: Path, kind: IndexType = "flat") -> VectorsMeta:
@@ -101,6 +126,8 @@ def open_index(folder: Path) -> Index:
         index = faiss.read_index(str(folder / INDEX_FILE))
         with pa.OSFile(str(folder / DOCUMENTS_FILE)) as file:
             documents = pa.ipc.open_file(file).read_all()
+        if meta.kind in ("ivf", "ivfpq"):
+            faiss.extract_index_ivf(index).make_direct_map()  # finds a document's own vector
     except (RuntimeError, OSError, pa.ArrowInvalid) as error:
         raise CheckpointError(f"the index {folder} does not load: {' '.join(str(error).split())}") from None
     if index.ntotal != meta.num_docs or index.d != meta.width or documents.num_rows != meta.num_docs:

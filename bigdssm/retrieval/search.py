@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -44,19 +44,44 @@ def user_query(dataset: Dataset, key: str) -> Query:
     return Query(columns | _histories(dataset, seen), np.asarray(seen, np.int64))
 
 
-def history_query(dataset: Dataset, names: Sequence[str]) -> Query:
+class DocumentNames:
+    """Finds documents by key or display name, whatever the case."""
+
+    def __init__(self, keys: Sequence[str], display: Sequence[str]) -> None:
+        self._display = display
+        self._by_key = {key: row for row, key in enumerate(keys)}
+        self._by_name = {name.casefold(): row for row, name in reversed(list(enumerate(display)))}
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> DocumentNames:
+        """Return the names of a dataset's catalogue."""
+        rows = np.arange(dataset.catalogue.num_docs)
+        return cls(dataset.catalogue.keys(rows), dataset.catalogue.display(rows))
+
+    def find(self, names: Sequence[str]) -> np.ndarray:
+        """Return int64 catalogue rows. Raises DataError that suggests the nearest names where one is unknown."""
+        rows = []
+        for name in names:
+            row = self._by_key.get(name.strip(), self._by_name.get(name.strip().casefold()))
+            if row is None:
+                near = _nearest(name, self._display)
+                raise DataError(f"no document is called {name.strip()!r}; the nearest are: {near}")
+            rows.append(row)
+        return np.array(rows, np.int64)
+
+
+def history_query(dataset: Dataset, documents: DocumentNames, names: Sequence[str]) -> Query:
     """Return the query of a typed history, oldest first, by document keys or display names; other features are missing.
 
     Raises DataError: an unknown name, or a schema without a history.
     """
     if not any(feature.type == "history" for feature in dataset.schema.query.values()):
         raise DataError(f"queries of {dataset.dir} have no history; they have {list(dataset.schema.query)}")
-    rows = np.arange(dataset.catalogue.num_docs)
-    seen = find_documents(names, dataset.catalogue.keys(rows), dataset.catalogue.display(rows))
+    seen = documents.find(names)
     return Query(_missing(dataset.schema) | _histories(dataset, seen), seen)
 
 
-def feature_query(schema: Schema, values: Mapping[str, str], tokenizer_dir: Path | None) -> Query:
+def feature_query(schema: Schema, values: Mapping[str, str], tokenizer: TextEncoder | None) -> Query:
     """Return the query of typed feature values; features that are not given are missing.
 
     Raises ConfigError: an unknown feature, a history, or a number that is none.
@@ -67,39 +92,26 @@ def feature_query(schema: Schema, values: Mapping[str, str], tokenizer_dir: Path
         if feature is None or feature.type == "history":
             known = [name for name, feature in schema.query.items() if feature.type != "history"]
             raise ConfigError(f"{name} is not a query feature that can be typed; these are: {', '.join(known)}")
-        columns[name] = _typed(feature, value, tokenizer_dir)
-    if tokenizer_dir is not None:
+        columns[name] = _typed(feature, value, tokenizer)
+    if tokenizer is not None:
         texts = [feature for feature in schema.query.values() if feature.type == "text" and feature.name not in values]
-        columns |= {feature.name: _typed(feature, "", tokenizer_dir) for feature in texts}
+        columns |= {feature.name: _typed(feature, "", tokenizer) for feature in texts}
     return Query(columns, np.zeros(0, np.int64))
 
 
-def find_documents(names: Sequence[str], keys: Sequence[str], display: Sequence[str]) -> np.ndarray:
-    """Return int64 catalogue rows of documents named by key or display name, whatever the case.
-
-    Raises DataError that suggests the nearest names where one is unknown.
-    """
-    by_key = {key: row for row, key in enumerate(keys)}
-    by_name = {name.casefold(): row for row, name in reversed(list(enumerate(display)))}
-    rows = []
-    for name in names:
-        row = by_key.get(name.strip(), by_name.get(name.strip().casefold()))
-        if row is None:
-            raise DataError(f"no document is called {name.strip()!r}; the nearest are: {_nearest(name, display)}")
-        rows.append(row)
-    return np.array(rows, np.int64)
-
-
-def _typed(feature: Feature, value: str, tokenizer_dir: Path | None) -> Column:
+def _typed(feature: Feature, value: str, tokenizer: TextEncoder | None) -> Column:
     if feature.type == "text":
-        if tokenizer_dir is None:
+        if tokenizer is None:
             raise DataError(f"feature {feature.name} is text, but there is no tokenizer")
-        return Ragged(*TextEncoder(tokenizer_dir).encode(pa.array([value], pa.large_string()), feature.max_tokens))
+        return Ragged(*tokenizer.encode(pa.array([value], pa.large_string()), feature.max_tokens))
     if feature.type == "numeric":
         try:
-            return np.array([float(value)], np.float32)
+            number = float(value)
         except ValueError:
-            raise ConfigError(f"{feature.name} is {value!r}, needs a number") from None
+            number = math.nan
+        if not abs(number) <= float(np.finfo(np.float32).max):
+            raise ConfigError(f"{feature.name} is {value!r}, needs a number")
+        return np.array([number], np.float32)
     if feature.multi:
         parts = [part.strip() for part in value.split(None if feature.separator == " " else feature.separator)]
         return Ragged.of_lists([feature.encode([part for part in parts if part])])

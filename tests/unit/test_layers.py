@@ -30,6 +30,7 @@ LAYERS = {
     "retrieval": 5,
     "evaluation": 6,
     "export": 7,
+    "serving": 8,  # takes model folders and indexes
     "training": 8,
 }
 
@@ -122,7 +123,7 @@ def test_the_source_keeps_the_rules() -> None:
         ("bigdssm/data/stream.py", "from tools.make_shards import main", "nobody's library"),
         ("bigdssm/__init__.py", "from bigdssm.config import Config", "imports nothing of its own"),
         ("bigdssm/data/stream.py", "def f():\n    print('x')", "print outside launch/ and tools/"),
-        ("bigdssm/serving/app.py", "", "no place in the layers"),
+        ("bigdssm/plugins/app.py", "", "no place in the layers"),
     ],
 )
 def test_a_broken_rule_is_found(path: str, source: str, expected: str) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 import yaml
 
 from bigdssm.config import TokenizerConfig, load_config
-from bigdssm.data import Ragged
+from bigdssm.data import Collator, Dataset, Ragged
 from bigdssm.data.tensors import to_tensor
 from bigdssm.data.tokenizer import TextEncoder, make_tokenizer
 from bigdssm.errors import CheckpointError, ConfigError
@@ -25,9 +27,11 @@ from bigdssm.export.probe import PARITY_LIMIT, Probe
 from bigdssm.export.text_tower import alpha
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import document_vectors, query_vectors
+from bigdssm.retrieval.search import DocumentNames, feature_query, history_query
 from bigdssm.schema import Schema
 from tests.conftest import WORDS
 
+ONNX = ("onnx", "onnxscript", "onnxruntime")
 QUERIES = ["copper lantern", "", "River STONE, bridge?", "walnut " * 40]
 DOCUMENTS = ["a lantern of copper", "stone bridges over a river. " * 9, "zephyr"]
 MODELS = {
@@ -227,3 +231,58 @@ def test_a_stages_best_brings_its_figures(make_source: Any, tmp_path: Path) -> N
         assert (figures and figures.metrics) == recorded
     with pytest.raises(CheckpointError, match="has no checkpoint"):
         stage_source(tmp_path, "latest")
+
+
+@pytest.mark.parametrize("name", ["dot with beta, one encoder", "cosine with one beta"])
+def test_onnx_scores_as_the_trainer(
+    make_source: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ONNX:
+        pytest.importorskip(package)
+    source = make_source(**MODELS[name])
+    parity = export(source, tmp_path / "exported", "onnx")
+    assert max(parity.query, parity.doc) <= PARITY_LIMIT
+    card = run_card(tmp_path / "exported", monkeypatch)
+    queries, documents = ([{"text": text} for text in texts] for texts in (QUERIES, DOCUMENTS))
+    scores = torch.from_numpy(card["encode_query"](queries) @ card["encode_document"](documents).T)
+    torch.testing.assert_close(scores, trainers_scores(source), rtol=1e-5, atol=1e-5)
+
+
+def test_onnx_holds_towers_of_all_features(
+    tiny_interactions: Any,
+    model_dir: Path,
+    model: DualEncoder,
+    dataset: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From raw values, as the card says, over the towers' histories, categories, numbers and texts."""
+    for package in ONNX:
+        pytest.importorskip(package)
+    export(folder_source(model_dir), tmp_path / "exported", "onnx")
+    card = run_card(tmp_path / "exported", monkeypatch)
+    items = [f"i{number}" for number in range(14)]  # more than are read
+    assert dataset.tokenizer_dir is not None
+    names = DocumentNames.of(dataset)
+    collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
+    queries = [{"history": items}, {"history": [], "age": 33.0, "occupation": "farmer"}, {"occupation": "unknown"}]
+    vectors = card["encode_query"](queries)
+    for given, vector in zip(queries, vectors, strict=True):
+        typed = {name: str(value) for name, value in given.items() if name != "history"}
+        query = feature_query(dataset.schema, typed, None)
+        history = history_query(dataset, names, given.get("history", []))  # type: ignore[arg-type]
+        columns = {**query.columns, "history": history.columns["history"]}
+        expected = query_vectors(model, collator.query_features(columns))[0].numpy()
+        np.testing.assert_allclose(vector, expected, rtol=1e-4, atol=1e-5)
+    with (tiny_interactions.source / "items.csv").open() as file:
+        items_read = list(csv.DictReader(file))
+    documents = [
+        {**item, "genres": item["genres"].split("|"), "year": float(item["year"]) if item["year"] else None}
+        for item in items_read
+    ]
+    rows = dataset.catalogue.find([item["item_id"] for item in items_read])
+    expected_docs = document_vectors(model, dataset.catalogue.features(rows)).numpy()
+    np.testing.assert_allclose(card["encode_document"](documents), expected_docs, rtol=1e-4, atol=1e-5)
+    queries8 = card["load_tower"]("exported", "query", "query.int8.onnx")(queries)
+    cosines = (queries8 * vectors).sum(1) / np.linalg.norm(queries8, axis=1) / np.linalg.norm(vectors, axis=1)
+    assert queries8.shape == vectors.shape and cosines.min() > 0.9

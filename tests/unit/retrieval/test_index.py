@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -17,8 +18,8 @@ from bigdssm.export import load_model_folder, save_model_folder
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval import embed
 from bigdssm.retrieval.embed import Encoders, tower_encoders
-from bigdssm.retrieval.index import IndexType, build_index, faiss_index, open_index
-from bigdssm.retrieval.vectors import Work, write_vectors
+from bigdssm.retrieval.index import Index, IndexType, build_index, faiss_index, open_index
+from bigdssm.retrieval.vectors import VectorsMeta, Work, write_vectors
 
 from .conftest import SMALL, random_model
 
@@ -99,12 +100,25 @@ def test_excluded_documents_do_not_come_back(model_dir: Path, index_dir: Path) -
     num_docs = index.meta.num_docs
     _, everything = index.search(query, num_docs, checksum)
     excluded = everything[0, [0, 2, 5]]
-    scores, rows = index.search(query, num_docs - 3, checksum, np.append(excluded, excluded))
+    scores, rows = index.search(query, num_docs - 3, checksum, [np.append(excluded, excluded)])
     assert rows[0].tolist() == [row for row in everything[0] if row not in excluded]
-    scores, rows = index.search(query, num_docs, checksum, excluded)
+    scores, rows = index.search(query, num_docs, checksum, [excluded])
     assert rows[0, -3:].tolist() == [-1] * 3
     assert np.isneginf(scores[0, -3:]).all()
     assert index.search(query, 100, checksum)[1].shape == (1, 100)
+
+
+def test_the_nearest_documents_are_near_whatever_their_beta() -> None:
+    random = np.random.RandomState(0)
+    vectors = random.randn(600, 5).astype(np.float32)
+    vectors[:, :4] /= np.linalg.norm(vectors[:, :4], axis=1, keepdims=True)
+    vectors[:, 4] *= 100
+    names = pa.chunked_array([pa.nulls(0, pa.string())])
+    index = Index(faiss_index("flat", vectors), VectorsMeta("flat", "m", "d", 600, 5), names, names)
+    cosines, rows = index.similar(7, 5)
+    expected = vectors[:, :4] @ vectors[7, :4]
+    np.testing.assert_array_equal(rows, np.argsort(-expected)[1:6])
+    np.testing.assert_allclose(cosines, np.sort(expected)[::-1][1:6], rtol=1e-5)
 
 
 def test_another_models_queries_are_refused(other_model_dir: Path, index_dir: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -12,7 +10,7 @@ from bigdssm.data import Dataset, Ragged
 from bigdssm.data.ragged import Column
 from bigdssm.data.tokenizer import TextEncoder
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.retrieval.search import feature_query, find_documents, history_query, user_query
+from bigdssm.retrieval.search import DocumentNames, feature_query, history_query, user_query
 from bigdssm.schema import Feature, Schema
 
 
@@ -37,21 +35,22 @@ def test_a_known_user_has_features_and_the_whole_history(dataset: Dataset) -> No
 
 def test_a_typed_history(dataset: Dataset) -> None:
     titles = dataset.catalogue.display(np.array([4, 9]))
-    query = history_query(dataset, [titles[0].upper(), "i9"])
+    documents = DocumentNames.of(dataset)
+    query = history_query(dataset, documents, [titles[0].upper(), "i9"])
     assert query.seen.tolist() == [4, 9]
     assert listed(query.columns["history"]) == [dataset.catalogue.codes("item_id", query.seen).tolist()]
     assert np.isnan(query.columns["age"]).all()
     assert listed(query.columns["occupation"]) == [0]
-    assert history_query(dataset, []).seen.tolist() == []
+    assert history_query(dataset, documents, []).seen.tolist() == []
 
 
 def test_unknown_documents_get_the_nearest_names() -> None:
-    keys, names = ["1", "2", "3", "4"], ["Toy Story", "Toy Story 2", "GoldenEye", "Heat"]
-    assert find_documents([" toy story ", "3"], keys, names).tolist() == [0, 2]
+    documents = DocumentNames(["1", "2", "3", "4"], ["Toy Story", "Toy Story 2", "GoldenEye", "Heat"])
+    assert documents.find([" toy story ", "3"]).tolist() == [0, 2]
     with pytest.raises(DataError, match=r"'story'; the nearest are: Toy Story; Toy Story 2$"):
-        find_documents(["story"], keys, names)
+        documents.find(["story"])
     with pytest.raises(DataError, match="the nearest are: GoldenEye;"):
-        find_documents(["Goldeneey"], keys, names)
+        documents.find(["Goldeneey"])
 
 
 def test_typed_features(dataset: Dataset) -> None:
@@ -64,18 +63,18 @@ def test_typed_features(dataset: Dataset) -> None:
             "tags": Feature("tags", "categorical", "tags", multi=True, separator="|", vocabulary=("a b", "c")),
         }
     )
-    tokenizer_dir: Path | None = dataset.tokenizer_dir
-    assert tokenizer_dir is not None
+    assert dataset.tokenizer_dir is not None
+    tokenizer = TextEncoder(dataset.tokenizer_dir)
     query = feature_query(
-        schema, {"words": "stone anchor stone anchor", "age": "3.5", "sex": "f", "tags": "c| a b|z"}, tokenizer_dir
+        schema, {"words": "stone anchor stone anchor", "age": "3.5", "sex": "f", "tags": "c| a b|z"}, tokenizer
     )
-    ids, _ = TextEncoder(tokenizer_dir).encode(pa.array(["stone anchor stone anchor"]), 4)
+    ids, _ = tokenizer.encode(pa.array(["stone anchor stone anchor"]), 4)
     assert listed(query.columns["words"]) == [ids.tolist()]
     assert len(ids) == 4
     assert len(query.columns["more"].values) >= 1  # an empty text still has its special tokens
     assert [listed(query.columns[name]) for name in ("age", "sex", "tags")] == [[3.5], [3], [[3, 2, 1]]]
     assert list(query.columns) == list(schema.query)
     with pytest.raises(ConfigError, match="colour is not a query feature that can be typed; these are: words, "):
-        feature_query(schema, {"colour": "red"}, tokenizer_dir)
+        feature_query(schema, {"colour": "red"}, tokenizer)
     with pytest.raises(ConfigError, match="age is 'old', needs a number"):
-        feature_query(schema, {"age": "old"}, tokenizer_dir)
+        feature_query(schema, {"age": "old"}, tokenizer)

@@ -1,0 +1,141 @@
+"""`--format onnx`: each tower as one file for onnxruntime, with any number of rows and any lengths.
+
+OUT/query.onnx, OUT/doc.onnx   inputs by feature name, as `data.batch.Features` has them; output vectors [n, D+1]
+OUT/query.int8.onnx            the query tower, which runs online, with weights and products of 8 bits
+OUT/schema.json, OUT/tokenizer/
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bigdssm.data.batch import Features
+from bigdssm.errors import ConfigError
+from bigdssm.export.model_folder import TOKENIZER_DIR, ModelFolder
+from bigdssm.export.probe import Parity, Probe, largest_difference
+from bigdssm.export.text_tower import SIDES, Side, alpha
+from bigdssm.models import DualEncoder
+from bigdssm.schema import PADDING, Feature
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+OPSET = 18
+SINGLE_ROWS = 8  # of the probe, run one by one as well: lengths and rows must be free
+
+
+def write_onnx(model: ModelFolder, out: Path) -> Parity:
+    """Write both towers into the folder `out` and return how what onnxruntime makes of them compares.
+
+    Raises ConfigError where the packages are not installed.
+    """
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f"--format onnx needs {', '.join(missing)}: pip install 'bigdssm[onnx]'")
+    model.schema.save(out)
+    if model.tokenizer_dir is not None:
+        shutil.copytree(model.tokenizer_dir, out / TOKENIZER_DIR)
+    probe = Probe(model)
+    differences = {}
+    for side in SIDES:
+        features, path = probe.features[side], out / f"{side}.onnx"
+        declared: dict[str, Feature] = getattr(model.schema, side)
+        _export(_Tower(model, side), features, declared, path)
+        padding = {name: model.pad_token_id if f.type == "text" else PADDING for name, f in declared.items()}
+        differences[side] = _difference(path, features, padding, probe.vectors[side])
+    _quantise(out / "query.onnx", out / "query.int8.onnx")
+    return Parity(differences["query"], differences["doc"])
+
+
+def run_onnx(session: Any, features: Features) -> Tensor:
+    """Return the vectors [n, D+1] that an onnxruntime session gives for features of n rows."""
+    return torch.from_numpy(session.run(["vectors"], {name: values.numpy() for name, values in features.items()})[0])
+
+
+def session(path: Path, threads: int = 0) -> Any:
+    """Return an onnxruntime session on the CPU; threads 0: as many as there are cores."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+class _Tower(nn.Module):
+    """One side of a model as a function of its features, in the schema's order, to index vectors."""
+
+    def __init__(self, folder: ModelFolder, side: Side) -> None:
+        super().__init__()
+        self.model: DualEncoder = folder.model
+        self._side, self._names = side, list(getattr(folder.schema, side))
+        self._alpha = alpha(folder)
+
+    def forward(self, *features: Tensor) -> Tensor:
+        """Return float32 [n, D+1]: queries [u, 1], documents [alpha * w, beta]."""
+        given = dict(zip(self._names, features, strict=True))
+        encoded = self.model(query=given) if self._side == "query" else self.model(doc=given)
+        if self._side == "query":
+            return torch.cat([encoded.U, torch.ones_like(encoded.U[:, :1])], dim=1)
+        beta = torch.zeros_like(encoded.W[:, 0]) if encoded.beta is None else encoded.beta
+        return torch.cat([self._alpha * encoded.W, beta.unsqueeze(1)], dim=1)
+
+
+def _export(tower: _Tower, features: Features, declared: dict[str, Feature], path: Path) -> None:
+    rows = torch.export.Dim("rows")
+    shapes = []
+    for name, values in features.items():
+        lengths = {1: torch.export.Dim(f"{name}_length", max=_longest(declared[name]))} if values.dim() == 2 else {}
+        shapes.append({0: rows, **lengths})
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                tower.eval(), tuple(features.values()), str(path), dynamo=True, verbose=False, external_data=False,
+                input_names=list(features), output_names=["vectors"], opset_version=OPSET,
+                dynamic_shapes={"features": tuple(shapes)},
+            )  # fmt: skip
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def _longest(feature: Feature) -> int | None:
+    """Return the longest row of a ragged feature, None where there is no limit."""
+    return {"text": feature.max_tokens, "history": feature.max_items}.get(feature.type)
+
+
+def _difference(path: Path, features: Features, padding: dict[str, int], trainers: Tensor) -> float:
+    """Return the largest difference, of the whole probe batch and of rows alone, cut to their own lengths."""
+    made = session(path)
+    differences = [largest_difference(run_onnx(made, features), trainers)]
+    for row in np.linspace(0, len(trainers) - 1, SINGLE_ROWS).astype(int):
+        alone = {name: _own_length(values[row : row + 1], padding[name]) for name, values in features.items()}
+        differences.append(largest_difference(run_onnx(made, alone), trainers[row : row + 1]))
+    return max(differences)
+
+
+def _own_length(row: Tensor, padding: int) -> Tensor:
+    """Return a row without the padding that its batch gave it."""
+    return row if row.dim() == 1 else row[:, : max(1, int((row != padding).sum()))]
+
+
+def _quantise(path: Path, out: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)  # it advises to prepare the model for static quantisation, which this is not
+    try:
+        quantize_dynamic(str(path), str(out), weight_type=QuantType.QInt8, per_channel=True)
+    finally:
+        root.setLevel(level)

@@ -1,0 +1,1 @@
+"""A model and an index behind HTTP: one small API and one page to try them."""

@@ -1,0 +1,125 @@
+"""tools/serve.py as a user starts it: the page in a real browser, and the load that tools/bench_serve.py puts on it."""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bigdssm.config import load_config
+from bigdssm.data import Dataset
+from bigdssm.export import load_model_folder, save_model_folder
+from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.retrieval.index import build_index
+from bigdssm.retrieval.vectors import write_vectors
+from tests.unit.retrieval.conftest import SMALL, random_model
+
+ROOT = Path(__file__).resolve().parents[2]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+pytestmark = pytest.mark.e2e
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+
+
+@pytest.fixture(scope="module")
+def served(tiny_interactions: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A server of a small random model, started as a command: its address, and the folder of model and index."""
+    folder = tmp_path_factory.mktemp("served")
+    config = load_config(tiny_interactions.config, [f"model.{override}" for override in SMALL])
+    dataset = Dataset.open(tiny_interactions.dir)
+    model = random_model(config, dataset, 1)
+    save_model_folder(folder / "model", model, config, dataset.schema, dataset.tokenizer_dir, {})
+    checksum = load_model_folder(folder / "model").checksum
+    write_vectors(folder / "vectors", tower_encoders(model, dataset), dataset, checksum)
+    build_index(folder / "vectors", folder / "index")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(serve(folder, "0"), cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        yield server.stdout.readline().split()[0], folder
+        server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=20) in (0, 130, -signal.SIGINT)
+
+
+def serve(folder: Path, port: str) -> list[str]:
+    command = [sys.executable, "tools/serve.py", "--model", folder / "model", "--index", folder / "index"]
+    return [*map(str, command), "--port", port]
+
+
+@pytest.fixture(scope="module")
+def url(served: tuple[str, Path]) -> str:
+    return served[0]
+
+
+@pytest.fixture(scope="module")
+def browse(url: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function from a query string to what the page shows once it has loaded everything."""
+    browser = next((path for path in map(shutil.which, BROWSERS) if path), None)
+    if browser is None:
+        pytest.skip(f"needs a browser to look at the page with: one of {', '.join(BROWSERS)}")
+    profile = tmp_path_factory.mktemp("profile")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={profile}"]
+
+    def look(query: str) -> str:
+        command = [browser, *options, "--virtual-time-budget=20000", "--dump-dom", f"{url}/{query}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr
+        return html.unescape(done.stdout)
+
+    return look
+
+
+def rows(page: str) -> list[list[str]]:
+    """Return the cells of the table of documents."""
+    (table,) = re.findall(r'<table id="documents">(.*?)</table>', page, re.DOTALL)
+    return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", table) if "<td" in row]
+
+
+def test_the_page_shows_ten_documents_of_a_user(browse: Any) -> None:
+    page = browse("?user=u7")
+    found = rows(page)
+    assert [cells[0] for cells in found] == [str(rank) for rank in range(1, 11)]
+    scores = [float(cells[1]) for cells in found]
+    assert scores == sorted(scores, reverse=True)
+    assert all(re.fullmatch(r"i\d+", cells[3]) for cells in found)
+    assert re.search(r"10 documents in [\d.]+ ms · server [\d.]+ ms · encoding [\d.]+ ms, index [\d.]+ ms", page)
+    assert "40 documents · flat index" in page and "History, newest first: " in page
+    assert '<option value="u7">' in page and 'name="age"' in page
+    (link,) = re.findall(r'href="(\?similar=[^"]+)"', found[0][4])
+    page = browse(link)
+    assert f"Nearest to {found[0][2]}" in page
+    assert len(rows(page)) == 10 and found[0][3] not in [cells[3] for cells in rows(page)]
+
+
+def test_the_page_says_what_is_wrong_and_shows_it_as_text(browse: Any) -> None:
+    page = browse("?user=<b id=injected>nobody")
+    assert 'class="error"' in page and "no user is called '<b id=injected>nobody'" in page
+    assert "&lt;b id" not in page  # unescaped by `browse`; as an element it would be closed and quoted
+    assert '<b id="injected">' not in page
+    assert rows(page) == []
+
+
+def test_a_load_is_measured(url: str, tmp_path: Path) -> None:
+    (tmp_path / "users.txt").write_text("\n".join(f"u{number}" for number in range(60)))
+    command = ["tools/bench_serve.py", "--url", url, "--queries", tmp_path / "users.txt", "--user", "--seconds", "2"]
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\d+ queries by 8 clients in [\d.]+ s: \d+ queries/s", done.stdout)
+    assert re.search(r"latency p50 [\d.]+ ms, p99 [\d.]+ ms", done.stdout)
+
+
+def test_a_port_in_use_is_one_sentence(served: tuple[str, Path]) -> None:
+    address, folder = served
+    command = serve(folder, address.rsplit(":", 1)[1])
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: Address already in use") and done.stderr.count("\n") == 1

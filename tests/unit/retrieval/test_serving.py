@@ -1,0 +1,226 @@
+"""Serving: the API answers as the library does, whatever is asked at the same time; bad input is one sentence."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bigdssm.data import Collator, Dataset
+from bigdssm.data.tokenizer import TextEncoder
+from bigdssm.errors import CheckpointError, DataError
+from bigdssm.export import load_model_folder
+from bigdssm.retrieval.embed import query_vectors, tower_encoders
+from bigdssm.retrieval.index import IndexType, build_index, open_index
+from bigdssm.retrieval.search import Query, feature_query, user_query
+from bigdssm.retrieval.vectors import write_vectors
+from bigdssm.serving.batching import Batcher, Cache, Overloaded
+from bigdssm.serving.searcher import Searcher
+from tests.conftest import NUM_ITEMS
+
+fastapi = pytest.importorskip("fastapi")
+from fastapi.testclient import TestClient  # noqa: E402
+
+from bigdssm.serving.app import MOST_BYTES, make_app  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def index_dir(model_dir: Path, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, loaded = tmp_path_factory.mktemp("served"), load_model_folder(model_dir)
+    write_vectors(folder / "vectors", tower_encoders(loaded.model, dataset), dataset, loaded.checksum)
+    build_index(folder / "vectors", folder / "index")
+    return folder / "index"
+
+
+@pytest.fixture(scope="module")
+def searcher(model_dir: Path, index_dir: Path, dataset: Dataset) -> Searcher:
+    return Searcher(load_model_folder(model_dir), open_index(index_dir), dataset)
+
+
+@pytest.fixture
+def client(searcher: Searcher) -> Iterator[TestClient]:
+    with TestClient(make_app(searcher)) as client:
+        yield client
+
+
+def expected(model_dir: Path, index_dir: Path, dataset: Dataset, query: Query, top: int) -> list[tuple[str, float]]:
+    folder = load_model_folder(model_dir)
+    collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
+    vector = query_vectors(folder.model, collator.query_features(query.columns)).numpy()
+    scores, rows = open_index(index_dir).search(vector, top, folder.checksum, [query.seen])
+    return list(zip(dataset.catalogue.keys(rows[0][rows[0] >= 0]), scores[0].tolist(), strict=False))
+
+
+def test_a_user(client: TestClient, model_dir: Path, index_dir: Path, dataset: Dataset) -> None:
+    answer = client.post("/api/search", json={"user": "u7", "top": 12}).json()
+    wanted = expected(model_dir, index_dir, dataset, user_query(dataset, "u7"), 12)
+    assert [entry["key"] for entry in answer["documents"]] == [key for key, _ in wanted]
+    np.testing.assert_allclose([entry["score"] for entry in answer["documents"]], [s for _, s in wanted], rtol=1e-5)
+    assert [entry["rank"] for entry in answer["documents"]] == list(range(1, len(wanted) + 1))
+    newest = user_query(dataset, "u7").seen[::-1][:5]
+    assert answer["history"] == dataset.catalogue.display(newest)
+    assert answer["total_ms"] > 0 and answer["encode_ms"] > 0 and not answer["cached"]
+
+
+def test_features_and_a_typed_history(client: TestClient, model_dir: Path, index_dir: Path, dataset: Dataset) -> None:
+    assert dataset.tokenizer_dir is not None
+    query = feature_query(dataset.schema, {"age": "33"}, TextEncoder(dataset.tokenizer_dir))
+    answer = client.post("/api/search", json={"features": {"age": "33"}}).json()
+    wanted = expected(model_dir, index_dir, dataset, query, 10)
+    assert [entry["key"] for entry in answer["documents"]] == [key for key, _ in wanted]
+    answer = client.post("/api/search", json={"history": ["i9", "i2"], "top": 100}).json()
+    assert len(answer["documents"]) == NUM_ITEMS - 2
+    assert answer["history"] == dataset.catalogue.display(np.array([2, 9]))
+
+
+def test_what_was_asked_before_comes_from_the_cache(searcher: Searcher) -> None:
+    with TestClient(make_app(searcher, cache_size=1)) as client:
+        first = client.post("/api/search", json={"user": "u7"}).json()
+        again = client.post("/api/search", json={"user": "u7", "top": 10}).json()
+        assert (first["cached"], again["cached"]) == (False, True)
+        assert again["documents"] == first["documents"]
+        assert not client.post("/api/search", json={"user": "u7", "top": 3}).json()["cached"]
+        assert not client.post("/api/search", json={"user": "u7"}).json()["cached"], "only one answer is kept"
+        assert client.get("/api/statistics").json() == {
+            "answered": 3, "batches": 3, "cache_hits": 1, "cache_misses": 3,
+        }  # fmt: skip
+
+
+def test_queries_asked_at_the_same_time_are_answered_together_and_each_its_own(searcher: Searcher) -> None:
+    users = searcher.users[:30]
+    with TestClient(make_app(searcher, cache_size=0)) as client:
+        asked = {user: {"user": user, "top": 1 + number % 7} for number, user in enumerate(users)}
+        alone = {user: client.post("/api/search", json=asked[user]).json() for user in users}
+        before = client.get("/api/statistics").json()["batches"]
+        together: dict[str, Any] = {}
+
+        def ask(user: str) -> None:
+            together[user] = client.post("/api/search", json=asked[user]).json()
+
+        threads = [threading.Thread(target=ask, args=(user,)) for user in users]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert client.get("/api/statistics").json()["batches"] - before < len(users)
+    for user in users:
+        a, b = alone[user]["documents"], together[user]["documents"]
+        assert [entry["key"] for entry in a] == [entry["key"] for entry in b]
+        np.testing.assert_allclose([e["score"] for e in a], [e["score"] for e in b], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["flat", "sq8", "hnsw", "ivf"])
+def test_the_nearest_documents_of_a_document(
+    kind: IndexType, model_dir: Path, index_dir: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    vectors_dir = index_dir.with_name("vectors")
+    build_index(vectors_dir, tmp_path / "index", kind)
+    with TestClient(
+        make_app(Searcher(load_model_folder(model_dir), open_index(tmp_path / "index"), dataset))
+    ) as client:
+        answer = client.get("/api/similar", params={"key": "i3", "top": 5}).json()
+    vectors = np.load(vectors_dir / "vectors.npy")[:, :-1]  # without beta
+    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = vectors @ vectors[3]
+    order = np.argsort(-cosines)[1:6]
+    if kind != "sq8":
+        assert [entry["key"] for entry in answer["documents"]] == dataset.catalogue.keys(order)
+    np.testing.assert_allclose([entry["score"] for entry in answer["documents"]], cosines[order], atol=0.02)
+    assert answer["of"] == dataset.catalogue.display(np.array([3]))[0]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "sentence"),
+    [
+        ({}, 400, "a query is one of features, user, history; got 0 of them"),
+        ({"user": "u7", "history": []}, 400, "got 2 of them"),
+        ({"user": "nobody"}, 404, "no user is called 'nobody'"),
+        ({"history": ["nothing at all"]}, 404, "no document is called 'nothing at all'; the nearest are"),
+        ({"features": {"colour": "red"}}, 400, "colour is not a query feature that can be typed"),
+        ({"features": {"age": "old"}}, 400, "age is 'old', needs a number"),
+        ({"features": {"age": "1e99"}}, 400, "age is '1e99', needs a number"),
+        ({"features": {"age": "nan"}}, 400, "age is 'nan', needs a number"),
+        ({"features": {"age": " "}}, 400, "the query is empty"),
+        ({"features": {"age": 33}}, 422, "features.age: Input should be a valid string, got '33'"),
+        ({"features": {"occupation": "x" * 10_001}}, 422, "features.occupation: String should have at most 10000"),
+        ({"user": "u7", "top": 0}, 422, "top: Input should be greater than or equal to 1, got '0'"),
+        ({"user": "u7", "top": 101}, 422, "top: Input should be less than or equal to 100"),
+        ({"user": "u7", "tpo": 5}, 422, "tpo: Extra inputs are not permitted"),
+        ([], 422, "the request: Input should be"),
+    ],
+)  # fmt: skip
+def test_bad_queries_are_one_sentence(client: TestClient, body: object, status: int, sentence: str) -> None:
+    answer = client.post("/api/search", json=body)
+    assert answer.status_code == status
+    assert sentence in answer.json()["error"]
+    assert "\n" not in answer.json()["error"] and len(answer.json()["error"]) < 300
+
+
+def test_bad_requests_are_one_sentence(client: TestClient) -> None:
+    as_json = {"Content-Type": "application/json"}
+    for answer, status, sentence in (
+        (client.post("/api/search", content=b"{", headers=as_json), 422, "the request is no JSON: "),
+        (client.post("/api/search", content=b'{"user": "\xc3("}', headers=as_json), 400, "POST /api/search: "),
+        (client.post("/api/search", content=b"{}"), 422, "the request: Input should be a valid dictionary"),
+        (client.post("/api/search", content=b" " * (MOST_BYTES + 1)), 413, f"at most {MOST_BYTES} are read"),
+        (client.post("/api/search", content=iter([b"{}"])), 411, "no Content-Length"),
+        (client.get("/api/search"), 405, "Method Not Allowed"),
+        (client.get("/api/nothing"), 404, "GET /api/nothing: Not Found"),
+        (client.get("/api/similar"), 422, "key: Field required"),
+        (client.get("/api/similar", params={"key": "i3", "top": 1000}), 422, "top: Input should be less than"),
+        (client.get("/api/similar", params={"key": "i999"}), 404, "no document has the key 'i999'"),
+    ):
+        assert answer.status_code == status, answer.text
+        assert sentence in answer.json()["error"]
+    assert client.post("/api/search", json={"user": "u7"}).status_code == 200
+
+
+def test_another_models_index_is_refused(
+    other_model_dir: Path, model_dir: Path, index_dir: Path, dataset: Dataset
+) -> None:
+    with pytest.raises(CheckpointError, match="embed and index with the model that is served"):
+        Searcher(load_model_folder(other_model_dir), open_index(index_dir), dataset)
+    with pytest.raises(DataError, match="have a history; give its dataset with --data"):
+        Searcher(load_model_folder(model_dir), open_index(index_dir), None)
+
+
+def test_a_full_queue_refuses_and_an_error_reaches_all_who_waited() -> None:
+    release = threading.Event()
+
+    def work(asked: Sequence[str]) -> list[str]:
+        release.wait(10)
+        if "bad" in asked:
+            raise RuntimeError("broken")
+        return [one.upper() for one in asked]
+
+    async def run() -> list[Any]:
+        batcher: Batcher[str, str] = Batcher(work, at_once=2, most_waiting=3)
+        running = asyncio.create_task(batcher.run())
+        first = asyncio.create_task(batcher("a"))
+        await asyncio.sleep(0.05)  # the thread is busy with it
+        others = [asyncio.create_task(batcher(one)) for one in ("bad", "b", "c")]
+        await asyncio.sleep(0.05)
+        with pytest.raises(Overloaded, match="3 queries wait already"):
+            await batcher("d")
+        release.set()
+        answers = await asyncio.gather(first, *others, return_exceptions=True)
+        running.cancel()
+        return answers
+
+    first, bad, with_bad, last = asyncio.run(run())
+    assert (first, last) == ("A", "C")
+    assert isinstance(bad, RuntimeError) and isinstance(with_bad, RuntimeError)
+
+
+def test_the_cache_forgets_what_was_asked_longest_ago() -> None:
+    cache: Cache[int] = Cache(2)
+    cache.put("a", 1)
+    cache.put("b", 2)
+    assert cache.get("a") == 1
+    cache.put("c", 3)
+    assert (cache.get("a"), cache.get("b"), cache.get("c")) == (1, None, 3)

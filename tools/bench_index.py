@@ -1,0 +1,155 @@
+"""Measure every kind of index over one folder of vectors: what it finds, how fast, how large.
+
+    python tools/bench_index.py --model MODEL --vectors VECTORS --data DATASET [--split test] [--queries 1000]
+
+For each kind: Recall@100 against the exact search, NDCG@10 of each row's document (seen documents left out), p50 and
+p99 of one query's time on one thread, bytes per vector of the saved index, and the time to build it with the threads
+that OMP_NUM_THREADS gives. Queries are rows of the split, evenly spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import get_args
+
+import faiss
+import numpy as np
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+
+from bigdssm.cli import ProgressBar, run_main
+from bigdssm.data import Dataset, Rows
+from bigdssm.errors import CheckpointError, ConfigError
+from bigdssm.evaluation.metrics import mean_metrics
+from bigdssm.evaluation.systems import write_json
+from bigdssm.export import load_model_folder
+from bigdssm.retrieval.embed import Encoders, tower_encoders
+from bigdssm.retrieval.index import Index, IndexType, faiss_index
+from bigdssm.retrieval.vectors import VectorsMeta, load_vectors, read_meta
+
+TOP = 100
+ROWS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Rows of a split: their vectors, what each has seen, and the document that is right."""
+
+    vectors: np.ndarray  # float32 [m, D+1]
+    seen: list[np.ndarray]
+    right: np.ndarray  # int64 [m]
+
+
+@dataclass(frozen=True)
+class Measured:
+    kind: IndexType
+    recall_at_100: float
+    ndcg_at_10: float
+    p50_ms: float
+    p99_ms: float
+    bytes_per_vector: float
+    build_s: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="model folder")
+    parser.add_argument("--vectors", type=Path, required=True, help="folder written by tools/embed.py")
+    parser.add_argument("--data", required=True, help="dataset folder or URL")
+    parser.add_argument("--split", default="test", help="where queries come from (%(default)s)")
+    parser.add_argument("--queries", type=int, default=1000, help="number of queries (%(default)s)")
+    parser.add_argument("--types", nargs="+", choices=get_args(IndexType), default=get_args(IndexType), help="kinds")
+    parser.add_argument("--out", type=Path, metavar="JSON", help="where to save the figures")
+    args = parser.parse_args()
+    if args.queries < 1:
+        raise ConfigError(f"--queries {args.queries}: needs at least 1")
+    folder, dataset, meta = load_model_folder(args.model), Dataset.open(args.data), read_meta(args.vectors)
+    folder.check_dataset(dataset)
+    if (meta.model_checksum, meta.dataset_fingerprint) != (folder.checksum, dataset.fingerprint):
+        raise CheckpointError(
+            f"{args.vectors} holds vectors of another model or dataset; run tools/embed.py with these"
+        )
+    vectors = np.ascontiguousarray(load_vectors(args.vectors, meta))
+    queries = queries_of(tower_encoders(folder.model, dataset), dataset, args.split, args.queries)
+    build_threads = faiss.omp_get_max_threads()
+    measured, exact = [], None
+    with ProgressBar() as progress:
+        for number, kind in enumerate(dict.fromkeys(["flat", *args.types])):
+            progress("kinds of index", number, len(args.types))
+            found, result = measure(kind, vectors, meta, queries, exact, build_threads)
+            exact = found if exact is None else exact
+            measured.append(result)
+    title = (
+        f"{len(queries.vectors)} queries of {args.split}, {meta.num_docs} documents, width {meta.width}, score "
+        f"{folder.config.model.score}; built with {build_threads} threads, searched with one"
+    )
+    show(title, measured)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.out, {"about": title, "indexes": [asdict(result) for result in measured]})
+
+
+def queries_of(encoders: Encoders, dataset: Dataset, split: str, wanted: int) -> Queries:
+    """Return `wanted` rows of a split, or all where it has fewer."""
+    taken = np.linspace(0, dataset.num_rows(split) - 1, min(wanted, dataset.num_rows(split))).astype(np.int64)
+    vectors, seen, right = [], [], []
+    for rows in dataset.iterate(split, ROWS_AT_ONCE):
+        inside = np.flatnonzero(np.isin(rows.row_ids, taken) & (rows.relevance > 0))
+        if len(inside):
+            vectors.append(encoders.queries(rows).numpy()[inside])
+            seen += [seen_of(rows, i) for i in inside.tolist()]
+            right.append(rows.doc_rows[inside])
+    return Queries(np.concatenate(vectors), seen, np.concatenate(right).astype(np.int64))
+
+
+def seen_of(rows: Rows, i: int) -> np.ndarray:
+    return np.setdiff1d(rows.seen(i), rows.doc_rows[i])  # a film that comes again may be found
+
+
+def measure(
+    kind: IndexType, vectors: np.ndarray, meta: VectorsMeta, queries: Queries, exact: np.ndarray | None, threads: int
+) -> tuple[np.ndarray, Measured]:
+    """Return what an index finds, int64 [m, TOP], and what it costs; `exact` is what it should find."""
+    faiss.omp_set_num_threads(threads)
+    started = time.perf_counter()
+    made = faiss_index(kind, vectors)
+    build_s = time.perf_counter() - started
+    faiss.omp_set_num_threads(1)
+    names = pa.chunked_array([pa.nulls(0, pa.string())])
+    index = Index(made, meta, names, names)
+    found, seconds = [], []
+    for vector, seen in zip(queries.vectors[:, None], queries.seen, strict=True):
+        started = time.perf_counter()
+        found.append(index.search(vector, TOP, meta.model_checksum, [seen])[1][0])
+        seconds.append(time.perf_counter() - started)
+    rows = np.stack(found)
+    wanted = rows if exact is None else exact
+    same = [np.intersect1d(a[a >= 0], b[b >= 0]).size for a, b in zip(rows, wanted, strict=True)]
+    recall = float(np.mean(same / np.maximum(1, (wanted >= 0).sum(axis=1))))
+    place = rows == queries.right[:, None]
+    ranks = np.where(place.any(axis=1), place.argmax(axis=1) + 1.0, np.inf)
+    p50, p99 = np.percentile(seconds, [50, 99]) * 1000
+    size = faiss.serialize_index(made).nbytes / meta.num_docs
+    ndcg = mean_metrics(ranks)["ndcg_at_10"]
+    return rows, Measured(kind, recall, ndcg, float(p50), float(p99), size, build_s)
+
+
+def show(title: str, measured: list[Measured]) -> None:
+    table = Table(title=title)
+    for column in ("index", "Recall@100", "NDCG@10", "p50 ms", "p99 ms", "bytes a vector", "build s"):
+        table.add_column(column, justify="left" if column == "index" else "right")
+    for m in measured:
+        table.add_row(
+            m.kind, f"{m.recall_at_100:.3f}", f"{m.ndcg_at_10:.4f}", f"{m.p50_ms:.2f}", f"{m.p99_ms:.2f}",
+            f"{m.bytes_per_vector:.0f}", f"{m.build_s:.1f}",
+        )  # fmt: skip
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

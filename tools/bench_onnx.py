@@ -1,0 +1,110 @@
+"""Measure an exported query tower against the trainer's: NDCG, and the time of one query on one thread.
+
+    python tools/bench_onnx.py --onnx FOLDER --model MODEL --vectors VECTORS --data DATASET [--split test]
+
+FOLDER is what tools/convert_checkpoint.py --format onnx made of MODEL. Queries are rows of the split, evenly spread,
+encoded one by one; NDCG@10 is over all documents of VECTORS, seen ones left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bigdssm.cli import run_main
+from bigdssm.data import Collator, Dataset, Rows
+from bigdssm.data.batch import Features
+from bigdssm.data.ragged import offsets_of
+from bigdssm.errors import CheckpointError, ConfigError
+from bigdssm.evaluation.metrics import mean_metrics, paired_bootstrap, row_metrics
+from bigdssm.evaluation.ranks import Seen, ranks_of_vectors
+from bigdssm.export import load_model_folder
+from bigdssm.export.convert import EXPORT_FILE
+from bigdssm.export.onnx_format import run_onnx, session
+from bigdssm.retrieval.embed import query_vectors
+from bigdssm.retrieval.vectors import load_vectors, read_meta
+
+WARM_UP = 20
+ROWS_AT_ONCE = 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--onnx", type=Path, required=True, metavar="FOLDER", help="exported folder")
+    parser.add_argument("--model", type=Path, required=True, help="model folder it was made of")
+    parser.add_argument("--vectors", type=Path, required=True, help="folder written by tools/embed.py")
+    parser.add_argument("--data", required=True, help="dataset folder or URL")
+    parser.add_argument("--split", default="test", help="where queries come from (%(default)s)")
+    parser.add_argument("--queries", type=int, default=1000, help="number of queries (%(default)s)")
+    args = parser.parse_args()
+    if args.queries < 1:
+        raise ConfigError(f"--queries {args.queries}: needs at least 1")
+    folder, dataset, meta = load_model_folder(args.model), Dataset.open(args.data), read_meta(args.vectors)
+    folder.check_dataset(dataset)
+    exported = json.loads((args.onnx / EXPORT_FILE).read_text(encoding="utf-8"))["model_checksum"]
+    if {exported, meta.model_checksum} != {folder.checksum}:
+        raise CheckpointError(f"{args.onnx} or {args.vectors} is of another model than {args.model}")
+
+    torch.set_num_threads(1)
+    documents = torch.from_numpy(np.array(load_vectors(args.vectors, meta)))
+    queries, target, seen = queries_of(dataset, args.split, args.queries)
+    systems: dict[str, Callable[[Features], Tensor]] = {"torch": partial(query_vectors, folder.model)}
+    for file in ("query.onnx", "query.int8.onnx"):
+        size = f"{(args.onnx / file).stat().st_size / 1e6:.1f} MB"
+        systems[f"{file}, {size}"] = partial(run_onnx, session(args.onnx / file, threads=1))
+
+    table = Table(title=f"{len(queries)} queries of {args.split} one by one, {meta.num_docs} documents, one thread")
+    for column in ("query tower", "NDCG@10", "less torch", "p50 ms", "p99 ms"):
+        table.add_column(column, justify="left" if column == "query tower" else "right")
+    first = None
+    for name, encode in systems.items():
+        vectors, seconds = one_by_one(encode, queries)
+        ranks = ranks_of_vectors(vectors, documents, target, seen).numpy()
+        ndcg = row_metrics(ranks)["ndcg_at_10"]
+        less = "" if first is None else str(paired_bootstrap(ndcg, first))
+        first = ndcg if first is None else first
+        p50, p99 = np.percentile(seconds, [50, 99]) * 1000
+        table.add_row(name, f"{mean_metrics(ranks)['ndcg_at_10']:.4f}", less, f"{p50:.2f}", f"{p99:.2f}")
+    Console().print(table)
+
+
+def queries_of(dataset: Dataset, split: str, wanted: int) -> tuple[list[Features], Tensor, Seen]:
+    """Return `wanted` rows of a split as features of one query each, their documents, and what they have seen."""
+    taken = np.linspace(0, dataset.num_rows(split) - 1, min(wanted, dataset.num_rows(split))).astype(np.int64)
+    collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
+    queries, target, seen = [], [], []
+    for rows in dataset.iterate(split, ROWS_AT_ONCE):
+        for i in np.flatnonzero(np.isin(rows.row_ids, taken) & (rows.relevance > 0)):
+            one: Rows = rows.take(np.array([i]))
+            queries.append(collator.query_features(one.query))
+            target.append(int(one.doc_rows[0]))
+            seen.append(one.seen(0))
+    offsets = torch.from_numpy(offsets_of(np.array([len(some) for some in seen], np.int64)))
+    return queries, torch.tensor(target), Seen(torch.from_numpy(np.concatenate(seen).astype(np.int64)), offsets)
+
+
+def one_by_one(encode: Callable[[Features], Tensor], queries: list[Features]) -> tuple[Tensor, np.ndarray]:
+    """Return the vectors [m, D+1], and the seconds that each took."""
+    for query in queries[:WARM_UP]:
+        encode(query)
+    vectors, seconds = [], []
+    for query in queries:
+        started = time.perf_counter()
+        vectors.append(encode(query))
+        seconds.append(time.perf_counter() - started)
+    return torch.cat(vectors), np.array(seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,99 @@
+"""Ask a running server many queries at once, and print how long they took.
+
+    python tools/bench_serve.py --url http://127.0.0.1:8000 --queries FILE [--feature NAME] [--clients 8] [--seconds 20]
+
+Each line of FILE is a query: a value of the query feature NAME (by default the first), or with --user a user's key. The
+server's cache answers a line that was asked before, so start it with --cache 0 to measure the model and the index.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import threading
+import time
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from bigdssm.cli import run_main
+from bigdssm.errors import ConfigError, DataError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (%(default)s)")
+    parser.add_argument("--queries", type=Path, required=True, metavar="FILE", help="text file, a query a line")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--feature", metavar="NAME", help="query feature that the lines are values of")
+    kind.add_argument("--user", action="store_true", help="the lines are users' keys")
+    parser.add_argument("--clients", type=int, default=8, help="queries under way at a time (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="how long to ask (%(default)s)")
+    args = parser.parse_args()
+    lines = [line for line in args.queries.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise DataError(f"{args.queries} holds no queries")
+    where = urlsplit(args.url).netloc
+    feature = args.feature or next(iter(asked(HTTPConnection(where), "GET", "/api/about")["features"]), None)
+    if feature is None and not args.user:
+        raise ConfigError("this server's queries have no features; give --user")
+    bodies = [json.dumps({"user": line} if args.user else {"features": {feature: line}}) for line in lines]
+    before = asked(HTTPConnection(where), "GET", "/api/statistics")
+    seconds, elapsed = load(where, bodies, args.clients, args.seconds)
+    after = asked(HTTPConnection(where), "GET", "/api/statistics")
+    done = {name: after[name] - before[name] for name in after}
+    p50, p99 = np.percentile(seconds, [50, 99]) * 1000
+    print(
+        f"{len(seconds)} queries by {args.clients} clients in {elapsed:.1f} s: {len(seconds) / elapsed:.0f} queries/s"
+    )
+    print(f"latency p50 {p50:.1f} ms, p99 {p99:.1f} ms")
+    per_batch = done["answered"] / max(1, done["batches"])
+    print(f"{done['cache_hits']} from the cache, {per_batch:.1f} queries a batch")
+
+
+def load(where: str, bodies: list[str], clients: int, lasting_s: float) -> tuple[np.ndarray, float]:
+    """Return the seconds of every query, and how long all took."""
+    turn = itertools.cycle(bodies)
+    lock, seconds, errors = threading.Lock(), [], []
+    end = time.perf_counter() + lasting_s
+
+    def client() -> None:
+        connection = HTTPConnection(where)
+        try:
+            while time.perf_counter() < end and not errors:
+                with lock:
+                    body = next(turn)
+                started = time.perf_counter()
+                asked(connection, "POST", "/api/search", body)
+                seconds.append(time.perf_counter() - started)
+        except (DataError, OSError) as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return np.array(seconds), time.perf_counter() - started
+
+
+def asked(connection: HTTPConnection, method: str, path: str, body: str | None = None) -> Any:
+    """Return the server's answer. Raises DataError where it refuses."""
+    connection.request(method, path, body, {"Content-Type": "application/json"} if body else {})
+    response = connection.getresponse()
+    answer = json.loads(response.read())
+    if response.status != 200:
+        raise DataError(f"{path} answered {response.status}: {answer.get('error')}")
+    return answer
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
