@@ -24,13 +24,13 @@ from rich.table import Table
 
 from bigdssm.cli import ProgressBar, run_main
 from bigdssm.data import Dataset, Rows
-from bigdssm.errors import CheckpointError, ConfigError
+from bigdssm.errors import ConfigError
 from bigdssm.evaluation.metrics import mean_metrics
 from bigdssm.evaluation.systems import write_json
 from bigdssm.export import load_model_folder
 from bigdssm.retrieval.embed import Encoders, tower_encoders
 from bigdssm.retrieval.index import Index, IndexType, faiss_index
-from bigdssm.retrieval.vectors import VectorsMeta, load_vectors, read_meta
+from bigdssm.retrieval.vectors import VectorsMeta, read_meta, vectors_of
 
 TOP = 100
 ROWS_AT_ONCE = 1024
@@ -70,11 +70,7 @@ def main() -> None:
         raise ConfigError(f"--queries {args.queries}: needs at least 1")
     folder, dataset, meta = load_model_folder(args.model), Dataset.open(args.data), read_meta(args.vectors)
     folder.check_dataset(dataset)
-    if (meta.model_checksum, meta.dataset_fingerprint) != (folder.checksum, dataset.fingerprint):
-        raise CheckpointError(
-            f"{args.vectors} holds vectors of another model or dataset; run tools/embed.py with these"
-        )
-    vectors = np.ascontiguousarray(load_vectors(args.vectors, meta))
+    vectors = vectors_of(args.vectors, folder.checksum, dataset)
     queries = queries_of(tower_encoders(folder.model, dataset), dataset, args.split, args.queries)
     build_threads = faiss.omp_get_max_threads()
     measured, exact = [], None

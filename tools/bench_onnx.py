@@ -33,7 +33,7 @@ from bigdssm.export import load_model_folder
 from bigdssm.export.convert import EXPORT_FILE
 from bigdssm.export.onnx_format import run_onnx, session
 from bigdssm.retrieval.embed import query_vectors
-from bigdssm.retrieval.vectors import load_vectors, read_meta
+from bigdssm.retrieval.vectors import vectors_of
 
 WARM_UP = 20
 ROWS_AT_ONCE = 1024
@@ -50,21 +50,21 @@ def main() -> None:
     args = parser.parse_args()
     if args.queries < 1:
         raise ConfigError(f"--queries {args.queries}: needs at least 1")
-    folder, dataset, meta = load_model_folder(args.model), Dataset.open(args.data), read_meta(args.vectors)
+    folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
     folder.check_dataset(dataset)
     exported = json.loads((args.onnx / EXPORT_FILE).read_text(encoding="utf-8"))["model_checksum"]
-    if {exported, meta.model_checksum} != {folder.checksum}:
-        raise CheckpointError(f"{args.onnx} or {args.vectors} is of another model than {args.model}")
+    if exported != folder.checksum:
+        raise CheckpointError(f"{args.onnx} was made of another model than {args.model}; export this one")
 
     torch.set_num_threads(1)
-    documents = torch.from_numpy(np.array(load_vectors(args.vectors, meta)))
+    documents = torch.from_numpy(vectors_of(args.vectors, folder.checksum, dataset))
     queries, target, seen = queries_of(dataset, args.split, args.queries)
     systems: dict[str, Callable[[Features], Tensor]] = {"torch": partial(query_vectors, folder.model)}
     for file in ("query.onnx", "query.int8.onnx"):
         size = f"{(args.onnx / file).stat().st_size / 1e6:.1f} MB"
         systems[f"{file}, {size}"] = partial(run_onnx, session(args.onnx / file, threads=1))
 
-    table = Table(title=f"{len(queries)} queries of {args.split} one by one, {meta.num_docs} documents, one thread")
+    table = Table(title=f"{len(queries)} queries of {args.split} one by one, {len(documents)} documents, one thread")
     for column in ("query tower", "NDCG@10", "less torch", "p50 ms", "p99 ms"):
         table.add_column(column, justify="left" if column == "query tower" else "right")
     first = None
