@@ -221,7 +221,7 @@ def _fetch(url: str, offset: int | None, size: int | None, is_right: Callable[[b
     content = b""
     end = None if offset is None or size is None else offset + size
     for _ in range(MISMATCHES):
-        content = _retried(url, lambda: _request(url, offset, end))
+        content = _retried(url, lambda: _request_all(url, offset, end))
         if size is not None and len(content) > size:
             raise DataError(f"{shown(url)}: the server ignores byte ranges; use one that does not, or copy the dataset")
         if is_right(content):
@@ -262,6 +262,14 @@ def _status(error: BaseException) -> int:
         return 403
     status = getattr(error, "status", 0)
     return status if isinstance(status, int) else 0
+
+
+def _request_all(url: str, start: int | None, end: int | None) -> bytes:
+    """Return a range, cut only where the file itself ends. Raises OSError: a proxy gave less than there is."""
+    content = _request(url, start, end)
+    if start is not None and end is not None and (reached := start + len(content)) < end and reached < _size(url):
+        raise OSError(f"{len(content)} bytes came of {end - start} at {start}")
+    return content
 
 
 def _request(url: str, start: int | None, end: int | None) -> bytes:
