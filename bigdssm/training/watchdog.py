@@ -191,7 +191,8 @@ class Watchdog:
         if now - self._exchanged_at > timeout_s:
             keeper = f"{self._peers[0]} keeps it" if self._store_is_rank_0s else "the launcher keeps it"
             return f"the store of all ranks gave no answer for {timeout_s:.0f} s; {keeper}, and is stopped or cut off"
-        if now - self._heard_at > timeout_s and self._world_size > 1:
+        # counted up to the last answer of the store: without one, silence says nothing of the next rank
+        if self._exchanged_at - self._heard_at > timeout_s and self._world_size > 1:
             return (
                 f"{self._next} gave no sign of life for {timeout_s:.0f} s: its process or host is stopped, or cut off"
             )
@@ -262,7 +263,7 @@ class Watchdog:
             time.sleep(0.2)
             now = time.monotonic()
             found = self._near_fault(now, stopped_s=self._timeout_s, gone_s=0.5)
-            if found is None and now - self._heard_at > 3 * self._interval_s and self._broken_at is None:
+            if found is None and self._exchanged_at - self._heard_at > 3 * self._interval_s:
                 found = f"{self._next} gives no sign of life any more"
             if found is None and self._broken_at is not None and self._store_is_rank_0s and self._rank:
                 found = f"{self._peers[0]} has ended: the store that it kept for all ranks is gone"

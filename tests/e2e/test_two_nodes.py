@@ -20,11 +20,11 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import small_run
-from tests.e2e.runs import BIN, ROOT, environment
+from tests.e2e.runs import BIN, ROOT, environment, launcher
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
-PORT = "29611"
+PORT = "29611"  # in namespaces where nothing else listens
 STEADY = ("pretrain.save_every_steps=4", "pretrain.steps=16", "debug.log_row_ids=true", "engine.peer_timeout_s=8")
 
 
@@ -163,9 +163,8 @@ def test_a_node_dies_and_comes_back_and_the_cable_is_pulled(nodes: Nodes, tmp_pa
     losses = {record["step"]: record["loss"] for record in small_run.records(folder)}
     assert sorted(losses) == list(range(1, 17))
     alone = tmp_path / "alone"
-    command = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", PORT, "launch/pretrain.py"]
     done = subprocess.run(
-        [*command, "--config", str(config), f"run.dir={alone}", *STEADY],
+        [*launcher("deepspeed"), "launch/pretrain.py", "--config", str(config), f"run.dir={alone}", *STEADY],
         cwd=ROOT, env=environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
