@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -66,3 +67,14 @@ class MetricsWriter:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def cut_back(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Leave in a file of records (JSON, one a line) those that `keep` wants; what a kill cut off goes, too."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line + "\n" for line in lines if line.endswith("}") and keep(json.loads(line))]
+    rewritten = path.with_suffix(".unfinished")
+    rewritten.write_text("".join(kept), encoding="utf-8")
+    os.replace(rewritten, path)

@@ -1,4 +1,4 @@
-"""Hurt a run again and again, and see that it ends as one that was left alone: the same bits, the same rows.
+"""Hurt a run again and again, and see that it ends as one left alone: the same bits, the same rows, the same metrics.
 
     python tools/soak.py --out FOLDER [--faults 20] [--seed 0]
 
@@ -37,6 +37,7 @@ from bigdssm.config import load_config
 from bigdssm.data.making import Target
 from bigdssm.data.pairs import PairTables, make_pairs
 from bigdssm.errors import CheckpointError, ConfigError
+from bigdssm.evaluation.curves import METRICS_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_PAIRS, NUM_WORDS = 3000, 200
@@ -108,7 +109,7 @@ def main() -> int:
 
     report(struck, hurt, args.out, time.monotonic() - started)
     problems = list(differences(args.out / "whole" / "pretrain", hurt / "pretrain"))
-    print("the same bits and the same rows" if not problems else "\n".join(problems))
+    print("the same bits, rows and metrics" if not problems else "\n".join(problems))
     return 1 if problems else 0
 
 
@@ -241,7 +242,7 @@ def newest_step(run: Path) -> int:
 
 
 def differences(whole: Path, hurt: Path) -> Iterator[str]:
-    """Yield what differs between the two stages: best weights, last checkpoint, rows."""
+    """Yield what differs between the two stages: best weights, last checkpoint, rows, metrics."""
     last = f"checkpoints/step-{newest_step(whole.parent):08d}"
     tensors = [f"{last}/{file.name}" for file in sorted((whole / last).glob("*.safetensors"))]
     for name in ("best/model.safetensors", *tensors):
@@ -252,6 +253,15 @@ def differences(whole: Path, hurt: Path) -> Iterator[str]:
     for file in sorted(whole.glob("row_ids-*.jsonl")):
         if file.read_text() != (hurt / file.name).read_text():
             yield f"{file.name} differs"
+    first, second = (told(stage / METRICS_FILE) for stage in (whole, hurt))
+    if first != second:
+        yield f"{METRICS_FILE} differs: it has other losses, or a step twice"
+
+
+def told(path: Path) -> list[tuple[int, object]]:
+    """Return what a run told of each step and validation, times and memory aside."""
+    records = map(json.loads, path.read_text().splitlines())
+    return [(record["step"], record.get("validation", record.get("loss"))) for record in records]
 
 
 def report(struck: list[Struck], hurt: Path, out: Path, seconds: float) -> None:

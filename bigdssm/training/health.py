@@ -35,7 +35,6 @@ class Health:
     ) -> None:  # fmt: skip
         self._name, self._engine, self._trackers, self._bar = name, engine, trackers, bar
         self._total_steps, self._rows_global, self._every = total_steps, rows_global, log_every_steps
-        self._skipped = 0
         self._whole = TimeTable()
         self._started, self._steps, self._flops = time.perf_counter(), 0, 0.0
         self._tokens = torch.zeros((), dtype=torch.int64)
@@ -59,7 +58,6 @@ class Health:
         self._steps += 1
         self._flops += 3 * forward_flops(cast(DualEncoder, self._engine.module), batch.query, batch.doc)
         self._tokens = self._tokens + num_tokens(batch.query) + num_tokens(batch.doc)  # read once an interval
-        self._skipped += not result.applied
         self._bar(self._name, step, self._total_steps)
         if step % self._every and step != self._total_steps:
             return
@@ -79,7 +77,7 @@ class Health:
             "data_wait_fraction": interval.seconds.get("data wait", 0.0) / seconds,
             "padding_fraction": result.padding,
             "distinct_fraction": len(batch.doc_ids) / max(1, int(batch.multiplicity.sum())),
-            "skipped": self._skipped,
+            "skipped": step - applied,
             "memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             "seconds": {name: round(value, 4) for name, value in interval.seconds.items()},
         }
@@ -92,7 +90,7 @@ class Health:
             100 * stats.get("in_batch_accuracy", 0.0), 100 * stats.get("dropped_fraction", 0.0),
             f"{rows_per_s:,.0f}", f"{record['tokens_per_s']:,.0f}",
             100 * record["data_wait_fraction"], 100 * record["padding_fraction"],
-            100 * record["distinct_fraction"], self._skipped, record["memory_gb"], eta_s // 60, eta_s % 60,
+            100 * record["distinct_fraction"], record["skipped"], record["memory_gb"], eta_s // 60, eta_s % 60,
         )  # fmt: skip
         self._tokens = torch.zeros((), dtype=torch.int64)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from torch import Tensor
+
+from bigdssm.log import cut_back
 
 CONSUMED, SKIPPED = "row_ids", "skipped_rows"
 
@@ -17,10 +18,10 @@ class RowLog:
     def __init__(self, folder: Path, name: str, rank: int, world_size: int, next_step: int) -> None:
         """Cut the log back to the steps before `next_step`; rank 0 cuts those of ranks that are no more, too."""
         self.path = _path(folder, name, rank)
-        _cut_back(self.path, next_step)
+        cut_back(self.path, lambda record: record["step"] < next_step)
         other = world_size
         while rank == 0 and _path(folder, name, other).exists():
-            _cut_back(_path(folder, name, other), next_step)
+            cut_back(_path(folder, name, other), lambda record: record["step"] < next_step)
             other += 1
 
     def write(self, step: int, row_ids: Tensor) -> None:
@@ -31,15 +32,3 @@ class RowLog:
 
 def _path(folder: Path, name: str, rank: int) -> Path:
     return folder / f"{name}-{rank:05d}.jsonl"
-
-
-def _cut_back(path: Path, next_step: int) -> None:
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.endswith("}") and json.loads(line)["step"] < next_step:  # a killed run may leave half a line
-            kept.append(line + "\n")
-    rewritten = path.with_suffix(".unfinished")
-    rewritten.write_text("".join(kept), encoding="utf-8")
-    os.replace(rewritten, path)

@@ -125,7 +125,8 @@ def run_stage(
             checkpoint = store.newest_good() if resume else None
             new_part = checkpoint is not None and not stream.check_state(checkpoint.state["stream"])
             _write_config(folder, config)
-            trackers = after.enter_context(closing(Trackers(folder, config)))
+            done = Progress(**checkpoint.state["progress"]) if checkpoint is not None else Progress()
+            trackers = after.enter_context(closing(Trackers(folder, config, done.step, len(done.history))))
             with ProgressBar() as bar, closing(stream):
                 watch = Watch(watchdog, stop, Faults.from_environment(), SpikeAlert(folder, distributed.rank()))
                 stage = _assemble(config, name, model, stream, store, checkpoint, new_part, trackers, bar, watch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from bigdssm import distributed
 from bigdssm.config import Config
 from bigdssm.errors import ConfigError
-from bigdssm.log import MetricsWriter
+from bigdssm.log import MetricsWriter, cut_back
 from bigdssm.training.engine import device
 
 METRICS_FILE = "metrics.jsonl"
@@ -22,13 +23,18 @@ METRICS_FILE = "metrics.jsonl"
 class Trackers:
     """Writes records on rank 0; the other ranks' calls do nothing."""
 
-    def __init__(self, folder: Path, config: Config) -> None:
-        """Open `folder`/metrics.jsonl and the trackers that `config.run.trackers` names."""
+    def __init__(self, folder: Path, config: Config, step: int = 0, num_validations: int = 0) -> None:
+        """Open `folder`/metrics.jsonl and the trackers that `config.run.trackers` names.
+
+        The file is cut back to the checkpoint that the run goes on from, made after `step` steps and so many
+        validations: what it tells of later ones will be told again.
+        """
         self._metrics: MetricsWriter | None = None
         self._trackers: list[Any] = []
         if config.run.trackers:  # they ask accelerate's state for the main process; the process group stays ours
             PartialState(cpu=device().type == "cpu")
         if distributed.is_main():
+            _cut_back(folder / METRICS_FILE, step, num_validations)
             self._metrics = MetricsWriter(folder / METRICS_FILE)
             self._trackers = [_open(name, folder) for name in config.run.trackers]
             for tracker in self._trackers:
@@ -64,6 +70,15 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ConfigError(
                 f"run.trackers: {name} is not installed; pip install {name}, or take it out of run.trackers"
             )
+
+
+def _cut_back(path: Path, step: int, num_validations: int) -> None:
+    validations = itertools.count()
+
+    def keep(record: dict[str, Any]) -> bool:
+        return next(validations) < num_validations if "validation" in record else bool(record["step"] <= step)
+
+    cut_back(path, keep)
 
 
 def _open(name: str, folder: Path) -> Any:

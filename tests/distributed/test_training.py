@@ -232,6 +232,9 @@ def test_a_run_interrupted_three_times_ends_with_the_same_bits(
     assert all(torch.equal(first[name], second[name]) for name in first)
     for name in ("row_ids-00000.jsonl", "row_ids-00001.jsonl"):
         assert (whole / "pretrain" / name).read_text() == (cut / "pretrain" / name).read_text()
+    assert small_run.validations(cut) == small_run.validations(whole) != []
+    told = [[(record["step"], record["loss"]) for record in small_run.records(run_dir)] for run_dir in (whole, cut)]
+    assert told[0] == told[1], "each step stands in metrics.jsonl once"
 
 
 class Stopped(Exception):

@@ -20,7 +20,7 @@ from bigdssm.models import DualEncoder
 from bigdssm.training.compare import compare
 from bigdssm.training.observing import observe, sparkline
 from bigdssm.training.run_folder import FolderLock
-from bigdssm.training.trackers import check_trackers
+from bigdssm.training.trackers import Trackers, check_trackers
 from tests.conftest import TinyDataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,3 +131,20 @@ def test_trackers_are_known_by_name_and_must_be_installed(monkeypatch: pytest.Mo
         check_trackers(["wandbb"])
     with pytest.raises(ConfigError, match=r"run.trackers: wandb is not installed; pip install wandb"):
         check_trackers(["tensorboard", "wandb"])
+
+
+def test_metrics_are_cut_back_to_the_checkpoint_that_a_run_goes_on_from(
+    tmp_path: Path, tiny_pairs: TinyDataset
+) -> None:
+    """A checkpoint of step 3 knows of one validation there; another began after it, over other rows, and was lost."""
+    config = load_config(tiny_pairs.config, ["run.trackers=[]"])
+    lines = [json.dumps({"step": step, "loss": 0.5}) for step in range(1, 6)]
+    for place, step in ((3, 3), (4, 3), (7, 5)):
+        lines.insert(place, json.dumps({"step": step, "validation": {"ndcg_at_10": place / 8}, "seconds": 1.0}))
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 6, "lo')
+    trackers = Trackers(tmp_path, config, step=3, num_validations=1)
+    trackers.log({"step": 4, "loss": 0.25})
+    trackers.close()
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [*lines[:4], '{"step": 4, "loss": 0.25}']
+    Trackers(tmp_path, config).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == "", "without a checkpoint the run begins anew"

@@ -1,0 +1,67 @@
+"""Whom the watchdog blames, by what it has heard and when; tests/distributed/test_watchdog.py has real ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bigdssm.training.launcher import Launcher
+from bigdssm.training.watchdog import Peer, Watchdog
+
+TIMEOUT_S = 10.0
+
+
+@pytest.fixture
+def watchdog() -> Watchdog:
+    """Rank 1 of 3, each on a machine of its own; at second 100 it moved, and had the store's answer and its neighbour's
+    last beat."""
+    found = Watchdog(TIMEOUT_S, Launcher(), Path("no such file"))
+    found._rank, found._world_size, found._store_is_rank_0s = 1, 3, True
+    found._peers = [Peer(rank, f"node{rank}", 7, f"machine {rank}") for rank in range(3)]
+    found._near, found._next = [], found._peers[2]
+    found._moves, found._moved_at, found._exchanged_at, found._heard_at = 5, 100.0, 100.0, 100.0
+    return found
+
+
+def test_a_silent_store_is_blamed_on_its_keeper_never_on_the_neighbour(watchdog: Watchdog) -> None:
+    watchdog._heard_at = 99.0  # the neighbour's beats come a little before the store's answers
+    assert watchdog._fault(109.9) is None, "10.9 s without the neighbour, but the store has not answered since either"
+    found = watchdog._fault(110.1)
+    assert found is not None and found.startswith("the store of all ranks gave no answer for 10 s; rank 0 (pid 7 on no")
+    watchdog._store_is_rank_0s = False
+    assert "the launcher keeps it" in str(watchdog._fault(110.1))
+
+
+def test_a_neighbour_that_the_store_has_not_heard_of_is_blamed(watchdog: Watchdog) -> None:
+    watchdog._exchanged_at = watchdog._moved_at = 109.9
+    assert watchdog._fault(110.0) is None
+    watchdog._exchanged_at = watchdog._moved_at = 110.1
+    assert str(watchdog._fault(110.2)).startswith("rank 2 (pid 7 on node2) gave no sign of life for 10 s")
+
+
+def test_a_broken_store_has_lost_its_keeper(watchdog: Watchdog) -> None:
+    watchdog._broken_at = 100.0
+    assert watchdog._fault(109.9) is None
+    assert "rank 0 (pid 7 on node0) has ended" in str(watchdog._fault(110.01))
+
+
+def test_of_stuck_ranks_the_one_furthest_behind_is_blamed_that_waits_for_nobody(watchdog: Watchdog) -> None:
+    """All wait in the collective of step 5 but rank 2, which never came to it."""
+
+    def state(moves: int, waits: bool) -> dict[str, object]:
+        return {"moves": moves, "phase": f"step {moves}", "where": "loop.py:3 _train", "waits": waits}
+
+    watchdog._exchanged_at = watchdog._heard_at = 114.0
+    assert watchdog._fault(113.1) is None and watchdog._survey_wanted, "it first asks all ranks where they are"
+    watchdog._survey = {0: state(5, True), 1: state(5, True), 2: state(5, False)}
+    found = str(watchdog._fault(113.2))
+    assert "rank 2 (pid 7 on node2) lives but its main thread is stuck: no progress for 10 s in step 5, at" in found
+    watchdog._survey = {0: state(5, True), 1: state(4, True), 2: state(5, False)}
+    assert "rank 1 (pid 7 on node1) lives" in str(watchdog._fault(113.3))
+
+
+def test_before_the_first_step_a_rank_may_take_its_time(watchdog: Watchdog) -> None:
+    watchdog._moves, watchdog._exchanged_at, watchdog._heard_at = 0, 999.0, 999.0
+    watchdog._survey = {}
+    assert watchdog._fault(999.0) is None
