@@ -5,7 +5,9 @@
     python tools/make_shards.py webdataset --config F [key=value …] --shards F [F …]
     python tools/make_shards.py docstrings --config F [key=value …] [--site-packages DIR] [--packages NAME …]
 
-`--help` behind a sub-command says everything it takes. The schema comes from the config's `data` section.
+`--help` behind a sub-command says everything it takes. The schema comes from the config's `data` section. The dataset
+appears whole at the end. `pairs` and `webdataset` that were killed go on where they were when the same command is given
+again over the same files (but with --beir).
 """
 
 import argparse

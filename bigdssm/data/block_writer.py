@@ -11,6 +11,7 @@ import xxhash
 from webdataset import TarWriter
 
 from bigdssm.data.column_file import file_checksum
+from bigdssm.data.journal import State
 
 MAX_BLOCK_ROWS, MIN_BLOCK_ROWS = 2048, 256
 WANTED_BLOCKS = 64  # with fewer, lanes share blocks and windows shuffle little
@@ -27,14 +28,28 @@ def block_rows(num_rows: int) -> int:
 class SplitWriter:
     """Cuts the rows it is given into blocks and writes them; `close` writes the index and returns the split's entry."""
 
-    def __init__(self, folder: Path, split: str, rows_per_block: int, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-        self._folder, self._split = folder, split
-        self._rows_per_block, self._max_shard_bytes = rows_per_block, max_shard_bytes
+    def __init__(self, folder: Path, split: str, rows_per_block: int, state: State | None = None) -> None:
+        """Begin, or go on behind the finished shards of another one's `state`, with the rows that follow theirs."""
+        self._folder, self._split, self._rows_per_block = folder, split, rows_per_block
         self._pending: list[pa.Table] = []
         self._num_pending = 0
         self._shards: list[str] = []
         self._writer: TarWriter | None = None
         self._index: dict[str, list[int]] = {name: [] for name in ("shard", "offset", "size", "rows", "checksum")}
+        if state is not None:
+            self._shards, self._index = list(state["shards"]), {name: list(v) for name, v in state["index"].items()}
+        self.num_finished = len(self._shards)
+
+    @property
+    def num_rows(self) -> int:
+        """Return the rows in blocks that are written."""
+        return sum(self._index["rows"])
+
+    def state(self) -> State:
+        """Return the finished shards, for the constructor."""
+        blocks = sum(shard < self.num_finished for shard in self._index["shard"])
+        index = {name: values[:blocks] for name, values in self._index.items()}
+        return {"shards": self._shards[: self.num_finished], "index": index}
 
     def write(self, columns: dict[str, pa.Array]) -> None:
         """Append rows, given as equally long columns without nulls."""
@@ -63,7 +78,7 @@ class SplitWriter:
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
             writer.write_batch(batch)
         return {
-            "rows": sum(index["rows"]),
+            "rows": self.num_rows,
             "blocks": len(index["rows"]),
             "shards": self._shards,
             "index_checksum": file_checksum(path),
@@ -75,7 +90,7 @@ class SplitWriter:
         with pa.ipc.new_stream(sink, table.schema, options=_IPC) as stream:
             stream.write_table(table)
         content = sink.getvalue().to_pybytes()
-        if self._writer is not None and self._writer.tarstream.offset + len(content) > self._max_shard_bytes:
+        if self._writer is not None and self._writer.tarstream.offset + len(content) > MAX_SHARD_BYTES:
             self._close_shard()
         if self._writer is None:
             self._shards.append(f"{self._split}-{len(self._shards):06d}.tar")
@@ -92,3 +107,4 @@ class SplitWriter:
         self._writer.close()
         self._stream.close()
         self._writer = None
+        self.num_finished = len(self._shards)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,9 @@ from bigdssm.data.column_file import ColumnFile
 from bigdssm.data.columns import canonical_type
 from bigdssm.data.fit import encode_columns, encoded_type
 from bigdssm.data.hashing import KeyIndex, hash_strings
+from bigdssm.data.journal import State
 from bigdssm.data.mapped import MappedTable
+from bigdssm.data.row_spool import RowSpool
 from bigdssm.data.tokenizer import TextEncoder
 from bigdssm.errors import ConfigError
 from bigdssm.schema import Feature
@@ -24,17 +26,25 @@ KEY_COLUMNS = (("doc_key", pa.string()), ("doc_id", pa.int64()), ("display", pa.
 class CatalogueWriter:
     """Numbers documents by first appearance, behind those of the existing parts; their raw features wait on disk."""
 
-    def __init__(self, spool: Path, features: Mapping[str, Feature], existing: Sequence[Path]) -> None:
+    def __init__(
+        self, spool: Path, features: Mapping[str, Feature], existing: Sequence[Path], state: State | None = None
+    ) -> None:
+        """Begin behind `existing`, or go on where another writer's `state` was taken."""
         self._features = features
         self._index = KeyIndex()
         if existing:
             self._index.add(MappedTable(existing).whole("doc_id"))
         self.first_new = len(self._index)
+        if state is not None:
+            self._index.restore(state["index"])
         fields = [("doc_key", pa.large_string()), ("display", pa.large_string())]
         fields += [(f"feature.{name}", canonical_type(feature)) for name, feature in features.items()]
         self._schema = pa.schema(fields)
-        self._path = spool / "documents.arrows"
-        self._spool = pa.ipc.new_stream(str(self._path), self._schema)
+        self._spool = RowSpool(spool / "documents.arrows", self._schema, state["spool"] if state else None)
+
+    def state(self) -> State:
+        """Return what the constructor takes to go on from here."""
+        return {"index": self._index.state(), "spool": self._spool.state()}
 
     @property
     def num_docs(self) -> int:
@@ -53,27 +63,39 @@ class CatalogueWriter:
         rows, first = self._index.add(hash_strings(keys))
         shown = pc.if_else(pc.equal(display, ""), keys, display)
         columns = [keys, shown, *(table.column(name).combine_chunks() for name in self._features)]
-        batch = pa.RecordBatch.from_arrays(columns, schema=self._schema)
+        batch = pa.Table.from_arrays(columns, schema=self._schema)
         if len(first):
-            self._spool.write_batch(batch if len(first) == len(rows) else batch.take(pa.array(first)))
+            self._spool.add(batch if len(first) == len(rows) else batch.take(pa.array(first)))
         return rows, first
 
     def new_documents(self) -> Iterator[pa.Table]:
         """Yield the canonical features of the new documents in order; no document can be added after this."""
-        for batch in self._batches():
+        for batch in self._spool.batches():
             yield self._canonical(batch)
 
-    def write(self, path: Path, features: Mapping[str, Feature], text: TextEncoder | None, spool: Path) -> str:
-        """Write the new documents, encoded with the fitted `features`, and return the file's checksum."""
+    def write(
+        self, path: Path, features: Mapping[str, Feature], text: TextEncoder | None, spool: Path,
+        state: State | None = None, note: Callable[..., None] | None = None,
+    ) -> str:  # fmt: skip
+        """Write the new documents, encoded with the fitted `features`, and return the file's checksum.
+
+        Behind every batch it calls `note(documents=state)`; with such a state it goes on from there.
+        """
         fields = [*KEY_COLUMNS, *((name, encoded_type(feature, large=True)) for name, feature in features.items())]
-        part = ColumnFile(path, pa.schema(fields), spool)
-        for batch in self._batches():
+        part = ColumnFile(path, pa.schema(fields), spool, state)
+        done = part.num_rows
+        for batch in self._spool.batches():
+            if done:
+                done -= batch.num_rows
+                continue
             keys = {
                 "doc_key": batch.column("doc_key").cast(pa.string()),
                 "doc_id": pa.array(hash_strings(batch.column("doc_key"))),
                 "display": batch.column("display").cast(pa.string()),
             }
             part.append(keys | encode_columns(self._canonical(batch), features, text, large=True))
+            if note is not None:
+                note(documents=part.state())
         return part.finish()
 
     def close(self) -> None:
@@ -82,11 +104,6 @@ class CatalogueWriter:
 
     def _canonical(self, batch: pa.RecordBatch) -> pa.Table:
         return pa.table({name: batch.column(f"feature.{name}") for name in self._features})
-
-    def _batches(self) -> Iterator[pa.RecordBatch]:
-        self._spool.close()
-        with pa.ipc.open_stream(str(self._path)) as reader:
-            yield from reader
 
 
 def check_names(features: Iterable[str], reserved: Sequence[str], side: str) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import xxhash
+
+from bigdssm.data.journal import State
 
 
 def file_checksum(path: Path) -> str:
@@ -18,17 +22,33 @@ def file_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
+def opened(path: Path, size: int) -> BinaryIO:
+    """Return a file that is written on behind its first `size` bytes; 0 begins a new one."""
+    file = path.open("r+b" if size else "wb")
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
 class ColumnFile:
     """Appends columns and writes them, in `finish`, as the single uncompressed batch of an Arrow file.
 
     One batch, so that readers address every row in the mapped file and nothing is copied; columns have no nulls.
     """
 
-    def __init__(self, path: Path, schema: pa.Schema, spool: Path) -> None:
+    def __init__(self, path: Path, schema: pa.Schema, spool: Path, state: State | None = None) -> None:
+        """Begin, or go on where another one's `state` was taken; the columns stay in `spool` to the end."""
         self._path, self._schema, self._spool = path, schema, spool
         spool.mkdir(parents=True, exist_ok=True)
-        self._columns = [_Column(field.type, spool / f"{path.stem}-{i}") for i, field in enumerate(schema)]
-        self.num_rows = 0
+        self.num_rows: int = state["rows"] if state else 0
+        self._columns = [
+            _Column(field.type, spool / f"{path.stem}-{i}", state["columns"][i] if state else (0, 0, 0))
+            for i, field in enumerate(schema)
+        ]
+
+    def state(self) -> State:
+        """Return what the constructor takes to go on from here."""
+        return {"rows": self.num_rows, "columns": [column.state() for column in self._columns]}
 
     def append(self, columns: dict[str, pa.Array]) -> None:
         """Append equally long columns, one per field of the schema, of its types."""
@@ -43,22 +63,25 @@ class ColumnFile:
         arrays = [column.finish(self.num_rows) for column in self._columns]
         with pa.OSFile(str(self._path), "wb") as sink, pa.ipc.new_file(sink, self._schema) as writer:
             writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
-        for column in self._columns:
-            column.remove()
         return file_checksum(self._path)
 
 
 class _Column:
     """One column's buffers: values, and for strings and lists the 64-bit ends of the rows."""
 
-    def __init__(self, dtype: pa.DataType, path: Path) -> None:
+    def __init__(self, dtype: pa.DataType, path: Path, state: Sequence[int]) -> None:
         self._type = dtype
         self._paths = (path.with_suffix(".values"), path.with_suffix(".offsets"))
-        self._values, self._offsets = (p.open("wb") for p in self._paths)
+        *sizes, self._end = state
+        self._values, self._offsets = (opened(p, size) for p, size in zip(self._paths, sizes, strict=True))
         self._ragged = pa.types.is_string(dtype) or pa.types.is_list(dtype) or pa.types.is_large_list(dtype)
-        self._end = 0
-        if self._ragged:
+        if self._ragged and not self._offsets.tell():
             self._offsets.write(np.zeros(1, np.int64).tobytes())
+
+    def state(self) -> list[int]:
+        for file in (self._values, self._offsets):
+            file.flush()
+        return [self._values.tell(), self._offsets.tell(), self._end]
 
     def append(self, array: pa.Array) -> None:
         if not self._ragged:
@@ -93,10 +116,6 @@ class _Column:
             return pa.Array.from_buffers(self._type, num_rows, [None, offsets, values])
         inner = pa.Array.from_buffers(self._type.value_type, self._end, [None, values])
         return pa.Array.from_buffers(self._type, num_rows, [None, offsets], children=[inner])
-
-    def remove(self) -> None:
-        for path in self._paths:
-            path.unlink()
 
 
 def _mapped(path: Path) -> pa.Buffer:

@@ -1,7 +1,8 @@
 """Makes a dataset folder appear whole or not at all, and lets one grow by immutable partitions.
 
 A new dataset is written into a hidden folder beside its place and renamed; a partition is written into a hidden folder
-inside the dataset and moved in, `dataset.json` replaced last. What a killed run leaves is cleared by the next one.
+inside the dataset and moved in, `dataset.json` replaced last. What a killed run leaves is taken up by the next one, if
+it makes the same of the same, as far as the journals go; else it is cleared.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from typing import Any
 import numpy as np
 
 from bigdssm.data.column_file import file_checksum
-from bigdssm.errors import DataError
+from bigdssm.data.journal import Journal, State
+from bigdssm.errors import BigDSSMError, DataError
 from bigdssm.schema import SCHEMA_FILE, Schema
 
 DATASET_FILE, QUARANTINE_FILE = "dataset.json", "quarantine.jsonl"
 TOKENIZER, CATALOGUE, PARTITIONS = "tokenizer", "catalogue", "partitions"
+LOCK, READING, WRITING = "lock", "reading.npz", "writing.npz"
 FORMAT = 1
 PREVIOUS_SCHEMA = "schema.previous.json"
 
@@ -33,10 +36,20 @@ class Quarantine:
     def __init__(self, path: Path, partition: str, max_bad_fraction: float) -> None:
         self.path = path
         self._partition, self._max_bad_fraction = partition, max_bad_fraction
-        self._file = path.open("w", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
         self._first = ""
         self.num_bad = 0
         self.num_good = 0
+
+    def state(self) -> State:
+        """Return what `restore` takes to go on from here."""
+        self._file.flush()
+        return {"size": os.fstat(self._file.fileno()).st_size, "counts": [self.num_bad, self.num_good, self._first]}
+
+    def restore(self, state: State) -> None:
+        """Become what gave `state`, the file cut back to it."""
+        os.truncate(self.path, state["size"])
+        self.num_bad, self.num_good, self._first = state["counts"]
 
     def report(self, file: str, row: int, reason: str, left_out: bool = True) -> None:
         """Record a bad row, or (not left out) a bad value of a row that stays."""
@@ -60,12 +73,15 @@ class Quarantine:
 class DatasetWriter:
     """A dataset being made: write into `partition_dir`, `tokenizer_dir` and `catalogue_file`, then `commit`.
 
-    As a context manager it clears up after an error, keeping the quarantine as OUT.quarantine.jsonl.
+    As a context manager it clears up after an error in the data or the config, keeping the quarantine as
+    OUT.quarantine.jsonl.
     """
 
     def __init__(
-        self, out: Path, partition: str, max_bad_fraction: float, *, overwrite: bool = False, append: bool = False
-    ) -> None:
+        self, out: Path, partition: str, max_bad_fraction: float, *, overwrite: bool = False, append: bool = False,
+        source: str = "",
+    ) -> None:  # fmt: skip
+        """`source` tells what is made of what: what a killed run with the same one has done stands in the journals."""
         self.out, self.partition, self.append = out, partition, append
         if "/" in partition or "\\" in partition or partition.startswith(".") or not partition:
             raise DataError(f"partition name {partition!r} must be a plain folder name")
@@ -78,13 +94,20 @@ class DatasetWriter:
             _check_free(out, overwrite)
             self.staging = out.parent / f".{out.name}.making"
         self._lock = _claim(self.staging, out)
-        if append:
+        self.spool = self.staging / "spool"
+        places = {"source": source, "partition": partition, "before": self.content}
+        fingerprint = hashlib.sha256(json.dumps(places, sort_keys=True).encode()).hexdigest()
+        self.reading, self.writing = (Journal(self.spool / name, fingerprint) for name in (READING, WRITING))
+        if self.reading.state is None:
+            _clear(self.staging)
+            self.spool.mkdir()
+        self.read: State | None = None  # how everything stands after the reading
+        self.written: State = dict(self.writing.state or {})
+        if append and not (self.staging / PREVIOUS_SCHEMA).exists():
             shutil.copyfile(out / SCHEMA_FILE, self.staging / PREVIOUS_SCHEMA)
         self.partition_dir = self.staging / PARTITIONS / partition
-        self.partition_dir.mkdir(parents=True)
-        self.spool = self.staging / "spool"
-        self.spool.mkdir()
-        (self.staging / CATALOGUE).mkdir()
+        for folder in (self.partition_dir, self.staging / CATALOGUE):
+            folder.mkdir(parents=True, exist_ok=True)
         self.quarantine = Quarantine(self.staging / QUARANTINE_FILE, partition, max_bad_fraction)
 
     @property
@@ -101,6 +124,19 @@ class DatasetWriter:
     def catalogue_parts(self) -> list[Path]:
         """Return the catalogue files that the dataset has already."""
         return [self.out / part["file"] for part in self.content["catalogue"]]
+
+    def note_reading(self, state: State) -> None:
+        """Note how far the reading is, where some time has passed since the last note."""
+        if self.reading.due:
+            self.reading.save(state, self.staging)
+
+    def note(self, **parts: Any) -> None:
+        """Note how far the writing is, where some time has passed since the last note; `parts` become the state's."""
+        self.written |= parts
+        if self.read is not None and self.writing.due:
+            if self.reading.state is not self.read:
+                self.reading.save(self.read, self.staging)
+            self.writing.save(self.written, self.staging)
 
     def commit(
         self, schema: Schema, new_docs: int, catalogue_checksum: str, splits: dict[str, Any], counts: np.ndarray
@@ -129,6 +165,8 @@ class DatasetWriter:
         }
         schema.save(self.staging)
         write_json(self.staging / DATASET_FILE, dataset)
+        for name in (READING, WRITING):  # first: they speak of what is removed now
+            (self.spool / name).unlink(missing_ok=True)
         shutil.rmtree(self.spool)
         if self.append:
             self._move_in(new_docs)
@@ -161,7 +199,7 @@ class DatasetWriter:
         self._lock.close()
 
     def _replace(self) -> None:
-        (self.staging / "lock").unlink()
+        (self.staging / LOCK).unlink()
         old = _old_place(self.out)
         if self.out.exists():
             os.replace(self.out, old)
@@ -175,7 +213,8 @@ class DatasetWriter:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.quarantine.close()
-        if kind is not None and self.staging.exists():
+        useless = kind is not None and (issubclass(kind, BigDSSMError) or self.reading.state is None)
+        if useless and self.staging.exists():
             if self.quarantine.num_bad:
                 kept = self.out.parent / f"{self.out.name}.{QUARANTINE_FILE}"
                 shutil.copyfile(self.quarantine.path, kept)
@@ -220,18 +259,23 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 
 def _claim(staging: Path, out: Path) -> Any:
-    """Return the locked lock file of a fresh staging folder. Raises DataError where another process works in it."""
-    if staging.exists():
-        with (staging / "lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(f"another process is writing {out}; wait for it or choose another --out") from None
-            shutil.rmtree(staging)
-    staging.mkdir(parents=True)
-    lock = (staging / "lock").open("a")
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """Return the locked lock file of a staging folder. Raises DataError where another process works in it."""
+    staging.mkdir(parents=True, exist_ok=True)
+    lock = (staging / LOCK).open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise DataError(f"another process is writing {out}; wait for it or choose another --out") from None
     return lock
+
+
+def _clear(staging: Path) -> None:
+    for path in staging.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 def _old_place(out: Path) -> Path:

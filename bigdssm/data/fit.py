@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +37,16 @@ class SideFitter:
             values = table.column(name).to_numpy()
             values = values[~np.isnan(values)]
             moments.update(np.log1p(values) if self._features[name].log else values)
+
+    def state(self) -> dict[str, Any]:
+        """Return what was counted, for `restore`."""
+        return {"counts": self._counts, "moments": {name: vars(moments) for name, moments in self._moments.items()}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Become what gave `state`."""
+        self._counts = state["counts"]
+        for name, moments in state["moments"].items():
+            vars(self._moments[name]).update(moments)
 
     def fitted(self, *, grow: bool = False) -> dict[str, Feature]:
         """Return the features with vocabularies in order of appearance, means and deviations.

@@ -60,6 +60,15 @@ class KeyIndex:
     def __len__(self) -> int:
         return self._size
 
+    def state(self) -> list[np.ndarray]:
+        """Return the keys and numbers, run by run, for `restore`."""
+        return [array for run in self._runs for array in run]
+
+    def restore(self, state: list[np.ndarray]) -> None:
+        """Become what gave `state`."""
+        self._runs = list(zip(state[::2], state[1::2], strict=True))
+        self._size = sum(len(keys) for keys, _ in self._runs)
+
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Return the number of every key, -1 where it is unknown, int64."""
         numbers = np.full(len(keys), -1, np.int64)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import tokenizers
 
 from bigdssm.config import DataConfig
 from bigdssm.data.catalogue_writer import CatalogueWriter
 from bigdssm.data.dataset_writer import TOKENIZER, DatasetWriter
 from bigdssm.data.fit import SideFitter
+from bigdssm.data.journal import State
 from bigdssm.data.tokenizer import TextEncoder, Texts, make_tokenizer
 from bigdssm.errors import ConfigError
-from bigdssm.schema import Feature, Schema
+from bigdssm.schema import SCHEMA_FILE, Feature, Schema
+from bigdssm.source import code_checksum
 
 BLOCK_COLUMNS = ("query_id", "doc", "relevance", "sequence", "end")
 SEQUENCE_COLUMNS = ("query_key", "query_id", "items")
@@ -41,11 +46,16 @@ class Target:
     seed: int = 0
     like: Path | None = None  # a dataset whose schema and tokenizer are taken as they are, so that both can be mixed
 
-    def open(self, config: DataConfig) -> DatasetWriter:
-        """Return the writer. Raises DataError where `out` cannot be written."""
+    def open(self, config: DataConfig, files: Sequence[Path] = (), options: Any = None) -> DatasetWriter:
+        """Return the writer; it goes on from what a killed run made of the same `files` with the same `options`.
+
+        Raises DataError where `out` cannot be written.
+        """
+        source = _source(config, self, files, options) if files else ""
         return DatasetWriter(
-            self.out, self.partition, config.max_bad_fraction, overwrite=self.overwrite, append=self.append
-        )
+            self.out, self.partition, config.max_bad_fraction, overwrite=self.overwrite, append=self.append,
+            source=source,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,15 @@ class Fitting:
         self.query = SideFitter(stored(self.base.query), config.query)
         self.doc = SideFitter(self.base.doc, config.doc)
 
+    def state(self) -> State:
+        """Return what was counted, for `restore`."""
+        return {"query": self.query.state(), "doc": self.doc.state()}
+
+    def restore(self, state: State) -> None:
+        """Become what gave `state`."""
+        self.query.restore(state["query"])
+        self.doc.restore(state["doc"])
+
     def finish(self, texts: Texts) -> tuple[Schema, TextEncoder | None]:
         """Return the fitted schema and, where it has text, the encoder of the tokenizer (trained on `texts`)."""
         if self._like is not None:
@@ -98,6 +117,19 @@ class Fitting:
         if not grow:
             make_tokenizer(self._config.tokenizer, texts, self._writer.tokenizer_dir)
         return schema, TextEncoder(self._writer.tokenizer_dir)
+
+
+def _source(config: DataConfig, target: Target, files: Sequence[Path], options: Any) -> str:
+    """Return what a dataset is made of, and with what, as text."""
+    inputs = [*files, *([target.like / SCHEMA_FILE] if target.like else []), *_tokenizer_files(config)]
+    stats = [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path in inputs if (stat := path.stat())]
+    code = (code_checksum(), pa.__version__, tokenizers.__version__, np.__version__)
+    return json.dumps([asdict(config), asdict(options), target.seed, stats, code], default=str, sort_keys=True)
+
+
+def _tokenizer_files(config: DataConfig) -> list[Path]:
+    path = Path(config.tokenizer.path) if config.tokenizer.path is not None else None
+    return sorted(path.glob("*.json")) if path is not None else []
 
 
 def stored(features: dict[str, Feature]) -> dict[str, Feature]:
@@ -122,7 +154,10 @@ def commit(
 ) -> Report:
     """Write the catalogue's part, move everything into place and return the report."""
     new_docs = catalogue.num_docs - catalogue.first_new
-    checksum = catalogue.write(writer.catalogue_file, schema.doc, text, writer.spool) if new_docs else ""
+    checksum = ""
+    if new_docs:
+        begun = writer.written.get("documents")
+        checksum = catalogue.write(writer.catalogue_file, schema.doc, text, writer.spool, begun, writer.note)
     writer.commit(schema, new_docs, checksum, splits, counts)
     return Report(
         out=writer.out,

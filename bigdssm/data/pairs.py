@@ -3,10 +3,14 @@
 Two passes in bounded memory. The first reads the tables, checks rows, numbers the distinct documents and fits the
 schema; its rows wait on disk in buckets by a shuffle key. The second sorts bucket by bucket, tokenises and writes.
 In memory stay one bucket, the vocabularies, and about 50 bytes a distinct document.
+
+A run that was killed is taken up where its journals say: the first pass behind a batch of rows, the second behind a
+finished shard. What comes out is the same to the byte.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +29,7 @@ from bigdssm.data.dataset_writer import DatasetWriter
 from bigdssm.data.explode import exploded
 from bigdssm.data.fit import encode_columns
 from bigdssm.data.hashing import KeyIndex, hash_rows, hash_strings, mix, row_keys
+from bigdssm.data.journal import State
 from bigdssm.data.making import (
     BLOCK_COLUMNS,
     Fitting,
@@ -78,16 +83,19 @@ def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress:
             raise ConfigError(f"data.query.{name}: pairs have no histories; use the sub-command `interactions`")
     fractions = (tables.validation_fraction, tables.test_fraction)
     splitter = Splitter(tables.split, tables.split_column, fractions, target.seed, tables.whole_documents)
-    with target.open(config) as writer:
+    # a BEIR collection is written while reading, and has no journal
+    with target.open(config, () if tables.beir else tables.files, tables) as writer:
         if tables.raw_text and not writer.append:
             writer.content["text"] = "raw"
         making = _Making(config, tables, target, writer, splitter, progress)
-        if splitter.needs_thresholds:
-            splitter.learn(RowCheck(batch, _ignore) for batch in making.batches(splitter.columns, _ignore))
-        if tables.whole_documents:
-            splitter.join(*making.units_and_documents())
-        making.read()
-        schema, text = making.fitting.finish(making.texts)
+        if not making.has_read:
+            if splitter.needs_thresholds:
+                splitter.learn(RowCheck(batch, _ignore) for batch in making.batches(splitter.columns, _ignore))
+            if tables.whole_documents:
+                splitter.join(*making.units_and_documents())
+            making.read()
+        making.check()
+        schema, text = making.fit()
         splits, counts = making.write(schema, text)
         report = commit(writer, making.catalogue, schema, text, splits, counts, started, making.notes)
         if making.beir is not None:
@@ -117,8 +125,20 @@ class _Making:
         self.notes: list[str] = []
         base = self.fitting.base
         self.query, self.doc, self.display = base.query, base.doc, config.display
-        self.catalogue = CatalogueWriter(writer.spool, base.doc, writer.catalogue_parts)
+        done = writer.reading.state
+        self.has_read: bool = done is not None and done["whole"]
+        self.catalogue = CatalogueWriter(
+            writer.spool, base.doc, writer.catalogue_parts, done["catalogue"] if done else None
+        )
         self.documents = _PerDocument()
+        self.seen_pairs, self.num_batches, self.place, self.repeated = KeyIndex(), 0, 0, 0
+        if done:
+            writer.read = done if self.has_read else None
+            writer.quarantine.restore(done["quarantine"])
+            self.fitting.restore(done["fitting"])
+            self.documents.restore(done["documents"])
+            self.seen_pairs.restore(done["seen_pairs"])
+            self.num_batches, self.place, self.repeated = done["counts"]
         fields = [("query_id", pa.int64()), ("doc", pa.int64()), ("relevance", pa.float32())]
         fields += [(f"feature.{name}", canonical_type(feature)) for name, feature in base.query.items()]
         self.row_schema = pa.schema(fields)
@@ -127,9 +147,13 @@ class _Making:
                 check_shard(path)
             elif not path.is_file():
                 raise DataError(f"table {path} does not exist")
-        self.train = ShuffleSpool(writer.spool, self.row_schema, num_buckets(tables.files))
+        spools = done["spools"] if done else [None] * len(SPLITS)
+        self.train = ShuffleSpool(writer.spool, self.row_schema, num_buckets(tables.files), spools[0])
         self.beir = BeirWriter(tables.beir, self.query, self.doc) if tables.beir else None
-        self.held_out = [RowSpool(writer.spool / f"{name}.arrows", self.row_schema) for name in SPLITS[1:]]
+        self.held_out = [
+            RowSpool(writer.spool / f"{name}.arrows", self.row_schema, state)
+            for name, state in zip(SPLITS[1:], spools[1:], strict=True)
+        ]
 
     def batches(self, columns: Sequence[str], report_bad: Any) -> Iterator[SourceBatch]:
         for path in self.tables.files:
@@ -157,9 +181,17 @@ class _Making:
 
     def read(self) -> None:
         """Pass 1: every row checked, numbered, split, counted for the fit, and spooled."""
-        tables, quarantine = self.tables, self.writer.quarantine
-        seen_pairs, place, repeated = KeyIndex(), 0, 0
-        for batch in self.batches(self.columns, quarantine.report):
+        tables, quarantine, done = self.tables, self.writer.quarantine, self.num_batches
+        met = 0  # batches
+
+        def report_bad(file: str, row: int, reason: str, left_out: bool = True) -> None:
+            if met >= done:  # else a run that was killed has reported it
+                quarantine.report(file, row, reason, left_out)
+
+        for batch in self.batches(self.columns, report_bad):
+            met += 1
+            if met <= done:
+                continue
             check = RowCheck(batch, quarantine.report)
             query, doc = canonical(check, self.query), canonical(check, self.doc)
             check.fail(missing(query, self.query), "no query: its features are empty")
@@ -180,13 +212,13 @@ class _Making:
             self.documents.grow(self.catalogue.num_docs)
             self.documents.note(docs, first, contents[good], split[good])
             query_ids, split, relevance = query_ids[good], split[good], relevance[good]
-            shuffle = mix(np.flatnonzero(good) + place, "shuffle", self.target.seed)
-            place += len(good)
+            shuffle = mix(np.flatnonzero(good) + self.place, "shuffle", self.target.seed)
+            self.place += len(good)
             keep = np.ones(len(docs), bool)
             if tables.dedup:
                 keep[:] = False
-                keep[seen_pairs.add(pair_hash(query_ids, docs))[1]] = True
-                repeated += int((~keep).sum())
+                keep[self.seen_pairs.add(pair_hash(query_ids, docs))[1]] = True
+                self.repeated += int((~keep).sum())
             query = query.filter(mask)
             if self.beir is not None:
                 names = [SPLITS[number] for number in split.tolist()]
@@ -199,12 +231,34 @@ class _Making:
             self.train.add(rows.filter(pa.array(in_train)), shuffle[in_train])
             for number, spool in enumerate(self.held_out, 1):
                 spool.add(rows.filter(pa.array(keep & (split == number))))
-            self.progress("reading", place, None)
-        quarantine.check()
+            self.num_batches = met
+            self.progress("reading", self.place, None)
+            if self.writer.reading.due and self.beir is None:
+                self.writer.note_reading(self._state(whole=False))
+        if self.beir is None:
+            self.writer.read = self._state(whole=True)
+
+    def _state(self, whole: bool) -> State:
+        """Return all that the reading of the rows so far has led to."""
+        return {
+            "whole": whole,
+            "counts": [self.num_batches, self.place, self.repeated],
+            "quarantine": self.writer.quarantine.state(),
+            "fitting": self.fitting.state(),
+            "catalogue": self.catalogue.state(),
+            "documents": self.documents.state(),
+            "seen_pairs": self.seen_pairs.state(),
+            "spools": [self.train.state(), *(spool.state() for spool in self.held_out)],
+        }
+
+    def check(self) -> None:
+        """Say what is to be said of the rows that were read. Raises DataError."""
+        tables = self.tables
+        self.writer.quarantine.check()
         if not self.train.num_rows:
             raise DataError(f"{self.tables.files[0]}: no row is left for the train split")
-        if repeated:
-            self.notes.append(f"{repeated} rows repeat a (query, document) pair and are left out")
+        if self.repeated:
+            self.notes.append(f"{self.repeated} rows repeat a (query, document) pair and are left out")
         if apart := self.documents.num_in_several_splits:
             self.notes.append(f"{apart} documents have rows in several splits; --whole-documents keeps each in one")
         if self.documents.num_changed:
@@ -224,10 +278,24 @@ class _Making:
             for name in text_columns(self.query):
                 yield table.column(f"feature.{name}").to_pylist()
 
+    def fit(self) -> tuple[Schema, TextEncoder | None]:
+        """Return the fitted schema and the tokenizer's encoder; from a killed run where that had them."""
+        writer = self.writer
+        if writer.written:
+            schema = Schema.load(writer.staging)
+            return schema, TextEncoder(writer.tokenizer_dir) if schema.has_text else None
+        if not writer.append and writer.tokenizer_dir.exists():
+            shutil.rmtree(writer.tokenizer_dir)
+        schema, text = self.fitting.finish(self.texts)
+        schema.save(writer.staging)
+        writer.note(entries={}, counts=None, split=None, documents=None)
+        return schema, text
+
     def write(self, schema: Schema, text: TextEncoder | None) -> tuple[dict[str, Any], np.ndarray]:
         """Pass 2: return the splits' entries and the train positives of each document, int64 [num_docs]."""
-        counts = np.zeros(self.catalogue.num_docs, np.int64)
-        entries = {}
+        begun = dict(self.writer.written)
+        counts = np.zeros(self.catalogue.num_docs, np.int64) if begun["counts"] is None else begun["counts"]
+        entries = dict(begun["entries"])
         spools: dict[str, RowSpool | ShuffleSpool] = dict(zip(SPLITS, (self.train, *self.held_out), strict=True))
         done, total = 0, sum(spool.num_rows for spool in spools.values())
         for name, spool in spools.items():
@@ -235,15 +303,28 @@ class _Making:
                 spool.close()
                 self.notes.append(f"the split {name} is empty")
                 continue
-            rows = SplitWriter(self.writer.partition_dir, name, block_rows(spool.num_rows))
+            if name in entries:  # by a run that was killed
+                done += spool.num_rows
+                continue
+            rows = SplitWriter(
+                self.writer.partition_dir, name, block_rows(spool.num_rows), state=begun.pop("split", None)
+            )
+            written, finished = rows.num_rows, rows.num_finished
             for table in spool.tables():
-                rows.write(_encoded(table, schema.query, text, self.writer.content["text"] == "raw"))
                 if name == "train":
                     positive = table.column("relevance").to_numpy() > 0
                     counts += np.bincount(table.column("doc").to_numpy()[positive], minlength=len(counts))
                 done += table.num_rows
+                old = min(written, table.num_rows)
+                written -= old
+                if old < table.num_rows:
+                    rows.write(_encoded(table.slice(old), schema.query, text, self.writer.content["text"] == "raw"))
                 self.progress("encoding and writing", done, total)
+                if rows.num_finished > finished:
+                    finished = rows.num_finished
+                    self.writer.note(split=rows.state())
             entries[name] = rows.close()
+            self.writer.note(entries=dict(entries), counts=counts, split=None)
         return entries, counts
 
     def _query_ids(self, check: RowCheck, query: pa.Table) -> np.ndarray:
@@ -285,6 +366,13 @@ class _PerDocument:
             self.fitted = np.concatenate([self.fitted, np.zeros_like(self.fitted)])
             self._content = np.concatenate([self._content, np.zeros_like(self._content)])
             self._splits = np.concatenate([self._splits, np.zeros_like(self._splits)])
+
+    def state(self) -> list[np.ndarray]:
+        return [self.fitted, self._content, self._splits, np.array([self.num_changed])]
+
+    def restore(self, state: list[np.ndarray]) -> None:
+        self.fitted, self._content, self._splits, changed = state
+        self.num_changed = int(changed[0])
 
     @property
     def num_in_several_splits(self) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from bigdssm.data.column_file import opened
 from bigdssm.data.sources import ROWS_PER_BATCH, split_suffix
 
 KEY = "shuffle_key"
@@ -30,26 +31,46 @@ _PLAIN = [(suffix, None) for suffix in (".csv", ".tsv", ".tab", ".inter", ".item
 class RowSpool:
     """Rows in the order in which they came."""
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self._path = path
-        self._stream = pa.ipc.new_stream(str(path), schema, options=_IPC)
-        self.num_rows = 0
+    def __init__(self, path: Path, schema: pa.Schema, state: list[int] | None = None) -> None:
+        """Begin a new file, or go on with the one of `state`, which another spool's `state` returned."""
+        self.path, self._schema = path, schema
+        self.num_rows, size = state or (0, 0)
+        self._file = opened(path, size)
+        self._stream: pa.ipc.RecordBatchStreamWriter | None = None
 
     def add(self, table: pa.Table) -> None:
         """Append rows."""
         self.num_rows += table.num_rows
+        if self._stream is None:
+            self._stream = pa.ipc.new_stream(self._file, self._schema, options=_IPC)
         self._stream.write_table(table)
 
-    def tables(self) -> Iterator[pa.Table]:
+    def state(self) -> list[int]:
+        """Return what the constructor takes to go on from here; the file up to here will not change any more."""
+        self._end_stream()
+        self._file.flush()
+        return [self.num_rows, self._file.tell()]
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
         """Yield the rows in pieces; none can be added after this."""
         self.close()
-        with pa.ipc.open_stream(str(self._path)) as reader:
-            for batch in reader:
-                yield pa.Table.from_batches([batch])
+        with pa.OSFile(str(self.path)) as file:
+            while file.tell() < file.size():  # one stream behind the other
+                yield from pa.ipc.open_stream(file)
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Yield what `batches` does as tables."""
+        return (pa.Table.from_batches([batch]) for batch in self.batches())
 
     def close(self) -> None:
         """Close the file."""
-        self._stream.close()
+        self._end_stream()
+        self._file.close()
+
+    def _end_stream(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
 
 
 class ShuffleSpool:
@@ -58,15 +79,21 @@ class ShuffleSpool:
     The order that comes back is that of the keys, whatever the number of buckets.
     """
 
-    def __init__(self, folder: Path, schema: pa.Schema, buckets: int) -> None:
+    def __init__(self, folder: Path, schema: pa.Schema, buckets: int, state: list[list[int]] | None = None) -> None:
         self._shift = np.uint64(64 - (buckets.bit_length() - 1))
         keyed = schema.append(pa.field(KEY, pa.uint64()))
-        self._buckets = [RowSpool(folder / f"bucket-{i:03d}.arrows", keyed) for i in range(buckets)]
+        self._buckets = [
+            RowSpool(folder / f"bucket-{i:03d}.arrows", keyed, state[i] if state else None) for i in range(buckets)
+        ]
 
     @property
     def num_rows(self) -> int:
         """Return the rows added."""
         return sum(bucket.num_rows for bucket in self._buckets)
+
+    def state(self) -> list[list[int]]:
+        """Return what the constructor takes to go on from here."""
+        return [bucket.state() for bucket in self._buckets]
 
     def add(self, table: pa.Table, keys: np.ndarray) -> None:
         """Append rows with their keys (uint64)."""

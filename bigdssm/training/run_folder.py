@@ -9,19 +9,17 @@ import json
 import os
 import platform
 import socket
-import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import xxhash
-
 import bigdssm
 from bigdssm import distributed
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.log import MetricsWriter, get_logger
+from bigdssm.source import code_checksum
 
 RUNNING_FILE, EVENTS_FILE, STOP_FILE = "running.json", "events.jsonl", "stop"
 STOP_NOW = "now"  # in the stop file: without saving
@@ -175,16 +173,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "none"
     return found
-
-
-def code_checksum() -> str:
-    """Return a checksum of all source files of this package."""
-    root = Path(sys.modules["bigdssm"].__file__ or "").parent
-    digest = xxhash.xxh3_64()
-    for file in sorted(root.rglob("*.py")):
-        digest.update(file.relative_to(root).as_posix().encode())
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def _now() -> str:

@@ -25,7 +25,8 @@ import sys, time
 from bigdssm.training.launcher import Launcher
 launcher = Launcher()
 print(launcher.lost(), flush=True)
-while launcher.lost() is None:
+until = time.monotonic() + 20
+while launcher.lost() is None and time.monotonic() < until:
     time.sleep(0.05)
 print(launcher.lost(), flush=True)
 """

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = {
     "errors": 0,
     "log": 0,
+    "source": 0,
     "timing": 0,
     "cli": 1,  # for launch/ and tools/
     "config": 1,

@@ -167,7 +167,7 @@ def test_shards_are_tars_that_stock_webdataset_reads(tiny_pairs: Any) -> None:
 
 
 def test_shards_roll_over_and_read_as_one(tiny_pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigdssm.data.block_writer.SplitWriter.__init__.__defaults__", (3000,))
+    monkeypatch.setattr("bigdssm.data.block_writer.MAX_SHARD_BYTES", 3000)
     tables = PairTables((tiny_pairs.source / "pairs.jsonl",), relevance_column="relevance", split="train")
     make_pairs(load_config(tiny_pairs.config).data, tables, Target(tmp_path / "out"))
     dataset = Dataset.open(tmp_path / "out")
