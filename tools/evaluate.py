@@ -49,7 +49,7 @@ from bigdssm.evaluation.systems import (
 )
 from bigdssm.evaluation.trec import read_qrels, read_run, run_metrics, write_qrels, write_run
 from bigdssm.export import load_model_folder
-from bigdssm.retrieval.embed import scored_encoders, tower_encoders
+from bigdssm.retrieval.embed import encode_in_bf16, scored_encoders, tower_encoders
 
 
 def main() -> None:
@@ -63,6 +63,7 @@ def main() -> None:
         help="model folders, earlier JSON, or (with --beir) TREC runs to compare with",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="JSON", help="where to save the figures")
+    parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16, which some processors do faster")
     beir = parser.add_argument_group("a retrieval collection")
     beir.add_argument("--beir", type=Path, metavar="DIR", help="folder in BEIR's layout")
     beir.add_argument("--widths", type=int, nargs="+", default=[], help="also the model's vectors cut to these")
@@ -94,9 +95,10 @@ def main() -> None:
 
 def on_split(args: argparse.Namespace) -> None:
     dataset = Dataset.open(args.data)
-    model = evaluated(args.model, dataset, args.split)
+    model = evaluated(args.model, dataset, args.split, args.bf16)
     others = baseline_systems(dataset, args.split) if args.baselines else []
-    others += [(evaluated if path.is_dir() else load_system)(path, dataset, args.split) for path in args.compare]
+    measure = partial(evaluated, bf16=args.bf16)
+    others += [(measure if path.is_dir() else load_system)(path, dataset, args.split) for path in args.compare]
     pairs = [(model, other) for other in others]
 
     console = Console()
@@ -107,8 +109,10 @@ def on_split(args: argparse.Namespace) -> None:
         save_comparison(args.out, dataset, args.split, [model, *others], pairs)
 
 
-def evaluated(path: Path, dataset: Dataset, split: str) -> System:
+def evaluated(path: Path, dataset: Dataset, split: str, bf16: bool) -> System:
     folder = load_model_folder(path, any_score=True)
+    if bf16:
+        encode_in_bf16(folder.model)
     folder.check_dataset(dataset)
     scorer = folder.model.scorer
     encoders = scored_encoders(folder.model, scorer, dataset) if scorer else tower_encoders(folder.model, dataset)
@@ -129,6 +133,8 @@ def on_collection(args: argparse.Namespace) -> None:
     with ProgressBar() as progress:
         if args.model is not None:
             folder = load_model_folder(args.model)
+            if args.bf16:
+                encode_in_bf16(folder.model)
             queries, documents = model_vectors(folder.model, folder.schema, folder.tokenizer_dir, collection, progress)
             add(args.model.name, partial(vectors_run, collection, queries, documents, known))
             normalise = folder.config.model.score == "cosine"
@@ -140,10 +146,10 @@ def on_collection(args: argparse.Namespace) -> None:
         if args.bm25:
             add("BM25", partial(bm25_run, collection, filter_known=known))
         if args.pretrained is not None:
-            options = {"max_tokens": args.max_tokens, "filter_known": known, "progress": progress}
+            options = {"max_tokens": args.max_tokens, "bf16": args.bf16, "filter_known": known, "progress": progress}
             add(f"{args.pretrained.name} as it is", partial(pretrained_run, args.pretrained, collection, **options))
         for path in args.compare:
-            of_model = partial(run_of_model, path, collection, known, progress)
+            of_model = partial(run_of_model, path, collection, args.bf16, known, progress)
             add(path.stem, of_model if path.is_dir() else partial(read_run, path))
     if not runs:
         raise ConfigError("--beir needs something to evaluate: --model, --run, --bm25, --pretrained or --compare")
@@ -155,8 +161,10 @@ def on_collection(args: argparse.Namespace) -> None:
     show(args, systems, len(collection.qrels))
 
 
-def run_of_model(path: Path, collection: Collection, filter_known: bool, progress: ProgressBar) -> Run:
+def run_of_model(path: Path, collection: Collection, bf16: bool, filter_known: bool, progress: ProgressBar) -> Run:
     folder = load_model_folder(path)
+    if bf16:
+        encode_in_bf16(folder.model)
     return model_run(
         folder.model, folder.schema, folder.tokenizer_dir, collection, filter_known=filter_known, progress=progress
     )

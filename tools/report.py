@@ -1,7 +1,7 @@
 """Report a run on a split: popularity, a window-3 Markov chain, the pretrained model, and what fine-tuning adds.
 
     python tools/report.py RUN --out REPORT.json [--split test]
-    python tools/report.py RUN --out REPORT.json --beir DIR [--bm25] [--pretrained FOLDER] [--compare RUN.trec …]
+    python tools/report.py RUN --out REPORT.json --beir DIR [--bm25] [--pretrained FOLDER] [--compare TREC …] [--bf16]
 
 Evaluates RUN/pretrain/best and, where it is there, RUN/sft/best over the full catalogue. With --beir they are measured
 on a collection that tools/make_shards.py wrote beside the dataset, against BM25, a pretrained encoder as it is, and
@@ -42,7 +42,7 @@ from bigdssm.evaluation.systems import (
 )
 from bigdssm.evaluation.trec import read_run, run_metrics, write_run
 from bigdssm.export import ModelFolder, load_model_folder
-from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.retrieval.embed import encode_in_bf16, tower_encoders
 
 
 def main() -> None:
@@ -57,12 +57,16 @@ def main() -> None:
     parser.add_argument("--compare", type=Path, nargs="+", default=[], metavar="TREC", help="runs of other systems")
     parser.add_argument("--save-runs", type=Path, metavar="DIR", help="write all runs there in TREC's format")
     parser.add_argument("--filter-known", action="store_true", help="as with tools/evaluate.py")
+    parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16, which some processors do faster")
     args = parser.parse_args()
 
     stages = {stage: args.run / stage for stage in ("pretrain", "sft") if (args.run / stage / "best").is_dir()}
     if not stages:
         raise CheckpointError(f"{args.run} holds neither pretrain/best nor sft/best; train first")
     folders = {stage: load_model_folder(folder / "best") for stage, folder in stages.items()}
+    if args.bf16:
+        for folder in folders.values():
+            encode_in_bf16(folder.model)
     names = {stage: stage_name(stage, folder.config) for stage, folder in folders.items()}
     if args.beir is None:
         data = next(iter(folders.values())).config.data
@@ -96,7 +100,7 @@ def baselines_on_collection(collection: Collection, args: argparse.Namespace) ->
         runs["BM25"] = partial(bm25_run, collection, filter_known=known)
     if args.pretrained is not None:
         name = f"{args.pretrained.name} as it is"
-        runs[name] = partial(pretrained_run, args.pretrained, collection, filter_known=known)
+        runs[name] = partial(pretrained_run, args.pretrained, collection, bf16=args.bf16, filter_known=known)
     runs |= {path.stem: partial(read_run, path) for path in args.compare}
     return [measured(name, run, collection, args, 0.0) for name, run in runs.items()]
 

@@ -26,7 +26,7 @@ from bigdssm.data.tokenizer import TextEncoder as Tokenizer
 from bigdssm.errors import ConfigError, DivergedError
 from bigdssm.models.dual_encoder import DualEncoder
 from bigdssm.models.encoders import TextEncoder
-from bigdssm.retrieval.embed import Progress, document_vectors, no_progress, query_vectors
+from bigdssm.retrieval.embed import Progress, document_vectors, encode_in_bf16, no_progress, query_vectors
 from bigdssm.retrieval.mine import top_documents
 from bigdssm.schema import Feature, Schema
 
@@ -105,8 +105,8 @@ def vectors_run(
 
 
 def pretrained_run(
-    folder: Path, collection: Collection, *, max_tokens: int = 256, filter_known: bool = False, top: int = TOP,
-    progress: Progress = no_progress,
+    folder: Path, collection: Collection, *, max_tokens: int = 256, bf16: bool = False, filter_known: bool = False,
+    top: int = TOP, progress: Progress = no_progress,
 ) -> Run:  # fmt: skip
     """Return the run of a Hugging Face text encoder as it is: the cosine of mean-pooled vectors.
 
@@ -116,6 +116,8 @@ def pretrained_run(
         raise ConfigError(f"{folder} has no tokenizer.json; give the folder of a Hugging Face model and its tokenizer")
     encoder = TextEncoder(TextEncoderConfig(init=str(folder)), 0, 0, max_tokens).eval()
     encoder.pad_token_id = int(encoder.bert.config.pad_token_id or 0)
+    if bf16:
+        encode_in_bf16(encoder)
     tokenizer, feature = Tokenizer(folder), {"text": Feature("text", "text", "text", max_tokens=max_tokens)}
 
     def encode(columns: dict[str, Column]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from pathlib import Path
@@ -25,7 +26,7 @@ from bigdssm.export import save_model_folder
 from bigdssm.losses.matryoshka import cut
 from bigdssm.models import DualEncoder
 from bigdssm.models.encoders import TextEncoder
-from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.retrieval.embed import encode_in_bf16, tower_encoders
 from tests.unit.retrieval.conftest import SMALL, random_model
 from tests.unit.retrieval.test_tools import Tools
 
@@ -83,6 +84,20 @@ def test_a_models_run_is_the_datasets_evaluation(made: tuple[Dataset, Path, Conf
             assert abs(place - rank) <= 0.5  # scores that rounding cannot tell apart are half a rank there
             compared += 1
     assert compared > 50
+
+
+def test_bfloat16_changes_the_products_alone(made: tuple[Dataset, Path, Config], text_model: DualEncoder) -> None:
+    dataset, folder, _ = made
+    collection = read_collection(folder, "test")
+    model = copy.deepcopy(text_model)
+    encode_in_bf16(model)
+    exact, rounded = (
+        model_vectors(m, dataset.schema, dataset.tokenizer_dir, collection) for m in (text_model, model)
+    )  # fmt: skip
+    for a, b in zip(exact, rounded, strict=True):
+        assert b.dtype == torch.float32 and not torch.equal(a, b)
+        assert (a - b).abs().mean() < 0.02 * a.abs().mean()
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
 def test_known_positives_can_be_left_out(made: tuple[Dataset, Path, Config], text_model: DualEncoder) -> None:

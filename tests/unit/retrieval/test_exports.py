@@ -19,6 +19,7 @@ from bigdssm.data import Collator, Dataset, Ragged
 from bigdssm.data.tensors import to_tensor
 from bigdssm.data.tokenizer import TextEncoder, make_tokenizer
 from bigdssm.errors import CheckpointError, ConfigError
+from bigdssm.evaluation.trec import run_metrics
 from bigdssm.export import ModelFolder, load_model_folder, save_model_folder
 from bigdssm.export.card import Figures
 from bigdssm.export.convert import EXPORT_FILE, Format, Source, export, folder_source, stage_source
@@ -91,10 +92,10 @@ def make_source(tokenizer_dir: Path) -> Any:
     return make
 
 
-def trainers_scores(source: Source) -> torch.Tensor:
-    """Return alpha * <u, w> + beta of QUERIES and DOCUMENTS, [m, n]."""
+def trainers_scores(source: Source, queries: list[str] = QUERIES, documents: list[str] = DOCUMENTS) -> torch.Tensor:
+    """Return alpha * <u, w> + beta of queries and documents, [m, n]."""
     model, vectors = source.model, []
-    for side, texts, encode in (("query", QUERIES, query_vectors), ("doc", DOCUMENTS, document_vectors)):
+    for side, texts, encode in (("query", queries, query_vectors), ("doc", documents, document_vectors)):
         feature = getattr(model.schema, side)["text"]
         assert model.tokenizer_dir is not None
         ids = TextEncoder(model.tokenizer_dir).encode(pa.array(texts, pa.large_string()), feature.max_tokens)
@@ -146,6 +147,37 @@ def test_sentence_transformers_scores_as_the_trainer(
     assert encoders == 2, "a shared encoder cuts queries and documents at different lengths"
     with pytest.raises(ValueError, match="task"):
         model.encode(QUERIES)
+
+
+def test_mteb_measures_an_exported_model_as_trec_eval_does(make_source: Any, tmp_path: Path) -> None:
+    mteb, abstasks = pytest.importorskip("mteb"), pytest.importorskip("mteb.abstasks")
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    source = make_source(**MODELS["the text's own vector"])
+    export(source, tmp_path / "exported", "sentence-transformers")
+    documents = {f"d{i:02}": " ".join(WORDS[i % (len(WORDS) - 5) :][:5]) for i in range(40)}
+    queries = {f"q{i}": " ".join(WORDS[3 * i % (len(WORDS) - 2) :][:2]) for i in range(8)}
+    judged = {key: {f"d{(7 * i + 3) % 40:02}": 1, f"d{(11 * i + 5) % 40:02}": 2} for i, key in enumerate(queries)}
+
+    class Lanterns(abstasks.AbsTaskRetrieval):  # type: ignore[misc, name-defined]
+        metadata = mteb.TaskMetadata(
+            name="Lanterns", description="words", type="Retrieval", category="t2t", modalities=["text"],
+            eval_splits=["test"], eval_langs=["eng-Latn"], main_score="ndcg_at_10",
+            dataset={"path": "local/lanterns", "revision": "1"},
+        )  # fmt: skip
+
+        def load_data(self, *_: Any, **__: Any) -> None:
+            self.corpus = {"test": {key: {"text": text} for key, text in documents.items()}}
+            self.queries, self.relevant_docs = {"test": queries}, {"test": judged}
+            self.data_loaded = True
+
+    loaded = sentence_transformers.SentenceTransformer(str(tmp_path / "exported"))
+    (result,) = mteb.evaluate(loaded, tasks=[Lanterns()], cache=None).task_results
+    (scores,) = result.scores["test"]
+    trainers = trainers_scores(source, list(queries.values()), list(documents.values()))
+    run = {
+        key: dict(zip(documents, row, strict=True)) for key, row in zip(queries, trainers.tolist(), strict=True)
+    }  # fmt: skip
+    assert scores["ndcg_at_10"] == pytest.approx(run_metrics(judged, run)["ndcg_at_10"].mean(), abs=1e-4)
 
 
 def test_sentence_transformers_keeps_one_encoder_where_it_is_one(make_source: Any, tmp_path: Path) -> None:
