@@ -5,7 +5,8 @@
     python tools/bench_loss.py large            # one step with 262,144 rows
     python tools/bench_loss.py precision        # bfloat16 against float64 on the same rounded inputs
 
-Every rank uses one thread; the variants take turns, and ratios are medians over the turns.
+Every rank uses one thread; the variants take turns, and ratios are medians over the turns. `speed` gives wall time and
+the CPU time of all ranks: on a busy machine only the second says something.
 """
 
 from __future__ import annotations
@@ -62,32 +63,37 @@ def speed(args: argparse.Namespace) -> list[str]:
     variants: dict[str, Step] = {"both": _ours("both"), "q2d": _ours("q2d")}
     if (open_clip := _open_clip()) is not None:
         variants["open_clip"] = open_clip
-    times: dict[str, list[float]] = {name: [] for name in [*variants, "product"]}
+    runs: dict[str, Callable[[], None]] = {
+        name: lambda step=step: _step(step, U, W, alpha) for name, step in variants.items()
+    }
+    runs["product"] = lambda: _one_product(m, args.ranks * m, D, U.dtype)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for turn in range(args.turns + 1):
-        for name, step in variants.items():
-            seconds = _timed(lambda step=step: _step(step, U, W, alpha))  # type: ignore[misc]
-            times[name].append(seconds)
-        times["product"].append(_timed(lambda: _one_product(m, args.ranks * m, D)))
-        if turn == 0:
-            times = {name: [] for name in times}
-    lines = [f"{args.ranks} ranks x {m} x {D}, {args.dtype}, alpha {args.alpha:g}, {args.turns} turns, medians"]
-    product = times.pop("product")
+        for name, run in runs.items():
+            found = _timed(run)
+            if turn:  # the first warms up
+                times[name].append(found)
+    lines = [
+        f"{args.ranks} ranks x {m} x {D}, {args.dtype}, alpha {args.alpha:g}, {args.turns} turns: medians, wall | CPU"
+    ]
     for name, values in times.items():
-        line = f"{name:10s} {statistics.median(values):7.2f} s"
-        if "open_clip" in times:
-            ratio = statistics.median(a / b for a, b in zip(values, times["open_clip"], strict=True))
-            line += f"   {ratio:.2f} of open_clip"
+        texts = [f"{seconds:7.2f} s" for seconds in _medians(values)]
+        if name == "product":
+            rate = [2 * m * args.ranks * m * D / seconds / 1e9 for seconds in _medians(values)]
+            texts = [f"{text}, {gflops:.0f} GFLOP/s" for text, gflops in zip(texts, rate, strict=True)]
+        if "open_clip" in times and name in _PRODUCTS:
+            texts = [
+                f"{text}, {r:.2f} of open_clip"
+                for text, r in zip(texts, _ratios(values, times["open_clip"]), strict=True)
+            ]
         if name in _PRODUCTS:
-            share = statistics.median(_PRODUCTS[name] * p / t for p, t in zip(product, values, strict=True))
-            line += f"   {share:.0%} of it in its {_PRODUCTS[name]} products at peak"
-        lines.append(line)
-    flops = 2 * m * args.ranks * m * D
-    lines.append(
-        f"product    {statistics.median(product):7.2f} s   {flops / statistics.median(product) / 1e9:.0f} GFLOP/s"
-    )
+            shares = [_PRODUCTS[name] * r for r in _ratios(times["product"], values)]
+            texts = [f"{text}, {share:.0%} product peak" for text, share in zip(texts, shares, strict=True)]
+        lines.append(f"{name:10s} {' | '.join(texts)}")
     return lines
 
 
+# the share of the product peak is that of the time which so many products would take at the peak
 _PRODUCTS = {"both": 4, "q2d": 3, "open_clip": 6}
 
 
@@ -173,19 +179,30 @@ def _step(step: Step, U: Tensor, W: Tensor, alpha: Tensor) -> None:
     step(U, W, alpha).backward()
 
 
-def _one_product(m: int, N: int, D: int, edge: int = 1024) -> None:
-    """Multiply as many 1024-tiles as a product of m x D by D x N has: the peak for these sizes."""
-    U, W, S = torch.ones(edge, D), torch.ones(edge, D), torch.empty(edge, edge)
+def _one_product(m: int, N: int, D: int, dtype: torch.dtype, edge: int = 1024) -> None:
+    """Multiply as many 1024-tiles as a product of m x D by D x N has, all in `dtype`: the peak for these sizes."""
+    U, W, S = (torch.ones(edge, columns, dtype=dtype) for columns in (D, D, edge))
     for _ in range((m // edge) * (N // edge)):
         torch.mm(U, W.T, out=S)
 
 
-def _timed(run: Callable[[], Any]) -> float:
+def _timed(run: Callable[[], Any]) -> tuple[float, float]:
+    """Return the wall time until the last rank is done, and the CPU time a rank took, the mean over ranks."""
     dist.barrier()
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     run()
-    dist.barrier()
-    return time.perf_counter() - start
+    cpu = torch.tensor(time.process_time() - start_cpu, dtype=torch.float64)
+    dist.all_reduce(cpu)
+    return time.perf_counter() - start, float(cpu) / dist.get_world_size()
+
+
+def _medians(values: list[tuple[float, float]]) -> list[float]:
+    return [statistics.median(column) for column in zip(*values, strict=True)]
+
+
+def _ratios(values: list[tuple[float, float]], others: list[tuple[float, float]]) -> list[float]:
+    """Return the median over the turns of value / other, of wall and of CPU time."""
+    return _medians([(a / c, b / d) for (a, b), (c, d) in zip(values, others, strict=True)])
 
 
 def _keep_time(step: Step, seconds: list[float], U: Tensor, W: Tensor, alpha: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ Shape legend: n columns of this rank, N slots (world_size · longest), D vector 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ class Columns:
     beta: Tensor | None  # [N] float64
     neg_bias: Tensor | None  # [N] float64
     acc: torch.dtype
+    _wide: dict[int, Tensor] = field(default_factory=dict)
 
     def ready(self, tile_index: int) -> Tile:
         """Return tile `tile_index`, after its vectors have arrived."""
@@ -60,8 +61,10 @@ class Columns:
         return self.tiles[tile_index]
 
     def vectors(self, tile: Tile) -> Tensor:
-        """Return a tile's vectors [width, D] in the dtype of the products."""
-        return self.gathered.buffer[tile.start : tile.stop].to(self.acc)
+        """Return a tile's vectors [width, D] in the dtype of the products; widened once, as every strip asks again."""
+        if tile.start not in self._wide:
+            self._wide[tile.start] = self.gathered.buffer[tile.start : tile.stop].to(self.acc)
+        return self._wide[tile.start]
 
 
 def gather_columns(x: LossInputs, facts: Facts, width: int, group: Group | None) -> Columns:

@@ -34,7 +34,7 @@ from bigdssm.losses.output import (
     weighted,
 )
 from bigdssm.losses.softmax import Coefficients, column_pass, gradient_pass, softmax_rows
-from bigdssm.losses.tiles import TILE_WIDTH, Problem, Sums, add_biases, fast_products, positive_scores, softplus
+from bigdssm.losses.tiles import TILE_WIDTH, Problem, Sums, add_biases, positive_scores, product_precision, softplus
 
 Direction = Literal["q2d", "d2q", "both"]
 DIRECTIONS = ("q2d", "d2q", "both")
@@ -84,7 +84,7 @@ def fps_loss(
         checked = error
     mode = DIRECTIONS.index(direction) if direction in DIRECTIONS else -1
     x, facts = exchange(checked, mode, getattr(U, "device", torch.device("cpu")), group)
-    with torch.no_grad(), fast_products(x):
+    with torch.no_grad(), product_precision(x):
         columns = gather_columns(x, facts, tile or TILE_WIDTH, group)
         drops = plan_drops(x, columns)
         if direction == "q2d":

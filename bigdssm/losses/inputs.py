@@ -114,6 +114,7 @@ def check_inputs(
     if weight is None:
         weight = torch.ones(m, dtype=torch.float64, device=U.device)
     _check_vector("weight", weight, m)
+    _need(not weight.requires_grad, "weight is a constant of the data: it gets no gradient")
     _need(bool((weight >= 0).all()) and bool(weight.isfinite().all()), "weight holds NaN, infinite or negative values")
     _check_bias("beta", beta, n)
     _check_bias("neg_bias", neg_bias, n)
@@ -123,9 +124,11 @@ def check_inputs(
     if doc_ids is not None:
         _check_ids("doc_ids", doc_ids, n)
     if known is not None:
+        _need(isinstance(known, Tensor), f"known must be a tensor, got {type(known).__name__}")
         _need(query_ids is not None and doc_ids is not None, "known pairs need query_ids and doc_ids")
         _need(known.dtype == torch.int64, f"known must be int64, got {known.dtype}")
         _need(known.ndim == 2 and known.shape[1] == 2, f"known must be [pairs, 2], got {list(known.shape)}")
+    _need(isinstance(alpha, Tensor | float | int), f"alpha must be one float, got {type(alpha).__name__}")
     alpha = alpha if isinstance(alpha, Tensor) else torch.tensor([float(alpha)], dtype=torch.float64)
     _need(alpha.numel() == 1 and alpha.is_floating_point(), f"alpha must be one float, got shape {list(alpha.shape)}")
     wants = 0
@@ -234,11 +237,13 @@ def _need(condition: bool, message: str) -> None:
 
 
 def _check_ids(name: str, ids: Tensor, rows: int) -> None:
+    _need(isinstance(ids, Tensor), f"{name} must be a tensor, got {type(ids).__name__}")
     _need(ids.dtype == torch.int64, f"{name} must be int64, got {ids.dtype}")
     _need(list(ids.shape) == [rows], f"{name} must be [{rows}], got {list(ids.shape)}")
 
 
 def _check_vector(name: str, vector: Tensor, rows: int) -> None:
+    _need(isinstance(vector, Tensor), f"{name} must be a tensor, got {type(vector).__name__}")
     _need(vector.is_floating_point(), f"{name} must be floating point, got {vector.dtype}")
     _need(list(vector.shape) == [rows], f"{name} must be [{rows}], got {list(vector.shape)}")
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bigdssm import distributed
 from bigdssm.distributed import Group
@@ -168,8 +167,9 @@ class _Attach(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # torch's once_differentiable lets it pass, as if the second derivative were 0
+            raise NotImplementedError("the losses have no second derivatives: differentiate without create_graph")
         results: list[Tensor | None] = []
         for wanted, (shape, dtype, device), gradient in zip(
             ctx.needs_input_grad[2:], ctx.like, ctx.saved_tensors, strict=False

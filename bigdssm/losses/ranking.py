@@ -55,7 +55,7 @@ from bigdssm.losses.output import (
 )
 from bigdssm.losses.pairwise import PairSums, Pairwise, pairwise_pass
 from bigdssm.losses.softmax import RowSums, softmax_rows
-from bigdssm.losses.tiles import TILE_WIDTH, Problem, Sums, add_biases, fast_products, positive_scores, softplus
+from bigdssm.losses.tiles import TILE_WIDTH, Problem, Sums, add_biases, positive_scores, product_precision, softplus
 
 RankingName = Literal["softmax", "pair_ce", "triplet", "sigmoid"]
 RANKING_NAMES = ("softmax", "pair_ce", "triplet", "sigmoid")
@@ -104,7 +104,7 @@ def ranking_loss(
     assert isinstance(x, LossInputs)
     if negatives is None:
         negatives = x.positive.new_zeros((x.positive.shape[0], 0))
-    with torch.no_grad(), fast_products(x):
+    with torch.no_grad(), product_precision(x):
         shared = _gather_in_batch(checked, facts, tile or TILE_WIDTH, name == "softmax", group) if in_batch else None
         return _Ranking(x, facts, negatives, shared, group).output(Pairwise(name, margin))
 
@@ -118,8 +118,8 @@ def _check_negatives(name: str, x: LossInputs, negatives: Tensor | None, in_batc
         if not in_batch:
             raise LossInputError(f"{name} needs negatives, in_batch=True, or both")
         return
-    if negatives.dtype != torch.int64:
-        raise LossInputError(f"negatives must be int64, got {negatives.dtype}")
+    if not isinstance(negatives, Tensor) or negatives.dtype != torch.int64:
+        raise LossInputError(f"negatives must be int64, got {getattr(negatives, 'dtype', type(negatives).__name__)}")
     if negatives.ndim != 2 or negatives.shape[0] != x.U.shape[0]:
         raise LossInputError(f"negatives must be [{x.U.shape[0]}, k], got {list(negatives.shape)}")
     if negatives.numel() and not (int(negatives.min()) >= -1 and int(negatives.max()) < x.W.shape[0]):

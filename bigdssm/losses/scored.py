@@ -42,7 +42,8 @@ def scored_loss(
     error = _first_error(name, scores, weight, query_ids, doc_ids, known)
     sizes = [0.0] * 5
     if error is None:
-        weight = torch.ones_like(scores[:, 0]) if weight is None else weight.to(scores.dtype)
+        scores = scores if scores.dtype == torch.float64 else scores.float()  # terms and sums, not in bfloat16
+        weight = torch.ones_like(scores[:, 0]) if weight is None else weight.detach().to(scores.dtype)
         num_known = -1 if known is None else known.shape[0]
         sizes = [1.0, RANKING_NAMES.index(name) + 8.0 * (query_ids is not None), scores.shape[0], num_known]
         sizes.append(float(weight.sum()))

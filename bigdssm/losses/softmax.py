@@ -26,7 +26,7 @@ from bigdssm.losses.inputs import Facts
 from bigdssm.losses.tiles import Problem, Strip, Sums
 
 _STRIP_BYTES = 16 << 20  # of scores that softmax_rows holds
-_STRIP_ROWS = 512  # of the passes that hold one tile
+_STRIP_ROWS = 256  # of the passes that hold one tile
 
 
 @dataclass

@@ -1,9 +1,8 @@
 """Score tiles: S = alpha · U Wᵀ + bias for a strip of rows and a tile of columns, and the sums behind the gradients.
 
 This is the seam for other devices: all products with W go through `Problem.scores` and `Sums.add`, with float32 (or
-float64) results whatever the dtype of U and W. bfloat16 vectors are widened a tile at a time, since rounding the
-*scores* to bfloat16 costs 0.2 in the exponent at alpha = 100; `fast_products` says where the hardware may narrow the
-operands again.
+float64) results whatever the dtype of U and W. bfloat16 vectors are widened, since rounding the *scores* to bfloat16
+costs 0.2 in the exponent at alpha = 100; `product_precision` says where the hardware may narrow the operands again.
 
 Shape legend: m queries of this rank, N slots, D vector size, r rows of a strip, c columns of a tile.
 """
@@ -93,22 +92,26 @@ class Sums:
 
 
 @contextmanager
-def fast_products(x: LossInputs) -> Iterator[None]:
-    """Within it a CPU with bfloat16 units uses them where U and W are bfloat16, summing in float32.
+def product_precision(x: LossInputs) -> Iterator[None]:
+    """Within it products have float32 results, whatever a caller's autocast says of them.
 
-    U and W lose nothing by it; G is rounded to 8 bits entry by entry, as the gradients are that come of it.
+    A CPU with bfloat16 units uses them where U and W are bfloat16. U and W lose nothing by it; G is rounded to 8 bits
+    entry by entry, as the gradients are that come of it.
     """
-    if x.U.dtype != torch.bfloat16 or x.U.device.type != "cpu":
-        yield
-        return
-    backend: Any = torch.backends.mkldnn
-    settings = backend.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+    device = x.U.device.type
+    # autocast would round scores to bfloat16, and products added in place would be added to a copy
+    with torch.autocast(device, enabled=False):
+        if x.U.dtype != torch.bfloat16 or device != "cpu":
+            yield
+            return
+        backend: Any = torch.backends.mkldnn
+        settings = backend.matmul
+        before = settings.fp32_precision
+        settings.fp32_precision = "bf16"
+        try:
+            yield
+        finally:
+            settings.fp32_precision = before
 
 
 def positive_scores(x: LossInputs, with_beta: bool = True) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -101,6 +102,34 @@ def test_lower_precision(pools: dict[int, Pool], direction: str, dtype: torch.dt
     )
 
 
+@pytest.mark.parametrize("direction", ["q2d", "both"])
+def test_within_a_group_of_some_ranks(pools: dict[int, Pool], direction: str) -> None:
+    """Ranks 0 and 2 have one batch, rank 1 another, at the same time."""
+    options = frozenset({"beta", "query_ids", "doc_ids", "weight"})
+    generator = torch.Generator().manual_seed(8)
+    shards = make_shards(generator, [(4, 6), (5, 5), (3, 7)], 4, num_queries=5, num_docs=6, options=options)
+    results = pools[3].run(in_a_group, shards, direction)
+    for members in ([0, 2], [1]):
+        loss, leaves = reference.fps([shards[k] for k in members], 5.0, direction)
+        found = [results[k] for k in members]
+        for value, _ in found:
+            assert_close(value, loss, 1e-10, "loss")
+        for at in (0, 1):
+            right = leaves[at]
+            assert right is not None
+            assert_close(torch.cat([grads[at] for _, grads in found]) / len(members), right, 1e-10, "UW"[at])
+
+
+def in_a_group(rank: int, world_size: int, shards: list[Shard], direction: str) -> Any:
+    groups = [dist.new_group([0, 2]), dist.new_group([1])]
+    shard = shards[rank]
+    U, W = shard.U.clone().requires_grad_(), shard.W.clone().requires_grad_()
+    arguments: dict[str, Any] = {**shard.arguments(), "direction": direction, "tile": 4}
+    out = fps_loss(U, W, shard.positive, alpha=5.0, group=groups[rank % 2], **arguments)
+    out.loss.backward()
+    return out.loss.detach(), [U.grad, W.grad]
+
+
 def test_statistics(pools: dict[int, Pool]) -> None:
     """Counted by hand: three queries, five columns, one duplicate of a positive."""
     eye = torch.eye(3, dtype=DOUBLE)
@@ -124,13 +153,18 @@ def test_no_gradient_wanted(pools: dict[int, Pool]) -> None:
     assert_close(out.loss, reference.fps(shards, 3.0, "both")[0], 1e-10, "loss")
 
 
-def test_only_some_gradients_wanted() -> None:
-    shard = make_shards(torch.Generator().manual_seed(2), [(4, 6)], 5)[0]
-    _, expected = reference.fps([shard], 3.0, "q2d")
-    W = shard.W.clone().requires_grad_()
-    fps_loss(shard.U, W, alpha=3.0).loss.backward()
-    assert expected[1] is not None and W.grad is not None
-    assert_close(W.grad, expected[1], 1e-10, "W")
+@pytest.mark.parametrize("direction", ["q2d", "d2q", "both"])
+@pytest.mark.parametrize("wanted", ["U", "W", "alpha", "beta"])
+def test_only_one_gradient_wanted(wanted: str, direction: str) -> None:
+    shard = make_shards(torch.Generator().manual_seed(2), [(4, 6)], 5, options=frozenset({"beta"}))[0]
+    right = dict(zip(["U", "W", "alpha", "beta"], reference.fps([shard], 3.0, direction)[1], strict=True))[wanted]
+    given = {"U": shard.U, "W": shard.W, "alpha": torch.tensor(3.0, dtype=DOUBLE), "beta": shard.beta}
+    leaf = given[wanted]
+    assert leaf is not None and right is not None
+    leaf.requires_grad_()
+    (found,) = torch.autograd.grad(fps_loss(**given, direction=direction).loss, leaf)  # type: ignore[arg-type]
+    assert found.shape == leaf.shape
+    assert_close(found, right.view(leaf.shape), 1e-10, wanted, 1.0)
 
 
 def test_known_pairs_change_the_loss() -> None:

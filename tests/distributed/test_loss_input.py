@@ -43,6 +43,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "neg_bias' gradient": ({"neg_bias": torch.zeros(N, requires_grad=True)}, "it gets no gradient"),
     "known without ids": ({"known": torch.zeros(1, 2, dtype=torch.int64)}, "known pairs need query_ids"),
     "alpha's shape": ({"alpha": torch.ones(2)}, "alpha must be one float"),
+    "alpha's type": ({"alpha": "2"}, "alpha must be one float, got str"),
+    "a list of ids": ({"doc_ids": [1, 2, 3, 4]}, "doc_ids must be a tensor, got list"),
+    "a list of weights": ({"weight": [1.0, 1.0, 1.0]}, "weight must be a tensor, got list"),
+    "weight's gradient": ({"weight": torch.ones(M, requires_grad=True)}, "weight is a constant of the data"),
     "tile": ({"tile": 0}, "tile must be at least 1"),
     "direction's name": ({"direction": "d2d"}, "direction must be one of"),
     # what only the other ranks can see
@@ -86,6 +90,7 @@ def call_ranking(rank: int, world_size: int, bad: dict[str, Any]) -> str:
         ({"name": "hinge"}, "the loss must be one of softmax, pair_ce, triplet, sigmoid, got 'hinge'"),
         ({"in_batch": False}, "needs negatives, in_batch=True, or both"),
         ({"negatives": torch.zeros(M, 2)}, "negatives must be int64"),
+        ({"negatives": [[1]] * M}, "negatives must be int64, got list"),
         ({"negatives": torch.zeros(M + 1, 2, dtype=torch.int64)}, "negatives must be [3, k]"),
         ({"negatives": torch.full((M, 2), N)}, "negatives hold a column outside -1"),
         ({"name": "triplet"}, "disagree on the loss or its direction"),

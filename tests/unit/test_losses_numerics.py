@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from bigdssm.losses import fps_loss
+from bigdssm.losses import RANKING_NAMES, fps_loss, ranking_loss, scored_loss
 
 DIRECTIONS = ("q2d", "d2q", "both")
 DOUBLE = torch.float64
@@ -95,6 +95,63 @@ def test_bfloat16_is_as_good_as_its_inputs(direction: str, alpha: float, narrow:
     assert torch.backends.mkldnn.matmul.fp32_precision == before
     for a, b in zip(results, exact(U, W, alpha, direction), strict=True):
         assert float((a.double() - b).norm() / b.norm()) <= 5e-3
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_callers_autocast_changes_nothing(direction: str) -> None:
+    """It would round the scores, and have products that are added in place be added to a copy."""
+    U, W = unit(40, 8, 1).float(), unit(50, 8, 2).float()
+    negatives = torch.arange(80).view(40, 2) % 50
+
+    def ranking(U: Tensor, W: Tensor) -> Tensor:
+        return ranking_loss("softmax", U, W, alpha=100.0, in_batch=True, negatives=negatives).loss
+
+    def fps(U: Tensor, W: Tensor) -> Tensor:
+        return fps_loss(U, W, alpha=100.0, direction=direction).loss  # type: ignore[arg-type]
+
+    for loss in (fps, ranking):
+        plain, inside = (t.clone().requires_grad_() for t in (U, U))
+        expected = loss(plain, W)
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss(inside, W)
+        assert torch.equal(value, expected)
+        assert torch.equal(*(torch.autograd.grad(v, leaf)[0] for v, leaf in ((value, inside), (expected, plain))))
+
+
+def test_bfloat16_scores_are_widened_before_they_are_summed() -> None:
+    scores = (10 * unit(64, 9, 1)).bfloat16()
+    for name in RANKING_NAMES:
+        found, right = (scored_loss(name, s).loss for s in (scores, scores.double()))  # type: ignore[arg-type]
+        assert float(found) == pytest.approx(float(right), rel=1e-6)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    U = unit(4, 8, 1).requires_grad_()
+    loss = fps_loss(U, unit(4, 8, 2), alpha=3.0).loss
+    with pytest.raises(NotImplementedError, match="no second derivatives"):
+        torch.autograd.grad(loss, U, create_graph=True)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_memory_layout_and_the_size_of_ids_do_not_matter(direction: str) -> None:
+    least, most = -(2**63), 2**63 - 1
+    ids = torch.tensor([[most, 7], [0, 7], [least, 7], [-1, 7], [most, 7], [1, 7]])[:, 0]
+    U, W = unit(4, 5, 1).T, unit(12, 4, 2)[::2]
+    assert not U.is_contiguous() and not W.is_contiguous() and not ids.is_contiguous()
+    small = torch.unique(ids, return_inverse=True)[1]
+    views = fps_loss(U, W, alpha=3.0, direction=direction, query_ids=ids[1:], doc_ids=ids)  # type: ignore[arg-type]
+    plain = fps_loss(
+        U.contiguous(), W.contiguous(), alpha=3.0, direction=direction,  # type: ignore[arg-type]
+        query_ids=small[1:].contiguous(), doc_ids=small,
+    )  # fmt: skip
+    assert float(views.loss) == pytest.approx(float(plain.loss), rel=1e-12)
+    assert views.stats["dropped_fraction"] == plain.stats["dropped_fraction"] > 0
+
+
+def test_nothing_anywhere() -> None:
+    for direction in DIRECTIONS:
+        loss, dU, dW = found(torch.zeros(0, 4), torch.zeros(0, 4), 2.0, direction)
+        assert float(loss) == 0.0 and dU.shape == dW.shape == (0, 4)
 
 
 def test_float32_products_are_never_narrowed() -> None:
