@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("--doc", help="the document's text column")
     parser.add_argument("--rows", type=float, default=1e9, help="of the index (default: 1e9)")
     parser.add_argument("--docs", type=float, default=1e7, help="of the catalogue (default: 1e7)")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     return run_main(lambda: TASKS[args.task](args))
 
 

@@ -122,7 +122,11 @@ class Fitting:
 def _source(config: DataConfig, target: Target, files: Sequence[Path], options: Any) -> str:
     """Return what a dataset is made of, and with what, as text."""
     inputs = [*files, *([target.like / SCHEMA_FILE] if target.like else []), *_tokenizer_files(config)]
-    stats = [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path in inputs if (stat := path.stat())]
+    stats = [
+        (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+        for path in inputs
+        if path.is_file() and (stat := path.stat())
+    ]
     code = (code_checksum(), pa.__version__, tokenizers.__version__, np.__version__)
     return json.dumps([asdict(config), asdict(options), target.seed, stats, code], default=str, sort_keys=True)
 

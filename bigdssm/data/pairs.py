@@ -83,6 +83,11 @@ def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress:
             raise ConfigError(f"data.query.{name}: pairs have no histories; use the sub-command `interactions`")
     fractions = (tables.validation_fraction, tables.test_fraction)
     splitter = Splitter(tables.split, tables.split_column, fractions, target.seed, tables.whole_documents)
+    for path in tables.files:
+        if is_shard(path):
+            check_shard(path)
+        elif not path.is_file():
+            raise DataError(f"table {path} does not exist")
     # a BEIR collection is written while reading, and has no journal
     with target.open(config, () if tables.beir else tables.files, tables) as writer:
         if tables.raw_text and not writer.append:
@@ -142,11 +147,6 @@ class _Making:
         fields = [("query_id", pa.int64()), ("doc", pa.int64()), ("relevance", pa.float32())]
         fields += [(f"feature.{name}", canonical_type(feature)) for name, feature in base.query.items()]
         self.row_schema = pa.schema(fields)
-        for path in tables.files:
-            if is_shard(path):
-                check_shard(path)
-            elif not path.is_file():
-                raise DataError(f"table {path} does not exist")
         spools = done["spools"] if done else [None] * len(SPLITS)
         self.train = ShuffleSpool(writer.spool, self.row_schema, num_buckets(tables.files), spools[0])
         self.beir = BeirWriter(tables.beir, self.query, self.doc) if tables.beir else None

@@ -108,18 +108,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return Whole(folder / "pairs.jsonl", folder / "whole", *make(folder / "pairs.jsonl", folder / "whole", "new")[1:])
 
 
-def kill_until_it_ends(source: Path, out: Path, mode: str, places: int) -> list[int]:
-    """Make `out`, killed at random places, and return these."""
-    kills: list[int] = []
-    while True:
-        kills.append(random.randint(1, max(2, places - 30 * len(kills))))  # what is left becomes less
-        if not make(source, out, mode, kills[-1])[0]:
-            return kills
-        assert len(kills) < 30, kills
+def make_with_kills(source: Path, out: Path, mode: str, places: int) -> list[int]:
+    """Make `out`, killed once while reading and then at up to three random places; return these."""
+    kills = [places // 6, *(random.randint(4, places // part) for part in (2, 3, 4))]
+    for number, kill in enumerate(kills):
+        if not make(source, out, mode, kill)[0]:  # less was left to do
+            return kills[:number]
+    assert make(source, out, mode)[0] == 0
+    return kills
 
 
 def test_a_making_that_is_killed_goes_on_to_the_same_bytes(whole: Whole, tmp_path: Path) -> None:
-    kills = kill_until_it_ends(whole.source, tmp_path / "killed", "new", whole.places)
+    kills = make_with_kills(whole.source, tmp_path / "killed", "new", whole.places)
     assert content(tmp_path / "killed") == content(whole.out), kills
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "killed.read"], kills
 
@@ -132,7 +132,7 @@ def test_so_does_an_append(tmp_path: Path) -> None:
         assert make(source, out, "new")[0] == 0
     write_source(source, 1)
     places = make(source, first, "append")[2]
-    kills = kill_until_it_ends(source, second, "append", places)
+    kills = make_with_kills(source, second, "append", places)
     assert content(second) == content(first), kills
     assert Dataset.open(second).num_rows("train") > 4000 and not list(second.glob(".*")), kills
 

@@ -84,6 +84,16 @@ def test_pairs_from_the_command_line(tiny_pairs: Any, tmp_path: Path, capsys: An
     assert caught.value.code == 2 and not (tmp_path / "o2").exists()
 
 
+def test_what_is_not_there_is_named(tiny_pairs: Any, tmp_path: Path, capsys: Any) -> None:
+    main = tool("make_shards").main
+    command = pairs_command(tiny_pairs, tmp_path / "out")
+    assert main([*command, "--like", str(tmp_path / "no")]) == 3
+    assert main(["no.jsonl" if word.endswith("pairs.jsonl") else word for word in command]) == 3
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "no/schema.json does not exist" in said[0]
+    assert said[1] == "error: table no.jsonl does not exist" and not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_is_no_dataset_is_left_alone(tiny_pairs: Any, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("x")

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import xxhash
 from hypothesis import given, settings
@@ -189,6 +190,26 @@ def test_a_changed_mixture_is_refused_by_name(days: Path) -> None:
         PairStream(open_dataset(config(days, *WEIGHTED)), rows_global=96, lanes=8).check_state(
             PairStream(Dataset.open(days, ["day0"]), **NUMBERS).state()
         )
+
+
+@pytest.mark.parametrize("batches", ["mixed", "one_source"])
+def test_memory_is_bounded_by_lanes_window_and_sources(tmp_path: Path, tools, batches: str) -> None:
+    """One window a lane and source, and one more while it is loaded: not by the partitions, nor by how long it runs."""
+    lanes, window, rows_per_block, num_sources = 4, 3, 100, 3
+    writer = tools.Writer(tmp_path / "data", rows=12_000, rows_per_block=rows_per_block, interactions=False, text=True)
+    writer.write("a", "b", "c")
+    sources = [SourceConfig(partitions=(name,), weight=weight) for name, weight in (("a", 5), ("b", 3), ("c", 2))]
+    dataset = open_dataset(config(tmp_path / "data", *sources, mixture_batches=batches))
+    stream = PairStream(dataset, rows_global=64, lanes=lanes, window_blocks=window)
+    bytes_per_row = sum(column.nbytes for column in writer.columns(0, 1000, 0).values()) / 1000
+    window_bytes = window * rows_per_block * bytes_per_row
+    before, most = pa.total_allocated_bytes(), 0
+    for rows in islice(stream, 2 * stream.steps_per_epoch):
+        most = max(most, pa.total_allocated_bytes() - before)
+        assert len(rows) == 64
+    held = lanes * num_sources * window_bytes
+    assert held / 2 < most < held + 2 * window_bytes, (most, held)  # the one being loaded, and its copy in order
+    assert most < 0.15 * 36_000 * bytes_per_row
 
 
 WORDS = DataConfig(
