@@ -22,6 +22,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -43,7 +44,6 @@ VERDICT = "verdict"
 STOPPED_EXIT_CODE = 143  # what shells give for SIGTERM
 
 logger = get_logger(__name__)
-_started = 0  # watchdogs of this process so far; the same on every rank, it names their boards
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,6 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         """Begin. A collective."""
-        global _started
-        _started += 1
         me = Peer(self._rank, socket.gethostname(), os.getpid(), _machine())
         self._peers: list[Peer] = distributed.all_gather_object(me)
         self._near = [
@@ -96,7 +94,8 @@ class Watchdog:
             if peer.machine == me.machine and peer.rank != me.rank and state_of(peer.pid) is not None
         ]  # fmt: skip
         self._next = self._peers[(self._rank + 1) % self._world_size]
-        self._board = Board(f"watchdog-{_started}")
+        # torchrun's store may outlive the ranks that it starts again: a verdict on the dead must not end those
+        self._board = Board(f"watchdog-{distributed.broadcast_object(uuid.uuid4().hex)}")
         self._threads = [
             threading.Thread(target=target, name=f"watchdog-{target.__name__}", daemon=True)
             for target in (self._exchange, self._judge)

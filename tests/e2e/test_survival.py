@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed import small_run
-from tests.e2e.runs import BIN, ROOT, Run, environment, launcher
+from tests.e2e.runs import BIN, ROOT, Run, environment, free_port, launcher
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -88,6 +88,22 @@ def test_a_stopped_rank_ends_the_run_within_its_timeout(config: Path, folder: Pa
     assert re.search(r"rank 0 \(pid \d+ on \S+\) is stopped", run.errors[0])
     assert "in all_gather" in run.log or "in all_reduce" in run.log  # the stacks
     assert run.checkpoints() == []
+
+
+def test_torchrun_restarts_what_has_died(config: Path, folder: Path) -> None:
+    arguments = ("pretrain.steps=200", "pretrain.save_every_steps=5", "--resume", "auto")
+    endpoint = f"127.0.0.1:{free_port()}"
+    command = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--max-restarts", "1"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+    variables = environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    run = Run(folder, config, *arguments, command=command, variables=variables)
+    run.wait_for("checkpoint took")
+    os.kill(run.events()[0]["pid"], signal.SIGKILL)
+    assert run.wait() == 0, run.log
+    assert [(event["event"], event.get("exit_code")) for event in run.events()] == [
+        ("start", None), ("start", None), ("end", 0)
+    ]  # fmt: skip
+    assert run.events()[1]["step"] >= 5 and max(run.checkpoints()) == "step-00000200"
 
 
 def test_a_run_goes_through_damage_of_every_kind_to_the_same_bits(config: Path, folder: Path) -> None:

@@ -18,7 +18,9 @@ import xxhash
 from bigdssm.data import Dataset, PairStream, Rows
 from bigdssm.data import blocks as blocks_module
 from bigdssm.data.arrow_size import decoded_size
+from bigdssm.data.blocks import Layout, decode
 from bigdssm.errors import DataError
+from bigdssm.schema import Feature, Schema
 
 STEPS, ROWS_GLOBAL, LANES = 21, 48, 8
 FIRST_SHARD = "partitions/all/train-000000.tar"
@@ -223,6 +225,24 @@ def test_a_block_that_would_fill_the_memory_is_refused_before_it_is_decoded(
     assert missing(rows) == list(range(64))
     assert "bytes decoded, more than the" in lines[0]["reason"]
     assert pa.default_memory_pool().max_memory() - before < 1 << 24
+
+
+def test_a_block_of_raw_text_that_is_not_utf8_is_refused(tools) -> None:
+    """Nothing that is tokenised while it is read may be anything but UTF-8; make_shards never writes other text."""
+    words = {"words": Feature("words", "text", "words", max_tokens=6)}
+    layout = Layout.of(Schema(words, {}), inline=False, num_docs=(1,), vocab_size=9, sequences=(), raw_text=True)
+    for text, good in ((b"na\xc3\xafve", True), (b"na\xefve", False)):
+        offsets = pa.py_buffer(np.array([0, len(text)], np.int64))
+        columns = {
+            "query_id": pa.array([1]), "relevance": pa.array([1.0], pa.float32()), "doc": pa.array([0]),
+            "words": pa.Array.from_buffers(pa.large_string(), 1, [None, offsets, pa.py_buffer(text)]),
+        }  # fmt: skip
+        content = tools.block_bytes(columns)
+        if good:
+            assert decode(content, layout).column("words").to_pylist() == ["naïve"]
+        else:
+            with pytest.raises(pa.ArrowInvalid, match="UTF8"):
+                decode(content, layout)
 
 
 @pytest.mark.parametrize("position", range(0, 1200, 7))
