@@ -1,7 +1,9 @@
-"""Ranks that were not started alike are told so before anything is written."""
+"""Ranks that were not started alike are told so before anything is written; a signal to one is heeded by all."""
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,24 @@ def differing(rank: int, world_size: int, config: Path, run_dir: Path, what: str
         small_run.run(rank, world_size, config, run_dir, overrides)
     finally:
         stages.versions, Dataset.fingerprint = versions, fingerprint  # type: ignore[assignment,method-assign]
+
+
+def asked_on_the_last_rank(rank: int, world_size: int) -> tuple[bool, bool]:
+    """Return whether the ranks agree to stop, before and after one of them got SIGTERM."""
+    from bigdssm.training.signals import StopRequest
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stop = StopRequest()
+        stop.wait_for_steps()
+        before = stop.agreed()
+        if rank == world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return before, stop.agreed()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_a_signal_to_one_rank_stops_all(pools: dict[int, Pool]) -> None:
+    assert pools[2].run(asked_on_the_last_rank) == [(False, True)] * 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,20 @@ def test_before_the_first_step_a_rank_may_take_its_time(watchdog: Watchdog) -> N
     watchdog._moves, watchdog._exchanged_at, watchdog._heard_at = 0, 999.0, 999.0
     watchdog._survey = {}
     assert watchdog._fault(999.0) is None
+
+
+def test_a_request_by_file_becomes_the_signal_that_stops_a_run(
+    watchdog: Watchdog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
+    watchdog._stop_file = tmp_path / "stop"
+    watchdog._stop_file.write_text("save\n")
+    watchdog._watch_launcher()
+    assert not sent and watchdog._stop_file.exists(), "it is rank 0 that heeds it"
+    watchdog._rank = 0
+    watchdog._watch_launcher()
+    assert sent == [(os.getpid(), signal.SIGTERM)] and not watchdog._stop_file.exists()
+    watchdog._stop_file.write_text("save\n")
+    watchdog._watch_launcher()
+    assert len(sent) == 1, "once is enough"
