@@ -118,8 +118,16 @@ def test_ddp(pools: dict[int, Pool], world_size: int, loss: str, clip: float) ->
         assert_same(weights, expected, 1e-10)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize(("world_size", "loss"), [(1, "fps"), (2, "fps"), (2, "pair_ce"), (3, "fps")])
+# every stage on two ranks, and each other case at one stage; the rest with --full
+QUICK = {*((2, "fps", stage) for stage in range(4)), (1, "fps", 1), (3, "fps", 2), (2, "pair_ce", 3)}
+ENGINES = [
+    pytest.param(*case, stage, marks=() if (*case, stage) in QUICK else pytest.mark.slow)
+    for case in ((1, "fps"), (2, "fps"), (2, "pair_ce"), (3, "fps"))
+    for stage in range(4)
+]
+
+
+@pytest.mark.parametrize(("world_size", "loss", "stage"), ENGINES)
 def test_deepspeed(pools: dict[int, Pool], world_size: int, loss: str, stage: int) -> None:
     for clip in CLIPS:
         expected = train_plain(0, 1, loss, clip)

@@ -70,6 +70,13 @@ def test_the_shipped_configs_load(file: Path) -> None:
         ("pretrain.loss.norm_penalty=-1", ["pretrain.loss.norm_penalty", "not below 0"]),
         ("sft.loss={name: pair_ce, negatives: 3, mlp: [8]}", ["sft.loss.mlp", "[8]", "in_batch=false"]),
         ("pretrain.loss={name: pair_ce, negatives: 3, in_batch: false, mlp: [8]}", ["pretrain.loss.mlp", "stage sft"]),
+        ("pretrain.loss.widths=[48, 48]", ["pretrain.loss.widths", "[48, 48]", "distinct numbers"]),
+        ("pretrain.loss.widths=[9999]", ["pretrain.loss.widths", "below model.dim"]),
+        ("sft.loss={name: pair_ce, negatives: 3, in_batch: false, mlp: [0]}", ["sft.loss.mlp", "at least 1"]),
+        (
+            "sft.loss={name: pair_ce, negatives: 3, in_batch: false, mlp: [8], widths: [4]}",
+            ["sft.loss.mlp", "widths=[]"],
+        ),
         ("sft.loss.name=sigmoid", ["model.beta", "got document", "needs scalar", "sft.loss.name"]),
         ("model.beta=scalar", ["model.beta", "got scalar", "without a sigmoid loss"]),
         ("pretrain.save_every_minutes=-1", ["pretrain.save_every_minutes", "at least 0"]),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,64 +16,39 @@ from bigdssm.losses import (
     LossInputError,
     StreamingFrequency,
     apply_sampling,
-    fps_loss,
     log_expected_from_counts,
     norm_penalty,
     relevance_weight,
-    sample_uniform,
 )
 
-ITEMS, BATCH, D = 10_000, 256, 8
-TASTE = 2.0  # how much more than the scores the queries' own taste decides
+
+def load_tool() -> Any:
+    path = Path(__file__).resolve().parents[2] / "tools/bench_sampling.py"
+    spec = importlib.util.spec_from_file_location("bench_sampling", path)
+    assert spec is not None and spec.loader is not None
+    sys.modules["bench_sampling"] = module = importlib.util.module_from_spec(spec)  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = load_tool()
+gradient_bias = tool.gradient_bias
 
 
 @pytest.fixture(scope="module")
-def world() -> dict[str, Tensor]:
+def world() -> Any:
     """10,000 items with Zipf popularity, and queries."""
-    generator = torch.Generator().manual_seed(0)
-    popularity = 1.0 / torch.arange(1, ITEMS + 1, dtype=torch.float64)
-    items = torch.randn(ITEMS, D, generator=generator, dtype=torch.float64) / math.sqrt(D)
-    queries = torch.randn(500, D, generator=generator, dtype=torch.float64)
-    drawn = torch.softmax(TASTE * queries @ items.T + popularity.log(), 1)
-    return {"items": items, "queries": queries, "drawn": drawn}
+    return tool.make_world()
 
 
-def gradient_bias(
-    world: dict[str, Tensor], sampling: str, gamma: float, num_uniform: int = 0, batches: int = 12
-) -> float:
-    """Return |mean gradient of a linear document tower − the full softmax's| / |the full softmax's|.
-
-    Positives are drawn from p(d|q), which the scores fit only in part.
-    """
-    generator = torch.Generator().manual_seed(1)
-    items, drawn = world["items"], world["drawn"]
-    log_expected = log_expected_from_counts(drawn.mean(0) * 1e9, torch.arange(ITEMS), BATCH, num_uniform)
-    total, right = torch.zeros(D, D, dtype=torch.float64), torch.zeros(D, D, dtype=torch.float64)
-    for _ in range(batches):
-        rows = torch.randint(len(drawn), (BATCH,), generator=generator)
-        U = world["queries"][rows]
-        S = U @ items.T
-        docs = torch.multinomial(drawn[rows], 1, generator=generator)[:, 0]
-        columns = torch.cat([docs, sample_uniform(num_uniform, ITEMS, generator)])
-        W = items[columns].requires_grad_()
-        biases = apply_sampling(sampling, log_expected[columns], gamma=gamma)  # type: ignore[arg-type]
-        fps_loss(U, W, alpha=1.0, beta=biases.beta, neg_bias=biases.neg_bias, doc_ids=columns).loss.backward()
-        assert W.grad is not None
-        total += W.grad.T @ items[columns]
-        p = torch.softmax(S, 1)
-        p[torch.arange(BATCH), docs] -= 1
-        right += (p.T @ U).T @ items / BATCH
-    return float((total - right).norm() / right.norm())
-
-
-def test_each_correction_brings_the_gradient_nearer_to_the_full_softmax(world: dict[str, Tensor]) -> None:
+def test_each_correction_brings_the_gradient_nearer_to_the_full_softmax(world: Any) -> None:
     none, classic, corrected = (gradient_bias(world, s, 1.0) for s in ("none", "classic", "corrected"))
     half = gradient_bias(world, "corrected", 0.5)
     assert corrected < classic < none
     assert corrected < half < none
 
 
-def test_uniform_negatives_with_the_mixtures_counts_are_nearer_still(world: dict[str, Tensor]) -> None:
+def test_uniform_negatives_with_the_mixtures_counts_are_nearer_still(world: Any) -> None:
     assert gradient_bias(world, "corrected", 1.0, num_uniform=2048) < gradient_bias(world, "corrected", 1.0)
 
 
@@ -113,15 +92,15 @@ def test_streaming_estimate_counts_copies() -> None:
     torch.testing.assert_close(found, expected, rtol=0.03, atol=0)
 
 
-def test_streaming_estimate_is_as_good_as_the_counts(world: dict[str, Tensor]) -> None:
+def test_streaming_estimate_is_as_good_as_the_counts(world: Any) -> None:
     """On Zipf popularity, batches of 256: of the 100 most frequent documents, after 2,000 steps."""
     generator = torch.Generator().manual_seed(2)
-    share = world["drawn"].mean(0)
+    share = world.drawn.mean(0)
     estimate = StreamingFrequency(num_buckets=1 << 16, rate=0.01)
     for _ in range(2000):
-        estimate.update(torch.multinomial(share, BATCH, replacement=True, generator=generator))
+        estimate.update(torch.multinomial(share, tool.BATCH, replacement=True, generator=generator))
     top = share.topk(100).indices
-    exact = log_expected_from_counts(share * 1e12, top, BATCH)
+    exact = log_expected_from_counts(share * 1e12, top, tool.BATCH)
     assert float((estimate.log_expected(top) - exact).abs().mean()) < 0.1
 
 

@@ -1,0 +1,82 @@
+"""How far in-batch negatives lead the gradient from that of the softmax over the whole catalogue, per correction.
+
+    python tools/bench_sampling.py
+
+10,000 items with Zipf popularity; positives drawn from p(d|q), which the scores fit only in part; batches of 256. The
+bias is |mean gradient of a linear document tower - the full softmax's| / |the full softmax's| over the same batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bigdssm.losses import apply_sampling, fps_loss, log_expected_from_counts, sample_uniform
+from bigdssm.losses.sampling import Sampling
+
+ITEMS, BATCH, D = 10_000, 256, 8
+TASTE = 2.0  # how much more than the scores the queries' own taste decides
+
+
+@dataclass(frozen=True)
+class World:
+    """Items [ITEMS, D], queries [500, D] and p(d|q) [500, ITEMS]."""
+
+    items: Tensor
+    queries: Tensor
+    drawn: Tensor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, default=200)
+    args = parser.parse_args()
+    world = make_world()
+    print(f"{ITEMS} items, {args.batches} batches of {BATCH}: relative bias of the gradient")
+    print(f"{'none':35s} {gradient_bias(world, 'none', batches=args.batches):.3f}")
+    for sampling in ("classic", "corrected"):
+        for gamma in (0.5, 1.0):
+            print(f"{f'{sampling}, gamma {gamma}':35s} {gradient_bias(world, sampling, gamma, 0, args.batches):.3f}")
+    for num in (256, 2048):
+        name = f"corrected, and {num} uniform columns"
+        print(f"{name:35s} {gradient_bias(world, 'corrected', 1.0, num, args.batches):.3f}")
+
+
+def make_world() -> World:
+    generator = torch.Generator().manual_seed(0)
+    popularity = 1.0 / torch.arange(1, ITEMS + 1, dtype=torch.float64)
+    items = torch.randn(ITEMS, D, generator=generator, dtype=torch.float64) / math.sqrt(D)
+    queries = torch.randn(500, D, generator=generator, dtype=torch.float64)
+    return World(items, queries, torch.softmax(TASTE * queries @ items.T + popularity.log(), 1))
+
+
+def gradient_bias(
+    world: World, sampling: Sampling, gamma: float = 1.0, num_uniform: int = 0, batches: int = 12
+) -> float:
+    """Return the relative bias."""
+    generator = torch.Generator().manual_seed(1)
+    items, drawn = world.items, world.drawn
+    log_expected = log_expected_from_counts(drawn.mean(0) * 1e9, torch.arange(ITEMS), BATCH, num_uniform)
+    total, right = torch.zeros(D, D, dtype=torch.float64), torch.zeros(D, D, dtype=torch.float64)
+    for _ in range(batches):
+        rows = torch.randint(len(drawn), (BATCH,), generator=generator)
+        U = world.queries[rows]
+        docs = torch.multinomial(drawn[rows], 1, generator=generator)[:, 0]
+        columns = torch.cat([docs, sample_uniform(num_uniform, ITEMS, generator)])
+        W = items[columns].requires_grad_()
+        biases = apply_sampling(sampling, log_expected[columns], gamma=gamma)
+        fps_loss(U, W, alpha=1.0, beta=biases.beta, neg_bias=biases.neg_bias, doc_ids=columns).loss.backward()
+        assert W.grad is not None
+        total += W.grad.T @ items[columns]
+        p = torch.softmax(U @ items.T, 1)
+        p[torch.arange(BATCH), docs] -= 1
+        right += (p.T @ U).T @ items / BATCH
+    return float((total - right).norm() / right.norm())
+
+
+if __name__ == "__main__":
+    main()
