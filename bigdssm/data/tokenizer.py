@@ -16,6 +16,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from bigdssm.config import TokenizerConfig
+from bigdssm.data.ragged import Ragged
 from bigdssm.errors import ConfigError
 
 PAD, UNKNOWN, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -49,6 +50,10 @@ class TextEncoder:
             parts.append(np.fromiter(chain.from_iterable(ids), np.int32, sum(lengths[-len(ids) :])))
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         return np.concatenate(parts) if parts else np.empty(0, np.int32), offsets
+
+    def decode(self, tokens: Ragged) -> list[str]:
+        """Return the texts that token ids stand for, as the tokenizer writes them: cut, and in its case."""
+        return self._tokenizer.decode_batch([tokens[row].tolist() for row in range(len(tokens))])
 
 
 def make_tokenizer(config: TokenizerConfig, texts: Texts, folder: Path) -> None:

@@ -14,10 +14,11 @@ import torch
 import yaml
 
 from bigdssm.config import Config, load_config
-from bigdssm.data import Dataset
+from bigdssm.data import Dataset, Ragged
 from bigdssm.data.beir import Entry, read_collection
 from bigdssm.data.making import Target
 from bigdssm.data.pairs import PairTables, make_pairs
+from bigdssm.data.tokenizer import TextEncoder as Tokenizer
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.collection import cut_vectors, model_run, model_vectors, pretrained_run
 from bigdssm.evaluation.split import evaluate_split
@@ -27,6 +28,8 @@ from bigdssm.losses.matryoshka import cut
 from bigdssm.models import DualEncoder
 from bigdssm.models.encoders import TextEncoder
 from bigdssm.retrieval.embed import encode_in_bf16, tower_encoders
+from bigdssm.retrieval.mine import mine
+from bigdssm.retrieval.mined_sample import mined_sample
 from tests.unit.retrieval.conftest import SMALL, random_model
 from tests.unit.retrieval.test_tools import Tools
 
@@ -98,6 +101,29 @@ def test_bfloat16_changes_the_products_alone(made: tuple[Dataset, Path, Config],
         assert b.dtype == torch.float32 and not torch.equal(a, b)
         assert (a - b).abs().mean() < 0.02 * a.abs().mean()
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_mined_negatives_can_be_read(
+    made: tuple[Dataset, Path, Config], text_model: DualEncoder, monkeypatch: pytest.MonkeyPatch, capsys: Any,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    tools, (dataset, _, _) = Tools(monkeypatch, capsys), made
+    windows = mine(tower_encoders(text_model, dataset), dataset, first=2, last=9)
+    read = mined_sample(dataset, windows, 20)
+    own = np.concatenate([rows.doc_rows for rows in dataset.iterate("train", 999)])
+    assert dataset.tokenizer_dir is not None and len(own) == len(windows)
+    column = dataset.catalogue.columns(np.arange(dataset.catalogue.num_docs))["text"]
+    assert isinstance(column, Ragged)
+    texts = Tokenizer(dataset.tokenizer_dir).decode(column)
+    assert len(read) == 20
+    for one in read:
+        assert one.document == texts[own[one.row_id]] and one.negative in [texts[i] for i in windows[one.row_id]]
+    np.save(tmp_path / "mined.npy", windows)
+    out = tools.ran("sample_negatives", "--mined", tmp_path / "mined.npy", "--data", dataset.dir, "--count", 20)
+    assert out.count("negative:") == 20 and read[7].query in out
+    np.save(tmp_path / "mined.npy", windows[:-1])
+    message = tools.refused(3, "sample_negatives", "--mined", tmp_path / "mined.npy", "--data", dataset.dir)
+    assert "train rows" in message
 
 
 def test_known_positives_can_be_left_out(made: tuple[Dataset, Path, Config], text_model: DualEncoder) -> None:

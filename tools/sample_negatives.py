@@ -1,0 +1,39 @@
+"""Print some mined negatives beside their query and its own document, to judge how many are no negatives.
+
+    python tools/sample_negatives.py --mined RUN/sft/mined_negatives.npy --data DATASET [--count 50]
+
+The rows are evenly spaced over the train split, one negative each, drawn as training draws them. Texts are shown as the
+towers read them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from bigdssm.cli import run_main
+from bigdssm.data import Dataset
+from bigdssm.errors import DataError
+from bigdssm.retrieval.mined_sample import mined_sample
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mined", type=Path, required=True, metavar="NPY", help="of fine-tuning or mine_negatives.py")
+    parser.add_argument("--data", required=True, help="dataset folder or URL")
+    parser.add_argument("--count", type=int, default=50, help="how many (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the run's (%(default)s)")
+    args = parser.parse_args()
+    try:
+        windows = np.load(args.mined, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{args.mined} is no file of mined negatives: {error}") from None
+    for number, one in enumerate(mined_sample(Dataset.open(args.data), windows, args.count, args.seed), start=1):
+        print(f"{number}. row {one.row_id}: {one.query}\n   document: {one.document}\n   negative: {one.negative}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
