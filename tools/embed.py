@@ -21,7 +21,7 @@ from typing import get_args
 from bigdssm.cli import ProgressBar, run_main
 from bigdssm.data import Dataset
 from bigdssm.export import load_model_folder
-from bigdssm.retrieval.embed import encode_in_bf16, tower_encoders
+from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.vector_files import FileFormat, difference_from_model, write_card, write_file
 from bigdssm.retrieval.vectors import ROWS_PER_SHARD, Work, write_vectors
 
@@ -34,12 +34,9 @@ def main() -> None:
     parser.add_argument("--since", type=Path, metavar="EARLIER", help="vectors of the same model, may be --out")
     parser.add_argument("--format", nargs="+", choices=get_args(FileFormat), default=[], help="files to write too")
     parser.add_argument("--rows-per-shard", type=int, default=ROWS_PER_SHARD, help="documents a shard (%(default)s)")
-    parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16, which some processors do faster")
     args = parser.parse_args()
     folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
     folder.check_dataset(dataset)
-    if args.bf16:
-        encode_in_bf16(folder.model)
     encoders = tower_encoders(folder.model, dataset)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
     with ProgressBar() as progress:
