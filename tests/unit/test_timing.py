@@ -34,6 +34,46 @@ def test_a_span_counts_what_the_spans_in_it_do_not() -> None:
     assert timing.taken() == {}
 
 
+def test_on_a_device_the_clock_is_its_stream_s_and_no_span_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host runs ahead of a device that works 0.3 s on what took no time to start."""
+    stream_s, waits = 100.0, 0
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at_s = stream_s
+
+        def elapsed_time(self, later: Event) -> float:
+            return 1e3 * (later.at_s - self.at_s)
+
+        def synchronize(self) -> None:
+            nonlocal waits
+            waits += 1
+
+    timing.taken()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: pytest.fail("the whole device is waited for"))
+    with timing.span("encode"):
+        stream_s += 0.3
+        with timing.span("communication"):
+            stream_s += 0.1
+    with timing.span("data wait"):
+        time.sleep(0.02)  # while the device still works
+    assert waits == 0
+    assert timing.taken() == pytest.approx({"encode": 0.3, "encode/communication": 0.1, "data wait": 0.0})
+    assert waits == 1
+    for _ in range(5000):
+        with timing.span("much"):
+            stream_s += 0.001
+    assert waits == 2  # what is unread has a bound
+    assert timing.taken() == pytest.approx({"much": 5.0})
+    monkeypatch.undo()
+    timing.taken()
+
+
 def test_the_table_adds_up() -> None:
     table = TimeTable(6.0, 2, 30.0, {"encode": 1.0, "backward": 2.0, "validation": 1.0})
     table.add(TimeTable(4.0, 3, 30.0, {"encode": 1.0, "backward/encode again": 1.0, "validation/communication": 1.0}))
@@ -57,7 +97,7 @@ def test_operations_by_formula_are_those_that_torch_counts() -> None:
     )
     config = ModelConfig(
         dim=24,
-        beta=False,
+        beta="none",
         query=TowerConfig(mlp=(20,), history=HistoryEncoderConfig(layers=2)),
         doc=TowerConfig(text=TextEncoderConfig(layers=2, hidden=16)),
     )
