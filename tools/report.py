@@ -1,19 +1,22 @@
 """Report a run on a split: popularity, a window-3 Markov chain, the pretrained model, and what fine-tuning adds.
 
-    python tools/report.py RUN --out REPORT.json [--split test]
-    python tools/report.py RUN --out REPORT.json --beir DIR [--bm25] [--pretrained FOLDER] [--compare TREC …] [--bf16]
+    python tools/report.py RUN [RUN …] --out REPORT.json [--split test]
+    python tools/report.py RUN [RUN …] --out JSON --beir DIR [--bm25] [--pretrained FOLDER] [--compare TREC …] [--bf16]
 
 Evaluates RUN/pretrain/best and, where it is there, RUN/sft/best over the full catalogue. With --beir they are measured
 on a collection that tools/make_shards.py wrote beside the dataset, against BM25, a pretrained encoder as it is, and
-runs that tools/evaluate.py saved. REPORT.json is a list of {name, ndcg_at_10, …, seconds}; a model's seconds are those
-of its training and its evaluation.
+runs that tools/evaluate.py saved. Several RUNs are one config's with several seeds (launch/seeds.py): figures are means
+over them, ± a standard error over rows and seeds, and intervals resample both. REPORT.json is a list of
+{name, ndcg_at_10, …, seconds}; a model's seconds are those of its training and its evaluation, the figures of each seed
+stand under `seeds`.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -22,11 +25,11 @@ from time import perf_counter
 from rich.console import Console
 
 from bigdssm.cli import ProgressBar, run_main
-from bigdssm.config import Config
+from bigdssm.config import Config, RunConfig, first_difference
 from bigdssm.data import Dataset
 from bigdssm.data.beir import Collection, read_collection
 from bigdssm.data.cache import Cache
-from bigdssm.errors import CheckpointError
+from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.collection import Run, bm25_run, model_run, pretrained_run
 from bigdssm.evaluation.curves import training_seconds
 from bigdssm.evaluation.split import evaluate_split
@@ -47,7 +50,7 @@ from bigdssm.retrieval.embed import encode_in_bf16, tower_encoders
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder; several: one config's seeds")
     parser.add_argument("--data", help="dataset folder or URL (by default the one that the run was trained on)")
     parser.add_argument("--split", default="test", help="split of the dataset or collection (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="JSON", help="where the list is saved")
@@ -60,26 +63,29 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16, which some processors do faster")
     args = parser.parse_args()
 
-    stages = {stage: args.run / stage for stage in ("pretrain", "sft") if (args.run / stage / "best").is_dir()}
-    if not stages:
-        raise CheckpointError(f"{args.run} holds neither pretrain/best nor sft/best; train first")
-    folders = {stage: load_model_folder(folder / "best") for stage, folder in stages.items()}
-    if args.bf16:
-        for folder in folders.values():
-            encode_in_bf16(folder.model)
-    names = {stage: stage_name(stage, folder.config) for stage, folder in folders.items()}
+    runs = [trained_stages(run, args.bf16) for run in args.runs]
+    check_seeds(args.runs, [next(iter(stages.values())).config for stages in runs])
+    names = {stage: stage_name(stage, folder.config) for stage, folder in runs[0].items()}
     if args.beir is None:
-        data = next(iter(folders.values())).config.data
+        data = next(iter(runs[0].values())).config.data
         dataset = Dataset.open(args.data or data.dir, cache=Cache.of(data))
         others = baseline_systems(dataset, args.split)
-        models = [evaluated(names[stage], folders[stage], stages[stage], dataset, args.split) for stage in stages]
-        title, shown, pairs = f"{dataset.num_rows(args.split)} rows", SHOWN, [(m, others[-1]) for m in models]
+        measure = partial(evaluated, dataset=dataset, split=args.split)
+        title, shown = f"{dataset.num_rows(args.split)} rows", SHOWN
     else:
         collection = read_collection(args.beir, args.split)
         others = baselines_on_collection(collection, args)
-        models = [on_collection(names[stage], folders[stage], stages[stage], collection, args) for stage in stages]
+        measure = partial(on_collection, collection=collection, args=args)
         title, shown = f"{len(collection.qrels)} queries", SHOWN_OF_RUNS
-        pairs = [(model, other) for model in models for other in others]
+    models = [
+        System.of_seeds(
+            [measure(names[stage], stages[stage], run / stage) for run, stages in zip(args.runs, runs, strict=True)]
+        )
+        for stage in names
+    ]
+    pairs = [(model, other) for model in models for other in (others[-1:] if args.beir is None else others)]
+    if len(runs) > 1:
+        title += f", {len(runs)} seeds"
 
     console = Console()
     console.print(table([*others, *models], f"{args.split}, {title}", shown))
@@ -88,6 +94,29 @@ def main() -> None:
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, as_json([*others, *models]))
+
+
+def trained_stages(run: Path, bf16: bool) -> dict[str, ModelFolder]:
+    found = {
+        stage: load_model_folder(run / stage / "best")
+        for stage in ("pretrain", "sft")
+        if (run / stage / "best").is_dir()
+    }
+    if not found:
+        raise CheckpointError(f"{run} holds neither pretrain/best nor sft/best; train first")
+    if bf16:
+        for folder in found.values():
+            encode_in_bf16(folder.model)
+    return found
+
+
+def check_seeds(runs: Sequence[Path], configs: Sequence[Config]) -> None:
+    """Raise ConfigError unless the configs differ in their run sections alone."""
+    first = replace(configs[0], run=RunConfig()).to_dict()
+    for run, config in zip(runs, configs, strict=True):
+        difference = first_difference(first, replace(config, run=RunConfig()).to_dict())
+        if difference:
+            raise ConfigError(f"{run} is no other seed of {runs[0]}: {difference}; report it by itself")
 
 
 def stage_name(stage: str, config: Config) -> str:
@@ -102,7 +131,7 @@ def baselines_on_collection(collection: Collection, args: argparse.Namespace) ->
         name = f"{args.pretrained.name} as it is"
         runs[name] = partial(pretrained_run, args.pretrained, collection, bf16=args.bf16, filter_known=known)
     runs |= {path.stem: partial(read_run, path) for path in args.compare}
-    return [measured(name, run, collection, args, 0.0) for name, run in runs.items()]
+    return [measured(name, run, collection, args) for name, run in runs.items()]
 
 
 def on_collection(
@@ -111,16 +140,18 @@ def on_collection(
     make = partial(
         model_run, folder.model, folder.schema, folder.tokenizer_dir, collection, filter_known=args.filter_known
     )
-    return measured(name, make, collection, args, training_seconds(stage_dir))
+    return measured(name, make, collection, args, stage_dir)
 
 
 def measured(
-    name: str, make: Callable[..., Run], collection: Collection, args: argparse.Namespace, spent: float
+    name: str, make: Callable[..., Run], collection: Collection, args: argparse.Namespace, stage_dir: Path | None = None
 ) -> System:
+    spent = 0.0 if stage_dir is None else training_seconds(stage_dir)
     started = perf_counter()
     run = make()
     if args.save_runs is not None:
-        write_run(args.save_runs / f"{'-'.join(name.split())}.trec", run, name)
+        label = name if stage_dir is None or len(args.runs) == 1 else f"{name} {stage_dir.parent.name}"
+        write_run(args.save_runs / f"{'-'.join(label.split())}.trec", run, label)
     return System(name, run_metrics(collection.qrels, run), perf_counter() - started + spent)
 
 

@@ -41,16 +41,23 @@ def mean_metrics(ranks: np.ndarray, ks: Sequence[int] = (10,)) -> dict[str, floa
 
 
 def means(values: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Return the mean over rows of every metric; NaN where there are no rows."""
-    return {name: float(rows.mean()) if len(rows) else float("nan") for name, rows in values.items()}
+    """Return the mean over rows (and seeds) of every metric; NaN where there are no rows."""
+    return {name: float(rows.mean()) if rows.size else float("nan") for name, rows in values.items()}
 
 
 def standard_errors(values: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Return the standard error of every mean of `means`; NaN below two rows."""
-    return {
-        name: float(rows.std(ddof=1) / len(rows) ** 0.5) if len(rows) > 1 else float("nan")
-        for name, rows in values.items()
-    }
+    """Return the standard error of every mean of `means`, with other rows (and other seeds); NaN below two rows."""
+    return {name: _standard_error(np.atleast_2d(rows)) for name, rows in values.items()}
+
+
+def _standard_error(values_SR: np.ndarray) -> float:
+    seeds, rows = values_SR.shape
+    if rows < 2:
+        return float("nan")
+    variance = values_SR.mean(axis=0).var(ddof=1) / rows
+    if seeds > 1:
+        variance += values_SR.mean(axis=1).var(ddof=1) / seeds
+    return float(variance**0.5)
 
 
 @dataclass(frozen=True)
@@ -69,18 +76,23 @@ class Difference:
 def paired_bootstrap(a: np.ndarray, b: np.ndarray, *, seed: int = 0) -> Difference:
     """Return the mean of a − b over paired rows and its percentile interval over resampled rows.
 
-    The same rows and seed give the same interval on every machine and numpy. Raises ValueError where the rows do not
-    pair. Source: Efron and Tibshirani 1993, section 13.3.
+    Either may be [seeds, rows], of models trained with several seeds, which pair too: rows and seeds are then resampled
+    both. The same rows and seed give the same interval on every machine and numpy. Raises ValueError where the rows
+    do not pair. Source: Efron and Tibshirani 1993, section 13.3; Owen 2007 for two factors.
     """
-    if a.shape != b.shape or a.ndim != 1 or not len(a):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape[-1] != b.shape[-1] or not a.size or (a.ndim == b.ndim == 2 and len(a) != len(b)):
         raise ValueError(f"paired rows are needed, got shapes {a.shape} and {b.shape}")
-    difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
-    rows = len(difference)
+    difference_SR = np.atleast_2d(a - b)
+    seeds, rows = difference_SR.shape
     random = np.random.RandomState(seed)  # its stream is frozen; a Generator's may change between versions
     means = np.empty(NUM_RESAMPLES)
-    at_once = max(1, CHUNK_DRAWS // rows)
+    at_once = max(1, CHUNK_DRAWS // (seeds * rows))
     for first in range(0, NUM_RESAMPLES, at_once):
         size = min(at_once, NUM_RESAMPLES - first)
-        means[first : first + size] = difference[random.randint(0, rows, (size, rows))].mean(axis=1)
+        of_seeds = difference_SR[:, random.randint(0, rows, (size, rows))].mean(axis=2)
+        if seeds > 1:
+            of_seeds = np.take_along_axis(of_seeds, random.randint(0, seeds, (seeds, size)), axis=0)
+        means[first : first + size] = of_seeds.mean(axis=0)
     low, high = np.percentile(means, [2.5, 97.5])
-    return Difference(float(difference.mean()), float(low), float(high))
+    return Difference(float(difference_SR.mean()), float(low), float(high))

@@ -30,7 +30,7 @@ class System:
     """What one system is worth on the rows of a split, or on the queries of a collection."""
 
     name: str
-    values: dict[str, np.ndarray]  # float64 [rows or queries] by metric
+    values: dict[str, np.ndarray]  # float64 [rows or queries] by metric; [seeds, rows] of a model trained several times
     seconds: float  # to make and to evaluate it
     ranks: np.ndarray | None = None  # float64 [rows of the split], where the values are of ranks
 
@@ -38,6 +38,20 @@ class System:
     def of_ranks(cls, name: str, ranks: np.ndarray, seconds: float) -> System:
         """Return the system that gives the rows of a split these ranks."""
         return cls(name, row_metrics(ranks), seconds, ranks)
+
+    @classmethod
+    def of_seeds(cls, systems: Sequence[System]) -> System:
+        """Return one system of a model that was trained with several seeds, or the only one as it is."""
+        first = systems[0]
+        if len(systems) == 1:
+            return first
+        values = {name: np.stack([system.values[name] for system in systems]) for name in first.values}
+        return cls(first.name, values, float(np.mean([system.seconds for system in systems])))
+
+    def by_seed(self) -> list[dict[str, float]]:
+        """Return the means of every seed; none of a system without several."""
+        number = max(len(rows) if rows.ndim == 2 else 0 for rows in self.values.values())
+        return [means({name: rows[seed] for name, rows in self.values.items()}) for seed in range(number)]
 
     def difference(self, other: System, metric: str) -> Difference:
         """Return this system's mean `metric` less the other's, paired by row."""
@@ -70,17 +84,33 @@ def differences(pairs: Sequence[tuple[System, System]], shown: Mapping[str, str]
     """Return a sentence for each pair: the first less the second with 95 % intervals."""
     lines = []
     for a, b in pairs:
-        parts = [f"{label} {a.difference(b, name)}" for name, label in shown.items()]
+        parts = [f"{label} {a.difference(b, name)}{_range_of_seeds(a, b, name)}" for name, label in shown.items()]
         lines.append(f"{a.name} − {b.name}: {', '.join(parts)}")
     return lines
 
 
+def _range_of_seeds(a: System, b: System, metric: str) -> str:
+    """Return for example ` (seeds +0.0410 to +0.0490)`; nothing where there are none."""
+    difference = a.values[metric] - b.values[metric]
+    if difference.ndim == 1:
+        return ""
+    of_seeds = difference.mean(axis=1)
+    return f" (seeds {of_seeds.min():+.4f} to {of_seeds.max():+.4f})"
+
+
 def as_json(systems: Sequence[System]) -> list[dict[str, Any]]:
-    """Return one object per system: name, the means of the metrics, seconds."""
-    return [
-        {"name": system.name, **_without_nan(means(system.values)), "seconds": round(system.seconds, 3)}
-        for system in systems
-    ]
+    """Return one object per system: name, the means of the metrics, seconds; those of every seed under `seeds`."""
+    found = []
+    for system in systems:
+        entry: dict[str, Any] = {
+            "name": system.name,
+            **_without_nan(means(system.values)),
+            "seconds": round(system.seconds, 3),
+        }
+        if seeds := system.by_seed():
+            entry["seeds"] = [_without_nan(values) for values in seeds]
+        found.append(entry)
+    return found
 
 
 def differences_as_json(

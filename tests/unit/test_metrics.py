@@ -9,7 +9,7 @@ import pytest
 import pytrec_eval
 import torch
 
-from bigdssm.evaluation.metrics import mean_metrics, paired_bootstrap, row_metrics, standard_errors
+from bigdssm.evaluation.metrics import mean_metrics, means, paired_bootstrap, row_metrics, standard_errors
 from bigdssm.evaluation.ranks import ranks_of_scores
 
 
@@ -56,6 +56,20 @@ def test_paired_bootstrap() -> None:
     assert (
         str(paired_bootstrap(np.array([1.0, 0, 1, 1, 0]), np.array([0.0, 0, 1, 0, 0]))) == "+0.4000 [+0.0000, +0.8000]"
     )
+
+
+def test_several_seeds_resample_rows_and_seeds() -> None:
+    random = np.random.RandomState(3)
+    rows, seeds = 0.3 * random.randn(500), np.array([0.0, 0.2, 0.4])[:, None]
+    a, b = rows + seeds, 0.3 * random.randn(500) - 0.1
+    found, alone = paired_bootstrap(a, b), paired_bootstrap(a.mean(axis=0), b)
+    assert found.mean == pytest.approx(alone.mean, abs=1e-12)
+    assert alone.high - alone.low < 0.08  # of rows alone; the seeds' mean has a standard error of 0.09
+    assert 0.3 < found.high - found.low < 0.5
+    assert paired_bootstrap(a, a - 0.1).low == pytest.approx(0.1)  # seeds pair
+    error = standard_errors({"x": a})["x"]
+    assert error == pytest.approx((rows.var(ddof=1) / 500 + 0.2**2 / 3) ** 0.5)
+    assert means({"x": a})["x"] == pytest.approx(rows.mean() + 0.2)
 
 
 def test_bootstrap_refuses_rows_that_do_not_pair() -> None:

@@ -263,3 +263,29 @@ def test_report(tools: Tools, run_dir: Path, dataset: Dataset, tmp_path: Path) -
     for first, second in (names[2:0:-1], (names[3], names[1]), (names[3], names[2])):
         assert f"{first} − {second}: HR@10 " in out
     assert "train first" in tools.refused(4, "report", tmp_path, "--out", tmp_path / "none.json")
+
+
+def test_report_of_several_seeds(tools: Tools, run_dir: Path, dataset: Dataset, tmp_path: Path) -> None:
+    """Means over the runs, by seed under `seeds`; runs of another config are refused."""
+    other = tmp_path / "seed-1"
+    for stage, trained in (("pretrain", "sft"), ("sft", "pretrain")):
+        shutil.copytree(run_dir / stage, other / stage)
+        shutil.rmtree(other / stage / "best")
+        shutil.copytree(run_dir / trained / "best", other / stage / "best")
+    for name, runs in (("one", [run_dir]), ("two", [run_dir, other])):
+        out = tools.ran("report", *runs, "--out", tmp_path / f"{name}.json")
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert "2 seeds" in out and "(seeds " in out
+    assert [system["name"] for system in one] == [system["name"] for system in two]
+    assert two[:2] == [{**system, "seconds": again["seconds"]} for system, again in zip(one[:2], two[:2], strict=True)]
+    for metric in ("hr_at_10", "ndcg_at_10", "mrr"):
+        first, second = one[2][metric], one[3][metric]
+        assert two[2][metric] == two[3][metric] == pytest.approx((first + second) / 2, abs=2e-6)
+        assert [seed[metric] for seed in two[2]["seeds"]] == [first, second]
+        assert [seed[metric] for seed in two[3]["seeds"]] == [second, first]
+    path = other / "pretrain" / "best" / "config.yaml"
+    changed = yaml.safe_load(path.read_text())
+    changed["pretrain"]["rows_global"] *= 2
+    path.write_text(yaml.safe_dump(changed))
+    message = tools.refused(2, "report", run_dir, other, "--out", tmp_path / "none.json")
+    assert "is no other seed of" in message
