@@ -68,7 +68,7 @@ def train_step(
     listed int64 [m, l]: columns for the model to score for each query, where its score is no product (without chunks).
     """
     with timing.span("encode"):
-        pieces = _agreed_pieces(batch, budget)
+        pieces = pieces_of(batch, budget)
         if pieces is None:
             encoded, backward = _encode_whole(engine, batch, listed)
         else:
@@ -113,7 +113,7 @@ def _encode_whole(engine: Engine, batch: Batch, listed: Tensor | None) -> tuple[
 
 
 @dataclass
-class _Piece:
+class Piece:
     """A chunk of one side; between encoding and backward it has its graph, or the random state to make it again."""
 
     side: str
@@ -142,7 +142,7 @@ class _Piece:
             return engine.forward(**{self.side: self.chunk.features})  # type: ignore[arg-type]
 
 
-def _encode_pieces(engine: Engine, batch: Batch, pieces: list[_Piece]) -> tuple[Encoded, Backward]:
+def _encode_pieces(engine: Engine, batch: Batch, pieces: list[Piece]) -> tuple[Encoded, Backward]:
     """Encode piece by piece; backward goes through those kept at once, then through the others one by one."""
     parts = [piece.encode(engine) for piece in pieces]
     query = [(piece.chunk, part) for piece, part in zip(pieces, parts, strict=True) if piece.side == "query"]
@@ -197,8 +197,11 @@ def _whole(parts: Sequence[tuple[Chunk, Tensor | None]], num_rows: int) -> Tenso
     )
 
 
-def _agreed_pieces(batch: Batch, budget: Budget) -> list[_Piece] | None:
-    """Return both sides' chunks, equally many and as many of them kept on every rank; None: everything at once."""
+def pieces_of(batch: Batch, budget: Budget) -> list[Piece] | None:
+    """Return both sides' chunks, equally many and as many of them kept on every rank; None: everything at once.
+
+    A collective.
+    """
     if budget.chunk_tokens == 0:
         return None
     query = chunks.cut(batch.query, len(batch.query_ids), budget.chunk_tokens)
@@ -210,4 +213,4 @@ def _agreed_pieces(batch: Batch, budget: Budget) -> list[_Piece] | None:
     work += [("doc", chunk) for chunk in chunks.filled_up(doc, batch.doc, num_doc)]
     tokens = torch.tensor([chunk.tokens for _, chunk in reversed(work)]).cumsum(0)
     num_kept = int(distributed.all_reduce((tokens <= budget.kept_tokens).sum(), "min"))
-    return [_Piece(side, chunk, number >= len(work) - num_kept) for number, (side, chunk) in enumerate(work)]
+    return [Piece(side, chunk, number >= len(work) - num_kept) for number, (side, chunk) in enumerate(work)]

@@ -1,0 +1,75 @@
+"""The parts of an estimate, against what is counted by hand; tests/distributed/test_estimate.py measures a process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bigdssm.config import load_config
+from bigdssm.data.joining import open_dataset
+from bigdssm.training.estimate import Estimate, estimate
+from bigdssm.training.live_memory import LiveBytes
+from tests.conftest import TinyDataset
+
+
+def of(tiny: TinyDataset, *overrides: str, world_size: int = 1) -> Estimate:
+    config = load_config(tiny.config, ["pretrain.rows_global=240", *overrides])
+    return estimate(config, "pretrain", open_dataset(config.data), world_size)
+
+
+def test_live_bytes_are_those_of_tensors_that_are_there() -> None:
+    with FakeTensorMode(), LiveBytes() as live:
+        layer = nn.Sequential(nn.Linear(100, 200, bias=False), nn.Tanh())
+        weights = live.now
+        out = layer(torch.zeros(50, 100))
+        assert weights == 4 * 100 * 200
+        assert live.now == weights + 4 * 50 * (100 + 200)  # tanh keeps its output, the product its input
+        view = out[:3]
+        del out
+        assert live.now == weights + 4 * 50 * (100 + 200)
+        view.sum().backward()
+        del view
+        assert live.now == 2 * weights
+        assert live.peak >= 2 * weights + 4 * 50 * (100 + 2 * 200)
+
+
+def test_weights_tables_checkpoint_and_time(tiny_pairs: TinyDataset) -> None:
+    found = of(tiny_pairs, "pretrain.steps=1000")
+    config = load_config(tiny_pairs.config)
+    dataset = open_dataset(config.data)
+    codes = sum(feature.num_codes for feature in dataset.schema.doc.values() if feature.type == "categorical")
+    assert found.table_weights == codes * config.model.doc.embedding_dim
+    assert found.held["weights"] == 4 * found.num_weights
+    assert found.checkpoint_bytes == 12 * found.num_weights
+    assert found.days(rows_per_s=500.0) == pytest.approx(1000 * 240 / 500 / 86400)
+    assert any(line.startswith("1,000 steps: 0.01 days at 500 rows") for line in found.lines(500.0))
+
+
+def test_what_ranks_share_and_send(tiny_pairs: TinyDataset) -> None:
+    one, four = of(tiny_pairs), of(tiny_pairs, world_size=4)
+    whole = of(tiny_pairs, "engine.zero_stage=0", world_size=4)
+    assert one.held["optimizer's moments"] == pytest.approx(4 * four.held["optimizer's moments"], rel=0.001)
+    assert whole.held["optimizer's moments"] == one.held["optimizer's moments"]
+    assert sum(one.sent.values()) == 0
+    assert four.sent["weights' gradients"] == 2 * 4 * four.num_weights * 3 // 4
+    assert four.sent["updated weights"] == 4 * four.num_weights * 3 // 4
+    assert one.negatives == 239 and four.negatives == pytest.approx(239, abs=8)  # a rank's copies, for all ranks
+    parts = of(tiny_pairs, "engine.zero_stage=3", world_size=4)
+    assert parts.held["weights"] < 1.01 * whole.held["weights"] / 4
+
+
+def test_chunks_and_recomputation_take_less(tiny_pairs: TinyDataset) -> None:
+    towers = "towers' activations and gradients"
+    whole, chunks, again, both = (
+        of(tiny_pairs, *mode).phases[towers]
+        for mode in (
+            (),
+            ("engine.chunk_tokens=400",),
+            ("engine.chunk_tokens=400", "engine.keep_graph_tokens=0"),
+            ("engine.checkpoint_activations=true",),
+        )
+    )
+    assert again < chunks < 0.6 * whole
+    assert both < 0.8 * whole
