@@ -145,7 +145,7 @@ def steps(rank: int, world_size: int, cases: list[Case], dropout: float) -> list
     return weights
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 3, pytest.param(2, marks=pytest.mark.slow)])
 def test_chunks_and_kept_graphs_change_no_weight(pools: dict[int, Pool], world_size: int) -> None:
     (plain,) = pools[1].run(plain_steps)
     start = dict(new_model(0.0).named_parameters())
@@ -159,7 +159,7 @@ def test_chunks_and_kept_graphs_change_no_weight(pools: dict[int, Pool], world_s
                 )
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("world_size", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_chunks_encoded_again_have_the_dropout_of_the_first_time(pools: dict[int, Pool], world_size: int) -> None:
     """A kept graph is the one that the loss was computed of."""
     for stage in (0, 1, 2, 3):

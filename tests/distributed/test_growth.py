@@ -73,7 +73,9 @@ def row_ids(run_dir: Path, ranks: int) -> dict[int, list[int]]:
     return {step: sorted(ids) for step, ids in found.items()}
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "zero_stage", [0, 3, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_weights_and_moments_are_kept_and_new_rows_added(
     grown: tuple[Path, Path], tmp_path: Path, pools: dict[int, Pool], zero_stage: int
 ) -> None:

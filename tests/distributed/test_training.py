@@ -17,6 +17,8 @@ from tests.unit.data.conftest import Writer
 from . import small_run
 from .spawn import Pool, RankFailed
 
+slow = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -66,8 +68,13 @@ def test_the_loss_falls(reference: Path) -> None:
     assert all(said <= record.keys() and record["tokens_per_s"] > record["rows_per_s"] for record in records)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("world_size", "zero_stage"),
+    [
+        (1, 0), (1, 3), (2, 1), (2, 2), (3, 0), (3, 3),
+        *(pytest.param(*case, marks=slow) for case in ((1, 2), (2, 0), (2, 3), (3, 1), (3, 2))),
+    ],
+)  # fmt: skip
 def test_one_curve_at_any_world_size_and_zero_stage(
     config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool], world_size: int, zero_stage: int
 ) -> None:
@@ -76,7 +83,9 @@ def test_one_curve_at_any_world_size_and_zero_stage(
     assert_same_weights(tmp_path, reference)
 
 
-@pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 1), (2, 0), (2, 1), (2, 2), (2, 3), (3, 1)])
+@pytest.mark.parametrize(
+    ("world_size", "zero_stage"), [(2, 3), (3, 1), pytest.param(2, 0, marks=slow), pytest.param(2, 2, marks=slow)]
+)
 def test_the_gradient_cache_changes_nothing(
     config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool], world_size: int, zero_stage: int
 ) -> None:
@@ -167,7 +176,7 @@ FINE_TUNING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("loss", FINE_TUNING)
+@pytest.mark.parametrize("loss", [pytest.param(loss, marks=slow if ", both" in loss else ()) for loss in FINE_TUNING])
 def test_fine_tuning_has_one_curve_at_any_world_size(
     config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool], loss: str
 ) -> None:
@@ -203,12 +212,12 @@ def test_a_scalar_beta_waits_for_the_sigmoid_loss(config: Path, tmp_path: Path, 
 @pytest.mark.parametrize(
     "mode",
     [
-        ("engine.zero_stage=0",),
         ("engine.zero_stage=1", "engine.chunk_tokens=400"),
-        ("engine.zero_stage=2", "engine.precision=bf16", "engine.offload_optimizer=true"),
-        ("engine.zero_stage=3",),
-        ("engine.zero_stage=1", "engine.precision=bf16_pure"),
         ("engine.zero_stage=3", "engine.precision=bf16", "engine.checkpoint_activations=true"),
+        pytest.param(("engine.zero_stage=0",), marks=slow),
+        pytest.param(("engine.zero_stage=2", "engine.precision=bf16", "engine.offload_optimizer=true"), marks=slow),
+        pytest.param(("engine.zero_stage=3",), marks=slow),
+        pytest.param(("engine.zero_stage=1", "engine.precision=bf16_pure"), marks=slow),
     ],
 )
 def test_a_run_interrupted_three_times_ends_with_the_same_bits(
@@ -264,7 +273,13 @@ def stop_after(rank: int, world_size: int, config: Path, run_dir: Path, override
 
 @pytest.mark.parametrize(
     ("before", "after", "stage_before", "stage_after"),
-    [(2, 1, 1, 1), (2, 3, 2, 2), (1, 2, 3, 3), (3, 2, 0, 0), (2, 3, 3, 1)],
+    [
+        (2, 3, 2, 2),
+        (1, 2, 3, 3),
+        (3, 2, 0, 0),
+        pytest.param(2, 1, 1, 1, marks=slow),
+        pytest.param(2, 3, 3, 1, marks=slow),
+    ],
 )
 def test_another_world_size_goes_on_with_the_same_state(
     config: Path,
@@ -335,15 +350,15 @@ def restored_share(
     ("precision", "zero_stage", "more"),
     [
         ("fp32", 0, ()),
-        ("fp32", 1, ()),
         ("fp32", 2, ("engine.offload_optimizer=true", "engine.chunk_tokens=400")),
-        ("fp32", 3, ("engine.offload_optimizer=true",)),
-        ("bf16", 0, ("engine.chunk_tokens=400",)),
-        ("bf16", 1, ("engine.offload_optimizer=true",)),
         ("bf16", 3, ()),
         ("bf16_pure", 1, ("engine.chunk_tokens=400",)),
-        ("bf16_pure", 2, ("engine.offload_optimizer=true",)),
-        ("bf16_pure", 3, ()),
+        pytest.param("fp32", 1, (), marks=slow),
+        pytest.param("fp32", 3, ("engine.offload_optimizer=true",), marks=slow),
+        pytest.param("bf16", 0, ("engine.chunk_tokens=400",), marks=slow),
+        pytest.param("bf16", 1, ("engine.offload_optimizer=true",), marks=slow),
+        pytest.param("bf16_pure", 2, ("engine.offload_optimizer=true",), marks=slow),
+        pytest.param("bf16_pure", 3, (), marks=slow),
     ],
 )
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
@@ -409,7 +424,7 @@ def with_a_nan(
     return found
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero_stage", [0, 3, pytest.param(1, marks=slow), pytest.param(2, marks=slow)])
 def test_a_run_that_diverges_stops_on_all_ranks(
     config: Path, tmp_path: Path, pools: dict[int, Pool], zero_stage: int
 ) -> None:
