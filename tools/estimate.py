@@ -5,8 +5,7 @@
 
 The dataset must be there: its vocabularies, and the rows of one step, are what the memory depends on. Without
 --rows-per-s the days are those at the speed that the run in run.dir has recorded, if there is one. Left out of the
-memory is what a process takes that has imported everything and trains nothing (some 0.5 GB), and what the allocator
-adds: glibc's keeps up to a tenth of freed activations.
+memory is what a process takes that has imported everything and trains nothing, some 0.5 GB.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 Activations are not guessed by formula: the model's own forward and backward run on the first batch's chunks, with
 tensors that have no memory (see live_memory.py). What DeepSpeed and AdamW hold is counted by the rules in `_states`.
-Left out is what a process takes without training anything: the interpreter, the libraries, loader processes, the page
-cache of the dataset.
+Left out is what a process takes without training anything: the interpreter, the libraries, loader processes; and, in
+bfloat16 on a CPU, the compiled kernels that oneDNN keeps, one a shape, up to 1,024 of some 0.3 MB
+(ONEDNN_PRIMITIVE_CACHE_CAPACITY bounds them).
 
 Shapes: m queries and n documents of this rank, D vector width. P: number of weights, N: ranks.
 """
@@ -36,6 +37,8 @@ from bigdssm.training.step import Budget, Piece, pieces_of
 
 FP32, FP64 = 4, 8
 STRIP_BYTES, STRIP_ROWS = 16 << 20, 512  # of the loss's passes over the score matrix
+# What glibc's heap keeps in holes between what is in use, over that: measured, for tensors of many sizes come and go.
+HEAP_HOLES = 0.35
 RUNTIME_BYTES = 100_000_000  # libraries' own when they are first used: what the smallest run takes
 BUCKET = 500_000_000  # elements that DeepSpeed reduces at once
 
@@ -166,7 +169,7 @@ def _states(
 def _towers(model: DualEncoder, mode: FakeTensorMode, batch: Batch, engine: EngineConfig) -> tuple[int, int]:
     """Return the bytes of the graphs that wait for the loss, and the most that encoding and backward take.
 
-    Gradients of the weights are in it.
+    Gradients of the weights are in it, and the heap's holes.
     """
     pieces = pieces_of(batch, Budget.of(engine))
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=engine.precision == "bf16")
@@ -195,7 +198,7 @@ def _towers(model: DualEncoder, mode: FakeTensorMode, batch: Batch, engine: Engi
         for piece in again:
             if piece is not None:
                 _backward([encode(**{piece.side: piece.chunk.features})])
-        return waiting, live.peak
+        return waiting, live.peak + int(HEAP_HOLES * live.in_heap)
 
 
 def _validation(config: Config, model: DualEncoder, mode: FakeTensorMode, batch: Batch, documents: int) -> int:

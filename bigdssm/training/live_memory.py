@@ -9,13 +9,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+HEAP_BELOW = 32 << 20  # bytes: larger allocations glibc maps by themselves, and gives back when they are freed
+
 
 class LiveBytes(TorchDispatchMode):
-    """Within it, counts the bytes of all storages that operations make, until the last tensor of each is gone."""
+    """Within it, counts the bytes of all storages that operations make, until the last tensor of each is gone.
+
+    `in_heap` is the highest count of those that glibc takes from its heap.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.in_heap = self._heap_now = 0
         self._counted: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -32,10 +37,16 @@ class LiveBytes(TorchDispatchMode):
         if key in self._counted:
             return
         self._counted.add(key)
-        self.now += size
+        self._add(size)
         self.peak = max(self.peak, self.now)
+        self.in_heap = max(self.in_heap, self._heap_now)
         weakref.finalize(storage, self._gone, key, size)
 
     def _gone(self, key: int, size: int) -> None:
         self._counted.discard(key)
-        self.now -= size
+        self._add(-size)
+
+    def _add(self, change: int) -> None:
+        self.now += change
+        if abs(change) < HEAP_BELOW:
+            self._heap_now += change
