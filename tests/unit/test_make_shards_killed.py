@@ -23,18 +23,18 @@ import os, signal, sys
 from pathlib import Path
 from bigdssm.config import DataConfig, FeatureConfig, TokenizerConfig
 from bigdssm.data import block_writer, catalogue_writer, column_file, journal, making, pairs, row_spool, sources
-source, out, mode, dies_at, read = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5]
+source, out, mode, dies_at, read = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5]
 journal.SAVE_EVERY_S = 0.0
 sources.ROWS_PER_BATCH = row_spool.ROWS_PER_BATCH = 100
 row_spool.BUCKET_BYTES = 40_000
 block_writer.MAX_SHARD_BYTES = 30_000
-places = 0
+places, blocks = 0, 0
 def deadly(owner, name):
     method = getattr(owner, name)
     def counted(*args, **kwargs):
-        global places
-        places += 1
-        if places == dies_at:
+        global places, blocks
+        places, blocks = places + 1, blocks + (name == "_write_block")
+        if dies_at in (f"{places}", f"block {blocks}"):
             os.kill(os.getpid(), signal.SIGKILL)
         return method(*args, **kwargs)
     setattr(owner, name, counted)
@@ -71,7 +71,7 @@ def write_source(path: Path, seed: int) -> None:
             file.write(json.dumps(record)[: None if row % 97 else -3] + "\n")
 
 
-def make(source: Path, out: Path, mode: str, dies_at: int = -1) -> tuple[int, int, int, str]:
+def make(source: Path, out: Path, mode: str, dies_at: int | str = -1) -> tuple[int, int, int, str]:
     """Return the exit code, how many batches were looked at, how many places were met, and what was reported."""
     read = out.with_suffix(".read")
     read.unlink(missing_ok=True)
@@ -108,9 +108,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return Whole(folder / "pairs.jsonl", folder / "whole", *make(folder / "pairs.jsonl", folder / "whole", "new")[1:])
 
 
-def make_with_kills(source: Path, out: Path, mode: str, places: int) -> list[int]:
-    """Make `out`, killed once while reading and then at up to three random places; return these."""
-    kills = [places // 6, *(random.randint(4, places // part) for part in (2, 3, 4))]
+def make_with_kills(source: Path, out: Path, mode: str, places: int) -> list[int | str]:
+    """Make `out`, killed while reading, behind some shards, and at up to two random places; return these."""
+    kills = [places // 6, "block 12", *(random.randint(4, places // part) for part in (3, 4))]
     for number, kill in enumerate(kills):
         if not make(source, out, mode, kill)[0]:  # less was left to do
             return kills[:number]
