@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from bigdssm.config import load_config
-from bigdssm.data.interactions import InteractionTables, make_interactions
-from bigdssm.data.making import Target
-from bigdssm.data.pairs import PairTables, make_pairs
+from bigdssm.data.making.interactions import InteractionTables, make_interactions
+from bigdssm.data.making.making import Target
+from bigdssm.data.making.pairs import PairTables, make_pairs
 from bigdssm.schema import hash64
 
 NUM_USERS, NUM_ITEMS, NUM_PAIRS = 60, 40, 1200

@@ -32,9 +32,9 @@ import xxhash
 from bigdssm.cli import run_main
 from bigdssm.config import DataConfig, load_config
 from bigdssm.data import Catalogue, Collator, Dataset, PairStream
-from bigdssm.data.making import Target
-from bigdssm.data.order import WINDOW_BLOCKS, Order
-from bigdssm.data.pairs import PairTables, make_pairs
+from bigdssm.data.making.making import Target
+from bigdssm.data.making.pairs import PairTables, make_pairs
+from bigdssm.data.streaming.order import WINDOW_BLOCKS, Order
 from bigdssm.data.tokenizer import TextEncoder
 from bigdssm.schema import Feature, Schema
 

@@ -42,8 +42,8 @@ from transformers import BertConfig, BertModel
 from bigdssm import timing
 from bigdssm.config import Config, EngineConfig, LossConfig, OptimizerConfig, load_config
 from bigdssm.data import Batch, Collator, Dataset, PairStream, Rows
-from bigdssm.data.making import Target
-from bigdssm.data.pairs import PairTables, make_pairs
+from bigdssm.data.making.making import Target
+from bigdssm.data.making.pairs import PairTables, make_pairs
 from bigdssm.losses import fps_loss
 from bigdssm.models import DualEncoder, Encoded
 from bigdssm.models.flops import forward_flops

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from bigdssm.cli import ProgressBar, run_main
 from bigdssm.data import Dataset
-from bigdssm.data.beir import Collection, read_collection
+from bigdssm.data.tables.beir import Collection, read_collection
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.collection import (
     Run,

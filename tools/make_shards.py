@@ -18,10 +18,10 @@ from pathlib import Path
 
 from bigdssm.cli import ProgressBar, run_main
 from bigdssm.config import DataConfig, load_config
-from bigdssm.data.docstrings import write_functions
-from bigdssm.data.interactions import InteractionTables, make_interactions
-from bigdssm.data.making import Report, Target
-from bigdssm.data.pairs import PairTables, make_pairs
+from bigdssm.data.making.interactions import InteractionTables, make_interactions
+from bigdssm.data.making.making import Report, Target
+from bigdssm.data.making.pairs import PairTables, make_pairs
+from bigdssm.data.tables.docstrings import write_functions
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,8 +27,8 @@ from rich.console import Console
 from bigdssm.cli import ProgressBar, run_main
 from bigdssm.config import Config, RunConfig, first_difference
 from bigdssm.data import Dataset
-from bigdssm.data.beir import Collection, read_collection
 from bigdssm.data.cache import Cache
+from bigdssm.data.tables.beir import Collection, read_collection
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.collection import Run, bm25_run, model_run, pretrained_run
 from bigdssm.evaluation.curves import training_seconds

@@ -34,8 +34,8 @@ from safetensors.torch import load_file
 
 from bigdssm.cli import run_main
 from bigdssm.config import load_config
-from bigdssm.data.making import Target
-from bigdssm.data.pairs import PairTables, make_pairs
+from bigdssm.data.making.making import Target
+from bigdssm.data.making.pairs import PairTables, make_pairs
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.curves import METRICS_FILE
 

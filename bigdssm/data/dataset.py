@@ -20,10 +20,10 @@ from bigdssm.data.cache import Cache
 from bigdssm.data.catalogue import Catalogue
 from bigdssm.data.index import SplitIndex, read_index
 from bigdssm.data.mapped import MappedTable
-from bigdssm.data.mixture import Batches, Source
 from bigdssm.data.ragged import Column, Ragged, from_arrow, offsets_of
 from bigdssm.data.remote import RemoteFolder, is_url
 from bigdssm.data.rows import Rows
+from bigdssm.data.streaming.mixture import Batches, Source
 from bigdssm.data.tokenizer import TextEncoder
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.log import get_logger

@@ -13,10 +13,10 @@ from bigdssm.data.batch import Batch
 from bigdssm.data.blocks import read_block
 from bigdssm.data.collate import Collator
 from bigdssm.data.dataset import Dataset
-from bigdssm.data.dataset_writer import QUARANTINE_FILE
 from bigdssm.data.index import read_index
-from bigdssm.data.pair_splits import pair_hash
+from bigdssm.data.making.dataset_writer import QUARANTINE_FILE
 from bigdssm.data.ragged import Ragged
+from bigdssm.data.tables.pair_splits import pair_hash
 from bigdssm.errors import DataError
 from bigdssm.schema import FIRST_CODE, OUT_OF_VOCABULARY, PADDING, Feature
 

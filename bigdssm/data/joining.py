@@ -14,7 +14,7 @@ from dataclasses import replace
 from bigdssm.config import DataConfig, SourceConfig
 from bigdssm.data.cache import Cache
 from bigdssm.data.dataset import CatalogueFile, Dataset, Partition
-from bigdssm.data.mixture import Batches, Source, turns_per_round
+from bigdssm.data.streaming.mixture import Batches, Source, turns_per_round
 from bigdssm.errors import ConfigError
 
 

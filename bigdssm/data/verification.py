@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bigdssm.config import DEFAULT_CACHE_BYTES
-from bigdssm.data.block_writer import TAR_HEADER_BYTES
 from bigdssm.data.blocks import read_block, read_range
 from bigdssm.data.cache import Cache
-from bigdssm.data.column_file import file_checksum
 from bigdssm.data.dataset import Dataset, Partition, with_shards_of
-from bigdssm.data.dataset_writer import read_dataset_json
 from bigdssm.data.index import SplitIndex, read_index
-from bigdssm.data.making import Progress, no_progress
+from bigdssm.data.making.block_writer import TAR_HEADER_BYTES
+from bigdssm.data.making.column_file import file_checksum
+from bigdssm.data.making.dataset_writer import read_dataset_json
+from bigdssm.data.making.making import Progress, no_progress
 from bigdssm.data.remote import is_url
 from bigdssm.errors import DataError
 

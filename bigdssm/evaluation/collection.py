@@ -16,11 +16,11 @@ from torch import Tensor
 from bigdssm.config import TextEncoderConfig
 from bigdssm.data import ragged
 from bigdssm.data.batch import Features
-from bigdssm.data.beir import Collection, Entry, texts_and_metadata
-from bigdssm.data.columns import RowCheck, canonical
-from bigdssm.data.fit import encode_columns
 from bigdssm.data.ragged import Column, Ragged, from_arrow
-from bigdssm.data.sources import SourceBatch
+from bigdssm.data.tables.beir import Collection, Entry, texts_and_metadata
+from bigdssm.data.tables.columns import RowCheck, canonical
+from bigdssm.data.tables.fit import encode_columns
+from bigdssm.data.tables.sources import SourceBatch
 from bigdssm.data.tensors import to_features
 from bigdssm.data.tokenizer import TextEncoder as Tokenizer
 from bigdssm.errors import ConfigError, DivergedError

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.data import Dataset, Rows
-from bigdssm.data.order import derive_key, mix64
+from bigdssm.data.streaming.order import derive_key, mix64
 from bigdssm.data.tensors import as_tensor
 from bigdssm.errors import DivergedError
 from bigdssm.retrieval.embed import Encoders, Progress, Share, encode_catalogue, encode_queries, no_progress

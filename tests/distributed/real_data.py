@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from bigdssm.config import load_config
-from bigdssm.data.interactions import InteractionTables, make_interactions
-from bigdssm.data.making import Target
-from bigdssm.data.pairs import PairTables, make_pairs
+from bigdssm.data.making.interactions import InteractionTables, make_interactions
+from bigdssm.data.making.making import Target
+from bigdssm.data.making.pairs import PairTables, make_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_PACKAGES = 3000

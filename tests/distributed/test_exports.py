@@ -10,8 +10,8 @@ import torch
 import yaml
 
 from bigdssm.config import load_config
-from bigdssm.data.making import Target
-from bigdssm.data.pairs import PairTables, make_pairs
+from bigdssm.data.making.making import Target
+from bigdssm.data.making.pairs import PairTables, make_pairs
 from bigdssm.export import load_model_folder
 from bigdssm.export.convert import EXPORT_FILE, export, stage_source
 from bigdssm.export.hf_loading import load_tower

@@ -13,9 +13,9 @@ import torch
 from bigdssm.checkpoint import verify
 from bigdssm.config import load_config
 from bigdssm.data import Dataset, PairStream
-from bigdssm.data.interactions import InteractionTables, make_interactions
 from bigdssm.data.joining import open_dataset
-from bigdssm.data.making import Target
+from bigdssm.data.making.interactions import InteractionTables, make_interactions
+from bigdssm.data.making.making import Target
 
 from . import small_run
 from .spawn import Pool, RankFailed

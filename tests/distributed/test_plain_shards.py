@@ -11,8 +11,8 @@ import yaml
 from webdataset import TarWriter
 
 from bigdssm.config import load_config
-from bigdssm.data.making import Target
-from bigdssm.data.pairs import PairTables, make_pairs
+from bigdssm.data.making.making import Target
+from bigdssm.data.making.pairs import PairTables, make_pairs
 from bigdssm.schema import hash64
 
 from . import small_run

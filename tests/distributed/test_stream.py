@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 
 from bigdssm.data import Dataset, PairStream
-from bigdssm.data import lanes as lanes_module
-from bigdssm.data.order import Order
-from bigdssm.data.row_stream import CHECK_EVERY_STEPS
+from bigdssm.data.streaming import lanes as lanes_module
+from bigdssm.data.streaming.order import Order
+from bigdssm.data.streaming.row_stream import CHECK_EVERY_STEPS
 from bigdssm.errors import DataError, PeerError
 
 from .spawn import Pool

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from bigdssm.data import movielens
-from bigdssm.data.movielens import FILES, WHEEL, WHEEL_FOLDER, copy_movielens, fetch_movielens
+from bigdssm.data.tables import movielens
+from bigdssm.data.tables.movielens import FILES, WHEEL, WHEEL_FOLDER, copy_movielens, fetch_movielens
 from bigdssm.errors import DataError
 
 

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from bigdssm.config import FeatureConfig, TokenizerConfig
-from bigdssm.data.columns import MULTI_TYPE
-from bigdssm.data.fit import SideFitter, encode_columns
+from bigdssm.data.tables.columns import MULTI_TYPE
+from bigdssm.data.tables.fit import SideFitter, encode_columns
 from bigdssm.data.tokenizer import TextEncoder, make_tokenizer, train_wordpiece
 from bigdssm.errors import ConfigError
 from bigdssm.schema import Feature

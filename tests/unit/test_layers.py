@@ -111,7 +111,7 @@ def test_the_source_keeps_the_rules() -> None:
     [
         ("bigdssm/losses/fps.py", "from bigdssm.data.batch import Batch", "losses (layer 3) imports bigdssm.data"),
         ("bigdssm/models/tower.py", "import bigdssm.losses.fps", "models (layer 3) imports bigdssm.losses"),
-        ("bigdssm/data/stream.py", "from bigdssm import training", "data (layer 3) imports bigdssm.training"),
+        ("bigdssm/data/streaming/stream.py", "from bigdssm import training", "data (layer 3) imports bigdssm.training"),
         ("bigdssm/config.py", "def f():\n    from bigdssm.schema import Schema", "config (layer 1) imports"),
         ("bigdssm/training/loop.py", "import deepspeed", "deepspeed is imported outside"),
         ("bigdssm/training/loop.py", "from deepspeed.utils import groups", "deepspeed is imported outside"),
@@ -120,10 +120,10 @@ def test_the_source_keeps_the_rules() -> None:
         ("bigdssm/losses/fps.py", "import torch.distributed as dist", "torch.distributed is imported outside"),
         ("bigdssm/losses/fps.py", "from torch import distributed", "torch.distributed is imported outside"),
         ("bigdssm/losses/fps.py", "import torch\ntorch.distributed.barrier()", "torch.distributed is imported outside"),
-        ("bigdssm/data/stream.py", "from .batch import Batch", "relative import"),
-        ("bigdssm/data/stream.py", "from tools.make_shards import main", "nobody's library"),
+        ("bigdssm/data/streaming/stream.py", "from .batch import Batch", "relative import"),
+        ("bigdssm/data/streaming/stream.py", "from tools.make_shards import main", "nobody's library"),
         ("bigdssm/__init__.py", "from bigdssm.config import Config", "imports nothing of its own"),
-        ("bigdssm/data/stream.py", "def f():\n    print('x')", "print outside launch/ and tools/"),
+        ("bigdssm/data/streaming/stream.py", "def f():\n    print('x')", "print outside launch/ and tools/"),
         ("bigdssm/plugins/app.py", "", "no place in the layers"),
     ],
 )
@@ -136,7 +136,7 @@ def test_a_broken_rule_is_found(path: str, source: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("bigdssm/data/stream.py", "import webdataset\nimport bigdssm.data.batch\nfrom bigdssm import schema"),
+        ("bigdssm/data/batch.py", "import webdataset\nimport bigdssm.data.rows\nfrom bigdssm import schema"),
         ("bigdssm/training/engine.py", "import deepspeed\nfrom bigdssm.losses import fps"),
         ("bigdssm/distributed.py", "import torch.distributed as dist\nfrom bigdssm.errors import PeerError"),
         ("tools/search.py", "from bigdssm.retrieval import index\nprint(1)"),

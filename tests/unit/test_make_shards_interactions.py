@@ -11,8 +11,8 @@ import pytest
 
 from bigdssm.config import DataConfig, FeatureConfig, load_config
 from bigdssm.data import Dataset
-from bigdssm.data.interactions import InteractionTables, make_interactions
-from bigdssm.data.making import Target
+from bigdssm.data.making.interactions import InteractionTables, make_interactions
+from bigdssm.data.making.making import Target
 from bigdssm.errors import ConfigError, DataError
 
 HISTORY = FeatureConfig("history", of="item", max_items=5)

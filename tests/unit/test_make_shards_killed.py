@@ -22,7 +22,14 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from bigdssm.config import DataConfig, FeatureConfig, TokenizerConfig
-from bigdssm.data import block_writer, catalogue_writer, column_file, journal, making, pairs, row_spool, sources
+from bigdssm.data.making import column_file
+from bigdssm.data.making import block_writer
+from bigdssm.data.making import catalogue_writer
+from bigdssm.data.making import journal
+from bigdssm.data.making import making
+from bigdssm.data.making import pairs
+from bigdssm.data.making import row_spool
+from bigdssm.data.tables import sources
 source, out, mode, dies_at, read = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5]
 journal.SAVE_EVERY_S = 0.0
 sources.ROWS_PER_BATCH = row_spool.ROWS_PER_BATCH = 100

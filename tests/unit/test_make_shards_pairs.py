@@ -14,9 +14,9 @@ import webdataset as wds
 from bigdssm.config import DataConfig, FeatureConfig, TokenizerConfig, load_config
 from bigdssm.data import Dataset
 from bigdssm.data.inspection import sample_rows
-from bigdssm.data.making import Target
-from bigdssm.data.pairs import PairTables, make_pairs
-from bigdssm.data.row_spool import ShuffleSpool
+from bigdssm.data.making.making import Target
+from bigdssm.data.making.pairs import PairTables, make_pairs
+from bigdssm.data.making.row_spool import ShuffleSpool
 from bigdssm.errors import ConfigError, DataError
 
 CONFIG = DataConfig(
@@ -167,7 +167,7 @@ def test_shards_are_tars_that_stock_webdataset_reads(tiny_pairs: Any) -> None:
 
 
 def test_shards_roll_over_and_read_as_one(tiny_pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigdssm.data.block_writer.MAX_SHARD_BYTES", 3000)
+    monkeypatch.setattr("bigdssm.data.making.block_writer.MAX_SHARD_BYTES", 3000)
     tables = PairTables((tiny_pairs.source / "pairs.jsonl",), relevance_column="relevance", split="train")
     make_pairs(load_config(tiny_pairs.config).data, tables, Target(tmp_path / "out"))
     dataset = Dataset.open(tmp_path / "out")

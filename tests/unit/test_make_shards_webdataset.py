@@ -13,8 +13,8 @@ from webdataset import TarWriter
 
 from bigdssm.config import DataConfig, FeatureConfig, TokenizerConfig
 from bigdssm.data import Dataset
-from bigdssm.data.making import Report, Target
-from bigdssm.data.pairs import PairTables, make_pairs
+from bigdssm.data.making.making import Report, Target
+from bigdssm.data.making.pairs import PairTables, make_pairs
 from bigdssm.errors import DataError
 
 ROWS = 300

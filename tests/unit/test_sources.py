@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bigdssm.data.columns import RowCheck, feature_numbers, relevances, strings, times, value_lists
-from bigdssm.data.sources import SourceBatch, read_table
+from bigdssm.data.tables.columns import RowCheck, feature_numbers, relevances, strings, times, value_lists
+from bigdssm.data.tables.sources import SourceBatch, read_table
 from bigdssm.errors import DataError
 from bigdssm.schema import Feature
 
@@ -92,7 +92,7 @@ def test_broken_lines_are_named_and_the_others_keep_their_numbers(tmp_path: Path
 
 
 def test_row_numbers_stay_right_over_many_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigdssm.data.sources.BYTES_PER_BATCH", 1000)
+    monkeypatch.setattr("bigdssm.data.tables.sources.BYTES_PER_BATCH", 1000)
     table = tmp_path / "t.csv"
     broken = {7, 8, 500, 999}
     table.write_text("a,b\n" + "".join(f"{i}\n" if i in broken else f"{i},x\n" for i in range(1, 1001)))

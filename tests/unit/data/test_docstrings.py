@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bigdssm.data.docstrings import functions_of, write_functions
+from bigdssm.data.tables.docstrings import functions_of, write_functions
 from bigdssm.errors import DataError
 
 MODULE = '''

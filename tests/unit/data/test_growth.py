@@ -13,8 +13,8 @@ import xxhash
 
 from bigdssm.config import DataConfig, FeatureConfig, TokenizerConfig
 from bigdssm.data import Collator, Dataset, PairStream
-from bigdssm.data.making import Target
-from bigdssm.data.pairs import PairTables, make_pairs
+from bigdssm.data.making.making import Target
+from bigdssm.data.making.pairs import PairTables, make_pairs
 from bigdssm.errors import DataError
 from bigdssm.schema import Schema
 

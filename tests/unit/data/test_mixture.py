@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from bigdssm.config import DataConfig, FeatureConfig, SourceConfig, TokenizerConfig
 from bigdssm.data import Collator, Dataset, PairStream
 from bigdssm.data.joining import open_dataset
-from bigdssm.data.making import Target
-from bigdssm.data.mixture import TURNS, MixedOrder, turns_per_round
-from bigdssm.data.order import Order
-from bigdssm.data.pairs import PairTables, make_pairs
+from bigdssm.data.making.making import Target
+from bigdssm.data.making.pairs import PairTables, make_pairs
+from bigdssm.data.streaming.mixture import TURNS, MixedOrder, turns_per_round
+from bigdssm.data.streaming.order import Order
 from bigdssm.errors import ConfigError, DataError
 
 NUMBERS = {"rows_global": 48, "lanes": 8}

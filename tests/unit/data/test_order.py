@@ -8,7 +8,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigdssm.data.order import Order
+from bigdssm.data.streaming.order import Order
 from bigdssm.errors import ConfigError, DataError
 
 

@@ -15,8 +15,8 @@ from webdataset import TarWriter
 
 from bigdssm.config import DataConfig, FeatureConfig, TokenizerConfig
 from bigdssm.data import Collator, Dataset, PlainStream
-from bigdssm.data.making import Target
-from bigdssm.data.pairs import PairTables, make_pairs
+from bigdssm.data.making.making import Target
+from bigdssm.data.making.pairs import PairTables, make_pairs
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.schema import hash64
 

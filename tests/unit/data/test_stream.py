@@ -14,9 +14,9 @@ import torch
 
 from bigdssm.config import DataConfig, FeatureConfig, TokenizerConfig
 from bigdssm.data import Dataset, PairStream, Ragged, Rows, blocks
-from bigdssm.data.making import Target
-from bigdssm.data.order import Order
-from bigdssm.data.pairs import PairTables, make_pairs
+from bigdssm.data.making.making import Target
+from bigdssm.data.making.pairs import PairTables, make_pairs
+from bigdssm.data.streaming.order import Order
 from bigdssm.errors import ConfigError, DataError, PeerError
 
 ROWS_GLOBAL, LANES = 48, 8

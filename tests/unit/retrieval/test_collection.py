@@ -15,9 +15,9 @@ import yaml
 
 from bigdssm.config import Config, load_config
 from bigdssm.data import Dataset, Ragged
-from bigdssm.data.beir import Entry, read_collection
-from bigdssm.data.making import Target
-from bigdssm.data.pairs import PairTables, make_pairs
+from bigdssm.data.making.making import Target
+from bigdssm.data.making.pairs import PairTables, make_pairs
+from bigdssm.data.tables.beir import Entry, read_collection
 from bigdssm.data.tokenizer import TextEncoder as Tokenizer
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.collection import cut_vectors, model_run, model_vectors, pretrained_run

@@ -16,8 +16,8 @@ from pyarrow import parquet
 
 from bigdssm.config import Config, load_config
 from bigdssm.data import Dataset
-from bigdssm.data.making import Target
-from bigdssm.data.pairs import PairTables, make_pairs
+from bigdssm.data.making.making import Target
+from bigdssm.data.making.pairs import PairTables, make_pairs
 from bigdssm.errors import CheckpointError
 from bigdssm.export import load_model_folder
 from bigdssm.models import DualEncoder

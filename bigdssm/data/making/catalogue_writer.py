@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigdssm.data.column_file import ColumnFile
-from bigdssm.data.columns import canonical_type
-from bigdssm.data.fit import encode_columns, encoded_type
-from bigdssm.data.hashing import KeyIndex, hash_strings
-from bigdssm.data.journal import State
+from bigdssm.data.making.column_file import ColumnFile
+from bigdssm.data.making.journal import State
+from bigdssm.data.making.row_spool import RowSpool
 from bigdssm.data.mapped import MappedTable
-from bigdssm.data.row_spool import RowSpool
+from bigdssm.data.tables.columns import canonical_type
+from bigdssm.data.tables.fit import encode_columns, encoded_type
+from bigdssm.data.tables.hashing import KeyIndex, hash_strings
 from bigdssm.data.tokenizer import TextEncoder
 from bigdssm.errors import ConfigError
 from bigdssm.schema import Feature

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from bigdssm.data.column_file import file_checksum
-from bigdssm.data.journal import Journal, State
+from bigdssm.data.making.column_file import file_checksum
+from bigdssm.data.making.journal import Journal, State
 from bigdssm.errors import BigDSSMError, DataError
 from bigdssm.schema import SCHEMA_FILE, Schema
 

@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-from bigdssm.data.order import Order, derive_key, mix64
+from bigdssm.data.streaming.order import Order, derive_key, mix64
 from bigdssm.errors import ConfigError
 
 Batches = Literal["mixed", "one_source"]

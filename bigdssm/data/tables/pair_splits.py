@@ -7,8 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from bigdssm.data.columns import RowCheck, is_empty, strings, times
-from bigdssm.data.hashing import hash_strings, mix, uniform
+from bigdssm.data.tables.columns import RowCheck, is_empty, strings, times
+from bigdssm.data.tables.hashing import hash_strings, mix, uniform
 from bigdssm.errors import ConfigError, DataError
 
 PairSplit = Literal["random", "time", "column", "train"]

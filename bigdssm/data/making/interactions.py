@@ -15,14 +15,11 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.config import DataConfig
-from bigdssm.data.block_writer import SplitWriter, block_rows
-from bigdssm.data.catalogue_writer import KEY_COLUMNS, CatalogueWriter, check_names
-from bigdssm.data.column_file import ColumnFile
-from bigdssm.data.columns import RowCheck, canonical, is_empty, relevances, strings, times
-from bigdssm.data.dataset_writer import PARTITIONS, DatasetWriter
-from bigdssm.data.fit import encode_columns, encoded_type
-from bigdssm.data.hashing import KeyIndex, hash_strings, mix
-from bigdssm.data.making import (
+from bigdssm.data.making.block_writer import SplitWriter, block_rows
+from bigdssm.data.making.catalogue_writer import KEY_COLUMNS, CatalogueWriter, check_names
+from bigdssm.data.making.column_file import ColumnFile
+from bigdssm.data.making.dataset_writer import PARTITIONS, DatasetWriter
+from bigdssm.data.making.making import (
     BLOCK_COLUMNS,
     SEQUENCE_COLUMNS,
     Fitting,
@@ -36,7 +33,10 @@ from bigdssm.data.making import (
 )
 from bigdssm.data.mapped import MappedTable
 from bigdssm.data.ragged import Ragged, gather_ranges, offsets_of
-from bigdssm.data.sources import read_table
+from bigdssm.data.tables.columns import RowCheck, canonical, is_empty, relevances, strings, times
+from bigdssm.data.tables.fit import encode_columns, encoded_type
+from bigdssm.data.tables.hashing import KeyIndex, hash_strings, mix
+from bigdssm.data.tables.sources import read_table
 from bigdssm.data.tokenizer import TextEncoder
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.schema import Feature, Schema

@@ -14,8 +14,8 @@ import numpy as np
 from bigdssm import distributed
 from bigdssm.data.blocks import Bad
 from bigdssm.data.dataset import Dataset
-from bigdssm.data.lanes import Part
 from bigdssm.data.rows import Rows
+from bigdssm.data.streaming.lanes import Part
 from bigdssm.errors import ConfigError, DataError, PeerError
 from bigdssm.log import get_logger
 

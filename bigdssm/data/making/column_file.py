@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from bigdssm.data.journal import State
+from bigdssm.data.making.journal import State
 
 
 def file_checksum(path: Path) -> str:

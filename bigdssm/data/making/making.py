@@ -15,10 +15,10 @@ import pyarrow as pa
 import tokenizers
 
 from bigdssm.config import DataConfig
-from bigdssm.data.catalogue_writer import CatalogueWriter
-from bigdssm.data.dataset_writer import TOKENIZER, DatasetWriter
-from bigdssm.data.fit import SideFitter
-from bigdssm.data.journal import State
+from bigdssm.data.making.catalogue_writer import CatalogueWriter
+from bigdssm.data.making.dataset_writer import TOKENIZER, DatasetWriter
+from bigdssm.data.making.journal import State
+from bigdssm.data.tables.fit import SideFitter
 from bigdssm.data.tokenizer import TextEncoder, Texts, make_tokenizer
 from bigdssm.errors import ConfigError
 from bigdssm.schema import SCHEMA_FILE, Feature, Schema

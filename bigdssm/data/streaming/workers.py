@@ -15,9 +15,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from bigdssm.data.dataset import Dataset
-from bigdssm.data.lanes import LaneReader, Part
-from bigdssm.data.mixture import MixedOrder
-from bigdssm.data.order import Order
+from bigdssm.data.streaming.lanes import LaneReader, Part
+from bigdssm.data.streaming.mixture import MixedOrder
+from bigdssm.data.streaming.order import Order
 from bigdssm.errors import BigDSSMError, DataError, PeerError
 from bigdssm.log import get_logger
 

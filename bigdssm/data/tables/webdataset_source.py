@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from bigdssm.data.sources import (
+from bigdssm.data.tables.sources import (
     BYTES_PER_BATCH,
     MAX_LINE_BYTES,
     ROWS_PER_BATCH,

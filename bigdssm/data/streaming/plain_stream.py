@@ -25,20 +25,20 @@ from braceexpand import braceexpand
 from torch.utils.data import IterableDataset, get_worker_info
 
 from bigdssm.data.blocks import Bad
-from bigdssm.data.columns import RowCheck, canonical, missing
 from bigdssm.data.dataset import Dataset
-from bigdssm.data.fit import encode_columns
-from bigdssm.data.hashing import hash_rows, hash_strings, row_keys
-from bigdssm.data.lanes import Part
-from bigdssm.data.order import derive_key
 from bigdssm.data.ragged import Column, from_arrow
 from bigdssm.data.remote import is_url
-from bigdssm.data.row_stream import RowStream
 from bigdssm.data.rows import Rows
-from bigdssm.data.sources import record_batch
+from bigdssm.data.streaming.lanes import Part
+from bigdssm.data.streaming.order import derive_key
+from bigdssm.data.streaming.row_stream import RowStream
+from bigdssm.data.streaming.workers import load, one_core_each, until_an_error
+from bigdssm.data.tables.columns import RowCheck, canonical, missing
+from bigdssm.data.tables.fit import encode_columns
+from bigdssm.data.tables.hashing import hash_rows, hash_strings, row_keys
+from bigdssm.data.tables.sources import record_batch
+from bigdssm.data.tables.webdataset_source import KEY, check_shard, is_text, record_of
 from bigdssm.data.tokenizer import TextEncoder
-from bigdssm.data.webdataset_source import KEY, check_shard, is_text, record_of
-from bigdssm.data.workers import load, one_core_each, until_an_error
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.log import get_logger
 from bigdssm.schema import hash64

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigdssm.data.sources import ReportBad, SourceBatch
+from bigdssm.data.tables.sources import ReportBad, SourceBatch
 from bigdssm.errors import DataError
 
 

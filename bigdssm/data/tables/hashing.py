@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigdssm.data.order import mix64
+from bigdssm.data.streaming.order import mix64
 from bigdssm.schema import hash64
 
 

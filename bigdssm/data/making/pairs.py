@@ -21,16 +21,11 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.config import DataConfig
-from bigdssm.data.beir import BeirWriter
-from bigdssm.data.block_writer import SplitWriter, block_rows
-from bigdssm.data.catalogue_writer import KEY_COLUMNS, CatalogueWriter, check_names
-from bigdssm.data.columns import RowCheck, canonical, canonical_type, is_empty, missing, relevances, strings
-from bigdssm.data.dataset_writer import DatasetWriter
-from bigdssm.data.explode import exploded
-from bigdssm.data.fit import encode_columns
-from bigdssm.data.hashing import KeyIndex, hash_rows, hash_strings, mix, row_keys
-from bigdssm.data.journal import State
-from bigdssm.data.making import (
+from bigdssm.data.making.block_writer import SplitWriter, block_rows
+from bigdssm.data.making.catalogue_writer import KEY_COLUMNS, CatalogueWriter, check_names
+from bigdssm.data.making.dataset_writer import DatasetWriter
+from bigdssm.data.making.journal import State
+from bigdssm.data.making.making import (
     BLOCK_COLUMNS,
     Fitting,
     Progress,
@@ -40,11 +35,16 @@ from bigdssm.data.making import (
     no_progress,
     text_columns,
 )
-from bigdssm.data.pair_splits import SPLITS, PairSplit, Splitter, pair_hash
-from bigdssm.data.row_spool import RowSpool, ShuffleSpool, num_buckets
-from bigdssm.data.sources import SourceBatch, read_table
+from bigdssm.data.making.row_spool import RowSpool, ShuffleSpool, num_buckets
+from bigdssm.data.tables.beir import BeirWriter
+from bigdssm.data.tables.columns import RowCheck, canonical, canonical_type, is_empty, missing, relevances, strings
+from bigdssm.data.tables.explode import exploded
+from bigdssm.data.tables.fit import encode_columns
+from bigdssm.data.tables.hashing import KeyIndex, hash_rows, hash_strings, mix, row_keys
+from bigdssm.data.tables.pair_splits import SPLITS, PairSplit, Splitter, pair_hash
+from bigdssm.data.tables.sources import SourceBatch, read_table
+from bigdssm.data.tables.webdataset_source import check_shard, is_shard, read_shard
 from bigdssm.data.tokenizer import TextEncoder
-from bigdssm.data.webdataset_source import check_shard, is_shard, read_shard
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.schema import Feature, Schema
 

@@ -10,8 +10,8 @@ import pyarrow as pa
 import xxhash
 from webdataset import TarWriter
 
-from bigdssm.data.column_file import file_checksum
-from bigdssm.data.journal import State
+from bigdssm.data.making.column_file import file_checksum
+from bigdssm.data.making.journal import State
 
 MAX_BLOCK_ROWS, MIN_BLOCK_ROWS = 2048, 256
 WANTED_BLOCKS = 64  # with fewer, lanes share blocks and windows shuffle little

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from bigdssm.data.column_file import opened
-from bigdssm.data.sources import ROWS_PER_BATCH, split_suffix
+from bigdssm.data.making.column_file import opened
+from bigdssm.data.tables.sources import ROWS_PER_BATCH, split_suffix
 
 KEY = "shuffle_key"
 BUCKET_BYTES = 64 << 20

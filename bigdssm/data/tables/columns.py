@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bigdssm.data.blocks import MAX_FIELD_BYTES
-from bigdssm.data.sources import ReportBad, SourceBatch
+from bigdssm.data.tables.sources import ReportBad, SourceBatch
 from bigdssm.errors import DataError
 from bigdssm.schema import Feature
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bigdssm.data.hashing import mix
-from bigdssm.data.making import Progress, no_progress
+from bigdssm.data.making.making import Progress, no_progress
+from bigdssm.data.tables.hashing import mix
 from bigdssm.errors import DataError
 from bigdssm.schema import hash64
 

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import numpy as np
 import pyarrow as pa
 
-from bigdssm.data.hashing import KeyIndex
+from bigdssm.data.tables.hashing import KeyIndex
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.schema import Feature
 

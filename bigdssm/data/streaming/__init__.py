@@ -1,0 +1,1 @@
+"""Which rows a step has, and bringing them: order, lanes, mixtures, loader processes."""

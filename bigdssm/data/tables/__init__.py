@@ -1,0 +1,1 @@
+"""Tables as people have them: reading files, columns in the types of the schema, vocabularies, splits."""
