@@ -25,8 +25,8 @@ from bigdssm.losses.columns import Tile
 from bigdssm.losses.inputs import Facts
 from bigdssm.losses.tiles import Problem, Strip, Sums
 
-_STRIP_BYTES = 16 << 20  # of scores that softmax_rows holds
-_STRIP_ROWS = 256  # of the passes that hold one tile
+STRIP_BYTES = 16 << 20  # of scores that softmax_rows holds
+STRIP_ROWS = 256  # of the passes that hold one tile
 
 
 @dataclass
@@ -54,7 +54,7 @@ def softmax_rows(
     take part in the softmax and in the sums returned.
     """
     width = p.columns.num_columns
-    height = max(32, min(1024, _STRIP_BYTES // (max(1, width) * p.U_mD.element_size())))
+    height = max(32, min(1024, STRIP_BYTES // (max(1, width) * p.U_mD.element_size())))
     buffer = p.U_mD.new_empty(min(height, p.num_rows) * width)
     result = RowSums(torch.empty_like(positive_m), torch.empty_like(positive_m))
     for strip in p.strips(height):
@@ -135,8 +135,8 @@ def _shifted_sums(
     largest_m = torch.zeros_like(p.U_mD[:, 0])
     total_N = torch.zeros(p.columns.num_slots + 1, dtype=torch.float64, device=p.U_mD.device)
     factor_N = None if neg_bias_N is None else neg_bias_N.exp().to(p.U_mD.dtype)
-    buffer, ones = _buffer(p), p.U_mD.new_ones(_STRIP_ROWS)
-    for strip in p.strips(_STRIP_ROWS):
+    buffer, ones = _buffer(p), p.U_mD.new_ones(STRIP_ROWS)
+    for strip in p.strips(STRIP_ROWS):
         rows = slice(strip.start, strip.stop)
         for index in range(len(p.columns.tiles)):
             tile = p.columns.ready(index)
@@ -160,7 +160,7 @@ def _logarithmic_sums(p: Problem, neg_bias_N: Tensor | None, group: Group | None
     rows_sums = RowSums(log_m, log_m.clone())
     log_N = log_m.new_full((p.columns.num_slots,), -math.inf)
     buffer = _buffer(p)
-    for strip in p.strips(_STRIP_ROWS):
+    for strip in p.strips(STRIP_ROWS):
         rows = slice(strip.start, strip.stop)
         for index in range(len(p.columns.tiles)):
             tile = p.columns.ready(index)
@@ -194,7 +194,7 @@ def gradient_pass(p: Problem, shift: Shift | None, c: Coefficients, sums: Sums) 
     buffer, second = _buffer(p), _buffer(p)
     gradient = _LogarithmicGradient(c) if shift is None else _ShiftedGradient(c, shift.value, p.U_mD.dtype)
     at = 0.0 if shift is None else shift.value
-    for strip in p.strips(_STRIP_ROWS):
+    for strip in p.strips(STRIP_ROWS):
         for index in range(len(p.columns.tiles)):
             tile = p.columns.ready(index)
             W_cD = p.columns.vectors(tile)
@@ -256,4 +256,4 @@ def _times(weight: Tensor, factor: Tensor) -> Tensor:
 
 def _buffer(p: Problem) -> Tensor:
     widest = max((tile.width for tile in p.columns.tiles), default=0)
-    return p.U_mD.new_empty(min(_STRIP_ROWS, p.num_rows) * widest)
+    return p.U_mD.new_empty(min(STRIP_ROWS, p.num_rows) * widest)

@@ -18,12 +18,11 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from bigdssm import distributed, timing
 from bigdssm.config import EngineConfig, OptimizerConfig
 from bigdssm.errors import ConfigError, PeerError
-from bigdssm.models import Encoded
+from bigdssm.models import Encoded, use_plain_attention
 from bigdssm.training import portable
 from bigdssm.training.optimizer import build_optimizer
 
@@ -94,7 +93,7 @@ class Engine:
         self.product_dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
         self._norm = float("nan")
         if config.precision != "fp32" and not _on_device():
-            _use_plain_attention(model)
+            use_plain_attention(model)
         built = deepspeed.initialize(
             model=model.to(device()),
             optimizer=build_optimizer(model, optimizer),
@@ -179,17 +178,6 @@ class Engine:
     def _whole_norm(self) -> float:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
-
-
-def _use_plain_attention(model: nn.Module) -> None:
-    """Let the model's BERTs multiply attention out: the fused kernel's backward in bfloat16 is slow on a CPU.
-
-    MiniLM on a Xeon with AMX, forward and backward a CPU-second: 4,900 tokens of texts of 64 against 3,300, 5,200 of
-    texts of 16 against 2,600. In float32 both take the same time.
-    """
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel):
-            part.set_attn_implementation("eager")
 
 
 def _on_device() -> bool:

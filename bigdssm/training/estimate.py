@@ -28,15 +28,15 @@ from bigdssm.data import Batch, Dataset, PairStream, PlainStream, RowStream, chu
 from bigdssm.data.batch import Features
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.curves import METRICS_FILE, read_stage
+from bigdssm.losses.softmax import STRIP_BYTES, STRIP_ROWS
 from bigdssm.losses.tiles import TILE_WIDTH
-from bigdssm.models import DualEncoder, Encoded
+from bigdssm.models import DualEncoder, Encoded, use_plain_attention
 from bigdssm.retrieval.embed import CHUNK_TOKENS_CPU
 from bigdssm.training.batches import Batches
 from bigdssm.training.live_memory import LiveBytes
 from bigdssm.training.step import Budget, Piece, pieces_of
 
 FP32, FP64 = 4, 8
-STRIP_BYTES, STRIP_ROWS = 16 << 20, 512  # of the loss's passes over the score matrix
 # What glibc's heap keeps in holes between what is in use, over that, as measured: tensors of many sizes come and go.
 # MALLOC_MMAP_THRESHOLD_=131072 does away with them (there 584 MB became 477), for page faults at every tensor.
 HEAP_HOLES = 0.35
@@ -101,6 +101,8 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
         if engine.precision == "bf16_pure":
             _to_bfloat16(model)
     model.train()
+    if engine.precision != "fp32" and not torch.cuda.is_available():
+        use_plain_attention(model)  # as the engine does
     if engine.checkpoint_activations:
         model.checkpoint_activations()
     num_weights = sum(parameter.numel() for parameter in model.parameters())
