@@ -28,6 +28,10 @@ from bigdssm.training.optimizer import build_optimizer
 
 COLLECTIVE_TIMEOUT_S = 1800
 
+# The shared-memory all-reduce is compiled on first use: 45 s, a compiler, a race between ranks, and where one of them
+# is killed meanwhile, a lock that all later ones wait for.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 
 def init_process_group() -> None:
     """Join the process group the launcher describes (`deepspeed`, `torchrun`), or a world of one without a launcher."""
@@ -36,8 +40,6 @@ def init_process_group() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of DeepSpeed's calls
     if "OMP_NUM_THREADS" not in os.environ:  # else every rank would take every core
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    # The shared-memory all-reduce is compiled on first use: 45 s, a compiler, and a race between ranks.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
         deepspeed.init_distributed(
             dist_backend=get_accelerator().communication_backend_name() if _on_device() else "gloo",

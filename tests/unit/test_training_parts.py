@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from bigdssm.data import chunks
 from bigdssm.training.optimizer import parameter_groups, schedule_factor
 from bigdssm.training.random_state import RandomState
 from bigdssm.training.row_log import CONSUMED, RowLog
+from tests.e2e.runs import free_port
 
 
 class Everything(nn.Module):
@@ -96,3 +100,19 @@ def test_the_row_log_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "row_ids-00000.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert lines[2]["row_ids"] == [7]
+
+
+def test_an_engine_without_a_launcher_compiles_nothing(tmp_path: Path) -> None:
+    """DeepSpeed joins a process group by itself where none was made before."""
+    code = """
+import torch
+from bigdssm.config import EngineConfig, OptimizerConfig
+from bigdssm.training.engine import Engine
+Engine(torch.nn.Linear(2, 2), EngineConfig(), OptimizerConfig(), 1)
+"""
+    variables = {
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "DS_ACCELERATOR": "cpu",
+    }  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env={**os.environ, **variables})
+    assert not (tmp_path / "extensions").exists()
