@@ -145,7 +145,7 @@ def steps(rank: int, world_size: int, cases: list[Case], dropout: float) -> list
     return weights
 
 
-@pytest.mark.parametrize("world_size", [1, 3, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))])
 def test_chunks_and_kept_graphs_change_no_weight(pools: dict[int, Pool], world_size: int) -> None:
     (plain,) = pools[1].run(plain_steps)
     start = dict(new_model(0.0).named_parameters())
