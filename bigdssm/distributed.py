@@ -6,6 +6,7 @@ the business of the callers (losses/ has autograd functions around these).
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -49,6 +50,13 @@ def shutdown() -> None:
     """Leave the process group. Without it a rank that ends last can die of the threads that the group still runs."""
     if is_distributed():
         dist.destroy_process_group()
+
+
+def free_port() -> str:
+    """Return a TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def barrier() -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from bigdssm.cli import run_main
 from bigdssm.config import load_config
+from bigdssm.distributed import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
             launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(args.ranks)]
             of_run = [*overrides, f"run.dir={run}", f"run.seed={seed}", "--resume", "auto"]
             script = [str(ROOT / "launch" / f"{stage}.py"), "--config", args.config]
-            if code := _run(*launcher, "--master_port", _free_port(), *script, *of_run):
+            if code := _run(*launcher, "--master_port", free_port(), *script, *of_run):
                 return code
     out = Path(config.run.dir) / "report.json"
     return _run(sys.executable, str(ROOT / "tools" / "report.py"), *map(str, runs), "--out", str(out), *report)
@@ -52,12 +52,6 @@ def _run(*command: str) -> int:
     """Print a command, run it, and return its exit code."""
     print(f"$ {shlex.join(command)}", flush=True)
     return subprocess.run(command).returncode
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from bigdssm.losses.columns import Tile
 from bigdssm.losses.inputs import Facts
 from bigdssm.losses.tiles import Problem, Strip, Sums
 
-STRIP_BYTES = 16 << 20  # of scores that softmax_rows holds
+_STRIP_BYTES = 16 << 20  # of scores that softmax_rows holds
 STRIP_ROWS = 256  # of the passes that hold one tile
 
 
@@ -45,6 +45,11 @@ class Shift:
     floor: float
 
 
+def strip_height(num_columns: int, element_size: int) -> int:
+    """Return how many rows `softmax_rows` holds at once against that many columns, of so many bytes an entry."""
+    return max(32, min(1024, _STRIP_BYTES // (max(1, num_columns) * element_size)))
+
+
 def softmax_rows(
     p: Problem, positive_m: Tensor, weight_m: Tensor, extra_log_sum_m: Tensor | None, sums: Sums | None
 ) -> RowSums:
@@ -54,7 +59,7 @@ def softmax_rows(
     take part in the softmax and in the sums returned.
     """
     width = p.columns.num_columns
-    height = max(32, min(1024, STRIP_BYTES // (max(1, width) * p.U_mD.element_size())))
+    height = strip_height(width, p.U_mD.element_size())
     buffer = p.U_mD.new_empty(min(height, p.num_rows) * width)
     result = RowSums(torch.empty_like(positive_m), torch.empty_like(positive_m))
     for strip in p.strips(height):

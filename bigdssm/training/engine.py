@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -36,7 +35,9 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 def init_process_group() -> None:
     """Join the process group the launcher describes (`deepspeed`, `torchrun`), or a world of one without a launcher."""
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=distributed.free_port()
+        )
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of DeepSpeed's calls
     if "OMP_NUM_THREADS" not in os.environ:  # else every rank would take every core
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
@@ -184,9 +185,3 @@ class Engine:
 
 def _on_device() -> bool:
     return get_accelerator().device_name() != "cpu"
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])

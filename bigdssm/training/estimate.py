@@ -28,7 +28,7 @@ from bigdssm.data import Batch, Dataset, PairStream, PlainStream, RowStream, chu
 from bigdssm.data.batch import Features
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.curves import METRICS_FILE, read_stage
-from bigdssm.losses.softmax import STRIP_BYTES, STRIP_ROWS
+from bigdssm.losses.softmax import STRIP_ROWS, strip_height
 from bigdssm.losses.tiles import TILE_WIDTH
 from bigdssm.models import DualEncoder, Encoded, use_plain_attention
 from bigdssm.retrieval.embed import CHUNK_TOKENS_CPU
@@ -236,7 +236,7 @@ def _loss(config: Config, stage: StageConfig, batch: Batch, world_size: int) -> 
     if stage.loss.name == "fps" and stage.loss.direction != "q2d":
         scores = 2 * FP32 * min(STRIP_ROWS, m) * min(tile, columns)
     else:
-        scores = FP32 * columns * min(m, max(32, min(1024, STRIP_BYTES // (FP32 * max(1, columns)))))
+        scores = FP32 * columns * min(m, strip_height(columns, FP32))
     ids = FP64 * (4 * columns + 2 * m * world_size) + (0 if batch.known is None else 2 * FP64 * len(batch.known))
     return vectors, gathered + sums + scores + ids + 8 * FP64 * (m + columns)
 
