@@ -3,7 +3,7 @@
     python tools/mine_negatives.py --model MODEL --data DATASET --out NEGATIVES.npy [--first 10] [--last 200]
     torchrun --nproc-per-node 2 tools/mine_negatives.py …       # the rows are shared out over the ranks
 
-The file is int32 [train rows, last - first] of catalogue rows, -1 where there are none, by row id. Known train
+The file is described in bigdssm/retrieval/mined.py: catalogue rows by row id, -1 where there are none. Known train
 positives of the query never appear, nor with --margin what scores nearly as the row's own document. --vectors takes the
 documents from a folder that tools/embed.py made with the same model.
 """
@@ -22,7 +22,7 @@ from bigdssm.cli import ProgressBar, run_main
 from bigdssm.data import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.export import load_model_folder
-from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.retrieval.embed import Share, tower_encoders
 from bigdssm.retrieval.mine import mine_to_file
 from bigdssm.retrieval.vectors import vectors_of
 
@@ -51,11 +51,11 @@ def main() -> None:
     with ProgressBar() as progress:
         mined = mine_to_file(
             args.out, tower_encoders(folder.model, dataset), dataset, first=args.first, last=args.last,
-            margin=args.margin, documents=documents, rank=distributed.rank(), world_size=distributed.world_size(),
-            progress=progress,
+            margin=args.margin, documents=documents,
+            share=Share(distributed.rank(), distributed.world_size(), progress=progress),
         )  # fmt: skip
     if distributed.is_main():
-        print(f"{args.out}: {mined.shape[0]} rows, {(mined >= 0).sum(axis=1).mean():.1f} negatives a row")
+        print(f"{args.out}: {len(mined)} rows, {mined.per_row():.1f} negatives a row")
     distributed.shutdown()
 
 

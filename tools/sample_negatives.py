@@ -2,7 +2,7 @@
 
     python tools/sample_negatives.py --mined RUN/sft/mined_negatives.npy --data DATASET [--count 50]
 
-The rows are evenly spaced over the train split, one negative each, drawn as training draws them. Texts are shown as the
+The rows are evenly spaced over those mined for, one negative each, drawn as training draws them. Texts are shown as the
 towers read them.
 """
 
@@ -12,11 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from bigdssm.cli import run_main
 from bigdssm.data import Dataset
-from bigdssm.errors import DataError
+from bigdssm.retrieval.mined import MinedNegatives
 from bigdssm.retrieval.mined_sample import mined_sample
 
 
@@ -27,11 +25,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=50, help="how many (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the run's (%(default)s)")
     args = parser.parse_args()
-    try:
-        windows = np.load(args.mined, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{args.mined} is no file of mined negatives: {error}") from None
-    for number, one in enumerate(mined_sample(Dataset.open(args.data), windows, args.count, args.seed), start=1):
+    mined = MinedNegatives.open(args.mined)
+    for number, one in enumerate(mined_sample(Dataset.open(args.data), mined, args.count, args.seed), start=1):
         print(f"{number}. row {one.row_id}: {one.query}\n   document: {one.document}\n   negative: {one.negative}")
 
 

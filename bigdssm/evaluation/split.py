@@ -35,6 +35,7 @@ def evaluate_split(
     dataset: Dataset,
     split: str,
     *,
+    documents: Tensor | None = None,
     rank: int = 0,
     world_size: int = 1,
     rows_per_chunk: int = 1024,
@@ -44,12 +45,14 @@ def evaluate_split(
 ) -> Evaluation:
     """Return the Evaluation of a two-tower model on `split`, the same on every rank: every document is scored.
 
-    A collective: documents and queries are shared out over the ranks, `rows_per_chunk` at a time. Raises DivergedError
-    on every rank where a vector is not finite: comparisons with NaN would rank every target first.
+    A collective: documents and queries are shared out over the ranks, `rows_per_chunk` at a time. `documents` [N, D+1]
+    are the catalogue's vectors where they were made before. Raises DivergedError on every rank where a vector is not
+    finite: comparisons with NaN would rank every target first.
     """
     started = time.perf_counter()
     share = Share(rank, world_size, rows_per_chunk, progress)
-    documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
+    if documents is None:
+        documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
     finite = bool(documents.isfinite().all())
     first, last = share.of(dataset.num_rows(split))
     ranks = np.full(last - first, np.nan)

@@ -6,7 +6,7 @@ everything that the loss saw. Shapes: m queries, n documents, N catalogue rows, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -149,24 +149,32 @@ def encode_catalogue(encoders: Encoders, num_docs: int, share: Share | None = No
 
 
 def encode_queries(
-    encoders: Encoders, dataset: Dataset, split: str, share: Share | None = None
+    encoders: Encoders,
+    dataset: Dataset,
+    split: str,
+    share: Share | None = None,
+    rows: Iterable[Rows | None] | None = None,
 ) -> Iterator[tuple[Rows, Tensor]]:
-    """Yield this rank's share of the split as (Rows of m queries, their index vectors [m, D+1]).
+    """Yield (Rows of m queries, their index vectors [m, D+1]) of this rank's share of the split, or of `rows` of it.
 
-    Every rank calls the encoder equally often, as a sharded model needs; run it to the end.
+    `rows` come in as many pieces on every rank: then every rank calls the encoder equally often, as a sharded model
+    needs. Run it to the end.
     """
-    share = share or Share()
+    for piece in _pieces(dataset, split, share or Share()) if rows is None else rows:
+        if piece is not None and len(piece):
+            yield piece, encoders.queries(piece)
+        else:
+            encoders.queries(next(some for some in dataset.iterate(split, 1024) if len(some)))
+
+
+def _pieces(dataset: Dataset, split: str, share: Share) -> Iterator[Rows | None]:
+    """Yield this rank's share of the split in pieces, then None until the rank that has most rows has run out."""
     chunks = dataset.iterate(split, share.rows_per_chunk, share.rank, share.world_size)
     num_rows = dataset.num_rows(split)
     begin, end = share.of(num_rows)
     for chunk in range(share.num_chunks(num_rows)):
-        rows = next(chunks, None)
-        if rows is not None and len(rows):
-            yield rows, encoders.queries(rows)
-        else:
-            encoders.queries(next(some for some in dataset.iterate(split, share.rows_per_chunk) if len(some)))
-        done = min((chunk + 1) * share.rows_per_chunk, end - begin)
-        share.progress("queries encoded", done, end - begin)
+        yield next(chunks, None)
+        share.progress("queries encoded", min((chunk + 1) * share.rows_per_chunk, end - begin), end - begin)
 
 
 def _in_chunks(features: Features, num_rows: int, encode: Callable[[Features], Tensor]) -> Tensor:

@@ -1,15 +1,16 @@
-"""Mined negatives: for each train row a window of its own query's ranking, and the choice of some at each epoch.
+"""Mining negatives: for train rows a window of their own query's ranking.
 
 Ranks below `first` are left out because they hold what the user would have liked but did not happen to meet, and so
 may be documents that score nearly as the row's own does (`margin`). Only train rows are looked at: leaving out
 validation or test items would tell the model what they are.
 
-Shapes: m rows, N documents, W = last − first window places, k negatives a row.
+Shapes: m rows, N documents, W = last − first window places.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +21,10 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.data import Dataset, Rows
-from bigdssm.data.streaming.order import derive_key, mix64
 from bigdssm.data.tensors import as_tensor
 from bigdssm.errors import DivergedError
-from bigdssm.retrieval.embed import Encoders, Progress, Share, encode_catalogue, encode_queries, no_progress
+from bigdssm.retrieval.embed import Encoders, Share, encode_catalogue, encode_queries
+from bigdssm.retrieval.mined import MinedNegatives, mined_records
 
 TILE_DOCS = 16_384
 
@@ -37,11 +38,11 @@ class KnownPositives:
     doc_rows: np.ndarray  # int64
 
     @classmethod
-    def of(cls, dataset: Dataset, split: str = "train") -> KnownPositives:
-        """Return those of `dataset`: one pass over the split."""
+    def of(cls, dataset: Dataset) -> KnownPositives:
+        """Return those of `dataset`: one pass over its train split."""
         parts = [
             (rows.query_ids[rows.relevance > 0], rows.doc_rows[rows.relevance > 0])
-            for rows in dataset.iterate(split, 65_536)
+            for rows in dataset.iterate("train", 65_536)
         ]
         ids, docs = (np.concatenate([part[side] for part in parts] or [np.zeros(0, np.int64)]) for side in (0, 1))
         order = np.lexsort((docs, ids))
@@ -61,81 +62,72 @@ class KnownPositives:
 def mine(
     encoders: Encoders,
     dataset: Dataset,
-    split: str = "train",
+    rows: Iterable[Rows] | None = None,
     *,
     first: int,
     last: int,
     margin: float | None = None,
     documents: Tensor | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-    rows_per_chunk: int = 1024,
-    progress: Progress = no_progress,
+    share: Share | None = None,
 ) -> np.ndarray:
-    """Return int32 [rows of this rank's share, last − first]: catalogue rows at ranks [first, last) of each ranking.
+    """Return this rank's `mined_records`: the catalogue rows at ranks [first, last) of each train row's ranking.
 
-    The share is that of `dataset.iterate(split, …, rank, world_size)`, so the shares of all ranks one after another
-    are the split. Known positives (all of the query's train documents, the row's own history, and its target) are
-    taken out before ranks are counted; -1 stands where the catalogue ends, in rows that were left out as bad, and with
-    `margin` where a document's score alpha * <u, w> + beta is above that of the row's own less the margin. `documents`
-    [N, D+1] are index vectors of the catalogue that were made before. A collective over the ranks. Raises DivergedError
-    where a vector is not finite.
+    `rows` are those to mine for, in as many pieces on every rank; by default the rank's share of the split. Known
+    positives (all of the query's train documents, the row's own history, and its target) are taken out before ranks
+    are counted; -1 stands where the catalogue ends, and with `margin` where a document's score alpha * <u, w> + beta is
+    above that of the row's own less the margin. `documents` [N, D+1] are index vectors of the catalogue that were made
+    before. A collective over the ranks. Raises DivergedError where a vector is not finite.
     """
-    share = Share(rank, world_size, rows_per_chunk, progress)
+    share = share or Share()
     if documents is None:
         documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
-    known = KnownPositives.of(dataset, split)
+    known = KnownPositives.of(dataset)
     finite = bool(documents.isfinite().all())
-    begin, end = share.of(dataset.num_rows(split))
-    windows = np.full((end - begin, last - first), -1, np.int32)
-    for rows, queries in encode_queries(encoders, dataset, split, share):
+    row_ids, windows = [np.zeros(0, np.int64)], [np.zeros((0, last - first), np.int32)]
+    for some, queries in encode_queries(encoders, dataset, "train", share, rows):
         finite = finite and bool(queries.isfinite().all())
-        scores, best = top_documents(queries, documents, last, *_excluded(rows, known, documents.device))
+        scores, best = top_documents(queries, documents, last, *_excluded(some, known, documents.device))
         if margin is not None:
-            own = (queries * documents[as_tensor(rows.doc_rows).to(documents.device)]).sum(dim=1)
+            own = (queries * documents[as_tensor(some.doc_rows).to(documents.device)]).sum(dim=1)
             best = best.masked_fill(scores > (own - margin).unsqueeze(1), -1)
-        windows[rows.row_ids - begin] = best[:, first:].cpu().numpy()
+        row_ids.append(some.row_ids)
+        windows.append(best[:, first:].cpu().numpy().astype(np.int32))
     distributed.raise_together(None if finite else DivergedError("the model's vectors hold NaN or inf; nothing mined"))
-    return windows
+    ids, place = np.unique(np.concatenate(row_ids), return_index=True)
+    return mined_records(ids, np.concatenate(windows)[place])
 
 
 def mine_to_file(
     path: Path,
     encoders: Encoders,
     dataset: Dataset,
-    split: str = "train",
+    rows: Iterable[Rows] | None = None,
     *,
     first: int,
     last: int,
     margin: float | None = None,
     documents: Tensor | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-    rows_per_chunk: int = 1024,
-    progress: Progress = no_progress,
-) -> np.ndarray:
-    """Return int32 [rows of the split, last − first], indexed by row id and mapped from the .npy file `path`.
+    share: Share | None = None,
+) -> MinedNegatives:
+    """Return what all ranks mine, mapped from the file `path`.
 
-    Every rank writes its share, so `path` must be on storage that all ranks see, as a run's folder is; the file
+    Every rank writes its records, so `path` must be on storage that all ranks see, as a run's folder is; the file
     appears under its name when it is whole. A collective; see `mine`.
     """
-    windows = mine(
-        encoders, dataset, split, first=first, last=last, margin=margin, documents=documents,
-        rank=rank, world_size=world_size, rows_per_chunk=rows_per_chunk, progress=progress,
-    )  # fmt: skip
-    bounds = Share(rank, world_size).bounds(dataset.num_rows(split))
+    own = mine(encoders, dataset, rows, first=first, last=last, margin=margin, documents=documents, share=share)
+    everything = np.unique(np.concatenate(distributed.all_gather_object(own["row"])))
     unfinished = path.with_name(f".{path.name}.unfinished")
-    if rank == 0:
-        open_memmap(unfinished, "w+", np.int32, (bounds[-1][1], last - first)).flush()
+    if distributed.is_main():
+        open_memmap(unfinished, "w+", own.dtype, (len(everything),)).flush()
     distributed.barrier()
     whole = open_memmap(unfinished, "r+")
-    whole[slice(*bounds[rank])] = windows
+    whole[np.searchsorted(everything, own["row"])] = own
     whole.flush()
     distributed.barrier()
-    if rank == 0:
+    if distributed.is_main():
         os.replace(unfinished, path)
     distributed.barrier()
-    return open_memmap(path, "r")
+    return MinedNegatives.open(path)
 
 
 def top_documents(
@@ -158,19 +150,6 @@ def top_documents(
         best, place = scores.topk(top, dim=1)
         index = columns.gather(1, place)
     return best, index.masked_fill(best == float("-inf"), -1)
-
-
-def choose_negatives(window: np.ndarray, row_ids: np.ndarray, epoch: int, seed: int, k: int) -> np.ndarray:
-    """Return int32 [m, k]: k distinct entries of each row of `window` [m, W], -1 where it holds fewer.
-
-    A pure function of (seed, epoch, row id): the same whatever the ranks and the steps, another draw every epoch.
-    """
-    row_keys = mix64(row_ids, derive_key(seed, epoch))
-    keys = mix64(row_keys[:, None] ^ mix64(np.arange(window.shape[1]), 0), 0)
-    keys = np.where(window < 0, np.iinfo(np.uint64).max, keys)
-    place = np.argsort(keys, axis=1, kind="stable")[:, :k]
-    chosen = np.take_along_axis(window, place, axis=1).astype(np.int32)
-    return np.pad(chosen, ((0, 0), (0, k - chosen.shape[1])), constant_values=-1)
 
 
 def _excluded(rows: Rows, known: KnownPositives, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -12,14 +12,14 @@ from bigdssm.data import Dataset, Ragged
 from bigdssm.data.ragged import Column
 from bigdssm.data.tokenizer import TextEncoder
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.retrieval.mine import choose_negatives
+from bigdssm.retrieval.mined import MinedNegatives, choose_negatives
 from bigdssm.schema import Feature
 
 ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
-class MinedNegative:
+class Judged:
     """What training takes for a query, its document, and a document that is none of the query's."""
 
     row_id: int
@@ -28,29 +28,29 @@ class MinedNegative:
     negative: str
 
 
-def mined_sample(dataset: Dataset, windows: np.ndarray, count: int, seed: int = 0) -> list[MinedNegative]:
-    """Return `count` negatives of evenly spaced train rows, one each, as `choose_negatives` draws them for `seed`.
+def mined_sample(dataset: Dataset, mined: MinedNegatives, count: int, seed: int = 0) -> list[Judged]:
+    """Return `count` negatives of evenly spaced mined rows, one each, as `choose_negatives` draws them for `seed`.
 
-    windows int32 [train rows, W] is what `mine` gave. Texts are shown as the towers read them: cut, in the tokenizer's
-    case. Raises ConfigError where a side has no text, DataError where `windows` are of other rows.
+    Texts are shown as the towers read them: cut, in the tokenizer's case. Raises ConfigError where a side has no text,
+    DataError where `mined` is of another dataset's rows.
     """
     features = _texts(dataset.schema.query), _texts(dataset.schema.doc)
     if not all(features) or dataset.tokenizer_dir is None:
         raise ConfigError(f"{dataset.dir} has a side without a text feature; there is nothing to read")
-    num_rows = dataset.num_rows("train")
-    if len(windows) != num_rows:
-        raise DataError(f"the mined negatives are of {len(windows)} rows, {dataset.dir} has {num_rows} train rows")
-    wanted = np.linspace(0, num_rows - 1, min(count, num_rows)).astype(np.int64)
+    num_rows, row_ids = dataset.num_rows("train"), mined.row_ids
+    if len(row_ids) and row_ids[-1] >= num_rows:
+        raise DataError(f"negatives were mined for row {row_ids[-1]}, but {dataset.dir} has {num_rows} train rows")
+    wanted = row_ids[np.linspace(0, len(row_ids) - 1, min(count, len(row_ids))).astype(np.int64)]
     tokenizer = TextEncoder(dataset.tokenizer_dir)
     found = []
     for rows in dataset.iterate("train", ROWS_AT_ONCE):
         taken = rows.take(np.flatnonzero(np.isin(rows.row_ids, wanted)))
-        negative = choose_negatives(windows[taken.row_ids], taken.row_ids, 0, seed, 1)[:, 0].astype(np.int64)
+        negative = choose_negatives(mined.windows(taken.row_ids), taken.row_ids, 0, seed, 1)[:, 0].astype(np.int64)
         queries = _read(taken.query, features[0], tokenizer)
         own = _read(dataset.catalogue.columns(taken.doc_rows.astype(np.int64)), features[1], tokenizer)
         other = _read(dataset.catalogue.columns(np.maximum(negative, 0)), features[1], tokenizer)
         columns = (taken.row_ids.tolist(), queries, own, other, negative.tolist())
-        found += [MinedNegative(*values) for *values, row in zip(*columns, strict=True) if row >= 0]
+        found += [Judged(*values) for *values, row in zip(*columns, strict=True) if row >= 0]
     return found
 
 

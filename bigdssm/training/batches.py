@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bigdssm import distributed
-from bigdssm.config import LossConfig
-from bigdssm.data import Batch, Collator, Dataset, Rows, RowStream
+from bigdssm.config import Config, LossConfig, StageConfig
+from bigdssm.data import Batch, Collator, Dataset, PairStream, PlainStream, Rows, RowStream
 from bigdssm.losses import sample_uniform
-from bigdssm.retrieval.mine import choose_negatives
+from bigdssm.retrieval.mined import MinedNegatives, choose_negatives
 
 
 class Batches:
@@ -23,11 +25,11 @@ class Batches:
         self,
         stream: RowStream,
         loss: LossConfig,
-        mined: np.ndarray | None,
+        mined: MinedNegatives | None,
         seed: int,
         device: torch.device,
     ) -> None:
-        """`mined` is int32 [rows of the split, W]: the window that each row's negatives are drawn from."""
+        """`mined` has the window that each row's negatives are drawn from."""
         self._stream, self._loss, self._mined, self._seed, self._device = stream, loss, mined, seed, device
         dataset = stream.dataset
         self._dataset = dataset
@@ -39,7 +41,7 @@ class Batches:
             negatives = None
             if self._mined is not None:
                 epoch = rows.step // self._stream.steps_per_epoch
-                window = np.asarray(self._mined[rows.row_ids])
+                window = self._mined.windows(rows.row_ids)
                 negatives = choose_negatives(window, rows.row_ids, epoch, self._seed, self._loss.negatives)
                 negatives = negatives.astype(np.int64)
             batch = self._collator(rows, negatives=negatives, extra_docs=self._uniform(rows.step))
@@ -55,6 +57,31 @@ class Batches:
         draws = sample_uniform(self._loss.uniform_negatives, self._dataset.catalogue.num_docs, generator).numpy()
         share: np.ndarray = draws[distributed.rank() :: distributed.world_size()]
         return share
+
+
+def row_stream(
+    config: Config,
+    stage: StageConfig,
+    dataset: Dataset,
+    rank: int,
+    world_size: int,
+    num_workers: int = 0,
+    quarantine: Path | None = None,
+) -> RowStream:
+    """Return the rows of a rank in a stage, from its first step; rows left out as bad are written to `quarantine`."""
+    data = config.data
+    shared: dict[str, Any] = {
+        "rows_global": stage.rows_global,
+        "seed": config.run.seed,
+        "rank": rank,
+        "world_size": world_size,
+        "num_workers": num_workers,
+        "max_bad_fraction": data.max_bad_fraction,
+        "quarantine": quarantine,
+    }
+    if data.webdataset is not None:
+        return PlainStream(dataset, data.webdataset, **shared)
+    return PairStream(dataset, lanes=data.lanes, tail=data.tail, **shared)
 
 
 def seen_pairs(rows: Rows, dataset: Dataset) -> Tensor:

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig
 
 from bigdssm.config import Config, EngineConfig, StageConfig, StageName, TowerConfig
-from bigdssm.data import Batch, Dataset, PairStream, PlainStream, RowStream, chunks
+from bigdssm.data import Batch, Dataset, chunks
 from bigdssm.data.batch import Features
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.curves import METRICS_FILE, read_stage
@@ -32,7 +32,7 @@ from bigdssm.losses.softmax import STRIP_ROWS, strip_height
 from bigdssm.losses.tiles import TILE_WIDTH
 from bigdssm.models import DualEncoder, Encoded, use_plain_attention
 from bigdssm.retrieval.embed import CHUNK_TOKENS_CPU
-from bigdssm.training.batches import Batches
+from bigdssm.training.batches import Batches, row_stream
 from bigdssm.training.live_memory import LiveBytes
 from bigdssm.training.step import Budget, Piece, pieces_of
 
@@ -89,7 +89,7 @@ class Estimate:
 def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int) -> Estimate:
     """Return what the stage `name` of `config` takes on `world_size` ranks; of `dataset`, one step's rows are read."""
     stage, engine = config.stage(name), config.engine
-    stream = _stream(config, stage, dataset, world_size)
+    stream = row_stream(config, stage, dataset, rank=0, world_size=world_size)
     share = replace(stage.loss, uniform_negatives=-(-stage.loss.uniform_negatives // world_size))
     mined: Any = _AnyNegatives(dataset, stage.loss.negatives) if stage.loss.negatives else None
     batch = next(iter(Batches(stream, share, mined, config.run.seed, torch.device("cpu"))))
@@ -272,24 +272,15 @@ def _sent(config: Config, stage: StageConfig, batch: Batch, num_weights: int, wo
     return {name: int(size * ring) for name, size in sent.items()}
 
 
-def _stream(config: Config, stage: StageConfig, dataset: Dataset, world_size: int) -> RowStream:
-    """Return the rows of the first rank."""
-    shared: dict[str, Any] = {
-        "rows_global": stage.rows_global, "seed": config.run.seed, "world_size": world_size, "num_workers": 0,
-    }  # fmt: skip
-    if config.data.webdataset is not None:
-        return PlainStream(dataset, config.data.webdataset, **shared)
-    return PairStream(dataset, lanes=config.data.lanes, tail=config.data.tail, **shared)
-
-
 class _AnyNegatives:
     """Stands for mined negatives before they are mined: any documents, for any row."""
 
     def __init__(self, dataset: Dataset, number: int) -> None:
         self._random, self._num_docs, self._number = np.random.RandomState(0), dataset.catalogue.num_docs, number
 
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        window: np.ndarray = self._random.randint(0, self._num_docs, (len(rows), self._number))
+    def windows(self, row_ids: np.ndarray) -> np.ndarray:
+        """Return int32 [m, k]."""
+        window: np.ndarray = self._random.randint(0, self._num_docs, (len(row_ids), self._number))
         return window.astype(np.int32)
 
 

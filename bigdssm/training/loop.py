@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from bigdssm import distributed
 from bigdssm.checkpoint import Checkpoint, CheckpointStore, TensorReader
 from bigdssm.config import StageConfig
@@ -107,6 +109,7 @@ class Stage:
     batches: Batches
     objective: Objective
     validator: Validator
+    initial_documents: Tensor | None  # their index vectors by the initial weights, where mining has made them
     store: CheckpointStore
     save_clock: SaveClock
     health: Health
@@ -135,9 +138,11 @@ def _train(stage: Stage) -> Progress:
     part_steps = stage.total_steps - progress.part_step
     if progress.step == progress.part_step:
         if stage.starts_trained:
-            validate(stage)  # so that best/ is never worse than what the stage started from
+            # so that best/ is never worse than what the stage started from
+            validate(stage, stage.initial_documents)
     elif _due(progress.step, config.validate_every_steps) and progress.validated_at != progress.step:
         validate(stage)  # a request to stop had broken it off
+    stage.initial_documents = None
     while progress.step < stage.total_steps and not _is_finished_early(stage):
         watch.watchdog.beat(f"step {progress.step}, waiting for rows")
         batch = health.waited_for(batches)
@@ -162,13 +167,14 @@ def _train(stage: Stage) -> Progress:
     return progress
 
 
-def validate(stage: Stage) -> Evaluation | None:
+def validate(stage: Stage, documents: Tensor | None = None) -> Evaluation | None:
     """Measure on the validation split; keep the weights in best/ where they are the best so far. A collective.
 
-    Raises Preempted where the run is asked to stop meanwhile.
+    `documents` [N, D+1] are the catalogue's index vectors by the present weights, where there are such already. Raises
+    Preempted where the run is asked to stop meanwhile.
     """
     progress = stage.progress
-    evaluation = stage.validator.evaluate(stage.engine, stage.watch.progress)
+    evaluation = stage.validator.evaluate(stage.engine, stage.watch.progress, documents)
     score = evaluation.metrics["ndcg_at_10"] if evaluation else float(progress.step)  # no split: the newest is best
     progress.validated_at = progress.step
     if evaluation:

@@ -5,31 +5,34 @@ from __future__ import annotations
 import math
 import os
 import socket
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
+from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.checkpoint import Checkpoint, CheckpointStore
 from bigdssm.cli import ProgressBar
 from bigdssm.config import Config, LossConfig, StageConfig, StageName, first_difference
-from bigdssm.data import Dataset, PairStream, PlainStream, RowStream
+from bigdssm.data import Dataset, Rows, RowStream
 from bigdssm.data.joining import open_dataset
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError
 from bigdssm.export.model_folder import load_model_folder
 from bigdssm.log import get_logger
 from bigdssm.models import DualEncoder
-from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.retrieval.embed import Share, encode_catalogue, tower_encoders
 from bigdssm.retrieval.mine import mine_to_file
+from bigdssm.retrieval.mined import MinedNegatives
 from bigdssm.schema import hash64
 from bigdssm.training.alerts import SpikeAlert
-from bigdssm.training.batches import Batches
+from bigdssm.training.batches import Batches, row_stream
 from bigdssm.training.engine import Engine, device, init_process_group
 from bigdssm.training.faults import Faults
 from bigdssm.training.growth import GrownReader, grow_model
@@ -116,7 +119,10 @@ def run_stage(
             model = _model(config, name, dataset)
             if stage_config.loss.mlp:
                 model.add_scorer(stage_config.loss.mlp)
-            stream = _stream(config, stage_config, dataset)
+            stream = row_stream(
+                config, stage_config, dataset, distributed.rank(), world_size, config.data.num_workers,
+                quarantine=Path(config.run.dir) / f"quarantine-{distributed.rank():05d}.jsonl",
+            )  # fmt: skip
             if validate_only:
                 _report_valid(config, name, model, stream)
                 return
@@ -156,7 +162,7 @@ def _assemble(
     loss = stage_config.loss
     counts = stream.doc_weights() if loss.sampling != "none" and loss.frequency == "counts" else None
     objective = Objective(loss, config.model, config.engine.loss_tile, counts, stage_config.rows_global)
-    mined = _mined(engine, dataset, stage_config, _mined_file(config, folder), watch)
+    mined, documents = _mined(config, name, engine, dataset, folder, watch)
     torch.manual_seed(config.run.seed * 1_000_003 + distributed.rank() + 1)  # dropout differs between ranks
     progress = Progress()
     if checkpoint is not None:
@@ -180,6 +186,7 @@ def _assemble(
         batches=Batches(stream, stage_config.loss, mined, config.run.seed, device()),
         objective=objective,
         validator=Validator(dataset, config, folder / "best", rows_per_chunk=1024),
+        initial_documents=documents,
         store=store,
         save_clock=SaveClock(stage_config.save_every_minutes),
         health=Health(name, engine, trackers, bar, total_steps, stage_config.rows_global, stage_config.log_every_steps),
@@ -221,41 +228,38 @@ def _model_difference(theirs: Config, mine: Config) -> str | None:
     return first_difference(shape(theirs), shape(mine), "model")
 
 
-def _stream(config: Config, stage: StageConfig, dataset: Dataset) -> RowStream:
-    rank, data = distributed.rank(), config.data
-    shared: dict[str, Any] = {
-        "rows_global": stage.rows_global,
-        "seed": config.run.seed,
-        "rank": rank,
-        "world_size": distributed.world_size(),
-        "num_workers": data.num_workers,
-        "max_bad_fraction": data.max_bad_fraction,
-        "quarantine": Path(config.run.dir) / f"quarantine-{rank:05d}.jsonl",
-    }
-    if data.webdataset is not None:
-        return PlainStream(dataset, data.webdataset, **shared)
-    return PairStream(dataset, lanes=data.lanes, tail=data.tail, **shared)
-
-
-def _mined(engine: Engine, dataset: Dataset, stage: StageConfig, path: Path, watch: Watch) -> np.ndarray | None:
-    """Return each train row's window of mined negatives, mined with the initial weights; kept for a resumed run."""
+def _mined(
+    config: Config, name: StageName, engine: Engine, dataset: Dataset, folder: Path, watch: Watch
+) -> tuple[MinedNegatives | None, Tensor | None]:
+    """Return the negatives of the part's rows, mined with the initial weights and kept for a resumed run, and with them
+    the documents' index vectors where they were encoded just now.
+    """
+    stage, path = config.stage(name), _mined_file(config, folder)
     if stage.loss.negatives == 0:
-        return None
+        return None, None
     if distributed.broadcast_object(path.exists()):
-        mined: np.ndarray = np.load(path, mmap_mode="r")
-        return mined
-    logger.info("mining negatives at ranks %d to %d of every train row", stage.mining.first, stage.mining.last)
-    return mine_to_file(
-        path,
-        tower_encoders(engine.deepspeed, dataset, device()),
-        dataset,
-        first=stage.mining.first,
-        last=stage.mining.last,
-        margin=stage.mining.margin,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        progress=watch.progress,
-    )
+        return MinedNegatives.open(path), None
+    share = Share(distributed.rank(), distributed.world_size(), progress=watch.progress)
+    encoders = tower_encoders(engine.deepspeed, dataset, device())
+    documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
+    with closing(row_stream(config, stage, dataset, share.rank, share.world_size)) as stream:
+        steps = _part_steps(stage, stream)
+        some = steps < stream.steps_per_epoch
+        which = f"the {steps} steps' rows" if some else "every train row"
+        mining = stage.mining
+        logger.info("mining negatives at ranks %d to %d of %s", mining.first, mining.last, which)
+        mined = mine_to_file(
+            path, encoders, dataset, _to_come(stream, steps, watch) if some else None,
+            first=mining.first, last=mining.last, margin=mining.margin, documents=documents, share=share,
+        )  # fmt: skip
+    return mined, documents
+
+
+def _to_come(stream: RowStream, steps: int, watch: Watch) -> Iterator[Rows]:
+    """Yield this rank's rows of the first steps."""
+    for step, rows in enumerate(islice(stream, steps), start=1):
+        yield rows
+        watch.progress("steps mined for", step, steps)
 
 
 def _mined_file(config: Config, folder: Path) -> Path:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+from torch import Tensor
+
 from bigdssm import distributed, timing
 from bigdssm.config import Config
 from bigdssm.data import Dataset
@@ -23,15 +25,20 @@ class Validator:
     def __init__(self, dataset: Dataset, config: Config, best_dir: Path, rows_per_chunk: int) -> None:
         self._dataset, self._config, self._best_dir, self._rows_per_chunk = dataset, config, best_dir, rows_per_chunk
 
-    def evaluate(self, engine: Engine, progress: Progress) -> Evaluation | None:
-        """Return the evaluation, or None where the dataset has no validation rows. A collective."""
+    def evaluate(self, engine: Engine, progress: Progress, documents: Tensor | None = None) -> Evaluation | None:
+        """Return the evaluation, or None where the dataset has no validation rows. A collective.
+
+        `documents` [N, D+1] are index vectors that need not be made again; a scorer, which reads others, ignores them.
+        """
         if self._dataset.num_rows(SPLIT) == 0:
             return None
         with timing.span("validation"):
+            encoders = self._encoders(engine)
             return evaluate_split(
-                self._encoders(engine),
+                encoders,
                 self._dataset,
                 SPLIT,
+                documents=documents if encoders.scorer is None else None,
                 rank=distributed.rank(),
                 world_size=distributed.world_size(),
                 rows_per_chunk=self._rows_per_chunk,

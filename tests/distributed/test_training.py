@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -185,7 +186,13 @@ def test_fine_tuning_has_one_curve_at_any_world_size(
     for ranks in (1, 2, 3):
         pools[ranks].run(small_run.run, config, tmp_path / f"{ranks}", overrides, "sft")
     assert len(small_run.records(tmp_path / "1", "sft")) == 4
-    for ranks in (2, 3):
+    start = pytest.approx(small_run.validations(reference)[-1]["ndcg_at_10"], abs=1e-5)  # best/ there is its last state
+    rows_to_come = np.unique(np.load(tmp_path / "1" / "sft" / "mined_negatives.npy")["row"])
+    assert len(rows_to_come) == 4 * 48
+    for ranks in (1, 2, 3):
+        assert small_run.validations(tmp_path / f"{ranks}", "sft")[0]["ndcg_at_10"] == start or "MLP" in loss
+        mined = np.load(tmp_path / f"{ranks}" / "sft" / "mined_negatives.npy")
+        np.testing.assert_array_equal(mined["row"], rows_to_come)
         assert_same_curve(tmp_path / f"{ranks}", tmp_path / "1", stage="sft")
     best = load_model_folder(tmp_path / "3" / "sft" / "best", any_score=True).model
     assert (best.scorer is not None) == ("MLP" in loss)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from bigdssm.distributed import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -22,12 +23,6 @@ def environment(fault: str = "", **variables: str) -> dict[str, str]:
     if "PATH" not in variables:
         found["PATH"] = f"{BIN}{os.pathsep}{found['PATH']}"
     return found
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def launcher(name: str, port: str | None = None) -> list[str]:

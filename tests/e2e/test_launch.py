@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from bigdssm.distributed import free_port
 from tests.distributed import small_run
-
-ROOT = Path(__file__).resolve().parents[2]
-BIN = Path(sys.executable).parent
+from tests.e2e.runs import BIN, ROOT, environment
 
 pytestmark = pytest.mark.e2e
 
@@ -24,17 +21,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
     return subprocess.run(
-        [str(part) for part in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+        [str(part) for part in command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240
     )
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def deepspeed(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -16,8 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bigdssm.distributed import free_port
 from tests.distributed import small_run
-from tests.e2e.runs import BIN, ROOT, Run, environment, free_port, launcher
+from tests.e2e.runs import BIN, ROOT, Run, environment, launcher
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 

@@ -14,10 +14,10 @@ from torch import nn
 
 from bigdssm.config import OptimizerConfig
 from bigdssm.data import chunks
+from bigdssm.distributed import free_port
 from bigdssm.training.optimizer import parameter_groups, schedule_factor
 from bigdssm.training.random_state import RandomState
 from bigdssm.training.row_log import CONSUMED, RowLog
-from tests.e2e.runs import free_port
 
 
 class Everything(nn.Module):
@@ -111,7 +111,7 @@ from bigdssm.training.engine import Engine
 Engine(torch.nn.Linear(2, 2), EngineConfig(), OptimizerConfig(), 1)
 """
     variables = {
-        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
         "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "DS_ACCELERATOR": "cpu",
     }  # fmt: skip
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env={**os.environ, **variables})

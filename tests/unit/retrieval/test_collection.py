@@ -29,6 +29,7 @@ from bigdssm.models import DualEncoder
 from bigdssm.models.encoders import TextEncoder
 from bigdssm.retrieval.embed import encode_in_bf16, tower_encoders
 from bigdssm.retrieval.mine import mine
+from bigdssm.retrieval.mined import MinedNegatives
 from bigdssm.retrieval.mined_sample import mined_sample
 from tests.unit.retrieval.conftest import SMALL, random_model
 from tests.unit.retrieval.test_tools import Tools
@@ -108,8 +109,8 @@ def test_mined_negatives_can_be_read(
     tmp_path: Path,
 ) -> None:  # fmt: skip
     tools, (dataset, _, _) = Tools(monkeypatch, capsys), made
-    windows = mine(tower_encoders(text_model, dataset), dataset, first=2, last=9)
-    read = mined_sample(dataset, windows, 20)
+    mined = mine(tower_encoders(text_model, dataset), dataset, first=2, last=9)
+    windows, read = mined["window"], mined_sample(dataset, MinedNegatives(mined), 20)
     own = np.concatenate([rows.doc_rows for rows in dataset.iterate("train", 999)])
     assert dataset.tokenizer_dir is not None and len(own) == len(windows)
     column = dataset.catalogue.columns(np.arange(dataset.catalogue.num_docs))["text"]
@@ -118,10 +119,13 @@ def test_mined_negatives_can_be_read(
     assert len(read) == 20
     for one in read:
         assert one.document == texts[own[one.row_id]] and one.negative in [texts[i] for i in windows[one.row_id]]
-    np.save(tmp_path / "mined.npy", windows)
+    np.save(tmp_path / "mined.npy", mined)
     out = tools.ran("sample_negatives", "--mined", tmp_path / "mined.npy", "--data", dataset.dir, "--count", 20)
     assert out.count("negative:") == 20 and read[7].query in out
-    np.save(tmp_path / "mined.npy", windows[:-1])
+    few = mined[::7]
+    assert {one.row_id for one in mined_sample(dataset, MinedNegatives(few), 10**6)} == set(few["row"].tolist())
+    mined["row"][-1] += 1
+    np.save(tmp_path / "mined.npy", mined)
     message = tools.refused(3, "sample_negatives", "--mined", tmp_path / "mined.npy", "--data", dataset.dir)
     assert "train rows" in message
 

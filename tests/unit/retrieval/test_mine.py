@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from bigdssm.data import Dataset
+from bigdssm.errors import DataError
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval import mine as mine_module
-from bigdssm.retrieval.embed import Encoders, tower_encoders
-from bigdssm.retrieval.mine import KnownPositives, choose_negatives, mine, mine_to_file, top_documents
+from bigdssm.retrieval.embed import Encoders, Share, tower_encoders
+from bigdssm.retrieval.mine import KnownPositives, mine, mine_to_file, top_documents
+from bigdssm.retrieval.mined import MinedNegatives, choose_negatives
 
 
 def brute_force(encoders: Encoders, dataset: Dataset, first: int, last: int) -> np.ndarray:
@@ -38,18 +40,19 @@ def test_windows(
 ) -> None:
     monkeypatch.setattr(mine_module, "TILE_DOCS", tile)
     encoders = tower_encoders(model, dataset)
-    mined = mine(encoders, dataset, first=first, last=last, rows_per_chunk=50)
-    assert mined.dtype == np.int32
-    np.testing.assert_array_equal(mined, brute_force(encoders, dataset, first, last))
+    mined = mine(encoders, dataset, first=first, last=last, share=Share(rows_per_chunk=50))
+    assert mined["window"].dtype == np.int32
+    np.testing.assert_array_equal(mined["row"], np.arange(dataset.num_rows("train")))
+    np.testing.assert_array_equal(mined["window"], brute_force(encoders, dataset, first, last))
 
 
 def test_documents_within_the_margin_of_the_rows_own_are_left_out(model: DualEncoder, dataset: Dataset) -> None:
     encoders = tower_encoders(model, dataset)
     documents = encoders.documents(np.arange(dataset.catalogue.num_docs))
-    everything = mine(encoders, dataset, first=2, last=25)
+    everything = mine(encoders, dataset, first=2, last=25)["window"]
     # given vectors stand in for the model's: nothing is encoded again
     only_queries = Encoders(encoders.queries, None)  # type: ignore[arg-type]
-    kept = mine(only_queries, dataset, first=2, last=25, margin=0.5, documents=documents)
+    kept = mine(only_queries, dataset, first=2, last=25, margin=0.5, documents=documents)["window"]
     left_out = 0
     for rows in dataset.iterate("train", 1000):
         scores = encoders.queries(rows) @ documents.T
@@ -70,7 +73,7 @@ def test_held_out_items_are_not_avoided(model: DualEncoder, dataset: Dataset) ->
         for rows in dataset.iterate(split, 1000)
         for query_id, doc in zip(rows.query_ids, rows.doc_rows, strict=True)
     }
-    mined = mine(tower_encoders(model, dataset), dataset, first=0, last=dataset.catalogue.num_docs)
+    mined = mine(tower_encoders(model, dataset), dataset, first=0, last=dataset.catalogue.num_docs)["window"]
     row_of = next(dataset.iterate("train", 10_000))
     ids = row_of.query_ids.tolist()
     named = {(query_id, doc) for query_id, docs in zip(ids, mined.tolist(), strict=True) for doc in docs}
@@ -79,13 +82,25 @@ def test_held_out_items_are_not_avoided(model: DualEncoder, dataset: Dataset) ->
     assert held_out - known <= named
 
 
-def test_the_file_holds_every_row(model: DualEncoder, dataset: Dataset, tmp_path: Path) -> None:
-    encoders = tower_encoders(model, dataset)
-    path = tmp_path / "mined.npy"
-    mined = mine_to_file(path, encoders, dataset, first=1, last=4)
-    np.testing.assert_array_equal(mined, mine(encoders, dataset, first=1, last=4))
-    np.testing.assert_array_equal(mined, np.load(path))
+def test_the_file_holds_every_row_or_those_asked_for(model: DualEncoder, dataset: Dataset, tmp_path: Path) -> None:
+    encoders, path = tower_encoders(model, dataset), tmp_path / "mined.npy"
+    mined, everything = mine_to_file(path, encoders, dataset, first=1, last=4), np.arange(dataset.num_rows("train"))
+    windows = mine(encoders, dataset, first=1, last=4)["window"]
+    np.testing.assert_array_equal(mined.row_ids, everything)
+    np.testing.assert_array_equal(MinedNegatives.open(path).windows(everything[::-3]), windows[::-3])
     assert [file.name for file in tmp_path.iterdir()] == ["mined.npy"]
+
+    rows = next(dataset.iterate("train", 1000))
+    some = [rows.take(np.array([9, 2, 11])), rows.take(np.array([4, 2]))]
+    mined = mine_to_file(path, encoders, dataset, some, first=1, last=4)
+    assert mined.row_ids.tolist() == [2, 4, 9, 11]
+    np.testing.assert_array_equal(mined.windows(np.array([11, 2, 2])), windows[[11, 2, 2]])
+    for others in ([3], [12], [2, 0]):
+        with pytest.raises(DataError, match=f"mined for row {others[-1]}"):
+            mined.windows(np.array(others))
+    np.save(path, windows)
+    with pytest.raises(DataError, match="needs records of row and window"):
+        MinedNegatives.open(path)
 
 
 def test_known_positives_of_queries_that_have_none() -> None:

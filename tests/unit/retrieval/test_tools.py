@@ -212,12 +212,12 @@ def test_mine_negatives(tools: Tools, model_dir: Path, other_model_dir: Path, da
     arguments = ("--data", dataset.dir, "--out", tmp_path / "mined.npy", "--model")
     out = tools.ran("mine_negatives", *arguments, model_dir, "--first", 2, "--last", 9)
     assert f"{dataset.num_rows('train')} rows" in out
-    mined = np.load(tmp_path / "mined.npy")
+    mined = np.load(tmp_path / "mined.npy")["window"]
     assert mined.shape == (dataset.num_rows("train"), 7)
     tools.ran("embed", "--model", model_dir, "--data", dataset.dir, "--out", tmp_path / "vectors")
     window = ("--first", 2, "--last", 9, "--vectors", tmp_path / "vectors", "--margin", 0.5)
     tools.ran("mine_negatives", *arguments, model_dir, *window)
-    kept = np.load(tmp_path / "mined.npy")
+    kept = np.load(tmp_path / "mined.npy")["window"]
     assert ((kept == mined) | (kept == -1)).all() and 0 < (kept >= 0).sum() < (mined >= 0).sum()
     assert "vectors of model" in tools.refused(4, "mine_negatives", *arguments, other_model_dir, *window)
     message = tools.refused(2, "mine_negatives", *arguments, model_dir, "--first", 9, "--last", 9)

@@ -1,0 +1,87 @@
+"""Mined negatives once they are there: the file that holds each row's window, and the choice of some at each epoch.
+
+The file is a .npy of records (row int64, window int32 [W]), one a mined row, by ascending row id of the train split; a
+window holds catalogue rows in the order of the row's ranking, and -1 where there is none. Fine-tuning that does not
+take every row mines only those to come, so that a few steps on billions of rows cost what their rows cost.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from bigdssm.data.streaming.order import derive_key, mix64
+from bigdssm.errors import DataError
+
+
+def mined_records(row_ids: np.ndarray, windows: np.ndarray) -> np.ndarray:
+    """Return the records of int64 `row_ids` [m], which ascend, and int32 `windows` [m, W]."""
+    records = np.empty(len(row_ids), record_type(windows.shape[1]))
+    records["row"], records["window"] = row_ids, windows
+    return records
+
+
+def record_type(width: int) -> np.dtype[np.void]:
+    """Return the type of a record with a window of `width` places."""
+    return np.dtype([("row", np.int64), ("window", np.int32, (width,))])
+
+
+class MinedNegatives:
+    """The windows of mined rows, by row id."""
+
+    def __init__(self, records: np.ndarray) -> None:
+        """`records` as `mined_records` makes them; they may be mapped from a file."""
+        self._records = records
+
+    @classmethod
+    def open(cls, path: Path) -> MinedNegatives:
+        """Return those of a file, mapped. Raises DataError where it is none."""
+        try:
+            records = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} is no file of mined negatives: {error}") from None
+        if records.dtype.names != ("row", "window"):
+            raise DataError(
+                f"{path} is no file of mined negatives: got {records.dtype}, needs records of row and window"
+            )
+        return cls(records)
+
+    def __len__(self) -> int:
+        """Return the number of mined rows."""
+        return len(self._records)
+
+    @property
+    def row_ids(self) -> np.ndarray:
+        """Return the mined rows' ids, int64, ascending."""
+        ids: np.ndarray = self._records["row"]
+        return ids
+
+    def windows(self, row_ids: np.ndarray) -> np.ndarray:
+        """Return int32 [m, W], the windows of int64 `row_ids` [m]. Raises DataError where a row was not mined."""
+        place = np.minimum(np.searchsorted(self.row_ids, row_ids), max(len(self) - 1, 0))
+        missing = self.row_ids[place] != row_ids if len(self) else np.ones(len(row_ids), bool)
+        if missing.any():
+            raise DataError(
+                f"no negatives were mined for row {row_ids[missing][0]} and {missing.sum() - 1} others of a batch; "
+                "remove the stage's mined_negatives file to mine again"
+            )
+        windows: np.ndarray = self._records["window"][place]
+        return windows
+
+    def per_row(self) -> float:
+        """Return how many negatives a row has on average."""
+        return float((self._records["window"] >= 0).sum(axis=1).mean()) if len(self) else 0.0
+
+
+def choose_negatives(window: np.ndarray, row_ids: np.ndarray, epoch: int, seed: int, k: int) -> np.ndarray:
+    """Return int32 [m, k]: k distinct entries of each row of `window` [m, W], -1 where it holds fewer.
+
+    A pure function of (seed, epoch, row id): the same whatever the ranks and the steps, another draw every epoch.
+    """
+    row_keys = mix64(row_ids, derive_key(seed, epoch))
+    keys = mix64(row_keys[:, None] ^ mix64(np.arange(window.shape[1]), 0), 0)
+    keys = np.where(window < 0, np.iinfo(np.uint64).max, keys)
+    place = np.argsort(keys, axis=1, kind="stable")[:, :k]
+    chosen = np.take_along_axis(window, place, axis=1).astype(np.int32)
+    return np.pad(chosen, ((0, 0), (0, k - chosen.shape[1])), constant_values=-1)
