@@ -45,7 +45,7 @@ from bigdssm.data import Batch, Collator, Dataset, PairStream, Rows
 from bigdssm.data.making.making import Target
 from bigdssm.data.making.pairs import PairTables, make_pairs
 from bigdssm.losses import fps_loss
-from bigdssm.models import DualEncoder, Encoded, use_plain_attention
+from bigdssm.models import DualEncoder, Encoded
 from bigdssm.models.flops import forward_flops
 from bigdssm.schema import hash64
 
@@ -234,7 +234,7 @@ class Peer:
         bert = transformer.auto_model if hasattr(transformer, "auto_model") else transformer.model
         bert.pooler = None  # neither side uses it
         if args.precision == "bf16":
-            use_plain_attention(transformer)  # as the engine does with ours
+            bert.set_attn_implementation("eager")  # as with ours: the faster one there
         self.model = SentenceTransformer(modules=[transformer, Pooling(args.hidden, "mean")], device="cpu").train()
         self.optimizer = build_optimizer(self.model, OPTIMIZER)
         self.loss = CachedMultipleNegativesRankingLoss(

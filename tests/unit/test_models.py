@@ -9,7 +9,8 @@ import torch
 
 from bigdssm.config import HistoryEncoderConfig, ModelConfig, TextEncoderConfig, TowerConfig
 from bigdssm.errors import ConfigError
-from bigdssm.models import ALPHA_MAX, DualEncoder, MlpScorer
+from bigdssm.models import ALPHA_MAX, DualEncoder, MlpScorer, use_plain_attention
+from bigdssm.models.encoders import TextEncoder
 from bigdssm.schema import Feature, Schema
 
 QUERY = {
@@ -138,3 +139,14 @@ def test_shared_text_is_one_encoder() -> None:
     shared = DualEncoder(replace(CONFIG, share_text=True), schema, vocab_size=50)
     apart = DualEncoder(CONFIG, schema, vocab_size=50)
     assert list(shared.text) == ["shared"] and list(apart.text) == ["query", "doc"]
+
+
+def test_plain_attention_is_for_training_alone() -> None:
+    fused, plain = model(), model()
+    use_plain_attention(plain)
+    (encoder,) = (part for part in plain.modules() if isinstance(part, TextEncoder))
+    batch = doc([[1, 2, 0], [3, 0, 0]], [[2, 3], [0, 0]])
+    for mode, attention in ((True, "eager"), (False, "sdpa"), (True, "eager")):
+        plain.train(mode)
+        assert encoder.bert.config._attn_implementation == attention
+    torch.testing.assert_close(plain.eval()(doc=batch).W, fused(doc=batch).W)
