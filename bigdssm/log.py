@@ -78,3 +78,20 @@ def cut_back(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     rewritten = path.with_suffix(".unfinished")
     rewritten.write_text("".join(kept), encoding="utf-8")
     os.replace(rewritten, path)
+
+
+def rank_file(folder: Path, name: str, rank: int) -> Path:
+    """Return the file of records that one rank writes."""
+    return folder / f"{name}-{rank:05d}.jsonl"
+
+
+def cut_back_of_rank(
+    folder: Path, name: str, rank: int, world_size: int, keep: Callable[[dict[str, Any]], bool]
+) -> Path:
+    """Cut back and return this rank's file of records; rank 0 cuts those of ranks that are no more, too."""
+    cut_back(rank_file(folder, name, rank), keep)
+    other = world_size
+    while rank == 0 and rank_file(folder, name, other).exists():
+        cut_back(rank_file(folder, name, other), keep)
+        other += 1
+    return rank_file(folder, name, rank)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bigdssm.log import get_logger
+from bigdssm.log import cut_back_of_rank, get_logger
 
 WINDOW_STEPS, FEWEST_STEPS = 100, 20
 DEVIATIONS, LEAST_RISE = 8.0, 0.25
 SHOWN_ROWS = 8
+ALERTS = "alerts"
 
 logger = get_logger(__name__)
 
@@ -27,8 +28,9 @@ class SpikeAlert:
     one step can do. Every rank logs it and adds its rows to `alerts-<rank>.jsonl`.
     """
 
-    def __init__(self, folder: Path, rank: int) -> None:
-        self._path = folder / f"alerts-{rank:05d}.jsonl"
+    def __init__(self, folder: Path, rank: int, world_size: int, step: int = 0) -> None:
+        """Cut the file back to the checkpoint that the run goes on from, made after `step` steps."""
+        self._path = cut_back_of_rank(folder, ALERTS, rank, world_size, lambda record: record["step"] <= step)
         self._losses: deque[float] = deque(maxlen=WINDOW_STEPS)
 
     def after_step(self, step: int, loss: float, row_ids: Tensor) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bigdssm.log import cut_back
+from bigdssm.log import cut_back_of_rank
 
 CONSUMED, SKIPPED = "row_ids", "skipped_rows"
 
@@ -17,18 +17,9 @@ class RowLog:
 
     def __init__(self, folder: Path, name: str, rank: int, world_size: int, next_step: int) -> None:
         """Cut the log back to the steps before `next_step`; rank 0 cuts those of ranks that are no more, too."""
-        self.path = _path(folder, name, rank)
-        cut_back(self.path, lambda record: record["step"] < next_step)
-        other = world_size
-        while rank == 0 and _path(folder, name, other).exists():
-            cut_back(_path(folder, name, other), lambda record: record["step"] < next_step)
-            other += 1
+        self.path = cut_back_of_rank(folder, name, rank, world_size, lambda record: record["step"] < next_step)
 
     def write(self, step: int, row_ids: Tensor) -> None:
         """Append one step."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "row_ids": row_ids.tolist()}) + "\n")
-
-
-def _path(folder: Path, name: str, rank: int) -> Path:
-    return folder / f"{name}-{rank:05d}.jsonl"

@@ -20,7 +20,7 @@ from torch import Tensor
 from bigdssm import distributed
 from bigdssm.checkpoint import Checkpoint, CheckpointStore
 from bigdssm.cli import ProgressBar
-from bigdssm.config import Config, LossConfig, StageConfig, StageName, first_difference
+from bigdssm.config import Config, StageConfig, StageName, first_difference
 from bigdssm.data import Dataset, Rows, RowStream
 from bigdssm.data.joining import open_dataset
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError
@@ -70,10 +70,8 @@ def check_stage(config: Config, name: StageName, world_size: int, resume: bool) 
     check_trackers(config.run.trackers)
     dataset = open_dataset(config.data)
     dataset.check_against(config.data)
-    if dataset.inline or config.data.webdataset is not None:
-        _check_inline(f"{name}.loss", stage.loss, config.data.webdataset or str(dataset.dir))
-    if config.data.webdataset is not None and not stage.steps:
-        raise ConfigError(f"{name}.steps: got 0, needs a number of steps: plain shards have no epochs")
+    if config.data.webdataset is not None:
+        _check_plain(name, stage, config.data.webdataset)
     folder = config.stage_dir(name)
     if folder.exists() and any(file.name != RUNNING_FILE for file in folder.iterdir()):
         _check_folder(folder, config, name, resume)
@@ -84,14 +82,16 @@ def check_stage(config: Config, name: StageName, world_size: int, resume: bool) 
     return dataset
 
 
-def _check_inline(key: str, loss: LossConfig, rows: str) -> None:
-    """Raise where a loss needs a catalogue; `rows` is where the rows come from."""
-    why = f"{rows} has its documents inline, without a catalogue"
-    for name, value in (("negatives", loss.negatives), ("uniform_negatives", loss.uniform_negatives)):
+def _check_plain(name: StageName, stage: StageConfig, shards: str) -> None:
+    """Raise where a stage needs what plain shards do not have."""
+    loss, why = stage.loss, f"{shards} has its documents beside their queries, without a catalogue"
+    for key, value in (("negatives", loss.negatives), ("uniform_negatives", loss.uniform_negatives)):
         if value:
-            raise ConfigError(f"{key}.{name}: got {value}, needs 0: {why}")
+            raise ConfigError(f"{name}.loss.{key}: got {value}, needs 0: {why}")
     if loss.sampling != "none" and loss.frequency == "counts":
-        raise ConfigError(f"{key}.frequency: got counts, needs streaming (or sampling=none): {why}")
+        raise ConfigError(f"{name}.loss.frequency: got counts, needs streaming (or sampling=none): {why}")
+    if not stage.steps:
+        raise ConfigError(f"{name}.steps: got 0, needs a number of steps: plain shards have no epochs")
 
 
 def initial_model(config: Config, name: StageName) -> Path | None:
@@ -134,7 +134,8 @@ def run_stage(
             done = Progress(**checkpoint.state["progress"]) if checkpoint is not None else Progress()
             trackers = after.enter_context(closing(Trackers(folder, config, done.step, len(done.history))))
             with ProgressBar() as bar, closing(stream):
-                watch = Watch(watchdog, stop, Faults.from_environment(), SpikeAlert(folder, distributed.rank()))
+                alert = SpikeAlert(folder, distributed.rank(), distributed.world_size(), done.step)
+                watch = Watch(watchdog, stop, Faults.from_environment(), alert)
                 stage = _assemble(config, name, model, stream, store, checkpoint, new_part, trackers, bar, watch)
                 note_start(folder, stage.progress.step, stage.total_steps)
                 logger.info(

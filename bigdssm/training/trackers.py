@@ -27,7 +27,8 @@ class Trackers:
         """Open `folder`/metrics.jsonl and the trackers that `config.run.trackers` names.
 
         The file is cut back to the checkpoint that the run goes on from, made after `step` steps and so many
-        validations: what it tells of later ones will be told again.
+        validations: what it tells of later ones will be told again. TensorBoard passes over them; what other trackers
+        have is theirs.
         """
         self._metrics: MetricsWriter | None = None
         self._trackers: list[Any] = []
@@ -36,7 +37,7 @@ class Trackers:
         if distributed.is_main():
             _cut_back(folder / METRICS_FILE, step, num_validations)
             self._metrics = MetricsWriter(folder / METRICS_FILE)
-            self._trackers = [_open(name, folder) for name in config.run.trackers]
+            self._trackers = [_open(name, folder, step) for name in config.run.trackers]
             for tracker in self._trackers:
                 tracker.start()
                 tracker.store_init_configuration(_flat(config.to_dict()))
@@ -81,12 +82,12 @@ def _cut_back(path: Path, step: int, num_validations: int) -> None:
     cut_back(path, keep)
 
 
-def _open(name: str, folder: Path) -> Any:
+def _open(name: str, folder: Path, step: int) -> Any:
     tracker_class = {str(key): tracker for key, tracker in LOGGER_TYPE_TO_CLASS.items()}[name]
-    run_name = f"{folder.parent.name}-{folder.name}"
-    return (
-        tracker_class(name, logging_dir=folder) if tracker_class.requires_logging_directory else tracker_class(run_name)
-    )
+    if not tracker_class.requires_logging_directory:
+        return tracker_class(f"{folder.parent.name}-{folder.name}")
+    purged = {"purge_step": step + 1} if name == "tensorboard" else {}
+    return tracker_class(name, logging_dir=folder, **purged)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

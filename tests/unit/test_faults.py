@@ -84,7 +84,7 @@ def test_a_full_disk_stops_a_file_from_growing(tmp_path: Path) -> None:
 
 
 def test_a_spike_is_told_with_its_rows_and_noise_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    alert = SpikeAlert(tmp_path, 3)
+    alert = SpikeAlert(tmp_path, 3, 4)
     rows = torch.arange(20)
     torch.manual_seed(0)
     noise = 4.0 + 0.3 * torch.randn(500)
@@ -100,12 +100,24 @@ def test_a_spike_is_told_with_its_rows_and_noise_is_not(tmp_path: Path, caplog: 
 
 
 def test_a_constant_loss_that_moves_a_little_is_no_spike(tmp_path: Path) -> None:
-    alert = SpikeAlert(tmp_path, 0)
+    alert = SpikeAlert(tmp_path, 0, 1)
     for step in range(50):
         alert.after_step(step, 1.0, torch.arange(2))
     alert.after_step(50, 1.2, torch.arange(2))
     alert.after_step(51, 1.3, torch.arange(2))
     assert [json.loads(line)["step"] for line in (tmp_path / "alerts-00000.jsonl").read_text().splitlines()] == [51]
+
+
+def test_alerts_are_cut_back_to_the_checkpoint_that_a_run_goes_on_from(tmp_path: Path) -> None:
+    """Those of a rank that is no more, too: two ranks go on with what three began."""
+    for rank in range(3):
+        lines = [json.dumps({"step": step, "loss": 9.0}) for step in (7, 8, 9)]
+        (tmp_path / f"alerts-{rank:05d}.jsonl").write_text("\n".join(lines) + '\n{"step": 10, "lo')
+    for rank in range(2):
+        SpikeAlert(tmp_path, rank, 2, step=8)
+    for rank in range(3):
+        kept = (tmp_path / f"alerts-{rank:05d}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in kept] == [7, 8]
 
 
 def test_a_signal_before_the_first_step_ends_the_rank_at_once() -> None:

@@ -148,3 +148,20 @@ def test_metrics_are_cut_back_to_the_checkpoint_that_a_run_goes_on_from(
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [*lines[:4], '{"step": 4, "loss": 0.25}']
     Trackers(tmp_path, config).close()
     assert (tmp_path / "metrics.jsonl").read_text() == "", "without a checkpoint the run begins anew"
+
+
+def test_tensorboard_shows_only_what_came_of_the_checkpoint(tmp_path: Path, tiny_pairs: TinyDataset) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = load_config(tiny_pairs.config, ["run.trackers=[tensorboard]"])
+    for begun, losses in ((0, [5.0, 4.0, 3.0, 2.0]), (2, [3.5, 2.5, 1.5])):
+        trackers = Trackers(tmp_path, config, step=begun)
+        for step, loss in enumerate(losses, begun + 1):
+            trackers.log({"step": step, "loss": loss})
+            if begun == 0 and step == 4:
+                trackers.log({"step": 4, "only_before": 1.0})
+        trackers.close()
+    seen = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    found = [(event.step, event.value) for event in seen.Scalars("loss")]
+    assert found == [(1, 5.0), (2, 4.0), (3, 3.5), (4, 2.5), (5, 1.5)]
+    assert seen.Scalars("only_before") == []
