@@ -192,10 +192,14 @@ def write_index(folder: Path, rows: int) -> None:
     path = partition / "train.index.arrow"
     write_table(path, table)
     facts = {"rows": rows, "blocks": blocks, "index_checksum": xxhash.xxh3_64_hexdigest(path.read_bytes())}
-    content = {"name": "base", "splits": {"train": facts}, "num_docs": 0, "fingerprint": "synthetic"}
+    content = {"name": "base", "splits": {"train": facts}, "num_docs": 1, "fingerprint": "synthetic"}
     (partition / "partition.json").write_text(json.dumps(content))
-    head = {"format": 1, "name": "synthetic", "schema": schema.fingerprint(), "documents": "inline"}
-    (folder / "dataset.json").write_text(json.dumps({**head, "catalogue": [], "partitions": ["base"]}))
+    (folder / "catalogue").mkdir()
+    one = {"doc_key": ["0"], "doc_id": [0], "display": ["0"], "year": pa.array([0.0], pa.float32())}
+    write_table(folder / "catalogue" / "0.arrow", pa.table(one))
+    head = {"format": 1, "name": "synthetic", "schema": schema.fingerprint(), "partitions": ["base"]}
+    entry = {"file": "catalogue/0.arrow", "rows": 1, "checksum": ""}
+    (folder / "dataset.json").write_text(json.dumps({**head, "catalogue": [entry]}))
 
 
 def catalogue(args: argparse.Namespace) -> None:

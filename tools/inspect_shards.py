@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bigdssm.cli import ProgressBar, run_main
-from bigdssm.data.inspection import PERCENTILES, Description, describe, open_for_inspection, sample_rows
+from bigdssm.data import Dataset
+from bigdssm.data.inspection import PERCENTILES, Description, describe, sample_rows
 from bigdssm.data.verification import verify_dataset
 from bigdssm.errors import DataError
 from bigdssm.schema import Feature
@@ -39,7 +40,7 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    dataset = open_for_inspection(args.dataset)
+    dataset = Dataset.open(args.dataset)
     console = Console(soft_wrap=True, highlight=False)
     _print_description(console, describe(dataset, args.split), args.split)
     for row in sample_rows(dataset, args.split, args.rows) if args.rows else []:

@@ -46,27 +46,24 @@ class Layout:
 
     types: dict[str, pa.DataType]
     query: dict[str, Feature]  # by block column
-    doc: dict[str, Feature]  # by block column (`doc.<feature>`), inline documents only
-    num_docs: tuple[int, ...]  # catalogue rows of each partition's dataset; 0 where documents are inline
+    num_docs: tuple[int, ...]  # catalogue rows of each partition's dataset
     vocab_size: int  # of the tokenizer, 0 without text
     sequences: tuple[MappedTable, ...] = field(default=())  # one per partition, or none
 
     @classmethod
     def of(
-        cls, schema: Schema, *, inline: bool, num_docs: tuple[int, ...], vocab_size: int,
+        cls, schema: Schema, *, num_docs: tuple[int, ...], vocab_size: int,
         sequences: tuple[MappedTable, ...], raw_text: bool = False,
     ) -> Layout:  # fmt: skip
         """Return the layout that the schema and the presence of sequences imply; `raw_text`: texts are no tokens."""
-        types = {"query_id": pa.int64(), "relevance": pa.float32()}
-        types |= {"doc_id": pa.int64()} if inline else {"doc": pa.int64()}
+        types = {"query_id": pa.int64(), "relevance": pa.float32(), "doc": pa.int64()}
         elsewhere: set[str] = set()
         if sequences:
             types |= {"sequence": pa.int64(), "end": pa.int32()}
             elsewhere = set(sequences[0].schema.names)
         query = {n: f for n, f in schema.query.items() if f.type != "history" and n not in elsewhere}
-        doc = {f"doc.{n}": f for n, f in schema.doc.items()} if inline else {}
-        types |= {name: arrow_type(feature, raw_text) for name, feature in (query | doc).items()}
-        return cls(types, query, doc, num_docs, vocab_size, sequences)
+        types |= {name: arrow_type(feature, raw_text) for name, feature in query.items()}
+        return cls(types, query, num_docs, vocab_size, sequences)
 
 
 def arrow_type(feature: Feature, raw_text: bool = False) -> pa.DataType:
@@ -164,15 +161,13 @@ def _row_faults(batch: pa.RecordBatch, layout: Layout, partition: int) -> Iterat
     if not relevance.min(initial=0) >= 0 or not np.isfinite(relevance).all():
         wrong = ~(np.isfinite(relevance) & (relevance >= 0))
         yield wrong, lambda row: f"relevance is {relevance[row]}, needs a number of at least 0"
-    if "doc" in columns:
-        doc = columns["doc"].to_numpy()
-        num_docs = layout.num_docs[partition]
-        if _outside(doc, 0, num_docs):
-            what = f"not a row of the catalogue's {num_docs}"
-            yield (doc < 0) | (doc >= num_docs), lambda row: f"unknown document: {doc[row]} is {what}"
+    doc, num_docs = columns["doc"].to_numpy(), layout.num_docs[partition]
+    if _outside(doc, 0, num_docs):
+        what = f"not a row of the catalogue's {num_docs}"
+        yield (doc < 0) | (doc >= num_docs), lambda row: f"unknown document: {doc[row]} is {what}"
     if layout.sequences:
         yield from _sequence_faults(columns, layout.sequences[partition])
-    for name, feature in (layout.query | layout.doc).items():
+    for name, feature in layout.query.items():
         if pa.types.is_large_string(columns[name].type):
             yield from _text_faults(name, columns[name])
         else:

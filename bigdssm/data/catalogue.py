@@ -24,7 +24,7 @@ class Catalogue:
         """Map the catalogue's files. Raises DataError: missing, unreadable, or without a column of the schema."""
         self._table = MappedTable(paths)
         self._schema, self._pad_token_id = schema, pad_token_id
-        names = self._table.schema.names if self._table.paths else []
+        names = self._table.schema.names
         for name in ("doc_key", "doc_id", "display", *schema.doc):
             if name not in names:
                 raise DataError(f"{self._table.paths[0].parent}: the catalogue has no column {name}, only {names}")

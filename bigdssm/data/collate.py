@@ -20,7 +20,7 @@ class Collator:
     """Makes batches: each distinct document becomes one column, positives first."""
 
     def __init__(self, schema: Schema, catalogue: Catalogue | None, pad_token_id: int) -> None:
-        """Take the dataset's schema, its catalogue (None where documents are inline) and the padding token."""
+        """Take the dataset's schema, its catalogue (None where rows bring their documents) and the padding token."""
         self._schema, self._catalogue, self._pad_token_id = schema, catalogue, pad_token_id
 
     def __call__(
@@ -29,11 +29,11 @@ class Collator:
         """Return `rows` as a Batch; columns are the positives, then new documents among `negatives`, then `extra_docs`.
 
         `negatives` is int64 [m, k], catalogue rows with -1 for none; `extra_docs` int64 [e], catalogue rows. Raises
-        ConfigError where they are given and documents are inline.
+        ConfigError where they are given without a catalogue.
         """
         if self._catalogue is None:
             if negatives is not None or extra_docs is not None:
-                raise ConfigError("given negatives need a dataset with a catalogue; this one's documents are inline")
+                raise ConfigError("given negatives need a catalogue; these rows bring their documents")
             return self._batch(rows, *self._inline(rows))
         m = len(rows)
         given = np.empty(0, np.int64) if negatives is None else negatives[negatives >= 0]

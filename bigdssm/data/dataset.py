@@ -1,4 +1,4 @@
-"""A dataset folder: immutable partitions, one schema, one catalogue (or documents inline)."""
+"""A dataset folder: immutable partitions, one schema, one catalogue."""
 
 from __future__ import annotations
 
@@ -67,7 +67,6 @@ class Head:
     dir: Path
     name: str
     schema: Schema
-    documents: str  # "catalogue", or "inline": beside their queries
     text: str = "tokens"  # how texts stand in blocks; "raw": as they are
 
 
@@ -78,16 +77,12 @@ class Dataset:
         """For `open` and `joining.join`."""
         self.head, self.partitions, self.catalogue_files = head, partitions, tuple(catalogue_files)
         self.dir, self.name, self.schema = head.dir, head.name, head.schema
-        self.inline = head.documents == "inline"
         self.tokenizer_dir: Path | None = head.dir / "tokenizer" if head.schema.has_text else None
         self.pad_token_id, self.vocab_size, self.tokenizer_hash = _read_tokenizer(self.tokenizer_dir)
-        self._catalogue = None
-        if not self.inline:
-            paths = [file.path for file in catalogue_files]
-            self._catalogue = Catalogue(paths, head.schema, self.pad_token_id)
-            got, expected = self._catalogue.file_rows, [file.rows for file in catalogue_files]
-            if got != expected:
-                raise DataError(f"{self.dir}/catalogue: the files have {got} rows, dataset.json says {expected}")
+        self.catalogue = Catalogue([file.path for file in catalogue_files], head.schema, self.pad_token_id)
+        got, expected = self.catalogue.file_rows, [file.rows for file in catalogue_files]
+        if got != expected:
+            raise DataError(f"{self.dir}/catalogue: the files have {got} rows, dataset.json says {expected}")
         present = [(partition.folder / "sequences.arrow").exists() for partition in partitions]
         if any(present) and not all(present):
             missing = partitions[present.index(False)].folder / "sequences.arrow"
@@ -97,7 +92,7 @@ class Dataset:
         self.sequences = MappedTable(paths) if paths else None
         self._sequence_base = offsets_of(np.array([table.num_rows for table in tables], np.int64))
         self.layout = Layout.of(
-            head.schema, inline=self.inline, num_docs=tuple(partition.num_docs for partition in partitions),
+            head.schema, num_docs=tuple(partition.num_docs for partition in partitions),
             vocab_size=self.vocab_size, sequences=tables, raw_text=head.text == "raw",
         )  # fmt: skip
         self._first_doc = np.array([partition.first_doc for partition in partitions])
@@ -135,10 +130,12 @@ class Dataset:
             names = known[known.index(first) :]
         if not names:
             raise DataError(f"{folder} has no partitions; tools/make_shards.py adds one")
-        files = [CatalogueFile(folder / f["file"], f["rows"], f["checksum"]) for f in content["catalogue"]]
+        if not content["catalogue"]:
+            raise DataError(f"{folder}/dataset.json names no catalogue; make the dataset again")
+        files = [CatalogueFile(_inside(folder, f["file"]), f["rows"], f["checksum"]) for f in content["catalogue"]]
         num_docs = sum(file.rows for file in files)
         read = [replace(_read_partition(folder, name), num_docs=num_docs, remote=remote) for name in names]
-        head = Head(folder, content["name"], schema, content["documents"], content.get("text", "tokens"))
+        head = Head(folder, content["name"], schema, content.get("text", "tokens"))
         dataset = cls(head, read, files)
         if remote is not None:
             dataset.pickled = partial(cls.open, cache=remote.cache), (remote.url, names)
@@ -147,13 +144,6 @@ class Dataset:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the path: a loader process maps the files itself."""
         return self.pickled or (Dataset.open, (self.dir, [partition.name for partition in self.partitions]))
-
-    @property
-    def catalogue(self) -> Catalogue:
-        """Return the catalogue. Raises DataError where documents stand in the shards."""
-        if self._catalogue is None:
-            raise DataError(f"{self.dir} has no catalogue, its documents stand beside their queries in the shards")
-        return self._catalogue
 
     @cached_property
     def fingerprint(self) -> str:
@@ -212,16 +202,15 @@ class Dataset:
     def rows(self, split: str, step: int, row_ids: np.ndarray, batch: pa.RecordBatch) -> Rows:
         """Return block columns (`layout.types`) with row ids as Rows: histories and the sequences' features added."""
         columns = {n: self._column(n, c) for n, c in zip(batch.schema.names, batch.columns, strict=True)}
-        sequence = end = doc = None
+        sequence = end = None
         if self.sequences is not None:
             sequence, end = np.asarray(columns["sequence"]), np.asarray(columns["end"])
-        if not self.inline:
-            doc = np.asarray(columns["doc"])
+        doc = np.asarray(columns["doc"])
         if len(self.partitions) > 1:
             index = self.index(split)
             partition = index.partition[np.searchsorted(index.first_row, row_ids, "right") - 1]
             sequence = None if sequence is None else sequence + self._sequence_base[partition]
-            doc = None if doc is None else doc + self._first_doc[partition]
+            doc = doc + self._first_doc[partition]
         query: dict[str, Column] = {}
         for name, feature in self.schema.query.items():
             if name in columns:
@@ -234,11 +223,8 @@ class Dataset:
                 query[name] = type(items)(self.catalogue.codes(str(feature.of), items.values), items.offsets)
             else:
                 query[name] = self.sequences.take(name, sequence)
-        inline = {name: columns[f"doc.{name}"] for name in self.schema.doc} if self.inline else {}
         return Rows(
-            step=step, row_ids=row_ids, query=query, doc=inline, sequence=sequence, end=end, sequences=self.sequences,
-            doc_rows=np.full(len(row_ids), -1, np.int64) if doc is None else doc,
-            doc_ids=np.asarray(columns["doc_id"]) if self.inline else None,
+            step=step, row_ids=row_ids, query=query, sequence=sequence, end=end, sequences=self.sequences, doc_rows=doc,
             relevance=np.asarray(columns["relevance"]), query_ids=np.asarray(columns["query_id"]),
         )  # fmt: skip
 
@@ -246,8 +232,7 @@ class Dataset:
         """Return a block's column, texts tokenised."""
         if not pa.types.is_large_string(array.type):
             return from_arrow(array)
-        feature = self.layout.query.get(name) or self.layout.doc[name]
-        return Ragged(*self._text_encoder.encode(array, feature.max_tokens))
+        return Ragged(*self._text_encoder.encode(array, self.layout.query[name].max_tokens))
 
     @cached_property
     def _text_encoder(self) -> TextEncoder:
@@ -302,6 +287,12 @@ def empty_batch(layout: Layout) -> pa.RecordBatch:
 
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _inside(folder: Path, place: str) -> Path:
+    if Path(place).is_absolute() or ".." in Path(place).parts:
+        raise DataError(f"{folder}/dataset.json names a file {place!r}, not a plain path inside it; refused")
+    return folder / place
 
 
 def _read_partition(folder: Path, name: str) -> Partition:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -190,14 +189,3 @@ def _category(feature: Feature, code: int) -> str:
     if code == OUT_OF_VOCABULARY:
         return "<out of vocabulary>"
     return f"<bucket {code - FIRST_CODE}>" if feature.hash_buckets else feature.vocabulary[code - FIRST_CODE]
-
-
-def open_for_inspection(folder: str | Path) -> Dataset:
-    """Return the dataset in a folder or at a URL.
-
-    Raises DataError where it cannot be opened, or holds its documents in the shards.
-    """
-    dataset = Dataset.open(folder)
-    if dataset.inline:
-        raise DataError(f"{folder} holds its documents in the shards; only --verify works on it")
-    return dataset

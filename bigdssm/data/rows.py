@@ -20,13 +20,13 @@ class Rows:
     step: int
     row_ids: np.ndarray  # int64 [m]: the row's number in the split
     query: dict[str, Column]
-    doc_rows: np.ndarray  # int64 [m]: catalogue rows; -1 where documents are inline
+    doc_rows: np.ndarray  # int64 [m]: catalogue rows; -1 without a catalogue
     relevance: np.ndarray  # float32 [m]
     query_ids: np.ndarray  # int64 [m]
     sequence: np.ndarray | None = None  # int64 [m]: the number of the row's sequence
     end: np.ndarray | None = None  # int32 [m]: the row's history is items[:end] of its sequence
-    doc: dict[str, Column] = field(default_factory=dict)  # inline documents only: the features of each row's document
-    doc_ids: np.ndarray | None = None  # int64 [m], inline documents only
+    doc: dict[str, Column] = field(default_factory=dict)  # rows that bring their documents: the features of each
+    doc_ids: np.ndarray | None = None  # int64 [m], of rows that bring their documents
     sequences: MappedTable | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:

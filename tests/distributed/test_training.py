@@ -128,27 +128,29 @@ def test_streaming_frequencies_are_the_same_at_any_world_size_and_go_on(
     assert curve[12] != pytest.approx(with_counts[-1], rel=1e-3)
 
 
-def test_streaming_frequencies_need_no_catalogue(tmp_path: Path, pools: dict[int, Pool]) -> None:
-    """With documents in the shards nothing is counted beforehand."""
-    Writer(tmp_path / "data", text=True, inline=True, interactions=False).write()
+def test_streaming_frequencies_do_not_depend_on_the_number_of_ranks(tmp_path: Path, pools: dict[int, Pool]) -> None:
+    Writer(tmp_path / "data", text=True, interactions=False).write()
     path = tmp_path / "config.yaml"
-    content = INLINE_CONFIG | {"data": {**INLINE_CONFIG["data"], "dir": str(tmp_path / "data")}}
+    content = TEXT_CONFIG | {"data": {**TEXT_CONFIG["data"], "dir": str(tmp_path / "data")}}
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     for ranks in (1, 3):
         pools[ranks].run(small_run.run, path, tmp_path / f"{ranks}", STREAMING)
     assert len(small_run.records(tmp_path / "1")) == 6
     assert_same_curve(tmp_path / "3", tmp_path / "1")
     assert_same_tensors(frequencies(tmp_path / "3", 6), frequencies(tmp_path / "1", 6))
-    with pytest.raises(RankFailed, match=r"loss\.frequency: got counts, needs streaming .* has its documents inline"):
-        pools[1].run(small_run.run, path, tmp_path / "counts")
 
 
-INLINE_CONFIG: dict[str, Any] = {
+TEXT_CONFIG: dict[str, Any] = {
     "run": {"dir": "replaced", "trackers": []},
     "data": {
         "lanes": 6,
         "num_workers": 0,
-        "query": {"age": {"type": "numeric"}, "words": {"type": "text", "max_tokens": 6}},
+        "query": {
+            "age": {"type": "numeric"},
+            "words": {"type": "text", "max_tokens": 6},
+            "job": {"type": "categorical"},
+            "likes": {"type": "categorical", "multi": True},
+        },
         "doc": {
             "item": {"type": "categorical"},
             "tags": {"type": "categorical", "multi": True},

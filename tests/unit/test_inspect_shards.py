@@ -1,6 +1,7 @@
 """The inspection shows what the model gets, and no damage passes --verify unnamed."""
 
 import importlib.util
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -10,8 +11,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from bigdssm.config import DataConfig, FeatureConfig
 from bigdssm.data import Dataset
 from bigdssm.data.inspection import describe, sample_rows
+from bigdssm.data.making.making import Target
+from bigdssm.data.making.pairs import PairTables, make_pairs
 from bigdssm.data.verification import verify_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +44,37 @@ def test_description_and_rows(tiny_interactions: Any, capsys: Any) -> None:
     assert inspect_main([str(tiny_interactions.dir), "--rows", "2"]) == 0
     said = capsys.readouterr().out
     assert "doc.title: [CLS]" in said and "40 documents" in said and "newest 10 of doc.item_id" in said
+
+
+def test_every_figure_is_the_one_of_the_rows(tmp_path: Path, capsys: Any) -> None:
+    config = DataConfig(
+        dir="", display="kind", doc={"kind": FeatureConfig("categorical")}, max_bad_fraction=0.2,
+        query={"tags": FeatureConfig("categorical", multi=True), "n": FeatureConfig("numeric")},
+    )  # fmt: skip
+    rows: list[dict[str, Any]] = [
+        {"tags": ["a", "b", "c"][: i % 4], "n": i, "kind": f"k{min(i, 2)}"} for i in (*range(8), 5, 5, 6)
+    ]
+    for name, more in (("base", [{"tags": ["a"], "n": 1, "kind": ""}]), ("day2", [])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + more))
+        tables = PairTables((tmp_path / f"{name}.jsonl",), split="train")
+        make_pairs(config, tables, Target(tmp_path / "data", name, append=name != "base"))
+        rows = [{"tags": [], "n": 50, "kind": "new"}]
+    found = describe(Dataset.open(tmp_path / "data", ["base"]))
+    shard = tmp_path / "data/partitions/base/train-000000.tar"
+    (size,) = found.sizes
+    assert (size.rows, size.blocks, size.shards, size.num_bytes) == (11, 1, 1, shard.stat().st_size)
+    assert (found.scanned_rows, found.duplicate_pairs, found.num_bad) == (11, 3, 1)
+    assert found.top_docs == [("k2", 9), ("k0", 1), ("k1", 1), ("new", 0)]
+    assert (found.num_docs, found.docs_without_train_rows) == (4, 1)
+    assert [(entry.feature, entry.percentiles) for entry in found.lengths] == [("query.tags", (0, 1, 1, 2, 3, 3))]
+    row = sample_rows(Dataset.open(tmp_path / "data"), count=12)[-1]
+    assert (row["query.tags"], row["query.n"], row["doc.kind"]) == ([], 50, "new")
+    flip(shard, 700)
+    both = describe(Dataset.open(tmp_path / "data"))
+    assert (both.scanned_rows, both.unreadable_blocks, len(both.sizes)) == (1, 1, 2)
+    assert inspect_main([str(tmp_path / "data")]) == 0
+    said = capsys.readouterr().out
+    assert "day2" in said and "1 bad rows or values" in said and "1 blocks cannot be read: use --verify" in said
 
 
 def test_a_sound_dataset_verifies(tiny_pairs: Any, tiny_interactions: Any) -> None:

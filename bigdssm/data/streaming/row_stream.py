@@ -31,7 +31,7 @@ class RowStream(ABC):
     """
 
     steps_per_epoch: int  # 0: not known
-    inline: bool  # whether rows bring their documents' features
+    inline = False  # whether rows bring their documents' features
 
     def __init__(
         self, dataset: Dataset, *, rank: int, world_size: int, start_step: int, parts_per_step: int,

@@ -56,7 +56,7 @@ class PairStream(RowStream):
             start_step=start_step, parts_per_step=len(self._shares), max_bad_fraction=max_bad_fraction,
             quarantine=quarantine,
         )  # fmt: skip
-        self.split, self.inline = split, self.dataset.inline
+        self.split = split
         plan = partial(Order, rows_global=rows_global, lanes=lanes, tail=tail, window_blocks=window_blocks)
         self.order: Order | MixedOrder = (
             self._mixed(plan, seed) if self.dataset.sources else plan(self.dataset.index(split).rows, seed=seed)

@@ -31,7 +31,6 @@ class Writer:
     rows_per_block: int = 64
     blocks_per_shard: int = 4
     text: bool = False
-    inline: bool = False
     interactions: bool = True
     partitions: list[str] = field(default_factory=list)
 
@@ -46,6 +45,8 @@ class Writer:
         if self.text:
             doc["title"] = Feature("title", "text", "title", max_tokens=8)
             query["words"] = Feature("words", "text", "words", max_tokens=6)
+            query["job"] = Feature("job", "categorical", "job", vocabulary=("a", "b", "c"))
+            query["likes"] = Feature("likes", "categorical", "likes", multi=True, vocabulary=("a", "b", "c"))
         if self.interactions:
             query["history"] = Feature("history", "history", "history", of="item", max_items=5)
         return Schema(query, doc)
@@ -55,7 +56,7 @@ class Writer:
         self.schema.save(self.dir)
         if self.text:
             self._tokenizer()
-        catalogue = [] if self.inline else [self._catalogue()]
+        catalogue = self._catalogue()
         for name in names or ("all",):
             self._partition(name, seed=len(self.partitions))
             self.partitions.append(name)
@@ -63,8 +64,7 @@ class Writer:
             "format": 1,
             "name": "tiny",
             "schema": self.schema.fingerprint(),
-            "documents": "inline" if self.inline else "catalogue",
-            "catalogue": catalogue,
+            "catalogue": [catalogue],
             "partitions": self.partitions,
         }
         (self.dir / "dataset.json").write_text(json.dumps(content))
@@ -77,7 +77,7 @@ class Writer:
         tokenizer.save(str(folder / "tokenizer.json"))
         (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]"}))
 
-    def doc_columns(self, rows: np.ndarray, prefix: str = "") -> dict[str, pa.Array]:
+    def doc_columns(self, rows: np.ndarray) -> dict[str, pa.Array]:
         columns = {
             "item": pa.array((rows + 2).astype(np.int32)),
             "tags": pa.array([[2 + int(r) % 3] * (int(r) % 3) for r in rows], pa.list_(pa.int32())),
@@ -85,8 +85,8 @@ class Writer:
         }
         if self.text:
             lists = [[1, *range(3, 3 + int(r) % 5), 2] for r in rows]
-            columns["title"] = pa.array(lists, pa.list_(pa.int32()) if prefix else pa.large_list(pa.int32()))
-        return {prefix + name: column for name, column in columns.items()}
+            columns["title"] = pa.array(lists, pa.large_list(pa.int32()))
+        return columns
 
     def _catalogue(self) -> dict[str, object]:
         rows = np.arange(NUM_DOCS)
@@ -107,12 +107,7 @@ class Writer:
         row = np.arange(first, first + count)
         doc = (row * 7 + seed) % NUM_DOCS
         columns = {"query_id": pa.array(row * 10 + seed), "relevance": pa.array((row % 3 / 2).astype(np.float32))}
-        if self.inline:
-            columns["doc_key"] = pa.array([f"d{i}" for i in doc])
-            columns["doc_id"] = pa.array([hash64(f"d{i}") for i in doc])
-            columns |= self.doc_columns(doc, "doc.")
-        else:
-            columns["doc"] = pa.array(doc)
+        columns["doc"] = pa.array(doc)
         if self.interactions:
             columns["sequence"] = pa.array(row % 11)
             columns["end"] = pa.array((row % (ITEMS_PER_SEQUENCE + 1)).astype(np.int32))
@@ -120,6 +115,8 @@ class Writer:
             columns["age"] = pa.array((row % 80).astype(np.float32))
         if self.text:
             columns["words"] = pa.array([[1, *range(3, 3 + int(r) % 4), 2] for r in row], pa.list_(pa.int32()))
+            columns["job"] = pa.array((row % 3 + 2).astype(np.int32))
+            columns["likes"] = pa.array([[2 + int(r) % 3] * (int(r) % 2) for r in row], pa.list_(pa.int32()))
         return columns
 
     def _partition(self, name: str, seed: int) -> None:
@@ -136,8 +133,7 @@ class Writer:
                 "age": pa.array(np.arange(11, dtype=np.float32) + 100 * seed),
             }
             write_arrow(folder / "sequences.arrow", pa.table(sequences))
-        if not self.inline:
-            np.save(folder / "counts.npy", np.full(NUM_DOCS, 1 + seed))
+        np.save(folder / "counts.npy", np.full(NUM_DOCS, 1 + seed))
         content = {"name": name, "splits": splits, "num_docs": NUM_DOCS, "fingerprint": f"{name}-{seed}"}
         (folder / "partition.json").write_text(json.dumps(content))
 
@@ -216,9 +212,3 @@ def interactions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Text pairs with a catalogue."""
     return Writer(tmp_path_factory.mktemp("texts") / "data", text=True, interactions=False).write()
-
-
-@pytest.fixture(scope="session")
-def inline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Text pairs with their documents beside them."""
-    return Writer(tmp_path_factory.mktemp("inline") / "data", text=True, interactions=False, inline=True).write()

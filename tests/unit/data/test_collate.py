@@ -21,8 +21,7 @@ from bigdssm.schema import hash64
 def first_rows(folder: Path, count: int = 1) -> tuple[Dataset, Collator, Rows]:
     dataset = Dataset.open(folder)
     *_, rows = islice(PairStream(dataset, rows_global=64, lanes=4), count)
-    catalogue = None if dataset.inline else dataset.catalogue
-    return dataset, Collator(dataset.schema, catalogue, dataset.pad_token_id), rows
+    return dataset, Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id), rows
 
 
 def test_tensors_of_a_batch_with_histories(interactions: Path) -> None:
@@ -46,9 +45,8 @@ def test_tensors_of_a_batch_with_histories(interactions: Path) -> None:
     assert batch.relevance.dtype == batch.query["age"].dtype == batch.doc["year"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", ["texts", "inline"])
-def test_text_is_padded_with_the_pad_token(kind: str, request: pytest.FixtureRequest) -> None:
-    _, collate, rows = first_rows(request.getfixturevalue(kind))
+def test_text_is_padded_with_the_pad_token(texts: Path) -> None:
+    _, collate, rows = first_rows(texts)
     batch = collate(rows)
     assert batch.query["words"].dtype == torch.int64
     for row, tokens in zip(batch.row_ids.tolist(), batch.query["words"].tolist(), strict=True):
@@ -61,12 +59,20 @@ def test_text_is_padded_with_the_pad_token(kind: str, request: pytest.FixtureReq
     assert [docs[c] for c in batch.positive.tolist()] == [row * 7 % 37 for row in batch.row_ids.tolist()]
 
 
-def test_a_dataset_with_inline_documents_gives_the_same_features(texts: Path, inline: Path) -> None:
-    with_catalogue, without = (collate(rows) for _, collate, rows in (first_rows(texts), first_rows(inline)))
-    assert torch.equal(with_catalogue.positive, without.positive)
-    assert torch.equal(with_catalogue.doc_ids, without.doc_ids)
-    assert all(torch.equal(with_catalogue.doc[name], without.doc[name]) for name in without.doc)
-    assert without.doc_rows.tolist() == [-1] * len(without.doc_ids)
+def test_rows_that_bring_their_documents_give_the_same_features(texts: Path) -> None:
+    dataset, collate, rows = first_rows(texts)
+    brought = replace(
+        rows, doc=dataset.catalogue.columns(rows.doc_rows), doc_ids=dataset.catalogue.ids(rows.doc_rows),
+        doc_rows=np.full(len(rows), -1, np.int64),
+    )  # fmt: skip
+    plain = Collator(dataset.schema, None, dataset.pad_token_id)
+    mine, its = plain(brought), collate(rows)
+    assert torch.equal(its.positive, mine.positive) and torch.equal(its.doc_ids, mine.doc_ids)
+    assert all(torch.equal(its.doc[name], mine.doc[name]) for name in its.doc)
+    assert mine.doc_rows.tolist() == [-1] * len(mine.doc_ids) and len(mine.doc_ids) < len(rows)
+    assert len(plain(brought.take(np.empty(0, np.int64))).doc["title"]) == 0
+    with pytest.raises(ConfigError, match="given negatives need a catalogue"):
+        plain(brought, extra_docs=np.array([1]))
 
 
 def test_negatives_and_extra_documents_become_columns_behind_the_positives(interactions: Path) -> None:
@@ -81,20 +87,14 @@ def test_negatives_and_extra_documents_become_columns_behind_the_positives(inter
     assert torch.equal(batch.doc["item"], batch.doc_rows + 2)
 
 
-def test_no_rows_make_an_empty_batch(interactions: Path, inline: Path) -> None:
-    for folder in (interactions, inline):
+def test_no_rows_make_an_empty_batch(interactions: Path, texts: Path) -> None:
+    for folder in (interactions, texts):
         dataset, collate, _ = first_rows(folder)
         batch = collate(next(dataset.iterate("test", 10)).take(np.empty(0, np.int64)))
         assert len(batch.row_ids) == len(batch.positive) == len(batch.doc_ids) == 0
         for features in (batch.query, batch.doc):
             assert all(tensor.shape[0] == 0 for tensor in features.values())
             assert all(tensor.shape[1] >= 1 for tensor in features.values() if tensor.ndim == 2)
-
-
-def test_given_negatives_need_a_catalogue(inline: Path) -> None:
-    _, collate, rows = first_rows(inline)
-    with pytest.raises(ConfigError, match="need a dataset with a catalogue"):
-        collate(rows, extra_docs=np.array([1]))
 
 
 @settings(deadline=None)

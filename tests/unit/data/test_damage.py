@@ -154,15 +154,15 @@ BAD_TEXT_ROWS = {
     "empty text": ("words", [], "words has 0 tokens, needs 1 to 6"),
     "5 MB in one field": ("words", [3] * 1_250_000, "words has 1250000 tokens, needs 1 to 6"),
     "unknown token": ("words", [1, 53], "words has a token id outside the schema's 53"),
-    "code out of range": ("doc.item", 99, "doc.item has a code outside the schema's 39"),
-    "multi-valued code": ("doc.tags", [2, -7], "doc.tags has a code outside the schema's 5"),
+    "code out of range": ("job", 99, "job has a code outside the schema's 5"),
+    "multi-valued code": ("likes", [2, -7], "likes has a code outside the schema's 5"),
 }
 
 
 @pytest.mark.parametrize("case", [*BAD_ROWS, *BAD_TEXT_ROWS])
 def test_bad_rows_are_left_out_one_by_one(case: str, tools, tmp_path: Path) -> None:
     text = case in BAD_TEXT_ROWS
-    writer = tools.Writer(tmp_path / "data", text=text, inline=text, interactions=not text)
+    writer = tools.Writer(tmp_path / "data", text=text, interactions=not text)
     folder = writer.write()
     name, value, reason = (BAD_ROWS | BAD_TEXT_ROWS)[case]
     put_block(folder, tools, tools.block_bytes(spoil(writer.columns(0, 64, 0), name, 17, value)))
@@ -230,7 +230,7 @@ def test_a_block_that_would_fill_the_memory_is_refused_before_it_is_decoded(
 def test_a_block_of_raw_text_that_is_not_utf8_is_refused(tools) -> None:
     """Nothing that is tokenised while it is read may be anything but UTF-8; make_shards never writes other text."""
     words = {"words": Feature("words", "text", "words", max_tokens=6)}
-    layout = Layout.of(Schema(words, {}), inline=False, num_docs=(1,), vocab_size=9, sequences=(), raw_text=True)
+    layout = Layout.of(Schema(words, {}), num_docs=(1,), vocab_size=9, sequences=(), raw_text=True)
     for text, good in ((b"na\xc3\xafve", True), (b"na\xefve", False)):
         offsets = pa.py_buffer(np.array([0, len(text)], np.int64))
         columns = {

@@ -76,11 +76,15 @@ CASES = {
     "another schema": (lambda d: edit(d / "dataset.json", schema="00"), "schema.json is not the one"),
     "no partitions": (lambda d: edit(d / "dataset.json", partitions=[]), "has no partitions"),
     "a partition elsewhere": (lambda d: edit(d / "dataset.json", partitions=["../x"]), "not a plain folder name"),
+    "a catalogue elsewhere": (
+        lambda d: edit(d / "dataset.json", catalogue=[{"file": "../x", "rows": 1, "checksum": ""}]), "not a plain path"
+    ),
+    "an empty catalogue": (lambda d: edit(d / "dataset.json", catalogue=[]), "names no catalogue"),
     "no partition.json": (remove(f"{PARTITION}/partition.json"), "partition.json does not exist"),
     "no index": (remove(f"{PARTITION}/train.index.arrow"), "train.index.arrow is missing"),
     "no catalogue": (remove("catalogue/000000.arrow"), "000000.arrow is missing"),
     "no counts": (remove(f"{PARTITION}/counts.npy"), "counts.npy cannot be read"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", list(CASES))

@@ -182,12 +182,10 @@ def test_the_rows_are_those_on_disk(server: Server, store: Cache, interactions: 
     assert steps(dataset, num_workers=workers) == steps(local)
 
 
-@pytest.mark.parametrize("kind", ["texts", "inline"])
-def test_other_kinds_of_datasets(kind: str, request, tmp_path: Path, store: Cache) -> None:
-    folder = request.getfixturevalue(kind)
-    server = Server(folder)
+def test_texts_come_with_their_tokenizer(texts: Path, store: Cache) -> None:
+    server = Server(texts)
     mine, theirs = (
-        next(iter(d.iterate("test", 100))) for d in (Dataset.open(server.url, cache=store), Dataset.open(folder))
+        next(iter(d.iterate("test", 100))) for d in (Dataset.open(server.url, cache=store), Dataset.open(texts))
     )
     server.close()
     assert mine.query["words"].values.tolist() == theirs.query["words"].values.tolist()

@@ -56,7 +56,7 @@ def test_any_world_size_and_workers_give_the_same_global_batches(interactions: P
             assert np.array_equal(np.sort(together), np.sort(order.row_ids(step)))
 
 
-@pytest.mark.parametrize("kind", ["interactions", "texts", "inline"])
+@pytest.mark.parametrize("kind", ["interactions", "texts"])
 def test_rows_are_equal_for_every_number_of_workers(kind: str, request: pytest.FixtureRequest) -> None:
     dataset = request.getfixturevalue(kind)
     plain = steps(dataset, 23, rank=1, world_size=2)
