@@ -6,8 +6,8 @@
     python tools/make_shards.py docstrings --config F [key=value …] [--site-packages DIR] [--packages NAME …]
 
 `--help` behind a sub-command says everything it takes. The schema comes from the config's `data` section. The dataset
-appears whole at the end. `pairs` and `webdataset` that were killed go on where they were when the same command is given
-again over the same files (but with --beir).
+appears whole at the end. A making that was killed goes on where it was when the same command is given again over the
+same files.
 """
 
 import argparse

@@ -28,24 +28,28 @@ Texts = Callable[[], Iterable[list[str]]]
 
 
 class TextEncoder:
-    """Texts → token ids, special tokens included, with the tokenizer of a folder; uses all cores."""
+    """Texts → token ids, special tokens included, with the tokenizer of a folder; uses all cores, in any threads."""
 
     def __init__(self, folder: Path) -> None:
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self._tokenizer.no_padding()
+        self._file = str(folder / "tokenizer.json")
+        self._cutting: dict[int, Tokenizer] = {}  # one for each length: setting another would disturb other threads
 
-    def tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Return the token ids of some texts, cut as `encode` was last told: all that the library does."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts)]
+    def tokenize(self, texts: list[str], max_tokens: int) -> list[list[int]]:
+        """Return the token ids of some texts, each cut to max_tokens: all that the library does."""
+        if max_tokens not in self._cutting:
+            tokenizer = Tokenizer.from_file(self._file)
+            tokenizer.no_padding()
+            tokenizer.enable_truncation(max_tokens)
+            self._cutting[max_tokens] = tokenizer
+        return [encoding.ids for encoding in self._cutting[max_tokens].encode_batch_fast(texts)]
 
     def encode(self, texts: pa.Array, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (ids int32, offsets int64 [rows + 1]): text i is ids[offsets[i]:offsets[i + 1]], cut to max_tokens."""
-        self._tokenizer.enable_truncation(max_tokens)
         parts: list[np.ndarray] = []
         lengths: list[int] = []
         for start in range(0, len(texts), TEXTS_AT_ONCE):
             chunk = texts.slice(start, TEXTS_AT_ONCE).to_pylist()
-            ids = self.tokenize(chunk)
+            ids = self.tokenize(chunk, max_tokens)
             lengths += map(len, ids)
             parts.append(np.fromiter(chain.from_iterable(ids), np.int32, sum(lengths[-len(ids) :])))
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -53,7 +57,7 @@ class TextEncoder:
 
     def decode(self, tokens: Ragged) -> list[str]:
         """Return the texts that token ids stand for, as the tokenizer writes them: cut, and in its case."""
-        return self._tokenizer.decode_batch([tokens[row].tolist() for row in range(len(tokens))])
+        return Tokenizer.from_file(self._file).decode_batch([tokens[row].tolist() for row in range(len(tokens))])
 
 
 def make_tokenizer(config: TokenizerConfig, texts: Texts, folder: Path) -> None:

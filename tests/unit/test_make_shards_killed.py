@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,58 +18,85 @@ import pytest
 from bigdssm.data import Dataset
 
 ROOT = Path(__file__).parents[2]
-# Small batches, shards of a few blocks, a note at every opportunity; dies at the so manieth of the places that count.
+# Makes datasets, each in a fork of its own: reads lines of JSON (kind, source, out, append, dies_at, told), and answers
+# each with an exit code. Small batches, shards of a few blocks, a note at every opportunity; a making dies at the so
+# manieth of the places that count, or before it writes so many blocks.
 SCRIPT = """
-import os, signal, sys
+import json, os, signal, sys
 from pathlib import Path
 from bigdssm.config import DataConfig, FeatureConfig, TokenizerConfig
-from bigdssm.data.making import column_file
-from bigdssm.data.making import block_writer
-from bigdssm.data.making import catalogue_writer
-from bigdssm.data.making import journal
-from bigdssm.data.making import making
-from bigdssm.data.making import pairs
+from bigdssm.data.making import block_writer, catalogue_writer, column_file, interactions, journal, making, pairs
 from bigdssm.data.making import row_spool
-from bigdssm.data.tables import sources
-source, out, mode, dies_at, read = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5]
+from bigdssm.data.tables import columns, sources
+from bigdssm.log import get_logger
 journal.SAVE_EVERY_S = 0.0
-sources.ROWS_PER_BATCH = row_spool.ROWS_PER_BATCH = 100
+sources.ROWS_PER_BATCH = row_spool.ROWS_PER_BATCH = interactions.ROWS_PER_BATCH = 100
+sources.BYTES_PER_BATCH = 4000
 row_spool.BUCKET_BYTES = 40_000
 block_writer.MAX_SHARD_BYTES = 30_000
-places, blocks = 0, 0
+places, blocks, checks = 0, 0, 0
 def deadly(owner, name):
     method = getattr(owner, name)
     def counted(*args, **kwargs):
         global places, blocks
         places, blocks = places + 1, blocks + (name == "_write_block")
-        if dies_at in (f"{places}", f"block {blocks}"):
+        if dies_at in (places, f"block {blocks}"):
             os.kill(os.getpid(), signal.SIGKILL)
         return method(*args, **kwargs)
     setattr(owner, name, counted)
 for owner, name in ((catalogue_writer.CatalogueWriter, "add"), (block_writer.SplitWriter, "_write_block"),
                     (column_file.ColumnFile, "append"), (journal.Journal, "save"), (os, "replace")):
     deadly(owner, name)
-reads = 0
-def counting(*args, original=pairs.canonical):
-    global reads
-    reads += 1
-    return original(*args)
-pairs.canonical = counting
-text = FeatureConfig("text", max_tokens=8)
-config = DataConfig(
-    dir=str(out), query={"q": text}, doc={"text": text, "kind": FeatureConfig("categorical")},
-    tokenizer=TokenizerConfig(vocab_size=200), max_bad_fraction=0.1,
-)
-target = making.Target(out, "day1" if mode == "append" else "base", append=mode == "append")
-tables = pairs.PairTables((source,), doc_id_column="id", dedup=True, split="time", split_column="time")
-report = pairs.make_pairs(config, tables, target)
-Path(read).write_text(f"{reads} {places} {report.rows} {sorted(report.notes)}")
+def counting(*args, original=columns.RowCheck.__init__):
+    global checks
+    checks += 1
+    original(*args)
+columns.RowCheck.__init__ = counting
+TEXT, KIND = FeatureConfig("text", max_tokens=8), FeatureConfig("categorical")
+def make(kind, source, out, append, told):
+    features = {
+        "pairs": ({"q": TEXT}, {"text": TEXT, "kind": KIND}),
+        "interactions": (
+            {"past": FeatureConfig("history", of="item_id", max_items=5), "age": FeatureConfig("numeric"), "bio": TEXT},
+            {"item_id": KIND, "title": TEXT},
+        ),
+    }[kind]
+    config = DataConfig(
+        dir=out, query=features[0], doc=features[1], tokenizer=TokenizerConfig(vocab_size=200), max_bad_fraction=0.1
+    )
+    target = making.Target(Path(out), "day1" if append else "base", append=append)
+    source = Path(source)
+    if kind == "pairs":
+        tables = pairs.PairTables(
+            (source / "pairs.jsonl",), doc_id_column="id", dedup=True, split="time", split_column="time",
+            beir=Path(out + ".beir"),
+        )
+        report = pairs.make_pairs(config, tables, target)
+    else:
+        tables = interactions.InteractionTables(
+            *(source / f"{name}.csv" for name in ("events", "items", "users")), rating_column="rating", min_rating=1.0
+        )
+        report = interactions.make_interactions(config, tables, target)
+    Path(told).write_text(json.dumps([checks, places, f"{report.rows} {sorted(report.notes)}"]))
+for line in sys.stdin:
+    *order, dies_at, told = json.loads(line)
+    child = os.fork()
+    if not child:
+        try:
+            make(*order, told)
+        except BaseException:
+            get_logger("making").exception("making failed")
+            os._exit(1)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def write_source(path: Path, seed: int) -> None:
+def write_source(folder: Path, seed: int) -> Path:
+    """Write pairs, and events, items and users, all with bad lines in them; return their folder."""
+    folder.mkdir(exist_ok=True)
     chance = random.Random(seed)
-    with path.open("w") as file:
+    with (folder / "pairs.jsonl").open("w") as file:
         for row in range(4000):
             item = chance.randrange(600 + 300 * seed)
             record = {
@@ -76,24 +104,76 @@ def write_source(path: Path, seed: int) -> None:
                 "id": f"i{item}", "kind": f"k{item % (5 + seed)}", "time": row,
             }  # fmt: skip
             file.write(json.dumps(record)[: None if row % 97 else -3] + "\n")
+    items, users = range(600 + 300 * seed), range(300 + 100 * seed)
+    tables = {
+        "items": ["item_id,title", *(f"i{item},the title {item} of {item % 7}" for item in items)],
+        "users": ["user_id,age,bio", *(f"u{user},{user % 80},likes {user % 11} and {user % 13}" for user in users)],
+        "events": ["user_id,item_id,timestamp,rating"],
+    }
+    for time in range(6000):
+        user, item = chance.randrange(len(users) + 20), chance.randrange(len(items) + 5)  # some are in no table
+        tables["events"].append(f"u{user},i{item},{time},{time % 6}")
+    for name, lines in tables.items():
+        bad = [line + ",one,two" if row % 97 == 50 else line for row, line in enumerate(lines)]
+        (folder / f"{name}.csv").write_text("\n".join(bad) + "\n")
+    return folder
 
 
-def make(source: Path, out: Path, mode: str, dies_at: int | str = -1) -> tuple[int, int, int, str]:
-    """Return the exit code, how many batches were looked at, how many places were met, and what was reported."""
-    read = out.with_suffix(".read")
-    read.unlink(missing_ok=True)
-    command = [sys.executable, "-c", SCRIPT, *map(str, (source, out)), mode, str(dies_at), str(read)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
-    if not read.exists():
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        return done.returncode, 0, 0, ""
-    reads, places, said = read.read_text().split(" ", 2)
-    return done.returncode, int(reads), int(places), said
+class Maker:
+    """Makes datasets in processes that may die."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-c", SCRIPT]
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ)
+        )
+
+    def __call__(
+        self, kind: str, source: Path, out: Path, *, append: bool = False, dies_at: int | str = -1
+    ) -> tuple[int, int, int, str]:
+        """Return the exit code, how many batches were looked at, how many places were met, and what was reported."""
+        told = out.with_suffix(".told")
+        told.unlink(missing_ok=True)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps([kind, str(source), str(out), append, dies_at, str(told)]) + "\n")
+        self._process.stdin.flush()
+        code = int(self._process.stdout.readline())
+        assert code in (0, -signal.SIGKILL), "the making failed, see above"
+        checks, places, said = json.loads(told.read_text()) if told.exists() else (0, 0, "")
+        return code, checks, places, said
+
+    def with_kills(self, kind: str, source: Path, out: Path, places: int, *, append: bool = False) -> list[int | str]:
+        """Make `out`, killed while reading, behind some shards, and at up to two random places; return these."""
+        kills = [places // 6, "block 12", *(random.randint(4, places // part) for part in (3, 4))]
+        for number, kill in enumerate(kills):
+            if not self(kind, source, out, append=append, dies_at=kill)[0]:  # less was left to do
+                return kills[:number]
+        assert self(kind, source, out, append=append)[0] == 0
+        return kills
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def maker() -> Iterator[Maker]:
+    started = Maker()
+    yield started
+    started.close()
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    found["dataset.json"] = found["dataset.json"].replace(f'"name": "{folder.name}"'.encode(), b"")
+    """Return all files of a dataset, and of the collection beside it if there is one."""
+    beside = folder.with_name(f"{folder.name}.beir")
+    found = {
+        f"{number}/{path.relative_to(place)}": path.read_bytes()
+        for number, place in enumerate((folder, beside))
+        for path in place.rglob("*")
+        if path.is_file()
+    }
+    found["0/dataset.json"] = found["0/dataset.json"].replace(f'"name": "{folder.name}"'.encode(), b"")
     return found
 
 
@@ -101,58 +181,51 @@ def content(folder: Path) -> dict[str, bytes]:
 class Whole:
     """A making that was left alone."""
 
+    kind: str
     source: Path
     out: Path
-    batches: int
+    checks: int
     places: int
     said: str
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+@pytest.fixture(scope="module", params=["pairs", "interactions"])
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, maker: Maker) -> Whole:
     folder = tmp_path_factory.mktemp("whole")
-    write_source(folder / "pairs.jsonl", 1)
-    return Whole(folder / "pairs.jsonl", folder / "whole", *make(folder / "pairs.jsonl", folder / "whole", "new")[1:])
+    source = write_source(folder / "source", 1)
+    return Whole(request.param, source, folder / "whole", *maker(request.param, source, folder / "whole")[1:])
 
 
-def make_with_kills(source: Path, out: Path, mode: str, places: int) -> list[int | str]:
-    """Make `out`, killed while reading, behind some shards, and at up to two random places; return these."""
-    kills = [places // 6, "block 12", *(random.randint(4, places // part) for part in (3, 4))]
-    for number, kill in enumerate(kills):
-        if not make(source, out, mode, kill)[0]:  # less was left to do
-            return kills[:number]
-    assert make(source, out, mode)[0] == 0
-    return kills
-
-
-def test_a_making_that_is_killed_goes_on_to_the_same_bytes(whole: Whole, tmp_path: Path) -> None:
-    kills = make_with_kills(whole.source, tmp_path / "killed", "new", whole.places)
+def test_a_making_that_is_killed_goes_on_to_the_same_bytes(whole: Whole, maker: Maker, tmp_path: Path) -> None:
+    kills = maker.with_kills(whole.kind, whole.source, tmp_path / "killed", whole.places)
     assert content(tmp_path / "killed") == content(whole.out), kills
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "killed.read"], kills
+    beside = ["killed.beir"] if whole.kind == "pairs" else []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", *beside, "killed.told"], kills
 
 
-@pytest.mark.slow
-def test_so_does_an_append(tmp_path: Path) -> None:
-    source, first, second = tmp_path / "pairs.jsonl", tmp_path / "first", tmp_path / "other"
-    write_source(source, 0)
+@pytest.mark.parametrize("kind", ["pairs", "interactions"])
+def test_so_does_an_append(kind: str, maker: Maker, tmp_path: Path) -> None:
+    source, first, second = write_source(tmp_path / "source", 0), tmp_path / "first", tmp_path / "other"
     for out in (first, second):
-        assert make(source, out, "new")[0] == 0
+        assert maker(kind, source, out)[0] == 0
+    rows = Dataset.open(first).num_rows("train")
     write_source(source, 1)
-    places = make(source, first, "append")[2]
-    kills = make_with_kills(source, second, "append", places)
+    places = maker(kind, source, first, append=True)[2]
+    kills = maker.with_kills(kind, source, second, places, append=True)
     assert content(second) == content(first), kills
-    assert Dataset.open(second).num_rows("train") > 4000 and not list(second.glob(".*")), kills
+    assert Dataset.open(second).num_rows("train") > 1.8 * rows and not list(second.glob(".*")), kills
 
 
-def test_only_what_is_left_is_done(whole: Whole, tmp_path: Path) -> None:
+def test_only_what_is_left_is_done(whole: Whole, maker: Maker, tmp_path: Path) -> None:
     """Killed in the reading, it reads the rest; killed in the writing, nothing; of a changed source, everything."""
-    assert make(whole.source, tmp_path / "early", "new", whole.places // 4)[0]
-    assert 0 < make(whole.source, tmp_path / "early", "new")[1] < whole.batches - 5
-    assert make(whole.source, tmp_path / "late", "new", whole.places - 20)[0]
-    source = tmp_path / "pairs.jsonl"
-    shutil.copy(whole.source, source)
-    assert make(source, tmp_path / "other", "new", whole.places - 20)[0]
-    code, batches, places, said = make(whole.source, tmp_path / "late", "new")
-    assert (code, batches, said) == (0, 0, whole.said) and places < whole.places / 3
-    os.utime(source, (1, 1))
-    assert make(source, tmp_path / "other", "new")[1] == whole.batches
+    early, late, other = (tmp_path / name for name in ("early", "late", "other"))
+    assert maker(whole.kind, whole.source, early, dies_at=whole.places // 4)[0]
+    assert 0 < maker(whole.kind, whole.source, early)[1] < whole.checks - 5
+    assert maker(whole.kind, whole.source, late, dies_at=whole.places - 20)[0]
+    source = tmp_path / "source"
+    shutil.copytree(whole.source, source)
+    assert maker(whole.kind, source, other, dies_at=whole.places - 20)[0]
+    code, checks, places, said = maker(whole.kind, whole.source, late)
+    assert (code, checks, said) == (0, 0, whole.said) and places < whole.places / 3
+    os.utime(source / ("pairs.jsonl" if whole.kind == "pairs" else "items.csv"), (1, 1))
+    assert maker(whole.kind, source, other)[1] == whole.checks

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bigdssm.data.making.ahead import ahead
 from bigdssm.data.making.column_file import ColumnFile
 from bigdssm.data.making.journal import State
 from bigdssm.data.making.row_spool import RowSpool
@@ -83,17 +84,17 @@ class CatalogueWriter:
         """
         fields = [*KEY_COLUMNS, *((name, encoded_type(feature, large=True)) for name, feature in features.items())]
         part = ColumnFile(path, pa.schema(fields), spool, state)
-        done = part.num_rows
-        for batch in self._spool.batches():
-            if done:
-                done -= batch.num_rows
-                continue
+
+        def encoded(batch: pa.RecordBatch) -> dict[str, pa.Array]:
             keys = {
                 "doc_key": batch.column("doc_key").cast(pa.string()),
                 "doc_id": pa.array(hash_strings(batch.column("doc_key"))),
                 "display": batch.column("display").cast(pa.string()),
             }
-            part.append(keys | encode_columns(self._canonical(batch), features, text, large=True))
+            return keys | encode_columns(self._canonical(batch), features, text, large=True)
+
+        for _, columns in ahead(encoded, _behind(self._spool.batches(), part.num_rows)):
+            part.append(columns)
             if note is not None:
                 note(documents=part.state())
         return part.finish()
@@ -104,6 +105,15 @@ class CatalogueWriter:
 
     def _canonical(self, batch: pa.RecordBatch) -> pa.Table:
         return pa.table({name: batch.column(f"feature.{name}") for name in self._features})
+
+
+def _behind(batches: Iterable[pa.RecordBatch], done: int) -> Iterator[pa.RecordBatch]:
+    """Yield the batches behind the first `done` rows, which are whole batches."""
+    for batch in batches:
+        if done:
+            done -= batch.num_rows
+        else:
+            yield batch
 
 
 def check_names(features: Iterable[str], reserved: Sequence[str], side: str) -> None:

@@ -78,8 +78,8 @@ class DatasetWriter:
     """
 
     def __init__(
-        self, out: Path, partition: str, max_bad_fraction: float, *, overwrite: bool = False, append: bool = False,
-        source: str = "",
+        self, out: Path, partition: str, max_bad_fraction: float, *, source: str, overwrite: bool = False,
+        append: bool = False,
     ) -> None:  # fmt: skip
         """`source` tells what is made of what: what a killed run with the same one has done stands in the journals."""
         self.out, self.partition, self.append = out, partition, append
@@ -125,11 +125,6 @@ class DatasetWriter:
         """Return the catalogue files that the dataset has already."""
         return [self.out / part["file"] for part in self.content["catalogue"]]
 
-    def note_reading(self, state: State) -> None:
-        """Note how far the reading is, where some time has passed since the last note."""
-        if self.reading.due:
-            self.reading.save(state, self.staging)
-
     def note(self, **parts: Any) -> None:
         """Note how far the writing is, where some time has passed since the last note; `parts` become the state's."""
         self.written |= parts
@@ -158,7 +153,6 @@ class DatasetWriter:
             "format": FORMAT,
             "name": self.out.resolve().name,
             "schema": schema.fingerprint(),
-            "documents": "catalogue",
             "text": self.content["text"],
             "catalogue": parts,
             PARTITIONS: [*self.content[PARTITIONS], self.partition],
@@ -180,8 +174,6 @@ class DatasetWriter:
             os.replace(previous, self.out / SCHEMA_FILE)  # an append was killed between its last two renames
         if self.partition in content[PARTITIONS]:
             raise DataError(f"{self.out} has a partition {self.partition!r} already; partitions are never rewritten")
-        if content["documents"] != "catalogue":
-            raise DataError(f"{self.out} holds its documents in the shards; partitions cannot be appended")
         return {"text": "tokens", **content}
 
     def _move_in(self, new_docs: int) -> None:

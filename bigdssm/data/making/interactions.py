@@ -1,12 +1,14 @@
 """Makes a dataset of (history → next item) rows from user–item–time events, an items table and a users table.
 
-The items table is streamed; of the events, ids and times stay in memory (about 60 bytes an event while sorting).
+The items table is streamed, and what was read of the others waits on disk. To be sorted, the events' ids and times
+stand in memory (about 60 bytes an event). A run that was killed is taken up where its journals say, see passes.py; only
+sorting is done again.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.config import DataConfig
-from bigdssm.data.making.block_writer import SplitWriter, block_rows
 from bigdssm.data.making.catalogue_writer import KEY_COLUMNS, CatalogueWriter, check_names
 from bigdssm.data.making.column_file import ColumnFile
 from bigdssm.data.making.dataset_writer import PARTITIONS, DatasetWriter
+from bigdssm.data.making.journal import State
 from bigdssm.data.making.making import (
     BLOCK_COLUMNS,
     SEQUENCE_COLUMNS,
@@ -31,18 +33,23 @@ from bigdssm.data.making.making import (
     stored,
     text_columns,
 )
+from bigdssm.data.making.passes import Reading, SplitRows, fit, write_splits
+from bigdssm.data.making.row_spool import RowSpool
 from bigdssm.data.mapped import MappedTable
 from bigdssm.data.ragged import Ragged, gather_ranges, offsets_of
-from bigdssm.data.tables.columns import RowCheck, canonical, is_empty, relevances, strings, times
+from bigdssm.data.tables.columns import RowCheck, canonical, canonical_type, is_empty, relevances, strings, times
 from bigdssm.data.tables.fit import encode_columns, encoded_type
 from bigdssm.data.tables.hashing import KeyIndex, hash_strings, mix
-from bigdssm.data.tables.sources import read_table
+from bigdssm.data.tables.sources import ROWS_PER_BATCH, SourceBatch, read_table
 from bigdssm.data.tokenizer import TextEncoder
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.schema import Feature, Schema
+from bigdssm.schema import Schema
 
 Split = Literal["leave-one-out", "time", "train"]
 SPLITS = ("train", "validation", "test")
+EVENT_SCHEMA = pa.schema(
+    [("sequence", pa.int64()), ("item", pa.int64()), ("time", pa.float64()), ("relevance", pa.float32())]
+)
 
 
 @dataclass(frozen=True)
@@ -60,12 +67,6 @@ class InteractionTables:
     split: Split = "leave-one-out"
     validation_fraction: float = 0.05  # split=time: the newest rows but the test's
     test_fraction: float = 0.05  # split=time: the newest rows
-
-
-@dataclass(frozen=True)
-class _Users:
-    index: KeyIndex
-    table: pa.Table  # canonical features, one row per user, and a last row where everything is missing
 
 
 @dataclass(frozen=True)
@@ -91,127 +92,197 @@ def make_interactions(
     started = time.monotonic()
     check_names(config.doc, [name for name, _ in KEY_COLUMNS], "doc")
     check_names(config.query, [*BLOCK_COLUMNS, *SEQUENCE_COLUMNS], "query")
-    with target.open(config) as writer:
-        fitting = Fitting(config, writer, target.like)
-        catalogue = CatalogueWriter(writer.spool, fitting.base.doc, writer.catalogue_parts)
-        _read_items(config, tables, catalogue, fitting, writer, progress)
-        users = _read_users(tables, stored(fitting.base.query), fitting, writer)
-        notes: list[str] = []
-        events = _read_events(tables, catalogue, writer, notes, progress)
+    files = [path for path in (tables.interactions, tables.items, tables.users) if path is not None]
+    with target.open(config, files, tables) as writer:
+        making = _Making(config, tables, target, writer, progress)
+        if not making.reading.whole:
+            making.read()
         writer.quarantine.check()
-        schema, text = fitting.finish(lambda: _texts(catalogue, users, fitting.base))
+        events, notes, num_docs = making.events(), making.notes, making.catalogue.num_docs
+        schema, text = fit(writer, making.fitting, making.texts)
         prior = _prior_items(writer, hash_strings(events.keys))
-        _write_sequences(writer, events, prior, users, schema, text, notes)
-        splits, counts = _write_rows(tables, target, writer, events, prior, catalogue.num_docs, notes)
-        return commit(writer, catalogue, schema, text, splits, counts, started, notes)
+        if not writer.written.get("sequences"):
+            making.write_sequences(events, prior, schema, text)
+            writer.note(sequences=True)
+        rows = _rows(tables, target, events, prior)
+        splits, counts = write_splits(writer, rows, _Rows.columns, num_docs, notes, progress)
+        return commit(writer, making.catalogue, schema, text, splits, counts, started, notes)
 
 
-def _read_items(
-    config: DataConfig,
-    tables: InteractionTables,
-    catalogue: CatalogueWriter,
-    fitting: Fitting,
-    writer: DatasetWriter,
-    progress: Progress,
-) -> None:
-    features, key = fitting.base.doc, tables.item_column
-    shown = config.display or key
-    columns = dict.fromkeys([key, shown, *(feature.column for feature in features.values())])
-    bad = writer.quarantine.report
-    for batch in read_table(tables.items, list(columns), bad):
-        check = RowCheck(batch, bad)
-        keys, display = strings(check, key), strings(check, shown)
-        check.fail(is_empty(keys), f"{key} is empty")
-        table, good = canonical(check, features), pa.array(check.good)
-        kept, keys, table = batch.keep(check.good), keys.filter(good), table.filter(good)
-        rows, first = catalogue.add(keys, display.filter(good), table)
-        fitting.doc.update(table.take(pa.array(first)))
-        twice = rows >= catalogue.first_new
-        twice[first] = False
-        RowCheck(kept, bad).fail(twice, f"{key} {{}} stands in the table already", keys)
-        writer.quarantine.num_good += int((~twice).sum())
-        progress("items", catalogue.num_docs, None)
-    if not catalogue.num_docs:
-        raise DataError(f"{tables.items} has no usable rows; see the reasons in {writer.quarantine.path.name}")
+class _Making:
+    """What reading the tables leads to."""
 
+    def __init__(
+        self, config: DataConfig, tables: InteractionTables, target: Target, writer: DatasetWriter, progress: Progress
+    ) -> None:
+        self.tables, self.writer, self.progress = tables, writer, progress
+        self.fitting = Fitting(config, writer, target.like)
+        self.doc, self.user = self.fitting.base.doc, stored(self.fitting.base.query)
+        self.shown = config.display or tables.item_column
+        self.notes: list[str] = []
+        if self.user and tables.users is None:
+            raise ConfigError(f"the query features {', '.join(self.user)} need a users table; give --users")
+        self.reading = Reading(writer, self._state)
+        done = self.reading.begun
+        begun = done["catalogue"] if done else None
+        self.catalogue = CatalogueWriter(writer.spool, self.doc, writer.catalogue_parts, begun)
+        self.users, self.sequences, self.num_low = KeyIndex(), KeyIndex(), 0
+        if done:
+            self.fitting.restore(done["fitting"])
+            self.users.restore(done["users"])
+            self.sequences.restore(done["sequences"])
+            self.num_low = done["num_low"]
+        spooled = {
+            "users": pa.schema([(name, canonical_type(feature)) for name, feature in self.user.items()]),
+            "keys": pa.schema([("key", pa.string())]),
+            "events": EVENT_SCHEMA,
+        }
+        self.spools = {
+            name: RowSpool(writer.spool / f"{name}.arrows", schema, done["spools"][name] if done else None)
+            for name, schema in spooled.items()
+        }
 
-def _read_users(
-    tables: InteractionTables, features: dict[str, Feature], fitting: Fitting, writer: DatasetWriter
-) -> _Users:
-    index, parts = KeyIndex(), []
-    if features and tables.users is None:
-        raise ConfigError(f"the query features {', '.join(features)} need a users table; give --users")
-    if features and tables.users is not None:
-        key, bad = tables.user_column, writer.quarantine.report
-        columns = dict.fromkeys([key, *(feature.column for feature in features.values())])
-        for batch in read_table(tables.users, list(columns), bad):
-            check = RowCheck(batch, bad)
+    def _state(self) -> State:
+        """Return all that the rows so far have led to."""
+        return {
+            "fitting": self.fitting.state(),
+            "catalogue": self.catalogue.state(),
+            "users": self.users.state(),
+            "sequences": self.sequences.state(),
+            "num_low": self.num_low,
+            "spools": {name: spool.state() for name, spool in self.spools.items()},
+        }
+
+    def read(self) -> None:
+        """Pass 1: items, then users, then events are checked, numbered, counted for the fit, and spooled."""
+        self._read_items()
+        if self.user:
+            self._read_users()
+        self._read_events()
+        self.reading.finish()
+
+    def _batches(self, name: str, path: Path, columns: Iterable[str | None]) -> Iterator[SourceBatch]:
+        wanted = list(dict.fromkeys(column for column in columns if column))
+        return self.reading.batches(name, lambda report_bad: read_table(path, wanted, report_bad))
+
+    def _read_items(self) -> None:
+        key, quarantine, catalogue = self.tables.item_column, self.writer.quarantine, self.catalogue
+        columns = [key, self.shown, *(feature.column for feature in self.doc.values())]
+        for batch in self._batches("items", self.tables.items, columns):
+            check = RowCheck(batch, quarantine.report)
+            keys, display = strings(check, key), strings(check, self.shown)
+            check.fail(is_empty(keys), f"{key} is empty")
+            table, good = canonical(check, self.doc), pa.array(check.good)
+            kept, keys, table = batch.keep(check.good), keys.filter(good), table.filter(good)
+            rows, first = catalogue.add(keys, display.filter(good), table)
+            self.fitting.doc.update(table.take(pa.array(first)))
+            twice = rows >= catalogue.first_new
+            twice[first] = False
+            RowCheck(kept, quarantine.report).fail(twice, f"{key} {{}} stands in the table already", keys)
+            quarantine.num_good += int((~twice).sum())
+            self.progress("items", catalogue.num_docs, None)
+        if not catalogue.num_docs:
+            raise DataError(f"{self.tables.items} has no usable rows; see the reasons in {quarantine.path.name}")
+
+    def _read_users(self) -> None:
+        assert self.tables.users is not None
+        key, quarantine = self.tables.user_column, self.writer.quarantine
+        columns = [key, *(feature.column for feature in self.user.values())]
+        for batch in self._batches("users", self.tables.users, columns):
+            check = RowCheck(batch, quarantine.report)
             keys = strings(check, key)
             check.fail(is_empty(keys), f"{key} is empty")
-            table, good = canonical(check, features), pa.array(check.good)
+            table, good = canonical(check, self.user), pa.array(check.good)
             kept, keys = batch.keep(check.good), keys.filter(good)
-            _, first = index.add(hash_strings(keys))
+            _, first = self.users.add(hash_strings(keys))
             twice = np.ones(len(keys), bool)
             twice[first] = False
-            RowCheck(kept, bad).fail(twice, f"{key} {{}} stands in the table already", keys)
-            parts.append(table.filter(good).take(pa.array(first)))
-            fitting.query.update(parts[-1])
-            writer.quarantine.num_good += len(first)
-    empty: dict[str, Any] = {"text": "", "categorical": "", "numeric": float("nan")}
-    nothing = {name: [[] if feature.multi else empty[feature.type]] for name, feature in features.items()}
-    last = pa.table({name: pa.array(nothing[name], parts[0].schema.field(name).type) for name in features})
-    return _Users(index, pa.concat_tables([*parts, last]))
+            RowCheck(kept, quarantine.report).fail(twice, f"{key} {{}} stands in the table already", keys)
+            new = table.filter(good).take(pa.array(first))
+            self.spools["users"].add(new)
+            self.fitting.query.update(new)
+            quarantine.num_good += len(first)
 
+    def _read_events(self) -> None:
+        tables, quarantine = self.tables, self.writer.quarantine
+        asked = (tables.user_column, tables.item_column, tables.time_column, tables.rating_column)
+        for batch in self._batches("interactions", tables.interactions, asked):
+            check = RowCheck(batch, quarantine.report)
+            users, items = strings(check, tables.user_column), strings(check, tables.item_column)
+            for name, column in ((tables.user_column, users), (tables.item_column, items)):
+                check.fail(is_empty(column), f"{name} is empty")
+            item = self.catalogue.find(hash_strings(items))
+            check.fail(item < 0, f"{tables.item_column} {{}} is not in {tables.items}", items)
+            moment = times(check, tables.time_column) if tables.time_column else np.zeros(len(item))
+            relevance = np.ones(len(item))
+            if tables.rating_column:
+                relevance = relevances(check, tables.rating_column)
+            good = check.good
+            quarantine.num_good += int(good.sum())
+            if tables.min_rating is not None:
+                self.num_low += int((good & (relevance < tables.min_rating)).sum())
+                good = good & (relevance >= tables.min_rating)
+            kept = users.filter(pa.array(good))
+            sequence, first = self.sequences.add(hash_strings(kept))
+            self.spools["keys"].add(pa.table({"key": kept.take(pa.array(first)).cast(pa.string())}))
+            columns = (sequence, item[good], moment[good], relevance[good].astype(np.float32))
+            self.spools["events"].add(pa.table([pa.array(column) for column in columns], schema=EVENT_SCHEMA))
+            self.progress("interactions", quarantine.num_good, None)
+        if not self.spools["events"].num_rows:
+            raise DataError(f"{tables.interactions}: no interaction is left to train on")
 
-def _read_events(
-    tables: InteractionTables, catalogue: CatalogueWriter, writer: DatasetWriter, notes: list[str], progress: Progress
-) -> _Events:
-    asked = (tables.user_column, tables.item_column, tables.time_column, tables.rating_column)
-    columns = list(dict.fromkeys(name for name in asked if name))
-    index, bad, low = KeyIndex(), writer.quarantine.report, 0
-    keys: list[pa.Array] = []
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("sequence", "item", "time", "relevance")}
-    for batch in read_table(tables.interactions, columns, bad):
-        check = RowCheck(batch, bad)
-        users, items = strings(check, tables.user_column), strings(check, tables.item_column)
-        for name, column in ((tables.user_column, users), (tables.item_column, items)):
-            check.fail(is_empty(column), f"{name} is empty")
-        item = catalogue.find(hash_strings(items))
-        check.fail(item < 0, f"{tables.item_column} {{}} is not in {tables.items}", items)
-        moment = times(check, tables.time_column) if tables.time_column else np.zeros(len(item))
-        relevance = np.ones(len(item))
-        if tables.rating_column:
-            relevance = relevances(check, tables.rating_column)
-        good = check.good
-        writer.quarantine.num_good += int(good.sum())
-        if tables.min_rating is not None:
-            low += int((good & (relevance < tables.min_rating)).sum())
-            good = good & (relevance >= tables.min_rating)
-        kept = users.filter(pa.array(good))
-        sequence, first = index.add(hash_strings(kept))
-        keys.append(kept.take(pa.array(first)).cast(pa.string()))
-        for name, values in (("sequence", sequence), ("item", item[good]), ("time", moment[good])):
-            parts[name].append(values)
-        parts["relevance"].append(relevance[good].astype(np.float32))
-        progress("interactions", writer.quarantine.num_good, None)
-    arrays = {name: np.concatenate(values) for name, values in parts.items()}
-    if low:
-        notes.append(f"{low} interactions are rated below {tables.min_rating} and left out")
-    if not len(arrays["item"]):
-        raise DataError(f"{tables.interactions}: no interaction is left to train on")
-    order = np.lexsort((arrays["time"], arrays["sequence"]))  # stable: ties stay in file order
-    offsets = offsets_of(np.bincount(arrays["sequence"], minlength=len(index)))
-    return _Events(
-        keys=pa.concat_arrays(keys), place=order, offsets=offsets, **{n: values[order] for n, values in arrays.items()}
-    )
+    def events(self) -> _Events:
+        """Return the events sorted; none can be added after this."""
+        table = pa.concat_tables(self.spools["events"].tables())
+        arrays = {name: table.column(name).to_numpy() for name in EVENT_SCHEMA.names}
+        keys = pa.concat_tables(self.spools["keys"].tables()).column("key").combine_chunks()
+        if self.num_low:
+            self.notes.append(f"{self.num_low} interactions are rated below {self.tables.min_rating} and left out")
+        if self.user and (unknown := int((self.users.find(hash_strings(keys)) < 0).sum())):
+            self.notes.append(f"{unknown} users are not in the users table: their features are missing")
+        order = np.lexsort((arrays["time"], arrays["sequence"]))  # stable: ties stay in file order
+        offsets = offsets_of(np.bincount(arrays["sequence"], minlength=len(self.sequences)))
+        return _Events(keys, place=order, offsets=offsets, **{name: values[order] for name, values in arrays.items()})
 
+    def texts(self) -> Iterator[list[str]]:
+        """Yield the texts of documents and users, for the tokenizer."""
+        for table in self.catalogue.new_documents():
+            for name in text_columns(self.doc):
+                yield table.column(name).to_pylist()
+        for table in self.spools["users"].tables():
+            for name in text_columns(self.user):
+                yield table.column(name).to_pylist()
 
-def _texts(catalogue: CatalogueWriter, users: _Users, schema: Schema) -> Iterator[list[str]]:
-    for table in catalogue.new_documents():
-        for name in text_columns(schema.doc):
-            yield table.column(name).to_pylist()
-    for name in text_columns(schema.query):
-        yield users.table.column(name).to_pylist()
+    def _features_of(self, query_ids: np.ndarray) -> pa.Table:
+        """Return the users' canonical features; those of users who are not in their table are missing."""
+        empty: dict[str, Any] = {"text": "", "categorical": "", "numeric": float("nan")}
+        spool = self.spools["users"]
+        nothing = [pa.array([[] if f.multi else empty[f.type]], canonical_type(f)) for f in self.user.values()]
+        table = pa.concat_tables([*spool.tables(), pa.table(nothing, names=list(self.user))])
+        user = self.users.find(query_ids)
+        return table.take(pa.array(np.where(user < 0, spool.num_rows, user)))
+
+    def write_sequences(self, events: _Events, prior: Ragged, schema: Schema, text: TextEncoder | None) -> None:
+        """Write every sequence's items, earlier partitions' before its own, and its user's features."""
+        query_ids, features = hash_strings(events.keys), stored(schema.query)
+        own = Ragged(events.item, events.offsets)
+        both = np.concatenate([prior.values, own.values])
+        starts = np.stack([prior.offsets[:-1], own.offsets[:-1] + len(prior.values)], 1).ravel()
+        ends = np.stack([prior.offsets[1:], own.offsets[1:] + len(prior.values)], 1).ravel()
+        items = gather_ranges(both, starts, ends)  # prior and own items of each sequence in turn
+        columns = {
+            "query_key": events.keys,
+            "query_id": pa.array(query_ids),
+            "items": pa.LargeListArray.from_arrays(pa.array(items.offsets[::2]), pa.array(items.values)),
+        }
+        if features:
+            columns |= encode_columns(self._features_of(query_ids), features, text, large=True)
+        types = {"query_key": pa.string(), "query_id": pa.int64(), "items": pa.large_list(pa.int64())}
+        types |= {name: encoded_type(feature, large=True) for name, feature in features.items()}
+        path = self.writer.partition_dir / "sequences.arrow"
+        file = ColumnFile(path, pa.schema(list(types.items())), self.writer.spool)
+        file.append(columns)
+        file.finish()
 
 
 def _prior_items(writer: DatasetWriter, query_ids: np.ndarray) -> Ragged:
@@ -236,76 +307,55 @@ def _prior_items(writer: DatasetWriter, query_ids: np.ndarray) -> Ragged:
     return prior
 
 
-def _write_sequences(
-    writer: DatasetWriter,
-    events: _Events,
-    prior: Ragged,
-    users: _Users,
-    schema: Schema,
-    text: TextEncoder | None,
-    notes: list[str],
-) -> None:
-    query_ids = hash_strings(events.keys)
-    features = stored(schema.query)
-    user = users.index.find(query_ids)
-    if features and (unknown := int((user < 0).sum())):
-        notes.append(f"{unknown} users are not in the users table: their features are missing")
-    table = users.table.take(pa.array(np.where(user < 0, len(users.index), user))) if features else pa.table({})
-    own = Ragged(events.item, events.offsets)
-    both = np.concatenate([prior.values, own.values])
-    starts = np.stack([prior.offsets[:-1], own.offsets[:-1] + len(prior.values)], 1).ravel()
-    ends = np.stack([prior.offsets[1:], own.offsets[1:] + len(prior.values)], 1).ravel()
-    items = gather_ranges(both, starts, ends)  # prior and own items of each sequence in turn
-    columns = {
-        "query_key": events.keys,
-        "query_id": pa.array(query_ids),
-        "items": pa.LargeListArray.from_arrays(pa.array(items.offsets[::2]), pa.array(items.values)),
-    }
-    columns |= encode_columns(table, features, text, large=True)
-    types = {"query_key": pa.string(), "query_id": pa.int64(), "items": pa.large_list(pa.int64())}
-    types |= {name: encoded_type(feature, large=True) for name, feature in features.items()}
-    file = ColumnFile(writer.partition_dir / "sequences.arrow", pa.schema(list(types.items())), writer.spool)
-    file.append(columns)
-    file.finish()
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of one split: `chosen` (int64) of the events, see SplitRows."""
+
+    events: _Events
+    query_ids: np.ndarray  # int64 [sequences]
+    end: np.ndarray  # int32 [events]
+    chosen: np.ndarray
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.chosen)
+
+    def tables(self) -> Iterator[pa.Table]:
+        for start in range(0, len(self.chosen), ROWS_PER_BATCH):
+            places = self.chosen[start : start + ROWS_PER_BATCH]
+            yield pa.table(
+                {
+                    "query_id": self.query_ids[self.events.sequence[places]],
+                    "doc": self.events.item[places],
+                    "relevance": self.events.relevance[places],
+                    "sequence": self.events.sequence[places],
+                    "end": self.end[places],
+                }
+            )
+
+    def close(self) -> None:
+        """Have nothing to give back."""
+
+    @staticmethod
+    def columns(table: pa.Table) -> dict[str, pa.Array]:
+        return {name: table.column(name).combine_chunks() for name in table.column_names}
 
 
-def _write_rows(
-    tables: InteractionTables,
-    target: Target,
-    writer: DatasetWriter,
-    events: _Events,
-    prior: Ragged,
-    num_docs: int,
-    notes: list[str],
-) -> tuple[dict[str, Any], np.ndarray]:
-    """Write every split; return their entries and the train positives of each document, int64 [num_docs]."""
+def _rows(tables: InteractionTables, target: Target, events: _Events, prior: Ragged) -> dict[str, SplitRows]:
+    """Return every split's rows, those of train shuffled. Raises DataError where train has none."""
     position = np.arange(len(events.item)) - events.offsets[events.sequence]
     end = position + prior.lengths[events.sequence]
     split = np.where(end > 0, _split_of(tables, events, position), -1)  # the first event has no history
     query_ids = hash_strings(events.keys)
-    entries = {}
+    rows: dict[str, SplitRows] = {}
     for number, name in enumerate(SPLITS):
         chosen = np.flatnonzero(split == number)
-        if not len(chosen):
-            notes.append(f"the split {name} is empty")
-            continue
         if name == "train":
+            if not len(chosen):
+                raise DataError(f"{tables.interactions}: no training row is left; every user has too few events")
             chosen = chosen[np.argsort(mix(events.place[chosen], "shuffle", target.seed))]
-        rows = SplitWriter(writer.partition_dir, name, block_rows(len(chosen)))
-        rows.write(
-            {
-                "query_id": pa.array(query_ids[events.sequence[chosen]]),
-                "doc": pa.array(events.item[chosen]),
-                "relevance": pa.array(events.relevance[chosen]),
-                "sequence": pa.array(events.sequence[chosen]),
-                "end": pa.array(end[chosen].astype(np.int32)),
-            }
-        )
-        entries[name] = rows.close()
-    if "train" not in entries:
-        raise DataError(f"{tables.interactions}: no training row is left; every user has too few events")
-    positive = (split == 0) & (events.relevance > 0)
-    return entries, np.bincount(events.item[positive], minlength=num_docs)
+        rows[name] = _Rows(events, query_ids, end.astype(np.int32), chosen)
+    return rows
 
 
 def _split_of(tables: InteractionTables, events: _Events, position: np.ndarray) -> np.ndarray:

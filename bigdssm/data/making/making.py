@@ -18,6 +18,7 @@ from bigdssm.config import DataConfig
 from bigdssm.data.making.catalogue_writer import CatalogueWriter
 from bigdssm.data.making.dataset_writer import TOKENIZER, DatasetWriter
 from bigdssm.data.making.journal import State
+from bigdssm.data.tables.beir import BeirWriter
 from bigdssm.data.tables.fit import SideFitter
 from bigdssm.data.tokenizer import TextEncoder, Texts, make_tokenizer
 from bigdssm.errors import ConfigError
@@ -46,15 +47,14 @@ class Target:
     seed: int = 0
     like: Path | None = None  # a dataset whose schema and tokenizer are taken as they are, so that both can be mixed
 
-    def open(self, config: DataConfig, files: Sequence[Path] = (), options: Any = None) -> DatasetWriter:
+    def open(self, config: DataConfig, files: Sequence[Path], options: Any) -> DatasetWriter:
         """Return the writer; it goes on from what a killed run made of the same `files` with the same `options`.
 
         Raises DataError where `out` cannot be written.
         """
-        source = _source(config, self, files, options) if files else ""
         return DatasetWriter(
-            self.out, self.partition, config.max_bad_fraction, overwrite=self.overwrite, append=self.append,
-            source=source,
+            self.out, self.partition, config.max_bad_fraction, source=_source(config, self, files, options),
+            overwrite=self.overwrite, append=self.append,
         )  # fmt: skip
 
 
@@ -155,6 +155,7 @@ def commit(
     counts: np.ndarray,
     started: float,
     notes: Iterable[str],
+    beir: BeirWriter | None = None,
 ) -> Report:
     """Write the catalogue's part, move everything into place and return the report."""
     new_docs = catalogue.num_docs - catalogue.first_new
@@ -162,6 +163,8 @@ def commit(
     if new_docs:
         begun = writer.written.get("documents")
         checksum = catalogue.write(writer.catalogue_file, schema.doc, text, writer.spool, begun, writer.note)
+    if beir is not None:  # first: the same command must be good for both, and refuses a dataset that is there
+        beir.close()
     writer.commit(schema, new_docs, checksum, splits, counts)
     return Report(
         out=writer.out,

@@ -4,13 +4,11 @@ Two passes in bounded memory. The first reads the tables, checks rows, numbers t
 schema; its rows wait on disk in buckets by a shuffle key. The second sorts bucket by bucket, tokenises and writes.
 In memory stay one bucket, the vocabularies, and about 50 bytes a distinct document.
 
-A run that was killed is taken up where its journals say: the first pass behind a batch of rows, the second behind a
-finished shard. What comes out is the same to the byte.
+A run that was killed is taken up where its journals say, see passes.py. What comes out is the same to the byte.
 """
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.config import DataConfig
-from bigdssm.data.making.block_writer import SplitWriter, block_rows
 from bigdssm.data.making.catalogue_writer import KEY_COLUMNS, CatalogueWriter, check_names
 from bigdssm.data.making.dataset_writer import DatasetWriter
 from bigdssm.data.making.journal import State
@@ -35,6 +32,7 @@ from bigdssm.data.making.making import (
     no_progress,
     text_columns,
 )
+from bigdssm.data.making.passes import Reading, SplitRows, fit, write_splits
 from bigdssm.data.making.row_spool import RowSpool, ShuffleSpool, num_buckets
 from bigdssm.data.tables.beir import BeirWriter
 from bigdssm.data.tables.columns import RowCheck, canonical, canonical_type, is_empty, missing, relevances, strings
@@ -46,7 +44,7 @@ from bigdssm.data.tables.sources import SourceBatch, read_table
 from bigdssm.data.tables.webdataset_source import check_shard, is_shard, read_shard
 from bigdssm.data.tokenizer import TextEncoder
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.schema import Feature, Schema
+from bigdssm.schema import Feature
 
 
 @dataclass(frozen=True)
@@ -88,24 +86,24 @@ def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress:
             check_shard(path)
         elif not path.is_file():
             raise DataError(f"table {path} does not exist")
-    # a BEIR collection is written while reading, and has no journal
-    with target.open(config, () if tables.beir else tables.files, tables) as writer:
+    with target.open(config, tables.files, tables) as writer:
         if tables.raw_text and not writer.append:
             writer.content["text"] = "raw"
         making = _Making(config, tables, target, writer, splitter, progress)
-        if not making.has_read:
+        if not making.reading.whole:
             if splitter.needs_thresholds:
                 splitter.learn(RowCheck(batch, _ignore) for batch in making.batches(splitter.columns, _ignore))
             if tables.whole_documents:
                 splitter.join(*making.units_and_documents())
             making.read()
         making.check()
-        schema, text = making.fit()
-        splits, counts = making.write(schema, text)
-        report = commit(writer, making.catalogue, schema, text, splits, counts, started, making.notes)
-        if making.beir is not None:
-            making.beir.close()
-        return report
+        schema, text = fit(writer, making.fitting, making.texts)
+        raw_text = writer.content["text"] == "raw"
+        splits, counts = write_splits(
+            writer, making.splits, lambda table: _encoded(table, schema.query, text, raw_text),
+            making.catalogue.num_docs, making.notes, progress,
+        )  # fmt: skip
+        return commit(writer, making.catalogue, schema, text, splits, counts, started, making.notes, making.beir)
 
 
 def _ignore(file: str, row: int, reason: str, left_out: bool = True) -> None:
@@ -130,30 +128,33 @@ class _Making:
         self.notes: list[str] = []
         base = self.fitting.base
         self.query, self.doc, self.display = base.query, base.doc, config.display
-        done = writer.reading.state
-        self.has_read: bool = done is not None and done["whole"]
+        self.reading = Reading(writer, self._state)
+        done = self.reading.begun
         self.catalogue = CatalogueWriter(
             writer.spool, base.doc, writer.catalogue_parts, done["catalogue"] if done else None
         )
         self.documents = _PerDocument()
-        self.seen_pairs, self.num_batches, self.place, self.repeated = KeyIndex(), 0, 0, 0
+        self.seen_pairs, self.place, self.repeated = KeyIndex(), 0, 0
         if done:
-            writer.read = done if self.has_read else None
-            writer.quarantine.restore(done["quarantine"])
             self.fitting.restore(done["fitting"])
             self.documents.restore(done["documents"])
             self.seen_pairs.restore(done["seen_pairs"])
-            self.num_batches, self.place, self.repeated = done["counts"]
+            self.place, self.repeated = done["counts"]
         fields = [("query_id", pa.int64()), ("doc", pa.int64()), ("relevance", pa.float32())]
         fields += [(f"feature.{name}", canonical_type(feature)) for name, feature in base.query.items()]
         self.row_schema = pa.schema(fields)
         spools = done["spools"] if done else [None] * len(SPLITS)
         self.train = ShuffleSpool(writer.spool, self.row_schema, num_buckets(tables.files), spools[0])
-        self.beir = BeirWriter(tables.beir, self.query, self.doc) if tables.beir else None
         self.held_out = [
             RowSpool(writer.spool / f"{name}.arrows", self.row_schema, state)
             for name, state in zip(SPLITS[1:], spools[1:], strict=True)
         ]
+        self.splits: dict[str, SplitRows] = dict(zip(SPLITS, (self.train, *self.held_out), strict=True))
+        self.beir = None
+        if tables.beir:
+            self.beir = BeirWriter(
+                tables.beir, writer.spool / "beir", self.query, self.doc, done["beir"] if done else None
+            )
 
     def batches(self, columns: Sequence[str], report_bad: Any) -> Iterator[SourceBatch]:
         for path in self.tables.files:
@@ -181,17 +182,8 @@ class _Making:
 
     def read(self) -> None:
         """Pass 1: every row checked, numbered, split, counted for the fit, and spooled."""
-        tables, quarantine, done = self.tables, self.writer.quarantine, self.num_batches
-        met = 0  # batches
-
-        def report_bad(file: str, row: int, reason: str, left_out: bool = True) -> None:
-            if met >= done:  # else a run that was killed has reported it
-                quarantine.report(file, row, reason, left_out)
-
-        for batch in self.batches(self.columns, report_bad):
-            met += 1
-            if met <= done:
-                continue
+        tables, quarantine = self.tables, self.writer.quarantine
+        for batch in self.reading.batches("pairs", lambda report_bad: self.batches(self.columns, report_bad)):
             check = RowCheck(batch, quarantine.report)
             query, doc = canonical(check, self.query), canonical(check, self.doc)
             check.fail(missing(query, self.query), "no query: its features are empty")
@@ -231,24 +223,19 @@ class _Making:
             self.train.add(rows.filter(pa.array(in_train)), shuffle[in_train])
             for number, spool in enumerate(self.held_out, 1):
                 spool.add(rows.filter(pa.array(keep & (split == number))))
-            self.num_batches = met
             self.progress("reading", self.place, None)
-            if self.writer.reading.due and self.beir is None:
-                self.writer.note_reading(self._state(whole=False))
-        if self.beir is None:
-            self.writer.read = self._state(whole=True)
+        self.reading.finish()
 
-    def _state(self, whole: bool) -> State:
-        """Return all that the reading of the rows so far has led to."""
+    def _state(self) -> State:
+        """Return all that the rows so far have led to."""
         return {
-            "whole": whole,
-            "counts": [self.num_batches, self.place, self.repeated],
-            "quarantine": self.writer.quarantine.state(),
+            "counts": [self.place, self.repeated],
             "fitting": self.fitting.state(),
             "catalogue": self.catalogue.state(),
             "documents": self.documents.state(),
             "seen_pairs": self.seen_pairs.state(),
             "spools": [self.train.state(), *(spool.state() for spool in self.held_out)],
+            "beir": self.beir.state() if self.beir else None,
         }
 
     def check(self) -> None:
@@ -277,55 +264,6 @@ class _Making:
         for table in self.train.unordered():
             for name in text_columns(self.query):
                 yield table.column(f"feature.{name}").to_pylist()
-
-    def fit(self) -> tuple[Schema, TextEncoder | None]:
-        """Return the fitted schema and the tokenizer's encoder; from a killed run where that had them."""
-        writer = self.writer
-        if writer.written:
-            schema = Schema.load(writer.staging)
-            return schema, TextEncoder(writer.tokenizer_dir) if schema.has_text else None
-        if not writer.append and writer.tokenizer_dir.exists():
-            shutil.rmtree(writer.tokenizer_dir)
-        schema, text = self.fitting.finish(self.texts)
-        schema.save(writer.staging)
-        writer.note(entries={}, counts=None, split=None, documents=None)
-        return schema, text
-
-    def write(self, schema: Schema, text: TextEncoder | None) -> tuple[dict[str, Any], np.ndarray]:
-        """Pass 2: return the splits' entries and the train positives of each document, int64 [num_docs]."""
-        begun = dict(self.writer.written)
-        counts = np.zeros(self.catalogue.num_docs, np.int64) if begun["counts"] is None else begun["counts"]
-        entries = dict(begun["entries"])
-        spools: dict[str, RowSpool | ShuffleSpool] = dict(zip(SPLITS, (self.train, *self.held_out), strict=True))
-        done, total = 0, sum(spool.num_rows for spool in spools.values())
-        for name, spool in spools.items():
-            if not spool.num_rows:
-                spool.close()
-                self.notes.append(f"the split {name} is empty")
-                continue
-            if name in entries:  # by a run that was killed
-                done += spool.num_rows
-                continue
-            rows = SplitWriter(
-                self.writer.partition_dir, name, block_rows(spool.num_rows), state=begun.pop("split", None)
-            )
-            written, finished = rows.num_rows, rows.num_finished
-            for table in spool.tables():
-                if name == "train":
-                    positive = table.column("relevance").to_numpy() > 0
-                    counts += np.bincount(table.column("doc").to_numpy()[positive], minlength=len(counts))
-                done += table.num_rows
-                old = min(written, table.num_rows)
-                written -= old
-                if old < table.num_rows:
-                    rows.write(_encoded(table.slice(old), schema.query, text, self.writer.content["text"] == "raw"))
-                self.progress("encoding and writing", done, total)
-                if rows.num_finished > finished:
-                    finished = rows.num_finished
-                    self.writer.note(split=rows.state())
-            entries[name] = rows.close()
-            self.writer.note(entries=dict(entries), counts=counts, split=None)
-        return entries, counts
 
     def _query_ids(self, check: RowCheck, query: pa.Table) -> np.ndarray:
         name = self.tables.query_id_column

@@ -113,19 +113,41 @@ def _typed(values: list[Any]) -> pa.Array:
 
 
 class BeirWriter:
-    """Writes a collection while a dataset is made; the folder appears when it is whole."""
+    """Writes a collection while a dataset is made; its folder appears when it is whole."""
 
-    def __init__(self, folder: Path, query: Mapping[str, Feature], doc: Mapping[str, Feature]) -> None:
-        """Raise ConfigError where `folder` is there and is no collection; an old one is replaced."""
+    def __init__(
+        self, folder: Path, spool: Path, query: Mapping[str, Feature], doc: Mapping[str, Feature],
+        state: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """Begin in `spool`, or go on there where another one's `state` was taken.
+
+        Raises ConfigError where `folder` is there and is no collection; an old one will be replaced.
+        """
         if folder.exists() and not (folder / CORPUS_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"--beir {folder} exists and holds no {CORPUS_FILE}; choose another folder")
-        self._folder, self._query, self._doc = folder, query, doc
-        self._aside = folder.with_name(f".{folder.name}.unfinished")
-        shutil.rmtree(self._aside, ignore_errors=True)
-        (self._aside / QRELS_DIR).mkdir(parents=True)
+        self._folder, self._spool, self._query, self._doc = folder, spool, query, doc
         self._files: dict[str, TextIO] = {}
         self._asked = KeyIndex()
         self._pairs = KeyIndex()
+        sizes = state["sizes"] if state else {}
+        (spool / QRELS_DIR).mkdir(parents=True, exist_ok=True)
+        for path in [path for path in spool.rglob("*") if path.is_file()]:
+            name = str(path.relative_to(spool))
+            if name in sizes:
+                os.truncate(path, sizes[name])
+                self._file(name)
+            else:
+                path.unlink()
+        if state:
+            self._asked.restore(state["asked"])
+            self._pairs.restore(state["pairs"])
+
+    def state(self) -> dict[str, Any]:
+        """Return what the constructor takes to go on from here."""
+        for file in self._files.values():
+            file.flush()
+        sizes = {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
+        return {"sizes": sizes, "asked": self._asked.state(), "pairs": self._pairs.state()}
 
     def add(
         self, documents: pa.Table, new: np.ndarray, keys: pa.Array, queries: pa.Table, query_ids: np.ndarray,
@@ -142,17 +164,20 @@ class BeirWriter:
             self._file(f"{QRELS_DIR}/{SPLIT_FILES[splits[i]]}").write(f"{ids[i]}\t{names[i]}\t{int(relevance[i])}\n")
 
     def close(self) -> None:
-        """Put the finished folder in its place."""
+        """Put the finished folder in its place; the spool stays."""
         for file in self._files.values():
             file.close()
+        aside = self._folder.with_name(f".{self._folder.name}.unfinished")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(self._spool, aside)
         shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(self._aside, self._folder)
+        os.replace(aside, self._folder)
 
     def _file(self, name: str) -> TextIO:
         if name not in self._files:
-            self._files[name] = (self._aside / name).open("w", encoding="utf-8")
-            if name.startswith(QRELS_DIR):
+            self._files[name] = (self._spool / name).open("a", encoding="utf-8")
+            if name.startswith(QRELS_DIR) and not self._files[name].tell():
                 self._files[name].write("query-id\tcorpus-id\tscore\n")
         return self._files[name]
 

@@ -7,6 +7,7 @@ over, and a source that stood in a package before is left out, so that no functi
 from __future__ import annotations
 
 import ast
+import filecmp
 import gzip
 import json
 import os
@@ -75,7 +76,10 @@ def write_functions(
                 file.write((json.dumps(asdict(function), ensure_ascii=False) + "\n").encode())
                 count += 1
             progress("parsing packages", number, len(names))
-    os.replace(aside, out)
+    if out.exists() and filecmp.cmp(aside, out, shallow=False):
+        aside.unlink()  # as old as it was: what was made of it so far is not made again
+    else:
+        os.replace(aside, out)
     if not count:
         raise DataError(f"{folder}: no function of its packages has a docstring of {MIN_WORDS} words")
     return count

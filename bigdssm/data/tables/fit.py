@@ -30,9 +30,9 @@ class SideFitter:
         """Count the values of `table`'s rows."""
         for name, counts in self._counts.items():
             column = table.column(name).combine_chunks()
-            for entry in pc.value_counts(column.flatten() if pa.types.is_list(column.type) else column):
-                value = entry["values"].as_py()
-                counts[value] = counts.get(value, 0) + entry["counts"].as_py()
+            found = pc.value_counts(column.flatten() if pa.types.is_list(column.type) else column)
+            for value, count in zip(found.field("values").to_pylist(), found.field("counts").to_pylist(), strict=True):
+                counts[value] = counts.get(value, 0) + count
         for name, moments in self._moments.items():
             values = table.column(name).to_numpy()
             values = values[~np.isnan(values)]

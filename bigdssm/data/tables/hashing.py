@@ -9,17 +9,16 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from xxhash import xxh3_64_intdigest
 
 from bigdssm.data.streaming.order import mix64
 from bigdssm.schema import hash64
 
 
 def hash_strings(array: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """Return hash64 of every string, int64 [rows]; each distinct string is hashed once."""
-    whole = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-    coded = pc.dictionary_encode(whole)
-    hashes = np.array([hash64(value) for value in coded.dictionary.to_pylist()], np.int64)
-    return hashes[coded.indices.to_numpy()] if len(hashes) else np.empty(0, np.int64)
+    """Return hash64 of every string, int64 [rows]."""
+    values = array.cast(pa.large_binary()).to_pylist()
+    return np.fromiter(map(xxh3_64_intdigest, values), np.uint64, len(values)).view(np.int64)
 
 
 def hash_rows(table: pa.Table) -> np.ndarray:
@@ -34,7 +33,9 @@ def hash_rows(table: pa.Table) -> np.ndarray:
 
 def row_keys(hashes: np.ndarray) -> pa.Array:
     """Return the keys that documents without an id get: their hash of `hash_rows` in hexadecimal."""
-    return pa.array([f"{content:016x}" for content in hashes.view(np.uint64).tolist()], pa.large_string())
+    digits = pa.py_buffer(hashes.astype(">i8").tobytes().hex().encode())
+    offsets = pa.py_buffer(np.arange(len(hashes) + 1, dtype=np.int64) * 16)
+    return pa.Array.from_buffers(pa.large_string(), len(hashes), [None, offsets, digits])
 
 
 def mix(keys: np.ndarray, purpose: str, seed: int) -> np.ndarray:

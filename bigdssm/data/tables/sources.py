@@ -14,7 +14,9 @@ import io
 import json
 import lzma
 import zlib
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
@@ -34,6 +36,7 @@ COMPRESSIONS = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}
 HEADER_TYPES = (":token", ":token_seq", ":float", ":float_seq")
 ROWS_PER_BATCH = 16384
 BYTES_PER_BATCH = 8 << 20
+READ_AHEAD_BYTES = 1 << 20
 MAX_LINE_BYTES = 64 << 20
 
 
@@ -117,6 +120,40 @@ def open_source(path: Path, compression: str | None) -> BinaryIO:
     return path.open("rb")
 
 
+class ReadAhead(io.RawIOBase):
+    """The bytes of a stream, which another thread reads: undoing a compression takes a core."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._pool, self._chunk = stream, ThreadPoolExecutor(1), memoryview(b"")
+        self._coming = deque(self._pool.submit(stream.read, READ_AHEAD_BYTES) for _ in range(2))
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, target: Any) -> int:
+        """Fill `target` as far as there is something; 0 at the end. Raises what reading the stream raised."""
+        if not self._chunk:
+            self._chunk = memoryview(self._coming.popleft().result())
+            self._coming.append(self._pool.submit(self._stream.read, READ_AHEAD_BYTES))
+        size = min(len(target), len(self._chunk))
+        target[:size], self._chunk = self._chunk[:size], self._chunk[size:]
+        return size
+
+    def close(self) -> None:
+        """Close the stream, too."""
+        if not self.closed:
+            self._pool.shutdown(cancel_futures=True)
+            self._stream.close()
+        super().close()
+
+
+def stream_source(path: Path, compression: str | None) -> BinaryIO:
+    """Return what `open_source` does to be read once from the beginning; a compression is undone in another thread."""
+    source = open_source(path, compression)
+    return source if compression is None else cast(BinaryIO, io.BufferedReader(ReadAhead(source), READ_AHEAD_BYTES))
+
+
 def _strip_types(path: Path, header: Sequence[str]) -> list[str]:
     names = []
     for name in header:
@@ -142,12 +179,11 @@ def _read_delimited(
         raise DataError(f"{path} is empty: it has no header line")
     names = _strip_types(path, next(csv.reader([header], delimiter=delimiter, quoting=0 if quoted else csv.QUOTE_NONE)))
     require_columns(path, names, columns)
-    broken: list[int] = []
+    broken: dict[int, str] = {}
 
     def on_broken(row: pa_csv.InvalidRow) -> str:
         number = row.number - 1  # Arrow counts the header too
-        broken.append(number)
-        report_bad(str(path), number, f"has {row.actual_columns} fields, the header has {row.expected_columns}")
+        broken[number] = f"has {row.actual_columns} fields, the header has {row.expected_columns}"
         return "skip"
 
     parsing = pa_csv.ParseOptions(
@@ -160,15 +196,18 @@ def _read_delimited(
         check_utf8=False, column_types=dict.fromkeys(names, pa.binary()), include_columns=list(columns)
     )
     reading = pa_csv.ReadOptions(use_threads=False, block_size=BYTES_PER_BATCH, column_names=names)
-    with open_source(path, compression) as stream:
+    with stream_source(path, compression) as stream:
         first_row = 0  # names are given, so that the header comes as row 0
         for batch in pa_csv.open_csv(pa.PythonFile(stream, mode="r"), reading, parsing, conversion):
             candidates = np.arange(first_row, first_row + batch.num_rows + len(broken))
-            rows = np.setdiff1d(candidates, np.array(broken, np.int64))[: batch.num_rows]
+            rows = np.setdiff1d(candidates, np.array(list(broken), np.int64))[: batch.num_rows]
             first_row = int(rows[-1]) + 1 if len(rows) else first_row
-            broken[:] = [number for number in broken if number >= first_row]
+            for number in [number for number in list(broken) if number < first_row]:  # Arrow reads ahead
+                report_bad(str(path), number, broken.pop(number))
             table = SourceBatch(str(path), pa.Table.from_batches([batch]), rows)
             yield _as_utf8(table.keep(rows > 0) if len(rows) and rows[0] == 0 else table, report_bad)
+    for number, reason in broken.items():
+        report_bad(str(path), number, reason)
 
 
 def _read_json_lines(
@@ -177,7 +216,7 @@ def _read_json_lines(
     records: list[dict[str, Any]] = []
     rows: list[int] = []
     num_bytes, checked = 0, False
-    with open_source(path, compression) as stream:
+    with stream_source(path, compression) as stream:
         for row, line in enumerate(_lines(stream), 1):
             if not line.strip():
                 continue

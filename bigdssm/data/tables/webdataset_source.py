@@ -27,6 +27,7 @@ from bigdssm.data.tables.sources import (
     open_source,
     record_batch,
     split_suffix,
+    stream_source,
 )
 from bigdssm.errors import DataError
 
@@ -48,7 +49,7 @@ def read_shard(path: Path, columns: Sequence[str], report_bad: ReportBad) -> Ite
     records: list[dict[str, Any]] = []
     rows: list[int] = []
     num_bytes, checked = 0, False
-    with open_source(path, split_suffix(path)[1]) as stream:
+    with stream_source(path, split_suffix(path)[1]) as stream:
         for row, sample in enumerate(_samples(path, stream), 1):
             try:
                 records.append(record_of(sample))
