@@ -11,7 +11,7 @@ import pytest
 
 from bigdssm.config import Config, load_config
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
-from bigdssm.training.stages import _stream as training_stream
+from bigdssm.training.batches import row_stream
 from bigdssm.training.stages import check_stage
 from tests.distributed import small_run
 
@@ -103,7 +103,7 @@ def test_the_tail_of_an_epoch_is_the_configs(config: Config, tail: str, caplog: 
     whole, rest = divmod(dataset.num_rows("train"), 96)
     assert rest > 0
     with caplog.at_level(logging.INFO):
-        rows = training_stream(config, config.pretrain, dataset)
+        rows = row_stream(config, config.pretrain, dataset, 0, 1)
     steps = whole + (tail == "carry")
     assert rows.steps_per_epoch == steps
     seen = np.concatenate([next(rows).row_ids for _ in range(steps)])
