@@ -260,6 +260,8 @@ def _status(error: BaseException) -> int:
         return 404 if cause is None or not type(cause).__module__.startswith("aiohttp") else _status(cause)
     if isinstance(error, PermissionError):
         return 403
+    if isinstance(error, OSError) and error.errno == errno.EINVAL:  # what s3fs makes of a 416
+        return 416
     status = getattr(error, "status", 0)
     return status if isinstance(status, int) else 0
 
@@ -282,7 +284,7 @@ def _request(url: str, start: int | None, end: int | None) -> bytes:
     try:
         return bytes(sync(files.loop, files._cat_file, path, start=start, end=end, timeout=limit))
     except Exception as error:
-        if getattr(error, "status", 0) == 416:  # the file ends before the range begins
+        if _status(error) == 416:  # the file ends before the range begins
             return b""
         raise
 
