@@ -12,10 +12,16 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from time import sleep
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from bigdssm.data import Dataset
+from bigdssm.data.making.ahead import ahead
+from bigdssm.data.tables.beir import BeirWriter
+from bigdssm.schema import Feature
 
 ROOT = Path(__file__).parents[2]
 # Makes datasets, each in a fork of its own: reads lines of JSON (kind, source, out, append, dies_at, told), and answers
@@ -229,3 +235,37 @@ def test_only_what_is_left_is_done(whole: Whole, maker: Maker, tmp_path: Path) -
     assert (code, checks, said) == (0, 0, whole.said) and places < whole.places / 3
     os.utime(source / ("pairs.jsonl" if whole.kind == "pairs" else "items.csv"), (1, 1))
     assert maker(whole.kind, source, other)[1] == whole.checks
+
+
+def test_what_a_collection_took_after_its_last_note_is_cut_off(tmp_path: Path) -> None:
+    text = {"text": Feature("text", "text", "text")}
+
+    def add(writer: BeirWriter, first: int, split: str) -> None:
+        some, ids = pa.array([f"{first}", f"{first + 1}"]), np.arange(first, first + 2)
+        table, splits = pa.table({"text": some}), [split] * 2
+        writer.add(table, np.arange(2), some, table, ids, splits, np.ones(2), ids)
+
+    def make(folder: Path, killed: bool) -> dict[str, bytes]:
+        spool, out = folder / "spool", folder / "out"
+        writer = BeirWriter(out, spool, text, text)
+        add(writer, 0, "train")
+        if killed:
+            state = writer.state()
+            add(writer, 2, "train"), add(writer, 4, "test")
+            writer.state()  # on disk now, but in no note
+            writer = BeirWriter(out, spool, text, text, state)
+        add(writer, 2, "train")
+        writer.close()
+        return {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    assert make(tmp_path / "again", killed=True) == make(tmp_path / "once", killed=False)
+
+
+def test_what_goes_ahead_keeps_its_order_and_says_what_failed() -> None:
+    def work(item: int) -> int:
+        sleep(0.02 * (item % 3 == 0))
+        return 10 // (7 - item)
+
+    assert list(ahead(work, iter(range(6)))) == [(item, 10 // (7 - item)) for item in range(6)]
+    with pytest.raises(ZeroDivisionError):
+        list(ahead(work, iter(range(20))))
