@@ -260,8 +260,9 @@ def _status(error: BaseException) -> int:
         return 404 if cause is None or not type(cause).__module__.startswith("aiohttp") else _status(cause)
     if isinstance(error, PermissionError):
         return 403
-    if isinstance(error, OSError) and error.errno == errno.EINVAL:  # what s3fs makes of a 416
-        return 416
+    response = getattr(error.__cause__, "response", None)  # botocore's, behind what s3fs makes of it
+    if isinstance(response, dict):
+        return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     status = getattr(error, "status", 0)
     return status if isinstance(status, int) else 0
 
@@ -284,7 +285,7 @@ def _request(url: str, start: int | None, end: int | None) -> bytes:
     try:
         return bytes(sync(files.loop, files._cat_file, path, start=start, end=end, timeout=limit))
     except Exception as error:
-        if _status(error) == 416:  # the file ends before the range begins
+        if start is not None and _status(error) == 416:  # the file ends before the range begins
             return b""
         raise
 

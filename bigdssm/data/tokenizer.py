@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -57,7 +58,11 @@ class TextEncoder:
 
     def decode(self, tokens: Ragged) -> list[str]:
         """Return the texts that token ids stand for, as the tokenizer writes them: cut, and in its case."""
-        return Tokenizer.from_file(self._file).decode_batch([tokens[row].tolist() for row in range(len(tokens))])
+        return self._whole.decode_batch([tokens[row].tolist() for row in range(len(tokens))])
+
+    @cached_property
+    def _whole(self) -> Tokenizer:
+        return Tokenizer.from_file(self._file)
 
 
 def make_tokenizer(config: TokenizerConfig, texts: Texts, folder: Path) -> None:

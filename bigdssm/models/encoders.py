@@ -62,7 +62,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.pad_token_id = pad_token_id
         self.pooling = config.pooling
-        self.plain_in_training = False
+        self.attention_otherwise: str | None = None  # where attention is plain in training
         self.bert: PreTrainedModel = (
             _load_bert(config.init, config) if config.init else _new_bert(config, vocab_size, pad_token_id, max_tokens)
         )
@@ -84,8 +84,8 @@ class TextEncoder(nn.Module):
     def train(self, mode: bool = True) -> TextEncoder:
         """Train or evaluate, with the attention that is faster at it where that differs."""
         super().train(mode)
-        if self.plain_in_training:
-            self.bert.set_attn_implementation("eager" if mode else "sdpa")
+        if self.attention_otherwise is not None:
+            self.bert.set_attn_implementation("eager" if mode else self.attention_otherwise)
         return self
 
     def forward(self, tokens_RT: Tensor) -> Tensor:
@@ -106,8 +106,8 @@ def use_plain_attention(model: nn.Module) -> None:
     one: 15,600 tokens of texts of 128 against 8,300.
     """
     for part in model.modules():
-        if isinstance(part, TextEncoder):
-            part.plain_in_training = True
+        if isinstance(part, TextEncoder) and part.attention_otherwise is None:
+            part.attention_otherwise = part.bert.config._attn_implementation
             part.train(part.training)
 
 

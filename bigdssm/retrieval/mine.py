@@ -10,7 +10,7 @@ Shapes: m rows, N documents, W = last − first window places.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +23,11 @@ from bigdssm import distributed
 from bigdssm.data import Dataset, Rows
 from bigdssm.data.tensors import as_tensor
 from bigdssm.errors import DivergedError
-from bigdssm.retrieval.embed import Encoders, Share, encode_catalogue, encode_queries
+from bigdssm.retrieval.embed import Encoders, Progress, Share, encode_catalogue, encode_queries, no_progress
 from bigdssm.retrieval.mined import MinedNegatives, mined_records
 
 TILE_DOCS = 16_384
+PASS_ROWS = 65_536
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ class KnownPositives:
     doc_rows: np.ndarray  # int64
 
     @classmethod
-    def of(cls, dataset: Dataset) -> KnownPositives:
-        """Return those of `dataset`: one pass over its train split."""
-        parts = [
-            (rows.query_ids[rows.relevance > 0], rows.doc_rows[rows.relevance > 0])
-            for rows in dataset.iterate("train", 65_536)
-        ]
+    def of(cls, dataset: Dataset, progress: Progress = no_progress) -> KnownPositives:
+        """Return those of `dataset`: one pass over its train split, on every rank."""
+        parts, num_rows = [], dataset.num_rows("train")
+        for number, rows in enumerate(dataset.iterate("train", PASS_ROWS), start=1):
+            parts.append((rows.query_ids[rows.relevance > 0], rows.doc_rows[rows.relevance > 0]))
+            progress("known positives read", min(number * PASS_ROWS, num_rows), num_rows)
         ids, docs = (np.concatenate([part[side] for part in parts] or [np.zeros(0, np.int64)]) for side in (0, 1))
         order = np.lexsort((docs, ids))
         query_ids, starts = np.unique(ids[order], return_index=True)
@@ -81,10 +82,10 @@ def mine(
     share = share or Share()
     if documents is None:
         documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
-    known = KnownPositives.of(dataset)
+    known = KnownPositives.of(dataset, share.progress)
     finite = bool(documents.isfinite().all())
     row_ids, windows = [np.zeros(0, np.int64)], [np.zeros((0, last - first), np.int32)]
-    for some, queries in encode_queries(encoders, dataset, "train", share, rows):
+    for some, queries in _cut(encode_queries(encoders, dataset, "train", share, rows), share.rows_per_chunk):
         finite = finite and bool(queries.isfinite().all())
         scores, best = top_documents(queries, documents, last, *_excluded(some, known, documents.device))
         if margin is not None:
@@ -150,6 +151,14 @@ def top_documents(
         best, place = scores.topk(top, dim=1)
         index = columns.gather(1, place)
     return best, index.masked_fill(best == float("-inf"), -1)
+
+
+def _cut(pieces: Iterable[tuple[Rows, Tensor]], most: int) -> Iterator[tuple[Rows, Tensor]]:
+    """Yield the same rows and vectors, at most `most` at once: a whole step's scores may not fit."""
+    for rows, queries in pieces:
+        for start in range(0, len(rows), most):
+            part = np.arange(start, min(start + most, len(rows)))
+            yield rows.take(part), queries[start : start + most]
 
 
 def _excluded(rows: Rows, known: KnownPositives, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 The file is a .npy of records (row int64, window int32 [W]), one a mined row, by ascending row id of the train split; a
 window holds catalogue rows in the order of the row's ranking, and -1 where there is none. Fine-tuning that does not
-take every row mines only those to come, so that a few steps on billions of rows cost what their rows cost.
+take every row mines only those to come: a few steps cost what their rows cost, and one pass over the split for the
+known positives.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ def mined_records(row_ids: np.ndarray, windows: np.ndarray) -> np.ndarray:
 
 def record_type(width: int) -> np.dtype[np.void]:
     """Return the type of a record with a window of `width` places."""
-    return np.dtype([("row", np.int64), ("window", np.int32, (width,))])
+    return np.dtype([("row", np.int64), ("window", np.int32, (width,))], align=True)  # else a search copies all rows
 
 
 class MinedNegatives:
     """The windows of mined rows, by row id."""
 
-    def __init__(self, records: np.ndarray) -> None:
-        """`records` as `mined_records` makes them; they may be mapped from a file."""
-        self._records = records
+    def __init__(self, records: np.ndarray, path: Path | None = None) -> None:
+        """`records` as `mined_records` makes them; they may be mapped from the file `path`."""
+        self._records, self._path = records, path
 
     @classmethod
     def open(cls, path: Path) -> MinedNegatives:
@@ -43,9 +44,10 @@ class MinedNegatives:
             raise DataError(f"{path} is no file of mined negatives: {error}") from None
         if records.dtype.names != ("row", "window"):
             raise DataError(
-                f"{path} is no file of mined negatives: got {records.dtype}, needs records of row and window"
+                f"{path} is no file of mined negatives: got {records.dtype}, needs records of row and window; "
+                "remove it to mine again, or make it with tools/mine_negatives.py"
             )
-        return cls(records)
+        return cls(records, path)
 
     def __len__(self) -> int:
         """Return the number of mined rows."""
@@ -63,8 +65,8 @@ class MinedNegatives:
         missing = self.row_ids[place] != row_ids if len(self) else np.ones(len(row_ids), bool)
         if missing.any():
             raise DataError(
-                f"no negatives were mined for row {row_ids[missing][0]} and {missing.sum() - 1} others of a batch; "
-                "remove the stage's mined_negatives file to mine again"
+                f"{self._path} has no negatives for row {row_ids[missing][0]} and {missing.sum() - 1} others of a "
+                "batch; remove it to mine again"
             )
         windows: np.ndarray = self._records["window"][place]
         return windows

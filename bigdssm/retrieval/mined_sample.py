@@ -45,6 +45,8 @@ def mined_sample(dataset: Dataset, mined: MinedNegatives, count: int, seed: int 
     found = []
     for rows in dataset.iterate("train", ROWS_AT_ONCE):
         taken = rows.take(np.flatnonzero(np.isin(rows.row_ids, wanted)))
+        if not len(taken):
+            continue
         negative = choose_negatives(mined.windows(taken.row_ids), taken.row_ids, 0, seed, 1)[:, 0].astype(np.int64)
         queries = _read(taken.query, features[0], tokenizer)
         own = _read(dataset.catalogue.columns(taken.doc_rows.astype(np.int64)), features[1], tokenizer)

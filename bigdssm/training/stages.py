@@ -202,7 +202,8 @@ def _model(config: Config, name: StageName, dataset: Dataset) -> DualEncoder:
     """Return a new model, or the one that the stage starts from, checked against dataset and config."""
     source = initial_model(config, name)
     if source is None:
-        return DualEncoder(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+        # .train(), since transformers gives a pretrained encoder out in evaluation mode
+        return DualEncoder(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size).train()
     loaded = load_model_folder(source)
     if dataset.schema.cut(loaded.schema.vocabulary_sizes()) == loaded.schema:
         grow_model(loaded.model, dataset.schema)
@@ -235,7 +236,7 @@ def _mined(
     """Return the negatives of the part's rows, mined with the initial weights and kept for a resumed run, and with them
     the documents' index vectors where they were encoded just now.
     """
-    stage, path = config.stage(name), _mined_file(config, folder)
+    stage, path = config.stage(name), _mined_file(config, dataset, folder)
     if stage.loss.negatives == 0:
         return None, None
     if distributed.broadcast_object(path.exists()):
@@ -261,13 +262,13 @@ def _to_come(stream: RowStream, steps: int, watch: Watch) -> Iterator[Rows]:
     for step, rows in enumerate(islice(stream, steps), start=1):
         yield rows
         watch.progress("steps mined for", step, steps)
+    stream.check()  # rows that a rank could not read must not be missing from the file
 
 
-def _mined_file(config: Config, folder: Path) -> Path:
-    """Return where the mined negatives of the partitions that are trained on stand."""
-    part = f".{config.data.from_partition}" if config.data.from_partition else ""
-    if config.data.mixture:
-        part = f".{hash64(repr(config.data.mixture)) % 2**64:016x}"
+def _mined_file(config: Config, dataset: Dataset, folder: Path) -> Path:
+    """Return where the mined negatives of the partitions that are trained on stand: a new part has other rows."""
+    which = [getattr(config.data, key) for key in PART_KEYS]
+    part = f".{hash64(repr([*which, dataset.fingerprint])) % 2**64:016x}" if any(which[:2]) else ""
     return folder / f"mined_negatives{part}.npy"
 
 

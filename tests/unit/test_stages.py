@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bigdssm.config import Config, load_config
+from bigdssm.config import Config, SourceConfig, load_config
+from bigdssm.data import Dataset
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
 from bigdssm.training.batches import row_stream
-from bigdssm.training.stages import check_stage
+from bigdssm.training.stages import _mined_file, check_stage
 from tests.distributed import small_run
 
 
@@ -109,3 +110,14 @@ def test_the_tail_of_an_epoch_is_the_configs(config: Config, tail: str, caplog: 
     seen = np.concatenate([next(rows).row_ids for _ in range(steps)])
     assert len(np.unique(seen)) == dataset.num_rows("train") - (rest if tail == "drop" else 0)
     assert (f"each epoch leaves out {rest} rows" in caplog.text) == (tail == "drop")
+
+
+def test_mined_negatives_are_of_one_part(config: Config, tmp_path: Path) -> None:
+    """Another dataset, another weight: other rows to come, whose numbers may mean other documents."""
+    dataset = Dataset.open(config.data.dir)
+    grown = Dataset.open(config.data.dir)
+    grown.fingerprint = "another"  # type: ignore[misc]
+    mixed = [replace(config, data=replace(config.data, mixture=[SourceConfig(weight=weight)])) for weight in (1.0, 2.0)]
+    named = [_mined_file(some, data, tmp_path).name for some in mixed for data in (dataset, grown)]
+    assert len(set(named)) == 4 and all(name.startswith("mined_negatives.") for name in named)
+    assert _mined_file(config, dataset, tmp_path).name == "mined_negatives.npy"

@@ -92,11 +92,11 @@ def test_the_file_holds_every_row_or_those_asked_for(model: DualEncoder, dataset
 
     rows = next(dataset.iterate("train", 1000))
     some = [rows.take(np.array([9, 2, 11])), rows.take(np.array([4, 2]))]
-    mined = mine_to_file(path, encoders, dataset, some, first=1, last=4)
+    mined = mine_to_file(path, encoders, dataset, some, first=1, last=4, share=Share(rows_per_chunk=2))
     assert mined.row_ids.tolist() == [2, 4, 9, 11]
     np.testing.assert_array_equal(mined.windows(np.array([11, 2, 2])), windows[[11, 2, 2]])
     for others in ([3], [12], [2, 0]):
-        with pytest.raises(DataError, match=f"mined for row {others[-1]}"):
+        with pytest.raises(DataError, match=f"mined.npy has no negatives for row {others[-1]} "):
             mined.windows(np.array(others))
     np.save(path, windows)
     with pytest.raises(DataError, match="needs records of row and window"):
