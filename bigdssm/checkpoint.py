@@ -6,6 +6,7 @@ checkpoints/
     tensors-00000.safetensors   one rank's share of the weights and moments
     rank-00000.safetensors      one rank's random state
     common.safetensors          further tensors that are the same on every rank, where there are any
+  damaged-step-00000200/  what a resumed run found damaged: it is kept for people, and never counted or read again
   latest                the name of the newest one; moved after the rename, and never needed to find it
 """
 
@@ -108,16 +109,30 @@ class CheckpointStore:
         return path
 
     def newest_good(self) -> Checkpoint | None:
-        """Return the newest checkpoint that is as its manifest says, or None; damage is named in the log."""
+        """Return the newest checkpoint that is as its manifest says, or None; damage is named in the log.
+
+        Damaged ones are renamed: a run that goes on behind them would else drop its own first, as the oldest by step.
+        """
         found = None
         if distributed.is_main():
-            for path in sorted(self.folder.glob("step-*"), reverse=True):
+            self._finish_replacing()
+            for path in reversed(_checkpoints(self.folder)):
                 try:
                     found = verify(path)
                     break
                 except CheckpointError as error:
                     logger.warning("%s; trying the one before", error)
+                    _set_aside(path)
         return distributed.broadcast_object(found)
+
+    def _finish_replacing(self) -> None:
+        """Put a checkpoint back that was being replaced by one of the same step when the run was killed."""
+        for old in self.folder.glob(".*.replaced"):
+            path = self.folder / old.name[1:].removesuffix(".replaced")
+            if path.exists():
+                shutil.rmtree(old)
+            else:
+                os.replace(old, path)
 
     def _prepare(self, aside: Path) -> None:
         if distributed.is_main():
@@ -135,11 +150,15 @@ class CheckpointStore:
         }
         manifest = {"step": step, "world_size": distributed.world_size(), "state": state, "files": files}
         _write_synced(aside / MANIFEST, json.dumps(manifest, indent=1))
-        shutil.rmtree(path, ignore_errors=True)
+        replaced = self.folder / f".{path.name}.replaced"
+        if path.exists():
+            os.replace(path, replaced)
         os.replace(aside, path)
+        _sync(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
         _write_synced(self.folder / f".{LATEST}", path.name)
         os.replace(self.folder / f".{LATEST}", self.folder / LATEST)
-        for old in sorted(self.folder.glob("step-*"))[: -self._keep]:
+        for old in _checkpoints(self.folder)[: -self._keep]:
             shutil.rmtree(old)
 
     def _together(self, action: Callable[[], None], verb: str) -> None:
@@ -162,7 +181,7 @@ def verify(path: Path) -> Checkpoint:
         checkpoint = Checkpoint(path, manifest["step"], manifest["world_size"], manifest["state"])
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} has no {MANIFEST}: it was never finished") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is damaged: {error!r}") from None
     for name, expected in files.items():
         file = path / name
@@ -170,7 +189,11 @@ def verify(path: Path) -> Checkpoint:
             raise CheckpointError(f"checkpoint file {file} is missing")
         if file.stat().st_size != expected["bytes"]:
             raise CheckpointError(f"checkpoint file {file} has {file.stat().st_size} bytes, was {expected['bytes']}")
-        if file_checksum(file) != expected["xxh3_128"]:
+        try:
+            checksum = file_checksum(file)
+        except OSError as error:
+            raise CheckpointError(f"checkpoint file {file} cannot be read: {error.strerror}") from None
+        if checksum != expected["xxh3_128"]:
             raise CheckpointError(f"checkpoint file {file} is damaged: its checksum is not the manifest's")
     return checkpoint
 
@@ -183,7 +206,7 @@ def consolidated_state_dict(path: Path) -> dict[str, Tensor]:
 def find(stage_dir: Path, which: str) -> Path:
     """Return the checkpoint folder `which` (`latest` or a `step-…` name) of a stage. Raises CheckpointError."""
     folder = stage_dir / "checkpoints"
-    names = sorted(path.name for path in folder.glob("step-*"))
+    names = [path.name for path in _checkpoints(folder)]
     name = names[-1] if which == LATEST and names else which
     if name not in names:
         raise CheckpointError(f"{folder} has no checkpoint {which!r}; it has {names or 'none'}")
@@ -193,6 +216,19 @@ def find(stage_dir: Path, which: str) -> Path:
 def _save_files(folder: Path, files: dict[str, dict[str, Tensor]]) -> None:
     for name, tensors in files.items():
         save_file(tensors, folder / name)
+        _sync(folder / name)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in `folder`, damaged or not, by step."""
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _set_aside(path: Path) -> None:
+    target = path.with_name(f"damaged-{path.name}")
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(path, target)
 
 
 def _name(step: int) -> str:
@@ -213,7 +249,14 @@ def file_checksum(path: Path) -> str:
 
 
 def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(text, encoding="utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk before what follows."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -190,6 +190,7 @@ class MiningConfig:
     first: int = 10
     last: int = 200
     margin: float | None = None  # leave out what scores above the row's own document less this much, in score units
+    file: str | None = None  # of tools/mine_negatives.py, by any model: in place of all of the above
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ class StageConfig:
     rows_global: int = 1024
     epochs: float = 1.0
     steps: int = 0  # 0: as many as `epochs` says
-    init: str | None = None  # model folder or stage folder to start from; sft: the run's own pretraining by default
+    init: str | None = None  # model folder to start from; sft: by default the best of the run's own pretraining
     mining: MiningConfig = field(default_factory=MiningConfig)
     validate_every_steps: int = 0  # 0: once, at the end
     patience: int = 0  # stop after so many validations without a better one; 0: never
@@ -289,7 +290,9 @@ def check_config(config: Config) -> None:
     data, engine = config.data, config.engine
     _require(bool(data.query), "data.query", "no features", "at least one feature")
     _require(bool(data.doc), "data.doc", "no features", "at least one feature")
+    _require(0 <= config.run.seed < 2**32, "run.seed", config.run.seed, "0 to 2^32 - 1")
     _require(data.lanes >= 1, "data.lanes", data.lanes, "at least 1")
+    _require(data.num_workers >= 0, "data.num_workers", data.num_workers, "at least 0")
     _require(data.cache_bytes >= 1, "data.cache_bytes", data.cache_bytes, "at least 1")
     _check_mixture(data)
     _require(engine.zero_stage in (0, 1, 2, 3), "engine.zero_stage", engine.zero_stage, "0, 1, 2 or 3")
@@ -313,7 +316,13 @@ def check_config(config: Config) -> None:
     for name, stage in stages.items():
         if stage is not None:
             _check_stage(name, stage, data.lanes)
+            _check_optimizer(f"{name}.optimizer", stage.optimizer)
             _check_loss(f"{name}.loss", stage.loss, config.model, engine.chunk_tokens)
+            parts = data.from_partition is not None or bool(data.mixture)
+            _require(
+                stage.mining.file is None or not parts, f"{name}.mining.file", stage.mining.file,
+                "no data.from_partition or data.mixture, which number the rows otherwise",
+            )  # fmt: skip
     if config.model.beta == "scalar":
         fits = any(stage is not None and stage.loss.name == "sigmoid" for stage in stages.values())
         _require(fits, "model.beta", "scalar", "document or none without a sigmoid loss: in all others it cancels")
@@ -369,13 +378,25 @@ def _check_stage(name: str, stage: StageConfig, lanes: int) -> None:
         fix = f"use {below} or {above}" if below else f"use {above}"
         raise ConfigError(f"{name}.rows_global={rows} must be divisible by data.lanes={lanes}; {fix}")
     _require(stage.steps > 0 or stage.epochs > 0, f"{name}.epochs", stage.epochs, "above 0 where steps is 0")
-    _require(stage.save_every_minutes >= 0, f"{name}.save_every_minutes", stage.save_every_minutes, "at least 0")
-    _require(stage.keep_checkpoints >= 1, f"{name}.keep_checkpoints", stage.keep_checkpoints, "at least 1")
+    least = {
+        "steps": 0, "save_every_steps": 0, "save_every_minutes": 0, "validate_every_steps": 0, "patience": 0,
+        "keep_checkpoints": 1, "log_every_steps": 1, "max_skipped_steps": 1,
+    }  # fmt: skip
+    for key, number in least.items():
+        _require(getattr(stage, key) >= number, f"{name}.{key}", getattr(stage, key), f"at least {number}")
     mining = stage.mining
     _require(0 <= mining.first < mining.last, f"{name}.mining", f"[{mining.first}, {mining.last})", "first < last")
-    room = mining.last - mining.first
-    negatives = stage.loss.negatives
-    _require(negatives <= room, f"{name}.loss.negatives", negatives, f"at most the mining window's {room}")
+    if mining.file is None:
+        room, negatives = mining.last - mining.first, stage.loss.negatives
+        _require(negatives <= room, f"{name}.loss.negatives", negatives, f"at most the mining window's {room}")
+
+
+def _check_optimizer(key: str, optimizer: OptimizerConfig) -> None:
+    _require(optimizer.lr > 0, f"{key}.lr", optimizer.lr, "a number above 0")
+    _require(optimizer.eps > 0, f"{key}.eps", optimizer.eps, "a number above 0")
+    _require(all(0 <= beta < 1 for beta in optimizer.betas), f"{key}.betas", list(optimizer.betas), "[0, 1) for both")
+    for name in ("embedding_lr_ratio", "weight_decay", "warmup_steps", "final_lr_ratio", "gradient_clipping"):
+        _require(getattr(optimizer, name) >= 0, f"{key}.{name}", getattr(optimizer, name), "at least 0")
 
 
 def _check_loss(key: str, loss: LossConfig, model: ModelConfig, chunk_tokens: int) -> None:

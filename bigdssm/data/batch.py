@@ -6,7 +6,7 @@ k given negatives.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -18,6 +18,9 @@ categorical int64 [rows]      codes; multi-valued: [rows, K], padded with 0
 history     int64 [rows, T]   codes of the items' `of` feature, oldest first, newest last before the padding (0)
 numeric     float32 [rows]    values as in the source (NaN is missing); models normalise them
 """
+
+PadIds = dict[str, int]
+"""What one side's ragged features are padded with, by name; features that are not in it are padded with 0."""
 
 
 @dataclass(frozen=True)
@@ -36,3 +39,5 @@ class Batch:
     multiplicity: Tensor  # int64 [n]: how many positives, negatives and extra documents were merged in the column
     negatives: Tensor | None = None  # int64 [m, k]: columns of given negatives, -1 for none
     known: Tensor | None = None  # int64 [p, 2]: (query id, doc id) of further documents that are no negatives
+    query_pad_ids: PadIds = field(default_factory=dict)
+    doc_pad_ids: PadIds = field(default_factory=dict)

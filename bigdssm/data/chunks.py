@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bigdssm.data.batch import Features
+from bigdssm.data.batch import Features, PadIds
+from bigdssm.schema import PADDING
 
 
 @dataclass(frozen=True)
@@ -25,19 +26,20 @@ class Chunk:
         return sum(tensor.numel() for tensor in self.features.values() if tensor.dim() == 2) + len(self.rows)
 
 
-def cut(features: Features, num_rows: int, chunk_tokens: int) -> list[Chunk]:
+def cut(features: Features, num_rows: int, chunk_tokens: int, pad_ids: PadIds) -> list[Chunk]:
     """Return chunks of rows of like length, each within the budget of cells (at least one row), longest rows first.
 
     Rows are sorted by their length in the widest feature, then the next: that is where padding would cost most.
     """
-    length_RF = _lengths(features, num_rows)
+    filled = _filled(features, pad_ids)
+    length_RF = _lengths(filled, num_rows)
     order = np.lexsort(-length_RF[:, ::-1].T)
     chunks, start = [], 0
     while start < num_rows:
         window = length_RF[order[start : start + max(1, chunk_tokens)]]
         cells = np.arange(1, len(window) + 1) * (1 + np.maximum.accumulate(window).sum(axis=1))
         rows = torch.from_numpy(order[start : start + max(1, int((cells <= chunk_tokens).sum()))])
-        chunks.append(Chunk(_take(features, rows), rows))
+        chunks.append(Chunk(_take(features, filled, rows), rows))
         start += len(rows)
     return chunks
 
@@ -70,32 +72,37 @@ def at_least_one(features: Features) -> Features:
     }
 
 
-def num_tokens(features: Features) -> Tensor:
+def num_tokens(features: Features, pad_ids: PadIds) -> Tensor:
     """Return the cells of ragged features (tokens, history items, values) that hold something, int64 [], unread."""
-    filled = [(tensor != 0).sum() for tensor in features.values() if tensor.dim() == 2]
+    filled = [cells.sum() for cells in _filled(features, pad_ids).values()]
     return torch.stack(filled).sum() if filled else torch.zeros((), dtype=torch.int64)
 
 
-def padding_fraction(encoded: Sequence[Features]) -> float:
+def padding_fraction(encoded: Sequence[tuple[Features, PadIds]]) -> float:
     """Return the share of cells that hold padding among all cells of ragged features; 0 without any."""
-    cells = sum(tensor.numel() for features in encoded for tensor in features.values() if tensor.dim() == 2)
-    return 1 - sum(int(num_tokens(features)) for features in encoded) / cells if cells else 0.0
+    cells = sum(tensor.numel() for features, _ in encoded for tensor in features.values() if tensor.dim() == 2)
+    return 1 - sum(int(num_tokens(features, pad_ids)) for features, pad_ids in encoded) / cells if cells else 0.0
 
 
-def _lengths(features: Features, num_rows: int) -> np.ndarray:
+def _filled(features: Features, pad_ids: PadIds) -> dict[str, Tensor]:
+    """Return bool [rows, T] of every ragged feature: the cells that hold something."""
+    return {name: values != pad_ids.get(name, PADDING) for name, values in features.items() if values.dim() == 2}
+
+
+def _lengths(filled: Mapping[str, Tensor], num_rows: int) -> np.ndarray:
     """Return int64 [rows, ragged features, the widest first]: the cells that a row fills, at least 1."""
-    ragged = sorted((tensor for tensor in features.values() if tensor.dim() == 2), key=lambda t: -t.shape[1])
-    lengths = [(tensor != 0).sum(dim=1).clamp(min=1).cpu().numpy() for tensor in ragged]
+    ragged = sorted(filled.values(), key=lambda cells: -cells.shape[1])
+    lengths = [cells.sum(dim=1).clamp(min=1).cpu().numpy() for cells in ragged]
     return np.stack(lengths, axis=1) if lengths else np.zeros((num_rows, 1), np.int64)
 
 
-def _take(features: Features, rows: Tensor) -> Features:
+def _take(features: Features, filled: Mapping[str, Tensor], rows: Tensor) -> Features:
     """Return the features of `rows`, cut to the longest of them."""
     taken: Features = {}
     for name, tensor in features.items():
         part = tensor[rows]
-        if part.dim() == 2:
-            filled = (part != 0).any(dim=0).nonzero()
-            part = part[:, : int(filled[-1]) + 1 if len(filled) else 1]
+        if name in filled:
+            used = filled[name][rows].any(dim=0).nonzero()
+            part = part[:, : int(used[-1]) + 1 if len(used) else 1]
         taken[name] = part
     return taken

@@ -11,7 +11,7 @@ from bigdssm.data.batch import Batch, Features
 from bigdssm.data.catalogue import Catalogue
 from bigdssm.data.ragged import Column
 from bigdssm.data.rows import Rows
-from bigdssm.data.tensors import as_tensor, to_features
+from bigdssm.data.tensors import as_tensor, pad_ids, to_features
 from bigdssm.errors import ConfigError
 from bigdssm.schema import Schema
 
@@ -76,6 +76,8 @@ class Collator:
             doc_rows=as_tensor(doc_rows),
             multiplicity=as_tensor(np.bincount(column_of, minlength=len(doc_ids))),
             negatives=None if negatives is None else as_tensor(negatives),
+            query_pad_ids=pad_ids(self._schema.query, self._pad_token_id),
+            doc_pad_ids=pad_ids(self._schema.doc, self._pad_token_id),
         )
 
 

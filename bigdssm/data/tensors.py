@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from bigdssm.data.batch import Features
+from bigdssm.data.batch import Features, PadIds
 from bigdssm.data.ragged import Column, Ragged
 from bigdssm.schema import PADDING, Feature
 
@@ -15,6 +15,11 @@ from bigdssm.schema import PADDING, Feature
 def to_features(declared: Mapping[str, Feature], columns: Mapping[str, Column], pad_token_id: int) -> Features:
     """Return columns (one per declared feature) as tensors in the form that `Features` describes."""
     return {name: to_tensor(feature, columns[name], pad_token_id) for name, feature in declared.items()}
+
+
+def pad_ids(declared: Mapping[str, Feature], pad_token_id: int) -> PadIds:
+    """Return what the declared features are padded with where it is not 0: the tokenizer's padding, in texts."""
+    return {name: pad_token_id for name, feature in declared.items() if feature.type == "text" and pad_token_id}
 
 
 def to_tensor(feature: Feature, column: Column, pad_token_id: int) -> torch.Tensor:

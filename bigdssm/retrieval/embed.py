@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from bigdssm import distributed
 from bigdssm.data import Collator, Dataset, Rows, chunks
-from bigdssm.data.batch import Features
+from bigdssm.data.batch import Features, PadIds
+from bigdssm.data.tensors import pad_ids
 from bigdssm.models import Encoded, MlpScorer
 
 # Encoded at once: what a CPU's caches hold (twice as fast there as all rows together), or what keeps a GPU busy.
@@ -91,13 +92,14 @@ def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | st
     collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
 
     def queries(rows: Rows) -> Tensor:
-        return _in_chunks(
-            to_device(collator.query_features(rows.query), device), len(rows), partial(query_vectors, model)
-        )
+        features = to_device(collator.query_features(rows.query), device)
+        pads = pad_ids(dataset.schema.query, dataset.pad_token_id)
+        return _in_chunks(features, pads, len(rows), partial(query_vectors, model))
 
     def documents(doc_rows: np.ndarray) -> Tensor:
         features = to_device(dataset.catalogue.features(doc_rows), device)
-        return _in_chunks(features, len(doc_rows), partial(document_vectors, model))
+        pads = pad_ids(dataset.schema.doc, dataset.pad_token_id)
+        return _in_chunks(features, pads, len(doc_rows), partial(document_vectors, model))
 
     return Encoders(queries, documents)
 
@@ -177,10 +179,10 @@ def _pieces(dataset: Dataset, split: str, share: Share) -> Iterator[Rows | None]
         share.progress("queries encoded", min((chunk + 1) * share.rows_per_chunk, end - begin), end - begin)
 
 
-def _in_chunks(features: Features, num_rows: int, encode: Callable[[Features], Tensor]) -> Tensor:
+def _in_chunks(features: Features, pads: PadIds, num_rows: int, encode: Callable[[Features], Tensor]) -> Tensor:
     """Return `encode` of all rows, in their order; every rank makes the same number of calls to it."""
     on_cpu = next(iter(features.values())).device.type == "cpu"
-    own = chunks.cut(features, num_rows, CHUNK_TOKENS_CPU if on_cpu else CHUNK_TOKENS_GPU)
+    own = chunks.cut(features, num_rows, CHUNK_TOKENS_CPU if on_cpu else CHUNK_TOKENS_GPU, pads)
     number = int(distributed.all_reduce(torch.tensor([len(own)]), "max"))
     side = chunks.filled_up(own, features, number)
     return chunks.assemble([encode(chunk.features) for chunk in side], side, num_rows)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bigdssm.data import Dataset
 from bigdssm.data.streaming.order import derive_key, mix64
 from bigdssm.errors import DataError
 
@@ -45,9 +46,20 @@ class MinedNegatives:
         if records.dtype.names != ("row", "window"):
             raise DataError(
                 f"{path} is no file of mined negatives: got {records.dtype}, needs records of row and window; "
-                "remove it to mine again, or make it with tools/mine_negatives.py"
+                "make it with tools/mine_negatives.py"
             )
         return cls(records, path)
+
+    def check_against(self, dataset: Dataset) -> None:
+        """Raise DataError where they must be of another dataset: some rows are looked at, all may be terabytes."""
+        row = self.row_ids[-1] if len(self) else -1
+        document = self._records["window"][:: max(1, len(self) // 10_000)].max(initial=-1)
+        rows, documents = dataset.num_rows("train"), dataset.catalogue.num_docs
+        if row >= rows or document >= documents:
+            raise DataError(
+                f"{self._path} was mined for another dataset: it names row {row} and document {document}, and "
+                f"{dataset.dir} has {rows} train rows and {documents} documents"
+            )
 
     def __len__(self) -> int:
         """Return the number of mined rows."""
@@ -66,7 +78,7 @@ class MinedNegatives:
         if missing.any():
             raise DataError(
                 f"{self._path} has no negatives for row {row_ids[missing][0]} and {missing.sum() - 1} others of a "
-                "batch; remove it to mine again"
+                "batch; mine again"
             )
         windows: np.ndarray = self._records["window"][place]
         return windows

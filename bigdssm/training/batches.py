@@ -14,8 +14,11 @@ from torch import Tensor
 from bigdssm import distributed
 from bigdssm.config import Config, LossConfig, StageConfig
 from bigdssm.data import Batch, Collator, Dataset, PairStream, PlainStream, Rows, RowStream
+from bigdssm.data.streaming.order import derive_key
 from bigdssm.losses import sample_uniform
 from bigdssm.retrieval.mined import MinedNegatives, choose_negatives
+
+_UNIFORM = 0x756E69666F726D  # the purpose, as a key of its own beside the stream's
 
 
 class Batches:
@@ -53,7 +56,7 @@ class Batches:
         """Return this rank's share of the step's uniform draws, which do not depend on the number of ranks."""
         if self._loss.uniform_negatives == 0:
             return None
-        generator = torch.Generator().manual_seed((self._seed << 40) + step)
+        generator = torch.Generator().manual_seed(derive_key(self._seed, _UNIFORM, step))
         draws = sample_uniform(self._loss.uniform_negatives, self._dataset.catalogue.num_docs, generator).numpy()
         share: np.ndarray = draws[distributed.rank() :: distributed.world_size()]
         return share

@@ -43,7 +43,7 @@ def init_process_group() -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     try:
         deepspeed.init_distributed(
-            dist_backend=get_accelerator().communication_backend_name() if _on_device() else "gloo",
+            dist_backend=_backend(),
             timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
             verbose=False,
         )
@@ -181,6 +181,13 @@ class Engine:
     def _whole_norm(self) -> float:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def _backend() -> str:
+    """Return a backend for the tensors of each device: ranks agree on small things, such as a stop, on the CPU."""
+    if not _on_device():
+        return "gloo"
+    return f"cpu:gloo,{get_accelerator().device_name()}:{get_accelerator().communication_backend_name()}"
 
 
 def _on_device() -> bool:

@@ -206,7 +206,7 @@ def _towers(model: DualEncoder, mode: FakeTensorMode, batch: Batch, engine: Engi
 
 def _validation(config: Config, model: DualEncoder, mode: FakeTensorMode, batch: Batch, documents: int) -> int:
     """Return the bytes of encoding the catalogue's documents without a graph, `documents` of them on this rank."""
-    chunk = chunks.cut(batch.doc, len(batch.doc_ids), CHUNK_TOKENS_CPU)[0]
+    chunk = chunks.cut(batch.doc, len(batch.doc_ids), CHUNK_TOKENS_CPU, batch.doc_pad_ids)[0]
     inputs = {name: mode.from_tensor(values) for name, values in chunk.features.items()}
     with mode, torch.no_grad(), LiveBytes() as live:
         model(doc=inputs)

@@ -57,7 +57,8 @@ class Health:
         """Count a step; every so many, write a record and a line."""
         self._steps += 1
         self._flops += 3 * forward_flops(cast(DualEncoder, self._engine.module), batch.query, batch.doc)
-        self._tokens = self._tokens + num_tokens(batch.query) + num_tokens(batch.doc)  # read once an interval
+        tokens = num_tokens(batch.query, batch.query_pad_ids) + num_tokens(batch.doc, batch.doc_pad_ids)
+        self._tokens = self._tokens + tokens  # read once an interval
         self._bar(self._name, step, self._total_steps)
         if step % self._every and step != self._total_steps:
             return

@@ -143,7 +143,7 @@ def _train(stage: Stage) -> Progress:
     elif _due(progress.step, config.validate_every_steps) and progress.validated_at != progress.step:
         validate(stage)  # a request to stop had broken it off
     stage.initial_documents = None
-    while progress.step < stage.total_steps and not _is_finished_early(stage):
+    while not _is_over(stage):
         watch.watchdog.beat(f"step {progress.step}, waiting for rows")
         batch = health.waited_for(batches)
         watch.watchdog.beat(f"step {progress.step}")
@@ -158,7 +158,7 @@ def _train(stage: Stage) -> Progress:
             validate(stage)
         if watch.stop.agreed():
             raise Preempted("asked to stop")
-        if _due(progress.step, config.save_every_steps) or stage.save_clock.due():
+        if not _is_over(stage) and (_due(progress.step, config.save_every_steps) or stage.save_clock.due()):
             save(stage)
     if progress.validated_at != progress.step:
         validate(stage)
@@ -254,9 +254,10 @@ def _count(stage: Stage, batch: Batch, result: StepResult) -> None:
         )
 
 
-def _is_finished_early(stage: Stage) -> bool:
+def _is_over(stage: Stage) -> bool:
     patience = stage.config.patience
-    return patience > 0 and stage.progress.validations_since_best >= patience
+    out_of_patience = patience > 0 and stage.progress.validations_since_best >= patience
+    return out_of_patience or stage.progress.step >= stage.total_steps
 
 
 def _due(step: int, every: int) -> bool:

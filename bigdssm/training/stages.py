@@ -72,6 +72,8 @@ def check_stage(config: Config, name: StageName, world_size: int, resume: bool) 
     dataset.check_against(config.data)
     if config.data.webdataset is not None:
         _check_plain(name, stage, config.data.webdataset)
+    if stage.loss.negatives and stage.mining.file is not None:
+        MinedNegatives.open(Path(stage.mining.file)).check_against(dataset)
     folder = config.stage_dir(name)
     if folder.exists() and any(file.name != RUNNING_FILE for file in folder.iterdir()):
         _check_folder(folder, config, name, resume)
@@ -163,7 +165,7 @@ def _assemble(
     loss = stage_config.loss
     counts = stream.doc_weights() if loss.sampling != "none" and loss.frequency == "counts" else None
     objective = Objective(loss, config.model, config.engine.loss_tile, counts, stage_config.rows_global)
-    mined, documents = _mined(config, name, engine, dataset, folder, watch)
+    mined, documents = _mined(config, name, engine, dataset, folder, watch, checkpoint is not None and not new_part)
     torch.manual_seed(config.run.seed * 1_000_003 + distributed.rank() + 1)  # dropout differs between ranks
     progress = Progress()
     if checkpoint is not None:
@@ -231,16 +233,23 @@ def _model_difference(theirs: Config, mine: Config) -> str | None:
 
 
 def _mined(
-    config: Config, name: StageName, engine: Engine, dataset: Dataset, folder: Path, watch: Watch
+    config: Config, name: StageName, engine: Engine, dataset: Dataset, folder: Path, watch: Watch, resumed: bool
 ) -> tuple[MinedNegatives | None, Tensor | None]:
     """Return the negatives of the part's rows, mined with the initial weights and kept for a resumed run, and with them
-    the documents' index vectors where they were encoded just now.
+    the documents' index vectors where they were encoded just now. Raises CheckpointError where the kept ones are lost.
     """
-    stage, path = config.stage(name), _mined_file(config, dataset, folder)
+    stage = config.stage(name)
+    given = stage.mining.file
+    path = _mined_file(config, dataset, folder) if given is None else Path(given)
     if stage.loss.negatives == 0:
         return None, None
     if distributed.broadcast_object(path.exists()):
         return MinedNegatives.open(path), None
+    if resumed:
+        raise CheckpointError(
+            f"{path} is missing: the run was trained with these negatives, and by now its weights would mine others; "
+            "bring the file back, or begin anew in another run.dir"
+        )
     share = Share(distributed.rank(), distributed.world_size(), progress=watch.progress)
     encoders = tower_encoders(engine.deepspeed, dataset, device())
     documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)

@@ -85,9 +85,9 @@ def train_step(
         with timing.span("optimizer"):
             applied = engine.step(lr_factor)
     norm = engine.gradient_norm() if applied else float("nan")
-    padding = chunks.padding_fraction(
-        [piece.chunk.features for piece in pieces] if pieces else [batch.query, batch.doc]
-    )
+    pad_ids = {"query": batch.query_pad_ids, "doc": batch.doc_pad_ids}
+    inputs = [(p.side, p.chunk.features) for p in pieces] if pieces else [("query", batch.query), ("doc", batch.doc)]
+    padding = chunks.padding_fraction([(features, pad_ids[side]) for side, features in inputs])
     return StepResult(loss, applied, norm, float(leaves.alpha.detach()), padding, output.stats)
 
 
@@ -204,8 +204,8 @@ def pieces_of(batch: Batch, budget: Budget) -> list[Piece] | None:
     """
     if budget.chunk_tokens == 0:
         return None
-    query = chunks.cut(batch.query, len(batch.query_ids), budget.chunk_tokens)
-    doc = chunks.cut(batch.doc, len(batch.doc_ids), budget.chunk_tokens)
+    query = chunks.cut(batch.query, len(batch.query_ids), budget.chunk_tokens, batch.query_pad_ids)
+    doc = chunks.cut(batch.doc, len(batch.doc_ids), budget.chunk_tokens, batch.doc_pad_ids)
     num_query, num_doc = distributed.all_reduce(torch.tensor([len(query), len(doc)]), "max").tolist()
     if max(num_query, num_doc) <= 1:
         return None

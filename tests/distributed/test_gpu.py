@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +16,11 @@ from torch import Tensor
 
 from bigdssm.losses import RANKING_NAMES, fps_loss, norm_penalty, ranking_loss
 
-from . import reference
+from . import reference, small_run
 from .parity import Loss, assert_parity, run_rank
 from .reference import Shard, make_shards
 
+ROOT = Path(__file__).parents[2]
 DEVICE = "cuda"
 TILE = 8192
 OPTIONS = frozenset({"beta", "neg_bias", "weight", "query_ids", "doc_ids", "shared", "known"})
@@ -74,3 +79,19 @@ def test_a_large_batch_in_bfloat16(direction: str) -> None:
     assert float(out.loss.detach()) == pytest.approx(expected, rel=0.02)
     if DEVICE == "cuda":
         assert torch.cuda.max_memory_allocated() < 4e9
+
+
+def test_a_run_trains_there_and_goes_on(tmp_path: Path) -> None:
+    """One rank as the launcher starts it: NCCL beside gloo, bfloat16, chunks whose random states are the card's."""
+    config, run_dir = small_run.write_dataset(tmp_path), tmp_path / "run"
+    command = [
+        sys.executable, "launch/pretrain.py", "--config", str(config), f"run.dir={run_dir}", "engine.precision=bf16",
+        "engine.chunk_tokens=64", "engine.keep_graph_tokens=0",
+    ]  # fmt: skip
+    environment = {**os.environ, "DS_ACCELERATOR": DEVICE}
+    for more, fault, code in (([], "term@6", 75), (["--resume", "auto"], "", 0)):
+        struck = environment | ({"BIGDSSM_FAULT": fault} if fault else {})
+        done = subprocess.run([*command, *more], cwd=ROOT, env=struck, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+    losses = [record["loss"] for record in small_run.records(run_dir, "pretrain")]
+    assert len(losses) == 12 and losses[-1] < losses[0]

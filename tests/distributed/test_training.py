@@ -200,6 +200,22 @@ def test_fine_tuning_has_one_curve_at_any_world_size(
     assert (best.scorer is not None) == ("MLP" in loss)
 
 
+def test_negatives_mined_before_are_taken_and_lost_ones_missed(
+    config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool]
+) -> None:
+    """A resumed run would mine others, by the weights that it has come to."""
+    overrides = (f"sft.init={reference / 'pretrain' / 'best'}", *FINE_TUNING["pair_ce, mined"])
+    own, given = tmp_path / "own", tmp_path / "given"
+    mined = own / "sft" / "mined_negatives.npy"
+    pools[1].run(small_run.run, config, own, overrides, "sft")
+    pools[1].run(small_run.run, config, given, (*overrides, f"sft.mining.file={mined}"), "sft")
+    assert not (given / "sft" / "mined_negatives.npy").exists()
+    assert_same_curve(given, own, tolerance=0, stage="sft")
+    mined.unlink()
+    with pytest.raises(RankFailed, match=r"CheckpointError: .*mined_negatives.npy is missing"):
+        pools[1].run(small_run.run, config, own, overrides, "sft", True)
+
+
 def test_a_scalar_beta_waits_for_the_sigmoid_loss(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
     """It stands still in pretraining, whose softmax it cancels in; vectors with a norm penalty all the way."""
     model = ("model.beta=scalar", "model.beta_init=-3.0", "model.score=dot", "model.alpha_init=1.0")

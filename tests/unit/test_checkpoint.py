@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from bigdssm import checkpoint
 from bigdssm.checkpoint import CheckpointStore, find, verify
 from bigdssm.errors import CheckpointError
 
@@ -65,6 +68,65 @@ def test_damage_is_named_and_the_one_before_is_used(
     newest = store.newest_good()
     assert newest is not None and newest.step == 10
     assert words in caplog.text
+
+
+def save(store: CheckpointStore, step: int) -> None:
+    store.save(step, {"step": step}, {}, {}, share)
+
+
+def test_what_a_run_saves_behind_damaged_ones_is_kept(store: CheckpointStore) -> None:
+    """By step they are the oldest: where damaged ones counted, each would be dropped as soon as it was written."""
+    for step in (10, 15):
+        flip(store.folder / f"step-{step:08d}" / "tensors-00000.safetensors")
+    (store.folder / "step-of-somebody-else").mkdir()
+    assert store.newest_good() is None
+    for step in (1, 2, 3):
+        save(store, step)
+    names = sorted(path.name for path in store.folder.iterdir())
+    kept = ["damaged-step-00000010", "damaged-step-00000015", "latest", "step-00000002", "step-00000003"]
+    assert names == [*kept, "step-of-somebody-else"]
+    newest = store.newest_good()
+    assert newest is not None and newest.step == 3
+
+
+@pytest.mark.parametrize(
+    ("function", "calls"),
+    [("os.replace", 1), ("shutil.rmtree", 0)],
+    ids=["the old one moved away", "the new one in its place"],
+)
+def test_killed_while_a_step_is_saved_again(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, function: str, calls: int
+) -> None:
+    real, done = {"os.replace": os.replace, "shutil.rmtree": shutil.rmtree}[function], []
+
+    def killed(*paths: Path, **_: object) -> None:
+        if len(done) == calls:
+            raise KeyboardInterrupt
+        done.append(paths)
+        real(*paths)  # type: ignore[operator]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"bigdssm.checkpoint.{function}", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(store, 15)
+    assert list(store.folder.glob(".*.replaced"))
+    newest = store.newest_good()
+    assert newest is not None and newest.step == 15
+    assert not list(store.folder.glob(".*.replaced"))
+
+
+def test_a_file_that_cannot_be_read_is_damage(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = checkpoint.file_checksum
+
+    def broken(path: Path) -> str:
+        if path.parent.name == "step-00000015":
+            raise OSError(5, "Input/output error")
+        return whole(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bigdssm.checkpoint.file_checksum", broken)
+        newest = store.newest_good()
+    assert newest is not None and newest.step == 10
 
 
 def test_latest_is_never_needed(store: CheckpointStore) -> None:

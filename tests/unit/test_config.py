@@ -67,6 +67,14 @@ def test_the_shipped_configs_load(file: Path) -> None:
         ),
         ("pretrain.loss={sampling: classic, frequency_buckets: 0}", ["pretrain.loss.frequency_buckets", "got 0"]),
         ("pretrain.loss.norm_penalty=0.1", ["pretrain.loss.norm_penalty", "score=cosine"]),
+        ("run.seed=-1", ["run.seed", "got -1"]),
+        ("data.num_workers=-1", ["data.num_workers", "at least 0"]),
+        ("pretrain.log_every_steps=0", ["pretrain.log_every_steps", "at least 1"]),
+        ("sft.max_skipped_steps=0", ["sft.max_skipped_steps", "at least 1"]),
+        ("pretrain.steps=-1", ["pretrain.steps", "at least 0"]),
+        ("pretrain.optimizer.lr=0", ["pretrain.optimizer.lr", "above 0"]),
+        ("pretrain.optimizer.betas=[0.9, 1.0]", ["pretrain.optimizer.betas", "1.0"]),
+        ("sft.optimizer.gradient_clipping=-1", ["sft.optimizer.gradient_clipping", "at least 0"]),
         ("pretrain.loss.norm_penalty=-1", ["pretrain.loss.norm_penalty", "not below 0"]),
         ("sft.loss={name: pair_ce, negatives: 3, mlp: [8]}", ["sft.loss.mlp", "[8]", "in_batch=false"]),
         ("pretrain.loss={name: pair_ce, negatives: 3, in_batch: false, mlp: [8]}", ["pretrain.loss.mlp", "stage sft"]),
@@ -91,6 +99,11 @@ def test_bad_values_are_named(path: Path, override: str, words: list[str]) -> No
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_negatives_mined_before_are_of_the_whole_dataset(path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sft.mining.file: got x.npy, needs no data.from_partition"):
+        load_config(path, ["sft.mining.file=x.npy", "data.from_partition=day2"])
 
 
 def test_a_missing_file_a_missing_key_and_broken_yaml_are_named(path: Path, tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ def test_a_pickle_in_the_place_of_tensors_is_not_opened(tmp_path: Path, mark: Pa
     path = tmp_path / "checkpoints" / "step-00000004"
     torch.save({"weight": Bomb(mark)}, path / name)
     assert store.newest_good() is None
+    path.with_name(f"damaged-{path.name}").rename(path)
     manifest = json.loads((path / "manifest.json").read_text())
     size, checksum = (path / name).stat().st_size, checkpoint.file_checksum(path / name)
     manifest["files"][name] = {"bytes": size, "xxh3_128": checksum}

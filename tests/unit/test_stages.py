@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bigdssm.config import Config, SourceConfig, load_config
+from bigdssm.config import Config, MiningConfig, SourceConfig, load_config
 from bigdssm.data import Dataset
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
+from bigdssm.retrieval.mined import mined_records
 from bigdssm.training.batches import row_stream
 from bigdssm.training.stages import _mined_file, check_stage
 from tests.distributed import small_run
@@ -121,3 +122,16 @@ def test_mined_negatives_are_of_one_part(config: Config, tmp_path: Path) -> None
     named = [_mined_file(some, data, tmp_path).name for some in mixed for data in (dataset, grown)]
     assert len(set(named)) == 4 and all(name.startswith("mined_negatives.") for name in named)
     assert _mined_file(config, dataset, tmp_path).name == "mined_negatives.npy"
+
+
+def test_negatives_that_were_mined_before_are_looked_at(config: Config, tmp_path: Path) -> None:
+    mining, loss = MiningConfig(file=str(tmp_path / "mined.npy")), replace(config.pretrain.loss, negatives=2)
+    config = replace(config, pretrain=replace(config.pretrain, mining=mining, loss=loss))
+    refused(config, DataError, "mined.npy is no file of mined negatives: .*No such file")
+    dataset = Dataset.open(config.data.dir)
+    rows, documents = dataset.num_rows("train"), dataset.catalogue.num_docs
+    for row, document in ((rows, 0), (0, documents)):
+        np.save(tmp_path / "mined.npy", mined_records(np.array([row]), np.array([[document, -1]])))
+        refused(config, DataError, f"another dataset: it names row {row} and document {document}, .* {documents} doc")
+    np.save(tmp_path / "mined.npy", mined_records(np.array([rows - 1]), np.array([[documents - 1, -1]])))
+    check_stage(config, "pretrain", 1, False)

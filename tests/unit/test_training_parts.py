@@ -7,14 +7,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from bigdssm.config import OptimizerConfig
+from bigdssm.config import LossConfig, OptimizerConfig
 from bigdssm.data import chunks
 from bigdssm.distributed import free_port
+from bigdssm.training import engine
+from bigdssm.training.batches import Batches
 from bigdssm.training.optimizer import parameter_groups, schedule_factor
 from bigdssm.training.random_state import RandomState
 from bigdssm.training.row_log import CONSUMED, RowLog
@@ -55,14 +58,16 @@ def test_the_schedule_warms_up_and_falls_to_its_end() -> None:
     assert factors[100] == pytest.approx(0.1)
 
 
-def test_chunks_keep_the_budget_and_every_row_once() -> None:
-    lengths = [1, 7, 3, 3, 9, 2, 0]
-    text = torch.zeros(7, 9, dtype=torch.int64)
+@pytest.mark.parametrize("pad", [0, 9])
+def test_chunks_keep_the_budget_and_every_row_once(pad: int) -> None:
+    """Whatever the tokenizer pads with; token 0 is then one like others, also where it is a row's last."""
+    lengths, pads = [1, 7, 3, 3, 9, 2, 0], {"text": pad} if pad else {}
+    text = torch.full((7, 9), pad)
     for row, length in enumerate(lengths):
-        text[row, :length] = row + 1
+        text[row, :length] = 0 if pad else row + 1
     tags = torch.tensor([[0, 0], [1, 0], [1, 1], [0, 0], [1, 1], [0, 0], [1, 0]])
     features = {"tags": tags, "text": text, "number": torch.arange(7.0)}
-    cut = chunks.cut(features, 7, 14)
+    cut = chunks.cut(features, 7, 14, pads)
     assert [row for chunk in cut for row in chunk.rows.tolist()] == [4, 1, 2, 3, 5, 0, 6]
     assert sorted(torch.cat([chunk.rows for chunk in cut]).tolist()) == list(range(7))
     for chunk in cut:
@@ -71,6 +76,21 @@ def test_chunks_keep_the_budget_and_every_row_once() -> None:
         assert len(chunk.rows) == 1 or chunk.tokens <= 14
         assert torch.equal(chunk.features["number"], chunk.rows.float())
         assert torch.equal(part, text[chunk.rows][:, : part.shape[1]])
+    filled = sum(lengths) + 6
+    assert chunks.num_tokens(features, pads) == filled
+    assert chunks.padding_fraction([(features, pads)]) == pytest.approx(1 - filled / (7 * 11))
+
+
+def test_uniform_draws_differ_by_step_and_seed_and_take_any_seed() -> None:
+    catalogue = SimpleNamespace(num_docs=10**6)
+    stream = SimpleNamespace(dataset=SimpleNamespace(schema=None, catalogue=catalogue, pad_token_id=0), inline=False)
+    loss = LossConfig(uniform_negatives=5)
+    drawn = {
+        (seed, step): tuple(Batches(stream, loss, None, seed, torch.device("cpu"))._uniform(step))  # type: ignore[arg-type]
+        for seed in (0, 1, 20251123, 2**32 - 1)
+        for step in (0, 1)
+    }
+    assert len(set(drawn.values())) == 8 and all(len(draws) == 5 for draws in drawn.values())
 
 
 def test_a_rank_without_rows_still_has_something_to_encode() -> None:
@@ -78,7 +98,7 @@ def test_a_rank_without_rows_still_has_something_to_encode() -> None:
     dummy = chunks.dummy(features)
     assert dummy.features["text"].shape == (1, 1) and dummy.features["number"].shape == (1,)
     assert len(dummy.rows) == 0
-    assert chunks.cut(features, 0, 12) == []
+    assert chunks.cut(features, 0, 12, {}) == []
 
 
 def test_a_replayed_state_draws_the_same_and_leaves_no_trace() -> None:
@@ -116,3 +136,11 @@ Engine(torch.nn.Linear(2, 2), EngineConfig(), OptimizerConfig(), 1)
     }  # fmt: skip
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env={**os.environ, **variables})
     assert not (tmp_path / "extensions").exists()
+
+
+def test_ranks_with_devices_also_talk_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL alone refuses the CPU tensors in which ranks agree on chunks, losses and stops."""
+    assert engine._backend() == "gloo"
+    card = SimpleNamespace(device_name=lambda: "cuda", communication_backend_name=lambda: "nccl")
+    monkeypatch.setattr(engine, "get_accelerator", lambda: card)
+    assert engine._backend() == "cpu:gloo,cuda:nccl"
