@@ -31,6 +31,7 @@ from bigdssm.log import get_logger
 
 logger = get_logger(__name__)
 
+CHECKPOINTS = "checkpoints"  # of a stage's folder
 MANIFEST, LATEST, COMMON = "manifest.json", "latest", "common.safetensors"
 
 
@@ -198,6 +199,11 @@ def verify(path: Path) -> Checkpoint:
     return checkpoint
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Return True where `path` is a folder such as STAGE/checkpoints/step-00000100, whole or not."""
+    return path.is_dir() and path.parent.name == CHECKPOINTS
+
+
 def consolidated_state_dict(path: Path) -> dict[str, Tensor]:
     """Return the whole float32 weights in the checkpoint folder `path`. Raises CheckpointError where it is damaged."""
     return verify(path).reader().weights()
@@ -205,7 +211,7 @@ def consolidated_state_dict(path: Path) -> dict[str, Tensor]:
 
 def find(stage_dir: Path, which: str) -> Path:
     """Return the checkpoint folder `which` (`latest` or a `step-…` name) of a stage. Raises CheckpointError."""
-    folder = stage_dir / "checkpoints"
+    folder = stage_dir / CHECKPOINTS
     names = [path.name for path in _checkpoints(folder)]
     name = names[-1] if which == LATEST and names else which
     if name not in names:

@@ -202,7 +202,8 @@ class StageConfig:
     rows_global: int = 1024
     epochs: float = 1.0
     steps: int = 0  # 0: as many as `epochs` says
-    init: str | None = None  # model folder to start from; sft: by default the best of the run's own pretraining
+    # Model folder or checkpoint (STAGE/checkpoints/step-…) to start from; sft: by default its pretraining's best.
+    init: str | None = None
     mining: MiningConfig = field(default_factory=MiningConfig)
     validate_every_steps: int = 0  # 0: once, at the end
     patience: int = 0  # stop after so many validations without a better one; 0: never

@@ -9,30 +9,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bigdssm.checkpoint import consolidated_state_dict, find
-from bigdssm.config import load_config
-from bigdssm.data import Dataset
-from bigdssm.data.cache import Cache
+from bigdssm.checkpoint import find
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.curves import METRICS_FILE, read_stage
 from bigdssm.export.card import CARD_FILE, Figures, model_card
+from bigdssm.export.checkpoint_model import BEST, load_checkpoint_model
 from bigdssm.export.hf_format import write_hf
 from bigdssm.export.model_folder import (
-    CONFIG_FILE,
     META_FILE,
     ModelFolder,
     is_model_folder,
     load_model_folder,
     replace_folder,
     save_model_folder,
-    weights_checksum,
 )
 from bigdssm.export.onnx_format import write_onnx
 from bigdssm.export.probe import Parity, Probe, largest_difference
 from bigdssm.export.st_format import write_sentence_transformers
-from bigdssm.models import DualEncoder
 
-BEST = "best"
 EXPORT_FILE = "bigdssm_export.json"
 Format = Literal["model", "sentence-transformers", "hf", "onnx"]
 
@@ -58,22 +52,7 @@ def stage_source(stage_dir: Path, which: str) -> Source:
         folder = load_model_folder(best)
         return Source(folder, BEST, _validation(stage_dir, folder.provenance.get("step")))
     path = find(stage_dir, which)
-    state = consolidated_state_dict(path)
-    if is_model_folder(best):  # knows schema and architecture even where the dataset has gone
-        folder = load_model_folder(best)
-        model, config, schema, tokenizer_dir = folder.model, folder.config, folder.schema, folder.tokenizer_dir
-    else:
-        config = load_config(stage_dir / CONFIG_FILE)
-        dataset = Dataset.open(config.data.dir, cache=Cache.of(config.data))
-        schema, tokenizer_dir = dataset.schema, dataset.tokenizer_dir
-        model = DualEncoder(config.model, schema, dataset.pad_token_id, dataset.vocab_size)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"the weights in {path} do not fit the stage's config and schema: {reason}") from None
-    provenance = {"stage": stage_dir.name, "checkpoint": path.name}
-    taken = ModelFolder(model.eval(), config, schema, tokenizer_dir, provenance, weights_checksum(model))
+    taken = load_checkpoint_model(path)
     return Source(taken, path.name, _validation(stage_dir, int(path.name.removeprefix("step-"))))
 
 

@@ -18,12 +18,13 @@ import yaml
 from torch import Tensor
 
 from bigdssm import distributed
-from bigdssm.checkpoint import Checkpoint, CheckpointStore
+from bigdssm.checkpoint import CHECKPOINTS, Checkpoint, CheckpointStore, is_checkpoint
 from bigdssm.cli import ProgressBar
 from bigdssm.config import Config, StageConfig, StageName, first_difference
 from bigdssm.data import Dataset, Rows, RowStream
 from bigdssm.data.joining import open_dataset
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError
+from bigdssm.export.checkpoint_model import load_checkpoint_model
 from bigdssm.export.model_folder import load_model_folder
 from bigdssm.log import get_logger
 from bigdssm.models import DualEncoder
@@ -97,7 +98,7 @@ def _check_plain(name: StageName, stage: StageConfig, shards: str) -> None:
 
 
 def initial_model(config: Config, name: StageName) -> Path | None:
-    """Return the model folder that the stage starts from: its `init`, for SFT else the pretraining's best."""
+    """Return the folder that the stage starts from: its `init`, for SFT else the pretraining's best."""
     init = config.stage(name).init
     if init is not None:
         return Path(init)
@@ -129,7 +130,7 @@ def run_stage(
                 _report_valid(config, name, model, stream)
                 return
             after.enter_context(FolderLock(folder))
-            store = CheckpointStore(folder / "checkpoints", stage_config.keep_checkpoints)
+            store = CheckpointStore(folder / CHECKPOINTS, stage_config.keep_checkpoints)
             checkpoint = store.newest_good() if resume else None
             new_part = checkpoint is not None and not stream.check_state(checkpoint.state["stream"])
             _write_config(folder, config)
@@ -206,7 +207,7 @@ def _model(config: Config, name: StageName, dataset: Dataset) -> DualEncoder:
     if source is None:
         # .train(), since transformers gives a pretrained encoder out in evaluation mode
         return DualEncoder(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size).train()
-    loaded = load_model_folder(source)
+    loaded = load_checkpoint_model(source) if is_checkpoint(source) else load_model_folder(source)
     if dataset.schema.cut(loaded.schema.vocabulary_sizes()) == loaded.schema:
         grow_model(loaded.model, dataset.schema)
     else:

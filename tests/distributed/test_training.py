@@ -203,12 +203,13 @@ def test_fine_tuning_has_one_curve_at_any_world_size(
 def test_negatives_mined_before_are_taken_and_lost_ones_missed(
     config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool]
 ) -> None:
-    """A resumed run would mine others, by the weights that it has come to."""
+    """A resumed run would mine others, by the weights that it has come to. A checkpoint is as good a start as best/."""
     overrides = (f"sft.init={reference / 'pretrain' / 'best'}", *FINE_TUNING["pair_ce, mined"])
+    checkpoint = f"sft.init={reference / 'pretrain' / 'checkpoints' / 'step-00000012'}"
     own, given = tmp_path / "own", tmp_path / "given"
     mined = own / "sft" / "mined_negatives.npy"
     pools[1].run(small_run.run, config, own, overrides, "sft")
-    pools[1].run(small_run.run, config, given, (*overrides, f"sft.mining.file={mined}"), "sft")
+    pools[1].run(small_run.run, config, given, (*overrides, checkpoint, f"sft.mining.file={mined}"), "sft")
     assert not (given / "sft" / "mined_negatives.npy").exists()
     assert_same_curve(given, own, tolerance=0, stage="sft")
     mined.unlink()
