@@ -1,7 +1,7 @@
 """The training loop: one page, read it from the top to the bottom.
 
-What a step is stands in step.py, where batches come from in batches.py, what is reported in health.py, and how a
-stage is put together in stages.py.
+What a step is stands in step.py, where batches come from in batches.py, what is reported in health.py, how a stage is
+put together in stages.py, and what is checked before that in checks.py.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -22,8 +21,8 @@ from bigdssm.checkpoint import CHECKPOINTS, Checkpoint, CheckpointStore, is_chec
 from bigdssm.cli import ProgressBar
 from bigdssm.config import Config, StageConfig, StageName, first_difference
 from bigdssm.data import Dataset, Rows, RowStream
-from bigdssm.data.joining import open_dataset
-from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError
+from bigdssm.errors import CheckpointError, ConfigError
+from bigdssm.evaluation.curves import CONFIG_FILE
 from bigdssm.export.checkpoint_model import load_checkpoint_model
 from bigdssm.export.model_folder import load_model_folder
 from bigdssm.log import get_logger
@@ -34,6 +33,7 @@ from bigdssm.retrieval.mined import MinedNegatives
 from bigdssm.schema import hash64
 from bigdssm.training.alerts import SpikeAlert
 from bigdssm.training.batches import Batches, row_stream
+from bigdssm.training.checks import PART_KEYS, check_agreement, check_stage, initial_model
 from bigdssm.training.engine import Engine, device, init_process_group
 from bigdssm.training.faults import Faults
 from bigdssm.training.growth import GrownReader, grow_model
@@ -42,67 +42,14 @@ from bigdssm.training.launcher import Launcher
 from bigdssm.training.loop import Progress, SaveClock, Stage, Watch, restore, train
 from bigdssm.training.objective import Objective
 from bigdssm.training.row_log import CONSUMED, SKIPPED, RowLog
-from bigdssm.training.run_folder import RUNNING_FILE, STOP_FILE, FolderLock, note_start, versions
+from bigdssm.training.run_folder import STOP_FILE, FolderLock, note_start, versions
 from bigdssm.training.signals import StopRequest
 from bigdssm.training.step import Budget
-from bigdssm.training.trackers import Trackers, check_trackers
+from bigdssm.training.trackers import Trackers
 from bigdssm.training.validation import Validator
 from bigdssm.training.watchdog import Watchdog
 
 logger = get_logger(__name__)
-
-CONFIG_FILE = "config.yaml"
-NEW_PART_KEYS = ("steps", "epochs")  # may change, too, where a stage goes on over new partitions
-PART_KEYS = ("from_partition", "mixture", "mixture_batches")
-# What may change when a stage is resumed: it changes what is kept and said, not what is learned.
-WATCHING_KEYS = (
-    "save_every_steps", "save_every_minutes", "keep_checkpoints", "log_every_steps", "validate_every_steps", "patience",
-)  # fmt: skip
-
-
-def check_stage(config: Config, name: StageName, world_size: int, resume: bool) -> Dataset:
-    """Return the opened dataset after everything was checked that can be before ranks depend on each other.
-
-    Raises ConfigError, DataError or CheckpointError; nothing has been written then.
-    """
-    stage = config.stage(name)
-    if world_size > config.data.lanes:
-        raise ConfigError(f"{world_size} ranks, but data.lanes={config.data.lanes}: use at least one lane per rank")
-    check_trackers(config.run.trackers)
-    dataset = open_dataset(config.data)
-    dataset.check_against(config.data)
-    if config.data.webdataset is not None:
-        _check_plain(name, stage, config.data.webdataset)
-    if stage.loss.negatives and stage.mining.file is not None:
-        MinedNegatives.open(Path(stage.mining.file)).check_against(dataset)
-    folder = config.stage_dir(name)
-    if folder.exists() and any(file.name != RUNNING_FILE for file in folder.iterdir()):
-        _check_folder(folder, config, name, resume)
-    source = initial_model(config, name)
-    if source is not None and not source.is_dir():
-        fix = "run launch/pretrain.py with this config first" if name == "sft" else "correct the path"
-        raise ConfigError(f"{name} starts from {source}, which does not exist; {fix}, or set {name}.init")
-    return dataset
-
-
-def _check_plain(name: StageName, stage: StageConfig, shards: str) -> None:
-    """Raise where a stage needs what plain shards do not have."""
-    loss, why = stage.loss, f"{shards} has its documents beside their queries, without a catalogue"
-    for key, value in (("negatives", loss.negatives), ("uniform_negatives", loss.uniform_negatives)):
-        if value:
-            raise ConfigError(f"{name}.loss.{key}: got {value}, needs 0: {why}")
-    if loss.sampling != "none" and loss.frequency == "counts":
-        raise ConfigError(f"{name}.loss.frequency: got counts, needs streaming (or sampling=none): {why}")
-    if not stage.steps:
-        raise ConfigError(f"{name}.steps: got 0, needs a number of steps: plain shards have no epochs")
-
-
-def initial_model(config: Config, name: StageName) -> Path | None:
-    """Return the folder that the stage starts from: its `init`, for SFT else the pretraining's best."""
-    init = config.stage(name).init
-    if init is not None:
-        return Path(init)
-    return config.stage_dir("pretrain") / "best" if name == "sft" else None
 
 
 def run_stage(
@@ -117,7 +64,7 @@ def run_stage(
     with ExitStack() as after:  # what ends behind the watchdog's back, such as trackers that upload
         watchdog = Watchdog(config.engine.peer_timeout_s, launcher or Launcher(), folder / STOP_FILE)
         with watchdog:
-            _agree(config, dataset)
+            check_agreement(config, dataset)
             torch.manual_seed(config.run.seed)
             model = _model(config, name, dataset)
             if stage_config.loss.mlp:
@@ -280,42 +227,6 @@ def _mined_file(config: Config, dataset: Dataset, folder: Path) -> Path:
     which = [getattr(config.data, key) for key in PART_KEYS]
     part = f".{hash64(repr([*which, dataset.fingerprint])) % 2**64:016x}" if any(which[:2]) else ""
     return folder / f"mined_negatives{part}.npy"
-
-
-def _check_folder(folder: Path, config: Config, name: StageName, resume: bool) -> None:
-    """Raise unless `folder` is this run's own and is to be resumed."""
-    path = folder / CONFIG_FILE
-    if not resume:
-        raise CheckpointError(f"{folder} is not empty; go on with --resume auto, or choose another run.dir")
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is not a stage folder: it has no {CONFIG_FILE}; choose another run.dir")
-    before, now = yaml.safe_load(path.read_text(encoding="utf-8")), config.to_dict()
-    for key in WATCHING_KEYS:
-        before[name].pop(key, None), now[name].pop(key)
-    parts = [[content["data"].pop(key, None) for key in PART_KEYS] for content in (before, now)]
-    if parts[0] != parts[1]:  # the stream's state decides whether a new part may begin
-        for key in NEW_PART_KEYS:
-            before[name].pop(key, None), now[name].pop(key)
-    difference = next(
-        filter(None, (first_difference(before[key], now[key], key) for key in ("data", "model", name))), None
-    )
-    if difference:
-        raise ConfigError(f"{folder} was run with another config: {difference}; resume needs the same")
-
-
-def _agree(config: Config, dataset: Dataset) -> None:
-    """Raise on every rank where a rank has another config, dataset, or version of code or libraries than rank 0."""
-    mine = {"config": config.to_dict(), "dataset": {"fingerprint": dataset.fingerprint}, "version": versions()}
-    first = distributed.broadcast_object(mine)
-    error: BigDSSMError | None = None
-    for what in mine:
-        difference = first_difference(first[what], mine[what])
-        if difference and error is None:
-            error = ConfigError(
-                f"rank {distributed.rank()} on {socket.gethostname()} has another {what} than rank 0: {difference} "
-                "there; start all ranks alike"
-            )
-    distributed.raise_together(error)
 
 
 def _write_config(folder: Path, config: Config) -> None:

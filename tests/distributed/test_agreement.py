@@ -38,21 +38,21 @@ def test_a_rank_with_something_else_is_named(
 def differing(rank: int, world_size: int, config: Path, run_dir: Path, what: str) -> None:
     """Run, on rank 1 with another `what`."""
     from bigdssm.data import Dataset
-    from bigdssm.training import stages
+    from bigdssm.training import checks
 
     overrides: tuple[str, ...] = ()
-    versions, fingerprint = stages.versions, Dataset.fingerprint
+    versions, fingerprint = checks.versions, Dataset.fingerprint
     if rank == 1 and what == "config":
         overrides = ("pretrain.optimizer.lr=0.02",)
     elif rank == 1 and what == "dataset":
         Dataset.fingerprint = property(lambda self: "other")  # type: ignore[assignment,method-assign]
     elif rank == 1:
         other = {"code": "another", "torch": "1.0"}[what]
-        stages.versions = lambda: {**versions(), what: other}  # type: ignore[assignment]
+        checks.versions = lambda: {**versions(), what: other}  # type: ignore[assignment]
     try:
         small_run.run(rank, world_size, config, run_dir, overrides)
     finally:
-        stages.versions, Dataset.fingerprint = versions, fingerprint  # type: ignore[assignment,method-assign]
+        checks.versions, Dataset.fingerprint = versions, fingerprint  # type: ignore[assignment,method-assign]
 
 
 def asked_on_the_last_rank(rank: int, world_size: int) -> tuple[bool, bool]:

@@ -14,7 +14,8 @@ from bigdssm.data import Dataset
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
 from bigdssm.retrieval.mined import mined_records
 from bigdssm.training.batches import row_stream
-from bigdssm.training.stages import _mined_file, check_stage
+from bigdssm.training.checks import check_stage
+from bigdssm.training.stages import _mined_file
 from tests.distributed import small_run
 
 
