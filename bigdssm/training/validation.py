@@ -10,6 +10,7 @@ from torch import Tensor
 from bigdssm import distributed, timing
 from bigdssm.config import Config
 from bigdssm.data import Dataset
+from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.evaluation.split import Evaluation, evaluate_split
 from bigdssm.export.model_folder import save_model_folder
 from bigdssm.models import DualEncoder, MlpScorer
@@ -57,17 +58,26 @@ class Validator:
         return scored_encoders(engine.deepspeed, scorer.to(device()), self._dataset, device())
 
     def keep(self, engine: Engine, provenance: dict[str, Any]) -> None:
-        """Write the present weights to the best/ folder. A collective."""
+        """Write the present weights to the best/ folder. A collective.
+
+        Raises CheckpointError where they cannot be written; the folder of before stays.
+        """
         with timing.span("model folder"):
             state = engine.state_dict()
+            error: BigDSSMError | None = None
             if distributed.is_main():
-                save_model_folder(
-                    self._best_dir,
-                    cast(DualEncoder, engine.module),
-                    self._config,
-                    self._dataset.schema,
-                    self._dataset.tokenizer_dir,
-                    {**provenance, "dataset": self._dataset.fingerprint},
-                    state=state,
-                )
-            distributed.barrier()
+                try:
+                    save_model_folder(
+                        self._best_dir,
+                        cast(DualEncoder, engine.module),
+                        self._config,
+                        self._dataset.schema,
+                        self._dataset.tokenizer_dir,
+                        {**provenance, "dataset": self._dataset.fingerprint},
+                        state=state,
+                    )
+                except BigDSSMError as problem:
+                    error = problem
+                except OSError as problem:
+                    error = CheckpointError(f"could not write {self._best_dir}: {problem}; what it held before stays")
+            distributed.raise_together(error)

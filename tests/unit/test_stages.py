@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +13,13 @@ import pytest
 from bigdssm.config import Config, MiningConfig, SourceConfig, load_config
 from bigdssm.data import Dataset
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
+from bigdssm.export import load_model_folder
+from bigdssm.models import DualEncoder
 from bigdssm.retrieval.mined import mined_records
 from bigdssm.training.batches import row_stream
 from bigdssm.training.checks import check_stage
 from bigdssm.training.stages import _mined_file
+from bigdssm.training.validation import Validator
 from tests.distributed import small_run
 
 
@@ -136,3 +140,22 @@ def test_negatives_that_were_mined_before_are_looked_at(config: Config, tmp_path
         refused(config, DataError, f"another dataset: it names row {row} and document {document}, .* {documents} doc")
     np.save(tmp_path / "mined.npy", mined_records(np.array([rows - 1]), np.array([[documents - 1, -1]])))
     check_stage(config, "pretrain", 1, False)
+
+
+def test_a_full_disk_while_the_best_is_written_is_one_sentence(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a checkpoint: code 4, and the folder of before stays."""
+    dataset = Dataset.open(config.data.dir)
+    model = DualEncoder(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+    engine = SimpleNamespace(module=model, state_dict=model.state_dict)
+    validator = Validator(dataset, config, tmp_path / "best", 64)
+    validator.keep(engine, {"stage": "pretrain", "step": 1})  # type: ignore[arg-type]
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("bigdssm.export.model_folder.replace_folder", full)
+    with pytest.raises(CheckpointError, match=r"could not write \S*best: .*No space left on device.*stays"):
+        validator.keep(engine, {"stage": "pretrain", "step": 2})  # type: ignore[arg-type]
+    assert load_model_folder(tmp_path / "best").provenance["step"] == 1
