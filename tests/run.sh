@@ -46,7 +46,7 @@ section lint ruff check bigdssm launch tools tests
 section format ruff format --check bigdssm launch tools tests
 section types mypy
 for folder in unit distributed e2e; do
-    section "$folder" pytest -q --timeout "$timeout_s" --durations 5 -m "$selection" "tests/$folder"
+    section "$folder" pytest -q -rs --timeout "$timeout_s" --durations 5 -m "$selection" "tests/$folder"
 done
 
 say "summary"

@@ -1,4 +1,4 @@
-"""A dataset in S3, through s3fs, against an emulator on this machine; needs `pip install s3fs 'moto[server]'`."""
+"""A dataset in S3, through s3fs, against an emulator on this machine."""
 
 from __future__ import annotations
 
