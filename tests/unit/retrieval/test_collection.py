@@ -17,10 +17,10 @@ from bigdssm.config import Config, load_config
 from bigdssm.data import Dataset, Ragged
 from bigdssm.data.making.making import Target
 from bigdssm.data.making.pairs import PairTables, make_pairs
-from bigdssm.data.tables.beir import Entry, read_collection
+from bigdssm.data.tables.beir import Collection, Entry, read_collection
 from bigdssm.data.tokenizer import TextEncoder as Tokenizer
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.evaluation.collection import cut_vectors, model_run, model_vectors, pretrained_run
+from bigdssm.evaluation.collection import bm25_run, cut_vectors, model_run, model_vectors, pretrained_run
 from bigdssm.evaluation.split import evaluate_split
 from bigdssm.evaluation.trec import run_metrics
 from bigdssm.export import save_model_folder
@@ -183,6 +183,33 @@ def test_a_pretrained_encoder_as_it_is(made: tuple[Dataset, Path, Config], tmp_p
     assert all(len(value) == len(collection.qrels) for value in values.values())
     with pytest.raises(ConfigError, match=r"has no tokenizer\.json"):
         pretrained_run(tmp_path, collection)
+
+
+def test_bm25_finds_words_by_their_stems_best_first() -> None:
+    for package in ("bm25s", "Stemmer"):
+        pytest.importorskip(package)
+    texts = {
+        "sea": "Rivers run to the sea.",
+        "bridge": "A stone bridge over a river of stones.",
+        "lantern": "the copper lantern",
+        "none": "",
+    }
+    asked = {"one": "the stone bridges", "two": "running rivers", "three": "a River"}
+    asked |= {"stop words": "the of", "unknown": "zephyr", "": ""}
+    corpus, queries = ([Entry(key, text, {}) for key, text in side.items()] for side in (texts, asked))
+    collection = Collection(corpus, queries, {}, {"two": {"sea": 1}})
+    run = bm25_run(collection)
+    assert {key: list(found) for key, found in run.items()} == {
+        "one": ["bridge"], "two": ["sea", "bridge"], "three": ["sea", "bridge"],
+        "stop words": [], "unknown": [], "": [],
+    }  # fmt: skip
+    assert run["two"]["sea"] > run["two"]["bridge"] > 0
+    assert {key: list(found) for key, found in bm25_run(collection, top=1).items() if found} == {
+        "one": ["bridge"], "two": ["sea"], "three": ["sea"],
+    }  # fmt: skip
+    filtered = bm25_run(collection, filter_known=True, top=1)
+    assert list(filtered["two"]) == ["bridge"], "one more was to be retrieved"
+    assert list(filtered["three"]) == ["sea"], "for this one none more"
 
 
 def test_damage_is_named(made: tuple[Dataset, Path, Config], tmp_path: Path) -> None:
