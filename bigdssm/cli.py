@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from bigdssm.errors import BigDSSMError
+from bigdssm.errors import BigDSSMError, ConfigError
 from bigdssm.log import setup_logging
 
 INTERRUPTED_EXIT_CODE = 130  # what shells give for Ctrl-C
@@ -34,6 +35,15 @@ def run_main(main: Callable[[], int | None]) -> int:
         where = f": {error.filename}" if error.filename else ""
         sys.stderr.write(f"error: {error.strerror or error}{where}\n")
         return BigDSSMError.exit_code
+
+
+def refuse_options(parser: argparse.ArgumentParser, args: argparse.Namespace, options: Sequence[str], why: str) -> None:
+    """Raise ConfigError where one of `options` was given; `why` says with or without what it is not read."""
+    destinations = {option: option.removeprefix("--").replace("-", "_") for option in options}
+    given = [option for option, name in destinations.items() if getattr(args, name) != parser.get_default(name)]
+    if given:
+        them = "it" if len(given) == 1 else "them"
+        raise ConfigError(f"{', '.join(given)} would have no effect {why}; leave {them} out")
 
 
 class ProgressBar:

@@ -21,7 +21,7 @@ from time import perf_counter
 
 from rich.console import Console
 
-from bigdssm.cli import ProgressBar, run_main
+from bigdssm.cli import ProgressBar, refuse_options, run_main
 from bigdssm.data import Dataset
 from bigdssm.data.tables.beir import Collection, read_collection
 from bigdssm.errors import ConfigError
@@ -43,6 +43,7 @@ from bigdssm.evaluation.systems import (
     differences,
     differences_as_json,
     load_system,
+    names_apart,
     save_comparison,
     table,
     write_json,
@@ -50,6 +51,10 @@ from bigdssm.evaluation.systems import (
 from bigdssm.evaluation.trec import read_qrels, read_run, run_metrics, write_qrels, write_run
 from bigdssm.export import load_model_folder
 from bigdssm.retrieval.embed import encode_in_bf16, scored_encoders, tower_encoders
+
+OF_COLLECTIONS = (
+    "--widths", "--bm25", "--pretrained", "--max-tokens", "--filter-known", "--save-run", "--save-qrels",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -80,14 +85,22 @@ def main() -> None:
     beir.add_argument("--save-qrels", type=Path, metavar="FILE", help="write the qrels in TREC's format")
     args = parser.parse_args()
     if args.beir is not None:
+        ignored = ["--data", "--baselines", "--qrels"]
+        refuse_options(parser, args, ignored, "with --beir, which has its own documents and qrels")
+        for option, needed in (("--widths", "model"), ("--max-tokens", "pretrained")):
+            if getattr(args, needed) is None:
+                refuse_options(parser, args, [option], f"without --{needed}")
         on_collection(args)
     elif args.run is not None and args.qrels is not None:
+        ignored = ["--model", "--data", "--baselines", "--compare", "--bf16", *OF_COLLECTIONS]
+        refuse_options(parser, args, ignored, "with --run and --qrels, which measure a run alone")
         qrels = read_qrels(args.qrels)
         started = perf_counter()
         show(
             args, [System(args.run.stem, run_metrics(qrels, read_run(args.run)), perf_counter() - started)], len(qrels)
         )
     elif args.model is not None and args.data is not None:
+        refuse_options(parser, args, ["--run", "--qrels", *OF_COLLECTIONS], "without --beir")
         on_split(args)
     else:
         raise ConfigError("give --model and --data, or --beir, or --run and --qrels; --help says more")
@@ -95,10 +108,12 @@ def main() -> None:
 
 def on_split(args: argparse.Namespace) -> None:
     dataset = Dataset.open(args.data)
-    model = evaluated(args.model, dataset, args.split, args.bf16)
+    name, *names = names_apart([args.model, *args.compare])
+    model = evaluated(name, args.model, dataset, args.split, args.bf16)
     others = baseline_systems(dataset, args.split) if args.baselines else []
-    measure = partial(evaluated, bf16=args.bf16)
-    others += [(measure if path.is_dir() else load_system)(path, dataset, args.split) for path in args.compare]
+    for name, path in zip(names, args.compare, strict=True):
+        measure = partial(evaluated, name, bf16=args.bf16) if path.is_dir() else load_system
+        others.append(measure(path, dataset=dataset, split=args.split))
     pairs = [(model, other) for other in others]
 
     console = Console()
@@ -109,7 +124,7 @@ def on_split(args: argparse.Namespace) -> None:
         save_comparison(args.out, dataset, args.split, [model, *others], pairs)
 
 
-def evaluated(path: Path, dataset: Dataset, split: str, bf16: bool) -> System:
+def evaluated(name: str, path: Path, dataset: Dataset, split: str, bf16: bool) -> System:
     folder = load_model_folder(path, any_score=True)
     if bf16:
         encode_in_bf16(folder.model)
@@ -118,31 +133,36 @@ def evaluated(path: Path, dataset: Dataset, split: str, bf16: bool) -> System:
     encoders = scored_encoders(folder.model, scorer, dataset) if scorer else tower_encoders(folder.model, dataset)
     with ProgressBar() as progress:
         evaluation = evaluate_split(encoders, dataset, split, progress=progress)
-    return System.of_ranks(path.name, evaluation.ranks, evaluation.seconds)
+    return System.of_ranks(name, evaluation.ranks, evaluation.seconds)
 
 
 def on_collection(args: argparse.Namespace) -> None:
     collection = read_collection(args.beir, args.split)
     known = args.filter_known
     runs: list[tuple[str, Run, float]] = []
+    paths = [path for path in (args.model, args.run, *args.compare) if path is not None]
+    names = dict(zip(paths, names_apart(paths), strict=True))
 
-    def add(name: str, make: Callable[[], Run]) -> None:
+    def add(name: str, make: Callable[[], Run], spent_s: float = 0.0) -> None:
         started = perf_counter()
-        runs.append((name, make(), perf_counter() - started))
+        runs.append((name, make(), perf_counter() - started + spent_s))
 
     with ProgressBar() as progress:
         if args.model is not None:
+            name, started = names[args.model], perf_counter()
             folder = load_model_folder(args.model)
+            check_widths(args.widths, folder.config.model.dim)
             if args.bf16:
                 encode_in_bf16(folder.model)
             queries, documents = model_vectors(folder.model, folder.schema, folder.tokenizer_dir, collection, progress)
-            add(args.model.name, partial(vectors_run, collection, queries, documents, known))
+            encoding_s = perf_counter() - started  # of every width too: each system's seconds are those of all it takes
+            add(name, partial(vectors_run, collection, queries, documents, known), encoding_s)
             normalise = folder.config.model.score == "cosine"
             for width in args.widths:
                 cut = [cut_vectors(vectors, width, normalise) for vectors in (queries, documents)]
-                add(f"{args.model.name} cut to {width}", partial(vectors_run, collection, *cut, known))
+                add(f"{name} cut to {width}", partial(vectors_run, collection, *cut, known), encoding_s)
         if args.run is not None:
-            add(args.run.stem, partial(read_run, args.run))
+            add(names[args.run], partial(read_run, args.run))
         if args.bm25:
             add("BM25", partial(bm25_run, collection, filter_known=known))
         if args.pretrained is not None:
@@ -150,7 +170,7 @@ def on_collection(args: argparse.Namespace) -> None:
             add(f"{args.pretrained.name} as it is", partial(pretrained_run, args.pretrained, collection, **options))
         for path in args.compare:
             of_model = partial(run_of_model, path, collection, args.bf16, known, progress)
-            add(path.stem, of_model if path.is_dir() else partial(read_run, path))
+            add(names[path], of_model if path.is_dir() else partial(read_run, path))
     if not runs:
         raise ConfigError("--beir needs something to evaluate: --model, --run, --bm25, --pretrained or --compare")
     if args.save_run is not None:
@@ -159,6 +179,12 @@ def on_collection(args: argparse.Namespace) -> None:
         write_qrels(args.save_qrels, collection.qrels)
     systems = [System(name, run_metrics(collection.qrels, run), seconds) for name, run, seconds in runs]
     show(args, systems, len(collection.qrels))
+
+
+def check_widths(widths: list[int], dim: int) -> None:
+    """Raise ConfigError where a width is not one that the model's vectors can be cut to."""
+    if wrong := [width for width in widths if not 1 <= width <= dim]:
+        raise ConfigError(f"--widths {wrong[0]}: the model's vectors are {dim} wide, needs 1 to {dim}")
 
 
 def run_of_model(path: Path, collection: Collection, bf16: bool, filter_known: bool, progress: ProgressBar) -> Run:

@@ -24,7 +24,7 @@ from time import perf_counter
 
 from rich.console import Console
 
-from bigdssm.cli import ProgressBar, run_main
+from bigdssm.cli import ProgressBar, refuse_options, run_main
 from bigdssm.config import Config, RunConfig, first_difference
 from bigdssm.data import Dataset
 from bigdssm.data.cache import Cache
@@ -40,6 +40,7 @@ from bigdssm.evaluation.systems import (
     as_json,
     baseline_systems,
     differences,
+    names_apart,
     table,
     write_json,
 )
@@ -62,6 +63,11 @@ def main() -> None:
     parser.add_argument("--filter-known", action="store_true", help="as with tools/evaluate.py")
     parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16, which some processors do faster")
     args = parser.parse_args()
+    if args.beir is None:
+        of_collections = ["--bm25", "--pretrained", "--compare", "--save-runs", "--filter-known"]
+        refuse_options(parser, args, of_collections, "without --beir")
+    else:
+        refuse_options(parser, args, ["--data"], "with --beir, which has its own documents")
 
     runs = [trained_stages(run, args.bf16) for run in args.runs]
     check_seeds(args.runs, [next(iter(stages.values())).config for stages in runs])
@@ -130,7 +136,8 @@ def baselines_on_collection(collection: Collection, args: argparse.Namespace) ->
     if args.pretrained is not None:
         name = f"{args.pretrained.name} as it is"
         runs[name] = partial(pretrained_run, args.pretrained, collection, bf16=args.bf16, filter_known=known)
-    runs |= {path.stem: partial(read_run, path) for path in args.compare}
+    names = names_apart(args.compare)
+    runs |= {name: partial(read_run, path) for name, path in zip(names, args.compare, strict=True)}
     return [measured(name, run, collection, args) for name, run in runs.items()]
 
 
@@ -151,7 +158,8 @@ def measured(
     run = make()
     if args.save_runs is not None:
         label = name if stage_dir is None or len(args.runs) == 1 else f"{name} {stage_dir.parent.name}"
-        write_run(args.save_runs / f"{'-'.join(label.split())}.trec", run, label)
+        file = "-".join(label.replace("/", " ").split())
+        write_run(args.save_runs / f"{file}.trec", run, label)
     return System(name, run_metrics(collection.qrels, run), perf_counter() - started + spent)
 
 

@@ -58,6 +58,21 @@ class System:
         return paired_bootstrap(self.values[metric], other.values[metric])
 
 
+def names_apart(paths: Sequence[Path]) -> list[str]:
+    """Return each path's own name, and of the folders above it as many as tell it from the others."""
+    whole = [os.path.abspath(path) for path in paths]
+    bare = [os.path.splitext(name)[0] if path.is_file() else name for path, name in zip(paths, whole, strict=True)]
+    same = {name: {w for w, b in zip(whole, bare, strict=True) if b == name} for name in bare}
+    # A suffix stays where nothing else tells two files apart.
+    parts = [Path(b if len(same[b]) == 1 else w).parts for w, b in zip(whole, bare, strict=True)]
+    return [next("/".join(own[-n:]) for n in range(1, len(own) + 1) if _only(own[-n:], parts)) for own in parts]
+
+
+def _only(tail: tuple[str, ...], paths: Sequence[tuple[str, ...]]) -> bool:
+    """Return whether one path alone ends so, however often it comes."""
+    return len({path for path in paths if path[-len(tail) :] == tail}) == 1
+
+
 def baseline_systems(dataset: Dataset, split: str) -> list[System]:
     """Return popularity and, where rows have histories, the Markov baseline."""
     found = [_fitted("popularity", Popularity, dataset, split)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from bigdssm.data.tokenizer import TextEncoder as Tokenizer
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.collection import bm25_run, cut_vectors, model_run, model_vectors, pretrained_run
 from bigdssm.evaluation.split import evaluate_split
+from bigdssm.evaluation.systems import names_apart
 from bigdssm.evaluation.trec import run_metrics
 from bigdssm.export import save_model_folder
 from bigdssm.losses.matryoshka import cut
@@ -274,5 +276,52 @@ def test_the_tools_on_a_collection(
     assert len({s["recall_at_100"] for s in systems}) == 1
     assert "+ SFT − FPS pretraining: NDCG@10 +0.0000 [+0.0000, +0.0000], Recall@100 " in out
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"own.trec", "FPS-pretraining.trec", "+-SFT.trec"}
+    out = tools.ran("evaluate", *beir, *split, "--model", best, "--compare", tmp_path / "run" / "pretrain" / "best")
+    assert "sft/best − pretrain/best: NDCG@10 +0.0000 [+0.0000, +0.0000]" in out
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.5)
+        return model_vectors(*arguments)
+
+    monkeypatch.setattr("bigdssm.evaluation.collection.model_vectors", slow)
+    compared = ("--widths", 4, "--compare", best, "--out", tmp_path / "compared.json")
+    tools.ran("evaluate", *beir, *split, "--model", best, *compared)
+    seconds = [system["seconds"] for system in json.loads((tmp_path / "compared.json").read_text())["systems"]]
+    assert len(seconds) == 3 and min(seconds) > 0.5, "of some system, encoding is left out"
+
+
+def test_what_cannot_be_evaluated_is_refused(
+    made: tuple[Dataset, Path, Config], text_model: DualEncoder, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    dataset, folder, config = made
+    save_model_folder(tmp_path / "model", text_model, config, dataset.schema, dataset.tokenizer_dir, {})
+    tools, beir, model = Tools(monkeypatch, capsys), ("--beir", folder), ("--model", tmp_path / "model")
     assert "needs something to evaluate" in tools.refused(2, "evaluate", *beir)
     assert "give --model and --data, or --beir" in tools.refused(2, "evaluate")
+    for width in (config.model.dim + 1, 0, -1):
+        message = tools.refused(2, "evaluate", *beir, *model, "--widths", 4, width)
+        assert f"--widths {width}: the model's vectors are 8 wide, needs 1 to 8" in message
+    data, run = ("--data", dataset.dir), ("--run", tmp_path / "run.trec")
+    out = ("report", tmp_path, "--out", tmp_path / "out.json")
+    for arguments, message in (
+        ((*model, *data, "--bm25", "--widths", 4), "--widths, --bm25 would have no effect without --beir; leave them"),
+        ((*model, *data, *run), "--run would have no effect without --beir; leave it out"),
+        ((*beir, *model, *data), "--data would have no effect with --beir, which has its own documents"),
+        ((*beir, "--bm25", "--widths", 4), "--widths would have no effect without --model"),
+        ((*beir, *model, "--max-tokens", 9), "--max-tokens would have no effect without --pretrained"),
+        ((*run, "--qrels", tmp_path / "qrels", *model), "--model would have no effect with --run and --qrels"),
+    ):
+        assert message in tools.refused(2, "evaluate", *arguments)
+    assert "--filter-known would have no effect without --beir" in tools.refused(2, *out, "--filter-known")
+    assert "--data would have no effect with --beir" in tools.refused(2, *out, *beir, *data)
+
+
+def test_names_tell_systems_apart(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a/pretrain/best", "a/sft/best", "b/sft/best", "v1.5", "own.trec")]
+    paths[-1].write_text("")
+    assert names_apart(paths) == ["pretrain/best", "a/sft/best", "b/sft/best", "v1.5", "own"]
+    assert names_apart([paths[0], paths[0]]) == ["best", "best"]
+    paths[-1].with_suffix(".json").write_text("")
+    assert names_apart([paths[-1], paths[-1].with_suffix(".json")]) == ["own.trec", "own.json"]
+    assert len(set(names_apart([Path("best"), Path("../best")]))) == 2
