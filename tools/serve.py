@@ -40,16 +40,18 @@ def main() -> None:
     args = parser.parse_args()
     if args.cache < 0 or args.at_once < 1 or not 0 <= args.port < 65536:
         raise ConfigError("--cache needs at least 0, --at-once at least 1, --port 0 to 65535")
+    if args.threads is not None and args.threads < 1:
+        raise ConfigError(f"--threads {args.threads}: needs at least 1")
     if missing := [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"serving needs {' and '.join(missing)}: pip install 'bigdssm[serve]'")
     import uvicorn
 
     from bigdssm.serving.app import make_app
 
-    if args.threads:
+    if args.threads is not None:
         torch.set_num_threads(args.threads)
     folder, index = load_model_folder(args.model), open_index(args.index)
-    searcher = Searcher(folder, index, dataset_of(folder, args.data))
+    searcher = Searcher(folder, index, dataset_of(folder, args.data), args.threads)
     app = make_app(searcher, cache_size=args.cache, at_once=args.at_once)
     with socket.create_server((args.host, args.port)) as listening:
         print(f"http://{args.host}:{listening.getsockname()[1]}  (Ctrl-C stops)", flush=True)

@@ -95,6 +95,11 @@ class Index:
         return np.asarray(self.index.reconstruct(row))
 
 
+def search_with(threads: int) -> None:
+    """Have FAISS search with so many threads where this thread asks it to; every thread has a number of its own."""
+    faiss.omp_set_num_threads(threads)
+
+
 def build_index(vectors_dir: Path, folder: Path, kind: IndexType = "flat") -> VectorsMeta:
     """Build the inner-product index of a vectors folder and return its meta.
 

@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,8 @@ from bigdssm.errors import ConfigError, DataError
 from bigdssm.schema import PADDING, Feature, Schema, hash64
 
 NUM_SUGGESTIONS = 3
+# A name that nobody knows is compared with so many titles, as far as so many characters: at worst about a second.
+MOST_COMPARED, COMPARED_CHARACTERS = 5000, 80
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,14 @@ class DocumentNames:
         return cls(dataset.catalogue.keys(rows), dataset.catalogue.display(rows))
 
     def find(self, names: Sequence[str]) -> np.ndarray:
-        """Return int64 catalogue rows. Raises DataError that suggests the nearest names where one is unknown."""
+        """Return int64 catalogue rows. Raises DataError that suggests names near the first unknown one."""
         rows = []
         for name in names:
             row = self._by_key.get(name.strip(), self._by_name.get(name.strip().casefold()))
             if row is None:
-                near = _nearest(name, self._display)
-                raise DataError(f"no document is called {name.strip()!r}; the nearest are: {near}")
+                near = [self._display[self._by_name[title]] for title in _nearest(name, self._by_name)]
+                some = f"; the nearest are: {'; '.join(near)}" if near else ", nor nearly so"
+                raise DataError(f"no document is called {name.strip()[:COMPARED_CHARACTERS]!r}{some}")
             rows.append(row)
         return np.array(rows, np.int64)
 
@@ -139,11 +143,13 @@ def _histories(dataset: Dataset, seen: np.ndarray) -> dict[str, Column]:
     }
 
 
-def _nearest(name: str, display: Sequence[str]) -> str:
-    wanted = name.strip().casefold()
-    inside = [title for title in display if wanted and wanted in title.casefold()][:NUM_SUGGESTIONS]
-    if not inside:
-        folded = {title.casefold(): title for title in display}
-        close = difflib.get_close_matches(wanted, list(folded), NUM_SUGGESTIONS, 0.0)
-        inside = [folded[title] for title in close]
-    return "; ".join(inside)
+def _nearest(name: str, by_name: dict[str, int]) -> list[str]:
+    """Return some keys of `by_name` that hold the name, else some that resemble it."""
+    wanted = name.strip().casefold()[:COMPARED_CHARACTERS]
+    inside = list(islice((title for title in reversed(by_name) if wanted and wanted in title), NUM_SUGGESTIONS))
+    if inside:
+        return inside
+    few = len(by_name) <= MOST_COMPARED
+    same_letter = (title for title in reversed(by_name) if few or title[:1] == wanted[:1])
+    compared = {title[:COMPARED_CHARACTERS]: title for title in islice(same_letter, MOST_COMPARED)}
+    return [compared[start] for start in difflib.get_close_matches(wanted, compared, NUM_SUGGESTIONS)]

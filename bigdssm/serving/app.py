@@ -101,7 +101,8 @@ def make_app(searcher: Searcher, *, cache_size: int = 10_000, at_once: int = 32)
         answer = cache.get(key)
         cached = answer is not None
         if answer is None:
-            query = searcher.query(ask.features, ask.user, ask.history)
+            # In a thread: looking up users and unknown titles may take long, and others are to be answered meanwhile.
+            query = await run_in_threadpool(searcher.query, ask.features, ask.user, ask.history)
             found = await batcher((query, ask.top))
             timing = {"encode_ms": found.encode_ms, "search_ms": found.search_ms, "batch": found.batch}
             answer = {"documents": found.documents, "history": searcher.seen(query), **timing}

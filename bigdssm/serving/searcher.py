@@ -18,7 +18,7 @@ from bigdssm.data.tokenizer import TextEncoder
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.export import ModelFolder
 from bigdssm.retrieval.embed import query_vectors
-from bigdssm.retrieval.index import Index
+from bigdssm.retrieval.index import Index, search_with
 from bigdssm.retrieval.search import DocumentNames, Query, feature_query, history_query, user_query
 
 MOST_USERS_LISTED = 1000
@@ -38,9 +38,10 @@ class Found:
 class Searcher:
     """Answers queries in batches."""
 
-    def __init__(self, folder: ModelFolder, index: Index, dataset: Dataset | None) -> None:
+    def __init__(self, folder: ModelFolder, index: Index, dataset: Dataset | None, threads: int | None = None) -> None:
         """Take the model, the index of its vectors, and the dataset, without which there are no users or histories.
 
+        `threads` search the index for one call; by default as many as FAISS takes by itself.
         Raises CheckpointError: the index or the dataset is another model's; DataError: its queries have a history, and
         there is no dataset to look items up in.
         """
@@ -55,7 +56,7 @@ class Searcher:
                 raise CheckpointError(
                     f"the index was made of another dataset than {dataset.dir}; embed and index again"
                 )
-        self._folder, self._index, self._dataset = folder, index, dataset
+        self._folder, self._index, self._dataset, self._threads = folder, index, dataset, threads
         self._has_history = any(feature.type == "history" for feature in folder.schema.query.values())
         if self._has_history and dataset is None:
             raise DataError("queries of this model have a history; give its dataset with --data")
@@ -111,6 +112,7 @@ class Searcher:
         features = to_features(self._folder.schema.query, columns, self._folder.pad_token_id)
         vectors = query_vectors(self._folder.model, features).numpy()
         encoded = time.perf_counter()
+        self._use_threads()
         top = max(top for _, top in asked)
         seen = [query.seen for query, _ in asked]
         scores, rows = self._index.search(vectors, top, self._folder.checksum, seen)
@@ -126,7 +128,12 @@ class Searcher:
         row = pc.index(self._index.keys, pa.scalar(key, pa.string())).as_py()
         if row < 0:
             raise DataError(f"no document has the key {key!r}")
+        self._use_threads()
         return self._index.display[row].as_py(), self._documents(*self._index.similar(row, top))
+
+    def _use_threads(self) -> None:
+        if self._threads is not None:
+            search_with(self._threads)
 
     def _documents(self, scores: np.ndarray, rows: np.ndarray) -> list[dict[str, Any]]:
         scores, rows = scores[rows >= 0], rows[rows >= 0]

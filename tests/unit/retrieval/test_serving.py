@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pytest
+import torch
 
 from bigdssm.data import Collator, Dataset
 from bigdssm.data.tokenizer import TextEncoder
 from bigdssm.errors import CheckpointError, DataError
 from bigdssm.export import load_model_folder
 from bigdssm.retrieval.embed import query_vectors, tower_encoders
-from bigdssm.retrieval.index import IndexType, build_index, open_index
-from bigdssm.retrieval.search import Query, feature_query, user_query
+from bigdssm.retrieval.index import Index, IndexType, build_index, open_index
+from bigdssm.retrieval.search import (
+    COMPARED_CHARACTERS,
+    MOST_COMPARED,
+    DocumentNames,
+    Query,
+    feature_query,
+    user_query,
+)
 from bigdssm.retrieval.vectors import write_vectors
 from bigdssm.serving.batching import Batcher, Cache, Overloaded
 from bigdssm.serving.searcher import Searcher
 from tests.conftest import NUM_ITEMS
+from tests.unit.retrieval.test_tools import Tools
 
 fastapi = pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient  # noqa: E402
@@ -140,7 +152,9 @@ def test_the_nearest_documents_of_a_document(
         ({}, 400, "a query is one of features, user, history; got 0 of them"),
         ({"user": "u7", "history": []}, 400, "got 2 of them"),
         ({"user": "nobody"}, 404, "no user is called 'nobody'"),
-        ({"history": ["nothing at all"]}, 404, "no document is called 'nothing at all'; the nearest are"),
+        ({"history": ["i2", "nothing at all"]}, 404, "no document is called 'nothing at all', nor nearly so"),
+        ({"history": ["river lanterm"]}, 404, "no document is called 'river lanterm'; the nearest are: river lantern"),
+        ({"history": ["x" * 10_000]}, 404, "no document is called 'xxx"),
         ({"features": {"colour": "red"}}, 400, "colour is not a query feature that can be typed"),
         ({"features": {"age": "old"}}, 400, "age is 'old', needs a number"),
         ({"features": {"age": "1e99"}}, 400, "age is '1e99', needs a number"),
@@ -178,6 +192,91 @@ def test_bad_requests_are_one_sentence(client: TestClient) -> None:
         assert answer.status_code == status, answer.text
         assert sentence in answer.json()["error"]
     assert client.post("/api/search", json={"user": "u7"}).status_code == 200
+
+
+def test_others_are_answered_while_a_query_is_looked_up(searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, others_answered, waited = threading.Event(), threading.Event(), []
+    query = searcher.query
+
+    def slow(*arguments: Any) -> Query:
+        begun.set()
+        waited.append(others_answered.wait(10))
+        return query(*arguments)
+
+    monkeypatch.setattr(searcher, "query", slow)
+    with TestClient(make_app(searcher)) as client:
+        asking = threading.Thread(target=client.post, args=("/api/search",), kwargs={"json": {"user": "u7"}})
+        asking.start()
+        assert begun.wait(10)
+        assert client.get("/api/statistics").status_code == 200
+        others_answered.set()
+        asking.join()
+    assert waited == [True], "no other request was answered while the query was looked up"
+
+
+def test_an_unknown_title_is_compared_with_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks may send long names, and the catalogue may be large."""
+    compared, close_matches = [], difflib.get_close_matches
+
+    def counting(word: str, titles: Sequence[str], *others: Any) -> list[str]:
+        compared.append((len(titles), max(map(len, titles), default=0), len(word)))
+        return close_matches(word, titles, *others)
+
+    monkeypatch.setattr(difflib, "get_close_matches", counting)
+    keys = [str(number) for number in range(3 * MOST_COMPARED)]
+    names = DocumentNames(keys, [f"{'ab'[int(key) % 2]} film {key} {'and on ' * 30}" for key in keys])
+    with pytest.raises(DataError, match=r"is called 'b flim 9001 and on .*; the nearest are: b film 9001 and"):
+        names.find(["b flim 9001 " + "and on " * 1000])
+    assert compared == [(MOST_COMPARED, COMPARED_CHARACTERS, COMPARED_CHARACTERS)]
+
+
+def test_the_index_is_searched_with_the_threads_asked_for(
+    model_dir: Path, index_dir: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whatever thread a request is answered: each has its own number."""
+    used: dict[str, int] = {}
+
+    class Watched(Index):
+        def search(self, *arguments: Any) -> Any:
+            used["search"] = faiss.omp_get_max_threads()
+            return super().search(*arguments)
+
+        def similar(self, *arguments: Any) -> Any:
+            used["similar"] = faiss.omp_get_max_threads()
+            return super().similar(*arguments)
+
+    opened = open_index(index_dir)
+    index = Watched(opened.index, opened.meta, opened.keys, opened.display)
+    before = faiss.omp_get_max_threads()
+    with TestClient(make_app(Searcher(load_model_folder(model_dir), index, dataset, threads=before + 3))) as client:
+        assert client.post("/api/search", json={"user": "u7"}).status_code == 200
+        assert client.get("/api/similar", params={"key": "i3"}).status_code == 200
+    assert used == {"search": before + 3, "similar": before + 3}
+
+
+def test_it_listens_on_this_machine_alone_with_the_threads_asked_for(
+    model_dir: Path, index_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, threads = [], []
+
+    class Watched(Searcher):
+        def __init__(self, *arguments: Any) -> None:
+            threads.append(arguments[3])
+            super().__init__(*arguments)
+
+    def listen(address: tuple[str, int]) -> None:
+        asked.append(address)
+        raise OSError("enough seen")
+
+    monkeypatch.setattr(socket, "create_server", listen)
+    monkeypatch.setattr("bigdssm.serving.searcher.Searcher", Watched)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    tools, arguments = Tools(monkeypatch, capsys), ("serve", "--model", model_dir, "--index", index_dir)
+    assert "enough seen" in tools.refused(1, *arguments)
+    assert (asked, threads) == ([("127.0.0.1", 8000)], [None])
+    tools.refused(1, *arguments, "--threads", 3)
+    assert threads == [None, 3, 3], "the model's and the index's"
+    assert "--threads 0: needs at least 1" in tools.refused(2, *arguments, "--threads", 0)
 
 
 def test_another_models_index_is_refused(
