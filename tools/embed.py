@@ -45,7 +45,7 @@ def main() -> None:
     went_on = f", {written.found} shards were finished before" if written.found else ""
     print(f"rank {rank} of {world_size}: {written.encoded} encoded, {written.reused} unchanged{went_on}")
     if written.meta is None:
-        return
+        return  # what follows is written by one rank, the one that was last
     print(f"{args.out}: {written.meta.num_docs} vectors of width {written.meta.width}")
     parity: dict[FileFormat, float] = {}
     for target in dict.fromkeys(["npy", *args.format]):

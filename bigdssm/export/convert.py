@@ -67,8 +67,7 @@ def export(source: Source, out: Path, target: Format = "model") -> Parity:
     Raises ConfigError where the format cannot hold the model or `out` holds something else, CheckpointError where the
     vectors differ by more than `probe.PARITY_LIMIT`; nothing is written then.
     """
-    marker = META_FILE if target == "model" else EXPORT_FILE
-    if out.exists() and not (out / marker).is_file() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not _is_export(out, target) and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is no export of the format {target}; choose another --out")
     aside = out.with_name(f".{out.name}.exporting")
     shutil.rmtree(aside, ignore_errors=True)
@@ -91,6 +90,17 @@ def export(source: Source, out: Path, target: Format = "model") -> Parity:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return parity
+
+
+def _is_export(folder: Path, target: Format) -> bool:
+    """Return whether `folder` says that it is an export of this format."""
+    if target == "model":
+        return (folder / META_FILE).is_file()
+    try:
+        marker = json.loads((folder / EXPORT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(marker, dict) and marker.get("format") == target
 
 
 def _write_model(model: ModelFolder, out: Path) -> Parity:

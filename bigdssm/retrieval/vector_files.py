@@ -70,8 +70,8 @@ def read_rows(path: Path, rows: np.ndarray) -> np.ndarray:
         width = int(np.fromfile(path, np.int32, 1)[0])
         whole = np.memmap(path, np.float32, "r").reshape(-1, width + 1)
         return np.asarray(whole[rows, 1:])
-    column = parquet.read_table(path, columns=["vector"])["vector"].take(pa.array(rows)).combine_chunks()
-    return np.asarray(column.flatten()).reshape(len(rows), -1)
+    with parquet.ParquetFile(path) as file:
+        return _rows_of_parquet(file, rows)
 
 
 def write_card(folder: Path, score: str, parity: dict[FileFormat, float]) -> None:
@@ -120,6 +120,22 @@ def _write_parquet(folder: Path, vectors: np.ndarray, path: Path) -> None:
             some = documents.slice(first, ROWS_AT_ONCE)
             columns = [some["doc_key"], some["display"], pa.FixedSizeListArray.from_arrays(flat, width)]
             writer.write_table(pa.table(columns, schema=schema))
+
+
+def _rows_of_parquet(file: parquet.ParquetFile, rows: np.ndarray) -> np.ndarray:
+    """Return the vectors of some rows, a row group at a time: the file may be larger than the memory."""
+    sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    starts = np.cumsum([0, *sizes])
+    groups = np.searchsorted(starts, rows, side="right") - 1
+    parts, order = [], np.argsort(groups, kind="stable")
+    for group in np.unique(groups):
+        column = file.read_row_group(int(group), columns=["vector"])["vector"]
+        wanted = column.take(pa.array(rows[groups == group] - starts[group])).combine_chunks()
+        parts.append(np.asarray(wanted.flatten()).reshape(len(wanted), -1))
+    found = np.concatenate(parts)
+    vectors = np.empty_like(found)
+    vectors[order] = found
+    return vectors
 
 
 _WRITERS: dict[str, Callable[[Path, np.ndarray, Path], None]] = {"fvecs": _write_fvecs, "parquet": _write_parquet}

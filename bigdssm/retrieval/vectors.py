@@ -66,7 +66,7 @@ class Written:
     encoded: int  # documents
     reused: int  # documents whose vectors came from the earlier folder
     found: int  # shards that were finished before
-    meta: VectorsMeta | None  # None: shards of other ranks are not finished yet; the last rank puts the folder in place
+    meta: VectorsMeta | None  # of the rank that put the folder in place; None on the others
 
 
 def write_vectors(
@@ -219,14 +219,14 @@ def _begin_or_go_on(folder: Path, meta: VectorsMeta, rows_per_shard: int) -> Pat
 
 
 def _finish_if_all_done(aside: Path, folder: Path, dataset: Dataset, meta: VectorsMeta, num_shards: int) -> bool:
-    """Put the folder in place if every shard is done; True where the folder is in place, whoever put it there."""
+    """Put the folder in place if every shard is done; True on the one rank that did."""
     try:
         lock = _lock(aside)
     except FileNotFoundError:
-        return True  # another rank was the last
+        return False  # another rank was the last
     with lock:
         if not aside.exists():
-            return True  # while this one waited for the lock
+            return False  # while this one waited for the lock
         if not all(_done(aside, shard).exists() for shard in range(num_shards)):
             return False
         _write_documents(aside / DOCUMENTS_FILE, dataset)

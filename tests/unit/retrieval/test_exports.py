@@ -252,6 +252,18 @@ def test_what_is_not_ours_stays(make_source: Any, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
 
+def test_an_export_is_replaced_by_one_of_its_format_alone(make_source: Any, tmp_path: Path) -> None:
+    source, out = make_source(), tmp_path / "exported"
+    export(source, out, "hf")
+    export(source, out, "hf")
+    marker = json.loads((out / EXPORT_FILE).read_text())
+    for other in (json.dumps({**marker, "format": "onnx"}), "[]", "{"):
+        (out / EXPORT_FILE).write_text(other)
+        with pytest.raises(ConfigError, match="exists and is no export of the format hf; choose another --out"):
+            export(source, out, "hf")
+        assert (out / EXPORT_FILE).read_text() == other
+
+
 def test_a_stages_best_brings_its_figures(make_source: Any, tmp_path: Path) -> None:
     model = make_source().model
     for step, recorded in ((3, {"ndcg_at_10": 0.25}), (4, None)):

@@ -7,6 +7,7 @@ import shutil
 import threading
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ from bigdssm.data.making.pairs import PairTables, make_pairs
 from bigdssm.errors import CheckpointError
 from bigdssm.export import load_model_folder
 from bigdssm.models import DualEncoder
+from bigdssm.retrieval import vector_files, vectors
 from bigdssm.retrieval.embed import Encoders, tower_encoders
 from bigdssm.retrieval.vector_files import difference_from_model, read_rows, write_card, write_file
 from bigdssm.retrieval.vectors import Work, read_meta, unfinished, write_vectors
@@ -111,8 +113,36 @@ def test_ranks_at_the_same_time(model: DualEncoder, dataset: Dataset, expected: 
     for rank in ranks:
         rank.join()
     assert sum(one.encoded for one in written) == NUM_ITEMS
-    assert any(one.meta is not None for one in written)
+    assert sum(one.meta is not None for one in written) == 1
     np.testing.assert_allclose(np.load(tmp_path / "v" / "vectors.npy"), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("when", ["before it looks", "while it waits for the lock"])
+def test_one_rank_alone_is_told_to_go_on(
+    model: DualEncoder, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Rank 1 puts the folder in place after rank 0's last shard."""
+    encoders, others, lock = tower_encoders(model, dataset), [], vectors._lock
+
+    def other_rank() -> None:
+        with monkeypatch.context() as undone:
+            undone.setattr(vectors, "_lock", lock)
+            others.append(write_vectors(tmp_path / "v", encoders, dataset, "m", Work(1, 2, SHARD)))
+
+    def late_lock(aside: Path) -> IO[str]:
+        waiting = (aside / "lock").open("w")
+        other_rank()
+        return waiting
+
+    def after_a_shard(what: str, done: int, total: int) -> None:
+        if done == total and when == "before it looks":
+            other_rank()
+        elif done == total:
+            monkeypatch.setattr(vectors, "_lock", late_lock)
+
+    own = write_vectors(tmp_path / "v", encoders, dataset, "m", Work(0, 2, SHARD, after_a_shard))
+    assert (tmp_path / "v" / "meta.json").is_file()
+    assert len(others) == 1 and others[0].meta is not None and own.meta is None
 
 
 def test_only_what_has_changed_is_encoded(tmp_path: Path) -> None:
@@ -180,6 +210,25 @@ def test_files_of_other_engines(model: DualEncoder, dataset: Dataset, config: Co
     card = (folder / "README.md").read_text()
     assert read_meta(folder).model_checksum in card
     assert "40 documents" in card and "width 9" in card and "vectors.parquet" in card
+
+
+def test_a_few_rows_of_parquet_are_read_without_the_rest(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    expected = np.load(copied / "vectors.npy")
+    monkeypatch.setattr(vector_files, "ROWS_AT_ONCE", 7)
+    path, read = write_file(copied, "parquet"), []
+
+    class Watched(parquet.ParquetFile):  # type: ignore[misc]
+        def read_row_group(self, group: int, columns: list[str]) -> pa.Table:
+            read.append((group, columns))
+            return super().read_row_group(group, columns=columns)
+
+    monkeypatch.setattr(parquet, "ParquetFile", Watched)
+    rows = np.array([38, 3, 39, 0, 6, 7])
+    np.testing.assert_array_equal(read_rows(path, rows), expected[rows])
+    assert read == [(0, ["vector"]), (1, ["vector"]), (5, ["vector"])]
 
 
 def test_a_file_with_other_vectors_is_named(model: DualEncoder, dataset: Dataset, folder: Path, tmp_path: Path) -> None:
