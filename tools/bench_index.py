@@ -4,7 +4,8 @@
 
 For each kind: Recall@100 against the exact search, NDCG@10 of each row's document (seen documents left out), p50 and
 p99 of one query's time on one thread, bytes per vector of the saved index, and the time to build it with the threads
-that OMP_NUM_THREADS gives. Queries are rows of the split, evenly spread.
+that OMP_NUM_THREADS gives. Queries are rows of the split, evenly spread. The score is the one that the model was
+trained with (`model.score`: dot or cosine); another needs vectors of another model.
 """
 
 from __future__ import annotations
@@ -75,8 +76,9 @@ def main() -> None:
     build_threads = faiss.omp_get_max_threads()
     measured, exact = [], None
     with ProgressBar() as progress:
-        for number, kind in enumerate(dict.fromkeys(["flat", *args.types])):
-            progress("kinds of index", number, len(args.types))
+        kinds = list(dict.fromkeys(["flat", *args.types]))  # flat is what the others are measured against
+        for number, kind in enumerate(kinds):
+            progress("kinds of index", number, len(kinds))
             found, result = measure(kind, vectors, meta, queries, exact, build_threads)
             exact = found if exact is None else exact
             measured.append(result)

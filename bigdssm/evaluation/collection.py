@@ -6,6 +6,7 @@ Shapes: m queries, N documents, D+1 the width of index vectors.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -16,28 +17,33 @@ from torch import Tensor
 from bigdssm.config import TextEncoderConfig
 from bigdssm.data import ragged
 from bigdssm.data.batch import Features
-from bigdssm.data.ragged import Column, Ragged, from_arrow
+from bigdssm.data.ragged import Column, from_arrow
 from bigdssm.data.tables.beir import Collection, Entry, texts_and_metadata
 from bigdssm.data.tables.columns import RowCheck, canonical
 from bigdssm.data.tables.fit import encode_columns
 from bigdssm.data.tables.sources import SourceBatch
-from bigdssm.data.tensors import to_features
+from bigdssm.data.tensors import pad_ids, to_features
 from bigdssm.data.tokenizer import TextEncoder as Tokenizer
 from bigdssm.errors import ConfigError, DivergedError
 from bigdssm.models.dual_encoder import DualEncoder
 from bigdssm.models.encoders import TextEncoder
-from bigdssm.retrieval.embed import Progress, document_vectors, encode_in_bf16, no_progress, query_vectors
+from bigdssm.retrieval.embed import (
+    Progress,
+    document_vectors,
+    encode_in_bf16,
+    in_chunks,
+    no_progress,
+    query_vectors,
+)
 from bigdssm.retrieval.mine import top_documents
 from bigdssm.schema import Feature, Schema
 
 TOP = 100  # documents retrieved for a query
-TOKENS_AT_ONCE = 4096  # what a CPU's caches hold
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 16_384
 QUERIES_AT_ONCE = 512
 BM25_K1, BM25_B = 0.9, 0.4  # Anserini's, with which BEIR's figures were made
 
 Run = dict[str, dict[str, float]]
-Encode = Callable[[Features], Tensor]
 
 
 def model_run(
@@ -69,7 +75,7 @@ def model_vectors(
         features: Mapping[str, Feature] = getattr(schema, side)
         columns = entry_columns(features, entries, tokenizer)
         what = "queries encoded" if side == "query" else "documents encoded"
-        return _in_chunks(columns, lambda part: encode(model, to_features(features, part, pad)), what, progress)
+        return _in_pieces(features, columns, pad, partial(encode, model), what, progress)
 
     queries = encoded("query", collection.queries, query_vectors)
     return queries, encoded("doc", collection.corpus, document_vectors)
@@ -120,14 +126,15 @@ def pretrained_run(
         encode_in_bf16(encoder)
     tokenizer, feature = Tokenizer(folder), {"text": Feature("text", "text", "text", max_tokens=max_tokens)}
 
-    def encode(columns: dict[str, Column]) -> Tensor:
+    def encode(texts: Features) -> Tensor:
         with torch.no_grad():
-            vectors = encoder(to_features(feature, columns, encoder.pad_token_id)["text"])
+            vectors = encoder(texts["text"])
         return torch.nn.functional.normalize(vectors.float(), dim=1)
 
     def encoded(entries: Sequence[Entry], what: str) -> Tensor:
         texts = [Entry(entry.key, entry.text, {}) for entry in entries]
-        return _in_chunks(entry_columns(feature, texts, tokenizer), encode, what, progress)
+        columns = entry_columns(feature, texts, tokenizer)
+        return _in_pieces(feature, columns, encoder.pad_token_id, encode, what, progress)
 
     queries = encoded(collection.queries, "queries encoded")
     return vectors_run(collection, queries, encoded(collection.corpus, "documents encoded"), filter_known, top)
@@ -182,23 +189,15 @@ def _ignore(file: str, row: int, reason: str, left_out: bool = True) -> None:
     """What cannot be read is taken as missing; making the dataset has reported it."""
 
 
-def _in_chunks(
-    columns: dict[str, Column], encode: Callable[[dict[str, Column]], Tensor], what: str, progress: Progress
-) -> Tensor:
-    """Return the vectors of all rows, encoded in chunks of similar length, which is several times faster."""
-    num_rows = len(next(iter(columns.values())))
-    length = np.ones(num_rows, np.int64)
-    for column in columns.values():
-        if isinstance(column, Ragged):
-            length += column.lengths
-    order = np.argsort(-length, kind="stable")
-    parts, first = [], 0
-    while first < num_rows:
-        rows = order[first : first + max(1, min(ROWS_AT_ONCE, TOKENS_AT_ONCE // int(length[order[first]])))]
-        parts.append(encode({name: ragged.take(column, rows) for name, column in columns.items()}))
-        first += len(rows)
-        progress(what, first, num_rows)
-    whole = torch.cat(parts)
-    vectors = torch.empty_like(whole)
-    vectors[torch.from_numpy(order)] = whole
-    return vectors
+def _in_pieces(
+    features: Mapping[str, Feature], columns: Mapping[str, Column], pad: int, encode: Callable[[Features], Tensor],
+    what: str, progress: Progress,
+) -> Tensor:  # fmt: skip
+    """Return the vectors of all rows; tensors, whose rows are padded, are made of a piece at a time."""
+    num_rows, parts = len(next(iter(columns.values()))), []
+    for first in range(0, num_rows, ROWS_AT_ONCE):
+        rows = np.arange(first, min(first + ROWS_AT_ONCE, num_rows))
+        piece = to_features(features, {name: ragged.take(column, rows) for name, column in columns.items()}, pad)
+        parts.append(in_chunks(piece, pad_ids(features, pad), len(rows), encode))
+        progress(what, first + len(rows), num_rows)
+    return torch.cat(parts)

@@ -5,7 +5,7 @@ A row has one relevant document; NaN is the rank of a row that has none and does
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,30 +14,26 @@ NUM_RESAMPLES = 2000
 CHUNK_DRAWS = 4_000_000
 
 
-def row_metrics(
-    ranks: np.ndarray, ks: Sequence[int] = (10,), recall_ks: Sequence[int] = (100,)
-) -> dict[str, np.ndarray]:
-    """Return float64 [rows with a rank] by name: hr_at_k, ndcg_at_k, mrr (uncut), recall_at_k.
+def row_metrics(ranks: np.ndarray) -> dict[str, np.ndarray]:
+    """Return float64 [rows with a rank] by name: hr_at_10, ndcg_at_10, mrr (uncut), recall_at_100.
 
-    With one relevant document the ideal DCG is 1, and NDCG@k is 1 / log2(1 + rank) within the first k. Source:
+    With one relevant document the ideal DCG is 1, and NDCG@10 is 1 / log2(1 + rank) within the first 10. Source:
     Järvelin and Kekäläinen 2002.
     """
     ranks = np.asarray(ranks, np.float64)
     ranks = ranks[~np.isnan(ranks)]
-    values: dict[str, np.ndarray] = {}
-    for k in ks:
-        within = ranks <= k
-        values[f"hr_at_{k}"] = within.astype(np.float64)
-        values[f"ndcg_at_{k}"] = within / np.log2(1 + ranks)
-    values["mrr"] = 1 / ranks
-    for k in recall_ks:
-        values[f"recall_at_{k}"] = (ranks <= k).astype(np.float64)
-    return values
+    within = ranks <= 10
+    return {
+        "hr_at_10": within.astype(np.float64),
+        "ndcg_at_10": within / np.log2(1 + ranks),
+        "mrr": 1 / ranks,
+        "recall_at_100": (ranks <= 100).astype(np.float64),
+    }
 
 
-def mean_metrics(ranks: np.ndarray, ks: Sequence[int] = (10,)) -> dict[str, float]:
+def mean_metrics(ranks: np.ndarray) -> dict[str, float]:
     """Return the mean over rows of every metric of `row_metrics`; NaN where no row has a rank."""
-    return means(row_metrics(ranks, ks))
+    return means(row_metrics(ranks))
 
 
 def means(values: Mapping[str, np.ndarray]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +40,6 @@ def evaluate_split(
     world_size: int = 1,
     rows_per_chunk: int = 1024,
     filter_seen: bool = True,
-    ks: Sequence[int] = (10,),
     progress: Progress = no_progress,
 ) -> Evaluation:
     """Return the Evaluation of a two-tower model on `split`, the same on every rank: every document is scored.
@@ -67,7 +66,7 @@ def evaluate_split(
         ranks[rows.row_ids - first] = _of_relevant(found, rows)
     distributed.raise_together(None if finite else DivergedError(f"vectors of split {split} hold NaN or inf"))
     everything = np.concatenate(distributed.all_gather_object(ranks))
-    return Evaluation(everything, mean_metrics(everything, ks), time.perf_counter() - started)
+    return Evaluation(everything, mean_metrics(everything), time.perf_counter() - started)
 
 
 def evaluate_scores(
@@ -76,7 +75,6 @@ def evaluate_scores(
     split: str,
     *,
     filter_seen: bool = True,
-    ks: Sequence[int] = (10,),
 ) -> Evaluation:
     """Return the Evaluation of any function from Rows of m queries to float scores [m, N], on one rank."""
     started = time.perf_counter()
@@ -86,7 +84,7 @@ def evaluate_scores(
         seen = _seen(rows, "cpu") if filter_seen else None
         rank = ranks_of_scores(as_tensor(scores(rows)), as_tensor(rows.doc_rows), seen)
         ranks[rows.row_ids] = _of_relevant(rank, rows)
-    return Evaluation(ranks, mean_metrics(ranks, ks), time.perf_counter() - started)
+    return Evaluation(ranks, mean_metrics(ranks), time.perf_counter() - started)
 
 
 def _seen(rows: Rows, device: torch.device | str) -> Seen:

@@ -89,8 +89,9 @@ class _Tower(nn.Module):
 def _export(tower: _Tower, features: Features, declared: dict[str, Feature], path: Path) -> None:
     rows = torch.export.Dim("rows")
     shapes = []
-    for name, values in features.items():
-        lengths = {1: torch.export.Dim(f"{name}_length", max=_longest(declared[name]))} if values.dim() == 2 else {}
+    for number, (name, values) in enumerate(features.items()):
+        # Numbered: a feature may be called what is no Python identifier, and these names have to be.
+        lengths = {1: torch.export.Dim(f"length_{number}", max=_longest(declared[name]))} if values.dim() == 2 else {}
         shapes.append({0: rows, **lengths})
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     before = [logger.level for logger in loggers]

@@ -94,12 +94,12 @@ def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | st
     def queries(rows: Rows) -> Tensor:
         features = to_device(collator.query_features(rows.query), device)
         pads = pad_ids(dataset.schema.query, dataset.pad_token_id)
-        return _in_chunks(features, pads, len(rows), partial(query_vectors, model))
+        return in_chunks(features, pads, len(rows), partial(query_vectors, model))
 
     def documents(doc_rows: np.ndarray) -> Tensor:
         features = to_device(dataset.catalogue.features(doc_rows), device)
         pads = pad_ids(dataset.schema.doc, dataset.pad_token_id)
-        return _in_chunks(features, pads, len(doc_rows), partial(document_vectors, model))
+        return in_chunks(features, pads, len(doc_rows), partial(document_vectors, model))
 
     return Encoders(queries, documents)
 
@@ -179,8 +179,8 @@ def _pieces(dataset: Dataset, split: str, share: Share) -> Iterator[Rows | None]
         share.progress("queries encoded", min((chunk + 1) * share.rows_per_chunk, end - begin), end - begin)
 
 
-def _in_chunks(features: Features, pads: PadIds, num_rows: int, encode: Callable[[Features], Tensor]) -> Tensor:
-    """Return `encode` of all rows, in their order; every rank makes the same number of calls to it."""
+def in_chunks(features: Features, pads: PadIds, num_rows: int, encode: Callable[[Features], Tensor]) -> Tensor:
+    """Return `encode` of all rows, in their order: chunks of rows of like length, as many calls of it on every rank."""
     on_cpu = next(iter(features.values())).device.type == "cpu"
     own = chunks.cut(features, num_rows, CHUNK_TOKENS_CPU if on_cpu else CHUNK_TOKENS_GPU, pads)
     number = int(distributed.all_reduce(torch.tensor([len(own)]), "max"))

@@ -63,9 +63,10 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_source(tokenizer_dir: Path) -> Any:
     """A function from model settings to a Source: a random model of one text on each side, in which all matters."""
 
-    def make(lengths: tuple[int, int] = (12, 24), **settings: Any) -> Source:
+    def make(lengths: tuple[int, int] = (12, 24), feature: str = "text", **settings: Any) -> Source:
         sides = {
-            side: {"text": {"type": "text", "max_tokens": n}} for side, n in zip(("query", "doc"), lengths, strict=True)
+            side: {feature: {"type": "text", "max_tokens": n}}
+            for side, n in zip(("query", "doc"), lengths, strict=True)
         }
         towers = {side: {"mlp": [10], **settings.pop(side, {})} for side in ("query", "doc")}
         for tower in towers.values():
@@ -96,10 +97,10 @@ def trainers_scores(source: Source, queries: list[str] = QUERIES, documents: lis
     """Return alpha * <u, w> + beta of queries and documents, [m, n]."""
     model, vectors = source.model, []
     for side, texts, encode in (("query", queries, query_vectors), ("doc", documents, document_vectors)):
-        feature = getattr(model.schema, side)["text"]
+        (feature,) = getattr(model.schema, side).values()
         assert model.tokenizer_dir is not None
         ids = TextEncoder(model.tokenizer_dir).encode(pa.array(texts, pa.large_string()), feature.max_tokens)
-        vectors.append(encode(model.model, {"text": to_tensor(feature, Ragged(*ids), 0)}))
+        vectors.append(encode(model.model, {feature.name: to_tensor(feature, Ragged(*ids), 0)}))
     return vectors[0] @ vectors[1].T
 
 
@@ -278,17 +279,19 @@ def test_a_stages_best_brings_its_figures(make_source: Any, tmp_path: Path) -> N
         stage_source(tmp_path, "latest")
 
 
-@pytest.mark.parametrize("name", ["dot with beta, one encoder", "cosine with one beta"])
+@pytest.mark.parametrize(
+    ("name", "feature"), [("dot with beta, one encoder", "text"), ("cosine with one beta", "any-text of it")]
+)
 def test_onnx_scores_as_the_trainer(
-    make_source: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_source: Any, name: str, feature: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for package in ONNX:
         pytest.importorskip(package)
-    source = make_source(**MODELS[name])
+    source = make_source(feature=feature, **MODELS[name])
     parity = export(source, tmp_path / "exported", "onnx")
     assert max(parity.query, parity.doc) <= PARITY_LIMIT
     card = run_card(tmp_path / "exported", monkeypatch)
-    queries, documents = ([{"text": text} for text in texts] for texts in (QUERIES, DOCUMENTS))
+    queries, documents = ([{feature: text} for text in texts] for texts in (QUERIES, DOCUMENTS))
     scores = torch.from_numpy(card["encode_query"](queries) @ card["encode_document"](documents).T)
     torch.testing.assert_close(scores, trainers_scores(source), rtol=1e-5, atol=1e-5)
 

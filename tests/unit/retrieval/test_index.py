@@ -167,7 +167,7 @@ def test_vectors_that_are_not_finite_are_not_written(model: DualEncoder, dataset
 def test_a_model_without_beta_scores_without(config: Config, dataset: Dataset) -> None:
     from dataclasses import replace
 
-    plain = DualEncoder(replace(config.model, beta=False), dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+    plain = DualEncoder(replace(config.model, beta="none"), dataset.schema, dataset.pad_token_id, dataset.vocab_size)
     vectors = tower_encoders(plain, dataset).documents(np.arange(5))
     assert vectors.shape == (5, config.model.dim + 1)
     assert vectors[:, -1].tolist() == [0.0] * 5
