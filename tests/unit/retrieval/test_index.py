@@ -19,7 +19,7 @@ from bigdssm.models import DualEncoder
 from bigdssm.retrieval import embed
 from bigdssm.retrieval.embed import Encoders, tower_encoders
 from bigdssm.retrieval.index import Index, IndexType, build_index, faiss_index, open_index
-from bigdssm.retrieval.vectors import VectorsMeta, Work, write_vectors
+from bigdssm.retrieval.vectors import VectorsMeta, Work, put_in_place, write_vectors
 
 from .conftest import SMALL, random_model
 
@@ -139,12 +139,32 @@ def test_approximate_indexes_find_most(
     assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, found, strict=True)]) > 0.8
 
 
-def test_product_quantisation_takes_a_width_that_its_codes_do_not_divide() -> None:
-    random = np.random.RandomState(0)
-    vectors = random.randn(9_984, 3).astype(np.float32) @ random.randn(3, 9).astype(np.float32)
-    index = faiss_index("ivfpq", vectors)
-    exact, found = (faiss_index("flat", vectors).search(vectors[:50], 100)[1], index.search(vectors[:50], 100)[1])
-    assert np.mean([len(set(a) & set(b)) / 100 for a, b in zip(exact, found, strict=True)]) > 0.7
+def test_product_quantisation_from_a_folder_to_similar_documents(tmp_path: Path) -> None:
+    """Of a width that its codes do not divide; a document's nearest are found by what its code stands for."""
+    random, num_docs, checksum = np.random.RandomState(0), 9_984, "m"
+    vectors = random.randn(num_docs, 3).astype(np.float32) @ random.randn(3, 9).astype(np.float32)
+    made = tmp_path / "made"
+    made.mkdir()
+    np.save(made / "vectors.npy", vectors)
+    names = pa.table({"doc_key": [f"d{i}" for i in range(num_docs)], "display": [f"D {i}" for i in range(num_docs)]})
+    with pa.OSFile(str(made / "documents.arrow"), "wb") as file, pa.ipc.new_file(file, names.schema) as writer:
+        writer.write_table(names)
+    put_in_place(made, tmp_path / "vectors", VectorsMeta("vectors", checksum, "dataset", num_docs, 9))
+    for kind in ("flat", "ivfpq"):
+        build_index(tmp_path / "vectors", tmp_path / kind, kind)
+    exact, index = open_index(tmp_path / "flat"), open_index(tmp_path / "ivfpq")
+    assert (index.meta.kind, index.keys[17].as_py(), index.display[17].as_py()) == ("ivfpq", "d17", "D 17")
+    wanted, found = (one.search(vectors[:50], 100, checksum)[1] for one in (exact, index))
+    assert np.mean([len(set(a) & set(b)) / 100 for a, b in zip(wanted, found, strict=True)]) > 0.7
+    close = []
+    for row in range(0, num_docs, 999):
+        cosines, rows = index.similar(row, 10)
+        own = vectors[[row, *rows], :-1]
+        own /= np.linalg.norm(own, axis=1, keepdims=True)
+        assert len(rows) == 10 and row not in rows and (np.diff(cosines) <= 0).all()
+        np.testing.assert_allclose(cosines, own[1:] @ own[0], atol=0.1)
+        close.append(len(set(rows) & set(exact.similar(row, 100)[1])) / 10)
+    assert np.mean(close) > 0.7, "few of the ten are among the hundred nearest"
     with pytest.raises(ConfigError, match="40 documents, needs at least 9984"):
         faiss_index("ivfpq", vectors[:40])
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 import yaml
@@ -206,6 +207,28 @@ def test_evaluate(
         3, "evaluate", "--model", model_dir, "--data", dataset.dir, "--compare", tmp_path / "first.json"
     )  # the test split
     assert "other rows" in message
+
+
+def test_kinds_of_index_are_measured(
+    tools: Tools, model: DualEncoder, model_dir: Path, index_dir: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    """Of the exact one, all that evaluating the model says."""
+    threads = faiss.omp_get_max_threads()
+    arguments = ("--model", model_dir, "--data", dataset.dir, "--vectors", index_dir.with_name("vectors"))
+    try:
+        out = tools.ran("bench_index", *arguments, "--types", "hnsw", "--out", tmp_path / "measured.json")
+    finally:
+        faiss.omp_set_num_threads(threads)  # it searches with one
+    content = json.loads((tmp_path / "measured.json").read_text())
+    flat, hnsw = content["indexes"]
+    assert (flat["kind"], hnsw["kind"]) == ("flat", "hnsw") and "hnsw" in out
+    assert f"{dataset.num_rows('test')} queries of test, 40 documents, width 9" in content["about"]
+    metrics = evaluate_split(tower_encoders(model, dataset), dataset, "test").metrics
+    assert flat["recall_at_100"] == 1.0 and flat["ndcg_at_10"] == pytest.approx(metrics["ndcg_at_10"], abs=1e-6)
+    assert 0.8 < hnsw["recall_at_100"] <= 1.0
+    assert 4 * 9 <= flat["bytes_per_vector"] < hnsw["bytes_per_vector"]
+    assert all(0 < one["p50_ms"] <= one["p99_ms"] and one["build_s"] > 0 for one in (flat, hnsw))
+    assert "--queries 0: needs at least 1" in tools.refused(2, "bench_index", *arguments, "--queries", 0)
 
 
 def test_mine_negatives(tools: Tools, model_dir: Path, other_model_dir: Path, dataset: Dataset, tmp_path: Path) -> None:
