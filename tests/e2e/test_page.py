@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import html
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from bigdssm.export import load_model_folder, save_model_folder
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.index import build_index
 from bigdssm.retrieval.vectors import write_vectors
+from tests.conftest import TinyDataset
 from tests.unit.retrieval.conftest import SMALL, random_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,11 +36,25 @@ pytest.importorskip("uvicorn")
 
 
 @pytest.fixture(scope="module")
-def served(tiny_interactions: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """A server of a small random model, started as a command: its address, and the folder of model and index."""
+def served(tiny_interactions: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A server of users and histories: its address, and the folder of model and index."""
     folder = tmp_path_factory.mktemp("served")
-    config = load_config(tiny_interactions.config, [f"model.{override}" for override in SMALL])
-    dataset = Dataset.open(tiny_interactions.dir)
+    with serving(tiny_interactions, folder) as address:
+        yield address, folder
+
+
+@pytest.fixture(scope="module")
+def texts_url(tiny_pairs: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server whose queries are texts."""
+    with serving(tiny_pairs, tmp_path_factory.mktemp("texts")) as address:
+        yield address
+
+
+@contextmanager
+def serving(tiny: TinyDataset, folder: Path) -> Iterator[str]:
+    """Serve a small random model with the command, and yield its address."""
+    config = load_config(tiny.config, [f"model.{override}" for override in SMALL])
+    dataset = Dataset.open(tiny.dir)
     model = random_model(config, dataset, 1)
     save_model_folder(folder / "model", model, config, dataset.schema, dataset.tokenizer_dir, {})
     checksum = load_model_folder(folder / "model").checksum
@@ -45,7 +63,7 @@ def served(tiny_interactions: Any, tmp_path_factory: pytest.TempPathFactory) -> 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(serve(folder, "0"), cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
-        yield server.stdout.readline().split()[0], folder
+        yield server.stdout.readline().split()[0]
         server.send_signal(signal.SIGINT)
         assert server.wait(timeout=20) in (0, 130, -signal.SIGINT)
 
@@ -69,8 +87,8 @@ def browse(url: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     profile = tmp_path_factory.mktemp("profile")
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={profile}"]
 
-    def look(query: str) -> str:
-        command = [browser, *options, "--virtual-time-budget=20000", "--dump-dom", f"{url}/{query}"]
+    def look(query: str, at: str = url) -> str:
+        command = [browser, *options, "--virtual-time-budget=20000", "--dump-dom", f"{at}/{query}"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=180)
         assert done.returncode == 0, done.stderr
         return html.unescape(done.stdout)
@@ -98,6 +116,20 @@ def test_the_page_shows_ten_documents_of_a_user(browse: Any) -> None:
     page = browse(link)
     assert f"Nearest to {found[0][2]}" in page
     assert len(rows(page)) == 10 and found[0][3] not in [cells[3] for cells in rows(page)]
+
+
+def test_the_page_takes_a_typed_text(browse: Any, texts_url: str) -> None:
+    asked = {"features": {"query": "stone bridge <river>"}, "top": 10}
+    request = urllib.request.Request(f"{texts_url}/api/search", json.dumps(asked).encode(), method="POST")
+    request.add_header("Content-Type", "application/json")
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        documents = json.load(answer)["documents"]
+    page = browse("?query=stone+bridge+%3Criver%3E", texts_url)
+    assert [(cells[0], cells[1], cells[3]) for cells in rows(page)] == [
+        (str(entry["rank"]), f"{entry['score']:.4f}", entry["key"]) for entry in documents
+    ]
+    assert len(documents) == 10 and "stone bridge <river>" in page and "no user" not in page
+    assert 'name="query"' in page and 'name="user"' not in page and 'name="history"' not in page
 
 
 def test_the_page_says_what_is_wrong_and_shows_it_as_text(browse: Any) -> None:
