@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
-from bigdssm.config import Config, first_difference, load_config
+from bigdssm.config import first_difference, load_config
 from bigdssm.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 MINIMAL = {
     "run": {"dir": "runs/x"},
     "data": {
@@ -37,9 +40,25 @@ def test_a_minimal_config_loads_and_survives_its_own_yaml(path: Path, tmp_path: 
     assert load_config(again) == config
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
-def test_the_shipped_configs_load(file: Path) -> None:
-    assert isinstance(load_config(file), Config)
+def header_overrides(file: Path) -> list[list[str]]:
+    """Return the override lines of a config's header: `#   key=value key=value …`, continued behind a backslash."""
+    header = file.read_text().split("\n\n")[0].replace("\\\n#", "")
+    lines = [shlex.split(line[4:]) for line in header.splitlines() if line.startswith("#   ")]
+    return [words for words in lines if all(re.match(r"[a-z_.]+=", word) for word in words)]
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file: Path) -> None:
+    plain = load_config(file)
+    given = [load_config(file, overrides) for overrides in header_overrides(file)]
+    if plain.model.share_text:  # the text configs: from scratch, and with a light query tower
+        name = plain.run.dir
+        assert [config.run.dir for config in given] == [f"{name}_scratch", f"{name}_light"]
+        scratch, light = given
+        assert scratch.data.dir == f"{plain.data.dir}_scratch" and scratch.data.tokenizer.path is None
+        assert scratch.model.query.text.hidden == scratch.model.dim  # the residual's width
+        assert light.data == plain.data and light.model.query.text.keep_layers == 2
+    assert len({config.run.dir for config in [plain, *given]}) == 1 + len(given)
 
 
 @pytest.mark.parametrize(
