@@ -39,7 +39,7 @@ from bigdssm.data.mapped import MappedTable
 from bigdssm.data.ragged import Ragged, gather_ranges, offsets_of
 from bigdssm.data.tables.columns import RowCheck, canonical, canonical_type, is_empty, relevances, strings, times
 from bigdssm.data.tables.fit import encode_columns, encoded_type
-from bigdssm.data.tables.hashing import KeyIndex, hash_strings, mix
+from bigdssm.data.tables.hashing import KeyIndex, hash_strings, shuffle_keys
 from bigdssm.data.tables.sources import ROWS_PER_BATCH, SourceBatch, read_table
 from bigdssm.data.tokenizer import TextEncoder
 from bigdssm.errors import ConfigError, DataError
@@ -353,7 +353,7 @@ def _rows(tables: InteractionTables, target: Target, events: _Events, prior: Rag
         if name == "train":
             if not len(chosen):
                 raise DataError(f"{tables.interactions}: no training row is left; every user has too few events")
-            chosen = chosen[np.argsort(mix(events.place[chosen], "shuffle", target.seed))]
+            chosen = chosen[np.argsort(shuffle_keys(events.place[chosen], target.seed))]
         rows[name] = _Rows(events, query_ids, end.astype(np.int32), chosen)
     return rows
 

@@ -38,7 +38,7 @@ from bigdssm.data.tables.beir import BeirWriter
 from bigdssm.data.tables.columns import RowCheck, canonical, canonical_type, is_empty, missing, relevances, strings
 from bigdssm.data.tables.explode import exploded
 from bigdssm.data.tables.fit import encode_columns
-from bigdssm.data.tables.hashing import KeyIndex, hash_rows, hash_strings, mix, row_keys
+from bigdssm.data.tables.hashing import KeyIndex, hash_rows, hash_strings, row_keys, shuffle_keys
 from bigdssm.data.tables.pair_splits import SPLITS, PairSplit, Splitter, pair_hash
 from bigdssm.data.tables.sources import SourceBatch, read_table
 from bigdssm.data.tables.webdataset_source import check_shard, is_shard, read_shard
@@ -204,7 +204,7 @@ class _Making:
             self.documents.grow(self.catalogue.num_docs)
             self.documents.note(docs, first, contents[good], split[good])
             query_ids, split, relevance = query_ids[good], split[good], relevance[good]
-            shuffle = mix(np.flatnonzero(good) + self.place, "shuffle", self.target.seed)
+            shuffle = shuffle_keys(np.flatnonzero(good) + self.place, self.target.seed)
             self.place += len(good)
             keep = np.ones(len(docs), bool)
             if tables.dedup:

@@ -43,6 +43,11 @@ def mix(keys: np.ndarray, purpose: str, seed: int) -> np.ndarray:
     return mix64(keys, hash64(f"{purpose}/{seed}"))
 
 
+def shuffle_keys(places: np.ndarray, seed: int) -> np.ndarray:
+    """Return a uint64 key for the source rows at `places`; train rows are written in the order of theirs."""
+    return mix(places, "shuffle", seed)
+
+
 def uniform(keys: np.ndarray, purpose: str, seed: int) -> np.ndarray:
     """Return a number in [0, 1) for every key, float64."""
     return (mix(keys, purpose, seed) >> np.uint64(11)).astype(np.float64) * 2.0**-53

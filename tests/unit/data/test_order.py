@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
 import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bigdssm.data.making.block_writer import block_rows
+from bigdssm.data.making.row_spool import ShuffleSpool
 from bigdssm.data.streaming.order import Order
+from bigdssm.data.tables.hashing import shuffle_keys
 from bigdssm.errors import ConfigError, DataError
 
 
@@ -97,18 +103,32 @@ def test_the_order_never_changes(tail: str, seed: int) -> None:
     assert digest.hexdigest() == GOLDEN[tail, seed]
 
 
-def test_neighbours_of_the_source_are_far_apart_and_epochs_differ() -> None:
+def test_neighbours_of_the_source_are_far_apart_and_epochs_differ(tmp_path: Path) -> None:
+    """A million rows, written as a making would and then ordered; the figures stand in docs/stream.md."""
     num_rows = 10**6
-    order = Order(uniform(num_rows, 2048), rows_global=65536, lanes=8)
+    rows_per_block = block_rows(num_rows)
+    order = Order(uniform(num_rows, rows_per_block), rows_global=65536, lanes=8)
     epochs = []
     for epoch in range(2):
         steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
         epochs.append(np.concatenate([order.row_ids(step) for step in steps]))
-    given_next_to_each_other = np.abs(np.diff(epochs[0]))
-    assert given_next_to_each_other.mean() >= 0.3 * num_rows
+    source_rows = written_order(tmp_path, num_rows)[epochs[0]]
+    place = np.unique(source_rows, return_index=True)[1]
+    assert np.abs(np.diff(place)).mean() >= 0.33 * num_rows  # neighbours in the source: steps apart
+    assert np.abs(np.diff(source_rows)).mean() >= 0.33 * num_rows  # rows of one step: from all over the source
+    # the order alone already takes the rows that it gives one after another from all over the dataset …
+    assert np.abs(np.diff(epochs[0])).mean() >= 0.3 * num_rows
     assert np.mean(epochs[0] == epochs[1]) < 1e-4
-    # in one window, blocks are mixed: rows of one block rarely follow each other
-    assert np.mean(epochs[0][1:] // 2048 == epochs[0][:-1] // 2048) < 0.1
+    # … and mixes the blocks of a window: rows of one block rarely follow each other
+    assert np.mean(epochs[0][1:] // rows_per_block == epochs[0][:-1] // rows_per_block) < 0.1
+
+
+def written_order(folder: Path, num_rows: int, seed: int = 0) -> np.ndarray:
+    """Return which source row stands at each row of a dataset, as makings of pairs shuffle them."""
+    rows = pa.table({"row": np.arange(num_rows)})
+    spool = ShuffleSpool(folder, rows.schema, buckets=4)
+    spool.add(rows, shuffle_keys(np.arange(num_rows), seed))
+    return pa.concat_tables(spool.tables()).column("row").to_numpy()
 
 
 def test_every_lane_meets_every_shard_over_time() -> None:
