@@ -50,7 +50,8 @@ class RowStream(ABC):
         self.rows_bad = self.rows_met = 0  # of this rank, since it was opened
         self._opened_at = start_step
         self._parts_per_step, self._max_bad_fraction, self._quarantine = parts_per_step, max_bad_fraction, quarantine
-        self._quarantined: set[tuple[str, int, int | None]] = set()
+        self._named: set[tuple[str, int, int | None]] = set()
+        self._written: set[bytes] | None = None  # lines of the file, also those of a run that this one goes on with
         self._failure: DataError | PeerError | None = None
         self._parts: Iterator[Part] | None = None
 
@@ -146,14 +147,30 @@ class RowStream(ABC):
         return rows
 
     def _name(self, fault: Bad) -> None:
-        """Name a bad row or block in the log and the quarantine file, once."""
+        """Name a bad row or block in the log and, where it does not stand there yet, in the quarantine file."""
         key = (fault.shard, fault.block, fault.row)
-        if key in self._quarantined:
+        if key in self._named:
             return
-        self._quarantined.add(key)
+        self._named.add(key)
         row = "" if fault.row is None else f", row {fault.row}"
         log.warning("left out: %s, block %d%s: %s", fault.shard, fault.block, row, fault.reason)
         if self._quarantine is not None:
-            self._quarantine.parent.mkdir(parents=True, exist_ok=True)
-            with self._quarantine.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(fault)) + "\n")
+            if self._written is None:
+                self._written = _whole_lines(self._quarantine)
+            line = json.dumps(asdict(fault)).encode() + b"\n"
+            if line not in self._written:
+                self._written.add(line)
+                with self._quarantine.open("ab") as file:
+                    file.write(line)
+
+
+def _whole_lines(path: Path) -> set[bytes]:
+    """Return the lines of a file, which is made where it is not there; one that a kill cut short is taken away."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        file.seek(0)
+        lines = file.read().splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):
+            file.truncate(sum(map(len, lines[:-1])))
+            lines.pop()
+    return set(lines)

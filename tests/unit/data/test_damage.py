@@ -112,6 +112,18 @@ def test_damaged_files_cost_their_blocks_and_nothing_else(
     assert 64 * len(blocks) <= stream.rows_bad < 64 * len(blocks) + 64  # step 21 reaches into the second epoch
 
 
+def test_a_run_that_goes_on_names_no_block_twice(copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cut_in_data(copy)
+    _, first, _ = read(copy, tmp_path)
+    quarantine = tmp_path / "run" / "quarantine.jsonl"
+    lines = quarantine.read_bytes().splitlines(keepends=True)
+    quarantine.write_bytes(b"".join(lines[:-1]) + lines[-1][:30])  # killed while it wrote the third
+    caplog.clear()
+    _, again, _ = read(copy, tmp_path, start_step=5)
+    assert len(first) == 3 and again == first
+    assert caplog.text.count("left out: ") == 3  # what this process leaves out
+
+
 def test_a_flipped_header_byte_costs_nothing(copy: Path, tmp_path: Path) -> None:
     _, offset, _ = block_entry(copy, 1)
     flip(copy / FIRST_SHARD, offset - 512 + 3)
