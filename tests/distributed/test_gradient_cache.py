@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from bigdssm.config import EngineConfig, ModelConfig, OptimizerConfig, TextEncoderConfig, TowerConfig
@@ -110,39 +113,102 @@ def plain_steps(rank: int, world_size: int) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def steps(rank: int, world_size: int, cases: list[Case], dropout: float) -> list[dict[str, Tensor]]:
-    """Return the weights after the steps of every case; SGD, since Adam would hide a wrong scale."""
+@contextmanager
+def plain_optimizer() -> Iterator[None]:
+    """Within it engines have SGD, since Adam would hide a wrong scale, and ZeRO 3 shards small parameters, too."""
     from bigdssm.training import engine
-    from bigdssm.training.step import Budget, train_step
 
     derive, build = engine.deepspeed_config, engine.build_optimizer
 
     def derived(*args: Any) -> dict[str, Any]:
         config = derive(*args) | {"zero_allow_untested_optimizer": True}
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # shards small parameters, too
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return config
 
     def sgd(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
         return torch.optim.SGD([{"params": list(model.parameters()), "lr": LR, "base_lr": LR}])
 
     engine.deepspeed_config, engine.build_optimizer = derived, sgd  # type: ignore[assignment]
-    weights = []
     try:
-        for case in cases:
-            config = EngineConfig(
-                zero_stage=case.zero_stage,
-                chunk_tokens=case.chunk_tokens,
-                keep_graph_tokens=case.keep_graph_tokens,
-            )
-            running = engine.Engine(new_model(dropout), config, OptimizerConfig(gradient_clipping=CLIPPING), 1)
-            torch.manual_seed(rank + 1)
-            for step in range(STEPS):
-                result = train_step(running, share_of(rank, world_size, step), loss_of, 1.0, Budget.of(config))
-                assert result.applied and result.gradient_norm > CLIPPING
-            weights.append(running.state_dict())
+        yield
     finally:
         engine.deepspeed_config, engine.build_optimizer = derive, build
+
+
+def new_engine(case: Case, dropout: float) -> tuple[Any, Any]:
+    """Return an engine, within `plain_optimizer`, and the budget of its steps."""
+    from bigdssm.training.engine import Engine
+    from bigdssm.training.step import Budget
+
+    config = EngineConfig(
+        zero_stage=case.zero_stage, chunk_tokens=case.chunk_tokens, keep_graph_tokens=case.keep_graph_tokens
+    )
+    return Engine(new_model(dropout), config, OptimizerConfig(gradient_clipping=CLIPPING), 1), Budget.of(config)
+
+
+def steps(rank: int, world_size: int, cases: list[Case], dropout: float) -> list[dict[str, Tensor]]:
+    """Return the weights after the steps of every case."""
+    from bigdssm.training.step import train_step
+
+    weights = []
+    with plain_optimizer():
+        for case in cases:
+            running, budget = new_engine(case, dropout)
+            torch.manual_seed(rank + 1)
+            for step in range(STEPS):
+                result = train_step(running, share_of(rank, world_size, step), loss_of, 1.0, budget)
+                assert result.applied and result.gradient_norm > CLIPPING
+            weights.append(running.state_dict())
     return weights
+
+
+def reductions(rank: int, world_size: int, cases: list[Case]) -> list[tuple[int, list[tuple[str, int]]]]:
+    """Return for one step of each case how many backwards it made, and (collective, elements) of every reduction."""
+    from bigdssm.training.step import train_step
+
+    names = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "all_reduce_coalesced")
+    originals = {name: getattr(dist, name) for name in names}
+    sent: list[tuple[str, int]] = []
+    found = []
+
+    def spy(name: str, function: Any) -> Any:
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            given = [x for value in (*args, *kwargs.values()) for x in (value if isinstance(value, list) else [value])]
+            sent.append((name, max(x.numel() for x in given if isinstance(x, Tensor))))
+            return function(*args, **kwargs)
+
+        return counting
+
+    try:
+        for name, function in originals.items():  # before engines are made: DeepSpeed keeps what it finds
+            setattr(dist, name, spy(name, function))
+        with plain_optimizer():
+            for case in cases:
+                running, budget = new_engine(case, 0.0)
+                backwards = []
+                run = running.backward
+                running.backward = lambda outputs, run=run, made=backwards: made.append(len(outputs)) or run(outputs)
+                sent.clear()
+                train_step(running, share_of(rank, world_size, 0), loss_of, 1.0, budget)
+                found.append((len(backwards), list(sent)))
+    finally:
+        for name, function in originals.items():
+            setattr(dist, name, function)
+    return found
+
+
+def test_gradients_are_reduced_once_a_step_however_many_chunks_there_are(pools: dict[int, Pool]) -> None:
+    cases = [Case(stage, 40, 90) for stage in (0, 1, 2, 3)]
+    parameters = sum(parameter.numel() for parameter in new_model(0.0).parameters())
+    for found in pools[2].run(reductions, cases):
+        for case, (backwards, sent) in zip(cases, found, strict=True):
+            assert backwards > 3
+            # the loss, the norm and the agreements on chunks reduce a few numbers each
+            gradients = [(name, size) for name, size in sent if size > 64]
+            if case.zero_stage < 3:
+                assert gradients == [("all_reduce", parameters)], case
+            else:  # each rank gets its share, the last with padding
+                assert gradients == [("reduce_scatter_tensor", parameters + parameters % 2)], case
 
 
 @pytest.mark.parametrize("world_size", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))])
