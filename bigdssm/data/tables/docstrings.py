@@ -121,7 +121,7 @@ _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 def _first_paragraph(node: FunctionNode) -> str:
     """Return the docstring's first paragraph on one line, or nothing where it says too little."""
     paragraph = (ast.get_docstring(node) or "").strip().split("\n\n")[0]
-    words = paragraph.split()
+    words = paragraph.encode("utf-8", "ignore").decode().split()  # an escape can write half a character, "\ud800"
     return " ".join(words) if len(words) >= MIN_WORDS else ""
 
 
