@@ -6,17 +6,19 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bigdssm.config import Config
+from bigdssm.config import Config, load_config
 from bigdssm.data import Collator, Dataset
 from bigdssm.errors import CheckpointError
 from bigdssm.export import load_model_folder, save_model_folder
 from bigdssm.models import DualEncoder
 from bigdssm.schema import Schema
+from tests.unit.retrieval.conftest import random_model
 
 
 def outputs(model: DualEncoder, dataset: Dataset) -> list[torch.Tensor]:
@@ -51,12 +53,16 @@ def test_weights_of_a_sharded_model_come_from_state(
     assert torch.equal(outputs(load_model_folder(tmp_path / "m").model, dataset)[0], outputs(model, dataset)[0])
 
 
-def test_the_pretrained_folder_of_a_text_encoder_may_go(config: Config, dataset: Dataset, tmp_path: Path) -> None:
+def small_bert(folder: Path, layers: int) -> Path:
     from transformers import BertConfig, BertModel
 
-    pretrained = tmp_path / "bert"
-    sizes = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20}
-    BertModel(BertConfig(vocab_size=300, max_position_embeddings=33, **sizes)).save_pretrained(pretrained)
+    sizes = {"hidden_size": 12, "num_hidden_layers": layers, "num_attention_heads": 3, "intermediate_size": 20}
+    BertModel(BertConfig(vocab_size=300, max_position_embeddings=33, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def test_the_pretrained_folder_of_a_text_encoder_may_go(config: Config, dataset: Dataset, tmp_path: Path) -> None:
+    pretrained = small_bert(tmp_path / "bert", layers=2)
     doc = replace(config.model.doc, text=replace(config.model.doc.text, init=str(pretrained)))
     started = replace(config, model=replace(config.model, doc=doc))
     model = DualEncoder(started.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size).eval()
@@ -65,6 +71,22 @@ def test_the_pretrained_folder_of_a_text_encoder_may_go(config: Config, dataset:
     loaded = load_model_folder(tmp_path / "m")
     assert loaded.config == started
     assert torch.equal(outputs(loaded.model, dataset)[1], outputs(model, dataset)[1])
+
+
+def test_a_light_query_tower_comes_back_light(tiny_pairs: Any, tmp_path: Path) -> None:
+    pretrained, dataset = small_bert(tmp_path / "bert", layers=3), Dataset.open(tiny_pairs.dir)
+    overrides = [
+        "dim=12", "share_text=false", "query.text.keep_layers=2", "query.residual=query", "doc.residual=text",
+        *(f"{side}.text.init={pretrained}" for side in ("query", "doc")),
+    ]  # fmt: skip
+    config = load_config(tiny_pairs.config, [f"model.{override}" for override in overrides])
+    model = random_model(config, dataset, seed=4)
+    save_model_folder(tmp_path / "m", model, config, dataset.schema, dataset.tokenizer_dir, {})
+    shutil.rmtree(pretrained)
+    loaded = load_model_folder(tmp_path / "m").model
+    for ours, theirs in zip(outputs(loaded, dataset), outputs(model, dataset), strict=True):
+        assert torch.equal(ours, theirs)
+    assert {side: len(encoder.bert.encoder.layer) for side, encoder in loaded.text.items()} == {"query": 2, "doc": 3}
 
 
 @pytest.fixture
