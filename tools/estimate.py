@@ -16,6 +16,7 @@ import sys
 from bigdssm.cli import run_main
 from bigdssm.config import load_config
 from bigdssm.data.joining import open_dataset
+from bigdssm.errors import ConfigError
 from bigdssm.training.estimate import estimate, recorded_rows_per_s
 
 
@@ -28,6 +29,9 @@ def main() -> None:
     parser.add_argument("--rows-per-s", type=float, metavar="X", help="speed of all ranks together, for the days")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted config keys")
     args = parser.parse_args()
+    for name, given in (("--gpus", args.gpus), ("--rows", args.rows)):
+        if given is not None and given < 1:
+            raise ConfigError(f"{name} {given}: needs at least 1")
     rows = [f"{args.stage}.rows_global={args.rows}"] if args.rows else []
     config = load_config(args.config, [*args.overrides, *rows])
     dataset = open_dataset(config.data)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +17,9 @@ from bigdssm.data.joining import open_dataset
 from bigdssm.training.estimate import Estimate, estimate
 from bigdssm.training.live_memory import LiveBytes
 from tests.conftest import TinyDataset
+from tests.unit.retrieval.test_tools import Tools
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def of(tiny: TinyDataset, *overrides: str, world_size: int = 1) -> Estimate:
@@ -73,3 +81,37 @@ def test_chunks_and_recomputation_take_less(tiny_pairs: TinyDataset) -> None:
     )
     assert again < chunks < 0.6 * whole
     assert both < 0.8 * whole
+
+
+def test_the_command_line_says_what_more_ranks_and_rows_change(
+    tiny_pairs: TinyDataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tools = Tools(monkeypatch, capsys)
+    command = ("--config", tiny_pairs.config, "pretrain.rows_global=240", "pretrain.steps=1000")
+    one = tools.ran("estimate", *command)
+    script = [sys.executable, str(ROOT / "tools" / "estimate.py"), *map(str, command)]
+    done = subprocess.run(
+        [*script, "--gpus", "4", "--rows", "480", "--rows-per-s", "500"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    four = done.stdout
+    assert "; 1 ranks" in one and "; 4 ranks" in four
+    assert "240 rows a step; a query has 239 negatives" in one
+    assert "480 rows a step; a query has 479 negatives" in four
+    assert "1,000 steps: unknown without rows a second" in one
+    assert "1,000 steps: 0.01 days at 500 rows a second" in four  # 480,000 rows
+    assert "sent by a rank in a step: 0 B" in one and size(four, "sent by a rank in a step:") > 1e6
+    moments = "optimizer's moments"
+    assert size(one, moments) == pytest.approx(4 * size(four, moments), rel=0.02)  # ZeRO 1 shares them out
+    towers = "towers' activations and gradients (then)"
+    assert size(four, towers) < 0.6 * size(one, towers)  # 120 rows on a rank, not 240
+    for option, got in (("--gpus", 0), ("--rows", 0), ("--rows", -8)):
+        assert f"{option} {got}: needs at least 1" in tools.refused(2, "estimate", *command, option, got)
+    assert "world_size=5 is more than lanes=4" in tools.refused(2, "estimate", *command, "--gpus", 5)
+
+
+def size(printed: str, label: str) -> float:
+    """Return the bytes that a line gives behind `label`."""
+    found = re.search(rf"^\s*{re.escape(label)}\s+([\d.]+) (B|kB|MB|GB)$", printed, re.MULTILINE)
+    assert found is not None, printed
+    return float(found[1]) * 1000 ** ["B", "kB", "MB", "GB"].index(found[2])
