@@ -87,9 +87,9 @@ class CatalogueWriter:
 
         def encoded(batch: pa.RecordBatch) -> dict[str, pa.Array]:
             keys = {
-                "doc_key": batch.column("doc_key").cast(pa.string()),
+                "doc_key": batch.column("doc_key"),
                 "doc_id": pa.array(hash_strings(batch.column("doc_key"))),
-                "display": batch.column("display").cast(pa.string()),
+                "display": batch.column("display"),
             }
             return keys | encode_columns(self._canonical(batch), features, text, large=True)
 

@@ -12,6 +12,8 @@ import xxhash
 
 from bigdssm.data.making.journal import State
 
+MOST_VALUES = 2**31 - 1  # bytes of strings or values of lists that 32-bit offsets reach
+
 
 def file_checksum(path: Path) -> str:
     """Return the xxh3_64 of a file's bytes, in hexadecimal."""
@@ -34,6 +36,7 @@ class ColumnFile:
     """Appends columns and writes them, in `finish`, as the single uncompressed batch of an Arrow file.
 
     One batch, so that readers address every row in the mapped file and nothing is copied; columns have no nulls.
+    Strings and lists have the offsets of the schema, but 64-bit ones where they are too many for those.
     """
 
     def __init__(self, path: Path, schema: pa.Schema, spool: Path, state: State | None = None) -> None:
@@ -51,18 +54,19 @@ class ColumnFile:
         return {"rows": self.num_rows, "columns": [column.state() for column in self._columns]}
 
     def append(self, columns: dict[str, pa.Array]) -> None:
-        """Append equally long columns, one per field of the schema, of its types."""
+        """Append equally long columns, one per field of the schema, of its types or those with 64-bit offsets."""
         for field, column in zip(self._schema, self._columns, strict=True):
             array = columns[field.name]
-            assert array.type == field.type and not array.null_count, f"{field} got {array.type}"
+            assert array.type in (field.type, _large(field.type)) and not array.null_count, f"{field} got {array.type}"
             column.append(array)
         self.num_rows += len(array)
 
     def finish(self) -> str:
         """Write the file and return its checksum."""
         arrays = [column.finish(self.num_rows) for column in self._columns]
-        with pa.OSFile(str(self._path), "wb") as sink, pa.ipc.new_file(sink, self._schema) as writer:
-            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
+        schema = pa.schema([field.with_type(array.type) for field, array in zip(self._schema, arrays, strict=True)])
+        with pa.OSFile(str(self._path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
         return file_checksum(self._path)
 
 
@@ -74,7 +78,7 @@ class _Column:
         self._paths = (path.with_suffix(".values"), path.with_suffix(".offsets"))
         *sizes, self._end = state
         self._values, self._offsets = (opened(p, size) for p, size in zip(self._paths, sizes, strict=True))
-        self._ragged = pa.types.is_string(dtype) or pa.types.is_list(dtype) or pa.types.is_large_list(dtype)
+        self._ragged = _large(dtype) != dtype or pa.types.is_large_list(dtype)
         if self._ragged and not self._offsets.tell():
             self._offsets.write(np.zeros(1, np.int64).tobytes())
 
@@ -87,7 +91,7 @@ class _Column:
         if not self._ragged:
             self._values.write(array.to_numpy().tobytes())
             return
-        width = np.int64 if pa.types.is_large_list(self._type) else np.int32
+        width = np.int64 if array.type == _large(array.type) else np.int32
         offsets = np.frombuffer(array.buffers()[1], width)[array.offset : array.offset + len(array) + 1].astype(
             np.int64
         )
@@ -108,14 +112,20 @@ class _Column:
         if not self._ragged:
             return pa.Array.from_buffers(self._type, num_rows, [None, values])
         offsets = _mapped(self._paths[1])
-        if not pa.types.is_large_list(self._type):
-            if self._end >= 1 << 31:
-                raise ValueError(f"{self._paths[0].stem}: more than 2^31 values in one part; write the data in parts")
+        dtype = self._type if self._end <= MOST_VALUES else _large(self._type)
+        if dtype != _large(dtype):
             offsets = pa.py_buffer(np.frombuffer(offsets, np.int64).astype(np.int32))
         if pa.types.is_string(self._type):
-            return pa.Array.from_buffers(self._type, num_rows, [None, offsets, values])
-        inner = pa.Array.from_buffers(self._type.value_type, self._end, [None, values])
-        return pa.Array.from_buffers(self._type, num_rows, [None, offsets], children=[inner])
+            return pa.Array.from_buffers(dtype, num_rows, [None, offsets, values])
+        inner = pa.Array.from_buffers(dtype.value_type, self._end, [None, values])
+        return pa.Array.from_buffers(dtype, num_rows, [None, offsets], children=[inner])
+
+
+def _large(dtype: pa.DataType) -> pa.DataType:
+    """Return the type with 64-bit offsets; itself where it has them or has none."""
+    if pa.types.is_string(dtype):
+        return pa.large_string()
+    return pa.large_list(dtype.value_type) if pa.types.is_list(dtype) else dtype
 
 
 def _mapped(path: Path) -> pa.Buffer:

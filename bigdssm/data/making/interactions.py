@@ -73,7 +73,7 @@ class InteractionTables:
 class _Events:
     """Events sorted by sequence, then time, then place in the file."""
 
-    keys: pa.Array  # string [sequences]
+    keys: pa.Array  # large_string [sequences]
     sequence: np.ndarray  # int64 [events]
     item: np.ndarray  # int64: catalogue row
     time: np.ndarray  # float64
@@ -235,7 +235,7 @@ class _Making:
         """Return the events sorted; none can be added after this."""
         table = pa.concat_tables(self.spools["events"].tables())
         arrays = {name: table.column(name).to_numpy() for name in EVENT_SCHEMA.names}
-        keys = pa.concat_tables(self.spools["keys"].tables()).column("key").combine_chunks()
+        keys = pa.concat_tables(self.spools["keys"].tables()).column("key").cast(pa.large_string()).combine_chunks()
         if self.num_low:
             self.notes.append(f"{self.num_low} interactions are rated below {self.tables.min_rating} and left out")
         if self.user and (unknown := int((self.users.find(hash_strings(keys)) < 0).sum())):
