@@ -1,4 +1,4 @@
-"""Says what is in a dataset, or (--verify) checks all of it; the exit code is not 0 where anything is damaged.
+"""Says what is in a dataset, or, with --verify, checks all of it: the exit code is then 3 where anything is damaged.
 
 python tools/inspect_shards.py datasets/movielens_100k
 python tools/inspect_shards.py datasets/movielens_100k --verify
@@ -61,10 +61,10 @@ def _print_description(console: Console, found: Description, split: str) -> None
     for side, feature in found.features:
         schema.add_row(f"{side}.{feature.name}", feature.type, feature.column, _fitted(feature, found.vocab_size))
     console.print(schema)
-    lengths = _table("lengths", *(f"{p}%" for p in PERCENTILES), "cut")
+    lengths = _table("lengths", *(f"{p}%" for p in PERCENTILES), "cut", "0 … longest")
     for entry in found.lengths:
         cut = "" if entry.cut is None else f"{entry.cut:.1%}"
-        lengths.add_row(entry.feature, *map(str, entry.percentiles), cut)
+        lengths.add_row(entry.feature, *map(str, entry.percentiles), cut, _bars(entry.histogram))
     console.print(lengths)
     top = _table("most frequent documents", "train positives")
     for display, count in found.top_docs:
@@ -82,6 +82,11 @@ def _table(*headers: str) -> Table:
     for i, header in enumerate(headers):
         table.add_column(header, justify="left" if i == 0 else "default", overflow="fold")
     return table
+
+
+def _bars(counts: Sequence[int]) -> str:
+    """Return a character for each count, as high as it is among them; a blank is 0."""
+    return "".join(" ▁▂▃▄▅▆▇█"[-(-8 * count // max(1, *counts))] for count in counts)
 
 
 def _fitted(feature: Feature, vocab_size: int) -> str:

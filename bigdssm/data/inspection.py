@@ -22,6 +22,7 @@ from bigdssm.schema import FIRST_CODE, OUT_OF_VOCABULARY, PADDING, Feature
 MAX_SCAN_BLOCKS = 512  # about a million rows, spread evenly over the split
 MAX_SCAN_DOCS = 1_000_000
 PERCENTILES = (0, 25, 50, 75, 95, 100)
+MOST_BINS = 16
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Lengths:
     feature: str
     percentiles: tuple[int, ...]  # at PERCENTILES
     cut: float | None  # share of rows at the cap, None without one
+    histogram: tuple[int, ...]  # rows in up to MOST_BINS equal ranges from 0 to the longest
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,9 @@ def _cap(feature: Feature) -> int | None:
 def _lengths(name: str, lengths: np.ndarray, cap: int | None) -> Lengths:
     values = np.percentile(lengths, PERCENTILES, method="nearest") if len(lengths) else np.zeros(len(PERCENTILES))
     cut = None if cap is None or not len(lengths) else float((lengths >= cap).mean())
-    return Lengths(name, tuple(int(value) for value in values), cut)
+    longest = int(lengths.max(initial=0))
+    histogram = np.histogram(lengths, min(longest + 1, MOST_BINS), (0, longest + 1))[0]
+    return Lengths(name, tuple(int(value) for value in values), cut, tuple(histogram.tolist()))
 
 
 def sample_rows(dataset: Dataset, split: str = "train", count: int = 10) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from bigdssm.data.dataset import Dataset, Partition, with_shards_of
 from bigdssm.data.index import SplitIndex, read_index
 from bigdssm.data.making.block_writer import TAR_HEADER_BYTES
 from bigdssm.data.making.column_file import file_checksum
-from bigdssm.data.making.dataset_writer import read_dataset_json
+from bigdssm.data.making.dataset_writer import TOKENIZER, read_dataset_json
 from bigdssm.data.making.making import Progress, no_progress
 from bigdssm.data.remote import is_url
 from bigdssm.errors import DataError
@@ -37,7 +37,7 @@ def verify_dataset(folder: str | Path, progress: Progress = no_progress) -> list
 
 
 def _damages(dataset: Dataset, progress: Progress) -> list[str]:
-    damages: list[str] = []
+    damages = list(_tokenizer_damages(dataset.dir))
     for number, partition in enumerate(dataset.partitions):
         damages += _file_damages(partition)
         for split, expected in partition.content["splits"].items():
@@ -56,6 +56,11 @@ def _damages(dataset: Dataset, progress: Progress) -> list[str]:
 def _catalogue_damages(folder: Path) -> Iterator[str]:
     for part in read_dataset_json(folder)["catalogue"]:
         yield from _compare(folder / part["file"], part["checksum"])
+
+
+def _tokenizer_damages(folder: Path) -> Iterator[str]:
+    for name, checksum in read_dataset_json(folder).get(TOKENIZER, {}).items():
+        yield from _compare(folder / TOKENIZER / name, checksum)
 
 
 def _file_damages(partition: Partition) -> Iterator[str]:

@@ -66,7 +66,12 @@ def test_every_figure_is_the_one_of_the_rows(tmp_path: Path, capsys: Any) -> Non
     assert (found.scanned_rows, found.duplicate_pairs, found.num_bad) == (11, 3, 1)
     assert found.top_docs == [("k2", 9), ("k0", 1), ("k1", 1), ("new", 0)]
     assert (found.num_docs, found.docs_without_train_rows) == (4, 1)
-    assert [(entry.feature, entry.percentiles) for entry in found.lengths] == [("query.tags", (0, 1, 1, 2, 3, 3))]
+    (lengths,) = found.lengths
+    assert (lengths.feature, lengths.percentiles) == ("query.tags", (0, 1, 1, 2, 3, 3))
+    assert lengths.histogram == (2, 4, 3, 2) and sum(lengths.histogram) == 11
+    assert inspect_main([str(tmp_path / "data"), "--rows", "0"]) == 0
+    line = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ query.tags")][-1]
+    assert line.split("│")[-2].strip() == "▆█▆▄"  # 3, 4, 3 and 2 rows, the one of day2 among them
     row = sample_rows(Dataset.open(tmp_path / "data"), count=12)[-1]
     assert (row["query.tags"], row["query.n"], row["doc.kind"]) == ([], 50, "new")
     flip(shard, 700)
@@ -97,6 +102,11 @@ def cut(path: Path, place: int) -> None:
     path.write_bytes(path.read_bytes()[:place])
 
 
+def place_of_a_word(folder: Path) -> int:
+    """Return where a word piece's letter is, which can be another one and the tokenizer still opens."""
+    return (folder / "tokenizer/tokenizer.json").read_bytes().index(b'"##e"') + 3
+
+
 SHARD = "partitions/base/train-000000.tar"
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "payload": (lambda d: flip(d / SHARD, block_place(d, 1)[0] + 9), "train-000000.tar, block 1: .*damaged"),
@@ -107,6 +117,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "index": (lambda d: flip(d / "partitions/base/train.index.arrow", 300), "train.index.arrow is damaged"),
     "catalogue": (lambda d: flip(d / "catalogue/000000.arrow", 2000), "catalogue/000000.arrow is damaged"),
     "sequences": (lambda d: flip(d / "partitions/base/sequences.arrow", 2000), "sequences.arrow is damaged"),
+    "tokenizer": (lambda d: flip(d / "tokenizer/tokenizer.json", place_of_a_word(d)), "tokenizer.json is damaged"),
     "counts": (lambda d: flip(d / "partitions/base/counts.npy", 200), "counts.npy is damaged"),
 }
 

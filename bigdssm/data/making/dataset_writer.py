@@ -154,6 +154,7 @@ class DatasetWriter:
             "name": self.out.resolve().name,
             "schema": schema.fingerprint(),
             "text": self.content["text"],
+            "tokenizer": self._tokenizer_checksums(),
             "catalogue": parts,
             PARTITIONS: [*self.content[PARTITIONS], self.partition],
         }
@@ -166,6 +167,12 @@ class DatasetWriter:
             self._move_in(new_docs)
         else:
             self._replace()
+
+    def _tokenizer_checksums(self) -> dict[str, str]:
+        """Return the checksum of each of the tokenizer's files; an append repeats those that are recorded."""
+        if self.append:
+            return dict(self.content.get(TOKENIZER, {}))
+        return {path.name: file_checksum(path) for path in sorted(self.tokenizer_dir.glob("*"))}
 
     def _open_for_append(self) -> dict[str, Any]:
         content = read_dataset_json(self.out)
