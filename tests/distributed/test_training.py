@@ -19,11 +19,17 @@ from . import small_run
 from .spawn import Pool, RankFailed
 
 slow = pytest.mark.slow
+TABLES_LR_RATIO = 0.5
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_run.write_dataset(tmp_path_factory.mktemp("small"))
+    """A rate of their own for the tables, so that a group with another one's rate is seen."""
+    path = small_run.write_dataset(tmp_path_factory.mktemp("small"))
+    content = yaml.safe_load(path.read_text())
+    content["pretrain"]["optimizer"]["embedding_lr_ratio"] = TABLES_LR_RATIO
+    path.write_text(yaml.safe_dump(content))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +337,10 @@ def test_another_world_size_goes_on_with_the_same_state(
     assert sum(name.startswith("exp_avg_sq/") for name in first) == len(first) // 3
     expected = {("matrices", 6.0, 0.01), ("tables", 6.0, 0.0), ("rest", 6.0, 0.0)}
     assert all(groups == expected for _, groups in shares)
-    pools[after].run(small_run.run, config, tmp_path, stage, "pretrain", True)
+    told = pools[after].run(learning_rates, config, tmp_path, stage)
+    rate = small_run.records(tmp_path)[-1]["lr"]
+    assert rate > 0
+    assert told == [{"matrices": rate, "tables": TABLES_LR_RATIO * rate, "rest": rate}] * after
     curve = {record["step"]: record["loss"] for record in small_run.records(tmp_path)}
     for record in small_run.records(reference):
         assert curve[record["step"]] == pytest.approx(record["loss"], rel=1e-5)
@@ -370,6 +379,31 @@ def restored_share(
     finally:
         stages.train = original
     return found["share"], found["groups"]
+
+
+def learning_rates(
+    rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...]
+) -> dict[str, float]:
+    """Resume, go on to the end, and return the rate with which the last step moved each group."""
+    from bigdssm.training import stages
+    from bigdssm.training.portable import base_optimizer
+
+    found = {}
+    original = stages.train
+
+    def look(stage: object) -> object:
+        progress = original(stage)  # type: ignore[arg-type]
+        engine = stage.engine  # type: ignore[attr-defined]
+        groups = base_optimizer(engine.deepspeed, engine.zero_stage).param_groups
+        found.update({group["name"]: float(group["lr"]) for group in groups})
+        return progress
+
+    stages.train = look  # type: ignore[assignment]
+    try:
+        small_run.run(rank, world_size, config, run_dir, overrides, resume=True)
+    finally:
+        stages.train = original
+    return found
 
 
 @pytest.mark.parametrize(
