@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import itertools
 import lzma
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,8 @@ from bigdssm.config import load_config
 from bigdssm.data.making.interactions import InteractionTables, make_interactions
 from bigdssm.data.making.making import Target
 from bigdssm.data.making.pairs import PairTables, make_pairs
+from bigdssm.data.tables.movielens import fetch_movielens, has_tables
+from bigdssm.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_PACKAGES = 3000
@@ -54,8 +60,40 @@ def debian_packages(folder: Path) -> Path:
     return config
 
 
-def movielens(folder: Path) -> Path:
+@functools.cache
+def fetched_movielens() -> Path | str:
+    """Return the folder with MovieLens-100K's tables, the checkout's or one fetched for this session, or why not."""
+    source = ROOT / "datasets" / "source" / "ml-100k"  # where the quickstart puts them
+    if not has_tables(source):
+        source = Path(tempfile.mkdtemp(prefix="ml-100k-"))
+        atexit.register(shutil.rmtree, source, ignore_errors=True)
+        try:
+            fetch_movielens(source, source)
+        except DataError as error:
+            return str(error)
+    return source
+
+
+def movielens_100k(folder: Path) -> Path:
+    """Make a dataset of MovieLens-100K in `folder`, users' profiles among it; return its config: the towers shipped."""
+    source = fetched_movielens()
+    if isinstance(source, str):
+        pytest.skip(f"ml_latest_small stands in for it: {source}")
+    model = yaml.safe_load((ROOT / "configs" / "movielens_100k.yaml").read_text(encoding="utf-8"))["model"]
+    for side in ("query", "doc"):
+        model[side]["dropout"] = 0.0
+    model["query"]["history"] |= NO_DROPOUT
+    model |= {"score": MODEL["score"], "alpha_init": MODEL["alpha_init"]}
+    config = _config(folder, "movielens_100k", {}, model, {"optimizer": OPTIMIZER, "epochs": 1})
+    tables = InteractionTables(*(source / f"ml-100k.{name}" for name in ("inter", "item", "user")))
+    make_interactions(load_config(config).data, tables, Target(folder / "dataset"))
+    return config
+
+
+def ml_latest_small(folder: Path) -> Path:
     """Make a dataset of ml-latest-small in `folder`; return its config. Its users have no profile."""
+    if isinstance(fetched_movielens(), Path):
+        pytest.skip("movielens_100k is there")
     source = shared("ml_latest_small")
     for name in ("ratings", "movies"):
         (folder / f"{name}.csv").write_bytes(lzma.decompress((source / f"{name}.csv.xz").read_bytes()))
