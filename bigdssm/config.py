@@ -375,7 +375,7 @@ def _check_text(key: str, text: TextEncoderConfig) -> None:
 def _check_stage(name: str, stage: StageConfig, lanes: int) -> None:
     rows = stage.rows_global
     if rows < 1 or rows % lanes:
-        below, above = rows // lanes * lanes, (rows // lanes + 1) * lanes
+        below, above = max(0, rows // lanes) * lanes, (max(0, rows // lanes) + 1) * lanes
         fix = f"use {below} or {above}" if below else f"use {above}"
         raise ConfigError(f"{name}.rows_global={rows} must be divisible by data.lanes={lanes}; {fix}")
     _require(stage.steps > 0 or stage.epochs > 0, f"{name}.epochs", stage.epochs, "above 0 where steps is 0")

@@ -149,7 +149,7 @@ def bm25_run(collection: Collection, *, filter_known: bool = False, top: int = T
         import bm25s
         import Stemmer
     except ImportError as error:
-        raise ConfigError(f"BM25 needs the package {error.name}; install bigdssm[bench]") from None
+        raise ConfigError(f"BM25 needs the package {error.name}; install bigdssm[bm25]") from None
     stemmer = Stemmer.Stemmer("english")
 
     def words(entries: Sequence[Entry]) -> object:

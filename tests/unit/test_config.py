@@ -67,6 +67,7 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
         ("pretrain.rows_globl=1", ["pretrain.rows_globl", "Did you mean", "rows_global"]),
         ("pretrain.rows_global=many", ["pretrain.rows_global", "many"]),
         ("pretrain.rows_global=1001", ["pretrain.rows_global=1001", "data.lanes=8", "1000 or 1008"]),
+        ("pretrain.rows_global=-4", ["pretrain.rows_global=-4", "; use 8"]),
         ("pretrain.loss.name=fsp", ["pretrain.loss.name", "fsp", "'fps'"]),
         ("engine.zero_stage=4", ["engine.zero_stage", "4", "0, 1, 2 or 3"]),
         ("engine={zero_stage: 0, precision: bf16_pure}", ["engine.zero_stage", "1, 2 or 3 with engine.precision=bf16"]),

@@ -49,7 +49,7 @@ def test_unknown_documents_get_the_nearest_names() -> None:
     assert documents.find([" toy story ", "3"]).tolist() == [0, 2]
     with pytest.raises(DataError, match=r"'story'; the nearest are: Toy Story; Toy Story 2$"):
         documents.find(["story"])
-    with pytest.raises(DataError, match="the nearest are: GoldenEye$"):
+    with pytest.raises(DataError, match=r"the nearest are: GoldenEye$"):
         documents.find(["Goldeneey"])
 
 
