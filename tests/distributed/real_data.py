@@ -126,6 +126,11 @@ def ml_latest_small(folder: Path) -> Path:
     return config
 
 
+def movielens(folder: Path) -> Path:
+    """Make a dataset of the MovieLens that is there in `folder`; return its config."""
+    return (ml_latest_small if isinstance(fetched_movielens(), str) else movielens_100k)(folder)
+
+
 def _config(folder: Path, name: str, data: dict[str, Any], model: dict[str, Any], pretrain: dict[str, Any]) -> Path:
     """Write the config `name` of configs/ with these sections in place of its own, and return the file."""
     content = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
