@@ -393,7 +393,7 @@ def _check_stage(name: str, stage: StageConfig, lanes: int) -> None:
 
 
 def _check_optimizer(key: str, optimizer: OptimizerConfig) -> None:
-    _require(optimizer.lr > 0, f"{key}.lr", optimizer.lr, "a number above 0")
+    _require(optimizer.lr >= 0, f"{key}.lr", optimizer.lr, "at least 0")
     _require(optimizer.eps > 0, f"{key}.eps", optimizer.eps, "a number above 0")
     _require(all(0 <= beta < 1 for beta in optimizer.betas), f"{key}.betas", list(optimizer.betas), "[0, 1) for both")
     for name in ("embedding_lr_ratio", "weight_decay", "warmup_steps", "final_lr_ratio", "gradient_clipping"):

@@ -92,7 +92,7 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
         ("pretrain.log_every_steps=0", ["pretrain.log_every_steps", "at least 1"]),
         ("sft.max_skipped_steps=0", ["sft.max_skipped_steps", "at least 1"]),
         ("pretrain.steps=-1", ["pretrain.steps", "at least 0"]),
-        ("pretrain.optimizer.lr=0", ["pretrain.optimizer.lr", "above 0"]),
+        ("pretrain.optimizer.lr=-1", ["pretrain.optimizer.lr", "at least 0"]),
         ("pretrain.optimizer.betas=[0.9, 1.0]", ["pretrain.optimizer.betas", "1.0"]),
         ("sft.optimizer.gradient_clipping=-1", ["sft.optimizer.gradient_clipping", "at least 0"]),
         ("pretrain.loss.norm_penalty=-1", ["pretrain.loss.norm_penalty", "not below 0"]),
