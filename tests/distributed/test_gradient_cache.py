@@ -164,8 +164,12 @@ def steps(rank: int, world_size: int, cases: list[Case], dropout: float) -> list
 
 def reductions(rank: int, world_size: int, cases: list[Case]) -> list[tuple[int, list[tuple[str, int]]]]:
     """Return for one step of each case how many backwards it made, and (collective, elements) of every reduction."""
+    import deepspeed
+
     from bigdssm.training.step import train_step
 
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    backend = deepspeed.comm.comm.cdb  # it has kept a function of its own, perhaps since an earlier test
     names = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "all_reduce_coalesced")
     originals = {name: getattr(dist, name) for name in names}
     sent: list[tuple[str, int]] = []
@@ -180,8 +184,10 @@ def reductions(rank: int, world_size: int, cases: list[Case]) -> list[tuple[int,
         return counting
 
     try:
-        for name, function in originals.items():  # before engines are made: DeepSpeed keeps what it finds
+        for name, function in originals.items():
             setattr(dist, name, spy(name, function))
+        kept = backend.reduce_scatter_function
+        backend.reduce_scatter_function = spy("reduce_scatter_tensor", kept)
         with plain_optimizer():
             for case in cases:
                 running, budget = new_engine(case, 0.0)
@@ -194,6 +200,7 @@ def reductions(rank: int, world_size: int, cases: list[Case]) -> list[tuple[int,
     finally:
         for name, function in originals.items():
             setattr(dist, name, function)
+        backend.reduce_scatter_function = kept
     return found
 
 
