@@ -21,10 +21,18 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("what", "expected"),
     [
         ("config", r"rank 1 on \S+ has another config than rank 0: pretrain.optimizer.lr was 0.01, is 0.02 there"),
-        ("dataset", r"rank 1 on \S+ has another dataset than rank 0: fingerprint was \S+, is \S+ there"),
+        pytest.param(
+            "dataset",
+            r"rank 1 on \S+ has another dataset than rank 0: fingerprint was \S+, is \S+ there",
+            marks=pytest.mark.slow,
+        ),
         ("code", r"rank 1 on \S+ has another version than rank 0: code was \w+, is another there"),
-        ("torch", r"rank 1 on \S+ has another version than rank 0: torch was \S+, is 1.0 there"),
-    ],
+        pytest.param(
+            "torch",
+            r"rank 1 on \S+ has another version than rank 0: torch was \S+, is 1.0 there",
+            marks=pytest.mark.slow,
+        ),
+    ],  # fmt: skip
 )
 def test_a_rank_with_something_else_is_named(
     config: Path, tmp_path: Path, pools: dict[int, Pool], what: str, expected: str

@@ -245,7 +245,9 @@ def test_a_scalar_beta_waits_for_the_sigmoid_loss(config: Path, tmp_path: Path, 
     "mode",
     [
         ("engine.zero_stage=1", "engine.chunk_tokens=400"),
-        ("engine.zero_stage=3", "engine.precision=bf16", "engine.checkpoint_activations=true"),
+        pytest.param(
+            ("engine.zero_stage=3", "engine.precision=bf16", "engine.checkpoint_activations=true"), marks=slow
+        ),
         pytest.param(("engine.zero_stage=0",), marks=slow),
         pytest.param(("engine.zero_stage=2", "engine.precision=bf16", "engine.offload_optimizer=true"), marks=slow),
         pytest.param(("engine.zero_stage=3",), marks=slow),
@@ -484,7 +486,7 @@ def with_a_nan(
     return found
 
 
-@pytest.mark.parametrize("zero_stage", [0, 3, pytest.param(1, marks=slow), pytest.param(2, marks=slow)])
+@pytest.mark.parametrize("zero_stage", [0, *(pytest.param(stage, marks=slow) for stage in (1, 2, 3))])
 def test_a_run_that_diverges_stops_on_all_ranks(
     config: Path, tmp_path: Path, pools: dict[int, Pool], zero_stage: int
 ) -> None:

@@ -21,6 +21,7 @@ def output(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_gradients_have_the_right_size_and_direction() -> None:
     lines = output("tools/check_gradients.py", "--ranks", "3").splitlines()
     ours = [line for line in lines if line.startswith(("fps_loss", "ranking_loss"))]
