@@ -32,7 +32,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
             r"rank 1 on \S+ has another version than rank 0: torch was \S+, is 1.0 there",
             marks=pytest.mark.slow,
         ),
-    ],  # fmt: skip
+    ],
 )
 def test_a_rank_with_something_else_is_named(
     config: Path, tmp_path: Path, pools: dict[int, Pool], what: str, expected: str
