@@ -209,7 +209,7 @@ def test_a_making_that_is_killed_goes_on_to_the_same_bytes(whole: Whole, maker: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", *beside, "killed.told"], kills
 
 
-@pytest.mark.parametrize("kind", ["pairs", "interactions"])
+@pytest.mark.parametrize("kind", [pytest.param("pairs", marks=pytest.mark.slow), "interactions"])
 def test_so_does_an_append(kind: str, maker: Maker, tmp_path: Path) -> None:
     source, first, second = write_source(tmp_path / "source", 0), tmp_path / "first", tmp_path / "other"
     for out in (first, second):

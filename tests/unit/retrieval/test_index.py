@@ -139,6 +139,7 @@ def test_approximate_indexes_find_most(
     assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, found, strict=True)]) > 0.8
 
 
+@pytest.mark.slow
 def test_product_quantisation_from_a_folder_to_similar_documents(tmp_path: Path) -> None:
     """Of a width that its codes do not divide; a document's nearest are found by what its code stands for."""
     random, num_docs, checksum = np.random.RandomState(0), 9_984, "m"

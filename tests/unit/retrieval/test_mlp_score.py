@@ -59,6 +59,7 @@ def test_nothing_that_needs_vectors_takes_it(mlp_dir: Path) -> None:
         load_model_folder(mlp_dir)
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_the_tool_evaluates_it(mlp_dir: Path, model_dir: Path, dataset: Dataset, tmp_path: Path) -> None:
     def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
