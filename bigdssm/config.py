@@ -6,9 +6,10 @@ rejected with the nearest name; every message names the dotted key, what it got 
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,26 +18,11 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from bigdssm.errors import ConfigError
+from bigdssm.features import Feature
+from bigdssm.features.base import feature_type
 
-FeatureType = Literal["text", "categorical", "numeric", "history"]
 StageName = Literal["pretrain", "sft"]
 DEFAULT_CACHE_BYTES = 50 * 1024**3
-
-
-@dataclass(frozen=True)
-class FeatureConfig:
-    """One feature of a query or a document, as declared; `schema.Feature` is the same, fitted to a dataset."""
-
-    type: FeatureType = MISSING
-    column: str | None = None  # column of the source table; the feature's own name by default
-    max_tokens: int = 64  # text: longer texts are cut, newest history items and first tokens stay
-    multi: bool = False  # categorical: several values in one cell, or a list
-    separator: str = " "  # categorical, multi: what parts the values in a cell
-    min_count: int = 1  # categorical: rarer values become out-of-vocabulary
-    hash_buckets: int = 0  # categorical: 0 keeps an exact vocabulary, else values are hashed into this many
-    log: bool = False  # numeric: log1p before the normalisation, for heavy tails
-    of: str | None = None  # history: the categorical document feature that stands for an item
-    max_items: int = 50  # history: the newest so many items
 
 
 @dataclass(frozen=True)
@@ -62,8 +48,8 @@ class DataConfig:
     """The dataset and its schema."""
 
     dir: str = MISSING
-    query: dict[str, FeatureConfig] = field(default_factory=dict)
-    doc: dict[str, FeatureConfig] = field(default_factory=dict)
+    query: dict[str, Any] = field(default_factory=dict)  # Feature by name, each as its type declares it; see features/
+    doc: dict[str, Any] = field(default_factory=dict)
     display: str | None = None  # column of the document table shown to people; the document id by default
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     lanes: int = 8  # fixed order lanes; divides rows_global, at least the world size
@@ -76,6 +62,11 @@ class DataConfig:
     mixture: list[SourceConfig] = field(default_factory=list)  # several datasets or partitions, by weight
     mixture_batches: Literal["mixed", "one_source"] = "mixed"  # a step's lanes each from one source, or all of them
     tail: Literal["carry", "drop"] = "carry"  # an epoch's rows that fill no step: into the next, or left out
+
+    def __post_init__(self) -> None:
+        for side in ("query", "doc"):
+            declared = {name: _feature(f"data.{side}.{name}", f) for name, f in getattr(self, side).items()}
+            object.__setattr__(self, side, declared)
 
 
 @dataclass(frozen=True)
@@ -111,6 +102,7 @@ class TowerConfig:
     dropout: float = 0.0
     embedding_dim: int = 32  # of every categorical feature
     numeric_dim: int = 16
+    vector_dim: int = 64  # of every feature that is a vector already
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     history: HistoryEncoderConfig = field(default_factory=HistoryEncoderConfig)
 
@@ -255,7 +247,11 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the resolved config as plain containers, for a YAML or JSON file."""
-        return cast(dict[str, Any], json.loads(json.dumps(asdict(self))))
+        content = asdict(self)
+        for side in ("query", "doc"):
+            features: dict[str, Feature] = getattr(self.data, side)
+            content["data"][side] = {name: feature.declaration() for name, feature in features.items()}
+        return cast(dict[str, Any], json.loads(json.dumps(content)))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -312,7 +308,7 @@ def check_config(config: Config) -> None:
         _check_text(f"model.{side}.text", tower.text)
     for side, features in (("query", data.query), ("doc", data.doc)):
         for name, feature in features.items():
-            _check_feature(f"data.{side}.{name}", side, feature, data)
+            feature.check(f"data.{side}.{name}", side, data.doc)
     stages: dict[str, StageConfig | None] = {"pretrain": config.pretrain, "sft": config.sft}
     for name, stage in stages.items():
         if stage is not None:
@@ -350,17 +346,6 @@ def _check_mixture(data: DataConfig) -> None:
     _require(
         not both, "data.from_partition", data.from_partition, "no mixture beside it; name partitions in the mixture"
     )
-
-
-def _check_feature(key: str, side: str, feature: FeatureConfig, data: DataConfig) -> None:
-    if feature.type != "history":
-        return
-    _require(side == "query", key, "type=history on a document", "a query feature")
-    of = data.doc.get(feature.of or "")
-    known = [name for name, doc in data.doc.items() if doc.type == "categorical" and not doc.multi]
-    fits = of is not None and of.type == "categorical" and not of.multi
-    _require(fits, f"{key}.of", feature.of, f"a single-valued categorical document feature, one of {known}")
-    _require(feature.max_items >= 1, f"{key}.max_items", feature.max_items, "at least 1")
 
 
 def _check_text(key: str, text: TextEncoderConfig) -> None:
@@ -429,6 +414,26 @@ def _check_loss(key: str, loss: LossConfig, model: ModelConfig, chunk_tokens: in
         _require(min(loss.mlp) >= 1, f"{key}.mlp", list(loss.mlp), "widths of at least 1")
     elif loss.name == "sigmoid":
         _require(model.beta == "scalar", "model.beta", model.beta, f"scalar where {key}.name is sigmoid")
+
+
+def _feature(key: str, content: Any) -> Feature:
+    """Return a feature as YAML declares it. Raises ConfigError: `key` names it."""
+    if isinstance(content, Feature):
+        return content
+    if not isinstance(content, dict):
+        raise ConfigError(f"{key}: got {content!r}, needs a feature such as {{type: text}}")
+    cls = feature_type(content.get("type"), key)
+    given = {name: value for name, value in content.items() if name != "type"}
+    declared = [f.name for f in fields(cls) if not f.metadata.get("fitted")]
+    for name in given:
+        if name not in declared:
+            near = difflib.get_close_matches(str(name), declared, 1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"unknown key {key}.{name}: {cls.type} has {', '.join(declared)}{meant}")
+    try:
+        return cast(Feature, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), given)))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{key}.{error.full_key}: {_first_line(error)}") from None
 
 
 def _require(holds: bool, key: str, got: object, needed: str) -> None:

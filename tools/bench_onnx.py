@@ -25,13 +25,13 @@ from torch import Tensor
 from bigdssm.cli import run_main
 from bigdssm.data import Collator, Dataset, Rows
 from bigdssm.data.batch import Features
-from bigdssm.data.ragged import offsets_of
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.metrics import mean_metrics, paired_bootstrap, row_metrics
 from bigdssm.evaluation.ranks import Seen, ranks_of_vectors
 from bigdssm.export import load_model_folder
 from bigdssm.export.convert import EXPORT_FILE
 from bigdssm.export.onnx_format import run_onnx, session
+from bigdssm.features.ragged import offsets_of
 from bigdssm.retrieval.embed import query_vectors
 from bigdssm.retrieval.vectors import vectors_of
 

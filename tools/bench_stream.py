@@ -35,8 +35,8 @@ from bigdssm.data import Catalogue, Collator, Dataset, PairStream
 from bigdssm.data.making.making import Target
 from bigdssm.data.making.pairs import PairTables, make_pairs
 from bigdssm.data.streaming.order import WINDOW_BLOCKS, Order
-from bigdssm.data.tokenizer import TextEncoder
-from bigdssm.schema import Feature, Schema
+from bigdssm.features import Numeric, Text, TextTokenizer
+from bigdssm.schema import Schema
 
 ROWS_GLOBAL, LANES = 4096, 8
 
@@ -88,7 +88,7 @@ def live(args: argparse.Namespace, folder: Path, config: DataConfig) -> None:
     dataset = Dataset.open(folder)
     collate = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
     steps = dataset.num_rows("train") // ROWS_GLOBAL
-    tokenizing_s, encode = 0.0, TextEncoder.tokenize
+    tokenizing_s, encode = 0.0, TextTokenizer.tokenize
 
     def timed(*texts: Any) -> Any:
         nonlocal tokenizing_s
@@ -97,7 +97,7 @@ def live(args: argparse.Namespace, folder: Path, config: DataConfig) -> None:
         tokenizing_s += time.process_time() - begin
         return found
 
-    TextEncoder.tokenize = timed  # type: ignore[method-assign]
+    TextTokenizer.tokenize = timed  # type: ignore[method-assign]
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as in a loader process
     passes = []
     for _ in range(3):
@@ -174,7 +174,7 @@ def write_index(folder: Path, rows: int) -> None:
     blocks = -(-rows // per_block)
     counts = np.full(blocks, per_block, np.int32)
     counts[-1] = rows - per_block * (blocks - 1)
-    schema = Schema({"age": Feature("age", "numeric", "age")}, {"year": Feature("year", "numeric", "year")})
+    schema = Schema({"age": Numeric().named("age")}, {"year": Numeric().named("year")})
     schema.save(folder)
     partition = folder / "partitions" / "base"
     partition.mkdir(parents=True)
@@ -204,7 +204,7 @@ def write_index(folder: Path, rows: int) -> None:
 
 def catalogue(args: argparse.Namespace) -> None:
     docs, tokens = int(args.docs), 32
-    schema = Schema({}, {"title": Feature("title", "text", "title", max_tokens=tokens)})
+    schema = Schema({}, {"title": Text(max_tokens=tokens).named("title")})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "000000.arrow"
         keys = pa.array(np.arange(docs)).cast(pa.string())

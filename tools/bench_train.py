@@ -44,10 +44,9 @@ from bigdssm.config import Config, EngineConfig, LossConfig, OptimizerConfig, lo
 from bigdssm.data import Batch, Collator, Dataset, PairStream, Rows
 from bigdssm.data.making.making import Target
 from bigdssm.data.making.pairs import PairTables, make_pairs
+from bigdssm.features import hash64
 from bigdssm.losses import fps_loss
-from bigdssm.models import DualEncoder, Encoded
-from bigdssm.models.flops import forward_flops
-from bigdssm.schema import hash64
+from bigdssm.models import Encoded, new_model
 
 MINI_BATCHES = (16, 32, 64, 128, 256)
 SCALE = 20.0  # alpha, fixed on both sides
@@ -198,7 +197,7 @@ class Ours:
         from bigdssm.training.objective import Objective
         from bigdssm.training.step import Budget
 
-        self.model = DualEncoder(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size).train()
+        self.model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size).train()
         self.engine = Engine(self.model, engine, OPTIMIZER, rows_global // dist.get_world_size())
         self.objective = Objective(LossConfig(), config.model, None, None, rows_global)
         self.budget = Budget.of(engine)
@@ -314,7 +313,7 @@ def speed(args: argparse.Namespace, folder: Path, texts: list[tuple[str, str]]) 
             seconds, cpu_seconds = timed(lambda step=step: [step(n) for n in range(args.steps)])  # type: ignore[misc]
             wall[name].append(seconds), cpu[name].append(cpu_seconds)
             if name == "ours":
-                flops += sum(3 * forward_flops(ours.model, batch.query, batch.doc) for batch in batches.ready)
+                flops += sum(3 * ours.model.flops(batch.query, batch.doc) for batch in batches.ready)
                 for span, spent in timing.taken().items():
                     spans[span] += spent
         products.append(product_flops_per_s(args))

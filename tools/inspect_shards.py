@@ -16,7 +16,6 @@ from bigdssm.data import Dataset
 from bigdssm.data.inspection import PERCENTILES, Description, describe, sample_rows
 from bigdssm.data.verification import verify_dataset
 from bigdssm.errors import DataError
-from bigdssm.schema import Feature
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +58,7 @@ def _print_description(console: Console, found: Description, split: str) -> None
     console.print(sizes)
     schema = _table("feature", "type", "column", "fitted")
     for side, feature in found.features:
-        schema.add_row(f"{side}.{feature.name}", feature.type, feature.column, _fitted(feature, found.vocab_size))
+        schema.add_row(f"{side}.{feature.name}", feature.type, feature.source, feature.describe(found.vocab_size))
     console.print(schema)
     lengths = _table("lengths", *(f"{p}%" for p in PERCENTILES), "cut", "0 … longest")
     for entry in found.lengths:
@@ -87,18 +86,6 @@ def _table(*headers: str) -> Table:
 def _bars(counts: Sequence[int]) -> str:
     """Return a character for each count, as high as it is among them; a blank is 0."""
     return "".join(" ▁▂▃▄▅▆▇█"[-(-8 * count // max(1, *counts))] for count in counts)
-
-
-def _fitted(feature: Feature, vocab_size: int) -> str:
-    if feature.type == "text":
-        return f"{vocab_size:,} word pieces, at most {feature.max_tokens} tokens"
-    if feature.type == "history":
-        return f"newest {feature.max_items} of doc.{feature.of}"
-    if feature.type == "numeric":
-        return f"mean {feature.mean:.4g}, deviation {feature.std:.4g}{' of log(1 + x)' if feature.log else ''}"
-    if feature.hash_buckets:
-        return f"hashed into {feature.hash_buckets:,}"
-    return f"{len(feature.vocabulary):,} values{', several at once' if feature.multi else ''}"
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from rich.table import Table
 from bigdssm.cli import run_main
 from bigdssm.data import Collator, Dataset
 from bigdssm.data.cache import Cache
-from bigdssm.data.tokenizer import TextEncoder
 from bigdssm.errors import ConfigError
 from bigdssm.export import load_model_folder
+from bigdssm.features import TextTokenizer
 from bigdssm.retrieval.embed import query_vectors
 from bigdssm.retrieval.index import open_index
 from bigdssm.retrieval.search import DocumentNames, Query, feature_query, history_query, user_query
@@ -52,7 +52,7 @@ def main() -> None:
         titles = [title for title in args.history.split(";") if title.strip()]
         found = history_query(dataset, DocumentNames.of(dataset), titles)
     else:
-        tokenizer = None if folder.tokenizer_dir is None else TextEncoder(folder.tokenizer_dir)
+        tokenizer = None if folder.tokenizer_dir is None else TextTokenizer(folder.tokenizer_dir)
         found = feature_query(folder.schema, typed_values(args.text), tokenizer)
 
     collator = Collator(folder.schema, dataset.catalogue, dataset.pad_token_id)

@@ -8,11 +8,11 @@ from bigdssm.data.batch import Batch, Features
 from bigdssm.data.catalogue import Catalogue
 from bigdssm.data.collate import Collator
 from bigdssm.data.dataset import Dataset
-from bigdssm.data.ragged import Ragged
 from bigdssm.data.rows import Rows
 from bigdssm.data.streaming.plain_stream import PlainStream
 from bigdssm.data.streaming.row_stream import RowStream
 from bigdssm.data.streaming.stream import PairStream
+from bigdssm.features.ragged import Ragged
 
 __all__ = [
     "Batch",

@@ -11,16 +11,13 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 Features = dict[str, Tensor]
-"""One side's features by name, every tensor with one row per query or document; padding stands at the end of a row:
+"""One side's features by name, every tensor with one row per query or document, as `Feature.array` makes them.
 
-text        int64 [rows, T]   token ids, padded with the tokenizer's pad id
-categorical int64 [rows]      codes; multi-valued: [rows, K], padded with 0
-history     int64 [rows, T]   codes of the items' `of` feature, oldest first, newest last before the padding (0)
-numeric     float32 [rows]    values as in the source (NaN is missing); models normalise them
+Lists (texts, histories, several categories) are int64 [rows, T], padded at the end of a row.
 """
 
 PadIds = dict[str, int]
-"""What one side's ragged features are padded with, by name; features that are not in it are padded with 0."""
+"""What one side's lists are padded with, by name; features that are not in it are no lists."""
 
 
 @dataclass(frozen=True)

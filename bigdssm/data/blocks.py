@@ -7,25 +7,25 @@ columns the schema knows are taken, and offsets and UTF-8 are validated before a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import xxhash
 
 from bigdssm.data.arrow_size import decoded_size
 from bigdssm.data.index import SplitIndex
 from bigdssm.data.mapped import MappedTable
-from bigdssm.data.ragged import Column, Ragged, from_arrow
-from bigdssm.schema import Feature, Schema
+from bigdssm.features import Feature, Text, stored
+from bigdssm.features.base import Fault, outside
+from bigdssm.features.ragged import from_arrow
+from bigdssm.schema import Schema
 
 MAX_DECODED_BYTES = 1 << 30
 CONNECTIONS = 8  # of one reading process: a block is some 100 kB, its latency counts
-MAX_FIELD_BYTES = 1 << 20  # of a text: a longer one would cost more than its block
 _IPC = pa.ipc.IpcReadOptions(use_threads=False)
 
 
@@ -61,18 +61,9 @@ class Layout:
         if sequences:
             types |= {"sequence": pa.int64(), "end": pa.int32()}
             elsewhere = set(sequences[0].schema.names)
-        query = {n: f for n, f in schema.query.items() if f.type != "history" and n not in elsewhere}
-        types |= {name: arrow_type(feature, raw_text) for name, feature in query.items()}
+        query = {n: f for n, f in stored(schema.query).items() if n not in elsewhere}
+        types |= {name: f.raw_type if raw_text else f.arrow_type() for name, f in query.items()}
         return cls(types, query, num_docs, vocab_size, sequences)
-
-
-def arrow_type(feature: Feature, raw_text: bool = False) -> pa.DataType:
-    """Return the Arrow type in which a feature's values stand in blocks."""
-    if feature.type == "text" and raw_text:
-        return pa.large_string()
-    if feature.type == "numeric":
-        return pa.float32()
-    return pa.list_(pa.int32()) if feature.type == "text" or feature.multi else pa.int32()
 
 
 def read_range(path: Path, offset: int, size: int) -> bytes:
@@ -151,9 +142,6 @@ def decode(content: bytes, layout: Layout) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, schema=pa.schema(list(layout.types.items())))
 
 
-Fault = tuple[np.ndarray, Callable[[int], str]]
-
-
 def _row_faults(batch: pa.RecordBatch, layout: Layout, partition: int) -> Iterator[Fault]:
     """Yield (mask over rows, what to say of one of them); later checks may rely on rows that earlier ones passed."""
     columns: Mapping[str, pa.Array] = dict(zip(batch.schema.names, batch.columns, strict=True))
@@ -162,16 +150,16 @@ def _row_faults(batch: pa.RecordBatch, layout: Layout, partition: int) -> Iterat
         wrong = ~(np.isfinite(relevance) & (relevance >= 0))
         yield wrong, lambda row: f"relevance is {relevance[row]}, needs a number of at least 0"
     doc, num_docs = columns["doc"].to_numpy(), layout.num_docs[partition]
-    if _outside(doc, 0, num_docs):
+    if outside(doc, 0, num_docs):
         what = f"not a row of the catalogue's {num_docs}"
         yield (doc < 0) | (doc >= num_docs), lambda row: f"unknown document: {doc[row]} is {what}"
     if layout.sequences:
         yield from _sequence_faults(columns, layout.sequences[partition])
     for name, feature in layout.query.items():
-        if pa.types.is_large_string(columns[name].type):
-            yield from _text_faults(name, columns[name])
+        if isinstance(feature, Text) and columns[name].type == feature.raw_type:
+            yield from feature.raw_faults(columns[name])
         else:
-            yield from _feature_faults(name, feature, from_arrow(columns[name]), layout.vocab_size)
+            yield from feature.faults(from_arrow(columns[name]), layout.vocab_size)
 
 
 def _sequence_faults(columns: Mapping[str, pa.Array], table: MappedTable) -> Iterator[Fault]:
@@ -183,33 +171,3 @@ def _sequence_faults(columns: Mapping[str, pa.Array], table: MappedTable) -> Ite
     beyond = ~outside & ((end < 0) | (end > lengths))
     if beyond.any():
         yield beyond, lambda row: f"history end {end[row]} is outside its sequence of {lengths[row]} events"
-
-
-def _text_faults(name: str, column: pa.Array) -> Iterator[Fault]:
-    lengths = pc.binary_length(column).to_numpy()
-    if _outside(lengths, 0, MAX_FIELD_BYTES + 1):
-        yield (
-            lengths > MAX_FIELD_BYTES,
-            lambda row: f"{name} has {lengths[row]} bytes, at most {MAX_FIELD_BYTES} are taken",
-        )
-
-
-def _feature_faults(name: str, feature: Feature, column: Column, vocab_size: int) -> Iterator[Fault]:
-    if feature.type == "numeric":
-        return
-    codes, what = (vocab_size, "token id") if feature.type == "text" else (feature.num_codes, "code")
-    values = column.values if isinstance(column, Ragged) else column
-    if _outside(values, 0, codes):
-        wrong = (values < 0) | (values >= codes)
-        if isinstance(column, Ragged):
-            wrong = np.isin(np.arange(len(column)), np.searchsorted(column.offsets, np.flatnonzero(wrong), "right") - 1)
-        yield wrong, lambda row: f"{name} has a {what} outside the schema's {codes}"
-    if isinstance(column, Ragged) and feature.type == "text":
-        lengths = column.lengths
-        if _outside(lengths, 1, feature.max_tokens + 1):
-            wrong, most = (lengths < 1) | (lengths > feature.max_tokens), feature.max_tokens
-            yield wrong, lambda row: f"{name} has {lengths[row]} tokens, needs 1 to {most}"
-
-
-def _outside(values: np.ndarray, low: int, high: int) -> bool:
-    return bool(len(values)) and (int(values.min()) < low or int(values.max()) >= high)

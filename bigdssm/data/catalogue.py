@@ -11,10 +11,11 @@ import xxhash
 
 from bigdssm.data.batch import Features
 from bigdssm.data.mapped import MappedTable
-from bigdssm.data.ragged import Column
 from bigdssm.data.tensors import to_features
 from bigdssm.errors import DataError
-from bigdssm.schema import Schema, hash64
+from bigdssm.features import hash64
+from bigdssm.features.ragged import Column
+from bigdssm.schema import Schema
 
 
 class Catalogue:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from bigdssm.data.batch import Features, PadIds
-from bigdssm.schema import PADDING
 
 
 @dataclass(frozen=True)
@@ -19,11 +18,7 @@ class Chunk:
 
     features: Features
     rows: Tensor  # int64: the rows' numbers; empty in a dummy that only keeps this rank in step with the others
-
-    @property
-    def tokens(self) -> int:
-        """Return the cells of all features, padding among them."""
-        return sum(tensor.numel() for tensor in self.features.values() if tensor.dim() == 2) + len(self.rows)
+    tokens: int  # cells of all lists, padding among them, and one a row
 
 
 def cut(features: Features, num_rows: int, chunk_tokens: int, pad_ids: PadIds) -> list[Chunk]:
@@ -39,7 +34,8 @@ def cut(features: Features, num_rows: int, chunk_tokens: int, pad_ids: PadIds) -
         window = length_RF[order[start : start + max(1, chunk_tokens)]]
         cells = np.arange(1, len(window) + 1) * (1 + np.maximum.accumulate(window).sum(axis=1))
         rows = torch.from_numpy(order[start : start + max(1, int((cells <= chunk_tokens).sum()))])
-        chunks.append(Chunk(_take(features, filled, rows), rows))
+        taken = _take(features, filled, rows)
+        chunks.append(Chunk(taken, rows, sum(taken[name].numel() for name in filled) + len(rows)))
         start += len(rows)
     return chunks
 
@@ -60,7 +56,7 @@ def assemble(parts: Sequence[Tensor], side: Sequence[Chunk], num_rows: int) -> T
 def dummy(features: Features) -> Chunk:
     """Return a chunk that encodes one row for nothing: a rank without a backward that others make stops ZeRO."""
     one = {name: tensor[:1] for name, tensor in features.items()}
-    return Chunk(at_least_one(one), torch.empty(0, dtype=torch.int64))
+    return Chunk(at_least_one(one), torch.empty(0, dtype=torch.int64), 1)
 
 
 def at_least_one(features: Features) -> Features:
@@ -73,24 +69,24 @@ def at_least_one(features: Features) -> Features:
 
 
 def num_tokens(features: Features, pad_ids: PadIds) -> Tensor:
-    """Return the cells of ragged features (tokens, history items, values) that hold something, int64 [], unread."""
+    """Return the cells of lists (tokens, history items, values) that hold something, int64 [], unread."""
     filled = [cells.sum() for cells in _filled(features, pad_ids).values()]
     return torch.stack(filled).sum() if filled else torch.zeros((), dtype=torch.int64)
 
 
 def padding_fraction(encoded: Sequence[tuple[Features, PadIds]]) -> float:
-    """Return the share of cells that hold padding among all cells of ragged features; 0 without any."""
-    cells = sum(tensor.numel() for features, _ in encoded for tensor in features.values() if tensor.dim() == 2)
+    """Return the share of cells that hold padding among all cells of lists; 0 without any."""
+    cells = sum(features[name].numel() for features, pad_ids in encoded for name in pad_ids)
     return 1 - sum(int(num_tokens(features, pad_ids)) for features, pad_ids in encoded) / cells if cells else 0.0
 
 
 def _filled(features: Features, pad_ids: PadIds) -> dict[str, Tensor]:
-    """Return bool [rows, T] of every ragged feature: the cells that hold something."""
-    return {name: values != pad_ids.get(name, PADDING) for name, values in features.items() if values.dim() == 2}
+    """Return bool [rows, T] of every list: the cells that hold something."""
+    return {name: features[name] != fill for name, fill in pad_ids.items()}
 
 
 def _lengths(filled: Mapping[str, Tensor], num_rows: int) -> np.ndarray:
-    """Return int64 [rows, ragged features, the widest first]: the cells that a row fills, at least 1."""
+    """Return int64 [rows, lists, the widest first]: the cells that a row fills, at least 1."""
     ragged = sorted(filled.values(), key=lambda cells: -cells.shape[1])
     lengths = [cells.sum(dim=1).clamp(min=1).cpu().numpy() for cells in ragged]
     return np.stack(lengths, axis=1) if lengths else np.zeros((num_rows, 1), np.int64)

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from bigdssm.data import ragged
 from bigdssm.data.batch import Batch, Features
 from bigdssm.data.catalogue import Catalogue
-from bigdssm.data.ragged import Column
 from bigdssm.data.rows import Rows
 from bigdssm.data.tensors import as_tensor, pad_ids, to_features
 from bigdssm.errors import ConfigError
+from bigdssm.features import ragged
+from bigdssm.features.ragged import Column
 from bigdssm.schema import Schema
 
 

@@ -20,12 +20,12 @@ from bigdssm.data.cache import Cache
 from bigdssm.data.catalogue import Catalogue
 from bigdssm.data.index import SplitIndex, read_index
 from bigdssm.data.mapped import MappedTable
-from bigdssm.data.ragged import Column, Ragged, from_arrow, offsets_of
 from bigdssm.data.remote import RemoteFolder, is_url
 from bigdssm.data.rows import Rows
 from bigdssm.data.streaming.mixture import Batches, Source
-from bigdssm.data.tokenizer import TextEncoder
 from bigdssm.errors import ConfigError, DataError
+from bigdssm.features import History, TextTokenizer
+from bigdssm.features.ragged import Column, from_arrow, offsets_of
 from bigdssm.log import get_logger
 from bigdssm.schema import Schema
 
@@ -217,7 +217,7 @@ class Dataset:
                 query[name] = columns[name]
             elif self.sequences is None or sequence is None or end is None:
                 raise DataError(f"{self.dir}: query feature {name} stands neither in the blocks nor in sequences.arrow")
-            elif feature.type == "history":
+            elif isinstance(feature, History):
                 last = end.astype(np.int64)
                 items = self.sequences.take_slices("items", sequence, np.maximum(0, last - feature.max_items), last)
                 query[name] = type(items)(self.catalogue.codes(str(feature.of), items.values), items.offsets)
@@ -230,14 +230,14 @@ class Dataset:
 
     def _column(self, name: str, array: pa.Array) -> Column:
         """Return a block's column, texts tokenised."""
-        if not pa.types.is_large_string(array.type):
-            return from_arrow(array)
-        return Ragged(*self._text_encoder.encode(array, self.layout.query[name].max_tokens))
+        if pa.types.is_large_string(array.type):
+            array = self.layout.query[name].encode(array, self.tokenizer)
+        return from_arrow(array)
 
     @cached_property
-    def _text_encoder(self) -> TextEncoder:
-        assert self.tokenizer_dir is not None, "a schema with text has a tokenizer"
-        return TextEncoder(self.tokenizer_dir)
+    def tokenizer(self) -> TextTokenizer | None:
+        """Return the tokenizer, None without text features."""
+        return None if self.tokenizer_dir is None else TextTokenizer(self.tokenizer_dir)
 
     def iterate(self, split: str, rows_per_batch: int, rank: int = 0, world_size: int = 1) -> Iterator[Rows]:
         """Yield the rank's contiguous share of a split in dataset order, `rows_per_batch` row ids at a time.

@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from bigdssm.data.ragged import offsets_of
 from bigdssm.data.remote import RemoteFile
 from bigdssm.errors import DataError
+from bigdssm.features.ragged import offsets_of
 
 COLUMNS = {"offset": np.int64, "size": np.int64, "rows": np.int32, "checksum": np.uint64}
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from bigdssm.data.batch import Batch
 from bigdssm.data.blocks import read_block
@@ -14,10 +13,11 @@ from bigdssm.data.collate import Collator
 from bigdssm.data.dataset import Dataset
 from bigdssm.data.index import read_index
 from bigdssm.data.making.dataset_writer import QUARANTINE_FILE
-from bigdssm.data.ragged import Ragged
 from bigdssm.data.tables.pair_splits import pair_hash
 from bigdssm.errors import DataError
-from bigdssm.schema import FIRST_CODE, OUT_OF_VOCABULARY, PADDING, Feature
+from bigdssm.features import Feature, Reader
+from bigdssm.features.ragged import Ragged
+from bigdssm.schema import Schema
 
 MAX_SCAN_BLOCKS = 512  # about a million rows, spread evenly over the split
 MAX_SCAN_DOCS = 1_000_000
@@ -91,7 +91,7 @@ def describe(dataset: Dataset, split: str = "train", top: int = 10) -> Descripti
     hashes = np.concatenate(pairs) if pairs else np.empty(0, np.int64)
     quarantine = dataset.dir / QUARANTINE_FILE
     features = [(side, feature) for side in ("query", "doc") for feature in getattr(dataset.schema, side).values()]
-    caps = {f"{side}.{feature.name}": _cap(feature) for side, feature in features}
+    caps = {f"{side}.{feature.name}": feature.longest for side, feature in features}
     return Description(
         sizes=_sizes(dataset),
         features=features,
@@ -122,10 +122,6 @@ def _sizes(dataset: Dataset) -> list[SplitSize]:
     return sizes
 
 
-def _cap(feature: Feature) -> int | None:
-    return {"text": feature.max_tokens, "history": feature.max_items}.get(feature.type)
-
-
 def _lengths(name: str, lengths: np.ndarray, cap: int | None) -> Lengths:
     values = np.percentile(lengths, PERCENTILES, method="nearest") if len(lengths) else np.zeros(len(PERCENTILES))
     cut = None if cap is None or not len(lengths) else float((lengths >= cap).mean())
@@ -144,52 +140,23 @@ def sample_rows(dataset: Dataset, split: str = "train", count: int = 10) -> list
     if rows is None:
         raise DataError(f"{dataset.dir}: no row of the split {split} can be read; use --verify")
     batch = collate(rows)
-    reader = _Reader(dataset)
-    return [reader.row(batch, i) for i in range(len(rows))]
+    items: dict[str, dict[int, str]] = {}
 
-
-class _Reader:
-    """Turns a batch's tensors back into what people read."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self._dataset = dataset
-        folder = dataset.tokenizer_dir
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json")) if folder else None
-        self._items: dict[str, dict[int, str]] = {}
-
-    def row(self, batch: Batch, i: int) -> dict[str, Any]:
-        column = int(batch.positive[i])
-        schema = self._dataset.schema
-        shown: dict[str, Any] = {"row": int(batch.row_ids[i]), "relevance": float(batch.relevance[i])}
-        for name, feature in schema.query.items():
-            shown[f"query.{name}"] = self._value(feature, batch.query[name][i].numpy())
-        for name, feature in schema.doc.items():
-            shown[f"doc.{name}"] = self._value(feature, batch.doc[name][column].numpy())
-        return shown
-
-    def _value(self, feature: Feature, values: np.ndarray) -> Any:
-        if feature.type == "numeric":
-            return None if np.isnan(values) else float(values)
-        if feature.type == "text":
-            assert self._tokenizer is not None
-            ids = values[values != self._dataset.pad_token_id].tolist()
-            return self._tokenizer.decode(ids, skip_special_tokens=False)
-        codes = [code for code in np.atleast_1d(values).tolist() if code != PADDING]
-        if feature.type == "history":
-            return [self._item(str(feature.of), code) for code in codes]
-        names = [_category(feature, code) for code in codes]
-        return names if feature.multi else (names[0] if names else None)
-
-    def _item(self, of: str, code: int) -> str:
-        if of not in self._items:
-            catalogue = self._dataset.catalogue
-            codes = catalogue.codes(of, np.arange(catalogue.num_docs))
+    def item(of: str, code: int) -> str:
+        if of not in items:
+            codes = dataset.catalogue.codes(of, np.arange(dataset.catalogue.num_docs))
             known, first = np.unique(codes, return_index=True)
-            self._items[of] = dict(zip(known.tolist(), catalogue.display(first), strict=True))
-        return "<out of vocabulary>" if code == OUT_OF_VOCABULARY else self._items[of][code]
+            items[of] = dict(zip(known.tolist(), dataset.catalogue.display(first), strict=True))
+        return items[of][code]
+
+    reader = Reader(dataset.tokenizer, dataset.pad_token_id, item)
+    return [_shown(dataset.schema, batch, i, reader) for i in range(len(rows))]
 
 
-def _category(feature: Feature, code: int) -> str:
-    if code == OUT_OF_VOCABULARY:
-        return "<out of vocabulary>"
-    return f"<bucket {code - FIRST_CODE}>" if feature.hash_buckets else feature.vocabulary[code - FIRST_CODE]
+def _shown(schema: Schema, batch: Batch, i: int, reader: Reader) -> dict[str, Any]:
+    shown: dict[str, Any] = {"row": int(batch.row_ids[i]), "relevance": float(batch.relevance[i])}
+    for name, feature in schema.query.items():
+        shown[f"query.{name}"] = feature.shown(batch.query[name][i].numpy(), reader)
+    for name, feature in schema.doc.items():
+        shown[f"doc.{name}"] = feature.shown(batch.doc[name][int(batch.positive[i])].numpy(), reader)
+    return shown

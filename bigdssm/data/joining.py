@@ -77,11 +77,9 @@ def _fitted_difference(first: Dataset, other: Dataset) -> str:
     for side in ("query", "doc"):
         for name, feature in getattr(first.schema, side).items():
             its = getattr(other.schema, side)[name]
-            if feature.vocabulary != its.vocabulary:
-                counts = f"{len(feature.vocabulary)} against {len(its.vocabulary)} values"
-                return f"the vocabularies of {side}.{name} differ ({counts})"
             if feature != its:
-                return f"{side}.{name} is normalised otherwise"
+                fitted = [one.describe(first.vocab_size) for one in (feature, its)]
+                return f"{side}.{name} was fitted to other data ({fitted[0]} against {fitted[1]})"
     return f"display={first.schema.display!r} against {other.schema.display!r}"
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from bigdssm.data import ragged
-from bigdssm.data.ragged import Column, Ragged, from_arrow
 from bigdssm.errors import DataError
+from bigdssm.features import ragged
+from bigdssm.features.ragged import Column, Ragged, from_arrow
 
 
 def open_arrow(path: Path) -> pa.ipc.RecordBatchFileReader:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from bigdssm.data import ragged
 from bigdssm.data.mapped import MappedTable
-from bigdssm.data.ragged import Column
+from bigdssm.features import ragged
+from bigdssm.features.ragged import Column
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The dataset's tokenizer: a WordPiece trained on its texts, or a copy of a given one; and texts as token ids.
+"""The dataset's tokenizer: a WordPiece trained on its texts, or a copy of a given one.
 
 Both end as a Hugging Face fast-tokenizer folder that AutoTokenizer loads, so that models, serving and other tools read
 text exactly as the shards were made.
@@ -8,61 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from bigdssm.config import TokenizerConfig
-from bigdssm.data.ragged import Ragged
 from bigdssm.errors import ConfigError
 
 PAD, UNKNOWN, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-TEXTS_AT_ONCE = 4096  # encodings take about 100 bytes a token until they are arrays
 MAX_TRAINING_CHARACTERS = 50_000_000  # more text hardly changes 8,000 word pieces, its rare words fill the memory
 
 Texts = Callable[[], Iterable[list[str]]]
 """Gives the same texts from the beginning each time that it is called; they are read twice and not held."""
-
-
-class TextEncoder:
-    """Texts → token ids, special tokens included, with the tokenizer of a folder; uses all cores, in any threads."""
-
-    def __init__(self, folder: Path) -> None:
-        self._file = str(folder / "tokenizer.json")
-        self._cutting: dict[int, Tokenizer] = {}  # one for each length: setting another would disturb other threads
-
-    def tokenize(self, texts: list[str], max_tokens: int) -> list[list[int]]:
-        """Return the token ids of some texts, each cut to max_tokens: all that the library does."""
-        if max_tokens not in self._cutting:
-            tokenizer = Tokenizer.from_file(self._file)
-            tokenizer.no_padding()
-            tokenizer.enable_truncation(max_tokens)
-            self._cutting[max_tokens] = tokenizer
-        return [encoding.ids for encoding in self._cutting[max_tokens].encode_batch_fast(texts)]
-
-    def encode(self, texts: pa.Array, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (ids int32, offsets int64 [rows + 1]): text i is ids[offsets[i]:offsets[i + 1]], cut to max_tokens."""
-        parts: list[np.ndarray] = []
-        lengths: list[int] = []
-        for start in range(0, len(texts), TEXTS_AT_ONCE):
-            chunk = texts.slice(start, TEXTS_AT_ONCE).to_pylist()
-            ids = self.tokenize(chunk, max_tokens)
-            lengths += map(len, ids)
-            parts.append(np.fromiter(chain.from_iterable(ids), np.int32, sum(lengths[-len(ids) :])))
-        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        return np.concatenate(parts) if parts else np.empty(0, np.int32), offsets
-
-    def decode(self, tokens: Ragged) -> list[str]:
-        """Return the texts that token ids stand for, as the tokenizer writes them: cut, and in its case."""
-        return self._whole.decode_batch([tokens[row].tolist() for row in range(len(tokens))])
-
-    @cached_property
-    def _whole(self) -> Tokenizer:
-        return Tokenizer.from_file(self._file)
 
 
 def make_tokenizer(config: TokenizerConfig, texts: Texts, folder: Path) -> None:

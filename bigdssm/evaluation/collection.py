@@ -15,18 +15,16 @@ import torch
 from torch import Tensor
 
 from bigdssm.config import TextEncoderConfig
-from bigdssm.data import ragged
 from bigdssm.data.batch import Features
-from bigdssm.data.ragged import Column, from_arrow
 from bigdssm.data.tables.beir import Collection, Entry, texts_and_metadata
-from bigdssm.data.tables.columns import RowCheck, canonical
-from bigdssm.data.tables.fit import encode_columns
-from bigdssm.data.tables.sources import SourceBatch
 from bigdssm.data.tensors import pad_ids, to_features
-from bigdssm.data.tokenizer import TextEncoder as Tokenizer
 from bigdssm.errors import ConfigError, DivergedError
+from bigdssm.features import Feature, Text, TextTokenizer, encode_columns, histories_of, ragged
+from bigdssm.features.columns import RowCheck, SourceBatch
+from bigdssm.features.fitting import canonical
+from bigdssm.features.ragged import Column, from_arrow
 from bigdssm.models.dual_encoder import DualEncoder
-from bigdssm.models.encoders import TextEncoder
+from bigdssm.models.encoders import TextEncoder, pretrained_encoder
 from bigdssm.retrieval.embed import (
     Progress,
     document_vectors,
@@ -36,7 +34,7 @@ from bigdssm.retrieval.embed import (
     query_vectors,
 )
 from bigdssm.retrieval.mine import top_documents
-from bigdssm.schema import Feature, Schema
+from bigdssm.schema import Schema
 
 TOP = 100  # documents retrieved for a query
 ROWS_AT_ONCE = 16_384
@@ -66,9 +64,9 @@ def model_vectors(
 
     Raises ConfigError where queries need a history, which a collection cannot give.
     """
-    if histories := [name for name, feature in schema.query.items() if feature.type == "history"]:
+    if histories := list(histories_of(schema.query)):
         raise ConfigError(f"queries have the history {histories[0]!r}, which a BEIR collection cannot give")
-    tokenizer = None if tokenizer_dir is None else Tokenizer(tokenizer_dir)
+    tokenizer = None if tokenizer_dir is None else TextTokenizer(tokenizer_dir)
     pad = _pad_token(model)
 
     def encoded(side: str, entries: Sequence[Entry], encode: Callable[..., Tensor]) -> Tensor:
@@ -120,11 +118,10 @@ def pretrained_run(
     """
     if not (folder / "tokenizer.json").is_file():
         raise ConfigError(f"{folder} has no tokenizer.json; give the folder of a Hugging Face model and its tokenizer")
-    encoder = TextEncoder(TextEncoderConfig(init=str(folder)), 0, 0, max_tokens).eval()
-    encoder.pad_token_id = int(encoder.bert.config.pad_token_id or 0)
+    encoder = pretrained_encoder(TextEncoderConfig(init=str(folder))).eval()
     if bf16:
         encode_in_bf16(encoder)
-    tokenizer, feature = Tokenizer(folder), {"text": Feature("text", "text", "text", max_tokens=max_tokens)}
+    tokenizer, feature = TextTokenizer(folder), {"text": Text(max_tokens=max_tokens).named("text")}
 
     def encode(texts: Features) -> Tensor:
         with torch.no_grad():
@@ -170,7 +167,7 @@ def bm25_run(collection: Collection, *, filter_known: bool = False, top: int = T
 
 
 def entry_columns(
-    features: Mapping[str, Feature], entries: Sequence[Entry], tokenizer: Tokenizer | None
+    features: Mapping[str, Feature], entries: Sequence[Entry], tokenizer: TextTokenizer | None
 ) -> dict[str, Column]:
     """Return the encoded columns of `entries` by feature name, as shards and catalogue hold them."""
     batch = SourceBatch("collection", texts_and_metadata(features, entries), np.arange(1, len(entries) + 1))

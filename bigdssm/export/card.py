@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from bigdssm.export.model_folder import ModelFolder
 from bigdssm.export.probe import Parity
 from bigdssm.export.text_tower import SIDES, alpha, beta_of_all, beta_weight
-from bigdssm.schema import Feature
+from bigdssm.features import Feature, TextTokenizer
 
 CARD_FILE = "README.md"
 
@@ -65,22 +66,16 @@ def _what(model: ModelFolder, target: str) -> str:
 
 def _data(model: ModelFolder) -> str:
     lines = ["| side | feature | type | |", "|---|---|---|---|"]
+    vocab_size = TextTokenizer(model.tokenizer_dir).vocab_size if model.tokenizer_dir else 0
     for side in SIDES:
         declared: dict[str, Feature] = getattr(model.schema, side)
-        lines += [f"| {side} | {name} | {feature.type} | {_detail(feature)} |" for name, feature in declared.items()]
+        lines += [
+            f"| {side} | {name} | {feature.type} | {feature.describe(vocab_size)} |"
+            for name, feature in declared.items()
+        ]
     fingerprint = model.provenance.get("dataset")
     trained_on = f"Trained on `{model.config.data.dir}`" + (f", fingerprint `{fingerprint}`." if fingerprint else ".")
     return trained_on + "\n\n" + "\n".join(lines)
-
-
-def _detail(feature: Feature) -> str:
-    if feature.type == "text":
-        return f"the first {feature.max_tokens} tokens"
-    if feature.type == "history":
-        return f"the newest {feature.max_items} of {feature.of}"
-    if feature.type == "numeric":
-        return f"mean {feature.mean:.4g}, deviation {feature.std:.4g}{' of its log1p' if feature.log else ''}"
-    return f"{feature.hash_buckets} buckets" if feature.hash_buckets else f"{len(feature.vocabulary)} values"
 
 
 def _figures(figures: Figures | None) -> str:
@@ -134,23 +129,31 @@ def _load_hf(model: ModelFolder, name: str) -> str:
 
 
 def _load_onnx(model: ModelFolder, name: str) -> str:
-    kinds = {"text": '"a text"', "numeric": "1.0", "categorical": '"a value"', "history": '["a value"]'}
     example = {}
     for side in SIDES:
         declared: dict[str, Feature] = getattr(model.schema, side)
-        values = {n: '["a value"]' if feature.multi else kinds[feature.type] for n, feature in declared.items()}
-        example[side] = ", ".join(f'"{feature}": {value}' for feature, value in values.items())
+        example[side] = ", ".join(f'"{name}": {feature.example}' for name, feature in declared.items())
     code = f"""
         encode_query, encode_document = load_tower("{name}", "query"), load_tower("{name}", "doc")
         queries = encode_query([{{{example["query"]}}}])
         documents = encode_document([{{{example["doc"]}}}])
         scores = queries @ documents.T
         """
+    loading = _python(_source("onnx_loading.py"), *_onnx_inputs(model), dedent(code))
     return (
-        f"{_python(_source('onnx_loading.py') + chr(10) * 2 + dedent(code))}\n\nThe scores are the training scores. "
+        f"{loading}\n\nThe scores are the training scores. "
         f"`query.int8.onnx` is the query tower with weights of 8 bits: "
         f'`load_tower("{name}", "query", "query.int8.onnx")`; tools/bench_onnx.py measures what that costs in NDCG.'
     )
+
+
+def _onnx_inputs(model: ModelFolder) -> list[str]:
+    """Return the code of the features' inputs, each function once, and the table of them."""
+    types = {feature.type: feature for features in model.schema.sides.values() for feature in features.values()}
+    functions = dict.fromkeys(function for feature in types.values() for function in feature.onnx_code)
+    table = ", ".join(f'"{name}": {feature.onnx_code[-1].__name__}' for name, feature in types.items())
+    code = [inspect.getsource(function).replace("  # type: ignore[no-untyped-def]", "") for function in functions]
+    return [*code, f"INPUTS.update({{{table}}})"]
 
 
 def _source(module: str) -> str:

@@ -10,7 +10,7 @@ from bigdssm.data import Dataset
 from bigdssm.data.cache import Cache
 from bigdssm.errors import CheckpointError
 from bigdssm.export.model_folder import CONFIG_FILE, ModelFolder, is_model_folder, load_model_folder, weights_checksum
-from bigdssm.models import DualEncoder
+from bigdssm.models import new_model
 
 BEST = "best"
 
@@ -26,7 +26,7 @@ def load_checkpoint_model(path: Path) -> ModelFolder:
         config = load_config(stage_dir / CONFIG_FILE)
         dataset = Dataset.open(config.data.dir, cache=Cache.of(config.data))
         schema, tokenizer_dir = dataset.schema, dataset.tokenizer_dir
-        model = DualEncoder(config.model, schema, dataset.pad_token_id, dataset.vocab_size)
+        model = new_model(config.model, schema, dataset.pad_token_id, dataset.vocab_size)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, PretrainedConfig
 
 from bigdssm.checkpoint import file_checksum
-from bigdssm.config import Config, ModelConfig, TowerConfig, load_config
+from bigdssm.config import Config, load_config
 from bigdssm.data import Dataset
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.models import DualEncoder
-from bigdssm.models.encoders import TextEncoder
+from bigdssm.models.encoders import TextEncoder, text_configs
 from bigdssm.schema import SCHEMA_FILE, Schema
 
 FORMAT = 1
@@ -114,7 +114,8 @@ def load_model_folder(folder: Path, *, any_score: bool = False) -> ModelFolder:
             raise CheckpointError(f"{folder / name} is damaged: its checksum is not the one in {META_FILE}")
     try:
         config, schema = load_config(folder / CONFIG_FILE), Schema.load(folder)
-        model = _empty_model(config.model, schema, folder / TEXT_DIR)
+        texts = {key: _architecture(folder / TEXT_DIR / key) for key in text_configs(config.model, schema)}
+        model = DualEncoder(config.model, schema, texts)
         mlp = _mlp(config, meta["provenance"])
         if mlp:
             model.add_scorer(mlp)
@@ -177,27 +178,8 @@ def _mlp(config: Config, provenance: Mapping[str, Any]) -> tuple[int, ...]:
     return config.sft.loss.mlp if config.sft is not None and provenance.get("stage") == "sft" else ()
 
 
-def _empty_model(config: ModelConfig, schema: Schema, text_dir: Path) -> DualEncoder:
-    """Return a DualEncoder whose text encoders have the saved architectures, whatever they were initialised from."""
-    texts = {
-        path.name: AutoConfig.from_pretrained(path, trust_remote_code=False) for path in sorted(text_dir.glob("*/"))
-    }
-
-    def with_widths(side: str, tower: TowerConfig) -> TowerConfig:
-        text = texts.get("shared" if config.share_text else side)
-        if text is None:
-            return tower
-        return replace(tower, text=replace(tower.text, init=None, layers=1, heads=1, hidden=text.hidden_size))
-
-    query, doc = with_widths("query", config.query), with_widths("doc", config.doc)
-    model = DualEncoder(replace(config, query=query, doc=doc), schema, vocab_size=1)
-    for key, text in texts.items():
-        encoder: Any = model.text[key]
-        encoder.bert = AutoModel.from_config(text, trust_remote_code=False)
-        encoder.bert.pooler = None
-        encoder.pad_token_id = text.pad_token_id
-    model.config = config
-    return model
+def _architecture(folder: Path) -> PretrainedConfig:
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _checksums(folder: Path) -> dict[str, str]:

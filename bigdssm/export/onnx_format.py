@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from bigdssm.data.batch import Features
+from bigdssm.data.tensors import pad_ids
 from bigdssm.errors import ConfigError
 from bigdssm.export.model_folder import TOKENIZER_DIR, ModelFolder
 from bigdssm.export.probe import Parity, Probe, largest_difference
 from bigdssm.export.text_tower import SIDES, Side, alpha
+from bigdssm.features import Feature
 from bigdssm.models import DualEncoder
-from bigdssm.schema import PADDING, Feature
+from bigdssm.models.score import document_head, query_head
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 18
@@ -47,7 +49,7 @@ def write_onnx(model: ModelFolder, out: Path) -> Parity:
         features, path = probe.features[side], out / f"{side}.onnx"
         declared: dict[str, Feature] = getattr(model.schema, side)
         _export(_Tower(model, side), features, declared, path)
-        padding = {name: model.pad_token_id if f.type == "text" else PADDING for name, f in declared.items()}
+        padding = pad_ids(declared, model.pad_token_id)
         differences[side] = _difference(path, features, padding, probe.vectors[side])
     _quantise(out / "query.onnx", out / "query.int8.onnx")
     return Parity(differences["query"], differences["doc"])
@@ -81,17 +83,18 @@ class _Tower(nn.Module):
         given = dict(zip(self._names, features, strict=True))
         encoded = self.model(query=given) if self._side == "query" else self.model(doc=given)
         if self._side == "query":
-            return torch.cat([encoded.U, torch.ones_like(encoded.U[:, :1])], dim=1)
-        beta = torch.zeros_like(encoded.W[:, 0]) if encoded.beta is None else encoded.beta
-        return torch.cat([self._alpha * encoded.W, beta.unsqueeze(1)], dim=1)
+            return query_head(encoded.U)
+        return document_head(encoded.W, self._alpha, encoded.beta)
 
 
 def _export(tower: _Tower, features: Features, declared: dict[str, Feature], path: Path) -> None:
     rows = torch.export.Dim("rows")
     shapes = []
-    for number, (name, values) in enumerate(features.items()):
+    for number, name in enumerate(features):
         # Numbered: a feature may be called what is no Python identifier, and these names have to be.
-        lengths = {1: torch.export.Dim(f"length_{number}", max=_longest(declared[name]))} if values.dim() == 2 else {}
+        feature = declared[name]
+        is_list = feature.padding(0) is not None
+        lengths = {1: torch.export.Dim(f"length_{number}", max=feature.longest)} if is_list else {}
         shapes.append({0: rows, **lengths})
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     before = [logger.level for logger in loggers]
@@ -110,24 +113,19 @@ def _export(tower: _Tower, features: Features, declared: dict[str, Feature], pat
             logger.setLevel(level)
 
 
-def _longest(feature: Feature) -> int | None:
-    """Return the longest row of a ragged feature, None where there is no limit."""
-    return {"text": feature.max_tokens, "history": feature.max_items}.get(feature.type)
-
-
 def _difference(path: Path, features: Features, padding: dict[str, int], trainers: Tensor) -> float:
     """Return the largest difference, of the whole probe batch and of rows alone, cut to their own lengths."""
     made = session(path)
     differences = [largest_difference(run_onnx(made, features), trainers)]
     for row in np.linspace(0, len(trainers) - 1, SINGLE_ROWS).astype(int):
-        alone = {name: _own_length(values[row : row + 1], padding[name]) for name, values in features.items()}
+        alone = {name: _own_length(values[row : row + 1], padding.get(name)) for name, values in features.items()}
         differences.append(largest_difference(run_onnx(made, alone), trainers[row : row + 1]))
     return max(differences)
 
 
-def _own_length(row: Tensor, padding: int) -> Tensor:
+def _own_length(row: Tensor, padding: int | None) -> Tensor:
     """Return a row without the padding that its batch gave it."""
-    return row if row.dim() == 1 else row[:, : max(1, int((row != padding).sum()))]
+    return row if padding is None else row[:, : max(1, int((row != padding).sum()))]
 
 
 def _quantise(path: Path, out: Path) -> None:

@@ -1,15 +1,18 @@
-"""How to encode with a folder of `--format onnx`: complete as it stands, and copied into the folder's model card."""
+"""How to encode with a folder of `--format onnx`: this, and what each type of feature adds, stand in its model card."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
+
+INPUTS: dict[str, Callable[..., np.ndarray]] = {}  # by type of feature; the card fills it
 
 
 def load_tower(folder: str | Path, side: str, file: str = "") -> Callable[[list[dict[str, Any]]], np.ndarray]:
@@ -22,44 +25,17 @@ def load_tower(folder: str | Path, side: str, file: str = "") -> Callable[[list[
     schema = json.loads((folder / "schema.json").read_text(encoding="utf-8"))
     session = onnxruntime.InferenceSession(str(folder / (file or f"{side}.onnx")))
     path = folder / "tokenizer" / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(path)) if path.exists() else None
-    pad = json.loads((folder / "bigdssm_export.json").read_text(encoding="utf-8"))["pad_token_id"]
-
-    def codes(feature: dict[str, Any], values: list[str]) -> list[int]:
-        if feature["hash_buckets"]:
-            import xxhash
-
-            hashes = (np.uint64(xxhash.xxh3_64_intdigest(value.encode())).view(np.int64) for value in values)
-            return [
-                2 + int(number) % feature["hash_buckets"] if value else 0
-                for value, number in zip(values, hashes, strict=True)
-            ]
-        known = {value: number for number, value in enumerate(feature["vocabulary"], start=2)}
-        return [known.get(value, 1) if value else 0 for value in values]
-
-    def column(feature: dict[str, Any], values: list[Any]) -> np.ndarray:
-        kind = feature["type"]
-        if kind == "numeric":
-            return np.array([np.nan if value is None else value for value in values], np.float32)
-        if kind == "categorical" and not feature["multi"]:
-            return np.array(codes(feature, [value or "" for value in values]), np.int64)
-        if kind == "text":
-            assert tokenizer is not None
-            tokenizer.no_padding()
-            tokenizer.enable_truncation(feature["max_tokens"])
-            rows = [encoding.ids for encoding in tokenizer.encode_batch([value or "" for value in values])]
-        elif kind == "history":
-            item = schema["doc"][feature["of"]]
-            rows = [codes(item, (value or [])[-feature["max_items"] :]) for value in values]
-        else:
-            rows = [codes(feature, value or []) for value in values]
-        padded = np.full((len(rows), max(1, *map(len, rows), 1)), pad if kind == "text" else 0, np.int64)
-        for row, numbers in enumerate(rows):
-            padded[row, : len(numbers)] = numbers
-        return padded
+    exported = SimpleNamespace(
+        schema=schema,
+        tokenizer=Tokenizer.from_file(str(path)) if path.exists() else None,
+        pad_token_id=json.loads((folder / "bigdssm_export.json").read_text(encoding="utf-8"))["pad_token_id"],
+    )
 
     def encode(rows: list[dict[str, Any]]) -> np.ndarray:
-        inputs = {name: column(feature, [row.get(name) for row in rows]) for name, feature in schema[side].items()}
+        inputs = {
+            name: INPUTS[feature["type"]](feature, [row.get(name) for row in rows], exported)
+            for name, feature in schema[side].items()
+        }
         vectors: np.ndarray = session.run(["vectors"], inputs)[0]
         return vectors
 

@@ -10,20 +10,16 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import pyarrow as pa
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from bigdssm.data.batch import Features
-from bigdssm.data.ragged import Column, Ragged
 from bigdssm.data.tensors import to_features
-from bigdssm.data.tokenizer import TextEncoder
 from bigdssm.errors import CheckpointError
 from bigdssm.export.model_folder import ModelFolder
 from bigdssm.export.text_tower import SIDES, Side
+from bigdssm.features import Column, TextTokenizer, encode_values, texts_of
 from bigdssm.retrieval.embed import document_vectors, query_vectors
-from bigdssm.schema import Feature
 
 PROBE_ROWS = 64
 PARITY_LIMIT = 1e-5
@@ -55,6 +51,7 @@ class Probe:
 
     def __init__(self, folder: ModelFolder, rows: int = PROBE_ROWS) -> None:
         self._folder, self._rows = folder, rows
+        self._tokenizer = None if folder.tokenizer_dir is None else TextTokenizer(folder.tokenizer_dir)
         self._random = np.random.RandomState(0)  # its stream is frozen; a Generator's may change between versions
         self.texts = {side: self._texts(side) for side in SIDES}  # of each text feature, by side and name
         self.features = {side: self._features(side) for side in SIDES}
@@ -73,37 +70,19 @@ class Probe:
         return texts
 
     def _texts(self, side: Side) -> dict[str, list[str]]:
-        texts = {}
-        for name, feature in getattr(self._folder.schema, side).items():
-            if feature.type == "text":
-                assert self._folder.tokenizer_dir is not None
-                words = _words(Tokenizer.from_file(str(self._folder.tokenizer_dir / "tokenizer.json")))
-                lengths = np.linspace(0, 1.5 * feature.max_tokens, self._rows).astype(int)
-                drawn = [self._random.choice(words, length) for length in lengths]
-                texts[name] = [" ".join(some).capitalize() + "." * (len(some) % 3) for some in drawn]
-        return texts
+        texts = texts_of(self._folder.schema.sides[side])
+        words = self._tokenizer.words() if self._tokenizer is not None else []
+        return {name: feature.texts(self._random, self._rows, words) for name, feature in texts.items()}
 
     def _features(self, side: Side) -> Features:
-        declared: dict[str, Feature] = getattr(self._folder.schema, side)
-        columns = {name: self._column(side, feature) for name, feature in declared.items()}
-        return to_features(declared, columns, self._folder.pad_token_id)
-
-    def _column(self, side: Side, feature: Feature) -> Column:
-        random, rows = self._random, self._rows
-        if feature.type == "text":
-            assert self._folder.tokenizer_dir is not None
-            texts = pa.array(self.texts[side][feature.name], pa.large_string())
-            return Ragged(*TextEncoder(self._folder.tokenizer_dir).encode(texts, feature.max_tokens))
-        if feature.type == "numeric":
-            values = feature.mean + feature.std * random.randn(rows)
-            values = np.abs(values) if feature.log else values
-            return np.where(random.rand(rows) < 0.2, np.nan, values).astype(np.float32)
-        if feature.type == "categorical" and not feature.multi:
-            return random.randint(0, feature.num_codes, rows).astype(np.int32)
-        longest = feature.max_items if feature.type == "history" else 4
-        of = self._folder.schema.doc[str(feature.of)] if feature.type == "history" else feature
-        lengths = np.linspace(0, longest, rows).astype(int)
-        return Ragged.of_lists([random.randint(1, of.num_codes, length).tolist() for length in lengths])
+        schema = self._folder.schema
+        columns: dict[str, Column] = {}
+        for name, feature in schema.sides[side].items():
+            if name in self.texts[side]:
+                columns[name] = encode_values(feature, self.texts[side][name], self._tokenizer)
+            else:
+                columns[name] = feature.probe(self._random, self._rows, schema.doc)
+        return to_features(schema.sides[side], columns, self._folder.pad_token_id)
 
 
 def largest_difference(ours: Tensor, trainers: Tensor) -> float:
@@ -113,8 +92,3 @@ def largest_difference(ours: Tensor, trainers: Tensor) -> float:
     ours, trainers = ours.double(), trainers.double()
     scale = trainers.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
     return float(((ours - trainers).abs().amax(dim=1) / scale).max())
-
-
-def _words(tokenizer: Tokenizer) -> list[str]:
-    """Return the whole words of a vocabulary, without the marks that some tokenizers put before them."""
-    return sorted(word for word in {token.lstrip("▁Ġ") for token in tokenizer.get_vocab()} if word.isalnum())

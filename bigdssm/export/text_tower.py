@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bigdssm.errors import ConfigError
 from bigdssm.export.model_folder import ModelFolder
+from bigdssm.features import texts_of
 from bigdssm.models import ALPHA_MAX
 from bigdssm.models.encoders import TextEncoder
 
@@ -81,13 +82,13 @@ def loading_arguments(tower: TextTower) -> dict[str, bool]:
 
 def _text_tower(folder: ModelFolder, side: Side, target: str) -> TextTower:
     features = getattr(folder.schema, side)
-    if [feature.type for feature in features.values()] != ["text"]:
+    if len(features) != 1 or not texts_of(features):
         declared = ", ".join(f"{name} ({feature.type})" for name, feature in features.items())
         raise ConfigError(
             f"--format {target}: the {side} tower reads {declared}; this format holds towers of one text and nothing "
             f"else, --format onnx holds any"
         )
-    (feature,) = features.values()
+    (feature,) = texts_of(features).values()
     tower = getattr(folder.model, f"{side}_tower")
     encoder: TextEncoder = folder.model.text["shared" if folder.config.model.share_text else side]  # type: ignore[assignment]
     return TextTower(side, feature.name, feature.max_tokens, encoder, _layers(tower.mlp))

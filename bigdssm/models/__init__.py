@@ -1,7 +1,7 @@
 """Towers and the dual encoder; pure torch, no data."""
 
-from bigdssm.models.dual_encoder import ALPHA_MAX, DualEncoder, Encoded
+from bigdssm.models.dual_encoder import ALPHA_MAX, DualEncoder, Encoded, new_model
 from bigdssm.models.encoders import use_plain_attention
 from bigdssm.models.scorer import MlpScorer
 
-__all__ = ["ALPHA_MAX", "DualEncoder", "Encoded", "MlpScorer", "use_plain_attention"]
+__all__ = ["ALPHA_MAX", "DualEncoder", "Encoded", "MlpScorer", "new_model", "use_plain_attention"]

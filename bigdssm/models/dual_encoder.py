@@ -6,14 +6,23 @@ Shapes: m queries, n documents, D vector width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from bigdssm.config import ModelConfig
-from bigdssm.models.encoders import HistoryEncoder, TextEncoder
+from bigdssm.models.encoders import (
+    Encoder,
+    Parts,
+    TextEncoder,
+    load_pretrained,
+    text_architectures,
+    text_configs,
+    text_keys,
+)
 from bigdssm.models.scorer import MlpScorer
 from bigdssm.models.tables import EmbeddingTables
 from bigdssm.models.tower import Tower
@@ -35,20 +44,20 @@ class Encoded(NamedTuple):
 class DualEncoder(nn.Module):
     """Query tower, document tower, alpha, and beta: a head of the document tower, or one for all documents.
 
-    `vocab_size` is the tokenizer's (0 without text features). Source: Huang et al. 2013 (DSSM); Radford et al. 2021
-    (CLIP) for the learned scale.
+    Weights are new; `texts` are the architectures of its text encoders, by `text_keys`. Source: Huang et al. 2013
+    (DSSM); Radford et al. 2021 (CLIP) for the learned scale.
     """
 
-    def __init__(self, config: ModelConfig, schema: Schema, pad_token_id: int = 0, vocab_size: int = 0) -> None:
+    def __init__(self, config: ModelConfig, schema: Schema, texts: Mapping[str, PretrainedConfig]) -> None:
         super().__init__()
         self.config = config
         self.schema = schema
         self.tables = EmbeddingTables(schema, config.query.embedding_dim, config.doc.embedding_dim)
-        self.text = self._text_encoders(pad_token_id, vocab_size)
-        item_dim = config.doc.embedding_dim
-        query_text, doc_text = self._text_of("query"), self._text_of("doc")
-        self.query_tower = Tower("query", schema.query, config.query, config.dim, self.tables, item_dim, query_text)
-        self.doc_tower = Tower("doc", schema.doc, config.doc, config.dim, self.tables, item_dim, doc_text)
+        keys, configs = text_keys(config, schema), text_configs(config, schema)
+        self.text = nn.ModuleDict({key: TextEncoder(texts[key], text.pooling) for key, text in configs.items()})
+        self.query_tower, self.doc_tower = (
+            Tower(schema.sides[side], self._parts(side, keys.get(side)), config.dim) for side in ("query", "doc")
+        )
         self.beta_head = _beta_head(config.dim) if config.beta == "document" else None
         self.beta = nn.Parameter(torch.full((1,), config.beta_init)) if config.beta == "scalar" else None
         # Shape (1,): a 0-dim parameter breaks DeepSpeed's bf16 broadcast over gloo.
@@ -88,29 +97,35 @@ class DualEncoder(nn.Module):
     def checkpoint_activations(self) -> None:
         """Have the transformers, whose activations grow with the length, compute them again in the backward."""
         for module in self.modules():
-            if isinstance(module, TextEncoder | HistoryEncoder):
+            if isinstance(module, Encoder):
                 module.checkpoint_activations()
+
+    def flops(self, query: dict[str, Tensor], doc: dict[str, Tensor]) -> float:
+        """Return the operations of matrix products in one forward over these features, padding left out.
+
+        It is the least that has to be computed; a backward takes twice as many. A linear layer takes
+        2 · inputs · outputs a row or token, attention over t tokens 4 · t² · width a layer.
+        """
+        return self.query_tower.flops(query) + self.doc_tower.flops(doc)
 
     def _scored(self, vectors: Tensor) -> Tensor:
         return nn.functional.normalize(vectors, dim=1) if self.config.score == "cosine" else vectors
 
-    def _text_of(self, side: str) -> TextEncoder | None:
-        key = self._text_key(side)
-        return cast(TextEncoder, self.text[key]) if key in self.text else None
+    def _parts(self, side: str, text_key: str | None) -> Parts:
+        text = None if text_key is None else cast(TextEncoder, self.text[text_key])
+        return Parts(side, getattr(self.config, side), self.tables, self.config.doc.embedding_dim, text)
 
-    def _text_key(self, side: str) -> str:
-        return "shared" if self.config.share_text else side
 
-    def _text_encoders(self, pad_token_id: int, vocab_size: int) -> nn.ModuleDict:
-        encoders = nn.ModuleDict()
-        sides = (("query", self.schema.query, self.config.query.text), ("doc", self.schema.doc, self.config.doc.text))
-        longest = {side: [f.max_tokens for f in features.values() if f.type == "text"] for side, features, _ in sides}
-        for side, _, text in sides:
-            key = self._text_key(side)
-            if longest[side] and key not in encoders:
-                lengths = longest["query"] + longest["doc"] if self.config.share_text else longest[side]
-                encoders[key] = TextEncoder(text, vocab_size, pad_token_id, max(lengths))
-        return encoders
+def new_model(config: ModelConfig, schema: Schema, pad_token_id: int = 0, vocab_size: int = 0) -> DualEncoder:
+    """Return a model to train: new weights, and those of the pretrained folders that `config` names.
+
+    `vocab_size` is the tokenizer's (0 without text features). Raises ConfigError: a folder that does not fit.
+    """
+    model = DualEncoder(config, schema, text_architectures(config, schema, pad_token_id, vocab_size))
+    for key, text in text_configs(config, schema).items():
+        if text.init is not None:
+            load_pretrained(cast(TextEncoder, model.text[key]), text)
+    return model
 
 
 def _beta_head(dim: int) -> nn.Linear:

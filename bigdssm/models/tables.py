@@ -8,7 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from bigdssm.schema import PADDING, Feature, Schema
+from bigdssm.features import PADDING, Feature
+from bigdssm.schema import Schema
 
 INIT_STD = 0.02  # BERT's
 
@@ -24,13 +25,13 @@ class EmbeddingTables(nn.Module):
         widths = {"query": query_dim, "doc": doc_dim}
         self.tables = nn.ModuleDict()
         for side, feature in _tabled(schema):
-            self.tables[table_name(side, feature)] = _table(feature.num_codes, widths[side])
+            self.tables[table_name(side, feature.name)] = _table(feature.num_codes, widths[side])
 
     def grow(self, schema: Schema) -> dict[str, tuple[int, int]]:
         """Lengthen the tables to what `schema` needs, known rows kept; return (rows before, now) by table that grew."""
         grown = {}
         for side, feature in _tabled(schema):
-            name = table_name(side, feature)
+            name = table_name(side, feature.name)
             old = cast(nn.Embedding, self.tables[name])
             if old.num_embeddings < feature.num_codes:
                 table = self.tables[name] = _table(feature.num_codes, old.embedding_dim)
@@ -45,15 +46,15 @@ class EmbeddingTables(nn.Module):
         return vectors
 
 
-def table_name(side: str, feature: Feature) -> str:
-    """Return the name of the table that codes of `feature` (of `side`: query or doc) are looked up in."""
-    return f"doc_{feature.of}" if feature.type == "history" else f"{side}_{feature.name}"
+def table_name(side: str, name: str) -> str:
+    """Return the name of the table of the feature `name` of `side` (query or doc)."""
+    return f"{side}_{name}"
 
 
 def _tabled(schema: Schema) -> Iterator[tuple[str, Feature]]:
-    for side, features in (("query", schema.query), ("doc", schema.doc)):
+    for side, features in schema.sides.items():
         for feature in features.values():
-            if feature.type == "categorical":
+            if feature.num_codes:
                 yield side, feature
 
 

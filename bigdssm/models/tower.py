@@ -2,57 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from bigdssm.config import TowerConfig
 from bigdssm.errors import ConfigError
-from bigdssm.models.encoders import CategoricalEncoder, HistoryEncoder, NumericEncoder, TextEncoder
-from bigdssm.models.tables import INIT_STD, EmbeddingTables, table_name
-from bigdssm.schema import Feature
+from bigdssm.features import Feature
+from bigdssm.models.encoders import Encoder, Parts, build_encoder
+from bigdssm.models.encoders.base import linear_flops
+from bigdssm.models.tables import INIT_STD
 
 
 class Tower(nn.Module):
-    """One side of the dual encoder; text features go through `text`, which both towers may share."""
+    """One side of the dual encoder."""
 
-    def __init__(
-        self,
-        side: str,
-        features: dict[str, Feature],
-        config: TowerConfig,
-        dim: int,
-        tables: EmbeddingTables,
-        item_dim: int,
-        text: TextEncoder | None,
-    ) -> None:
+    def __init__(self, features: Mapping[str, Feature], parts: Parts, dim: int) -> None:
         super().__init__()
-        self._text = (text,)  # in a tuple: the model owns the text encoder
-        self.residual = config.residual
-        self.text_names = [name for name, feature in features.items() if feature.type == "text"]
-        self.encoders = nn.ModuleDict()
-        widths = dict.fromkeys(self.text_names, text.dim if text else 0)
-        for name, feature in features.items():
-            if feature.type == "categorical":
-                self.encoders[name] = CategoricalEncoder(table_name(side, feature), tables)
-                widths[name] = config.embedding_dim
-            elif feature.type == "numeric":
-                self.encoders[name] = NumericEncoder(feature, config.numeric_dim)
-                widths[name] = config.numeric_dim
-            elif feature.type == "history":
-                self.encoders[name] = HistoryEncoder(
-                    config.history, feature, item_dim, table_name(side, feature), tables
-                )
-                widths[name] = item_dim
-        self._check_residual(side, widths, dim)
+        self.residual = parts.config.residual
+        encoders = {name: build_encoder(feature, parts) for name, feature in features.items()}
+        self.encoders = nn.ModuleDict({name: e for name, e in encoders.items() if not e.is_models_own})
+        self._models_own = ({name: e for name, e in encoders.items() if e.is_models_own},)  # not modules of the tower
+        widths = {name: encoder.dim for name, encoder in self._all().items()}
+        self._check_residual(parts.side, widths, dim)
         width = sum(width for name, width in widths.items() if name != self.residual)
-        self.mlp = _mlp(width, config, dim) if width else None
+        self.mlp = _mlp(width, parts.config, dim) if width else None
 
     def forward(self, features: dict[str, Tensor]) -> Tensor:
         """Return [R, D] for one side's features of R rows."""
-        parts = {name: encoder(features[name]) for name, encoder in self.encoders.items()}
-        text = self._text[0]
-        if text is not None:
-            parts |= {name: text(features[name]) for name in self.text_names}
+        parts = {name: encoder(features[name]) for name, encoder in self._all().items()}
         residual = parts.pop(self.residual) if self.residual else None
         if self.mlp is None:
             assert residual is not None
@@ -60,10 +39,14 @@ class Tower(nn.Module):
         output: Tensor = self.mlp(torch.cat(list(parts.values()), dim=1))
         return output if residual is None else output + residual
 
-    def encoder_of(self, name: str) -> nn.Module:
-        """Return the encoder of the feature `name`."""
-        text = self._text[0]
-        return text if text is not None and name in self.text_names else self.encoders[name]
+    def flops(self, features: dict[str, Tensor]) -> float:
+        """Return the operations of a forward's matrix products over these features, padding left out."""
+        own = 0.0 if self.mlp is None else len(next(iter(features.values()))) * linear_flops(self.mlp)
+        return own + sum(encoder.flops(features[name]) for name, encoder in self._all().items())
+
+    def _all(self) -> dict[str, Encoder]:
+        """Return the encoders by feature, the model's own last: the order in which their vectors stand."""
+        return {**self.encoders, **self._models_own[0]}  # type: ignore[dict-item]
 
     def _check_residual(self, side: str, widths: dict[str, int], dim: int) -> None:
         if self.residual is None:

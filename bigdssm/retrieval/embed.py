@@ -20,6 +20,7 @@ from bigdssm.data import Collator, Dataset, Rows, chunks
 from bigdssm.data.batch import Features, PadIds
 from bigdssm.data.tensors import pad_ids
 from bigdssm.models import Encoded, MlpScorer
+from bigdssm.models.score import document_head, query_head
 
 # Encoded at once: what a CPU's caches hold (twice as fast there as all rows together), or what keeps a GPU busy.
 CHUNK_TOKENS_CPU, CHUNK_TOKENS_GPU = 4096, 65536
@@ -117,16 +118,14 @@ def query_vectors(model: nn.Module, query: Features) -> Tensor:
     """Return [m, D+1] float32 for the features of m queries."""
     U = _encode(model, query=query).U
     assert U is not None
-    return torch.cat([U.float(), U.new_ones(len(U), 1, dtype=torch.float32)], dim=1)
+    return query_head(U)
 
 
 def document_vectors(model: nn.Module, doc: Features) -> Tensor:
     """Return [n, D+1] float32 for the features of n documents; beta is 0 in a model without one."""
     encoded = _encode(model, doc=doc)
-    W = encoded.W
-    assert W is not None
-    beta = W.new_zeros(len(W)) if encoded.beta is None else encoded.beta
-    return torch.cat([encoded.alpha.float() * W.float(), beta.float().unsqueeze(1)], dim=1)
+    assert encoded.W is not None
+    return document_head(encoded.W, encoded.alpha.float(), encoded.beta)
 
 
 def to_device(features: Features, device: torch.device | str) -> Features:

@@ -8,12 +8,10 @@ from typing import cast
 
 import numpy as np
 
-from bigdssm.data import Dataset, Ragged
-from bigdssm.data.ragged import Column
-from bigdssm.data.tokenizer import TextEncoder
+from bigdssm.data import Dataset
 from bigdssm.errors import ConfigError, DataError
+from bigdssm.features import Column, Ragged, TextTokenizer, texts_of
 from bigdssm.retrieval.mined import MinedNegatives, choose_negatives
-from bigdssm.schema import Feature
 
 ROWS_AT_ONCE = 1024
 
@@ -34,14 +32,14 @@ def mined_sample(dataset: Dataset, mined: MinedNegatives, count: int, seed: int 
     Texts are shown as the towers read them: cut, in the tokenizer's case. Raises ConfigError where a side has no text,
     DataError where `mined` is of another dataset's rows.
     """
-    features = _texts(dataset.schema.query), _texts(dataset.schema.doc)
-    if not all(features) or dataset.tokenizer_dir is None:
+    features = list(texts_of(dataset.schema.query)), list(texts_of(dataset.schema.doc))
+    tokenizer = dataset.tokenizer
+    if not all(features) or tokenizer is None:
         raise ConfigError(f"{dataset.dir} has a side without a text feature; there is nothing to read")
     num_rows, row_ids = dataset.num_rows("train"), mined.row_ids
     if len(row_ids) and row_ids[-1] >= num_rows:
         raise DataError(f"negatives were mined for row {row_ids[-1]}, but {dataset.dir} has {num_rows} train rows")
     wanted = row_ids[np.linspace(0, len(row_ids) - 1, min(count, len(row_ids))).astype(np.int64)]
-    tokenizer = TextEncoder(dataset.tokenizer_dir)
     found = []
     for rows in dataset.iterate("train", ROWS_AT_ONCE):
         taken = rows.take(np.flatnonzero(np.isin(rows.row_ids, wanted)))
@@ -56,11 +54,7 @@ def mined_sample(dataset: Dataset, mined: MinedNegatives, count: int, seed: int 
     return found
 
 
-def _texts(features: Mapping[str, Feature]) -> list[str]:
-    return [name for name, feature in features.items() if feature.type == "text"]
-
-
-def _read(columns: Mapping[str, Column], names: list[str], tokenizer: TextEncoder) -> list[str]:
+def _read(columns: Mapping[str, Column], names: list[str], tokenizer: TextTokenizer) -> list[str]:
     """Return the texts of the rows, several of one row parted by a bar."""
     parts = [tokenizer.decode(cast(Ragged, columns[name])) for name in names]
     return [" | ".join(row) for row in zip(*parts, strict=True)]

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
-import pyarrow as pa
 
-from bigdssm.data import Dataset, Ragged
-from bigdssm.data.ragged import Column
-from bigdssm.data.tokenizer import TextEncoder
+from bigdssm.data import Dataset
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.schema import PADDING, Feature, Schema, hash64
+from bigdssm.features import Column, Ragged, TextTokenizer, encode_values, hash64, histories_of, stored
+from bigdssm.schema import Schema
 
 NUM_SUGGESTIONS = 3
 # A name that nobody knows is compared with so many titles, as far as so many characters: at worst about a second.
@@ -40,7 +37,7 @@ def user_query(dataset: Dataset, key: str) -> Query:
         some = "; ".join(table.strings("query_key", np.arange(min(NUM_SUGGESTIONS, table.num_rows))))
         raise DataError(f"no user is called {key!r}; some who are: {some}")
     newest = rows[-1:]  # a later partition knows more of the user
-    columns = _missing(dataset.schema)
+    columns = _missing(dataset.schema, dataset.tokenizer)
     columns |= {name: table.take(name, newest) for name in dataset.schema.query if name in table.schema.names}
     length = table.lengths("items", newest)
     seen = table.take_slices("items", newest, np.zeros_like(length), length)[0]
@@ -79,67 +76,34 @@ def history_query(dataset: Dataset, documents: DocumentNames, names: Sequence[st
 
     Raises DataError: an unknown name, or a schema without a history.
     """
-    if not any(feature.type == "history" for feature in dataset.schema.query.values()):
+    if not histories_of(dataset.schema.query):
         raise DataError(f"queries of {dataset.dir} have no history; they have {list(dataset.schema.query)}")
     seen = documents.find(names)
-    return Query(_missing(dataset.schema) | _histories(dataset, seen), seen)
+    return Query(_missing(dataset.schema, dataset.tokenizer) | _histories(dataset, seen), seen)
 
 
-def feature_query(schema: Schema, values: Mapping[str, str], tokenizer: TextEncoder | None) -> Query:
+def feature_query(schema: Schema, values: Mapping[str, str], tokenizer: TextTokenizer | None) -> Query:
     """Return the query of typed feature values; features that are not given are missing.
 
     Raises ConfigError: an unknown feature, a history, or a number that is none.
     """
-    columns = _missing(schema)
+    columns, known = _missing(schema, tokenizer), stored(schema.query)
     for name, value in values.items():
-        feature = schema.query.get(name)
-        if feature is None or feature.type == "history":
-            known = [name for name, feature in schema.query.items() if feature.type != "history"]
+        if name not in known:
             raise ConfigError(f"{name} is not a query feature that can be typed; these are: {', '.join(known)}")
-        columns[name] = _typed(feature, value, tokenizer)
-    if tokenizer is not None:
-        texts = [feature for feature in schema.query.values() if feature.type == "text" and feature.name not in values]
-        columns |= {feature.name: _typed(feature, "", tokenizer) for feature in texts}
+        columns[name] = encode_values(known[name], [known[name].typed(value)], tokenizer)
     return Query(columns, np.zeros(0, np.int64))
 
 
-def _typed(feature: Feature, value: str, tokenizer: TextEncoder | None) -> Column:
-    if feature.type == "text":
-        if tokenizer is None:
-            raise DataError(f"feature {feature.name} is text, but there is no tokenizer")
-        return Ragged(*tokenizer.encode(pa.array([value], pa.large_string()), feature.max_tokens))
-    if feature.type == "numeric":
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not abs(number) <= float(np.finfo(np.float32).max):
-            raise ConfigError(f"{feature.name} is {value!r}, needs a number")
-        return np.array([number], np.float32)
-    if feature.multi:
-        parts = [part.strip() for part in value.split(None if feature.separator == " " else feature.separator)]
-        return Ragged.of_lists([feature.encode([part for part in parts if part])])
-    return feature.encode([value.strip()])
-
-
-def _missing(schema: Schema) -> dict[str, Column]:
-    """Return one row in which every feature but text, which has no missing value, is missing."""
-    columns: dict[str, Column] = {}
-    for name, feature in schema.query.items():
-        if feature.type == "numeric":
-            columns[name] = np.array([np.nan], np.float32)
-        elif feature.type == "categorical" and not feature.multi:
-            columns[name] = np.array([PADDING], np.int32)
-        else:
-            columns[name] = Ragged.of_lists([[]])
-    return columns
+def _missing(schema: Schema, tokenizer: TextTokenizer | None) -> dict[str, Column]:
+    """Return one row in which every feature is missing."""
+    return {name: encode_values(feature, [feature.missing], tokenizer) for name, feature in schema.query.items()}
 
 
 def _histories(dataset: Dataset, seen: np.ndarray) -> dict[str, Column]:
     return {
         name: Ragged.of_lists([dataset.catalogue.codes(str(feature.of), seen[-feature.max_items :])])
-        for name, feature in dataset.schema.query.items()
-        if feature.type == "history"
+        for name, feature in histories_of(dataset.schema.query).items()
     }
 
 

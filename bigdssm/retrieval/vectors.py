@@ -24,8 +24,8 @@ import xxhash
 from numpy.lib.format import open_memmap
 
 from bigdssm.data import Dataset
-from bigdssm.data.ragged import Column, Ragged
 from bigdssm.errors import CheckpointError, ConfigError, DataError
+from bigdssm.features.ragged import Column, Ragged
 from bigdssm.retrieval.embed import Encoders, Progress, no_progress
 
 FORMAT = 2

@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigdssm.data import Dataset, ragged
+from bigdssm.data import Dataset
 from bigdssm.data.tensors import to_features
-from bigdssm.data.tokenizer import TextEncoder
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.export import ModelFolder
+from bigdssm.features import TextTokenizer, histories_of, ragged, stored
 from bigdssm.retrieval.embed import query_vectors
 from bigdssm.retrieval.index import Index, search_with
 from bigdssm.retrieval.search import DocumentNames, Query, feature_query, history_query, user_query
@@ -57,18 +57,16 @@ class Searcher:
                     f"the index was made of another dataset than {dataset.dir}; embed and index again"
                 )
         self._folder, self._index, self._dataset, self._threads = folder, index, dataset, threads
-        self._has_history = any(feature.type == "history" for feature in folder.schema.query.values())
+        self._has_history = bool(histories_of(folder.schema.query))
         if self._has_history and dataset is None:
             raise DataError("queries of this model have a history; give its dataset with --data")
         self._names = DocumentNames.of(dataset) if dataset is not None and self._has_history else None
-        self._tokenizer = None if folder.tokenizer_dir is None else TextEncoder(folder.tokenizer_dir)
+        self._tokenizer = None if folder.tokenizer_dir is None else TextTokenizer(folder.tokenizer_dir)
 
     def about(self) -> dict[str, Any]:
         """Return what a client needs to ask queries."""
         meta = self._index.meta
-        features = {
-            name: feature.type for name, feature in self._folder.schema.query.items() if feature.type != "history"
-        }
+        features = {name: feature.type for name, feature in stored(self._folder.schema.query).items()}
         return {
             "model": self._folder.checksum, "index": meta.kind, "documents": meta.num_docs,
             "score": self._folder.config.model.score, "features": features, "history": self._has_history,

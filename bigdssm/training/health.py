@@ -17,7 +17,6 @@ from bigdssm.data.chunks import num_tokens
 from bigdssm.evaluation.split import Evaluation
 from bigdssm.log import get_logger
 from bigdssm.models import DualEncoder
-from bigdssm.models.flops import forward_flops
 from bigdssm.training.engine import Engine, device
 from bigdssm.training.step import StepResult
 from bigdssm.training.time_table import TimeTable, peak_flops
@@ -56,7 +55,7 @@ class Health:
     def after_step(self, step: int, applied: int, batch: Batch, result: StepResult) -> None:
         """Count a step; every so many, write a record and a line."""
         self._steps += 1
-        self._flops += 3 * forward_flops(cast(DualEncoder, self._engine.module), batch.query, batch.doc)
+        self._flops += 3 * cast(DualEncoder, self._engine.module).flops(batch.query, batch.doc)
         tokens = num_tokens(batch.query, batch.query_pad_ids) + num_tokens(batch.doc, batch.doc_pad_ids)
         self._tokens = self._tokens + tokens  # read once an interval
         self._bar(self._name, step, self._total_steps)

@@ -25,12 +25,12 @@ from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.curves import CONFIG_FILE
 from bigdssm.export.checkpoint_model import load_checkpoint_model
 from bigdssm.export.model_folder import load_model_folder
+from bigdssm.features import hash64
 from bigdssm.log import get_logger
-from bigdssm.models import DualEncoder
+from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval.embed import Share, encode_catalogue, tower_encoders
 from bigdssm.retrieval.mine import mine_to_file
 from bigdssm.retrieval.mined import MinedNegatives
-from bigdssm.schema import hash64
 from bigdssm.training.alerts import SpikeAlert
 from bigdssm.training.batches import Batches, row_stream
 from bigdssm.training.checks import PART_KEYS, check_agreement, check_stage, initial_model
@@ -153,7 +153,7 @@ def _model(config: Config, name: StageName, dataset: Dataset) -> DualEncoder:
     source = initial_model(config, name)
     if source is None:
         # .train(), since transformers gives a pretrained encoder out in evaluation mode
-        return DualEncoder(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size).train()
+        return new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size).train()
     loaded = load_checkpoint_model(source) if is_checkpoint(source) else load_model_folder(source)
     if dataset.schema.cut(loaded.schema.vocabulary_sizes()) == loaded.schema:
         grow_model(loaded.model, dataset.schema)

@@ -15,18 +15,19 @@ from torch import Tensor
 
 from bigdssm.config import EngineConfig, ModelConfig, OptimizerConfig, TextEncoderConfig, TowerConfig
 from bigdssm.data import Batch
+from bigdssm.features import Categorical, History, Text
 from bigdssm.losses import LossOutput, fps_loss
-from bigdssm.models import DualEncoder, Encoded
+from bigdssm.models import DualEncoder, Encoded, new_model
 from bigdssm.retrieval import embed
-from bigdssm.schema import Feature, Schema
+from bigdssm.schema import Schema
 
 from . import small_run
 from .spawn import Pool
 
-TEXT = Feature("words", "text", "words", max_tokens=9)
+TEXT = Text(max_tokens=9).named("words")
 SCHEMA = Schema(
-    {"words": TEXT, "history": Feature("history", "history", "history", of="item", max_items=6)},
-    {"words": TEXT, "item": Feature("item", "categorical", "item", vocabulary=tuple("abcdefghijklmnopqrstuvwx"))},
+    {"words": TEXT, "history": History(of="item", max_items=6).named("history")},
+    {"words": TEXT, "item": Categorical(vocabulary=tuple("abcdefghijklmnopqrstuvwx")).named("item")},
 )
 TOWER = TowerConfig(mlp=(16,), embedding_dim=8, text=TextEncoderConfig(layers=1, hidden=16))
 MODEL = ModelConfig(dim=16, alpha_init=5.0, share_text=True, query=TOWER, doc=TOWER)
@@ -87,9 +88,9 @@ def loss_of(encoded: Encoded, batch: Batch) -> LossOutput:
     )  # fmt: skip
 
 
-def new_model(dropout: float) -> DualEncoder:
+def small_model(dropout: float) -> DualEncoder:
     torch.manual_seed(0)
-    model = DualEncoder(MODEL, SCHEMA, vocab_size=30).train()
+    model = new_model(MODEL, SCHEMA, vocab_size=30).train()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -101,7 +102,7 @@ def new_model(dropout: float) -> DualEncoder:
 
 def plain_steps(rank: int, world_size: int) -> dict[str, Tensor]:
     """Return the weights after the same steps without engine, chunks and ranks."""
-    model = new_model(0.0)
+    model = small_model(0.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     for step in range(STEPS):
         batch = share_of(0, 1, step)
@@ -143,7 +144,7 @@ def new_engine(case: Case, dropout: float) -> tuple[Any, Any]:
     config = EngineConfig(
         zero_stage=case.zero_stage, chunk_tokens=case.chunk_tokens, keep_graph_tokens=case.keep_graph_tokens
     )
-    return Engine(new_model(dropout), config, OptimizerConfig(gradient_clipping=CLIPPING), 1), Budget.of(config)
+    return Engine(small_model(dropout), config, OptimizerConfig(gradient_clipping=CLIPPING), 1), Budget.of(config)
 
 
 def steps(rank: int, world_size: int, cases: list[Case], dropout: float) -> list[dict[str, Tensor]]:
@@ -206,7 +207,7 @@ def reductions(rank: int, world_size: int, cases: list[Case]) -> list[tuple[int,
 
 def test_gradients_are_reduced_once_a_step_however_many_chunks_there_are(pools: dict[int, Pool]) -> None:
     cases = [Case(stage, 40, 90) for stage in (0, 1, 2, 3)]
-    parameters = sum(parameter.numel() for parameter in new_model(0.0).parameters())
+    parameters = sum(parameter.numel() for parameter in small_model(0.0).parameters())
     for found in pools[2].run(reductions, cases):
         for case, (backwards, sent) in zip(cases, found, strict=True):
             assert backwards > 3
@@ -221,7 +222,7 @@ def test_gradients_are_reduced_once_a_step_however_many_chunks_there_are(pools: 
 @pytest.mark.parametrize("world_size", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))])
 def test_chunks_and_kept_graphs_change_no_weight(pools: dict[int, Pool], world_size: int) -> None:
     (plain,) = pools[1].run(plain_steps)
-    start = dict(new_model(0.0).named_parameters())
+    start = dict(small_model(0.0).named_parameters())
     assert all((plain[name] - start[name]).abs().max() > 5e-5 for name in plain if "key.bias" not in name)
     for rank, found in enumerate(pools[world_size].run(steps, CASES, 0.0, timeout_s=300)):
         for case, weights in zip(CASES, found, strict=True):

@@ -12,30 +12,31 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from bigdssm.config import FeatureConfig, TokenizerConfig
-from bigdssm.data.tables.columns import MULTI_TYPE
-from bigdssm.data.tables.fit import SideFitter, encode_columns
-from bigdssm.data.tokenizer import TextEncoder, make_tokenizer, train_wordpiece
+from bigdssm.config import TokenizerConfig
+from bigdssm.data.tokenizer import make_tokenizer, train_wordpiece
 from bigdssm.errors import ConfigError
-from bigdssm.schema import Feature
+from bigdssm.features import Categorical, Numeric, TextTokenizer, encode_columns
+from bigdssm.features.fitting import SideFitter
 
 CONFIGS = {
-    "kind": FeatureConfig("categorical", min_count=2),
-    "tags": FeatureConfig("categorical", multi=True),
-    "size": FeatureConfig("numeric", log=True),
-    "hashed": FeatureConfig("categorical", hash_buckets=8),
+    "kind": Categorical(min_count=2),
+    "tags": Categorical(multi=True),
+    "size": Numeric(log=True),
+    "hashed": Categorical(hash_buckets=8),
 }
 TEXTS = [["The quick brown fox, jumping over lazy dogs!", "Zebras & quick ünïcode 漢字"] * 20, ["foxes jump"] * 10]
 
 
 def canonical(kinds: list[str], tags: list[list[str]], sizes: list[float]) -> pa.Table:
     text = pa.array(kinds, pa.large_string())
-    return pa.table({"kind": text, "tags": pa.array(tags, MULTI_TYPE), "size": pa.array(sizes), "hashed": text})
+    return pa.table(
+        {"kind": text, "tags": pa.array(tags, pa.list_(pa.large_string())), "size": pa.array(sizes), "hashed": text}
+    )
 
 
 def test_fit_counts_over_batches_and_leaves_out_what_is_rare_or_missing() -> None:
-    features = {name: Feature.declared(name, config) for name, config in CONFIGS.items()}
-    fitter = SideFitter(features, CONFIGS)
+    features = {name: config.named(name) for name, config in CONFIGS.items()}
+    fitter = SideFitter(features)
     sizes = [0.0, 3.0, float("nan"), 8.0, 100.0]
     fitter.update(canonical(["b", "a", ""], [["y", "x"], [], ["x"]], sizes[:3]))
     fitter.update(canonical(["b", "c"], [["z"], []], sizes[3:]))
@@ -45,7 +46,7 @@ def test_fit_counts_over_batches_and_leaves_out_what_is_rare_or_missing() -> Non
     logs = np.log1p([0.0, 3.0, 8.0, 100.0])
     assert fitted["size"].mean == pytest.approx(logs.mean()) and fitted["size"].std == pytest.approx(logs.std())
 
-    grown = SideFitter(fitted, CONFIGS)
+    grown = SideFitter(fitted)
     grown.update(canonical(["d", "b", "d"], [["x", "w"], [], []], [1e6, 1e6, 1e6]))
     later = grown.fitted(grow=True)
     assert later["kind"].vocabulary == ("b", "d") and later["tags"].vocabulary == ("y", "x", "z", "w")
@@ -53,7 +54,7 @@ def test_fit_counts_over_batches_and_leaves_out_what_is_rare_or_missing() -> Non
 
 
 def test_encoded_columns_hold_codes_in_the_schema_s_sense() -> None:
-    features = {name: Feature.declared(name, config) for name, config in CONFIGS.items()}
+    features = {name: config.named(name) for name, config in CONFIGS.items()}
     features["kind"] = replace(features["kind"], vocabulary=("b", "a"))
     features["tags"] = replace(features["tags"], vocabulary=("x", "y"))
     table = canonical(["a", "?", "", "b"], [["y", "?"], [], ["x"], ["x", "y"]], [1.0, float("nan"), 3.0, 4.0])
@@ -72,7 +73,7 @@ def test_the_trained_tokenizer_is_bert_like_and_loads_through_auto_tokenizer(tmp
     ids = tokenizer(text)["input_ids"]
     words = tokenizer.convert_ids_to_tokens(ids)
     assert words[0] == "[CLS]" and words[-1] == "[SEP]" and "quick" in words and "漢" in words and "[UNK]" in words
-    encoder = TextEncoder(tmp_path / "tokenizer")
+    encoder = TextTokenizer(tmp_path / "tokenizer")
     values, offsets = encoder.encode(pa.array([text, "", "fox " * 50]), 9)
     assert values[: offsets[1]].tolist() == [*ids[:8], ids[-1]], "cut texts keep their [SEP]"
     assert np.diff(offsets).tolist() == [9, 2, 9]

@@ -11,12 +11,13 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from bigdssm.config import DataConfig, FeatureConfig
+from bigdssm.config import DataConfig
 from bigdssm.data import Dataset
 from bigdssm.data.inspection import describe, sample_rows
 from bigdssm.data.making.making import Target
 from bigdssm.data.making.pairs import PairTables, make_pairs
 from bigdssm.data.verification import verify_dataset
+from bigdssm.features import Categorical, Numeric
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,8 +49,8 @@ def test_description_and_rows(tiny_interactions: Any, capsys: Any) -> None:
 
 def test_every_figure_is_the_one_of_the_rows(tmp_path: Path, capsys: Any) -> None:
     config = DataConfig(
-        dir="", display="kind", doc={"kind": FeatureConfig("categorical")}, max_bad_fraction=0.2,
-        query={"tags": FeatureConfig("categorical", multi=True), "n": FeatureConfig("numeric")},
+        dir="", display="kind", doc={"kind": Categorical()}, max_bad_fraction=0.2,
+        query={"tags": Categorical(multi=True), "n": Numeric()},
     )  # fmt: skip
     rows: list[dict[str, Any]] = [
         {"tags": ["a", "b", "c"][: i % 4], "n": i, "kind": f"k{min(i, 2)}"} for i in (*range(8), 5, 5, 6)

@@ -9,14 +9,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from bigdssm.config import DataConfig, FeatureConfig, load_config
+from bigdssm.config import DataConfig, load_config
 from bigdssm.data import Dataset
 from bigdssm.data.making.interactions import InteractionTables, make_interactions
 from bigdssm.data.making.making import Target
 from bigdssm.errors import ConfigError, DataError
+from bigdssm.features import Categorical, History, Numeric
 
-HISTORY = FeatureConfig("history", of="item", max_items=5)
-CONFIG = DataConfig(dir="", query={"past": HISTORY}, doc={"item": FeatureConfig("categorical", column="item_id")})
+HISTORY = History(of="item", max_items=5)
+CONFIG = DataConfig(dir="", query={"past": HISTORY}, doc={"item": Categorical(column="item_id")})
 Row = tuple[str, tuple[str, ...], str]
 
 
@@ -116,7 +117,7 @@ def test_bad_rows_are_named_counted_and_left_out(tmp_path: Path) -> None:
 def test_users_missing_from_their_table_have_missing_features(tmp_path: Path) -> None:
     write(tmp_path, [(f"u{u}", f"i{t}", t) for u in range(3) for t in range(5)])
     (tmp_path / "users.csv").write_text("user_id,age,job\nu0,30,a\nu2,50,b\n")
-    query = {"past": HISTORY, "age": FeatureConfig("numeric"), "job": FeatureConfig("categorical")}
+    query = {"past": HISTORY, "age": Numeric(), "job": Categorical()}
     config = DataConfig(dir="", query=query, doc=CONFIG.doc)
     with pytest.raises(ConfigError, match="age, job need a users table"):
         make(tmp_path, config)
@@ -144,7 +145,7 @@ def test_a_dataset_grows_without_touching_what_is_there(tmp_path: Path) -> None:
     assert rows_of(after, "test") == rows_of(before, "test")
     with pytest.raises(DataError, match="has a partition 'day2' already"):
         make(tmp_path, partition="day2", append=True)
-    other = DataConfig(dir="", query={"past": FeatureConfig("history", of="item", max_items=6)}, doc=CONFIG.doc)
+    other = DataConfig(dir="", query={"past": History(of="item", max_items=6)}, doc=CONFIG.doc)
     with pytest.raises(ConfigError, match="max_items=6 against 5"):
         make(tmp_path, other, partition="day3", append=True)
 

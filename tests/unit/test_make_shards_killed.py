@@ -21,7 +21,7 @@ import pytest
 from bigdssm.data import Dataset
 from bigdssm.data.making.ahead import ahead
 from bigdssm.data.tables.beir import BeirWriter
-from bigdssm.schema import Feature
+from bigdssm.features import Text
 
 ROOT = Path(__file__).parents[2]
 # Makes datasets, each in a fork of its own: reads lines of JSON (kind, source, out, append, dies_at, told), and answers
@@ -30,10 +30,11 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
-from bigdssm.config import DataConfig, FeatureConfig, TokenizerConfig
+from bigdssm.config import DataConfig, TokenizerConfig
 from bigdssm.data.making import block_writer, catalogue_writer, column_file, interactions, journal, making, pairs
 from bigdssm.data.making import row_spool
-from bigdssm.data.tables import columns, sources
+from bigdssm.data.tables import sources
+from bigdssm.features import Categorical, History, Numeric, Text, columns
 from bigdssm.log import get_logger
 journal.SAVE_EVERY_S = 0.0
 sources.ROWS_PER_BATCH = row_spool.ROWS_PER_BATCH = interactions.ROWS_PER_BATCH = 100
@@ -58,12 +59,12 @@ def counting(*args, original=columns.RowCheck.__init__):
     checks += 1
     original(*args)
 columns.RowCheck.__init__ = counting
-TEXT, KIND = FeatureConfig("text", max_tokens=8), FeatureConfig("categorical")
+TEXT, KIND = Text(max_tokens=8), Categorical()
 def make(kind, source, out, append, told):
     features = {
         "pairs": ({"q": TEXT}, {"text": TEXT, "kind": KIND}),
         "interactions": (
-            {"past": FeatureConfig("history", of="item_id", max_items=5), "age": FeatureConfig("numeric"), "bio": TEXT},
+            {"past": History(of="item_id", max_items=5), "age": Numeric(), "bio": TEXT},
             {"item_id": KIND, "title": TEXT},
         ),
     }[kind]
@@ -238,7 +239,7 @@ def test_only_what_is_left_is_done(whole: Whole, maker: Maker, tmp_path: Path) -
 
 
 def test_what_a_collection_took_after_its_last_note_is_cut_off(tmp_path: Path) -> None:
-    text = {"text": Feature("text", "text", "text")}
+    text = {"text": Text().named("text")}
 
     def add(writer: BeirWriter, first: int, split: str) -> None:
         some, ids = pa.array([f"{first}", f"{first + 1}"]), np.arange(first, first + 2)

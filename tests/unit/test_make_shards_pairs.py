@@ -11,18 +11,19 @@ import pyarrow as pa
 import pytest
 import webdataset as wds
 
-from bigdssm.config import DataConfig, FeatureConfig, TokenizerConfig, load_config
+from bigdssm.config import DataConfig, TokenizerConfig, load_config
 from bigdssm.data import Dataset
 from bigdssm.data.inspection import sample_rows
 from bigdssm.data.making.making import Target
 from bigdssm.data.making.pairs import PairTables, make_pairs
 from bigdssm.data.making.row_spool import ShuffleSpool
 from bigdssm.errors import ConfigError, DataError
+from bigdssm.features import Categorical, History, Text
 
 CONFIG = DataConfig(
     dir="",
-    query={"q": FeatureConfig("text", max_tokens=8)},
-    doc={"text": FeatureConfig("text", max_tokens=16), "kind": FeatureConfig("categorical")},
+    query={"q": Text(max_tokens=8)},
+    doc={"text": Text(max_tokens=16), "kind": Categorical()},
     tokenizer=TokenizerConfig(vocab_size=120),
     max_bad_fraction=0.5,
 )
@@ -181,7 +182,7 @@ def test_histories_and_empty_train_splits_are_refused(tmp_path: Path) -> None:
         make(tmp_path, rows, split="column", split_column="split")
     with pytest.raises(ConfigError, match="--split time needs --time-column"):
         make(tmp_path, rows, split="time")
-    history = DataConfig(dir="", query={"h": FeatureConfig("history", of="kind")}, doc=CONFIG.doc)
+    history = DataConfig(dir="", query={"h": History(of="kind")}, doc=CONFIG.doc)
     with pytest.raises(ConfigError, match="pairs have no histories"):
         make_pairs(history, PairTables((tmp_path / "x.jsonl",)), Target(tmp_path / "out"))
 

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from webdataset import TarWriter
 
-from bigdssm.config import DataConfig, FeatureConfig, TokenizerConfig
+from bigdssm.config import DataConfig, TokenizerConfig
 from bigdssm.data import Dataset
 from bigdssm.data.making.making import Report, Target
 from bigdssm.data.making.pairs import PairTables, make_pairs
 from bigdssm.errors import DataError
+from bigdssm.features import Text
 
 ROWS = 300
-TEXT = FeatureConfig(type="text", max_tokens=8)
+TEXT = Text(max_tokens=8)
 TEXTS = DataConfig(dir="data", query={"query": TEXT}, doc={"doc": TEXT}, tokenizer=TokenizerConfig(vocab_size=200))
 
 

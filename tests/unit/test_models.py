@@ -9,19 +9,20 @@ import torch
 
 from bigdssm.config import HistoryEncoderConfig, ModelConfig, TextEncoderConfig, TowerConfig
 from bigdssm.errors import ConfigError
-from bigdssm.models import ALPHA_MAX, DualEncoder, MlpScorer, use_plain_attention
+from bigdssm.features import Categorical, History, Numeric, Text
+from bigdssm.models import ALPHA_MAX, DualEncoder, MlpScorer, new_model, use_plain_attention
 from bigdssm.models.encoders import TextEncoder
-from bigdssm.schema import Feature, Schema
+from bigdssm.schema import Schema
 
 QUERY = {
-    "history": Feature("history", "history", "history", of="item", max_items=6),
-    "gender": Feature("gender", "categorical", "gender", vocabulary=("f", "m")),
-    "age": Feature("age", "numeric", "age", mean=30.0, std=10.0),
+    "history": History(of="item", max_items=6).named("history"),
+    "gender": Categorical(vocabulary=("f", "m")).named("gender"),
+    "age": Numeric(mean=30.0, std=10.0).named("age"),
 }
 DOC = {
-    "item": Feature("item", "categorical", "item", vocabulary=tuple("abcdefgh")),
-    "genres": Feature("genres", "categorical", "genres", multi=True, vocabulary=("x", "y")),
-    "title": Feature("title", "text", "title", max_tokens=16),
+    "item": Categorical(vocabulary=tuple("abcdefgh")).named("item"),
+    "genres": Categorical(multi=True, vocabulary=("x", "y")).named("genres"),
+    "title": Text(max_tokens=16).named("title"),
 }
 CONFIG = ModelConfig(
     dim=32,
@@ -32,7 +33,7 @@ CONFIG = ModelConfig(
 
 def model(**changes: object) -> DualEncoder:
     torch.manual_seed(0)
-    return DualEncoder(replace(CONFIG, **changes), Schema(QUERY, DOC), vocab_size=50).eval()  # type: ignore[arg-type]
+    return new_model(replace(CONFIG, **changes), Schema(QUERY, DOC), vocab_size=50).eval()  # type: ignore[arg-type]
 
 
 def query(history: list[list[int]]) -> dict[str, torch.Tensor]:
@@ -136,8 +137,8 @@ def test_the_scorer_is_an_mlp_on_u_w_and_their_product() -> None:
 
 def test_shared_text_is_one_encoder() -> None:
     schema = Schema({"words": replace(DOC["title"], name="words")}, {"title": DOC["title"]})
-    shared = DualEncoder(replace(CONFIG, share_text=True), schema, vocab_size=50)
-    apart = DualEncoder(CONFIG, schema, vocab_size=50)
+    shared = new_model(replace(CONFIG, share_text=True), schema, vocab_size=50)
+    apart = new_model(CONFIG, schema, vocab_size=50)
     assert list(shared.text) == ["shared"] and list(apart.text) == ["query", "doc"]
 
 

@@ -18,8 +18,8 @@ from bigdssm.config import TextEncoderConfig, load_config
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError
 from bigdssm.export import load_model_folder
 from bigdssm.export.model_folder import META_FILE, WEIGHTS_FILE, save_model_folder
-from bigdssm.models import DualEncoder
-from bigdssm.models.encoders import TextEncoder
+from bigdssm.models import new_model
+from bigdssm.models.encoders import pretrained_encoder
 from tests.conftest import TinyDataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,7 +100,7 @@ def model_folder(tmp_path: Path, tiny_pairs: TinyDataset) -> Path:
     from bigdssm.data import Dataset
 
     config, dataset = load_config(tiny_pairs.config), Dataset.open(tiny_pairs.dir)
-    model = DualEncoder(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+    model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
     save_model_folder(tmp_path / "model", model, config, dataset.schema, dataset.tokenizer_dir, {})
     return tmp_path / "model"
 
@@ -126,12 +126,12 @@ def test_a_pretrained_encoder_is_read_from_safetensors_only(tmp_path: Path, mark
     )
     bert.save_pretrained(tmp_path / "bert")
     config = TextEncoderConfig(init=str(tmp_path / "bert"))
-    TextEncoder(config, 30, 0, 8)
+    pretrained_encoder(config, 30, 0)
     plant(tmp_path / "bert", mark, "pytorch_model.bin")
-    TextEncoder(config, 30, 0, 8)
+    pretrained_encoder(config, 30, 0)
     (tmp_path / "bert" / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="does not load"):
-        TextEncoder(config, 30, 0, 8)
+        pretrained_encoder(config, 30, 0)
 
 
 def test_code_in_a_pretrained_folder_is_not_run(tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def test_code_in_a_pretrained_folder_is_not_run(tmp_path: Path, mark: Path, monk
     save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     with pytest.raises(ConfigError, match="does not load"):
-        TextEncoder(TextEncoderConfig(init=str(folder)), 30, 0, 8)
+        pretrained_encoder(TextEncoderConfig(init=str(folder)), 30, 0)
 
 
 def test_code_in_a_model_folder_is_not_run(model_folder: Path, mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bigdssm.data.tables.columns import RowCheck, feature_numbers, relevances, strings, times, value_lists
-from bigdssm.data.tables.sources import SourceBatch, read_table
+from bigdssm.data.tables.sources import read_table
 from bigdssm.errors import DataError
-from bigdssm.schema import Feature
+from bigdssm.features import Numeric
+from bigdssm.features.columns import RowCheck, SourceBatch, relevances, strings, times, value_lists
 
 ROWS = [{"id": f"{i:03d}", "title": f'a "{i}" b', "year": i} for i in range(5)]
 
@@ -138,7 +138,7 @@ def check_of(values: list[object], bad: Bad) -> RowCheck:
 def test_numbers_that_cannot_be_read_are_missing_and_reported_but_the_row_stays() -> None:
     bad = Bad()
     check = check_of(["1.5", "", "V", "nan", "inf", "-3", None, "1_0"], bad)
-    values = feature_numbers(check, Feature("x", "numeric", "x", log=True))
+    values = Numeric(log=True).named("x").read(check).to_numpy()
     np.testing.assert_array_equal(values, [1.5, *[np.nan] * 7])
     assert check.good.all() and {row for row, _, left_out in bad.seen if not left_out} == {3, 5, 6, 8}
 

@@ -14,7 +14,7 @@ from bigdssm.config import Config, MiningConfig, SourceConfig, load_config
 from bigdssm.data import Dataset
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
 from bigdssm.export import load_model_folder
-from bigdssm.models import DualEncoder
+from bigdssm.models import new_model
 from bigdssm.retrieval.mined import mined_records
 from bigdssm.training.batches import row_stream
 from bigdssm.training.checks import check_stage
@@ -147,7 +147,7 @@ def test_a_full_disk_while_the_best_is_written_is_one_sentence(
 ) -> None:
     """As for a checkpoint: code 4, and the folder of before stays."""
     dataset = Dataset.open(config.data.dir)
-    model = DualEncoder(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+    model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
     engine = SimpleNamespace(module=model, state_dict=model.state_dict)
     validator = Validator(dataset, config, tmp_path / "best", 64)
     validator.keep(engine, {"stage": "pretrain", "step": 1})  # type: ignore[arg-type]

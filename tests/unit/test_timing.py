@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bigdssm import timing
 from bigdssm.config import HistoryEncoderConfig, ModelConfig, TextEncoderConfig, TowerConfig
-from bigdssm.models import DualEncoder
-from bigdssm.models.flops import forward_flops
-from bigdssm.schema import Feature, Schema
+from bigdssm.features import Categorical, History, Numeric, Text
+from bigdssm.models import new_model
+from bigdssm.schema import Schema
 from bigdssm.training.time_table import TimeTable
 
 
@@ -88,11 +88,11 @@ def test_the_table_adds_up() -> None:
 def test_operations_by_formula_are_those_that_torch_counts() -> None:
     """With rows of one length, so that nothing is padding."""
     schema = Schema(
-        {"history": Feature("history", "history", "history", of="item", max_items=6)},
+        {"history": History(of="item", max_items=6).named("history")},
         {
-            "item": Feature("item", "categorical", "item", vocabulary=tuple("abcdefgh")),
-            "year": Feature("year", "numeric", "year"),
-            "title": Feature("title", "text", "title", max_tokens=16),
+            "item": Categorical(vocabulary=tuple("abcdefgh")).named("item"),
+            "year": Numeric().named("year"),
+            "title": Text(max_tokens=16).named("title"),
         },
     )
     config = ModelConfig(
@@ -101,11 +101,11 @@ def test_operations_by_formula_are_those_that_torch_counts() -> None:
         query=TowerConfig(mlp=(20,), history=HistoryEncoderConfig(layers=2)),
         doc=TowerConfig(text=TextEncoderConfig(layers=2, hidden=16)),
     )
-    model = DualEncoder(config, schema, vocab_size=50).eval()
+    model = new_model(config, schema, vocab_size=50).eval()
     query = {"history": torch.randint(2, 10, (3, 5))}
     doc = {"item": torch.arange(2, 9), "year": torch.ones(7), "title": torch.randint(1, 50, (7, 11))}
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(query, doc)
-    assert forward_flops(model, query, doc) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+    assert model.flops(query, doc) == pytest.approx(counter.get_total_flops(), rel=1e-6)
     padded = {**doc, "title": torch.nn.functional.pad(doc["title"], (0, 4))}
-    assert forward_flops(model, query, padded) == forward_flops(model, query, doc)
+    assert model.flops(query, padded) == model.flops(query, doc)

@@ -58,10 +58,18 @@ def test_the_schedule_warms_up_and_falls_to_its_end() -> None:
     assert factors[100] == pytest.approx(0.1)
 
 
+def test_a_vector_of_a_row_is_no_list_however_many_zeros_it_ends_with() -> None:
+    features = {"items": torch.tensor([[1, 2, 3], [1, 0, 0], [0, 0, 0]]), "vector": torch.tensor([[1.0, 0.0, 0.0]] * 3)}
+    pads = {"items": 0}
+    cut = chunks.cut(features, 3, 4, pads)
+    assert [chunk.features["vector"].shape[1] for chunk in cut] == [3, 3] and [chunk.tokens for chunk in cut] == [4, 4]
+    assert int(chunks.num_tokens(features, pads)) == 4 and chunks.padding_fraction([(features, pads)]) == 5 / 9
+
+
 @pytest.mark.parametrize("pad", [0, 9])
 def test_chunks_keep_the_budget_and_every_row_once(pad: int) -> None:
     """Whatever the tokenizer pads with; token 0 is then one like others, also where it is a row's last."""
-    lengths, pads = [1, 7, 3, 3, 9, 2, 0], {"text": pad} if pad else {}
+    lengths, pads = [1, 7, 3, 3, 9, 2, 0], {"tags": 0, "text": pad}
     text = torch.full((7, 9), pad)
     for row, length in enumerate(lengths):
         text[row, :length] = 0 if pad else row + 1

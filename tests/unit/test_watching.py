@@ -16,7 +16,7 @@ from bigdssm.config import load_config
 from bigdssm.data import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.export.model_folder import save_model_folder
-from bigdssm.models import DualEncoder
+from bigdssm.models import new_model
 from bigdssm.training.compare import compare
 from bigdssm.training.observing import observe, sparkline
 from bigdssm.training.run_folder import FolderLock
@@ -92,7 +92,7 @@ def test_two_runs_are_compared_in_all_they_differ_in(tmp_path: Path, tiny_pairs:
         config = load_config(tiny_pairs.config, [f"run.dir={tmp_path / name}", f"pretrain.rows_global={256 << seed}"])
         (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
         torch.manual_seed(seed)
-        model = DualEncoder(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+        model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
         provenance = {"dataset": dataset.fingerprint}
         save_model_folder(folder / "best", model, config, dataset.schema, dataset.tokenizer_dir, provenance)
     events = (tmp_path / "second" / "pretrain" / "events.jsonl").read_text()

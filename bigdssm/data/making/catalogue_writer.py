@@ -14,12 +14,9 @@ from bigdssm.data.making.column_file import ColumnFile
 from bigdssm.data.making.journal import State
 from bigdssm.data.making.row_spool import RowSpool
 from bigdssm.data.mapped import MappedTable
-from bigdssm.data.tables.columns import canonical_type
-from bigdssm.data.tables.fit import encode_columns, encoded_type
 from bigdssm.data.tables.hashing import KeyIndex, hash_strings
-from bigdssm.data.tokenizer import TextEncoder
 from bigdssm.errors import ConfigError
-from bigdssm.schema import Feature
+from bigdssm.features import Feature, TextTokenizer, encode_columns
 
 KEY_COLUMNS = (("doc_key", pa.string()), ("doc_id", pa.int64()), ("display", pa.string()))
 
@@ -39,7 +36,7 @@ class CatalogueWriter:
         if state is not None:
             self._index.restore(state["index"])
         fields = [("doc_key", pa.large_string()), ("display", pa.large_string())]
-        fields += [(f"feature.{name}", canonical_type(feature)) for name, feature in features.items()]
+        fields += [(f"feature.{name}", feature.canonical_type) for name, feature in features.items()]
         self._schema = pa.schema(fields)
         self._spool = RowSpool(spool / "documents.arrows", self._schema, state["spool"] if state else None)
 
@@ -75,14 +72,14 @@ class CatalogueWriter:
             yield self._canonical(batch)
 
     def write(
-        self, path: Path, features: Mapping[str, Feature], text: TextEncoder | None, spool: Path,
+        self, path: Path, features: Mapping[str, Feature], text: TextTokenizer | None, spool: Path,
         state: State | None = None, note: Callable[..., None] | None = None,
     ) -> str:  # fmt: skip
         """Write the new documents, encoded with the fitted `features`, and return the file's checksum.
 
         Behind every batch it calls `note(documents=state)`; with such a state it goes on from there.
         """
-        fields = [*KEY_COLUMNS, *((name, encoded_type(feature, large=True)) for name, feature in features.items())]
+        fields = [*KEY_COLUMNS, *((name, feature.arrow_type(large=True)) for name, feature in features.items())]
         part = ColumnFile(path, pa.schema(fields), spool, state)
 
         def encoded(batch: pa.RecordBatch) -> dict[str, pa.Array]:

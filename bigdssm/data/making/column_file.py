@@ -89,7 +89,8 @@ class _Column:
 
     def append(self, array: pa.Array) -> None:
         if not self._ragged:
-            self._values.write(array.to_numpy().tobytes())
+            fixed = pa.types.is_fixed_size_list(self._type)
+            self._values.write((array.flatten() if fixed else array).to_numpy().tobytes())
             return
         width = np.int64 if array.type == _large(array.type) else np.int32
         offsets = np.frombuffer(array.buffers()[1], width)[array.offset : array.offset + len(array) + 1].astype(
@@ -109,6 +110,10 @@ class _Column:
         self._values.close()
         self._offsets.close()
         values = _mapped(self._paths[0])
+        if pa.types.is_fixed_size_list(self._type):
+            size = self._type.list_size * num_rows
+            inner = pa.Array.from_buffers(self._type.value_type, size, [None, values])
+            return pa.FixedSizeListArray.from_arrays(inner, self._type.list_size)
         if not self._ragged:
             return pa.Array.from_buffers(self._type, num_rows, [None, values])
         offsets = _mapped(self._paths[1])

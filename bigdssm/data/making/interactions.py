@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -30,19 +30,17 @@ from bigdssm.data.making.making import (
     Target,
     commit,
     no_progress,
-    stored,
-    text_columns,
 )
 from bigdssm.data.making.passes import Reading, SplitRows, fit, write_splits
 from bigdssm.data.making.row_spool import RowSpool
 from bigdssm.data.mapped import MappedTable
-from bigdssm.data.ragged import Ragged, gather_ranges, offsets_of
-from bigdssm.data.tables.columns import RowCheck, canonical, canonical_type, is_empty, relevances, strings, times
-from bigdssm.data.tables.fit import encode_columns, encoded_type
 from bigdssm.data.tables.hashing import KeyIndex, hash_strings, shuffle_keys
-from bigdssm.data.tables.sources import ROWS_PER_BATCH, SourceBatch, read_table
-from bigdssm.data.tokenizer import TextEncoder
+from bigdssm.data.tables.sources import ROWS_PER_BATCH, read_table
 from bigdssm.errors import ConfigError, DataError
+from bigdssm.features import TextTokenizer, encode_columns, stored, texts_of
+from bigdssm.features.columns import RowCheck, SourceBatch, is_empty, relevances, strings, times
+from bigdssm.features.fitting import canonical
+from bigdssm.features.ragged import Ragged, gather_ranges, offsets_of
 from bigdssm.schema import Schema
 
 Split = Literal["leave-one-out", "time", "train"]
@@ -133,7 +131,7 @@ class _Making:
             self.sequences.restore(done["sequences"])
             self.num_low = done["num_low"]
         spooled = {
-            "users": pa.schema([(name, canonical_type(feature)) for name, feature in self.user.items()]),
+            "users": pa.schema([(name, feature.canonical_type) for name, feature in self.user.items()]),
             "keys": pa.schema([("key", pa.string())]),
             "events": EVENT_SCHEMA,
         }
@@ -167,7 +165,7 @@ class _Making:
 
     def _read_items(self) -> None:
         key, quarantine, catalogue = self.tables.item_column, self.writer.quarantine, self.catalogue
-        columns = [key, self.shown, *(feature.column for feature in self.doc.values())]
+        columns = [key, self.shown, *(c for feature in self.doc.values() for c in feature.source_columns)]
         for batch in self._batches("items", self.tables.items, columns):
             check = RowCheck(batch, quarantine.report)
             keys, display = strings(check, key), strings(check, self.shown)
@@ -187,7 +185,7 @@ class _Making:
     def _read_users(self) -> None:
         assert self.tables.users is not None
         key, quarantine = self.tables.user_column, self.writer.quarantine
-        columns = [key, *(feature.column for feature in self.user.values())]
+        columns = [key, *(c for feature in self.user.values() for c in feature.source_columns)]
         for batch in self._batches("users", self.tables.users, columns):
             check = RowCheck(batch, quarantine.report)
             keys = strings(check, key)
@@ -247,22 +245,21 @@ class _Making:
     def texts(self) -> Iterator[list[str]]:
         """Yield the texts of documents and users, for the tokenizer."""
         for table in self.catalogue.new_documents():
-            for name in text_columns(self.doc):
+            for name in texts_of(self.doc):
                 yield table.column(name).to_pylist()
         for table in self.spools["users"].tables():
-            for name in text_columns(self.user):
+            for name in texts_of(self.user):
                 yield table.column(name).to_pylist()
 
     def _features_of(self, query_ids: np.ndarray) -> pa.Table:
         """Return the users' canonical features; those of users who are not in their table are missing."""
-        empty: dict[str, Any] = {"text": "", "categorical": "", "numeric": float("nan")}
         spool = self.spools["users"]
-        nothing = [pa.array([[] if f.multi else empty[f.type]], canonical_type(f)) for f in self.user.values()]
+        nothing = [pa.array([feature.missing], feature.canonical_type) for feature in self.user.values()]
         table = pa.concat_tables([*spool.tables(), pa.table(nothing, names=list(self.user))])
         user = self.users.find(query_ids)
         return table.take(pa.array(np.where(user < 0, spool.num_rows, user)))
 
-    def write_sequences(self, events: _Events, prior: Ragged, schema: Schema, text: TextEncoder | None) -> None:
+    def write_sequences(self, events: _Events, prior: Ragged, schema: Schema, text: TextTokenizer | None) -> None:
         """Write every sequence's items, earlier partitions' before its own, and its user's features."""
         query_ids, features = hash_strings(events.keys), stored(schema.query)
         own = Ragged(events.item, events.offsets)
@@ -278,7 +275,7 @@ class _Making:
         if features:
             columns |= encode_columns(self._features_of(query_ids), features, text, large=True)
         types = {"query_key": pa.string(), "query_id": pa.int64(), "items": pa.large_list(pa.int64())}
-        types |= {name: encoded_type(feature, large=True) for name, feature in features.items()}
+        types |= {name: feature.arrow_type(large=True) for name, feature in features.items()}
         path = self.writer.partition_dir / "sequences.arrow"
         file = ColumnFile(path, pa.schema(list(types.items())), self.writer.spool)
         file.append(columns)

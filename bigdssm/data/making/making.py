@@ -19,10 +19,11 @@ from bigdssm.data.making.catalogue_writer import CatalogueWriter
 from bigdssm.data.making.dataset_writer import TOKENIZER, DatasetWriter
 from bigdssm.data.making.journal import State
 from bigdssm.data.tables.beir import BeirWriter
-from bigdssm.data.tables.fit import SideFitter
-from bigdssm.data.tokenizer import TextEncoder, Texts, make_tokenizer
+from bigdssm.data.tokenizer import Texts, make_tokenizer
 from bigdssm.errors import ConfigError
-from bigdssm.schema import SCHEMA_FILE, Feature, Schema
+from bigdssm.features import TextTokenizer, stored
+from bigdssm.features.fitting import SideFitter
+from bigdssm.schema import SCHEMA_FILE, Schema
 from bigdssm.source import code_checksum
 
 BLOCK_COLUMNS = ("query_id", "doc", "relevance", "sequence", "end")
@@ -90,8 +91,8 @@ class Fitting:
             if difference := declared.difference(self.base):
                 raise ConfigError(f"the config's schema is not that of {fitted}: {difference}")
         self._config, self._writer, self._like = config, writer, like
-        self.query = SideFitter(stored(self.base.query), config.query)
-        self.doc = SideFitter(self.base.doc, config.doc)
+        self.query = SideFitter(stored(self.base.query))
+        self.doc = SideFitter(self.base.doc)
 
     def state(self) -> State:
         """Return what was counted, for `restore`."""
@@ -102,13 +103,13 @@ class Fitting:
         self.query.restore(state["query"])
         self.doc.restore(state["doc"])
 
-    def finish(self, texts: Texts) -> tuple[Schema, TextEncoder | None]:
+    def finish(self, texts: Texts) -> tuple[Schema, TextTokenizer | None]:
         """Return the fitted schema and, where it has text, the encoder of the tokenizer (trained on `texts`)."""
         if self._like is not None:
             if not self.base.has_text:
                 return self.base, None
             shutil.copytree(self._like / TOKENIZER, self._writer.tokenizer_dir)
-            return self.base, TextEncoder(self._writer.tokenizer_dir)
+            return self.base, TextTokenizer(self._writer.tokenizer_dir)
         grow = self._writer.append
         query = {**self.base.query, **self.query.fitted(grow=grow)}
         schema = replace(self.base, query=query, doc=self.doc.fitted(grow=grow))
@@ -116,7 +117,7 @@ class Fitting:
             return schema, None
         if not grow:
             make_tokenizer(self._config.tokenizer, texts, self._writer.tokenizer_dir)
-        return schema, TextEncoder(self._writer.tokenizer_dir)
+        return schema, TextTokenizer(self._writer.tokenizer_dir)
 
 
 def _source(config: DataConfig, target: Target, files: Sequence[Path], options: Any) -> str:
@@ -128,7 +129,11 @@ def _source(config: DataConfig, target: Target, files: Sequence[Path], options: 
         if path.is_file() and (stat := path.stat())
     ]
     code = (code_checksum(), pa.__version__, tokenizers.__version__, np.__version__)
-    return json.dumps([asdict(config), asdict(options), target.seed, stats, code], default=str, sort_keys=True)
+    return json.dumps(
+        [asdict(config), Schema.declared(config).fingerprint(), asdict(options), target.seed, stats, code],
+        default=str,
+        sort_keys=True,
+    )
 
 
 def _tokenizer_files(config: DataConfig) -> list[Path]:
@@ -136,21 +141,11 @@ def _tokenizer_files(config: DataConfig) -> list[Path]:
     return sorted(path.glob("*.json")) if path is not None else []
 
 
-def stored(features: dict[str, Feature]) -> dict[str, Feature]:
-    """Return the features that have a column; histories follow from the sequences."""
-    return {name: feature for name, feature in features.items() if feature.type != "history"}
-
-
-def text_columns(features: dict[str, Feature]) -> list[str]:
-    """Return the names of the text features."""
-    return [name for name, feature in features.items() if feature.type == "text"]
-
-
 def commit(
     writer: DatasetWriter,
     catalogue: CatalogueWriter,
     schema: Schema,
-    text: TextEncoder | None,
+    text: TextTokenizer | None,
     splits: dict[str, Any],
     counts: np.ndarray,
     started: float,

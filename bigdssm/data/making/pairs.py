@@ -30,21 +30,19 @@ from bigdssm.data.making.making import (
     Target,
     commit,
     no_progress,
-    text_columns,
 )
 from bigdssm.data.making.passes import Reading, SplitRows, fit, write_splits
 from bigdssm.data.making.row_spool import RowSpool, ShuffleSpool, num_buckets
 from bigdssm.data.tables.beir import BeirWriter
-from bigdssm.data.tables.columns import RowCheck, canonical, canonical_type, is_empty, missing, relevances, strings
 from bigdssm.data.tables.explode import exploded
-from bigdssm.data.tables.fit import encode_columns
 from bigdssm.data.tables.hashing import KeyIndex, hash_rows, hash_strings, row_keys, shuffle_keys
 from bigdssm.data.tables.pair_splits import SPLITS, PairSplit, Splitter, pair_hash
-from bigdssm.data.tables.sources import SourceBatch, read_table
+from bigdssm.data.tables.sources import read_table
 from bigdssm.data.tables.webdataset_source import check_shard, is_shard, read_shard
-from bigdssm.data.tokenizer import TextEncoder
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.schema import Feature
+from bigdssm.features import Feature, TextTokenizer, encode_columns, texts_of
+from bigdssm.features.columns import RowCheck, SourceBatch, is_empty, relevances, strings
+from bigdssm.features.fitting import canonical, missing
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress:
     check_names(config.doc, [name for name, _ in KEY_COLUMNS], "doc")
     check_names(config.query, BLOCK_COLUMNS, "query")
     for name, feature in config.query.items():
-        if feature.type == "history":
+        if feature.from_sequence:
             raise ConfigError(f"data.query.{name}: pairs have no histories; use the sub-command `interactions`")
     fractions = (tables.validation_fraction, tables.test_fraction)
     splitter = Splitter(tables.split, tables.split_column, fractions, target.seed, tables.whole_documents)
@@ -141,7 +139,7 @@ class _Making:
             self.seen_pairs.restore(done["seen_pairs"])
             self.place, self.repeated = done["counts"]
         fields = [("query_id", pa.int64()), ("doc", pa.int64()), ("relevance", pa.float32())]
-        fields += [(f"feature.{name}", canonical_type(feature)) for name, feature in base.query.items()]
+        fields += [(f"feature.{name}", feature.canonical_type) for name, feature in base.query.items()]
         self.row_schema = pa.schema(fields)
         spools = done["spools"] if done else [None] * len(SPLITS)
         self.train = ShuffleSpool(writer.spool, self.row_schema, num_buckets(tables.files), spools[0])
@@ -167,7 +165,7 @@ class _Making:
         """Return the source columns of features, ids, relevance and split."""
         tables = self.tables
         named = (self.display, tables.doc_id_column, tables.query_id_column, tables.relevance_column)
-        features = [feature.column for side in (self.query, self.doc) for feature in side.values()]
+        features = [c for side in (self.query, self.doc) for feature in side.values() for c in feature.source_columns]
         return features + [name for name in named if name] + self.splitter.columns
 
     def units_and_documents(self) -> tuple[np.ndarray, np.ndarray]:
@@ -259,10 +257,10 @@ class _Making:
         for table in self.catalogue.new_documents():
             seen = pa.array(self.documents.fitted[first : first + table.num_rows])
             first += table.num_rows
-            for name in text_columns(self.doc):
+            for name in texts_of(self.doc):
                 yield table.column(name).filter(seen).to_pylist()
         for table in self.train.unordered():
-            for name in text_columns(self.query):
+            for name in texts_of(self.query):
                 yield table.column(f"feature.{name}").to_pylist()
 
     def _query_ids(self, check: RowCheck, query: pa.Table) -> np.ndarray:
@@ -324,11 +322,11 @@ class _PerDocument:
 
 
 def _encoded(
-    table: pa.Table, features: dict[str, Feature], text: TextEncoder | None, raw_text: bool
+    table: pa.Table, features: dict[str, Feature], text: TextTokenizer | None, raw_text: bool
 ) -> dict[str, pa.Array]:
     columns = pa.table({name: table.column(f"feature.{name}") for name in features})
     done = {name: table.column(name).combine_chunks() for name in ("query_id", "doc", "relevance")}
     if raw_text:
-        done |= {name: columns.column(name).combine_chunks() for name in text_columns(features)}
-    encoded = {name: feature for name, feature in features.items() if name not in done}
-    return done | encode_columns(columns, encoded, text, large=False)
+        raw = {name: feature.encode_raw(columns.column(name).combine_chunks()) for name, feature in features.items()}
+        return done | raw
+    return done | encode_columns(columns, features, text, large=False)

@@ -17,8 +17,9 @@ from bigdssm.data.making.block_writer import SplitWriter, block_rows
 from bigdssm.data.making.dataset_writer import DatasetWriter
 from bigdssm.data.making.journal import State
 from bigdssm.data.making.making import Fitting, Progress
-from bigdssm.data.tables.sources import ReportBad, SourceBatch
-from bigdssm.data.tokenizer import TextEncoder, Texts
+from bigdssm.data.tokenizer import Texts
+from bigdssm.features import TextTokenizer
+from bigdssm.features.columns import ReportBad, SourceBatch
 from bigdssm.schema import Schema
 
 
@@ -75,14 +76,14 @@ class Reading:
         }
 
 
-def fit(writer: DatasetWriter, fitting: Fitting, texts: Texts) -> tuple[Schema, TextEncoder | None]:
+def fit(writer: DatasetWriter, fitting: Fitting, texts: Texts) -> tuple[Schema, TextTokenizer | None]:
     """Return the fitted schema and the tokenizer's encoder (none without text); from a killed run where that had them.
 
     `texts` are what a tokenizer is trained on.
     """
     if writer.written:
         schema = Schema.load(writer.staging)
-        return schema, TextEncoder(writer.tokenizer_dir) if schema.has_text else None
+        return schema, TextTokenizer(writer.tokenizer_dir) if schema.has_text else None
     if not writer.append and writer.tokenizer_dir.exists():
         shutil.rmtree(writer.tokenizer_dir)
     schema, text = fitting.finish(texts)

@@ -10,10 +10,10 @@ import pyarrow as pa
 
 from bigdssm.data.blocks import Bad, read_blocks
 from bigdssm.data.dataset import Dataset, empty_batch
-from bigdssm.data.ragged import offsets_of
 from bigdssm.data.rows import Rows
 from bigdssm.data.streaming.mixture import MixedOrder
 from bigdssm.data.streaming.order import Order, Window
+from bigdssm.features.ragged import offsets_of
 
 
 @dataclass

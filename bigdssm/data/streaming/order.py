@@ -27,8 +27,8 @@ from typing import Literal
 
 import numpy as np
 
-from bigdssm.data.ragged import offsets_of
 from bigdssm.errors import ConfigError, DataError
+from bigdssm.features.ragged import offsets_of
 
 Tail = Literal["carry", "drop"]
 WINDOW_BLOCKS = 16

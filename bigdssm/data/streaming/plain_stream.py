@@ -26,22 +26,21 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from bigdssm.data.blocks import Bad
 from bigdssm.data.dataset import Dataset
-from bigdssm.data.ragged import Column, from_arrow
 from bigdssm.data.remote import is_url
 from bigdssm.data.rows import Rows
 from bigdssm.data.streaming.lanes import Part
 from bigdssm.data.streaming.order import derive_key
 from bigdssm.data.streaming.row_stream import RowStream
 from bigdssm.data.streaming.workers import load, one_core_each, until_an_error
-from bigdssm.data.tables.columns import RowCheck, canonical, missing
-from bigdssm.data.tables.fit import encode_columns
 from bigdssm.data.tables.hashing import hash_rows, hash_strings, row_keys
 from bigdssm.data.tables.sources import record_batch
 from bigdssm.data.tables.webdataset_source import KEY, check_shard, is_text, record_of
-from bigdssm.data.tokenizer import TextEncoder
 from bigdssm.errors import ConfigError, DataError
+from bigdssm.features import TextTokenizer, encode_columns, hash64
+from bigdssm.features.columns import RowCheck
+from bigdssm.features.fitting import canonical, missing
+from bigdssm.features.ragged import Column, from_arrow
 from bigdssm.log import get_logger
-from bigdssm.schema import hash64
 
 SHUFFLED_SAMPLES = 5000  # held by each loader process
 FEWEST_JUDGED = 10_000  # rows: few bad ones early stop nothing
@@ -86,7 +85,7 @@ class PlainStream(RowStream):
             max_bad_fraction=max_bad_fraction, quarantine=quarantine,
         )  # fmt: skip
         for name, feature in dataset.schema.query.items():
-            if feature.type == "history":
+            if feature.from_sequence:
                 raise ConfigError(
                     f"data.query.{name}: samples are pairs and have no histories; leave out data.webdataset"
                 )
@@ -195,9 +194,9 @@ class _Reader:
 
     def __init__(self, dataset: Dataset) -> None:
         self._schema = dataset.schema
-        self._text = TextEncoder(dataset.tokenizer_dir) if dataset.tokenizer_dir else None
+        self._text = TextTokenizer(dataset.tokenizer_dir) if dataset.tokenizer_dir else None
         features = [*dataset.schema.query.values(), *dataset.schema.doc.values()]
-        self._columns = list(dict.fromkeys(feature.column for feature in features))
+        self._columns = list(dict.fromkeys(feature.source for feature in features))
         self._known = False  # whether a record had the columns
 
     def rows(self, step: int, samples: list[dict[str, Any]]) -> tuple[Rows, list[Bad]]:
@@ -239,7 +238,7 @@ class _Reader:
         return rows, bad
 
 
-def _columns(table: pa.Table, features: Any, text: TextEncoder | None) -> dict[str, Column]:
+def _columns(table: pa.Table, features: Any, text: TextTokenizer | None) -> dict[str, Column]:
     return {name: from_arrow(array) for name, array in encode_columns(table, features, text, large=False).items()}
 
 

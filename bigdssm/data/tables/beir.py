@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from bigdssm.data.tables.hashing import KeyIndex
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.schema import Feature
+from bigdssm.features import Feature, Text, texts_of
 
 CORPUS_FILE, QUERIES_FILE, QRELS_DIR = "corpus.jsonl", "queries.jsonl", "qrels"
 SPLIT_FILES = {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}  # BEIR calls validation dev
@@ -39,9 +39,9 @@ class Entry:
 
     def column(self, feature: Feature) -> Any:
         """Return the value of a feature: `metadata` has it under its column, else a text feature takes the text."""
-        if feature.column in self.metadata:
-            return self.metadata[feature.column]
-        return self.text if feature.type == "text" else None
+        if feature.source in self.metadata:
+            return self.metadata[feature.source]
+        return self.text if isinstance(feature, Text) else None
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,10 @@ def read_qrels_tsv(path: Path) -> Qrels:
 
 def texts_and_metadata(features: Mapping[str, Feature], entries: Iterable[Entry]) -> pa.Table:
     """Return source columns of the features for `entries`, as a table that `canonical` takes."""
-    columns: dict[str, list[Any]] = {feature.column: [] for feature in features.values()}
+    columns: dict[str, list[Any]] = {feature.source: [] for feature in features.values()}
     for entry in entries:
         for feature in features.values():
-            columns[feature.column].append(entry.column(feature))
+            columns[feature.source].append(entry.column(feature))
     return pa.table({name: _typed(values) for name, values in columns.items()})
 
 
@@ -184,15 +184,18 @@ class BeirWriter:
     def _write(
         self, name: str, table: pa.Table, features: Mapping[str, Feature], rows: np.ndarray, keys: list[str]
     ) -> None:
-        texts = [feature for feature in features.values() if feature.type == "text"]
+        texts = texts_of(features)
         rows = np.sort(rows)
-        values = {
-            feature.name: table.column(feature.name).take(pa.array(rows)).to_pylist() for feature in features.values()
-        }
+        columns = {name: table.column(name).take(pa.array(rows)).combine_chunks() for name in features}
+        values = {name: column.to_pylist() for name, column in columns.items()}
+        missing = {name: feature.is_missing(columns[name]) for name, feature in features.items()}
         for place, row in enumerate(rows.tolist()):
-            apart = {f.column: values[f.name][place] for f in features.values() if len(texts) != 1 or f.type != "text"}
-            apart = {column: value for column, value in apart.items() if value == value}  # NaN is a missing number
-            text = "\n".join(values[feature.name][place] for feature in texts)
+            apart = {
+                feature.source: values[n][place]
+                for n, feature in features.items()
+                if not missing[n][place] and (len(texts) != 1 or n not in texts)
+            }
+            text = "\n".join(values[name][place] for name in texts)
             record: dict[str, Any] = {"_id": keys[row], **({"title": ""} if name == CORPUS_FILE else {}), "text": text}
             record |= {"metadata": apart} if apart else {}
             self._file(name).write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigdssm.data.tables.sources import ReportBad, SourceBatch
 from bigdssm.errors import DataError
+from bigdssm.features.columns import ReportBad, SourceBatch
 
 
 def exploded(batch: SourceBatch, name: str, report_bad: ReportBad) -> SourceBatch:

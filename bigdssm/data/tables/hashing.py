@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from xxhash import xxh3_64_intdigest
 
 from bigdssm.data.streaming.order import mix64
-from bigdssm.schema import hash64
+from bigdssm.features import hash64
 
 
 def hash_strings(array: pa.Array | pa.ChunkedArray) -> np.ndarray:
@@ -24,11 +24,16 @@ def hash_strings(array: pa.Array | pa.ChunkedArray) -> np.ndarray:
 def hash_rows(table: pa.Table) -> np.ndarray:
     """Return a hash of all canonical columns of every row, int64 [rows]: what tells rows without an id apart."""
     between, within = (pa.scalar(separator, pa.large_string()) for separator in "\x1f\x1e")
-    parts = []
-    for column in table.columns:
-        array = column.combine_chunks()
-        parts.append(pc.binary_join(array, within) if pa.types.is_list(array.type) else array.cast(pa.large_string()))
-    return hash_strings(pc.binary_join_element_wise(*parts, between))
+
+    def text(array: pa.Array) -> pa.Array:
+        if pa.types.is_list(array.type):
+            return pc.binary_join(array, within)
+        if pa.types.is_fixed_size_list(array.type):
+            rows = array.flatten().to_numpy().reshape(len(array), -1)
+            return pa.array([row.tobytes().hex() for row in rows], pa.large_string())
+        return array.cast(pa.large_string())
+
+    return hash_strings(pc.binary_join_element_wise(*(text(c.combine_chunks()) for c in table.columns), between))
 
 
 def row_keys(hashes: np.ndarray) -> pa.Array:

@@ -7,9 +7,9 @@ from typing import Literal
 
 import numpy as np
 
-from bigdssm.data.tables.columns import RowCheck, is_empty, strings, times
 from bigdssm.data.tables.hashing import hash_strings, mix, uniform
 from bigdssm.errors import ConfigError, DataError
+from bigdssm.features.columns import RowCheck, is_empty, strings, times
 
 PairSplit = Literal["random", "time", "column", "train"]
 SPLITS = ("train", "validation", "test")

@@ -17,9 +17,8 @@ import zlib
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +27,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from bigdssm.errors import DataError
+from bigdssm.features.columns import ReportBad, SourceBatch
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".inter": "\t", ".item": "\t", ".user": "\t"}
 JSON_SUFFIXES = (".jsonl", ".ndjson")
@@ -38,26 +38,6 @@ ROWS_PER_BATCH = 16384
 BYTES_PER_BATCH = 8 << 20
 READ_AHEAD_BYTES = 1 << 20
 MAX_LINE_BYTES = 64 << 20
-
-
-class ReportBad(Protocol):
-    """Takes what is wrong with a row; `left_out` is false where only a value is dropped and the row stays."""
-
-    def __call__(self, file: str, row: int, reason: str, left_out: bool = True) -> None:
-        """Record it."""
-
-
-@dataclass(frozen=True)
-class SourceBatch:
-    """Some rows of one file: `table` has the asked columns that exist, `rows` (int64) their numbers in the file."""
-
-    file: str
-    table: pa.Table
-    rows: np.ndarray
-
-    def keep(self, mask: np.ndarray) -> SourceBatch:
-        """Return the rows where `mask` (bool) is true."""
-        return SourceBatch(self.file, self.table.filter(pa.array(mask)), self.rows[mask])
 
 
 def read_table(path: str | Path, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:

@@ -15,7 +15,8 @@ import xxhash
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from bigdssm.schema import Feature, Schema, hash64
+from bigdssm.features import Categorical, History, Numeric, Text, hash64
+from bigdssm.schema import Schema
 
 NUM_DOCS = 37
 ITEMS_PER_SEQUENCE = 30
@@ -37,18 +38,18 @@ class Writer:
     @property
     def schema(self) -> Schema:
         doc = {
-            "item": Feature("item", "categorical", "item", vocabulary=tuple(f"i{i}" for i in range(NUM_DOCS))),
-            "tags": Feature("tags", "categorical", "tags", multi=True, vocabulary=("a", "b", "c")),
-            "year": Feature("year", "numeric", "year", mean=1990.0, std=10.0),
+            "item": Categorical(vocabulary=tuple(f"i{i}" for i in range(NUM_DOCS))).named("item"),
+            "tags": Categorical(multi=True, vocabulary=("a", "b", "c")).named("tags"),
+            "year": Numeric(mean=1990.0, std=10.0).named("year"),
         }
-        query = {"age": Feature("age", "numeric", "age")}
+        query = {"age": Numeric().named("age")}
         if self.text:
-            doc["title"] = Feature("title", "text", "title", max_tokens=8)
-            query["words"] = Feature("words", "text", "words", max_tokens=6)
-            query["job"] = Feature("job", "categorical", "job", vocabulary=("a", "b", "c"))
-            query["likes"] = Feature("likes", "categorical", "likes", multi=True, vocabulary=("a", "b", "c"))
+            doc["title"] = Text(max_tokens=8).named("title")
+            query["words"] = Text(max_tokens=6).named("words")
+            query["job"] = Categorical(vocabulary=("a", "b", "c")).named("job")
+            query["likes"] = Categorical(multi=True, vocabulary=("a", "b", "c")).named("likes")
         if self.interactions:
-            query["history"] = Feature("history", "history", "history", of="item", max_items=5)
+            query["history"] = History(of="item", max_items=5).named("history")
         return Schema(query, doc)
 
     def write(self, *names: str) -> Path:

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from bigdssm.data import Catalogue, Dataset, Ragged
+from bigdssm.data import Catalogue, Dataset
 from bigdssm.data.mapped import MappedTable
 from bigdssm.errors import DataError
-from bigdssm.schema import hash64
+from bigdssm.features import Ragged, hash64
 
 
 def test_documents_by_row_and_key(interactions: Path, tools) -> None:

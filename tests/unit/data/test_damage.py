@@ -20,7 +20,8 @@ from bigdssm.data import blocks as blocks_module
 from bigdssm.data.arrow_size import decoded_size
 from bigdssm.data.blocks import Layout, decode
 from bigdssm.errors import DataError
-from bigdssm.schema import Feature, Schema
+from bigdssm.features import Text
+from bigdssm.schema import Schema
 
 STEPS, ROWS_GLOBAL, LANES = 21, 48, 8
 FIRST_SHARD = "partitions/all/train-000000.tar"
@@ -241,7 +242,7 @@ def test_a_block_that_would_fill_the_memory_is_refused_before_it_is_decoded(
 
 def test_a_block_of_raw_text_that_is_not_utf8_is_refused(tools) -> None:
     """Nothing that is tokenised while it is read may be anything but UTF-8; make_shards never writes other text."""
-    words = {"words": Feature("words", "text", "words", max_tokens=6)}
+    words = {"words": Text(max_tokens=6).named("words")}
     layout = Layout.of(Schema(words, {}), num_docs=(1,), vocab_size=9, sequences=(), raw_text=True)
     for text, good in ((b"na\xc3\xafve", True), (b"na\xefve", False)):
         offsets = pa.py_buffer(np.array([0, len(text)], np.int64))

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bigdssm.config import DataConfig, FeatureConfig
+from bigdssm.config import DataConfig
 from bigdssm.data import Dataset
 from bigdssm.errors import ConfigError, DataError
+from bigdssm.features import Categorical, History, Numeric
 
 
 @pytest.fixture
@@ -43,12 +44,12 @@ def test_iterate_gives_a_split_in_order(interactions: Path, world_size: int, row
 
 
 def test_a_config_of_other_features_is_refused_by_name(interactions: Path) -> None:
-    history = FeatureConfig(type="history", of="item", max_items=5)
-    query = {"age": FeatureConfig(type="numeric"), "history": history}
+    history = History(of="item", max_items=5)
+    query = {"age": Numeric(), "history": history}
     doc = {
-        "item": FeatureConfig(type="categorical"),
-        "tags": FeatureConfig(type="categorical", multi=True),
-        "year": FeatureConfig(type="numeric"),
+        "item": Categorical(),
+        "tags": Categorical(multi=True),
+        "year": Numeric(),
     }
     dataset, config = Dataset.open(interactions), DataConfig(dir="x", query=query, doc=doc)
     dataset.check_against(config)

@@ -11,18 +11,19 @@ import numpy as np
 import pytest
 import xxhash
 
-from bigdssm.config import DataConfig, FeatureConfig, TokenizerConfig
+from bigdssm.config import DataConfig, TokenizerConfig
 from bigdssm.data import Collator, Dataset, PairStream
 from bigdssm.data.making.making import Target
 from bigdssm.data.making.pairs import PairTables, make_pairs
 from bigdssm.errors import DataError
+from bigdssm.features import Categorical, Numeric, Text
 from bigdssm.schema import Schema
 
 ROWS = 3000
 CONFIG = DataConfig(
     dir="data",
-    query={"line": FeatureConfig(type="numeric"), "words": FeatureConfig(type="text", max_tokens=8)},
-    doc={"kind": FeatureConfig(type="categorical")},
+    query={"line": Numeric(), "words": Text(max_tokens=8)},
+    doc={"kind": Categorical()},
     tokenizer=TokenizerConfig(vocab_size=200),
 )
 

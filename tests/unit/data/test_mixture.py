@@ -15,7 +15,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigdssm.config import DataConfig, FeatureConfig, SourceConfig, TokenizerConfig
+from bigdssm.config import DataConfig, SourceConfig, TokenizerConfig
 from bigdssm.data import Collator, Dataset, PairStream
 from bigdssm.data.joining import open_dataset
 from bigdssm.data.making.making import Target
@@ -23,6 +23,7 @@ from bigdssm.data.making.pairs import PairTables, make_pairs
 from bigdssm.data.streaming.mixture import TURNS, MixedOrder, turns_per_round
 from bigdssm.data.streaming.order import Order
 from bigdssm.errors import ConfigError, DataError
+from bigdssm.features import Categorical, Numeric, Text
 
 NUMBERS = {"rows_global": 48, "lanes": 8}
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -214,8 +215,8 @@ def test_memory_is_bounded_by_lanes_window_and_sources(tmp_path: Path, tools, ba
 
 WORDS = DataConfig(
     dir="data",
-    query={"words": FeatureConfig(type="text", max_tokens=8)},
-    doc={"kind": FeatureConfig(type="categorical"), "size": FeatureConfig(type="numeric")},
+    query={"words": Text(max_tokens=8)},
+    doc={"kind": Categorical(), "size": Numeric()},
     tokenizer=TokenizerConfig(vocab_size=200),
 )
 
@@ -265,9 +266,12 @@ def test_datasets_with_catalogues_of_their_own(pairs: tuple[Path, Path]) -> None
 def test_what_does_not_go_together_is_refused(pairs: tuple[Path, Path], days: Path, tmp_path: Path) -> None:
     big, _ = pairs
     other = write_pairs(tmp_path, "other", 7, 500)
-    other_words = replace(WORDS, query={"words": FeatureConfig(type="text", max_tokens=9)})
+    other_words = replace(WORDS, query={"words": Text(max_tokens=9)})
     refused = [
-        (SourceConfig(dir=str(other)), r"the vocabularies of doc\.kind differ .*; make it with .*--like"),
+        (
+            SourceConfig(dir=str(other)),
+            r"doc\.kind was fitted to other data \(40 values against 40 .*; make it with .*--like",
+        ),
         (SourceConfig(), "has the partition base twice"),
         (SourceConfig(dir=str(days)), "query features"),
         (SourceConfig(partitions=("day9",)), "has no partition 'day9'"),

@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 from webdataset import TarWriter
 
-from bigdssm.config import DataConfig, FeatureConfig, TokenizerConfig
+from bigdssm.config import DataConfig, TokenizerConfig
 from bigdssm.data import Collator, Dataset, PlainStream
 from bigdssm.data.making.making import Target
 from bigdssm.data.making.pairs import PairTables, make_pairs
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.schema import hash64
+from bigdssm.features import Categorical, Numeric, Text, hash64
 
 SHARDS, SAMPLES = 4, 100
 CONFIG = DataConfig(
     dir="data",
-    query={"query": FeatureConfig(type="text", max_tokens=8), "age": FeatureConfig(type="numeric")},
-    doc={"doc": FeatureConfig(type="text", max_tokens=8), "kind": FeatureConfig(type="categorical")},
+    query={"query": Text(max_tokens=8), "age": Numeric()},
+    doc={"doc": Text(max_tokens=8), "kind": Categorical()},
     tokenizer=TokenizerConfig(vocab_size=200),
 )
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

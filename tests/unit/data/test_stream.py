@@ -12,12 +12,13 @@ import pyarrow as pa
 import pytest
 import torch
 
-from bigdssm.config import DataConfig, FeatureConfig, TokenizerConfig
-from bigdssm.data import Dataset, PairStream, Ragged, Rows, blocks
+from bigdssm.config import DataConfig, TokenizerConfig
+from bigdssm.data import Dataset, PairStream, Rows
 from bigdssm.data.making.making import Target
 from bigdssm.data.making.pairs import PairTables, make_pairs
 from bigdssm.data.streaming.order import Order
 from bigdssm.errors import ConfigError, DataError, PeerError
+from bigdssm.features import Numeric, Ragged, Text
 
 ROWS_GLOBAL, LANES = 48, 8
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -241,8 +242,8 @@ def test_texts_tokenised_while_reading_are_those_tokenised_before(
     lines = [json.dumps({"a": f"word{i % 50} of {i % 7}", "n": i, "b": "" if i % 3 else "more", "d": f"doc {i % 9}"})
              for i in range(900)]  # fmt: skip
     (tmp_path / "t.jsonl").write_text("\n".join(lines))
-    text = FeatureConfig(type="text", max_tokens=4)
-    query = {"a": text, "n": FeatureConfig(type="numeric"), "b": text}
+    text = Text(max_tokens=4)
+    query = {"a": text, "n": Numeric(), "b": text}
     config = DataConfig(dir="x", query=query, doc={"d": text}, tokenizer=TokenizerConfig(vocab_size=200))
     for name in ("tokens", "raw"):
         tables = PairTables(files=(tmp_path / "t.jsonl",), raw_text=name == "raw")
@@ -258,7 +259,7 @@ def test_texts_tokenised_while_reading_are_those_tokenised_before(
     # a partition that is added is of the same kind
     make_pairs(config, PairTables(files=(tmp_path / "t.jsonl",)), Target(tmp_path / "raw", "more", append=True))
     assert len(steps(tmp_path / "raw", 40)) == 40
-    monkeypatch.setattr(blocks, "MAX_FIELD_BYTES", 10)
+    monkeypatch.setattr("bigdssm.features.text.MAX_FIELD_BYTES", 10)
     stream = PairStream(raw, rows_global=ROWS_GLOBAL, lanes=LANES, max_bad_fraction=1.0)
     assert sum(map(len, islice(stream, 10))) == 10 * ROWS_GLOBAL - stream.rows_bad
     assert stream.rows_bad > 100

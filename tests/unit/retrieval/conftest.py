@@ -11,7 +11,7 @@ import torch
 from bigdssm.config import Config, load_config
 from bigdssm.data import Dataset
 from bigdssm.export import save_model_folder
-from bigdssm.models import DualEncoder
+from bigdssm.models import DualEncoder, new_model
 
 SMALL = ("dim=8", "query.mlp=[16]", "doc.mlp=[16]", "doc.text.layers=1", "doc.text.hidden=8")
 
@@ -19,7 +19,7 @@ SMALL = ("dim=8", "query.mlp=[16]", "doc.mlp=[16]", "doc.text.layers=1", "doc.te
 def random_model(config: Config, dataset: Dataset, seed: int) -> DualEncoder:
     """Return a model in which every parameter matters, beta included."""
     torch.manual_seed(seed)
-    model = DualEncoder(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+    model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn_like(parameter)

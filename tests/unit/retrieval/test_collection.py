@@ -15,20 +15,20 @@ import torch
 import yaml
 
 from bigdssm.config import Config, load_config
-from bigdssm.data import Dataset, Ragged
+from bigdssm.data import Dataset
 from bigdssm.data.making.making import Target
 from bigdssm.data.making.pairs import PairTables, make_pairs
 from bigdssm.data.tables.beir import Collection, Entry, read_collection
-from bigdssm.data.tokenizer import TextEncoder as Tokenizer
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.collection import bm25_run, cut_vectors, model_run, model_vectors, pretrained_run
 from bigdssm.evaluation.split import evaluate_split
 from bigdssm.evaluation.systems import names_apart
 from bigdssm.evaluation.trec import run_metrics
 from bigdssm.export import save_model_folder
+from bigdssm.features import Ragged, TextTokenizer
 from bigdssm.losses.matryoshka import cut
 from bigdssm.models import DualEncoder
-from bigdssm.models.encoders import TextEncoder
+from bigdssm.models.encoders import pretrained_encoder
 from bigdssm.retrieval.embed import encode_in_bf16, tower_encoders
 from bigdssm.retrieval.mine import mine
 from bigdssm.retrieval.mined import MinedNegatives
@@ -120,7 +120,7 @@ def test_mined_negatives_can_be_read(
     assert dataset.tokenizer_dir is not None and len(own) == len(windows)
     column = dataset.catalogue.columns(np.arange(dataset.catalogue.num_docs))["text"]
     assert isinstance(column, Ragged)
-    texts = Tokenizer(dataset.tokenizer_dir).decode(column)
+    texts = TextTokenizer(dataset.tokenizer_dir).decode(column)
     assert len(read) == 20
     for one in read:
         assert one.document == texts[own[one.row_id]] and one.negative in [texts[i] for i in windows[one.row_id]]
@@ -240,15 +240,15 @@ def test_layers_of_a_pretrained_encoder_can_be_kept(tmp_path: Path) -> None:
 
     BertModel(BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
                          intermediate_size=32, max_position_embeddings=16)).save_pretrained(tmp_path)  # fmt: skip
-    whole = TextEncoder(TextEncoderConfig(init=str(tmp_path)), 50, 0, 8)
-    light = TextEncoder(TextEncoderConfig(init=str(tmp_path), keep_layers=2), 50, 0, 8)
+    whole = pretrained_encoder(TextEncoderConfig(init=str(tmp_path)), 50, 0)
+    light = pretrained_encoder(TextEncoderConfig(init=str(tmp_path), keep_layers=2), 50, 0)
     for name, weight in light.state_dict().items():
         torch.testing.assert_close(weight, whole.state_dict()[name])
     layers = [sum(".attention.output.dense.weight" in n for n in e.state_dict()) for e in (whole, light)]
     assert layers == [3, 2]
     assert {m.p for m in light.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
     with pytest.raises(ConfigError, match=r"keep_layers=4, but text.init=.* has 3 layers"):
-        TextEncoder(TextEncoderConfig(init=str(tmp_path), keep_layers=4), 50, 0, 8)
+        pretrained_encoder(TextEncoderConfig(init=str(tmp_path), keep_layers=4), 50, 0)
 
 
 def test_the_tools_on_a_collection(

@@ -15,9 +15,9 @@ import torch
 import yaml
 
 from bigdssm.config import TokenizerConfig, load_config
-from bigdssm.data import Collator, Dataset, Ragged
-from bigdssm.data.tensors import to_tensor
-from bigdssm.data.tokenizer import TextEncoder, make_tokenizer
+from bigdssm.data import Collator, Dataset
+from bigdssm.data.tensors import to_features
+from bigdssm.data.tokenizer import make_tokenizer
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.trec import run_metrics
 from bigdssm.export import ModelFolder, load_model_folder, save_model_folder
@@ -26,7 +26,8 @@ from bigdssm.export.convert import EXPORT_FILE, Format, Source, export, folder_s
 from bigdssm.export.model_folder import weights_checksum
 from bigdssm.export.probe import PARITY_LIMIT, Probe
 from bigdssm.export.text_tower import alpha
-from bigdssm.models import DualEncoder
+from bigdssm.features import Ragged, TextTokenizer
+from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval.embed import document_vectors, query_vectors
 from bigdssm.retrieval.search import DocumentNames, feature_query, history_query
 from bigdssm.schema import Schema
@@ -83,7 +84,7 @@ def make_source(tokenizer_dir: Path) -> Any:
         config = load_config(path)
         schema = Schema.declared(config.data)
         torch.manual_seed(0)
-        model = DualEncoder(config.model, schema, vocab_size=300).eval()
+        model = new_model(config.model, schema, vocab_size=300).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.3 * torch.randn_like(parameter)
@@ -99,8 +100,9 @@ def trainers_scores(source: Source, queries: list[str] = QUERIES, documents: lis
     for side, texts, encode in (("query", queries, query_vectors), ("doc", documents, document_vectors)):
         (feature,) = getattr(model.schema, side).values()
         assert model.tokenizer_dir is not None
-        ids = TextEncoder(model.tokenizer_dir).encode(pa.array(texts, pa.large_string()), feature.max_tokens)
-        vectors.append(encode(model.model, {feature.name: to_tensor(feature, Ragged(*ids), 0)}))
+        ids = TextTokenizer(model.tokenizer_dir).encode(pa.array(texts, pa.large_string()), feature.max_tokens)
+        columns = {feature.name: Ragged(*ids)}
+        vectors.append(encode(model.model, to_features({feature.name: feature}, columns, 0)))
     return vectors[0] @ vectors[1].T
 
 
@@ -205,7 +207,9 @@ def test_the_card_says_what_is_known(make_source: Any, tmp_path: Path) -> None:
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata["library_name"] == "transformers"
     parameters = sum(parameter.numel() for parameter in source.model.model.parameters())
-    for said in ("# named", "| query | text | text | the first 12 tokens |", "| ndcg_at_10 | 0.1234 |",
+    words = TextTokenizer(source.model.tokenizer_dir).vocab_size
+    row = f"| query | text | text | {words} word pieces, at most 12 tokens |"
+    for said in ("# named", row, "| ndcg_at_10 | 0.1234 |",
                  source.model.checksum, f"{parameters:,} parameters", "step 3"):  # fmt: skip
         assert said in card, said
     settings = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)[0])

@@ -15,7 +15,7 @@ from bigdssm.config import Config, load_config
 from bigdssm.data import Collator, Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.export import load_model_folder, save_model_folder
-from bigdssm.models import DualEncoder
+from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval import embed
 from bigdssm.retrieval.embed import Encoders, tower_encoders
 from bigdssm.retrieval.index import Index, IndexType, build_index, faiss_index, open_index
@@ -188,7 +188,7 @@ def test_vectors_that_are_not_finite_are_not_written(model: DualEncoder, dataset
 def test_a_model_without_beta_scores_without(config: Config, dataset: Dataset) -> None:
     from dataclasses import replace
 
-    plain = DualEncoder(replace(config.model, beta="none"), dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+    plain = new_model(replace(config.model, beta="none"), dataset.schema, dataset.pad_token_id, dataset.vocab_size)
     vectors = tower_encoders(plain, dataset).documents(np.arange(5))
     assert vectors.shape == (5, config.model.dim + 1)
     assert vectors[:, -1].tolist() == [0.0] * 5

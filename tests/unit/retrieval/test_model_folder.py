@@ -16,7 +16,7 @@ from bigdssm.config import Config, load_config
 from bigdssm.data import Collator, Dataset
 from bigdssm.errors import CheckpointError
 from bigdssm.export import load_model_folder, save_model_folder
-from bigdssm.models import DualEncoder
+from bigdssm.models import DualEncoder, new_model
 from bigdssm.schema import Schema
 from tests.unit.retrieval.conftest import random_model
 
@@ -48,7 +48,7 @@ def test_weights_of_a_sharded_model_come_from_state(
     model: DualEncoder, config: Config, dataset: Dataset, tmp_path: Path
 ) -> None:
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    hollow = DualEncoder(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+    hollow = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
     save_model_folder(tmp_path / "m", hollow, config, dataset.schema, dataset.tokenizer_dir, {}, state=state)
     assert torch.equal(outputs(load_model_folder(tmp_path / "m").model, dataset)[0], outputs(model, dataset)[0])
 
@@ -65,7 +65,7 @@ def test_the_pretrained_folder_of_a_text_encoder_may_go(config: Config, dataset:
     pretrained = small_bert(tmp_path / "bert", layers=2)
     doc = replace(config.model.doc, text=replace(config.model.doc.text, init=str(pretrained)))
     started = replace(config, model=replace(config.model, doc=doc))
-    model = DualEncoder(started.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size).eval()
+    model = new_model(started.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size).eval()
     save_model_folder(tmp_path / "m", model, started, dataset.schema, dataset.tokenizer_dir, {})
     shutil.rmtree(pretrained)
     loaded = load_model_folder(tmp_path / "m")

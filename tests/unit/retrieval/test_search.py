@@ -6,12 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from bigdssm.data import Dataset, Ragged
-from bigdssm.data.ragged import Column
-from bigdssm.data.tokenizer import TextEncoder
+from bigdssm.data import Dataset
 from bigdssm.errors import ConfigError, DataError
+from bigdssm.features import Categorical, Numeric, Ragged, Text, TextTokenizer
+from bigdssm.features.ragged import Column
 from bigdssm.retrieval.search import DocumentNames, feature_query, history_query, user_query
-from bigdssm.schema import Feature, Schema
+from bigdssm.schema import Schema
 
 
 def listed(column: Column) -> list[object]:
@@ -56,15 +56,15 @@ def test_unknown_documents_get_the_nearest_names() -> None:
 def test_typed_features(dataset: Dataset) -> None:
     schema = Schema(
         query={
-            "words": Feature("words", "text", "words", max_tokens=4),
-            "more": Feature("more", "text", "more", max_tokens=6),
-            "age": Feature("age", "numeric", "age"),
-            "sex": Feature("sex", "categorical", "sex", vocabulary=("m", "f")),
-            "tags": Feature("tags", "categorical", "tags", multi=True, separator="|", vocabulary=("a b", "c")),
+            "words": Text(max_tokens=4).named("words"),
+            "more": Text(max_tokens=6).named("more"),
+            "age": Numeric().named("age"),
+            "sex": Categorical(vocabulary=("m", "f")).named("sex"),
+            "tags": Categorical(multi=True, separator="|", vocabulary=("a b", "c")).named("tags"),
         }
     )
     assert dataset.tokenizer_dir is not None
-    tokenizer = TextEncoder(dataset.tokenizer_dir)
+    tokenizer = TextTokenizer(dataset.tokenizer_dir)
     query = feature_query(
         schema, {"words": "stone anchor stone anchor", "age": "3.5", "sex": "f", "tags": "c| a b|z"}, tokenizer
     )

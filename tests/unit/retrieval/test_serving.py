@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from bigdssm.data import Collator, Dataset
-from bigdssm.data.tokenizer import TextEncoder
 from bigdssm.errors import CheckpointError, DataError
 from bigdssm.export import load_model_folder
+from bigdssm.features import TextTokenizer
 from bigdssm.retrieval.embed import query_vectors, tower_encoders
 from bigdssm.retrieval.index import Index, IndexType, build_index, open_index
 from bigdssm.retrieval.search import (
@@ -81,7 +81,7 @@ def test_a_user(client: TestClient, model_dir: Path, index_dir: Path, dataset: D
 
 def test_features_and_a_typed_history(client: TestClient, model_dir: Path, index_dir: Path, dataset: Dataset) -> None:
     assert dataset.tokenizer_dir is not None
-    query = feature_query(dataset.schema, {"age": "33"}, TextEncoder(dataset.tokenizer_dir))
+    query = feature_query(dataset.schema, {"age": "33"}, TextTokenizer(dataset.tokenizer_dir))
     answer = client.post("/api/search", json={"features": {"age": "33"}}).json()
     wanted = expected(model_dir, index_dir, dataset, query, 10)
     assert [entry["key"] for entry in answer["documents"]] == [key for key, _ in wanted]

@@ -94,5 +94,7 @@ def take(column: Column, rows: np.ndarray) -> Column:
 
 def from_arrow(array: pa.Array) -> Column:
     """Return an Arrow array without nulls as a column; its values are not copied."""
+    if pa.types.is_fixed_size_list(array.type):
+        return array.flatten().to_numpy().reshape(len(array), array.type.list_size)
     nested = pa.types.is_list(array.type) or pa.types.is_large_list(array.type)
     return Ragged.of_arrow(array) if nested else array.to_numpy()

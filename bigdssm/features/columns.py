@@ -1,28 +1,43 @@
-"""Source columns in canonical form: what a feature's values are before vocabularies and tokenizers see them.
+"""Columns of source tables as strings, lists of strings, numbers and times, with what is wrong with their rows.
 
-text and categorical: large_string, '' is missing; multi-valued: list<large_string> without empty values;
-numeric: float64, NaN is missing. A number that cannot be read is reported and taken as missing: real tables have them.
-What a row cannot do without (ids, relevance, time) fails the row.
+What a row cannot do without (ids, relevance, time) fails the row; a feature's value that cannot be read is reported and
+taken as missing: real tables have them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigdssm.data.blocks import MAX_FIELD_BYTES
-from bigdssm.data.tables.sources import ReportBad, SourceBatch
 from bigdssm.errors import DataError
-from bigdssm.schema import Feature
 
+MAX_FIELD_BYTES = 1 << 20  # of a text: a longer one would cost more than its block
 MISSING_NUMBERS = ("", "nan", "na", "null", "none", "\\n")
-CANONICAL_TYPES = {"text": pa.large_string(), "categorical": pa.large_string(), "numeric": pa.float64()}
-MULTI_TYPE = pa.list_(pa.large_string())
+
+
+class ReportBad(Protocol):
+    """Takes what is wrong with a row; `left_out` is false where only a value is dropped and the row stays."""
+
+    def __call__(self, file: str, row: int, reason: str, left_out: bool = True) -> None:
+        """Record it."""
+
+
+@dataclass(frozen=True)
+class SourceBatch:
+    """Some rows of one file: `table` has the asked columns that exist, `rows` (int64) their numbers in the file."""
+
+    file: str
+    table: pa.Table
+    rows: np.ndarray
+
+    def keep(self, mask: np.ndarray) -> SourceBatch:
+        """Return the rows where `mask` (bool) is true."""
+        return SourceBatch(self.file, self.table.filter(pa.array(mask)), self.rows[mask])
 
 
 class RowCheck:
@@ -53,45 +68,9 @@ class RowCheck:
         return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
 
 
-def canonical_type(feature: Feature) -> pa.DataType:
-    """Return the Arrow type of a feature's canonical column."""
-    return MULTI_TYPE if feature.multi else CANONICAL_TYPES[feature.type]
-
-
-def canonical(check: RowCheck, features: Mapping[str, Feature]) -> pa.Table:
-    """Return the canonical columns of all rows by feature name; rows that cannot be are failed in `check`.
-
-    Raises DataError where a whole column has a type that the feature cannot have.
-    """
-    columns = {}
-    for name, feature in features.items():
-        if feature.type == "numeric":
-            columns[name] = pa.array(feature_numbers(check, feature))
-        elif feature.multi:
-            columns[name] = value_lists(check, feature.column, feature.separator)
-        else:
-            columns[name] = strings(check, feature.column, trim=feature.type == "categorical")
-    return pa.table(columns)
-
-
 def is_empty(column: pa.Array) -> np.ndarray:
     """Return which strings are empty, bool."""
     return pc.equal(column, "").to_numpy(zero_copy_only=False)
-
-
-def missing(table: pa.Table, features: Mapping[str, Feature]) -> np.ndarray:
-    """Return which rows say nothing: every text is empty, or, without text features, every value is missing; bool."""
-    texts = [name for name, feature in features.items() if feature.type == "text"]
-    empty = np.ones(table.num_rows, bool)
-    for name in texts or features:
-        column = table.column(name)
-        if pa.types.is_list(column.type):
-            empty &= pc.list_value_length(column).to_numpy() == 0
-        elif pa.types.is_floating(column.type):
-            empty &= np.isnan(column.to_numpy())
-        else:
-            empty &= pc.equal(pc.utf8_trim_whitespace(column), "").to_numpy()
-    return empty
 
 
 def strings(check: RowCheck, name: str, *, trim: bool = True) -> pa.Array:
@@ -135,26 +114,15 @@ def value_lists(check: RowCheck, name: str, separator: str) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat.filter(keep))
 
 
-def feature_numbers(check: RowCheck, feature: Feature) -> np.ndarray:
-    """Return a numeric feature as float64, missing as NaN; values that cannot be are missing too, and reported."""
-    values, unreadable = _numbers(check, feature.column)
-    check.blank(unreadable, f"{feature.column} is {{}}, needs a finite 32-bit number", check.column(feature.column))
-    if feature.log:
-        negative = values < 0
-        check.blank(negative, f"{feature.column} is {{}}, needs a number ≥ 0 for its logarithm", values)
-        unreadable = unreadable | negative
-    return np.where(unreadable, np.nan, values)
-
-
 def relevances(check: RowCheck, name: str) -> np.ndarray:
     """Return a relevance column as float64; rows where it is missing, infinite, negative or no number are failed."""
-    values, unreadable = _numbers(check, name)
+    values, unreadable = numbers(check, name)
     check.fail(unreadable | ~(values >= 0), f"{name} is {{}}, needs a finite number ≥ 0", check.column(name))
     return values
 
 
-def _numbers(check: RowCheck, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return a column as float64, missing as NaN, and which values are there but are no finite float32."""
+def numbers(check: RowCheck, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return a column as float64, missing as NaN, and which values are there but are no finite float32, bool [R]."""
     array = check.column(name)
     if pa.types.is_nested(array.type) or pa.types.is_temporal(array.type):
         raise DataError(f"{check.batch.file}: column {name!r} holds {array.type}, needs numbers")
@@ -193,7 +161,7 @@ def times(check: RowCheck, name: str) -> np.ndarray:
         micros = array.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
         values = micros.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False) / 1e6
     else:
-        values, unreadable = _numbers(check, name)
+        values, unreadable = numbers(check, name)
         for i in np.flatnonzero(unreadable).tolist():
             values[i] = _parse_iso(str(array[i].as_py()))
     check.fail(~np.isfinite(values), f"{name} is {{}}, needs a number or an ISO 8601 time", array)

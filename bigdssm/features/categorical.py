@@ -1,0 +1,211 @@
+"""Categories: values of an exact vocabulary or hashed into buckets, one a row or several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bigdssm.bounds import bounded
+from bigdssm.errors import ConfigError
+from bigdssm.features.base import (
+    FIRST_CODE,
+    FITTED,
+    OUT_OF_VOCABULARY,
+    PADDING,
+    Fault,
+    Feature,
+    Reader,
+    faults_of_codes,
+    hash64,
+    pad_lists,
+    register,
+)
+from bigdssm.features.columns import RowCheck, strings, value_lists
+from bigdssm.features.ragged import Column, Ragged
+from bigdssm.features.tokenizer import TextTokenizer
+
+UNKNOWN = "<out of vocabulary>"
+
+
+def codes_of(feature, values):  # type: ignore[no-untyped-def]
+    """Return the codes of strings."""
+    if feature["hash_buckets"]:
+        import xxhash
+
+        hashes = [int(np.uint64(xxhash.xxh3_64_intdigest(value.encode())).view(np.int64)) for value in values]
+        return [
+            2 + hashed % feature["hash_buckets"] if value else 0 for value, hashed in zip(values, hashes, strict=True)
+        ]
+    known = {value: number for number, value in enumerate(feature["vocabulary"], start=2)}
+    return [known.get(value, 1) if value else 0 for value in values]
+
+
+def categorical_input(feature, values, exported):  # type: ignore[no-untyped-def]
+    """Return codes, int64 [rows], or [rows, K] of lists."""
+    if feature["multi"]:
+        return pad_lists([codes_of(feature, value or []) for value in values], 0)
+    return np.array(codes_of(feature, [value or "" for value in values]), np.int64)
+
+
+@register
+@dataclass(frozen=True)
+class Categorical(Feature):
+    """A category, or several. A vocabulary only ever grows at its end, so that codes and tables keep their meaning."""
+
+    type: ClassVar[str] = "categorical"
+    onnx_code: ClassVar = (pad_lists, codes_of, categorical_input)
+
+    multi: bool = False  # several values in one cell, or a list
+    separator: str = " "  # multi: what parts the values in a cell
+    min_count: int = bounded(1, 1, 10**9)  # rarer values become out-of-vocabulary
+    hash_buckets: int = bounded(0, 0, 2**30)  # 0 keeps an exact vocabulary, else values are hashed into this many
+    vocabulary: tuple[str, ...] = field(default=(), metadata=FITTED)
+
+    def check(self, key: str, side: str, docs: Mapping[str, Feature]) -> None:
+        """Raise ConfigError on several values that nothing parts."""
+        if self.multi and not self.separator:
+            raise ConfigError(f"{key}.separator: got '', needs what parts the values in a cell")
+
+    @property
+    def example(self) -> str:  # type: ignore[override]
+        """Return a value as JSON."""
+        return '["a value"]' if self.multi else '"a value"'
+
+    @property
+    def canonical_type(self) -> pa.DataType:
+        """Return large_string, or a list of it."""
+        return pa.list_(pa.large_string()) if self.multi else pa.large_string()
+
+    @property
+    def missing(self) -> Any:
+        """Return '' or no values."""
+        return [] if self.multi else ""
+
+    def read(self, check: RowCheck) -> pa.Array:
+        """Return the values without the blanks around them, null as ''; lists without empty values."""
+        return value_lists(check, self.source, self.separator) if self.multi else strings(check, self.source)
+
+    def is_missing(self, column: pa.Array) -> np.ndarray:
+        """Return which rows have no value, bool [R]."""
+        if not self.multi:
+            return super().is_missing(column)
+        empty: np.ndarray = pc.list_value_length(column).to_numpy() == 0
+        return empty
+
+    def fitter(self) -> _Counts | None:
+        """Return what counts the values, where there is a vocabulary."""
+        return None if self.hash_buckets else _Counts()
+
+    def typed(self, value: str) -> Any:
+        """Return the value, or those that the separator parts."""
+        if not self.multi:
+            return value.strip()
+        parts = [part.strip() for part in value.split(None if self.separator == " " else self.separator)]
+        return [part for part in parts if part]
+
+    def arrow_type(self, *, large: bool = False) -> pa.DataType:
+        """Return int32 codes."""
+        return pa.list_(pa.int32()) if self.multi else pa.int32()
+
+    def encode(self, column: pa.Array, tokenizer: TextTokenizer | None, *, large: bool = False) -> pa.Array:
+        """Return the codes of values."""
+        if not self.multi:
+            return pa.array(self.codes(column.cast(pa.string())))
+        codes = self.codes(column.flatten().cast(pa.string()))
+        offsets = np.concatenate([[0], np.cumsum(pc.list_value_length(column).to_numpy())]).astype(np.int32)
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(codes))
+
+    def codes(self, values: pa.Array) -> np.ndarray:
+        """Return the int32 codes of single values (strings; null or '' is missing)."""
+        missing = pc.fill_null(pc.equal(values, ""), True).to_numpy(zero_copy_only=False)
+        if self.hash_buckets:
+            hashed = [FIRST_CODE + hash64(value or "") % self.hash_buckets for value in values.to_pylist()]
+            codes = np.array(hashed, np.int32)
+        else:
+            found = pc.fill_null(pc.index_in(values, value_set=self._value_set), -1).to_numpy(zero_copy_only=False)
+            codes = np.where(found < 0, OUT_OF_VOCABULARY, found + FIRST_CODE).astype(np.int32)
+        codes[missing] = PADDING
+        return codes
+
+    @cached_property
+    def _value_set(self) -> pa.Array:
+        return pa.array(self.vocabulary, pa.string())
+
+    def faults(self, column: Column, vocab_size: int) -> Iterator[Fault]:
+        """Yield unknown codes."""
+        yield from faults_of_codes(self.name, "code", column, 0, self.num_codes)
+
+    @property
+    def num_codes(self) -> int:
+        """Return the rows that an embedding table needs."""
+        return FIRST_CODE + (self.hash_buckets or len(self.vocabulary))
+
+    def padding(self, pad_token_id: int) -> int | None:
+        """Return 0 where there are several values."""
+        return PADDING if self.multi else None
+
+    def probe(self, random: np.random.RandomState, rows: int, docs: Mapping[str, Feature]) -> Column:
+        """Return codes of all kinds."""
+        if not self.multi:
+            return random.randint(0, self.num_codes, rows).astype(np.int32)
+        return lists_of_codes(random, rows, 4, self.num_codes)
+
+    def describe(self, vocab_size: int) -> str:
+        """Return how many values there are."""
+        several = ", several at once" if self.multi else ""
+        return (
+            f"{self.hash_buckets:,} buckets{several}"
+            if self.hash_buckets
+            else f"{len(self.vocabulary):,} values{several}"
+        )
+
+    def shown(self, values: np.ndarray, reader: Reader) -> Any:
+        """Return the value or values; what hashing forgot is its bucket."""
+        names = [self._value(code) for code in np.atleast_1d(values).tolist() if code != PADDING]
+        return names if self.multi else (names[0] if names else None)
+
+    def _value(self, code: int) -> str:
+        if code == OUT_OF_VOCABULARY:
+            return UNKNOWN
+        return f"<bucket {code - FIRST_CODE}>" if self.hash_buckets else self.vocabulary[code - FIRST_CODE]
+
+
+def categorical_of(features: Mapping[str, Feature]) -> dict[str, Categorical]:
+    """Return the features that are categories."""
+    return {name: feature for name, feature in features.items() if isinstance(feature, Categorical)}
+
+
+def lists_of_codes(random: np.random.RandomState, rows: int, longest: int, num_codes: int) -> Ragged:
+    """Return rows of random codes, from none to `longest` a row."""
+    lengths = np.linspace(0, longest, rows).astype(int)
+    return Ragged.of_lists([random.randint(1, num_codes, length).tolist() for length in lengths])
+
+
+class _Counts:
+    """How often every value stands in train rows, in order of appearance."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+
+    def update(self, column: pa.Array) -> None:
+        found = pc.value_counts(column.flatten() if pa.types.is_list(column.type) else column)
+        for value, count in zip(found.field("values").to_pylist(), found.field("counts").to_pylist(), strict=True):
+            self._counts[value] = self._counts.get(value, 0) + count
+
+    def state(self) -> dict[str, int]:
+        return self._counts
+
+    def restore(self, state: dict[str, int]) -> None:
+        self._counts = state
+
+    def fitted(self, feature: Categorical, *, grow: bool) -> Categorical:
+        known = feature.vocabulary if grow else ()
+        skip = {"", *known}
+        new = [v for v, count in self._counts.items() if v not in skip and count >= feature.min_count]
+        return replace(feature, vocabulary=(*known, *new))

@@ -1,0 +1,102 @@
+"""Histories: the documents that a query's user met before, oldest first, newest last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from bigdssm.bounds import bounded
+from bigdssm.errors import ConfigError
+from bigdssm.features.base import OUT_OF_VOCABULARY, PADDING, Feature, Reader, pad_lists, register
+from bigdssm.features.categorical import UNKNOWN, Categorical, codes_of, lists_of_codes
+from bigdssm.features.columns import RowCheck
+from bigdssm.features.ragged import Column
+from bigdssm.features.tokenizer import TextTokenizer
+
+
+def history_input(feature, values, exported):  # type: ignore[no-untyped-def]
+    """Return the codes of the newest items, int64 [rows, T]."""
+    item, most = exported.schema["doc"][feature["of"]], feature["max_items"]
+    return pad_lists([codes_of(item, (value or [])[-most:]) for value in values], 0)
+
+
+@register
+@dataclass(frozen=True)
+class History(Feature):
+    """Codes of earlier documents, in the vocabulary of one of their features. Rows have them from the sequences."""
+
+    type: ClassVar[str] = "history"
+    from_sequence: ClassVar[bool] = True
+    example: ClassVar[str] = '["a value"]'
+    onnx_code: ClassVar = (pad_lists, codes_of, history_input)
+
+    of: str | None = None  # the single-valued categorical document feature that stands for an item
+    max_items: int = bounded(50, 1, 65_536)  # the newest so many
+
+    def check(self, key: str, side: str, docs: Mapping[str, Feature]) -> None:
+        """Raise ConfigError on a document's history, or one of no feature that can stand for an item."""
+        if side != "query":
+            raise ConfigError(f"{key}: got type=history on a document, needs a query feature")
+        known = [name for name, doc in docs.items() if isinstance(doc, Categorical) and not doc.multi]
+        if self.of not in known:
+            raise ConfigError(
+                f"{key}.of: got {self.of}, needs a single-valued categorical document feature, one of {known}"
+            )
+
+    @property
+    def canonical_type(self) -> pa.DataType:
+        """Return a list of int32: histories have no other form than their codes."""
+        return pa.list_(pa.int32())
+
+    @property
+    def missing(self) -> list[int]:
+        """Return no items."""
+        return []
+
+    def read(self, check: RowCheck) -> pa.Array:
+        """Never: no column of a table holds a history."""
+        raise NotImplementedError
+
+    def arrow_type(self, *, large: bool = False) -> pa.DataType:
+        """Return a list of int32 codes."""
+        return pa.list_(pa.int32())
+
+    def encode(self, column: pa.Array, tokenizer: TextTokenizer | None, *, large: bool = False) -> pa.Array:
+        """Return the codes, the newest so many."""
+        return column
+
+    @property
+    def longest(self) -> int:
+        """Return the most items."""
+        return self.max_items
+
+    def padding(self, pad_token_id: int) -> int:
+        """Return 0."""
+        return PADDING
+
+    def probe(self, random: np.random.RandomState, rows: int, docs: Mapping[str, Feature]) -> Column:
+        """Return histories of all lengths."""
+        return lists_of_codes(random, rows, self.max_items, docs[str(self.of)].num_codes)
+
+    def describe(self, vocab_size: int) -> str:
+        """Return what it holds."""
+        return f"newest {self.max_items} of doc.{self.of}"
+
+    def shown(self, values: np.ndarray, reader: Reader) -> Any:
+        """Return the displays of the items, oldest first."""
+        codes = [code for code in values.tolist() if code != PADDING]
+        return [UNKNOWN if code == OUT_OF_VOCABULARY else reader.item(str(self.of), code) for code in codes]
+
+
+def histories_of(features: Mapping[str, Feature]) -> dict[str, History]:
+    """Return the features that are histories."""
+    return {name: feature for name, feature in features.items() if isinstance(feature, History)}
+
+
+def stored(features: Mapping[str, Feature]) -> dict[str, Feature]:
+    """Return the features that have a column; the others follow from the sequences."""
+    return {name: feature for name, feature in features.items() if not feature.from_sequence}

@@ -1,0 +1,133 @@
+"""Numbers, normalised by what the dataset was fitted to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from bigdssm.errors import ConfigError
+from bigdssm.features.base import FITTED, Feature, Reader, register
+from bigdssm.features.columns import RowCheck, numbers
+from bigdssm.features.ragged import Column
+from bigdssm.features.tokenizer import TextTokenizer
+
+
+def numeric_input(feature, values, exported):  # type: ignore[no-untyped-def]
+    """Return the numbers, float32 [rows]."""
+    return np.array([np.nan if value is None else value for value in values], np.float32)
+
+
+@register
+@dataclass(frozen=True)
+class Numeric(Feature):
+    """A number; NaN is missing. One that cannot be read is reported and missing: real tables have them."""
+
+    type: ClassVar[str] = "numeric"
+    example: ClassVar[str] = "1.0"
+    onnx_code: ClassVar = (numeric_input,)
+
+    log: bool = False  # log1p before the normalisation, for heavy tails
+    mean: float = field(default=0.0, metadata=FITTED)
+    std: float = field(default=1.0, metadata=FITTED)
+
+    @property
+    def canonical_type(self) -> pa.DataType:
+        """Return float64."""
+        return pa.float64()
+
+    @property
+    def missing(self) -> float:
+        """Return NaN."""
+        return math.nan
+
+    def read(self, check: RowCheck) -> pa.Array:
+        """Return the numbers, those that cannot be as NaN."""
+        values, unreadable = numbers(check, self.source)
+        check.blank(unreadable, f"{self.source} is {{}}, needs a finite 32-bit number", check.column(self.source))
+        if self.log:
+            negative = values < 0
+            check.blank(negative, f"{self.source} is {{}}, needs a number ≥ 0 for its logarithm", values)
+            unreadable = unreadable | negative
+        return pa.array(np.where(unreadable, np.nan, values))
+
+    def is_missing(self, column: pa.Array) -> np.ndarray:
+        """Return which numbers are NaN, bool [R]."""
+        return np.isnan(column.to_numpy())
+
+    def fitter(self) -> _Moments:
+        """Return what learns mean and deviation."""
+        return _Moments(self.log)
+
+    def typed(self, value: str) -> float:
+        """Return the number. Raises ConfigError: it is none that 32 bits hold."""
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not abs(number) <= float(np.finfo(np.float32).max):
+            raise ConfigError(f"{self.name} is {value!r}, needs a number")
+        return number
+
+    def arrow_type(self, *, large: bool = False) -> pa.DataType:
+        """Return float32."""
+        return pa.float32()
+
+    def encode(self, column: pa.Array, tokenizer: TextTokenizer | None, *, large: bool = False) -> pa.Array:
+        """Return the numbers as float32; models normalise them."""
+        return pa.array(column.to_numpy(zero_copy_only=False).astype(np.float32))
+
+    def array(self, column: Column, pad_token_id: int) -> np.ndarray:
+        """Return float32 [R]."""
+        return np.asarray(column, np.float32)
+
+    def probe(self, random: np.random.RandomState, rows: int, docs: Mapping[str, Feature]) -> Column:
+        """Return numbers of its range, a fifth of them missing."""
+        values = self.mean + self.std * random.randn(rows)
+        values = np.abs(values) if self.log else values
+        return np.where(random.rand(rows) < 0.2, np.nan, values).astype(np.float32)
+
+    def describe(self, vocab_size: int) -> str:
+        """Return its moments."""
+        return f"mean {self.mean:.4g}, deviation {self.std:.4g}{' of log(1 + x)' if self.log else ''}"
+
+    def shown(self, values: np.ndarray, reader: Reader) -> Any:
+        """Return the number, None where it is missing."""
+        return None if np.isnan(values) else float(values)
+
+
+class _Moments:
+    """Mean and deviation of a stream, merged batch by batch (Chan's formula: no cancellation of large sums)."""
+
+    def __init__(self, log: bool) -> None:
+        self._log, self._count, self._mean, self._squares = log, 0, 0.0, 0.0
+
+    def update(self, column: pa.Array) -> None:
+        values = column.to_numpy()
+        values = values[~np.isnan(values)]
+        if not len(values):
+            return
+        if self._log:
+            values = np.log1p(values)
+        total = self._count + len(values)
+        delta = float(values.mean()) - self._mean
+        self._squares += float(((values - values.mean()) ** 2).sum()) + delta**2 * self._count * len(values) / total
+        self._mean += delta * len(values) / total
+        self._count = total
+
+    def state(self) -> list[float]:
+        return [self._count, self._mean, self._squares]
+
+    def restore(self, state: list[float]) -> None:
+        self._count, self._mean, self._squares = int(state[0]), state[1], state[2]
+
+    def fitted(self, feature: Numeric, *, grow: bool) -> Numeric:
+        if grow:
+            return feature
+        deviation = (self._squares / self._count) ** 0.5 if self._count else 0.0
+        # a constant feature is normalised to 0, not divided by 0
+        return replace(feature, mean=self._mean, std=deviation if deviation > 0 else 1.0)

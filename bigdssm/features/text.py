@@ -1,0 +1,128 @@
+"""Texts: tokenised, cut to their first tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bigdssm.bounds import bounded
+from bigdssm.features.base import Fault, Feature, Reader, faults_of_codes, outside, pad_lists, register
+from bigdssm.features.columns import MAX_FIELD_BYTES, RowCheck, strings
+from bigdssm.features.ragged import Column, Ragged
+from bigdssm.features.tokenizer import TextTokenizer
+
+
+def text_input(feature, values, exported):  # type: ignore[no-untyped-def]
+    """Return token ids, int64 [rows, T]."""
+    exported.tokenizer.no_padding()
+    exported.tokenizer.enable_truncation(feature["max_tokens"])
+    texts = exported.tokenizer.encode_batch([value or "" for value in values])
+    return pad_lists([text.ids for text in texts], exported.pad_token_id)
+
+
+@register
+@dataclass(frozen=True)
+class Text(Feature):
+    """A text, for a tower's BERT; there is no missing one but ''."""
+
+    type: ClassVar[str] = "text"
+    example: ClassVar[str] = '"a text"'
+    onnx_code: ClassVar = (pad_lists, text_input)
+
+    max_tokens: int = bounded(64, 3, 65_536)  # longer texts are cut, their first tokens stay
+
+    @property
+    def canonical_type(self) -> pa.DataType:
+        """Return large_string."""
+        return pa.large_string()
+
+    @property
+    def missing(self) -> str:
+        """Return ''."""
+        return ""
+
+    def read(self, check: RowCheck) -> pa.Array:
+        """Return the texts as they are, null as ''."""
+        return strings(check, self.source, trim=False)
+
+    def is_missing(self, column: pa.Array) -> np.ndarray:
+        """Return which texts are empty or blank, bool [R]."""
+        return super().is_missing(pc.utf8_trim_whitespace(column))
+
+    def arrow_type(self, *, large: bool = False) -> pa.DataType:
+        """Return a list of int32 token ids."""
+        return pa.large_list(pa.int32()) if large else pa.list_(pa.int32())
+
+    def encode(self, column: pa.Array, tokenizer: TextTokenizer | None, *, large: bool = False) -> pa.Array:
+        """Return the token ids of texts, special tokens included."""
+        assert tokenizer is not None, "a schema with text has a tokenizer"
+        ids, offsets = tokenizer.encode(column, self.max_tokens)
+        if large:
+            return pa.LargeListArray.from_arrays(pa.array(offsets), ids)
+        return pa.ListArray.from_arrays(offsets.astype(np.int32), ids)
+
+    @property
+    def raw_type(self) -> pa.DataType:
+        """Return large_string: the texts themselves."""
+        return pa.large_string()
+
+    def encode_raw(self, column: pa.Array) -> pa.Array:
+        """Return the texts themselves."""
+        return column
+
+    def faults(self, column: Column, vocab_size: int) -> Iterator[Fault]:
+        """Yield unknown token ids, and texts without or with too many tokens."""
+        assert isinstance(column, Ragged)
+        yield from faults_of_codes(self.name, "token id", column, 0, vocab_size)
+        lengths = column.lengths
+        if outside(lengths, 1, self.max_tokens + 1):
+            wrong = (lengths < 1) | (lengths > self.max_tokens)
+            yield wrong, lambda row: f"{self.name} has {lengths[row]} tokens, needs 1 to {self.max_tokens}"
+
+    def raw_faults(self, column: pa.Array) -> Iterator[Fault]:
+        """Yield texts that are too long to be tokenised."""
+        lengths = pc.binary_length(column).to_numpy()
+        if outside(lengths, 0, MAX_FIELD_BYTES + 1):
+            yield (
+                lengths > MAX_FIELD_BYTES,
+                lambda row: f"{self.name} has {lengths[row]} bytes, at most {MAX_FIELD_BYTES} are taken",
+            )
+
+    @property
+    def longest(self) -> int:
+        """Return the most tokens."""
+        return self.max_tokens
+
+    def padding(self, pad_token_id: int) -> int:
+        """Return the tokenizer's padding."""
+        return pad_token_id
+
+    def texts(self, random: np.random.RandomState, rows: int, words: list[str]) -> list[str]:
+        """Return texts of these words, in all lengths from none to more than is read, to try a model on."""
+        lengths = np.linspace(0, 1.5 * self.max_tokens, rows).astype(int)
+        drawn = [random.choice(words, length) for length in lengths]
+        return [" ".join(some).capitalize() + "." * (len(some) % 3) for some in drawn]
+
+    def probe(self, random: np.random.RandomState, rows: int, docs: Mapping[str, Feature]) -> Column:
+        """Not for texts, which need a tokenizer: `texts` are what a model is tried on."""
+        raise NotImplementedError
+
+    def describe(self, vocab_size: int) -> str:
+        """Return its limits."""
+        return f"{vocab_size:,} word pieces, at most {self.max_tokens} tokens"
+
+    def shown(self, values: np.ndarray, reader: Reader) -> Any:
+        """Return the text, special tokens included."""
+        assert reader.tokenizer is not None
+        ids = values[values != reader.pad_token_id]
+        return reader.tokenizer.decode(Ragged.of_lists([ids]), special=True)[0]
+
+
+def texts_of(features: Mapping[str, Feature]) -> dict[str, Text]:
+    """Return the features that are texts."""
+    return {name: feature for name, feature in features.items() if isinstance(feature, Text)}

@@ -1,0 +1,190 @@
+"""Vectors that another model made: columns of lists of numbers, or the rows of a .npy matrix beside the table."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bigdssm.bounds import bounded
+from bigdssm.errors import ConfigError, DataError
+from bigdssm.features.base import Fault, Feature, Reader, register
+from bigdssm.features.columns import RowCheck
+from bigdssm.features.ragged import Column
+from bigdssm.features.tokenizer import TextTokenizer
+
+MAX_DIM = 2**14
+SHOWN = 4  # numbers of a vector that people are shown
+
+
+def vector_input(feature, values, exported):  # type: ignore[no-untyped-def]
+    """Return the vectors, float32 [rows, dim]."""
+    missing = [np.nan] * feature["dim"]
+    rows = np.array([missing if value is None else value for value in values], np.float32).reshape(len(values), -1)
+    if feature["normalize"]:
+        rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return rows.astype(feature["dtype"]).astype(np.float32)
+
+
+@register
+@dataclass(frozen=True)
+class Vector(Feature):
+    """A vector of `dim` numbers; all NaN is missing. One that cannot be read is reported and missing."""
+
+    type: ClassVar[str] = "vector"
+    onnx_code: ClassVar = (vector_input,)
+
+    dim: int = bounded(0, 0, MAX_DIM)  # numbers in each; 0 is no choice, say how many there are
+    normalize: bool = False  # to a length of 1
+    dtype: Literal["float32", "float16"] = "float32"  # in shards and catalogue: half the bytes, a thousandth off
+    matrix: str | None = None  # a .npy file whose row i belongs to the table's row i, in place of a column
+
+    @property
+    def example(self) -> str:  # type: ignore[override]
+        """Return a value as Python."""
+        return f"[0.0] * {self.dim}"
+
+    @property
+    def source_columns(self) -> list[str]:
+        """Return its column, none where a matrix has the vectors."""
+        return [] if self.matrix is not None else super().source_columns
+
+    def check(self, key: str, side: str, docs: Mapping[str, Feature]) -> None:
+        """Raise ConfigError where nobody said how long the vectors are."""
+        if self.dim < 1:
+            raise ConfigError(f"{key}.dim: got {self.dim}, needs how many numbers each vector has")
+
+    @property
+    def canonical_type(self) -> pa.DataType:
+        """Return a list of `dim` float32."""
+        return pa.list_(pa.float32(), self.dim)
+
+    @property
+    def missing(self) -> list[float]:
+        """Return NaN in every place."""
+        return [math.nan] * self.dim
+
+    def read(self, check: RowCheck) -> pa.Array:
+        """Return the vectors; those that are none, or not finite in their dtype, as missing ones."""
+        if self.matrix is not None and self.source not in check.batch.table.column_names:
+            values, wrong = self._of_matrix(check)
+        else:
+            values, wrong = self._of_lists(check)
+        with np.errstate(over="ignore"):
+            unfit = ~wrong & ~np.isfinite(values.astype(self.dtype)).all(axis=1) & ~np.isnan(values).all(axis=1)
+        check.blank(unfit, f"{self.source} has a number that is not finite in {self.dtype}", None)
+        values[wrong | unfit] = np.nan
+        return self._lists(values)
+
+    def _of_lists(self, check: RowCheck) -> tuple[np.ndarray, np.ndarray]:
+        """Return float32 [R, dim], NaN where there is nothing, and which rows hold another number of numbers."""
+        array = check.column(self.source)
+        if pa.types.is_null(array.type):
+            return np.full((len(array), self.dim), np.nan, np.float32), np.zeros(len(array), bool)
+        if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or _is_fixed(array.type)):
+            raise DataError(f"{check.batch.file}: column {self.source!r} holds {array.type}, needs lists of numbers")
+        inner = array.type.value_type
+        if not (pa.types.is_floating(inner) or pa.types.is_integer(inner) or pa.types.is_null(inner)):
+            raise DataError(f"{check.batch.file}: column {self.source!r} holds {array.type}, needs lists of numbers")
+        lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
+        wrong = (lengths != self.dim) & (lengths > 0)
+        check.blank(wrong, f"{self.source} has {{}} numbers, needs {self.dim}", lengths)
+        values = np.full((len(array), self.dim), np.nan, np.float32)
+        fits = lengths == self.dim
+        flat = array.filter(pa.array(fits)).flatten().cast(pa.float32(), safe=False)
+        values[fits] = flat.to_numpy(zero_copy_only=False).reshape(-1, self.dim)
+        return values, wrong
+
+    def _of_matrix(self, check: RowCheck) -> tuple[np.ndarray, np.ndarray]:
+        matrix = _open_matrix(str(self.matrix), self.dim)
+        rows = check.batch.rows - 1  # tables count from 1
+        beyond = rows >= len(matrix)
+        check.blank(beyond, f"{self.matrix} has {len(matrix)} rows, and none for row {{}}", check.batch.rows)
+        return np.array(matrix[np.where(beyond, 0, rows)], np.float32), beyond
+
+    def _lists(self, values: np.ndarray) -> pa.Array:
+        return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).ravel()), self.dim)
+
+    def is_missing(self, column: pa.Array) -> np.ndarray:
+        """Return which vectors are NaN, bool [R]."""
+        return np.isnan(_matrix_of(column, self.dim)[:, 0])
+
+    def typed(self, value: str) -> list[float]:
+        """Return the numbers, parted by blanks or commas, with or without brackets. Raises ConfigError."""
+        try:
+            numbers = [float(part) for part in value.strip().strip("[]").replace(",", " ").split()]
+        except ValueError:
+            numbers = []
+        if len(numbers) != self.dim or not np.isfinite(np.array(numbers, np.float32)).all():
+            raise ConfigError(f"{self.name} is {value[:60]!r}, needs {self.dim} finite numbers")
+        return numbers
+
+    def arrow_type(self, *, large: bool = False) -> pa.DataType:
+        """Return a list of `dim` numbers of its dtype."""
+        return pa.list_(pa.float16() if self.dtype == "float16" else pa.float32(), self.dim)
+
+    def encode(self, column: pa.Array, tokenizer: TextTokenizer | None, *, large: bool = False) -> pa.Array:
+        """Return the vectors, normalised where that is asked for."""
+        values = _matrix_of(column, self.dim)
+        if self.normalize:
+            values = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
+        return self._lists(values.astype(self.dtype))
+
+    def faults(self, column: Column, vocab_size: int) -> Iterator[Fault]:
+        """Yield vectors that are neither finite nor missing."""
+        values = np.asarray(column)
+        wrong = ~np.isfinite(values).all(axis=1) & ~np.isnan(values).all(axis=1)
+        if wrong.any():
+            yield wrong, lambda row: f"{self.name} has a number that is not finite"
+
+    def array(self, column: Column, pad_token_id: int) -> np.ndarray:
+        """Return float32 [R, dim]."""
+        return np.asarray(column, np.float32)
+
+    def probe(self, random: np.random.RandomState, rows: int, docs: Mapping[str, Feature]) -> Column:
+        """Return vectors of normal numbers, a fifth of them missing."""
+        values = random.randn(rows, self.dim)
+        if self.normalize:
+            values /= np.linalg.norm(values, axis=1, keepdims=True)
+        return np.where(random.rand(rows, 1) < 0.2, np.nan, values).astype(self.dtype)
+
+    def describe(self, vocab_size: int) -> str:
+        """Return its form."""
+        return f"{self.dim} numbers, {self.dtype}{', of length 1' if self.normalize else ''}"
+
+    def shown(self, values: np.ndarray, reader: Reader) -> Any:
+        """Return the first numbers as text, None where it is missing."""
+        if np.isnan(values).any():
+            return None
+        first = json.dumps([round(float(value), 4) for value in values[:SHOWN]])
+        return first if len(values) <= SHOWN else f"{first[:-1]}, … {len(values)} numbers]"
+
+
+def _is_fixed(dtype: pa.DataType) -> bool:
+    return bool(pa.types.is_fixed_size_list(dtype))
+
+
+def _matrix_of(column: pa.Array, dim: int) -> np.ndarray:
+    matrix: np.ndarray = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)
+    return matrix
+
+
+@lru_cache(maxsize=16)
+def _open_matrix(path: str, dim: int) -> np.ndarray:
+    """Return the mapped matrix [N, dim]. Raises DataError: no such file, or another one."""
+    try:
+        matrix: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"matrix {path} does not exist") from None
+    except (ValueError, OSError) as error:
+        raise DataError(f"matrix {path} is no .npy file of numbers: {' '.join(str(error).split())}") from None
+    if matrix.ndim != 2 or matrix.shape[1] != dim or matrix.dtype.kind not in "fiu":
+        raise DataError(f"matrix {path} holds {matrix.dtype} {list(matrix.shape)}, needs numbers [rows, {dim}]")
+    return matrix

@@ -1,0 +1,34 @@
+"""Encoders, a module for each type of feature; importing this registers them."""
+
+from bigdssm.models.encoders.base import Encoder, Parts, build_encoder, encodes
+from bigdssm.models.encoders.categorical import CategoricalEncoder
+from bigdssm.models.encoders.history import HistoryEncoder
+from bigdssm.models.encoders.numeric import NumericEncoder
+from bigdssm.models.encoders.text import (
+    TextEncoder,
+    load_pretrained,
+    pretrained_encoder,
+    text_architectures,
+    text_configs,
+    text_keys,
+    use_plain_attention,
+)
+from bigdssm.models.encoders.vector import VectorEncoder
+
+__all__ = [
+    "CategoricalEncoder",
+    "Encoder",
+    "HistoryEncoder",
+    "NumericEncoder",
+    "Parts",
+    "TextEncoder",
+    "VectorEncoder",
+    "build_encoder",
+    "encodes",
+    "load_pretrained",
+    "pretrained_encoder",
+    "text_architectures",
+    "text_configs",
+    "text_keys",
+    "use_plain_attention",
+]

@@ -1,0 +1,77 @@
+"""What encodes one feature of one side, and which class does it for which type of feature.
+
+Shapes: R rows, T tokens or history items, K values, E table width, H encoder width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from bigdssm.config import TowerConfig
+from bigdssm.errors import ConfigError
+from bigdssm.features import Feature
+from bigdssm.models.tables import EmbeddingTables
+
+if TYPE_CHECKING:
+    from bigdssm.models.encoders.text import TextEncoder
+
+
+class Encoder(nn.Module, ABC):
+    """A feature's tensor → one vector of width `dim` a row."""
+
+    is_models_own: ClassVar[bool] = False  # else each tower has one for itself
+    dim: int
+
+    @abstractmethod
+    def forward(self, values: Tensor) -> Tensor:
+        """Return [R, dim] for a tensor as `Feature.array` makes it."""
+
+    def checkpoint_activations(self) -> None:
+        """Keep as little as can be for the backward, which computes the rest again."""
+
+    def flops(self, values: Tensor) -> float:
+        """Return the operations of a forward's matrix products, padding left out."""
+        return len(values) * linear_flops(self)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an encoder may be built from beside its feature."""
+
+    side: str  # query or doc
+    config: TowerConfig  # of the side
+    tables: EmbeddingTables
+    item_dim: int  # width of the tables of documents
+    text: TextEncoder | None
+
+
+E = TypeVar("E", bound=type[Encoder])
+_ENCODERS: dict[str, Callable[[Feature, Parts], Encoder]] = {}
+
+
+def encodes(feature_type: type[Feature]) -> Callable[[E], E]:
+    """Make a class the encoder of a type of features, by its class method `build(feature, parts)`; a decorator."""
+
+    def known(cls: E) -> E:
+        _ENCODERS[feature_type.type] = cls.build  # type: ignore[attr-defined]
+        return cls
+
+    return known
+
+
+def build_encoder(feature: Feature, parts: Parts) -> Encoder:
+    """Return the encoder of a feature. Raises ConfigError: nothing encodes its type."""
+    if feature.type not in _ENCODERS:
+        raise ConfigError(f"no encoder of features of type {feature.type} is registered; see models.encoders.encodes")
+    return _ENCODERS[feature.type](feature, parts)
+
+
+def linear_flops(module: nn.Module) -> float:
+    """Return the operations of all linear layers in `module`, a row; their weights may be sharded away."""
+    layers = (layer for layer in module.modules() if isinstance(layer, nn.Linear))
+    return float(sum(2 * layer.in_features * layer.out_features for layer in layers))

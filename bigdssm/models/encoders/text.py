@@ -1,0 +1,193 @@
+"""Texts by a BERT: its architecture, from a config or a folder, its encoder, and pretrained weights.
+
+Shapes: R rows, T tokens, H encoder width.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Literal
+
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, BertConfig, BertModel, PretrainedConfig, PreTrainedModel
+
+from bigdssm.config import ModelConfig, TextEncoderConfig
+from bigdssm.errors import ConfigError
+from bigdssm.features import Text, texts_of
+from bigdssm.models.encoders.base import Encoder, Parts, encodes, linear_flops
+from bigdssm.schema import Schema
+
+
+@encodes(Text)
+class TextEncoder(Encoder):
+    """A BERT and its pooling, with new weights."""
+
+    is_models_own = True
+
+    def __init__(self, architecture: PretrainedConfig, pooling: Literal["mean", "cls"]) -> None:
+        super().__init__()
+        self.pooling = pooling
+        self.attention_otherwise: str | None = None  # where attention is plain in training
+        self.bert = new_bert(architecture)
+        self.dim: int = architecture.hidden_size
+
+    @classmethod
+    def build(cls, feature: Text, parts: Parts) -> TextEncoder:
+        """Return the model's own encoder of the side's texts."""
+        assert parts.text is not None, "a schema with text has a text encoder"
+        return parts.text
+
+    @property
+    def pad_token_id(self) -> int:
+        """Return the token that pads texts."""
+        return int(self.bert.config.pad_token_id or 0)
+
+    def checkpoint_activations(self) -> None:
+        """Keep only the layers' inputs for the backward, which computes the rest again."""
+        self.bert.config.use_cache = False  # there is none in an encoder, and transformers would warn of it
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its new name is not in every transformers 5
+            self.bert.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def train(self, mode: bool = True) -> TextEncoder:
+        """Train or evaluate, with the attention that is faster at it where that differs."""
+        super().train(mode)
+        if self.attention_otherwise is not None:
+            self.bert.set_attn_implementation("eager" if mode else self.attention_otherwise)
+        return self
+
+    def forward(self, tokens_RT: Tensor) -> Tensor:
+        """Return [R, H] for token ids [R, T], padded at the end."""
+        mask_RT = tokens_RT != self.pad_token_id
+        hidden: Tensor = self.bert(input_ids=tokens_RT, attention_mask=mask_RT.long()).last_hidden_state
+        if self.pooling == "cls":
+            return hidden[:, 0]
+        weight = mask_RT.unsqueeze(2).to(hidden.dtype)
+        return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+
+    def flops(self, values: Tensor) -> float:
+        """Return the operations of a forward: a token's linear layers, and attention over each text's own tokens."""
+        length_R = (values != self.pad_token_id).sum(dim=1).double()
+        attention = float((length_R**2).sum()) * self.bert.config.num_hidden_layers * 4 * self.dim
+        return float(length_R.sum()) * linear_flops(self) + attention
+
+
+def use_plain_attention(model: nn.Module) -> None:
+    """Let the model's BERTs multiply attention out in training: the fused backward in bfloat16 is slow on a CPU.
+
+    MiniLM on a Xeon with AMX, forward and backward a CPU-second: 4,700 tokens of texts of 70 against 2,700, 3,800 of
+    texts of 128 against 3,100. In float32 both take the same time. Without a backward the fused kernel is the faster
+    one: 15,600 tokens of texts of 128 against 8,300.
+    """
+    for part in model.modules():
+        if isinstance(part, TextEncoder) and part.attention_otherwise is None:
+            part.attention_otherwise = part.bert.config._attn_implementation
+            part.train(part.training)
+
+
+def text_keys(config: ModelConfig, schema: Schema) -> dict[str, str]:
+    """Return the name of the text encoder of each side that has texts: its own, or the one that both share."""
+    sides = [side for side, features in schema.sides.items() if texts_of(features)]
+    return {side: "shared" if config.share_text else side for side in sides}
+
+
+def text_configs(config: ModelConfig, schema: Schema) -> dict[str, TextEncoderConfig]:
+    """Return the config of each text encoder by its name: of a shared one the query's, where queries have texts."""
+    configs: dict[str, TextEncoderConfig] = {}
+    for side, key in text_keys(config, schema).items():
+        configs.setdefault(key, getattr(config, side).text)
+    return configs
+
+
+def text_architectures(
+    config: ModelConfig, schema: Schema, pad_token_id: int, vocab_size: int
+) -> dict[str, PretrainedConfig]:
+    """Return the architecture of each text encoder that the config asks for, by its name in the model.
+
+    `vocab_size` is the tokenizer's. Raises ConfigError: a folder of `init` that does not fit.
+    """
+    keys, made = text_keys(config, schema), {}
+    for key, text in text_configs(config, schema).items():
+        read = [feature for side in keys if keys[side] == key for feature in texts_of(schema.sides[side]).values()]
+        longest = max(feature.max_tokens for feature in read)
+        if text.init is None:
+            made[key] = _small_bert(text, vocab_size, pad_token_id, longest)
+        else:
+            made[key] = pretrained_architecture(text, vocab_size, pad_token_id)
+    return made
+
+
+def pretrained_encoder(config: TextEncoderConfig, vocab_size: int = 0, pad_token_id: int | None = None) -> TextEncoder:
+    """Return the encoder of the folder that `config.init` names. Raises ConfigError: see `pretrained_architecture`."""
+    encoder = TextEncoder(pretrained_architecture(config, vocab_size, pad_token_id), config.pooling)
+    load_pretrained(encoder, config)
+    return encoder
+
+
+def load_pretrained(encoder: TextEncoder, config: TextEncoderConfig) -> None:
+    """Give an encoder the weights of the folder that `config.init` names. Raises ConfigError: they do not load."""
+    try:
+        model = AutoModel.from_pretrained(
+            config.init, config=encoder.bert.config, local_files_only=True, use_safetensors=True,
+            trust_remote_code=False,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"text.init={config.init} does not load as a Hugging Face model: {error}") from None
+    if hasattr(model, "pooler"):
+        model.pooler = None
+    encoder.bert.load_state_dict(model.state_dict())
+
+
+def new_bert(architecture: PretrainedConfig) -> PreTrainedModel:
+    """Return a BERT with new weights, without the pooler: neither pooling uses it, and ZeRO wants a gradient of all."""
+    if isinstance(architecture, BertConfig):
+        return BertModel(architecture, add_pooling_layer=False)
+    model: PreTrainedModel = AutoModel.from_config(architecture, trust_remote_code=False)
+    model.pooler = None
+    return model
+
+
+def _small_bert(config: TextEncoderConfig, vocab_size: int, pad_token_id: int, max_tokens: int) -> BertConfig:
+    return BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=config.hidden,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        intermediate_size=4 * config.hidden,
+        max_position_embeddings=max(max_tokens, 8),
+        pad_token_id=pad_token_id,
+        hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.dropout,
+    )
+
+
+def pretrained_architecture(
+    config: TextEncoderConfig, vocab_size: int = 0, pad_token_id: int | None = None
+) -> PretrainedConfig:
+    """Return the architecture of the Hugging Face model in `config.init`, with the layers and dropout of `config`.
+
+    Raises ConfigError: it is no such folder, or has too few layers or words.
+    """
+    folder = str(config.init)
+    if not os.path.isdir(folder):
+        raise ConfigError(f"text.init={folder} is not a folder; it takes the local folder of a Hugging Face BERT")
+    try:
+        architecture = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"text.init={folder} does not load as a Hugging Face model: {error}") from None
+    has = getattr(architecture, "num_hidden_layers", 0)
+    if config.keep_layers > has:
+        raise ConfigError(f"text.keep_layers={config.keep_layers}, but text.init={folder} has {has} layers")
+    if architecture.vocab_size < vocab_size:
+        raise ConfigError(
+            f"text.init={folder} has {architecture.vocab_size} word vectors, but the dataset's tokenizer "
+            f"has {vocab_size} tokens; make the shards with data.tokenizer.path={folder}"
+        )
+    architecture.num_hidden_layers = config.keep_layers or has
+    if pad_token_id is not None:
+        architecture.pad_token_id = pad_token_id
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
+        if hasattr(architecture, name):
+            setattr(architecture, name, config.dropout)
+    return architecture

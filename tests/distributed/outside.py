@@ -1,0 +1,92 @@
+"""What somebody adds from a module of their own, no file of the library changed: a type of features and its encoder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor, nn
+
+from bigdssm.errors import ConfigError
+from bigdssm.features import Column, Feature, Reader, TextTokenizer, register
+from bigdssm.features.columns import RowCheck, numbers
+from bigdssm.models.encoders import Encoder, Parts, encodes
+
+
+def angle_input(feature, values, exported):  # type: ignore[no-untyped-def]
+    turns = np.array([np.nan if value is None else value for value in values], np.float32) / feature["whole"]
+    return np.stack([np.sin(2 * np.pi * turns), np.cos(2 * np.pi * turns)], axis=1).astype(np.float32)
+
+
+@register
+@dataclass(frozen=True)
+class Angle(Feature):
+    """A number on a circle, such as an hour of a day: its sine and cosine."""
+
+    type: ClassVar[str] = "angle"
+    example: ClassVar[str] = "6.0"
+    onnx_code: ClassVar = (angle_input,)
+
+    whole: float = 360.0  # what a whole turn is
+
+    @property
+    def canonical_type(self) -> pa.DataType:
+        return pa.float64()
+
+    @property
+    def missing(self) -> float:
+        return math.nan
+
+    def read(self, check: RowCheck) -> pa.Array:
+        return pa.array(numbers(check, self.source)[0])
+
+    def is_missing(self, column: pa.Array) -> np.ndarray:
+        return np.isnan(column.to_numpy())
+
+    def typed(self, value: str) -> float:
+        try:
+            return float(value)
+        except ValueError:
+            raise ConfigError(f"{self.name} is {value!r}, needs an angle") from None
+
+    def arrow_type(self, *, large: bool = False) -> pa.DataType:
+        return pa.list_(pa.float32(), 2)
+
+    def encode(self, column: pa.Array, tokenizer: TextTokenizer | None, *, large: bool = False) -> pa.Array:
+        turns = 2 * np.pi * column.to_numpy() / self.whole
+        both = np.stack([np.sin(turns), np.cos(turns)], axis=1).astype(np.float32)
+        return pa.FixedSizeListArray.from_arrays(pa.array(both.ravel()), 2)
+
+    def array(self, column: Column, pad_token_id: int) -> np.ndarray:
+        return np.asarray(column, np.float32)
+
+    def probe(self, random: np.random.RandomState, rows: int, docs: Mapping[str, Feature]) -> Column:
+        turns = 2 * np.pi * random.rand(rows)
+        return np.stack([np.sin(turns), np.cos(turns)], axis=1).astype(np.float32)
+
+    def describe(self, vocab_size: int) -> str:
+        return f"{self.whole:g} a turn"
+
+    def shown(self, values: np.ndarray, reader: Reader) -> Any:
+        return round(float(np.arctan2(*values)) * self.whole / (2 * np.pi) % self.whole, 3)
+
+
+@encodes(Angle)
+class AngleEncoder(Encoder):
+    """Both numbers through one layer; zeros where they are missing."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.layer = nn.Linear(2, dim)
+
+    @classmethod
+    def build(cls, feature: Angle, parts: Parts) -> AngleEncoder:
+        return cls(parts.config.numeric_dim)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.layer(values.nan_to_num(nan=0.0))
