@@ -163,13 +163,15 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and a cosine to `final_lr_ratio`; the schedule counts applied steps."""
+    """An optimizer, linear warm-up and a cosine to `final_lr_ratio`; the schedule counts applied steps."""
 
+    name: str = "adamw"  # or muon, for matrices with AdamW for the rest (engine.zero_stage=0), or a registered one
     lr: float = 1e-3
     embedding_lr_ratio: float = 1.0  # learning rate of embedding tables over lr
     weight_decay: float = 0.01  # matrices only: not biases, norms, tables, alpha
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
+    momentum: float = 0.95  # of muon
     warmup_steps: int = 100
     final_lr_ratio: float = 0.0
     gradient_clipping: float = 1.0  # 0 turns it off

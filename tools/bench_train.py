@@ -227,7 +227,7 @@ class Peer:
         from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
         from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-        from bigdssm.training.optimizer import build_optimizer
+        from bigdssm.training.optimizers import build_optimizer
 
         transformer = Transformer(str(folder / "encoder"), max_seq_length=args.max_tokens)
         bert = transformer.auto_model if hasattr(transformer, "auto_model") else transformer.model

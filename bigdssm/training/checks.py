@@ -14,6 +14,7 @@ from bigdssm.data.joining import open_dataset
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError
 from bigdssm.evaluation.curves import CONFIG_FILE
 from bigdssm.retrieval.mined import MinedNegatives
+from bigdssm.training.optimizers import find_optimizer
 from bigdssm.training.run_folder import RUNNING_FILE, versions
 from bigdssm.training.trackers import check_trackers
 
@@ -33,6 +34,11 @@ def check_stage(config: Config, name: StageName, world_size: int, resume: bool) 
     stage = config.stage(name)
     if world_size > config.data.lanes:
         raise ConfigError(f"{world_size} ranks, but data.lanes={config.data.lanes}: use at least one lane per rank")
+    if find_optimizer(stage.optimizer.name).whole_tensors and config.engine.zero_stage > 0:
+        raise ConfigError(
+            f"engine.zero_stage: got {config.engine.zero_stage}, needs 0 with {name}.optimizer.name="
+            f"{stage.optimizer.name}, which works on whole matrices: ZeRO 1 to 3 give each rank flat pieces of them"
+        )
     check_trackers(config.run.trackers)
     dataset = open_dataset(config.data)
     dataset.check_against(config.data)

@@ -23,7 +23,7 @@ from bigdssm.config import EngineConfig, OptimizerConfig
 from bigdssm.errors import ConfigError, PeerError
 from bigdssm.models import Encoded, use_plain_attention
 from bigdssm.training import portable
-from bigdssm.training.optimizer import build_optimizer
+from bigdssm.training.optimizers import build_optimizer, find_optimizer
 
 COLLECTIVE_TIMEOUT_S = 1800
 
@@ -75,7 +75,7 @@ def deepspeed_config(engine: EngineConfig, optimizer: OptimizerConfig, rows_per_
         "gradient_accumulation_steps": 1,  # FPS does not decompose over accumulation
         "gradient_clipping": optimizer.gradient_clipping,  # DeepSpeed's own default is 1.0
         "zero_optimization": zero,
-        "zero_allow_untested_optimizer": False,
+        "zero_allow_untested_optimizer": True,  # optimizers say themselves whether they take ZeRO's flat pieces
         "zero_force_ds_cpu_optimizer": False,  # its CPU Adam is compiled on first use
         "steps_per_print": 10**9,
     }
@@ -93,6 +93,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, rows_per_rank: int) -> None:
         self.zero_stage = config.zero_stage
+        self._state_of = find_optimizer(optimizer.name).state_of
         self.product_dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
         self._norm = float("nan")
         if config.precision != "fp32" and not _on_device():
@@ -162,12 +163,12 @@ class Engine:
         return cast(nn.Module, self.deepspeed.module)
 
     def own_share(self) -> dict[str, Tensor]:
-        """Return this rank's share of the whole weights and moments, by name (see portable.py). A collective."""
-        return portable.own_share(portable.whole_tensors(self.deepspeed, self.zero_stage))
+        """Return this rank's share of weights and optimizer states, by name (see portable.py). A collective."""
+        return portable.own_share(portable.whole_tensors(self.deepspeed, self.zero_stage, self._state_of))
 
     def restore(self, read: Callable[[str], Tensor], applied_steps: int) -> None:
-        """Set master weights and moments from `read(name)`; the model was given its weights before. A collective."""
-        portable.set_tensors(self.deepspeed, self.zero_stage, read, applied_steps)
+        """Set master weights and optimizer states from `read(name)`; the model has its weights. A collective."""
+        portable.set_tensors(self.deepspeed, self.zero_stage, self._state_of, read, applied_steps)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all weights in float32 on the CPU, whole on every rank. A collective at ZeRO stage 3."""

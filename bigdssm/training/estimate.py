@@ -33,6 +33,7 @@ from bigdssm.models.encoders import text_architectures
 from bigdssm.retrieval.embed import CHUNK_TOKENS_CPU
 from bigdssm.training.batches import Batches, row_stream
 from bigdssm.training.live_memory import LiveBytes
+from bigdssm.training.optimizers import state_size
 from bigdssm.training.step import Budget, Piece, pieces_of
 
 FP32, FP64 = 4, 8
@@ -107,7 +108,8 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
         model.checkpoint_activations()
     num_weights = sum(parameter.numel() for parameter in model.parameters())
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
-    held, in_step = _states(engine, num_weights, sum(trained), max(trained), world_size)
+    kept_numbers = state_size(model, stage.optimizer)
+    held, in_step = _states(engine, num_weights, sum(trained), kept_numbers, max(trained), world_size)
     kept, towers = _towers(model, mode, batch, engine)
     vectors, loss = _loss(config, stage, batch, world_size)
     saving = (12 * num_weights // world_size) + FP32 * max(trained)
@@ -125,7 +127,7 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
         table_weights=sum(parameter.numel() for parameter in model.tables.parameters()),
         negatives=_negatives(stage, batch, world_size),
         sent=_sent(config, stage, batch, num_weights, world_size),
-        checkpoint_bytes=FP32 * (num_weights + 2 * sum(trained)),
+        checkpoint_bytes=FP32 * (num_weights + kept_numbers),
         steps=steps,
         rows_global=stage.rows_global,
         world_size=world_size,
@@ -141,7 +143,7 @@ def recorded_rows_per_s(folder: Path) -> float | None:
 
 
 def _states(
-    engine: EngineConfig, num_weights: int, num_trained: int, largest: int, world_size: int
+    engine: EngineConfig, num_weights: int, num_trained: int, kept_numbers: int, largest: int, world_size: int
 ) -> tuple[dict[str, int], int]:
     """Return what weights and optimizer take all the time, and what the optimizer's step takes on top of it.
 
@@ -152,13 +154,13 @@ def _states(
     stage, share = engine.zero_stage, -(-num_trained // world_size)
     weights = weight * num_weights
     if stage == 0:
-        held = {"weights": weights, "optimizer's moments": 2 * FP32 * num_trained}
+        held = {"weights": weights, "optimizer's states": FP32 * kept_numbers}
         bucket = FP32 * min(BUCKET, num_trained) if world_size > 1 else 0
         return held, FP32 * num_trained + max(bucket, 2 * FP32 * largest)
     held = {
         "weights": weights if stage < 3 else -(-weights // world_size),
         "float32 copy of the weights": FP32 * share,
-        "optimizer's moments": 2 * FP32 * share,
+        "optimizer's states": FP32 * -(-kept_numbers // world_size),
     }
     if engine.offload_optimizer:
         held["gradients on the host"] = FP32 * share

@@ -26,7 +26,7 @@ from bigdssm.training.engine import Engine
 from bigdssm.training.faults import Faults
 from bigdssm.training.health import Health
 from bigdssm.training.objective import Objective
-from bigdssm.training.optimizer import schedule_factor
+from bigdssm.training.optimizers import schedule_factor
 from bigdssm.training.random_state import RandomState
 from bigdssm.training.row_log import RowLog
 from bigdssm.training.signals import StopRequest

@@ -22,24 +22,26 @@ from torch import Tensor, nn
 
 from bigdssm import distributed
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+StateOf = Callable[[str], tuple[str, ...]]
+"""The names of the tensors that the optimizer keeps of a parameter in a group, see `optimizers.OptimizerKind`."""
 
 
-def whole_tensors(engine: Any, zero_stage: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, float32 tensor) of every weight, and (`exp_avg/` or `exp_avg_sq/` + name) of every moment.
+def whole_tensors(engine: Any, zero_stage: int, state_of: StateOf) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, float32 tensor) of every weight, and (state's name + "/" + name) of every state of the optimizer.
 
-    A collective: every rank must run it to the end. Before the first step there are no moments.
+    A collective: every rank must run it to the end. Before the first step there are no states.
     """
-    has_moments = any(len(state) for state in base_optimizer(engine, zero_stage).state.values())
-    if has_moments:
-        _link_moments(engine, zero_stage)
+    has_states = any(len(state) for state in base_optimizer(engine, zero_stage).state.values())
+    states = _states(engine, zero_stage, state_of) if has_states else {}
+    if has_states:
+        _link_states(engine, zero_stage)
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             yield name, parameter.detach().float()
             continue
         yield name, parameter.detach().float() if zero_stage == 0 else safe_get_full_fp32_param(parameter)
-        for moment in MOMENTS if has_moments else ():
-            yield f"{moment}/{name}", _moment(engine, zero_stage, parameter, moment)
+        for state in states.get(parameter, ()):
+            yield f"{state}/{name}", _state(engine, zero_stage, parameter, state)
 
 
 def own_share(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -52,21 +54,24 @@ def own_share(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def set_tensors(engine: Any, zero_stage: int, read: Callable[[str], Tensor], applied_steps: int) -> None:
-    """Set an engine's master weights and moments to what `read` returns for the names of `whole_tensors`. A collective.
+def set_tensors(
+    engine: Any, zero_stage: int, state_of: StateOf, read: Callable[[str], Tensor], applied_steps: int
+) -> None:
+    """Set an engine's master weights and states to what `read` returns for the names of `whole_tensors`. A collective.
 
     The model must have been given the same weights before the engine was built around it. `applied_steps` becomes
-    Adam's step of every parameter.
+    the optimizer's step of every parameter.
     """
     if applied_steps > 0:
-        _create_moments(engine, zero_stage, applied_steps)
+        _create_states(engine, zero_stage, state_of, applied_steps)
+    states = _states(engine, zero_stage, state_of) if applied_steps > 0 else {}
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue
         if zero_stage > 0:
             _set_master(zero_stage, parameter, read(name))
-        for moment in MOMENTS if applied_steps > 0 else ():
-            _set_moment(engine, zero_stage, parameter, read(f"{moment}/{name}"), moment)
+        for state in states.get(parameter, ()):
+            _set_state(engine, zero_stage, parameter, read(f"{state}/{name}"), state)
 
 
 def base_optimizer(engine: Any, zero_stage: int) -> torch.optim.Optimizer:
@@ -75,32 +80,41 @@ def base_optimizer(engine: Any, zero_stage: int) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _moment(engine: Any, zero_stage: int, parameter: nn.Parameter, moment: str) -> Tensor:
+def _states(engine: Any, zero_stage: int, state_of: StateOf) -> dict[nn.Parameter, tuple[str, ...]]:
+    """Return the names of the states of every trained parameter. ZeRO keeps the same of all, in flat pieces."""
+    groups = base_optimizer(engine, zero_stage).param_groups
+    if zero_stage == 0:
+        return {parameter: state_of(group["name"]) for group in groups for parameter in group["params"]}
+    names = state_of(groups[0]["name"])
+    return {parameter: names for parameter in engine.module.parameters() if parameter.requires_grad}
+
+
+def _state(engine: Any, zero_stage: int, parameter: nn.Parameter, state: str) -> Tensor:
     whole: Tensor
     if zero_stage == 0:
-        whole = engine.optimizer.state[parameter][moment]
+        whole = engine.optimizer.state[parameter][state]
     else:
-        whole = safe_get_full_optimizer_state(parameter, moment)
+        whole = safe_get_full_optimizer_state(parameter, state)
     return whole
 
 
-def _create_moments(engine: Any, zero_stage: int, applied_steps: int) -> None:
+def _create_states(engine: Any, zero_stage: int, state_of: StateOf, applied_steps: int) -> None:
     """Make the states that the optimizer itself would make in its first step, and tell DeepSpeed of them."""
     optimizer = base_optimizer(engine, zero_stage)
+    groups = [(group["name"], group["params"]) for group in optimizer.param_groups]
     if zero_stage == 3:
-        flat = list(engine.optimizer.fp32_partitioned_groups_flat)
-    else:
-        flat = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for tensor in flat:
-        optimizer.state[tensor] = {
-            "step": torch.tensor(float(applied_steps)),
-            **{moment: torch.zeros_like(tensor) for moment in MOMENTS},
-        }
-    _link_moments(engine, zero_stage)
+        groups = [(groups[0][0], list(engine.optimizer.fp32_partitioned_groups_flat))]
+    for group, tensors in groups:
+        for tensor in tensors:
+            optimizer.state[tensor] = {
+                "step": torch.tensor(float(applied_steps)),
+                **{state: torch.zeros_like(tensor) for state in state_of(group)},
+            }
+    _link_states(engine, zero_stage)
 
 
-def _link_moments(engine: Any, zero_stage: int) -> None:
-    """Let ZeRO 1 and 2 find all groups' moments: by itself it links them when only the first group has stepped."""
+def _link_states(engine: Any, zero_stage: int) -> None:
+    """Let ZeRO 1 and 2 find all groups' states: by itself it links them when only the first group has stepped."""
     if zero_stage in (1, 2):
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
@@ -113,13 +127,13 @@ def _set_master(zero_stage: int, parameter: nn.Parameter, value: Tensor) -> None
         safe_set_full_fp32_param(parameter, value.to(parameter.device))
 
 
-def _set_moment(engine: Any, zero_stage: int, parameter: nn.Parameter, value: Tensor, moment: str) -> None:
+def _set_state(engine: Any, zero_stage: int, parameter: nn.Parameter, value: Tensor, state: str) -> None:
     if zero_stage == 0:
-        engine.optimizer.state[parameter][moment].copy_(value)
+        engine.optimizer.state[parameter][state].copy_(value)
     elif zero_stage == 3:
-        safe_set_local_optimizer_state(parameter, _partition(parameter, value), moment)
+        safe_set_local_optimizer_state(parameter, _partition(parameter, value), state)
     else:
-        safe_set_full_optimizer_state(parameter, value.to(parameter.device), moment)
+        safe_set_full_optimizer_state(parameter, value.to(parameter.device), state)
 
 
 def _partition(parameter: Any, value: Tensor) -> Tensor:

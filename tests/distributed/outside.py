@@ -1,4 +1,5 @@
-"""What somebody adds from a module of their own, no file of the library changed: a type of features and its encoder."""
+"""What somebody adds from a module of their own, no file of the library changed: a type of features with its
+encoder, and an optimizer."""
 
 from __future__ import annotations
 
@@ -9,12 +10,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
 from bigdssm.errors import ConfigError
 from bigdssm.features import Column, Feature, Reader, TextTokenizer, register
 from bigdssm.features.columns import RowCheck, numbers
 from bigdssm.models.encoders import Encoder, Parts, encodes
+from bigdssm.training.optimizers import OptimizerKind, register_optimizer
 
 
 def angle_input(feature, values, exported):  # type: ignore[no-untyped-def]
@@ -90,3 +92,12 @@ class AngleEncoder(Encoder):
 
     def forward(self, values: Tensor) -> Tensor:
         return self.layer(values.nan_to_num(nan=0.0))
+
+
+register_optimizer(
+    "heavy_ball",
+    OptimizerKind(
+        lambda groups, config: optim.SGD(groups, lr=config.lr, momentum=config.momentum),
+        lambda group: ("momentum_buffer",),
+    ),
+)

@@ -58,8 +58,8 @@ def test_weights_tables_checkpoint_and_time(tiny_pairs: TinyDataset) -> None:
 def test_what_ranks_share_and_send(tiny_pairs: TinyDataset) -> None:
     one, four = of(tiny_pairs), of(tiny_pairs, world_size=4)
     whole = of(tiny_pairs, "engine.zero_stage=0", world_size=4)
-    assert one.held["optimizer's moments"] == pytest.approx(4 * four.held["optimizer's moments"], rel=0.001)
-    assert whole.held["optimizer's moments"] == one.held["optimizer's moments"]
+    assert one.held["optimizer's states"] == pytest.approx(4 * four.held["optimizer's states"], rel=0.001)
+    assert whole.held["optimizer's states"] == one.held["optimizer's states"]
     assert sum(one.sent.values()) == 0
     assert four.sent["weights' gradients"] == 2 * 4 * four.num_weights * 3 // 4
     assert four.sent["updated weights"] == 4 * four.num_weights * 3 // 4
@@ -101,7 +101,7 @@ def test_the_command_line_says_what_more_ranks_and_rows_change(
     assert "1,000 steps: unknown without rows a second" in one
     assert "1,000 steps: 0.01 days at 500 rows a second" in four  # 480,000 rows
     assert "sent by a rank in a step: 0 B" in one and size(four, "sent by a rank in a step:") > 1e6
-    moments = "optimizer's moments"
+    moments = "optimizer's states"
     assert size(one, moments) == pytest.approx(4 * size(four, moments), rel=0.02)  # ZeRO 1 shares them out
     towers = "towers' activations and gradients (then)"
     assert size(four, towers) < 0.6 * size(one, towers)  # 120 rows on a rank, not 240

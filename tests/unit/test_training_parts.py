@@ -18,7 +18,7 @@ from bigdssm.data import chunks
 from bigdssm.distributed import free_port
 from bigdssm.training import engine
 from bigdssm.training.batches import Batches
-from bigdssm.training.optimizer import parameter_groups, schedule_factor
+from bigdssm.training.optimizers import parameter_groups, schedule_factor
 from bigdssm.training.random_state import RandomState
 from bigdssm.training.row_log import CONSUMED, RowLog
 
