@@ -34,6 +34,11 @@ class System:
     seconds: float  # to make and to evaluate it
     ranks: np.ndarray | None = None  # float64 [rows of the split], where the values are of ranks
 
+    def __post_init__(self) -> None:
+        """Raise DataError where there is nothing that a figure could be of."""
+        if not all(rows.size for rows in self.values.values()):
+            raise DataError(f"{self.name} cannot be measured: no row has a relevant document")
+
     @classmethod
     def of_ranks(cls, name: str, ranks: np.ndarray, seconds: float) -> System:
         """Return the system that gives the rows of a split these ranks."""
