@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -28,6 +28,12 @@ class Query:
 
     columns: dict[str, Column]
     seen: np.ndarray  # int64 catalogue rows, oldest first
+
+
+def check_not_empty(values: Iterable[str]) -> None:
+    """Raise ConfigError where what somebody asks for (a user, titles, values of features) is nothing but spaces."""
+    if not any(value.strip() for value in values):
+        raise ConfigError("the query is empty; type something")
 
 
 def user_query(dataset: Dataset, key: str) -> Query:
