@@ -1,6 +1,6 @@
 """KNN indexes of document vectors; each names the model whose vectors it holds and refuses another's queries.
 
-INDEX/    index.faiss, documents.arrow (doc_key, display), meta.json
+INDEX/    index.faiss, documents.arrow (doc_key, display), meta.json (checksums of both and of itself)
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
+from bigdssm.checkpoint import check_file
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.retrieval.vectors import (
     DOCUMENTS_FILE,
@@ -111,6 +112,7 @@ def build_index(vectors_dir: Path, folder: Path, kind: IndexType = "flat") -> Ve
     if meta.kind != VECTORS:
         raise CheckpointError(f"{vectors_dir} is an index; the vectors it was built from are needed")
     vectors = load_vectors(vectors_dir, meta)
+    check_file(vectors_dir / DOCUMENTS_FILE, meta.files.get(DOCUMENTS_FILE), META_FILE)
     check_free(folder)
     aside = unfinished(folder)
     shutil.rmtree(aside, ignore_errors=True)
@@ -127,6 +129,8 @@ def open_index(folder: Path) -> Index:
     meta = read_meta(folder)
     if meta.kind not in get_args(IndexType):
         raise CheckpointError(f"{folder} holds {meta.kind}, not an index; run tools/build_index.py on it")
+    for name in (INDEX_FILE, DOCUMENTS_FILE):
+        check_file(folder / name, meta.files.get(name), META_FILE)
     try:
         index = faiss.read_index(str(folder / INDEX_FILE))
         with pa.OSFile(str(folder / DOCUMENTS_FILE)) as file:
