@@ -254,6 +254,12 @@ def file_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
+def folder_checksums(folder: Path) -> dict[str, str]:
+    """Return the xxh3_128 of every file in a folder, in hex, by its path there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_checksum(path) for path in files}
+
+
 def check_file(path: Path, checksum: str | None, listed_in: str) -> None:
     """Raise CheckpointError where the file is missing, or is not the one whose checksum `listed_in` has."""
     if not path.is_file():

@@ -26,7 +26,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.export import load_model_folder
 from bigdssm.retrieval.embed import query_vectors
 from bigdssm.retrieval.index import open_index
-from bigdssm.retrieval.search import DocumentNames, Query, check_not_empty, feature_query, history_query, user_query
+from bigdssm.retrieval.search import DocumentNames, Query, check_typed, feature_query, history_query, user_query
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
         raise ConfigError(f"--top {args.top}: needs at least 1")
     typed = {} if args.text is None else typed_values(args.text)
     titles = [title for title in (args.history or "").split(";") if title.strip()]
-    check_not_empty([args.user or "", *titles, *typed.values()])
+    check_typed([args.user or "", *titles, *typed.values()])
 
     folder, index = load_model_folder(args.model), open_index(args.index)
     dataset = Dataset.open(args.data or folder.config.data.dir, cache=Cache.of(folder.config.data))
@@ -68,7 +68,7 @@ def typed_values(pairs: list[str]) -> dict[str, str]:
     values = {}
     for pair in pairs:
         name, separator, value = pair.partition("=")
-        if not separator:
+        if not separator or not name:
             raise ConfigError(f"--text {pair!r}: needs feature=value, for example words='running shoes'")
         if name in values:
             raise ConfigError(f"--text gives {name} twice")

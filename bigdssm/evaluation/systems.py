@@ -170,7 +170,9 @@ def load_system(path: Path, dataset: Dataset, split: str) -> System:
         made_of = (content["dataset"], content["split"])
         entry = content["systems"][0]
         ranks = np.load(path.with_name(Path(entry["ranks"]).name), allow_pickle=False)
-        system = System.of_ranks(f"{entry['name']} ({path.stem})", ranks, entry["seconds"])
+        if ranks.dtype != np.float64 or (ranks < 1).any():
+            raise ValueError(f"{entry['ranks']} holds no ranks")
+        system = System.of_ranks(f"{entry['name']} ({path.stem})", ranks, float(entry["seconds"]))
     except FileNotFoundError as error:
         raise DataError(f"{error.filename} does not exist") from None
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:

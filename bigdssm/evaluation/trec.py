@@ -120,6 +120,8 @@ def _lines(path: Path, num_fields: int, layout: str) -> Iterable[tuple[int, list
                     yield number, fields
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise DataError(f"{path} is no text file in UTF-8") from None
 

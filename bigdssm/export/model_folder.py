@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
-from bigdssm.checkpoint import check_file, file_checksum
+from bigdssm.checkpoint import check_file, folder_checksums
 from bigdssm.config import Config, ModelConfig, TowerConfig, load_config
 from bigdssm.data import Dataset
 from bigdssm.errors import BigDSSMError, CheckpointError
@@ -110,7 +110,9 @@ def load_model_folder(folder: Path, *, any_score: bool = False) -> ModelFolder:
         check_file(folder / name, checksum, META_FILE)
     try:
         config, schema = load_config(folder / CONFIG_FILE), Schema.load(folder)
-        model = _empty_model(config.model, schema, folder / TEXT_DIR)
+        listed = [Path(name) for name in meta["checksums"]]  # whatever else stands there was not written with it
+        texts = [folder / path.parent for path in listed if path.parts[0] == TEXT_DIR]
+        model = _empty_model(config.model, schema, texts)
         mlp = _mlp(config, meta["provenance"])
         written = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if _config_checksum(written, mlp) != meta["config_checksum"]:
@@ -129,7 +131,7 @@ def load_model_folder(folder: Path, *, any_score: bool = False) -> ModelFolder:
             "with tools/evaluate.py --data; train with sft.loss.mlp=[] for one to index, export or go on from"
         )
     model.eval()
-    tokenizer_dir = folder / TOKENIZER_DIR if (folder / TOKENIZER_DIR).is_dir() else None
+    tokenizer_dir = folder / TOKENIZER_DIR if any(path.parts[0] == TOKENIZER_DIR for path in listed) else None
     return ModelFolder(model, config, schema, tokenizer_dir, meta["provenance"], _identity(meta))
 
 
@@ -140,9 +142,14 @@ def model_checksum(
     with tempfile.TemporaryDirectory() as made:
         _write_all_but_weights(Path(made), model, config, schema, tokenizer_dir)
         checksums = _checksums(Path(made))
-    checksums[WEIGHTS_FILE] = xxhash.xxh3_128_hexdigest(_serialised(model.state_dict()))
+    checksums[WEIGHTS_FILE] = weights_checksum(model)
     config_checksum = _config_checksum(config.to_dict(), _mlp(config, provenance))
     return _identity({"checksums": checksums, "config_checksum": config_checksum})
+
+
+def weights_checksum(model: DualEncoder) -> str:
+    """Return the checksum of the weights' file that a folder of this model has."""
+    return xxhash.xxh3_128_hexdigest(_serialised(model.state_dict()))
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -221,11 +228,9 @@ def _mlp(config: Config, provenance: Mapping[str, Any]) -> tuple[int, ...]:
     return config.sft.loss.mlp if config.sft is not None and provenance.get("stage") == "sft" else ()
 
 
-def _empty_model(config: ModelConfig, schema: Schema, text_dir: Path) -> DualEncoder:
+def _empty_model(config: ModelConfig, schema: Schema, text_dirs: Sequence[Path]) -> DualEncoder:
     """Return a DualEncoder whose text encoders have the saved architectures, whatever they were initialised from."""
-    texts = {
-        path.name: AutoConfig.from_pretrained(path, trust_remote_code=False) for path in sorted(text_dir.glob("*/"))
-    }
+    texts = {path.name: AutoConfig.from_pretrained(path, trust_remote_code=False) for path in text_dirs}
 
     def with_widths(side: str, tower: TowerConfig) -> TowerConfig:
         text = texts.get("shared" if config.share_text else side)
@@ -245,7 +250,8 @@ def _empty_model(config: ModelConfig, schema: Schema, text_dir: Path) -> DualEnc
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """Return the checksum of every file but the config, whose data.dir may be edited when a dataset moves."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CONFIG_FILE)
-    assert folder / SCHEMA_FILE in files
-    return {path.relative_to(folder).as_posix(): file_checksum(path) for path in files}
+    """Return the checksum of every file but the config, of which only a part changes scores."""
+    checksums = folder_checksums(folder)
+    checksums.pop(CONFIG_FILE)
+    assert SCHEMA_FILE in checksums
+    return checksums

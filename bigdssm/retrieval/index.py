@@ -5,6 +5,7 @@ INDEX/    index.faiss, documents.arrow (doc_key, display), meta.json (checksums 
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,9 +20,11 @@ from bigdssm.checkpoint import check_file
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.retrieval.vectors import (
     DOCUMENTS_FILE,
+    INDEX_FILE,
     META_FILE,
     ROWS_AT_ONCE,
     VECTORS,
+    VECTORS_FILE,
     VectorsMeta,
     check_free,
     load_vectors,
@@ -31,7 +34,6 @@ from bigdssm.retrieval.vectors import (
 )
 
 IndexType = Literal["flat", "sq8", "hnsw", "ivf", "ivfpq"]
-INDEX_FILE = "index.faiss"
 HNSW_LINKS, HNSW_BUILD_WIDTH, HNSW_SEARCH_WIDTH = 32, 200, 200
 SIMILAR_CANDIDATES = 20
 TRAINING_POINTS = 39  # FAISS wants so many for a list of an inverted file
@@ -108,12 +110,13 @@ def build_index(vectors_dir: Path, folder: Path, kind: IndexType = "flat") -> Ve
     ivfpq keeps half a byte per dimension. Raises CheckpointError where `vectors_dir` is not a whole vectors folder,
     ConfigError where `folder` holds something else, or ivfpq has too few documents.
     """
+    folder = Path(os.path.realpath(folder))  # what a symbolic link leads to is replaced, not the link
     meta = read_meta(vectors_dir)
     if meta.kind != VECTORS:
         raise CheckpointError(f"{vectors_dir} is an index; the vectors it was built from are needed")
     vectors = load_vectors(vectors_dir, meta)
     check_file(vectors_dir / DOCUMENTS_FILE, meta.files.get(DOCUMENTS_FILE), META_FILE)
-    check_free(folder)
+    check_free(folder, VECTORS_FILE)
     aside = unfinished(folder)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -30,10 +30,13 @@ class Query:
     seen: np.ndarray  # int64 catalogue rows, oldest first
 
 
-def check_not_empty(values: Iterable[str]) -> None:
-    """Raise ConfigError where what somebody asks for (a user, titles, values of features) is nothing but spaces."""
+def check_typed(values: Sequence[str]) -> None:
+    """Raise ConfigError where a user, titles or values of features are nothing but spaces, or no text at all."""
     if not any(value.strip() for value in values):
         raise ConfigError("the query is empty; type something")
+    for value in values:
+        if any("\ud800" <= character <= "\udfff" for character in value):  # as the shell's bytes arrive
+            raise ConfigError(f"{ascii(value)[:COMPARED_CHARACTERS]} is no text in UTF-8")
 
 
 def user_query(dataset: Dataset, key: str) -> Query:
@@ -116,7 +119,7 @@ def _typed(feature: Feature, value: str, tokenizer: TextEncoder | None) -> Colum
         return Ragged(*tokenizer.encode(pa.array([value], pa.large_string()), feature.max_tokens))
     if feature.type == "numeric":
         try:
-            number = float(value)
+            number = math.nan if "_" in value else float(value)  # 1_0 is a number to Python alone
         except ValueError:
             number = math.nan
         if not abs(number) <= float(np.finfo(np.float32).max):

@@ -33,6 +33,7 @@ from bigdssm.retrieval.embed import Encoders, Progress, no_progress
 FORMAT = 3  # 2 had no checksums, and its model_checksum was that of the weights alone
 VECTORS = "vectors"
 META_FILE, DOCUMENTS_FILE, VECTORS_FILE, CONTENTS_FILE = "meta.json", "documents.arrow", "vectors.npy", "contents.npy"
+INDEX_FILE = "index.faiss"
 JOB_FILE, LOCK_FILE, DONE_DIR = "job.json", "lock", "done"
 DATA_SUFFIXES = (".npy", ".arrow", ".faiss")
 ROWS_PER_SHARD = 4096
@@ -87,7 +88,10 @@ def write_vectors(
     Raises ConfigError where `folder` holds something else, CheckpointError where `since` is of another model, DataError
     where a vector is not finite.
     """
-    work = work or Work()
+    work, folder = (
+        work or Work(),
+        Path(os.path.realpath(folder)),
+    )  # what a symbolic link leads to is replaced, not the link
     num_docs = dataset.catalogue.num_docs
     if num_docs == 0:
         raise DataError(f"the catalogue of {dataset.dir} is empty")
@@ -191,10 +195,12 @@ def read_meta(folder: Path) -> VectorsMeta:
         raise CheckpointError(f"{folder / META_FILE} is damaged: {error!r}") from None
 
 
-def check_free(folder: Path) -> None:
-    """Raise ConfigError where `folder` holds something that is neither vectors nor an index."""
+def check_free(folder: Path, other_file: str) -> None:
+    """Raise ConfigError where `folder` holds what is not to be replaced: no vectors or index, or `other_file`."""
     if folder.exists() and not (folder / META_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and holds neither vectors nor an index; choose another --out")
+    if (folder / other_file).exists():
+        raise ConfigError(f"{folder} holds {other_file}, which this would replace; choose another --out")
 
 
 def put_in_place(aside: Path, folder: Path, meta: VectorsMeta) -> None:
@@ -218,7 +224,7 @@ def unfinished(folder: Path) -> Path:
 
 def _begin_or_go_on(folder: Path, meta: VectorsMeta, rows_per_shard: int) -> Path:
     """Return the unfinished folder of exactly this job, started anew where there is none."""
-    check_free(folder)
+    check_free(folder, INDEX_FILE)
     aside = unfinished(folder)
     job = json.dumps({**asdict(meta), "rows_per_shard": rows_per_shard}, indent=1)
     aside.mkdir(parents=True, exist_ok=True)

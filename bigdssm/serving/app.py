@@ -20,7 +20,7 @@ import asyncio
 import ipaddress
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,7 +51,7 @@ class Ask(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    features: dict[str, ShortText] | None = Field(None, max_length=MOST_VALUES)
+    features: dict[ShortText, ShortText] | None = Field(None, max_length=MOST_VALUES)
     user: ShortText | None = None
     history: list[ShortText] | None = Field(None, max_length=MOST_VALUES)
     top: Top = 10
@@ -99,24 +99,23 @@ def make_app(
 
     @app.exception_handler(BigDSSMError)
     async def refused(request: Request, error: BigDSSMError) -> JSONResponse:
-        return JSONResponse({"error": str(error)}, 404 if isinstance(error, DataError) else 400)
+        return _refuse(404 if isinstance(error, DataError) else 400, str(error))
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse({"error": _sentence(error)}, 422)
+        return _refuse(422, _sentence(error))
 
     @app.exception_handler(HTTPException)
     async def no_such_page(request: Request, error: HTTPException) -> JSONResponse:
-        said = f"{request.method} {request.url.path}: {error.detail}"
-        return JSONResponse({"error": said}, error.status_code, error.headers)
+        return _refuse(error.status_code, f"{request.method} {request.url.path}: {error.detail}", error.headers)
 
     @app.exception_handler(Overloaded)
     async def overloaded(request: Request, error: Overloaded) -> JSONResponse:
-        return JSONResponse({"error": f"{error}; ask again later"}, 503, {"Retry-After": "1"})
+        return _refuse(503, f"{error}; ask again later", {"Retry-After": "1"})
 
-    @app.get("/")
-    async def index() -> HTMLResponse:
-        return HTMLResponse(page)
+    @app.get("/", response_class=HTMLResponse)
+    async def index() -> str:
+        return page
 
     @app.get("/api/about")
     async def about() -> dict[str, Any]:
@@ -178,8 +177,7 @@ class _Gate:
             if len(body) > MOST_BYTES:
                 refusal, more = (413, f"the request is larger than the {MOST_BYTES} bytes that are read"), False
         if refusal is not None:
-            status, sentence = refusal
-            return await JSONResponse({"error": sentence}, status, {"Connection": "close"})(scope, receive, send)
+            return await _refuse(*refusal, {"Connection": "close"})(scope, receive, send)
         whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def received() -> Message:
@@ -216,11 +214,16 @@ def _is_ours(host: str, hosts: set[str]) -> bool:
     return address.is_loopback or bool(hosts & ANY_ADDRESS)
 
 
+def _refuse(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    # What was asked may hold half a character (JSON's "\\ud800"), which no answer can
+    return JSONResponse({"error": sentence.encode("utf-8", "backslashreplace").decode()}, status, headers)
+
+
 def _sentence(error: RequestValidationError) -> str:
     """Return the first thing wrong with a request."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return f"the request is no JSON: {first.get('ctx', {}).get('error', first['msg'])}"
-    where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query")) or "the request"
+    where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query"))[:100] or "the request"
     got = "" if isinstance(first.get("input"), bytes | dict | list | None) else f", got {str(first['input'])[:60]!r}"
     return f"{where}: {first['msg']}{got}"

@@ -146,3 +146,15 @@ def test_a_byte_order_mark_and_carriage_returns_change_nothing(tools: Tools, tmp
     assert figures(write_collection(tmp_path / "windows", **changed)) == plain
     headless = changed | {"test": "\ufeff" + COLLECTION["qrels/test.tsv"].partition("\n")[2]}
     assert figures(write_collection(tmp_path / "headless", **headless)) == plain
+
+
+def test_files_that_cannot_be_read_or_written_are_named_first(tools: Tools, tmp_path: Path) -> None:  # noqa: F811
+    folder, a_file = write_collection(tmp_path / "c"), tmp_path / "file"
+    a_file.write_text("x")
+    for form in on_files(folder):
+        for out in (folder, a_file / "out.json"):
+            assert f"--out {out}" in tools.refused(2, *form, "--out", out)
+    for option in ("--save-run", "--save-qrels"):
+        assert f"{option} {folder} is a folder" in tools.refused(2, *on_files(folder)[0], option, folder)
+    assert "cannot be read: Not a directory" in tools.refused(3, "evaluate", "--beir", a_file, "--bm25")
+    assert "cannot be read: Is a directory" in tools.refused(3, "evaluate", "--run", folder, "--qrels", folder)

@@ -98,6 +98,8 @@ def read_qrels_tsv(path: Path) -> Qrels:
     except FileNotFoundError:
         known = sorted(p.stem for p in path.parent.glob("*.tsv"))
         raise DataError(f"{path} does not exist; splits there: {', '.join(known) or 'none'}") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, csv.Error) as error:
         raise DataError(f"{path} is no qrels file: {error}") from None
     return qrels
@@ -245,6 +247,8 @@ def _entries(path: Path) -> list[Entry]:
                 keys.add(entries[-1].key)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; a BEIR folder has {CORPUS_FILE}, {QUERIES_FILE} and qrels/") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise DataError(f"{path} is no text file in UTF-8") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

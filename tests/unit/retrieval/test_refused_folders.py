@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from bigdssm.data import Dataset
+from tests.conftest import NUM_ITEMS
 from tests.unit.retrieval.test_tools import Tools, index_dir, tools  # noqa: F401, fixtures
 
 
@@ -137,6 +139,135 @@ def test_an_empty_query_is_refused(tools: Tools, copies: Path, query: tuple[str,
     assert "the query is empty" in tools.refused(2, *search(copies, *query))
 
 
+@pytest.mark.parametrize(
+    ("query", "sentence"),
+    [
+        (("--user", "\udcff"), "'\\udcff' is no text in UTF-8"),
+        (("--history", "i2;\udcff"), "'\\udcff' is no text in UTF-8"),
+        (("--text", "occupation=\udcff"), "'\\udcff' is no text in UTF-8"),
+        (("--text", "age=1_0"), "age is '1_0', needs a number"),
+        (("--text", "=3"), "--text '=3': needs feature=value"),
+        (("--text", "age=3", "age=4"), "--text gives age twice"),
+    ],
+)
+def test_a_query_that_is_no_text_or_number_is_refused(
+    tools: Tools, copies: Path, query: tuple[str, ...], sentence: str  # noqa: F811
+) -> None:  # fmt: skip
+    assert sentence in tools.refused(2, *search(copies, *query))
+
+
+def test_vectors_and_indexes_do_not_replace_each_other(tools: Tools, copies: Path, dataset: Dataset) -> None:  # noqa: F811
+    """Vectors may have taken days."""
+    vectors, index = copies / "vectors", copies / "index"
+    embed = ("embed", "--model", copies / "model", "--data", dataset.dir, "--out")
+    message = tools.refused(2, "build_index", "--vectors", vectors, "--out", vectors)
+    assert "holds vectors.npy, which this would replace; choose another --out" in message
+    assert "holds index.faiss, which this would replace" in tools.refused(2, *embed, index)
+    tools.ran("build_index", "--vectors", vectors, "--out", index)  # each replaces its own kind
+    tools.ran(*embed, vectors)
+    tools.ran(*search(copies))
+
+
+def test_what_a_link_leads_to_is_written(tools: Tools, copies: Path, dataset: Dataset) -> None:  # noqa: F811
+    """Twice, and the link stays one."""
+    for name in ("v", "i", "m"):
+        (copies / f"disk-{name}").mkdir()
+        (copies / name).symlink_to(copies / f"disk-{name}")
+    for _ in range(2):
+        tools.ran("embed", "--model", copies / "model", "--data", dataset.dir, "--out", copies / "v")
+        tools.ran("build_index", "--vectors", copies / "v", "--out", copies / "i")
+        tools.ran("convert_checkpoint", "--model", copies / "model", "--out", copies / "m")
+    assert all((copies / name).is_symlink() for name in ("v", "i", "m"))
+    assert (copies / "disk-v" / "vectors.npy").is_file() and (copies / "disk-m" / "model.safetensors").is_file()
+    tools.ran("search", "--model", copies / "m", "--index", copies / "disk-i", "--user", "u7")
+
+
+def test_files_that_were_not_written_with_a_model_are_not_read(tools: Tools, copies: Path) -> None:  # noqa: F811
+    expected = tools.ran(*search(copies))
+    shutil.copytree(copies / "model" / "text" / "doc", copies / "model" / "text" / "query")
+    (copies / "model" / "text" / "junk").mkdir()
+    assert tools.ran(*search(copies)) == expected
+
+
+@pytest.mark.parametrize(
+    ("ranks", "rows", "sentence"),
+    [
+        (("0", "1"), 0, "--rows-per-shard 0: needs at least 1"),
+        (("0", "1"), -3, "--rows-per-shard -3: needs at least 1"),
+        (("5", "2"), 9, "RANK=5 WORLD_SIZE=2: needs a rank from 0 and below the number of ranks"),
+        (("x", "2"), 9, "RANK=x WORLD_SIZE=2: needs a rank"),
+    ],
+)
+def test_an_embedding_that_would_do_nothing_is_refused(
+    tools: Tools, copies: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    ranks: tuple[str, str], rows: int, sentence: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("RANK", ranks[0])
+    monkeypatch.setenv("WORLD_SIZE", ranks[1])
+    command = ("embed", "--model", copies / "model", "--data", dataset.dir, "--out", copies / "v")
+    assert sentence in tools.refused(2, *command, "--rows-per-shard", rows)
+    assert not (copies / "v").exists()
+
+
 def test_a_split_that_is_not_there_is_no_figure(tools: Tools, model_dir: Path, dataset: Dataset) -> None:  # noqa: F811
     message = tools.refused(3, "evaluate", "--model", model_dir, "--data", dataset.dir, "--split", "nope")
     assert "has no rows in split 'nope'; its splits are ['test', 'train', 'validation']" in message
+
+
+@pytest.mark.parametrize(
+    ("marker", "sentence"),
+    [
+        (None, "is no export, or one of an older version"),
+        ("{", "is no export, or one of an older version"),
+        ("[]", "is no export, or one of an older version"),
+        ('{"model_checksum": "m"}', "is no export, or one of an older version"),
+        ('{"model_checksum": "m", "checksums": {"query.onnx": "0"}}', "query.onnx is damaged: its checksum"),
+        ('{"model_checksum": "m", "checksums": {"doc.onnx": "0"}}', "doc.onnx is missing"),
+        ('{"model_checksum": "m", "checksums": {}}', "was made of another model"),
+    ],
+)
+def test_a_damaged_export_is_named(
+    tools: Tools, copies: Path, dataset: Dataset, marker: str | None, sentence: str  # noqa: F811
+) -> None:  # fmt: skip
+    export = copies / "export"
+    export.mkdir()
+    (export / "query.onnx").write_bytes(b"flipped")
+    if marker is not None:
+        (export / "bigdssm_export.json").write_text(marker)
+    rest = ("--model", copies / "model", "--vectors", copies / "vectors", "--data", dataset.dir)
+    assert sentence in tools.refused(4, "bench_onnx", "--onnx", export, *rest)
+
+
+def test_mining_beyond_the_catalogue_takes_what_there_is(tools: Tools, copies: Path, dataset: Dataset) -> None:  # noqa: F811
+    out, rest = copies / "mined.npy", ("--model", copies / "model", "--data", dataset.dir)
+    tools.ran("mine_negatives", "--out", out, *rest, "--first", 3, "--last", 10**8)
+    assert np.load(out)["window"].shape == (dataset.num_rows("train"), NUM_ITEMS - 3)
+    assert "--margin nan: needs a finite number" in tools.refused(
+        2, "mine_negatives", "--out", out, *rest, "--margin", "nan"
+    )
+    assert f"--out {copies} is a folder" in tools.refused(2, "mine_negatives", "--out", copies, *rest)
+    np.save(out, np.array(["x"], object), allow_pickle=True)
+    message = tools.refused(3, "sample_negatives", "--mined", out, "--data", dataset.dir)
+    assert "is no file of mined negatives; make it with" in message and "pickle" not in message
+
+
+def test_an_edited_comparison_is_not_compared_with(tools: Tools, copies: Path, dataset: Dataset) -> None:  # noqa: F811
+    """Ranks below 1 give figures above 1, or infinite ones."""
+    command = ("evaluate", "--model", copies / "model", "--data", dataset.dir)
+    tools.ran(*command, "--out", copies / "one.json")
+    edit(copies / "one.json", lambda content: content["systems"][0].update(seconds="soon"))
+    assert "is no comparison written by" in tools.refused(3, *command, "--compare", copies / "one.json")
+    tools.ran(*command, "--out", copies / "one.json")
+    ranks = np.load(copies / "one.ranks-0.npy")
+    for changed in (ranks * 0, -ranks, ranks.astype(str)):
+        np.save(copies / "one.ranks-0.npy", changed)
+        assert "one.ranks-0.npy holds no ranks" in tools.refused(3, *command, "--compare", copies / "one.json")
+
+
+def test_a_load_without_a_server_says_so(tools: Tools, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "queries").write_text("stone\n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    command = ("bench_serve", "--url", "http://127.0.0.1:9", "--queries")
+    assert "no server answers there" in tools.refused(2, *command, tmp_path / "queries")
+    assert "is no text file in UTF-8" in tools.refused(3, *command, tmp_path / "binary")
+    assert "--clients needs at least 1" in tools.refused(2, *command, tmp_path / "queries", "--clients", 0)

@@ -177,12 +177,18 @@ def test_bad_queries_are_one_sentence(client: TestClient, body: object, status: 
 
 def test_bad_requests_are_one_sentence(client: TestClient) -> None:
     as_json = {"Content-Type": "application/json"}
+    half_a_key, half_a_name = b'{"features": {"\\ud800": "x"}}', b'{"user": "\\udfff"}'
     for answer, status, sentence in (
         (client.post("/api/search", content=b"{", headers=as_json), 422, "the request is no JSON: "),
         (client.post("/api/search", content=b'{"user": "\xc3("}', headers=as_json), 400, "POST /api/search: "),
         (client.post("/api/search", content=b"{}"), 422, "the request: Input should be a valid dictionary"),
         (client.post("/api/search", content=b" " * (MOST_BYTES + 1)), 413, f"at most {MOST_BYTES} are read"),
         (client.post("/api/search", content=iter([b"{}"])), 411, "no Content-Length"),
+        (client.post("/api/search", content=half_a_key, headers=as_json), 422, "features."),
+        (client.post("/api/search", content=half_a_name, headers=as_json), 422, "user: Input should be a valid"),
+        (client.post("/api/search", json={"features": {"x" * 10_001: "x"}}), 422, "should have at most 10000"),
+        (client.post("/api/search", json={"history": [" "]}), 400, "the query is empty"),
+        (client.post("/api/search", json={"user": ""}), 400, "the query is empty"),
         (client.get("/api/search"), 405, "Method Not Allowed"),
         (client.get("/api/nothing"), 404, "GET /api/nothing: Not Found"),
         (client.get("/api/similar"), 422, "key: Field required"),
@@ -190,7 +196,7 @@ def test_bad_requests_are_one_sentence(client: TestClient) -> None:
         (client.get("/api/similar", params={"key": "i999"}), 404, "no document has the key 'i999'"),
     ):
         assert answer.status_code == status, answer.text
-        assert sentence in answer.json()["error"]
+        assert sentence in answer.json()["error"] and len(answer.json()["error"]) < 300
     assert client.post("/api/search", json={"user": "u7"}).status_code == 200
 
 
