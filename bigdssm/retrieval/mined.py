@@ -42,7 +42,7 @@ class MinedNegatives:
         try:
             records = np.load(path, mmap_mode="r", allow_pickle=False)
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+            raise DataError(f"{path} is no file of mined negatives: {error.strerror or error}") from None
         except ValueError:  # whose advice is to open what may be a pickle
             raise DataError(f"{path} is no file of mined negatives; make it with tools/mine_negatives.py") from None
         if records.dtype.names != ("row", "window"):
