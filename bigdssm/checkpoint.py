@@ -254,6 +254,20 @@ def file_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
+def folder_checksums(folder: Path) -> dict[str, str]:
+    """Return the xxh3_128 of every file in a folder, in hex, by its path there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_checksum(path) for path in files}
+
+
+def check_file(path: Path, checksum: str | None, listed_in: str) -> None:
+    """Raise CheckpointError where the file is missing, or is not the one whose checksum `listed_in` has."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; the folder is not whole, copy or make it again")
+    if file_checksum(path) != checksum:
+        raise CheckpointError(f"{path} is damaged: its checksum is not the one in {listed_in}; copy or make it again")
+
+
 def _write_synced(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
     _sync(path)

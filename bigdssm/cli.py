@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
@@ -44,6 +45,16 @@ def refuse_options(parser: argparse.ArgumentParser, args: argparse.Namespace, op
     if given:
         them = "it" if len(given) == 1 else "them"
         raise ConfigError(f"{', '.join(given)} would have no effect {why}; leave {them} out")
+
+
+def check_file_to_write(option: str, path: Path | None) -> None:
+    """Raise ConfigError, before the work is done, where no file can be written at `path`."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ConfigError(f"{option} {path} is a folder; name a file")
+    if files := [folder for folder in path.parents if folder.exists() and not folder.is_dir()]:
+        raise ConfigError(f"{option} {path}: {files[0]} is no folder; choose another place")
 
 
 class ProgressBar:

@@ -9,7 +9,6 @@ encoded one by one; NDCG@10 is over all documents of VECTORS, seen ones left out
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.metrics import mean_metrics, paired_bootstrap, row_metrics
 from bigdssm.evaluation.ranks import Seen, ranks_of_vectors
 from bigdssm.export import load_model_folder
-from bigdssm.export.convert import EXPORT_FILE
+from bigdssm.export.convert import read_export
 from bigdssm.export.onnx_format import run_onnx, session
 from bigdssm.features.ragged import offsets_of
 from bigdssm.retrieval.embed import query_vectors
@@ -52,8 +51,7 @@ def main() -> None:
         raise ConfigError(f"--queries {args.queries}: needs at least 1")
     folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
     folder.check_dataset(dataset)
-    exported = json.loads((args.onnx / EXPORT_FILE).read_text(encoding="utf-8"))["model_checksum"]
-    if exported != folder.checksum:
+    if read_export(args.onnx).get("model_checksum") != folder.checksum:
         raise CheckpointError(f"{args.onnx} was made of another model than {args.model}; export this one")
 
     torch.set_num_threads(1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import socket
 import sys
 import threading
 import time
@@ -35,10 +36,19 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8, help="queries under way at a time (%(default)s)")
     parser.add_argument("--seconds", type=float, default=20.0, help="how long to ask (%(default)s)")
     args = parser.parse_args()
-    lines = [line for line in args.queries.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if args.clients < 1 or not args.seconds > 0:
+        raise ConfigError("--clients needs at least 1, --seconds more than 0")
+    try:
+        lines = [line for line in args.queries.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except ValueError:
+        raise DataError(f"{args.queries} is no text file in UTF-8") from None
     if not lines:
         raise DataError(f"{args.queries} holds no queries")
     where = urlsplit(args.url).netloc
+    try:
+        socket.create_connection((urlsplit(args.url).hostname or "", urlsplit(args.url).port or 80), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--url {args.url}: no server answers there ({error}); start tools/serve.py") from None
     feature = args.feature or next(iter(asked(HTTPConnection(where), "GET", "/api/about")["features"]), None)
     if feature is None and not args.user:
         raise ConfigError("this server's queries have no features; give --user")

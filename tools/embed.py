@@ -20,6 +20,7 @@ from typing import get_args
 
 from bigdssm.cli import ProgressBar, run_main
 from bigdssm.data import Dataset
+from bigdssm.errors import ConfigError
 from bigdssm.export import load_model_folder
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.vector_files import FileFormat, difference_from_model, write_card, write_file
@@ -35,10 +36,12 @@ def main() -> None:
     parser.add_argument("--format", nargs="+", choices=get_args(FileFormat), default=[], help="files to write too")
     parser.add_argument("--rows-per-shard", type=int, default=ROWS_PER_SHARD, help="documents a shard (%(default)s)")
     args = parser.parse_args()
+    if args.rows_per_shard < 1:
+        raise ConfigError(f"--rows-per-shard {args.rows_per_shard}: needs at least 1")
+    rank, world_size = ranks()
     folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
     folder.check_dataset(dataset)
     encoders = tower_encoders(folder.model, dataset)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
     with ProgressBar() as progress:
         work = Work(rank, world_size, args.rows_per_shard, progress)
         written = write_vectors(args.out, encoders, dataset, folder.checksum, work, args.since)
@@ -53,6 +56,14 @@ def main() -> None:
         parity[target] = difference_from_model(path, encoders)
         print(f"{path}: largest difference from the model's vectors {parity[target]:.1e}")
     write_card(args.out, folder.config.model.score, parity)
+
+
+def ranks() -> tuple[int, int]:
+    """Return which of how many processes this is, as torchrun says. Raises ConfigError: none of them."""
+    rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
+        raise ConfigError(f"RANK={rank} WORLD_SIZE={world_size}: needs a rank from 0 and below the number of ranks")
+    return int(rank), int(world_size)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from time import perf_counter
 
 from rich.console import Console
 
-from bigdssm.cli import ProgressBar, refuse_options, run_main
+from bigdssm.cli import ProgressBar, check_file_to_write, refuse_options, run_main
 from bigdssm.data import Dataset
 from bigdssm.data.tables.beir import Collection, read_collection
 from bigdssm.errors import ConfigError
@@ -84,6 +84,8 @@ def main() -> None:
     beir.add_argument("--save-run", type=Path, metavar="FILE", help="write the first system's run in TREC's format")
     beir.add_argument("--save-qrels", type=Path, metavar="FILE", help="write the qrels in TREC's format")
     args = parser.parse_args()
+    for option, path in (("--out", args.out), ("--save-run", args.save_run), ("--save-qrels", args.save_qrels)):
+        check_file_to_write(option, path)
     if args.beir is not None:
         ignored = ["--data", "--baselines", "--qrels"]
         refuse_options(parser, args, ignored, "with --beir, which has its own documents and qrels")
@@ -158,7 +160,7 @@ def on_collection(args: argparse.Namespace) -> None:
             encoding_s = perf_counter() - started  # of every width too: each system's seconds are those of all it takes
             add(name, partial(vectors_run, collection, queries, documents, known), encoding_s)
             normalise = folder.config.model.score == "cosine"
-            for width in args.widths:
+            for width in dict.fromkeys(args.widths):
                 cut = [cut_vectors(vectors, width, normalise) for vectors in (queries, documents)]
                 add(f"{name} cut to {width}", partial(vectors_run, collection, *cut, known), encoding_s)
         if args.run is not None:

@@ -11,6 +11,7 @@ documents from a folder that tools/embed.py made with the same model.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 
 from bigdssm import distributed
-from bigdssm.cli import ProgressBar, run_main
+from bigdssm.cli import ProgressBar, check_file_to_write, run_main
 from bigdssm.data import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.export import load_model_folder
@@ -37,6 +38,9 @@ def main() -> None:
     parser.add_argument("--margin", type=float, help="leave out what scores above the row's own document less this")
     parser.add_argument("--vectors", type=Path, metavar="DIR", help="vectors folder of the model and the dataset")
     args = parser.parse_args()
+    check_file_to_write("--out", args.out)
+    if args.margin is not None and not math.isfinite(args.margin):
+        raise ConfigError(f"--margin {args.margin}: needs a finite number")
     if not 0 <= args.first < args.last:
         raise ConfigError(f"--first {args.first} --last {args.last}: needs 0 <= first < last")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -45,12 +49,13 @@ def main() -> None:
         init_process_group()
     folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
     folder.check_dataset(dataset)
+    last = min(args.last, max(dataset.catalogue.num_docs, args.first + 1))  # behind it there is nothing
     documents = None
     if args.vectors is not None:
         documents = torch.from_numpy(vectors_of(args.vectors, folder.checksum, dataset))
     with ProgressBar() as progress:
         mined = mine_to_file(
-            args.out, tower_encoders(folder.model, dataset), dataset, first=args.first, last=args.last,
+            args.out, tower_encoders(folder.model, dataset), dataset, first=args.first, last=last,
             margin=args.margin, documents=documents,
             share=Share(distributed.rank(), distributed.world_size(), progress=progress),
         )  # fmt: skip

@@ -26,7 +26,7 @@ from bigdssm.export import load_model_folder
 from bigdssm.features import TextTokenizer
 from bigdssm.retrieval.embed import query_vectors
 from bigdssm.retrieval.index import open_index
-from bigdssm.retrieval.search import DocumentNames, Query, feature_query, history_query, user_query
+from bigdssm.retrieval.search import DocumentNames, Query, check_typed, feature_query, history_query, user_query
 
 
 def main() -> None:
@@ -42,6 +42,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.top < 1:
         raise ConfigError(f"--top {args.top}: needs at least 1")
+    typed = {} if args.text is None else typed_values(args.text)
+    titles = [title for title in (args.history or "").split(";") if title.strip()]
+    check_typed([args.user or "", *titles, *typed.values()])
 
     folder, index = load_model_folder(args.model), open_index(args.index)
     dataset = Dataset.open(args.data or folder.config.data.dir, cache=Cache.of(folder.config.data))
@@ -49,15 +52,15 @@ def main() -> None:
     if args.user is not None:
         found = user_query(dataset, args.user)
     elif args.history is not None:
-        titles = [title for title in args.history.split(";") if title.strip()]
         found = history_query(dataset, DocumentNames.of(dataset), titles)
     else:
         tokenizer = None if folder.tokenizer_dir is None else TextTokenizer(folder.tokenizer_dir)
-        found = feature_query(folder.schema, typed_values(args.text), tokenizer)
+        found = feature_query(folder.schema, typed, tokenizer)
 
     collator = Collator(folder.schema, dataset.catalogue, dataset.pad_token_id)
     vector = query_vectors(folder.model, collator.query_features(found.columns)).numpy()
-    scores, rows = index.search(vector, args.top, folder.checksum, [found.seen])
+    top = min(args.top, index.meta.num_docs)
+    scores, rows = index.search(vector, top, folder.checksum, [found.seen])
     show(dataset, found, scores[0], rows[0])
 
 
@@ -65,8 +68,10 @@ def typed_values(pairs: list[str]) -> dict[str, str]:
     values = {}
     for pair in pairs:
         name, separator, value = pair.partition("=")
-        if not separator:
+        if not separator or not name:
             raise ConfigError(f"--text {pair!r}: needs feature=value, for example words='running shoes'")
+        if name in values:
+            raise ConfigError(f"--text gives {name} twice")
         values[name] = value
     return values
 

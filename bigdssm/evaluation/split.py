@@ -45,10 +45,11 @@ def evaluate_split(
     """Return the Evaluation of a two-tower model on `split`, the same on every rank: every document is scored.
 
     A collective: documents and queries are shared out over the ranks, `rows_per_chunk` at a time. `documents` [N, D+1]
-    are the catalogue's vectors where they were made before. Raises DivergedError on every rank where a vector is not
-    finite: comparisons with NaN would rank every target first.
+    are the catalogue's vectors where they were made before. Raises DataError: no such split; DivergedError on every
+    rank where a vector is not finite: comparisons with NaN would rank every target first.
     """
     started = time.perf_counter()
+    dataset.index(split)
     share = Share(rank, world_size, rows_per_chunk, progress)
     if documents is None:
         documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
@@ -76,8 +77,12 @@ def evaluate_scores(
     *,
     filter_seen: bool = True,
 ) -> Evaluation:
-    """Return the Evaluation of any function from Rows of m queries to float scores [m, N], on one rank."""
+    """Return the Evaluation of any function from Rows of m queries to float scores [m, N], on one rank.
+
+    Raises DataError: no such split.
+    """
     started = time.perf_counter()
+    dataset.index(split)
     rows_per_chunk = max(1, min(1024, SCORES_PER_CHUNK // dataset.catalogue.num_docs))
     ranks = np.full(dataset.num_rows(split), np.nan)
     for rows in dataset.iterate(split, rows_per_chunk):

@@ -34,6 +34,11 @@ class System:
     seconds: float  # to make and to evaluate it
     ranks: np.ndarray | None = None  # float64 [rows of the split], where the values are of ranks
 
+    def __post_init__(self) -> None:
+        """Raise DataError where there is nothing that a figure could be of."""
+        if not all(rows.size for rows in self.values.values()):
+            raise DataError(f"{self.name} cannot be measured: no row has a relevant document")
+
     @classmethod
     def of_ranks(cls, name: str, ranks: np.ndarray, seconds: float) -> System:
         """Return the system that gives the rows of a split these ranks."""
@@ -165,7 +170,9 @@ def load_system(path: Path, dataset: Dataset, split: str) -> System:
         made_of = (content["dataset"], content["split"])
         entry = content["systems"][0]
         ranks = np.load(path.with_name(Path(entry["ranks"]).name), allow_pickle=False)
-        system = System.of_ranks(f"{entry['name']} ({path.stem})", ranks, entry["seconds"])
+        if ranks.dtype != np.float64 or (ranks < 1).any():
+            raise ValueError(f"{entry['ranks']} holds no ranks")
+        system = System.of_ranks(f"{entry['name']} ({path.stem})", ranks, float(entry["seconds"]))
     except FileNotFoundError as error:
         raise DataError(f"{error.filename} does not exist") from None
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:

@@ -7,16 +7,16 @@ run lacks counts as 0 (trec_eval -c).
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
+from bigdssm.data.tables.beir import add_judgement, check_judgements, whole_number
 from bigdssm.errors import ConfigError, DataError
 
-T = TypeVar("T")
 Run = Mapping[str, Mapping[str, float]]
 """Score by query id and document id."""
 Judgements = Mapping[str, Mapping[str, int]]
@@ -26,8 +26,11 @@ Judgements = Mapping[str, Mapping[str, int]]
 def run_metrics(qrels: Judgements, run: Run, k: int = 10, recall_k: int = 100) -> dict[str, np.ndarray]:
     """Return float64 [judged queries, in order of their ids] by name: ndcg_at_k, recall_at_k, mrr (uncut), hr_at_k.
 
-    Source: trec_eval 9 (ndcg_cut, recall, recip_rank, success), whose gains are the judgements themselves.
+    Raises DataError where the run is of other queries. Source: trec_eval 9 (ndcg_cut, recall, recip_rank, success),
+    whose gains are the judgements themselves.
     """
+    if not qrels.keys() & run.keys():
+        raise DataError("the run retrieves for none of the judged queries; it is of another collection or split")
     names = (f"ndcg_at_{k}", f"recall_at_{recall_k}", "mrr", f"hr_at_{k}")
     values: dict[str, np.ndarray] = {name: np.zeros(len(qrels)) for name in names}
     for i, query in enumerate(sorted(qrels)):
@@ -50,13 +53,19 @@ def ranked(scores: Mapping[str, float]) -> list[str]:
 
 
 def read_run(path: Path) -> dict[str, dict[str, float]]:
-    """Return the run in `path`: query, Q0, document, rank, score, tag. Raises DataError naming the line."""
+    """Return the run in `path`: query, Q0, document, rank, score, tag. Raises DataError naming the line.
+
+    Ranks have to be whole numbers, but only scores count, as in trec_eval.
+    """
     run: dict[str, dict[str, float]] = {}
-    for number, (query, _, document, _, score, _) in _lines(path, 6, "query Q0 document rank score tag"):
+    for number, (query, _, document, rank, score, _) in _lines(path, 6, "query Q0 document rank score tag"):
         documents = run.setdefault(query, {})
         if document in documents:
             raise DataError(f"{path}:{number} retrieves {document} for query {query} a second time")
-        documents[document] = _number(float, score, path, number)
+        whole_number(rank, "rank", path, number)
+        documents[document] = _score(score, path, number)
+    if not run:
+        raise DataError(f"{path} retrieves nothing: it has no line")
     return run
 
 
@@ -64,7 +73,8 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
     """Return the judgements in `path`: query, iteration, document, relevance. Raises DataError naming the line."""
     qrels: dict[str, dict[str, int]] = {}
     for number, (query, _, document, grade) in _lines(path, 4, "query iteration document relevance"):
-        qrels.setdefault(query, {})[document] = _number(int, grade, path, number)
+        add_judgement(qrels, query, document, grade, path, number)
+    check_judgements(qrels, path)
     return qrels
 
 
@@ -101,7 +111,7 @@ def _check_ids(*ids: str) -> None:
 
 def _lines(path: Path, num_fields: int, layout: str) -> Iterable[tuple[int, list[str]]]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 fields = line.split()
                 if len(fields) != num_fields and fields:
@@ -110,15 +120,20 @@ def _lines(path: Path, num_fields: int, layout: str) -> Iterable[tuple[int, list
                     yield number, fields
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise DataError(f"{path} is no text file in UTF-8") from None
 
 
-def _number(kind: Callable[[str], T], text: str, path: Path, number: int) -> T:
+def _score(text: str, path: Path, number: int) -> float:
     try:
-        return kind(text)
+        value = math.nan if "_" in text else float(text)  # 1_0 is a number to Python alone
     except ValueError:
-        raise DataError(f"{path}:{number}: {text!r} is no number") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise DataError(f"{path}:{number}: {text!r} is no number that a score can be")
+    return value
 
 
 def _write(path: Path, lines: list[str]) -> None:

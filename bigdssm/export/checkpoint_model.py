@@ -9,7 +9,7 @@ from bigdssm.config import load_config
 from bigdssm.data import Dataset
 from bigdssm.data.cache import Cache
 from bigdssm.errors import CheckpointError
-from bigdssm.export.model_folder import CONFIG_FILE, ModelFolder, is_model_folder, load_model_folder, weights_checksum
+from bigdssm.export.model_folder import CONFIG_FILE, ModelFolder, is_model_folder, load_model_folder, model_checksum
 from bigdssm.models import new_model
 
 BEST = "best"
@@ -33,4 +33,5 @@ def load_checkpoint_model(path: Path) -> ModelFolder:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"the weights in {path} do not fit the stage's config and schema: {reason}") from None
     provenance = {"stage": stage_dir.name, "checkpoint": path.name}
-    return ModelFolder(model.eval(), config, schema, tokenizer_dir, provenance, weights_checksum(model))
+    checksum = model_checksum(model, config, schema, tokenizer_dir, provenance)
+    return ModelFolder(model.eval(), config, schema, tokenizer_dir, provenance, checksum)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bigdssm.checkpoint import find
+from bigdssm.checkpoint import check_file, find, folder_checksums
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.curves import METRICS_FILE, read_stage
 from bigdssm.export.card import CARD_FILE, Figures, model_card
@@ -67,6 +68,7 @@ def export(source: Source, out: Path, target: Format = "model") -> Parity:
     Raises ConfigError where the format cannot hold the model or `out` holds something else, CheckpointError where the
     vectors differ by more than `probe.PARITY_LIMIT`; nothing is written then.
     """
+    out = Path(os.path.realpath(out))  # what a symbolic link leads to is replaced, not the link
     if out.exists() and not _is_export(out, target) and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is no export of the format {target}; choose another --out")
     aside = out.with_name(f".{out.name}.exporting")
@@ -75,7 +77,7 @@ def export(source: Source, out: Path, target: Format = "model") -> Parity:
     try:
         parity = WRITERS[target](source.model, aside)
         parity.check(f"the {target} export")
-        card = model_card(source.model, out.resolve().name, target, parity, source.figures)
+        card = model_card(source.model, out.name, target, parity, source.figures)
         (aside / CARD_FILE).write_text(card, encoding="utf-8")
         if target != "model":
             made = {
@@ -84,12 +86,27 @@ def export(source: Source, out: Path, target: Format = "model") -> Parity:
                 "provenance": source.model.provenance,
                 "pad_token_id": source.model.pad_token_id,
                 "parity": asdict(parity),
+                "checksums": folder_checksums(aside),
             }
             (aside / EXPORT_FILE).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
         replace_folder(aside, out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return parity
+
+
+def read_export(folder: Path) -> dict[str, Any]:
+    """Return what the export `folder` says of itself. Raises CheckpointError: none there, or a file that is damaged."""
+    try:
+        made: dict[str, Any] = json.loads((folder / EXPORT_FILE).read_text(encoding="utf-8"))
+        checksums = made["checksums"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder} is no export, or one of an older version, with a whole {EXPORT_FILE} ({error!r}); export again"
+        ) from None
+    for name, checksum in checksums:
+        check_file(folder / name, checksum, EXPORT_FILE)
+    return made
 
 
 def _is_export(folder: Path, target: Format) -> bool:

@@ -66,7 +66,7 @@ class Numeric(Feature):
     def typed(self, value: str) -> float:
         """Return the number. Raises ConfigError: it is none that 32 bits hold."""
         try:
-            number = float(value)
+            number = math.nan if "_" in value else float(value)  # 1_0 is a number to Python alone
         except ValueError:
             number = math.nan
         if not abs(number) <= float(np.finfo(np.float32).max):

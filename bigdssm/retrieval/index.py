@@ -1,10 +1,11 @@
 """KNN indexes of document vectors; each names the model whose vectors it holds and refuses another's queries.
 
-INDEX/    index.faiss, documents.arrow (doc_key, display), meta.json
+INDEX/    index.faiss, documents.arrow (doc_key, display), meta.json (checksums of both and of itself)
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,12 +16,15 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
+from bigdssm.checkpoint import check_file
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.retrieval.vectors import (
     DOCUMENTS_FILE,
+    INDEX_FILE,
     META_FILE,
     ROWS_AT_ONCE,
     VECTORS,
+    VECTORS_FILE,
     VectorsMeta,
     check_free,
     load_vectors,
@@ -30,7 +34,6 @@ from bigdssm.retrieval.vectors import (
 )
 
 IndexType = Literal["flat", "sq8", "hnsw", "ivf", "ivfpq"]
-INDEX_FILE = "index.faiss"
 HNSW_LINKS, HNSW_BUILD_WIDTH, HNSW_SEARCH_WIDTH = 32, 200, 200
 SIMILAR_CANDIDATES = 20
 TRAINING_POINTS = 39  # FAISS wants so many for a list of an inverted file
@@ -107,11 +110,13 @@ def build_index(vectors_dir: Path, folder: Path, kind: IndexType = "flat") -> Ve
     ivfpq keeps half a byte per dimension. Raises CheckpointError where `vectors_dir` is not a whole vectors folder,
     ConfigError where `folder` holds something else, or ivfpq has too few documents.
     """
+    folder = Path(os.path.realpath(folder))  # what a symbolic link leads to is replaced, not the link
     meta = read_meta(vectors_dir)
     if meta.kind != VECTORS:
         raise CheckpointError(f"{vectors_dir} is an index; the vectors it was built from are needed")
     vectors = load_vectors(vectors_dir, meta)
-    check_free(folder)
+    check_file(vectors_dir / DOCUMENTS_FILE, meta.files.get(DOCUMENTS_FILE), META_FILE)
+    check_free(folder, VECTORS_FILE)
     aside = unfinished(folder)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -127,6 +132,8 @@ def open_index(folder: Path) -> Index:
     meta = read_meta(folder)
     if meta.kind not in get_args(IndexType):
         raise CheckpointError(f"{folder} holds {meta.kind}, not an index; run tools/build_index.py on it")
+    for name in (INDEX_FILE, DOCUMENTS_FILE):
+        check_file(folder / name, meta.files.get(name), META_FILE)
     try:
         index = faiss.read_index(str(folder / INDEX_FILE))
         with pa.OSFile(str(folder / DOCUMENTS_FILE)) as file:

@@ -41,8 +41,10 @@ class MinedNegatives:
         """Return those of a file, mapped. Raises DataError where it is none."""
         try:
             records = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} is no file of mined negatives: {error}") from None
+        except OSError as error:
+            raise DataError(f"{path} is no file of mined negatives: {error.strerror or error}") from None
+        except ValueError:  # whose advice is to open what may be a pickle
+            raise DataError(f"{path} is no file of mined negatives; make it with tools/mine_negatives.py") from None
         if records.dtype.names != ("row", "window"):
             raise DataError(
                 f"{path} is no file of mined negatives: got {records.dtype}, needs records of row and window; "

@@ -27,6 +27,15 @@ class Query:
     seen: np.ndarray  # int64 catalogue rows, oldest first
 
 
+def check_typed(values: Sequence[str]) -> None:
+    """Raise ConfigError where a user, titles or values of features are nothing but spaces, or no text at all."""
+    if not any(value.strip() for value in values):
+        raise ConfigError("the query is empty; type something")
+    for value in values:
+        if any("\ud800" <= character <= "\udfff" for character in value):  # as the shell's bytes arrive
+            raise ConfigError(f"{ascii(value)[:COMPARED_CHARACTERS]} is no text in UTF-8")
+
+
 def user_query(dataset: Dataset, key: str) -> Query:
     """Return the query of a known user, with all events in the history. Raises DataError: no such user or sequences."""
     table = dataset.sequences

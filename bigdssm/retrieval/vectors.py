@@ -1,6 +1,7 @@
 """Folders of document vectors, which name their model: encoded in shards by any number of ranks, going on where killed.
 
 VECTORS/   vectors.npy (float32 [N, D+1]), documents.arrow (doc_key, display), contents.npy (DOCUMENT [N]), meta.json
+           (checksums of all of them and of itself)
 .VECTORS.unfinished/   the same while it grows, with job.json, lock and done/<shard> for every finished shard
 
 Ranks need no process group, only this folder: rank k encodes the shards s ≡ k mod world size that are not done, and
@@ -13,9 +14,9 @@ import fcntl
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,15 +24,18 @@ import torch
 import xxhash
 from numpy.lib.format import open_memmap
 
+from bigdssm.checkpoint import check_file, file_checksum
 from bigdssm.data import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.features.ragged import Column, Ragged
 from bigdssm.retrieval.embed import Encoders, Progress, no_progress
 
-FORMAT = 2
+FORMAT = 3  # 2 had no checksums, and its model_checksum was that of the weights alone
 VECTORS = "vectors"
 META_FILE, DOCUMENTS_FILE, VECTORS_FILE, CONTENTS_FILE = "meta.json", "documents.arrow", "vectors.npy", "contents.npy"
+INDEX_FILE = "index.faiss"
 JOB_FILE, LOCK_FILE, DONE_DIR = "job.json", "lock", "done"
+DATA_SUFFIXES = (".npy", ".arrow", ".faiss")
 ROWS_PER_SHARD = 4096
 ROWS_AT_ONCE = 65_536
 DOCUMENT = np.dtype([("id", np.int64), ("content", np.uint64)])  # what a vector was made of
@@ -46,6 +50,7 @@ class VectorsMeta:
     dataset_fingerprint: str
     num_docs: int
     width: int  # D+1
+    files: dict[str, str] = field(default_factory=dict)  # checksums by name, filled in by `put_in_place`
     format: int = FORMAT
 
 
@@ -83,7 +88,10 @@ def write_vectors(
     Raises ConfigError where `folder` holds something else, CheckpointError where `since` is of another model, DataError
     where a vector is not finite.
     """
-    work = work or Work()
+    work, folder = (
+        work or Work(),
+        Path(os.path.realpath(folder)),
+    )  # what a symbolic link leads to is replaced, not the link
     num_docs = dataset.catalogue.num_docs
     if num_docs == 0:
         raise DataError(f"the catalogue of {dataset.dir} is empty")
@@ -130,7 +138,7 @@ class Earlier:
                 f"in use, {model_checksum[:12]}"
             )
         self.vectors = load_vectors(folder, meta)
-        contents = _load(folder / CONTENTS_FILE)
+        contents = _load(folder, CONTENTS_FILE, meta)
         if contents.dtype != DOCUMENT or len(contents) != meta.num_docs:
             raise CheckpointError(f"{folder / CONTENTS_FILE} is damaged: it does not belong to these vectors")
         self._order = np.argsort(contents["id"], kind="stable")
@@ -164,7 +172,7 @@ def vectors_of(folder: Path, model_checksum: str, dataset: Dataset) -> np.ndarra
 
 def load_vectors(folder: Path, meta: VectorsMeta) -> np.ndarray:
     """Return the vectors of a folder, mapped. Raises CheckpointError where they are not as `meta` says."""
-    vectors = _load(folder / VECTORS_FILE)
+    vectors = _load(folder, VECTORS_FILE, meta)
     if vectors.shape != (meta.num_docs, meta.width):
         raise CheckpointError(f"{folder} is damaged: vectors of shape {vectors.shape}, {META_FILE} says otherwise")
     return vectors
@@ -175,25 +183,38 @@ def read_meta(folder: Path) -> VectorsMeta:
     try:
         content = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
-            raise CheckpointError(f"{folder} has format {content['format']}, this version reads format {FORMAT}")
+            raise CheckpointError(
+                f"{folder} has format {content['format']}, this version reads format {FORMAT}; embed and index again"
+            )
+        if content.pop("checksum") != _checksum_of(content):
+            raise CheckpointError(f"{folder / META_FILE} is damaged: its checksum is another; embed and index again")
         return VectorsMeta(**content)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{folder} holds no {META_FILE}; it is neither vectors nor an index") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder / META_FILE} is damaged: {error}") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder / META_FILE} is damaged: {error!r}") from None
 
 
-def check_free(folder: Path) -> None:
-    """Raise ConfigError where `folder` holds something that is neither vectors nor an index."""
+def check_free(folder: Path, other_file: str) -> None:
+    """Raise ConfigError where `folder` holds what is not to be replaced: no vectors or index, or `other_file`."""
     if folder.exists() and not (folder / META_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and holds neither vectors nor an index; choose another --out")
+    if (folder / other_file).exists():
+        raise ConfigError(f"{folder} holds {other_file}, which this would replace; choose another --out")
 
 
 def put_in_place(aside: Path, folder: Path, meta: VectorsMeta) -> None:
-    """Write the meta of the finished folder `aside` and give it its name."""
-    (aside / META_FILE).write_text(json.dumps(asdict(meta), indent=1) + "\n", encoding="utf-8")
+    """Write the meta of the finished folder `aside`, checksums included, and give the folder its name."""
+    kept = sorted(path for path in aside.iterdir() if path.suffix in DATA_SUFFIXES)
+    content = asdict(replace(meta, files={path.name: file_checksum(path) for path in kept}))
+    text = json.dumps({**content, "checksum": _checksum_of(content)}, indent=1)
+    (aside / META_FILE).write_text(text + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(aside, folder)
+
+
+def _checksum_of(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def unfinished(folder: Path) -> Path:
@@ -203,7 +224,7 @@ def unfinished(folder: Path) -> Path:
 
 def _begin_or_go_on(folder: Path, meta: VectorsMeta, rows_per_shard: int) -> Path:
     """Return the unfinished folder of exactly this job, started anew where there is none."""
-    check_free(folder)
+    check_free(folder, INDEX_FILE)
     aside = unfinished(folder)
     job = json.dumps({**asdict(meta), "rows_per_shard": rows_per_shard}, indent=1)
     aside.mkdir(parents=True, exist_ok=True)
@@ -277,7 +298,9 @@ def _write_documents(path: Path, dataset: Dataset) -> None:
             writer.write_table(pa.table([pa.array(column, pa.string()) for column in columns], schema=schema))
 
 
-def _load(path: Path) -> np.ndarray:
+def _load(folder: Path, name: str, meta: VectorsMeta) -> np.ndarray:
+    path = folder / name
+    check_file(path, meta.files.get(name), META_FILE)
     try:
         return open_memmap(path, "r")
     except (OSError, ValueError) as error:

@@ -7,14 +7,20 @@ POST /api/search          {"features": {"name": "value"}} or {"user": "key"} or 
 GET  /api/similar?key=K   the nearest documents of a document
 GET  /api/statistics      queries answered, batches, cache hits
 
-What cannot be answered comes back as 4xx with {"error": "one sentence"}; 503 where too many wait.
+GET  /openapi.json        all of it, for programs
+
+What cannot be answered comes back as 4xx with {"error": "one sentence"}; 503 where too many wait. A page of another
+site can have its own name lead to this machine and ask as if it were ours (DNS rebinding): so a request's Host has to
+be one of ours.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
+import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,8 +30,9 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bigdssm.errors import BigDSSMError, DataError
 from bigdssm.retrieval.search import Query
@@ -34,6 +41,7 @@ from bigdssm.serving.searcher import Found, Searcher
 
 PAGE = Path(__file__).with_name("page.html")
 MOST_DOCUMENTS, MOST_CHARACTERS, MOST_VALUES, MOST_BYTES = 100, 10_000, 1000, 1 << 20
+PORT, ANY_ADDRESS = re.compile(r":[0-9]*$"), {"0.0.0.0", "::", ""}
 ShortText = Annotated[str, Field(max_length=MOST_CHARACTERS)]
 Top = Annotated[int, Field(ge=1, le=MOST_DOCUMENTS)]
 
@@ -43,14 +51,37 @@ class Ask(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    features: dict[str, ShortText] | None = Field(None, max_length=MOST_VALUES)
+    features: dict[ShortText, ShortText] | None = Field(None, max_length=MOST_VALUES)
     user: ShortText | None = None
     history: list[ShortText] | None = Field(None, max_length=MOST_VALUES)
     top: Top = 10
 
 
-def make_app(searcher: Searcher, *, cache_size: int = 10_000, at_once: int = 32) -> FastAPI:
-    """Return the application that answers with `searcher`; cache_size 0 keeps no answers."""
+class Refusal(BaseModel):
+    """Why a request is not answered."""
+
+    error: str
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Refusal, "description": "A query that cannot be asked, or a request that is none of ours"},
+    404: {"model": Refusal, "description": "An unknown user, document or page"},
+    408: {"model": Refusal, "description": "A request that took too long to arrive"},
+    411: {"model": Refusal, "description": "A request in chunks"},
+    413: {"model": Refusal, "description": "A request that is too large"},
+    422: {"model": Refusal, "description": "A request of another form"},
+    503: {"model": Refusal, "description": "Too many wait; ask again later"},
+}
+
+
+def make_app(
+    searcher: Searcher, *, cache_size: int = 10_000, at_once: int = 32, hosts: Sequence[str] | None = None
+) -> FastAPI:
+    """Return the application that answers with `searcher`; cache_size 0 keeps no answers.
+
+    Requests are to be addressed to a loopback name or to one of `hosts`, of which 0.0.0.0 or :: stands for any address
+    (not any name); None does not look at whom they are addressed to.
+    """
     batcher: Batcher[tuple[Query, int], Found] = Batcher(searcher.search, at_once)
     cache: Cache[dict[str, Any]] = Cache(cache_size)
 
@@ -62,29 +93,29 @@ def make_app(searcher: Searcher, *, cache_size: int = 10_000, at_once: int = 32)
         with suppress(asyncio.CancelledError):
             await running
 
-    app = FastAPI(title="bigdssm", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(_LimitBody)
+    app = FastAPI(title="bigdssm", lifespan=lifespan, docs_url=None, redoc_url=None, responses=REFUSALS)
+    app.add_middleware(_Gate, hosts=hosts)
     page = PAGE.read_text(encoding="utf-8")
 
     @app.exception_handler(BigDSSMError)
     async def refused(request: Request, error: BigDSSMError) -> JSONResponse:
-        return JSONResponse({"error": str(error)}, 404 if isinstance(error, DataError) else 400)
+        return _refuse(404 if isinstance(error, DataError) else 400, str(error))
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse({"error": _sentence(error)}, 422)
+        return _refuse(422, _sentence(error))
 
     @app.exception_handler(HTTPException)
     async def no_such_page(request: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse({"error": f"{request.method} {request.url.path}: {error.detail}"}, error.status_code)
+        return _refuse(error.status_code, f"{request.method} {request.url.path}: {error.detail}", error.headers)
 
     @app.exception_handler(Overloaded)
     async def overloaded(request: Request, error: Overloaded) -> JSONResponse:
-        return JSONResponse({"error": f"{error}; ask again later"}, 503, {"Retry-After": "1"})
+        return _refuse(503, f"{error}; ask again later", {"Retry-After": "1"})
 
-    @app.get("/")
-    async def index() -> HTMLResponse:
-        return HTMLResponse(page)
+    @app.get("/", response_class=HTMLResponse)
+    async def index() -> str:
+        return page
 
     @app.get("/api/about")
     async def about() -> dict[str, Any]:
@@ -125,22 +156,67 @@ def make_app(searcher: Searcher, *, cache_size: int = 10_000, at_once: int = 32)
     return app
 
 
-class _LimitBody:
-    """Answers requests whose body is larger than MOST_BYTES, or does not say how large it is, without reading them."""
+class _Gate:
+    """Lets through requests that are addressed to us, with a body of at most MOST_BYTES in one piece."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, hosts: Sequence[str] | None) -> None:
+        self._app, self._hosts = app, None if hosts is None else {host.lower() for host in hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST":
-            length = dict(scope["headers"]).get(b"content-length", b"")
-            if not length.isdigit():
-                answer = JSONResponse({"error": "the request has no Content-Length; send the query in one piece"}, 411)
-                return await answer(scope, receive, send)
-            if int(length) > MOST_BYTES:
-                said = f"the query has {int(length)} bytes, at most {MOST_BYTES} are read"
-                return await JSONResponse({"error": said}, 413)(scope, receive, send)
-        await self._app(scope, receive, send)
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        refusal = self._refusal(Headers(scope=scope))
+        body = bytearray()  # counted as it arrives, whatever the headers said
+        more = refusal is None
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > MOST_BYTES:
+                refusal, more = (413, f"the request is larger than the {MOST_BYTES} bytes that are read"), False
+        if refusal is not None:
+            return await _refuse(*refusal, {"Connection": "close"})(scope, receive, send)
+        whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+
+        async def received() -> Message:
+            return whole.pop() if whole else await receive()
+
+        await self._app(scope, received, send)
+
+    def _refusal(self, headers: Headers) -> tuple[int, str] | None:
+        """Return status and sentence where the head of a request is enough to refuse it."""
+        host, length = headers.get("host", ""), headers.get("content-length")
+        if self._hosts is not None and not _is_ours(host, self._hosts):
+            return 400, f"this server is not called {host[:100]!r}; start it with --allow-host NAME to answer to it"
+        if "transfer-encoding" in headers:
+            if length is not None:
+                return 400, "the request has both Content-Length and Transfer-Encoding"
+            return 411, "the request has no Content-Length; send the query in one piece"
+        if length is not None and not (length.isdecimal() and len(length) < 20):
+            return 400, f"Content-Length is {length[:100]!r}, needs a number"
+        if int(length or 0) > MOST_BYTES:
+            return 413, f"the request has {length} bytes, at most {MOST_BYTES} are read"
+        return None
+
+
+def _is_ours(host: str, hosts: set[str]) -> bool:
+    """Return whether a Host header, with or without a port, has a loopback name or one of `hosts`."""
+    name = PORT.sub("", host.lower()).removesuffix(".")
+    name = name[1:-1] if name.startswith("[") and name.endswith("]") else name
+    if name == "localhost" or name in hosts:
+        return True
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return address.is_loopback or bool(hosts & ANY_ADDRESS)
+
+
+def _refuse(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    # What was asked may hold half a character (JSON's "\\ud800"), which no answer can
+    return JSONResponse({"error": sentence.encode("utf-8", "backslashreplace").decode()}, status, headers)
 
 
 def _sentence(error: RequestValidationError) -> str:
@@ -148,6 +224,6 @@ def _sentence(error: RequestValidationError) -> str:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return f"the request is no JSON: {first.get('ctx', {}).get('error', first['msg'])}"
-    where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query")) or "the request"
+    where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query"))[:100] or "the request"
     got = "" if isinstance(first.get("input"), bytes | dict | list | None) else f", got {str(first['input'])[:60]!r}"
     return f"{where}: {first['msg']}{got}"

@@ -19,7 +19,7 @@ from bigdssm.export import ModelFolder
 from bigdssm.features import TextTokenizer, histories_of, ragged, stored
 from bigdssm.retrieval.embed import query_vectors
 from bigdssm.retrieval.index import Index, search_with
-from bigdssm.retrieval.search import DocumentNames, Query, feature_query, history_query, user_query
+from bigdssm.retrieval.search import DocumentNames, Query, check_typed, feature_query, history_query, user_query
 
 MOST_USERS_LISTED = 1000
 SEEN_SHOWN = 5
@@ -86,9 +86,8 @@ class Searcher:
         given = [what for what in (features, user, history) if what is not None]
         if len(given) != 1:
             raise ConfigError(f"a query is one of features, user, history; got {len(given)} of them")
+        check_typed([user or "", *(history or ()), *(features or {}).values()])
         if features is not None:
-            if not any(value.strip() for value in features.values()):
-                raise ConfigError("the query is empty; type something")
             return feature_query(self._folder.schema, features, self._tokenizer)
         if user is not None and self._dataset is not None and self._dataset.sequences is not None:
             return user_query(self._dataset, user)

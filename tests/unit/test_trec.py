@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytrec_eval
 
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.trec import ranked, read_qrels, read_run, run_metrics, write_qrels, write_run
+from tests.unit.retrieval.test_tools import Tools, tools  # noqa: F401, a fixture
 
 THEIRS = {"ndcg_at_10": "ndcg_cut_10", "recall_at_100": "recall_100", "mrr": "recip_rank", "hr_at_10": "success_10"}
 
@@ -62,3 +64,97 @@ def test_files_that_are_damaged_are_refused_with_their_line(tmp_path: Path) -> N
         read_qrels(path)
     with pytest.raises(ConfigError, match="'two words' is empty or holds white space"):
         write_run(path, {"q": {"two words": 1.0}}, "tag")
+
+
+COLLECTION = {
+    "corpus.jsonl": '{"_id": "d1", "text": "a stone bridge"}\n{"_id": "d2", "text": "two rivers"}\n',
+    "queries.jsonl": '{"_id": "q1", "text": "bridge"}\n{"_id": "q2", "text": "river"}\n',
+    "qrels/test.tsv": "query-id\tcorpus-id\tscore\nq1\td1\t1\nq2\td2\t1\n",
+}
+RUN, QRELS = "q1 Q0 d1 1 2.5 t\nq2 Q0 d1 1 1.5 t\nq2 Q0 d2 2 0.5 t\n", "q1 0 d1 1\nq2 0 d2 1\n"
+
+
+def write_collection(folder: Path, **changed: str | bytes) -> Path:
+    """Write the files, of which `changed` gives some by the name before the dot."""
+    (folder / "qrels").mkdir(parents=True, exist_ok=True)
+    for name, text in {**COLLECTION, "run.trec": RUN, "qrels.trec": QRELS}.items():
+        content = changed.get(Path(name).stem, text)
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+def on_files(folder: Path) -> list[tuple[object, ...]]:
+    """Return both forms of the command that measure a run."""
+    return [
+        ("evaluate", "--beir", folder, "--run", folder / "run.trec"),
+        ("evaluate", "--run", folder / "run.trec", "--qrels", folder / "qrels.trec"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("form", "changed", "sentence"),
+    [
+        (0, {"test": "query-id\tcorpus-id\tscore\n"}, "test.tsv calls no document relevant"),
+        (0, {"test": "q1\td1\t0\nq2\td2\t-1\n"}, "test.tsv calls no document relevant"),
+        (0, {"test": "q1\td1\t1\nq1\td1\t2\n"}, "test.tsv:2 judges d1 for query q1 2, an earlier line 1"),
+        (0, {"test": "q1\td1\t1.5\n"}, "test.tsv:1: '1.5' is no whole number"),
+        (0, {"test": "q1\td1\t1_0\n"}, "test.tsv:1: '1_0' is no whole number"),
+        (0, {"test": "q1 d1 1\n"}, "test.tsv:1 has 1 fields"),
+        (0, {"test": "\x00\n"}, "test.tsv:1 has 1 fields"),
+        (0, {"test": COLLECTION["qrels/test.tsv"].encode("utf-16")}, "test.tsv is no qrels file"),
+        (0, {"test": "q1\td3\t1\n"}, "judges document 'd3', which corpus.jsonl does not have"),
+        (0, {"test": "q3\td1\t1\n"}, "judges query 'q3', which queries.jsonl does not have"),
+        (0, {"corpus": "[]\n"}, "corpus.jsonl:1 is no BEIR record"),
+        (0, {"corpus": '{"_id": "d1"}\n'}, "corpus.jsonl:1 is no BEIR record"),
+        (0, {"corpus": '{"_id": "d1", "text": ["a"]}\n'}, "corpus.jsonl:1 is no BEIR record"),
+        (0, {"corpus": '{"_id": "d1", "text": "a", "metadata": 3}\n'}, "corpus.jsonl:1 is no BEIR record"),
+        (0, {"corpus": '{"_id": "d1", "text": "\\ud800"}\n'}, "corpus.jsonl:1 is no BEIR record"),
+        (0, {"corpus": '{"_id": null, "text": "a"}\n'}, "corpus.jsonl:1 is no BEIR record"),
+        (0, {"corpus": COLLECTION["corpus.jsonl"] * 2}, "corpus.jsonl has 2 ids twice"),
+        (0, {"corpus": COLLECTION["corpus.jsonl"].encode("utf-16")}, "corpus.jsonl is no text file in UTF-8"),
+        (1, {"qrels": ""}, "qrels.trec calls no document relevant"),
+        (1, {"qrels": "q1 0 d1 one\n"}, "qrels.trec:1: 'one' is no whole number"),
+        (1, {"run": ""}, "run.trec retrieves nothing"),
+        (1, {"run": "q9 Q0 d1 1 1.0 t\n"}, "retrieves for none of the judged queries"),
+        (1, {"run": "q1 Q0 d1 first 1.0 t\n"}, "run.trec:1: 'first' is no whole number"),
+        (1, {"run": "q1 Q0 d1 1 nan t\n"}, "run.trec:1: 'nan' is no number"),
+        (1, {"run": "q1 Q0 d1 1 -inf t\n"}, "run.trec:1: '-inf' is no number"),
+        (1, {"run": "q1 Q0 d1 1 1_0 t\n"}, "run.trec:1: '1_0' is no number"),
+    ],
+)  # fmt: skip
+def test_files_that_would_give_wrong_figures_are_refused(
+    tools: Tools, tmp_path: Path, form: int, changed: dict[str, str | bytes], sentence: str  # noqa: F811
+) -> None:  # fmt: skip
+    command = on_files(write_collection(tmp_path, **changed))[form]
+    assert sentence in tools.refused(3, *command)
+
+
+def test_a_byte_order_mark_and_carriage_returns_change_nothing(tools: Tools, tmp_path: Path) -> None:  # noqa: F811
+    """As editors and spreadsheets on Windows write them, and an empty line at the end."""
+
+    def figures(folder: Path) -> list[str]:
+        printed = []
+        for command in on_files(folder):
+            tools.ran(*command, "--out", folder / "out.json")
+            content = json.loads((folder / "out.json").read_text())
+            printed.append([{**system, "seconds": 0} for system in content["systems"]])
+        return printed
+
+    texts = {Path(name).stem: text for name, text in {**COLLECTION, "run.trec": RUN, "qrels.trec": QRELS}.items()}
+    changed = {name: "\ufeff" + text.replace("\n", "\r\n") + "\r\n" for name, text in texts.items()}
+    plain = figures(write_collection(tmp_path / "plain"))
+    assert figures(write_collection(tmp_path / "windows", **changed)) == plain
+    headless = changed | {"test": "\ufeff" + COLLECTION["qrels/test.tsv"].partition("\n")[2]}
+    assert figures(write_collection(tmp_path / "headless", **headless)) == plain
+
+
+def test_files_that_cannot_be_read_or_written_are_named_first(tools: Tools, tmp_path: Path) -> None:  # noqa: F811
+    folder, a_file = write_collection(tmp_path / "c"), tmp_path / "file"
+    a_file.write_text("x")
+    for form in on_files(folder):
+        for out in (folder, a_file / "out.json"):
+            assert f"--out {out}" in tools.refused(2, *form, "--out", out)
+    for option in ("--save-run", "--save-qrels"):
+        assert f"{option} {folder} is a folder" in tools.refused(2, *on_files(folder)[0], option, folder)
+    assert "cannot be read: Not a directory" in tools.refused(3, "evaluate", "--beir", a_file, "--bm25")
+    assert "cannot be read: Is a directory" in tools.refused(3, "evaluate", "--run", folder, "--qrels", folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from bigdssm.features import Feature, Text, texts_of
 
 CORPUS_FILE, QUERIES_FILE, QRELS_DIR = "corpus.jsonl", "queries.jsonl", "qrels"
 SPLIT_FILES = {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}  # BEIR calls validation dev
+
+WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
 
 Qrels = dict[str, dict[str, int]]
 """Relevance by query id and document id."""
@@ -61,6 +64,7 @@ def read_collection(folder: Path, split: str) -> Collection:
     """
     path = folder / QRELS_DIR / SPLIT_FILES.get(split, f"{split}.tsv")
     qrels = read_qrels_tsv(path)
+    check_judgements(qrels, path)
     corpus, queries = _entries(folder / CORPUS_FILE), _entries(folder / QUERIES_FILE)
     keys = {entry.key for entry in corpus}
     asked = [entry for entry in queries if entry.key in qrels]
@@ -84,19 +88,42 @@ def read_qrels_tsv(path: Path) -> Qrels:
     """Return the judgements of a BEIR qrels file: query-id, corpus-id, score, with a header. Raises DataError."""
     qrels: Qrels = {}
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             for number, row in enumerate(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), 1):
-                if number == 1 and row[-1:] == ["score"]:
+                if not row or (number == 1 and row[-1:] == ["score"]):
                     continue
                 if len(row) != 3:
                     raise DataError(f"{path}:{number} has {len(row)} fields, needs query-id, corpus-id and score")
-                qrels.setdefault(row[0], {})[row[1]] = int(row[2])
+                add_judgement(qrels, row[0], row[1], row[2], path, number)
     except FileNotFoundError:
         known = sorted(p.stem for p in path.parent.glob("*.tsv"))
         raise DataError(f"{path} does not exist; splits there: {', '.join(known) or 'none'}") from None
-    except ValueError as error:
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, csv.Error) as error:
         raise DataError(f"{path} is no qrels file: {error}") from None
     return qrels
+
+
+def add_judgement(qrels: Qrels, query: str, document: str, grade: str, path: Path, number: int) -> None:
+    """Add a line of a qrels file. Raises DataError: no whole number, or another grade than an earlier line's."""
+    value = whole_number(grade, "relevance", path, number)
+    if qrels.setdefault(query, {}).setdefault(document, value) != value:
+        earlier = qrels[query][document]
+        raise DataError(f"{path}:{number} judges {document} for query {query} {value}, an earlier line {earlier}")
+
+
+def check_judgements(qrels: Qrels, path: Path) -> None:
+    """Raise DataError where no document is relevant: then there is nothing to measure."""
+    if not any(grade > 0 for judged in qrels.values() for grade in judged.values()):
+        raise DataError(f"{path} calls no document relevant, so that nothing can be measured")
+
+
+def whole_number(text: str, what: str, path: Path, number: int) -> int:
+    """Return the int that a field holds. Raises DataError naming file and line."""
+    if not WHOLE_NUMBER.fullmatch(text):
+        raise DataError(f"{path}:{number}: {text!r} is no whole number, which a {what} is")
+    return int(text)
 
 
 def texts_and_metadata(features: Mapping[str, Feature], entries: Iterable[Entry]) -> pa.Table:
@@ -188,12 +215,15 @@ class BeirWriter:
         rows = np.sort(rows)
         columns = {name: table.column(name).take(pa.array(rows)).combine_chunks() for name in features}
         values = {name: column.to_pylist() for name, column in columns.items()}
-        missing = {name: feature.is_missing(columns[name]) for name, feature in features.items()}
+        unsaid = {  # a missing value that JSON has no word for, such as NaN
+            name: feature.is_missing(columns[name]) & (feature.missing not in ("", []))
+            for name, feature in features.items()
+        }
         for place, row in enumerate(rows.tolist()):
             apart = {
                 feature.source: values[n][place]
                 for n, feature in features.items()
-                if not missing[n][place] and (len(texts) != 1 or n not in texts)
+                if not unsaid[n][place] and (len(texts) != 1 or n not in texts)
             }
             text = "\n".join(values[name][place] for name in texts)
             record: dict[str, Any] = {"_id": keys[row], **({"title": ""} if name == CORPUS_FILE else {}), "text": text}
@@ -206,16 +236,27 @@ def _entries(path: Path) -> list[Entry]:
     keys: set[str] = set()
     number = 0
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):  # noqa: B007, the message below names it
                 if not line.strip():
                     continue
                 record = json.loads(line)
-                text = f"{record.get('title') or ''} {record['text']}".strip()
-                entries.append(Entry(str(record["_id"]), text, record.get("metadata") or {}))
+                key, text, title = record["_id"], record["text"], record.get("title") or ""
+                metadata = record.get("metadata") or {}
+                if not (isinstance(text, str) and isinstance(title, str) and isinstance(metadata, dict)):
+                    raise TypeError("text and title need to be strings, metadata an object")
+                if not isinstance(key, str | int) or key == "":
+                    raise TypeError("_id needs to be a string")
+                if "\\u" in line:
+                    json.dumps(record, ensure_ascii=False).encode()  # half a character cannot be
+                entries.append(Entry(str(key), f"{title} {text}".strip(), metadata))
                 keys.add(entries[-1].key)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; a BEIR folder has {CORPUS_FILE}, {QUERIES_FILE} and qrels/") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is no text file in UTF-8") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}:{number} is no BEIR record: {error!r}") from None
     if len(keys) < len(entries):

@@ -23,7 +23,7 @@ from bigdssm.evaluation.trec import run_metrics
 from bigdssm.export import ModelFolder, load_model_folder, save_model_folder
 from bigdssm.export.card import Figures
 from bigdssm.export.convert import EXPORT_FILE, Format, Source, export, folder_source, stage_source
-from bigdssm.export.model_folder import weights_checksum
+from bigdssm.export.model_folder import model_checksum
 from bigdssm.export.probe import PARITY_LIMIT, Probe
 from bigdssm.export.text_tower import alpha
 from bigdssm.features import Ragged, TextTokenizer
@@ -88,7 +88,8 @@ def make_source(tokenizer_dir: Path) -> Any:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.3 * torch.randn_like(parameter)
-        folder = ModelFolder(model, config, schema, tokenizer_dir, {"step": 3}, weights_checksum(model))
+        checksum = model_checksum(model, config, schema, tokenizer_dir, {"step": 3})
+        folder = ModelFolder(model, config, schema, tokenizer_dir, {"step": 3}, checksum)
         return Source(folder, "random", Figures("validation", "step 3", {"ndcg_at_10": 0.1234}))
 
     return make

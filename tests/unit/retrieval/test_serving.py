@@ -177,12 +177,18 @@ def test_bad_queries_are_one_sentence(client: TestClient, body: object, status: 
 
 def test_bad_requests_are_one_sentence(client: TestClient) -> None:
     as_json = {"Content-Type": "application/json"}
+    half_a_key, half_a_name = b'{"features": {"\\ud800": "x"}}', b'{"user": "\\udfff"}'
     for answer, status, sentence in (
         (client.post("/api/search", content=b"{", headers=as_json), 422, "the request is no JSON: "),
         (client.post("/api/search", content=b'{"user": "\xc3("}', headers=as_json), 400, "POST /api/search: "),
         (client.post("/api/search", content=b"{}"), 422, "the request: Input should be a valid dictionary"),
         (client.post("/api/search", content=b" " * (MOST_BYTES + 1)), 413, f"at most {MOST_BYTES} are read"),
         (client.post("/api/search", content=iter([b"{}"])), 411, "no Content-Length"),
+        (client.post("/api/search", content=half_a_key, headers=as_json), 422, "features."),
+        (client.post("/api/search", content=half_a_name, headers=as_json), 422, "user: Input should be a valid"),
+        (client.post("/api/search", json={"features": {"x" * 10_001: "x"}}), 422, "should have at most 10000"),
+        (client.post("/api/search", json={"history": [" "]}), 400, "the query is empty"),
+        (client.post("/api/search", json={"user": ""}), 400, "the query is empty"),
         (client.get("/api/search"), 405, "Method Not Allowed"),
         (client.get("/api/nothing"), 404, "GET /api/nothing: Not Found"),
         (client.get("/api/similar"), 422, "key: Field required"),
@@ -190,7 +196,7 @@ def test_bad_requests_are_one_sentence(client: TestClient) -> None:
         (client.get("/api/similar", params={"key": "i999"}), 404, "no document has the key 'i999'"),
     ):
         assert answer.status_code == status, answer.text
-        assert sentence in answer.json()["error"]
+        assert sentence in answer.json()["error"] and len(answer.json()["error"]) < 300
     assert client.post("/api/search", json={"user": "u7"}).status_code == 200
 
 
@@ -272,11 +278,31 @@ def test_it_listens_on_this_machine_alone_with_the_threads_asked_for(
     monkeypatch.setattr("bigdssm.serving.searcher.Searcher", Watched)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     tools, arguments = Tools(monkeypatch, capsys), ("serve", "--model", model_dir, "--index", index_dir)
-    assert "enough seen" in tools.refused(1, *arguments)
+    assert "enough seen" in tools.refused(2, *arguments)
     assert (asked, threads) == ([("127.0.0.1", 8000)], [None])
-    tools.refused(1, *arguments, "--threads", 3)
+    tools.refused(2, *arguments, "--threads", 3)
     assert threads == [None, 3, 3], "the model's and the index's"
     assert "--threads 0: needs at least 1" in tools.refused(2, *arguments, "--threads", 0)
+
+
+def test_options_that_cannot_work_are_one_sentence(
+    model_dir: Path, index_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each says what it needs, and nothing of the others."""
+    tools, arguments = Tools(monkeypatch, capsys), ("serve", "--model", model_dir, "--index", index_dir)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for options, sentence in (
+            (("--port", taken.getsockname()[1]), "cannot be listened on: Address already in use; choose another"),
+            (("--port", 65536), "--port 65536: needs 0 to 65535"),
+            (("--port", -1), "--port -1: needs 0 to 65535"),
+            (("--at-once", 0), "--at-once 0: needs at least 1"),
+            (("--cache", -1), "--cache -1: needs at least 0"),
+            (("--timeout-s", 0), "--timeout-s 0: needs at least 1"),
+            (("--host", "203.0.113.7"), "--host 203.0.113.7 --port 8000 cannot be listened on: Cannot assign"),
+            (("--host", "no such.invalid"), "--host no such.invalid --port 8000 cannot be listened on: "),
+        ):
+            message = tools.refused(2, *arguments, *options)
+            assert sentence in message and message.count("--") <= 3
 
 
 def test_another_models_index_is_refused(
