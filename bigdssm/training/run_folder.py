@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import socket
+import threading
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,6 +39,8 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self._path = folder / RUNNING_FILE
         self._file: Any = None
+        self._noting = threading.Lock()
+        self._open = False  # held, and no end noted yet
 
     def __enter__(self) -> FolderLock:
         """Take the lock. A collective. Raises CheckpointError where another process has it."""
@@ -52,6 +55,7 @@ class FolderLock:
             self._file.truncate()
             json.dump({"host": socket.gethostname(), "pid": os.getpid(), "started": _now()}, self._file)
             self._file.flush()
+            self._open = True
             (self._path.parent / STOP_FILE).unlink(missing_ok=True)  # of somebody who waited for an earlier run
         return self
 
@@ -59,10 +63,19 @@ class FolderLock:
         """Note how the run ended, and let go of the folder."""
         if self._file is not None:
             code = error.exit_code if isinstance(error, BigDSSMError) else int(error is not None)
-            reason = "finished" if error is None else " ".join(str(error).split()) or type(error).__name__
-            _note(self._path.parent, {"event": "end", "exit_code": code, "reason": reason})
+            self.end(code, "finished" if error is None else " ".join(str(error).split()) or type(error).__name__)
             self._file.truncate(0)
             self._file.close()
+
+    def end(self, code: int, reason: str) -> None:
+        """Note how the run ended, where it is this process that holds the folder, and once; from any thread."""
+        with self._noting:
+            if self._open:
+                self._open = False
+                try:
+                    _note(self._path.parent, {"event": "end", "exit_code": code, "reason": reason})
+                except OSError as problem:  # a full disk: what ended the run says more
+                    logger.warning("could not note the end in %s: %s", self._path.parent / EVENTS_FILE, problem)
 
     def _taken(self) -> CheckpointError | None:
         until = time.monotonic() + LOCK_WAIT_S
