@@ -69,12 +69,29 @@ class MetricsWriter:
         self._file.close()
 
 
+def read_records(path: Path, key: str) -> list[dict[str, Any]]:
+    """Return the records (JSON, one a line) of a file that have `key`, none where there is no file.
+
+    What is no such record, since a kill cut it off or somebody edited the file, is left out with a warning.
+    """
+    if not path.exists():
+        return []
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            record[key]
+            found.append(record)
+        except (ValueError, KeyError, TypeError):
+            get_logger(__name__).warning("%s: left out line %d, which is no record of a %s", path, number, key)
+    return found
+
+
 def cut_back(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Leave in a file of records (JSON, one a line) those that `keep` wants; what a kill cut off goes, too."""
+    """Leave in a file of records with a `step` those that `keep` wants; what a kill cut off goes, too."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line + "\n" for line in lines if line.endswith("}") and keep(json.loads(line))]
+    kept = [json.dumps(record) + "\n" for record in read_records(path, "step") if keep(record)]
     rewritten = path.with_suffix(".unfinished")
     rewritten.write_text("".join(kept), encoding="utf-8")
     os.replace(rewritten, path)

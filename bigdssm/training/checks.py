@@ -83,6 +83,8 @@ def check_folder(config: Config, name: StageName, resume: bool) -> None:
     """
     folder = config.stage_dir(name)
     path = folder / CONFIG_FILE
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file, needs to be a folder or not there; choose another run.dir")
     if not folder.exists() or all(file.name == RUNNING_FILE for file in folder.iterdir()):
         return
     if not resume:

@@ -19,7 +19,7 @@ from typing import Any
 import bigdssm
 from bigdssm import distributed
 from bigdssm.errors import BigDSSMError, CheckpointError
-from bigdssm.log import MetricsWriter, get_logger
+from bigdssm.log import MetricsWriter, get_logger, read_records
 from bigdssm.source import code_checksum
 
 RUNNING_FILE, EVENTS_FILE, STOP_FILE = "running.json", "events.jsonl", "stop"
@@ -165,9 +165,7 @@ def note_start(folder: Path, step: int, total_steps: int) -> None:
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
     """Return the starts and ends of a stage's runs, oldest first; a run that was killed has no end."""
-    path = folder / EVENTS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return read_records(folder / EVENTS_FILE, "event")
 
 
 def _note(folder: Path, event: dict[str, Any]) -> None:

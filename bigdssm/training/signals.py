@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 from types import FrameType
 from typing import ClassVar
@@ -14,15 +13,15 @@ from typing import ClassVar
 from bigdssm.errors import Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-LEAVING_S = 2.0  # that a main thread has for leaving by itself before the first step
+EARLY = "asked to stop before the first step; nothing was to be saved"
 
 
 class StopRequest:
     """Remembers a signal until the ranks next agree; one that comes before the first step ends the rank at once.
 
     Python gives the main thread its signals between two instructions of its own: one that sorts, or waits for other
-    ranks or loader processes, never gets there. So a thread hears them too, and ends the process where the main
-    thread has not.
+    ranks or loader processes, never gets there, and an exception would pass through code that catches all. So it is a
+    thread that hears the early ones and ends the process.
     """
 
     _tell: ClassVar[int] = -1  # where the system writes signals for the thread of the newest one
@@ -31,7 +30,7 @@ class StopRequest:
         """Take over SIGTERM and SIGINT of this process."""
         self._asked = False
         self._has_state = False
-        self.at_end: Callable[[int, str], None] | None = None  # told code and reason where the thread ends the process
+        self.at_end: Callable[[int, str], None] | None = None  # told code and reason before the thread ends the process
         heard, tell = os.pipe()
         os.set_blocking(tell, False)
         if signal.set_wakeup_fd(tell, warn_on_full_buffer=False) == StopRequest._tell != -1:
@@ -39,7 +38,7 @@ class StopRequest:
         StopRequest._tell = tell
         for number in SIGNALS:
             signal.signal(number, self._remember)
-        threading.Thread(target=self._insist, args=(heard,), name="signals", daemon=True).start()
+        threading.Thread(target=self._end_early, args=(heard,), name="signals", daemon=True).start()
 
     def wait_for_steps(self) -> None:
         """From now on there is something to save: a signal waits for the ranks to agree."""
@@ -53,24 +52,13 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
-        if not self._has_state:
-            raise _before_the_first_step()
 
-    def _insist(self, heard: int) -> None:
+    def _end_early(self, heard: int) -> None:
         while number := os.read(heard, 1):
-            if number[0] not in SIGNALS or self._has_state:
-                continue
-            time.sleep(LEAVING_S)
-            if self._has_state:  # it got there meanwhile, and remembers
-                continue
-            stopped = _before_the_first_step()
-            sys.stderr.write(f"error: {stopped}\n")
-            sys.stderr.flush()
-            if self.at_end is not None:
-                self.at_end(stopped.exit_code, str(stopped))
-            os._exit(stopped.exit_code)
+            if number[0] in SIGNALS and not self._has_state:
+                sys.stderr.write(f"error: {EARLY}\n")
+                sys.stderr.flush()
+                if self.at_end is not None:
+                    self.at_end(Preempted.exit_code, EARLY)
+                os._exit(Preempted.exit_code)
         os.close(heard)
-
-
-def _before_the_first_step() -> Preempted:
-    return Preempted("asked to stop before the first step; nothing was to be saved")

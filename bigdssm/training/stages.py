@@ -64,10 +64,10 @@ def run_stage(
     stop = stop or StopRequest()
     init_process_group()
     lock = FolderLock(folder)
-    stop.at_end = lock.end
     with ExitStack() as after:  # what ends behind the watchdog's back, such as trackers that upload
         watchdog = Watchdog(config.engine.peer_timeout_s, launcher or Launcher(), folder / STOP_FILE, lock.end)
         with watchdog:
+            stop.at_end = watchdog.leave
             check_agreement(config, dataset)
             torch.manual_seed(config.run.seed)
             model = _model(config, name, dataset)

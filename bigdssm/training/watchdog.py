@@ -135,6 +135,12 @@ class Watchdog:
         self._phase, self._moved_at = phase, time.monotonic()
         self._moves += 1
 
+    def leave(self, code: int, reason: str) -> None:
+        """Tell the other ranks and the run's folder that this process is about to end, in a few seconds at most."""
+        self._say(f"rank {self._rank} stopped: {reason}", wait_for_main=True)
+        self._note_end(code, reason)
+        self._let_all_read()
+
     # --- the exchanging thread ---
 
     def _exchange(self) -> None:
@@ -295,8 +301,8 @@ class Watchdog:
     def _close(self) -> None:
         self._closed.set()
         self._wake.set()
-        if self._keeps_store and self._verdict is not None:
-            time.sleep(min(LONGEST_BEAT_S, 2 * self._interval_s))  # the store goes with this rank; let all read it
+        if self._verdict is not None:
+            self._let_all_read()
         for thread in self._threads:
             thread.join(timeout=1.0)
 
@@ -304,18 +310,23 @@ class Watchdog:
         """Say the verdict with all stacks of this process, and end it whatever the main thread does."""
         sys.stderr.write(f"error: {verdict['text']}; rank {self._rank} ends without saving, its stacks:\n")
         sys.stderr.flush()
-        if self._at_end is not None:
-            noting = threading.Thread(
-                target=self._at_end, args=(verdict["code"], f"{verdict['text']}; ended without saving"), daemon=True
-            )
-            noting.start()
-            noting.join(NOTING_S)
+        self._note_end(verdict["code"], f"{verdict['text']}; ended without saving")
         faulthandler.dump_traceback(all_threads=True)
-        if self._keeps_store:
-            time.sleep(min(LONGEST_BEAT_S, 2 * self._interval_s))
+        self._let_all_read()
         if self._to_kill is not None and state_of(self._to_kill) == "T":  # launchers wait 30 s for it to heed SIGTERM
             os.kill(self._to_kill, signal.SIGKILL)
         os._exit(verdict["code"])
+
+    def _note_end(self, code: int, reason: str) -> None:
+        if self._at_end is not None:
+            noting = threading.Thread(target=self._at_end, args=(code, reason), daemon=True)
+            noting.start()
+            noting.join(NOTING_S)
+
+    def _let_all_read(self) -> None:
+        """Keep the store, which goes with this rank, until all have read the verdict."""
+        if self._keeps_store:
+            time.sleep(min(LONGEST_BEAT_S, 2 * self._interval_s))
 
 
 def _verdict(text: str, wait_for_main: bool = False, code: int = PeerError.exit_code) -> dict[str, Any]:
