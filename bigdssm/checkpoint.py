@@ -245,8 +245,8 @@ def _read_manifest(path: Path) -> Checkpoint:
     file = path / MANIFEST
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        format_, checksum = content.pop("format", 1), content.pop("checksum", None)
-        if checksum != (_content_checksum({"format": format_, **content}) if format_ != 1 else None):
+        format_ = content["format"] if "files" not in content else 1  # which did not tell it
+        if format_ != 1 and content.pop("checksum") != _content_checksum(content):
             raise CheckpointError(f"{file} is damaged: its content does not have the checksum that it tells")
         if format_ != FORMAT:
             raise OtherFormatError(

@@ -16,6 +16,8 @@ from bigdssm.training.resuming import check_resume
 from bigdssm.training.run_folder import RUNNING_FILE, versions
 from bigdssm.training.trackers import check_trackers
 
+MOST_PLAIN_ROWS = 1 << 24  # in a step over plain shards, whose rows are not known
+
 
 def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
     """Return the opened dataset after everything was checked that can be before ranks depend on each other.
@@ -37,7 +39,8 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
     source = initial_model(config, name)
     if source is not None and not source.is_dir():
         fix = "run launch/pretrain.py with this config first" if name == "sft" else "correct the path"
-        raise ConfigError(f"{name} starts from {source}, which does not exist; {fix}, or set {name}.init")
+        what = "is a file" if source.exists() else "does not exist"
+        raise ConfigError(f"{name} starts from {source}, which {what}; {fix}, or set {name}.init")
     return dataset
 
 
@@ -49,6 +52,8 @@ def _check_plain(name: StageName, stage: StageConfig, shards: str) -> None:
             raise ConfigError(f"{name}.loss.{key}: got {value}, needs 0: {why}")
     if loss.sampling != "none" and loss.frequency == "counts":
         raise ConfigError(f"{name}.loss.frequency: got counts, needs streaming (or sampling=none): {why}")
+    if stage.rows_global > MOST_PLAIN_ROWS:
+        raise ConfigError(f"{name}.rows_global: got {stage.rows_global}, needs at most {MOST_PLAIN_ROWS}: {why}")
     if not stage.steps:
         raise ConfigError(f"{name}.steps: got 0, needs a number of steps: plain shards have no epochs")
 

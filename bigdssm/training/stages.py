@@ -24,7 +24,7 @@ from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.curves import CONFIG_FILE
 from bigdssm.export.checkpoint_model import load_checkpoint_model
 from bigdssm.export.model_folder import load_model_folder
-from bigdssm.log import get_logger
+from bigdssm.log import get_logger, naming
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import Share, encode_catalogue, tower_encoders
 from bigdssm.retrieval.mine import mine_to_file
@@ -207,7 +207,9 @@ def _mined(
     if stage.loss.negatives == 0:
         return None, None
     if (resumed or given is not None) and distributed.broadcast_object(path.exists()):
-        return MinedNegatives.open(path), None
+        mined = MinedNegatives.open(path)
+        mined.check_against(dataset)
+        return mined, None
     if resumed and not new_part:
         raise CheckpointError(
             f"{path} is missing: the run was trained with these negatives, and by now its weights would mine others; "
@@ -251,7 +253,8 @@ def _write_config(folder: Path, config: Config) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(config.to_dict(), sort_keys=False)
         aside = folder / f".{CONFIG_FILE}.unfinished"
-        aside.write_text(text, encoding="utf-8")
+        with naming(aside):
+            aside.write_text(text, encoding="utf-8")
         os.replace(aside, folder / CONFIG_FILE)
     distributed.barrier()
 

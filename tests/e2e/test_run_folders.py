@@ -116,6 +116,41 @@ def test_a_checkpoint_of_another_version_is_refused_and_left(config: Path, run: 
     assert (run / "pretrain" / "checkpoints" / "step-00000008").is_dir()
 
 
+def test_a_manifest_without_a_format_is_damage(config: Path, run: Path) -> None:
+    (run / "pretrain" / "checkpoints" / "step-00000008" / "manifest.json").write_text("{}")
+    done = pretrain(config, run, *STEPS, *RESUME).wait()
+    assert done.code == 0 and "manifest.json is damaged: KeyError('format')" in done.log, done.log
+
+
+def test_a_checkpoint_without_its_stage_is_no_start(config: Path, run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "alone" / "checkpoints" / "step-00000008"
+    shutil.copytree(run / "pretrain" / "checkpoints" / "step-00000008", path)
+    words = "step-00000008 has only the weights: what model they are of stands in .*alone, which has neither"
+    refused(pretrain(config, tmp_path / "new", f"pretrain.init={path}").wait(), 4, words)
+    refused(
+        pretrain(config, tmp_path / "new", f"pretrain.init={config}").wait(), 2, "which is a file; correct the path"
+    )
+
+
+def test_a_full_disk_is_told_with_the_file(config: Path, run: Path) -> None:
+    (run / "pretrain" / "events.jsonl").unlink()
+    (run / "pretrain" / "events.jsonl").symlink_to("/dev/full")
+    refused(pretrain(config, run, *STEPS, *RESUME).wait(), 1, r"No space left on device: .*events\.jsonl")
+
+
+def test_mined_negatives_that_were_edited_are_refused(config: Path, run: Path) -> None:
+    arguments = ("--config", config, f"run.dir={run}", "sft.save_every_steps=2")
+    assert Command("sft", *arguments).wait().code == 0
+    shutil.rmtree(run / "sft" / "checkpoints" / "step-00000004")
+    mined = np.load(run / "sft" / "mined_negatives.npy")
+    mined["window"] += 100_000
+    np.save(run / "sft" / "mined_negatives.npy", mined)
+    refused(Command("sft", *arguments, *RESUME).wait(), 3, "mined for another dataset: it names row .* 48 documents")
+    refused(
+        Command("sft", *arguments, *RESUME, "sft.steps=8").wait(), 2, "negatives were mined for the rows of these al"
+    )
+
+
 def test_what_lies_beside_a_checkpoints_files_is_not_read(config: Path, run: Path) -> None:
     path = run / "pretrain" / "checkpoints" / "step-00000008"
     shutil.copy(path.with_name("step-00000004") / "tensors-00000.safetensors", path / "tensors-00009.safetensors")
@@ -225,6 +260,27 @@ def test_a_signal_before_the_first_step_is_told_to_the_other_ranks(config: Path,
 def test_more_rows_a_step_than_there_are(config: Path, tmp_path: Path, override: str) -> None:
     done = pretrain(config, tmp_path / "run", override, "--validate").wait(20)
     refused(done, 2, r"pretrain\.rows_global: got \d+, needs at most the 891 train rows of .*dataset")
+
+
+def test_more_rows_a_step_than_plain_shards_are_read_for(config: Path, tmp_path: Path) -> None:
+    plain = (f"data.webdataset={tmp_path}/x.tar", "pretrain.loss.uniform_negatives=0", "pretrain.loss.sampling=none")
+    done = pretrain(config, tmp_path / "run", *plain, "pretrain.rows_global=100000002").wait()
+    refused(done, 2, r"rows_global: got 100000002, needs at most 16777216")
+
+
+def test_weights_of_a_mixture_whose_sum_is_no_number(config: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(yaml.safe_load(config.read_text())["data"]["dir"], tmp_path / "data")
+    described = json.loads((data / "dataset.json").read_text())
+    (data / "dataset.json").write_text(json.dumps({**described, "partitions": ["base", "day2"]}))
+    shutil.copytree(data / "partitions" / "base", data / "partitions" / "day2")
+    huge = "data.mixture=[{partitions: [base], weight: 1e308}, {partitions: [day2], weight: 1e308}]"
+    arguments = (*STEPS, "data.lanes=6", "pretrain.loss.sampling=none")
+    done = pretrain(config, tmp_path / "run", *arguments, f"data.dir={data}", huge).wait()
+    assert done.code == 0 and "loss 0.0000" not in done.log, done.log
+    named = huge.replace("{partitions: [base]", f"{{dir: {data}, partitions: [base]")
+    longer = ("pretrain.steps=10", f"data.dir={os.path.relpath(data, ROOT)}", named)  # the same folder by two names
+    done = pretrain(config, tmp_path / "run", *arguments, *RESUME, *longer).wait()
+    assert done.code == 0 and "goes on from" in done.log, done.log
 
 
 def test_relevances_of_zero_are_refused(config: Path, tmp_path: Path) -> None:
