@@ -2,7 +2,7 @@
 
 checkpoints/
   step-00000100/
-    manifest.json       written last: step, world size, state, and size and checksum of every file
+    manifest.json       written last: step, world size, state, what every file holds, and a checksum of all this
     tensors-00000.safetensors   one rank's share of the weights and moments
     rank-00000.safetensors      one rank's random state
     common.safetensors          further tensors that are the same on every rank, where there are any
@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,21 @@ logger = get_logger(__name__)
 
 CHECKPOINTS = "checkpoints"  # of a stage's folder
 MANIFEST, LATEST, COMMON = "manifest.json", "latest", "common.safetensors"
+FORMAT = 2  # 1 had no checksum of the manifest itself: an edited step was believed
+
+
+class OtherFormatError(CheckpointError):
+    """A checkpoint that is whole, but of another version: no damage, and not to be passed over."""
+
+
+@dataclass(frozen=True)
+class FileShare:
+    """The bytes [first, last) of a checkpoint's file, as one rank wrote them; the shares of a file cover it."""
+
+    owner: int  # rank
+    file: str
+    range: tuple[int, int]  # first, last
+    xxh3_128: str
 
 
 @dataclass(frozen=True)
@@ -43,6 +59,12 @@ class Checkpoint:
     step: int
     world_size: int
     state: dict[str, Any]  # what is the same on every rank
+    shares: tuple[FileShare, ...]
+
+    @property
+    def files(self) -> list[str]:
+        """The names of the verified files; what else lies in the folder is not read."""
+        return sorted({share.file for share in self.shares})
 
     def rank_state(self, rank: int) -> dict[str, Tensor]:
         """Return what rank `rank` saved for itself."""
@@ -50,19 +72,19 @@ class Checkpoint:
 
     def common_tensors(self) -> dict[str, Tensor]:
         """Return the tensors, beside the weights, that were the same on every rank."""
-        path = self.path / COMMON
-        return load_file(path) if path.is_file() else {}
+        return load_file(self.path / COMMON) if COMMON in self.files else {}
 
     def reader(self) -> TensorReader:
         """Return what reads single tensors by name."""
-        return TensorReader(self.path)
+        return TensorReader(self)
 
 
 class TensorReader:
     """Reads tensors by name out of all ranks' files, one at a time."""
 
-    def __init__(self, path: Path) -> None:
-        self._files = [safe_open(file, "pt") for file in sorted(path.glob("tensors-*.safetensors"))]
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        files = [name for name in checkpoint.files if name.startswith("tensors-")]
+        self._files = [safe_open(checkpoint.path / name, "pt") for name in files]
         self._file_of = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 (no mapping)
 
     def __call__(self, name: str) -> Tensor:
@@ -113,18 +135,26 @@ class CheckpointStore:
         """Return the newest checkpoint that is as its manifest says, or None; damage is named in the log.
 
         Damaged ones are renamed: a run that goes on behind them would else drop its own first, as the oldest by step.
+        Raises OtherFormatError, and CheckpointError where the folder cannot be read or written.
         """
-        found = None
-        if distributed.is_main():
-            self._finish_replacing()
-            for path in reversed(_checkpoints(self.folder)):
-                try:
-                    found = verify(path)
-                    break
-                except CheckpointError as error:
-                    logger.warning("%s; trying the one before", error)
-                    _set_aside(path)
-        return distributed.broadcast_object(found)
+        found: list[Checkpoint] = []
+        self._together(lambda: found.extend(self._newest_good()), "look for")
+        return distributed.broadcast_object(found[0] if found else None)
+
+    def _newest_good(self) -> list[Checkpoint]:
+        """Return the newest good one, on rank 0, if there is one."""
+        if not distributed.is_main():
+            return []
+        self._finish_replacing()
+        for path in reversed(_checkpoints(self.folder)):
+            try:
+                return [verify(path)]
+            except OtherFormatError:
+                raise
+            except CheckpointError as error:
+                logger.warning("%s; trying the one before", error)
+                _set_aside(path)
+        return []
 
     def _finish_replacing(self) -> None:
         """Put a checkpoint back that was being replaced by one of the same step when the run was killed."""
@@ -144,13 +174,11 @@ class CheckpointStore:
     def _publish(self, aside: Path, path: Path, step: int, state: dict[str, Any]) -> None:
         if not distributed.is_main():
             return
-        files = {
-            file.relative_to(aside).as_posix(): {"bytes": file.stat().st_size, "xxh3_128": file_checksum(file)}
-            for file in sorted(aside.rglob("*"))
-            if file.is_file()
-        }
-        manifest = {"step": step, "world_size": distributed.world_size(), "state": state, "files": files}
-        _write_synced(aside / MANIFEST, json.dumps(manifest, indent=1))
+        shares = [
+            FileShare(_owner(file.name), file.name, (0, file.stat().st_size), file_checksum(file))
+            for file in sorted(aside.iterdir())
+        ]
+        _write_manifest(aside / MANIFEST, step, distributed.world_size(), state, shares)
         replaced = self.folder / f".{path.name}.replaced"
         if path.exists():
             os.replace(path, replaced)
@@ -166,6 +194,8 @@ class CheckpointStore:
         error: BigDSSMError | None = None
         try:
             action()
+        except BigDSSMError as problem:
+            error = problem
         except (OSError, RuntimeError, SafetensorError) as problem:
             reason = " ".join(str(problem).split())
             error = CheckpointError(
@@ -175,28 +205,80 @@ class CheckpointStore:
 
 
 def verify(path: Path) -> Checkpoint:
-    """Return the checkpoint at `path`. Raises CheckpointError naming the first file that is not as it was written."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files: dict[str, dict[str, Any]] = manifest["files"]
-        checkpoint = Checkpoint(path, manifest["step"], manifest["world_size"], manifest["state"])
-    except FileNotFoundError:
-        raise CheckpointError(f"checkpoint {path} has no {MANIFEST}: it was never finished") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / MANIFEST} is damaged: {error!r}") from None
-    for name, expected in files.items():
+    """Return the checkpoint at `path`.
+
+    Raises CheckpointError naming the first thing that is not as it was written, OtherFormatError where all is, by
+    another version.
+    """
+    checkpoint = _read_manifest(path)
+    ends: dict[str, int] = {}
+    for share in checkpoint.shares:
+        ends[share.file] = max(ends.get(share.file, 0), share.range[1])
+    for name, end in ends.items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"checkpoint file {file} is missing")
-        if file.stat().st_size != expected["bytes"]:
-            raise CheckpointError(f"checkpoint file {file} has {file.stat().st_size} bytes, was {expected['bytes']}")
+        if file.stat().st_size != end:
+            raise CheckpointError(f"checkpoint file {file} has {file.stat().st_size} bytes, was {end}")
+    for share in checkpoint.shares:
+        file = path / share.file
         try:
-            checksum = file_checksum(file)
+            checksum = file_checksum(file, *share.range)
         except OSError as error:
             raise CheckpointError(f"checkpoint file {file} cannot be read: {error.strerror}") from None
-        if checksum != expected["xxh3_128"]:
+        if checksum != share.xxh3_128:
             raise CheckpointError(f"checkpoint file {file} is damaged: its checksum is not the manifest's")
     return checkpoint
+
+
+def _write_manifest(path: Path, step: int, world_size: int, state: dict[str, Any], shares: Sequence[FileShare]) -> None:
+    content = {
+        "format": FORMAT, "step": step, "world_size": world_size, "state": state,
+        "shares": [asdict(share) for share in shares],
+    }  # fmt: skip
+    content = json.loads(json.dumps(content))  # as it will be read
+    _write_synced(path, json.dumps({"checksum": _content_checksum(content), **content}, indent=1))
+
+
+def _read_manifest(path: Path) -> Checkpoint:
+    """Return the checkpoint that the manifest of `path` describes; the manifest is verified, the files are not."""
+    file = path / MANIFEST
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        format_ = content["format"] if "files" not in content else 1  # which did not tell it
+        if format_ != 1 and content.pop("checksum") != _content_checksum(content):
+            raise CheckpointError(f"{file} is damaged: its content does not have the checksum that it tells")
+        if format_ != FORMAT:
+            raise OtherFormatError(
+                f"checkpoint {path} has format {format_}, this version reads {FORMAT}; go on with the version that "
+                "wrote it, or begin anew in another run.dir"
+            )
+        shares = [
+            FileShare(s["owner"], s["file"], (s["range"][0], s["range"][1]), s["xxh3_128"]) for s in content["shares"]
+        ]
+        checkpoint = Checkpoint(path, content["step"], content["world_size"], content["state"], tuple(shares))
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {path} has no {MANIFEST}: it was never finished") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is damaged: {error!r}") from None
+    if path.name != _name(checkpoint.step):
+        raise CheckpointError(f"checkpoint {path} was written as {_name(checkpoint.step)}; give it that name again")
+    for what, step in _steps_of(checkpoint.state).items():
+        if step != checkpoint.step:
+            raise CheckpointError(f"{file} is damaged: the step of its {what} is {step}, its own {checkpoint.step}")
+    return checkpoint
+
+
+def _steps_of(state: dict[str, Any]) -> dict[str, int]:
+    """Return the steps that a stage's state tells of; a stream counts from the beginning of its part."""
+    progress, stream = state.get("progress", {}), state.get("stream", {})
+    steps = {"progress": progress["step"]} if "step" in progress else {}
+    return steps | ({"stream": stream["step"] + progress.get("part_step", 0)} if "step" in stream else {})
+
+
+def _content_checksum(content: dict[str, Any]) -> str:
+    """Return the xxh3_128 of a manifest, in hex, whatever the order of its keys."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -245,12 +327,21 @@ def _rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def file_checksum(path: Path) -> str:
-    """Return the xxh3_128 of a file, in hex."""
+def _owner(name: str) -> int:
+    """Return the rank that writes the file `name`."""
+    number = re.search(r"-(\d+)\.", name)
+    return int(number[1]) if number else 0
+
+
+def file_checksum(path: Path, first: int = 0, last: int | None = None) -> str:
+    """Return the xxh3_128 of a file, or of its bytes [first, last), in hex."""
     digest = xxhash.xxh3_128()
+    left = path.stat().st_size - first if last is None else last - first
     with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
+        file.seek(first)
+        while chunk := file.read(min(left, 1 << 22)):
             digest.update(chunk)
+            left -= len(chunk)
     return digest.hexdigest()
 
 

@@ -20,8 +20,8 @@ INTERRUPTED_EXIT_CODE = 130  # what shells give for Ctrl-C
 
 def run_main(main: Callable[[], int | None]) -> int:
     """Run `main` and return its exit code; an error a user can act on becomes `error: <sentence>` on stderr."""
-    setup_logging()
     try:
+        setup_logging()
         return main() or 0
     except BigDSSMError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -47,11 +48,23 @@ def setup_logging(level: int = logging.INFO) -> None:
     root.propagate = False
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the system within it name the file: that of a write, such as a full disk, does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 class MetricsWriter:
     """Appends one JSON object a line to `path`; each line is flushed, so a killed run keeps what it wrote."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
         with path.open("rb") as written:
             length = written.seek(0, os.SEEK_END)
@@ -60,23 +73,42 @@ class MetricsWriter:
                 self._file.write("\n")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append `record`; its values must be JSON types."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Append `record`; its values must be JSON types. Raises OSError, which names the file."""
+        with naming(self._path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
 
+def read_records(path: Path, key: str) -> list[dict[str, Any]]:
+    """Return the records (JSON, one a line) of a file that have `key`, none where there is no file.
+
+    What is no such record, since a kill cut it off or somebody edited the file, is left out with a warning.
+    """
+    if not path.exists():
+        return []
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            record[key]
+            found.append(record)
+        except (ValueError, KeyError, TypeError):
+            get_logger(__name__).warning("%s: left out line %d, which is no record of a %s", path, number, key)
+    return found
+
+
 def cut_back(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Leave in a file of records (JSON, one a line) those that `keep` wants; what a kill cut off goes, too."""
+    """Leave in a file of records with a `step` those that `keep` wants; what a kill cut off goes, too."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line + "\n" for line in lines if line.endswith("}") and keep(json.loads(line))]
+    kept = [json.dumps(record) + "\n" for record in read_records(path, "step") if keep(record)]
     rewritten = path.with_suffix(".unfinished")
-    rewritten.write_text("".join(kept), encoding="utf-8")
+    with naming(rewritten):
+        rewritten.write_text("".join(kept), encoding="utf-8")
     os.replace(rewritten, path)
 
 

@@ -75,7 +75,7 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 train() {
-    run deepspeed --num_gpus "$ranks" --master_port "$(free_port)" "$1" --config "$config" \
+    run deepspeed --log_level warning --num_gpus "$ranks" --master_port "$(free_port)" "$1" --config "$config" \
         run.dir="$out" run.seed="$seed" ${changes[@]+"${changes[@]}"}
 }
 

@@ -39,7 +39,8 @@ def main(arguments: Sequence[str]) -> int:
     runs = [Path(config.run.dir) / f"seed-{seed}" for seed in args.seeds]
     for seed, run in zip(args.seeds, runs, strict=True):
         for stage in ("pretrain", "sft") if config.sft is not None else ("pretrain",):
-            launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(args.ranks)]
+            launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "warning"]
+            launcher += ["--num_gpus", str(args.ranks)]
             of_run = [*overrides, f"run.dir={run}", f"run.seed={seed}", "--resume", "auto"]
             script = [str(ROOT / "launch" / f"{stage}.py"), "--config", args.config]
             if code := _run(*launcher, "--master_port", free_port(), *script, *of_run):

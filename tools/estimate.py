@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, metavar="R", help="rows of a step on all ranks, in place of the config's")
     parser.add_argument("--rows-per-s", type=float, metavar="X", help="speed of all ranks together, for the days")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted config keys")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     for name, given in (("--gpus", args.gpus), ("--rows", args.rows)):
         if given is not None and given < 1:
             raise ConfigError(f"{name} {given}: needs at least 1")

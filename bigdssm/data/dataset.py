@@ -180,15 +180,18 @@ class Dataset:
         """Return the train positives of every document, int64 [num_docs], summed over the partitions (or some)."""
         total = np.zeros(self.catalogue.num_docs, np.int64)
         for partition in self.partitions if partitions is None else self.partitions[partitions.start : partitions.stop]:
-            path = partition.folder / "counts.npy"
-            try:
-                counts = np.load(path, allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise DataError(f"{path} cannot be read ({error}); make the partition again") from None
-            if counts.ndim != 1 or len(counts) > partition.num_docs:
-                raise DataError(f"{path} has shape {counts.shape}, the catalogue {partition.num_docs} documents")
+            counts = _positives(partition)
             total[partition.first_doc : partition.first_doc + len(counts)] += counts
         return total
+
+    def has_positives(self) -> bool:
+        """Return whether any train row has a relevance above 0; as a rule a glance at the first counts says so."""
+        every = (
+            counts[i : i + (1 << 20)]
+            for counts in map(_positives, self.partitions)
+            for i in range(0, len(counts), 1 << 20)
+        )
+        return any(bool(some.any()) for some in every)
 
     def check_against(self, config: DataConfig) -> None:
         """Raise ConfigError naming the first feature that `config` declares otherwise than the dataset has it."""
@@ -277,6 +280,18 @@ def with_shards_of(partition: Partition, index: SplitIndex) -> SplitIndex:
         return index
     at, file = f"partitions/{partition.folder.name}", partition.remote.file
     return replace(index, shards=tuple(file(f"{at}/{path.name}") for path in index.shards))
+
+
+def _positives(partition: Partition) -> np.ndarray:
+    """Return the train positives of each document known to a partition, int64, not read yet."""
+    path = partition.folder / "counts.npy"
+    try:
+        counts: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); make the partition again") from None
+    if counts.ndim != 1 or len(counts) > partition.num_docs:
+        raise DataError(f"{path} has shape {counts.shape}, the catalogue {partition.num_docs} documents")
+    return counts
 
 
 def empty_batch(layout: Layout) -> pa.RecordBatch:

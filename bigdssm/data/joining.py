@@ -8,12 +8,14 @@ document that is in two of them is then two documents of one id.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 
 from bigdssm.config import DataConfig, SourceConfig
 from bigdssm.data.cache import Cache
 from bigdssm.data.dataset import CatalogueFile, Dataset, Partition
+from bigdssm.data.remote import is_url
 from bigdssm.data.streaming.mixture import Batches, Source, turns_per_round
 from bigdssm.errors import ConfigError
 
@@ -36,7 +38,7 @@ def join(parts: Sequence[Dataset], sources: Sequence[SourceConfig], main_dir: st
     mixture = []
     siblings: dict[str, Partition] = {}
     for part, source, base in zip(parts, sources, first_doc, strict=True):
-        prefix = "" if source.dir in (None, main_dir) else f"{part.name}/"
+        prefix = "" if source.dir is None or _place(source.dir) == _place(main_dir) else f"{part.name}/"
         own = [replace(p, name=prefix + p.name, first_doc=base) for p in part.partitions]
         name = "+".join(partition.name for partition in own)
         mixture.append(Source(name, len(partitions), len(partitions) + len(own), source.weight))
@@ -52,6 +54,11 @@ def join(parts: Sequence[Dataset], sources: Sequence[SourceConfig], main_dir: st
     joined.sources, joined.batches, joined.siblings = tuple(mixture), batches, tuple(siblings.values())
     joined.pickled = (join, (tuple(parts), tuple(sources), main_dir, batches))
     return joined
+
+
+def _place(folder: str) -> str:
+    """Return what is the same for two ways to name a dataset's folder."""
+    return folder if is_url(folder) else os.path.realpath(folder)
 
 
 def _check_same(first: Dataset, other: Dataset, name: str) -> None:

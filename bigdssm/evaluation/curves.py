@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,11 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from bigdssm.config import StageName, load_config
 from bigdssm.errors import DataError
-from bigdssm.log import get_logger
+from bigdssm.log import read_records
 
 STAGES: tuple[StageName, ...] = ("pretrain", "sft")
 METRICS_FILE, CONFIG_FILE = "metrics.jsonl", "config.yaml"
 Point = tuple[float, float]
-
-logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,12 +60,8 @@ def read_stage(folder: Path) -> StageCurve:
     """
     train: dict[int, dict[str, Any]] = {}
     validation: dict[int, dict[str, Any]] = {}
-    for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-            (validation if "validation" in record else train)[int(record["step"])] = record
-        except (ValueError, KeyError, TypeError):
-            logger.warning("%s: left out a line that is no record: %.60s", folder / METRICS_FILE, line)
+    for record in read_records(folder / METRICS_FILE, "step"):
+        (validation if "validation" in record else train)[int(record["step"])] = record
     return StageCurve(folder.name, sorted([*train.values(), *validation.values()], key=lambda record: record["step"]))
 
 

@@ -22,6 +22,11 @@ def load_checkpoint_model(path: Path) -> ModelFolder:
     if is_model_folder(stage_dir / BEST):  # knows schema and architecture even where the dataset has gone
         folder = load_model_folder(stage_dir / BEST)
         model, config, schema, tokenizer_dir = folder.model, folder.config, folder.schema, folder.tokenizer_dir
+    elif not (stage_dir / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"{path} has only the weights: what model they are of stands in {stage_dir}, which has neither {BEST}/ nor "
+            f"{CONFIG_FILE}; copy one of them too"
+        )
     else:
         config = load_config(stage_dir / CONFIG_FILE)
         dataset = Dataset.open(config.data.dir, cache=Cache.of(config.data))

@@ -5,31 +5,25 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
-import yaml
-
 from bigdssm import distributed
 from bigdssm.config import Config, StageConfig, StageName, first_difference
 from bigdssm.data import Dataset
 from bigdssm.data.joining import open_dataset
-from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError
+from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
 from bigdssm.evaluation.curves import CONFIG_FILE
 from bigdssm.retrieval.mined import MinedNegatives
 from bigdssm.training.optimizers import find_optimizer
+from bigdssm.training.resuming import check_resume
 from bigdssm.training.run_folder import RUNNING_FILE, versions
 from bigdssm.training.trackers import check_trackers
 
-NEW_PART_KEYS = ("steps", "epochs")  # may change, too, where a stage goes on over new partitions
-PART_KEYS = ("from_partition", "mixture", "mixture_batches")
-# What may change when a stage is resumed: it changes what is kept and said, not what is learned.
-WATCHING_KEYS = (
-    "save_every_steps", "save_every_minutes", "keep_checkpoints", "log_every_steps", "validate_every_steps", "patience",
-)  # fmt: skip
+MOST_PLAIN_ROWS = 1 << 24  # in a step over plain shards, whose rows are not known
 
 
-def check_stage(config: Config, name: StageName, world_size: int, resume: bool) -> Dataset:
+def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
     """Return the opened dataset after everything was checked that can be before ranks depend on each other.
 
-    Raises ConfigError, DataError or CheckpointError; nothing has been written then.
+    Raises ConfigError or DataError; nothing has been written then.
     """
     stage = config.stage(name)
     if world_size > config.data.lanes:
@@ -44,15 +38,15 @@ def check_stage(config: Config, name: StageName, world_size: int, resume: bool) 
     dataset.check_against(config.data)
     if config.data.webdataset is not None:
         _check_plain(name, stage, config.data.webdataset)
+    else:
+        _check_rows(name, stage, dataset)
     if stage.loss.negatives and stage.mining.file is not None:
         MinedNegatives.open(Path(stage.mining.file)).check_against(dataset)
-    folder = config.stage_dir(name)
-    if folder.exists() and any(file.name != RUNNING_FILE for file in folder.iterdir()):
-        _check_folder(folder, config, name, resume)
     source = initial_model(config, name)
     if source is not None and not source.is_dir():
         fix = "run launch/pretrain.py with this config first" if name == "sft" else "correct the path"
-        raise ConfigError(f"{name} starts from {source}, which does not exist; {fix}, or set {name}.init")
+        what = "is a file" if source.exists() else "does not exist"
+        raise ConfigError(f"{name} starts from {source}, which {what}; {fix}, or set {name}.init")
     return dataset
 
 
@@ -64,8 +58,25 @@ def _check_plain(name: StageName, stage: StageConfig, shards: str) -> None:
             raise ConfigError(f"{name}.loss.{key}: got {value}, needs 0: {why}")
     if loss.sampling != "none" and loss.frequency == "counts":
         raise ConfigError(f"{name}.loss.frequency: got counts, needs streaming (or sampling=none): {why}")
+    if stage.rows_global > MOST_PLAIN_ROWS:
+        raise ConfigError(f"{name}.rows_global: got {stage.rows_global}, needs at most {MOST_PLAIN_ROWS}: {why}")
     if not stage.steps:
         raise ConfigError(f"{name}.steps: got 0, needs a number of steps: plain shards have no epochs")
+
+
+def _check_rows(name: StageName, stage: StageConfig, dataset: Dataset) -> None:
+    """Raise where a step takes more rows than there are, or none of them is a positive."""
+    rows = dataset.num_rows("train")
+    if stage.rows_global > rows:
+        raise ConfigError(
+            f"{name}.rows_global: got {stage.rows_global}, needs at most the {rows} train rows of {dataset.dir}, "
+            f"partitions {', '.join(partition.name for partition in dataset.partitions)}"
+        )
+    if not dataset.has_positives():
+        raise DataError(
+            f"{dataset.dir}: no train row has a relevance above 0, so that there is nothing to learn; mend the "
+            "relevances, and make the dataset again"
+        )
 
 
 def initial_model(config: Config, name: StageName) -> Path | None:
@@ -76,25 +87,22 @@ def initial_model(config: Config, name: StageName) -> Path | None:
     return config.stage_dir("pretrain") / "best" if name == "sft" else None
 
 
-def _check_folder(folder: Path, config: Config, name: StageName, resume: bool) -> None:
-    """Raise unless `folder` is this run's own and is to be resumed."""
+def check_folder(config: Config, name: StageName, resume: bool) -> None:
+    """Raise unless the stage's folder is free, or this run's own and to be resumed.
+
+    Raises CheckpointError, and ConfigError where it is to be resumed with what may not change.
+    """
+    folder = config.stage_dir(name)
     path = folder / CONFIG_FILE
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file, needs to be a folder or not there; choose another run.dir")
+    if not folder.exists() or all(file.name == RUNNING_FILE for file in folder.iterdir()):
+        return
     if not resume:
         raise CheckpointError(f"{folder} is not empty; go on with --resume auto, or choose another run.dir")
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a stage folder: it has no {CONFIG_FILE}; choose another run.dir")
-    before, now = yaml.safe_load(path.read_text(encoding="utf-8")), config.to_dict()
-    for key in WATCHING_KEYS:
-        before[name].pop(key, None), now[name].pop(key)
-    parts = [[content["data"].pop(key, None) for key in PART_KEYS] for content in (before, now)]
-    if parts[0] != parts[1]:  # the stream's state decides whether a new part may begin
-        for key in NEW_PART_KEYS:
-            before[name].pop(key, None), now[name].pop(key)
-    difference = next(
-        filter(None, (first_difference(before[key], now[key], key) for key in ("data", "model", name))), None
-    )
-    if difference:
-        raise ConfigError(f"{folder} was run with another config: {difference}; resume needs the same")
+    check_resume(path, config, name)
 
 
 def check_agreement(config: Config, dataset: Dataset) -> None:

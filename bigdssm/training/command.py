@@ -10,15 +10,17 @@ from bigdssm.cli import run_main
 from bigdssm.config import StageName, load_config
 from bigdssm.errors import BigDSSMError, PeerError
 from bigdssm.training.launcher import Launcher
+from bigdssm.training.signals import StopRequest
 
 
 def main(stage: StageName) -> int:
     """Run `stage` as the command line says and return the exit code."""
     launcher = Launcher()
-    arguments = _parser(stage).parse_args()
+    arguments = _parser(stage).parse_intermixed_args()  # key=value may stand anywhere
 
     def run() -> None:
-        # They take seconds; by now it is known who stands above this process.
+        stop = StopRequest()
+        # They take seconds; by now it is known who stands above this process, and signals are heard.
         from bigdssm import distributed
         from bigdssm.training.stages import run_stage
 
@@ -31,6 +33,7 @@ def main(stage: StageName) -> int:
                 validate_only=arguments.validate,
                 world_size=int(os.environ.get("WORLD_SIZE", "1")),
                 launcher=launcher,
+                stop=stop,
             )
         except BigDSSMError as error:
             if os.environ.get("RANK", "0") != "0" and not distributed.is_distributed():

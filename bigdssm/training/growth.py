@@ -24,7 +24,7 @@ class GrownReader(TensorReader):
     """Reads a checkpoint for a new `model` whose tables may have more rows: as initialised, their moments zero."""
 
     def __init__(self, checkpoint: Checkpoint, model: DualEncoder) -> None:
-        super().__init__(checkpoint.path)
+        super().__init__(checkpoint)
         self._new_rows: dict[str, Tensor] = {}
         for name, parameter in model.tables.named_parameters("tables"):
             known, needed = len(super().__call__(name)), len(parameter)

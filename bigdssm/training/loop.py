@@ -142,6 +142,8 @@ def _train(stage: Stage) -> Progress:
             validate(stage, stage.initial_documents)
     elif _due(progress.step, config.validate_every_steps) and progress.validated_at != progress.step:
         validate(stage)  # a request to stop had broken it off
+    elif progress.validated_at >= 0 and stage.validator.has_lost_best():
+        begin_best_again(stage)
     stage.initial_documents = None
     while not _is_over(stage):
         watch.watchdog.beat(f"step {progress.step}, waiting for rows")
@@ -175,17 +177,30 @@ def validate(stage: Stage, documents: Tensor | None = None) -> Evaluation | None
     """
     progress = stage.progress
     evaluation = stage.validator.evaluate(stage.engine, stage.watch.progress, documents)
-    score = evaluation.metrics["ndcg_at_10"] if evaluation else float(progress.step)  # no split: the newest is best
+    score = evaluation.metrics["ndcg_at_10"] if evaluation else None
     progress.validated_at = progress.step
     if evaluation:
         progress.history.append({"step": progress.step, **evaluation.metrics})
         stage.health.after_validation(progress.step, evaluation)
-    if score > progress.best:
-        progress.best, progress.best_step, progress.validations_since_best = score, progress.step, 0
+    if score is None or score > progress.best:  # without a split the newest is best
+        progress.best_step, progress.validations_since_best = progress.step, 0
+        progress.best = progress.best if score is None else score
         stage.validator.keep(stage.engine, {"stage": stage.name, "step": progress.step, "validation": score})
     else:
         progress.validations_since_best += 1
     return evaluation
+
+
+def begin_best_again(stage: Stage) -> None:
+    """Let best/, which was lost, begin with the present weights. A collective."""
+    progress, since = stage.progress, stage.progress.validations_since_best
+    logger.warning(
+        "%s: best/ of step %d is lost; the best from step %d on takes its place",
+        stage.name, progress.best_step, progress.step,
+    )  # fmt: skip
+    progress.best = float("-inf")
+    validate(stage)
+    progress.validations_since_best = since  # a stage that was out of patience still is
 
 
 def save(stage: Stage) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from bigdssm.errors import DataError
 from bigdssm.evaluation.curves import METRICS_FILE, read_stage, stage_folders
+from bigdssm.log import read_records
 from bigdssm.training.run_folder import is_locked, read_events, running
 
 SHOWN_ALERTS = 3
@@ -92,9 +92,7 @@ def _alerts(folder: Path) -> list[str]:
     """Return the newest alerts, one line each; every rank has a file with the same steps."""
     newest: dict[int, str] = {}
     for path in sorted(folder.glob("alerts-*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.endswith("}"):
-                alert = json.loads(line)
-                text = f"alert at step {alert['step']}: loss {alert['loss']:.4g}, usually {alert['usual']:.4g}"
-                newest[alert["step"]] = f"{text}; rows in {path.parent / 'alerts-*.jsonl'}"
+        for alert in read_records(path, "usual"):
+            text = f"alert at step {alert['step']}: loss {alert['loss']:.4g}, usually {alert['usual']:.4g}"
+            newest[alert["step"]] = f"{text}; rows in {path.parent / 'alerts-*.jsonl'}"
     return [newest[step] for step in sorted(newest)[-SHOWN_ALERTS:]]

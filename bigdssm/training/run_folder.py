@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import socket
+import threading
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import bigdssm
 from bigdssm import distributed
 from bigdssm.errors import BigDSSMError, CheckpointError
-from bigdssm.log import MetricsWriter, get_logger
+from bigdssm.log import MetricsWriter, get_logger, read_records
 from bigdssm.source import code_checksum
 
 RUNNING_FILE, EVENTS_FILE, STOP_FILE = "running.json", "events.jsonl", "stop"
@@ -38,6 +39,8 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self._path = folder / RUNNING_FILE
         self._file: Any = None
+        self._noting = threading.Lock()
+        self._open = False  # held, and no end noted yet
 
     def __enter__(self) -> FolderLock:
         """Take the lock. A collective. Raises CheckpointError where another process has it."""
@@ -52,6 +55,7 @@ class FolderLock:
             self._file.truncate()
             json.dump({"host": socket.gethostname(), "pid": os.getpid(), "started": _now()}, self._file)
             self._file.flush()
+            self._open = True
             (self._path.parent / STOP_FILE).unlink(missing_ok=True)  # of somebody who waited for an earlier run
         return self
 
@@ -59,10 +63,19 @@ class FolderLock:
         """Note how the run ended, and let go of the folder."""
         if self._file is not None:
             code = error.exit_code if isinstance(error, BigDSSMError) else int(error is not None)
-            reason = "finished" if error is None else " ".join(str(error).split()) or type(error).__name__
-            _note(self._path.parent, {"event": "end", "exit_code": code, "reason": reason})
+            self.end(code, "finished" if error is None else " ".join(str(error).split()) or type(error).__name__)
             self._file.truncate(0)
             self._file.close()
+
+    def end(self, code: int, reason: str) -> None:
+        """Note how the run ended, where it is this process that holds the folder, and once; from any thread."""
+        with self._noting:
+            if self._open:
+                self._open = False
+                try:
+                    _note(self._path.parent, {"event": "end", "exit_code": code, "reason": reason})
+                except OSError as problem:  # a full disk: what ended the run says more
+                    logger.warning("could not note the end in %s: %s", self._path.parent / EVENTS_FILE, problem)
 
     def _taken(self) -> CheckpointError | None:
         until = time.monotonic() + LOCK_WAIT_S
@@ -152,9 +165,7 @@ def note_start(folder: Path, step: int, total_steps: int) -> None:
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
     """Return the starts and ends of a stage's runs, oldest first; a run that was killed has no end."""
-    path = folder / EVENTS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return read_records(folder / EVENTS_FILE, "event")
 
 
 def _note(folder: Path, event: dict[str, Any]) -> None:

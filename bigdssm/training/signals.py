@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+import threading
+from collections.abc import Callable
 from types import FrameType
+from typing import ClassVar
 
-from bigdssm import distributed
 from bigdssm.errors import Preempted
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+EARLY = "asked to stop before the first step; nothing was to be saved"
 
 
 class StopRequest:
-    """Remembers a signal until the ranks next agree; one that comes before the first step ends the rank at once."""
+    """Remembers a signal until the ranks next agree; one that comes before the first step ends the rank at once.
+
+    Python gives the main thread its signals between two instructions of its own: one that sorts, or waits for other
+    ranks or loader processes, never gets there, and an exception would pass through code that catches all. So it is a
+    thread that hears the early ones and ends the process.
+    """
+
+    _tell: ClassVar[int] = -1  # where the system writes signals for the thread of the newest one
 
     def __init__(self) -> None:
         """Take over SIGTERM and SIGINT of this process."""
         self._asked = False
         self._has_state = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self.at_end: Callable[[int, str], None] | None = None  # told code and reason before the thread ends the process
+        heard, tell = os.pipe()
+        os.set_blocking(tell, False)
+        if signal.set_wakeup_fd(tell, warn_on_full_buffer=False) == StopRequest._tell != -1:
+            os.close(StopRequest._tell)  # ends the thread of the one before
+        StopRequest._tell = tell
+        for number in SIGNALS:
             signal.signal(number, self._remember)
+        threading.Thread(target=self._end_early, args=(heard,), name="signals", daemon=True).start()
 
     def wait_for_steps(self) -> None:
         """From now on there is something to save: a signal waits for the ranks to agree."""
@@ -25,9 +46,19 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Return True on every rank where any rank was asked to stop. A collective."""
+        from bigdssm import distributed  # torch takes seconds to import, in which signals are to be heard already
+
         return distributed.any_rank(self._asked)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
-        if not self._has_state:
-            raise Preempted("asked to stop before the first step; nothing was to be saved")
+
+    def _end_early(self, heard: int) -> None:
+        while number := os.read(heard, 1):
+            if number[0] in SIGNALS and not self._has_state:
+                sys.stderr.write(f"error: {EARLY}\n")
+                sys.stderr.flush()
+                if self.at_end is not None:
+                    self.at_end(Preempted.exit_code, EARLY)
+                os._exit(Preempted.exit_code)
+        os.close(heard)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -19,21 +18,21 @@ from torch import Tensor
 from bigdssm import distributed
 from bigdssm.checkpoint import CHECKPOINTS, Checkpoint, CheckpointStore, is_checkpoint
 from bigdssm.cli import ProgressBar
-from bigdssm.config import Config, StageConfig, StageName, first_difference
+from bigdssm.config import Config, StageName, first_difference
 from bigdssm.data import Dataset, Rows, RowStream
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.curves import CONFIG_FILE
 from bigdssm.export.checkpoint_model import load_checkpoint_model
 from bigdssm.export.model_folder import load_model_folder
 from bigdssm.features import hash64
-from bigdssm.log import get_logger
+from bigdssm.log import get_logger, naming
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval.embed import Share, encode_catalogue, tower_encoders
 from bigdssm.retrieval.mine import mine_to_file
 from bigdssm.retrieval.mined import MinedNegatives
 from bigdssm.training.alerts import SpikeAlert
 from bigdssm.training.batches import Batches, row_stream
-from bigdssm.training.checks import PART_KEYS, check_agreement, check_stage, initial_model
+from bigdssm.training.checks import check_agreement, check_folder, check_stage, initial_model
 from bigdssm.training.engine import Engine, device, init_process_group
 from bigdssm.training.faults import Faults
 from bigdssm.training.growth import GrownReader, grow_model
@@ -41,6 +40,7 @@ from bigdssm.training.health import Health, describe_ranks
 from bigdssm.training.launcher import Launcher
 from bigdssm.training.loop import Progress, SaveClock, Stage, Watch, restore, train
 from bigdssm.training.objective import Objective
+from bigdssm.training.resuming import check_length, part_steps
 from bigdssm.training.row_log import CONSUMED, SKIPPED, RowLog
 from bigdssm.training.run_folder import STOP_FILE, FolderLock, note_start, versions
 from bigdssm.training.signals import StopRequest
@@ -54,16 +54,20 @@ logger = get_logger(__name__)
 
 def run_stage(
     config: Config, name: StageName, *, resume: bool, validate_only: bool, world_size: int,
-    launcher: Launcher | None = None,
+    launcher: Launcher | None = None, stop: StopRequest | None = None,
 ) -> None:  # fmt: skip
     """Check, build and train one stage on this rank; `validate_only` stops after the first batch was made."""
-    dataset = check_stage(config, name, world_size, resume)
+    dataset = check_stage(config, name, world_size)
+    if not validate_only:
+        check_folder(config, name, resume)
     stage_config, folder = config.stage(name), config.stage_dir(name)
+    stop = stop or StopRequest()
     init_process_group()
-    stop = StopRequest()
+    lock = FolderLock(folder)
     with ExitStack() as after:  # what ends behind the watchdog's back, such as trackers that upload
-        watchdog = Watchdog(config.engine.peer_timeout_s, launcher or Launcher(), folder / STOP_FILE)
+        watchdog = Watchdog(config.engine.peer_timeout_s, launcher or Launcher(), folder / STOP_FILE, lock.end)
         with watchdog:
+            stop.at_end = watchdog.leave
             check_agreement(config, dataset)
             torch.manual_seed(config.run.seed)
             model = _model(config, name, dataset)
@@ -75,11 +79,14 @@ def run_stage(
             )  # fmt: skip
             if validate_only:
                 _report_valid(config, name, model, stream)
+                check_folder(config, name, resume)  # last: it hides nothing that is wrong with the config
                 return
-            after.enter_context(FolderLock(folder))
+            after.enter_context(lock)
             store = CheckpointStore(folder / CHECKPOINTS, stage_config.keep_checkpoints)
             checkpoint = store.newest_good() if resume else None
             new_part = checkpoint is not None and not stream.check_state(checkpoint.state["stream"])
+            if checkpoint is not None and not new_part:
+                check_length(checkpoint, stage_config, name, stream.steps_per_epoch)
             _write_config(folder, config)
             done = Progress(**checkpoint.state["progress"]) if checkpoint is not None else Progress()
             trackers = after.enter_context(closing(Trackers(folder, config, done.step, len(done.history))))
@@ -95,7 +102,12 @@ def run_stage(
                 )  # fmt: skip
                 stop.wait_for_steps()
                 progress = train(stage)
-    logger.info("%s finished: best validation NDCG@10 %.4f at step %d", name, progress.best, progress.best_step)
+    best = (
+        f"best validation NDCG@10 {progress.best:.4f}"
+        if progress.history
+        else "no validation split, the newest is best,"
+    )
+    logger.info("%s finished: %s at step %d", name, best, progress.best_step)
 
 
 def _assemble(
@@ -113,14 +125,14 @@ def _assemble(
     loss = stage_config.loss
     counts = stream.doc_weights() if loss.sampling != "none" and loss.frequency == "counts" else None
     objective = Objective(loss, config.model, config.engine.loss_tile, counts, stage_config.rows_global)
-    mined, documents = _mined(config, name, engine, dataset, folder, watch, checkpoint is not None and not new_part)
+    mined, documents = _mined(config, name, engine, dataset, folder, watch, checkpoint is not None, new_part)
     torch.manual_seed(config.run.seed * 1_000_003 + distributed.rank() + 1)  # dropout differs between ranks
     progress = Progress()
     if checkpoint is not None:
         progress = restore(checkpoint, read, engine, stream, objective, new_part)
         over = f", at the beginning of {', '.join(p.name for p in dataset.partitions)}" if new_part else ""
         logger.info("%s goes on from %s%s", name, checkpoint.path, over)
-    total_steps = progress.part_step + _part_steps(stage_config, stream)
+    total_steps = progress.part_step + part_steps(stage_config, stream.steps_per_epoch)
     row_log = partial(
         RowLog, folder, rank=distributed.rank(), world_size=distributed.world_size(), next_step=progress.step
     )
@@ -181,19 +193,24 @@ def _model_difference(theirs: Config, mine: Config) -> str | None:
 
 
 def _mined(
-    config: Config, name: StageName, engine: Engine, dataset: Dataset, folder: Path, watch: Watch, resumed: bool
-) -> tuple[MinedNegatives | None, Tensor | None]:
+    config: Config, name: StageName, engine: Engine, dataset: Dataset, folder: Path, watch: Watch, resumed: bool,
+    new_part: bool,
+) -> tuple[MinedNegatives | None, Tensor | None]:  # fmt: skip
     """Return the negatives of the part's rows, mined with the initial weights and kept for a resumed run, and with them
     the documents' index vectors where they were encoded just now. Raises CheckpointError where the kept ones are lost.
+
+    Where no checkpoint is left they are mined again: nothing says of which dataset those were that lie there.
     """
     stage = config.stage(name)
     given = stage.mining.file
     path = _mined_file(config, dataset, folder) if given is None else Path(given)
     if stage.loss.negatives == 0:
         return None, None
-    if distributed.broadcast_object(path.exists()):
-        return MinedNegatives.open(path), None
-    if resumed:
+    if (resumed or given is not None) and distributed.broadcast_object(path.exists()):
+        mined = MinedNegatives.open(path)
+        mined.check_against(dataset)
+        return mined, None
+    if resumed and not new_part:
         raise CheckpointError(
             f"{path} is missing: the run was trained with these negatives, and by now its weights would mine others; "
             "bring the file back, or begin anew in another run.dir"
@@ -202,7 +219,7 @@ def _mined(
     encoders = tower_encoders(engine.deepspeed, dataset, device())
     documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
     with closing(row_stream(config, stage, dataset, share.rank, share.world_size)) as stream:
-        steps = _part_steps(stage, stream)
+        steps = part_steps(stage, stream.steps_per_epoch)
         some = steps < stream.steps_per_epoch
         which = f"the {steps} steps' rows" if some else "every train row"
         mining = stage.mining
@@ -224,9 +241,11 @@ def _to_come(stream: RowStream, steps: int, watch: Watch) -> Iterator[Rows]:
 
 def _mined_file(config: Config, dataset: Dataset, folder: Path) -> Path:
     """Return where the mined negatives of the partitions that are trained on stand: a new part has other rows."""
-    which = [getattr(config.data, key) for key in PART_KEYS]
-    part = f".{hash64(repr([*which, dataset.fingerprint])) % 2**64:016x}" if any(which[:2]) else ""
-    return folder / f"mined_negatives{part}.npy"
+    if config.data.from_partition is None and not config.data.mixture:
+        return folder / "mined_negatives.npy"
+    mixture = [(source.name, source.weight) for source in dataset.sources]
+    part = hash64(repr([mixture, config.data.mixture_batches, dataset.fingerprint])) % 2**64
+    return folder / f"mined_negatives.{part:016x}.npy"
 
 
 def _write_config(folder: Path, config: Config) -> None:
@@ -234,19 +253,17 @@ def _write_config(folder: Path, config: Config) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(config.to_dict(), sort_keys=False)
         aside = folder / f".{CONFIG_FILE}.unfinished"
-        aside.write_text(text, encoding="utf-8")
+        with naming(aside):
+            aside.write_text(text, encoding="utf-8")
         os.replace(aside, folder / CONFIG_FILE)
     distributed.barrier()
 
 
-def _part_steps(stage: StageConfig, stream: RowStream) -> int:
-    return stage.steps or math.ceil(stage.epochs * stream.steps_per_epoch)
-
-
 def _report_valid(config: Config, name: StageName, model: DualEncoder, stream: RowStream) -> None:
-    batch = next(iter(Batches(stream, replace(config.stage(name).loss, negatives=0), None, config.run.seed, device())))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    stage = config.stage(name)
+    batch = next(iter(Batches(stream, replace(stage.loss, negatives=0), None, config.run.seed, device())))
+    parameters, steps = sum(p.numel() for p in model.parameters()), part_steps(stage, stream.steps_per_epoch)
     logger.info(
         "%s is valid: %s parameters, %d steps, a first batch of %d rows and %d documents on rank 0",
-        name, f"{parameters:,}", _part_steps(config.stage(name), stream), len(batch.query_ids), len(batch.doc_ids),
+        name, f"{parameters:,}", steps, len(batch.query_ids), len(batch.doc_ids),
     )  # fmt: skip

@@ -12,7 +12,7 @@ from bigdssm.config import Config
 from bigdssm.data import Dataset
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.evaluation.split import Evaluation, evaluate_split
-from bigdssm.export.model_folder import save_model_folder
+from bigdssm.export.model_folder import is_model_folder, save_model_folder
 from bigdssm.models import DualEncoder, MlpScorer
 from bigdssm.retrieval.embed import Encoders, Progress, scored_encoders, tower_encoders
 from bigdssm.training.engine import Engine, device
@@ -56,6 +56,10 @@ class Validator:
         whole = engine.state_dict().items()
         scorer.load_state_dict({name.removeprefix(prefix): t for name, t in whole if name.startswith(prefix)})
         return scored_encoders(engine.deepspeed, scorer.to(device()), self._dataset, device())
+
+    def has_lost_best(self) -> bool:
+        """Return True on every rank where there is no best/ folder. A collective."""
+        return distributed.broadcast_object(not is_model_folder(self._best_dir))
 
     def keep(self, engine: Engine, provenance: dict[str, Any]) -> None:
         """Write the present weights to the best/ folder. A collective.

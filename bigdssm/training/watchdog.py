@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -41,6 +42,7 @@ BROKEN_STORE_S = 10.0
 STARTING_S = 900.0  # without progress before the first step: imports, opening a dataset, reading a checkpoint
 LEAVING_S = 15.0  # that a main thread has for leaving by itself
 VERDICT = "verdict"
+NOTING_S = 2.0  # for the note of the end: the file system may be what hangs
 STOPPED_EXIT_CODE = 143  # what shells give for SIGTERM
 
 logger = get_logger(__name__)
@@ -66,12 +68,18 @@ class Watchdog:
     Within it the error of a collective that another rank has left becomes a PeerError that names this rank.
     """
 
-    def __init__(self, timeout_s: float, launcher: Launcher, stop_file: Path) -> None:
-        """`timeout_s` may pass without a sign of life, and without progress; `stop_file` asks the run to stop."""
-        self._timeout_s, self._launcher, self._stop_file = timeout_s, launcher, stop_file
+    def __init__(
+        self, timeout_s: float, launcher: Launcher, stop_file: Path, at_end: Callable[[int, str], None] | None = None
+    ) -> None:
+        """`timeout_s` may pass without a sign of life, and without progress; `stop_file` asks the run to stop.
+
+        `at_end` is told code and reason where the watchdog ends the process, of which nothing else then knows.
+        """
+        self._timeout_s, self._launcher, self._stop_file, self._at_end = timeout_s, launcher, stop_file, at_end
         self._interval_s = min(LONGEST_BEAT_S, timeout_s / BEATS_PER_TIMEOUT)
         self._rank, self._world_size = distributed.rank(), distributed.world_size()
         self._store_is_rank_0s = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self._keeps_store = self._store_is_rank_0s and self._rank == 0 and self._world_size > 1  # for others
         self._phase, self._moves, self._moved_at = "starting", 0, time.monotonic()
         self._heard_at = self._exchanged_at = time.monotonic()
         self._broken_at: float | None = None
@@ -126,6 +134,12 @@ class Watchdog:
         """Say that the main thread got on, and what it does now."""
         self._phase, self._moved_at = phase, time.monotonic()
         self._moves += 1
+
+    def leave(self, code: int, reason: str) -> None:
+        """Tell the other ranks and the run's folder that this process is about to end, in a few seconds at most."""
+        self._say(f"rank {self._rank} stopped: {reason}", wait_for_main=True)
+        self._note_end(code, reason)
+        self._let_all_read()
 
     # --- the exchanging thread ---
 
@@ -287,8 +301,8 @@ class Watchdog:
     def _close(self) -> None:
         self._closed.set()
         self._wake.set()
-        if self._rank == 0 and self._store_is_rank_0s and self._verdict is not None:
-            time.sleep(min(LONGEST_BEAT_S, 2 * self._interval_s))  # the store goes with this rank; let all read it
+        if self._verdict is not None:
+            self._let_all_read()
         for thread in self._threads:
             thread.join(timeout=1.0)
 
@@ -296,12 +310,23 @@ class Watchdog:
         """Say the verdict with all stacks of this process, and end it whatever the main thread does."""
         sys.stderr.write(f"error: {verdict['text']}; rank {self._rank} ends without saving, its stacks:\n")
         sys.stderr.flush()
+        self._note_end(verdict["code"], f"{verdict['text']}; ended without saving")
         faulthandler.dump_traceback(all_threads=True)
-        if self._rank == 0 and self._store_is_rank_0s:
-            time.sleep(min(LONGEST_BEAT_S, 2 * self._interval_s))
+        self._let_all_read()
         if self._to_kill is not None and state_of(self._to_kill) == "T":  # launchers wait 30 s for it to heed SIGTERM
             os.kill(self._to_kill, signal.SIGKILL)
         os._exit(verdict["code"])
+
+    def _note_end(self, code: int, reason: str) -> None:
+        if self._at_end is not None:
+            noting = threading.Thread(target=self._at_end, args=(code, reason), daemon=True)
+            noting.start()
+            noting.join(NOTING_S)
+
+    def _let_all_read(self) -> None:
+        """Keep the store, which goes with this rank, until all have read the verdict."""
+        if self._keeps_store:
+            time.sleep(min(LONGEST_BEAT_S, 2 * self._interval_s))
 
 
 def _verdict(text: str, wait_for_main: bool = False, code: int = PeerError.exit_code) -> dict[str, Any]:

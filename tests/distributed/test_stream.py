@@ -87,7 +87,7 @@ def test_all_ranks_stop_at_the_same_step_where_one_alone_meets_damage(
     assert made_0 % CHECK_EVERY_STEPS == 0
     assert rows_0 == made_0 * 16 > rows_1
     assert error_0 == error_1
-    assert "more than max_bad_fraction=0.01 allows" in error_0
+    assert "more than data.max_bad_fraction=0.01 allows" in error_0
     allowed = pool.run(read_until_it_stops, str(folder), 0.5, "")
     assert [(made, error) for made, _, error in allowed] == [(100, ""), (100, "")]
 

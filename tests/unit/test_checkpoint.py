@@ -118,10 +118,10 @@ def test_killed_while_a_step_is_saved_again(
 def test_a_file_that_cannot_be_read_is_damage(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = checkpoint.file_checksum
 
-    def broken(path: Path) -> str:
+    def broken(path: Path, *between: int) -> str:
         if path.parent.name == "step-00000015":
             raise OSError(5, "Input/output error")
-        return whole(path)
+        return whole(path, *between)
 
     with monkeypatch.context() as patch:
         patch.setattr("bigdssm.checkpoint.file_checksum", broken)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import save_file
 
 from bigdssm import checkpoint
@@ -76,6 +77,16 @@ def test_a_pickle_in_a_checkpoint_is_not_opened(tmp_path: Path, mark: Path) -> N
     assert torch.equal(found.rank_state(0)["cpu"], torch.zeros(3))
 
 
+def forge(path: Path, name: str) -> None:
+    """Make the manifest of a checkpoint fit the file `name` as it now is."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    (share,) = [share for share in manifest["shares"] if share["file"] == name]
+    share |= {"range": [0, (path / name).stat().st_size], "xxh3_128": checkpoint.file_checksum(path / name)}
+    del manifest["checksum"]
+    checksum = xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
+    (path / "manifest.json").write_text(json.dumps({"checksum": checksum, **manifest}))
+
+
 @pytest.mark.parametrize("name", ["tensors-00000.safetensors", "rank-00000.safetensors"])
 def test_a_pickle_in_the_place_of_tensors_is_not_opened(tmp_path: Path, mark: Path, name: str) -> None:
     """Not even where the manifest was made to fit."""
@@ -85,10 +96,7 @@ def test_a_pickle_in_the_place_of_tensors_is_not_opened(tmp_path: Path, mark: Pa
     torch.save({"weight": Bomb(mark)}, path / name)
     assert store.newest_good() is None
     path.with_name(f"damaged-{path.name}").rename(path)
-    manifest = json.loads((path / "manifest.json").read_text())
-    size, checksum = (path / name).stat().st_size, checkpoint.file_checksum(path / name)
-    manifest["files"][name] = {"bytes": size, "xxh3_128": checksum}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    forge(path, name)
     found = store.newest_good()
     assert found is not None
     with pytest.raises(Exception, match=r"(?i)header|safetensor"):

@@ -42,13 +42,14 @@ def turns_per_round(names: Sequence[str], weights: Sequence[float]) -> list[int]
 
     Raises ConfigError where a weight is too small for a single one.
     """
-    exact = np.array(weights, float) / sum(weights) * TURNS
+    shares = np.array(weights, float) / max(weights)  # their sum cannot overflow
+    exact = shares / shares.sum() * TURNS
     turns = np.floor(exact).astype(np.int64)
     missing = TURNS - int(turns.sum())
     turns[np.argsort(-(exact - turns), kind="stable")[:missing]] += 1
     for name, weight, count in zip(names, weights, turns.tolist(), strict=True):
         if not count:
-            needed = sum(weights) / TURNS
+            needed = max(weights) / TURNS * float(shares.sum())
             raise ConfigError(f"data.mixture: {name} has weight {weight}, needs at least {needed:g}, a thousandth")
     return [int(count) for count in turns]
 

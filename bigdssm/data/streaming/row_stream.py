@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from bigdssm.errors import ConfigError, DataError, PeerError
 from bigdssm.log import get_logger
 
 CHECK_EVERY_STEPS = 16
+MOST_KINDS, SHOWN_KINDS = 20, 3  # of bad rows: remembered by a rank, told where there are too many
 log = get_logger(__name__)
 
 
@@ -52,6 +54,7 @@ class RowStream(ABC):
         self._parts_per_step, self._max_bad_fraction, self._quarantine = parts_per_step, max_bad_fraction, quarantine
         self._named: set[tuple[str, int, int | None]] = set()
         self._written: set[bytes] | None = None  # lines of the file, also those of a run that this one goes on with
+        self._reasons: dict[str, tuple[str, int]] = {}  # of what is bad, by kind: the first, and in how many rows
         self._failure: DataError | PeerError | None = None
         self._parts: Iterator[Part] | None = None
 
@@ -104,18 +107,19 @@ class RowStream(ABC):
         Call it before a checkpoint is written, too. Raises DataError; PeerError where a loader process died, and on the
         ranks that could read where another could not.
         """
-        mine = (self.rows_bad, self.rows_met, self._failure is not None)
+        mine = (self.rows_bad, self.rows_met, self._failure is not None, self._reasons)
         alone = self.world_size == 1 or self.world_size != distributed.world_size()
         reports = [mine] if alone else distributed.all_gather_object(mine)
-        if any(failed for _, _, failed in reports):
+        if any(failed for _, _, failed, _ in reports):
             distributed.raise_together(self._failure) if not alone else self._raise_own()
         bad, met = sum(report[0] for report in reports), sum(report[1] for report in reports)
         allowed = self._max_bad_fraction * self._rows_judged(met)
         if bad > allowed:
             where = f"; they are named in {self._quarantine}" if self._quarantine else ""
             raise DataError(
-                f"{self.dataset.dir}: {bad} of {met} rows met are bad, more than max_bad_fraction="
-                f"{self._max_bad_fraction} allows ({int(allowed)}){where}; mend the shards or allow more"
+                f"{self.dataset.dir}: {bad} of {met} rows met are bad, more than data.max_bad_fraction="
+                f"{self._max_bad_fraction} allows ({int(allowed)}): {_told([report[3] for report in reports])}{where}; "
+                "mend the shards or allow more"
             )
 
     def close(self) -> None:
@@ -152,6 +156,10 @@ class RowStream(ABC):
         if key in self._named:
             return
         self._named.add(key)
+        kind = re.sub(r"'[^']*'|\d+", "", fault.reason)  # without what is the row's own
+        first, count = self._reasons.get(kind, (fault.reason, 0))
+        if count or len(self._reasons) < MOST_KINDS:
+            self._reasons[kind] = (first, count + fault.rows)
         row = "" if fault.row is None else f", row {fault.row}"
         log.warning("left out: %s, block %d%s: %s", fault.shard, fault.block, row, fault.reason)
         if self._quarantine is not None:
@@ -162,6 +170,16 @@ class RowStream(ABC):
                 self._written.add(line)
                 with self._quarantine.open("ab") as file:
                     file.write(line)
+
+
+def _told(reasons: Sequence[dict[str, tuple[str, int]]]) -> str:
+    """Return the commonest kinds of bad rows over all ranks, each by its first reason, with its rows."""
+    total: dict[str, tuple[str, int]] = {}
+    for kind, (reason, rows) in (item for of_rank in reasons for item in of_rank.items()):
+        first, before = total.get(kind, (reason, 0))
+        total[kind] = (first, before + rows)
+    commonest = sorted(total.values(), key=lambda reason: -reason[1])[:SHOWN_KINDS]
+    return ", ".join(f"{reason} ({rows} row{'s' if rows > 1 else ''})" for reason, rows in commonest)
 
 
 def _whole_lines(path: Path) -> set[bytes]:

@@ -290,7 +290,9 @@ def test_past_the_limit_the_stream_stops(copy: Path, tmp_path: Path) -> None:
     flip_payload(copy)  # 64 of 1,000 rows
     arguments = {"rows_global": 40, "lanes": LANES, "quarantine": tmp_path / "q.jsonl"}  # 25 steps are an epoch
     stream = PairStream(copy, max_bad_fraction=0.063, **arguments)
-    with pytest.raises(DataError, match=r"rows met are bad, more than max_bad_fraction=0.063 allows \(63\).*q.jsonl"):
+    with pytest.raises(
+        DataError, match=r"rows met are bad, more than data.max_bad_fraction=0.063 allows \(63\).*q.jsonl"
+    ):
         list(islice(stream, 25))
         stream.check()  # as before a checkpoint
     assert stream.rows_bad == 64

@@ -131,7 +131,7 @@ def test_samples_that_cannot_be_used_are_named_and_replaced(plain: tuple[Dataset
         "sample '../../d'", "sample 'a'", "sample 'b'", "sample 'c'",
     ]  # fmt: skip
     assert {line["shard"] for line in lines} == {str(shard)}
-    with pytest.raises(DataError, match=r"are bad, more than max_bad_fraction=0.001"):
+    with pytest.raises(DataError, match=r"are bad, more than data.max_bad_fraction=0.001"):
         list(islice(PlainStream(plain[0], str(shard), rows_global=20), 100))
     none = members(tmp_path / "none.tar", {"0.json": text(0, doc="")})
     with pytest.raises(DataError, match=r"hardly a sample can be used; the last: .*no document"):

@@ -1,0 +1,370 @@
+"""What a rough user does to a run and its folder: signals, edits, damage, other settings at a resume.
+
+Each case is a command line, its exit code and its sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from bigdssm.config import load_config
+from bigdssm.training.resuming import RULES, rule_of
+from tests.distributed import small_run
+from tests.e2e.warm import ROOT, Command
+
+pytestmark = pytest.mark.e2e
+
+STEPS = ("pretrain.steps=8", "pretrain.save_every_steps=4")
+RESUME = ("--resume", "auto")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_run.write_dataset(tmp_path_factory.mktemp("folders"))
+
+
+@pytest.fixture(autouse=True)
+def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BIGDSSM_TEST_LOGS", str(tmp_path))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture(scope="module")
+def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of eight steps, with the checkpoints of steps 4 and 8."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BIGDSSM_TEST_LOGS", str(folder))
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        done = pretrain(config, folder / "run", *STEPS).wait()
+    assert done.code == 0, done.log
+    return folder / "run"
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be hurt."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def pretrain(config: Path, folder: Path, *arguments: object, **options: Any) -> Command:
+    return Command("pretrain", "--config", config, f"run.dir={folder}", *arguments, **options)
+
+
+def refused(done: Command, code: int, words: str) -> None:
+    """One sentence on rank 0, no traceback."""
+    assert done.code == code, done.log
+    assert len(done.errors) == 1 and re.search(words, done.errors[0]), done.log
+    assert "Traceback" not in done.log
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "pretrain" / "events.jsonl").read_text().splitlines()]
+
+
+def edited(old: str, new: str) -> Callable[[Path], None]:
+    def edit(path: Path) -> None:
+        content = (path / "manifest.json").read_text()
+        assert old in content
+        (path / "manifest.json").write_text(content.replace(old, new, 1))
+
+    return edit
+
+
+def renamed(path: Path) -> None:
+    path.rename(path.with_name("step-00000009"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (edited('"step": 8', '"step": 7'), "manifest.json is damaged: its content does not have the checksum"),
+        (edited('"applied": 8', '"applied": 3'), "manifest.json is damaged: its content does not have the checksum"),
+        (edited('"format": 2', '"format": 3'), "manifest.json is damaged: its content does not have the checksum"),
+        (renamed, "step-00000009 was written as step-00000008; give it that name again"),
+    ],
+    ids=["step", "applied", "format", "folder"],
+)
+def test_an_edited_manifest_is_damage(config: Path, run: Path, damage: Callable[[Path], None], words: str) -> None:
+    damage(run / "pretrain" / "checkpoints" / "step-00000008")
+    done = pretrain(config, run, *STEPS, *RESUME).wait()
+    assert done.code == 0, done.log
+    assert f"{words}" in done.log and "goes on from" in done.log and "step-00000004" in done.log
+
+
+def test_a_checkpoint_of_another_version_is_refused_and_left(config: Path, run: Path) -> None:
+    """Not passed over as if it were damaged: the run would begin anew over it."""
+    for path in (run / "pretrain" / "checkpoints").glob("step-*/manifest.json"):
+        content = json.loads(path.read_text())
+        content = {key: content[key] for key in ("step", "world_size", "state")} | {"files": {}}
+        path.write_text(json.dumps(content))
+    refused(pretrain(config, run, *STEPS, *RESUME).wait(), 4, "has format 1, this version reads 2; go on with the ver")
+    assert (run / "pretrain" / "checkpoints" / "step-00000008").is_dir()
+
+
+def test_a_manifest_without_a_format_is_damage(config: Path, run: Path) -> None:
+    (run / "pretrain" / "checkpoints" / "step-00000008" / "manifest.json").write_text("{}")
+    done = pretrain(config, run, *STEPS, *RESUME).wait()
+    assert done.code == 0 and "manifest.json is damaged: KeyError('format')" in done.log, done.log
+
+
+def test_a_checkpoint_without_its_stage_is_no_start(config: Path, run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "alone" / "checkpoints" / "step-00000008"
+    shutil.copytree(run / "pretrain" / "checkpoints" / "step-00000008", path)
+    words = "step-00000008 has only the weights: what model they are of stands in .*alone, which has neither"
+    refused(pretrain(config, tmp_path / "new", f"pretrain.init={path}").wait(), 4, words)
+    refused(
+        pretrain(config, tmp_path / "new", f"pretrain.init={config}").wait(), 2, "which is a file; correct the path"
+    )
+
+
+def test_a_full_disk_is_told_with_the_file(config: Path, run: Path) -> None:
+    (run / "pretrain" / "events.jsonl").unlink()
+    (run / "pretrain" / "events.jsonl").symlink_to("/dev/full")
+    refused(pretrain(config, run, *STEPS, *RESUME).wait(), 1, r"No space left on device: .*events\.jsonl")
+
+
+def test_mined_negatives_that_were_edited_are_refused(config: Path, run: Path) -> None:
+    arguments = ("--config", config, f"run.dir={run}", "sft.save_every_steps=2")
+    assert Command("sft", *arguments).wait().code == 0
+    shutil.rmtree(run / "sft" / "checkpoints" / "step-00000004")
+    mined = np.load(run / "sft" / "mined_negatives.npy")
+    mined["window"] += 100_000
+    np.save(run / "sft" / "mined_negatives.npy", mined)
+    refused(Command("sft", *arguments, *RESUME).wait(), 3, "mined for another dataset: it names row .* 48 documents")
+    refused(
+        Command("sft", *arguments, *RESUME, "sft.steps=8").wait(), 2, "negatives were mined for the rows of these al"
+    )
+
+
+def test_what_lies_beside_a_checkpoints_files_is_not_read(config: Path, run: Path) -> None:
+    path = run / "pretrain" / "checkpoints" / "step-00000008"
+    shutil.copy(path.with_name("step-00000004") / "tensors-00000.safetensors", path / "tensors-00009.safetensors")
+    first = (run / "pretrain" / "best" / "model.safetensors").read_bytes()
+    shutil.rmtree(run / "pretrain" / "best")
+    assert pretrain(config, run, *STEPS, *RESUME).wait().code == 0
+    assert (run / "pretrain" / "best" / "model.safetensors").read_bytes() == first
+
+
+def test_what_may_change_at_a_resume(config: Path, run: Path, tmp_path: Path) -> None:
+    """The dataset by another path, the limits: it goes on where it was."""
+    data = yaml.safe_load(config.read_text())["data"]["dir"]
+    moved = shutil.copytree(data, tmp_path / "moved")
+    shutil.rmtree(run / "pretrain" / "checkpoints" / "step-00000008")
+    changed = (
+        "data.max_bad_fraction=0.5",
+        "data.cache_bytes=99",
+        "data.tokenizer.lowercase=false",
+    )
+    relative = f"data.dir={os.path.relpath(moved, ROOT)}"
+    done = pretrain(config, run, *STEPS, *RESUME, *changed, relative, "pretrain.max_skipped_steps=7").wait()
+    assert done.code == 0, done.log
+    assert "goes on from" in done.log and events(run)[-1]["reason"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("run.seed=1", r"run\.seed was 0, is 1; resume needs the same \(docs/faults\.md"),
+        ("pretrain.optimizer.lr=0.5", r"pretrain\.optimizer\.lr was 0\.01, is 0\.5"),
+        ("model.dim=8", r"model\.dim was 16, is 8"),
+        ("pretrain.steps=7", r"got 7 steps, needs at least the 8 of before: a resumed stage may become longer"),
+    ],
+)
+def test_what_may_not_change_at_a_resume(config: Path, run: Path, override: str, words: str) -> None:
+    refused(pretrain(config, run, *STEPS, *RESUME, override).wait(), 2, words)
+
+
+def test_another_dataset_is_refused_by_its_fingerprint(config: Path, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    content = yaml.safe_load(small_run.write_dataset(tmp_path / "other").read_text())
+    partition = Path(content["data"]["dir"]) / "partitions" / "base" / "partition.json"
+    described = json.loads(partition.read_text())
+    partition.write_text(json.dumps({**described, "fingerprint": "another"}))
+    refused(
+        pretrain(config, run, *STEPS, *RESUME, f"data.dir={content['data']['dir']}").wait(), 3,
+        "cannot go on where it was, because partition base has changed",
+    )  # fmt: skip
+
+
+def test_a_finished_stage_may_be_trained_longer(config: Path, run: Path) -> None:
+    done = pretrain(config, run, *RESUME, "pretrain.steps=12").wait()
+    assert done.code == 0, done.log
+    told = "takes 12 steps, before it was to take 8: the learning rate follows the longer schedule from here on"
+    assert told in done.log and [record["step"] for record in small_run.records(run)] == list(range(1, 13))
+    assert (run / "pretrain" / "checkpoints" / "step-00000012").is_dir()
+
+
+def leaves(content: dict[str, Any], key: str = "") -> list[str]:
+    found = []
+    for name, value in content.items():
+        found += leaves(value, f"{key}{name}.") if isinstance(value, dict) and value else [f"{key}{name}"]
+    return found
+
+
+def test_the_docs_have_the_rules_of_the_code(config: Path) -> None:
+    """Rows `| key, key | rule | … |` of the table; every key of the config has a rule, and every rule a key."""
+    used = set()
+    for key in leaves(load_config(config).to_dict()):
+        assert rule_of(key, "pretrain") and rule_of(key, "sft")
+        used |= {rule for rule in RULES if f"{key.replace('pretrain.', 'STAGE.')}.".startswith(f"{rule}.")}
+    assert used | {"OTHER"} == set(RULES)
+    text = (ROOT / "docs" / "faults.md").read_text()
+    table = text[text.index("## What may change at a resume") :]
+    table = table[: table.index("\n## ", 1)]
+    told = {}
+    for keys, rule in re.findall(r"^\| (`[^|]+) \| (\w+) \|", table, re.MULTILINE):
+        told |= {key: rule for key in re.findall(r"`([^`]+)`", keys)}
+    assert told == RULES
+
+
+def test_a_signal_before_the_first_step_ends_a_run_whatever_it_does(config: Path, tmp_path: Path) -> None:
+    """Here it waits for a second rank that never comes, which no exception gets the main thread out of."""
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        waiting = pretrain(config, tmp_path / "run", env=alone)
+        time.sleep(1.0)
+        os.kill(waiting.pids[0], number)
+        assert waiting.wait(10).code == 75, waiting.log
+        assert waiting.log == "error: asked to stop before the first step; nothing was to be saved\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_before_the_first_step_is_told_to_the_other_ranks(config: Path, tmp_path: Path) -> None:
+    """While negatives are mined, of which rank 0 has noted nothing yet but its start."""
+    assert pretrain(config, tmp_path / "run", *STEPS).wait().code == 0
+    arguments = ("--config", config, f"run.dir={tmp_path}/run", "sft.steps=1000000", "engine.peer_timeout_s=5")
+    mining = Command("sft", *arguments, ranks=2).wait_for("mining negatives")
+    os.kill(mining.pids[1], signal.SIGTERM)
+    codes = mining.wait(30).codes
+    assert codes[1] == 75 and codes[0] in (6, 75), mining.log  # told by rank 1, or they have agreed before
+    end = json.loads((tmp_path / "run" / "sft" / "events.jsonl").read_text().splitlines()[-1])
+    assert end["exit_code"] == codes[0] and "asked to stop" in end["reason"]
+
+
+@pytest.mark.parametrize("override", ["pretrain.rows_global=1000000000002", "pretrain.rows_global=894"])
+def test_more_rows_a_step_than_there_are(config: Path, tmp_path: Path, override: str) -> None:
+    done = pretrain(config, tmp_path / "run", override, "--validate").wait(20)
+    refused(done, 2, r"pretrain\.rows_global: got \d+, needs at most the 891 train rows of .*dataset")
+
+
+def test_more_rows_a_step_than_plain_shards_are_read_for(config: Path, tmp_path: Path) -> None:
+    plain = (f"data.webdataset={tmp_path}/x.tar", "pretrain.loss.uniform_negatives=0", "pretrain.loss.sampling=none")
+    done = pretrain(config, tmp_path / "run", *plain, "pretrain.rows_global=100000002").wait()
+    refused(done, 2, r"rows_global: got 100000002, needs at most 16777216")
+
+
+def test_weights_of_a_mixture_whose_sum_is_no_number(config: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(yaml.safe_load(config.read_text())["data"]["dir"], tmp_path / "data")
+    described = json.loads((data / "dataset.json").read_text())
+    (data / "dataset.json").write_text(json.dumps({**described, "partitions": ["base", "day2"]}))
+    shutil.copytree(data / "partitions" / "base", data / "partitions" / "day2")
+    huge = "data.mixture=[{partitions: [base], weight: 1e308}, {partitions: [day2], weight: 1e308}]"
+    arguments = (*STEPS, "data.lanes=6", "pretrain.loss.sampling=none")
+    done = pretrain(config, tmp_path / "run", *arguments, f"data.dir={data}", huge).wait()
+    assert done.code == 0 and "loss 0.0000" not in done.log, done.log
+    named = huge.replace("{partitions: [base]", f"{{dir: {data}, partitions: [base]")
+    longer = ("pretrain.steps=10", f"data.dir={os.path.relpath(data, ROOT)}", named)  # the same folder by two names
+    done = pretrain(config, tmp_path / "run", *arguments, *RESUME, *longer).wait()
+    assert done.code == 0 and "goes on from" in done.log, done.log
+
+
+def test_relevances_of_zero_are_refused(config: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(yaml.safe_load(config.read_text())["data"]["dir"], tmp_path / "data")
+    counts = data / "partitions" / "base" / "counts.npy"
+    np.save(counts, 0 * np.load(counts))
+    refused(pretrain(config, tmp_path / "run", f"data.dir={data}").wait(), 3, "no train row has a relevance above 0")
+
+
+def test_without_a_validation_split_no_score_is_told(config: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(yaml.safe_load(config.read_text())["data"]["dir"], tmp_path / "data")
+    path = data / "partitions" / "base" / "partition.json"
+    content = json.loads(path.read_text())
+    del content["splits"]["validation"]
+    path.write_text(json.dumps(content))
+    done = pretrain(config, tmp_path / "run", f"data.dir={data}", *STEPS).wait()
+    assert done.code == 0 and "NDCG" not in done.log, done.log
+    assert "pretrain finished: no validation split, the newest is best, at step 8" in done.log
+    meta = json.loads((tmp_path / "run" / "pretrain" / "best" / "bigdssm.json").read_text())
+    assert meta["provenance"]["step"] == 8 and meta["provenance"]["validation"] is None
+
+
+def test_a_rank_that_ends_for_a_dead_peer_notes_its_end(config: Path, tmp_path: Path) -> None:
+    """Killed in a step that rank 0 waits in, and stopped: the watchdog ends rank 0, whose main thread never returns."""
+    arguments = ("pretrain.steps=100000", "pretrain.log_every_steps=100000", "engine.peer_timeout_s=5")
+    for fault, words in (("kill@9:1", "rank 1 .* has ended without a word"), ("stop@9:1", r"rank 1 .* is stopped")):
+        folder = tmp_path / fault[:4]
+        done = pretrain(config, folder, *arguments, ranks=2, env={"BIGDSSM_FAULT": fault}).wait(60)
+        assert done.code == 6, done.log
+        assert events(folder)[-1]["event"] == "end" and events(folder)[-1]["exit_code"] == 6
+        assert re.search(words, events(folder)[-1]["reason"])
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe\x00", b"- 1\n", b"", b"run: {dir: x}\nmodel: 3\n"])
+def test_a_damaged_config_in_a_run_folder_is_a_sentence(config: Path, run: Path, content: bytes) -> None:
+    (run / "pretrain" / "config.yaml").write_bytes(content)
+    refused(pretrain(config, run, *STEPS, *RESUME).wait(), 4, r"config\.yaml does not load, so that .* bring it back")
+
+
+def test_damaged_files_of_records_keep_what_is_whole(config: Path, run: Path) -> None:
+    names = ("metrics", "events", "row_ids-00000", "skipped_rows-00000", "alerts-00000")
+    for name in names:
+        path = run / "pretrain" / f"{name}.jsonl"
+        path.touch()
+        path.write_bytes(b'\xff\xfe\n{"stop": 1}\n[1, 2]\n3\n' + path.read_bytes() + b'{"step": 1, "lo')
+    done = pretrain(config, run, *STEPS, *RESUME, "debug.log_row_ids=true").wait()
+    assert done.code == 0, done.log
+    assert [record["step"] for record in small_run.records(run)] == list(range(1, 9))
+    assert all(f"{name}.jsonl: left out line 2, which is no record" in done.log for name in names if name != "events")
+    watch = [sys.executable, "tools/watch_run.py", str(run), "--once"]
+    shown = subprocess.run(watch, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0 and "ended with exit code 0" in shown.stdout, shown.stderr
+
+
+def test_a_finished_run_writes_its_best_again(config: Path, run: Path) -> None:
+    weights = run / "pretrain" / "best" / "model.safetensors"
+    before = weights.read_bytes()
+    shutil.rmtree(weights.parent)
+    done = pretrain(config, run, *STEPS, *RESUME).wait()
+    assert done.code == 0 and "best/ of step 8 is lost" in done.log, done.log
+    assert weights.read_bytes() == before
+
+
+def test_validate_tells_of_the_config_before_it_tells_of_the_folder(config: Path, run: Path) -> None:
+    refused(pretrain(config, run, "--validate", "pretrain.init=/nowhere").wait(), 2, "/nowhere, which does not exist")
+    done = pretrain(config, run, "--validate").wait()
+    refused(done, 4, r"is not empty; go on with --resume auto")
+    assert "pretrain is valid" in done.log
+
+
+def test_overrides_stand_on_both_sides_of_an_option(config: Path, tmp_path: Path) -> None:
+    done = Command(
+        "pretrain", "pretrain.steps=2", "--config", config, f"run.dir={tmp_path}/run", "--validate", "run.seed=5"
+    )
+    assert done.wait().code == 0 and "2 steps" in done.log, done.log
+
+
+def test_too_many_bad_rows_are_told_with_their_reasons(config: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(yaml.safe_load(config.read_text())["data"]["dir"], tmp_path / "data")
+    (shard,) = (data / "partitions" / "base").glob("train-*.tar")
+    content = bytearray(shard.read_bytes())
+    for place in range(2000, len(content), 4000):
+        content[place] ^= 1
+    shard.write_bytes(content)
+    done = pretrain(config, tmp_path / "run", f"data.dir={data}").wait()
+    assert "they are named in" in done.log and "quarantine-00000.jsonl" in done.log
+    refused(done, 3, r"more than data\.max_bad_fraction=0\.001 allows \(\d+\): .*checksum.* \(\d+ rows\); they are nam")
