@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
+import torch
 import yaml
 
 from bigdssm import distributed
@@ -13,6 +15,7 @@ from bigdssm.data import Dataset
 from bigdssm.data.joining import open_dataset
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError
 from bigdssm.evaluation.curves import CONFIG_FILE
+from bigdssm.models import DualEncoder
 from bigdssm.retrieval.mined import MinedNegatives
 from bigdssm.training.run_folder import RUNNING_FILE, versions
 from bigdssm.training.trackers import check_trackers
@@ -41,13 +44,25 @@ def check_stage(config: Config, name: StageName, world_size: int, resume: bool) 
     if stage.loss.negatives and stage.mining.file is not None:
         MinedNegatives.open(Path(stage.mining.file)).check_against(dataset)
     folder = config.stage_dir(name)
+    _check_writable(folder)
     if folder.exists() and any(file.name != RUNNING_FILE for file in folder.iterdir()):
         _check_folder(folder, config, name, resume)
     source = initial_model(config, name)
-    if source is not None and not source.is_dir():
+    if source is None:
+        with torch.device("meta"):  # what cannot be built is found here, without its memory
+            DualEncoder(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+    elif not source.is_dir():
         fix = "run launch/pretrain.py with this config first" if name == "sft" else "correct the path"
         raise ConfigError(f"{name} starts from {source}, which does not exist; {fix}, or set {name}.init")
     return dataset
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise ConfigError unless the run's `folder` is one that can be written, or can be made."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists() or place.is_symlink())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "cannot be written" if there.is_dir() else "is no folder"
+        raise ConfigError(f"run.dir: {folder} cannot be made, since {there} {why}; choose another run.dir")
 
 
 def _check_plain(name: StageName, stage: StageConfig, shards: str) -> None:
