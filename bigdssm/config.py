@@ -23,7 +23,7 @@ from bigdssm.errors import ConfigError
 FeatureType = Literal["text", "categorical", "numeric", "history"]
 StageName = Literal["pretrain", "sft"]
 DEFAULT_CACHE_BYTES = 50 * 1024**3
-MAX_WIDTH, MAX_ROWS, MAX_COUNT = 2**14, 2**24, 10**9  # of vectors, of a step's rows, of anything counted
+MAX_WIDTH, MAX_ROWS, MAX_COUNT = 2**14, 2**20, 10**9  # of vectors, of a step's rows, of anything counted
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.errors import CheckpointError, ConfigError
+from bigdssm.places import real_place
 from bigdssm.retrieval.vectors import (
     DOCUMENTS_FILE,
     META_FILE,
@@ -110,7 +111,7 @@ def build_index(vectors_dir: Path, folder: Path, kind: IndexType = "flat") -> Ve
     meta = read_meta(vectors_dir)
     if meta.kind != VECTORS:
         raise CheckpointError(f"{vectors_dir} is an index; the vectors it was built from are needed")
-    vectors = load_vectors(vectors_dir, meta)
+    vectors, folder = load_vectors(vectors_dir, meta), real_place(folder)
     check_free(folder)
     aside = unfinished(folder)
     shutil.rmtree(aside, ignore_errors=True)

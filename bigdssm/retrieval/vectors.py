@@ -26,6 +26,7 @@ from numpy.lib.format import open_memmap
 from bigdssm.data import Dataset
 from bigdssm.data.ragged import Column, Ragged
 from bigdssm.errors import CheckpointError, ConfigError, DataError
+from bigdssm.places import real_place
 from bigdssm.retrieval.embed import Encoders, Progress, no_progress
 
 FORMAT = 2
@@ -90,6 +91,7 @@ def write_vectors(
     earlier = None if since is None else Earlier(since, model_checksum)
     width = encoders.documents(np.zeros(1, np.int64)).shape[1]
     meta = VectorsMeta(VECTORS, model_checksum, dataset.fingerprint, num_docs, width)
+    folder = real_place(folder)
     aside = _begin_or_go_on(folder, meta, work.rows_per_shard)
     vectors, contents = open_memmap(aside / VECTORS_FILE, "r+"), open_memmap(aside / CONTENTS_FILE, "r+")
     num_shards = -(-num_docs // work.rows_per_shard)

@@ -45,14 +45,18 @@ DATASETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"history": HISTORY, "about": TEXT, "age": {"type": "numeric"}, "type": {"type": "categorical"}},
         {
             "item": ITEM, "title": TEXT, "genres": {"type": "categorical", "multi": True, "separator": "|"},
-            "keys": {"type": "categorical", "hash_buckets": 7, "column": "title"}, "size": {"type": "numeric", "log": True},
+            "keys": {"type": "categorical", "hash_buckets": 7, "column": "title"},
+            "size": {"type": "numeric", "log": True},
         },
     ),
     "history": ({"history": HISTORY}, {"item": ITEM}),
     "texts": ({"about": TEXT}, {"title": TEXT}),
     "values": (
         {"age": {"type": "numeric"}, "type": {"type": "categorical"}},
-        {"items": {"type": "categorical", "multi": True, "separator": "|", "column": "genres"}, "size": {"type": "numeric"}},
+        {
+            "items": {"type": "categorical", "multi": True, "separator": "|", "column": "genres"},
+            "size": {"type": "numeric"},
+        },
     ),
 }  # fmt: skip
 SENSIBLE = {int: [0, 1, 2, 3, 4, 6, 8, 12], float: [0, 0.1, 0.5, 1, 2.5, 7]}

@@ -23,6 +23,7 @@ LAYERS = {
     "timing": 0,
     "cli": 1,  # for launch/ and tools/
     "config": 1,
+    "places": 1,
     "schema": 2,
     "distributed": 2,
     "data": 3,

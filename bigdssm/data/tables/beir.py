@@ -19,7 +19,9 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.data.tables.hashing import KeyIndex
+from bigdssm.data.tables.sources import parse_object
 from bigdssm.errors import ConfigError, DataError
+from bigdssm.places import real_place
 from bigdssm.schema import Feature
 
 CORPUS_FILE, QUERIES_FILE, QRELS_DIR = "corpus.jsonl", "queries.jsonl", "qrels"
@@ -125,7 +127,7 @@ class BeirWriter:
         """
         if folder.exists() and not (folder / CORPUS_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"--beir {folder} exists and holds no {CORPUS_FILE}; choose another folder")
-        self._folder, self._spool, self._query, self._doc = folder, spool, query, doc
+        self._folder, self._spool, self._query, self._doc = real_place(folder), spool, query, doc
         self._files: dict[str, TextIO] = {}
         self._asked = KeyIndex()
         self._pairs = KeyIndex()
@@ -207,7 +209,7 @@ def _entries(path: Path) -> list[Entry]:
             for number, line in enumerate(file, 1):  # noqa: B007, the message below names it
                 if not line.strip():
                     continue
-                record = json.loads(line)
+                record = parse_object(line)
                 text = f"{record.get('title') or ''} {record['text']}".strip()
                 entries.append(Entry(str(record["_id"]), text, record.get("metadata") or {}))
                 keys.add(entries[-1].key)
