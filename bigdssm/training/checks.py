@@ -13,6 +13,7 @@ from bigdssm import distributed
 from bigdssm.config import Config, StageConfig, StageName, first_difference
 from bigdssm.data import Dataset
 from bigdssm.data.joining import open_dataset
+from bigdssm.data.streaming.plain_stream import find_shards
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError
 from bigdssm.evaluation.curves import CONFIG_FILE
 from bigdssm.models import DualEncoder
@@ -20,6 +21,7 @@ from bigdssm.retrieval.mined import MinedNegatives
 from bigdssm.training.run_folder import RUNNING_FILE, versions
 from bigdssm.training.trackers import check_trackers
 
+MOST_COPIES = 64  # of a row in one step
 NEW_PART_KEYS = ("steps", "epochs")  # may change, too, where a stage goes on over new partitions
 PART_KEYS = ("from_partition", "mixture", "mixture_batches")
 # What may change when a stage is resumed: it changes what is kept and said, not what is learned.
@@ -41,6 +43,11 @@ def check_stage(config: Config, name: StageName, world_size: int, resume: bool) 
     dataset.check_against(config.data)
     if config.data.webdataset is not None:
         _check_plain(name, stage, config.data.webdataset)
+    elif stage.rows_global > MOST_COPIES * (rows := dataset.num_rows("train")):
+        raise ConfigError(
+            f"{name}.rows_global: got {stage.rows_global}, needs at most {MOST_COPIES * rows} with a train split of "
+            f"{rows} rows: a step would hold each of them more than {MOST_COPIES} times"
+        )
     if stage.loss.negatives and stage.mining.file is not None:
         MinedNegatives.open(Path(stage.mining.file)).check_against(dataset)
     folder = config.stage_dir(name)
@@ -67,6 +74,7 @@ def _check_writable(folder: Path) -> None:
 
 def _check_plain(name: StageName, stage: StageConfig, shards: str) -> None:
     """Raise where a stage needs what plain shards do not have."""
+    find_shards(shards)
     loss, why = stage.loss, f"{shards} has its documents beside their queries, without a catalogue"
     for key, value in (("negatives", loss.negatives), ("uniform_negatives", loss.uniform_negatives)):
         if value:
