@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel, PreTrainedModel
 
@@ -171,6 +173,10 @@ class _HistoryLayer(nn.Module):
 
     def __init__(self, config: HistoryEncoderConfig, dim: int) -> None:
         super().__init__()
+        if dim % config.heads:
+            raise ConfigError(
+                f"model.query.history.heads={config.heads} must divide the items' model.doc.embedding_dim={dim}"
+            )
         self.heads = config.heads
         self.attention_norm = nn.LayerNorm(dim)
         self.query, self.key_value, self.output = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
@@ -196,6 +202,8 @@ class _HistoryLayer(nn.Module):
 
 
 def _new_bert(config: TextEncoderConfig, vocab_size: int, pad_token_id: int, max_tokens: int) -> BertModel:
+    if config.hidden % config.heads:
+        raise ConfigError(f"text.hidden={config.hidden} must be divisible by text.heads={config.heads}")
     bert = BertConfig(
         vocab_size=vocab_size,
         hidden_size=config.hidden,
@@ -210,6 +218,12 @@ def _new_bert(config: TextEncoderConfig, vocab_size: int, pad_token_id: int, max
     return BertModel(bert, add_pooling_layer=False)
 
 
+def _is_hollow() -> bool:
+    """Return True where modules are made without memory, to check or count them: no weights need be read then."""
+    tensor = torch.empty(0)
+    return tensor.device.type == "meta" or isinstance(tensor, FakeTensor)
+
+
 def _load_bert(folder: str, config: TextEncoderConfig) -> PreTrainedModel:
     if not os.path.isdir(folder):
         raise ConfigError(f"text.init={folder} is not a folder; it takes the local folder of a Hugging Face BERT")
@@ -218,12 +232,18 @@ def _load_bert(folder: str, config: TextEncoderConfig) -> PreTrainedModel:
         has = getattr(architecture, "num_hidden_layers", 0)
         if config.keep_layers > has:
             raise ConfigError(f"text.keep_layers={config.keep_layers}, but text.init={folder} has {has} layers")
+        if not list(Path(folder).glob("*.safetensors")):
+            raise OSError("it has no *.safetensors, the one format of weights that is read")
         architecture.num_hidden_layers = config.keep_layers or has
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
             if hasattr(architecture, name):
                 setattr(architecture, name, config.dropout)
-        model: PreTrainedModel = AutoModel.from_pretrained(
-            folder, config=architecture, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        model: PreTrainedModel = (
+            AutoModel.from_config(architecture, trust_remote_code=False)
+            if _is_hollow()
+            else AutoModel.from_pretrained(
+                folder, config=architecture, local_files_only=True, use_safetensors=True, trust_remote_code=False
+            )
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"text.init={folder} does not load as a Hugging Face model: {error}") from None

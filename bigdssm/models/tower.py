@@ -12,6 +12,13 @@ from bigdssm.models.tables import INIT_STD, EmbeddingTables, table_name
 from bigdssm.schema import Feature
 
 
+class _ByFeature(nn.ModuleDict):
+    """Modules by feature, which may be called `type` or `items` as methods of a module are."""
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        self._modules[key] = module
+
+
 class Tower(nn.Module):
     """One side of the dual encoder; text features go through `text`, which both towers may share."""
 
@@ -29,7 +36,7 @@ class Tower(nn.Module):
         self._text = (text,)  # in a tuple: the model owns the text encoder
         self.residual = config.residual
         self.text_names = [name for name, feature in features.items() if feature.type == "text"]
-        self.encoders = nn.ModuleDict()
+        self.encoders = _ByFeature()
         widths = dict.fromkeys(self.text_names, text.dim if text else 0)
         for name, feature in features.items():
             if feature.type == "categorical":

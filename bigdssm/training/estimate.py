@@ -21,12 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig
 
-from bigdssm.config import Config, EngineConfig, StageConfig, StageName, TowerConfig
+from bigdssm.config import Config, EngineConfig, StageConfig, StageName
 from bigdssm.data import Batch, Dataset, chunks
 from bigdssm.data.batch import Features
-from bigdssm.errors import ConfigError
 from bigdssm.evaluation.curves import METRICS_FILE, read_stage
 from bigdssm.losses.softmax import STRIP_ROWS, strip_height
 from bigdssm.losses.tiles import TILE_WIDTH
@@ -95,7 +93,7 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     batch = next(iter(Batches(stream, share, mined, config.run.seed, torch.device("cpu"))))
     mode = FakeTensorMode()
     with mode:
-        model = DualEncoder(_of_known_width(config).model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+        model = DualEncoder(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
         if stage.loss.mlp:
             model.add_scorer(stage.loss.mlp)
         if engine.precision == "bf16_pure":
@@ -290,27 +288,6 @@ def _to_bfloat16(model: nn.Module) -> None:
         for name, parameter in owner._parameters.items():
             if parameter is not None:
                 owner._parameters[name] = nn.Parameter(parameter.detach().bfloat16(), parameter.requires_grad)
-
-
-def _of_known_width(config: Config) -> Config:
-    """Return the config with pretrained text encoders as new ones of the same depth and width: no weights are read."""
-
-    def new(tower: TowerConfig) -> TowerConfig:
-        text = tower.text
-        if text.init is None:
-            return tower
-        try:
-            bert = AutoConfig.from_pretrained(text.init, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"text.init={text.init} does not load as a Hugging Face model: {error}") from None
-        layers = text.keep_layers or bert.num_hidden_layers
-        text = replace(
-            text, init=None, keep_layers=0, layers=layers, hidden=bert.hidden_size, heads=bert.num_attention_heads
-        )
-        return replace(tower, text=text)
-
-    model = replace(config.model, query=new(config.model.query), doc=new(config.model.doc))
-    return replace(config, model=model)
 
 
 def _batch_bytes(batch: Batch) -> int:

@@ -16,12 +16,14 @@ ROOT = Path(__file__).resolve().parents[2]
 # A module imports only from lower layers and from its own package. `training` stands over `export` because a stage
 # leaves its best weights as a model folder; `schema` stands over `config` because it is the config, fitted.
 LAYERS = {
+    "bounds": 0,
     "errors": 0,
     "log": 0,
     "source": 0,
     "timing": 0,
     "cli": 1,  # for launch/ and tools/
     "config": 1,
+    "places": 1,
     "schema": 2,
     "distributed": 2,
     "data": 3,

@@ -1,0 +1,67 @@
+"""Bounds of numbers, stated beside a dataclass's field, and one walk that holds everything in it to them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar
+
+Default = TypeVar("Default")
+BOUND = "bound"
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a number, or each number of a tuple, may be."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def holds(self, number: float) -> bool:
+        """Return whether `number` is within; NaN never is."""
+        return (
+            (self.at_least is None or number >= self.at_least)
+            and (self.above is None or number > self.above)
+            and (self.at_most is None or number <= self.at_most)
+            and (self.below is None or number < self.below)
+        )
+
+    def __str__(self) -> str:
+        stated = ((f.name.replace("_", " "), getattr(self, f.name)) for f in fields(self))
+        return " and ".join(f"{name} {limit:,}" for name, limit in stated if limit is not None)
+
+
+def bounded(
+    default: Default, at_least: float | None = None, at_most: float | None = None, *, above: float | None = None,
+    below: float | None = None,
+) -> Default:  # fmt: skip
+    """Return a dataclass field with this default and these bounds."""
+    made: Default = field(default=default, metadata={BOUND: Bound(at_least, above, at_most, below)})
+    return made
+
+
+def out_of_bounds(value: Any, key: str = "", bound: Bound | None = None) -> Iterator[tuple[str, Any, str]]:
+    """Yield (dotted key, what it got, what it needs) for everything in a dataclass that cannot be.
+
+    That is a number that is not finite or not within its field's bounds, or text that no path can hold.
+    """
+    if is_dataclass(value):
+        for f in fields(value):
+            yield from out_of_bounds(getattr(value, f.name), f"{key}.{f.name}".lstrip("."), f.metadata.get(BOUND))
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from out_of_bounds(name, key)
+            yield from out_of_bounds(inner, f"{key}.{name}")
+    elif isinstance(value, tuple | list):
+        for number, inner in enumerate(value):
+            yield from out_of_bounds(inner, f"{key}[{number}]", bound)
+    elif isinstance(value, str):
+        if "\0" in value:
+            yield key, ascii(value), "text without NUL"
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield key, value, "a finite number" + (f", {bound}" if bound else "")
+    elif isinstance(value, int | float) and bound is not None and not bound.holds(value):
+        yield key, value, str(bound)
