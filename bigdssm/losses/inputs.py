@@ -97,23 +97,22 @@ def check_inputs(
     if positive is None:
         need(n >= m, f"without `positive` W needs a column for each of the {m} queries, got {n}")
         positive = torch.arange(m, device=U.device)
-    _check_ids("positive", positive, m)
+    if weight is None:
+        weight = torch.ones(m, dtype=torch.float64, device=U.device)
+    optional = {"beta": beta, "neg_bias": neg_bias, "query_ids": query_ids, "doc_ids": doc_ids, "known": known}
+    given = ", ".join(name for name, value in optional.items() if value is not None) or "none"
+    _check_rows({"positive": positive, "query_ids": query_ids}, m, torch.int64)
+    _check_rows({"doc_ids": doc_ids}, n, torch.int64)
+    _check_rows({"weight": weight}, m, None)
+    _check_rows({"beta": beta, "neg_bias": neg_bias}, n, None)
     if m:
         lo, hi = int(positive.min()), int(positive.max())
         need(lo >= 0 and hi < n, f"positive holds {lo if lo < 0 else hi}, outside this rank's {n} columns")
-    if weight is None:
-        weight = torch.ones(m, dtype=torch.float64, device=U.device)
-    _check_vector("weight", weight, m)
     need(not weight.requires_grad, "weight is a constant of the data: it gets no gradient")
     need(bool((weight >= 0).all()) and bool(weight.isfinite().all()), "weight holds NaN, infinite or negative values")
     for name, bias in (("beta", beta), ("neg_bias", neg_bias)):
-        if bias is not None:
-            _check_vector(name, bias, n)
-            need(not bool((bias.detach() == math.inf).any()), f"{name} holds +inf")
+        need(bias is None or not bool((bias.detach() == math.inf).any()), f"{name} holds +inf")
     need(neg_bias is None or not neg_bias.requires_grad, "neg_bias is a constant of the sampling: it gets no gradient")
-    for name, ids, rows in (("query_ids", query_ids, m), ("doc_ids", doc_ids, n)):
-        if ids is not None:
-            _check_ids(name, ids, rows)
     if known is not None:
         need(isinstance(known, Tensor), f"known must be a tensor, got {type(known).__name__}")
         need(query_ids is not None and doc_ids is not None, "known pairs need query_ids and doc_ids")
@@ -127,8 +126,6 @@ def check_inputs(
         for bit, leaf in ((WANTS_U, U), (WANTS_W, W), (WANTS_ALPHA, alpha), (WANTS_BETA, beta)):
             wants |= bit if leaf is not None and leaf.requires_grad else 0
     acc = torch.float64 if U.dtype == torch.float64 else torch.float32
-    optional = {"beta": beta, "neg_bias": neg_bias, "query_ids": query_ids, "doc_ids": doc_ids, "known": known}
-    given = ", ".join(name for name, value in optional.items() if value is not None) or "none"
     return LossInputs(U, W, positive, weight.detach().double(), alpha, **optional, acc=acc, wants=wants, given=given)
 
 
@@ -228,13 +225,11 @@ def _range(bias: Tensor | None) -> tuple[float, float]:
     return -min(0.0, float(finite.min())), max(0.0, float(finite.max()))
 
 
-def _check_ids(name: str, ids: Tensor, rows: int) -> None:
-    need(isinstance(ids, Tensor), f"{name} must be a tensor, got {type(ids).__name__}")
-    need(ids.dtype == torch.int64, f"{name} must be int64, got {ids.dtype}")
-    need(list(ids.shape) == [rows], f"{name} must be [{rows}], got {list(ids.shape)}")
-
-
-def _check_vector(name: str, vector: Tensor, rows: int) -> None:
-    need(isinstance(vector, Tensor), f"{name} must be a tensor, got {type(vector).__name__}")
-    need(vector.is_floating_point(), f"{name} must be floating point, got {vector.dtype}")
-    need(list(vector.shape) == [rows], f"{name} must be [{rows}], got {list(vector.shape)}")
+def _check_rows(tensors: Mapping[str, Tensor | None], rows: int, dtype: torch.dtype | None) -> None:
+    """Check those that are there: one entry a row; dtype None is any floating one."""
+    for name, x in tensors.items():
+        if x is not None:
+            need(isinstance(x, Tensor), f"{name} must be a tensor, got {type(x).__name__}")
+            fits = x.is_floating_point() if dtype is None else x.dtype == dtype
+            need(fits, f"{name} must be {'floating point' if dtype is None else 'int64'}, got {x.dtype}")
+            need(list(x.shape) == [rows], f"{name} must be [{rows}], got {list(x.shape)}")

@@ -147,7 +147,7 @@ class Softmax(Term):
             value_m = value_m + row_share * softplus(found.rows.log_sum - positive_m)
         row_grad_m = weighted(weight_m, row_share * torch.sigmoid(found.rows.log_sum - positive_m))
         column_grad_m = weighted(weight_m, column_share * torch.sigmoid(found.of_positive_m - positive_m))
-        passes.add_both(found, row_share * weight_m, lse_2m[1], column_grad_m)
+        found.add(row_share * weight_m, lse_2m[1], column_grad_m)
         return Evaluated(
             weighted(weight_m, value_m), -(row_grad_m + column_grad_m), -row_grad_m, scores.listed_mk,
             found.rows.largest, lse_2m if with_rows else lse_2m[0],

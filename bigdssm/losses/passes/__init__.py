@@ -8,10 +8,10 @@ Shape legend: m queries and n columns of this rank, N columns of all ranks, D ve
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from bigdssm import distributed
@@ -24,7 +24,6 @@ from bigdssm.losses.passes.softmax import (
     BLOCK_ROWS,
     Coefficients,
     RowSums,
-    Shift,
     block_height,
     column_pass,
     gradient_pass,
@@ -33,7 +32,7 @@ from bigdssm.losses.passes.softmax import (
 from bigdssm.losses.passes.tiles import Gradients, ScoreMatrix, product_precision
 
 __all__ = [
-    "ColumnSums",
+    "BothSums",
     "Columns",
     "Gradients",
     "PairSums",
@@ -53,15 +52,16 @@ def score_bytes(num_queries: int, num_columns: int, both_directions: bool, tile:
 
 
 @dataclass(frozen=True)
-class ColumnSums:
-    """Log-sum-exps over the queries of all ranks; `rows` has this rank's queries' own, over the columns."""
+class BothSums:
+    """Log-sum-exps of both directions: over the columns, and over the queries of all ranks in each positive's column.
 
-    of_positive_m: Tensor  # of the column that holds each query's positive
+    `add` adds row_weight · softmax over columns to the gradients, and softmax over queries times the sum of
+    column_weight over a column's pairs: add(row_weight_m, row_lse_m, column_weight_m), a collective.
+    """
+
     rows: RowSums
-    log_sum_N: Tensor
-    shift: Shift | None
-    matrix: ScoreMatrix
-    neg_bias_N: Tensor | None
+    of_positive_m: Tensor
+    add: Callable[[Tensor, Tensor, Tensor], None]
 
 
 class ScorePasses:
@@ -101,29 +101,26 @@ class ScorePasses:
         matrix = self._matrix(add_biases(self.columns.beta, self.columns.neg_bias))
         return pairwise_pass(matrix, value_and_slope, positive_m, scale_m, self.columns.counts(), self._sums)
 
-    def both(self, with_rows: bool) -> ColumnSums:
-        """Return the columns' log-sum-exps, and the rows' where they matter; `add_both` adds to the gradients."""
+    def both(self, with_rows: bool) -> BothSums:
+        """Return the columns' log-sum-exps, and the rows' where they matter."""
         # beta is constant in a column and cancels there: without the rows it is left out
         neg_bias_N = self.columns.neg_bias if with_rows else None
         matrix = self._matrix(self.columns.beta if with_rows else None)
         rows, log_N, shift = column_pass(matrix, self._sizes, neg_bias_N, with_rows, self._group)
-        return ColumnSums(log_N[self.positive_N], rows, log_N, shift, matrix, neg_bias_N)
 
-    def add_both(self, found: ColumnSums, row_weight_m: Tensor, row_lse_m: Tensor, column_weight_m: Tensor) -> None:
-        """Add row_weight · softmax over columns, and over queries with the sum of column_weight of a column's pairs."""
-        if self._sums is None:
-            return
-        own_n = torch.zeros(self._x.W.shape[0], dtype=torch.float64, device=column_weight_m.device)
-        own_n.index_add_(0, self._x.positive, column_weight_m)
-        column_weight_N = distributed.all_gather_padded(own_n, self._sizes.longest, self._group).wait()
-        c = Coefficients(row_weight_m, row_lse_m, found.neg_bias_N, column_weight_N, found.log_sum_N)
-        gradient_pass(found.matrix, found.shift, c, self._sums)
+        def add(row_weight_m: Tensor, row_lse_m: Tensor, column_weight_m: Tensor) -> None:
+            if self._sums is None:
+                return
+            own_n = column_weight_m.new_zeros(self._x.W.shape[0]).index_add_(0, self._x.positive, column_weight_m)
+            column_weight_N = distributed.all_gather_padded(own_n, self._sizes.longest, self._group).wait()
+            c = Coefficients(row_weight_m, row_lse_m, neg_bias_N, column_weight_N, log_N)
+            gradient_pass(matrix, shift, c, self._sums)
+
+        return BothSums(rows, log_N[self.positive_N], add)
 
     def own_gradients(self) -> Gradients:
         """Return the sums of this rank's queries and columns, over all ranks; a collective where any are wanted."""
-        n, sums = self._x.W.shape[0], self._sums
-        if sums is None:
-            return Gradients(None, None, None)
+        sums, n = self._sums or Gradients(None, None, None), self._x.W.shape[0]
         W, beta = (
             None if part is None else distributed.reduce_scatter_rows(part, self._group)[:n]
             for part in (sums.W, sums.beta)

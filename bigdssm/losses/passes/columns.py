@@ -26,11 +26,10 @@ TILE_WIDTH = 1024  # columns: wide enough for the products, and a tile of scores
 
 @dataclass(frozen=True)
 class Tile:
-    """Columns [start, stop); `at` counts the columns of the tiles before it."""
+    """Columns [start, stop)."""
 
     start: int
     stop: int
-    at: int
     own: bool  # of this rank
 
     @property
@@ -91,13 +90,10 @@ def gather_columns(
 ) -> Columns:
     """Gather ids and biases, and start the gather of W; `width` is the tiles' number of columns."""
     longest, width = sizes.longest, width or TILE_WIDTH
-    tiles: list[Tile] = []
+    tiles = []
     for owner in sorted(range(sizes.world_size), key=lambda owner: owner != sizes.rank):
-        count = sizes.num_columns[owner]
-        for start in range(0, count, width):
-            at = tiles[-1].at + tiles[-1].width if tiles else 0
-            stop = min(start + width, count)
-            tiles.append(Tile(owner * longest + start, owner * longest + stop, at, owner == sizes.rank))
+        first, last = owner * longest, owner * longest + sizes.num_columns[owner]
+        tiles += [Tile(k, min(k + width, last), owner == sizes.rank) for k in range(first, last, width)]
 
     def gathered(vector: Tensor | None) -> Tensor | None:
         return None if vector is None else distributed.all_gather_padded(vector, longest, group).wait()

@@ -57,10 +57,6 @@ def pairwise_pass(
             result.value[rows] += torch.mv(value_rc, counts_c)
             G_rc = slope_rc.mul_(counts_c)
             result.slope[rows] += G_rc.sum(1)
-            if sums is None:
-                continue
-            G_rc.mul_(scale_m1[rows])
-            if sums.beta is not None:
-                sums.beta[tile.columns] += G_rc.sum(0)
-            sums.add(block, tile, G_rc, W_cD)
+            if sums is not None:
+                sums.add(block, tile, G_rc.mul_(scale_m1[rows]), W_cD)
     return result

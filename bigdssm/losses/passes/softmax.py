@@ -80,11 +80,11 @@ def softmax_rows(
 
 def _block_scores(matrix: ScoreMatrix, block: RowBlock, buffer: Tensor) -> tuple[list[Tensor], Tensor]:
     """Return the scores of a block, one tensor a tile, masked entries at −inf, and each row's largest."""
-    num_rows = block.U_rD.shape[0]
-    largest_r = block.U_rD.new_full((num_rows,), -math.inf)
-    scores = []
+    largest_r = torch.full_like(block.U_rD[:, 0], -math.inf)
+    scores: list[Tensor] = []
     for tile, W_cD in matrix.columns.arriving():
-        S_rc = matrix.scores(block, tile, W_cD, buffer[num_rows * tile.at :])
+        S_rc = matrix.scores(block, tile, W_cD, buffer)
+        buffer = buffer[S_rc.numel() :]
         block.mask.fill(S_rc, tile, -math.inf)
         torch.maximum(largest_r, S_rc.amax(1), out=largest_r)
         scores.append(S_rc)
@@ -195,10 +195,8 @@ def gradient_pass(matrix: ScoreMatrix, shift: Shift | None, c: Coefficients, sum
     at = 0.0 if shift is None else shift.value
     for block in matrix.blocks(BLOCK_ROWS):
         for tile, W_cD, S_rc in matrix.tiles(block, buffer, at):
-            row_part_c = gradient(S_rc, second[: S_rc.numel()].view_as(S_rc), block, tile, sums.beta is not None)
-            if sums.beta is not None and row_part_c is not None:
-                sums.beta[tile.columns] += row_part_c
-            sums.add(block, tile, S_rc, W_cD)
+            beta_c = gradient(S_rc, second[: S_rc.numel()].view_as(S_rc), block, tile, sums.beta is not None)
+            sums.add(block, tile, S_rc, W_cD, beta_c)
 
 
 class _ShiftedGradient:

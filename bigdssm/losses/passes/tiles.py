@@ -137,12 +137,14 @@ class Gradients:
             torch.zeros(num_columns, dtype=torch.float64, device=device) if wants & WANTS_BETA else None,
         )
 
-    def add(self, block: RowBlock, tile: Tile, G_rc: Tensor, W_cD: Tensor) -> None:
-        """Add a tile's G to the vectors' sums."""
+    def add(self, block: RowBlock, tile: Tile, G_rc: Tensor, W_cD: Tensor, beta_c: Tensor | None = None) -> None:
+        """Add a tile's G to the sums, and `beta_c` to beta's where only a part of G concerns it."""
         if self.U is not None:
             self.U[block.rows].addmm_(G_rc, W_cD)
         if self.W is not None:
             self.W[tile.columns].addmm_(G_rc.T, block.U_rD)
+        if self.beta is not None:
+            self.beta[tile.columns] += G_rc.sum(0) if beta_c is None else beta_c
 
 
 @contextmanager
