@@ -34,6 +34,7 @@ from bigdssm.models import DualEncoder, Encoded, use_plain_attention
 from bigdssm.retrieval.embed import CHUNK_TOKENS_CPU
 from bigdssm.training.batches import Batches, row_stream
 from bigdssm.training.live_memory import LiveBytes
+from bigdssm.training.objective import prepare_model
 from bigdssm.training.step import Budget, Piece, pieces_of
 
 FP32, FP64 = 4, 8
@@ -96,8 +97,7 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     mode = FakeTensorMode()
     with mode:
         model = DualEncoder(_of_known_width(config).model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
-        if stage.loss.mlp:
-            model.add_scorer(stage.loss.mlp)
+        prepare_model(model, stage.loss)
         if engine.precision == "bf16_pure":
             _to_bfloat16(model)
     model.train()

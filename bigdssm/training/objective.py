@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bigdssm.config import LossConfig, ModelConfig
-from bigdssm.data import Batch
+from bigdssm.data import Batch, Features
 from bigdssm.loss_options import LOSSES
 from bigdssm.losses import (
     LossOutput,
@@ -30,7 +30,13 @@ from bigdssm.losses import (
     relevance_weight,
     scored_loss,
 )
-from bigdssm.models import Encoded
+from bigdssm.models import DualEncoder, Encoded
+
+
+def prepare_model(model: DualEncoder, config: LossConfig) -> None:
+    """Give the model what the loss trains beside the towers, with new weights."""
+    if config.mlp:
+        model.add_scorer(config.mlp)
 
 
 class Objective:
@@ -65,6 +71,11 @@ class Objective:
             return output
         norms = norm_penalty(encoded.U) + norm_penalty(encoded.W, batch.multiplicity)
         return replace(output, loss=output.loss + config.norm_penalty * norms)
+
+    def model_inputs(self, batch: Batch) -> Features:
+        """Return what the model's forward takes beside both sides' features, for this loss."""
+        listed = self.listed(batch)
+        return {} if listed is None else {"listed": listed}
 
     def listed(self, batch: Batch) -> Tensor | None:
         """Return int64 [m, 1 + k], the columns that an MLP scores for each query, positives first; None without one."""
