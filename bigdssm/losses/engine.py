@@ -99,10 +99,14 @@ def contrastive_loss(
             gathered = gather_columns(shared, sizes, copies_n, tile, group)
             mask = find_false_negatives(ids_m, pairs, gathered.doc_ids, gathered.valid, gathered.total)
             passes = ScorePasses(shared, sizes, gathered, mask, group)
-        listed = score_listed(x, negatives, is_known_positive(pairs, ids_m, docs_n[negatives.clamp(min=0)]))
+        column_mk, there_mk = negatives.clamp(min=0), negatives >= 0
+        other_mk = there_mk & (column_mk != x.positive[:, None])
+        known_mk = is_known_positive(pairs, ids_m, docs_n[column_mk])
+        used_mk = other_mk & ~known_mk
+        score_mk = score_listed(x, column_mk, used_mk)
         positive_m = _positive_scores(x, with_beta=direction != "d2q")
-        found = term.on_vectors(Scores(x.weight, positive_m, listed.score_mk, listed.used_mk, passes, direction))
-        masked, entries = float(listed.num_masked), float(listed.num_listed)
+        found = term.on_vectors(Scores(x.weight, positive_m, score_mk, used_mk, passes, direction))
+        masked, entries = float((other_mk & known_mk).sum()), float(there_mk.sum())
         if passes is not None:
             total = float(passes.columns.counts().sum())
             masked += float((total - passes.num_negatives_m).sum() - passes.own_masked())
@@ -112,7 +116,7 @@ def contrastive_loss(
         loss = loss.to(x.acc)
         if sizes.wants:
             sums = Gradients.zeros(x, sizes.wants, n) if passes is None else _spread(passes.own_gradients(), kept, n)
-            add_listed(x, listed, found.listed_grad_mk, sums)
+            add_listed(x, column_mk, found.listed_grad_mk, sums)
             loss = attach(loss, x, finish_gradients(x, sizes, sums, found.positive_grad_m, found.beta_grad_m))
         return LossOutput(loss, stats)
 

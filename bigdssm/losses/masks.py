@@ -89,15 +89,14 @@ class FalseNegatives:
     column_doc: Tensor  # [N]
     pair_keys: Tensor  # sorted query · num_docs + document
     num_docs: int
-    valid: Tensor  # the columns in use
 
     def __post_init__(self) -> None:
         self.row_lengths = self.row_sums(torch.ones_like(self.column_doc))  # [m] masked entries of each row
 
     def row_sums(self, values_N: Tensor) -> Tensor:
         """Return [m]: the sum of a value per column over the masked entries of each row."""
-        per_doc = values_N.new_zeros(self.num_docs)
-        per_doc.index_add_(0, self.column_doc[self.valid], values_N[self.valid])
+        in_use = self.doc_columns.values
+        per_doc = values_N.new_zeros(self.num_docs).index_add_(0, self.column_doc[in_use], values_N[in_use])
         per_query = values_N.new_zeros(self.query_docs.start.shape[0] - 1)
         per_query.index_add_(0, self.pair_keys // self.num_docs, per_doc[self.pair_keys % self.num_docs])
         return per_query[self.row_query]
@@ -132,7 +131,7 @@ def find_false_negatives(
     pair_keys = torch.unique(query[found] * num_docs + doc[found])
     query_docs = Groups.of(pair_keys // num_docs, pair_keys % num_docs, queries.shape[0])
     doc_columns = Groups.of(column_doc[valid], valid, num_docs)
-    return FalseNegatives(row_query, query_docs, doc_columns, column_doc, pair_keys, num_docs, valid)
+    return FalseNegatives(row_query, query_docs, doc_columns, column_doc, pair_keys, num_docs)
 
 
 def _look_up(sorted_ids: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

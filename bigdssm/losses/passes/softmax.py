@@ -124,15 +124,16 @@ def column_pass(
     """Return the rows' sums (with `neg_bias`), the columns' log-sum-exp [N] over all ranks, and the shift used."""
     shift = choose_shift(matrix, sizes)
     if shift is not None:
-        rows, columns_N, safe = _shifted_sums(matrix, neg_bias_N, shift, rows_matter, group)
-        if safe:
-            return rows, columns_N, shift
+        found = _shifted_sums(matrix, neg_bias_N, shift, rows_matter, group)
+        if found is not None:
+            return *found, shift
     return *_logarithmic_sums(matrix, neg_bias_N, group), None
 
 
 def _shifted_sums(
     matrix: ScoreMatrix, neg_bias_N: Tensor | None, shift: Shift, rows_matter: bool, group: Group | None
-) -> tuple[RowSums, Tensor, bool]:
+) -> tuple[RowSums, Tensor] | None:
+    """Return the sums by one exponential, None where some rank's may have lost terms."""
     total_m = torch.zeros(matrix.U_mD.shape[0], dtype=torch.float64, device=matrix.U_mD.device)
     largest_m = torch.zeros_like(matrix.U_mD[:, 0])
     total_N = torch.zeros(matrix.columns.total + 1, dtype=torch.float64, device=matrix.U_mD.device)
@@ -151,9 +152,10 @@ def _shifted_sums(
     # a rank's verdict on its rows rides with the column sums
     total_N[-1] = float(rows_matter and not bool((total_m >= shift.floor).all()))
     distributed.all_reduce(total_N, "sum", group)
-    safe = total_N[-1] == 0 and bool((total_N[matrix.columns.valid] >= shift.floor).all())
+    if total_N[-1] != 0 or not bool((total_N[matrix.columns.valid] >= shift.floor).all()):
+        return None
     rows_sums = RowSums(total_m.log_() + shift.value, largest_m.double().log_() + shift.value)
-    return rows_sums, total_N[:-1].log_() + shift.value, bool(safe)
+    return rows_sums, total_N[:-1].log_() + shift.value
 
 
 def _logarithmic_sums(matrix: ScoreMatrix, neg_bias_N: Tensor | None, group: Group | None) -> tuple[RowSums, Tensor]:
