@@ -56,10 +56,8 @@ class GlobalSizes:
     num_columns: list[int]
     num_known: list[int]
     weight_sum: float
-    norm_U: float
-    norm_W: float
-    beta_range: tuple[float, float]
-    neg_bias_range: tuple[float, float]
+    lowest: float  # bounds of all finite scores, by the vectors' norms; not finite where these are not
+    highest: float
     wants: int  # of any rank
 
     @property
@@ -158,16 +156,17 @@ def global_sizes(
     ]
     table = exchange(None, agreed, [*numbers, *ranges], device, group)
     num_columns, num_known, weights, wants = zip(*(row[:4] for row in table), strict=True)
-    norm_U, norm_W, beta_lo, beta_hi, neg_lo, neg_hi = torch.tensor(table, dtype=torch.float64)[:, 4:].amax(0).tolist()
+    norm_U, norm_W, beta_down, beta_up, neg_down, neg_up = (
+        torch.tensor(table, dtype=torch.float64)[:, 4:].amax(0).tolist()
+    )
+    reach = abs(float(x.alpha.detach())) * norm_U * norm_W
     return x, GlobalSizes(
         rank=distributed.rank(group),
         num_columns=[int(number) for number in num_columns],
         num_known=[int(number) for number in num_known],
         weight_sum=sum(weights),
-        norm_U=norm_U,
-        norm_W=norm_W,
-        beta_range=(-beta_lo, beta_hi),
-        neg_bias_range=(-neg_lo, neg_hi),
+        lowest=-reach - beta_down - neg_down,
+        highest=reach + beta_up + neg_up,
         wants=sum(bit for bit in (WANTS_U, WANTS_W, WANTS_ALPHA, WANTS_BETA) if any(int(bits) & bit for bits in wants)),
     )
 

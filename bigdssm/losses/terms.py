@@ -40,12 +40,12 @@ from bigdssm.losses.passes import PairSums, RowSums, ScorePasses
 TERMS: dict[str, type[Term]] = {}
 
 
-def register(name: str, term: type[Term], *, all_columns: bool = False) -> None:
-    """Make `term` known to configs and losses as `name`; `all_columns`: over every column of the batch, as `fps` is.
+def register(name: str, term: type[Term]) -> None:
+    """Make `term` known to configs and losses as `name`, over in-batch and listed negatives.
 
     Its fields are filled with the loss's config keys of the same names. Raises: ValueError where the name is taken.
     """
-    options = LossOptions(name, all_columns, term.directions if all_columns else ("q2d",), term.relative)
+    options = LossOptions(name, relative=term.relative)
     if LOSSES.setdefault(name, options) != options or TERMS.setdefault(name, term) is not term:
         raise ValueError(f"there is another loss called {name!r}: {LOSSES[name]}; give this one another name")
 
@@ -117,7 +117,7 @@ class Softmax(Term):
     """The cross-entropy of the positive among its negatives."""
 
     name = "softmax"
-    directions = ("q2d", "d2q", "both")
+    directions = LOSSES["fps"].directions
 
     def on_vectors(self, scores: Scores) -> Evaluated:
         """Return the values and their gradients; a collective."""
@@ -264,6 +264,6 @@ def _largest(score_mk: Tensor) -> Tensor:
     return score_mk.amax(1)
 
 
-register("fps", Softmax, all_columns=True)
+TERMS["fps"] = Softmax  # the one loss over all columns, in every direction
 for _term in (Softmax, PairCE, Triplet, Sigmoid):
     register(_term.name, _term)

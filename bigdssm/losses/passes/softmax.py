@@ -109,13 +109,10 @@ def _add_block(matrix: ScoreMatrix, block: RowBlock, E: list[Tensor], scale_r: T
 def choose_shift(matrix: ScoreMatrix, sizes: GlobalSizes) -> Shift | None:
     """Return the shift that keeps every exponential in range, None where no single one can; the same on every rank."""
     headroom, tiny, floor = (300.0, 700.0, -600.0) if matrix.U_mD.dtype == torch.float64 else (40.0, 80.0, -50.0)
-    reach = abs(matrix.alpha) * sizes.norm_U * sizes.norm_W
-    highest = reach + sizes.beta_range[1] + sizes.neg_bias_range[1]
-    lowest = -reach + sizes.beta_range[0] + sizes.neg_bias_range[0]
-    if not math.isfinite(highest - lowest):
+    if not math.isfinite(sizes.highest - sizes.lowest):
         return None
-    shift = max(0.0, highest - headroom)
-    return Shift(shift, 0.0 if lowest - shift >= -tiny else math.exp(floor))
+    shift = max(0.0, sizes.highest - headroom)
+    return Shift(shift, 0.0 if sizes.lowest - shift >= -tiny else math.exp(floor))
 
 
 def column_pass(
