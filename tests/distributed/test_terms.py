@@ -104,7 +104,7 @@ def train(rank: int, world_size: int, folder: Path, overrides: list[str]) -> tup
             if world_size > 1:
                 torch.distributed.all_reduce(mean)
             parameter.data -= 0.01 * mean / world_size
-        return float(first), gradients, float(loss())
+        return float(first.detach()), gradients, float(loss().detach())
 
 
 def expected(in_batch: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
