@@ -27,7 +27,7 @@ from bigdssm.losses.listed import add_listed, score_listed
 from bigdssm.losses.masks import find_false_negatives, gather_known_positives, is_known_positive
 from bigdssm.losses.output import LocalStats, LossOutput, attach, finish_gradients, reduce_output
 from bigdssm.losses.passes import Gradients, ScorePasses, gather_columns, product_precision
-from bigdssm.losses.terms import Scores, Term, ranking_names
+from bigdssm.losses.terms import TERMS, Scores, Term
 
 Direction = Literal["q2d", "d2q", "both"]
 Shared = Literal["all", "in_batch", "none"]
@@ -124,8 +124,7 @@ def contrastive_loss(
 def _check_choice(
     term: Term | str, x: LossInputs, negatives: Tensor | None, columns: str, direction: str, tile: int | None
 ) -> None:
-    names = ", ".join(ranking_names())
-    need(isinstance(term, Term), f"the loss must be one of {names}, got {term!r}")
+    need(isinstance(term, Term), f"the loss must be one of {', '.join(TERMS)}, got {term!r}")
     assert isinstance(term, Term)
     need(columns in _SHARED, f"columns must be one of {', '.join(_SHARED)}, got {columns!r}")
     allowed = term.directions if columns == "all" and negatives is None else ("q2d",)

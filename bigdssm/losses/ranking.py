@@ -11,9 +11,9 @@ from torch import Tensor
 
 from bigdssm.losses.engine import contrastive_loss
 from bigdssm.losses.output import LossOutput
-from bigdssm.losses.terms import find_term, ranking_names
+from bigdssm.losses.terms import TERMS, find_term
 
-RANKING_NAMES = ranking_names()
+RANKING_NAMES = tuple(TERMS)
 
 
 def ranking_loss(

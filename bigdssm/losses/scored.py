@@ -15,7 +15,7 @@ from bigdssm.losses.extras import global_mean
 from bigdssm.losses.inputs import LossInputError, exchange, need
 from bigdssm.losses.masks import count_known, gather_known_positives, is_known_positive
 from bigdssm.losses.output import LocalStats, LossOutput, reduce_output
-from bigdssm.losses.terms import Term, find_term, ranking_names, weighted
+from bigdssm.losses.terms import TERMS, Term, find_term, weighted
 
 
 def scored_loss(
@@ -74,7 +74,7 @@ def _check(
     known: Tensor | None,
 ) -> None:
     """Raise LossInputError on what is wrong with this rank's input."""
-    need(isinstance(term, Term), f"the loss must be one of {', '.join(ranking_names())}, got {term!r}")
+    need(isinstance(term, Term), f"the loss must be one of {', '.join(TERMS)}, got {term!r}")
     fits = scores.ndim == 2 and scores.shape[1] >= 2 and scores.is_floating_point()
     need(fits, f"scores must be floating point [m, 1 + k], got {scores.dtype} {list(scores.shape)}")
     m = scores.shape[0]

@@ -37,7 +37,7 @@ from torch import Tensor
 from bigdssm.loss_options import LOSSES, LossOptions
 from bigdssm.losses.passes import PairSums, RowSums, ScorePasses
 
-TERMS: dict[str, type[Term]] = {}
+TERMS: dict[str, type[Term]] = {}  # by name, of the losses over in-batch and listed negatives
 
 
 def register(name: str, term: type[Term]) -> None:
@@ -56,11 +56,6 @@ def find_term(name: Term | str, options: Mapping[str, Any]) -> Term | str:
         return name
     own = {field.name for field in fields(TERMS[name])}
     return TERMS[name](**{key: value for key, value in options.items() if key in own})
-
-
-def ranking_names() -> tuple[str, ...]:
-    """Return the names of the losses over in-batch and listed negatives."""
-    return tuple(name for name in TERMS if not LOSSES[name].all_columns)
 
 
 @dataclass(frozen=True)
@@ -264,6 +259,5 @@ def _largest(score_mk: Tensor) -> Tensor:
     return score_mk.amax(1)
 
 
-TERMS["fps"] = Softmax  # the one loss over all columns, in every direction
 for _term in (Softmax, PairCE, Triplet, Sigmoid):
     register(_term.name, _term)

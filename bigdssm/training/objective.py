@@ -20,6 +20,7 @@ from bigdssm.data import Batch, Features
 from bigdssm.loss_options import LOSSES
 from bigdssm.losses import (
     LossOutput,
+    Softmax,
     StreamingFrequency,
     apply_sampling,
     contrastive_loss,
@@ -47,8 +48,8 @@ class Objective:
     ) -> None:
         """`doc_counts`: how often each catalogue row is a positive, needed where `config` takes frequencies of it."""
         self._config = config
-        self._term = find_term(config.name, vars(config))
         self._options = LOSSES[config.name]
+        self._term = Softmax() if self._options.all_columns else find_term(config.name, vars(config))
         self._normalise = model.score == "cosine"
         # A relative loss cancels it: its gradient would be rounding noise, which Adam turns into steps.
         self._without_beta = model.beta == "scalar" and self._options.relative
