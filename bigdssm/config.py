@@ -19,6 +19,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from bigdssm.bounds import bounded, out_of_bounds
 from bigdssm.errors import ConfigError
+from bigdssm.loss_options import LOSSES
 
 FeatureType = Literal["text", "categorical", "numeric", "history"]
 StageName = Literal["pretrain", "sft"]
@@ -158,7 +159,7 @@ class EngineConfig:
 class LossConfig:
     """Which loss, over which negatives."""
 
-    name: Literal["fps", "softmax", "pair_ce", "triplet", "sigmoid"] = "fps"
+    name: str = "fps"  # or softmax, pair_ce, triplet, sigmoid, or one that losses.register was given
     direction: Literal["q2d", "d2q", "both"] = "q2d"
     weight: Literal["indicator", "relevance"] = "indicator"  # 1[r>0], or r itself
     sampling: Literal["none", "classic", "corrected"] = "none"  # correction for popular in-batch documents
@@ -334,7 +335,7 @@ def check_config(config: Config) -> None:
             _check_stage(name, stage, data)
             _check_loss(f"{name}.loss", stage.loss, config.model, engine.chunk_tokens)
     if config.model.beta == "scalar":
-        fits = any(stage is not None and stage.loss.name == "sigmoid" for stage in stages.values())
+        fits = any(stage is not None and not LOSSES[stage.loss.name].relative for stage in stages.values())
         _require(fits, "model.beta", "scalar", "document or none without a sigmoid loss: in all others it cancels")
 
 
@@ -390,13 +391,16 @@ def _check_stage(name: str, stage: StageConfig, data: DataConfig) -> None:
 
 
 def _check_loss(key: str, loss: LossConfig, model: ModelConfig, chunk_tokens: int) -> None:
-    fps = loss.name == "fps"
-    _require(loss.in_batch or not fps, f"{key}.in_batch", False, "true for fps, which is over the whole batch")
+    _require(loss.name in LOSSES, f"{key}.name", loss.name, f"one of {', '.join(map(repr, LOSSES))}")
+    options = LOSSES[loss.name]
+    over_all, directions = options.all_columns, options.directions
+    _require(loss.in_batch or not over_all, f"{key}.in_batch", False, f"true for {loss.name}, over the whole batch")
     mined_or_batch = loss.in_batch or loss.negatives > 0
     _require(mined_or_batch, f"{key}.negatives", loss.negatives, "at least 1 where in_batch is false")
-    _require(fps or loss.direction == "q2d", f"{key}.direction", loss.direction, f"q2d: {loss.name} has no other")
+    fit = loss.direction in directions
+    _require(fit, f"{key}.direction", loss.direction, f"{' or '.join(directions)}: {loss.name} has no other")
     uniform = loss.uniform_negatives
-    _require(fps or uniform == 0, f"{key}.uniform_negatives", uniform, f"0: {loss.name} takes no extra columns")
+    _require(over_all or uniform == 0, f"{key}.uniform_negatives", uniform, f"0: {loss.name} takes no extra columns")
     if loss.sampling == "none":
         _require(loss.frequency == "counts", f"{key}.frequency", loss.frequency, "sampling=classic or corrected")
     else:
@@ -408,12 +412,12 @@ def _check_loss(key: str, loss: LossConfig, model: ModelConfig, chunk_tokens: in
         _require(loss.norm_penalty == 0, f"{key}.norm_penalty", loss.norm_penalty, "0: model.score=cosine has norms 1")
     if loss.mlp:
         given = "name other than fps, in_batch=false and negatives: it scores documents given for each query"
-        _require(not fps and not loss.in_batch, f"{key}.mlp", list(loss.mlp), given)
+        _require(not over_all and not loss.in_batch, f"{key}.mlp", list(loss.mlp), given)
         _require(key == "sft.loss", f"{key}.mlp", list(loss.mlp), "the stage sft: mining needs a model that can search")
         _require(chunk_tokens == 0, f"{key}.mlp", list(loss.mlp), "engine.chunk_tokens=0: it sees both towers at once")
         _require(not loss.widths, f"{key}.mlp", list(loss.mlp), "widths=[]: it takes vectors whole")
-    elif loss.name == "sigmoid":
-        _require(model.beta == "scalar", "model.beta", model.beta, f"scalar where {key}.name is sigmoid")
+    elif not options.relative:
+        _require(model.beta == "scalar", "model.beta", model.beta, f"scalar where {key}.name is {loss.name}")
 
 
 def _require(holds: bool, key: str, got: object, needed: str) -> None:

@@ -21,6 +21,7 @@ LAYERS = {
     "log": 0,
     "source": 0,
     "timing": 0,
+    "loss_options": 0,
     "cli": 1,  # for launch/ and tools/
     "config": 1,
     "places": 1,
