@@ -26,6 +26,9 @@ def run_main(main: Callable[[], int | None]) -> int:
     except BigDSSMError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
+    except UnicodeEncodeError as error:  # a word of the command line that is no UTF-8, or half of an escape in a file
+        sys.stderr.write(f"error: {error.object!a:.80} has bytes that are not UTF-8, or half a character\n")
+        return ConfigError.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("error: interrupted\n")
         return INTERRUPTED_EXIT_CODE

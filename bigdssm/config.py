@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import yaml
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from bigdssm.bounds import bounded, out_of_bounds
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature
 from bigdssm.features.base import feature_type
+from bigdssm.loss_options import LOSSES
 
 StageName = Literal["pretrain", "sft"]
 DEFAULT_CACHE_BYTES = 50 * 1024**3
+MAX_WIDTH, MAX_ROWS, MAX_COUNT = 2**14, 2**20, 10**9  # of vectors, of a step's rows, of anything counted
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class TokenizerConfig:
     """Where token ids come from."""
 
     path: str | None = None  # folder of a Hugging Face tokenizer; none: WordPiece is trained on the dataset's texts
-    vocab_size: int = 8000  # of a trained one
+    vocab_size: int = bounded(8000, 1, 2**22)  # of a trained one
     lowercase: bool = True
 
 
@@ -40,7 +44,8 @@ class SourceConfig:
 
     dir: str | None = None  # none: data.dir
     partitions: tuple[str, ...] = ()  # empty: all of its partitions
-    weight: float = 1.0  # share of the rows, over the sum of all weights; kept to a thousandth
+    # Share of the rows, over the sum of all weights; kept to a thousandth.
+    weight: float = bounded(1.0, at_most=MAX_COUNT, above=0)
 
 
 @dataclass(frozen=True)
@@ -52,11 +57,11 @@ class DataConfig:
     doc: dict[str, Any] = field(default_factory=dict)
     display: str | None = None  # column of the document table shown to people; the document id by default
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    lanes: int = 8  # fixed order lanes; divides rows_global, at least the world size
-    num_workers: int = 1  # loader processes per rank
-    max_bad_fraction: float = 0.001  # of the rows met; past it the run stops
+    lanes: int = bounded(8, 1, 65_536)  # fixed order lanes; divides rows_global, at least the world size
+    num_workers: int = bounded(1, 0, 1024)  # loader processes per rank
+    max_bad_fraction: float = bounded(0.001, 0, 1)  # of the rows met; past it the run stops
     cache_dir: str | None = None  # where a dataset at a URL is cached; none: bigdssm/ in the user's cache folder
-    cache_bytes: int = DEFAULT_CACHE_BYTES  # most that all files in it take
+    cache_bytes: int = bounded(DEFAULT_CACHE_BYTES, 1, 2**62)  # most that all files in it take
     from_partition: str | None = None  # train on the dataset's partitions from this one on; none: on all of them
     webdataset: str | None = None  # train on these plain shards (path with {000..009}), `dir` giving all but train rows
     mixture: list[SourceConfig] = field(default_factory=list)  # several datasets or partitions, by weight
@@ -74,11 +79,11 @@ class TextEncoderConfig:
     """A BERT: from a pretrained folder, or small and from scratch."""
 
     init: str | None = None  # folder of a Hugging Face model; layers, hidden and heads are then the folder's
-    keep_layers: int = 0  # with init: the first so many of its layers, for a lighter tower; 0: all
-    layers: int = 2
-    hidden: int = 128
-    heads: int = 2
-    dropout: float = 0.0  # inside the BERT, also in place of a pretrained folder's own
+    keep_layers: int = bounded(0, 0, 1024)  # with init: the first so many of its layers, for a lighter tower; 0: all
+    layers: int = bounded(2, 1, 1024)
+    hidden: int = bounded(128, 1, MAX_WIDTH)
+    heads: int = bounded(2, 1, 1024)
+    dropout: float = bounded(0.0, 0, below=1)  # inside the BERT, also in place of a pretrained folder's own
     pooling: Literal["mean", "cls"] = "mean"
 
 
@@ -86,23 +91,23 @@ class TextEncoderConfig:
 class HistoryEncoderConfig:
     """A transformer over the item vectors of a history."""
 
-    layers: int = 1
-    heads: int = 2
-    feedforward: int = 2  # width of the feed-forward layer over the item vectors' width
-    dropout: float = 0.1
-    item_dropout: float = 0.1  # on the item vectors
+    layers: int = bounded(1, 1, 1024)
+    heads: int = bounded(2, 1, 1024)
+    feedforward: int = bounded(2, 1, 64)  # width of the feed-forward layer over the item vectors' width
+    dropout: float = bounded(0.1, 0, below=1)
+    item_dropout: float = bounded(0.1, 0, below=1)  # on the item vectors
 
 
 @dataclass(frozen=True)
 class TowerConfig:
     """Encoders → concatenation → MLP → D-dim vector."""
 
-    mlp: tuple[int, ...] = (128,)  # hidden widths; empty: one linear layer
+    mlp: tuple[int, ...] = bounded((128,), 1, MAX_WIDTH)  # hidden widths; empty: one linear layer
     residual: str | None = None  # feature whose vector (width model.dim) skips the MLP and is added to its output
-    dropout: float = 0.0
-    embedding_dim: int = 32  # of every categorical feature
-    numeric_dim: int = 16
-    vector_dim: int = 64  # of every feature that is a vector already
+    dropout: float = bounded(0.0, 0, below=1)
+    embedding_dim: int = bounded(32, 1, MAX_WIDTH)  # of every categorical feature
+    numeric_dim: int = bounded(16, 1, MAX_WIDTH)
+    vector_dim: int = bounded(64, 1, MAX_WIDTH)  # of every feature that is a vector already
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     history: HistoryEncoderConfig = field(default_factory=HistoryEncoderConfig)
 
@@ -111,13 +116,13 @@ class TowerConfig:
 class ModelConfig:
     """Two towers and the scorer S = alpha * <u, w> + beta."""
 
-    dim: int = 64
+    dim: int = bounded(64, 1, MAX_WIDTH)
     score: Literal["dot", "cosine"] = "cosine"
-    alpha_init: float = 10.0
+    alpha_init: float = bounded(10.0, at_most=10_000, above=0)
     alpha_learned: bool = True
     # Part of the score everywhere: learned per document; one for all, which only `sigmoid` can learn; or none.
     beta: Literal["document", "scalar", "none"] = "document"
-    beta_init: float = -10.0  # of a scalar beta (SigLIP's)
+    beta_init: float = bounded(-10.0, -10_000, 10_000)  # of a scalar beta (SigLIP's)
     share_text: bool = False  # one text encoder for both towers
     query: TowerConfig = field(default_factory=TowerConfig)
     doc: TowerConfig = field(default_factory=TowerConfig)
@@ -127,63 +132,73 @@ class ModelConfig:
 class EngineConfig:
     """How steps are computed; none of it changes what is learned."""
 
-    zero_stage: int = 1
+    zero_stage: int = bounded(1, 0, 3)
     precision: Literal["fp32", "bf16", "bf16_pure"] = "fp32"
     offload_optimizer: bool = False
     checkpoint_activations: bool = False  # transformer layers are computed again in the backward, not kept
-    chunk_tokens: int = 0  # gradient cache: tokens encoded at once per tower; 0 encodes all rows at once
-    keep_graph_tokens: int | None = None  # of them kept for the backward, not encoded again; none: chunk_tokens
-    peer_timeout_s: float = 300.0  # without a sign of life from a rank, or without progress, before the others stop
-    loss_tile: int | None = None  # columns of the score matrix held at once; none: chosen by the loss
+    # Gradient cache: tokens encoded at once per tower; 0 encodes all rows at once.
+    chunk_tokens: int = bounded(0, 0, 2**40)
+    # Of them kept for the backward, not encoded again; none: chunk_tokens.
+    keep_graph_tokens: int | None = bounded(None, 0, 2**40)
+    # Without a sign of life from a rank, or without progress, before the others stop.
+    peer_timeout_s: float = bounded(300.0, 5, 1_000_000)
+    # Columns of the score matrix held at once; none: chosen by the loss.
+    loss_tile: int | None = bounded(None, 1, 2**31)
 
 
 @dataclass(frozen=True)
 class LossConfig:
     """Which loss, over which negatives."""
 
-    name: Literal["fps", "softmax", "pair_ce", "triplet", "sigmoid"] = "fps"
+    name: str = "fps"  # or softmax, pair_ce, triplet, sigmoid, or one that losses.register was given
     direction: Literal["q2d", "d2q", "both"] = "q2d"
     weight: Literal["indicator", "relevance"] = "indicator"  # 1[r>0], or r itself
     sampling: Literal["none", "classic", "corrected"] = "none"  # correction for popular in-batch documents
-    gamma: float = 1.0  # its strength: 0 learns PMI, 1 learns p(doc|query)
+    gamma: float = bounded(1.0, 0, 10)  # its strength: 0 learns PMI, 1 learns p(doc|query)
     frequency: Literal["counts", "streaming"] = (
         "counts"  # what it knows of them: the catalogue's counts, or the batches
     )
-    frequency_buckets: int = 65536  # streaming: several times the number of documents (96 bytes each)
-    negatives: int = 0  # mined negatives per row
-    uniform_negatives: int = 0  # documents per step drawn uniformly from the catalogue, as extra columns
+    # Streaming: several times the number of documents (96 bytes each).
+    frequency_buckets: int = bounded(65536, 1, 2**26)
+    negatives: int = bounded(0, 0, 65_536)  # mined negatives per row
+    # Documents per step drawn uniformly from the catalogue, as extra columns.
+    uniform_negatives: int = bounded(0, 0, MAX_ROWS)
     in_batch: bool = True  # SFT losses: the other documents of the global batch are negatives too
     mask_history: bool = False  # what a row's sequence holds before it is no negative, as at serving time
-    margin: float = 0.2  # triplet
-    widths: tuple[int, ...] = ()  # Matryoshka: further widths, below model.dim, that vectors can be cut to
+    margin: float = bounded(0.2, 0, 1_000_000)  # triplet
+    # Matryoshka: further widths, below model.dim, that vectors can be cut to.
+    widths: tuple[int, ...] = bounded((), 1, MAX_WIDTH)
     # Hidden widths of an MLP on [u, w, u * w] that scores in place of the product: a comparison, which has no index.
-    mlp: tuple[int, ...] = ()
-    norm_penalty: float = 0.0  # times the mean squared norms of both towers' vectors, for model.score=dot
+    mlp: tuple[int, ...] = bounded((), 1, MAX_WIDTH)
+    # Times the mean squared norms of both towers' vectors, for model.score=dot.
+    norm_penalty: float = bounded(0.0, 0, 1_000_000)
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """An optimizer, linear warm-up and a cosine to `final_lr_ratio`; the schedule counts applied steps."""
 
-    name: str = "adamw"  # or muon, for matrices with AdamW for the rest (engine.zero_stage=0), or a registered one
-    lr: float = 1e-3
-    embedding_lr_ratio: float = 1.0  # learning rate of embedding tables over lr
-    weight_decay: float = 0.01  # matrices only: not biases, norms, tables, alpha
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-8
-    momentum: float = 0.95  # of muon
-    warmup_steps: int = 100
-    final_lr_ratio: float = 0.0
-    gradient_clipping: float = 1.0  # 0 turns it off
+    # Or muon, for matrices with AdamW for the rest (engine.zero_stage=0), or one that training.optimizers was given.
+    name: str = "adamw"
+    lr: float = bounded(1e-3, 0, 10)
+    embedding_lr_ratio: float = bounded(1.0, 0, 1_000_000)  # learning rate of embedding tables over lr
+    weight_decay: float = bounded(0.01, 0, 10)  # matrices only: not biases, norms, tables, alpha
+    betas: tuple[float, float] = bounded((0.9, 0.98), 0, below=1)
+    eps: float = bounded(1e-8, 1e-30, 1)
+    momentum: float = bounded(0.95, 0, below=1)  # of muon
+    warmup_steps: int = bounded(100, 0, MAX_COUNT)
+    final_lr_ratio: float = bounded(0.0, 0, 1000)
+    gradient_clipping: float = bounded(1.0, 0, MAX_COUNT)  # 0 turns it off
 
 
 @dataclass(frozen=True)
 class MiningConfig:
     """Where the mined negatives of a row come from: the ranks [first, last) of its own query's ranking."""
 
-    first: int = 10
-    last: int = 200
-    margin: float | None = None  # leave out what scores above the row's own document less this much, in score units
+    first: int = bounded(10, 0, MAX_COUNT)
+    last: int = bounded(200, 1, MAX_COUNT)
+    # Leave out what scores above the row's own document less this much, in score units.
+    margin: float | None = bounded(None, -1_000_000, 1_000_000)
     file: str | None = None  # of tools/mine_negatives.py, by any model: in place of all of the above
 
 
@@ -193,19 +208,19 @@ class StageConfig:
 
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    rows_global: int = 1024
-    epochs: float = 1.0
-    steps: int = 0  # 0: as many as `epochs` says
+    rows_global: int = bounded(1024, 1, MAX_ROWS)
+    epochs: float = bounded(1.0, 0, 100_000)
+    steps: int = bounded(0, 0, MAX_COUNT)  # 0: as many as `epochs` says
     # Model folder or checkpoint (STAGE/checkpoints/step-…) to start from; sft: by default its pretraining's best.
     init: str | None = None
     mining: MiningConfig = field(default_factory=MiningConfig)
-    validate_every_steps: int = 0  # 0: once, at the end
-    patience: int = 0  # stop after so many validations without a better one; 0: never
-    save_every_steps: int = 500  # 0: not by steps
-    save_every_minutes: float = 0.0  # since the last checkpoint; 0: not by time
-    keep_checkpoints: int = 2
-    log_every_steps: int = 10
-    max_skipped_steps: int = 5  # non-finite steps in a row before the run stops
+    validate_every_steps: int = bounded(0, 0, MAX_COUNT)  # 0: once, at the end
+    patience: int = bounded(0, 0, MAX_COUNT)  # stop after so many validations without a better one; 0: never
+    save_every_steps: int = bounded(500, 0, MAX_COUNT)  # 0: not by steps
+    save_every_minutes: float = bounded(0.0, 0, 1_000_000)  # since the last checkpoint; 0: not by time
+    keep_checkpoints: int = bounded(2, 1, MAX_COUNT)
+    log_every_steps: int = bounded(10, 1, MAX_COUNT)
+    max_skipped_steps: int = bounded(5, 1, MAX_COUNT)  # non-finite steps in a row before the run stops
 
 
 @dataclass(frozen=True)
@@ -213,7 +228,7 @@ class RunConfig:
     """Where a run writes and what follows it."""
 
     dir: str = MISSING
-    seed: int = 0
+    seed: int = bounded(0, 0, 2**32 - 1)
     trackers: tuple[str, ...] = ("tensorboard",)
 
 
@@ -266,16 +281,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist; --config takes a YAML file such as those in configs/")
     for override in overrides:
-        if "=" not in override:
+        if not re.match(r"\w[^\[\]=]*(\[\d+\][^\[\]=]*)*=", override):
             raise ConfigError(f"override {override!r} is not of the form key=value, for example pretrain.steps=100")
     try:
         content = OmegaConf.load(path)
+        if not isinstance(content, DictConfig):
+            raise ConfigError(f"{path} holds a list, needs the sections run, data, model, …")
         merged = OmegaConf.merge(OmegaConf.structured(Config), content, OmegaConf.from_dotlist(list(overrides)))
         if missing := sorted(OmegaConf.missing_keys(merged)):
             raise ConfigError(f"{path}: required key {missing[0]} is missing; give it a value")
         config = cast(Config, OmegaConf.to_object(merged))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid YAML in UTF-8: {' '.join(str(error).split())}") from None
+    except OSError as error:  # what omegaconf raises of a lone word or number, too
+        raise ConfigError(f"{path} cannot be read as a config: {error}") from None
     except ConfigKeyError as error:
         raise ConfigError(f"{path}: unknown key {error.full_key}: {_first_line(error)}") from None
     except OmegaConfBaseException as error:
@@ -286,44 +305,37 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def check_config(config: Config) -> None:
     """Raise ConfigError with one sentence on the first thing in `config` that cannot work."""
+    for key, got, needed in out_of_bounds(config):
+        raise ConfigError(f"{key}: got {got}, needs {needed}")
     data, engine = config.data, config.engine
+    for key, value in (("run.dir", config.run.dir), ("data.dir", data.dir)):
+        _require(bool(value.strip()), key, repr(value), "a folder")
     _require(bool(data.query), "data.query", "no features", "at least one feature")
     _require(bool(data.doc), "data.doc", "no features", "at least one feature")
-    _require(0 <= config.run.seed < 2**32, "run.seed", config.run.seed, "0 to 2^32 - 1")
-    _require(data.lanes >= 1, "data.lanes", data.lanes, "at least 1")
-    _require(data.num_workers >= 0, "data.num_workers", data.num_workers, "at least 0")
-    _require(data.cache_bytes >= 1, "data.cache_bytes", data.cache_bytes, "at least 1")
-    _check_mixture(data)
-    _require(engine.zero_stage in (0, 1, 2, 3), "engine.zero_stage", engine.zero_stage, "0, 1, 2 or 3")
-    _require(engine.chunk_tokens >= 0, "engine.chunk_tokens", engine.chunk_tokens, "at least 0")
-    kept = engine.keep_graph_tokens
-    _require(kept is None or kept >= 0, "engine.keep_graph_tokens", kept, "at least 0")
-    shards_optimizer = engine.zero_stage > 0
+    _check_sources(data)
     for key, needs_it in (
         ("engine.offload_optimizer=true", engine.offload_optimizer),
         ("engine.precision=bf16_pure", engine.precision == "bf16_pure"),
     ):
-        _require(shards_optimizer or not needs_it, "engine.zero_stage", 0, f"1, 2 or 3 with {key}")
-    _require(engine.peer_timeout_s >= 5, "engine.peer_timeout_s", engine.peer_timeout_s, "at least 5")
-    _require(config.model.alpha_init > 0, "model.alpha_init", config.model.alpha_init, "a number above 0")
+        _require(engine.zero_stage > 0 or not needs_it, "engine.zero_stage", 0, f"1, 2 or 3 with {key}")
     for side, tower in (("query", config.model.query), ("doc", config.model.doc)):
-        _check_text(f"model.{side}.text", tower.text)
+        text = tower.text
+        _require(
+            text.init is not None or text.keep_layers == 0, f"model.{side}.text.keep_layers", text.keep_layers,
+            "an init folder to keep them of; without one `layers` says how many there are",
+        )  # fmt: skip
     for side, features in (("query", data.query), ("doc", data.doc)):
         for name, feature in features.items():
-            feature.check(f"data.{side}.{name}", side, data.doc)
+            key = f"data.{side}.{name}"
+            _require(key.count(".") == 2 and not key.endswith("."), key, "this name", "a feature's name without dots")
+            feature.check(key, side, data.doc)
     stages: dict[str, StageConfig | None] = {"pretrain": config.pretrain, "sft": config.sft}
     for name, stage in stages.items():
         if stage is not None:
-            _check_stage(name, stage, data.lanes)
-            _check_optimizer(f"{name}.optimizer", stage.optimizer)
+            _check_stage(name, stage, data)
             _check_loss(f"{name}.loss", stage.loss, config.model, engine.chunk_tokens)
-            parts = data.from_partition is not None or bool(data.mixture)
-            _require(
-                stage.mining.file is None or not parts, f"{name}.mining.file", stage.mining.file,
-                "no data.from_partition or data.mixture, which number the rows otherwise",
-            )  # fmt: skip
     if config.model.beta == "scalar":
-        fits = any(stage is not None and stage.loss.name == "sigmoid" for stage in stages.values())
+        fits = any(stage is not None and not LOSSES[stage.loss.name].relative for stage in stages.values())
         _require(fits, "model.beta", "scalar", "document or none without a sigmoid loss: in all others it cancels")
 
 
@@ -338,84 +350,62 @@ def first_difference(before: Any, now: Any, key: str = "") -> str | None:
     return None
 
 
-def _check_mixture(data: DataConfig) -> None:
-    for number, source in enumerate(data.mixture):
-        weight = source.weight
-        _require(0 < weight < float("inf"), f"data.mixture[{number}].weight", weight, "a finite number above 0")
-    both = bool(data.mixture) and data.from_partition is not None
-    plain = data.webdataset is not None
-    _require(not plain or not data.mixture, "data.webdataset", data.webdataset, "no mixture beside it")
-    _require(
-        not both, "data.from_partition", data.from_partition, "no mixture beside it; name partitions in the mixture"
-    )
+def _check_sources(data: DataConfig) -> None:
+    if data.mixture:
+        _require(data.webdataset is None, "data.webdataset", data.webdataset, "no mixture beside it")
+        _require(
+            data.from_partition is None, "data.from_partition", data.from_partition,
+            "no mixture beside it; name partitions in the mixture",
+        )  # fmt: skip
 
 
-def _check_text(key: str, text: TextEncoderConfig) -> None:
-    _require(0 <= text.dropout < 1, f"{key}.dropout", text.dropout, "at least 0 and below 1")
-    _require(text.keep_layers >= 0, f"{key}.keep_layers", text.keep_layers, "at least 0")
-    _require(
-        text.init is not None or text.keep_layers == 0, f"{key}.keep_layers", text.keep_layers,
-        "an init folder to keep them of; without one `layers` says how many there are",
-    )  # fmt: skip
-
-
-def _check_stage(name: str, stage: StageConfig, lanes: int) -> None:
-    rows = stage.rows_global
-    if rows < 1 or rows % lanes:
-        below, above = max(0, rows // lanes) * lanes, (max(0, rows // lanes) + 1) * lanes
+def _check_stage(name: str, stage: StageConfig, data: DataConfig) -> None:
+    rows, lanes = stage.rows_global, data.lanes
+    if rows % lanes:
+        below, above = rows // lanes * lanes, (rows // lanes + 1) * lanes
         fix = f"use {below} or {above}" if below else f"use {above}"
         raise ConfigError(f"{name}.rows_global={rows} must be divisible by data.lanes={lanes}; {fix}")
     _require(stage.steps > 0 or stage.epochs > 0, f"{name}.epochs", stage.epochs, "above 0 where steps is 0")
-    least = {
-        "steps": 0, "save_every_steps": 0, "save_every_minutes": 0, "validate_every_steps": 0, "patience": 0,
-        "keep_checkpoints": 1, "log_every_steps": 1, "max_skipped_steps": 1,
-    }  # fmt: skip
-    for key, number in least.items():
-        _require(getattr(stage, key) >= number, f"{name}.{key}", getattr(stage, key), f"at least {number}")
-    mining = stage.mining
-    _require(0 <= mining.first < mining.last, f"{name}.mining", f"[{mining.first}, {mining.last})", "first < last")
+    mining, negatives = stage.mining, stage.loss.negatives
+    _require(mining.first < mining.last, f"{name}.mining", f"[{mining.first}, {mining.last})", "first < last")
     if mining.file is None:
-        room, negatives = mining.last - mining.first, stage.loss.negatives
+        room = mining.last - mining.first
         _require(negatives <= room, f"{name}.loss.negatives", negatives, f"at most the mining window's {room}")
-
-
-def _check_optimizer(key: str, optimizer: OptimizerConfig) -> None:
-    _require(optimizer.lr >= 0, f"{key}.lr", optimizer.lr, "at least 0")
-    _require(optimizer.eps > 0, f"{key}.eps", optimizer.eps, "a number above 0")
-    _require(all(0 <= beta < 1 for beta in optimizer.betas), f"{key}.betas", list(optimizer.betas), "[0, 1) for both")
-    for name in ("embedding_lr_ratio", "weight_decay", "warmup_steps", "final_lr_ratio", "gradient_clipping"):
-        _require(getattr(optimizer, name) >= 0, f"{key}.{name}", getattr(optimizer, name), "at least 0")
+    else:
+        _require(
+            data.from_partition is None and not data.mixture, f"{name}.mining.file", mining.file,
+            "no data.from_partition or data.mixture, which number the rows otherwise",
+        )  # fmt: skip
 
 
 def _check_loss(key: str, loss: LossConfig, model: ModelConfig, chunk_tokens: int) -> None:
-    fps = loss.name == "fps"
-    _require(loss.in_batch or not fps, f"{key}.in_batch", False, "true for fps, which is over the whole batch")
+    _require(loss.name in LOSSES, f"{key}.name", loss.name, f"one of {', '.join(map(repr, LOSSES))}")
+    options = LOSSES[loss.name]
+    over_all, directions = options.all_columns, options.directions
+    _require(loss.in_batch or not over_all, f"{key}.in_batch", False, f"true for {loss.name}, over the whole batch")
     mined_or_batch = loss.in_batch or loss.negatives > 0
     _require(mined_or_batch, f"{key}.negatives", loss.negatives, "at least 1 where in_batch is false")
-    _require(fps or loss.direction == "q2d", f"{key}.direction", loss.direction, f"q2d: {loss.name} has no other")
+    fit = loss.direction in directions
+    _require(fit, f"{key}.direction", loss.direction, f"{' or '.join(directions)}: {loss.name} has no other")
     uniform = loss.uniform_negatives
-    _require(fps or uniform == 0, f"{key}.uniform_negatives", uniform, f"0: {loss.name} takes no extra columns")
+    _require(over_all or uniform == 0, f"{key}.uniform_negatives", uniform, f"0: {loss.name} takes no extra columns")
     if loss.sampling == "none":
         _require(loss.frequency == "counts", f"{key}.frequency", loss.frequency, "sampling=classic or corrected")
     else:
         _require(loss.in_batch, f"{key}.sampling", loss.sampling, "in_batch=true: it corrects in-batch documents")
-    buckets = loss.frequency_buckets
-    _require(buckets >= 1, f"{key}.frequency_buckets", buckets, "several times the number of documents")
     widths = loss.widths
-    fit = len(set(widths)) == len(widths) and all(0 < width < model.dim for width in widths)
+    fit = len(set(widths)) == len(widths) and all(width < model.dim for width in widths)
     _require(fit, f"{key}.widths", list(widths), f"distinct numbers from 1 to {model.dim - 1}, below model.dim")
-    _require(loss.norm_penalty >= 0, f"{key}.norm_penalty", loss.norm_penalty, "a number not below 0")
     if model.score == "cosine":
         _require(loss.norm_penalty == 0, f"{key}.norm_penalty", loss.norm_penalty, "0: model.score=cosine has norms 1")
     if loss.mlp:
         given = "name other than fps, in_batch=false and negatives: it scores documents given for each query"
-        _require(not fps and not loss.in_batch, f"{key}.mlp", list(loss.mlp), given)
+        _require(not over_all and not loss.in_batch, f"{key}.mlp", list(loss.mlp), given)
         _require(key == "sft.loss", f"{key}.mlp", list(loss.mlp), "the stage sft: mining needs a model that can search")
         _require(chunk_tokens == 0, f"{key}.mlp", list(loss.mlp), "engine.chunk_tokens=0: it sees both towers at once")
         _require(not loss.widths, f"{key}.mlp", list(loss.mlp), "widths=[]: it takes vectors whole")
-        _require(min(loss.mlp) >= 1, f"{key}.mlp", list(loss.mlp), "widths of at least 1")
-    elif loss.name == "sigmoid":
-        _require(model.beta == "scalar", "model.beta", model.beta, f"scalar where {key}.name is sigmoid")
+    elif not options.relative:
+        _require(model.beta == "scalar", "model.beta", model.beta, f"scalar where {key}.name is {loss.name}")
 
 
 def _feature(key: str, content: Any) -> Feature:

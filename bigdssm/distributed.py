@@ -1,7 +1,7 @@
 """Rank, world size and the few collectives the project uses; the only module that touches torch.distributed.
 
-Everything works without a process group, as a world of one. Collectives take an optional `group`; gradients are
-the business of the callers (losses/ has autograd functions around these).
+Everything works without a process group, as a world of one. Collectives take an optional `group` and carry no
+gradients: the losses compute theirs by hand and reduce them.
 """
 
 from __future__ import annotations

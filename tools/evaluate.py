@@ -34,6 +34,7 @@ from bigdssm.evaluation.collection import (
     pretrained_run,
     vectors_run,
 )
+from bigdssm.evaluation.scorer import encoders_of
 from bigdssm.evaluation.split import evaluate_split
 from bigdssm.evaluation.systems import (
     SHOWN_OF_RUNS,
@@ -50,7 +51,7 @@ from bigdssm.evaluation.systems import (
 )
 from bigdssm.evaluation.trec import read_qrels, read_run, run_metrics, write_qrels, write_run
 from bigdssm.export import load_model_folder
-from bigdssm.retrieval.embed import encode_in_bf16, scored_encoders, tower_encoders
+from bigdssm.retrieval.embed import encode_in_bf16
 
 OF_COLLECTIONS = (
     "--widths", "--bm25", "--pretrained", "--max-tokens", "--filter-known", "--save-run", "--save-qrels",
@@ -131,10 +132,8 @@ def evaluated(name: str, path: Path, dataset: Dataset, split: str, bf16: bool) -
     if bf16:
         encode_in_bf16(folder.model)
     folder.check_dataset(dataset)
-    scorer = folder.model.scorer
-    encoders = scored_encoders(folder.model, scorer, dataset) if scorer else tower_encoders(folder.model, dataset)
     with ProgressBar() as progress:
-        evaluation = evaluate_split(encoders, dataset, split, progress=progress)
+        evaluation = evaluate_split(encoders_of(folder.model, dataset), dataset, split, progress=progress)
     return System.of_ranks(name, evaluation.ranks, evaluation.seconds)
 
 

@@ -16,7 +16,7 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdssm.cli import ProgressBar, run_main
+from bigdssm.cli import ProgressBar, refuse_options, run_main
 from bigdssm.config import DataConfig, load_config
 from bigdssm.data.making.interactions import InteractionTables, make_interactions
 from bigdssm.data.making.making import Report, Target
@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(title="sub-commands", required=True)
     common = argparse.ArgumentParser(add_help=False)
+    common.set_defaults(common=common)
     common.add_argument("--config", type=Path, required=True, help="YAML file, and anywhere key=value to change it")
     common.add_argument("--out", type=Path, help="dataset folder (default: the config's data.dir)")
     common.add_argument("--seed", type=int, default=0, help="of the shuffle and of random splits")
@@ -183,8 +184,10 @@ def _docstrings(args: argparse.Namespace) -> None:
 
 def _data_and_target(args: argparse.Namespace) -> tuple[DataConfig, Target]:
     data = load_config(args.config, args.overrides).data
-    out, partition = args.out or Path(data.dir), args.append or args.partition
     append = args.append is not None
+    if append:
+        refuse_options(args.common, args, ["--overwrite", "--partition"], "with --append, which names what it adds")
+    out, partition = args.out or Path(data.dir), args.append if append else args.partition
     return data, Target(out, partition, overwrite=args.overwrite, append=append, seed=args.seed, like=args.like)
 
 

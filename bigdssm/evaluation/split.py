@@ -16,6 +16,7 @@ from bigdssm.data.tensors import as_tensor
 from bigdssm.errors import DivergedError
 from bigdssm.evaluation.metrics import mean_metrics
 from bigdssm.evaluation.ranks import Seen, ranks_of_pairs, ranks_of_scores, ranks_of_vectors
+from bigdssm.evaluation.scorer import ScoredEncoders
 from bigdssm.retrieval.embed import Encoders, Progress, Share, encode_catalogue, encode_queries, no_progress
 
 SCORES_PER_CHUNK = 16_777_216  # of a scorer without vectors, 128 MiB of float64
@@ -45,13 +46,14 @@ def evaluate_split(
     """Return the Evaluation of a two-tower model on `split`, the same on every rank: every document is scored.
 
     A collective: documents and queries are shared out over the ranks, `rows_per_chunk` at a time. `documents` [N, D+1]
-    are the catalogue's vectors where they were made before. Raises DataError: no such split; DivergedError on every
-    rank where a vector is not finite: comparisons with NaN would rank every target first.
+    are the catalogue's index vectors where they were made before; a scorer, which reads others, ignores them. Raises
+    DataError: no such split; DivergedError on every rank where a vector is not finite: comparisons with NaN would rank
+    every target first.
     """
     started = time.perf_counter()
     dataset.index(split)
     share = Share(rank, world_size, rows_per_chunk, progress)
-    if documents is None:
+    if documents is None or isinstance(encoders, ScoredEncoders):
         documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
     finite = bool(documents.isfinite().all())
     first, last = share.of(dataset.num_rows(split))
@@ -60,10 +62,10 @@ def evaluate_split(
         finite = finite and bool(queries.isfinite().all())
         target = as_tensor(rows.doc_rows).to(documents.device)
         seen = _seen(rows, documents.device) if filter_seen else None
-        if encoders.scorer is None:
-            found = ranks_of_vectors(queries, documents, target, seen)
-        else:
+        if isinstance(encoders, ScoredEncoders):
             found = ranks_of_pairs(encoders.scorer, queries, documents, target, seen)
+        else:
+            found = ranks_of_vectors(queries, documents, target, seen)
         ranks[rows.row_ids - first] = _of_relevant(found, rows)
     distributed.raise_together(None if finite else DivergedError(f"vectors of split {split} hold NaN or inf"))
     everything = np.concatenate(distributed.all_gather_object(ranks))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from bigdssm.export.model_folder import (
 from bigdssm.export.onnx_format import write_onnx
 from bigdssm.export.probe import Parity, Probe, largest_difference
 from bigdssm.export.st_format import write_sentence_transformers
+from bigdssm.places import real_place
 
 EXPORT_FILE = "bigdssm_export.json"
 Format = Literal["model", "sentence-transformers", "hf", "onnx"]
@@ -68,7 +68,7 @@ def export(source: Source, out: Path, target: Format = "model") -> Parity:
     Raises ConfigError where the format cannot hold the model or `out` holds something else, CheckpointError where the
     vectors differ by more than `probe.PARITY_LIMIT`; nothing is written then.
     """
-    out = Path(os.path.realpath(out))  # what a symbolic link leads to is replaced, not the link
+    out = real_place(out)
     if out.exists() and not _is_export(out, target) and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is no export of the format {target}; choose another --out")
     aside = out.with_name(f".{out.name}.exporting")

@@ -32,6 +32,7 @@ from bigdssm.data import Dataset
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.models import DualEncoder
 from bigdssm.models.encoders import TextEncoder, text_configs
+from bigdssm.places import real_place
 from bigdssm.schema import SCHEMA_FILE, Schema
 
 FORMAT = 2  # 1 had no checksum of the config
@@ -81,6 +82,7 @@ def save_model_folder(
     `state` holds the full weights where the model's own are sharded. Raises CheckpointError where `folder` exists and
     is not a model folder.
     """
+    folder = real_place(folder)
     if folder.exists() and not (folder / META_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not a model folder; nothing was written, choose another --out")
     aside = folder.with_name(f".{folder.name}.unfinished")

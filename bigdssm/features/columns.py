@@ -18,6 +18,7 @@ from bigdssm.errors import DataError
 
 MAX_FIELD_BYTES = 1 << 20  # of a text: a longer one would cost more than its block
 MISSING_NUMBERS = ("", "nan", "na", "null", "none", "\\n")
+THIS_CENTURY, EPOCH_POWERS = (946_684_800, 4_102_444_800), (0, 3, 6, 9)  # s since 1970; s, ms, µs, ns
 
 
 class ReportBad(Protocol):
@@ -77,7 +78,7 @@ def strings(check: RowCheck, name: str, *, trim: bool = True) -> pa.Array:
     """Return a column as large_string, null as ''; whole floats become integers. Raises DataError on lists."""
     array = check.column(name)
     if pa.types.is_nested(array.type):
-        hint = "; declare the feature `multi: true`" if pa.types.is_list(array.type) else ""
+        hint = "; declare it `multi: true` if it is a categorical feature" if pa.types.is_list(array.type) else ""
         raise DataError(f"{check.batch.file}: column {name!r} holds {array.type}, needs single values{hint}")
     if pa.types.is_floating(array.type):
         array = _float_strings(array)
@@ -129,7 +130,7 @@ def numbers(check: RowCheck, name: str) -> tuple[np.ndarray, np.ndarray]:
     if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
         values, unreadable = _parse_numbers(array)
     else:
-        values = array.cast(pa.float64()).to_numpy(zero_copy_only=False)
+        values = array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)  # integers beyond 2^53 are rounded
         unreadable = np.zeros(len(values), bool)
     return values, unreadable | (np.abs(values) > float(np.finfo(np.float32).max))
 
@@ -157,15 +158,28 @@ def times(check: RowCheck, name: str) -> np.ndarray:
     A row without a time that can be read is failed.
     """
     array = check.column(name)
-    if pa.types.is_temporal(array.type):
+    if pa.types.is_timestamp(array.type) or pa.types.is_date(array.type):
         micros = array.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
         values = micros.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False) / 1e6
     else:
         values, unreadable = numbers(check, name)
+        values = values.copy()  # Arrow's own memory cannot be written
         for i in np.flatnonzero(unreadable).tolist():
             values[i] = _parse_iso(str(array[i].as_py()))
     check.fail(~np.isfinite(values), f"{name} is {{}}, needs a number or an ISO 8601 time", array)
     return values
+
+
+def check_one_unit(moments: np.ndarray, where: str) -> None:
+    """Raise DataError where nearly all times are dates of 2000 to 2100, but some in seconds and others in 1/1000 …"""
+    found = {}
+    for power in EPOCH_POWERS:
+        first, last = (seconds * 10.0**power for seconds in THIS_CENTURY)
+        found[power] = (moments >= first) & (moments < last)
+    units = [power for power, mask in found.items() if mask.any()]
+    if len(units) > 1 and sum(int(mask.sum()) for mask in found.values()) >= 0.99 * len(moments):
+        some = ", ".join(f"{int(found[power].sum())} such as {moments[found[power]][0]:.0f}" for power in units)
+        raise DataError(f"{where} mixes units of time: {some}; give all in seconds since 1970, or all in another unit")
 
 
 def _parse_iso(text: str) -> float:

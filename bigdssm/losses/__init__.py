@@ -1,7 +1,8 @@
 """Losses: the Full Product Softmax and the fine-tuning losses, over any number of ranks; plain tensors in, no model."""
 
+from bigdssm.losses.engine import contrastive_loss
 from bigdssm.losses.extras import norm_penalty, relevance_weight
-from bigdssm.losses.fps import DIRECTIONS, fps_loss
+from bigdssm.losses.fps import fps_loss
 from bigdssm.losses.inputs import LossInputError
 from bigdssm.losses.matryoshka import matryoshka_loss
 from bigdssm.losses.output import LossOutput
@@ -14,20 +15,29 @@ from bigdssm.losses.sampling import (
     sample_uniform,
 )
 from bigdssm.losses.scored import scored_loss
+from bigdssm.losses.terms import PairCE, PairTerm, Sigmoid, Softmax, Term, Triplet, find_term, register
 
 __all__ = [
-    "DIRECTIONS",
     "RANKING_NAMES",
     "SAMPLINGS",
     "LossInputError",
     "LossOutput",
+    "PairCE",
+    "PairTerm",
+    "Sigmoid",
+    "Softmax",
     "StreamingFrequency",
+    "Term",
+    "Triplet",
     "apply_sampling",
+    "contrastive_loss",
+    "find_term",
     "fps_loss",
     "log_expected_from_counts",
     "matryoshka_loss",
     "norm_penalty",
     "ranking_loss",
+    "register",
     "relevance_weight",
     "sample_uniform",
     "scored_loss",

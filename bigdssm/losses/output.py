@@ -3,12 +3,13 @@
 Scale: every rank returns the loss of the global batch, and gradients world_size times its share, so that the mean over
 ranks that DeepSpeed and DDP take of a parameter's gradient is the gradient of the global loss.
 
-Shape legend: m queries and n columns of this rank, N slots, D vector size.
+Shape legend: m queries and n columns of this rank, D vector size.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,8 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.distributed import Group
-from bigdssm.losses.columns import Columns
-from bigdssm.losses.inputs import Facts, LossInputs
-from bigdssm.losses.masks import DropPlan
-from bigdssm.losses.tiles import Sums
+from bigdssm.losses.inputs import GlobalSizes, LossInputs
+from bigdssm.losses.passes import Gradients
 
 
 @dataclass(frozen=True)
@@ -37,58 +36,29 @@ class LossOutput:
     stats: dict[str, Tensor]
 
 
-@dataclass
+@dataclass(frozen=True)
 class LocalStats:
-    """One rank's part of the loss and of the statistics."""
+    """What one rank's part of the statistics follows from."""
 
-    loss_sum: Tensor
-    correct: Tensor
-    judged: Tensor
-    dropped: float
-    entries: float
-    queries: float
-    lse: Tensor
-
-
-def weighted(weight_m: Tensor, values_m: Tensor) -> Tensor:
-    """Return weight · value, 0 where the weight is 0 whatever the value."""
-    return torch.where(weight_m > 0, weight_m * values_m, 0.0)
+    weight_m: Tensor
+    positive_m: Tensor  # scores of the positives
+    largest_m: Tensor  # and of the best negatives
+    lse_m: Tensor  # [m], or [directions, m]
+    entries: float  # of the score matrix but the positives
+    masked: float  # of them
 
 
-def local_stats(
-    x: LossInputs,
-    columns: Columns,
-    drops: DropPlan,
-    terms_m: Tensor,
-    positive_m: Tensor,
-    largest_m: Tensor,
-    lse: Tensor,
-) -> LocalStats:
-    """Collect this rank's part; `terms_m` are weighted, `largest_m` the best negatives' scores, `lse` any shape."""
-    m = x.U.shape[0]
-    used = x.weight > 0
-    positive_slots = x.positive + columns.own_start
-    own = drops.contains(torch.arange(m, device=positive_slots.device), positive_slots)
-    return LocalStats(
-        loss_sum=terms_m.sum(),
-        correct=((positive_m > largest_m) & used).sum(),
-        judged=used.sum(),
-        dropped=float(drops.row_lengths.sum() - own.sum()),
-        entries=float(m) * (columns.num_columns - 1),
-        queries=float(m),
-        lse=lse,
-    )
-
-
-def reduce_output(local: LocalStats, weight_sum: float, group: Group | None) -> tuple[Tensor, dict[str, Tensor]]:
+def reduce_output(
+    value_sum: Tensor, local: LocalStats, weight_sum: float, group: Group | None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the global loss and statistics: two small all-reduces."""
-    device = local.loss_sum.device
-    totals = torch.stack([
-        local.loss_sum.double(), local.correct.double(), local.judged.double(),
-        *torch.tensor([local.dropped, local.entries, local.queries], dtype=torch.float64, device=device),
-    ])  # fmt: skip
+    used = local.weight_m > 0
+    counted = [value_sum, ((local.positive_m > local.largest_m) & used).sum(), used.sum()]
+    sizes = value_sum.new_tensor([local.masked, local.entries, used.shape[0]], dtype=torch.float64)
+    totals = torch.stack([*(count.double() for count in counted), *sizes])
     distributed.all_reduce(totals, "sum", group)
-    ends = [-local.lse.min(), local.lse.max()] if local.lse.numel() else [totals.new_tensor(-math.inf)] * 2
+    lse = local.lse_m[..., used]
+    ends = [-lse.min(), lse.max()] if lse.numel() else [totals.new_tensor(-math.inf)] * 2
     extremes = distributed.all_reduce(torch.stack(ends).double(), "max", group)
     loss = totals[0] / weight_sum if weight_sum > 0 else torch.zeros_like(totals[0])
     stats = {
@@ -101,58 +71,36 @@ def reduce_output(local: LocalStats, weight_sum: float, group: Group | None) -> 
     return loss, stats
 
 
-@dataclass
-class Gradients:
-    """For this rank's U [m, D], W [n, D], alpha (scalar) and beta [n]; None where not wanted."""
+def finish_gradients(
+    x: LossInputs, sizes: GlobalSizes, sums: Gradients, positive_grad_m: Tensor, beta_grad_m: Tensor
+) -> list[Tensor | None]:
+    """Turn sums over G into the gradients of U, W, alpha, beta: the global loss's times world_size; in place.
 
-    U: Tensor | None = None
-    W: Tensor | None = None
-    alpha: Tensor | None = None
-    beta: Tensor | None = None
-
-
-def reduce_sums(sums: Sums, num_columns: int, group: Group | None) -> Gradients:
-    """Bring each rank the sums of its own columns."""
-    grads = Gradients(U=sums.dU_mD)
-    if sums.dW_ND is not None:
-        grads.W = distributed.reduce_scatter_rows(sums.dW_ND, group)[:num_columns]
-    if sums.dbeta_N is not None:
-        grads.beta = distributed.reduce_scatter_rows(sums.dbeta_N, group)[:num_columns]
-    return grads
-
-
-def finish_gradients(x: LossInputs, facts: Facts, sums: Gradients, pull_m: Tensor, beta_pull_m: Tensor) -> Gradients:
-    """Turn sums over G into gradients of the global loss times world_size, in place.
-
-    `pull_m` is minus the gradient of each query's positive score, `beta_pull_m` the part of it that concerns beta.
+    `positive_grad_m` are those of each query's positive score, `beta_grad_m` the part of them that concerns beta.
     """
-    factor = facts.world_size / facts.weight_sum if facts.weight_sum > 0 else 0.0
+    factor = sizes.world_size / sizes.weight_sum if sizes.weight_sum > 0 else 0.0
     alpha = float(x.alpha.detach())
-    pull_m1 = pull_m.to(x.acc)[:, None]
-    U_mD = x.U.detach().to(x.acc)
-    grads = Gradients()
+    grad_m1 = positive_grad_m.to(x.acc)[:, None]
+    U_mD, alpha_grad = x.U.detach().to(x.acc), None
     if sums.U is not None:
-        sums.U.addcmul_(x.W.detach()[x.positive].to(x.acc), pull_m1, value=-1)
-        grads.alpha = (sums.U * U_mD).sum(1).double().sum() * factor
-        grads.U = sums.U.mul_(alpha * factor)
+        sums.U.addcmul_(x.W.detach()[x.positive].to(x.acc), grad_m1)
+        alpha_grad = (sums.U * U_mD).sum(1).double().sum() * factor
+        sums.U.mul_(alpha * factor)
     if sums.W is not None:
-        sums.W.index_add_(0, x.positive, U_mD * pull_m1, alpha=-1)
-        grads.W = sums.W.mul_(alpha * factor)
+        sums.W.index_add_(0, x.positive, U_mD * grad_m1).mul_(alpha * factor)
     if sums.beta is not None:
-        sums.beta.index_add_(0, x.positive, beta_pull_m.to(sums.beta.dtype), alpha=-1)
-        grads.beta = sums.beta.mul_(factor)
-    return grads
+        sums.beta.index_add_(0, x.positive, beta_grad_m.to(sums.beta.dtype)).mul_(factor)
+    return [sums.U, sums.W, alpha_grad, sums.beta]
 
 
-def attach(loss: Tensor, x: LossInputs, grads: Gradients | None) -> Tensor:
-    """Return `loss` in the inputs' float dtype, with its gradients known to autograd."""
-    value = loss.to(x.acc)
-    if grads is None:
-        return value
-    pairs = [(x.U, grads.U), (x.W, grads.W), (x.alpha, grads.alpha), (x.beta, grads.beta)]
-    given = [(tensor, grad) for tensor, grad in pairs if tensor is not None]
+def attach(loss: Tensor, x: LossInputs, gradients: Sequence[Tensor | None]) -> Tensor:
+    """Return `loss` in the inputs' float dtype, with the gradients of U, W, alpha, beta known to autograd."""
+    pairs = [
+        (leaf, grad) for leaf, grad in zip((x.U, x.W, x.alpha, x.beta), gradients, strict=True) if leaf is not None
+    ]
+    leaves, grads = zip(*pairs, strict=True)
     with torch.enable_grad():
-        result: Tensor = _Attach.apply(value, len(given), *(t for t, _ in given), *(g for _, g in given))
+        result: Tensor = _Attach.apply(loss.to(x.acc), len(pairs), *leaves, *grads)
     return result
 
 

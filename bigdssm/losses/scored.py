@@ -1,8 +1,8 @@
-"""The fine-tuning losses of given negatives on scores made by any scorer, an MLP say; gradients by autograd.
+"""The loss of a term on scores that a scorer has made, an MLP say; gradients by autograd.
 
-Terms, masks, weights and the scale of loss and gradients are those of `ranking_loss` with given negatives.
+Terms, masks, weights and the scale of loss and gradients are those of `contrastive_loss` with listed negatives.
 
-Shape legend: m queries and k given negatives of this rank.
+Shape legend: m queries and k listed negatives of this rank.
 """
 
 from __future__ import annotations
@@ -10,19 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bigdssm import distributed
 from bigdssm.distributed import Group
 from bigdssm.losses.extras import global_mean
-from bigdssm.losses.given import is_known_positive
-from bigdssm.losses.inputs import LossInputError
-from bigdssm.losses.output import LocalStats, LossOutput, reduce_output, weighted
-from bigdssm.losses.pairwise import Pairwise
-from bigdssm.losses.ranking import RANKING_NAMES, RankingName
-from bigdssm.losses.tiles import softplus
+from bigdssm.losses.inputs import LossInputError, exchange, need
+from bigdssm.losses.masks import count_known, gather_known_positives, is_known_positive
+from bigdssm.losses.output import LocalStats, LossOutput, reduce_output
+from bigdssm.losses.terms import TERMS, Term, find_term, weighted
 
 
 def scored_loss(
-    name: RankingName,
+    name: Term | str,
     scores: Tensor,
     *,
     weight: Tensor | None = None,
@@ -32,90 +29,66 @@ def scored_loss(
     margin: float = 0.2,
     group: Group | None = None,
 ) -> LossOutput:
-    """Return a fine-tuning loss of the scores [m, 1 + k]; a collective.
+    """Return the loss of the term `name` on the scores [m, 1 + k]; a collective.
 
     Column 0 holds the positives, the others negatives, −inf where there is none. weight [m] ≥ 0. query_ids [m] and
     doc_ids [m, 1 + k], both or neither: negatives that are known positives of their query, on any rank, are dropped.
     known int64 [p, 2]: (query id, document id) of further ones. margin: of triplet.
     Raises: LossInputError (PeerError on the ranks whose own input is good), on every rank.
     """
-    error = _first_error(name, scores, weight, query_ids, doc_ids, known)
-    sizes = [0.0] * 5
-    if error is None:
+    term, error, numbers = find_term(name, {"margin": margin}), None, [0.0, 0.0]
+    try:
+        _check(term, scores, weight, query_ids, doc_ids, known)
         scores = scores if scores.dtype == torch.float64 else scores.float()  # terms and sums, not in bfloat16
         weight = torch.ones_like(scores[:, 0]) if weight is None else weight.detach().to(scores.dtype)
-        num_known = -1 if known is None else known.shape[0]
-        sizes = [1.0, RANKING_NAMES.index(name) + 8.0 * (query_ids is not None), scores.shape[0], num_known]
-        sizes.append(float(weight.sum()))
-    table = distributed.all_gather_padded(torch.tensor([sizes], dtype=torch.float64, device=scores.device), 1, group)
-    ok, modes, rows, numbers_known, weights = table.wait().T.tolist()
-    if min(ok) == 0:
-        distributed.raise_together(error, group)
-    if len(set(modes)) > 1 or len({number < 0 for number in numbers_known}) > 1:
-        raise LossInputError("the ranks disagree on the loss, or on which of query_ids, doc_ids, known are given")
-    assert weight is not None
+        numbers = [count_known(query_ids, weight, known), float(weight.sum())]
+    except LossInputError as caught:
+        error = caught
+    given = {"query_ids": query_ids, "doc_ids": doc_ids, "known": known}
+    words = ", ".join([str(term), *(name for name, value in given.items() if value is not None)])
+    agreed = {"the loss, or on which of query_ids, doc_ids, known are given": words}
+    table = exchange(error, agreed, numbers, scores.device, group)
+    assert isinstance(term, Term) and weight is not None
+    drop = torch.zeros_like(scores[:, 1:], dtype=torch.bool)
     if query_ids is not None and doc_ids is not None:
-        longest = int(max(rows)), int(max(numbers_known))
-        pairs = query_ids, doc_ids[:, 1:], doc_ids[:, 0]
-        drop = is_known_positive(*pairs, weight.detach(), known, longest, group)
-    else:
-        drop = torch.zeros_like(scores[:, 1:], dtype=torch.bool)
-    used = ~drop & (scores[:, 1:].detach() > -torch.inf)
-    terms = _terms(Pairwise(name, margin), scores[:, 0], scores[:, 1:].masked_fill(~used, -torch.inf), used)
-    terms = weighted(weight, terms)
-    local = _stats(scores.detach(), used, drop, weight)
-    return LossOutput(
-        global_mean(terms.sum(), float(weight.sum()), group), reduce_output(local, sum(weights), group)[1]
-    )
+        counts = [int(row[0]) for row in table]
+        pairs = gather_known_positives(query_ids, doc_ids[:, 0], weight, known, counts, group)[1]
+        drop = is_known_positive(pairs, query_ids, doc_ids[:, 1:])
+    positive_m, negative_mk = scores[:, 0], scores[:, 1:]
+    there = negative_mk.detach() > -torch.inf
+    used = there & ~drop
+    values_m = weighted(weight, term.on_scores(positive_m, negative_mk.masked_fill(~used, -torch.inf), used))
+    largest_m = negative_mk.detach().masked_fill(~used, -torch.inf).amax(1)
+    best_m = torch.maximum(positive_m.detach(), largest_m)
+    local = LocalStats(weight, positive_m.detach(), largest_m, best_m, float(there.sum()), float((drop & there).sum()))
+    stats = reduce_output(scores.new_zeros(()), local, sum(row[1] for row in table), group)[1]
+    return LossOutput(global_mean(values_m.sum(), float(weight.sum()), group), stats)
 
 
-def _first_error(
-    name: str,
+def _check(
+    term: Term | str,
     scores: Tensor,
     weight: Tensor | None,
     query_ids: Tensor | None,
     doc_ids: Tensor | None,
     known: Tensor | None,
-) -> LossInputError | None:
-    """Return what is wrong with this rank's input, if anything."""
-    if name not in RANKING_NAMES:
-        return LossInputError(f"the loss must be one of {', '.join(RANKING_NAMES)}, got {name!r}")
-    if scores.ndim != 2 or scores.shape[1] < 2 or not scores.is_floating_point():
-        return LossInputError(f"scores must be floating point [m, 1 + k], got {scores.dtype} {list(scores.shape)}")
+) -> None:
+    """Raise LossInputError on what is wrong with this rank's input."""
+    need(isinstance(term, Term), f"the loss must be one of {', '.join(TERMS)}, got {term!r}")
+    fits = scores.ndim == 2 and scores.shape[1] >= 2 and scores.is_floating_point()
+    need(fits, f"scores must be floating point [m, 1 + k], got {scores.dtype} {list(scores.shape)}")
     m = scores.shape[0]
-    if weight is not None and (list(weight.shape) != [m] or not bool((weight >= 0).all() & weight.isfinite().all())):
-        return LossInputError(f"weight must be [{m}], finite and not negative, got {list(weight.shape)}")
-    if (query_ids is None) != (doc_ids is None) or (known is not None and query_ids is None):
-        return LossInputError("query_ids and doc_ids go together, and known needs both")
+    if weight is not None:
+        fits = list(weight.shape) == [m] and bool((weight >= 0).all() & weight.isfinite().all())
+        need(fits, f"weight must be [{m}], finite and not negative, got {list(weight.shape)}")
+    fits = (query_ids is None) == (doc_ids is None) and (known is None or query_ids is not None)
+    need(fits, "query_ids and doc_ids go together, and known needs both")
     for what, ids, shape in (("query_ids", query_ids, [m]), ("doc_ids", doc_ids, list(scores.shape))):
-        if ids is not None and (ids.dtype != torch.int64 or list(ids.shape) != shape):
-            return LossInputError(f"{what} must be int64 {shape}, got {ids.dtype} {list(ids.shape)}")
-    if known is not None and (known.dtype != torch.int64 or known.ndim != 2 or known.shape[1] != 2):
-        return LossInputError(f"known must be int64 [pairs, 2], got {known.dtype} {list(known.shape)}")
-    return None
+        fits = ids is None or (ids.dtype == torch.int64 and list(ids.shape) == shape)
+        need(fits, f"{what} must be int64 {shape}, got {_kind(ids)}")
+    fits = known is None or (known.dtype == torch.int64 and known.ndim == 2 and known.shape[1] == 2)
+    need(fits, f"known must be int64 [pairs, 2], got {_kind(known)}")
 
 
-def _terms(loss: Pairwise, positive_m: Tensor, negative_mk: Tensor, used_mk: Tensor) -> Tensor:
-    """Return each query's term [m]."""
-    if loss.name == "softmax":
-        return torch.logsumexp(torch.cat([positive_m[:, None], negative_mk], 1), 1) - positive_m
-    # what is not used is filled before and after: no −inf reaches a gradient
-    filled_mk = negative_mk.masked_fill(~used_mk, 0.0)
-    above_mk = filled_mk - positive_m[:, None] if loss.relative else filled_mk
-    values_mk = (above_mk + loss.margin).clamp(min=0) if loss.name == "triplet" else softplus(above_mk)
-    sum_m = values_mk.masked_fill(~used_mk, 0.0).sum(1)
-    return sum_m / used_mk.sum(1).clamp(min=1) if loss.relative else sum_m + softplus(-positive_m)
-
-
-def _stats(scores: Tensor, used: Tensor, drop: Tensor, weight: Tensor) -> LocalStats:
-    largest_m = scores[:, 1:].masked_fill(~used, -torch.inf).amax(1)
-    judged = weight > 0
-    return LocalStats(
-        loss_sum=scores.new_zeros(()),
-        correct=((scores[:, 0] > largest_m) & judged).sum(),
-        judged=judged.sum(),
-        dropped=float((drop & (scores[:, 1:] > -torch.inf)).sum()),
-        entries=float((scores[:, 1:] > -torch.inf).sum()),
-        queries=float(scores.shape[0]),
-        lse=torch.maximum(scores[:, 0], largest_m)[judged],
-    )
+def _kind(tensor: Tensor | None) -> str:
+    return "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"

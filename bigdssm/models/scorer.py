@@ -5,7 +5,7 @@ Shapes: D vector width, … leading dimensions of queries and documents, which b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -15,6 +15,7 @@ class MlpScorer(nn.Module):
 
     def __init__(self, dim: int, hidden: Sequence[int]) -> None:
         super().__init__()
+        self.widths = dim, tuple(hidden)
         # The first layer in three parts: a query's and a document's are computed once for all pairs that they are in.
         self.of_query = nn.Linear(dim, hidden[0])
         self.of_doc = nn.Linear(dim, hidden[0], bias=False)
@@ -23,6 +24,12 @@ class MlpScorer(nn.Module):
         for width, following in zip(hidden, [*hidden[1:], 1], strict=True):
             layers += [nn.Linear(width, following), nn.GELU()]
         self.rest = nn.Sequential(*layers[:-1])
+
+    def copy(self, whole: Mapping[str, Tensor]) -> MlpScorer:
+        """Return a copy with the weights that it has in the state of a whole model, where it is called `scorer`."""
+        prefix, scorer = "scorer.", MlpScorer(*self.widths)
+        scorer.load_state_dict({name.removeprefix(prefix): t for name, t in whole.items() if name.startswith(prefix)})
+        return scorer
 
     def forward(self, u: Tensor, w: Tensor) -> Tensor:
         """Return the scores […] of queries and documents […, D]."""

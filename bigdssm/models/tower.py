@@ -15,6 +15,13 @@ from bigdssm.models.encoders.base import linear_flops
 from bigdssm.models.tables import INIT_STD
 
 
+class _ByFeature(nn.ModuleDict):
+    """Modules by feature, which may be called `type` or `items` as methods of a module are."""
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        self._modules[key] = module
+
+
 class Tower(nn.Module):
     """One side of the dual encoder."""
 
@@ -22,7 +29,7 @@ class Tower(nn.Module):
         super().__init__()
         self.residual = parts.config.residual
         encoders = {name: build_encoder(feature, parts) for name, feature in features.items()}
-        self.encoders = nn.ModuleDict({name: e for name, e in encoders.items() if not e.is_models_own})
+        self.encoders = _ByFeature({name: e for name, e in encoders.items() if not e.is_models_own})
         self._models_own = ({name: e for name, e in encoders.items() if e.is_models_own},)  # not modules of the tower
         widths = {name: encoder.dim for name, encoder in self._all().items()}
         self._check_residual(parts.side, widths, dim)

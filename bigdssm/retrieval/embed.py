@@ -19,7 +19,7 @@ from bigdssm import distributed
 from bigdssm.data import Collator, Dataset, Rows, chunks
 from bigdssm.data.batch import Features, PadIds
 from bigdssm.data.tensors import pad_ids
-from bigdssm.models import Encoded, MlpScorer
+from bigdssm.models import Encoded
 from bigdssm.models.score import document_head, query_head
 
 # Encoded at once: what a CPU's caches hold (twice as fast there as all rows together), or what keeps a GPU busy.
@@ -39,7 +39,6 @@ class Encoders:
 
     queries: Callable[[Rows], Tensor]  # Rows of m queries -> [m, D+1]
     documents: Callable[[np.ndarray], Tensor]  # int64 [n] catalogue rows -> [n, D+1]
-    scorer: MlpScorer | None = None  # scores in place of the inner product; vectors are then the towers' own, [.., D]
 
 
 @dataclass(frozen=True)
@@ -63,25 +62,6 @@ class Share:
     def num_chunks(self, num_rows: int) -> int:
         """Return the chunks of the rank that has most rows."""
         return -(-max(last - first for first, last in self.bounds(num_rows)) // self.rows_per_chunk)
-
-
-def scored_encoders(
-    model: nn.Module, scorer: MlpScorer, dataset: Dataset, device: torch.device | str = "cpu"
-) -> Encoders:
-    """Return the Encoders of a `model` (see `tower_encoders`) whose score is an MLP's: to evaluate, not to index."""
-    collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
-
-    def queries(rows: Rows) -> Tensor:
-        U = _encode(model, query=to_device(collator.query_features(rows.query), device)).U
-        assert U is not None
-        return U.float()
-
-    def documents(doc_rows: np.ndarray) -> Tensor:
-        W = _encode(model, doc=to_device(dataset.catalogue.features(doc_rows), device)).W
-        assert W is not None
-        return W.float()
-
-    return Encoders(queries, documents, scorer)
 
 
 def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | str = "cpu") -> Encoders:
@@ -116,14 +96,14 @@ def encode_in_bf16(model: nn.Module) -> None:
 
 def query_vectors(model: nn.Module, query: Features) -> Tensor:
     """Return [m, D+1] float32 for the features of m queries."""
-    U = _encode(model, query=query).U
+    U = encode(model, query=query).U
     assert U is not None
     return query_head(U)
 
 
 def document_vectors(model: nn.Module, doc: Features) -> Tensor:
     """Return [n, D+1] float32 for the features of n documents; beta is 0 in a model without one."""
-    encoded = _encode(model, doc=doc)
+    encoded = encode(model, doc=doc)
     assert encoded.W is not None
     return document_head(encoded.W, encoded.alpha.float(), encoded.beta)
 
@@ -187,7 +167,8 @@ def in_chunks(features: Features, pads: PadIds, num_rows: int, encode: Callable[
     return chunks.assemble([encode(chunk.features) for chunk in side], side, num_rows)
 
 
-def _encode(model: nn.Module, **sides: Features) -> Encoded:
+def encode(model: nn.Module, **sides: Features) -> Encoded:
+    """Return what `model` makes of one side's features, in evaluation mode and without gradients."""
     was_training = model.training
     model.eval()
     try:

@@ -5,7 +5,6 @@ INDEX/    index.faiss, documents.arrow (doc_key, display), meta.json (checksums 
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ import pyarrow as pa
 
 from bigdssm.checkpoint import check_file
 from bigdssm.errors import CheckpointError, ConfigError
+from bigdssm.places import real_place
 from bigdssm.retrieval.vectors import (
     DOCUMENTS_FILE,
     INDEX_FILE,
@@ -110,7 +110,7 @@ def build_index(vectors_dir: Path, folder: Path, kind: IndexType = "flat") -> Ve
     ivfpq keeps half a byte per dimension. Raises CheckpointError where `vectors_dir` is not a whole vectors folder,
     ConfigError where `folder` holds something else, or ivfpq has too few documents.
     """
-    folder = Path(os.path.realpath(folder))  # what a symbolic link leads to is replaced, not the link
+    folder = real_place(folder)
     meta = read_meta(vectors_dir)
     if meta.kind != VECTORS:
         raise CheckpointError(f"{vectors_dir} is an index; the vectors it was built from are needed")

@@ -28,6 +28,7 @@ from bigdssm.checkpoint import check_file, file_checksum
 from bigdssm.data import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.features.ragged import Column, Ragged
+from bigdssm.places import real_place
 from bigdssm.retrieval.embed import Encoders, Progress, no_progress
 
 FORMAT = 3  # 2 had no checksums, and its model_checksum was that of the weights alone
@@ -88,10 +89,7 @@ def write_vectors(
     Raises ConfigError where `folder` holds something else, CheckpointError where `since` is of another model, DataError
     where a vector is not finite.
     """
-    work, folder = (
-        work or Work(),
-        Path(os.path.realpath(folder)),
-    )  # what a symbolic link leads to is replaced, not the link
+    work, folder = work or Work(), real_place(folder)
     num_docs = dataset.catalogue.num_docs
     if num_docs == 0:
         raise DataError(f"the catalogue of {dataset.dir} is empty")

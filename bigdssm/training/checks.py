@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
+
+import torch
 
 from bigdssm import distributed
 from bigdssm.config import Config, StageConfig, StageName, first_difference
 from bigdssm.data import Dataset
 from bigdssm.data.joining import open_dataset
+from bigdssm.data.streaming.plain_stream import find_shards
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
 from bigdssm.evaluation.curves import CONFIG_FILE
+from bigdssm.models import DualEncoder
+from bigdssm.models.encoders import text_architectures
 from bigdssm.retrieval.mined import MinedNegatives
 from bigdssm.training.optimizers import find_optimizer
 from bigdssm.training.resuming import check_resume
 from bigdssm.training.run_folder import RUNNING_FILE, versions
 from bigdssm.training.trackers import check_trackers
 
-MOST_PLAIN_ROWS = 1 << 24  # in a step over plain shards, whose rows are not known
+MOST_COPIES = 64  # of a row in one step
 
 
 def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
@@ -42,35 +48,48 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
         _check_rows(name, stage, dataset)
     if stage.loss.negatives and stage.mining.file is not None:
         MinedNegatives.open(Path(stage.mining.file)).check_against(dataset)
+    _check_writable(config.stage_dir(name))
     source = initial_model(config, name)
-    if source is not None and not source.is_dir():
+    if source is None:
+        with torch.device("meta"):  # what cannot be built is found here, without its memory
+            texts = text_architectures(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+            DualEncoder(config.model, dataset.schema, texts)
+    elif not source.is_dir():
         fix = "run launch/pretrain.py with this config first" if name == "sft" else "correct the path"
         what = "is a file" if source.exists() else "does not exist"
         raise ConfigError(f"{name} starts from {source}, which {what}; {fix}, or set {name}.init")
     return dataset
 
 
+def _check_writable(folder: Path) -> None:
+    """Raise ConfigError unless the run's `folder` is one that can be written, or can be made."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists() or place.is_symlink())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "cannot be written" if there.is_dir() else "is no folder"
+        raise ConfigError(f"run.dir: {folder} cannot be made, since {there} {why}; choose another run.dir")
+
+
 def _check_plain(name: StageName, stage: StageConfig, shards: str) -> None:
     """Raise where a stage needs what plain shards do not have."""
+    find_shards(shards)
     loss, why = stage.loss, f"{shards} has its documents beside their queries, without a catalogue"
     for key, value in (("negatives", loss.negatives), ("uniform_negatives", loss.uniform_negatives)):
         if value:
             raise ConfigError(f"{name}.loss.{key}: got {value}, needs 0: {why}")
     if loss.sampling != "none" and loss.frequency == "counts":
         raise ConfigError(f"{name}.loss.frequency: got counts, needs streaming (or sampling=none): {why}")
-    if stage.rows_global > MOST_PLAIN_ROWS:
-        raise ConfigError(f"{name}.rows_global: got {stage.rows_global}, needs at most {MOST_PLAIN_ROWS}: {why}")
     if not stage.steps:
         raise ConfigError(f"{name}.steps: got 0, needs a number of steps: plain shards have no epochs")
 
 
 def _check_rows(name: StageName, stage: StageConfig, dataset: Dataset) -> None:
-    """Raise where a step takes more rows than there are, or none of them is a positive."""
+    """Raise where a step would hold rows too often, or none of them is a positive."""
     rows = dataset.num_rows("train")
-    if stage.rows_global > rows:
+    if stage.rows_global > MOST_COPIES * rows:
         raise ConfigError(
-            f"{name}.rows_global: got {stage.rows_global}, needs at most the {rows} train rows of {dataset.dir}, "
-            f"partitions {', '.join(partition.name for partition in dataset.partitions)}"
+            f"{name}.rows_global: got {stage.rows_global}, needs at most {MOST_COPIES * rows} with a train split of "
+            f"{rows} rows in partitions {', '.join(partition.name for partition in dataset.partitions)}: a step would "
+            f"hold each of them more than {MOST_COPIES} times"
         )
     if not dataset.has_positives():
         raise DataError(

@@ -111,10 +111,10 @@ class Engine:
         self,
         query: dict[str, Tensor] | None = None,
         doc: dict[str, Tensor] | None = None,
-        listed: Tensor | None = None,
+        **further: Tensor,
     ) -> Encoded:
         """Encode queries, documents, or both, on this rank; see `DualEncoder.forward`."""
-        return cast(Encoded, self.deepspeed(query=query, doc=doc, listed=listed))
+        return cast(Encoded, self.deepspeed(query=query, doc=doc, **further))
 
     def backward(self, outputs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Push (output, gradient) pairs through the towers; by a surrogate loss, since DeepSpeed takes scalars only."""

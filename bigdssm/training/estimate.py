@@ -26,13 +26,14 @@ from bigdssm.config import Config, EngineConfig, StageConfig, StageName
 from bigdssm.data import Batch, Dataset, chunks
 from bigdssm.data.batch import Features
 from bigdssm.evaluation.curves import METRICS_FILE, read_stage
-from bigdssm.losses.softmax import STRIP_ROWS, strip_height
-from bigdssm.losses.tiles import TILE_WIDTH
+from bigdssm.loss_options import LOSSES
+from bigdssm.losses.passes import score_bytes
 from bigdssm.models import DualEncoder, Encoded, use_plain_attention
 from bigdssm.models.encoders import text_architectures
 from bigdssm.retrieval.embed import CHUNK_TOKENS_CPU
 from bigdssm.training.batches import Batches, row_stream
 from bigdssm.training.live_memory import LiveBytes
+from bigdssm.training.objective import prepare_model
 from bigdssm.training.optimizers import state_size
 from bigdssm.training.step import Budget, Piece, pieces_of
 
@@ -97,8 +98,7 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     mode = FakeTensorMode()
     with mode:
         model = DualEncoder(config.model, dataset.schema, texts)
-        if stage.loss.mlp:
-            model.add_scorer(stage.loss.mlp)
+        prepare_model(model, stage.loss)
         if engine.precision == "bf16_pure":
             _to_bfloat16(model)
     model.train()
@@ -231,24 +231,19 @@ def _largest(pieces: Sequence[Piece], side: str) -> Piece | None:
 def _loss(config: Config, stage: StageConfig, batch: Batch, world_size: int) -> tuple[int, int]:
     """Return the bytes of this rank's vectors and their gradients, and those that the loss has beside them."""
     m, n, dim = len(batch.query_ids), len(batch.doc_ids), config.model.dim
-    columns, tile = n * world_size, config.engine.loss_tile or TILE_WIDTH
+    columns = n * world_size
     vectors = 2 * FP32 * (m + n) * dim
     gathered = FP32 * (columns if world_size > 1 else 0) * dim
     sums = FP32 * (m + columns) * dim
-    if stage.loss.name == "fps" and stage.loss.direction != "q2d":
-        scores = 2 * FP32 * min(STRIP_ROWS, m) * min(tile, columns)
-    else:
-        scores = FP32 * columns * min(m, strip_height(columns, FP32))
+    scores = score_bytes(m, columns, stage.loss.direction != "q2d", config.engine.loss_tile, FP32)
     ids = FP64 * (4 * columns + 2 * m * world_size) + (0 if batch.known is None else 2 * FP64 * len(batch.known))
     return vectors, gathered + sums + scores + ids + 8 * FP64 * (m + columns)
 
 
 def _negatives(stage: StageConfig, batch: Batch, world_size: int) -> int:
     """Return how many documents, copies included, a query's own is told apart from."""
-    if stage.loss.name != "fps" and not stage.loss.in_batch:
-        return stage.loss.negatives
-    if stage.loss.name != "fps":
-        return stage.rows_global - 1 + stage.loss.negatives
+    if not LOSSES[stage.loss.name].all_columns:
+        return (stage.rows_global - 1 if stage.loss.in_batch else 0) + stage.loss.negatives
     return int(batch.multiplicity.sum()) * world_size - 1
 
 

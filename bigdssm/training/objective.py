@@ -8,7 +8,6 @@ Shapes: m queries, n document columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -17,20 +16,28 @@ import torch
 from torch import Tensor
 
 from bigdssm.config import LossConfig, ModelConfig
-from bigdssm.data import Batch
+from bigdssm.data import Batch, Features
+from bigdssm.loss_options import LOSSES
 from bigdssm.losses import (
     LossOutput,
+    Softmax,
     StreamingFrequency,
     apply_sampling,
-    fps_loss,
+    contrastive_loss,
+    find_term,
     log_expected_from_counts,
     matryoshka_loss,
     norm_penalty,
-    ranking_loss,
     relevance_weight,
     scored_loss,
 )
-from bigdssm.models import Encoded
+from bigdssm.models import DualEncoder, Encoded
+
+
+def prepare_model(model: DualEncoder, config: LossConfig) -> None:
+    """Give the model what the loss trains beside the towers, with new weights."""
+    if config.mlp:
+        model.add_scorer(config.mlp)
 
 
 class Objective:
@@ -41,9 +48,11 @@ class Objective:
     ) -> None:
         """`doc_counts`: how often each catalogue row is a positive, needed where `config` takes frequencies of it."""
         self._config = config
+        self._options = LOSSES[config.name]
+        self._term = Softmax() if self._options.all_columns else find_term(config.name, vars(config))
         self._normalise = model.score == "cosine"
-        # All losses but the sigmoid cancel it: its gradient would be rounding noise, which Adam turns into steps.
-        self._without_beta = model.beta == "scalar" and config.name != "sigmoid"
+        # A relative loss cancels it: its gradient would be rounding noise, which Adam turns into steps.
+        self._without_beta = model.beta == "scalar" and self._options.relative
         self._tile = tile
         self._counts = None if doc_counts is None else torch.from_numpy(doc_counts)
         self._rows_global = rows_global
@@ -64,6 +73,11 @@ class Objective:
         norms = norm_penalty(encoded.U) + norm_penalty(encoded.W, batch.multiplicity)
         return replace(output, loss=output.loss + config.norm_penalty * norms)
 
+    def model_inputs(self, batch: Batch) -> Features:
+        """Return what the model's forward takes beside both sides' features, for this loss."""
+        listed = self.listed(batch)
+        return {} if listed is None else {"listed": listed}
+
     def listed(self, batch: Batch) -> Tensor | None:
         """Return int64 [m, 1 + k], the columns that an MLP scores for each query, positives first; None without one."""
         if not self._config.mlp:
@@ -76,30 +90,28 @@ class Objective:
         assert listed is not None and encoded.scores is not None and batch.negatives is not None
         absent = torch.nn.functional.pad(batch.negatives < 0, (1, 0))  # the positive is always there
         return scored_loss(
-            self._config.name, encoded.scores.float().masked_fill(absent, -torch.inf), weight=weight,  # type: ignore[arg-type]
-            query_ids=batch.query_ids, doc_ids=batch.doc_ids[listed], known=batch.known, margin=self._config.margin,
+            self._term, encoded.scores.float().masked_fill(absent, -torch.inf), weight=weight,
+            query_ids=batch.query_ids, doc_ids=batch.doc_ids[listed], known=batch.known,
         )  # fmt: skip
 
     def _on_vectors(self, encoded: Encoded, batch: Batch, weight: Tensor) -> LossOutput:
         assert encoded.U is not None and encoded.W is not None
         config = self._config
         beta = None if self._without_beta else encoded.beta
-        loss: Callable[..., LossOutput]
-        if config.name == "fps":
+        if self._options.all_columns:
             # A column into which c documents were merged stands for c columns: log c keeps the loss that of the
             # unmerged batch, which is what makes it the same at every number of ranks.
-            beta, neg_bias = self._corrected(beta, batch.multiplicity.double().log(), batch, batch.multiplicity)
-            loss = partial(fps_loss, direction=config.direction)
+            copies, neg_bias = batch.multiplicity, batch.multiplicity.double().log()
         else:
             # here the loss counts the copies itself: only positives are shared among queries
-            copies = torch.bincount(batch.positive, minlength=len(batch.doc_ids))
-            beta, neg_bias = self._corrected(beta, None, batch, copies)
-            loss = partial(
-                ranking_loss, config.name, negatives=batch.negatives, in_batch=config.in_batch, margin=config.margin
-            )
+            copies, neg_bias = torch.bincount(batch.positive, minlength=len(batch.doc_ids)), None
+        beta, neg_bias = self._corrected(beta, neg_bias, batch, copies)
         loss = partial(
-            loss, positive=batch.positive, alpha=encoded.alpha, beta=beta, neg_bias=neg_bias, weight=weight,
-            query_ids=batch.query_ids, doc_ids=batch.doc_ids, known=batch.known, tile=self._tile,
+            contrastive_loss, self._term, positive=batch.positive, alpha=encoded.alpha, beta=beta, neg_bias=neg_bias,
+            weight=weight, query_ids=batch.query_ids, doc_ids=batch.doc_ids, known=batch.known,
+            negatives=None if self._options.all_columns else batch.negatives,
+            columns="all" if self._options.all_columns else "in_batch" if config.in_batch else "none",
+            direction=config.direction, tile=self._tile,
         )  # fmt: skip
         return matryoshka_loss(loss, encoded.U, encoded.W, config.widths, self._normalise)
 

@@ -39,7 +39,7 @@ from bigdssm.training.growth import GrownReader, grow_model
 from bigdssm.training.health import Health, describe_ranks
 from bigdssm.training.launcher import Launcher
 from bigdssm.training.loop import Progress, SaveClock, Stage, Watch, restore, train
-from bigdssm.training.objective import Objective
+from bigdssm.training.objective import Objective, prepare_model
 from bigdssm.training.resuming import check_length, part_steps
 from bigdssm.training.row_log import CONSUMED, SKIPPED, RowLog
 from bigdssm.training.run_folder import STOP_FILE, FolderLock, note_start, versions
@@ -71,8 +71,7 @@ def run_stage(
             check_agreement(config, dataset)
             torch.manual_seed(config.run.seed)
             model = _model(config, name, dataset)
-            if stage_config.loss.mlp:
-                model.add_scorer(stage_config.loss.mlp)
+            prepare_model(model, stage_config.loss)
             stream = row_stream(
                 config, stage_config, dataset, distributed.rank(), world_size, config.data.num_workers,
                 quarantine=Path(config.run.dir) / f"quarantine-{distributed.rank():05d}.jsonl",

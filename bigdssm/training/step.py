@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bigdssm import distributed, timing
 from bigdssm.config import EngineConfig
-from bigdssm.data import Batch, chunks
+from bigdssm.data import Batch, Features, chunks
 from bigdssm.data.chunks import Chunk
 from bigdssm.losses import LossOutput
 from bigdssm.models import Encoded
@@ -61,16 +61,16 @@ def train_step(
     loss_function: LossFunction,
     lr_factor: float,
     budget: Budget,
-    listed: Tensor | None = None,
+    further: Features | None = None,
 ) -> StepResult:
     """Run one step on this rank's share of the global batch and return what all ranks report of it. A collective.
 
-    listed int64 [m, l]: columns for the model to score for each query, where its score is no product (without chunks).
+    further: what the model's forward takes for the queries beside both sides (without chunks), by name.
     """
     with timing.span("encode"):
         pieces = pieces_of(batch, budget)
         if pieces is None:
-            encoded, backward = _encode_whole(engine, batch, listed)
+            encoded, backward = _encode_whole(engine, batch, further or {})
         else:
             encoded, backward = _encode_pieces(engine, batch, pieces)
     with timing.span("loss"):
@@ -95,10 +95,10 @@ Backward = Callable[[Encoded], None]  # takes leaves whose gradients the loss ha
 Gradients = list[tuple[Tensor, Tensor]]  # outputs of the towers, and the gradient of each
 
 
-def _encode_whole(engine: Engine, batch: Batch, listed: Tensor | None) -> tuple[Encoded, Backward]:
-    """Encode both sides, and score what is listed, in one forward: every parameter has its gradient in one backward."""
-    some = None if listed is None else chunks.at_least_one({"listed": listed})["listed"]
-    full = engine.forward(chunks.at_least_one(batch.query), chunks.at_least_one(batch.doc), some)
+def _encode_whole(engine: Engine, batch: Batch, further: Features) -> tuple[Encoded, Backward]:
+    """Encode both sides, and what goes with them, in one forward: every parameter has its gradient in one backward."""
+    further = chunks.at_least_one(further) if further else {}
+    full = engine.forward(chunks.at_least_one(batch.query), chunks.at_least_one(batch.doc), **further)
     assert full.U is not None and full.W is not None
     num_queries, num_docs = len(batch.query_ids), len(batch.doc_ids)
     beta = None if full.beta is None else full.beta[:num_docs]

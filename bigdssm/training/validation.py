@@ -11,10 +11,11 @@ from bigdssm import distributed, timing
 from bigdssm.config import Config
 from bigdssm.data import Dataset
 from bigdssm.errors import BigDSSMError, CheckpointError
+from bigdssm.evaluation.scorer import encoders_of
 from bigdssm.evaluation.split import Evaluation, evaluate_split
 from bigdssm.export.model_folder import is_model_folder, save_model_folder
-from bigdssm.models import DualEncoder, MlpScorer
-from bigdssm.retrieval.embed import Encoders, Progress, scored_encoders, tower_encoders
+from bigdssm.models import DualEncoder
+from bigdssm.retrieval.embed import Progress
 from bigdssm.training.engine import Engine, device
 
 SPLIT = "validation"
@@ -29,33 +30,21 @@ class Validator:
     def evaluate(self, engine: Engine, progress: Progress, documents: Tensor | None = None) -> Evaluation | None:
         """Return the evaluation, or None where the dataset has no validation rows. A collective.
 
-        `documents` [N, D+1] are index vectors that need not be made again; a scorer, which reads others, ignores them.
+        `documents` [N, D+1] are index vectors that need not be made again.
         """
         if self._dataset.num_rows(SPLIT) == 0:
             return None
         with timing.span("validation"):
-            encoders = self._encoders(engine)
             return evaluate_split(
-                encoders,
+                encoders_of(engine.deepspeed, self._dataset, device(), engine.state_dict),
                 self._dataset,
                 SPLIT,
-                documents=documents if encoders.scorer is None else None,
+                documents=documents,
                 rank=distributed.rank(),
                 world_size=distributed.world_size(),
                 rows_per_chunk=self._rows_per_chunk,
                 progress=progress,
             )
-
-    def _encoders(self, engine: Engine) -> Encoders:
-        module = cast(DualEncoder, engine.module)
-        if module.scorer is None:
-            return tower_encoders(engine.deepspeed, self._dataset, device())
-        # a whole copy: at ZeRO stage 3 the engine's own has its weights within a forward only
-        scorer = MlpScorer(module.config.dim, self._config.stage("sft").loss.mlp)
-        prefix = "scorer."
-        whole = engine.state_dict().items()
-        scorer.load_state_dict({name.removeprefix(prefix): t for name, t in whole if name.startswith(prefix)})
-        return scored_encoders(engine.deepspeed, scorer.to(device()), self._dataset, device())
 
     def has_lost_best(self) -> bool:
         """Return True on every rank where there is no best/ folder. A collective."""

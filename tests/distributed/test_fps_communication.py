@@ -82,10 +82,10 @@ def test_scores_of_any_range_cost_two_more_vectors(pools: dict[int, Pool]) -> No
 def trace(rank: int, world_size: int, direction: str) -> list[str]:
     """Return what happens in a forward in order: gathers, the wait for W, and the owner of each tile worked on."""
     import bigdssm.distributed as ours
-    from bigdssm.losses.tiles import Problem
+    from bigdssm.losses.passes.tiles import ScoreMatrix
 
     events: list[str] = []
-    gather, wait, scores = dist.all_gather, ours.PaddedRows.wait, Problem.scores
+    gather, wait, scores = dist.all_gather, ours.PaddedRows.wait, ScoreMatrix.scores
 
     def gathering(parts: Any, own: torch.Tensor, *args: Any, async_op: bool = False, **kwargs: Any) -> Any:
         events.append("start W" if async_op and own.shape == (M, D) else "gather")
@@ -96,17 +96,17 @@ def trace(rank: int, world_size: int, direction: str) -> list[str]:
             events.append("wait")
         return wait(self)
 
-    def scoring(self: Problem, strip: Any, tile: Any, *args: Any) -> torch.Tensor:
+    def scoring(self: ScoreMatrix, block: Any, tile: Any, *args: Any) -> torch.Tensor:
         events.append("own tile" if tile.start // M == rank else "other tile")
-        return scores(self, strip, tile, *args)
+        return scores(self, block, tile, *args)
 
-    dist.all_gather, ours.PaddedRows.wait, Problem.scores = gathering, waiting, scoring  # type: ignore[method-assign]
+    dist.all_gather, ours.PaddedRows.wait, ScoreMatrix.scores = gathering, waiting, scoring  # type: ignore[method-assign]
     try:
         W = torch.nn.functional.normalize(torch.randn(M, D, generator=torch.Generator().manual_seed(rank)))
         fps_loss(W, W, alpha=2.0, beta=torch.zeros(M), query_ids=torch.arange(M), doc_ids=torch.arange(M),
                  direction=direction, tile=M // 2)  # type: ignore[arg-type]  # fmt: skip
     finally:
-        dist.all_gather, ours.PaddedRows.wait, Problem.scores = gather, wait, scores  # type: ignore[method-assign]
+        dist.all_gather, ours.PaddedRows.wait, ScoreMatrix.scores = gather, wait, scores  # type: ignore[method-assign]
     return events
 
 

@@ -88,6 +88,7 @@ def call_ranking(rank: int, world_size: int, bad: dict[str, Any]) -> str:
     ("bad", "expected"),
     [
         ({"name": "hinge"}, "the loss must be one of softmax, pair_ce, triplet, sigmoid, got 'hinge'"),
+        ({"name": "fps"}, "the loss must be one of softmax, pair_ce, triplet, sigmoid, got 'fps'"),
         ({"in_batch": False}, "needs negatives, in_batch=True, or both"),
         ({"negatives": torch.zeros(M, 2)}, "negatives must be int64"),
         ({"negatives": [[1]] * M}, "negatives must be int64, got list"),
@@ -115,6 +116,7 @@ def call_scored(rank: int, world_size: int, bad: dict[str, Any]) -> str:
     ("bad", "expected"),
     [
         ({"name": "hinge"}, "the loss must be one of softmax, pair_ce, triplet, sigmoid, got 'hinge'"),
+        ({"name": "fps"}, "the loss must be one of softmax, pair_ce, triplet, sigmoid, got 'fps'"),
         ({"scores": torch.zeros(M, 1)}, "scores must be floating point [m, 1 + k]"),
         ({"weight": torch.full((M,), float("nan"))}, "weight must be [3], finite and not negative"),
         ({"query_ids": None}, "query_ids and doc_ids go together"),

@@ -64,12 +64,13 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("pretrain.rows_global=4", ["pretrain.rows_global=4", "; use 8"]),
         ("pretrain.rows_globl=1", ["pretrain.rows_globl", "Did you mean", "rows_global"]),
         ("pretrain.rows_global=many", ["pretrain.rows_global", "many"]),
         ("pretrain.rows_global=1001", ["pretrain.rows_global=1001", "data.lanes=8", "1000 or 1008"]),
-        ("pretrain.rows_global=-4", ["pretrain.rows_global=-4", "; use 8"]),
+        ("pretrain.rows_global=-4", ["pretrain.rows_global", "got -4", "at least 1"]),
         ("pretrain.loss.name=fsp", ["pretrain.loss.name", "fsp", "'fps'"]),
-        ("engine.zero_stage=4", ["engine.zero_stage", "4", "0, 1, 2 or 3"]),
+        ("engine.zero_stage=4", ["engine.zero_stage", "4", "at least 0 and at most 3"]),
         ("engine={zero_stage: 0, precision: bf16_pure}", ["engine.zero_stage", "1, 2 or 3 with engine.precision=bf16"]),
         ("engine={zero_stage: 0, offload_optimizer: true}", ["engine.zero_stage", "1, 2 or 3", "offload_optimizer"]),
         ("data.query.history.of=itme", ["data.query.history.of", "itme", "item"]),
@@ -95,12 +96,12 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
         ("pretrain.optimizer.lr=-1", ["pretrain.optimizer.lr", "at least 0"]),
         ("pretrain.optimizer.betas=[0.9, 1.0]", ["pretrain.optimizer.betas", "1.0"]),
         ("sft.optimizer.gradient_clipping=-1", ["sft.optimizer.gradient_clipping", "at least 0"]),
-        ("pretrain.loss.norm_penalty=-1", ["pretrain.loss.norm_penalty", "not below 0"]),
+        ("pretrain.loss.norm_penalty=-1", ["pretrain.loss.norm_penalty", "at least 0"]),
         ("sft.loss={name: pair_ce, negatives: 3, mlp: [8]}", ["sft.loss.mlp", "[8]", "in_batch=false"]),
         ("pretrain.loss={name: pair_ce, negatives: 3, in_batch: false, mlp: [8]}", ["pretrain.loss.mlp", "stage sft"]),
         ("pretrain.loss.widths=[48, 48]", ["pretrain.loss.widths", "[48, 48]", "distinct numbers"]),
         ("pretrain.loss.widths=[9999]", ["pretrain.loss.widths", "below model.dim"]),
-        ("sft.loss={name: pair_ce, negatives: 3, in_batch: false, mlp: [0]}", ["sft.loss.mlp", "at least 1"]),
+        ("sft.loss={name: pair_ce, negatives: 3, in_batch: false, mlp: [0]}", ["sft.loss.mlp[0]", "at least 1"]),
         (
             "sft.loss={name: pair_ce, negatives: 3, in_batch: false, mlp: [8], widths: [4]}",
             ["sft.loss.mlp", "widths=[]"],
@@ -133,7 +134,7 @@ def test_a_missing_file_a_missing_key_and_broken_yaml_are_named(path: Path, tmp_
     with pytest.raises(ConfigError, match=r"data\.dir|data.query"):
         load_config(path)
     path.write_text("run: {dir: [\n")
-    with pytest.raises(ConfigError, match="not valid YAML"):
+    with pytest.raises(ConfigError, match="is not valid YAML"):
         load_config(path)
 
 

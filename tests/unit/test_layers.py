@@ -21,6 +21,8 @@ LAYERS = {
     "log": 0,
     "source": 0,
     "timing": 0,
+    "loss_options": 0,
+    "places": 1,
     "cli": 1,  # for launch/ and tools/
     "features": 1,  # declared in configs
     "config": 2,

@@ -102,7 +102,7 @@ def test_bad_rows_are_named_counted_and_left_out(tmp_path: Path) -> None:
     write(tmp_path, [*bad, *good], header="user_id,item_id,timestamp,rating")
     with (tmp_path / "items.csv").open("a") as stream:
         stream.write("i0\n")
-    with pytest.raises(DataError, match=r"6 of 72 rows are bad.*0\.001; the first is .*items\.csv, row 7"):
+    with pytest.raises(DataError, match=r"6 of 72 rows are bad.*0\.001: 1 × .*; the first is .*items\.csv, row 7"):
         make(tmp_path, rating_column="rating")
     assert not (tmp_path / "out").exists() and len((tmp_path / "out.quarantine.jsonl").read_text().splitlines()) == 6
     tolerant = DataConfig(dir="", query=CONFIG.query, doc=CONFIG.doc, max_bad_fraction=0.1)

@@ -7,20 +7,23 @@ it makes the same of the same, as far as the journals go; else it is cleared.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from bigdssm.data.making.column_file import file_checksum
 from bigdssm.data.making.journal import Journal, State
-from bigdssm.errors import BigDSSMError, DataError
+from bigdssm.errors import BigDSSMError, ConfigError, DataError
+from bigdssm.places import real_place
 from bigdssm.schema import SCHEMA_FILE, Schema
 
 DATASET_FILE, QUARANTINE_FILE = "dataset.json", "quarantine.jsonl"
@@ -28,42 +31,63 @@ TOKENIZER, CATALOGUE, PARTITIONS = "tokenizer", "catalogue", "partitions"
 LOCK, READING, WRITING = "lock", "reading.npz", "writing.npz"
 FORMAT = 1
 PREVIOUS_SCHEMA = "schema.previous.json"
+PARTICULAR = (
+    r"'.*'|\".*\"|(?<!\S)-?\d[\d.,e+-]*(?![\w-])"  # what one bad row's reason has and another's of the kind has not
+)
+MAX_KINDS = 100
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Quarantine:
     """Counts bad rows and writes them, one JSON object a line; past a fraction of all rows it stops the work."""
 
-    def __init__(self, path: Path, partition: str, max_bad_fraction: float) -> None:
+    def __init__(self, path: Path, kept: Path, partition: str, max_bad_fraction: float) -> None:
+        """Write to `path`; `kept` is where the file will stand if the work fails."""
         self.path = path
-        self._partition, self._max_bad_fraction = partition, max_bad_fraction
+        self._kept, self._partition, self._max_bad_fraction = kept, partition, max_bad_fraction
         self._file = path.open("a", encoding="utf-8")
         self._first = ""
+        self._kinds: dict[str, int] = {}
         self.num_bad = 0
+        self.num_left_out = 0
         self.num_good = 0
 
     def state(self) -> State:
         """Return what `restore` takes to go on from here."""
         self._file.flush()
-        return {"size": os.fstat(self._file.fileno()).st_size, "counts": [self.num_bad, self.num_good, self._first]}
+        counts = [self.num_bad, self.num_left_out, self.num_good, self._first, dict(self._kinds)]
+        return {"size": os.fstat(self._file.fileno()).st_size, "counts": counts}
 
     def restore(self, state: State) -> None:
         """Become what gave `state`, the file cut back to it."""
         os.truncate(self.path, state["size"])
-        self.num_bad, self.num_good, self._first = state["counts"]
+        self.num_bad, self.num_left_out, self.num_good, self._first, self._kinds = state["counts"]
 
     def report(self, file: str, row: int, reason: str, left_out: bool = True) -> None:
         """Record a bad row, or (not left out) a bad value of a row that stays."""
         self.num_bad += 1
+        self.num_left_out += left_out
+        kind = re.sub(PARTICULAR, "…", reason)
+        if kind in self._kinds or len(self._kinds) < MAX_KINDS:
+            self._kinds[kind] = self._kinds.get(kind, 0) + 1
         self._first = self._first or f"{file}, row {row}: {reason}"
         record = {"partition": self._partition, "file": file, "row": row, "reason": reason, "left_out": left_out}
         self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def check(self) -> None:
         """Raise DataError, naming the first bad row, where there are too many."""
-        total, limit = self.num_bad + self.num_good, self._max_bad_fraction
+        total, limit = self.num_left_out + self.num_good, self._max_bad_fraction
         if self.num_bad > limit * total:
-            told = f"{self.num_bad} of {total} rows are bad or have bad values"
-            raise DataError(f"{told}, more than data.max_bad_fraction={limit}; the first is {self._first}")
+            told = f"{self.num_bad} of {total} rows are bad or have bad values, all tables together"
+            raise DataError(f"{told}, more than data.max_bad_fraction={limit}{self.told()}")
+
+    def told(self) -> str:
+        """Return the commonest reasons with their counts, the first bad row and the file, to end a sentence with."""
+        if not self.num_bad:
+            return ""
+        kinds = sorted(self._kinds.items(), key=lambda item: -item[1])[:3]
+        said = ", ".join(f"{count} × {kind}" for kind, count in kinds)
+        return f": {said}; the first is {self._first}; all are in {self._kept}"
 
     def close(self) -> None:
         """Close the file."""
@@ -82,18 +106,26 @@ class DatasetWriter:
         append: bool = False,
     ) -> None:  # fmt: skip
         """`source` tells what is made of what: what a killed run with the same one has done stands in the journals."""
+        out = real_place(out)
         self.out, self.partition, self.append = out, partition, append
-        if "/" in partition or "\\" in partition or partition.startswith(".") or not partition:
-            raise DataError(f"partition name {partition!r} must be a plain folder name")
-        _recover_overwritten(out)
+        plain = re.fullmatch(r"[^./\\][^/\\]*", partition) and partition.isprintable()
+        if not plain or len(partition.encode()) > 255:
+            raise ConfigError(f"partition name {partition!r} must be a plain folder name")
         self.content: dict[str, Any] = {"catalogue": [], PARTITIONS: [], "text": "tokens"}
-        if append:
-            self.content = self._open_for_append()
-            self.staging = out / ".making"
-        else:
-            _check_free(out, overwrite)
-            self.staging = out.parent / f".{out.name}.making"
-        self._lock = _claim(self.staging, out)
+        self.staging = out / ".making" if append else out.parent / f".{out.name}.making"
+        try:
+            _recover_overwritten(out)
+            if append:
+                self.content = self._open_for_append()
+            else:
+                _check_free(out, overwrite)
+            self._lock = _claim(self.staging, out)
+        except OSError as error:
+            if error.errno in NO_ROOM:
+                raise
+            raise ConfigError(
+                f"{out} cannot be written ({error.strerror}: {error.filename}); choose another --out"
+            ) from None
         self.spool = self.staging / "spool"
         places = {"source": source, "partition": partition, "before": self.content}
         fingerprint = hashlib.sha256(json.dumps(places, sort_keys=True).encode()).hexdigest()
@@ -108,7 +140,8 @@ class DatasetWriter:
         self.partition_dir = self.staging / PARTITIONS / partition
         for folder in (self.partition_dir, self.staging / CATALOGUE):
             folder.mkdir(parents=True, exist_ok=True)
-        self.quarantine = Quarantine(self.staging / QUARANTINE_FILE, partition, max_bad_fraction)
+        self._kept = out.parent / f"{out.name}.{QUARANTINE_FILE}"
+        self.quarantine = Quarantine(self.staging / QUARANTINE_FILE, self._kept, partition, max_bad_fraction)
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -124,6 +157,21 @@ class DatasetWriter:
     def catalogue_parts(self) -> list[Path]:
         """Return the catalogue files that the dataset has already."""
         return [self.out / part["file"] for part in self.content["catalogue"]]
+
+    def identify(self, **ids: Literal["column", "content"]) -> None:
+        """Note what tells documents (`doc`) and queries apart: a column of ids, or their features.
+
+        Raises ConfigError where the dataset that grows has it otherwise: what it has would be added as new.
+        """
+        known = self.content.get("ids", ids if not self.append else {})
+        for side, source in known.items():
+            if ids[side] != source:
+                fix = {"column": f"give --{side}-id-column", "content": f"leave out --{side}-id-column"}[source]
+                raise ConfigError(
+                    f"{self.out} tells each {side} by its {'id' if source == 'column' else 'features'}, so {fix} here, "
+                    "too: else what it has already would be added as new"
+                )
+        self.content["ids"] = known
 
     def note(self, **parts: Any) -> None:
         """Note how far the writing is, where some time has passed since the last note; `parts` become the state's."""
@@ -154,6 +202,7 @@ class DatasetWriter:
             "name": self.out.resolve().name,
             "schema": schema.fingerprint(),
             "text": self.content["text"],
+            "ids": self.content["ids"],
             "tokenizer": self._tokenizer_checksums(),
             "catalogue": parts,
             PARTITIONS: [*self.content[PARTITIONS], self.partition],
@@ -211,12 +260,13 @@ class DatasetWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if isinstance(value, OSError) and value.errno in NO_ROOM and not value.filename:  # a write has no name to give
+            value.filename = str(self.staging)
         self.quarantine.close()
         useless = kind is not None and (issubclass(kind, BigDSSMError) or self.reading.state is None)
         if useless and self.staging.exists():
             if self.quarantine.num_bad:
-                kept = self.out.parent / f"{self.out.name}.{QUARANTINE_FILE}"
-                shutil.copyfile(self.quarantine.path, kept)
+                shutil.copyfile(self.quarantine.path, self._kept)
             shutil.rmtree(self.staging)
         self._lock.close()
 

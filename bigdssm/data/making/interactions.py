@@ -35,10 +35,11 @@ from bigdssm.data.making.passes import Reading, SplitRows, fit, write_splits
 from bigdssm.data.making.row_spool import RowSpool
 from bigdssm.data.mapped import MappedTable
 from bigdssm.data.tables.hashing import KeyIndex, hash_strings, shuffle_keys
-from bigdssm.data.tables.sources import ROWS_PER_BATCH, read_table
+from bigdssm.data.tables.pair_splits import check_fractions
+from bigdssm.data.tables.sources import ROWS_PER_BATCH, check_table, read_table
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import TextTokenizer, encode_columns, stored, texts_of
-from bigdssm.features.columns import RowCheck, SourceBatch, is_empty, relevances, strings, times
+from bigdssm.features.columns import RowCheck, SourceBatch, check_one_unit, is_empty, relevances, strings, times
 from bigdssm.features.fitting import canonical
 from bigdssm.features.ragged import Ragged, gather_ranges, offsets_of
 from bigdssm.schema import Schema
@@ -90,8 +91,16 @@ def make_interactions(
     started = time.monotonic()
     check_names(config.doc, [name for name, _ in KEY_COLUMNS], "doc")
     check_names(config.query, [*BLOCK_COLUMNS, *SEQUENCE_COLUMNS], "query")
+    check_fractions(tables.validation_fraction, tables.test_fraction)
+    if tables.split == "time" and tables.time_column is None:
+        raise ConfigError("--split time needs a --time-column")
+    if tables.min_rating is not None and (tables.rating_column is None or not np.isfinite(tables.min_rating)):
+        raise ConfigError(f"--min-rating {tables.min_rating} needs a finite number, and a --rating-column")
     files = [path for path in (tables.interactions, tables.items, tables.users) if path is not None]
+    for path in files:
+        check_table(path)
     with target.open(config, files, tables) as writer:
+        writer.identify(doc="column", query="column")
         making = _Making(config, tables, target, writer, progress)
         if not making.reading.whole:
             making.read()
@@ -180,7 +189,7 @@ class _Making:
             quarantine.num_good += int((~twice).sum())
             self.progress("items", catalogue.num_docs, None)
         if not catalogue.num_docs:
-            raise DataError(f"{self.tables.items} has no usable rows; see the reasons in {quarantine.path.name}")
+            raise DataError(f"{self.tables.items} has no usable rows{quarantine.told()}")
 
     def _read_users(self) -> None:
         assert self.tables.users is not None
@@ -227,7 +236,8 @@ class _Making:
             self.spools["events"].add(pa.table([pa.array(column) for column in columns], schema=EVENT_SCHEMA))
             self.progress("interactions", quarantine.num_good, None)
         if not self.spools["events"].num_rows:
-            raise DataError(f"{tables.interactions}: no interaction is left to train on")
+            low = f"; {self.num_low} are rated below {tables.min_rating}" if self.num_low else ""
+            raise DataError(f"{tables.interactions}: no interaction is left to train on{low}{quarantine.told()}")
 
     def events(self) -> _Events:
         """Return the events sorted; none can be added after this."""
@@ -238,6 +248,7 @@ class _Making:
             self.notes.append(f"{self.num_low} interactions are rated below {self.tables.min_rating} and left out")
         if self.user and (unknown := int((self.users.find(hash_strings(keys)) < 0).sum())):
             self.notes.append(f"{unknown} users are not in the users table: their features are missing")
+        check_one_unit(arrays["time"], f"{self.tables.interactions}, column {self.tables.time_column!r}")
         order = np.lexsort((arrays["time"], arrays["sequence"]))  # stable: ties stay in file order
         offsets = offsets_of(np.bincount(arrays["sequence"], minlength=len(self.sequences)))
         return _Events(keys, place=order, offsets=offsets, **{name: values[order] for name, values in arrays.items()})

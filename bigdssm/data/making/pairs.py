@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from bigdssm.config import DataConfig
 from bigdssm.data.making.catalogue_writer import KEY_COLUMNS, CatalogueWriter, check_names
-from bigdssm.data.making.dataset_writer import DatasetWriter
+from bigdssm.data.making.dataset_writer import PARTITIONS, DatasetWriter
 from bigdssm.data.making.journal import State
 from bigdssm.data.making.making import (
     BLOCK_COLUMNS,
@@ -37,7 +37,7 @@ from bigdssm.data.tables.beir import BeirWriter
 from bigdssm.data.tables.explode import exploded
 from bigdssm.data.tables.hashing import KeyIndex, hash_rows, hash_strings, row_keys, shuffle_keys
 from bigdssm.data.tables.pair_splits import SPLITS, PairSplit, Splitter, pair_hash
-from bigdssm.data.tables.sources import read_table
+from bigdssm.data.tables.sources import check_table, read_table
 from bigdssm.data.tables.webdataset_source import check_shard, is_shard, read_shard
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, TextTokenizer, encode_columns, texts_of
@@ -82,11 +82,15 @@ def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress:
     for path in tables.files:
         if is_shard(path):
             check_shard(path)
-        elif not path.is_file():
-            raise DataError(f"table {path} does not exist")
+        else:
+            check_table(path)
     with target.open(config, tables.files, tables) as writer:
         if tables.raw_text and not writer.append:
             writer.content["text"] = "raw"
+        if any((writer.out / PARTITIONS / name / "sequences.arrow").exists() for name in writer.content[PARTITIONS]):
+            raise DataError(f"{writer.out} holds interactions; the sub-command `interactions` appends to it")
+        columns = {"doc": tables.doc_id_column, "query": tables.query_id_column}
+        writer.identify(**{side: "content" if name is None else "column" for side, name in columns.items()})
         making = _Making(config, tables, target, writer, splitter, progress)
         if not making.reading.whole:
             if splitter.needs_thresholds:
@@ -155,10 +159,12 @@ class _Making:
             )
 
     def batches(self, columns: Sequence[str], report_bad: Any) -> Iterator[SourceBatch]:
+        each_of = self.tables.each_of
+        wanted = list(dict.fromkeys([*columns, *([each_of] if each_of else [])]))
         for path in self.tables.files:
             read = read_shard if is_shard(path) else read_table
-            for batch in read(path, list(dict.fromkeys(columns)), report_bad):
-                yield exploded(batch, self.tables.each_of, report_bad) if self.tables.each_of else batch
+            for batch in read(path, wanted, report_bad):
+                yield exploded(batch, each_of, report_bad) if each_of else batch
 
     @property
     def columns(self) -> list[str]:
@@ -241,7 +247,9 @@ class _Making:
         tables = self.tables
         self.writer.quarantine.check()
         if not self.train.num_rows:
-            raise DataError(f"{self.tables.files[0]}: no row is left for the train split")
+            why = self.splitter.why_no_train if self.place else ""
+            told = self.writer.quarantine.told()
+            raise DataError(f"{self.tables.files[0]}: no row is left for the train split{why}{told}")
         if self.repeated:
             self.notes.append(f"{self.repeated} rows repeat a (query, document) pair and are left out")
         if apart := self.documents.num_in_several_splits:

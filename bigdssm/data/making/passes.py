@@ -18,6 +18,7 @@ from bigdssm.data.making.dataset_writer import DatasetWriter
 from bigdssm.data.making.journal import State
 from bigdssm.data.making.making import Fitting, Progress
 from bigdssm.data.tokenizer import Texts
+from bigdssm.errors import DataError
 from bigdssm.features import TextTokenizer
 from bigdssm.features.columns import ReportBad, SourceBatch
 from bigdssm.schema import Schema
@@ -52,7 +53,8 @@ class Reading:
             if met >= done:
                 self._writer.quarantine.report(file, row, reason, left_out)
 
-        for batch in read(report_bad):
+        batches = read(report_bad)
+        while (batch := self._next(batches)) is not None:
             if met >= done:
                 yield batch
                 self._met[name] = met + 1
@@ -60,6 +62,13 @@ class Reading:
                     self._writer.reading.save(self._all(), self._writer.staging)
             met += 1
         self._finished.append(name)
+
+    def _next(self, batches: Iterator[SourceBatch]) -> SourceBatch | None:
+        """Return the next batch, None at the end. Raises what reading does, with the reasons of bad rows so far."""
+        try:
+            return next(batches, None)
+        except DataError as error:
+            raise DataError(f"{error}{self._writer.quarantine.told()}") from None
 
     def finish(self) -> None:
         """Take what was read for all there is."""
@@ -139,6 +148,8 @@ def write_splits(
             if blocks.num_finished > finished:
                 finished = blocks.num_finished
                 writer.note(split=blocks.state())
+        if name == "train" and not counts.any():
+            raise DataError("every relevance in the train split is 0, so that nothing can be learned from it")
         entries[name] = blocks.close()
         writer.note(entries=dict(entries), counts=counts, split=None)
     return entries, counts

@@ -58,7 +58,10 @@ def find_shards(pattern: str) -> list[Path]:
             f"data.webdataset={pattern}: only local shards are read as they are, commands are not run; copy them, or "
             f"repack them with tools/make_shards.py webdataset"
         )
-    paths = [Path(name) for name in braceexpand(pattern)]
+    try:
+        paths = [Path(name) for name in braceexpand(pattern)]
+    except ValueError as error:
+        raise ConfigError(f"data.webdataset={pattern}: {error}; write {{000..009}}") from None
     for path in paths:
         if not path.is_file():
             raise DataError(f"data.webdataset={pattern}: shard {path} does not exist")

@@ -20,8 +20,10 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.data.tables.hashing import KeyIndex
+from bigdssm.data.tables.sources import parse_object
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, Text, texts_of
+from bigdssm.places import real_place
 
 CORPUS_FILE, QUERIES_FILE, QRELS_DIR = "corpus.jsonl", "queries.jsonl", "qrels"
 SPLIT_FILES = {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}  # BEIR calls validation dev
@@ -152,7 +154,7 @@ class BeirWriter:
         """
         if folder.exists() and not (folder / CORPUS_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"--beir {folder} exists and holds no {CORPUS_FILE}; choose another folder")
-        self._folder, self._spool, self._query, self._doc = folder, spool, query, doc
+        self._folder, self._spool, self._query, self._doc = real_place(folder), spool, query, doc
         self._files: dict[str, TextIO] = {}
         self._asked = KeyIndex()
         self._pairs = KeyIndex()
@@ -240,15 +242,13 @@ def _entries(path: Path) -> list[Entry]:
             for number, line in enumerate(file, 1):  # noqa: B007, the message below names it
                 if not line.strip():
                     continue
-                record = json.loads(line)
+                record = parse_object(line)
                 key, text, title = record["_id"], record["text"], record.get("title") or ""
                 metadata = record.get("metadata") or {}
                 if not (isinstance(text, str) and isinstance(title, str) and isinstance(metadata, dict)):
                     raise TypeError("text and title need to be strings, metadata an object")
                 if not isinstance(key, str | int) or key == "":
                     raise TypeError("_id needs to be a string")
-                if "\\u" in line:
-                    json.dumps(record, ensure_ascii=False).encode()  # half a character cannot be
                 entries.append(Entry(str(key), f"{title} {text}".strip(), metadata))
                 keys.add(entries[-1].key)
     except FileNotFoundError:

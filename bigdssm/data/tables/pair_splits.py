@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 
 from bigdssm.data.tables.hashing import hash_strings, mix, uniform
-from bigdssm.errors import ConfigError, DataError
-from bigdssm.features.columns import RowCheck, is_empty, strings, times
+from bigdssm.errors import ConfigError
+from bigdssm.features.columns import RowCheck, check_one_unit, is_empty, strings, times
 
 PairSplit = Literal["random", "time", "column", "train"]
 SPLITS = ("train", "validation", "test")
@@ -29,8 +29,7 @@ class Splitter:
         whole_documents: bool = False,
     ) -> None:
         validation, test = fractions
-        if not (validation >= 0 and test >= 0 and validation + test < 1):
-            raise ConfigError(f"split fractions {validation} and {test} must not be negative and sum to less than 1")
+        check_fractions(validation, test)
         if whole_documents and how != "random":
             raise ConfigError(f"--whole-documents goes with --split random, not with --split {how}")
         if how in ("time", "column") and column is None:
@@ -63,11 +62,22 @@ class Splitter:
             if len(sample) > MAX_SAMPLE:
                 sample, modulus = sample[::2], modulus * 2
         if not len(sample):
-            raise DataError(f"no row has a usable time in column {self._column!r}")
+            return  # the reading that follows names the rows
+        check_one_unit(sample, f"column {self._column!r}")
         ordered = np.sort(sample)
         ends = [int(len(ordered) * kept) for kept in (1 - self._validation - self._test, 1 - self._test)]
         first, second = (ordered[end] if end < len(ordered) else np.inf for end in ends)
         self._thresholds = (first, second)
+
+    @property
+    def why_no_train(self) -> str:
+        """Return what may have left the train split without a row, to end a sentence with."""
+        return {
+            "time": "; nearly all rows have one time",
+            "column": f"; {self._column} never says train",
+            "random": f"; nearly all rows are of one {self._column or 'query'}",
+            "train": "",
+        }[self._how]
 
     def units(self, check: RowCheck, query_ids: np.ndarray) -> np.ndarray:
         """Return what a random split keeps together: the rows of one group, or without a column of one query, int64."""
@@ -100,6 +110,12 @@ class Splitter:
             units = joined[np.minimum(np.searchsorted(known, units), len(known) - 1)]
         u = uniform(units, "split", self._seed)
         return np.where(u < self._test, 2, np.where(u < self._test + self._validation, 1, 0))
+
+
+def check_fractions(validation: float, test: float) -> None:
+    """Raise ConfigError unless the fractions of a split leave some rows to train on."""
+    if not (validation >= 0 and test >= 0 and validation + test < 1):
+        raise ConfigError(f"split fractions {validation} and {test} must not be negative and sum to less than 1")
 
 
 def joined_units(units: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

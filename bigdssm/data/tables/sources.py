@@ -46,8 +46,7 @@ def read_table(path: str | Path, columns: Sequence[str], report_bad: ReportBad) 
     Raises DataError: missing file, unknown format, missing column (naming the nearest), damaged file, empty table.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"table {path} does not exist")
+    check_table(path)
     inner, compression = split_suffix(path)
     seen = 0
     try:
@@ -65,13 +64,21 @@ def read_table(path: str | Path, columns: Sequence[str], report_bad: ReportBad) 
         for batch in batches:
             seen += len(batch.rows)
             yield batch
-    except (pa.ArrowException, OSError, lzma.LZMAError, zlib.error, EOFError) as error:
+    except (pa.ArrowException, OSError, lzma.LZMAError, zlib.error, EOFError, csv.Error) as error:
         if isinstance(error, OSError) and error.errno:  # the machine's trouble, not the file's
             raise
         detail = " ".join(str(error).split())[:300]
+        if "straddling object" in detail:
+            detail = f"a row of more than {BYTES_PER_BATCH:,} bytes, or a quote that is never closed"
         raise DataError(f"{path} is damaged or not what its name says, after row {seen}: {detail}") from None
     if not seen:
         raise DataError(f"{path} has no usable rows")
+
+
+def check_table(path: Path) -> None:
+    """Raise DataError where there is no such file."""
+    if not path.is_file():
+        raise DataError(f"table {path} {'is no file' if path.exists() else 'does not exist'}")
 
 
 def split_suffix(path: Path) -> tuple[str, str | None]:
@@ -156,7 +163,7 @@ def _read_delimited(
     except UnicodeDecodeError:
         raise DataError(f"{path}: the header is not UTF-8; convert the table first") from None
     if not header:
-        raise DataError(f"{path} is empty: it has no header line")
+        raise DataError(f"{path} has no header: it is empty, or its first line is")
     names = _strip_types(path, next(csv.reader([header], delimiter=delimiter, quoting=0 if quoted else csv.QUOTE_NONE)))
     require_columns(path, names, columns)
     broken: dict[int, str] = {}
@@ -200,12 +207,12 @@ def _read_json_lines(
         for row, line in enumerate(_lines(stream), 1):
             if not line.strip():
                 continue
+            if row == 1 and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+                raise DataError(f"{path} is a JSON array, needs one object a line; `jq -c '.[]'` makes lines of it")
             try:
                 if len(line) >= MAX_LINE_BYTES:
                     raise ValueError(f"a line of more than {MAX_LINE_BYTES:,} bytes")
-                record = json.loads(line.decode("utf-8-sig" if row == 1 else "utf-8"))
-                if not isinstance(record, dict):
-                    raise ValueError(f"a JSON {type(record).__name__}, needs an object")
+                record = parse_object(line.decode("utf-8-sig" if row == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 report_bad(str(path), row, f"invalid UTF-8 at byte {error.start}")
                 continue
@@ -220,6 +227,19 @@ def _read_json_lines(
                 records, rows, num_bytes, checked = [], [], 0, True
     if records:
         yield record_batch(path, records, rows, columns, checked, report_bad)
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """Return a JSON object. Raises ValueError: no JSON, no object, or one with half a character (a lone surrogate)."""
+    record = json.loads(text)
+    if not isinstance(record, dict):
+        raise ValueError(f"a JSON {type(record).__name__}, needs an object")
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"an object with half a character, {error.object[error.start]!a}") from None
+    return record
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:
@@ -274,6 +294,8 @@ def _as_utf8(batch: SourceBatch, report_bad: ReportBad) -> SourceBatch:
         column = batch.table.column(name)
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
+        if pa.types.is_fixed_size_list(column.type):
+            column = column.cast(pa.list_(column.type.value_type))
         if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
             column = column.cast(pa.large_binary())  # casting back checks it; Parquet and JSON readers do not
         if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):

@@ -25,6 +25,7 @@ from bigdssm.data.tables.sources import (
     ReportBad,
     SourceBatch,
     open_source,
+    parse_object,
     record_batch,
     split_suffix,
     stream_source,
@@ -128,9 +129,9 @@ def record_of(sample: dict[str, Any]) -> dict[str, Any]:
 
 def _columns(suffix: str, name: str, text: str) -> dict[str, Any]:
     try:
-        content = json.loads(text)
-    except ValueError as error:
+        content = parse_object(text)
+    except json.JSONDecodeError as error:
         raise ValueError(f".{suffix} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f".{suffix} is a JSON {type(content).__name__}, needs an object")
+    except ValueError as error:
+        raise ValueError(f".{suffix} is {error}") from None
     return {f"{name}.{key}" if name else key: value for key, value in content.items()}

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bigdssm.config import HistoryEncoderConfig
+from bigdssm.errors import ConfigError
 from bigdssm.features import PADDING, History
 from bigdssm.models.encoders.base import Encoder, Parts, encodes, linear_flops
 from bigdssm.models.tables import INIT_STD, EmbeddingTables, table_name
@@ -90,6 +91,10 @@ class _HistoryLayer(nn.Module):
 
     def __init__(self, config: HistoryEncoderConfig, dim: int) -> None:
         super().__init__()
+        if dim % config.heads:
+            raise ConfigError(
+                f"model.query.history.heads={config.heads} must divide the items' model.doc.embedding_dim={dim}"
+            )
         self.heads = config.heads
         self.attention_norm = nn.LayerNorm(dim)
         self.query, self.key_value, self.output = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from pathlib import Path
 from typing import Literal
 
 from torch import Tensor, nn
@@ -149,6 +150,8 @@ def new_bert(architecture: PretrainedConfig) -> PreTrainedModel:
 
 
 def _small_bert(config: TextEncoderConfig, vocab_size: int, pad_token_id: int, max_tokens: int) -> BertConfig:
+    if config.hidden % config.heads:
+        raise ConfigError(f"text.hidden={config.hidden} must be divisible by text.heads={config.heads}")
     return BertConfig(
         vocab_size=vocab_size,
         hidden_size=config.hidden,
@@ -173,6 +176,8 @@ def pretrained_architecture(
     if not os.path.isdir(folder):
         raise ConfigError(f"text.init={folder} is not a folder; it takes the local folder of a Hugging Face BERT")
     try:
+        if not list(Path(folder).glob("*.safetensors")):
+            raise OSError("it has no *.safetensors, the one format of weights that is read")
         architecture = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"text.init={folder} does not load as a Hugging Face model: {error}") from None

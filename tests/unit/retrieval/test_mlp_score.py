@@ -14,9 +14,9 @@ import torch
 from bigdssm.config import load_config
 from bigdssm.data import Collator, Dataset
 from bigdssm.errors import CheckpointError
+from bigdssm.evaluation.scorer import encoders_of
 from bigdssm.evaluation.split import evaluate_split
 from bigdssm.export import load_model_folder, save_model_folder
-from bigdssm.retrieval.embed import scored_encoders
 
 from .conftest import SMALL, random_model
 
@@ -38,7 +38,7 @@ def mlp_dir(tiny_interactions: Any, dataset: Dataset, tmp_path_factory: pytest.T
 def test_every_document_is_scored(mlp_dir: Path, dataset: Dataset) -> None:
     model = load_model_folder(mlp_dir, any_score=True).model
     assert model.scorer is not None
-    found = evaluate_split(scored_encoders(model, model.scorer, dataset), dataset, "test", rows_per_chunk=7)
+    found = evaluate_split(encoders_of(model, dataset), dataset, "test", rows_per_chunk=7)
     collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
     rows = next(dataset.iterate("test", 1000))
     num_docs = dataset.catalogue.num_docs

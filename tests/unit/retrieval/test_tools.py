@@ -150,6 +150,21 @@ def test_embed_and_index(tools: Tools, model_dir: Path, index_dir: Path, dataset
     assert "is an index" in message
 
 
+def test_folders_behind_links_are_replaced_there(
+    tools: Tools, model_dir: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    for name in ("vectors", "index", "export"):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+    (tmp_path / "disk" / "vectors").mkdir(parents=True)
+    for _ in range(2):  # to an empty place or none, then to one that holds what it made before
+        tools.ran("embed", "--model", model_dir, "--data", dataset.dir, "--out", tmp_path / "vectors")
+        tools.ran("build_index", "--vectors", tmp_path / "vectors", "--out", tmp_path / "index")
+        tools.ran("convert_checkpoint", "--model", model_dir, "--out", tmp_path / "export")
+    for name, file in (("vectors", "vectors.npy"), ("index", "index.faiss"), ("export", "model.safetensors")):
+        assert (tmp_path / name).is_symlink() and (tmp_path / "disk" / name / file).is_file()
+    assert len(list((tmp_path / "disk").iterdir())) == 3
+
+
 def test_search_for_a_user(
     tools: Tools, model: DualEncoder, model_dir: Path, index_dir: Path, dataset: Dataset
 ) -> None:
@@ -179,6 +194,9 @@ def test_search_refuses_with_a_sentence(tools: Tools, model_dir: Path, other_mod
     assert "'river lanter'; the nearest are: river lantern" in message
     message = tools.refused(4, "search", "--model", other_model_dir, "--index", index_dir, "--user", "u7")
     assert "holds vectors of model" in message
+    for words in (["--user", "u\udcff"], ["--text", "age=33", "occupation=\udcff"]):
+        message = tools.refused(2, "search", "--model", model_dir, "--index", index_dir, *words)
+        assert "has bytes that are not UTF-8, or half a character" in message
 
 
 def test_evaluate(

@@ -1,0 +1,138 @@
+"""The seam: all work on the score matrix, the gather of its columns and the reduction of its gradients.
+
+What stands above (terms, masks, the engine) sees vectors of a value per query or per column, never a tile. Kernels for
+other devices replace what is in this folder.
+
+Shape legend: m queries and n columns of this rank, N columns of all ranks, D vector size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from bigdssm import distributed
+from bigdssm.distributed import Group
+from bigdssm.losses.inputs import GlobalSizes, LossInputs, add_biases
+from bigdssm.losses.masks import FalseNegatives
+from bigdssm.losses.passes.columns import TILE_WIDTH, Columns, gather_columns
+from bigdssm.losses.passes.pairs import PairSums, ValueAndSlope, pairwise_pass
+from bigdssm.losses.passes.softmax import (
+    BLOCK_ROWS,
+    Coefficients,
+    RowSums,
+    block_height,
+    column_pass,
+    gradient_pass,
+    softmax_rows,
+)
+from bigdssm.losses.passes.tiles import Gradients, ScoreMatrix, product_precision
+
+__all__ = [
+    "BothSums",
+    "Columns",
+    "Gradients",
+    "PairSums",
+    "RowSums",
+    "ScorePasses",
+    "gather_columns",
+    "product_precision",
+    "score_bytes",
+]
+
+
+def score_bytes(num_queries: int, num_columns: int, both_directions: bool, tile: int | None, element_size: int) -> int:
+    """Return the bytes of scores that a rank holds at once; `both_directions`: any but query → doc alone."""
+    if both_directions:
+        return 2 * element_size * min(BLOCK_ROWS, num_queries) * min(tile or TILE_WIDTH, num_columns)
+    return element_size * num_columns * min(num_queries, block_height(num_columns, element_size))
+
+
+@dataclass(frozen=True)
+class BothSums:
+    """Log-sum-exps of both directions: over the columns, and over the queries of all ranks in each positive's column.
+
+    `add` adds row_weight · softmax over columns to the gradients, and softmax over queries times the sum of
+    column_weight over a column's pairs: add(row_weight_m, row_lse_m, column_weight_m), a collective.
+    """
+
+    rows: RowSums
+    of_positive_m: Tensor
+    add: Callable[[Tensor, Tensor, Tensor], None]
+
+
+class ScorePasses:
+    """Passes of this rank's queries over the columns of all ranks; each returns sums, and adds to the gradients.
+
+    Scores are alpha · U Wᵀ + beta, and + neg_bias in query → doc, without the entries that `mask` names.
+    """
+
+    def __init__(
+        self, x: LossInputs, sizes: GlobalSizes, columns: Columns, mask: FalseNegatives, group: Group | None
+    ) -> None:
+        self.columns, self._mask = columns, mask
+        self.positive_N = x.positive + columns.own_start  # [m] among the columns of all ranks
+        self._x, self._sizes, self._group = x, sizes, group
+
+    @cached_property
+    def num_negatives_m(self) -> Tensor:
+        """Each query's number of negatives, float64, for those of weight > 0: their positives are masked."""
+        counts_N = self.columns.counts()
+        return counts_N.sum() - self._mask.row_sums(counts_N)
+
+    def own_masked(self) -> int:
+        """Return how many queries' positives are masked."""
+        return int(self._mask.contains(self.positive_N).sum())
+
+    def rows(self, positive_m: Tensor, weight_m: Tensor, extra_log_sum_m: Tensor) -> RowSums:
+        """Return each query's log-sum-exp over the columns, as often as they count, and over the extra negatives.
+
+        Adds weight · softmax to the gradients; the positives' scores take part in its normaliser.
+        """
+        columns = self.columns
+        bias_N = add_biases(columns.beta, columns.neg_bias, None if columns.copies is None else columns.copies.log())
+        return softmax_rows(self._matrix(bias_N), positive_m, weight_m, extra_log_sum_m, self._sums)
+
+    def pairs(self, value_and_slope: ValueAndSlope, positive_m: Tensor, scale_m: Tensor) -> PairSums:
+        """Return each query's sums over the columns of a term that looks at one of them; adds scale · slope."""
+        matrix = self._matrix(add_biases(self.columns.beta, self.columns.neg_bias))
+        return pairwise_pass(matrix, value_and_slope, positive_m, scale_m, self.columns.counts(), self._sums)
+
+    def both(self, with_rows: bool) -> BothSums:
+        """Return the columns' log-sum-exps, and the rows' where they matter."""
+        # beta is constant in a column and cancels there: without the rows it is left out
+        neg_bias_N = self.columns.neg_bias if with_rows else None
+        matrix = self._matrix(self.columns.beta if with_rows else None)
+        rows, log_N, shift = column_pass(matrix, self._sizes, neg_bias_N, with_rows, self._group)
+
+        def add(row_weight_m: Tensor, row_lse_m: Tensor, column_weight_m: Tensor) -> None:
+            if self._sums is None:
+                return
+            own_n = column_weight_m.new_zeros(self._x.W.shape[0]).index_add_(0, self._x.positive, column_weight_m)
+            column_weight_N = distributed.all_gather_padded(own_n, self._sizes.longest, self._group).wait()
+            c = Coefficients(row_weight_m, row_lse_m, neg_bias_N, column_weight_N, log_N)
+            gradient_pass(matrix, shift, c, self._sums)
+
+        return BothSums(rows, log_N[self.positive_N], add)
+
+    def own_gradients(self) -> Gradients:
+        """Return the sums of this rank's queries and columns, over all ranks; a collective where any are wanted."""
+        sums, n = self._sums or Gradients(None, None, None), self._x.W.shape[0]
+        W, beta = (
+            None if part is None else distributed.reduce_scatter_rows(part, self._group)[:n]
+            for part in (sums.W, sums.beta)
+        )
+        return Gradients(sums.U, W, beta)
+
+    @cached_property
+    def _sums(self) -> Gradients | None:
+        wants = self._sizes.wants
+        return Gradients.zeros(self._x, wants, self.columns.total) if wants else None
+
+    def _matrix(self, bias_N: Tensor | None) -> ScoreMatrix:
+        x = self._x
+        bias_N = None if bias_N is None else bias_N.to(x.acc)
+        return ScoreMatrix(x.U.detach().to(x.acc), self.columns, self._mask, float(x.alpha.detach()), bias_N)

@@ -1,0 +1,285 @@
+"""Tables as rough users have them, given to tools/make_shards.py: one sentence, the right exit code, nothing lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from datetime import time, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bigdssm.data import Dataset
+from bigdssm.data.making import block_writer
+from tests.conftest import write_config
+from tests.unit.test_make_shards_tool import tool
+
+Record = dict[str, Any]
+RECORDS: list[Record] = [
+    {"q": f"word{i % 7} a{i}", "d": f"doc{i % 11} b", "n": i, "c": f"c{i % 3}", "id": f"k{i % 11}"} for i in range(60)
+]
+PAIRS = {
+    "query": {"q": {"type": "text"}},
+    "doc": {"d": {"type": "text"}, "n": {"type": "numeric"}, "c": {"type": "categorical"}},
+    "tokenizer": {"vocab_size": 200},
+}
+EVENTS = [(f"u{u}", f"i{(u + t) % 12}", 1000 * t + u) for u in range(20) for t in range(10)]
+ITEMS = "".join(f"i{i}\n" for i in range(12))
+INTERACTIONS = {
+    "query": {"history": {"type": "history", "of": "item"}},
+    "doc": {"item": {"type": "categorical", "column": "item_id"}},
+}
+
+
+class Maker:
+    """Calls the tool in one folder; returns its exit code and what it said on stdout and stderr."""
+
+    def __init__(self, folder: Path, capsys: Any) -> None:
+        self.folder, self._capsys, self.main = folder, capsys, tool("make_shards").main
+        self.out = folder / "dataset"
+
+    def __call__(self, *words: object) -> tuple[int, str]:
+        code = self.main([str(word) for word in words])
+        said = self._capsys.readouterr()
+        assert code == 0 or (said.err.startswith("error: ") and said.err.count("\n") == 1)
+        return code, said.out + said.err
+
+    def pairs(self, *words: object, table: str = "pairs.jsonl", bad: float = 0.0, **schema: Any) -> tuple[int, str]:
+        config = write_config(self.folder, {**PAIRS, "max_bad_fraction": bad, **schema})
+        return self("pairs", "--config", config, "--pairs", self.folder / table, *words)
+
+    def records(self, records: list[Record], *words: object, bad: float = 0.0) -> tuple[int, str]:
+        (self.folder / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        return self.pairs(*words, bad=bad)
+
+    def parquet(self, *words: object, **columns: Any) -> tuple[int, str]:
+        whole = {name: [record[name] for record in RECORDS] for name in RECORDS[0]}
+        pq.write_table(pa.table({**whole, **columns}), self.folder / "pairs.parquet")
+        return self.pairs(*words, table="pairs.parquet")
+
+    def interactions(
+        self,
+        events: list[tuple[Any, ...]],
+        *words: object,
+        items: str = ITEMS,
+        header: str = "user_id,item_id,timestamp",
+    ) -> tuple[int, str]:
+        lines = "".join(",".join(map(str, event)) + "\n" for event in events)
+        (self.folder / "events.csv").write_text(f"{header}\n{lines}")
+        (self.folder / "items.csv").write_text(f"item_id\n{items}")
+        config = write_config(self.folder, INTERACTIONS)
+        tables = [f"--interactions={self.folder}/events.csv", f"--items={self.folder}/items.csv"]
+        return self("interactions", "--config", config, *tables, *words)
+
+    def refused(self, answer: tuple[int, str], code: int, *words: str) -> None:
+        assert answer[0] == code, answer
+        for word in words:
+            assert word.format(tmp=self.folder) in answer[1], answer
+        assert not self.out.exists() and not list(self.folder.glob(".*"))
+
+
+@pytest.fixture
+def make(tmp_path: Path, capsys: Any) -> Maker:
+    return Maker(tmp_path, capsys)
+
+
+def changed(**columns: Callable[[int], Any]) -> list[Record]:
+    return [{**record, **{name: of(i) for name, of in columns.items()}} for i, record in enumerate(RECORDS)]
+
+
+def test_half_characters_are_one_bad_row(make: Maker) -> None:
+    half, mine = {**RECORDS[0], "q": "\ud800 x"}, {**RECORDS[1], "\udfff": 1}
+    code, said = make.records([half, *RECORDS, mine, {**RECORDS[2], "q": "\ud83d\ude00 whole"}], bad=0.1)
+    assert code == 0 and "2 bad rows" in said
+    bad = [json.loads(line) for line in (make.out / "quarantine.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in bad] == [1, 62] and all("half a character" in line["reason"] for line in bad)
+
+
+@pytest.mark.parametrize(
+    ("content", "table", "words"),
+    [
+        (json.dumps(RECORDS), "t.jsonl", "is a JSON array, needs one object a line"),
+        (json.dumps(RECORDS, indent=1), "t.jsonl", "is a JSON array"),
+        (
+            "q,d,n,c\n" + "x" * 20_000_000,
+            "t.csv",
+            "a row of more than 8,388,608 bytes, or a quote that is never closed",
+        ),
+        ("q,d,n,c\r" * 3, "t.csv", "is damaged or not what its name says"),
+        (f"q,d,n,c,{'x' * 200_000}\n", "t.csv", "is damaged or not what its name says"),
+        ("\nq,d,n,c\n", "t.csv", "has no header: it is empty, or its first line is"),
+        ("not\njson\n", "t.jsonl", "has no usable rows: 2 × not a JSON object: Expecting value"),
+        (None, "t.csv", "table {tmp}/t.csv is no file"),
+    ],
+)
+def test_files_that_are_no_table(make: Maker, content: str | None, table: str, words: str) -> None:
+    path = make.folder / table
+    path.mkdir() if content is None else path.write_text(content, newline="")
+    make.refused(make.pairs(table=table), 3, words)
+
+
+def test_nothing_to_learn_from_is_refused(make: Maker) -> None:
+    zero = "every relevance in the train split is 0"
+    make.refused(make.records(changed(r=lambda i: 0), "--relevance-column=r"), 3, zero)
+    rated = [(*event, 0) for event in EVENTS]
+    header = "user_id,item_id,timestamp,rating"
+    make.refused(make.interactions(rated, "--rating-column=rating", header=header), 3, zero)
+    make.refused(
+        make.interactions(rated, "--rating-column=rating", "--min-rating=nan", header=header), 2, "--min-rating"
+    )
+    make.refused(make.interactions(EVENTS, "--min-rating=3"), 2, "--min-rating 3.0 needs", "--rating-column")
+    low = make.interactions(rated, "--rating-column=rating", "--min-rating=1", header=header)
+    make.refused(low, 3, "no interaction is left to train on; 200 are rated below 1.0")
+
+
+def test_what_left_no_row_is_told(make: Maker) -> None:
+    """The commonest reasons with their counts, the first row, and where all of them stand."""
+    us = [(user, item, "12/31/2024" if when % 2 else "") for user, item, when in EVENTS]
+    reason = "200 × timestamp is …, needs a number or an ISO"
+    kept = "all are in {tmp}/dataset.quarantine.jsonl"
+    make.refused(make.interactions(us), 3, "no interaction is left", reason, "row 1: timestamp is ''", kept)
+    floats = [(user, "1.0", when) for user, _, when in EVENTS]
+    answer = make.interactions(floats, items="1\n2\n")
+    make.refused(answer, 3, "200 × item_id … is not in", "item_id '1.0' is not in {tmp}/items.csv", kept)
+    assert len((make.folder / "dataset.quarantine.jsonl").read_text().splitlines()) == 200
+    dates = make.records(changed(t=lambda i: "12/31/2024"), "--split=time", "--time-column=t")
+    make.refused(dates, 3, "60 of 60 rows are bad", "60 × t is …", "t is '12/31/2024'", kept)
+    make.refused(make.records(changed(s=lambda i: "test"), "--split=column", "--split-column=s"), 3, "never says train")
+    make.refused(make.records(changed(t=lambda i: 5), "--split=time", "--time-column=t"), 3, "have one time")
+
+
+def test_bad_values_of_rows_that_stay_are_counted_once(make: Maker) -> None:
+    answer = make.records(changed(n=lambda i: "x" if i < 12 else i))
+    make.refused(answer, 3, "12 of 60 rows are bad or have bad values", "12 × n is …, needs a finite 32-bit number")
+
+
+def test_seconds_and_milliseconds_in_one_column(make: Maker) -> None:
+    mixed = [(user, item, (1_700_000_000 + when) * (1000 if when % 2 else 1)) for user, item, when in EVENTS]
+    make.refused(make.interactions(mixed), 3, "column 'timestamp' mixes units of time: 100 such as 1700000000")
+    some = changed(t=lambda i: 1.7e9 + i if i % 10 else (1.7e9 + i) * 1e6)
+    make.refused(
+        make.records(some, "--split=time", "--time-column=t"), 3, "column 't' mixes units of time", "6 such as"
+    )
+    for times in ([2**31 * when for when in range(200)], [1_700_000_000_000_000_000 + when for when in range(200)]):
+        events = [(user, item, when) for (user, item, _), when in zip(EVENTS, times, strict=True)]
+        assert make.interactions(events, "--overwrite")[0] == 0, "a counter, and nanoseconds"
+
+
+@pytest.mark.parametrize("fractions", [("-1", "0.05"), ("0.9", "0.9"), ("nan", "0.1"), ("0", "1")])
+@pytest.mark.parametrize("command", ["pairs", "interactions"])
+def test_fractions_that_leave_nothing(make: Maker, fractions: tuple[str, str], command: str) -> None:
+    words = ["--validation-fraction", fractions[0], "--test-fraction", fractions[1]]
+    if command == "pairs":
+        answer = make.records(changed(t=lambda i: i), "--split=time", "--time-column=t", *words)
+    else:
+        answer = make.interactions(EVENTS, "--split=time", *words)
+    make.refused(answer, 2, "must not be negative and sum to less than 1")
+
+
+def test_time_splits_of_odd_times(make: Maker) -> None:
+    def split(*words: object, **columns: Any) -> tuple[int, str]:
+        return make.parquet("--split=time", "--time-column=t", "--overwrite", *words, **columns)
+
+    for values in ([-i * 1e9 for i in range(60)], pa.array([2**64 - 1 - i * 10**9 for i in range(60)], pa.uint64())):
+        code, said = split(t=values)
+        assert code == 0 and "53 train, 4 validation, 3 test rows" in said
+    for values in ([time(1, i) for i in range(60)], [timedelta(days=i) for i in range(60)]):
+        code, said = split(t=values)
+        assert code == 3 and "column 't' holds" in said
+    code, said = make.records(
+        changed(t=lambda i: 10 ** (i % 40)), "--split=time", "--time-column=t", "--overwrite", bad=1
+    )
+    assert code == 0 and "1 bad rows" in said  # 1e39 is beyond 32 bits
+    make.out.rename(make.folder / "made")
+    make.refused(make.interactions(EVENTS, "--split=time", "--time-column="), 2, "--split time needs a --time-column")
+
+
+def test_lists_in_parquet(make: Maker) -> None:
+    multi = {**PAIRS["doc"], "c": {"type": "categorical", "multi": True}}
+    pairs = make.pairs
+    make.pairs = lambda *words, **more: pairs(*words, **{**more, "doc": multi})  # type: ignore[method-assign]
+    assert make.parquet(c=pa.array([["a", "b"]] * 60, pa.list_(pa.string(), 2)))[0] == 0
+    assert Dataset.open(make.out).schema.doc["c"].vocabulary == ("a", "b")
+    code, said = make.parquet("--each-of=tags", "--overwrite")
+    assert code == 3 and "has no column 'tags'" in said
+    words = ["--each-of=c", "--split=time", "--time-column=n", "--overwrite"]
+    code, said = make.parquet(*words, c=[["a", "b"]] * 60)
+    assert code == 0 and "106 train, 8 validation, 6 test rows" in said
+
+
+def test_growth_that_would_add_everything_again(make: Maker) -> None:
+    assert make.records(RECORDS, "--doc-id-column=id")[0] == 0
+    before = (make.out / "dataset.json").read_bytes()
+    for words, told in (
+        ([], "tells each doc by its id, so give --doc-id-column here, too"),
+        (
+            ["--doc-id-column=id", "--query-id-column=c"],
+            "tells each query by its features, so leave out --query-id-column",
+        ),
+    ):
+        code, said = make.records(RECORDS, "--append=more", *words)
+        assert code == 2 and told in said
+    for name, told in (
+        ("", "partition name ''"),
+        ("..", "'..'"),
+        ("a/b", "'a/b'"),
+        ("a\nb", r"'a\nb'"),
+        ("x" * 300, "xxx"),
+    ):
+        code, said = make.records(RECORDS, "--doc-id-column=id", "--append", name)
+        assert code == 2 and told in said and "must be a plain folder name" in said
+    code, said = make.records(RECORDS, "--append=more", "--overwrite", "--partition=p")
+    assert code == 2 and "--overwrite, --partition would have no effect with --append" in said
+    assert (make.out / "dataset.json").read_bytes() == before and not (make.out / ".making").exists()
+    code, said = make.records(changed(key=lambda i: f"k{i % 12}"), "--append=more", "--doc-id-column=key")
+    assert code == 0 and "12 documents (1 of them new)" in said
+
+
+def test_pairs_are_not_added_to_interactions(make: Maker) -> None:
+    users = {"query": {"age": {"type": "numeric"}}, "doc": INTERACTIONS["doc"]}
+    (make.folder / "users.csv").write_text("user_id,age\n" + "".join(f"u{u},{u}\n" for u in range(20)))
+    assert make.interactions(EVENTS)[0] == 0
+    shutil.rmtree(make.out)
+    config = write_config(make.folder, users)
+    tables = [f"--{name}={make.folder / file}.csv" for name, file in (("interactions", "events"), ("items", "items"))]
+    assert make("interactions", "--config", config, *tables, f"--users={make.folder}/users.csv")[0] == 0
+    (make.folder / "pairs.jsonl").write_text('{"age": 3, "item_id": "i1", "user": "u1"}\n' * 9)
+    ids = ["--doc-id-column=item_id", "--query-id-column=user", "--split=train", "--append=more"]
+    code, said = make("pairs", "--config", config, "--pairs", make.folder / "pairs.jsonl", *ids)
+    assert code == 3 and "holds interactions; the sub-command `interactions` appends to it" in said
+    code, said = make("interactions", "--config", config, *tables, f"--users={make.folder}/nope.csv", "--append=more")
+    assert code == 3 and "nope.csv does not exist" in said
+
+
+def test_a_link_stays_a_link(make: Maker) -> None:
+    real, link, beir = make.folder / "disk" / "real", make.folder / "dataset", make.folder / "beir"
+    real.mkdir(parents=True)
+    link.symlink_to(real)
+    beir.symlink_to(make.folder / "disk" / "beir")
+    for words in (["--beir", beir], ["--overwrite", "--beir", beir], ["--append=more"]):
+        assert make.records(RECORDS, *words)[0] == 0
+        assert link.is_symlink() and (real / "dataset.json").is_file()
+        assert beir.is_symlink() and (beir / "corpus.jsonl").is_file()
+    assert sorted(path.name for path in real.parent.iterdir()) == ["beir", "real"]
+    (make.folder / "circle").symlink_to("circle")
+    code, said = make.records(RECORDS, "--out", make.folder / "circle")
+    assert code == 2 and "is a link that leads nowhere" in said
+
+
+def test_places_that_cannot_be_written(make: Maker) -> None:
+    for place in (make.folder / "pairs.jsonl" / "below", make.folder / ("x" * 255), Path("/proc/dataset")):
+        make.refused(make.records(RECORDS, "--out", place), 2, "cannot be written (", "; choose another --out")
+
+
+def test_a_full_disk_is_named(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(block_writer.TarWriter, "write", full)
+    make.refused(make.records(RECORDS), 1, "No space left on device: {tmp}/.dataset.making")
