@@ -131,7 +131,7 @@ def test_heads_that_do_not_divide_a_historys_items(launch: Launch, tiny_interact
         (b"", "required key"),
         (b"run: [1]\n", "RunConfig"),
         (b"run: {dir: ${oc.env:HOME}}\n", "config"),
-        (b"data: {query: {a: 1}}\n", "data.query"),
+        (b"run: {dir: x}\ndata: {dir: x, query: {a: 1}}\n", "data.query.a: got 1"),
     ],
 )
 def test_files_that_are_no_config(launch: Launch, tmp_path: Path, content: bytes, words: str) -> None:
