@@ -13,7 +13,7 @@ from bigdssm.config import load_config
 from bigdssm.data.making.interactions import InteractionTables, make_interactions
 from bigdssm.data.making.making import Target
 from bigdssm.data.making.pairs import PairTables, make_pairs
-from bigdssm.features import hash64
+from bigdssm.hashing import hash64
 
 NUM_USERS, NUM_ITEMS, NUM_PAIRS = 60, 40, 1200
 VOCABULARY = (

@@ -44,7 +44,7 @@ from bigdssm.config import Config, EngineConfig, LossConfig, OptimizerConfig, lo
 from bigdssm.data import Batch, Collator, Dataset, PairStream, Rows
 from bigdssm.data.making.making import Target
 from bigdssm.data.making.pairs import PairTables, make_pairs
-from bigdssm.features import hash64
+from bigdssm.hashing import hash64
 from bigdssm.losses import fps_loss
 from bigdssm.models import Encoded, new_model
 

@@ -13,8 +13,8 @@ from bigdssm.data.batch import Features
 from bigdssm.data.mapped import MappedTable
 from bigdssm.data.tensors import to_features
 from bigdssm.errors import DataError
-from bigdssm.features import hash64
 from bigdssm.features.ragged import Column
+from bigdssm.hashing import hash64
 from bigdssm.schema import Schema
 
 

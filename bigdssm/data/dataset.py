@@ -20,9 +20,9 @@ from bigdssm.data.cache import Cache
 from bigdssm.data.catalogue import Catalogue
 from bigdssm.data.index import SplitIndex, read_index
 from bigdssm.data.mapped import MappedTable
+from bigdssm.data.mixture import MixtureBatches, MixturePart
 from bigdssm.data.remote import RemoteFolder, is_url
 from bigdssm.data.rows import Rows
-from bigdssm.data.streaming.mixture import Batches, Source
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import History, TextTokenizer
 from bigdssm.features.ragged import Column, from_arrow, offsets_of
@@ -97,8 +97,8 @@ class Dataset:
         )  # fmt: skip
         self._first_doc = np.array([partition.first_doc for partition in partitions])
         self._indexes: dict[str, SplitIndex] = {}
-        self.sources: tuple[Source, ...] = ()  # of a mixture; none: all partitions are one
-        self.batches: Batches = "mixed"  # of a mixture
+        self.sources: tuple[MixturePart, ...] = ()  # of a mixture; none: all partitions are one
+        self.batches: MixtureBatches = "mixed"  # of a mixture
         self.siblings: tuple[Partition, ...] = ()  # all partitions that are there, where several datasets were joined
         self.pickled: tuple[Any, ...] | None = None
 

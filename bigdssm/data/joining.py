@@ -15,8 +15,8 @@ from dataclasses import replace
 from bigdssm.config import DataConfig, SourceConfig
 from bigdssm.data.cache import Cache
 from bigdssm.data.dataset import CatalogueFile, Dataset, Partition
+from bigdssm.data.mixture import MixtureBatches, MixturePart, turns_per_round
 from bigdssm.data.remote import is_url
-from bigdssm.data.streaming.mixture import Batches, Source, turns_per_round
 from bigdssm.errors import ConfigError
 
 
@@ -29,8 +29,8 @@ def open_dataset(config: DataConfig) -> Dataset:
     return join(parts, config.mixture, config.dir, config.mixture_batches)
 
 
-def join(parts: Sequence[Dataset], sources: Sequence[SourceConfig], main_dir: str, batches: Batches) -> Dataset:
-    """Return the datasets as one, with a Source for each; partitions of other folders than `main_dir` get its name."""
+def join(parts: Sequence[Dataset], sources: Sequence[SourceConfig], main_dir: str, batches: MixtureBatches) -> Dataset:
+    """Return the datasets as one, a MixturePart each; partitions of other folders than `main_dir` get its name."""
     for part, source in zip(parts[1:], sources[1:], strict=True):
         _check_same(parts[0], part, source.dir or main_dir)
     files, first_doc = _join_catalogues(parts)
@@ -41,7 +41,7 @@ def join(parts: Sequence[Dataset], sources: Sequence[SourceConfig], main_dir: st
         prefix = "" if source.dir is None or _place(source.dir) == _place(main_dir) else f"{part.name}/"
         own = [replace(p, name=prefix + p.name, first_doc=base) for p in part.partitions]
         name = "+".join(partition.name for partition in own)
-        mixture.append(Source(name, len(partitions), len(partitions) + len(own), source.weight))
+        mixture.append(MixturePart(name, len(partitions), len(partitions) + len(own), source.weight))
         partitions += own
         siblings |= {prefix + p.name: replace(p, name=prefix + p.name) for p in part.partitions_on_disk()}
     names = [partition.name for partition in partitions]

@@ -9,7 +9,6 @@ from bigdssm.features.base import (
     encode_columns,
     encode_values,
     feature_types,
-    hash64,
     register,
 )
 from bigdssm.features.categorical import Categorical
@@ -37,7 +36,6 @@ __all__ = [
     "encode_columns",
     "encode_values",
     "feature_types",
-    "hash64",
     "histories_of",
     "register",
     "stored",

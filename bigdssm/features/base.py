@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import xxhash
 
 from bigdssm.errors import ConfigError
 from bigdssm.features.ragged import Column, Ragged, from_arrow
@@ -39,11 +38,6 @@ Fault = tuple[np.ndarray, Callable[[int], str]]
 """Which rows are wrong, bool [R], and what to say of one of them."""
 
 F = TypeVar("F", bound="Feature")
-
-
-def hash64(text: str) -> int:
-    """Return the 64-bit signed hash of `text` that identifies documents and queries everywhere (xxh3)."""
-    return int(np.int64(np.uint64(xxhash.xxh3_64_intdigest(text.encode()))))
 
 
 class Fitter(Protocol):

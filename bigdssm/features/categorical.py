@@ -22,13 +22,13 @@ from bigdssm.features.base import (
     Feature,
     Reader,
     faults_of_codes,
-    hash64,
     pad_lists,
     register,
 )
 from bigdssm.features.columns import RowCheck, strings, value_lists
 from bigdssm.features.ragged import Column, Ragged
 from bigdssm.features.tokenizer import TextTokenizer
+from bigdssm.hashing import hash64
 
 UNKNOWN = "<out of vocabulary>"
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from bigdssm.data import Dataset
-from bigdssm.data.streaming.order import derive_key, mix64
 from bigdssm.errors import DataError
+from bigdssm.hashing import derive_key, mix64
 
 
 def mined_records(row_ids: np.ndarray, windows: np.ndarray) -> np.ndarray:

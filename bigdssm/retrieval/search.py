@@ -11,7 +11,8 @@ import numpy as np
 
 from bigdssm.data import Dataset
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import Column, Ragged, TextTokenizer, encode_values, hash64, histories_of, stored
+from bigdssm.features import Column, Ragged, TextTokenizer, encode_values, histories_of, stored
+from bigdssm.hashing import hash64
 from bigdssm.schema import Schema
 
 NUM_SUGGESTIONS = 3

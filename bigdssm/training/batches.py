@@ -14,7 +14,7 @@ from torch import Tensor
 from bigdssm import distributed
 from bigdssm.config import Config, LossConfig, StageConfig
 from bigdssm.data import Batch, Collator, Dataset, PairStream, PlainStream, Rows, RowStream
-from bigdssm.data.streaming.order import derive_key
+from bigdssm.hashing import derive_key
 from bigdssm.losses import sample_uniform
 from bigdssm.retrieval.mined import MinedNegatives, choose_negatives
 

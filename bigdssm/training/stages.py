@@ -24,7 +24,7 @@ from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.curves import CONFIG_FILE
 from bigdssm.export.checkpoint_model import load_checkpoint_model
 from bigdssm.export.model_folder import load_model_folder
-from bigdssm.features import hash64
+from bigdssm.hashing import hash64
 from bigdssm.log import get_logger, naming
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval.embed import Share, encode_catalogue, tower_encoders
@@ -88,7 +88,8 @@ def run_stage(
                 check_length(checkpoint, stage_config, name, stream.steps_per_epoch)
             _write_config(folder, config)
             done = Progress(**checkpoint.state["progress"]) if checkpoint is not None else Progress()
-            trackers = after.enter_context(closing(Trackers(folder, config, done.step, len(done.history))))
+            trackers = Trackers(folder, config, done.step, len(done.history), cpu=device().type == "cpu")
+            after.enter_context(closing(trackers))
             with ProgressBar() as bar, closing(stream):
                 alert = SpikeAlert(folder, distributed.rank(), distributed.world_size(), done.step)
                 watch = Watch(watchdog, stop, Faults.from_environment(), alert)

@@ -15,7 +15,6 @@ from bigdssm import distributed
 from bigdssm.config import Config
 from bigdssm.errors import ConfigError
 from bigdssm.log import MetricsWriter, cut_back
-from bigdssm.training.engine import device
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -23,17 +22,19 @@ METRICS_FILE = "metrics.jsonl"
 class Trackers:
     """Writes records on rank 0; the other ranks' calls do nothing."""
 
-    def __init__(self, folder: Path, config: Config, step: int = 0, num_validations: int = 0) -> None:
+    def __init__(
+        self, folder: Path, config: Config, step: int = 0, num_validations: int = 0, *, cpu: bool = True
+    ) -> None:
         """Open `folder`/metrics.jsonl and the trackers that `config.run.trackers` names.
 
         The file is cut back to the checkpoint that the run goes on from, made after `step` steps and so many
         validations: what it tells of later ones will be told again. TensorBoard passes over them; what other trackers
-        have is theirs.
+        have is theirs. cpu: the ranks compute on it.
         """
         self._metrics: MetricsWriter | None = None
         self._trackers: list[Any] = []
         if config.run.trackers:  # they ask accelerate's state for the main process; the process group stays ours
-            PartialState(cpu=device().type == "cpu")
+            PartialState(cpu=cpu)
         if distributed.is_main():
             _cut_back(folder / METRICS_FILE, step, num_validations)
             self._metrics = MetricsWriter(folder / METRICS_FILE)

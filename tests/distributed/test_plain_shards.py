@@ -13,7 +13,7 @@ from webdataset import TarWriter
 from bigdssm.config import load_config
 from bigdssm.data.making.making import Target
 from bigdssm.data.making.pairs import PairTables, make_pairs
-from bigdssm.features import hash64
+from bigdssm.hashing import hash64
 
 from . import small_run
 from .spawn import Pool, RankFailed

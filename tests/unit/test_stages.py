@@ -12,7 +12,7 @@ import pytest
 
 from bigdssm.config import Config, MiningConfig, SourceConfig, load_config
 from bigdssm.data import Dataset
-from bigdssm.data.streaming.mixture import Source
+from bigdssm.data.mixture import MixturePart
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
 from bigdssm.export import load_model_folder
 from bigdssm.models import new_model
@@ -101,7 +101,7 @@ def test_mined_negatives_are_of_one_part(config: Config, tmp_path: Path) -> None
     named = []
     for some in mixed:
         for data in (dataset, grown):
-            data.sources = (Source("base", 0, 1, some.data.mixture[0].weight),)
+            data.sources = (MixturePart("base", 0, 1, some.data.mixture[0].weight),)
             named.append(_mined_file(some, data, tmp_path).name)
     assert len(set(named)) == 4 and all(name.startswith("mined_negatives.") for name in named)
     assert _mined_file(config, dataset, tmp_path).name == "mined_negatives.npy"

@@ -14,50 +14,20 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from bigdssm.data.streaming.order import Order, derive_key, mix64
-from bigdssm.errors import ConfigError
+from bigdssm.data.mixture import TURNS, MixtureBatches
+from bigdssm.data.streaming.order import Order
+from bigdssm.hashing import derive_key, mix64
 
-Batches = Literal["mixed", "one_source"]
-TURNS = 1000
 _PURPOSE = 0x6D6978  # keeps these hashes apart from those of an order
-
-
-@dataclass(frozen=True)
-class Source:
-    """One source of a mixture: the partitions [first, last) of the joined dataset."""
-
-    name: str
-    first: int
-    last: int
-    weight: float
-
-
-def turns_per_round(names: Sequence[str], weights: Sequence[float]) -> list[int]:
-    """Return how many of TURNS each source has: its share, the largest remainders rounded up.
-
-    Raises ConfigError where a weight is too small for a single one.
-    """
-    shares = np.array(weights, float) / max(weights)  # their sum cannot overflow
-    exact = shares / shares.sum() * TURNS
-    turns = np.floor(exact).astype(np.int64)
-    missing = TURNS - int(turns.sum())
-    turns[np.argsort(-(exact - turns), kind="stable")[:missing]] += 1
-    for name, weight, count in zip(names, weights, turns.tolist(), strict=True):
-        if not count:
-            needed = max(weights) / TURNS * float(shares.sum())
-            raise ConfigError(f"data.mixture: {name} has weight {weight}, needs at least {needed:g}, a thousandth")
-    return [int(count) for count in turns]
 
 
 class MixedOrder:
     """The plan of a mixture: an `Order` per source, and whose turn it is."""
 
-    def __init__(self, orders: Sequence[Order], turns: Sequence[int], batches: Batches, seed: int) -> None:
+    def __init__(self, orders: Sequence[Order], turns: Sequence[int], batches: MixtureBatches, seed: int) -> None:
         """`orders` agree in lanes, rows_global, tail and window; `turns` sum to TURNS."""
         first = orders[0]
         self.orders, self.turns, self.batches, self.seed = tuple(orders), tuple(turns), batches, seed

@@ -29,17 +29,17 @@ from bigdssm.data.dataset import Dataset
 from bigdssm.data.remote import is_url
 from bigdssm.data.rows import Rows
 from bigdssm.data.streaming.lanes import Part
-from bigdssm.data.streaming.order import derive_key
 from bigdssm.data.streaming.row_stream import RowStream
 from bigdssm.data.streaming.workers import load, one_core_each, until_an_error
 from bigdssm.data.tables.hashing import hash_rows, hash_strings, row_keys
 from bigdssm.data.tables.sources import record_batch
 from bigdssm.data.tables.webdataset_source import KEY, check_shard, is_text, record_of
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import TextTokenizer, encode_columns, hash64
+from bigdssm.features import TextTokenizer, encode_columns
 from bigdssm.features.columns import RowCheck
 from bigdssm.features.fitting import canonical, missing
 from bigdssm.features.ragged import Column, from_arrow
+from bigdssm.hashing import derive_key, hash64
 from bigdssm.log import get_logger
 
 SHUFFLED_SAMPLES = 5000  # held by each loader process

@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 
 from bigdssm.data.dataset import Dataset, empty_batch
+from bigdssm.data.mixture import TURNS, turns_per_round
 from bigdssm.data.rows import Rows
 from bigdssm.data.streaming.lanes import Part
-from bigdssm.data.streaming.mixture import TURNS, MixedOrder, turns_per_round
-from bigdssm.data.streaming.order import WINDOW_BLOCKS, Order, Tail, derive_key
+from bigdssm.data.streaming.mixture import MixedOrder
+from bigdssm.data.streaming.order import WINDOW_BLOCKS, Order, Tail
 from bigdssm.data.streaming.row_stream import RowStream
 from bigdssm.data.streaming.stream_state import check_state
 from bigdssm.data.streaming.workers import open_parts
 from bigdssm.errors import ConfigError, DataError
+from bigdssm.hashing import derive_key
 from bigdssm.log import get_logger
 
 STATE_FORMAT = 1

@@ -22,7 +22,7 @@ import numpy as np
 from bigdssm.data.making.making import Progress, no_progress
 from bigdssm.data.tables.hashing import mix
 from bigdssm.errors import DataError
-from bigdssm.features import hash64
+from bigdssm.hashing import hash64
 
 VENDORED = ("_vendor", "_vendored", "vendor", "third_party", "__pycache__")
 MIN_WORDS = 5  # of a query

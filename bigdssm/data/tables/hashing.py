@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from xxhash import xxh3_64_intdigest
 
-from bigdssm.data.streaming.order import mix64
-from bigdssm.features import hash64
+from bigdssm.hashing import hash64, mix64
 
 
 def hash_strings(array: pa.Array | pa.ChunkedArray) -> np.ndarray:

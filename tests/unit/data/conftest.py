@@ -15,7 +15,8 @@ import xxhash
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from bigdssm.features import Categorical, History, Numeric, Text, hash64
+from bigdssm.features import Categorical, History, Numeric, Text
+from bigdssm.hashing import hash64
 from bigdssm.schema import Schema
 
 NUM_DOCS = 37

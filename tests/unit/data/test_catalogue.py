@@ -11,7 +11,8 @@ import pytest
 from bigdssm.data import Catalogue, Dataset
 from bigdssm.data.mapped import MappedTable
 from bigdssm.errors import DataError
-from bigdssm.features import Ragged, hash64
+from bigdssm.features import Ragged
+from bigdssm.hashing import hash64
 
 
 def test_documents_by_row_and_key(interactions: Path, tools) -> None:

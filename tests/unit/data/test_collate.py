@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from bigdssm.data import Collator, Dataset, PairStream, Rows
 from bigdssm.data.collate import distinct_in_order
 from bigdssm.errors import ConfigError
-from bigdssm.features import hash64
+from bigdssm.hashing import hash64
 
 
 def first_rows(folder: Path, count: int = 1) -> tuple[Dataset, Collator, Rows]:

@@ -20,7 +20,8 @@ from bigdssm.data import Collator, Dataset, PairStream
 from bigdssm.data.joining import open_dataset
 from bigdssm.data.making.making import Target
 from bigdssm.data.making.pairs import PairTables, make_pairs
-from bigdssm.data.streaming.mixture import TURNS, MixedOrder, turns_per_round
+from bigdssm.data.mixture import TURNS, turns_per_round
+from bigdssm.data.streaming.mixture import MixedOrder
 from bigdssm.data.streaming.order import Order
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, Numeric, Text

@@ -18,7 +18,8 @@ from bigdssm.data import Collator, Dataset, PlainStream
 from bigdssm.data.making.making import Target
 from bigdssm.data.making.pairs import PairTables, make_pairs
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import Categorical, Numeric, Text, hash64
+from bigdssm.features import Categorical, Numeric, Text
+from bigdssm.hashing import hash64
 
 SHARDS, SAMPLES = 4, 100
 CONFIG = DataConfig(
