@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from bigdssm.config import load_config
-from bigdssm.data.making.interactions import InteractionTables, make_interactions
-from bigdssm.data.making.making import Target
-from bigdssm.data.making.pairs import PairTables, make_pairs
 from bigdssm.hashing import hash64
+from bigdssm.making.interactions import InteractionTables, make_interactions
+from bigdssm.making.making import Target
+from bigdssm.making.pairs import PairTables, make_pairs
 
 NUM_USERS, NUM_ITEMS, NUM_PAIRS = 60, 40, 1200
 VOCABULARY = (

@@ -23,12 +23,13 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
+from bigdssm.artifacts.model_folder import load_model_folder
 from bigdssm.cli import ProgressBar, run_main
-from bigdssm.data import Dataset, Rows
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.metrics import mean_metrics
 from bigdssm.evaluation.systems import write_json
-from bigdssm.export import load_model_folder
 from bigdssm.retrieval.embed import Encoders, tower_encoders
 from bigdssm.retrieval.index import Index, IndexType, faiss_index
 from bigdssm.retrieval.vectors import VectorsMeta, read_meta, vectors_of

@@ -21,13 +21,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.batching.collate import Collator
 from bigdssm.cli import run_main
-from bigdssm.data import Collator, Dataset, Rows
-from bigdssm.data.batch import Features
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import Rows
+from bigdssm.dataset.tensors import Features
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.metrics import mean_metrics, paired_bootstrap, row_metrics
 from bigdssm.evaluation.ranks import Seen, ranks_of_vectors
-from bigdssm.export import load_model_folder
 from bigdssm.export.convert import read_export
 from bigdssm.export.onnx_format import run_onnx, session
 from bigdssm.features.ragged import offsets_of

@@ -29,14 +29,17 @@ import pyarrow as pa
 import webdataset as wds
 import xxhash
 
+from bigdssm.batching.collate import Collator
 from bigdssm.cli import run_main
 from bigdssm.config import DataConfig, load_config
-from bigdssm.data import Catalogue, Collator, Dataset, PairStream
-from bigdssm.data.making.making import Target
-from bigdssm.data.making.pairs import PairTables, make_pairs
-from bigdssm.data.streaming.order import WINDOW_BLOCKS, Order
+from bigdssm.dataset.catalogue import Catalogue
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.features import Numeric, Text, TextTokenizer
+from bigdssm.making.making import Target
+from bigdssm.making.pairs import PairTables, make_pairs
 from bigdssm.schema import Schema
+from bigdssm.streaming.order import WINDOW_BLOCKS, Order
+from bigdssm.streaming.stream import PairStream
 
 ROWS_GLOBAL, LANES = 4096, 8
 

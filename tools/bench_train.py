@@ -40,13 +40,17 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from bigdssm import timing
+from bigdssm.batching.batch import Batch
+from bigdssm.batching.collate import Collator
 from bigdssm.config import Config, EngineConfig, LossConfig, OptimizerConfig, load_config
-from bigdssm.data import Batch, Collator, Dataset, PairStream, Rows
-from bigdssm.data.making.making import Target
-from bigdssm.data.making.pairs import PairTables, make_pairs
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import Rows
 from bigdssm.hashing import hash64
 from bigdssm.losses import fps_loss
+from bigdssm.making.making import Target
+from bigdssm.making.pairs import PairTables, make_pairs
 from bigdssm.models import Encoded, new_model
+from bigdssm.streaming.stream import PairStream
 
 MINI_BATCHES = (16, 32, 64, 128, 256)
 SCALE = 20.0  # alpha, fixed on both sides
@@ -373,7 +377,7 @@ def speed_table(
 def where_it_goes(
     elapsed_s: float, steps: int, spans: dict[str, float], flops: float, peak_flops: float
 ) -> Iterator[str]:
-    from bigdssm.training.time_table import TimeTable
+    from bigdssm.running.time_table import TimeTable
 
     yield "where the time of rank 0 goes, ours: " + "\n    ".join(
         TimeTable(elapsed_s, steps, flops, dict(spans)).lines(peak_flops)
@@ -455,7 +459,7 @@ def timed(run: Callable[[], Any]) -> tuple[float, float]:
 
 
 def product_flops_per_s(args: argparse.Namespace) -> float:
-    from bigdssm.training.time_table import peak_flops
+    from bigdssm.running.time_table import peak_flops
 
     return peak_flops(torch.device("cpu"), torch.float32 if args.precision == "fp32" else torch.bfloat16)
 

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from bigdssm.cli import ProgressBar, run_main
 from bigdssm.evaluation.systems import differences, table
-from bigdssm.training.compare import Difference, compare
+from bigdssm.reports.compare import Difference, compare
 
 
 def main() -> None:

@@ -18,10 +18,10 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+from bigdssm.artifacts.model_folder import load_model_folder
 from bigdssm.cli import ProgressBar, run_main
-from bigdssm.data import Dataset
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
-from bigdssm.export import load_model_folder
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.vector_files import FileFormat, difference_from_model, write_card, write_file
 from bigdssm.retrieval.vectors import ROWS_PER_SHARD, Work, write_vectors

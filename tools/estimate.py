@@ -15,9 +15,9 @@ import sys
 
 from bigdssm.cli import run_main
 from bigdssm.config import load_config
-from bigdssm.data.joining import open_dataset
+from bigdssm.dataset.joining import open_dataset
 from bigdssm.errors import ConfigError
-from bigdssm.training.estimate import estimate, recorded_rows_per_s
+from bigdssm.reports.estimate import estimate, recorded_rows_per_s
 
 
 def main() -> None:

@@ -21,9 +21,9 @@ from time import perf_counter
 
 from rich.console import Console
 
+from bigdssm.artifacts.model_folder import load_model_folder
 from bigdssm.cli import ProgressBar, check_file_to_write, refuse_options, run_main
-from bigdssm.data import Dataset
-from bigdssm.data.tables.beir import Collection, read_collection
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.collection import (
     Run,
@@ -50,8 +50,8 @@ from bigdssm.evaluation.systems import (
     write_json,
 )
 from bigdssm.evaluation.trec import read_qrels, read_run, run_metrics, write_qrels, write_run
-from bigdssm.export import load_model_folder
 from bigdssm.retrieval.embed import encode_in_bf16
+from bigdssm.tables.beir import Collection, read_collection
 
 OF_COLLECTIONS = (
     "--widths", "--bm25", "--pretrained", "--max-tokens", "--filter-known", "--save-run", "--save-qrels",

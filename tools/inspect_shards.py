@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bigdssm.cli import ProgressBar, run_main
-from bigdssm.data import Dataset
-from bigdssm.data.inspection import PERCENTILES, Description, describe, sample_rows
-from bigdssm.data.verification import verify_dataset
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
+from bigdssm.reports.inspection import PERCENTILES, Description, describe, sample_rows
+from bigdssm.reports.verification import verify_dataset
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from bigdssm.cli import ProgressBar, refuse_options, run_main
 from bigdssm.config import DataConfig, load_config
-from bigdssm.data.making.interactions import InteractionTables, make_interactions
-from bigdssm.data.making.making import Report, Target
-from bigdssm.data.making.pairs import PairTables, make_pairs
-from bigdssm.data.tables.docstrings import write_functions
+from bigdssm.making.docstrings import write_functions
+from bigdssm.making.interactions import InteractionTables, make_interactions
+from bigdssm.making.making import Report, Target
+from bigdssm.making.pairs import PairTables, make_pairs
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from bigdssm import distributed
+from bigdssm.artifacts.model_folder import load_model_folder
 from bigdssm.cli import ProgressBar, check_file_to_write, run_main
-from bigdssm.data import Dataset
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
-from bigdssm.export import load_model_folder
 from bigdssm.retrieval.embed import Share, tower_encoders
 from bigdssm.retrieval.mine import mine_to_file
 from bigdssm.retrieval.vectors import vectors_of

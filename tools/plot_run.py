@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from bigdssm.cli import run_main
-from bigdssm.evaluation.curves import plot_runs
+from bigdssm.running.records import plot_runs
 
 
 def main() -> None:

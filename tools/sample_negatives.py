@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from bigdssm.cli import run_main
-from bigdssm.data import Dataset
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval.mined import MinedNegatives
 from bigdssm.retrieval.mined_sample import mined_sample
 

@@ -18,11 +18,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.batching.collate import Collator
 from bigdssm.cli import run_main
-from bigdssm.data import Collator, Dataset
-from bigdssm.data.cache import Cache
+from bigdssm.dataset.cache import Cache
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
-from bigdssm.export import load_model_folder
 from bigdssm.features import TextTokenizer
 from bigdssm.retrieval.embed import query_vectors
 from bigdssm.retrieval.index import open_index

@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 
+from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder
 from bigdssm.cli import run_main
-from bigdssm.data import Dataset
-from bigdssm.data.cache import Cache
+from bigdssm.dataset.cache import Cache
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
-from bigdssm.export import ModelFolder, load_model_folder
 from bigdssm.retrieval.index import open_index
 from bigdssm.serving.searcher import Searcher
 

@@ -34,10 +34,10 @@ from safetensors.torch import load_file
 
 from bigdssm.cli import run_main
 from bigdssm.config import load_config
-from bigdssm.data.making.making import Target
-from bigdssm.data.making.pairs import PairTables, make_pairs
 from bigdssm.errors import CheckpointError, ConfigError
-from bigdssm.evaluation.curves import METRICS_FILE
+from bigdssm.making.making import Target
+from bigdssm.making.pairs import PairTables, make_pairs
+from bigdssm.running.records import METRICS_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_PAIRS, NUM_WORDS = 3000, 200

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from bigdssm.cli import run_main
-from bigdssm.training.run_folder import find_running, request_stop
+from bigdssm.running.run_folder import find_running, request_stop
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bigdssm.cli import run_main
-from bigdssm.training.observing import Observed, observe, sparkline
+from bigdssm.running.observing import Observed, observe, sparkline
 
 
 def main() -> None:

@@ -10,7 +10,8 @@ from math import lcm
 
 import numpy as np
 
-from bigdssm.data import Dataset, Rows
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DataError
 
 FIT_ROWS = 16_384

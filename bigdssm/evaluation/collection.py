@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from bigdssm.config import TextEncoderConfig
-from bigdssm.data.batch import Features
-from bigdssm.data.tables.beir import Collection, Entry, texts_and_metadata
-from bigdssm.data.tensors import pad_ids, to_features
+from bigdssm.dataset.tensors import Features, pad_ids, to_features
 from bigdssm.errors import ConfigError, DivergedError
 from bigdssm.features import Feature, Text, TextTokenizer, encode_columns, histories_of, ragged
 from bigdssm.features.columns import RowCheck, SourceBatch
@@ -35,6 +33,7 @@ from bigdssm.retrieval.embed import (
 )
 from bigdssm.retrieval.mine import top_documents
 from bigdssm.schema import Schema
+from bigdssm.tables.beir import Collection, Entry, texts_and_metadata
 
 TOP = 100  # documents retrieved for a query
 ROWS_AT_ONCE = 16_384

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bigdssm.data import Collator, Dataset, Rows
+from bigdssm.batching.collate import Collator
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import Rows
 from bigdssm.models import DualEncoder, MlpScorer
 from bigdssm.retrieval.embed import Encoders, encode, to_device, tower_encoders
 

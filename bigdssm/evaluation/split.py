@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from bigdssm import distributed
-from bigdssm.data import Dataset, Rows
-from bigdssm.data.tensors import as_tensor
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import Rows
+from bigdssm.dataset.tensors import as_tensor
 from bigdssm.errors import DivergedError
 from bigdssm.evaluation.metrics import mean_metrics
 from bigdssm.evaluation.ranks import Seen, ranks_of_pairs, ranks_of_scores, ranks_of_vectors

@@ -14,7 +14,7 @@ import numpy as np
 from rich.box import SIMPLE
 from rich.table import Table
 
-from bigdssm.data import Dataset
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
 from bigdssm.evaluation.baselines import Markov, Popularity
 from bigdssm.evaluation.metrics import Difference, means, paired_bootstrap, row_metrics, standard_errors

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bigdssm.data.tables.beir import add_judgement, check_judgements, whole_number
 from bigdssm.errors import ConfigError, DataError
+from bigdssm.tables.beir import add_judgement, check_judgements, whole_number
 
 Run = Mapping[str, Mapping[str, float]]
 """Score by query id and document id."""

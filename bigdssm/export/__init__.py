@@ -1,5 +1,1 @@
-"""Model folders: how weights leave a run and come back."""
-
-from bigdssm.export.model_folder import ModelFolder, load_model_folder, save_model_folder
-
-__all__ = ["ModelFolder", "load_model_folder", "save_model_folder"]
+"""Exports to other formats, each with the code that loads it and its parity with the trainer."""

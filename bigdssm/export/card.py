@@ -10,7 +10,7 @@ from textwrap import dedent
 
 import yaml
 
-from bigdssm.export.model_folder import ModelFolder
+from bigdssm.artifacts.model_folder import ModelFolder
 from bigdssm.export.probe import Parity
 from bigdssm.export.text_tower import SIDES, alpha, beta_of_all, beta_weight
 from bigdssm.features import Feature, TextTokenizer
@@ -89,7 +89,7 @@ def _figures(figures: Figures | None) -> str:
 def _load_model(model: ModelFolder, name: str) -> str:
     code = f"""
         from pathlib import Path
-        from bigdssm.export import load_model_folder
+        from bigdssm.artifacts.model_folder import load_model_folder
 
         folder = load_model_folder(Path("{name}"))
         folder.model  # a torch module; folder.schema, folder.config and folder.tokenizer_dir come with it

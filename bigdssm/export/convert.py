@@ -9,13 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bigdssm.checkpoint import check_file, find, folder_checksums
-from bigdssm.errors import CheckpointError, ConfigError
-from bigdssm.evaluation.curves import METRICS_FILE, read_stage
-from bigdssm.export.card import CARD_FILE, Figures, model_card
-from bigdssm.export.checkpoint_model import BEST, load_checkpoint_model
-from bigdssm.export.hf_format import write_hf
-from bigdssm.export.model_folder import (
+from bigdssm.artifacts.checkpoint import check_file, find, folder_checksums
+from bigdssm.artifacts.checkpoint_model import BEST, load_checkpoint_model
+from bigdssm.artifacts.model_folder import (
     META_FILE,
     ModelFolder,
     is_model_folder,
@@ -23,10 +19,14 @@ from bigdssm.export.model_folder import (
     replace_folder,
     save_model_folder,
 )
+from bigdssm.errors import CheckpointError, ConfigError
+from bigdssm.export.card import CARD_FILE, Figures, model_card
+from bigdssm.export.hf_format import write_hf
 from bigdssm.export.onnx_format import write_onnx
 from bigdssm.export.probe import Parity, Probe, largest_difference
 from bigdssm.export.st_format import write_sentence_transformers
 from bigdssm.places import real_place
+from bigdssm.running.records import METRICS_FILE, read_stage
 
 EXPORT_FILE = "bigdssm_export.json"
 Format = Literal["model", "sentence-transformers", "hf", "onnx"]

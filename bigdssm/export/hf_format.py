@@ -11,8 +11,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bigdssm.artifacts.model_folder import ModelFolder
 from bigdssm.export.hf_loading import load_tower
-from bigdssm.export.model_folder import ModelFolder
 from bigdssm.export.probe import Parity, Probe, largest_difference
 from bigdssm.export.text_tower import (
     TextTower,

@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bigdssm.data.batch import Features
-from bigdssm.data.tensors import pad_ids
+from bigdssm.artifacts.model_folder import TOKENIZER_DIR, ModelFolder
+from bigdssm.dataset.tensors import Features, pad_ids
 from bigdssm.errors import ConfigError
-from bigdssm.export.model_folder import TOKENIZER_DIR, ModelFolder
 from bigdssm.export.probe import Parity, Probe, largest_difference
 from bigdssm.export.text_tower import SIDES, Side, alpha
 from bigdssm.features import Feature

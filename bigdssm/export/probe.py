@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bigdssm.data.batch import Features
-from bigdssm.data.tensors import to_features
+from bigdssm.artifacts.model_folder import ModelFolder
+from bigdssm.dataset.tensors import Features, to_features
 from bigdssm.errors import CheckpointError
-from bigdssm.export.model_folder import ModelFolder
 from bigdssm.export.text_tower import SIDES, Side
 from bigdssm.features import Column, TextTokenizer, encode_values, texts_of
 from bigdssm.retrieval.embed import document_vectors, query_vectors

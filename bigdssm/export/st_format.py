@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bigdssm.artifacts.model_folder import ModelFolder
 from bigdssm.errors import ConfigError
-from bigdssm.export.model_folder import ModelFolder
 from bigdssm.export.probe import Parity, Probe, largest_difference
 from bigdssm.export.text_tower import (
     Side,

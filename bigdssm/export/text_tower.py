@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from bigdssm.artifacts.model_folder import ModelFolder
 from bigdssm.errors import ConfigError
-from bigdssm.export.model_folder import ModelFolder
 from bigdssm.features import texts_of
 from bigdssm.models import ALPHA_MAX
 from bigdssm.models.encoders import TextEncoder

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from bigdssm import distributed
-from bigdssm.data import Collator, Dataset, Rows, chunks
-from bigdssm.data.batch import Features, PadIds
-from bigdssm.data.tensors import pad_ids
+from bigdssm.batching import chunks
+from bigdssm.batching.collate import Collator
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import Rows
+from bigdssm.dataset.tensors import Features, PadIds, pad_ids
 from bigdssm.models import Encoded
 from bigdssm.models.score import document_head, query_head
 

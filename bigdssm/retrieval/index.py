@@ -15,7 +15,7 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
-from bigdssm.checkpoint import check_file
+from bigdssm.artifacts.checkpoint import check_file
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.places import real_place
 from bigdssm.retrieval.vectors import (

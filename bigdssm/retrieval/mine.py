@@ -20,8 +20,9 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from bigdssm import distributed
-from bigdssm.data import Dataset, Rows
-from bigdssm.data.tensors import as_tensor
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import Rows
+from bigdssm.dataset.tensors import as_tensor
 from bigdssm.errors import DivergedError
 from bigdssm.retrieval.embed import Encoders, Progress, Share, encode_catalogue, encode_queries, no_progress
 from bigdssm.retrieval.mined import MinedNegatives, mined_records

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bigdssm.data import Dataset
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
 from bigdssm.hashing import derive_key, mix64
 

@@ -8,7 +8,7 @@ from typing import cast
 
 import numpy as np
 
-from bigdssm.data import Dataset
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Column, Ragged, TextTokenizer, texts_of
 from bigdssm.retrieval.mined import MinedNegatives, choose_negatives

@@ -9,7 +9,7 @@ from itertools import islice
 
 import numpy as np
 
-from bigdssm.data import Dataset
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Column, Ragged, TextTokenizer, encode_values, histories_of, stored
 from bigdssm.hashing import hash64

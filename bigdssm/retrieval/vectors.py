@@ -24,8 +24,8 @@ import torch
 import xxhash
 from numpy.lib.format import open_memmap
 
-from bigdssm.checkpoint import check_file, file_checksum
-from bigdssm.data import Dataset
+from bigdssm.artifacts.checkpoint import check_file, file_checksum
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.features.ragged import Column, Ragged
 from bigdssm.places import real_place

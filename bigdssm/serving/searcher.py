@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigdssm.data import Dataset
-from bigdssm.data.tensors import to_features
+from bigdssm.artifacts.model_folder import ModelFolder
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.tensors import to_features
 from bigdssm.errors import CheckpointError, ConfigError, DataError
-from bigdssm.export import ModelFolder
 from bigdssm.features import TextTokenizer, histories_of, ragged, stored
 from bigdssm.retrieval.embed import query_vectors
 from bigdssm.retrieval.index import Index, search_with

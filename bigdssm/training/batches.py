@@ -12,11 +12,17 @@ import torch
 from torch import Tensor
 
 from bigdssm import distributed
+from bigdssm.batching.batch import Batch
+from bigdssm.batching.collate import Collator
 from bigdssm.config import Config, LossConfig, StageConfig
-from bigdssm.data import Batch, Collator, Dataset, PairStream, PlainStream, Rows, RowStream
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import Rows
 from bigdssm.hashing import derive_key
 from bigdssm.losses import sample_uniform
 from bigdssm.retrieval.mined import MinedNegatives, choose_negatives
+from bigdssm.streaming.plain_stream import PlainStream
+from bigdssm.streaming.row_stream import RowStream
+from bigdssm.streaming.stream import PairStream
 
 _UNIFORM = 0x756E69666F726D  # the purpose, as a key of its own beside the stream's
 

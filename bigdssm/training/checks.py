@@ -10,18 +10,18 @@ import torch
 
 from bigdssm import distributed
 from bigdssm.config import Config, StageConfig, StageName, first_difference
-from bigdssm.data import Dataset
-from bigdssm.data.joining import open_dataset
-from bigdssm.data.streaming.plain_stream import find_shards
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.joining import open_dataset
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
-from bigdssm.evaluation.curves import CONFIG_FILE
 from bigdssm.models import DualEncoder
 from bigdssm.models.encoders import text_architectures
 from bigdssm.retrieval.mined import MinedNegatives
+from bigdssm.running.records import CONFIG_FILE
+from bigdssm.running.run_folder import RUNNING_FILE, versions
+from bigdssm.running.trackers import check_trackers
+from bigdssm.streaming.plain_stream import find_shards
 from bigdssm.training.optimizers import find_optimizer
 from bigdssm.training.resuming import check_resume
-from bigdssm.training.run_folder import RUNNING_FILE, versions
-from bigdssm.training.trackers import check_trackers
 
 MOST_COPIES = 64  # of a row in one step
 

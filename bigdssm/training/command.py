@@ -9,8 +9,8 @@ import sys
 from bigdssm.cli import run_main
 from bigdssm.config import StageName, load_config
 from bigdssm.errors import BigDSSMError, PeerError
-from bigdssm.training.launcher import Launcher
-from bigdssm.training.signals import StopRequest
+from bigdssm.running.launcher import Launcher
+from bigdssm.running.signals import StopRequest
 
 
 def main(stage: StageName) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bigdssm.checkpoint import Checkpoint, TensorReader
+from bigdssm.artifacts.checkpoint import Checkpoint, TensorReader
 from bigdssm.log import get_logger
 from bigdssm.models import DualEncoder
 from bigdssm.schema import Schema

@@ -11,16 +11,16 @@ from typing import Any, cast
 import torch
 
 from bigdssm import distributed, timing
+from bigdssm.batching.batch import Batch
+from bigdssm.batching.chunks import num_tokens
 from bigdssm.cli import ProgressBar
-from bigdssm.data import Batch
-from bigdssm.data.chunks import num_tokens
 from bigdssm.evaluation.split import Evaluation
 from bigdssm.log import get_logger
 from bigdssm.models import DualEncoder
+from bigdssm.running.time_table import TimeTable, peak_flops
+from bigdssm.running.trackers import Trackers
 from bigdssm.training.engine import Engine, device
 from bigdssm.training.step import StepResult
-from bigdssm.training.time_table import TimeTable, peak_flops
-from bigdssm.training.trackers import Trackers
 
 logger = get_logger(__name__)
 

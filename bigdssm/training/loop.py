@@ -14,25 +14,26 @@ from typing import Any
 from torch import Tensor
 
 from bigdssm import distributed
-from bigdssm.checkpoint import Checkpoint, CheckpointStore, TensorReader
+from bigdssm.artifacts.checkpoint import Checkpoint, CheckpointStore, TensorReader
+from bigdssm.batching.batch import Batch
 from bigdssm.config import StageConfig
-from bigdssm.data import Batch, RowStream
 from bigdssm.errors import DivergedError, Preempted
 from bigdssm.evaluation.split import Evaluation
 from bigdssm.log import get_logger
-from bigdssm.training.alerts import SpikeAlert
+from bigdssm.running.alerts import SpikeAlert
+from bigdssm.running.faults import Faults
+from bigdssm.running.row_log import RowLog
+from bigdssm.running.signals import StopRequest
+from bigdssm.running.watchdog import Watchdog
+from bigdssm.streaming.row_stream import RowStream
 from bigdssm.training.batches import Batches
 from bigdssm.training.engine import Engine
-from bigdssm.training.faults import Faults
 from bigdssm.training.health import Health
 from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import schedule_factor
 from bigdssm.training.random_state import RandomState
-from bigdssm.training.row_log import RowLog
-from bigdssm.training.signals import StopRequest
 from bigdssm.training.step import Budget, StepResult, train_step
 from bigdssm.training.validation import Validator
-from bigdssm.training.watchdog import Watchdog
 
 logger = get_logger(__name__)
 

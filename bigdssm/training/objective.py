@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bigdssm.batching.batch import Batch
 from bigdssm.config import LossConfig, ModelConfig
-from bigdssm.data import Batch, Features
+from bigdssm.dataset.tensors import Features
 from bigdssm.loss_options import LOSSES
 from bigdssm.losses import (
     LossOutput,

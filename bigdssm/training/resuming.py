@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from bigdssm.checkpoint import Checkpoint
+from bigdssm.artifacts.checkpoint import Checkpoint
 from bigdssm.config import Config, StageConfig, StageName, load_config
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.log import get_logger

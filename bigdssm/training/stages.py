@@ -16,38 +16,40 @@ import yaml
 from torch import Tensor
 
 from bigdssm import distributed
-from bigdssm.checkpoint import CHECKPOINTS, Checkpoint, CheckpointStore, is_checkpoint
+from bigdssm.artifacts.checkpoint import CHECKPOINTS, Checkpoint, CheckpointStore, is_checkpoint
+from bigdssm.artifacts.checkpoint_model import load_checkpoint_model
+from bigdssm.artifacts.model_folder import load_model_folder
 from bigdssm.cli import ProgressBar
 from bigdssm.config import Config, StageName, first_difference
-from bigdssm.data import Dataset, Rows, RowStream
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import Rows
 from bigdssm.errors import CheckpointError, ConfigError
-from bigdssm.evaluation.curves import CONFIG_FILE
-from bigdssm.export.checkpoint_model import load_checkpoint_model
-from bigdssm.export.model_folder import load_model_folder
 from bigdssm.hashing import hash64
 from bigdssm.log import get_logger, naming
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval.embed import Share, encode_catalogue, tower_encoders
 from bigdssm.retrieval.mine import mine_to_file
 from bigdssm.retrieval.mined import MinedNegatives
-from bigdssm.training.alerts import SpikeAlert
+from bigdssm.running.alerts import SpikeAlert
+from bigdssm.running.faults import Faults
+from bigdssm.running.launcher import Launcher
+from bigdssm.running.records import CONFIG_FILE
+from bigdssm.running.row_log import CONSUMED, SKIPPED, RowLog
+from bigdssm.running.run_folder import STOP_FILE, FolderLock, note_start, versions
+from bigdssm.running.signals import StopRequest
+from bigdssm.running.trackers import Trackers
+from bigdssm.running.watchdog import Watchdog
+from bigdssm.streaming.row_stream import RowStream
 from bigdssm.training.batches import Batches, row_stream
 from bigdssm.training.checks import check_agreement, check_folder, check_stage, initial_model
 from bigdssm.training.engine import Engine, device, init_process_group
-from bigdssm.training.faults import Faults
 from bigdssm.training.growth import GrownReader, grow_model
 from bigdssm.training.health import Health, describe_ranks
-from bigdssm.training.launcher import Launcher
 from bigdssm.training.loop import Progress, SaveClock, Stage, Watch, restore, train
 from bigdssm.training.objective import Objective, prepare_model
 from bigdssm.training.resuming import check_length, part_steps
-from bigdssm.training.row_log import CONSUMED, SKIPPED, RowLog
-from bigdssm.training.run_folder import STOP_FILE, FolderLock, note_start, versions
-from bigdssm.training.signals import StopRequest
 from bigdssm.training.step import Budget
-from bigdssm.training.trackers import Trackers
 from bigdssm.training.validation import Validator
-from bigdssm.training.watchdog import Watchdog
 
 logger = get_logger(__name__)
 

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from bigdssm import distributed, timing
+from bigdssm.batching import chunks
+from bigdssm.batching.batch import Batch
+from bigdssm.batching.chunks import Chunk
 from bigdssm.config import EngineConfig
-from bigdssm.data import Batch, Features, chunks
-from bigdssm.data.chunks import Chunk
+from bigdssm.dataset.tensors import Features
 from bigdssm.losses import LossOutput
 from bigdssm.models import Encoded
 from bigdssm.training.engine import Engine

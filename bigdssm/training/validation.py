@@ -8,12 +8,12 @@ from typing import Any, cast
 from torch import Tensor
 
 from bigdssm import distributed, timing
+from bigdssm.artifacts.model_folder import is_model_folder, save_model_folder
 from bigdssm.config import Config
-from bigdssm.data import Dataset
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.evaluation.scorer import encoders_of
 from bigdssm.evaluation.split import Evaluation, evaluate_split
-from bigdssm.export.model_folder import is_model_folder, save_model_folder
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import Progress
 from bigdssm.training.engine import Engine, device

@@ -16,11 +16,11 @@ import pytest
 import yaml
 
 from bigdssm.config import load_config
-from bigdssm.data.making.interactions import InteractionTables, make_interactions
-from bigdssm.data.making.making import Target
-from bigdssm.data.making.pairs import PairTables, make_pairs
-from bigdssm.data.tables.movielens import fetch_movielens, has_tables
 from bigdssm.errors import DataError
+from bigdssm.making.interactions import InteractionTables, make_interactions
+from bigdssm.making.making import Target
+from bigdssm.making.pairs import PairTables, make_pairs
+from bigdssm.tables.movielens import fetch_movielens, has_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_PACKAGES = 3000

@@ -14,8 +14,8 @@ import numpy as np
 import yaml
 
 from bigdssm.config import StageName, load_config
-from bigdssm.data.making.interactions import InteractionTables, make_interactions
-from bigdssm.data.making.making import Target, no_progress
+from bigdssm.making.interactions import InteractionTables, make_interactions
+from bigdssm.making.making import Target, no_progress
 from bigdssm.training import engine
 from bigdssm.training.stages import run_stage
 

@@ -45,7 +45,7 @@ def test_a_rank_with_something_else_is_named(
 
 def differing(rank: int, world_size: int, config: Path, run_dir: Path, what: str) -> None:
     """Run, on rank 1 with another `what`."""
-    from bigdssm.data import Dataset
+    from bigdssm.dataset.dataset import Dataset
     from bigdssm.training import checks
 
     overrides: tuple[str, ...] = ()
@@ -65,7 +65,7 @@ def differing(rank: int, world_size: int, config: Path, run_dir: Path, what: str
 
 def asked_on_the_last_rank(rank: int, world_size: int) -> tuple[bool, bool]:
     """Return whether the ranks agree to stop, before and after one of them got SIGTERM."""
-    from bigdssm.training.signals import StopRequest
+    from bigdssm.running.signals import StopRequest
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

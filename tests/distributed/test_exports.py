@@ -9,13 +9,13 @@ import pytest
 import torch
 import yaml
 
+from bigdssm.artifacts.model_folder import load_model_folder
 from bigdssm.config import load_config
-from bigdssm.data.making.making import Target
-from bigdssm.data.making.pairs import PairTables, make_pairs
-from bigdssm.export import load_model_folder
 from bigdssm.export.convert import EXPORT_FILE, export, stage_source
 from bigdssm.export.hf_loading import load_tower
 from bigdssm.export.probe import Probe
+from bigdssm.making.making import Target
+from bigdssm.making.pairs import PairTables, make_pairs
 
 from . import small_run
 from .spawn import Pool

@@ -16,15 +16,15 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from bigdssm.artifacts.model_folder import load_model_folder
 from bigdssm.config import load_config
-from bigdssm.data import Dataset
-from bigdssm.data.inspection import describe, sample_rows
-from bigdssm.data.making.making import Target
-from bigdssm.data.making.pairs import PairTables, make_pairs
-from bigdssm.data.tensors import to_features
-from bigdssm.export import load_model_folder
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.tensors import to_features
 from bigdssm.export.convert import export, folder_source
 from bigdssm.features import TextTokenizer
+from bigdssm.making.making import Target
+from bigdssm.making.pairs import PairTables, make_pairs
+from bigdssm.reports.inspection import describe, sample_rows
 from bigdssm.retrieval.embed import document_vectors, query_vectors, tower_encoders
 from bigdssm.retrieval.index import build_index, open_index
 from bigdssm.retrieval.search import feature_query

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bigdssm.batching.batch import Batch
 from bigdssm.config import EngineConfig, ModelConfig, OptimizerConfig, TextEncoderConfig, TowerConfig
-from bigdssm.data import Batch
 from bigdssm.features import Categorical, History, Text
 from bigdssm.losses import LossOutput, fps_loss
 from bigdssm.models import DualEncoder, Encoded, new_model

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from bigdssm.checkpoint import verify
+from bigdssm.artifacts.checkpoint import verify
 from bigdssm.config import load_config
-from bigdssm.data import Dataset, PairStream
-from bigdssm.data.joining import open_dataset
-from bigdssm.data.making.interactions import InteractionTables, make_interactions
-from bigdssm.data.making.making import Target
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.joining import open_dataset
+from bigdssm.making.interactions import InteractionTables, make_interactions
+from bigdssm.making.making import Target
+from bigdssm.streaming.stream import PairStream
 
 from . import small_run
 from .spawn import Pool, RankFailed

@@ -11,9 +11,9 @@ import yaml
 from webdataset import TarWriter
 
 from bigdssm.config import load_config
-from bigdssm.data.making.making import Target
-from bigdssm.data.making.pairs import PairTables, make_pairs
 from bigdssm.hashing import hash64
+from bigdssm.making.making import Target
+from bigdssm.making.pairs import PairTables, make_pairs
 
 from . import small_run
 from .spawn import Pool, RankFailed

@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bigdssm.data import Dataset, PairStream
-from bigdssm.data.streaming import lanes as lanes_module
-from bigdssm.data.streaming.order import Order
-from bigdssm.data.streaming.row_stream import CHECK_EVERY_STEPS
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError, PeerError
+from bigdssm.streaming import lanes as lanes_module
+from bigdssm.streaming.order import Order
+from bigdssm.streaming.row_stream import CHECK_EVERY_STEPS
+from bigdssm.streaming.stream import PairStream
 
 from .spawn import Pool
 

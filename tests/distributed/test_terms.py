@@ -16,8 +16,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from bigdssm.batching.batch import Batch
 from bigdssm.config import ModelConfig, load_config
-from bigdssm.data import Batch
 from bigdssm.errors import BigDSSMError, ConfigError
 from bigdssm.loss_options import LOSSES, LossOptions
 from bigdssm.losses import PairCE, Softmax, contrastive_loss, register

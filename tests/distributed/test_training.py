@@ -11,8 +11,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from bigdssm.checkpoint import verify
-from bigdssm.export import load_model_folder
+from bigdssm.artifacts.checkpoint import verify
+from bigdssm.artifacts.model_folder import load_model_folder
 from tests.unit.data.conftest import Writer
 
 from . import small_run

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from bigdssm import distributed
 from bigdssm.cli import run_main
 from bigdssm.errors import PeerError
-from bigdssm.training import watchdog as module
-from bigdssm.training.launcher import Launcher
-from bigdssm.training.watchdog import Watchdog
+from bigdssm.running import watchdog as module
+from bigdssm.running.launcher import Launcher
+from bigdssm.running.watchdog import Watchdog
 
 TIMEOUT_S = 3.0
 NUM_STEPS, MISFORTUNE_AT = 60, 10

@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
+from bigdssm.artifacts.model_folder import load_model_folder, save_model_folder
 from bigdssm.config import load_config
-from bigdssm.data import Dataset
-from bigdssm.export import load_model_folder, save_model_folder
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.index import build_index
 from bigdssm.retrieval.vectors import write_vectors

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigdssm import checkpoint
-from bigdssm.checkpoint import CheckpointStore, find, verify
+from bigdssm.artifacts import checkpoint
+from bigdssm.artifacts.checkpoint import CheckpointStore, find, verify
 from bigdssm.errors import CheckpointError
 
 
@@ -106,7 +106,7 @@ def test_killed_while_a_step_is_saved_again(
         real(*paths)  # type: ignore[operator]
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"bigdssm.checkpoint.{function}", killed)
+        patch.setattr(f"bigdssm.artifacts.checkpoint.{function}", killed)
         with pytest.raises(KeyboardInterrupt):
             save(store, 15)
     assert list(store.folder.glob(".*.replaced"))
@@ -124,7 +124,7 @@ def test_a_file_that_cannot_be_read_is_damage(store: CheckpointStore, monkeypatc
         return whole(path, *between)
 
     with monkeypatch.context() as patch:
-        patch.setattr("bigdssm.checkpoint.file_checksum", broken)
+        patch.setattr("bigdssm.artifacts.checkpoint.file_checksum", broken)
         newest = store.newest_good()
     assert newest is not None and newest.step == 10
 
@@ -140,7 +140,7 @@ def test_a_failed_save_leaves_what_was_there(store: CheckpointStore, monkeypatch
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("bigdssm.checkpoint.save_file", full_disk)
+        patch.setattr("bigdssm.artifacts.checkpoint.save_file", full_disk)
         with pytest.raises(CheckpointError, match="No space left on device"):
             store.save(20, {"step": 20}, {}, {}, share)
     newest = store.newest_good()

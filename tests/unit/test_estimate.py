@@ -13,9 +13,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bigdssm.config import load_config
-from bigdssm.data.joining import open_dataset
-from bigdssm.training.estimate import Estimate, estimate
-from bigdssm.training.live_memory import LiveBytes
+from bigdssm.dataset.joining import open_dataset
+from bigdssm.reports.estimate import Estimate, estimate
+from bigdssm.reports.live_memory import LiveBytes
 from tests.conftest import TinyDataset
 from tests.unit.retrieval.test_tools import Tools
 

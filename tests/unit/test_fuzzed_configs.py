@@ -24,11 +24,11 @@ from hypothesis import strategies as st
 from bigdssm import distributed
 from bigdssm.bounds import BOUND, Bound
 from bigdssm.config import Config, DataConfig, DebugConfig, EngineConfig, ModelConfig, StageConfig, load_config
-from bigdssm.data import Dataset
-from bigdssm.data.making.interactions import InteractionTables, make_interactions
-from bigdssm.data.making.making import Target
-from bigdssm.data.making.pairs import PairTables, make_pairs
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import BigDSSMError
+from bigdssm.making.interactions import InteractionTables, make_interactions
+from bigdssm.making.making import Target
+from bigdssm.making.pairs import PairTables, make_pairs
 from bigdssm.models import new_model
 from bigdssm.training import command
 from bigdssm.training.checks import check_stage

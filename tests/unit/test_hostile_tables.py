@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bigdssm.data import Dataset
-from bigdssm.data.making import block_writer
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.making import block_writer
 from tests.conftest import write_config
 from tests.unit.test_make_shards_tool import tool
 

@@ -12,12 +12,12 @@ import pyarrow as pa
 import pytest
 
 from bigdssm.config import DataConfig
-from bigdssm.data import Dataset
-from bigdssm.data.inspection import describe, sample_rows
-from bigdssm.data.making.making import Target
-from bigdssm.data.making.pairs import PairTables, make_pairs
-from bigdssm.data.verification import verify_dataset
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.features import Categorical, Numeric
+from bigdssm.making.making import Target
+from bigdssm.making.pairs import PairTables, make_pairs
+from bigdssm.reports.inspection import describe, sample_rows
+from bigdssm.reports.verification import verify_dataset
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pytest
 
 from bigdssm.config import DataConfig, load_config
-from bigdssm.data import Dataset
-from bigdssm.data.making.interactions import InteractionTables, make_interactions
-from bigdssm.data.making.making import Target
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History, Numeric
+from bigdssm.making.interactions import InteractionTables, make_interactions
+from bigdssm.making.making import Target
 
 HISTORY = History(of="item", max_items=5)
 CONFIG = DataConfig(dir="", query={"past": HISTORY}, doc={"item": Categorical(column="item_id")})
@@ -183,7 +183,7 @@ def test_more_text_than_32_bit_offsets_reach_gets_64_bits(
     config, source = load_config(tiny_interactions.config).data, tiny_interactions.source
     tables = InteractionTables(source / "interactions.csv", source / "items.csv", source / "users.csv")
     with monkeypatch.context() as patch:
-        patch.setattr("bigdssm.data.making.column_file.MOST_VALUES", 50)
+        patch.setattr("bigdssm.making.column_file.MOST_VALUES", 50)
         make_interactions(config, tables, Target(tmp_path / "out"))
     make_interactions(config, tables, Target(tmp_path / "out", partition="day2", append=True))
     for part, of_keys in (("base", pa.large_string()), ("day2", pa.string())):

@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from bigdssm.data import Dataset
-from bigdssm.data.making.ahead import ahead
-from bigdssm.data.tables.beir import BeirWriter
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.features import Text
+from bigdssm.making.ahead import ahead
+from bigdssm.tables.beir import BeirWriter
 
 ROOT = Path(__file__).parents[2]
 # Makes datasets, each in a fork of its own: reads lines of JSON (kind, source, out, append, dies_at, told), and answers
@@ -31,9 +31,9 @@ SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
 from bigdssm.config import DataConfig, TokenizerConfig
-from bigdssm.data.making import block_writer, catalogue_writer, column_file, interactions, journal, making, pairs
-from bigdssm.data.making import row_spool
-from bigdssm.data.tables import sources
+from bigdssm.making import block_writer, catalogue_writer, column_file, interactions, journal, making, pairs
+from bigdssm.making import row_spool
+from bigdssm.tables import sources
 from bigdssm.features import Categorical, History, Numeric, Text, columns
 from bigdssm.log import get_logger
 journal.SAVE_EVERY_S = 0.0

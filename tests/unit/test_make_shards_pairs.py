@@ -12,13 +12,13 @@ import pytest
 import webdataset as wds
 
 from bigdssm.config import DataConfig, TokenizerConfig, load_config
-from bigdssm.data import Dataset
-from bigdssm.data.inspection import sample_rows
-from bigdssm.data.making.making import Target
-from bigdssm.data.making.pairs import PairTables, make_pairs
-from bigdssm.data.making.row_spool import ShuffleSpool
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History, Text
+from bigdssm.making.making import Target
+from bigdssm.making.pairs import PairTables, make_pairs
+from bigdssm.making.row_spool import ShuffleSpool
+from bigdssm.reports.inspection import sample_rows
 
 CONFIG = DataConfig(
     dir="",
@@ -168,7 +168,7 @@ def test_shards_are_tars_that_stock_webdataset_reads(tiny_pairs: Any) -> None:
 
 
 def test_shards_roll_over_and_read_as_one(tiny_pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigdssm.data.making.block_writer.MAX_SHARD_BYTES", 3000)
+    monkeypatch.setattr("bigdssm.making.block_writer.MAX_SHARD_BYTES", 3000)
     tables = PairTables((tiny_pairs.source / "pairs.jsonl",), relevance_column="relevance", split="train")
     make_pairs(load_config(tiny_pairs.config).data, tables, Target(tmp_path / "out"))
     dataset = Dataset.open(tmp_path / "out")

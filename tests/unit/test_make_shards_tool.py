@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from webdataset import TarWriter
 
-from bigdssm.data import Dataset
-from bigdssm.data.making.dataset_writer import DatasetWriter
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.making.dataset_writer import DatasetWriter
 
 ROOT = Path(__file__).parents[2]
 
@@ -146,7 +146,7 @@ def test_a_folder_that_is_no_dataset_is_left_alone(tiny_pairs: Any, tmp_path: Pa
 
 def test_a_killed_run_leaves_no_dataset_and_the_next_one_clears_up(tiny_pairs: Any, tmp_path: Path) -> None:
     code = (
-        "import sys, time, runpy, bigdssm.data.making.block_writer as b\n"
+        "import sys, time, runpy, bigdssm.making.block_writer as b\n"
         "b.SplitWriter.close = lambda self: time.sleep(60);"
         f"sys.argv = {['make_shards', *pairs_command(tiny_pairs, tmp_path / 'out')]!r};"
         f"runpy.run_path({str(ROOT / 'tools/make_shards.py')!r}, run_name='__main__')"

@@ -12,11 +12,11 @@ import pytest
 from webdataset import TarWriter
 
 from bigdssm.config import DataConfig, TokenizerConfig
-from bigdssm.data import Dataset
-from bigdssm.data.making.making import Report, Target
-from bigdssm.data.making.pairs import PairTables, make_pairs
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
 from bigdssm.features import Text
+from bigdssm.making.making import Report, Target
+from bigdssm.making.pairs import PairTables, make_pairs
 
 ROWS = 300
 TEXT = Text(max_tokens=8)

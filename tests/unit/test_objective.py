@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from bigdssm.batching.batch import Batch
 from bigdssm.config import LossConfig, ModelConfig
-from bigdssm.data import Batch
 from bigdssm.losses import fps_loss, ranking_loss
 from bigdssm.models import Encoded
 from bigdssm.training.objective import Objective

@@ -13,13 +13,13 @@ import pytest
 
 from bigdssm.errors import CheckpointError, Preempted
 from bigdssm.log import MetricsWriter
-from bigdssm.training import run_folder
-from bigdssm.training.run_folder import FolderLock, find_running, is_locked, read_events, request_stop, running
+from bigdssm.running import run_folder
+from bigdssm.running.run_folder import FolderLock, find_running, is_locked, read_events, request_stop, running
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from bigdssm.training.run_folder import FolderLock
+from bigdssm.running.run_folder import FolderLock
 with FolderLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -13,12 +13,11 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 
-from bigdssm import checkpoint
-from bigdssm.checkpoint import CheckpointStore
+from bigdssm.artifacts import checkpoint
+from bigdssm.artifacts.checkpoint import CheckpointStore
+from bigdssm.artifacts.model_folder import META_FILE, WEIGHTS_FILE, load_model_folder, save_model_folder
 from bigdssm.config import TextEncoderConfig, load_config
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError
-from bigdssm.export import load_model_folder
-from bigdssm.export.model_folder import META_FILE, WEIGHTS_FILE, save_model_folder
 from bigdssm.models import new_model
 from bigdssm.models.encoders import pretrained_encoder
 from tests.conftest import TinyDataset
@@ -105,7 +104,7 @@ def test_a_pickle_in_the_place_of_tensors_is_not_opened(tmp_path: Path, mark: Pa
 
 @pytest.fixture
 def model_folder(tmp_path: Path, tiny_pairs: TinyDataset) -> Path:
-    from bigdssm.data import Dataset
+    from bigdssm.dataset.dataset import Dataset
 
     config, dataset = load_config(tiny_pairs.config), Dataset.open(tiny_pairs.dir)
     model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)

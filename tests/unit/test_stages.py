@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from bigdssm.artifacts.model_folder import load_model_folder
 from bigdssm.config import Config, MiningConfig, SourceConfig, load_config
-from bigdssm.data import Dataset
-from bigdssm.data.mixture import MixturePart
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.mixture import MixturePart
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
-from bigdssm.export import load_model_folder
 from bigdssm.models import new_model
 from bigdssm.retrieval.mined import mined_records
 from bigdssm.training.batches import row_stream
@@ -133,7 +133,7 @@ def test_a_full_disk_while_the_best_is_written_is_one_sentence(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bigdssm.export.model_folder.replace_folder", full)
+    monkeypatch.setattr("bigdssm.artifacts.model_folder.replace_folder", full)
     with pytest.raises(CheckpointError, match=r"could not write \S*best: .*No space left on device.*stays"):
         validator.keep(engine, {"stage": "pretrain", "step": 2})  # type: ignore[arg-type]
     assert load_model_folder(tmp_path / "best").provenance["step"] == 1

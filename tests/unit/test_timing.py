@@ -13,8 +13,8 @@ from bigdssm import timing
 from bigdssm.config import HistoryEncoderConfig, ModelConfig, TextEncoderConfig, TowerConfig
 from bigdssm.features import Categorical, History, Numeric, Text
 from bigdssm.models import new_model
+from bigdssm.running.time_table import TimeTable
 from bigdssm.schema import Schema
-from bigdssm.training.time_table import TimeTable
 
 
 def test_a_span_counts_what_the_spans_in_it_do_not() -> None:

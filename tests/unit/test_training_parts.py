@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import nn
 
+from bigdssm.batching import chunks
 from bigdssm.config import LossConfig, OptimizerConfig
-from bigdssm.data import chunks
 from bigdssm.distributed import free_port
+from bigdssm.running.row_log import CONSUMED, RowLog
 from bigdssm.training import engine
 from bigdssm.training.batches import Batches
 from bigdssm.training.optimizers import parameter_groups, schedule_factor
 from bigdssm.training.random_state import RandomState
-from bigdssm.training.row_log import CONSUMED, RowLog
 
 
 class Everything(nn.Module):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bigdssm.training.launcher import Launcher
-from bigdssm.training.watchdog import Peer, Watchdog
+from bigdssm.running.launcher import Launcher
+from bigdssm.running.watchdog import Peer, Watchdog
 
 TIMEOUT_S = 10.0
 

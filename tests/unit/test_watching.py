@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bigdssm.artifacts.model_folder import save_model_folder
 from bigdssm.config import load_config
-from bigdssm.data import Dataset
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.export.model_folder import save_model_folder
 from bigdssm.models import new_model
-from bigdssm.training.compare import compare
-from bigdssm.training.observing import observe, sparkline
-from bigdssm.training.run_folder import FolderLock
-from bigdssm.training.trackers import Trackers, check_trackers
+from bigdssm.reports.compare import compare
+from bigdssm.running.observing import observe, sparkline
+from bigdssm.running.run_folder import FolderLock
+from bigdssm.running.trackers import Trackers, check_trackers
 from tests.conftest import TinyDataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +68,7 @@ def test_a_run_that_ended_is_shown_with_its_end(tmp_path: Path) -> None:
 def test_a_run_that_trains_and_one_that_was_killed(tmp_path: Path) -> None:
     folder = write_stage(tmp_path, end=None, losses=[4.0])
     assert observe(tmp_path).state.startswith("ended without a word") and observe(tmp_path).ended
-    script = "import sys\nfrom bigdssm.training.observing import observe\nfrom pathlib import Path\n"
+    script = "import sys\nfrom bigdssm.running.observing import observe\nfrom pathlib import Path\n"
     script += "seen = observe(Path(sys.argv[1]))\nprint(seen.state, seen.ended)"
     with FolderLock(folder):
         done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)

@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from bigdssm.data import Catalogue, Dataset
-from bigdssm.data.mapped import MappedTable
+from bigdssm.dataset.catalogue import Catalogue
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.mapped import MappedTable
 from bigdssm.errors import DataError
 from bigdssm.features import Ragged
 from bigdssm.hashing import hash64

@@ -15,13 +15,15 @@ import pyarrow as pa
 import pytest
 import xxhash
 
-from bigdssm.data import Dataset, PairStream, Rows
-from bigdssm.data import blocks as blocks_module
-from bigdssm.data.arrow_size import decoded_size
-from bigdssm.data.blocks import Layout, decode
+from bigdssm.dataset import blocks as blocks_module
+from bigdssm.dataset.arrow_size import decoded_size
+from bigdssm.dataset.blocks import Layout, decode
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DataError
 from bigdssm.features import Text
 from bigdssm.schema import Schema
+from bigdssm.streaming.stream import PairStream
 
 STEPS, ROWS_GLOBAL, LANES = 21, 48, 8
 FIRST_SHARD = "partitions/all/train-000000.tar"

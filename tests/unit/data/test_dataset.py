@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bigdssm.config import DataConfig
-from bigdssm.data import Dataset
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History, Numeric
 

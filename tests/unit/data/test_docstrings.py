@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bigdssm.data.tables.docstrings import functions_of, write_functions
 from bigdssm.errors import DataError
+from bigdssm.making.docstrings import functions_of, write_functions
 
 MODULE = '''
 raise RuntimeError("this file was run")

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import xxhash
 
+from bigdssm.batching.collate import Collator
 from bigdssm.config import DataConfig, TokenizerConfig
-from bigdssm.data import Collator, Dataset, PairStream
-from bigdssm.data.making.making import Target
-from bigdssm.data.making.pairs import PairTables, make_pairs
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
 from bigdssm.features import Categorical, Numeric, Text
+from bigdssm.making.making import Target
+from bigdssm.making.pairs import PairTables, make_pairs
 from bigdssm.schema import Schema
+from bigdssm.streaming.stream import PairStream
 
 ROWS = 3000
 CONFIG = DataConfig(

@@ -15,16 +15,18 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bigdssm.batching.collate import Collator
 from bigdssm.config import DataConfig, SourceConfig, TokenizerConfig
-from bigdssm.data import Collator, Dataset, PairStream
-from bigdssm.data.joining import open_dataset
-from bigdssm.data.making.making import Target
-from bigdssm.data.making.pairs import PairTables, make_pairs
-from bigdssm.data.mixture import TURNS, turns_per_round
-from bigdssm.data.streaming.mixture import MixedOrder
-from bigdssm.data.streaming.order import Order
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.joining import open_dataset
+from bigdssm.dataset.mixture import TURNS, turns_per_round
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, Numeric, Text
+from bigdssm.making.making import Target
+from bigdssm.making.pairs import PairTables, make_pairs
+from bigdssm.streaming.mixed_order import MixedOrder
+from bigdssm.streaming.order import Order
+from bigdssm.streaming.stream import PairStream
 
 NUMBERS = {"rows_global": 48, "lanes": 8}
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

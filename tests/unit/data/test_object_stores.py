@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from bigdssm.data import Dataset, PairStream, remote
-from bigdssm.data.cache import Cache
+from bigdssm.dataset import remote
+from bigdssm.dataset.cache import Cache
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
+from bigdssm.streaming.stream import PairStream
 
 s3fs, server_module = pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -11,11 +11,11 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigdssm.data.making.block_writer import block_rows
-from bigdssm.data.making.row_spool import ShuffleSpool
-from bigdssm.data.streaming.order import Order
-from bigdssm.data.tables.hashing import shuffle_keys
 from bigdssm.errors import ConfigError, DataError
+from bigdssm.making.block_writer import block_rows
+from bigdssm.making.row_spool import ShuffleSpool
+from bigdssm.streaming.order import Order
+from bigdssm.tables.hashing import shuffle_keys
 
 
 def uniform(rows: int, rows_per_block: int) -> np.ndarray:

@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 from webdataset import TarWriter
 
+from bigdssm.batching.collate import Collator
 from bigdssm.config import DataConfig, TokenizerConfig
-from bigdssm.data import Collator, Dataset, PlainStream
-from bigdssm.data.making.making import Target
-from bigdssm.data.making.pairs import PairTables, make_pairs
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, Numeric, Text
 from bigdssm.hashing import hash64
+from bigdssm.making.making import Target
+from bigdssm.making.pairs import PairTables, make_pairs
+from bigdssm.streaming.plain_stream import PlainStream
 
 SHARDS, SAMPLES = 4, 100
 CONFIG = DataConfig(

@@ -21,11 +21,13 @@ import pytest
 import xxhash
 
 from bigdssm.config import DataConfig
-from bigdssm.data import Dataset, PairStream, blocks, cache, remote
-from bigdssm.data.cache import Cache
-from bigdssm.data.inspection import describe, sample_rows
-from bigdssm.data.verification import verify_dataset
+from bigdssm.dataset import blocks, cache, remote
+from bigdssm.dataset.cache import Cache
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
+from bigdssm.reports.inspection import describe, sample_rows
+from bigdssm.reports.verification import verify_dataset
+from bigdssm.streaming.stream import PairStream
 
 pytest.importorskip("aiohttp")
 GB = 1 << 30
@@ -209,7 +211,7 @@ import sys
 sys.modules["fsspec"] = sys.modules["aiohttp"] = None  # any import of them fails
 sys.modules["torch.utils.data"] = type(sys)("data"); vars(sys.modules["torch.utils.data"]).update(
     DataLoader=None, IterableDataset=type("IterableDataset", (), {{}}), get_worker_info=None)
-from bigdssm.data.dataset import Dataset
+from bigdssm.dataset.dataset import Dataset
 assert next(iter(Dataset.open({str(interactions)!r}).iterate("train", 100))).row_ids[99] == 99
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -439,8 +441,9 @@ def reader(url: str, store: Cache) -> subprocess.Popen[str]:
     code = f"""
 import itertools, json
 from pathlib import Path
-from bigdssm.data import Dataset, PairStream
-from bigdssm.data.cache import Cache
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.streaming.stream import PairStream
+from bigdssm.dataset.cache import Cache
 dataset = Dataset.open({url!r}, cache=Cache(Path({str(store.dir)!r}), {store.max_bytes}))
 stream = PairStream(dataset, rows_global=80, lanes=8, seed=3)
 print(json.dumps([[r.row_ids.tolist(), r.doc_rows.tolist()] for r in itertools.islice(stream, 14)]))

@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from bigdssm.config import DataConfig, TokenizerConfig
-from bigdssm.data import Dataset, PairStream, Rows
-from bigdssm.data.making.making import Target
-from bigdssm.data.making.pairs import PairTables, make_pairs
-from bigdssm.data.streaming.order import Order
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError, DataError, PeerError
 from bigdssm.features import Numeric, Ragged, Text
+from bigdssm.making.making import Target
+from bigdssm.making.pairs import PairTables, make_pairs
+from bigdssm.streaming.order import Order
+from bigdssm.streaming.stream import PairStream
 
 ROWS_GLOBAL, LANES = 48, 8
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from bigdssm.artifacts.model_folder import save_model_folder
 from bigdssm.config import Config, load_config
-from bigdssm.data import Dataset
-from bigdssm.export import save_model_folder
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.models import DualEncoder, new_model
 
 SMALL = ("dim=8", "query.mlp=[16]", "doc.mlp=[16]", "doc.text.layers=1", "doc.text.hidden=8")

@@ -14,25 +14,25 @@ import pytest
 import torch
 import yaml
 
+from bigdssm.artifacts.model_folder import save_model_folder
 from bigdssm.config import Config, load_config
-from bigdssm.data import Dataset
-from bigdssm.data.making.making import Target
-from bigdssm.data.making.pairs import PairTables, make_pairs
-from bigdssm.data.tables.beir import Collection, Entry, read_collection
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.collection import bm25_run, cut_vectors, model_run, model_vectors, pretrained_run
 from bigdssm.evaluation.split import evaluate_split
 from bigdssm.evaluation.systems import names_apart
 from bigdssm.evaluation.trec import run_metrics
-from bigdssm.export import save_model_folder
 from bigdssm.features import Ragged, TextTokenizer
 from bigdssm.losses.matryoshka import cut
+from bigdssm.making.making import Target
+from bigdssm.making.pairs import PairTables, make_pairs
 from bigdssm.models import DualEncoder
 from bigdssm.models.encoders import pretrained_encoder
 from bigdssm.retrieval.embed import encode_in_bf16, tower_encoders
 from bigdssm.retrieval.mine import mine
 from bigdssm.retrieval.mined import MinedNegatives
 from bigdssm.retrieval.mined_sample import mined_sample
+from bigdssm.tables.beir import Collection, Entry, read_collection
 from tests.unit.retrieval.conftest import SMALL, random_model
 from tests.unit.retrieval.test_tools import Tools
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from bigdssm import distributed
-from bigdssm.data import Collator, Dataset, Rows
+from bigdssm.batching.collate import Collator
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DivergedError
 from bigdssm.evaluation.baselines import Markov, Popularity
 from bigdssm.evaluation.metrics import mean_metrics

@@ -14,19 +14,19 @@ import pytest
 import torch
 import yaml
 
+from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder, model_checksum, save_model_folder
+from bigdssm.batching.collate import Collator
 from bigdssm.config import TokenizerConfig, load_config
-from bigdssm.data import Collator, Dataset
-from bigdssm.data.tensors import to_features
-from bigdssm.data.tokenizer import make_tokenizer
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.tensors import to_features
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.trec import run_metrics
-from bigdssm.export import ModelFolder, load_model_folder, save_model_folder
 from bigdssm.export.card import Figures
 from bigdssm.export.convert import EXPORT_FILE, Format, Source, export, folder_source, stage_source
-from bigdssm.export.model_folder import model_checksum
 from bigdssm.export.probe import PARITY_LIMIT, Probe
 from bigdssm.export.text_tower import alpha
 from bigdssm.features import Ragged, TextTokenizer
+from bigdssm.making.tokenizer import make_tokenizer
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval.embed import document_vectors, query_vectors
 from bigdssm.retrieval.search import DocumentNames, feature_query, history_query

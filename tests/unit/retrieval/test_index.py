@@ -11,10 +11,11 @@ import pyarrow as pa
 import pytest
 import torch
 
+from bigdssm.artifacts.model_folder import load_model_folder, save_model_folder
+from bigdssm.batching.collate import Collator
 from bigdssm.config import Config, load_config
-from bigdssm.data import Collator, Dataset
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
-from bigdssm.export import load_model_folder, save_model_folder
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval import embed
 from bigdssm.retrieval.embed import Encoders, tower_encoders

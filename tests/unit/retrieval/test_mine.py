@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bigdssm.data import Dataset
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval import mine as mine_module

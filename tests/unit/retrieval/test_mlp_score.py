@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from bigdssm.artifacts.model_folder import load_model_folder, save_model_folder
+from bigdssm.batching.collate import Collator
 from bigdssm.config import load_config
-from bigdssm.data import Collator, Dataset
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError
 from bigdssm.evaluation.scorer import encoders_of
 from bigdssm.evaluation.split import evaluate_split
-from bigdssm.export import load_model_folder, save_model_folder
 
 from .conftest import SMALL, random_model
 

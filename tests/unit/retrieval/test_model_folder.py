@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bigdssm.artifacts.model_folder import load_model_folder, save_model_folder
+from bigdssm.batching.collate import Collator
 from bigdssm.config import Config, load_config
-from bigdssm.data import Collator, Dataset
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError
-from bigdssm.export import load_model_folder, save_model_folder
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.schema import Schema
 from tests.unit.retrieval.conftest import random_model

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from bigdssm.data import Dataset
+from bigdssm.dataset.dataset import Dataset
 from tests.conftest import NUM_ITEMS
 from tests.unit.retrieval.test_tools import Tools, index_dir, tools  # noqa: F401, fixtures
 
@@ -70,7 +70,7 @@ def test_what_changes_no_score_may_be_edited(tools: Tools, copies: Path, dataset
 @pytest.mark.parametrize("file", ["schema.json", "tokenizer/tokenizer.json", "text/doc/config.json"])
 def test_an_index_is_of_all_that_scores(tools: Tools, copies: Path, file: str) -> None:  # noqa: F811
     """The same weights beside another schema, tokenizer or architecture are another model."""
-    from bigdssm.checkpoint import file_checksum
+    from bigdssm.artifacts.checkpoint import file_checksum
 
     model = copies / "model"
     text = (model / file).read_text()

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from bigdssm.data import Dataset
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, Numeric, Ragged, Text, TextTokenizer
 from bigdssm.features.ragged import Column

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from bigdssm.data import Collator, Dataset
+from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.batching.collate import Collator
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, DataError
-from bigdssm.export import load_model_folder
 from bigdssm.features import TextTokenizer
 from bigdssm.retrieval.embed import query_vectors, tower_encoders
 from bigdssm.retrieval.index import Index, IndexType, build_index, open_index

@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 import yaml
 
+from bigdssm.artifacts.model_folder import load_model_folder
 from bigdssm.config import Config
-from bigdssm.data import Dataset
-from bigdssm.evaluation.curves import read_stage, stage_folders, training_seconds
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.evaluation.split import evaluate_split
-from bigdssm.export import load_model_folder
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.index import build_index
 from bigdssm.retrieval.vectors import write_vectors
+from bigdssm.running.records import read_stage, stage_folders, training_seconds
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -15,12 +15,12 @@ import pytest
 import yaml
 from pyarrow import parquet
 
+from bigdssm.artifacts.model_folder import load_model_folder
 from bigdssm.config import Config, load_config
-from bigdssm.data import Dataset
-from bigdssm.data.making.making import Target
-from bigdssm.data.making.pairs import PairTables, make_pairs
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError
-from bigdssm.export import load_model_folder
+from bigdssm.making.making import Target
+from bigdssm.making.pairs import PairTables, make_pairs
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval import vector_files, vectors
 from bigdssm.retrieval.embed import Encoders, tower_encoders

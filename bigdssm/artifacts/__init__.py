@@ -1,0 +1,1 @@
+"""What training leaves: checkpoints, and model folders that can be encoded with."""

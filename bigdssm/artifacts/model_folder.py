@@ -1,0 +1,246 @@
+"""The model folder: config.yaml, schema.json, tokenizer/, text/, model.safetensors and bigdssm.json.
+
+It holds all that is needed to encode: a text encoder that started from a pretrained folder brings its architecture
+along (text/<key>/config.json), so that this folder need not exist any more. Nothing in it is ever unpickled or run.
+
+Its checksum names the model in vectors, indexes and exports, and covers all that changes a score: weights, schema,
+tokenizer, architectures, the config's model section and the MLP that may score. The rest of the config may be edited,
+such as data.dir where a dataset moves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from bigdssm.artifacts.checkpoint import check_file, folder_checksums
+from bigdssm.config import Config, load_config
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import BigDSSMError, CheckpointError
+from bigdssm.models import DualEncoder
+from bigdssm.models.encoders import TextEncoder, text_configs
+from bigdssm.places import real_place
+from bigdssm.schema import SCHEMA_FILE, Schema
+
+FORMAT = 2  # 1 had no checksum of the config
+META_FILE, CONFIG_FILE, WEIGHTS_FILE = "bigdssm.json", "config.yaml", "model.safetensors"
+TOKENIZER_DIR, TEXT_DIR = "tokenizer", "text"
+INSIDE_A_RUN = ("sft/best", "pretrain/best", "best")  # looked at where a run or a stage was given
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A loaded model folder."""
+
+    model: DualEncoder  # in evaluation mode, on the CPU
+    config: Config
+    schema: Schema
+    tokenizer_dir: Path | None
+    provenance: dict[str, Any]
+    checksum: str  # of all that changes a score: names the model in indexes and reports
+
+    @property
+    def pad_token_id(self) -> int:
+        """Return the token that pads texts, 0 without text features."""
+        ids = [encoder.pad_token_id for encoder in self.model.text.values() if isinstance(encoder, TextEncoder)]
+        return ids[0] if ids else 0
+
+    def check_dataset(self, dataset: Dataset) -> None:
+        """Raise CheckpointError unless `dataset` has the schema and vocabularies that the model was trained with."""
+        difference = self.schema.difference(dataset.schema)
+        if difference is None and self.schema.fingerprint() != dataset.schema.fingerprint():
+            difference = "another vocabulary or normalisation"
+        if difference is not None:
+            raise CheckpointError(f"the model's schema is not that of the dataset {dataset.dir}: {difference}")
+
+
+def save_model_folder(
+    folder: Path,
+    model: DualEncoder,
+    config: Config,
+    schema: Schema,
+    tokenizer_dir: Path | None,
+    provenance: Mapping[str, Any],
+    *,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the model folder in one step: whoever looks finds the old one or the new one whole.
+
+    `state` holds the full weights where the model's own are sharded. Raises CheckpointError where `folder` exists and
+    is not a model folder.
+    """
+    folder = real_place(folder)
+    if folder.exists() and not (folder / META_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is not a model folder; nothing was written, choose another --out")
+    aside = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    _write_all_but_weights(aside, model, config, schema, tokenizer_dir)
+    (aside / WEIGHTS_FILE).write_bytes(_serialised(model.state_dict() if state is None else state))
+    meta = {
+        "format": FORMAT,
+        "provenance": dict(provenance),
+        "checksums": _checksums(aside),
+        "config_checksum": _config_checksum(config.to_dict(), _mlp(config, provenance)),
+    }
+    (aside / META_FILE).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    replace_folder(aside, folder)
+
+
+def load_model_folder(folder: Path, *, any_score: bool = False) -> ModelFolder:
+    """Return the model in `folder`, its files checked against their checksums.
+
+    `any_score`: also one whose score is no inner product, which can be evaluated, but neither indexed nor exported.
+    Raises CheckpointError: no such folder, a file missing or damaged, weights that do not fit config and schema, or
+    such a model where it is of no use.
+    """
+    meta = _read_meta(folder)
+    for name, checksum in meta["checksums"].items():
+        check_file(folder / name, checksum, META_FILE)
+    try:
+        config, schema = load_config(folder / CONFIG_FILE), Schema.load(folder)
+        texts = {key: _architecture(folder, key, meta["checksums"]) for key in text_configs(config.model, schema)}
+        model = DualEncoder(config.model, schema, texts)
+        mlp = _mlp(config, meta["provenance"])
+        written = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        if _config_checksum(written, mlp) != meta["config_checksum"]:
+            raise CheckpointError(
+                f"the model section of {CONFIG_FILE}, or sft.loss.mlp, is not what the model was trained with; undo "
+                "the edit, or copy the folder again (only other keys, such as data.dir, may change)"
+            )
+        if mlp:
+            model.add_scorer(mlp)
+        model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    except (RuntimeError, SafetensorError, OSError, ValueError, BigDSSMError) as error:
+        raise CheckpointError(f"the model folder {folder} does not load: {' '.join(str(error).split())}") from None
+    if mlp and not any_score:
+        raise CheckpointError(
+            f"the model in {folder} scores with an MLP, not by an inner product of vectors: it can only be evaluated, "
+            "with tools/evaluate.py --data; train with sft.loss.mlp=[] for one to index, export or go on from"
+        )
+    model.eval()
+    tokenizer_dir = (
+        folder / TOKENIZER_DIR if any(name.startswith(f"{TOKENIZER_DIR}/") for name in meta["checksums"]) else None
+    )
+    return ModelFolder(model, config, schema, tokenizer_dir, meta["provenance"], _identity(meta))
+
+
+def model_checksum(
+    model: DualEncoder, config: Config, schema: Schema, tokenizer_dir: Path | None, provenance: Mapping[str, Any]
+) -> str:
+    """Return the checksum that a folder of this model has, without writing the weights of one."""
+    with tempfile.TemporaryDirectory() as made:
+        _write_all_but_weights(Path(made), model, config, schema, tokenizer_dir)
+        checksums = _checksums(Path(made))
+    checksums[WEIGHTS_FILE] = weights_checksum(model)
+    config_checksum = _config_checksum(config.to_dict(), _mlp(config, provenance))
+    return _identity({"checksums": checksums, "config_checksum": config_checksum})
+
+
+def weights_checksum(model: DualEncoder) -> str:
+    """Return the checksum of the weights' file that a folder of this model has."""
+    return xxhash.xxh3_128_hexdigest(_serialised(model.state_dict()))
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Return True where `folder` claims to be a model folder."""
+    return (folder / META_FILE).is_file()
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Put the folder `new` in the place of `folder`, both on the same file system."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_all_but_weights(
+    folder: Path, model: DualEncoder, config: Config, schema: Schema, tokenizer_dir: Path | None
+) -> None:
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+    schema.save(folder)
+    if tokenizer_dir is not None:
+        shutil.copytree(tokenizer_dir, folder / TOKENIZER_DIR)
+    for key, encoder in model.text.items():
+        bert: Any = encoder.bert
+        bert.config.save_pretrained(folder / TEXT_DIR / key)
+
+
+def _identity(meta: Mapping[str, Any]) -> str:
+    """Return the checksum of all that changes a score."""
+    return _checksum_of([meta["checksums"], meta["config_checksum"]])
+
+
+def _config_checksum(written: Mapping[str, Any], mlp: tuple[int, ...]) -> str:
+    """Return the checksum of what a config says about scores, as it is written: keys that come later change nothing."""
+    return _checksum_of([written.get("model"), mlp])
+
+
+def _checksum_of(content: object) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, default=str).encode())
+
+
+def _serialised(weights: Mapping[str, Tensor]) -> bytes:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    return save(tensors, metadata={"format": "pt"})
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    path = folder / META_FILE
+    try:
+        meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if meta["format"] != FORMAT:
+            raise CheckpointError(
+                f"{folder} is a model folder of format {meta['format']}, this version reads format {FORMAT}, which has "
+                "a checksum of the config too; train again, or use the version that wrote it"
+            )
+        missing = {"provenance", "checksums", "config_checksum"} - set(meta)
+    except (FileNotFoundError, NotADirectoryError):
+        inside = [path for name in INSIDE_A_RUN if is_model_folder(path := folder / name)]
+        meant = f"; did you mean {inside[0]}?" if inside else ""
+        raise CheckpointError(f"{folder} is no model folder: it holds no {META_FILE}{meant}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from None
+    if missing:
+        raise CheckpointError(f"{path} is damaged: it lacks {sorted(missing)}")
+    if not isinstance(meta["checksums"], dict) or not isinstance(meta["provenance"], dict):
+        raise CheckpointError(f"{path} is damaged: checksums and provenance need to be objects")
+    if unnamed := {SCHEMA_FILE, WEIGHTS_FILE} - set(meta["checksums"]):
+        raise CheckpointError(f"{path} is damaged: it has no checksum of {sorted(unnamed)}")
+    return meta
+
+
+def _mlp(config: Config, provenance: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the hidden widths of the MLP that the stage trained, if it did."""
+    return config.sft.loss.mlp if config.sft is not None and provenance.get("stage") == "sft" else ()
+
+
+def _architecture(folder: Path, key: str, listed: Mapping[str, str]) -> PretrainedConfig:
+    name = f"{TEXT_DIR}/{key}/config.json"
+    if name not in listed:  # whatever else stands there was not written with the folder
+        raise CheckpointError(f"{META_FILE} does not list {name}, which the config asks for")
+    return AutoConfig.from_pretrained(folder / TEXT_DIR / key, local_files_only=True, trust_remote_code=False)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """Return the checksum of every file but the config, of which only a part changes scores."""
+    checksums = folder_checksums(folder)
+    checksums.pop(CONFIG_FILE)
+    assert SCHEMA_FILE in checksums
+    return checksums

@@ -1,0 +1,33 @@
+"""What one training step of one rank works on.
+
+Shapes: m queries, n distinct document columns, T tokens or history items, K values of a multi-valued feature,
+k given negatives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from bigdssm.dataset.tensors import Features, PadIds
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's share of one global step."""
+
+    step: int
+    row_ids: Tensor  # int64 [m]: the row's number in the dataset's split
+    query: Features  # m rows
+    doc: Features  # n rows: distinct documents, positives first, further columns (negatives) behind
+    positive: Tensor  # int64 [m]: the column of the query's document
+    relevance: Tensor  # float32 [m]: r, not negative
+    query_ids: Tensor  # int64 [m]
+    doc_ids: Tensor  # int64 [n]
+    doc_rows: Tensor  # int64 [n]: catalogue rows; -1 where documents stand in the shards themselves
+    multiplicity: Tensor  # int64 [n]: how many positives, negatives and extra documents were merged in the column
+    negatives: Tensor | None = None  # int64 [m, k]: columns of given negatives, -1 for none
+    known: Tensor | None = None  # int64 [p, 2]: (query id, doc id) of further documents that are no negatives
+    query_pad_ids: PadIds = field(default_factory=dict)
+    doc_pad_ids: PadIds = field(default_factory=dict)

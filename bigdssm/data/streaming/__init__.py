@@ -1,1 +1,0 @@
-"""Which rows a step has, and bringing them: order, lanes, mixtures, loader processes."""

@@ -1,0 +1,173 @@
+"""Reads one block: the bytes at its place, their checksum, the Arrow batch in them, and what is wrong with its rows.
+
+Nothing here raises because of damage: a block or row that cannot be used comes back as a `Bad` that names it. Only
+columns the schema knows are taken, and offsets and UTF-8 are validated before anything is indexed with them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from bigdssm.dataset.arrow_size import decoded_size
+from bigdssm.dataset.index import SplitIndex
+from bigdssm.dataset.mapped import MappedTable
+from bigdssm.features import Feature, Text, stored
+from bigdssm.features.base import Fault, outside
+from bigdssm.features.ragged import from_arrow
+from bigdssm.schema import Schema
+
+MAX_DECODED_BYTES = 1 << 30
+CONNECTIONS = 8  # of one reading process: a block is some 100 kB, its latency counts
+_IPC = pa.ipc.IpcReadOptions(use_threads=False)
+
+
+@dataclass(frozen=True)
+class Bad:
+    """What was left out: a row of a block, or (row None) a whole block."""
+
+    shard: str
+    block: int
+    row: int | None
+    rows: int  # how many rows this leaves out
+    reason: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The columns of a block, and the limits of their values."""
+
+    types: dict[str, pa.DataType]
+    query: dict[str, Feature]  # by block column
+    num_docs: tuple[int, ...]  # catalogue rows of each partition's dataset
+    vocab_size: int  # of the tokenizer, 0 without text
+    sequences: tuple[MappedTable, ...] = field(default=())  # one per partition, or none
+
+    @classmethod
+    def of(
+        cls, schema: Schema, *, num_docs: tuple[int, ...], vocab_size: int,
+        sequences: tuple[MappedTable, ...], raw_text: bool = False,
+    ) -> Layout:  # fmt: skip
+        """Return the layout that the schema and the presence of sequences imply; `raw_text`: texts are no tokens."""
+        types = {"query_id": pa.int64(), "relevance": pa.float32(), "doc": pa.int64()}
+        elsewhere: set[str] = set()
+        if sequences:
+            types |= {"sequence": pa.int64(), "end": pa.int32()}
+            elsewhere = set(sequences[0].schema.names)
+        query = {n: f for n, f in stored(schema.query).items() if n not in elsewhere}
+        types |= {name: f.raw_type if raw_text else f.arrow_type() for name, f in query.items()}
+        return cls(types, query, num_docs, vocab_size, sequences)
+
+
+def read_range(path: Path, offset: int, size: int) -> bytes:
+    """Return up to `size` bytes of a file. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(handle, size, offset)
+    finally:
+        os.close(handle)
+
+
+def read_block(index: SplitIndex, block: int, layout: Layout) -> tuple[pa.RecordBatch | None, list[Bad]]:
+    """Return a block's columns (None where it cannot be used as a whole) and everything that is wrong with it."""
+    shard, number, rows = index.shards[index.shard[block]], int(index.block[block]), int(index.rows[block])
+
+    def whole(reason: str) -> tuple[None, list[Bad]]:
+        return None, [Bad(str(shard), number, None, rows, reason)]
+
+    size = int(index.size[block])
+    try:
+        if isinstance(shard, Path):
+            content = read_range(shard, int(index.offset[block]), size)
+        else:
+            content = shard.read(int(index.offset[block]), size, int(index.checksum[block]))
+    except FileNotFoundError:
+        return whole("the shard is missing")
+    except OSError as error:
+        return whole(f"the shard cannot be read: {error.strerror}")
+    if len(content) < size:
+        return whole(f"the shard is cut short: {len(content)} of the block's {size} bytes are there")
+    if xxhash.xxh3_64_intdigest(content) != int(index.checksum[block]):
+        return whole("the bytes are damaged: their checksum is not the index's")
+    try:
+        batch = decode(content, layout)
+        if batch.num_rows != rows:
+            return whole(f"it has {batch.num_rows} rows, the index says {rows}")
+    except (pa.ArrowException, OSError, ValueError) as error:
+        return whole(f"it cannot be used: {' '.join(str(error).split())[:200]}")
+    bad: dict[int, str] = {}
+    for mask, describe in _row_faults(batch, layout, int(index.partition[block])):
+        for row in np.flatnonzero(mask).tolist():
+            bad.setdefault(row, describe(row))
+    return batch, [Bad(str(shard), number, row, 1, reason) for row, reason in sorted(bad.items())]
+
+
+def read_blocks(
+    index: SplitIndex, blocks: Sequence[int], layout: Layout
+) -> Iterator[tuple[pa.RecordBatch | None, list[Bad]]]:
+    """Yield what `read_block` returns of each block; several at a time are fetched where they come over a network."""
+    if all(isinstance(index.shards[index.shard[block]], Path) for block in blocks):
+        yield from (read_block(index, block, layout) for block in blocks)
+        return
+    with ThreadPoolExecutor(CONNECTIONS) as threads:
+        yield from threads.map(lambda block: read_block(index, block, layout), blocks)
+
+
+def decode(content: bytes, layout: Layout) -> pa.RecordBatch:
+    """Return the batch in an Arrow stream, its columns as in `layout.types`. Raises ValueError or an Arrow error."""
+    if (needed := decoded_size(content)) > MAX_DECODED_BYTES:
+        raise ValueError(f"it would take {needed:,} bytes decoded, more than the {MAX_DECODED_BYTES:,} allowed")
+    batch = pa.ipc.open_stream(pa.py_buffer(content), options=_IPC).read_next_batch()
+    columns = []
+    for name, needed_type in layout.types.items():
+        position = batch.schema.get_field_index(name)
+        if position < 0:
+            raise ValueError(f"a block of another schema: it has no column {name}, only {batch.schema.names}")
+        column = batch.column(position)
+        column.validate(full=True)
+        if column.type != needed_type:
+            if not (pa.types.is_list(needed_type) and column.type == pa.large_list(needed_type.value_type)):
+                raise ValueError(f"a block of another schema: column {name} is {column.type}, needed is {needed_type}")
+            column = column.cast(needed_type)
+        if column.null_count:
+            raise ValueError(f"column {name} has nulls")
+        columns.append(column)
+    return pa.RecordBatch.from_arrays(columns, schema=pa.schema(list(layout.types.items())))
+
+
+def _row_faults(batch: pa.RecordBatch, layout: Layout, partition: int) -> Iterator[Fault]:
+    """Yield (mask over rows, what to say of one of them); later checks may rely on rows that earlier ones passed."""
+    columns: Mapping[str, pa.Array] = dict(zip(batch.schema.names, batch.columns, strict=True))
+    relevance = columns["relevance"].to_numpy()
+    if not relevance.min(initial=0) >= 0 or not np.isfinite(relevance).all():
+        wrong = ~(np.isfinite(relevance) & (relevance >= 0))
+        yield wrong, lambda row: f"relevance is {relevance[row]}, needs a number of at least 0"
+    doc, num_docs = columns["doc"].to_numpy(), layout.num_docs[partition]
+    if outside(doc, 0, num_docs):
+        what = f"not a row of the catalogue's {num_docs}"
+        yield (doc < 0) | (doc >= num_docs), lambda row: f"unknown document: {doc[row]} is {what}"
+    if layout.sequences:
+        yield from _sequence_faults(columns, layout.sequences[partition])
+    for name, feature in layout.query.items():
+        if isinstance(feature, Text) and columns[name].type == feature.raw_type:
+            yield from feature.raw_faults(columns[name])
+        else:
+            yield from feature.faults(from_arrow(columns[name]), layout.vocab_size)
+
+
+def _sequence_faults(columns: Mapping[str, pa.Array], table: MappedTable) -> Iterator[Fault]:
+    sequence, end = columns["sequence"].to_numpy(), columns["end"].to_numpy()
+    outside = (sequence < 0) | (sequence >= table.num_rows)
+    if outside.any():
+        yield outside, lambda row: f"sequence {sequence[row]} is not a row of the partition's {table.num_rows}"
+    lengths = table.lengths("items", np.where(outside, 0, sequence)) if table.num_rows else np.zeros(len(sequence))
+    beyond = ~outside & ((end < 0) | (end > lengths))
+    if beyond.any():
+        yield beyond, lambda row: f"history end {end[row]} is outside its sequence of {lengths[row]} events"

@@ -1,0 +1,93 @@
+"""The catalogue: every document's features once, memory-mapped; pairs refer to its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from bigdssm.dataset.mapped import MappedTable
+from bigdssm.dataset.tensors import Features, to_features
+from bigdssm.errors import DataError
+from bigdssm.features.ragged import Column
+from bigdssm.hashing import hash64
+from bigdssm.schema import Schema
+
+
+class Catalogue:
+    """Documents 0 … num_docs - 1."""
+
+    def __init__(self, paths: Sequence[Path], schema: Schema, pad_token_id: int) -> None:
+        """Map the catalogue's files. Raises DataError: missing, unreadable, or without a column of the schema."""
+        self._table = MappedTable(paths)
+        self._schema, self._pad_token_id = schema, pad_token_id
+        names = self._table.schema.names
+        for name in ("doc_key", "doc_id", "display", *schema.doc):
+            if name not in names:
+                raise DataError(f"{self._table.paths[0].parent}: the catalogue has no column {name}, only {names}")
+
+    @property
+    def num_docs(self) -> int:
+        """Return the number of documents."""
+        return self._table.num_rows
+
+    @property
+    def file_rows(self) -> list[int]:
+        """Return the rows of each file."""
+        return self._table.file_rows
+
+    @cached_property
+    def doc_ids(self) -> np.ndarray:
+        """Return all documents' ids, int64 [num_docs]."""
+        return self._table.whole("doc_id")
+
+    def ids(self, rows: np.ndarray) -> np.ndarray:
+        """Return the ids of the documents at `rows`, int64."""
+        return np.asarray(self._table.take("doc_id", rows))
+
+    def columns(self, rows: np.ndarray) -> dict[str, Column]:
+        """Return the features of the documents at `rows` (int64 [n]) as columns."""
+        return {name: self._table.take(name, rows) for name in self._schema.doc}
+
+    def codes(self, feature: str, rows: np.ndarray) -> np.ndarray:
+        """Return the int32 codes of one categorical feature at `rows`."""
+        return np.asarray(self._table.take(feature, rows))
+
+    def features(self, rows: np.ndarray) -> Features:
+        """Return the features of the documents at `rows` (int64 [n]) as tensors of n rows."""
+        return to_features(self._schema.doc, self.columns(rows), self._pad_token_id)
+
+    def keys(self, rows: np.ndarray) -> list[str]:
+        """Return the documents' own ids, as in their table."""
+        return self._table.strings("doc_key", rows)
+
+    def display(self, rows: np.ndarray) -> list[str]:
+        """Return what is shown to people."""
+        return self._table.strings("display", rows)
+
+    @cached_property
+    def _by_id(self) -> np.ndarray:
+        return np.argsort(self.doc_ids, kind="stable")
+
+    def find(self, keys: Sequence[str]) -> np.ndarray:
+        """Return the rows of the documents with these keys, int64, -1 for a key that is not there."""
+        wanted = np.array([hash64(key) for key in keys], np.int64)
+        if not len(wanted) or not self.num_docs:
+            return np.full(len(wanted), -1, np.int64)
+        place = np.searchsorted(self.doc_ids, wanted, sorter=self._by_id)
+        rows = self._by_id[np.minimum(place, self.num_docs - 1)]
+        found = self.keys(rows)
+        return np.where([a == b for a, b in zip(found, keys, strict=True)], rows, -1)
+
+    def verify(self, checksums: Sequence[str]) -> None:
+        """Read every file whole. Raises DataError naming the first whose xxh3_64 is not the given one."""
+        for path, expected in zip(self._table.paths, checksums, strict=True):
+            digest = xxhash.xxh3_64()
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 24):
+                    digest.update(chunk)
+            if digest.hexdigest() != expected:
+                raise DataError(f"{path} is damaged: its checksum is not the one in dataset.json; copy it again")

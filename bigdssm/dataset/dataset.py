@@ -1,0 +1,347 @@
+"""A dataset folder: immutable partitions, one schema, one catalogue."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from tokenizers import Tokenizer
+
+from bigdssm.config import DataConfig
+from bigdssm.dataset.blocks import Layout, read_block
+from bigdssm.dataset.cache import Cache
+from bigdssm.dataset.catalogue import Catalogue
+from bigdssm.dataset.index import SplitIndex, read_index
+from bigdssm.dataset.mapped import MappedTable
+from bigdssm.dataset.mixture import MixtureBatches, MixturePart
+from bigdssm.dataset.remote import RemoteFolder, is_url
+from bigdssm.dataset.rows import Rows
+from bigdssm.errors import ConfigError, DataError
+from bigdssm.features import History, TextTokenizer
+from bigdssm.features.ragged import Column, from_arrow, offsets_of
+from bigdssm.log import get_logger
+from bigdssm.schema import Schema
+
+FORMAT = 1
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One immutable part of a dataset."""
+
+    name: str
+    folder: Path
+    content: dict[str, Any]  # of partition.json
+    num_docs: int = 0  # rows of its dataset's catalogue
+    first_doc: int = 0  # where that catalogue begins in the one of several joined datasets
+    remote: RemoteFolder | None = None  # where the dataset is at a URL
+
+    @property
+    def identity(self) -> str:
+        """Return a hash of the partition's rows: its indexes hold every block's checksum."""
+        known = {"fingerprint": self.content.get("fingerprint"), "splits": self.content["splits"]}
+        return _hash(json.dumps(known, sort_keys=True).encode())
+
+
+@dataclass(frozen=True)
+class CatalogueFile:
+    """One file of a catalogue."""
+
+    path: Path
+    rows: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Head:
+    """What holds for all partitions of a dataset."""
+
+    dir: Path
+    name: str
+    schema: Schema
+    text: str = "tokens"  # how texts stand in blocks; "raw": as they are
+
+
+class Dataset:
+    """A dataset opened for reading, see `open`; or several joined, see joining.py."""
+
+    def __init__(self, head: Head, partitions: list[Partition], catalogue_files: Sequence[CatalogueFile]) -> None:
+        """For `open` and `joining.join`."""
+        self.head, self.partitions, self.catalogue_files = head, partitions, tuple(catalogue_files)
+        self.dir, self.name, self.schema = head.dir, head.name, head.schema
+        self.tokenizer_dir: Path | None = head.dir / "tokenizer" if head.schema.has_text else None
+        self.pad_token_id, self.vocab_size, self.tokenizer_hash = _read_tokenizer(self.tokenizer_dir)
+        self.catalogue = Catalogue([file.path for file in catalogue_files], head.schema, self.pad_token_id)
+        got, expected = self.catalogue.file_rows, [file.rows for file in catalogue_files]
+        if got != expected:
+            raise DataError(f"{self.dir}/catalogue: the files have {got} rows, dataset.json says {expected}")
+        present = [(partition.folder / "sequences.arrow").exists() for partition in partitions]
+        if any(present) and not all(present):
+            missing = partitions[present.index(False)].folder / "sequences.arrow"
+            raise DataError(f"{missing} is missing, other partitions have theirs; copy the dataset whole")
+        paths = [partition.folder / "sequences.arrow" for partition in partitions if any(present)]
+        tables = tuple(MappedTable([path]) for path in paths)
+        self.sequences = MappedTable(paths) if paths else None
+        self._sequence_base = offsets_of(np.array([table.num_rows for table in tables], np.int64))
+        self.layout = Layout.of(
+            head.schema, num_docs=tuple(partition.num_docs for partition in partitions),
+            vocab_size=self.vocab_size, sequences=tables, raw_text=head.text == "raw",
+        )  # fmt: skip
+        self._first_doc = np.array([partition.first_doc for partition in partitions])
+        self._indexes: dict[str, SplitIndex] = {}
+        self.sources: tuple[MixturePart, ...] = ()  # of a mixture; none: all partitions are one
+        self.batches: MixtureBatches = "mixed"  # of a mixture
+        self.siblings: tuple[Partition, ...] = ()  # all partitions that are there, where several datasets were joined
+        self.pickled: tuple[Any, ...] | None = None
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, partitions: Sequence[str] | None = None, *, first: str | None = None,
+        cache: Cache | None = None,
+    ) -> Dataset:  # fmt: skip
+        """Return the dataset in `folder`, or only some of its partitions, or only those from `first` on.
+
+        A URL (http://, s3://, …) is read through `cache` (none: the user's default one).
+
+        Raises DataError: no dataset there, of another format, damaged metadata, or a file missing (shards aside: a
+        missing shard is damage, which readers count and leave out).
+        """
+        remote = RemoteFolder(str(folder), cache or Cache.of(), partitions, first) if is_url(folder) else None
+        folder = remote.dir if remote else Path(folder)
+        content = _read_json(folder / "dataset.json", f"{folder} is no dataset; tools/make_shards.py makes one")
+        if content.get("format") != FORMAT:
+            raise DataError(f"{folder}/dataset.json has format {content.get('format')}, this version reads {FORMAT}")
+        schema = Schema.load(folder)
+        if content["schema"] != schema.fingerprint():
+            raise DataError(f"{folder}/schema.json is not the one that dataset.json was written with; copy both again")
+        known = list(content["partitions"])
+        names = known if partitions is None else list(partitions)
+        if unknown := [name for name in [*names, *([first] if first else [])] if name not in known]:
+            raise DataError(f"{folder} has no partition {unknown[0]!r}, only {known}")
+        if first:
+            names = known[known.index(first) :]
+        if not names:
+            raise DataError(f"{folder} has no partitions; tools/make_shards.py adds one")
+        if not content["catalogue"]:
+            raise DataError(f"{folder}/dataset.json names no catalogue; make the dataset again")
+        files = [CatalogueFile(_inside(folder, f["file"]), f["rows"], f["checksum"]) for f in content["catalogue"]]
+        num_docs = sum(file.rows for file in files)
+        read = [replace(_read_partition(folder, name), num_docs=num_docs, remote=remote) for name in names]
+        head = Head(folder, content["name"], schema, content.get("text", "tokens"))
+        dataset = cls(head, read, files)
+        if remote is not None:
+            dataset.pickled = partial(cls.open, cache=remote.cache), (remote.url, names)
+        return dataset
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the path: a loader process maps the files itself."""
+        return self.pickled or (Dataset.open, (self.dir, [partition.name for partition in self.partitions]))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Return a hash of schema, tokenizer and the partitions' rows."""
+        known = [self.schema.fingerprint(), self.tokenizer_hash, *(p.name + p.identity for p in self.partitions)]
+        return _hash("\n".join(known).encode())
+
+    def partitions_on_disk(self) -> list[Partition]:
+        """Return all partitions in the dataset's folder, opened or not. Raises DataError where one is damaged."""
+        if self.siblings:
+            return list(self.siblings)
+        content = _read_json(self.dir / "dataset.json", "copy the dataset whole")
+        return [_read_partition(self.dir, name) for name in content["partitions"]]
+
+    def index(self, split: str) -> SplitIndex:
+        """Return the split's blocks. Raises DataError: no such split, or a damaged index."""
+        if split not in self._indexes:
+            parts = []
+            for number, partition in enumerate(self.partitions):
+                expected = partition.content["splits"].get(split)
+                if expected and expected["blocks"]:
+                    parts.append(with_shards_of(partition, read_index(partition.folder, split, expected, number)))
+            if not parts:
+                known = sorted({name for partition in self.partitions for name in partition.content["splits"]})
+                raise DataError(f"{self.dir} has no rows in split {split!r}; its splits are {known}")
+            self._indexes[split] = SplitIndex.concat(parts)
+        return self._indexes[split]
+
+    def num_rows(self, split: str) -> int:
+        """Return the rows of a split, 0 where the dataset has none."""
+        return sum(partition.content["splits"].get(split, {"rows": 0})["rows"] for partition in self.partitions)
+
+    def doc_counts(self, partitions: range | None = None) -> np.ndarray:
+        """Return the train positives of every document, int64 [num_docs], summed over the partitions (or some)."""
+        total = np.zeros(self.catalogue.num_docs, np.int64)
+        for partition in self.partitions if partitions is None else self.partitions[partitions.start : partitions.stop]:
+            counts = _positives(partition)
+            total[partition.first_doc : partition.first_doc + len(counts)] += counts
+        return total
+
+    def has_positives(self) -> bool:
+        """Return whether any train row has a relevance above 0; as a rule a glance at the first counts says so."""
+        every = (
+            counts[i : i + (1 << 20)]
+            for counts in map(_positives, self.partitions)
+            for i in range(0, len(counts), 1 << 20)
+        )
+        return any(bool(some.any()) for some in every)
+
+    def check_against(self, config: DataConfig) -> None:
+        """Raise ConfigError naming the first feature that `config` declares otherwise than the dataset has it."""
+        difference = Schema.declared(config).difference(self.schema)
+        if difference is not None:
+            raise ConfigError(
+                f"data.dir={self.dir} was made with another schema than this config's: {difference}; "
+                f"make the dataset again with this config, or change the config"
+            )
+
+    def rows(self, split: str, step: int, row_ids: np.ndarray, batch: pa.RecordBatch) -> Rows:
+        """Return block columns (`layout.types`) with row ids as Rows: histories and the sequences' features added."""
+        columns = {n: self._column(n, c) for n, c in zip(batch.schema.names, batch.columns, strict=True)}
+        sequence = end = None
+        if self.sequences is not None:
+            sequence, end = np.asarray(columns["sequence"]), np.asarray(columns["end"])
+        doc = np.asarray(columns["doc"])
+        if len(self.partitions) > 1:
+            index = self.index(split)
+            partition = index.partition[np.searchsorted(index.first_row, row_ids, "right") - 1]
+            sequence = None if sequence is None else sequence + self._sequence_base[partition]
+            doc = doc + self._first_doc[partition]
+        query: dict[str, Column] = {}
+        for name, feature in self.schema.query.items():
+            if name in columns:
+                query[name] = columns[name]
+            elif self.sequences is None or sequence is None or end is None:
+                raise DataError(f"{self.dir}: query feature {name} stands neither in the blocks nor in sequences.arrow")
+            elif isinstance(feature, History):
+                last = end.astype(np.int64)
+                items = self.sequences.take_slices("items", sequence, np.maximum(0, last - feature.max_items), last)
+                query[name] = type(items)(self.catalogue.codes(str(feature.of), items.values), items.offsets)
+            else:
+                query[name] = self.sequences.take(name, sequence)
+        return Rows(
+            step=step, row_ids=row_ids, query=query, sequence=sequence, end=end, sequences=self.sequences, doc_rows=doc,
+            relevance=np.asarray(columns["relevance"]), query_ids=np.asarray(columns["query_id"]),
+        )  # fmt: skip
+
+    def _column(self, name: str, array: pa.Array) -> Column:
+        """Return a block's column, texts tokenised."""
+        if pa.types.is_large_string(array.type):
+            array = self.layout.query[name].encode(array, self.tokenizer)
+        return from_arrow(array)
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer | None:
+        """Return the tokenizer, None without text features."""
+        return None if self.tokenizer_dir is None else TextTokenizer(self.tokenizer_dir)
+
+    def iterate(self, split: str, rows_per_batch: int, rank: int = 0, world_size: int = 1) -> Iterator[Rows]:
+        """Yield the rank's contiguous share of a split in dataset order, `rows_per_batch` row ids at a time.
+
+        Rows that cannot be used are left out, and named in a warning.
+        """
+        index = self.index(split)
+        first, last = (index.num_rows * k // world_size for k in (rank, rank + 1))
+        pending: list[tuple[np.ndarray, pa.RecordBatch]] = []
+        block = int(np.searchsorted(index.first_row, first, "right")) - 1
+        for step, begin in enumerate(range(first, last, rows_per_batch)):
+            end = min(begin + rows_per_batch, last)
+            while block < index.num_blocks and index.first_row[block] < end:
+                pending.append(self._good_rows(index, block))
+                block += 1
+            ids = np.concatenate([part[0] for part in pending])
+            table = pa.concat_batches([part[1] for part in pending])
+            inside, later = (ids >= begin) & (ids < end), ids >= end
+            yield self.rows(split, step, ids[inside], table.filter(pa.array(inside)))
+            pending = [(ids[later], table.filter(pa.array(later)))]
+
+    def _good_rows(self, index: SplitIndex, block: int) -> tuple[np.ndarray, pa.RecordBatch]:
+        batch, bad = read_block(index, block, self.layout)
+        for fault in bad:
+            where = "" if fault.row is None else f", row {fault.row}"
+            log.warning("left out: %s%s: %s", index.name(block), where, fault.reason)
+        if batch is None:
+            return np.empty(0, np.int64), empty_batch(self.layout)
+        row_ids = np.arange(index.first_row[block], index.first_row[block + 1])
+        good = np.setdiff1d(np.arange(batch.num_rows), [fault.row for fault in bad])
+        return (row_ids[good], batch.take(pa.array(good))) if bad else (row_ids, batch)
+
+
+def with_shards_of(partition: Partition, index: SplitIndex) -> SplitIndex:
+    """Return an index of the partition with its shards at their URL, where it is at one."""
+    if partition.remote is None:
+        return index
+    at, file = f"partitions/{partition.folder.name}", partition.remote.file
+    return replace(index, shards=tuple(file(f"{at}/{path.name}") for path in index.shards))
+
+
+def _positives(partition: Partition) -> np.ndarray:
+    """Return the train positives of each document known to a partition, int64, not read yet."""
+    path = partition.folder / "counts.npy"
+    try:
+        counts: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); make the partition again") from None
+    if counts.ndim != 1 or len(counts) > partition.num_docs:
+        raise DataError(f"{path} has shape {counts.shape}, the catalogue {partition.num_docs} documents")
+    return counts
+
+
+def empty_batch(layout: Layout) -> pa.RecordBatch:
+    """Return a batch of no rows."""
+    schema = pa.schema(list(layout.types.items()))
+    return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _inside(folder: Path, place: str) -> Path:
+    if Path(place).is_absolute() or ".." in Path(place).parts:
+        raise DataError(f"{folder}/dataset.json names a file {place!r}, not a plain path inside it; refused")
+    return folder / place
+
+
+def _read_partition(folder: Path, name: str) -> Partition:
+    where = folder / "partitions" / name
+    if where.parent != folder / "partitions" or name.startswith("."):
+        raise DataError(f"{folder}/dataset.json: partition name {name!r} is not a plain folder name; refused")
+    return Partition(name, where, _read_json(where / "partition.json", "copy the dataset whole"))
+
+
+def _read_json(path: Path, fix: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{path} does not exist; {fix}") from None
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is damaged: no JSON object")
+    return content
+
+
+def _read_tokenizer(folder: Path | None) -> tuple[int, int, str]:
+    """Return pad token id, vocabulary size and a hash of the tokenizer."""
+    if folder is None:
+        return 0, 0, ""
+    path = folder / "tokenizer.json"
+    try:
+        content = path.read_bytes()
+        tokenizer = Tokenizer.from_buffer(content)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise DataError(f"{path} is no readable tokenizer ({error}); a dataset with text features needs one") from None
+    declared = _read_json(folder / "tokenizer_config.json", "copy the dataset whole").get("pad_token")
+    name = declared.get("content") if isinstance(declared, dict) else declared
+    pad = tokenizer.token_to_id(name) if name else None
+    if pad is None:
+        raise DataError(f"{folder}: the tokenizer has no padding token ({name!r}); add one and make the dataset again")
+    return pad, tokenizer.get_vocab_size(), _hash(content)

@@ -1,0 +1,105 @@
+"""The index of a split: where every block of rows stands, how many rows it has, and its checksum.
+
+The order of rows, the reading and every count come from the index; a shard's tar headers are not needed. A shard that
+was cut, replaced or deleted therefore shows as blocks that cannot be read, never as rows that are silently missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from bigdssm.dataset.remote import RemoteFile
+from bigdssm.errors import DataError
+from bigdssm.features.ragged import offsets_of
+
+COLUMNS = {"offset": np.int64, "size": np.int64, "rows": np.int32, "checksum": np.uint64}
+
+
+@dataclass(frozen=True)
+class SplitIndex:
+    """The blocks of a split over all its partitions, in order; arrays are [blocks]."""
+
+    shards: tuple[Path | RemoteFile, ...]
+    shard: np.ndarray  # int32: number in `shards`
+    partition: np.ndarray  # int32: number of the partition
+    block: np.ndarray  # int32: number of the block within its partition's split
+    offset: np.ndarray  # int64: of the block's bytes in the shard
+    size: np.ndarray  # int64
+    rows: np.ndarray  # int32
+    checksum: np.ndarray  # uint64: xxh3_64 of the bytes
+
+    @cached_property
+    def first_row(self) -> np.ndarray:
+        """Return the row ids at which blocks begin, int64 [blocks + 1]; the last entry is the number of rows."""
+        return offsets_of(self.rows)
+
+    @property
+    def num_rows(self) -> int:
+        """Return the rows of the split."""
+        return int(self.first_row[-1])
+
+    @property
+    def num_blocks(self) -> int:
+        """Return the blocks of the split."""
+        return len(self.rows)
+
+    def name(self, block: int) -> str:
+        """Return a block's shard and number as people need it in a message."""
+        return f"{self.shards[self.shard[block]]}, block {self.block[block]}"
+
+    @classmethod
+    def concat(cls, parts: Sequence[SplitIndex]) -> SplitIndex:
+        """Return the blocks of several partitions below each other."""
+        if len(parts) == 1:
+            return parts[0]
+        names = ("partition", "block", "offset", "size", "rows", "checksum")
+        arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        bases = np.cumsum([0] + [len(part.shards) for part in parts[:-1]])
+        shard = np.concatenate([part.shard + np.int32(base) for part, base in zip(parts, bases, strict=True)])
+        return cls(shards=tuple(s for part in parts for s in part.shards), shard=shard, **arrays)
+
+
+def read_index(folder: Path, split: str, expected: dict[str, object], partition: int) -> SplitIndex:
+    """Return the index of one split of the partition in `folder`, checked against what its partition.json expects.
+
+    Raises DataError: missing or unreadable, of other shards (its checksum differs), or with entries that cannot be.
+    """
+    path = folder / f"{split}.index.arrow"
+    try:
+        content = path.read_bytes() if path.stat().st_size < 1 << 20 else pa.memory_map(str(path)).read_buffer()
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; copy the dataset whole or make it again") from None
+    if xxhash.xxh3_64_hexdigest(content) != expected["index_checksum"]:
+        raise DataError(f"{path} is damaged or of other shards: its checksum is not the one in partition.json")
+    try:
+        table = pa.ipc.open_file(content).read_all().unify_dictionaries().combine_chunks()
+        shard = table.column("shard").chunk(0) if table.num_rows else pa.array([], pa.string()).dictionary_encode()
+        names = shard.dictionary.to_pylist()
+        code = shard.indices.to_numpy().astype(np.int32)
+        arrays = {name: table.column(name).to_numpy().astype(dtype, copy=False) for name, dtype in COLUMNS.items()}
+    except (pa.ArrowInvalid, KeyError, OSError) as error:
+        raise DataError(f"{path} is no index of this project: {error}") from None
+    for name in names:
+        if "/" in name or "\\" in name or name.startswith(".") or not name.endswith(".tar"):
+            raise DataError(f"{path}: shard name {name!r} is not a plain file name ending in .tar; refused")
+    size, rows, offset = arrays["size"], arrays["rows"], arrays["offset"]
+    if len(rows) and (size.min() < 1 or rows.min() < 1 or offset.min() < 0):
+        raise DataError(f"{path} has blocks without bytes or rows; make the dataset again")
+    if (int(rows.sum()), len(rows)) != (expected["rows"], expected["blocks"]):
+        got = f"{int(rows.sum())} rows in {len(rows)} blocks"
+        raise DataError(f"{path} has {got}, partition.json says {expected['rows']} in {expected['blocks']}")
+    count = len(rows)
+    return SplitIndex(
+        shards=tuple(folder / name for name in names),
+        shard=code,
+        partition=np.full(count, partition, np.int32),
+        block=np.arange(count, dtype=np.int32),
+        **arrays,
+    )

@@ -1,0 +1,93 @@
+"""Checks every byte of a dataset against its checksums, and says what is damaged."""
+
+from __future__ import annotations
+
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from bigdssm.config import DEFAULT_CACHE_BYTES
+from bigdssm.dataset.blocks import read_block, read_range
+from bigdssm.dataset.cache import Cache
+from bigdssm.dataset.dataset import Dataset, Partition, with_shards_of
+from bigdssm.dataset.index import SplitIndex, read_index
+from bigdssm.dataset.remote import is_url
+from bigdssm.errors import DataError
+from bigdssm.making.block_writer import TAR_HEADER_BYTES
+from bigdssm.making.column_file import file_checksum
+from bigdssm.making.dataset_writer import TOKENIZER, read_dataset_json
+from bigdssm.making.making import Progress, no_progress
+
+EXTRA_FILES = {"counts_checksum": "counts.npy", "sequences_checksum": "sequences.arrow"}
+
+
+def verify_dataset(folder: str | Path, progress: Progress = no_progress) -> list[str]:
+    """Return a sentence for everything damaged in the dataset, naming file and block; empty where all is well.
+
+    At a URL everything is fetched anew, into a temporary cache. Raises DataError where the dataset cannot be opened at
+    all; there, also where a file beside the shards is damaged.
+    """
+    if is_url(folder):
+        with tempfile.TemporaryDirectory(prefix="verify-") as cache:
+            return _damages(Dataset.open(folder, cache=Cache(Path(cache), DEFAULT_CACHE_BYTES)), progress)
+    if damages := list(_catalogue_damages(Path(folder))):  # what points into the catalogue cannot be judged
+        return damages
+    return _damages(Dataset.open(folder), progress)
+
+
+def _damages(dataset: Dataset, progress: Progress) -> list[str]:
+    damages = list(_tokenizer_damages(dataset.dir))
+    for number, partition in enumerate(dataset.partitions):
+        damages += _file_damages(partition)
+        for split, expected in partition.content["splits"].items():
+            try:
+                index = with_shards_of(partition, read_index(partition.folder, split, expected, number))
+            except DataError as error:
+                damages.append(str(error))
+                continue
+            what = f"verifying {partition.name}/{split}"
+            for block in range(index.num_blocks):
+                damages += _block_damages(dataset, index, block)
+                progress(what, block + 1, index.num_blocks)
+    return damages
+
+
+def _catalogue_damages(folder: Path) -> Iterator[str]:
+    for part in read_dataset_json(folder)["catalogue"]:
+        yield from _compare(folder / part["file"], part["checksum"])
+
+
+def _tokenizer_damages(folder: Path) -> Iterator[str]:
+    for name, checksum in read_dataset_json(folder).get(TOKENIZER, {}).items():
+        yield from _compare(folder / TOKENIZER / name, checksum)
+
+
+def _file_damages(partition: Partition) -> Iterator[str]:
+    for key, name in EXTRA_FILES.items():
+        if key in partition.content:
+            yield from _compare(partition.folder / name, partition.content[key])
+
+
+def _compare(path: Path, checksum: str) -> Iterator[str]:
+    if not path.is_file():
+        yield f"{path} is missing"
+    elif file_checksum(path) != checksum:
+        yield f"{path} is damaged: its checksum is not the recorded one"
+
+
+def _block_damages(dataset: Dataset, index: SplitIndex, block: int) -> Iterator[str]:
+    name = index.name(block)
+    for bad in read_block(index, block, dataset.layout)[1]:
+        yield f"{name}: {bad.reason}" if bad.row is None else f"{name}, row {bad.row}: {bad.reason}"
+    shard = index.shards[index.shard[block]]
+    if not isinstance(shard, Path) or not shard.is_file():
+        return
+    header = read_range(shard, int(index.offset[block]) - TAR_HEADER_BYTES, TAR_HEADER_BYTES)
+    try:  # this project reads past the headers, other readers of tars do not
+        member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+    except (tarfile.HeaderError, UnicodeDecodeError) as error:
+        yield f"{name}: its tar header is damaged ({error}); plain tar readers stop there"
+        return
+    if member.size != int(index.size[block]):
+        yield f"{name}: its tar header gives {member.size} bytes, the index {int(index.size[block])}"

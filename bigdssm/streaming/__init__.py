@@ -1,0 +1,1 @@
+"""The order of rows, a pure function of seed and step, and the rows themselves, read by loader processes."""

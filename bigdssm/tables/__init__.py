@@ -1,0 +1,1 @@
+"""Source tables as streams of Arrow batches (delimited, JSON lines, Parquet, WebDataset, BEIR); keys and splits."""
