@@ -1,4 +1,4 @@
-"""What every command line of tools/ and launch/ shares: one-sentence errors, exit codes, a progress bar."""
+"""What every command line shares: one-sentence errors, exit codes, a progress bar."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial, wraps
 from pathlib import Path
 from types import TracebackType
 
@@ -39,6 +40,16 @@ def run_main(main: Callable[[], int | None]) -> int:
         where = f": {error.filename}" if error.filename else ""
         sys.stderr.write(f"error: {error.strerror or error}{where}\n")
         return BigDSSMError.exit_code
+
+
+def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:
+    """Make `main(argv)` return its exit code, as `run_main` does; a decorator."""
+
+    @wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        return run_main(partial(main, argv))
+
+    return run
 
 
 def refuse_options(parser: argparse.ArgumentParser, args: argparse.Namespace, options: Sequence[str], why: str) -> None:

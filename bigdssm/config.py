@@ -199,7 +199,7 @@ class MiningConfig:
     last: int = bounded(200, 1, MAX_COUNT)
     # Leave out what scores above the row's own document less this much, in score units.
     margin: float | None = bounded(None, -1_000_000, 1_000_000)
-    file: str | None = None  # of tools/mine_negatives.py, by any model: in place of all of the above
+    file: str | None = None  # of bigdssm mine_negatives, by any model: in place of all of the above
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def open_index(folder: Path) -> Index:
     """Return the Index in `folder`. Raises CheckpointError where it is missing, damaged or no index."""
     meta = read_meta(folder)
     if meta.kind not in get_args(IndexType):
-        raise CheckpointError(f"{folder} holds {meta.kind}, not an index; run tools/build_index.py on it")
+        raise CheckpointError(f"{folder} holds {meta.kind}, not an index; run bigdssm build_index on it")
     for name in (INDEX_FILE, DOCUMENTS_FILE):
         check_file(folder / name, meta.files.get(name), META_FILE)
     try:
