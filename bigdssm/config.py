@@ -271,6 +271,15 @@ class Config:
         return cast(dict[str, Any], json.loads(json.dumps(content)))
 
 
+def config_of(config: Config | str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Return a Config as it is, or that of a YAML file with `overrides`. Raises ConfigError."""
+    if not isinstance(config, Config):
+        return load_config(config, overrides)
+    if overrides:
+        raise ConfigError("key=value changes a config file; of a Config make another with dataclasses.replace")
+    return config
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Return the checked Config of the YAML file `path` with `key=value` overrides (dotted keys, YAML values).
 

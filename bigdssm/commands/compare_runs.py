@@ -1,4 +1,4 @@
-"""Show what differs between two runs: config, versions, data, and results with paired 95 % intervals.
+"""Show what differs between two runs: config, versions, data, and results with 95 % intervals.
 
     bigdssm compare_runs A B [--stage sft] [--split test]
 

@@ -1,4 +1,4 @@
-"""Says what a stage will take before it runs: memory of a rank, negatives, communication, checkpoints, days.
+"""Say what a stage will take before it runs: memory, negatives, communication, checkpoints, days.
 
     bigdssm estimate --config configs/debian_packages.yaml
     bigdssm estimate --config F --gpus 64 --rows 65536 --rows-per-s 40000 [key=value …]

@@ -1,4 +1,4 @@
-"""Gets MovieLens-100K as tables for bigdssm make_shards; nothing of it enters the repository.
+"""Get MovieLens-100K as tables for bigdssm make_shards; nothing of it enters the repository.
 
 bigdssm fetch_movielens --out datasets/source/ml-100k                    # from the wheel of recbole 1.2.1
 bigdssm fetch_movielens --out datasets/source/ml-100k --movielens PATH   # from a copy you have

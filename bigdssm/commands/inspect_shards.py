@@ -1,7 +1,9 @@
-"""Says what is in a dataset, or, with --verify, checks all of it: the exit code is then 3 where anything is damaged.
+"""Say what is in a dataset, or, with --verify, check all of it.
 
-bigdssm inspect_shards datasets/movielens_100k
-bigdssm inspect_shards datasets/movielens_100k --verify
+    bigdssm inspect_shards datasets/movielens_100k
+    bigdssm inspect_shards datasets/movielens_100k --verify
+
+The exit code of --verify is 3 where anything is damaged.
 """
 
 import argparse

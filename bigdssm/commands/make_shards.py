@@ -1,4 +1,4 @@
-"""Makes a dataset that training reads: shards, catalogue, tokenizer and schema, from tables as they are.
+"""Make a dataset of tables as they are: shards, catalogue, tokenizer and schema.
 
     bigdssm make_shards interactions --config F [key=value …] --interactions F --items F [--users F]
     bigdssm make_shards pairs --config F [key=value …] --pairs F [F …] [--group-column C]
@@ -14,13 +14,13 @@ import argparse
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bigdssm.cli import ProgressBar, refuse_options, run_main
-from bigdssm.config import DataConfig, load_config
+from bigdssm.config import load_config
 from bigdssm.making.docstrings import write_functions
-from bigdssm.making.interactions import InteractionTables, make_interactions
-from bigdssm.making.making import Report, Target
-from bigdssm.making.pairs import PairTables, make_pairs
+from bigdssm.making.from_tables import make_dataset
+from bigdssm.making.making import Report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if files:
         args.pairs = [path for path in files if not _is_override(str(path))]
-    return run_main(lambda: args.run(args))
+    return run_main(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.append is not None:
+        refuse_options(args.common, args, ["--overwrite", "--partition"], "with --append, which names what it adds")
+    args.run(args)
 
 
 def _is_override(word: str) -> bool:
@@ -122,7 +128,8 @@ def _add_fractions(sub: argparse.ArgumentParser, when: str) -> None:
 
 
 def _interactions(args: argparse.Namespace) -> None:
-    tables = InteractionTables(
+    _make(
+        args,
         interactions=args.interactions,
         items=args.items,
         users=args.users,
@@ -132,63 +139,45 @@ def _interactions(args: argparse.Namespace) -> None:
         rating_column=args.rating_column,
         min_rating=args.min_rating,
         split=args.split,
-        validation_fraction=args.validation_fraction,
-        test_fraction=args.test_fraction,
     )
-    config, target = _data_and_target(args)
-    with ProgressBar() as progress:
-        report = make_interactions(config, tables, target, progress)
-    _print(report)
 
 
 def _pairs(args: argparse.Namespace) -> None:
     deciding = {"random": args.group_column, "time": args.time_column, "column": args.split_column}
-    tables = PairTables(
-        files=tuple(args.pairs),
+    _make(
+        args,
+        pairs=args.pairs,
         doc_id_column=args.doc_id_column,
         query_id_column=args.query_id_column,
         relevance_column=args.relevance_column,
         split=args.split,
         split_column=deciding.get(args.split),
-        validation_fraction=args.validation_fraction,
-        test_fraction=args.test_fraction,
         whole_documents=args.whole_documents,
         each_of=args.each_of,
         beir=args.beir,
         raw_text=args.raw_text,
         dedup=args.dedup,
     )
-    config, target = _data_and_target(args)
-    with ProgressBar() as progress:
-        report = make_pairs(config, tables, target, progress)
-    _print(report)
 
 
 def _docstrings(args: argparse.Namespace) -> None:
-    config, target = _data_and_target(args)
-    table = args.table or target.out.with_name(f"{target.out.name}.jsonl.gz")
-    tables = PairTables(
-        files=(table,),
-        doc_id_column="name",
-        split_column="package",
-        validation_fraction=args.validation_fraction,
-        test_fraction=args.test_fraction,
-        beir=args.beir,
-    )
+    out = args.out or Path(load_config(args.config, args.overrides).data.dir)
+    table = args.table or out.with_name(f"{out.name}.jsonl.gz")
     with ProgressBar() as progress:
         count = write_functions(args.site_packages, table, args.packages, args.max_per_package, args.seed, progress)
-        print(f"{table}: {count:,} functions")
-        report = make_pairs(config, tables, target, progress)
-    _print(report)
+    print(f"{table}: {count:,} functions")
+    _make(args, pairs=table, doc_id_column="name", split_column="package", beir=args.beir)
 
 
-def _data_and_target(args: argparse.Namespace) -> tuple[DataConfig, Target]:
-    data = load_config(args.config, args.overrides).data
+def _make(args: argparse.Namespace, **tables: Any) -> None:
     append = args.append is not None
-    if append:
-        refuse_options(args.common, args, ["--overwrite", "--partition"], "with --append, which names what it adds")
-    out, partition = args.out or Path(data.dir), args.append if append else args.partition
-    return data, Target(out, partition, overwrite=args.overwrite, append=append, seed=args.seed, like=args.like)
+    with ProgressBar() as progress:
+        report = make_dataset(
+            args.config, args.overrides, out=args.out, partition=args.append if append else args.partition,
+            append=append, overwrite=args.overwrite, seed=args.seed, like=args.like, progress=progress,
+            validation_fraction=args.validation_fraction, test_fraction=args.test_fraction, **tables,
+        )  # fmt: skip
+    _print(report)
 
 
 def _print(report: Report) -> None:

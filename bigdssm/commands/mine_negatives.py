@@ -1,4 +1,4 @@
-"""Mine negatives: for each train row the documents at ranks [first, last) of its own query's ranking.
+"""Mine negatives: for each train row the documents at ranks [first, last) for its query.
 
     bigdssm mine_negatives --model MODEL --data DATASET --out NEGATIVES.npy [--first 10] [--last 200]
     torchrun --nproc-per-node 2 -m bigdssm.commands.mine_negatives …       # the rows are shared out over the ranks

@@ -1,4 +1,4 @@
-"""Report a run on a split: popularity, a window-3 Markov chain, the pretrained model, and what fine-tuning adds.
+"""Report a run on a split: popularity, a Markov chain, the pretrained model, what fine-tuning adds.
 
     bigdssm report RUN [RUN …] --out REPORT.json [--split test]
     bigdssm report RUN [RUN …] --out JSON --beir DIR [--bm25] [--pretrained FOLDER] [--compare TREC …] [--bf16]

@@ -1,4 +1,4 @@
-"""Print some mined negatives beside their query and its own document, to judge how many are no negatives.
+"""Print some mined negatives beside their query and its document, to judge how many are none.
 
     bigdssm sample_negatives --mined RUN/sft/mined_negatives.npy --data DATASET [--count 50]
 

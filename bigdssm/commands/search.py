@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     collator = Collator(folder.schema, dataset.catalogue, dataset.pad_token_id)
     vector = query_vectors(folder.model, collator.query_features(found.columns)).numpy()
     top = min(args.top, index.meta.num_docs)
-    scores, rows = index.search(vector, top, folder.checksum, [found.seen])
+    scores, rows = index.nearest(vector, top, folder.checksum, [found.seen])
     _show(dataset, found, scores[0], rows[0])
 
 

@@ -1,4 +1,4 @@
-"""Trains a config with several seeds, both stages of each, and reports their means: one command.
+"""Train a config with several seeds, both stages of each, and report their means.
 
     bigdssm seeds --config configs/movielens_100k.yaml --seeds 0 1 2 [--ranks 2] [key=value …] [-- REPORT …]
 

@@ -70,6 +70,8 @@ def violations(path: str, source: str) -> list[str]:
     """Return one sentence per broken rule in the `source` of the file `path` (relative to the repository)."""
     found = []
     tree = ast.parse(source, path)
+    if path == "bigdssm/__init__.py":  # what only type checkers follow
+        tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")]
     own = path.removesuffix(".py").split("/")[1:2] if path.startswith("bigdssm/") else []
     layer = None if own in ([], ["__init__"]) else own[0]
     if layer is not None and layer not in LAYERS:
@@ -152,6 +154,7 @@ def test_a_broken_rule_is_found(path: str, source: str, expected: str) -> None:
         ("bigdssm/streaming/stream.py", "import webdataset\nimport bigdssm.dataset.rows\nfrom bigdssm import schema"),
         ("bigdssm/training/engine.py", "import deepspeed\nfrom bigdssm.losses import fps"),
         ("bigdssm/distributed.py", "import torch.distributed as dist\nfrom bigdssm.errors import PeerError"),
+        ("bigdssm/__init__.py", "if TYPE_CHECKING:\n    from bigdssm.losses import fps_loss"),
         ("tools/search.py", "from bigdssm.retrieval import index\nprint(1)"),
         ("bigdssm/commands/search.py", "from bigdssm.reports import estimate\nprint(1)"),
         ("tools/bench/bench_stream.py", "import webdataset"),

@@ -124,7 +124,7 @@ def measure(
     found, seconds = [], []
     for vector, seen in zip(queries.vectors[:, None], queries.seen, strict=True):
         started = time.perf_counter()
-        found.append(index.search(vector, TOP, meta.model_checksum, [seen])[1][0])
+        found.append(index.nearest(vector, TOP, meta.model_checksum, [seen])[1][0])
         seconds.append(time.perf_counter() - started)
     rows = np.stack(found)
     wanted = rows if exact is None else exact
