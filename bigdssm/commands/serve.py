@@ -18,6 +18,7 @@ import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -72,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _listen(host: str, port: int) -> socket.socket:
     """Return a listening socket. Raises ConfigError: taken, not allowed, or no address of this machine."""
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        family: dict[str, Any] = {"family": socket.AF_INET6} if ":" in host else {}
+        return socket.create_server((host, port), **family)
     except OSError as error:
         why = error.strerror or error
         if error.errno is not None and error.errno > 0:  # below 0 are those of unknown names

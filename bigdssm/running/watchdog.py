@@ -25,7 +25,6 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -78,7 +77,7 @@ class Watchdog:
         `at_end` is told code and reason where the watchdog ends the process, of which nothing else then knows. `ask`
         asks this rank to stop, by default with SIGTERM.
         """
-        self._ask = ask or partial(os.kill, os.getpid(), signal.SIGTERM)
+        self._ask = ask or _send_sigterm
         self._timeout_s, self._launcher, self._stop_file, self._at_end = timeout_s, launcher, stop_file, at_end
         self._interval_s = min(LONGEST_BEAT_S, timeout_s / BEATS_PER_TIMEOUT)
         self._rank, self._world_size = distributed.rank(), distributed.world_size()
@@ -331,6 +330,10 @@ class Watchdog:
         """Keep the store, which goes with this rank, until all have read the verdict."""
         if self._keeps_store:
             time.sleep(min(LONGEST_BEAT_S, 2 * self._interval_s))
+
+
+def _send_sigterm() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _verdict(text: str, wait_for_main: bool = False, code: int = PeerError.exit_code) -> dict[str, Any]:

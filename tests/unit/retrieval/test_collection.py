@@ -287,6 +287,7 @@ def test_the_tools_on_a_collection(
         return model_vectors(*arguments)
 
     monkeypatch.setattr("bigdssm.evaluation.collection.model_vectors", slow)
+    monkeypatch.setattr("bigdssm.commands.evaluate.model_vectors", slow)
     compared = ("--widths", 4, "--compare", best, "--out", tmp_path / "compared.json")
     tools.ran("evaluate", *beir, *split, "--model", best, *compared)
     seconds = [system["seconds"] for system in json.loads((tmp_path / "compared.json").read_text())["systems"]]
