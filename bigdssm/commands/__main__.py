@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from bigdssm import __version__, commands
+from bigdssm.cli import run_main
 from bigdssm.errors import ConfigError
 
 USAGE = """usage: bigdssm TOOL …
@@ -25,10 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tool, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     names = [module.name for module in pkgutil.iter_modules(commands.__path__) if not module.name.startswith("_")]
     if tool in ("-h", "--help"):
-        print(USAGE)
-        for name in names:
-            print(f"  {name:<20}{_about(name)}")
-        return 0
+        return run_main(lambda: print(USAGE, *(f"  {name:<20}{_about(name)}" for name in names), sep="\n"))
     if tool == "--version":
         print(__version__)
         return 0

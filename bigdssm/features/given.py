@@ -62,11 +62,9 @@ def is_table(rows: Any) -> bool:
 
 
 def as_table(rows: Any) -> pa.Table:
-    """Return an Arrow table or a pandas data frame as the former, without dictionaries. Raises DataError."""
+    """Return an Arrow table or a pandas data frame as the former. Raises DataError."""
     try:
-        table = rows if isinstance(rows, pa.Table) else pa.Table.from_pandas(rows, preserve_index=False)
-        plain = [(f.type.value_type if pa.types.is_dictionary(f.type) else f.type) for f in table.schema]
-        return table.cast(pa.schema(list(zip(table.column_names, plain, strict=True))))
+        return rows if isinstance(rows, pa.Table) else pa.Table.from_pandas(rows, preserve_index=False)
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise DataError(f"the table cannot be read: {' '.join(str(error).split())}") from None
 
