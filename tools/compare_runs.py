@@ -19,7 +19,7 @@ from rich.table import Table
 
 from bigdssm.cli import ProgressBar, run_main
 from bigdssm.evaluation.systems import differences, table
-from bigdssm.reports.compare import Difference, compare
+from bigdssm.reports.compare import Differing, compare
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def show(console: Console, title: str, rows: Sequence[Difference]) -> None:
+def show(console: Console, title: str, rows: Sequence[Differing]) -> None:
     if not rows:
         print(f"{title}: the same\n")
         return

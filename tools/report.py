@@ -25,12 +25,13 @@ from time import perf_counter
 from rich.console import Console
 
 from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder
+from bigdssm.atomic import write_json
 from bigdssm.cli import ProgressBar, refuse_options, run_main
 from bigdssm.config import Config, RunConfig, first_difference
 from bigdssm.dataset.cache import Cache
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError
-from bigdssm.evaluation.collection import Run, bm25_run, model_run, pretrained_run
+from bigdssm.evaluation.collection import bm25_run, model_run, pretrained_run
 from bigdssm.evaluation.split import evaluate_split
 from bigdssm.evaluation.systems import (
     SHOWN,
@@ -41,9 +42,8 @@ from bigdssm.evaluation.systems import (
     differences,
     names_apart,
     table,
-    write_json,
 )
-from bigdssm.evaluation.trec import read_run, run_metrics, write_run
+from bigdssm.evaluation.trec import Run, read_run, run_metrics, write_run
 from bigdssm.retrieval.embed import encode_in_bf16, tower_encoders
 from bigdssm.running.records import training_seconds
 from bigdssm.tables.beir import Collection, read_collection

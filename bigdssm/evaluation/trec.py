@@ -8,12 +8,12 @@ run lacks counts as 0 (trec_eval -c).
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from bigdssm.atomic import write_text
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.tables.beir import add_judgement, check_judgements, whole_number
 
@@ -138,6 +138,4 @@ def _score(text: str, path: Path, number: int) -> float:
 
 def _write(path: Path, lines: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.unfinished")
-    aside.write_text("".join(lines), encoding="utf-8")
-    os.replace(aside, path)
+    write_text(path, "".join(lines))

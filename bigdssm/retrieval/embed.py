@@ -23,16 +23,10 @@ from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.tensors import Features, PadIds, pad_ids
 from bigdssm.models import Encoded
 from bigdssm.models.score import document_head, query_head
+from bigdssm.progress import Progress, no_progress
 
 # Encoded at once: what a CPU's caches hold (twice as fast there as all rows together), or what keeps a GPU busy.
 CHUNK_TOKENS_CPU, CHUNK_TOKENS_GPU = 4096, 65536
-
-Progress = Callable[[str, int, int], None]
-"""Called as progress(what is being done, rows done, rows in all)."""
-
-
-def no_progress(what: str, done: int, total: int) -> None:
-    """Show nothing."""
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from typing import Any, TextIO
 import numpy as np
 import pyarrow as pa
 
+from bigdssm.atomic import new_folder, real_place
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, Text, texts_of
-from bigdssm.places import real_place
 from bigdssm.tables.hashing import KeyIndex
 from bigdssm.tables.sources import parse_object
 
@@ -196,12 +196,8 @@ class BeirWriter:
         """Put the finished folder in its place; the spool stays."""
         for file in self._files.values():
             file.close()
-        aside = self._folder.with_name(f".{self._folder.name}.unfinished")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(self._spool, aside)
-        shutil.rmtree(self._folder, ignore_errors=True)
-        os.replace(aside, self._folder)
+        with new_folder(self._folder) as aside:
+            shutil.copytree(self._spool, aside, dirs_exist_ok=True)
 
     def _file(self, name: str) -> TextIO:
         if name not in self._files:
