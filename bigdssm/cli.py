@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import TracebackType
 
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from bigdssm.errors import BigDSSMError, ConfigError
 from bigdssm.log import setup_logging
 
+PLUGINS = "bigdssm.plugins"
 INTERRUPTED_EXIT_CODE = 130  # what shells give for Ctrl-C
 
 
@@ -22,6 +24,7 @@ def run_main(main: Callable[[], int | None]) -> int:
     """Run `main` and return its exit code; an error a user can act on becomes `error: <sentence>` on stderr."""
     try:
         setup_logging()
+        load_plugins()
         return main() or 0
     except BigDSSMError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -39,6 +42,21 @@ def run_main(main: Callable[[], int | None]) -> int:
         where = f": {error.filename}" if error.filename else ""
         sys.stderr.write(f"error: {error.strerror or error}{where}\n")
         return BigDSSMError.exit_code
+
+
+def load_plugins() -> None:
+    """Import what installed packages name as entry points of PLUGINS: types of features, losses, optimizers …
+
+    Raises ConfigError naming one that cannot be imported.
+    """
+    for plugin in entry_points(group=PLUGINS):
+        try:
+            plugin.load()
+        except Exception as error:  # whatever a stranger's module raises
+            raise ConfigError(
+                f"the plugin {plugin.name} ({plugin.value}) cannot be imported: {' '.join(repr(error).split())}; mend "
+                "or uninstall its package"
+            ) from None
 
 
 def refuse_options(parser: argparse.ArgumentParser, args: argparse.Namespace, options: Sequence[str], why: str) -> None:

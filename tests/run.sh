@@ -46,7 +46,10 @@ section lint ruff check bigdssm launch tools tests
 section format ruff format --check bigdssm launch tools tests
 section types mypy
 for folder in unit distributed e2e; do
-    section "$folder" pytest -q -rs --timeout "$timeout_s" --durations 5 -m "$selection" "tests/$folder"
+    workers=()
+    [ "$folder" != unit ] || workers=(-n auto --dist loadfile) # the others run ranks, servers and scripts of their own
+    section "$folder" pytest -q -rfEs --timeout "$timeout_s" --durations 5 ${workers[@]+"${workers[@]}"} -m "$selection" \
+        "tests/$folder"
 done
 
 say "summary"

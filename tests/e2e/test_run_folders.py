@@ -181,7 +181,7 @@ def test_what_may_change_at_a_resume(config: Path, run: Path, tmp_path: Path) ->
     [
         ("run.seed=1", r"run\.seed was 0, is 1; resume needs the same \(docs/faults\.md"),
         ("pretrain.optimizer.lr=0.5", r"pretrain\.optimizer\.lr was 0\.01, is 0\.5"),
-        ("model.dim=8", r"model\.dim was 16, is 8"),
+        ("model.query.numeric_dim=5", r"model\.query\.numeric_dim was 4, is 5"),
         ("pretrain.steps=7", r"got 7 steps, needs at least the 8 of before: a resumed stage may become longer"),
     ],
 )
@@ -262,13 +262,15 @@ def test_more_rows_a_step_than_there_are(config: Path, tmp_path: Path, rows: int
     refused(done, 2, rf"pretrain\.rows_global: got {rows}, needs .*{words}")
 
 
-def test_weights_of_a_mixture_whose_sum_is_no_number(config: Path, tmp_path: Path) -> None:
+def test_the_largest_weights_of_a_mixture_and_one_beyond(config: Path, tmp_path: Path) -> None:
     data = shutil.copytree(yaml.safe_load(config.read_text())["data"]["dir"], tmp_path / "data")
     described = json.loads((data / "dataset.json").read_text())
     (data / "dataset.json").write_text(json.dumps({**described, "partitions": ["base", "day2"]}))
     shutil.copytree(data / "partitions" / "base", data / "partitions" / "day2")
-    huge = "data.mixture=[{partitions: [base], weight: 1e308}, {partitions: [day2], weight: 1e308}]"
+    huge = "data.mixture=[{partitions: [base], weight: 1e9}, {partitions: [day2], weight: 1e9}]"
     arguments = (*STEPS, "data.lanes=6", "pretrain.loss.sampling=none")
+    done = pretrain(config, tmp_path / "run", *arguments, f"data.dir={data}", huge.replace("1e9", "1e308", 1)).wait()
+    refused(done, 2, r"data\.mixture\[0\]\.weight: got 1e\+308, needs above 0 and at most")
     done = pretrain(config, tmp_path / "run", *arguments, f"data.dir={data}", huge).wait()
     assert done.code == 0 and "loss 0.0000" not in done.log, done.log
     named = huge.replace("{partitions: [base]", f"{{dir: {data}, partitions: [base]")

@@ -199,7 +199,7 @@ def test_what_is_valid_trains_and_all_else_is_refused(datasets: dict[str, Path],
             overrides = [*before, *overrides]
         try:
             config = load_config(config_file, overrides)
-            dataset = check_stage(config, "pretrain", 1, False)
+            dataset = check_stage(config, "pretrain", 1)
             small = is_small(config, config.stage(stage), dataset)  # type: ignore[arg-type]
         except BigDSSMError:
             small = True  # the command says the same

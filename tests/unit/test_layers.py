@@ -181,7 +181,9 @@ def imports_of_modules() -> dict[str, set[str]]:
     }
     imports: dict[str, set[str]] = {}
     for module, file in files.items():
-        tops = [n for n in ast.parse(file.read_text("utf-8")).body if isinstance(n, ast.Import | ast.ImportFrom)]
+        body = ast.parse(file.read_text("utf-8")).body
+        body += [node for top in body if isinstance(top, ast.If) for node in top.body]  # under TYPE_CHECKING
+        tops = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
         names = [name for node in tops for _, name in imported(node)]
         found = {name if name in files else name.rpartition(".")[0] for name in names if name.startswith("bigdssm.")}
         imports[module] = found & set(files)

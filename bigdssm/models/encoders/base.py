@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 from torch import Tensor, nn
 
@@ -16,9 +16,6 @@ from bigdssm.config import TowerConfig
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature
 from bigdssm.models.tables import EmbeddingTables
-
-if TYPE_CHECKING:
-    from bigdssm.models.encoders.text import TextEncoder
 
 
 class Encoder(nn.Module, ABC):
@@ -47,7 +44,7 @@ class Parts:
     config: TowerConfig  # of the side
     tables: EmbeddingTables
     item_dim: int  # width of the tables of documents
-    text: TextEncoder | None
+    text: Encoder | None  # of the model, for the side's texts
 
 
 E = TypeVar("E", bound=type[Encoder])

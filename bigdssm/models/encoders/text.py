@@ -36,7 +36,7 @@ class TextEncoder(Encoder):
     @classmethod
     def build(cls, feature: Text, parts: Parts) -> TextEncoder:
         """Return the model's own encoder of the side's texts."""
-        assert parts.text is not None, "a schema with text has a text encoder"
+        assert isinstance(parts.text, TextEncoder), "a schema with text has a text encoder"
         return parts.text
 
     @property

@@ -1,0 +1,53 @@
+"""What an installed package registers is known to every command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> dict[str, str]:
+    """Return an environment in which a package is installed whose module registers the type of features `angle`."""
+    site = tmp_path / "site"
+    (site / "toy-1.0.dist-info").mkdir(parents=True)
+    (site / "toy-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
+    entry = "[bigdssm.plugins]\ntoy = tests.distributed.outside\n"
+    (site / "toy-1.0.dist-info" / "entry_points.txt").write_text(entry)
+    return {**os.environ, "PYTHONPATH": f"{site}:{ROOT}"}
+
+
+def make(folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    (folder / "pairs.csv").write_text("hour,doc\n" + "".join(f"{i % 24},d{i % 7}\n" for i in range(60)))
+    data = {
+        "dir": str(folder / "dataset"), "query": {"hour": {"type": "angle", "whole": 24}},
+        "doc": {"doc": {"type": "categorical"}},
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump({"run": {"dir": str(folder / "run")}, "data": data}))
+    command = ["make_shards.py", "pairs", "--config", folder / "config.yaml", "--pairs", folder / "pairs.csv"]
+    return subprocess.run(
+        [sys.executable, ROOT / "tools" / command[0], *command[1:]], env=environment, capture_output=True, text=True
+    )
+
+
+def test_a_type_of_an_installed_package(installed: dict[str, str], tmp_path: Path) -> None:
+    without = make(tmp_path, {**os.environ, "PYTHONPATH": str(ROOT)})
+    assert without.returncode == 2 and "data.query.hour.type: got angle, needs one of categorical" in without.stderr
+    done = make(tmp_path, installed)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "dataset" / "dataset.json").is_file()
+
+
+def test_a_package_that_cannot_be_imported(installed: dict[str, str], tmp_path: Path) -> None:
+    entries = tmp_path / "site" / "toy-1.0.dist-info" / "entry_points.txt"
+    entries.write_text("[bigdssm.plugins]\ntoy = tests.nobody\n")
+    done = make(tmp_path, installed)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "error: the plugin toy (tests.nobody) cannot be imported: ModuleNotFoundError" in done.stderr
