@@ -8,6 +8,8 @@ from textwrap import dedent
 
 import pytest
 
+from bigdssm.cli import PLUGINS
+
 from .test_layers import LAYERS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,8 +22,8 @@ def code_of(path: Path) -> list[str]:
 
 
 def test_the_code_of_extending_is_the_module_that_is_tried() -> None:
-    script, *blocks = code_of(ROOT / "docs/extending.md")
-    assert 'main("pretrain")' in script
+    entry, script, *blocks = code_of(ROOT / "docs/extending.md")
+    assert f'entry-points."{PLUGINS}"' in entry and 'main("pretrain")' in script
     tried = (ROOT / "tests/distributed/outside.py").read_text("utf-8")
     _, _, module = tried.partition("from __future__ import annotations\n")
     assert "".join("\n".join(blocks).split()) == "".join(module.split())
