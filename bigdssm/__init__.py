@@ -1,3 +1,42 @@
 """Two-tower retrieval (DSSM) training with the Full Product Softmax loss over the global batch."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bigdssm.config import load_config
+    from bigdssm.dataset.dataset import Dataset
+    from bigdssm.losses import fps_loss
+    from bigdssm.making.from_tables import make_dataset
+    from bigdssm.retrieval.index import open_index
+    from bigdssm.retrieval.model import load_model
+    from bigdssm.training.in_process import pretrain, sft
+
 __version__ = "0.1.0"
+__all__ = ["Dataset", "fps_loss", "load_config", "load_model", "make_dataset", "open_index", "pretrain", "sft"]
+
+_HOMES = {
+    "Dataset": "bigdssm.dataset.dataset",
+    "fps_loss": "bigdssm.losses",
+    "load_config": "bigdssm.config",
+    "load_model": "bigdssm.retrieval.model",
+    "make_dataset": "bigdssm.making.from_tables",
+    "open_index": "bigdssm.retrieval.index",
+    "pretrain": "bigdssm.training.in_process",
+    "sft": "bigdssm.training.in_process",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Return a public name, whose module is imported when it is first asked for: torch takes seconds."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'bigdssm' has no attribute {name!r}")
+    from importlib import import_module
+
+    globals()[name] = value = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""What every command line of tools/ and launch/ shares: one-sentence errors, exit codes, a progress bar."""
+"""What every command line shares: one-sentence errors, exit codes, a progress bar."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial, wraps
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import TracebackType
@@ -57,6 +58,16 @@ def load_plugins() -> None:
                 f"the plugin {plugin.name} ({plugin.value}) cannot be imported: {' '.join(repr(error).split())}; mend "
                 "or uninstall its package"
             ) from None
+
+
+def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:
+    """Make `main(argv)` return its exit code, as `run_main` does; a decorator."""
+
+    @wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        return run_main(partial(main, argv))
+
+    return run
 
 
 def refuse_options(parser: argparse.ArgumentParser, args: argparse.Namespace, options: Sequence[str], why: str) -> None:

@@ -199,7 +199,7 @@ class MiningConfig:
     last: int = bounded(200, 1, MAX_COUNT)
     # Leave out what scores above the row's own document less this much, in score units.
     margin: float | None = bounded(None, -1_000_000, 1_000_000)
-    file: str | None = None  # of tools/mine_negatives.py, by any model: in place of all of the above
+    file: str | None = None  # of bigdssm mine_negatives, by any model: in place of all of the above
 
 
 @dataclass(frozen=True)
@@ -269,6 +269,15 @@ class Config:
             features: dict[str, Feature] = getattr(self.data, side)
             content["data"][side] = {name: feature.declaration() for name, feature in features.items()}
         return cast(dict[str, Any], json.loads(json.dumps(content)))
+
+
+def config_of(config: Config | str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Return a Config as it is, or that of a YAML file with `overrides`. Raises ConfigError."""
+    if not isinstance(config, Config):
+        return load_config(config, overrides)
+    if overrides:
+        raise ConfigError("key=value changes a config file; of a Config make another with dataclasses.replace")
+    return config
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

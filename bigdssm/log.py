@@ -39,7 +39,7 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def setup_logging(level: int = logging.INFO) -> None:
-    """Send the package's records to stderr as `[rank] message`; called once, by launch/ and tools/."""
+    """Send the package's records to stderr as `[rank] message`; called once, by a command."""
     handler = _CurrentStderr()
     handler.addFilter(_MainRankOnly())
     handler.setFormatter(logging.Formatter("[%(rank)s] %(message)s"))

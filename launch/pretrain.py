@@ -1,8 +1,8 @@
-"""Pretraining: deepspeed launch/pretrain.py --config configs/movielens_100k.yaml [key=value …]."""
+"""`bigdssm pretrain` as a file."""
 
 import sys
 
-from bigdssm.training.command import main
+from bigdssm.commands.pretrain import main
 
 if __name__ == "__main__":
-    sys.exit(main("pretrain"))
+    sys.exit(main())

@@ -1,8 +1,8 @@
-"""Fine-tuning (SFT): deepspeed launch/sft.py --config configs/movielens_100k.yaml [key=value …]."""
+"""`bigdssm sft` as a file."""
 
 import sys
 
-from bigdssm.training.command import main
+from bigdssm.commands.sft import main
 
 if __name__ == "__main__":
-    sys.exit(main("sft"))
+    sys.exit(main())

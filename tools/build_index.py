@@ -1,34 +1,8 @@
-"""Build a FAISS inner-product index of a folder of document vectors.
+"""`bigdssm build_index` as a file."""
 
-    python tools/build_index.py --vectors VECTORS --out INDEX [--type flat|sq8|hnsw|ivf|ivfpq]
-
-flat is exact and sq8 nearly so in a quarter of its memory; hnsw, ivf and ivfpq are fast on large catalogues, and
-tools/bench_index.py shows what each costs. The index names the model whose vectors it holds and refuses another
-model's queries.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
-import time
-from pathlib import Path
-from typing import get_args
 
-from bigdssm.cli import run_main
-from bigdssm.retrieval.index import IndexType, build_index
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vectors", type=Path, required=True, help="folder written by tools/embed.py")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the index")
-    parser.add_argument("--type", choices=get_args(IndexType), default="flat", help="kind of index (%(default)s)")
-    args = parser.parse_args()
-    started = time.perf_counter()
-    meta = build_index(args.vectors, args.out, args.type)
-    print(f"{args.out}: {meta.kind} index of {meta.num_docs} documents in {time.perf_counter() - started:.1f} s")
-
+from bigdssm.commands.build_index import main
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(main())

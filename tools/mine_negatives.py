@@ -1,68 +1,8 @@
-"""Mine negatives: for each train row the documents at ranks [first, last) of its own query's ranking.
+"""`bigdssm mine_negatives` as a file."""
 
-    python tools/mine_negatives.py --model MODEL --data DATASET --out NEGATIVES.npy [--first 10] [--last 200]
-    torchrun --nproc-per-node 2 tools/mine_negatives.py …       # the rows are shared out over the ranks
-
-The file is described in bigdssm/retrieval/mined.py: catalogue rows by row id, -1 where there are none. Known train
-positives of the query never appear, nor with --margin what scores nearly as the row's own document. --vectors takes the
-documents from a folder that tools/embed.py made with the same model.
-"""
-
-from __future__ import annotations
-
-import argparse
-import math
-import os
 import sys
-from pathlib import Path
 
-import torch
-
-from bigdssm import distributed
-from bigdssm.artifacts.model_folder import load_model_folder
-from bigdssm.cli import ProgressBar, check_file_to_write, run_main
-from bigdssm.dataset.dataset import Dataset
-from bigdssm.errors import ConfigError
-from bigdssm.retrieval.embed import Share, tower_encoders
-from bigdssm.retrieval.mine import mine_to_file
-from bigdssm.retrieval.vectors import vectors_of
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="model folder")
-    parser.add_argument("--data", required=True, help="dataset folder or URL")
-    parser.add_argument("--out", type=Path, required=True, metavar="NPY", help="file for the negatives")
-    parser.add_argument("--first", type=int, default=10, help="first rank, counted from 0 (%(default)s)")
-    parser.add_argument("--last", type=int, default=200, help="rank to stop before (%(default)s)")
-    parser.add_argument("--margin", type=float, help="leave out what scores above the row's own document less this")
-    parser.add_argument("--vectors", type=Path, metavar="DIR", help="vectors folder of the model and the dataset")
-    args = parser.parse_args()
-    check_file_to_write("--out", args.out)
-    if args.margin is not None and not math.isfinite(args.margin):
-        raise ConfigError(f"--margin {args.margin}: needs a finite number")
-    if not 0 <= args.first < args.last:
-        raise ConfigError(f"--first {args.first} --last {args.last}: needs 0 <= first < last")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from bigdssm.training.engine import init_process_group  # only with several ranks: it takes seconds to import
-
-        init_process_group()
-    folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
-    folder.check_dataset(dataset)
-    last = min(args.last, max(dataset.catalogue.num_docs, args.first + 1))  # behind it there is nothing
-    documents = None
-    if args.vectors is not None:
-        documents = torch.from_numpy(vectors_of(args.vectors, folder.checksum, dataset))
-    with ProgressBar() as progress:
-        mined = mine_to_file(
-            args.out, tower_encoders(folder.model, dataset), dataset, first=args.first, last=last,
-            margin=args.margin, documents=documents,
-            share=Share(distributed.rank(), distributed.world_size(), progress=progress),
-        )  # fmt: skip
-    if distributed.is_main():
-        print(f"{args.out}: {len(mined)} rows, {mined.per_row():.1f} negatives a row")
-    distributed.shutdown()
-
+from bigdssm.commands.mine_negatives import main
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(main())

@@ -1,34 +1,8 @@
-"""Print some mined negatives beside their query and its own document, to judge how many are no negatives.
+"""`bigdssm sample_negatives` as a file."""
 
-    python tools/sample_negatives.py --mined RUN/sft/mined_negatives.npy --data DATASET [--count 50]
-
-The rows are evenly spaced over those mined for, one negative each, drawn as training draws them. Texts are shown as the
-towers read them.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
-from pathlib import Path
 
-from bigdssm.cli import run_main
-from bigdssm.dataset.dataset import Dataset
-from bigdssm.retrieval.mined import MinedNegatives
-from bigdssm.retrieval.mined_sample import mined_sample
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mined", type=Path, required=True, metavar="NPY", help="of fine-tuning or mine_negatives.py")
-    parser.add_argument("--data", required=True, help="dataset folder or URL")
-    parser.add_argument("--count", type=int, default=50, help="how many (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="the run's (%(default)s)")
-    args = parser.parse_args()
-    mined = MinedNegatives.open(args.mined)
-    for number, one in enumerate(mined_sample(Dataset.open(args.data), mined, args.count, args.seed), start=1):
-        print(f"{number}. row {one.row_id}: {one.query}\n   document: {one.document}\n   negative: {one.negative}")
-
+from bigdssm.commands.sample_negatives import main
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(main())

@@ -126,7 +126,7 @@ def load_model_folder(folder: Path, *, any_score: bool = False) -> ModelFolder:
     if mlp and not any_score:
         raise CheckpointError(
             f"the model in {folder} scores with an MLP, not by an inner product of vectors: it can only be evaluated, "
-            "with tools/evaluate.py --data; train with sft.loss.mlp=[] for one to index, export or go on from"
+            "with bigdssm evaluate --data; train with sft.loss.mlp=[] for one to index, export or go on from"
         )
     model.eval()
     tokenizer_dir = (

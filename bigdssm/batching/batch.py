@@ -6,7 +6,7 @@ k given negatives.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -27,7 +27,7 @@ class Batch:
     doc_ids: Tensor  # int64 [n]
     doc_rows: Tensor  # int64 [n]: catalogue rows; -1 where documents stand in the shards themselves
     multiplicity: Tensor  # int64 [n]: how many positives, negatives and extra documents were merged in the column
+    query_pad_ids: PadIds
+    doc_pad_ids: PadIds
     negatives: Tensor | None = None  # int64 [m, k]: columns of given negatives, -1 for none
     known: Tensor | None = None  # int64 [p, 2]: (query id, doc id) of further documents that are no negatives
-    query_pad_ids: PadIds = field(default_factory=dict)
-    doc_pad_ids: PadIds = field(default_factory=dict)

@@ -116,7 +116,7 @@ class Dataset:
         """
         remote = RemoteFolder(str(folder), cache or Cache.of(), partitions, first) if is_url(folder) else None
         folder = remote.dir if remote else Path(folder)
-        content = _read_json(folder / "dataset.json", f"{folder} is no dataset; tools/make_shards.py makes one")
+        content = _read_json(folder / "dataset.json", f"{folder} is no dataset; bigdssm make_shards makes one")
         if content.get("format") != FORMAT:
             raise DataError(f"{folder}/dataset.json has format {content.get('format')}, this version reads {FORMAT}")
         schema = Schema.load(folder)
@@ -129,7 +129,7 @@ class Dataset:
         if first:
             names = known[known.index(first) :]
         if not names:
-            raise DataError(f"{folder} has no partitions; tools/make_shards.py adds one")
+            raise DataError(f"{folder} has no partitions; bigdssm make_shards adds one")
         if not content["catalogue"]:
             raise DataError(f"{folder}/dataset.json names no catalogue; make the dataset again")
         files = [CatalogueFile(_inside(folder, f["file"]), f["rows"], f["checksum"]) for f in content["catalogue"]]

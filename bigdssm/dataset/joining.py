@@ -76,7 +76,7 @@ def _check_same(first: Dataset, other: Dataset, name: str) -> None:
     if difference is not None:
         raise ConfigError(
             f"data.mixture: {name} cannot be mixed with {first.dir}: {difference}; make it with "
-            f"`tools/make_shards.py … --like {first.dir}`"
+            f"`bigdssm make_shards … --like {first.dir}`"
         )
 
 

@@ -15,20 +15,20 @@ import torch
 from torch import Tensor
 
 from bigdssm.config import TextEncoderConfig
-from bigdssm.dataset.tensors import Features, pad_ids, to_features
+from bigdssm.dataset.tensors import Features
 from bigdssm.errors import ConfigError, DivergedError
 from bigdssm.evaluation.trec import Run
-from bigdssm.features import Feature, Text, TextTokenizer, encode_columns, histories_of, ragged
-from bigdssm.features.columns import RowCheck, SourceBatch
-from bigdssm.features.fitting import canonical
-from bigdssm.features.ragged import Column, from_arrow
+from bigdssm.features import Feature, Text, TextTokenizer, histories_of
+from bigdssm.features.columns import SourceBatch
+from bigdssm.features.given import columns_of
+from bigdssm.features.ragged import Column
 from bigdssm.models.dual_encoder import DualEncoder
 from bigdssm.models.encoders import TextEncoder, pretrained_encoder
 from bigdssm.progress import Progress, no_progress
 from bigdssm.retrieval.embed import (
     document_vectors,
     encode_in_bf16,
-    in_chunks,
+    in_pieces,
     query_vectors,
 )
 from bigdssm.retrieval.mine import top_documents
@@ -36,7 +36,6 @@ from bigdssm.schema import Schema
 from bigdssm.tables.beir import Collection, Entry, texts_and_metadata
 
 TOP = 100  # documents retrieved for a query
-ROWS_AT_ONCE = 16_384
 QUERIES_AT_ONCE = 512
 BM25_K1, BM25_B = 0.9, 0.4  # Anserini's, with which BEIR's figures were made
 
@@ -70,7 +69,7 @@ def model_vectors(
         features: Mapping[str, Feature] = getattr(schema, side)
         columns = entry_columns(features, entries, tokenizer)
         what = "queries encoded" if side == "query" else "documents encoded"
-        return _in_pieces(features, columns, pad, partial(encode, model), what, progress)
+        return in_pieces(features, columns, pad, partial(encode, model), what, progress)
 
     queries = encoded("query", collection.queries, query_vectors)
     return queries, encoded("doc", collection.corpus, document_vectors)
@@ -128,7 +127,7 @@ def pretrained_run(
     def encoded(entries: Sequence[Entry], what: str) -> Tensor:
         texts = [Entry(entry.key, entry.text, {}) for entry in entries]
         columns = entry_columns(feature, texts, tokenizer)
-        return _in_pieces(feature, columns, encoder.pad_token_id, encode, what, progress)
+        return in_pieces(feature, columns, encoder.pad_token_id, encode, what, progress)
 
     queries = encoded(collection.queries, "queries encoded")
     return vectors_run(collection, queries, encoded(collection.corpus, "documents encoded"), filter_known, top)
@@ -168,9 +167,7 @@ def entry_columns(
 ) -> dict[str, Column]:
     """Return the encoded columns of `entries` by feature name, as shards and catalogue hold them."""
     batch = SourceBatch("collection", texts_and_metadata(features, entries), np.arange(1, len(entries) + 1))
-    table = canonical(RowCheck(batch, _ignore), features)
-    encoded = encode_columns(table, features, tokenizer, large=True)
-    return {name: from_arrow(column) for name, column in encoded.items()}
+    return columns_of(batch, features, tokenizer, _ignore)
 
 
 def _pad_token(model: DualEncoder) -> int:
@@ -181,17 +178,3 @@ def _pad_token(model: DualEncoder) -> int:
 
 def _ignore(file: str, row: int, reason: str, left_out: bool = True) -> None:
     """What cannot be read is taken as missing; making the dataset has reported it."""
-
-
-def _in_pieces(
-    features: Mapping[str, Feature], columns: Mapping[str, Column], pad: int, encode: Callable[[Features], Tensor],
-    what: str, progress: Progress,
-) -> Tensor:  # fmt: skip
-    """Return the vectors of all rows; tensors, whose rows are padded, are made of a piece at a time."""
-    num_rows, parts = len(next(iter(columns.values()))), []
-    for first in range(0, num_rows, ROWS_AT_ONCE):
-        rows = np.arange(first, min(first + ROWS_AT_ONCE, num_rows))
-        piece = to_features(features, {name: ragged.take(column, rows) for name, column in columns.items()}, pad)
-        parts.append(in_chunks(piece, pad_ids(features, pad), len(rows), encode))
-        progress(what, first + len(rows), num_rows)
-    return torch.cat(parts)

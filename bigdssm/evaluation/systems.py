@@ -177,7 +177,7 @@ def load_system(path: Path, dataset: Dataset, split: str) -> System:
     except FileNotFoundError as error:
         raise DataError(f"{error.filename} does not exist") from None
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise DataError(f"{path} is no comparison written by tools/evaluate.py: {error!r}") from None
+        raise DataError(f"{path} is no comparison written by bigdssm evaluate: {error!r}") from None
     if made_of != (dataset.fingerprint, split) or len(ranks) != dataset.num_rows(split):
         raise DataError(f"{path} was measured on other rows (split {made_of[1]} of dataset {made_of[0]})")
     return system

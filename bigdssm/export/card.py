@@ -80,7 +80,7 @@ def _data(model: ModelFolder) -> str:
 
 def _figures(figures: Figures | None) -> str:
     if figures is None:
-        return "None were recorded for exactly these weights; `tools/evaluate.py` measures them."
+        return "None were recorded for exactly these weights; `bigdssm evaluate` measures them."
     lines = [f"| {figures.split} | {figures.where} |", "|---|---|"]
     lines += [f"| {name} | {value:.4f} |" for name, value in figures.metrics.items()]
     return "Over the whole catalogue, seen documents left out:\n\n" + "\n".join(lines)
@@ -94,9 +94,7 @@ def _load_model(model: ModelFolder, name: str) -> str:
         folder = load_model_folder(Path("{name}"))
         folder.model  # a torch module; folder.schema, folder.config and folder.tokenizer_dir come with it
         """
-    tools = (
-        "`tools/embed.py`, `build_index.py`, `search.py`, `serve.py` and `evaluate.py` take this folder as `--model`."
-    )
+    tools = "`bigdssm embed`, `search`, `serve` and `evaluate` take this folder as `--model`."
     return f"{_python(dedent(code))}\n\n{tools}"
 
 
@@ -143,7 +141,7 @@ def _load_onnx(model: ModelFolder, name: str) -> str:
     return (
         f"{loading}\n\nThe scores are the training scores. "
         f"`query.int8.onnx` is the query tower with weights of 8 bits: "
-        f'`load_tower("{name}", "query", "query.int8.onnx")`; tools/bench_onnx.py measures what that costs in NDCG.'
+        f'`load_tower("{name}", "query", "query.int8.onnx")`; tools/bench/bench_onnx.py measures the cost in NDCG.'
     )
 
 

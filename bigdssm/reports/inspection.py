@@ -49,7 +49,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Description:
-    """Everything that tools/inspect_shards.py prints."""
+    """Everything that bigdssm inspect_shards prints."""
 
     sizes: list[SplitSize]
     features: list[tuple[str, Feature]]  # with their side

@@ -6,7 +6,7 @@ everything that the loss saw. Shapes: m queries, n documents, N catalogue rows, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -20,13 +20,16 @@ from bigdssm.batching import chunks
 from bigdssm.batching.collate import Collator
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
-from bigdssm.dataset.tensors import Features, PadIds, pad_ids
+from bigdssm.dataset.tensors import Features, PadIds, pad_ids, to_features
+from bigdssm.features import Feature, ragged
+from bigdssm.features.ragged import Column
 from bigdssm.models import Encoded
 from bigdssm.models.score import document_head, query_head
 from bigdssm.progress import Progress, no_progress
 
 # Encoded at once: what a CPU's caches hold (twice as fast there as all rows together), or what keeps a GPU busy.
 CHUNK_TOKENS_CPU, CHUNK_TOKENS_GPU = 4096, 65536
+ROWS_AT_ONCE = 16_384  # made tensors of at once, where rows wait as columns
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,20 @@ def in_chunks(features: Features, pads: PadIds, num_rows: int, encode: Callable[
     number = int(distributed.all_reduce(torch.tensor([len(own)]), "max"))
     side = chunks.filled_up(own, features, number)
     return chunks.assemble([encode(chunk.features) for chunk in side], side, num_rows)
+
+
+def in_pieces(
+    features: Mapping[str, Feature], columns: Mapping[str, Column], pad: int, encode: Callable[[Features], Tensor],
+    what: str = "rows encoded", progress: Progress = no_progress,
+) -> Tensor:  # fmt: skip
+    """Return `encode` of all rows, at least one; tensors, whose rows are padded, are made of a piece at a time."""
+    num_rows, parts = len(next(iter(columns.values()))), []
+    for first in range(0, num_rows, ROWS_AT_ONCE):
+        rows = np.arange(first, min(first + ROWS_AT_ONCE, num_rows))
+        piece = to_features(features, {name: ragged.take(column, rows) for name, column in columns.items()}, pad)
+        parts.append(in_chunks(piece, pad_ids(features, pad), len(rows), encode))
+        progress(what, first + len(rows), num_rows)
+    return torch.cat(parts)
 
 
 def encode(model: nn.Module, **sides: Features) -> Encoded:

@@ -6,10 +6,11 @@ INDEX/    index.faiss, documents.arrow (doc_key, display), meta.json (checksums 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import faiss
 import numpy as np
@@ -18,6 +19,7 @@ import pyarrow as pa
 from bigdssm.artifacts.checkpoint import check_file
 from bigdssm.atomic import new_folder, real_place
 from bigdssm.errors import CheckpointError, ConfigError
+from bigdssm.retrieval.model import Model
 from bigdssm.retrieval.vectors import (
     DOCUMENTS_FILE,
     INDEX_FILE,
@@ -41,6 +43,14 @@ PQ_ROUNDS, PQ_POINTS = 10, 64  # of k-means, and points per centroid: FAISS's 25
 PQ_DIMENSIONS = 2  # of a vector, that one byte of its code stands for
 
 
+class Document(NamedTuple):
+    """A document that was found."""
+
+    score: float
+    key: str
+    display: str
+
+
 @dataclass(frozen=True)
 class Index:
     """An opened KNN index."""
@@ -51,6 +61,35 @@ class Index:
     display: pa.ChunkedArray
 
     def search(
+        self, vectors: np.ndarray, top: int, exclude: Sequence[Collection[str]] | None = None
+    ) -> list[list[Document]]:
+        """Return the `top` best documents of each query, best first.
+
+        vectors [m, D+1] are `Model.encode_queries`' of the model that the index names; `exclude` holds each query's
+        document keys to leave out. Raises ConfigError: vectors of another width, `top` 0, `exclude` of other queries.
+        """
+        if vectors.ndim != 2 or vectors.shape[1] != self.meta.width:
+            raise ConfigError(f"got vectors {list(vectors.shape)}, the index has {self.meta.width} numbers in each")
+        if top < 1:
+            raise ConfigError(f"top {top}: needs at least 1")
+        if exclude is not None and len(exclude) != len(vectors):
+            raise ConfigError(f"exclude has keys of {len(exclude)} queries, there are {len(vectors)}")
+        known = self._row_of if exclude is not None else {}
+        excluded = [np.array([known[key] for key in some if key in known], np.int64) for some in exclude or ()]
+        scores, rows = self.nearest(vectors, top, self.meta.model_checksum, excluded or None)
+        return [self.documents(*found) for found in zip(scores, rows, strict=True)]
+
+    def documents(self, scores: np.ndarray, rows: np.ndarray) -> list[Document]:
+        """Return what was found as documents: scores [n] and catalogue rows [n], -1 where there is none."""
+        scores, rows = scores[rows >= 0], rows[rows >= 0]
+        keys, names = (column.take(pa.array(rows)).to_pylist() for column in (self.keys, self.display))
+        return [Document(*found) for found in zip(scores.tolist(), keys, names, strict=True)]
+
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {key: row for row, key in enumerate(self.keys.to_pylist())}
+
+    def nearest(
         self, queries: np.ndarray, top: int, model_checksum: str, excluded: Sequence[np.ndarray] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return (scores float32 [m, top], catalogue rows int64 [m, top]), best first; -inf and -1 behind the last.
@@ -58,11 +97,7 @@ class Index:
         queries [m, D+1] are index vectors of the model `model_checksum`, `excluded` each query's rows to leave out.
         Raises CheckpointError where the index holds another model's vectors.
         """
-        if model_checksum != self.meta.model_checksum:
-            raise CheckpointError(
-                f"the index holds vectors of model {self.meta.model_checksum[:12]}, the queries are of model "
-                f"{model_checksum[:12]}; their scores would mean nothing: embed and index with the model in use"
-            )
+        self.check_model(model_checksum)
         left_out = [np.unique(some) for some in excluded or [np.zeros(0, np.int64)] * len(queries)]
         wanted = min(top + max(map(len, left_out), default=0), self.meta.num_docs)
         scores, rows = self.index.search(np.ascontiguousarray(queries, np.float32), wanted)
@@ -74,6 +109,14 @@ class Index:
         scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(np.where(out, -1, rows), order, 1)
         pad = ((0, 0), (0, top - rows.shape[1]))
         return np.pad(scores, pad, constant_values=-np.inf), np.pad(rows, pad, constant_values=-1)
+
+    def check_model(self, model_checksum: str) -> None:
+        """Raise CheckpointError where the index holds another model's vectors."""
+        if model_checksum != self.meta.model_checksum:
+            raise CheckpointError(
+                f"the index holds vectors of model {self.meta.model_checksum[:12]}, the queries are of model "
+                f"{model_checksum[:12]}; their scores would mean nothing: embed and index with the model in use"
+            )
 
     def similar(self, row: int, top: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (cosines float32 [top], catalogue rows int64 [top]) of the documents nearest to one; beta is no part.
@@ -124,11 +167,12 @@ def build_index(vectors_dir: Path, folder: Path, kind: IndexType = "flat") -> Ve
     return built
 
 
-def open_index(folder: Path) -> Index:
-    """Return the Index in `folder`. Raises CheckpointError where it is missing, damaged or no index."""
+def open_index(folder: str | Path, model: Model | None = None) -> Index:
+    """Return the Index in `folder`. Raises CheckpointError: missing, damaged, no index, or of another than `model`."""
+    folder = Path(folder)
     meta = read_meta(folder)
     if meta.kind not in get_args(IndexType):
-        raise CheckpointError(f"{folder} holds {meta.kind}, not an index; run tools/build_index.py on it")
+        raise CheckpointError(f"{folder} holds {meta.kind}, not an index; run bigdssm build_index on it")
     for name in (INDEX_FILE, DOCUMENTS_FILE):
         check_file(folder / name, meta.files.get(name), META_FILE)
     try:
@@ -144,7 +188,10 @@ def open_index(folder: Path) -> Index:
             f"the index {folder} is damaged: {index.ntotal} vectors of width {index.d} and {documents.num_rows} "
             f"documents, {META_FILE} says {meta.num_docs} of width {meta.width}"
         )
-    return Index(index, meta, documents["doc_key"], documents["display"])
+    opened = Index(index, meta, documents["doc_key"], documents["display"])
+    if model is not None:
+        opened.check_model(model.checksum)
+    return opened
 
 
 def faiss_index(kind: IndexType, vectors: np.ndarray) -> faiss.Index:

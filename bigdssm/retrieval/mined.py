@@ -44,11 +44,11 @@ class MinedNegatives:
         except OSError as error:
             raise DataError(f"{path} is no file of mined negatives: {error.strerror or error}") from None
         except ValueError:  # whose advice is to open what may be a pickle
-            raise DataError(f"{path} is no file of mined negatives; make it with tools/mine_negatives.py") from None
+            raise DataError(f"{path} is no file of mined negatives; make it with bigdssm mine_negatives") from None
         if records.dtype.names != ("row", "window"):
             raise DataError(
                 f"{path} is no file of mined negatives: got {records.dtype}, needs records of row and window; "
-                "make it with tools/mine_negatives.py"
+                "make it with bigdssm mine_negatives"
             )
         return cls(records, path)
 

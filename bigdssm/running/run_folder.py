@@ -91,7 +91,7 @@ class FolderLock:
                 holder = running(self._path.parent) or {}
                 return CheckpointError(
                     f"{self._path.parent} is in use by pid {holder.get('pid', '?')} on {holder.get('host', '?')}, "
-                    f"since {holder.get('started', '?')}; stop that run (tools/stop_run.py) or choose another run.dir"
+                    f"since {holder.get('started', '?')}; stop that run (bigdssm stop_run) or choose another run.dir"
                 )
             time.sleep(0.2)
 

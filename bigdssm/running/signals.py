@@ -26,11 +26,16 @@ class StopRequest:
 
     _tell: ClassVar[int] = -1  # where the system writes signals for the thread of the newest one
 
-    def __init__(self) -> None:
-        """Take over SIGTERM and SIGINT of this process."""
+    def __init__(self, hear_signals: bool = True) -> None:
+        """Take over SIGTERM and SIGINT of this process, or leave them to the caller: then only `ask` asks."""
         self._asked = False
         self._has_state = False
         self.at_end: Callable[[int, str], None] | None = None  # told code and reason before the thread ends the process
+        self._hears_signals = hear_signals
+        if hear_signals:
+            self._take_over()
+
+    def _take_over(self) -> None:
         heard, tell = os.pipe()
         os.set_blocking(tell, False)
         if signal.set_wakeup_fd(tell, warn_on_full_buffer=False) == StopRequest._tell != -1:
@@ -39,6 +44,13 @@ class StopRequest:
         for number in SIGNALS:
             signal.signal(number, self._remember)
         threading.Thread(target=self._end_early, args=(heard,), name="signals", daemon=True).start()
+
+    def ask(self) -> None:
+        """Ask the run to stop, from any thread."""
+        if self._hears_signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self._asked = True
 
     def wait_for_steps(self) -> None:
         """From now on there is something to save: a signal waits for the ranks to agree."""

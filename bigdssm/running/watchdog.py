@@ -69,12 +69,15 @@ class Watchdog:
     """
 
     def __init__(
-        self, timeout_s: float, launcher: Launcher, stop_file: Path, at_end: Callable[[int, str], None] | None = None
-    ) -> None:
+        self, timeout_s: float, launcher: Launcher, stop_file: Path, at_end: Callable[[int, str], None] | None = None,
+        ask: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
         """`timeout_s` may pass without a sign of life, and without progress; `stop_file` asks the run to stop.
 
-        `at_end` is told code and reason where the watchdog ends the process, of which nothing else then knows.
+        `at_end` is told code and reason where the watchdog ends the process, of which nothing else then knows. `ask`
+        asks this rank to stop, by default with SIGTERM.
         """
+        self._ask = ask or _send_sigterm
         self._timeout_s, self._launcher, self._stop_file, self._at_end = timeout_s, launcher, stop_file, at_end
         self._interval_s = min(LONGEST_BEAT_S, timeout_s / BEATS_PER_TIMEOUT)
         self._rank, self._world_size = distributed.rank(), distributed.world_size()
@@ -248,7 +251,7 @@ class Watchdog:
         )
 
     def _watch_launcher(self) -> None:
-        """Turn a lost launcher, or a request by file, into the signal that stops a run."""
+        """Ask the run to stop where the launcher is lost, or a file asks."""
         if self._asked_to_stop:
             return
         reason = self._launcher.lost()
@@ -263,7 +266,7 @@ class Watchdog:
         else:
             return
         self._asked_to_stop = True
-        os.kill(os.getpid(), signal.SIGTERM)
+        self._ask()
 
     # --- ending ---
 
@@ -327,6 +330,10 @@ class Watchdog:
         """Keep the store, which goes with this rank, until all have read the verdict."""
         if self._keeps_store:
             time.sleep(min(LONGEST_BEAT_S, 2 * self._interval_s))
+
+
+def _send_sigterm() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _verdict(text: str, wait_for_main: bool = False, code: int = PeerError.exit_code) -> dict[str, Any]:

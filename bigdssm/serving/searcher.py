@@ -112,7 +112,7 @@ class Searcher:
         self._use_threads()
         top = max(top for _, top in asked)
         seen = [query.seen for query, _ in asked]
-        scores, rows = self._index.search(vectors, top, self._folder.checksum, seen)
+        scores, rows = self._index.nearest(vectors, top, self._folder.checksum, seen)
         searched = time.perf_counter()
         encode_ms, search_ms = (encoded - started) * 1000, (searched - encoded) * 1000
         return [
@@ -133,11 +133,5 @@ class Searcher:
             search_with(self._threads)
 
     def _documents(self, scores: np.ndarray, rows: np.ndarray) -> list[dict[str, Any]]:
-        scores, rows = scores[rows >= 0], rows[rows >= 0]
-        keys = self._index.keys.take(pa.array(rows)).to_pylist()
-        names = self._index.display.take(pa.array(rows)).to_pylist()
-        entries = zip(scores.tolist(), keys, names, strict=True)
-        return [
-            {"rank": rank, "score": score, "key": key, "display": name}
-            for rank, (score, key, name) in enumerate(entries, start=1)
-        ]
+        found = self._index.documents(scores, rows)
+        return [{"rank": rank, **document._asdict()} for rank, document in enumerate(found, start=1)]

@@ -56,7 +56,7 @@ def find_shards(pattern: str) -> list[Path]:
     if pattern.startswith("pipe:") or is_url(pattern) or "::" in pattern:
         raise DataError(
             f"data.webdataset={pattern}: only local shards are read as they are, commands are not run; copy them, or "
-            f"repack them with tools/make_shards.py webdataset"
+            f"repack them with bigdssm make_shards webdataset"
         )
     try:
         paths = [Path(name) for name in braceexpand(pattern)]
@@ -97,7 +97,7 @@ class PlainStream(RowStream):
         if rank == 0:
             log.warning(
                 "%d plain shards without an index: a resumed run draws other rows than one not stopped, and damage in "
-                "their data is not noticed; tools/make_shards.py webdataset repacks them", len(self._paths),
+                "their data is not noticed; bigdssm make_shards webdataset repacks them", len(self._paths),
             )  # fmt: skip
 
     def state(self) -> dict[str, Any]:

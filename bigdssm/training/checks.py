@@ -55,7 +55,7 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
             texts = text_architectures(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
             DualEncoder(config.model, dataset.schema, texts)
     elif not source.is_dir():
-        fix = "run launch/pretrain.py with this config first" if name == "sft" else "correct the path"
+        fix = "run bigdssm pretrain with this config first" if name == "sft" else "correct the path"
         what = "is a file" if source.exists() else "does not exist"
         raise ConfigError(f"{name} starts from {source}, which {what}; {fix}, or set {name}.init")
     return dataset

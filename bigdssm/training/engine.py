@@ -60,6 +60,12 @@ def init_process_group() -> None:
         raise
 
 
+def leave_process_group() -> None:
+    """Leave the process group, and have DeepSpeed forget it, so that this process may join another."""
+    if distributed.is_distributed():
+        deepspeed.comm.destroy_process_group()
+
+
 def device() -> torch.device:
     """Return this rank's device."""
     return torch.device(get_accelerator().current_device_name()) if _on_device() else torch.device("cpu")

@@ -107,14 +107,14 @@ def check_length(checkpoint: Checkpoint, stage: StageConfig, name: StageName, st
     if steps < before:
         raise ConfigError(
             f"{name}.steps, {name}.epochs: got {steps} steps, needs at least the {before} of before: a resumed stage "
-            "may become longer, not shorter; tools/stop_run.py --save ends one early"
+            "may become longer, not shorter; bigdssm stop_run --save ends one early"
         )
     if steps == before:
         return
     if stage.loss.negatives and stage.mining.file is None and before < steps_per_epoch:
         raise ConfigError(
             f"{name}.steps, {name}.epochs: got {steps} steps, needs {before} as before: negatives were mined for the "
-            f"rows of these alone; begin anew in another run.dir, or mine with tools/mine_negatives.py for "
+            f"rows of these alone; begin anew in another run.dir, or mine with bigdssm mine_negatives for "
             f"{name}.mining.file"
         )
     applied = progress["applied"] - progress["part_applied"]

@@ -56,8 +56,11 @@ logger = get_logger(__name__)
 def run_stage(
     config: Config, name: StageName, *, resume: bool, validate_only: bool, world_size: int,
     launcher: Launcher | None = None, stop: StopRequest | None = None,
-) -> None:  # fmt: skip
-    """Check, build and train one stage on this rank; `validate_only` stops after the first batch was made."""
+) -> StageProgress | None:  # fmt: skip
+    """Check, build and train one stage on this rank, and return its progress at the end.
+
+    `validate_only` stops after the first batch was made and returns None.
+    """
     dataset = check_stage(config, name, world_size)
     if not validate_only:
         check_folder(config, name, resume)
@@ -66,7 +69,9 @@ def run_stage(
     init_process_group()
     lock = FolderLock(folder)
     with ExitStack() as after:  # what ends behind the watchdog's back, such as trackers that upload
-        watchdog = Watchdog(config.engine.peer_timeout_s, launcher or Launcher(), folder / STOP_FILE, lock.end)
+        watchdog = Watchdog(
+            config.engine.peer_timeout_s, launcher or Launcher(), folder / STOP_FILE, lock.end, stop.ask
+        )
         with watchdog:
             stop.at_end = watchdog.leave
             check_agreement(config, dataset)
@@ -80,7 +85,7 @@ def run_stage(
             if validate_only:
                 _report_valid(config, name, model, stream)
                 check_folder(config, name, resume)  # last: it hides nothing that is wrong with the config
-                return
+                return None
             after.enter_context(lock)
             store = CheckpointStore(folder / CHECKPOINTS, stage_config.keep_checkpoints)
             checkpoint = store.newest_good() if resume else None
@@ -109,6 +114,7 @@ def run_stage(
         else "no validation split, the newest is best,"
     )
     logger.info("%s finished: %s at step %d", name, best, progress.best_step)
+    return progress
 
 
 def _assemble(

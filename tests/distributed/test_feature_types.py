@@ -86,7 +86,7 @@ def go_all_the_way(rank: int, world_size: int, folder: Path, feature: dict[str, 
     assert model.tokenizer_dir is not None
     typed = feature_query(model.schema, {"asked": str(value), "word": "w1"}, TextTokenizer(model.tokenizer_dir))
     vector = query_vectors(model.model, to_features(model.schema.query, typed.columns, model.pad_token_id)).numpy()
-    scores, rows = open_index(folder / "index").search(vector, 3, model.checksum, [typed.seen])
+    scores, rows = open_index(folder / "index").nearest(vector, 3, model.checksum, [typed.seen])
     every = document_vectors(model.model, dataset.catalogue.features(np.arange(dataset.catalogue.num_docs))).numpy()
     parity = export(folder_source(folder / "run" / "pretrain" / "best"), folder / "exported", "onnx")
     names = run_card(folder / "exported")

@@ -77,6 +77,8 @@ def share_of(rank: int, world_size: int, step: int) -> Batch:
         doc_ids=doc_ids[columns],
         doc_rows=columns,
         multiplicity=torch.bincount(column, minlength=len(columns)),
+        query_pad_ids={"words": 0, "history": 0},
+        doc_pad_ids={"words": 0},
     )
 
 

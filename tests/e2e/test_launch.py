@@ -1,4 +1,4 @@
-"""launch/pretrain.py and launch/sft.py as a user starts them: alone, under torchrun, under deepspeed."""
+"""Both stages as a user starts them: alone, under torchrun, under deepspeed; by file of launch/ and by module."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def test_pretraining_under_torchrun_then_fine_tuning_under_deepspeed(config: Pat
     assert len(small_run.records(tmp_path / "run")) == 12
     assert list(pretrain.glob("tensorboard/**/events.*"))
     assert (pretrain / "best" / "model.safetensors").is_file()
-    again = start(*torchrun, "launch/pretrain.py", "--config", config, run_dir, tracked)
+    again = start(*torchrun, "-m", "bigdssm.commands.pretrain", "--config", config, run_dir, tracked)
     assert again.returncode != 0 and "not empty; go on with --resume auto" in again.stderr
-    done = deepspeed("launch/sft.py", "--config", config, run_dir)
+    done = deepspeed("--module", "bigdssm.commands.sft", "--config", config, run_dir)
     assert done.returncode == 0, done.stderr
     assert "sft finished" in done.stderr
     assert len(small_run.records(tmp_path / "run", "sft")) == 4

@@ -23,7 +23,7 @@ def output(*arguments: str) -> str:
 
 @pytest.mark.slow
 def test_gradients_have_the_right_size_and_direction() -> None:
-    lines = output("tools/check_gradients.py", "--ranks", "3").splitlines()
+    lines = output("tools/bench/check_gradients.py", "--ranks", "3").splitlines()
     ours = [line for line in lines if line.startswith(("fps_loss", "ranking_loss"))]
     assert len(ours) >= 4
     for line in ours:
@@ -33,14 +33,14 @@ def test_gradients_have_the_right_size_and_direction() -> None:
 @pytest.mark.slow
 def test_the_benchmark_of_the_loss_runs() -> None:
     assert re.search(r"both +\d+\.\d+ s.*% product peak", output(
-        "tools/bench_loss.py", "speed", "--rows", "1024", "--dim", "16", "--turns", "1"
+        "tools/bench/bench_loss.py", "speed", "--rows", "1024", "--dim", "16", "--turns", "1"
     ))  # fmt: skip
-    assert re.search(r"m = +1024 +\d+", output("tools/bench_loss.py", "memory", "--rows", "1024", "--dim", "16"))
-    assert re.search(r"batch 2048", output("tools/bench_loss.py", "large", "--rows", "1024", "--dim", "16"))
+    assert re.search(r"m = +1024 +\d+", output("tools/bench/bench_loss.py", "memory", "--rows", "1024", "--dim", "16"))
+    assert re.search(r"batch 2048", output("tools/bench/bench_loss.py", "large", "--rows", "1024", "--dim", "16"))
 
 
 def test_bfloat16_is_precise_enough_for_its_speed_to_count() -> None:
-    lines = output("tools/bench_loss.py", "precision", "--rows", "512", "--dim", "32").splitlines()
+    lines = output("tools/bench/bench_loss.py", "precision", "--rows", "512", "--dim", "32").splitlines()
     assert len(lines) == 4
     errors = [float(error) for line in lines for error in re.findall(r"(?:loss|dU|dW) (\S+?)(?:,|$)", line)]
     assert len(errors) == 12 and max(errors) < 1e-2

@@ -1,4 +1,4 @@
-"""tools/serve.py as a user starts it: the page in a real browser, and the load that tools/bench_serve.py puts on it."""
+"""tools/serve.py as a user starts it: the page in a real browser, and the load that bench_serve.py puts on it."""
 
 from __future__ import annotations
 
@@ -157,7 +157,16 @@ def test_the_page_says_what_is_wrong_and_shows_it_as_text(browse: Any) -> None:
 
 def test_a_load_is_measured(url: str, tmp_path: Path) -> None:
     (tmp_path / "users.txt").write_text("\n".join(f"u{number}" for number in range(60)))
-    command = ["tools/bench_serve.py", "--url", url, "--queries", tmp_path / "users.txt", "--user", "--seconds", "2"]
+    command = [
+        "tools/bench/bench_serve.py",
+        "--url",
+        url,
+        "--queries",
+        tmp_path / "users.txt",
+        "--user",
+        "--seconds",
+        "2",
+    ]
     done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert re.search(r"\d+ queries by 8 clients in [\d.]+ s: \d+ queries/s", done.stdout)

@@ -161,7 +161,7 @@ def test_one_run_a_folder_and_a_stop_from_outside(config: Path, folder: Path) ->
     second = Run(folder, config, *NEVER_ENDING, "--resume", "auto")
     assert second.wait() in (4, 6), second.log
     refused = [line for line in second.errors if "is in use by pid" in line]
-    assert refused and "stop that run (tools/stop_run.py)" in refused[0], second.log
+    assert refused and "stop that run (bigdssm stop_run)" in refused[0], second.log
     assert first.process.poll() is None
     stop = [sys.executable, "tools/stop_run.py", str(folder), "--save"]
     done = subprocess.run(stop, cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -16,7 +16,7 @@ from bigdssm.distributed import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["bigdssm.training.command", "bigdssm.training.stages"])
+_context.set_forkserver_preload(["bigdssm.commands._stage", "bigdssm.training.stages"])
 
 
 class Command:
@@ -89,7 +89,6 @@ def _run(stage: str, argv: list[str], variables: dict[str, str], log: str) -> No
     os.environ.update(variables)
     os.chdir(ROOT)
     os.setsid()
-    sys.argv = [f"launch/{stage}.py", *argv]
-    from bigdssm.training.command import main
+    from bigdssm.commands._stage import run
 
-    sys.exit(main(stage))  # type: ignore[arg-type]
+    sys.exit(run(stage, None, argv))  # type: ignore[arg-type]

@@ -10,7 +10,6 @@ import dataclasses
 import io
 import random
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from hypothesis import strategies as st
 
 from bigdssm import distributed
 from bigdssm.bounds import BOUND, Bound
+from bigdssm.commands import _stage
 from bigdssm.config import Config, DataConfig, DebugConfig, EngineConfig, ModelConfig, StageConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import BigDSSMError
@@ -30,7 +30,6 @@ from bigdssm.making.interactions import InteractionTables, make_interactions
 from bigdssm.making.making import Target
 from bigdssm.making.pairs import PairTables, make_pairs
 from bigdssm.models import new_model
-from bigdssm.training import command
 from bigdssm.training.checks import check_stage
 from tests.conftest import WORDS, pick, write_config
 
@@ -161,8 +160,7 @@ def launch(stage: str, config: Path, overrides: list[str]) -> tuple[int, str]:
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         patch.setattr(distributed, "shutdown", lambda: None)  # DeepSpeed keeps groups of the first process group
-        patch.setattr(sys, "argv", [f"launch/{stage}.py", "--config", str(config), *overrides])
-        return command.main(stage), said.getvalue()  # type: ignore[arg-type]
+        return _stage.run(stage, None, ["--config", str(config), *overrides]), said.getvalue()  # type: ignore[arg-type]
 
 
 def is_small(config: Config, stage: StageConfig, dataset: Dataset) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -12,8 +11,9 @@ from typing import Any, get_type_hints
 import pytest
 
 from bigdssm.bounds import BOUND
+from bigdssm.commands import _stage
 from bigdssm.config import Config
-from bigdssm.training import command, stages
+from bigdssm.training import stages
 
 ROOT = Path(__file__).parents[2]
 Launch = Callable[..., tuple[int, str]]
@@ -24,9 +24,8 @@ def launch(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Launch:
     """Return a function that calls launch/pretrain.py (or sft) with words and returns its exit code and stderr."""
 
     def run(*words: object, stage: str = "pretrain") -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", [f"launch/{stage}.py", *map(str, words)])
         monkeypatch.setattr(stages, "init_process_group", lambda: pytest.fail("a process group was started"))
-        code = command.main(stage)  # type: ignore[arg-type]
+        code = _stage.run(stage, None, list(map(str, words)))  # type: ignore[arg-type]
         return code, capsys.readouterr().err
 
     return run

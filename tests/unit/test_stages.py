@@ -65,7 +65,7 @@ def test_an_unknown_tracker(config: Config) -> None:
 
 
 def test_fine_tuning_without_a_pretraining(config: Config) -> None:
-    refused(config, ConfigError, r"does not exist; run launch/pretrain\.py", stage="sft")
+    refused(config, ConfigError, r"does not exist; run bigdssm pretrain", stage="sft")
 
 
 def test_a_folder_that_is_in_use(config: Config) -> None:

@@ -70,7 +70,7 @@ def remove(name: str):
 
 PARTITION = "partitions/all"
 CASES = {
-    "no folder": (shutil.rmtree, "dataset.json does not exist; .* is no dataset; tools/make_shards.py makes one"),
+    "no folder": (shutil.rmtree, "dataset.json does not exist; .* is no dataset; bigdssm make_shards makes one"),
     "no dataset.json": (remove("dataset.json"), "dataset.json does not exist"),
     "another format": (lambda d: edit(d / "dataset.json", format=2), "has format 2, this version reads 1"),
     "broken JSON": (lambda d: (d / "dataset.json").write_text("{"), "dataset.json is damaged"),

@@ -79,7 +79,7 @@ def test_collection_holds_the_pairs(made: tuple[Dataset, Path, Config], tiny_pai
 def test_a_models_run_is_the_datasets_evaluation(
     made: tuple[Dataset, Path, Config], text_model: DualEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bigdssm.evaluation.collection.ROWS_AT_ONCE", 37)
+    monkeypatch.setattr("bigdssm.retrieval.embed.ROWS_AT_ONCE", 37)
     dataset, folder, _ = made
     collection = read_collection(folder, "test")
     run = model_run(text_model, dataset.schema, dataset.tokenizer_dir, collection, top=dataset.catalogue.num_docs)
@@ -287,6 +287,7 @@ def test_the_tools_on_a_collection(
         return model_vectors(*arguments)
 
     monkeypatch.setattr("bigdssm.evaluation.collection.model_vectors", slow)
+    monkeypatch.setattr("bigdssm.commands.evaluate.model_vectors", slow)
     compared = ("--widths", 4, "--compare", best, "--out", tmp_path / "compared.json")
     tools.ran("evaluate", *beir, *split, "--model", best, *compared)
     seconds = [system["seconds"] for system in json.loads((tmp_path / "compared.json").read_text())["systems"]]

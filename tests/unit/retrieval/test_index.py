@@ -53,7 +53,7 @@ def test_top_k_of_the_index_is_the_scorers(
     without_beta = (scores - encoded.beta).topk(10).indices
     assert (without_beta != place).any()
     queries = tower_encoders(model, dataset).queries(rows).numpy()
-    found_scores, found_rows = open_index(index_dir).search(queries, 10, load_model_folder(model_dir).checksum)
+    found_scores, found_rows = open_index(index_dir).nearest(queries, 10, load_model_folder(model_dir).checksum)
     np.testing.assert_array_equal(found_rows, place.numpy())
     np.testing.assert_allclose(found_scores, best.numpy(), rtol=1e-5, atol=1e-5)
 
@@ -72,8 +72,8 @@ def test_a_scalar_beta_is_in_the_score_and_changes_no_ranking(
     write_vectors(tmp_path / "vectors", encoders, dataset, folder.checksum)
     build_index(tmp_path / "vectors", tmp_path / "index")
     queries = encoders.queries(next(dataset.iterate("test", 40))).numpy()
-    scores, rows = open_index(tmp_path / "index").search(queries, 10, folder.checksum)
-    without, same_rows = open_index(tmp_path / "index").search(queries * ([1.0] * 8 + [0.0]), 10, folder.checksum)
+    scores, rows = open_index(tmp_path / "index").nearest(queries, 10, folder.checksum)
+    without, same_rows = open_index(tmp_path / "index").nearest(queries * ([1.0] * 8 + [0.0]), 10, folder.checksum)
     np.testing.assert_array_equal(rows, same_rows)
     beta = float(folder.model.beta.detach())
     assert beta < -5
@@ -99,14 +99,14 @@ def test_excluded_documents_do_not_come_back(model_dir: Path, index_dir: Path) -
     index, checksum = open_index(index_dir), load_model_folder(model_dir).checksum
     query = np.random.RandomState(0).randn(1, index.meta.width).astype(np.float32)
     num_docs = index.meta.num_docs
-    _, everything = index.search(query, num_docs, checksum)
+    _, everything = index.nearest(query, num_docs, checksum)
     excluded = everything[0, [0, 2, 5]]
-    scores, rows = index.search(query, num_docs - 3, checksum, [np.append(excluded, excluded)])
+    scores, rows = index.nearest(query, num_docs - 3, checksum, [np.append(excluded, excluded)])
     assert rows[0].tolist() == [row for row in everything[0] if row not in excluded]
-    scores, rows = index.search(query, num_docs, checksum, [excluded])
+    scores, rows = index.nearest(query, num_docs, checksum, [excluded])
     assert rows[0, -3:].tolist() == [-1] * 3
     assert np.isneginf(scores[0, -3:]).all()
-    assert index.search(query, 100, checksum)[1].shape == (1, 100)
+    assert index.nearest(query, 100, checksum)[1].shape == (1, 100)
 
 
 def test_the_nearest_documents_are_near_whatever_their_beta() -> None:
@@ -125,7 +125,7 @@ def test_the_nearest_documents_are_near_whatever_their_beta() -> None:
 def test_another_models_queries_are_refused(other_model_dir: Path, index_dir: Path) -> None:
     index = open_index(index_dir)
     with pytest.raises(CheckpointError, match="holds vectors of model"):
-        index.search(np.zeros((1, index.meta.width)), 1, load_model_folder(other_model_dir).checksum)
+        index.nearest(np.zeros((1, index.meta.width)), 1, load_model_folder(other_model_dir).checksum)
 
 
 @pytest.mark.parametrize("kind", ["sq8", "hnsw", "ivf"])
@@ -135,8 +135,8 @@ def test_approximate_indexes_find_most(
     build_index(vectors_dir, tmp_path / "index", kind)
     checksum = load_model_folder(model_dir).checksum
     queries = np.random.RandomState(0).randn(50, open_index(index_dir).meta.width).astype(np.float32)
-    exact = open_index(index_dir).search(queries, 10, checksum)[1]
-    found = open_index(tmp_path / "index").search(queries, 10, checksum)[1]
+    exact = open_index(index_dir).nearest(queries, 10, checksum)[1]
+    found = open_index(tmp_path / "index").nearest(queries, 10, checksum)[1]
     assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, found, strict=True)]) > 0.8
 
 
@@ -157,7 +157,7 @@ def test_product_quantisation_from_a_folder_to_similar_documents(tmp_path: Path)
         build_index(tmp_path / "vectors", tmp_path / kind, kind)
     exact, index = open_index(tmp_path / "flat"), open_index(tmp_path / "ivfpq")
     assert (index.meta.kind, index.keys[17].as_py(), index.display[17].as_py()) == ("ivfpq", "d17", "D 17")
-    wanted, found = (one.search(vectors[:50], 100, checksum)[1] for one in (exact, index))
+    wanted, found = (one.nearest(vectors[:50], 100, checksum)[1] for one in (exact, index))
     assert np.mean([len(set(a) & set(b)) / 100 for a, b in zip(wanted, found, strict=True)]) > 0.7
     close = []
     for row in range(0, num_docs, 999):

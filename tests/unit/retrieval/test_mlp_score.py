@@ -56,7 +56,7 @@ def test_every_document_is_scored(mlp_dir: Path, dataset: Dataset) -> None:
 
 
 def test_nothing_that_needs_vectors_takes_it(mlp_dir: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"scores with an MLP.*can only be evaluated, with tools/evaluate\.py"):
+    with pytest.raises(CheckpointError, match=r"scores with an MLP.*can only be evaluated, with bigdssm evaluate"):
         load_model_folder(mlp_dir)
 
 

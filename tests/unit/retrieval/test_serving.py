@@ -65,7 +65,7 @@ def expected(model_dir: Path, index_dir: Path, dataset: Dataset, query: Query, t
     folder = load_model_folder(model_dir)
     collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
     vector = query_vectors(folder.model, collator.query_features(query.columns)).numpy()
-    scores, rows = open_index(index_dir).search(vector, top, folder.checksum, [query.seen])
+    scores, rows = open_index(index_dir).nearest(vector, top, folder.checksum, [query.seen])
     return list(zip(dataset.catalogue.keys(rows[0][rows[0] >= 0]), scores[0].tolist(), strict=False))
 
 
@@ -244,9 +244,9 @@ def test_the_index_is_searched_with_the_threads_asked_for(
     used: dict[str, int] = {}
 
     class Watched(Index):
-        def search(self, *arguments: Any) -> Any:
+        def nearest(self, *arguments: Any) -> Any:
             used["search"] = faiss.omp_get_max_threads()
-            return super().search(*arguments)
+            return super().nearest(*arguments)
 
         def similar(self, *arguments: Any) -> Any:
             used["similar"] = faiss.omp_get_max_threads()
@@ -276,7 +276,7 @@ def test_it_listens_on_this_machine_alone_with_the_threads_asked_for(
         raise OSError("enough seen")
 
     monkeypatch.setattr(socket, "create_server", listen)
-    monkeypatch.setattr("bigdssm.serving.searcher.Searcher", Watched)
+    monkeypatch.setattr("bigdssm.commands.serve.Searcher", Watched)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     tools, arguments = Tools(monkeypatch, capsys), ("serve", "--model", model_dir, "--index", index_dir)
     assert "enough seen" in tools.refused(2, *arguments)

@@ -38,7 +38,7 @@ class Tools:
 
     def run(self, name: str, *arguments: object) -> tuple[int, str, str]:
         """Return exit code, stdout and stderr of `python tools/<name>.py <arguments>`."""
-        path = str(ROOT / "tools" / f"{name}.py")
+        path = str(next((ROOT / "tools").rglob(f"{name}.py")))
         self._monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
         self._monkeypatch.setenv("COLUMNS", "100")
         logger = logging.getLogger("bigdssm")

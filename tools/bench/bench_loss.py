@@ -1,9 +1,9 @@
 """Time and memory of the FPS loss on the ranks of this machine, beside open_clip's where it is installed.
 
-    python tools/bench_loss.py speed            # both directions, q2d, open_clip, and the share of the product peak
-    python tools/bench_loss.py memory           # peak over base for growing batches, beside open_clip's
-    python tools/bench_loss.py large            # one step with 262,144 rows
-    python tools/bench_loss.py precision        # bfloat16 against float64 on the same rounded inputs
+    python tools/bench/bench_loss.py speed        # both directions, q2d, open_clip, and the share of the product peak
+    python tools/bench/bench_loss.py memory       # peak over base for growing batches, beside open_clip's
+    python tools/bench/bench_loss.py large        # one step with 262,144 rows
+    python tools/bench/bench_loss.py precision    # bfloat16 against float64 on the same rounded inputs
 
 Every rank uses one thread; the variants take turns, and ratios are medians over the turns. `speed` gives wall time and
 the CPU time of all ranks: on a busy machine only the second says something.

@@ -1,9 +1,9 @@
 """How fast the stream is, and what it takes at scale.
 
-    python tools/bench_stream.py speed --config configs/debian_packages.yaml \\
+    python tools/bench/bench_stream.py speed --config configs/debian_packages.yaml \\
         --pairs ../shared/data/debian_packages/packages.jsonl.xz --query synopsis --doc description
-    python tools/bench_stream.py scale              # an index of 1e9 rows, without the data
-    python tools/bench_stream.py catalogue          # 10 million documents of 32 tokens: 2 GB on disk for a while
+    python tools/bench/bench_stream.py scale              # an index of 1e9 rows, without the data
+    python tools/bench/bench_stream.py catalogue          # 10 million documents of 32 tokens: 2 GB on disk for a while
 
 `speed` counts CPU seconds of one process: stock webdataset on shards with one pair per sample (query.txt, doc.txt,
 json) and `.decode()`, against PairStream on the same pairs, to columns and to tensors; and the bytes of both. Then the

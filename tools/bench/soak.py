@@ -1,6 +1,6 @@
 """Hurt a run again and again, and see that it ends as one left alone: the same bits, the same rows, the same metrics.
 
-    python tools/soak.py --out FOLDER [--faults 20] [--seed 0]
+    python tools/bench/soak.py --out FOLDER [--faults 20] [--seed 0]
 
 Makes a small dataset in FOLDER and trains on it on two ranks without a GPU: once in peace (FOLDER/whole), and once
 through random faults at random steps and ranks, under deepspeed or torchrun by chance, each time going on with
@@ -39,7 +39,7 @@ from bigdssm.making.making import Target
 from bigdssm.making.pairs import PairTables, make_pairs
 from bigdssm.running.records import METRICS_FILE
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NUM_PAIRS, NUM_WORDS = 3000, 200
 SAVE_EVERY, FURTHEST = 5, 12  # steps: between checkpoints; from a start to its fault
 LAST_STEPS = 20  # left for the last start, which nothing hurts

@@ -1,6 +1,6 @@
 """Measure an exported query tower against the trainer's: NDCG, and the time of one query on one thread.
 
-    python tools/bench_onnx.py --onnx FOLDER --model MODEL --vectors VECTORS --data DATASET [--split test]
+    python tools/bench/bench_onnx.py --onnx FOLDER --model MODEL --vectors VECTORS --data DATASET [--split test]
 
 FOLDER is what tools/convert_checkpoint.py --format onnx made of MODEL. Queries are rows of the split, evenly spread,
 encoded one by one; NDCG@10 is over all documents of VECTORS, seen ones left out.

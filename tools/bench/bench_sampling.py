@@ -1,6 +1,6 @@
 """How far in-batch negatives lead the gradient from that of the softmax over the whole catalogue, per correction.
 
-    python tools/bench_sampling.py
+    python tools/bench/bench_sampling.py
 
 10,000 items with Zipf popularity; positives drawn from p(d|q), which the scores fit only in part; batches of 256. The
 bias is |mean gradient of a linear document tower - the full softmax's| / |the full softmax's| over the same batches.

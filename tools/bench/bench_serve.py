@@ -1,6 +1,7 @@
 """Ask a running server many queries at once, and print how long they took.
 
-    python tools/bench_serve.py --url http://127.0.0.1:8000 --queries FILE [--feature NAME] [--clients 8] [--seconds 20]
+    python tools/bench/bench_serve.py --url http://127.0.0.1:8000 --queries FILE [--feature NAME] [--clients 8] \\
+        [--seconds 20]
 
 Each line of FILE is a query: a value of the query feature NAME (by default the first), or with --user a user's key. The
 server's cache answers a line that was asked before, so start it with --cache 0 to measure the model and the index.

@@ -1,9 +1,9 @@
 """Training speed beside sentence-transformers' cached loss, and the memory of steps of growing batches.
 
-    python tools/bench_train.py speed --pairs ../shared/data/debian_packages/packages.jsonl.xz
-    python tools/bench_train.py speed --movielens datasets/source/ml-100k
-    python tools/bench_train.py kept --pairs …      # what the graphs that are kept save
-    python tools/bench_train.py memory --pairs …    # peak over base from 256 to 8,192 rows a rank
+    python tools/bench/bench_train.py speed --pairs ../shared/data/debian_packages/packages.jsonl.xz
+    python tools/bench/bench_train.py speed --movielens datasets/source/ml-100k
+    python tools/bench/bench_train.py kept --pairs …      # what the graphs that are kept save
+    python tools/bench/bench_train.py memory --pairs …    # peak over base from 256 to 8,192 rows a rank
 
 The pairs are synopsis → description of packages, or, of MovieLens-100K, the titles of the last five films → the next
 title, in which documents repeat. `speed` wants sentence-transformers (`pip install bigdssm[bench]`). Both sides train

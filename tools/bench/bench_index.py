@@ -1,6 +1,6 @@
 """Measure every kind of index over one folder of vectors: what it finds, how fast, how large.
 
-    python tools/bench_index.py --model MODEL --vectors VECTORS --data DATASET [--split test] [--queries 1000]
+    python tools/bench/bench_index.py --model MODEL --vectors VECTORS --data DATASET [--split test] [--queries 1000]
 
 For each kind: Recall@100 against the exact search, NDCG@10 of each row's document (seen documents left out), p50 and
 p99 of one query's time on one thread, bytes per vector of the saved index, and the time to build it with the threads
@@ -124,7 +124,7 @@ def measure(
     found, seconds = [], []
     for vector, seen in zip(queries.vectors[:, None], queries.seen, strict=True):
         started = time.perf_counter()
-        found.append(index.search(vector, TOP, meta.model_checksum, [seen])[1][0])
+        found.append(index.nearest(vector, TOP, meta.model_checksum, [seen])[1][0])
         seconds.append(time.perf_counter() - started)
     rows = np.stack(found)
     wanted = rows if exact is None else exact

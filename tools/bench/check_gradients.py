@@ -1,6 +1,6 @@
 """Compare the gradients that training would apply at N ranks with those of the whole batch in one process.
 
-    python tools/check_gradients.py --ranks 4
+    python tools/bench/check_gradients.py --ranks 4
 
 For this loss and, where they are installed (extra [bench]), for open_clip's flag combinations and
 sentence-transformers' gather_across_devices. Each row gives the averaged gradient's size over the right one's

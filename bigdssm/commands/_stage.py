@@ -1,10 +1,11 @@
-"""The command line that both stages share: `deepspeed launch/<stage>.py --config F [key=value …]`."""
+"""The command line that both stages share: `bigdssm STAGE --config F [key=value …]`, alone or as a rank."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 
 from bigdssm.cli import run_main
 from bigdssm.config import StageName, load_config
@@ -13,12 +14,12 @@ from bigdssm.running.launcher import Launcher
 from bigdssm.running.signals import StopRequest
 
 
-def main(stage: StageName) -> int:
-    """Run `stage` as the command line says and return the exit code."""
+def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:
+    """Run `stage` as the command line `argv` says and return the exit code; `about` is its help."""
     launcher = Launcher()
-    arguments = _parser(stage).parse_intermixed_args()  # key=value may stand anywhere
+    arguments = _parser(about).parse_intermixed_args(argv)  # key=value may stand anywhere
 
-    def run() -> None:
+    def train() -> None:
         stop = StopRequest()
         # They take seconds; by now it is known who stands above this process, and signals are heard.
         from bigdssm import distributed
@@ -43,17 +44,15 @@ def main(stage: StageName) -> int:
             if not isinstance(sys.exc_info()[1], PeerError):
                 distributed.shutdown()
 
-    code = run_main(run)
+    code = run_main(train)
     if code == PeerError.exit_code:
         sys.stderr.flush()
         os._exit(code)  # what is left of the process group may never answer
     return code
 
 
-def _parser(stage: StageName) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=f"Run the stage `{stage}` of a config; under deepspeed, torchrun, or alone on one rank."
-    )
+def _parser(about: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted config keys, for example run.seed=1")
     parser.add_argument("--resume", choices=["auto"], help="go on from the newest good checkpoint, if there is one")

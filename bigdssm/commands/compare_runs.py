@@ -1,0 +1,59 @@
+"""Show what differs between two runs: config, versions, data, and results with 95 % intervals.
+
+    bigdssm compare_runs A B [--stage sft] [--split test]
+
+A and B are run folders, compared in the last stage that both have, or stage folders. Both best models are evaluated on
+the same rows of A's dataset.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from bigdssm.cli import ProgressBar, command
+from bigdssm.evaluation.systems import differences, table
+from bigdssm.reports.compare import Differing, compare
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("a", type=Path, metavar="A", help="run or stage folder")
+    parser.add_argument("b", type=Path, metavar="B", help="another")
+    parser.add_argument("--stage", choices=["pretrain", "sft"], help="stage to compare (the last that both have)")
+    parser.add_argument("--split", default="validation", help="split of the dataset (%(default)s)")
+    parser.add_argument("--data", help="dataset folder or URL (by default A's)")
+    args = parser.parse_args(argv)
+    with ProgressBar() as progress:
+        found = compare(args.a, args.b, args.stage, args.split, args.data, progress)
+    console = Console()
+    print(f"A  {args.a}\nB  {args.b}\nstage {found.stage}\n")
+    for title, rows in (("config", found.config), ("versions", found.versions), ("data", found.data)):
+        _show(console, title, rows)
+    _show(console, "course", found.course)
+    if found.systems is None:
+        print(f"results: not measured: {found.not_measured}")
+        return
+    a, b = found.systems
+    console.print(table([a, b], f"{args.split}, {len(a.values['mrr'])} rows"))
+    for line in differences([(b, a)]):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _show(console: Console, title: str, rows: Sequence[Differing]) -> None:
+    if not rows:
+        print(f"{title}: the same\n")
+        return
+    drawn = Table(title=title, title_justify="left", box=SIMPLE, show_edge=False, pad_edge=False)
+    for column in ("", "A", "B"):
+        drawn.add_column(column, overflow="fold")
+    for row in rows:
+        drawn.add_row(row.what, row.a, row.b)
+    console.print(drawn)

@@ -1,0 +1,213 @@
+"""Evaluate a model on a split over the full catalogue, or on a retrieval collection as others do.
+
+    bigdssm evaluate --model MODEL --data DATASET --split test [--baselines] [--compare OTHER] [--out JSON]
+    bigdssm evaluate --beir DIR --split test [--model MODEL] [--bm25] [--pretrained FOLDER] [--save-run FILE]
+    bigdssm evaluate --run FILE --qrels FILE
+
+The first form filters what a row has seen, ties counting half; OTHER is another model folder, or the JSON of an earlier
+evaluation. Each row's rank is saved beside JSON as .npy. The second takes a BEIR folder (corpus.jsonl, queries.jsonl,
+qrels/SPLIT.tsv) and compares the model with BM25, a pretrained text encoder as it is, and TREC runs (--compare). The
+third measures a TREC run alone. Runs are measured as trec_eval does.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+
+from rich.console import Console
+
+from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.atomic import write_json
+from bigdssm.cli import ProgressBar, check_file_to_write, command, refuse_options
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import ConfigError
+from bigdssm.evaluation.collection import (
+    bm25_run,
+    cut_vectors,
+    model_run,
+    model_vectors,
+    pretrained_run,
+    vectors_run,
+)
+from bigdssm.evaluation.scorer import encoders_of
+from bigdssm.evaluation.split import evaluate_split
+from bigdssm.evaluation.systems import (
+    SHOWN_OF_RUNS,
+    System,
+    as_json,
+    baseline_systems,
+    differences,
+    differences_as_json,
+    load_system,
+    names_apart,
+    save_comparison,
+    table,
+)
+from bigdssm.evaluation.trec import Run, read_qrels, read_run, run_metrics, write_qrels, write_run
+from bigdssm.retrieval.embed import encode_in_bf16
+from bigdssm.tables.beir import Collection, read_collection
+
+OF_COLLECTIONS = (
+    "--widths", "--bm25", "--pretrained", "--max-tokens", "--filter-known", "--save-run", "--save-qrels",
+)  # fmt: skip
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="model folder")
+    parser.add_argument("--data", help="dataset folder or URL")
+    parser.add_argument("--split", default="test", help="split of the dataset or collection (%(default)s)")
+    parser.add_argument("--baselines", action="store_true", help="also evaluate popularity and the Markov baseline")
+    parser.add_argument(
+        "--compare", type=Path, metavar="OTHER", nargs="+", default=[],
+        help="model folders, earlier JSON, or (with --beir) TREC runs to compare with",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="JSON", help="where to save the figures")
+    parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16, which some processors do faster")
+    beir = parser.add_argument_group("a retrieval collection")
+    beir.add_argument("--beir", type=Path, metavar="DIR", help="folder in BEIR's layout")
+    beir.add_argument("--widths", type=int, nargs="+", default=[], help="also the model's vectors cut to these")
+    beir.add_argument("--bm25", action="store_true", help="also evaluate BM25")
+    beir.add_argument("--pretrained", type=Path, metavar="FOLDER", help="also evaluate a Hugging Face encoder as it is")
+    beir.add_argument("--max-tokens", type=int, default=256, help="of a text, with --pretrained (%(default)s)")
+    beir.add_argument(
+        "--filter-known", action="store_true",
+        help="leave out of a query's ranking what other splits call relevant to it",
+    )  # fmt: skip
+    beir.add_argument("--run", type=Path, metavar="FILE", help="TREC run to evaluate in place of a model")
+    beir.add_argument("--qrels", type=Path, metavar="FILE", help="TREC qrels, with --run and without --beir")
+    beir.add_argument("--save-run", type=Path, metavar="FILE", help="write the first system's run in TREC's format")
+    beir.add_argument("--save-qrels", type=Path, metavar="FILE", help="write the qrels in TREC's format")
+    args = parser.parse_args(argv)
+    for option, path in (("--out", args.out), ("--save-run", args.save_run), ("--save-qrels", args.save_qrels)):
+        check_file_to_write(option, path)
+    if args.beir is not None:
+        ignored = ["--data", "--baselines", "--qrels"]
+        refuse_options(parser, args, ignored, "with --beir, which has its own documents and qrels")
+        for option, needed in (("--widths", "model"), ("--max-tokens", "pretrained")):
+            if getattr(args, needed) is None:
+                refuse_options(parser, args, [option], f"without --{needed}")
+        _on_collection(args)
+    elif args.run is not None and args.qrels is not None:
+        ignored = ["--model", "--data", "--baselines", "--compare", "--bf16", *OF_COLLECTIONS]
+        refuse_options(parser, args, ignored, "with --run and --qrels, which measure a run alone")
+        qrels = read_qrels(args.qrels)
+        started = perf_counter()
+        _show(
+            args, [System(args.run.stem, run_metrics(qrels, read_run(args.run)), perf_counter() - started)], len(qrels)
+        )
+    elif args.model is not None and args.data is not None:
+        refuse_options(parser, args, ["--run", "--qrels", *OF_COLLECTIONS], "without --beir")
+        _on_split(args)
+    else:
+        raise ConfigError("give --model and --data, or --beir, or --run and --qrels; --help says more")
+
+
+def _on_split(args: argparse.Namespace) -> None:
+    dataset = Dataset.open(args.data)
+    name, *names = names_apart([args.model, *args.compare])
+    model = _evaluated(name, args.model, dataset, args.split, args.bf16)
+    others = baseline_systems(dataset, args.split) if args.baselines else []
+    for name, path in zip(names, args.compare, strict=True):
+        measure = partial(_evaluated, name, bf16=args.bf16) if path.is_dir() else load_system
+        others.append(measure(path, dataset=dataset, split=args.split))
+    pairs = [(model, other) for other in others]
+
+    console = Console()
+    console.print(table([model, *others], f"{args.split}, {dataset.num_rows(args.split)} rows"))
+    for line in differences(pairs):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if args.out is not None:
+        save_comparison(args.out, dataset, args.split, [model, *others], pairs)
+
+
+def _evaluated(name: str, path: Path, dataset: Dataset, split: str, bf16: bool) -> System:
+    folder = load_model_folder(path, any_score=True)
+    if bf16:
+        encode_in_bf16(folder.model)
+    folder.check_dataset(dataset)
+    with ProgressBar() as progress:
+        evaluation = evaluate_split(encoders_of(folder.model, dataset), dataset, split, progress=progress)
+    return System.of_ranks(name, evaluation.ranks, evaluation.seconds)
+
+
+def _on_collection(args: argparse.Namespace) -> None:
+    collection = read_collection(args.beir, args.split)
+    known = args.filter_known
+    runs: list[tuple[str, Run, float]] = []
+    paths = [path for path in (args.model, args.run, *args.compare) if path is not None]
+    names = dict(zip(paths, names_apart(paths), strict=True))
+
+    def add(name: str, make: Callable[[], Run], spent_s: float = 0.0) -> None:
+        started = perf_counter()
+        runs.append((name, make(), perf_counter() - started + spent_s))
+
+    with ProgressBar() as progress:
+        if args.model is not None:
+            name, started = names[args.model], perf_counter()
+            folder = load_model_folder(args.model)
+            _check_widths(args.widths, folder.config.model.dim)
+            if args.bf16:
+                encode_in_bf16(folder.model)
+            queries, documents = model_vectors(folder.model, folder.schema, folder.tokenizer_dir, collection, progress)
+            encoding_s = perf_counter() - started  # of every width too: each system's seconds are those of all it takes
+            add(name, partial(vectors_run, collection, queries, documents, known), encoding_s)
+            normalise = folder.config.model.score == "cosine"
+            for width in dict.fromkeys(args.widths):
+                cut = partial(cut_vectors, width=width, normalise=normalise)
+                add(
+                    f"{name} cut to {width}",
+                    partial(vectors_run, collection, cut(queries), cut(documents), known),
+                    encoding_s,
+                )
+        if args.run is not None:
+            add(names[args.run], partial(read_run, args.run))
+        if args.bm25:
+            add("BM25", partial(bm25_run, collection, filter_known=known))
+        if args.pretrained is not None:
+            options = {"max_tokens": args.max_tokens, "bf16": args.bf16, "filter_known": known, "progress": progress}
+            add(f"{args.pretrained.name} as it is", partial(pretrained_run, args.pretrained, collection, **options))
+        for path in args.compare:
+            of_model = partial(_run_of_model, path, collection, args.bf16, known, progress)
+            add(names[path], of_model if path.is_dir() else partial(read_run, path))
+    if not runs:
+        raise ConfigError("--beir needs something to evaluate: --model, --run, --bm25, --pretrained or --compare")
+    if args.save_run is not None:
+        write_run(args.save_run, runs[0][1], runs[0][0])
+    if args.save_qrels is not None:
+        write_qrels(args.save_qrels, collection.qrels)
+    systems = [System(name, run_metrics(collection.qrels, run), seconds) for name, run, seconds in runs]
+    _show(args, systems, len(collection.qrels))
+
+
+def _check_widths(widths: list[int], dim: int) -> None:
+    """Raise ConfigError where a width is not one that the model's vectors can be cut to."""
+    if wrong := [width for width in widths if not 1 <= width <= dim]:
+        raise ConfigError(f"--widths {wrong[0]}: the model's vectors are {dim} wide, needs 1 to {dim}")
+
+
+def _run_of_model(path: Path, collection: Collection, bf16: bool, filter_known: bool, progress: ProgressBar) -> Run:
+    folder = load_model_folder(path)
+    if bf16:
+        encode_in_bf16(folder.model)
+    return model_run(
+        folder.model, folder.schema, folder.tokenizer_dir, collection, filter_known=filter_known, progress=progress
+    )
+
+
+def _show(args: argparse.Namespace, systems: list[System], num_queries: int) -> None:
+    pairs = [(systems[0], other) for other in systems[1:]]
+    console = Console()
+    console.print(table(systems, f"{args.split}, {num_queries} queries", SHOWN_OF_RUNS))
+    for line in differences(pairs, SHOWN_OF_RUNS):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if args.out is not None:
+        content = {"split": args.split, "queries": num_queries, "systems": as_json(systems)}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.out, {**content, "differences": differences_as_json(pairs, SHOWN_OF_RUNS)})

@@ -1,0 +1,26 @@
+"""Draw the curves of runs: loss, validation NDCG@10, alpha and rows/s over steps.
+
+    bigdssm plot_run RUN [RUN …] --out CURVES.png
+
+RUN is a run folder, whose stages are drawn one after another, or a single stage's folder. Several runs are overlaid.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from bigdssm.cli import command
+from bigdssm.running.records import plot_runs
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run or stage folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="where the picture goes")
+    args = parser.parse_args(argv)
+    plot_runs(args.runs, args.out)
+    print(args.out)

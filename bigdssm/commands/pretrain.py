@@ -1,0 +1,20 @@
+"""Pretrain a config's model: on this process alone, or on ranks.
+
+bigdssm pretrain --config my.yaml [key=value …]
+deepspeed --module bigdssm.commands.pretrain --config my.yaml [key=value …]
+torchrun --nproc-per-node 2 -m bigdssm.commands.pretrain --config my.yaml [key=value …]
+"""
+
+import sys
+from collections.abc import Sequence
+
+from bigdssm.commands._stage import run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    return run("pretrain", __doc__, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

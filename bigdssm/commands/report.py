@@ -1,0 +1,172 @@
+"""Report a run on a split: popularity, a Markov chain, the pretrained model, what fine-tuning adds.
+
+    bigdssm report RUN [RUN …] --out REPORT.json [--split test]
+    bigdssm report RUN [RUN …] --out JSON --beir DIR [--bm25] [--pretrained FOLDER] [--compare TREC …] [--bf16]
+
+Evaluates RUN/pretrain/best and, where it is there, RUN/sft/best over the full catalogue. With --beir they are measured
+on a collection that bigdssm make_shards wrote beside the dataset, against BM25, a pretrained encoder as it is, and
+runs that bigdssm evaluate saved. Several RUNs are one config's with several seeds (bigdssm seeds): figures are means
+over them, ± a standard error over rows and seeds, and intervals resample both. REPORT.json is a list of
+{name, ndcg_at_10, …, seconds}; a model's seconds are those of its training and its evaluation, the figures of each seed
+stand under `seeds`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from time import perf_counter
+
+from rich.console import Console
+
+from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder
+from bigdssm.atomic import write_json
+from bigdssm.cli import ProgressBar, command, refuse_options
+from bigdssm.config import Config, RunConfig, first_difference
+from bigdssm.dataset.cache import Cache
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import CheckpointError, ConfigError
+from bigdssm.evaluation.collection import bm25_run, model_run, pretrained_run
+from bigdssm.evaluation.split import evaluate_split
+from bigdssm.evaluation.systems import (
+    SHOWN,
+    SHOWN_OF_RUNS,
+    System,
+    as_json,
+    baseline_systems,
+    differences,
+    names_apart,
+    table,
+)
+from bigdssm.evaluation.trec import Run, read_run, run_metrics, write_run
+from bigdssm.retrieval.embed import encode_in_bf16, tower_encoders
+from bigdssm.running.records import training_seconds
+from bigdssm.tables.beir import Collection, read_collection
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder; several: one config's seeds")
+    parser.add_argument("--data", help="dataset folder or URL (by default the one that the run was trained on)")
+    parser.add_argument("--split", default="test", help="split of the dataset or collection (%(default)s)")
+    parser.add_argument("--out", type=Path, required=True, metavar="JSON", help="where the list is saved")
+    parser.add_argument("--beir", type=Path, metavar="DIR", help="measure on this BEIR folder")
+    parser.add_argument("--bm25", action="store_true", help="with --beir: also BM25")
+    parser.add_argument("--pretrained", type=Path, metavar="FOLDER", help="with --beir: also an encoder as it is")
+    parser.add_argument("--compare", type=Path, nargs="+", default=[], metavar="TREC", help="runs of other systems")
+    parser.add_argument("--save-runs", type=Path, metavar="DIR", help="write all runs there in TREC's format")
+    parser.add_argument("--filter-known", action="store_true", help="as with bigdssm evaluate")
+    parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16, which some processors do faster")
+    args = parser.parse_args(argv)
+    if args.beir is None:
+        of_collections = ["--bm25", "--pretrained", "--compare", "--save-runs", "--filter-known"]
+        refuse_options(parser, args, of_collections, "without --beir")
+    else:
+        refuse_options(parser, args, ["--data"], "with --beir, which has its own documents")
+
+    runs = [_trained_stages(run, args.bf16) for run in args.runs]
+    _check_seeds(args.runs, [next(iter(stages.values())).config for stages in runs])
+    names = {stage: _stage_name(stage, folder.config) for stage, folder in runs[0].items()}
+    if args.beir is None:
+        data = next(iter(runs[0].values())).config.data
+        dataset = Dataset.open(args.data or data.dir, cache=Cache.of(data))
+        others = baseline_systems(dataset, args.split)
+        measure = partial(_evaluated, dataset=dataset, split=args.split)
+        title, shown = f"{dataset.num_rows(args.split)} rows", SHOWN
+    else:
+        collection = read_collection(args.beir, args.split)
+        others = _baselines_on_collection(collection, args)
+        measure = partial(_on_collection, collection=collection, args=args)
+        title, shown = f"{len(collection.qrels)} queries", SHOWN_OF_RUNS
+    models = [
+        System.of_seeds(
+            [measure(names[stage], stages[stage], run / stage) for run, stages in zip(args.runs, runs, strict=True)]
+        )
+        for stage in names
+    ]
+    pairs = [(model, other) for model in models for other in (others[-1:] if args.beir is None else others)]
+    if len(runs) > 1:
+        title += f", {len(runs)} seeds"
+
+    console = Console()
+    console.print(table([*others, *models], f"{args.split}, {title}", shown))
+    console.print("paired differences with 95 % bootstrap intervals:")
+    for line in differences(pairs + [(b, a) for a, b in combinations(models, 2)], shown):
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.out, as_json([*others, *models]))
+
+
+def _trained_stages(run: Path, bf16: bool) -> dict[str, ModelFolder]:
+    found = {
+        stage: load_model_folder(run / stage / "best")
+        for stage in ("pretrain", "sft")
+        if (run / stage / "best").is_dir()
+    }
+    if not found:
+        raise CheckpointError(f"{run} holds neither pretrain/best nor sft/best; train first")
+    if bf16:
+        for folder in found.values():
+            encode_in_bf16(folder.model)
+    return found
+
+
+def _check_seeds(runs: Sequence[Path], configs: Sequence[Config]) -> None:
+    """Raise ConfigError unless the configs differ in their run sections alone."""
+    first = replace(configs[0], run=RunConfig()).to_dict()
+    for run, config in zip(runs, configs, strict=True):
+        difference = first_difference(first, replace(config, run=RunConfig()).to_dict())
+        if difference:
+            raise ConfigError(f"{run} is no other seed of {runs[0]}: {difference}; report it by itself")
+
+
+def _stage_name(stage: str, config: Config) -> str:
+    return f"{config.pretrain.loss.name.upper()} pretraining" if stage == "pretrain" else "+ SFT"
+
+
+def _baselines_on_collection(collection: Collection, args: argparse.Namespace) -> list[System]:
+    known = args.filter_known
+    runs: dict[str, Callable[[], Run]] = {}
+    if args.bm25:
+        runs["BM25"] = partial(bm25_run, collection, filter_known=known)
+    if args.pretrained is not None:
+        name = f"{args.pretrained.name} as it is"
+        runs[name] = partial(pretrained_run, args.pretrained, collection, bf16=args.bf16, filter_known=known)
+    names = names_apart(args.compare)
+    runs |= {name: partial(read_run, path) for name, path in zip(names, args.compare, strict=True)}
+    return [_measured(name, run, collection, args) for name, run in runs.items()]
+
+
+def _on_collection(
+    name: str, folder: ModelFolder, stage_dir: Path, collection: Collection, args: argparse.Namespace
+) -> System:
+    make = partial(
+        model_run, folder.model, folder.schema, folder.tokenizer_dir, collection, filter_known=args.filter_known
+    )
+    return _measured(name, make, collection, args, stage_dir)
+
+
+def _measured(
+    name: str, make: Callable[..., Run], collection: Collection, args: argparse.Namespace, stage_dir: Path | None = None
+) -> System:
+    spent = 0.0 if stage_dir is None else training_seconds(stage_dir)
+    started = perf_counter()
+    run = make()
+    if args.save_runs is not None:
+        label = name if stage_dir is None or len(args.runs) == 1 else f"{name} {stage_dir.parent.name}"
+        file = "-".join(label.replace("/", " ").split())
+        write_run(args.save_runs / f"{file}.trec", run, label)
+    return System(name, run_metrics(collection.qrels, run), perf_counter() - started + spent)
+
+
+def _evaluated(name: str, folder: ModelFolder, stage_dir: Path, dataset: Dataset, split: str) -> System:
+    folder.check_dataset(dataset)
+    with ProgressBar() as progress:
+        evaluation = evaluate_split(tower_encoders(folder.model, dataset), dataset, split, progress=progress)
+    return System.of_ranks(name, evaluation.ranks, evaluation.seconds + training_seconds(stage_dir))

@@ -1,0 +1,20 @@
+"""Fine-tune (SFT) what pretraining left: on this process alone, or on ranks.
+
+bigdssm sft --config my.yaml [key=value …]
+deepspeed --module bigdssm.commands.sft --config my.yaml [key=value …]
+torchrun --nproc-per-node 2 -m bigdssm.commands.sft --config my.yaml [key=value …]
+"""
+
+import sys
+from collections.abc import Sequence
+
+from bigdssm.commands._stage import run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    return run("sft", __doc__, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

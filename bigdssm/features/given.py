@@ -1,0 +1,126 @@
+"""Values as programs give them (dicts, texts, Arrow tables, data frames), read and encoded as a dataset's are."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bigdssm.errors import DataError
+from bigdssm.features.base import Feature, encode_columns
+from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch
+from bigdssm.features.fitting import canonical
+from bigdssm.features.history import History
+from bigdssm.features.ragged import Column, Ragged, from_arrow
+from bigdssm.features.text import texts_of
+from bigdssm.features.tokenizer import TextTokenizer
+
+
+def columns_of(
+    batch: SourceBatch, features: Mapping[str, Feature], tokenizer: TextTokenizer | None, report_bad: ReportBad
+) -> dict[str, Column]:
+    """Return the encoded columns of source rows by feature name, as shards and catalogue hold them."""
+    table = canonical(RowCheck(batch, report_bad), features)
+    encoded = encode_columns(table, features, tokenizer, large=True)
+    return {name: from_arrow(column) for name, column in encoded.items()}
+
+
+def given_columns(
+    rows: Any, features: Mapping[str, Feature], docs: Mapping[str, Feature], tokenizer: TextTokenizer | None
+) -> tuple[dict[str, Column], int]:
+    """Return the encoded columns of `rows` by feature name, and how many rows there are.
+
+    `rows`: dicts of feature values, strings where one of `features` is a text, or an Arrow table or pandas data frame
+    with columns named after features. What is not given is missing. `docs` are the documents' features, in one of which
+    a history's items are values. Raises DataError: an unknown feature, or a value that cannot be read.
+    """
+    if not is_table(rows):
+        rows = list(rows)
+    num_rows = len(rows)
+    given = _by_feature(rows, features)
+    found: dict[str, Column] = {}
+    for name, feature in features.items():
+        if name not in given or pa.types.is_null(given[name].type):
+            missing = pa.array([feature.missing] * num_rows, feature.canonical_type)
+            found[name] = from_arrow(feature.encode(missing, tokenizer, large=True))
+        elif isinstance(feature, History):
+            found[name] = _history(name, given[name], feature, docs[str(feature.of)])
+        else:
+            batch = SourceBatch(name, pa.table({name: given[name]}), np.arange(num_rows))
+            found |= columns_of(batch, {name: replace(feature, column=name)}, tokenizer, _refuse)
+    return found, num_rows
+
+
+def is_table(rows: Any) -> bool:
+    """Return whether `rows` is an Arrow table or a pandas data frame."""
+    return isinstance(rows, pa.Table) or type(rows).__module__.partition(".")[0] == "pandas"
+
+
+def as_table(rows: Any) -> pa.Table:
+    """Return an Arrow table or a pandas data frame as the former, without dictionaries. Raises DataError."""
+    try:
+        table = rows if isinstance(rows, pa.Table) else pa.Table.from_pandas(rows, preserve_index=False)
+        plain = [(f.type.value_type if pa.types.is_dictionary(f.type) else f.type) for f in table.schema]
+        return table.cast(pa.schema(list(zip(table.column_names, plain, strict=True))))
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise DataError(f"the table cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _by_feature(rows: Any, features: Mapping[str, Feature]) -> dict[str, pa.Array]:
+    """Return the columns that are there. Raises DataError on one that is no feature's."""
+    if is_table(rows):
+        table = as_table(rows)
+        _check_names(table.column_names, features)
+        return {name: table.column(name).combine_chunks() for name in table.column_names}
+    if rows and all(isinstance(row, str) for row in rows):
+        texts = list(texts_of(features))
+        if len(texts) != 1:
+            raise DataError(f"strings stand for the one text of a row, but there are {len(texts)}; give dicts")
+        return {texts[0]: pa.array(rows)}
+    if wrong := [row for row in rows if not isinstance(row, Mapping)]:
+        raise DataError(f"got rows of {type(wrong[0]).__name__}; give dicts, strings, an Arrow table or a data frame")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    _check_names(names, features)
+    return {name: _array(name, [row.get(name) for row in rows]) for name in names}
+
+
+def _check_names(names: Iterable[str], features: Mapping[str, Feature]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise DataError(f"there are two columns {name!r}")
+        seen.add(name)
+        if name not in features:
+            of_source = [known for known, feature in features.items() if feature.source == name]
+            near = [*of_source, *difflib.get_close_matches(str(name), features, 1)]
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise DataError(f"{name!r} is no feature{meant} The features are {', '.join(features)}")
+
+
+def _array(name: str, values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{name}: values of one feature need one type: {' '.join(str(error).split())}") from None
+
+
+def _history(name: str, lists: pa.Array, feature: History, item: Feature) -> Column:
+    """Return the codes of items, the newest so many of each row."""
+    if not (pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)):
+        raise DataError(f"{name} holds {lists.type}, needs lists of item values, oldest first")
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+    items = pa.table({name: lists.flatten()})
+    batch = SourceBatch(name, items, np.repeat(np.arange(len(lengths)), lengths))
+    codes = columns_of(batch, {name: replace(item, column=name)}, None, _refuse)[name]
+    rows = np.split(np.asarray(codes), np.cumsum(lengths)[:-1])
+    return Ragged.of_lists([row[-feature.max_items :] for row in rows])
+
+
+def _refuse(file: str, row: int, reason: str, left_out: bool = True) -> None:
+    """Raise DataError: what is given by a program is to be right, where a table's value would be taken as missing."""
+    raise DataError(f"row {row}: {reason.removesuffix('; taken as missing')}")

@@ -1,0 +1,65 @@
+"""A dataset from Python: tables as files, Arrow tables or data frames."""
+
+from __future__ import annotations
+
+import difflib
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from bigdssm.config import Config, config_of
+from bigdssm.errors import ConfigError
+from bigdssm.features.given import as_table, is_table
+from bigdssm.making.interactions import InteractionTables, make_interactions
+from bigdssm.making.making import Report, Target
+from bigdssm.making.pairs import PairTables, make_pairs
+from bigdssm.progress import Progress, no_progress
+
+
+def make_dataset(
+    config: Config | str | Path, overrides: Sequence[str] = (), *,
+    interactions: Any = None, items: Any = None, users: Any = None, pairs: Any = None,
+    out: str | Path | None = None, partition: str = "base", append: bool = False, overwrite: bool = False,
+    seed: int = 0, like: str | Path | None = None, progress: Progress = no_progress, **options: Any,
+) -> Report:  # fmt: skip
+    """Make a dataset of interactions, items and maybe users, or of pairs, and return what was made, and where.
+
+    A table is a file, an Arrow table or a pandas data frame; `pairs` may be several. `out` is by default the config's
+    data.dir; `append` adds `partition` to the dataset there. `options` are fields of InteractionTables or PairTables,
+    such as item_column, doc_id_column or split. Raises ConfigError, DataError.
+    """
+    data = config_of(config, overrides).data
+    target = Target(Path(out or data.dir), partition, overwrite, append, seed, None if like is None else Path(like))
+    if (pairs is None) == (interactions is None and items is None and users is None):
+        raise ConfigError("a dataset is made of pairs=, or of interactions= and items=, and maybe users=")
+    with tempfile.TemporaryDirectory() as spool:
+
+        def file(name: str, table: Any) -> Path:
+            if not is_table(table):
+                return Path(table)
+            pq.write_table(as_table(table), path := Path(spool) / f"{name}.parquet")
+            return path
+
+        if pairs is not None:
+            several = pairs if isinstance(pairs, list | tuple) else [pairs]
+            files = tuple(file(f"pairs-{number}", table) for number, table in enumerate(several))
+            return make_pairs(data, _tables(PairTables, options, files=files), target, progress)
+        given = {"interactions": interactions, "items": items, "users": users}
+        if lacking := [name for name in ("interactions", "items") if given[name] is None]:
+            raise ConfigError(f"{lacking[0]}= is missing: a dataset of interactions is made of them and of items")
+        paths = {name: file(name, table) for name, table in given.items() if table is not None}
+        return make_interactions(data, _tables(InteractionTables, options, **paths), target, progress)
+
+
+def _tables(cls: Callable[..., Any], options: dict[str, Any], **files: Any) -> Any:
+    known = [field.name for field in fields(cls) if field.name not in files]  # type: ignore[arg-type]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise ConfigError(f"{name}= is no option of such a dataset; {meant}")
+    return cls(**files, **options)

@@ -1,0 +1,60 @@
+"""A model folder as an object that encodes what a program has: dicts, texts, Arrow tables, data frames."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder
+from bigdssm.features import Feature, TextTokenizer
+from bigdssm.features.given import given_columns
+from bigdssm.retrieval.embed import document_vectors, in_pieces, query_vectors
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model. Rows are a list of dicts (feature → value), of strings where a side has one text feature, an
+    Arrow table or a pandas data frame, with columns named after features; a history is a list of item values, oldest
+    first; what is not given is missing. A query's vector and a document's have the training score as inner product.
+    """
+
+    folder: ModelFolder
+
+    @property
+    def checksum(self) -> str:
+        """Return the checksum that names the model in vectors and indexes."""
+        return self.folder.checksum
+
+    def encode_queries(self, rows: Any) -> np.ndarray:
+        """Return the index vectors of queries, float32 [m, D+1]. Raises DataError: an unknown feature, a bad value."""
+        return self._encode(rows, self.folder.schema.query, query_vectors)
+
+    def encode_documents(self, rows: Any) -> np.ndarray:
+        """Return the index vectors of documents, float32 [n, D+1]. Raises DataError as `encode_queries` does."""
+        return self._encode(rows, self.folder.schema.doc, document_vectors)
+
+    def _encode(
+        self, rows: Any, features: Mapping[str, Feature], encode: Callable[[nn.Module, Any], Tensor]
+    ) -> np.ndarray:
+        columns, num_rows = given_columns(rows, features, self.folder.schema.doc, self._tokenizer)
+        if num_rows == 0:
+            return np.zeros((0, self.folder.config.model.dim + 1), np.float32)
+        vectors: np.ndarray = in_pieces(
+            features, columns, self.folder.pad_token_id, partial(encode, self.folder.model)
+        ).numpy()
+        return vectors
+
+    @cached_property
+    def _tokenizer(self) -> TextTokenizer | None:
+        return None if self.folder.tokenizer_dir is None else TextTokenizer(self.folder.tokenizer_dir)
+
+
+def load_model(folder: str | Path) -> Model:
+    """Return the Model in a model folder, such as RUN/sft/best. Raises CheckpointError: missing, or damaged."""
+    return Model(load_model_folder(Path(folder)))

@@ -1,0 +1,323 @@
+"""What `import bigdssm` offers: cheap to import, the same as the commands, and the process left as it was."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+import bigdssm
+from bigdssm import distributed
+from bigdssm.commands import __main__ as command
+from bigdssm.errors import CheckpointError, ConfigError, DataError, Preempted
+from bigdssm.retrieval.embed import tower_encoders
+from tests.distributed import small_run
+
+ROOT = Path(__file__).parents[2]
+SHORT = ["pretrain.steps=4", "sft.steps=2", "data.lanes=6"]
+
+
+def tables_of(folder: Path) -> dict[str, pa.Table]:
+    """Return the tables of the small run, its items with a number and a vector each as well."""
+    strings = pa_csv.ParseOptions(delimiter="\t")
+    tables = {
+        name: pa_csv.read_csv(folder / f"{name}.tsv", parse_options=strings) for name in ("events", "items", "users")
+    }
+    random, count = np.random.RandomState(1), tables["items"].num_rows
+    vectors = random.randn(count, 3).astype(np.float32)
+    size = [None if i % 7 == 3 else float(i * i) for i in range(count)]
+    tables["items"] = (
+        tables["items"].append_column("size", pa.array(size)).append_column("seen", pa.array(list(vectors)))
+    )
+    return tables
+
+
+def state_of_process() -> tuple[Any, ...]:
+    handlers = {name: list(logging.getLogger(name).handlers) for name in (None, "bigdssm")}
+    signals = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    wakeup = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(wakeup)
+    logger = logging.getLogger("bigdssm")
+    return (
+        dict(os.environ), signals, wakeup, handlers, logger.level, logger.propagate, logging.getLogger().level,
+        distributed.is_distributed(), torch.get_rng_state().tolist(), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with tables, a config and both stages' runs, all made by the functions."""
+    folder = tmp_path_factory.mktemp("api")
+    small_run.write_dataset(folder)
+    content = yaml.safe_load((folder / "config.yaml").read_text())
+    content["data"]["doc"] |= {
+        "number": {"type": "numeric", "column": "size"}, "seen": {"type": "vector", "dim": 3, "normalize": True},
+    }  # fmt: skip
+    content["data"]["dir"], content["run"]["dir"] = str(folder / "made"), str(folder / "run")
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    tables = tables_of(folder)
+    bigdssm.make_dataset(
+        folder / "config.yaml", interactions=tables["events"], items=tables["items"], users=tables["users"]
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> list[Any]:
+    before, config = state_of_process(), bigdssm.load_config(folder / "config.yaml", SHORT)
+    first = bigdssm.pretrain(config)
+    assert state_of_process() == before
+    second = bigdssm.sft(folder / "config.yaml", SHORT)
+    assert state_of_process() == before
+    return [first, second]
+
+
+def test_importing_brings_no_torch_and_takes_no_time() -> None:
+    code = (
+        "import sys, time; t = time.perf_counter(); import bigdssm; t = time.perf_counter() - t\n"
+        "assert set(bigdssm.__all__) <= set(dir(bigdssm))\n"
+        "print(t, sorted({'torch', 'numpy', 'pyarrow', 'deepspeed'} & set(sys.modules)))"
+    )
+    took = []
+    for _ in range(3):  # the best of some: the machine may be busy
+        said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        took.append(float(said.split()[0]))
+        assert said.split(maxsplit=1)[1].strip() == "[]"
+    assert min(took) < 0.3
+
+
+def test_all_names_are_there() -> None:
+    for name in bigdssm.__all__:
+        assert getattr(bigdssm, name).__module__.startswith("bigdssm.")
+    with pytest.raises(AttributeError, match="no attribute 'fsp_loss'"):
+        bigdssm.fsp_loss  # noqa: B018
+
+
+@pytest.mark.parametrize("kind", ["frames", "files"])
+def test_tables_of_any_kind_make_the_same_dataset(folder: Path, tmp_path: Path, kind: str) -> None:
+    tables: dict[str, Any] = tables_of(folder)
+    if kind == "frames":
+        tables = {name: table.to_pandas() for name, table in tables.items()}
+        tables["users"]["gender"] = tables["users"]["gender"].astype("category")
+    else:
+        for name, table in tables.items():
+            pq.write_table(table, tmp_path / f"{name}.parquet")
+        tables = {name: str(tmp_path / f"{name}.parquet") for name in tables}
+    events, items, users = tables["events"], tables["items"], tables["users"]
+    report = bigdssm.make_dataset(
+        folder / "config.yaml", interactions=events, items=items, users=users, out=tmp_path / "out"
+    )
+    assert report.num_bad == 0 and report.out == tmp_path / "out"
+    assert bigdssm.Dataset.open(report.out).fingerprint == bigdssm.Dataset.open(folder / "made").fingerprint
+    assert len(list(tmp_path.iterdir())) == (1 if kind == "frames" else 4), "nothing is left beside it"
+
+
+def test_pairs_from_a_frame(tmp_path: Path) -> None:
+    content = {
+        "run": {"dir": str(tmp_path / "run")},
+        "data": {
+            "dir": str(tmp_path / "data"), "query": {"word": {"type": "categorical"}},
+            "doc": {"title": {"type": "categorical"}},
+        },
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    frame = pd.DataFrame({"word": [f"w{i % 9}" for i in range(80)], "title": [f"t{i % 20}" for i in range(80)]})
+    report = bigdssm.make_dataset(tmp_path / "config.yaml", pairs=[frame, frame], split="train", dedup=True)
+    assert report.num_docs == 20 and sum(report.rows.values()) == 80
+    for wrong, sentence in (
+        ({"pairs": frame, "items": frame}, "is made of pairs=, or of interactions="),
+        ({"items": frame}, "interactions= is missing"),
+        ({"pairs": frame, "doc_id_colum": "title"}, "did you mean doc_id_column"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            bigdssm.make_dataset(tmp_path / "config.yaml", out=tmp_path / "other", **wrong)
+
+
+def test_both_stages_train_in_one_process(folder: Path, trained: list[Any]) -> None:
+    for stage, result in zip(("pretrain", "sft"), trained, strict=True):
+        assert result.best == folder / "run" / stage / "best" and (result.best / "model.safetensors").is_file()
+        best = max(small_run.validations(folder / "run", stage), key=lambda metrics: metrics["ndcg_at_10"])
+        assert result.metrics["ndcg_at_10"] == pytest.approx(best["ndcg_at_10"], abs=1e-6)
+    with pytest.raises(CheckpointError, match="go on with --resume auto"):
+        bigdssm.pretrain(folder / "config.yaml", SHORT)
+    assert bigdssm.pretrain(folder / "config.yaml", SHORT, resume=True).metrics == trained[0].metrics
+
+
+def test_a_stage_that_fails_leaves_the_process_as_it_was(folder: Path, tmp_path: Path) -> None:
+    before = state_of_process()
+    with pytest.raises(ConfigError, match="lanes"):
+        bigdssm.pretrain(folder / "config.yaml", [f"run.dir={tmp_path}", "pretrain.rows_global=7"])
+    with pytest.raises(ConfigError, match="dataclasses"):
+        bigdssm.pretrain(bigdssm.load_config(folder / "config.yaml"), SHORT)
+    assert state_of_process() == before
+
+
+def test_a_stage_in_the_process_can_be_asked_to_stop_by_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bigdssm.training import loop
+
+    step = loop.train_step
+
+    def step_and_ask(*arguments: Any) -> Any:
+        (tmp_path / "pretrain" / "stop").write_text("save")
+        until = 50
+        while (tmp_path / "pretrain" / "stop").exists() and (until := until - 1):
+            signal.sigtimedwait([], 0.1)
+        return step(*arguments)
+
+    monkeypatch.setattr(loop, "train_step", step_and_ask)
+    before = state_of_process()
+    with pytest.raises(Preempted, match="saved"):
+        bigdssm.pretrain(folder / "config.yaml", [*SHORT, f"run.dir={tmp_path}"])
+    assert state_of_process() == before
+
+
+def rows_of(folder: Path) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """Return the items as dicts of features, and the vectors that the command makes of them."""
+    model, vectors = str(folder / "run/sft/best"), folder / "vectors"
+    if not vectors.exists():
+        assert command.main(["embed", "--model", model, "--data", str(folder / "made"), "--out", str(vectors)]) == 0
+        assert command.main(["build_index", "--vectors", str(vectors), "--out", str(folder / "index")]) == 0
+    items = tables_of(folder)["items"].rename_columns({"size": "number"}).to_pylist()
+    keys = pa.ipc.open_file(vectors / "documents.arrow").read_all()["doc_key"].to_pylist()
+    order = {row["item_id"]: row for row in items}
+    return [order[key] for key in keys], np.load(vectors / "vectors.npy")
+
+
+@pytest.fixture(autouse=True)
+def own_logging(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Take back what commands do to the logger and to the command line."""
+    logger = logging.getLogger("bigdssm")
+    before = list(logger.handlers), logger.level, logger.propagate
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
+
+
+@pytest.mark.parametrize("form", ["dicts", "table", "frame", "parts"])
+def test_documents_get_the_vectors_of_the_command(folder: Path, trained: list[Any], form: str) -> None:
+    rows, expected = rows_of(folder)
+    model = bigdssm.load_model(trained[1].best)
+    if form == "parts":
+        rows = [{**row, "genre": row["genre"].split(" ")} for row in rows]
+        found = np.concatenate([model.encode_documents(rows[:5]), model.encode_documents(iter(rows[5:]))])
+    else:
+        table = pa.Table.from_pylist(rows)
+        found = model.encode_documents({"dicts": rows, "table": table, "frame": table.to_pandas()}[form])
+    assert found.dtype == np.float32 and found.shape == (len(rows), 17)
+    assert np.abs(found - expected).max() <= 1e-5
+    assert model.encode_documents([]).shape == (0, 17)
+
+
+def test_queries_get_the_vectors_of_training(folder: Path, trained: list[Any]) -> None:
+    model, dataset = bigdssm.load_model(trained[1].best), bigdssm.Dataset.open(folder / "made")
+    rows = next(dataset.iterate("test", 40))
+    expected = tower_encoders(model.folder.model, dataset).queries(rows).numpy()
+    users = {row["user_id"]: row for row in tables_of(folder)["users"].to_pylist()}
+    table = dataset.sequences
+    assert table is not None and rows.sequence is not None
+    given = []
+    for i in range(len(rows)):
+        user = users[table.strings("query_key", rows.sequence[i : i + 1])[0]]
+        history = dataset.catalogue.keys(rows.seen(i))  # all of it: the model takes the newest
+        given.append({"history": history, "age": user["age"], "gender": user["gender"]})
+    assert max(len(row["history"]) for row in given) > 8
+    assert np.abs(model.encode_queries(given) - expected).max() <= 1e-5
+    frame = pd.DataFrame(given)
+    frame["gender"] = frame["gender"].astype("category")
+    assert np.abs(model.encode_queries(frame) - expected).max() <= 1e-5
+
+
+def test_what_is_not_given_is_missing_and_what_is_wrong_is_refused(folder: Path, trained: list[Any]) -> None:
+    model = bigdssm.load_model(trained[1].best)
+    same = model.encode_queries([{}, {"age": None}, {"history": [], "gender": ""}, {"history": None}])
+    assert np.abs(same - same[0]).max() <= 1e-6
+    title = model.encode_documents(["word1 word2"])
+    assert np.abs(title - model.encode_documents([{"title": "word1 word2"}])).max() <= 1e-6
+    assert np.abs(title - model.encode_documents(["word7"])).max() > 1e-4
+    for side, rows, sentence in (
+        ("documents", [{"tilte": "a"}], "'tilte' is no feature; did you mean 'title'"),
+        ("documents", pa.table({"size": [1.0]}), "'size' is no feature; did you mean 'number'"),
+        ("documents", [{"number": "many"}], "row 0: number is 'many', needs"),
+        ("documents", [{"title": "a"}, {"seen": [1.0, 2.0]}], "row 1: seen has 2 numbers, needs 3"),
+        ("documents", [{"title": "a"}, "b"], "got rows of str"),
+        ("documents", [{"number": 1.0}, {"number": "2"}], "number: values of one feature need one type"),
+        ("queries", ["a text"], "there are 0; give dicts"),
+        ("queries", [{"history": "i1"}], "history holds string, needs lists"),
+    ):
+        with pytest.raises(DataError, match=re.escape(sentence)):
+            getattr(model, f"encode_{side}")(rows)
+
+
+def test_an_index_finds_what_the_vectors_say(folder: Path, trained: list[Any]) -> None:
+    rows, vectors = rows_of(folder)
+    model = bigdssm.load_model(str(trained[1].best))
+    index = bigdssm.open_index(str(folder / "index"), model)
+    queries = model.encode_queries([{"history": ["i3", "i5"], "age": 30}, {"gender": "F"}])
+    found = index.search(queries, 5, exclude=[["i3", "nowhere"], []])
+    for query, documents, out in zip(queries, found, (["i3"], []), strict=True):
+        scores = vectors @ query
+        best = [i for i in np.argsort(-scores) if rows[i]["item_id"] not in out][:5]
+        assert [document.key for document in documents] == [rows[i]["item_id"] for i in best]
+        assert [document.score for document in documents] == pytest.approx(scores[best], abs=1e-5)
+        assert all(document.display for document in documents)
+    assert [d.key for d in index.search(queries, 48)[0]].count("i3") == 1
+    for wrong, sentence in (((queries[:, 1:], 5), "16 numbers|the index has 17"), ((queries, 0), "top 0")):
+        with pytest.raises(ConfigError, match=sentence):
+            index.search(*wrong)
+    with pytest.raises(ConfigError, match="keys of 1 queries, there are 2"):
+        index.search(queries, 5, exclude=[["i3"]])
+    with pytest.raises(CheckpointError, match="holds vectors of model"):
+        bigdssm.open_index(folder / "index", bigdssm.load_model(trained[0].best))
+
+
+def test_the_example_of_the_readme(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    section = (ROOT / "README.md").read_text().split("## From Python\n")[1].split("\n## ")[0]
+    make, shell, encode = [
+        re.sub(r"(?m)^    ", "", block) for block in re.findall(r"(?:^(?:    .*|)\n)+", section, re.M) if block.strip()
+    ]
+    tables = tables_of(folder)
+    pq.write_table(tables["events"], tmp_path / "events.parquet")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["run"]["dir"], config["data"]["dir"] = "runs/mine", "datasets/mine"
+    config["pretrain"]["steps"], config["sft"]["steps"] = 4, 2
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    exec(make, {name: tables[name] for name in ("items", "users")})
+    for line in shell.splitlines():
+        if line.startswith("bigdssm "):
+            assert command.main(shlex.split(line)[1:]) == 0
+    exec(encode, {"bigdssm": bigdssm})
+    assert len(capsys.readouterr().out.strip().splitlines()) > 12
+
+
+def test_the_command_lists_its_tools_and_knows_the_nearest(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert command.main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    tools = {line.split()[0] for line in lines if line.startswith("  ")}
+    assert tools == {path.stem for path in (ROOT / "bigdssm/commands").glob("[a-z]*.py")} and "__main__" not in tools
+    assert all(len(line) <= 120 and (not line.startswith("  ") or len(line.split()) > 4) for line in lines)
+    files = {path.stem for folder in ("tools", "launch") for path in (ROOT / folder).glob("*.py")}
+    assert files == tools, "each tool is a file, too"
+    assert command.main(["mine_negative"]) == 2
+    assert capsys.readouterr().err == "error: bigdssm has no tool 'mine_negative'; did you mean mine_negatives?\n"
+    assert command.main(["xyzzy"]) == 2
+    assert "`bigdssm --help` lists them" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["bigdssm", "stop_run", "nowhere"])
+    assert command.main() not in (0, 2) and "nowhere" in capsys.readouterr().err
