@@ -132,7 +132,7 @@ def test_the_source_keeps_the_rules() -> None:
         (
             "bigdssm/reports/compare.py",
             "from bigdssm.commands import embed",
-            "reports (floor 10) imports bigdssm.commands",
+            "reports (floor 12) imports bigdssm.commands",
         ),
         ("bigdssm/losses/fps.py", "import torch.distributed as dist", "torch.distributed is imported outside"),
         ("bigdssm/losses/fps.py", "from torch import distributed", "torch.distributed is imported outside"),
