@@ -1,6 +1,10 @@
-"""Keys and hashes of 64 bits, the same on every machine and in every version: what looks random in a dataset is one."""
+"""Hashes that are the same on every machine and in every version: keys of 64 bits, and checksums of what is kept."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import xxhash
@@ -33,3 +37,23 @@ def derive_key(*parts: int) -> int:
     for part in parts:
         key = int(mix64(np.array([part & _MASK], np.uint64), key)[0])
     return key
+
+
+def file_checksum(path: Path, first: int = 0, last: int | None = None, *, bits: Literal[64, 128] = 128) -> str:
+    """Return the xxh3 of a file, or of its bytes [first, last), in hex.
+
+    A dataset's format has 64 bits, which tell damage; all others have 128, which also tell one model from another.
+    """
+    digest = xxhash.xxh3_64() if bits == 64 else xxhash.xxh3_128()
+    left = path.stat().st_size - first if last is None else last - first
+    with path.open("rb") as file:
+        file.seek(first)
+        while chunk := file.read(min(left, 1 << 22)):
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest.hexdigest()
+
+
+def json_checksum(content: object) -> str:
+    """Return the xxh3_128, in hex, of what JSON can hold, whatever the order of its keys; else of its text."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, default=str).encode())

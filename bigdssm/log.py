@@ -6,10 +6,11 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
+
+from bigdssm.atomic import naming, write_text
 
 
 class _MainRankOnly(logging.Filter):
@@ -46,17 +47,6 @@ def setup_logging(level: int = logging.INFO) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level)
     root.propagate = False
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Let an error of the system within it name the file: that of a write, such as a full disk, does not by itself."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 class MetricsWriter:
@@ -106,10 +96,7 @@ def cut_back(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     if not path.exists():
         return
     kept = [json.dumps(record) + "\n" for record in read_records(path, "step") if keep(record)]
-    rewritten = path.with_suffix(".unfinished")
-    with naming(rewritten):
-        rewritten.write_text("".join(kept), encoding="utf-8")
-    os.replace(rewritten, path)
+    write_text(path, "".join(kept))
 
 
 def rank_file(folder: Path, name: str, rank: int) -> Path:

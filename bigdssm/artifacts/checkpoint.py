@@ -21,13 +21,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bigdssm import distributed
+from bigdssm.atomic import REPLACED, UNFINISHED, aside_of, recover, remove, replace_folder, sync, write_text
 from bigdssm.errors import BigDSSMError, CheckpointError
+from bigdssm.hashing import file_checksum, json_checksum
 from bigdssm.log import get_logger
 
 logger = get_logger(__name__)
@@ -120,7 +121,7 @@ class CheckpointStore:
         Raises CheckpointError on every rank where any rank cannot write; earlier checkpoints are untouched.
         """
         path = self.folder / _name(step)
-        aside = self.folder / f".{_name(step)}.unfinished"
+        aside = aside_of(path)
         rank = distributed.rank()
         self._together(lambda: self._prepare(aside), "prepare")
         tensors = share()
@@ -145,7 +146,8 @@ class CheckpointStore:
         """Return the newest good one, on rank 0, if there is one."""
         if not distributed.is_main():
             return []
-        self._finish_replacing()
+        for replaced in self.folder.glob(f".*{REPLACED}"):  # by one of the same step, when the run was killed
+            recover(self.folder / replaced.name[1:].removesuffix(REPLACED))
         for path in reversed(_checkpoints(self.folder)):
             try:
                 return [verify(path)]
@@ -156,19 +158,10 @@ class CheckpointStore:
                 _set_aside(path)
         return []
 
-    def _finish_replacing(self) -> None:
-        """Put a checkpoint back that was being replaced by one of the same step when the run was killed."""
-        for old in self.folder.glob(".*.replaced"):
-            path = self.folder / old.name[1:].removesuffix(".replaced")
-            if path.exists():
-                shutil.rmtree(old)
-            else:
-                os.replace(old, path)
-
     def _prepare(self, aside: Path) -> None:
         if distributed.is_main():
-            for stale in self.folder.glob(".*.unfinished"):
-                shutil.rmtree(stale)
+            for stale in self.folder.glob(f".*{UNFINISHED}"):
+                remove(stale)
             aside.mkdir(parents=True)
 
     def _publish(self, aside: Path, path: Path, step: int, state: dict[str, Any]) -> None:
@@ -179,14 +172,8 @@ class CheckpointStore:
             for file in sorted(aside.iterdir())
         ]
         _write_manifest(aside / MANIFEST, step, distributed.world_size(), state, shares)
-        replaced = self.folder / f".{path.name}.replaced"
-        if path.exists():
-            os.replace(path, replaced)
-        os.replace(aside, path)
-        _sync(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-        _write_synced(self.folder / f".{LATEST}", path.name)
-        os.replace(self.folder / f".{LATEST}", self.folder / LATEST)
+        replace_folder(aside, path)
+        write_text(self.folder / LATEST, path.name)
         for old in _checkpoints(self.folder)[: -self._keep]:
             shutil.rmtree(old)
 
@@ -237,7 +224,7 @@ def _write_manifest(path: Path, step: int, world_size: int, state: dict[str, Any
         "shares": [asdict(share) for share in shares],
     }  # fmt: skip
     content = json.loads(json.dumps(content))  # as it will be read
-    _write_synced(path, json.dumps({"checksum": _content_checksum(content), **content}, indent=1))
+    path.write_text(json.dumps({"checksum": json_checksum(content), **content}, indent=1), encoding="utf-8")
 
 
 def _read_manifest(path: Path) -> Checkpoint:
@@ -246,7 +233,7 @@ def _read_manifest(path: Path) -> Checkpoint:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         format_ = content["format"] if "files" not in content else 1  # which did not tell it
-        if format_ != 1 and content.pop("checksum") != _content_checksum(content):
+        if format_ != 1 and content.pop("checksum") != json_checksum(content):
             raise CheckpointError(f"{file} is damaged: its content does not have the checksum that it tells")
         if format_ != FORMAT:
             raise OtherFormatError(
@@ -276,11 +263,6 @@ def _steps_of(state: dict[str, Any]) -> dict[str, int]:
     return steps | ({"stream": stream["step"] + progress.get("part_step", 0)} if "step" in stream else {})
 
 
-def _content_checksum(content: dict[str, Any]) -> str:
-    """Return the xxh3_128 of a manifest, in hex, whatever the order of its keys."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
-
-
 def is_checkpoint(path: Path) -> bool:
     """Return True where `path` is a folder such as STAGE/checkpoints/step-00000100, whole or not."""
     return path.is_dir() and path.parent.name == CHECKPOINTS
@@ -304,7 +286,7 @@ def find(stage_dir: Path, which: str) -> Path:
 def _save_files(folder: Path, files: dict[str, dict[str, Tensor]]) -> None:
     for name, tensors in files.items():
         save_file(tensors, folder / name)
-        _sync(folder / name)
+        sync(folder / name)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -315,7 +297,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _set_aside(path: Path) -> None:
     target = path.with_name(f"damaged-{path.name}")
-    shutil.rmtree(target, ignore_errors=True)
+    remove(target)
     os.replace(path, target)
 
 
@@ -333,18 +315,6 @@ def _owner(name: str) -> int:
     return int(number[1]) if number else 0
 
 
-def file_checksum(path: Path, first: int = 0, last: int | None = None) -> str:
-    """Return the xxh3_128 of a file, or of its bytes [first, last), in hex."""
-    digest = xxhash.xxh3_128()
-    left = path.stat().st_size - first if last is None else last - first
-    with path.open("rb") as file:
-        file.seek(first)
-        while chunk := file.read(min(left, 1 << 22)):
-            digest.update(chunk)
-            left -= len(chunk)
-    return digest.hexdigest()
-
-
 def folder_checksums(folder: Path) -> dict[str, str]:
     """Return the xxh3_128 of every file in a folder, in hex, by its path there."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -357,17 +327,3 @@ def check_file(path: Path, checksum: str | None, listed_in: str) -> None:
         raise CheckpointError(f"{path} is missing; the folder is not whole, copy or make it again")
     if file_checksum(path) != checksum:
         raise CheckpointError(f"{path} is damaged: its checksum is not the one in {listed_in}; copy or make it again")
-
-
-def _write_synced(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk before what follows."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

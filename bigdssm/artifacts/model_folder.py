@@ -11,7 +11,6 @@ such as data.dir where a dataset moves.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -27,12 +26,13 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from bigdssm.artifacts.checkpoint import check_file, folder_checksums
+from bigdssm.atomic import new_folder, real_place, write_json
 from bigdssm.config import Config, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import BigDSSMError, CheckpointError
+from bigdssm.hashing import json_checksum
 from bigdssm.models import DualEncoder
 from bigdssm.models.encoders import TextEncoder, text_configs
-from bigdssm.places import real_place
 from bigdssm.schema import SCHEMA_FILE, Schema
 
 FORMAT = 2  # 1 had no checksum of the config
@@ -85,19 +85,16 @@ def save_model_folder(
     folder = real_place(folder)
     if folder.exists() and not (folder / META_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not a model folder; nothing was written, choose another --out")
-    aside = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    _write_all_but_weights(aside, model, config, schema, tokenizer_dir)
-    (aside / WEIGHTS_FILE).write_bytes(_serialised(model.state_dict() if state is None else state))
-    meta = {
-        "format": FORMAT,
-        "provenance": dict(provenance),
-        "checksums": _checksums(aside),
-        "config_checksum": _config_checksum(config.to_dict(), _mlp(config, provenance)),
-    }
-    (aside / META_FILE).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    replace_folder(aside, folder)
+    with new_folder(folder) as aside:
+        _write_all_but_weights(aside, model, config, schema, tokenizer_dir)
+        (aside / WEIGHTS_FILE).write_bytes(_serialised(model.state_dict() if state is None else state))
+        meta = {
+            "format": FORMAT,
+            "provenance": dict(provenance),
+            "checksums": _checksums(aside),
+            "config_checksum": _config_checksum(config.to_dict(), _mlp(config, provenance)),
+        }
+        write_json(aside / META_FILE, meta)
 
 
 def load_model_folder(folder: Path, *, any_score: bool = False) -> ModelFolder:
@@ -160,16 +157,6 @@ def is_model_folder(folder: Path) -> bool:
     return (folder / META_FILE).is_file()
 
 
-def replace_folder(new: Path, folder: Path) -> None:
-    """Put the folder `new` in the place of `folder`, both on the same file system."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _write_all_but_weights(
     folder: Path, model: DualEncoder, config: Config, schema: Schema, tokenizer_dir: Path | None
 ) -> None:
@@ -184,16 +171,12 @@ def _write_all_but_weights(
 
 def _identity(meta: Mapping[str, Any]) -> str:
     """Return the checksum of all that changes a score."""
-    return _checksum_of([meta["checksums"], meta["config_checksum"]])
+    return json_checksum([meta["checksums"], meta["config_checksum"]])
 
 
 def _config_checksum(written: Mapping[str, Any], mlp: tuple[int, ...]) -> str:
     """Return the checksum of what a config says about scores, as it is written: keys that come later change nothing."""
-    return _checksum_of([written.get("model"), mlp])
-
-
-def _checksum_of(content: object) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, default=str).encode())
+    return json_checksum([written.get("model"), mlp])
 
 
 def _serialised(weights: Mapping[str, Tensor]) -> bytes:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from bigdssm.cli import ProgressBar, command
 from bigdssm.evaluation.systems import differences, table
-from bigdssm.reports.compare import Difference, compare
+from bigdssm.reports.compare import Differing, compare
 
 
 @command
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _show(console: Console, title: str, rows: Sequence[Difference]) -> None:
+def _show(console: Console, title: str, rows: Sequence[Differing]) -> None:
     if not rows:
         print(f"{title}: the same\n")
         return

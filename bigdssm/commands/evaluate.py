@@ -21,11 +21,11 @@ from time import perf_counter
 from rich.console import Console
 
 from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.atomic import write_json
 from bigdssm.cli import ProgressBar, check_file_to_write, command, refuse_options
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.collection import (
-    Run,
     bm25_run,
     cut_vectors,
     model_run,
@@ -46,9 +46,8 @@ from bigdssm.evaluation.systems import (
     names_apart,
     save_comparison,
     table,
-    write_json,
 )
-from bigdssm.evaluation.trec import read_qrels, read_run, run_metrics, write_qrels, write_run
+from bigdssm.evaluation.trec import Run, read_qrels, read_run, run_metrics, write_qrels, write_run
 from bigdssm.retrieval.embed import encode_in_bf16
 from bigdssm.tables.beir import Collection, read_collection
 

@@ -24,12 +24,13 @@ from time import perf_counter
 from rich.console import Console
 
 from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder
+from bigdssm.atomic import write_json
 from bigdssm.cli import ProgressBar, command, refuse_options
 from bigdssm.config import Config, RunConfig, first_difference
 from bigdssm.dataset.cache import Cache
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError
-from bigdssm.evaluation.collection import Run, bm25_run, model_run, pretrained_run
+from bigdssm.evaluation.collection import bm25_run, model_run, pretrained_run
 from bigdssm.evaluation.split import evaluate_split
 from bigdssm.evaluation.systems import (
     SHOWN,
@@ -40,9 +41,8 @@ from bigdssm.evaluation.systems import (
     differences,
     names_apart,
     table,
-    write_json,
 )
-from bigdssm.evaluation.trec import read_run, run_metrics, write_run
+from bigdssm.evaluation.trec import Run, read_run, run_metrics, write_run
 from bigdssm.retrieval.embed import encode_in_bf16, tower_encoders
 from bigdssm.running.records import training_seconds
 from bigdssm.tables.beir import Collection, read_collection
@@ -131,7 +131,8 @@ def _stage_name(stage: str, config: Config) -> str:
 
 
 def _baselines_on_collection(collection: Collection, args: argparse.Namespace) -> list[System]:
-    known, runs = args.filter_known, {}
+    known = args.filter_known
+    runs: dict[str, Callable[[], Run]] = {}
     if args.bm25:
         runs["BM25"] = partial(bm25_run, collection, filter_known=known)
     if args.pretrained is not None:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import xxhash
 
+from bigdssm.atomic import UNFINISHED, aside_of, new_folder, put_file
 from bigdssm.config import DEFAULT_CACHE_BYTES, DataConfig
 from bigdssm.errors import DataError
 from bigdssm.log import get_logger
@@ -62,13 +63,12 @@ class Cache:
     def keep_block(self, key: str, content: bytes) -> None:
         """Keep a block, if there is room beside what is in use."""
         path = self.path(key)
-        part = path.with_suffix(".part")
         try:
             with self._locked() as lock:
                 if self._reserve(lock, len(content)):
                     path.parent.mkdir(exist_ok=True)
-                    part.write_bytes(content)
-                    os.replace(part, path)
+                    aside_of(path).write_bytes(content)
+                    os.replace(aside_of(path), path)  # not synced: a block is checked whenever it is read
         except OSError as error:  # a full disk, say: the cache is only there to save time
             _warn_once(f"{self.dir}: blocks are not cached: {error.strerror}")
 
@@ -92,7 +92,7 @@ class Cache:
         Of several processes one fetches and the others wait. Raises DataError: no room.
         """
         path = self.path(key)
-        part = path.with_suffix(".part")
+        part = aside_of(path)
         while (held := self.hold(key)) is None:
             part.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
@@ -106,8 +106,7 @@ class Cache:
                 try:
                     self._allot(fd, size)
                     write(fd)
-                    os.fsync(fd)
-                    os.replace(part, path)
+                    put_file(part, path)
                 except BaseException:
                     part.unlink(missing_ok=True)
                     raise
@@ -120,14 +119,11 @@ class Cache:
         folder = self.dir / "trees" / key_of(url, json.dumps(entries, sort_keys=True)) / name
         with self._locked():
             if not folder.exists():
-                making = folder.parent.with_suffix(".making")
-                shutil.rmtree(making, ignore_errors=True)
-                for place, key in entries.items():
-                    path = making / name / place
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.symlink_to(self.path(key))
-                shutil.rmtree(folder.parent, ignore_errors=True)
-                os.replace(making, folder.parent)
+                with new_folder(folder.parent) as aside:
+                    for place, key in entries.items():
+                        path = aside / name / place
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        path.symlink_to(self.path(key))
         return folder
 
     def _allot(self, fd: int, size: int) -> None:
@@ -167,7 +163,7 @@ class Cache:
         for path in self.dir.glob("??/*"):
             with suppress(FileNotFoundError):
                 stat = path.stat()
-                entries.append((path.suffix != ".part", stat.st_mtime_ns, stat.st_size, path))
+                entries.append((path.suffix != UNFINISHED, stat.st_mtime_ns, stat.st_size, path))
         total, before = sum(entry[2] for entry in entries), len(entries)
         for whole, _, size, path in sorted(entries):
             if (total > goal or not whole) and _remove_unused(path):  # parts: what killed processes left

@@ -1,4 +1,4 @@
-"""The catalogue: every document's features once, memory-mapped; pairs refer to its rows."""
+"""The catalogue (the corpus): every document's features once, memory-mapped; pairs refer to its rows."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 from bigdssm.dataset.mapped import MappedTable
 from bigdssm.dataset.tensors import Features, to_features
 from bigdssm.errors import DataError
 from bigdssm.features.ragged import Column
-from bigdssm.hashing import hash64
+from bigdssm.hashing import file_checksum, hash64
 from bigdssm.schema import Schema
 
 
@@ -85,9 +84,5 @@ class Catalogue:
     def verify(self, checksums: Sequence[str]) -> None:
         """Read every file whole. Raises DataError naming the first whose xxh3_64 is not the given one."""
         for path, expected in zip(self._table.paths, checksums, strict=True):
-            digest = xxhash.xxh3_64()
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 24):
-                    digest.update(chunk)
-            if digest.hexdigest() != expected:
+            if file_checksum(path, bits=64) != expected:
                 raise DataError(f"{path} is damaged: its checksum is not the one in dataset.json; copy it again")

@@ -15,7 +15,7 @@ from dataclasses import replace
 from bigdssm.config import DataConfig, SourceConfig
 from bigdssm.dataset.cache import Cache
 from bigdssm.dataset.dataset import CatalogueFile, Dataset, Partition
-from bigdssm.dataset.mixture import MixtureBatches, MixturePart, turns_per_round
+from bigdssm.dataset.mixture import MixtureBatches, MixturePart, steps_per_round
 from bigdssm.dataset.remote import is_url
 from bigdssm.errors import ConfigError
 
@@ -49,7 +49,7 @@ def join(parts: Sequence[Dataset], sources: Sequence[SourceConfig], main_dir: st
         raise ConfigError(
             f"data.mixture has the partition {twice[0]} twice; name each partition once, in folders of different names"
         )
-    turns_per_round([source.name for source in mixture], [source.weight for source in mixture])
+    steps_per_round([source.name for source in mixture], [source.weight for source in mixture])
     joined = Dataset(parts[0].head, partitions, files)
     joined.sources, joined.batches, joined.siblings = tuple(mixture), batches, tuple(siblings.values())
     joined.pickled = (join, (tuple(parts), tuple(sources), main_dir, batches))

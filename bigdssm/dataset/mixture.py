@@ -1,4 +1,4 @@
-"""What a mixture is: parts of a joined dataset, and how often each has its turn."""
+"""What a mixture is: parts of a joined dataset, and how many steps each gets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from bigdssm.errors import ConfigError
 
 MixtureBatches = Literal["mixed", "one_source"]
-TURNS = 1000
+ROUND_STEPS = 1000  # of a lane, over which the shares of a mixture are exact
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,18 @@ class MixturePart:
     weight: float
 
 
-def turns_per_round(names: Sequence[str], weights: Sequence[float]) -> list[int]:
-    """Return how many of TURNS each source has: its share, the largest remainders rounded up.
+def steps_per_round(names: Sequence[str], weights: Sequence[float]) -> list[int]:
+    """Return how many of ROUND_STEPS each source gets: its share, the largest remainders rounded up.
 
     Raises ConfigError where a weight is too small for a single one.
     """
     shares = np.array(weights, float) / max(weights)  # their sum cannot overflow
-    exact = shares / shares.sum() * TURNS
-    turns = np.floor(exact).astype(np.int64)
-    missing = TURNS - int(turns.sum())
-    turns[np.argsort(-(exact - turns), kind="stable")[:missing]] += 1
-    for name, weight, count in zip(names, weights, turns.tolist(), strict=True):
+    exact = shares / shares.sum() * ROUND_STEPS
+    steps = np.floor(exact).astype(np.int64)
+    missing = ROUND_STEPS - int(steps.sum())
+    steps[np.argsort(-(exact - steps), kind="stable")[:missing]] += 1
+    for name, weight, count in zip(names, weights, steps.tolist(), strict=True):
         if not count:
-            needed = max(weights) / TURNS * float(shares.sum())
+            needed = max(weights) / ROUND_STEPS * float(shares.sum())
             raise ConfigError(f"data.mixture: {name} has weight {weight}, needs at least {needed:g}, a thousandth")
-    return [int(count) for count in turns]
+    return [int(count) for count in steps]

@@ -17,18 +17,18 @@ from torch import Tensor
 from bigdssm.config import TextEncoderConfig
 from bigdssm.dataset.tensors import Features
 from bigdssm.errors import ConfigError, DivergedError
+from bigdssm.evaluation.trec import Run
 from bigdssm.features import Feature, Text, TextTokenizer, histories_of
 from bigdssm.features.columns import SourceBatch
 from bigdssm.features.given import columns_of
 from bigdssm.features.ragged import Column
 from bigdssm.models.dual_encoder import DualEncoder
 from bigdssm.models.encoders import TextEncoder, pretrained_encoder
+from bigdssm.progress import Progress, no_progress
 from bigdssm.retrieval.embed import (
-    Progress,
     document_vectors,
     encode_in_bf16,
     in_pieces,
-    no_progress,
     query_vectors,
 )
 from bigdssm.retrieval.mine import top_documents
@@ -38,8 +38,6 @@ from bigdssm.tables.beir import Collection, Entry, texts_and_metadata
 TOP = 100  # documents retrieved for a query
 QUERIES_AT_ONCE = 512
 BM25_K1, BM25_B = 0.9, 0.4  # Anserini's, with which BEIR's figures were made
-
-Run = dict[str, dict[str, float]]
 
 
 def model_run(
@@ -92,7 +90,7 @@ def vectors_run(
     if not bool(queries.isfinite().all() and documents.isfinite().all()):
         raise DivergedError("vectors of the collection hold NaN or inf")
     place = {entry.key: i for i, entry in enumerate(collection.corpus)}
-    run: Run = {}
+    run: dict[str, dict[str, float]] = {}
     for first in range(0, len(queries), QUERIES_AT_ONCE):
         entries = collection.queries[first : first + QUERIES_AT_ONCE]
         known = [collection.known.get(entry.key, {}) if filter_known else {} for entry in entries]
@@ -156,7 +154,7 @@ def bm25_run(collection: Collection, *, filter_known: bool = False, top: int = T
     known = {query: len(documents) for query, documents in collection.known.items()} if filter_known else {}
     wanted = min(len(collection.corpus), top + max(known.values(), default=0))
     places, scores = index.retrieve(words(collection.queries), k=wanted, show_progress=False)
-    run: Run = {}
+    run: dict[str, dict[str, float]] = {}
     for entry, row, row_scores in zip(collection.queries, places.tolist(), scores.tolist(), strict=True):
         left_out = collection.known.get(entry.key, {}) if filter_known else {}
         found = {collection.corpus[i].key: score for i, score in zip(row, row_scores, strict=True) if score > 0}

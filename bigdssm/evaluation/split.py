@@ -18,7 +18,8 @@ from bigdssm.errors import DivergedError
 from bigdssm.evaluation.metrics import mean_metrics
 from bigdssm.evaluation.ranks import Seen, ranks_of_pairs, ranks_of_scores, ranks_of_vectors
 from bigdssm.evaluation.scorer import ScoredEncoders
-from bigdssm.retrieval.embed import Encoders, Progress, Share, encode_catalogue, encode_queries, no_progress
+from bigdssm.progress import Progress, no_progress
+from bigdssm.retrieval.embed import Encoders, Share, encode_catalogue, encode_queries
 
 SCORES_PER_CHUNK = 16_777_216  # of a scorer without vectors, 128 MiB of float64
 

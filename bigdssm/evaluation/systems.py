@@ -14,6 +14,7 @@ import numpy as np
 from rich.box import SIMPLE
 from rich.table import Table
 
+from bigdssm.atomic import write_json
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
 from bigdssm.evaluation.baselines import Markov, Popularity
@@ -180,13 +181,6 @@ def load_system(path: Path, dataset: Dataset, split: str) -> System:
     if made_of != (dataset.fingerprint, split) or len(ranks) != dataset.num_rows(split):
         raise DataError(f"{path} was measured on other rows (split {made_of[1]} of dataset {made_of[0]})")
     return system
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write `content` to `path` in one step."""
-    aside = path.with_name(f".{path.name}.unfinished")
-    aside.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)
 
 
 def _fitted(name: str, kind: type[Popularity] | type[Markov], dataset: Dataset, split: str) -> System:

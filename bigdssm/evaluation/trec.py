@@ -8,14 +8,14 @@ run lacks counts as 0 (trec_eval -c).
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from bigdssm.atomic import write_text
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.tables.beir import add_judgement, check_judgements, whole_number
+from bigdssm.tables.beir import add_judgement, check_judgements, numbered_lines, whole_number
 
 Run = Mapping[str, Mapping[str, float]]
 """Score by query id and document id."""
@@ -58,7 +58,7 @@ def read_run(path: Path) -> dict[str, dict[str, float]]:
     Ranks have to be whole numbers, but only scores count, as in trec_eval.
     """
     run: dict[str, dict[str, float]] = {}
-    for number, (query, _, document, rank, score, _) in _lines(path, 6, "query Q0 document rank score tag"):
+    for number, (query, _, document, rank, score, _) in _fields(path, 6, "query Q0 document rank score tag"):
         documents = run.setdefault(query, {})
         if document in documents:
             raise DataError(f"{path}:{number} retrieves {document} for query {query} a second time")
@@ -72,7 +72,7 @@ def read_run(path: Path) -> dict[str, dict[str, float]]:
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
     """Return the judgements in `path`: query, iteration, document, relevance. Raises DataError naming the line."""
     qrels: dict[str, dict[str, int]] = {}
-    for number, (query, _, document, grade) in _lines(path, 4, "query iteration document relevance"):
+    for number, (query, _, document, grade) in _fields(path, 4, "query iteration document relevance"):
         add_judgement(qrels, query, document, grade, path, number)
     check_judgements(qrels, path)
     return qrels
@@ -109,21 +109,12 @@ def _check_ids(*ids: str) -> None:
             raise ConfigError(f"the id {key!r} is empty or holds white space, which TREC files cannot have")
 
 
-def _lines(path: Path, num_fields: int, layout: str) -> Iterable[tuple[int, list[str]]]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                fields = line.split()
-                if len(fields) != num_fields and fields:
-                    raise DataError(f"{path}:{number} has {len(fields)} fields, needs {num_fields}: {layout}")
-                if fields:
-                    yield number, fields
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is no text file in UTF-8") from None
+def _fields(path: Path, num_fields: int, layout: str) -> Iterable[tuple[int, list[str]]]:
+    for number, line in numbered_lines(path):
+        fields = line.split()
+        if len(fields) != num_fields:
+            raise DataError(f"{path}:{number} has {len(fields)} fields, needs {num_fields}: {layout}")
+        yield number, fields
 
 
 def _score(text: str, path: Path, number: int) -> float:
@@ -138,6 +129,4 @@ def _score(text: str, path: Path, number: int) -> float:
 
 def _write(path: Path, lines: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.unfinished")
-    aside.write_text("".join(lines), encoding="utf-8")
-    os.replace(aside, path)
+    write_text(path, "".join(lines))

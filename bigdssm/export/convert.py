@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,16 +15,15 @@ from bigdssm.artifacts.model_folder import (
     ModelFolder,
     is_model_folder,
     load_model_folder,
-    replace_folder,
     save_model_folder,
 )
+from bigdssm.atomic import new_folder, real_place, write_json
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.export.card import CARD_FILE, Figures, model_card
 from bigdssm.export.hf_format import write_hf
 from bigdssm.export.onnx_format import write_onnx
 from bigdssm.export.probe import Parity, Probe, largest_difference
 from bigdssm.export.st_format import write_sentence_transformers
-from bigdssm.places import real_place
 from bigdssm.running.records import METRICS_FILE, read_stage
 
 EXPORT_FILE = "bigdssm_export.json"
@@ -71,10 +69,7 @@ def export(source: Source, out: Path, target: Format = "model") -> Parity:
     out = real_place(out)
     if out.exists() and not _is_export(out, target) and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is no export of the format {target}; choose another --out")
-    aside = out.with_name(f".{out.name}.exporting")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with new_folder(out) as aside:
         parity = WRITERS[target](source.model, aside)
         parity.check(f"the {target} export")
         card = model_card(source.model, out.name, target, parity, source.figures)
@@ -88,10 +83,7 @@ def export(source: Source, out: Path, target: Format = "model") -> Parity:
                 "parity": asdict(parity),
                 "checksums": folder_checksums(aside),
             }
-            (aside / EXPORT_FILE).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-        replace_folder(aside, out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            write_json(aside / EXPORT_FILE, made)
     return parity
 
 

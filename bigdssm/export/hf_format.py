@@ -5,13 +5,13 @@ OUT/query/, OUT/document/   config.json, model.safetensors, tokenizer files; pro
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from bigdssm.artifacts.model_folder import ModelFolder
+from bigdssm.atomic import write_json
 from bigdssm.export.hf_loading import load_tower
 from bigdssm.export.probe import Parity, Probe, largest_difference
 from bigdssm.export.text_tower import (
@@ -63,4 +63,4 @@ def _write_projection(model: ModelFolder, tower: TextTower, folder: Path) -> Non
         "beta": beta_of_all(model),  # unless each document has its own
         "loading_arguments": loading_arguments(tower),
     }
-    (folder / "projection.json").write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "projection.json", head)

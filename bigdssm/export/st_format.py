@@ -10,7 +10,6 @@ documents have ranks nothing.
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bigdssm.artifacts.model_folder import ModelFolder
+from bigdssm.atomic import write_json
 from bigdssm.errors import ConfigError
 from bigdssm.export.probe import Parity, Probe, largest_difference
 from bigdssm.export.text_tower import (
@@ -67,11 +67,11 @@ def write_sentence_transformers(model: ModelFolder, out: Path) -> Parity:
             save_encoder(tower, model.tokenizer_dir, out / encoder)
             settings = {"max_seq_length": tower.max_tokens, "do_lower_case": False}
             arguments = loading_arguments(tower)
-            _write_json(out / encoder / "sentence_bert_config.json", {**settings, "model_args": arguments})
+            write_json(out / encoder / "sentence_bert_config.json", {**settings, "model_args": arguments})
         else:
             router.reuse(tower.side, encoder)
         pooling = router.add(tower.side, "Pooling")
-        _write_json(out / pooling / "config.json", _pooling(tower))
+        write_json(out / pooling / "config.json", _pooling(tower))
         for weight, bias, activation in _dense_layers(model, tower):
             _write_dense(out / router.add(tower.side, "Dense"), weight, bias, activation)
     router.write()
@@ -83,8 +83,8 @@ def write_sentence_transformers(model: ModelFolder, out: Path) -> Parity:
         {"idx": idx, "name": str(idx), "path": path, "type": f"{MODULE}.{kind}"}
         for idx, (path, kind) in enumerate(modules)
     ]
-    _write_json(out / "modules.json", listed)
-    _write_json(
+    write_json(out / "modules.json", listed)
+    write_json(
         out / "config_sentence_transformers.json",
         {
             "model_type": "SentenceTransformer",
@@ -120,7 +120,7 @@ class _RouterFolder:
         # Without a default, `encode` says that it needs to know which of the two a text is
         parameters = {"default_route": None, "allow_empty_key": False}
         content = {"types": self._types, "structure": self._structure, "parameters": parameters}
-        _write_json(self._out / "router_config.json", content)
+        write_json(self._out / "router_config.json", content)
 
 
 def _pooling(tower: TextTower) -> dict[str, object]:
@@ -147,7 +147,7 @@ def _dense_layers(model: ModelFolder, tower: TextTower) -> Sequence[tuple[Tensor
 def _write_dense(folder: Path, weight: Tensor, bias: Tensor, activation: str) -> None:
     out_features, in_features = weight.shape
     config = {"in_features": in_features, "out_features": out_features, "bias": True}
-    _write_json(folder / "config.json", {**config, "activation_function": activation})
+    write_json(folder / "config.json", {**config, "activation_function": activation})
     tensors = {"linear.weight": weight.contiguous(), "linear.bias": bias.contiguous()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -164,7 +164,3 @@ def _parity(model: ModelFolder, out: Path) -> Parity:
         trainers = {"query": trainers["query"][:, :-1], "doc": trainers["doc"][:, :-1] / alpha(model)}
     differences = {side: largest_difference(torch.as_tensor(ours[side]), trainers[side]) for side in ROUTES}
     return Parity(differences["query"], differences["doc"])
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

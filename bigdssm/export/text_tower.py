@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from bigdssm.artifacts.model_folder import ModelFolder
+from bigdssm.atomic import write_json
 from bigdssm.errors import ConfigError
 from bigdssm.features import texts_of
 from bigdssm.models import ALPHA_MAX
@@ -71,7 +72,7 @@ def save_encoder(tower: TextTower, tokenizer_dir: Path, folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings["model_max_length"] = tower.max_tokens
-    path.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, settings)
 
 
 def loading_arguments(tower: TextTower) -> dict[str, bool]:

@@ -115,7 +115,7 @@ class Feature(ABC):
     @property
     @abstractmethod
     def missing(self) -> Any:
-        """Return the canonical value that says nothing."""
+        """Return the canonical value of what is missing."""
 
     @abstractmethod
     def read(self, check: RowCheck) -> pa.Array:
@@ -125,7 +125,7 @@ class Feature(ABC):
         """
 
     def is_missing(self, column: pa.Array) -> np.ndarray:
-        """Return which canonical values say nothing, bool [R]."""
+        """Return which canonical values are missing, bool [R]."""
         found: np.ndarray = pc.equal(column, pa.scalar(self.missing, self.canonical_type)).to_numpy(False)
         return found
 

@@ -166,7 +166,7 @@ class Categorical(Feature):
         )
 
     def shown(self, values: np.ndarray, reader: Reader) -> Any:
-        """Return the value or values; what hashing forgot is its bucket."""
+        """Return the value or values; a hashed one is shown as its bucket."""
         names = [self._value(code) for code in np.atleast_1d(values).tolist() if code != PADDING]
         return names if self.multi else (names[0] if names else None)
 

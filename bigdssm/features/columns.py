@@ -50,7 +50,7 @@ class RowCheck:
         self._report_bad = report_bad
 
     def fail(self, mask: np.ndarray, reason: str, values: Any = None) -> None:
-        """Take the rows in `mask` for bad; `{}` in `reason` stands for the row's entry in `values`."""
+        """Report the rows in `mask` as bad; `{}` in `reason` stands for the row's entry in `values`."""
         self._report(mask, reason, values, left_out=True)
         self.good &= ~mask
 

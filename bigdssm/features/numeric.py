@@ -46,7 +46,7 @@ class Numeric(Feature):
         return math.nan
 
     def read(self, check: RowCheck) -> pa.Array:
-        """Return the numbers, those that cannot be as NaN."""
+        """Return the numbers, NaN where one cannot be read."""
         values, unreadable = numbers(check, self.source)
         check.blank(unreadable, f"{self.source} is {{}}, needs a finite 32-bit number", check.column(self.source))
         if self.log:

@@ -28,7 +28,7 @@ def text_input(feature, values, exported):  # type: ignore[no-untyped-def]
 @register
 @dataclass(frozen=True)
 class Text(Feature):
-    """A text, for a tower's BERT; there is no missing one but ''."""
+    """A text, for a tower's BERT; a missing one is ''."""
 
     type: ClassVar[str] = "text"
     example: ClassVar[str] = '"a text"'

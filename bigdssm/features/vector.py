@@ -72,7 +72,7 @@ class Vector(Feature):
         return [math.nan] * self.dim
 
     def read(self, check: RowCheck) -> pa.Array:
-        """Return the vectors; those that are none, or not finite in their dtype, as missing ones."""
+        """Return the vectors; what is no vector, or is not finite in its dtype, is missing."""
         if self.matrix is not None and self.source not in check.batch.table.column_names:
             values, wrong = self._of_matrix(check)
         else:

@@ -1,9 +1,9 @@
-"""Sampling correction: how often a document is a column of the batch by chance, and what that changes in the scores.
+"""Sampling correction (logQ): how often a document is a column of the batch by chance, and what that does to scores.
 
 With c_j the expected number of the global batch's columns that hold document j:
 
     none        nothing: in the limit the score learns log p(d|q) − log q(d), with q the documents' share of the data
-    classic     beta_j −= γ log c_j, everywhere in training, the positive included (logQ)
+    classic     beta_j −= γ log c_j, everywhere in training, the positive included
     corrected   neg_bias_j −= γ log c_j: negatives only, since a positive is there by right and not by chance
 
 Neither enters the score that serves. c comes from the catalogue's counts or from a streaming estimate. In `classic` a
@@ -150,7 +150,7 @@ class StreamingFrequency:
         self.last_seen, self.gap, self.copies = (state[name].clone() for name in ("last_seen", "gap", "copies"))
 
     def _bucket(self, ids: Tensor, hash_index: int) -> Tensor:
-        """Mix 64-bit ids (splitmix64's steps, in wrapping int64) and take the remainder."""
+        """Mix 64-bit ids (splitmix64 again, in torch: they may be on a device) and take the remainder."""
         x = ids + _wrap(0x9E3779B97F4A7C15 * (hash_index + 1))
         x = (x ^ _shift_right(x, 30)) * _wrap(0xBF58476D1CE4E5B9)
         x = (x ^ _shift_right(x, 27)) * _wrap(0x94D049BB133111EB)

@@ -1,4 +1,4 @@
-"""Work that goes ahead in other threads, its results in order: what they leave to one core is little then."""
+"""Work done ahead in other threads, its results in order, so that the main thread waits little."""
 
 from __future__ import annotations
 

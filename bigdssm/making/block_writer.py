@@ -10,7 +10,7 @@ import pyarrow as pa
 import xxhash
 from webdataset import TarWriter
 
-from bigdssm.making.column_file import file_checksum
+from bigdssm.hashing import file_checksum
 from bigdssm.making.journal import State
 
 MAX_BLOCK_ROWS, MIN_BLOCK_ROWS = 2048, 256
@@ -81,7 +81,7 @@ class SplitWriter:
             "rows": self.num_rows,
             "blocks": len(index["rows"]),
             "shards": self._shards,
-            "index_checksum": file_checksum(path),
+            "index_checksum": file_checksum(path, bits=64),
         }
 
     def _write_block(self, table: pa.Table) -> None:

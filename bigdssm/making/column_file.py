@@ -8,20 +8,11 @@ from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 
+from bigdssm.hashing import file_checksum
 from bigdssm.making.journal import State
 
 MOST_VALUES = 2**31 - 1  # bytes of strings or values of lists that 32-bit offsets reach
-
-
-def file_checksum(path: Path) -> str:
-    """Return the xxh3_64 of a file's bytes, in hexadecimal."""
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def opened(path: Path, size: int) -> BinaryIO:
@@ -67,7 +58,7 @@ class ColumnFile:
         schema = pa.schema([field.with_type(array.type) for field, array in zip(self._schema, arrays, strict=True)])
         with pa.OSFile(str(self._path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
-        return file_checksum(self._path)
+        return file_checksum(self._path, bits=64)
 
 
 class _Column:

@@ -20,10 +20,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from bigdssm.atomic import UNFINISHED, aside_of, real_place, recover, remove, replace_folder, write_json
 from bigdssm.errors import BigDSSMError, ConfigError, DataError
-from bigdssm.making.column_file import file_checksum
+from bigdssm.hashing import file_checksum
 from bigdssm.making.journal import Journal, State
-from bigdssm.places import real_place
 from bigdssm.schema import SCHEMA_FILE, Schema
 
 DATASET_FILE, QUARANTINE_FILE = "dataset.json", "quarantine.jsonl"
@@ -112,9 +112,9 @@ class DatasetWriter:
         if not plain or len(partition.encode()) > 255:
             raise ConfigError(f"partition name {partition!r} must be a plain folder name")
         self.content: dict[str, Any] = {"catalogue": [], PARTITIONS: [], "text": "tokens"}
-        self.staging = out / ".making" if append else out.parent / f".{out.name}.making"
+        self.staging = out / UNFINISHED if append else aside_of(out)
         try:
-            _recover_overwritten(out)
+            recover(out)
             if append:
                 self.content = self._open_for_append()
             else:
@@ -190,7 +190,7 @@ class DatasetWriter:
         described = {"name": self.partition, "splits": splits, "num_docs": len(counts)}
         for file, key in (("counts.npy", "counts_checksum"), ("sequences.arrow", "sequences_checksum")):
             if (self.partition_dir / file).exists():
-                described[key] = file_checksum(self.partition_dir / file)
+                described[key] = file_checksum(self.partition_dir / file, bits=64)
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
         write_json(self.partition_dir / "partition.json", {**described, "fingerprint": digest[:16]})
         parts = list(self.content["catalogue"])
@@ -221,11 +221,11 @@ class DatasetWriter:
         """Return the checksum of each of the tokenizer's files; an append repeats those that are recorded."""
         if self.append:
             return dict(self.content.get(TOKENIZER, {}))
-        return {path.name: file_checksum(path) for path in sorted(self.tokenizer_dir.glob("*"))}
+        return {path.name: file_checksum(path, bits=64) for path in sorted(self.tokenizer_dir.glob("*"))}
 
     def _open_for_append(self) -> dict[str, Any]:
         content = read_dataset_json(self.out)
-        previous = self.out / ".making" / PREVIOUS_SCHEMA
+        previous = self.out / UNFINISHED / PREVIOUS_SCHEMA
         if Schema.load(self.out).fingerprint() != content["schema"] and previous.exists():
             os.replace(previous, self.out / SCHEMA_FILE)  # an append was killed between its last two renames
         if self.partition in content[PARTITIONS]:
@@ -236,8 +236,7 @@ class DatasetWriter:
         if new_docs:
             os.replace(self.catalogue_file, self.out / CATALOGUE / self.catalogue_file.name)
         place = self.out / PARTITIONS / self.partition
-        if place.exists():  # dataset.json does not know it: a killed run's
-            shutil.rmtree(place)
+        remove(place)  # dataset.json does not know it: a killed run's
         os.replace(self.partition_dir, place)
         with (self.out / QUARANTINE_FILE).open("ab") as target:
             target.write(self.quarantine.path.read_bytes())
@@ -248,13 +247,8 @@ class DatasetWriter:
 
     def _replace(self) -> None:
         (self.staging / LOCK).unlink()
-        old = _old_place(self.out)
-        if self.out.exists():
-            os.replace(self.out, old)
-        os.replace(self.staging, self.out)
+        replace_folder(self.staging, self.out)
         self._lock.close()
-        if old.exists():
-            shutil.rmtree(old)
 
     def __enter__(self) -> DatasetWriter:
         return self
@@ -286,15 +280,6 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` to `path`, on the disk before this returns."""
-    with path.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, ensure_ascii=False, indent=1)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
 def _check_free(out: Path, overwrite: bool) -> None:
     if not out.exists():
         return
@@ -321,21 +306,5 @@ def _claim(staging: Path, out: Path) -> Any:
 
 def _clear(staging: Path) -> None:
     for path in staging.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != LOCK:
-            path.unlink()
-
-
-def _old_place(out: Path) -> Path:
-    return out.parent / f".{out.name}.replaced"
-
-
-def _recover_overwritten(out: Path) -> None:
-    """Undo or finish what an --overwrite that was killed between its two renames left."""
-    old = _old_place(out)
-    if old.exists():
-        if out.exists():
-            shutil.rmtree(old)
-        else:
-            os.replace(old, out)
+        if path.name != LOCK:
+            remove(path)

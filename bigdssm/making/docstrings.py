@@ -19,9 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
+from bigdssm.atomic import aside_of, put_file
 from bigdssm.errors import DataError
 from bigdssm.hashing import hash64
-from bigdssm.making.making import Progress, no_progress
+from bigdssm.progress import Progress, no_progress
 from bigdssm.tables.hashing import mix
 
 VENDORED = ("_vendor", "_vendored", "vendor", "third_party", "__pycache__")
@@ -61,7 +62,7 @@ def write_functions(
     seen: set[int] = set()
     count = 0
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.unfinished")
+    aside = aside_of(out)
     # mtime 0 and no name: the same functions give the same bytes
     with aside.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
         names = [name for name in found if not packages or name in packages]
@@ -79,7 +80,7 @@ def write_functions(
     if out.exists() and filecmp.cmp(aside, out, shallow=False):
         aside.unlink()  # as old as it was: what was made of it so far is not made again
     else:
-        os.replace(aside, out)
+        put_file(aside, out)
     if not count:
         raise DataError(f"{folder}: no function of its packages has a docstring of {MIN_WORDS} words")
     return count

@@ -15,8 +15,9 @@ from bigdssm.config import Config, config_of
 from bigdssm.errors import ConfigError
 from bigdssm.features.given import as_table, is_table
 from bigdssm.making.interactions import InteractionTables, make_interactions
-from bigdssm.making.making import Progress, Report, Target, no_progress
+from bigdssm.making.making import Report, Target
 from bigdssm.making.pairs import PairTables, make_pairs
+from bigdssm.progress import Progress, no_progress
 
 
 def make_dataset(

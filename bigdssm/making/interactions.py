@@ -31,14 +31,13 @@ from bigdssm.making.making import (
     BLOCK_COLUMNS,
     SEQUENCE_COLUMNS,
     Fitting,
-    Progress,
     Report,
     Target,
     commit,
-    no_progress,
 )
 from bigdssm.making.passes import Reading, SplitRows, fit, write_splits
 from bigdssm.making.row_spool import RowSpool
+from bigdssm.progress import Progress, no_progress
 from bigdssm.schema import Schema
 from bigdssm.tables.hashing import KeyIndex, hash_strings, shuffle_keys
 from bigdssm.tables.pair_splits import check_fractions
@@ -101,7 +100,7 @@ def make_interactions(
         check_table(path)
     with target.open(config, files, tables) as writer:
         writer.identify(doc="column", query="column")
-        making = _Making(config, tables, target, writer, progress)
+        making = _InteractionMaking(config, tables, target, writer, progress)
         if not making.reading.whole:
             making.read()
         writer.quarantine.check()
@@ -116,7 +115,7 @@ def make_interactions(
         return commit(writer, making.catalogue, schema, text, splits, counts, started, notes)
 
 
-class _Making:
+class _InteractionMaking:
     """What reading the tables leads to."""
 
     def __init__(
@@ -342,7 +341,7 @@ class _Rows:
             )
 
     def close(self) -> None:
-        """Have nothing to give back."""
+        """Do nothing: no file is open."""
 
     @staticmethod
     def columns(table: pa.Table) -> dict[str, pa.Array]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from bigdssm.atomic import new_file, sync
 
 State = dict[str, Any]
 """Nested dicts and lists of JSON's types and NumPy arrays."""
@@ -41,18 +42,13 @@ class Journal:
         now = time.time()
         for path in folder.rglob("*"):
             if path.is_file() and path.stat().st_mtime >= self._synced_to - 1:
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+                sync(path)
         self._synced_to = now
         arrays: list[np.ndarray] = []
         head = json.dumps({"fingerprint": self._fingerprint, "state": _parted(state, arrays)}).encode()
-        aside = self._path.with_suffix(".unfinished")
-        with aside.open("wb") as file:
+        with new_file(self._path) as aside, aside.open("wb") as file:
             named: dict[str, Any] = {f"array{i}": array for i, array in enumerate(arrays)}
             np.savez(file, head=np.frombuffer(head, np.uint8), **named)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, self._path)
         self.state, self._due_at = state, time.monotonic() + SAVE_EVERY_S
 
 

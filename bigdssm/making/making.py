@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,6 @@ from bigdssm.tables.beir import BeirWriter
 
 BLOCK_COLUMNS = ("query_id", "doc", "relevance", "sequence", "end")
 SEQUENCE_COLUMNS = ("query_key", "query_id", "items")
-
-Progress = Callable[[str, int, int | None], None]
-"""Called with phase, done and total (None: unknown)."""
-
-
-def no_progress(phase: str, done: int, total: int | None) -> None:
-    """Show nothing."""
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,13 @@ from bigdssm.making.journal import State
 from bigdssm.making.making import (
     BLOCK_COLUMNS,
     Fitting,
-    Progress,
     Report,
     Target,
     commit,
-    no_progress,
 )
 from bigdssm.making.passes import Reading, SplitRows, fit, write_splits
 from bigdssm.making.row_spool import RowSpool, ShuffleSpool, num_buckets
+from bigdssm.progress import Progress, no_progress
 from bigdssm.tables.beir import BeirWriter
 from bigdssm.tables.explode import exploded
 from bigdssm.tables.hashing import KeyIndex, hash_rows, hash_strings, row_keys, shuffle_keys
@@ -91,7 +90,7 @@ def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress:
             raise DataError(f"{writer.out} holds interactions; the sub-command `interactions` appends to it")
         columns = {"doc": tables.doc_id_column, "query": tables.query_id_column}
         writer.identify(**{side: "content" if name is None else "column" for side, name in columns.items()})
-        making = _Making(config, tables, target, writer, splitter, progress)
+        making = _PairMaking(config, tables, target, writer, splitter, progress)
         if not making.reading.whole:
             if splitter.needs_thresholds:
                 splitter.learn(RowCheck(batch, _ignore) for batch in making.batches(splitter.columns, _ignore))
@@ -112,7 +111,7 @@ def _ignore(file: str, row: int, reason: str, left_out: bool = True) -> None:
     """Bad rows met while looking for time thresholds are reported by the reading that follows."""
 
 
-class _Making:
+class _PairMaking:
     """The state between the passes."""
 
     def __init__(

@@ -19,8 +19,9 @@ from bigdssm.making.ahead import ahead
 from bigdssm.making.block_writer import SplitWriter, block_rows
 from bigdssm.making.dataset_writer import DatasetWriter
 from bigdssm.making.journal import State
-from bigdssm.making.making import Fitting, Progress
+from bigdssm.making.making import Fitting
 from bigdssm.making.tokenizer import Texts
+from bigdssm.progress import Progress
 from bigdssm.schema import Schema
 
 

@@ -1,5 +1,7 @@
 """The dual encoder: two towers and the scalars of the score S = alpha * <u, w> + beta.
 
+alpha is the logit scale, 1 / temperature; beta a bias of a document, learned.
+
 Shapes: m queries, n documents, D vector width.
 """
 

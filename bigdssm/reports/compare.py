@@ -15,7 +15,8 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import BigDSSMError, DataError
 from bigdssm.evaluation.split import evaluate_split
 from bigdssm.evaluation.systems import System
-from bigdssm.retrieval.embed import Progress, no_progress, tower_encoders
+from bigdssm.progress import Progress, no_progress
+from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.running.records import CONFIG_FILE, read_stage, stage_folders
 from bigdssm.running.run_folder import read_events
 
@@ -23,7 +24,7 @@ ABSENT = "—"
 
 
 @dataclass(frozen=True)
-class Difference:
+class Differing:
     """One thing in which two runs differ."""
 
     what: str
@@ -36,10 +37,10 @@ class Comparison:
     """Two stages side by side."""
 
     stage: str
-    config: list[Difference]
-    versions: list[Difference]
-    data: list[Difference]
-    course: list[Difference]  # steps, speed, restarts, best validation; also where they are equal
+    config: list[Differing]
+    versions: list[Differing]
+    data: list[Differing]
+    course: list[Differing]  # steps, speed, restarts, best validation; also where they are equal
     systems: tuple[System, System] | None  # their ranks on the same rows
     not_measured: str  # why there are none
 
@@ -122,12 +123,12 @@ def _course(folder: Path) -> dict[str, str]:
     }
 
 
-def _differing(a: dict[str, str], b: dict[str, str]) -> list[Difference]:
+def _differing(a: dict[str, str], b: dict[str, str]) -> list[Differing]:
     return [difference for difference in _side_by_side(a, b) if difference.a != difference.b]
 
 
-def _side_by_side(a: dict[str, str], b: dict[str, str]) -> list[Difference]:
-    return [Difference(key, a.get(key, ABSENT), b.get(key, ABSENT)) for key in {**a, **b}]
+def _side_by_side(a: dict[str, str], b: dict[str, str]) -> list[Differing]:
+    return [Differing(key, a.get(key, ABSENT), b.get(key, ABSENT)) for key in {**a, **b}]
 
 
 def _flat(content: Any) -> dict[str, str]:

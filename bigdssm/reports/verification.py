@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from bigdssm.config import DEFAULT_CACHE_BYTES
 from bigdssm.dataset.blocks import read_block, read_range
 from bigdssm.dataset.cache import Cache
-from bigdssm.dataset.dataset import Dataset, Partition, with_shards_of
+from bigdssm.dataset.dataset import Dataset, with_shards_of
 from bigdssm.dataset.index import SplitIndex, read_index
 from bigdssm.dataset.remote import is_url
 from bigdssm.errors import DataError
+from bigdssm.hashing import file_checksum
 from bigdssm.making.block_writer import TAR_HEADER_BYTES
-from bigdssm.making.column_file import file_checksum
 from bigdssm.making.dataset_writer import TOKENIZER, read_dataset_json
-from bigdssm.making.making import Progress, no_progress
+from bigdssm.progress import Progress, no_progress
 
 EXTRA_FILES = {"counts_checksum": "counts.npy", "sequences_checksum": "sequences.arrow"}
 
@@ -31,16 +31,18 @@ def verify_dataset(folder: str | Path, progress: Progress = no_progress) -> list
     if is_url(folder):
         with tempfile.TemporaryDirectory(prefix="verify-") as cache:
             return _damages(Dataset.open(folder, cache=Cache(Path(cache), DEFAULT_CACHE_BYTES)), progress)
-    if damages := list(_catalogue_damages(Path(folder))):  # what points into the catalogue cannot be judged
+    catalogue = {part["file"]: part["checksum"] for part in read_dataset_json(Path(folder))["catalogue"]}
+    if damages := list(_compared(Path(folder), catalogue)):  # what points into the catalogue cannot be judged
         return damages
     return _damages(Dataset.open(folder), progress)
 
 
 def _damages(dataset: Dataset, progress: Progress) -> list[str]:
-    damages = list(_tokenizer_damages(dataset.dir))
+    damages = list(_compared(dataset.dir / TOKENIZER, read_dataset_json(dataset.dir).get(TOKENIZER, {})))
     for number, partition in enumerate(dataset.partitions):
-        damages += _file_damages(partition)
-        for split, expected in partition.content["splits"].items():
+        content = partition.content
+        damages += _compared(partition.folder, {n: content[key] for key, n in EXTRA_FILES.items() if key in content})
+        for split, expected in content["splits"].items():
             try:
                 index = with_shards_of(partition, read_index(partition.folder, split, expected, number))
             except DataError as error:
@@ -53,27 +55,14 @@ def _damages(dataset: Dataset, progress: Progress) -> list[str]:
     return damages
 
 
-def _catalogue_damages(folder: Path) -> Iterator[str]:
-    for part in read_dataset_json(folder)["catalogue"]:
-        yield from _compare(folder / part["file"], part["checksum"])
-
-
-def _tokenizer_damages(folder: Path) -> Iterator[str]:
-    for name, checksum in read_dataset_json(folder).get(TOKENIZER, {}).items():
-        yield from _compare(folder / TOKENIZER / name, checksum)
-
-
-def _file_damages(partition: Partition) -> Iterator[str]:
-    for key, name in EXTRA_FILES.items():
-        if key in partition.content:
-            yield from _compare(partition.folder / name, partition.content[key])
-
-
-def _compare(path: Path, checksum: str) -> Iterator[str]:
-    if not path.is_file():
-        yield f"{path} is missing"
-    elif file_checksum(path) != checksum:
-        yield f"{path} is damaged: its checksum is not the recorded one"
+def _compared(folder: Path, checksums: Mapping[str, str]) -> Iterator[str]:
+    """Yield a sentence for each file that is missing or has another checksum than the one by its name."""
+    for name, checksum in checksums.items():
+        path = folder / name
+        if not path.is_file():
+            yield f"{path} is missing"
+        elif file_checksum(path, bits=64) != checksum:
+            yield f"{path} is damaged: its checksum is not the recorded one"
 
 
 def _block_damages(dataset: Dataset, index: SplitIndex, block: int) -> Iterator[str]:

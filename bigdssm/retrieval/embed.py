@@ -25,17 +25,11 @@ from bigdssm.features import Feature, ragged
 from bigdssm.features.ragged import Column
 from bigdssm.models import Encoded
 from bigdssm.models.score import document_head, query_head
+from bigdssm.progress import Progress, no_progress
 
 # Encoded at once: what a CPU's caches hold (twice as fast there as all rows together), or what keeps a GPU busy.
 CHUNK_TOKENS_CPU, CHUNK_TOKENS_GPU = 4096, 65536
 ROWS_AT_ONCE = 16_384  # made tensors of at once, where rows wait as columns
-
-Progress = Callable[[str, int, int], None]
-"""Called as progress(what is being done, rows done, rows in all)."""
-
-
-def no_progress(what: str, done: int, total: int) -> None:
-    """Show nothing."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.artifacts.checkpoint import check_file
+from bigdssm.atomic import new_folder, real_place
 from bigdssm.errors import CheckpointError, ConfigError
-from bigdssm.places import real_place
 from bigdssm.retrieval.model import Model
 from bigdssm.retrieval.vectors import (
     DOCUMENTS_FILE,
@@ -30,9 +30,8 @@ from bigdssm.retrieval.vectors import (
     VectorsMeta,
     check_free,
     load_vectors,
-    put_in_place,
     read_meta,
-    unfinished,
+    write_meta,
 )
 
 IndexType = Literal["flat", "sq8", "hnsw", "ivf", "ivfpq"]
@@ -160,13 +159,11 @@ def build_index(vectors_dir: Path, folder: Path, kind: IndexType = "flat") -> Ve
     vectors = load_vectors(vectors_dir, meta)
     check_file(vectors_dir / DOCUMENTS_FILE, meta.files.get(DOCUMENTS_FILE), META_FILE)
     check_free(folder, VECTORS_FILE)
-    aside = unfinished(folder)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    faiss.write_index(faiss_index(kind, vectors), str(aside / INDEX_FILE))
-    shutil.copyfile(vectors_dir / DOCUMENTS_FILE, aside / DOCUMENTS_FILE)
     built = replace(meta, kind=kind)
-    put_in_place(aside, folder, built)
+    with new_folder(folder) as aside:
+        faiss.write_index(faiss_index(kind, vectors), str(aside / INDEX_FILE))
+        shutil.copyfile(vectors_dir / DOCUMENTS_FILE, aside / DOCUMENTS_FILE)
+        write_meta(aside, built)
     return built
 
 

@@ -1,4 +1,4 @@
-"""Mining negatives: for train rows a window of their own query's ranking.
+"""Mining hard negatives: for train rows, a range of ranks (a window) of what their own query retrieves.
 
 Ranks below `first` are left out because they hold what the user would have liked but did not happen to meet, and so
 may be documents that score nearly as the row's own does (`margin`). Only train rows are looked at: leaving out
@@ -9,7 +9,6 @@ Shapes: m rows, N documents, W = last − first window places.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,13 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from bigdssm import distributed
+from bigdssm.atomic import aside_of, put_file
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.tensors import as_tensor
 from bigdssm.errors import DivergedError
-from bigdssm.retrieval.embed import Encoders, Progress, Share, encode_catalogue, encode_queries, no_progress
+from bigdssm.progress import Progress, no_progress
+from bigdssm.retrieval.embed import Encoders, Share, encode_catalogue, encode_queries
 from bigdssm.retrieval.mined import MinedNegatives, mined_records
 
 TILE_DOCS = 16_384
@@ -118,16 +119,16 @@ def mine_to_file(
     """
     own = mine(encoders, dataset, rows, first=first, last=last, margin=margin, documents=documents, share=share)
     everything = np.unique(np.concatenate(distributed.all_gather_object(own["row"])))
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    aside = aside_of(path)
     if distributed.is_main():
-        open_memmap(unfinished, "w+", own.dtype, (len(everything),)).flush()
+        open_memmap(aside, "w+", own.dtype, (len(everything),)).flush()
     distributed.barrier()
-    whole = open_memmap(unfinished, "r+")
+    whole = open_memmap(aside, "r+")
     whole[np.searchsorted(everything, own["row"])] = own
     whole.flush()
     distributed.barrier()
     if distributed.is_main():
-        os.replace(unfinished, path)
+        put_file(aside, path)
     distributed.barrier()
     return MinedNegatives.open(path)
 

@@ -1,4 +1,4 @@
-"""Mined negatives once they are there: the file that holds each row's window, and the choice of some at each epoch.
+"""Mined (hard) negatives once they are there: the file with each row's window, and the choice of some at each epoch.
 
 The file is a .npy of records (row int64, window int32 [W]), one a mined row, by ascending row id of the train split; a
 window holds catalogue rows in the order of the row's ranking, and -1 where there is none. Fine-tuning that does not

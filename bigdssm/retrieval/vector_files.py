@@ -6,7 +6,6 @@ vectors.parquet   doc_key, display, vector (list of float32): Qdrant, Vespa, Ela
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -15,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
+from bigdssm.atomic import new_file
 from bigdssm.errors import CheckpointError
 from bigdssm.retrieval.embed import Encoders
 from bigdssm.retrieval.vectors import (
@@ -38,9 +38,8 @@ def write_file(folder: Path, target: FileFormat) -> Path:
     meta = read_meta(folder)
     path = folder / f"vectors.{target}"
     if target != "npy":
-        aside = path.with_name(f".{path.name}.unfinished")
-        _WRITERS[target](folder, load_vectors(folder, meta), aside)
-        os.replace(aside, path)
+        with new_file(path) as aside:
+            _WRITERS[target](folder, load_vectors(folder, meta), aside)
     return path
 
 

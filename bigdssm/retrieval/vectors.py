@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -24,12 +23,14 @@ import torch
 import xxhash
 from numpy.lib.format import open_memmap
 
-from bigdssm.artifacts.checkpoint import check_file, file_checksum
+from bigdssm.artifacts.checkpoint import check_file
+from bigdssm.atomic import aside_of, real_place, replace_folder, write_json
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.features.ragged import Column, Ragged
-from bigdssm.places import real_place
-from bigdssm.retrieval.embed import Encoders, Progress, no_progress
+from bigdssm.hashing import file_checksum, json_checksum
+from bigdssm.progress import Progress, no_progress
+from bigdssm.retrieval.embed import Encoders
 
 FORMAT = 3  # 2 had no checksums, and its model_checksum was that of the weights alone
 VECTORS = "vectors"
@@ -51,7 +52,7 @@ class VectorsMeta:
     dataset_fingerprint: str
     num_docs: int
     width: int  # D+1
-    files: dict[str, str] = field(default_factory=dict)  # checksums by name, filled in by `put_in_place`
+    files: dict[str, str] = field(default_factory=dict)  # checksums by name, filled in by `write_meta`
     format: int = FORMAT
 
 
@@ -184,7 +185,7 @@ def read_meta(folder: Path) -> VectorsMeta:
             raise CheckpointError(
                 f"{folder} has format {content['format']}, this version reads format {FORMAT}; embed and index again"
             )
-        if content.pop("checksum") != _checksum_of(content):
+        if content.pop("checksum") != json_checksum(content):
             raise CheckpointError(f"{folder / META_FILE} is damaged: its checksum is another; embed and index again")
         return VectorsMeta(**content)
     except (FileNotFoundError, NotADirectoryError):
@@ -201,29 +202,17 @@ def check_free(folder: Path, other_file: str) -> None:
         raise ConfigError(f"{folder} holds {other_file}, which this would replace; choose another --out")
 
 
-def put_in_place(aside: Path, folder: Path, meta: VectorsMeta) -> None:
-    """Write the meta of the finished folder `aside`, checksums included, and give the folder its name."""
-    kept = sorted(path for path in aside.iterdir() if path.suffix in DATA_SUFFIXES)
+def write_meta(folder: Path, meta: VectorsMeta) -> None:
+    """Write the meta of a folder that is otherwise finished, checksums of its files included."""
+    kept = sorted(path for path in folder.iterdir() if path.suffix in DATA_SUFFIXES)
     content = asdict(replace(meta, files={path.name: file_checksum(path) for path in kept}))
-    text = json.dumps({**content, "checksum": _checksum_of(content)}, indent=1)
-    (aside / META_FILE).write_text(text + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
-
-
-def _checksum_of(content: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
-
-
-def unfinished(folder: Path) -> Path:
-    """Return where `folder` grows."""
-    return folder.with_name(f".{folder.name}.unfinished")
+    write_json(folder / META_FILE, {**content, "checksum": json_checksum(content)})
 
 
 def _begin_or_go_on(folder: Path, meta: VectorsMeta, rows_per_shard: int) -> Path:
     """Return the unfinished folder of exactly this job, started anew where there is none."""
     check_free(folder, INDEX_FILE)
-    aside = unfinished(folder)
+    aside = aside_of(folder)
     job = json.dumps({**asdict(meta), "rows_per_shard": rows_per_shard}, indent=1)
     aside.mkdir(parents=True, exist_ok=True)
     with _lock(aside):
@@ -249,7 +238,8 @@ def _finish_if_all_done(aside: Path, folder: Path, dataset: Dataset, meta: Vecto
         if not all(_done(aside, shard).exists() for shard in range(num_shards)):
             return False
         _write_documents(aside / DOCUMENTS_FILE, dataset)
-        put_in_place(aside, folder, meta)
+        write_meta(aside, meta)
+        replace_folder(aside, folder)
         shutil.rmtree(folder / DONE_DIR)
         (folder / JOB_FILE).unlink()
         (folder / LOCK_FILE).unlink()

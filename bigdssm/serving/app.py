@@ -36,7 +36,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bigdssm.errors import BigDSSMError, DataError
 from bigdssm.retrieval.search import Query
-from bigdssm.serving.batching import Batcher, Cache, Overloaded
+from bigdssm.serving.batching import AnswerCache, Batcher, Overloaded
 from bigdssm.serving.searcher import Found, Searcher
 
 PAGE = Path(__file__).with_name("page.html")
@@ -83,7 +83,7 @@ def make_app(
     (not any name); None does not look at whom they are addressed to.
     """
     batcher: Batcher[tuple[Query, int], Found] = Batcher(searcher.search, at_once)
-    cache: Cache[dict[str, Any]] = Cache(cache_size)
+    cache: AnswerCache[dict[str, Any]] = AnswerCache(cache_size)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -60,7 +60,7 @@ class Batcher(Generic[Asked, Answer]):
             self.batches, self.answered = self.batches + 1, self.answered + len(batch)
 
 
-class Cache(Generic[Answer]):
+class AnswerCache(Generic[Answer]):
     """The answers of the `size` queries that were asked last."""
 
     def __init__(self, size: int) -> None:

@@ -17,7 +17,7 @@ from bigdssm.streaming.order import Order, Window
 
 
 @dataclass
-class Part:
+class LaneRows:
     """The rows that some lanes give to one step, and what their windows, read since the last step, hold of bad ones."""
 
     rows: Rows
@@ -48,24 +48,24 @@ class LaneReader:
         self._loaded: dict[tuple[Order, int], _Loaded] = {}
         self._bad: list[Bad] = []
 
-    def parts(self, step: int) -> Iterator[Part]:
+    def parts(self, step: int) -> Iterator[LaneRows]:
         """Yield the lanes' part of every step from `step` on, endlessly."""
         while True:
             yield self.part(step)
             step += 1
 
-    def part(self, step: int) -> Part:
+    def part(self, step: int) -> LaneRows:
         """Return the lanes' part of one global step, lane after lane."""
         slices: list[tuple[np.ndarray, pa.RecordBatch]] = []
         for lane in self._lanes:
-            order, turn = self._order.turn(step, lane)
-            for epoch, first, last in order.spans(turn, lane):
+            order, own_step = self._order.source_step(step, lane)
+            for epoch, first, last in order.spans(own_step, lane):
                 slices += self._read(order, epoch, lane, first, last)
         row_ids = np.concatenate([ids for ids, _ in slices])
         batch = pa.concat_batches([batch for _, batch in slices])
         rows = self._dataset.rows(self._split, step, row_ids, batch)
         bad, self._bad = self._bad, []
-        return Part(rows, self._order.rows_per_lane_step * len(self._lanes), bad)
+        return LaneRows(rows, self._order.rows_per_lane_step * len(self._lanes), bad)
 
     def _read(
         self, order: Order, epoch: int, lane: int, first: int, last: int

@@ -1,6 +1,6 @@
 """The order of rows: a pure function of (seed, step), whatever the world size and the number of workers.
 
-An epoch permutes the blocks and lays them end to end; L lanes each own an equal range of these slots (a block may be
+An epoch permutes the blocks and lays them end to end; L lanes each own an equal range of the rows (a block may be
 shared by two lanes). A lane is read in windows of so many blocks, the rows of a window in the order of a hash of their
 row ids, and gives rows_global / L rows to every step. Rank k owns the lanes l ≡ k mod world size, and only ownership
 depends on the world size.
@@ -52,7 +52,7 @@ class Window:
 class _Epoch:
     key: int
     blocks: np.ndarray  # int64 [B]: the permuted block numbers
-    starts: np.ndarray  # int64 [B + 1]: slot at which each begins
+    starts: np.ndarray  # int64 [B + 1]: position of each one's first row
 
 
 class Order:
@@ -90,8 +90,8 @@ class Order:
         self._first_block, self._first_row_id = first_block, first_row
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
-    def turn(self, step: int, lane: int) -> tuple[Order, int]:
-        """Return which order gives a lane's part of a global step, and as the how manieth: this one, every step."""
+    def source_step(self, step: int, lane: int) -> tuple[Order, int]:
+        """Return (this order, `step`): of a single source what `MixedOrder.source_step` is of several."""
         return self, step
 
     def lane_rows(self, lane: int) -> int:

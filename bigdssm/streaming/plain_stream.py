@@ -35,7 +35,7 @@ from bigdssm.features.fitting import canonical, missing
 from bigdssm.features.ragged import Column, from_arrow
 from bigdssm.hashing import derive_key, hash64
 from bigdssm.log import get_logger
-from bigdssm.streaming.lanes import Part
+from bigdssm.streaming.lanes import LaneRows
 from bigdssm.streaming.row_stream import RowStream
 from bigdssm.streaming.workers import load, one_core_each, until_an_error
 from bigdssm.tables.hashing import hash_rows, hash_strings, row_keys
@@ -124,7 +124,7 @@ class PlainStream(RowStream):
         """Raise ConfigError: how often documents come is not known."""
         raise ConfigError("data.webdataset: the frequencies of documents are not known; set loss.frequency=streaming")
 
-    def _open(self) -> Iterator[Part]:
+    def _open(self) -> Iterator[LaneRows]:
         rank, rows = self.rank, self._rows_global
         count = rows * (rank + 1) // self.world_size - rows * rank // self.world_size
         samples = _Samples(self.dataset, self._paths, count, derive_key(self._seed, self.step, rank), self.step)
@@ -147,14 +147,14 @@ class _Samples(IterableDataset):
     key: int
     start_step: int
 
-    def __iter__(self) -> Iterator[Part | str]:
+    def __iter__(self) -> Iterator[LaneRows | str]:
         worker = get_worker_info()
         number, of = (worker.id, worker.num_workers) if worker else (0, 1)
         if worker:
             one_core_each()
         return until_an_error(self._parts(number, of))
 
-    def _parts(self, number: int, of: int) -> Iterator[Part]:
+    def _parts(self, number: int, of: int) -> Iterator[LaneRows]:
         seed = derive_key(self.key, number)
         pipeline = wds.DataPipeline(
             wds.ResampledShards([str(path.absolute()) for path in self.paths], seed=seed, deterministic=True),
@@ -175,7 +175,7 @@ class _Samples(IterableDataset):
                     break
             else:
                 raise DataError(f"hardly a sample can be used; the last: {bad[-1].shard}, {bad[-1].reason}")
-            yield Part(Rows.concat(parts), self.rows_per_step + len(bad), bad)
+            yield LaneRows(Rows.concat(parts), self.rows_per_step + len(bad), bad)
             step += of
 
 

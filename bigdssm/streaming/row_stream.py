@@ -18,7 +18,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError, DataError, PeerError
 from bigdssm.log import get_logger
-from bigdssm.streaming.lanes import Part
+from bigdssm.streaming.lanes import LaneRows
 
 CHECK_EVERY_STEPS = 16
 MOST_KINDS, SHOWN_KINDS = 20, 3  # of bad rows: remembered by a rank, told where there are too many
@@ -56,7 +56,7 @@ class RowStream(ABC):
         self._written: set[bytes] | None = None  # lines of the file, also those of a run that this one goes on with
         self._reasons: dict[str, tuple[str, int]] = {}  # of what is bad, by kind: the first, and in how many rows
         self._failure: DataError | PeerError | None = None
-        self._parts: Iterator[Part] | None = None
+        self._parts: Iterator[LaneRows] | None = None
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class RowStream(ABC):
         """Return how often each document comes as a positive, relative to all, float64 [num_docs] (any scale)."""
 
     @abstractmethod
-    def _open(self) -> Iterator[Part]:
+    def _open(self) -> Iterator[LaneRows]:
         """Return the parts from `self.step` on."""
 
     @abstractmethod
@@ -130,8 +130,8 @@ class RowStream(ABC):
         if self._failure is not None:
             raise self._failure
 
-    def _next_rows(self, loaded: Iterator[Part]) -> Rows:
-        parts: list[Part] = []
+    def _next_rows(self, loaded: Iterator[LaneRows]) -> Rows:
+        parts: list[LaneRows] = []
         if self._failure is None:
             try:
                 parts = [next(loaded) for _ in range(self._parts_per_step)]

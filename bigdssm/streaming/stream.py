@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from bigdssm.dataset.dataset import Dataset, empty_batch
-from bigdssm.dataset.mixture import TURNS, turns_per_round
+from bigdssm.dataset.mixture import ROUND_STEPS, steps_per_round
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.hashing import derive_key
 from bigdssm.log import get_logger
-from bigdssm.streaming.lanes import Part
+from bigdssm.streaming.lanes import LaneRows
 from bigdssm.streaming.mixed_order import MixedOrder
 from bigdssm.streaming.order import WINDOW_BLOCKS, Order, Tail
 from bigdssm.streaming.row_stream import RowStream
@@ -75,7 +75,10 @@ class PairStream(RowStream):
         mixture: dict[str, Any] = {}
         if isinstance(order, MixedOrder):
             names = [source.name for source in self.dataset.sources]
-            mixture = {"mixture": [[n, t] for n, t in zip(names, order.turns, strict=True)], "batches": order.batches}
+            mixture = {
+                "mixture": [[n, t] for n, t in zip(names, order.steps_per_round, strict=True)],
+                "batches": order.batches,
+            }
         return {
             "format": STATE_FORMAT,
             "step": self.step,
@@ -105,9 +108,11 @@ class PairStream(RowStream):
         if not isinstance(self.order, MixedOrder):
             return self.dataset.doc_counts().astype(np.float64)
         total = np.zeros(self.dataset.catalogue.num_docs)
-        for source, order, turns in zip(self.dataset.sources, self.order.orders, self.order.turns, strict=True):
+        for source, order, steps in zip(
+            self.dataset.sources, self.order.orders, self.order.steps_per_round, strict=True
+        ):
             counts = self.dataset.doc_counts(range(source.first, source.last))
-            total += counts * (turns / TURNS * self.order.rows_per_epoch / order.num_rows)
+            total += counts * (steps / ROUND_STEPS * self.order.rows_per_epoch / order.num_rows)
         return total
 
     def _mixed(self, plan: Callable[..., Order], seed: int) -> MixedOrder:
@@ -121,17 +126,17 @@ class PairStream(RowStream):
                 orders.append(plan(index.rows[lo:hi], seed=key, first_block=lo, first_row=first_row))
             except DataError as error:
                 raise DataError(f"data.mixture: {source.name} is too small: {error}") from None
-        turns = turns_per_round([source.name for source in sources], [source.weight for source in sources])
-        return MixedOrder(orders, turns, self.dataset.batches, seed)
+        steps = steps_per_round([source.name for source in sources], [source.weight for source in sources])
+        return MixedOrder(orders, steps, self.dataset.batches, seed)
 
-    def _open(self) -> Iterator[Part]:
+    def _open(self) -> Iterator[LaneRows]:
         return open_parts(self.dataset, self.split, self.order, self._shares, self._num_workers, self.step)
 
     def _rows_judged(self, rows_met: int) -> int:
         rows, per_step = self.order.rows_per_epoch, self.order.rows_global
         return rows * max(1, -(-self.step * per_step // rows) - self._opened_at * per_step // rows)
 
-    def _next_rows(self, loaded: Iterator[Part]) -> Rows:
+    def _next_rows(self, loaded: Iterator[LaneRows]) -> Rows:
         return replace(super()._next_rows(loaded), sequences=self.dataset.sequences)
 
     def _empty_rows(self) -> Rows:

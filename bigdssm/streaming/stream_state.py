@@ -1,4 +1,4 @@
-"""May a stream go on from a saved state: where it was, or at the beginning of a part with partitions that are new?"""
+"""Whether a stream may go on from a saved state: where it was, or at the beginning, over partitions that are new."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import BigDSSMError, DataError, PeerError
 from bigdssm.log import get_logger
-from bigdssm.streaming.lanes import LaneReader, Part
+from bigdssm.streaming.lanes import LaneReader, LaneRows
 from bigdssm.streaming.mixed_order import MixedOrder
 from bigdssm.streaming.order import Order
 
@@ -27,7 +27,7 @@ log = get_logger(__name__)
 def open_parts(
     dataset: Dataset, split: str, order: Order | MixedOrder, shares: Sequence[np.ndarray], num_workers: int,
     start_step: int,
-) -> Iterator[Part]:  # fmt: skip
+) -> Iterator[LaneRows]:  # fmt: skip
     """Yield, step after step, the part of each share of lanes in turn; `num_workers` is 0 or one per share.
 
     Raises DataError: reading failed for another reason than damaged data; PeerError: a loader process died.
@@ -40,7 +40,7 @@ def open_parts(
     yield from load(shared, num_workers, prefetch=4)
 
 
-def load(source: IterableDataset, num_workers: int, prefetch: int) -> Iterator[Part]:
+def load(source: IterableDataset, num_workers: int, prefetch: int) -> Iterator[LaneRows]:
     """Yield what `source` gives through `until_an_error`, in that many loader processes (0: in this one).
 
     Raises DataError and PeerError as `open_parts` does.
@@ -59,7 +59,9 @@ def load(source: IterableDataset, num_workers: int, prefetch: int) -> Iterator[P
         raise PeerError(f"a loader process died: {' '.join(str(error).split())}") from None
 
 
-def _read(dataset: Dataset, split: str, order: Order | MixedOrder, lanes: list[int], start_step: int) -> Iterator[Part]:
+def _read(
+    dataset: Dataset, split: str, order: Order | MixedOrder, lanes: list[int], start_step: int
+) -> Iterator[LaneRows]:
     yield from LaneReader(dataset, split, order, lanes).parts(start_step)
 
 
@@ -71,7 +73,7 @@ class _Shares(IterableDataset):
     ) -> None:
         self._args, self._shares, self._start_step = (dataset, split, order), shares, start_step
 
-    def __iter__(self) -> Iterator[Part | str]:
+    def __iter__(self) -> Iterator[LaneRows | str]:
         worker = get_worker_info()
         one_core_each()
         for part in until_an_error(_read(*self._args, self._shares[worker.id if worker else 0], self._start_step)):
@@ -108,7 +110,7 @@ def one_core_each() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def until_an_error(parts: Iterator[Part]) -> Iterator[Part | str]:
+def until_an_error(parts: Iterator[LaneRows]) -> Iterator[LaneRows | str]:
     """Yield the parts, and as the last thing the message of whatever went wrong: all ranks must stop together."""
     try:
         yield from parts
@@ -119,7 +121,7 @@ def until_an_error(parts: Iterator[Part]) -> Iterator[Part | str]:
         yield f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _raised(part: Part | str) -> Part:
+def _raised(part: LaneRows | str) -> LaneRows:
     if isinstance(part, str):
         raise DataError(part)
     return part

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,9 +19,9 @@ from typing import Any, TextIO
 import numpy as np
 import pyarrow as pa
 
+from bigdssm.atomic import new_folder, real_place
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, Text, texts_of
-from bigdssm.places import real_place
 from bigdssm.tables.hashing import KeyIndex
 from bigdssm.tables.sources import parse_object
 
@@ -196,12 +196,8 @@ class BeirWriter:
         """Put the finished folder in its place; the spool stays."""
         for file in self._files.values():
             file.close()
-        aside = self._folder.with_name(f".{self._folder.name}.unfinished")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(self._spool, aside)
-        shutil.rmtree(self._folder, ignore_errors=True)
-        os.replace(aside, self._folder)
+        with new_folder(self._folder) as aside:
+            shutil.copytree(self._spool, aside, dirs_exist_ok=True)
 
     def _file(self, name: str) -> TextIO:
         if name not in self._files:
@@ -233,30 +229,40 @@ class BeirWriter:
             self._file(name).write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def _entries(path: Path) -> list[Entry]:
-    entries: list[Entry] = []
-    keys: set[str] = set()
-    number = 0
+def numbered_lines(path: Path, what: str = "") -> Iterator[tuple[int, str]]:
+    """Yield the lines of a text file that are not blank, with their numbers from 1 on; `what` is said of a missing one.
+
+    Raises DataError: missing, not to be read, or no UTF-8.
+    """
     try:
         with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):  # noqa: B007, the message below names it
-                if not line.strip():
-                    continue
-                record = parse_object(line)
-                key, text, title = record["_id"], record["text"], record.get("title") or ""
-                metadata = record.get("metadata") or {}
-                if not (isinstance(text, str) and isinstance(title, str) and isinstance(metadata, dict)):
-                    raise TypeError("text and title need to be strings, metadata an object")
-                if not isinstance(key, str | int) or key == "":
-                    raise TypeError("_id needs to be a string")
-                entries.append(Entry(str(key), f"{title} {text}".strip(), metadata))
-                keys.add(entries[-1].key)
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, line
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist; a BEIR folder has {CORPUS_FILE}, {QUERIES_FILE} and qrels/") from None
+        raise DataError(f"{path} does not exist{what}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise DataError(f"{path} is no text file in UTF-8") from None
+
+
+def _entries(path: Path) -> list[Entry]:
+    entries: list[Entry] = []
+    keys: set[str] = set()
+    number = 0
+    told = f"; a BEIR folder has {CORPUS_FILE}, {QUERIES_FILE} and qrels/"
+    try:
+        for number, line in numbered_lines(path, told):  # noqa: B007, the message below names it
+            record = parse_object(line)
+            key, text, title = record["_id"], record["text"], record.get("title") or ""
+            metadata = record.get("metadata") or {}
+            if not (isinstance(text, str) and isinstance(title, str) and isinstance(metadata, dict)):
+                raise TypeError("text and title need to be strings, metadata an object")
+            if not isinstance(key, str | int) or key == "":
+                raise TypeError("_id needs to be a string")
+            entries.append(Entry(str(key), f"{title} {text}".strip(), metadata))
+            keys.add(entries[-1].key)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}:{number} is no BEIR record: {error!r}") from None
     if len(keys) < len(entries):

@@ -7,7 +7,6 @@ folders with the three tables are taken as well. What comes out is always ml-100
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from bigdssm.atomic import write_bytes
 from bigdssm.errors import DataError
 
 REQUIREMENT = "recbole==1.2.1"
@@ -99,9 +99,7 @@ def pip_download(folder: Path) -> None:
 def _write_all(out: Path, contents: dict[str, bytes]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
-        aside = out / f"{name}.part"
-        aside.write_bytes(content)
-        os.replace(aside, out / name)
+        write_bytes(out / name, content)
 
 
 def _from_grouplens(source: Path) -> dict[str, bytes]:

@@ -39,7 +39,7 @@ class Health:
         self._tokens = torch.zeros((), dtype=torch.int64)
         timing.taken()
 
-    def waited_for(self, batches: Iterator[Batch]) -> Batch:
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
         """Return the next batch, counting the time it took as waiting for data."""
         with timing.span("data wait"):
             return next(batches)

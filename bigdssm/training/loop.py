@@ -39,7 +39,7 @@ logger = get_logger(__name__)
 
 
 @dataclass
-class Progress:
+class StageProgress:
     """Where a stage stands; the same on every rank, and part of every checkpoint."""
 
     step: int = 0  # global batches consumed
@@ -62,14 +62,14 @@ class Progress:
 
 @dataclass
 class Watch:
-    """Who looks after a running stage."""
+    """What looks after a running stage."""
 
     watchdog: Watchdog
     stop: StopRequest
     faults: Faults
     alert: SpikeAlert
 
-    def progress(self, what: str, done: int, total: int) -> None:
+    def progress(self, what: str, done: int, total: int | None) -> None:
         """Say that long work between steps gets on; where the run is asked to stop, leave it. A collective.
 
         Raises Preempted.
@@ -117,10 +117,10 @@ class Stage:
     watch: Watch
     consumed_log: RowLog | None
     skipped_log: RowLog
-    progress: Progress
+    progress: StageProgress
 
 
-def train(stage: Stage) -> Progress:
+def train(stage: Stage) -> StageProgress:
     """Run `stage` from where its progress stands to its end and return the final progress. A collective.
 
     Raises DivergedError after too many non-finite steps in a row, Preempted where it was told to stop and has saved.
@@ -133,7 +133,7 @@ def train(stage: Stage) -> Progress:
         raise Preempted(f"stopped on request after step {step}, saved; go on with --resume auto") from None
 
 
-def _train(stage: Stage) -> Progress:
+def _train(stage: Stage) -> StageProgress:
     config, progress, health, watch = stage.config, stage.progress, stage.health, stage.watch
     batches, objective = iter(stage.batches), watch.faults.in_loss(stage.objective)
     part_steps = stage.total_steps - progress.part_step
@@ -148,7 +148,7 @@ def _train(stage: Stage) -> Progress:
     stage.initial_documents = None
     while not _is_over(stage):
         watch.watchdog.beat(f"step {progress.step}, waiting for rows")
-        batch = health.waited_for(batches)
+        batch = health.next_batch(batches)
         watch.watchdog.beat(f"step {progress.step}")
         watch.faults.in_step(progress.step)
         factor = schedule_factor(progress.applied - progress.part_applied, part_steps, config.optimizer)
@@ -227,13 +227,13 @@ def restore(
     stream: RowStream,
     objective: Objective,
     new_part: bool,
-) -> Progress:
+) -> StageProgress:
     """Return the progress of a verified checkpoint, with everything else as it was. A collective.
 
     `new_part`: the stream's partitions were added since, it stays at its beginning. With another number of ranks than
     before the random states are new: dropout then draws other masks.
     """
-    progress = Progress(**checkpoint.state["progress"])
+    progress = StageProgress(**checkpoint.state["progress"])
     engine.restore(read, progress.applied)
     objective.restore(checkpoint.common_tensors())
     if checkpoint.world_size == distributed.world_size():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -15,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from bigdssm import distributed
+from bigdssm import atomic, distributed
 from bigdssm.artifacts.checkpoint import CHECKPOINTS, Checkpoint, CheckpointStore, is_checkpoint
 from bigdssm.artifacts.checkpoint_model import load_checkpoint_model
 from bigdssm.artifacts.model_folder import load_model_folder
@@ -25,7 +24,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.hashing import hash64
-from bigdssm.log import get_logger, naming
+from bigdssm.log import get_logger
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval.embed import Share, encode_catalogue, tower_encoders
 from bigdssm.retrieval.mine import mine_to_file
@@ -45,7 +44,7 @@ from bigdssm.training.checks import check_agreement, check_folder, check_stage, 
 from bigdssm.training.engine import Engine, device, init_process_group
 from bigdssm.training.growth import GrownReader, grow_model
 from bigdssm.training.health import Health, describe_ranks
-from bigdssm.training.loop import Progress, SaveClock, Stage, Watch, restore, train
+from bigdssm.training.loop import SaveClock, Stage, StageProgress, Watch, restore, train
 from bigdssm.training.objective import Objective, prepare_model
 from bigdssm.training.resuming import check_length, part_steps
 from bigdssm.training.step import Budget
@@ -57,7 +56,7 @@ logger = get_logger(__name__)
 def run_stage(
     config: Config, name: StageName, *, resume: bool, validate_only: bool, world_size: int,
     launcher: Launcher | None = None, stop: StopRequest | None = None,
-) -> Progress | None:  # fmt: skip
+) -> StageProgress | None:  # fmt: skip
     """Check, build and train one stage on this rank, and return its progress at the end.
 
     `validate_only` stops after the first batch was made and returns None.
@@ -94,7 +93,7 @@ def run_stage(
             if checkpoint is not None and not new_part:
                 check_length(checkpoint, stage_config, name, stream.steps_per_epoch)
             _write_config(folder, config)
-            done = Progress(**checkpoint.state["progress"]) if checkpoint is not None else Progress()
+            done = StageProgress(**checkpoint.state["progress"]) if checkpoint is not None else StageProgress()
             trackers = Trackers(folder, config, done.step, len(done.history), cpu=device().type == "cpu")
             after.enter_context(closing(trackers))
             with ProgressBar() as bar, closing(stream):
@@ -135,7 +134,7 @@ def _assemble(
     objective = Objective(loss, config.model, config.engine.loss_tile, counts, stage_config.rows_global)
     mined, documents = _mined(config, name, engine, dataset, folder, watch, checkpoint is not None, new_part)
     torch.manual_seed(config.run.seed * 1_000_003 + distributed.rank() + 1)  # dropout differs between ranks
-    progress = Progress()
+    progress = StageProgress()
     if checkpoint is not None:
         progress = restore(checkpoint, read, engine, stream, objective, new_part)
         over = f", at the beginning of {', '.join(p.name for p in dataset.partitions)}" if new_part else ""
@@ -259,11 +258,7 @@ def _mined_file(config: Config, dataset: Dataset, folder: Path) -> Path:
 def _write_config(folder: Path, config: Config) -> None:
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(config.to_dict(), sort_keys=False)
-        aside = folder / f".{CONFIG_FILE}.unfinished"
-        with naming(aside):
-            aside.write_text(text, encoding="utf-8")
-        os.replace(aside, folder / CONFIG_FILE)
+        atomic.write_text(folder / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
     distributed.barrier()
 
 

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from bigdssm import distributed, timing
 from bigdssm.artifacts.model_folder import is_model_folder, save_model_folder
+from bigdssm.atomic import recover
 from bigdssm.config import Config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.evaluation.scorer import encoders_of
 from bigdssm.evaluation.split import Evaluation, evaluate_split
 from bigdssm.models import DualEncoder
-from bigdssm.retrieval.embed import Progress
+from bigdssm.progress import Progress
 from bigdssm.training.engine import Engine, device
 
 SPLIT = "validation"
@@ -47,7 +48,9 @@ class Validator:
             )
 
     def has_lost_best(self) -> bool:
-        """Return True on every rank where there is no best/ folder. A collective."""
+        """Return True on every rank where there is no best/ folder, nor one that a kill left aside. A collective."""
+        if distributed.is_main():
+            recover(self._best_dir)
         return distributed.broadcast_object(not is_model_folder(self._best_dir))
 
     def keep(self, engine: Engine, provenance: dict[str, Any]) -> None:

@@ -15,7 +15,8 @@ import yaml
 
 from bigdssm.config import StageName, load_config
 from bigdssm.making.interactions import InteractionTables, make_interactions
-from bigdssm.making.making import Target, no_progress
+from bigdssm.making.making import Target
+from bigdssm.progress import no_progress
 from bigdssm.training import engine
 from bigdssm.training.stages import run_stage
 

@@ -106,7 +106,7 @@ def test_killed_while_a_step_is_saved_again(
         real(*paths)  # type: ignore[operator]
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"bigdssm.artifacts.checkpoint.{function}", killed)
+        patch.setattr(f"bigdssm.atomic.{function}", killed)
         with pytest.raises(KeyboardInterrupt):
             save(store, 15)
     assert list(store.folder.glob(".*.replaced"))

@@ -236,7 +236,7 @@ def test_growth_that_would_add_everything_again(make: Maker) -> None:
         assert code == 2 and told in said and "must be a plain folder name" in said
     code, said = make.records(RECORDS, "--append=more", "--overwrite", "--partition=p")
     assert code == 2 and "--overwrite, --partition would have no effect with --append" in said
-    assert (make.out / "dataset.json").read_bytes() == before and not (make.out / ".making").exists()
+    assert (make.out / "dataset.json").read_bytes() == before and not (make.out / ".unfinished").exists()
     code, said = make.records(changed(key=lambda i: f"k{i % 12}"), "--append=more", "--doc-id-column=key")
     assert code == 0 and "12 documents (1 of them new)" in said
 
@@ -282,4 +282,4 @@ def test_a_full_disk_is_named(make: Maker, monkeypatch: pytest.MonkeyPatch) -> N
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(block_writer.TarWriter, "write", full)
-    make.refused(make.records(RECORDS), 1, "No space left on device: {tmp}/.dataset.making")
+    make.refused(make.records(RECORDS), 1, "No space left on device: {tmp}/.dataset.unfinished")

@@ -152,7 +152,7 @@ def test_a_killed_run_leaves_no_dataset_and_the_next_one_clears_up(tiny_pairs: A
         f"runpy.run_path({str(ROOT / 'tools/make_shards.py')!r}, run_name='__main__')"
     )
     process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
-    staging = tmp_path / ".out.making"
+    staging = tmp_path / ".out.unfinished"
     try:
         while not list(staging.glob("partitions/base/*.tar")):
             assert process.poll() is None
@@ -192,4 +192,4 @@ def test_an_append_killed_at_any_rename_can_be_repeated(
     assert [p.name for p in dataset.partitions] == ["base", "day2"] and dataset.schema.doc["section"].vocabulary[
         -1
     ] == "new"
-    assert not (out / ".making").exists()
+    assert not (out / ".unfinished").exists()

@@ -133,7 +133,18 @@ def test_a_full_disk_while_the_best_is_written_is_one_sentence(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bigdssm.artifacts.model_folder.replace_folder", full)
+    monkeypatch.setattr("bigdssm.atomic.replace_folder", full)
     with pytest.raises(CheckpointError, match=r"could not write \S*best: .*No space left on device.*stays"):
         validator.keep(engine, {"stage": "pretrain", "step": 2})  # type: ignore[arg-type]
+    assert load_model_folder(tmp_path / "best").provenance["step"] == 1
+
+
+def test_a_best_that_a_kill_left_between_two_renames_is_not_lost(config: Config, tmp_path: Path) -> None:
+    dataset = Dataset.open(config.data.dir)
+    model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+    engine = SimpleNamespace(module=model, state_dict=model.state_dict)
+    validator = Validator(dataset, config, tmp_path / "best", 64)
+    validator.keep(engine, {"stage": "pretrain", "step": 1})  # type: ignore[arg-type]
+    (tmp_path / "best").rename(tmp_path / ".best.replaced")
+    assert not validator.has_lost_best()
     assert load_model_folder(tmp_path / "best").provenance["step"] == 1

@@ -24,12 +24,12 @@ from rich.console import Console
 from rich.table import Table
 
 from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.atomic import write_json
 from bigdssm.cli import ProgressBar, run_main
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.metrics import mean_metrics
-from bigdssm.evaluation.systems import write_json
 from bigdssm.retrieval.embed import Encoders, tower_encoders
 from bigdssm.retrieval.index import Index, IndexType, faiss_index
 from bigdssm.retrieval.vectors import VectorsMeta, read_meta, vectors_of

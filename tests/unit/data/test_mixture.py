@@ -19,7 +19,7 @@ from bigdssm.batching.collate import Collator
 from bigdssm.config import DataConfig, SourceConfig, TokenizerConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.joining import open_dataset
-from bigdssm.dataset.mixture import TURNS, turns_per_round
+from bigdssm.dataset.mixture import ROUND_STEPS, steps_per_round
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, Numeric, Text
 from bigdssm.making.making import Target
@@ -46,7 +46,7 @@ def mixtures(draw: st.DrawFn) -> Callable[[], MixedOrder]:
             Order(np.array(b, np.int32), rows_global=lanes * per_lane, lanes=lanes, seed=seed + i, first_row=first)
             for i, (b, first) in enumerate(zip(blocks, first_rows, strict=False))
         ]
-        return MixedOrder(orders, turns_per_round([""] * len(weights), weights), batches, seed)
+        return MixedOrder(orders, steps_per_round([""] * len(weights), weights), batches, seed)
 
     make.weights = weights  # type: ignore[attr-defined]
     return make
@@ -57,13 +57,18 @@ def mixtures(draw: st.DrawFn) -> Callable[[], MixedOrder]:
 def test_every_source_runs_through_its_own_epochs_and_has_its_share(make: Callable[[], MixedOrder]) -> None:
     order, weights = make(), np.array(make.weights)  # type: ignore[attr-defined]
     for lane in range(order.lanes):
-        turns: list[list[int]] = [[] for _ in weights]
-        for step in range(2 * TURNS + 3):
-            source, turn = order.turn(step, lane)
-            turns[order.orders.index(source)].append(turn)
-        assert all(own == list(range(len(own))) for own in turns)  # no row of a source is skipped, none comes twice
-        shares = np.array([sum(turn < count for turn in own) for own, count in zip(turns, order.turns, strict=True)])
-        assert shares.sum() == TURNS and np.abs(shares / TURNS - weights / weights.sum()).max() <= 1 / TURNS
+        steps: list[list[int]] = [[] for _ in weights]
+        for step in range(2 * ROUND_STEPS + 3):
+            source, own_step = order.source_step(step, lane)
+            steps[order.orders.index(source)].append(own_step)
+        assert all(own == list(range(len(own))) for own in steps)  # no row of a source is skipped, none comes twice
+        shares = np.array(
+            [sum(own_step < count for own_step in own) for own, count in zip(steps, order.steps_per_round, strict=True)]
+        )
+        assert (
+            shares.sum() == ROUND_STEPS
+            and np.abs(shares / ROUND_STEPS - weights / weights.sum()).max() <= 1 / ROUND_STEPS
+        )
 
 
 @settings(max_examples=40, deadline=None)
@@ -97,9 +102,9 @@ def test_the_order_of_a_mixture_never_changes() -> None:
 
 
 def test_weights_too_small_for_a_thousandth_are_refused() -> None:
-    assert turns_per_round("ab", [2, 1]) == [667, 333]
+    assert steps_per_round("ab", [2, 1]) == [667, 333]
     with pytest.raises(ConfigError, match=r"b has weight 0.0001, needs at least 0.0010001, a thousandth"):
-        turns_per_round("ab", [1, 0.0001])
+        steps_per_round("ab", [1, 0.0001])
 
 
 def config(folder: Path, *sources: SourceConfig, **more: object) -> DataConfig:

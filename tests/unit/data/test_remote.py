@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import xxhash
 
+from bigdssm.atomic import aside_of
 from bigdssm.config import DataConfig
 from bigdssm.dataset import blocks, cache, remote
 from bigdssm.dataset.cache import Cache
@@ -282,7 +283,7 @@ def test_what_is_said_of_a_damaged_dataset(server: Server, store: Cache, spoil, 
     spoil(server.folder / "a/data")
     with pytest.raises(DataError, match=message):
         Dataset.open(f"{server.url}/a/data", cache=store)
-    assert not entries(store, ".part")
+    assert not entries(store, ".unfinished")
 
 
 @pytest.mark.parametrize("place", ["../../x", "/etc/x", "a/../../x", "a\\..\\x", "a//b"])
@@ -473,7 +474,7 @@ def test_processes_fill_one_cache_together(server: Server, store: Cache, interac
     assert [finished(process) for process in processes] == [expected, expected]
     assert server.requests["/a/data/catalogue/000000.arrow"] == 1
     assert 0 < peak <= small.max_bytes
-    assert not entries(small, ".part")
+    assert not entries(small, ".unfinished")
 
 
 def used_now(store: Cache) -> int:
@@ -506,8 +507,8 @@ def test_kill_in_a_fill_leaves_nothing_that_is_believed(server: Server, store: C
     server.fault = stall
     victim = reader(url, store)
     assert stuck.wait(60)
-    (part,) = entries(store, ".part")
-    assert not part.with_suffix("").exists()
+    (part,) = entries(store, ".unfinished")
+    assert not part.with_name(part.name[1:].removesuffix(".unfinished")).exists()
     other = reader(url, store)
     deadline = time.monotonic() + 60
     while server.requests["/a/data/schema.json"] < 2 and time.monotonic() < deadline:
@@ -518,17 +519,17 @@ def test_kill_in_a_fill_leaves_nothing_that_is_believed(server: Server, store: C
     victim.communicate(timeout=30)
     assert finished(other) == expected_of(interactions)
     assert server.requests[path] == 2
-    assert not entries(store, ".part")
+    assert not entries(store, ".unfinished")
 
 
 def test_parts_of_killed_processes_are_removed_and_overwritten(server: Server, store: Cache) -> None:
     """Longer than the file, at the very name that the file will be written under."""
     url = f"{server.url}/a/data/catalogue/000000.arrow"
     checksum = json.loads((server.folder / "a/data/dataset.json").read_text())["catalogue"][0]["checksum"]
-    part = store.path(remote.key_of(url, checksum)).with_suffix(".part")
+    part = aside_of(store.path(remote.key_of(url, checksum)))
     part.parent.mkdir(parents=True)
     part.write_bytes(b"\xff" * 100_000)
-    stale = store.dir / "00" / ("f" * 38 + ".part")
+    stale = store.dir / "00" / ("." + "f" * 38 + ".unfinished")
     stale.parent.mkdir(exist_ok=True)
     stale.write_bytes(b"\xff" * 100_000)
     dataset = Dataset.open(f"{server.url}/a/data", cache=Cache(store.dir, 200_000))

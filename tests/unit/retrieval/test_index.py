@@ -20,7 +20,7 @@ from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval import embed
 from bigdssm.retrieval.embed import Encoders, tower_encoders
 from bigdssm.retrieval.index import Index, IndexType, build_index, faiss_index, open_index
-from bigdssm.retrieval.vectors import VectorsMeta, Work, put_in_place, write_vectors
+from bigdssm.retrieval.vectors import VectorsMeta, Work, write_meta, write_vectors
 
 from .conftest import SMALL, random_model
 
@@ -151,7 +151,8 @@ def test_product_quantisation_from_a_folder_to_similar_documents(tmp_path: Path)
     names = pa.table({"doc_key": [f"d{i}" for i in range(num_docs)], "display": [f"D {i}" for i in range(num_docs)]})
     with pa.OSFile(str(made / "documents.arrow"), "wb") as file, pa.ipc.new_file(file, names.schema) as writer:
         writer.write_table(names)
-    put_in_place(made, tmp_path / "vectors", VectorsMeta("vectors", checksum, "dataset", num_docs, 9))
+    write_meta(made, VectorsMeta("vectors", checksum, "dataset", num_docs, 9))
+    made.rename(tmp_path / "vectors")
     for kind in ("flat", "ivfpq"):
         build_index(tmp_path / "vectors", tmp_path / kind, kind)
     exact, index = open_index(tmp_path / "flat"), open_index(tmp_path / "ivfpq")

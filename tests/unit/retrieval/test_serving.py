@@ -31,7 +31,7 @@ from bigdssm.retrieval.search import (
     user_query,
 )
 from bigdssm.retrieval.vectors import write_vectors
-from bigdssm.serving.batching import Batcher, Cache, Overloaded
+from bigdssm.serving.batching import AnswerCache, Batcher, Overloaded
 from bigdssm.serving.searcher import Searcher
 from tests.conftest import NUM_ITEMS
 from tests.unit.retrieval.test_tools import Tools
@@ -344,7 +344,7 @@ def test_a_full_queue_refuses_and_an_error_reaches_all_who_waited() -> None:
 
 
 def test_the_cache_forgets_what_was_asked_longest_ago() -> None:
-    cache: Cache[int] = Cache(2)
+    cache: AnswerCache[int] = AnswerCache(2)
     cache.put("a", 1)
     cache.put("b", 2)
     assert cache.get("a") == 1

@@ -16,6 +16,7 @@ import yaml
 from pyarrow import parquet
 
 from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.atomic import aside_of
 from bigdssm.config import Config, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError
@@ -25,7 +26,7 @@ from bigdssm.models import DualEncoder
 from bigdssm.retrieval import vector_files, vectors
 from bigdssm.retrieval.embed import Encoders, tower_encoders
 from bigdssm.retrieval.vector_files import difference_from_model, read_rows, write_card, write_file
-from bigdssm.retrieval.vectors import Work, read_meta, unfinished, write_vectors
+from bigdssm.retrieval.vectors import Work, read_meta, write_vectors
 from tests.conftest import NUM_ITEMS
 
 from .conftest import random_model
@@ -244,4 +245,4 @@ def test_an_older_format_is_named(folder: Path, tmp_path: Path) -> None:
     (copied / "meta.json").write_text(json.dumps({**asdict(read_meta(folder)), "format": 1}))
     with pytest.raises(CheckpointError, match="has format 1"):
         read_meta(copied)
-    assert not unfinished(folder).exists()
+    assert not aside_of(folder).exists()

@@ -1,0 +1,82 @@
+"""What is written aside: whole or not there, on the disk before it has its name, and nothing left over."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bigdssm import atomic
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The inodes that were put on the disk, in order, and the negative of each that was renamed."""
+    done: list[int] = []
+    sync, replace = os.fsync, os.replace
+
+    def noted_sync(number: int) -> None:
+        done.append(os.fstat(number).st_ino)
+        sync(number)
+
+    def noted_replace(old: Path, new: Path) -> None:
+        done.append(-old.stat().st_ino)
+        replace(old, new)
+
+    monkeypatch.setattr("os.fsync", noted_sync)
+    monkeypatch.setattr("os.replace", noted_replace)
+    return done
+
+
+def fill(folder: Path, text: str) -> None:
+    with atomic.new_folder(folder) as aside:
+        (aside / "inner").mkdir()
+        (aside / "inner" / "file").write_text(text)
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, synced: list[int]) -> None:
+    atomic.write_json(tmp_path / "a.json", {"größe": [1]})
+    inode = (tmp_path / "a.json").stat().st_ino
+    assert synced == [inode, -inode]
+    assert (tmp_path / "a.json").read_text("utf-8") == '{\n "größe": [\n  1\n ]\n}\n'
+
+
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, synced: list[int]) -> None:
+    fill(tmp_path / "made", "new")
+    file, folder = ((tmp_path / "made" / name).stat().st_ino for name in ("inner/file", ""))
+    assert synced.index(file) < synced.index(-folder)
+
+
+@pytest.mark.parametrize("write", [atomic.new_file, atomic.new_folder])
+def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path, write: Callable[..., object]) -> None:
+    fill(tmp_path / "made", "old")
+    with pytest.raises(KeyboardInterrupt), write(tmp_path / "made") as aside:  # type: ignore[attr-defined]
+        (aside / "more" if aside.is_dir() else aside).write_text("new")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    assert (tmp_path / "made" / "inner" / "file").read_text() == "old"
+
+
+def test_what_a_killed_writer_left_is_removed_or_put_back(tmp_path: Path) -> None:
+    (tmp_path / ".made.unfinished").mkdir()
+    (tmp_path / ".made.unfinished" / "stale").touch()
+    fill(tmp_path / "made", "old")
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["inner"]
+    (tmp_path / "made").rename(tmp_path / ".made.replaced")  # killed between the two renames
+    atomic.recover(tmp_path / "made")
+    assert (tmp_path / "made" / "inner" / "file").read_text() == "old"
+    fill(tmp_path / ".made.replaced", "older")  # killed before the last removal
+    fill(tmp_path / "made", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    assert (tmp_path / "made" / "inner" / "file").read_text() == "new"
+
+
+def test_an_error_of_the_system_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*\.a\.txt\.unfinished"):
+        atomic.write_text(tmp_path / "a.txt", "text")
