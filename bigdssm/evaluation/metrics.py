@@ -5,7 +5,7 @@ A row has one relevant document; NaN is the rank of a row that has none and does
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,21 +14,29 @@ NUM_RESAMPLES = 2000
 CHUNK_DRAWS = 4_000_000
 
 
-def row_metrics(ranks: np.ndarray) -> dict[str, np.ndarray]:
-    """Return float64 [rows with a rank] by name: hr_at_10, ndcg_at_10, mrr (uncut), recall_at_100.
+Metric = Callable[[np.ndarray], np.ndarray]
+"""From the ranks of rows (float64, 1 is best) to a value of each."""
 
-    With one relevant document the ideal DCG is 1, and NDCG@10 is 1 / log2(1 + rank) within the first 10. Source:
-    Järvelin and Kekäläinen 2002.
-    """
+# With one relevant document the ideal DCG is 1, and NDCG@10 is 1 / log2(1 + rank) within the first 10. Source:
+# Järvelin and Kekäläinen 2002.
+_METRICS: dict[str, Metric] = {
+    "hr_at_10": lambda ranks: ranks <= 10,
+    "ndcg_at_10": lambda ranks: (ranks <= 10) / np.log2(1 + ranks),
+    "mrr": lambda ranks: 1 / ranks,  # uncut
+    "recall_at_100": lambda ranks: ranks <= 100,
+}
+
+
+def register_metric(name: str, metric: Metric) -> None:
+    """Have validation and evaluation report a metric beside the others."""
+    _METRICS[name] = metric
+
+
+def row_metrics(ranks: np.ndarray) -> dict[str, np.ndarray]:
+    """Return float64 [rows with a rank] of every metric by name."""
     ranks = np.asarray(ranks, np.float64)
     ranks = ranks[~np.isnan(ranks)]
-    within = ranks <= 10
-    return {
-        "hr_at_10": within.astype(np.float64),
-        "ndcg_at_10": within / np.log2(1 + ranks),
-        "mrr": 1 / ranks,
-        "recall_at_100": (ranks <= 100).astype(np.float64),
-    }
+    return {name: np.asarray(metric(ranks), np.float64) for name, metric in _METRICS.items()}
 
 
 def mean_metrics(ranks: np.ndarray) -> dict[str, float]:

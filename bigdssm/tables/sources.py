@@ -15,7 +15,7 @@ import json
 import lzma
 import zlib
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -40,6 +40,18 @@ READ_AHEAD_BYTES = 1 << 20
 MAX_LINE_BYTES = 64 << 20
 
 
+TableReader = Callable[[Path, Sequence[str], ReportBad], Iterator[SourceBatch]]
+"""Yields a table's rows in order with exactly the asked columns, numbered from 1; bad rows go to the last argument."""
+
+_SOURCES: dict[str, TableReader] = {}
+_TEXT_SOURCES: dict[str, TableReader] = {}  # compressed or not
+
+
+def register_source(suffix: str, read: TableReader, *, compressed: bool = False) -> None:
+    """Have files whose names end in `suffix` read as tables; compressed: `read` opens .gz, .xz and .zst of it, too."""
+    (_TEXT_SOURCES if compressed else _SOURCES)[suffix] = read
+
+
 def read_table(path: str | Path, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
     """Yield the rows of the table at `path` in order, with exactly `columns`; bad rows go to `report_bad`.
 
@@ -47,21 +59,15 @@ def read_table(path: str | Path, columns: Sequence[str], report_bad: ReportBad) 
     """
     path = Path(path)
     check_table(path)
-    inner, compression = split_suffix(path)
+    read = _SOURCES.get(path.suffix.lower()) or _TEXT_SOURCES.get(split_suffix(path)[0])
+    if read is None:
+        known = ", ".join([*_TEXT_SOURCES, *_SOURCES])
+        raise DataError(
+            f"{path}: unknown table format; known are {known}, {', '.join(_TEXT_SOURCES)} also with .gz, .xz or .zst"
+        )
     seen = 0
     try:
-        if inner in DELIMITERS:
-            batches = _read_delimited(path, compression, DELIMITERS[inner], columns, report_bad)
-        elif inner in JSON_SUFFIXES:
-            batches = _read_json_lines(path, compression, columns, report_bad)
-        elif inner == ".parquet" and compression is None:
-            batches = _read_parquet(path, columns, report_bad)
-        else:
-            known = ", ".join([*DELIMITERS, *JSON_SUFFIXES, ".parquet"])
-            raise DataError(
-                f"{path}: unknown table format; known are {known}, the text ones also with .gz, .xz or .zst"
-            )
-        for batch in batches:
+        for batch in read(path, columns, report_bad):
             seen += len(batch.rows)
             yield batch
     except (pa.ArrowException, OSError, lzma.LZMAError, zlib.error, EOFError, csv.Error) as error:
@@ -152,9 +158,9 @@ def _strip_types(path: Path, header: Sequence[str]) -> list[str]:
     return names
 
 
-def _read_delimited(
-    path: Path, compression: str | None, delimiter: str, columns: Sequence[str], report_bad: ReportBad
-) -> Iterator[SourceBatch]:
+def _read_delimited(path: Path, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
+    suffix, compression = split_suffix(path)
+    delimiter = DELIMITERS[suffix]
     quoted = delimiter == ","  # TSV has no quoting: titles may hold a lone quote
     with open_source(path, compression) as stream:
         first = stream.readline(MAX_LINE_BYTES)
@@ -197,9 +203,8 @@ def _read_delimited(
         report_bad(str(path), number, reason)
 
 
-def _read_json_lines(
-    path: Path, compression: str | None, columns: Sequence[str], report_bad: ReportBad
-) -> Iterator[SourceBatch]:
+def _read_json_lines(path: Path, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
+    compression = split_suffix(path)[1]
     records: list[dict[str, Any]] = []
     rows: list[int] = []
     num_bytes, checked = 0, False
@@ -319,3 +324,10 @@ def _is_utf8(value: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+for _suffix in DELIMITERS:
+    register_source(_suffix, _read_delimited, compressed=True)
+for _suffix in JSON_SUFFIXES:
+    register_source(_suffix, _read_json_lines, compressed=True)
+register_source(".parquet", _read_parquet)

@@ -1,11 +1,12 @@
 """What somebody adds from a module of their own, no file of the library changed: a type of features with its
-encoder, and an optimizer."""
+encoder, a loss term, an optimizer, a table source and a metric."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,9 +14,13 @@ import pyarrow as pa
 from torch import Tensor, nn, optim
 
 from bigdssm.errors import ConfigError
+from bigdssm.evaluation.metrics import register_metric
 from bigdssm.features import Column, Feature, Reader, TextTokenizer, register
-from bigdssm.features.columns import RowCheck, numbers
+from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, numbers
+from bigdssm.losses import PairTerm
+from bigdssm.losses import register as register_loss
 from bigdssm.models.encoders import Encoder, Parts, encodes
+from bigdssm.tables.sources import register_source, require_columns
 from bigdssm.training.optimizers import OptimizerKind, register_optimizer
 
 
@@ -94,6 +99,22 @@ class AngleEncoder(Encoder):
         return self.layer(values.nan_to_num(nan=0.0))
 
 
+@dataclass(frozen=True)
+class Cubed(PairTerm):
+    """The cube of what a negative scores above the positive less a margin."""
+
+    name = "cubed"
+    margin: float = 0.2
+
+    def value(self, x: Tensor) -> Tensor:
+        return (x + self.margin).clamp(min=0) ** 3
+
+    def slope(self, x: Tensor) -> Tensor:
+        return x.add_(self.margin).clamp_(min=0).square_().mul_(3)
+
+
+register_loss("cubed", Cubed)
+
 register_optimizer(
     "heavy_ball",
     OptimizerKind(
@@ -101,3 +122,19 @@ register_optimizer(
         lambda group: ("momentum_buffer",),
     ),
 )
+
+
+def read_arrow(path: Path, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
+    """Yield the rows of an Arrow file."""
+    first = 1
+    with pa.memory_map(str(path)) as file, pa.ipc.open_file(file) as reader:
+        require_columns(path, reader.schema.names, columns)
+        for number in range(reader.num_record_batches):
+            table = pa.Table.from_batches([reader.get_batch(number)]).select(list(columns))
+            yield SourceBatch(str(path), table, np.arange(first, first + table.num_rows))
+            first += table.num_rows
+
+
+register_source(".arrow", read_arrow)
+
+register_metric("hr_at_1", lambda ranks: ranks <= 1)

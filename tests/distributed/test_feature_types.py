@@ -52,12 +52,17 @@ def write_table(folder: Path) -> None:
         "doc": names,
         "key": [f"k{n}" for n in names],
     }
-    pq.write_table(pa.table({**table, "word": [f"w{t}" for t in topic]}), folder / "pairs.parquet")
+    read = pa.table({**table, "word": [f"w{t}" for t in topic]})
+    pq.write_table(read, folder / "pairs.parquet")
     np.save(folder / "near.npy", near.astype(np.float64))
+    with pa.OSFile(str(folder / "pairs.arrow"), "wb") as file, pa.ipc.new_file(file, read.schema) as writer:
+        writer.write_table(read, max_chunksize=150)
 
 
-def go_all_the_way(rank: int, world_size: int, folder: Path, feature: dict[str, Any], value: Any) -> dict[str, Any]:
-    from . import outside  # noqa: F401, it registers its type
+def go_all_the_way(
+    rank: int, world_size: int, folder: Path, feature: dict[str, Any], value: Any, source: str, stage: dict[str, Any]
+) -> dict[str, Any]:
+    from . import outside  # noqa: F401, it registers what it holds
 
     content = {
         "run": {"dir": str(folder / "run"), "trackers": []},
@@ -71,12 +76,12 @@ def go_all_the_way(rank: int, world_size: int, folder: Path, feature: dict[str, 
             "dim": 8, "query": {"text": {"layers": 1, "hidden": 8}, "numeric_dim": 8, "vector_dim": 8},
             "doc": {"text": {"layers": 1, "hidden": 8}, "numeric_dim": 8, "vector_dim": 8},
         },
-        "pretrain": {"rows_global": 32, "steps": 6, "optimizer": {"lr": 0.01, "warmup_steps": 1}, "log_every_steps": 1},
+        "pretrain": {"rows_global": 32, "steps": 6, "log_every_steps": 1, **stage},
         "engine": {"chunk_tokens": 64},
     }  # fmt: skip
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(content))
-    tables = PairTables((folder / "pairs.parquet",), doc_id_column="key")
+    tables = PairTables((folder / source,), doc_id_column="key")
     report = make_pairs(load_config(path).data, tables, Target(folder / "dataset"))
     dataset = Dataset.open(str(folder / "dataset"))
     small_run.run(rank, world_size, path, folder / "run")
@@ -103,6 +108,7 @@ def go_all_the_way(rank: int, world_size: int, folder: Path, feature: dict[str, 
         "apart": float(np.abs(vector - nothing).max()),
         "shown": [row["query.asked"] for row in sample_rows(dataset, count=400)],
         "fitted": dict((f"{side}.{f.name}", f.describe(1)) for side, f in describe(dataset).features)["query.asked"],
+        "validation": small_run.validations(folder / "run")[-1],
         "quarantine": [json.loads(line)["reason"] for line in bad],
     }  # fmt: skip
 
@@ -136,7 +142,12 @@ def test_a_type_of_features_goes_all_the_way(case: str, pools: dict[int, Pool], 
     feature, value = CASES[case]
     if "matrix" in feature:
         feature = {**feature, "matrix": str(tmp_path / "near.npy")}
-    (found,) = pools[1].run(go_all_the_way, tmp_path, feature, value)
+    source, stage = "pairs.parquet", {"optimizer": {"lr": 0.01, "warmup_steps": 1}}
+    if case == "from outside":  # all that the module registers
+        source = "pairs.arrow"
+        stage = {"loss": {"name": "cubed", "margin": 0.5}, "optimizer": {"name": "heavy_ball", "lr": 0.02}}
+    (found,) = pools[1].run(go_all_the_way, tmp_path, feature, value, source, stage)
+    assert 0 <= found["validation"]["hr_at_1"] <= found["validation"]["hr_at_10"]
     assert found["losses"][-1] < found["losses"][0]
     assert found["found"] < 1e-5 and len(set(found["rows"])) == 3
     assert found["parity"] <= 1e-5 and found["card"] <= 1e-4 and found["apart"] > 1e-3
