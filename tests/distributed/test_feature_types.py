@@ -131,11 +131,8 @@ CASES = {
 }
 
 
-QUICK = ("lists", "from outside")
-
-
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow if case not in QUICK else ()) for case in CASES]
+    "case", [pytest.param(case, marks=() if case == "from outside" else pytest.mark.slow) for case in CASES]
 )
 def test_a_type_of_features_goes_all_the_way(case: str, pools: dict[int, Pool], tmp_path: Path) -> None:
     write_table(tmp_path)

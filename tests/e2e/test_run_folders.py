@@ -138,6 +138,7 @@ def test_a_full_disk_is_told_with_the_file(config: Path, run: Path) -> None:
     refused(pretrain(config, run, *STEPS, *RESUME).wait(), 1, r"No space left on device: .*events\.jsonl")
 
 
+@pytest.mark.slow
 def test_mined_negatives_that_were_edited_are_refused(config: Path, run: Path) -> None:
     arguments = ("--config", config, f"run.dir={run}", "sft.save_every_steps=2")
     assert Command("sft", *arguments).wait().code == 0
@@ -201,6 +202,7 @@ def test_another_dataset_is_refused_by_its_fingerprint(config: Path, run: Path, 
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_finished_stage_may_be_trained_longer(config: Path, run: Path) -> None:
     done = pretrain(config, run, *RESUME, "pretrain.steps=12").wait()
     assert done.code == 0, done.log
@@ -244,6 +246,7 @@ def test_a_signal_before_the_first_step_ends_a_run_whatever_it_does(config: Path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step_is_told_to_the_other_ranks(config: Path, tmp_path: Path) -> None:
     """While negatives are mined, of which rank 0 has noted nothing yet but its start."""
     assert pretrain(config, tmp_path / "run", *STEPS).wait().code == 0
@@ -262,6 +265,7 @@ def test_more_rows_a_step_than_there_are(config: Path, tmp_path: Path, rows: int
     refused(done, 2, rf"pretrain\.rows_global: got {rows}, needs .*{words}")
 
 
+@pytest.mark.slow
 def test_the_largest_weights_of_a_mixture_and_one_beyond(config: Path, tmp_path: Path) -> None:
     data = shutil.copytree(yaml.safe_load(config.read_text())["data"]["dir"], tmp_path / "data")
     described = json.loads((data / "dataset.json").read_text())
@@ -299,6 +303,7 @@ def test_without_a_validation_split_no_score_is_told(config: Path, tmp_path: Pat
     assert meta["provenance"]["step"] == 8 and meta["provenance"]["validation"] is None
 
 
+@pytest.mark.slow
 def test_a_rank_that_ends_for_a_dead_peer_notes_its_end(config: Path, tmp_path: Path) -> None:
     """Killed in a step that rank 0 waits in, and stopped: the watchdog ends rank 0, whose main thread never returns."""
     arguments = ("pretrain.steps=100000", "pretrain.log_every_steps=100000", "engine.peer_timeout_s=5")
@@ -316,6 +321,7 @@ def test_a_damaged_config_in_a_run_folder_is_a_sentence(config: Path, run: Path,
     refused(pretrain(config, run, *STEPS, *RESUME).wait(), 4, r"config\.yaml does not load, so that .* bring it back")
 
 
+@pytest.mark.slow
 def test_damaged_files_of_records_keep_what_is_whole(config: Path, run: Path) -> None:
     names = ("metrics", "events", "row_ids-00000", "skipped_rows-00000", "alerts-00000")
     for name in names:
@@ -331,6 +337,7 @@ def test_damaged_files_of_records_keep_what_is_whole(config: Path, run: Path) ->
     assert shown.returncode == 0 and "ended with exit code 0" in shown.stdout, shown.stderr
 
 
+@pytest.mark.slow
 def test_a_finished_run_writes_its_best_again(config: Path, run: Path) -> None:
     weights = run / "pretrain" / "best" / "model.safetensors"
     before = weights.read_bytes()
