@@ -6,7 +6,7 @@ k given negatives.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from torch import Tensor
 
@@ -31,3 +31,15 @@ class Batch:
     doc_pad_ids: PadIds
     negatives: Tensor | None = None  # int64 [m, k]: columns of given negatives, -1 for none
     known: Tensor | None = None  # int64 [p, 2]: (query id, doc id) of further documents that are no negatives
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of its tensors."""
+        values = [value for f in fields(self) for value in _tensors(getattr(self, f.name))]
+        return sum(value.nbytes for value in values)
+
+
+def _tensors(value: object) -> list[Tensor]:
+    if isinstance(value, dict):
+        return [tensor for tensor in value.values() if isinstance(tensor, Tensor)]
+    return [value] if isinstance(value, Tensor) else []

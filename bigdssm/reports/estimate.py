@@ -19,32 +19,31 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bigdssm.artifacts.checkpoint import checkpoint_bytes, saving_bytes
 from bigdssm.batching import chunks
 from bigdssm.batching.batch import Batch
-from bigdssm.config import Config, EngineConfig, StageConfig, StageName
+from bigdssm.config import Config, EngineConfig, StageName
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.tensors import Features
-from bigdssm.loss_options import LOSSES
-from bigdssm.losses.passes import score_bytes
+from bigdssm.losses.passes import loss_bytes, loss_sent_bytes, vector_bytes
 from bigdssm.models import DualEncoder, Encoded, use_plain_attention
 from bigdssm.models.encoders import text_architectures
 from bigdssm.reports.live_memory import LiveBytes
 from bigdssm.retrieval.embed import CHUNK_TOKENS_CPU
 from bigdssm.running.records import METRICS_FILE, read_stage
 from bigdssm.training.batches import Batches, row_stream
-from bigdssm.training.objective import prepare_model
-from bigdssm.training.optimizers import state_size
+from bigdssm.training.objective import num_negatives, prepare_model
 from bigdssm.training.step import Budget, Piece, pieces_of
+from bigdssm.training.zero import ModelSizes, held_bytes, sent_bytes, step_bytes
 
-FP32, FP64 = 4, 8
+FP32 = 4
 # What glibc's heap keeps in holes between what is in use, over that, as measured: tensors of many sizes come and go.
 # MALLOC_MMAP_THRESHOLD_=131072 does away with them (there 584 MB became 477), for page faults at every tensor.
 HEAP_HOLES = 0.35
 RUNTIME_BYTES = 100_000_000  # libraries' own when they are first used: what the smallest run takes
-BUCKET = 500_000_000  # elements that DeepSpeed reduces at once
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,9 @@ class Estimate:
     num_weights: int
     table_weights: int  # of them, in embedding tables
     negatives: int  # documents that a query is compared with, its own left out
-    sent: dict[str, int]  # bytes that a rank sends in a step, by what for
+    # Bytes that a rank sends in a step, by what for, as if collectives went round a ring: there an all-gather or a
+    # reduce-scatter of S bytes sends S (N - 1) / N, an all-reduce twice that.
+    sent: dict[str, int]
     checkpoint_bytes: int  # of all ranks
     steps: int
     rows_global: int
@@ -108,28 +109,29 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
         use_plain_attention(model)  # as the engine does
     if engine.checkpoint_activations:
         model.checkpoint_activations()
-    num_weights = sum(parameter.numel() for parameter in model.parameters())
-    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
-    kept_numbers = state_size(model, stage.optimizer)
-    held, in_step = _states(engine, num_weights, sum(trained), kept_numbers, max(trained), world_size)
+    sizes = ModelSizes.of(model, stage.optimizer)
+    held, in_step = held_bytes(engine, sizes, world_size), step_bytes(engine, sizes, world_size)
     kept, towers = _towers(model, mode, batch, engine)
-    vectors, loss = _loss(config, stage, batch, world_size)
-    saving = (12 * num_weights // world_size) + FP32 * max(trained)
+    rows, width = (len(batch.query_ids), len(batch.doc_ids)), config.model.dim
+    tile, both, known = config.engine.loss_tile, stage.loss.direction != "q2d", batch.known
+    vectors = vector_bytes(*rows, width)
+    loss = loss_bytes(*rows, width, world_size, both=both, tile=tile, num_known=0 if known is None else len(known))
+    sent = loss_sent_bytes(rows[1], width, world_size, both=both) | sent_bytes(engine, sizes)
     steps = stage.steps or int(np.ceil(stage.epochs * stream.steps_per_epoch))
     return Estimate(
-        held={**held, "batch": _batch_bytes(batch), "libraries at first use": RUNTIME_BYTES},
+        held={**held, "batch": batch.nbytes, "libraries at first use": RUNTIME_BYTES},
         phases={
             "loss, beside graphs that are kept": kept + vectors + loss,
             "towers' activations and gradients": towers + vectors,
             "optimizer's step": in_step,
-            "checkpoint": saving,
+            "checkpoint": saving_bytes(sizes.weights, sizes.largest, world_size),
             "validation": _validation(config, model, mode, batch, -(-dataset.catalogue.num_docs // world_size)),
         },
-        num_weights=num_weights,
+        num_weights=sizes.weights,
         table_weights=sum(parameter.numel() for parameter in model.tables.parameters()),
-        negatives=_negatives(stage, batch, world_size),
-        sent=_sent(config, stage, batch, num_weights, world_size),
-        checkpoint_bytes=FP32 * (num_weights + kept_numbers),
+        negatives=num_negatives(stage, batch, world_size),
+        sent={name: int(size * (world_size - 1) / world_size) for name, size in sent.items()},
+        checkpoint_bytes=checkpoint_bytes(sizes.weights + sizes.states),
         steps=steps,
         rows_global=stage.rows_global,
         world_size=world_size,
@@ -142,35 +144,6 @@ def recorded_rows_per_s(folder: Path) -> float | None:
         return None
     speeds = [record["rows_per_s"] for record in read_stage(folder).records if record.get("rows_per_s")]
     return median(speeds) if speeds else None
-
-
-def _states(
-    engine: EngineConfig, num_weights: int, num_trained: int, kept_numbers: int, largest: int, world_size: int
-) -> tuple[dict[str, int], int]:
-    """Return what weights and optimizer take all the time, and what the optimizer's step takes on top of it.
-
-    ZeRO 1 to 3 keep a float32 copy of the weights that a rank updates, also beside float32 weights; 1 and 2 reduce
-    gradients in a bucket as large as they are, and cut their own out of it; AdamW works on whole flat groups.
-    """
-    weight = 2 if engine.precision == "bf16_pure" else FP32
-    stage, share = engine.zero_stage, -(-num_trained // world_size)
-    weights = weight * num_weights
-    if stage == 0:
-        held = {"weights": weights, "optimizer's states": FP32 * kept_numbers}
-        bucket = FP32 * min(BUCKET, num_trained) if world_size > 1 else 0
-        return held, FP32 * num_trained + max(bucket, 2 * FP32 * largest)
-    held = {
-        "weights": weights if stage < 3 else -(-weights // world_size),
-        "float32 copy of the weights": FP32 * share,
-        "optimizer's states": FP32 * -(-kept_numbers // world_size),
-    }
-    if engine.offload_optimizer:
-        held["gradients on the host"] = FP32 * share
-    if stage == 3:
-        held["weights put together"] = weights
-        held["this rank's gradients"] = weight * share
-    gradients = FP32 * num_trained if stage < 3 else 0
-    return held, gradients + 4 * FP32 * share
 
 
 def _towers(model: DualEncoder, mode: FakeTensorMode, batch: Batch, engine: EngineConfig) -> tuple[int, int]:
@@ -230,47 +203,6 @@ def _largest(pieces: Sequence[Piece], side: str) -> Piece | None:
     return max(own, key=lambda piece: piece.chunk.tokens, default=None)
 
 
-def _loss(config: Config, stage: StageConfig, batch: Batch, world_size: int) -> tuple[int, int]:
-    """Return the bytes of this rank's vectors and their gradients, and those that the loss has beside them."""
-    m, n, dim = len(batch.query_ids), len(batch.doc_ids), config.model.dim
-    columns = n * world_size
-    vectors = 2 * FP32 * (m + n) * dim
-    gathered = FP32 * (columns if world_size > 1 else 0) * dim
-    sums = FP32 * (m + columns) * dim
-    scores = score_bytes(m, columns, stage.loss.direction != "q2d", config.engine.loss_tile, FP32)
-    ids = FP64 * (4 * columns + 2 * m * world_size) + (0 if batch.known is None else 2 * FP64 * len(batch.known))
-    return vectors, gathered + sums + scores + ids + 8 * FP64 * (m + columns)
-
-
-def _negatives(stage: StageConfig, batch: Batch, world_size: int) -> int:
-    """Return how many documents, copies included, a query's own is told apart from."""
-    if not LOSSES[stage.loss.name].all_columns:
-        return (stage.rows_global - 1 if stage.loss.in_batch else 0) + stage.loss.negatives
-    return int(batch.multiplicity.sum()) * world_size - 1
-
-
-def _sent(config: Config, stage: StageConfig, batch: Batch, num_weights: int, world_size: int) -> dict[str, int]:
-    """Return the bytes that a rank sends, by what for, as if collectives went round a ring.
-
-    Round a ring an all-gather or a reduce-scatter of S bytes sends S (N - 1) / N, an all-reduce twice that.
-    """
-    ring = (world_size - 1) / world_size
-    engine, dim, columns = config.engine, config.model.dim, len(batch.doc_ids) * world_size
-    weight = 2 if engine.precision == "bf16_pure" else FP32
-    sent = {
-        "loss: documents' vectors": FP32 * columns * dim,
-        "loss: their gradients": FP32 * columns * dim,
-        "loss: ids and biases": FP64 * 4 * columns,
-        "loss: sums of columns": 0 if stage.loss.direction == "q2d" else 2 * FP64 * columns,
-        "weights' gradients": (1 if engine.zero_stage == 3 else 2) * FP32 * num_weights,
-    }
-    if engine.zero_stage in (1, 2):
-        sent["updated weights"] = weight * num_weights
-    elif engine.zero_stage == 3:
-        sent["weights, for forward and backward"] = 2 * weight * num_weights
-    return {name: int(size * ring) for name, size in sent.items()}
-
-
 class _AnyNegatives:
     """Stands for mined negatives before they are mined: any documents, for any row."""
 
@@ -289,12 +221,6 @@ def _to_bfloat16(model: nn.Module) -> None:
         for name, parameter in owner._parameters.items():
             if parameter is not None:
                 owner._parameters[name] = nn.Parameter(parameter.detach().bfloat16(), parameter.requires_grad)
-
-
-def _batch_bytes(batch: Batch) -> int:
-    tensors: list[Tensor] = [*batch.query.values(), *batch.doc.values()]
-    tensors += [t for t in (batch.known, batch.negatives) if t is not None]
-    return sum(t.nbytes for t in tensors) + 5 * FP64 * (len(batch.query_ids) + len(batch.doc_ids))
 
 
 def _size(num_bytes: float) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bigdssm.batching.batch import Batch
-from bigdssm.config import LossConfig, ModelConfig
+from bigdssm.config import LossConfig, ModelConfig, StageConfig
 from bigdssm.dataset.tensors import Features
 from bigdssm.loss_options import LOSSES
 from bigdssm.losses import (
@@ -142,3 +142,10 @@ class Objective:
             ).to(copies.device)
         biases = apply_sampling(config.sampling, log_expected, gamma=config.gamma, beta=beta, neg_bias=neg_bias)
         return biases.beta, biases.neg_bias
+
+
+def num_negatives(stage: StageConfig, batch: Batch, world_size: int) -> int:
+    """Return how many documents, copies included, a query's own is told apart from; `batch` is one rank's."""
+    if not LOSSES[stage.loss.name].all_columns:
+        return (stage.rows_global - 1 if stage.loss.in_batch else 0) + stage.loss.negatives
+    return int(batch.multiplicity.sum()) * world_size - 1

@@ -136,3 +136,33 @@ class ScorePasses:
         x = self._x
         bias_N = None if bias_N is None else bias_N.to(x.acc)
         return ScoreMatrix(x.U.detach().to(x.acc), self.columns, self._mask, float(x.alpha.detach()), bias_N)
+
+
+def vector_bytes(num_queries: int, num_columns: int, dim: int) -> int:
+    """Return what a rank's vectors and their gradients take, in float32."""
+    return 2 * 4 * (num_queries + num_columns) * dim
+
+
+def loss_bytes(
+    num_queries: int, num_columns: int, dim: int, world_size: int, *, both: bool, tile: int | None, num_known: int
+) -> int:
+    """Return what a loss over all columns takes on a rank beside these; `both`: it has the column direction.
+
+    That is the gathered columns, sums over queries and columns, tiles of scores, ids, and what is kept of each row.
+    """
+    columns = num_columns * world_size
+    gathered = 4 * (columns if world_size > 1 else 0) * dim
+    sums = 4 * (num_queries + columns) * dim
+    ids = 8 * (4 * columns + 2 * num_queries * world_size + 2 * num_known)
+    return gathered + sums + score_bytes(num_queries, columns, both, tile, 4) + ids + 8 * 8 * (num_queries + columns)
+
+
+def loss_sent_bytes(num_columns: int, dim: int, world_size: int, *, both: bool) -> dict[str, int]:
+    """Return what a loss gathers and reduces of all ranks' columns, by what for: an all-reduce counts twice."""
+    columns = num_columns * world_size
+    return {
+        "loss: documents' vectors": 4 * columns * dim,
+        "loss: their gradients": 4 * columns * dim,
+        "loss: ids and biases": 8 * 4 * columns,
+        "loss: sums of columns": 2 * 8 * columns if both else 0,
+    }
