@@ -20,10 +20,21 @@ class Pools(dict[int, Pool]):
             del self[world_size]
         return super().__getitem__(world_size)
 
+    def close(self) -> None:
+        for pool in self.values():
+            pool.close()
+
 
 @pytest.fixture(scope="session")
 def pools() -> Iterator[dict[int, Pool]]:
     made = Pools()
     yield made
-    for pool in made.values():
-        pool.close()
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def outside_pools() -> Iterator[dict[int, Pool]]:
+    """Ranks for what imports `outside`: what it registers stays in a process and would change others' tests."""
+    made = Pools()
+    yield made
+    made.close()

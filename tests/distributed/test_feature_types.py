@@ -134,7 +134,7 @@ CASES = {
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=() if case == "from outside" else pytest.mark.slow) for case in CASES]
 )
-def test_a_type_of_features_goes_all_the_way(case: str, pools: dict[int, Pool], tmp_path: Path) -> None:
+def test_a_type_of_features_goes_all_the_way(case: str, outside_pools: dict[int, Pool], tmp_path: Path) -> None:
     write_table(tmp_path)
     feature, value = CASES[case]
     if "matrix" in feature:
@@ -143,7 +143,7 @@ def test_a_type_of_features_goes_all_the_way(case: str, pools: dict[int, Pool], 
     if case == "from outside":  # all that the module registers
         source = "pairs.arrow"
         stage = {"loss": {"name": "cubed", "margin": 0.5}, "optimizer": {"name": "heavy_ball", "lr": 0.02}}
-    (found,) = pools[1].run(go_all_the_way, tmp_path, feature, value, source, stage)
+    (found,) = outside_pools[1].run(go_all_the_way, tmp_path, feature, value, source, stage)
     assert 0 <= found["validation"]["hr_at_1"] <= found["validation"]["hr_at_10"]
     assert found["losses"][-1] < found["losses"][0]
     assert found["found"] < 1e-5 and len(set(found["rows"])) == 3

@@ -29,12 +29,12 @@ def run(rank: int, world_size: int, config: Path, run_dir: Path, overrides: tupl
 
 @pytest.mark.parametrize(("name", "zero_stage"), [("muon", 0), pytest.param("heavy_ball", 1, marks=pytest.mark.slow)])
 def test_a_stopped_run_is_the_one_that_was_not(
-    name: str, zero_stage: int, config: Path, tmp_path: Path, pools: dict[int, Pool]
+    name: str, zero_stage: int, config: Path, tmp_path: Path, outside_pools: dict[int, Pool]
 ) -> None:
     said = (f"pretrain.optimizer.name={name}", f"engine.zero_stage={zero_stage}", "pretrain.keep_checkpoints=9")
     whole, stopped = (*said, "pretrain.steps=8"), (*said, "pretrain.steps=8", "pretrain.save_every_steps=4")
-    pools[2].run(run, config, tmp_path / "whole", whole, False)
-    pools[2].run(run, config, tmp_path / "stopped", stopped, False)
+    outside_pools[2].run(run, config, tmp_path / "whole", whole, False)
+    outside_pools[2].run(run, config, tmp_path / "stopped", stopped, False)
     losses = [record["loss"] for record in small_run.records(tmp_path / "whole")]
     assert losses[-1] < losses[0]
     folder = tmp_path / "stopped" / "pretrain" / "checkpoints"
@@ -42,7 +42,7 @@ def test_a_stopped_run_is_the_one_that_was_not(
     assert kept is not None and kept.path.name == "step-00000008"
     shutil.rmtree(kept.path)
     (folder / "latest").unlink(missing_ok=True)
-    pools[2].run(run, config, tmp_path / "stopped", stopped, True)
+    outside_pools[2].run(run, config, tmp_path / "stopped", stopped, True)
     again = [record["loss"] for record in small_run.records(tmp_path / "stopped")]
     assert again == losses
 
