@@ -10,7 +10,8 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor
 
-from bigdssm.dataset.tensors import Features, PadIds
+from bigdssm.batching.lengths import Lengths
+from bigdssm.dataset.tensors import Features
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Batch:
     doc_ids: Tensor  # int64 [n]
     doc_rows: Tensor  # int64 [n]: catalogue rows; -1 where documents stand in the shards themselves
     multiplicity: Tensor  # int64 [n]: how many positives, negatives and extra documents were merged in the column
-    query_pad_ids: PadIds
-    doc_pad_ids: PadIds
+    query_lengths: Lengths  # on the host, wherever the tensors are
+    doc_lengths: Lengths
     negatives: Tensor | None = None  # int64 [m, k]: columns of given negatives, -1 for none
     known: Tensor | None = None  # int64 [p, 2]: (query id, doc id) of further documents that are no negatives
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from bigdssm.batching.batch import Batch
+from bigdssm.batching.lengths import lengths_of
 from bigdssm.dataset.catalogue import Catalogue
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.tensors import Features, as_tensor, pad_ids, to_features
@@ -64,10 +65,11 @@ class Collator:
         negatives: np.ndarray | None = None,
     ) -> Batch:  # fmt: skip
         """`column_of` is the column of every document before merging, the rows' positives first."""
+        query = self.query_features(rows.query)
         return Batch(
             step=rows.step,
             row_ids=as_tensor(rows.row_ids),
-            query=self.query_features(rows.query),
+            query=query,
             doc=doc,
             positive=as_tensor(column_of[: len(rows)]),
             relevance=as_tensor(rows.relevance),
@@ -76,8 +78,8 @@ class Collator:
             doc_rows=as_tensor(doc_rows),
             multiplicity=as_tensor(np.bincount(column_of, minlength=len(doc_ids))),
             negatives=None if negatives is None else as_tensor(negatives),
-            query_pad_ids=pad_ids(self._schema.query, self._pad_token_id),
-            doc_pad_ids=pad_ids(self._schema.doc, self._pad_token_id),
+            query_lengths=lengths_of(query, pad_ids(self._schema.query, self._pad_token_id)),
+            doc_lengths=lengths_of(doc, pad_ids(self._schema.doc, self._pad_token_id)),
         )
 
 

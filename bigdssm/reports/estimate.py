@@ -23,8 +23,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bigdssm.artifacts.checkpoint import checkpoint_bytes, saving_bytes
-from bigdssm.batching import chunks
 from bigdssm.batching.batch import Batch
+from bigdssm.batching.chunks import Chunked
+from bigdssm.batching.plan import Budget, plan_side, plan_step
 from bigdssm.config import Config, EngineConfig, StageName
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.tensors import Features
@@ -35,8 +36,8 @@ from bigdssm.reports.live_memory import LiveBytes
 from bigdssm.retrieval.embed import CHUNK_TOKENS_CPU
 from bigdssm.running.records import METRICS_FILE, read_stage
 from bigdssm.training.batches import Batches, row_stream
+from bigdssm.training.encoding import Piece, pieces_of
 from bigdssm.training.objective import num_negatives, prepare_model
-from bigdssm.training.step import Budget, Piece, pieces_of
 from bigdssm.training.zero import ModelSizes, held_bytes, sent_bytes, step_bytes
 
 FP32 = 4
@@ -151,7 +152,12 @@ def _towers(model: DualEncoder, mode: FakeTensorMode, batch: Batch, engine: Engi
 
     Gradients of the weights are in it, and the heap's holes.
     """
-    pieces = pieces_of(batch, Budget.of(engine))
+    plan = plan_step(batch, Budget.of(engine))
+    pieces = [] if plan.whole else pieces_of(batch, plan)
+    kept_inputs = [piece.inputs for piece in pieces if piece.keep]
+    again = [piece.inputs for side in ("query", "doc") if (piece := _largest(pieces, side)) is not None]
+    if plan.whole:
+        kept_inputs = [{"query": batch.query, "doc": batch.doc}]
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=engine.precision == "bf16")
 
     def encode(**sides: Features) -> Encoded:
@@ -161,30 +167,24 @@ def _towers(model: DualEncoder, mode: FakeTensorMode, batch: Batch, engine: Engi
         return encoded
 
     with mode, LiveBytes() as live:
-        if pieces is None:
-            kept = [encode(query=batch.query, doc=batch.doc)]
-            again = []
-        else:
-            kept = [encode(**{piece.side: piece.chunk.features}) for piece in pieces if piece.keep]
-            again = [_largest(pieces, side) for side in ("query", "doc")]
+        kept = [encode(**inputs) for inputs in kept_inputs]
         waiting = live.now
         with torch.no_grad():
-            for piece in again:
-                if piece is not None:
-                    encode(**{piece.side: piece.chunk.features})
+            for inputs in again:
+                encode(**inputs)
         if kept:
             _backward(kept)
             kept.clear()
-        for piece in again:
-            if piece is not None:
-                _backward([encode(**{piece.side: piece.chunk.features})])
+        for inputs in again:
+            _backward([encode(**inputs)])
         return waiting, live.peak + int(HEAP_HOLES * live.in_heap)
 
 
 def _validation(config: Config, model: DualEncoder, mode: FakeTensorMode, batch: Batch, documents: int) -> int:
     """Return the bytes of encoding the catalogue's documents without a graph, `documents` of them on this rank."""
-    chunk = chunks.cut(batch.doc, len(batch.doc_ids), CHUNK_TOKENS_CPU, batch.doc_pad_ids)[0]
-    inputs = {name: mode.from_tensor(values) for name, values in chunk.features.items()}
+    plan = plan_side(batch.doc_lengths, len(batch.doc_ids), CHUNK_TOKENS_CPU)
+    chunk, side = plan.chunks[0], Chunked(batch.doc, plan)
+    inputs = {name: mode.from_tensor(values) for name, values in side.features(chunk).items()}
     with mode, torch.no_grad(), LiveBytes() as live:
         model(doc=inputs)
     return live.peak * max(1, CHUNK_TOKENS_CPU // max(1, chunk.tokens)) + FP32 * documents * config.model.dim
@@ -199,7 +199,7 @@ def _backward(encoded: Sequence[Encoded]) -> None:
 
 def _largest(pieces: Sequence[Piece], side: str) -> Piece | None:
     """Return the piece of a side with the most cells among those that are encoded twice; None where there is none."""
-    own = [piece for piece in pieces if piece.side == side and not piece.keep]
+    own = [piece for piece in pieces if piece.name == side and not piece.keep]
     return max(own, key=lambda piece: piece.chunk.tokens, default=None)
 
 

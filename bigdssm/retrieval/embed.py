@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from bigdssm import distributed
-from bigdssm.batching import chunks
+from bigdssm.batching.chunks import Chunked
 from bigdssm.batching.collate import Collator
+from bigdssm.batching.lengths import lengths_of
+from bigdssm.batching.plan import agreed, plan_side
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.tensors import Features, PadIds, pad_ids, to_features
@@ -72,14 +74,12 @@ def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | st
     collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
 
     def queries(rows: Rows) -> Tensor:
-        features = to_device(collator.query_features(rows.query), device)
         pads = pad_ids(dataset.schema.query, dataset.pad_token_id)
-        return in_chunks(features, pads, len(rows), partial(query_vectors, model))
+        return in_chunks(collator.query_features(rows.query), pads, len(rows), partial(query_vectors, model), device)
 
     def documents(doc_rows: np.ndarray) -> Tensor:
-        features = to_device(dataset.catalogue.features(doc_rows), device)
-        pads = pad_ids(dataset.schema.doc, dataset.pad_token_id)
-        return in_chunks(features, pads, len(doc_rows), partial(document_vectors, model))
+        pads, features = pad_ids(dataset.schema.doc, dataset.pad_token_id), dataset.catalogue.features(doc_rows)
+        return in_chunks(features, pads, len(doc_rows), partial(document_vectors, model), device)
 
     return Encoders(queries, documents)
 
@@ -157,13 +157,18 @@ def _pieces(dataset: Dataset, split: str, share: Share) -> Iterator[Rows | None]
         share.progress("queries encoded", min((chunk + 1) * share.rows_per_chunk, end - begin), end - begin)
 
 
-def in_chunks(features: Features, pads: PadIds, num_rows: int, encode: Callable[[Features], Tensor]) -> Tensor:
-    """Return `encode` of all rows, in their order: chunks of rows of like length, as many calls of it on every rank."""
-    on_cpu = next(iter(features.values())).device.type == "cpu"
-    own = chunks.cut(features, num_rows, CHUNK_TOKENS_CPU if on_cpu else CHUNK_TOKENS_GPU, pads)
-    number = int(distributed.all_reduce(torch.tensor([len(own)]), "max"))
-    side = chunks.filled_up(own, features, number)
-    return chunks.assemble([encode(chunk.features) for chunk in side], side, num_rows)
+def in_chunks(
+    features: Features, pads: PadIds, num_rows: int, encode: Callable[[Features], Tensor],
+    device: torch.device | str = "cpu",
+) -> Tensor:  # fmt: skip
+    """Return `encode` of all rows on `device`, in their order: chunks of rows of like length, as many on every rank.
+
+    The features are the host's: the chunks are planned there.
+    """
+    chunk_tokens = CHUNK_TOKENS_CPU if torch.device(device).type == "cpu" else CHUNK_TOKENS_GPU
+    plan = agreed(plan_side(lengths_of(features, pads), num_rows, chunk_tokens))
+    side = Chunked(to_device(features, device), plan)
+    return side.assemble([encode(side.features(chunk)) for chunk in plan.chunks])
 
 
 def in_pieces(

@@ -8,11 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
-import torch
-
 from bigdssm import distributed, timing
 from bigdssm.batching.batch import Batch
-from bigdssm.batching.chunks import num_tokens
+from bigdssm.batching.plan import StepPlan
 from bigdssm.cli import ProgressBar
 from bigdssm.evaluation.split import Evaluation
 from bigdssm.log import get_logger
@@ -36,7 +34,7 @@ class Health:
         self._total_steps, self._rows_global, self._every = total_steps, rows_global, log_every_steps
         self._whole = TimeTable()
         self._started, self._steps, self._flops = time.perf_counter(), 0, 0.0
-        self._tokens = torch.zeros((), dtype=torch.int64)
+        self._tokens = 0
         timing.taken()
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
@@ -52,12 +50,11 @@ class Health:
             yield
         logger.info("%s: %s took %.2f s", self._name, what, time.perf_counter() - started)
 
-    def after_step(self, step: int, applied: int, batch: Batch, result: StepResult) -> None:
+    def after_step(self, step: int, applied: int, batch: Batch, plan: StepPlan, result: StepResult) -> None:
         """Count a step; every so many, write a record and a line."""
         self._steps += 1
         self._flops += 3 * cast(DualEncoder, self._engine.module).flops(batch.query, batch.doc)
-        tokens = num_tokens(batch.query, batch.query_pad_ids) + num_tokens(batch.doc, batch.doc_pad_ids)
-        self._tokens = self._tokens + tokens  # read once an interval
+        self._tokens += plan.tokens
         self._bar(self._name, step, self._total_steps)
         if step % self._every and step != self._total_steps:
             return
@@ -73,9 +70,9 @@ class Health:
             "alpha": result.alpha,
             **stats,
             "rows_per_s": rows_per_s,
-            "tokens_per_s": float(self._tokens) * distributed.world_size() / seconds,  # as if all ranks had as many
+            "tokens_per_s": self._tokens * distributed.world_size() / seconds,  # as if all ranks had as many
             "data_wait_fraction": interval.seconds.get("data wait", 0.0) / seconds,
-            "padding_fraction": result.padding,
+            "padding_fraction": plan.padding,  # this rank's
             "distinct_fraction": len(batch.doc_ids) / max(1, int(batch.multiplicity.sum())),
             "skipped": step - applied,
             "memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
@@ -92,7 +89,7 @@ class Health:
             100 * record["data_wait_fraction"], 100 * record["padding_fraction"],
             100 * record["distinct_fraction"], record["skipped"], record["memory_gb"], eta_s // 60, eta_s % 60,
         )  # fmt: skip
-        self._tokens = torch.zeros((), dtype=torch.int64)
+        self._tokens = 0
 
     def after_run(self) -> None:
         """Say where the time went."""

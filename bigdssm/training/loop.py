@@ -1,7 +1,8 @@
 """The training loop: one page, read it from the top to the bottom.
 
-What a step is stands in step.py, where batches come from in batches.py, what is reported in health.py, how a stage is
-put together in stages.py, and what is checked before that in checks.py.
+What a step is stands in step.py and encoding.py, what it encodes at once in batching/plan.py, where batches come from
+in batches.py, what is reported in health.py, how a stage is put together in stages.py, and what is checked before that
+in checks.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from bigdssm import distributed
 from bigdssm.artifacts.checkpoint import Checkpoint, CheckpointStore, TensorReader
 from bigdssm.batching.batch import Batch
+from bigdssm.batching.plan import Budget, plan_step
 from bigdssm.config import StageConfig
 from bigdssm.errors import DivergedError, Preempted
 from bigdssm.evaluation.split import Evaluation
@@ -32,7 +34,7 @@ from bigdssm.training.health import Health
 from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import schedule_factor
 from bigdssm.training.random_state import RandomState
-from bigdssm.training.step import Budget, StepResult, train_step
+from bigdssm.training.step import StepResult, train_step
 from bigdssm.training.validation import Validator
 
 logger = get_logger(__name__)
@@ -152,10 +154,11 @@ def _train(stage: Stage) -> StageProgress:
         watch.watchdog.beat(f"step {progress.step}")
         watch.faults.in_step(progress.step)
         factor = schedule_factor(progress.applied - progress.part_applied, part_steps, config.optimizer)
-        result = train_step(stage.engine, batch, objective, factor, stage.budget, stage.objective.model_inputs(batch))
+        plan, further = plan_step(batch, stage.budget), stage.objective.model_inputs(batch)
+        result = train_step(stage.engine, batch, plan, objective, factor, further)
         _count(stage, batch, result)
         watch.alert.after_step(progress.step, result.loss, batch.row_ids)
-        health.after_step(progress.step, progress.applied, batch, result)
+        health.after_step(progress.step, progress.applied, batch, plan, result)
         if _due(progress.step, config.validate_every_steps):
             validate(stage)
         if watch.stop.agreed():

@@ -18,6 +18,7 @@ from bigdssm import atomic, distributed
 from bigdssm.artifacts.checkpoint import CHECKPOINTS, Checkpoint, CheckpointStore, is_checkpoint
 from bigdssm.artifacts.checkpoint_model import load_checkpoint_model
 from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.batching.plan import Budget
 from bigdssm.cli import ProgressBar
 from bigdssm.config import Config, StageName, first_difference
 from bigdssm.dataset.dataset import Dataset
@@ -47,7 +48,6 @@ from bigdssm.training.health import Health, describe_ranks
 from bigdssm.training.loop import SaveClock, Stage, StageProgress, Watch, restore, train
 from bigdssm.training.objective import Objective, prepare_model
 from bigdssm.training.resuming import check_length, part_steps
-from bigdssm.training.step import Budget
 from bigdssm.training.validation import Validator
 
 logger = get_logger(__name__)

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bigdssm.batching.batch import Batch
+from bigdssm.batching.lengths import lengths_of
+from bigdssm.batching.plan import Budget, plan_step
 from bigdssm.config import EngineConfig, ModelConfig, OptimizerConfig, TextEncoderConfig, TowerConfig
 from bigdssm.features import Categorical, History, Text
 from bigdssm.losses import LossOutput, fps_loss
@@ -66,19 +68,21 @@ def share_of(rank: int, world_size: int, step: int) -> Batch:
     first = sum(SHARES[world_size][:rank])
     rows = torch.arange(first, first + SHARES[world_size][rank])
     columns, column = positive[rows].unique(return_inverse=True)
+    query = {"words": words[rows], "history": history[rows]}
+    doc = {"words": doc_words[columns], "item": items[columns]}
     return Batch(
         step=step,
         row_ids=rows,
-        query={"words": words[rows], "history": history[rows]},
-        doc={"words": doc_words[columns], "item": items[columns]},
+        query=query,
+        doc=doc,
         positive=column,
         relevance=torch.ones(len(rows)),
         query_ids=rows,
         doc_ids=doc_ids[columns],
         doc_rows=columns,
         multiplicity=torch.bincount(column, minlength=len(columns)),
-        query_pad_ids={"words": 0, "history": 0},
-        doc_pad_ids={"words": 0},
+        query_lengths=lengths_of(query, {"words": 0, "history": 0}),
+        doc_lengths=lengths_of(doc, {"words": 0}),
     )
 
 
@@ -141,7 +145,6 @@ def plain_optimizer() -> Iterator[None]:
 def new_engine(case: Case, dropout: float) -> tuple[Any, Any]:
     """Return an engine, within `plain_optimizer`, and the budget of its steps."""
     from bigdssm.training.engine import Engine
-    from bigdssm.training.step import Budget
 
     config = EngineConfig(
         zero_stage=case.zero_stage, chunk_tokens=case.chunk_tokens, keep_graph_tokens=case.keep_graph_tokens
@@ -149,17 +152,21 @@ def new_engine(case: Case, dropout: float) -> tuple[Any, Any]:
     return Engine(small_model(dropout), config, OptimizerConfig(gradient_clipping=CLIPPING), 1), Budget.of(config)
 
 
-def steps(rank: int, world_size: int, cases: list[Case], dropout: float) -> list[dict[str, Tensor]]:
-    """Return the weights after the steps of every case."""
+def one_step(engine: Any, batch: Batch, budget: Budget) -> Any:
     from bigdssm.training.step import train_step
 
+    return train_step(engine, batch, plan_step(batch, budget), loss_of, 1.0)
+
+
+def steps(rank: int, world_size: int, cases: list[Case], dropout: float) -> list[dict[str, Tensor]]:
+    """Return the weights after the steps of every case."""
     weights = []
     with plain_optimizer():
         for case in cases:
             running, budget = new_engine(case, dropout)
             torch.manual_seed(rank + 1)
             for step in range(STEPS):
-                result = train_step(running, share_of(rank, world_size, step), loss_of, 1.0, budget)
+                result = one_step(running, share_of(rank, world_size, step), budget)
                 assert result.applied and result.gradient_norm > CLIPPING
             weights.append(running.state_dict())
     return weights
@@ -168,8 +175,6 @@ def steps(rank: int, world_size: int, cases: list[Case], dropout: float) -> list
 def reductions(rank: int, world_size: int, cases: list[Case]) -> list[tuple[int, list[tuple[str, int]]]]:
     """Return for one step of each case how many backwards it made, and (collective, elements) of every reduction."""
     import deepspeed
-
-    from bigdssm.training.step import train_step
 
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     backend = deepspeed.comm.comm.cdb  # it has kept a function of its own, perhaps since an earlier test
@@ -198,7 +203,7 @@ def reductions(rank: int, world_size: int, cases: list[Case]) -> list[tuple[int,
                 run = running.backward
                 running.backward = lambda outputs, run=run, made=backwards: made.append(len(outputs)) or run(outputs)
                 sent.clear()
-                train_step(running, share_of(rank, world_size, 0), loss_of, 1.0, budget)
+                one_step(running, share_of(rank, world_size, 0), budget)
                 found.append((len(backwards), list(sent)))
     finally:
         for name, function in originals.items():

@@ -84,7 +84,7 @@ def train(rank: int, world_size: int, folder: Path, overrides: list[str]) -> tup
         batch = Batch(
             step=0, row_ids=torch.arange(m), query={}, doc={}, positive=torch.arange(m), relevance=torch.ones(m),
             query_ids=torch.arange(m) + 100 * rank, doc_ids=doc_ids, doc_rows=doc_ids,
-            multiplicity=torch.ones_like(doc_ids), query_pad_ids={}, doc_pad_ids={}, negatives=negatives,
+            multiplicity=torch.ones_like(doc_ids), query_lengths={}, doc_lengths={}, negatives=negatives,
         )  # fmt: skip
 
         def loss() -> Tensor:

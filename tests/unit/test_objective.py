@@ -33,8 +33,8 @@ BATCH = Batch(
     doc_ids=torch.arange(N) + 100,
     doc_rows=torch.arange(N),
     multiplicity=MULTIPLICITY,
-    query_pad_ids={},
-    doc_pad_ids={},
+    query_lengths={},
+    doc_lengths={},
     negatives=torch.tensor([[3, 4], [5, -1], [3, 3], [4, 5]]),
 )
 IDS = {"query_ids": BATCH.query_ids, "doc_ids": BATCH.doc_ids}

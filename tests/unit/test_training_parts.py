@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from bigdssm.batching import chunks
+from bigdssm.batching.chunks import Chunked
+from bigdssm.batching.lengths import lengths_of
+from bigdssm.batching.plan import StepPlan, plan_side
 from bigdssm.config import LossConfig, OptimizerConfig
 from bigdssm.distributed import free_port
 from bigdssm.running.row_log import CONSUMED, RowLog
@@ -61,9 +63,12 @@ def test_the_schedule_warms_up_and_falls_to_its_end() -> None:
 def test_a_vector_of_a_row_is_no_list_however_many_zeros_it_ends_with() -> None:
     features = {"items": torch.tensor([[1, 2, 3], [1, 0, 0], [0, 0, 0]]), "vector": torch.tensor([[1.0, 0.0, 0.0]] * 3)}
     pads = {"items": 0}
-    cut = chunks.cut(features, 3, 4, pads)
-    assert [chunk.features["vector"].shape[1] for chunk in cut] == [3, 3] and [chunk.tokens for chunk in cut] == [4, 4]
-    assert int(chunks.num_tokens(features, pads)) == 4 and chunks.padding_fraction([(features, pads)]) == 5 / 9
+    plan = plan_side(lengths_of(features, pads), 3, 4)
+    side = Chunked(features, plan)
+    assert [side.features(chunk)["vector"].shape[1] for chunk in plan.chunks] == [3, 3]
+    assert [chunk.tokens for chunk in plan.chunks] == [4, 4] and plan.filled == 4
+    whole = plan_side(lengths_of(features, pads), 3, 0)
+    assert StepPlan(whole, plan_side({}, 2, 0), whole=True).padding == 5 / 9
 
 
 @pytest.mark.parametrize("pad", [0, 9])
@@ -75,18 +80,22 @@ def test_chunks_keep_the_budget_and_every_row_once(pad: int) -> None:
         text[row, :length] = 0 if pad else row + 1
     tags = torch.tensor([[0, 0], [1, 0], [1, 1], [0, 0], [1, 1], [0, 0], [1, 0]])
     features = {"tags": tags, "text": text, "number": torch.arange(7.0)}
-    cut = chunks.cut(features, 7, 14, pads)
-    assert [row for chunk in cut for row in chunk.rows.tolist()] == [4, 1, 2, 3, 5, 0, 6]
-    assert sorted(torch.cat([chunk.rows for chunk in cut]).tolist()) == list(range(7))
-    for chunk in cut:
-        part = chunk.features["text"]
-        assert part.shape[1] == max(1, max(lengths[row] for row in chunk.rows.tolist()))
-        assert len(chunk.rows) == 1 or chunk.tokens <= 14
-        assert torch.equal(chunk.features["number"], chunk.rows.float())
-        assert torch.equal(part, text[chunk.rows][:, : part.shape[1]])
-    filled = sum(lengths) + 6
-    assert chunks.num_tokens(features, pads) == filled
-    assert chunks.padding_fraction([(features, pads)]) == pytest.approx(1 - filled / (7 * 11))
+    plan = plan_side(lengths_of(features, pads), 7, 14)
+    assert plan.order.tolist() == [4, 1, 2, 3, 5, 0, 6]
+    side, cells = Chunked(features, plan), 0
+    for chunk in plan.chunks:
+        taken, rows = side.features(chunk), side.rows(chunk)
+        part = taken["text"]
+        assert part.shape[1] == max(1, max(lengths[row] for row in rows.tolist()))
+        assert len(rows) == chunk.num_rows and (len(rows) == 1 or chunk.tokens <= 14)
+        assert torch.equal(taken["number"], rows.float())
+        assert torch.equal(part, text[rows][:, : part.shape[1]])
+        cells += part.numel() + taken["tags"].numel()
+    assert plan.filled == sum(lengths) + 6 and plan.cells == cells
+    parts = [side.features(chunk)["number"] for chunk in plan.chunks]
+    assert torch.equal(side.assemble(parts), features["number"])
+    whole = plan_side(lengths_of(features, pads), 7, 0)
+    assert StepPlan(whole, plan_side({}, 2, 0), whole=True).padding == pytest.approx(1 - plan.filled / (7 * 11))
 
 
 def test_uniform_draws_differ_by_step_and_seed_and_take_any_seed() -> None:
@@ -103,10 +112,14 @@ def test_uniform_draws_differ_by_step_and_seed_and_take_any_seed() -> None:
 
 def test_a_rank_without_rows_still_has_something_to_encode() -> None:
     features = {"text": torch.zeros(0, 0, dtype=torch.int64), "number": torch.zeros(0)}
-    dummy = chunks.dummy(features)
-    assert dummy.features["text"].shape == (1, 1) and dummy.features["number"].shape == (1,)
-    assert len(dummy.rows) == 0
-    assert chunks.cut(features, 0, 12, {}) == []
+    plan = plan_side(lengths_of(features, {"text": 0}), 0, 12)
+    assert plan.chunks == ()
+    plan = plan.filled_up(2)
+    side, (dummy, other) = Chunked(features, plan), plan.chunks
+    taken = side.features(dummy)
+    assert taken["text"].shape == (1, 1) and taken["number"].shape == (1,)
+    assert dummy == other and dummy.num_rows == len(side.rows(dummy)) == 0
+    assert side.assemble([taken["number"], taken["number"]]).shape == (0,)
 
 
 def test_a_replayed_state_draws_the_same_and_leaves_no_trace() -> None:

@@ -42,6 +42,7 @@ from transformers import BertConfig, BertModel
 from bigdssm import timing
 from bigdssm.batching.batch import Batch
 from bigdssm.batching.collate import Collator
+from bigdssm.batching.plan import Budget, plan_step
 from bigdssm.config import Config, EngineConfig, LossConfig, OptimizerConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
@@ -199,7 +200,6 @@ class Ours:
     def __init__(self, config: Config, dataset: Dataset, engine: EngineConfig, rows_global: int) -> None:
         from bigdssm.training.engine import Engine
         from bigdssm.training.objective import Objective
-        from bigdssm.training.step import Budget
 
         self.model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size).train()
         self.engine = Engine(self.model, engine, OPTIMIZER, rows_global // dist.get_world_size())
@@ -210,7 +210,7 @@ class Ours:
         from bigdssm.training.step import train_step
 
         budget = self.budget if keep_graph_tokens is None else replace(self.budget, kept_tokens=keep_graph_tokens)
-        return train_step(self.engine, batch, self.objective, 1.0, budget).loss
+        return train_step(self.engine, batch, plan_step(batch, budget), self.objective, 1.0).loss
 
     def plain_loss(self, batch: Batch) -> float:
         """Return the loss with every row's document as a column of its own, copies as negatives: the peer's."""

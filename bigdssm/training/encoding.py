@@ -1,0 +1,143 @@
+"""Both towers over a step's batch as its plan says, and the way back through them once every vector has its gradient.
+
+Whole, both sides are one forward, which keeps its graph. In chunks (the gradient cache, Gao et al. 2021) the last of
+them, as many as may be kept, are encoded with a graph; the others without, and, on the way back, again with one, each
+chunk's random state replayed so that dropout masks agree.
+
+Shapes: m queries, n documents, D vector width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bigdssm import timing
+from bigdssm.batching.batch import Batch
+from bigdssm.batching.chunks import Chunked, at_least_one
+from bigdssm.batching.plan import Chunk, StepPlan
+from bigdssm.dataset.tensors import Features
+from bigdssm.models import Encoded
+from bigdssm.training.engine import Engine
+from bigdssm.training.random_state import RandomState
+
+Backward = Callable[[Encoded], None]  # takes leaves whose gradients the loss has filled
+Gradients = list[tuple[Tensor, Tensor]]  # outputs of the towers, and the gradient of each
+
+
+def encode(engine: Engine, batch: Batch, plan: StepPlan, further: Features) -> tuple[Encoded, Backward]:
+    """Return the vectors U [m, D], W [n, D] and what goes with them, without a graph, and their way back.
+
+    further: what the model's forward takes for the queries beside both sides, by name; whole batches alone have it.
+    """
+    return _whole(engine, batch, further) if plan.whole else _in_pieces(engine, batch, pieces_of(batch, plan))
+
+
+def _whole(engine: Engine, batch: Batch, further: Features) -> tuple[Encoded, Backward]:
+    """Encode in one forward: every parameter has its gradient in one backward."""
+    further = at_least_one(further) if further else {}
+    full = engine.forward(at_least_one(batch.query), at_least_one(batch.doc), **further)
+    assert full.U is not None and full.W is not None
+    num_queries, num_docs = len(batch.query_ids), len(batch.doc_ids)
+    beta = None if full.beta is None else full.beta[:num_docs]
+    scores = None if full.scores is None else full.scores[:num_queries]
+    encoded = Encoded(full.U[:num_queries], full.W[:num_docs], beta, full.alpha, scores)
+
+    def backward(leaves: Encoded) -> None:
+        sides = zip(encoded, leaves, strict=True)
+        engine.backward([(out, _gradient(leaf)) for out, leaf in sides if out is not None and leaf is not None])
+
+    return encoded, backward
+
+
+@dataclass
+class Piece:
+    """A chunk of one side; between encoding and backward it has its graph, or the random state to make it again."""
+
+    name: str  # of its side
+    side: Chunked
+    chunk: Chunk
+    keep: bool
+    encoded: Encoded | None = None
+    state: RandomState | None = None
+
+    @property
+    def inputs(self) -> dict[str, Features]:
+        """Return what the model's forward takes."""
+        return {self.name: self.side.features(self.chunk)}
+
+    def encode(self, engine: Engine) -> Encoded:
+        """Return the chunk's vectors, without a graph."""
+        if not self.keep:
+            self.state = RandomState.now()
+        with torch.set_grad_enabled(self.keep):
+            encoded = engine.forward(**self.inputs)  # type: ignore[arg-type]
+        if self.keep:
+            self.encoded = encoded
+        return Encoded(*(None if t is None else t.detach() for t in encoded))  # type: ignore[arg-type]
+
+    def with_graph(self, engine: Engine) -> Encoded:
+        """Return the vectors with their graph, once."""
+        if self.state is None:
+            encoded, self.encoded = self.encoded, None
+            assert encoded is not None
+            return encoded
+        with timing.span("encode again"), self.state.replayed():
+            return engine.forward(**self.inputs)  # type: ignore[arg-type]
+
+    def gradients(self, encoded: Encoded, leaves: Encoded) -> Gradients:
+        """Return its vectors and biases with their gradients; alpha's is the batch's and goes with one chunk."""
+        rows = self.side.rows(self.chunk)
+        sides = ((encoded.U, leaves.U), (encoded.W, leaves.W), (encoded.beta, leaves.beta))
+        return [
+            (output[: len(rows)], _gradient(leaf)[rows])
+            for output, leaf in sides
+            if output is not None and leaf is not None
+        ]
+
+
+def pieces_of(batch: Batch, plan: StepPlan) -> list[Piece]:
+    """Return the pieces of a plan that is not whole, queries' before documents'."""
+    query, doc = Chunked(batch.query, plan.query), Chunked(batch.doc, plan.doc)
+    work = [("query", query, chunk) for chunk in plan.query.chunks] + [("doc", doc, chunk) for chunk in plan.doc.chunks]
+    return [Piece(*what, keep=number >= len(work) - plan.num_kept) for number, what in enumerate(work)]
+
+
+def _in_pieces(engine: Engine, batch: Batch, pieces: list[Piece]) -> tuple[Encoded, Backward]:
+    """Encode piece by piece; backward goes through those kept at once, then through the others one by one."""
+    parts = [piece.encode(engine) for piece in pieces]
+    query, doc = pieces[0].side, pieces[-1].side
+    encoded = Encoded(
+        _assembled(query, [part.U for piece, part in zip(pieces, parts, strict=True) if piece.side is query]),
+        _assembled(doc, [part.W for piece, part in zip(pieces, parts, strict=True) if piece.side is doc]),
+        _assembled(doc, [part.beta for piece, part in zip(pieces, parts, strict=True) if piece.side is doc]),
+        parts[-1].alpha,
+    )
+    kept = [piece for piece in pieces if piece.keep]
+    groups = ([kept] if kept else []) + [[piece] for piece in pieces if not piece.keep]
+
+    def backward(leaves: Encoded) -> None:
+        with engine.one_reduction():
+            for number, group in enumerate(groups):
+                gradients: Gradients = []
+                for piece in group:
+                    encoded = piece.with_graph(engine)
+                    gradients += piece.gradients(encoded, leaves)
+                if number == 0:
+                    gradients.append((encoded.alpha, _gradient(leaves.alpha)))
+                engine.backward(gradients)
+
+    return encoded, backward
+
+
+def _assembled(side: Chunked, parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Return a side's outputs in the batch's order, None where the model has no such output."""
+    present = [part for part in parts if part is not None]
+    return side.assemble(present) if present else None
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
