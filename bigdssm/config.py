@@ -22,6 +22,7 @@ from bigdssm.bounds import bounded, out_of_bounds
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature
 from bigdssm.features.base import feature_type
+from bigdssm.features.history import histories_of
 from bigdssm.loss_options import LOSSES
 
 StageName = Literal["pretrain", "sft"]
@@ -91,11 +92,22 @@ class TextEncoderConfig:
 class HistoryEncoderConfig:
     """A transformer over the item vectors of a history."""
 
+    # A layer: SASRec's; one with gates, as in LiGR and eSASRec; or HSTU's, which has no feed-forward layer.
+    block: Literal["sasrec", "gated", "hstu"] = "sasrec"
+    # Of an item: its distance from the newest (age), from the oldest (absolute), or of two from each other, as a bias
+    # (relative) or as turns (rotary). Several queries of a row need another than age; hstu needs relative.
+    positions: Literal["age", "absolute", "relative", "rotary"] = "age"
     layers: int = bounded(1, 1, 1024)
     heads: int = bounded(2, 1, 1024)
     feedforward: int = bounded(2, 1, 64)  # width of the feed-forward layer over the item vectors' width
     dropout: float = bounded(0.1, 0, below=1)
     item_dropout: float = bounded(0.1, 0, below=1)  # on the item vectors
+    item_scale: bool = False  # item vectors times the root of their width, as in SASRec
+
+    @property
+    def allows_many_queries(self) -> bool:
+        """Return whether one pass can give several queries of a row: an item's age is another to each of them."""
+        return self.positions != "age"
 
 
 @dataclass(frozen=True)
@@ -333,6 +345,11 @@ def check_config(config: Config) -> None:
             text.init is not None or text.keep_layers == 0, f"model.{side}.text.keep_layers", text.keep_layers,
             "an init folder to keep them of; without one `layers` says how many there are",
         )  # fmt: skip
+        history = tower.history
+        _require(
+            history.block != "hstu" or history.positions == "relative", f"model.{side}.history.positions",
+            history.positions, "relative with block=hstu, which has no other",
+        )  # fmt: skip
     for side, features in (("query", data.query), ("doc", data.doc)):
         for name, feature in features.items():
             key = f"data.{side}.{name}"
@@ -346,6 +363,23 @@ def check_config(config: Config) -> None:
     if config.model.beta == "scalar":
         fits = any(stage is not None and not LOSSES[stage.loss.name].relative for stage in stages.values())
         _require(fits, "model.beta", "scalar", "document or none without a sigmoid loss: in all others it cancels")
+
+
+def check_targets_per_row(targets: int, data: DataConfig, model: ModelConfig) -> None:
+    """Raise ConfigError where a row's `targets` queries cannot come from one pass over its history."""
+    histories, history = histories_of(data.query), model.query.history
+    if targets <= 1 or not histories:
+        return
+    if not history.allows_many_queries:
+        raise ConfigError(
+            f"model.query.history.positions={history.positions} gives an item one position in a row, but with "
+            f"data.targets_per_row={targets} it is of another age to each of the row's queries; use relative"
+        )
+    lengths = {name: feature.max_items for name, feature in histories.items()}
+    _require(
+        len(set(lengths.values())) == 1, "data.query", f"histories of max_items {lengths}",
+        f"one max_items with data.targets_per_row={targets}: a row's queries know the same items of each",
+    )  # fmt: skip
 
 
 def first_difference(before: Any, now: Any, key: str = "") -> str | None:

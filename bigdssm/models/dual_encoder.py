@@ -25,6 +25,7 @@ from bigdssm.models.encoders import (
     text_configs,
     text_keys,
 )
+from bigdssm.models.places import Places
 from bigdssm.models.scorer import MlpScorer
 from bigdssm.models.tables import EmbeddingTables
 from bigdssm.models.tower import Tower
@@ -75,14 +76,17 @@ class DualEncoder(nn.Module):
         query: dict[str, Tensor] | None = None,
         doc: dict[str, Tensor] | None = None,
         listed: Tensor | None = None,
+        places: Places | None = None,
     ) -> Encoded:
         """Encode queries, documents, or both; alpha always comes along (ZeRO-3 hides it outside the forward).
 
+        A row of `query` is one query that has seen its whole history; with `places` they are the m queries, each of
+        which has seen the beginning of its row's: histories are encoded in one pass, all else once a row.
         listed int64 [m, l]: documents, by their place in `doc`, to score for each query by the MLP.
         """
         U = W = beta = scores = None
         if query is not None:
-            U = self._scored(self.query_tower(query))
+            U = self._scored(self.query_tower(query, places))
         if doc is not None:
             output = self.doc_tower(doc)
             W = self._scored(output)
@@ -102,13 +106,13 @@ class DualEncoder(nn.Module):
             if isinstance(module, Encoder):
                 module.checkpoint_activations()
 
-    def flops(self, query: dict[str, Tensor], doc: dict[str, Tensor]) -> float:
+    def flops(self, query: dict[str, Tensor], doc: dict[str, Tensor], places: Places | None = None) -> float:
         """Return the operations of matrix products in one forward over these features, padding left out.
 
         It is the least that has to be computed; a backward takes twice as many. A linear layer takes
         2 · inputs · outputs a row or token, attention over t tokens 4 · t² · width a layer.
         """
-        return self.query_tower.flops(query) + self.doc_tower.flops(doc)
+        return self.query_tower.flops(query, places) + self.doc_tower.flops(doc)
 
     def _scored(self, vectors: Tensor) -> Tensor:
         return nn.functional.normalize(vectors, dim=1) if self.config.score == "cosine" else vectors

@@ -1,4 +1,7 @@
-"""A tower: encoders → concatenation → MLP → vector. Shapes: R rows, C concatenated width, D vector width."""
+"""A tower: encoders → concatenation → MLP → vector.
+
+Shapes: R rows, m queries, C concatenated width, D vector width.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.features import Feature
 from bigdssm.models.encoders import Encoder, Parts, build_encoder
 from bigdssm.models.encoders.base import linear_flops
+from bigdssm.models.places import Places
 from bigdssm.models.tables import INIT_STD
 
 
@@ -36,9 +40,12 @@ class Tower(nn.Module):
         width = sum(width for name, width in widths.items() if name != self.residual)
         self.mlp = _mlp(width, parts.config, dim) if width else None
 
-    def forward(self, features: dict[str, Tensor]) -> Tensor:
-        """Return [R, D] for one side's features of R rows."""
-        parts = {name: encoder(features[name]) for name, encoder in self._all().items()}
+    def forward(self, features: dict[str, Tensor], places: Places | None = None) -> Tensor:
+        """Return [R, D] for one side's features of R rows, or [m, D] for queries at `places` of them."""
+        parts = {
+            name: encoder(features[name]) if places is None else encoder.at(features[name], places)
+            for name, encoder in self._all().items()
+        }
         residual = parts.pop(self.residual) if self.residual else None
         if self.mlp is None:
             assert residual is not None
@@ -46,10 +53,11 @@ class Tower(nn.Module):
         output: Tensor = self.mlp(torch.cat(list(parts.values()), dim=1))
         return output if residual is None else output + residual
 
-    def flops(self, features: dict[str, Tensor]) -> float:
+    def flops(self, features: dict[str, Tensor], places: Places | None = None) -> float:
         """Return the operations of a forward's matrix products over these features, padding left out."""
-        own = 0.0 if self.mlp is None else len(next(iter(features.values()))) * linear_flops(self.mlp)
-        return own + sum(encoder.flops(features[name]) for name, encoder in self._all().items())
+        num_vectors = len(next(iter(features.values())) if places is None else places.row)
+        own = 0.0 if self.mlp is None else num_vectors * linear_flops(self.mlp)
+        return own + sum(encoder.flops(features[name], places) for name, encoder in self._all().items())
 
     def _all(self) -> dict[str, Encoder]:
         """Return the encoders by feature, the model's own last: the order in which their vectors stand."""

@@ -1,4 +1,4 @@
-"""Histories. Shapes: R rows, T items, A places that are read, E table width."""
+"""Histories. Shapes: R rows, T items, A places that ask, m queries, E table width."""
 
 from __future__ import annotations
 
@@ -9,32 +9,42 @@ from torch.utils.checkpoint import checkpoint
 from bigdssm.config import HistoryEncoderConfig
 from bigdssm.errors import ConfigError
 from bigdssm.features import PADDING, History
+from bigdssm.models.blocks import BLOCKS, HIDDEN, Sight
 from bigdssm.models.encoders.base import Encoder, Parts, encodes, linear_flops
+from bigdssm.models.places import Places
 from bigdssm.models.tables import INIT_STD, EmbeddingTables, table_name
 
 
 @encodes(History)
 class HistoryEncoder(Encoder):
-    """A causal transformer over [start, oldest item, …, newest item]; the vector at the newest item is the history's.
+    """A causal transformer over [start, oldest item, …, newest item]: the vector at place j has seen j items.
 
-    The start token makes an empty history an ordinary one. Positions count from the newest item back, so that what
-    happened last has the same position in long and short histories. Source: Kang and McAuley 2018 (SASRec).
+    The start token makes an empty history an ordinary one. A history's own vector is that of its newest place; with
+    `Places` one pass gives any number of queries. Positions count from the newest item back (`age`), so that what
+    happened last has the same position in long and short histories; from the left edge (`absolute`); or they are the
+    distances of two places, as a learned bias of each head (`relative`) or as turns of queries and keys (`rotary`).
+    The biases are all layers' own, so that neither the mask with them nor its gradient grows with the depth.
+    Source: Kang and McAuley 2018 (SASRec); Raffel et al. 2020 (T5) for shared biases; `blocks` for what a layer does.
     """
 
     def __init__(
         self, config: HistoryEncoderConfig, feature: History, dim: int, table: str, tables: EmbeddingTables
     ) -> None:
         super().__init__()
+        _check_heads(config, dim)
         self.table = table
         self.dim = dim
+        self.config = config
         self._tables = (tables,)
         self.start = nn.Parameter(torch.randn(dim) * INIT_STD)
-        self.positions = nn.Embedding(feature.max_items + 1, dim)
-        nn.init.normal_(self.positions.weight, std=INIT_STD)
+        if config.positions != "rotary":
+            per_place = config.heads if config.positions == "relative" else dim
+            self.positions = nn.Embedding(feature.max_items + 1, per_place)
+            nn.init.normal_(self.positions.weight, std=INIT_STD)
         self.dropout = nn.Dropout(config.item_dropout)
-        self.layers = nn.ModuleList(_HistoryLayer(config, dim) for _ in range(config.layers))
+        self.layers = nn.ModuleList(BLOCKS[config.block](config, dim) for _ in range(config.layers))
         self.norm = nn.LayerNorm(dim)
-        self._recompute = False
+        self._recompute = self._plain_in_training = False
 
     @classmethod
     def build(cls, feature: History, parts: Parts) -> HistoryEncoder:
@@ -46,74 +56,90 @@ class HistoryEncoder(Encoder):
         """Keep only the layers' inputs for the backward, which computes the rest again."""
         self._recompute = True
 
-    def forward(self, items_RT: Tensor) -> Tensor:
-        """Return [R, E] for item codes [R, T], oldest first, padded at the end."""
+    def use_plain_attention(self) -> None:
+        """Multiply attention out in training."""
+        self._plain_in_training = True
+
+    def at(self, values: Tensor, places: Places) -> Tensor:
+        """Return [m, E] for queries at places of the rows [R, T]; places of one row share a pass."""
+        vectors: Tensor = self(values, places)
+        return vectors
+
+    def forward(self, items_RT: Tensor, places: Places | None = None) -> Tensor:
+        """Return [R, E] for item codes [R, T], oldest first, padded at the end; [m, E] at `places`."""
+        assert places is None or self.config.allows_many_queries
         num_rows, num_items = items_RT.shape
         device = items_RT.device
         length_R = (items_RT != PADDING).sum(dim=1)
-        vectors = self._tables[0].look_up(self.table, items_RT)
-        start = self.start.to(vectors.dtype).expand(num_rows, 1, -1)
         place_T = torch.arange(num_items + 1, device=device)
-        age_RT = (length_R.unsqueeze(1) - place_T).clamp(min=0)
-        hidden = self.dropout(torch.cat([start, vectors], dim=1) + self.positions(age_RT))
-        newest = (torch.arange(num_rows, device=device), length_R)
-        causal_TT = place_T.unsqueeze(1) >= place_T
+        hidden = self._first(items_RT, length_R, place_T)
+        sight = self._sight(place_T, place_T, hidden.dtype)
         for layer in self.layers[:-1]:
-            hidden = self._run(layer, hidden, hidden, causal_TT)
-        # Only the newest place is read, so the last layer computes only that one.
-        up_to_newest_R1T = (place_T <= length_R.unsqueeze(1)).unsqueeze(1)
-        hidden = self._run(self.layers[-1], hidden[newest].unsqueeze(1), hidden, up_to_newest_R1T)
-        vector: Tensor = self.norm(hidden.squeeze(1))
-        return vector
+            hidden = self._run(layer, hidden, hidden, sight)
+        last = self.layers[-1]
+        if places is None:  # only the newest place is read, so the last layer computes only that one
+            newest = hidden[torch.arange(num_rows, device=device), length_R].unsqueeze(1)
+            sight = self._sight(length_R.unsqueeze(1), place_T, hidden.dtype)
+            vectors = self._run(last, newest, hidden, sight).squeeze(1)
+        else:  # all of them: most are read, and rows share one mask
+            vectors = self._run(last, hidden, hidden, sight)[places.row, places.seen]
+        vectors = self.norm(vectors)
+        return vectors
 
-    def _run(self, layer: nn.Module, *inputs: Tensor) -> Tensor:
+    def _first(self, items_RT: Tensor, length_R: Tensor, place_T: Tensor) -> Tensor:
+        """Return [R, T + 1, E], what the first layer takes."""
+        vectors = self._tables[0].look_up(self.table, items_RT)
+        if self.config.item_scale:
+            vectors = vectors * self.dim**0.5
+        start = self.start.to(vectors.dtype).expand(len(items_RT), 1, -1)
+        hidden = torch.cat([start, vectors], dim=1)
+        if self.config.positions == "age":
+            hidden = hidden + self.positions((length_R.unsqueeze(1) - place_T).clamp(min=0))
+        elif self.config.positions == "absolute":
+            hidden = hidden + self.positions(place_T)
+        dropped: Tensor = self.dropout(hidden)
+        return dropped
+
+    def _sight(self, at: Tensor, over: Tensor, dtype: torch.dtype) -> Sight:
+        """Return what the places `at`, [A] or [R, A], see of the places `over` [T]."""
+        distance = at.unsqueeze(-1) - over
+        mask = (distance >= 0).unsqueeze(-3)
+        if self.config.positions == "relative":
+            bias = self.positions(distance.clamp(min=0)).movedim(-1, -3)
+            mask = bias.to(dtype).masked_fill(~mask, HIDDEN)
+        fused = not (self._plain_in_training and self.training)
+        mask = mask if mask.dim() == 4 else mask.unsqueeze(0)  # the fused kernel is for masks of 2 or 4 dimensions
+        return Sight(at, over, mask, fused, self.config.positions == "rotary")
+
+    def _run(self, layer: nn.Module, at: Tensor, over: Tensor, sight: Sight) -> Tensor:
         output: Tensor
         if self._recompute and self.training:
-            output = checkpoint(layer, *inputs, use_reentrant=False)
+            output = checkpoint(layer, at, over, sight, use_reentrant=False)
         else:
-            output = layer(*inputs)
+            output = layer(at, over, sight)
         return output
 
-    def flops(self, values: Tensor) -> float:
-        """Return the operations of a forward: the last layer computes the newest place alone."""
+    def flops(self, values: Tensor, places: Places | None = None) -> float:
+        """Return the operations of a forward; without `places` the last layer computes the newest place alone."""
         length_R = (values != PADDING).sum(dim=1).double() + 1  # the start token
         flops, key_value = 0.0, 4 * self.dim**2
         for number, layer in enumerate(self.layers, 1):
-            read_R = length_R.new_ones(length_R.shape) if number == len(self.layers) else length_R
+            newest_alone = places is None and number == len(self.layers)
+            read_R = length_R.new_ones(length_R.shape) if newest_alone else length_R
             flops += float(length_R.sum()) * key_value
             flops += float(read_R.sum()) * (linear_flops(layer) - key_value)
             flops += float((read_R * length_R).sum()) * 4 * self.dim
         return flops
 
 
-class _HistoryLayer(nn.Module):
-    """A pre-norm transformer layer whose queries may stand at fewer places than its keys."""
-
-    def __init__(self, config: HistoryEncoderConfig, dim: int) -> None:
-        super().__init__()
-        if dim % config.heads:
-            raise ConfigError(
-                f"model.query.history.heads={config.heads} must divide the items' model.doc.embedding_dim={dim}"
-            )
-        self.heads = config.heads
-        self.attention_norm = nn.LayerNorm(dim)
-        self.query, self.key_value, self.output = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
-        self.feedforward = nn.Sequential(
-            nn.LayerNorm(dim),
-            nn.Linear(dim, config.feedforward * dim),
-            nn.GELU(),
-            nn.Linear(config.feedforward * dim, dim),
+def _check_heads(config: HistoryEncoderConfig, dim: int) -> None:
+    """Raise ConfigError unless the heads divide the width, into even widths where positions turn pairs of numbers."""
+    if dim % config.heads:
+        raise ConfigError(
+            f"model.query.history.heads={config.heads} must divide the items' model.doc.embedding_dim={dim}"
         )
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, at: Tensor, over: Tensor, mask: Tensor) -> Tensor:
-        """Return [R, A, E] at places `at` [R, A, E] attending over [R, T, E] where `mask` (…, A, T) is True."""
-        q = self._split(self.query(self.attention_norm(at)))
-        k, v = (self._split(part) for part in self.key_value(self.attention_norm(over)).chunk(2, dim=2))
-        mask = mask.unsqueeze(1) if mask.dim() == 3 else mask
-        attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        hidden = at + self.dropout(self.output(attended.transpose(1, 2).flatten(2)))
-        return hidden + self.dropout(self.feedforward(hidden))
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+    if config.positions == "rotary" and dim // config.heads % 2:
+        raise ConfigError(
+            f"model.query.history.positions=rotary needs heads of an even width, got {dim // config.heads}: "
+            f"model.doc.embedding_dim={dim} over model.query.history.heads={config.heads}; change one of them"
+        )

@@ -10,13 +10,14 @@ import warnings
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel, PretrainedConfig, PreTrainedModel
 
 from bigdssm.config import ModelConfig, TextEncoderConfig
 from bigdssm.errors import ConfigError
 from bigdssm.features import Text, texts_of
 from bigdssm.models.encoders.base import Encoder, Parts, encodes, linear_flops
+from bigdssm.models.places import Places
 from bigdssm.schema import Schema
 
 
@@ -51,6 +52,12 @@ class TextEncoder(Encoder):
             warnings.simplefilter("ignore", FutureWarning)  # its new name is not in every transformers 5
             self.bert.gradient_checkpointing_enable({"use_reentrant": False})
 
+    def use_plain_attention(self) -> None:
+        """Multiply attention out in training."""
+        if self.attention_otherwise is None:
+            self.attention_otherwise = self.bert.config._attn_implementation
+            self.train(self.training)
+
     def train(self, mode: bool = True) -> TextEncoder:
         """Train or evaluate, with the attention that is faster at it where that differs."""
         super().train(mode)
@@ -67,24 +74,11 @@ class TextEncoder(Encoder):
         weight = mask_RT.unsqueeze(2).to(hidden.dtype)
         return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
-    def flops(self, values: Tensor) -> float:
+    def flops(self, values: Tensor, places: Places | None = None) -> float:
         """Return the operations of a forward: a token's linear layers, and attention over each text's own tokens."""
         length_R = (values != self.pad_token_id).sum(dim=1).double()
         attention = float((length_R**2).sum()) * self.bert.config.num_hidden_layers * 4 * self.dim
         return float(length_R.sum()) * linear_flops(self) + attention
-
-
-def use_plain_attention(model: nn.Module) -> None:
-    """Let the model's BERTs multiply attention out in training: the fused backward in bfloat16 is slow on a CPU.
-
-    MiniLM on a Xeon with AMX, forward and backward a CPU-second: 4,700 tokens of texts of 70 against 2,700, 3,800 of
-    texts of 128 against 3,100. In float32 both take the same time. Without a backward the fused kernel is the faster
-    one: 15,600 tokens of texts of 128 against 8,300.
-    """
-    for part in model.modules():
-        if isinstance(part, TextEncoder) and part.attention_otherwise is None:
-            part.attention_otherwise = part.bert.config._attn_implementation
-            part.train(part.training)
 
 
 def text_keys(config: ModelConfig, schema: Schema) -> dict[str, str]:

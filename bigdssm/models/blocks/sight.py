@@ -1,0 +1,63 @@
+"""What places of a history see of each other, and attention by it.
+
+Shapes: R rows, h heads, A places that ask, T places that are asked, W width of a head.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+HIDDEN = -1e9  # added to the score of what is not seen; not -inf, of which SiLU makes NaN
+TURNS_BASE = 10_000.0
+
+
+class Sight(NamedTuple):
+    """Which places ask, and what they see; the same for all layers but the last, which may ask at one place alone."""
+
+    at: Tensor  # int64 [A] or [R, A]
+    over: Tensor  # int64 [T]
+    # bool, or float with the learned bias of a distance and HIDDEN where nothing is seen: [1 or R, 1 or h, A, T]
+    mask: Tensor
+    fused: bool  # by the fused kernel, else multiplied out
+    rotary: bool
+
+    def bias(self, dtype: torch.dtype) -> Tensor:
+        """Return the mask as what is added to scores, of their `dtype`."""
+        if self.mask.dtype != torch.bool:
+            return self.mask.to(dtype)
+        return torch.zeros_like(self.mask, dtype=dtype).masked_fill(~self.mask, HIDDEN)
+
+
+def split(x: Tensor, heads: int) -> Tensor:
+    """Return [R, h, A, W] for [R, A, h * W]."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
+    """Return [R, A, h * W]: softmax(q kᵀ / √W) v over what is seen, for q [R, h, A, W] and k, v [R, h, T, W]."""
+    if sight.rotary:
+        q, k = turned(q, sight.at), turned(k, sight.over)
+    if sight.fused:
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=sight.mask)
+    else:
+        scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
+        # In bfloat16, too, softmax adds up in float32.
+        attended = torch.softmax(scores + sight.bias(scores.dtype), dim=3) @ v
+    return attended.transpose(1, 2).flatten(2)
+
+
+def turned(x: Tensor, place: Tensor) -> Tensor:
+    """Return [R, h, A, W] turned by its places [A] or [R, A]: products then depend on the distance of two places.
+
+    Source: Su et al. 2021 (RoFormer), eq. 34; the pairs of numbers are those of both halves.
+    """
+    half = x.shape[3] // 2
+    speed = TURNS_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = place.unsqueeze(-1) * speed
+    angle = angle if place.dim() == 1 else angle.unsqueeze(1)  # all heads
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=3)

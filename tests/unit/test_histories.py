@@ -1,0 +1,293 @@
+"""Histories: many queries from one pass, what each of them sees, and every block and kind of positions alike."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from bigdssm.config import (
+    Config,
+    DataConfig,
+    HistoryEncoderConfig,
+    ModelConfig,
+    RunConfig,
+    TowerConfig,
+    check_config,
+    check_targets_per_row,
+)
+from bigdssm.errors import ConfigError
+from bigdssm.features import Categorical, History, Numeric
+from bigdssm.models import DualEncoder, Places, new_model, use_plain_attention
+from bigdssm.schema import Schema
+
+NUM_ITEMS, MAX_ITEMS, WIDTH = 20, 9, 8
+QUERY = {
+    "history": History(of="item", max_items=MAX_ITEMS).named("history"),
+    "age": Numeric(mean=30.0, std=10.0).named("age"),
+}
+DOC = {"item": Categorical(vocabulary=tuple(map(str, range(NUM_ITEMS - 2)))).named("item")}
+ROWS = torch.tensor([[2, 3, 4, 5, 6, 7, 8], [9, 2, 9, 1, 0, 0, 0], [0] * 7, [5, 5, 5, 5, 5, 0, 0]])
+LENGTHS = [7, 4, 0, 5]
+
+MANY = [  # every block with all positions under which one pass gives many queries
+    *((block, positions) for block in ("sasrec", "gated") for positions in ("absolute", "relative", "rotary")),
+    ("hstu", "relative"),
+]
+ALL = [*MANY, ("sasrec", "age"), ("gated", "age")]
+every = pytest.mark.parametrize(("block", "positions"), ALL)
+every_many = pytest.mark.parametrize(("block", "positions"), MANY)
+
+
+def model(block: Any, positions: Any, layers: int = 2, dropout: float = 0.0, **history: Any) -> DualEncoder:
+    """A model in which every parameter matters."""
+    encoder = HistoryEncoderConfig(
+        block=block, positions=positions, layers=layers, dropout=dropout, item_dropout=dropout, **history
+    )
+    config = ModelConfig(
+        dim=6, score="dot", query=TowerConfig(mlp=(7,), history=encoder), doc=TowerConfig(embedding_dim=WIDTH)
+    )
+    torch.manual_seed(0)
+    made = new_model(config, Schema(QUERY, DOC))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+        made.tables.tables["doc_item"].weight[0] = 0  # type: ignore[index, operator]
+    return made
+
+
+def query(rows: Tensor) -> dict[str, Tensor]:
+    return {"history": rows, "age": torch.linspace(10.0, 60.0, 4)[: len(rows)]}
+
+
+def all_places(seed: int = 0) -> Places:
+    """Every place of every row, in no order."""
+    pairs = [(row, seen) for row, length in enumerate(LENGTHS) for seen in range(length + 1)]
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
+    row, seen = torch.tensor(pairs)[order].T
+    return Places(row, seen)
+
+
+def gradients(made: DualEncoder, vectors: Tensor) -> dict[str, Tensor]:
+    made.zero_grad()
+    weights = torch.linspace(-1, 1, vectors.numel()).view_as(vectors)
+    (vectors * weights).sum().backward()
+    return {name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None}
+
+
+def assert_one_pass_is_many(made: DualEncoder) -> None:
+    places = all_places()
+    together = made(query(ROWS), places=places).U
+    alone = []
+    for row, seen in zip(*map(Tensor.tolist, places), strict=True):
+        features = query(ROWS)
+        alone.append(made({"history": ROWS[row : row + 1, :seen], "age": features["age"][row : row + 1]}).U)
+    apart = torch.cat(alone)
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+    assert together.std(dim=0).min() > 0.01, "the queries are hardly different"
+    ours, theirs = gradients(made, together), gradients(made, apart)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@every_many
+def test_one_pass_is_as_many_passes_over_the_same_left_edge(block: str, positions: str) -> None:
+    assert_one_pass_is_many(model(block, positions))
+
+
+@pytest.mark.parametrize("layers", [1, 4, 8])
+def test_one_pass_is_as_many_passes_at_any_depth(layers: int) -> None:
+    assert_one_pass_is_many(model("gated", "relative", layers=layers))
+
+
+@every_many
+def test_a_query_knows_nothing_that_comes_later(block: str, positions: str) -> None:
+    made, places = model(block, positions), all_places()
+    before = made(query(ROWS), places=places).U
+    for j in range(LENGTHS[0]):
+        changed = ROWS.clone()
+        changed[0, j] = 11
+        after = made(query(changed), places=places).U
+        blind = (places.row != 0) | (places.seen <= j)
+        assert torch.equal(after[blind], before[blind]), f"item {j} is known before it happened"
+        assert (after[~blind] - before[~blind]).abs().amax(dim=1).min() > 1e-5, f"item {j} is not known after"
+
+
+@every
+def test_padding_changes_nothing(block: str, positions: str) -> None:
+    made = model(block, positions)
+    longer = torch.nn.functional.pad(ROWS, (0, 2))
+    torch.testing.assert_close(made(query(longer)).U, made(query(ROWS)).U)
+    if positions != "age":
+        places = all_places()
+        torch.testing.assert_close(made(query(longer), places=places).U, made(query(ROWS), places=places).U)
+
+
+@every
+def test_the_order_of_items_matters(block: str, positions: str) -> None:
+    rows = torch.tensor([[2, 3, 4, 5], [3, 2, 4, 5], [2, 3, 5, 4]])
+    vectors = model(block, positions)({"history": rows, "age": torch.full((3,), 30.0)}).U
+    assert torch.pdist(vectors).min() > 1e-4
+
+
+@every_many
+def test_places_come_in_any_order_and_rows_may_have_none(block: str, positions: str) -> None:
+    made, places = model(block, positions), all_places()
+    vectors = made(query(ROWS), places=places).U
+    order = torch.randperm(len(vectors))
+    torch.testing.assert_close(
+        made(query(ROWS), places=Places(places.row[order], places.seen[order])).U, vectors[order]
+    )
+    some = (places.row == 1) | (places.row == 3)  # nothing of rows 0 and 2
+    torch.testing.assert_close(made(query(ROWS), places=Places(places.row[some], places.seen[some])).U, vectors[some])
+    twice = Places(torch.tensor([1, 1]), torch.tensor([3, 3]))
+    torch.testing.assert_close(*made(query(ROWS), places=twice).U)
+    nothing = made(query(ROWS), places=Places(*torch.zeros(2, 0, dtype=torch.int64)))
+    assert nothing.U.shape == (0, 6)
+    found = gradients(made, nothing.U)  # there, and zero: ZeRO wants a gradient of every parameter
+    own = {name for name, _ in made.named_parameters() if name.startswith(("query_tower", "tables"))}
+    assert own <= found.keys() and all(gradient.count_nonzero() == 0 for gradient in found.values())
+
+
+def test_what_has_no_places_is_said_of_the_row() -> None:
+    made, places = model("sasrec", "relative"), all_places()
+    encoder = made.query_tower.encoders["age"]
+    calls: list[int] = []
+    encoder.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    younger, older = (
+        made({"history": ROWS, "age": torch.tensor([30.0, 30.0, 30.0, age])}, places=places).U for age in (30.0, 50.0)
+    )
+    assert calls == [4, 4], "encoded for each query, not once for the row"
+    differs = (younger != older).any(dim=1)
+    assert torch.equal(differs, places.row == 3)
+
+
+@every_many
+def test_gradients_are_those_of_finite_differences(block: str, positions: str) -> None:
+    made = model(block, positions, layers=2, feedforward=1).double()
+    encoder = made.query_tower.encoders["history"]
+    names = [name for name, _ in encoder.named_parameters()]
+    rows, places = torch.tensor([[2, 3, 4], [5, 0, 0]]), Places(torch.tensor([0, 1, 0, 0]), torch.tensor([3, 1, 0, 2]))
+
+    def vectors(*parameters: Tensor) -> Tensor:
+        given = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(encoder, given, (rows, places))
+
+    assert torch.autograd.gradcheck(vectors, tuple(encoder.parameters()), fast_mode=True)
+
+
+@pytest.mark.parametrize(("block", "positions"), [("sasrec", "rotary"), ("gated", "relative"), ("hstu", "relative")])
+def test_eight_layers_train(block: str, positions: str) -> None:
+    """The next item of a sequence is the one before its last: to be found by its place."""
+    made = model(block, positions, layers=8)
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(2, NUM_ITEMS, (24, MAX_ITEMS), generator=generator)
+    row, seen = torch.arange(24).repeat_interleave(MAX_ITEMS - 1), torch.arange(2, MAX_ITEMS + 1).repeat(24)
+    target = rows[row, seen - 2] - 2
+    optimizer = torch.optim.AdamW(made.parameters(), lr=3e-3)
+    features = {"history": rows, "age": torch.full((24,), 30.0)}
+    losses = []
+    for _ in range(60):
+        encoded = made(features, {"item": torch.arange(2, NUM_ITEMS)}, places=Places(row, seen))
+        loss = torch.nn.functional.cross_entropy(encoded.U @ encoded.W.T, target)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.7 * min(losses[0], torch.tensor(NUM_ITEMS - 2.0).log().item()), losses[::10]
+
+
+@every
+def test_attention_multiplied_out_is_the_fused_one(block: str, positions: str) -> None:
+    fused, plain = model(block, positions), model(block, positions)
+    use_plain_attention(plain)
+    for mode in (True, False):
+        torch.testing.assert_close(plain.train(mode)(query(ROWS)).U, fused.train(mode)(query(ROWS)).U)
+    plain.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = plain(query(ROWS)).U
+    exact = fused(query(ROWS)).U
+    assert (half.float() - exact).abs().max() < 0.03 * exact.abs().max()
+
+
+def test_plain_attention_is_for_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(*args: Any, **given: Any) -> Tensor:
+        calls.append(1)
+        return kernel(*args, **given)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    made = model("sasrec", "age")
+    for plain, mode, expected in ((False, True, 2), (False, False, 2), (True, True, 0), (True, False, 2)):
+        if plain:
+            use_plain_attention(made)
+        calls.clear()
+        made.train(mode)(query(ROWS))
+        assert len(calls) == expected, (plain, mode)
+
+
+@every
+def test_activations_that_are_computed_again_are_the_same(block: str, positions: str) -> None:
+    """With dropout, whose masks have to be replayed."""
+    found = []
+    for again in (False, True):
+        made = model(block, positions, dropout=0.3)
+        if again:
+            made.checkpoint_activations()
+        torch.manual_seed(3)
+        vectors = made(query(ROWS), places=None if positions == "age" else all_places()).U
+        found.append((vectors.detach(), gradients(made, vectors)))
+    (vectors, grads), (vectors_again, grads_again) = found
+    assert torch.equal(vectors, vectors_again)
+    for name in grads:
+        torch.testing.assert_close(grads[name], grads_again[name])
+
+
+def test_items_are_scaled_by_the_root_of_their_width() -> None:
+    plain, scaled = model("sasrec", "age"), model("sasrec", "age", item_scale=True)
+    with torch.no_grad():
+        plain.tables.tables["doc_item"].weight *= WIDTH**0.5  # type: ignore[union-attr, index, operator]
+    torch.testing.assert_close(scaled(query(ROWS)).U, plain(query(ROWS)).U)
+
+
+def config(history: HistoryEncoderConfig) -> Config:
+    data = DataConfig(dir="d", query=dict(QUERY), doc=dict(DOC))
+    return Config(run=RunConfig(dir="r"), data=data, model=ModelConfig(query=TowerConfig(history=history)))
+
+
+@pytest.mark.parametrize(("block", "positions"), [*ALL, ("hstu", "age"), ("hstu", "absolute"), ("hstu", "rotary")])
+def test_blocks_and_positions_that_go_together(block: Any, positions: Any) -> None:
+    history = HistoryEncoderConfig(block=block, positions=positions)
+    if (block, positions) in ALL:
+        check_config(config(history))
+    else:
+        needed = rf"model\.query\.history\.positions: got {positions}, needs relative with block=hstu"
+        with pytest.raises(ConfigError, match=needed):
+            check_config(config(history))
+
+
+@pytest.mark.parametrize("positions", ["age", "absolute", "relative", "rotary"])
+def test_an_age_is_of_one_query(positions: Literal["age", "absolute", "relative", "rotary"]) -> None:
+    made = config(HistoryEncoderConfig(positions=positions))
+    check_targets_per_row(1, made.data, made.model)
+    check_targets_per_row(4, replace(made.data, query={"age": QUERY["age"]}), made.model)
+    if positions != "age":
+        check_targets_per_row(4, made.data, made.model)
+        other = {**QUERY, "kinds": History(of="item", max_items=5).named("kinds")}
+        with pytest.raises(ConfigError, match=r"max_items \{'history': 9, 'kinds': 5\}, needs one max_items"):
+            check_targets_per_row(4, replace(made.data, query=other), made.model)
+    else:
+        sentence = r"model\.query\.history\.positions=age .* data\.targets_per_row=4 .*; use relative"
+        with pytest.raises(ConfigError, match=sentence):
+            check_targets_per_row(4, made.data, made.model)
+
+
+def test_rotary_turns_pairs() -> None:
+    with pytest.raises(ConfigError, match="positions=rotary needs heads of an even width, got 1"):
+        model("sasrec", "rotary", heads=8)
