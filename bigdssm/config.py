@@ -58,6 +58,8 @@ class DataConfig:
     doc: dict[str, Any] = field(default_factory=dict)
     display: str | None = None  # column of the document table shown to people; the document id by default
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    # Most targets of a train row made of interactions: one pass over a piece of a sequence gives a query for each.
+    targets_per_row: int = bounded(1, 1, 65_536)
     lanes: int = bounded(8, 1, 65_536)  # fixed order lanes; divides rows_global, at least the world size
     num_workers: int = bounded(1, 0, 1024)  # loader processes per rank
     max_bad_fraction: float = bounded(0.001, 0, 1)  # of the rows met; past it the run stops

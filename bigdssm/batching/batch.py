@@ -1,17 +1,19 @@
 """What one training step of one rank works on.
 
-Shapes: m queries, n distinct document columns, T tokens or history items, K values of a multi-valued feature,
-k given negatives.
+Shapes: R rows, m queries, n distinct document columns, T tokens or history items, K values of a multi-valued feature,
+k given negatives. R is m unless rows are pieces of sequences that give several queries each.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+import numpy as np
 from torch import Tensor
 
 from bigdssm.batching.lengths import Lengths
 from bigdssm.dataset.tensors import Features
+from bigdssm.models.places import Places
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,8 @@ class Batch:
     """This rank's share of one global step."""
 
     step: int
-    row_ids: Tensor  # int64 [m]: the row's number in the dataset's split
-    query: Features  # m rows
+    row_ids: Tensor  # int64 [R]: the row's number in the dataset's split
+    query: Features  # R rows
     doc: Features  # n rows: distinct documents, positives first, further columns (negatives) behind
     positive: Tensor  # int64 [m]: the column of the query's document
     relevance: Tensor  # float32 [m]: r, not negative
@@ -30,6 +32,8 @@ class Batch:
     multiplicity: Tensor  # int64 [n]: how many positives, negatives and extra documents were merged in the column
     query_lengths: Lengths  # on the host, wherever the tensors are
     doc_lengths: Lengths
+    places: Places | None = None  # of the queries, row after row; None: each row is one, at its newest place
+    queries_of_row: np.ndarray | None = None  # int64 [R], on the host; None: one each
     negatives: Tensor | None = None  # int64 [m, k]: columns of given negatives, -1 for none
     known: Tensor | None = None  # int64 [p, 2]: (query id, doc id) of further documents that are no negatives
 
@@ -41,6 +45,7 @@ class Batch:
 
 
 def _tensors(value: object) -> list[Tensor]:
-    if isinstance(value, dict):
-        return [tensor for tensor in value.values() if isinstance(tensor, Tensor)]
+    if isinstance(value, dict | tuple):
+        parts = value.values() if isinstance(value, dict) else value
+        return [tensor for tensor in parts if isinstance(tensor, Tensor)]
     return [value] if isinstance(value, Tensor) else []

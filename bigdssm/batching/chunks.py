@@ -9,32 +9,43 @@ from torch import Tensor
 
 from bigdssm.batching.plan import Chunk, SidePlan
 from bigdssm.dataset.tensors import Features
+from bigdssm.models.places import Places
 
 
 class Chunked:
-    """One side's features, to be encoded by its plan. The order of the rows is brought to their device once."""
+    """One side's features, to be encoded by its plan. The order of rows and outputs is brought to their device once."""
 
-    def __init__(self, features: Features, plan: SidePlan) -> None:
+    def __init__(self, features: Features, plan: SidePlan, places: Places | None = None) -> None:
+        """Take `places` where rows give several queries."""
         self._features, self._plan = features, plan
         device = next(iter(features.values())).device
-        self._order = torch.from_numpy(plan.order).to(device, non_blocking=True)
+        self._order, self._outputs, row_in_chunk = (
+            torch.from_numpy(part).to(device, non_blocking=True)
+            for part in (plan.order, plan.outputs, plan.row_in_chunk)
+        )
+        self._places = None if places is None else Places(row_in_chunk, places.seen[self._outputs])
 
     def features(self, chunk: Chunk) -> Features:
         """Return the features of a chunk's rows, lists cut to the longest of them; one row for a dummy."""
         if not chunk.num_rows:
             return at_least_one({name: tensor[:1] for name, tensor in self._features.items()})
-        taken = {name: tensor[self.rows(chunk)] for name, tensor in self._features.items()}
+        rows = self._order[chunk.first : chunk.last]
+        taken = {name: tensor[rows] for name, tensor in self._features.items()}
         return taken | {name: taken[name][:, :width] for name, width in chunk.widths.items()}
 
-    def rows(self, chunk: Chunk) -> Tensor:
-        """Return the numbers of a chunk's rows, int64 [rows]; none in a dummy."""
-        return self._order[chunk.first : chunk.last]
+    def places(self, chunk: Chunk) -> Places | None:
+        """Return where the chunk's queries stand in its rows, None where each row is one."""
+        return None if self._places is None else Places(*(part[chunk.outputs] for part in self._places))
+
+    def outputs(self, chunk: Chunk) -> Tensor:
+        """Return the numbers of the queries or documents that a chunk gives, int64; none in a dummy."""
+        return self._outputs[chunk.outputs]
 
     def assemble(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return what was computed of every chunk, [num_rows, …], in the order of the rows."""
-        whole = parts[0].new_empty((len(self._order), *parts[0].shape[1:]))
+        """Return what was computed of every chunk, [outputs, …], in the order of queries or documents."""
+        whole = parts[0].new_empty((len(self._outputs), *parts[0].shape[1:]))
         for part, chunk in zip(parts, self._plan.chunks, strict=True):
-            whole[self.rows(chunk)] = part[: chunk.num_rows]
+            whole[self.outputs(chunk)] = part[: chunk.num_outputs]
         return whole
 
 

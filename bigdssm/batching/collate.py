@@ -14,6 +14,7 @@ from bigdssm.dataset.tensors import Features, as_tensor, pad_ids, to_features
 from bigdssm.errors import ConfigError
 from bigdssm.features import ragged
 from bigdssm.features.ragged import Column
+from bigdssm.models.places import Places
 from bigdssm.schema import Schema
 
 
@@ -36,7 +37,7 @@ class Collator:
             if negatives is not None or extra_docs is not None:
                 raise ConfigError("given negatives need a catalogue; these rows bring their documents")
             return self._batch(rows, *self._inline(rows))
-        m = len(rows)
+        m = rows.num_queries
         given = np.empty(0, np.int64) if negatives is None else negatives[negatives >= 0]
         extra = np.empty(0, np.int64) if extra_docs is None else extra_docs
         distinct, column_of = distinct_in_order(np.concatenate([rows.doc_rows, given, extra]))
@@ -50,6 +51,13 @@ class Collator:
     def query_features(self, columns: Mapping[str, Column]) -> Features:
         """Return query columns (one per feature of the schema, as in Rows.query) as tensors."""
         return to_features(self._schema.query, columns, self._pad_token_id)
+
+    def _places(self, rows: Rows) -> tuple[Places | None, np.ndarray | None]:
+        """Return where the queries stand in their rows' histories, and how many there are of each row."""
+        if rows.row is None or rows.place is None or rows.left_edge is None:
+            return None, None
+        seen = rows.place - rows.left_edge[rows.row]
+        return Places(as_tensor(rows.row), as_tensor(seen)), np.bincount(rows.row, minlength=len(rows))
 
     def _inline(self, rows: Rows) -> tuple[Features, np.ndarray, np.ndarray, np.ndarray]:
         ids = np.empty(0, np.int64) if rows.doc_ids is None else rows.doc_ids
@@ -66,12 +74,13 @@ class Collator:
     ) -> Batch:  # fmt: skip
         """`column_of` is the column of every document before merging, the rows' positives first."""
         query = self.query_features(rows.query)
+        places, queries_of_row = self._places(rows)
         return Batch(
             step=rows.step,
             row_ids=as_tensor(rows.row_ids),
             query=query,
             doc=doc,
-            positive=as_tensor(column_of[: len(rows)]),
+            positive=as_tensor(column_of[: rows.num_queries]),
             relevance=as_tensor(rows.relevance),
             query_ids=as_tensor(rows.query_ids),
             doc_ids=as_tensor(doc_ids),
@@ -80,6 +89,8 @@ class Collator:
             negatives=None if negatives is None else as_tensor(negatives),
             query_lengths=lengths_of(query, pad_ids(self._schema.query, self._pad_token_id)),
             doc_lengths=lengths_of(doc, pad_ids(self._schema.doc, self._pad_token_id)),
+            places=places,
+            queries_of_row=queries_of_row,
         )
 
 

@@ -16,6 +16,7 @@ from bigdssm import distributed
 from bigdssm.batching.batch import Batch
 from bigdssm.batching.lengths import Lengths
 from bigdssm.config import EngineConfig
+from bigdssm.features.ragged import gather_ranges, offsets_of
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Chunk:
 
     first: int
     last: int
+    outputs: slice  # of the side's outputs: its vectors
     widths: Mapping[str, int]  # of its lists: what the longest of its rows uses
     cells: int  # of its lists, padding among them
 
@@ -48,8 +50,13 @@ class Chunk:
 
     @property
     def tokens(self) -> int:
-        """Return what it counts in a budget: its cells, and one a row."""
-        return self.num_rows + self.cells if self.num_rows else 1
+        """Return what it counts in a budget: its cells, and one a vector."""
+        return self.num_outputs + self.cells if self.num_rows else 1
+
+    @property
+    def num_outputs(self) -> int:
+        """Return its vectors: queries, or documents."""
+        return int(self.outputs.stop - self.outputs.start)
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,8 @@ class SidePlan:
     """The chunks of one side, rows of like length together."""
 
     order: np.ndarray  # int64 [rows]: the rows' numbers, chunk after chunk
+    outputs: np.ndarray  # int64 [vectors]: the numbers of the rows' queries or documents, in the same order
+    row_in_chunk: np.ndarray  # int64 [vectors]: the row of each among those of its chunk
     chunks: tuple[Chunk, ...]
     filled: int  # cells of the lists that hold something
     dummy: Chunk  # one row for nothing: a rank without a forward or backward that others make stops ZeRO
@@ -71,31 +80,41 @@ class SidePlan:
         return replace(self, chunks=self.chunks + (self.dummy,) * (max(1, number) - len(self.chunks)))
 
 
-def plan_side(lengths: Lengths, num_rows: int, chunk_tokens: int) -> SidePlan:
+def plan_side(lengths: Lengths, num_rows: int, chunk_tokens: int, outputs_of_row: np.ndarray | None = None) -> SidePlan:
     """Return chunks of rows of like length, each within the budget of tokens (at least one row), longest rows first.
 
     Rows are sorted by their length in the widest list, then the next: that is where padding would cost most. A budget
-    of 0 puts all rows, as they are, into one chunk.
+    of 0 puts all rows, as they are, into one chunk. outputs_of_row: the vectors that each gives, row after row; one by
+    default.
     """
+    per_row = np.ones(num_rows, np.int64) if outputs_of_row is None else outputs_of_row
     filled = sum(int(list_.filled.sum()) for list_ in lengths.values())
     widths = {name: list_.width for name, list_ in lengths.items()}
-    dummy = Chunk(0, 0, widths, sum(widths.values()))
+    dummy = Chunk(0, 0, slice(0, 0), widths, sum(widths.values()))
     if chunk_tokens == 0:
-        whole = Chunk(0, num_rows, widths, num_rows * sum(widths.values()))
-        return SidePlan(np.arange(num_rows), (whole,), filled, dummy)
+        every = slice(0, int(per_row.sum()))
+        whole = Chunk(0, num_rows, every, widths, num_rows * sum(widths.values()))
+        rows = np.arange(num_rows)
+        return SidePlan(rows, np.arange(every.stop), np.repeat(rows, per_row), (whole,), filled, dummy)
     widest_first = sorted(lengths.values(), key=lambda list_: -list_.width)
     columns = [np.maximum(1, list_.filled) for list_ in widest_first] or [np.zeros(num_rows, np.int64)]
     length_RF = np.stack(columns, axis=1)
     order = np.lexsort(-length_RF[:, ::-1].T)
+    starts = offsets_of(per_row)
+    outputs = gather_ranges(np.arange(starts[-1]), starts[order], starts[order + 1])
     chunks, first = [], 0
     while first < num_rows:
-        window = length_RF[order[first : first + max(1, chunk_tokens)]]
-        tokens = np.arange(1, len(window) + 1) * (1 + np.maximum.accumulate(window).sum(axis=1))
+        some = slice(first, first + max(1, chunk_tokens))
+        cells = np.maximum.accumulate(length_RF[order[some]]).sum(axis=1)
+        tokens = np.arange(1, len(cells) + 1) * cells + np.cumsum(per_row[order[some]])
         last = first + max(1, int((tokens <= chunk_tokens).sum()))
         used = {name: _used(list_.used[order[first:last]], list_.width) for name, list_ in lengths.items()}
-        chunks.append(Chunk(first, last, used, (last - first) * sum(used.values())))
+        its = slice(int(outputs.offsets[first]), int(outputs.offsets[last]))
+        chunks.append(Chunk(first, last, its, used, (last - first) * sum(used.values())))
         first = last
-    return SidePlan(order, tuple(chunks), filled, dummy)
+    first_row = np.repeat([chunk.first for chunk in chunks], [chunk.num_outputs for chunk in chunks]).astype(np.int64)
+    row_in_chunk = np.repeat(np.arange(num_rows), outputs.lengths) - first_row
+    return SidePlan(order, outputs.values, row_in_chunk, tuple(chunks), filled, dummy)
 
 
 def agreed(plan: SidePlan) -> SidePlan:
@@ -116,6 +135,11 @@ class StepPlan:
     def tokens(self) -> int:
         """Return the cells of both sides' lists (tokens, history items, values) that hold something."""
         return self.query.filled + self.doc.filled
+
+    @property
+    def num_queries(self) -> int:
+        """Return this rank's queries."""
+        return len(self.query.outputs)
 
     @property
     def padding(self) -> float:
@@ -139,7 +163,7 @@ def plan_step(batch: Batch, budget: Budget) -> StepPlan:
 
 
 def _sides(batch: Batch, chunk_tokens: int) -> tuple[SidePlan, SidePlan]:
-    query = plan_side(batch.query_lengths, len(batch.query_ids), chunk_tokens)
+    query = plan_side(batch.query_lengths, len(batch.row_ids), chunk_tokens, batch.queries_of_row)
     return query, plan_side(batch.doc_lengths, len(batch.doc_ids), chunk_tokens)
 
 

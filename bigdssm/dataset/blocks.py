@@ -19,6 +19,7 @@ import xxhash
 from bigdssm.dataset.arrow_size import decoded_size
 from bigdssm.dataset.index import SplitIndex
 from bigdssm.dataset.mapped import MappedTable
+from bigdssm.dataset.sequences import Targets
 from bigdssm.features import Feature, Text, stored
 from bigdssm.features.base import Fault, outside
 from bigdssm.features.ragged import from_arrow
@@ -31,13 +32,14 @@ _IPC = pa.ipc.IpcReadOptions(use_threads=False)
 
 @dataclass(frozen=True)
 class Bad:
-    """What was left out: a row of a block, or (row None) a whole block."""
+    """What was left out: a row of a block, one of its targets (`place` in the sequence), or (row None) the block."""
 
     shard: str
     block: int
     row: int | None
-    rows: int  # how many rows this leaves out
+    rows: int  # how many rows this leaves out; 0 for a target of a row that has others
     reason: str
+    place: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Layout:
         types = {"query_id": pa.int64(), "relevance": pa.float32(), "doc": pa.int64()}
         elsewhere: set[str] = set()
         if sequences:
-            types |= {"sequence": pa.int64(), "end": pa.int32()}
+            types = {"sequence": pa.int64(), "first": pa.int32(), "end": pa.int32()}
             elsewhere = set(sequences[0].schema.names)
         query = {n: f for n, f in stored(schema.query).items() if n not in elsewhere}
         types |= {name: f.raw_type if raw_text else f.arrow_type() for name, f in query.items()}
@@ -103,10 +105,13 @@ def read_block(index: SplitIndex, block: int, layout: Layout) -> tuple[pa.Record
     except (pa.ArrowException, OSError, ValueError) as error:
         return whole(f"it cannot be used: {' '.join(str(error).split())[:200]}")
     bad: dict[int, str] = {}
-    for mask, describe in _row_faults(batch, layout, int(index.partition[block])):
+    partition = int(index.partition[block])
+    for mask, describe in _row_faults(batch, layout, partition):
         for row in np.flatnonzero(mask).tolist():
             bad.setdefault(row, describe(row))
-    return batch, [Bad(str(shard), number, row, 1, reason) for row, reason in sorted(bad.items())]
+    targets = _bad_targets(batch, layout, partition, bad)
+    rows_left_out = [Bad(str(shard), number, row, 1, reason) for row, reason in sorted(bad.items())]
+    return batch, rows_left_out + [Bad(str(shard), number, row, 0, reason, place) for row, place, reason in targets]
 
 
 def read_blocks(
@@ -145,16 +150,10 @@ def decode(content: bytes, layout: Layout) -> pa.RecordBatch:
 def _row_faults(batch: pa.RecordBatch, layout: Layout, partition: int) -> Iterator[Fault]:
     """Yield (mask over rows, what to say of one of them); later checks may rely on rows that earlier ones passed."""
     columns: Mapping[str, pa.Array] = dict(zip(batch.schema.names, batch.columns, strict=True))
-    relevance = columns["relevance"].to_numpy()
-    if not relevance.min(initial=0) >= 0 or not np.isfinite(relevance).all():
-        wrong = ~(np.isfinite(relevance) & (relevance >= 0))
-        yield wrong, lambda row: f"relevance is {relevance[row]}, needs a number of at least 0"
-    doc, num_docs = columns["doc"].to_numpy(), layout.num_docs[partition]
-    if outside(doc, 0, num_docs):
-        what = f"not a row of the catalogue's {num_docs}"
-        yield (doc < 0) | (doc >= num_docs), lambda row: f"unknown document: {doc[row]} is {what}"
     if layout.sequences:
         yield from _sequence_faults(columns, layout.sequences[partition])
+    else:
+        yield from _pair_faults(columns, layout.num_docs[partition])
     for name, feature in layout.query.items():
         if isinstance(feature, Text) and columns[name].type == feature.raw_type:
             yield from feature.raw_faults(columns[name])
@@ -162,12 +161,50 @@ def _row_faults(batch: pa.RecordBatch, layout: Layout, partition: int) -> Iterat
             yield from feature.faults(from_arrow(columns[name]), layout.vocab_size)
 
 
+def _pair_faults(columns: Mapping[str, pa.Array], num_docs: int) -> Iterator[Fault]:
+    relevance = columns["relevance"].to_numpy()
+    if not relevance.min(initial=0) >= 0 or not np.isfinite(relevance).all():
+        wrong = ~(np.isfinite(relevance) & (relevance >= 0))
+        yield wrong, lambda row: f"relevance is {relevance[row]}, needs a number of at least 0"
+    doc = columns["doc"].to_numpy()
+    if outside(doc, 0, num_docs):
+        what = f"not a row of the catalogue's {num_docs}"
+        yield (doc < 0) | (doc >= num_docs), lambda row: f"unknown document: {doc[row]} is {what}"
+
+
 def _sequence_faults(columns: Mapping[str, pa.Array], table: MappedTable) -> Iterator[Fault]:
-    sequence, end = columns["sequence"].to_numpy(), columns["end"].to_numpy()
+    sequence, first, end = (columns[name].to_numpy() for name in ("sequence", "first", "end"))
     outside = (sequence < 0) | (sequence >= table.num_rows)
     if outside.any():
         yield outside, lambda row: f"sequence {sequence[row]} is not a row of the partition's {table.num_rows}"
     lengths = table.lengths("items", np.where(outside, 0, sequence)) if table.num_rows else np.zeros(len(sequence))
-    beyond = ~outside & ((end < 0) | (end > lengths))
+    beyond = ~outside & ((first < 0) | (end <= first) | (end > lengths))
     if beyond.any():
-        yield beyond, lambda row: f"history end {end[row]} is outside its sequence of {lengths[row]} events"
+        yield (
+            beyond,
+            lambda row: f"targets {first[row]} to {end[row]} are no part of its sequence of {lengths[row]} events",
+        )
+
+
+def _bad_targets(
+    batch: pa.RecordBatch, layout: Layout, partition: int, bad: dict[int, str]
+) -> list[tuple[int, int, str]]:
+    """Return (row, place, reason) of targets that cannot be used; a row that has no other is added to `bad`."""
+    if not layout.sequences:
+        return []
+    usable = np.setdiff1d(np.arange(batch.num_rows), list(bad))
+    columns = [batch.column(batch.schema.get_field_index(n)).to_numpy()[usable] for n in ("sequence", "first", "end")]
+    targets = Targets.of(layout.sequences[partition], *(column.astype(np.int64) for column in columns))
+    num_docs = layout.num_docs[partition]
+    good = targets.good(num_docs)
+    if good.all():
+        return []
+    left = np.bincount(targets.row[good], minlength=len(usable))
+    alone = []
+    for number, reason in targets.faults(num_docs):
+        row = int(usable[targets.row[number]])
+        if left[targets.row[number]]:
+            alone.append((row, int(targets.place[number]), reason))
+        else:
+            bad.setdefault(row, reason)
+    return alone

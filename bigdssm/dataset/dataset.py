@@ -23,13 +23,15 @@ from bigdssm.dataset.mapped import MappedTable
 from bigdssm.dataset.mixture import MixtureBatches, MixturePart
 from bigdssm.dataset.remote import RemoteFolder, is_url
 from bigdssm.dataset.rows import Rows
+from bigdssm.dataset.sequences import Targets
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import History, TextTokenizer
+from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.features.ragged import Column, from_arrow, offsets_of
 from bigdssm.log import get_logger
 from bigdssm.schema import Schema
 
-FORMAT = 1
+FORMAT = 2
 log = get_logger(__name__)
 
 
@@ -43,6 +45,11 @@ class Partition:
     num_docs: int = 0  # rows of its dataset's catalogue
     first_doc: int = 0  # where that catalogue begins in the one of several joined datasets
     remote: RemoteFolder | None = None  # where the dataset is at a URL
+
+    @property
+    def sequence_files(self) -> list[Path]:
+        """Return the files of its sequences, in order; none for pairs."""
+        return [_inside(self.folder, part["file"]) for part in self.content.get("sequences", [])]
 
     @property
     def identity(self) -> str:
@@ -83,13 +90,11 @@ class Dataset:
         got, expected = self.catalogue.file_rows, [file.rows for file in catalogue_files]
         if got != expected:
             raise DataError(f"{self.dir}/catalogue: the files have {got} rows, dataset.json says {expected}")
-        present = [(partition.folder / "sequences.arrow").exists() for partition in partitions]
-        if any(present) and not all(present):
-            missing = partitions[present.index(False)].folder / "sequences.arrow"
-            raise DataError(f"{missing} is missing, other partitions have theirs; copy the dataset whole")
-        paths = [partition.folder / "sequences.arrow" for partition in partitions if any(present)]
-        tables = tuple(MappedTable([path]) for path in paths)
-        self.sequences = MappedTable(paths) if paths else None
+        files = [partition.sequence_files for partition in partitions]
+        if any(files) and not all(files):
+            raise DataError(f"{partitions[files.index([])].folder} has no sequences, other partitions have some")
+        tables = tuple(MappedTable(paths) for paths in files if paths)
+        self.sequences = MappedTable([path for paths in files for path in paths]) if tables else None
         self._sequence_base = offsets_of(np.array([table.num_rows for table in tables], np.int64))
         self.layout = Layout.of(
             head.schema, num_docs=tuple(partition.num_docs for partition in partitions),
@@ -118,7 +123,10 @@ class Dataset:
         folder = remote.dir if remote else Path(folder)
         content = _read_json(folder / "dataset.json", f"{folder} is no dataset; bigdssm make_shards makes one")
         if content.get("format") != FORMAT:
-            raise DataError(f"{folder}/dataset.json has format {content.get('format')}, this version reads {FORMAT}")
+            raise DataError(
+                f"{folder}/dataset.json has format {content.get('format')}, this version reads {FORMAT}; make it "
+                "again with bigdssm make_shards"
+            )
         schema = Schema.load(folder)
         if content["schema"] != schema.fingerprint():
             raise DataError(f"{folder}/schema.json is not the one that dataset.json was written with; copy both again")
@@ -176,6 +184,10 @@ class Dataset:
         """Return the rows of a split, 0 where the dataset has none."""
         return sum(partition.content["splits"].get(split, {"rows": 0})["rows"] for partition in self.partitions)
 
+    def num_queries(self, split: str) -> int:
+        """Return the queries that the rows of a split give, 0 where the dataset has none."""
+        return sum(partition.content["splits"].get(split, {"queries": 0})["queries"] for partition in self.partitions)
+
     def doc_counts(self, partitions: range | None = None) -> np.ndarray:
         """Return the train positives of every document, int64 [num_docs], summed over the partitions (or some)."""
         total = np.zeros(self.catalogue.num_docs, np.int64)
@@ -203,33 +215,52 @@ class Dataset:
             )
 
     def rows(self, split: str, step: int, row_ids: np.ndarray, batch: pa.RecordBatch) -> Rows:
-        """Return block columns (`layout.types`) with row ids as Rows: histories and the sequences' features added."""
+        """Return block columns (`layout.types`) with row ids as Rows: targets and histories come from the sequences."""
         columns = {n: self._column(n, c) for n, c in zip(batch.schema.names, batch.columns, strict=True)}
-        sequence = end = None
-        if self.sequences is not None:
-            sequence, end = np.asarray(columns["sequence"]), np.asarray(columns["end"])
-        doc = np.asarray(columns["doc"])
+        partition = np.zeros(len(row_ids), np.int64)
         if len(self.partitions) > 1:
             index = self.index(split)
             partition = index.partition[np.searchsorted(index.first_row, row_ids, "right") - 1]
-            sequence = None if sequence is None else sequence + self._sequence_base[partition]
-            doc = doc + self._first_doc[partition]
-        query: dict[str, Column] = {}
-        for name, feature in self.schema.query.items():
-            if name in columns:
-                query[name] = columns[name]
-            elif self.sequences is None or sequence is None or end is None:
-                raise DataError(f"{self.dir}: query feature {name} stands neither in the blocks nor in sequences.arrow")
-            elif isinstance(feature, History):
-                last = end.astype(np.int64)
-                items = self.sequences.take_slices("items", sequence, np.maximum(0, last - feature.max_items), last)
-                query[name] = type(items)(self.catalogue.codes(str(feature.of), items.values), items.offsets)
-            else:
-                query[name] = self.sequences.take(name, sequence)
+        if self.sequences is not None:
+            sequence, first, end = (np.asarray(columns[name], np.int64) for name in ("sequence", "first", "end"))
+            sequence = sequence + self._sequence_base[partition]
+            return self._pieces(split, step, row_ids, self.sequences, sequence, first, end)
+        query = {name: columns[name] for name in self.schema.query}
         return Rows(
-            step=step, row_ids=row_ids, query=query, sequence=sequence, end=end, sequences=self.sequences, doc_rows=doc,
+            step=step, row_ids=row_ids, query=query, doc_rows=np.asarray(columns["doc"]) + self._first_doc[partition],
             relevance=np.asarray(columns["relevance"]), query_ids=np.asarray(columns["query_id"]),
         )  # fmt: skip
+
+    def _pieces(
+        self, split: str, step: int, row_ids: np.ndarray, table: MappedTable,
+        sequence: np.ndarray, first: np.ndarray, end: np.ndarray,
+    ) -> Rows:  # fmt: skip
+        """Return rows that are pieces of sequences: a query for each target that can be used."""
+        targets = Targets.of(table, sequence, first, end)
+        targets = targets.take(targets.good(self.catalogue.num_docs))
+        query: dict[str, Column] = {}
+        left_edge = end - 1
+        for name, feature in self.schema.query.items():
+            if isinstance(feature, History):
+                # what the last query has seen; the others, of one left edge with it, have seen less of it
+                left_edge = np.maximum(0, end - 1 - feature.max_items)
+                items = table.take_slices("items", sequence, left_edge, end - 1)
+                query[name] = type(items)(self._codes(str(feature.of), items.values), items.offsets)
+            else:
+                query[name] = table.take(name, sequence)
+        single = self.num_queries(split) == self.num_rows(split)
+        return Rows(
+            step=step, row_ids=row_ids, query=query, doc_rows=targets.item, relevance=targets.relevance,
+            query_ids=np.asarray(table.take("query_id", sequence[targets.row])), row=None if single else targets.row,
+            place=targets.place, left_edge=left_edge, sequence=sequence, sequences=table,
+        )  # fmt: skip
+
+    def _codes(self, feature: str, docs: np.ndarray) -> np.ndarray:
+        """Return the codes of catalogue rows in a history; of one that is none, which is bad as a target, unknown."""
+        known = (docs >= 0) & (docs < self.catalogue.num_docs)
+        if known.all():
+            return self.catalogue.codes(feature, docs)
+        return np.where(known, self.catalogue.codes(feature, np.where(known, docs, 0)), OUT_OF_VOCABULARY)
 
     def _column(self, name: str, array: pa.Array) -> Column:
         """Return a block's column, texts tokenised."""
@@ -266,11 +297,12 @@ class Dataset:
         batch, bad = read_block(index, block, self.layout)
         for fault in bad:
             where = "" if fault.row is None else f", row {fault.row}"
+            where += "" if fault.place is None else f", place {fault.place}"
             log.warning("left out: %s%s: %s", index.name(block), where, fault.reason)
         if batch is None:
             return np.empty(0, np.int64), empty_batch(self.layout)
         row_ids = np.arange(index.first_row[block], index.first_row[block + 1])
-        good = np.setdiff1d(np.arange(batch.num_rows), [fault.row for fault in bad])
+        good = np.setdiff1d(np.arange(batch.num_rows), [fault.row for fault in bad if fault.rows])
         return (row_ids[good], batch.take(pa.array(good))) if bad else (row_ids, batch)
 
 
@@ -306,7 +338,7 @@ def _hash(content: bytes) -> str:
 
 def _inside(folder: Path, place: str) -> Path:
     if Path(place).is_absolute() or ".." in Path(place).parts:
-        raise DataError(f"{folder}/dataset.json names a file {place!r}, not a plain path inside it; refused")
+        raise DataError(f"{folder}: its metadata names a file {place!r}, not a plain path inside it; refused")
     return folder / place
 
 

@@ -19,7 +19,7 @@ from bigdssm.dataset.remote import RemoteFile
 from bigdssm.errors import DataError
 from bigdssm.features.ragged import offsets_of
 
-COLUMNS = {"offset": np.int64, "size": np.int64, "rows": np.int32, "checksum": np.uint64}
+COLUMNS = {"offset": np.int64, "size": np.int64, "rows": np.int32, "queries": np.int64, "checksum": np.uint64}
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class SplitIndex:
     offset: np.ndarray  # int64: of the block's bytes in the shard
     size: np.ndarray  # int64
     rows: np.ndarray  # int32
+    queries: np.ndarray  # int64: that its rows give
     checksum: np.ndarray  # uint64: xxh3_64 of the bytes
 
     @cached_property
@@ -44,6 +45,11 @@ class SplitIndex:
     def num_rows(self) -> int:
         """Return the rows of the split."""
         return int(self.first_row[-1])
+
+    @property
+    def num_queries(self) -> int:
+        """Return the queries that the rows of the split give."""
+        return int(self.queries.sum())
 
     @property
     def num_blocks(self) -> int:
@@ -59,7 +65,7 @@ class SplitIndex:
         """Return the blocks of several partitions below each other."""
         if len(parts) == 1:
             return parts[0]
-        names = ("partition", "block", "offset", "size", "rows", "checksum")
+        names = ("partition", "block", "offset", "size", "rows", "queries", "checksum")
         arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
         bases = np.cumsum([0] + [len(part.shards) for part in parts[:-1]])
         shard = np.concatenate([part.shard + np.int32(base) for part, base in zip(parts, bases, strict=True)])
@@ -89,12 +95,13 @@ def read_index(folder: Path, split: str, expected: dict[str, object], partition:
     for name in names:
         if "/" in name or "\\" in name or name.startswith(".") or not name.endswith(".tar"):
             raise DataError(f"{path}: shard name {name!r} is not a plain file name ending in .tar; refused")
-    size, rows, offset = arrays["size"], arrays["rows"], arrays["offset"]
-    if len(rows) and (size.min() < 1 or rows.min() < 1 or offset.min() < 0):
+    size, rows, queries, offset = (arrays[key] for key in ("size", "rows", "queries", "offset"))
+    if len(rows) and (size.min() < 1 or rows.min() < 1 or offset.min() < 0 or (queries < rows).any()):
         raise DataError(f"{path} has blocks without bytes or rows; make the dataset again")
-    if (int(rows.sum()), len(rows)) != (expected["rows"], expected["blocks"]):
-        got = f"{int(rows.sum())} rows in {len(rows)} blocks"
-        raise DataError(f"{path} has {got}, partition.json says {expected['rows']} in {expected['blocks']}")
+    found = int(rows.sum()), int(queries.sum()), len(rows)
+    if found != (wanted := tuple(expected[key] for key in ("rows", "queries", "blocks"))):
+        got, said = ("{} rows of {} queries in {} blocks".format(*counts) for counts in (found, wanted))
+        raise DataError(f"{path} has {got}, partition.json says {said}")
     count = len(rows)
     return SplitIndex(
         shards=tuple(folder / name for name in names),

@@ -69,7 +69,7 @@ def _check_same(first: Dataset, other: Dataset, name: str) -> None:
         difference = "the tokenizers differ"
     for what, mine, its in (
         ("texts", first.head.text, other.head.text),
-        ("sequences.arrow", first.sequences is not None, other.sequences is not None),
+        ("sequences", first.sequences is not None, other.sequences is not None),
     ):
         if difference is None and mine != its:
             difference = f"{what}: {mine} against {its}"

@@ -132,11 +132,9 @@ class RemoteFolder:
             return
         for split, described in content["splits"].items():
             self._large(f"{place}/{split}.index.arrow", described["index_checksum"])
-        for key, name in (("counts_checksum", "counts.npy"), ("sequences_checksum", "sequences.arrow")):
-            if key in content:
-                self._large(f"{place}/{name}", content[key])
-            elif "counts_checksum" not in content:  # a writer that records none
-                self._small(f"{place}/{name}", optional=True)
+        self._large(f"{place}/counts.npy", content["counts_checksum"])
+        for part in content.get("sequences", []):
+            self._large(f"{place}/{part['file']}", part["checksum"])
 
     def _json(self, place: str, fix: str) -> dict[str, Any]:
         content = self._small(place, fix=fix)

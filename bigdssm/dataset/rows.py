@@ -1,9 +1,12 @@
-"""Decoded rows, before they become tensors."""
+"""Decoded rows, before they become tensors. A row gives one query or, where it is a piece of a sequence, several.
+
+Shapes: R rows, m queries.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,16 +18,18 @@ from bigdssm.features.ragged import Column
 
 @dataclass(frozen=True)
 class Rows:
-    """m rows as columns; a history holds the newest items' codes, oldest first."""
+    """Rows as columns; a history holds the codes of what its row's last query has seen, the newest, oldest first."""
 
     step: int
-    row_ids: np.ndarray  # int64 [m]: the row's number in the split
-    query: dict[str, Column]
+    row_ids: np.ndarray  # int64 [R]: the row's number in the split
+    query: dict[str, Column]  # of each row
     doc_rows: np.ndarray  # int64 [m]: catalogue rows; -1 without a catalogue
     relevance: np.ndarray  # float32 [m]
     query_ids: np.ndarray  # int64 [m]
-    sequence: np.ndarray | None = None  # int64 [m]: the number of the row's sequence
-    end: np.ndarray | None = None  # int32 [m]: the row's history is items[:end] of its sequence
+    row: np.ndarray | None = None  # int64 [m], ascending: the row of each query; None: each row is one
+    place: np.ndarray | None = None  # int64 [m]: the query has seen items[:place] of its sequence
+    left_edge: np.ndarray | None = None  # int64 [R]: its history begins with items[left_edge]
+    sequence: np.ndarray | None = None  # int64 [R]: the number of the row's sequence
     doc: dict[str, Column] = field(default_factory=dict)  # rows that bring their documents: the features of each
     doc_ids: np.ndarray | None = None  # int64 [m], of rows that bring their documents
     sequences: MappedTable | None = field(default=None, repr=False, compare=False)
@@ -33,36 +38,56 @@ class Rows:
         """Return the number of rows."""
         return len(self.row_ids)
 
+    @property
+    def num_queries(self) -> int:
+        """Return m."""
+        return len(self.query_ids)
+
+    @property
+    def row_of_query(self) -> np.ndarray:
+        """Return the row of each query, int64 [m]."""
+        return np.arange(len(self)) if self.row is None else self.row
+
     def seen_ragged(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the catalogue rows of every event before each row's own: values, offsets (int64 [m + 1]).
+        """Return the catalogue rows of every event before each query's own: values, offsets (int64 [m + 1]).
 
         Without sequences nothing is seen.
         """
-        if self.sequences is None or self.sequence is None or self.end is None:
-            return np.empty(0, np.int64), np.zeros(len(self) + 1, np.int64)
-        begin = np.zeros_like(self.sequence)
-        seen = self.sequences.take_slices("items", self.sequence, begin, self.end.astype(np.int64))
-        return seen.values, seen.offsets
+        if self.sequences is None or self.sequence is None or self.place is None:
+            return np.empty(0, np.int64), np.zeros(self.num_queries + 1, np.int64)
+        sequence = self.sequence[self.row_of_query]
+        seen = self.sequences.take_slices("items", sequence, np.zeros_like(sequence), self.place)
+        return seen.values.astype(np.int64, copy=False), seen.offsets
 
     def seen(self, i: int) -> np.ndarray:
-        """Return the catalogue rows of every event before row i's own, int64, oldest first."""
-        if self.sequences is None or self.sequence is None or self.end is None:
+        """Return the catalogue rows of every event before query i's own, int64, oldest first."""
+        if self.sequences is None or self.sequence is None or self.place is None:
             return np.empty(0, np.int64)
-        end = self.end[i : i + 1].astype(np.int64)
-        return self.sequences.take_slices("items", self.sequence[i : i + 1], np.zeros(1, np.int64), end)[0]
+        sequence = self.sequence[self.row_of_query[i : i + 1]]
+        seen = self.sequences.take_slices("items", sequence, np.zeros(1, np.int64), self.place[i : i + 1])
+        return seen[0].astype(np.int64, copy=False)
 
     def take(self, rows: np.ndarray) -> Rows:
-        """Return the given rows (int64), in the given order."""
+        """Return the given rows (int64), in the given order, with all their queries."""
+        row, queries = None, rows
+        if self.row is not None:
+            edges = np.searchsorted(self.row, np.arange(len(self) + 1))
+            found = ragged.gather_ranges(np.arange(self.num_queries), edges[rows], edges[rows + 1])
+            row, queries = np.repeat(np.arange(len(rows)), found.lengths), found.values
+        return replace(self._taken(rows, queries), row=row)
 
-        def taken(name: str) -> Any:
-            return None if getattr(self, name) is None else getattr(self, name)[rows]
+    def _taken(self, rows: np.ndarray, queries: np.ndarray) -> Rows:
+        def taken(names: Sequence[str], places: np.ndarray) -> dict[str, Any]:
+            present = [name for name in names if getattr(self, name) is not None]
+            return {name: getattr(self, name)[places] for name in present}
 
         return Rows(
             step=self.step,
             query={name: ragged.take(column, rows) for name, column in self.query.items()},
             doc={name: ragged.take(column, rows) for name, column in self.doc.items()},
             sequences=self.sequences,
-            **{name: taken(name) for name in _ARRAYS},
+            **taken(_OF_ROWS, rows),
+            **taken(_OF_QUERIES, queries),
         )
 
     @classmethod
@@ -74,13 +99,19 @@ class Rows:
         def together(name: str) -> Any:
             return None if getattr(parts[0], name) is None else np.concatenate([getattr(part, name) for part in parts])
 
+        row = None
+        if parts[0].row is not None:
+            bases = np.cumsum([0] + [len(part) for part in parts[:-1]])
+            row = np.concatenate([part.row_of_query + base for part, base in zip(parts, bases, strict=True)])
         return cls(
             step=parts[0].step,
             query={name: ragged.concat([part.query[name] for part in parts]) for name in parts[0].query},
             doc={name: ragged.concat([part.doc[name] for part in parts]) for name in parts[0].doc},
             sequences=parts[0].sequences,
-            **{name: together(name) for name in _ARRAYS},
+            row=row,
+            **{name: together(name) for name in _OF_ROWS + _OF_QUERIES},
         )
 
 
-_ARRAYS = ("row_ids", "doc_rows", "relevance", "query_ids", "sequence", "end", "doc_ids")
+_OF_ROWS = ("row_ids", "sequence", "left_edge")
+_OF_QUERIES = ("doc_rows", "relevance", "query_ids", "place", "doc_ids")

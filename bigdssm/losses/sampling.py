@@ -59,11 +59,11 @@ def apply_sampling(
     return Biases(beta, add_biases(neg_bias, correction))
 
 
-def log_expected_from_counts(counts: Tensor, documents: Tensor, num_columns: int, num_uniform: int = 0) -> Tensor:
+def log_expected_from_counts(counts: Tensor, documents: Tensor, num_columns: float, num_uniform: int = 0) -> Tensor:
     """Return log c float64 [n] of `documents` (catalogue rows) from the catalogue's counts [num_documents].
 
-    num_columns of the global batch follow the data, num_uniform are drawn uniformly from the catalogue (mixed negative
-    sampling); a document never seen counts as seen once. Raises: LossInputError.
+    num_columns of the global batch, on average, follow the data, num_uniform are drawn uniformly from the catalogue
+    (mixed negative sampling); a document never seen counts as seen once. Raises: LossInputError.
     Source: Yang et al. 2020 (mixed negative sampling), eq. 4, times the number of columns.
     """
     if bool((counts < 0).any()):

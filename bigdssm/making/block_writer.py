@@ -10,6 +10,7 @@ import pyarrow as pa
 import xxhash
 from webdataset import TarWriter
 
+from bigdssm.dataset.index import COLUMNS
 from bigdssm.hashing import file_checksum
 from bigdssm.making.journal import State
 
@@ -25,6 +26,13 @@ def block_rows(num_rows: int) -> int:
     return max(MIN_BLOCK_ROWS, min(MAX_BLOCK_ROWS, num_rows // WANTED_BLOCKS))
 
 
+def num_queries(table: pa.Table) -> int:
+    """Return the queries that rows give: one each or, where they are pieces of sequences, one for every target."""
+    if "first" not in table.column_names:
+        return int(table.num_rows)
+    return int(table.column("end").to_numpy().sum() - table.column("first").to_numpy().sum())
+
+
 class SplitWriter:
     """Cuts the rows it is given into blocks and writes them; `close` writes the index and returns the split's entry."""
 
@@ -35,7 +43,7 @@ class SplitWriter:
         self._num_pending = 0
         self._shards: list[str] = []
         self._writer: TarWriter | None = None
-        self._index: dict[str, list[int]] = {name: [] for name in ("shard", "offset", "size", "rows", "checksum")}
+        self._index: dict[str, list[int]] = {name: [] for name in ("shard", *COLUMNS)}
         if state is not None:
             self._shards, self._index = list(state["shards"]), {name: list(v) for name, v in state["index"].items()}
         self.num_finished = len(self._shards)
@@ -64,7 +72,7 @@ class SplitWriter:
             self._pending, self._num_pending = [table.slice(whole)], table.num_rows - whole
 
     def close(self) -> dict[str, Any]:
-        """Write what is left and the index; return {"rows", "blocks", "shards", "index_checksum"}."""
+        """Write what is left and the index; return {"rows", "queries", "blocks", "shards", "index_checksum"}."""
         if self._num_pending:
             self._write_block(pa.concat_tables(self._pending))
         if self._writer is not None:
@@ -72,13 +80,13 @@ class SplitWriter:
         path = self._folder / f"{self._split}.index.arrow"
         index = self._index
         shard = pa.DictionaryArray.from_arrays(np.array(index["shard"], np.int32), pa.array(self._shards, pa.string()))
-        dtypes = {"offset": np.int64, "size": np.int64, "rows": np.int32, "checksum": np.uint64}
-        columns = {"shard": shard, **{name: pa.array(np.array(index[name], dtype)) for name, dtype in dtypes.items()}}
+        columns = {"shard": shard, **{name: pa.array(np.array(index[name], dtype)) for name, dtype in COLUMNS.items()}}
         batch = pa.RecordBatch.from_pydict(columns)
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
             writer.write_batch(batch)
         return {
             "rows": self.num_rows,
+            "queries": sum(index["queries"]),
             "blocks": len(index["rows"]),
             "shards": self._shards,
             "index_checksum": file_checksum(path, bits=64),
@@ -98,8 +106,15 @@ class SplitWriter:
             self._writer = TarWriter(self._stream, encoder=False, mtime=0)
         offset = self._writer.tarstream.offset + TAR_HEADER_BYTES
         self._writer.write({"__key__": f"{len(self._index['rows']):08d}", "arrow": content})
-        entry = (len(self._shards) - 1, offset, len(content), table.num_rows, xxhash.xxh3_64_intdigest(content))
-        for name, value in zip(self._index, entry, strict=True):
+        entry = {
+            "shard": len(self._shards) - 1,
+            "offset": offset,
+            "size": len(content),
+            "rows": table.num_rows,
+            "queries": num_queries(table),
+            "checksum": xxhash.xxh3_64_intdigest(content),
+        }
+        for name, value in entry.items():
             self._index[name].append(value)
 
     def _close_shard(self) -> None:

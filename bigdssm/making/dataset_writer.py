@@ -21,6 +21,8 @@ from typing import Any, Literal
 import numpy as np
 
 from bigdssm.atomic import UNFINISHED, aside_of, real_place, recover, remove, replace_folder, write_json
+from bigdssm.dataset.dataset import FORMAT
+from bigdssm.dataset.mapped import MappedTable
 from bigdssm.errors import BigDSSMError, ConfigError, DataError
 from bigdssm.hashing import file_checksum
 from bigdssm.making.journal import Journal, State
@@ -29,7 +31,6 @@ from bigdssm.schema import SCHEMA_FILE, Schema
 DATASET_FILE, QUARANTINE_FILE = "dataset.json", "quarantine.jsonl"
 TOKENIZER, CATALOGUE, PARTITIONS = "tokenizer", "catalogue", "partitions"
 LOCK, READING, WRITING = "lock", "reading.npz", "writing.npz"
-FORMAT = 1
 PREVIOUS_SCHEMA = "schema.previous.json"
 PARTICULAR = (
     r"'.*'|\".*\"|(?<!\S)-?\d[\d.,e+-]*(?![\w-])"  # what one bad row's reason has and another's of the kind has not
@@ -188,15 +189,19 @@ class DatasetWriter:
         self.quarantine.close()
         np.save(self.partition_dir / "counts.npy", counts)
         described = {"name": self.partition, "splits": splits, "num_docs": len(counts)}
-        for file, key in (("counts.npy", "counts_checksum"), ("sequences.arrow", "sequences_checksum")):
-            if (self.partition_dir / file).exists():
-                described[key] = file_checksum(self.partition_dir / file, bits=64)
+        described["counts_checksum"] = file_checksum(self.partition_dir / "counts.npy", bits=64)
+        if parts := sorted(self.partition_dir.glob("sequences-*.arrow")):
+            rows = MappedTable(parts).file_rows
+            described["sequences"] = [
+                {"file": path.name, "rows": count, "checksum": file_checksum(path, bits=64)}
+                for path, count in zip(parts, rows, strict=True)
+            ]
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
         write_json(self.partition_dir / "partition.json", {**described, "fingerprint": digest[:16]})
-        parts = list(self.content["catalogue"])
+        catalogue = list(self.content["catalogue"])
         if new_docs:
             file = f"{CATALOGUE}/{self.catalogue_file.name}"
-            parts.append({"file": file, "rows": new_docs, "checksum": catalogue_checksum})
+            catalogue.append({"file": file, "rows": new_docs, "checksum": catalogue_checksum})
         dataset = {
             "format": FORMAT,
             "name": self.out.resolve().name,
@@ -204,7 +209,7 @@ class DatasetWriter:
             "text": self.content["text"],
             "ids": self.content["ids"],
             "tokenizer": self._tokenizer_checksums(),
-            "catalogue": parts,
+            "catalogue": catalogue,
             PARTITIONS: [*self.content[PARTITIONS], self.partition],
         }
         schema.save(self.staging)
@@ -265,6 +270,16 @@ class DatasetWriter:
         self._lock.close()
 
 
+def sequence_files(partition: Path) -> list[Path]:
+    """Return the files of a partition's sequences; none where it holds pairs. Raises DataError where it is damaged."""
+    path = partition / "partition.json"
+    try:
+        parts = json.loads(path.read_text(encoding="utf-8")).get("sequences", [])
+        return [partition / part["file"] for part in parts]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged: {error!r}") from None
+
+
 def read_dataset_json(folder: Path) -> dict[str, Any]:
     """Return the content of a dataset's dataset.json. Raises DataError where it is missing or not of this format."""
     path = folder / DATASET_FILE
@@ -276,7 +291,9 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged: {error!r}") from None
     if not known:
-        raise DataError(f"{path} has format {content['format']}, this version reads {FORMAT}")
+        raise DataError(
+            f"{path} has format {content['format']}, this version reads {FORMAT}; make it again with make_shards"
+        )
     return dict(content)
 
 

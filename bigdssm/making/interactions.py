@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,7 @@ import pyarrow as pa
 
 from bigdssm.config import DataConfig
 from bigdssm.dataset.mapped import MappedTable
+from bigdssm.dataset.sequences import ROWS_PER_FILE
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import TextTokenizer, encode_columns, stored, texts_of
 from bigdssm.features.columns import RowCheck, SourceBatch, check_one_unit, is_empty, relevances, strings, times
@@ -25,7 +27,7 @@ from bigdssm.features.fitting import canonical
 from bigdssm.features.ragged import Ragged, gather_ranges, offsets_of
 from bigdssm.making.catalogue_writer import KEY_COLUMNS, CatalogueWriter, check_names
 from bigdssm.making.column_file import ColumnFile
-from bigdssm.making.dataset_writer import PARTITIONS, DatasetWriter
+from bigdssm.making.dataset_writer import PARTITIONS, DatasetWriter, sequence_files
 from bigdssm.making.journal import State
 from bigdssm.making.making import (
     BLOCK_COLUMNS,
@@ -45,6 +47,8 @@ from bigdssm.tables.sources import ROWS_PER_BATCH, check_table, read_table
 
 Split = Literal["leave-one-out", "time", "train"]
 SPLITS = ("train", "validation", "test")
+_EVENT_TYPES = {"items": pa.int32(), "relevance": pa.float32()}
+_FIRST_EVENT, _LAST_EVENT = "first event", "last event"  # of a row; not written
 EVENT_SCHEMA = pa.schema(
     [("sequence", pa.int64()), ("item", pa.int64()), ("time", pa.float64()), ("relevance", pa.float32())]
 )
@@ -106,12 +110,14 @@ def make_interactions(
         writer.quarantine.check()
         events, notes, num_docs = making.events(), making.notes, making.catalogue.num_docs
         schema, text = fit(writer, making.fitting, making.texts)
-        prior = _prior_items(writer, hash_strings(events.keys))
+        prior = _prior_events(writer, hash_strings(events.keys))
         if not writer.written.get("sequences"):
             making.write_sequences(events, prior, schema, text)
             writer.note(sequences=True)
-        rows = _rows(tables, target, events, prior)
-        splits, counts = write_splits(writer, rows, _Rows.columns, num_docs, notes, progress)
+        rows = _rows(tables, target, events, prior, config.targets_per_row)
+        splits, counts = write_splits(
+            writer, rows, _block_columns, partial(_positives, events), num_docs, notes, progress
+        )  # fmt: skip
         return commit(writer, making.catalogue, schema, text, splits, counts, started, notes)
 
 
@@ -269,99 +275,144 @@ class _InteractionMaking:
         user = self.users.find(query_ids)
         return table.take(pa.array(np.where(user < 0, spool.num_rows, user)))
 
-    def write_sequences(self, events: _Events, prior: Ragged, schema: Schema, text: TextTokenizer | None) -> None:
-        """Write every sequence's items, earlier partitions' before its own, and its user's features."""
+    def write_sequences(
+        self, events: _Events, prior: dict[str, Ragged], schema: Schema, text: TextTokenizer | None
+    ) -> None:
+        """Write every sequence's events, earlier partitions' before its own, and its user's features."""
         query_ids, features = hash_strings(events.keys), stored(schema.query)
-        own = Ragged(events.item, events.offsets)
-        both = np.concatenate([prior.values, own.values])
-        starts = np.stack([prior.offsets[:-1], own.offsets[:-1] + len(prior.values)], 1).ravel()
-        ends = np.stack([prior.offsets[1:], own.offsets[1:] + len(prior.values)], 1).ravel()
-        items = gather_ranges(both, starts, ends)  # prior and own items of each sequence in turn
-        columns = {
-            "query_key": events.keys,
-            "query_id": pa.array(query_ids),
-            "items": pa.LargeListArray.from_arrays(pa.array(items.offsets[::2]), pa.array(items.values)),
+        both = {
+            "items": _joined(prior["items"], Ragged(events.item.astype(np.int32), events.offsets)),
+            "relevance": _joined(prior["relevance"], Ragged(events.relevance, events.offsets)),
         }
-        if features:
-            columns |= encode_columns(self._features_of(query_ids), features, text, large=True)
-        types = {"query_key": pa.string(), "query_id": pa.int64(), "items": pa.large_list(pa.int64())}
+        types = {"query_key": pa.string(), "query_id": pa.int64()}
+        types |= {name: pa.large_list(_EVENT_TYPES[name]) for name in both}
         types |= {name: feature.arrow_type(large=True) for name, feature in features.items()}
-        path = self.writer.partition_dir / "sequences.arrow"
-        file = ColumnFile(path, pa.schema(list(types.items())), self.writer.spool)
-        file.append(columns)
-        file.finish()
+        for number, first in enumerate(range(0, len(events.keys), ROWS_PER_FILE)):
+            some = slice(first, first + ROWS_PER_FILE)
+            columns = {"query_key": events.keys[some], "query_id": pa.array(query_ids[some])}
+            for name, lists in both.items():
+                offsets = lists.offsets[first : first + ROWS_PER_FILE + 1]
+                values = pa.array(lists.values[offsets[0] : offsets[-1]])
+                columns[name] = pa.LargeListArray.from_arrays(pa.array(offsets - offsets[0]), values)
+            if features:
+                columns |= encode_columns(self._features_of(query_ids[some]), features, text, large=True)
+            path = self.writer.partition_dir / f"sequences-{number:06d}.arrow"
+            file = ColumnFile(path, pa.schema(list(types.items())), self.writer.spool)
+            file.append(columns)
+            file.finish()
 
 
-def _prior_items(writer: DatasetWriter, query_ids: np.ndarray) -> Ragged:
-    """Return each sequence's items up to the partitions that are there already: the newest that knows it has all."""
-    prior = Ragged(np.empty(0, np.int64), np.zeros(len(query_ids) + 1, np.int64))
-    for name in writer.content[PARTITIONS]:
-        path = writer.out / PARTITIONS / name / "sequences.arrow"
-        if not path.exists():
-            raise DataError(f"{path} does not exist: partition {name!r} holds pairs, not interactions")
-        table = MappedTable([path])
+def _joined(prior: Ragged, own: Ragged) -> Ragged:
+    """Return each sequence's prior values and its own behind them."""
+    both = np.concatenate([prior.values, own.values])
+    starts = np.stack([prior.offsets[:-1], own.offsets[:-1] + len(prior.values)], 1).ravel()
+    ends = np.stack([prior.offsets[1:], own.offsets[1:] + len(prior.values)], 1).ravel()
+    joined = gather_ranges(both, starts, ends)
+    return Ragged(joined.values, joined.offsets[::2])
+
+
+def _prior_events(writer: DatasetWriter, query_ids: np.ndarray) -> dict[str, Ragged]:
+    """Return each sequence's events up to the partitions that are there already: the newest that knows it has all."""
+    none = np.zeros(len(query_ids) + 1, np.int64)
+    prior = {name: Ragged(np.empty(0, kind.to_pandas_dtype()), none) for name, kind in _EVENT_TYPES.items()}
+    for partition in writer.content[PARTITIONS]:
+        files = sequence_files(writer.out / PARTITIONS / partition)
+        if not files:
+            raise DataError(f"{writer.out}: partition {partition!r} holds pairs, not interactions")
+        table = MappedTable(files)
         known = table.whole("query_id")
         order = np.argsort(known)
         at = order[np.minimum(np.searchsorted(known, query_ids, sorter=order), len(known) - 1)]
         hit = np.flatnonzero(known[at] == query_ids)
-        found = table.take("items", at[hit])
-        assert isinstance(found, Ragged)
-        values = np.concatenate([prior.values, found.values])
-        starts, ends = prior.offsets[:-1].copy(), prior.offsets[1:].copy()
-        starts[hit] = found.offsets[:-1] + len(prior.values)
-        ends[hit] = found.offsets[1:] + len(prior.values)
-        prior = gather_ranges(values, starts, ends)
+        for name, before in prior.items():
+            found = table.take(name, at[hit])
+            assert isinstance(found, Ragged)
+            starts, ends = before.offsets[:-1].copy(), before.offsets[1:].copy()
+            starts[hit] = found.offsets[:-1] + len(before.values)
+            ends[hit] = found.offsets[1:] + len(before.values)
+            prior[name] = gather_ranges(np.concatenate([before.values, found.values]), starts, ends)
     return prior
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """The rows of one split: `chosen` (int64) of the events, see SplitRows."""
+class _Pieces:
+    """The rows of one split, pieces of the sorted events; see SplitRows. All arrays are [rows]."""
 
     events: _Events
-    query_ids: np.ndarray  # int64 [sequences]
-    end: np.ndarray  # int32 [events]
-    chosen: np.ndarray
+    place: np.ndarray  # int64 [events]: in the whole sequence
+    first: np.ndarray  # int64: the first target, an event
+    last: np.ndarray  # int64: the last
 
     @property
     def num_rows(self) -> int:
-        return len(self.chosen)
+        return len(self.first)
 
     def tables(self) -> Iterator[pa.Table]:
-        for start in range(0, len(self.chosen), ROWS_PER_BATCH):
-            places = self.chosen[start : start + ROWS_PER_BATCH]
+        for start in range(0, len(self.first), ROWS_PER_BATCH):
+            first, last = (events[start : start + ROWS_PER_BATCH] for events in (self.first, self.last))
             yield pa.table(
                 {
-                    "query_id": self.query_ids[self.events.sequence[places]],
-                    "doc": self.events.item[places],
-                    "relevance": self.events.relevance[places],
-                    "sequence": self.events.sequence[places],
-                    "end": self.end[places],
+                    "sequence": self.events.sequence[first],
+                    "first": self.place[first].astype(np.int32),
+                    "end": (self.place[last] + 1).astype(np.int32),
+                    _FIRST_EVENT: first,
+                    _LAST_EVENT: last,
                 }
             )
 
     def close(self) -> None:
         """Do nothing: no file is open."""
 
-    @staticmethod
-    def columns(table: pa.Table) -> dict[str, pa.Array]:
-        return {name: table.column(name).combine_chunks() for name in table.column_names}
+    @classmethod
+    def of(cls, events: _Events, place: np.ndarray, targets: np.ndarray, targets_per_row: int) -> _Pieces:
+        """Return the rows of `targets` (events, ascending), cut from each sequence's newest on."""
+        follows = np.zeros(len(targets), bool)
+        follows[1:] = (np.diff(targets) == 1) & (np.diff(events.sequence[targets]) == 0)
+        run_starts = np.flatnonzero(~follows)
+        run = np.cumsum(~follows) - 1
+        run_ends = np.append(run_starts[1:], len(targets))
+        from_end = run_ends[run] - 1 - np.arange(len(targets)) if len(targets) else np.empty(0, np.int64)
+        begins = ~follows | (from_end % targets_per_row == targets_per_row - 1)
+        starts = np.flatnonzero(begins)
+        last = np.append(starts[1:], len(targets))[: len(starts)] - 1
+        return cls(events, place, targets[starts], targets[last])
+
+    def shuffled(self, seed: int) -> _Pieces:
+        """Return the rows in the order of a hash of their last event's place in the table."""
+        order = np.argsort(shuffle_keys(self.events.place[self.last], seed))
+        return replace(self, first=self.first[order], last=self.last[order])
 
 
-def _rows(tables: InteractionTables, target: Target, events: _Events, prior: Ragged) -> dict[str, SplitRows]:
-    """Return every split's rows, those of train shuffled. Raises DataError where train has none."""
+def _block_columns(table: pa.Table) -> dict[str, pa.Array]:
+    return {name: table.column(name).combine_chunks() for name in ("sequence", "first", "end")}
+
+
+def _positives(events: _Events, table: pa.Table) -> np.ndarray:
+    first, last = (table.column(name).to_numpy() for name in (_FIRST_EVENT, _LAST_EVENT))
+    targets = gather_ranges(np.arange(len(events.item)), first, last + 1).values
+    positives: np.ndarray = events.item[targets[events.relevance[targets] > 0]]
+    return positives
+
+
+def _rows(
+    tables: InteractionTables, target: Target, events: _Events, prior: dict[str, Ragged], targets_per_row: int
+) -> dict[str, SplitRows]:
+    """Return every split's rows, those of train shuffled; elsewhere a row has one target.
+
+    Raises DataError where train has none.
+    """
     position = np.arange(len(events.item)) - events.offsets[events.sequence]
-    end = position + prior.lengths[events.sequence]
-    split = np.where(end > 0, _split_of(tables, events, position), -1)  # the first event has no history
-    query_ids = hash_strings(events.keys)
+    place = position + prior["items"].lengths[events.sequence]
+    split = np.where(place > 0, _split_of(tables, events, position), -1)  # the first event has no history
     rows: dict[str, SplitRows] = {}
     for number, name in enumerate(SPLITS):
-        chosen = np.flatnonzero(split == number)
+        targets = np.flatnonzero(split == number)
         if name == "train":
-            if not len(chosen):
+            if not len(targets):
                 raise DataError(f"{tables.interactions}: no training row is left; every user has too few events")
-            chosen = chosen[np.argsort(shuffle_keys(events.place[chosen], target.seed))]
-        rows[name] = _Rows(events, query_ids, end.astype(np.int32), chosen)
+            rows[name] = _Pieces.of(events, place, targets, targets_per_row).shuffled(target.seed)
+        else:
+            rows[name] = _Pieces.of(events, place, targets, 1)
     return rows
 
 

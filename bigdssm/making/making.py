@@ -15,6 +15,7 @@ import pyarrow as pa
 import tokenizers
 
 from bigdssm.config import DataConfig
+from bigdssm.dataset.sequences import EVENT_COLUMNS
 from bigdssm.errors import ConfigError
 from bigdssm.features import TextTokenizer, stored
 from bigdssm.features.fitting import SideFitter
@@ -26,8 +27,8 @@ from bigdssm.schema import SCHEMA_FILE, Schema
 from bigdssm.source import code_checksum
 from bigdssm.tables.beir import BeirWriter
 
-BLOCK_COLUMNS = ("query_id", "doc", "relevance", "sequence", "end")
-SEQUENCE_COLUMNS = ("query_key", "query_id", "items")
+BLOCK_COLUMNS = ("query_id", "doc", "relevance", "sequence", "first", "end")
+SEQUENCE_COLUMNS = ("query_key", "query_id", *EVENT_COLUMNS)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from bigdssm.features import Feature, TextTokenizer, encode_columns, texts_of
 from bigdssm.features.columns import RowCheck, SourceBatch, is_empty, relevances, strings
 from bigdssm.features.fitting import canonical, missing
 from bigdssm.making.catalogue_writer import KEY_COLUMNS, CatalogueWriter, check_names
-from bigdssm.making.dataset_writer import PARTITIONS, DatasetWriter
+from bigdssm.making.dataset_writer import PARTITIONS, DatasetWriter, sequence_files
 from bigdssm.making.journal import State
 from bigdssm.making.making import (
     BLOCK_COLUMNS,
@@ -86,7 +86,7 @@ def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress:
     with target.open(config, tables.files, tables) as writer:
         if tables.raw_text and not writer.append:
             writer.content["text"] = "raw"
-        if any((writer.out / PARTITIONS / name / "sequences.arrow").exists() for name in writer.content[PARTITIONS]):
+        if any(sequence_files(writer.out / PARTITIONS / name) for name in writer.content[PARTITIONS]):
             raise DataError(f"{writer.out} holds interactions; the sub-command `interactions` appends to it")
         columns = {"doc": tables.doc_id_column, "query": tables.query_id_column}
         writer.identify(**{side: "content" if name is None else "column" for side, name in columns.items()})
@@ -101,10 +101,16 @@ def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress:
         schema, text = fit(writer, making.fitting, making.texts)
         raw_text = writer.content["text"] == "raw"
         splits, counts = write_splits(
-            writer, making.splits, lambda table: _encoded(table, schema.query, text, raw_text),
+            writer, making.splits, lambda table: _encoded(table, schema.query, text, raw_text), _positives,
             making.catalogue.num_docs, making.notes, progress,
         )  # fmt: skip
         return commit(writer, making.catalogue, schema, text, splits, counts, started, making.notes, making.beir)
+
+
+def _positives(table: pa.Table) -> np.ndarray:
+    relevant: np.ndarray = table.column("relevance").to_numpy() > 0
+    docs: np.ndarray = table.column("doc").to_numpy()[relevant]
+    return docs
 
 
 def _ignore(file: str, row: int, reason: str, left_out: bool = True) -> None:

@@ -113,14 +113,14 @@ class SplitRows(Protocol):
         """Yield them in pieces, the same each time."""
 
     def close(self) -> None:
-        """Give back what they hold."""
+        """Free what they hold."""
 
 
 def write_splits(
     writer: DatasetWriter, splits: Mapping[str, SplitRows], encode: Callable[[pa.Table], dict[str, pa.Array]],
-    num_docs: int, notes: list[str], progress: Progress,
+    positives: Callable[[pa.Table], np.ndarray], num_docs: int, notes: list[str], progress: Progress,
 ) -> tuple[dict[str, Any], np.ndarray]:  # fmt: skip
-    """Write the splits' rows, through `encode`, as blocks.
+    """Write the splits' rows, through `encode`, as blocks; `positives` are rows' documents of relevance above 0, int64.
 
     Returns their entries and the train positives of each document, int64 [num_docs].
     """
@@ -140,8 +140,7 @@ def write_splits(
         finished = blocks.num_finished
         for (table, rest), columns in ahead(lambda both: encode(both[1]), _with_rests(split.tables(), blocks.num_rows)):
             if name == "train":
-                positive = table.column("relevance").to_numpy() > 0
-                counts += np.bincount(table.column("doc").to_numpy()[positive], minlength=num_docs)
+                counts += np.bincount(positives(table), minlength=num_docs)
             done += table.num_rows
             if rest.num_rows:
                 blocks.write(columns)

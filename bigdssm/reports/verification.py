@@ -19,8 +19,6 @@ from bigdssm.making.block_writer import TAR_HEADER_BYTES
 from bigdssm.making.dataset_writer import TOKENIZER, read_dataset_json
 from bigdssm.progress import Progress, no_progress
 
-EXTRA_FILES = {"counts_checksum": "counts.npy", "sequences_checksum": "sequences.arrow"}
-
 
 def verify_dataset(folder: str | Path, progress: Progress = no_progress) -> list[str]:
     """Return a sentence for everything damaged in the dataset, naming file and block; empty where all is well.
@@ -41,7 +39,8 @@ def _damages(dataset: Dataset, progress: Progress) -> list[str]:
     damages = list(_compared(dataset.dir / TOKENIZER, read_dataset_json(dataset.dir).get(TOKENIZER, {})))
     for number, partition in enumerate(dataset.partitions):
         content = partition.content
-        damages += _compared(partition.folder, {n: content[key] for key, n in EXTRA_FILES.items() if key in content})
+        known = {part["file"]: part["checksum"] for part in content.get("sequences", [])}
+        damages += _compared(partition.folder, {"counts.npy": content["counts_checksum"], **known})
         for split, expected in content["splits"].items():
             try:
                 index = with_shards_of(partition, read_index(partition.folder, split, expected, number))
@@ -68,7 +67,8 @@ def _compared(folder: Path, checksums: Mapping[str, str]) -> Iterator[str]:
 def _block_damages(dataset: Dataset, index: SplitIndex, block: int) -> Iterator[str]:
     name = index.name(block)
     for bad in read_block(index, block, dataset.layout)[1]:
-        yield f"{name}: {bad.reason}" if bad.row is None else f"{name}, row {bad.row}: {bad.reason}"
+        row = "" if bad.row is None else f", row {bad.row}"
+        yield f"{name}{row}{'' if bad.place is None else f', place {bad.place}'}: {bad.reason}"
     shard = index.shards[index.shard[block]]
     if not isinstance(shard, Path) or not shard.is_file():
         return

@@ -100,7 +100,7 @@ class LaneReader:
                     self._bad.append(fault)
                 elif first <= fault.row < last:  # the others are another lane's
                     self._bad.append(fault)
-                    usable[fault.row - first] = False
+                    usable[fault.row - first] &= fault.rows == 0
             good.append(usable)
         keep = np.concatenate(good)[plan.order]
         place = np.cumsum(np.concatenate(readable)) - 1

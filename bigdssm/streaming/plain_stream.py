@@ -94,6 +94,7 @@ class PlainStream(RowStream):
                 )
         self._paths, self._pattern = find_shards(pattern), pattern
         self._rows_global, self._seed, self._num_workers = rows_global, seed, num_workers
+        self.queries_per_step = float(rows_global)
         if rank == 0:
             log.warning(
                 "%d plain shards without an index: a resumed run draws other rows than one not stopped, and damage in "

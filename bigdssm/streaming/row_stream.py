@@ -33,6 +33,7 @@ class RowStream(ABC):
     """
 
     steps_per_epoch: int  # 0: not known
+    queries_per_step: float  # of all ranks, on average
     inline = False  # whether rows bring their documents' features
 
     def __init__(
@@ -52,7 +53,7 @@ class RowStream(ABC):
         self.rows_bad = self.rows_met = 0  # of this rank, since it was opened
         self._opened_at = start_step
         self._parts_per_step, self._max_bad_fraction, self._quarantine = parts_per_step, max_bad_fraction, quarantine
-        self._named: set[tuple[str, int, int | None]] = set()
+        self._named: set[tuple[str, int, int | None, int | None]] = set()
         self._written: set[bytes] | None = None  # lines of the file, also those of a run that this one goes on with
         self._reasons: dict[str, tuple[str, int]] = {}  # of what is bad, by kind: the first, and in how many rows
         self._failure: DataError | PeerError | None = None
@@ -152,7 +153,7 @@ class RowStream(ABC):
 
     def _name(self, fault: Bad) -> None:
         """Name a bad row or block in the log and, where it does not stand there yet, in the quarantine file."""
-        key = (fault.shard, fault.block, fault.row)
+        key = (fault.shard, fault.block, fault.row, fault.place)
         if key in self._named:
             return
         self._named.add(key)
@@ -161,6 +162,7 @@ class RowStream(ABC):
         if count or len(self._reasons) < MOST_KINDS:
             self._reasons[kind] = (first, count + fault.rows)
         row = "" if fault.row is None else f", row {fault.row}"
+        row += "" if fault.place is None else f", place {fault.place}"
         log.warning("left out: %s, block %d%s: %s", fault.shard, fault.block, row, fault.reason)
         if self._quarantine is not None:
             if self._written is None:

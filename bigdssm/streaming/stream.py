@@ -66,6 +66,7 @@ class PairStream(RowStream):
         # The global steps after which every row (tail="drop": every row but the tail) was given. In a mixture each
         # source has epochs of its own, and this is as many steps as all sources have rows for.
         self.steps_per_epoch = self.order.steps_per_epoch
+        self.queries_per_step = rows_global * self._queries_per_row()
         if self.order.rows_dropped_per_epoch:
             log.info("each epoch leaves out %d rows that do not fill a step", self.order.rows_dropped_per_epoch)
 
@@ -128,6 +129,16 @@ class PairStream(RowStream):
                 raise DataError(f"data.mixture: {source.name} is too small: {error}") from None
         steps = steps_per_round([source.name for source in sources], [source.weight for source in sources])
         return MixedOrder(orders, steps, self.dataset.batches, seed)
+
+    def _queries_per_row(self) -> float:
+        index, order = self.dataset.index(self.split), self.order
+        if not isinstance(order, MixedOrder):
+            return index.num_queries / index.num_rows
+        per_row = 0.0
+        for source, steps in zip(self.dataset.sources, order.steps_per_round, strict=True):
+            its = (index.partition >= source.first) & (index.partition < source.last)
+            per_row += steps / ROUND_STEPS * float(index.queries[its].sum() / index.rows[its].sum())
+        return per_row
 
     def _open(self) -> Iterator[LaneRows]:
         return open_parts(self.dataset, self.split, self.order, self._shares, self._num_workers, self.step)

@@ -19,6 +19,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.hashing import derive_key
 from bigdssm.losses import sample_uniform
+from bigdssm.models.places import Places
 from bigdssm.retrieval.mined import MinedNegatives, choose_negatives
 from bigdssm.streaming.plain_stream import PlainStream
 from bigdssm.streaming.row_stream import RowStream
@@ -117,6 +118,8 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
             return value.to(device, non_blocking=True)
         if isinstance(value, dict):
             return {name: move(tensor) for name, tensor in value.items()}
+        if isinstance(value, Places):
+            return Places(*(tensor.to(device, non_blocking=True) for tensor in value))
         return value
 
     return Batch(**{field.name: move(getattr(batch, field.name)) for field in fields(batch)})  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,9 +37,11 @@ def encode(engine: Engine, batch: Batch, plan: StepPlan, further: Features) -> t
     return _whole(engine, batch, further) if plan.whole else _in_pieces(engine, batch, pieces_of(batch, plan))
 
 
-def _whole(engine: Engine, batch: Batch, further: Features) -> tuple[Encoded, Backward]:
+def _whole(engine: Engine, batch: Batch, listed: Features) -> tuple[Encoded, Backward]:
     """Encode in one forward: every parameter has its gradient in one backward."""
-    further = at_least_one(further) if further else {}
+    further: dict[str, Any] = dict(at_least_one(listed)) if listed else {}
+    if batch.places is not None:
+        further["places"] = batch.places
     full = engine.forward(at_least_one(batch.query), at_least_one(batch.doc), **further)
     assert full.U is not None and full.W is not None
     num_queries, num_docs = len(batch.query_ids), len(batch.doc_ids)
@@ -65,16 +68,17 @@ class Piece:
     state: RandomState | None = None
 
     @property
-    def inputs(self) -> dict[str, Features]:
+    def inputs(self) -> dict[str, Any]:
         """Return what the model's forward takes."""
-        return {self.name: self.side.features(self.chunk)}
+        places = self.side.places(self.chunk)
+        return {self.name: self.side.features(self.chunk), **({} if places is None else {"places": places})}
 
     def encode(self, engine: Engine) -> Encoded:
         """Return the chunk's vectors, without a graph."""
         if not self.keep:
             self.state = RandomState.now()
         with torch.set_grad_enabled(self.keep):
-            encoded = engine.forward(**self.inputs)  # type: ignore[arg-type]
+            encoded = engine.forward(**self.inputs)
         if self.keep:
             self.encoded = encoded
         return Encoded(*(None if t is None else t.detach() for t in encoded))  # type: ignore[arg-type]
@@ -86,14 +90,14 @@ class Piece:
             assert encoded is not None
             return encoded
         with timing.span("encode again"), self.state.replayed():
-            return engine.forward(**self.inputs)  # type: ignore[arg-type]
+            return engine.forward(**self.inputs)
 
     def gradients(self, encoded: Encoded, leaves: Encoded) -> Gradients:
         """Return its vectors and biases with their gradients; alpha's is the batch's and goes with one chunk."""
-        rows = self.side.rows(self.chunk)
+        its = self.side.outputs(self.chunk)
         sides = ((encoded.U, leaves.U), (encoded.W, leaves.W), (encoded.beta, leaves.beta))
         return [
-            (output[: len(rows)], _gradient(leaf)[rows])
+            (output[: len(its)], _gradient(leaf)[its])
             for output, leaf in sides
             if output is not None and leaf is not None
         ]
@@ -101,7 +105,7 @@ class Piece:
 
 def pieces_of(batch: Batch, plan: StepPlan) -> list[Piece]:
     """Return the pieces of a plan that is not whole, queries' before documents'."""
-    query, doc = Chunked(batch.query, plan.query), Chunked(batch.doc, plan.doc)
+    query, doc = Chunked(batch.query, plan.query, batch.places), Chunked(batch.doc, plan.doc)
     work = [("query", query, chunk) for chunk in plan.query.chunks] + [("doc", doc, chunk) for chunk in plan.doc.chunks]
     return [Piece(*what, keep=number >= len(work) - plan.num_kept) for number, what in enumerate(work)]
 

@@ -117,7 +117,7 @@ class Engine:
         self,
         query: dict[str, Tensor] | None = None,
         doc: dict[str, Tensor] | None = None,
-        **further: Tensor,
+        **further: Tensor | tuple[Tensor, ...],
     ) -> Encoded:
         """Encode queries, documents, or both, on this rank; see `DualEncoder.forward`."""
         return cast(Encoded, self.deepspeed(query=query, doc=doc, **further))

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
+
 from bigdssm import distributed, timing
 from bigdssm.batching.batch import Batch
 from bigdssm.batching.plan import StepPlan
@@ -34,7 +36,7 @@ class Health:
         self._total_steps, self._rows_global, self._every = total_steps, rows_global, log_every_steps
         self._whole = TimeTable()
         self._started, self._steps, self._flops = time.perf_counter(), 0, 0.0
-        self._tokens = 0
+        self._tokens = self._queries = 0
         timing.taken()
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
@@ -53,8 +55,9 @@ class Health:
     def after_step(self, step: int, applied: int, batch: Batch, plan: StepPlan, result: StepResult) -> None:
         """Count a step; every so many, write a record and a line."""
         self._steps += 1
-        self._flops += 3 * cast(DualEncoder, self._engine.module).flops(batch.query, batch.doc)
+        self._flops += 3 * cast(DualEncoder, self._engine.module).flops(batch.query, batch.doc, batch.places)
         self._tokens += plan.tokens
+        self._queries += plan.num_queries
         self._bar(self._name, step, self._total_steps)
         if step % self._every and step != self._total_steps:
             return
@@ -70,6 +73,7 @@ class Health:
             "alpha": result.alpha,
             **stats,
             "rows_per_s": rows_per_s,
+            **self._queries_told(batch, seconds),
             "tokens_per_s": self._tokens * distributed.world_size() / seconds,  # as if all ranks had as many
             "data_wait_fraction": interval.seconds.get("data wait", 0.0) / seconds,
             "padding_fraction": plan.padding,  # this rank's
@@ -89,7 +93,24 @@ class Health:
             100 * record["data_wait_fraction"], 100 * record["padding_fraction"],
             100 * record["distinct_fraction"], record["skipped"], record["memory_gb"], eta_s // 60, eta_s % 60,
         )  # fmt: skip
-        self._tokens = 0
+        self._tokens = self._queries = 0
+
+    def _queries_told(self, batch: Batch, seconds: float) -> dict[str, float]:
+        """Return queries a second, and how unevenly ranks have them, where rows give several. A collective there."""
+        if batch.places is None:
+            return {}
+        own = torch.tensor([float(self._queries)], dtype=torch.float64)
+        mean = float(distributed.all_reduce(own.clone())) / distributed.world_size()
+        most = float(distributed.all_reduce(own, "max"))
+        told = {
+            "queries_per_s": mean * distributed.world_size() / seconds,
+            "queries_max_over_mean": most / max(1.0, mean),
+        }
+        logger.info(
+            "%s: %s queries/s, the rank with most has %.2f times the mean",
+            self._name, f"{told['queries_per_s']:,.0f}", told["queries_max_over_mean"],
+        )  # fmt: skip
+        return told
 
     def after_run(self) -> None:
         """Say where the time went."""

@@ -45,7 +45,12 @@ class Objective:
     """Calls the configured loss."""
 
     def __init__(
-        self, config: LossConfig, model: ModelConfig, tile: int | None, doc_counts: np.ndarray | None, rows_global: int
+        self,
+        config: LossConfig,
+        model: ModelConfig,
+        tile: int | None,
+        doc_counts: np.ndarray | None,
+        queries_per_step: float,
     ) -> None:
         """`doc_counts`: how often each catalogue row is a positive, needed where `config` takes frequencies of it."""
         self._config = config
@@ -56,7 +61,7 @@ class Objective:
         self._without_beta = model.beta == "scalar" and self._options.relative
         self._tile = tile
         self._counts = None if doc_counts is None else torch.from_numpy(doc_counts)
-        self._rows_global = rows_global
+        self._queries_per_step = queries_per_step
         self._streaming = StreamingFrequency(config.frequency_buckets) if config.frequency == "streaming" else None
 
     def __call__(self, encoded: Encoded, batch: Batch) -> LossOutput:
@@ -138,7 +143,7 @@ class Objective:
         else:
             assert self._counts is not None
             log_expected = log_expected_from_counts(
-                self._counts, batch.doc_rows.cpu(), self._rows_global, config.uniform_negatives
+                self._counts, batch.doc_rows.cpu(), self._queries_per_step, config.uniform_negatives
             ).to(copies.device)
         biases = apply_sampling(config.sampling, log_expected, gamma=config.gamma, beta=beta, neg_bias=neg_bias)
         return biases.beta, biases.neg_bias

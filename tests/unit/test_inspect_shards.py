@@ -117,7 +117,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no shard": (lambda d: (d / SHARD).unlink(), "train-000000.tar, block 0: .*missing"),
     "index": (lambda d: flip(d / "partitions/base/train.index.arrow", 300), "train.index.arrow is damaged"),
     "catalogue": (lambda d: flip(d / "catalogue/000000.arrow", 2000), "catalogue/000000.arrow is damaged"),
-    "sequences": (lambda d: flip(d / "partitions/base/sequences.arrow", 2000), "sequences.arrow is damaged"),
+    "sequences": (
+        lambda d: flip(d / "partitions/base/sequences-000000.arrow", 2000),
+        "sequences-000000.arrow is damaged",
+    ),
     "tokenizer": (lambda d: flip(d / "tokenizer/tokenizer.json", place_of_a_word(d)), "tokenizer.json is damaged"),
     "counts": (lambda d: flip(d / "partitions/base/counts.npy", 200), "counts.npy is damaged"),
 }

@@ -166,7 +166,7 @@ def test_the_seed_decides_the_order_and_nothing_else(tiny_interactions: Any, tmp
 
 
 def test_catalogue_and_sequences_are_single_mapped_batches(tiny_interactions: Any) -> None:
-    for file in ("catalogue/000000.arrow", "partitions/base/sequences.arrow"):
+    for file in ("catalogue/000000.arrow", "partitions/base/sequences-000000.arrow"):
         with pa.memory_map(str(tiny_interactions.dir / file)) as mapped:
             reader = pa.ipc.open_file(mapped)
             before = pa.total_allocated_bytes()
@@ -187,7 +187,7 @@ def test_more_text_than_32_bit_offsets_reach_gets_64_bits(
         make_interactions(config, tables, Target(tmp_path / "out"))
     make_interactions(config, tables, Target(tmp_path / "out", partition="day2", append=True))
     for part, of_keys in (("base", pa.large_string()), ("day2", pa.string())):
-        with pa.memory_map(str(tmp_path / f"out/partitions/{part}/sequences.arrow")) as mapped:
+        with pa.memory_map(str(tmp_path / f"out/partitions/{part}/sequences-000000.arrow")) as mapped:
             assert pa.ipc.open_file(mapped).schema.field("query_key").type == of_keys
     with pa.memory_map(str(tmp_path / "out/catalogue/000000.arrow")) as mapped:
         batch = pa.ipc.open_file(mapped).get_batch(0)

@@ -84,7 +84,7 @@ def test_chunks_keep_the_budget_and_every_row_once(pad: int) -> None:
     assert plan.order.tolist() == [4, 1, 2, 3, 5, 0, 6]
     side, cells = Chunked(features, plan), 0
     for chunk in plan.chunks:
-        taken, rows = side.features(chunk), side.rows(chunk)
+        taken, rows = side.features(chunk), side.outputs(chunk)
         part = taken["text"]
         assert part.shape[1] == max(1, max(lengths[row] for row in rows.tolist()))
         assert len(rows) == chunk.num_rows and (len(rows) == 1 or chunk.tokens <= 14)
@@ -118,7 +118,7 @@ def test_a_rank_without_rows_still_has_something_to_encode() -> None:
     side, (dummy, other) = Chunked(features, plan), plan.chunks
     taken = side.features(dummy)
     assert taken["text"].shape == (1, 1) and taken["number"].shape == (1,)
-    assert dummy == other and dummy.num_rows == len(side.rows(dummy)) == 0
+    assert dummy == other and dummy.num_rows == len(side.outputs(dummy)) == 0
     assert side.assemble([taken["number"], taken["number"]]).shape == (0,)
 
 

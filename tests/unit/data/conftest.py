@@ -21,6 +21,7 @@ from bigdssm.schema import Schema
 
 NUM_DOCS = 37
 ITEMS_PER_SEQUENCE = 30
+SEQUENCES = "sequences-000000.arrow"
 WORDS = ["[PAD]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(50))]
 
 
@@ -34,6 +35,7 @@ class Writer:
     blocks_per_shard: int = 4
     text: bool = False
     interactions: bool = True
+    targets_per_row: int = 1
     partitions: list[str] = field(default_factory=list)
 
     @property
@@ -63,7 +65,7 @@ class Writer:
             self._partition(name, seed=len(self.partitions))
             self.partitions.append(name)
         content = {
-            "format": 1,
+            "format": 2,
             "name": "tiny",
             "schema": self.schema.fingerprint(),
             "catalogue": [catalogue],
@@ -107,14 +109,17 @@ class Writer:
     def columns(self, first: int, count: int, seed: int) -> dict[str, pa.Array]:
         """Return block columns of rows first … first + count, their values functions of the row's number."""
         row = np.arange(first, first + count)
-        doc = (row * 7 + seed) % NUM_DOCS
-        columns = {"query_id": pa.array(row * 10 + seed), "relevance": pa.array((row % 3 / 2).astype(np.float32))}
-        columns["doc"] = pa.array(doc)
         if self.interactions:
-            columns["sequence"] = pa.array(row % 11)
-            columns["end"] = pa.array((row % (ITEMS_PER_SEQUENCE + 1)).astype(np.int32))
-        else:
-            columns["age"] = pa.array((row % 80).astype(np.float32))
+            place = (row + seed) % (ITEMS_PER_SEQUENCE + 1 - self.targets_per_row)
+            end = place + 1 + row % self.targets_per_row
+            return {
+                "sequence": pa.array(row % 11),
+                "first": pa.array(place.astype(np.int32)),
+                "end": pa.array(end.astype(np.int32)),
+            }
+        columns = {"query_id": pa.array(row * 10 + seed), "relevance": pa.array((row % 3 / 2).astype(np.float32))}
+        columns["doc"] = pa.array((row * 7 + seed) % NUM_DOCS)
+        columns["age"] = pa.array((row % 80).astype(np.float32))
         if self.text:
             columns["words"] = pa.array([[1, *range(3, 3 + int(r) % 4), 2] for r in row], pa.list_(pa.int32()))
             columns["job"] = pa.array((row % 3 + 2).astype(np.int32))
@@ -131,12 +136,16 @@ class Writer:
             sequences = {
                 "query_key": pa.array([f"u{s}" for s in range(11)]),
                 "query_id": pa.array([hash64(f"u{s}") for s in range(11)]),
-                "items": pa.array(items, pa.large_list(pa.int64())),
+                "items": pa.array(items, pa.large_list(pa.int32())),
+                "relevance": pa.array([[doc % 3 / 2 for doc in docs] for docs in items], pa.large_list(pa.float32())),
                 "age": pa.array(np.arange(11, dtype=np.float32) + 100 * seed),
             }
-            write_arrow(folder / "sequences.arrow", pa.table(sequences))
+            write_arrow(folder / SEQUENCES, pa.table(sequences))
         np.save(folder / "counts.npy", np.full(NUM_DOCS, 1 + seed))
         content = {"name": name, "splits": splits, "num_docs": NUM_DOCS, "fingerprint": f"{name}-{seed}"}
+        content["counts_checksum"] = checksum(folder / "counts.npy")
+        if self.interactions:
+            content["sequences"] = [{"file": SEQUENCES, "rows": 11, "checksum": checksum(folder / SEQUENCES)}]
         (folder / "partition.json").write_text(json.dumps(content))
 
     def _split(self, folder: Path, split: str, rows: int, seed: int) -> dict[str, object]:
@@ -148,24 +157,28 @@ class Writer:
             with tarfile.open(folder / name, "w", format=tarfile.USTAR_FORMAT) as tar:
                 for first in range(start, min(start + per_shard, rows), self.rows_per_block):
                     count = min(self.rows_per_block, rows - first)
-                    content = block_bytes(self.columns(first, count, seed))
+                    columns = self.columns(first, count, seed)
+                    content = block_bytes(columns)
                     member = tarfile.TarInfo(f"{first // self.rows_per_block:08d}.arrow")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
                     data = tar.offset - -(-len(content) // 512) * 512
-                    entries.append((name, data, len(content), count, xxhash.xxh3_64_intdigest(content)))
+                    queries = int(np.sum(columns["end"].to_numpy() - columns["first"])) if self.interactions else count
+                    entries.append((name, data, len(content), count, queries, xxhash.xxh3_64_intdigest(content)))
         path = folder / f"{split}.index.arrow"
         write_index(path, entries)
-        return {"rows": rows, "blocks": len(entries), "shards": shards, "index_checksum": checksum(path)}
+        counts = {"rows": rows, "queries": sum(entry[4] for entry in entries), "blocks": len(entries)}
+        return {**counts, "shards": shards, "index_checksum": checksum(path)}
 
 
-def write_index(path: Path, entries: list[tuple[str, int, int, int, int]]) -> None:
-    shard, offset, size, rows, checksums = (list(column) for column in zip(*entries, strict=True))
+def write_index(path: Path, entries: list[tuple[str, int, int, int, int, int]]) -> None:
+    shard, offset, size, rows, queries, checksums = (list(column) for column in zip(*entries, strict=True))
     columns = {
         "shard": pa.array(shard).dictionary_encode(),
         "offset": pa.array(offset, pa.int64()),
         "size": pa.array(size, pa.int64()),
         "rows": pa.array(rows, pa.int32()),
+        "queries": pa.array(queries, pa.int64()),
         "checksum": pa.array(checksums, pa.uint64()),
     }
     write_arrow(path, pa.table(columns))
@@ -206,7 +219,7 @@ def tools() -> type[Tools]:
 
 @pytest.fixture(scope="session")
 def interactions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """1,000 train rows in 16 blocks, histories in sequences.arrow."""
+    """1,000 train rows in 16 blocks, targets and histories in their sequences."""
     return Writer(tmp_path_factory.mktemp("interactions") / "data").write()
 
 

@@ -39,7 +39,7 @@ def test_tensors_of_a_batch_with_histories(interactions: Path) -> None:
     assert batch.doc["tags"].tolist() == tags
     history = batch.query["history"]
     for i, row in enumerate(batch.row_ids.tolist()):
-        length = min(5, row % 31)
+        length = min(5, row % 30)
         assert (history[i, :length] > 0).all()
         assert (history[i, length:] == 0).all()
     dtypes = {t.dtype for t in (batch.row_ids, batch.positive, batch.query_ids, batch.doc_ids, batch.doc_rows, history)}

@@ -106,7 +106,7 @@ def test_damaged_files_cost_their_blocks_and_nothing_else(
     spoil(copy)
     rows, lines, stream = read(copy, tmp_path, num_workers=num_workers)
     assert len(rows) == STEPS
-    assert all((part.query_ids == part.row_ids * 10).all() for part in rows)  # the others keep their own values
+    assert all((part.place == part.row_ids % 30).all() for part in rows)  # the others keep their own values
     assert missing(rows) == [row for block in blocks for row in range(64 * block, 64 * block + 64)]
     assert sorted({(line["block"], line["row"]) for line in lines}) == [(block, None) for block in blocks]
     assert len(lines) == len(blocks)
@@ -140,8 +140,9 @@ def put_block(folder: Path, tools, content: bytes, rows: int = 64) -> None:
     shard.write_bytes(bytes(512) + content)
     path = folder / "partitions/all/train.index.arrow"
     table = pa.ipc.open_file(path.read_bytes()).read_all().to_pydict()
-    entries = list(zip(*(table[name] for name in ("shard", "offset", "size", "rows", "checksum")), strict=True))
-    entries[0] = ("evil.tar", 512, len(content), rows, xxhash.xxh3_64_intdigest(content))
+    names = ("shard", "offset", "size", "rows", "queries", "checksum")
+    entries = list(zip(*(table[name] for name in names), strict=True))
+    entries[0] = ("evil.tar", 512, len(content), rows, rows, xxhash.xxh3_64_intdigest(content))
     tools.write_index(path, entries)
     partition = folder / "partitions/all/partition.json"
     facts = json.loads(partition.read_text())
@@ -155,15 +156,18 @@ def spoil(columns: dict[str, pa.Array], name: str, row: int, value: object) -> d
     return {**columns, name: pa.array(values, columns[name].type)}
 
 
-BAD_ROWS = {
+BAD_PAIRS = {
     "NaN relevance": ("relevance", float("nan"), "relevance is nan"),
     "infinite relevance": ("relevance", float("inf"), "relevance is inf"),
     "negative relevance": ("relevance", -1.0, "relevance is -1.0"),
     "unknown document": ("doc", 37, "unknown document: 37 is not a row of the catalogue's 37"),
     "negative document": ("doc", -1, "unknown document: -1"),
+}
+BAD_PIECES = {
     "unknown sequence": ("sequence", 11, "sequence 11 is not a row of the partition's 11"),
-    "end beyond the sequence": ("end", 31, "history end 31 is outside its sequence of 30 events"),
-    "negative end": ("end", -1, "history end -1"),
+    "end beyond the sequence": ("end", 31, "targets 17 to 31 are no part of its sequence of 30 events"),
+    "negative first": ("first", -1, "targets -1 to 18 are no part of its sequence"),
+    "no target": ("end", 17, "targets 17 to 17 are no part of its sequence"),
 }
 BAD_TEXT_ROWS = {
     "empty text": ("words", [], "words has 0 tokens, needs 1 to 6"),
@@ -174,12 +178,11 @@ BAD_TEXT_ROWS = {
 }
 
 
-@pytest.mark.parametrize("case", [*BAD_ROWS, *BAD_TEXT_ROWS])
+@pytest.mark.parametrize("case", [*BAD_PAIRS, *BAD_PIECES, *BAD_TEXT_ROWS])
 def test_bad_rows_are_left_out_one_by_one(case: str, tools, tmp_path: Path) -> None:
-    text = case in BAD_TEXT_ROWS
-    writer = tools.Writer(tmp_path / "data", text=text, interactions=not text)
+    writer = tools.Writer(tmp_path / "data", text=case in BAD_TEXT_ROWS, interactions=case in BAD_PIECES)
     folder = writer.write()
-    name, value, reason = (BAD_ROWS | BAD_TEXT_ROWS)[case]
+    name, value, reason = (BAD_PAIRS | BAD_PIECES | BAD_TEXT_ROWS)[case]
     put_block(folder, tools, tools.block_bytes(spoil(writer.columns(0, 64, 0), name, 17, value)))
     rows, lines, stream = read(folder, tmp_path)
     assert missing(rows) == [17]
@@ -194,19 +197,19 @@ def cast(columns: dict[str, pa.Array], name: str, to: pa.DataType) -> dict[str, 
 
 BAD_BLOCKS: dict[str, tuple[Callable[..., bytes], str]] = {
     "a missing column": (
-        lambda tools, c: tools.block_bytes({n: v for n, v in c.items() if n != "doc"}), "it has no column doc"
+        lambda tools, c: tools.block_bytes({n: v for n, v in c.items() if n != "end"}), "it has no column end"
     ),
     "another type": (
-        lambda tools, c: tools.block_bytes(cast(c, "doc", pa.float64())), "column doc is double, needed is int64"
+        lambda tools, c: tools.block_bytes(cast(c, "end", pa.float64())), "column end is double, needed is int32"
     ),
-    "nulls": (lambda tools, c: tools.block_bytes(spoil(c, "doc", 0, None)), "column doc has nulls"),
+    "nulls": (lambda tools, c: tools.block_bytes(spoil(c, "end", 0, None)), "column end has nulls"),
     "fewer rows": (
         lambda tools, c: tools.block_bytes({n: v.slice(1) for n, v in c.items()}), "it has 63 rows, the index says 64"
     ),
     "no Arrow": (lambda tools, c: b"\x80\x04}q\x00." * 20, "no Arrow stream"),
     "half an Arrow stream": (lambda tools, c: tools.block_bytes(c)[:-300], "it cannot be used"),
     "a dictionary": (
-        lambda tools, c: tools.block_bytes({**c, "doc": c["doc"].dictionary_encode()}), "with dictionaries"
+        lambda tools, c: tools.block_bytes({**c, "end": c["end"].dictionary_encode()}), "with dictionaries"
     ),
 }  # fmt: skip
 
@@ -306,7 +309,7 @@ def test_past_the_limit_the_stream_stops(copy: Path, tmp_path: Path) -> None:
 def test_a_bad_row_early_in_a_good_dataset_does_not_stop_it(tools, tmp_path: Path) -> None:
     writer = tools.Writer(tmp_path / "data")
     folder = writer.write()
-    put_block(folder, tools, tools.block_bytes(spoil(writer.columns(0, 64, 0), "doc", 17, -1)))
+    put_block(folder, tools, tools.block_bytes(spoil(writer.columns(0, 64, 0), "end", 17, -1)))
     stream = PairStream(folder, rows_global=8, lanes=8, max_bad_fraction=0.001)
     assert len(list(islice(stream, 300))) == 300  # 1 of 1,000, although at times 1 of fewer rows met
 

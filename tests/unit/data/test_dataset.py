@@ -38,7 +38,7 @@ def test_iterate_gives_a_split_in_order(interactions: Path, world_size: int, row
     ranks = [list(dataset.iterate("test", rows_per_batch, rank, world_size)) for rank in range(world_size)]
     ids = [rows.row_ids for batches in ranks for rows in batches]
     assert np.concatenate(ids).tolist() == list(range(100))
-    assert all((rows.query_ids == rows.row_ids * 10).all() for batches in ranks for rows in batches)
+    assert all((rows.place == rows.row_ids % 30).all() for batches in ranks for rows in batches)
     assert all(len(rows) <= rows_per_batch for batches in ranks for rows in batches)
     assert all([rows.step for rows in batches] == list(range(len(batches))) for batches in ranks)
 
@@ -72,7 +72,7 @@ PARTITION = "partitions/all"
 CASES = {
     "no folder": (shutil.rmtree, "dataset.json does not exist; .* is no dataset; bigdssm make_shards makes one"),
     "no dataset.json": (remove("dataset.json"), "dataset.json does not exist"),
-    "another format": (lambda d: edit(d / "dataset.json", format=2), "has format 2, this version reads 1"),
+    "another format": (lambda d: edit(d / "dataset.json", format=1), "has format 1, this version reads 2; make it"),
     "broken JSON": (lambda d: (d / "dataset.json").write_text("{"), "dataset.json is damaged"),
     "another schema": (lambda d: edit(d / "dataset.json", schema="00"), "schema.json is not the one"),
     "no partitions": (lambda d: edit(d / "dataset.json", partitions=[]), "has no partitions"),
@@ -107,12 +107,12 @@ def test_unknown_splits_and_partitions_are_named(interactions: Path) -> None:
 
 def test_sequences_missing_from_one_partition_are_named(tmp_path: Path, tools) -> None:
     folder = tools.Writer(tmp_path / "data").write("a", "b")
-    (folder / "partitions" / "b" / "sequences.arrow").unlink()
-    with pytest.raises(DataError, match=r"b/sequences.arrow is missing, other partitions have theirs"):
+    edit(folder / "partitions" / "b" / "partition.json", sequences=[])
+    with pytest.raises(DataError, match=r"b has no sequences, other partitions have some"):
         Dataset.open(folder)
-    (folder / "partitions" / "a" / "sequences.arrow").unlink()
-    with pytest.raises(DataError, match=r"neither in the blocks nor in sequences\.arrow"):
-        next(Dataset.open(folder).iterate("test", 10))
+    edit(folder / "partitions" / "a" / "partition.json", sequences=[{"file": "../x.arrow"}])
+    with pytest.raises(DataError, match=r"names a file '../x.arrow', not a plain path inside it; refused"):
+        Dataset.open(folder)
 
 
 def test_a_text_dataset_without_its_tokenizer_is_refused(texts: Path, tmp_path: Path) -> None:
@@ -131,17 +131,20 @@ def test_indexes_that_cannot_be_are_refused(copy: Path, tools) -> None:
 
     def attempt(entries: list[tuple], rows: int) -> Dataset:
         tools.write_index(path, entries)
-        facts = {"rows": rows, "blocks": len(entries), "shards": [], "index_checksum": tools.checksum(path)}
+        facts = {"rows": rows, "queries": 5, "blocks": len(entries), "shards": []}
+        facts["index_checksum"] = tools.checksum(path)
         edit(partition, splits={**splits, "train": facts})
         return Dataset.open(copy)
 
     for name in ("../train-000000.tar", "/etc/x.tar", "..\\x.tar", ".hidden.tar", "train-000000.pickle", "pipe:cat x"):
         with pytest.raises(DataError, match=r"is not a plain file name ending in \.tar; refused"):
-            attempt([(name, 512, 10, 5, 0)], 5).index("train")
+            attempt([(name, 512, 10, 5, 5, 0)], 5).index("train")
     with pytest.raises(DataError, match="blocks without bytes or rows"):
-        attempt([("a.tar", 512, 10, 0, 0)], 0).index("train")
-    with pytest.raises(DataError, match=r"has 5 rows in 1 blocks, partition\.json says 6 in 1"):
-        attempt([("a.tar", 512, 10, 5, 0)], 6).index("train")
+        attempt([("a.tar", 512, 10, 0, 0, 0)], 0).index("train")
+    with pytest.raises(
+        DataError, match=r"5 rows of 5 queries in 1 blocks, partition\.json says 6 rows of 5 queries in 1"
+    ):
+        attempt([("a.tar", 512, 10, 5, 5, 0)], 6).index("train")
     shutil.copy(copy / PARTITION / "test.index.arrow", path)
     with pytest.raises(DataError, match="is damaged or of other shards"):
         Dataset.open(copy).index("train")

@@ -121,7 +121,7 @@ WEIGHTED = (SourceConfig(partitions=("day2",), weight=3), SourceConfig(partition
 
 
 def day_and_row(row_ids: np.ndarray) -> np.ndarray:
-    """Return what a row's query id should be: day2 comes first in the mixture, then day0 and day1."""
+    """Return a row's number in its partition, times 10, plus the day: day2 is first in the mixture, then day0, day1."""
     place, local = np.divmod(row_ids, 300)
     return local * 10 + np.array([2, 0, 1])[place]
 
@@ -139,8 +139,9 @@ def test_partitions_by_weight_on_any_ranks_and_workers(days: Path, batches: str)
         for step in range(30):
             parts = [next(stream) for stream in ranks]
             for rows in parts:
-                assert np.array_equal(rows.query_ids, day_and_row(rows.row_ids))
-                assert np.array_equal(rows.query["age"], rows.query_ids // 10 % 11 + 100 * (rows.query_ids % 10))
+                local, day = np.divmod(day_and_row(rows.row_ids), 10)
+                assert np.array_equal(rows.place, (local + day) % 30)
+                assert np.array_equal(rows.query["age"], local % 11 + 100 * day)
             together = np.sort(np.concatenate([rows.row_ids for rows in parts]))
             assert np.array_equal(together, np.sort(order.row_ids(step)))
             from_new = (together < 300).mean()

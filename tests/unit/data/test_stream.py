@@ -17,6 +17,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError, DataError, PeerError
 from bigdssm.features import Numeric, Ragged, Text
+from bigdssm.hashing import hash64
 from bigdssm.making.making import Target
 from bigdssm.making.pairs import PairTables, make_pairs
 from bigdssm.streaming.order import Order
@@ -38,7 +39,7 @@ def same(a: Rows, b: Rows) -> bool:
 
     def columns(rows: Rows) -> list[np.ndarray]:
         out = [rows.row_ids, rows.doc_rows, rows.relevance, rows.query_ids]
-        out += [value for value in (rows.sequence, rows.end, rows.doc_ids) if value is not None]
+        out += [value for value in (rows.row, rows.sequence, rows.place, rows.doc_ids) if value is not None]
         for column in [*rows.query.values(), *rows.doc.values()]:
             out += [column.values, column.offsets] if isinstance(column, Ragged) else [column]
         return out
@@ -71,13 +72,14 @@ def test_rows_are_equal_for_every_number_of_workers(kind: str, request: pytest.F
 def test_every_row_carries_its_own_values(interactions: Path, tools) -> None:
     for rows in steps(interactions, 22):
         ids = rows.row_ids
-        assert np.array_equal(rows.query_ids, ids * 10)
-        assert np.array_equal(rows.doc_rows, ids * 7 % tools.NUM_DOCS)
-        assert np.array_equal(rows.relevance, (ids % 3 / 2).astype(np.float32))
+        docs = (ids % 11 + ids % 30) % tools.NUM_DOCS
+        assert rows.query_ids.tolist() == [hash64(f"u{row % 11}") for row in ids.tolist()]
+        assert np.array_equal(rows.doc_rows, docs)
+        assert np.array_equal(rows.relevance, (docs % 3 / 2).astype(np.float32))
         assert np.array_equal(rows.query["age"], ids % 11)
         history, (seen, offsets) = rows.query["history"], rows.seen_ragged()
         for i, row in enumerate(ids.tolist()):
-            events = [(row % 11 + event) % tools.NUM_DOCS for event in range(row % 31)]
+            events = [(row % 11 + event) % tools.NUM_DOCS for event in range(row % 30)]
             assert history[i].tolist() == [event + 2 for event in events[-5:]]  # codes; the newest five, newest last
             assert seen[offsets[i] : offsets[i + 1]].tolist() == rows.seen(i).tolist() == events
 
@@ -94,16 +96,16 @@ def test_two_partitions_are_one_order_with_their_own_sequences(tmp_path: Path, t
     folder = tools.Writer(tmp_path / "data", rows=300).write("day1", "day2")
     for rows in steps(folder, 14, num_workers=1):
         day, local = np.divmod(rows.row_ids, 300)
-        assert np.array_equal(rows.query_ids, local * 10 + day)
+        assert np.array_equal(rows.place, (local + day) % 30)
         assert np.array_equal(rows.query["age"], local % 11 + 100 * day)
         assert np.array_equal(rows.sequence, local % 11 + 11 * day)
         for i in range(len(rows)):
             first = (local[i] % 11 + day[i]) % tools.NUM_DOCS
-            assert rows.seen(i)[:1].tolist() == [first][: local[i] % 31]
+            assert rows.seen(i)[:1].tolist() == [first][: (local[i] + day[i]) % 30]
     only = Dataset.open(folder, partitions=["day2"])
     assert only.num_rows("train") == 300
     assert only.doc_counts().tolist() == [2] * tools.NUM_DOCS
-    assert all((rows.query_ids % 10 == 1).all() for rows in steps(only, 5))
+    assert all((rows.query["age"] >= 100).all() for rows in steps(only, 5))
 
 
 @pytest.mark.parametrize(("world_size", "num_workers"), [(1, 0), (1, 2), (2, 1), (3, 0)])

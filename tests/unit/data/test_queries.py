@@ -1,0 +1,166 @@
+"""Rows that are pieces of sequences: a query for each target, from one left edge."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from bigdssm.batching.collate import Collator
+from bigdssm.batching.plan import plan_side
+from bigdssm.config import DataConfig
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import Rows
+from bigdssm.features import Categorical, History
+from bigdssm.making.interactions import InteractionTables, make_interactions
+from bigdssm.making.making import Target
+from bigdssm.streaming.stream import PairStream
+
+TARGETS = 4
+NUM_DOCS, EVENTS, MAX_ITEMS = 37, 30, 5
+
+
+@pytest.fixture(scope="module")
+def folder(tools, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tools.Writer(tmp_path_factory.mktemp("pieces") / "data", targets_per_row=TARGETS).write()
+
+
+def events(row: int) -> list[int]:
+    return [(row % 11 + event) % NUM_DOCS for event in range(EVENTS)]
+
+
+def piece(row: int) -> tuple[int, int]:
+    first = row % (EVENTS + 1 - TARGETS)
+    return first, first + 1 + row % TARGETS
+
+
+def test_a_row_gives_a_query_for_each_target(folder: Path) -> None:
+    dataset = Dataset.open(folder)
+    assert dataset.num_queries("train") == sum(1 + row % TARGETS for row in range(1000)) > dataset.num_rows("train")
+    stream = PairStream(dataset, rows_global=50, lanes=5)
+    assert stream.queries_per_step == 50 * dataset.num_queries("train") / 1000
+    for rows in islice(stream, 21):
+        expected = [(i, place) for i, row in enumerate(rows.row_ids.tolist()) for place in range(*piece(row))]
+        assert rows.row is not None and rows.place is not None
+        assert list(zip(rows.row.tolist(), rows.place.tolist(), strict=True)) == expected
+        seen, offsets = rows.seen_ragged()
+        for query, (i, place) in enumerate(expected):
+            items = events(int(rows.row_ids[i]))
+            assert rows.doc_rows[query] == items[place] and rows.relevance[query] == items[place] % 3 / 2
+            assert seen[offsets[query] : offsets[query + 1]].tolist() == rows.seen(query).tolist() == items[:place]
+        for i, row in enumerate(rows.row_ids.tolist()):
+            end = piece(row)[1]
+            left = max(0, end - 1 - MAX_ITEMS)
+            assert rows.query["history"][i].tolist() == [item + 2 for item in events(row)[left : end - 1]]
+
+
+def test_rows_are_taken_with_their_queries(folder: Path) -> None:
+    first, second = islice(PairStream(folder, rows_global=50, lanes=5), 2)
+    chosen = np.array([7, 3, 3])
+    part = first.take(chosen)
+    assert part.row_ids.tolist() == first.row_ids[chosen].tolist()
+    assert part.row is not None and part.place is not None
+    wanted = [(i, place) for i, row in enumerate(part.row_ids.tolist()) for place in range(*piece(row))]
+    assert list(zip(part.row.tolist(), part.place.tolist(), strict=True)) == wanted
+    both = Rows.concat([part, second.take(np.arange(3))])
+    assert both.num_queries == part.num_queries + sum(1 + int(row) % TARGETS for row in second.row_ids[:3])
+    assert both.doc_rows.tolist() == [events(int(both.row_ids[r]))[p] for r, p in zip(both.row, both.place)]  # type: ignore[arg-type]  # noqa: B905
+
+
+def test_a_batch_says_where_its_queries_stand(folder: Path) -> None:
+    dataset = Dataset.open(folder)
+    rows = next(PairStream(dataset, rows_global=50, lanes=5))
+    batch = Collator(dataset.schema, dataset.catalogue, 0)(rows)
+    assert batch.places is not None and batch.queries_of_row is not None
+    assert batch.queries_of_row.tolist() == [1 + row % TARGETS for row in rows.row_ids.tolist()]
+    assert len(batch.row_ids) == 50 and len(batch.query_ids) == len(batch.positive) == rows.num_queries
+    for row, seen, column in zip(*(part.tolist() for part in batch.places), batch.positive.tolist(), strict=True):
+        number = int(batch.row_ids[row])
+        place = int(batch.doc_rows[column])
+        items = events(number)
+        left = max(0, piece(number)[1] - 1 - MAX_ITEMS)
+        assert items[left + seen] == place  # it has seen items[left : left + seen], and its target comes next
+        assert (batch.query["history"][row, :seen] > 0).all()
+
+
+def test_a_plan_counts_queries_and_keeps_them_with_their_rows() -> None:
+    lengths: dict = {}
+    plan = plan_side(lengths, 4, 5, np.array([2, 0, 3, 1]))
+    assert plan.order.tolist() == [0, 1, 2, 3]
+    assert [chunk.num_outputs for chunk in plan.chunks] == [5, 1]
+    assert plan.outputs.tolist() == [0, 1, 2, 3, 4, 5] and plan.row_in_chunk.tolist() == [0, 0, 2, 2, 2, 0]
+    assert [chunk.tokens for chunk in plan.chunks] == [5, 1]
+    whole = plan_side(lengths, 4, 0, np.array([2, 0, 3, 1]))
+    assert whole.row_in_chunk.tolist() == [0, 0, 2, 2, 2, 3] and whole.chunks[0].num_outputs == 6
+
+
+def spoil_targets(folder: Path, tools) -> None:
+    """Give every event 12 a relevance that cannot be, and every event 3 an item of no catalogue."""
+    path = folder / "partitions/all/sequences-000000.arrow"
+    table = pa.ipc.open_file(path.read_bytes()).read_all().to_pydict()
+    for items, relevance in zip(table["items"], table["relevance"], strict=True):
+        relevance[12], items[3] = float("nan"), 99
+    types = {"items": pa.large_list(pa.int32()), "relevance": pa.large_list(pa.float32()), "age": pa.float32()}
+    tools.write_arrow(path, pa.table({name: pa.array(values, types.get(name)) for name, values in table.items()}))
+
+
+def test_a_bad_target_does_not_discard_its_row(tools, tmp_path: Path) -> None:
+    folder = tools.Writer(tmp_path / "data", targets_per_row=TARGETS).write()
+    spoil_targets(folder, tools)
+    dataset = Dataset.open(folder)
+    log = tmp_path / "quarantine.jsonl"
+    bad_places = {3, 12}
+    stream = PairStream(dataset, rows_global=50, lanes=5, max_bad_fraction=1.0, quarantine=log)
+    met = set()
+    for rows in islice(stream, 22):
+        assert rows.row is not None and rows.place is not None
+        for i, row in enumerate(rows.row_ids.tolist()):
+            its = rows.place[rows.row == i].tolist()
+            assert its == [place for place in range(*piece(row)) if place not in bad_places] and its
+            met.add(row)
+    alone = {row for row in range(1000) if set(range(*piece(row))) <= bad_places}
+    assert alone and met == set(range(1000)) - alone
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    whole = {64 * line["block"] + line["row"] for line in lines if line["place"] is None}
+    single = {(64 * line["block"] + line["row"], line["place"]) for line in lines if line["place"] is not None}
+    assert whole == alone
+    assert single == {(row, p) for row in set(range(1000)) - alone for p in range(*piece(row)) if p in bad_places}
+    assert {line["rows"] for line in lines if line["place"] is not None} == {0}
+
+
+@pytest.mark.parametrize("targets_per_row", [1, 3, 100])
+def test_every_event_is_a_target_once_and_rows_are_cut_from_the_newest(targets_per_row: int, tmp_path: Path) -> None:
+    lengths = {"a": 8, "b": 2, "c": 4, "d": 3}
+    lines = [(user, f"i{(n * 3 + ord(user)) % 9}", n) for user, length in lengths.items() for n in range(length)]
+    (tmp_path / "events.csv").write_text("user_id,item_id,timestamp\n" + "".join(f"{u},{i},{t}\n" for u, i, t in lines))
+    (tmp_path / "items.csv").write_text("item_id\n" + "".join(f"i{n}\n" for n in range(9)))
+    config = DataConfig(
+        dir="x", query={"history": History(of="item_id", max_items=4)}, doc={"item_id": Categorical()},
+        targets_per_row=targets_per_row,
+    )  # fmt: skip
+    make_interactions(
+        config, InteractionTables(tmp_path / "events.csv", tmp_path / "items.csv"), Target(tmp_path / "data")
+    )
+    dataset = Dataset.open(tmp_path / "data")
+    found: dict[str, list[list[int]]] = {}
+    (rows,) = dataset.iterate("train", 100)
+    assert dataset.sequences is not None and rows.sequence is not None and rows.place is not None
+    users = dataset.sequences.strings("query_key", rows.sequence)
+    for i, user in enumerate(users):
+        found.setdefault(user, []).append(rows.place[rows.row_of_query == i].tolist())
+    # leave-one-out: the last two events are validation's and test's, and the first has no history
+    for user, length in lengths.items():
+        places = list(range(1, length - 2))
+        cut = [places[max(0, end - targets_per_row) : end] for end in range(len(places), 0, -targets_per_row)]
+        assert sorted(found.get(user, [])) == sorted(cut)
+    for split, distance in (("validation", 2), ("test", 1)):
+        (held_out,) = dataset.iterate(split, 100)
+        assert held_out.place is not None and held_out.sequence is not None
+        keys = dataset.sequences.strings("query_key", held_out.sequence)
+        expected = {u: n - distance for u, n in lengths.items() if n > distance}
+        assert dict(zip(keys, held_out.place.tolist(), strict=True)) == expected
+    assert dataset.doc_counts().sum() == sum(max(0, n - 3) for n in lengths.values())
