@@ -352,6 +352,7 @@ def check_config(config: Config) -> None:
             history.block != "hstu" or history.positions == "relative", f"model.{side}.history.positions",
             history.positions, "relative with block=hstu, which has no other",
         )  # fmt: skip
+    check_targets_per_row(data.targets_per_row, data, config.model)
     for side, features in (("query", data.query), ("doc", data.doc)):
         for name, feature in features.items():
             key = f"data.{side}.{name}"

@@ -25,7 +25,7 @@ from bigdssm.dataset.remote import RemoteFolder, is_url
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.sequences import Targets
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import History, TextTokenizer
+from bigdssm.features import History, TextTokenizer, ragged
 from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.features.ragged import Column, from_arrow, offsets_of
 from bigdssm.log import get_logger
@@ -243,9 +243,7 @@ class Dataset:
         for name, feature in self.schema.query.items():
             if isinstance(feature, History):
                 # what the last query has seen; the others, of one left edge with it, have seen less of it
-                left_edge = np.maximum(0, end - 1 - feature.max_items)
-                items = table.take_slices("items", sequence, left_edge, end - 1)
-                query[name] = type(items)(self._codes(str(feature.of), items.values), items.offsets)
+                query[name], left_edge = self._history(feature, table, sequence, end - 1)
             else:
                 query[name] = table.take(name, sequence)
         single = self.num_queries(split) == self.num_rows(split)
@@ -254,6 +252,27 @@ class Dataset:
             query_ids=np.asarray(table.take("query_id", sequence[targets.row])), row=None if single else targets.row,
             place=targets.place, left_edge=left_edge, sequence=sequence, sequences=table,
         )  # fmt: skip
+
+    def _one_query_each(self, rows: Rows) -> Rows:
+        """Return rows of one query each; its history is what it has seen, the newest."""
+        if rows.row is None or rows.place is None or rows.sequence is None or self.sequences is None:
+            return rows
+        sequence = rows.sequence[rows.row]
+        query: dict[str, Column] = {}
+        for name, feature in self.schema.query.items():
+            if isinstance(feature, History):
+                query[name] = self._history(feature, self.sequences, sequence, rows.place)[0]
+            else:
+                query[name] = ragged.take(rows.query[name], rows.row)
+        return replace(rows, row_ids=rows.row_ids[rows.row], query=query, sequence=sequence, row=None, left_edge=None)
+
+    def _history(
+        self, feature: History, table: MappedTable, sequence: np.ndarray, seen: np.ndarray
+    ) -> tuple[Column, np.ndarray]:
+        """Return the codes of the newest of the items that were seen, and the place of the oldest of them."""
+        left_edge = np.maximum(0, seen - feature.max_items)
+        items = table.take_slices("items", sequence, left_edge, seen)
+        return type(items)(self._codes(str(feature.of), items.values), items.offsets), left_edge
 
     def _codes(self, feature: str, docs: np.ndarray) -> np.ndarray:
         """Return the codes of catalogue rows in a history; of one that is none, which is bad as a target, unknown."""
@@ -273,12 +292,17 @@ class Dataset:
         """Return the tokenizer, None without text features."""
         return None if self.tokenizer_dir is None else TextTokenizer(self.tokenizer_dir)
 
-    def iterate(self, split: str, rows_per_batch: int, rank: int = 0, world_size: int = 1) -> Iterator[Rows]:
-        """Yield the rank's contiguous share of a split in dataset order, `rows_per_batch` row ids at a time.
+    def rows_at_once(self, split: str, num_queries: int) -> int:
+        """Return how many rows give about so many queries, at least 1."""
+        return max(1, num_queries * self.num_rows(split) // max(1, self.num_queries(split)))
 
-        Rows that cannot be used are left out, and named in a warning.
+    def iterate(self, split: str, rows_per_batch: int, rank: int = 0, world_size: int = 1) -> Iterator[Rows]:
+        """Yield the rank's contiguous share of a split in dataset order, `rows_at_once` row ids at a time.
+
+        Each query is a row of its own, with the history that it would have when it is served. What cannot be used is
+        left out, and named in a warning.
         """
-        index = self.index(split)
+        index, rows_per_batch = self.index(split), self.rows_at_once(split, rows_per_batch)
         first, last = (index.num_rows * k // world_size for k in (rank, rank + 1))
         pending: list[tuple[np.ndarray, pa.RecordBatch]] = []
         block = int(np.searchsorted(index.first_row, first, "right")) - 1
@@ -290,7 +314,7 @@ class Dataset:
             ids = np.concatenate([part[0] for part in pending])
             table = pa.concat_batches([part[1] for part in pending])
             inside, later = (ids >= begin) & (ids < end), ids >= end
-            yield self.rows(split, step, ids[inside], table.filter(pa.array(inside)))
+            yield self._one_query_each(self.rows(split, step, ids[inside], table.filter(pa.array(inside))))
             pending = [(ids[later], table.filter(pa.array(later)))]
 
     def _good_rows(self, index: SplitIndex, block: int) -> tuple[np.ndarray, pa.RecordBatch]:

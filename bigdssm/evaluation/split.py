@@ -14,7 +14,7 @@ from bigdssm import distributed
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.tensors import as_tensor
-from bigdssm.errors import DivergedError
+from bigdssm.errors import DataError, DivergedError
 from bigdssm.evaluation.metrics import mean_metrics
 from bigdssm.evaluation.ranks import Seen, ranks_of_pairs, ranks_of_scores, ranks_of_vectors
 from bigdssm.evaluation.scorer import ScoredEncoders
@@ -53,7 +53,7 @@ def evaluate_split(
     every target first.
     """
     started = time.perf_counter()
-    dataset.index(split)
+    _check_split(dataset, split)
     share = Share(rank, world_size, rows_per_chunk, progress)
     if documents is None or isinstance(encoders, ScoredEncoders):
         documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
@@ -86,7 +86,7 @@ def evaluate_scores(
     Raises DataError: no such split.
     """
     started = time.perf_counter()
-    dataset.index(split)
+    _check_split(dataset, split)
     rows_per_chunk = max(1, min(1024, SCORES_PER_CHUNK // dataset.catalogue.num_docs))
     ranks = np.full(dataset.num_rows(split), np.nan)
     for rows in dataset.iterate(split, rows_per_chunk):
@@ -94,6 +94,16 @@ def evaluate_scores(
         rank = ranks_of_scores(as_tensor(scores(rows)), as_tensor(rows.doc_rows), seen)
         ranks[rows.row_ids] = _of_relevant(rank, rows)
     return Evaluation(ranks, mean_metrics(ranks), time.perf_counter() - started)
+
+
+def _check_split(dataset: Dataset, split: str) -> None:
+    """Raise DataError where there is no such split, or ranks by row cannot be told."""
+    dataset.index(split)
+    if (queries := dataset.num_queries(split)) != (num_rows := dataset.num_rows(split)):
+        raise DataError(
+            f"{dataset.dir}: the {num_rows} rows of split {split} give {queries} queries, evaluation needs one a row; "
+            "take validation or test, or make the dataset with data.targets_per_row=1"
+        )
 
 
 def _seen(rows: Rows, device: torch.device | str) -> Seen:

@@ -73,6 +73,8 @@ def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress:
     started = time.monotonic()
     check_names(config.doc, [name for name, _ in KEY_COLUMNS], "doc")
     check_names(config.query, BLOCK_COLUMNS, "query")
+    if config.targets_per_row > 1:
+        raise ConfigError(f"data.targets_per_row: got {config.targets_per_row}, needs 1: pairs are no sequences")
     for name, feature in config.query.items():
         if feature.from_sequence:
             raise ConfigError(f"data.query.{name}: pairs have no histories; use the sub-command `interactions`")

@@ -28,10 +28,10 @@ from bigdssm.batching.chunks import Chunked
 from bigdssm.batching.plan import Budget, plan_side, plan_step
 from bigdssm.config import Config, EngineConfig, StageName
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.tensors import Features
 from bigdssm.losses.passes import loss_bytes, loss_sent_bytes, vector_bytes
 from bigdssm.models import DualEncoder, Encoded, use_plain_attention
 from bigdssm.models.encoders import text_architectures
+from bigdssm.models.places import Places
 from bigdssm.reports.live_memory import LiveBytes
 from bigdssm.retrieval.embed import CHUNK_TOKENS_CPU
 from bigdssm.running.records import METRICS_FILE, read_stage
@@ -157,11 +157,17 @@ def _towers(model: DualEncoder, mode: FakeTensorMode, batch: Batch, engine: Engi
     kept_inputs = [piece.inputs for piece in pieces if piece.keep]
     again = [piece.inputs for side in ("query", "doc") if (piece := _largest(pieces, side)) is not None]
     if plan.whole:
-        kept_inputs = [{"query": batch.query, "doc": batch.doc}]
+        places = {} if batch.places is None else {"places": batch.places}
+        kept_inputs = [{"query": batch.query, "doc": batch.doc, **places}]
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=engine.precision == "bf16")
 
-    def encode(**sides: Features) -> Encoded:
-        inputs = {side: {name: mode.from_tensor(t) for name, t in given.items()} for side, given in sides.items()}
+    def encode(**given: Any) -> Encoded:
+        inputs = {
+            name: Places(*map(mode.from_tensor, value))
+            if isinstance(value, Places)
+            else {feature: mode.from_tensor(tensor) for feature, tensor in value.items()}
+            for name, value in given.items()
+        }
         with autocast:
             encoded: Encoded = model(**inputs)
         return encoded

@@ -60,9 +60,9 @@ class Share:
         """Return this rank's [first, last) of so many rows."""
         return self.bounds(num_rows)[self.rank]
 
-    def num_chunks(self, num_rows: int) -> int:
+    def num_chunks(self, num_rows: int, rows_per_chunk: int) -> int:
         """Return the chunks of the rank that has most rows."""
-        return -(-max(last - first for first, last in self.bounds(num_rows)) // self.rows_per_chunk)
+        return -(-max(last - first for first, last in self.bounds(num_rows)) // rows_per_chunk)
 
 
 def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | str = "cpu") -> Encoders:
@@ -117,7 +117,7 @@ def encode_catalogue(encoders: Encoders, num_docs: int, share: Share | None = No
     share = share or Share()
     begin, end = share.of(num_docs)
     parts = []
-    for chunk in range(share.num_chunks(num_docs)):
+    for chunk in range(share.num_chunks(num_docs, share.rows_per_chunk)):
         first = begin + chunk * share.rows_per_chunk
         rows = np.arange(first, min(first + share.rows_per_chunk, end))
         # A rank that has run out encodes a document for nothing: a sharded model's forward is a collective.
@@ -150,11 +150,11 @@ def encode_queries(
 def _pieces(dataset: Dataset, split: str, share: Share) -> Iterator[Rows | None]:
     """Yield this rank's share of the split in pieces, then None until the rank that has most rows has run out."""
     chunks = dataset.iterate(split, share.rows_per_chunk, share.rank, share.world_size)
-    num_rows = dataset.num_rows(split)
+    num_rows, at_once = dataset.num_rows(split), dataset.rows_at_once(split, share.rows_per_chunk)
     begin, end = share.of(num_rows)
-    for chunk in range(share.num_chunks(num_rows)):
+    for chunk in range(share.num_chunks(num_rows, at_once)):
         yield next(chunks, None)
-        share.progress("queries encoded", min((chunk + 1) * share.rows_per_chunk, end - begin), end - begin)
+        share.progress("queries encoded", min((chunk + 1) * at_once, end - begin), end - begin)
 
 
 def in_chunks(

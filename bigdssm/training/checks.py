@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from bigdssm import distributed
-from bigdssm.config import Config, StageConfig, StageName, first_difference
+from bigdssm.config import Config, StageConfig, StageName, check_targets_per_row, first_difference
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.joining import open_dataset
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
@@ -42,6 +42,8 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
     check_trackers(config.run.trackers)
     dataset = open_dataset(config.data)
     dataset.check_against(config.data)
+    if dataset.num_queries("train") > dataset.num_rows("train"):
+        check_targets_per_row(max(2, config.data.targets_per_row), config.data, config.model)
     if config.data.webdataset is not None:
         _check_plain(name, stage, config.data.webdataset)
     else:
@@ -83,8 +85,13 @@ def _check_plain(name: StageName, stage: StageConfig, shards: str) -> None:
 
 
 def _check_rows(name: StageName, stage: StageConfig, dataset: Dataset) -> None:
-    """Raise where a step would hold rows too often, or none of them is a positive."""
+    """Raise where a step would hold rows too often, none of them is a positive, or what is mined needs other rows."""
     rows = dataset.num_rows("train")
+    if stage.loss.negatives and dataset.num_queries("train") > rows:
+        raise ConfigError(
+            f"{name}.loss.negatives: got {stage.loss.negatives}, needs 0: negatives are mined by row, and those of "
+            f"{dataset.dir} give several queries each; make it with data.targets_per_row=1 for them"
+        )
     if stage.rows_global > MOST_COPIES * rows:
         raise ConfigError(
             f"{name}.rows_global: got {stage.rows_global}, needs at most {MOST_COPIES * rows} with a train split of "

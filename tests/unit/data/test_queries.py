@@ -13,6 +13,7 @@ import pytest
 from bigdssm.batching.collate import Collator
 from bigdssm.batching.plan import plan_side
 from bigdssm.config import DataConfig
+from bigdssm.dataset.blocks import read_block
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.features import Categorical, History
@@ -56,6 +57,21 @@ def test_a_row_gives_a_query_for_each_target(folder: Path) -> None:
             end = piece(row)[1]
             left = max(0, end - 1 - MAX_ITEMS)
             assert rows.query["history"][i].tolist() == [item + 2 for item in events(row)[left : end - 1]]
+
+
+def test_iterating_gives_each_query_a_row(folder: Path) -> None:
+    """With the history that it would have when it is served: not from its piece's left edge."""
+    dataset = Dataset.open(folder)
+    expected = [(row, place) for row in range(1000) for place in range(*piece(row))]
+    found = []
+    for rows in dataset.iterate("train", 64):
+        assert rows.row is None and rows.place is not None and len(rows) == rows.num_queries <= 64
+        found += list(zip(rows.row_ids.tolist(), rows.place.tolist(), strict=True))
+        for i, (row, place) in enumerate(zip(rows.row_ids.tolist(), rows.place.tolist(), strict=True)):
+            items = events(row)
+            assert rows.query["history"][i].tolist() == [item + 2 for item in items[:place][-MAX_ITEMS:]]
+            assert rows.query["age"][i] == row % 11 and rows.doc_rows[i] == items[place]  # type: ignore[index]
+    assert found == expected
 
 
 def test_rows_are_taken_with_their_queries(folder: Path) -> None:
@@ -147,11 +163,12 @@ def test_every_event_is_a_target_once_and_rows_are_cut_from_the_newest(targets_p
     )
     dataset = Dataset.open(tmp_path / "data")
     found: dict[str, list[list[int]]] = {}
-    (rows,) = dataset.iterate("train", 100)
-    assert dataset.sequences is not None and rows.sequence is not None and rows.place is not None
-    users = dataset.sequences.strings("query_key", rows.sequence)
-    for i, user in enumerate(users):
-        found.setdefault(user, []).append(rows.place[rows.row_of_query == i].tolist())
+    batch, bad = read_block(dataset.index("train"), 0, dataset.layout)
+    assert dataset.sequences is not None and batch is not None and not bad
+    pieces = batch.to_pydict()
+    users = dataset.sequences.strings("query_key", np.array(pieces["sequence"]))
+    for user, first, end in zip(users, pieces["first"], pieces["end"], strict=True):
+        found.setdefault(user, []).append(list(range(first, end)))
     # leave-one-out: the last two events are validation's and test's, and the first has no history
     for user, length in lengths.items():
         places = list(range(1, length - 2))
