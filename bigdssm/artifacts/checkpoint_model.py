@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from bigdssm.artifacts.checkpoint import consolidated_state_dict
@@ -15,12 +16,15 @@ from bigdssm.models import new_model
 BEST = "best"
 
 
-def load_checkpoint_model(path: Path) -> ModelFolder:
-    """Return the model of the checkpoint `path` in a stage's folder. Raises CheckpointError where it is damaged."""
+def load_checkpoint_model(path: Path, scorer_widths: Sequence[int] = ()) -> ModelFolder:
+    """Return the model of the checkpoint `path` in a stage's folder, with a new MLP of `scorer_widths` where given.
+
+    Raises CheckpointError where it is damaged, or scores with an MLP of its own.
+    """
     stage_dir = path.parent.parent
     state = consolidated_state_dict(path)
     if is_model_folder(stage_dir / BEST):  # knows schema and architecture even where the dataset has gone
-        folder = load_model_folder(stage_dir / BEST)
+        folder = load_model_folder(stage_dir / BEST, scorer_widths=scorer_widths)
         model, config, schema, tokenizer_dir = folder.model, folder.config, folder.schema, folder.tokenizer_dir
     elif not (stage_dir / CONFIG_FILE).is_file():
         raise CheckpointError(
@@ -31,9 +35,9 @@ def load_checkpoint_model(path: Path) -> ModelFolder:
         config = load_config(stage_dir / CONFIG_FILE)
         dataset = Dataset.open(config.data.dir, cache=Cache.of(config.data))
         schema, tokenizer_dir = dataset.schema, dataset.tokenizer_dir
-        model = new_model(config.model, schema, dataset.pad_token_id, dataset.vocab_size)
+        model = new_model(config.model, schema, dataset.pad_token_id, dataset.vocab_size, scorer_widths)
     try:
-        model.load_state_dict(state)
+        model.load_towers(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"the weights in {path} do not fit the stage's config and schema: {reason}") from None

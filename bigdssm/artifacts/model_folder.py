@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,10 +97,11 @@ def save_model_folder(
         write_json(aside / META_FILE, meta)
 
 
-def load_model_folder(folder: Path, *, any_score: bool = False) -> ModelFolder:
+def load_model_folder(folder: Path, *, any_score: bool = False, scorer_widths: Sequence[int] = ()) -> ModelFolder:
     """Return the model in `folder`, its files checked against their checksums.
 
     `any_score`: also one whose score is no inner product, which can be evaluated, but neither indexed nor exported.
+    `scorer_widths`: of a new MLP that is to be trained to score in place of the product.
     Raises CheckpointError: no such folder, a file missing or damaged, weights that do not fit config and schema, or
     such a model where it is of no use.
     """
@@ -110,17 +111,16 @@ def load_model_folder(folder: Path, *, any_score: bool = False) -> ModelFolder:
     try:
         config, schema = load_config(folder / CONFIG_FILE), Schema.load(folder)
         texts = {key: _architecture(folder, key, meta["checksums"]) for key in text_configs(config.model, schema)}
-        model = DualEncoder(config.model, schema, texts)
         mlp = _mlp(config, meta["provenance"])
+        model = DualEncoder(config.model, schema, texts, mlp or scorer_widths)
         written = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if _config_checksum(written, mlp) != meta["config_checksum"]:
             raise CheckpointError(
                 f"the model section of {CONFIG_FILE}, or sft.loss.mlp, is not what the model was trained with; undo "
                 "the edit, or copy the folder again (only other keys, such as data.dir, may change)"
             )
-        if mlp:
-            model.add_scorer(mlp)
-        model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        load = model.load_state_dict if mlp else model.load_towers
+        load(load_file(folder / WEIGHTS_FILE))
     except (RuntimeError, SafetensorError, OSError, ValueError, BigDSSMError) as error:
         raise CheckpointError(f"the model folder {folder} does not load: {' '.join(str(error).split())}") from None
     if mlp and not any_score:

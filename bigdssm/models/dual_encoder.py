@@ -47,11 +47,18 @@ class Encoded(NamedTuple):
 class DualEncoder(nn.Module):
     """Query tower, document tower, alpha, and beta: a head of the document tower, or one for all documents.
 
-    Weights are new; `texts` are the architectures of its text encoders, by `text_keys`. Source: Huang et al. 2013
-    (DSSM); Radford et al. 2021 (CLIP) for the learned scale.
+    Weights are new; `texts` are the architectures of its text encoders, by `text_keys`. With `scorer_widths`, those of
+    its hidden layers, an MLP scores in place of the product. Source: Huang et al. 2013 (DSSM); Radford et al. 2021
+    (CLIP) for the learned scale.
     """
 
-    def __init__(self, config: ModelConfig, schema: Schema, texts: Mapping[str, PretrainedConfig]) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        schema: Schema,
+        texts: Mapping[str, PretrainedConfig],
+        scorer_widths: Sequence[int] = (),
+    ) -> None:
         super().__init__()
         self.config = config
         self.schema = schema
@@ -64,12 +71,17 @@ class DualEncoder(nn.Module):
         self.beta_head = _beta_head(config.dim) if config.beta == "document" else None
         self.beta = nn.Parameter(torch.full((1,), config.beta_init)) if config.beta == "scalar" else None
         # Shape (1,): a 0-dim parameter breaks DeepSpeed's bf16 broadcast over gloo.
-        self.scorer: MlpScorer | None = None
+        self.scorer = MlpScorer(config.dim, scorer_widths) if scorer_widths else None
         self.log_alpha = nn.Parameter(torch.full((1,), math.log(config.alpha_init)), requires_grad=config.alpha_learned)
 
-    def add_scorer(self, hidden: Sequence[int]) -> None:
-        """Give the model an MLP that scores in place of the product (its weights are new)."""
-        self.scorer = MlpScorer(self.config.dim, hidden)
+    def load_towers(self, state: Mapping[str, Tensor]) -> None:
+        """Load all weights of a model without a scorer; where this one has one, it stays new.
+
+        Raises RuntimeError: `state` is not that of such a model.
+        """
+        if scored := MlpScorer.named(state):
+            raise RuntimeError(f"it has a scorer of its own, with {', '.join(scored)}")
+        self.load_state_dict({**state, **MlpScorer.named(self.state_dict())})
 
     def forward(
         self,
@@ -122,12 +134,15 @@ class DualEncoder(nn.Module):
         return Parts(side, getattr(self.config, side), self.tables, self.config.doc.embedding_dim, text)
 
 
-def new_model(config: ModelConfig, schema: Schema, pad_token_id: int = 0, vocab_size: int = 0) -> DualEncoder:
+def new_model(
+    config: ModelConfig, schema: Schema, pad_token_id: int = 0, vocab_size: int = 0, scorer_widths: Sequence[int] = ()
+) -> DualEncoder:
     """Return a model to train: new weights, and those of the pretrained folders that `config` names.
 
     `vocab_size` is the tokenizer's (0 without text features). Raises ConfigError: a folder that does not fit.
     """
-    model = DualEncoder(config, schema, text_architectures(config, schema, pad_token_id, vocab_size))
+    texts = text_architectures(config, schema, pad_token_id, vocab_size)
+    model = DualEncoder(config, schema, texts, scorer_widths)
     for key, text in text_configs(config, schema).items():
         if text.init is not None:
             load_pretrained(cast(TextEncoder, model.text[key]), text)

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+PREFIX = "scorer."  # of its weights in a whole model
+
 
 class MlpScorer(nn.Module):
     """Scores of pairs; `hidden` are the widths of its hidden layers, at least one. Source: He et al. 2017, eq. 11."""
@@ -25,10 +27,15 @@ class MlpScorer(nn.Module):
             layers += [nn.Linear(width, following), nn.GELU()]
         self.rest = nn.Sequential(*layers[:-1])
 
+    @staticmethod
+    def named(whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return its weights in the state of a whole model, where it is called `scorer`, by their names there."""
+        return {name: tensor for name, tensor in whole.items() if name.startswith(PREFIX)}
+
     def copy(self, whole: Mapping[str, Tensor]) -> MlpScorer:
-        """Return a copy with the weights that it has in the state of a whole model, where it is called `scorer`."""
-        prefix, scorer = "scorer.", MlpScorer(*self.widths)
-        scorer.load_state_dict({name.removeprefix(prefix): t for name, t in whole.items() if name.startswith(prefix)})
+        """Return a copy with the weights that it has in the state of a whole model."""
+        scorer = MlpScorer(*self.widths)
+        scorer.load_state_dict({name.removeprefix(PREFIX): t for name, t in self.named(whole).items()})
         return scorer
 
     def forward(self, u: Tensor, w: Tensor) -> Tensor:

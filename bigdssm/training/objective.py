@@ -32,13 +32,13 @@ from bigdssm.losses import (
     relevance_weight,
     scored_loss,
 )
-from bigdssm.models import DualEncoder, Encoded
+from bigdssm.models import DualEncoder, Encoded, MlpScorer
 
 
 def prepare_model(model: DualEncoder, config: LossConfig) -> None:
-    """Give the model what the loss trains beside the towers, with new weights."""
+    """Give a model that was made without it what the loss trains beside the towers, with new weights."""
     if config.mlp:
-        model.add_scorer(config.mlp)
+        model.scorer = MlpScorer(model.config.dim, config.mlp)
 
 
 class Objective:

@@ -46,7 +46,7 @@ from bigdssm.training.engine import Engine, device, init_process_group
 from bigdssm.training.growth import GrownReader, grow_model
 from bigdssm.training.health import Health, describe_ranks
 from bigdssm.training.loop import SaveClock, Stage, StageProgress, Watch, restore, train
-from bigdssm.training.objective import Objective, prepare_model
+from bigdssm.training.objective import Objective
 from bigdssm.training.resuming import check_length, part_steps
 from bigdssm.training.validation import Validator
 
@@ -77,7 +77,6 @@ def run_stage(
             check_agreement(config, dataset)
             torch.manual_seed(config.run.seed)
             model = _model(config, name, dataset)
-            prepare_model(model, stage_config.loss)
             stream = row_stream(
                 config, stage_config, dataset, distributed.rank(), world_size, config.data.num_workers,
                 quarantine=Path(config.run.dir) / f"quarantine-{distributed.rank():05d}.jsonl",
@@ -168,12 +167,18 @@ def _assemble(
 
 
 def _model(config: Config, name: StageName, dataset: Dataset) -> DualEncoder:
-    """Return a new model, or the one that the stage starts from, checked against dataset and config."""
-    source = initial_model(config, name)
+    """Return a new model, or the one that the stage starts from, checked against dataset and config.
+
+    Where the stage's loss trains an MLP that scores, the model has a new one.
+    """
+    source, mlp = initial_model(config, name), config.stage(name).loss.mlp
     if source is None:
         # .train(), since transformers gives a pretrained encoder out in evaluation mode
-        return new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size).train()
-    loaded = load_checkpoint_model(source) if is_checkpoint(source) else load_model_folder(source)
+        return new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size, mlp).train()
+    if is_checkpoint(source):
+        loaded = load_checkpoint_model(source, mlp)
+    else:
+        loaded = load_model_folder(source, scorer_widths=mlp)
     if dataset.schema.cut(loaded.schema.vocabulary_sizes()) == loaded.schema:
         grow_model(loaded.model, dataset.schema)
     else:

@@ -165,8 +165,9 @@ def launch(stage: str, config: Path, overrides: list[str]) -> tuple[int, str]:
 
 def is_small(config: Config, stage: StageConfig, dataset: Dataset) -> bool:
     with torch.device("meta"):
-        model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
-        model.add_scorer(stage.loss.mlp or [1])
+        model = new_model(
+            config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size, stage.loss.mlp or (1,)
+        )
     loss = stage.loss
     rows = stage.rows_global + loss.uniform_negatives + (loss.negatives + 1) * 8
     held = loss.frequency_buckets if loss.frequency == "streaming" else 0

@@ -128,9 +128,10 @@ def test_padding_changes_nothing(block: str, positions: str) -> None:
 
 
 @every
-def test_the_order_of_items_matters(block: str, positions: str) -> None:
-    rows = torch.tensor([[2, 3, 4, 5], [3, 2, 4, 5], [2, 3, 5, 4]])
-    vectors = model(block, positions)({"history": rows, "age": torch.full((3,), 30.0)}).U
+def test_positions_say_in_which_order_items_came(block: str, positions: str) -> None:
+    """To one layer, which without them would know the newest item from the others and no more."""
+    rows = torch.tensor([[2, 3, 4, 5], [3, 2, 4, 5], [2, 4, 3, 5]])
+    vectors = model(block, positions, layers=1)({"history": rows, "age": torch.full((3,), 30.0)}).U
     assert torch.pdist(vectors).min() > 1e-4
 
 

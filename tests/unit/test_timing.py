@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bigdssm import timing
 from bigdssm.config import HistoryEncoderConfig, ModelConfig, TextEncoderConfig, TowerConfig
 from bigdssm.features import Categorical, History, Numeric, Text
-from bigdssm.models import new_model
+from bigdssm.models import Places, new_model
 from bigdssm.running.time_table import TimeTable
 from bigdssm.schema import Schema
 
@@ -85,8 +86,10 @@ def test_the_table_adds_up() -> None:
     assert "60% of the peak" in lines[-1] and "38% over all" in lines[-1]
 
 
-def test_operations_by_formula_are_those_that_torch_counts() -> None:
-    """With rows of one length, so that nothing is padding."""
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize(("block", "positions"), [("sasrec", "absolute"), ("gated", "rotary"), ("hstu", "relative")])
+def test_operations_by_formula_are_those_that_torch_counts(block: Any, positions: Any, many: bool) -> None:
+    """With rows of one length, so that nothing is padding; each row one query, or many."""
     schema = Schema(
         {"history": History(of="item", max_items=6).named("history")},
         {
@@ -98,14 +101,15 @@ def test_operations_by_formula_are_those_that_torch_counts() -> None:
     config = ModelConfig(
         dim=24,
         beta="none",
-        query=TowerConfig(mlp=(20,), history=HistoryEncoderConfig(layers=2)),
+        query=TowerConfig(mlp=(20,), history=HistoryEncoderConfig(block=block, positions=positions, layers=2)),
         doc=TowerConfig(text=TextEncoderConfig(layers=2, hidden=16)),
     )
+    places = Places(torch.tensor([0, 2, 0, 2, 1]), torch.tensor([0, 5, 3, 1, 2])) if many else None
     model = new_model(config, schema, vocab_size=50).eval()
     query = {"history": torch.randint(2, 10, (3, 5))}
     doc = {"item": torch.arange(2, 9), "year": torch.ones(7), "title": torch.randint(1, 50, (7, 11))}
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model(query, doc)
-    assert model.flops(query, doc) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+        model(query, doc, places=places)
+    assert model.flops(query, doc, places) == pytest.approx(counter.get_total_flops(), rel=1e-6)
     padded = {**doc, "title": torch.nn.functional.pad(doc["title"], (0, 4))}
-    assert model.flops(query, padded) == model.flops(query, doc)
+    assert model.flops(query, padded, places) == model.flops(query, doc, places)

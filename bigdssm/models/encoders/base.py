@@ -82,7 +82,8 @@ def use_plain_attention(model: nn.Module) -> None:
 
     MiniLM on a Xeon with AMX, forward and backward a CPU-second: 4,700 tokens of texts of 70 against 2,700, 3,800 of
     texts of 128 against 3,100. In float32 both take the same time. Without a backward the fused kernel is the faster
-    one: 15,600 tokens of texts of 128 against 8,300.
+    one: 15,600 tokens of texts of 128 against 8,300. 64 histories of 200 items through 2 layers of width 128 with 2
+    heads on an EPYC without AMX, forward and backward: 189 ms against 243, and 322 in float32.
     """
     for part in model.modules():
         if isinstance(part, Encoder):

@@ -91,7 +91,7 @@ class HistoryEncoder(Encoder):
         vectors = self._tables[0].look_up(self.table, items_RT)
         if self.config.item_scale:
             vectors = vectors * self.dim**0.5
-        start = self.start.to(vectors.dtype).expand(len(items_RT), 1, -1)
+        start = self.start.to(vectors.dtype).expand(items_RT.shape[0], 1, -1)
         hidden = torch.cat([start, vectors], dim=1)
         if self.config.positions == "age":
             hidden = hidden + self.positions((length_R.unsqueeze(1) - place_T).clamp(min=0))
@@ -107,7 +107,8 @@ class HistoryEncoder(Encoder):
         if self.config.positions == "relative":
             bias = self.positions(distance.clamp(min=0)).movedim(-1, -3)
             mask = bias.to(dtype).masked_fill(~mask, HIDDEN)
-        fused = not (self._plain_in_training and self.training)
+        learned_on_cpu = self.config.positions == "relative" and over.device.type == "cpu"  # has no fused backward
+        fused = not (self.training and (self._plain_in_training or learned_on_cpu))
         mask = mask if mask.dim() == 4 else mask.unsqueeze(0)  # the fused kernel is for masks of 2 or 4 dimensions
         return Sight(at, over, mask, fused, self.config.positions == "rotary")
 

@@ -16,10 +16,10 @@ from bigdssm.models import DualEncoder, new_model
 SMALL = ("dim=8", "query.mlp=[16]", "doc.mlp=[16]", "doc.text.layers=1", "doc.text.hidden=8")
 
 
-def random_model(config: Config, dataset: Dataset, seed: int) -> DualEncoder:
+def random_model(config: Config, dataset: Dataset, seed: int, scorer_widths: tuple[int, ...] = ()) -> DualEncoder:
     """Return a model in which every parameter matters, beta included."""
     torch.manual_seed(seed)
-    model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+    model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size, scorer_widths)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn_like(parameter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import yaml
 
 from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder, model_checksum, save_model_folder
 from bigdssm.batching.collate import Collator
-from bigdssm.config import TokenizerConfig, load_config
+from bigdssm.config import Config, TokenizerConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.tensors import to_features
 from bigdssm.errors import CheckpointError, ConfigError
@@ -32,6 +33,8 @@ from bigdssm.retrieval.embed import document_vectors, query_vectors
 from bigdssm.retrieval.search import DocumentNames, feature_query, history_query
 from bigdssm.schema import Schema
 from tests.conftest import WORDS
+
+from .conftest import random_model
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 QUERIES = ["copper lantern", "", "River STONE, bridge?", "walnut " * 40]
@@ -299,6 +302,27 @@ def test_onnx_scores_as_the_trainer(
     queries, documents = ([{feature: text} for text in texts] for texts in (QUERIES, DOCUMENTS))
     scores = torch.from_numpy(card["encode_query"](queries) @ card["encode_document"](documents).T)
     torch.testing.assert_close(scores, trainers_scores(source), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("block", "positions"),
+    [("gated", "rotary"), ("hstu", "relative"), pytest.param("sasrec", "absolute", marks=pytest.mark.slow)],
+)
+def test_onnx_holds_histories_of_every_kind(
+    config: Config, dataset: Dataset, block: Any, positions: Any, tmp_path: Path
+) -> None:
+    """From a model folder; the export itself compares rows of all lengths, together and alone."""
+    for package in ONNX:
+        pytest.importorskip(package)
+    history = replace(config.model.query.history, block=block, positions=positions, layers=2, item_scale=True)
+    query = replace(config.model.query, history=history)
+    changed = replace(config, model=replace(config.model, query=query))
+    model = random_model(changed, dataset, seed=1)
+    save_model_folder(tmp_path / "model", model, changed, dataset.schema, dataset.tokenizer_dir, {"step": 3})
+    source = folder_source(tmp_path / "model")
+    assert source.model.config.model.query.history == history
+    parity = export(source, tmp_path / "exported", "onnx")
+    assert max(parity.query, parity.doc) <= PARITY_LIMIT
 
 
 def test_onnx_holds_towers_of_all_features(

@@ -18,6 +18,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError
 from bigdssm.evaluation.scorer import encoders_of
 from bigdssm.evaluation.split import evaluate_split
+from bigdssm.models import DualEncoder, MlpScorer
 
 from .conftest import SMALL, random_model
 
@@ -29,8 +30,7 @@ def mlp_dir(tiny_interactions: Any, dataset: Dataset, tmp_path_factory: pytest.T
     overrides = [f"model.{override}" for override in SMALL]
     loss = "sft.loss={name: pair_ce, negatives: 3, in_batch: false, mlp: [12, 5]}"
     config = load_config(tiny_interactions.config, [*overrides, loss])
-    model = random_model(config, dataset, seed=1)
-    model.add_scorer(config.stage("sft").loss.mlp)
+    model = random_model(config, dataset, seed=1, scorer_widths=config.stage("sft").loss.mlp)
     folder = tmp_path_factory.mktemp("mlp") / "model"
     save_model_folder(folder, model, config, dataset.schema, dataset.tokenizer_dir, {"stage": "sft", "step": 3})
     return folder
@@ -58,6 +58,24 @@ def test_every_document_is_scored(mlp_dir: Path, dataset: Dataset) -> None:
 def test_nothing_that_needs_vectors_takes_it(mlp_dir: Path) -> None:
     with pytest.raises(CheckpointError, match=r"scores with an MLP.*can only be evaluated, with bigdssm evaluate"):
         load_model_folder(mlp_dir)
+
+
+def test_a_folder_without_one_gets_a_new_one(mlp_dir: Path, model_dir: Path, model: DualEncoder) -> None:
+    torch.manual_seed(4)
+    loaded = load_model_folder(model_dir, scorer_widths=(12, 5)).model
+    assert loaded.scorer is not None and loaded.scorer.widths == (8, (12, 5))
+    torch.manual_seed(4)
+    load_model_folder(model_dir)
+    for name, tensor in MlpScorer(8, (12, 5)).state_dict().items():  # drawn after all else
+        assert torch.equal(loaded.scorer.state_dict()[name], tensor), name
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    with pytest.raises(RuntimeError, match=r"it has a scorer of its own, with scorer\.of_query\.weight"):
+        loaded.load_towers(loaded.state_dict())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        loaded.load_towers({})
+    with pytest.raises(CheckpointError, match="scores with an MLP"):
+        load_model_folder(mlp_dir, scorer_widths=(12, 5))
 
 
 @pytest.mark.slow
