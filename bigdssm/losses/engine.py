@@ -24,7 +24,7 @@ from bigdssm import distributed
 from bigdssm.distributed import Group
 from bigdssm.losses.inputs import LossInputError, LossInputs, check_inputs, global_sizes, need
 from bigdssm.losses.listed import add_listed, score_listed
-from bigdssm.losses.masks import find_false_negatives, gather_known_positives, is_known_positive
+from bigdssm.losses.masks import find_false_negatives, gather_known_positives
 from bigdssm.losses.output import LocalStats, LossOutput, attach, finish_gradients, reduce_output
 from bigdssm.losses.passes import Gradients, ScorePasses, gather_columns, product_precision
 from bigdssm.losses.terms import TERMS, Scores, Term
@@ -90,18 +90,18 @@ def contrastive_loss(
     # without ids a column is its own document, of its index among all ranks' as id
     docs_n = torch.arange(n, device=device) + sizes.rank * sizes.longest if x.doc_ids is None else x.doc_ids
     with torch.no_grad(), product_precision(x):
-        ids_m, pairs = gather_known_positives(
+        positives = gather_known_positives(
             x.query_ids, docs_n[x.positive], x.weight, x.known, sizes.num_known, group
         )
         passes = None
         if columns != "none":
             copies_n = torch.bincount(shared.positive, minlength=len(shared.W)).double() if kept is not None else None
             gathered = gather_columns(shared, sizes, copies_n, tile, group)
-            mask = find_false_negatives(ids_m, pairs, gathered.doc_ids, gathered.valid, gathered.total)
+            mask = find_false_negatives(positives, gathered.doc_ids, gathered.valid, gathered.total)
             passes = ScorePasses(shared, sizes, gathered, mask, group)
         column_mk, there_mk = negatives.clamp(min=0), negatives >= 0
         other_mk = there_mk & (column_mk != x.positive[:, None])
-        known_mk = is_known_positive(pairs, ids_m, docs_n[column_mk])
+        known_mk = positives.contain(docs_n[column_mk])
         used_mk = other_mk & ~known_mk
         score_mk = score_listed(x, column_mk, used_mk)
         positive_m = _positive_scores(x, with_beta=direction != "d2q")

@@ -85,7 +85,8 @@ class ScorePasses:
 
     def own_masked(self) -> int:
         """Return how many queries' positives are masked."""
-        return int(self._mask.contains(self.positive_N).sum())
+        unused = (self._x.weight == 0).nonzero().squeeze(1)  # others' are known positives themselves
+        return len(self.positive_N) - len(unused) + int(self._mask.contains(unused, self.positive_N[unused]).sum())
 
     def rows(self, positive_m: Tensor, weight_m: Tensor, extra_log_sum_m: Tensor) -> RowSums:
         """Return each query's log-sum-exp over the columns, as often as they count, and over the extra negatives.
