@@ -30,7 +30,7 @@ class Batch:
     query_pad_ids: PadIds
     doc_pad_ids: PadIds
     negatives: Tensor | None = None  # int64 [m, k]: columns of given negatives, -1 for none
-    known: Tensor | None = None  # int64 [p, 2]: (query id, doc id) of further documents that are no negatives
+    known: Tensor | None = None  # int64 [p, 2]: (query id or, by loss.mask, number; doc id) of further no negatives
 
     @property
     def nbytes(self) -> int:

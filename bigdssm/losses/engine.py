@@ -60,7 +60,8 @@ def contrastive_loss(
     float, multiplies the products. beta [n]: added to a document's scores. neg_bias [n]: added where the document is a
     negative, query → doc only; no gradient; −inf: never a negative. weight [m] ≥ 0. query_ids [m], doc_ids [n] int64:
     what the masks compare; without them each query, each column is its own. known int64 [p, 2]: (query id, doc id) of
-    further positives to drop. tile: columns per tile.
+    further positives to drop; without query_ids (row of the query, doc id), which stay on this rank. tile: columns per
+    tile.
 
     negatives int64 [m, k]: columns of this rank listed for each query (hard negatives), −1 where there is none.
     columns: what is a negative of every query besides: `all` columns of all ranks; `in_batch`, the documents of all
@@ -90,9 +91,7 @@ def contrastive_loss(
     # without ids a column is its own document, of its index among all ranks' as id
     docs_n = torch.arange(n, device=device) + sizes.rank * sizes.longest if x.doc_ids is None else x.doc_ids
     with torch.no_grad(), product_precision(x):
-        positives = gather_known_positives(
-            x.query_ids, docs_n[x.positive], x.weight, x.known, sizes.num_known, group
-        )
+        positives = gather_known_positives(x.query_ids, docs_n[x.positive], x.weight, x.known, sizes.num_known, group)
         passes = None
         if columns != "none":
             copies_n = torch.bincount(shared.positive, minlength=len(shared.W)).double() if kept is not None else None
@@ -108,9 +107,8 @@ def contrastive_loss(
         found = term.on_vectors(Scores(x.weight, positive_m, score_mk, used_mk, passes, direction))
         masked, entries = float((other_mk & known_mk).sum()), float(there_mk.sum())
         if passes is not None:
-            total = float(passes.columns.counts().sum())
-            masked += float((total - passes.num_negatives_m).sum() - passes.own_masked())
-            entries += m * (total - 1)
+            of_columns = passes.entries()
+            entries, masked = entries + of_columns[0], masked + of_columns[1]
         local = LocalStats(x.weight, positive_m, found.largest_m, found.lse_m, entries, masked)
         loss, stats = reduce_output(found.value_m.sum(), local, sizes.weight_sum, group)
         loss = loss.to(x.acc)

@@ -4,10 +4,11 @@ Known positives are P = {(query id, document id)}: the pairs of weight > 0 of al
 Entry (i, j) is masked where (query id of i, document id of j) is in P. Each positive itself is among them, which the
 losses score apart, so one mask serves both directions.
 
-Without query ids each query is its own, numbered by its row: no other rank's pairs concern it, and none leave the rank.
+Without query ids each query is its own, numbered by its row: no other rank's pairs concern it, and none of its own
+leave the rank.
 
-Few pairs are kept as pairs, usually little more than one a row; many as a matrix of bytes, which then takes no more than
-twice what the pairs took.
+Few pairs are kept as pairs, usually little more than one a row; many as a matrix of bytes, which then takes at most
+twice what the pairs take.
 
 Shape legend: m queries and n columns of this rank, N columns of all ranks (with unused ones: a column's index is its
 place in gathered buffers), P known positives, Q distinct queries of this rank.
@@ -213,8 +214,7 @@ def find_false_negatives(
         column_doc = torch.zeros_like(column_doc).index_copy_(0, valid, inverse)
     num_docs, num_queries = docs.shape[0], positives.num_queries
     doc_columns = Groups.of(column_doc[valid], valid, num_docs)
-    cells = num_queries * num_columns
-    if cells <= _MATRIX_CELLS or positives.number < cells * _MATRIX_FROM:
+    if not _is_matrix(num_queries * num_columns, positives.number):
         keys = positives.keys(docs)
         query_docs = Groups.of(keys // max(1, num_docs), keys % max(1, num_docs), num_queries)
         return MaskPairs(positives.row_query, query_docs, doc_columns, column_doc, keys)
@@ -229,6 +229,17 @@ def find_false_negatives(
             query = query[which]
         matrix_QN.view(-1)[query * num_columns + column] = 1
     return MaskMatrix(positives.row_query, matrix_QN)
+
+
+def _is_matrix(cells: int, num_pairs: int) -> bool:
+    return cells > _MATRIX_CELLS and num_pairs >= cells * _MATRIX_FROM
+
+
+def mask_bytes(num_queries: int, num_columns: int, num_pairs: int) -> int:
+    """Return what the mask of so many known positives takes, these left out, while it is made and after."""
+    cells = num_queries * num_columns
+    # pairs: their keys, before and behind the sort, and grouped by query and by document
+    return cells if _is_matrix(cells, num_pairs) else 8 * (6 * num_pairs + 4 * num_columns)
 
 
 class IdTable:
