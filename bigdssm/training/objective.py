@@ -22,13 +22,13 @@ from bigdssm.config import LossConfig, ModelConfig, StageConfig
 from bigdssm.dataset.tensors import Features
 from bigdssm.loss_options import LOSSES
 from bigdssm.losses import (
+    CountedFrequency,
     LossOutput,
     Softmax,
     StreamingFrequency,
     apply_sampling,
     contrastive_loss,
     find_term,
-    log_expected_from_counts,
     matryoshka_loss,
     norm_penalty,
     relevance_weight,
@@ -58,8 +58,11 @@ class Objective:
         # A relative loss cancels it: its gradient would be rounding noise, which Adam turns into steps.
         self._without_beta = model.beta == "scalar" and self._options.relative
         self._tile = tile
-        self._counts = None if doc_counts is None else torch.from_numpy(doc_counts)
-        self._rows_global = rows_global
+        self._counted = (
+            None
+            if doc_counts is None
+            else CountedFrequency(torch.from_numpy(doc_counts), rows_global, config.uniform_negatives)
+        )
         self._streaming = StreamingFrequency(config.frequency_buckets) if config.frequency == "streaming" else None
 
     def __call__(self, encoded: Encoded, batch: Batch) -> LossOutput:
@@ -155,10 +158,8 @@ class Objective:
             self._streaming.update(batch.doc_ids, copies)
             log_expected = self._streaming.log_expected(batch.doc_ids)
         else:
-            assert self._counts is not None
-            log_expected = log_expected_from_counts(
-                self._counts, batch.doc_rows.cpu(), self._rows_global, config.uniform_negatives
-            ).to(copies.device)
+            assert self._counted is not None
+            log_expected = self._counted.log_expected(batch.doc_rows.cpu()).to(copies.device)
         biases = apply_sampling(config.sampling, log_expected, gamma=config.gamma, beta=beta, neg_bias=neg_bias)
         return biases.beta, biases.neg_bias
 
