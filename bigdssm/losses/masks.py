@@ -7,8 +7,8 @@ losses score apart, so one mask serves both directions.
 Without query ids each query is its own, numbered by its row: no other rank's pairs concern it, and none of its own
 leave the rank.
 
-Few pairs are kept as pairs, usually little more than one a row; many as a matrix of bytes, which then takes at most
-twice what the pairs take.
+Few pairs are kept as pairs, usually little more than one a row; many as a matrix of bytes, which then takes no more
+than working on them as pairs.
 
 Shape legend: m queries and n columns of this rank, N columns of all ranks (with unused ones: a column's index is its
 place in gathered buffers), P known positives, Q distinct queries of this rank.
@@ -26,7 +26,8 @@ from torch import Tensor
 from bigdssm import distributed
 from bigdssm.distributed import Group
 
-_MATRIX_FROM = 1 / 32  # pairs a cell, each of two 8-byte ids, against a byte a cell
+_PAIR_BYTES = 48  # of a pair: its key, before and behind the sort, and grouped by query
+_MATRIX_FROM = 1 / _PAIR_BYTES  # pairs a cell: a matrix has a byte a cell
 _MATRIX_CELLS = 1 << 16  # up to which there is nothing to gain
 _CHUNK_PAIRS = 1 << 16  # worked on at once: temporaries of all would cost more than the work on them
 _MATRIX_ROWS = 256  # widened at once
@@ -238,8 +239,7 @@ def _is_matrix(cells: int, num_pairs: int) -> bool:
 def mask_bytes(num_queries: int, num_columns: int, num_pairs: int) -> int:
     """Return what the mask of so many known positives takes, these left out, while it is made and after."""
     cells = num_queries * num_columns
-    # pairs: their keys, before and behind the sort, and grouped by query and by document
-    return cells if _is_matrix(cells, num_pairs) else 8 * (6 * num_pairs + 4 * num_columns)
+    return cells if _is_matrix(cells, num_pairs) else _PAIR_BYTES * num_pairs + 4 * 8 * num_columns
 
 
 class IdTable:

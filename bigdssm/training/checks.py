@@ -42,6 +42,11 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
     check_trackers(config.run.trackers)
     dataset = open_dataset(config.data)
     dataset.check_against(config.data)
+    if stage.loss.mask in ("user", "past") and (dataset.sequences is None or config.data.webdataset is not None):
+        raise ConfigError(
+            f"{name}.loss.mask: got {stage.loss.mask}, needs batch or none: the rows of "
+            f"{config.data.webdataset or dataset.dir} are not of sequences, so that nothing lies before them"
+        )
     if config.data.webdataset is not None:
         _check_plain(name, stage, config.data.webdataset)
     else:
