@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,30 @@ def test_masks_of_each_query_alone_hold_over_the_batch(pools: dict[int, Pool], m
     scores = scores.masked_fill(~world.kept(mask), -torch.inf)
     losses = cross_entropy(scores, world.doc, reduction="none") * world.relevance.double()
     assert_close(loss, losses.sum() / world.relevance.sum(), 1e-12, "loss")
+
+
+def run_mlp(rank: int, world_size: int) -> float:
+    """Score each query's own document and the two last ones, in place of an MLP; every other row has seen the last."""
+    world = World(torch.float32)
+    batch = world.batch(rank, world_size, "batch", "none")
+    m, n = len(batch.positive), len(batch.doc_rows)
+    last = torch.tensor([DOCS - 2, DOCS - 1])
+    rows = torch.cat([batch.doc_rows, last])
+    seen = (batch.row_ids % 2 == 0).nonzero()
+    batch = replace(
+        batch, doc_rows=rows, doc_ids=world.doc_ids[rows], negatives=torch.tensor([[n, n + 1]] * m).view(m, 2),
+        known=torch.cat([seen, world.doc_ids[-1:].expand(len(seen), 1)], 1),
+    )  # fmt: skip
+    config = LossConfig(name="softmax", in_batch=False, negatives=2, mlp=(4,), mask="past")
+    objective = Objective(config, ModelConfig(), None, None, ROWS)
+    listed = objective.listed(batch)
+    U, W = world.U[batch.row_ids], world.W[rows]
+    return float(objective(Encoded(U, W, None, torch.ones(1), torch.einsum("md,mkd->mk", U, W[listed])), batch).loss)
+
+
+def test_numbers_of_queries_differ_between_ranks_where_pairs_are_gathered(pools: dict[int, Pool]) -> None:
+    alone, *both = [run_mlp(0, 1), *pools[2].run(run_mlp)]
+    assert np.mean(both) == pytest.approx(alone, rel=1e-6)
 
 
 CATALOGUE = (
