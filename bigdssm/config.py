@@ -178,7 +178,11 @@ class LossConfig:
     # Documents per step drawn uniformly from the catalogue, as extra columns.
     uniform_negatives: int = bounded(0, 0, MAX_ROWS)
     in_batch: bool = True  # SFT losses: the other documents of the global batch are negatives too
-    mask_history: bool = False  # what a row's sequence holds before it is no negative, as at serving time
+    # What a query is compared with: the documents of the global batch, or all of the catalogue in every step.
+    columns: Literal["batch", "catalogue"] = "batch"
+    # Which of them are no negatives: batch: positives of the same query id, of any rank; user: and what its sequence
+    # holds up to its latest row; past: exactly what lies before the query; none: its own document alone.
+    mask: Literal["batch", "user", "past", "none"] = "batch"
     margin: float = bounded(0.2, 0, 1_000_000)  # triplet
     # Matryoshka: further widths, below model.dim, that vectors can be cut to.
     widths: tuple[int, ...] = bounded((), 1, MAX_WIDTH)
@@ -363,6 +367,8 @@ def check_config(config: Config) -> None:
         if stage is not None:
             _check_stage(name, stage, data)
             _check_loss(f"{name}.loss", stage.loss, config.model, engine.chunk_tokens)
+            if stage.loss.columns == "catalogue":
+                _check_catalogue_columns(f"{name}.loss", stage.loss, config.model, data)
     if config.model.beta == "scalar":
         fits = any(stage is not None and not LOSSES[stage.loss.name].relative for stage in stages.values())
         _require(fits, "model.beta", "scalar", "document or none without a sigmoid loss: in all others it cancels")
@@ -452,6 +458,32 @@ def _check_loss(key: str, loss: LossConfig, model: ModelConfig, chunk_tokens: in
         _require(not loss.widths, f"{key}.mlp", list(loss.mlp), "widths=[]: it takes vectors whole")
     elif not options.relative:
         _require(model.beta == "scalar", "model.beta", model.beta, f"scalar where {key}.name is {loss.name}")
+
+
+def _check_catalogue_columns(key: str, loss: LossConfig, model: ModelConfig, data: DataConfig) -> None:
+    """Each document is a column once: nothing is sampled, and two ranks' vectors of a document must be the same."""
+    over_all = LOSSES[loss.name].all_columns
+    _require(over_all, f"{key}.columns", loss.columns, f"batch with {loss.name}, which is not over all columns")
+    texts = {side: any(f.type == "text" for f in getattr(data, side).values()) for side in ("query", "doc")}
+    encoder = "query" if model.share_text and texts["query"] else "doc"
+    text_dropout = getattr(model, encoder).text.dropout if texts["doc"] else 0.0
+    once = "every document is a column, once"
+    same = "a document's vector must be the same on all ranks"
+    for where, got, needed, why in (
+        (
+            f"{key}.direction",
+            loss.direction,
+            "q2d",
+            "most documents are no query's, so that their columns have no term",
+        ),
+        (f"{key}.sampling", loss.sampling, "none", once),
+        (f"{key}.uniform_negatives", loss.uniform_negatives, 0, once),
+        (f"{key}.negatives", loss.negatives, 0, once),
+        ("data.webdataset", data.webdataset or "none", "none", "rows that bring their documents have no catalogue"),
+        ("model.doc.dropout", model.doc.dropout, 0.0, same),
+        (f"model.{encoder}.text.dropout", text_dropout, 0.0, same),
+    ):
+        _require(got == needed, where, got, f"{needed} with {key}.columns=catalogue: {why}")
 
 
 def _feature(key: str, content: Any) -> Feature:

@@ -48,15 +48,16 @@ class Rows:
         """Return the row of each query, int64 [m]."""
         return np.arange(len(self)) if self.row is None else self.row
 
-    def seen_ragged(self) -> tuple[np.ndarray, np.ndarray]:
+    def seen_ragged(self, queries: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return the catalogue rows of every event before each query's own: values, offsets (int64 [m + 1]).
 
-        Without sequences nothing is seen.
+        queries: the numbers of those asked for, by default all. Without sequences nothing is seen.
         """
+        queries = np.arange(self.num_queries) if queries is None else queries
         if self.sequences is None or self.sequence is None or self.place is None:
-            return np.empty(0, np.int64), np.zeros(self.num_queries + 1, np.int64)
-        sequence = self.sequence[self.row_of_query]
-        seen = self.sequences.take_slices("items", sequence, np.zeros_like(sequence), self.place)
+            return np.empty(0, np.int64), np.zeros(len(queries) + 1, np.int64)
+        sequence = self.sequence[self.row_of_query[queries]]
+        seen = self.sequences.take_slices("items", sequence, np.zeros_like(sequence), self.place[queries])
         return seen.values.astype(np.int64, copy=False), seen.offsets
 
     def seen(self, i: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from bigdssm.losses.output import LossOutput
 from bigdssm.losses.ranking import RANKING_NAMES, ranking_loss
 from bigdssm.losses.sampling import (
     SAMPLINGS,
+    CountedFrequency,
     StreamingFrequency,
     apply_sampling,
     log_expected_from_counts,
@@ -20,6 +21,7 @@ from bigdssm.losses.terms import PairCE, PairTerm, Sigmoid, Softmax, Term, Tripl
 __all__ = [
     "RANKING_NAMES",
     "SAMPLINGS",
+    "CountedFrequency",
     "LossInputError",
     "LossOutput",
     "PairCE",

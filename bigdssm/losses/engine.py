@@ -24,7 +24,7 @@ from bigdssm import distributed
 from bigdssm.distributed import Group
 from bigdssm.losses.inputs import LossInputError, LossInputs, check_inputs, global_sizes, need
 from bigdssm.losses.listed import add_listed, score_listed
-from bigdssm.losses.masks import find_false_negatives, gather_known_positives, is_known_positive
+from bigdssm.losses.masks import find_false_negatives, gather_known_positives
 from bigdssm.losses.output import LocalStats, LossOutput, attach, finish_gradients, reduce_output
 from bigdssm.losses.passes import Gradients, ScorePasses, gather_columns, product_precision
 from bigdssm.losses.terms import TERMS, Scores, Term
@@ -60,7 +60,8 @@ def contrastive_loss(
     float, multiplies the products. beta [n]: added to a document's scores. neg_bias [n]: added where the document is a
     negative, query → doc only; no gradient; −inf: never a negative. weight [m] ≥ 0. query_ids [m], doc_ids [n] int64:
     what the masks compare; without them each query, each column is its own. known int64 [p, 2]: (query id, doc id) of
-    further positives to drop. tile: columns per tile.
+    further positives to drop; without query_ids (row of the query, doc id), which stay on this rank. tile: columns per
+    tile.
 
     negatives int64 [m, k]: columns of this rank listed for each query (hard negatives), −1 where there is none.
     columns: what is a negative of every query besides: `all` columns of all ranks; `in_batch`, the documents of all
@@ -90,27 +91,24 @@ def contrastive_loss(
     # without ids a column is its own document, of its index among all ranks' as id
     docs_n = torch.arange(n, device=device) + sizes.rank * sizes.longest if x.doc_ids is None else x.doc_ids
     with torch.no_grad(), product_precision(x):
-        ids_m, pairs = gather_known_positives(
-            x.query_ids, docs_n[x.positive], x.weight, x.known, sizes.num_known, group
-        )
+        positives = gather_known_positives(x.query_ids, docs_n[x.positive], x.weight, x.known, sizes.num_known, group)
         passes = None
         if columns != "none":
             copies_n = torch.bincount(shared.positive, minlength=len(shared.W)).double() if kept is not None else None
             gathered = gather_columns(shared, sizes, copies_n, tile, group)
-            mask = find_false_negatives(ids_m, pairs, gathered.doc_ids, gathered.valid, gathered.total)
+            mask = find_false_negatives(positives, gathered.doc_ids, gathered.valid, gathered.total)
             passes = ScorePasses(shared, sizes, gathered, mask, group)
         column_mk, there_mk = negatives.clamp(min=0), negatives >= 0
         other_mk = there_mk & (column_mk != x.positive[:, None])
-        known_mk = is_known_positive(pairs, ids_m, docs_n[column_mk])
+        known_mk = positives.contain(docs_n[column_mk])
         used_mk = other_mk & ~known_mk
         score_mk = score_listed(x, column_mk, used_mk)
         positive_m = _positive_scores(x, with_beta=direction != "d2q")
         found = term.on_vectors(Scores(x.weight, positive_m, score_mk, used_mk, passes, direction))
         masked, entries = float((other_mk & known_mk).sum()), float(there_mk.sum())
         if passes is not None:
-            total = float(passes.columns.counts().sum())
-            masked += float((total - passes.num_negatives_m).sum() - passes.own_masked())
-            entries += m * (total - 1)
+            of_columns = passes.entries()
+            entries, masked = entries + of_columns[0], masked + of_columns[1]
         local = LocalStats(x.weight, positive_m, found.largest_m, found.lse_m, entries, masked)
         loss, stats = reduce_output(found.value_m.sum(), local, sizes.weight_sum, group)
         loss = loss.to(x.acc)

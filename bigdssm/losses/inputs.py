@@ -113,9 +113,12 @@ def check_inputs(
     need(neg_bias is None or not neg_bias.requires_grad, "neg_bias is a constant of the sampling: it gets no gradient")
     if known is not None:
         need(isinstance(known, Tensor), f"known must be a tensor, got {type(known).__name__}")
-        need(query_ids is not None and doc_ids is not None, "known pairs need query_ids and doc_ids")
+        need(doc_ids is not None, "known pairs need query_ids, or the queries' rows in their place, and doc_ids")
         need(known.dtype == torch.int64, f"known must be int64, got {known.dtype}")
         need(known.ndim == 2 and known.shape[1] == 2, f"known must be [pairs, 2], got {list(known.shape)}")
+        if query_ids is None and known.shape[0]:
+            outside = (known[:, 0] < 0) | (known[:, 0] >= m)
+            need(not bool(outside.any()), f"known names a row outside this rank's {m} queries")
     need(isinstance(alpha, Tensor | float | int), f"alpha must be one float, got {type(alpha).__name__}")
     alpha = alpha if isinstance(alpha, Tensor) else torch.tensor([float(alpha)], dtype=torch.float64)
     need(alpha.numel() == 1 and alpha.is_floating_point(), f"alpha must be one float, got shape {list(alpha.shape)}")

@@ -59,18 +59,34 @@ def apply_sampling(
     return Biases(beta, add_biases(neg_bias, correction))
 
 
-def log_expected_from_counts(counts: Tensor, documents: Tensor, num_columns: float, num_uniform: int = 0) -> Tensor:
-    """Return log c float64 [n] of `documents` (catalogue rows) from the catalogue's counts [num_documents].
+@dataclass(frozen=True)
+class CountedFrequency:
+    """c by the catalogue's counts [num_documents], read once; a document never seen counts as seen once.
 
     num_columns of the global batch, on average, follow the data, num_uniform are drawn uniformly from the catalogue
-    (mixed negative sampling); a document never seen counts as seen once. Raises: LossInputError.
-    Source: Yang et al. 2020 (mixed negative sampling), eq. 4, times the number of columns.
+    (mixed negative sampling). Source: Yang et al. 2020 (mixed negative sampling), eq. 4, times the number of columns.
     """
-    if bool((counts < 0).any()):
-        raise LossInputError("counts hold negative values")
-    seen = counts.double().clamp(min=1)
-    share = seen[documents] / seen.sum()
-    return (num_columns * share + num_uniform / counts.shape[0]).log()
+
+    counts: Tensor
+    num_columns: float
+    num_uniform: int = 0
+    total: Tensor = field(init=False)  # of all documents, float64
+
+    def __post_init__(self) -> None:
+        """Add the counts up. Raises: LossInputError."""
+        if bool((self.counts < 0).any()):
+            raise LossInputError("counts hold negative values")
+        object.__setattr__(self, "total", self.counts.double().clamp(min=1).sum())
+
+    def log_expected(self, documents: Tensor) -> Tensor:
+        """Return log c float64 [n] of `documents` (catalogue rows)."""
+        share = self.counts[documents].double().clamp(min=1) / self.total
+        return (self.num_columns * share + self.num_uniform / self.counts.shape[0]).log()
+
+
+def log_expected_from_counts(counts: Tensor, documents: Tensor, num_columns: float, num_uniform: int = 0) -> Tensor:
+    """Return log c float64 [n] of `documents`, once; see `CountedFrequency`. Raises: LossInputError."""
+    return CountedFrequency(counts, num_columns, num_uniform).log_expected(documents)
 
 
 def sample_uniform(num: int, num_documents: int, generator: torch.Generator) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from bigdssm.distributed import Group
 from bigdssm.losses.extras import global_mean
 from bigdssm.losses.inputs import LossInputError, exchange, need
-from bigdssm.losses.masks import count_known, gather_known_positives, is_known_positive
+from bigdssm.losses.masks import count_known, gather_known_positives
 from bigdssm.losses.output import LocalStats, LossOutput, reduce_output
 from bigdssm.losses.terms import TERMS, Term, find_term, weighted
 
@@ -52,8 +52,8 @@ def scored_loss(
     drop = torch.zeros_like(scores[:, 1:], dtype=torch.bool)
     if query_ids is not None and doc_ids is not None:
         counts = [int(row[0]) for row in table]
-        pairs = gather_known_positives(query_ids, doc_ids[:, 0], weight, known, counts, group)[1]
-        drop = is_known_positive(pairs, query_ids, doc_ids[:, 1:])
+        positives = gather_known_positives(query_ids, doc_ids[:, 0], weight, known, counts, group)
+        drop = positives.contain(doc_ids[:, 1:])
     positive_m, negative_mk = scores[:, 0], scores[:, 1:]
     there = negative_mk.detach() > -torch.inf
     used = there & ~drop

@@ -116,7 +116,10 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     rows, width = (len(batch.query_ids), len(batch.doc_ids)), config.model.dim
     tile, both, known = config.engine.loss_tile, stage.loss.direction != "q2d", batch.known
     vectors = vector_bytes(*rows, width)
-    loss = loss_bytes(*rows, width, world_size, both=both, tile=tile, num_known=0 if known is None else len(known))
+    loss = loss_bytes(
+        *rows, width, world_size, both=both, tile=tile, num_known=0 if known is None else len(known),
+        gathers_known=stage.loss.mask in ("batch", "user"),
+    )  # fmt: skip
     sent = loss_sent_bytes(rows[1], width, world_size, both=both) | sent_bytes(engine, sizes)
     steps = stage.steps or int(np.ceil(stage.epochs * stream.steps_per_epoch))
     return Estimate(
@@ -130,7 +133,7 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
         },
         num_weights=sizes.weights,
         table_weights=sum(parameter.numel() for parameter in model.tables.parameters()),
-        negatives=num_negatives(stage, batch, world_size),
+        negatives=num_negatives(stage, batch, world_size, dataset.catalogue.num_docs),
         sent={name: int(size * (world_size - 1) / world_size) for name, size in sent.items()},
         checkpoint_bytes=checkpoint_bytes(sizes.weights + sizes.states),
         steps=steps,

@@ -17,6 +17,7 @@ from bigdssm.batching.collate import Collator
 from bigdssm.config import Config, LossConfig, StageConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
+from bigdssm.features.ragged import Ragged
 from bigdssm.hashing import derive_key
 from bigdssm.losses import sample_uniform
 from bigdssm.models.places import Places
@@ -24,6 +25,7 @@ from bigdssm.retrieval.mined import MinedNegatives, choose_negatives
 from bigdssm.streaming.plain_stream import PlainStream
 from bigdssm.streaming.row_stream import RowStream
 from bigdssm.streaming.stream import PairStream
+from bigdssm.training.columns import catalogue_share
 
 _UNIFORM = 0x756E69666F726D  # the purpose, as a key of its own beside the stream's
 
@@ -54,10 +56,17 @@ class Batches:
                 window = self._mined.windows(rows.row_ids)
                 negatives = choose_negatives(window, rows.row_ids, epoch, self._seed, self._loss.negatives)
                 negatives = negatives.astype(np.int64)
-            batch = self._collator(rows, negatives=negatives, extra_docs=self._uniform(rows.step))
-            if self._loss.mask_history:
-                batch = replace(batch, known=seen_pairs(rows, self._dataset))
+            batch = self._collator(rows, negatives=negatives, extra_docs=self._extra(rows.step))
+            if self._loss.mask in ("user", "past"):
+                batch = replace(batch, known=known_pairs(rows, self._loss.mask, self._dataset.catalogue.doc_ids))
             yield on_device(batch, self._device)
+
+    def _extra(self, step: int) -> np.ndarray | None:
+        """Return the documents that are columns of this rank beside those that its rows name."""
+        if self._loss.columns == "catalogue":
+            stream = self._stream
+            return catalogue_share(self._dataset.catalogue.num_docs, stream.rank, stream.world_size)
+        return self._uniform(step)
 
     def _uniform(self, step: int) -> np.ndarray | None:
         """Return this rank's share of the step's uniform draws, which do not depend on the number of ranks."""
@@ -94,20 +103,27 @@ def row_stream(
     return PairStream(dataset, lanes=data.lanes, tail=data.tail, **shared)
 
 
-def seen_pairs(rows: Rows, dataset: Dataset) -> Tensor:
-    """Return int64 [p, 2]: (query id, doc id) of the events before the row, of each query's latest row.
+def known_pairs(rows: Rows, mask: str, doc_ids: np.ndarray) -> Tensor:
+    """Return int64 [p, 2] of the documents that `mask` adds to those no query has as negatives, for a Batch.
 
-    The masks work by query id, and the history of a query's latest row holds those of its earlier ones.
+    past: (number of the query, doc id) of what lies before each. user: (query id, doc id) of what lies before each
+    query id's latest row, which holds what lies before its earlier ones.
     """
-    values, offsets = rows.seen_ragged()
-    length = np.diff(offsets)
-    order = np.lexsort((length, rows.query_ids))
+    if mask == "past":
+        return name_pairs(np.arange(rows.num_queries), Ragged(*rows.seen_ragged()), doc_ids)
+    assert rows.place is not None
+    order = np.lexsort((rows.place, rows.query_ids))
     is_latest = np.append(np.diff(rows.query_ids[order]) != 0, True)[: len(order)]
-    latest = np.zeros(len(order), bool)
-    latest[order[is_latest]] = True
-    keep = np.repeat(latest, length)
-    pairs = np.stack([np.repeat(rows.query_ids, length)[keep], dataset.catalogue.doc_ids[values[keep]]], axis=1)
-    return torch.from_numpy(pairs)
+    latest = order[is_latest]
+    return name_pairs(rows.query_ids[latest], Ragged(*rows.seen_ragged(latest)), doc_ids)
+
+
+def name_pairs(queries: np.ndarray, before: Ragged, doc_ids: np.ndarray) -> Tensor:
+    """Return int64 [p, 2]: each query (its id or its number, int64 [m]) with each item before it, by its doc id.
+
+    `before`: the catalogue rows of each query's items; `doc_ids`: all documents'.
+    """
+    return torch.from_numpy(np.stack([np.repeat(queries, before.lengths), doc_ids[before.values]], axis=1))
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

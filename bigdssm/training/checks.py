@@ -44,6 +44,11 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
     dataset.check_against(config.data)
     if dataset.num_queries("train") > dataset.num_rows("train"):
         check_targets_per_row(max(2, config.data.targets_per_row), config.data, config.model)
+    if stage.loss.mask in ("user", "past") and (dataset.sequences is None or config.data.webdataset is not None):
+        raise ConfigError(
+            f"{name}.loss.mask: got {stage.loss.mask}, needs batch or none: the rows of "
+            f"{config.data.webdataset or dataset.dir} are not of sequences, so that nothing lies before them"
+        )
     if config.data.webdataset is not None:
         _check_plain(name, stage, config.data.webdataset)
     else:

@@ -10,29 +10,32 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bigdssm import distributed
 from bigdssm.batching.batch import Batch
 from bigdssm.config import LossConfig, ModelConfig, StageConfig
 from bigdssm.dataset.tensors import Features
 from bigdssm.loss_options import LOSSES
 from bigdssm.losses import (
+    CountedFrequency,
     LossOutput,
     Softmax,
     StreamingFrequency,
     apply_sampling,
     contrastive_loss,
     find_term,
-    log_expected_from_counts,
     matryoshka_loss,
     norm_penalty,
     relevance_weight,
     scored_loss,
 )
 from bigdssm.models import DualEncoder, Encoded, MlpScorer
+from bigdssm.training.columns import is_shared
 
 
 def prepare_model(model: DualEncoder, config: LossConfig) -> None:
@@ -60,8 +63,11 @@ class Objective:
         # A relative loss cancels it: its gradient would be rounding noise, which Adam turns into steps.
         self._without_beta = model.beta == "scalar" and self._options.relative
         self._tile = tile
-        self._counts = None if doc_counts is None else torch.from_numpy(doc_counts)
-        self._queries_per_step = queries_per_step
+        self._counted = (
+            None
+            if doc_counts is None
+            else CountedFrequency(torch.from_numpy(doc_counts), queries_per_step, config.uniform_negatives)
+        )
         self._streaming = StreamingFrequency(config.frequency_buckets) if config.frequency == "streaming" else None
 
     def __call__(self, encoded: Encoded, batch: Batch) -> LossOutput:
@@ -97,7 +103,7 @@ class Objective:
         absent = torch.nn.functional.pad(batch.negatives < 0, (1, 0))  # the positive is always there
         return scored_loss(
             self._term, encoded.scores.float().masked_fill(absent, -torch.inf), weight=weight,
-            query_ids=batch.query_ids, doc_ids=batch.doc_ids[listed], known=batch.known,
+            doc_ids=batch.doc_ids[listed], **self._queries(batch, gathered=True),
         )  # fmt: skip
 
     def _on_vectors(self, encoded: Encoded, batch: Batch, weight: Tensor) -> LossOutput:
@@ -108,18 +114,34 @@ class Objective:
             # A column into which c documents were merged stands for c columns: log c keeps the loss that of the
             # unmerged batch, which is what makes it the same at every number of ranks.
             copies, neg_bias = batch.multiplicity, batch.multiplicity.double().log()
+            if config.columns == "catalogue":
+                shared = is_shared(batch.doc_rows, distributed.rank(), distributed.world_size())
+                neg_bias = torch.where(shared, 0.0, -torch.inf).double()
         else:
             # here the loss counts the copies itself: only positives are shared among queries
             copies, neg_bias = torch.bincount(batch.positive, minlength=len(batch.doc_ids)), None
         beta, neg_bias = self._corrected(beta, neg_bias, batch, copies)
         loss = partial(
             contrastive_loss, self._term, positive=batch.positive, alpha=encoded.alpha, beta=beta, neg_bias=neg_bias,
-            weight=weight, query_ids=batch.query_ids, doc_ids=batch.doc_ids, known=batch.known,
+            weight=weight, doc_ids=batch.doc_ids, **self._queries(batch),
             negatives=None if self._options.all_columns else batch.negatives,
             columns="all" if self._options.all_columns else "in_batch" if config.in_batch else "none",
             direction=config.direction, tile=self._tile,
         )  # fmt: skip
         return matryoshka_loss(loss, encoded.U, encoded.W, config.widths, self._normalise)
+
+    def _queries(self, batch: Batch, gathered: bool = False) -> dict[str, Any]:
+        """Return the loss's query_ids and known pairs: by mask, queries of one id know of each other, or each is alone.
+
+        gathered: numbers that no other rank has, for a loss that compares queries of all ranks in any case.
+        """
+        if self._config.mask in ("batch", "user"):
+            return {"query_ids": batch.query_ids, "known": batch.known}
+        if not gathered:
+            return {"query_ids": None, "known": batch.known}
+        first = distributed.rank() << 40
+        known = None if batch.known is None else batch.known + batch.known.new_tensor([first, 0])
+        return {"query_ids": first + torch.arange(len(batch.query_ids), device=batch.query_ids.device), "known": known}
 
     def state(self) -> dict[str, Tensor]:
         """Return what the next step's loss depends on besides the model; the same on every rank."""
@@ -141,16 +163,19 @@ class Objective:
             self._streaming.update(batch.doc_ids, copies)
             log_expected = self._streaming.log_expected(batch.doc_ids)
         else:
-            assert self._counts is not None
-            log_expected = log_expected_from_counts(
-                self._counts, batch.doc_rows.cpu(), self._queries_per_step, config.uniform_negatives
-            ).to(copies.device)
+            assert self._counted is not None
+            log_expected = self._counted.log_expected(batch.doc_rows.cpu()).to(copies.device)
         biases = apply_sampling(config.sampling, log_expected, gamma=config.gamma, beta=beta, neg_bias=neg_bias)
         return biases.beta, biases.neg_bias
 
 
-def num_negatives(stage: StageConfig, batch: Batch, world_size: int) -> int:
-    """Return how many documents, copies included, a query's own is told apart from; `batch` is one rank's."""
+def num_negatives(stage: StageConfig, batch: Batch, world_size: int, num_docs: int) -> int:
+    """Return how many documents, copies included, a query's own is told apart from, before any mask.
+
+    `batch` is one rank's, num_docs the catalogue's.
+    """
+    if stage.loss.columns == "catalogue":
+        return num_docs - 1
     if not LOSSES[stage.loss.name].all_columns:
         return (stage.rows_global - 1 if stage.loss.in_batch else 0) + stage.loss.negatives
     return int(batch.multiplicity.sum()) * world_size - 1

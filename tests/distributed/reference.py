@@ -61,9 +61,12 @@ def dense(shards: list[Shard], alpha: float, scalar_beta: float | None = None) -
     queries = _ids([s.query_ids for s in shards], M)
     docs = _ids([s.doc_ids for s in shards], N)
     pairs = {(queries[i], docs[int(positive[i])]) for i in range(M) if weight[i] > 0}
+    first_row = 0
     for shard in shards:
         if shard.known is not None:
-            pairs |= {(int(q), int(d)) for q, d in shard.known.tolist()}
+            first = first_row if shard.query_ids is None else 0  # rows of the shard stand for ids
+            pairs |= {(int(q) + first, int(d)) for q, d in shard.known.tolist()}
+        first_row += shard.U.shape[0]
     in_X = torch.tensor([[(q, d) in pairs for d in docs] for q in queries], dtype=torch.bool).view(M, N)
     S = a * (U @ W.T) + (0 if beta is None else beta)
     return Dense(S, positive, weight, in_X, _join([s.neg_bias for s in shards], N, 0.0), [U, W, a, beta])
@@ -186,10 +189,12 @@ def make_shards(
             shard = replace(shard, query_ids=ids)
         if "doc_ids" in options:
             shard = replace(shard, doc_ids=docs + 2**61)
-        if "known" in options and {"query_ids", "doc_ids"} <= options:
+        if "known" in options and "doc_ids" in options:
+            number = 3 if "query_ids" in options else 3 * m
             known = torch.stack([
-                torch.randint(num_queries or 10**6, (3,), generator=generator) - 2**62,
-                torch.randint(total_docs, (3,), generator=generator) + 2**61,
+                torch.randint(num_queries or 10**6, (number,), generator=generator) - 2**62
+                if "query_ids" in options else torch.randint(max(m, 1), (number,), generator=generator),
+                torch.randint(total_docs, (number,), generator=generator) + 2**61,
             ], 1)  # fmt: skip
             shard = replace(shard, known=known)
         if "negatives" in options:

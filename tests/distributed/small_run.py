@@ -55,7 +55,7 @@ CONFIG: dict[str, Any] = {
     "pretrain": {
         "rows_global": 96,
         "steps": 12,
-        "loss": {"sampling": "corrected", "mask_history": True, "uniform_negatives": 24},
+        "loss": {"sampling": "corrected", "mask": "user", "uniform_negatives": 24},
         "optimizer": {"lr": 0.01, "warmup_steps": 3},
         "save_every_steps": 0,
         "log_every_steps": 1,

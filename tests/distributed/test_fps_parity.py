@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from bigdssm.losses import fps_loss
+from bigdssm.losses import fps_loss, masks
 
 from . import reference
 from .parity import assert_close, check_fps, run
@@ -19,6 +21,12 @@ from .reference import DOUBLE, Shard, make_shards
 from .spawn import Pool
 
 OPTIONS = ("beta", "neg_bias", "weight", "query_ids", "doc_ids", "shared", "known")
+
+
+def fps_by_matrix(*tensors: Any, **arguments: Any) -> Any:
+    """Keep the mask as a matrix, which only many pairs of a larger batch are otherwise."""
+    with mock.patch.object(masks, "_MATRIX_CELLS", 0):
+        return fps_loss(*tensors, **arguments)
 
 
 @st.composite
@@ -48,10 +56,12 @@ def batches(draw: st.DrawFn) -> tuple[list[Shard], float, dict[str, Any]]:
     phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(batch=batches())
-def test_equals_dense_reference(pools: dict[int, Pool], batch: tuple[list[Shard], float, dict[str, Any]]) -> None:
+@given(batch=batches(), loss=st.sampled_from([fps_loss, fps_by_matrix]))
+def test_equals_dense_reference(
+    pools: dict[int, Pool], batch: tuple[list[Shard], float, dict[str, Any]], loss: Callable[..., Any]
+) -> None:
     shards, alpha, arguments = batch
-    check_fps(pools, fps_loss, shards, alpha, **arguments)
+    check_fps(pools, loss, shards, alpha, **arguments)
 
 
 @pytest.mark.parametrize("direction", ["q2d", "d2q", "both"])

@@ -42,6 +42,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "neg_bias +inf": ({"neg_bias": torch.full((N,), float("inf"))}, "neg_bias holds +inf"),
     "neg_bias' gradient": ({"neg_bias": torch.zeros(N, requires_grad=True)}, "it gets no gradient"),
     "known without ids": ({"known": torch.zeros(1, 2, dtype=torch.int64)}, "known pairs need query_ids"),
+    "known rows": (
+        {"doc_ids": torch.arange(N), "known": torch.tensor([[M, 0]])},
+        "known names a row outside this rank's",
+    ),
     "alpha's shape": ({"alpha": torch.ones(2)}, "alpha must be one float"),
     "alpha's type": ({"alpha": "2"}, "alpha must be one float, got str"),
     "a list of ids": ({"doc_ids": [1, 2, 3, 4]}, "doc_ids must be a tensor, got list"),

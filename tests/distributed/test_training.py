@@ -178,7 +178,7 @@ FINE_TUNING = {
     "triplet, both": ("sft.loss.name=triplet", "sft.loss.in_batch=true", "sft.loss.weight=relevance"),
     "softmax, both": (
         "sft.loss.name=softmax", "sft.loss.in_batch=true", "sft.loss.sampling=corrected",
-        "sft.loss.frequency=streaming", "sft.loss.mask_history=true",
+        "sft.loss.frequency=streaming", "sft.loss.mask=user",
     ),
     "pair_ce by an MLP": ("sft.loss.name=pair_ce", "sft.loss.mlp=[8]", "engine.zero_stage=3"),
     "fps, mined columns": ("sft.loss.name=fps", "sft.loss.in_batch=true", "sft.loss.sampling=classic"),

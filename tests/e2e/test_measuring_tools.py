@@ -37,6 +37,7 @@ def test_the_benchmark_of_the_loss_runs() -> None:
     ))  # fmt: skip
     assert re.search(r"m = +1024 +\d+", output("tools/bench/bench_loss.py", "memory", "--rows", "1024", "--dim", "16"))
     assert re.search(r"batch 2048", output("tools/bench/bench_loss.py", "large", "--rows", "1024", "--dim", "16"))
+    assert re.search(r"masked .*, \d+\.\d+ of it", output("tools/bench/bench_loss.py", "mask", "--rows", "256"))
 
 
 def test_bfloat16_is_precise_enough_for_its_speed_to_count() -> None:

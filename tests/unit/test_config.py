@@ -81,6 +81,21 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
         ("pretrain.loss.in_batch=false", ["pretrain.loss.in_batch", "fps"]),
         ("pretrain.loss={name: pair_ce, direction: both}", ["pretrain.loss.direction", "both", "q2d"]),
         ("pretrain.loss={name: pair_ce, uniform_negatives: 9}", ["pretrain.loss.uniform_negatives", "9"]),
+        ("pretrain.loss.mask_history=true", ["mask_history"]),
+        ("pretrain.loss={columns: catalogue, name: softmax}", ["pretrain.loss.columns", "batch with softmax"]),
+        (
+            "pretrain.loss={columns: catalogue, direction: both}",
+            ["pretrain.loss.direction: got both, needs q2d with pretrain.loss.columns=catalogue: most documents"],
+        ),
+        (
+            "pretrain.loss={columns: catalogue, sampling: corrected}",
+            ["pretrain.loss.sampling: got corrected, needs none", "every document is a column, once"],
+        ),
+        (
+            "pretrain.loss={columns: catalogue, uniform_negatives: 9}",
+            ["pretrain.loss.uniform_negatives: got 9, needs 0"],
+        ),
+        ("sft.loss={columns: catalogue, negatives: 3}", ["sft.loss.negatives: got 3, needs 0", "sft.loss.columns"]),
         ("pretrain.loss.frequency=streaming", ["pretrain.loss.frequency", "sampling=classic or corrected"]),
         (
             "sft.loss={name: pair_ce, in_batch: false, negatives: 3, sampling: corrected}",
@@ -120,6 +135,28 @@ def test_bad_values_are_named(path: Path, override: str, words: list[str]) -> No
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["data.webdataset=x.tar"],
+            "data.webdataset: got x.tar, needs none with pretrain.loss.columns=catalogue: rows",
+        ),
+        (["model.doc.dropout=0.1"], "model.doc.dropout: got 0.1, needs 0.0 with pretrain.loss.columns=catalogue: a"),
+        (["model.doc.text.dropout=0.1"], "model.doc.text.dropout: got 0.1, needs 0.0"),
+        (["model.share_text=true", "model.query.text.dropout=0.1"], "model.query.text.dropout: got 0.1, needs 0.0"),
+    ],
+)
+def test_the_catalogue_as_columns_needs_documents_that_are_the_same_on_all_ranks(
+    path: Path, overrides: list[str], words: str
+) -> None:
+    texts = ["data.doc.words={type: text}", "data.query.words={type: text}"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["pretrain.loss.columns=catalogue", *texts, *overrides])
+    assert words in str(caught.value)
+    load_config(path, [*texts, *overrides])
 
 
 def test_negatives_mined_before_are_of_the_whole_dataset(path: Path) -> None:

@@ -16,7 +16,7 @@ from bigdssm.config import load_config
 from bigdssm.dataset.joining import open_dataset
 from bigdssm.reports.estimate import Estimate, estimate
 from bigdssm.reports.live_memory import LiveBytes
-from tests.conftest import TinyDataset
+from tests.conftest import NUM_ITEMS, TinyDataset
 from tests.unit.retrieval.test_tools import Tools
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +66,21 @@ def test_what_ranks_share_and_send(tiny_pairs: TinyDataset) -> None:
     assert one.negatives == 239 and four.negatives == pytest.approx(239, abs=8)  # a rank's copies, for all ranks
     parts = of(tiny_pairs, "engine.zero_stage=3", world_size=4)
     assert parts.held["weights"] < 1.01 * whole.held["weights"] / 4
+
+
+def test_the_catalogue_as_columns_is_what_ranks_share_and_send(tiny_interactions: TinyDataset) -> None:
+    batch = "columns: batch, mask: past"
+    columns = "columns: catalogue, mask: past"
+    one, four, plain = (
+        of(tiny_interactions, f"pretrain.loss={{{loss}}}", "pretrain.rows_global=24", world_size=ranks)
+        for loss, ranks in ((columns, 1), (columns, 4), (batch, 4))
+    )
+    assert one.negatives == four.negatives == NUM_ITEMS - 1 and plain.negatives == 23
+    dim = load_config(tiny_interactions.config).model.dim
+    of_rank = four.sent["loss: documents' vectors"] / (4 * dim * 3)  # a quarter of all, and its rows' positives
+    assert NUM_ITEMS // 4 <= of_rank <= NUM_ITEMS // 4 + 6
+    assert plain.sent["loss: documents' vectors"] < four.sent["loss: documents' vectors"]
+    assert one.held["batch"] > plain.held["batch"]
 
 
 def test_chunks_and_recomputation_take_less(tiny_pairs: TinyDataset) -> None:

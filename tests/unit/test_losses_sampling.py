@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bigdssm.losses import (
+    CountedFrequency,
     LossInputError,
     StreamingFrequency,
     apply_sampling,
@@ -70,6 +71,20 @@ def test_expected_columns_from_counts() -> None:
     counts = torch.tensor([6, 3, 0])
     expected = log_expected_from_counts(counts, torch.tensor([0, 2]), num_columns=100, num_uniform=30).exp()
     torch.testing.assert_close(expected, torch.tensor([60.0 + 10, 10 + 10], dtype=torch.float64))
+
+
+def test_counts_are_added_up_once() -> None:
+    counts = torch.tensor([6.5, 3.0, 0.0, 11.0], dtype=torch.float64)
+    documents = torch.tensor([3, 0, 2, 2])
+    seen = counts.clamp(min=1)
+    expected = (100 * (seen[documents] / seen.sum()) + 30 / 4).log()
+    counted = CountedFrequency(counts, 100, 30)
+    assert torch.equal(counted.log_expected(documents), expected)
+    assert torch.equal(log_expected_from_counts(counts, documents, 100, 30), expected)
+    counts[1] = torch.nan  # of a document that is not asked for: nothing reads it again
+    assert torch.equal(counted.log_expected(documents), expected)
+    with pytest.raises(LossInputError, match="negative values"):
+        CountedFrequency(torch.tensor([1, -1]), 100)
 
 
 def test_streaming_estimate_follows_the_stream() -> None:

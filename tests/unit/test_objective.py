@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -38,6 +40,7 @@ BATCH = Batch(
     negatives=torch.tensor([[3, 4], [5, -1], [3, 3], [4, 5]]),
 )
 IDS = {"query_ids": BATCH.query_ids, "doc_ids": BATCH.doc_ids}
+ENCODED = Encoded(U, W, BETA, ALPHA)
 INDICATOR = torch.tensor([1.0, 0.0, 1.0, 1.0])
 
 
@@ -73,6 +76,42 @@ def test_the_norm_penalty_is_the_mean_over_queries_and_over_unmerged_documents()
     documents = float((W.pow(2).sum(1) * MULTIPLICITY).sum() / MULTIPLICITY.sum())
     penalty = float(U.pow(2).sum(1).mean()) + documents
     assert loss(LossConfig(norm_penalty=0.25)) == pytest.approx(fps() + 0.25 * penalty, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["fps", "softmax"])
+def test_the_mask_says_which_queries_know_of_each_other(name: str) -> None:
+    """Rows 0 and 3 have one query id; what lies before row 2 is documents 101 and 102, before row 3 101."""
+    ids, by_id = torch.tensor([7, 8, 9, 7]), torch.tensor([[9, 101], [9, 102], [7, 101]])
+    by_row = torch.tensor([[2, 101], [2, 102], [3, 101]])
+    given = {"query_ids": ids, "known": by_id}
+    found = {}
+    for mask, known, arguments in (
+        ("batch", None, {**given, "known": None}), ("user", by_id, given),
+        ("past", by_row, {"query_ids": None, "known": by_row}), ("none", None, {"query_ids": None, "known": None}),
+    ):  # fmt: skip
+        batch = replace(BATCH, query_ids=ids, known=known)
+        config = LossConfig(name=name, mask=mask, weight="relevance")  # type: ignore[arg-type]
+        found[mask] = float(Objective(config, ModelConfig(score="dot"), None, None, 20)(ENCODED, batch).loss)
+        common = {"alpha": 2.0, "beta": BETA, "weight": RELEVANCE, "doc_ids": BATCH.doc_ids, **arguments}
+        if name == "fps":
+            right = fps_loss(U, W, POSITIVE, neg_bias=LOG_COPIES, **common)
+        else:
+            right = ranking_loss(name, U, W, POSITIVE, in_batch=True, negatives=BATCH.negatives, **common)
+        assert found[mask] == pytest.approx(float(right.loss), rel=1e-12)
+    assert len({round(value, 9) for value in found.values()}) == 4
+
+
+def test_an_mlps_scores_are_masked_by_each_querys_past() -> None:
+    config = LossConfig(name="softmax", in_batch=False, negatives=2, mlp=(4,), mask="past")
+    scores = torch.randn(M, 3, generator=torch.Generator().manual_seed(1))
+    found = [
+        float(Objective(config, ModelConfig(), None, None, 20)(Encoded(U, W, BETA, ALPHA, scores), batch).loss)
+        for batch in (BATCH, replace(BATCH, known=torch.tensor([[2, 103], [3, 105]])))
+    ]
+    kept = scores.clone()
+    kept[1, 2] = kept[2, 1:] = kept[3, 2] = -torch.inf  # row 1's second is none, row 2 lists 103 twice, row 3 105
+    right = torch.nn.functional.cross_entropy(kept, torch.zeros(M, dtype=torch.int64), reduction="none")[[0, 2, 3]]
+    assert found[1] == pytest.approx(float(right.mean()), rel=1e-6) and found[0] > found[1]
 
 
 def test_a_scalar_beta_takes_part_in_the_sigmoid_only() -> None:

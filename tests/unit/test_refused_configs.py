@@ -98,6 +98,7 @@ def test_every_number_has_its_bounds_beside_it() -> None:
         (["model.doc.text.init={tmp}"], "does not load as a Hugging Face model"),
         (["pretrain.rows_global=1048576"], "a step would hold each of them more than 64 times"),
         (["data.webdataset={tmp}/{{000.."], "Unbalanced braces"),
+        (["pretrain.loss.mask=past"], "pretrain.loss.mask: got past, needs batch or none: the rows of"),
         (["run.dir={tmp}/file"], "run.dir: {tmp}/file/pretrain cannot be made, since {tmp}/file is no folder"),
         (["run.dir={tmp}/file/below"], "since {tmp}/file is no folder"),
         (["run.dir={tmp}/sealed/run"], "since {tmp}/sealed cannot be written"),

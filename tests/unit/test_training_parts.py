@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,12 +18,16 @@ from bigdssm.batching.chunks import Chunked
 from bigdssm.batching.lengths import lengths_of
 from bigdssm.batching.plan import StepPlan, plan_side
 from bigdssm.config import LossConfig, OptimizerConfig
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.distributed import free_port
 from bigdssm.running.row_log import CONSUMED, RowLog
+from bigdssm.streaming.stream import PairStream
 from bigdssm.training import engine
-from bigdssm.training.batches import Batches
+from bigdssm.training.batches import Batches, known_pairs
+from bigdssm.training.columns import catalogue_share, is_shared
 from bigdssm.training.optimizers import parameter_groups, schedule_factor
 from bigdssm.training.random_state import RandomState
+from tests.conftest import NUM_ITEMS, TinyDataset
 
 
 class Everything(nn.Module):
@@ -108,6 +113,43 @@ def test_uniform_draws_differ_by_step_and_seed_and_take_any_seed() -> None:
         for step in (0, 1)
     }
     assert len(set(drawn.values())) == 8 and all(len(draws) == 5 for draws in drawn.values())
+
+
+@pytest.mark.parametrize("mask", ["user", "past"])
+def test_known_pairs_are_what_lies_before_each_query(tiny_interactions: TinyDataset, mask: str) -> None:
+    """By a query's number what lies before it alone, by its id what lies before the last of its rows."""
+    dataset = Dataset.open(tiny_interactions.dir)
+    rows = next(iter(PairStream(dataset, rows_global=160, lanes=4)))
+    ids = dataset.catalogue.doc_ids
+    assert len(set(rows.query_ids.tolist())) < len(rows)
+    expected: set[tuple[int, int]] = set()
+    for row, query in enumerate(rows.query_ids.tolist()):
+        expected |= {(row if mask == "past" else query, int(ids[doc])) for doc in rows.seen(row)}
+    found = [tuple(pair) for pair in known_pairs(rows, mask, ids).tolist()]
+    assert set(found) == expected
+    assert len(found) < len(expected) + 160 * 5  # an item that came twice is there twice, and no row is
+    nothing = rows.take(np.empty(0, np.int64))
+    assert known_pairs(nothing, mask, ids).shape == (0, 2)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_share_the_catalogue_as_columns(tiny_interactions: TinyDataset, world_size: int) -> None:
+    """Every document is in one rank's share, behind the positives of the rank's rows, and stands in it once."""
+    dataset, loss = Dataset.open(tiny_interactions.dir), LossConfig(columns="catalogue", mask="past")
+    shares = []
+    for rank in range(world_size):
+        stream = PairStream(dataset, rows_global=24, lanes=4, rank=rank, world_size=world_size)
+        batch = next(iter(Batches(stream, loss, None, 0, torch.device("cpu"))))
+        docs, num_positives = batch.doc_rows.tolist(), len(set(batch.positive.tolist()))
+        assert len(set(docs)) == len(docs) and set(batch.positive.tolist()) == set(range(num_positives))
+        share = catalogue_share(NUM_ITEMS, rank, world_size).tolist()
+        assert docs[num_positives:] == [doc for doc in share if doc not in docs[:num_positives]]
+        assert [doc for doc, own in zip(docs, is_shared(batch.doc_rows, rank, world_size), strict=True) if own] == (
+            [doc for doc in docs if doc in share]
+        )
+        assert int(batch.multiplicity.sum()) == len(batch.positive) + len(share)
+        shares += share
+    assert sorted(shares) == list(range(NUM_ITEMS))
 
 
 def test_a_rank_without_rows_still_has_something_to_encode() -> None:

@@ -4,6 +4,7 @@
     python tools/bench/bench_loss.py memory       # peak over base for growing batches, beside open_clip's
     python tools/bench/bench_loss.py large        # one step with 262,144 rows
     python tools/bench/bench_loss.py precision    # bfloat16 against float64 on the same rounded inputs
+    python tools/bench/bench_loss.py mask         # q2d with 200 masked documents a query, beside none
 
 Every rank uses one thread; the variants take turns, and ratios are medians over the turns. `speed` gives wall time and
 the CPU time of all ranks: on a busy machine only the second says something.
@@ -149,7 +150,35 @@ def precision(args: argparse.Namespace) -> list[str]:
     return lines
 
 
-TASKS = {"speed": speed, "memory": memory, "large": large, "precision": precision}
+def mask(args: argparse.Namespace) -> list[str]:
+    """Return the time of q2d with many known pairs a query over that without, at catalogue-like sizes."""
+    m, D, known_each = args.rows or 6400, args.dim or 64, 200
+    n = max(1, m * 17 // 32)  # columns: 3,400
+    U, W, alpha = _inputs(m, D, args)
+    W = W.detach()[:n].clone().requires_grad_()
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    doc_ids = torch.randint(-(2**62), 2**62, (n,), generator=generator)
+    positive = torch.randint(n, (m,), generator=generator)
+    rows = torch.arange(m).repeat_interleave(known_each)
+    known = torch.stack([rows, doc_ids[torch.randint(n, rows.shape, generator=generator)]], 1)
+
+    def step(pairs: Tensor | None) -> Step:
+        return lambda U, W, alpha: fps_loss(U, W, positive, alpha=alpha, doc_ids=doc_ids, known=pairs).loss
+
+    times: list[list[tuple[float, float]]] = [[], []]
+    for turn in range(args.turns + 1):
+        for found, pairs in zip(times, (None, known), strict=True):
+            seconds = _timed(lambda pairs=pairs: _step(step(pairs), U, W, alpha))
+            if turn:  # the first warms up
+                found.append(seconds)
+    without, with_known = (_medians(found)[1] for found in times)
+    return [
+        f"{args.ranks} ranks x {m} queries x {n} columns x {D}, {args.dtype}, CPU time of a rank: {without:.3f} s; "
+        f"with {known_each} masked documents a query {with_known:.3f} s, {_ratios(times[1], times[0])[1]:.2f} of it"
+    ]
+
+
+TASKS = {"speed": speed, "memory": memory, "large": large, "precision": precision, "mask": mask}
 
 
 def _inputs(m: int, D: int, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:

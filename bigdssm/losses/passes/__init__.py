@@ -12,12 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.distributed import Group
 from bigdssm.losses.inputs import GlobalSizes, LossInputs, add_biases
-from bigdssm.losses.masks import FalseNegatives
+from bigdssm.losses.masks import FalseNegatives, mask_bytes
 from bigdssm.losses.passes.columns import TILE_WIDTH, Columns, gather_columns
 from bigdssm.losses.passes.pairs import PairSums, ValueAndSlope, pairwise_pass
 from bigdssm.losses.passes.softmax import (
@@ -83,9 +84,22 @@ class ScorePasses:
         counts_N = self.columns.counts()
         return counts_N.sum() - self._mask.row_sums(counts_N)
 
-    def own_masked(self) -> int:
-        """Return how many queries' positives are masked."""
-        return int(self._mask.contains(self.positive_N).sum())
+    def entries(self) -> tuple[float, float]:
+        """Return how many negatives this rank's queries have before the mask, and how many of them it drops.
+
+        A query's own document is neither, once: where its column never counts as a negative, another of it may.
+        """
+        columns, x = self.columns, self._x
+        counts_N = columns.counts()
+        counted_m = counts_N[self.positive_N] > 0
+        if columns.doc_ids is not None:
+            counted_m |= torch.isin(columns.doc_ids[self.positive_N], columns.doc_ids[counts_N > 0])
+        unused = (x.weight == 0).nonzero().squeeze(1)  # the pairs of all others are known positives themselves
+        masked_m = x.weight > 0
+        masked_m[unused] = self._mask.contains(unused, self.positive_N[unused])
+        entries = float((counts_N.sum() - counted_m.double()).sum())
+        dropped = float((counts_N.sum() - self.num_negatives_m).sum()) - float((masked_m & counted_m).sum())
+        return entries, dropped
 
     def rows(self, positive_m: Tensor, weight_m: Tensor, extra_log_sum_m: Tensor) -> RowSums:
         """Return each query's log-sum-exp over the columns, as often as they count, and over the extra negatives.
@@ -144,17 +158,22 @@ def vector_bytes(num_queries: int, num_columns: int, dim: int) -> int:
 
 
 def loss_bytes(
-    num_queries: int, num_columns: int, dim: int, world_size: int, *, both: bool, tile: int | None, num_known: int
-) -> int:
+    num_queries: int, num_columns: int, dim: int, world_size: int, *, both: bool, tile: int | None, num_known: int,
+    gathers_known: bool,
+) -> int:  # fmt: skip
     """Return what a loss over all columns takes on a rank beside these; `both`: it has the column direction.
 
-    That is the gathered columns, sums over queries and columns, tiles of scores, ids, and what is kept of each row.
+    That is the gathered columns, sums over queries and columns, tiles of scores, ids, the mask, and what is kept of
+    each row. num_known: known pairs that this rank is given; gathers_known: those of all ranks are compared.
     """
     columns = num_columns * world_size
     gathered = 4 * (columns if world_size > 1 else 0) * dim
     sums = 4 * (num_queries + columns) * dim
-    ids = 8 * (4 * columns + 2 * num_queries * world_size + 2 * num_known)
-    return gathered + sums + score_bytes(num_queries, columns, both, tile, 4) + ids + 8 * 8 * (num_queries + columns)
+    pairs = (num_queries + num_known) * (world_size if gathers_known else 1)
+    ids = 8 * (4 * columns + (2 * pairs if gathers_known else 2 * num_queries))
+    mask = mask_bytes(num_queries, columns, pairs)
+    scores = score_bytes(num_queries, columns, both, tile, 4)
+    return gathered + sums + scores + ids + mask + 8 * 8 * (num_queries + columns)
 
 
 def loss_sent_bytes(num_columns: int, dim: int, world_size: int, *, both: bool) -> dict[str, int]:

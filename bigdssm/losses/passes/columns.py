@@ -11,6 +11,7 @@ Shape legend: n columns of this rank, N of all ranks with those unused (world_si
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -69,11 +70,12 @@ class Columns:
         return max((tile.width for tile in self.tiles), default=0)
 
     def counts(self) -> Tensor:
-        """Return float64 [N]: how often a column counts as a negative, 0 at unused indices."""
-        if self.copies is not None:
-            return self.copies
-        zeros = torch.zeros(self.total, dtype=torch.float64, device=self.valid.device)
-        return zeros.index_fill_(0, self.valid, 1.0)
+        """Return float64 [N]: how often a column counts as a negative, 0 where never and at unused indices."""
+        counts = self.copies
+        if counts is None:
+            counts = torch.zeros(self.total, dtype=torch.float64, device=self.valid.device)
+            counts.index_fill_(0, self.valid, 1.0)
+        return counts if self.neg_bias is None else counts.masked_fill(self.neg_bias == -math.inf, 0.0)
 
     def arriving(self) -> Iterator[tuple[Tile, Tensor]]:
         """Yield each tile with its vectors [width, D] in the dtype of the products, after these have arrived."""

@@ -50,7 +50,7 @@ def pairwise_pass(
     for block in matrix.blocks(_BLOCK_ROWS):
         rows = block.rows
         for tile, W_cD, S_rc in matrix.tiles(block, buffer):
-            block.mask.fill(S_rc, tile, -math.inf)
+            block.mask.drop(S_rc, tile)
             torch.maximum(result.largest[rows], S_rc.amax(1).double(), out=result.largest[rows])
             value_rc, slope_rc = value_and_slope(S_rc, positive_m1[rows])
             counts_c = counts_N[tile.columns]

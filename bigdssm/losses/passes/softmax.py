@@ -85,7 +85,7 @@ def _block_scores(matrix: ScoreMatrix, block: RowBlock, buffer: Tensor) -> tuple
     for tile, W_cD in matrix.columns.arriving():
         S_rc = matrix.scores(block, tile, W_cD, buffer)
         buffer = buffer[S_rc.numel() :]
-        block.mask.fill(S_rc, tile, -math.inf)
+        block.mask.drop(S_rc, tile)
         torch.maximum(largest_r, S_rc.amax(1), out=largest_r)
         scores.append(S_rc)
     return scores, largest_r
@@ -139,8 +139,8 @@ def _shifted_sums(
     for block in matrix.blocks(BLOCK_ROWS):
         rows = block.rows
         for tile, _, S_rc in matrix.tiles(block, buffer, shift.value):
+            block.mask.drop(S_rc, tile)
             E_rc = S_rc.exp_()
-            block.mask.fill(E_rc, tile, 0.0)
             total_N[tile.columns] += torch.mv(E_rc.T, ones[: block.U_rD.shape[0]])
             if factor_N is not None:
                 E_rc.mul_(factor_N[tile.columns])
@@ -164,7 +164,7 @@ def _logarithmic_sums(matrix: ScoreMatrix, neg_bias_N: Tensor | None, group: Gro
         rows = block.rows
         for tile, _, S_rc in matrix.tiles(block, buffer):
             cols = tile.columns
-            block.mask.fill(S_rc, tile, -math.inf)
+            block.mask.drop(S_rc, tile)
             log_N[cols] = torch.logaddexp(log_N[cols], torch.logsumexp(S_rc, 0).double())
             if neg_bias_N is not None:
                 S_rc += neg_bias_N[cols]
@@ -208,7 +208,8 @@ class _ShiftedGradient:
 
     def __call__(self, S_rc: Tensor, T_rc: Tensor, block: RowBlock, tile: Tile, want_row_part: bool) -> Tensor | None:
         a_r, cols = self.a_m[block.rows], tile.columns
-        block.mask.fill(S_rc.exp_(), tile, 0.0)
+        block.mask.drop(S_rc, tile)
+        S_rc.exp_()
         row_part_c = torch.mv(S_rc.T, a_r) if want_row_part else None
         if self.factor_N is None:
             torch.add(a_r[:, None], self.b_N[cols], out=T_rc)
@@ -231,7 +232,7 @@ class _LogarithmicGradient:
 
     def __call__(self, S_rc: Tensor, T_rc: Tensor, block: RowBlock, tile: Tile, want_row_part: bool) -> Tensor | None:
         cols = tile.columns
-        block.mask.fill(S_rc, tile, -math.inf)
+        block.mask.drop(S_rc, tile)
         torch.add(S_rc, self.row_exponent_m[block.rows, None].to(S_rc.dtype), out=T_rc)
         if self.c.neg_bias_N is not None:
             T_rc += self.c.neg_bias_N[cols]

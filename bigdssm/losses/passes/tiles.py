@@ -9,6 +9,7 @@ Shape legend: m queries of this rank, N columns of all ranks, D vector size, r r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bigdssm.losses.inputs import WANTS_ALPHA, WANTS_BETA, WANTS_U, WANTS_W, LossInputs
-from bigdssm.losses.masks import FalseNegatives
+from bigdssm.losses.masks import FalseNegatives, MaskMatrix, MaskPairs
 from bigdssm.losses.passes.columns import Columns, Tile
 
 # coordinates cost about 64 bytes an entry while they are made, the dense mask one byte per entry of the block
@@ -27,7 +28,7 @@ _DENSE_FROM = 1 / 32
 
 @dataclass
 class BlockMask:
-    """The masked entries of one block of rows: coordinates sorted by column, or dense [rows, N]; None where none."""
+    """The masked entries of one block of rows: coordinates sorted by column, or bytes [rows, N]; None where none."""
 
     rows: Tensor | None = None
     columns: Tensor | None = None
@@ -37,6 +38,9 @@ class BlockMask:
     @staticmethod
     def of(mask: FalseNegatives, columns: Columns, start: int, stop: int) -> BlockMask:
         """Return those of rows [start, stop)."""
+        if isinstance(mask, MaskMatrix):
+            return BlockMask(dense=mask.rows(start, stop))
+        assert isinstance(mask, MaskPairs)
         lengths = mask.row_lengths[start:stop]
         total = int(lengths.sum())
         budget = int((stop - start) * columns.total * _DENSE_FROM)
@@ -51,26 +55,28 @@ class BlockMask:
         bounds = {tile.start: (lo, hi) for tile, (lo, hi) in zip(columns.tiles, at, strict=True)}
         return BlockMask(rows=rows[order], columns=found, bounds=bounds)
 
-    def fill(self, S: Tensor, tile: Tile, value: float) -> None:
-        """Write `value` into the masked entries of a tile's scores [rows, width], in place."""
+    def drop(self, S: Tensor, tile: Tile) -> None:
+        """Make the masked entries of a tile's scores [rows, width] −inf, in place."""
         if self.dense is not None:
-            S.masked_fill_(self.dense[:, tile.columns], value)
+            # twice the lowest number is −inf; a fifth of masked_fill_'s time, which takes entry by entry
+            lowest = torch.finfo(S.dtype).min
+            S.add_(self.dense[:, tile.columns], alpha=lowest).add_(self.dense[:, tile.columns], alpha=lowest)
         elif self.rows is not None:
             assert self.columns is not None and self.bounds is not None
             lo, hi = self.bounds[tile.start]
             if hi > lo:
-                S[self.rows[lo:hi], self.columns[lo:hi] - tile.start] = value
+                S[self.rows[lo:hi], self.columns[lo:hi] - tile.start] = -math.inf
 
 
-def _dense(mask: FalseNegatives, num_columns: int, start: int, stop: int, budget: int) -> Tensor:
-    dense = torch.zeros((stop - start, num_columns), dtype=torch.bool, device=mask.row_lengths.device)
+def _dense(mask: MaskPairs, num_columns: int, start: int, stop: int, budget: int) -> Tensor:
+    dense = torch.zeros((stop - start, num_columns), dtype=torch.uint8, device=mask.row_lengths.device)
     ends = torch.cumsum(mask.row_lengths[start:stop], 0)
     lo = 0
     while lo < stop - start:
         done = int(ends[lo - 1]) if lo else 0
         hi = max(lo + 1, int(torch.searchsorted(ends, done + budget, right=True)))
         rows, columns = mask.entries(start + lo, start + hi)
-        dense[rows + lo, columns] = True
+        dense[rows + lo, columns] = 1
         lo = hi
     return dense
 

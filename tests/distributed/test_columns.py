@@ -1,0 +1,229 @@
+"""The catalogue as columns, and what the masks say: against torch's cross-entropy over all documents' scores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from bigdssm.batching.batch import Batch
+from bigdssm.batching.collate import Collator, distinct_in_order
+from bigdssm.config import LossConfig, ModelConfig, load_config
+from bigdssm.dataset.joining import open_dataset
+from bigdssm.models import Encoded, new_model
+from bigdssm.training.batches import row_stream
+from bigdssm.training.columns import catalogue_share
+from bigdssm.training.objective import Objective
+
+from . import small_run
+from .parity import assert_close
+from .spawn import Pool
+
+DOCS, ROWS, D = 41, 30, 6
+ALPHA = 7.0
+
+
+class World:
+    """Queries with their documents and what lies before them, and a catalogue; the same on every rank."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.U, self.W = (torch.randn(n, D, generator=generator, dtype=torch.float64).to(dtype) for n in (ROWS, DOCS))
+        self.beta = torch.randn(DOCS, generator=generator, dtype=torch.float64).to(dtype)
+        self.doc_ids = torch.randint(-(2**62), 2**62, (DOCS,), generator=generator)
+        self.doc = torch.randint(DOCS, (ROWS,), generator=generator) // 2  # some often, some of them never
+        self.query_ids = torch.randint(6, (ROWS,), generator=generator) - 3
+        self.relevance = (torch.rand(ROWS, generator=generator) < 0.8).float()
+        self.before = [torch.randint(DOCS, (int(n),), generator=generator) for n in torch.arange(ROWS) % 7]
+
+    def cut(self, world_size: int) -> list[int]:
+        """Where each rank's rows end; of three ranks the second has none."""
+        return {1: [0, ROWS], 2: [0, 11, ROWS], 3: [0, 13, 13, ROWS]}[world_size]
+
+    def batch(self, rank: int, world_size: int, columns: str, mask: str) -> Batch:
+        first, stop = self.cut(world_size)[rank : rank + 2]
+        share = catalogue_share(DOCS, rank, world_size) if columns == "catalogue" else np.empty(0, np.int64)
+        docs, column_of = distinct_in_order(np.concatenate([self.doc[first:stop].numpy(), share]))
+        rows = torch.from_numpy(docs)
+        names = range(stop - first) if mask == "past" else self.query_ids[first:stop].tolist()
+        known = [
+            torch.stack([torch.full_like(before, name), self.doc_ids[before]], 1)
+            for name, before in zip(names, self.before[first:stop], strict=True)
+        ]
+        return Batch(
+            step=0, row_ids=torch.arange(first, stop), query={}, doc={},
+            positive=torch.from_numpy(column_of[: stop - first]), relevance=self.relevance[first:stop],
+            query_ids=self.query_ids[first:stop], doc_ids=self.doc_ids[rows], doc_rows=rows,
+            multiplicity=torch.from_numpy(np.bincount(column_of, minlength=len(docs))),
+            query_pad_ids={}, doc_pad_ids={},
+            known=torch.cat([*known, torch.zeros(0, 2, dtype=torch.int64)]) if mask in ("user", "past") else None,
+        )  # fmt: skip
+
+    def kept(self, mask: str) -> Tensor:
+        """Return bool [ROWS, DOCS]: which documents are a query's negatives or its own, by comparing one by one."""
+        used = self.relevance > 0
+        dropped = torch.zeros(ROWS, DOCS, dtype=torch.bool)
+        for i in range(ROWS):
+            same = self.query_ids == self.query_ids[i]
+            if mask in ("batch", "user"):
+                dropped[i, self.doc[same & used]] = True
+            if mask == "user":
+                for other in same.nonzero().flatten().tolist():
+                    dropped[i, self.before[other]] = True
+            if mask == "past":
+                dropped[i, self.before[i]] = True
+        dropped[torch.arange(ROWS), self.doc] = False
+        return ~dropped
+
+    def dense(self, mask: str) -> tuple[Tensor, list[Tensor]]:
+        """Return the loss over all documents, and the gradients of U, W, beta and alpha."""
+        U, W, beta = (x.double().requires_grad_() for x in (self.U, self.W, self.beta))
+        alpha = torch.tensor([ALPHA], dtype=torch.float64, requires_grad=True)
+        scores = (alpha * U @ W.T + beta).masked_fill(~self.kept(mask), -torch.inf)
+        losses = cross_entropy(scores, self.doc, reduction="none") * self.relevance.double()
+        loss = losses.sum() / self.relevance.sum()
+        return loss.detach(), list(torch.autograd.grad(loss, [U, W, beta, alpha]))
+
+
+def run_rank(rank: int, world_size: int, dtype: torch.dtype, columns: str, mask: str) -> Any:
+    world = World(dtype)
+    batch = world.batch(rank, world_size, columns, mask)
+    U, W, beta = (
+        x.clone().requires_grad_()
+        for x in (world.U[batch.row_ids], world.W[batch.doc_rows], world.beta[batch.doc_rows])
+    )
+    alpha = torch.tensor([ALPHA], dtype=torch.float64, requires_grad=True)
+    config = LossConfig(columns=columns, mask=mask)  # type: ignore[arg-type]
+    out = Objective(config, ModelConfig(score="dot"), 8, None, ROWS)(Encoded(U, W, beta, alpha), batch)
+    out.loss.backward()
+    return out.loss.detach(), [U.grad, W.grad, beta.grad, alpha.grad], batch.doc_rows, out.stats
+
+
+def together(results: list[Any]) -> tuple[Tensor, list[Tensor]]:
+    """Return the mean over ranks of the loss and of the gradients; a document's copies add up."""
+    U = torch.cat([grads[0] for _, grads, _, _ in results]).double() / len(results)
+    W, beta = torch.zeros(DOCS, D, dtype=torch.float64), torch.zeros(DOCS, dtype=torch.float64)
+    for _, grads, rows, _ in results:
+        W.index_add_(0, rows, grads[1].double() / len(results))
+        beta.index_add_(0, rows, grads[2].double() / len(results))
+    loss = torch.stack([loss.double() for loss, _, _, _ in results]).mean()
+    return loss, [U, W, beta, torch.stack([grads[3] for _, grads, _, _ in results]).mean(0)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("mask", ["none", "past", "batch", "user"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_catalogue_as_columns_is_the_softmax_over_all_documents(
+    pools: dict[int, Pool], dtype: torch.dtype, mask: str, world_size: int
+) -> None:
+    """Each document once, whatever the ranks have of their queries' positives; also with a rank without rows."""
+    results = pools[world_size].run(run_rank, dtype, "catalogue", mask)
+    world = World(dtype)
+    right, right_grads = world.dense(mask)
+    loss, grads = together(results)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    assert_close(loss, right, tolerance, "loss")
+    for name, found, expected in zip(("U", "W", "beta", "alpha"), grads, right_grads, strict=True):
+        assert_close(found, expected, tolerance, name)
+    kept = world.kept(mask)
+    for _, _, _, stats in results:  # counted on the dense scores: a query has every document but its own
+        dropped = float((~kept).sum()) / (ROWS * (DOCS - 1))
+        assert float(stats["dropped_fraction"]) == pytest.approx(dropped, abs=1e-12)
+        assert float(stats["effective_negatives"]) == pytest.approx(float(kept.sum()) / ROWS - 1, abs=1e-9)
+        scores = (ALPHA * world.U @ world.W.T + world.beta).masked_fill(~kept, -torch.inf)
+        best = scores.argmax(1) == world.doc
+        used = world.relevance > 0
+        assert float(stats["in_batch_accuracy"]) == pytest.approx(float(best[used].double().mean()))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("mask", ["none", "past"])
+def test_masks_of_each_query_alone_hold_over_the_batch(pools: dict[int, Pool], mask: str, world_size: int) -> None:
+    """Columns are the batch's documents, as often as they come; another's rows mask nothing."""
+    world = World(torch.float64)
+    loss, _ = together(pools[world_size].run(run_rank, torch.float64, "batch", mask))
+    copies = torch.bincount(world.doc, minlength=DOCS).double()
+    scores = ALPHA * world.U @ world.W.T + world.beta + copies.log()
+    own = torch.arange(ROWS), world.doc
+    scores[own] -= copies.log()[world.doc]
+    scores = scores.masked_fill(~world.kept(mask), -torch.inf)
+    losses = cross_entropy(scores, world.doc, reduction="none") * world.relevance.double()
+    assert_close(loss, losses.sum() / world.relevance.sum(), 1e-12, "loss")
+
+
+def run_mlp(rank: int, world_size: int) -> float:
+    """Score each query's own document and the two last ones, in place of an MLP; every other row has seen the last."""
+    world = World(torch.float32)
+    batch = world.batch(rank, world_size, "batch", "none")
+    m, n = len(batch.positive), len(batch.doc_rows)
+    last = torch.tensor([DOCS - 2, DOCS - 1])
+    rows = torch.cat([batch.doc_rows, last])
+    seen = (batch.row_ids % 2 == 0).nonzero()
+    batch = replace(
+        batch, doc_rows=rows, doc_ids=world.doc_ids[rows], negatives=torch.tensor([[n, n + 1]] * m).view(m, 2),
+        known=torch.cat([seen, world.doc_ids[-1:].expand(len(seen), 1)], 1),
+    )  # fmt: skip
+    config = LossConfig(name="softmax", in_batch=False, negatives=2, mlp=(4,), mask="past")
+    objective = Objective(config, ModelConfig(), None, None, ROWS)
+    listed = objective.listed(batch)
+    U, W = world.U[batch.row_ids], world.W[rows]
+    return float(objective(Encoded(U, W, None, torch.ones(1), torch.einsum("md,mkd->mk", U, W[listed])), batch).loss)
+
+
+def test_numbers_of_queries_differ_between_ranks_where_pairs_are_gathered(pools: dict[int, Pool]) -> None:
+    alone, *both = [run_mlp(0, 1), *pools[2].run(run_mlp)]
+    assert np.mean(both) == pytest.approx(alone, rel=1e-6)
+
+
+CATALOGUE = (
+    "pretrain.loss={columns: catalogue, mask: none, sampling: none, uniform_negatives: 0}", "pretrain.steps=2",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_run.write_dataset(tmp_path_factory.mktemp("small"))
+
+
+def first_loss(path: Path, overrides: tuple[str, ...]) -> float:
+    """Return the loss of the first step, from the model as it begins and the step's rows, all scores at once."""
+    config = load_config(path, overrides)
+    dataset = open_dataset(config.data)
+    torch.manual_seed(config.run.seed)
+    model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+    rows = next(iter(row_stream(config, config.pretrain, dataset, 0, 1)))
+    batch = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)(rows)
+    with torch.no_grad():
+        found = model(query=batch.query, doc=dataset.catalogue.features(np.arange(dataset.catalogue.num_docs)))
+        scores = (found.alpha * found.U @ found.W.T + found.beta).double()
+    if config.pretrain.loss.mask == "past":
+        for row in range(len(rows)):
+            before = np.setdiff1d(rows.seen(row), rows.doc_rows[row])
+            scores[row, before] = -torch.inf
+    return float(cross_entropy(scores, torch.tensor(rows.doc_rows)))
+
+
+@pytest.mark.parametrize(
+    ("mask", "modes"),
+    [("none", {1: (), 2: ("engine.chunk_tokens=100",), 3: ("engine.zero_stage=3",)}), ("past", {2: ()})],
+)
+def test_a_run_begins_at_the_softmax_over_all_documents(
+    config: Path, tmp_path: Path, pools: dict[int, Pool], mask: str, modes: dict[int, tuple[str, ...]]
+) -> None:
+    overrides = (*CATALOGUE, f"pretrain.loss.mask={mask}")
+    right, curves = first_loss(config, overrides), []
+    for ranks, mode in modes.items():
+        pools[ranks].run(small_run.run, config, tmp_path / f"{ranks}", (*overrides, *mode))
+        records = small_run.records(tmp_path / f"{ranks}")
+        assert records[0]["loss"] == pytest.approx(right, rel=1e-6)
+        assert records[0]["distinct_fraction"] < 1
+        curves.append([(record["loss"], record["grad_norm"], record["dropped_fraction"]) for record in records])
+    for curve in curves[1:]:
+        for mine, first in zip(curve, curves[0], strict=True):
+            assert mine == pytest.approx(first, rel=1e-5)

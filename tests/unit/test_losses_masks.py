@@ -1,0 +1,74 @@
+"""The parts of the masks: ids found by hashing, and pairs or a matrix of bytes with the same entries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bigdssm.losses import masks
+from bigdssm.losses.masks import (
+    IdTable,
+    MaskMatrix,
+    MaskPairs,
+    find_false_negatives,
+    gather_known_positives,
+    mask_bytes,
+)
+
+GENERATOR = torch.Generator().manual_seed(0)
+WIDE = torch.randint(-(2**63), 2**63 - 1, (4000,), generator=GENERATOR)
+
+
+@pytest.mark.parametrize(
+    "ids", [WIDE, torch.arange(-2000, 2000), torch.arange(4000) << 40, torch.tensor([2**63 - 1]), WIDE[:0]]
+)
+def test_ids_are_found_where_they_are(ids: torch.Tensor) -> None:
+    """Whatever bits they differ in; of thousands some share a bucket."""
+    ids = torch.sort(torch.unique(ids))[0]
+    wanted = torch.cat([ids, ids + 1, ids - 1, WIDE[:100] ^ 5, ids.flip(0)])
+    there, at = IdTable(ids).find(wanted)
+    assert torch.equal(there, torch.isin(wanted, ids))
+    assert torch.equal(ids[at[there]], wanted[there])
+
+
+@pytest.mark.parametrize("chunk", [1 << 16, 7])
+@pytest.mark.parametrize("own", [True, False])
+def test_a_matrix_of_bytes_masks_what_pairs_mask(monkeypatch: pytest.MonkeyPatch, own: bool, chunk: int) -> None:
+    """With documents in several columns, columns that are not in use, pairs more than once and queries of one id."""
+    monkeypatch.setattr(masks, "_CHUNK_PAIRS", chunk)
+    m, N = 30, 50
+    docs = torch.randint(20, (N,), generator=GENERATOR) << 30
+    valid = torch.arange(N)[torch.rand(N, generator=GENERATOR) < 0.8]
+    names = torch.arange(m) if own else torch.randint(9, (m,), generator=GENERATOR)
+    positive = valid[torch.randint(len(valid), (m,), generator=GENERATOR)]
+    weight = (torch.rand(m, generator=GENERATOR) < 0.7).double()
+    known = torch.stack([
+        names[torch.randint(m, (200,), generator=GENERATOR)], torch.randint(30, (200,), generator=GENERATOR) << 30,
+    ], 1)  # fmt: skip
+    counts = [int((weight > 0).sum()) + len(known)]
+    found = gather_known_positives(None if own else names, docs[positive], weight, known, counts, None)
+    pairs = {*zip(names[weight > 0].tolist(), docs[positive][weight > 0].tolist(), strict=True)}
+    pairs |= {tuple(pair) for pair in known.tolist()}
+    right = torch.tensor([[(q, d) in pairs for d in docs.tolist()] for q in names.tolist()])
+    right[:, ~torch.isin(torch.arange(N), valid)] = False
+    values = torch.rand(N, generator=GENERATOR, dtype=torch.float64)
+    for cells, kind in ((1 << 16, MaskPairs), (0, MaskMatrix)):
+        monkeypatch.setattr(masks, "_MATRIX_CELLS", cells)
+        mask = find_false_negatives(found, docs, valid, N)
+        assert isinstance(mask, kind)
+        torch.testing.assert_close(mask.row_sums(values), (right * values).sum(1))
+        rows = torch.arange(0, m, 2)
+        assert torch.equal(mask.contains(rows, positive[rows]), right[rows, positive[rows]])
+        if isinstance(mask, MaskMatrix):
+            assert torch.equal(mask.rows(3, 17) > 0, right[3:17])
+        else:
+            entries = torch.zeros(14, N, dtype=torch.bool)
+            entries[mask.entries(3, 17)] = True
+            assert torch.equal(entries, right[3:17])
+
+
+def test_a_mask_takes_no_more_as_a_matrix_than_as_pairs() -> None:
+    m, N = 6400, 3400
+    assert mask_bytes(m, N, 200 * m) == m * N
+    assert mask_bytes(m, N, m) < m * N / 40
+    assert mask_bytes(m, N, m * N // 48) <= 1.1 * mask_bytes(m, N, m * N // 49)
