@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,8 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
-def write_dataset(folder: Path) -> Path:
-    """Make the tables, the config and the dataset in `folder`; return the config's path."""
+def write_dataset(folder: Path, overrides: Sequence[str] = ()) -> Path:
+    """Make the tables, the config (with `overrides`) and the dataset in `folder`; return the config's path."""
     random = np.random.RandomState(0)
     genre_of = random.randint(0, NUM_GENRES, NUM_ITEMS)
     items = ["item_id\ttitle\tgenre"]
@@ -90,6 +91,8 @@ def write_dataset(folder: Path) -> Path:
     content = {**CONFIG, "data": {**CONFIG["data"], "dir": str(folder / "dataset")}}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(content))
+    if overrides:
+        path.write_text(yaml.safe_dump(load_config(path, overrides).to_dict()))
     tables = InteractionTables(folder / "events.tsv", folder / "items.tsv", folder / "users.tsv")
     make_interactions(load_config(path).data, tables, Target(folder / "dataset"), no_progress)
     return path

@@ -1,0 +1,108 @@
+"""Rows that give several queries each: the same losses on any ranks and in any chunks, through every mask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bigdssm.batching.chunks import Chunked
+from bigdssm.batching.collate import Collator
+from bigdssm.batching.plan import plan_side
+from bigdssm.config import load_config
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import ConfigError
+from bigdssm.models import new_model
+from bigdssm.streaming.stream import PairStream
+from bigdssm.training.checks import check_stage
+
+from . import small_run
+from .spawn import Pool
+
+PIECES = ("data.targets_per_row=4", "model.query.history.positions=relative")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_run.write_dataset(tmp_path_factory.mktemp("pieces"), PIECES)
+
+
+def test_one_pass_over_a_piece_is_a_pass_over_each_of_its_beginnings(config: Path) -> None:
+    loaded = load_config(config)
+    dataset = Dataset.open(loaded.data.dir)
+    torch.manual_seed(0)
+    model = new_model(loaded.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size).eval()
+    batch = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)(
+        next(PairStream(dataset, rows_global=60, lanes=6))
+    )
+    assert batch.places is not None and len(batch.places.row) > 1.5 * len(batch.row_ids)
+    with torch.no_grad():
+        together = model(query=batch.query, places=batch.places).U
+        alone = {name: tensor[batch.places.row].clone() for name, tensor in batch.query.items()}
+        for query, seen in enumerate(batch.places.seen.tolist()):
+            alone["history"][query, seen:] = 0
+        torch.testing.assert_close(together, model(query=alone).U, rtol=0, atol=1e-5)
+        plan = plan_side(batch.query_lengths, len(batch.row_ids), 50, batch.queries_of_row)
+        assert len(plan.chunks) > 3
+        side = Chunked(batch.query, plan, batch.places)
+        parts = [model(query=side.features(chunk), places=side.places(chunk)).U for chunk in plan.chunks]
+        torch.testing.assert_close(together, side.assemble(parts), rtol=0, atol=1e-5)
+
+
+LOSSES = {
+    "batch": ("loss.mask=batch", "loss.uniform_negatives=0"),
+    "user": ("loss.mask=user",),
+    "past": ("loss.mask=past",),
+    "none": ("loss.mask=none", "loss.sampling=none"),
+    "catalogue": ("loss.columns=catalogue", "loss.mask=past", "loss.sampling=none", "loss.uniform_negatives=0"),
+}
+
+
+def losses(folder: Path) -> list[float]:
+    return [record["loss"] for record in small_run.records(folder)]
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in ("past", "catalogue") else pytest.mark.slow) for case in LOSSES]
+)
+def test_ranks_and_chunks_change_no_loss(case: str, config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
+    said = ["pretrain.steps=5", *(f"pretrain.{word}" for word in LOSSES[case])]
+    pools[1].run(small_run.run, config, tmp_path / "one", (*said, "engine.chunk_tokens=0"))
+    whole = losses(tmp_path / "one")
+    assert len(whole) == 5 and whole[-1] < whole[0]
+    pools[2].run(small_run.run, config, tmp_path / "two", (*said, "engine.chunk_tokens=100"))
+    np.testing.assert_allclose(losses(tmp_path / "two"), whole, rtol=1e-4)
+    record = small_run.records(tmp_path / "two")[-1]
+    assert record["queries_per_s"] > record["rows_per_s"] and record["queries_max_over_mean"] >= 1
+
+
+@pytest.mark.slow
+def test_a_stopped_run_is_the_one_that_was_not(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
+    said = ("pretrain.steps=8", "pretrain.loss.mask=past", "engine.zero_stage=3", "engine.chunk_tokens=100")
+    pools[2].run(small_run.run, config, tmp_path / "whole", said)
+    halves = (*said[1:], "pretrain.save_every_steps=4")
+    pools[2].run(small_run.run, config, tmp_path / "halves", (*halves, "pretrain.steps=4"))
+    pools[2].run(small_run.run, config, tmp_path / "halves", (*halves, "pretrain.steps=8"), "pretrain", True)
+    assert losses(tmp_path / "halves")[:4] == pytest.approx(losses(tmp_path / "whole")[:4], rel=1e-6)
+    assert len(losses(tmp_path / "halves")) == 8
+
+
+REFUSED = {
+    "ages": (("model.query.history.positions=age",), "positions=age gives an item one position in a row"),
+    "ages, said later": (
+        ("data.targets_per_row=1", "model.query.history.positions=age"), "positions=age gives an item one position",
+    ),
+    "mined negatives": (
+        ("pretrain.loss.name=triplet", "pretrain.loss.negatives=2", "pretrain.loss.uniform_negatives=0"),
+        "pretrain.loss.negatives: got 2, needs 0: negatives are mined by row",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_go_with_several_queries_is_refused(case: str, config: Path, tmp_path: Path) -> None:
+    overrides, message = REFUSED[case]
+    with pytest.raises(ConfigError, match=message):
+        check_stage(load_config(config, [*overrides, f"run.dir={tmp_path}"]), "pretrain", 1)
