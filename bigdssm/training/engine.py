@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bigdssm import distributed, timing
 from bigdssm.config import EngineConfig, OptimizerConfig
 from bigdssm.errors import ConfigError, PeerError
-from bigdssm.models import Encoded, use_plain_attention
+from bigdssm.models import Encoded, Places, use_plain_attention
 from bigdssm.training import portable
 from bigdssm.training.optimizers import build_optimizer, find_optimizer
 
@@ -117,7 +117,7 @@ class Engine:
         self,
         query: dict[str, Tensor] | None = None,
         doc: dict[str, Tensor] | None = None,
-        **further: Tensor | tuple[Tensor, ...],
+        **further: Tensor | Places,
     ) -> Encoded:
         """Encode queries, documents, or both, on this rank; see `DualEncoder.forward`."""
         return cast(Encoded, self.deepspeed(query=query, doc=doc, **further))

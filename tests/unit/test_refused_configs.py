@@ -66,6 +66,7 @@ def assert_refused(answer: tuple[int, str], *words: str) -> None:
         ("data.mixture=[{weight: 0}]", "data.mixture[0].weight: got 0"),
         ("engine.loss_tile=0", "engine.loss_tile: got 0"),
         ("run.dir=''", "run.dir: got '', needs a folder"),
+        ("pretrain.init=''", "pretrain.init: got '', needs a folder, or null"),
         ('run.dir="a\\0b"', "run.dir: got 'a\\x00b', needs text without NUL"),
         ("data.doc.tags.separator=''", "data.doc.tags.separator: got ''"),
     ],

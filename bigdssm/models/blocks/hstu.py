@@ -11,8 +11,9 @@ from bigdssm.models.blocks.sight import Sight, split
 class HstuBlock(nn.Module):
     """Attention without a softmax: each place's weight is SiLU of its score, and U gates what comes of it.
 
-    n is the number of places that are seen, so that neither padding nor the longest history changes anything; the norm
-    behind it takes the scale out again. Source: Zhai et al. 2024 (HSTU), eq. 1 to 3.
+    The sum is divided by the number of places that are seen, where the authors divide by the longest history's: then
+    padding changes nothing, and the norm behind it takes the scale out either way. Source: Zhai et al. 2024 (HSTU),
+    eq. 1 to 3.
     """
 
     def __init__(self, config: HistoryEncoderConfig, dim: int) -> None:
