@@ -94,13 +94,14 @@ def gather_known_positives(
     own = torch.stack([query_ids, doc_m], 1)[used]
     own, longest = own if known is None else torch.cat([own, known]), max(counts)
     gathered = distributed.all_gather_padded(own, longest, group).wait()
-    of_all = torch.cat([gathered[k * longest : k * longest + count] for k, count in enumerate(counts)])
+    of_ranks = [gathered[k * longest : k * longest + count] for k, count in enumerate(counts)]
+    of_all = of_ranks[0] if len(of_ranks) == 1 else torch.cat(of_ranks)
     queries, row_query = torch.unique(query_ids, return_inverse=True)
     table = IdTable(queries)
     parts = []
     for pairs in _chunks(of_all):
         here, query = table.find(pairs[:, 0])
-        parts.append((query[here], pairs[here, 1]))
+        parts.append((query, pairs[:, 1]) if bool(here.all()) else (query[here], pairs[here, 1]))
     return KnownPositives(row_query, queries.shape[0], parts)
 
 
