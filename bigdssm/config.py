@@ -471,12 +471,7 @@ def _check_catalogue_columns(key: str, loss: LossConfig, model: ModelConfig, dat
     once = "every document is a column, once"
     same = "a document's vector must be the same on all ranks"
     for where, got, needed, why in (
-        (
-            f"{key}.direction",
-            loss.direction,
-            "q2d",
-            "most documents are no query's, so that their columns have no term",
-        ),
+        (f"{key}.direction", loss.direction, "q2d", "a document of no query has no term in its column"),
         (f"{key}.sampling", loss.sampling, "none", once),
         (f"{key}.uniform_negatives", loss.uniform_negatives, 0, once),
         (f"{key}.negatives", loss.negatives, 0, once),

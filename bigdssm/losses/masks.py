@@ -29,7 +29,7 @@ from bigdssm.distributed import Group
 _PAIR_BYTES = 48  # of a pair: its key, before and behind the sort, and grouped by query
 _MATRIX_FROM = 1 / _PAIR_BYTES  # pairs a cell: a matrix has a byte a cell
 _MATRIX_CELLS = 1 << 16  # up to which there is nothing to gain
-_CHUNK_PAIRS = 1 << 16  # worked on at once: temporaries of all would cost more than the work on them
+_CHUNK_PAIRS = 1 << 16  # worked on at once by a CPU: temporaries of all would cost more than the work on them
 _MATRIX_ROWS = 256  # widened at once
 _BUCKETS_PER_ID = 16  # of a hash table: so few ids share a bucket
 _GOLDEN = 0x1E3779B97F4A7C15  # odd: ids that differ in any bits differ in the top ones of their products
@@ -57,7 +57,7 @@ class KnownPositives:
         """Yield queries and places in `docs` (ids, sorted, distinct), some at a time, of the pairs that are there."""
         table = IdTable(docs)
         for query, doc_id in self.parts:
-            for some_queries, ids in zip(query.split(_CHUNK_PAIRS), doc_id.split(_CHUNK_PAIRS), strict=True):
+            for some_queries, ids in zip(_chunks(query), _chunks(doc_id), strict=True):
                 there, doc = table.find(ids)
                 yield (some_queries, doc) if bool(there.all()) else (some_queries[there], doc[there])
 
@@ -94,13 +94,14 @@ def gather_known_positives(
     own = torch.stack([query_ids, doc_m], 1)[used]
     own, longest = own if known is None else torch.cat([own, known]), max(counts)
     gathered = distributed.all_gather_padded(own, longest, group).wait()
+    of_ranks = [gathered[k * longest : k * longest + count] for k, count in enumerate(counts)]
+    of_all = of_ranks[0] if len(of_ranks) == 1 else torch.cat(of_ranks)
     queries, row_query = torch.unique(query_ids, return_inverse=True)
     table = IdTable(queries)
     parts = []
-    for k, count in enumerate(counts):
-        for pairs in gathered[k * longest : k * longest + count].split(_CHUNK_PAIRS):
-            here, query = table.find(pairs[:, 0])
-            parts.append((query[here], pairs[here, 1]))
+    for pairs in _chunks(of_all):
+        here, query = table.find(pairs[:, 0])
+        parts.append((query, pairs[:, 1]) if bool(here.all()) else (query[here], pairs[here, 1]))
     return KnownPositives(row_query, queries.shape[0], parts)
 
 
@@ -123,12 +124,12 @@ class MaskMatrix(FalseNegatives):
     row_query: Tensor  # [m] the row's query
     matrix_QN: Tensor  # uint8
 
+    def __post_init__(self) -> None:
+        self.is_of_rows = torch.equal(self.row_query, torch.arange(len(self.matrix_QN), device=self.matrix_QN.device))
+
     def rows(self, start: int, stop: int) -> Tensor:
         """Return uint8 [rows, N] of rows [start, stop)."""
-        queries = self.row_query[start:stop]
-        if bool((queries.diff() == 1).all()):
-            return self.matrix_QN[int(queries[0]) :][: stop - start]
-        return self.matrix_QN[queries]
+        return self.matrix_QN[start:stop] if self.is_of_rows else self.matrix_QN[self.row_query[start:stop]]
 
     def row_sums(self, values_N: Tensor) -> Tensor:
         """Return float64 [m]: the sum of a value per column over the masked entries of each row."""
@@ -230,6 +231,11 @@ def find_false_negatives(
             query = query[which]
         matrix_QN.view(-1)[query * num_columns + column] = 1
     return MaskMatrix(positives.row_query, matrix_QN)
+
+
+def _chunks(pairs: Tensor) -> tuple[Tensor, ...]:
+    """Return parts of a tensor of pairs; on a device one, where each would have its own launches and waits."""
+    return pairs.split(_CHUNK_PAIRS) if pairs.device.type == "cpu" else (pairs,)
 
 
 def _is_matrix(cells: int, num_pairs: int) -> bool:

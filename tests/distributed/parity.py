@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+
+from bigdssm.losses import masks
 
 from . import reference
 from .reference import DOUBLE, Shard
@@ -62,6 +65,12 @@ def run(
     for r in results[1:]:
         assert r[2] == results[0][2], "the statistics are those of all ranks"
     return value, [U, W, alpha_grad, beta_grad], results[0][2]
+
+
+def by_matrix(loss: Loss, *tensors: Any, **arguments: Any) -> Any:
+    """Keep the mask as a matrix of bytes, which otherwise only many pairs of a larger batch are."""
+    with mock.patch.object(masks, "_MATRIX_CELLS", 0):
+        return loss(*tensors, **arguments)
 
 
 def assert_close(found: Tensor, expected: Tensor, tolerance: float, what: str, term: float = 1.0) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -13,20 +13,14 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from bigdssm.losses import fps_loss, masks
+from bigdssm.losses import fps_loss
 
 from . import reference
-from .parity import assert_close, check_fps, run
+from .parity import assert_close, by_matrix, check_fps, run
 from .reference import DOUBLE, Shard, make_shards
 from .spawn import Pool
 
 OPTIONS = ("beta", "neg_bias", "weight", "query_ids", "doc_ids", "shared", "known")
-
-
-def fps_by_matrix(*tensors: Any, **arguments: Any) -> Any:
-    """Keep the mask as a matrix, which only many pairs of a larger batch are otherwise."""
-    with mock.patch.object(masks, "_MATRIX_CELLS", 0):
-        return fps_loss(*tensors, **arguments)
 
 
 @st.composite
@@ -56,7 +50,7 @@ def batches(draw: st.DrawFn) -> tuple[list[Shard], float, dict[str, Any]]:
     phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(batch=batches(), loss=st.sampled_from([fps_loss, fps_by_matrix]))
+@given(batch=batches(), loss=st.sampled_from([fps_loss, partial(by_matrix, fps_loss)]))
 def test_equals_dense_reference(
     pools: dict[int, Pool], batch: tuple[list[Shard], float, dict[str, Any]], loss: Callable[..., Any]
 ) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from bigdssm.losses import RANKING_NAMES, fps_loss, ranking_loss, scored_loss
 
 from . import reference
-from .parity import assert_close, assert_parity, run
+from .parity import assert_close, assert_parity, by_matrix, run
 from .reference import Shard, make_shards
 from .spawn import Pool
 
@@ -29,10 +29,12 @@ def check(
     tile: int | None,
     beta: float | None = None,
     tolerance: float = 1e-10,
+    matrix: bool = False,
 ) -> None:
     expected = reference.ranking(name, shards, alpha, in_batch, margin=0.3, scalar_beta=beta)
     arguments = {"in_batch": in_batch, "margin": 0.3, "tile": tile}
-    found = run(pools, partial(ranking_loss, name), shards, alpha, beta=beta, **arguments)
+    loss = partial(ranking_loss, name)
+    found = run(pools, partial(by_matrix, loss) if matrix else loss, shards, alpha, beta=beta, **arguments)
     assert_close(found[0], expected[0], min(tolerance, 1e-5), "loss")  # never rounded to bfloat16, as gradients are
     assert_parity(shards, alpha, found, expected, tolerance)
 
@@ -61,6 +63,7 @@ def batches(draw: st.DrawFn) -> dict[str, Any]:
         "in_batch": in_batch,
         "tile": tile,
         "beta": draw(st.sampled_from([None, -0.7])) if name == "sigmoid" else None,
+        "matrix": draw(st.booleans()),
     }
 
 

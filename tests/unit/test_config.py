@@ -85,7 +85,7 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
         ("pretrain.loss={columns: catalogue, name: softmax}", ["pretrain.loss.columns", "batch with softmax"]),
         (
             "pretrain.loss={columns: catalogue, direction: both}",
-            ["pretrain.loss.direction: got both, needs q2d with pretrain.loss.columns=catalogue: most documents"],
+            ["pretrain.loss.direction: got both, needs q2d with pretrain.loss.columns=catalogue: a document of no"],
         ),
         (
             "pretrain.loss={columns: catalogue, sampling: corrected}",

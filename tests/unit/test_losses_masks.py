@@ -14,6 +14,8 @@ from bigdssm.losses.masks import (
     gather_known_positives,
     mask_bytes,
 )
+from bigdssm.losses.passes.columns import Tile
+from bigdssm.losses.passes.tiles import BlockMask
 
 GENERATOR = torch.Generator().manual_seed(0)
 WIDE = torch.randint(-(2**63), 2**63 - 1, (4000,), generator=GENERATOR)
@@ -65,6 +67,15 @@ def test_a_matrix_of_bytes_masks_what_pairs_mask(monkeypatch: pytest.MonkeyPatch
             entries = torch.zeros(14, N, dtype=torch.bool)
             entries[mask.entries(3, 17)] = True
             assert torch.equal(entries, right[3:17])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_bytes_mask_is_minus_infinity_and_nothing_else_changes(dtype: torch.dtype) -> None:
+    S = torch.randn(7, 40, generator=GENERATOR, dtype=dtype) * torch.tensor([1e-30, 1.0, 100.0, 1e30] * 10).to(dtype)
+    dense = (torch.rand(7, 60, generator=GENERATOR) < 0.3).byte()
+    right = S.masked_fill(dense[:, 15:55] > 0, -torch.inf)
+    BlockMask(dense=dense).drop(S, Tile(15, 55, own=True))
+    assert torch.equal(S, right)
 
 
 def test_a_mask_takes_no_more_as_a_matrix_than_as_pairs() -> None:
