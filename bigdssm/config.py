@@ -233,6 +233,8 @@ class StageConfig:
     init: str | None = None
     mining: MiningConfig = field(default_factory=MiningConfig)
     validate_every_steps: int = bounded(0, 0, MAX_COUNT)  # 0: once, at the end
+    # Decay of a moving average of the weights, which validation measures and best/ keeps; 0: the weights themselves.
+    weight_average: float = bounded(0.0, 0, below=1)
     patience: int = bounded(0, 0, MAX_COUNT)  # stop after so many validations without a better one; 0: never
     save_every_steps: int = bounded(500, 0, MAX_COUNT)  # 0: not by steps
     save_every_minutes: float = bounded(0.0, 0, 1_000_000)  # since the last checkpoint; 0: not by time

@@ -112,6 +112,8 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
         model.checkpoint_activations()
     sizes = ModelSizes.of(model, stage.optimizer)
     held, in_step = held_bytes(engine, sizes, world_size), step_bytes(engine, sizes, world_size)
+    # and what is put aside while it is in place
+    averaged = {"moving average of the weights": 2 * FP32 * sizes.weights} if stage.weight_average else {}
     kept, towers = _towers(model, mode, batch, engine)
     rows, width = (len(batch.query_ids), len(batch.doc_ids)), config.model.dim
     tile, both, known = config.engine.loss_tile, stage.loss.direction != "q2d", batch.known
@@ -123,7 +125,7 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     sent = loss_sent_bytes(rows[1], width, world_size, both=both) | sent_bytes(engine, sizes)
     steps = stage.steps or int(np.ceil(stage.epochs * stream.steps_per_epoch))
     return Estimate(
-        held={**held, "batch": batch.nbytes, "libraries at first use": RUNTIME_BYTES},
+        held={**held, **averaged, "batch": batch.nbytes, "libraries at first use": RUNTIME_BYTES},
         phases={
             "loss, beside graphs that are kept": kept + vectors + loss,
             "towers' activations and gradients": towers + vectors,

@@ -39,6 +39,11 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
             f"engine.zero_stage: got {config.engine.zero_stage}, needs 0 with {name}.optimizer.name="
             f"{stage.optimizer.name}, which works on whole matrices: ZeRO 1 to 3 give each rank flat pieces of them"
         )
+    if stage.weight_average and config.engine.zero_stage == 3:
+        raise ConfigError(
+            f"{name}.weight_average: got {stage.weight_average}, needs 0 with engine.zero_stage=3: every rank averages "
+            "whole weights; take 0, 1 or 2"
+        )
     check_trackers(config.run.trackers)
     dataset = open_dataset(config.data)
     dataset.check_against(config.data)

@@ -8,6 +8,7 @@ in checks.py.
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from bigdssm.running.row_log import RowLog
 from bigdssm.running.signals import StopRequest
 from bigdssm.running.watchdog import Watchdog
 from bigdssm.streaming.row_stream import RowStream
+from bigdssm.training.averaging import WeightAverage
 from bigdssm.training.batches import Batches
 from bigdssm.training.engine import Engine
 from bigdssm.training.health import Health
@@ -111,6 +113,7 @@ class Stage:
     stream: RowStream
     batches: Batches
     objective: Objective
+    average: WeightAverage | None  # of the weights, for validation and best/
     validator: Validator
     initial_documents: Tensor | None  # their index vectors by the initial weights, where mining has made them
     store: CheckpointStore
@@ -157,6 +160,8 @@ def _train(stage: Stage) -> StageProgress:
         plan, further = plan_step(batch, stage.budget), stage.objective.model_inputs(batch)
         result = train_step(stage.engine, batch, plan, objective, factor, further)
         _count(stage, batch, result)
+        if stage.average is not None and result.applied:
+            stage.average.update()
         watch.alert.after_step(progress.step, result.loss, batch.row_ids)
         health.after_step(progress.step, progress.applied, batch, plan, result)
         if _due(progress.step, config.validate_every_steps):
@@ -175,9 +180,14 @@ def _train(stage: Stage) -> StageProgress:
 def validate(stage: Stage, documents: Tensor | None = None) -> Evaluation | None:
     """Measure on the validation split; keep the weights in best/ where they are the best so far. A collective.
 
-    `documents` [N, D+1] are the catalogue's index vectors by the present weights, where there are such already. Raises
-    Preempted where the run is asked to stop meanwhile.
+    Where there is a moving average of the weights, it is that. `documents` [N, D+1] are the catalogue's index vectors
+    by the present weights, where there are such already. Raises Preempted where the run is asked to stop meanwhile.
     """
+    with nullcontext() if stage.average is None else stage.average.in_place():
+        return _validate(stage, documents)
+
+
+def _validate(stage: Stage, documents: Tensor | None) -> Evaluation | None:
     progress = stage.progress
     evaluation = stage.validator.evaluate(stage.engine, stage.watch.progress, documents)
     score = evaluation.metrics["ndcg_at_10"] if evaluation else None
@@ -219,7 +229,8 @@ def save(stage: Stage) -> None:
     stage.watch.watchdog.beat(f"the checkpoint of step {stage.progress.step}")
     share = stage.watch.faults.in_save(stage.progress.step, stage.engine.own_share)
     with stage.health.timed("checkpoint"):
-        stage.store.save(stage.progress.step, state, stage.objective.state(), rank_state, share)
+        common = stage.objective.state() | ({} if stage.average is None else stage.average.state())
+        stage.store.save(stage.progress.step, state, common, rank_state, share)
     stage.save_clock.restart()
 
 

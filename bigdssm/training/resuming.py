@@ -50,6 +50,7 @@ RULES: dict[str, Rule] = {
     "STAGE.steps": "longer",
     "STAGE.init": "never",
     "STAGE.mining": "never",
+    "STAGE.weight_average": "never",
     "STAGE.validate_every_steps": "may",
     "STAGE.patience": "may",
     "STAGE.save_every_steps": "may",

@@ -40,6 +40,7 @@ from bigdssm.running.signals import StopRequest
 from bigdssm.running.trackers import Trackers
 from bigdssm.running.watchdog import Watchdog
 from bigdssm.streaming.row_stream import RowStream
+from bigdssm.training.averaging import WeightAverage
 from bigdssm.training.batches import Batches, row_stream
 from bigdssm.training.checks import check_agreement, check_folder, check_stage, initial_model
 from bigdssm.training.engine import Engine, device, init_process_group
@@ -138,6 +139,9 @@ def _assemble(
         progress = restore(checkpoint, read, engine, stream, objective, new_part)
         over = f", at the beginning of {', '.join(p.name for p in dataset.partitions)}" if new_part else ""
         logger.info("%s goes on from %s%s", name, checkpoint.path, over)
+    average = WeightAverage(engine.module, stage_config.weight_average) if stage_config.weight_average else None
+    if average is not None and checkpoint is not None:
+        average.restore(checkpoint.common_tensors())
     total_steps = progress.part_step + part_steps(stage_config, stream.steps_per_epoch)
     row_log = partial(
         RowLog, folder, rank=distributed.rank(), world_size=distributed.world_size(), next_step=progress.step
@@ -154,6 +158,7 @@ def _assemble(
         stream=stream,
         batches=Batches(stream, stage_config.loss, mined, config.run.seed, device()),
         objective=objective,
+        average=average,
         validator=Validator(dataset, config, folder / "best", rows_per_chunk=1024),
         initial_documents=documents,
         store=store,

@@ -1,0 +1,58 @@
+"""The moving average of the weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bigdssm.training.averaging import WeightAverage
+
+
+def module(value: float) -> torch.nn.Linear:
+    layer = torch.nn.Linear(3, 2)
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.fill_(value)
+    return layer
+
+
+def test_it_follows_the_weights_by_its_decay() -> None:
+    layer = module(1.0)
+    average, expected = WeightAverage(layer, 0.5), 1.0
+    for step in range(12):
+        with torch.no_grad():
+            for weight in layer.parameters():
+                weight.fill_(float(step))
+        average.update()
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    with average.in_place():
+        for weight in layer.parameters():
+            torch.testing.assert_close(weight.detach(), torch.full_like(weight, expected))
+    assert all((weight == 11.0).all() for weight in layer.parameters())
+
+
+def test_the_weights_are_back_after_an_error() -> None:
+    layer = module(2.0)
+    average = WeightAverage(module(5.0), 0.9)
+    average._module = layer
+    with pytest.raises(RuntimeError), average.in_place():
+        assert (layer.weight == 5.0).all()
+        raise RuntimeError
+    assert (layer.weight == 2.0).all()
+
+
+def test_it_goes_on_from_its_state_and_begins_anew_in_a_module_that_has_grown() -> None:
+    layer = module(1.0)
+    average = WeightAverage(layer, 0.9)
+    with torch.no_grad():
+        layer.weight.fill_(3.0)
+    average.update()
+    state = average.state()
+    again = WeightAverage(module(7.0), 0.9)
+    again.restore(state)
+    assert again.num_updates == 1 and torch.equal(again.state()["average.weight"], state["average.weight"])
+    grown = torch.nn.Linear(4, 2)
+    anew = WeightAverage(grown, 0.9)
+    anew.restore(state)
+    assert anew.num_updates == 0 and torch.equal(anew.state()["average.weight"], grown.weight)
