@@ -306,7 +306,11 @@ def test_onnx_scores_as_the_trainer(
 
 @pytest.mark.parametrize(
     ("block", "positions"),
-    [("gated", "rotary"), ("hstu", "relative"), pytest.param("sasrec", "absolute", marks=pytest.mark.slow)],
+    [
+        ("hstu", "relative"),
+        pytest.param("gated", "rotary", marks=pytest.mark.slow),
+        pytest.param("sasrec", "absolute", marks=pytest.mark.slow),
+    ],
 )
 def test_onnx_holds_histories_of_every_kind(
     config: Config, dataset: Dataset, block: Any, positions: Any, tmp_path: Path
