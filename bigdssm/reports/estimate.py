@@ -37,7 +37,7 @@ from bigdssm.retrieval.embed import CHUNK_TOKENS_CPU
 from bigdssm.running.records import METRICS_FILE, read_stage
 from bigdssm.training.batches import Batches, row_stream
 from bigdssm.training.encoding import Piece, pieces_of
-from bigdssm.training.objective import num_negatives, prepare_model
+from bigdssm.training.objective import num_negatives
 from bigdssm.training.zero import ModelSizes, held_bytes, sent_bytes, step_bytes
 
 FP32 = 4
@@ -101,8 +101,7 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     texts = text_architectures(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
     mode = FakeTensorMode()
     with mode:
-        model = DualEncoder(config.model, dataset.schema, texts)
-        prepare_model(model, stage.loss)
+        model = DualEncoder(config.model, dataset.schema, texts, stage.loss.mlp)
         if engine.precision == "bf16_pure":
             _to_bfloat16(model)
     model.train()

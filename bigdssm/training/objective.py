@@ -34,14 +34,8 @@ from bigdssm.losses import (
     relevance_weight,
     scored_loss,
 )
-from bigdssm.models import DualEncoder, Encoded, MlpScorer
+from bigdssm.models import Encoded
 from bigdssm.training.columns import is_shared
-
-
-def prepare_model(model: DualEncoder, config: LossConfig) -> None:
-    """Give a model that was made without it what the loss trains beside the towers, with new weights."""
-    if config.mlp:
-        model.scorer = MlpScorer(model.config.dim, config.mlp)
 
 
 class Objective:
