@@ -3,7 +3,7 @@
     bigdssm mine_negatives --model MODEL --data DATASET --out NEGATIVES.npy [--first 10] [--last 200]
     torchrun --nproc-per-node 2 -m bigdssm.commands.mine_negatives …       # the rows are shared out over the ranks
 
-The file is described in bigdssm/retrieval/mined.py: catalogue rows by row id, -1 where there are none. Known train
+The file is described in bigdssm/retrieval/mined.py: catalogue rows by query, -1 where there are none. Known train
 positives of the query never appear, nor with --margin what scores nearly as the row's own document. --vectors takes the
 documents from a folder that bigdssm embed made with the same model.
 """
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             share=Share(distributed.rank(), distributed.world_size(), progress=progress),
         )  # fmt: skip
     if distributed.is_main():
-        print(f"{args.out}: {len(mined)} rows, {mined.per_row():.1f} negatives a row")
+        print(f"{args.out}: {len(mined)} queries, {mined.per_query():.1f} negatives each")
     distributed.shutdown()
 
 

@@ -253,7 +253,7 @@ class Dataset:
             place=targets.place, left_edge=left_edge, sequence=sequence, sequences=table,
         )  # fmt: skip
 
-    def _one_query_each(self, rows: Rows) -> Rows:
+    def one_query_each(self, rows: Rows) -> Rows:
         """Return rows of one query each; its history is what it has seen, the newest."""
         if rows.row is None or rows.place is None or rows.sequence is None or self.sequences is None:
             return rows
@@ -314,7 +314,7 @@ class Dataset:
             ids = np.concatenate([part[0] for part in pending])
             table = pa.concat_batches([part[1] for part in pending])
             inside, later = (ids >= begin) & (ids < end), ids >= end
-            yield self._one_query_each(self.rows(split, step, ids[inside], table.filter(pa.array(inside))))
+            yield self.one_query_each(self.rows(split, step, ids[inside], table.filter(pa.array(inside))))
             pending = [(ids[later], table.filter(pa.array(later)))]
 
     def _good_rows(self, index: SplitIndex, block: int) -> tuple[np.ndarray, pa.RecordBatch]:

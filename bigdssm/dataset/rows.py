@@ -15,6 +15,14 @@ from bigdssm.dataset.mapped import MappedTable
 from bigdssm.features import ragged
 from bigdssm.features.ragged import Column
 
+PLACE_BITS = 22
+
+
+def query_keys(row_ids: np.ndarray, places: np.ndarray | None) -> np.ndarray:
+    """Return the keys of queries, int64 [m], which ascend as (row id, place) do; rows of pairs have no places."""
+    keys: np.ndarray = (row_ids << PLACE_BITS) | (0 if places is None else np.minimum(places, (1 << PLACE_BITS) - 1))
+    return keys
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -47,6 +55,11 @@ class Rows:
     def row_of_query(self) -> np.ndarray:
         """Return the row of each query, int64 [m]."""
         return np.arange(len(self)) if self.row is None else self.row
+
+    @property
+    def query_keys(self) -> np.ndarray:
+        """Return what names each query everywhere, int64 [m]: the row's number and the place in its sequence."""
+        return query_keys(self.row_ids[self.row_of_query], self.place)
 
     def seen_ragged(self, queries: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return the catalogue rows of every event before each query's own: values, offsets (int64 [m + 1]).

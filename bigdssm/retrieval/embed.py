@@ -135,14 +135,15 @@ def encode_queries(
     share: Share | None = None,
     rows: Iterable[Rows | None] | None = None,
 ) -> Iterator[tuple[Rows, Tensor]]:
-    """Yield (Rows of m queries, their index vectors [m, D+1]) of this rank's share of the split, or of `rows` of it.
+    """Yield (m rows of a query each, their index vectors [m, D+1]) of this rank's share of the split, or of `rows`.
 
     `rows` come in as many pieces on every rank: then every rank calls the encoder equally often, as a sharded model
     needs. Run it to the end.
     """
     for piece in _pieces(dataset, split, share or Share()) if rows is None else rows:
-        if piece is not None and len(piece):
-            yield piece, encoders.queries(piece)
+        if piece is not None and piece.num_queries:
+            each = dataset.one_query_each(piece)
+            yield each, encoders.queries(each)
         else:
             encoders.queries(next(some for some in dataset.iterate(split, 1024) if len(some)))
 

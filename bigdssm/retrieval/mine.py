@@ -1,4 +1,4 @@
-"""Mining hard negatives: for train rows, a range of ranks (a window) of what their own query retrieves.
+"""Mining hard negatives: for train queries, a range of ranks (a window) of what they retrieve.
 
 Ranks below `first` are left out because they hold what the user would have liked but did not happen to meet, and so
 may be documents that score nearly as the row's own does (`margin`). Only train rows are looked at: leaving out
@@ -73,7 +73,7 @@ def mine(
     documents: Tensor | None = None,
     share: Share | None = None,
 ) -> np.ndarray:
-    """Return this rank's `mined_records`: the catalogue rows at ranks [first, last) of each train row's ranking.
+    """Return this rank's `mined_records`: the catalogue rows at ranks [first, last) of each train query's ranking.
 
     `rows` are those to mine for, in as many pieces on every rank; by default the rank's share of the split. Known
     positives (all of the query's train documents, the row's own history, and its target) are taken out before ranks
@@ -86,18 +86,18 @@ def mine(
         documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
     known = KnownPositives.of(dataset, share.progress)
     finite = bool(documents.isfinite().all())
-    row_ids, windows = [np.zeros(0, np.int64)], [np.zeros((0, last - first), np.int32)]
+    keys, windows = [np.zeros(0, np.int64)], [np.zeros((0, last - first), np.int32)]
     for some, queries in _cut(encode_queries(encoders, dataset, "train", share, rows), share.rows_per_chunk):
         finite = finite and bool(queries.isfinite().all())
         scores, best = top_documents(queries, documents, last, *_excluded(some, known, documents.device))
         if margin is not None:
             own = (queries * documents[as_tensor(some.doc_rows).to(documents.device)]).sum(dim=1)
             best = best.masked_fill(scores > (own - margin).unsqueeze(1), -1)
-        row_ids.append(some.row_ids)
+        keys.append(some.query_keys)
         windows.append(best[:, first:].cpu().numpy().astype(np.int32))
     distributed.raise_together(None if finite else DivergedError("the model's vectors hold NaN or inf; nothing mined"))
-    ids, place = np.unique(np.concatenate(row_ids), return_index=True)
-    return mined_records(ids, np.concatenate(windows)[place])
+    mined, first_of = np.unique(np.concatenate(keys), return_index=True)
+    return mined_records(mined, np.concatenate(windows)[first_of])
 
 
 def mine_to_file(
@@ -118,13 +118,13 @@ def mine_to_file(
     appears under its name when it is whole. A collective; see `mine`.
     """
     own = mine(encoders, dataset, rows, first=first, last=last, margin=margin, documents=documents, share=share)
-    everything = np.unique(np.concatenate(distributed.all_gather_object(own["row"])))
+    everything = np.unique(np.concatenate(distributed.all_gather_object(own["query"])))
     aside = aside_of(path)
     if distributed.is_main():
         open_memmap(aside, "w+", own.dtype, (len(everything),)).flush()
     distributed.barrier()
     whole = open_memmap(aside, "r+")
-    whole[np.searchsorted(everything, own["row"])] = own
+    whole[np.searchsorted(everything, own["query"])] = own
     whole.flush()
     distributed.barrier()
     if distributed.is_main():

@@ -1,9 +1,9 @@
-"""Mined (hard) negatives once they are there: the file with each row's window, and the choice of some at each epoch.
+"""Mined (hard) negatives once they are there: the file with each query's window, and the choice of some at each epoch.
 
-The file is a .npy of records (row int64, window int32 [W]), one a mined row, by ascending row id of the train split; a
-window holds catalogue rows in the order of the row's ranking, and -1 where there is none. Fine-tuning that does not
-take every row mines only those to come: a few steps cost what their rows cost, and one pass over the split for the
-known positives.
+The file is a .npy of records (query int64, window int32 [W]), one a mined query of the train split, by ascending key
+(see `Rows.query_keys`); a window holds catalogue rows in the order of the query's ranking, and -1 where there is none.
+Fine-tuning that does not take every row mines only those to come: a few steps cost what their rows cost, and one pass
+over the split for the known positives.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ from pathlib import Path
 import numpy as np
 
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import PLACE_BITS, Rows
 from bigdssm.errors import DataError
 from bigdssm.hashing import derive_key, mix64
 
 
-def mined_records(row_ids: np.ndarray, windows: np.ndarray) -> np.ndarray:
-    """Return the records of int64 `row_ids` [m], which ascend, and int32 `windows` [m, W]."""
-    records = np.empty(len(row_ids), record_type(windows.shape[1]))
-    records["row"], records["window"] = row_ids, windows
+def mined_records(queries: np.ndarray, windows: np.ndarray) -> np.ndarray:
+    """Return the records of int64 keys `queries` [m], which ascend, and int32 `windows` [m, W]."""
+    records = np.empty(len(queries), record_type(windows.shape[1]))
+    records["query"], records["window"] = queries, windows
     return records
 
 
 def record_type(width: int) -> np.dtype[np.void]:
     """Return the type of a record with a window of `width` places."""
-    return np.dtype([("row", np.int64), ("window", np.int32, (width,))], align=True)  # else a search copies all rows
+    return np.dtype([("query", np.int64), ("window", np.int32, (width,))], align=True)  # else a search copies all rows
 
 
 class MinedNegatives:
-    """The windows of mined rows, by row id."""
+    """The windows of mined queries, by key."""
 
     def __init__(self, records: np.ndarray, path: Path | None = None) -> None:
         """`records` as `mined_records` makes them; they may be mapped from the file `path`."""
@@ -45,16 +46,16 @@ class MinedNegatives:
             raise DataError(f"{path} is no file of mined negatives: {error.strerror or error}") from None
         except ValueError:  # whose advice is to open what may be a pickle
             raise DataError(f"{path} is no file of mined negatives; make it with bigdssm mine_negatives") from None
-        if records.dtype.names != ("row", "window"):
+        if records.dtype.names != ("query", "window"):
             raise DataError(
-                f"{path} is no file of mined negatives: got {records.dtype}, needs records of row and window; "
+                f"{path} is no file of mined negatives: got {records.dtype}, needs records of query and window; "
                 "make it with bigdssm mine_negatives"
             )
         return cls(records, path)
 
     def check_against(self, dataset: Dataset) -> None:
         """Raise DataError where they must be of another dataset: some rows are looked at, all may be terabytes."""
-        row = self.row_ids[-1] if len(self) else -1
+        row = self.queries[-1] >> PLACE_BITS if len(self) else -1
         document = self._records["window"][:: max(1, len(self) // 10_000)].max(initial=-1)
         rows, documents = dataset.num_rows("train"), dataset.catalogue.num_docs
         if row >= rows or document >= documents:
@@ -64,39 +65,42 @@ class MinedNegatives:
             )
 
     def __len__(self) -> int:
-        """Return the number of mined rows."""
+        """Return the number of mined queries."""
         return len(self._records)
 
     @property
-    def row_ids(self) -> np.ndarray:
-        """Return the mined rows' ids, int64, ascending."""
-        ids: np.ndarray = self._records["row"]
-        return ids
+    def queries(self) -> np.ndarray:
+        """Return the mined queries' keys, int64, ascending."""
+        keys: np.ndarray = self._records["query"]
+        return keys
 
-    def windows(self, row_ids: np.ndarray) -> np.ndarray:
-        """Return int32 [m, W], the windows of int64 `row_ids` [m]. Raises DataError where a row was not mined."""
-        place = np.minimum(np.searchsorted(self.row_ids, row_ids), max(len(self) - 1, 0))
-        missing = self.row_ids[place] != row_ids if len(self) else np.ones(len(row_ids), bool)
+    def windows(self, queries: np.ndarray) -> np.ndarray:
+        """Return int32 [m, W], the windows of int64 keys [m]. Raises DataError where a query was not mined."""
+        at = np.minimum(np.searchsorted(self.queries, queries), max(len(self) - 1, 0))
+        missing = self.queries[at] != queries if len(self) else np.ones(len(queries), bool)
         if missing.any():
+            row, place = divmod(int(queries[missing][0]), 1 << PLACE_BITS)
             raise DataError(
-                f"{self._path} has no negatives for row {row_ids[missing][0]} and {missing.sum() - 1} others of a "
-                "batch; mine again"
+                f"{self._path} has no negatives for row {row} (place {place}) and {missing.sum() - 1} other queries of "
+                "a batch; mine again"
             )
-        windows: np.ndarray = self._records["window"][place]
+        windows: np.ndarray = self._records["window"][at]
         return windows
 
-    def per_row(self) -> float:
-        """Return how many negatives a row has on average."""
+    def per_query(self) -> float:
+        """Return how many negatives a query has on average."""
         return float((self._records["window"] >= 0).sum(axis=1).mean()) if len(self) else 0.0
 
 
-def choose_negatives(window: np.ndarray, row_ids: np.ndarray, epoch: int, seed: int, k: int) -> np.ndarray:
-    """Return int32 [m, k]: k distinct entries of each row of `window` [m, W], -1 where it holds fewer.
+def choose_negatives(window: np.ndarray, rows: Rows, epoch: int, seed: int, k: int) -> np.ndarray:
+    """Return int32 [m, k]: k distinct entries of each query's `window` [m, W], -1 where it holds fewer.
 
-    A pure function of (seed, epoch, row id): the same whatever the ranks and the steps, another draw every epoch.
+    A pure function of (seed, epoch, row id) and, in a row of several queries, of the place: the same whatever the ranks
+    and the steps, another draw every epoch.
     """
-    row_keys = mix64(row_ids, derive_key(seed, epoch))
-    keys = mix64(row_keys[:, None] ^ mix64(np.arange(window.shape[1]), 0), 0)
+    names = rows.row_ids if rows.row is None else rows.query_keys
+    query_keys = mix64(names, derive_key(seed, epoch))
+    keys = mix64(query_keys[:, None] ^ mix64(np.arange(window.shape[1]), 0), 0)
     keys = np.where(window < 0, np.iinfo(np.uint64).max, keys)
     place = np.argsort(keys, axis=1, kind="stable")[:, :k]
     chosen = np.take_along_axis(window, place, axis=1).astype(np.int32)

@@ -9,6 +9,7 @@ from typing import cast
 import numpy as np
 
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import PLACE_BITS
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Column, Ragged, TextTokenizer, texts_of
 from bigdssm.retrieval.mined import MinedNegatives, choose_negatives
@@ -36,20 +37,20 @@ def mined_sample(dataset: Dataset, mined: MinedNegatives, count: int, seed: int 
     tokenizer = dataset.tokenizer
     if not all(features) or tokenizer is None:
         raise ConfigError(f"{dataset.dir} has a side without a text feature; there is nothing to read")
-    num_rows, row_ids = dataset.num_rows("train"), mined.row_ids
-    if len(row_ids) and row_ids[-1] >= num_rows:
-        raise DataError(f"negatives were mined for row {row_ids[-1]}, but {dataset.dir} has {num_rows} train rows")
-    wanted = row_ids[np.linspace(0, len(row_ids) - 1, min(count, len(row_ids))).astype(np.int64)]
+    num_rows, queries = dataset.num_rows("train"), mined.queries
+    if len(queries) and (last := queries[-1] >> PLACE_BITS) >= num_rows:
+        raise DataError(f"negatives were mined for row {last}, but {dataset.dir} has {num_rows} train rows")
+    wanted = queries[np.linspace(0, len(queries) - 1, min(count, len(queries))).astype(np.int64)]
     found = []
     for rows in dataset.iterate("train", ROWS_AT_ONCE):
-        taken = rows.take(np.flatnonzero(np.isin(rows.row_ids, wanted)))
+        taken = rows.take(np.flatnonzero(np.isin(rows.query_keys, wanted)))
         if not len(taken):
             continue
-        negative = choose_negatives(mined.windows(taken.row_ids), taken.row_ids, 0, seed, 1)[:, 0].astype(np.int64)
-        queries = _read(taken.query, features[0], tokenizer)
+        negative = choose_negatives(mined.windows(taken.query_keys), taken, 0, seed, 1)[:, 0].astype(np.int64)
+        asked = _read(taken.query, features[0], tokenizer)
         own = _read(dataset.catalogue.columns(taken.doc_rows.astype(np.int64)), features[1], tokenizer)
         other = _read(dataset.catalogue.columns(np.maximum(negative, 0)), features[1], tokenizer)
-        columns = (taken.row_ids.tolist(), queries, own, other, negative.tolist())
+        columns = (taken.row_ids.tolist(), asked, own, other, negative.tolist())
         found += [Judged(*values) for *values, row in zip(*columns, strict=True) if row >= 0]
     return found
 

@@ -53,8 +53,8 @@ class Batches:
             negatives = None
             if self._mined is not None:
                 epoch = rows.step // self._stream.steps_per_epoch
-                window = self._mined.windows(rows.row_ids)
-                negatives = choose_negatives(window, rows.row_ids, epoch, self._seed, self._loss.negatives)
+                window = self._mined.windows(rows.query_keys)
+                negatives = choose_negatives(window, rows, epoch, self._seed, self._loss.negatives)
                 negatives = negatives.astype(np.int64)
             batch = self._collator(rows, negatives=negatives, extra_docs=self._extra(rows.step))
             if self._loss.mask in ("user", "past"):

@@ -95,13 +95,8 @@ def _check_plain(name: StageName, stage: StageConfig, shards: str) -> None:
 
 
 def _check_rows(name: StageName, stage: StageConfig, dataset: Dataset) -> None:
-    """Raise where a step would hold rows too often, none of them is a positive, or what is mined needs other rows."""
+    """Raise where a step would hold rows too often, or none of them is a positive."""
     rows = dataset.num_rows("train")
-    if stage.loss.negatives and dataset.num_queries("train") > rows:
-        raise ConfigError(
-            f"{name}.loss.negatives: got {stage.loss.negatives}, needs 0: negatives are mined by row, and those of "
-            f"{dataset.dir} give several queries each; make it with data.targets_per_row=1 for them"
-        )
     if stage.rows_global > MOST_COPIES * rows:
         raise ConfigError(
             f"{name}.rows_global: got {stage.rows_global}, needs at most {MOST_COPIES * rows} with a train split of "

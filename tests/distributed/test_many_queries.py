@@ -15,6 +15,7 @@ from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.models import new_model
+from bigdssm.retrieval.mined import MinedNegatives
 from bigdssm.streaming.stream import PairStream
 from bigdssm.training.checks import check_stage
 
@@ -89,14 +90,25 @@ def test_a_stopped_run_is_the_one_that_was_not(config: Path, tmp_path: Path, poo
     assert len(losses(tmp_path / "halves")) == 8
 
 
+def test_fine_tuning_mines_for_every_query(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
+    said = ("pretrain.steps=3", "pretrain.loss.mask=past", "sft.steps=3")
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        pools[ranks].run(small_run.run, config, folder, said)
+        pools[ranks].run(small_run.run, config, folder, said, "sft")
+    mined = [MinedNegatives.open(tmp_path / name / "sft" / "mined_negatives.npy") for name in "12"]
+    dataset = Dataset.open(load_config(config).data.dir)
+    keys = np.concatenate([rows.query_keys for rows in dataset.iterate("train", 1000)])
+    assert set(mined[0].queries.tolist()) <= set(keys.tolist()) and len(mined[0]) > 1.5 * 3 * 48
+    np.testing.assert_array_equal(mined[0].queries, mined[1].queries)
+    tuned = [[record["loss"] for record in small_run.records(tmp_path / name, "sft")] for name in "12"]
+    np.testing.assert_allclose(tuned[0], tuned[1], rtol=1e-3)
+
+
 REFUSED = {
     "ages": (("model.query.history.positions=age",), "positions=age gives an item one position in a row"),
     "ages, said later": (
         ("data.targets_per_row=1", "model.query.history.positions=age"), "positions=age gives an item one position",
-    ),
-    "mined negatives": (
-        ("pretrain.loss.name=triplet", "pretrain.loss.negatives=2", "pretrain.loss.uniform_negatives=0"),
-        "pretrain.loss.negatives: got 2, needs 0: negatives are mined by row",
     ),
 }  # fmt: skip
 

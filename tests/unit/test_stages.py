@@ -14,6 +14,7 @@ from bigdssm.artifacts.model_folder import load_model_folder
 from bigdssm.config import Config, MiningConfig, SourceConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.mixture import MixturePart
+from bigdssm.dataset.rows import PLACE_BITS
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
 from bigdssm.models import new_model
 from bigdssm.retrieval.mined import mined_records
@@ -114,9 +115,9 @@ def test_negatives_that_were_mined_before_are_looked_at(config: Config, tmp_path
     dataset = Dataset.open(config.data.dir)
     rows, documents = dataset.num_rows("train"), dataset.catalogue.num_docs
     for row, document in ((rows, 0), (0, documents)):
-        np.save(tmp_path / "mined.npy", mined_records(np.array([row]), np.array([[document, -1]])))
+        np.save(tmp_path / "mined.npy", mined_records(np.array([row << PLACE_BITS]), np.array([[document, -1]])))
         refused(config, DataError, f"another dataset: it names row {row} and document {document}, .* {documents} doc")
-    np.save(tmp_path / "mined.npy", mined_records(np.array([rows - 1]), np.array([[documents - 1, -1]])))
+    np.save(tmp_path / "mined.npy", mined_records(np.array([rows - 1 << PLACE_BITS]), np.array([[documents - 1, -1]])))
     check_stage(config, "pretrain", 1)
 
 

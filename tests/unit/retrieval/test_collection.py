@@ -17,6 +17,7 @@ import yaml
 from bigdssm.artifacts.model_folder import save_model_folder
 from bigdssm.config import Config, load_config
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import PLACE_BITS
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.collection import bm25_run, cut_vectors, model_run, model_vectors, pretrained_run
 from bigdssm.evaluation.split import evaluate_split
@@ -128,8 +129,10 @@ def test_mined_negatives_can_be_read(
     out = tools.ran("sample_negatives", "--mined", tmp_path / "mined.npy", "--data", dataset.dir, "--count", 20)
     assert out.count("negative:") == 20 and read[7].query in out
     few = mined[::7]
-    assert {one.row_id for one in mined_sample(dataset, MinedNegatives(few), 10**6)} == set(few["row"].tolist())
-    mined["row"][-1] += 1
+    assert {one.row_id for one in mined_sample(dataset, MinedNegatives(few), 10**6)} == set(
+        (few["query"] >> PLACE_BITS).tolist()
+    )
+    mined["query"][-1] += 1 << PLACE_BITS
     np.save(tmp_path / "mined.npy", mined)
     message = tools.refused(3, "sample_negatives", "--mined", tmp_path / "mined.npy", "--data", dataset.dir)
     assert "train rows" in message

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import PLACE_BITS, Rows
 from bigdssm.errors import DataError
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval import mine as mine_module
@@ -42,7 +43,7 @@ def test_windows(
     encoders = tower_encoders(model, dataset)
     mined = mine(encoders, dataset, first=first, last=last, share=Share(rows_per_chunk=50))
     assert mined["window"].dtype == np.int32
-    np.testing.assert_array_equal(mined["row"], np.arange(dataset.num_rows("train")))
+    np.testing.assert_array_equal((mined["query"] >> PLACE_BITS), np.arange(dataset.num_rows("train")))
     np.testing.assert_array_equal(mined["window"], brute_force(encoders, dataset, first, last))
 
 
@@ -86,20 +87,22 @@ def test_the_file_holds_every_row_or_those_asked_for(model: DualEncoder, dataset
     encoders, path = tower_encoders(model, dataset), tmp_path / "mined.npy"
     mined, everything = mine_to_file(path, encoders, dataset, first=1, last=4), np.arange(dataset.num_rows("train"))
     windows = mine(encoders, dataset, first=1, last=4)["window"]
-    np.testing.assert_array_equal(mined.row_ids, everything)
-    np.testing.assert_array_equal(MinedNegatives.open(path).windows(everything[::-3]), windows[::-3])
+    keys = np.concatenate([rows.query_keys for rows in dataset.iterate("train", 1000)])
+    np.testing.assert_array_equal(mined.queries, keys)
+    np.testing.assert_array_equal(mined.queries >> PLACE_BITS, everything)
+    np.testing.assert_array_equal(MinedNegatives.open(path).windows(keys[::-3]), windows[::-3])
     assert [file.name for file in tmp_path.iterdir()] == ["mined.npy"]
 
     rows = next(dataset.iterate("train", 1000))
     some = [rows.take(np.array([9, 2, 11])), rows.take(np.array([4, 2]))]
     mined = mine_to_file(path, encoders, dataset, some, first=1, last=4, share=Share(rows_per_chunk=2))
-    assert mined.row_ids.tolist() == [2, 4, 9, 11]
-    np.testing.assert_array_equal(mined.windows(np.array([11, 2, 2])), windows[[11, 2, 2]])
+    assert (mined.queries >> PLACE_BITS).tolist() == [2, 4, 9, 11]
+    np.testing.assert_array_equal(mined.windows(keys[[11, 2, 2]]), windows[[11, 2, 2]])
     for others in ([3], [12], [2, 0]):
         with pytest.raises(DataError, match=f"mined.npy has no negatives for row {others[-1]} "):
-            mined.windows(np.array(others))
+            mined.windows(keys[others])
     np.save(path, windows)
-    with pytest.raises(DataError, match="needs records of row and window"):
+    with pytest.raises(DataError, match="needs records of query and window"):
         MinedNegatives.open(path)
 
 
@@ -120,26 +123,40 @@ def test_top_documents_leaves_out_what_it_is_told() -> None:
     torch.testing.assert_close(scores, expected)
 
 
+def rows_of(row_ids: np.ndarray, row: np.ndarray | None = None, place: np.ndarray | None = None) -> Rows:
+    nothing = np.zeros(len(row_ids) if row is None else len(row))
+    return Rows(0, row_ids, {}, nothing, nothing, nothing, row=row, place=place)
+
+
+def test_queries_of_one_row_have_draws_of_their_own() -> None:
+    window = np.tile(np.arange(100, dtype=np.int32), (3, 1))
+    rows = rows_of(np.array([7, 9]), np.array([0, 0, 1]), np.array([4, 5, 4]))
+    chosen = choose_negatives(window, rows, 0, 0, 5)
+    assert len({tuple(row) for row in chosen.tolist()}) == 3
+    alone = rows_of(np.array([9]), np.array([0]), np.array([4]))
+    np.testing.assert_array_equal(choose_negatives(window[:1], alone, 0, 0, 5), chosen[2:])
+
+
 def test_choice_is_a_function_of_the_row_and_the_epoch() -> None:
     window = np.random.RandomState(0).permutation(5000).reshape(50, 100).astype(np.int32)
     window[3, 2:] = -1
     row_ids = np.arange(50) * 1_000_003
-    chosen = choose_negatives(window, row_ids, epoch=4, seed=9, k=8)
+    chosen = choose_negatives(window, rows_of(row_ids), epoch=4, seed=9, k=8)
     assert chosen.shape == (50, 8)
     for i, row in enumerate(chosen):
         real = row[row >= 0]
         assert set(real) <= set(window[i])
         assert len(set(real)) == len(real) == (2 if i == 3 else 8)
     order = np.random.RandomState(1).permutation(50)
-    np.testing.assert_array_equal(choose_negatives(window[order], row_ids[order], 4, 9, 8), chosen[order])
+    np.testing.assert_array_equal(choose_negatives(window[order], rows_of(row_ids[order]), 4, 9, 8), chosen[order])
     for epoch, seed in ((5, 9), (4, 10)):
-        again = choose_negatives(window, row_ids, epoch, seed, 8)
+        again = choose_negatives(window, rows_of(row_ids), epoch, seed, 8)
         assert (np.delete(again, 3, 0) == np.delete(chosen, 3, 0)).mean() < 0.05
-    assert choose_negatives(window[:, :3], row_ids, 0, 0, 5)[0].tolist()[3:] == [-1, -1]
-    assert choose_negatives(window, row_ids, -1, -1, 1).shape == (50, 1)
+    assert choose_negatives(window[:, :3], rows_of(row_ids), 0, 0, 5)[0].tolist()[3:] == [-1, -1]
+    assert choose_negatives(window, rows_of(row_ids), -1, -1, 1).shape == (50, 1)
 
 
 def test_choice_is_uniform_over_the_window() -> None:
     window = np.tile(np.arange(20, dtype=np.int32), (4000, 1))
-    counts = np.bincount(choose_negatives(window, np.arange(4000), 0, 0, 5).ravel(), minlength=20)
+    counts = np.bincount(choose_negatives(window, rows_of(np.arange(4000)), 0, 0, 5).ravel(), minlength=20)
     assert abs(counts - 1000).max() < 130  # 5 standard deviations
