@@ -103,6 +103,16 @@ def test_chunks_keep_the_budget_and_every_row_once(pad: int) -> None:
     assert StepPlan(whole, plan_side({}, 2, 0), whole=True).padding == pytest.approx(1 - plan.filled / (7 * 11))
 
 
+def test_what_looks_like_padding_within_a_row_is_not_cut_off() -> None:
+    """A tokenizer may give its padding token for a word of the text."""
+    features = {"text": torch.tensor([[4, 0, 5, 0], [4, 5, 0, 0], [0, 0, 0, 0]])}
+    lengths = lengths_of(features, {"text": 0})["text"]
+    assert (lengths.filled.tolist(), lengths.used.tolist(), lengths.width) == ([2, 2, 0], [3, 2, 0], 4)
+    plan = plan_side({"text": lengths}, 3, 1)
+    side = Chunked(features, plan)
+    assert [side.features(chunk)["text"].tolist() for chunk in plan.chunks] == [[[4, 0, 5]], [[4, 5]], [[0]]]
+
+
 def test_uniform_draws_differ_by_step_and_seed_and_take_any_seed() -> None:
     catalogue = SimpleNamespace(num_docs=10**6)
     stream = SimpleNamespace(dataset=SimpleNamespace(schema=None, catalogue=catalogue, pad_token_id=0), inline=False)
