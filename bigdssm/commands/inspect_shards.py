@@ -51,10 +51,10 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _print_description(console: Console, found: Description, split: str) -> None:
-    sizes = _table("partition", "split", "rows", "blocks", "shards", "bytes", "bytes/row")
+    sizes = _table("partition", "split", "rows", "queries", "blocks", "shards", "bytes", "bytes/row")
     for s in found.sizes:
         sizes.add_row(
-            s.partition, s.split, *(f"{n:,}" for n in (s.rows, s.blocks, s.shards, s.num_bytes)),
+            s.partition, s.split, *(f"{n:,}" for n in (s.rows, s.queries, s.blocks, s.shards, s.num_bytes)),
             f"{s.num_bytes / max(1, s.rows):.1f}",
         )  # fmt: skip
     console.print(sizes)
@@ -72,7 +72,9 @@ def _print_description(console: Console, found: Description, split: str) -> None
         top.add_row(display, f"{count:,}")
     console.print(top)
     console.print(f"{found.num_docs:,} documents, {found.docs_without_train_rows:,} of them without a train row")
-    console.print(f"{found.duplicate_pairs:,} of {found.scanned_rows:,} {split} rows repeat a (query, document) pair")
+    console.print(
+        f"{found.duplicate_pairs:,} of {found.scanned_queries:,} {split} queries repeat a (query, document) pair"
+    )
     console.print(f"{found.num_bad:,} bad rows or values in the source (quarantine.jsonl)")
     if found.unreadable_blocks:
         console.print(f"{found.unreadable_blocks:,} blocks cannot be read: use --verify", style="bold red")

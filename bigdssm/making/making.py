@@ -155,6 +155,11 @@ def commit(
     if beir is not None:  # first: the same command must be good for both, and refuses a dataset that is there
         beir.close()
     writer.commit(schema, new_docs, checksum, splits, counts)
+    many = [
+        f"the {entry['rows']:,} rows of split {split} give {entry['queries']:,} queries"
+        for split, entry in splits.items()
+        if entry["queries"] != entry["rows"]
+    ]
     return Report(
         out=writer.out,
         partition=writer.partition,
@@ -163,5 +168,5 @@ def commit(
         new_docs=new_docs,
         num_bad=writer.quarantine.num_bad,
         seconds=time.monotonic() - started,
-        notes=tuple(notes),
+        notes=(*notes, *many),
     )

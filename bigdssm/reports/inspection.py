@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from bigdssm.batching.batch import Batch
 from bigdssm.batching.collate import Collator
@@ -32,6 +33,7 @@ class SplitSize:
     partition: str
     split: str
     rows: int
+    queries: int  # that the rows give
     blocks: int
     shards: int
     num_bytes: int
@@ -58,7 +60,7 @@ class Description:
     docs_without_train_rows: int
     top_docs: list[tuple[str, int]]  # display, train positives
     lengths: list[Lengths]
-    scanned_rows: int
+    scanned_queries: int
     unreadable_blocks: int
     duplicate_pairs: int  # rows beyond the first of a (query_id, document) among the scanned ones
     num_bad: int  # entries of the quarantine
@@ -72,12 +74,12 @@ def describe(dataset: Dataset, split: str = "train", top: int = 10) -> Descripti
     pairs: list[np.ndarray] = []
     unreadable = 0
     for block in range(0, index.num_blocks, step):
-        batch, _ = read_block(index, block, dataset.layout)
+        batch, bad = read_block(index, block, dataset.layout)
         if batch is None:
             unreadable += 1
             continue
-        first = int(index.first_row[block])
-        rows = dataset.rows(split, 0, np.arange(first, first + batch.num_rows), batch)
+        good = np.setdiff1d(np.arange(batch.num_rows), [fault.row for fault in bad if fault.rows])
+        rows = dataset.rows(split, 0, index.first_row[block] + good, batch.take(pa.array(good)))
         for name, column in rows.query.items():
             if isinstance(column, Ragged):
                 lengths.setdefault(f"query.{name}", []).append(column.lengths)
@@ -100,7 +102,7 @@ def describe(dataset: Dataset, split: str = "train", top: int = 10) -> Descripti
         docs_without_train_rows=int((counts == 0).sum()),
         top_docs=list(zip(dataset.catalogue.display(best), counts[best].tolist(), strict=True)),
         lengths=[_lengths(name, np.concatenate(parts), caps[name]) for name, parts in lengths.items()],
-        scanned_rows=len(hashes),
+        scanned_queries=len(hashes),
         unreadable_blocks=unreadable,
         duplicate_pairs=len(hashes) - len(np.unique(hashes)),
         num_bad=len(quarantine.read_bytes().splitlines()) if quarantine.exists() else 0,
@@ -117,7 +119,7 @@ def _sizes(dataset: Dataset) -> list[SplitSize]:
             else:  # without the tar headers
                 index = read_index(partition.folder, split, content, number)
                 num_bytes = int(index.size.sum())
-            counts = (content["rows"], content["blocks"], len(files))
+            counts = (content["rows"], content["queries"], content["blocks"], len(files))
             sizes.append(SplitSize(partition.name, split, *counts, num_bytes))
     return sizes
 

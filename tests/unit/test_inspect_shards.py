@@ -33,7 +33,7 @@ def inspect_main(argv: list[str]) -> int:
 def test_description_and_rows(tiny_interactions: Any, capsys: Any) -> None:
     dataset = Dataset.open(tiny_interactions.dir)
     found = describe(dataset)
-    assert [size.rows for size in found.sizes if size.split == "train"] == [found.scanned_rows]
+    assert [size.rows for size in found.sizes if size.split == "train"] == [found.scanned_queries]
     assert found.top_docs[0][0] == dataset.catalogue.display([int(dataset.doc_counts().argmax())])[0]
     history = next(entry for entry in found.lengths if entry.feature == "query.history")
     assert history.percentiles[-1] == 10 and history.cut is not None and 0.3 < history.cut < 0.9
@@ -64,7 +64,7 @@ def test_every_figure_is_the_one_of_the_rows(tmp_path: Path, capsys: Any) -> Non
     shard = tmp_path / "data/partitions/base/train-000000.tar"
     (size,) = found.sizes
     assert (size.rows, size.blocks, size.shards, size.num_bytes) == (11, 1, 1, shard.stat().st_size)
-    assert (found.scanned_rows, found.duplicate_pairs, found.num_bad) == (11, 3, 1)
+    assert (found.scanned_queries, found.duplicate_pairs, found.num_bad) == (11, 3, 1)
     assert found.top_docs == [("k2", 9), ("k0", 1), ("k1", 1), ("new", 0)]
     assert (found.num_docs, found.docs_without_train_rows) == (4, 1)
     (lengths,) = found.lengths
@@ -77,7 +77,7 @@ def test_every_figure_is_the_one_of_the_rows(tmp_path: Path, capsys: Any) -> Non
     assert (row["query.tags"], row["query.n"], row["doc.kind"]) == ([], 50, "new")
     flip(shard, 700)
     both = describe(Dataset.open(tmp_path / "data"))
-    assert (both.scanned_rows, both.unreadable_blocks, len(both.sizes)) == (1, 1, 2)
+    assert (both.scanned_queries, both.unreadable_blocks, len(both.sizes)) == (1, 1, 2)
     assert inspect_main([str(tmp_path / "data")]) == 0
     said = capsys.readouterr().out
     assert "day2" in said and "1 bad rows or values" in said and "1 blocks cannot be read: use --verify" in said
