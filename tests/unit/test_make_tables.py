@@ -22,7 +22,7 @@ ML_1M = {
 }  # fmt: skip
 ML_LATEST = {
     "ratings.csv": "userId,movieId,rating,timestamp\n1,10,2.5,1260759144\n2,11,4.0,1260759179\n",
-    "movies.csv": 'movieId,title,genres\n10,"Lost, A (1995)",Drama|War\n11,Naïve,(no genres listed)\n12,A (2016),War\n',
+    "movies.csv": 'movieId,title,genres\n10,"Lost,\tA (1995)",Drama|War\n11,Naïve,(no genres listed)\n12,B (9),War\n',
     "tags.csv": 'userId,movieId,tag,timestamp\n5,10,Dark  City,1\n6,10,"dark city",2\n6,12,"say ""a|b""",3\n',
 }  # fmt: skip
 
@@ -105,7 +105,7 @@ def test_movielens_latest_keeps_all_films_and_distinct_tags(tmp_path: Path, caps
             "item_id\ttitle\tgenres\tyear\ttags",
             "10\tLost, A\tDrama|War\t1995\tdark city",
             "11\tNaïve\t\t\t",
-            '12\tA\tWar\t2016\tsay "a|b"',
+            '12\tB (9)\tWar\t\tsay "a|b"',
         ],
     }
     assert capsys.readouterr().out.endswith("2 interactions of 2 users, 3 items\n")
@@ -130,7 +130,7 @@ def test_movielens_latest_keeps_all_films_and_distinct_tags(tmp_path: Path, caps
         ("movielens-1m", "ratings.dat", "1::99::5::9\n", "ratings.dat, line 1", ["'99'", "a film of movies.dat"]),
         ("movielens-1m", "ratings.dat", "9::10::5::9\n", "ratings.dat, line 1", ["'9'", "a user of users.dat"]),
         ("movielens-1m", "users.dat", "1::F::1::99::4\n", "users.dat, line 1", ["'99'", "from 0 to 20"]),
-        ("movielens-1m", "users.dat", "1::F::1::9::4\n" * 2, "users.dat, line 2", ["'1'", "each id once"]),
+        ("movielens-1m", "users.dat", "1::F::1::9::4\n" * 2, "users.dat, line 2", ["'1'", "an id that no line before"]),
         ("movielens-latest", "ratings.csv", "userId,movieId,rating\n", "ratings.csv, line 1", ["a column timestamp"]),
         (
             "movielens-latest", "ratings.csv", "userId,movieId,rating,timestamp\n1,10,many,5\n",
@@ -138,6 +138,11 @@ def test_movielens_latest_keeps_all_films_and_distinct_tags(tmp_path: Path, caps
         ),
         ("movielens-latest", "movies.csv", "movieId,title,genres\n1,2\n", "movies.csv, line 2", ["'1,2'", "3 fields"]),
         ("movielens-latest", "movies.csv", 'movieId,title,genres\n1,"2,3\n', "movies.csv, line 2", ["quotes closed"]),
+        ("movielens-latest", "movies.csv", "movieId,title,genres\n,A,War\n", "movies.csv, line 2", ["an id that no"]),
+        (
+            "movielens-latest", "ratings.csv", "userId,movieId,rating,timestamp\n,10,3,5\n",
+            "ratings.csv, line 2", ["got '', needs a user"],
+        ),
         ("movielens-latest", "tags.csv", "movieId,tag\n77,x\n", "tags.csv, line 2", ["'77'", "a film of movies.csv"]),
     ],
 )  # fmt: skip

@@ -114,7 +114,9 @@ def _ratings_latest(path: Path, films: Container[str]) -> Iterator[list[str]]:
 
 
 def _check_rating(path: Path, number: int, fields: list[str], films: Container[str], table: str, kind: str) -> None:
-    _, item, rating, timestamp = fields
+    user, item, rating, timestamp = fields
+    if not user:
+        raise wrong_line(path, number, user, "a user", kind)
     _check_known(path, number, "film", item, films, table, kind)
     check_number(path, number, "rating", rating, kind)
     check_number(path, number, "timestamp", timestamp, kind)
@@ -126,5 +128,5 @@ def _check_known(path: Path, number: int, what: str, key: str, known: Container[
 
 
 def _check_new(path: Path, number: int, key: str, known: Container[str], kind: str) -> None:
-    if key in known:
-        raise wrong_line(path, number, key, "each id once", kind)
+    if not key or key in known:
+        raise wrong_line(path, number, key, "an id that no line before has", kind)
