@@ -159,7 +159,7 @@ def test_a_bad_file_is_one_sentence_and_leaves_the_old_tables(
     source = write(tmp_path / "in", whole[kind] | {name: text}, encoding)
     out = write(tmp_path / "out", {"interactions.tsv": "before"})
     given = source / name if kind == "sasrec" else source
-    assert main([kind, "--source", str(given), "--out", str(out)]) == 2
+    assert main([kind, "--source", str(given), "--out", str(out)]) == 3
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.startswith(f"error: {source}")
     assert where in said and all(word in said for word in words), said
@@ -183,7 +183,7 @@ def test_a_missing_file_is_one_sentence(
     tmp_path: Path, capsys: Any, kind: str, files: dict[str, str], given: str, words: list[str]
 ) -> None:
     source = write(tmp_path / "in", files) / given
-    assert main([kind, "--source", str(source), "--out", str(tmp_path / "out")]) == 2
+    assert main([kind, "--source", str(source), "--out", str(tmp_path / "out")]) == 3
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and all(word in said for word in words), said
     assert not (tmp_path / "out").exists()
@@ -194,7 +194,7 @@ def test_damaged_and_foreign_bytes_are_one_sentence(tmp_path: Path, capsys: Any)
     cut.write_bytes(lzma.compress(b"1 2\n" * 1000)[:-20])
     foreign.write_bytes(b"1 2\n1 \xe9\n")
     for path, words in ((cut, ["a whole file"]), (foreign, ["line 2", "not utf-8"])):
-        assert main(["sasrec", "--source", str(path), "--out", str(tmp_path / "out")]) == 2
+        assert main(["sasrec", "--source", str(path), "--out", str(tmp_path / "out")]) == 3
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and str(path) in said and all(word in said for word in words), said
     assert not list((tmp_path / "out").iterdir())

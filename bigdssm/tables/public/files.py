@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from bigdssm.errors import ConfigError
+from bigdssm.errors import DataError
 from bigdssm.tables.sources import COMPRESSIONS, split_suffix, stream_source
 
 
-def wrong(path: Path, where: str, got: str, needed: str, fix: str) -> ConfigError:
+def wrong(path: Path, where: str, got: str, needed: str, fix: str) -> DataError:
     """Return the error of a source that is not of the kind that the command line names."""
     shown = got if len(got) <= 80 else got[:79] + "…"
-    return ConfigError(f"{path}{where and ', '}{where}: got {shown}, needs {needed}; {fix}")
+    return DataError(f"{path}{where and ', '}{where}: got {shown}, needs {needed}; {fix}")
 
 
-def wrong_line(path: Path, number: int, got: str, needed: str, kind: str) -> ConfigError:
+def wrong_line(path: Path, number: int, got: str, needed: str, kind: str) -> DataError:
     """Return the error of a line, numbered from 1."""
     return wrong(path, f"line {number}", repr(got), needed, f"mend the line, or name another kind than {kind}")
 
@@ -32,13 +32,13 @@ def is_there(path: Path) -> bool:
 
 
 def check_file(path: Path) -> None:
-    """Raise ConfigError where there is no such file."""
+    """Raise DataError where there is no such file."""
     if not path.is_file():
         raise wrong(path, "", "a folder" if path.exists() else "no such file", "a file", "give another --source")
 
 
 def find(folder: Path, name: str) -> Path:
-    """Return the file `name` of `folder`, as it is or compressed. Raises ConfigError where there is neither."""
+    """Return the file `name` of `folder`, as it is or compressed. Raises DataError where there is neither."""
     if not folder.is_dir():
         got = "a file" if folder.exists() else "no such folder"
         raise wrong(folder, "", got, f"a folder that holds {name}", "give that with --source")
@@ -51,7 +51,7 @@ def find(folder: Path, name: str) -> Path:
 def lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
     """Yield a file's lines that are not empty, with their numbers from 1, its compression undone.
 
-    Raises ConfigError: a damaged file, or bytes of another encoding.
+    Raises DataError: a damaged file, or bytes of another encoding.
     """
     number = 0
     try:
@@ -73,7 +73,7 @@ def lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
 def csv_rows(path: Path, columns: Sequence[str], kind: str) -> Iterator[tuple[int, list[str]]]:
     """Yield the values of `columns` in each row of a CSV file, with the line that the row ends on.
 
-    Raises ConfigError: no such column, a row of another number of fields, or a quote that is never closed.
+    Raises DataError: no such column, a row of another number of fields, or a quote that is never closed.
     """
     numbers: list[int] = [0]
 
@@ -97,7 +97,7 @@ def csv_rows(path: Path, columns: Sequence[str], kind: str) -> Iterator[tuple[in
 
 
 def check_number(path: Path, line: int, name: str, text: str, kind: str) -> str:
-    """Return `text` where it is a finite number. Raises ConfigError."""
+    """Return `text` where it is a finite number. Raises DataError."""
     try:
         number = float(text)
     except ValueError:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigdssm.atomic import new_file
-from bigdssm.errors import ConfigError
+from bigdssm.errors import DataError
 from bigdssm.tables.public.movielens import read_movielens_1m, read_movielens_latest
 from bigdssm.tables.public.sequences import read_s3rec, read_sasrec
 from bigdssm.tables.public.table import Reader, Table
@@ -32,7 +32,7 @@ class MadeTables:
 def make_tables(kind: str, source: Path, out: Path) -> MadeTables:
     """Write interactions.tsv, items.tsv and, where users have features, users.tsv into `out`, all of them or none.
 
-    Raises ConfigError where `source` is not of that `kind`, or holds no events.
+    Raises DataError where `source` is not of that `kind`, or holds no events.
     """
     rows: dict[str, int] = {}
     users: set[str] = set()
@@ -44,7 +44,7 @@ def make_tables(kind: str, source: Path, out: Path) -> MadeTables:
             rows[table.name] = _write(table, stack.enter_context(new_file(out / f"{table.name}.tsv")), users)
             notes += [table.note] if table.note else []
         if not rows["interactions"]:
-            raise ConfigError(f"{source}: got no events, needs at least one; give another --source")
+            raise DataError(f"{source}: got no events, needs at least one; give another --source")
     return MadeTables(rows, len(users), notes)
 
 

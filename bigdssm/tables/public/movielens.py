@@ -25,7 +25,7 @@ OCCUPATIONS = (
 def read_movielens_1m(source: Path) -> Iterator[Table]:
     """Yield the ratings, the films that have one, and the users of the folder with ratings.dat, movies.dat, users.dat.
 
-    Raises ConfigError.
+    Raises DataError.
     """
     films, people = _films_1m(find(source, "movies.dat")), _people(find(source, "users.dat"))
     rated: set[str] = set()
@@ -40,7 +40,7 @@ def read_movielens_1m(source: Path) -> Iterator[Table]:
 def read_movielens_latest(source: Path) -> Iterator[Table]:
     """Yield the ratings and all films, those without a rating too, of the folder with ratings, movies and tags .csv.
 
-    Raises ConfigError.
+    Raises DataError.
     """
     films = _films_latest(find(source, "movies.csv"))
     tags = _tags(find(source, "tags.csv"), films)

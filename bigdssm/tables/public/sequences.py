@@ -18,7 +18,7 @@ ATTRIBUTES = "item2attributes.json"
 def read_sasrec(source: Path) -> Iterator[Table]:
     """Yield the events and the items of a file with a line `user item` for each event, a user's in order of time.
 
-    Raises ConfigError. Source: Kang and McAuley, Self-Attentive Sequential Recommendation, arXiv 1808.09781.
+    Raises DataError. Source: Kang and McAuley, Self-Attentive Sequential Recommendation, arXiv 1808.09781.
     """
     check_file(source)
     items: dict[str, None] = {}
@@ -30,7 +30,7 @@ def read_s3rec(source: Path) -> Iterator[Table]:
     """Yield the events and the items of a line `user item item …` for each user; `source` is the file or its folder.
 
     Attributes of items come from beside it, where they are there: item2attributes.json, or NAME_item2attributes.json of
-    NAME.txt. Raises ConfigError. Source: Zhou et al., S3-Rec, arXiv 2008.07873.
+    NAME.txt. Raises DataError. Source: Zhou et al., S3-Rec, arXiv 2008.07873.
     """
     path = _sequences_in(source) if source.is_dir() else source
     check_file(path)

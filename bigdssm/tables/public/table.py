@@ -18,4 +18,4 @@ class Table:
 
 
 Reader = Callable[[Path], Iterator[Table]]
-"""Yields the tables of a source, each to be read before the next is asked for. Raises ConfigError."""
+"""Yields the tables of a source, each to be read before the next is asked for. Raises DataError."""
