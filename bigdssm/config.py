@@ -386,11 +386,21 @@ def check_targets_per_row(targets: int, data: DataConfig, model: ModelConfig) ->
             f"model.query.history.positions={history.positions} gives an item one position in a row, but with "
             f"data.targets_per_row={targets} it is of another age to each of the row's queries; use relative"
         )
+    check_pieces(data)
     lengths = {name: feature.max_items for name, feature in histories.items()}
     _require(
         len(set(lengths.values())) == 1, "data.query", f"histories of max_items {lengths}",
         f"one max_items with data.targets_per_row={targets}: a row's queries know the same items of each",
     )  # fmt: skip
+
+
+def check_pieces(data: DataConfig) -> None:
+    """Raise ConfigError where a history is too short for the first query of a row to have seen anything of it."""
+    for name, feature in histories_of(data.query).items():
+        _require(
+            data.targets_per_row <= feature.max_items, "data.targets_per_row", data.targets_per_row,
+            f"at most data.query.{name}.max_items={feature.max_items}: a row's queries have seen parts of one history",
+        )  # fmt: skip
 
 
 def first_difference(before: Any, now: Any, key: str = "") -> str | None:

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from bigdssm.config import DataConfig
+from bigdssm.config import DataConfig, check_pieces
 from bigdssm.dataset.mapped import MappedTable
 from bigdssm.dataset.sequences import ROWS_PER_FILE
 from bigdssm.errors import ConfigError, DataError
@@ -94,6 +94,7 @@ def make_interactions(
     started = time.monotonic()
     check_names(config.doc, [name for name, _ in KEY_COLUMNS], "doc")
     check_names(config.query, [*BLOCK_COLUMNS, *SEQUENCE_COLUMNS], "query")
+    check_pieces(config)
     check_fractions(tables.validation_fraction, tables.test_fraction)
     if tables.split == "time" and tables.time_column is None:
         raise ConfigError("--split time needs a --time-column")

@@ -16,6 +16,7 @@ from bigdssm.config import DataConfig
 from bigdssm.dataset.blocks import read_block
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
+from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical, History
 from bigdssm.making.interactions import InteractionTables, make_interactions
 from bigdssm.making.making import Target
@@ -148,6 +149,14 @@ def test_a_bad_target_does_not_discard_its_row(tools, tmp_path: Path) -> None:
     assert {line["rows"] for line in lines if line["place"] is not None} == {0}
 
 
+def test_a_piece_longer_than_a_history_is_refused(tmp_path: Path) -> None:
+    """Its first queries would have seen less than nothing."""
+    query, doc = {"history": History(of="item_id", max_items=4)}, {"item_id": Categorical()}
+    config = DataConfig(dir="x", query=query, doc=doc, targets_per_row=5)
+    with pytest.raises(ConfigError, match=r"targets_per_row: got 5, needs at most data\.query\.history\.max_items=4"):
+        make_interactions(config, InteractionTables(tmp_path / "e.csv", tmp_path / "i.csv"), Target(tmp_path / "data"))
+
+
 @pytest.mark.parametrize("targets_per_row", [1, 3, 100])
 def test_every_event_is_a_target_once_and_rows_are_cut_from_the_newest(targets_per_row: int, tmp_path: Path) -> None:
     lengths = {"a": 8, "b": 2, "c": 4, "d": 3}
@@ -155,7 +164,7 @@ def test_every_event_is_a_target_once_and_rows_are_cut_from_the_newest(targets_p
     (tmp_path / "events.csv").write_text("user_id,item_id,timestamp\n" + "".join(f"{u},{i},{t}\n" for u, i, t in lines))
     (tmp_path / "items.csv").write_text("item_id\n" + "".join(f"i{n}\n" for n in range(9)))
     config = DataConfig(
-        dir="x", query={"history": History(of="item_id", max_items=4)}, doc={"item_id": Categorical()},
+        dir="x", query={"history": History(of="item_id", max_items=100)}, doc={"item_id": Categorical()},
         targets_per_row=targets_per_row,
     )  # fmt: skip
     make_interactions(
