@@ -101,7 +101,7 @@ class HistoryEncoderConfig:
     positions: Literal["age", "absolute", "relative", "rotary"] = "age"
     layers: int = bounded(1, 1, 1024)
     heads: int = bounded(2, 1, 1024)
-    feedforward: int = bounded(2, 1, 64)  # width of the feed-forward layer over the item vectors' width
+    feedforward: int = bounded(2, 1, 64)  # width of the feed-forward layer over the item vectors'; hstu has none
     dropout: float = bounded(0.1, 0, below=1)
     item_dropout: float = bounded(0.1, 0, below=1)  # on the item vectors
     item_scale: bool = False  # item vectors times the root of their width, as in SASRec
@@ -358,7 +358,8 @@ def check_config(config: Config) -> None:
             history.block != "hstu" or history.positions == "relative", f"model.{side}.history.positions",
             history.positions, "relative with block=hstu, which has no other",
         )  # fmt: skip
-    check_targets_per_row(data.targets_per_row, data, config.model)
+    if data.targets_per_row > 1:
+        check_many_queries(f"data.targets_per_row={data.targets_per_row}", data, config.model)
     for side, features in (("query", data.query), ("doc", data.doc)):
         for name, feature in features.items():
             key = f"data.{side}.{name}"
@@ -376,21 +377,21 @@ def check_config(config: Config) -> None:
         _require(fits, "model.beta", "scalar", "document or none without a sigmoid loss: in all others it cancels")
 
 
-def check_targets_per_row(targets: int, data: DataConfig, model: ModelConfig) -> None:
-    """Raise ConfigError where a row's `targets` queries cannot come from one pass over its history."""
+def check_many_queries(rows: str, data: DataConfig, model: ModelConfig) -> None:
+    """Raise ConfigError where several queries of a row cannot come from one pass; `rows` says what rows they are."""
     histories, history = histories_of(data.query), model.query.history
-    if targets <= 1 or not histories:
+    if not histories:
         return
     if not history.allows_many_queries:
         raise ConfigError(
-            f"model.query.history.positions={history.positions} gives an item one position in a row, but with "
-            f"data.targets_per_row={targets} it is of another age to each of the row's queries; use relative"
+            f"model.query.history.positions={history.positions} gives an item one position in a row, but with {rows} "
+            "it is of another age to each of the row's queries; use relative"
         )
     check_pieces(data)
     lengths = {name: feature.max_items for name, feature in histories.items()}
     _require(
         len(set(lengths.values())) == 1, "data.query", f"histories of max_items {lengths}",
-        f"one max_items with data.targets_per_row={targets}: a row's queries know the same items of each",
+        f"one max_items with {rows}: a row's queries know the same items of each",
     )  # fmt: skip
 
 

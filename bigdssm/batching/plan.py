@@ -21,7 +21,7 @@ from bigdssm.features.ragged import gather_ranges, offsets_of
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is encoded at once and how much is kept for the backward, in tokens: rows × the longest row."""
+    """How much is encoded at once and how much is kept for the backward, in tokens, padding and vectors counted."""
 
     chunk_tokens: int  # 0: both sides whole
     kept_tokens: int

@@ -22,6 +22,7 @@ from bigdssm.dataset.mapped import MappedTable
 from bigdssm.dataset.sequences import Targets
 from bigdssm.features import Feature, Text, stored
 from bigdssm.features.base import Fault, outside
+from bigdssm.features.history import histories_of
 from bigdssm.features.ragged import from_arrow
 from bigdssm.schema import Schema
 
@@ -51,6 +52,7 @@ class Layout:
     num_docs: tuple[int, ...]  # catalogue rows of each partition's dataset
     vocab_size: int  # of the tokenizer, 0 without text
     sequences: tuple[MappedTable, ...] = field(default=())  # one per partition, or none
+    most_targets: int = 2**31  # of a row: its queries have seen parts of one history
 
     @classmethod
     def of(
@@ -65,7 +67,8 @@ class Layout:
             elsewhere = set(sequences[0].schema.names)
         query = {n: f for n, f in stored(schema.query).items() if n not in elsewhere}
         types |= {name: f.raw_type if raw_text else f.arrow_type() for name, f in query.items()}
-        return cls(types, query, num_docs, vocab_size, sequences)
+        most_targets = min((history.max_items for history in histories_of(schema.query).values()), default=2**31)
+        return cls(types, query, num_docs, vocab_size, sequences, most_targets)
 
 
 def read_range(path: Path, offset: int, size: int) -> bytes:
@@ -151,7 +154,7 @@ def _row_faults(batch: pa.RecordBatch, layout: Layout, partition: int) -> Iterat
     """Yield (mask over rows, what to say of one of them); later checks may rely on rows that earlier ones passed."""
     columns: Mapping[str, pa.Array] = dict(zip(batch.schema.names, batch.columns, strict=True))
     if layout.sequences:
-        yield from _sequence_faults(columns, layout.sequences[partition])
+        yield from _sequence_faults(columns, layout.sequences[partition], layout.most_targets)
     else:
         yield from _pair_faults(columns, layout.num_docs[partition])
     for name, feature in layout.query.items():
@@ -172,7 +175,7 @@ def _pair_faults(columns: Mapping[str, pa.Array], num_docs: int) -> Iterator[Fau
         yield (doc < 0) | (doc >= num_docs), lambda row: f"unknown document: {doc[row]} is {what}"
 
 
-def _sequence_faults(columns: Mapping[str, pa.Array], table: MappedTable) -> Iterator[Fault]:
+def _sequence_faults(columns: Mapping[str, pa.Array], table: MappedTable, most_targets: int) -> Iterator[Fault]:
     sequence, first, end = (columns[name].to_numpy() for name in ("sequence", "first", "end"))
     outside = (sequence < 0) | (sequence >= table.num_rows)
     if outside.any():
@@ -183,6 +186,13 @@ def _sequence_faults(columns: Mapping[str, pa.Array], table: MappedTable) -> Ite
         yield (
             beyond,
             lambda row: f"targets {first[row]} to {end[row]} are no part of its sequence of {lengths[row]} events",
+        )
+    # in 64 bits: what is not a part of a sequence may be anything
+    too_many = ~beyond & (end.astype(np.int64) - first > most_targets)
+    if too_many.any():
+        yield (
+            too_many,
+            lambda row: f"it has {end[row] - first[row]} targets, more than its history's {most_targets} items",
         )
 
 

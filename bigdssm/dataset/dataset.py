@@ -94,6 +94,13 @@ class Dataset:
         if any(files) and not all(files):
             raise DataError(f"{partitions[files.index([])].folder} has no sequences, other partitions have some")
         tables = tuple(MappedTable(paths) for paths in files if paths)
+        for partition, table in zip(partitions, tables, strict=False):
+            said = [part["rows"] for part in partition.content["sequences"]]
+            if table.file_rows != said:
+                raise DataError(
+                    f"{partition.folder}: the files of sequences have {table.file_rows} rows, partition.json says "
+                    f"{said}; copy the partition whole"
+                )
         self.sequences = MappedTable([path for paths in files for path in paths]) if tables else None
         self._sequence_base = offsets_of(np.array([table.num_rows for table in tables], np.int64))
         self.layout = Layout.of(
@@ -239,7 +246,7 @@ class Dataset:
         targets = Targets.of(table, sequence, first, end)
         targets = targets.take(targets.good(self.catalogue.num_docs))
         query: dict[str, Column] = {}
-        left_edge = end - 1
+        left_edge = np.zeros_like(end)
         for name, feature in self.schema.query.items():
             if isinstance(feature, History):
                 # what the last query has seen; the others, of one left edge with it, have seen less of it
@@ -264,7 +271,8 @@ class Dataset:
                 query[name] = self._history(feature, self.sequences, sequence, rows.place)[0]
             else:
                 query[name] = ragged.take(rows.query[name], rows.row)
-        return replace(rows, row_ids=rows.row_ids[rows.row], query=query, sequence=sequence, row=None, left_edge=None)
+        every = np.arange(rows.num_queries)  # not None: the draws of a query among several are its own
+        return replace(rows, row_ids=rows.row_ids[rows.row], query=query, sequence=sequence, row=every, left_edge=None)
 
     def _history(
         self, feature: History, table: MappedTable, sequence: np.ndarray, seen: np.ndarray

@@ -390,8 +390,8 @@ def _block_columns(table: pa.Table) -> dict[str, pa.Array]:
 
 def _positives(events: _Events, table: pa.Table) -> np.ndarray:
     first, last = (table.column(name).to_numpy() for name in (_FIRST_EVENT, _LAST_EVENT))
-    targets = gather_ranges(np.arange(len(events.item)), first, last + 1).values
-    positives: np.ndarray = events.item[targets[events.relevance[targets] > 0]]
+    items, relevance = (gather_ranges(values, first, last + 1).values for values in (events.item, events.relevance))
+    positives: np.ndarray = items[relevance > 0]
     return positives
 
 

@@ -44,9 +44,10 @@ class KnownPositives:
     def of(cls, dataset: Dataset, progress: Progress = no_progress) -> KnownPositives:
         """Return those of `dataset`: one pass over its train split, on every rank."""
         parts, num_rows = [], dataset.num_rows("train")
+        at_once = dataset.rows_at_once("train", PASS_ROWS)
         for number, rows in enumerate(dataset.iterate("train", PASS_ROWS), start=1):
             parts.append((rows.query_ids[rows.relevance > 0], rows.doc_rows[rows.relevance > 0]))
-            progress("known positives read", min(number * PASS_ROWS, num_rows), num_rows)
+            progress("known positives read", min(number * at_once, num_rows), num_rows)
         ids, docs = (np.concatenate([part[side] for part in parts] or [np.zeros(0, np.int64)]) for side in (0, 1))
         order = np.lexsort((docs, ids))
         query_ids, starts = np.unique(ids[order], return_index=True)

@@ -23,6 +23,7 @@ class LaneRows:
     rows: Rows
     rows_planned: int  # as many would be here if none were bad
     bad: list[Bad] = field(default_factory=list)
+    targets_left_out: int = 0  # bad ones of rows that have others
 
 
 @dataclass
@@ -65,7 +66,11 @@ class LaneReader:
         batch = pa.concat_batches([batch for _, batch in slices])
         rows = self._dataset.rows(self._split, step, row_ids, batch)
         bad, self._bad = self._bad, []
-        return LaneRows(rows, self._order.rows_per_lane_step * len(self._lanes), bad)
+        left_out = 0
+        if rows.place is not None:
+            first, end = (batch.column(batch.schema.get_field_index(name)).to_numpy() for name in ("first", "end"))
+            left_out = int(end.sum() - first.sum()) - rows.num_queries
+        return LaneRows(rows, self._order.rows_per_lane_step * len(self._lanes), bad, left_out)
 
     def _read(
         self, order: Order, epoch: int, lane: int, first: int, last: int

@@ -33,6 +33,7 @@ class RowStream(ABC):
     """
 
     steps_per_epoch: int  # 0: not known
+    queries_per_row = 1.0  # on average
     queries_per_step: float  # of all ranks, on average
     inline = False  # whether rows bring their documents' features
 
@@ -50,7 +51,8 @@ class RowStream(ABC):
             raise ConfigError(f"start_step={start_step} must not be negative")
         self.dataset, self.rank, self.world_size = dataset, rank, world_size
         self.step = start_step  # the next one to be handed out; may be set until the first `next`
-        self.rows_bad = self.rows_met = 0  # of this rank, since it was opened
+        # Of this rank, since it was opened; a bad target counts as its share of a row.
+        self.rows_bad, self.rows_met = 0.0, 0
         self._opened_at = start_step
         self._parts_per_step, self._max_bad_fraction, self._quarantine = parts_per_step, max_bad_fraction, quarantine
         self._named: set[tuple[str, int, int | None, int | None]] = set()
@@ -118,7 +120,7 @@ class RowStream(ABC):
         if bad > allowed:
             where = f"; they are named in {self._quarantine}" if self._quarantine else ""
             raise DataError(
-                f"{self.dataset.dir}: {bad} of {met} rows met are bad, more than data.max_bad_fraction="
+                f"{self.dataset.dir}: {bad:.10g} of {met} rows met are bad, more than data.max_bad_fraction="
                 f"{self._max_bad_fraction} allows ({int(allowed)}): {_told([report[3] for report in reports])}{where}; "
                 "mend the shards or allow more"
             )
@@ -143,7 +145,7 @@ class RowStream(ABC):
             return self._empty_rows()
         for part in parts:
             self.rows_met += part.rows_planned
-            self.rows_bad += part.rows_planned - len(part.rows)
+            self.rows_bad += part.rows_planned - len(part.rows) + part.targets_left_out / self.queries_per_row
             for fault in part.bad:
                 self._name(fault)
         rows = Rows.concat([part.rows for part in parts])
@@ -160,7 +162,7 @@ class RowStream(ABC):
         kind = re.sub(r"'[^']*'|\d+", "", fault.reason)  # without what is the row's own
         first, count = self._reasons.get(kind, (fault.reason, 0))
         if count or len(self._reasons) < MOST_KINDS:
-            self._reasons[kind] = (first, count + fault.rows)
+            self._reasons[kind] = (first, count + max(1, fault.rows))
         row = "" if fault.row is None else f", row {fault.row}"
         row += "" if fault.place is None else f", place {fault.place}"
         log.warning("left out: %s, block %d%s: %s", fault.shard, fault.block, row, fault.reason)

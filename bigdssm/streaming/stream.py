@@ -66,7 +66,8 @@ class PairStream(RowStream):
         # The global steps after which every row (tail="drop": every row but the tail) was given. In a mixture each
         # source has epochs of its own, and this is as many steps as all sources have rows for.
         self.steps_per_epoch = self.order.steps_per_epoch
-        self.queries_per_step = rows_global * self._queries_per_row()
+        self.queries_per_row = self._mean_queries()
+        self.queries_per_step = rows_global * self.queries_per_row
         if self.order.rows_dropped_per_epoch:
             log.info("each epoch leaves out %d rows that do not fill a step", self.order.rows_dropped_per_epoch)
 
@@ -130,7 +131,7 @@ class PairStream(RowStream):
         steps = steps_per_round([source.name for source in sources], [source.weight for source in sources])
         return MixedOrder(orders, steps, self.dataset.batches, seed)
 
-    def _queries_per_row(self) -> float:
+    def _mean_queries(self) -> float:
         index, order = self.dataset.index(self.split), self.order
         if not isinstance(order, MixedOrder):
             return index.num_queries / index.num_rows

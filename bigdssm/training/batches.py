@@ -41,7 +41,7 @@ class Batches:
         seed: int,
         device: torch.device,
     ) -> None:
-        """`mined` has the window that each row's negatives are drawn from."""
+        """`mined` has the window that each query's negatives are drawn from."""
         self._stream, self._loss, self._mined, self._seed, self._device = stream, loss, mined, seed, device
         dataset = stream.dataset
         self._dataset = dataset
@@ -121,9 +121,13 @@ def known_pairs(rows: Rows, mask: str, doc_ids: np.ndarray) -> Tensor:
 def name_pairs(queries: np.ndarray, before: Ragged, doc_ids: np.ndarray) -> Tensor:
     """Return int64 [p, 2]: each query (its id or its number, int64 [m]) with each item before it, by its doc id.
 
-    `before`: the catalogue rows of each query's items; `doc_ids`: all documents'.
+    `before`: the catalogue rows of each query's items, those that are none left out; `doc_ids`: all documents'.
     """
-    return torch.from_numpy(np.stack([np.repeat(queries, before.lengths), doc_ids[before.values]], axis=1))
+    asked, docs = np.repeat(queries, before.lengths), before.values
+    known = (docs >= 0) & (docs < len(doc_ids))
+    if not known.all():
+        asked, docs = asked[known], docs[known]
+    return torch.from_numpy(np.stack([asked, doc_ids[docs]], axis=1))
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from bigdssm import distributed
-from bigdssm.config import Config, StageConfig, StageName, check_targets_per_row, first_difference
+from bigdssm.config import Config, StageConfig, StageName, check_many_queries, first_difference
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.joining import open_dataset
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
@@ -48,7 +48,7 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
     dataset = open_dataset(config.data)
     dataset.check_against(config.data)
     if dataset.num_queries("train") > dataset.num_rows("train"):
-        check_targets_per_row(max(2, config.data.targets_per_row), config.data, config.model)
+        check_many_queries(f"rows of several queries, as those of {dataset.dir} are,", config.data, config.model)
     if stage.loss.mask in ("user", "past") and (dataset.sequences is None or config.data.webdataset is not None):
         raise ConfigError(
             f"{name}.loss.mask: got {stage.loss.mask}, needs batch or none: the rows of "

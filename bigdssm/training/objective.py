@@ -171,5 +171,5 @@ def num_negatives(stage: StageConfig, batch: Batch, world_size: int, num_docs: i
     if stage.loss.columns == "catalogue":
         return num_docs - 1
     if not LOSSES[stage.loss.name].all_columns:
-        return (stage.rows_global - 1 if stage.loss.in_batch else 0) + stage.loss.negatives
+        return (len(batch.query_ids) * world_size - 1 if stage.loss.in_batch else 0) + stage.loss.negatives
     return int(batch.multiplicity.sum()) * world_size - 1

@@ -17,7 +17,7 @@ from bigdssm.config import (
     RunConfig,
     TowerConfig,
     check_config,
-    check_targets_per_row,
+    check_many_queries,
 )
 from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical, History, Numeric
@@ -276,17 +276,16 @@ def test_blocks_and_positions_that_go_together(block: Any, positions: Any) -> No
 @pytest.mark.parametrize("positions", ["age", "absolute", "relative", "rotary"])
 def test_an_age_is_of_one_query(positions: Literal["age", "absolute", "relative", "rotary"]) -> None:
     made = config(HistoryEncoderConfig(positions=positions))
-    check_targets_per_row(1, made.data, made.model)
-    check_targets_per_row(4, replace(made.data, query={"age": QUERY["age"]}), made.model)
+    check_many_queries("data.targets_per_row=4", replace(made.data, query={"age": QUERY["age"]}), made.model)
     if positions != "age":
-        check_targets_per_row(4, made.data, made.model)
+        check_many_queries("data.targets_per_row=4", made.data, made.model)
         other = {**QUERY, "kinds": History(of="item", max_items=5).named("kinds")}
         with pytest.raises(ConfigError, match=r"max_items \{'history': 9, 'kinds': 5\}, needs one max_items"):
-            check_targets_per_row(4, replace(made.data, query=other), made.model)
+            check_many_queries("data.targets_per_row=4", replace(made.data, query=other), made.model)
     else:
         sentence = r"model\.query\.history\.positions=age .* data\.targets_per_row=4 .*; use relative"
         with pytest.raises(ConfigError, match=sentence):
-            check_targets_per_row(4, made.data, made.model)
+            check_many_queries("data.targets_per_row=4", made.data, made.model)
 
 
 def test_rotary_turns_pairs() -> None:

@@ -16,11 +16,13 @@ from bigdssm.config import DataConfig
 from bigdssm.dataset.blocks import read_block
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
-from bigdssm.errors import ConfigError
+from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History
+from bigdssm.features.ragged import Ragged
 from bigdssm.making.interactions import InteractionTables, make_interactions
 from bigdssm.making.making import Target
 from bigdssm.streaming.stream import PairStream
+from bigdssm.training.batches import name_pairs
 
 TARGETS = 4
 NUM_DOCS, EVENTS, MAX_ITEMS = 37, 30, 5
@@ -66,7 +68,11 @@ def test_iterating_gives_each_query_a_row(folder: Path) -> None:
     expected = [(row, place) for row in range(1000) for place in range(*piece(row))]
     found = []
     for rows in dataset.iterate("train", 64):
-        assert rows.row is None and rows.place is not None and len(rows) == rows.num_queries <= 64
+        assert (
+            rows.place is not None
+            and rows.row_of_query.tolist() == list(range(len(rows)))
+            and len(rows) == rows.num_queries <= 64
+        )
         found += list(zip(rows.row_ids.tolist(), rows.place.tolist(), strict=True))
         for i, (row, place) in enumerate(zip(rows.row_ids.tolist(), rows.place.tolist(), strict=True)):
             items = events(row)
@@ -147,6 +153,48 @@ def test_a_bad_target_does_not_discard_its_row(tools, tmp_path: Path) -> None:
     assert whole == alone
     assert single == {(row, p) for row in set(range(1000)) - alone for p in range(*piece(row)) if p in bad_places}
     assert {line["rows"] for line in lines if line["place"] is not None} == {0}
+
+
+def test_bad_targets_count_as_parts_of_rows(tools, tmp_path: Path) -> None:
+    folder = tools.Writer(tmp_path / "data", targets_per_row=TARGETS).write()
+    spoil_targets(folder, tools)
+    dataset = Dataset.open(folder)
+    queries = dataset.num_queries("train")
+    left_out = sum(place in (3, 12) for row in range(1000) for place in range(*piece(row)))
+    lone = sum(set(range(*piece(row))) <= {3, 12} for row in range(1000))
+    gone = sum(1 + row % TARGETS for row in range(1000) if set(range(*piece(row))) <= {3, 12})
+    stream = PairStream(dataset, rows_global=50, lanes=5, max_bad_fraction=1.0)
+    list(islice(stream, 20))
+    assert stream.rows_bad == pytest.approx(lone + (left_out - gone) * 1000 / queries)
+    strict = PairStream(dataset, rows_global=50, lanes=5, max_bad_fraction=0.9 * stream.rows_bad / 1000)
+    with pytest.raises(DataError, match=r"rows met are bad, more than data\.max_bad_fraction"):
+        list(islice(strict, 20))
+        strict.check()
+
+
+def test_items_of_no_catalogue_are_in_no_mask() -> None:
+    ids = np.array([70, 71, 72])
+    before = Ragged(np.array([0, 99, 2, -3, 1]), np.array([0, 3, 3, 5]))
+    assert name_pairs(np.array([5, 6, 7]), before, ids).tolist() == [[5, 70], [5, 72], [7, 71]]
+
+
+def test_files_of_sequences_that_lack_rows_are_refused(tools, tmp_path: Path) -> None:
+    """Sequences are numbered over the files: all behind a missing one would be another user's."""
+    folder = tools.Writer(tmp_path / "data").write()
+    path = folder / "partitions/all/sequences-000000.arrow"
+    table = pa.ipc.open_file(path.read_bytes()).read_all()
+    tools.write_arrow(path, table.slice(1))
+    with pytest.raises(DataError, match=r"sequences have \[10\] rows, partition\.json says \[11\]"):
+        Dataset.open(folder)
+
+
+def test_rows_of_more_targets_than_a_history_has_items_are_left_out(tools, tmp_path: Path) -> None:
+    folder = tools.Writer(tmp_path / "data", targets_per_row=MAX_ITEMS + 2).write()
+    stream = PairStream(folder, rows_global=50, lanes=5, max_bad_fraction=1.0)
+    for rows in islice(stream, 20):
+        assert rows.row is not None and rows.place is not None and rows.left_edge is not None
+        assert np.bincount(rows.row).max() <= MAX_ITEMS and (rows.place >= rows.left_edge[rows.row]).all()
+    assert stream.rows_bad == sum(1 + row % (MAX_ITEMS + 2) > MAX_ITEMS for row in range(1000))
 
 
 def test_a_piece_longer_than_a_history_is_refused(tmp_path: Path) -> None:

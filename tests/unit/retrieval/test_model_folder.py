@@ -119,10 +119,10 @@ def test_damaged_descriptions(copied: Path) -> None:
         ("{", "damaged"),
         ("[]", "damaged"),
         (json.dumps({**meta, "format": 99}), "format 99"),
-        (json.dumps({"format": 2}), "lacks"),
+        (json.dumps({"format": 3}), "lacks"),
         (
             json.dumps({**meta, "format": 1}),
-            "of format 1, this version reads format 2, which has a checksum of the config",
+            "of format 1, this version reads format 3, whose config has other keys",
         ),
     ):
         (copied / "bigdssm.json").write_text(content)
