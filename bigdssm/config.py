@@ -150,7 +150,7 @@ class EngineConfig:
     precision: Literal["fp32", "bf16", "bf16_pure"] = "fp32"
     offload_optimizer: bool = False
     checkpoint_activations: bool = False  # transformer layers are computed again in the backward, not kept
-    # Gradient cache: tokens encoded at once per tower; 0 encodes all rows at once.
+    # Gradient cache: tokens and vectors encoded at once per tower; 0 encodes all rows at once.
     chunk_tokens: int = bounded(0, 0, 2**40)
     # Of them kept for the backward, not encoded again; none: chunk_tokens.
     keep_graph_tokens: int | None = bounded(None, 0, 2**40)
@@ -215,7 +215,7 @@ class MiningConfig:
 
     first: int = bounded(10, 0, MAX_COUNT)
     last: int = bounded(200, 1, MAX_COUNT)
-    # Leave out what scores above the row's own document less this much, in score units.
+    # Leave out what scores above the query's own document less this much, in score units.
     margin: float | None = bounded(None, -1_000_000, 1_000_000)
     file: str | None = None  # of bigdssm mine_negatives, by any model: in place of all of the above
 

@@ -1,10 +1,10 @@
-"""Mine negatives: for each train row the documents at ranks [first, last) for its query.
+"""Mine negatives: for each train query the documents at ranks [first, last) of its ranking.
 
     bigdssm mine_negatives --model MODEL --data DATASET --out NEGATIVES.npy [--first 10] [--last 200]
     torchrun --nproc-per-node 2 -m bigdssm.commands.mine_negatives …       # the rows are shared out over the ranks
 
 The file is described in bigdssm/retrieval/mined.py: catalogue rows by query, -1 where there are none. Known train
-positives of the query never appear, nor with --margin what scores nearly as the row's own document. --vectors takes the
+positives of the query never appear, nor with --margin what scores nearly as its own document. --vectors takes the
 documents from a folder that bigdssm embed made with the same model.
 """
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="NPY", help="file for the negatives")
     parser.add_argument("--first", type=int, default=10, help="first rank, counted from 0 (%(default)s)")
     parser.add_argument("--last", type=int, default=200, help="rank to stop before (%(default)s)")
-    parser.add_argument("--margin", type=float, help="leave out what scores above the row's own document less this")
+    parser.add_argument("--margin", type=float, help="leave out what scores above the query's own document less this")
     parser.add_argument("--vectors", type=Path, metavar="DIR", help="vectors folder of the model and the dataset")
     args = parser.parse_args(argv)
     check_file_to_write("--out", args.out)

@@ -1,7 +1,7 @@
 """Mining hard negatives: for train queries, a range of ranks (a window) of what they retrieve.
 
 Ranks below `first` are left out because they hold what the user would have liked but did not happen to meet, and so
-may be documents that score nearly as the row's own does (`margin`). Only train rows are looked at: leaving out
+may be documents that score nearly as the query's own does (`margin`). Only train rows are looked at: leaving out
 validation or test items would tell the model what they are.
 
 Shapes: m rows, N documents, W = last − first window places.
@@ -77,9 +77,9 @@ def mine(
     """Return this rank's `mined_records`: the catalogue rows at ranks [first, last) of each train query's ranking.
 
     `rows` are those to mine for, in as many pieces on every rank; by default the rank's share of the split. Known
-    positives (all of the query's train documents, the row's own history, and its target) are taken out before ranks
+    positives (all of the query's train documents, its own history, and its target) are taken out before ranks
     are counted; -1 stands where the catalogue ends, and with `margin` where a document's score alpha * <u, w> + beta is
-    above that of the row's own less the margin. `documents` [N, D+1] are index vectors of the catalogue that were made
+    above that of its own less the margin. `documents` [N, D+1] are index vectors of the catalogue that were made
     before. A collective over the ranks. Raises DivergedError where a vector is not finite.
     """
     share = share or Share()

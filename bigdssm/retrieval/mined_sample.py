@@ -28,7 +28,7 @@ class Judged:
 
 
 def mined_sample(dataset: Dataset, mined: MinedNegatives, count: int, seed: int = 0) -> list[Judged]:
-    """Return `count` negatives of evenly spaced mined rows, one each, as `choose_negatives` draws them for `seed`.
+    """Return `count` negatives of evenly spaced mined queries, one each, as `choose_negatives` draws them for `seed`.
 
     Texts are shown as the towers read them: cut, in the tokenizer's case. Raises ConfigError where a side has no text,
     DataError where `mined` is of another dataset's rows.

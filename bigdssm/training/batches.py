@@ -107,7 +107,7 @@ def known_pairs(rows: Rows, mask: str, doc_ids: np.ndarray) -> Tensor:
     """Return int64 [p, 2] of the documents that `mask` adds to those no query has as negatives, for a Batch.
 
     past: (number of the query, doc id) of what lies before each. user: (query id, doc id) of what lies before each
-    query id's latest row, which holds what lies before its earlier ones.
+    query id's latest place, which holds what lies before its earlier ones.
     """
     if mask == "past":
         return name_pairs(np.arange(rows.num_queries), Ragged(*rows.seen_ragged()), doc_ids)
