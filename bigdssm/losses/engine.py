@@ -60,8 +60,8 @@ def contrastive_loss(
     float, multiplies the products. beta [n]: added to a document's scores. neg_bias [n]: added where the document is a
     negative, query → doc only; no gradient; −inf: never a negative. weight [m] ≥ 0. query_ids [m], doc_ids [n] int64:
     what the masks compare; without them each query, each column is its own. known int64 [p, 2]: (query id, doc id) of
-    further positives to drop; without query_ids (number of the query, doc id), which stay on this rank. tile: columns per
-    tile.
+    further positives to drop; without query_ids (number of the query, doc id), which stay on this rank. tile: columns
+    per tile.
 
     negatives int64 [m, k]: columns of this rank listed for each query (hard negatives), −1 where there is none.
     columns: what is a negative of every query besides: `all` columns of all ranks; `in_batch`, the documents of all
