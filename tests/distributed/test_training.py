@@ -195,12 +195,12 @@ def test_fine_tuning_has_one_curve_at_any_world_size(
         pools[ranks].run(small_run.run, config, tmp_path / f"{ranks}", overrides, "sft")
     assert len(small_run.records(tmp_path / "1", "sft")) == 4
     start = pytest.approx(small_run.validations(reference)[-1]["ndcg_at_10"], abs=1e-5)  # best/ there is its last state
-    rows_to_come = np.unique(np.load(tmp_path / "1" / "sft" / "mined_negatives.npy")["row"])
-    assert len(rows_to_come) == 4 * 48
+    queries_to_come = np.unique(np.load(tmp_path / "1" / "sft" / "mined_negatives.npy")["query"])
+    assert len(queries_to_come) == 4 * 48
     for ranks in (1, 2, 3):
         assert small_run.validations(tmp_path / f"{ranks}", "sft")[0]["ndcg_at_10"] == start or "MLP" in loss
         mined = np.load(tmp_path / f"{ranks}" / "sft" / "mined_negatives.npy")
-        np.testing.assert_array_equal(mined["row"], rows_to_come)
+        np.testing.assert_array_equal(mined["query"], queries_to_come)
         assert_same_curve(tmp_path / f"{ranks}", tmp_path / "1", stage="sft")
     best = load_model_folder(tmp_path / "3" / "sft" / "best", any_score=True).model
     assert (best.scorer is not None) == ("MLP" in loss)

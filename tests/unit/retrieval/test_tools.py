@@ -252,7 +252,7 @@ def test_kinds_of_index_are_measured(
 def test_mine_negatives(tools: Tools, model_dir: Path, other_model_dir: Path, dataset: Dataset, tmp_path: Path) -> None:
     arguments = ("--data", dataset.dir, "--out", tmp_path / "mined.npy", "--model")
     out = tools.ran("mine_negatives", *arguments, model_dir, "--first", 2, "--last", 9)
-    assert f"{dataset.num_rows('train')} rows" in out
+    assert f"{dataset.num_rows('train')} queries" in out
     mined = np.load(tmp_path / "mined.npy")["window"]
     assert mined.shape == (dataset.num_rows("train"), 7)
     tools.ran("embed", "--model", model_dir, "--data", dataset.dir, "--out", tmp_path / "vectors")
