@@ -25,6 +25,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "pretrain" / "best" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_best_holds_the_average_and_a_stopped_run_goes_on_with_it(
     config: Path, tmp_path: Path, pools: dict[int, Pool]
 ) -> None:

@@ -66,7 +66,7 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=() if case in ("past", "catalogue") else pytest.mark.slow) for case in LOSSES]
+    "case", [pytest.param(case, marks=() if case == "catalogue" else pytest.mark.slow) for case in LOSSES]
 )
 def test_ranks_and_chunks_change_no_loss(case: str, config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
     said = ["pretrain.steps=5", *(f"pretrain.{word}" for word in LOSSES[case])]
@@ -93,6 +93,7 @@ def test_a_stopped_run_is_the_one_that_was_not(config: Path, tmp_path: Path, poo
     assert len(losses(tmp_path / "whole")) == 8 and losses(tmp_path / "stopped") == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_fine_tuning_mines_for_every_query(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
     said = ("pretrain.steps=3", "pretrain.loss.mask=past", "sft.steps=3")
     for ranks in (1, 2):
