@@ -149,7 +149,7 @@ class Dataset:
             raise DataError(f"{folder}/dataset.json names no catalogue; make the dataset again")
         files = [CatalogueFile(_inside(folder, f["file"]), f["rows"], f["checksum"]) for f in content["catalogue"]]
         num_docs = sum(file.rows for file in files)
-        read = [replace(_read_partition(folder, name), num_docs=num_docs, remote=remote) for name in names]
+        read = [replace(read_partition(folder, name), num_docs=num_docs, remote=remote) for name in names]
         head = Head(folder, content["name"], schema, content.get("text", "tokens"))
         dataset = cls(head, read, files)
         if remote is not None:
@@ -171,7 +171,7 @@ class Dataset:
         if self.siblings:
             return list(self.siblings)
         content = _read_json(self.dir / "dataset.json", "copy the dataset whole")
-        return [_read_partition(self.dir, name) for name in content["partitions"]]
+        return [read_partition(self.dir, name) for name in content["partitions"]]
 
     def index(self, split: str) -> SplitIndex:
         """Return the split's blocks. Raises DataError: no such split, or a damaged index."""
@@ -374,7 +374,8 @@ def _inside(folder: Path, place: str) -> Path:
     return folder / place
 
 
-def _read_partition(folder: Path, name: str) -> Partition:
+def read_partition(folder: Path, name: str) -> Partition:
+    """Return the partition `name` of the dataset in `folder`. Raises DataError: none there, or damaged."""
     where = folder / "partitions" / name
     if where.parent != folder / "partitions" or name.startswith("."):
         raise DataError(f"{folder}/dataset.json: partition name {name!r} is not a plain folder name; refused")

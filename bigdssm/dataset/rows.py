@@ -15,13 +15,7 @@ from bigdssm.dataset.mapped import MappedTable
 from bigdssm.features import ragged
 from bigdssm.features.ragged import Column
 
-PLACE_BITS = 22
-
-
-def query_keys(row_ids: np.ndarray, places: np.ndarray | None) -> np.ndarray:
-    """Return the keys of queries, int64 [m], which ascend as (row id, place) do; rows of pairs have no places."""
-    keys: np.ndarray = (row_ids << PLACE_BITS) | (0 if places is None else np.minimum(places, (1 << PLACE_BITS) - 1))
-    return keys
+PLACE_BITS = 22  # of a query's key; its row id stands above them
 
 
 @dataclass(frozen=True)
@@ -58,8 +52,10 @@ class Rows:
 
     @property
     def query_keys(self) -> np.ndarray:
-        """Return what names each query everywhere, int64 [m]: the row's number and the place in its sequence."""
-        return query_keys(self.row_ids[self.row_of_query], self.place)
+        """Return what names each query everywhere, int64 [m]; ascends as (row id, place), pairs have no places."""
+        places = 0 if self.place is None else np.minimum(self.place, (1 << PLACE_BITS) - 1)
+        keys: np.ndarray = (self.row_ids[self.row_of_query] << PLACE_BITS) | places
+        return keys
 
     def seen_ragged(self, queries: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return the catalogue rows of every event before each query's own: values, offsets (int64 [m + 1]).
@@ -75,11 +71,7 @@ class Rows:
 
     def seen(self, i: int) -> np.ndarray:
         """Return the catalogue rows of every event before query i's own, int64, oldest first."""
-        if self.sequences is None or self.sequence is None or self.place is None:
-            return np.empty(0, np.int64)
-        sequence = self.sequence[self.row_of_query[i : i + 1]]
-        seen = self.sequences.take_slices("items", sequence, np.zeros(1, np.int64), self.place[i : i + 1])
-        return seen[0].astype(np.int64, copy=False)
+        return self.seen_ragged(np.array([i]))[0]
 
     def take(self, rows: np.ndarray) -> Rows:
         """Return the given rows (int64), in the given order, with all their queries."""

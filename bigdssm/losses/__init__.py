@@ -12,7 +12,6 @@ from bigdssm.losses.sampling import (
     CountedFrequency,
     StreamingFrequency,
     apply_sampling,
-    log_expected_from_counts,
     sample_uniform,
 )
 from bigdssm.losses.scored import scored_loss
@@ -35,7 +34,6 @@ __all__ = [
     "contrastive_loss",
     "find_term",
     "fps_loss",
-    "log_expected_from_counts",
     "matryoshka_loss",
     "norm_penalty",
     "ranking_loss",

@@ -84,11 +84,6 @@ class CountedFrequency:
         return (self.num_columns * share + self.num_uniform / self.counts.shape[0]).log()
 
 
-def log_expected_from_counts(counts: Tensor, documents: Tensor, num_columns: float, num_uniform: int = 0) -> Tensor:
-    """Return log c float64 [n] of `documents`, once; see `CountedFrequency`. Raises: LossInputError."""
-    return CountedFrequency(counts, num_columns, num_uniform).log_expected(documents)
-
-
 def sample_uniform(num: int, num_documents: int, generator: torch.Generator) -> Tensor:
     """Return catalogue rows int64 [num], uniform with replacement: extra columns for mixed negative sampling."""
     return torch.randint(num_documents, (num,), generator=generator)

@@ -270,16 +270,6 @@ class DatasetWriter:
         self._lock.close()
 
 
-def sequence_files(partition: Path) -> list[Path]:
-    """Return the files of a partition's sequences; none where it holds pairs. Raises DataError where it is damaged."""
-    path = partition / "partition.json"
-    try:
-        parts = json.loads(path.read_text(encoding="utf-8")).get("sequences", [])
-        return [partition / part["file"] for part in parts]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is damaged: {error!r}") from None
-
-
 def read_dataset_json(folder: Path) -> dict[str, Any]:
     """Return the content of a dataset's dataset.json. Raises DataError where it is missing or not of this format."""
     path = folder / DATASET_FILE

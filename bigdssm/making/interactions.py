@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.config import DataConfig, check_pieces
+from bigdssm.dataset.dataset import read_partition
 from bigdssm.dataset.mapped import MappedTable
 from bigdssm.dataset.sequences import ROWS_PER_FILE
 from bigdssm.errors import ConfigError, DataError
@@ -27,7 +28,7 @@ from bigdssm.features.fitting import canonical
 from bigdssm.features.ragged import Ragged, gather_ranges, offsets_of
 from bigdssm.making.catalogue_writer import KEY_COLUMNS, CatalogueWriter, check_names
 from bigdssm.making.column_file import ColumnFile
-from bigdssm.making.dataset_writer import PARTITIONS, DatasetWriter, sequence_files
+from bigdssm.making.dataset_writer import PARTITIONS, DatasetWriter
 from bigdssm.making.journal import State
 from bigdssm.making.making import (
     BLOCK_COLUMNS,
@@ -317,7 +318,7 @@ def _prior_events(writer: DatasetWriter, query_ids: np.ndarray) -> dict[str, Rag
     none = np.zeros(len(query_ids) + 1, np.int64)
     prior = {name: Ragged(np.empty(0, kind.to_pandas_dtype()), none) for name, kind in _EVENT_TYPES.items()}
     for partition in writer.content[PARTITIONS]:
-        files = sequence_files(writer.out / PARTITIONS / partition)
+        files = read_partition(writer.out, partition).sequence_files
         if not files:
             raise DataError(f"{writer.out}: partition {partition!r} holds pairs, not interactions")
         table = MappedTable(files)

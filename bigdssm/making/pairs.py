@@ -19,12 +19,13 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.config import DataConfig
+from bigdssm.dataset.dataset import read_partition
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, TextTokenizer, encode_columns, texts_of
 from bigdssm.features.columns import RowCheck, SourceBatch, is_empty, relevances, strings
 from bigdssm.features.fitting import canonical, missing
 from bigdssm.making.catalogue_writer import KEY_COLUMNS, CatalogueWriter, check_names
-from bigdssm.making.dataset_writer import PARTITIONS, DatasetWriter, sequence_files
+from bigdssm.making.dataset_writer import PARTITIONS, DatasetWriter
 from bigdssm.making.journal import State
 from bigdssm.making.making import (
     BLOCK_COLUMNS,
@@ -88,7 +89,7 @@ def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress:
     with target.open(config, tables.files, tables) as writer:
         if tables.raw_text and not writer.append:
             writer.content["text"] = "raw"
-        if any(sequence_files(writer.out / PARTITIONS / name) for name in writer.content[PARTITIONS]):
+        if any(read_partition(writer.out, name).sequence_files for name in writer.content[PARTITIONS]):
             raise DataError(f"{writer.out} holds interactions; the sub-command `interactions` appends to it")
         columns = {"doc": tables.doc_id_column, "query": tables.query_id_column}
         writer.identify(**{side: "content" if name is None else "column" for side, name in columns.items()})

@@ -17,7 +17,6 @@ from bigdssm.losses import (
     LossInputError,
     StreamingFrequency,
     apply_sampling,
-    log_expected_from_counts,
     norm_penalty,
     relevance_weight,
 )
@@ -69,7 +68,7 @@ def test_corrections_add_to_what_is_there() -> None:
 
 def test_expected_columns_from_counts() -> None:
     counts = torch.tensor([6, 3, 0])
-    expected = log_expected_from_counts(counts, torch.tensor([0, 2]), num_columns=100, num_uniform=30).exp()
+    expected = CountedFrequency(counts, num_columns=100, num_uniform=30).log_expected(torch.tensor([0, 2])).exp()
     torch.testing.assert_close(expected, torch.tensor([60.0 + 10, 10 + 10], dtype=torch.float64))
 
 
@@ -80,7 +79,7 @@ def test_counts_are_added_up_once() -> None:
     expected = (100 * (seen[documents] / seen.sum()) + 30 / 4).log()
     counted = CountedFrequency(counts, 100, 30)
     assert torch.equal(counted.log_expected(documents), expected)
-    assert torch.equal(log_expected_from_counts(counts, documents, 100, 30), expected)
+    assert torch.equal(CountedFrequency(counts, 100, 30).log_expected(documents), expected)
     counts[1] = torch.nan  # of a document that is not asked for: nothing reads it again
     assert torch.equal(counted.log_expected(documents), expected)
     with pytest.raises(LossInputError, match="negative values"):
@@ -115,7 +114,7 @@ def test_streaming_estimate_is_as_good_as_the_counts(world: Any) -> None:
     for _ in range(2000):
         estimate.update(torch.multinomial(share, tool.BATCH, replacement=True, generator=generator))
     top = share.topk(100).indices
-    exact = log_expected_from_counts(share * 1e12, top, tool.BATCH)
+    exact = CountedFrequency(share * 1e12, tool.BATCH).log_expected(top)
     assert float((estimate.log_expected(top) - exact).abs().mean()) < 0.1
 
 

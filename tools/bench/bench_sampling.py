@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bigdssm.losses import apply_sampling, fps_loss, log_expected_from_counts, sample_uniform
+from bigdssm.losses import CountedFrequency, apply_sampling, fps_loss, sample_uniform
 from bigdssm.losses.sampling import Sampling
 
 ITEMS, BATCH, D = 10_000, 256, 8
@@ -60,7 +60,7 @@ def gradient_bias(
     """Return the relative bias."""
     generator = torch.Generator().manual_seed(1)
     items, drawn = world.items, world.drawn
-    log_expected = log_expected_from_counts(drawn.mean(0) * 1e9, torch.arange(ITEMS), BATCH, num_uniform)
+    log_expected = CountedFrequency(drawn.mean(0) * 1e9, BATCH, num_uniform).log_expected(torch.arange(ITEMS))
     total, right = torch.zeros(D, D, dtype=torch.float64), torch.zeros(D, D, dtype=torch.float64)
     for _ in range(batches):
         rows = torch.randint(len(drawn), (BATCH,), generator=generator)

@@ -96,12 +96,11 @@ def csv_rows(path: Path, columns: Sequence[str], kind: str) -> Iterator[tuple[in
         raise wrong_line(path, numbers[0], str(error), "a row of CSV, quotes closed", kind) from None
 
 
-def check_number(path: Path, line: int, name: str, text: str, kind: str) -> str:
-    """Return `text` where it is a finite number. Raises DataError."""
+def check_number(path: Path, line: int, name: str, text: str, kind: str) -> None:
+    """Raise DataError unless `text` is a finite number."""
     try:
         number = float(text)
     except ValueError:
         number = math.nan
     if not math.isfinite(number) or "_" in text:  # Python's own notation
         raise wrong_line(path, line, text, f"a number as {name}", kind)
-    return text.strip()
