@@ -30,6 +30,7 @@ from bigdssm.making.catalogue_writer import KEY_COLUMNS, CatalogueWriter, check_
 from bigdssm.making.column_file import ColumnFile
 from bigdssm.making.dataset_writer import PARTITIONS, DatasetWriter
 from bigdssm.making.journal import State
+from bigdssm.making.leak import counts_events, younger_share
 from bigdssm.making.making import (
     BLOCK_COLUMNS,
     SEQUENCE_COLUMNS,
@@ -116,7 +117,7 @@ def make_interactions(
         if not writer.written.get("sequences"):
             making.write_sequences(events, prior, schema, text)
             writer.note(sequences=True)
-        rows = _rows(tables, target, events, prior, config.targets_per_row)
+        rows = _rows(tables, target, events, prior, config.targets_per_row, notes)
         splits, counts = write_splits(
             writer, rows, _block_columns, partial(_positives, events), num_docs, notes, progress
         )  # fmt: skip
@@ -397,7 +398,12 @@ def _positives(events: _Events, table: pa.Table) -> np.ndarray:
 
 
 def _rows(
-    tables: InteractionTables, target: Target, events: _Events, prior: dict[str, Ragged], targets_per_row: int
+    tables: InteractionTables,
+    target: Target,
+    events: _Events,
+    prior: dict[str, Ragged],
+    targets_per_row: int,
+    notes: list[str],
 ) -> dict[str, SplitRows]:
     """Return every split's rows, those of train shuffled; elsewhere a row has one target.
 
@@ -406,6 +412,12 @@ def _rows(
     position = np.arange(len(events.item)) - events.offsets[events.sequence]
     place = position + prior["items"].lengths[events.sequence]
     split = np.where(place > 0, _split_of(tables, events, position), -1)  # the first event has no history
+    if tables.split == "leave-one-out" and tables.time_column and not counts_events(events.time, position):
+        younger = younger_share(events.time, split == 0, split == 2)
+        notes.append(
+            f"leave-one-out leaks: on average {younger:.1%} of the train targets are younger than a test target; "
+            f"with --split time none is"
+        )
     rows: dict[str, SplitRows] = {}
     for number, name in enumerate(SPLITS):
         targets = np.flatnonzero(split == number)

@@ -199,3 +199,24 @@ def test_more_text_than_32_bit_offsets_reach_gets_64_bits(
     every = np.arange(plain.catalogue.num_docs)
     assert wide.catalogue.display(every) == plain.catalogue.display(every)
     assert wide.catalogue.find(["i7", "no"]).tolist() == plain.catalogue.find(["i7", "no"]).tolist()
+
+
+def leaks(folder: Path, **options: Any) -> list[str]:
+    tables = InteractionTables(folder / "events.csv", folder / "items.csv", **options)
+    report = make_interactions(CONFIG, tables, Target(folder / "leak", overwrite=True))
+    return [note for note in report.notes if "leaks" in note]
+
+
+def test_how_much_leave_one_out_leaks_is_said(tmp_path: Path) -> None:
+    """Train targets at 11, 12, 14 and 15; the test's at 14 is older than one of four, that at 17 than none."""
+    early = [("u", f"i{k}", 10 + k) for k in range(5)]
+    late = [("v", f"i{k}", 13 + k) for k in range(5)]
+    write(tmp_path, early + late)
+    assert leaks(tmp_path) == [
+        "leave-one-out leaks: on average 12.5% of the train targets are younger than a test target; "
+        "with --split time none is"
+    ]
+    assert not leaks(tmp_path, split="time"), "there it does not"
+    assert not leaks(tmp_path, time_column=None), "no time is known"
+    write(tmp_path, [(user, item, time - (10 if user == "u" else 13)) for user, item, time in early + late])
+    assert not leaks(tmp_path), "times that number a user's events compare with nothing"
