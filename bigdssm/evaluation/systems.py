@@ -11,6 +11,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+import xxhash
 from rich.box import SIMPLE
 from rich.table import Table
 
@@ -150,7 +151,7 @@ def save_comparison(
     path: Path, dataset: Dataset, split: str, systems: Sequence[System], pairs: Sequence[tuple[System, System]]
 ) -> None:
     """Write the JSON `path`, and beside it each system's ranks as .npy."""
-    content: dict[str, Any] = {"dataset": dataset.fingerprint, "split": split, "systems": as_json(systems)}
+    content: dict[str, Any] = {"split": split, "rows": rows_checksum(dataset, split), "systems": as_json(systems)}
     path.parent.mkdir(parents=True, exist_ok=True)
     for number, (entry, system) in enumerate(zip(content["systems"], systems, strict=True)):
         assert system.ranks is not None
@@ -164,11 +165,11 @@ def save_comparison(
 def load_system(path: Path, dataset: Dataset, split: str) -> System:
     """Return the first system of a saved comparison.
 
-    Raises DataError: missing, damaged, or of another dataset or split, whose rows do not pair.
+    Raises DataError: missing, damaged, or of other rows, which do not pair. The features of these may be others.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        made_of = (content["dataset"], content["split"])
+        measured_on, of_split = content["rows"], content["split"]
         entry = content["systems"][0]
         ranks = np.load(path.with_name(Path(entry["ranks"]).name), allow_pickle=False)
         if ranks.dtype != np.float64 or (ranks < 1).any():
@@ -178,9 +179,21 @@ def load_system(path: Path, dataset: Dataset, split: str) -> System:
         raise DataError(f"{error.filename} does not exist") from None
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise DataError(f"{path} is no comparison written by bigdssm evaluate: {error!r}") from None
-    if made_of != (dataset.fingerprint, split) or len(ranks) != dataset.num_rows(split):
-        raise DataError(f"{path} was measured on other rows (split {made_of[1]} of dataset {made_of[0]})")
+    if measured_on != rows_checksum(dataset, split) or len(ranks) != dataset.num_rows(split):
+        raise DataError(
+            f"{path} was measured on other rows than those of split {split} of {dataset.dir}: {len(ranks)} of a split "
+            f"{of_split}; measure both on datasets made of the same tables"
+        )
     return system
+
+
+def rows_checksum(dataset: Dataset, split: str) -> str:
+    """Return the xxh3_128, in hex, of what a rank is of: each row's query, place and document, and all documents."""
+    digest = xxhash.xxh3_128(np.sort(dataset.catalogue.doc_ids).tobytes())
+    for rows in dataset.iterate(split, 65_536):
+        for column in (rows.query_ids, rows.place, dataset.catalogue.ids(rows.doc_rows), rows.relevance):
+            digest.update(b"" if column is None else np.ascontiguousarray(column).tobytes())
+    return digest.hexdigest()
 
 
 def _fitted(name: str, kind: type[Popularity] | type[Markov], dataset: Dataset, split: str) -> System:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +12,17 @@ import torch
 
 from bigdssm import distributed
 from bigdssm.batching.collate import Collator
+from bigdssm.config import DataConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DivergedError
 from bigdssm.evaluation.baselines import Markov, Popularity
 from bigdssm.evaluation.metrics import mean_metrics
 from bigdssm.evaluation.split import evaluate_scores, evaluate_split
-from bigdssm.evaluation.systems import baseline_systems
+from bigdssm.evaluation.systems import baseline_systems, rows_checksum
+from bigdssm.features import Categorical, History, Numeric
+from bigdssm.making.interactions import InteractionTables, make_interactions
+from bigdssm.making.making import Target
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import Encoders, Share, encode_queries, tower_encoders
 
@@ -144,3 +149,33 @@ def test_baselines_of_a_split(dataset: Dataset) -> None:
     assert [system.name for system in systems] == ["popularity", "Markov, window 3"]
     assert all(len(system.ranks) == dataset.num_rows("test") for system in systems)
     assert distributed.world_size() == 1
+
+
+def test_rows_pair_whatever_their_features_are(tmp_path: Path) -> None:
+    """Ranks of datasets made of the same tables compare; those of another document, user or history do not."""
+    events = [(user, f"i{k}", k) for user in ("u", "v") for k in range(4)]
+
+    def checksum(name: str, events: list[tuple[str, str, int]], config: DataConfig, items: int = 5) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        lines = ["user_id,item_id,timestamp", *(",".join(map(str, event)) for event in events)]
+        (folder / "events.csv").write_text("\n".join(lines) + "\n")
+        (folder / "items.csv").write_text("item_id,price\n" + "".join(f"i{k},{k}\n" for k in range(items)))
+        tables = InteractionTables(folder / "events.csv", folder / "items.csv")
+        make_interactions(config, tables, Target(folder / "out"))
+        return rows_checksum(Dataset.open(folder / "out"), "test")
+
+    plain = DataConfig(
+        dir="", query={"past": History(of="item", max_items=5)}, doc={"item": Categorical(column="item_id")}
+    )
+    priced = replace(plain, doc={**plain.doc, "price": Numeric()})
+    of_rows = checksum("plain", events, plain)
+    assert checksum("priced", events, priced) == of_rows
+    other = [(user, "i4" if (user, k) == ("v", 3) else item, k) for user, item, k in events]
+    changed = {
+        checksum("longer", [("u", "i4", -1), *events], plain),
+        checksum("other", other, plain),
+        checksum("renamed", [(user.replace("v", "w"), item, k) for user, item, k in events], plain),
+        checksum("more", events, plain, items=6),
+    }
+    assert of_rows not in changed and len(changed) == 4
