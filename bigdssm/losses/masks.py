@@ -169,6 +169,7 @@ class MaskPairs(FalseNegatives):
     column_doc: Tensor  # [N]
 
     def __post_init__(self) -> None:
+        self._block_lengths: dict[int, list[int]] = {}
         limit, keys = max(1, self.docs.limit), self.pair_keys
         self._counts = keys < _NOWHERE  # each pair once
         self._counts[1:] &= keys[1:] != keys[:-1]
@@ -196,9 +197,10 @@ class MaskPairs(FalseNegatives):
 
     def block_lengths(self, height: int) -> list[int]:
         """Return the number of masked entries of each block of `height` rows; the host waits for all at once."""
-        missing = -len(self.row_lengths) % height
-        sums: list[int] = torch.nn.functional.pad(self.row_lengths, (0, missing)).view(-1, height).sum(1).tolist()
-        return sums
+        if height not in self._block_lengths:
+            padded = torch.nn.functional.pad(self.row_lengths, (0, -len(self.row_lengths) % height))
+            self._block_lengths[height] = padded.view(-1, height).sum(1).tolist()
+        return self._block_lengths[height]
 
     def entries(self, start: int, stop: int, total: int) -> tuple[Tensor, Tensor]:
         """Return (row − start, column) of every masked entry in rows [start, stop), of which there are `total`."""

@@ -6,8 +6,6 @@ is a launch of its own: blocks of rows are as high as memory allows, and a tile 
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 CACHED_WIDTH = 1024  # columns of a tile: wide enough for the products
@@ -37,8 +35,8 @@ def block_rows(device: torch.device, width: int, element_size: int, cached: int 
     return cached if device.type == "cpu" else strip_rows(device, width, element_size)
 
 
-@functools.cache
 def _score_bytes(device: torch.device) -> int:
-    properties = getattr(torch.get_device_module(device), "get_device_properties", None)
-    memory = _MEMORY_BYTES if properties is None else int(properties(device).total_memory)
+    backend = torch.get_device_module(device)
+    says = hasattr(backend, "get_device_properties") and backend.is_available()
+    memory = int(backend.get_device_properties(device).total_memory) if says else _MEMORY_BYTES
     return memory // _MEMORY_SHARE

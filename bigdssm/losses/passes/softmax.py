@@ -135,7 +135,7 @@ def _shifted_sums(
     largest_m = matrix.zeros()
     total_N = torch.zeros(matrix.columns.total + 1, dtype=torch.float64, device=matrix.device)
     factor_N = None if neg_bias_N is None else neg_bias_N.exp().to(matrix.acc)
-    height = _height(matrix, 1)
+    height = _height(matrix)
     buffer, ones = matrix.buffer(height, matrix.columns.widest), torch.ones_like(largest_m[:height])
     for block in matrix.blocks(height):
         rows = block.rows
@@ -161,7 +161,7 @@ def _logarithmic_sums(matrix: ScoreMatrix, neg_bias_N: Tensor | None, group: Gro
     log_m = torch.full((matrix.U_mD.shape[0],), -math.inf, dtype=torch.float64, device=matrix.device)
     rows_sums = RowSums(log_m, log_m.clone())
     log_N = log_m.new_full((matrix.columns.total,), -math.inf)
-    height = _height(matrix, 1)
+    height = _height(matrix)
     buffer = matrix.buffer(height, matrix.columns.widest)
     for block in matrix.blocks(height):
         rows = block.rows
@@ -179,10 +179,9 @@ def _logarithmic_sums(matrix: ScoreMatrix, neg_bias_N: Tensor | None, group: Gro
     return rows_sums, total_N.log_() + shift_N
 
 
-def _height(matrix: ScoreMatrix, buffers: int) -> int:
-    """Return the rows of a block of the passes that hold one tile, so many times."""
-    cell_bytes = matrix.cell_bytes + (buffers - 1) * matrix.acc.itemsize
-    return block_rows(matrix.device, matrix.columns.widest, cell_bytes)
+def _height(matrix: ScoreMatrix) -> int:
+    """Return the rows of a block of the passes that hold one tile, at most twice."""
+    return block_rows(matrix.device, matrix.columns.widest, matrix.cell_bytes + matrix.acc.itemsize)
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,7 @@ class Coefficients:
 
 def gradient_pass(matrix: ScoreMatrix, shift: Shift | None, c: Coefficients, sums: Gradients) -> None:
     """Compute the scores again and add G to `sums`; only its row part concerns beta, which cancels in the columns."""
-    height = _height(matrix, 2)
+    height = _height(matrix)
     buffer, second = matrix.buffer(height, matrix.columns.widest), matrix.buffer(height, matrix.columns.widest)
     gradient = _LogarithmicGradient(c) if shift is None else _ShiftedGradient(c, shift.value, matrix.acc)
     at = 0.0 if shift is None else shift.value
