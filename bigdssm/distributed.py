@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import socket
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +19,9 @@ from torch import Tensor
 
 from bigdssm import timing
 from bigdssm.errors import BigDSSMError, PeerError
+
+# torch 2.13 calls it all_gather_single, and warns; 2.10 does not have that name
+warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*", FutureWarning)
 
 T = TypeVar("T")
 Group = dist.ProcessGroup
