@@ -238,11 +238,11 @@ def find_false_negatives(
         return MaskPairs(positives.row_query, num_queries, keys, docs, doc_columns, column_doc)
     spare = num_queries * num_columns  # for pairs whose document has no column
     cells = torch.zeros(spare + 1, dtype=torch.uint8, device=valid.device)
-    lengths = doc_columns.lengths()
+    lengths, a_column = doc_columns.lengths(), doc_columns.first()
     single = bool((lengths <= 1).all())
     for query, doc, there in positives.among(docs):
         if single:
-            cells[torch.where(there, query * num_columns + doc_columns.first()[doc], spare)] = 1
+            cells[torch.where(there, query * num_columns + a_column[doc], spare)] = 1
         else:
             each = lengths[doc] * there
             which, within = Groups.ranges(each, int(each.sum()))

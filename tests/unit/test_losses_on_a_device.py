@@ -117,6 +117,17 @@ def test_launches_of_large_batches() -> None:
             assert FIXED["q2d"] + strips * EACH["q2d"] <= most
 
 
+@pytest.mark.parametrize("name", ["softmax", "pair_ce"])
+def test_what_a_fine_tuning_loss_asks_for(name: str) -> None:
+    """With listed negatives and in-batch ones: the number of columns is one wait more."""
+    shard = replace(batch(128, 16, 3, 10**6), negatives=torch.arange(256).view(128, 2) % 128)
+    with simgpu.ranks(8), simgpu.Device() as device:
+        step(LOSSES[name], shard, device.put)
+    assert not device.mixed and not device.uploads
+    assert sum(device.waits.values()) <= 6, device.waits
+    assert sum(name == "all_gather" for name, _, _ in device.collectives) == 2
+
+
 def test_a_norm_penalty_has_no_wait() -> None:
     with simgpu.ranks(8), simgpu.Device() as device:
         vectors = device.put(torch.randn(20, 4)).requires_grad_()
