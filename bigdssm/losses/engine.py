@@ -22,7 +22,8 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.distributed import Group
-from bigdssm.losses.inputs import GlobalSizes, LossInputError, LossInputs, check_inputs, global_sizes, need
+from bigdssm.losses.exchange import LossInputError, need
+from bigdssm.losses.inputs import GlobalSizes, LossInputs, check_inputs, global_sizes
 from bigdssm.losses.listed import add_listed, score_listed
 from bigdssm.losses.masks import find_false_negatives, find_known_positives, gather_pairs, own_pairs
 from bigdssm.losses.output import LocalStats, LossOutput, attach, finish_gradients, reduce_output

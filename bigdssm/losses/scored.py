@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bigdssm.distributed import Group
+from bigdssm.losses.exchange import LossInputError, exchange, need
 from bigdssm.losses.extras import global_mean
-from bigdssm.losses.inputs import LossInputError, exchange, need
 from bigdssm.losses.masks import count_known, find_known_positives, gather_pairs, own_pairs
 from bigdssm.losses.output import LocalStats, LossOutput, reduce_output
 from bigdssm.losses.terms import TERMS, Term, find_term, weighted
