@@ -105,7 +105,7 @@ def contrastive_loss(
             told = None if pairs is None else gather_pairs(pairs, sizes.num_known, group)
         positives = find_known_positives(x.query_ids, doc_m, x.weight, x.known, told, sizes.known_counts)
         if gathered is not None:
-            mask = find_false_negatives(positives, gathered.doc_ids, gathered.valid, gathered.total)
+            mask = find_false_negatives(positives, gathered.docs, gathered.valid, gathered.total)
             passes = ScorePasses(shared, sizes, gathered, mask, group)
         column_mk, there_mk = negatives.clamp(min=0), negatives >= 0
         other_mk = there_mk & (column_mk != x.positive[:, None])
