@@ -17,7 +17,6 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.distributed import Group
-from bigdssm.losses.ids import Numbers
 from bigdssm.losses.inputs import GlobalSizes, LossInputs
 from bigdssm.losses.masks import FalseNegatives, mask_bytes
 from bigdssm.losses.passes.columns import Columns, gather_columns
