@@ -53,20 +53,19 @@ def batch(m: int, D: int, known_each: int, num_docs: int, dtype: torch.dtype = B
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("world_size", [1, 3])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (BF16, 2**-7)])
+@pytest.mark.parametrize(("world_size", "dtype", "tolerance"), [(1, BF16, 2**-7), (3, torch.float64, 1e-10)])
 def test_a_device_gives_what_a_cpu_gives(loss: str, world_size: int, dtype: torch.dtype, tolerance: float) -> None:
     """With every option, some queries of weight 0, and strips of a few rows; gradients are rounded to their dtype."""
     options = OPTIONS if loss in ("softmax", "pair_ce") else OPTIONS - {"negatives"}
     for num_docs, query_ids in ((50, True), (300, True), (50, False)):
         given = options if query_ids else options - {"query_ids"}
         (shard,) = make_shards(
-            torch.Generator().manual_seed(3), [(70, 80)], 8, num_queries=30, num_docs=num_docs, options=given,
+            torch.Generator().manual_seed(3), [(50, 60)], 8, num_queries=25, num_docs=num_docs, options=given,
             dtype=dtype,
         )  # fmt: skip
         with simgpu.ranks(world_size) if world_size > 1 else nullcontext():
             expected = step(LOSSES[loss], shard)
-            with simgpu.Device(memory=32 * 20 * 80 * world_size * 8) as device:
+            with simgpu.Device(memory=32 * 20 * 60 * world_size * 8) as device:
                 found = [None if x is None else x.elem for x in step(LOSSES[loss], shard, device.put)]  # type: ignore[attr-defined]
         assert not device.mixed
         for a, b in zip(found, expected, strict=True):
