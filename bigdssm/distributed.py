@@ -6,7 +6,9 @@ gradients: the losses compute theirs by hand and reduce them.
 
 from __future__ import annotations
 
+import math
 import socket
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,6 +19,9 @@ from torch import Tensor
 
 from bigdssm import timing
 from bigdssm.errors import BigDSSMError, PeerError
+
+# torch 2.13 calls it all_gather_single, and warns; 2.10 does not have that name
+warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*", FutureWarning)
 
 T = TypeVar("T")
 Group = dist.ProcessGroup
@@ -160,7 +165,7 @@ def all_gather_rows(rows: Tensor, counts: Sequence[int], group: Group | None = N
 class PaddedRows:
     """The rows of all ranks in one buffer [world_size · longest, …]; rank k's rows start at k · longest.
 
-    `wait` must be called before any rows but the own ones are read: the gather may still be under way.
+    `wait` must be called before any are read: the gather may still be under way.
     """
 
     buffer: Tensor
@@ -179,17 +184,74 @@ class PaddedRows:
 def all_gather_padded(rows: Tensor, longest: int, group: Group | None = None, async_op: bool = False) -> PaddedRows:
     """Gather the rows [n_k ≤ longest, …] of all ranks in one collective; padding rows are zero.
 
-    With `async_op` the collective runs in the background; the own rows stand in the buffer at once.
+    With `async_op` the collective runs in the background.
     """
     if world_size(group) == 1:
         return PaddedRows(rows, longest)
-    buffer = rows.new_zeros((world_size(group) * longest, *rows.shape[1:]))
-    own = buffer.narrow(0, rank(group) * longest, longest)
-    own[: rows.shape[0]] = rows
-    parts = list(buffer.view(world_size(group), longest, *rows.shape[1:]).unbind(0))
+    own = rows.detach()
+    if rows.shape[0] < longest or not rows.is_contiguous():
+        own = rows.new_zeros((longest, *rows.shape[1:]))
+        own[: rows.shape[0]] = rows
+    buffer = own.new_empty((world_size(group) * longest, *rows.shape[1:]))
     with timing.span("communication"):
-        work = dist.all_gather(parts, own.clone(), group=group, async_op=async_op)
-    return PaddedRows(buffer, longest, work)
+        work = dist.all_gather_into_tensor(buffer, own, group=group, async_op=async_op)
+    return PaddedRows(buffer, longest, work if async_op else None)
+
+
+@dataclass
+class PackedRows:
+    """Several values of each row of all ranks in one buffer of bytes; rank k's rows start at k · longest."""
+
+    gathered: PaddedRows
+    parts: list[tuple[int, tuple[int, ...], torch.dtype]]  # offset in a row, shape and dtype of a row's value
+
+    def wait(self) -> list[Tensor]:
+        """Wait for the gather to end and return the values as views [world_size · longest, …] of the buffer."""
+        return self.views(self.gathered.wait())
+
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """Return the values of the rows of a buffer."""
+        views = []
+        for at, shape, dtype in self.parts:
+            part = buffer[:, at : at + math.prod(shape) * dtype.itemsize]
+            views.append(part.view(dtype).view(buffer.shape[0], *shape))
+        return views
+
+
+@dataclass
+class OwnRows:
+    """The values of a world of one."""
+
+    values: list[Tensor]
+
+    def wait(self) -> list[Tensor]:
+        """Return the values."""
+        return self.values
+
+
+def all_gather_packed(values: Sequence[Tensor], longest: int, group: Group | None = None) -> PackedRows | OwnRows:
+    """Gather the rows [n_k ≤ longest, …] of several tensors of any dtypes in one collective, in the background.
+
+    The values of a row lie side by side, each at a multiple of 16 bytes where it is wider than 8: the views that come
+    back are what products, on a device too, take as they are. Padding rows are zero.
+    """
+    if world_size(group) == 1:
+        return OwnRows(list(values))
+    parts, width = [], 0
+    for value in values:
+        size = value.element_size() * math.prod(value.shape[1:])
+        width = _up(width, 16 if size > 8 else 8)
+        parts.append((width, tuple(value.shape[1:]), value.dtype))
+        width += size
+    own = torch.zeros((longest, _up(width, 16)), dtype=torch.uint8, device=values[0].device)
+    packed = PackedRows(PaddedRows(own, longest), parts)
+    for value, view in zip(values, packed.views(own), strict=True):
+        view[: value.shape[0]] = value
+    return PackedRows(all_gather_padded(own, longest, group, async_op=True), parts)
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def reduce_scatter_rows(buffer: Tensor, group: Group | None = None) -> Tensor:

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.distributed import Group
-from bigdssm.losses.inputs import LossInputError, LossInputs, check_inputs, global_sizes, need
+from bigdssm.losses.exchange import LossInputError, need
+from bigdssm.losses.inputs import GlobalSizes, LossInputs, check_inputs, global_sizes
 from bigdssm.losses.listed import add_listed, score_listed
-from bigdssm.losses.masks import find_false_negatives, gather_known_positives
+from bigdssm.losses.masks import find_false_negatives, find_known_positives, gather_pairs, own_pairs
 from bigdssm.losses.output import LocalStats, LossOutput, attach, finish_gradients, reduce_output
 from bigdssm.losses.passes import Gradients, ScorePasses, gather_columns, product_precision
 from bigdssm.losses.terms import TERMS, Scores, Term
@@ -72,7 +73,7 @@ def contrastive_loss(
     Raises: LossInputError (PeerError on the ranks whose own input is good), on every rank.
     """
     x: LossInputs | LossInputError
-    shared: LossInputs | LossInputError  # what is gathered: the columns that are negatives of every query
+    shared, kept = None, None  # what is gathered: the columns that are negatives of every query
     try:
         x = check_inputs(
             U, W, positive, alpha=alpha, beta=beta, neg_bias=neg_bias, weight=weight,
@@ -81,31 +82,38 @@ def contrastive_loss(
         _check_choice(term, x, negatives, columns, direction, tile)
         x, shared, kept = _share(x, columns, group)
     except LossInputError as error:
-        x = shared = error
+        x = error
     words = f"{term} over {_SHARED.get(columns, columns)}, {direction}"
-    shared, sizes = global_sizes(shared, words, getattr(U, "device", torch.device("cpu")), group)
-    assert isinstance(x, LossInputs) and isinstance(term, Term)
+    x, sizes = global_sizes(x, shared, negatives, words, getattr(U, "device", torch.device("cpu")), group)
+    assert isinstance(term, Term) and shared is not None
     m, n, device = x.U.shape[0], x.W.shape[0], x.W.device
     if negatives is None:
         negatives = x.positive.new_zeros((m, 0))
     # without ids a column is its own document, of its index among all ranks' as id
     docs_n = torch.arange(n, device=device) + sizes.rank * sizes.longest if x.doc_ids is None else x.doc_ids
+    doc_m = docs_n[x.positive]
     with torch.no_grad(), product_precision(x):
-        positives = gather_known_positives(x.query_ids, docs_n[x.positive], x.weight, x.known, sizes.num_known, group)
-        passes = None
+        pairs = None if x.query_ids is None else own_pairs(x.query_ids, doc_m, x.weight, x.known)
+        passes = gathered = told = None
         if columns != "none":
-            copies_n = torch.bincount(shared.positive, minlength=len(shared.W)).double() if kept is not None else None
-            gathered = gather_columns(shared, sizes, copies_n, tile, group)
-            mask = find_false_negatives(positives, gathered.doc_ids, gathered.valid, gathered.total)
+            copies_n = None if kept is None else _copies(shared)
+            arriving = gather_columns(shared, sizes, copies_n, pairs, tile, group)
+            positive_m = _positive_scores(x, sizes, with_beta=direction != "d2q")
+            gathered, told = arriving.wait()
+        else:
+            positive_m = _positive_scores(x, sizes, with_beta=True)
+            told = None if pairs is None else gather_pairs(pairs, sizes.num_known, group)
+        positives = find_known_positives(x.query_ids, doc_m, x.weight, x.known, told, sizes.known_counts)
+        if gathered is not None:
+            mask = find_false_negatives(positives, gathered.docs, gathered.valid, gathered.total)
             passes = ScorePasses(shared, sizes, gathered, mask, group)
         column_mk, there_mk = negatives.clamp(min=0), negatives >= 0
         other_mk = there_mk & (column_mk != x.positive[:, None])
         known_mk = positives.contain(docs_n[column_mk])
         used_mk = other_mk & ~known_mk
-        score_mk = score_listed(x, column_mk, used_mk)
-        positive_m = _positive_scores(x, with_beta=direction != "d2q")
+        score_mk = score_listed(x, sizes.alpha, column_mk, used_mk)
         found = term.on_vectors(Scores(x.weight, positive_m, score_mk, used_mk, passes, direction))
-        masked, entries = float((other_mk & known_mk).sum()), float(there_mk.sum())
+        masked, entries = (other_mk & known_mk).sum().double(), there_mk.sum().double()
         if passes is not None:
             of_columns = passes.entries()
             entries, masked = entries + of_columns[0], masked + of_columns[1]
@@ -133,10 +141,8 @@ def _check_choice(
         return
     kind = getattr(negatives, "dtype", type(negatives).__name__)
     need(kind == torch.int64, f"negatives must be int64, got {kind}")
-    m, n = x.U.shape[0], x.W.shape[0]
+    m = x.U.shape[0]
     need(negatives.ndim == 2 and len(negatives) == m, f"negatives must be [{m}, k], got {list(negatives.shape)}")
-    fit = not negatives.numel() or (int(negatives.min()) >= -1 and int(negatives.max()) < n)
-    need(fit, f"negatives hold a column outside -1 … {n - 1}")
 
 
 def _share(x: LossInputs, columns: str, group: Group | None) -> tuple[LossInputs, LossInputs, Tensor | None]:
@@ -150,10 +156,18 @@ def _share(x: LossInputs, columns: str, group: Group | None) -> tuple[LossInputs
     if x.doc_ids is None:
         first = distributed.rank(group) << 40
         x = replace(x, doc_ids=torch.arange(first, first + x.W.shape[0], device=x.W.device))
-    kept, positive = torch.unique(x.positive[: None if columns == "in_batch" else 0], return_inverse=True)
+    # what lies outside is refused when all ranks are told, not here
+    positive = x.positive.clamp(0, max(0, x.W.shape[0] - 1))
+    kept, positive = torch.unique(positive[: None if columns == "in_batch" else 0], return_inverse=True)
     names = ("W", "beta", "neg_bias", "doc_ids")
     part: dict[str, Any] = {name: None if (v := getattr(x, name)) is None else v.detach()[kept] for name in names}
     return x, replace(x, positive=positive, **part), kept
+
+
+def _copies(shared: LossInputs) -> Tensor:
+    """Return how many queries each gathered column is the document of, float64."""
+    counts = torch.zeros(len(shared.W), dtype=torch.float64, device=shared.W.device)
+    return counts.index_add_(0, shared.positive, torch.ones_like(shared.positive, dtype=torch.float64))
 
 
 def _spread(sums: Gradients, kept: Tensor | None, n: int) -> Gradients:
@@ -167,7 +181,7 @@ def _spread(sums: Gradients, kept: Tensor | None, n: int) -> Gradients:
     return Gradients(sums.U, W, beta)
 
 
-def _positive_scores(x: LossInputs, with_beta: bool) -> Tensor:
+def _positive_scores(x: LossInputs, sizes: GlobalSizes, with_beta: bool) -> Tensor:
     """Return the scores of the positives, float64 [m]."""
-    products = (x.U.detach().to(x.acc) * x.W.detach()[x.positive].to(x.acc)).sum(1).double() * float(x.alpha.detach())
+    products = (x.U.detach().to(x.acc) * x.W.detach()[x.positive].to(x.acc)).sum(1).double() * sizes.alpha
     return products if x.beta is None or not with_beta else products + x.beta.detach().double()[x.positive]

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.distributed import Group
-from bigdssm.losses.inputs import LossInputError
+from bigdssm.losses.exchange import LossInputError
 
 
 def relevance_weight(relevance: Tensor, kind: Literal["indicator", "relevance"]) -> Tensor:
     """Return the weights [m] from relevance: 1[r > 0], or r. Raises: LossInputError where r is negative or NaN."""
-    if not bool(relevance.isfinite().all()) or bool((relevance < 0).any()):
+    if not bool((relevance.isfinite() & (relevance >= 0)).all()):
         raise LossInputError("relevance holds NaN, infinite or negative values")
     if kind == "indicator":
         return (relevance > 0).to(relevance.dtype if relevance.is_floating_point() else torch.float32)
@@ -34,14 +34,13 @@ def norm_penalty(vectors: Tensor, copies: Tensor | None = None, group: Group | N
     """
     squares = vectors.float().pow(2).sum(1) if vectors.dtype == torch.bfloat16 else vectors.pow(2).sum(1)
     weight = torch.ones_like(squares) if copies is None else copies.to(squares.dtype)
-    return global_mean((squares * weight).sum(), float(weight.sum()), group)
+    return global_mean((squares * weight).sum(), weight.sum(), group)
 
 
-def global_mean(own: Tensor, own_total: float, group: Group | None) -> Tensor:
+def global_mean(own: Tensor, own_total: Tensor, group: Group | None) -> Tensor:
     """Return Σ own / Σ own_total over all ranks, with gradients world_size times this rank's share."""
-    sums = torch.stack([own.detach().double(), own.new_tensor(own_total, dtype=torch.float64)])
+    sums = torch.stack([own.detach().double(), own_total.detach().double()])
     distributed.all_reduce(sums, "sum", group)
-    if sums[1] == 0:
-        return own * 0
-    share = own * (distributed.world_size(group) / float(sums[1]))
-    return share + ((sums[0] / sums[1]).to(own.dtype) - share.detach())
+    factor = torch.where(sums[1] > 0, distributed.world_size(group) / sums[1], 0.0)
+    share = own * factor.to(own.dtype)
+    return share + (torch.where(sums[1] > 0, sums[0] / sums[1], 0.0).to(own.dtype) - share.detach())

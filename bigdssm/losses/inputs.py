@@ -1,15 +1,16 @@
 """What a loss is given: checked on every rank, and the sizes and ranges of all ranks that it needs before it starts.
 
 One small all-gather carries each rank's numbers and verdict, so bad input ends in one error on every rank and never in
-a hang.
+a hang. What depends on values is found where they are and read with these numbers: once.
 
 Shape legend: m queries and n document columns of this rank, D vector size.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-import zlib
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,15 +19,11 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.distributed import Group
-from bigdssm.errors import DataError
+from bigdssm.losses.exchange import LossInputError, agree, exchange, need
 from bigdssm.losses.masks import count_known
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 WANTS_U, WANTS_W, WANTS_ALPHA, WANTS_BETA = 1, 2, 4, 8
-
-
-class LossInputError(DataError, ValueError):
-    """Vectors, ids or weights that a loss cannot work with."""
 
 
 @dataclass
@@ -47,6 +44,11 @@ class LossInputs:
     wants: int  # bits: gradients of U, W, alpha, beta
     given: str  # names of what is optional and there
 
+    @property
+    def operand(self) -> torch.dtype:
+        """The dtype that products take: a CPU has none of bfloat16 with float32 results."""
+        return self.acc if self.U.device.type == "cpu" else self.U.dtype
+
 
 @dataclass(frozen=True)
 class GlobalSizes:
@@ -55,6 +57,9 @@ class GlobalSizes:
     rank: int
     num_columns: list[int]
     num_known: list[int]
+    column_counts: Tensor  # the same where the vectors are, int64 [world_size]
+    known_counts: Tensor
+    alpha: float
     weight_sum: float
     lowest: float  # bounds of all finite scores, by the vectors' norms; not finite where these are not
     highest: float
@@ -84,7 +89,7 @@ def check_inputs(
     doc_ids: Tensor | None,
     known: Tensor | None,
 ) -> LossInputs:
-    """Return this rank's input with its defaults filled in. Raises: LossInputError."""
+    """Return this rank's input with its defaults filled in; values are `global_sizes`'. Raises: LossInputError."""
     for name, x in (("U", U), ("W", W)):
         need(isinstance(x, Tensor), f"{name} must be a tensor, got {type(x).__name__}")
         need(x.ndim == 2, f"{name} must be [rows, D], got shape {list(x.shape)}")
@@ -103,22 +108,14 @@ def check_inputs(
     _check_rows({"doc_ids": doc_ids}, n, torch.int64)
     _check_rows({"weight": weight}, m, None)
     _check_rows({"beta": beta, "neg_bias": neg_bias}, n, None)
-    if m:
-        lo, hi = int(positive.min()), int(positive.max())
-        need(lo >= 0 and hi < n, f"positive holds {lo if lo < 0 else hi}, outside this rank's {n} columns")
+    need(m == 0 or n > 0, f"U has {m} queries, W no columns for their documents")
     need(not weight.requires_grad, "weight is a constant of the data: it gets no gradient")
-    need(bool((weight >= 0).all()) and bool(weight.isfinite().all()), "weight holds NaN, infinite or negative values")
-    for name, bias in (("beta", beta), ("neg_bias", neg_bias)):
-        need(bias is None or not bool((bias.detach() == math.inf).any()), f"{name} holds +inf")
     need(neg_bias is None or not neg_bias.requires_grad, "neg_bias is a constant of the sampling: it gets no gradient")
     if known is not None:
         need(isinstance(known, Tensor), f"known must be a tensor, got {type(known).__name__}")
         need(doc_ids is not None, "known pairs need query_ids, or the queries' rows in their place, and doc_ids")
         need(known.dtype == torch.int64, f"known must be int64, got {known.dtype}")
         need(known.ndim == 2 and known.shape[1] == 2, f"known must be [pairs, 2], got {list(known.shape)}")
-        if query_ids is None and known.shape[0]:
-            outside = (known[:, 0] < 0) | (known[:, 0] >= m)
-            need(not bool(outside.any()), f"known names a row outside this rank's {m} queries")
     need(isinstance(alpha, Tensor | float | int), f"alpha must be one float, got {type(alpha).__name__}")
     alpha = alpha if isinstance(alpha, Tensor) else torch.tensor([float(alpha)], dtype=torch.float64)
     need(alpha.numel() == 1 and alpha.is_floating_point(), f"alpha must be one float, got shape {list(alpha.shape)}")
@@ -130,79 +127,97 @@ def check_inputs(
     return LossInputs(U, W, positive, weight.detach().double(), alpha, **optional, acc=acc, wants=wants, given=given)
 
 
-def global_sizes(
-    x: LossInputs | LossInputError, loss: str, device: torch.device, group: Group | None
-) -> tuple[LossInputs, GlobalSizes]:
-    """Tell all ranks what this one has, and return its input with the sizes of all; a collective.
+# of each rank, in the order in which they are sent; bad_…: how many values are
+_NUMBERS = (
+    "queries", "columns", "gathered", "known", "weight_sum", "wants", "alpha", "norm_U", "norm_W", "beta_down",
+    "beta_up", "neg_down", "neg_up", "least_positive", "most_positive", "bad_weight", "bad_beta", "bad_neg_bias",
+    "bad_known", "least_negative", "most_negative",
+)  # fmt: skip
 
-    `loss` says in words which loss this is: the ranks must agree on it. Raises: LossInputError on the ranks whose
-    input is bad or where ranks disagree, PeerError on the others.
+
+def global_sizes(
+    x: LossInputs | LossInputError,
+    shared: LossInputs | None,
+    negatives: Tensor | None,
+    loss: str,
+    device: torch.device,
+    group: Group | None,
+) -> tuple[LossInputs, GlobalSizes]:
+    """Tell all ranks what this one has, and return its input with the sizes of all; a collective, and the one wait.
+
+    shared: the part of x that is gathered; negatives: listed ones. `loss` says in words which loss this is: the ranks
+    must agree on it. Raises: LossInputError on the ranks whose input is bad or where ranks disagree, PeerError on the
+    others.
     """
-    if isinstance(x, LossInputError):
-        exchange(x, {}, [0.0] * 10, device, group)
+    if isinstance(x, LossInputError) or shared is None:
+        assert isinstance(x, LossInputError)
+        exchange(x, {}, [0.0] * len(_NUMBERS), _verdict, device, group)
         raise x
     agreed = {
         "the vector size D": str(x.U.shape[1]),
         "the dtype": str(x.U.dtype).removeprefix("torch."),
         "the loss or its direction": loss,
         "which of beta, neg_bias, query_ids, doc_ids, known are given": x.given,
-        "alpha": repr(float(x.alpha.detach())),
     }
-    ranges = [*_range(x.beta), *_range(x.neg_bias)]
-    numbers = [
-        x.W.shape[0],
-        count_known(x.query_ids, x.weight, x.known),
-        float(x.weight.sum()),
-        x.wants,
-        _largest_norm(x.U),
-        _largest_norm(x.W),
-    ]
-    table = exchange(None, agreed, [*numbers, *ranges], device, group)
-    num_columns, num_known, weights, wants = zip(*(row[:4] for row in table), strict=True)
+    own = {
+        "queries": x.U.shape[0],
+        "columns": x.W.shape[0],
+        "gathered": shared.W.shape[0],
+        "known": count_known(x.query_ids, x.weight, x.known),
+        "weight_sum": x.weight.sum(),
+        "wants": x.wants,
+        "alpha": x.alpha.detach(),
+        "norm_U": _largest_norm(x.U),
+        "norm_W": _largest_norm(shared.W),
+        **dict(zip(("beta_down", "beta_up"), _range(shared.beta), strict=True)),
+        **dict(zip(("neg_down", "neg_up"), _range(shared.neg_bias), strict=True)),
+        **dict(zip(("least_positive", "most_positive"), _ends(x.positive), strict=True)),
+        "bad_weight": (~((x.weight >= 0) & x.weight.isfinite())).sum(),
+        "bad_beta": 0 if x.beta is None else (x.beta.detach() == math.inf).sum(),
+        "bad_neg_bias": 0 if x.neg_bias is None else (x.neg_bias == math.inf).sum(),
+        "bad_known": _outside(x),
+        **dict(zip(("least_negative", "most_negative"), _ends(negatives), strict=True)),
+    }
+    rows, table = exchange(None, agreed, [own[name] for name in _NUMBERS], _verdict, device, group)
+    of_ranks = {name: list(values) for name, values in zip(_NUMBERS, zip(*rows, strict=True), strict=True)}
+    agree("alpha", of_ranks["alpha"])
+    alpha = of_ranks["alpha"][0]
     norm_U, norm_W, beta_down, beta_up, neg_down, neg_up = (
-        torch.tensor(table, dtype=torch.float64)[:, 4:].amax(0).tolist()
+        float(torch.tensor(of_ranks[name]).amax())
+        for name in ("norm_U", "norm_W", "beta_down", "beta_up", "neg_down", "neg_up")
     )
-    reach = abs(float(x.alpha.detach())) * norm_U * norm_W
+    reach = abs(alpha) * norm_U * norm_W
     return x, GlobalSizes(
         rank=distributed.rank(group),
-        num_columns=[int(number) for number in num_columns],
-        num_known=[int(number) for number in num_known],
-        weight_sum=sum(weights),
+        num_columns=[int(number) for number in of_ranks["gathered"]],
+        num_known=[int(number) for number in of_ranks["known"]],
+        column_counts=table[:, _NUMBERS.index("gathered")].long(),
+        known_counts=table[:, _NUMBERS.index("known")].long(),
+        alpha=alpha,
+        weight_sum=sum(of_ranks["weight_sum"]),
         lowest=-reach - beta_down - neg_down,
         highest=reach + beta_up + neg_up,
-        wants=sum(bit for bit in (WANTS_U, WANTS_W, WANTS_ALPHA, WANTS_BETA) if any(int(bits) & bit for bits in wants)),
+        wants=functools.reduce(operator.or_, (int(bits) for bits in of_ranks["wants"])),
     )
 
 
-def exchange(
-    error: LossInputError | None,
-    agreed: Mapping[str, str],
-    numbers: Sequence[float],
-    device: torch.device,
-    group: Group | None,
-) -> list[list[float]]:
-    """Return every rank's `numbers`, where no rank has an error and all agree; a collective.
-
-    agreed: what the ranks must agree on, in words; only a checksum of it is sent unless they differ. Raises:
-    LossInputError on the ranks that bring it or where ranks disagree, PeerError on the others.
-    """
-    checksum = zlib.crc32(repr(sorted(agreed.items())).encode())
-    header = torch.tensor([[error is None, checksum, *numbers]], dtype=torch.float64, device=device)
-    table = distributed.all_gather_padded(header, 1, group).wait().tolist()
-    if not all(row[0] for row in table):
-        distributed.raise_together(error, group)
-    if any(row[1] != checksum for row in table):
-        told = distributed.all_gather_object(dict(agreed), group)
-        what = next(name for name in agreed if any(other[name] != agreed[name] for other in told))
-        words = "; ".join(f"rank {rank} has {other[what]}" for rank, other in enumerate(told))
-        raise LossInputError(f"the ranks disagree on {what}: {words}")
-    return [row[2:] for row in table]
-
-
-def need(condition: bool, message: str) -> None:
-    """Raise LossInputError with the message unless the condition holds."""
-    if not condition:
-        raise LossInputError(message)
+def _verdict(numbers: Sequence[float]) -> str | None:
+    """Return what is wrong with a rank's values, None where nothing is."""
+    x = dict(zip(_NUMBERS, numbers, strict=True))
+    n = int(x["columns"])
+    lo, hi = int(x["least_positive"]), int(x["most_positive"])
+    if x["queries"] and (lo < 0 or hi >= n):
+        return f"positive holds {lo if lo < 0 else hi}, outside this rank's {n} columns"
+    if x["bad_weight"]:
+        return "weight holds NaN, infinite or negative values"
+    for name in ("beta", "neg_bias"):
+        if x[f"bad_{name}"]:
+            return f"{name} holds +inf"
+    if x["bad_known"]:
+        return f"known names a row outside this rank's {int(x['queries'])} queries"
+    if x["least_negative"] < -1 or x["most_negative"] > max(n - 1, 0):
+        return f"negatives hold a column outside -1 … {n - 1}"
+    return None
 
 
 def add_biases(*biases: Tensor | None) -> Tensor | None:
@@ -213,18 +228,34 @@ def add_biases(*biases: Tensor | None) -> Tensor | None:
     return total
 
 
-def _largest_norm(rows: Tensor) -> float:
+def _largest_norm(rows: Tensor) -> Tensor | float:
     if rows.shape[0] == 0:
         return 0.0
-    return float(torch.linalg.vector_norm(rows.detach(), dim=1, dtype=torch.float64).max())
+    return torch.linalg.vector_norm(rows.detach(), dim=1, dtype=torch.float64).max()
 
 
-def _range(bias: Tensor | None) -> tuple[float, float]:
+def _range(bias: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
     """Minus the least, and the greatest, finite entry (-inf says: never a negative), with 0 among them."""
     if bias is None or bias.numel() == 0:
         return 0.0, 0.0
     finite = torch.where(bias.detach() == -math.inf, 0.0, bias.detach().double())
-    return -min(0.0, float(finite.min())), max(0.0, float(finite.max()))
+    least, most = finite.aminmax()
+    return -least.clamp(max=0), most.clamp(min=0)
+
+
+def _ends(columns: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
+    """Return the least and the greatest, 0 where there is none."""
+    if columns is None or columns.numel() == 0:
+        return 0.0, 0.0
+    least, most = columns.aminmax()
+    return least, most
+
+
+def _outside(x: LossInputs) -> Tensor | int:
+    """Return how many known pairs name a row that this rank does not have."""
+    if x.known is None or x.query_ids is not None:
+        return 0
+    return ((x.known[:, 0] < 0) | (x.known[:, 0] >= x.U.shape[0])).sum()
 
 
 def _check_rows(tensors: Mapping[str, Tensor | None], rows: int, dtype: torch.dtype | None) -> None:

@@ -17,10 +17,9 @@ from bigdssm.losses.passes import Gradients
 _CHUNK_ELEMENTS = 1 << 22  # of the negatives' vectors at a time
 
 
-def score_listed(x: LossInputs, column_mk: Tensor, used_mk: Tensor) -> Tensor:
+def score_listed(x: LossInputs, alpha: float, column_mk: Tensor, used_mk: Tensor) -> Tensor:
     """Return the scores float64 [m, k] of the columns, −inf where not `used_mk`."""
     score = torch.full(column_mk.shape, -math.inf, dtype=torch.float64, device=column_mk.device)
-    alpha = float(x.alpha.detach())
     for rows, vectors in _chunks(x, column_mk):
         score[rows] = torch.einsum("md,mkd->mk", x.U.detach()[rows].to(x.acc), vectors).double() * alpha
     for bias in (x.beta, x.neg_bias) if x.W.shape[0] else ():

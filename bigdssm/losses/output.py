@@ -44,8 +44,8 @@ class LocalStats:
     positive_m: Tensor  # scores of the positives
     largest_m: Tensor  # and of the best negatives
     lse_m: Tensor  # [m], or [directions, m]
-    entries: float  # of the score matrix but the positives
-    masked: float  # of them
+    entries: Tensor  # of the score matrix but the positives
+    masked: Tensor  # of them
 
 
 def reduce_output(
@@ -53,13 +53,12 @@ def reduce_output(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the global loss and statistics: two small all-reduces."""
     used = local.weight_m > 0
-    counted = [value_sum, ((local.positive_m > local.largest_m) & used).sum(), used.sum()]
-    sizes = value_sum.new_tensor([local.masked, local.entries, used.shape[0]], dtype=torch.float64)
-    totals = torch.stack([*(count.double() for count in counted), *sizes])
+    above = ((local.positive_m > local.largest_m) & used).sum()
+    counted = [value_sum, above, used.sum(), local.masked, local.entries, torch.ones_like(used).sum()]
+    totals = torch.stack([count.double() for count in counted])
     distributed.all_reduce(totals, "sum", group)
-    lse = local.lse_m[..., used]
-    ends = [-lse.min(), lse.max()] if lse.numel() else [totals.new_tensor(-math.inf)] * 2
-    extremes = distributed.all_reduce(torch.stack(ends).double(), "max", group)
+    ends = torch.where(used, torch.stack([-local.lse_m, local.lse_m]), -math.inf).double().flatten(1)
+    extremes = distributed.all_reduce(torch.nn.functional.pad(ends, (0, 1), value=-math.inf).amax(1), "max", group)
     loss = totals[0] / weight_sum if weight_sum > 0 else torch.zeros_like(totals[0])
     stats = {
         "in_batch_accuracy": totals[1] / totals[2].clamp(min=1),
@@ -79,7 +78,7 @@ def finish_gradients(
     `positive_grad_m` are those of each query's positive score, `beta_grad_m` the part of them that concerns beta.
     """
     factor = sizes.world_size / sizes.weight_sum if sizes.weight_sum > 0 else 0.0
-    alpha = float(x.alpha.detach())
+    alpha = sizes.alpha
     grad_m1 = positive_grad_m.to(x.acc)[:, None]
     U_mD, alpha_grad = x.U.detach().to(x.acc), None
     if sums.U is not None:

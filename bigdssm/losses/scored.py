@@ -7,13 +7,15 @@ Shape legend: m queries and k listed negatives of this rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from bigdssm.distributed import Group
+from bigdssm.losses.exchange import LossInputError, exchange, need
 from bigdssm.losses.extras import global_mean
-from bigdssm.losses.inputs import LossInputError, exchange, need
-from bigdssm.losses.masks import count_known, gather_known_positives
+from bigdssm.losses.masks import count_known, find_known_positives, gather_pairs, own_pairs
 from bigdssm.losses.output import LocalStats, LossOutput, reduce_output
 from bigdssm.losses.terms import TERMS, Term, find_term, weighted
 
@@ -36,23 +38,30 @@ def scored_loss(
     known int64 [p, 2]: (query id, document id) of further ones. margin: of triplet.
     Raises: LossInputError (PeerError on the ranks whose own input is good), on every rank.
     """
-    term, error, numbers = find_term(name, {"margin": margin}), None, [0.0, 0.0]
+    term, error = find_term(name, {"margin": margin}), None
+    numbers: list[Tensor | float] = [0.0, 0.0, 0.0, 0.0]
     try:
         _check(term, scores, weight, query_ids, doc_ids, known)
         scores = scores if scores.dtype == torch.float64 else scores.float()  # terms and sums, not in bfloat16
         weight = torch.ones_like(scores[:, 0]) if weight is None else weight.detach().to(scores.dtype)
-        numbers = [count_known(query_ids, weight, known), float(weight.sum())]
+        bad = (~((weight >= 0) & weight.isfinite())).sum()
+        numbers = [count_known(query_ids, weight, known), weight.sum(), bad, scores.shape[0]]
     except LossInputError as caught:
         error = caught
     given = {"query_ids": query_ids, "doc_ids": doc_ids, "known": known}
     words = ", ".join([str(term), *(name for name, value in given.items() if value is not None)])
     agreed = {"the loss, or on which of query_ids, doc_ids, known are given": words}
-    table = exchange(error, agreed, numbers, scores.device, group)
+
+    def verdict(row: Sequence[float]) -> str | None:
+        return f"weight must be [{int(row[3])}], finite and not negative" if row[2] else None
+
+    table, of_ranks = exchange(error, agreed, numbers, verdict, scores.device, group)
     assert isinstance(term, Term) and weight is not None
     drop = torch.zeros_like(scores[:, 1:], dtype=torch.bool)
     if query_ids is not None and doc_ids is not None:
-        counts = [int(row[0]) for row in table]
-        positives = gather_known_positives(query_ids, doc_ids[:, 0], weight, known, counts, group)
+        pairs = own_pairs(query_ids, doc_ids[:, 0], weight, known)
+        told = gather_pairs(pairs, [int(row[0]) for row in table], group)
+        positives = find_known_positives(query_ids, doc_ids[:, 0], weight, known, told, of_ranks[:, 0].long())
         drop = positives.contain(doc_ids[:, 1:])
     positive_m, negative_mk = scores[:, 0], scores[:, 1:]
     there = negative_mk.detach() > -torch.inf
@@ -60,9 +69,9 @@ def scored_loss(
     values_m = weighted(weight, term.on_scores(positive_m, negative_mk.masked_fill(~used, -torch.inf), used))
     largest_m = negative_mk.detach().masked_fill(~used, -torch.inf).amax(1)
     best_m = torch.maximum(positive_m.detach(), largest_m)
-    local = LocalStats(weight, positive_m.detach(), largest_m, best_m, float(there.sum()), float((drop & there).sum()))
+    local = LocalStats(weight, positive_m.detach(), largest_m, best_m, there.sum(), (drop & there).sum())
     stats = reduce_output(scores.new_zeros(()), local, sum(row[1] for row in table), group)[1]
-    return LossOutput(global_mean(values_m.sum(), float(weight.sum()), group), stats)
+    return LossOutput(global_mean(values_m.sum(), weight.sum(), group), stats)
 
 
 def _check(
@@ -79,8 +88,7 @@ def _check(
     need(fits, f"scores must be floating point [m, 1 + k], got {scores.dtype} {list(scores.shape)}")
     m = scores.shape[0]
     if weight is not None:
-        fits = list(weight.shape) == [m] and bool((weight >= 0).all() & weight.isfinite().all())
-        need(fits, f"weight must be [{m}], finite and not negative, got {list(weight.shape)}")
+        need(list(weight.shape) == [m], f"weight must be [{m}], got {list(weight.shape)}")
     fits = (query_ids is None) == (doc_ids is None) and (known is None or query_ids is not None)
     need(fits, "query_ids and doc_ids go together, and known needs both")
     for what, ids, shape in (("query_ids", query_ids, [m]), ("doc_ids", doc_ids, list(scores.shape))):

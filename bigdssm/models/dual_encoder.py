@@ -127,7 +127,13 @@ class DualEncoder(nn.Module):
         return self.query_tower.flops(query, places) + self.doc_tower.flops(doc)
 
     def _scored(self, vectors: Tensor) -> Tensor:
-        return nn.functional.normalize(vectors, dim=1) if self.config.score == "cosine" else vectors
+        if self.config.score != "cosine":
+            return vectors
+        if not torch.is_autocast_enabled(vectors.device.type):
+            return nn.functional.normalize(vectors, dim=1)
+        # which would round the norms to its dtype: the same error in all scores of a vector
+        with torch.autocast(vectors.device.type, enabled=False):
+            return nn.functional.normalize(vectors.float(), dim=1)
 
     def _parts(self, side: str, text_key: str | None) -> Parts:
         text = None if text_key is None else cast(TextEncoder, self.text[text_key])

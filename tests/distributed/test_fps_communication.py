@@ -1,4 +1,4 @@
-"""What a step sends: one gather of W, one reduction of dW, and O(N) for ids, biases and column statistics."""
+"""What a step sends: sizes, one gather of W with ids and biases, one reduction of dW, and O(N) for columns' sums."""
 
 from __future__ import annotations
 
@@ -63,13 +63,16 @@ def test_bytes_per_step(pools: dict[int, Pool], world_size: int, direction: str,
     N = world_size * M
     matrix = N * D * 4
     for sent in pools[world_size].run(count, {"direction": direction, "tile": 16}, use_ids):
-        assert [s for s in sent if s[1] >= matrix] == [("all_gather", matrix), ("reduce_scatter_single", matrix)]
+        # beside W: doc ids, beta, and (query id, document id) of each query
+        gathered = matrix + (8 + 8 + 16) * N * use_ids
+        large = [("all_gather_into_tensor", gathered), ("reduce_scatter_single", matrix)]
+        assert [s for s in sent if s[1] >= matrix] == large
         vectors = [size for _, size in sent if 1024 < size < matrix]
-        # ids and biases: doc ids, beta, and (query id, column) of each query; columns: sums of exponentials and weights
-        budget = (8 + 8 + 16) * N * use_ids + (0 if direction == "q2d" else (8 + 8) * N + 8)
-        assert sum(vectors) == budget
+        # sums of exponentials and weights of columns
+        assert sum(vectors) == (0 if direction == "q2d" else (8 + 8) * N + 8)
         assert sum(size for _, size in sent if size <= 1024) <= 1024
-        assert len(sent) <= 10
+        assert len(sent) == (5 if direction == "q2d" else 7)
+        assert sum(name.startswith("all_gather") for name, _ in sent) == (2 if direction == "q2d" else 3)
 
 
 def test_scores_of_any_range_cost_two_more_vectors(pools: dict[int, Pool]) -> None:
@@ -80,44 +83,38 @@ def test_scores_of_any_range_cost_two_more_vectors(pools: dict[int, Pool]) -> No
 
 
 def trace(rank: int, world_size: int, direction: str) -> list[str]:
-    """Return what happens in a forward in order: gathers, the wait for W, and the owner of each tile worked on."""
+    """Return what happens in a forward in order: gathers, the positives' scores, the wait for W, tiles."""
     import bigdssm.distributed as ours
+    from bigdssm.losses import engine
     from bigdssm.losses.passes.tiles import ScoreMatrix
 
     events: list[str] = []
-    gather, wait, scores = dist.all_gather, ours.PaddedRows.wait, ScoreMatrix.scores
+    originals = dist.all_gather_into_tensor, ours.PackedRows.wait, engine._positive_scores, ScoreMatrix.scores
 
-    def gathering(parts: Any, own: torch.Tensor, *args: Any, async_op: bool = False, **kwargs: Any) -> Any:
-        events.append("start W" if async_op and own.shape == (M, D) else "gather")
-        return gather(parts, own, *args, async_op=async_op, **kwargs)
+    def noted(name: str, function: Any) -> Any:
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            events.append(f"start {name}" if kwargs.get("async_op") else name)
+            return function(*args, **kwargs)
 
-    def waiting(self: Any) -> Any:
-        if self.work is not None:
-            events.append("wait")
-        return wait(self)
+        return noting
 
-    def scoring(self: ScoreMatrix, block: Any, tile: Any, *args: Any) -> torch.Tensor:
-        events.append("own tile" if tile.start // M == rank else "other tile")
-        return scores(self, block, tile, *args)
-
-    dist.all_gather, ours.PaddedRows.wait, ScoreMatrix.scores = gathering, waiting, scoring  # type: ignore[method-assign]
+    named = zip(("gather", "wait", "positives", "tile"), originals, strict=True)
+    spies = [noted(name, function) for name, function in named]
+    dist.all_gather_into_tensor, ours.PackedRows.wait, engine._positive_scores, ScoreMatrix.scores = spies
     try:
         W = torch.nn.functional.normalize(torch.randn(M, D, generator=torch.Generator().manual_seed(rank)))
         fps_loss(W, W, alpha=2.0, beta=torch.zeros(M), query_ids=torch.arange(M), doc_ids=torch.arange(M),
                  direction=direction, tile=M // 2)  # type: ignore[arg-type]  # fmt: skip
     finally:
-        dist.all_gather, ours.PaddedRows.wait, ScoreMatrix.scores = gather, wait, scores  # type: ignore[method-assign]
+        dist.all_gather_into_tensor, ours.PackedRows.wait, engine._positive_scores, ScoreMatrix.scores = originals
     return events
 
 
 @pytest.mark.parametrize("direction", ["q2d", "both"])
-def test_the_gather_of_W_goes_on_behind_the_own_tiles(pools: dict[int, Pool], direction: str) -> None:
-    """Every other gather is over when it starts, so that none queues behind it."""
+def test_the_gather_of_W_goes_on_behind_the_positives(pools: dict[int, Pool], direction: str) -> None:
+    """The one gather before it, of sizes, is over when it starts."""
     for events in pools[3].run(trace, direction):
-        first = events[: events.index("other tile") + 1]
-        at = first.index("start W")
-        assert first[:at] == ["gather"] * 4  # sizes, (query id, column), document ids, beta
-        assert first[at:] == ["start W", "own tile", "own tile", "wait", "other tile"]
+        assert events[:5] == ["gather", "start gather", "positives", "wait", "tile"]
 
 
 def peak_growth_mb(rank: int, world_size: int, m: int, direction: str, popular: bool) -> float:

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from bigdssm.losses import masks
+from bigdssm.losses.ids import IdTable, Numbers
 from bigdssm.losses.masks import (
-    IdTable,
     MaskMatrix,
     MaskPairs,
     find_false_negatives,
-    gather_known_positives,
+    find_known_positives,
     mask_bytes,
+    own_pairs,
 )
 from bigdssm.losses.passes.columns import Tile
 from bigdssm.losses.passes.tiles import BlockMask
@@ -47,16 +48,18 @@ def test_a_matrix_of_bytes_masks_what_pairs_mask(monkeypatch: pytest.MonkeyPatch
     known = torch.stack([
         names[torch.randint(m, (200,), generator=GENERATOR)], torch.randint(30, (200,), generator=GENERATOR) << 30,
     ], 1)  # fmt: skip
-    counts = [int((weight > 0).sum()) + len(known)]
-    found = gather_known_positives(None if own else names, docs[positive], weight, known, counts, None)
+    told = None if own else own_pairs(names, docs[positive], weight, known)[None]
+    counts = torch.tensor([int((weight > 0).sum()) + len(known)])
+    found = find_known_positives(None if own else names, docs[positive], weight, known, told, counts)
     pairs = {*zip(names[weight > 0].tolist(), docs[positive][weight > 0].tolist(), strict=True)}
     pairs |= {tuple(pair) for pair in known.tolist()}
     right = torch.tensor([[(q, d) in pairs for d in docs.tolist()] for q in names.tolist()])
     right[:, ~torch.isin(torch.arange(N), valid)] = False
-    values = torch.rand(N, generator=GENERATOR, dtype=torch.float64)
+    values = torch.zeros(N, dtype=torch.float64)
+    values[valid] = torch.rand(len(valid), generator=GENERATOR, dtype=torch.float64)
     for cells, kind in ((1 << 16, MaskPairs), (0, MaskMatrix)):
         monkeypatch.setattr(masks, "_MATRIX_CELLS", cells)
-        mask = find_false_negatives(found, docs, valid, N)
+        mask = find_false_negatives(found, Numbers(docs[valid]), valid, N)
         assert isinstance(mask, kind)
         torch.testing.assert_close(mask.row_sums(values), (right * values).sum(1))
         rows = torch.arange(0, m, 2)
@@ -65,8 +68,10 @@ def test_a_matrix_of_bytes_masks_what_pairs_mask(monkeypatch: pytest.MonkeyPatch
             assert torch.equal(mask.rows(3, 17) > 0, right[3:17])
         else:
             entries = torch.zeros(14, N, dtype=torch.bool)
-            entries[mask.entries(3, 17)] = True
+            entries[mask.entries(3, 17, int(right[3:17].sum()))] = True
             assert torch.equal(entries, right[3:17])
+            assert torch.equal(mask.matrix(3, 17)[:, valid] > 0, right[3:17, valid])
+            assert mask.block_lengths(7) == [int(some.sum()) for some in right.split(7)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -74,7 +79,7 @@ def test_what_bytes_mask_is_minus_infinity_and_nothing_else_changes(dtype: torch
     S = torch.randn(7, 40, generator=GENERATOR, dtype=dtype) * torch.tensor([1e-30, 1.0, 100.0, 1e30] * 10).to(dtype)
     dense = (torch.rand(7, 60, generator=GENERATOR) < 0.3).byte()
     right = S.masked_fill(dense[:, 15:55] > 0, -torch.inf)
-    BlockMask(dense=dense).drop(S, Tile(15, 55, own=True))
+    BlockMask(dense=dense).drop(S, Tile(15, 55))
     assert torch.equal(S, right)
 
 

@@ -17,15 +17,14 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.distributed import Group
-from bigdssm.losses.inputs import GlobalSizes, LossInputs, add_biases
+from bigdssm.losses.inputs import GlobalSizes, LossInputs
 from bigdssm.losses.masks import FalseNegatives, mask_bytes
-from bigdssm.losses.passes.columns import TILE_WIDTH, Columns, gather_columns
+from bigdssm.losses.passes.columns import Columns, gather_columns
 from bigdssm.losses.passes.pairs import PairSums, ValueAndSlope, pairwise_pass
+from bigdssm.losses.passes.sizes import CACHED_ROWS, CACHED_WIDTH, strip_rows
 from bigdssm.losses.passes.softmax import (
-    BLOCK_ROWS,
     Coefficients,
     RowSums,
-    block_height,
     column_pass,
     gradient_pass,
     softmax_rows,
@@ -46,10 +45,11 @@ __all__ = [
 
 
 def score_bytes(num_queries: int, num_columns: int, both_directions: bool, tile: int | None, element_size: int) -> int:
-    """Return the bytes of scores that a rank holds at once; `both_directions`: any but query → doc alone."""
+    """Return the bytes of scores that a rank holds at once on a CPU; `both_directions`: any but query → doc alone."""
     if both_directions:
-        return 2 * element_size * min(BLOCK_ROWS, num_queries) * min(tile or TILE_WIDTH, num_columns)
-    return element_size * num_columns * min(num_queries, block_height(num_columns, element_size))
+        return 2 * element_size * min(CACHED_ROWS, num_queries) * min(tile or CACHED_WIDTH, num_columns)
+    height = strip_rows(torch.device("cpu"), num_columns, element_size)
+    return element_size * num_columns * min(num_queries, height)
 
 
 @dataclass(frozen=True)
@@ -84,22 +84,29 @@ class ScorePasses:
         counts_N = self.columns.counts()
         return counts_N.sum() - self._mask.row_sums(counts_N)
 
-    def entries(self) -> tuple[float, float]:
-        """Return how many negatives this rank's queries have before the mask, and how many of them it drops.
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """Return how many negatives this rank's queries have before the mask, and how many of them it drops, float64.
 
         A query's own document is neither, once: where its column never counts as a negative, another of it may.
         """
-        columns, x = self.columns, self._x
+        columns = self.columns
         counts_N = columns.counts()
         counted_m = counts_N[self.positive_N] > 0
         if columns.doc_ids is not None:
-            counted_m |= torch.isin(columns.doc_ids[self.positive_N], columns.doc_ids[counts_N > 0])
-        unused = (x.weight == 0).nonzero().squeeze(1)  # the pairs of all others are known positives themselves
-        masked_m = x.weight > 0
-        masked_m[unused] = self._mask.contains(unused, self.positive_N[unused])
-        entries = float((counts_N.sum() - counted_m.double()).sum())
-        dropped = float((counts_N.sum() - self.num_negatives_m).sum()) - float((masked_m & counted_m).sum())
-        return entries, dropped
+            counted_m |= self._counts_elsewhere(counts_N)
+        # the pairs of queries of weight > 0 are known positives themselves, those of others may be
+        rows = torch.arange(len(counted_m), device=counted_m.device)
+        masked_m = self._mask.contains(rows, self.positive_N)
+        entries = (counts_N.sum() - counted_m.double()).sum()
+        return entries, (counts_N.sum() - self.num_negatives_m).sum() - (masked_m & counted_m).sum()
+
+    def _counts_elsewhere(self, counts_N: Tensor) -> Tensor:
+        """Return bool [m]: whether any column of a query's own document counts as a negative."""
+        columns, docs = self.columns, self.columns.docs
+        counted = counts_N.new_zeros(max(1, docs.limit)).index_add_(0, docs.of_ids, counts_N[columns.valid])
+        of_columns = torch.zeros(columns.total, dtype=torch.bool, device=counts_N.device)
+        of_columns.index_copy_(0, columns.valid, counted[docs.of_ids] > 0)
+        return of_columns[self.positive_N]
 
     def rows(self, positive_m: Tensor, weight_m: Tensor, extra_log_sum_m: Tensor) -> RowSums:
         """Return each query's log-sum-exp over the columns, as often as they count, and over the extra negatives.
@@ -107,12 +114,13 @@ class ScorePasses:
         Adds weight · softmax to the gradients; the positives' scores take part in its normaliser.
         """
         columns = self.columns
-        bias_N = add_biases(columns.beta, columns.neg_bias, None if columns.copies is None else columns.copies.log())
-        return softmax_rows(self._matrix(bias_N), positive_m, weight_m, extra_log_sum_m, self._sums)
+        copies = None if columns.copies is None else columns.copies.log()
+        matrix = self._matrix(columns.beta, columns.neg_bias, copies)
+        return softmax_rows(matrix, positive_m, weight_m, extra_log_sum_m, self._sums)
 
     def pairs(self, value_and_slope: ValueAndSlope, positive_m: Tensor, scale_m: Tensor) -> PairSums:
         """Return each query's sums over the columns of a term that looks at one of them; adds scale · slope."""
-        matrix = self._matrix(add_biases(self.columns.beta, self.columns.neg_bias))
+        matrix = self._matrix(self.columns.beta, self.columns.neg_bias)
         return pairwise_pass(matrix, value_and_slope, positive_m, scale_m, self.columns.counts(), self._sums)
 
     def both(self, with_rows: bool) -> BothSums:
@@ -146,10 +154,10 @@ class ScorePasses:
         wants = self._sizes.wants
         return Gradients.zeros(self._x, wants, self.columns.total) if wants else None
 
-    def _matrix(self, bias_N: Tensor | None) -> ScoreMatrix:
-        x = self._x
+    def _matrix(self, *biases: Tensor | None) -> ScoreMatrix:
+        x, bias_N = self._x, self.columns.bias(*biases)
         bias_N = None if bias_N is None else bias_N.to(x.acc)
-        return ScoreMatrix(x.U.detach().to(x.acc), self.columns, self._mask, float(x.alpha.detach()), bias_N)
+        return ScoreMatrix(x.U.detach().to(x.operand), self.columns, self._mask, self._sizes.alpha, bias_N)
 
 
 def vector_bytes(num_queries: int, num_columns: int, dim: int) -> int:

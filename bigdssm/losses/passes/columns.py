@@ -1,10 +1,10 @@
-"""All that a loss gathers: the document columns of all ranks (W, ids, biases), cut into tiles.
+"""All that a loss gathers: the document columns of all ranks, W with their ids and biases, and the known positives.
 
-W is the last and largest gather. It goes on while masks are planned and while tiles of this rank's own columns, which
-need no other rank's, are worked on.
+They travel in one gather, side by side in a row of bytes for each column, and W is used where it arrives: a view whose
+rows stand a little further apart than its width.
 
-A column's index is its place in the gathered buffers: rank k's columns stand at k · longest, so ranks with fewer
-columns leave indices unused and nothing is copied together after the gather. Tiles never span two ranks.
+A column's index is its place in the gathered buffer: rank k's columns stand at k · longest, so that ranks with fewer
+columns leave indices unused, which no row scores above −inf.
 
 Shape legend: n columns of this rank, N of all ranks with those unused (world_size · longest), D vector size.
 """
@@ -14,15 +14,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from bigdssm import distributed
-from bigdssm.distributed import Group, PaddedRows
-from bigdssm.losses.inputs import GlobalSizes, LossInputs
-
-TILE_WIDTH = 1024  # columns: wide enough for the products, and a tile of scores stays in the cache
+from bigdssm.distributed import Group, OwnRows, PackedRows
+from bigdssm.losses.ids import Numbers
+from bigdssm.losses.inputs import GlobalSizes, LossInputs, add_biases
+from bigdssm.losses.passes.sizes import tile_width
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,6 @@ class Tile:
 
     start: int
     stop: int
-    own: bool  # of this rank
 
     @property
     def width(self) -> int:
@@ -46,9 +46,9 @@ class Tile:
 
 @dataclass
 class Columns:
-    """All ranks' columns; W arrives in the background, so own tiles come first and `arriving` waits for the others."""
+    """All ranks' columns."""
 
-    gathered: PaddedRows
+    W: Tensor  # [N, D]
     tiles: list[Tile]
     own_start: int
     valid: Tensor  # [columns in use] their indices, ascending
@@ -56,18 +56,23 @@ class Columns:
     beta: Tensor | None  # [N] float64
     neg_bias: Tensor | None  # [N] float64
     copies: Tensor | None  # [N] float64: how often a column counts as a negative, None where each counts once
-    acc: torch.dtype
+    operand: torch.dtype  # of the products
     _wide: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
         """N."""
-        return self.gathered.buffer.shape[0]
+        return self.W.shape[0]
 
     @property
     def widest(self) -> int:
         """Columns of the widest tile."""
         return max((tile.width for tile in self.tiles), default=0)
+
+    @cached_property
+    def docs(self) -> Numbers:
+        """The documents of the columns in use; without ids a column is its own, of its index as id."""
+        return Numbers(self.valid if self.doc_ids is None else self.doc_ids[self.valid])
 
     def counts(self) -> Tensor:
         """Return float64 [N]: how often a column counts as a negative, 0 where never and at unused indices."""
@@ -77,38 +82,90 @@ class Columns:
             counts.index_fill_(0, self.valid, 1.0)
         return counts if self.neg_bias is None else counts.masked_fill(self.neg_bias == -math.inf, 0.0)
 
-    def arriving(self) -> Iterator[tuple[Tile, Tensor]]:
-        """Yield each tile with its vectors [width, D] in the dtype of the products, after these have arrived."""
+    def bias(self, *biases: Tensor | None) -> Tensor | None:
+        """Return the sum of those that are there, −inf at unused indices; None where it would be 0 everywhere."""
+        total = add_biases(*biases)
+        if len(self.valid) == self.total:
+            return total
+        unused = torch.full((self.total,), -math.inf, dtype=torch.float64, device=self.valid.device)
+        return unused.index_copy_(
+            0, self.valid, unused.new_zeros(len(self.valid)) if total is None else total[self.valid]
+        )
+
+    def vectors(self) -> Iterator[tuple[Tile, Tensor]]:
+        """Yield each tile with its vectors [width, D] in the dtype of the products."""
         for tile in self.tiles:
-            if not tile.own:
-                self.gathered.wait()
             if tile.start not in self._wide:  # widened once, as every block of rows asks again
-                self._wide[tile.start] = self.gathered.buffer[tile.columns].to(self.acc)
+                self._wide[tile.start] = self.W[tile.columns].to(self.operand)
             yield tile, self._wide[tile.start]
 
 
+@dataclass
+class Arriving:
+    """What was sent: on its way, and how to read it."""
+
+    packed: PackedRows | OwnRows
+    x: LossInputs
+    sizes: GlobalSizes
+    names: list[str]
+    width: int | None
+
+    def wait(self) -> tuple[Columns, Tensor | None]:
+        """Wait for the gather to end; return the columns, and each rank's pairs [world_size, pairs, 2], where sent."""
+        found: dict[str, Tensor] = dict(zip(self.names, self.packed.wait(), strict=True))
+        W, pairs = found.pop("W"), found.pop("pairs", None)
+        if pairs is not None:
+            pairs = pairs.reshape(self.sizes.world_size, self.sizes.longest * pairs.shape[1], 2)
+        total = W.shape[0]
+        width = self.width or tile_width(W.device, total)
+        vectors = {
+            name: found[name].contiguous() if name in found else None
+            for name in ("doc_ids", "beta", "neg_bias", "copies")
+        }
+        columns = Columns(
+            W=W,
+            tiles=[Tile(k, min(k + width, total)) for k in range(0, total, width)],
+            own_start=self.sizes.rank * self.sizes.longest,
+            valid=_in_use(self.sizes, W.device),
+            doc_ids=vectors["doc_ids"],
+            beta=vectors["beta"],
+            neg_bias=vectors["neg_bias"],
+            copies=vectors["copies"],
+            operand=self.x.operand,
+        )
+        return columns, pairs
+
+
 def gather_columns(
-    x: LossInputs, sizes: GlobalSizes, copies_n: Tensor | None, width: int | None, group: Group | None
-) -> Columns:
-    """Gather ids and biases, and start the gather of W; `width` is the tiles' number of columns."""
-    longest, width = sizes.longest, width or TILE_WIDTH
-    tiles = []
-    for owner in sorted(range(sizes.world_size), key=lambda owner: owner != sizes.rank):
-        first, last = owner * longest, owner * longest + sizes.num_columns[owner]
-        tiles += [Tile(k, min(k + width, last), owner == sizes.rank) for k in range(first, last, width)]
-
-    def gathered(vector: Tensor | None) -> Tensor | None:
-        return None if vector is None else distributed.all_gather_padded(vector, longest, group).wait()
-
-    in_use = [torch.arange(k * longest, k * longest + count) for k, count in enumerate(sizes.num_columns)]
-    return Columns(
-        tiles=tiles,
-        own_start=sizes.rank * longest,
-        valid=torch.cat(in_use).to(x.W.device),
-        doc_ids=gathered(x.doc_ids),
-        beta=gathered(None if x.beta is None else x.beta.detach().double()),
-        neg_bias=gathered(None if x.neg_bias is None else x.neg_bias.double()),
-        copies=gathered(copies_n),
-        gathered=distributed.all_gather_padded(x.W.detach(), longest, group, async_op=True),
-        acc=x.acc,
+    x: LossInputs, sizes: GlobalSizes, copies_n: Tensor | None, pairs: Tensor | None, width: int | None,
+    group: Group | None,
+) -> Arriving:  # fmt: skip
+    """Send this rank's columns, and the pairs it tells; `width` is the tiles' number of columns."""
+    values = {
+        "W": x.W.detach(),
+        "doc_ids": x.doc_ids,
+        "beta": None if x.beta is None else x.beta.detach().double(),
+        "neg_bias": None if x.neg_bias is None else x.neg_bias.double(),
+        "copies": copies_n,
+    }
+    given = {name: value for name, value in values.items() if value is not None}
+    if pairs is not None:
+        # so many beside each column that the most any rank tells find a place
+        each = -(-max(sizes.num_known) // max(1, sizes.longest))
+        told = pairs.new_zeros((sizes.longest * each, 2))
+        told[: len(pairs)] = pairs[: len(told)]
+        given["pairs"] = told.view(sizes.longest, each, 2)
+    return Arriving(
+        distributed.all_gather_packed(list(given.values()), sizes.longest, group), x, sizes, list(given), width
     )
+
+
+def _in_use(sizes: GlobalSizes, device: torch.device) -> Tensor:
+    """Return the indices of all ranks' columns, ascending."""
+    longest, counts = sizes.longest, sizes.num_columns
+    at = torch.arange(sum(counts), device=device)
+    if min(counts) == longest:
+        return at
+    ends = torch.cumsum(sizes.column_counts, 0)
+    owner = torch.searchsorted(ends, at, right=True)
+    return at + (torch.arange(len(counts), device=device) * longest - (ends - sizes.column_counts))[owner]

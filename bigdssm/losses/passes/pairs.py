@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bigdssm.losses.passes.sizes import CACHED_PAIR_ROWS, block_rows
 from bigdssm.losses.passes.tiles import Gradients, ScoreMatrix
-
-_BLOCK_ROWS = 512
 
 # (negatives' scores, the positive's, which broadcasts) → the terms and their slopes; may overwrite the scores
 ValueAndSlope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -44,10 +43,13 @@ def pairwise_pass(
     sums: Gradients | None,
 ) -> PairSums:
     """Return the sums over the columns that are not masked; add scale · count · slope, as G, to `sums`."""
-    result, dtype = PairSums.zero(positive_m), matrix.U_mD.dtype
-    buffer = matrix.buffer(_BLOCK_ROWS, matrix.columns.widest)
+    result, dtype = PairSums.zero(positive_m), matrix.acc
+    # of a tile: scores, terms and slopes
+    cell_bytes = matrix.cell_bytes + 2 * dtype.itemsize
+    height = block_rows(matrix.device, matrix.columns.widest, cell_bytes, CACHED_PAIR_ROWS)
+    buffer = matrix.buffer(height, matrix.columns.widest)
     scale_m1, positive_m1, counts_N = scale_m.to(dtype)[:, None], positive_m.to(dtype)[:, None], counts_N.to(dtype)
-    for block in matrix.blocks(_BLOCK_ROWS):
+    for block in matrix.blocks(height):
         rows = block.rows
         for tile, W_cD, S_rc in matrix.tiles(block, buffer):
             block.mask.drop(S_rc, tile)

@@ -23,10 +23,8 @@ from bigdssm import distributed
 from bigdssm.distributed import Group
 from bigdssm.losses.inputs import GlobalSizes
 from bigdssm.losses.passes.columns import Tile
+from bigdssm.losses.passes.sizes import block_rows, strip_rows
 from bigdssm.losses.passes.tiles import Gradients, RowBlock, ScoreMatrix
-
-_BLOCK_BYTES = 16 << 20  # of scores that softmax_rows holds
-BLOCK_ROWS = 256  # of the passes that hold one tile
 
 
 @dataclass
@@ -45,11 +43,6 @@ class Shift:
     floor: float
 
 
-def block_height(num_columns: int, element_size: int) -> int:
-    """Return how many rows `softmax_rows` holds at once against that many columns, of so many bytes an entry."""
-    return max(32, min(1024, _BLOCK_BYTES // (max(1, num_columns) * element_size)))
-
-
 def softmax_rows(
     matrix: ScoreMatrix, positive_m: Tensor, weight_m: Tensor, extra_log_sum_m: Tensor, sums: Gradients | None
 ) -> RowSums:
@@ -58,31 +51,30 @@ def softmax_rows(
     `positive_m` are the positives' scores; `extra_log_sum_m` is the log-sum-exp of negatives scored elsewhere, which
     take part in the softmax and in the log-sums returned.
     """
-    width = matrix.columns.valid.shape[0]
-    height = block_height(width, matrix.U_mD.element_size())
+    width = matrix.columns.total
+    height = strip_rows(matrix.device, width, matrix.cell_bytes)
     buffer = matrix.buffer(height, width)
     result = RowSums(torch.empty_like(positive_m), torch.empty_like(positive_m))
     for block in matrix.blocks(height):
         rows = block.rows
         E, largest_r = _block_scores(matrix, block, buffer)
         shift_r = torch.where(largest_r == -math.inf, 0.0, largest_r)
-        total_r = torch.zeros_like(positive_m[rows])
-        for E_rc in E:
-            total_r += E_rc.sub_(shift_r[:, None]).exp_().sum(1)
+        total_r = _exponentiate(E, shift_r)
         log_sum_r = torch.logaddexp(total_r.log_() + shift_r, extra_log_sum_m[rows])
         result.log_sum[rows], result.largest[rows] = log_sum_r, largest_r
         if sums is not None:
             lse_r = torch.logaddexp(log_sum_r, positive_m[rows])
-            scale_r = _times(weight_m[rows], (shift_r - lse_r).exp()).to(matrix.U_mD.dtype)
+            scale_r = _times(weight_m[rows], (shift_r - lse_r).exp()).to(matrix.acc)
             _add_block(matrix, block, E, scale_r, sums)
+        del E  # before the next block's
     return result
 
 
 def _block_scores(matrix: ScoreMatrix, block: RowBlock, buffer: Tensor) -> tuple[list[Tensor], Tensor]:
     """Return the scores of a block, one tensor a tile, masked entries at −inf, and each row's largest."""
-    largest_r = torch.full_like(block.U_rD[:, 0], -math.inf)
+    largest_r = torch.full((block.U_rD.shape[0],), -math.inf, dtype=matrix.acc, device=matrix.device)
     scores: list[Tensor] = []
-    for tile, W_cD in matrix.columns.arriving():
+    for tile, W_cD in matrix.columns.vectors():
         S_rc = matrix.scores(block, tile, W_cD, buffer)
         buffer = buffer[S_rc.numel() :]
         block.mask.drop(S_rc, tile)
@@ -91,11 +83,25 @@ def _block_scores(matrix: ScoreMatrix, block: RowBlock, buffer: Tensor) -> tuple
     return scores, largest_r
 
 
+def _exponentiate(scores: list[Tensor], shift_r: Tensor) -> Tensor:
+    """Turn the scores of a block into exp(score − shift) in place, and return their sums, float64."""
+    total_r = torch.zeros_like(shift_r, dtype=torch.float64)
+    for S_rc in scores:
+        total_r += S_rc.sub_(shift_r[:, None]).exp_().sum(1)
+    return total_r
+
+
 def _add_block(matrix: ScoreMatrix, block: RowBlock, E: list[Tensor], scale_r: Tensor, sums: Gradients) -> None:
-    """Add diag(scale) E to the sums; scaling the vectors spares a pass over E."""
+    """Add diag(scale) E to the sums; scaling the vectors spares a pass over E, where it needs none to be narrowed."""
+    if matrix.is_narrow:
+        for (tile, W_cD), E_rc in zip(matrix.columns.vectors(), E, strict=True):
+            beta_c = None if sums.beta is None else torch.mv(E_rc.T, scale_r)
+            G_rc = torch.mul(E_rc, scale_r[:, None], out=torch.empty_like(E_rc, dtype=W_cD.dtype))
+            sums.add(block, tile, G_rc, W_cD, beta_c)
+        return
     scaled_rD = block.U_rD * scale_r[:, None]
     dU_rD = None if sums.U is None else torch.zeros_like(block.U_rD)
-    for (tile, W_cD), E_rc in zip(matrix.columns.arriving(), E, strict=True):
+    for (tile, W_cD), E_rc in zip(matrix.columns.vectors(), E, strict=True):
         if dU_rD is not None:
             dU_rD.addmm_(E_rc, W_cD)
         if sums.W is not None:
@@ -108,7 +114,7 @@ def _add_block(matrix: ScoreMatrix, block: RowBlock, E: list[Tensor], scale_r: T
 
 def choose_shift(matrix: ScoreMatrix, sizes: GlobalSizes) -> Shift | None:
     """Return the shift that keeps every exponential in range, None where no single one can; the same on every rank."""
-    headroom, tiny, floor = (300.0, 700.0, -600.0) if matrix.U_mD.dtype == torch.float64 else (40.0, 80.0, -50.0)
+    headroom, tiny, floor = (300.0, 700.0, -600.0) if matrix.acc == torch.float64 else (40.0, 80.0, -50.0)
     if not math.isfinite(sizes.highest - sizes.lowest):
         return None
     shift = max(0.0, sizes.highest - headroom)
@@ -131,12 +137,13 @@ def _shifted_sums(
     matrix: ScoreMatrix, neg_bias_N: Tensor | None, shift: Shift, rows_matter: bool, group: Group | None
 ) -> tuple[RowSums, Tensor] | None:
     """Return the sums by one exponential, None where some rank's may have lost terms."""
-    total_m = torch.zeros(matrix.U_mD.shape[0], dtype=torch.float64, device=matrix.U_mD.device)
-    largest_m = torch.zeros_like(matrix.U_mD[:, 0])
-    total_N = torch.zeros(matrix.columns.total + 1, dtype=torch.float64, device=matrix.U_mD.device)
-    factor_N = None if neg_bias_N is None else neg_bias_N.exp().to(matrix.U_mD.dtype)
-    buffer, ones = matrix.buffer(BLOCK_ROWS, matrix.columns.widest), matrix.U_mD.new_ones(BLOCK_ROWS)
-    for block in matrix.blocks(BLOCK_ROWS):
+    total_m = torch.zeros(matrix.U_mD.shape[0], dtype=torch.float64, device=matrix.device)
+    largest_m = matrix.zeros()
+    total_N = torch.zeros(matrix.columns.total + 1, dtype=torch.float64, device=matrix.device)
+    factor_N = None if neg_bias_N is None else neg_bias_N.exp().to(matrix.acc)
+    height = _height(matrix)
+    buffer, ones = matrix.buffer(height, matrix.columns.widest), torch.ones_like(largest_m[:height])
+    for block in matrix.blocks(height):
         rows = block.rows
         for tile, _, S_rc in matrix.tiles(block, buffer, shift.value):
             block.mask.drop(S_rc, tile)
@@ -147,20 +154,22 @@ def _shifted_sums(
             total_m[rows] += E_rc.sum(1)
             torch.maximum(largest_m[rows], E_rc.amax(1), out=largest_m[rows])
     # a rank's verdict on its rows rides with the column sums
-    total_N[-1] = float(rows_matter and not bool((total_m >= shift.floor).all()))
+    if rows_matter:
+        total_N[-1:].copy_((~(total_m >= shift.floor)).any())
     distributed.all_reduce(total_N, "sum", group)
-    if total_N[-1] != 0 or not bool((total_N[matrix.columns.valid] >= shift.floor).all()):
+    if not bool((total_N[-1] == 0) & (total_N[matrix.columns.valid] >= shift.floor).all()):
         return None
     rows_sums = RowSums(total_m.log_() + shift.value, largest_m.double().log_() + shift.value)
     return rows_sums, total_N[:-1].log_() + shift.value
 
 
 def _logarithmic_sums(matrix: ScoreMatrix, neg_bias_N: Tensor | None, group: Group | None) -> tuple[RowSums, Tensor]:
-    log_m = torch.full((matrix.U_mD.shape[0],), -math.inf, dtype=torch.float64, device=matrix.U_mD.device)
+    log_m = torch.full((matrix.U_mD.shape[0],), -math.inf, dtype=torch.float64, device=matrix.device)
     rows_sums = RowSums(log_m, log_m.clone())
     log_N = log_m.new_full((matrix.columns.total,), -math.inf)
-    buffer = matrix.buffer(BLOCK_ROWS, matrix.columns.widest)
-    for block in matrix.blocks(BLOCK_ROWS):
+    height = _height(matrix)
+    buffer = matrix.buffer(height, matrix.columns.widest)
+    for block in matrix.blocks(height):
         rows = block.rows
         for tile, _, S_rc in matrix.tiles(block, buffer):
             cols = tile.columns
@@ -176,6 +185,11 @@ def _logarithmic_sums(matrix: ScoreMatrix, neg_bias_N: Tensor | None, group: Gro
     return rows_sums, total_N.log_() + shift_N
 
 
+def _height(matrix: ScoreMatrix) -> int:
+    """Return the rows of a block of the passes that hold one tile, at most twice."""
+    return block_rows(matrix.device, matrix.columns.widest, matrix.cell_bytes + matrix.acc.itemsize)
+
+
 @dataclass(frozen=True)
 class Coefficients:
     """G_ij = row_weight_i · exp(S_ij + neg_bias_j − row_lse_i) + column_weight_j · exp(S_ij − column_log_sum_j)."""
@@ -189,12 +203,15 @@ class Coefficients:
 
 def gradient_pass(matrix: ScoreMatrix, shift: Shift | None, c: Coefficients, sums: Gradients) -> None:
     """Compute the scores again and add G to `sums`; only its row part concerns beta, which cancels in the columns."""
-    buffer, second = matrix.buffer(BLOCK_ROWS, matrix.columns.widest), matrix.buffer(BLOCK_ROWS, matrix.columns.widest)
-    gradient = _LogarithmicGradient(c) if shift is None else _ShiftedGradient(c, shift.value, matrix.U_mD.dtype)
+    height = _height(matrix)
+    buffer, second = matrix.buffer(height, matrix.columns.widest), matrix.buffer(height, matrix.columns.widest)
+    gradient = _LogarithmicGradient(c) if shift is None else _ShiftedGradient(c, shift.value, matrix.acc)
     at = 0.0 if shift is None else shift.value
-    for block in matrix.blocks(BLOCK_ROWS):
+    for block in matrix.blocks(height):
         for tile, W_cD, S_rc in matrix.tiles(block, buffer, at):
-            beta_c = gradient(S_rc, second[: S_rc.numel()].view_as(S_rc), block, tile, sums.beta is not None)
+            T_rc = torch.empty_like(S_rc) if matrix.is_narrow else second[: S_rc.numel()].view_as(S_rc)
+            beta_c = gradient(S_rc, T_rc, block, tile, sums.beta is not None)
+            del T_rc
             sums.add(block, tile, S_rc, W_cD, beta_c)
 
 

@@ -1,8 +1,8 @@
 """Score tiles: S = alpha · U Wᵀ + bias for a block of rows and a tile of columns, and the sums behind the gradients.
 
 All products with W go through `ScoreMatrix.scores` and `Gradients.add`, with float32 (or float64) results whatever the
-dtype of U and W. bfloat16 vectors are widened, since rounding the *scores* to bfloat16 costs 0.2 in the exponent at
-alpha = 100; `product_precision` says where the hardware may narrow the operands again.
+dtype of U and W, since rounding the *scores* to bfloat16 costs 0.2 in the exponent at alpha = 100. A device multiplies
+bfloat16 vectors as they are; for a CPU they are widened, and `product_precision` says where it may narrow them again.
 
 Shape legend: m queries of this rank, N columns of all ranks, D vector size, r rows of a block, c columns of a tile.
 """
@@ -28,31 +28,31 @@ _DENSE_FROM = 1 / 32
 
 @dataclass
 class BlockMask:
-    """The masked entries of one block of rows: coordinates sorted by column, or bytes [rows, N]; None where none."""
+    """The masked entries of one block of rows: coordinates, those of a tile together, or bytes; None where none."""
 
     rows: Tensor | None = None
     columns: Tensor | None = None
     bounds: dict[int, tuple[int, int]] | None = None
-    dense: Tensor | None = None
+    dense: Tensor | None = None  # [rows, N]
 
     @staticmethod
-    def of(mask: FalseNegatives, columns: Columns, start: int, stop: int) -> BlockMask:
-        """Return those of rows [start, stop)."""
+    def of(mask: FalseNegatives, columns: Columns, start: int, stop: int, total: int) -> BlockMask:
+        """Return those of rows [start, stop): `total` entries of pairs."""
         if isinstance(mask, MaskMatrix):
             return BlockMask(dense=mask.rows(start, stop))
         assert isinstance(mask, MaskPairs)
-        lengths = mask.row_lengths[start:stop]
-        total = int(lengths.sum())
-        budget = int((stop - start) * columns.total * _DENSE_FROM)
         if total == 0:
             return BlockMask()
-        if total > max(budget, 4096):
-            return BlockMask(dense=_dense(mask, columns.total, start, stop, budget))
-        rows, found = mask.entries(start, stop)
+        if total > max(4096, int((stop - start) * columns.total * _DENSE_FROM)):
+            return BlockMask(dense=mask.matrix(start, stop))
+        rows, found = mask.entries(start, stop, total)
+        if len(columns.tiles) == 1:
+            return BlockMask(rows=rows, columns=found, bounds={0: (0, total)})
         found, order = torch.sort(found)
-        edges = torch.tensor([[tile.start, tile.stop] for tile in columns.tiles], device=found.device)
-        at = torch.searchsorted(found, edges.flatten()).view(-1, 2).tolist()
-        bounds = {tile.start: (lo, hi) for tile, (lo, hi) in zip(columns.tiles, at, strict=True)}
+        width = columns.tiles[0].width
+        edges = torch.arange(len(columns.tiles) + 1, device=found.device) * width
+        at = torch.searchsorted(found, edges).tolist()
+        bounds = {tile.start: (at[k], at[k + 1]) for k, tile in enumerate(columns.tiles)}
         return BlockMask(rows=rows[order], columns=found, bounds=bounds)
 
     def drop(self, S: Tensor, tile: Tile) -> None:
@@ -66,19 +66,6 @@ class BlockMask:
             lo, hi = self.bounds[tile.start]
             if hi > lo:
                 S[self.rows[lo:hi], self.columns[lo:hi] - tile.start] = -math.inf
-
-
-def _dense(mask: MaskPairs, num_columns: int, start: int, stop: int, budget: int) -> Tensor:
-    dense = torch.zeros((stop - start, num_columns), dtype=torch.uint8, device=mask.row_lengths.device)
-    ends = torch.cumsum(mask.row_lengths[start:stop], 0)
-    lo = 0
-    while lo < stop - start:
-        done = int(ends[lo - 1]) if lo else 0
-        hi = max(lo + 1, int(torch.searchsorted(ends, done + budget, right=True)))
-        rows, columns = mask.entries(start + lo, start + hi)
-        dense[rows + lo, columns] = 1
-        lo = hi
-    return dense
 
 
 @dataclass(frozen=True)
@@ -100,23 +87,57 @@ class ScoreMatrix:
     alpha: float
     bias_N: Tensor | None  # part of the score in this pass
 
+    @property
+    def acc(self) -> torch.dtype:
+        """The dtype of scores and sums."""
+        return torch.float64 if self.U_mD.dtype == torch.float64 else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of it is."""
+        return self.U_mD.device
+
+    @property
+    def is_narrow(self) -> bool:
+        """Products take operands of fewer bits than their results have."""
+        return self.U_mD.dtype != self.acc
+
+    @property
+    def cell_bytes(self) -> int:
+        """Bytes of a score, and of what it becomes as an operand."""
+        return self.acc.itemsize + (self.U_mD.dtype.itemsize if self.is_narrow else 0)
+
     def blocks(self, height: int) -> Iterator[RowBlock]:
         """Cut the queries into blocks of at most `height` rows."""
-        for start in range(0, self.U_mD.shape[0], height):
-            rows = slice(start, min(start + height, self.U_mD.shape[0]))
-            yield RowBlock(rows, self.U_mD[rows], BlockMask.of(self.mask, self.columns, rows.start, rows.stop))
+        m = self.U_mD.shape[0]
+        lengths = self.mask.block_lengths(height) if m and isinstance(self.mask, MaskPairs) else [0] * -(-m // height)
+        for start, total in zip(range(0, m, height), lengths, strict=True):
+            rows = slice(start, min(start + height, m))
+            yield RowBlock(
+                rows, self.U_mD[rows], BlockMask.of(self.mask, self.columns, rows.start, rows.stop, total)
+            )  # fmt: skip
+
+    def zeros(self) -> Tensor:
+        """Return [m] in the dtype of scores."""
+        return torch.zeros(self.U_mD.shape[0], dtype=self.acc, device=self.device)
 
     def buffer(self, height: int, width: int) -> Tensor:
-        """Return memory for the scores of a block of at most `height` rows and `width` columns."""
-        return self.U_mD.new_empty(min(height, self.U_mD.shape[0]) * width)
+        """Return memory for the scores of a block of at most `height` rows and `width` columns, if products take it."""
+        size = 0 if self.is_narrow else min(height, self.U_mD.shape[0]) * width
+        return torch.empty(size, dtype=self.acc, device=self.device)
 
     def tiles(self, block: RowBlock, buffer: Tensor, shift: float = 0.0) -> Iterator[tuple[Tile, Tensor, Tensor]]:
         """Yield each tile with its vectors [c, D] and its scores less `shift` [r, c], one over the other, unmasked."""
-        for tile, W_cD in self.columns.arriving():
+        for tile, W_cD in self.columns.vectors():
             yield tile, W_cD, self.scores(block, tile, W_cD, buffer, shift)
 
     def scores(self, block: RowBlock, tile: Tile, W_cD: Tensor, out: Tensor, shift: float = 0.0) -> Tensor:
-        """Write the scores less `shift` into the memory of `out` and return them [r, c]."""
+        """Return the scores less `shift` [r, c], in the memory of `out` where `buffer` has any."""
+        if self.is_narrow:
+            S_rc = torch.mm(block.U_rD, W_cD.T, out_dtype=self.acc)
+            if self.bias_N is None:
+                return S_rc.mul_(self.alpha) if shift == 0.0 else S_rc.mul_(self.alpha).sub_(shift)
+            return torch.add(self.bias_N[tile.columns] - shift, S_rc, alpha=self.alpha, out=S_rc)
         shape = block.U_rD.shape[0], tile.width
         S_rc = out[: shape[0] * shape[1]].view(shape)
         if self.bias_N is None and shift == 0.0:
@@ -145,12 +166,21 @@ class Gradients:
 
     def add(self, block: RowBlock, tile: Tile, G_rc: Tensor, W_cD: Tensor, beta_c: Tensor | None = None) -> None:
         """Add a tile's G to the sums, and `beta_c` to beta's where only a part of G concerns it."""
-        if self.U is not None:
-            self.U[block.rows].addmm_(G_rc, W_cD)
-        if self.W is not None:
-            self.W[tile.columns].addmm_(G_rc.T, block.U_rD)
         if self.beta is not None:
             self.beta[tile.columns] += G_rc.sum(0) if beta_c is None else beta_c
+        G_rc = G_rc.to(W_cD.dtype)
+        if self.U is not None:
+            add_product(self.U[block.rows], G_rc, W_cD)
+        if self.W is not None:
+            add_product(self.W[tile.columns], G_rc.T, block.U_rD)
+
+
+def add_product(total: Tensor, A: Tensor, B: Tensor) -> None:
+    """Add A B to `total`, whose dtype the product has."""
+    if A.dtype == total.dtype:
+        total.addmm_(A, B)
+    else:
+        total += torch.mm(A, B, out_dtype=total.dtype)
 
 
 @contextmanager
