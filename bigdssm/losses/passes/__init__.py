@@ -19,6 +19,7 @@ from bigdssm import distributed
 from bigdssm.distributed import Group
 from bigdssm.losses.inputs import GlobalSizes, LossInputs, add_biases
 from bigdssm.losses.masks import FalseNegatives, mask_bytes
+from bigdssm.losses.passes import triton_passes
 from bigdssm.losses.passes.columns import TILE_WIDTH, Columns, gather_columns
 from bigdssm.losses.passes.pairs import PairSums, ValueAndSlope, pairwise_pass
 from bigdssm.losses.passes.softmax import (
@@ -108,6 +109,10 @@ class ScorePasses:
         """
         columns = self.columns
         bias_N = add_biases(columns.beta, columns.neg_bias, None if columns.copies is None else columns.copies.log())
+        if self._fused is not None:
+            return triton_passes.softmax_rows(
+                self._fused, bias_N, positive_m, weight_m, extra_log_sum_m, self._sums
+            )
         return softmax_rows(self._matrix(bias_N), positive_m, weight_m, extra_log_sum_m, self._sums)
 
     def pairs(self, value_and_slope: ValueAndSlope, positive_m: Tensor, scale_m: Tensor) -> PairSums:
@@ -119,8 +124,12 @@ class ScorePasses:
         """Return the columns' log-sum-exps, and the rows' where they matter."""
         # beta is constant in a column and cancels there: without the rows it is left out
         neg_bias_N = self.columns.neg_bias if with_rows else None
-        matrix = self._matrix(self.columns.beta if with_rows else None)
-        rows, log_N, shift = column_pass(matrix, self._sizes, neg_bias_N, with_rows, self._group)
+        bias_N = self.columns.beta if with_rows else None
+        matrix, shift = self._matrix(bias_N), None
+        if self._fused is not None:
+            rows, log_N = triton_passes.column_pass(self._fused, bias_N, neg_bias_N, self._group)
+        else:
+            rows, log_N, shift = column_pass(matrix, self._sizes, neg_bias_N, with_rows, self._group)
 
         def add(row_weight_m: Tensor, row_lse_m: Tensor, column_weight_m: Tensor) -> None:
             if self._sums is None:
@@ -128,7 +137,10 @@ class ScorePasses:
             own_n = column_weight_m.new_zeros(self._x.W.shape[0]).index_add_(0, self._x.positive, column_weight_m)
             column_weight_N = distributed.all_gather_padded(own_n, self._sizes.longest, self._group).wait()
             c = Coefficients(row_weight_m, row_lse_m, neg_bias_N, column_weight_N, log_N)
-            gradient_pass(matrix, shift, c, self._sums)
+            if self._fused is not None:
+                triton_passes.gradient_pass(self._fused, bias_N, with_rows, c, self._sums)
+            else:
+                gradient_pass(matrix, shift, c, self._sums)
 
         return BothSums(rows, log_N[self.positive_N], add)
 
@@ -145,6 +157,12 @@ class ScorePasses:
     def _sums(self) -> Gradients | None:
         wants = self._sizes.wants
         return Gradients.zeros(self._x, wants, self.columns.total) if wants else None
+
+    @cached_property
+    def _fused(self) -> triton_passes.FusedMatrix | None:
+        if not triton_passes.available(self._x):
+            return None
+        return triton_passes.FusedMatrix.of(self._x, self.columns, self._mask)
 
     def _matrix(self, bias_N: Tensor | None) -> ScoreMatrix:
         x = self._x
