@@ -5,6 +5,7 @@ The interpreter has two faults with bfloat16, mended here: it multiplies the bit
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -17,15 +18,18 @@ from bigdssm.losses.passes import triton_passes
 
 ENVIRONMENT = {"TRITON_INTERPRET": "1"}
 MULTIPROCESSORS = 6  # so that some sums are shared out and others are not
+PAIRS_AT_ONCE = 64  # so that masks are laid out in parts
 
 
 def by_kernels(loss: Callable[..., Any], *tensors: Any, **arguments: Any) -> Any:
     """Compute a loss by the kernels, whatever its tensors are on."""
-    _mend()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _mend()
     launched, pass_of = [], triton_passes.FusedMatrix.of
     with (
         mock.patch.object(triton_passes, "available", lambda x: x.U.dtype != torch.float64),
         mock.patch.object(triton_passes, "_multiprocessors", lambda device: MULTIPROCESSORS),
+        mock.patch.object(triton_passes, "_PAIRS_AT_ONCE", PAIRS_AT_ONCE),
         mock.patch.object(triton_passes.FusedMatrix, "of", lambda *given: launched.append(1) or pass_of(*given)),
     ):
         found = loss(*tensors, **arguments)
@@ -35,6 +39,10 @@ def by_kernels(loss: Callable[..., Any], *tensors: Any, **arguments: Any) -> Any
 
 def fused_fps(*tensors: Any, **arguments: Any) -> Any:
     return by_kernels(fps_loss, *tensors, **arguments)
+
+
+def fused_on_rank_0(*tensors: Any, **arguments: Any) -> Any:
+    return (fused_fps if os.environ["RANK"] == "0" else fps_loss)(*tensors, **arguments)
 
 
 @cache

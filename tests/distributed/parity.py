@@ -56,7 +56,7 @@ def run(
 
 
 def of_all(results: list[Any], one_beta: bool = False) -> tuple[Tensor, list[Any], Any]:
-    """Return what a mean over ranks makes of what `run_rank` returned on each; `one_beta`: it is one for all documents."""
+    """Return what a mean over ranks makes of what `run_rank` returned on each; `one_beta`: all documents have one."""
     R = len(results)
     value = torch.stack([r[0] for r in results]).mean()
     grads = [r[1] for r in results]

@@ -12,11 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from bigdssm.losses import fps_loss
+
 from . import reference
 from .conftest import Pools
-from .interpreted import ENVIRONMENT, fused_fps
+from .interpreted import ENVIRONMENT, fused_fps, fused_on_rank_0
 from .parity import assert_parity, by_matrix, of_all, run_rank
 from .reference import Shard, make_shards
+from .spawn import RankFailed
 
 pytest.importorskip("triton")
 
@@ -32,22 +35,6 @@ def ranks() -> Iterator[Pools]:
     made.close()
 
 
-def dense_fps(shards: list[Shard], alpha: float, direction: str) -> tuple[Tensor, list[Tensor | None]]:
-    """Return what reference.fps does, all rows at once."""
-    x = reference.dense(shards, alpha)
-    every = torch.arange(len(x.positive))
-    S_pos = x.S[every, x.positive]
-    own = torch.zeros_like(x.in_X).index_put_((every, x.positive), torch.tensor(True))
-    rows = (x.S + x.neg_bias).masked_fill(x.in_X | own, -math.inf)
-    columns = x.S.masked_fill(x.in_X, -math.inf).logsumexp(0)[x.positive]
-    q2d, d2q = torch.cat([S_pos[:, None], rows], 1).logsumexp(1), torch.logaddexp(S_pos, columns)
-    lse = {"q2d": q2d, "d2q": d2q, "both": (q2d + d2q) / 2}[direction]
-    loss = (x.weight * (lse - S_pos)).sum() / x.weight.sum()
-    given = torch.autograd.grad(loss, [leaf for leaf in x.leaves if leaf is not None], allow_unused=True)
-    found = iter(torch.zeros(()) if grad is None else grad for grad in given)
-    return loss.detach(), [None if leaf is None else next(found).expand_as(leaf) for leaf in x.leaves]
-
-
 def check(
     ranks: Pools,
     shards: list[Shard],
@@ -56,14 +43,17 @@ def check(
     tolerance: float,
     loss: Callable[..., Any] = fused_fps,
 ) -> None:
-    results = ranks[len(shards)].run(run_rank, loss, shards, alpha, None, {"direction": direction})
-    assert_parity(shards, alpha, of_all(results), dense_fps(shards, alpha, direction), tolerance)
+    found = of_all(ranks[len(shards)].run(run_rank, loss, shards, alpha, None, {"direction": direction}))
+    assert_parity(shards, alpha, found, reference.fps_at_once(shards, alpha, direction), tolerance)
+    if len(shards) == 1:
+        plain = run_rank(0, 1, fps_loss, shards, alpha, None, {"direction": direction})[2]
+        assert {name: float(value) for name, value in found[2].items()} == pytest.approx(plain, rel=1e-4)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_the_reference_at_once_is_the_reference(direction: str) -> None:
     shards = make_shards(torch.Generator().manual_seed(3), [(20, 30)], 8, num_queries=8, num_docs=20, options=OPTIONS)
-    (loss, gradients), (right, expected) = (f(shards, 20.0, direction) for f in (dense_fps, reference.fps))
+    (loss, gradients), (right, expected) = (f(shards, 20.0, direction) for f in (reference.fps_at_once, reference.fps))
     torch.testing.assert_close([loss, *gradients], [right, *expected])
 
 
@@ -120,7 +110,7 @@ def test_bfloat16_is_as_good_as_its_inputs(ranks: Pools, direction: str, alpha: 
     W = torch.nn.functional.normalize(U + 3 * unit(300, 64, 4), dim=1)
     shards = [Shard(U.bfloat16(), W.bfloat16(), torch.arange(300))]
     (value, gradients, _) = of_all(ranks[1].run(run_rank, fused_fps, shards, alpha, None, {"direction": direction}))
-    loss, right = dense_fps(shards, alpha, direction)
+    loss, right = reference.fps_at_once(shards, alpha, direction)
     for a, b in zip((value, *gradients[:2]), (loss, *right[:2]), strict=True):
         assert b is not None and float((a.double() - b).norm() / b.norm()) <= 5e-3
 
@@ -157,3 +147,10 @@ def test_non_finite_vectors_give_a_non_finite_loss(ranks: Pools, direction: str,
     U[2, 1] = bad
     shard = Shard(U, unit(6, 4, 2).float(), torch.arange(6))
     assert not ranks[1].run(run_rank, fused_fps, [shard], 20.0, None, {"direction": direction})[0][0].isfinite()
+
+
+def test_ranks_agree_on_the_kernels(ranks: Pools) -> None:
+    """Their sums are reduced in other steps than those of the plain path."""
+    shards = [Shard(unit(6, 4, k).float(), unit(6, 4, 9 + k).float(), torch.arange(6)) for k in range(2)]
+    with pytest.raises(RankFailed, match="rank 0 has softmax over all columns, both, by Triton kernels; rank 1 has"):
+        ranks[2].run(run_rank, fused_on_rank_0, shards, 20.0, None, {"direction": "both"})

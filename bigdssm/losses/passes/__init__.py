@@ -110,9 +110,7 @@ class ScorePasses:
         columns = self.columns
         bias_N = add_biases(columns.beta, columns.neg_bias, None if columns.copies is None else columns.copies.log())
         if self._fused is not None:
-            return triton_passes.softmax_rows(
-                self._fused, bias_N, positive_m, weight_m, extra_log_sum_m, self._sums
-            )
+            return triton_passes.softmax_rows(self._fused, bias_N, positive_m, weight_m, extra_log_sum_m, self._sums)
         return softmax_rows(self._matrix(bias_N), positive_m, weight_m, extra_log_sum_m, self._sums)
 
     def pairs(self, value_and_slope: ValueAndSlope, positive_m: Tensor, scale_m: Tensor) -> PairSums:

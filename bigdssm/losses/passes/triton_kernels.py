@@ -1,11 +1,11 @@
 # mypy: disable-error-code="no-untyped-def, misc"
 """Triton kernels over tiles of the score matrix: log-sum-exps of rows and columns, and sums over its gradient.
 
-A score exists in registers alone: S2 = alpha · U Wᵀ + offset, in base 2 (alpha and offsets come times log2 e). Every sum
-is one program's, over its tiles in order, so that results do not change from run to run.
+Scores exist in registers alone: S2 = alpha2 · U Wᵀ + offset, in base 2, so that alpha and offsets come times log2 e. A
+sum is one program's, over its tiles in order: results do not change from run to run.
 
-Dropped entries are bits, in tiles of 128 × 128: `slots` [row tiles, column tiles] says which tile of `bits` [tiles, 2, 128]
-a tile has, −1 where nothing in it is dropped; words are those of a row, in halves of 64 columns.
+Dropped entries are bits, in tiles of 128 × 128: `slots` [row tiles, column tiles] says which of `bits` [tiles, 2, 128]
+a tile has, −1 where nothing in it is dropped. A word is 64 columns of a row; the first 128 are of the left half.
 
 Shape legend: m queries of this rank, N columns of all ranks, D vector size; s splits: programs that share out a sum.
 """

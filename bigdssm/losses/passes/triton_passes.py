@@ -1,9 +1,11 @@
 """The passes of the softmax losses by Triton kernels, on cards that have room for their tiles.
 
-`softmax_rows` (query → doc) takes the log-sum-exps and dU in one pass, and dW in a second: four products. With the other
-direction, or both, `column_pass` takes the log-sum-exps of rows and columns in one pass, and `gradient_pass` dU and dW in
-one each: five. Scores never reach memory. Products have float32 results; exponentials and their sums are float32 within a
-block of rows and a share of the columns, and float64 beyond. There is no shift to choose: any range of scores will do.
+`softmax_rows` (query → doc) takes the log-sum-exps and dU in one pass, and dW in a second: four products. With the
+other direction, or both, `column_pass` takes the log-sum-exps of rows and columns in one pass, and `gradient_pass` dU
+and dW in one each: five. Scores never reach memory, and any range of them will do: there is no shift to choose.
+
+Products have float32 results. Exponentials are float32, and so are their sums within a block of rows or a program's
+share of the columns; beyond it they are float64. G is rounded to bfloat16 where the vectors are.
 
 Shape legend: m queries of this rank, N columns of all ranks, D vector size; s splits: programs that share out a sum.
 """
@@ -44,6 +46,11 @@ class Blocks:
     others: int
     warps: int
     stages: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
 def choose_blocks(dim: int, dtype: torch.dtype) -> Blocks:
@@ -173,7 +180,9 @@ def column_pass(
     return rows, total_N.log_() + shift_N
 
 
-def gradient_pass(matrix: FusedMatrix, bias_N: Tensor | None, with_rows: bool, c: Coefficients, sums: Gradients) -> None:
+def gradient_pass(
+    matrix: FusedMatrix, bias_N: Tensor | None, with_rows: bool, c: Coefficients, sums: Gradients
+) -> None:
     """Compute the scores again and write G's sums; only its row part concerns beta, which cancels in the columns."""
     column_N = torch.where(c.column_weight_N > 0, c.column_weight_N.log() - c.column_log_sum_N, -math.inf)
     column_offset_N = matrix.offsets(column_N if bias_N is None else bias_N + column_N)
@@ -210,7 +219,7 @@ def _sums(
             *((total_sm, total_sm) if of_columns is None else of_columns),
             m, N, matrix.slots.shape[1], math.ceil(math.ceil(N / width) / grid[1]), matrix.alpha * _LOG2_E,
             D=D, BLOCK_D=_power_of_2(D), ROWS=height, COLUMNS=width, NEG_BIAS=neg_offset_N is not None,
-            OVER_ROWS=over_rows, WEIGHTED=weighted, num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=True,
+            OVER_ROWS=over_rows, WEIGHTED=weighted, **blocks.options,
         )  # fmt: skip
     elif weighted_smD is not None:
         weighted_smD.zero_()
@@ -232,7 +241,7 @@ def _write_gradients(
     matrix: FusedMatrix, row_exponent_m: Tensor, row_offset_N: Tensor | None, column_offset_N: Tensor | None,
     sums: Gradients,
 ) -> None:  # fmt: skip
-    """Write G's sums to those in `sums`, which are zero; without row offsets G has no row part, and beta no gradient."""
+    """Write the sums over G to `sums`, which are zero; without row offsets it has no row part, and beta no gradient."""
     (m, D), N, blocks = matrix.U_mD.shape, matrix.W_ND.shape[0], matrix.blocks
     if not (m and N):
         return
@@ -254,7 +263,7 @@ def _write_gradients(
             m, N, matrix.slots.shape[1], math.ceil(tiles / grid[1]), matrix.alpha * _LOG2_E,
             D=D, BLOCK_D=_power_of_2(D), OWN=blocks.own, OTHERS=blocks.others, BY_COLUMN=by_column,
             ROW_PART=row_offset_N is not None, COLUMN_PART=column_offset_N is not None, BETA=beta is not None,
-            num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=True,
+            **blocks.options,
         )  # fmt: skip
         if out is not None and not direct:
             torch.sum(parts, 0, out=out)
