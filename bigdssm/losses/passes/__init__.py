@@ -1,7 +1,7 @@
 """The seam: all work on the score matrix, the gather of its columns and the reduction of its gradients.
 
-What stands above (terms, masks, the engine) sees vectors of a value per query or per column, never a tile. Kernels for
-other devices replace what is in this folder.
+What stands above (terms, masks, the engine) sees vectors of a value per query or per column, never a tile. The passes
+of the softmax losses are Triton kernels where `triton_passes.available` says so, plain torch otherwise: same results.
 
 Shape legend: m queries and n columns of this rank, N columns of all ranks, D vector size.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -123,22 +123,21 @@ class ScorePasses:
         # beta is constant in a column and cancels there: without the rows it is left out
         neg_bias_N = self.columns.neg_bias if with_rows else None
         bias_N = self.columns.beta if with_rows else None
-        matrix, shift = self._matrix(bias_N), None
+        add_products: Callable[[Coefficients, Gradients], None]
         if self._fused is not None:
             rows, log_N = triton_passes.column_pass(self._fused, bias_N, neg_bias_N, self._group)
+            add_products = partial(triton_passes.gradient_pass, self._fused, bias_N, with_rows)
         else:
+            matrix = self._matrix(bias_N)
             rows, log_N, shift = column_pass(matrix, self._sizes, neg_bias_N, with_rows, self._group)
+            add_products = partial(gradient_pass, matrix, shift)
 
         def add(row_weight_m: Tensor, row_lse_m: Tensor, column_weight_m: Tensor) -> None:
             if self._sums is None:
                 return
             own_n = column_weight_m.new_zeros(self._x.W.shape[0]).index_add_(0, self._x.positive, column_weight_m)
             column_weight_N = distributed.all_gather_padded(own_n, self._sizes.longest, self._group).wait()
-            c = Coefficients(row_weight_m, row_lse_m, neg_bias_N, column_weight_N, log_N)
-            if self._fused is not None:
-                triton_passes.gradient_pass(self._fused, bias_N, with_rows, c, self._sums)
-            else:
-                gradient_pass(matrix, shift, c, self._sums)
+            add_products(Coefficients(row_weight_m, row_lse_m, neg_bias_N, column_weight_N, log_N), self._sums)
 
         return BothSums(rows, log_N[self.positive_N], add)
 

@@ -35,6 +35,7 @@ _LOG2_E = 1 / math.log(2)
 _LN_2 = math.log(2)
 _MASK_TILE = 128  # rows and columns: a word per row and 64 columns
 _MOST_SPLITS = 16
+_WRITING_TILES = 6  # what it costs a program to have its sums written and added up, in tiles
 _PAIRS_AT_ONCE = 1 << 23
 
 
@@ -46,6 +47,11 @@ class Blocks:
     others: int
     warps: int
     stages: int
+
+    @property
+    def programs(self) -> int:
+        """How many a multiprocessor has room for."""
+        return 8 // self.warps
 
     @property
     def options(self) -> dict[str, Any]:
@@ -123,9 +129,7 @@ def mask_tiles(mask: FalseNegatives, num_rows: int, num_columns: int) -> tuple[T
     if isinstance(mask, MaskMatrix):
         bits = torch.empty((tiles, 2, _MASK_TILE), dtype=torch.int64, device=mask.matrix_QN.device)
         if tiles:
-            from bigdssm.losses.passes.triton_kernels import pack_kernel
-
-            pack_kernel[shape](mask.matrix_QN, mask.row_query, bits, num_rows, num_columns, shape[1])
+            _launch("pack_kernel", shape, mask.matrix_QN, mask.row_query, bits, num_rows, num_columns, shape[1])
         return torch.arange(tiles, dtype=torch.int32, device=bits.device).view(shape), bits
     assert isinstance(mask, MaskPairs)
     device, total = mask.row_lengths.device, int(mask.row_lengths.sum())
@@ -205,16 +209,14 @@ def _sums(
     the columns' log-sum-exps [N], where wanted."""
     (m, D), N, blocks = matrix.U_mD.shape, matrix.W_ND.shape[0], matrix.blocks
     height, width = blocks.own, blocks.others
-    grid = math.ceil(m / height), _splits(matrix.U_mD.device, math.ceil(m / height), math.ceil(N / width))
+    grid = math.ceil(m / height), _splits(matrix, math.ceil(m / height), math.ceil(N / width))
     new = offset_N.new_empty
     largest_sm, total_sm = offset_N.new_full((grid[1], m), -math.inf), offset_N.new_zeros((grid[1], m))
     weighted_smD = new((grid[1], m, D)) if weighted else None
     of_columns = new((2, grid[0], N)) if over_rows else None
     if m and N:
-        from bigdssm.losses.passes.triton_kernels import sums_kernel
-
-        sums_kernel[grid](
-            matrix.U_mD, matrix.W_ND, offset_N, offset_N if neg_offset_N is None else neg_offset_N,
+        _launch(
+            "sums_kernel", grid, matrix.U_mD, matrix.W_ND, offset_N, offset_N if neg_offset_N is None else neg_offset_N,
             matrix.slots, matrix.bits, largest_sm, total_sm, total_sm if weighted_smD is None else weighted_smD,
             *((total_sm, total_sm) if of_columns is None else of_columns),
             m, N, matrix.slots.shape[1], math.ceil(math.ceil(N / width) / grid[1]), matrix.alpha * _LOG2_E,
@@ -245,19 +247,18 @@ def _write_gradients(
     (m, D), N, blocks = matrix.U_mD.shape, matrix.W_ND.shape[0], matrix.blocks
     if not (m and N):
         return
-    from bigdssm.losses.passes.triton_kernels import gradient_kernel
-
     for out, by_column, own, others in ((sums.U, False, m, N), (sums.W, True, N, m)):
         beta = sums.beta if by_column and row_offset_N is not None else None
         if out is None and beta is None:
             continue
         tiles = math.ceil(others / blocks.others)
-        grid = math.ceil(own / blocks.own), _splits(matrix.U_mD.device, math.ceil(own / blocks.own), tiles)
+        grid = math.ceil(own / blocks.own), _splits(matrix, math.ceil(own / blocks.own), tiles)
         direct = out is not None and grid[1] == 1
         parts = out if direct and out is not None else row_exponent_m.new_empty((grid[1], own, D))
         of_beta = None if beta is None else row_exponent_m.new_empty((grid[1], own))
-        gradient_kernel[grid](
-            matrix.U_mD, matrix.W_ND, row_exponent_m, row_exponent_m if row_offset_N is None else row_offset_N,
+        _launch(
+            "gradient_kernel", grid, matrix.U_mD, matrix.W_ND,
+            row_exponent_m, row_exponent_m if row_offset_N is None else row_offset_N,
             row_exponent_m if column_offset_N is None else column_offset_N, matrix.slots, matrix.bits,
             parts, parts if of_beta is None else of_beta,
             m, N, matrix.slots.shape[1], math.ceil(tiles / grid[1]), matrix.alpha * _LOG2_E,
@@ -271,17 +272,22 @@ def _write_gradients(
             beta += of_beta.sum(0, dtype=torch.float64)
 
 
-def _splits(device: torch.device, blocks: int, tiles: int) -> int:
-    """Return among how many programs a sum over `tiles` is shared out, so that `blocks` of them fill the card."""
-    at_once = _multiprocessors(device)
+def _launch(kernel: str, grid: tuple[int, int], first: Tensor, *arguments: object, **options: object) -> None:
+    from bigdssm.losses.passes import triton_kernels  # where there is no card Triton may be missing
 
-    def idle(splits: int) -> float:
-        waves = blocks * splits / at_once
-        return round(1 - waves / max(1, math.ceil(waves)), 1)
+    with torch.cuda.device_of(first):
+        getattr(triton_kernels, kernel)[grid](first, *arguments, **options)
 
-    most = max(1, min(_MOST_SPLITS, tiles))
-    splits = min(range(1, most + 1), key=lambda splits: (idle(splits), splits))
-    return math.ceil(max(1, tiles) / math.ceil(max(1, tiles) / splits))  # none without a tile
+
+def _splits(matrix: FusedMatrix, own: int, tiles: int) -> int:
+    """Return among how many programs each of `own` blocks' sums over `tiles` is shared out, to fill the card."""
+    at_once, tiles = _multiprocessors(matrix.U_mD.device) * matrix.blocks.programs, max(1, tiles)
+
+    def cost(splits: int) -> int:
+        return math.ceil(own * splits / at_once) * (math.ceil(tiles / splits) + _WRITING_TILES)
+
+    splits = min(range(1, min(_MOST_SPLITS, tiles) + 1), key=cost)
+    return math.ceil(tiles / math.ceil(tiles / splits))  # none without a tile
 
 
 def _power_of_2(dim: int) -> int:
