@@ -26,7 +26,7 @@ from bigdssm.losses.inputs import LossInputError, LossInputs, check_inputs, glob
 from bigdssm.losses.listed import add_listed, score_listed
 from bigdssm.losses.masks import find_false_negatives, gather_known_positives
 from bigdssm.losses.output import LocalStats, LossOutput, attach, finish_gradients, reduce_output
-from bigdssm.losses.passes import Gradients, ScorePasses, gather_columns, product_precision, triton_passes
+from bigdssm.losses.passes import Gradients, ScorePasses, gather_columns, product_precision, triton_matrix
 from bigdssm.losses.terms import TERMS, Scores, Term
 
 Direction = Literal["q2d", "d2q", "both"]
@@ -83,7 +83,7 @@ def contrastive_loss(
     except LossInputError as error:
         x = shared = error
     words = f"{term} over {_SHARED.get(columns, columns)}, {direction}"
-    if isinstance(shared, LossInputs) and triton_passes.available(shared):
+    if isinstance(shared, LossInputs) and triton_matrix.available(shared):
         words += ", by Triton kernels"
     shared, sizes = global_sizes(shared, words, getattr(U, "device", torch.device("cpu")), group)
     assert isinstance(x, LossInputs) and isinstance(term, Term)

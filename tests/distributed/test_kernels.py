@@ -16,7 +16,7 @@ from bigdssm.losses import fps_loss
 
 from . import reference
 from .conftest import Pools
-from .interpreted import ENVIRONMENT, fused_fps, fused_on_rank_0
+from .interpreted import ENVIRONMENT, fused_fps, fused_fps_of_packed, fused_on_rank_0
 from .parity import assert_parity, by_matrix, of_all, run_rank
 from .reference import Shard, make_shards
 from .spawn import RankFailed
@@ -57,7 +57,9 @@ def test_the_reference_at_once_is_the_reference(direction: str) -> None:
     torch.testing.assert_close([loss, *gradients], [right, *expected])
 
 
-@pytest.mark.parametrize("loss", [fused_fps, partial(by_matrix, fused_fps)], ids=["pairs", "matrix"])
+@pytest.mark.parametrize(
+    "loss", [fused_fps, partial(by_matrix, fused_fps_of_packed)], ids=["pairs", "matrix and W as it is sent"]
+)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
 def test_equals_the_dense_reference(

@@ -1,7 +1,7 @@
 """The seam: all work on the score matrix, the gather of its columns and the reduction of its gradients.
 
 What stands above (terms, masks, the engine) sees vectors of a value per query or per column, never a tile. The passes
-of the softmax losses are Triton kernels where `triton_passes.available` says so, plain torch otherwise: same results.
+of the softmax losses are Triton kernels where `triton_matrix.available` says so, plain torch otherwise: same results.
 
 Shape legend: m queries and n columns of this rank, N columns of all ranks, D vector size.
 """
@@ -19,7 +19,7 @@ from bigdssm import distributed
 from bigdssm.distributed import Group
 from bigdssm.losses.inputs import GlobalSizes, LossInputs, add_biases
 from bigdssm.losses.masks import FalseNegatives, mask_bytes
-from bigdssm.losses.passes import triton_passes
+from bigdssm.losses.passes import triton_matrix, triton_passes
 from bigdssm.losses.passes.columns import TILE_WIDTH, Columns, gather_columns
 from bigdssm.losses.passes.pairs import PairSums, ValueAndSlope, pairwise_pass
 from bigdssm.losses.passes.softmax import (
@@ -156,10 +156,10 @@ class ScorePasses:
         return Gradients.zeros(self._x, wants, self.columns.total) if wants else None
 
     @cached_property
-    def _fused(self) -> triton_passes.FusedMatrix | None:
-        if not triton_passes.available(self._x):
+    def _fused(self) -> triton_matrix.FusedMatrix | None:
+        if not triton_matrix.available(self._x):
             return None
-        return triton_passes.FusedMatrix.of(self._x, self.columns, self._mask)
+        return triton_matrix.FusedMatrix.of(self._x, self.columns, self._mask)
 
     def _matrix(self, bias_N: Tensor | None) -> ScoreMatrix:
         x = self._x

@@ -2,7 +2,8 @@
 """Triton kernels over tiles of the score matrix: log-sum-exps of rows and columns, and sums over its gradient.
 
 Scores exist in registers alone: S2 = alpha2 · U Wᵀ + offset, in base 2, so that alpha and offsets come times log2 e. A
-sum is one program's, over its tiles in order: results do not change from run to run.
+sum is one program's, over its tiles in order: results do not change from run to run. Rows of W stand W_units · ALIGNED
+numbers apart, so that the compiler knows how they are aligned.
 
 Dropped entries are bits, in tiles of 128 × 128: `slots` [row tiles, column tiles] says which of `bits` [tiles, 2, 128]
 a tile has, −1 where nothing in it is dropped. A word is 64 columns of a row; the first 128 are of the left half.
@@ -15,18 +16,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_SIZES = ("m", "N", "column_tiles", "tiles_per_split")  # that change from batch to batch, and compile nothing anew
+_SIZES = (
+    "m",
+    "N",
+    "W_units",
+    "column_tiles",
+    "tiles_per_split",
+)  # that change from batch to batch, and compile nothing anew
 
 
 @triton.jit
-def _vectors(x_ptr, start, num_rows, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Load rows [start, start + ROWS) as [ROWS, BLOCK_D], zeros outside."""
+def _vectors(x_ptr, stride, start, num_rows, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Load rows [start, start + ROWS), which stand `stride` apart, as [ROWS, BLOCK_D]; zeros outside."""
     rows, dims = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     inside = (start + rows < num_rows)[:, None]
     if BLOCK_D != D:
         inside = inside & (dims < D)[None, :]
-    x_ptr += tl.cast(start, tl.int64) * D
-    return tl.load(x_ptr + (rows[:, None] * D + dims[None, :]), mask=inside, other=0.0)
+    x_ptr += tl.cast(start, tl.int64) * stride
+    return tl.load(x_ptr + (rows[:, None] * stride + dims[None, :]), mask=inside, other=0.0)
 
 
 @triton.jit
@@ -51,9 +58,9 @@ def _drop(s, bits_ptr, slot, row, column, ROWS: tl.constexpr, COLUMNS: tl.conste
 def sums_kernel(
     U_ptr, W_ptr, offset_ptr, neg_offset_ptr, slots_ptr, bits_ptr,
     row_max_ptr, row_sum_ptr, weighted_ptr, column_max_ptr, column_sum_ptr,
-    m, N, column_tiles, tiles_per_split, alpha2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NEG_BIAS: tl.constexpr,
-    OVER_ROWS: tl.constexpr, WEIGHTED: tl.constexpr,
+    m, N, W_units, column_tiles, tiles_per_split, alpha2,
+    ALIGNED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    NEG_BIAS: tl.constexpr, OVER_ROWS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """Write each row's largest score and Σ_j 2^(S2 − largest) [s, m], over the split's columns; by choice also
 
@@ -62,7 +69,7 @@ def sums_kernel(
     """
     block, split = tl.program_id(0), tl.program_id(1)
     rows = block * ROWS + tl.arange(0, ROWS)
-    u = _vectors(U_ptr, block * ROWS, m, ROWS, D, BLOCK_D)
+    u = _vectors(U_ptr, D, block * ROWS, m, ROWS, D, BLOCK_D)
     slots_ptr += (block * ROWS // 128) * column_tiles
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(N, COLUMNS))
@@ -72,7 +79,7 @@ def sums_kernel(
     slot = tl.load(slots_ptr + first * COLUMNS // 128)
     for tile in range(first, last):
         columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-        w = _vectors(W_ptr, tile * COLUMNS, N, COLUMNS, D, BLOCK_D)
+        w = _vectors(W_ptr, W_units * ALIGNED, tile * COLUMNS, N, COLUMNS, D, BLOCK_D)
         offset = tl.load(offset_ptr + columns, mask=columns < N, other=float("-inf"))
         s = tl.dot(u, tl.trans(w), input_precision="ieee") * alpha2 + offset[None, :]
         if slot >= 0:
@@ -108,9 +115,9 @@ def sums_kernel(
 @triton.jit(do_not_specialize=_SIZES)
 def gradient_kernel(
     U_ptr, W_ptr, row_exponent_ptr, row_offset_ptr, column_offset_ptr, slots_ptr, bits_ptr, out_ptr, out_rows_ptr,
-    m, N, column_tiles, tiles_per_split, alpha2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, OTHERS: tl.constexpr, BY_COLUMN: tl.constexpr,
-    ROW_PART: tl.constexpr, COLUMN_PART: tl.constexpr, BETA: tl.constexpr,
+    m, N, W_units, column_tiles, tiles_per_split, alpha2,
+    ALIGNED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, OTHERS: tl.constexpr,
+    BY_COLUMN: tl.constexpr, ROW_PART: tl.constexpr, COLUMN_PART: tl.constexpr, BETA: tl.constexpr,
 ):  # fmt: skip
     """Write Σ_j G_ij w_j to out [s, m, D]; BY_COLUMN: Σ_i G_ij u_i to out [s, N, D], with the row part's Σ_i G_ij too.
 
@@ -118,11 +125,13 @@ def gradient_kernel(
     """
     block, split = tl.program_id(0), tl.program_id(1)
     if BY_COLUMN:
-        x_ptr, num_own, y_ptr, num_others = W_ptr, N, U_ptr, m
+        x_ptr, x_stride, num_own = W_ptr, W_units * ALIGNED, N
+        y_ptr, y_stride, num_others = U_ptr, D, m
     else:
-        x_ptr, num_own, y_ptr, num_others = U_ptr, m, W_ptr, N
+        x_ptr, x_stride, num_own = U_ptr, D, m
+        y_ptr, y_stride, num_others = W_ptr, W_units * ALIGNED, N
     own = block * OWN + tl.arange(0, OWN)
-    x = _vectors(x_ptr, block * OWN, num_own, OWN, D, BLOCK_D)
+    x = _vectors(x_ptr, x_stride, block * OWN, num_own, OWN, D, BLOCK_D)
     # what depends on the own side alone
     own_column = tl.zeros((OWN,), tl.float32)
     if BY_COLUMN:
@@ -146,7 +155,7 @@ def gradient_kernel(
     slot = tl.load(slots_ptr + (first * OTHERS // 128) * stride)
     for tile in range(first, last):
         others = tile * OTHERS + tl.arange(0, OTHERS)
-        y = _vectors(y_ptr, tile * OTHERS, num_others, OTHERS, D, BLOCK_D)
+        y = _vectors(y_ptr, y_stride, tile * OTHERS, num_others, OTHERS, D, BLOCK_D)
         s = tl.dot(x, tl.trans(y), input_precision="ieee") * alpha2
         if slot >= 0:
             if BY_COLUMN:

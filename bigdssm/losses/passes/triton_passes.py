@@ -13,142 +13,17 @@ Shape legend: m queries of this rank, N columns of all ranks, D vector size; s s
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.distributed import Group
-from bigdssm.losses.inputs import LossInputs
-from bigdssm.losses.masks import FalseNegatives, MaskMatrix, MaskPairs
-from bigdssm.losses.passes.columns import Columns
 from bigdssm.losses.passes.softmax import Coefficients, RowSums
 from bigdssm.losses.passes.tiles import Gradients
+from bigdssm.losses.passes.triton_matrix import LOG2_E, FusedMatrix, launch, split
 
-LARGEST_D = 256  # whose sums a program can hold in registers
-SHARED_BYTES = 168 << 10  # of a block of the largest kernel
-_LOG2_E = 1 / math.log(2)
 _LN_2 = math.log(2)
-_MASK_TILE = 128  # rows and columns: a word per row and 64 columns
-_MOST_SPLITS = 16
-_WRITING_TILES = 6  # what it costs a program to have its sums written and added up, in tiles
-_PAIRS_AT_ONCE = 1 << 23
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """How a kernel cuts the scores: `own` rows (or columns) a program, `others` at a time."""
-
-    own: int
-    others: int
-    warps: int
-    stages: int
-
-    @property
-    def programs(self) -> int:
-        """How many a multiprocessor has room for."""
-        return 8 // self.warps
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the compiler is told."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
-
-
-def choose_blocks(dim: int, dtype: torch.dtype) -> Blocks:
-    """Return the blocks for vectors of `dim`: no spilled registers on an H100, and at most SHARED_BYTES."""
-    if dtype == torch.float32:  # products without tensor cores, which would round the operands
-        return Blocks(own=64, others=32, warps=8, stages=2)
-    if dim <= 64:
-        return Blocks(own=128, others=64, warps=4, stages=3)  # two programs a multiprocessor
-    return Blocks(own=128, others=128 if dim <= 128 else 64, warps=8, stages=3)
-
-
-def available(x: LossInputs) -> bool:
-    """Whether the kernels serve these vectors: bfloat16 or float32 of at most 256 numbers, on a card with room."""
-    fits = x.U.is_cuda and x.U.dtype in (torch.bfloat16, torch.float32) and x.U.shape[1] <= LARGEST_D
-    return fits and _installed() and _shared_bytes(x.U.device) >= SHARED_BYTES
-
-
-@cache
-def _installed() -> bool:
-    return find_spec("triton") is not None
-
-
-@cache
-def _shared_bytes(device: torch.device) -> int:
-    properties: Any = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin)
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@dataclass
-class FusedMatrix:
-    """The scores of this rank's queries and all columns, as the kernels take them; W has arrived."""
-
-    U_mD: Tensor
-    W_ND: Tensor  # zeros in unused places
-    valid: Tensor
-    alpha: float
-    slots: Tensor  # int32 [row tiles, column tiles]: which of `bits` a tile has, −1 where nothing in it is dropped
-    bits: Tensor  # int64 [tiles, 2, 128]: a word of a row's 64 columns, 1 where an entry is dropped
-
-    @staticmethod
-    def of(x: LossInputs, columns: Columns, mask: FalseNegatives) -> FusedMatrix:
-        """Wait for W and lay out the mask."""
-        columns.gathered.wait()
-        W_ND = columns.gathered.buffer.contiguous()
-        U_mD, alpha = x.U.detach().contiguous(), float(x.alpha.detach())
-        return FusedMatrix(U_mD, W_ND, columns.valid, alpha, *mask_tiles(mask, *U_mD.shape[:1], *W_ND.shape[:1]))
-
-    @property
-    def blocks(self) -> Blocks:
-        """How the kernels cut the scores."""
-        return choose_blocks(self.U_mD.shape[1], self.U_mD.dtype)
-
-    def offsets(self, bias_N: Tensor | None) -> Tensor:
-        """Return what is added to scores in base 2, float32 [N]: −inf where a column is not in use."""
-        offset_N = torch.full(self.W_ND.shape[:1], -math.inf, dtype=torch.float32, device=self.W_ND.device)
-        if bias_N is None:
-            return offset_N.index_fill_(0, self.valid, 0.0)
-        return offset_N.index_copy_(0, self.valid, (bias_N[self.valid].double() * _LOG2_E).float())
-
-
-def mask_tiles(mask: FalseNegatives, num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
-    """Return `slots` and `bits` of a mask; without a wait beyond those of finding its entries."""
-    shape = math.ceil(num_rows / _MASK_TILE), math.ceil(num_columns / _MASK_TILE)
-    tiles = shape[0] * shape[1]
-    if isinstance(mask, MaskMatrix):
-        bits = torch.empty((tiles, 2, _MASK_TILE), dtype=torch.int64, device=mask.matrix_QN.device)
-        if tiles:
-            _launch("pack_kernel", shape, mask.matrix_QN, mask.row_query, bits, num_rows, num_columns, shape[1])
-        return torch.arange(tiles, dtype=torch.int32, device=bits.device).view(shape), bits
-    assert isinstance(mask, MaskPairs)
-    device, total = mask.row_lengths.device, int(mask.row_lengths.sum())
-    slots = torch.full((tiles,), -1, dtype=torch.int32, device=device)
-    bits = torch.zeros((max(1, min(total, tiles)), 2, _MASK_TILE), dtype=torch.int64, device=device)
-    height = max(1, min(num_rows, _PAIRS_AT_ONCE * num_rows // max(1, total)))
-    height = math.ceil(height / _MASK_TILE) * _MASK_TILE
-    used = torch.zeros((), dtype=torch.int64, device=device)
-    for start in range(0, num_rows if total else 0, height):
-        row, column = mask.entries(start, min(start + height, num_rows))
-        tile = (row + start) // _MASK_TILE * shape[1] + column // _MASK_TILE
-        here = torch.zeros(tiles, dtype=torch.bool, device=device).index_fill_(0, tile, True)
-        order = torch.cumsum(here, 0) + used  # of these tiles from 1
-        slots = torch.where(here, (order - 1).int(), slots)
-        used = order[-1]
-        word = (slots[tile] * 2 + column % _MASK_TILE // 64) * _MASK_TILE + row % _MASK_TILE
-        # each entry is there once, so that a sum of bits is their union, in whatever order
-        bits.view(-1).index_add_(0, word, torch.ones_like(column) << column % 64)
-    return slots.view(shape), bits
 
 
 def softmax_rows(
@@ -174,7 +49,7 @@ def column_pass(
     matrix: FusedMatrix, bias_N: Tensor | None, neg_bias_N: Tensor | None, group: Group | None
 ) -> tuple[RowSums, Tensor]:
     """Return the rows' sums (with `neg_bias`) and the columns' log-sum-exp [N] over all ranks."""
-    neg_offset_N = None if neg_bias_N is None else (neg_bias_N.double() * _LOG2_E).float()
+    neg_offset_N = None if neg_bias_N is None else (neg_bias_N.double() * LOG2_E).float()
     largest_sm, total_sm, _, log_N = _sums(matrix, matrix.offsets(bias_N), neg_offset_N, over_rows=True, weighted=False)
     assert log_N is not None
     largest_N = distributed.all_reduce(log_N.clone(), "max", group)
@@ -199,7 +74,7 @@ def gradient_pass(
 
 def _exponents(weight_m: Tensor, lse_m: Tensor) -> Tensor:
     """Return log2(weight · exp(−lse)), float32."""
-    return (torch.where(weight_m > 0, weight_m.log() - lse_m, -math.inf) * _LOG2_E).float()
+    return (torch.where(weight_m > 0, weight_m.log() - lse_m, -math.inf) * LOG2_E).float()
 
 
 def _sums(
@@ -209,19 +84,19 @@ def _sums(
     the columns' log-sum-exps [N], where wanted."""
     (m, D), N, blocks = matrix.U_mD.shape, matrix.W_ND.shape[0], matrix.blocks
     height, width = blocks.own, blocks.others
-    grid = math.ceil(m / height), _splits(matrix, math.ceil(m / height), math.ceil(N / width))
+    grid = math.ceil(m / height), split(matrix, math.ceil(m / height), math.ceil(N / width))
     new = offset_N.new_empty
     largest_sm, total_sm = offset_N.new_full((grid[1], m), -math.inf), offset_N.new_zeros((grid[1], m))
     weighted_smD = new((grid[1], m, D)) if weighted else None
     of_columns = new((2, grid[0], N)) if over_rows else None
     if m and N:
-        _launch(
+        launch(
             "sums_kernel", grid, matrix.U_mD, matrix.W_ND, offset_N, offset_N if neg_offset_N is None else neg_offset_N,
             matrix.slots, matrix.bits, largest_sm, total_sm, total_sm if weighted_smD is None else weighted_smD,
             *((total_sm, total_sm) if of_columns is None else of_columns),
-            m, N, matrix.slots.shape[1], math.ceil(math.ceil(N / width) / grid[1]), matrix.alpha * _LOG2_E,
-            D=D, BLOCK_D=_power_of_2(D), ROWS=height, COLUMNS=width, NEG_BIAS=neg_offset_N is not None,
-            OVER_ROWS=over_rows, WEIGHTED=weighted, **blocks.options,
+            *matrix.sizes, math.ceil(math.ceil(N / width) / grid[1]), matrix.alpha * LOG2_E,
+            ROWS=height, COLUMNS=width, NEG_BIAS=neg_offset_N is not None, OVER_ROWS=over_rows, WEIGHTED=weighted,
+            **matrix.constants,
         )  # fmt: skip
     elif weighted_smD is not None:
         weighted_smD.zero_()
@@ -252,43 +127,20 @@ def _write_gradients(
         if out is None and beta is None:
             continue
         tiles = math.ceil(others / blocks.others)
-        grid = math.ceil(own / blocks.own), _splits(matrix, math.ceil(own / blocks.own), tiles)
+        grid = math.ceil(own / blocks.own), split(matrix, math.ceil(own / blocks.own), tiles)
         direct = out is not None and grid[1] == 1
         parts = out if direct and out is not None else row_exponent_m.new_empty((grid[1], own, D))
         of_beta = None if beta is None else row_exponent_m.new_empty((grid[1], own))
-        _launch(
+        launch(
             "gradient_kernel", grid, matrix.U_mD, matrix.W_ND,
             row_exponent_m, row_exponent_m if row_offset_N is None else row_offset_N,
             row_exponent_m if column_offset_N is None else column_offset_N, matrix.slots, matrix.bits,
             parts, parts if of_beta is None else of_beta,
-            m, N, matrix.slots.shape[1], math.ceil(tiles / grid[1]), matrix.alpha * _LOG2_E,
-            D=D, BLOCK_D=_power_of_2(D), OWN=blocks.own, OTHERS=blocks.others, BY_COLUMN=by_column,
-            ROW_PART=row_offset_N is not None, COLUMN_PART=column_offset_N is not None, BETA=beta is not None,
-            **blocks.options,
+            *matrix.sizes, math.ceil(tiles / grid[1]), matrix.alpha * LOG2_E,
+            OWN=blocks.own, OTHERS=blocks.others, BY_COLUMN=by_column, ROW_PART=row_offset_N is not None,
+            COLUMN_PART=column_offset_N is not None, BETA=beta is not None, **matrix.constants,
         )  # fmt: skip
         if out is not None and not direct:
             torch.sum(parts, 0, out=out)
         if beta is not None and of_beta is not None:
             beta += of_beta.sum(0, dtype=torch.float64)
-
-
-def _launch(kernel: str, grid: tuple[int, int], first: Tensor, *arguments: object, **options: object) -> None:
-    from bigdssm.losses.passes import triton_kernels  # where there is no card Triton may be missing
-
-    with torch.cuda.device_of(first):
-        getattr(triton_kernels, kernel)[grid](first, *arguments, **options)
-
-
-def _splits(matrix: FusedMatrix, own: int, tiles: int) -> int:
-    """Return among how many programs each of `own` blocks' sums over `tiles` is shared out, to fill the card."""
-    at_once, tiles = _multiprocessors(matrix.U_mD.device) * matrix.blocks.programs, max(1, tiles)
-
-    def cost(splits: int) -> int:
-        return math.ceil(own * splits / at_once) * (math.ceil(tiles / splits) + _WRITING_TILES)
-
-    splits = min(range(1, min(_MOST_SPLITS, tiles) + 1), key=cost)
-    return math.ceil(tiles / math.ceil(tiles / splits))  # none without a tile
-
-
-def _power_of_2(dim: int) -> int:
-    return max(16, 1 << (dim - 1).bit_length())
