@@ -16,13 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_SIZES = (
-    "m",
-    "N",
-    "W_units",
-    "column_tiles",
-    "tiles_per_split",
-)  # that change from batch to batch, and compile nothing anew
+# change from batch to batch, and compile nothing anew
+_SIZES = ("m", "N", "W_units", "column_tiles", "tiles_per_split")
 
 
 @triton.jit

@@ -64,7 +64,7 @@ def available(x: LossInputs) -> bool:
 
 @cache
 def _installed() -> bool:
-    return find_spec("triton") is not None
+    return torch.cuda.is_available() and find_spec("triton") is not None
 
 
 @cache

@@ -80,8 +80,9 @@ def _exponents(weight_m: Tensor, lse_m: Tensor) -> Tensor:
 def _sums(
     matrix: FusedMatrix, offset_N: Tensor, neg_offset_N: Tensor | None, *, over_rows: bool, weighted: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return each row's largest score and Σ exp(S − largest), float64 [s, m], with Σ exp(S − largest) w [s, m, D] and
-    the columns' log-sum-exps [N], where wanted."""
+    """Return each row's largest score and Σ exp(S − largest), float64 [s, m]; by choice Σ exp(S − largest) w, float32
+    [s, m, D], and the columns' log-sum-exps over this rank's rows, float64 [N].
+    """
     (m, D), N, blocks = matrix.U_mD.shape, matrix.W_ND.shape[0], matrix.blocks
     height, width = blocks.own, blocks.others
     grid = math.ceil(m / height), split(matrix, math.ceil(m / height), math.ceil(N / width))
