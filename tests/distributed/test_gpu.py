@@ -57,9 +57,11 @@ def test_fps(direction: str, dtype: torch.dtype, tolerance: float) -> None:
 
 @pytest.mark.parametrize("loss", [fused_fps, partial(by_matrix, fused_fps)], ids=["pairs", "matrix"])
 @pytest.mark.parametrize("direction", ["q2d", "d2q", "both"])
-@pytest.mark.parametrize("D", [64, 100, 256])
-@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS[1:])
-def test_fps_by_kernels(dtype: torch.dtype, tolerance: float, D: int, direction: str, loss: Loss) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "D", "tolerance"),
+    [(torch.float32, 64, 1e-4), (torch.bfloat16, 64, 5e-3), (torch.bfloat16, 100, 5e-3), (torch.bfloat16, 256, 5e-3)],
+)
+def test_fps_by_kernels(dtype: torch.dtype, D: int, tolerance: float, direction: str, loss: Loss) -> None:
     """More than one block each way, none of them full; −inf for the first blocks of columns."""
     generator = torch.Generator().manual_seed(1)
     shard = make_shards(generator, [(300, 700)], D, num_queries=90, num_docs=400, options=OPTIONS, dtype=dtype)[0]
