@@ -1,9 +1,9 @@
 """Losses: the Full Product Softmax and the fine-tuning losses, over any number of ranks; plain tensors in, no model."""
 
 from bigdssm.losses.engine import contrastive_loss
+from bigdssm.losses.exchange import LossInputError
 from bigdssm.losses.extras import norm_penalty, relevance_weight
 from bigdssm.losses.fps import fps_loss
-from bigdssm.losses.inputs import LossInputError
 from bigdssm.losses.matryoshka import matryoshka_loss
 from bigdssm.losses.output import LossOutput
 from bigdssm.losses.ranking import RANKING_NAMES, ranking_loss

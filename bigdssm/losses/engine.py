@@ -22,7 +22,8 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.distributed import Group
-from bigdssm.losses.inputs import GlobalSizes, LossInputError, LossInputs, check_inputs, global_sizes, need
+from bigdssm.losses.exchange import LossInputError, need
+from bigdssm.losses.inputs import GlobalSizes, LossInputs, check_inputs, global_sizes
 from bigdssm.losses.listed import add_listed, score_listed
 from bigdssm.losses.masks import find_false_negatives, find_known_positives, gather_pairs, own_pairs
 from bigdssm.losses.output import LocalStats, LossOutput, attach, finish_gradients, reduce_output
@@ -97,7 +98,7 @@ def contrastive_loss(
         pairs = None if x.query_ids is None else own_pairs(x.query_ids, doc_m, x.weight, x.known)
         passes = gathered = told = None
         if columns != "none":
-            copies_n = torch.bincount(shared.positive, minlength=len(shared.W)).double() if kept is not None else None
+            copies_n = None if kept is None else _copies(shared)
             arriving = gather_columns(shared, sizes, copies_n, pairs, tile, group)
             positive_m = _positive_scores(x, sizes, with_beta=direction != "d2q")
             gathered, told = arriving.wait()
@@ -106,7 +107,7 @@ def contrastive_loss(
             told = None if pairs is None else gather_pairs(pairs, sizes.num_known, group)
         positives = find_known_positives(x.query_ids, doc_m, x.weight, x.known, told, sizes.known_counts)
         if gathered is not None:
-            mask = find_false_negatives(positives, gathered.doc_ids, gathered.valid, gathered.total)
+            mask = find_false_negatives(positives, gathered.docs, gathered.valid, gathered.total)
             passes = ScorePasses(shared, sizes, gathered, mask, group)
         column_mk, there_mk = negatives.clamp(min=0), negatives >= 0
         other_mk = there_mk & (column_mk != x.positive[:, None])
@@ -163,6 +164,12 @@ def _share(x: LossInputs, columns: str, group: Group | None) -> tuple[LossInputs
     names = ("W", "beta", "neg_bias", "doc_ids")
     part: dict[str, Any] = {name: None if (v := getattr(x, name)) is None else v.detach()[kept] for name in names}
     return x, replace(x, positive=positive, **part), kept
+
+
+def _copies(shared: LossInputs) -> Tensor:
+    """Return how many queries each gathered column is the document of, float64."""
+    counts = torch.zeros(len(shared.W), dtype=torch.float64, device=shared.W.device)
+    return counts.index_add_(0, shared.positive, torch.ones_like(shared.positive, dtype=torch.float64))
 
 
 def _spread(sums: Gradients, kept: Tensor | None, n: int) -> Gradients:

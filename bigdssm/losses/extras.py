@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.distributed import Group
-from bigdssm.losses.inputs import LossInputError
+from bigdssm.losses.exchange import LossInputError
 
 
 def relevance_weight(relevance: Tensor, kind: Literal["indicator", "relevance"]) -> Tensor:

@@ -11,8 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,15 +19,11 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.distributed import Group
-from bigdssm.errors import DataError
+from bigdssm.losses.exchange import LossInputError, agree, exchange, need
 from bigdssm.losses.masks import count_known
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 WANTS_U, WANTS_W, WANTS_ALPHA, WANTS_BETA = 1, 2, 4, 8
-
-
-class LossInputError(DataError, ValueError):
-    """Vectors, ids or weights that a loss cannot work with."""
 
 
 @dataclass
@@ -185,7 +180,7 @@ def global_sizes(
     }
     rows, table = exchange(None, agreed, [own[name] for name in _NUMBERS], _verdict, device, group)
     of_ranks = {name: list(values) for name, values in zip(_NUMBERS, zip(*rows, strict=True), strict=True)}
-    _agree("alpha", of_ranks["alpha"])
+    agree("alpha", of_ranks["alpha"])
     alpha = of_ranks["alpha"][0]
     norm_U, norm_W, beta_down, beta_up, neg_down, neg_up = (
         float(torch.tensor(of_ranks[name]).amax())
@@ -206,47 +201,6 @@ def global_sizes(
     )
 
 
-def exchange(
-    error: LossInputError | None,
-    agreed: Mapping[str, str],
-    numbers: Sequence[Tensor | float],
-    verdict: Callable[[Sequence[float]], str | None],
-    device: torch.device,
-    group: Group | None,
-) -> tuple[list[list[float]], Tensor]:
-    """Return every rank's `numbers`, also as a tensor, where no rank has an error and all agree; a collective.
-
-    agreed: what the ranks must agree on, in words; only a checksum of it is sent unless they differ. verdict: what is
-    wrong with a rank by its numbers, if anything. Raises: LossInputError on the ranks that bring it or where ranks
-    disagree, PeerError on the others.
-    """
-    checksum = zlib.crc32(repr(sorted(agreed.items())).encode())
-    header = _vector([float(error is None), float(checksum), *numbers], device)[None]
-    table = distributed.all_gather_padded(header, 1, group).wait()
-    told: list[list[float]] = table.tolist()
-    if not all(row[0] and verdict(row[2:]) is None for row in told):
-        mine = verdict(told[distributed.rank(group)][2:])
-        distributed.raise_together(error or (None if mine is None else LossInputError(mine)), group)
-    if any(row[1] != checksum for row in told):
-        others = distributed.all_gather_object(dict(agreed), group)
-        for what in agreed:
-            _agree(what, [other[what] for other in others])
-    return [row[2:] for row in told], table[:, 2:]
-
-
-def _vector(numbers: Sequence[Tensor | float], device: torch.device) -> Tensor:
-    """Return float64 [numbers]. On a device those of the host are filled in: an upload would wait for what runs."""
-    if device.type == "cpu":
-        return torch.tensor([float(number) for number in numbers], dtype=torch.float64)
-    vector = torch.zeros(len(numbers), dtype=torch.float64, device=device)
-    for at, number in enumerate(numbers):
-        if isinstance(number, Tensor) and number.device.type == device.type:
-            vector[at : at + 1].copy_(number.reshape(1))
-        elif float(number):
-            vector[at : at + 1].fill_(float(number))
-    return vector
-
-
 def _verdict(numbers: Sequence[float]) -> str | None:
     """Return what is wrong with a rank's values, None where nothing is."""
     x = dict(zip(_NUMBERS, numbers, strict=True))
@@ -264,19 +218,6 @@ def _verdict(numbers: Sequence[float]) -> str | None:
     if x["least_negative"] < -1 or x["most_negative"] > max(n - 1, 0):
         return f"negatives hold a column outside -1 … {n - 1}"
     return None
-
-
-def _agree(what: str, told: Sequence[object]) -> None:
-    """Raise on every rank where they were told different things."""
-    if any(repr(other) != repr(told[0]) for other in told):
-        words = "; ".join(f"rank {rank} has {other}" for rank, other in enumerate(told))
-        raise LossInputError(f"the ranks disagree on {what}: {words}")
-
-
-def need(condition: bool, message: str) -> None:
-    """Raise LossInputError with the message unless the condition holds."""
-    if not condition:
-        raise LossInputError(message)
 
 
 def add_biases(*biases: Tensor | None) -> Tensor | None:

@@ -222,14 +222,8 @@ class MaskPairs(FalseNegatives):
         return marks[marked_Q[query]].index_select(1, self.column_doc)
 
 
-def find_false_negatives(
-    positives: KnownPositives, doc_ids_N: Tensor | None, valid: Tensor, num_columns: int
-) -> FalseNegatives:
-    """Find the masked entries of this rank's queries in columns [N], of which those in `valid` are in use.
-
-    Without document ids a column is its own document, of its own index as id.
-    """
-    docs = Numbers(valid if doc_ids_N is None else doc_ids_N[valid])
+def find_false_negatives(positives: KnownPositives, docs: Numbers, valid: Tensor, num_columns: int) -> FalseNegatives:
+    """Find the masked entries of this rank's queries in columns [N]; `docs` are the documents of those in `valid`."""
     column_doc = torch.zeros(num_columns, dtype=torch.int64, device=valid.device).index_copy_(0, valid, docs.of_ids)
     doc_columns = Groups(docs.places.start, valid[docs.places.values])
     num_queries = positives.num_queries
@@ -238,11 +232,11 @@ def find_false_negatives(
         return MaskPairs(positives.row_query, num_queries, keys, docs, doc_columns, column_doc)
     spare = num_queries * num_columns  # for pairs whose document has no column
     cells = torch.zeros(spare + 1, dtype=torch.uint8, device=valid.device)
-    lengths = doc_columns.lengths()
+    lengths, a_column = doc_columns.lengths(), doc_columns.first()
     single = bool((lengths <= 1).all())
     for query, doc, there in positives.among(docs):
         if single:
-            cells[torch.where(there, query * num_columns + doc_columns.first()[doc], spare)] = 1
+            cells[torch.where(there, query * num_columns + a_column[doc], spare)] = 1
         else:
             each = lengths[doc] * there
             which, within = Groups.ranges(each, int(each.sum()))

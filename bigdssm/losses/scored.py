@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bigdssm.distributed import Group
+from bigdssm.losses.exchange import LossInputError, exchange, need
 from bigdssm.losses.extras import global_mean
-from bigdssm.losses.inputs import LossInputError, exchange, need
 from bigdssm.losses.masks import count_known, find_known_positives, gather_pairs, own_pairs
 from bigdssm.losses.output import LocalStats, LossOutput, reduce_output
 from bigdssm.losses.terms import TERMS, Term, find_term, weighted
@@ -39,13 +39,13 @@ def scored_loss(
     Raises: LossInputError (PeerError on the ranks whose own input is good), on every rank.
     """
     term, error = find_term(name, {"margin": margin}), None
-    numbers: list[Tensor | float] = [0.0, 0.0, 0.0]
+    numbers: list[Tensor | float] = [0.0, 0.0, 0.0, 0.0]
     try:
         _check(term, scores, weight, query_ids, doc_ids, known)
         scores = scores if scores.dtype == torch.float64 else scores.float()  # terms and sums, not in bfloat16
         weight = torch.ones_like(scores[:, 0]) if weight is None else weight.detach().to(scores.dtype)
         bad = (~((weight >= 0) & weight.isfinite())).sum()
-        numbers = [count_known(query_ids, weight, known), weight.sum(), bad]
+        numbers = [count_known(query_ids, weight, known), weight.sum(), bad, scores.shape[0]]
     except LossInputError as caught:
         error = caught
     given = {"query_ids": query_ids, "doc_ids": doc_ids, "known": known}
@@ -53,7 +53,7 @@ def scored_loss(
     agreed = {"the loss, or on which of query_ids, doc_ids, known are given": words}
 
     def verdict(row: Sequence[float]) -> str | None:
-        return "weight must be finite and not negative" if row[2] else None
+        return f"weight must be [{int(row[3])}], finite and not negative" if row[2] else None
 
     table, of_ranks = exchange(error, agreed, numbers, verdict, scores.device, group)
     assert isinstance(term, Term) and weight is not None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bigdssm.losses import masks
-from bigdssm.losses.ids import IdTable
+from bigdssm.losses.ids import IdTable, Numbers
 from bigdssm.losses.masks import (
     MaskMatrix,
     MaskPairs,
@@ -59,7 +59,7 @@ def test_a_matrix_of_bytes_masks_what_pairs_mask(monkeypatch: pytest.MonkeyPatch
     values[valid] = torch.rand(len(valid), generator=GENERATOR, dtype=torch.float64)
     for cells, kind in ((1 << 16, MaskPairs), (0, MaskMatrix)):
         monkeypatch.setattr(masks, "_MATRIX_CELLS", cells)
-        mask = find_false_negatives(found, docs, valid, N)
+        mask = find_false_negatives(found, Numbers(docs[valid]), valid, N)
         assert isinstance(mask, kind)
         torch.testing.assert_close(mask.row_sums(values), (right * values).sum(1))
         rows = torch.arange(0, m, 2)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.distributed import Group
-from bigdssm.losses.ids import Numbers
 from bigdssm.losses.inputs import GlobalSizes, LossInputs
 from bigdssm.losses.masks import FalseNegatives, mask_bytes
 from bigdssm.losses.passes import triton_matrix, triton_passes
@@ -104,13 +103,9 @@ class ScorePasses:
 
     def _counts_elsewhere(self, counts_N: Tensor) -> Tensor:
         """Return bool [m]: whether any column of a query's own document counts as a negative."""
-        columns = self.columns
-        assert columns.doc_ids is not None
-        in_use = columns.doc_ids[columns.valid]
-        docs = Numbers(in_use)
-        counted = torch.zeros(max(1, docs.limit), dtype=torch.float64, device=in_use.device)
-        counted.index_add_(0, docs.of_ids, counts_N[columns.valid])
-        of_columns = torch.zeros(columns.total, dtype=torch.bool, device=in_use.device)
+        columns, docs = self.columns, self.columns.docs
+        counted = counts_N.new_zeros(max(1, docs.limit)).index_add_(0, docs.of_ids, counts_N[columns.valid])
+        of_columns = torch.zeros(columns.total, dtype=torch.bool, device=counts_N.device)
         of_columns.index_copy_(0, columns.valid, counted[docs.of_ids] > 0)
         return of_columns[self.positive_N]
 

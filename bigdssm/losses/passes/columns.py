@@ -14,12 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.distributed import Group, OwnRows, PackedRows
+from bigdssm.losses.ids import Numbers
 from bigdssm.losses.inputs import GlobalSizes, LossInputs, add_biases
 from bigdssm.losses.passes.sizes import tile_width
 
@@ -66,6 +68,11 @@ class Columns:
     def widest(self) -> int:
         """Columns of the widest tile."""
         return max((tile.width for tile in self.tiles), default=0)
+
+    @cached_property
+    def docs(self) -> Numbers:
+        """The documents of the columns in use; without ids a column is its own, of its index as id."""
+        return Numbers(self.valid if self.doc_ids is None else self.doc_ids[self.valid])
 
     def counts(self) -> Tensor:
         """Return float64 [N]: how often a column counts as a negative, 0 where never and at unused indices."""

@@ -59,16 +59,14 @@ def softmax_rows(
         rows = block.rows
         E, largest_r = _block_scores(matrix, block, buffer)
         shift_r = torch.where(largest_r == -math.inf, 0.0, largest_r)
-        total_r = torch.zeros_like(positive_m[rows])
-        for E_rc in E:
-            total_r += E_rc.sub_(shift_r[:, None]).exp_().sum(1)
+        total_r = _exponentiate(E, shift_r)
         log_sum_r = torch.logaddexp(total_r.log_() + shift_r, extra_log_sum_m[rows])
         result.log_sum[rows], result.largest[rows] = log_sum_r, largest_r
         if sums is not None:
             lse_r = torch.logaddexp(log_sum_r, positive_m[rows])
             scale_r = _times(weight_m[rows], (shift_r - lse_r).exp()).to(matrix.acc)
             _add_block(matrix, block, E, scale_r, sums)
-        del E, E_rc  # before the next block's
+        del E  # before the next block's
     return result
 
 
@@ -83,6 +81,14 @@ def _block_scores(matrix: ScoreMatrix, block: RowBlock, buffer: Tensor) -> tuple
         torch.maximum(largest_r, S_rc.amax(1), out=largest_r)
         scores.append(S_rc)
     return scores, largest_r
+
+
+def _exponentiate(scores: list[Tensor], shift_r: Tensor) -> Tensor:
+    """Turn the scores of a block into exp(score − shift) in place, and return their sums, float64."""
+    total_r = torch.zeros_like(shift_r, dtype=torch.float64)
+    for S_rc in scores:
+        total_r += S_rc.sub_(shift_r[:, None]).exp_().sum(1)
+    return total_r
 
 
 def _add_block(matrix: ScoreMatrix, block: RowBlock, E: list[Tensor], scale_r: Tensor, sums: Gradients) -> None:
