@@ -74,7 +74,7 @@ def of_all(results: list[Any], one_beta: bool = False) -> tuple[Tensor, list[Any
 
 def by_matrix(loss: Loss, *tensors: Any, **arguments: Any) -> Any:
     """Keep the mask as a matrix of bytes, which otherwise only many pairs of a larger batch are."""
-    with mock.patch.object(masks, "_MATRIX_CELLS", 0):
+    with mock.patch.multiple(masks, _MATRIX_CELLS=0, _MATRIX_FROM=0):
         return loss(*tensors, **arguments)
 
 

@@ -75,7 +75,7 @@ def test_equals_the_dense_reference(
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("sizes", [[(70, 90), (0, 0)], [(0, 5), (33, 40)], [(1, 1), (0, 200)]])
+@pytest.mark.parametrize("sizes", [[(70, 90), (0, 0)], [(1, 1), (0, 200)]])
 def test_ranks_of_any_size(ranks: Pools, sizes: list[tuple[int, int]], direction: str) -> None:
     """Ranks with fewer columns than others leave some unused; some have no query, or nothing."""
     generator = torch.Generator().manual_seed(2)
