@@ -27,7 +27,7 @@ from bigdssm.losses.inputs import GlobalSizes, LossInputs, check_inputs, global_
 from bigdssm.losses.listed import add_listed, score_listed
 from bigdssm.losses.masks import find_false_negatives, find_known_positives, gather_pairs, own_pairs
 from bigdssm.losses.output import LocalStats, LossOutput, attach, finish_gradients, reduce_output
-from bigdssm.losses.passes import Gradients, ScorePasses, gather_columns, product_precision
+from bigdssm.losses.passes import Gradients, ScorePasses, gather_columns, product_precision, triton_matrix
 from bigdssm.losses.terms import TERMS, Scores, Term
 
 Direction = Literal["q2d", "d2q", "both"]
@@ -84,6 +84,8 @@ def contrastive_loss(
     except LossInputError as error:
         x = error
     words = f"{term} over {_SHARED.get(columns, columns)}, {direction}"
+    if isinstance(shared, LossInputs) and triton_matrix.available(shared):
+        words += ", by Triton kernels"
     x, sizes = global_sizes(x, shared, negatives, words, getattr(U, "device", torch.device("cpu")), group)
     assert isinstance(term, Term) and shared is not None
     m, n, device = x.U.shape[0], x.W.shape[0], x.W.device

@@ -10,8 +10,12 @@ from .spawn import Pool
 class Pools(dict[int, Pool]):
     """Ranks that are started when first asked for, again after a failure ended them."""
 
+    def __init__(self, environment: dict[str, str] | None = None) -> None:
+        super().__init__()
+        self._environment = environment
+
     def __missing__(self, world_size: int) -> Pool:
-        self[world_size] = Pool(world_size)
+        self[world_size] = Pool(world_size, environment=self._environment)
         return self[world_size]
 
     def __getitem__(self, world_size: int) -> Pool:

@@ -52,15 +52,20 @@ def run(
     """
     R = len(shards)
     call = (loss, shards, alpha, beta, arguments)
-    results = pools[R].run(run_rank, *call) if R > 1 else [run_rank(0, 1, *call)]
+    return of_all(pools[R].run(run_rank, *call) if R > 1 else [run_rank(0, 1, *call)], one_beta=beta is not None)
+
+
+def of_all(results: list[Any], one_beta: bool = False) -> tuple[Tensor, list[Any], Any]:
+    """Return what a mean over ranks makes of what `run_rank` returned on each; `one_beta`: all documents have one."""
+    R = len(results)
     value = torch.stack([r[0] for r in results]).mean()
     grads = [r[1] for r in results]
     U, W = (torch.cat([g[k] for g in grads]) / R for k in (0, 1))
     alpha_grad = torch.stack([g[2] for g in grads]).mean(0)
     beta_grad = None
-    if beta is not None:
+    if one_beta:
         beta_grad = torch.stack([g[3] for g in grads]).mean(0)
-    elif shards[0].beta is not None:
+    elif grads[0][3] is not None:
         beta_grad = torch.cat([g[3] for g in grads]) / R
     for r in results[1:]:
         assert r[2] == results[0][2], "the statistics are those of all ranks"
@@ -69,7 +74,7 @@ def run(
 
 def by_matrix(loss: Loss, *tensors: Any, **arguments: Any) -> Any:
     """Keep the mask as a matrix of bytes, which otherwise only many pairs of a larger batch are."""
-    with mock.patch.object(masks, "_MATRIX_CELLS", 0):
+    with mock.patch.multiple(masks, _MATRIX_CELLS=0, _MATRIX_FROM=0):
         return loss(*tensors, **arguments)
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from bigdssm.losses import RANKING_NAMES, fps_loss, norm_penalty, ranking_loss
 
 from . import reference, small_run
-from .parity import Loss, assert_parity, run_rank
+from .interpreted import fused_fps
+from .parity import Loss, assert_parity, by_matrix, run_rank
 from .reference import Shard, make_shards
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +53,33 @@ def check(loss: Loss, shard: Shard, expected: tuple[Tensor, list[Tensor | None]]
 def test_fps(direction: str, dtype: torch.dtype, tolerance: float) -> None:
     shard = batch(dtype)
     check(partial(fps_loss, direction=direction), shard, reference.fps([shard], 20.0, direction), tolerance)
+
+
+@pytest.mark.parametrize("loss", [fused_fps, partial(by_matrix, fused_fps)], ids=["pairs", "matrix"])
+@pytest.mark.parametrize("direction", ["q2d", "d2q", "both"])
+@pytest.mark.parametrize(
+    ("dtype", "D", "tolerance"),
+    [(torch.float32, 64, 1e-4), (torch.bfloat16, 64, 5e-3), (torch.bfloat16, 100, 5e-3), (torch.bfloat16, 256, 5e-3)],
+)
+def test_fps_by_kernels(dtype: torch.dtype, D: int, tolerance: float, direction: str, loss: Loss) -> None:
+    """More than one block each way, none of them full; −inf for the first blocks of columns."""
+    generator = torch.Generator().manual_seed(1)
+    shard = make_shards(generator, [(300, 700)], D, num_queries=90, num_docs=400, options=OPTIONS, dtype=dtype)[0]
+    assert shard.neg_bias is not None
+    shard.neg_bias[:200] = -math.inf
+    expected = reference.fps_at_once([shard], 20.0, direction)
+    check(partial(loss, direction=direction), shard, expected, tolerance)
+
+
+@pytest.mark.parametrize("direction", ["q2d", "both"])
+def test_kernels_give_the_same_bits_again(direction: str) -> None:
+    U, W = (torch.nn.functional.normalize(torch.randn(3000, 128, device=DEVICE)).bfloat16() for _ in "UW")
+    found = []
+    for _ in range(2):
+        leaves = [x.clone().requires_grad_() for x in (U, W)]
+        loss = fused_fps(*leaves, alpha=20.0, direction=direction).loss
+        found.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("name", RANKING_NAMES)

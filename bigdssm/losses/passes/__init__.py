@@ -1,7 +1,7 @@
 """The seam: all work on the score matrix, the gather of its columns and the reduction of its gradients.
 
-What stands above (terms, masks, the engine) sees vectors of a value per query or per column, never a tile. Kernels for
-other devices replace what is in this folder.
+What stands above (terms, masks, the engine) sees vectors of a value per query or per column, never a tile. The passes
+of the softmax losses are Triton kernels where `triton_matrix.available` says so, plain torch otherwise: same results.
 
 Shape legend: m queries and n columns of this rank, N columns of all ranks, D vector size.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from bigdssm import distributed
 from bigdssm.distributed import Group
 from bigdssm.losses.inputs import GlobalSizes, LossInputs
 from bigdssm.losses.masks import FalseNegatives, mask_bytes
+from bigdssm.losses.passes import triton_matrix, triton_passes
 from bigdssm.losses.passes.columns import Columns, gather_columns
 from bigdssm.losses.passes.pairs import PairSums, ValueAndSlope, pairwise_pass
 from bigdssm.losses.passes.sizes import CACHED_ROWS, CACHED_WIDTH, strip_rows
@@ -114,9 +115,11 @@ class ScorePasses:
         Adds weight · softmax to the gradients; the positives' scores take part in its normaliser.
         """
         columns = self.columns
-        copies = None if columns.copies is None else columns.copies.log()
-        matrix = self._matrix(columns.beta, columns.neg_bias, copies)
-        return softmax_rows(matrix, positive_m, weight_m, extra_log_sum_m, self._sums)
+        biases = columns.beta, columns.neg_bias, None if columns.copies is None else columns.copies.log()
+        if self._fused is not None:
+            bias_N = columns.bias(*biases)
+            return triton_passes.softmax_rows(self._fused, bias_N, positive_m, weight_m, extra_log_sum_m, self._sums)
+        return softmax_rows(self._matrix(*biases), positive_m, weight_m, extra_log_sum_m, self._sums)
 
     def pairs(self, value_and_slope: ValueAndSlope, positive_m: Tensor, scale_m: Tensor) -> PairSums:
         """Return each query's sums over the columns of a term that looks at one of them; adds scale · slope."""
@@ -127,16 +130,22 @@ class ScorePasses:
         """Return the columns' log-sum-exps, and the rows' where they matter."""
         # beta is constant in a column and cancels there: without the rows it is left out
         neg_bias_N = self.columns.neg_bias if with_rows else None
-        matrix = self._matrix(self.columns.beta if with_rows else None)
-        rows, log_N, shift = column_pass(matrix, self._sizes, neg_bias_N, with_rows, self._group)
+        bias_N = self.columns.beta if with_rows else None
+        add_products: Callable[[Coefficients, Gradients], None]
+        if self._fused is not None:
+            rows, log_N = triton_passes.column_pass(self._fused, bias_N, neg_bias_N, self._group)
+            add_products = partial(triton_passes.gradient_pass, self._fused, bias_N, with_rows)
+        else:
+            matrix = self._matrix(bias_N)
+            rows, log_N, shift = column_pass(matrix, self._sizes, neg_bias_N, with_rows, self._group)
+            add_products = partial(gradient_pass, matrix, shift)
 
         def add(row_weight_m: Tensor, row_lse_m: Tensor, column_weight_m: Tensor) -> None:
             if self._sums is None:
                 return
             own_n = column_weight_m.new_zeros(self._x.W.shape[0]).index_add_(0, self._x.positive, column_weight_m)
             column_weight_N = distributed.all_gather_padded(own_n, self._sizes.longest, self._group).wait()
-            c = Coefficients(row_weight_m, row_lse_m, neg_bias_N, column_weight_N, log_N)
-            gradient_pass(matrix, shift, c, self._sums)
+            add_products(Coefficients(row_weight_m, row_lse_m, neg_bias_N, column_weight_N, log_N), self._sums)
 
         return BothSums(rows, log_N[self.positive_N], add)
 
@@ -153,6 +162,12 @@ class ScorePasses:
     def _sums(self) -> Gradients | None:
         wants = self._sizes.wants
         return Gradients.zeros(self._x, wants, self.columns.total) if wants else None
+
+    @cached_property
+    def _fused(self) -> triton_matrix.FusedMatrix | None:
+        if not triton_matrix.available(self._x):
+            return None
+        return triton_matrix.FusedMatrix.of(self._x.U, self._sizes.alpha, self.columns, self._mask)
 
     def _matrix(self, *biases: Tensor | None) -> ScoreMatrix:
         x, bias_N = self._x, self.columns.bias(*biases)

@@ -1,0 +1,159 @@
+"""The softmax losses by Triton kernels equal the dense reference: values and gradients, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bigdssm.losses import fps_loss
+
+from . import reference
+from .conftest import Pools
+from .interpreted import ENVIRONMENT, fused_fps, fused_fps_of_packed, fused_on_rank_0
+from .parity import assert_parity, by_matrix, of_all, run_rank
+from .reference import Shard, make_shards
+from .spawn import RankFailed
+
+pytest.importorskip("triton")
+
+DIRECTIONS = ("q2d", "d2q", "both")
+OPTIONS = frozenset({"beta", "neg_bias", "weight", "query_ids", "doc_ids", "shared", "known"})
+PRECISIONS = [(torch.float32, 1e-4), (torch.bfloat16, 5e-3)]
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Pools]:
+    made = Pools(ENVIRONMENT)
+    yield made
+    made.close()
+
+
+def check(
+    ranks: Pools,
+    shards: list[Shard],
+    alpha: float,
+    direction: str,
+    tolerance: float,
+    loss: Callable[..., Any] = fused_fps,
+) -> dict[str, Tensor]:
+    """Compare loss and gradients with the reference; return the statistics."""
+    found = of_all(ranks[len(shards)].run(run_rank, loss, shards, alpha, None, {"direction": direction}))
+    assert_parity(shards, alpha, found, reference.fps_at_once(shards, alpha, direction), tolerance)
+    return found[2]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_reference_at_once_is_the_reference(direction: str) -> None:
+    shards = make_shards(torch.Generator().manual_seed(3), [(20, 30)], 8, num_queries=8, num_docs=20, options=OPTIONS)
+    (loss, gradients), (right, expected) = (f(shards, 20.0, direction) for f in (reference.fps_at_once, reference.fps))
+    torch.testing.assert_close([loss, *gradients], [right, *expected])
+
+
+@pytest.mark.parametrize(
+    "loss", [fused_fps, partial(by_matrix, fused_fps_of_packed)], ids=["pairs", "matrix and W as it is sent"]
+)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+def test_equals_the_dense_reference(
+    ranks: Pools, dtype: torch.dtype, tolerance: float, direction: str, loss: Callable[..., Any]
+) -> None:
+    """More than one block each way, none of them full, and a vector size that is no power of 2."""
+    generator = torch.Generator().manual_seed(1)
+    shards = make_shards(
+        generator, [(140, 270)], 24, num_queries=60, num_docs=150, options=OPTIONS, dtype=dtype
+    )  # fmt: skip
+    found = check(ranks, shards, 20.0, direction, tolerance, loss)
+    plain = run_rank(0, 1, fps_loss, shards, 20.0, None, {"direction": direction})[2]
+    assert {k: float(v) for k, v in found.items()} == pytest.approx({k: float(v) for k, v in plain.items()}, rel=1e-4)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("sizes", [[(70, 90), (0, 0)], [(1, 1), (0, 200)]])
+def test_ranks_of_any_size(ranks: Pools, sizes: list[tuple[int, int]], direction: str) -> None:
+    """Ranks with fewer columns than others leave some unused; some have no query, or nothing."""
+    generator = torch.Generator().manual_seed(2)
+    shards = make_shards(
+        generator, sizes, 16, num_queries=30, num_docs=60, options=OPTIONS - {"weight"}, dtype=torch.float32
+    )
+    check(ranks, shards, 20.0, direction, 1e-4)
+
+
+def unit(rows: int, D: int, seed: int) -> Tensor:
+    vectors = torch.randn(rows, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.nn.functional.normalize(vectors, dim=1)
+
+
+SCORES = {
+    "alpha at its clamp": (unit(40, 8, 1), unit(40, 8, 2), 100.0),
+    "aligned vectors": (unit(40, 8, 1), unit(40, 8, 1), 100.0),
+    "all vectors equal": (unit(1, 8, 1).expand(40, 8), unit(1, 8, 1).expand(40, 8), 100.0),
+    "norm 30": (30 * unit(40, 8, 1), 30 * unit(40, 8, 2), 1.0),
+    "norm 30, two clusters": (30 * unit(40, 1, 1), 30 * unit(40, 1, 2), 1.0),
+}
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("case", SCORES)
+def test_extreme_scores(ranks: Pools, case: str, direction: str) -> None:
+    U, W, alpha = SCORES[case]
+    check(ranks, [Shard(U.float(), W.float(), torch.arange(len(U)))], alpha, direction, 2e-4)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("alpha", [20.0, 100.0])
+def test_bfloat16_is_as_good_as_its_inputs(ranks: Pools, direction: str, alpha: float) -> None:
+    U = unit(300, 64, 3)
+    W = torch.nn.functional.normalize(U + 3 * unit(300, 64, 4), dim=1)
+    shards = [Shard(U.bfloat16(), W.bfloat16(), torch.arange(300))]
+    (value, gradients, _) = of_all(ranks[1].run(run_rank, fused_fps, shards, alpha, None, {"direction": direction}))
+    loss, right = reference.fps_at_once(shards, alpha, direction)
+    for a, b in zip((value, *gradients[:2]), (loss, *right[:2]), strict=True):
+        assert b is not None and float((a.double() - b).norm() / b.norm()) <= 5e-3
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_columns_that_are_nobodys_negative(ranks: Pools, direction: str) -> None:
+    """−inf for a whole block of columns, the first: a row's largest is −inf until the next."""
+    shards = make_shards(torch.Generator().manual_seed(4), [(50, 100)], 8, options=OPTIONS, dtype=torch.float32)
+    neg_bias = torch.zeros(100, dtype=torch.float64)
+    neg_bias[:64] = -math.inf
+    check(ranks, [replace(shards[0], neg_bias=neg_bias)], 20.0, direction, 1e-4)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_nothing_left(ranks: Pools, direction: str) -> None:
+    """With one document everywhere, with weights of 0, and with nothing at all: loss 0, gradients 0."""
+    one = torch.zeros(6, dtype=torch.int64)
+    U, W = unit(6, 4, 1).float(), unit(6, 4, 2).float()
+    shards = [
+        Shard(U, W, torch.arange(6), query_ids=one, doc_ids=one),
+        Shard(U, W, torch.arange(6), weight=torch.zeros(6)),
+        Shard(U[:0], W[:0], one[:0]),
+    ]
+    for shard in shards:
+        value, gradients, _ = ranks[1].run(run_rank, fused_fps, [shard], 20.0, None, {"direction": direction})[0]
+        assert float(value) == 0.0
+        assert not any(bool(gradient.any()) for gradient in gradients if gradient is not None)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_vectors_give_a_non_finite_loss(ranks: Pools, direction: str, bad: float) -> None:
+    U = unit(6, 4, 1).float()
+    U[2, 1] = bad
+    shard = Shard(U, unit(6, 4, 2).float(), torch.arange(6))
+    assert not ranks[1].run(run_rank, fused_fps, [shard], 20.0, None, {"direction": direction})[0][0].isfinite()
+
+
+def test_ranks_agree_on_the_kernels(ranks: Pools) -> None:
+    """Their sums are reduced in other steps than those of the plain path."""
+    shards = [Shard(unit(6, 4, k).float(), unit(6, 4, 9 + k).float(), torch.arange(6)) for k in range(2)]
+    with pytest.raises(RankFailed, match="rank 0 has softmax over all columns, both, by Triton kernels; rank 1 has"):
+        ranks[2].run(run_rank, fused_on_rank_0, shards, 20.0, None, {"direction": "both"})
