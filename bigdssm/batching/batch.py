@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bigdssm.batching.lengths import Lengths
 from bigdssm.dataset.tensors import Features
-from bigdssm.models.places import Places
+from bigdssm.models import Places, SideSize
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Batch:
     """This rank's share of one global step."""
 
     step: int
-    row_ids: Tensor  # int64 [R]: the row's number in the dataset's split
+    row_ids: Tensor  # int64 [R]: the row's number in the dataset's split; on the host, wherever the others are
     query: Features  # R rows
     doc: Features  # n rows: distinct documents, positives first, further columns (negatives) behind
     positive: Tensor  # int64 [m]: the column of the query's document
@@ -40,8 +40,20 @@ class Batch:
     @property
     def nbytes(self) -> int:
         """Return the bytes of its tensors."""
-        values = [value for f in fields(self) for value in _tensors(getattr(self, f.name))]
-        return sum(value.nbytes for value in values)
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    @property
+    def sizes(self) -> tuple[SideSize, SideSize]:
+        """Return how much the queries' side and the documents' hold."""
+        query, doc = (
+            {name: list_.filled for name, list_ in side.items()} for side in (self.query_lengths, self.doc_lengths)
+        )
+        num_queries = None if self.places is None else len(self.query_ids)
+        return SideSize(len(self.row_ids), query, num_queries), SideSize(len(self.doc_ids), doc)
+
+    def tensors(self) -> list[Tensor]:
+        """Return its tensors."""
+        return [tensor for f in fields(self) for tensor in _tensors(getattr(self, f.name))]
 
 
 def _tensors(value: object) -> list[Tensor]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bigdssm.batching.plan import Chunk, SidePlan
+from bigdssm.batching.upload import to_device
 from bigdssm.dataset.tensors import Features
 from bigdssm.models.places import Places
 
@@ -19,10 +21,9 @@ class Chunked:
         """Take `places` where rows give several queries."""
         self._features, self._plan = features, plan
         device = next(iter(features.values())).device
-        self._order, self._outputs, row_in_chunk = (
-            torch.from_numpy(part).to(device, non_blocking=True)
-            for part in (plan.order, plan.outputs, plan.row_in_chunk)
-        )
+        parts = (plan.order, plan.outputs, plan.row_in_chunk)
+        sent = to_device(torch.from_numpy(np.concatenate(parts)), device)
+        self._order, self._outputs, row_in_chunk = sent.split([len(part) for part in parts])
         self._places = None if places is None else Places(row_in_chunk, places.seen[self._outputs])
 
     def features(self, chunk: Chunk) -> Features:

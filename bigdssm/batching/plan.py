@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -148,18 +149,60 @@ class StepPlan:
         return 1 - self.tokens / cells if cells else 0.0
 
 
+class Needs(NamedTuple):
+    """What the ranks agree on of a plan by its most: chunks of both sides, and of each the first whose graph is kept.
+
+    It is the last pieces that are kept, documents behind queries: where a document's chunk is not, no query's is.
+    """
+
+    queries: int
+    docs: int
+    first_query: int
+    first_doc: int
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One rank's plan of a batch, before the ranks agree on the number of chunks and on how many keep their graph."""
+
+    query: SidePlan
+    doc: SidePlan
+    whole: StepPlan  # where one chunk a side is enough on every rank
+    needs: Needs
+
+    def agreed(self, most: Needs) -> StepPlan:
+        """Return the plan for the most that any rank needs, number by number."""
+        if max(most.queries, most.docs) <= 1:
+            return self.whole
+        query, doc = self.query.filled_up(most.queries), self.doc.filled_up(most.docs)
+        kept_queries = 0 if most.first_doc else len(query.chunks) - most.first_query
+        return StepPlan(query, doc, False, len(doc.chunks) - most.first_doc + kept_queries)
+
+
+def draft_step(batch: Batch, budget: Budget) -> Draft:
+    """Return this rank's part of a batch's plan: chunks, and graphs kept from the last of them on while they fit."""
+    whole = StepPlan(*_sides(batch, 0), whole=True)
+    if budget.chunk_tokens == 0:
+        return Draft(whole.query, whole.doc, whole, Needs(1, 1, 0, 0))
+    query, doc = _sides(batch, budget.chunk_tokens)
+    last_first = [chunk.tokens for chunk in reversed(query.chunks + doc.chunks)]
+    unkept = len(last_first) - int((np.cumsum(last_first) <= budget.kept_tokens).sum())
+    num_query, num_doc = len(query.chunks), len(doc.chunks)
+    needs = Needs(num_query, num_doc, min(unkept, num_query), max(0, unkept - num_query))
+    return Draft(query, doc, whole, needs)
+
+
 def plan_step(batch: Batch, budget: Budget) -> StepPlan:
     """Return the plan of a batch: with chunks equally many and as many of them kept on every rank. A collective."""
-    query, doc = _sides(batch, budget.chunk_tokens)
+    draft = draft_step(batch, budget)
     if budget.chunk_tokens == 0:
-        return StepPlan(query, doc, whole=True)
-    num_query, num_doc = distributed.all_reduce(torch.tensor([len(query.chunks), len(doc.chunks)]), "max").tolist()
-    if max(num_query, num_doc) <= 1:
-        return StepPlan(*_sides(batch, 0), whole=True)
-    query, doc = query.filled_up(num_query), doc.filled_up(num_doc)
-    last_first = [chunk.tokens for chunk in reversed(query.chunks + doc.chunks)]
-    fitting = int((np.cumsum(last_first) <= budget.kept_tokens).sum())
-    return StepPlan(query, doc, False, int(distributed.all_reduce(torch.tensor([fitting]), "min")))
+        return draft.whole
+    return draft.agreed(most_needed(draft.needs))
+
+
+def most_needed(needs: Needs) -> Needs:
+    """Return the most that any rank needs. A collective."""
+    return Needs(*distributed.all_reduce(torch.tensor(needs), "max").tolist())
 
 
 def _sides(batch: Batch, chunk_tokens: int) -> tuple[SidePlan, SidePlan]:

@@ -17,7 +17,8 @@ from bigdssm.losses.exchange import LossInputError
 
 def relevance_weight(relevance: Tensor, kind: Literal["indicator", "relevance"]) -> Tensor:
     """Return the weights [m] from relevance: 1[r > 0], or r. Raises: LossInputError where r is negative or NaN."""
-    if not bool((relevance.isfinite() & (relevance >= 0)).all()):
+    good = relevance.isfinite() & (relevance >= 0)
+    if relevance.device.type == "cpu" and not bool(good.all()):  # on a device that would be waited for
         raise LossInputError("relevance holds NaN, infinite or negative values")
     if kind == "indicator":
         return (relevance > 0).to(relevance.dtype if relevance.is_floating_point() else torch.float32)

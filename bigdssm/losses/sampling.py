@@ -50,7 +50,7 @@ def apply_sampling(
     """
     if sampling not in SAMPLINGS:
         raise LossInputError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {sampling!r}")
-    if bool(log_expected.isnan().any()):
+    if log_expected.device.type == "cpu" and bool(log_expected.isnan().any()):  # on a device that would be waited for
         raise LossInputError("log_expected holds NaN")
     if sampling == "none" or gamma == 0:
         return Biases(beta, neg_bias)
@@ -60,9 +60,11 @@ def apply_sampling(
     return Biases(beta, add_biases(neg_bias, correction))
 
 
-@dataclass(frozen=True)
+@dataclass
 class CountedFrequency:
     """c by the catalogue's counts [num_documents], read once; a document never seen counts as seen once.
+
+    The counts go to the device of the first documents that are asked for; a look-up then touches theirs alone.
 
     num_columns of the global batch, on average, follow the data, num_uniform are drawn uniformly from the catalogue
     (mixed negative sampling). Source: Yang et al. 2020 (mixed negative sampling), eq. 4, times the number of columns.
@@ -77,10 +79,12 @@ class CountedFrequency:
         """Add the counts up. Raises: LossInputError."""
         if bool((self.counts < 0).any()):
             raise LossInputError("counts hold negative values")
-        object.__setattr__(self, "total", self.counts.double().clamp(min=1).sum())
+        self.total = self.counts.double().clamp(min=1).sum()
 
     def log_expected(self, documents: Tensor) -> Tensor:
         """Return log c float64 [n] of `documents` (catalogue rows)."""
+        if self.counts.device != documents.device:
+            self.counts, self.total = self.counts.to(documents.device), self.total.to(documents.device)
         share = self.counts[documents].double().clamp(min=1) / self.total
         return (self.num_columns * share + self.num_uniform / self.counts.shape[0]).log()
 
@@ -108,48 +112,48 @@ class StreamingFrequency:
     last_seen: Tensor = field(init=False)
     gap: Tensor = field(init=False)
     copies: Tensor = field(init=False)
+    _sums: Tensor = field(init=False, repr=False)  # of the copies of a step; 0 between steps
 
     def __post_init__(self) -> None:
         shape = (self.num_hashes, self.num_buckets)
         self.last_seen = torch.zeros(shape, dtype=torch.int64)
         self.gap = torch.zeros(shape, dtype=torch.float64)
         self.copies = torch.zeros(shape, dtype=torch.float64)
+        self._sums = torch.zeros(shape, dtype=torch.int64)
 
     def update(self, doc_ids: Tensor, copies: Tensor | None = None, group: Group | None = None) -> None:
         """Take in the next step's document ids int64 [n] of this rank, each in so many copies [n]; a collective."""
         copies = torch.ones_like(doc_ids) if copies is None else copies.to(torch.int64)
-        counts = distributed.all_gather_padded(doc_ids.new_tensor([doc_ids.shape[0]]), 1, group).wait().tolist()
-        rows = distributed.all_gather_rows(torch.stack([doc_ids, copies], 1), counts, group).cpu()
-        ids, inverse = torch.unique(rows[:, 0], return_inverse=True)
-        copies = torch.zeros_like(ids).index_add_(0, inverse, rows[:, 1])
+        counts = distributed.all_gather_padded(doc_ids.new_full((1,), doc_ids.shape[0]), 1, group).wait().tolist()
+        rows = distributed.all_gather_rows(torch.stack([doc_ids, copies], 1), counts, group)
+        last_seen, gap, copies_of, sums = self._flat(rows.device)
         self.step += 1
-        for hash_index in range(self.num_hashes):
-            bucket, inverse = torch.unique(self._bucket(ids, hash_index), return_inverse=True)
-            new_copies = torch.zeros_like(bucket).index_add_(0, inverse, copies).double()
-            last, gap = self.last_seen[hash_index, bucket], self.gap[hash_index, bucket]
-            new_gap = (self.step - last).double()
-            # the first gap starts the moving average (Algorithm 2 starts it at 0, which takes 1 / rate gaps to forget)
-            self.gap[hash_index, bucket] = torch.where(
-                last == 0, 0.0, torch.where(gap == 0, new_gap, torch.lerp(gap, new_gap, self.rate))
-            )
-            moved = torch.lerp(self.copies[hash_index, bucket], new_copies, self.rate)
-            self.copies[hash_index, bucket] = torch.where(last == 0, new_copies, moved)
-            self.last_seen[hash_index, bucket] = self.step
+        bucket = self._buckets(rows[:, 0]).flatten()
+        sums.scatter_add_(0, bucket, rows[:, 1].repeat(self.num_hashes))
+        # Buckets that come several times are written several times, each time the same.
+        new_copies, last, before, of_it = (table.index_select(0, bucket) for table in (sums, last_seen, gap, copies_of))
+        sums.scatter_(0, bucket, 0)
+        new_gap = (self.step - last).double()
+        # the first gap starts the moving average (Algorithm 2 starts it at 0, which takes 1 / rate gaps to forget)
+        moved_gap = torch.where(before == 0, new_gap, torch.lerp(before, new_gap, self.rate))
+        gap.scatter_(0, bucket, torch.where(last == 0, 0.0, moved_gap))
+        moved = torch.lerp(of_it, new_copies.double(), self.rate)
+        copies_of.scatter_(0, bucket, torch.where(last == 0, new_copies.double(), moved))
+        last_seen.scatter_(0, bucket, self.step)
 
     def log_expected(self, doc_ids: Tensor) -> Tensor:
         """Return log c float64 [n]: the log of the estimated number of columns of a step that hold the document."""
-        found = []
-        for hash_index in range(self.num_hashes):
-            bucket = self._bucket(doc_ids.cpu(), hash_index)
-            gap, copies = self.gap[hash_index, bucket], self.copies[hash_index, bucket].clamp(min=1)
-            # not seen twice: as if once in all steps so far
-            found.append(copies / torch.where(gap == 0, float(max(1, self.step)), gap))
-        return torch.stack(found).amin(0).log().to(doc_ids.device)
+        _, gaps, all_copies, _ = self._flat(doc_ids.device)
+        bucket = self._buckets(doc_ids).flatten()
+        gap, copies = gaps.index_select(0, bucket), all_copies.index_select(0, bucket).clamp(min=1)
+        # not seen twice: as if once in all steps so far
+        expected = copies / torch.where(gap == 0, float(max(1, self.step)), gap)
+        return expected.view(self.num_hashes, len(doc_ids)).amin(0).log()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return everything that goes into a checkpoint."""
-        step = torch.tensor([self.step])
-        return {"step": step, "last_seen": self.last_seen, "gap": self.gap, "copies": self.copies}
+        tables = {"last_seen": self.last_seen, "gap": self.gap, "copies": self.copies}
+        return {"step": torch.tensor([self.step]), **{name: table.cpu() for name, table in tables.items()}}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from a checkpoint. Raises: LossInputError where it has another shape."""
@@ -161,13 +165,25 @@ class StreamingFrequency:
         self.step = int(state["step"])
         self.last_seen, self.gap, self.copies = (state[name].clone() for name in ("last_seen", "gap", "copies"))
 
-    def _bucket(self, ids: Tensor, hash_index: int) -> Tensor:
-        """Mix 64-bit ids (splitmix64 again, in torch: they may be on a device) and take the remainder."""
-        x = ids + _wrap(0x9E3779B97F4A7C15 * (hash_index + 1))
+    def _flat(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Return views [hashes · buckets] of last_seen, gap, copies and the sums of a step, on `device` from now on."""
+        if self.gap.device != device or self._sums.device != device:
+            self.last_seen, self.gap, self.copies, self._sums = (
+                table.to(device) for table in (self.last_seen, self.gap, self.copies, self._sums)
+            )
+        return tuple(table.view(-1) for table in (self.last_seen, self.gap, self.copies, self._sums))
+
+    def _buckets(self, ids: Tensor) -> Tensor:
+        """Return int64 [hashes, n], the place of each id in the flat tables by every hash.
+
+        It is splitmix64 of the 64-bit ids, in torch: they may be on a device.
+        """
+        hashes = torch.arange(1, self.num_hashes + 1, device=ids.device)[:, None]
+        x = ids + hashes * _wrap(0x9E3779B97F4A7C15)
         x = (x ^ _shift_right(x, 30)) * _wrap(0xBF58476D1CE4E5B9)
         x = (x ^ _shift_right(x, 27)) * _wrap(0x94D049BB133111EB)
         x = x ^ _shift_right(x, 31)
-        return _shift_right(x, 1) % self.num_buckets
+        return _shift_right(x, 1) % self.num_buckets + (hashes - 1) * self.num_buckets
 
 
 def _wrap(value: int) -> int:

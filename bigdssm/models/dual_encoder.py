@@ -19,6 +19,7 @@ from bigdssm.config import ModelConfig
 from bigdssm.models.encoders import (
     Encoder,
     Parts,
+    SideSize,
     TextEncoder,
     load_pretrained,
     text_architectures,
@@ -118,13 +119,13 @@ class DualEncoder(nn.Module):
             if isinstance(module, Encoder):
                 module.checkpoint_activations()
 
-    def flops(self, query: dict[str, Tensor], doc: dict[str, Tensor], places: Places | None = None) -> float:
-        """Return the operations of matrix products in one forward over these features, padding left out.
+    def flops(self, query: SideSize, doc: SideSize) -> float:
+        """Return the operations of matrix products in one forward over both sides of a batch, padding left out.
 
         It is the least that has to be computed; a backward takes twice as many. A linear layer takes
         2 · inputs · outputs a row or token, attention over t tokens 4 · t² · width a layer.
         """
-        return self.query_tower.flops(query, places) + self.doc_tower.flops(doc)
+        return self.query_tower.flops(query) + self.doc_tower.flops(doc)
 
     def _scored(self, vectors: Tensor) -> Tensor:
         if self.config.score != "cosine":

@@ -14,7 +14,7 @@ from bigdssm.config import TowerConfig
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature
 from bigdssm.models.encoders import Encoder, Parts, build_encoder
-from bigdssm.models.encoders.base import linear_flops
+from bigdssm.models.encoders.base import SideSize, linear_flops
 from bigdssm.models.places import Places
 from bigdssm.models.tables import INIT_STD
 
@@ -53,11 +53,10 @@ class Tower(nn.Module):
         output: Tensor = self.mlp(torch.cat(list(parts.values()), dim=1))
         return output if residual is None else output + residual
 
-    def flops(self, features: dict[str, Tensor], places: Places | None = None) -> float:
-        """Return the operations of a forward's matrix products over these features, padding left out."""
-        num_vectors = len(next(iter(features.values())) if places is None else places.row)
-        own = 0.0 if self.mlp is None else num_vectors * linear_flops(self.mlp)
-        return own + sum(encoder.flops(features[name], places) for name, encoder in self._all().items())
+    def flops(self, size: SideSize) -> float:
+        """Return the operations of a forward's matrix products over a side of a batch, padding left out."""
+        own = 0.0 if self.mlp is None else size.vectors * linear_flops(self.mlp)
+        return own + sum(encoder.flops(name, size) for name, encoder in self._all().items())
 
     def _all(self) -> dict[str, Encoder]:
         """Return the encoders by feature, the model's own last: the order in which their vectors stand."""

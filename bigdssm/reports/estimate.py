@@ -124,7 +124,12 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     sent = loss_sent_bytes(rows[1], width, world_size, both=both) | sent_bytes(engine, sizes)
     steps = stage.steps or int(np.ceil(stage.epochs * stream.steps_per_epoch))
     return Estimate(
-        held={**held, **averaged, "batch": batch.nbytes, "libraries at first use": RUNTIME_BYTES},
+        held={
+            **held,
+            **averaged,
+            "batch": 2 * batch.nbytes,  # and the next one
+            "libraries at first use": RUNTIME_BYTES,
+        },
         phases={
             "loss, beside graphs that are kept": kept + vectors + loss,
             "towers' activations and gradients": towers + vectors,

@@ -126,7 +126,8 @@ def _strike(kind: str) -> None:
 
 def _target(whom: str) -> int:
     if whom == "loader":
-        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        threads = sorted(Path("/proc/self/task").glob("*/children"))  # loader processes are those of whichever reads
+        children = [child for thread in threads for child in thread.read_text().split()]
         if not children:
             raise ConfigError(f"{VARIABLE}: this rank has no loader process; set data.num_workers to at least 1")
         return int(children[0])

@@ -56,6 +56,11 @@ class StopRequest:
         """From now on there is something to save: a signal waits for the ranks to agree."""
         self._has_state = True
 
+    @property
+    def asked(self) -> bool:
+        """Return whether this rank was asked to stop."""
+        return self._asked
+
     def agreed(self) -> bool:
         """Return True on every rank where any rank was asked to stop. A collective."""
         from bigdssm import distributed  # torch takes seconds to import, in which signals are to be heard already

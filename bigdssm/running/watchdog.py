@@ -41,7 +41,7 @@ GONE_S = 3.0  # after the end of a process is seen: its peers' collectives fail 
 BROKEN_STORE_S = 10.0
 STARTING_S = 900.0  # without progress before the first step: imports, opening a dataset, reading a checkpoint
 LEAVING_S = 15.0  # that a main thread has for leaving by itself
-VERDICT = "verdict"
+VERDICT, SURVEYOR = "verdict", "surveyor"
 NOTING_S = 2.0  # for the note of the end: the file system may be what hangs
 STOPPED_EXIT_CODE = 143  # what shells give for SIGTERM
 
@@ -159,7 +159,7 @@ class Watchdog:
                     self._board.write_once(VERDICT, json.dumps(self._to_say))
                 verdict = self._board.read(VERDICT)
                 self._verdict = json.loads(verdict) if verdict else None
-                if self._survey_wanted and self._survey is None:
+                if self._survey_wanted and self._survey is None and self._may_survey():
                     notes = {peer.rank: self._board.read(f"beat/{peer.rank}") for peer in self._peers}
                     self._survey = {rank: json.loads(note) for rank, note in notes.items() if note}
                 self._exchanged_at, self._broken_at = time.monotonic(), None
@@ -167,6 +167,21 @@ class Watchdog:
                 self._broken_at = self._broken_at or time.monotonic()
             self._wake.wait(self._interval_s)
             self._wake.clear()
+
+    def _may_survey(self) -> bool:
+        """Return True on the first rank that asks, whose verdict serves all; in time on the others, where none came.
+
+        Where one rank hangs all of them want to know why at once: ranks that each read every rank's note would ask the
+        store a square of their number.
+        """
+        self._board.write_once(SURVEYOR, str(self._rank))
+        if self._board.read(SURVEYOR) == str(self._rank):
+            return True
+        return time.monotonic() - self._moved_at > self._allowed_s() + 4 * self._interval_s
+
+    def _allowed_s(self) -> float:
+        """Return how long the main thread may make no progress."""
+        return self._timeout_s if self._moves else max(self._timeout_s, STARTING_S)
 
     def _own_state(self) -> dict[str, Any]:
         where, waits = _position(sys._current_frames().get(self._main_thread or 0))
@@ -213,7 +228,7 @@ class Watchdog:
                 f"{self._next} gave no sign of life for {timeout_s:.0f} s: its process or host is stopped, or cut off"
             )
         # a little later than the others: where one is dead, all main threads are stuck
-        allowed_s = timeout_s if self._moves else max(timeout_s, STARTING_S)
+        allowed_s = self._allowed_s()
         if now - self._moved_at > allowed_s + 3 * self._interval_s:
             if self._survey is None and now - self._moved_at < allowed_s + 5 * self._interval_s:
                 self._survey_wanted = True

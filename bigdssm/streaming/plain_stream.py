@@ -101,10 +101,13 @@ class PlainStream(RowStream):
                 "their data is not noticed; bigdssm make_shards webdataset repacks them", len(self._paths),
             )  # fmt: skip
 
-    def state(self) -> dict[str, Any]:
-        """Return where the stream stands and what it depends on; plain JSON types, the same on every rank."""
+    def state(self, step: int | None = None) -> dict[str, Any]:
+        """Return where the stream stands before `step` (by default the next one) and what it depends on.
+
+        Plain JSON types, the same on every rank.
+        """
         return {
-            "step": self.step,
+            "step": self.step if step is None else step,
             "seed": self._seed,
             "rows_global": self._rows_global,
             "webdataset": self._pattern,
@@ -131,7 +134,7 @@ class PlainStream(RowStream):
         samples = _Samples(self.dataset, self._paths, count, derive_key(self._seed, self.step, rank), self.step)
         return load(samples, self._num_workers, prefetch=2)
 
-    def _rows_judged(self, rows_met: int) -> int:
+    def _rows_judged(self, rows_met: int, step: int) -> int:
         return max(rows_met, FEWEST_JUDGED)
 
     def _empty_rows(self) -> Rows:

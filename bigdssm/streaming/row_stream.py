@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,11 +25,19 @@ MOST_KINDS, SHOWN_KINDS = 20, 3  # of bad rows: remembered by a rank, told where
 log = get_logger(__name__)
 
 
+class Report(NamedTuple):
+    """What a rank has met: whether it cannot read any further, and rows."""
+
+    failed: float
+    rows_bad: float
+    rows_met: float
+
+
 class RowStream(ABC):
     """An endless iterator of Rows: this rank's share of step after step.
 
     All ranks make the same number of steps whatever is damaged. Every CHECK_EVERY_STEPS steps `next` is a collective
-    (see `check`), where world_size is the process group's.
+    (see `check`), where world_size is the process group's; `next_alone` never is.
     """
 
     steps_per_epoch: int  # 0: not known
@@ -62,8 +70,11 @@ class RowStream(ABC):
         self._parts: Iterator[LaneRows] | None = None
 
     @abstractmethod
-    def state(self) -> dict[str, Any]:
-        """Return where the stream stands and what it depends on; plain JSON types, the same on every rank."""
+    def state(self, step: int | None = None) -> dict[str, Any]:
+        """Return where the stream stands before `step` (by default the next one) and what it depends on.
+
+        Plain JSON types, the same on every rank.
+        """
 
     @abstractmethod
     def check_state(self, state: dict[str, Any]) -> bool:
@@ -81,8 +92,8 @@ class RowStream(ABC):
         """Return the parts from `self.step` on."""
 
     @abstractmethod
-    def _rows_judged(self, rows_met: int) -> int:
-        """Return the rows of which max_bad_fraction may be bad, all ranks having met `rows_met`."""
+    def _rows_judged(self, rows_met: int, step: int) -> int:
+        """Return the rows of which max_bad_fraction may be bad, all ranks having met `rows_met` before `step`."""
 
     @abstractmethod
     def _empty_rows(self) -> Rows:
@@ -94,29 +105,42 @@ class RowStream(ABC):
 
     def __next__(self) -> Rows:
         """Return this rank's rows of the next step. Raises DataError or PeerError as `check` does."""
-        if self._parts is None:
-            if not self.rows_met:
-                self._opened_at = self.step
-            self._parts = self._open()
+        self._opened()
         if (self.step - self._opened_at) % CHECK_EVERY_STEPS == 0:
             self.check()
-        rows = self._next_rows(self._parts)
+        return self.next_alone()
+
+    def next_alone(self) -> Rows:
+        """Return this rank's rows of the next step, none where it cannot read: who calls it compares `report`s."""
+        rows = self._next_rows(self._opened())
         self.step += 1
         return rows
 
-    def check(self) -> None:
-        """Stop all ranks together where one cannot read, or too many rows are bad. A collective.
+    def report(self) -> Report:
+        """Return what this rank has met so far."""
+        return Report(self._failure is not None, self.rows_bad, self.rows_met)
+
+    def needs_check(self, reports: Sequence[Report], step: int) -> bool:
+        """Return True where `check` is due before `step` by the reports of all ranks."""
+        if any(report.failed for report in reports):
+            return True
+        due = (step - self._opened_at) % CHECK_EVERY_STEPS == 0
+        bad, met = sum(report.rows_bad for report in reports), sum(report.rows_met for report in reports)
+        return due and bad > self._max_bad_fraction * self._rows_judged(int(met), step)
+
+    def check(self, step: int | None = None) -> None:
+        """Stop all ranks together where one cannot read, or too many rows before `step` are bad. A collective.
 
         Call it before a checkpoint is written, too. Raises DataError; PeerError where a loader process died, and on the
         ranks that could read where another could not.
         """
-        mine = (self.rows_bad, self.rows_met, self._failure is not None, self._reasons)
+        mine = (self.rows_bad, self.rows_met, self._failure is not None, dict(self._reasons))
         alone = self.world_size == 1 or self.world_size != distributed.world_size()
         reports = [mine] if alone else distributed.all_gather_object(mine)
         if any(failed for _, _, failed, _ in reports):
             distributed.raise_together(self._failure) if not alone else self._raise_own()
         bad, met = sum(report[0] for report in reports), sum(report[1] for report in reports)
-        allowed = self._max_bad_fraction * self._rows_judged(met)
+        allowed = self._max_bad_fraction * self._rows_judged(met, self.step if step is None else step)
         if bad > allowed:
             where = f"; they are named in {self._quarantine}" if self._quarantine else ""
             raise DataError(
@@ -128,6 +152,13 @@ class RowStream(ABC):
     def close(self) -> None:
         """End the loader processes."""
         self._parts = None
+
+    def _opened(self) -> Iterator[LaneRows]:
+        if self._parts is None:
+            if not self.rows_met:
+                self._opened_at = self.step
+            self._parts = self._open()
+        return self._parts
 
     def _raise_own(self) -> None:
         if self._failure is not None:

@@ -71,9 +71,12 @@ class PairStream(RowStream):
         if self.order.rows_dropped_per_epoch:
             log.info("each epoch leaves out %d rows that do not fill a step", self.order.rows_dropped_per_epoch)
 
-    def state(self) -> dict[str, Any]:
-        """Return where the stream stands and what it depends on; plain JSON types, the same on every rank."""
-        order = self.order
+    def state(self, step: int | None = None) -> dict[str, Any]:
+        """Return where the stream stands before `step` (by default the next one) and what it depends on.
+
+        Plain JSON types, the same on every rank.
+        """
+        order, step = self.order, self.step if step is None else step
         mixture: dict[str, Any] = {}
         if isinstance(order, MixedOrder):
             names = [source.name for source in self.dataset.sources]
@@ -83,8 +86,8 @@ class PairStream(RowStream):
             }
         return {
             "format": STATE_FORMAT,
-            "step": self.step,
-            "epoch": self.step // order.steps_per_epoch,
+            "step": step,
+            "epoch": step // order.steps_per_epoch,
             "seed": order.seed,
             "split": self.split,
             "lanes": order.lanes,
@@ -144,9 +147,9 @@ class PairStream(RowStream):
     def _open(self) -> Iterator[LaneRows]:
         return open_parts(self.dataset, self.split, self.order, self._shares, self._num_workers, self.step)
 
-    def _rows_judged(self, rows_met: int) -> int:
+    def _rows_judged(self, rows_met: int, step: int) -> int:
         rows, per_step = self.order.rows_per_epoch, self.order.rows_global
-        return rows * max(1, -(-self.step * per_step // rows) - self._opened_at * per_step // rows)
+        return rows * max(1, -(-step * per_step // rows) - self._opened_at * per_step // rows)
 
     def _next_rows(self, loaded: Iterator[LaneRows]) -> Rows:
         return replace(super()._next_rows(loaded), sequences=self.dataset.sequences)

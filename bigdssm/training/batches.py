@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import fields, replace
+from collections.abc import Generator, Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ from torch import Tensor
 from bigdssm import distributed
 from bigdssm.batching.batch import Batch
 from bigdssm.batching.collate import Collator
+from bigdssm.batching.upload import uploaded
 from bigdssm.config import Config, LossConfig, StageConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.features.ragged import Ragged
 from bigdssm.hashing import derive_key
 from bigdssm.losses import sample_uniform
-from bigdssm.models.places import Places
 from bigdssm.retrieval.mined import MinedNegatives, choose_negatives
 from bigdssm.streaming.plain_stream import PlainStream
 from bigdssm.streaming.row_stream import RowStream
@@ -31,7 +32,7 @@ _UNIFORM = 0x756E69666F726D  # the purpose, as a key of its own beside the strea
 
 
 class Batches:
-    """An endless iterator of this rank's batches."""
+    """This rank's batches, endlessly; what the stream cannot read is not agreed on here (see `RowStream.report`)."""
 
     def __init__(
         self,
@@ -49,7 +50,15 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches on the rank's device."""
-        for rows in self._stream:
+        return self.first(None)
+
+    def first(self, num: int | None) -> Generator[Batch]:
+        """Yield the next `num` batches (None: endlessly) on the rank's device, see `uploaded`."""
+        return uploaded(islice(self._made(), num), self._device)
+
+    def _made(self) -> Iterator[Batch]:
+        while True:
+            rows = self._stream.next_alone()
             negatives = None
             if self._mined is not None:
                 epoch = rows.step // self._stream.steps_per_epoch
@@ -59,7 +68,7 @@ class Batches:
             batch = self._collator(rows, negatives=negatives, extra_docs=self._extra(rows.step))
             if self._loss.mask in ("user", "past"):
                 batch = replace(batch, known=known_pairs(rows, self._loss.mask, self._dataset.catalogue.doc_ids))
-            yield on_device(batch, self._device)
+            yield batch
 
     def _extra(self, step: int) -> np.ndarray | None:
         """Return the documents that are columns of this rank beside those that its rows name."""
@@ -128,18 +137,3 @@ def name_pairs(queries: np.ndarray, before: Ragged, doc_ids: np.ndarray) -> Tens
     if not known.all():
         asked, docs = asked[known], docs[known]
     return torch.from_numpy(np.stack([asked, doc_ids[docs]], axis=1))
-
-
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch with every tensor on `device`."""
-
-    def move(value: object) -> object:
-        if isinstance(value, Tensor):
-            return value.to(device, non_blocking=True)
-        if isinstance(value, dict):
-            return {name: move(tensor) for name, tensor in value.items()}
-        if isinstance(value, Places):
-            return Places(*(tensor.to(device, non_blocking=True) for tensor in value))
-        return value
-
-    return Batch(**{field.name: move(getattr(batch, field.name)) for field in fields(batch)})  # type: ignore[arg-type]

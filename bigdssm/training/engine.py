@@ -26,6 +26,7 @@ from bigdssm.training import portable
 from bigdssm.training.optimizers import build_optimizer, find_optimizer
 
 COLLECTIVE_TIMEOUT_S = 1800
+DEVICE_BUCKET = 50_000_000  # gradients; DeepSpeed's own ten times as many take 4 GB and overlap nothing of most models
 
 # The shared-memory all-reduce is compiled on first use: 45 s, a compiler, a race between ranks, and where one of them
 # is killed meanwhile, a lock that all later ones wait for.
@@ -74,6 +75,9 @@ def device() -> torch.device:
 def deepspeed_config(engine: EngineConfig, optimizer: OptimizerConfig, rows_per_rank: int) -> dict[str, Any]:
     """Return the DeepSpeed dict of a stage; there is no other place where DeepSpeed is configured."""
     zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.zero_stage > 0 and _on_device():
+        # Gradients are reduced while the backward goes on, in buckets that fill before it ends.
+        zero |= {"overlap_comm": True, "reduce_bucket_size": DEVICE_BUCKET}
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     config: dict[str, Any] = {
@@ -155,9 +159,10 @@ class Engine:
         self.deepspeed.step()
         return not getattr(self.deepspeed.optimizer, "overflow", False)
 
-    def gradient_norm(self) -> float:
-        """Return the global gradient norm of the last step, before clipping."""
-        return self._norm if self.zero_stage == 0 else float(self.deepspeed.get_global_grad_norm())
+    def gradient_norm(self) -> float | Tensor:
+        """Return the global gradient norm of the last step, before clipping; where nobody has read it, a tensor."""
+        norm: float | Tensor = self._norm if self.zero_stage == 0 else self.deepspeed.get_global_grad_norm()
+        return norm
 
     def learning_rate(self) -> float:
         """Return the current rate of the first group."""
@@ -175,6 +180,11 @@ class Engine:
     def restore(self, read: Callable[[str], Tensor], applied_steps: int) -> None:
         """Set master weights and optimizer states from `read(name)`; the model has its weights. A collective."""
         portable.set_tensors(self.deepspeed, self.zero_stage, self._state_of, read, applied_steps)
+        optimizer = portable.base_optimizer(self.deepspeed, self.zero_stage)
+        if any(group.get("fused") for group in optimizer.param_groups):
+            for tensor, state in optimizer.state.items():
+                if "step" in state:  # a fused optimizer counts where the parameter is
+                    state["step"] = state["step"].to(tensor.device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all weights in float32 on the CPU, whole on every rank. A collective at ZeRO stage 3."""

@@ -36,13 +36,14 @@ class Health:
         self._total_steps, self._rows_global, self._every = total_steps, rows_global, log_every_steps
         self._whole = TimeTable()
         self._started, self._steps, self._flops = time.perf_counter(), 0, 0.0
-        self._tokens = self._queries = 0
+        self._tokens = 0
+        self._queries = [0.0] * distributed.world_size()  # by rank
         timing.taken()
 
-    def next_batch(self, batches: Iterator[Batch]) -> Batch:
-        """Return the next batch, counting the time it took as waiting for data."""
+    def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
+        """Return the next batch, None behind the last, counting the time it took as waiting for data."""
         with timing.span("data wait"):
-            return next(batches)
+            return next(batches, None)
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -55,29 +56,34 @@ class Health:
     def after_step(self, step: int, applied: int, batch: Batch, plan: StepPlan, result: StepResult) -> None:
         """Count a step; every so many, write a record and a line."""
         self._steps += 1
-        self._flops += 3 * cast(DualEncoder, self._engine.module).flops(batch.query, batch.doc, batch.places)
+        self._flops += 3 * cast(DualEncoder, self._engine.module).flops(*batch.sizes)
         self._tokens += plan.tokens
-        self._queries += plan.num_queries
+        told = zip(self._queries, result.agreed.notes, strict=True)
+        self._queries = [queries + note.queries for queries, note in told]
         self._bar(self._name, step, self._total_steps)
         if step % self._every and step != self._total_steps:
             return
         interval = self._counted()
         seconds = interval.training_s
-        stats = {name: float(value) for name, value in result.stats.items()}
+        # one read of the device for all that is on it
+        on_device = [*result.stats.values(), batch.multiplicity.sum()]
+        *values, columns = torch.stack([value.double() for value in on_device]).tolist()
+        stats = dict(zip(result.stats, values, strict=True))
+        gradient_norm = float(result.gradient_norm)
         rows_per_s = self._rows_global * interval.steps / seconds
         record: dict[str, Any] = {
             "step": step,
             "loss": result.loss,
             "lr": self._engine.learning_rate(),
-            "grad_norm": result.gradient_norm,
-            "alpha": result.alpha,
+            "grad_norm": gradient_norm,
+            "alpha": result.agreed.alpha,
             **stats,
             "rows_per_s": rows_per_s,
             **self._queries_told(batch, seconds),
             "tokens_per_s": self._tokens * distributed.world_size() / seconds,  # as if all ranks had as many
             "data_wait_fraction": interval.seconds.get("data wait", 0.0) / seconds,
             "padding_fraction": plan.padding,  # this rank's
-            "distinct_fraction": len(batch.doc_ids) / max(1, int(batch.multiplicity.sum())),
+            "distinct_fraction": len(batch.doc_ids) / max(1.0, columns),
             "skipped": step - applied,
             "memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             "seconds": {name: round(value, 4) for name, value in interval.seconds.items()},
@@ -87,24 +93,23 @@ class Health:
         logger.info(
             "%s %d/%d  loss %.4f  lr %.2e  |g| %.2f  alpha %.2f  accuracy %.1f%%  dropped %.2f%%  %s rows/s  "
             "%s tokens/s  data wait %.0f%%  padding %.0f%%  distinct %.0f%%  skipped %d  %.2f GB  ETA %d:%02d",
-            self._name, step, self._total_steps, result.loss, record["lr"], result.gradient_norm, result.alpha,
+            self._name, step, self._total_steps, result.loss, record["lr"], gradient_norm, result.agreed.alpha,
             100 * stats.get("in_batch_accuracy", 0.0), 100 * stats.get("dropped_fraction", 0.0),
             f"{rows_per_s:,.0f}", f"{record['tokens_per_s']:,.0f}",
             100 * record["data_wait_fraction"], 100 * record["padding_fraction"],
             100 * record["distinct_fraction"], record["skipped"], record["memory_gb"], eta_s // 60, eta_s % 60,
         )  # fmt: skip
-        self._tokens = self._queries = 0
+        self._tokens = 0
+        self._queries = [0.0] * len(self._queries)
 
     def _queries_told(self, batch: Batch, seconds: float) -> dict[str, float]:
-        """Return queries a second, and how unevenly ranks have them, where rows give several. A collective there."""
+        """Return queries a second, and how unevenly ranks have them, where rows give several."""
         if batch.places is None:
             return {}
-        own = torch.tensor([float(self._queries)], dtype=torch.float64)
-        mean = float(distributed.all_reduce(own.clone())) / distributed.world_size()
-        most = float(distributed.all_reduce(own, "max"))
+        total = sum(self._queries)
         told = {
-            "queries_per_s": mean * distributed.world_size() / seconds,
-            "queries_max_over_mean": most / max(1.0, mean),
+            "queries_per_s": total / seconds,
+            "queries_max_over_mean": max(self._queries) / max(1.0, total / len(self._queries)),
         }
         logger.info(
             "%s: %s queries/s, the rank with most has %.2f times the mean",

@@ -1,24 +1,26 @@
 """The training loop: one page, read it from the top to the bottom.
 
-What a step is stands in step.py and encoding.py, what it encodes at once in batching/plan.py, where batches come from
-in batches.py, what is reported in health.py, how a stage is put together in stages.py, and what is checked before that
-in checks.py.
+What a step is stands in step.py and encoding.py, what the ranks tell each other in it in agreement.py, what it encodes
+at once in batching/plan.py, where batches come from in batches.py, what is reported in health.py, how a stage is put
+together in stages.py, and what is checked before that in checks.py.
 """
 
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.artifacts.checkpoint import Checkpoint, CheckpointStore, TensorReader
 from bigdssm.batching.batch import Batch
-from bigdssm.batching.plan import Budget, plan_step
+from bigdssm.batching.plan import Budget, Draft, draft_step, most_needed
 from bigdssm.config import StageConfig
 from bigdssm.errors import DivergedError, Preempted
 from bigdssm.evaluation.split import Evaluation
@@ -29,6 +31,7 @@ from bigdssm.running.row_log import RowLog
 from bigdssm.running.signals import StopRequest
 from bigdssm.running.watchdog import Watchdog
 from bigdssm.streaming.row_stream import RowStream
+from bigdssm.training.agreement import Note
 from bigdssm.training.averaging import WeightAverage
 from bigdssm.training.batches import Batches
 from bigdssm.training.engine import Engine
@@ -93,9 +96,9 @@ class SaveClock:
         """Count from now on."""
         self._since = time.monotonic()
 
-    def due(self) -> bool:
-        """Return True on every rank where the time is over on any. A collective, unless there is no such time."""
-        return self._every_s > 0 and distributed.any_rank(time.monotonic() - self._since >= self._every_s)
+    def is_over(self) -> bool:
+        """Return whether the time is over on this rank; never where there is none."""
+        return self._every_s > 0 and time.monotonic() - self._since >= self._every_s
 
 
 @dataclass
@@ -123,6 +126,7 @@ class Stage:
     consumed_log: RowLog | None
     skipped_log: RowLog
     progress: StageProgress
+    stream_step: int  # the first of the stream that is not consumed; the stream itself reads ahead
 
 
 def train(stage: Stage) -> StageProgress:
@@ -139,9 +143,7 @@ def train(stage: Stage) -> StageProgress:
 
 
 def _train(stage: Stage) -> StageProgress:
-    config, progress, health, watch = stage.config, stage.progress, stage.health, stage.watch
-    batches, objective = iter(stage.batches), watch.faults.in_loss(stage.objective)
-    part_steps = stage.total_steps - progress.part_step
+    config, progress = stage.config, stage.progress
     if progress.step == progress.part_step:
         if stage.starts_trained:
             # so that best/ is never worse than what the stage started from
@@ -151,30 +153,65 @@ def _train(stage: Stage) -> StageProgress:
     elif progress.validated_at >= 0 and stage.validator.has_lost_best():
         begin_best_again(stage)
     stage.initial_documents = None
-    while not _is_over(stage):
-        watch.watchdog.beat(f"step {progress.step}, waiting for rows")
-        batch = health.next_batch(batches)
-        watch.watchdog.beat(f"step {progress.step}")
-        watch.faults.in_step(progress.step)
-        factor = schedule_factor(progress.applied - progress.part_applied, part_steps, config.optimizer)
-        plan, further = plan_step(batch, stage.budget), stage.objective.model_inputs(batch)
-        result = train_step(stage.engine, batch, plan, objective, factor, further)
-        _count(stage, batch, result)
-        if stage.average is not None and result.applied:
-            stage.average.update()
-        watch.alert.after_step(progress.step, result.loss, batch.row_ids)
-        health.after_step(progress.step, progress.applied, batch, plan, result)
-        if _due(progress.step, config.validate_every_steps):
-            validate(stage)
-        if watch.stop.agreed():
-            raise Preempted("asked to stop")
-        if not _is_over(stage) and (_due(progress.step, config.save_every_steps) or stage.save_clock.due()):
-            save(stage)
+    with closing(stage.batches.first(stage.total_steps - progress.step)) as batches:
+        _take_steps(stage, batches)
     if progress.validated_at != progress.step:
         validate(stage)
     save(stage)
-    health.after_run()
+    stage.health.after_run()
     return progress
+
+
+def _take_steps(stage: Stage, batches: Iterator[Batch]) -> None:
+    config, progress, health, watch = stage.config, stage.progress, stage.health, stage.watch
+    objective = watch.faults.in_loss(stage.objective)
+    part_steps = stage.total_steps - progress.part_step
+    coming = _fetch(stage, batches) if not _is_over(stage) else None
+    needs = None if coming is None else most_needed(coming.draft.needs)  # from here on agreed on one step ahead
+    while not _is_over(stage):
+        assert coming is not None and needs is not None
+        batch, plan = coming.batch, coming.draft.agreed(needs)
+        coming = _fetch(stage, batches)
+        watch.watchdog.beat(f"step {progress.step}")
+        watch.faults.in_step(progress.step)
+        factor = schedule_factor(progress.applied - progress.part_applied, part_steps, config.optimizer)
+        further, note = stage.objective.model_inputs(batch), partial(_note, stage, batch, coming)
+        result = train_step(stage.engine, batch, plan, objective, factor, further, note)
+        needs = result.agreed.needs
+        _count(stage, batch, result)
+        if result.applied:
+            if stage.average is not None:
+                stage.average.update()
+            watch.alert.after_step(progress.step, result.loss, batch.row_ids)
+        health.after_step(progress.step, progress.applied, batch, plan, result)
+        if stage.stream.needs_check([note.report for note in result.agreed.notes], stage.stream_step):
+            stage.stream.check(stage.stream_step)
+        if _due(progress.step, config.validate_every_steps):
+            validate(stage)
+        if result.agreed.stop:
+            raise Preempted("asked to stop")
+        if not _is_over(stage) and (_due(progress.step, config.save_every_steps) or result.agreed.save):
+            save(stage)
+
+
+class _Coming(NamedTuple):
+    """The batch of the next step, and this rank's part of its plan."""
+
+    batch: Batch
+    draft: Draft
+
+
+def _fetch(stage: Stage, batches: Iterator[Batch]) -> _Coming | None:
+    """Return what the next step works on, None behind the last."""
+    stage.watch.watchdog.beat(f"step {stage.progress.step}, waiting for rows")
+    batch = stage.health.next_batch(batches)
+    return None if batch is None else _Coming(batch, draft_step(batch, stage.budget))
+
+
+def _note(stage: Stage, batch: Batch, coming: _Coming | None) -> Note:
+    """Return what this rank tells the others in a step."""
+    note = Note(stage.watch.stop.asked, stage.save_clock.is_over(), len(batch.query_ids), stage.stream.report())
+    return note if coming is None else note._replace(needs=coming.draft.needs)
 
 
 def validate(stage: Stage, documents: Tensor | None = None) -> Evaluation | None:
@@ -218,11 +255,11 @@ def begin_best_again(stage: Stage) -> None:
 
 def save(stage: Stage) -> None:
     """Write a checkpoint of everything that the next step depends on. A collective."""
-    stage.stream.check()
+    stage.stream.check(stage.stream_step)
     random = RandomState.now()
     rank_state = {"cpu": random.cpu} | ({"device": random.device} if random.device is not None else {})
     state = {
-        "stream": stage.stream.state(),
+        "stream": stage.stream.state(stage.stream_step),
         "progress": asdict(stage.progress),
         **stage.origin,
     }
@@ -264,6 +301,7 @@ def _count(stage: Stage, batch: Batch, result: StepResult) -> None:
     """Count a step as consumed, and as applied or skipped. Raises DivergedError."""
     progress, limit = stage.progress, stage.config.max_skipped_steps
     progress.step += 1
+    stage.stream_step = batch.step + 1
     if stage.consumed_log is not None:
         stage.consumed_log.write(progress.step - 1, batch.row_ids)
     if result.applied:

@@ -113,7 +113,7 @@ class Objective:
                 neg_bias = torch.where(shared, 0.0, -torch.inf).double()
         else:
             # here the loss counts the copies itself: only positives are shared among queries
-            copies, neg_bias = torch.bincount(batch.positive, minlength=len(batch.doc_ids)), None
+            copies, neg_bias = _copies(batch.positive, len(batch.doc_ids)), None
         beta, neg_bias = self._corrected(beta, neg_bias, batch, copies)
         loss = partial(
             contrastive_loss, self._term, positive=batch.positive, alpha=encoded.alpha, beta=beta, neg_bias=neg_bias,
@@ -134,7 +134,7 @@ class Objective:
         if not gathered:
             return {"query_ids": None, "known": batch.known}
         first = distributed.rank() << 40
-        known = None if batch.known is None else batch.known + batch.known.new_tensor([first, 0])
+        known = None if batch.known is None else torch.stack([first + batch.known[:, 0], batch.known[:, 1]], 1)
         return {"query_ids": first + torch.arange(len(batch.query_ids), device=batch.query_ids.device), "known": known}
 
     def state(self) -> dict[str, Tensor]:
@@ -158,9 +158,14 @@ class Objective:
             log_expected = self._streaming.log_expected(batch.doc_ids)
         else:
             assert self._counted is not None
-            log_expected = self._counted.log_expected(batch.doc_rows.cpu()).to(copies.device)
+            log_expected = self._counted.log_expected(batch.doc_rows)
         biases = apply_sampling(config.sampling, log_expected, gamma=config.gamma, beta=beta, neg_bias=neg_bias)
         return biases.beta, biases.neg_bias
+
+
+def _copies(positive: Tensor, num_docs: int) -> Tensor:
+    """Return how often each document is a positive, int64 [num_docs]; bincount would wait for a device."""
+    return positive.new_zeros(num_docs).index_add_(0, positive, torch.ones_like(positive))
 
 
 def num_negatives(stage: StageConfig, batch: Batch, world_size: int, num_docs: int) -> int:

@@ -168,6 +168,7 @@ def _assemble(
         consumed_log=row_log(CONSUMED) if config.debug.log_row_ids else None,
         skipped_log=row_log(SKIPPED),
         progress=progress,
+        stream_step=stream.step,
     )
 
 

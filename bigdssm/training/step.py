@@ -5,19 +5,18 @@ The loss runs on vectors detached from the towers, so that it does not matter to
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from bigdssm import distributed, timing
+from bigdssm import timing
 from bigdssm.batching.batch import Batch
 from bigdssm.batching.plan import StepPlan
 from bigdssm.dataset.tensors import Features
 from bigdssm.losses import LossOutput
 from bigdssm.models import Encoded
+from bigdssm.training.agreement import Agreed, Note, agree
 from bigdssm.training.encoding import encode
 from bigdssm.training.engine import Engine
 
@@ -28,11 +27,15 @@ LossFunction = Callable[[Encoded, Batch], LossOutput]
 class StepResult:
     """What one step reports; the same on every rank."""
 
-    loss: float
+    agreed: Agreed
     applied: bool  # False where loss or gradients were not finite
-    gradient_norm: float
-    alpha: float
+    gradient_norm: float | Tensor  # on the device, where nothing needed it yet
     stats: dict[str, Tensor]
+
+    @property
+    def loss(self) -> float:
+        """Return the mean loss over ranks."""
+        return self.agreed.loss
 
 
 def train_step(
@@ -42,10 +45,12 @@ def train_step(
     loss_function: LossFunction,
     lr_factor: float,
     further: Features | None = None,
+    note: Callable[[], Note] = Note,
 ) -> StepResult:
     """Run one step on this rank's share of the global batch and return what all ranks report of it. A collective.
 
-    further: what the model's forward takes for the queries beside both sides (without chunks), by name.
+    further: what the model's forward takes for the queries beside both sides (without chunks), by name. note: asked
+    for what this rank has to tell the others, once its gradients are on their way.
     """
     with timing.span("encode"):
         encoded, backward = encode(engine, batch, plan, further or {})
@@ -53,20 +58,19 @@ def train_step(
         leaves = Encoded(*(None if t is None else t.detach().requires_grad_() for t in encoded))  # type: ignore[arg-type]
         output = loss_function(leaves, batch)
         output.loss.backward()
-        loss = _agreed_loss(output, leaves)
-    applied = False
-    if math.isfinite(loss):
-        with timing.span("backward"):
-            backward(leaves)
-        with timing.span("optimizer"):
-            applied = engine.step(lr_factor)
+        _spoil(leaves, output.loss.detach())
+    with timing.span("backward"):
+        backward(leaves)
+    with timing.span("optimizer"):
+        agreed = agree(output.loss, leaves.alpha, note())
+        applied = engine.step(lr_factor)
     norm = engine.gradient_norm() if applied else float("nan")
-    return StepResult(loss, applied, norm, float(leaves.alpha.detach()), output.stats)
+    return StepResult(agreed(), applied, norm, output.stats)
 
 
-def _agreed_loss(output: LossOutput, leaves: Encoded) -> float:
-    """Return the mean loss over ranks, NaN on every rank where a loss or a vector's gradient on any is not finite."""
-    gradients = [leaf.grad for leaf in leaves if leaf is not None and leaf.grad is not None]
-    finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
-    local = float(output.loss.detach()) if finite else float("nan")
-    return float(distributed.all_reduce(torch.tensor([local], dtype=torch.float64))) / distributed.world_size()
+def _spoil(leaves: Encoded, loss: Tensor) -> None:
+    """Make every gradient NaN where the loss is not finite on this rank: reduced, they have all ranks skip the step."""
+    zero_or_nan = loss * 0
+    for leaf in leaves:
+        if leaf is not None and leaf.grad is not None:
+            leaf.grad.add_(zero_or_nan)

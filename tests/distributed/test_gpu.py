@@ -14,12 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from bigdssm.batching.upload import uploaded
 from bigdssm.losses import RANKING_NAMES, fps_loss, norm_penalty, ranking_loss
 
 from . import reference, small_run
 from .interpreted import fused_fps
 from .parity import Loss, assert_parity, by_matrix, run_rank
 from .reference import Shard, make_shards
+from .test_gradient_cache import share_of
 
 ROOT = Path(__file__).parents[2]
 DEVICE = "cuda"
@@ -87,6 +89,15 @@ def test_kernels_give_the_same_bits_again(direction: str) -> None:
 def test_ranking(name: str, dtype: torch.dtype, tolerance: float) -> None:
     shard = batch(dtype, "negatives")
     check(partial(ranking_loss, name, in_batch=True), shard, reference.ranking(name, [shard], 20.0, True), tolerance)
+
+
+def test_batches_come_to_the_device_as_they_were_made() -> None:
+    made = [share_of(0, 1, step) for step in range(5)]
+    for found, batch in zip(uploaded(iter(made), torch.device(DEVICE)), made, strict=True):
+        assert found.row_ids.device.type == "cpu" and found.doc_ids.device.type == DEVICE
+        assert found.step == batch.step and len(found.tensors()) == len(batch.tensors())
+        for there, here in zip(found.tensors(), batch.tensors(), strict=True):
+            assert torch.equal(there.cpu(), here)
 
 
 def test_norm_penalty() -> None:

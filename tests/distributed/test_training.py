@@ -426,7 +426,7 @@ def learning_rates(
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
     config: Path, tmp_path: Path, pools: dict[int, Pool], precision: str, zero_stage: int, more: tuple[str, ...]
 ) -> None:
-    """Whether a loss or only a gradient in the towers is NaN, the step leaves no trace: both end with the same bits."""
+    """Whether a loss alone or only a gradient in the towers is NaN, the step leaves no trace: the bits are the same."""
     log = ("pretrain.steps=6", "debug.log_row_ids=true")
     mode = (*log, f"engine.precision={precision}", f"engine.zero_stage={zero_stage}", *more)
     finals = []
@@ -463,7 +463,7 @@ def with_a_nan(
         now = batch.step  # type: ignore[attr-defined]
         output = call(self, encoded, batch)  # type: ignore[arg-type]
         if rank == 1 and now == step and where == "loss":
-            return type(output)(output.loss * float("nan"), output.stats)
+            return type(output)(output.loss + float("nan"), output.stats)  # its gradients stay finite
         return output
 
     def spoiled_backward(self: Engine, outputs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import BertConfig
 
 from bigdssm.config import HistoryEncoderConfig, ModelConfig, TextEncoderConfig, TowerConfig
 from bigdssm.errors import ConfigError
@@ -159,3 +160,16 @@ def test_plain_attention_is_for_training_alone() -> None:
         plain.train(mode)
         assert encoder.bert.config._attn_implementation == attention
     torch.testing.assert_close(plain.eval()(doc=batch).W, fused(doc=batch).W)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_text_is_encoded_as_with_the_mask_that_transformers_makes(attention: str) -> None:
+    encoder = TextEncoder(BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2), "mean")
+    encoder.bert.set_attn_implementation(attention)
+    tokens = torch.tensor([[7, 3, 9, 4], [5, 6, 0, 0], [0, 0, 0, 0]])
+    for some in (tokens, tokens[:1]):  # with padding, and without any
+        expected = encoder.eval().bert(input_ids=some, attention_mask=(some != 0).long()).last_hidden_state
+        hidden = encoder.bert(input_ids=some, attention_mask=encoder._attention_mask(some != 0)).last_hidden_state
+        torch.testing.assert_close(hidden[some != 0], expected[some != 0], rtol=1e-6, atol=1e-6)
+    shorter = encoder(tokens[1:2, :2])
+    torch.testing.assert_close(encoder(tokens)[1:2], shorter, rtol=1e-6, atol=1e-6)

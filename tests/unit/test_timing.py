@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bigdssm import timing
+from bigdssm.batching.lengths import lengths_of
 from bigdssm.config import HistoryEncoderConfig, ModelConfig, TextEncoderConfig, TowerConfig
 from bigdssm.features import Categorical, History, Numeric, Text
-from bigdssm.models import Places, new_model
+from bigdssm.models import Places, SideSize, new_model
 from bigdssm.running.time_table import TimeTable
 from bigdssm.schema import Schema
 
@@ -110,6 +112,7 @@ def test_operations_by_formula_are_those_that_torch_counts(block: Any, positions
     doc = {"item": torch.arange(2, 9), "year": torch.ones(7), "title": torch.randint(1, 50, (7, 11))}
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(query, doc, places=places)
-    assert model.flops(query, doc, places) == pytest.approx(counter.get_total_flops(), rel=1e-6)
-    padded = {**doc, "title": torch.nn.functional.pad(doc["title"], (0, 4))}
-    assert model.flops(query, padded, places) == model.flops(query, doc, places)
+    padded = {"title": torch.nn.functional.pad(doc["title"], (0, 4))}
+    of_queries = SideSize(3, {"history": np.full(3, 5)}, len(places.row) if places else None)
+    of_docs = SideSize(7, {"title": lengths_of(padded, {"title": 0})["title"].filled})
+    assert model.flops(of_queries, of_docs) == pytest.approx(counter.get_total_flops(), rel=1e-6)

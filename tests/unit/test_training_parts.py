@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,11 +17,13 @@ import torch
 from torch import nn
 
 from bigdssm.batching.chunks import Chunked
-from bigdssm.batching.lengths import lengths_of
-from bigdssm.batching.plan import StepPlan, plan_side
+from bigdssm.batching.lengths import ListLengths, lengths_of
+from bigdssm.batching.plan import Budget, Needs, StepPlan, draft_step, plan_side
+from bigdssm.batching.upload import ahead
 from bigdssm.config import LossConfig, OptimizerConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.distributed import free_port
+from bigdssm.errors import DataError
 from bigdssm.running.row_log import CONSUMED, RowLog
 from bigdssm.streaming.stream import PairStream
 from bigdssm.training import engine
@@ -217,3 +221,66 @@ def test_ranks_with_devices_also_talk_on_the_cpu(monkeypatch: pytest.MonkeyPatch
     card = SimpleNamespace(device_name=lambda: "cuda", communication_backend_name=lambda: "nccl")
     monkeypatch.setattr(engine, "get_accelerator", lambda: card)
     assert engine._backend() == "cpu:gloo,cuda:nccl"
+
+
+def test_one_reduction_agrees_on_chunks_and_on_those_kept() -> None:
+    """As many are kept as fit on every rank, chunks that only keep step counted as nothing."""
+    generator = np.random.default_rng(0)
+    seen = set()
+    for _ in range(60):
+        drafts = []
+        budget = Budget(chunk_tokens=12, kept_tokens=int(generator.integers(0, 80)))
+        for _ in range(3):
+            sides = [{"text": ragged_lengths(generator.integers(0, 9, generator.integers(0, 12)))} for _ in range(2)]
+            batch = SimpleNamespace(
+                query_lengths=sides[0], doc_lengths=sides[1], queries_of_row=None,
+                row_ids=sides[0]["text"].filled, doc_ids=sides[1]["text"].filled,
+            )  # fmt: skip
+            drafts.append(draft_step(batch, budget))  # type: ignore[arg-type]
+        most = Needs(*(max(numbers) for numbers in zip(*(draft.needs for draft in drafts), strict=True)))
+        plans = [draft.agreed(most) for draft in drafts]
+        assert len({(plan.whole, len(plan.query.chunks), len(plan.doc.chunks), plan.num_kept) for plan in plans}) == 1
+        if plans[0].whole:
+            continue
+        fitting = []
+        for plan in plans:
+            tokens = [chunk.tokens if chunk.num_rows else 0 for chunk in plan.query.chunks + plan.doc.chunks]
+            fitting.append(int((np.cumsum(tokens[::-1]) <= budget.kept_tokens).sum()))
+        assert plans[0].num_kept == min(fitting)
+        seen.add(np.sign(plans[0].num_kept - len(plans[0].doc.chunks)))
+    assert seen == {-1, 0, 1}
+
+
+def ragged_lengths(lengths: np.ndarray) -> ListLengths:
+    return ListLengths(lengths, lengths, 8)
+
+
+def test_the_next_item_is_made_while_one_is_used_and_errors_come_when_they_are_due() -> None:
+    made = [threading.Event() for _ in range(4)]
+
+    def items() -> Iterator[int]:
+        for number, event in enumerate(made):
+            event.set()
+            yield number
+        raise DataError("behind the last")
+
+    coming = ahead(items())
+    for number in range(3):
+        assert next(coming) == number
+        assert made[number + 1].wait(5), "nobody asked for it yet"
+    assert next(coming) == 3
+    with pytest.raises(DataError, match="behind the last"):
+        next(coming)
+    threads = threading.active_count()
+    coming = ahead(iter(range(10)))
+    assert next(coming) == 0 and threading.active_count() == threads + 1
+    coming.close()
+    assert threading.active_count() == threads
+
+
+def test_a_stream_that_reads_ahead_says_where_it_stands_before_any_step(tiny_interactions: TinyDataset) -> None:
+    stream = PairStream(Dataset.open(tiny_interactions.dir), rows_global=16, lanes=4)
+    before = stream.state()
+    batches = Batches(stream, LossConfig(), None, 0, torch.device("cpu"))
+    assert [batch.step for batch in batches.first(3)] == [0, 1, 2]
+    assert stream.step == 3 and stream.state(0) == before and stream.state(2)["step"] == 2

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,47 @@ def test_of_stuck_ranks_the_one_furthest_behind_is_blamed_that_waits_for_nobody(
     assert "rank 2 (pid 7 on node2) lives but its main thread is stuck: no progress for 10 s in step 5, at" in found
     watchdog._survey = {0: state(5, True), 1: state(4, True), 2: state(5, False)}
     assert "rank 1 (pid 7 on node1) lives" in str(watchdog._fault(113.3))
+
+
+def test_one_rank_surveys_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one hangs, every rank wants to know why at the same time; each note is read by one of them."""
+    notes: dict[str, str] = {}
+    reads: list[str] = []
+
+    class OneBoard:
+        def write(self, key: str, note: str) -> None:
+            notes[key] = note
+
+        def write_once(self, key: str, note: str) -> None:
+            notes.setdefault(key, note)
+
+        def read(self, key: str) -> str | None:
+            reads.append(key)
+            return notes.get(key)
+
+    def exchange_once(dog: Watchdog) -> None:
+        monkeypatch.setattr(dog._wake, "wait", lambda seconds: dog._closed.set())
+        dog._closed.clear()
+        dog._exchange()
+
+    num_ranks, dogs = 40, []
+    for rank in range(num_ranks):
+        dog = Watchdog(TIMEOUT_S, Launcher(), Path("no such file"))
+        dog._rank, dog._board = rank, OneBoard()  # type: ignore[assignment]
+        dog._peers = [Peer(other, f"node{other}", 7, f"machine {other}") for other in range(num_ranks)]
+        dog._next = dog._peers[(rank + 1) % num_ranks]
+        dog._moves, dog._survey_wanted = 5, True
+        dog._moved_at = time.monotonic() - TIMEOUT_S - 3.5 * dog._interval_s
+        notes[f"beat/{rank}"] = json.dumps({"moves": 5, "phase": "step 5", "where": "", "waits": True})
+        dogs.append(dog)
+    for dog in dogs:
+        exchange_once(dog)
+    assert [dog._rank for dog in dogs if dog._survey is not None] == [0]
+    assert sorted(dogs[0]._survey or ()) == list(range(num_ranks))
+    assert len(reads) <= 4 * num_ranks
+    dogs[7]._moved_at -= dogs[7]._interval_s
+    exchange_once(dogs[7])
+    assert dogs[7]._survey is not None, "no verdict came of rank 0"
 
 
 def test_before_the_first_step_a_rank_may_take_its_time(watchdog: Watchdog) -> None:

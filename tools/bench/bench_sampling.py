@@ -1,6 +1,7 @@
 """How far in-batch negatives lead the gradient from that of the softmax over the whole catalogue, per correction.
 
     python tools/bench/bench_sampling.py
+    python tools/bench/bench_sampling.py --catalogues 100000 100000000   # what the correction takes of a step, instead
 
 10,000 items with Zipf popularity; positives drawn from p(d|q), which the scores fit only in part; batches of 256. The
 bias is |mean gradient of a linear document tower - the full softmax's| / |the full softmax's| over the same batches.
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
+import time
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +22,7 @@ from bigdssm.losses import CountedFrequency, apply_sampling, fps_loss, sample_un
 from bigdssm.losses.sampling import Sampling
 
 ITEMS, BATCH, D = 10_000, 256, 8
+STEP_ROWS, STEP_DIM = 8192, 128
 TASTE = 2.0  # how much more than the scores the queries' own taste decides
 
 
@@ -34,7 +38,13 @@ class World:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=200)
+    parser.add_argument("--catalogues", type=int, nargs="+", default=[], help="sizes")
     args = parser.parse_args()
+    if args.catalogues:
+        print(f"{STEP_ROWS} rows and columns, D = {STEP_DIM}, medians of 9: CPU ms of a look-up, of a loss with it")
+        for num_documents in args.catalogues:
+            print(f"{num_documents:>12,} documents  {{:8.2f}}  {{:8.1f}}".format(*correction_ms(num_documents)))
+        return
     world = make_world()
     print(f"{ITEMS} items, {args.batches} batches of {BATCH}: relative bias of the gradient")
     print(f"{'none':35s} {gradient_bias(world, 'none', batches=args.batches):.3f}")
@@ -44,6 +54,23 @@ def main() -> None:
     for num in (256, 2048):
         name = f"corrected, and {num} uniform columns"
         print(f"{name:35s} {gradient_bias(world, 'corrected', 1.0, num, args.batches):.3f}")
+
+
+def correction_ms(num_documents: int) -> tuple[float, float]:
+    """Return the CPU time in ms of a correction by a catalogue's counts, and of the loss of a step with it."""
+    generator = torch.Generator().manual_seed(0)
+    counted = CountedFrequency(torch.ones(num_documents, dtype=torch.float64), STEP_ROWS)
+    U, W = (torch.randn(STEP_ROWS, STEP_DIM, generator=generator) for _ in range(2))
+    U, W = (torch.nn.functional.normalize(vectors).requires_grad_() for vectors in (U, W))
+    alone, whole = [], []
+    for _ in range(9):
+        documents = torch.randint(num_documents, (STEP_ROWS,), generator=generator)
+        started = time.process_time()
+        biases = apply_sampling("corrected", counted.log_expected(documents))
+        alone.append(time.process_time() - started)
+        fps_loss(U, W, alpha=20.0, doc_ids=documents, neg_bias=biases.neg_bias).loss.backward()
+        whole.append(time.process_time() - started)
+    return 1e3 * statistics.median(alone), 1e3 * statistics.median(whole)
 
 
 def make_world() -> World:

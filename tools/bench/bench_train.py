@@ -317,7 +317,7 @@ def speed(args: argparse.Namespace, folder: Path, texts: list[tuple[str, str]]) 
             seconds, cpu_seconds = timed(lambda step=step: [step(n) for n in range(args.steps)])  # type: ignore[misc]
             wall[name].append(seconds), cpu[name].append(cpu_seconds)
             if name == "ours":
-                flops += sum(3 * ours.model.flops(batch.query, batch.doc) for batch in batches.ready)
+                flops += sum(3 * ours.model.flops(*batch.sizes) for batch in batches.ready)
                 for span, spent in timing.taken().items():
                     spans[span] += spent
         products.append(product_flops_per_s(args))

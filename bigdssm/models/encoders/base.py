@@ -6,10 +6,11 @@ Shapes: R rows, m queries, T tokens or history items, K values, E table width, H
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
+import numpy as np
 from torch import Tensor, nn
 
 from bigdssm.config import TowerConfig
@@ -40,9 +41,23 @@ class Encoder(nn.Module, ABC):
     def use_plain_attention(self) -> None:
         """Multiply attention out in training, where there is any."""
 
-    def flops(self, values: Tensor, places: Places | None = None) -> float:
-        """Return the operations of a forward's matrix products, at `places` or of rows, padding left out."""
-        return len(values) * linear_flops(self)
+    def flops(self, name: str, size: SideSize) -> float:
+        """Return the operations of a forward's matrix products for the feature `name` of a side, padding left out."""
+        return size.rows * linear_flops(self)
+
+
+@dataclass(frozen=True)
+class SideSize:
+    """How much one side of a batch holds, as the host knows it."""
+
+    rows: int
+    filled: Mapping[str, np.ndarray]  # by feature that is a list, int64 [R]: cells that hold something
+    queries: int | None = None  # at places of the rows; None: each row is one
+
+    @property
+    def vectors(self) -> int:
+        """Return the vectors that come of it."""
+        return self.rows if self.queries is None else self.queries
 
 
 @dataclass(frozen=True)

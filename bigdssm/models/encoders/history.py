@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -10,7 +11,7 @@ from bigdssm.config import HistoryEncoderConfig
 from bigdssm.errors import ConfigError
 from bigdssm.features import PADDING, History
 from bigdssm.models.blocks import BLOCKS, HIDDEN, Sight
-from bigdssm.models.encoders.base import Encoder, Parts, encodes, linear_flops
+from bigdssm.models.encoders.base import Encoder, Parts, SideSize, encodes, linear_flops
 from bigdssm.models.places import Places
 from bigdssm.models.tables import INIT_STD, EmbeddingTables, table_name
 
@@ -120,13 +121,13 @@ class HistoryEncoder(Encoder):
             output = layer(at, over, sight)
         return output
 
-    def flops(self, values: Tensor, places: Places | None = None) -> float:
-        """Return the operations of a forward; without `places` the last layer computes the newest place alone."""
-        length_R = (values != PADDING).sum(dim=1).double() + 1  # the start token
+    def flops(self, name: str, size: SideSize) -> float:
+        """Return the operations of a forward; of rows of one query the last layer computes the newest place alone."""
+        length_R = size.filled[name].astype(float) + 1  # the start token
         flops, key_value = 0.0, 4 * self.dim**2
         for number, layer in enumerate(self.layers, 1):
-            newest_alone = places is None and number == len(self.layers)
-            read_R = length_R.new_ones(length_R.shape) if newest_alone else length_R
+            newest_alone = size.queries is None and number == len(self.layers)
+            read_R = np.ones_like(length_R) if newest_alone else length_R
             flops += float(length_R.sum()) * key_value
             flops += float(read_R.sum()) * (linear_flops(layer) - key_value)
             flops += float((read_R * length_R).sum()) * 4 * self.dim

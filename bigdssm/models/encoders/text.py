@@ -10,14 +10,14 @@ import warnings
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel, PretrainedConfig, PreTrainedModel
 
 from bigdssm.config import ModelConfig, TextEncoderConfig
 from bigdssm.errors import ConfigError
 from bigdssm.features import Text, texts_of
-from bigdssm.models.encoders.base import Encoder, Parts, encodes, linear_flops
-from bigdssm.models.places import Places
+from bigdssm.models.encoders.base import Encoder, Parts, SideSize, encodes, linear_flops
 from bigdssm.schema import Schema
 
 
@@ -68,15 +68,26 @@ class TextEncoder(Encoder):
     def forward(self, tokens_RT: Tensor) -> Tensor:
         """Return [R, H] for token ids [R, T], padded at the end."""
         mask_RT = tokens_RT != self.pad_token_id
-        hidden: Tensor = self.bert(input_ids=tokens_RT, attention_mask=mask_RT.long()).last_hidden_state
+        hidden: Tensor = self.bert(input_ids=tokens_RT, attention_mask=self._attention_mask(mask_RT)).last_hidden_state
         if self.pooling == "cls":
             return hidden[:, 0]
         weight = mask_RT.unsqueeze(2).to(hidden.dtype)
         return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
-    def flops(self, values: Tensor, places: Places | None = None) -> float:
+    def _attention_mask(self, mask_RT: Tensor) -> Tensor:
+        """Return the mask as a BERT's layers take it: of one of two dimensions it would ask a device what is in it."""
+        attention = self.bert.config._attn_implementation
+        if not isinstance(self.bert, BertModel) or attention not in ("sdpa", "eager"):
+            return mask_RT.long()
+        mask = mask_RT[:, None, None, :].expand(-1, 1, mask_RT.shape[1], -1)
+        if attention == "sdpa":
+            return mask
+        dtype = self.bert.embeddings.word_embeddings.weight.dtype
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+    def flops(self, name: str, size: SideSize) -> float:
         """Return the operations of a forward: a token's linear layers, and attention over each text's own tokens."""
-        length_R = (values != self.pad_token_id).sum(dim=1).double()
+        length_R = size.filled[name].astype(float)
         attention = float((length_R**2).sum()) * self.bert.config.num_hidden_layers * 4 * self.dim
         return float(length_R.sum()) * linear_flops(self) + attention
 

@@ -1,0 +1,68 @@
+"""What a step sends besides its loss: one small gather, whatever the chunks; counted on real ranks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from . import small_run
+from .spawn import Pool
+
+STEPS = 3
+
+
+def sent_between_steps(rank: int, world_size: int, config: Path, run_dir: Path, chunk_tokens: int) -> list[list[str]]:
+    """Return for every step but the last who called for a collective from it to the next, DeepSpeed's own left out."""
+    from bigdssm import distributed
+    from bigdssm.training import loop
+
+    original, dist, steps = loop.train_step, distributed.dist, []
+
+    class Spy:
+        def __getattr__(self, name: str) -> Any:
+            function = getattr(dist, name)
+            if not name.startswith(("all_", "barrier", "broadcast", "reduce", "gather")):
+                return function
+
+            def called(*args: Any, **kwargs: Any) -> Any:
+                frame: Any = sys._getframe(1)
+                while frame.f_code.co_filename.endswith("bigdssm/distributed.py"):
+                    frame = frame.f_back
+                if steps:
+                    steps[-1].append(frame.f_code.co_filename.split("/bigdssm/")[-1])
+                return function(*args, **kwargs)
+
+            return called
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        steps.append([])
+        return original(*args, **kwargs)
+
+    loop.train_step, distributed.dist = counting, Spy()  # type: ignore[assignment]
+    try:
+        overrides = (
+            f"engine.chunk_tokens={chunk_tokens}", f"pretrain.steps={STEPS}", "pretrain.save_every_minutes=60",
+            "pretrain.validate_every_steps=0",
+        )  # fmt: skip
+        small_run.run(rank, world_size, config, run_dir, overrides)
+    finally:
+        loop.train_step, distributed.dist = original, dist
+    return steps[:-1]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_run.write_dataset(tmp_path_factory.mktemp("small"))
+
+
+def test_beside_the_loss_a_step_makes_one_gather(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
+    whole, cut = (pools[2].run(sent_between_steps, config, tmp_path / str(n), n) for n in (0, 60))
+    assert whole == cut, "chunks change nothing of it"
+    for steps in cut:
+        assert len(steps) == STEPS - 1
+        for callers in steps:
+            assert any(caller.startswith("losses/") for caller in callers)
+            assert [c for c in callers if not c.startswith("losses/")] == ["training/agreement.py"]

@@ -1,0 +1,99 @@
+"""What a step reads back of its tensors, each of which a device would be waited for: it does not grow with chunks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bigdssm.batching.plan import Budget, plan_step
+from bigdssm.config import LossConfig
+from bigdssm.losses import CountedFrequency, StreamingFrequency
+from bigdssm.models import Encoded
+from bigdssm.training.objective import Objective
+from bigdssm.training.step import train_step
+from tests.distributed.test_gradient_cache import MODEL, share_of, small_model
+
+READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "_unique2", "unique_dim", "masked_select", "equal")
+
+
+class Reads(TorchDispatchMode):
+    """Notes by whom values are read, those of the losses left out, and the most elements that an operation gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name.split("::")[1] in READS:
+            frame: Any = sys._getframe(1)
+            while frame is not None and "/bigdssm/" not in frame.f_code.co_filename:
+                frame = frame.f_back
+            where = "elsewhere" if frame is None else frame.f_code.co_filename.split("/bigdssm/")[-1]
+            if not where.startswith("losses/"):
+                self.by.append(where)
+        sizes = [x.numel() for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+        if not func.is_view and not func._schema.name.endswith("_"):
+            self.largest = max([self.largest, *sizes])
+        return result
+
+
+class PlainEngine:
+    """A model without DeepSpeed, whose reads are its own."""
+
+    def __init__(self) -> None:
+        self.module = small_model(0.0)
+
+    def forward(self, *given: Any, **further: Any) -> Encoded:
+        encoded: Encoded = self.module(*given, **further)
+        return encoded
+
+    def backward(self, outputs: list[tuple[Tensor, Tensor]]) -> None:
+        torch.stack([(output * gradient).sum() for output, gradient in outputs]).sum().backward()
+
+    @contextmanager
+    def one_reduction(self) -> Iterator[None]:
+        yield
+
+    def step(self, lr_factor: float) -> bool:
+        return True
+
+    def gradient_norm(self) -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize("frequency", ["counts", "streaming"])
+def test_a_step_reads_nothing_back_whatever_the_chunks(frequency: Any) -> None:
+    engine, batch = PlainEngine(), share_of(0, 1, 0)
+    objective = Objective(
+        LossConfig(sampling="corrected", frequency=frequency), MODEL, None, np.arange(1.0, 40.0), 24.0
+    )
+    for chunk_tokens, fewest in ((0, 2), (40, 8), (12, 20)):
+        plan = plan_step(batch, Budget(chunk_tokens, 0))
+        assert len(plan.query.chunks) + len(plan.doc.chunks) >= fewest
+        with Reads() as reads:
+            train_step(engine, batch, plan, objective, 1.0)  # type: ignore[arg-type]
+        assert reads.by == [], chunk_tokens  # its one gather is read as a list, which is none of these
+
+
+def test_a_correction_touches_the_columns_alone() -> None:
+    """Whatever the catalogue or the table of the estimate holds."""
+    ids = torch.randint(10**6, (50,), generator=torch.Generator().manual_seed(0))
+    counted = CountedFrequency(torch.ones(10**6, dtype=torch.float64), 100, 10)
+    streaming = StreamingFrequency(10**6)
+    streaming.update(ids)
+    with Reads() as reads:
+        counted.log_expected(ids)
+        streaming.update(ids)
+        streaming.log_expected(ids)
+    assert 0 < reads.largest <= 4 * 2 * len(ids)
