@@ -24,7 +24,7 @@ from bigdssm.artifacts.model_folder import load_model_folder
 from bigdssm.cli import ProgressBar, check_file_to_write, command
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
-from bigdssm.retrieval.embed import Share, tower_encoders
+from bigdssm.retrieval.embed import Documents, Share, tower_encoders
 from bigdssm.retrieval.mine import mine_to_file
 from bigdssm.retrieval.vectors import vectors_of
 
@@ -53,14 +53,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
     folder.check_dataset(dataset)
     last = min(args.last, max(dataset.catalogue.num_docs, args.first + 1))  # behind it there is nothing
-    documents = None
-    if args.vectors is not None:
-        documents = torch.from_numpy(vectors_of(args.vectors, folder.checksum, dataset))
     with ProgressBar() as progress:
+        share, documents = Share(distributed.rank(), distributed.world_size(), progress=progress), None
+        if args.vectors is not None:
+            own = share.of(dataset.catalogue.num_docs)
+            vectors = vectors_of(args.vectors, folder.checksum, dataset, *own)
+            documents = Documents(torch.from_numpy(vectors), own[0])
         mined = mine_to_file(
             args.out, tower_encoders(folder.model, dataset), dataset, first=args.first, last=last,
-            margin=args.margin, documents=documents,
-            share=Share(distributed.rank(), distributed.world_size(), progress=progress),
+            margin=args.margin, documents=documents, share=share,
         )  # fmt: skip
     if distributed.is_main():
         print(f"{args.out}: {len(mined)} queries, {mined.per_query():.1f} negatives each")
