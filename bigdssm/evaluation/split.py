@@ -18,7 +18,7 @@ from bigdssm.evaluation.metrics import mean_metrics
 from bigdssm.evaluation.ranks import Seen, by_pairs, by_product, ranks_of_round, ranks_of_scores
 from bigdssm.evaluation.scorer import ScoredEncoders
 from bigdssm.progress import Progress, no_progress
-from bigdssm.retrieval.embed import Documents, Encoders, Share, encode_catalogue, encode_queries
+from bigdssm.retrieval.embed import Documents, Encoders, Share, all_finite, encode_catalogue, encode_queries
 from bigdssm.retrieval.rounds import QUERIES_AT_ONCE, Pairs, rounds
 
 SCORES_PER_CHUNK = 16_777_216  # of a scorer without vectors, 128 MiB of float64
@@ -60,12 +60,12 @@ def evaluate_split(
         scoring, documents = by_pairs(encoders.scorer), None
     if documents is None:
         documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
-    finite = bool(documents.vectors.isfinite().all())
+    finite = all_finite(documents.vectors)
     first, last = share.of(dataset.num_rows(split))
     ranks = np.full(last - first, np.nan)
     seen = _seen_pairs if filter_seen else _no_pairs
     for asked in rounds(encode_queries(encoders, dataset, split, share), documents, seen, QUERIES_AT_ONCE):
-        finite = finite and bool(asked.vectors.isfinite().all())
+        finite = finite and all_finite(asked.vectors)
         ranks[asked.rows.row_ids - first] = _of_relevant(ranks_of_round(scoring, asked, documents), asked.rows)
     distributed.raise_together(None if finite else DivergedError(f"vectors of split {split} hold NaN or inf"))
     everything = np.concatenate(distributed.all_gather_object(ranks))

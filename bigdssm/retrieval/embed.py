@@ -127,6 +127,11 @@ def to_device(features: Features, device: torch.device | str) -> Features:
     return {name: values.to(device) for name, values in features.items()}
 
 
+def all_finite(vectors: Tensor) -> bool:
+    """Return whether no number of any vector is NaN or inf; makes nothing of their size."""
+    return not vectors.numel() or all(bool(edge.isfinite()) for edge in vectors.aminmax())
+
+
 def encode_catalogue(encoders: Encoders, num_docs: int, share: Share | None = None) -> Documents:
     """Return the index vectors of this rank's share of the catalogue, which no other rank holds. A collective."""
     share = share or Share()

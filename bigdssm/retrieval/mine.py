@@ -23,7 +23,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DivergedError
 from bigdssm.progress import Progress, no_progress
-from bigdssm.retrieval.embed import Documents, Encoders, Share, encode_catalogue, encode_queries
+from bigdssm.retrieval.embed import Documents, Encoders, Share, all_finite, encode_catalogue, encode_queries
 from bigdssm.retrieval.mined import MinedNegatives, mined_records
 from bigdssm.retrieval.rounds import QUERIES_AT_ONCE, Pairs, rounds
 from bigdssm.retrieval.top import exact_search, opened, top_of_round
@@ -86,7 +86,7 @@ def mine(
     if documents is None:
         documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
     known = KnownPositives.of(dataset, share.progress)
-    finite = bool(documents.vectors.isfinite().all())
+    finite = all_finite(documents.vectors)
     search = exact_search(documents)
     keys, windows = [np.zeros(0, np.int64)], [np.zeros((0, last - first), np.int32)]
     pieces, at_once = (
@@ -94,7 +94,7 @@ def mine(
         min(QUERIES_AT_ONCE, FOUND_AT_ONCE // last),
     )
     for asked in rounds(pieces, documents, partial(_known_pairs, known), at_once):
-        finite = finite and bool(asked.vectors.isfinite().all())
+        finite = finite and all_finite(asked.vectors)
         scores, best = opened(top_of_round(search, asked, last))
         if margin is not None:
             own = asked.own(asked.of_targets(documents, lambda queries, target: (queries * target).sum(dim=1)))
