@@ -22,6 +22,7 @@ import torch
 from bigdssm import distributed
 from bigdssm.artifacts.model_folder import load_model_folder
 from bigdssm.cli import ProgressBar, check_file_to_write, command
+from bigdssm.config import MiningConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.embed import Documents, Share, tower_encoders
@@ -39,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--first", type=int, default=10, help="first rank, counted from 0 (%(default)s)")
     parser.add_argument("--last", type=int, default=200, help="rank to stop before (%(default)s)")
     parser.add_argument("--margin", type=float, help="leave out what scores above the query's own document less this")
+    parser.add_argument(
+        "--exact-up-to", type=int, default=MiningConfig.exact_up_to, metavar="DOCS",
+        help="in a larger catalogue ask an approximate index (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--vectors", type=Path, metavar="DIR", help="vectors folder of the model and the dataset")
     args = parser.parse_args(argv)
     check_file_to_write("--out", args.out)
@@ -61,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             documents = Documents(torch.from_numpy(vectors), own[0])
         mined = mine_to_file(
             args.out, tower_encoders(folder.model, dataset), dataset, first=args.first, last=last,
-            margin=args.margin, documents=documents, share=share,
+            margin=args.margin, exact_up_to=args.exact_up_to, documents=documents, share=share,
         )  # fmt: skip
     if distributed.is_main():
         print(f"{args.out}: {len(mined)} queries, {mined.per_query():.1f} negatives each")

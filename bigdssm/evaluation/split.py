@@ -60,14 +60,15 @@ def evaluate_split(
         scoring, documents = by_pairs(encoders.scorer), None
     if documents is None:
         documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
-    finite = all_finite(documents.vectors)
+    error = DivergedError(f"vectors of split {split} hold NaN or inf")
+    distributed.raise_together(None if all_finite(documents.vectors) else error)
     first, last = share.of(dataset.num_rows(split))
     ranks = np.full(last - first, np.nan)
     seen = _seen_pairs if filter_seen else _no_pairs
     for asked in rounds(encode_queries(encoders, dataset, split, share), documents, seen, QUERIES_AT_ONCE):
-        finite = finite and all_finite(asked.vectors)
+        if not all_finite(asked.vectors):  # which all ranks see alike
+            raise error
         ranks[asked.rows.row_ids - first] = _of_relevant(ranks_of_round(scoring, asked, documents), asked.rows)
-    distributed.raise_together(None if finite else DivergedError(f"vectors of split {split} hold NaN or inf"))
     everything = np.concatenate(distributed.all_gather_object(ranks))
     return Evaluation(everything, mean_metrics(everything), time.perf_counter() - started)
 

@@ -58,6 +58,18 @@ class Round:
     target: Tensor  # int64 [B], the catalogue row of each query's own document
     left_out: LeftOut  # of this rank's documents
 
+    def head(self, most: int) -> Round:
+        """Return the first `most` queries of each rank."""
+        world = distributed.world_size()
+        longest = len(self.vectors) // world
+        size = min(most, longest)
+        places = torch.arange(size, device=self.target.device)
+        at = (torch.arange(world, device=places.device)[:, None] * longest + places).flatten()
+        rank, place = self.left_out.rows // longest, self.left_out.rows % longest
+        kept = place < size
+        left_out = LeftOut((rank * size + place)[kept], self.left_out.places[kept])
+        return Round(self.rows.take(np.arange(min(size, len(self.rows)))), self.vectors[at], self.target[at], left_out)
+
     def own(self, values: Tensor) -> Tensor:
         """Return those of this rank's queries [m, …], of values [B, …] that all ranks have."""
         first = distributed.rank() * (len(values) // distributed.world_size())

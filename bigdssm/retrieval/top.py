@@ -68,18 +68,20 @@ def exact_search(documents: Documents) -> Search:
 
 def approximate_search(documents: Documents) -> Search:
     """Return the search of an inverted-file index of these documents, built now: it scores about an eighth of them."""
-    import faiss  # here: who searches exactly need not load it
+    from bigdssm.retrieval.index import faiss_index  # only here: who searches exactly need not load FAISS
 
-    vectors = documents.vectors.cpu().numpy()
-    index = faiss_index("ivf", vectors) if len(vectors) else faiss.IndexFlatIP(vectors.shape[1])
+    num_docs = len(documents)
+    if not num_docs:
+        return exact_search(documents)
+    index = faiss_index("ivf", documents.vectors.cpu().numpy())
 
     def search(queries: Tensor, top: int, rows: Tensor, places: Tensor) -> Tensor:
         # so many more are asked for that `top` are left
         most = int(torch.bincount(rows, minlength=1).max())
         scores, found = (torch.from_numpy(part) for part in index.search(queries.cpu().numpy(), top + most))
         scores, found = scores.to(queries.device), found.to(queries.device)
-        names = torch.arange(len(queries), device=found.device)[:, None] * len(vectors) + found
-        gone = (found < 0) | torch.isin(names, rows * len(vectors) + places)
+        names = torch.arange(len(queries), device=found.device)[:, None] * num_docs + found
+        gone = (found < 0) | torch.isin(names, rows * num_docs + places)
         keys = keys_of(scores.masked_fill(gone, float("-inf")), found.clamp(min=0) + documents.first)
         return keys.topk(top, dim=1).values
 

@@ -243,7 +243,8 @@ def _mined(
         logger.info("mining negatives at ranks %d to %d of %s", mining.first, mining.last, which)
         mined = mine_to_file(
             path, encoders, dataset, _to_come(stream, steps, watch) if some else None,
-            first=mining.first, last=mining.last, margin=mining.margin, documents=documents, share=share,
+            first=mining.first, last=mining.last, margin=mining.margin, exact_up_to=mining.exact_up_to,
+            documents=documents, share=share,
         )  # fmt: skip
     return mined, documents
 
