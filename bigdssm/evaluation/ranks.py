@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bigdssm.retrieval.embed import Documents
-from bigdssm.retrieval.rounds import LeftOut, Round, product
+from bigdssm.retrieval.rounds import LEAST_ROWS, LeftOut, Round, product
 
 PAIRED_QUERIES, PAIRED_DOCS = 64, 1024  # scored at once where the score is no product: each pair has its own vector
 QUERIES_AT_ONCE = 512
@@ -109,7 +109,7 @@ def _counts(scoring: Scoring, queries: Tensor, documents: Tensor, own: Tensor, l
     for first in range(0, len(queries), scoring.queries_at_once):
         last = min(first + scoring.queries_at_once, len(queries))
         pairs = left_out.of_block(first, last)
-        tile = max(1, scoring.scores_at_once // (last - first))
+        tile = max(1, scoring.scores_at_once // max(last - first, LEAST_ROWS))  # few are padded to so many
         for column in range(0, len(documents), tile):
             scores = scoring.every(queries[first:last], documents[column : column + tile])
             counts[first:last] += _count_above(scores, column, own[first:last, 0], own[first:last, 1], *pairs)

@@ -15,7 +15,7 @@ INF = float("inf")
 
 
 def test_keys_order_as_scores_do_and_then_the_lower_row_is_the_higher() -> None:
-    scores = torch.tensor([3.5, 1e-42, 0.0, -0.0, -1e-42, -2.0, -3e38, -INF])
+    scores = torch.tensor([3.5, 1e-42, -0.0, 0.0, -1e-42, -2.0, -3e38, -INF])
     keys = keys_of(scores[None], torch.arange(8))[0]
     assert keys.tolist() == sorted(keys.tolist(), reverse=True)
     found, rows = opened(keys)
