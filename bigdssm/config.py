@@ -217,6 +217,8 @@ class MiningConfig:
     last: int = bounded(200, 1, MAX_COUNT)
     # Leave out what scores above the query's own document less this much, in score units.
     margin: float | None = bounded(None, -1_000_000, 1_000_000)
+    # Documents of a catalogue that are all scored; of more, by an approximate index, about an eighth.
+    exact_up_to: int = bounded(1_000_000, 0, MAX_COUNT)
     file: str | None = None  # of bigdssm mine_negatives, by any model: in place of all of the above
 
 

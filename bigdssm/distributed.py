@@ -268,3 +268,16 @@ def reduce_scatter_rows(buffer: Tensor, group: Group | None = None) -> Tensor:
     with timing.span("communication"):
         _reduce_scatter(own, buffer, group=group)
     return own
+
+
+def exchange_rows(buffer: Tensor, group: Group | None = None) -> Tensor:
+    """Return what every rank has for this one, [world_size · longest, …] in rank order.
+
+    `buffer` of the same shape holds what this rank has for each: `longest` rows for rank 0, as many for rank 1, ….
+    """
+    if world_size(group) == 1:
+        return buffer
+    received = torch.empty_like(buffer)
+    with timing.span("communication"):
+        dist.all_to_all_single(received, buffer.contiguous(), group=group)
+    return received

@@ -22,9 +22,10 @@ import torch
 from bigdssm import distributed
 from bigdssm.artifacts.model_folder import load_model_folder
 from bigdssm.cli import ProgressBar, check_file_to_write, command
+from bigdssm.config import MiningConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
-from bigdssm.retrieval.embed import Share, tower_encoders
+from bigdssm.retrieval.embed import Documents, Share, tower_encoders
 from bigdssm.retrieval.mine import mine_to_file
 from bigdssm.retrieval.vectors import vectors_of
 
@@ -39,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--first", type=int, default=10, help="first rank, counted from 0 (%(default)s)")
     parser.add_argument("--last", type=int, default=200, help="rank to stop before (%(default)s)")
     parser.add_argument("--margin", type=float, help="leave out what scores above the query's own document less this")
+    parser.add_argument(
+        "--exact-up-to", type=int, default=MiningConfig.exact_up_to, metavar="DOCS",
+        help="in a larger catalogue ask an approximate index (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--vectors", type=Path, metavar="DIR", help="vectors folder of the model and the dataset")
     args = parser.parse_args(argv)
     check_file_to_write("--out", args.out)
@@ -53,14 +58,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
     folder.check_dataset(dataset)
     last = min(args.last, max(dataset.catalogue.num_docs, args.first + 1))  # behind it there is nothing
-    documents = None
-    if args.vectors is not None:
-        documents = torch.from_numpy(vectors_of(args.vectors, folder.checksum, dataset))
     with ProgressBar() as progress:
+        share, documents = Share(distributed.rank(), distributed.world_size(), progress=progress), None
+        if args.vectors is not None:
+            own = share.of(dataset.catalogue.num_docs)
+            vectors = vectors_of(args.vectors, folder.checksum, dataset, *own)
+            documents = Documents(torch.from_numpy(vectors), own[0])
         mined = mine_to_file(
             args.out, tower_encoders(folder.model, dataset), dataset, first=args.first, last=last,
-            margin=args.margin, documents=documents,
-            share=Share(distributed.rank(), distributed.world_size(), progress=progress),
+            margin=args.margin, exact_up_to=args.exact_up_to, documents=documents, share=share,
         )  # fmt: skip
     if distributed.is_main():
         print(f"{args.out}: {len(mined)} queries, {mined.per_query():.1f} negatives each")

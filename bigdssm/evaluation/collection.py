@@ -31,7 +31,7 @@ from bigdssm.retrieval.embed import (
     in_pieces,
     query_vectors,
 )
-from bigdssm.retrieval.mine import top_documents
+from bigdssm.retrieval.top import top_documents
 from bigdssm.schema import Schema
 from bigdssm.tables.beir import Collection, Entry, texts_and_metadata
 

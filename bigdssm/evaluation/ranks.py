@@ -12,7 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bigdssm.retrieval.embed import Documents
+from bigdssm.retrieval.rounds import LEAST_ROWS, LeftOut, Round, product
+
 PAIRED_QUERIES, PAIRED_DOCS = 64, 1024  # scored at once where the score is no product: each pair has its own vector
+QUERIES_AT_ONCE = 512
 TILE_SCORES = 8_388_608  # scores held at once, 32 MiB of float32
 # A document encoded in two batches of different sizes differs in its last bits. Scores closer than rounding allows to
 # tell apart are ties: otherwise a collapsed model, all of whose documents score the same, is ranked by its noise.
@@ -32,71 +36,84 @@ class Seen:
         return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths), self.values
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How documents are scored for queries, and how many at once."""
+
+    every: Callable[[Tensor, Tensor], Tensor]  # queries [m, …], documents [n, …] -> scores [m, n]
+    own: Callable[[Tensor, Tensor], Tensor]  # queries [m, …], a document of each [m, …] -> [m, 2]: score, tolerance
+    queries_at_once: int
+    scores_at_once: int
+
+
+def _own_product(queries: Tensor, documents: Tensor) -> Tensor:
+    tolerance = TIE_RELATIVE * queries.norm(dim=1) * documents.norm(dim=1)
+    return torch.stack([(queries * documents).sum(dim=1), tolerance], dim=1)
+
+
+def by_product() -> Scoring:
+    """Return the scoring of index vectors by inner product."""
+    return Scoring(product, _own_product, QUERIES_AT_ONCE, TILE_SCORES)
+
+
+def by_pairs(scorer: Callable[[Tensor, Tensor], Tensor]) -> Scoring:
+    """Return the scoring of vectors by `scorer`, which takes queries and documents […, D], broadcasts, returns […]."""
+
+    @torch.no_grad()
+    def every(queries: Tensor, documents: Tensor) -> Tensor:
+        return scorer(queries[:, None], documents)
+
+    @torch.no_grad()
+    def own(queries: Tensor, documents: Tensor) -> Tensor:
+        score = scorer(queries, documents)
+        return torch.stack([score, TIE_RELATIVE * (1 + score.abs())], dim=1)
+
+    return Scoring(every, own, PAIRED_QUERIES, PAIRED_QUERIES * PAIRED_DOCS)
+
+
+def ranks_of_round(scoring: Scoring, asked: Round, documents: Documents) -> Tensor:
+    """Return float64 [m]: the ranks of their documents for this rank's queries of a round. A collective."""
+    own = asked.of_targets(documents, scoring.own)
+    return 1 + asked.added_up(_counts(scoring, asked.vectors, documents.vectors, own, asked.left_out))
+
+
 def ranks_of_vectors(queries: Tensor, documents: Tensor, target: Tensor, seen: Seen | None = None) -> Tensor:
-    """Return float64 [m]: the rank of document `target[i]` for `queries[i]` by inner product.
+    """Return float64 [m]: the rank of document `target[i]` for `queries[i]` by inner product, all on this rank.
 
     queries [m, D+1] and documents [N, D+1] are float32 index vectors, target int64 [m].
     """
-    num_docs, num_queries = len(documents), len(queries)
-    tile = min(num_docs, max(1, TILE_SCORES // max(1, min(num_queries, 512))))
-    ranks = []
-    for first in range(0, num_queries, 512):
-        block = slice(first, first + 512)
-        own = documents[target[block]]
-        target_score = (queries[block] * own).sum(dim=1)
-        tolerance = TIE_RELATIVE * queries[block].norm(dim=1) * own.norm(dim=1)
-        pairs = _pairs_of_block(seen, target, first)
-        count = torch.zeros(len(own), dtype=torch.float64, device=queries.device)
-        for column in range(0, num_docs, tile):
-            scores = queries[block] @ documents[column : column + tile].T
-            count += _count_above(scores, column, target_score, tolerance, *pairs)
-        ranks.append(1 + count)
-    return torch.cat(ranks) if ranks else queries.new_zeros(0, dtype=torch.float64)
-
-
-@torch.no_grad()
-def ranks_of_pairs(
-    scorer: Callable[[Tensor, Tensor], Tensor],
-    queries: Tensor,
-    documents: Tensor,
-    target: Tensor,
-    seen: Seen | None = None,
-) -> Tensor:
-    """Return float64 [m]: the rank of document `target[i]` for `queries[i]` by the scores of all pairs.
-
-    queries [m, D], documents [N, D]; `scorer` takes both […, D], broadcasts, and returns […].
-    """
-    ranks = []
-    for first in range(0, len(queries), PAIRED_QUERIES):
-        block = slice(first, first + PAIRED_QUERIES)
-        target_score = scorer(queries[block], documents[target[block]])
-        tolerance = TIE_RELATIVE * (1 + target_score.abs())
-        pairs = _pairs_of_block(seen, target, first, PAIRED_QUERIES)
-        count = torch.zeros(len(target_score), dtype=torch.float64, device=queries.device)
-        for column in range(0, len(documents), PAIRED_DOCS):
-            scores = scorer(queries[block, None], documents[column : column + PAIRED_DOCS])
-            count += _count_above(scores, column, target_score, tolerance, *pairs)
-        ranks.append(1 + count)
-    return torch.cat(ranks) if ranks else queries.new_zeros(0, dtype=torch.float64)
+    scoring = by_product()
+    own = scoring.own(queries, documents[target])
+    return 1 + _counts(scoring, queries, documents, own, _left_out(target, seen))
 
 
 def ranks_of_scores(scores: Tensor, target: Tensor, seen: Seen | None = None) -> Tensor:
     """Return float64 [m]: the rank of document `target[i]` in row i of `scores` [m, N]; only equal scores tie."""
     target_score = scores.gather(1, target.unsqueeze(1)).squeeze(1)
-    pairs = _pairs_of_block(seen, target, 0, len(scores))
+    pairs = _left_out(target, seen).of_block(0, len(scores))
     return 1 + _count_above(scores, 0, target_score, torch.zeros_like(target_score), *pairs)
 
 
-def _pairs_of_block(seen: Seen | None, target: Tensor, first: int, size: int = 512) -> tuple[Tensor, Tensor]:
-    """Return (row in the block, catalogue row) of what does not count: the seen documents and the target itself."""
-    own = target[first : first + size]
-    rows, columns = torch.arange(len(own), device=own.device), own
+def _left_out(target: Tensor, seen: Seen | None) -> LeftOut:
+    """Return what does not count: the seen documents and the target itself."""
+    rows, columns = torch.arange(len(target), device=target.device), target
     if seen is not None:
-        offsets = seen.offsets[first : first + size + 1]
-        inside = Seen(seen.values[offsets[0] : offsets[-1]], offsets - offsets[0])
-        seen_rows, seen_columns = inside.pairs()
+        seen_rows, seen_columns = seen.pairs()
         rows, columns = torch.cat([rows, seen_rows]), torch.cat([columns, seen_columns])
-    return rows, columns
+    return LeftOut.of(rows, columns)
+
+
+def _counts(scoring: Scoring, queries: Tensor, documents: Tensor, own: Tensor, left_out: LeftOut) -> Tensor:
+    """Return float64 [m]: of the documents here those that score higher than each query's own, ties as halves."""
+    counts = queries.new_zeros(len(queries), dtype=torch.float64)
+    for first in range(0, len(queries), scoring.queries_at_once):
+        last = min(first + scoring.queries_at_once, len(queries))
+        pairs = left_out.of_block(first, last)
+        tile = max(1, scoring.scores_at_once // max(last - first, LEAST_ROWS))  # few are padded to so many
+        for column in range(0, len(documents), tile):
+            scores = scoring.every(queries[first:last], documents[column : column + tile])
+            counts[first:last] += _count_above(scores, column, own[first:last, 0], own[first:last, 1], *pairs)
+    return counts
 
 
 def _count_above(

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from bigdssm import distributed
@@ -16,10 +15,11 @@ from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.tensors import as_tensor
 from bigdssm.errors import DataError, DivergedError
 from bigdssm.evaluation.metrics import mean_metrics
-from bigdssm.evaluation.ranks import Seen, ranks_of_pairs, ranks_of_scores, ranks_of_vectors
+from bigdssm.evaluation.ranks import Seen, by_pairs, by_product, ranks_of_round, ranks_of_scores
 from bigdssm.evaluation.scorer import ScoredEncoders
 from bigdssm.progress import Progress, no_progress
-from bigdssm.retrieval.embed import Encoders, Share, encode_catalogue, encode_queries
+from bigdssm.retrieval.embed import Documents, Encoders, Share, all_finite, encode_catalogue, encode_queries
+from bigdssm.retrieval.rounds import QUERIES_AT_ONCE, Pairs, rounds
 
 SCORES_PER_CHUNK = 16_777_216  # of a scorer without vectors, 128 MiB of float64
 
@@ -38,7 +38,7 @@ def evaluate_split(
     dataset: Dataset,
     split: str,
     *,
-    documents: Tensor | None = None,
+    documents: Documents | None = None,
     rank: int = 0,
     world_size: int = 1,
     rows_per_chunk: int = 1024,
@@ -47,29 +47,28 @@ def evaluate_split(
 ) -> Evaluation:
     """Return the Evaluation of a two-tower model on `split`, the same on every rank: every document is scored.
 
-    A collective: documents and queries are shared out over the ranks, `rows_per_chunk` at a time. `documents` [N, D+1]
-    are the catalogue's index vectors where they were made before; a scorer, which reads others, ignores them. Raises
-    DataError: no such split; DivergedError on every rank where a vector is not finite: comparisons with NaN would rank
-    every target first.
+    A collective: documents and queries are shared out over the ranks, `rows_per_chunk` encoded at a time; no rank holds
+    other documents than its share. `documents` is this where it was made before; a scorer, which reads other vectors,
+    ignores it. Raises DataError: no such split; DivergedError on every rank where a vector is not finite: comparisons
+    with NaN would rank every target first.
     """
     started = time.perf_counter()
     _check_split(dataset, split)
     share = Share(rank, world_size, rows_per_chunk, progress)
-    if documents is None or isinstance(encoders, ScoredEncoders):
+    scoring = by_product()
+    if isinstance(encoders, ScoredEncoders):
+        scoring, documents = by_pairs(encoders.scorer), None
+    if documents is None:
         documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
-    finite = bool(documents.isfinite().all())
+    error = DivergedError(f"vectors of split {split} hold NaN or inf")
+    distributed.raise_together(None if all_finite(documents.vectors) else error)
     first, last = share.of(dataset.num_rows(split))
     ranks = np.full(last - first, np.nan)
-    for rows, queries in encode_queries(encoders, dataset, split, share):
-        finite = finite and bool(queries.isfinite().all())
-        target = as_tensor(rows.doc_rows).to(documents.device)
-        seen = _seen(rows, documents.device) if filter_seen else None
-        if isinstance(encoders, ScoredEncoders):
-            found = ranks_of_pairs(encoders.scorer, queries, documents, target, seen)
-        else:
-            found = ranks_of_vectors(queries, documents, target, seen)
-        ranks[rows.row_ids - first] = _of_relevant(found, rows)
-    distributed.raise_together(None if finite else DivergedError(f"vectors of split {split} hold NaN or inf"))
+    seen = _seen_pairs if filter_seen else _no_pairs
+    for asked in rounds(encode_queries(encoders, dataset, split, share), documents, seen, QUERIES_AT_ONCE):
+        if not all_finite(asked.vectors):  # which all ranks see alike
+            raise error
+        ranks[asked.rows.row_ids - first] = _of_relevant(ranks_of_round(scoring, asked, documents), asked.rows)
     everything = np.concatenate(distributed.all_gather_object(ranks))
     return Evaluation(everything, mean_metrics(everything), time.perf_counter() - started)
 
@@ -90,7 +89,7 @@ def evaluate_scores(
     rows_per_chunk = max(1, min(1024, SCORES_PER_CHUNK // dataset.catalogue.num_docs))
     ranks = np.full(dataset.num_rows(split), np.nan)
     for rows in dataset.iterate(split, rows_per_chunk):
-        seen = _seen(rows, "cpu") if filter_seen else None
+        seen = _seen(rows) if filter_seen else None
         rank = ranks_of_scores(as_tensor(scores(rows)), as_tensor(rows.doc_rows), seen)
         ranks[rows.row_ids] = _of_relevant(rank, rows)
     return Evaluation(ranks, mean_metrics(ranks), time.perf_counter() - started)
@@ -106,9 +105,17 @@ def _check_split(dataset: Dataset, split: str) -> None:
         )
 
 
-def _seen(rows: Rows, device: torch.device | str) -> Seen:
-    values, offsets = (as_tensor(part).long().to(device) for part in rows.seen_ragged())
-    return Seen(values, offsets)
+def _seen(rows: Rows) -> Seen:
+    return Seen(*(as_tensor(part).long() for part in rows.seen_ragged()))
+
+
+def _seen_pairs(rows: Rows) -> Pairs:
+    values, offsets = rows.seen_ragged()
+    return np.repeat(np.arange(len(rows)), np.diff(offsets)), values
+
+
+def _no_pairs(rows: Rows) -> Pairs:
+    return np.zeros(0, np.int64), np.zeros(0, np.int64)
 
 
 def _of_relevant(ranks: Tensor, rows: Rows) -> np.ndarray:

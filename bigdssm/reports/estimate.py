@@ -26,7 +26,7 @@ from bigdssm.artifacts.checkpoint import checkpoint_bytes, saving_bytes
 from bigdssm.batching.batch import Batch
 from bigdssm.batching.chunks import Chunked
 from bigdssm.batching.plan import Budget, plan_side, plan_step
-from bigdssm.config import Config, EngineConfig, StageName
+from bigdssm.config import Config, EngineConfig, StageConfig, StageName
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.losses.passes import loss_bytes, loss_sent_bytes, vector_bytes
 from bigdssm.models import DualEncoder, Encoded, use_plain_attention
@@ -135,7 +135,7 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
             "towers' activations and gradients": towers + vectors,
             "optimizer's step": in_step,
             "checkpoint": saving_bytes(sizes.weights, sizes.largest, world_size),
-            "validation": _validation(config, model, mode, batch, -(-dataset.catalogue.num_docs // world_size)),
+            "validation, mining": _encoding(model, mode, batch) + _documents(stage, width, dataset, world_size),
         },
         num_weights=sizes.weights,
         table_weights=sum(parameter.numel() for parameter in model.tables.parameters()),
@@ -195,14 +195,22 @@ def _towers(model: DualEncoder, mode: FakeTensorMode, batch: Batch, engine: Engi
         return waiting, live.peak + int(HEAP_HOLES * live.in_heap)
 
 
-def _validation(config: Config, model: DualEncoder, mode: FakeTensorMode, batch: Batch, documents: int) -> int:
-    """Return the bytes of encoding the catalogue's documents without a graph, `documents` of them on this rank."""
+def _encoding(model: DualEncoder, mode: FakeTensorMode, batch: Batch) -> int:
+    """Return the bytes of encoding a catalogue's documents without a graph."""
     plan = plan_side(batch.doc_lengths, len(batch.doc_ids), CHUNK_TOKENS_CPU)
     chunk, side = plan.chunks[0], Chunked(batch.doc, plan)
     inputs = {name: mode.from_tensor(values) for name, values in side.features(chunk).items()}
     with mode, torch.no_grad(), LiveBytes() as live:
         model(doc=inputs)
-    return live.peak * max(1, CHUNK_TOKENS_CPU // max(1, chunk.tokens)) + FP32 * documents * config.model.dim
+    return live.peak * max(1, CHUNK_TOKENS_CPU // max(1, chunk.tokens))
+
+
+def _documents(stage: StageConfig, width: int, dataset: Dataset, world_size: int) -> int:
+    """Return the bytes of the index vectors of a rank's share of the documents; an approximate index has them again."""
+    num_docs = dataset.catalogue.num_docs
+    mines = stage.loss.negatives > 0 and stage.mining.file is None
+    copies = 2 if mines and num_docs > stage.mining.exact_up_to else 1
+    return copies * FP32 * -(-num_docs // world_size) * (width + 1)
 
 
 def _backward(encoded: Sequence[Encoded]) -> None:

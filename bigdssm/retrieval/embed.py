@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bigdssm import distributed
 from bigdssm.batching.chunks import Chunked
 from bigdssm.batching.collate import Collator
 from bigdssm.batching.lengths import lengths_of
@@ -40,6 +39,22 @@ class Encoders:
 
     queries: Callable[[Rows], Tensor]  # Rows of m queries -> [m, D+1]
     documents: Callable[[np.ndarray], Tensor]  # int64 [n] catalogue rows -> [n, D+1]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Index vectors [n, D+1] of the catalogue rows `first` to `first` + n − 1: a rank's share, or all of them."""
+
+    vectors: Tensor  # float32
+    first: int = 0
+
+    def __len__(self) -> int:
+        """Return n."""
+        return len(self.vectors)
+
+    def hold(self, rows: Tensor) -> Tensor:
+        """Return which of the catalogue rows are here, bool."""
+        return (rows >= self.first) & (rows < self.first + len(self))
 
 
 @dataclass(frozen=True)
@@ -112,20 +127,27 @@ def to_device(features: Features, device: torch.device | str) -> Features:
     return {name: values.to(device) for name, values in features.items()}
 
 
-def encode_catalogue(encoders: Encoders, num_docs: int, share: Share | None = None) -> Tensor:
-    """Return the index vectors [N, D+1] of the whole catalogue on every rank, each having encoded its share."""
+def all_finite(vectors: Tensor) -> bool:
+    """Return whether no number of any vector is NaN or inf; makes nothing of their size."""
+    return not vectors.numel() or all(bool(edge.isfinite()) for edge in vectors.aminmax())
+
+
+def encode_catalogue(encoders: Encoders, num_docs: int, share: Share | None = None) -> Documents:
+    """Return the index vectors of this rank's share of the catalogue, which no other rank holds. A collective."""
     share = share or Share()
     begin, end = share.of(num_docs)
-    parts = []
+    vectors: Tensor | None = None
     for chunk in range(share.num_chunks(num_docs, share.rows_per_chunk)):
         first = begin + chunk * share.rows_per_chunk
         rows = np.arange(first, min(first + share.rows_per_chunk, end))
         # A rank that has run out encodes a document for nothing: a sharded model's forward is a collective.
-        vectors = encoders.documents(rows if len(rows) else np.zeros(1, np.int64))
-        parts.append(vectors[: len(rows)])
+        made = encoders.documents(rows if len(rows) else np.zeros(1, np.int64))
+        if vectors is None:  # filled in place: parts and the whole of them would be twice the share
+            vectors = made.new_empty(end - begin, made.shape[1])
+        vectors[first - begin : first - begin + len(rows)] = made[: len(rows)]
         share.progress("documents encoded", min(first + share.rows_per_chunk, end) - begin, end - begin)
-    bounds = share.bounds(num_docs)
-    return distributed.all_gather_rows(torch.cat(parts), [last - first for first, last in bounds])
+    assert vectors is not None, "the catalogue is empty"
+    return Documents(vectors, begin)
 
 
 def encode_queries(
@@ -138,14 +160,15 @@ def encode_queries(
     """Yield (m rows of a query each, their index vectors [m, D+1]) of this rank's share of the split, or of `rows`.
 
     `rows` come in as many pieces on every rank: then every rank calls the encoder equally often, as a sharded model
-    needs. Run it to the end.
+    needs, and yields equally often; m is 0 where a piece has no queries. Run it to the end.
     """
     for piece in _pieces(dataset, split, share or Share()) if rows is None else rows:
         if piece is not None and piece.num_queries:
             each = dataset.one_query_each(piece)
             yield each, encoders.queries(each)
         else:
-            encoders.queries(next(some for some in dataset.iterate(split, 1024) if len(some)))
+            some = next(some for some in dataset.iterate(split, 1024) if len(some))
+            yield some.take(np.zeros(0, np.int64)), encoders.queries(some)[:0]
 
 
 def _pieces(dataset: Dataset, split: str, share: Share) -> Iterator[Rows | None]:

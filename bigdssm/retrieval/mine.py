@@ -9,27 +9,32 @@ Shapes: m rows, N documents, W = last − first window places.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
-from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.atomic import aside_of, put_file
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
-from bigdssm.dataset.tensors import as_tensor
 from bigdssm.errors import DivergedError
+from bigdssm.log import get_logger
 from bigdssm.progress import Progress, no_progress
-from bigdssm.retrieval.embed import Encoders, Share, encode_catalogue, encode_queries
+from bigdssm.retrieval.embed import Documents, Encoders, Share, all_finite, encode_catalogue, encode_queries
 from bigdssm.retrieval.mined import MinedNegatives, mined_records
+from bigdssm.retrieval.rounds import QUERIES_AT_ONCE, Pairs, Round, rounds
+from bigdssm.retrieval.top import Search, approximate_search, exact_search, opened, top_of_round
 
-TILE_DOCS = 16_384
+logger = get_logger(__name__)
+
 PASS_ROWS = 65_536
+SAMPLE = 512  # queries of all ranks that an approximate index is checked with
+FOUND_AT_ONCE = 4_194_304  # of all ranks' queries in a round, 32 MiB
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,8 @@ def mine(
     first: int,
     last: int,
     margin: float | None = None,
-    documents: Tensor | None = None,
+    exact_up_to: int | None = None,
+    documents: Documents | None = None,
     share: Share | None = None,
 ) -> np.ndarray:
     """Return this rank's `mined_records`: the catalogue rows at ranks [first, last) of each train query's ranking.
@@ -79,24 +85,35 @@ def mine(
     `rows` are those to mine for, in as many pieces on every rank; by default the rank's share of the split. Known
     positives (all of the query's train documents, its own history, and its target) are taken out before ranks
     are counted; -1 stands where the catalogue ends, and with `margin` where a document's score alpha * <u, w> + beta is
-    above that of its own less the margin. `documents` [N, D+1] are index vectors of the catalogue that were made
-    before. A collective over the ranks. Raises DivergedError where a vector is not finite.
+    above that of its own less the margin. In a catalogue of more than `exact_up_to` documents each rank asks an
+    approximate index of its share, and the log tells how much that finds of what scoring all would. `documents` are the
+    rank's share of the catalogue's index vectors where they were made before. A collective over the ranks. Raises
+    DivergedError where a vector is not finite.
     """
     share = share or Share()
     if documents is None:
         documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
+    error = DivergedError("the model's vectors hold NaN or inf; nothing mined")
+    distributed.raise_together(None if all_finite(documents.vectors) else error)
     known = KnownPositives.of(dataset, share.progress)
-    finite = bool(documents.isfinite().all())
+    approximate = exact_up_to is not None and dataset.catalogue.num_docs > exact_up_to
+    if approximate:
+        share.progress("an index of the documents built", 0, 1)
+    search = approximate_search(documents) if approximate else exact_search(documents)
     keys, windows = [np.zeros(0, np.int64)], [np.zeros((0, last - first), np.int32)]
-    for some, queries in _cut(encode_queries(encoders, dataset, "train", share, rows), share.rows_per_chunk):
-        finite = finite and bool(queries.isfinite().all())
-        scores, best = top_documents(queries, documents, last, *_excluded(some, known, documents.device))
+    pieces = encode_queries(encoders, dataset, "train", share, rows)
+    asked_at_once = min(QUERIES_AT_ONCE, FOUND_AT_ONCE // last)
+    for number, asked in enumerate(rounds(pieces, documents, partial(_known_pairs, known), asked_at_once)):
+        if not all_finite(asked.vectors):  # which all ranks see alike
+            raise error
+        if approximate and number == 0:
+            _log_recall(documents, search, asked.head(max(1, SAMPLE // distributed.world_size())), last)
+        scores, best = opened(top_of_round(search, asked, last))
         if margin is not None:
-            own = (queries * documents[as_tensor(some.doc_rows).to(documents.device)]).sum(dim=1)
+            own = asked.own(asked.of_targets(documents, lambda queries, target: (queries * target).sum(dim=1)))
             best = best.masked_fill(scores > (own - margin).unsqueeze(1), -1)
-        keys.append(some.query_keys)
+        keys.append(asked.rows.query_keys)
         windows.append(best[:, first:].cpu().numpy().astype(np.int32))
-    distributed.raise_together(None if finite else DivergedError("the model's vectors hold NaN or inf; nothing mined"))
     mined, first_of = np.unique(np.concatenate(keys), return_index=True)
     return mined_records(mined, np.concatenate(windows)[first_of])
 
@@ -110,7 +127,8 @@ def mine_to_file(
     first: int,
     last: int,
     margin: float | None = None,
-    documents: Tensor | None = None,
+    exact_up_to: int | None = None,
+    documents: Documents | None = None,
     share: Share | None = None,
 ) -> MinedNegatives:
     """Return what all ranks mine, mapped from the file `path`.
@@ -118,7 +136,10 @@ def mine_to_file(
     Every rank writes its records, so `path` must be on storage that all ranks see, as a run's folder is; the file
     appears under its name when it is whole. A collective; see `mine`.
     """
-    own = mine(encoders, dataset, rows, first=first, last=last, margin=margin, documents=documents, share=share)
+    own = mine(
+        encoders, dataset, rows, first=first, last=last, margin=margin, exact_up_to=exact_up_to, documents=documents,
+        share=share,
+    )  # fmt: skip
     everything = np.unique(np.concatenate(distributed.all_gather_object(own["query"])))
     aside = aside_of(path)
     if distributed.is_main():
@@ -134,40 +155,22 @@ def mine_to_file(
     return MinedNegatives.open(path)
 
 
-def top_documents(
-    queries: Tensor, documents: Tensor, top: int, excluded_rows: Tensor, excluded_docs: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return (scores, catalogue rows int64), both [m, top]: each query's best documents, -inf and -1 behind the last.
-
-    queries [m, D+1] and documents [N, D+1] are index vectors; (excluded_rows, excluded_docs) are left out.
-    """
-    num_queries, num_docs = len(queries), len(documents)
-    best = queries.new_full((num_queries, top), float("-inf"))
-    index = torch.full((num_queries, top), -1, dtype=torch.int64, device=queries.device)
-    for column in range(0, num_docs, TILE_DOCS):
-        scores = queries @ documents[column : column + TILE_DOCS].T
-        width = scores.shape[1]
-        inside = (excluded_docs >= column) & (excluded_docs < column + width)
-        scores[excluded_rows[inside], excluded_docs[inside] - column] = float("-inf")
-        columns = torch.arange(column, column + width, device=queries.device).expand(num_queries, width)
-        scores, columns = torch.cat([best, scores], dim=1), torch.cat([index, columns], dim=1)
-        best, place = scores.topk(top, dim=1)
-        index = columns.gather(1, place)
-    return best, index.masked_fill(best == float("-inf"), -1)
+def _log_recall(documents: Documents, search: Search, asked: Round, top: int) -> None:
+    """Tell how many of the best `top` documents a search finds. A collective."""
+    exact, found = (opened(top_of_round(one, asked, top))[1] for one in (exact_search(documents), search))
+    wanted = exact >= 0
+    names = torch.arange(len(exact), device=exact.device)[:, None] << 32
+    hit = torch.isin(names + exact, names + found) & wanted
+    hits, all_wanted = distributed.all_reduce(torch.stack([hit.sum(), wanted.sum()])).tolist()
+    logger.info(
+        "mining through an approximate index: it finds %.1f %% of the best %d documents (by %d queries)",
+        100 * hits / max(1, all_wanted), top, int(distributed.all_reduce(torch.tensor(len(exact)))),
+    )  # fmt: skip
 
 
-def _cut(pieces: Iterable[tuple[Rows, Tensor]], most: int) -> Iterator[tuple[Rows, Tensor]]:
-    """Yield the same rows and vectors, at most `most` at once: a whole step's scores may not fit."""
-    for rows, queries in pieces:
-        for start in range(0, len(rows), most):
-            part = np.arange(start, min(start + most, len(rows)))
-            yield rows.take(part), queries[start : start + most]
-
-
-def _excluded(rows: Rows, known: KnownPositives, device: torch.device) -> tuple[Tensor, Tensor]:
+def _known_pairs(known: KnownPositives, rows: Rows) -> Pairs:
+    """Return what is known of the queries: all train documents, and what they have seen."""
     known_rows, known_docs = known.pairs(rows.query_ids)
     seen, offsets = rows.seen_ragged()
-    row = np.arange(len(rows))
-    all_rows = np.concatenate([known_rows, np.repeat(row, np.diff(offsets)), row])
-    all_docs = np.concatenate([known_docs, seen, rows.doc_rows]).astype(np.int64)
-    return torch.as_tensor(all_rows, device=device), torch.as_tensor(all_docs, device=device)
+    seen_rows = np.repeat(np.arange(len(rows)), np.diff(offsets))
+    return np.concatenate([known_rows, seen_rows]), np.concatenate([known_docs, seen])

@@ -150,8 +150,10 @@ class Earlier:
         return np.where(self._sorted[place] == documents, self._order[place], -1)
 
 
-def vectors_of(folder: Path, model_checksum: str, dataset: Dataset) -> np.ndarray:
-    """Return the catalogue's vectors float32 [N, D+1] in a vectors folder.
+def vectors_of(
+    folder: Path, model_checksum: str, dataset: Dataset, first: int = 0, last: int | None = None
+) -> np.ndarray:
+    """Return the vectors float32 [n, D+1] of the catalogue rows [first, last), by default all, in a vectors folder.
 
     Raises CheckpointError where they are another model's or another dataset's.
     """
@@ -166,7 +168,7 @@ def vectors_of(folder: Path, model_checksum: str, dataset: Dataset) -> np.ndarra
             raise CheckpointError(
                 f"{folder} holds vectors of {what} {theirs[:12]}, needed are those of {ours[:12]}; embed it again"
             )
-    return np.array(load_vectors(folder, meta))
+    return np.array(load_vectors(folder, meta)[first:last])
 
 
 def load_vectors(folder: Path, meta: VectorsMeta) -> np.ndarray:

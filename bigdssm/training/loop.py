@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from bigdssm import distributed
 from bigdssm.artifacts.checkpoint import Checkpoint, CheckpointStore, TensorReader
 from bigdssm.batching.batch import Batch
@@ -25,6 +23,7 @@ from bigdssm.config import StageConfig
 from bigdssm.errors import DivergedError, Preempted
 from bigdssm.evaluation.split import Evaluation
 from bigdssm.log import get_logger
+from bigdssm.retrieval.embed import Documents
 from bigdssm.running.alerts import SpikeAlert
 from bigdssm.running.faults import Faults
 from bigdssm.running.row_log import RowLog
@@ -118,7 +117,7 @@ class Stage:
     objective: Objective
     average: WeightAverage | None  # of the weights, for validation and best/
     validator: Validator
-    initial_documents: Tensor | None  # their index vectors by the initial weights, where mining has made them
+    initial_documents: Documents | None  # this rank's share by the initial weights, where mining has made them
     store: CheckpointStore
     save_clock: SaveClock
     health: Health
@@ -214,17 +213,18 @@ def _note(stage: Stage, batch: Batch, coming: _Coming | None) -> Note:
     return note if coming is None else note._replace(needs=coming.draft.needs)
 
 
-def validate(stage: Stage, documents: Tensor | None = None) -> Evaluation | None:
+def validate(stage: Stage, documents: Documents | None = None) -> Evaluation | None:
     """Measure on the validation split; keep the weights in best/ where they are the best so far. A collective.
 
-    Where there is a moving average of the weights, it is that. `documents` [N, D+1] are the catalogue's index vectors
-    by the present weights, where there are such already. Raises Preempted where the run is asked to stop meanwhile.
+    Where there is a moving average of the weights, it is that. `documents` are the rank's share of the catalogue's
+    index vectors by the present weights, where there are such already. Raises Preempted where the run is asked to stop
+    meanwhile.
     """
     with nullcontext() if stage.average is None else stage.average.in_place():
         return _validate(stage, documents)
 
 
-def _validate(stage: Stage, documents: Tensor | None) -> Evaluation | None:
+def _validate(stage: Stage, documents: Documents | None) -> Evaluation | None:
     progress = stage.progress
     evaluation = stage.validator.evaluate(stage.engine, stage.watch.progress, documents)
     score = evaluation.metrics["ndcg_at_10"] if evaluation else None

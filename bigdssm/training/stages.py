@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from bigdssm import atomic, distributed
 from bigdssm.artifacts.checkpoint import CHECKPOINTS, Checkpoint, CheckpointStore, is_checkpoint
@@ -27,7 +26,7 @@ from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.hashing import hash64
 from bigdssm.log import get_logger
 from bigdssm.models import DualEncoder, new_model
-from bigdssm.retrieval.embed import Share, encode_catalogue, tower_encoders
+from bigdssm.retrieval.embed import Documents, Share, encode_catalogue, tower_encoders
 from bigdssm.retrieval.mine import mine_to_file
 from bigdssm.retrieval.mined import MinedNegatives
 from bigdssm.running.alerts import SpikeAlert
@@ -213,9 +212,10 @@ def _model_difference(theirs: Config, mine: Config) -> str | None:
 def _mined(
     config: Config, name: StageName, engine: Engine, dataset: Dataset, folder: Path, watch: Watch, resumed: bool,
     new_part: bool,
-) -> tuple[MinedNegatives | None, Tensor | None]:  # fmt: skip
+) -> tuple[MinedNegatives | None, Documents | None]:  # fmt: skip
     """Return the negatives of the part's rows, mined with the initial weights and kept for a resumed run, and with them
-    the documents' index vectors where they were encoded just now. Raises CheckpointError where the kept ones are lost.
+    the rank's share of the documents' index vectors where they were encoded just now. Raises CheckpointError where the
+    kept negatives are lost.
 
     Where no checkpoint is left they are mined again: nothing says of which dataset those were that lie there.
     """
@@ -244,7 +244,8 @@ def _mined(
         logger.info("mining negatives at ranks %d to %d of %s", mining.first, mining.last, which)
         mined = mine_to_file(
             path, encoders, dataset, _to_come(stream, steps, watch) if some else None,
-            first=mining.first, last=mining.last, margin=mining.margin, documents=documents, share=share,
+            first=mining.first, last=mining.last, margin=mining.margin, exact_up_to=mining.exact_up_to,
+            documents=documents, share=share,
         )  # fmt: skip
     return mined, documents
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor
-
 from bigdssm import distributed, timing
 from bigdssm.artifacts.model_folder import is_model_folder, save_model_folder
 from bigdssm.atomic import recover
@@ -17,6 +15,7 @@ from bigdssm.evaluation.scorer import encoders_of
 from bigdssm.evaluation.split import Evaluation, evaluate_split
 from bigdssm.models import DualEncoder
 from bigdssm.progress import Progress
+from bigdssm.retrieval.embed import Documents
 from bigdssm.training.engine import Engine, device
 
 SPLIT = "validation"
@@ -28,10 +27,10 @@ class Validator:
     def __init__(self, dataset: Dataset, config: Config, best_dir: Path, rows_per_chunk: int) -> None:
         self._dataset, self._config, self._best_dir, self._rows_per_chunk = dataset, config, best_dir, rows_per_chunk
 
-    def evaluate(self, engine: Engine, progress: Progress, documents: Tensor | None = None) -> Evaluation | None:
+    def evaluate(self, engine: Engine, progress: Progress, documents: Documents | None = None) -> Evaluation | None:
         """Return the evaluation, or None where the dataset has no validation rows. A collective.
 
-        `documents` [N, D+1] are index vectors that need not be made again.
+        `documents` are the rank's share of the index vectors, which then need not be made again.
         """
         if self._dataset.num_rows(SPLIT) == 0:
             return None

@@ -68,6 +68,19 @@ def test_what_ranks_share_and_send(tiny_pairs: TinyDataset) -> None:
     assert parts.held["weights"] < 1.01 * whole.held["weights"] / 4
 
 
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_an_index_takes_the_share_of_the_documents_vectors_again(
+    tiny_interactions: TinyDataset, world_size: int
+) -> None:
+    def highest(exact_up_to: int) -> int:
+        mines = "pretrain.loss={name: pair_ce, negatives: 2, in_batch: false}", "pretrain.rows_global=24"
+        limit = f"pretrain.mining.exact_up_to={exact_up_to}"
+        return of(tiny_interactions, *mines, limit, world_size=world_size).phases["validation, mining"]
+
+    share = 4 * NUM_ITEMS // world_size * (load_config(tiny_interactions.config).model.dim + 1)
+    assert highest(NUM_ITEMS - 1) - highest(NUM_ITEMS) == share
+
+
 def test_the_catalogue_as_columns_is_what_ranks_share_and_send(tiny_interactions: TinyDataset) -> None:
     batch = "columns: batch, mask: past"
     columns = "columns: catalogue, mask: past"

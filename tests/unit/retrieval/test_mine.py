@@ -12,10 +12,11 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import PLACE_BITS, Rows
 from bigdssm.errors import DataError
 from bigdssm.models import DualEncoder
-from bigdssm.retrieval import mine as mine_module
-from bigdssm.retrieval.embed import Encoders, Share, tower_encoders
-from bigdssm.retrieval.mine import KnownPositives, mine, mine_to_file, top_documents
+from bigdssm.retrieval import top as top_module
+from bigdssm.retrieval.embed import Documents, Encoders, Share, tower_encoders
+from bigdssm.retrieval.mine import KnownPositives, mine, mine_to_file
 from bigdssm.retrieval.mined import MinedNegatives, choose_negatives
+from bigdssm.retrieval.top import top_documents
 
 
 def brute_force(encoders: Encoders, dataset: Dataset, first: int, last: int) -> np.ndarray:
@@ -39,7 +40,7 @@ def brute_force(encoders: Encoders, dataset: Dataset, first: int, last: int) -> 
 def test_windows(
     model: DualEncoder, dataset: Dataset, first: int, last: int, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mine_module, "TILE_DOCS", tile)
+    monkeypatch.setattr(top_module, "TILE_DOCS", tile)
     encoders = tower_encoders(model, dataset)
     mined = mine(encoders, dataset, first=first, last=last, share=Share(rows_per_chunk=50))
     assert mined["window"].dtype == np.int32
@@ -53,7 +54,7 @@ def test_documents_within_the_margin_of_the_rows_own_are_left_out(model: DualEnc
     everything = mine(encoders, dataset, first=2, last=25)["window"]
     # given vectors stand in for the model's: nothing is encoded again
     only_queries = Encoders(encoders.queries, None)  # type: ignore[arg-type]
-    kept = mine(only_queries, dataset, first=2, last=25, margin=0.5, documents=documents)["window"]
+    kept = mine(only_queries, dataset, first=2, last=25, margin=0.5, documents=Documents(documents))["window"]
     left_out = 0
     for rows in dataset.iterate("train", 1000):
         scores = encoders.queries(rows) @ documents.T

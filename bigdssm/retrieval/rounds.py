@@ -1,0 +1,138 @@
+"""Queries go round the ranks, each of which holds the vectors of its share of the documents and no others.
+
+In a round some queries of every rank are gathered on all of them, with what each query leaves out. A rank then looks at
+its own documents, and what it found goes back to the query's rank: counts are added up, best documents merged.
+
+Shapes: m queries of this rank in the round, `longest` of the rank that has most, B = world size · longest, n documents
+of this rank, N of the catalogue, p pairs of a query and one of the n documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bigdssm import distributed
+from bigdssm.dataset.rows import Rows
+from bigdssm.dataset.tensors import as_tensor
+from bigdssm.retrieval.embed import Documents
+
+QUERIES_AT_ONCE = 16_384  # of all ranks in a round: 17 MB of vectors at D = 256
+PAIRS_AT_ONCE = 2_097_152  # of all ranks in a collective: 17 MB
+# A product of fewer rows than some 12 takes another path through the BLAS, with other last bits.
+LEAST_ROWS = 32
+
+Pairs = tuple[np.ndarray, np.ndarray]
+"""(row, catalogue row), both int64: what queries leave out."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Pairs of a query and a document here that the query leaves out, by ascending query."""
+
+    rows: Tensor  # int64 [p]: the queries …
+    places: Tensor  # int64 [p]: … and the places of the documents among those here
+
+    @classmethod
+    def of(cls, rows: Tensor, places: Tensor) -> LeftOut:
+        """Return pairs that come in any order."""
+        order = rows.argsort()
+        return cls(rows[order], places[order])
+
+    def of_block(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Return (row less `first`, place), int64, of the pairs of the queries [first, last)."""
+        begin, end = torch.searchsorted(self.rows, self.rows.new_tensor([first, last])).tolist()
+        return self.rows[begin:end] - first, self.places[begin:end]
+
+
+@dataclass(frozen=True)
+class Round:
+    """Queries of all ranks; those of rank k are the rows from k · longest on, padded with queries of zeros."""
+
+    rows: Rows  # of this rank's queries
+    vectors: Tensor  # float32 [B, D+1]
+    target: Tensor  # int64 [B], the catalogue row of each query's own document
+    left_out: LeftOut  # of this rank's documents
+
+    def head(self, most: int) -> Round:
+        """Return the first `most` queries of each rank."""
+        world = distributed.world_size()
+        longest = len(self.vectors) // world
+        size = min(most, longest)
+        places = torch.arange(size, device=self.target.device)
+        at = (torch.arange(world, device=places.device)[:, None] * longest + places).flatten()
+        rank, place = self.left_out.rows // longest, self.left_out.rows % longest
+        kept = place < size
+        left_out = LeftOut((rank * size + place)[kept], self.left_out.places[kept])
+        return Round(self.rows.take(np.arange(min(size, len(self.rows)))), self.vectors[at], self.target[at], left_out)
+
+    def own(self, values: Tensor) -> Tensor:
+        """Return those of this rank's queries [m, …], of values [B, …] that all ranks have."""
+        first = distributed.rank() * (len(values) // distributed.world_size())
+        return values[first : first + len(self.rows)]
+
+    def added_up(self, values: Tensor) -> Tensor:
+        """Return values [B, …], added up over the ranks, of this rank's queries [m, …]. A collective."""
+        return distributed.reduce_scatter_rows(values)[: len(self.rows)]
+
+    def of_targets(self, documents: Documents, value: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Return [B, …], on all ranks: `value` of (queries, their own documents), by the ranks that hold these."""
+        at = documents.hold(self.target).nonzero().squeeze(1)
+        found = value(self.vectors[at], documents.vectors[self.target[at] - documents.first])
+        every = found.new_zeros(len(self.target), *found.shape[1:]).index_put((at,), found)
+        return distributed.all_reduce(every)
+
+
+def rounds(
+    pieces: Iterable[tuple[Rows, Tensor]], documents: Documents, left_out: Callable[[Rows], Pairs], at_once: int
+) -> Iterator[Round]:
+    """Yield rounds of about `at_once` queries of all ranks, at least one of each that has some left. Collectives.
+
+    `pieces` are rows of one query each and their index vectors, as many pieces on every rank. `left_out` tells what
+    queries leave out beside their own document.
+    """
+    most = max(1, at_once // distributed.world_size())
+    for rows, queries in pieces:
+        blocks = distributed.all_reduce(torch.tensor([-(-len(rows) // most)]), "max").item()
+        for first in range(0, int(blocks) * most, most):
+            part = np.arange(min(first, len(rows)), min(first + most, len(rows)))
+            yield _round(rows.take(part), queries[first : first + most], documents, left_out)
+
+
+def product(queries: Tensor, documents: Tensor) -> Tensor:
+    """Return queries @ documents.T, [m, n], an entry's bits being the same whatever is beside it in the two."""
+    m, n = len(queries), len(documents)
+    return (_at_least(queries) @ _at_least(documents).T)[:m, :n]
+
+
+def _at_least(rows: Tensor) -> Tensor:
+    missing = max(0, LEAST_ROWS - len(rows))
+    return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+
+
+def _round(rows: Rows, queries: Tensor, documents: Documents, left_out: Callable[[Rows], Pairs]) -> Round:
+    device = documents.vectors.device
+    pairs = torch.stack([as_tensor(np.ascontiguousarray(side, np.int32)) for side in left_out(rows)], 1).to(device)
+    world = distributed.world_size()
+    sizes = torch.tensor([[len(rows), len(pairs)]], device=device)
+    counts = distributed.all_gather_rows(sizes, [1] * world).T.tolist()
+    longest = max(counts[0])
+    target = distributed.all_gather_padded(as_tensor(rows.doc_rows).to(device), longest).wait()
+    held = [_held(documents, torch.arange(len(target), device=device), target)]
+    starts, at_once = torch.arange(world, device=device) * longest, max(1, PAIRS_AT_ONCE // world)
+    for first in range(0, max(counts[1]), at_once):
+        sent = [min(max(0, count - first), at_once) for count in counts[1]]
+        gathered = distributed.all_gather_rows(pairs[first : first + at_once], sent).long()
+        start = torch.repeat_interleave(starts, torch.tensor(sent, device=device))
+        held.append(_held(documents, start + gathered[:, 0], gathered[:, 1]))
+    left = LeftOut.of(*(torch.cat(side) for side in zip(*held, strict=True)))
+    return Round(rows, distributed.all_gather_padded(queries, longest).wait(), target, left)
+
+
+def _held(documents: Documents, rows: Tensor, docs: Tensor) -> tuple[Tensor, Tensor]:
+    here = documents.hold(docs)
+    return rows[here], docs[here] - documents.first
