@@ -84,7 +84,9 @@ def test_what_a_loss_asks_for(world_size: int, m: int, known_each: int, directio
     with simgpu.ranks(world_size), simgpu.Device() as device:
         step(LOSSES[direction], shard, device.put)
     assert not device.mixed and not device.uploads
-    assert sum(device.waits.values()) <= (5 if direction == "q2d" else 6), device.waits
+    # numbers of the ranks, pairs of this rank's queries, and for all strips at once how much is masked
+    most = (5 if known_each else 3) + (direction != "q2d")
+    assert sum(device.waits.values()) <= most, device.waits
     assert device.launches <= FIXED[direction] + EACH[direction], device.operations
     assert {backend for _, backend, _ in device.collectives} == {"nccl"}
     names = Counter(name for name, _, _ in device.collectives)
