@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from bigdssm import distributed
-from bigdssm.artifacts.checkpoint import Checkpoint, CheckpointStore, TensorReader
+from bigdssm.artifacts.checkpoint import ReadCheckpoint, TensorReader
+from bigdssm.artifacts.store import CheckpointStore
 from bigdssm.batching.batch import Batch
 from bigdssm.batching.plan import Budget, plan_step
 from bigdssm.config import StageConfig
@@ -117,6 +118,7 @@ class Stage:
     validator: Validator
     initial_documents: Tensor | None  # their index vectors by the initial weights, where mining has made them
     store: CheckpointStore
+    async_checkpoints: bool
     save_clock: SaveClock
     health: Health
     watch: Watch
@@ -133,7 +135,7 @@ def train(stage: Stage) -> StageProgress:
     try:
         return _train(stage)
     except Preempted:
-        save(stage)
+        save(stage, in_background=False)
         step = stage.progress.step
         raise Preempted(f"stopped on request after step {step}, saved; go on with --resume auto") from None
 
@@ -166,13 +168,15 @@ def _train(stage: Stage) -> StageProgress:
         health.after_step(progress.step, progress.applied, batch, plan, result)
         if _due(progress.step, config.validate_every_steps):
             validate(stage)
+        if stage.store.has_failed():
+            watch.stop.ask()  # the ranks stop together; saving then tells what has failed
         if watch.stop.agreed():
             raise Preempted("asked to stop")
         if not _is_over(stage) and (_due(progress.step, config.save_every_steps) or stage.save_clock.due()):
-            save(stage)
+            save(stage, stage.async_checkpoints)
     if progress.validated_at != progress.step:
         validate(stage)
-    save(stage)
+    save(stage, in_background=False)
     health.after_run()
     return progress
 
@@ -216,8 +220,11 @@ def begin_best_again(stage: Stage) -> None:
     progress.validations_since_best = since  # a stage that was out of patience still is
 
 
-def save(stage: Stage) -> None:
-    """Write a checkpoint of everything that the next step depends on. A collective."""
+def save(stage: Stage, in_background: bool) -> None:
+    """Write a checkpoint of everything that the next step depends on, behind the next steps or now. A collective.
+
+    What is still being written of the one before is waited for.
+    """
     stage.stream.check()
     random = RandomState.now()
     rank_state = {"cpu": random.cpu} | ({"device": random.device} if random.device is not None else {})
@@ -227,15 +234,18 @@ def save(stage: Stage) -> None:
         **stage.origin,
     }
     stage.watch.watchdog.beat(f"the checkpoint of step {stage.progress.step}")
-    share = stage.watch.faults.in_save(stage.progress.step, stage.engine.own_share)
+    between = stage.watch.faults.in_save(stage.progress.step)
     with stage.health.timed("checkpoint"):
         common = stage.objective.state() | ({} if stage.average is None else stage.average.state())
-        stage.store.save(stage.progress.step, state, common, rank_state, share)
+        stage.store.save(
+            stage.progress.step, state, common, rank_state, stage.engine.own_pieces(),
+            in_background=in_background, between=between,
+        )  # fmt: skip
     stage.save_clock.restart()
 
 
 def restore(
-    checkpoint: Checkpoint,
+    checkpoint: ReadCheckpoint,
     read: TensorReader,
     engine: Engine,
     stream: RowStream,
@@ -250,9 +260,8 @@ def restore(
     progress = StageProgress(**checkpoint.state["progress"])
     engine.restore(read, progress.applied)
     objective.restore(checkpoint.common_tensors())
-    if checkpoint.world_size == distributed.world_size():
-        rank_state = checkpoint.rank_state(distributed.rank())
-        RandomState(rank_state["cpu"], rank_state.get("device")).restore()
+    if checkpoint.rank_state is not None:
+        RandomState(checkpoint.rank_state["cpu"], checkpoint.rank_state.get("device")).restore()
     if new_part:
         progress.begin_part()
     else:

@@ -25,6 +25,7 @@ from .test_training import (
     assert_same_tensors,
     frequencies,
     merged,
+    put_together,
     restored_share,
     stop_after,
     weights,
@@ -83,7 +84,7 @@ def test_weights_and_moments_are_kept_and_new_rows_added(
     config, run_dir = grown[0], copy(grown[1], tmp_path)
     before = merged(run_dir / "pretrain" / "checkpoints" / f"step-{STEPS:08d}")
     shares = pools[2].run(restored_share, config, run_dir, (*ON, f"engine.zero_stage={zero_stage}"))
-    after = {name: tensor for share, _ in shares for name, tensor in share.items()}
+    after = put_together([share for share, _ in shares])
     assert all(groups == {(name, STEPS, decay) for name, _, decay in groups} for _, groups in shares)
     longer = {name for name in before if before[name].shape != after[name].shape}
     tables = {f"tables.tables.{name}.weight" for name in ("query_gender", "doc_item_id", "doc_genre")}
