@@ -331,8 +331,3 @@ def check_file(path: Path, checksum: str | None, listed_in: str) -> None:
 def checkpoint_bytes(numbers: int) -> int:
     """Return the bytes of a checkpoint of so many weights and optimizer states: all ranks' shares, in float32."""
     return 4 * numbers
-
-
-def saving_bytes(weights: int, largest: int, world_size: int) -> int:
-    """Return what writing one takes on a rank: its share of weights and two states, and one tensor put together."""
-    return 12 * weights // world_size + 4 * largest

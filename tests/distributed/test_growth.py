@@ -20,12 +20,12 @@ from bigdssm.streaming.stream import PairStream
 
 from . import small_run
 from .spawn import Pool, RankFailed
+from .test_checkpoint_shares import put_together
 from .test_training import (
     STREAMING,
     assert_same_tensors,
     frequencies,
     merged,
-    put_together,
     restored_share,
     stop_after,
     weights,
@@ -84,7 +84,7 @@ def test_weights_and_moments_are_kept_and_new_rows_added(
     config, run_dir = grown[0], copy(grown[1], tmp_path)
     before = merged(run_dir / "pretrain" / "checkpoints" / f"step-{STEPS:08d}")
     shares = pools[2].run(restored_share, config, run_dir, (*ON, f"engine.zero_stage={zero_stage}"))
-    after = put_together([share for share, _ in shares])
+    after = put_together([piece for share, _ in shares for piece in share])
     assert all(groups == {(name, STEPS, decay) for name, _, decay in groups} for _, groups in shares)
     longer = {name for name in before if before[name].shape != after[name].shape}
     tables = {f"tables.tables.{name}.weight" for name in ("query_gender", "doc_item_id", "doc_genre")}

@@ -18,6 +18,7 @@ from tests.unit.data.conftest import Writer
 
 from . import small_run
 from .spawn import Pool, RankFailed
+from .test_checkpoint_shares import put_together
 
 slow = pytest.mark.slow
 TABLES_LR_RATIO = 0.5
@@ -334,7 +335,7 @@ def test_another_world_size_goes_on_with_the_same_state(
     first = merged(checkpoints / "step-00000006")
     stage = (saving, f"engine.zero_stage={stage_after}")
     shares = pools[after].run(restored_share, config, tmp_path, stage)
-    second = put_together([share for share, _ in shares])
+    second = put_together([piece for share, _ in shares for piece in share])
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert sum(name.startswith("exp_avg_sq/") for name in first) == len(first) // 3
@@ -353,18 +354,6 @@ def test_another_world_size_goes_on_with_the_same_state(
 def merged(checkpoint: Path) -> dict[str, torch.Tensor]:
     read = open_whole(checkpoint)
     return {name: read(name) for name in read.names if not name.startswith("common/")}
-
-
-def put_together(shares: list[list[Piece]]) -> dict[str, torch.Tensor]:
-    """Return whole tensors of the pieces of all ranks, which leave nothing out and have nothing twice."""
-    pieces = sorted((piece for share in shares for piece in share), key=lambda piece: (piece.name, piece.first))
-    found: dict[str, list[torch.Tensor]] = {}
-    for piece in pieces:
-        parts = found.setdefault(piece.name, [])
-        assert piece.first == sum(len(part) for part in parts), piece.name
-        parts.append(piece.values)
-    shapes = {piece.name: piece.shape for piece in pieces}
-    return {name: torch.cat(parts).view(shapes[name]) for name, parts in found.items()}
 
 
 def restored_share(
