@@ -211,7 +211,8 @@ def write_manifest(
         "tensors": [[name, kind.dtype, kind.shape] for name, kind in tensors.items()],
         "shares": [
             {
-                "owner": share.owner, "file": share.file, "range": share.range, "xxh3_128": share.xxh3_128,
+                "owner": share.owner, "file": share.file, "range": share.range,
+                "block": share.block, "xxh3_128": share.xxh3_128,
                 "places": [[number[place.name], place.first, place.count, place.at] for place in share.places],
             }
             for share in shares
@@ -238,7 +239,7 @@ def read_manifest(path: Path) -> Checkpoint:
         names = list(tensors)
         shares = tuple(
             FileShare(
-                s["owner"], s["file"], (s["range"][0], s["range"][1]), tuple(s["xxh3_128"]),
+                s["owner"], s["file"], (s["range"][0], s["range"][1]), s["block"], tuple(s["xxh3_128"]),
                 tuple(Place(names[number], first, count, at) for number, first, count, at in s["places"]),
             )
             for s in content["shares"]

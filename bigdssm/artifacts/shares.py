@@ -1,7 +1,7 @@
 """A rank's share of a checkpoint: pieces of tensors in one safetensors file, checksummed while they are written.
 
-Who writes which piece is ZeRO's affair, who reads which bytes is not: files are cut into blocks of BLOCK bytes, each
-with a checksum, and the ranks of a resumed run, however many, read every block once between them.
+Who writes which piece is ZeRO's affair, who reads which bytes is not: files are cut into blocks, each with
+a checksum of its own, and the ranks of a resumed run, however many, read every block once between them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bigdssm.errors import CheckpointError
 
-BLOCK = 1 << 20  # bytes of a file that have a checksum of their own: what can be read, and believed, by itself
+BLOCK = 1 << 20  # bytes of a file that can be read, and believed, by themselves
 _ALIGNMENT = 8  # of the data in a safetensors file
 
 DTYPES = {
@@ -62,7 +62,8 @@ class FileShare:
     owner: int  # rank
     file: str
     range: tuple[int, int]  # first, last
-    xxh3_128: tuple[str, ...]  # of every BLOCK bytes
+    block: int  # bytes
+    xxh3_128: tuple[str, ...]  # of every block
     places: tuple[Place, ...] = ()
 
     @property
@@ -144,7 +145,7 @@ def write_share(path: Path, owner: int, pieces: Sequence[Piece]) -> tuple[FileSh
     places = [
         Place(piece.name, piece.first, piece.values.numel(), data + at) for piece, at in zip(pieces, ends, strict=False)
     ]
-    share = FileShare(owner, path.name, (0, data + ends[-1]), tuple(checksummed.checksums()), tuple(places))
+    share = FileShare(owner, path.name, (0, data + ends[-1]), BLOCK, tuple(checksummed.checksums()), tuple(places))
     return share, {piece.name: TensorKind(_NAMES[piece.values.dtype], piece.shape) for piece in pieces}
 
 
@@ -156,7 +157,7 @@ def shared_out(shares: Iterable[FileShare], rank: int, world_size: int) -> Itera
     begin = 0
     for share in shares:
         number = len(share.xxh3_128)
-        first, last = (min(max(0, -(-(end - begin) // BLOCK)), number) for end in (low, high))
+        first, last = (min(max(0, -(-(end - begin) // share.block)), number) for end in (low, high))
         if first < last:
             yield share, first, last
         begin += share.size
@@ -164,13 +165,13 @@ def shared_out(shares: Iterable[FileShare], rank: int, world_size: int) -> Itera
 
 def read_blocks(folder: Path, share: FileShare, first: int, last: int) -> Block:
     """Return the blocks [first, last) of a share, verified. Raises OSError; CheckpointError names a damaged file."""
-    path, begin = folder / share.file, share.range[0] + first * BLOCK
-    content = torch.empty(min(last * BLOCK, share.size) - first * BLOCK, dtype=torch.uint8)
+    path, begin = folder / share.file, share.range[0] + first * share.block
+    content = torch.empty(min(last * share.block, share.size) - first * share.block, dtype=torch.uint8)
     into = content.numpy().data
     with path.open("rb") as file:
         file.seek(begin)
         for number in range(first, last):
-            block = into[(number - first) * BLOCK :][:BLOCK]
+            block = into[(number - first) * share.block :][: share.block]
             if file.readinto(block) != len(block) or xxhash.xxh3_128_hexdigest(block) != share.xxh3_128[number]:
                 raise CheckpointError(f"checkpoint file {path} is damaged: its checksum is not the manifest's")
     return Block(share.file, begin, content)

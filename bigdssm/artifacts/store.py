@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -199,7 +199,7 @@ class CheckpointStore:
             written.append(write_share(aside / tensors_file(rank), rank, job.pieces))
             job.between()
             share, _ = write_share(aside / rank_file(rank), rank, job.rank_state)
-            written.append((FileShare(rank, share.file, share.range, share.xxh3_128), {}))
+            written.append((replace(share, places=()), {}))
 
         self._together(write, "write", job.group)
         reports = distributed.gather_objects(written, job.group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from bigdssm.artifacts.store import CheckpointStore
 from bigdssm.config import EngineConfig, OptimizerConfig
 from bigdssm.errors import BigDSSMError
 
+from . import small_run
 from .spawn import Pool
 
 BLOCK = 1024  # of files of tens of kB
@@ -180,8 +182,7 @@ def saved_twice(rank: int, world_size: int, folder: Path, struck: int, in_backgr
 
 def found(rank: int, world_size: int, folder: Path) -> tuple[int, bool, list[int] | None] | None:
     """Return step, whether its tensors are the saved ones, and this rank's state, of the newest good checkpoint."""
-    with small_blocks():
-        newest = CheckpointStore(folder, keep=3).newest_good()
+    newest = CheckpointStore(folder, keep=3).newest_good()
     if newest is None:
         return None
     read = newest.reader()
@@ -211,3 +212,66 @@ def test_damage_that_one_rank_reads_is_damage_to_all(tmp_path: Path, pools: dict
     random = tmp_path / "step-00000004" / "rank-00001.safetensors"
     random.write_bytes(random.read_bytes()[:-1] + b"?")
     assert pools[3].run(found, tmp_path) == [None] * 3  # though three ranks would not use it
+
+
+def test_a_file_that_one_rank_does_not_see_is_no_damage(tmp_path: Path, pools: dict[int, Pool]) -> None:
+    assert pools[2].run(saved_twice, tmp_path, 2, False) == [("", False)] * 2
+    errors = pools[2].run(unseen, tmp_path)
+    assert "PeerError: rank 1 stopped: could not read a checkpoint" in errors[0]
+    assert "tensors-00001.safetensors" in errors[1] and "No such file" in errors[1]
+    assert sorted(path.name for path in tmp_path.glob("*step*")) == ["step-00000004", "step-00000008"]
+
+
+def unseen(rank: int, world_size: int, folder: Path) -> str:
+    """Look for a checkpoint in a folder that rank 1 does not have; return the error."""
+    opened = Path.open
+
+    def not_there(path: Path, *arguments: Any, **options: Any) -> Any:
+        return opened(path.with_name("elsewhere") / path.name if rank == 1 else path, *arguments, **options)
+
+    Path.open = not_there  # type: ignore[method-assign]
+    try:
+        CheckpointStore(folder, keep=3).newest_good()
+    except BigDSSMError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        Path.open = opened  # type: ignore[method-assign]
+    raise AssertionError("nothing was missed")
+
+
+def test_a_run_stops_soon_after_the_writing_behind_it_has_failed(tmp_path: Path, pools: dict[int, Pool]) -> None:
+    """Not at the next save, of which there is none before the end."""
+    done = pools[2].run(with_a_full_disk, small_run.write_dataset(tmp_path), tmp_path / "run", 2, 40)
+    assert done[0][0].startswith("PeerError: rank 1 stopped: could not write a checkpoint")
+    assert done[1][0].startswith("CheckpointError") and "No space left on device" in done[1][0]
+    assert 2 < done[0][1] == done[1][1] < 40
+
+
+def with_a_full_disk(
+    rank: int, world_size: int, config: Path, run_dir: Path, full_at: int, steps: int
+) -> tuple[str, int]:
+    """Run with one checkpoint in the middle, for which rank 1 has no room; return the error and the steps done."""
+    from bigdssm.training import loop
+
+    done = 0
+    train_step = loop.train_step
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal done
+        done += 1
+        time.sleep(0.03)
+        return train_step(*arguments)
+
+    loop.train_step = counted
+    os.environ["BIGDSSM_FAULT"] = f"disk-full@{full_at}:1"
+    overrides = (f"pretrain.steps={steps}", f"pretrain.save_every_steps={full_at}", "pretrain.validate_every_steps=0")
+    due = loop._due
+    loop._due = lambda step, every: step == full_at == every
+    try:
+        small_run.run(rank, world_size, config, run_dir, overrides)
+    except BigDSSMError as error:
+        return f"{type(error).__name__}: {error}", done
+    finally:
+        loop.train_step, loop._due = train_step, due
+        del os.environ["BIGDSSM_FAULT"]
+    return "", done
