@@ -24,7 +24,7 @@ from .test_checkpoint_shares import put_together
 from .test_training import (
     STREAMING,
     assert_same_tensors,
-    frequencies,
+    common,
     merged,
     restored_share,
     stop_after,
@@ -167,8 +167,8 @@ def test_a_new_part_that_was_killed_ends_with_the_same_weights(
     first, second = (merged(run / "pretrain" / "checkpoints" / last) for run in (whole, cut))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert row_ids(whole, 2) == row_ids(cut, 2)
-    assert frequencies(whole, STEPS + NEW_STEPS)["step"].tolist() == [STEPS + NEW_STEPS]  # of the whole run
-    assert_same_tensors(frequencies(whole, STEPS + NEW_STEPS), frequencies(cut, STEPS + NEW_STEPS))
+    assert common(whole, STEPS + NEW_STEPS)["step"].tolist() == [STEPS + NEW_STEPS]  # of the whole run
+    assert_same_tensors(common(whole, STEPS + NEW_STEPS), common(cut, STEPS + NEW_STEPS))
 
 
 def test_another_run_starts_from_a_model_with_fewer_values(
