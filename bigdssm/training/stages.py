@@ -101,6 +101,7 @@ def run_stage(
                 alert = SpikeAlert(folder, distributed.rank(), distributed.world_size(), done.step)
                 watch = Watch(watchdog, stop, Faults.from_environment(), alert)
                 stage = _assemble(config, name, model, stream, store, checkpoint, new_part, trackers, bar, watch)
+                checkpoint = None  # all that was read of it is in its place: let go of it
                 note_start(folder, stage.progress.step, stage.total_steps)
                 logger.info(
                     "%s: %s, %d steps of %d rows on %s, from step %d, in %s",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,25 @@ def test_of_stuck_ranks_the_one_furthest_behind_is_blamed_that_waits_for_nobody(
     assert "rank 2 (pid 7 on node2) lives but its main thread is stuck: no progress for 10 s in step 5, at" in found
     watchdog._survey = {0: state(5, True), 1: state(4, True), 2: state(5, False)}
     assert "rank 1 (pid 7 on node1) lives" in str(watchdog._fault(113.3))
+
+
+def test_a_main_thread_that_waits_for_another_is_where_that_one_is(watchdog: Watchdog) -> None:
+    """Else all ranks would look alike where one cannot write its part of a checkpoint."""
+    done: list[bool] = []
+
+    def writes_forever() -> None:
+        while not done:
+            time.sleep(0.01)
+
+    writing = threading.Thread(target=writes_forever)
+    waiting = threading.Thread(target=writing.join)
+    writing.start(), waiting.start()
+    watchdog._main_thread = waiting.ident
+    try:
+        assert str(watchdog._own_state()["where"]).endswith("writes_forever")
+    finally:
+        done.append(True)
+        waiting.join()
 
 
 def test_before_the_first_step_a_rank_may_take_its_time(watchdog: Watchdog) -> None:
