@@ -22,18 +22,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from bigdssm import distributed
-from bigdssm.artifacts.checkpoint import (
-    COMMON,
-    LATEST,
+from bigdssm.artifacts.checkpoint import COMMON, LATEST, ReadCheckpoint, checkpoints_in, read_part
+from bigdssm.artifacts.manifest import (
     Checkpoint,
     OtherFormatError,
-    ReadCheckpoint,
     check_sizes,
-    checkpoints_in,
     name_of,
     rank_file,
     read_manifest,
-    read_part,
     tensors_file,
     write_manifest,
 )
