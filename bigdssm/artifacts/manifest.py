@@ -32,14 +32,9 @@ class Checkpoint:
     tensors: dict[str, TensorKind]  # by name: weights, STATE/… of the optimizer's, and COMMON…
     shares: tuple[FileShare, ...]
 
-    @property
-    def files(self) -> list[str]:
-        """The names of its files; what else lies in the folder is not read."""
-        return sorted({share.file for share in self.shares})
-
     def tensor_shares(self) -> list[FileShare]:
         """Return the shares of all tensors, in the order of their ranks."""
-        return [share for share in self.shares if share.places]
+        return [share for share in self.shares if share.file == tensors_file(share.owner)]
 
     def rank_share(self, rank: int) -> FileShare:
         """Return the share that holds what rank `rank` saved for itself."""
