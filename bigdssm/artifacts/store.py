@@ -223,6 +223,7 @@ class CheckpointStore:
         write_manifest(aside, job.step, len(reports), job.state, tensors, shares)
         replace_folder(aside, path)
         write_text(self.folder / LATEST, path.name)
+        logger.info("the checkpoint of step %d is on the disk", job.step)
         for old in checkpoints_in(self.folder)[: -self._keep]:
             shutil.rmtree(old)
 

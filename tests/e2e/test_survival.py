@@ -98,7 +98,7 @@ def test_torchrun_restarts_what_has_died(config: Path, folder: Path) -> None:
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
     variables = environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     run = Run(folder, config, *arguments, command=command, variables=variables)
-    run.wait_for("checkpoint took")
+    run.wait_for("is on the disk")
     os.kill(run.events()[0]["pid"], signal.SIGKILL)
     assert run.wait() == 0, run.log
     assert [(event["event"], event.get("exit_code")) for event in run.events()] == [
