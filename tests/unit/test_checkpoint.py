@@ -171,13 +171,18 @@ def test_a_full_disk_in_the_middle_of_a_file(store: CheckpointStore) -> None:
 
 def test_what_is_written_in_the_background_is_of_its_step_and_there_when_settled(store: CheckpointStore) -> None:
     """Nothing that training changes meanwhile gets into it, and nothing shows before all is on the disk."""
-    goes_on, tensor, state = threading.Event(), torch.zeros(3), {"step": 20}
+    half, goes_on, tensor, state = threading.Event(), threading.Event(), torch.zeros(3), {"step": 20}
+
+    def wait() -> None:
+        half.set()
+        goes_on.wait(60)
+
     store.save(
-        20, state, {"average": tensor}, {"cpu": tensor}, [whole("weight", tensor)], in_background=True,
-        between=lambda: goes_on.wait(60) and None,
-    )  # fmt: skip
+        20, state, {"average": tensor}, {"cpu": tensor}, [whole("weight", tensor)], in_background=True, between=wait
+    )
     tensor += 1
     state["step"] = 21
+    assert half.wait(60)
     assert (store.folder / "latest").read_text() == "step-00000015" and not store.has_failed()
     assert find(store.folder.parent, "latest").name == "step-00000015"
     goes_on.set()
