@@ -201,17 +201,17 @@ def test_a_full_disk_on_one_rank_is_known_to_all(tmp_path: Path, pools: dict[int
 
 
 def test_damage_that_one_rank_reads_is_damage_to_all(tmp_path: Path, pools: dict[int, Pool]) -> None:
-    assert pools[2].run(saved_twice, tmp_path, 2, True) == [("", False)] * 2
-    assert pools[3].run(found, tmp_path) == [(8, True, None)] * 3
+    assert pools[3].run(saved_twice, tmp_path, 3, True) == [("", False)] * 3
+    assert pools[2].run(found, tmp_path) == [(8, True, None)] * 2
     file = tmp_path / "step-00000008" / "tensors-00001.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert pools[3].run(found, tmp_path) == [(4, True, None)] * 3
+    assert pools[2].run(found, tmp_path) == [(4, True, None)] * 2
     assert (tmp_path / "damaged-step-00000008").is_dir()
-    random = tmp_path / "step-00000004" / "rank-00001.safetensors"
+    random = tmp_path / "step-00000004" / "rank-00002.safetensors"
     random.write_bytes(random.read_bytes()[:-1] + b"?")
-    assert pools[3].run(found, tmp_path) == [None] * 3  # though three ranks would not use it
+    assert pools[2].run(found, tmp_path) == [None] * 2  # though two ranks would not use it
 
 
 def test_a_file_that_one_rank_does_not_see_is_no_damage(tmp_path: Path, pools: dict[int, Pool]) -> None:
