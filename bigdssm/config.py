@@ -156,6 +156,8 @@ class EngineConfig:
     keep_graph_tokens: int | None = bounded(None, 0, 2**40)
     # Without a sign of life from a rank, or without progress, before the others stop.
     peer_timeout_s: float = bounded(300.0, 5, 1_000_000)
+    # A checkpoint is written from a copy while the next steps run; false: they wait for it.
+    async_checkpoints: bool = True
     # Columns of the score matrix held at once; none: chosen by the loss.
     loss_tile: int | None = bounded(None, 1, 2**31)
 

@@ -30,6 +30,8 @@ Group = dist.ProcessGroup
 _GLOO_REDUCE_SCATTER = hasattr(dist, "reduce_scatter_single")
 _reduce_scatter = dist.reduce_scatter_single if _GLOO_REDUCE_SCATTER else dist.reduce_scatter_tensor
 
+_background: tuple[Group | None, Group] | None = None  # the whole group that there was, and one for threads
+
 
 def is_distributed() -> bool:
     """Return True where a process group exists."""
@@ -87,6 +89,29 @@ def all_gather_object(value: T, group: Group | None = None) -> list[T]:
     values: list[Any] = [None] * world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def gather_objects(value: T, group: Group | None = None) -> list[T]:
+    """Return every rank's picklable `value`, in rank order, on rank 0; nothing on the others."""
+    if world_size(group) == 1:
+        return [value]
+    values: list[Any] | None = [None] * world_size(group) if rank(group) == 0 else None
+    dist.gather_object(value, values, dst=0, group=group)
+    return values or []
+
+
+def background_group() -> Group | None:
+    """Return the group of all ranks that threads beside the main one talk over, None without other ranks.
+
+    A collective when it is first asked for. What such a thread waits for does not hold up the main one's collectives.
+    """
+    global _background
+    if world_size() == 1:
+        return None
+    whole = dist.group.WORLD
+    if _background is None or _background[0] is not whole:
+        _background = whole, dist.new_group(backend="gloo")
+    return _background[1]
 
 
 def broadcast_object(value: T, src: int = 0) -> T:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bigdssm.artifacts.checkpoint import checkpoint_bytes, saving_bytes
+from bigdssm.artifacts.checkpoint import checkpoint_bytes
 from bigdssm.batching.batch import Batch
 from bigdssm.batching.chunks import Chunked
 from bigdssm.batching.plan import Budget, plan_side, plan_step
@@ -113,6 +113,7 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     held, in_step = held_bytes(engine, sizes, world_size), step_bytes(engine, sizes, world_size)
     # and what is put aside while it is in place
     averaged = {"moving average of the weights": 2 * FP32 * sizes.weights} if stage.weight_average else {}
+    saved = sizes.weights + sizes.states + (sizes.weights if stage.weight_average else 0)
     kept, towers = _towers(model, mode, batch, engine)
     rows, width = (len(batch.query_ids), len(batch.doc_ids)), config.model.dim
     tile, both, known = config.engine.loss_tile, stage.loss.direction != "q2d", batch.known
@@ -123,10 +124,13 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     )  # fmt: skip
     sent = loss_sent_bytes(rows[1], width, world_size, both=both) | sent_bytes(engine, sizes)
     steps = stage.steps or int(np.ceil(stage.epochs * stream.steps_per_epoch))
+    behind = engine.async_checkpoints and (stage.save_every_minutes > 0 or 0 < stage.save_every_steps < steps)
+    copied = {"copy that a checkpoint is written from": -(-checkpoint_bytes(saved) // world_size)} if behind else {}
     return Estimate(
         held={
             **held,
             **averaged,
+            **copied,
             "batch": 2 * batch.nbytes,  # and the next one
             "libraries at first use": RUNTIME_BYTES,
         },
@@ -134,14 +138,13 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
             "loss, beside graphs that are kept": kept + vectors + loss,
             "towers' activations and gradients": towers + vectors,
             "optimizer's step": in_step,
-            "checkpoint": saving_bytes(sizes.weights, sizes.largest, world_size),
             "validation, mining": _encoding(model, mode, batch) + _documents(stage, width, dataset, world_size),
         },
         num_weights=sizes.weights,
         table_weights=sum(parameter.numel() for parameter in model.tables.parameters()),
         negatives=num_negatives(stage, batch, world_size, dataset.catalogue.num_docs),
         sent={name: int(size * (world_size - 1) / world_size) for name, size in sent.items()},
-        checkpoint_bytes=checkpoint_bytes(sizes.weights + sizes.states),
+        checkpoint_bytes=checkpoint_bytes(saved),
         steps=steps,
         rows_global=stage.rows_global,
         world_size=world_size,

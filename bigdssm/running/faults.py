@@ -9,20 +9,20 @@ checkpoint written when so many steps are consumed.
                              to the process that started this rank, and to the one that started that
     kill-loader              SIGKILL to this rank's first loader process
     nan spike                a loss that is not finite; a loss 100 times as high, without its gradient
-    kill-save disk-full      in the checkpoint: SIGKILL between its files; no file can grow past 4 KiB
+    kill-save disk-full      in the checkpoint, between this rank's files: SIGKILL; the disk is full
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
-import resource
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from bigdssm import distributed
 from bigdssm.errors import ConfigError
@@ -35,9 +35,7 @@ IN_STEP = (
     "kill-loader",
 )  # fmt: skip
 IN_LOSS, IN_SAVE = ("nan", "spike"), ("kill-save", "disk-full")
-DISK_FULL_BYTES = 4096
 
-T = TypeVar("T")
 logger = get_logger(__name__)
 
 
@@ -82,19 +80,17 @@ class Faults:
 
         return spoiled
 
-    def in_save(self, step: int, share: Callable[[], T]) -> Callable[[], T]:
-        """Return the function that gives a checkpoint its tensors, or what strikes in the checkpoint of `step`."""
+    def in_save(self, step: int) -> Callable[[], None]:
+        """Return what the checkpoint of `step` calls between two files: it strikes where a fault asks for it."""
         due = self._due(step, IN_SAVE)
 
-        def struck() -> T:
-            tensors = share()
+        def strike() -> None:
             for kind in due:
                 if kind == "kill-save":
                     os.kill(os.getpid(), signal.SIGKILL)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (DISK_FULL_BYTES, resource.RLIM_INFINITY))
-            return tensors
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        return struck if due else share
+        return strike
 
     def _due(self, step: int, kinds: tuple[str, ...]) -> list[str]:
         due = [fault.kind for fault in self.faults if fault.step == step and fault.kind in kinds]

@@ -365,9 +365,17 @@ def _machine() -> str:
 
 
 def _position(frame: FrameType | None) -> tuple[str, bool]:
-    """Return where a thread is, as `file.py:line function`, and whether it waits in a collective."""
+    """Return where a thread is, as `file.py:line function`, and whether it waits in a collective.
+
+    One that waits for another thread of this process, such as the one that writes a checkpoint, is where that one is.
+    """
     if frame is None:
         return "nowhere", False
+    caller: FrameType | None = frame
+    while caller is not None and caller.f_code.co_filename == threading.__file__:
+        if caller.f_code.co_name == "join" and (other := sys._current_frames().get(caller.f_locals["self"].ident)):
+            return _position(other)
+        caller = caller.f_back
     code = frame.f_code
     where = f"{'/'.join(Path(code.co_filename).parts[-2:])}:{frame.f_lineno} {code.co_name}"
     return where, f"torch{os.sep}distributed" in code.co_filename

@@ -19,6 +19,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from bigdssm import distributed, timing
+from bigdssm.artifacts.shares import Piece
 from bigdssm.config import EngineConfig, OptimizerConfig
 from bigdssm.errors import ConfigError, PeerError
 from bigdssm.models import Encoded, Places, use_plain_attention
@@ -173,9 +174,9 @@ class Engine:
         """The model itself."""
         return cast(nn.Module, self.deepspeed.module)
 
-    def own_share(self) -> dict[str, Tensor]:
-        """Return this rank's share of weights and optimizer states, by name (see portable.py). A collective."""
-        return portable.own_share(portable.whole_tensors(self.deepspeed, self.zero_stage, self._state_of))
+    def own_pieces(self) -> Iterator[Piece]:
+        """Yield this rank's pieces of weights and optimizer states (see portable.py)."""
+        return portable.own_pieces(self.deepspeed, self.zero_stage, self._state_of)
 
     def restore(self, read: Callable[[str], Tensor], applied_steps: int) -> None:
         """Set master weights and optimizer states from `read(name)`; the model has its weights. A collective."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bigdssm.artifacts.checkpoint import Checkpoint, TensorReader
+from bigdssm.artifacts.checkpoint import ReadCheckpoint, TensorReader
 from bigdssm.log import get_logger
 from bigdssm.models import DualEncoder
 from bigdssm.schema import Schema
@@ -23,11 +23,11 @@ def grow_model(model: DualEncoder, schema: Schema) -> None:
 class GrownReader(TensorReader):
     """Reads a checkpoint for a new `model` whose tables may have more rows: as initialised, their moments zero."""
 
-    def __init__(self, checkpoint: Checkpoint, model: DualEncoder) -> None:
+    def __init__(self, checkpoint: ReadCheckpoint, model: DualEncoder) -> None:
         super().__init__(checkpoint)
         self._new_rows: dict[str, Tensor] = {}
         for name, parameter in model.tables.named_parameters("tables"):
-            known, needed = len(super().__call__(name)), len(parameter)
+            known, needed = self.shape(name)[0], len(parameter)
             if known < needed:
                 _say(name, known, needed)
                 self._new_rows[name] = parameter.detach()[known:].float().clone()

@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bigdssm import distributed
-from bigdssm.artifacts.checkpoint import Checkpoint, CheckpointStore, TensorReader
+from bigdssm.artifacts.checkpoint import ReadCheckpoint, TensorReader
+from bigdssm.artifacts.store import CheckpointStore
 from bigdssm.batching.batch import Batch
 from bigdssm.batching.plan import Budget, Draft, draft_step, most_needed
 from bigdssm.config import StageConfig
@@ -119,6 +119,7 @@ class Stage:
     validator: Validator
     initial_documents: Documents | None  # this rank's share by the initial weights, where mining has made them
     store: CheckpointStore
+    async_checkpoints: bool
     save_clock: SaveClock
     health: Health
     watch: Watch
@@ -136,7 +137,7 @@ def train(stage: Stage) -> StageProgress:
     try:
         return _train(stage)
     except Preempted:
-        save(stage)
+        save(stage, in_background=False)
         step = stage.progress.step
         raise Preempted(f"stopped on request after step {step}, saved; go on with --resume auto") from None
 
@@ -156,7 +157,7 @@ def _train(stage: Stage) -> StageProgress:
         _take_steps(stage, batches)
     if progress.validated_at != progress.step:
         validate(stage)
-    save(stage)
+    save(stage, in_background=False)
     stage.health.after_run()
     return progress
 
@@ -174,6 +175,8 @@ def _take_steps(stage: Stage, batches: Iterator[Batch]) -> None:
         watch.watchdog.beat(f"step {progress.step}")
         watch.faults.in_step(progress.step)
         factor = schedule_factor(progress.applied - progress.part_applied, part_steps, config.optimizer)
+        if stage.store.has_failed():
+            watch.stop.ask()  # the ranks stop together; saving then tells what has failed
         further, note = stage.objective.model_inputs(batch), partial(_note, stage, batch, coming)
         result = train_step(stage.engine, batch, plan, objective, factor, further, note)
         needs = result.agreed.needs
@@ -190,7 +193,7 @@ def _take_steps(stage: Stage, batches: Iterator[Batch]) -> None:
         if result.agreed.stop:
             raise Preempted("asked to stop")
         if not _is_over(stage) and (_due(progress.step, config.save_every_steps) or result.agreed.save):
-            save(stage)
+            save(stage, stage.async_checkpoints)
 
 
 class _Coming(NamedTuple):
@@ -253,8 +256,11 @@ def begin_best_again(stage: Stage) -> None:
     progress.validations_since_best = since  # a stage that was out of patience still is
 
 
-def save(stage: Stage) -> None:
-    """Write a checkpoint of everything that the next step depends on. A collective."""
+def save(stage: Stage, in_background: bool) -> None:
+    """Write a checkpoint of everything that the next step depends on, behind the next steps or now. A collective.
+
+    What is still being written of the one before is waited for.
+    """
     stage.stream.check(stage.stream_step)
     random = RandomState.now()
     rank_state = {"cpu": random.cpu} | ({"device": random.device} if random.device is not None else {})
@@ -264,15 +270,18 @@ def save(stage: Stage) -> None:
         **stage.origin,
     }
     stage.watch.watchdog.beat(f"the checkpoint of step {stage.progress.step}")
-    share = stage.watch.faults.in_save(stage.progress.step, stage.engine.own_share)
+    between = stage.watch.faults.in_save(stage.progress.step)
     with stage.health.timed("checkpoint"):
         common = stage.objective.state() | ({} if stage.average is None else stage.average.state())
-        stage.store.save(stage.progress.step, state, common, rank_state, share)
+        stage.store.save(
+            stage.progress.step, state, common, rank_state, stage.engine.own_pieces(),
+            in_background=in_background, between=between,
+        )  # fmt: skip
     stage.save_clock.restart()
 
 
 def restore(
-    checkpoint: Checkpoint,
+    checkpoint: ReadCheckpoint,
     read: TensorReader,
     engine: Engine,
     stream: RowStream,
@@ -287,9 +296,8 @@ def restore(
     progress = StageProgress(**checkpoint.state["progress"])
     engine.restore(read, progress.applied)
     objective.restore(checkpoint.common_tensors())
-    if checkpoint.world_size == distributed.world_size():
-        rank_state = checkpoint.rank_state(distributed.rank())
-        RandomState(rank_state["cpu"], rank_state.get("device")).restore()
+    if checkpoint.rank_state is not None:
+        RandomState(checkpoint.rank_state["cpu"], checkpoint.rank_state.get("device")).restore()
     if new_part:
         progress.begin_part()
     else:

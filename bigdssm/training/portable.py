@@ -1,18 +1,20 @@
-"""Weights and optimizer state by parameter name, whole and in float32, whatever ZeRO stage and world size hold them.
+"""Weights and optimizer state by parameter name, in float32, whatever ZeRO stage and world size hold them.
 
-What one engine gives, any other takes: another stage, another number of ranks. Every parameter is put together on all
-ranks at once (a collective per tensor), and kept by one of them, so that no rank holds more than its share.
+What one engine gives, any other takes: another stage, another number of ranks. An engine gives pieces, each rank those
+that it has; it takes whole tensors, one at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
 from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
@@ -21,43 +23,63 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from bigdssm import distributed
+from bigdssm.artifacts.shares import Piece, even_share
 
 StateOf = Callable[[str], tuple[str, ...]]
 """The names of the tensors that the optimizer keeps of a parameter in a group, see `optimizers.OptimizerKind`."""
 
 
-def whole_tensors(engine: Any, zero_stage: int, state_of: StateOf) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, float32 tensor) of every weight, and (state's name + "/" + name) of every state of the optimizer.
+def own_pieces(engine: Any, zero_stage: int, state_of: StateOf) -> Iterator[Piece]:
+    """Yield this rank's float32 pieces of every weight, and (state's name + "/" + name) of every optimizer's state.
 
-    A collective: every rank must run it to the end. Before the first step there are no states.
+    They are what ZeRO gives the rank, and an even share of what every rank has. No collective; the pieces are parts
+    of what is trained. Before the first step there are no states.
     """
     has_states = any(len(state) for state in base_optimizer(engine, zero_stage).state.values())
     states = _states(engine, zero_stage, state_of) if has_states else {}
     if has_states:
         _link_states(engine, zero_stage)
+    replicated: list[tuple[str, Tensor]] = []
     for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
-            yield name, parameter.detach().float()
-            continue
-        yield name, parameter.detach().float() if zero_stage == 0 else safe_get_full_fp32_param(parameter)
-        for state in states.get(parameter, ()):
-            yield f"{state}/{name}", _state(engine, zero_stage, parameter, state)
+        if zero_stage == 3:
+            yield from _partitions(name, parameter, states.get(parameter, ()))
+        elif zero_stage > 0 and parameter.requires_grad:
+            yield from _fragments(name, parameter, states.get(parameter, ()))
+        else:
+            replicated.append((name, parameter))
+            replicated += [(f"{s}/{name}", engine.optimizer.state[parameter][s]) for s in states.get(parameter, ())]
+    for piece in even_share(replicated, distributed.rank(), distributed.world_size()):
+        yield replace(piece, values=piece.values.float())
 
 
-def own_share(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the tensors that this rank keeps, on the CPU: every world_size-th one."""
-    rank, world_size = distributed.rank(), distributed.world_size()
-    return {
-        name: tensor.detach().cpu().contiguous().clone()
-        for number, (name, tensor) in enumerate(tensors)
-        if number % world_size == rank
-    }
+def _fragments(name: str, parameter: Any, states: tuple[str, ...]) -> Iterator[Piece]:
+    """Yield what ZeRO 1 and 2 give this rank of a parameter, if anything."""
+    mapping, shape = parameter._hp_mapping, tuple(parameter.shape)
+    if mapping is None:
+        return
+    first = mapping.lp_fragment_address.start
+    yield Piece(name, shape, first, mapping.get_hp_fragment())
+    for state in states:
+        yield Piece(f"{state}/{name}", shape, first, mapping.get_hp_fragment(state))
+
+
+def _partitions(name: str, parameter: Any, states: tuple[str, ...]) -> Iterator[Piece]:
+    """Yield what ZeRO 3 gives this rank of a parameter, without what it is padded with, if anything is left."""
+    shape, size = tuple(parameter.ds_shape), parameter.ds_tensor.numel()
+    first = size * distributed.rank()
+    count = min(size, prod(shape) - first)
+    if count <= 0:
+        return
+    values = safe_get_local_fp32_param(parameter) if parameter.requires_grad else parameter.ds_tensor.float()
+    yield Piece(name, shape, first, values.flatten()[:count])
+    for state in states:
+        yield Piece(f"{state}/{name}", shape, first, safe_get_local_optimizer_state(parameter, state)[:count])
 
 
 def set_tensors(
     engine: Any, zero_stage: int, state_of: StateOf, read: Callable[[str], Tensor], applied_steps: int
 ) -> None:
-    """Set an engine's master weights and states to what `read` returns for the names of `whole_tensors`. A collective.
+    """Set an engine's master weights and states to what `read` returns for the names of `own_pieces`. A collective.
 
     The model must have been given the same weights before the engine was built around it. `applied_steps` becomes
     the optimizer's step of every parameter.
@@ -87,15 +109,6 @@ def _states(engine: Any, zero_stage: int, state_of: StateOf) -> dict[nn.Paramete
         return {parameter: state_of(group["name"]) for group in groups for parameter in group["params"]}
     names = state_of(groups[0]["name"])
     return {parameter: names for parameter in engine.module.parameters() if parameter.requires_grad}
-
-
-def _state(engine: Any, zero_stage: int, parameter: nn.Parameter, state: str) -> Tensor:
-    whole: Tensor
-    if zero_stage == 0:
-        whole = engine.optimizer.state[parameter][state]
-    else:
-        whole = safe_get_full_optimizer_state(parameter, state)
-    return whole
 
 
 def _create_states(engine: Any, zero_stage: int, state_of: StateOf, applied_steps: int) -> None:

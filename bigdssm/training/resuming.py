@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from bigdssm.artifacts.checkpoint import Checkpoint
+from bigdssm.artifacts.checkpoint import ReadCheckpoint
 from bigdssm.config import Config, StageConfig, StageName, load_config
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.log import get_logger
@@ -98,7 +98,7 @@ def check_resume(path: Path, config: Config, name: StageName) -> None:
             )
 
 
-def check_length(checkpoint: Checkpoint, stage: StageConfig, name: StageName, steps_per_epoch: int) -> None:
+def check_length(checkpoint: ReadCheckpoint, stage: StageConfig, name: StageName, steps_per_epoch: int) -> None:
     """Say what a longer stage does to the learning rate. Raises ConfigError: a shorter one, or one without negatives.
 
     For a stage that goes on where `checkpoint` was taken.

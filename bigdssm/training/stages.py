@@ -14,9 +14,10 @@ import torch
 import yaml
 
 from bigdssm import atomic, distributed
-from bigdssm.artifacts.checkpoint import CHECKPOINTS, Checkpoint, CheckpointStore, is_checkpoint
+from bigdssm.artifacts.checkpoint import CHECKPOINTS, ReadCheckpoint, is_checkpoint
 from bigdssm.artifacts.checkpoint_model import load_checkpoint_model
 from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.artifacts.store import CheckpointStore
 from bigdssm.batching.plan import Budget
 from bigdssm.cli import ProgressBar
 from bigdssm.config import Config, StageName, first_difference
@@ -86,7 +87,7 @@ def run_stage(
                 check_folder(config, name, resume)  # last: it hides nothing that is wrong with the config
                 return None
             after.enter_context(lock)
-            store = CheckpointStore(folder / CHECKPOINTS, stage_config.keep_checkpoints)
+            store = after.enter_context(CheckpointStore(folder / CHECKPOINTS, stage_config.keep_checkpoints))
             checkpoint = store.newest_good() if resume else None
             new_part = checkpoint is not None and not stream.check_state(checkpoint.state["stream"])
             if checkpoint is not None and not new_part:
@@ -99,6 +100,7 @@ def run_stage(
                 alert = SpikeAlert(folder, distributed.rank(), distributed.world_size(), done.step)
                 watch = Watch(watchdog, stop, Faults.from_environment(), alert)
                 stage = _assemble(config, name, model, stream, store, checkpoint, new_part, trackers, bar, watch)
+                checkpoint = None  # all that was read of it is in its place: let go of it
                 note_start(folder, stage.progress.step, stage.total_steps)
                 logger.info(
                     "%s: %s, %d steps of %d rows on %s, from step %d, in %s",
@@ -118,7 +120,7 @@ def run_stage(
 
 def _assemble(
     config: Config, name: StageName, model: DualEncoder, stream: RowStream, store: CheckpointStore,
-    checkpoint: Checkpoint | None, new_part: bool, trackers: Trackers, bar: ProgressBar, watch: Watch,
+    checkpoint: ReadCheckpoint | None, new_part: bool, trackers: Trackers, bar: ProgressBar, watch: Watch,
 ) -> Stage:  # fmt: skip
     stage_config, folder, dataset = config.stage(name), config.stage_dir(name), stream.dataset
     rows_per_rank = stage_config.rows_global // distributed.world_size()
@@ -161,6 +163,7 @@ def _assemble(
         validator=Validator(dataset, config, folder / "best", rows_per_chunk=1024),
         initial_documents=documents,
         store=store,
+        async_checkpoints=config.engine.async_checkpoints,
         save_clock=SaveClock(stage_config.save_every_minutes),
         health=Health(name, engine, trackers, bar, total_steps, stage_config.rows_global, stage_config.log_every_steps),
         watch=watch,

@@ -14,6 +14,7 @@ from bigdssm.training.checks import check_stage
 
 from . import small_run
 from .spawn import Pool
+from .test_training import common
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_best_holds_the_average_and_a_stopped_run_goes_on_with_it(
     losses = [[record["loss"] for record in small_run.records(tmp_path / name)] for name in ("plain", "whole")]
     assert losses[0] == losses[1]  # it is looked at, and changes nothing
     assert max(float((whole[name] - plain[name]).abs().max()) for name in plain) > 1e-4
-    kept = load_file(tmp_path / "whole" / "pretrain" / "checkpoints" / "step-00000008" / "common.safetensors")
+    kept = common(tmp_path / "whole", 8)
     assert int(kept["average.updates"]) == 8
     assert all(torch.equal(whole[name], kept[f"average.{name}"]) for name in whole)
     pools[2].run(small_run.run, config, tmp_path / "stopped", averaged)

@@ -20,10 +20,11 @@ from bigdssm.streaming.stream import PairStream
 
 from . import small_run
 from .spawn import Pool, RankFailed
+from .test_checkpoint_shares import put_together
 from .test_training import (
     STREAMING,
     assert_same_tensors,
-    frequencies,
+    common,
     merged,
     restored_share,
     stop_after,
@@ -83,7 +84,7 @@ def test_weights_and_moments_are_kept_and_new_rows_added(
     config, run_dir = grown[0], copy(grown[1], tmp_path)
     before = merged(run_dir / "pretrain" / "checkpoints" / f"step-{STEPS:08d}")
     shares = pools[2].run(restored_share, config, run_dir, (*ON, f"engine.zero_stage={zero_stage}"))
-    after = {name: tensor for share, _ in shares for name, tensor in share.items()}
+    after = put_together([piece for share, _ in shares for piece in share])
     assert all(groups == {(name, STEPS, decay) for name, _, decay in groups} for _, groups in shares)
     longer = {name for name in before if before[name].shape != after[name].shape}
     tables = {f"tables.tables.{name}.weight" for name in ("query_gender", "doc_item_id", "doc_genre")}
@@ -166,8 +167,8 @@ def test_a_new_part_that_was_killed_ends_with_the_same_weights(
     first, second = (merged(run / "pretrain" / "checkpoints" / last) for run in (whole, cut))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert row_ids(whole, 2) == row_ids(cut, 2)
-    assert frequencies(whole, STEPS + NEW_STEPS)["step"].tolist() == [STEPS + NEW_STEPS]  # of the whole run
-    assert_same_tensors(frequencies(whole, STEPS + NEW_STEPS), frequencies(cut, STEPS + NEW_STEPS))
+    assert common(whole, STEPS + NEW_STEPS)["step"].tolist() == [STEPS + NEW_STEPS]  # of the whole run
+    assert_same_tensors(common(whole, STEPS + NEW_STEPS), common(cut, STEPS + NEW_STEPS))
 
 
 def test_another_run_starts_from_a_model_with_fewer_values(

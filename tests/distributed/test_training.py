@@ -11,12 +11,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from bigdssm.artifacts.checkpoint import verify
+from bigdssm.artifacts.checkpoint import open_whole, verify
 from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.artifacts.shares import Piece
 from tests.unit.data.conftest import Writer
 
 from . import small_run
 from .spawn import Pool, RankFailed
+from .test_checkpoint_shares import put_together
 
 slow = pytest.mark.slow
 TABLES_LR_RATIO = 0.5
@@ -106,8 +108,10 @@ def test_the_gradient_cache_changes_nothing(
 STREAMING = ("pretrain.loss.frequency=streaming", "pretrain.loss.frequency_buckets=512")
 
 
-def frequencies(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "pretrain" / "checkpoints" / f"step-{step:08d}" / "common.safetensors")
+def common(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """Return what a checkpoint holds beside weights and moments."""
+    read = open_whole(run_dir / "pretrain" / "checkpoints" / f"step-{step:08d}")
+    return {name.removeprefix("common/"): read(name) for name in read.names if name.startswith("common/")}
 
 
 def assert_same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
@@ -122,10 +126,10 @@ def test_streaming_frequencies_are_the_same_at_any_world_size_and_go_on(
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     pools[1].run(small_run.run, config, whole, overrides)
     pools[2].run(stop_after, config, cut, overrides, 6)
-    assert_same_tensors(frequencies(cut, 6), frequencies(whole, 6))
+    assert_same_tensors(common(cut, 6), common(whole, 6))
     pools[3].run(small_run.run, config, cut, overrides, "pretrain", True)
-    assert_same_tensors(frequencies(cut, 12), frequencies(whole, 12))
-    assert frequencies(whole, 12)["step"].tolist() == [12]
+    assert_same_tensors(common(cut, 12), common(whole, 12))
+    assert common(whole, 12)["step"].tolist() == [12]
     curve = {record["step"]: record["loss"] for record in small_run.records(cut)}
     for record in small_run.records(whole):
         assert curve[record["step"]] == pytest.approx(record["loss"], rel=1e-5)
@@ -143,7 +147,7 @@ def test_streaming_frequencies_do_not_depend_on_the_number_of_ranks(tmp_path: Pa
         pools[ranks].run(small_run.run, path, tmp_path / f"{ranks}", STREAMING)
     assert len(small_run.records(tmp_path / "1")) == 6
     assert_same_curve(tmp_path / "3", tmp_path / "1")
-    assert_same_tensors(frequencies(tmp_path / "3", 6), frequencies(tmp_path / "1", 6))
+    assert_same_tensors(common(tmp_path / "3", 6), common(tmp_path / "1", 6))
 
 
 TEXT_CONFIG: dict[str, Any] = {
@@ -333,7 +337,7 @@ def test_another_world_size_goes_on_with_the_same_state(
     first = merged(checkpoints / "step-00000006")
     stage = (saving, f"engine.zero_stage={stage_after}")
     shares = pools[after].run(restored_share, config, tmp_path, stage)
-    second = {name: tensor for share, _ in shares for name, tensor in share.items()}
+    second = put_together([piece for share, _ in shares for piece in share])
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert sum(name.startswith("exp_avg_sq/") for name in first) == len(first) // 3
@@ -350,13 +354,13 @@ def test_another_world_size_goes_on_with_the_same_state(
 
 
 def merged(checkpoint: Path) -> dict[str, torch.Tensor]:
-    files = sorted(checkpoint.glob("tensors-*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    read = open_whole(checkpoint)
+    return {name: read(name) for name in read.names if not name.startswith("common/")}
 
 
 def restored_share(
     rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...]
-) -> tuple[dict[str, torch.Tensor], set[tuple[str, float, float]]]:
+) -> tuple[list[Piece], set[tuple[str, float, float]]]:
     """Resume, take no step, and return what this rank would save, and (group, Adam's step, decay) of its states."""
     from bigdssm.training import stages
     from bigdssm.training.portable import base_optimizer
@@ -366,7 +370,7 @@ def restored_share(
 
     def look(stage: object) -> object:
         engine = stage.engine  # type: ignore[attr-defined]
-        found["share"] = engine.own_share()
+        found["share"] = [piece.on_host(copy=True) for piece in engine.own_pieces()]
         optimizer = base_optimizer(engine.deepspeed, engine.zero_stage)
         names = [group["name"] for group in optimizer.param_groups]
         decays = [group["weight_decay"] for group in optimizer.param_groups]

@@ -95,7 +95,7 @@ def renamed(path: Path) -> None:
     [
         (edited('"step": 8', '"step": 7'), "manifest.json is damaged: its content does not have the checksum"),
         (edited('"applied": 8', '"applied": 3'), "manifest.json is damaged: its content does not have the checksum"),
-        (edited('"format": 2', '"format": 3'), "manifest.json is damaged: its content does not have the checksum"),
+        (edited('"format": 3', '"format": 4'), "manifest.json is damaged: its content does not have the checksum"),
         (renamed, "step-00000009 was written as step-00000008; give it that name again"),
     ],
     ids=["step", "applied", "format", "folder"],
@@ -113,7 +113,7 @@ def test_a_checkpoint_of_another_version_is_refused_and_left(config: Path, run: 
         content = json.loads(path.read_text())
         content = {key: content[key] for key in ("step", "world_size", "state")} | {"files": {}}
         path.write_text(json.dumps(content))
-    refused(pretrain(config, run, *STEPS, *RESUME).wait(), 4, "has format 1, this version reads 2; go on with the ver")
+    refused(pretrain(config, run, *STEPS, *RESUME).wait(), 4, "has format 1, this version reads 3; go on with the ver")
     assert (run / "pretrain" / "checkpoints" / "step-00000008").is_dir()
 
 

@@ -5,25 +5,36 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from bigdssm.artifacts import checkpoint
-from bigdssm.artifacts.checkpoint import CheckpointStore, find, verify
+from bigdssm.artifacts import shares
+from bigdssm.artifacts.checkpoint import find, open_whole, verify
+from bigdssm.artifacts.shares import Block, FileShare, Piece, even_share, shared_out, whole, write_share
+from bigdssm.artifacts.store import CheckpointStore
 from bigdssm.errors import CheckpointError
 
 
-def share() -> dict[str, torch.Tensor]:
-    return {"layer.weight": torch.arange(512.0), "exp_avg/layer.weight": torch.ones(512)}
+def pieces() -> list[Piece]:
+    return [whole("layer.weight", torch.arange(512.0).view(2, 256)), whole("exp_avg/layer.weight", torch.ones(2, 256))]
+
+
+def save(store: CheckpointStore, step: int, **options: object) -> None:
+    common, rank_state = {"shared": torch.arange(3)}, {"cpu": torch.arange(4)}
+    store.save(step, {"step": step}, common, rank_state, pieces(), **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> CheckpointStore:
     store = CheckpointStore(tmp_path / "checkpoints", keep=2)
     for step in (5, 10, 15):
-        store.save(step, {"step": step}, {"shared": torch.arange(3)}, {"cpu": torch.arange(4)}, share)
+        save(store, step)
     return store
 
 
@@ -33,10 +44,12 @@ def test_the_newest_two_are_kept_and_read_back(store: CheckpointStore) -> None:
     assert (store.folder / "latest").read_text() == "step-00000015"
     newest = store.newest_good()
     assert newest is not None and newest.step == 15 and newest.state == {"step": 15}
-    assert torch.equal(newest.rank_state(0)["cpu"], torch.arange(4))
+    assert newest.rank_state is not None and torch.equal(newest.rank_state["cpu"], torch.arange(4))
     assert torch.equal(newest.common_tensors()["shared"], torch.arange(3))
-    assert torch.equal(newest.reader()("exp_avg/layer.weight"), torch.ones(512))
+    assert torch.equal(newest.reader()("exp_avg/layer.weight"), torch.ones(2, 256))
     assert list(newest.reader().weights()) == ["layer.weight"]
+    assert torch.equal(open_whole(newest.path)("layer.weight"), torch.arange(512.0).view(2, 256))
+    assert torch.equal(load_file(newest.path / "tensors-00000.safetensors")["layer.weight"], torch.arange(512.0))
     with pytest.raises(CheckpointError, match="no tensor 'other'"):
         newest.reader()("other")
 
@@ -52,7 +65,6 @@ def flip(path: Path) -> None:
     [
         (lambda step: flip(step / "tensors-00000.safetensors"), "tensors-00000.safetensors is damaged"),
         (lambda step: (step / "tensors-00000.safetensors").unlink(), "tensors-00000.safetensors is missing"),
-        (lambda step: (step / "common.safetensors").unlink(), "common.safetensors is missing"),
         (lambda step: (step / "rank-00000.safetensors").write_bytes(b"short"), "has 5 bytes"),
         (lambda step: (step / "manifest.json").unlink(), "never finished"),
         (lambda step: (step / "manifest.json").write_text("{"), "manifest.json is damaged"),
@@ -68,10 +80,6 @@ def test_damage_is_named_and_the_one_before_is_used(
     newest = store.newest_good()
     assert newest is not None and newest.step == 10
     assert words in caplog.text
-
-
-def save(store: CheckpointStore, step: int) -> None:
-    store.save(step, {"step": step}, {}, {}, share)
 
 
 def test_what_a_run_saves_behind_damaged_ones_is_kept(store: CheckpointStore) -> None:
@@ -116,15 +124,15 @@ def test_killed_while_a_step_is_saved_again(
 
 
 def test_a_file_that_cannot_be_read_is_damage(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = checkpoint.file_checksum
+    read = shares.read_blocks
 
-    def broken(path: Path, *between: int) -> str:
-        if path.parent.name == "step-00000015":
+    def broken(folder: Path, share: FileShare, first: int, last: int) -> Block:
+        if folder.name == "step-00000015":
             raise OSError(5, "Input/output error")
-        return whole(path, *between)
+        return read(folder, share, first, last)
 
     with monkeypatch.context() as patch:
-        patch.setattr("bigdssm.artifacts.checkpoint.file_checksum", broken)
+        patch.setattr("bigdssm.artifacts.checkpoint.read_blocks", broken)
         newest = store.newest_good()
     assert newest is not None and newest.step == 10
 
@@ -135,18 +143,114 @@ def test_latest_is_never_needed(store: CheckpointStore) -> None:
     assert newest is not None and newest.step == 15
 
 
-def test_a_failed_save_leaves_what_was_there(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full_disk(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+def full_disk() -> None:
+    raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr("bigdssm.artifacts.checkpoint.save_file", full_disk)
-        with pytest.raises(CheckpointError, match="No space left on device"):
-            store.save(20, {"step": 20}, {}, {}, share)
+
+def test_a_failed_save_leaves_what_was_there(store: CheckpointStore) -> None:
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save(store, 20, between=full_disk)
     newest = store.newest_good()
     assert newest is not None and newest.step == 15
-    store.save(20, {"step": 20}, {}, {}, share)
+    save(store, 20)
     assert not list(store.folder.glob(".*"))
+
+
+def test_a_full_disk_in_the_middle_of_a_file(store: CheckpointStore) -> None:
+    script = (
+        "import resource, sys\nfrom tests.unit.test_checkpoint import *\n"
+        "store = CheckpointStore(Path(sys.argv[1]), keep=2)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))\nsave(store, 20)\n"
+    )
+    command = [sys.executable, "-c", script, str(store.folder)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert "could not write a checkpoint" in done.stderr and "File too large" in done.stderr
+    newest = store.newest_good()
+    assert newest is not None and newest.step == 15
+
+
+def test_what_is_written_in_the_background_is_of_its_step_and_there_when_settled(store: CheckpointStore) -> None:
+    """Nothing that training changes meanwhile gets into it, and nothing shows before all is on the disk."""
+    half, goes_on, tensor, state = threading.Event(), threading.Event(), torch.zeros(3), {"step": 20}
+
+    def wait() -> None:
+        half.set()
+        goes_on.wait(60)
+
+    store.save(
+        20, state, {"average": tensor}, {"cpu": tensor}, [whole("weight", tensor)], in_background=True, between=wait
+    )
+    tensor += 1
+    state["step"] = 21
+    assert half.wait(60)
+    assert (store.folder / "latest").read_text() == "step-00000015" and not store.has_failed()
+    assert find(store.folder.parent, "latest").name == "step-00000015"
+    goes_on.set()
+    save(store, 25)  # waits for it
+    shutil.rmtree(store.folder / "step-00000025")
+    newest = store.newest_good()
+    assert newest is not None and newest.state == {"step": 20} and newest.rank_state is not None
+    read = (newest.reader()("weight"), newest.common_tensors()["average"], newest.rank_state["cpu"])
+    assert not any(values.any() for values in read)
+
+
+def test_what_fails_in_the_background_is_known_and_raised_when_it_is_waited_for(store: CheckpointStore) -> None:
+    save(store, 20, in_background=True, between=full_disk)
+    threads = [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
+    for thread in threads:
+        thread.join(60)
+    assert store.has_failed()
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save(store, 25)
+    assert not store.has_failed()
+    save(store, 25)
+    assert find(store.folder.parent, "latest").name == "step-00000025"
+
+
+def test_an_end_waits_for_what_is_written(store: CheckpointStore) -> None:
+    slow = threading.Event()
+    with pytest.raises(ValueError), store:
+        save(store, 20, in_background=True, between=lambda: slow.wait(0.3) and None)
+        raise ValueError
+    assert find(store.folder.parent, "latest").name == "step-00000020"
+
+
+def test_a_flipped_byte_anywhere_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shares, "BLOCK", 64)
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2)
+    save(store, 5)
+    folder = store.folder / "step-00000005"
+    for file in sorted(folder.iterdir()):
+        good = file.read_bytes()
+        for place in range(0, len(good), 37):
+            file.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+            with pytest.raises(CheckpointError, match=f"{file.name} is damaged"):
+                verify(folder)
+        file.write_bytes(good)
+    assert store.newest_good() is not None
+
+
+def test_every_tensor_is_shared_out_evenly_and_every_block_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shares, "BLOCK", 64)
+    tensors = [("a", torch.arange(7, dtype=torch.int64)), ("b", torch.randn(100, 3)), ("c", torch.ones(()).bool())]
+    total = sum(tensor.nbytes for _, tensor in tensors)
+    for world_size in (1, 2, 3, 5):
+        parts = [even_share(tensors, rank, world_size) for rank in range(world_size)]
+        for name, tensor in tensors:
+            found = [piece for part in parts for piece in part if piece.name == name]
+            assert torch.equal(torch.cat([piece.values for piece in found]), tensor.reshape(-1))
+        assert all(abs(sum(p.values.nbytes for p in part) - total / world_size) <= 16 for part in parts)
+        files = [write_share(tmp_path / f"{rank}", rank, part)[0] for rank, part in enumerate(parts)]
+        for readers in (1, 2, 3, 7):
+            blocks = [
+                (share.file, number)
+                for rank in range(readers)
+                for share, first, last in shared_out(files, rank, readers)
+                for number in range(first, last)
+            ]
+            assert blocks == [(share.file, number) for share in files for number in range(len(share.xxh3_128))]
 
 
 def test_find_names_what_there_is(store: CheckpointStore) -> None:

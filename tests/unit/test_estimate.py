@@ -81,6 +81,17 @@ def test_an_index_takes_the_share_of_the_documents_vectors_again(
     assert highest(NUM_ITEMS - 1) - highest(NUM_ITEMS) == share
 
 
+def test_a_checkpoint_is_written_from_a_copy_of_a_ranks_share(tiny_pairs: TinyDataset) -> None:
+    copy, saving = "copy that a checkpoint is written from", ("pretrain.steps=10", "pretrain.save_every_steps=5")
+    four = of(tiny_pairs, *saving, world_size=4)
+    assert 4 * four.held[copy] == pytest.approx(four.checkpoint_bytes, abs=4)
+    averaged = of(tiny_pairs, *saving, "pretrain.weight_average=0.9", world_size=4)
+    assert averaged.held[copy] == pytest.approx(four.held[copy] + four.num_weights, abs=4)
+    at_the_end = of(tiny_pairs, "pretrain.steps=10", "pretrain.save_every_steps=10")
+    waiting = of(tiny_pairs, *saving, "engine.async_checkpoints=false")
+    assert copy not in at_the_end.held and copy not in waiting.held
+
+
 def test_the_catalogue_as_columns_is_what_ranks_share_and_send(tiny_interactions: TinyDataset) -> None:
     batch = "columns: batch, mask: past"
     columns = "columns: catalogue, mask: past"

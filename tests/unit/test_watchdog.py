@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -104,6 +105,25 @@ def test_one_rank_surveys_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     dogs[7]._moved_at -= dogs[7]._interval_s
     exchange_once(dogs[7])
     assert dogs[7]._survey is not None, "no verdict came of rank 0"
+
+
+def test_a_main_thread_that_waits_for_another_is_where_that_one_is(watchdog: Watchdog) -> None:
+    """Else all ranks would look alike where one cannot write its part of a checkpoint."""
+    done: list[bool] = []
+
+    def writes_forever() -> None:
+        while not done:
+            time.sleep(0.01)
+
+    writing = threading.Thread(target=writes_forever)
+    waiting = threading.Thread(target=writing.join)
+    writing.start(), waiting.start()
+    watchdog._main_thread = waiting.ident
+    try:
+        assert str(watchdog._own_state()["where"]).endswith("writes_forever")
+    finally:
+        done.append(True)
+        waiting.join()
 
 
 def test_before_the_first_step_a_rank_may_take_its_time(watchdog: Watchdog) -> None:
