@@ -1,8 +1,24 @@
 """Towers and the dual encoder; pure torch, no data."""
 
 from bigdssm.models.dual_encoder import ALPHA_MAX, DualEncoder, Encoded, new_model
-from bigdssm.models.encoders import use_plain_attention
+from bigdssm.models.encoders import use_packing, use_plain_attention
+from bigdssm.models.packed import Packed, PackedLists, Spans, Values, flash_runs_on, pack
 from bigdssm.models.places import Places
 from bigdssm.models.scorer import MlpScorer
 
-__all__ = ["ALPHA_MAX", "DualEncoder", "Encoded", "MlpScorer", "Places", "new_model", "use_plain_attention"]
+__all__ = [
+    "ALPHA_MAX",
+    "DualEncoder",
+    "Encoded",
+    "MlpScorer",
+    "Packed",
+    "PackedLists",
+    "Places",
+    "Spans",
+    "Values",
+    "flash_runs_on",
+    "new_model",
+    "pack",
+    "use_packing",
+    "use_plain_attention",
+]

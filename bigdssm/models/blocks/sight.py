@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bigdssm.models.packed import Attention, Spans
+
 HIDDEN = -1e9  # added to the score of what is not seen; not -inf, of which SiLU makes NaN
 TURNS_BASE = 10_000.0
 
@@ -31,15 +33,32 @@ class Sight(NamedTuple):
         return torch.zeros_like(self.mask, dtype=dtype).masked_fill(~self.mask, HIDDEN)
 
 
+class PackedSight(NamedTuple):
+    """The same of packed histories, which blocks take as one row: what a place sees, it sees within its own."""
+
+    at: Tensor  # int64 [A]: each place in its history
+    over: Tensor  # int64 [T]
+    at_spans: Spans
+    over_spans: Spans
+    causal: bool  # else all of a history is seen, which its newest place does
+    rotary: bool
+    attention: Attention
+
+
 def split(x: Tensor, heads: int) -> Tensor:
     """Return [R, h, A, W] for [R, A, h * W]."""
     return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, sight: Sight | PackedSight) -> Tensor:
     """Return [R, A, h * W]: softmax(q kᵀ / √W) v over what is seen, for q [R, h, A, W] and k, v [R, h, T, W]."""
     if sight.rotary:
         q, k = turned(q, sight.at), turned(k, sight.over)
+    if isinstance(sight, PackedSight):
+        q, k, v = (part[0].transpose(0, 1) for part in (q, k, v))
+        scale = q.shape[2] ** -0.5
+        within = sight.attention(q, k, v, sight.at_spans, sight.over_spans, scale, sight.causal)
+        return within.flatten(1).unsqueeze(0)
     if sight.fused:
         attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=sight.mask)
     else:

@@ -1,6 +1,6 @@
 """Encoders, a module for each type of feature; importing this registers them."""
 
-from bigdssm.models.encoders.base import Encoder, Parts, build_encoder, encodes, use_plain_attention
+from bigdssm.models.encoders.base import Encoder, Parts, build_encoder, encodes, use_packing, use_plain_attention
 from bigdssm.models.encoders.categorical import CategoricalEncoder
 from bigdssm.models.encoders.history import HistoryEncoder
 from bigdssm.models.encoders.numeric import NumericEncoder
@@ -29,5 +29,6 @@ __all__ = [
     "text_architectures",
     "text_configs",
     "text_keys",
+    "use_packing",
     "use_plain_attention",
 ]

@@ -8,34 +8,44 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from bigdssm.config import TowerConfig
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature
+from bigdssm.models.packed import FLASH_WIDTHS, Attention, Values, flash_attention
 from bigdssm.models.places import Places
 from bigdssm.models.tables import EmbeddingTables
 
 
 class Encoder(nn.Module, ABC):
-    """A feature's tensor → one vector of width `dim` a row."""
+    """A feature's values → one vector of width `dim` a row."""
 
     is_models_own: ClassVar[bool] = False  # else each tower has one for itself
     dim: int
+    packed_attention: Attention | None = None  # within rows of packed lists; None: nothing is to come packed
 
     @abstractmethod
-    def forward(self, values: Tensor) -> Tensor:
-        """Return [R, dim] for a tensor as `Feature.array` makes it."""
+    def forward(self, values: Any) -> Tensor:
+        """Return [R, dim] for a tensor as `Feature.array` makes it, or for a packed list where `packs` says so."""
 
-    def at(self, values: Tensor, places: Places) -> Tensor:
+    def packs(self, training: bool) -> bool:
+        """Return whether its lists may come packed."""
+        return False
+
+    def at(self, values: Values, places: Places) -> Tensor:
         """Return [m, dim] for queries at places of rows: here what is said of the row, encoded once."""
         vectors: Tensor = self(values)[places.row]
         return vectors
 
     def checkpoint_activations(self) -> None:
         """Keep as little as can be for the backward, which computes the rest again."""
+
+    def use_packing(self, attention: Attention) -> None:
+        """Take packed lists, where it can, and attend within their rows by `attention`."""
+        self.packed_attention = attention
 
     def use_plain_attention(self) -> None:
         """Multiply attention out in training, where there is any."""
@@ -88,6 +98,18 @@ def use_plain_attention(model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(part, Encoder):
             part.use_plain_attention()
+
+
+def use_packing(model: nn.Module, attention: Attention = flash_attention) -> None:
+    """Have the model's encoders take packed lists, where they can: see `packs`."""
+    for part in model.modules():
+        if isinstance(part, Encoder):
+            part.use_packing(attention)
+
+
+def packs_heads(width: int, heads: int) -> bool:
+    """Return whether attention within packed rows takes heads of this model's width."""
+    return width // heads in FLASH_WIDTHS
 
 
 def linear_flops(module: nn.Module) -> float:

@@ -10,13 +10,16 @@ import warnings
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel, PretrainedConfig, PreTrainedModel
 
 from bigdssm.config import ModelConfig, TextEncoderConfig
 from bigdssm.errors import ConfigError
 from bigdssm.features import Text, texts_of
-from bigdssm.models.encoders.base import Encoder, Parts, encodes, linear_flops
+from bigdssm.models.encoders import packed_bert
+from bigdssm.models.encoders.base import Encoder, Parts, encodes, linear_flops, packs_heads
+from bigdssm.models.packed import Attention, Packed, Values
 from bigdssm.models.places import Places
 from bigdssm.schema import Schema
 
@@ -58,6 +61,12 @@ class TextEncoder(Encoder):
             self.attention_otherwise = self.bert.config._attn_implementation
             self.train(self.training)
 
+    def use_packing(self, attention: Attention) -> None:
+        """Take packed texts, where it can."""
+        super().use_packing(attention)
+        if isinstance(self.bert, BertModel):
+            self.bert.set_attn_implementation(packed_bert.NAME)
+
     def train(self, mode: bool = True) -> TextEncoder:
         """Train or evaluate, with the attention that is faster at it where that differs."""
         super().train(mode)
@@ -65,14 +74,38 @@ class TextEncoder(Encoder):
             self.bert.set_attn_implementation("eager" if mode else self.attention_otherwise)
         return self
 
-    def forward(self, tokens_RT: Tensor) -> Tensor:
-        """Return [R, H] for token ids [R, T], padded at the end."""
+    def packs(self, training: bool) -> bool:
+        """Return whether packed texts can be attended over: by a BERT, without dropout of attention."""
+        config = self.bert.config
+        return (
+            self.packed_attention is not None
+            and isinstance(self.bert, BertModel)
+            and packs_heads(self.dim, config.num_attention_heads)
+            and not (training and config.attention_probs_dropout_prob > 0)
+        )
+
+    def forward(self, tokens: Values) -> Tensor:
+        """Return [R, H] for token ids [R, T], padded at the end, or packed."""
+        return self._packed(tokens) if isinstance(tokens, Packed) else self._padded(tokens)
+
+    def _padded(self, tokens_RT: Tensor) -> Tensor:
         mask_RT = tokens_RT != self.pad_token_id
         hidden: Tensor = self.bert(input_ids=tokens_RT, attention_mask=mask_RT.long()).last_hidden_state
         if self.pooling == "cls":
             return hidden[:, 0]
         weight = mask_RT.unsqueeze(2).to(hidden.dtype)
         return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+
+    def _packed(self, tokens: Packed) -> Tensor:
+        """Return zeros for a text without a token, whose padded vector depends on the kernel of attention."""
+        assert self.packed_attention is not None
+        hidden: Tensor = packed_bert.run(self.bert, tokens, self.packed_attention)
+        offsets = tokens.spans.offsets.long()
+        if self.pooling == "mean":
+            sums = torch.segment_reduce(hidden, "sum", offsets=offsets, unsafe=True, initial=0)
+            return sums / tokens.lengths.clamp(min=1).to(hidden.dtype).unsqueeze(1)
+        first = hidden[offsets[:-1].clamp(max=len(hidden) - 1)]
+        return first.masked_fill((tokens.lengths == 0).unsqueeze(1), 0)
 
     def flops(self, values: Tensor, places: Places | None = None) -> float:
         """Return the operations of a forward: a token's linear layers, and attention over each text's own tokens."""
