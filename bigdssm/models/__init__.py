@@ -1,7 +1,7 @@
 """Towers and the dual encoder; pure torch, no data."""
 
 from bigdssm.models.dual_encoder import ALPHA_MAX, DualEncoder, Encoded, new_model
-from bigdssm.models.encoders import use_packing, use_plain_attention
+from bigdssm.models.encoders import compile_layers, use_packing, use_plain_attention
 from bigdssm.models.packed import Packed, PackedLists, Spans, Values, flash_runs_on, pack
 from bigdssm.models.places import Places
 from bigdssm.models.scorer import MlpScorer
@@ -16,6 +16,7 @@ __all__ = [
     "Places",
     "Spans",
     "Values",
+    "compile_layers",
     "flash_runs_on",
     "new_model",
     "pack",

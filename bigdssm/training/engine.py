@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bigdssm import distributed, timing
 from bigdssm.config import EngineConfig, OptimizerConfig
 from bigdssm.errors import ConfigError, PeerError
-from bigdssm.models import Encoded, Places, Values, flash_runs_on, use_packing, use_plain_attention
+from bigdssm.models import Encoded, Places, Values, compile_layers, flash_runs_on, use_packing, use_plain_attention
 from bigdssm.training import portable
 from bigdssm.training.optimizers import build_optimizer, find_optimizer
 
@@ -106,6 +106,8 @@ class Engine:
             use_plain_attention(model)
         if config.precision != "fp32" and flash_runs_on(device()):
             use_packing(model)
+        if config.compile:
+            compile_layers(model)
         built = deepspeed.initialize(
             model=model.to(device()),
             optimizer=build_optimizer(model, optimizer),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bigdssm.config import HistoryEncoderConfig
-from bigdssm.models.blocks.sight import PackedSight, Sight, attend, split
+from bigdssm.models.blocks.sight import Sight, attend, split
 
 
 class GatedBlock(nn.Module):
@@ -25,7 +25,7 @@ class GatedBlock(nn.Module):
         self.attention_gate, self.feedforward_gate = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, at: Tensor, over: Tensor, sight: Sight | PackedSight) -> Tensor:
+    def forward(self, at: Tensor, over: Tensor, sight: Sight) -> Tensor:
         """Return [R, A, E] at places `at` [R, A, E] attending over [R, T, E]."""
         normed = self.attention_norm(at)
         q = split(self.query(normed), self.heads)

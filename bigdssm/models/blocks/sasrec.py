@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from bigdssm.config import HistoryEncoderConfig
-from bigdssm.models.blocks.sight import PackedSight, Sight, attend, split
+from bigdssm.models.blocks.sight import Sight, attend, split
 
 
 class SasrecBlock(nn.Module):
@@ -27,7 +27,7 @@ class SasrecBlock(nn.Module):
         )
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, at: Tensor, over: Tensor, sight: Sight | PackedSight) -> Tensor:
+    def forward(self, at: Tensor, over: Tensor, sight: Sight) -> Tensor:
         """Return [R, A, E] at places `at` [R, A, E] attending over [R, T, E]."""
         q = split(self.query(self.attention_norm(at)), self.heads)
         k, v = (split(part, self.heads) for part in self.key_value(self.attention_norm(over)).chunk(2, dim=2))

@@ -1,6 +1,14 @@
 """Encoders, a module for each type of feature; importing this registers them."""
 
-from bigdssm.models.encoders.base import Encoder, Parts, build_encoder, encodes, use_packing, use_plain_attention
+from bigdssm.models.encoders.base import (
+    Encoder,
+    Parts,
+    build_encoder,
+    compile_layers,
+    encodes,
+    use_packing,
+    use_plain_attention,
+)
 from bigdssm.models.encoders.categorical import CategoricalEncoder
 from bigdssm.models.encoders.history import HistoryEncoder
 from bigdssm.models.encoders.numeric import NumericEncoder
@@ -23,6 +31,7 @@ __all__ = [
     "TextEncoder",
     "VectorEncoder",
     "build_encoder",
+    "compile_layers",
     "encodes",
     "load_pretrained",
     "pretrained_encoder",

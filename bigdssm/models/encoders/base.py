@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from bigdssm.config import TowerConfig
@@ -18,6 +19,8 @@ from bigdssm.features import Feature
 from bigdssm.models.packed import FLASH_WIDTHS, Attention, Values, flash_attention
 from bigdssm.models.places import Places
 from bigdssm.models.tables import EmbeddingTables
+
+RECOMPILE_LIMIT = 64  # of a layer, above which torch gives up compiling it; by default 8
 
 
 class Encoder(nn.Module, ABC):
@@ -42,6 +45,10 @@ class Encoder(nn.Module, ABC):
 
     def checkpoint_activations(self) -> None:
         """Keep as little as can be for the backward, which computes the rest again."""
+
+    def transformer_layers(self) -> list[nn.Module]:
+        """Return the layers of its transformer, where it has one."""
+        return []
 
     def use_packing(self, attention: Attention) -> None:
         """Take packed lists, where it can, and attend within their rows by `attention`."""
@@ -105,6 +112,19 @@ def use_packing(model: nn.Module, attention: Attention = flash_attention) -> Non
     for part in model.modules():
         if isinstance(part, Encoder):
             part.use_packing(attention)
+
+
+def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
+    """Have the layers of the model's transformers compiled when they are first called, once for all lengths.
+
+    All layers of a kind share what is compiled; it is one for each of: with and without gradients, training or not,
+    padded or packed, a history's last layer or not.
+    """
+    torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+    for part in model.modules():
+        if isinstance(part, Encoder):
+            for layer in part.transformer_layers():
+                layer.compile(dynamic=True, backend=backend)
 
 
 def packs_heads(width: int, heads: int) -> bool:

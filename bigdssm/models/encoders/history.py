@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from bigdssm.config import HistoryEncoderConfig
 from bigdssm.errors import ConfigError
 from bigdssm.features import PADDING, History
-from bigdssm.models.blocks import BLOCKS, HIDDEN, PackedSight, Sight
+from bigdssm.models.blocks import BLOCKS, HIDDEN, Sight
 from bigdssm.models.encoders.base import Encoder, Parts, encodes, linear_flops, packs_heads
 from bigdssm.models.packed import Packed, Spans, Values
 from bigdssm.models.places import Places
@@ -52,6 +52,10 @@ class HistoryEncoder(Encoder):
         """Return the encoder of a feature, which reads the table of its items."""
         table = table_name("doc", str(feature.of))
         return cls(parts.config.history, feature, parts.item_dim, table, parts.tables)
+
+    def transformer_layers(self) -> list[nn.Module]:
+        """Return its layers."""
+        return list(self.layers)
 
     def checkpoint_activations(self) -> None:
         """Keep only the layers' inputs for the backward, which computes the rest again."""
@@ -120,14 +124,15 @@ class HistoryEncoder(Encoder):
         assert self.packed_attention is not None
         hidden, place, spans = self._first_packed(items)
         rotary = self.config.positions == "rotary"
-        sight = PackedSight(place, place, spans, spans, True, rotary, self.packed_attention)
+        each = (spans.offsets, spans.offsets, spans.longest, spans.longest)
+        sight = Sight(place, place, None, True, rotary, self.packed_attention, *each, causal=True)
         for layer in self.layers[:-1]:
             hidden = self._run(layer, hidden, hidden, sight)
         last = self.layers[-1]
         if places is not None:
             return self._run(last, hidden, hidden, sight)[0, spans.offsets[places.row] + places.seen]
-        each = Spans(torch.arange(items.num_rows + 1, dtype=torch.int32, device=place.device), 1)
-        sight = sight._replace(at=items.lengths, at_spans=each, causal=False)
+        newest = torch.arange(items.num_rows + 1, dtype=torch.int32, device=place.device)
+        sight = sight._replace(at=items.lengths, at_offsets=newest, at_longest=1, causal=False)
         return self._run(last, hidden[:, spans.offsets[1:] - 1], hidden, sight).squeeze(0)
 
     def _first_packed(self, items: Packed) -> tuple[Tensor, Tensor, Spans]:
@@ -141,7 +146,7 @@ class HistoryEncoder(Encoder):
         codes, place = (empty.index_copy(0, goes_to, cells) for cells in (items.values, items.place + 1))
         vectors = self._items(codes)
         hidden = torch.where(place.unsqueeze(1) == 0, self.start.to(vectors.dtype), vectors)
-        length = length_R.repeat_interleave(length_R + 1, output_size=len(place))
+        length = length_R[(place == 0).cumsum(0) - 1]
         return self.dropout(self._placed(hidden, place, length)).unsqueeze(0), place, spans
 
     def _sight(self, at: Tensor, over: Tensor, dtype: torch.dtype) -> Sight:
@@ -156,7 +161,7 @@ class HistoryEncoder(Encoder):
         mask = mask if mask.dim() == 4 else mask.unsqueeze(0)  # the fused kernel is for masks of 2 or 4 dimensions
         return Sight(at, over, mask, fused, self.config.positions == "rotary")
 
-    def _run(self, layer: nn.Module, at: Tensor, over: Tensor, sight: Sight | PackedSight) -> Tensor:
+    def _run(self, layer: nn.Module, at: Tensor, over: Tensor, sight: Sight) -> Tensor:
         output: Tensor
         if self._recompute and self.training:
             output = checkpoint(layer, at, over, sight, use_reentrant=False)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bigdssm.config import ModelConfig, TextEncoderConfig
 from bigdssm.errors import ConfigError
@@ -47,6 +48,10 @@ class TextEncoder(Encoder):
     def pad_token_id(self) -> int:
         """Return the token that pads texts."""
         return int(self.bert.config.pad_token_id or 0)
+
+    def transformer_layers(self) -> list[nn.Module]:
+        """Return its layers: what transformers can checkpoint, of any architecture."""
+        return [part for part in self.bert.modules() if isinstance(part, GradientCheckpointingLayer)]
 
     def checkpoint_activations(self) -> None:
         """Keep only the layers' inputs for the backward, which computes the rest again."""
@@ -90,7 +95,8 @@ class TextEncoder(Encoder):
 
     def _padded(self, tokens_RT: Tensor) -> Tensor:
         mask_RT = tokens_RT != self.pad_token_id
-        hidden: Tensor = self.bert(input_ids=tokens_RT, attention_mask=mask_RT.long()).last_hidden_state
+        further = packed_bert.PADDED if self.bert.config._attn_implementation == packed_bert.NAME else {}
+        hidden: Tensor = self.bert(input_ids=tokens_RT, attention_mask=mask_RT.long(), **further).last_hidden_state
         if self.pooling == "cls":
             return hidden[:, 0]
         weight = mask_RT.unsqueeze(2).to(hidden.dtype)
