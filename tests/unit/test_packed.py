@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from bigdssm.batching.chunks import Chunked
 from bigdssm.batching.lengths import Lengths, lengths_of
-from bigdssm.batching.plan import plan_side
+from bigdssm.batching.plan import StepPlan, plan_side
 from bigdssm.config import HistoryEncoderConfig, ModelConfig, TextEncoderConfig, TowerConfig
 from bigdssm.features import Categorical, Feature, History, Numeric, Text
-from bigdssm.models import DualEncoder, Places, Spans, new_model, use_packing
+from bigdssm.models import DualEncoder, Places, Spans, compile_layers, new_model, pack, use_packing
 from bigdssm.schema import Schema
+from tests.packing import within_rows
 
 NUM_ITEMS, PAD = 20, 3  # not every tokenizer pads with 0
 QUERY: dict[str, Feature] = {
@@ -32,19 +34,6 @@ DOC: dict[str, Feature] = {
     "tags": Categorical(multi=True, vocabulary=("a", "b")).named("tags"),
 }
 LISTS = {"query": {"history": 0, "words": PAD, "more": PAD}, "doc": {"title": PAD, "tags": 0}}
-
-
-def within_rows(q: Tensor, k: Tensor, v: Tensor, at: Spans, over: Spans, scale: float, causal: bool = False) -> Tensor:
-    """What flash_attention does, row by row."""
-    assert max(at.offsets.diff()) <= at.longest and max(over.offsets.diff()) <= over.longest
-    assert at.offsets[-1] == len(q) and over.offsets[-1] == len(k) == len(v)
-    parts = []
-    for row in range(len(at.offsets) - 1):
-        ask, asked = slice(*at.offsets[row : row + 2].tolist()), slice(*over.offsets[row : row + 2].tolist())
-        own = (part.transpose(0, 1) for part in (q[ask], k[asked], v[asked]))
-        attended = torch.nn.functional.scaled_dot_product_attention(*own, is_causal=causal, scale=scale)
-        parts.append(attended.transpose(0, 1))
-    return torch.cat(parts)
 
 
 def model(pooling: Any = "mean", dropout: float = 0.0, text_dropout: float = 0.0, **history: Any) -> DualEncoder:
@@ -90,8 +79,10 @@ def lengths(side: str) -> Lengths:
 
 def vectors(made: DualEncoder, side: str, chunk_tokens: int, places: Places | None = None) -> Tensor:
     """The vectors of a side in the batch's order, by its plan."""
-    features = sides()[side]
-    per_row = None if places is None else torch.bincount(places.row, minlength=6).numpy()
+    device = made.log_alpha.device
+    features = {name: values.to(device) for name, values in sides()[side].items()}
+    places = None if places is None else Places(*(part.to(device) for part in places))
+    per_row = None if places is None else torch.bincount(places.row, minlength=6).cpu().numpy()
     packed = getattr(made.packs(made.training), side)
     plan = plan_side(lengths(side), len(next(iter(features.values()))), chunk_tokens, per_row, packed)
     chunked = Chunked(features, plan, places)
@@ -105,7 +96,7 @@ def vectors(made: DualEncoder, side: str, chunk_tokens: int, places: Places | No
 
 def gradients(made: DualEncoder, of: Tensor) -> dict[str, Tensor]:
     made.zero_grad()
-    (of * torch.linspace(-1, 1, of.numel()).view_as(of)).sum().backward()
+    (of * torch.linspace(-1, 1, of.numel(), device=of.device).view_as(of)).sum().backward()
     return {name: parameter.grad.clone() for name, parameter in made.named_parameters() if parameter.grad is not None}
 
 
@@ -154,3 +145,105 @@ def test_packed_histories_are_padded_ones(block: str, positions: str, layers: in
 def test_many_queries_of_packed_histories(block: str, positions: str, chunk_tokens: int) -> None:
     row, seen = torch.tensor([[0, 0, 0, 2, 2, 3, 4, 5, 5], [9, 0, 4, 1, 4, 1, 0, 7, 3]])
     assert_packed_is_padded("query", chunk_tokens, Places(row, seen), block=block, positions=positions)
+
+
+def test_a_packed_list_is_what_is_filled() -> None:
+    rows = torch.tensor([[4, 0, 5, 0], [0, 0, 0, 0], [0, 7, 8, 9]])
+    packed = pack(rows, 0, 5, 3)
+    assert packed.values.tolist() == [4, 5, 7, 8, 9]
+    assert packed.row.tolist() == [0, 0, 2, 2, 2] and packed.place.tolist() == [0, 2, 1, 2, 3]
+    assert packed.spans.offsets.tolist() == [0, 2, 2, 5] and packed.spans.offsets.dtype == torch.int32
+    part = packed.part(slice(1, 3), slice(2, 5), 3)
+    assert part.values.tolist() == [7, 8, 9] and part.row.tolist() == [1, 1, 1]
+    assert part.spans.offsets.tolist() == [0, 0, 3] and part.lengths.tolist() == [0, 3]
+    assert pack(rows[:0], 0, 0, 0).num_rows == 0
+
+
+def test_a_plan_counts_what_is_encoded() -> None:
+    """Packed lists have no padding, neither in the budget nor in what is told of a step."""
+    given, every = lengths("query"), frozenset(LISTS["query"])
+    whole = plan_side(given, 6, 0, packed=every)
+    plan = plan_side(given, 6, 25, packed=every)
+    tokens = sum(int(list_.filled.sum()) for list_ in given.values())
+    assert whole.cells == plan.cells == plan.filled == tokens == 62
+    assert StepPlan(plan, plan_side({}, 2, 25), whole=False).padding == 0
+    # a text that is empty counts as one, for its chunk does something for it
+    assert all(chunk.tokens <= 25 or chunk.num_rows == 1 for chunk in plan.chunks)
+    assert len(plan.chunks) < len(plan_side(given, 6, 25).chunks)
+    some = plan_side(given, 6, 25, packed=frozenset({"words"}))
+    assert plan.cells < some.cells < plan_side(given, 6, 25).cells
+    assert np.array_equal(np.sort(some.order), np.arange(6))
+
+
+def test_what_can_be_packed() -> None:
+    texts, histories = {"words", "more"}, {"history"}
+
+    def packs(training: bool = True, **given: Any) -> set[str]:
+        made = model(**given)
+        assert made.packs(training) == ((), ()), "nothing without being told to"
+        use_packing(made, within_rows)
+        return set(made.packs(training).query)
+
+    assert packs() == packs(dropout=0.3) == packs(training=False, text_dropout=0.3) == texts | histories
+    assert packs(text_dropout=0.3) == histories, "attention has dropout"
+    assert packs(positions="relative") == packs(block="hstu", positions="relative") == texts
+    assert packs(heads=4) == texts, "heads of a width that the kernel does not take"
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_kernel_is_given_half_precision_under_autocast(again: bool) -> None:
+    """Also where activations are computed again, which must not attend over all texts as if they were one."""
+    made, calls = model(positions="rotary", block="gated").train(), []
+
+    def spied(q: Tensor, k: Tensor, v: Tensor, at: Spans, over: Spans, scale: float, causal: bool = False) -> Tensor:
+        calls.append(q.shape)
+        assert {part.dtype for part in (q, k, v)} == {torch.bfloat16}
+        assert all(part.stride(2) == 1 and part.shape[2] % 8 == 0 for part in (q, k, v))
+        assert {spans.offsets.dtype for spans in (at, over)} == {torch.int32}
+        return within_rows(q, k, v, at, over, scale, causal)
+
+    use_packing(made, spied)
+    if again:
+        made.checkpoint_activations()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = vectors(made, "query", 0)
+    forward = len(calls)
+    found.float().sum().backward()
+    assert len(calls) == forward * (2 if again else 1)
+    exact = vectors(model(positions="rotary", block="gated"), "query", 0)
+    assert (found.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def by_mask(q: Tensor, k: Tensor, v: Tensor, at: Spans, over: Spans, scale: float, causal: bool = False) -> Tensor:
+    """The same attention without reading offsets, so that it can be compiled."""
+    row_A, row_B = (
+        torch.searchsorted(spans.offsets[1:].contiguous(), torch.arange(len(x), dtype=torch.int32), right=True)
+        for spans, x in ((at, q), (over, k))
+    )
+    mask = row_A.unsqueeze(1) == row_B
+    own = (part.transpose(0, 1) for part in (q, k, v))
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        *own, attn_mask=mask.tril() if causal else mask, scale=scale
+    )
+    return attended.transpose(0, 1)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiled_layers_give_the_same_for_all_lengths_from_a_few_graphs(packed: bool) -> None:
+    plain, made = model(layers=1), model(layers=1)
+    if packed:
+        use_packing(made, by_mask)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_layers(made, backend="aot_eager")
+    assert made.state_dict().keys() == plain.state_dict().keys()
+    graphs = []
+    for chunk_tokens in (0, 21, 25, 40, 33):
+        expected, found = vectors(plain, "query", chunk_tokens), vectors(made, "query", chunk_tokens)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        ours, theirs = gradients(made, found), gradients(plain, expected)
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-4)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 0 < graphs[1] == graphs[-1] < 12, graphs
+    assert not torch._dynamo.utils.counters["graph_break"]

@@ -131,6 +131,7 @@ class HistoryEncoder(Encoder):
         last = self.layers[-1]
         if places is not None:
             return self._run(last, hidden, hidden, sight)[0, spans.offsets[places.row] + places.seen]
+        # only the newest place is read, as above; it sees all of its history
         newest = torch.arange(items.num_rows + 1, dtype=torch.int32, device=place.device)
         sight = sight._replace(at=items.lengths, at_offsets=newest, at_longest=1, causal=False)
         return self._run(last, hidden[:, spans.offsets[1:] - 1], hidden, sight).squeeze(0)
