@@ -349,7 +349,7 @@ def check_config(config: Config) -> None:
     ):
         _require(engine.zero_stage > 0 or not needs_it, "engine.zero_stage", 0, f"1, 2 or 3 with {key}")
     # Stage 3 gathers a layer's weights in hooks around it, of which a compiled layer knows nothing.
-    _require(engine.zero_stage < 3 or not engine.compile, "engine.compile", True, "false with engine.zero_stage=3")
+    _require(engine.zero_stage < 3 or not engine.compile, "engine.compile", "true", "false with engine.zero_stage=3")
     for side, tower in (("query", config.model.query), ("doc", config.model.doc)):
         text = tower.text
         _require(
