@@ -6,6 +6,7 @@ B places that are asked, of all rows.
 
 from __future__ import annotations
 
+import inspect
 from typing import NamedTuple, Protocol
 
 import torch
@@ -92,5 +93,6 @@ def flash_attention(
 
 
 def flash_runs_on(device: torch.device) -> bool:
-    """Return whether a device has the kernel of `flash_attention`."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    """Return whether a device, and this torch, have the kernel of `flash_attention`; 2.10's takes no window."""
+    known = {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
+    return known and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
