@@ -150,6 +150,7 @@ class EngineConfig:
     precision: Literal["fp32", "bf16", "bf16_pure"] = "fp32"
     offload_optimizer: bool = False
     checkpoint_activations: bool = False  # transformer layers are computed again in the backward, not kept
+    compile: bool = False  # transformer layers by torch.compile, once for all lengths; not with zero_stage=3
     # Gradient cache: tokens and vectors encoded at once per tower; 0 encodes all rows at once.
     chunk_tokens: int = bounded(0, 0, 2**40)
     # Of them kept for the backward, not encoded again; none: chunk_tokens.
@@ -351,6 +352,8 @@ def check_config(config: Config) -> None:
         ("engine.precision=bf16_pure", engine.precision == "bf16_pure"),
     ):
         _require(engine.zero_stage > 0 or not needs_it, "engine.zero_stage", 0, f"1, 2 or 3 with {key}")
+    # Stage 3 gathers a layer's weights in hooks around it, of which a compiled layer knows nothing.
+    _require(engine.zero_stage < 3 or not engine.compile, "engine.compile", "true", "false with engine.zero_stage=3")
     for side, tower in (("query", config.model.query), ("doc", config.model.doc)):
         text = tower.text
         _require(

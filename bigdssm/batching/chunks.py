@@ -11,7 +11,7 @@ from torch import Tensor
 from bigdssm.batching.plan import Chunk, SidePlan
 from bigdssm.batching.upload import to_device
 from bigdssm.dataset.tensors import Features
-from bigdssm.models.places import Places
+from bigdssm.models import Packed, Places, Values, pack
 
 
 class Chunked:
@@ -24,15 +24,34 @@ class Chunked:
         parts = (plan.order, plan.outputs, plan.row_in_chunk)
         sent = to_device(torch.from_numpy(np.concatenate(parts)), device)
         self._order, self._outputs, row_in_chunk = sent.split([len(part) for part in parts])
+        self._packed = {name: self._whole(name, fill) for name, fill in plan.packed.items()}
         self._places = None if places is None else Places(row_in_chunk, places.seen[self._outputs])
 
-    def features(self, chunk: Chunk) -> Features:
-        """Return the features of a chunk's rows, lists cut to the longest of them; one row for a dummy."""
+    def features(self, chunk: Chunk) -> dict[str, Values]:
+        """Return the features of a chunk's rows, lists packed or cut to the longest of them; one row for a dummy.
+
+        A list in which no row has anything is not packed.
+        """
         if not chunk.num_rows:
-            return at_least_one({name: tensor[:1] for name, tensor in self._features.items()})
-        rows = self._order[chunk.first : chunk.last]
-        taken = {name: tensor[rows] for name, tensor in self._features.items()}
-        return taken | {name: taken[name][:, :width] for name, width in chunk.widths.items()}
+            return {**at_least_one({name: tensor[:1] for name, tensor in self._features.items()})}
+        rows = slice(chunk.first, chunk.last)
+        packed = {
+            name: self._packed[name].part(rows, slice(run.first, run.last), run.longest)
+            for name, run in chunk.runs.items()
+            if run.longest
+        }
+        taken = {name: tensor[self._order[rows]] for name, tensor in self._features.items() if name not in packed}
+        return {
+            **taken,
+            **{name: taken[name][:, : chunk.widths[name]] for name in chunk.widths.keys() & taken},
+            **packed,
+        }
+
+    def _whole(self, name: str, fill: int) -> Packed:
+        """Return a list of all rows packed, in the plan's order, once for all chunks."""
+        runs = [chunk.runs[name] for chunk in self._plan.chunks if chunk.runs]
+        last, longest = max((run.last for run in runs), default=0), max((run.longest for run in runs), default=0)
+        return pack(self._features[name][self._order], fill, last, longest)
 
     def places(self, chunk: Chunk) -> Places | None:
         """Return where the chunk's queries stand in its rows, None where each row is one."""

@@ -17,6 +17,7 @@ class ListLengths:
     filled: np.ndarray  # int64 [rows]: cells that hold something
     used: np.ndarray  # int64 [rows]: cells up to the last that does
     width: int  # columns of its tensor
+    fill: int  # what pads it
 
 
 Lengths = Mapping[str, ListLengths]
@@ -25,11 +26,12 @@ Lengths = Mapping[str, ListLengths]
 
 def lengths_of(features: Features, pad_ids: PadIds) -> Lengths:
     """Return the lengths of one side's lists; the tensors are the host's."""
-    return {name: _lengths(features[name].numpy() != fill) for name, fill in pad_ids.items()}
+    return {name: _lengths(features[name].numpy(), fill) for name, fill in pad_ids.items()}
 
 
-def _lengths(filled: np.ndarray) -> ListLengths:
+def _lengths(values: np.ndarray, fill: int) -> ListLengths:
+    filled = values != fill
     num_rows, width = filled.shape
     from_end = filled[:, ::-1].argmax(axis=1) if width else np.zeros(num_rows, np.int64)
     count = filled.sum(axis=1, dtype=np.int64)
-    return ListLengths(count, np.where(count > 0, width - from_end, 0), width)
+    return ListLengths(count, np.where(count > 0, width - from_end, 0), width, fill)

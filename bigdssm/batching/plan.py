@@ -6,8 +6,8 @@ encoding without training, the estimate and the health line all read it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +15,12 @@ import torch
 
 from bigdssm import distributed
 from bigdssm.batching.batch import Batch
-from bigdssm.batching.lengths import Lengths
+from bigdssm.batching.lengths import Lengths, ListLengths
 from bigdssm.config import EngineConfig
 from bigdssm.features.ragged import gather_ranges, offsets_of
+from bigdssm.models import PackedLists
+
+NOTHING_PACKED = PackedLists()
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,21 @@ class Budget:
 
     chunk_tokens: int  # 0: both sides whole
     kept_tokens: int
+    packed: PackedLists = NOTHING_PACKED  # these have no padding to count
 
     @classmethod
-    def of(cls, config: EngineConfig) -> Budget:
+    def of(cls, config: EngineConfig, packed: PackedLists = NOTHING_PACKED) -> Budget:
         """Return the budget that a config states; what is kept by default takes no more memory than one chunk."""
         kept = config.keep_graph_tokens
-        return cls(config.chunk_tokens, config.chunk_tokens if kept is None else kept)
+        return cls(config.chunk_tokens, config.chunk_tokens if kept is None else kept, packed)
+
+
+class Run(NamedTuple):
+    """A chunk's part of a packed list: the cells [first, last) of all that are filled, in the side's order."""
+
+    first: int
+    last: int
+    longest: int  # row's cells
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,7 @@ class Chunk:
     outputs: slice  # of the side's outputs: its vectors
     widths: Mapping[str, int]  # of its lists: what the longest of its rows uses
     cells: int  # of its lists, padding among them
+    runs: Mapping[str, Run] = field(default_factory=dict)  # of its lists that are packed
 
     @property
     def num_rows(self) -> int:
@@ -70,6 +83,7 @@ class SidePlan:
     chunks: tuple[Chunk, ...]
     filled: int  # cells of the lists that hold something
     dummy: Chunk  # one row for nothing: a rank without a forward or backward that others make stops ZeRO
+    packed: Mapping[str, int] = field(default_factory=dict)  # lists that are packed, and what pads each
 
     @property
     def cells(self) -> int:
@@ -81,41 +95,70 @@ class SidePlan:
         return replace(self, chunks=self.chunks + (self.dummy,) * (max(1, number) - len(self.chunks)))
 
 
-def plan_side(lengths: Lengths, num_rows: int, chunk_tokens: int, outputs_of_row: np.ndarray | None = None) -> SidePlan:
+def plan_side(
+    lengths: Lengths,
+    num_rows: int,
+    chunk_tokens: int,
+    outputs_of_row: np.ndarray | None = None,
+    packed: frozenset[str] = NOTHING_PACKED.query,
+) -> SidePlan:
     """Return chunks of rows of like length, each within the budget of tokens (at least one row), longest rows first.
 
     Rows are sorted by their length in the widest list, then the next: that is where padding would cost most. A budget
     of 0 puts all rows, as they are, into one chunk. outputs_of_row: the vectors that each gives, row after row; one by
-    default.
+    default. packed: the lists that are.
     """
     per_row = np.ones(num_rows, np.int64) if outputs_of_row is None else outputs_of_row
     filled = sum(int(list_.filled.sum()) for list_ in lengths.values())
+    fills = {name: list_.fill for name, list_ in lengths.items() if name in packed}
     widths = {name: list_.width for name, list_ in lengths.items()}
     dummy = Chunk(0, 0, slice(0, 0), widths, sum(widths.values()))
-    if chunk_tokens == 0:
-        every = slice(0, int(per_row.sum()))
-        whole = Chunk(0, num_rows, every, widths, num_rows * sum(widths.values()))
-        rows = np.arange(num_rows)
-        return SidePlan(rows, np.arange(every.stop), np.repeat(rows, per_row), (whole,), filled, dummy)
-    widest_first = sorted(lengths.values(), key=lambda list_: -list_.width)
-    columns = [np.maximum(1, list_.filled) for list_ in widest_first] or [np.zeros(num_rows, np.int64)]
-    length_RF = np.stack(columns, axis=1)
-    order = np.lexsort(-length_RF[:, ::-1].T)
+    order, bounds = np.arange(num_rows), [(0, num_rows)]
+    if chunk_tokens:
+        order = _longest_first(lengths, num_rows)
+        bounds = list(_within(chunk_tokens, lengths, packed, per_row, order))
     starts = offsets_of(per_row)
     outputs = gather_ranges(np.arange(starts[-1]), starts[order], starts[order + 1])
-    chunks, first = [], 0
-    while first < num_rows:
-        some = slice(first, first + max(1, chunk_tokens))
-        cells = np.maximum.accumulate(length_RF[order[some]]).sum(axis=1)
-        tokens = np.arange(1, len(cells) + 1) * cells + np.cumsum(per_row[order[some]])
-        last = first + max(1, int((tokens <= chunk_tokens).sum()))
-        used = {name: _used(list_.used[order[first:last]], list_.width) for name, list_ in lengths.items()}
+    in_order = {name: offsets_of(lengths[name].filled[order]) for name in fills}
+    chunks = []
+    for first, last in bounds:
+        rows = order[first:last]
+        used = {name: _used(list_, rows) for name, list_ in lengths.items()} if chunk_tokens else widths
+        runs = {name: _run(offsets[first : last + 1]) for name, offsets in in_order.items()}
+        cells = (last - first) * sum(width for name, width in used.items() if name not in runs)
         its = slice(int(outputs.offsets[first]), int(outputs.offsets[last]))
-        chunks.append(Chunk(first, last, its, used, (last - first) * sum(used.values())))
-        first = last
+        chunks.append(Chunk(first, last, its, used, cells + sum(run.last - run.first for run in runs.values()), runs))
     first_row = np.repeat([chunk.first for chunk in chunks], [chunk.num_outputs for chunk in chunks]).astype(np.int64)
     row_in_chunk = np.repeat(np.arange(num_rows), outputs.lengths) - first_row
-    return SidePlan(order, outputs.values, row_in_chunk, tuple(chunks), filled, dummy)
+    return SidePlan(order, outputs.values, row_in_chunk, tuple(chunks), filled, dummy, fills)
+
+
+def _longest_first(lengths: Lengths, num_rows: int) -> np.ndarray:
+    widest_first = sorted(lengths.values(), key=lambda list_: -list_.width)
+    columns = [np.maximum(1, list_.filled) for list_ in widest_first] or [np.zeros(num_rows, np.int64)]
+    return np.lexsort([-column for column in reversed(columns)])
+
+
+def _within(
+    chunk_tokens: int, lengths: Lengths, packed: frozenset[str], per_row: np.ndarray, order: np.ndarray
+) -> Iterator[tuple[int, int]]:
+    """Yield the [first, last) of the order that each chunk has."""
+    length_FR = {name: np.maximum(1, list_.filled)[order] for name, list_ in lengths.items()}
+    first = 0
+    while first < len(order):
+        some = slice(first, first + max(1, chunk_tokens))
+        tokens = np.cumsum(per_row[order[some]])
+        number = np.arange(1, len(tokens) + 1)
+        for name, length_R in length_FR.items():
+            part = length_R[some]
+            tokens += np.cumsum(part) if name in packed else number * np.maximum.accumulate(part)
+        last = first + max(1, int((tokens <= chunk_tokens).sum()))
+        yield first, last
+        first = last
+
+
+def _run(offsets: np.ndarray) -> Run:
+    return Run(int(offsets[0]), int(offsets[-1]), int(np.diff(offsets).max(initial=0)))
 
 
 def agreed(plan: SidePlan) -> SidePlan:
@@ -181,10 +224,10 @@ class Draft:
 
 def draft_step(batch: Batch, budget: Budget) -> Draft:
     """Return this rank's part of a batch's plan: chunks, and graphs kept from the last of them on while they fit."""
-    whole = StepPlan(*_sides(batch, 0), whole=True)
+    whole = StepPlan(*_sides(batch, budget, 0), whole=True)
     if budget.chunk_tokens == 0:
         return Draft(whole.query, whole.doc, whole, Needs(1, 1, 0, 0))
-    query, doc = _sides(batch, budget.chunk_tokens)
+    query, doc = _sides(batch, budget, budget.chunk_tokens)
     last_first = [chunk.tokens for chunk in reversed(query.chunks + doc.chunks)]
     unkept = len(last_first) - int((np.cumsum(last_first) <= budget.kept_tokens).sum())
     num_query, num_doc = len(query.chunks), len(doc.chunks)
@@ -205,10 +248,13 @@ def most_needed(needs: Needs) -> Needs:
     return Needs(*distributed.all_reduce(torch.tensor(needs), "max").tolist())
 
 
-def _sides(batch: Batch, chunk_tokens: int) -> tuple[SidePlan, SidePlan]:
-    query = plan_side(batch.query_lengths, len(batch.row_ids), chunk_tokens, batch.queries_of_row)
-    return query, plan_side(batch.doc_lengths, len(batch.doc_ids), chunk_tokens)
+def _sides(batch: Batch, budget: Budget, chunk_tokens: int) -> tuple[SidePlan, SidePlan]:
+    query, doc = budget.packed
+    return (
+        plan_side(batch.query_lengths, len(batch.row_ids), chunk_tokens, batch.queries_of_row, query),
+        plan_side(batch.doc_lengths, len(batch.doc_ids), chunk_tokens, packed=doc),
+    )
 
 
-def _used(used: np.ndarray, width: int) -> int:
-    return min(width, max(1, int(used.max())))
+def _used(list_: ListLengths, rows: np.ndarray) -> int:
+    return min(list_.width, max(1, int(list_.used[rows].max(initial=0))))

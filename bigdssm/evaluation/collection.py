@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from bigdssm.config import TextEncoderConfig
-from bigdssm.dataset.tensors import Features
 from bigdssm.errors import ConfigError, DivergedError
 from bigdssm.evaluation.trec import Run
 from bigdssm.features import Feature, Text, TextTokenizer, histories_of
 from bigdssm.features.columns import SourceBatch
 from bigdssm.features.given import columns_of
 from bigdssm.features.ragged import Column
-from bigdssm.models.dual_encoder import DualEncoder
+from bigdssm.models import DualEncoder, Values
 from bigdssm.models.encoders import TextEncoder, pretrained_encoder
 from bigdssm.progress import Progress, no_progress
 from bigdssm.retrieval.embed import (
@@ -119,7 +118,7 @@ def pretrained_run(
         encode_in_bf16(encoder)
     tokenizer, feature = TextTokenizer(folder), {"text": Text(max_tokens=max_tokens).named("text")}
 
-    def encode(texts: Features) -> Tensor:
+    def encode(texts: dict[str, Values]) -> Tensor:
         with torch.no_grad():
             vectors = encoder(texts["text"])
         return torch.nn.functional.normalize(vectors.float(), dim=1)

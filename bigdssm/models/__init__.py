@@ -1,8 +1,26 @@
 """Towers and the dual encoder; pure torch, no data."""
 
 from bigdssm.models.dual_encoder import ALPHA_MAX, DualEncoder, Encoded, new_model
-from bigdssm.models.encoders import SideSize, use_plain_attention
+from bigdssm.models.encoders import SideSize, compile_layers, use_packing, use_plain_attention
+from bigdssm.models.packed import Packed, PackedLists, Spans, Values, flash_runs_on, pack
 from bigdssm.models.places import Places
 from bigdssm.models.scorer import MlpScorer
 
-__all__ = ["ALPHA_MAX", "DualEncoder", "Encoded", "MlpScorer", "Places", "SideSize", "new_model", "use_plain_attention"]
+__all__ = [
+    "ALPHA_MAX",
+    "DualEncoder",
+    "Encoded",
+    "MlpScorer",
+    "Packed",
+    "PackedLists",
+    "Places",
+    "SideSize",
+    "Spans",
+    "Values",
+    "compile_layers",
+    "flash_runs_on",
+    "new_model",
+    "pack",
+    "use_packing",
+    "use_plain_attention",
+]

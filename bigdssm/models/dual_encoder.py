@@ -26,6 +26,7 @@ from bigdssm.models.encoders import (
     text_configs,
     text_keys,
 )
+from bigdssm.models.packed import PackedLists, Values
 from bigdssm.models.places import Places
 from bigdssm.models.scorer import MlpScorer
 from bigdssm.models.tables import EmbeddingTables
@@ -86,8 +87,8 @@ class DualEncoder(nn.Module):
 
     def forward(
         self,
-        query: dict[str, Tensor] | None = None,
-        doc: dict[str, Tensor] | None = None,
+        query: Mapping[str, Values] | None = None,
+        doc: Mapping[str, Values] | None = None,
         listed: Tensor | None = None,
         places: Places | None = None,
     ) -> Encoded:
@@ -118,6 +119,10 @@ class DualEncoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Encoder):
                 module.checkpoint_activations()
+
+    def packs(self, training: bool) -> PackedLists:
+        """Return the features of both sides whose lists may come packed."""
+        return PackedLists(self.query_tower.packs(training), self.doc_tower.packs(training))
 
     def flops(self, query: SideSize, doc: SideSize) -> float:
         """Return the operations of matrix products in one forward over both sides of a batch, padding left out.

@@ -15,6 +15,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.features import Feature
 from bigdssm.models.encoders import Encoder, Parts, build_encoder
 from bigdssm.models.encoders.base import SideSize, linear_flops
+from bigdssm.models.packed import Values
 from bigdssm.models.places import Places
 from bigdssm.models.tables import INIT_STD
 
@@ -40,7 +41,7 @@ class Tower(nn.Module):
         width = sum(width for name, width in widths.items() if name != self.residual)
         self.mlp = _mlp(width, parts.config, dim) if width else None
 
-    def forward(self, features: dict[str, Tensor], places: Places | None = None) -> Tensor:
+    def forward(self, features: Mapping[str, Values], places: Places | None = None) -> Tensor:
         """Return [R, D] for one side's features of R rows, or [m, D] for queries at `places` of them."""
         parts = {
             name: encoder(features[name]) if places is None else encoder.at(features[name], places)
@@ -52,6 +53,10 @@ class Tower(nn.Module):
             return residual
         output: Tensor = self.mlp(torch.cat(list(parts.values()), dim=1))
         return output if residual is None else output + residual
+
+    def packs(self, training: bool) -> frozenset[str]:
+        """Return the features whose lists may come packed."""
+        return frozenset(name for name, encoder in self._all().items() if encoder.packs(training))
 
     def flops(self, size: SideSize) -> float:
         """Return the operations of a forward's matrix products over a side of a batch, padding left out."""

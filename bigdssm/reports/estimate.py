@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from bigdssm.batching.chunks import Chunked
 from bigdssm.batching.plan import Budget, plan_side, plan_step
 from bigdssm.config import Config, EngineConfig, StageConfig, StageName
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.tensors import Features
 from bigdssm.losses.passes import loss_bytes, loss_sent_bytes, vector_bytes
 from bigdssm.models import DualEncoder, Encoded, use_plain_attention
 from bigdssm.models.encoders import text_architectures
@@ -202,7 +203,8 @@ def _encoding(model: DualEncoder, mode: FakeTensorMode, batch: Batch) -> int:
     """Return the bytes of encoding a catalogue's documents without a graph."""
     plan = plan_side(batch.doc_lengths, len(batch.doc_ids), CHUNK_TOKENS_CPU)
     chunk, side = plan.chunks[0], Chunked(batch.doc, plan)
-    inputs = {name: mode.from_tensor(values) for name, values in side.features(chunk).items()}
+    features = cast(Features, side.features(chunk))  # the plan packs nothing
+    inputs = {name: mode.from_tensor(values) for name, values in features.items()}
     with mode, torch.no_grad(), LiveBytes() as live:
         model(doc=inputs)
     return live.peak * max(1, CHUNK_TOKENS_CPU // max(1, chunk.tokens))

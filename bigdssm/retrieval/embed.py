@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,13 +19,13 @@ from torch import Tensor, nn
 from bigdssm.batching.chunks import Chunked
 from bigdssm.batching.collate import Collator
 from bigdssm.batching.lengths import lengths_of
-from bigdssm.batching.plan import agreed, plan_side
+from bigdssm.batching.plan import NOTHING_PACKED, agreed, plan_side
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.tensors import Features, PadIds, pad_ids, to_features
 from bigdssm.features import Feature, ragged
 from bigdssm.features.ragged import Column
-from bigdssm.models import Encoded
+from bigdssm.models import DualEncoder, Encoded, Values
 from bigdssm.models.score import document_head, query_head
 from bigdssm.progress import Progress, no_progress
 
@@ -88,13 +89,15 @@ def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | st
     """
     collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
 
+    packed = cast(DualEncoder, getattr(model, "module", model)).packs(training=False)
+
     def queries(rows: Rows) -> Tensor:
-        pads = pad_ids(dataset.schema.query, dataset.pad_token_id)
-        return in_chunks(collator.query_features(rows.query), pads, len(rows), partial(query_vectors, model), device)
+        pads, features = pad_ids(dataset.schema.query, dataset.pad_token_id), collator.query_features(rows.query)
+        return in_chunks(features, pads, len(rows), partial(query_vectors, model), device, packed.query)
 
     def documents(doc_rows: np.ndarray) -> Tensor:
         pads, features = pad_ids(dataset.schema.doc, dataset.pad_token_id), dataset.catalogue.features(doc_rows)
-        return in_chunks(features, pads, len(doc_rows), partial(document_vectors, model), device)
+        return in_chunks(features, pads, len(doc_rows), partial(document_vectors, model), device, packed.doc)
 
     return Encoders(queries, documents)
 
@@ -108,14 +111,14 @@ def encode_in_bf16(model: nn.Module) -> None:
     model.forward = torch.autocast(device_type, torch.bfloat16)(model.forward)
 
 
-def query_vectors(model: nn.Module, query: Features) -> Tensor:
+def query_vectors(model: nn.Module, query: Mapping[str, Values]) -> Tensor:
     """Return [m, D+1] float32 for the features of m queries."""
     U = encode(model, query=query).U
     assert U is not None
     return query_head(U)
 
 
-def document_vectors(model: nn.Module, doc: Features) -> Tensor:
+def document_vectors(model: nn.Module, doc: Mapping[str, Values]) -> Tensor:
     """Return [n, D+1] float32 for the features of n documents; beta is 0 in a model without one."""
     encoded = encode(model, doc=doc)
     assert encoded.W is not None
@@ -182,22 +185,22 @@ def _pieces(dataset: Dataset, split: str, share: Share) -> Iterator[Rows | None]
 
 
 def in_chunks(
-    features: Features, pads: PadIds, num_rows: int, encode: Callable[[Features], Tensor],
-    device: torch.device | str = "cpu",
+    features: Features, pads: PadIds, num_rows: int, encode: Callable[[dict[str, Values]], Tensor],
+    device: torch.device | str = "cpu", packed: frozenset[str] = NOTHING_PACKED.query,
 ) -> Tensor:  # fmt: skip
     """Return `encode` of all rows on `device`, in their order: chunks of rows of like length, as many on every rank.
 
-    The features are the host's: the chunks are planned there.
+    The features are the host's: the chunks are planned there. `packed` are the lists that come so.
     """
     chunk_tokens = CHUNK_TOKENS_CPU if torch.device(device).type == "cpu" else CHUNK_TOKENS_GPU
-    plan = agreed(plan_side(lengths_of(features, pads), num_rows, chunk_tokens))
+    plan = agreed(plan_side(lengths_of(features, pads), num_rows, chunk_tokens, packed=packed))
     side = Chunked(to_device(features, device), plan)
     return side.assemble([encode(side.features(chunk)) for chunk in plan.chunks])
 
 
 def in_pieces(
-    features: Mapping[str, Feature], columns: Mapping[str, Column], pad: int, encode: Callable[[Features], Tensor],
-    what: str = "rows encoded", progress: Progress = no_progress,
+    features: Mapping[str, Feature], columns: Mapping[str, Column], pad: int,
+    encode: Callable[[dict[str, Values]], Tensor], what: str = "rows encoded", progress: Progress = no_progress,
 ) -> Tensor:  # fmt: skip
     """Return `encode` of all rows, at least one; tensors, whose rows are padded, are made of a piece at a time."""
     num_rows, parts = len(next(iter(columns.values()))), []
@@ -209,7 +212,7 @@ def in_pieces(
     return torch.cat(parts)
 
 
-def encode(model: nn.Module, **sides: Features) -> Encoded:
+def encode(model: nn.Module, **sides: Mapping[str, Values]) -> Encoded:
     """Return what `model` makes of one side's features, in evaluation mode and without gradients."""
     was_training = model.training
     model.eval()

@@ -34,15 +34,19 @@ def encode(engine: Engine, batch: Batch, plan: StepPlan, further: Features) -> t
 
     further: what the model's forward takes for the queries beside both sides, by name; whole batches alone have it.
     """
-    return _whole(engine, batch, further) if plan.whole else _in_pieces(engine, batch, pieces_of(batch, plan))
+    return _whole(engine, batch, plan, further) if plan.whole else _in_pieces(engine, batch, pieces_of(batch, plan))
 
 
-def _whole(engine: Engine, batch: Batch, listed: Features) -> tuple[Encoded, Backward]:
+def _whole(engine: Engine, batch: Batch, plan: StepPlan, listed: Features) -> tuple[Encoded, Backward]:
     """Encode in one forward: every parameter has its gradient in one backward."""
     further: dict[str, Any] = dict(at_least_one(listed)) if listed else {}
     if batch.places is not None:
         further["places"] = batch.places
-    full = engine.forward(at_least_one(batch.query), at_least_one(batch.doc), **further)
+    query, doc = (
+        Chunked(features, side).features(side.chunks[0]) if side.packed else at_least_one(features)
+        for features, side in ((batch.query, plan.query), (batch.doc, plan.doc))
+    )
+    full = engine.forward(query, doc, **further)
     assert full.U is not None and full.W is not None
     num_queries, num_docs = len(batch.query_ids), len(batch.doc_ids)
     beta = None if full.beta is None else full.beta[:num_docs]

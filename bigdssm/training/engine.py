@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, cast
@@ -22,7 +22,7 @@ from bigdssm import distributed, timing
 from bigdssm.artifacts.shares import Piece
 from bigdssm.config import EngineConfig, OptimizerConfig
 from bigdssm.errors import ConfigError, PeerError
-from bigdssm.models import Encoded, Places, use_plain_attention
+from bigdssm.models import Encoded, Places, Values, compile_layers, flash_runs_on, use_packing, use_plain_attention
 from bigdssm.training import portable
 from bigdssm.training.optimizers import build_optimizer, find_optimizer
 
@@ -109,6 +109,10 @@ class Engine:
         self._norm = float("nan")
         if config.precision != "fp32" and not _on_device():
             use_plain_attention(model)
+        if config.precision != "fp32" and flash_runs_on(device()):
+            use_packing(model)
+        if config.compile:
+            compile_layers(model)
         built = deepspeed.initialize(
             model=model.to(device()),
             optimizer=build_optimizer(model, optimizer),
@@ -120,8 +124,8 @@ class Engine:
 
     def forward(
         self,
-        query: dict[str, Tensor] | None = None,
-        doc: dict[str, Tensor] | None = None,
+        query: Mapping[str, Values] | None = None,
+        doc: Mapping[str, Values] | None = None,
         **further: Tensor | Places,
     ) -> Encoded:
         """Encode queries, documents, or both, on this rank; see `DualEncoder.forward`."""

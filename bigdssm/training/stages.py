@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -152,7 +152,7 @@ def _assemble(
         folder=folder,
         config=stage_config,
         origin={"config": config.to_dict(), "versions": versions()},
-        budget=Budget.of(config.engine),
+        budget=Budget.of(config.engine, cast(DualEncoder, engine.module).packs(training=True)),
         total_steps=total_steps,
         starts_trained=initial_model(config, name) is not None or progress.part_step > 0,
         engine=engine,

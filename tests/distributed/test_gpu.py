@@ -1,4 +1,7 @@
-"""On a CUDA device the losses take the same path with larger tiles, and equal the same dense reference."""
+"""On a CUDA device the losses take the same path with larger tiles, and equal the same dense reference.
+
+There texts and histories are packed in bfloat16, and give what padded ones give.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,10 @@ from torch import Tensor
 
 from bigdssm.batching.upload import uploaded
 from bigdssm.losses import RANKING_NAMES, fps_loss, norm_penalty, ranking_loss
+from bigdssm.models import Places, compile_layers, use_packing
+from bigdssm.models.packed import flash_attention
+from tests.packing import within_rows
+from tests.unit.test_packed import gradients, model, vectors
 
 from . import reference, small_run
 from .interpreted import fused_fps
@@ -118,6 +125,36 @@ def test_a_large_batch_in_bfloat16(direction: str) -> None:
     assert float(out.loss.detach()) == pytest.approx(expected, rel=0.02)
     if DEVICE == "cuda":
         assert torch.cuda.max_memory_allocated() < 4e9
+
+
+PLACES = Places(torch.tensor([0, 0, 0, 2, 2, 3, 4, 5, 5]), torch.tensor([9, 0, 4, 1, 4, 1, 0, 7, 3]))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("chunk_tokens", [0, 25])
+@pytest.mark.parametrize(
+    ("side", "places", "given"),
+    [
+        ("doc", None, {"pooling": "mean"}),
+        ("doc", None, {"pooling": "cls"}),
+        ("query", None, {"positions": "age"}),
+        ("query", PLACES, {"positions": "rotary", "block": "gated"}),
+    ],
+)
+def test_packed_lists_are_padded_ones(
+    side: str, places: Places | None, given: dict[str, str], chunk_tokens: int, compiled: bool
+) -> None:
+    plain, packed = model(**given).to(DEVICE), model(**given).to(DEVICE)
+    use_packing(packed, flash_attention if DEVICE == "cuda" else within_rows)
+    if compiled:
+        compile_layers(packed)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        expected, found = (vectors(made, side, chunk_tokens, places).float() for made in (plain, packed))
+    assert (found - expected).abs().max() < 0.03 * expected.abs().max()
+    ours, theirs = gradients(packed, found), gradients(plain, expected)
+    largest = max(float(gradient.abs().max()) for gradient in theirs.values())
+    for name in theirs:
+        assert (ours[name] - theirs[name]).abs().max() < 0.03 * largest, name
 
 
 def test_a_run_trains_there_and_goes_on(tmp_path: Path) -> None:

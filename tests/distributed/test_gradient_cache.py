@@ -19,9 +19,10 @@ from bigdssm.batching.plan import Budget, plan_step
 from bigdssm.config import EngineConfig, ModelConfig, OptimizerConfig, TextEncoderConfig, TowerConfig
 from bigdssm.features import Categorical, History, Text
 from bigdssm.losses import LossOutput, fps_loss
-from bigdssm.models import DualEncoder, Encoded, new_model
+from bigdssm.models import DualEncoder, Encoded, new_model, use_packing
 from bigdssm.retrieval import embed
 from bigdssm.schema import Schema
+from tests.packing import within_rows
 
 from . import small_run
 from .spawn import Pool
@@ -44,11 +45,13 @@ class Case:
     zero_stage: int
     chunk_tokens: int
     keep_graph_tokens: int | None = None
+    packed: bool = False  # texts
 
 
 CASES = [
     Case(stage, *budget) for stage in (0, 1, 2, 3) for budget in ((0, None), (12, 0), (40, None), (40, 90), (40, 10**6))
 ]
+CASES += [Case(*case, packed=True) for case in ((0, 40, 90), (1, 0), (1, 40, 90), (3, 12, 0))]
 
 
 def global_batch(step: int) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
@@ -149,7 +152,12 @@ def new_engine(case: Case, dropout: float) -> tuple[Any, Any]:
     config = EngineConfig(
         zero_stage=case.zero_stage, chunk_tokens=case.chunk_tokens, keep_graph_tokens=case.keep_graph_tokens
     )
-    return Engine(small_model(dropout), config, OptimizerConfig(gradient_clipping=CLIPPING), 1), Budget.of(config)
+    model = small_model(dropout)
+    if case.packed:
+        use_packing(model, within_rows)
+        assert model.packs(training=True) == ({"words"}, {"words"})
+    budget = Budget.of(config, model.packs(training=True))
+    return Engine(model, config, OptimizerConfig(gradient_clipping=CLIPPING), 1), budget
 
 
 def one_step(engine: Any, batch: Batch, budget: Budget) -> Any:

@@ -73,6 +73,7 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
         ("engine.zero_stage=4", ["engine.zero_stage", "4", "at least 0 and at most 3"]),
         ("engine={zero_stage: 0, precision: bf16_pure}", ["engine.zero_stage", "1, 2 or 3 with engine.precision=bf16"]),
         ("engine={zero_stage: 0, offload_optimizer: true}", ["engine.zero_stage", "1, 2 or 3", "offload_optimizer"]),
+        ("engine={zero_stage: 3, compile: true}", ["engine.compile: got true", "false with engine.zero_stage=3"]),
         ("data.query.history.of=itme", ["data.query.history.of", "itme", "item"]),
         ("data.query.history.of=tags", ["data.query.history.of", "tags", "single-valued"]),
         ("model.alpha_init=0", ["model.alpha_init", "above 0"]),

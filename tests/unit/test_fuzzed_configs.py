@@ -82,7 +82,10 @@ TOGETHER = [  # values that are refused, or do nothing, without others
     ["data.lanes=3", "STAGE.rows_global=9", "data.tail=drop"],
     ["data.mixture=[{weight: 2}, {partitions: [base]}]", "data.mixture_batches=one_source"],
 ]  # fmt: skip
-LEFT_ALONE = ("data.dir", "data.query", "data.doc", "run.dir", "data.cache_dir", "data.num_workers", "steps")
+LEFT_ALONE = (
+    "data.dir", "data.query", "data.doc", "run.dir", "data.cache_dir", "data.num_workers", "steps",
+    "engine.compile",  # a minute in every run
+)  # fmt: skip
 FIXED = ["run.trackers=[]", "data.num_workers=0"]
 SMALL = [
     "STAGE.rows_global=24", "STAGE.steps=2", "STAGE.optimizer.warmup_steps=1", "data.lanes=4", "model.dim=8",

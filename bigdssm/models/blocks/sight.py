@@ -10,25 +10,45 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bigdssm.models.packed import Attention, Spans
+
 HIDDEN = -1e9  # added to the score of what is not seen; not -inf, of which SiLU makes NaN
 TURNS_BASE = 10_000.0
 
 
 class Sight(NamedTuple):
-    """Which places ask, and what they see; the same for all layers but the last, which may ask at one place alone."""
+    """Which places ask, and what they see; the same for all layers but the last, which may ask at one place alone.
 
-    at: Tensor  # int64 [A] or [R, A]
+    Packed histories are one row to a block: a place sees what it does within its own history. Its fields are in this
+    one tuple, since torch.compile looks for all that any call had in every call.
+    """
+
+    at: Tensor  # int64 [A] or [R, A]: each place in its history
     over: Tensor  # int64 [T]
     # bool, or float with the learned bias of a distance and HIDDEN where nothing is seen: [1 or R, 1 or h, A, T]
-    mask: Tensor
+    mask: Tensor | None  # None: packed
     fused: bool  # by the fused kernel, else multiplied out
     rotary: bool
+    attention: Attention | None = None  # within packed histories, which lie at these offsets:
+    at_offsets: Tensor | None = None
+    over_offsets: Tensor | None = None
+    at_longest: int = 0
+    over_longest: int = 0
+    causal: bool = False  # else all of a history is seen, which its newest place does
 
     def bias(self, dtype: torch.dtype) -> Tensor:
         """Return the mask as what is added to scores, of their `dtype`."""
+        assert self.mask is not None
         if self.mask.dtype != torch.bool:
             return self.mask.to(dtype)
         return torch.zeros_like(self.mask, dtype=dtype).masked_fill(~self.mask, HIDDEN)
+
+    def within(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return [1, A, h * W], the attention of packed histories, for q [1, h, A, W] and k, v [1, h, T, W]."""
+        assert self.attention is not None and self.at_offsets is not None and self.over_offsets is not None
+        at, over = Spans(self.at_offsets, self.at_longest), Spans(self.over_offsets, self.over_longest)
+        q, k, v = (part[0].transpose(0, 1) for part in (q, k, v))
+        return self.attention(q, k, v, at, over, q.shape[2] ** -0.5, self.causal).flatten(1).unsqueeze(0)
 
 
 def split(x: Tensor, heads: int) -> Tensor:
@@ -40,6 +60,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
     """Return [R, A, h * W]: softmax(q kᵀ / √W) v over what is seen, for q [R, h, A, W] and k, v [R, h, T, W]."""
     if sight.rotary:
         q, k = turned(q, sight.at), turned(k, sight.over)
+    if sight.mask is None:
+        return sight.within(q, k, v)
     if sight.fused:
         attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=sight.mask)
     else:

@@ -1,6 +1,15 @@
 """Encoders, a module for each type of feature; importing this registers them."""
 
-from bigdssm.models.encoders.base import Encoder, Parts, SideSize, build_encoder, encodes, use_plain_attention
+from bigdssm.models.encoders.base import (
+    Encoder,
+    Parts,
+    SideSize,
+    build_encoder,
+    compile_layers,
+    encodes,
+    use_packing,
+    use_plain_attention,
+)
 from bigdssm.models.encoders.categorical import CategoricalEncoder
 from bigdssm.models.encoders.history import HistoryEncoder
 from bigdssm.models.encoders.numeric import NumericEncoder
@@ -24,11 +33,13 @@ __all__ = [
     "TextEncoder",
     "VectorEncoder",
     "build_encoder",
+    "compile_layers",
     "encodes",
     "load_pretrained",
     "pretrained_encoder",
     "text_architectures",
     "text_configs",
     "text_keys",
+    "use_packing",
     "use_plain_attention",
 ]

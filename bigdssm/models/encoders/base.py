@@ -8,35 +8,52 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from bigdssm.config import TowerConfig
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature
+from bigdssm.models.packed import FLASH_WIDTHS, Attention, Values, flash_attention
 from bigdssm.models.places import Places
 from bigdssm.models.tables import EmbeddingTables
 
+RECOMPILE_LIMIT = 64  # of a layer, above which torch gives up compiling it; by default 8
+
 
 class Encoder(nn.Module, ABC):
-    """A feature's tensor → one vector of width `dim` a row."""
+    """A feature's values → one vector of width `dim` a row."""
 
     is_models_own: ClassVar[bool] = False  # else each tower has one for itself
     dim: int
+    packed_attention: Attention | None = None  # within rows of packed lists; None: nothing is to come packed
 
     @abstractmethod
-    def forward(self, values: Tensor) -> Tensor:
-        """Return [R, dim] for a tensor as `Feature.array` makes it."""
+    def forward(self, values: Any) -> Tensor:
+        """Return [R, dim] for a tensor as `Feature.array` makes it, or for a packed list where `packs` says so."""
 
-    def at(self, values: Tensor, places: Places) -> Tensor:
+    def packs(self, training: bool) -> bool:
+        """Return whether its lists may come packed."""
+        return False
+
+    def at(self, values: Values, places: Places) -> Tensor:
         """Return [m, dim] for queries at places of rows: here what is said of the row, encoded once."""
         vectors: Tensor = self(values)[places.row]
         return vectors
 
     def checkpoint_activations(self) -> None:
         """Keep as little as can be for the backward, which computes the rest again."""
+
+    def transformer_layers(self) -> list[nn.Module]:
+        """Return the layers of its transformer, where it has one."""
+        return []
+
+    def use_packing(self, attention: Attention) -> None:
+        """Take packed lists, where it can, and attend within their rows by `attention`."""
+        self.packed_attention = attention
 
     def use_plain_attention(self) -> None:
         """Multiply attention out in training, where there is any."""
@@ -103,6 +120,31 @@ def use_plain_attention(model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(part, Encoder):
             part.use_plain_attention()
+
+
+def use_packing(model: nn.Module, attention: Attention = flash_attention) -> None:
+    """Have the model's encoders take packed lists, where they can: see `packs`."""
+    for part in model.modules():
+        if isinstance(part, Encoder):
+            part.use_packing(attention)
+
+
+def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
+    """Have the layers of the model's transformers compiled when they are first called, once for all lengths.
+
+    All layers of a kind share what is compiled; it is one for each of: with and without gradients, training or not,
+    padded or packed, a history's last layer or not.
+    """
+    torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+    for part in model.modules():
+        if isinstance(part, Encoder):
+            for layer in part.transformer_layers():
+                layer.compile(dynamic=True, backend=backend)
+
+
+def packs_heads(width: int, heads: int) -> bool:
+    """Return whether attention within packed rows takes heads of this model's width."""
+    return width // heads in FLASH_WIDTHS
 
 
 def linear_flops(module: nn.Module) -> float:

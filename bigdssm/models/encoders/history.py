@@ -11,7 +11,8 @@ from bigdssm.config import HistoryEncoderConfig
 from bigdssm.errors import ConfigError
 from bigdssm.features import PADDING, History
 from bigdssm.models.blocks import BLOCKS, HIDDEN, Sight
-from bigdssm.models.encoders.base import Encoder, Parts, SideSize, encodes, linear_flops
+from bigdssm.models.encoders.base import Encoder, Parts, SideSize, encodes, linear_flops, packs_heads
+from bigdssm.models.packed import Packed, Spans, Values
 from bigdssm.models.places import Places
 from bigdssm.models.tables import INIT_STD, EmbeddingTables, table_name
 
@@ -53,6 +54,10 @@ class HistoryEncoder(Encoder):
         table = table_name("doc", str(feature.of))
         return cls(parts.config.history, feature, parts.item_dim, table, parts.tables)
 
+    def transformer_layers(self) -> list[nn.Module]:
+        """Return its layers."""
+        return list(self.layers)
+
     def checkpoint_activations(self) -> None:
         """Keep only the layers' inputs for the backward, which computes the rest again."""
         self._recompute = True
@@ -61,14 +66,24 @@ class HistoryEncoder(Encoder):
         """Multiply attention out in training."""
         self._plain_in_training = True
 
-    def at(self, values: Tensor, places: Places) -> Tensor:
+    def packs(self, training: bool) -> bool:
+        """Return whether packed histories can be attended over: not by a learned bias, nor by HSTU, which needs one."""
+        able = self.config.positions != "relative" and packs_heads(self.dim, self.config.heads)
+        return self.packed_attention is not None and able
+
+    def at(self, values: Values, places: Places) -> Tensor:
         """Return [m, E] for queries at places of the rows [R, T]; places of one row share a pass."""
         vectors: Tensor = self(values, places)
         return vectors
 
-    def forward(self, items_RT: Tensor, places: Places | None = None) -> Tensor:
-        """Return [R, E] for item codes [R, T], oldest first, padded at the end; [m, E] at `places`."""
+    def forward(self, items: Values, places: Places | None = None) -> Tensor:
+        """Return [R, E] for item codes [R, T], oldest first, padded at the end, or packed; [m, E] at `places`."""
         assert places is None or self.config.allows_many_queries
+        vectors = self._packed(items, places) if isinstance(items, Packed) else self._padded(items, places)
+        normed: Tensor = self.norm(vectors)
+        return normed
+
+    def _padded(self, items_RT: Tensor, places: Places | None) -> Tensor:
         num_rows, num_items = items_RT.shape
         device = items_RT.device
         length_R = (items_RT != PADDING).sum(dim=1)
@@ -84,22 +99,57 @@ class HistoryEncoder(Encoder):
             vectors = self._run(last, newest, hidden, sight).squeeze(1)
         else:  # all of them: most are read, and rows share one mask
             vectors = self._run(last, hidden, hidden, sight)[places.row, places.seen]
-        vectors = self.norm(vectors)
         return vectors
 
     def _first(self, items_RT: Tensor, length_R: Tensor, place_T: Tensor) -> Tensor:
         """Return [R, T + 1, E], what the first layer takes."""
-        vectors = self._tables[0].look_up(self.table, items_RT)
-        if self.config.item_scale:
-            vectors = vectors * self.dim**0.5
+        vectors = self._items(items_RT)
         start = self.start.to(vectors.dtype).expand(items_RT.shape[0], 1, -1)
-        hidden = torch.cat([start, vectors], dim=1)
-        if self.config.positions == "age":
-            hidden = hidden + self.positions((length_R.unsqueeze(1) - place_T).clamp(min=0))
-        elif self.config.positions == "absolute":
-            hidden = hidden + self.positions(place_T)
+        hidden = self._placed(torch.cat([start, vectors], dim=1), place_T, length_R.unsqueeze(1))
         dropped: Tensor = self.dropout(hidden)
         return dropped
+
+    def _items(self, items: Tensor) -> Tensor:
+        vectors = self._tables[0].look_up(self.table, items)
+        return vectors * self.dim**0.5 if self.config.item_scale else vectors
+
+    def _placed(self, hidden: Tensor, place: Tensor, length: Tensor) -> Tensor:
+        """Return the vectors with those of their places, where positions have some; `length` is of their history."""
+        if self.config.positions == "age":
+            hidden = hidden + self.positions((length - place).clamp(min=0))
+        elif self.config.positions == "absolute":
+            hidden = hidden + self.positions(place)
+        return hidden
+
+    def _packed(self, items: Packed, places: Places | None) -> Tensor:
+        assert self.packed_attention is not None
+        hidden, place, spans = self._first_packed(items)
+        rotary = self.config.positions == "rotary"
+        each = (spans.offsets, spans.offsets, spans.longest, spans.longest)
+        sight = Sight(place, place, None, True, rotary, self.packed_attention, *each, causal=True)
+        for layer in self.layers[:-1]:
+            hidden = self._run(layer, hidden, hidden, sight)
+        last = self.layers[-1]
+        if places is not None:
+            return self._run(last, hidden, hidden, sight)[0, spans.offsets[places.row] + places.seen]
+        # only the newest place is read, as above; it sees all of its history
+        newest = torch.arange(items.num_rows + 1, dtype=torch.int32, device=place.device)
+        sight = sight._replace(at=items.lengths, at_offsets=newest, at_longest=1, causal=False)
+        return self._run(last, hidden[:, spans.offsets[1:] - 1], hidden, sight).squeeze(0)
+
+    def _first_packed(self, items: Packed) -> tuple[Tensor, Tensor, Spans]:
+        """Return [1, P + R, E], what the first layer takes, each cell's place int64 [P + R], and where rows lie."""
+        length_R, device = items.lengths, items.row.device
+        offsets, longest = items.spans
+        spans = Spans(offsets + torch.arange(len(offsets), dtype=torch.int32, device=device), longest + 1)
+        # Where items go between the start tokens, whose code is the padding's, place 0.
+        goes_to = torch.arange(1, len(items.row) + 1, device=device) + items.row
+        empty = goes_to.new_zeros(len(items.row) + items.num_rows)
+        codes, place = (empty.index_copy(0, goes_to, cells) for cells in (items.values, items.place + 1))
+        vectors = self._items(codes)
+        hidden = torch.where(place.unsqueeze(1) == 0, self.start.to(vectors.dtype), vectors)
+        length = length_R[(place == 0).cumsum(0) - 1]
+        return self.dropout(self._placed(hidden, place, length)).unsqueeze(0), place, spans
 
     def _sight(self, at: Tensor, over: Tensor, dtype: torch.dtype) -> Sight:
         """Return what the places `at`, [A] or [R, A], see of the places `over` [T]."""

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bigdssm.config import ModelConfig, TextEncoderConfig
 from bigdssm.errors import ConfigError
 from bigdssm.features import Text, texts_of
-from bigdssm.models.encoders.base import Encoder, Parts, SideSize, encodes, linear_flops
+from bigdssm.models.encoders import packed_bert
+from bigdssm.models.encoders.base import Encoder, Parts, SideSize, encodes, linear_flops, packs_heads
+from bigdssm.models.packed import Attention, Packed, Values
 from bigdssm.schema import Schema
 
 
@@ -45,6 +48,10 @@ class TextEncoder(Encoder):
         """Return the token that pads texts."""
         return int(self.bert.config.pad_token_id or 0)
 
+    def transformer_layers(self) -> list[nn.Module]:
+        """Return its layers: what transformers can checkpoint, of any architecture."""
+        return [part for part in self.bert.modules() if isinstance(part, GradientCheckpointingLayer)]
+
     def checkpoint_activations(self) -> None:
         """Keep only the layers' inputs for the backward, which computes the rest again."""
         self.bert.config.use_cache = False  # there is none in an encoder, and transformers would warn of it
@@ -58,6 +65,12 @@ class TextEncoder(Encoder):
             self.attention_otherwise = self.bert.config._attn_implementation
             self.train(self.training)
 
+    def use_packing(self, attention: Attention) -> None:
+        """Take packed texts, where it can."""
+        super().use_packing(attention)
+        if isinstance(self.bert, BertModel):
+            self.bert.set_attn_implementation(packed_bert.NAME)
+
     def train(self, mode: bool = True) -> TextEncoder:
         """Train or evaluate, with the attention that is faster at it where that differs."""
         super().train(mode)
@@ -65,10 +78,25 @@ class TextEncoder(Encoder):
             self.bert.set_attn_implementation("eager" if mode else self.attention_otherwise)
         return self
 
-    def forward(self, tokens_RT: Tensor) -> Tensor:
-        """Return [R, H] for token ids [R, T], padded at the end."""
+    def packs(self, training: bool) -> bool:
+        """Return whether packed texts can be attended over: by a BERT, without dropout of attention."""
+        config = self.bert.config
+        return (
+            self.packed_attention is not None
+            and isinstance(self.bert, BertModel)
+            and packs_heads(self.dim, config.num_attention_heads)
+            and not (training and config.attention_probs_dropout_prob > 0)
+        )
+
+    def forward(self, tokens: Values) -> Tensor:
+        """Return [R, H] for token ids [R, T], padded at the end, or packed."""
+        return self._packed(tokens) if isinstance(tokens, Packed) else self._padded(tokens)
+
+    def _padded(self, tokens_RT: Tensor) -> Tensor:
         mask_RT = tokens_RT != self.pad_token_id
-        hidden: Tensor = self.bert(input_ids=tokens_RT, attention_mask=self._attention_mask(mask_RT)).last_hidden_state
+        further = packed_bert.PADDED if self.bert.config._attn_implementation == packed_bert.NAME else {}
+        mask = self._attention_mask(mask_RT)
+        hidden: Tensor = self.bert(input_ids=tokens_RT, attention_mask=mask, **further).last_hidden_state
         if self.pooling == "cls":
             return hidden[:, 0]
         weight = mask_RT.unsqueeze(2).to(hidden.dtype)
@@ -77,13 +105,24 @@ class TextEncoder(Encoder):
     def _attention_mask(self, mask_RT: Tensor) -> Tensor:
         """Return the mask as a BERT's layers take it: of one of two dimensions it would ask a device what is in it."""
         attention = self.bert.config._attn_implementation
-        if not isinstance(self.bert, BertModel) or attention not in ("sdpa", "eager"):
+        if not isinstance(self.bert, BertModel) or attention not in ("sdpa", "eager", packed_bert.NAME):
             return mask_RT.long()
         mask = mask_RT[:, None, None, :].expand(-1, 1, mask_RT.shape[1], -1)
-        if attention == "sdpa":
+        if attention != "eager":
             return mask
         dtype = self.bert.embeddings.word_embeddings.weight.dtype
         return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+    def _packed(self, tokens: Packed) -> Tensor:
+        """Return zeros for a text without a token, whose padded vector depends on the kernel of attention."""
+        assert self.packed_attention is not None
+        hidden: Tensor = packed_bert.run(self.bert, tokens, self.packed_attention)
+        offsets = tokens.spans.offsets.long()
+        if self.pooling == "mean":
+            sums = torch.segment_reduce(hidden, "sum", offsets=offsets, unsafe=True, initial=0)
+            return sums / tokens.lengths.clamp(min=1).to(hidden.dtype).unsqueeze(1)
+        first = hidden[offsets[:-1].clamp(max=len(hidden) - 1)]
+        return first.masked_fill((tokens.lengths == 0).unsqueeze(1), 0)
 
     def flops(self, name: str, size: SideSize) -> float:
         """Return the operations of a forward: a token's linear layers, and attention over each text's own tokens."""

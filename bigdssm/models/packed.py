@@ -1,0 +1,98 @@
+"""Lists of rows laid end to end, without what pads them, and attention within each row.
+
+Shapes: R rows, T columns of a padded list, P cells that hold something, h heads, W width of a head, A places that ask,
+B places that are asked, of all rows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+FLASH_WIDTHS = range(8, 257, 8)  # of a head, that the kernel takes
+
+
+class Spans(NamedTuple):
+    """Where each row begins and ends."""
+
+    offsets: Tensor  # int32 [R + 1]: row i is [offsets[i], offsets[i + 1])
+    longest: int  # on the host, which is never asked to wait for it
+
+
+class Packed(NamedTuple):
+    """A list of R rows, laid end to end. A tuple: ZeRO-3 looks for tensors in tuples only."""
+
+    values: Tensor  # int64 [P]
+    row: Tensor  # int64 [P]: of each value
+    place: Tensor  # int64 [P]: its column in the padded list
+    spans: Spans
+
+    @property
+    def num_rows(self) -> int:
+        """Return R."""
+        return self.spans.offsets.shape[0] - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """Return how many values each row has, int64 [R]."""
+        return self.spans.offsets.diff().long()
+
+    def part(self, rows: slice, cells: slice, longest: int) -> Packed:
+        """Return the rows [start, stop), whose values are the cells [start, stop)."""
+        spans = Spans(self.spans.offsets[rows.start : rows.stop + 1] - cells.start, longest)
+        return Packed(self.values[cells], self.row[cells] - rows.start, self.place[cells], spans)
+
+
+Values = Tensor | Packed
+"""One feature of one side: a tensor with one row per query or document, or a list of as many rows that is packed."""
+
+
+class PackedLists(NamedTuple):
+    """Which lists are packed, by feature."""
+
+    query: frozenset[str] = frozenset()
+    doc: frozenset[str] = frozenset()
+
+
+class Attention(Protocol):
+    """softmax(q kᵀ · scale) v within each row; causal: the i-th of a row's places sees its first i + 1."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, at: Spans, over: Spans, scale: float, causal: bool = False
+    ) -> Tensor:
+        """Return [A, h, W] for q [A, h, W] and k, v [B, h, W], whose rows lie at `at` and `over`."""
+
+
+def pack(list_RT: Tensor, fill: int, num_filled: int, longest: int) -> Packed:
+    """Return a padded list packed; `fill` pads it, num_filled and longest are the host's: the device is not read."""
+    filled_RT = list_RT != fill
+    offsets = torch.nn.functional.pad(filled_RT.sum(dim=1).cumsum(0), (1, 0)).int()
+    # Each cell that holds something goes to its own place, all others to one behind the last.
+    flat = filled_RT.flatten()
+    goes_to = torch.where(flat, flat.cumsum(0) - 1, num_filled)
+    cell = torch.arange(list_RT.numel(), device=list_RT.device)
+    taken = cell.new_zeros(num_filled + 1).scatter_(0, goes_to, cell)[:num_filled]
+    width = list_RT.shape[1]
+    return Packed(list_RT.flatten()[taken], taken // width, taken % width, Spans(offsets, longest))
+
+
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, at: Spans, over: Spans, scale: float, causal: bool = False
+) -> Tensor:
+    """Attend by FlashAttention's kernel for rows of different lengths: on CUDA, in half precision, without dropout."""
+    window = (-1, 0) if causal else (-1, -1)
+    attended = varlen_attn(
+        q, k, v, at.offsets, over.offsets, at.longest, over.longest, scale=scale, window_size=window
+    )  # fmt: skip
+    assert isinstance(attended, Tensor)
+    return attended
+
+
+def flash_runs_on(device: torch.device) -> bool:
+    """Return whether a device, and this torch, have the kernel of `flash_attention`; 2.10's takes no window."""
+    known = {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
+    return known and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,0 +1,247 @@
+"""Texts and histories laid end to end give the vectors and gradients that padded ones give.
+
+Here attention within rows is a loop over them: the kernel that has it in one launch is CUDA's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bigdssm.batching.chunks import Chunked
+from bigdssm.batching.lengths import Lengths, lengths_of
+from bigdssm.batching.plan import StepPlan, plan_side
+from bigdssm.config import HistoryEncoderConfig, ModelConfig, TextEncoderConfig, TowerConfig
+from bigdssm.features import Categorical, Feature, History, Numeric, Text
+from bigdssm.models import DualEncoder, PackedLists, Places, Spans, compile_layers, new_model, pack, use_packing
+from bigdssm.schema import Schema
+from tests.packing import within_rows
+
+NUM_ITEMS, PAD = 20, 3  # not every tokenizer pads with 0
+QUERY: dict[str, Feature] = {
+    "history": History(of="item", max_items=9).named("history"),
+    "words": Text(max_tokens=12).named("words"),
+    "more": Text(max_tokens=12).named("more"),
+    "age": Numeric(mean=30.0, std=10.0).named("age"),
+}
+DOC: dict[str, Feature] = {
+    "item": Categorical(vocabulary=tuple(map(str, range(NUM_ITEMS - 2)))).named("item"),
+    "title": Text(max_tokens=12).named("title"),
+    "tags": Categorical(multi=True, vocabulary=("a", "b")).named("tags"),
+}
+LISTS = {"query": {"history": 0, "words": PAD, "more": PAD}, "doc": {"title": PAD, "tags": 0}}
+
+
+def model(pooling: Any = "mean", dropout: float = 0.0, text_dropout: float = 0.0, **history: Any) -> DualEncoder:
+    """A model in which every parameter matters."""
+    text = TextEncoderConfig(hidden=16, pooling=pooling, dropout=text_dropout)
+    encoder = HistoryEncoderConfig(**{"layers": 2, "dropout": dropout, "item_dropout": dropout, **history})
+    config = ModelConfig(
+        dim=6, score="dot", query=TowerConfig(mlp=(7,), text=text, history=encoder),
+        doc=TowerConfig(mlp=(7,), embedding_dim=16, text=text),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    made = new_model(config, Schema(QUERY, DOC), pad_token_id=PAD, vocab_size=50)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+        for table in made.tables.tables.values():
+            table.weight[0] = 0  # type: ignore[index, operator]
+        for encoder in made.text.values():
+            encoder.bert.embeddings.word_embeddings.weight[PAD] = 0  # type: ignore[union-attr, index, operator]
+    return made
+
+
+def padded(lengths: list[int], fill: int, first: int) -> Tensor:
+    rows = torch.full((len(lengths), max(lengths)), fill)
+    for row, length in enumerate(lengths):
+        rows[row, :length] = torch.arange(length) * 7 % 11 + first + row
+    return rows
+
+
+def sides() -> dict[str, dict[str, Tensor]]:
+    """Rows of all lengths, 0 among them; a text with its padding token as a word within it."""
+    words = padded([3, 12, 1, 5, 0, 2], PAD, 5)
+    words[1, 4] = PAD
+    history = padded([9, 0, 4, 1, 0, 7], 0, 2)
+    query = {"history": history, "words": words, "more": padded([2, 2, 9, 1, 4, 1], PAD, 8), "age": torch.arange(6.0)}
+    title, tags = padded([6, 2, 12, 7], PAD, 5), torch.tensor([[1, 0], [2, 1], [0, 0], [1, 0]])
+    return {"query": query, "doc": {"item": torch.tensor([4, 2, 9, 6]), "title": title, "tags": tags}}
+
+
+def lengths(side: str) -> Lengths:
+    return lengths_of(sides()[side], LISTS[side])
+
+
+def vectors(made: DualEncoder, side: str, chunk_tokens: int, places: Places | None = None) -> Tensor:
+    """The vectors of a side in the batch's order, by its plan."""
+    device = made.log_alpha.device
+    features = {name: values.to(device) for name, values in sides()[side].items()}
+    places = None if places is None else Places(*(part.to(device) for part in places))
+    per_row = None if places is None else torch.bincount(places.row, minlength=6).cpu().numpy()
+    packed = getattr(made.packs(made.training), side)
+    plan = plan_side(lengths(side), len(next(iter(features.values()))), chunk_tokens, per_row, packed)
+    chunked = Chunked(features, plan, places)
+    parts = []
+    for chunk in plan.filled_up(len(plan.chunks) + 1).chunks:
+        further = {} if chunk.num_rows == 0 else {"places": chunked.places(chunk)}
+        encoded = made(**{side: chunked.features(chunk)}, **further)
+        parts.append((encoded.U if side == "query" else encoded.W)[: chunk.num_outputs])
+    return chunked.assemble(parts[:-1]) + parts[-1].sum()  # nothing of the dummy
+
+
+def gradients(made: DualEncoder, of: Tensor) -> dict[str, Tensor]:
+    made.zero_grad()
+    (of * torch.linspace(-1, 1, of.numel(), device=of.device).view_as(of)).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in made.named_parameters() if parameter.grad is not None}
+
+
+def assert_packed_is_padded(side: str, chunk_tokens: int, places: Places | None = None, **given: Any) -> None:
+    plain, packed = model(**given), model(**given)
+    use_packing(packed, within_rows)
+    assert packed.packs(training=True) != plain.packs(training=True)
+    if given.get("pooling") == "cls":  # a padded text of nothing has the vector of what pads it
+        for made in (plain, packed):
+            made.text["query"].register_forward_hook(lambda _, given, out: out * _some(given[0]))  # type: ignore[union-attr]
+    expected, found = vectors(plain, side, chunk_tokens, places), vectors(packed, side, chunk_tokens, places)
+    assert expected.std(dim=0).min() > 0.01, "the rows are hardly different"
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    ours, theirs = gradients(packed, found), gradients(plain, expected)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _some(texts: Any) -> Tensor:
+    lengths_R = (texts != PAD).sum(dim=1) if isinstance(texts, Tensor) else texts.lengths
+    return (lengths_R > 0).float().unsqueeze(1)
+
+
+SIZES = pytest.mark.parametrize("chunk_tokens", [0, 25])
+
+
+@SIZES
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("side", ["query", "doc"])
+def test_packed_texts_are_padded_ones(side: str, pooling: str, chunk_tokens: int) -> None:
+    assert_packed_is_padded(side, chunk_tokens, pooling=pooling)
+
+
+@SIZES
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("positions", ["age", "absolute", "rotary"])
+@pytest.mark.parametrize("block", ["sasrec", "gated"])
+def test_packed_histories_are_padded_ones(block: str, positions: str, layers: int, chunk_tokens: int) -> None:
+    assert_packed_is_padded("query", chunk_tokens, block=block, positions=positions, layers=layers, item_scale=True)
+
+
+@SIZES
+@pytest.mark.parametrize("positions", ["absolute", "rotary"])
+@pytest.mark.parametrize("block", ["sasrec", "gated"])
+def test_many_queries_of_packed_histories(block: str, positions: str, chunk_tokens: int) -> None:
+    row, seen = torch.tensor([[0, 0, 0, 2, 2, 3, 4, 5, 5], [9, 0, 4, 1, 4, 1, 0, 7, 3]])
+    assert_packed_is_padded("query", chunk_tokens, Places(row, seen), block=block, positions=positions)
+
+
+def test_a_packed_list_is_what_is_filled() -> None:
+    rows = torch.tensor([[4, 0, 5, 0], [0, 0, 0, 0], [0, 7, 8, 9]])
+    packed = pack(rows, 0, 5, 3)
+    assert packed.values.tolist() == [4, 5, 7, 8, 9]
+    assert packed.row.tolist() == [0, 0, 2, 2, 2] and packed.place.tolist() == [0, 2, 1, 2, 3]
+    assert packed.spans.offsets.tolist() == [0, 2, 2, 5] and packed.spans.offsets.dtype == torch.int32
+    part = packed.part(slice(1, 3), slice(2, 5), 3)
+    assert part.values.tolist() == [7, 8, 9] and part.row.tolist() == [1, 1, 1]
+    assert part.spans.offsets.tolist() == [0, 0, 3] and part.lengths.tolist() == [0, 3]
+    assert pack(rows[:0], 0, 0, 0).num_rows == 0
+
+
+def test_a_plan_counts_what_is_encoded() -> None:
+    """Packed lists have no padding, neither in the budget nor in what is told of a step."""
+    given, every = lengths("query"), frozenset(LISTS["query"])
+    whole = plan_side(given, 6, 0, packed=every)
+    plan = plan_side(given, 6, 25, packed=every)
+    tokens = sum(int(list_.filled.sum()) for list_ in given.values())
+    assert whole.cells == plan.cells == plan.filled == tokens == 62
+    assert StepPlan(plan, plan_side({}, 2, 25), whole=False).padding == 0
+    # a text that is empty counts as one, for its chunk does something for it
+    assert all(chunk.tokens <= 25 or chunk.num_rows == 1 for chunk in plan.chunks)
+    assert len(plan.chunks) < len(plan_side(given, 6, 25).chunks)
+    some = plan_side(given, 6, 25, packed=frozenset({"words"}))
+    assert plan.cells < some.cells < plan_side(given, 6, 25).cells
+    assert np.array_equal(np.sort(some.order), np.arange(6))
+
+
+def test_what_can_be_packed() -> None:
+    texts, histories = {"words", "more"}, {"history"}
+
+    def packs(training: bool = True, **given: Any) -> set[str]:
+        made = model(**given)
+        assert made.packs(training) == PackedLists(), "nothing without being told to"
+        use_packing(made, within_rows)
+        return set(made.packs(training).query)
+
+    assert packs() == packs(dropout=0.3) == packs(training=False, text_dropout=0.3) == texts | histories
+    assert packs(text_dropout=0.3) == histories, "attention has dropout"
+    assert packs(positions="relative") == packs(block="hstu", positions="relative") == texts
+    assert packs(heads=4) == texts, "heads of a width that the kernel does not take"
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_kernel_is_given_half_precision_under_autocast(again: bool) -> None:
+    """Also where activations are computed again, which must not attend over all texts as if they were one."""
+    made, calls = model(positions="rotary", block="gated").train(), []
+
+    def spied(q: Tensor, k: Tensor, v: Tensor, at: Spans, over: Spans, scale: float, causal: bool = False) -> Tensor:
+        calls.append(q.shape)
+        assert {part.dtype for part in (q, k, v)} == {torch.bfloat16}
+        assert all(part.stride(2) == 1 and part.shape[2] % 8 == 0 for part in (q, k, v))
+        assert {spans.offsets.dtype for spans in (at, over)} == {torch.int32}
+        return within_rows(q, k, v, at, over, scale, causal)
+
+    use_packing(made, spied)
+    if again:
+        made.checkpoint_activations()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = vectors(made, "query", 0)
+    forward = len(calls)
+    found.float().sum().backward()
+    assert len(calls) == forward * (2 if again else 1)
+    exact = vectors(model(positions="rotary", block="gated"), "query", 0)
+    assert (found.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def by_mask(q: Tensor, k: Tensor, v: Tensor, at: Spans, over: Spans, scale: float, causal: bool = False) -> Tensor:
+    """The same attention without reading offsets, so that it can be compiled."""
+    row_A, row_B = (
+        torch.searchsorted(spans.offsets[1:].contiguous(), torch.arange(len(x), dtype=torch.int32), right=True)
+        for spans, x in ((at, q), (over, k))
+    )
+    mask = row_A.unsqueeze(1) == row_B
+    own = (part.transpose(0, 1) for part in (q, k, v))
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        *own, attn_mask=mask.tril() if causal else mask, scale=scale
+    )
+    return attended.transpose(0, 1)
+
+
+def test_compiled_layers_give_the_same_for_all_lengths_from_a_few_graphs() -> None:
+    """Packed, and padded in a dummy; what a backend makes of the graphs is torch's own matter."""
+    plain, made = model(layers=1), model(layers=1)
+    use_packing(made, by_mask)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_layers(made, backend="eager")
+    assert made.state_dict().keys() == plain.state_dict().keys()
+    for chunk_tokens in (0, 21, 25, 40, 33):
+        expected, found = vectors(plain, "query", chunk_tokens), vectors(made, "query", chunk_tokens)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        ours, theirs = gradients(made, found), gradients(plain, expected)
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-4)
+    # whatever the shapes of chunks; sizes of 1 have graphs of their own
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12
+    assert not torch._dynamo.utils.counters["graph_break"]
