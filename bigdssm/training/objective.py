@@ -9,7 +9,6 @@ Shapes: m queries, n document columns.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,15 +47,19 @@ class Objective:
         tile: int | None,
         doc_counts: np.ndarray | None,
         queries_per_step: float,
+        operand: torch.dtype | None = None,
     ) -> None:
-        """`doc_counts`: how often each catalogue row is a positive, needed where `config` takes frequencies of it."""
+        """`doc_counts`: how often each catalogue row is a positive, needed where `config` takes frequencies of it.
+
+        operand: what vectors are rounded to for the products, normalised before; None: they stay as they are.
+        """
         self._config = config
         self._options = LOSSES[config.name]
         self._term = Softmax() if self._options.all_columns else find_term(config.name, vars(config))
         self._normalise = model.score == "cosine"
         # A relative loss cancels it: its gradient would be rounding noise, which Adam turns into steps.
         self._without_beta = model.beta == "scalar" and self._options.relative
-        self._tile = tile
+        self._tile, self._operand = tile, operand
         self._counted = (
             None
             if doc_counts is None
@@ -115,13 +118,17 @@ class Objective:
             # here the loss counts the copies itself: only positives are shared among queries
             copies, neg_bias = _copies(batch.positive, len(batch.doc_ids)), None
         beta, neg_bias = self._corrected(beta, neg_bias, batch, copies)
-        loss = partial(
-            contrastive_loss, self._term, positive=batch.positive, alpha=encoded.alpha, beta=beta, neg_bias=neg_bias,
-            weight=weight, doc_ids=batch.doc_ids, **self._queries(batch),
-            negatives=None if self._options.all_columns else batch.negatives,
-            columns="all" if self._options.all_columns else "in_batch" if config.in_batch else "none",
-            direction=config.direction, tile=self._tile,
-        )  # fmt: skip
+        queries = self._queries(batch)
+
+        def loss(U: Tensor, W: Tensor) -> LossOutput:
+            return contrastive_loss(
+                self._term, U.to(self._operand or U.dtype), W.to(self._operand or W.dtype), positive=batch.positive,
+                alpha=encoded.alpha, beta=beta, neg_bias=neg_bias, weight=weight, doc_ids=batch.doc_ids, **queries,
+                negatives=None if self._options.all_columns else batch.negatives,
+                columns="all" if self._options.all_columns else "in_batch" if config.in_batch else "none",
+                direction=config.direction, tile=self._tile,
+            )  # fmt: skip
+
         return matryoshka_loss(loss, encoded.U, encoded.W, config.widths, self._normalise)
 
     def _queries(self, batch: Batch, gathered: bool = False) -> dict[str, Any]:

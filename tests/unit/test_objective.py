@@ -59,6 +59,19 @@ def test_merged_columns_count_as_often_as_they_were() -> None:
     assert loss(LossConfig(direction="both")) == pytest.approx(fps(direction="both"), rel=1e-12)
 
 
+def test_products_take_vectors_rounded_after_they_were_normalised() -> None:
+    objective = Objective(LossConfig(widths=(2,)), ModelConfig(), None, None, 20, torch.bfloat16)
+    found = float(objective(ENCODED, BATCH).loss)
+
+    def rounded(vectors: torch.Tensor) -> torch.Tensor:
+        return vectors.to(torch.bfloat16)
+
+    given = {"alpha": 2.0, "beta": BETA, "neg_bias": LOG_COPIES, "weight": INDICATOR, **IDS}
+    at_widths = [(U, W), tuple(torch.nn.functional.normalize(part[:, :2], dim=1) for part in (U, W))]
+    expected = [float(fps_loss(rounded(u), rounded(w), POSITIVE, **given).loss) for u, w in at_widths]  # type: ignore[arg-type]
+    assert found == pytest.approx(sum(expected) / 2, rel=1e-6)
+
+
 def test_relevance_is_an_indicator_or_a_weight() -> None:
     assert loss(LossConfig(weight="relevance")) == pytest.approx(fps(weight=RELEVANCE), rel=1e-12)
     assert loss(LossConfig()) != pytest.approx(fps(weight=RELEVANCE), rel=1e-3)

@@ -252,7 +252,7 @@ def test_one_reduction_agrees_on_chunks_and_on_those_kept() -> None:
 
 
 def ragged_lengths(lengths: np.ndarray) -> ListLengths:
-    return ListLengths(lengths, lengths, 8)
+    return ListLengths(lengths, lengths, 8, 0)
 
 
 def test_the_next_item_is_made_while_one_is_used_and_errors_come_when_they_are_due() -> None:
