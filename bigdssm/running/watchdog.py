@@ -172,11 +172,13 @@ class Watchdog:
         """Return True on the first rank that asks, whose verdict serves all; in time on the others, where none came.
 
         Where one rank hangs all of them want to know why at once: ranks that each read every rank's note would ask the
-        store a square of their number.
+        store a square of their number. One that does not wait for the others is not among the first: it may be what
+        hangs, and a rank that waits shows where all do.
         """
-        self._board.write_once(SURVEYOR, str(self._rank))
-        if self._board.read(SURVEYOR) == str(self._rank):
-            return True
+        if self._own_state()["waits"]:
+            self._board.write_once(SURVEYOR, str(self._rank))
+            if self._board.read(SURVEYOR) == str(self._rank):
+                return True
         return time.monotonic() - self._moved_at > self._allowed_s() + 4 * self._interval_s
 
     def _allowed_s(self) -> float:
