@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bigdssm
 from bigdssm.batching.plan import Budget, plan_step
 from bigdssm.config import LossConfig
 from bigdssm.losses import CountedFrequency, StreamingFrequency
@@ -22,6 +24,7 @@ from bigdssm.training.objective import Objective
 from bigdssm.training.step import train_step
 from tests.distributed.test_gradient_cache import MODEL, share_of, small_model
 
+PACKAGE = f"{Path(bigdssm.__file__).parent}/"
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "_unique2", "unique_dim", "masked_select", "equal")
 
 
@@ -37,9 +40,9 @@ class Reads(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func._schema.name.split("::")[1] in READS:
             frame: Any = sys._getframe(1)
-            while frame is not None and "/bigdssm/" not in frame.f_code.co_filename:
+            while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE):
                 frame = frame.f_back
-            where = "elsewhere" if frame is None else frame.f_code.co_filename.split("/bigdssm/")[-1]
+            where = "elsewhere" if frame is None else frame.f_code.co_filename.removeprefix(PACKAGE)
             if not where.startswith("losses/"):
                 self.by.append(where)
         sizes = [x.numel() for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
