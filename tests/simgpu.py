@@ -19,6 +19,7 @@ import collections
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -31,6 +32,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from bigdssm import distributed
 
+PACKAGE = f"{Path(distributed.__file__).parent}/"
 _setup_privateuseone_for_python_backend("simgpu")
 BACKEND: Any = torch.get_device_module("simgpu")
 BACKEND.get_amp_supported_dtype = staticmethod(lambda: [torch.bfloat16, torch.float16])
@@ -248,8 +250,8 @@ def where() -> str:
     """Return the innermost line of the library that is being run."""
     frame: Any = sys._getframe()
     while frame is not None:
-        if "/bigdssm/" in frame.f_code.co_filename:
-            return f"{frame.f_code.co_filename.split('/bigdssm/')[-1]}:{frame.f_lineno}"
+        if frame.f_code.co_filename.startswith(PACKAGE):
+            return f"{frame.f_code.co_filename.removeprefix(PACKAGE)}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"
 

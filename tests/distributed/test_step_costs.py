@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
+import bigdssm
+
 from . import small_run
 from .spawn import Pool
 
+PACKAGE = f"{Path(bigdssm.__file__).parent}/"
 STEPS = 3
 
 
@@ -29,10 +32,10 @@ def sent_between_steps(rank: int, world_size: int, config: Path, run_dir: Path, 
 
             def called(*args: Any, **kwargs: Any) -> Any:
                 frame: Any = sys._getframe(1)
-                while frame.f_code.co_filename.endswith("bigdssm/distributed.py"):
+                while frame.f_code.co_filename == distributed.__file__:
                     frame = frame.f_back
                 if steps:
-                    steps[-1].append(frame.f_code.co_filename.split("/bigdssm/")[-1])
+                    steps[-1].append(frame.f_code.co_filename.removeprefix(PACKAGE))
                 return function(*args, **kwargs)
 
             return called
