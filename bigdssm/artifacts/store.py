@@ -112,6 +112,8 @@ class CheckpointStore:
         return self._error is not None
 
     def __enter__(self) -> CheckpointStore:
+        # Now: the ranks find each other through their launcher, which may have died when they save for the last time.
+        distributed.background_group()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
