@@ -131,9 +131,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=() if case == "from outside" else pytest.mark.slow) for case in CASES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_a_type_of_features_goes_all_the_way(case: str, outside_pools: dict[int, Pool], tmp_path: Path) -> None:
     write_table(tmp_path)
     feature, value = CASES[case]

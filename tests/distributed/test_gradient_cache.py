@@ -234,7 +234,8 @@ def test_gradients_are_reduced_once_a_step_however_many_chunks_there_are(pools: 
                 assert gradients == [("reduce_scatter_tensor", parameters + parameters % 2)], case
 
 
-@pytest.mark.parametrize("world_size", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_chunks_and_kept_graphs_change_no_weight(pools: dict[int, Pool], world_size: int) -> None:
     (plain,) = pools[1].run(plain_steps)
     start = dict(small_model(0.0).named_parameters())
@@ -248,7 +249,8 @@ def test_chunks_and_kept_graphs_change_no_weight(pools: dict[int, Pool], world_s
                 )
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 3])
 def test_chunks_encoded_again_have_the_dropout_of_the_first_time(pools: dict[int, Pool], world_size: int) -> None:
     """A kept graph is the one that the loss was computed of."""
     for stage in (0, 1, 2, 3):

@@ -91,7 +91,8 @@ def test_the_others_end_in_time_and_name_it(kind: str, victim: int, victims_code
         assert "in meet" in written[victim]
 
 
-@pytest.mark.parametrize("kind", ["late", pytest.param("none", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["late", "none"])
 def test_a_rank_that_is_only_late_harms_nobody(kind: str) -> None:
     codes, written = Ranks(kind, 1).wait(30)
     assert codes == [0, 0, 0], written
