@@ -210,12 +210,13 @@ class Draft:
 
     query: SidePlan
     doc: SidePlan
-    whole: StepPlan  # where one chunk a side is enough on every rank
+    whole: StepPlan | None  # where one chunk a side is enough here, and may be on every rank
     needs: Needs
 
     def agreed(self, most: Needs) -> StepPlan:
         """Return the plan for the most that any rank needs, number by number."""
         if max(most.queries, most.docs) <= 1:
+            assert self.whole is not None
             return self.whole
         query, doc = self.query.filled_up(most.queries), self.doc.filled_up(most.docs)
         kept_queries = 0 if most.first_doc else len(query.chunks) - most.first_query
@@ -224,13 +225,13 @@ class Draft:
 
 def draft_step(batch: Batch, budget: Budget) -> Draft:
     """Return this rank's part of a batch's plan: chunks, and graphs kept from the last of them on while they fit."""
-    whole = StepPlan(*_sides(batch, budget, 0), whole=True)
-    if budget.chunk_tokens == 0:
-        return Draft(whole.query, whole.doc, whole, Needs(1, 1, 0, 0))
     query, doc = _sides(batch, budget, budget.chunk_tokens)
+    if budget.chunk_tokens == 0:
+        return Draft(query, doc, StepPlan(query, doc, whole=True), Needs(1, 1, 0, 0))
     last_first = [chunk.tokens for chunk in reversed(query.chunks + doc.chunks)]
     unkept = len(last_first) - int((np.cumsum(last_first) <= budget.kept_tokens).sum())
     num_query, num_doc = len(query.chunks), len(doc.chunks)
+    whole = StepPlan(*_sides(batch, budget, 0), whole=True) if max(num_query, num_doc) <= 1 else None
     needs = Needs(num_query, num_doc, min(unkept, num_query), max(0, unkept - num_query))
     return Draft(query, doc, whole, needs)
 
@@ -239,7 +240,7 @@ def plan_step(batch: Batch, budget: Budget) -> StepPlan:
     """Return the plan of a batch: with chunks equally many and as many of them kept on every rank. A collective."""
     draft = draft_step(batch, budget)
     if budget.chunk_tokens == 0:
-        return draft.whole
+        return draft.agreed(draft.needs)
     return draft.agreed(most_needed(draft.needs))
 
 

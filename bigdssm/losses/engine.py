@@ -23,6 +23,7 @@ from torch import Tensor
 from bigdssm import distributed
 from bigdssm.distributed import Group
 from bigdssm.losses.exchange import LossInputError, need
+from bigdssm.losses.ids import occurrences
 from bigdssm.losses.inputs import GlobalSizes, LossInputs, check_inputs, global_sizes
 from bigdssm.losses.listed import add_listed, score_listed
 from bigdssm.losses.masks import find_false_negatives, find_known_positives, gather_pairs, own_pairs
@@ -98,7 +99,7 @@ def contrastive_loss(
         pairs = None if x.query_ids is None else own_pairs(x.query_ids, doc_m, x.weight, x.known)
         passes = gathered = told = None
         if columns != "none":
-            copies_n = None if kept is None else _copies(shared)
+            copies_n = None if kept is None else occurrences(shared.positive, len(shared.W)).double()
             arriving = gather_columns(shared, sizes, copies_n, pairs, tile, group)
             positive_m = _positive_scores(x, sizes, with_beta=direction != "d2q")
             gathered, told = arriving.wait()
@@ -164,12 +165,6 @@ def _share(x: LossInputs, columns: str, group: Group | None) -> tuple[LossInputs
     names = ("W", "beta", "neg_bias", "doc_ids")
     part: dict[str, Any] = {name: None if (v := getattr(x, name)) is None else v.detach()[kept] for name in names}
     return x, replace(x, positive=positive, **part), kept
-
-
-def _copies(shared: LossInputs) -> Tensor:
-    """Return how many queries each gathered column is the document of, float64."""
-    counts = torch.zeros(len(shared.W), dtype=torch.float64, device=shared.W.device)
-    return counts.index_add_(0, shared.positive, torch.ones_like(shared.positive, dtype=torch.float64))
 
 
 def _spread(sums: Gradients, kept: Tensor | None, n: int) -> Gradients:

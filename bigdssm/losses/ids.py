@@ -35,6 +35,11 @@ class Groups:
         return which, at - (ends - lengths)[which]
 
 
+def occurrences(numbers: Tensor, limit: int) -> Tensor:
+    """Return how often each of 0 … limit − 1 is among the int64 `numbers`; bincount would wait for a device."""
+    return numbers.new_zeros(limit).index_add_(0, numbers, torch.ones_like(numbers))
+
+
 class Numbers:
     """Ids [n] numbered by value, from 0; equal ids share a number, and all numbers are below `limit`."""
 

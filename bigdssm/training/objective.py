@@ -33,6 +33,7 @@ from bigdssm.losses import (
     relevance_weight,
     scored_loss,
 )
+from bigdssm.losses.ids import occurrences
 from bigdssm.models import Encoded
 from bigdssm.training.columns import is_shared
 
@@ -116,7 +117,7 @@ class Objective:
                 neg_bias = torch.where(shared, 0.0, -torch.inf).double()
         else:
             # here the loss counts the copies itself: only positives are shared among queries
-            copies, neg_bias = _copies(batch.positive, len(batch.doc_ids)), None
+            copies, neg_bias = occurrences(batch.positive, len(batch.doc_ids)), None
         beta, neg_bias = self._corrected(beta, neg_bias, batch, copies)
         queries = self._queries(batch)
 
@@ -168,11 +169,6 @@ class Objective:
             log_expected = self._counted.log_expected(batch.doc_rows)
         biases = apply_sampling(config.sampling, log_expected, gamma=config.gamma, beta=beta, neg_bias=neg_bias)
         return biases.beta, biases.neg_bias
-
-
-def _copies(positive: Tensor, num_docs: int) -> Tensor:
-    """Return how often each document is a positive, int64 [num_docs]; bincount would wait for a device."""
-    return positive.new_zeros(num_docs).index_add_(0, positive, torch.ones_like(positive))
 
 
 def num_negatives(stage: StageConfig, batch: Batch, world_size: int, num_docs: int) -> int:

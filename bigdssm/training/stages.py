@@ -132,8 +132,9 @@ def _assemble(
     engine = Engine(model, config.engine, stage_config.optimizer, max(1, rows_per_rank))
     loss = stage_config.loss
     counts = stream.doc_weights() if loss.sampling != "none" and loss.frequency == "counts" else None
-    operand = None if config.engine.precision == "fp32" else torch.bfloat16
-    objective = Objective(loss, config.model, config.engine.loss_tile, counts, stream.queries_per_step, operand)
+    objective = Objective(
+        loss, config.model, config.engine.loss_tile, counts, stream.queries_per_step, engine.product_dtype
+    )
     mined, documents = _mined(config, name, engine, dataset, folder, watch, checkpoint is not None, new_part)
     torch.manual_seed(config.run.seed * 1_000_003 + distributed.rank() + 1)  # dropout differs between ranks
     progress = StageProgress()

@@ -179,10 +179,15 @@ def _logarithmic_sums(matrix: ScoreMatrix, neg_bias_N: Tensor | None, group: Gro
                 S_rc += neg_bias_N[cols]
             log_m[rows] = torch.logaddexp(log_m[rows], torch.logsumexp(S_rc, 1).double())
             rows_sums.largest[rows] = torch.maximum(rows_sums.largest[rows], S_rc.amax(1).double())
+    return rows_sums, log_sum_over_ranks(log_N, group)
+
+
+def log_sum_over_ranks(log_N: Tensor, group: Group | None) -> Tensor:
+    """Return log Σ exp over the ranks of each, float64 [N]; two collectives."""
     largest_N = distributed.all_reduce(log_N.clone(), "max", group)
     shift_N = torch.where(largest_N == -math.inf, 0.0, largest_N)
     total_N = distributed.all_reduce((log_N - shift_N).exp_(), "sum", group)
-    return rows_sums, total_N.log_() + shift_N
+    return total_N.log_() + shift_N
 
 
 def _height(matrix: ScoreMatrix) -> int:

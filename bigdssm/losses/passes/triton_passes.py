@@ -17,9 +17,8 @@ import math
 import torch
 from torch import Tensor
 
-from bigdssm import distributed
 from bigdssm.distributed import Group
-from bigdssm.losses.passes.softmax import Coefficients, RowSums
+from bigdssm.losses.passes.softmax import Coefficients, RowSums, log_sum_over_ranks
 from bigdssm.losses.passes.tiles import Gradients
 from bigdssm.losses.passes.triton_matrix import LOG2_E, FusedMatrix, launch, split
 
@@ -52,11 +51,8 @@ def column_pass(
     neg_offset_N = None if neg_bias_N is None else (neg_bias_N.double() * LOG2_E).float()
     largest_sm, total_sm, _, log_N = _sums(matrix, matrix.offsets(bias_N), neg_offset_N, over_rows=True, weighted=False)
     assert log_N is not None
-    largest_N = distributed.all_reduce(log_N.clone(), "max", group)
-    shift_N = torch.where(largest_N == -math.inf, 0.0, largest_N)
-    total_N = distributed.all_reduce((log_N - shift_N).exp_(), "sum", group)
     rows = RowSums(torch.logsumexp(total_sm.log() + largest_sm, 0), largest_sm.amax(0))
-    return rows, total_N.log_() + shift_N
+    return rows, log_sum_over_ranks(log_N, group)
 
 
 def gradient_pass(
