@@ -18,6 +18,7 @@ from bigdssm.config import DataConfig
 from bigdssm.dataset.blocks import Layout, read_block
 from bigdssm.dataset.cache import Cache
 from bigdssm.dataset.catalogue import Catalogue
+from bigdssm.dataset.files import COUNTS_FILE
 from bigdssm.dataset.index import SplitIndex, read_index
 from bigdssm.dataset.mapped import MappedTable
 from bigdssm.dataset.mixture import MixtureBatches, MixturePart
@@ -31,7 +32,7 @@ from bigdssm.features.ragged import Column, from_arrow, offsets_of
 from bigdssm.log import get_logger
 from bigdssm.schema import Schema
 
-FORMAT = 2
+FORMAT = 3
 log = get_logger(__name__)
 
 
@@ -199,18 +200,13 @@ class Dataset:
         """Return the train positives of every document, int64 [num_docs], summed over the partitions (or some)."""
         total = np.zeros(self.catalogue.num_docs, np.int64)
         for partition in self.partitions if partitions is None else self.partitions[partitions.start : partitions.stop]:
-            counts = _positives(partition)
-            total[partition.first_doc : partition.first_doc + len(counts)] += counts
+            docs, counts = _positives(partition)
+            total[partition.first_doc + docs] += counts
         return total
 
     def has_positives(self) -> bool:
-        """Return whether any train row has a relevance above 0; as a rule a glance at the first counts says so."""
-        every = (
-            counts[i : i + (1 << 20)]
-            for counts in map(_positives, self.partitions)
-            for i in range(0, len(counts), 1 << 20)
-        )
-        return any(bool(some.any()) for some in every)
+        """Return whether any train row has a relevance above 0."""
+        return any(len(_positives(partition)[0]) for partition in self.partitions)
 
     def check_against(self, config: DataConfig) -> None:
         """Raise ConfigError naming the first feature that `config` declares otherwise than the dataset has it."""
@@ -346,16 +342,16 @@ def with_shards_of(partition: Partition, index: SplitIndex) -> SplitIndex:
     return replace(index, shards=tuple(file(f"{at}/{path.name}") for path in index.shards))
 
 
-def _positives(partition: Partition) -> np.ndarray:
-    """Return the train positives of each document known to a partition, int64, not read yet."""
-    path = partition.folder / "counts.npy"
-    try:
-        counts: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); make the partition again") from None
-    if counts.ndim != 1 or len(counts) > partition.num_docs:
-        raise DataError(f"{path} has shape {counts.shape}, the catalogue {partition.num_docs} documents")
-    return counts
+def _positives(partition: Partition) -> tuple[np.ndarray, np.ndarray]:
+    """Return the documents that a partition's train rows are relevant to, and how many are, int64; not read yet."""
+    path = partition.folder / COUNTS_FILE
+    table = MappedTable([path])
+    docs, counts = table.whole("doc"), table.whole("count")
+    if len(docs) and (docs.min() < 0 or docs.max() >= partition.num_docs or counts.min() < 1):
+        raise DataError(
+            f"{path} counts documents that the catalogue's {partition.num_docs} are not; make the partition again"
+        )
+    return docs, counts
 
 
 def empty_batch(layout: Layout) -> pa.RecordBatch:

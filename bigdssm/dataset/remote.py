@@ -22,6 +22,7 @@ from urllib.parse import quote, urlsplit
 import xxhash
 
 from bigdssm.dataset.cache import Cache, key_of
+from bigdssm.dataset.files import COUNTS_FILE
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.log import get_logger
 
@@ -132,7 +133,7 @@ class RemoteFolder:
             return
         for split, described in content["splits"].items():
             self._large(f"{place}/{split}.index.arrow", described["index_checksum"])
-        self._large(f"{place}/counts.npy", content["counts_checksum"])
+        self._large(f"{place}/{COUNTS_FILE}", content["counts_checksum"])
         for part in content.get("sequences", []):
             self._large(f"{place}/{part['file']}", part["checksum"])
 

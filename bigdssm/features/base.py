@@ -15,7 +15,7 @@ A new type is a subclass in a module of its own, registered with `@register`; it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
@@ -47,10 +47,10 @@ class Fitter(Protocol):
         """Take in the values of some rows."""
 
     def state(self) -> Any:
-        """Return what was learned, as JSON types, for `restore`."""
+        """Return what was learned, as JSON types, for `merge`."""
 
-    def restore(self, state: Any) -> None:
-        """Become what gave `state`."""
+    def merge(self, state: Any) -> None:
+        """Take in what another one learned of the rows that follow."""
 
     def fitted(self, feature: Any, *, grow: bool) -> Any:
         """Return `feature` as the values say; with `grow` it is fitted already, and only gets what is new."""
@@ -132,6 +132,14 @@ class Feature(ABC):
     def fitter(self) -> Fitter | None:
         """Return what learns from the data, or None where there is nothing to learn."""
         return None
+
+    def counted(self, column: pa.Array) -> tuple[pa.Array, np.ndarray] | None:
+        """Return the values (strings) that may come into its vocabulary and the row of each, int64; None without one."""
+        return None
+
+    def with_values(self: F, values: Iterable[str]) -> F:
+        """Return the feature with more values at the end of its vocabulary."""
+        raise NotImplementedError
 
     def typed(self, value: str) -> Any:
         """Return the canonical value of what a person typed. Raises ConfigError."""

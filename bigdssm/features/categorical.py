@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -98,9 +98,19 @@ class Categorical(Feature):
         empty: np.ndarray = pc.list_value_length(column).to_numpy() == 0
         return empty
 
-    def fitter(self) -> _Counts | None:
-        """Return what counts the values, where there is a vocabulary."""
-        return None if self.hash_buckets else _Counts()
+    def counted(self, column: pa.Array) -> tuple[pa.Array, np.ndarray] | None:
+        """Return the values that are not in the vocabulary, where there is one, and the row of each, int64."""
+        if self.hash_buckets:
+            return None
+        rows = np.arange(len(column))
+        if self.multi:
+            column, rows = column.flatten(), np.repeat(rows, pc.list_value_length(column).to_numpy())
+        new = self.codes(column.cast(pa.string())) == OUT_OF_VOCABULARY
+        return column.filter(pa.array(new)), rows[new]
+
+    def with_values(self, values: Iterable[str]) -> Categorical:
+        """Return the feature with more values at the end of its vocabulary."""
+        return replace(self, vocabulary=(*self.vocabulary, *values))
 
     def typed(self, value: str) -> Any:
         """Return the value, or those that the separator parts."""
@@ -185,27 +195,3 @@ def lists_of_codes(random: np.random.RandomState, rows: int, longest: int, num_c
     """Return rows of random codes, from none to `longest` a row."""
     lengths = np.linspace(0, longest, rows).astype(int)
     return Ragged.of_lists([random.randint(1, num_codes, length).tolist() for length in lengths])
-
-
-class _Counts:
-    """How often every value stands in train rows, in order of appearance."""
-
-    def __init__(self) -> None:
-        self._counts: dict[str, int] = {}
-
-    def update(self, column: pa.Array) -> None:
-        found = pc.value_counts(column.flatten() if pa.types.is_list(column.type) else column)
-        for value, count in zip(found.field("values").to_pylist(), found.field("counts").to_pylist(), strict=True):
-            self._counts[value] = self._counts.get(value, 0) + count
-
-    def state(self) -> dict[str, int]:
-        return self._counts
-
-    def restore(self, state: dict[str, int]) -> None:
-        self._counts = state
-
-    def fitted(self, feature: Categorical, *, grow: bool) -> Categorical:
-        known = feature.vocabulary if grow else ()
-        skip = {"", *known}
-        new = [v for v, count in self._counts.items() if v not in skip and count >= feature.min_count]
-        return replace(feature, vocabulary=(*known, *new))

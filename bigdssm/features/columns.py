@@ -6,6 +6,7 @@ taken as missing: real tables have them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, Protocol
@@ -170,16 +171,44 @@ def times(check: RowCheck, name: str) -> np.ndarray:
     return values
 
 
-def check_one_unit(moments: np.ndarray, where: str) -> None:
-    """Raise DataError where nearly all times are dates of 2000 to 2100, but some in seconds and others in 1/1000 …"""
-    found = {}
-    for power in EPOCH_POWERS:
-        first, last = (seconds * 10.0**power for seconds in THIS_CENTURY)
-        found[power] = (moments >= first) & (moments < last)
-    units = [power for power, mask in found.items() if mask.any()]
-    if len(units) > 1 and sum(int(mask.sum()) for mask in found.values()) >= 0.99 * len(moments):
-        some = ", ".join(f"{int(found[power].sum())} such as {moments[found[power]][0]:.0f}" for power in units)
-        raise DataError(f"{where} mixes units of time: {some}; give all in seconds since 1970, or all in another unit")
+class TimeUnits:
+    """How many of some times are dates of 2000 to 2100 in seconds, in 1/1000 …, and one of each."""
+
+    def __init__(self) -> None:
+        self._total = 0
+        self._found: dict[int, tuple[int, float]] = {}  # by power of 1/10
+
+    def add(self, moments: np.ndarray) -> None:
+        """Take in times, float64."""
+        self._total += len(moments)
+        for power in EPOCH_POWERS:
+            first, last = (seconds * 10.0**power for seconds in THIS_CENTURY)
+            mask = (moments >= first) & (moments < last)
+            if mask.any():
+                count, one = self._found.get(power, (0, float(moments[mask][0])))
+                self._found[power] = count + int(mask.sum()), one
+
+    def facts(self) -> dict[str, Any]:
+        """Return them as JSON types, for `check_one_unit`."""
+        return {"num_times": self._total, "units": [[power, *known] for power, known in self._found.items()]}
+
+
+def check_one_unit(facts: Iterable[Mapping[str, Any]], where: str) -> None:
+    """Raise DataError where nearly all times are dates of 2000 to 2100, but some in seconds and others in 1/1000 …
+
+    `facts` are those of TimeUnits, part by part.
+    """
+    total, found = 0, dict[int, tuple[int, float]]()
+    for some in facts:
+        total += some["num_times"]
+        for power, count, one in some["units"]:
+            before, first = found.get(power, (0, one))
+            found[power] = before + count, first
+    if len(found) > 1 and sum(count for count, _ in found.values()) >= 0.99 * total:
+        some_of_each = ", ".join(f"{count} such as {one:.0f}" for _, (count, one) in sorted(found.items()))
+        raise DataError(
+            f"{where} mixes units of time: {some_of_each}; give all in seconds since 1970, or all in another unit"
+        )
 
 
 def _parse_iso(text: str) -> float:

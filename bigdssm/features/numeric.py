@@ -109,21 +109,23 @@ class _Moments:
     def update(self, column: pa.Array) -> None:
         values = column.to_numpy()
         values = values[~np.isnan(values)]
-        if not len(values):
-            return
         if self._log:
             values = np.log1p(values)
-        total = self._count + len(values)
-        delta = float(values.mean()) - self._mean
-        self._squares += float(((values - values.mean()) ** 2).sum()) + delta**2 * self._count * len(values) / total
-        self._mean += delta * len(values) / total
-        self._count = total
+        if len(values):
+            mean = float(values.mean())
+            self.merge([len(values), mean, float(((values - mean) ** 2).sum())])
 
     def state(self) -> list[float]:
         return [self._count, self._mean, self._squares]
 
-    def restore(self, state: list[float]) -> None:
-        self._count, self._mean, self._squares = int(state[0]), state[1], state[2]
+    def merge(self, state: list[float]) -> None:
+        count, mean, squares = state
+        if count:
+            total = self._count + int(count)
+            delta = mean - self._mean
+            self._squares += squares + delta**2 * self._count * count / total
+            self._mean += delta * count / total
+            self._count = total
 
     def fitted(self, feature: Numeric, *, grow: bool) -> Numeric:
         if grow:

@@ -1,8 +1,8 @@
 """Makes a dataset folder appear whole or not at all, and lets one grow by immutable partitions.
 
 A new dataset is written into a hidden folder beside its place and renamed; a partition is written into a hidden folder
-inside the dataset and moved in, `dataset.json` replaced last. What a killed run leaves is taken up by the next one, if
-it makes the same of the same, as far as the journals go; else it is cleared.
+inside the dataset and moved in, `dataset.json` replaced last. What a killed run finished is taken up by the next one, if
+it makes the same of the same; else it is cleared.
 """
 
 from __future__ import annotations
@@ -18,81 +18,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-import numpy as np
-
-from bigdssm.atomic import UNFINISHED, aside_of, real_place, recover, remove, replace_folder, write_json
+from bigdssm.atomic import UNFINISHED, aside_of, real_place, recover, remove, replace_folder, write_json, write_text
 from bigdssm.dataset.dataset import FORMAT
-from bigdssm.dataset.mapped import MappedTable
 from bigdssm.errors import BigDSSMError, ConfigError, DataError
 from bigdssm.hashing import file_checksum
-from bigdssm.making.journal import Journal, State
+from bigdssm.making.quarantine import Quarantine
 from bigdssm.schema import SCHEMA_FILE, Schema
 
 DATASET_FILE, QUARANTINE_FILE = "dataset.json", "quarantine.jsonl"
 TOKENIZER, CATALOGUE, PARTITIONS = "tokenizer", "catalogue", "partitions"
-LOCK, READING, WRITING = "lock", "reading.npz", "writing.npz"
+LOCK, MADE_OF = "lock", "made_of.txt"
 PREVIOUS_SCHEMA = "schema.previous.json"
-PARTICULAR = (
-    r"'.*'|\".*\"|(?<!\S)-?\d[\d.,e+-]*(?![\w-])"  # what one bad row's reason has and another's of the kind has not
-)
-MAX_KINDS = 100
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class Quarantine:
-    """Counts bad rows and writes them, one JSON object a line; past a fraction of all rows it stops the work."""
-
-    def __init__(self, path: Path, kept: Path, partition: str, max_bad_fraction: float) -> None:
-        """Write to `path`; `kept` is where the file will stand if the work fails."""
-        self.path = path
-        self._kept, self._partition, self._max_bad_fraction = kept, partition, max_bad_fraction
-        self._file = path.open("a", encoding="utf-8")
-        self._first = ""
-        self._kinds: dict[str, int] = {}
-        self.num_bad = 0
-        self.num_left_out = 0
-        self.num_good = 0
-
-    def state(self) -> State:
-        """Return what `restore` takes to go on from here."""
-        self._file.flush()
-        counts = [self.num_bad, self.num_left_out, self.num_good, self._first, dict(self._kinds)]
-        return {"size": os.fstat(self._file.fileno()).st_size, "counts": counts}
-
-    def restore(self, state: State) -> None:
-        """Become what gave `state`, the file cut back to it."""
-        os.truncate(self.path, state["size"])
-        self.num_bad, self.num_left_out, self.num_good, self._first, self._kinds = state["counts"]
-
-    def report(self, file: str, row: int, reason: str, left_out: bool = True) -> None:
-        """Record a bad row, or (not left out) a bad value of a row that stays."""
-        self.num_bad += 1
-        self.num_left_out += left_out
-        kind = re.sub(PARTICULAR, "…", reason)
-        if kind in self._kinds or len(self._kinds) < MAX_KINDS:
-            self._kinds[kind] = self._kinds.get(kind, 0) + 1
-        self._first = self._first or f"{file}, row {row}: {reason}"
-        record = {"partition": self._partition, "file": file, "row": row, "reason": reason, "left_out": left_out}
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-    def check(self) -> None:
-        """Raise DataError, naming the first bad row, where there are too many."""
-        total, limit = self.num_left_out + self.num_good, self._max_bad_fraction
-        if self.num_bad > limit * total:
-            told = f"{self.num_bad} of {total} rows are bad or have bad values, all tables together"
-            raise DataError(f"{told}, more than data.max_bad_fraction={limit}{self.told()}")
-
-    def told(self) -> str:
-        """Return the commonest reasons with their counts, the first bad row and the file, to end a sentence with."""
-        if not self.num_bad:
-            return ""
-        kinds = sorted(self._kinds.items(), key=lambda item: -item[1])[:3]
-        said = ", ".join(f"{count} × {kind}" for kind, count in kinds)
-        return f": {said}; the first is {self._first}; all are in {self._kept}"
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
 
 class DatasetWriter:
@@ -129,20 +66,24 @@ class DatasetWriter:
             ) from None
         self.spool = self.staging / "spool"
         places = {"source": source, "partition": partition, "before": self.content}
-        fingerprint = hashlib.sha256(json.dumps(places, sort_keys=True).encode()).hexdigest()
-        self.reading, self.writing = (Journal(self.spool / name, fingerprint) for name in (READING, WRITING))
-        if self.reading.state is None:
-            _clear(self.staging)
-            self.spool.mkdir()
-        self.read: State | None = None  # how everything stands after the reading
-        self.written: State = dict(self.writing.state or {})
+        self._take_up(hashlib.sha256(json.dumps(places, sort_keys=True).encode()).hexdigest())
         if append and not (self.staging / PREVIOUS_SCHEMA).exists():
             shutil.copyfile(out / SCHEMA_FILE, self.staging / PREVIOUS_SCHEMA)
         self.partition_dir = self.staging / PARTITIONS / partition
-        for folder in (self.partition_dir, self.staging / CATALOGUE):
+        for folder in (self.partition_dir, self.catalogue_dir):
             folder.mkdir(parents=True, exist_ok=True)
-        self._kept = out.parent / f"{out.name}.{QUARANTINE_FILE}"
-        self.quarantine = Quarantine(self.staging / QUARANTINE_FILE, self._kept, partition, max_bad_fraction)
+        kept = out.parent / f"{out.name}.{QUARANTINE_FILE}"
+        self.quarantine = Quarantine(self.staging / QUARANTINE_FILE, kept, partition, max_bad_fraction)
+
+    def _take_up(self, made_of: str) -> None:
+        """Keep what a killed run left where it was made of the same, else clear it."""
+        path = self.spool / MADE_OF
+        if not path.exists() or path.read_text() != made_of:
+            for left in self.staging.iterdir():
+                if left.name != LOCK:
+                    remove(left)
+            self.spool.mkdir()
+            write_text(path, made_of)
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -150,9 +91,9 @@ class DatasetWriter:
         return (self.out if self.append else self.staging) / TOKENIZER
 
     @property
-    def catalogue_file(self) -> Path:
-        """Return where the new catalogue part goes."""
-        return self.staging / CATALOGUE / f"{len(self.content['catalogue']):06d}.arrow"
+    def catalogue_dir(self) -> Path:
+        """Return the folder of the new parts of the catalogue."""
+        return self.staging / CATALOGUE
 
     @property
     def catalogue_parts(self) -> list[Path]:
@@ -174,34 +115,18 @@ class DatasetWriter:
                 )
         self.content["ids"] = known
 
-    def note(self, **parts: Any) -> None:
-        """Note how far the writing is, where some time has passed since the last note; `parts` become the state's."""
-        self.written |= parts
-        if self.read is not None and self.writing.due:
-            if self.reading.state is not self.read:
-                self.reading.save(self.read, self.staging)
-            self.writing.save(self.written, self.staging)
-
     def commit(
-        self, schema: Schema, new_docs: int, catalogue_checksum: str, splits: dict[str, Any], counts: np.ndarray
-    ) -> None:
+        self, schema: Schema, catalogue: list[dict[str, Any]], splits: dict[str, Any], counts_checksum: str,
+        sequences: list[dict[str, Any]],
+    ) -> None:  # fmt: skip
         """Write the partition's and the dataset's JSON and move everything into place."""
         self.quarantine.close()
-        np.save(self.partition_dir / "counts.npy", counts)
-        described = {"name": self.partition, "splits": splits, "num_docs": len(counts)}
-        described["counts_checksum"] = file_checksum(self.partition_dir / "counts.npy", bits=64)
-        if parts := sorted(self.partition_dir.glob("sequences-*.arrow")):
-            rows = MappedTable(parts).file_rows
-            described["sequences"] = [
-                {"file": path.name, "rows": count, "checksum": file_checksum(path, bits=64)}
-                for path, count in zip(parts, rows, strict=True)
-            ]
+        described: dict[str, Any] = {"name": self.partition, "splits": splits, "counts_checksum": counts_checksum}
+        if sequences:
+            described["sequences"] = sequences
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
         write_json(self.partition_dir / "partition.json", {**described, "fingerprint": digest[:16]})
-        catalogue = list(self.content["catalogue"])
-        if new_docs:
-            file = f"{CATALOGUE}/{self.catalogue_file.name}"
-            catalogue.append({"file": file, "rows": new_docs, "checksum": catalogue_checksum})
+        new = [{**part, "file": f"{CATALOGUE}/{part['file']}"} for part in catalogue]
         dataset = {
             "format": FORMAT,
             "name": self.out.resolve().name,
@@ -209,16 +134,15 @@ class DatasetWriter:
             "text": self.content["text"],
             "ids": self.content["ids"],
             "tokenizer": self._tokenizer_checksums(),
-            "catalogue": catalogue,
+            "catalogue": [*self.content["catalogue"], *new],
             PARTITIONS: [*self.content[PARTITIONS], self.partition],
         }
         schema.save(self.staging)
         write_json(self.staging / DATASET_FILE, dataset)
-        for name in (READING, WRITING):  # first: they speak of what is removed now
-            (self.spool / name).unlink(missing_ok=True)
+        (self.spool / MADE_OF).unlink()  # first: it speaks of what is removed now
         shutil.rmtree(self.spool)
         if self.append:
-            self._move_in(new_docs)
+            self._move_in()
         else:
             self._replace()
 
@@ -237,9 +161,9 @@ class DatasetWriter:
             raise DataError(f"{self.out} has a partition {self.partition!r} already; partitions are never rewritten")
         return {"text": "tokens", **content}
 
-    def _move_in(self, new_docs: int) -> None:
-        if new_docs:
-            os.replace(self.catalogue_file, self.out / CATALOGUE / self.catalogue_file.name)
+    def _move_in(self) -> None:
+        for path in sorted(self.catalogue_dir.iterdir()):
+            os.replace(path, self.out / CATALOGUE / path.name)
         place = self.out / PARTITIONS / self.partition
         remove(place)  # dataset.json does not know it: a killed run's
         os.replace(self.partition_dir, place)
@@ -262,10 +186,9 @@ class DatasetWriter:
         if isinstance(value, OSError) and value.errno in NO_ROOM and not value.filename:  # a write has no name to give
             value.filename = str(self.staging)
         self.quarantine.close()
-        useless = kind is not None and (issubclass(kind, BigDSSMError) or self.reading.state is None)
-        if useless and self.staging.exists():
+        if kind is not None and issubclass(kind, BigDSSMError) and self.staging.exists():
             if self.quarantine.num_bad:
-                shutil.copyfile(self.quarantine.path, self._kept)
+                shutil.copyfile(self.quarantine.path, self.quarantine.kept)
             shutil.rmtree(self.staging)
         self._lock.close()
 
@@ -309,9 +232,3 @@ def _claim(staging: Path, out: Path) -> Any:
         lock.close()
         raise DataError(f"another process is writing {out}; wait for it or choose another --out") from None
     return lock
-
-
-def _clear(staging: Path) -> None:
-    for path in staging.iterdir():
-        if path.name != LOCK:
-            remove(path)

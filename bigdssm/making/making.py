@@ -1,12 +1,12 @@
-"""What making a dataset from interactions and from pairs share: options, the fitted schema, the report."""
+"""What makings of interactions and of pairs share: where a dataset goes, who makes it, and how it ends."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,27 @@ import tokenizers
 
 from bigdssm.config import DataConfig
 from bigdssm.dataset.sequences import EVENT_COLUMNS
-from bigdssm.errors import ConfigError
-from bigdssm.features import TextTokenizer, stored
-from bigdssm.features.fitting import SideFitter
-from bigdssm.making.catalogue_writer import CatalogueWriter
-from bigdssm.making.dataset_writer import TOKENIZER, DatasetWriter
-from bigdssm.making.journal import State
-from bigdssm.making.tokenizer import Texts, make_tokenizer
+from bigdssm.errors import ConfigError, DataError
+from bigdssm.making.dataset_writer import DatasetWriter
+from bigdssm.making.engine import Engine
+from bigdssm.making.local import LocalEngine
+from bigdssm.making.quarantine import bad_rows
+from bigdssm.making.reading import PartOfTable, Unreadable, parts_of
+from bigdssm.making.steps import read_facts
+from bigdssm.progress import Progress, no_progress
 from bigdssm.schema import SCHEMA_FILE, Schema
 from bigdssm.source import code_checksum
-from bigdssm.tables.beir import BeirWriter
+from bigdssm.tables.source import Source
 
 BLOCK_COLUMNS = ("query_id", "doc", "relevance", "sequence", "first", "end")
 SEQUENCE_COLUMNS = ("query_key", "query_id", *EVENT_COLUMNS)
+CATALOGUE_COLUMNS = ("doc_key", "doc_id", "content", "display")
+BYTES_PER_ROW = 100  # of a table, about
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a dataset goes."""
+    """Where a dataset goes, and who makes it."""
 
     out: Path
     partition: str = "base"
@@ -41,16 +44,7 @@ class Target:
     append: bool = False
     seed: int = 0
     like: Path | None = None  # a dataset whose schema and tokenizer are taken as they are, so that both can be mixed
-
-    def open(self, config: DataConfig, files: Sequence[Path], options: Any) -> DatasetWriter:
-        """Return the writer; it goes on from what a killed run made of the same `files` with the same `options`.
-
-        Raises DataError where `out` cannot be written.
-        """
-        return DatasetWriter(
-            self.out, self.partition, config.max_bad_fraction, source=_source(config, self, files, options),
-            overwrite=self.overwrite, append=self.append,
-        )  # fmt: skip
+    processes: int = 0  # of the built-in engine; 0: one for each core
 
 
 @dataclass(frozen=True)
@@ -72,62 +66,90 @@ class Report:
         return sum(self.rows.values()) / self.seconds
 
 
-class Fitting:
-    """The schema on its way from declared (or, appending, from the dataset's) to fitted; `like` has a fitted one."""
+@dataclass
+class Making:
+    """A making under way: the folder that it fills, the engine that does its steps, and what is to be said of it."""
 
-    def __init__(self, config: DataConfig, writer: DatasetWriter, like: Path | None = None) -> None:
-        if writer.append and like is not None:
-            raise ConfigError("--append takes the schema of the dataset that grows; leave out --like")
-        self.base = Schema.declared(config)
-        fitted = writer.out if writer.append else like
-        if fitted is not None:
-            declared, self.base = self.base, Schema.load(fitted)
-            if difference := declared.difference(self.base):
-                raise ConfigError(f"the config's schema is not that of {fitted}: {difference}")
-        self._config, self._writer, self._like = config, writer, like
-        self.query = SideFitter(stored(self.base.query))
-        self.doc = SideFitter(self.base.doc)
+    target: Target
+    writer: DatasetWriter
+    engine: Engine
+    notes: list[str]
+    started: float
 
-    def state(self) -> State:
-        """Return what was counted, for `restore`."""
-        return {"query": self.query.state(), "doc": self.doc.state()}
+    def read(self, step: str, sources: Sequence[Source], work: Any) -> list[Path]:
+        """Have `work` read every part of tables, and return the parts' folders; bad rows go to the quarantine.
 
-    def restore(self, state: State) -> None:
-        """Become what gave `state`."""
-        self.query.restore(state["query"])
-        self.doc.restore(state["doc"])
+        Raises DataError, which ends with what was wrong with rows before.
+        """
+        jobs: list[PartOfTable] = parts_of(sources)
+        rows = sum(source.size() for source in sources) // BYTES_PER_ROW
+        quarantine = self.writer.quarantine
+        try:
+            folders = self.engine.map(step, jobs, work, rows=rows)
+        except Unreadable as error:
+            done = sorted(path for path in (self.engine.spool / step).glob("[0-9]*"))
+            quarantine.add(bad_rows(done))
+            quarantine.add(error.bad)
+            raise DataError(f"{error}{quarantine.told()}") from None
+        quarantine.add(bad_rows(folders))
+        quarantine.num_good += int(sum(read_facts(folder)["num_good"] for folder in folders))
+        return folders
 
-    def finish(self, texts: Texts) -> tuple[Schema, TextTokenizer | None]:
-        """Return the fitted schema and, where it has text, the encoder of the tokenizer (trained on `texts`)."""
-        if self._like is not None:
-            if not self.base.has_text:
-                return self.base, None
-            shutil.copytree(self._like / TOKENIZER, self._writer.tokenizer_dir)
-            return self.base, TextTokenizer(self._writer.tokenizer_dir)
-        grow = self._writer.append
-        query = {**self.base.query, **self.query.fitted(grow=grow)}
-        schema = replace(self.base, query=query, doc=self.doc.fitted(grow=grow))
-        if not schema.has_text:
-            return schema, None
-        if not grow:
-            make_tokenizer(self._config.tokenizer, texts, self._writer.tokenizer_dir)
-        return schema, TextTokenizer(self._writer.tokenizer_dir)
+    def finish(
+        self, schema: Schema, catalogue: list[dict[str, Any]], splits: dict[str, Any], counts_checksum: str,
+        sequences: list[dict[str, Any]], known_docs: int,
+    ) -> Report:  # fmt: skip
+        """Move everything into place and return the report."""
+        self.writer.commit(schema, catalogue, splits, counts_checksum, sequences)
+        new_docs = sum(part["rows"] for part in catalogue)
+        many = [
+            f"the {entry['rows']:,} rows of split {split} give {entry['queries']:,} queries"
+            for split, entry in splits.items()
+            if entry["queries"] != entry["rows"]
+        ]
+        return Report(
+            out=self.writer.out,
+            partition=self.writer.partition,
+            rows={split: entry["rows"] for split, entry in splits.items()},
+            num_docs=known_docs + new_docs,
+            new_docs=new_docs,
+            num_bad=self.writer.quarantine.num_bad,
+            seconds=time.monotonic() - self.started,
+            notes=(*self.notes, *many),
+        )
 
 
-def _source(config: DataConfig, target: Target, files: Sequence[Path], options: Any) -> str:
+@contextmanager
+def making(
+    config: DataConfig, target: Target, sources: Sequence[Source], options: Any, progress: Progress = no_progress
+) -> Iterator[Making]:
+    """Begin a making, or go on with one that was killed, of the same `sources` with the same `options`.
+
+    Raises DataError or ConfigError where `target.out` cannot be written.
+    """
+    started = time.monotonic()
+    made_of = _made_of(config, target, sources, options)
+    writer = DatasetWriter(
+        target.out, target.partition, config.max_bad_fraction, source=made_of,
+        overwrite=target.overwrite, append=target.append,
+    )  # fmt: skip
+    with writer:
+        engine = LocalEngine(writer.spool, progress, processes=target.processes)
+        try:
+            yield Making(target, writer, engine, [], started)
+        finally:
+            engine.close()
+
+
+def _made_of(config: DataConfig, target: Target, sources: Sequence[Source], options: Any) -> str:
     """Return what a dataset is made of, and with what, as text."""
-    inputs = [*files, *([target.like / SCHEMA_FILE] if target.like else []), *_tokenizer_files(config)]
-    stats = [
-        (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-        for path in inputs
-        if path.is_file() and (stat := path.stat())
-    ]
+    like = [target.like / SCHEMA_FILE] if target.like else []
+    files = [(str(path.resolve()), path.stat().st_mtime_ns) for path in [*like, *_tokenizer_files(config)]]
+    prints = [source.fingerprint() for source in sources]
     code = (code_checksum(), pa.__version__, tokenizers.__version__, np.__version__)
-    return json.dumps(
-        [asdict(config), Schema.declared(config).fingerprint(), asdict(options), target.seed, stats, code],
-        default=str,
-        sort_keys=True,
-    )
+    declared = Schema.declared(config).fingerprint()
+    known = [asdict(config), declared, asdict(options), target.seed, files, prints, code]
+    return json.dumps(known, default=str, sort_keys=True)
 
 
 def _tokenizer_files(config: DataConfig) -> list[Path]:
@@ -135,38 +157,8 @@ def _tokenizer_files(config: DataConfig) -> list[Path]:
     return sorted(path.glob("*.json")) if path is not None else []
 
 
-def commit(
-    writer: DatasetWriter,
-    catalogue: CatalogueWriter,
-    schema: Schema,
-    text: TextTokenizer | None,
-    splits: dict[str, Any],
-    counts: np.ndarray,
-    started: float,
-    notes: Iterable[str],
-    beir: BeirWriter | None = None,
-) -> Report:
-    """Write the catalogue's part, move everything into place and return the report."""
-    new_docs = catalogue.num_docs - catalogue.first_new
-    checksum = ""
-    if new_docs:
-        begun = writer.written.get("documents")
-        checksum = catalogue.write(writer.catalogue_file, schema.doc, text, writer.spool, begun, writer.note)
-    if beir is not None:  # first: the same command must be good for both, and refuses a dataset that is there
-        beir.close()
-    writer.commit(schema, new_docs, checksum, splits, counts)
-    many = [
-        f"the {entry['rows']:,} rows of split {split} give {entry['queries']:,} queries"
-        for split, entry in splits.items()
-        if entry["queries"] != entry["rows"]
-    ]
-    return Report(
-        out=writer.out,
-        partition=writer.partition,
-        rows={split: entry["rows"] for split, entry in splits.items()},
-        num_docs=catalogue.num_docs,
-        new_docs=new_docs,
-        num_bad=writer.quarantine.num_bad,
-        seconds=time.monotonic() - started,
-        notes=(*notes, *many),
-    )
+def check_names(features: Iterable[str], reserved: Sequence[str], side: str) -> None:
+    """Raise ConfigError where a feature has the name of one of the dataset's own columns."""
+    for name in features:
+        if name in reserved:
+            raise ConfigError(f"data.{side}.{name}: the name is taken by the dataset's own column; choose another")

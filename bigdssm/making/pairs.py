@@ -1,17 +1,15 @@
 """Makes a dataset from tables whose rows are pairs: query features, document features, relevance.
 
-Two passes in bounded memory. The first reads the tables, checks rows, numbers the distinct documents and fits the
-schema; its rows wait on disk in buckets by a shuffle key. The second sorts bucket by bucket, tokenises and writes.
-In memory stay one bucket, the vocabularies, and about 50 bytes a distinct document.
-
-A run that was killed is taken up where its journals say, see passes.py. What comes out is the same to the byte.
+The plan: parts of the tables are read, each row checked, and its document apart (`found`, `found_documents`); documents
+are numbered; rows get their split; those of train are sorted by a hash of their place, the others by place; the schema
+is fitted to train; shards and catalogue are written. See docs/making.md.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +18,50 @@ import pyarrow as pa
 
 from bigdssm.config import DataConfig
 from bigdssm.dataset.dataset import read_partition
+from bigdssm.dataset.files import COUNTS_FILE, KEYS_SUFFIX
+from bigdssm.dataset.keys import Keys
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import Feature, TextTokenizer, encode_columns, texts_of
-from bigdssm.features.columns import RowCheck, SourceBatch, is_empty, relevances, strings
+from bigdssm.features import Feature, TextTokenizer, encode_columns
+from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, TimeUnits, is_empty, relevances, strings
 from bigdssm.features.fitting import canonical, missing
-from bigdssm.making.catalogue_writer import KEY_COLUMNS, CatalogueWriter, check_names
-from bigdssm.making.dataset_writer import PARTITIONS, DatasetWriter
-from bigdssm.making.journal import State
-from bigdssm.making.making import (
-    BLOCK_COLUMNS,
-    Fitting,
-    Report,
-    Target,
-    commit,
+from bigdssm.making.collection import write_collection
+from bigdssm.making.dataset_writer import PARTITIONS
+from bigdssm.making.documents import (
+    Documents,
+    canonical_of,
+    document_rows,
+    document_schema,
+    first_of,
+    keys_beside,
+    number_documents,
+    spooled,
 )
-from bigdssm.making.passes import Reading, SplitRows, fit, write_splits
-from bigdssm.making.row_spool import RowSpool, ShuffleSpool, num_buckets
+from bigdssm.making.engine import Engine
+from bigdssm.making.fitting import Side, fit, schema_to_fit
+from bigdssm.making.making import BLOCK_COLUMNS, CATALOGUE_COLUMNS, Making, Report, Target, check_names, making
+from bigdssm.making.reading import PartOfTable, places, read_part
+from bigdssm.making.splits import SPLITS, PairSplit, Splitter
+from bigdssm.making.steps import RowFile, Table
+from bigdssm.making.writing import write_catalogue, write_counts, write_split
 from bigdssm.progress import Progress, no_progress
-from bigdssm.tables.beir import BeirWriter
+from bigdssm.schema import Schema
+from bigdssm.tables.beir import check_place
 from bigdssm.tables.explode import exploded
-from bigdssm.tables.hashing import KeyIndex, hash_rows, hash_strings, row_keys, shuffle_keys
-from bigdssm.tables.pair_splits import SPLITS, PairSplit, Splitter, pair_hash
-from bigdssm.tables.sources import check_table, read_table
-from bigdssm.tables.webdataset_source import check_shard, is_shard, read_shard
+from bigdssm.tables.hashing import hash_rows, hash_strings, row_keys, shuffle_keys
+from bigdssm.tables.source import open_source
+
+ROW_COLUMNS = {
+    "place": pa.int64(),
+    "shuffle": pa.int64(),  # a hash of the place: train rows are written in its order
+    "query_id": pa.int64(),
+    "doc_id": pa.int64(),
+    "content": pa.int64(),  # a hash of the document's features
+    "relevance": pa.float32(),
+    "split_read": pa.int32(),  # where a row alone tells it
+    "unit": pa.int64(),  # what a random split keeps together
+    "time": pa.float64(),
+}
+WRITTEN = ("place", "shuffle", "query_id", "doc_id", "relevance")
 
 
 @dataclass(frozen=True)
@@ -71,213 +90,145 @@ def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress:
 
     Raises DataError or ConfigError with nothing left half-written.
     """
-    started = time.monotonic()
-    check_names(config.doc, [name for name, _ in KEY_COLUMNS], "doc")
-    check_names(config.query, BLOCK_COLUMNS, "query")
-    if config.targets_per_row > 1:
-        raise ConfigError(f"data.targets_per_row: got {config.targets_per_row}, needs 1: pairs are no sequences")
-    for name, feature in config.query.items():
-        if feature.from_sequence:
-            raise ConfigError(f"data.query.{name}: pairs have no histories; use the sub-command `interactions`")
-    fractions = (tables.validation_fraction, tables.test_fraction)
-    splitter = Splitter(tables.split, tables.split_column, fractions, target.seed, tables.whole_documents)
-    for path in tables.files:
-        if is_shard(path):
-            check_shard(path)
-        else:
-            check_table(path)
-    with target.open(config, tables.files, tables) as writer:
+    splitter = _checked(config, tables, target)
+    sources = [open_source(path) for path in tables.files]
+    with making(config, target, sources, tables, progress) as run:
+        writer, engine = run.writer, run.engine
         if tables.raw_text and not writer.append:
             writer.content["text"] = "raw"
         if any(read_partition(writer.out, name).sequence_files for name in writer.content[PARTITIONS]):
             raise DataError(f"{writer.out} holds interactions; the sub-command `interactions` appends to it")
         columns = {"doc": tables.doc_id_column, "query": tables.query_id_column}
         writer.identify(**{side: "content" if name is None else "column" for side, name in columns.items()})
-        making = _PairMaking(config, tables, target, writer, splitter, progress)
-        if not making.reading.whole:
-            if splitter.needs_thresholds:
-                splitter.learn(RowCheck(batch, _ignore) for batch in making.batches(splitter.columns, _ignore))
-            if tables.whole_documents:
-                splitter.join(*making.units_and_documents())
-            making.read()
-        making.check()
-        schema, text = fit(writer, making.fitting, making.texts)
-        raw_text = writer.content["text"] == "raw"
-        splits, counts = write_splits(
-            writer, making.splits, lambda table: _encoded(table, schema.query, text, raw_text), _positives,
-            making.catalogue.num_docs, making.notes, progress,
-        )  # fmt: skip
-        return commit(writer, making.catalogue, schema, text, splits, counts, started, making.notes, making.beir)
-
-
-def _positives(table: pa.Table) -> np.ndarray:
-    relevant: np.ndarray = table.column("relevance").to_numpy() > 0
-    docs: np.ndarray = table.column("doc").to_numpy()[relevant]
-    return docs
-
-
-def _ignore(file: str, row: int, reason: str, left_out: bool = True) -> None:
-    """Bad rows met while looking for time thresholds are reported by the reading that follows."""
-
-
-class _PairMaking:
-    """The state between the passes."""
-
-    def __init__(
-        self,
-        config: DataConfig,
-        tables: PairTables,
-        target: Target,
-        writer: DatasetWriter,
-        splitter: Splitter,
-        progress: Progress,
-    ) -> None:
-        self.tables, self.target, self.writer = tables, target, writer
-        self.splitter, self.progress = splitter, progress
-        self.fitting = Fitting(config, writer, target.like)
-        self.notes: list[str] = []
-        base = self.fitting.base
-        self.query, self.doc, self.display = base.query, base.doc, config.display
-        self.reading = Reading(writer, self._state)
-        done = self.reading.begun
-        self.catalogue = CatalogueWriter(
-            writer.spool, base.doc, writer.catalogue_parts, done["catalogue"] if done else None
-        )
-        self.documents = _PerDocument()
-        self.seen_pairs, self.place, self.repeated = KeyIndex(), 0, 0
-        if done:
-            self.fitting.restore(done["fitting"])
-            self.documents.restore(done["documents"])
-            self.seen_pairs.restore(done["seen_pairs"])
-            self.place, self.repeated = done["counts"]
-        fields = [("query_id", pa.int64()), ("doc", pa.int64()), ("relevance", pa.float32())]
-        fields += [(f"feature.{name}", feature.canonical_type) for name, feature in base.query.items()]
-        self.row_schema = pa.schema(fields)
-        spools = done["spools"] if done else [None] * len(SPLITS)
-        self.train = ShuffleSpool(writer.spool, self.row_schema, num_buckets(tables.files), spools[0])
-        self.held_out = [
-            RowSpool(writer.spool / f"{name}.arrows", self.row_schema, state)
-            for name, state in zip(SPLITS[1:], spools[1:], strict=True)
+        base = schema_to_fit(config, writer.out if writer.append else None, target.like)
+        reader = PairReader(tables, base, splitter, target.seed, Keys(keys_beside(writer.catalogue_parts)))
+        folders = run.read("read", sources, reader)
+        writer.quarantine.check()
+        engine.table("found", [folder / "rows.parquet" for folder in folders])
+        engine.table("found_documents", [folder / "documents.parquet" for folder in folders])
+        known = sum(part["rows"] for part in writer.content["catalogue"])
+        file = writer.catalogue_dir / f"{len(writer.catalogue_parts):06d}{KEYS_SUFFIX}"
+        documents = number_documents(engine, keys_beside(writer.catalogue_parts), known, file)
+        splitter.divide(engine, folders)
+        splits = _sorted_splits(run, tables, splitter, reader)
+        sides = [
+            Side("doc", _documents_of_train(engine), "d", base.doc),
+            Side("query", splits["train"], "q", reader.query),
         ]
-        self.splits: dict[str, SplitRows] = dict(zip(SPLITS, (self.train, *self.held_out), strict=True))
-        self.beir = None
-        if tables.beir:
-            self.beir = BeirWriter(
-                tables.beir, writer.spool / "beir", self.query, self.doc, done["beir"] if done else None
-            )
+        schema, text = fit(
+            engine, base, config, sides, folder=writer.tokenizer_dir, grow=writer.append, like=target.like
+        )  # fmt: skip
+        encode = partial(_encoded, documents.keys, schema.query, None if writer.content["text"] == "raw" else text)
+        entries = {
+            name: write_split(engine, name, table, encode, writer.partition_dir)
+            for name, table in splits.items()
+            if table.num_rows
+        }
+        run.notes += [f"the split {name} is empty" for name in splits if name not in entries]
+        counted = _train_positives(engine, documents)
+        checksum = write_counts(writer.partition_dir / COUNTS_FILE, *counted)
+        parts = write_catalogue(engine, documents, schema.doc, text, writer.catalogue_dir, len(writer.catalogue_parts))
+        if tables.beir:  # first: the same command must be good for both, and refuses a dataset that is there
+            write_collection(engine, documents, tables.beir, reader.query, base.doc)
+        return run.finish(schema, parts, entries, checksum, [], known)
 
-    def batches(self, columns: Sequence[str], report_bad: Any) -> Iterator[SourceBatch]:
-        each_of = self.tables.each_of
-        wanted = list(dict.fromkeys([*columns, *([each_of] if each_of else [])]))
-        for path in self.tables.files:
-            read = read_shard if is_shard(path) else read_table
-            for batch in read(path, wanted, report_bad):
-                yield exploded(batch, each_of, report_bad) if each_of else batch
+
+def _checked(config: DataConfig, tables: PairTables, target: Target) -> Splitter:
+    """Return what divides the rows. Raises ConfigError, DataError where it cannot be."""
+    check_names(config.doc, CATALOGUE_COLUMNS, "doc")
+    check_names(config.query, BLOCK_COLUMNS, "query")
+    if config.targets_per_row > 1:
+        raise ConfigError(f"data.targets_per_row: got {config.targets_per_row}, needs 1: pairs are no sequences")
+    for name, feature in config.query.items():
+        if feature.from_sequence:
+            raise ConfigError(f"data.query.{name}: pairs have no histories; use the sub-command `interactions`")
+    if tables.beir:
+        check_place(tables.beir)
+    fractions = (tables.validation_fraction, tables.test_fraction)
+    return Splitter(tables.split, tables.split_column, fractions, target.seed, tables.whole_documents)
+
+
+@dataclass(frozen=True)
+class PairReader:
+    """Reads a part of the tables into rows and the documents that stand in them first."""
+
+    tables: PairTables
+    schema: Schema
+    splitter: Splitter
+    seed: int
+    known: Keys  # documents that the dataset has
 
     @property
-    def columns(self) -> list[str]:
+    def query(self) -> dict[str, Feature]:
+        """Return the query's features."""
+        return self.schema.query
+
+    @cached_property
+    def row_schema(self) -> pa.Schema:
+        """Return the schema of rows between two steps; features wait in q0, q1, …"""
+        return pa.schema([*ROW_COLUMNS.items(), *spooled("q", self.query)])
+
+    @property
+    def columns(self) -> list[str | None]:
         """Return the source columns of features, ids, relevance and split."""
         tables = self.tables
-        named = (self.display, tables.doc_id_column, tables.query_id_column, tables.relevance_column)
-        features = [c for side in (self.query, self.doc) for feature in side.values() for c in feature.source_columns]
-        return features + [name for name in named if name] + self.splitter.columns
+        named = [self.schema.display, tables.doc_id_column, tables.query_id_column, tables.relevance_column]
+        features = [c for side in (self.query, self.schema.doc) for f in side.values() for c in f.source_columns]
+        return [*features, *named, *self.splitter.columns, tables.each_of]
 
-    def units_and_documents(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return what the split keeps together and the content of its document for every row, int64 [rows]."""
-        units, contents = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for batch in self.batches(self.columns, _ignore):
-            check = RowCheck(batch, _ignore)
-            query, doc = canonical(check, self.query), canonical(check, self.doc)
-            units.append(self.splitter.units(check, self._query_ids(check, query))[check.good])
-            contents.append(hash_rows(doc)[check.good])
-        return np.concatenate(units), np.concatenate(contents)
+    def __call__(self, part: PartOfTable, folder: Path) -> None:
+        """Read a part into `folder`."""
+        with (
+            RowFile(folder / "rows.parquet", self.row_schema) as rows,
+            RowFile(folder / "documents.parquet", document_schema(self.schema.doc)) as documents,
+        ):
+            read_part(part, self.columns, folder, partial(self._read, part, rows, documents))
 
-    def read(self) -> None:
-        """Pass 1: every row checked, numbered, split, counted for the fit, and spooled."""
-        tables, quarantine = self.tables, self.writer.quarantine
-        for batch in self.reading.batches("pairs", lambda report_bad: self.batches(self.columns, report_bad)):
-            check = RowCheck(batch, quarantine.report)
-            query, doc = canonical(check, self.query), canonical(check, self.doc)
-            check.fail(missing(query, self.query), "no query: its features are empty")
-            check.fail(missing(doc, self.doc), "no document: its features are empty")
-            query_ids = self._query_ids(check, query)
-            contents = hash_rows(doc)
-            keys = self._doc_keys(check, contents)
-            display = strings(check, self.display) if self.display else keys
-            relevance = np.ones(len(query_ids))
-            if tables.relevance_column:
-                relevance = relevances(check, tables.relevance_column)
-            split = self.splitter.split(check, query_ids)
-            good = check.good
-            quarantine.num_good += int(good.sum())
-            mask = pa.array(good)
-            doc = doc.filter(mask)
-            docs, first = self.catalogue.add(keys.filter(mask), display.filter(mask), doc)
-            self.documents.grow(self.catalogue.num_docs)
-            self.documents.note(docs, first, contents[good], split[good])
-            query_ids, split, relevance = query_ids[good], split[good], relevance[good]
-            shuffle = shuffle_keys(np.flatnonzero(good) + self.place, self.target.seed)
-            self.place += len(good)
-            keep = np.ones(len(docs), bool)
-            if tables.dedup:
-                keep[:] = False
-                keep[self.seen_pairs.add(pair_hash(query_ids, docs))[1]] = True
-                self.repeated += int((~keep).sum())
-            query = query.filter(mask)
-            if self.beir is not None:
-                names = [SPLITS[number] for number in split.tolist()]
-                pair_ids = pair_hash(query_ids, docs)
-                self.beir.add(doc, first, keys.filter(mask), query, query_ids, names, relevance, pair_ids)
-            in_train = keep & (split == 0)
-            self._fit(query, doc, docs, in_train)
-            values = [pa.array(query_ids), pa.array(docs), pa.array(relevance.astype(np.float32))]
-            rows = pa.table([*values, *query.columns], schema=self.row_schema)
-            self.train.add(rows.filter(pa.array(in_train)), shuffle[in_train])
-            for number, spool in enumerate(self.held_out, 1):
-                spool.add(rows.filter(pa.array(keep & (split == number))))
-            self.progress("reading", self.place, None)
-        self.reading.finish()
+    def _read(
+        self,
+        part: PartOfTable,
+        rows: RowFile,
+        documents: RowFile,
+        batches: Iterator[SourceBatch],
+        report_bad: ReportBad,
+    ) -> dict[str, Any]:
+        num_good, seen, units = 0, np.empty(0, np.int64), TimeUnits()
+        for batch in batches:
+            if self.tables.each_of:
+                batch = exploded(batch, self.tables.each_of, report_bad)
+            check = RowCheck(batch, report_bad)
+            table, document = self._rows(check, part)
+            good = pa.array(check.good)
+            num_good += int(check.good.sum())
+            rows.add(table.filter(good))
+            units.add(table.column("time").to_numpy()[check.good])
+            document = document.filter(good)
+            ids, first = np.unique(document.column("doc_id").to_numpy(), return_index=True)
+            new = first[~np.isin(ids, seen) & (self.known.find(ids) < 0)]
+            seen = np.union1d(seen, ids)
+            documents.add(document.take(pa.array(np.sort(new))))
+        return {"num_good": num_good, **units.facts()}
 
-    def _state(self) -> State:
-        """Return all that the rows so far have led to."""
-        return {
-            "counts": [self.place, self.repeated],
-            "fitting": self.fitting.state(),
-            "catalogue": self.catalogue.state(),
-            "documents": self.documents.state(),
-            "seen_pairs": self.seen_pairs.state(),
-            "spools": [self.train.state(), *(spool.state() for spool in self.held_out)],
-            "beir": self.beir.state() if self.beir else None,
-        }
-
-    def check(self) -> None:
-        """Say what is to be said of the rows that were read. Raises DataError."""
+    def _rows(self, check: RowCheck, part: PartOfTable) -> tuple[pa.Table, pa.Table]:
+        """Return all rows of a batch, and the document of each; what is wrong is reported to `check`."""
         tables = self.tables
-        self.writer.quarantine.check()
-        if not self.train.num_rows:
-            why = self.splitter.why_no_train if self.place else ""
-            told = self.writer.quarantine.told()
-            raise DataError(f"{self.tables.files[0]}: no row is left for the train split{why}{told}")
-        if self.repeated:
-            self.notes.append(f"{self.repeated} rows repeat a (query, document) pair and are left out")
-        if apart := self.documents.num_in_several_splits:
-            self.notes.append(f"{apart} documents have rows in several splits; --whole-documents keeps each in one")
-        if self.documents.num_changed:
-            self.notes.append(
-                f"{self.documents.num_changed} rows give a known {tables.doc_id_column} other features; the first stay"
-            )
-
-    def texts(self) -> Iterator[list[str]]:
-        """Yield the texts of train queries and of documents that train rows have, for the tokenizer."""
-        first = self.catalogue.first_new
-        for table in self.catalogue.new_documents():
-            seen = pa.array(self.documents.fitted[first : first + table.num_rows])
-            first += table.num_rows
-            for name in texts_of(self.doc):
-                yield table.column(name).filter(seen).to_pylist()
-        for table in self.train.unordered():
-            for name in texts_of(self.query):
-                yield table.column(f"feature.{name}").to_pylist()
+        query, doc = canonical(check, self.query), canonical(check, self.schema.doc)
+        check.fail(missing(query, self.query), "no query: its features are empty")
+        check.fail(missing(doc, self.schema.doc), "no document: its features are empty")
+        query_ids = self._query_ids(check, query)
+        content = hash_rows(doc)
+        keys = self._doc_keys(check, content)
+        display = strings(check, self.schema.display) if self.schema.display else keys
+        relevance = np.ones(len(query_ids))
+        if tables.relevance_column:
+            relevance = relevances(check, tables.relevance_column)
+        decided = self.splitter.of_rows(check, query_ids)
+        place = places(part, check.batch, exploded=tables.each_of is not None)
+        shuffle = shuffle_keys(place, self.seed).view(np.int64)
+        numbers = (place, shuffle, query_ids, hash_strings(keys), content, relevance, *decided)
+        values = [pa.array(v).cast(t) for v, t in zip(numbers, ROW_COLUMNS.values(), strict=True)]
+        rows = pa.Table.from_arrays([*values, *query.columns], names=self.row_schema.names)
+        return rows, document_rows(place, content, keys, display, doc)
 
     def _query_ids(self, check: RowCheck, query: pa.Table) -> np.ndarray:
         name = self.tables.query_id_column
@@ -295,54 +246,77 @@ class _PairMaking:
         check.fail(is_empty(keys), f"no document: {name} is empty")
         return keys
 
-    def _fit(self, query: pa.Table, doc: pa.Table, docs: np.ndarray, in_train: np.ndarray) -> None:
-        """Count train queries, and each document at its first train row: the fit knows nothing of held-out rows."""
-        self.fitting.query.update(query.filter(pa.array(in_train)))
-        places = np.flatnonzero(in_train & ~self.documents.fitted[docs] & (docs >= self.catalogue.first_new))
-        distinct, first = np.unique(docs[places], return_index=True)
-        self.documents.fitted[distinct] = True
-        self.fitting.doc.update(doc.take(pa.array(np.sort(places[first]))))
+
+def _sorted_splits(run: Making, tables: PairTables, splitter: Splitter, reader: PairReader) -> dict[str, Table]:
+    """Return the rows of every split in the order in which they are written, from the engine's `divided` rows.
+
+    Raises DataError where train has none.
+    """
+    engine = run.engine
+    kept = first_of("divided", "query_id, doc_id") if tables.dedup else "SELECT *, 1 AS nth FROM divided"
+    engine.view("kept", kept)
+    wanted = ", ".join(name for name in reader.row_schema.names if name in WRITTEN or name not in ROW_COLUMNS)
+    order = {name: "place" for name in SPLITS} | {"train": "shuffle, place"}
+    splits = {
+        name: engine.select(name, f"SELECT {wanted} FROM kept WHERE nth = 1 AND split = {number}", order=order[name])
+        for number, name in enumerate(SPLITS)
+    }
+    ((num_rows, relevant),) = engine.fetch("SELECT count(*), CAST(max(relevance) > 0 AS INT) FROM train")
+    if not num_rows:
+        ((found,),) = engine.fetch("SELECT count(*) FROM found")
+        why, told = splitter.why_no_train if found else "", run.writer.quarantine.told()
+        raise DataError(f"{tables.files[0]}: no row is left for the train split{why}{told}")
+    if not relevant:
+        raise DataError("every relevance in the train split is 0, so that nothing can be learned from it")
+    run.notes += _notes(engine, tables)
+    return splits
 
 
-class _PerDocument:
-    """A hash of each document's features as first met, and whether the fit has counted it."""
+def _notes(engine: Engine, tables: PairTables) -> Iterator[str]:
+    """Yield what is to be said of repeated pairs, and of documents that are several."""
+    if tables.dedup:
+        ((repeated,),) = engine.fetch("SELECT count(*) FROM kept WHERE nth > 1")
+        if repeated:
+            yield f"{repeated} rows repeat a (query, document) pair and are left out"
+    several = "SELECT doc_id FROM divided GROUP BY doc_id HAVING min(split) < max(split)"
+    ((apart,),) = engine.fetch(f"SELECT count(*) FROM ({several})")
+    if apart:
+        yield f"{apart} documents have rows in several splits; --whole-documents keeps each in one"
+    if tables.doc_id_column:
+        changed = "found.doc_id = documents.doc_id AND found.content <> documents.content"
+        ((rows,),) = engine.fetch(f"SELECT count(*) FROM found JOIN documents ON {changed}")
+        if rows:
+            yield f"{rows} rows give a known {tables.doc_id_column} other features; the first stay"
 
-    def __init__(self) -> None:
-        self.fitted = np.zeros(1024, bool)
-        self._content = np.zeros(1024, np.int64)  # 0: of an earlier partition, not known
-        self._splits = np.zeros(1024, np.uint8)  # bit s: a row is in split s
-        self.num_changed = 0
 
-    def grow(self, num_docs: int) -> None:
-        while len(self.fitted) < num_docs:
-            self.fitted = np.concatenate([self.fitted, np.zeros_like(self.fitted)])
-            self._content = np.concatenate([self._content, np.zeros_like(self._content)])
-            self._splits = np.concatenate([self._splits, np.zeros_like(self._splits)])
+def _documents_of_train(engine: Engine) -> Table:
+    """Return the new documents that train has: the fit knows nothing of held-out rows."""
+    return engine.select(
+        "documents_of_train",
+        "SELECT * FROM documents WHERE doc_id IN (SELECT doc_id FROM train)",
+        order="place, doc_id",
+    )
 
-    def state(self) -> list[np.ndarray]:
-        return [self.fitted, self._content, self._splits, np.array([self.num_changed])]
 
-    def restore(self, state: list[np.ndarray]) -> None:
-        self.fitted, self._content, self._splits, changed = state
-        self.num_changed = int(changed[0])
-
-    @property
-    def num_in_several_splits(self) -> int:
-        return int((np.bitwise_count(self._splits) > 1).sum())
-
-    def note(self, docs: np.ndarray, first: np.ndarray, contents: np.ndarray, split: np.ndarray) -> None:
-        np.bitwise_or.at(self._splits, docs, (1 << split).astype(np.uint8))
-        self._content[docs[first]] = contents[first]
-        known = self._content[docs]
-        self.num_changed += int(((known != contents) & (known != 0)).sum())
+def _train_positives(engine: Engine, documents: Documents) -> tuple[np.ndarray, np.ndarray]:
+    """Return the catalogue rows of documents with train rows of a relevance above 0, and how many each has, int64."""
+    counted = engine.select(
+        "train_positives", "SELECT doc_id, count(*) AS n FROM train WHERE relevance > 0 GROUP BY doc_id", order="doc_id"
+    ).read()
+    return documents.keys.find(counted.column("doc_id").to_numpy()), counted.column("n").to_numpy()
 
 
 def _encoded(
-    table: pa.Table, features: dict[str, Feature], text: TextTokenizer | None, raw_text: bool
+    keys: Keys, features: dict[str, Feature], text: TextTokenizer | None, rows: pa.Table
 ) -> dict[str, pa.Array]:
-    columns = pa.table({name: table.column(f"feature.{name}") for name in features})
-    done = {name: table.column(name).combine_chunks() for name in ("query_id", "doc", "relevance")}
-    if raw_text:
+    """Return the columns of a block; without `text` the queries' texts stay as they are."""
+    columns = canonical_of(rows, "q", features)
+    done = {
+        "query_id": rows.column("query_id").combine_chunks(),
+        "doc": pa.array(keys.find(rows.column("doc_id").to_numpy())),
+        "relevance": rows.column("relevance").combine_chunks(),
+    }
+    if text is None:
         raw = {name: feature.encode_raw(columns.column(name).combine_chunks()) for name, feature in features.items()}
         return done | raw
     return done | encode_columns(columns, features, text, large=False)

@@ -18,7 +18,7 @@ from bigdssm.features import Feature, Reader
 from bigdssm.features.ragged import Ragged
 from bigdssm.making.dataset_writer import QUARANTINE_FILE
 from bigdssm.schema import Schema
-from bigdssm.tables.pair_splits import pair_hash
+from bigdssm.tables.hashing import pair_hash
 
 MAX_SCAN_BLOCKS = 512  # about a million rows, spread evenly over the split
 MAX_SCAN_DOCS = 1_000_000

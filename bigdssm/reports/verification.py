@@ -11,12 +11,13 @@ from bigdssm.config import DEFAULT_CACHE_BYTES
 from bigdssm.dataset.blocks import read_block, read_range
 from bigdssm.dataset.cache import Cache
 from bigdssm.dataset.dataset import Dataset, with_shards_of
+from bigdssm.dataset.files import COUNTS_FILE
 from bigdssm.dataset.index import SplitIndex, read_index
 from bigdssm.dataset.remote import is_url
 from bigdssm.errors import DataError
 from bigdssm.hashing import file_checksum
-from bigdssm.making.block_writer import TAR_HEADER_BYTES
 from bigdssm.making.dataset_writer import TOKENIZER, read_dataset_json
+from bigdssm.making.writing import TAR_HEADER_BYTES
 from bigdssm.progress import Progress, no_progress
 
 
@@ -40,7 +41,7 @@ def _damages(dataset: Dataset, progress: Progress) -> list[str]:
     for number, partition in enumerate(dataset.partitions):
         content = partition.content
         known = {part["file"]: part["checksum"] for part in content.get("sequences", [])}
-        damages += _compared(partition.folder, {"counts.npy": content["counts_checksum"], **known})
+        damages += _compared(partition.folder, {COUNTS_FILE: content["counts_checksum"], **known})
         for split, expected in content["splits"].items():
             try:
                 index = with_shards_of(partition, read_index(partition.folder, split, expected, number))

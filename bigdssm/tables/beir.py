@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
 import pyarrow as pa
 
-from bigdssm.atomic import new_folder, real_place
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, Text, texts_of
-from bigdssm.tables.hashing import KeyIndex
 from bigdssm.tables.sources import parse_object
 
 CORPUS_FILE, QUERIES_FILE, QRELS_DIR = "corpus.jsonl", "queries.jsonl", "qrels"
@@ -141,92 +136,52 @@ def _typed(values: list[Any]) -> pa.Array:
     return pa.nulls(len(values), pa.string()) if all(value is None for value in values) else pa.array(values)
 
 
-class BeirWriter:
-    """Writes a collection while a dataset is made; its folder appears when it is whole."""
+def check_place(folder: Path) -> None:
+    """Raise ConfigError where `folder` is there and is no collection; an old one will be replaced."""
+    if folder.exists() and not (folder / CORPUS_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"--beir {folder} exists and holds no {CORPUS_FILE}; choose another folder")
 
-    def __init__(
-        self, folder: Path, spool: Path, query: Mapping[str, Feature], doc: Mapping[str, Feature],
-        state: dict[str, Any] | None = None,
-    ) -> None:  # fmt: skip
-        """Begin in `spool`, or go on there where another one's `state` was taken.
 
-        Raises ConfigError where `folder` is there and is no collection; an old one will be replaced.
-        """
-        if folder.exists() and not (folder / CORPUS_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"--beir {folder} exists and holds no {CORPUS_FILE}; choose another folder")
-        self._folder, self._spool, self._query, self._doc = real_place(folder), spool, query, doc
-        self._files: dict[str, TextIO] = {}
-        self._asked = KeyIndex()
-        self._pairs = KeyIndex()
-        sizes = state["sizes"] if state else {}
-        (spool / QRELS_DIR).mkdir(parents=True, exist_ok=True)
-        for path in [path for path in spool.rglob("*") if path.is_file()]:
-            name = str(path.relative_to(spool))
-            if name in sizes:
-                os.truncate(path, sizes[name])
-                self._file(name)
-            else:
-                path.unlink()
-        if state:
-            self._asked.restore(state["asked"])
-            self._pairs.restore(state["pairs"])
+def write_entries(path: Path, features: Mapping[str, Feature], pieces: Iterable[tuple[list[str], pa.Table]]) -> None:
+    """Write a corpus or queries from their keys and canonical features, piece by piece."""
+    title = {"title": ""} if path.name == CORPUS_FILE else {}
+    with path.open("w", encoding="utf-8") as file:
+        for keys, table in pieces:
+            for key, entry in zip(keys, _contents(features, table), strict=True):
+                file.write(json.dumps({"_id": key, **title, **entry}, ensure_ascii=False) + "\n")
 
-    def state(self) -> dict[str, Any]:
-        """Return what the constructor takes to go on from here."""
-        for file in self._files.values():
-            file.flush()
-        sizes = {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
-        return {"sizes": sizes, "asked": self._asked.state(), "pairs": self._pairs.state()}
 
-    def add(
-        self, documents: pa.Table, new: np.ndarray, keys: pa.Array, queries: pa.Table, query_ids: np.ndarray,
-        splits: list[str], relevance: np.ndarray, pair_ids: np.ndarray,
-    ) -> None:  # fmt: skip
-        """Add rows: canonical features of both sides, the documents' keys, and which rows bring a new document."""
-        names = keys.to_pylist()
-        self._write(CORPUS_FILE, documents, self._doc, new, names)
-        ids = [f"{value:016x}" for value in query_ids.view(np.uint64).tolist()]
-        self._write(QUERIES_FILE, queries, self._query, self._asked.add(query_ids)[1], ids)
-        for i in np.sort(self._pairs.add(pair_ids)[1]).tolist():
-            if relevance[i] != int(relevance[i]):
-                raise ConfigError(f"--beir takes whole relevances, got {relevance[i]}; leave it out")
-            self._file(f"{QRELS_DIR}/{SPLIT_FILES[splits[i]]}").write(f"{ids[i]}\t{names[i]}\t{int(relevance[i])}\n")
-
-    def close(self) -> None:
-        """Put the finished folder in its place; the spool stays."""
-        for file in self._files.values():
-            file.close()
-        with new_folder(self._folder) as aside:
-            shutil.copytree(self._spool, aside, dirs_exist_ok=True)
-
-    def _file(self, name: str) -> TextIO:
-        if name not in self._files:
-            self._files[name] = (self._spool / name).open("a", encoding="utf-8")
-            if name.startswith(QRELS_DIR) and not self._files[name].tell():
-                self._files[name].write("query-id\tcorpus-id\tscore\n")
-        return self._files[name]
-
-    def _write(
-        self, name: str, table: pa.Table, features: Mapping[str, Feature], rows: np.ndarray, keys: list[str]
-    ) -> None:
-        texts = texts_of(features)
-        rows = np.sort(rows)
-        columns = {name: table.column(name).take(pa.array(rows)).combine_chunks() for name in features}
-        values = {name: column.to_pylist() for name, column in columns.items()}
-        unsaid = {  # a missing value that JSON has no word for, such as NaN
-            name: feature.is_missing(columns[name]) & (feature.missing not in ("", []))
+def _contents(features: Mapping[str, Feature], table: pa.Table) -> Iterator[dict[str, Any]]:
+    """Yield text and, of features beyond one text, metadata of each row."""
+    texts = texts_of(features)
+    columns = {name: table.column(name).combine_chunks() for name in features}
+    values = {name: column.to_pylist() for name, column in columns.items()}
+    unsaid = {  # a missing value that JSON has no word for, such as NaN
+        name: feature.is_missing(columns[name]) & (feature.missing not in ("", []))
+        for name, feature in features.items()
+    }
+    for row in range(table.num_rows):
+        apart = {
+            feature.source: values[name][row]
             for name, feature in features.items()
+            if not unsaid[name][row] and (len(texts) != 1 or name not in texts)
         }
-        for place, row in enumerate(rows.tolist()):
-            apart = {
-                feature.source: values[n][place]
-                for n, feature in features.items()
-                if not unsaid[n][place] and (len(texts) != 1 or n not in texts)
-            }
-            text = "\n".join(values[name][place] for name in texts)
-            record: dict[str, Any] = {"_id": keys[row], **({"title": ""} if name == CORPUS_FILE else {}), "text": text}
-            record |= {"metadata": apart} if apart else {}
-            self._file(name).write(json.dumps(record, ensure_ascii=False) + "\n")
+        text = "\n".join(values[name][row] for name in texts)
+        yield {"text": text, **({"metadata": apart} if apart else {})}
+
+
+def write_judgements(folder: Path, split: str, rows: Iterable[tuple[str, str, float]]) -> None:
+    """Write the (query, document, relevance) of a split, if there are any. Raises ConfigError on a broken relevance."""
+    file: TextIO | None = None
+    for query, document, relevance in rows:
+        if relevance != int(relevance):
+            raise ConfigError(f"--beir takes whole relevances, got {relevance}; leave it out")
+        if file is None:
+            file = (folder / QRELS_DIR / SPLIT_FILES[split]).open("w", encoding="utf-8")
+            file.write("query-id\tcorpus-id\tscore\n")
+        file.write(f"{query}\t{document}\t{int(relevance)}\n")
+    if file is not None:
+        file.close()
 
 
 def numbered_lines(path: Path, what: str = "") -> Iterator[tuple[int, str]]:

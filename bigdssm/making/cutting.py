@@ -1,0 +1,211 @@
+"""Cuts sorted events into sequences and their rows, range by range of sequences, each by a worker of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from bigdssm.dataset.keys import Keys
+from bigdssm.dataset.mapped import MappedTable
+from bigdssm.features import Feature, TextTokenizer, encode_columns
+from bigdssm.features.ragged import Ragged, gather_ranges, offsets_of
+from bigdssm.making.documents import canonical_of
+from bigdssm.making.leak import counts_events, younger_share
+from bigdssm.making.making import Making
+from bigdssm.making.steps import RowFile, Table, read_facts, write_facts
+from bigdssm.making.writing import write_arrow
+from bigdssm.tables.hashing import shuffle_keys, uniform
+
+SEQUENCES_PER_FILE = 1 << 16
+MOST_TIMES = 1 << 21  # of targets, which are compared to tell the leak
+ROW = pa.schema(
+    [
+        ("split", pa.int32()),
+        ("sequence", pa.int64()),
+        ("first", pa.int32()),
+        ("end_", pa.int32()),  # `end` is a word of SQL
+        ("shuffle", pa.int64()),  # a hash of the place
+        ("place", pa.int64()),  # of the last event
+    ]
+)
+POSITIVE = pa.schema([("doc", pa.int64()), ("count", pa.int64())])
+TARGET_TIME = pa.schema([("split", pa.int32()), ("time", pa.float64())])
+
+
+@dataclass(frozen=True)
+class Events:
+    """The events of some sequences, one behind the other; arrays are [events]."""
+
+    item: np.ndarray  # int64: catalogue row
+    time: np.ndarray  # float64
+    relevance: np.ndarray  # float32
+    place: np.ndarray  # int64: in their table
+    sequence: np.ndarray  # int64: from 0 on in this range
+    position: np.ndarray  # int64: in the sequence, among these
+    offsets: np.ndarray  # int64 [sequences + 1]
+
+    @classmethod
+    def of(cls, rows: pa.Table, lengths: np.ndarray) -> Events:
+        """Return sorted rows as the events of sequences with these lengths."""
+        item, time, relevance, place = (rows.column(n).to_numpy() for n in ("item", "time", "relevance", "place"))
+        offsets = offsets_of(lengths)
+        sequence = np.repeat(np.arange(len(lengths)), lengths)
+        return cls(item, time, relevance, place, sequence, np.arange(len(item)) - offsets[sequence], offsets)
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """What a worker needs to cut a range of sequences."""
+
+    events: Table
+    sequences: Table
+    user: dict[str, Feature]  # features of a sequence's user
+    text: TextTokenizer | None
+    split: str
+    thresholds: tuple[float, float]  # the times from which on events are of validation and of test
+    targets_per_row: int
+    seed: int
+    earlier: tuple[tuple[tuple[Path, ...], Path], ...]  # sequence files and key file of earlier partitions
+    folder: Path
+
+    def __call__(self, job: tuple[int, int, int], folder: Path) -> None:
+        """Cut the sequences from `first` on, whose events are [begin, end), into a sequence file and rows."""
+        first, begin, end = job
+        own = self.sequences.read(first, first + SEQUENCES_PER_FILE)
+        events = Events.of(self.events.read(begin, end), own.column("length").to_numpy())
+        user_ids = own.column("user_id").to_numpy()
+        before = self._before(user_ids)
+        path = self.folder / f"sequences-{first // SEQUENCES_PER_FILE:06d}.arrow"
+        written = write_arrow(path, self._sequence_columns(own, user_ids, events, before))
+        place = events.position + before["items"].lengths[events.sequence]
+        split = np.where(place > 0, self._split_of(events), -1)  # the first event has no history
+        with RowFile(folder / "rows.parquet", ROW) as file:
+            for number in range(3):
+                targets = np.flatnonzero(split == number)
+                file.add(self._rows(number, first, events, place, targets))
+        self._note(folder, events, split, {"file": path.name, **written})
+
+    def _sequence_columns(
+        self, own: pa.Table, user_ids: np.ndarray, events: Events, before: dict[str, Ragged]
+    ) -> dict[str, pa.Array]:
+        """Return every sequence's events, earlier partitions' before its own, and its user's features."""
+        lists = {
+            "items": _joined(before["items"], Ragged(events.item.astype(np.int32), events.offsets)),
+            "relevance": _joined(before["relevance"], Ragged(events.relevance, events.offsets)),
+        }
+        columns = {
+            "query_key": own.column("key").combine_chunks().cast(pa.large_string()),
+            "query_id": pa.array(user_ids),
+        }
+        for name, rows in lists.items():
+            columns[name] = pa.LargeListArray.from_arrays(pa.array(rows.offsets), pa.array(rows.values))
+        return columns | encode_columns(canonical_of(own, "u", self.user), self.user, self.text, large=True)
+
+    def _before(self, user_ids: np.ndarray) -> dict[str, Ragged]:
+        """Return each sequence's events in earlier partitions: the newest that knows it has all."""
+        none = np.zeros(len(user_ids) + 1, np.int64)
+        found = {"items": Ragged(np.empty(0, np.int32), none), "relevance": Ragged(np.empty(0, np.float32), none)}
+        unseen = np.ones(len(user_ids), bool)
+        for files, keys in reversed(self.earlier):
+            rows = Keys([keys]).find(user_ids)
+            hit = np.flatnonzero((rows >= 0) & unseen)
+            unseen[hit] = False
+            if len(hit):
+                table = MappedTable(files)
+                for name, known in found.items():
+                    some = table.take(name, rows[hit])
+                    assert isinstance(some, Ragged)
+                    starts, ends = known.offsets[:-1].copy(), known.offsets[1:].copy()
+                    starts[hit] = some.offsets[:-1] + len(known.values)
+                    ends[hit] = some.offsets[1:] + len(known.values)
+                    found[name] = gather_ranges(np.concatenate([known.values, some.values]), starts, ends)
+        return found
+
+    def _split_of(self, events: Events) -> np.ndarray:
+        """Return every event's split, a number in SPLITS, int64 [events]."""
+        split = np.zeros(len(events.item), np.int64)
+        if self.split == "leave-one-out":
+            from_last = np.diff(events.offsets)[events.sequence] - 1 - events.position
+            split[from_last == 1], split[from_last == 0] = 1, 2
+        elif self.split == "time":
+            for number, threshold in enumerate(self.thresholds, 1):
+                split[events.time >= threshold] = number
+        return split
+
+    def _rows(self, split: int, first: int, events: Events, place: np.ndarray, targets: np.ndarray) -> pa.Table:
+        """Return the rows of `targets` (events, ascending); one of train has several, cut from the newest on."""
+        follows = np.zeros(len(targets), bool)
+        follows[1:] = (np.diff(targets) == 1) & (np.diff(events.sequence[targets]) == 0)
+        run_starts = np.flatnonzero(~follows)
+        run_ends = np.append(run_starts[1:], len(targets))
+        from_end = run_ends[np.cumsum(~follows) - 1] - 1 - np.arange(len(targets))
+        most = self.targets_per_row if split == 0 else 1
+        starts = np.flatnonzero(~follows | (from_end % most == most - 1))
+        newest = targets[np.append(starts[1:], len(targets))[: len(starts)] - 1]
+        oldest, at = targets[starts], events.place[newest]
+        columns = (
+            np.full(len(starts), split, np.int32),
+            events.sequence[oldest] + first,
+            place[oldest].astype(np.int32),
+            (place[newest] + 1).astype(np.int32),
+            shuffle_keys(at, self.seed).view(np.int64),
+            at,
+        )
+        return pa.table(list(columns), schema=ROW)
+
+    def _note(self, folder: Path, events: Events, split: np.ndarray, written: dict[str, Any]) -> None:
+        """Leave the documents' train positives, times of targets, and facts."""
+        items = events.item[(split == 0) & (events.relevance > 0)]
+        docs, counts = np.unique(items, return_counts=True)
+        with RowFile(folder / "positives.parquet", POSITIVE) as file:
+            file.add(pa.table([docs, counts], schema=POSITIVE))
+        sampled = (split >= 0) & (uniform(events.place, "leak", 0) < MOST_TIMES / max(1, self.events.num_rows))
+        with RowFile(folder / "times.parquet", TARGET_TIME) as file:
+            file.add(pa.table([split[sampled].astype(np.int32), events.time[sampled]], schema=TARGET_TIME))
+        (folder / "entry.json").write_text(json.dumps(written))
+        write_facts(folder, counts_events=counts_events(events.time, events.position))
+
+
+def cut_sequences(run: Making, cutting: Cutting, *, has_times: bool) -> list[dict[str, Any]]:
+    """Cut all sequences; the engine knows their rows as `cut_rows`, train positives as `cut_positives`.
+
+    Returns {"file", "rows", "checksum"} of each sequence file.
+    """
+    engine = run.engine
+    folders = engine.map("cut", list(_ranges(cutting.sequences)), cutting, rows=cutting.events.num_rows)
+    for name in ("rows", "positives"):
+        engine.table(f"cut_{name}", [folder / f"{name}.parquet" for folder in folders])
+    if cutting.split == "leave-one-out" and has_times and not all(read_facts(f)["counts_events"] for f in folders):
+        times = Table.of(folder / "times.parquet" for folder in folders).read()
+        split = times.column("split").to_numpy()
+        younger = younger_share(times.column("time").to_numpy(), split == 0, split == 2)
+        run.notes.append(
+            f"leave-one-out leaks: on average {younger:.1%} of the train targets are younger than a test target; "
+            f"with --split time none is"
+        )
+    return [json.loads((folder / "entry.json").read_text()) for folder in folders]
+
+
+def _ranges(sequences: Table) -> Iterator[tuple[int, int, int]]:
+    """Yield (first sequence, first event, end of events) of every file of sequences."""
+    begin = 0
+    for first in range(0, sequences.num_rows, SEQUENCES_PER_FILE):
+        lengths = sequences.read(first, first + SEQUENCES_PER_FILE, ["length"]).column("length")
+        end = begin + int(lengths.to_numpy().sum())
+        yield first, begin, end
+        begin = end
+
+
+def _joined(prior: Ragged, own: Ragged) -> Ragged:
+    """Return each sequence's prior values and its own behind them."""
+    both = np.concatenate([prior.values, own.values])
+    starts = np.stack([prior.offsets[:-1], own.offsets[:-1] + len(prior.values)], 1).ravel()
+    ends = np.stack([prior.offsets[1:], own.offsets[1:] + len(prior.values)], 1).ravel()
+    joined = gather_ranges(both, starts, ends)
+    return Ragged(joined.values, joined.offsets[::2])

@@ -1,0 +1,110 @@
+"""The distinct documents of a making: numbered by the place where each first stands, behind those that are known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bigdssm.dataset.files import KEYS_SUFFIX
+from bigdssm.dataset.keys import Keys, write_keys
+from bigdssm.features import Feature
+from bigdssm.making.engine import Engine
+from bigdssm.making.steps import Table, finished_file
+from bigdssm.tables.hashing import hash_strings
+
+DOCUMENT_COLUMNS = ("place", "doc_id", "content", "doc_key", "display")
+
+
+def document_schema(features: Mapping[str, Feature]) -> pa.Schema:
+    """Return the schema of documents between two steps: their keys, and canonical features as columns d0, d1, …"""
+    types = (pa.int64(), pa.int64(), pa.int64(), pa.large_string(), pa.large_string())
+    fields = list(zip(DOCUMENT_COLUMNS, types, strict=True))
+    return pa.schema([*fields, *spooled("d", features)])
+
+
+def spooled(prefix: str, features: Mapping[str, Feature]) -> list[tuple[str, pa.DataType]]:
+    """Return the columns in which canonical features wait between two steps."""
+    return [(f"{prefix}{number}", _spool_type(feature)) for number, feature in enumerate(features.values())]
+
+
+def canonical_of(table: pa.Table, prefix: str, features: Mapping[str, Feature]) -> pa.Table:
+    """Return spooled columns as canonical ones, null (of a row that was joined with nothing) as missing."""
+    columns = {}
+    for number, (name, feature) in enumerate(features.items()):
+        column = table.column(f"{prefix}{number}").combine_chunks().cast(_spool_type(feature))
+        columns[name] = _filled(column, feature).cast(feature.canonical_type)
+    return pa.table(columns)
+
+
+def _spool_type(feature: Feature) -> pa.DataType:
+    """Return the type in which canonical values wait: engines know no lists of a fixed size."""
+    dtype = feature.canonical_type
+    return pa.list_(dtype.value_type) if pa.types.is_fixed_size_list(dtype) else dtype
+
+
+def _filled(column: pa.Array, feature: Feature) -> pa.Array:
+    if not column.null_count:
+        return column
+    return pc.if_else(column.is_valid(), column, pa.scalar(feature.missing, _spool_type(feature)))
+
+
+def document_rows(
+    place: np.ndarray, content: np.ndarray, keys: pa.Array, display: pa.Array, table: pa.Table
+) -> pa.Table:
+    """Return rows of `document_schema`; a document without a display is shown by its key."""
+    shown = pc.if_else(pc.equal(display, ""), keys, display)
+    columns = [pa.array(place), pa.array(hash_strings(keys)), pa.array(content), keys, shown, *table.columns]
+    names = [*DOCUMENT_COLUMNS, *(f"d{number}" for number in range(table.num_columns))]
+    return pa.Table.from_arrays([_chunk(column) for column in columns], names=names)
+
+
+def _chunk(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The new documents of a making, in order, and where all of them stand in the catalogue."""
+
+    table: Table
+    first: int  # the catalogue row of the first new one
+    keys: Keys  # of all documents, by doc_id
+
+    @property
+    def total(self) -> int:
+        """Return how many there are with those that were known."""
+        return self.first + self.table.num_rows
+
+
+def number_documents(engine: Engine, known: Sequence[Path], first: int, file: Path) -> Documents:
+    """Return the documents in the engine's `found_documents`; the catalogue has `first` others, with these key files.
+
+    `file` becomes the key file of the new ones.
+    """
+    engine.view("first_documents", first_of("found_documents", "doc_id"))
+    table = engine.select("documents", "SELECT * FROM first_documents WHERE nth = 1", order="place, doc_id")
+    by_id = engine.select("document_ids", "SELECT doc_id, number FROM documents", order="doc_id")
+    if table.num_rows and not file.exists():
+        with finished_file(file) as aside:
+            write_keys(aside, table.num_rows, _numbered(by_id, first))
+    return Documents(table, first, Keys([*known, *([file] if table.num_rows else [])]))
+
+
+def first_of(table: str, key: str) -> str:
+    """Return a query for a table's rows with `nth`: from 1 on among those of one key, by place."""
+    return f"SELECT *, row_number() OVER (PARTITION BY {key} ORDER BY place) AS nth FROM {table}"
+
+
+def _numbered(by_id: Table, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for piece in by_id.batches():
+        yield piece.column("doc_id").to_numpy(), piece.column("number").to_numpy() + first
+
+
+def keys_beside(catalogue: Sequence[Path]) -> list[Path]:
+    """Return the key files beside the files of a catalogue; not every file has its own."""
+    return [keys for path in catalogue if (keys := path.with_suffix(KEYS_SUFFIX)).exists()]

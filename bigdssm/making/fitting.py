@@ -1,0 +1,143 @@
+"""Fits a schema to the rows of a making: vocabularies by a group-by, moments in a fixed order, the tokenizer on a sample."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from bigdssm.config import DataConfig
+from bigdssm.errors import ConfigError
+from bigdssm.features import Feature, TextTokenizer, texts_of
+from bigdssm.making.documents import canonical_of
+from bigdssm.making.engine import Engine
+from bigdssm.making.steps import RowFile, Table, finished_folder
+from bigdssm.making.tokenizer import make_tokenizer
+from bigdssm.schema import Schema
+from bigdssm.tables.hashing import uniform
+
+ROWS_PER_FIT = 1 << 18  # in this order sums are made, whoever makes them
+LEARNED = pa.schema(
+    [("feature", pa.int32()), ("value", pa.large_string()), ("count", pa.int64()), ("place", pa.int64())]
+)
+MOST_SAMPLED = 1 << 20  # rows of a side whose texts the tokenizer is trained on
+TOKENIZER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Side:
+    """The rows that one side of the schema is fitted to: features wait in columns `prefix`0, `prefix`1, …"""
+
+    name: str
+    table: Table
+    prefix: str
+    features: Mapping[str, Feature]
+
+    def canonical(self, first: int, end: int, columns: tuple[str, ...] = ()) -> Iterator[tuple[pa.Table, pa.Table]]:
+        """Yield rows [first, end) in pieces: canonical features, and the further columns asked for."""
+        names = [f"{self.prefix}{number}" for number in range(len(self.features))]
+        for piece in self.table.batches(first, end, [*columns, *names]):
+            yield canonical_of(piece, self.prefix, self.features), piece.select(columns)
+
+
+def schema_to_fit(config: DataConfig, grown: Path | None, like: Path | None) -> Schema:
+    """Return the schema as `config` declares it; that of the dataset that is `grown`, or `like` another one, is fitted.
+
+    Raises ConfigError where the config declares another one.
+    """
+    if grown is not None and like is not None:
+        raise ConfigError("--append takes the schema of the dataset that grows; leave out --like")
+    declared, fitted = Schema.declared(config), grown or like
+    if fitted is None:
+        return declared
+    schema = Schema.load(fitted)
+    if difference := declared.difference(schema):
+        raise ConfigError(f"the config's schema is not that of {fitted}: {difference}")
+    return schema
+
+
+def fit(
+    engine: Engine, base: Schema, config: DataConfig, sides: list[Side], *, folder: Path, grow: bool, like: Path | None,
+) -> tuple[Schema, TextTokenizer | None]:  # fmt: skip
+    """Return the fitted schema and, where it has text, the encoder of its tokenizer, which comes into `folder`.
+
+    With `grow` the schema gets what is new, and the tokenizer is there already.
+    """
+    schema = base
+    if like is None:
+        fitted = {side.name: fit_side(engine, side, grow=grow) for side in sides}
+        schema = replace(base, query=base.query | fitted.get("query", {}), doc=base.doc | fitted.get("doc", {}))
+    if not schema.has_text:
+        return schema, None
+    if not folder.exists():
+        with finished_folder(folder) as aside:
+            if like is not None:
+                shutil.copytree(like / TOKENIZER, aside, dirs_exist_ok=True)
+            else:
+                make_tokenizer(config.tokenizer, lambda: sampled_texts(sides), aside)
+    return schema, TextTokenizer(folder)
+
+
+def fit_side(engine: Engine, side: Side, *, grow: bool) -> dict[str, Feature]:
+    """Return a side's features as its rows say."""
+    step = f"fit_{side.name}"
+    ranges = list(range(0, side.table.num_rows, ROWS_PER_FIT))
+    folders = engine.map(step, ranges, partial(_learn, side), rows=side.table.num_rows)
+    fitted = dict(side.features)
+    for name, feature in side.features.items():
+        fitter = feature.fitter()
+        if fitter is not None:
+            for folder in folders:
+                fitter.merge(json.loads((folder / "states.json").read_text())[name])
+            fitted[name] = fitter.fitted(feature, grow=grow)
+    if folders:
+        engine.table(step, [folder / "values.parquet" for folder in folders])
+    for number, (name, feature) in enumerate(side.features.items()):
+        if folders and feature.counted(pa.array([], feature.canonical_type)) is not None:
+            sums = f"SELECT value, sum(count) AS n, min(place) AS place FROM {step} WHERE feature = {number} GROUP BY value"
+            query = f"SELECT value, place FROM ({sums}) WHERE n >= {feature.min_count}"
+            values = engine.select(f"{step}_{number}", query, order="place, value")
+            fitted[name] = feature.with_values(
+                value for piece in values.batches(columns=["value"]) for value in piece.column("value").to_pylist()
+            )
+    return fitted
+
+
+def _learn(side: Side, first: int, folder: Path) -> None:
+    """Learn of ROWS_PER_FIT rows: states of fitters, and values with their counts and first places."""
+    fitters = {name: fitter for name, feature in side.features.items() if (fitter := feature.fitter()) is not None}
+    with RowFile(folder / "values.parquet", LEARNED) as file:
+        for table, rest in side.canonical(first, first + ROWS_PER_FIT, ("place",)):
+            place = rest.column("place").to_numpy()
+            for number, (name, feature) in enumerate(side.features.items()):
+                column = table.column(name).combine_chunks()
+                if name in fitters:
+                    fitters[name].update(column)
+                if (found := feature.counted(column)) is not None:
+                    file.add(_counted(number, found[0], place[found[1]]))
+    states = {name: fitter.state() for name, fitter in fitters.items()}
+    (folder / "states.json").write_text(json.dumps(states))
+
+
+def _counted(feature: int, values: pa.Array, place: np.ndarray) -> pa.Table:
+    table = pa.table({"value": values.cast(pa.large_string()), "place": place})
+    grouped = table.group_by("value", use_threads=False).aggregate([("value", "count"), ("place", "min")])
+    columns = [pa.array(np.full(grouped.num_rows, feature, np.int32)), grouped["value"], grouped["value_count"]]
+    return pa.Table.from_arrays([*columns, grouped["place_min"]], schema=LEARNED)
+
+
+def sampled_texts(sides: list[Side]) -> Iterator[list[str]]:
+    """Yield texts of at most about MOST_SAMPLED rows of each side, chosen by a hash of their places."""
+    for side in sides:
+        texts = texts_of(side.features)
+        share = MOST_SAMPLED / max(1, side.table.num_rows)
+        for table, rest in side.canonical(0, side.table.num_rows, ("place",)) if texts else ():
+            chosen = pa.array(uniform(rest.column("place").to_numpy(), "sample", 0) < share)
+            for name in texts:
+                yield table.column(name).filter(chosen).to_pylist()

@@ -1,0 +1,159 @@
+"""Which split a pair goes to: by a hash of its group, by time, or as a column of the table says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+
+from bigdssm.errors import ConfigError
+from bigdssm.features.columns import RowCheck, check_one_unit, is_empty, strings, times
+from bigdssm.making.engine import Engine
+from bigdssm.making.steps import RowFile, Table, read_facts
+from bigdssm.tables.hashing import hash_strings, uniform
+
+PairSplit = Literal["random", "time", "column", "train"]
+SPLITS = ("train", "validation", "test")
+NAMES = {"train": 0, "training": 0, "validation": 1, "valid": 1, "val": 1, "dev": 1, "test": 2}
+UNITS_PER_JOB = 1 << 20
+LABELLED = pa.schema([("unit", pa.int64()), ("split", pa.int32())])
+
+
+class Splitter:
+    """Gives rows their splits, numbers in SPLITS: as they are read, or when all are there."""
+
+    def __init__(
+        self,
+        how: PairSplit,
+        column: str | None,
+        fractions: tuple[float, float],
+        seed: int,
+        whole_documents: bool = False,
+    ) -> None:
+        check_fractions(*fractions)
+        if whole_documents and how != "random":
+            raise ConfigError(f"--whole-documents goes with --split random, not with --split {how}")
+        if how in ("time", "column") and column is None:
+            raise ConfigError(f"--split {how} needs --{'time' if how == 'time' else 'split'}-column")
+        self._how, self._column, self._seed, self._whole_documents = how, column, seed, whole_documents
+        self._fractions = fractions
+
+    @property
+    def columns(self) -> list[str]:
+        """Return the source columns it needs."""
+        return [self._column] if self._column is not None and self._how != "train" else []
+
+    @property
+    def why_no_train(self) -> str:
+        """Return what may have left the train split without a row, to end a sentence with."""
+        return {
+            "time": "; nearly all rows have one time",
+            "column": f"; {self._column} never says train",
+            "random": f"; nearly all rows are of one {self._column or 'query'}",
+            "train": "",
+        }[self._how]
+
+    def of_rows(self, check: RowCheck, query_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return of every row of a batch its split, the unit that a random split keeps together, and its time.
+
+        int64, int64, float64 [rows]. The split by time, and that of units that documents join, is `divide`'s.
+        """
+        nothing = np.zeros(len(query_ids), np.int64)
+        if self._how == "time":
+            return nothing, nothing, times(check, str(self._column))
+        if self._how == "column":
+            return self._said(check), nothing, nothing
+        units = self._units(check, query_ids)
+        return nothing if self._how == "train" else self._drawn(units), units, nothing
+
+    def divide(self, engine: Engine, folders: Iterable[Path]) -> None:
+        """Have the engine know the rows that were `found` with their splits as `divided`.
+
+        `folders` are those of the reading. Raises DataError where times are in several units.
+        """
+        if self._how == "time":
+            check_one_unit(map(read_facts, folders), f"column {self._column!r}")
+            validation, test = self._fractions
+            first, second = (as_sql(quantile(engine, "found", kept)) for kept in (1 - validation - test, 1 - test))
+            split = f"CASE WHEN time >= {second} THEN 2 WHEN time >= {first} THEN 1 ELSE 0 END"
+            engine.view("divided", f"SELECT *, {split} AS split FROM found")
+        elif self._whole_documents:
+            labels = _joined_units(engine)
+            ranges = list(range(0, labels.num_rows, UNITS_PER_JOB))
+            drawn = engine.map("draw", ranges, partial(self._draw_labels, labels), rows=labels.num_rows)
+            engine.table("drawn", [folder / "splits.parquet" for folder in drawn])
+            engine.view("divided", "SELECT found.*, drawn.split FROM found JOIN drawn ON found.unit = drawn.unit")
+        else:
+            engine.view("divided", "SELECT *, split_read AS split FROM found")
+
+    def _units(self, check: RowCheck, query_ids: np.ndarray) -> np.ndarray:
+        """Return what a random split keeps together: the rows of one group, or without a column of one query, int64."""
+        if self._column is None or self._how != "random":
+            return query_ids
+        groups = strings(check, self._column)
+        # A row without a group is its own.
+        return np.where(is_empty(groups), query_ids, hash_strings(groups))
+
+    def _said(self, check: RowCheck) -> np.ndarray:
+        said = strings(check, str(self._column))
+        numbers = np.array([NAMES.get(value.lower(), -1) for value in said.to_pylist()], np.int64)
+        check.fail(numbers < 0, f"{self._column} is {{}}, needs train, validation or test", said)
+        return numbers
+
+    def _drawn(self, units: np.ndarray) -> np.ndarray:
+        validation, test = self._fractions
+        u = uniform(units, "split", self._seed)
+        return np.where(u < test, 2, np.where(u < test + validation, 1, 0))
+
+    def _draw_labels(self, labels: Table, first: int, folder: Path) -> None:
+        with RowFile(folder / "splits.parquet", LABELLED) as file:
+            for piece in labels.batches(first, first + UNITS_PER_JOB):
+                split = self._drawn(piece.column("label").to_numpy())
+                file.add(pa.table({"unit": piece.column("unit"), "split": pa.array(split.astype(np.int32))}))
+
+
+def check_fractions(validation: float, test: float) -> None:
+    """Raise ConfigError unless the fractions of a split leave some rows to train on."""
+    if not (validation >= 0 and test >= 0 and validation + test < 1):
+        raise ConfigError(f"split fractions {validation} and {test} must not be negative and sum to less than 1")
+
+
+def quantile(engine: Engine, table: str, share: float) -> float:
+    """Return the time before which this share of a table's rows lies, exactly; infinity where all do."""
+    ((num_rows,),) = engine.fetch(f"SELECT count(*) FROM {table}")
+    place = int(num_rows * share)
+    if place >= num_rows:
+        return np.inf
+    ((time,),) = engine.fetch(f"SELECT time FROM {table} ORDER BY time LIMIT 1 OFFSET {place}")
+    return float(time)
+
+
+def as_sql(number: float) -> str:
+    """Return a float64 as the engines' SQL has it, to the last bit."""
+    return f"CAST('{'Infinity' if np.isinf(number) else repr(number)}' AS DOUBLE)"
+
+
+def _joined_units(engine: Engine) -> Table:
+    """Return each unit with the least unit that documents connect it with, `label`."""
+    engine.select("edges", "SELECT DISTINCT unit, content FROM found", order="unit, content")
+    labels = engine.select("labels0", "SELECT DISTINCT unit, unit AS label FROM edges", order="unit")
+    for step in range(1, 64):
+        known = f"labels{step - 1}"
+        engine.view("near", f"SELECT edges.unit, content, label FROM edges JOIN {known} ON edges.unit = {known}.unit")
+        engine.view("least", "SELECT content, min(label) AS label FROM near GROUP BY content")
+        engine.view(
+            "nearer",
+            "SELECT near.unit, min(least.label) AS label FROM near JOIN least ON near.content = least.content "
+            "GROUP BY near.unit",
+        )
+        # A label's own label is at most it: long chains shorten by half.
+        own = f"SELECT nearer.unit, {known}.label FROM nearer JOIN {known} ON nearer.label = {known}.unit"
+        labels = engine.select(f"labels{step}", own, order="unit")
+        changed = f"SELECT count(*) FROM labels{step} a JOIN {known} b ON a.unit = b.unit WHERE a.label <> b.label"
+        if engine.fetch(changed) == [(0,)]:
+            break
+    return labels

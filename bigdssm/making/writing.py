@@ -1,0 +1,175 @@
+"""The last steps of a making: parts of the catalogue, and shards with their index, each file written by a worker.
+
+A file holds a fixed number of rows or blocks, so that its bytes do not depend on who writes what.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from webdataset import TarWriter
+
+from bigdssm.dataset.index import COLUMNS
+from bigdssm.features import Feature, TextTokenizer, encode_columns
+from bigdssm.hashing import file_checksum
+from bigdssm.making.documents import Documents, canonical_of
+from bigdssm.making.engine import Engine
+from bigdssm.making.steps import Table, finished_file
+
+MAX_BLOCK_ROWS, MIN_BLOCK_ROWS = 2048, 256
+WANTED_BLOCKS = 64  # with fewer, lanes share blocks and windows shuffle little
+BLOCKS_PER_SHARD = 512
+DOCUMENTS_PER_FILE = 1 << 17
+TAR_HEADER_BYTES = 512
+_IPC = pa.ipc.IpcWriteOptions(compression="zstd")
+
+Encode = Callable[[pa.Table], dict[str, pa.Array]]
+"""Returns the columns of a block for some rows of a split; picklable."""
+
+
+def write_arrow(path: Path, columns: dict[str, pa.Array]) -> dict[str, Any]:
+    """Write columns without nulls as the one uncompressed batch of an Arrow file; return {"rows", "checksum"}.
+
+    One batch, so that readers address every row in the mapped file and nothing is copied.
+    """
+    batch = pa.RecordBatch.from_pydict(columns)
+    with finished_file(path) as aside:
+        with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        return {"rows": batch.num_rows, "checksum": file_checksum(aside, bits=64)}
+
+
+def write_catalogue(
+    engine: Engine, documents: Documents, features: dict[str, Feature], text: TextTokenizer | None, folder: Path,
+    number: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Write the new documents as files `number`, … in `folder`; return {"file", "rows", "checksum"} of each."""
+    table = documents.table
+    work = partial(_write_documents, table, features, text, folder, number)
+    jobs = list(range(0, table.num_rows, DOCUMENTS_PER_FILE))
+    return [_entry(done) for done in engine.map("catalogue", jobs, work, rows=table.num_rows)]
+
+
+def _write_documents(
+    table: Table, features: dict[str, Feature], text: TextTokenizer | None, folder: Path, number: int, first: int,
+    told: Path,
+) -> None:  # fmt: skip
+    rows = table.read(first, first + DOCUMENTS_PER_FILE)
+    columns = {name: rows.column(name).combine_chunks() for name in ("doc_key", "doc_id", "content", "display")}
+    for name in ("doc_key", "display"):
+        columns[name] = columns[name].cast(pa.large_string())
+    columns |= encode_columns(canonical_of(rows, "d", features), features, text, large=True)
+    path = folder / f"{number + first // DOCUMENTS_PER_FILE:06d}.arrow"
+    _tell(told, {"file": path.name, **write_arrow(path, columns)})
+
+
+def block_rows(num_rows: int) -> int:
+    """Return how many rows a block of a split of `num_rows` should have."""
+    return max(MIN_BLOCK_ROWS, min(MAX_BLOCK_ROWS, num_rows // WANTED_BLOCKS))
+
+
+def num_queries(table: pa.Table) -> int:
+    """Return the queries that rows give: one each or, where they are pieces of sequences, one for every target."""
+    if "first" not in table.column_names:
+        return int(table.num_rows)
+    return int(table.column("end").to_numpy().sum() - table.column("first").to_numpy().sum())
+
+
+def write_split(engine: Engine, split: str, table: Table, encode: Encode, folder: Path) -> dict[str, Any]:
+    """Write a split's rows, through `encode`, as shards and an index in `folder`; return the split's entry:
+
+    {"rows", "queries", "blocks", "shards", "index_checksum"}.
+    """
+    per_block = block_rows(table.num_rows)
+    jobs = list(range(0, table.num_rows, per_block * BLOCKS_PER_SHARD))
+    work = partial(ShardWriter(split, table, encode, folder, per_block))
+    entries = [_entry(done) for done in engine.map(f"write_{split}", jobs, work, rows=table.num_rows)]
+    shards = [entry["shard"] for entry in entries]
+    index = {name: np.array([n for entry in entries for n in entry[name]], dtype) for name, dtype in COLUMNS.items()}
+    shard = np.repeat(np.arange(len(entries), dtype=np.int32), [len(entry["rows"]) for entry in entries])
+    named = pa.DictionaryArray.from_arrays(shard, pa.array(shards, pa.string()))
+    columns = {"shard": named, **{name: pa.array(values) for name, values in index.items()}}
+    return {
+        "rows": int(index["rows"].sum()),
+        "queries": int(index["queries"].sum()),
+        "blocks": len(shard),
+        "shards": shards,
+        "index_checksum": write_arrow(folder / f"{split}.index.arrow", columns)["checksum"],
+    }
+
+
+@dataclass(frozen=True)
+class ShardWriter:
+    """Writes the shard that begins with a given row: blocks of rows as Arrow streams in an ordinary tar."""
+
+    split: str
+    table: Table
+    encode: Encode
+    folder: Path
+    rows_per_block: int
+
+    def __call__(self, first: int, told: Path) -> None:
+        per_shard = self.rows_per_block * BLOCKS_PER_SHARD
+        path = self.folder / f"{self.split}-{first // per_shard:06d}.tar"
+        index: dict[str, list[int]] = {name: [] for name in COLUMNS}
+        with finished_file(path) as aside, aside.open("wb") as stream:
+            tar = TarWriter(stream, encoder=False, mtime=0)
+            for number, block in enumerate(self._blocks(first, first + per_shard), first // self.rows_per_block):
+                content = _stream(block)
+                entry = {
+                    "offset": tar.tarstream.offset + TAR_HEADER_BYTES,
+                    "size": len(content),
+                    "rows": block.num_rows,
+                    "queries": num_queries(block),
+                    "checksum": xxhash.xxh3_64_intdigest(content),
+                }
+                tar.write({"__key__": f"{number:08d}", "arrow": content})
+                for name, value in entry.items():
+                    index[name].append(value)
+            tar.close()
+        _tell(told, {"shard": path.name, **index})
+
+    def _blocks(self, first: int, end: int) -> Iterator[pa.Table]:
+        waiting: list[pa.Table] = []
+        count = 0
+        for piece in self.table.batches(first, end):
+            waiting.append(pa.table(self.encode(piece)))
+            count += piece.num_rows
+            if count >= self.rows_per_block:
+                whole, first_row = pa.concat_tables(waiting), 0
+                for first_row in range(0, count // self.rows_per_block * self.rows_per_block, self.rows_per_block):
+                    yield whole.slice(first_row, self.rows_per_block).combine_chunks()
+                rest = whole.slice(first_row + self.rows_per_block)
+                waiting, count = [rest], rest.num_rows
+        if count:
+            yield pa.concat_tables(waiting).combine_chunks()
+
+
+def _stream(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema, options=_IPC) as stream:
+        stream.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def write_counts(path: Path, docs: np.ndarray, counts: np.ndarray) -> str:
+    """Write the train positives of documents (catalogue rows, each once), and return the file's checksum."""
+    order = np.argsort(docs)
+    columns = {"doc": pa.array(docs[order]), "count": pa.array(counts[order])}
+    return str(write_arrow(path, columns)["checksum"])
+
+
+def _tell(folder: Path, entry: dict[str, Any]) -> None:
+    (folder / "entry.json").write_text(json.dumps(entry))
+
+
+def _entry(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "entry.json").read_text()))
