@@ -32,7 +32,7 @@ def make_tokenizer(config: TokenizerConfig, texts: Texts, folder: Path) -> None:
         _copy(Path(config.path), folder)
         return
     tokenizer = train_wordpiece(texts, config.vocab_size, config.lowercase)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     named = {"pad_token": PAD, "unk_token": UNKNOWN, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}

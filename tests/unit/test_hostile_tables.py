@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.making import block_writer
+from bigdssm.making import writing
 from tests.conftest import write_config
 from tests.unit.test_make_shards_tool import tool
 
@@ -281,5 +281,5 @@ def test_a_full_disk_is_named(make: Maker, monkeypatch: pytest.MonkeyPatch) -> N
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(block_writer.TarWriter, "write", full)
+    monkeypatch.setattr(writing.TarWriter, "write", full)
     make.refused(make.records(RECORDS), 1, "No space left on device: {tmp}/.dataset.unfinished")

@@ -176,31 +176,6 @@ def test_catalogue_and_sequences_are_single_mapped_batches(tiny_interactions: An
             assert not any(column.null_count for column in batch.columns)
 
 
-def test_more_text_than_32_bit_offsets_reach_gets_64_bits(
-    tiny_interactions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The limit is 2^31 bytes of keys or titles in one part, which a making of days would meet at its end."""
-    config, source = load_config(tiny_interactions.config).data, tiny_interactions.source
-    tables = InteractionTables(source / "interactions.csv", source / "items.csv", source / "users.csv")
-    with monkeypatch.context() as patch:
-        patch.setattr("bigdssm.making.column_file.MOST_VALUES", 50)
-        make_interactions(config, tables, Target(tmp_path / "out"))
-    make_interactions(config, tables, Target(tmp_path / "out", partition="day2", append=True))
-    for part, of_keys in (("base", pa.large_string()), ("day2", pa.string())):
-        with pa.memory_map(str(tmp_path / f"out/partitions/{part}/sequences-000000.arrow")) as mapped:
-            assert pa.ipc.open_file(mapped).schema.field("query_key").type == of_keys
-    with pa.memory_map(str(tmp_path / "out/catalogue/000000.arrow")) as mapped:
-        batch = pa.ipc.open_file(mapped).get_batch(0)
-        batch.validate(full=True)
-        types = {name: batch.schema.field(name).type for name in ("doc_key", "display", "genres")}
-    assert types == {"doc_key": pa.large_string(), "display": pa.large_string(), "genres": pa.large_list(pa.int32())}
-    plain, wide = Dataset.open(tiny_interactions.dir), Dataset.open(tmp_path / "out", partitions=["base"])
-    assert rows_of(wide, "train") == rows_of(plain, "train")
-    every = np.arange(plain.catalogue.num_docs)
-    assert wide.catalogue.display(every) == plain.catalogue.display(every)
-    assert wide.catalogue.find(["i7", "no"]).tolist() == plain.catalogue.find(["i7", "no"]).tolist()
-
-
 def leaks(folder: Path, **options: Any) -> list[str]:
     tables = InteractionTables(folder / "events.csv", folder / "items.csv", **options)
     report = make_interactions(CONFIG, tables, Target(folder / "leak", overwrite=True))

@@ -17,10 +17,10 @@ from time import sleep
 import numpy as np
 import pyarrow as pa
 import pytest
+from bigdssm.making.ahead import ahead
 
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.features import Text
-from bigdssm.making.ahead import ahead
 from bigdssm.tables.beir import BeirWriter
 
 ROOT = Path(__file__).parents[2]

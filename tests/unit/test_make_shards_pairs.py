@@ -17,7 +17,6 @@ from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History, Text
 from bigdssm.making.making import Target
 from bigdssm.making.pairs import PairTables, make_pairs
-from bigdssm.making.row_spool import ShuffleSpool
 from bigdssm.reports.inspection import sample_rows
 
 CONFIG = DataConfig(
@@ -139,20 +138,6 @@ def test_append_extends_catalogue_and_vocabularies_at_their_end(tmp_path: Path) 
     assert both.doc_counts().sum() == 50
 
 
-def test_the_order_is_that_of_the_keys_whatever_the_number_of_buckets(tmp_path: Path) -> None:
-    keys = np.random.RandomState(0).randint(0, 2**63, 5000).astype(np.uint64) * np.uint64(2)
-    table = pa.table({"x": pa.array(np.arange(5000))})
-    orders = []
-    for buckets in (1, 2, 16):
-        (tmp_path / str(buckets)).mkdir()
-        spool = ShuffleSpool(tmp_path / str(buckets), table.schema, buckets)
-        for start in range(0, 5000, 700):
-            spool.add(table.slice(start, 700), keys[start : start + 700])
-        orders.append(np.concatenate([piece.column("x").to_numpy() for piece in spool.tables()]))
-    for order in orders:
-        np.testing.assert_array_equal(order, np.argsort(keys, kind="stable"))
-
-
 def test_shards_are_tars_that_stock_webdataset_reads(tiny_pairs: Any) -> None:
     folder = tiny_pairs.dir / "partitions/base"
     index = pa.ipc.open_file(str(folder / "train.index.arrow")).read_all()
@@ -168,7 +153,7 @@ def test_shards_are_tars_that_stock_webdataset_reads(tiny_pairs: Any) -> None:
 
 
 def test_shards_roll_over_and_read_as_one(tiny_pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigdssm.making.block_writer.MAX_SHARD_BYTES", 3000)
+    monkeypatch.setattr("bigdssm.making.writing.BLOCKS_PER_SHARD", 2)
     tables = PairTables((tiny_pairs.source / "pairs.jsonl",), relevance_column="relevance", split="train")
     make_pairs(load_config(tiny_pairs.config).data, tables, Target(tmp_path / "out"))
     dataset = Dataset.open(tmp_path / "out")

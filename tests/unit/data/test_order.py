@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.making.block_writer import block_rows
-from bigdssm.making.row_spool import ShuffleSpool
+from bigdssm.making.writing import block_rows
 from bigdssm.streaming.order import Order
 from bigdssm.tables.hashing import shuffle_keys
 
@@ -112,7 +110,7 @@ def test_neighbours_of_the_source_are_far_apart_and_epochs_differ(tmp_path: Path
     for epoch in range(2):
         steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
         epochs.append(np.concatenate([order.row_ids(step) for step in steps]))
-    source_rows = written_order(tmp_path, num_rows)[epochs[0]]
+    source_rows = written_order(num_rows)[epochs[0]]
     place = np.unique(source_rows, return_index=True)[1]
     assert np.abs(np.diff(place)).mean() >= 0.33 * num_rows  # neighbours in the source: steps apart
     assert np.abs(np.diff(source_rows)).mean() >= 0.33 * num_rows  # rows of one step: from all over the source
@@ -123,12 +121,9 @@ def test_neighbours_of_the_source_are_far_apart_and_epochs_differ(tmp_path: Path
     assert np.mean(epochs[0][1:] // rows_per_block == epochs[0][:-1] // rows_per_block) < 0.1
 
 
-def written_order(folder: Path, num_rows: int, seed: int = 0) -> np.ndarray:
+def written_order(num_rows: int, seed: int = 0) -> np.ndarray:
     """Return which source row stands at each row of a dataset, as makings of pairs shuffle them."""
-    rows = pa.table({"row": np.arange(num_rows)})
-    spool = ShuffleSpool(folder, rows.schema, buckets=4)
-    spool.add(rows, shuffle_keys(np.arange(num_rows), seed))
-    return pa.concat_tables(spool.tables()).column("row").to_numpy()
+    return np.argsort(shuffle_keys(np.arange(num_rows), seed).view(np.int64), kind="stable")
 
 
 def test_every_lane_meets_every_shard_over_time() -> None:
