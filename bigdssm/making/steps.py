@@ -55,8 +55,7 @@ class Table:
         while first < end:
             start = self._ends[number - 1] if number else 0
             last = min(end, self._ends[number])
-            for piece in _rows_of(self.files[number], first - start, last - start, columns):
-                yield piece
+            yield from _rows_of(self.files[number], first - start, last - start, columns)
             first, number = last, number + 1
 
     def read(self, first: int = 0, end: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
@@ -80,6 +79,11 @@ def _rows_of(file: str, first: int, end: int, columns: Sequence[str] | None) -> 
             place += batch.num_rows
             if stop > begin:
                 yield pa.Table.from_batches([batch.slice(begin, stop - begin)])
+
+
+def ranges(table: Table, rows: int) -> list[tuple[int, int]]:
+    """Return ranges [first, end) of so many rows each that a table has, the last one with fewer."""
+    return [(first, min(first + rows, table.num_rows)) for first in range(0, table.num_rows, rows)]
 
 
 class RowFile:
