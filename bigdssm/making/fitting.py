@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -70,11 +71,12 @@ def fit(
     if not schema.has_text:
         return schema, None
     if not folder.exists():
-        with finished_folder(folder) as aside:
+        with finished_folder(engine.spool / TOKENIZER) as aside:
             if like is not None:
                 shutil.copytree(like / TOKENIZER, aside, dirs_exist_ok=True)
             else:
                 make_tokenizer(config.tokenizer, lambda: sampled_texts(sides), aside)
+        os.replace(engine.spool / TOKENIZER, folder)
     return schema, TextTokenizer(folder)
 
 

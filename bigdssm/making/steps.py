@@ -124,18 +124,6 @@ def finished_folder(folder: Path) -> Iterator[Path]:
         remove(aside)
 
 
-@contextmanager
-def finished_file(path: Path) -> Iterator[Path]:
-    """Give the place to write a file at; `path` is that file when the block ends."""
-    aside = aside_of(path.with_name(f"{path.name}-{uuid.uuid4().hex[:8]}"))
-    try:
-        yield aside
-        sync(aside)
-        os.replace(aside, path)
-    finally:
-        remove(aside)
-
-
 def write_facts(folder: Path, **facts: object) -> None:
     """Note what a step found that is no table."""
     (folder / "facts.json").write_text(json.dumps(facts))
