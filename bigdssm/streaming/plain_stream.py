@@ -26,7 +26,6 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from bigdssm.dataset.blocks import Bad
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.remote import is_url
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import TextTokenizer, encode_columns
@@ -41,6 +40,7 @@ from bigdssm.streaming.workers import load, one_core_each, until_an_error
 from bigdssm.tables.hashing import hash_rows, hash_strings, row_keys
 from bigdssm.tables.sources import record_batch
 from bigdssm.tables.webdataset_source import KEY, check_shard, is_text, record_of
+from bigdssm.urls import is_url
 
 SHUFFLED_SAMPLES = 5000  # held by each loader process
 FEWEST_JUDGED = 10_000  # rows: few bad ones early stop nothing

@@ -19,7 +19,7 @@ FLOORS = (
     ("bounds", "errors", "hashing", "loss_options", "progress", "source", "timing"),
     ("atomic",),
     ("log",),
-    ("cli", "features"),  # features: torch-free; configs declare them
+    ("cli", "features", "urls"),  # features: torch-free; configs declare them
     ("config", "distributed"),
     ("schema",),  # the config's features, fitted
     ("dataset", "losses", "models", "tables"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bigdssm.dataset import remote
+from bigdssm import urls
 from bigdssm.dataset.cache import Cache
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
@@ -51,7 +51,7 @@ def steps(dataset: Dataset, num_workers: int = 0) -> list[tuple[list[int], list[
 def test_rows_damage_and_the_cache(
     bucket: Store, interactions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(urls, "FIRST_WAIT_S", 0.001)
     url, local = f"{bucket.url}/dt=1/data", Dataset.open(interactions)
     bucket.files.put(str(interactions), "bucket/dt=1/data", recursive=True)
     cache = Cache(tmp_path / "cache", 1 << 30)
