@@ -142,12 +142,14 @@ def version_of(url: str) -> str:
     return " ".join(str(info[key]) for key in ("size", *VERSION_KEYS) if info.get(key) is not None)
 
 
+def is_folder(url: str) -> bool:
+    """Return whether a folder stands there, False for a file. Raises FileNotFoundError or DataError."""
+    return bool(_retried(url, lambda: _info(url))["type"] == "directory")
+
+
 def names_in(url: str) -> list[str]:
-    """Return the names of what a folder holds, sorted; none where there is no such folder. Raises DataError."""
-    try:
-        return _retried(url, lambda: _names(url))
-    except FileNotFoundError:
-        return []
+    """Return the names of what a folder holds, sorted. Raises FileNotFoundError or DataError."""
+    return _retried(url, lambda: _names(url))
 
 
 def _size(url: str) -> int:

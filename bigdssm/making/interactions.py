@@ -43,9 +43,10 @@ from bigdssm.making.passes import Reading, SplitRows, fit, write_splits
 from bigdssm.making.row_spool import RowSpool
 from bigdssm.progress import Progress, no_progress
 from bigdssm.schema import Schema
+from bigdssm.tables.batches import ROWS_PER_BATCH
 from bigdssm.tables.hashing import KeyIndex, hash_strings, shuffle_keys
 from bigdssm.tables.pair_splits import check_fractions
-from bigdssm.tables.sources import ROWS_PER_BATCH, check_table, read_table
+from bigdssm.tables.registry import open_source, read_table
 
 Split = Literal["leave-one-out", "time", "train"]
 SPLITS = ("train", "validation", "test")
@@ -104,7 +105,7 @@ def make_interactions(
         raise ConfigError(f"--min-rating {tables.min_rating} needs a finite number, and a --rating-column")
     files = [path for path in (tables.interactions, tables.items, tables.users) if path is not None]
     for path in files:
-        check_table(path)
+        open_source(path)
     with target.open(config, files, tables) as writer:
         writer.identify(doc="column", query="column")
         making = _InteractionMaking(config, tables, target, writer, progress)

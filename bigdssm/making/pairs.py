@@ -41,8 +41,7 @@ from bigdssm.tables.beir import BeirWriter
 from bigdssm.tables.explode import exploded
 from bigdssm.tables.hashing import KeyIndex, hash_rows, hash_strings, row_keys, shuffle_keys
 from bigdssm.tables.pair_splits import SPLITS, PairSplit, Splitter, pair_hash
-from bigdssm.tables.sources import check_table, read_table
-from bigdssm.tables.webdataset_source import check_shard, is_shard, read_shard
+from bigdssm.tables.registry import open_source, read_table
 
 
 @dataclass(frozen=True)
@@ -82,10 +81,7 @@ def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress:
     fractions = (tables.validation_fraction, tables.test_fraction)
     splitter = Splitter(tables.split, tables.split_column, fractions, target.seed, tables.whole_documents)
     for path in tables.files:
-        if is_shard(path):
-            check_shard(path)
-        else:
-            check_table(path)
+        open_source(path)
     with target.open(config, tables.files, tables) as writer:
         if tables.raw_text and not writer.append:
             writer.content["text"] = "raw"
@@ -170,8 +166,7 @@ class _PairMaking:
         each_of = self.tables.each_of
         wanted = list(dict.fromkeys([*columns, *([each_of] if each_of else [])]))
         for path in self.tables.files:
-            read = read_shard if is_shard(path) else read_table
-            for batch in read(path, wanted, report_bad):
+            for batch in read_table(path, wanted, report_bad):
                 yield exploded(batch, each_of, report_bad) if each_of else batch
 
     @property

@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.making.column_file import opened
-from bigdssm.tables.sources import ROWS_PER_BATCH, split_suffix
+from bigdssm.tables.batches import ROWS_PER_BATCH
+from bigdssm.tables.files import split_suffix
 
 KEY = "shuffle_key"
 BUCKET_BYTES = 64 << 20
