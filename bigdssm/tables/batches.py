@@ -10,6 +10,7 @@ from bigdssm.features.columns import ReportBad, SourceBatch
 
 ROWS_PER_BATCH = 16384
 BYTES_PER_BATCH = 8 << 20
+TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 
 
 def as_utf8(batch: SourceBatch, report_bad: ReportBad) -> SourceBatch:
@@ -22,7 +23,7 @@ def as_utf8(batch: SourceBatch, report_bad: ReportBad) -> SourceBatch:
             column = column.cast(column.type.value_type)
         if pa.types.is_fixed_size_list(column.type):
             column = column.cast(pa.list_(column.type.value_type))
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        if any(is_text(column.type) for is_text in TEXT_TYPES):
             column = column.cast(pa.large_binary())  # casting back checks it; Parquet and JSON readers do not
         if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
             try:

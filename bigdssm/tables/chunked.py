@@ -37,7 +37,7 @@ class ChunkedSource(FileSource):
     def chunk_tables(self, part: ChunkedPart, columns: Sequence[str]) -> Iterator[pa.Table]:
         """Yield a part's rows in order, a batch at a time, the columns as `named_columns` finds them."""
 
-    def parts(self) -> Sequence[Part]:
+    def split(self) -> Sequence[Part]:
         """Return runs of chunks of at most 1,000,000 rows together. Raises DataError: a file is damaged."""
         parts: list[ChunkedPart] = []
         first_row = 1
@@ -70,12 +70,12 @@ def named_columns(file: TableFile, found: Sequence[str], columns: Sequence[str])
 
 
 def _runs(rows: Sequence[int]) -> Iterator[range]:
-    """Yield ranges of successive chunks that have at most ROWS_PER_PART rows together, or are one chunk."""
+    """Yield ranges of successive chunks that have at most ROWS_PER_PART rows together, or are one; none is empty."""
     start, together = 0, 0
     for chunk, count in enumerate(rows):
-        if chunk > start and together + count > ROWS_PER_PART:
+        if together and together + count > ROWS_PER_PART:
             yield range(start, chunk)
             start, together = chunk, 0
         together += count
-    if start < len(rows):
+    if together:
         yield range(start, len(rows))

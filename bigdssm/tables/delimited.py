@@ -70,5 +70,5 @@ class DelimitedSource(FileSource):
             raise DataError(f"{self.name}: the header is not UTF-8; convert the table first") from None
         if not header:
             raise DataError(f"{self.name} has no header: it is empty, or its first line is")
-        quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-        return column_names(self.name, next(csv.reader([header], delimiter=delimiter, quoting=quoting)))
+        fields = csv.reader([header], delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
+        return column_names(self.name, next(fields))

@@ -1,4 +1,4 @@
-"""Parquet: a file, or a folder of files as Spark and others write them, one behind the other in the order of their names.
+"""Parquet: a file, or a folder of files as Spark and others write them, in the order of their names.
 
 A chunk is a row group.
 """

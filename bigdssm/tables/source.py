@@ -45,12 +45,22 @@ class Source(ABC):
         """Return its bytes, about."""
 
     @abstractmethod
-    def parts(self) -> Sequence[Part]:
-        """Return its parts in order, at least one: a function of the source alone. Raises DataError: it is damaged."""
+    def split(self) -> Sequence[Part]:
+        """Return the parts for `parts`, which makes sentences of what Arrow and others raise."""
 
     @abstractmethod
     def read(self, part: Part, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
-        """Yield a part's rows for `batches`, which makes sentences of what Arrow and others raise."""
+        """Yield a part's rows for `batches`, which makes such sentences, too."""
+
+    def parts(self) -> Sequence[Part]:
+        """Return its parts in order, at least one where it has rows: a function of the source alone.
+
+        Raises DataError: damaged.
+        """
+        try:
+            return self.split()
+        except READING_ERRORS as error:
+            raise told(error, self.name, 0) from None
 
     def batches(self, part: Part, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
         """Yield the rows of a part in order, with exactly `columns`, numbered in the whole source from 1.
@@ -81,13 +91,13 @@ class FileSource(Source):
 
     def fingerprint(self) -> str:
         """Return a hash of the files' sizes and times, or etags."""
-        return xxh3_128_hexdigest("\n".join(file.version() for file in self.files))
+        return xxh3_128_hexdigest("\n".join(file.version() for file in self.files).encode())
 
     def size(self) -> int:
         """Return the files' bytes, compressed or not."""
         return sum(file.size() for file in self.files)
 
-    def parts(self) -> Sequence[Part]:
+    def split(self) -> Sequence[Part]:
         """Return one: where rows of text begin is known when all before them are read."""
         return [Part(0, 1, None)]
 

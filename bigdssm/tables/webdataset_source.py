@@ -32,10 +32,10 @@ KEY = "__key__"
 class WebDatasetSource(FileSource):
     """A shard; rows are its samples."""
 
-    def parts(self) -> Sequence[Part]:
+    def split(self) -> Sequence[Part]:
         """Return one. Raises DataError: the shard is not whole, or refused; see `check_shard`."""
         check_shard(self.file)
-        return super().parts()
+        return super().split()
 
     def read(self, part: Part, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
         """Yield the samples; bad ones are reported. Raises DataError: no samples, or a member twice in one."""
