@@ -16,7 +16,8 @@ from bigdssm.making.ahead import ahead
 from bigdssm.making.column_file import ColumnFile
 from bigdssm.making.journal import State
 from bigdssm.making.row_spool import RowSpool
-from bigdssm.tables.hashing import KeyIndex, hash_strings
+from bigdssm.string_hashes import hash_strings
+from bigdssm.tables.hashing import KeyIndex
 
 KEY_COLUMNS = (("doc_key", pa.string()), ("doc_id", pa.int64()), ("display", pa.string()))
 

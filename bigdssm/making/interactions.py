@@ -43,7 +43,8 @@ from bigdssm.making.passes import Reading, SplitRows, fit, write_splits
 from bigdssm.making.row_spool import RowSpool
 from bigdssm.progress import Progress, no_progress
 from bigdssm.schema import Schema
-from bigdssm.tables.hashing import KeyIndex, hash_strings, shuffle_keys
+from bigdssm.string_hashes import hash_strings
+from bigdssm.tables.hashing import KeyIndex, shuffle_keys
 from bigdssm.tables.pair_splits import check_fractions
 from bigdssm.tables.sources import ROWS_PER_BATCH, check_table, read_table
 

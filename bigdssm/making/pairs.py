@@ -37,9 +37,10 @@ from bigdssm.making.making import (
 from bigdssm.making.passes import Reading, SplitRows, fit, write_splits
 from bigdssm.making.row_spool import RowSpool, ShuffleSpool, num_buckets
 from bigdssm.progress import Progress, no_progress
+from bigdssm.string_hashes import hash_strings
 from bigdssm.tables.beir import BeirWriter
 from bigdssm.tables.explode import exploded
-from bigdssm.tables.hashing import KeyIndex, hash_rows, hash_strings, row_keys, shuffle_keys
+from bigdssm.tables.hashing import KeyIndex, hash_rows, row_keys, shuffle_keys
 from bigdssm.tables.pair_splits import SPLITS, PairSplit, Splitter, pair_hash
 from bigdssm.tables.sources import check_table, read_table
 from bigdssm.tables.webdataset_source import check_shard, is_shard, read_shard

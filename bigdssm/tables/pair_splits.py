@@ -9,7 +9,8 @@ import numpy as np
 
 from bigdssm.errors import ConfigError
 from bigdssm.features.columns import RowCheck, check_one_unit, is_empty, strings, times
-from bigdssm.tables.hashing import hash_strings, mix, uniform
+from bigdssm.string_hashes import hash_strings
+from bigdssm.tables.hashing import mix, uniform
 
 PairSplit = Literal["random", "time", "column", "train"]
 SPLITS = ("train", "validation", "test")

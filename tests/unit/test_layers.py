@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # The rooms of the library, ground first. A module imports only from lower floors and from its own room; rooms of one
 # floor do not know each other. Within a room modules do not import each other in a circle.
 FLOORS = (
-    ("bounds", "errors", "hashing", "loss_options", "progress", "source", "timing"),
+    ("bounds", "errors", "hashing", "loss_options", "progress", "source", "string_hashes", "timing"),
     ("atomic",),
     ("log",),
     ("cli", "features"),  # features: torch-free; configs declare them
