@@ -31,7 +31,7 @@ from bigdssm.features.ragged import Column, from_arrow, offsets_of
 from bigdssm.log import get_logger
 from bigdssm.schema import Schema
 
-FORMAT = 2
+FORMAT = 3  # 2 had the vocabularies in schema.json
 log = get_logger(__name__)
 
 

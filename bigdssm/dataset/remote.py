@@ -24,6 +24,7 @@ import xxhash
 from bigdssm.dataset.cache import Cache, key_of
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.log import get_logger
+from bigdssm.schema import SCHEMA_FILE, vocabulary_checksums
 
 # About 24 s of waiting in all: longer than a server's restart, shorter than anybody's patience.
 ATTEMPTS, FIRST_WAIT_S, LONGEST_WAIT_S = 8, 0.25, 8.0
@@ -114,7 +115,9 @@ class RemoteFolder:
         content = self._json("dataset.json", f"{shown(self.url)} is no dataset")
         try:
             names = [str(name) for name in content["partitions"]]
-            self._small("schema.json")
+            described = self._json(SCHEMA_FILE, "copy the dataset whole")
+            for file, checksum in vocabulary_checksums(described).items():
+                self._large(file, checksum)
             for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
                 self._small(f"tokenizer/{file}", optional=True)
             for part in content["catalogue"]:

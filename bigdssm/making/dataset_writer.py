@@ -26,7 +26,7 @@ from bigdssm.dataset.mapped import MappedTable
 from bigdssm.errors import BigDSSMError, ConfigError, DataError
 from bigdssm.hashing import file_checksum
 from bigdssm.making.journal import Journal, State
-from bigdssm.schema import SCHEMA_FILE, Schema
+from bigdssm.schema import SCHEMA_FILE, VOCABULARIES, Schema
 
 DATASET_FILE, QUARANTINE_FILE = "dataset.json", "quarantine.jsonl"
 TOKENIZER, CATALOGUE, PARTITIONS = "tokenizer", "catalogue", "partitions"
@@ -212,13 +212,13 @@ class DatasetWriter:
             "catalogue": catalogue,
             PARTITIONS: [*self.content[PARTITIONS], self.partition],
         }
-        schema.save(self.staging)
+        schema = schema.save(self.staging)
         write_json(self.staging / DATASET_FILE, dataset)
         for name in (READING, WRITING):  # first: they speak of what is removed now
             (self.spool / name).unlink(missing_ok=True)
         shutil.rmtree(self.spool)
         if self.append:
-            self._move_in(new_docs)
+            self._move_in(new_docs, schema)
         else:
             self._replace()
 
@@ -237,7 +237,7 @@ class DatasetWriter:
             raise DataError(f"{self.out} has a partition {self.partition!r} already; partitions are never rewritten")
         return {"text": "tokens", **content}
 
-    def _move_in(self, new_docs: int) -> None:
+    def _move_in(self, new_docs: int, schema: Schema) -> None:
         if new_docs:
             os.replace(self.catalogue_file, self.out / CATALOGUE / self.catalogue_file.name)
         place = self.out / PARTITIONS / self.partition
@@ -245,6 +245,9 @@ class DatasetWriter:
         os.replace(self.partition_dir, place)
         with (self.out / QUARANTINE_FILE).open("ab") as target:
             target.write(self.quarantine.path.read_bytes())
+        (self.out / VOCABULARIES).mkdir(exist_ok=True)
+        for part in schema.vocabulary_files:  # those that were there are other names of the same files
+            os.replace(part.path, self.out / VOCABULARIES / part.path.name)
         os.replace(self.staging / SCHEMA_FILE, self.out / SCHEMA_FILE)
         os.replace(self.staging / DATASET_FILE, self.out / DATASET_FILE)
         shutil.rmtree(self.staging)

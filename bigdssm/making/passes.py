@@ -97,7 +97,7 @@ def fit(writer: DatasetWriter, fitting: Fitting, texts: Texts) -> tuple[Schema, 
     if not writer.append and writer.tokenizer_dir.exists():
         shutil.rmtree(writer.tokenizer_dir)
     schema, text = fitting.finish(texts)
-    schema.save(writer.staging)
+    schema = schema.save(writer.staging)
     writer.note(entries={}, counts=None, split=None, documents=None)
     return schema, text
 
