@@ -94,8 +94,9 @@ class Making:
         quarantine.add(bad_rows(folders))
         facts = [read_facts(folder) for folder in folders]
         quarantine.num_good += int(sum(some["num_good"] for some in facts))
+        usable = {job.number for job, some in zip(jobs, facts, strict=True) if some["num_rows"]}
         for number, source in enumerate(sources):
-            if not any(some["num_rows"] for job, some in zip(jobs, facts, strict=True) if job.number == number):
+            if number not in usable:
                 raise DataError(f"{source.name} has no usable rows{quarantine.told()}")
         return folders
 

@@ -127,7 +127,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda d: flip(d / VOCABULARY, os.stat(d / VOCABULARY).st_size // 2),
         "item_id.000000.arrow is damaged",
     ),
-    "counts": (lambda d: flip(d / "partitions/base/counts.npy", 200), "counts.npy is damaged"),
+    "counts": (lambda d: flip(d / "partitions/base/counts.arrow", 200), "counts.arrow is damaged"),
 }
 
 

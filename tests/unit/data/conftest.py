@@ -141,9 +141,10 @@ class Writer:
                 "age": pa.array(np.arange(11, dtype=np.float32) + 100 * seed),
             }
             write_arrow(folder / SEQUENCES, pa.table(sequences))
-        np.save(folder / "counts.npy", np.full(NUM_DOCS, 1 + seed))
-        content = {"name": name, "splits": splits, "num_docs": NUM_DOCS, "fingerprint": f"{name}-{seed}"}
-        content["counts_checksum"] = checksum(folder / "counts.npy")
+        counts = {"doc": np.arange(NUM_DOCS), "count": np.full(NUM_DOCS, 1 + seed)}
+        write_arrow(folder / "counts.arrow", pa.table(counts))
+        content = {"name": name, "splits": splits, "fingerprint": f"{name}-{seed}"}
+        content["counts_checksum"] = checksum(folder / "counts.arrow")
         if self.interactions:
             content["sequences"] = [{"file": SEQUENCES, "rows": 11, "checksum": checksum(folder / SEQUENCES)}]
         (folder / "partition.json").write_text(json.dumps(content))

@@ -84,7 +84,7 @@ CASES = {
     "no partition.json": (remove(f"{PARTITION}/partition.json"), "partition.json does not exist"),
     "no index": (remove(f"{PARTITION}/train.index.arrow"), "train.index.arrow is missing"),
     "no catalogue": (remove("catalogue/000000.arrow"), "000000.arrow is missing"),
-    "no counts": (remove(f"{PARTITION}/counts.npy"), "counts.npy cannot be read"),
+    "no counts": (remove(f"{PARTITION}/counts.arrow"), "counts.arrow is missing"),
 }  # fmt: skip
 
 
