@@ -45,6 +45,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     files = s3fs.S3FileSystem()
     files.mkdir("bucket")
     yield Store("s3://bucket", files)
+    files.rm("bucket", recursive=True)  # the emulator's buckets are the process's, not the server's
     server.stop()
 
 
