@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
 
@@ -286,8 +287,9 @@ def test_the_largest_weights_of_a_mixture_and_one_beyond(config: Path, tmp_path:
 
 def test_relevances_of_zero_are_refused(config: Path, tmp_path: Path) -> None:
     data = shutil.copytree(yaml.safe_load(config.read_text())["data"]["dir"], tmp_path / "data")
-    counts = data / "partitions" / "base" / "counts.npy"
-    np.save(counts, 0 * np.load(counts))
+    none = pa.table({"doc": pa.array([], pa.int64()), "count": pa.array([], pa.int64())})
+    with pa.ipc.new_file(data / "partitions" / "base" / "counts.arrow", none.schema) as file:
+        file.write_table(none)
     refused(pretrain(config, tmp_path / "run", f"data.dir={data}").wait(), 3, "no train row has a relevance above 0")
 
 
