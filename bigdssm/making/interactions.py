@@ -59,7 +59,7 @@ from bigdssm.making.making import (
 )
 from bigdssm.making.reading import PLACE_BITS, PartOfTable, places, read_part
 from bigdssm.making.splits import SPLITS, check_fractions, quantile
-from bigdssm.making.steps import RowFile, Table, read_facts
+from bigdssm.making.steps import FirstRows, RowFile, Table, read_facts
 from bigdssm.making.writing import write_catalogue, write_counts, write_split
 from bigdssm.progress import Progress, no_progress
 from bigdssm.schema import Schema
@@ -318,13 +318,17 @@ class _EventReader:
     def __call__(self, part: PartOfTable, folder: Path) -> None:
         tables = self.tables
         columns = (tables.user_column, tables.item_column, tables.time_column, tables.rating_column)
-        with RowFile(folder / "events.parquet", EVENT) as events, RowFile(folder / "sequences.parquet", USER) as first:
+        with (
+            RowFile(folder / "events.parquet", EVENT) as events,
+            RowFile(folder / "sequences.parquet", USER) as sequences,
+            FirstRows(sequences, "user_id") as first,
+        ):
             read_part(part, columns, folder, partial(self._read, part, events, first))
 
     def _read(
-        self, part: PartOfTable, events: RowFile, first: RowFile, batches: Iterator[SourceBatch], bad: ReportBad
+        self, part: PartOfTable, events: RowFile, first: FirstRows, batches: Iterator[SourceBatch], bad: ReportBad
     ) -> dict[str, Any]:
-        num_good, num_low, units, seen = 0, 0, TimeUnits(), np.empty(0, np.int64)
+        num_good, num_low, units = 0, 0, TimeUnits()
         for batch in batches:
             check = RowCheck(batch, bad)
             users, columns = self._events(check, places(part, batch))
@@ -337,11 +341,7 @@ class _EventReader:
             place, user_id, item, time, relevance = (column[good] for column in columns)
             units.add(time)
             events.add(pa.table([place, user_id, item, time, relevance.astype(np.float32)], schema=EVENT))
-            distinct, begin = np.unique(user_id, return_index=True)
-            begin = np.sort(begin[~np.isin(distinct, seen)])
-            seen = np.union1d(seen, distinct)
-            kept = users.filter(pa.array(good)).take(pa.array(begin))
-            first.add(pa.table([place[begin], user_id[begin], kept], schema=USER))
+            first.add(pa.table([place, user_id, users.filter(pa.array(good))], schema=USER))
         return {"num_good": num_good, "num_low": num_low, **units.facts()}
 
     def _events(self, check: RowCheck, place: np.ndarray) -> tuple[pa.Array, tuple[np.ndarray, ...]]:

@@ -41,7 +41,7 @@ from bigdssm.making.fitting import Side, fit, schema_to_fit
 from bigdssm.making.making import BLOCK_COLUMNS, CATALOGUE_COLUMNS, Making, Report, Target, check_names, making
 from bigdssm.making.reading import PartOfTable, places, read_part
 from bigdssm.making.splits import SPLITS, PairSplit, Splitter
-from bigdssm.making.steps import RowFile, Table
+from bigdssm.making.steps import FirstRows, RowFile, Table
 from bigdssm.making.writing import write_catalogue, write_counts, write_split
 from bigdssm.progress import Progress, no_progress
 from bigdssm.schema import Schema
@@ -181,7 +181,8 @@ class PairReader:
         """Read a part into `folder`."""
         with (
             RowFile(folder / "rows.parquet", self.row_schema) as rows,
-            RowFile(folder / "documents.parquet", document_schema(self.schema.doc)) as documents,
+            RowFile(folder / "documents.parquet", document_schema(self.schema.doc)) as file,
+            FirstRows(file, "doc_id") as documents,
         ):
             read_part(part, self.columns, folder, partial(self._read, part, rows, documents))
 
@@ -189,11 +190,11 @@ class PairReader:
         self,
         part: PartOfTable,
         rows: RowFile,
-        documents: RowFile,
+        documents: FirstRows,
         batches: Iterator[SourceBatch],
         report_bad: ReportBad,
     ) -> dict[str, Any]:
-        num_good, seen, units = 0, np.empty(0, np.int64), TimeUnits()
+        num_good, units = 0, TimeUnits()
         for batch in batches:
             if self.tables.each_of:
                 batch = exploded(batch, self.tables.each_of, report_bad)
@@ -203,11 +204,8 @@ class PairReader:
             num_good += int(check.good.sum())
             rows.add(table.filter(good))
             units.add(table.column("time").to_numpy()[check.good])
-            document = document.filter(good)
-            ids, first = np.unique(document.column("doc_id").to_numpy(), return_index=True)
-            new = first[~np.isin(ids, seen) & (self.known.find(ids) < 0)]
-            seen = np.union1d(seen, ids)
-            documents.add(document.take(pa.array(np.sort(new))))
+            unknown = self.known.find(document.column("doc_id").to_numpy()) < 0
+            documents.add(document.filter(pa.array(check.good & unknown)))
         return {"num_good": num_good, **units.facts()}
 
     def _rows(self, check: RowCheck, part: PartOfTable) -> tuple[pa.Table, pa.Table]:

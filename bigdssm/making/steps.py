@@ -17,12 +17,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bigdssm.atomic import aside_of, remove, sync
 
 ROWS_PER_READ = 1 << 16
+MOST_WAITING = 1 << 20
 _COMPRESSION = "zstd"
 
 
@@ -103,6 +105,44 @@ class RowFile:
 
     def __exit__(self, *error: object) -> None:
         self._writer.close()
+
+
+class FirstRows:
+    """Writes a table's rows but those whose key came before; as far as memory of so many rows goes, for a query to end.
+
+    Keys are int64. As a context manager it writes what waits.
+    """
+
+    def __init__(self, file: RowFile, key: str) -> None:
+        self._file, self._key = file, key
+        self._waiting: list[pa.Table] = []
+        self._count = 0
+
+    def add(self, table: pa.Table) -> None:
+        """Take in rows, which follow those before."""
+        self._waiting.append(self._first(table))
+        self._count += self._waiting[-1].num_rows
+        if self._count > MOST_WAITING:
+            self._waiting = [self._first(pa.concat_tables(self._waiting))]
+            self._count = self._waiting[0].num_rows
+            if self._count > MOST_WAITING // 2:
+                self._write()
+
+    def _first(self, table: pa.Table) -> pa.Table:
+        _, first = np.unique(table.column(self._key).to_numpy(), return_index=True)
+        return table if len(first) == table.num_rows else table.take(pa.array(np.sort(first)))
+
+    def _write(self) -> None:
+        self._file.add(pa.concat_tables(self._waiting))
+        self._waiting, self._count = [], 0
+
+    def __enter__(self) -> FirstRows:
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        if kind is None and self._waiting:
+            self._waiting = [self._first(pa.concat_tables(self._waiting))]
+            self._write()
 
 
 @contextmanager
