@@ -21,6 +21,7 @@ from bigdssm.errors import DataError
 from bigdssm.evaluation.baselines import Markov, Popularity
 from bigdssm.evaluation.metrics import Difference, means, paired_bootstrap, row_metrics, standard_errors
 from bigdssm.evaluation.split import evaluate_scores
+from bigdssm.hashing import file_checksum
 
 SHOWN = {"hr_at_10": "HR@10", "ndcg_at_10": "NDCG@10", "mrr": "MRR"}
 SHOWN_OF_RUNS = {"ndcg_at_10": "NDCG@10", "recall_at_100": "Recall@100", "mrr": "MRR"}
@@ -158,6 +159,7 @@ def save_comparison(
         entry["standard_errors"] = _without_nan(standard_errors(system.values))
         entry["ranks"] = f"{path.stem}.ranks-{number}.npy"
         np.save(path.with_name(entry["ranks"]), system.ranks)
+        entry["ranks_checksum"] = file_checksum(path.with_name(entry["ranks"]))
     content["differences"] = differences_as_json(pairs)
     write_json(path, content)
 
@@ -171,13 +173,14 @@ def load_system(path: Path, dataset: Dataset, split: str) -> System:
         content = json.loads(path.read_text(encoding="utf-8"))
         measured_on, of_split = content["rows"], content["split"]
         entry = content["systems"][0]
-        ranks = np.load(path.with_name(Path(entry["ranks"]).name), allow_pickle=False)
-        if ranks.dtype != np.float64 or (ranks < 1).any():
-            raise ValueError(f"{entry['ranks']} holds no ranks")
+        file = path.with_name(Path(entry["ranks"]).name)
+        if file_checksum(file) != entry["ranks_checksum"]:
+            raise ValueError(f"{file.name} does not hold the ranks that were measured")
+        ranks = np.load(file, allow_pickle=False)
         system = System.of_ranks(f"{entry['name']} ({path.stem})", ranks, float(entry["seconds"]))
     except FileNotFoundError as error:
         raise DataError(f"{error.filename} does not exist") from None
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise DataError(f"{path} is no comparison written by bigdssm evaluate: {error!r}") from None
     if measured_on != rows_checksum(dataset, split) or len(ranks) != dataset.num_rows(split):
         raise DataError(

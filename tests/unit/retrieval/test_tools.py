@@ -313,6 +313,9 @@ def test_report_of_several_seeds(tools: Tools, run_dir: Path, dataset: Dataset, 
         shutil.copytree(run_dir / stage, other / stage)
         shutil.rmtree(other / stage / "best")
         shutil.copytree(run_dir / trained / "best", other / stage / "best")
+        config = other / stage / "best" / "config.yaml"
+        content = yaml.safe_load(config.read_text())
+        config.write_text(yaml.safe_dump({**content, "run": {**content["run"], "seed": 1}}))
     for name, runs in (("one", [run_dir]), ("two", [run_dir, other])):
         out = tools.ran("report", *runs, "--out", tmp_path / f"{name}.json")
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
