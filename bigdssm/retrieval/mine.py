@@ -19,7 +19,7 @@ import torch
 from numpy.lib.format import open_memmap
 
 from bigdssm import distributed
-from bigdssm.atomic import aside_of, put_file
+from bigdssm.atomic import aside_of, put_file, real_place
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DivergedError
@@ -134,8 +134,10 @@ def mine_to_file(
     """Return what all ranks mine, mapped from the file `path`.
 
     Every rank writes its records, so `path` must be on storage that all ranks see, as a run's folder is; the file
-    appears under its name when it is whole. A collective; see `mine`.
+    appears under its name when it is whole. Windows end with the catalogue. A collective; see `mine`.
     """
+    last = min(last, max(dataset.catalogue.num_docs, first + 1))  # behind it there is nothing
+    path = real_place(path)
     own = mine(
         encoders, dataset, rows, first=first, last=last, margin=margin, exact_up_to=exact_up_to, documents=documents,
         share=share,
