@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -15,6 +15,7 @@ from bigdssm.bounds import bounded
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature
 from bigdssm.features.base import feature_type
+from bigdssm.features.history import histories_of
 
 StageName = Literal["pretrain", "sft"]
 DEFAULT_CACHE_BYTES = 50 * 1024**3
@@ -161,7 +162,9 @@ class LossConfig:
     name: str = "fps"  # or softmax, pair_ce, triplet, sigmoid, or one that losses.register was given
     direction: Literal["q2d", "d2q", "both"] = "q2d"
     weight: Literal["indicator", "relevance"] = "indicator"  # 1[r>0], or r itself
-    sampling: Literal["none", "classic", "corrected"] = "none"  # correction for popular in-batch documents
+    # Correction for popular in-batch documents; auto: corrected where queries have histories and a softmax takes their
+    # documents for negatives, else none (a Config has decided it).
+    sampling: Literal["auto", "none", "classic", "corrected"] = "auto"
     gamma: float = bounded(1.0, 0, 10)  # its strength: 0 learns PMI, 1 learns p(doc|query)
     frequency: Literal["counts", "streaming"] = (
         "counts"  # what it knows of them: the catalogue's counts, or the batches
@@ -267,6 +270,13 @@ class Config:
     sft: StageConfig | None = None
     debug: DebugConfig = field(default_factory=DebugConfig)
 
+    def __post_init__(self) -> None:
+        for name in ("pretrain", "sft"):
+            stage = getattr(self, name)
+            if stage is not None and stage.loss.sampling == "auto":
+                loss = replace(stage.loss, sampling=_usual_sampling(stage.loss, self.data))
+                object.__setattr__(self, name, replace(stage, loss=loss))
+
     def stage(self, name: StageName) -> StageConfig:
         """Return the stage `name`. Raises ConfigError where the file has no such section."""
         stage = self.pretrain if name == "pretrain" else self.sft
@@ -285,6 +295,12 @@ class Config:
             features: dict[str, Feature] = getattr(self.data, side)
             content["data"][side] = {name: feature.declaration() for name, feature in features.items()}
         return cast(dict[str, Any], json.loads(json.dumps(content)))
+
+
+def _usual_sampling(loss: LossConfig, data: DataConfig) -> Literal["none", "corrected"]:
+    """Return what holds over time and over users for recommendation (docs/sequences.md); elsewhere nothing is known."""
+    samples = loss.name in ("fps", "softmax") and loss.in_batch and loss.columns == "batch"
+    return "corrected" if samples and histories_of(data.query) else "none"
 
 
 def _feature(key: str, content: Any) -> Feature:
