@@ -78,9 +78,9 @@ def test_sparklines() -> None:
 
 
 def test_two_runs_are_compared_in_all_they_differ_in(
-    tools: Tools,
+    tools: Tools,  # noqa: F811
     tmp_path: Path,
-    tiny_pairs: TinyDataset,  # noqa: F811
+    tiny_pairs: TinyDataset,
 ) -> None:
     import torch
 
@@ -112,9 +112,9 @@ def test_two_runs_are_compared_in_all_they_differ_in(
 
 
 def test_a_missing_dataset_leaves_the_rest_of_the_comparison(
-    tools: Tools,
+    tools: Tools,  # noqa: F811
     tmp_path: Path,
-    tiny_pairs: TinyDataset,  # noqa: F811
+    tiny_pairs: TinyDataset,
 ) -> None:
     for name in ("first", "second"):
         folder = write_stage(tmp_path / name, end=None, losses=[4.0])
