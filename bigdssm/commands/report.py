@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset = Dataset.open(args.data or data.dir, cache=Cache.of(data))
         others = baseline_systems(dataset, args.split)
         measure = partial(_evaluated, dataset=dataset, split=args.split)
-        title, shown = f"{dataset.num_rows(args.split)} rows", SHOWN
+        title, shown = f"{dataset.num_queries(args.split)} queries", SHOWN
     else:
         collection = read_collection(args.beir, args.split)
         others = _baselines_on_collection(collection, args)

@@ -102,6 +102,7 @@ _PRODUCTS = {"both": 4, "q2d": 3, "open_clip": 6}
 def memory(args: argparse.Namespace) -> list[str]:
     """Return the peak over base of one forward and backward for growing batches."""
     D = args.dim or 256
+    _step(_ours(args.direction), *_inputs(64, D, args))  # what libraries take at their first use is in the base
     lines = [f"{args.ranks} ranks, D = {D}, {args.dtype}, {args.direction}: peak over base in MB, the larger rank's"]
     sizes = [args.rows] if args.rows else [2048, 8192, 32768]
     for m in sizes:

@@ -204,7 +204,7 @@ class Ours:
 
         self.model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size).train()
         self.engine = Engine(self.model, engine, OPTIMIZER, rows_global // dist.get_world_size())
-        self.objective = Objective(LossConfig(), config.model, None, None, rows_global)
+        self.objective = Objective(LossConfig(sampling="none"), config.model, None, None, rows_global)
         self.budget = Budget.of(engine, self.model.packs(training=True))
 
     def step(self, batch: Batch, keep_graph_tokens: int | None = None) -> float:

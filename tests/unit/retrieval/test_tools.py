@@ -99,6 +99,7 @@ def index_dir(model_dir: Path, dataset: Dataset, tmp_path_factory: pytest.TempPa
     return folder / "index"
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_every_tool_as_a_user_runs_it(model_dir: Path, run_dir: Path, dataset: Dataset, tmp_path: Path) -> None:
     data = ["--data", str(dataset.dir)]
