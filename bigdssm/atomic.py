@@ -24,17 +24,17 @@ def aside_of(path: Path) -> Path:
     return path.with_name(f".{path.name}{UNFINISHED}")
 
 
-def real_place(folder: Path) -> Path:
-    """Return where a folder that will be replaced stands: behind links, which then go on pointing at it.
+def real_place(path: Path) -> Path:
+    """Return where a file or folder that will be replaced stands: behind links, which then go on pointing at it.
 
     Raises ConfigError where links lead in a circle.
     """
-    if not folder.is_symlink():
-        return folder
+    if not path.is_symlink():
+        return path
     try:
-        return folder.resolve()
+        return path.resolve()
     except (OSError, RuntimeError) as error:
-        raise ConfigError(f"{folder} is a link that leads nowhere: {error}") from None
+        raise ConfigError(f"{path} is a link that leads nowhere: {error}") from None
 
 
 @contextmanager
@@ -50,7 +50,13 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Give the place to write a file at; `path` is that file when the block ends, and as before where it raises."""
+    """Give the place to write a file at; `path` is that file when the block ends, and as before where it raises.
+
+    Raises ConfigError where a folder, a device or a pipe stands there, which a file must not replace.
+    """
+    path = real_place(path)
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is no file that could be replaced; choose another place")
     aside = aside_of(path)
     try:
         with naming(aside):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +38,9 @@ def run_main(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("error: interrupted\n")
         return INTERRUPTED_EXIT_CODE
+    except subprocess.CalledProcessError as error:  # a command that this one runs, which has said why
+        sys.stderr.write(f"error: `{shlex.join(map(str, error.cmd))}` ended with exit code {error.returncode}\n")
+        return error.returncode if error.returncode > 0 else BigDSSMError.exit_code
     except BrokenPipeError:  # the reader of our output, such as `head`, has what it wanted
         sys.stderr.close()
         return 0
@@ -70,6 +75,17 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[...,
     return run
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """Return what argparse takes as the type of an option: whole numbers from `least` on."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"got {text}, needs at least {least}")
+        return int(text)
+
+    return number
+
+
 def refuse_options(parser: argparse.ArgumentParser, args: argparse.Namespace, options: Sequence[str], why: str) -> None:
     """Raise ConfigError where one of `options` was given; `why` says with or without what it is not read."""
     destinations = {option: option.removeprefix("--").replace("-", "_") for option in options}
@@ -83,8 +99,8 @@ def check_file_to_write(option: str, path: Path | None) -> None:
     """Raise ConfigError, before the work is done, where no file can be written at `path`."""
     if path is None:
         return
-    if path.is_dir():
-        raise ConfigError(f"{option} {path} is a folder; name a file")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{option} {path} is {'a folder' if path.is_dir() else 'a device or pipe'}; name a file")
     if files := [folder for folder in path.parents if folder.exists() and not folder.is_dir()]:
         raise ConfigError(f"{option} {path}: {files[0]} is no folder; choose another place")
 

@@ -30,6 +30,8 @@ Group = dist.ProcessGroup
 _GLOO_REDUCE_SCATTER = hasattr(dist, "reduce_scatter_single")
 _reduce_scatter = dist.reduce_scatter_single if _GLOO_REDUCE_SCATTER else dist.reduce_scatter_tensor
 
+_GLOO_BYTES = 4 << 20  # reduced at once: it works on two copies of what it is given
+
 _background: tuple[Group | None, Group] | None = None  # the whole group that there was, and one for threads
 
 
@@ -290,8 +292,13 @@ def reduce_scatter_rows(buffer: Tensor, group: Group | None = None) -> Tensor:
     if dist.get_backend(group) == "gloo" and not _GLOO_REDUCE_SCATTER:
         return all_reduce(buffer, "sum", group).narrow(0, rank(group) * longest, longest)
     own = buffer.new_empty((longest, *buffer.shape[1:]))
+    of_ranks, at_once = buffer.unflatten(0, (world_size(group), longest)), longest
+    if dist.get_backend(group) == "gloo":
+        at_once = max(1, _GLOO_BYTES * longest // max(1, buffer.nbytes))
     with timing.span("communication"):
-        _reduce_scatter(own, buffer, group=group)
+        for first in range(0, longest, max(1, at_once)):
+            part = slice(first, first + at_once)
+            _reduce_scatter(own[part], of_ranks[:, part].flatten(0, 1), group=group)
     return own
 
 

@@ -69,8 +69,9 @@ class MetricsWriter:
             self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file. Raises OSError, which names it, where what failed to be written fails again."""
+        with naming(self._path):
+            self._file.close()
 
 
 def read_records(path: Path, key: str) -> list[dict[str, Any]]:

@@ -117,9 +117,14 @@ class CheckpointStore:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Wait for what is being written, but not for a rank that has gone."""
+        """Wait for what is being written, but not for a rank that has gone.
+
+        Raises what made the writing fail where something else has failed to write since: the disk is full for both.
+        """
         if self._thread is not None and not isinstance(error, PeerError):
             self._thread.join(LEAVING_S)
+        if isinstance(error, OSError) and self._error is not None:
+            raise self._error from error
 
     def newest_good(self) -> ReadCheckpoint | None:
         """Return the newest checkpoint that is as its manifest says, or None; damage is named in the log.
@@ -185,6 +190,8 @@ class CheckpointStore:
         try:
             self._write(job)
         except BaseException as error:  # for the main thread to raise
+            if distributed.is_main():  # its room is needed, if only for saying how the run ended
+                shutil.rmtree(aside_of(self.folder / name_of(job.step)), ignore_errors=True)
             self._error = error
 
     def _write(self, job: _Job) -> None:

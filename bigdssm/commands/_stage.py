@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from bigdssm.cli import run_main
 from bigdssm.config import StageName, load_config
 from bigdssm.errors import BigDSSMError, PeerError
-from bigdssm.running.launcher import Launcher
+from bigdssm.running.launcher import Launcher, check_launch
 from bigdssm.running.signals import StopRequest
 
 
@@ -20,6 +20,7 @@ def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:
     arguments = _parser(about).parse_intermixed_args(argv)  # key=value may stand anywhere
 
     def train() -> None:
+        world_size = check_launch()
         stop = StopRequest()
         # They take seconds; by now it is known who stands above this process, and signals are heard.
         from bigdssm import distributed
@@ -32,7 +33,7 @@ def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:
                 stage,
                 resume=arguments.resume == "auto",
                 validate_only=arguments.validate,
-                world_size=int(os.environ.get("WORLD_SIZE", "1")),
+                world_size=world_size,
                 launcher=launcher,
                 stop=stop,
             )

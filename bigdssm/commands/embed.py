@@ -13,7 +13,6 @@ needs only the dataset and --out. --since EARLIER takes the vectors of documents
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.vector_files import FileFormat, difference_from_model, write_card, write_file
 from bigdssm.retrieval.vectors import ROWS_PER_SHARD, Work, write_vectors
+from bigdssm.running.launcher import launched_as
 
 
 @command
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.rows_per_shard < 1:
         raise ConfigError(f"--rows-per-shard {args.rows_per_shard}: needs at least 1")
-    rank, world_size = _ranks()
+    rank, world_size = launched_as()
     folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
     folder.check_dataset(dataset)
     encoders = tower_encoders(folder.model, dataset)
@@ -59,14 +59,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         parity[target] = difference_from_model(path, encoders)
         print(f"{path}: largest difference from the model's vectors {parity[target]:.1e}")
     write_card(args.out, folder.config.model.score, parity)
-
-
-def _ranks() -> tuple[int, int]:
-    """Return which of how many processes this is, as torchrun says. Raises ConfigError: none of them."""
-    rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
-        raise ConfigError(f"RANK={rank} WORLD_SIZE={world_size}: needs a rank from 0 and below the number of ranks")
-    return int(rank), int(world_size)
 
 
 if __name__ == "__main__":

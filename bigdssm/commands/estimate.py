@@ -11,6 +11,7 @@ memory is what a process takes that has imported everything and trains nothing, 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 
 from bigdssm.cli import command
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, given in (("--gpus", args.gpus), ("--rows", args.rows)):
         if given is not None and given < 1:
             raise ConfigError(f"{name} {given}: needs at least 1")
+    if args.rows_per_s is not None and not 0 < args.rows_per_s < math.inf:
+        raise ConfigError(f"--rows-per-s {args.rows_per_s}: needs a finite number above 0")
     rows = [f"{args.stage}.rows_global={args.rows}"] if args.rows else []
     config = load_config(args.config, [*args.overrides, *rows])
     dataset = open_dataset(config.data)

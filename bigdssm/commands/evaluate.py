@@ -4,10 +4,10 @@
     bigdssm evaluate --beir DIR --split test [--model MODEL] [--bm25] [--pretrained FOLDER] [--save-run FILE]
     bigdssm evaluate --run FILE --qrels FILE
 
-The first form filters what a row has seen, ties counting half; OTHER is another model folder, or the JSON of an earlier
-evaluation. Each row's rank is saved beside JSON as .npy. The second takes a BEIR folder (corpus.jsonl, queries.jsonl,
-qrels/SPLIT.tsv) and compares the model with BM25, a pretrained text encoder as it is, and TREC runs (--compare). The
-third measures a TREC run alone. Runs are measured as trec_eval does.
+The first form filters what a query has seen, ties counting half; OTHER is another model folder, or the JSON of an
+earlier evaluation. Each query's rank is saved beside JSON as .npy. The second takes a BEIR folder (corpus.jsonl,
+queries.jsonl, qrels/SPLIT.tsv) and compares the model with BM25, a pretrained text encoder as it is, and TREC runs
+(--compare). The third measures a TREC run alone. Runs are measured as trec_eval does.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _on_split(args: argparse.Namespace) -> None:
     pairs = [(model, other) for other in others]
 
     console = Console()
-    console.print(table([model, *others], f"{args.split}, {dataset.num_rows(args.split)} rows"))
+    console.print(table([model, *others], f"{args.split}, {dataset.num_queries(args.split)} queries"))
     for line in differences(pairs):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if args.out is not None:

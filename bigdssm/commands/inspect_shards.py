@@ -14,7 +14,7 @@ from rich.table import Table
 
 from bigdssm.cli import ProgressBar, run_main
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.errors import DataError
+from bigdssm.errors import ConfigError, DataError
 from bigdssm.reports.inspection import PERCENTILES, Description, describe, sample_rows
 from bigdssm.reports.verification import verify_dataset
 
@@ -41,6 +41,8 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    if args.rows < 0:
+        raise ConfigError(f"--rows {args.rows}: needs at least 0")
     dataset = Dataset.open(args.dataset)
     console = Console(soft_wrap=True, highlight=False)
     _print_description(console, describe(dataset, args.split), args.split)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.retrieval.embed import Documents, Share, tower_encoders
 from bigdssm.retrieval.mine import mine_to_file
 from bigdssm.retrieval.vectors import vectors_of
+from bigdssm.running.launcher import check_launch
 
 
 @command
@@ -49,15 +49,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_file_to_write("--out", args.out)
     if args.margin is not None and not math.isfinite(args.margin):
         raise ConfigError(f"--margin {args.margin}: needs a finite number")
+    if args.exact_up_to < 0:
+        raise ConfigError(f"--exact-up-to {args.exact_up_to}: needs at least 0")
     if not 0 <= args.first < args.last:
         raise ConfigError(f"--first {args.first} --last {args.last}: needs 0 <= first < last")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if check_launch() > 1:
         from bigdssm.training.engine import init_process_group  # only with several ranks: it takes seconds to import
 
         init_process_group()
     folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
     folder.check_dataset(dataset)
-    last = min(args.last, max(dataset.catalogue.num_docs, args.first + 1))  # behind it there is nothing
     with ProgressBar() as progress:
         share, documents = Share(distributed.rank(), distributed.world_size(), progress=progress), None
         if args.vectors is not None:
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             vectors = vectors_of(args.vectors, folder.checksum, dataset, *own)
             documents = Documents(torch.from_numpy(vectors), own[0])
         mined = mine_to_file(
-            args.out, tower_encoders(folder.model, dataset), dataset, first=args.first, last=last,
+            args.out, tower_encoders(folder.model, dataset), dataset, first=args.first, last=args.last,
             margin=args.margin, exact_up_to=args.exact_up_to, documents=documents, share=share,
         )  # fmt: skip
     if distributed.is_main():

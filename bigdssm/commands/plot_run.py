@@ -11,8 +11,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdssm.cli import command
+from bigdssm.cli import check_file_to_write, command
+from bigdssm.errors import ConfigError
 from bigdssm.running.records import plot_runs
+
+PICTURES = (".png", ".svg", ".pdf")
 
 
 @command
@@ -22,5 +25,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run or stage folder")
     parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="where the picture goes")
     args = parser.parse_args(argv)
+    check_file_to_write("--out", args.out)
+    if args.out.suffix.lower() not in PICTURES:
+        raise ConfigError(f"--out {args.out}: needs a name that ends in {' or '.join(PICTURES)}")
     plot_runs(args.runs, args.out)
     print(args.out)

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder
 from bigdssm.atomic import write_json
-from bigdssm.cli import ProgressBar, command, refuse_options
+from bigdssm.cli import ProgressBar, check_file_to_write, command, refuse_options
 from bigdssm.config import Config, RunConfig, first_difference
 from bigdssm.dataset.cache import Cache
 from bigdssm.dataset.dataset import Dataset
@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--filter-known", action="store_true", help="as with bigdssm evaluate")
     parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16, which some processors do faster")
     args = parser.parse_args(argv)
+    check_file_to_write("--out", args.out)
     if args.beir is None:
         of_collections = ["--bm25", "--pretrained", "--compare", "--save-runs", "--filter-known"]
         refuse_options(parser, args, of_collections, "without --beir")
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset = Dataset.open(args.data or data.dir, cache=Cache.of(data))
         others = baseline_systems(dataset, args.split)
         measure = partial(_evaluated, dataset=dataset, split=args.split)
-        title, shown = f"{dataset.num_rows(args.split)} rows", SHOWN
+        title, shown = f"{dataset.num_queries(args.split)} queries", SHOWN
     else:
         collection = read_collection(args.beir, args.split)
         others = _baselines_on_collection(collection, args)
@@ -118,12 +119,16 @@ def _trained_stages(run: Path, bf16: bool) -> dict[str, ModelFolder]:
 
 
 def _check_seeds(runs: Sequence[Path], configs: Sequence[Config]) -> None:
-    """Raise ConfigError unless the configs differ in their run sections alone."""
+    """Raise ConfigError unless the configs differ in their run sections alone, each with a seed of its own."""
     first = replace(configs[0], run=RunConfig()).to_dict()
+    seeds: dict[int, Path] = {}
     for run, config in zip(runs, configs, strict=True):
         difference = first_difference(first, replace(config, run=RunConfig()).to_dict())
         if difference:
             raise ConfigError(f"{run} is no other seed of {runs[0]}: {difference}; report it by itself")
+        if config.run.seed in seeds:
+            raise ConfigError(f"{run} has the seed of {seeds[config.run.seed]}: it is no other sample; leave it out")
+        seeds[config.run.seed] = run
 
 
 def _stage_name(stage: str, config: Config) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from bigdssm.cli import command
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import ConfigError
 from bigdssm.retrieval.mined import MinedNegatives
 from bigdssm.retrieval.mined_sample import mined_sample
 
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=50, help="how many (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the run's (%(default)s)")
     args = parser.parse_args(argv)
+    if args.count < 1:
+        raise ConfigError(f"--count {args.count}: needs at least 1")
     mined = MinedNegatives.open(args.mined)
     for number, one in enumerate(mined_sample(Dataset.open(args.data), mined, args.count, args.seed), start=1):
         print(f"{number}. row {one.row_id}: {one.query}\n   document: {one.document}\n   negative: {one.negative}")

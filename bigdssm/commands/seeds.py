@@ -20,6 +20,7 @@ from pathlib import Path
 from bigdssm.cli import command
 from bigdssm.config import load_config
 from bigdssm.distributed import free_port
+from bigdssm.errors import ConfigError
 
 
 @command
@@ -35,7 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, overrides = parser.parse_known_args(own)
     if odd := [override for override in overrides if "=" not in override or override.startswith("-")]:
         parser.error(f"unknown option {odd[0]}")
-    config = load_config(args.config, overrides)
+    if len(set(args.seeds)) < len(args.seeds):
+        raise ConfigError(f"--seeds {' '.join(map(str, args.seeds))}: needs each seed once")
+    if args.ranks < 1:
+        raise ConfigError(f"--ranks {args.ranks}: needs at least 1")
+    config, *_ = (load_config(args.config, [*overrides, f"run.seed={seed}"]) for seed in args.seeds)
     runs = [Path(config.run.dir) / f"seed-{seed}" for seed in args.seeds]
     for seed, run in zip(args.seeds, runs, strict=True):
         for stage in ("pretrain", "sft") if config.sft is not None else ("pretrain",):

@@ -13,22 +13,22 @@ from bigdssm import distributed
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.tensors import as_tensor
-from bigdssm.errors import DataError, DivergedError
+from bigdssm.errors import DivergedError
 from bigdssm.evaluation.metrics import mean_metrics
 from bigdssm.evaluation.ranks import Seen, by_pairs, by_product, ranks_of_round, ranks_of_scores
 from bigdssm.evaluation.scorer import ScoredEncoders
 from bigdssm.progress import Progress, no_progress
 from bigdssm.retrieval.embed import Documents, Encoders, Share, all_finite, encode_catalogue, encode_queries
-from bigdssm.retrieval.rounds import QUERIES_AT_ONCE, Pairs, rounds
+from bigdssm.retrieval.rounds import QUERIES_AT_ONCE, Pairs, rounds, seen_pairs
 
 SCORES_PER_CHUNK = 16_777_216  # of a scorer without vectors, 128 MiB of float64
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The rank of every row's document, and what follows from it."""
+    """The rank of every query's document, and what follows from it."""
 
-    ranks: np.ndarray  # float64 [rows of the split], in dataset order; NaN where relevance is 0 or the row is bad
+    ranks: np.ndarray  # float64 [queries of the split that can be used], in dataset order; NaN where relevance is 0
     metrics: dict[str, float]
     seconds: float
 
@@ -53,7 +53,7 @@ def evaluate_split(
     with NaN would rank every target first.
     """
     started = time.perf_counter()
-    _check_split(dataset, split)
+    dataset.index(split)
     share = Share(rank, world_size, rows_per_chunk, progress)
     scoring = by_product()
     if isinstance(encoders, ScoredEncoders):
@@ -62,14 +62,13 @@ def evaluate_split(
         documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
     error = DivergedError(f"vectors of split {split} hold NaN or inf")
     distributed.raise_together(None if all_finite(documents.vectors) else error)
-    first, last = share.of(dataset.num_rows(split))
-    ranks = np.full(last - first, np.nan)
-    seen = _seen_pairs if filter_seen else _no_pairs
+    ranks = [np.zeros(0)]
+    seen = seen_pairs if filter_seen else _no_pairs
     for asked in rounds(encode_queries(encoders, dataset, split, share), documents, seen, QUERIES_AT_ONCE):
         if not all_finite(asked.vectors):  # which all ranks see alike
             raise error
-        ranks[asked.rows.row_ids - first] = _of_relevant(ranks_of_round(scoring, asked, documents), asked.rows)
-    everything = np.concatenate(distributed.all_gather_object(ranks))
+        ranks.append(_of_relevant(ranks_of_round(scoring, asked, documents), asked.rows))
+    everything = np.concatenate(distributed.all_gather_object(np.concatenate(ranks)))
     return Evaluation(everything, mean_metrics(everything), time.perf_counter() - started)
 
 
@@ -85,33 +84,19 @@ def evaluate_scores(
     Raises DataError: no such split.
     """
     started = time.perf_counter()
-    _check_split(dataset, split)
+    dataset.index(split)
     rows_per_chunk = max(1, min(1024, SCORES_PER_CHUNK // dataset.catalogue.num_docs))
-    ranks = np.full(dataset.num_rows(split), np.nan)
+    ranks = [np.zeros(0)]
     for rows in dataset.iterate(split, rows_per_chunk):
         seen = _seen(rows) if filter_seen else None
         rank = ranks_of_scores(as_tensor(scores(rows)), as_tensor(rows.doc_rows), seen)
-        ranks[rows.row_ids] = _of_relevant(rank, rows)
-    return Evaluation(ranks, mean_metrics(ranks), time.perf_counter() - started)
-
-
-def _check_split(dataset: Dataset, split: str) -> None:
-    """Raise DataError where there is no such split, or ranks by row cannot be told."""
-    dataset.index(split)
-    if (queries := dataset.num_queries(split)) != (num_rows := dataset.num_rows(split)):
-        raise DataError(
-            f"{dataset.dir}: the {num_rows} rows of split {split} give {queries} queries, evaluation needs one a row; "
-            "take validation or test, or make the dataset with data.targets_per_row=1"
-        )
+        ranks.append(_of_relevant(rank, rows))
+    everything = np.concatenate(ranks)
+    return Evaluation(everything, mean_metrics(everything), time.perf_counter() - started)
 
 
 def _seen(rows: Rows) -> Seen:
     return Seen(*(as_tensor(part).long() for part in rows.seen_ragged()))
-
-
-def _seen_pairs(rows: Rows) -> Pairs:
-    values, offsets = rows.seen_ragged()
-    return np.repeat(np.arange(len(rows)), np.diff(offsets)), values
 
 
 def _no_pairs(rows: Rows) -> Pairs:

@@ -21,6 +21,7 @@ from bigdssm.errors import DataError
 from bigdssm.evaluation.baselines import Markov, Popularity
 from bigdssm.evaluation.metrics import Difference, means, paired_bootstrap, row_metrics, standard_errors
 from bigdssm.evaluation.split import evaluate_scores
+from bigdssm.hashing import file_checksum
 
 SHOWN = {"hr_at_10": "HR@10", "ndcg_at_10": "NDCG@10", "mrr": "MRR"}
 SHOWN_OF_RUNS = {"ndcg_at_10": "NDCG@10", "recall_at_100": "Recall@100", "mrr": "MRR"}
@@ -151,13 +152,15 @@ def save_comparison(
     path: Path, dataset: Dataset, split: str, systems: Sequence[System], pairs: Sequence[tuple[System, System]]
 ) -> None:
     """Write the JSON `path`, and beside it each system's ranks as .npy."""
-    content: dict[str, Any] = {"split": split, "rows": rows_checksum(dataset, split), "systems": as_json(systems)}
+    _, checksum = measured(dataset, split)
+    content: dict[str, Any] = {"split": split, "rows": checksum, "systems": as_json(systems)}
     path.parent.mkdir(parents=True, exist_ok=True)
     for number, (entry, system) in enumerate(zip(content["systems"], systems, strict=True)):
         assert system.ranks is not None
         entry["standard_errors"] = _without_nan(standard_errors(system.values))
         entry["ranks"] = f"{path.stem}.ranks-{number}.npy"
         np.save(path.with_name(entry["ranks"]), system.ranks)
+        entry["ranks_checksum"] = file_checksum(path.with_name(entry["ranks"]))
     content["differences"] = differences_as_json(pairs)
     write_json(path, content)
 
@@ -171,15 +174,16 @@ def load_system(path: Path, dataset: Dataset, split: str) -> System:
         content = json.loads(path.read_text(encoding="utf-8"))
         measured_on, of_split = content["rows"], content["split"]
         entry = content["systems"][0]
-        ranks = np.load(path.with_name(Path(entry["ranks"]).name), allow_pickle=False)
-        if ranks.dtype != np.float64 or (ranks < 1).any():
-            raise ValueError(f"{entry['ranks']} holds no ranks")
+        file = path.with_name(Path(entry["ranks"]).name)
+        if file_checksum(file) != entry["ranks_checksum"]:
+            raise ValueError(f"{file.name} does not hold the ranks that were measured")
+        ranks = np.load(file, allow_pickle=False)
         system = System.of_ranks(f"{entry['name']} ({path.stem})", ranks, float(entry["seconds"]))
     except FileNotFoundError as error:
         raise DataError(f"{error.filename} does not exist") from None
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise DataError(f"{path} is no comparison written by bigdssm evaluate: {error!r}") from None
-    if measured_on != rows_checksum(dataset, split) or len(ranks) != dataset.num_rows(split):
+    if (len(ranks), measured_on) != measured(dataset, split):
         raise DataError(
             f"{path} was measured on other rows than those of split {split} of {dataset.dir}: {len(ranks)} of a split "
             f"{of_split}; measure both on datasets made of the same tables"
@@ -187,13 +191,18 @@ def load_system(path: Path, dataset: Dataset, split: str) -> System:
     return system
 
 
-def rows_checksum(dataset: Dataset, split: str) -> str:
-    """Return the xxh3_128, in hex, of what a rank is of: each row's query, place and document, and all documents."""
+def measured(dataset: Dataset, split: str) -> tuple[int, str]:
+    """Return how many queries of a split can be used, and the checksum of what their ranks are of.
+
+    That is the xxh3_128, in hex, of each query's id, place and document, and of all documents.
+    """
+    num_queries = 0
     digest = xxhash.xxh3_128(np.sort(dataset.catalogue.doc_ids).tobytes())
     for rows in dataset.iterate(split, 65_536):
+        num_queries += rows.num_queries
         for column in (rows.query_ids, rows.place, dataset.catalogue.ids(rows.doc_rows), rows.relevance):
             digest.update(b"" if column is None else np.ascontiguousarray(column).tobytes())
-    return digest.hexdigest()
+    return num_queries, digest.hexdigest()
 
 
 def _fitted(name: str, kind: type[Popularity] | type[Markov], dataset: Dataset, split: str) -> System:

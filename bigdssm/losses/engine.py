@@ -103,6 +103,7 @@ def contrastive_loss(
             arriving = gather_columns(shared, sizes, copies_n, pairs, tile, group)
             positive_m = _positive_scores(x, sizes, with_beta=direction != "d2q")
             gathered, told = arriving.wait()
+            del arriving  # which would keep the gathered columns
         else:
             positive_m = _positive_scores(x, sizes, with_beta=True)
             told = None if pairs is None else gather_pairs(pairs, sizes.num_known, group)
@@ -110,6 +111,7 @@ def contrastive_loss(
         if gathered is not None:
             mask = find_false_negatives(positives, gathered.docs, gathered.valid, gathered.total)
             passes = ScorePasses(shared, sizes, gathered, mask, group)
+            del gathered
         column_mk, there_mk = negatives.clamp(min=0), negatives >= 0
         other_mk = there_mk & (column_mk != x.positive[:, None])
         known_mk = positives.contain(docs_n[column_mk])
@@ -180,5 +182,5 @@ def _spread(sums: Gradients, kept: Tensor | None, n: int) -> Gradients:
 
 def _positive_scores(x: LossInputs, sizes: GlobalSizes, with_beta: bool) -> Tensor:
     """Return the scores of the positives, float64 [m]."""
-    products = (x.U.detach().to(x.acc) * x.W.detach()[x.positive].to(x.acc)).sum(1).double() * sizes.alpha
+    products = x.W.detach()[x.positive].to(x.acc).mul_(x.U.detach()).sum(1).double() * sizes.alpha
     return products if x.beta is None or not with_beta else products + x.beta.detach().double()[x.positive]

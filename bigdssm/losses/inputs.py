@@ -231,7 +231,8 @@ def add_biases(*biases: Tensor | None) -> Tensor | None:
 def _largest_norm(rows: Tensor) -> Tensor | float:
     if rows.shape[0] == 0:
         return 0.0
-    return torch.linalg.vector_norm(rows.detach(), dim=1, dtype=torch.float64).max()
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32  # of float32 no copy is made
+    return torch.linalg.vector_norm(rows.detach(), dim=1, dtype=dtype).max()
 
 
 def _range(bias: Tensor | None) -> tuple[Tensor | float, Tensor | float]:

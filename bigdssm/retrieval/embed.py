@@ -165,7 +165,7 @@ def encode_queries(
     `rows` come in as many pieces on every rank: then every rank calls the encoder equally often, as a sharded model
     needs, and yields equally often; m is 0 where a piece has no queries. Run it to the end.
     """
-    for piece in _pieces(dataset, split, share or Share()) if rows is None else rows:
+    for piece in pieces_of(dataset, split, share or Share(), "queries encoded") if rows is None else rows:
         if piece is not None and piece.num_queries:
             each = dataset.one_query_each(piece)
             yield each, encoders.queries(each)
@@ -174,14 +174,17 @@ def encode_queries(
             yield some.take(np.zeros(0, np.int64)), encoders.queries(some)[:0]
 
 
-def _pieces(dataset: Dataset, split: str, share: Share) -> Iterator[Rows | None]:
-    """Yield this rank's share of the split in pieces, then None until the rank that has most rows has run out."""
+def pieces_of(dataset: Dataset, split: str, share: Share, what: str) -> Iterator[Rows | None]:
+    """Yield this rank's share of the split in pieces, then None until the rank that has most rows has run out.
+
+    `what` says what is done with them.
+    """
     chunks = dataset.iterate(split, share.rows_per_chunk, share.rank, share.world_size)
     num_rows, at_once = dataset.num_rows(split), dataset.rows_at_once(split, share.rows_per_chunk)
     begin, end = share.of(num_rows)
     for chunk in range(share.num_chunks(num_rows, at_once)):
         yield next(chunks, None)
-        share.progress("queries encoded", min((chunk + 1) * at_once, end - begin), end - begin)
+        share.progress(what, min((chunk + 1) * at_once, end - begin), end - begin)
 
 
 def in_chunks(

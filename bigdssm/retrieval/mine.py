@@ -10,8 +10,7 @@ Shapes: m rows, N documents, W = last − first window places.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +18,14 @@ import torch
 from numpy.lib.format import open_memmap
 
 from bigdssm import distributed
-from bigdssm.atomic import aside_of, put_file
+from bigdssm.atomic import aside_of, put_file, real_place
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DivergedError
 from bigdssm.log import get_logger
-from bigdssm.progress import Progress, no_progress
-from bigdssm.retrieval.embed import Documents, Encoders, Share, all_finite, encode_catalogue, encode_queries
+from bigdssm.retrieval.embed import Documents, Encoders, Share, all_finite, encode_catalogue, encode_queries, pieces_of
 from bigdssm.retrieval.mined import MinedNegatives, mined_records
-from bigdssm.retrieval.rounds import QUERIES_AT_ONCE, Pairs, Round, rounds
+from bigdssm.retrieval.rounds import QUERIES_AT_ONCE, Round, rounds, seen_pairs
 from bigdssm.retrieval.top import Search, approximate_search, exact_search, opened, top_of_round
 
 logger = get_logger(__name__)
@@ -39,20 +37,20 @@ FOUND_AT_ONCE = 4_194_304  # of all ranks' queries in a round, 32 MiB
 
 @dataclass(frozen=True)
 class KnownPositives:
-    """The train positives of every query, by query id."""
+    """Train positives of queries, by query id."""
 
     query_ids: np.ndarray  # int64, sorted, distinct
     starts: np.ndarray  # int64 [len(query_ids) + 1]
     doc_rows: np.ndarray  # int64
 
     @classmethod
-    def of(cls, dataset: Dataset, progress: Progress = no_progress) -> KnownPositives:
-        """Return those of `dataset`: one pass over its train split, on every rank."""
-        parts, num_rows = [], dataset.num_rows("train")
-        at_once = dataset.rows_at_once("train", PASS_ROWS)
-        for number, rows in enumerate(dataset.iterate("train", PASS_ROWS), start=1):
-            parts.append((rows.query_ids[rows.relevance > 0], rows.doc_rows[rows.relevance > 0]))
-            progress("known positives read", min(number * at_once, num_rows), num_rows)
+    def of(cls, dataset: Dataset, share: Share | None = None) -> KnownPositives:
+        """Return those that this rank's share of the train split tells of; with those of all ranks they are all."""
+        parts = []
+        share = replace(share or Share(), rows_per_chunk=PASS_ROWS)
+        for rows in pieces_of(dataset, "train", share, "known positives read"):
+            if rows is not None:
+                parts.append((rows.query_ids[rows.relevance > 0], rows.doc_rows[rows.relevance > 0]))
         ids, docs = (np.concatenate([part[side] for part in parts] or [np.zeros(0, np.int64)]) for side in (0, 1))
         order = np.lexsort((docs, ids))
         query_ids, starts = np.unique(ids[order], return_index=True)
@@ -95,7 +93,7 @@ def mine(
         documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
     error = DivergedError("the model's vectors hold NaN or inf; nothing mined")
     distributed.raise_together(None if all_finite(documents.vectors) else error)
-    known = KnownPositives.of(dataset, share.progress)
+    known = KnownPositives.of(dataset, share)
     approximate = exact_up_to is not None and dataset.catalogue.num_docs > exact_up_to
     if approximate:
         share.progress("an index of the documents built", 0, 1)
@@ -103,7 +101,7 @@ def mine(
     keys, windows = [np.zeros(0, np.int64)], [np.zeros((0, last - first), np.int32)]
     pieces = encode_queries(encoders, dataset, "train", share, rows)
     asked_at_once = min(QUERIES_AT_ONCE, FOUND_AT_ONCE // last)
-    for number, asked in enumerate(rounds(pieces, documents, partial(_known_pairs, known), asked_at_once)):
+    for number, asked in enumerate(rounds(pieces, documents, seen_pairs, asked_at_once, known.pairs)):
         if not all_finite(asked.vectors):  # which all ranks see alike
             raise error
         if approximate and number == 0:
@@ -134,8 +132,10 @@ def mine_to_file(
     """Return what all ranks mine, mapped from the file `path`.
 
     Every rank writes its records, so `path` must be on storage that all ranks see, as a run's folder is; the file
-    appears under its name when it is whole. A collective; see `mine`.
+    appears under its name when it is whole. Windows end with the catalogue. A collective; see `mine`.
     """
+    last = min(last, max(dataset.catalogue.num_docs, first + 1))  # behind it there is nothing
+    path = real_place(path)
     own = mine(
         encoders, dataset, rows, first=first, last=last, margin=margin, exact_up_to=exact_up_to, documents=documents,
         share=share,
@@ -166,11 +166,3 @@ def _log_recall(documents: Documents, search: Search, asked: Round, top: int) ->
         "mining through an approximate index: it finds %.1f %% of the best %d documents (by %d queries)",
         100 * hits / max(1, all_wanted), top, int(distributed.all_reduce(torch.tensor(len(exact)))),
     )  # fmt: skip
-
-
-def _known_pairs(known: KnownPositives, rows: Rows) -> Pairs:
-    """Return what is known of the queries: all train documents, and what they have seen."""
-    known_rows, known_docs = known.pairs(rows.query_ids)
-    seen, offsets = rows.seen_ragged()
-    seen_rows = np.repeat(np.arange(len(rows)), np.diff(offsets))
-    return np.concatenate([known_rows, seen_rows]), np.concatenate([known_docs, seen])

@@ -88,19 +88,27 @@ class Round:
 
 
 def rounds(
-    pieces: Iterable[tuple[Rows, Tensor]], documents: Documents, left_out: Callable[[Rows], Pairs], at_once: int
-) -> Iterator[Round]:
+    pieces: Iterable[tuple[Rows, Tensor]], documents: Documents, left_out: Callable[[Rows], Pairs], at_once: int,
+    known: Callable[[np.ndarray], Pairs] | None = None,
+) -> Iterator[Round]:  # fmt: skip
     """Yield rounds of about `at_once` queries of all ranks, at least one of each that has some left. Collectives.
 
     `pieces` are rows of one query each and their index vectors, as many pieces on every rank. `left_out` tells what
-    queries leave out beside their own document.
+    this rank's queries leave out beside their own document, `known` what this rank knows of queries of all ranks, by
+    their ids.
     """
     most = max(1, at_once // distributed.world_size())
     for rows, queries in pieces:
         blocks = distributed.all_reduce(torch.tensor([-(-len(rows) // most)]), "max").item()
         for first in range(0, int(blocks) * most, most):
             part = np.arange(min(first, len(rows)), min(first + most, len(rows)))
-            yield _round(rows.take(part), queries[first : first + most], documents, left_out)
+            yield _round(rows.take(part), queries[first : first + most], documents, left_out, known)
+
+
+def seen_pairs(rows: Rows) -> Pairs:
+    """Return what queries have seen."""
+    values, offsets = rows.seen_ragged()
+    return np.repeat(np.arange(len(rows)), np.diff(offsets)), values
 
 
 def product(queries: Tensor, documents: Tensor) -> Tensor:
@@ -114,23 +122,32 @@ def _at_least(rows: Tensor) -> Tensor:
     return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
-def _round(rows: Rows, queries: Tensor, documents: Documents, left_out: Callable[[Rows], Pairs]) -> Round:
-    device = documents.vectors.device
-    pairs = torch.stack([as_tensor(np.ascontiguousarray(side, np.int32)) for side in left_out(rows)], 1).to(device)
-    world = distributed.world_size()
-    sizes = torch.tensor([[len(rows), len(pairs)]], device=device)
-    counts = distributed.all_gather_rows(sizes, [1] * world).T.tolist()
-    longest = max(counts[0])
+def _round(
+    rows: Rows, queries: Tensor, documents: Documents, left_out: Callable[[Rows], Pairs],
+    known: Callable[[np.ndarray], Pairs] | None,
+) -> Round:  # fmt: skip
+    device, world = documents.vectors.device, distributed.world_size()
+    longest = max(_of_all_ranks(len(rows), device))
     target = distributed.all_gather_padded(as_tensor(rows.doc_rows).to(device), longest).wait()
+    own, docs = left_out(rows)
+    told = [np.stack([own + distributed.rank() * longest, docs], 1)]
+    if known is not None:
+        ids = distributed.all_gather_padded(as_tensor(rows.query_ids).to(device), longest).wait()
+        told.append(np.stack(known(ids.cpu().numpy()), 1))
+    pairs = as_tensor(np.concatenate(told).astype(np.int32)).to(device)
     held = [_held(documents, torch.arange(len(target), device=device), target)]
-    starts, at_once = torch.arange(world, device=device) * longest, max(1, PAIRS_AT_ONCE // world)
-    for first in range(0, max(counts[1]), at_once):
-        sent = [min(max(0, count - first), at_once) for count in counts[1]]
+    counts, at_once = _of_all_ranks(len(pairs), device), max(1, PAIRS_AT_ONCE // world)
+    for first in range(0, max(counts), at_once):
+        sent = [min(max(0, count - first), at_once) for count in counts]
         gathered = distributed.all_gather_rows(pairs[first : first + at_once], sent).long()
-        start = torch.repeat_interleave(starts, torch.tensor(sent, device=device))
-        held.append(_held(documents, start + gathered[:, 0], gathered[:, 1]))
+        held.append(_held(documents, gathered[:, 0], gathered[:, 1]))
     left = LeftOut.of(*(torch.cat(side) for side in zip(*held, strict=True)))
     return Round(rows, distributed.all_gather_padded(queries, longest).wait(), target, left)
+
+
+def _of_all_ranks(number: int, device: torch.device) -> list[int]:
+    numbers = distributed.all_gather_rows(torch.tensor([number], device=device), [1] * distributed.world_size())
+    return [int(number) for number in numbers.tolist()]
 
 
 def _held(documents: Documents, rows: Tensor, docs: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,17 @@
-"""Whether the launcher above this rank still lives: a rank whose launcher is gone would train on, watched by nobody."""
+"""What the launcher above this rank says of the ranks, and whether it still lives.
+
+A rank whose launcher is gone would train on, watched by nobody.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+from bigdssm.errors import ConfigError
+
 DEEPSPEED_LAUNCHER = b"deepspeed.launcher.launch"
+MEETING = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what ranks that talk to each other are told as well
 
 
 class Launcher:
@@ -31,6 +37,42 @@ class Launcher:
         if self._above is not None and parent_of(self._parent) != self._above:
             return f"the deepspeed runner (pid {self._above})"
         return None
+
+
+def launched_as() -> tuple[int, int]:
+    """Return this process's rank and the number of ranks, as the environment says; 0 of 1 where it says nothing.
+
+    Raises ConfigError.
+    """
+    rank, world_size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "1")
+    if rank == "" and world_size == "1":
+        return 0, 1
+    if not (_is_number(rank) and _is_number(world_size) and int(rank) < int(world_size)):
+        raise ConfigError(
+            f"RANK={rank} WORLD_SIZE={world_size}: needs a rank from 0 and below the number of ranks; unset both, or "
+            "start all ranks with a launcher"
+        )
+    return int(rank), int(world_size)
+
+
+def check_launch() -> int:
+    """Return the number of ranks that are to meet. Raises ConfigError where the environment does not say how."""
+    _, world_size = launched_as()
+    if os.environ.get("RANK", "") == "":
+        return world_size
+    given = {name: os.environ.get(name, "") for name in MEETING}
+    numbers = (given["LOCAL_RANK"], given["MASTER_PORT"])
+    if not given["MASTER_ADDR"] or not all(map(_is_number, numbers)) or int(given["MASTER_PORT"]) > 65_535:
+        said = " ".join(f"{name}={value}" for name, value in given.items())
+        raise ConfigError(
+            f"{said} beside RANK={os.environ['RANK']}: needs this rank's number on its machine and where all ranks "
+            "meet; unset RANK, or start all ranks with deepspeed, torchrun, or as launch/slurm.sbatch does"
+        )
+    return world_size
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10
 
 
 def parent_of(pid: int) -> int | None:

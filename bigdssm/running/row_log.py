@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from bigdssm.atomic import naming
 from bigdssm.log import cut_back_of_rank
 
 CONSUMED, SKIPPED = "row_ids", "skipped_rows"
@@ -20,6 +21,6 @@ class RowLog:
         self.path = cut_back_of_rank(folder, name, rank, world_size, lambda record: record["step"] < next_step)
 
     def write(self, step: int, row_ids: Tensor) -> None:
-        """Append one step."""
-        with self.path.open("a", encoding="utf-8") as file:
+        """Append one step. Raises OSError, which names the file."""
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "row_ids": row_ids.tolist()}) + "\n")

@@ -14,6 +14,7 @@ import torch
 
 from bigdssm import distributed
 from bigdssm.config import Config, StageName, config_of
+from bigdssm.running.launcher import check_launch
 from bigdssm.running.signals import StopRequest
 from bigdssm.training.engine import leave_process_group
 from bigdssm.training.random_state import RandomState
@@ -44,7 +45,7 @@ def sft(config: Config | str | Path, overrides: Sequence[str] = (), *, resume: b
 def _train(config: Config, stage: StageName, resume: bool) -> Trained:
     with _as_it_was():
         progress = run_stage(
-            config, stage, resume=resume, validate_only=False, world_size=int(os.environ.get("WORLD_SIZE", "1")),
+            config, stage, resume=resume, validate_only=False, world_size=check_launch(),
             stop=StopRequest(hear_signals=False),
         )  # fmt: skip
     chosen = [] if progress is None else [entry for entry in progress.history if entry["step"] == progress.best_step]

@@ -159,6 +159,7 @@ class Objective:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return (beta, neg_bias) [n] with the sampling correction; `copies` [n] are the loss's columns of each."""
         config = self._config
+        assert config.sampling != "auto", "a Config has decided it"
         if config.sampling == "none":
             return beta, neg_bias
         if self._streaming is not None:

@@ -145,6 +145,7 @@ def _assemble(
     average = WeightAverage(engine.module, stage_config.weight_average) if stage_config.weight_average else None
     if average is not None and checkpoint is not None:
         average.restore(checkpoint.common_tensors())
+        documents = None  # of the weights, where validation takes their average
     total_steps = progress.part_step + part_steps(stage_config, stream.steps_per_epoch)
     row_log = partial(
         RowLog, folder, rank=distributed.rank(), world_size=distributed.world_size(), next_step=progress.step

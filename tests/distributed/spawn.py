@@ -18,6 +18,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+LATE_S = 5.0  # that ranks may fail after the first has: those that do are kept, and need not be started again
+
 
 class RankFailed(AssertionError):
     """A rank raised, died or did not answer in time; the message carries its traceback."""
@@ -57,6 +59,7 @@ class Pool:
             tasks.put((function, args))
         results: dict[int, Any] = {}
         errors: list[str] = []
+        late = float("inf")
         deadline = time.monotonic() + timeout_s
         while len(results) + len(errors) < self.world_size:
             try:
@@ -64,7 +67,7 @@ class Pool:
             except queue.Empty:
                 dead = [rank for rank, process in enumerate(self._ranks) if not process.is_alive()]
                 missing = [rank for rank in range(self.world_size) if rank not in results]
-                if dead or errors or time.monotonic() > deadline:
+                if dead or time.monotonic() > min(deadline, late):
                     self.close()
                     why = f"ranks {dead} died" if dead else f"ranks {missing} gave no answer in {timeout_s:.0f} s"
                     raise RankFailed("\n".join(errors) or why) from None
@@ -73,6 +76,7 @@ class Pool:
                 results[rank] = value
             else:
                 errors.append(f"rank {rank}:\n{value}")
+                late = min(late, time.monotonic() + LATE_S)
         if errors:
             raise RankFailed("\n".join(errors))
         return [results[rank] for rank in range(self.world_size)]
@@ -83,14 +87,10 @@ class Pool:
 
     def close(self) -> None:
         """End the ranks."""
-        for process, tasks in zip(self._ranks, self._tasks, strict=True):
-            if process.is_alive():
-                tasks.put(None)
         for process in self._ranks:
-            process.join(timeout=3)
-            if process.is_alive():
-                process.kill()
-                process.join()
+            process.kill()
+        for process in self._ranks:
+            process.join()
         self._folder.cleanup()
 
     def __enter__(self) -> Pool:
@@ -122,10 +122,9 @@ def _serve(rank: int, world_size: int, rendezvous: str, tasks: Any, results: Any
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
     )
-    while (task := tasks.get()) is not None:
-        function, args = task
+    while True:  # until it is killed
+        function, args = tasks.get()
         try:
             results.put((rank, True, function(rank, world_size, *args)))
         except Exception:
             results.put((rank, False, traceback.format_exc()))
-    dist.destroy_process_group()

@@ -99,7 +99,7 @@ def run_rank(rank: int, world_size: int, dtype: torch.dtype, columns: str, mask:
         for x in (world.U[batch.row_ids], world.W[batch.doc_rows], world.beta[batch.doc_rows])
     )
     alpha = torch.tensor([ALPHA], dtype=torch.float64, requires_grad=True)
-    config = LossConfig(columns=columns, mask=mask)  # type: ignore[arg-type]
+    config = LossConfig(sampling="none", columns=columns, mask=mask)  # type: ignore[arg-type]
     out = Objective(config, ModelConfig(score="dot"), 8, None, ROWS)(Encoded(U, W, beta, alpha), batch)
     out.loss.backward()
     return out.loss.detach(), [U.grad, W.grad, beta.grad, alpha.grad], batch.doc_rows, out.stats
@@ -169,7 +169,7 @@ def run_mlp(rank: int, world_size: int) -> float:
         batch, doc_rows=rows, doc_ids=world.doc_ids[rows], negatives=torch.tensor([[n, n + 1]] * m).view(m, 2),
         known=torch.cat([seen, world.doc_ids[-1:].expand(len(seen), 1)], 1),
     )  # fmt: skip
-    config = LossConfig(name="softmax", in_batch=False, negatives=2, mlp=(4,), mask="past")
+    config = LossConfig(sampling="none", name="softmax", in_batch=False, negatives=2, mlp=(4,), mask="past")
     objective = Objective(config, ModelConfig(), None, None, ROWS)
     listed = objective.listed(batch)
     U, W = world.U[batch.row_ids], world.W[rows]

@@ -148,3 +148,20 @@ def test_memory_does_not_grow_with_the_score_matrix(pools: dict[int, Pool], dire
 
 def test_nothing_is_sent_on_one_rank() -> None:
     assert count(0, 1, {"direction": "both"}, True) == []
+
+
+def reduced(rank: int, world_size: int, bytes_at_once: int) -> torch.Tensor:
+    """Return this rank's share of a sum that gloo makes of so many bytes at once."""
+    import bigdssm.distributed as ours
+
+    usual, ours._GLOO_BYTES = ours._GLOO_BYTES, bytes_at_once
+    try:
+        return ours.reduce_scatter_rows((rank + 1) * torch.arange(world_size * 7 * 3.0).view(-1, 3))
+    finally:
+        ours._GLOO_BYTES = usual
+
+
+@pytest.mark.parametrize("bytes_at_once", [1, 100, 10_000])
+def test_a_sum_over_ranks_made_in_slices_is_that_of_the_whole(pools: dict[int, Pool], bytes_at_once: int) -> None:
+    whole = 6 * torch.arange(3 * 7 * 3.0).view(-1, 3)
+    assert torch.equal(torch.cat(pools[3].run(reduced, bytes_at_once)), whole)

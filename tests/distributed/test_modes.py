@@ -69,7 +69,7 @@ def relative_errors(run_dir: Path, reference: Path, key: str) -> list[float]:
     [
         (0, (RECOMPUTE,)),
         (2, (OFFLOAD,)),
-        (3, (OFFLOAD, RECOMPUTE)),
+        pytest.param(3, (OFFLOAD, RECOMPUTE), marks=slow),
         pytest.param(0, (), marks=slow),
         pytest.param(1, (OFFLOAD, CHUNKS), marks=slow),
         pytest.param(2, (RECOMPUTE, CHUNKS), marks=slow),
@@ -114,7 +114,7 @@ def test_the_same_curve_in_bfloat16_to_two_percent(
     assert max(errors) > 1e-5  # it is bfloat16
 
 
-@pytest.mark.parametrize("mode", [("engine.zero_stage=1",), ("engine.zero_stage=3", CHUNKS)])
+@pytest.mark.parametrize("mode", [("engine.zero_stage=1",), pytest.param(("engine.zero_stage=3", CHUNKS), marks=slow)])
 def test_recomputed_activations_have_the_same_dropout(
     config: Path, tmp_path: Path, pools: dict[int, Pool], mode: tuple[str, ...]
 ) -> None:

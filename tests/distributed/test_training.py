@@ -187,9 +187,10 @@ FINE_TUNING = {
     "pair_ce by an MLP": ("sft.loss.name=pair_ce", "sft.loss.mlp=[8]", "engine.zero_stage=3"),
     "fps, mined columns": ("sft.loss.name=fps", "sft.loss.in_batch=true", "sft.loss.sampling=classic"),
 }  # fmt: skip
+QUICK = ("pair_ce, mined", "fps, mined columns")
 
 
-@pytest.mark.parametrize("loss", [pytest.param(loss, marks=slow if ", both" in loss else ()) for loss in FINE_TUNING])
+@pytest.mark.parametrize("loss", [pytest.param(loss, marks=() if loss in QUICK else slow) for loss in FINE_TUNING])
 def test_fine_tuning_has_one_curve_at_any_world_size(
     config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool], loss: str
 ) -> None:
@@ -313,8 +314,8 @@ def stop_after(rank: int, world_size: int, config: Path, run_dir: Path, override
     ("before", "after", "stage_before", "stage_after"),
     [
         (2, 3, 2, 2),
-        (1, 2, 3, 3),
         (3, 2, 0, 0),
+        pytest.param(1, 2, 3, 3, marks=slow),
         pytest.param(2, 1, 1, 1, marks=slow),
         pytest.param(2, 3, 3, 1, marks=slow),
     ],

@@ -40,6 +40,25 @@ def test_the_benchmark_of_the_loss_runs() -> None:
     assert re.search(r"masked .*, \d+\.\d+ of it", output("tools/bench/bench_loss.py", "mask", "--rows", "256"))
 
 
+@pytest.mark.parametrize(
+    ("command", "code", "sentence"),
+    [
+        (("bench_sampling", "--batches", "0"), 2, "argument --batches: got 0, needs at least 1"),
+        (("check_gradients", "--ranks", "0"), 2, "argument --ranks: got 0, needs at least 1"),
+        (("bench_checkpoint", "--out", "x", "--weights", "5"), 2, "argument --weights: got 5, needs at least 64"),
+        (("bench_loss", "speed", "--rows", "many"), 2, "argument --rows: invalid number value: 'many'"),
+        (("bench_negatives", "--config", "configs/wordnet.yaml", "--out", "x", "data.dir=nowhere"), 3, "exit code 3"),
+    ],
+)
+def test_numbers_that_measure_nothing_are_refused(command: tuple[str, ...], code: int, sentence: str) -> None:
+    tool, *arguments = command
+    done = subprocess.run(
+        [sys.executable, f"tools/bench/{tool}.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    assert sentence in done.stderr.splitlines()[-1]
+
+
 def test_bfloat16_is_precise_enough_for_its_speed_to_count() -> None:
     lines = output("tools/bench/bench_loss.py", "precision", "--rows", "512", "--dim", "32").splitlines()
     assert len(lines) == 4

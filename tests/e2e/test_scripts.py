@@ -127,7 +127,7 @@ def test_a_folder_that_cannot_be_written(checkout: Path) -> None:
 
 
 def test_no_registry(checkout: Path) -> None:
-    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_NO_CACHE_DIR": "1"}
+    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_NO_CACHE_DIR": "1", "PIP_RETRIES": "0"}
     error = the_error(run_script(checkout, "tests/run.sh", BIGDSSM_PYTHON=sys.executable, **nowhere))
     assert "registry" in error
     assert str(checkout / ".venv/pip.log") in error

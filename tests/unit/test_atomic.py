@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bigdssm import atomic
+from bigdssm.errors import ConfigError
 
 
 @pytest.fixture
@@ -51,12 +52,22 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, synced: 
 
 @pytest.mark.parametrize("write", [atomic.new_file, atomic.new_folder])
 def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path, write: Callable[..., object]) -> None:
-    fill(tmp_path / "made", "old")
-    with pytest.raises(KeyboardInterrupt), write(tmp_path / "made") as aside:  # type: ignore[attr-defined]
+    made = tmp_path / "made"
+    made.write_text("old") if write is atomic.new_file else fill(made, "old")
+    with pytest.raises(KeyboardInterrupt), write(made) as aside:  # type: ignore[attr-defined]
         (aside / "more" if aside.is_dir() else aside).write_text("new")
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
-    assert (tmp_path / "made" / "inner" / "file").read_text() == "old"
+    assert (made / "inner" / "file" if made.is_dir() else made).read_text() == "old"
+
+
+def test_a_file_replaces_no_folder_or_pipe(tmp_path: Path) -> None:
+    fill(tmp_path / "made", "old")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("made", "pipe"):
+        with pytest.raises(ConfigError, match=f"{name} is no file that could be replaced"):
+            atomic.write_text(tmp_path / name, "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "pipe"]
 
 
 def test_what_a_killed_writer_left_is_removed_or_put_back(tmp_path: Path) -> None:

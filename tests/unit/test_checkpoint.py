@@ -38,6 +38,12 @@ def store(tmp_path: Path) -> CheckpointStore:
     return store
 
 
+def edit(path: Path, old: str, new: str) -> None:
+    content = path.read_text()
+    assert old in content
+    path.write_text(content.replace(old, new, 1))
+
+
 def test_the_newest_two_are_kept_and_read_back(store: CheckpointStore) -> None:
     names = sorted(path.name for path in store.folder.iterdir())
     assert names == ["latest", "step-00000010", "step-00000015"]
@@ -68,6 +74,7 @@ def flip(path: Path) -> None:
         (lambda step: (step / "rank-00000.safetensors").write_bytes(b"short"), "has 5 bytes"),
         (lambda step: (step / "manifest.json").unlink(), "never finished"),
         (lambda step: (step / "manifest.json").write_text("{"), "manifest.json is damaged"),
+        (lambda step: edit(step / "manifest.json", '"step": 15', '"step": 14'), "does not have the checksum"),
     ],
 )
 def test_damage_is_named_and_the_one_before_is_used(

@@ -40,6 +40,30 @@ def test_a_minimal_config_loads_and_survives_its_own_yaml(path: Path, tmp_path: 
     assert load_config(again) == config
 
 
+@pytest.mark.parametrize(
+    ("override", "sampling"),
+    [
+        ("name: fps", "corrected"),
+        ("name: softmax", "corrected"),
+        ("sampling: none", "none"),
+        ("sampling: classic", "classic"),
+        ("columns: catalogue", "none"),
+        ("name: softmax, in_batch: false, negatives: 3", "none"),
+        ("name: pair_ce", "none"),
+    ],
+)
+def test_popular_documents_of_a_batch_are_corrected_where_queries_have_histories(
+    path: Path, override: str, sampling: str
+) -> None:
+    stages = [f"pretrain.loss={{{override}}}", f"sft.loss={{{override}}}"]
+    config = load_config(path, stages)
+    assert [stage.loss.sampling for stage in (config.pretrain, config.sft) if stage] == [sampling] * 2
+    content = yaml.safe_load(path.read_text())
+    content["data"]["query"] = {"words": {"type": "text"}}
+    path.write_text(yaml.safe_dump(content))
+    assert load_config(path, stages).pretrain.loss.sampling == (sampling if "sampling" in override else "none")
+
+
 def header_overrides(file: Path) -> list[list[str]]:
     """Return the override lines of a config's header: `#   key=value key=value …`, continued behind a backslash."""
     header = file.read_text().split("\n\n")[0].replace("\\\n#", "")
@@ -97,7 +121,10 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
             ["pretrain.loss.uniform_negatives: got 9, needs 0"],
         ),
         ("sft.loss={columns: catalogue, negatives: 3}", ["sft.loss.negatives: got 3, needs 0", "sft.loss.columns"]),
-        ("pretrain.loss.frequency=streaming", ["pretrain.loss.frequency", "sampling=classic or corrected"]),
+        (
+            "pretrain.loss={sampling: none, frequency: streaming}",
+            ["pretrain.loss.frequency", "sampling=classic or corrected"],
+        ),
         (
             "sft.loss={name: pair_ce, in_batch: false, negatives: 3, sampling: corrected}",
             ["sft.loss.sampling", "in_batch=true"],

@@ -146,6 +146,9 @@ def test_the_command_line_says_what_more_ranks_and_rows_change(
     assert size(four, towers) < 0.6 * size(one, towers)  # 120 rows on a rank, not 240
     for option, got in (("--gpus", 0), ("--rows", 0), ("--rows", -8)):
         assert f"{option} {got}: needs at least 1" in tools.refused(2, "estimate", *command, option, got)
+    for got in ("-5.0", "nan", "inf", "0.0"):
+        message = tools.refused(2, "estimate", *command, "--rows-per-s", got)
+        assert f"--rows-per-s {got}: needs a finite number above 0" in message
     assert "world_size=5 is more than lanes=4" in tools.refused(2, "estimate", *command, "--gpus", 5)
 
 

@@ -120,7 +120,7 @@ def test_the_source_keeps_the_rules() -> None:
         ),
         ("bigdssm/models/tower.py", "import bigdssm.losses.fps", "models (floor 6) imports bigdssm.losses"),
         ("bigdssm/streaming/stream.py", "from bigdssm import training", "streaming (floor 7) imports bigdssm.training"),
-        ("bigdssm/config.py", "def f():\n    from bigdssm.schema import Schema", "config (floor 4) imports"),
+        ("bigdssm/config/keys.py", "def f():\n    from bigdssm.schema import Schema", "config (floor 4) imports"),
         ("bigdssm/dataset/dataset.py", "from bigdssm.streaming.order import Order", "dataset (floor 6) imports"),
         ("bigdssm/tables/source.py", "from bigdssm.making import pairs", "tables (floor 6) imports"),
         ("bigdssm/features/text.py", "from bigdssm.schema import Schema", "features (floor 3) imports"),

@@ -55,12 +55,12 @@ def fps(**arguments: object) -> float:
 
 
 def test_merged_columns_count_as_often_as_they_were() -> None:
-    assert loss(LossConfig()) == pytest.approx(fps(), rel=1e-12)
-    assert loss(LossConfig(direction="both")) == pytest.approx(fps(direction="both"), rel=1e-12)
+    assert loss(LossConfig(sampling="none")) == pytest.approx(fps(), rel=1e-12)
+    assert loss(LossConfig(sampling="none", direction="both")) == pytest.approx(fps(direction="both"), rel=1e-12)
 
 
 def test_products_take_vectors_rounded_after_they_were_normalised() -> None:
-    objective = Objective(LossConfig(widths=(2,)), ModelConfig(), None, None, 20, torch.bfloat16)
+    objective = Objective(LossConfig(sampling="none", widths=(2,)), ModelConfig(), None, None, 20, torch.bfloat16)
     found = float(objective(ENCODED, BATCH).loss)
 
     def rounded(vectors: torch.Tensor) -> torch.Tensor:
@@ -73,8 +73,8 @@ def test_products_take_vectors_rounded_after_they_were_normalised() -> None:
 
 
 def test_relevance_is_an_indicator_or_a_weight() -> None:
-    assert loss(LossConfig(weight="relevance")) == pytest.approx(fps(weight=RELEVANCE), rel=1e-12)
-    assert loss(LossConfig()) != pytest.approx(fps(weight=RELEVANCE), rel=1e-3)
+    assert loss(LossConfig(sampling="none", weight="relevance")) == pytest.approx(fps(weight=RELEVANCE), rel=1e-12)
+    assert loss(LossConfig(sampling="none")) != pytest.approx(fps(weight=RELEVANCE), rel=1e-3)
 
 
 def test_the_sampling_correction_goes_on_all_columns_or_on_negatives() -> None:
@@ -88,7 +88,7 @@ def test_the_sampling_correction_goes_on_all_columns_or_on_negatives() -> None:
 def test_the_norm_penalty_is_the_mean_over_queries_and_over_unmerged_documents() -> None:
     documents = float((W.pow(2).sum(1) * MULTIPLICITY).sum() / MULTIPLICITY.sum())
     penalty = float(U.pow(2).sum(1).mean()) + documents
-    assert loss(LossConfig(norm_penalty=0.25)) == pytest.approx(fps() + 0.25 * penalty, rel=1e-12)
+    assert loss(LossConfig(sampling="none", norm_penalty=0.25)) == pytest.approx(fps() + 0.25 * penalty, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["fps", "softmax"])
@@ -103,7 +103,7 @@ def test_the_mask_says_which_queries_know_of_each_other(name: str) -> None:
         ("past", by_row, {"query_ids": None, "known": by_row}), ("none", None, {"query_ids": None, "known": None}),
     ):  # fmt: skip
         batch = replace(BATCH, query_ids=ids, known=known)
-        config = LossConfig(name=name, mask=mask, weight="relevance")  # type: ignore[arg-type]
+        config = LossConfig(sampling="none", name=name, mask=mask, weight="relevance")  # type: ignore[arg-type]
         found[mask] = float(Objective(config, ModelConfig(score="dot"), None, None, 20)(ENCODED, batch).loss)
         common = {"alpha": 2.0, "beta": BETA, "weight": RELEVANCE, "doc_ids": BATCH.doc_ids, **arguments}
         if name == "fps":
@@ -115,7 +115,7 @@ def test_the_mask_says_which_queries_know_of_each_other(name: str) -> None:
 
 
 def test_an_mlps_scores_are_masked_by_each_querys_past() -> None:
-    config = LossConfig(name="softmax", in_batch=False, negatives=2, mlp=(4,), mask="past")
+    config = LossConfig(sampling="none", name="softmax", in_batch=False, negatives=2, mlp=(4,), mask="past")
     scores = torch.randn(M, 3, generator=torch.Generator().manual_seed(1))
     found = [
         float(Objective(config, ModelConfig(), None, None, 20)(Encoded(U, W, BETA, ALPHA, scores), batch).loss)
@@ -129,15 +129,15 @@ def test_an_mlps_scores_are_masked_by_each_querys_past() -> None:
 
 def test_a_scalar_beta_takes_part_in_the_sigmoid_only() -> None:
     model = ModelConfig(score="dot", beta="scalar")
-    assert loss(LossConfig(), model) == pytest.approx(fps(beta=None), rel=1e-12)
+    assert loss(LossConfig(sampling="none"), model) == pytest.approx(fps(beta=None), rel=1e-12)
     sigmoid = ranking_loss("sigmoid", U, W, POSITIVE, alpha=2.0, beta=BETA, weight=INDICATOR, in_batch=True,
                            negatives=BATCH.negatives, **IDS).loss  # fmt: skip
-    assert loss(LossConfig(name="sigmoid"), model) == pytest.approx(float(sigmoid), rel=1e-12)
+    assert loss(LossConfig(sampling="none", name="sigmoid"), model) == pytest.approx(float(sigmoid), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["softmax", "pair_ce", "triplet"])
 def test_an_mlps_scores_take_the_place_of_products(name: str) -> None:
-    config = LossConfig(name=name, in_batch=False, negatives=2, mlp=(4,), margin=0.3)  # type: ignore[arg-type]
+    config = LossConfig(sampling="none", name=name, in_batch=False, negatives=2, mlp=(4,), margin=0.3)  # type: ignore[arg-type]
     listed = Objective(config, ModelConfig(), None, None, 20).listed(BATCH)
     assert listed is not None and listed.tolist() == [[0, 3, 4], [1, 5, 0], [0, 3, 3], [2, 4, 5]]
     scores = (2.0 * torch.einsum("md,mkd->mk", U, W[listed])).float()

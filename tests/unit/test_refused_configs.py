@@ -122,6 +122,26 @@ def test_heads_that_do_not_divide_a_historys_items(launch: Launch, tiny_interact
 
 
 @pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"WORLD_SIZE": "many"}, "RANK= WORLD_SIZE=many: needs a rank from 0 and below the number of ranks"),
+        ({"WORLD_SIZE": "0"}, "RANK= WORLD_SIZE=0: needs a rank"),
+        ({"WORLD_SIZE": "2"}, "RANK= WORLD_SIZE=2: needs a rank"),  # each of the two would train alone
+        ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK=5 WORLD_SIZE=2: needs a rank"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "LOCAL_RANK= MASTER_ADDR= MASTER_PORT= beside RANK=1: needs this rank's"),
+        ({"RANK": "0", "LOCAL_RANK": "x", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}, "LOCAL_RANK=x MASTER_ADDR=a"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "65536"}, "MASTER_PORT=65536 beside"),
+    ],
+)
+def test_launchers_that_do_not_say_who_meets_where(
+    launch: Launch, tiny_pairs: Any, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], words: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert_refused(launch("--config", tiny_pairs.config), words)
+
+
+@pytest.mark.parametrize(
     ("content", "words"),
     [
         (b"- run: {dir: x}\n", "holds a list"),

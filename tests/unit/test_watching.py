@@ -22,6 +22,7 @@ from bigdssm.running.observing import observe, sparkline
 from bigdssm.running.run_folder import FolderLock
 from bigdssm.running.trackers import Trackers, check_trackers
 from tests.conftest import TinyDataset
+from tests.unit.retrieval.test_tools import Tools, tools  # noqa: F401, a fixture
 
 ROOT = Path(__file__).resolve().parents[2]
 START = {"event": "start", "step": 0, "total_steps": 40, "ranks": 2, "versions": {"torch": "2.13.0", "code": "abc"}}
@@ -42,14 +43,7 @@ def write_stage(run: Path, *, end: dict[str, object] | None, losses: list[float]
     return folder
 
 
-def tool(name: str, *arguments: str | Path) -> str:
-    command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_a_run_that_ended_is_shown_with_its_end(tmp_path: Path) -> None:
+def test_a_run_that_ended_is_shown_with_its_end(tools: Tools, tmp_path: Path) -> None:  # noqa: F811
     end = {"event": "end", "exit_code": 75, "reason": "stopped on request after step 20, saved"}
     folder = write_stage(tmp_path, end=end, losses=[4.0 - 0.1 * step for step in range(20)])
     alert = {"step": 7, "loss": 40.0, "usual": 3.5, "row_ids": [1]}
@@ -61,7 +55,7 @@ def test_a_run_that_ended_is_shown_with_its_end(tmp_path: Path) -> None:
     assert seen.curves["loss"][0] == 4.0 and seen.curves["validation NDCG@10"] == [0.125]
     assert seen.figures == {"dropped": "25.0 %", "memory gb": "0.5"}
     assert len(seen.alerts) == 1 and "alert at step 7: loss 40, usually 3.5" in seen.alerts[0]
-    shown = tool("watch_run.py", tmp_path, "--once")
+    shown = tools.ran("watch_run", tmp_path, "--once")
     assert "step 20 of 40" in shown and "█" in shown and "alert at step 7" in shown
 
 
@@ -83,7 +77,11 @@ def test_sparklines() -> None:
     assert sparkline(list(map(float, range(800))), 8) == "▁▂▃▄▅▆▇█"
 
 
-def test_two_runs_are_compared_in_all_they_differ_in(tmp_path: Path, tiny_pairs: TinyDataset) -> None:
+def test_two_runs_are_compared_in_all_they_differ_in(
+    tools: Tools,  # noqa: F811
+    tmp_path: Path,
+    tiny_pairs: TinyDataset,
+) -> None:
     import torch
 
     dataset = Dataset.open(tiny_pairs.dir)
@@ -106,21 +104,25 @@ def test_two_runs_are_compared_in_all_they_differ_in(tmp_path: Path, tiny_pairs:
     assert found.systems is not None
     assert found.systems[0].difference(found.systems[0], "mrr").mean == 0
     assert found.systems[0].difference(found.systems[1], "mrr").mean != 0
-    shown = tool("compare_runs.py", tmp_path / "first", tmp_path / "second")
+    shown = tools.ran("compare_runs", tmp_path / "first", tmp_path / "second")
     for text in ("pretrain.rows_global", "2.14.0", "data: the same", "B − A: ", "finished"):
         assert text in shown, shown
     with pytest.raises(DataError, match="no stage to compare"):
         compare(tmp_path / "first", tmp_path / "second", "sft", "validation", None)
 
 
-def test_a_missing_dataset_leaves_the_rest_of_the_comparison(tmp_path: Path, tiny_pairs: TinyDataset) -> None:
+def test_a_missing_dataset_leaves_the_rest_of_the_comparison(
+    tools: Tools,  # noqa: F811
+    tmp_path: Path,
+    tiny_pairs: TinyDataset,
+) -> None:
     for name in ("first", "second"):
         folder = write_stage(tmp_path / name, end=None, losses=[4.0])
         config = load_config(tiny_pairs.config, [f"run.dir={tmp_path / name}"])
         (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
     found = compare(tmp_path / "first", tmp_path / "second", None, "validation", None)
     assert found.systems is None and "is no model folder" in found.not_measured
-    assert "results: not measured:" in tool("compare_runs.py", tmp_path / "first", tmp_path / "second")
+    assert "results: not measured:" in tools.ran("compare_runs", tmp_path / "first", tmp_path / "second")
 
 
 def test_trackers_are_known_by_name_and_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:

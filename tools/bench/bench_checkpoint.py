@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bigdssm import distributed
 from bigdssm.artifacts.store import CheckpointStore
-from bigdssm.cli import run_main
+from bigdssm.cli import at_least, run_main
 from bigdssm.config import EngineConfig, OptimizerConfig
 from bigdssm.distributed import free_port
 
@@ -45,9 +45,9 @@ class Table(nn.Module):
 def main() -> int:
     """Run the bench; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--weights", type=int, default=50_000_000)
-    parser.add_argument("--zero-stage", type=int, default=1)
+    parser.add_argument("--ranks", type=at_least(1), default=2)
+    parser.add_argument("--weights", type=at_least(64), default=50_000_000)
+    parser.add_argument("--zero-stage", type=int, choices=range(4), default=1)
     parser.add_argument("--folder", help="where the checkpoints are written; default: a temporary one")
     parser.add_argument("--out", type=Path, metavar="JSON", required=True)
     args = parser.parse_args()

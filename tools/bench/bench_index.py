@@ -25,7 +25,7 @@ from rich.table import Table
 
 from bigdssm.artifacts.model_folder import load_model_folder
 from bigdssm.atomic import write_json
-from bigdssm.cli import ProgressBar, run_main
+from bigdssm.cli import ProgressBar, at_least, run_main
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--vectors", type=Path, required=True, help="folder written by tools/embed.py")
     parser.add_argument("--data", required=True, help="dataset folder or URL")
     parser.add_argument("--split", default="test", help="where queries come from (%(default)s)")
-    parser.add_argument("--queries", type=int, default=1000, help="number of queries (%(default)s)")
+    parser.add_argument("--queries", type=at_least(1), default=1000, help="number of queries (%(default)s)")
     parser.add_argument("--types", nargs="+", choices=get_args(IndexType), default=get_args(IndexType), help="kinds")
     parser.add_argument("--out", type=Path, metavar="JSON", help="where to save the figures")
     args = parser.parse_args()

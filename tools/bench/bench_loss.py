@@ -27,6 +27,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from bigdssm.cli import at_least
 from bigdssm.losses import fps_loss
 
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -35,13 +36,13 @@ Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=sorted(TASKS))
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rows", type=int, help="per rank; default 8192, for `large` 131072")
-    parser.add_argument("--dim", type=int, help="default 256, for `large` 128")
+    parser.add_argument("--ranks", type=at_least(1), default=2)
+    parser.add_argument("--rows", type=at_least(1), help="per rank; default 8192, for `large` 131072")
+    parser.add_argument("--dim", type=at_least(1), help="default 256, for `large` 128")
     parser.add_argument("--alpha", type=float, default=20.0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--direction", choices=["q2d", "d2q", "both"], default="both", help="for `memory` and `large`")
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=at_least(1), default=5)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
@@ -101,6 +102,7 @@ _PRODUCTS = {"both": 4, "q2d": 3, "open_clip": 6}
 def memory(args: argparse.Namespace) -> list[str]:
     """Return the peak over base of one forward and backward for growing batches."""
     D = args.dim or 256
+    _step(_ours(args.direction), *_inputs(64, D, args))  # what libraries take at their first use is in the base
     lines = [f"{args.ranks} ranks, D = {D}, {args.dtype}, {args.direction}: peak over base in MB, the larger rank's"]
     sizes = [args.rows] if args.rows else [2048, 8192, 32768]
     for m in sizes:

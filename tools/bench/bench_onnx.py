@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bigdssm.artifacts.model_folder import load_model_folder
 from bigdssm.batching.collate import Collator
-from bigdssm.cli import run_main
+from bigdssm.cli import at_least, run_main
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.tensors import Features
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--vectors", type=Path, required=True, help="folder written by tools/embed.py")
     parser.add_argument("--data", required=True, help="dataset folder or URL")
     parser.add_argument("--split", default="test", help="where queries come from (%(default)s)")
-    parser.add_argument("--queries", type=int, default=1000, help="number of queries (%(default)s)")
+    parser.add_argument("--queries", type=at_least(1), default=1000, help="number of queries (%(default)s)")
     args = parser.parse_args()
     if args.queries < 1:
         raise ConfigError(f"--queries {args.queries}: needs at least 1")

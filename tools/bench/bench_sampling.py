@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bigdssm.cli import at_least
 from bigdssm.losses import CountedFrequency, apply_sampling, fps_loss, sample_uniform
 from bigdssm.losses.sampling import Sampling
 
@@ -37,8 +38,8 @@ class World:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=200)
-    parser.add_argument("--catalogues", type=int, nargs="+", default=[], help="sizes")
+    parser.add_argument("--batches", type=at_least(1), default=200)
+    parser.add_argument("--catalogues", type=at_least(1), nargs="+", default=[], help="sizes")
     args = parser.parse_args()
     if args.catalogues:
         print(f"{STEP_ROWS} rows and columns, D = {STEP_DIM}, medians of 9: CPU ms of a look-up, of a loss with it")

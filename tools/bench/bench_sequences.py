@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bigdssm.cli import run_main
+from bigdssm.cli import at_least, run_main
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.distributed import free_port
@@ -33,9 +33,9 @@ def main() -> int:
     """Run the bench; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "movielens_1m.yaml")
-    parser.add_argument("--users", type=int, default=1500)
-    parser.add_argument("--items", type=int, default=3416)
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--users", type=at_least(1), default=1500)
+    parser.add_argument("--items", type=at_least(1), default=3416)
+    parser.add_argument("--ranks", type=at_least(1), default=2)
     parser.add_argument("--out", type=Path, metavar="JSON", required=True)
     args = parser.parse_args()
     return run_main(lambda: bench(args))

@@ -43,6 +43,7 @@ from bigdssm import timing
 from bigdssm.batching.batch import Batch
 from bigdssm.batching.collate import Collator
 from bigdssm.batching.plan import Budget, plan_step
+from bigdssm.cli import at_least
 from bigdssm.config import Config, EngineConfig, LossConfig, OptimizerConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
@@ -66,17 +67,17 @@ def main() -> None:
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--pairs", type=Path, help="JSONL (.xz) with synopsis and description")
     data.add_argument("--movielens", type=Path, help="folder with ml-100k.inter and .item (tools/fetch_movielens.py)")
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--rows", type=int, default=2048, help="global batch")
-    parser.add_argument("--max-tokens", type=int, default=64, help="of queries and documents")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--chunk-tokens", type=int, default=4096)
-    parser.add_argument("--keep-graph-tokens", type=int, default=10**9, help="for `speed` (default: all)")
-    parser.add_argument("--zero-stage", type=int, default=1)
+    parser.add_argument("--ranks", type=at_least(1), default=1)
+    parser.add_argument("--rows", type=at_least(1), default=2048, help="global batch")
+    parser.add_argument("--max-tokens", type=at_least(3), default=64, help="of queries and documents")
+    parser.add_argument("--layers", type=at_least(1), default=2)
+    parser.add_argument("--hidden", type=at_least(1), default=128)
+    parser.add_argument("--chunk-tokens", type=at_least(0), default=4096)
+    parser.add_argument("--keep-graph-tokens", type=at_least(0), default=10**9, help="for `speed` (default: all)")
+    parser.add_argument("--zero-stage", type=int, choices=range(4), default=1)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="a turn")
+    parser.add_argument("--turns", type=at_least(1), default=5)
+    parser.add_argument("--steps", type=at_least(1), default=2, help="a turn")
     args = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", DS_ACCELERATOR="cpu")
     with tempfile.TemporaryDirectory() as folder:
@@ -203,7 +204,7 @@ class Ours:
 
         self.model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size).train()
         self.engine = Engine(self.model, engine, OPTIMIZER, rows_global // dist.get_world_size())
-        self.objective = Objective(LossConfig(), config.model, None, None, rows_global)
+        self.objective = Objective(LossConfig(sampling="none"), config.model, None, None, rows_global)
         self.budget = Budget.of(engine, self.model.packs(training=True))
 
     def step(self, batch: Batch, keep_graph_tokens: int | None = None) -> float:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from bigdssm.cli import at_least
 from bigdssm.losses import fps_loss, ranking_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -30,7 +31,7 @@ ROWS, D, ALPHA = 48, 16, 10.0
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--ranks", type=at_least(1), default=4)
     parser.add_argument("--table", action="store_true", help="as a Markdown table")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"

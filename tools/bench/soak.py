@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from bigdssm.cli import run_main
+from bigdssm.cli import at_least, run_main
 from bigdssm.config import load_config
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.making.making import Target
@@ -86,7 +86,7 @@ class Struck:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="must not exist")
-    parser.add_argument("--faults", type=int, default=20, help="how many (%(default)s)")
+    parser.add_argument("--faults", type=at_least(1), default=20, help="how many (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of kinds, steps, ranks and launchers (%(default)s)")
     args = parser.parse_args()
     if args.out.exists():

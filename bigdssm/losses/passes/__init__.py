@@ -150,13 +150,17 @@ class ScorePasses:
         return BothSums(rows, log_N[self.positive_N], add)
 
     def own_gradients(self) -> Gradients:
-        """Return the sums of this rank's queries and columns, over all ranks; a collective where any are wanted."""
+        """Return the sums of this rank's queries and columns, over all ranks; a collective where any are wanted.
+
+        It is the last that can be asked: what is as large as all columns is given back as soon as it can be.
+        """
+        del self.columns
         sums, n = self._sums or Gradients(None, None, None), self._x.W.shape[0]
-        W, beta = (
-            None if part is None else distributed.reduce_scatter_rows(part, self._group)[:n]
-            for part in (sums.W, sums.beta)
-        )
-        return Gradients(sums.U, W, beta)
+        if sums.W is not None:
+            sums.W = distributed.reduce_scatter_rows(sums.W, self._group)[:n]
+        if sums.beta is not None:
+            sums.beta = distributed.reduce_scatter_rows(sums.beta, self._group)[:n]
+        return sums
 
     @cached_property
     def _sums(self) -> Gradients | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +13,14 @@ import torch
 
 from bigdssm import distributed
 from bigdssm.batching.collate import Collator
-from bigdssm.config import DataConfig
+from bigdssm.config import Config, DataConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DivergedError
 from bigdssm.evaluation.baselines import Markov, Popularity
 from bigdssm.evaluation.metrics import mean_metrics
 from bigdssm.evaluation.split import evaluate_scores, evaluate_split
-from bigdssm.evaluation.systems import baseline_systems, rows_checksum
+from bigdssm.evaluation.systems import baseline_systems, measured
 from bigdssm.features import Categorical, History, Numeric
 from bigdssm.making.interactions import InteractionTables, make_interactions
 from bigdssm.making.making import Target
@@ -51,6 +52,20 @@ def test_ranks_are_those_of_the_training_score(model: DualEncoder, dataset: Data
     evaluation = evaluate_split(tower_encoders(model, dataset), dataset, split, rows_per_chunk=13)
     assert evaluation.ranks.tolist() == expected_ranks(model, dataset, split)
     assert evaluation.metrics == mean_metrics(evaluation.ranks)
+
+
+def test_every_query_of_a_row_has_the_rank_it_has_in_a_row_of_its_own(
+    tiny_interactions: Any, config: Config, model: DualEncoder, dataset: Dataset, tmp_path: Path
+) -> None:
+    source = tiny_interactions.source
+    tables = InteractionTables(source / "interactions.csv", source / "items.csv", source / "users.csv")
+    make_interactions(replace(config.data, targets_per_row=7), tables, Target(tmp_path / "pieces"))
+    pieces = Dataset.open(tmp_path / "pieces")
+    assert pieces.num_rows("train") < pieces.num_queries("train") == dataset.num_rows("train")
+    evaluations = [evaluate_split(tower_encoders(model, of), of, "train") for of in (pieces, dataset)]
+    assert evaluations[0].ranks.tolist() == expected_ranks(model, pieces, "train")
+    assert np.array_equal(*(np.sort(evaluation.ranks) for evaluation in evaluations))
+    assert len(evaluate_scores(Popularity.fit(pieces), pieces, "train").ranks) == pieces.num_queries("train")
 
 
 def test_what_is_seen_counts_only_where_it_is_not_filtered(model: DualEncoder, dataset: Dataset) -> None:
@@ -163,7 +178,9 @@ def test_rows_pair_whatever_their_features_are(tmp_path: Path) -> None:
         (folder / "items.csv").write_text("item_id,price\n" + "".join(f"i{k},{k}\n" for k in range(items)))
         tables = InteractionTables(folder / "events.csv", folder / "items.csv")
         make_interactions(config, tables, Target(folder / "out"))
-        return rows_checksum(Dataset.open(folder / "out"), "test")
+        num_queries, found = measured(Dataset.open(folder / "out"), "test")
+        assert num_queries == 2
+        return found
 
     plain = DataConfig(
         dir="", query={"past": History(of="item", max_items=5)}, doc={"item": Categorical(column="item_id")}

@@ -107,6 +107,14 @@ def test_the_file_holds_every_row_or_those_asked_for(model: DualEncoder, dataset
         MinedNegatives.open(path)
 
 
+def test_ranks_know_the_positives_of_their_rows_and_all_of_them_together(dataset: Dataset) -> None:
+    ids = np.unique(np.concatenate([rows.query_ids for rows in dataset.iterate("train", 1000)]))
+    whole, shares = KnownPositives.of(dataset), [KnownPositives.of(dataset, Share(rank, 3)) for rank in range(3)]
+    assert max(len(share.doc_rows) for share in shares) < 0.4 * len(whole.doc_rows)
+    together = np.concatenate([np.stack(share.pairs(ids), 1) for share in shares])
+    assert sorted(together.tolist()) == np.stack(whole.pairs(ids), 1).tolist()
+
+
 def test_known_positives_of_queries_that_have_none() -> None:
     known = KnownPositives(np.array([3, 7]), np.array([0, 2, 3]), np.array([10, 11, 12]))
     rows, docs = known.pairs(np.array([7, 5, 3, 9, 1]))

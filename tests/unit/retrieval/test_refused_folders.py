@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 
 from bigdssm.dataset.dataset import Dataset
 from tests.conftest import NUM_ITEMS
-from tests.unit.retrieval.test_tools import Tools, index_dir, tools  # noqa: F401, fixtures
+from tests.unit.retrieval.test_tools import Tools, index_dir, run_dir, tools  # noqa: F401, fixtures
 
 
 @pytest.fixture
@@ -245,6 +246,9 @@ def test_mining_beyond_the_catalogue_takes_what_there_is(tools: Tools, copies: P
     assert "--margin nan: needs a finite number" in tools.refused(
         2, "mine_negatives", "--out", out, *rest, "--margin", "nan"
     )
+    assert "--exact-up-to -1: needs at least 0" in tools.refused(
+        2, "mine_negatives", "--out", out, *rest, "--exact-up-to", -1
+    )
     assert f"--out {copies} is a folder" in tools.refused(2, "mine_negatives", "--out", copies, *rest)
     np.save(out, np.array(["x"], object), allow_pickle=True)
     message = tools.refused(3, "sample_negatives", "--mined", out, "--data", dataset.dir)
@@ -252,16 +256,48 @@ def test_mining_beyond_the_catalogue_takes_what_there_is(tools: Tools, copies: P
 
 
 def test_an_edited_comparison_is_not_compared_with(tools: Tools, copies: Path, dataset: Dataset) -> None:  # noqa: F811
-    """Ranks below 1 give figures above 1, or infinite ones."""
+    """Ranks below 1 give figures above 1, those of other shapes or rows no pairs."""
     command = ("evaluate", "--model", copies / "model", "--data", dataset.dir)
     tools.ran(*command, "--out", copies / "one.json")
     edit(copies / "one.json", lambda content: content["systems"][0].update(seconds="soon"))
     assert "is no comparison written by" in tools.refused(3, *command, "--compare", copies / "one.json")
     tools.ran(*command, "--out", copies / "one.json")
     ranks = np.load(copies / "one.ranks-0.npy")
-    for changed in (ranks * 0, -ranks, ranks.astype(str)):
+    some = np.where(np.arange(len(ranks)) % 2, ranks, np.nan)
+    for changed in (ranks * 0, -ranks, ranks.astype(str), np.array(3.0), ranks[:, None], ranks * np.inf, some):
         np.save(copies / "one.ranks-0.npy", changed)
-        assert "one.ranks-0.npy holds no ranks" in tools.refused(3, *command, "--compare", copies / "one.json")
+        message = tools.refused(3, *command, "--compare", copies / "one.json")
+        assert "one.ranks-0.npy does not hold the ranks that were measured" in message
+    (copies / "one.json").write_text("[" * 100_000)
+    assert "is no comparison written by" in tools.refused(3, *command, "--compare", copies / "one.json")
+
+
+def test_files_are_written_where_a_link_leads_and_over_no_device(
+    tools: Tools, copies: Path, dataset: Dataset, run_dir: Path  # noqa: F811
+) -> None:  # fmt: skip
+    """To /dev/null, say, which whoever is root would else put a file in the place of."""
+    data = ("--model", copies / "model", "--data", dataset.dir)
+    commands: list[tuple[object, ...]] = [("evaluate", *data), ("mine_negatives", *data), ("report", run_dir)]
+    os.mkfifo(copies / "pipe")
+    for number, command in enumerate(commands):
+        link = copies / f"link-{number}"
+        link.symlink_to(copies / f"file-{number}")
+        tools.ran(*command, "--out", link)
+        assert link.is_symlink() and (copies / f"file-{number}").is_file()
+        assert "is a folder; name a file" in tools.refused(2, *command, "--out", copies)
+        assert "is a device or pipe; name a file" in tools.refused(2, *command, "--out", copies / "pipe")
+    assert (copies / "pipe").is_fifo()
+
+
+def test_numbers_and_names_that_mean_nothing_are_refused(tools: Tools, copies: Path, run_dir: Path) -> None:  # noqa: F811
+    data = Dataset.open(yaml.safe_load((copies / "model" / "config.yaml").read_text())["data"]["dir"]).dir
+    assert "--rows -1: needs at least 0" in tools.refused(2, "inspect_shards", data, "--rows", -1)
+    sample = ("sample_negatives", "--mined", copies / "none.npy", "--data", data)
+    assert "--count 0: needs at least 1" in tools.refused(2, *sample, "--count", 0)
+    assert "needs a name that ends in .png" in tools.refused(2, "plot_run", run_dir, "--out", copies / "curves.txt")
+    assert "is a folder; name a file" in tools.refused(2, "plot_run", run_dir, "--out", copies)
+    message = tools.refused(2, "report", run_dir, run_dir, "--out", copies / "twice.json")
+    assert f"{run_dir} has the seed of {run_dir}: it is no other sample" in message
 
 
 def test_a_load_without_a_server_says_so(tools: Tools, tmp_path: Path) -> None:  # noqa: F811

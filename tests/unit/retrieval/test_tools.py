@@ -99,6 +99,7 @@ def index_dir(model_dir: Path, dataset: Dataset, tmp_path_factory: pytest.TempPa
     return folder / "index"
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_every_tool_as_a_user_runs_it(model_dir: Path, run_dir: Path, dataset: Dataset, tmp_path: Path) -> None:
     data = ["--data", str(dataset.dir)]
@@ -313,6 +314,9 @@ def test_report_of_several_seeds(tools: Tools, run_dir: Path, dataset: Dataset, 
         shutil.copytree(run_dir / stage, other / stage)
         shutil.rmtree(other / stage / "best")
         shutil.copytree(run_dir / trained / "best", other / stage / "best")
+        config = other / stage / "best" / "config.yaml"
+        content = yaml.safe_load(config.read_text())
+        config.write_text(yaml.safe_dump({**content, "run": {**content["run"], "seed": 1}}))
     for name, runs in (("one", [run_dir]), ("two", [run_dir, other])):
         out = tools.ran("report", *runs, "--out", tmp_path / f"{name}.json")
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))

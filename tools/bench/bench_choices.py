@@ -1,11 +1,12 @@
-"""Train a config with each kind of negatives, all else the same, and print what it reaches.
+"""Train a config with each choice of one thing, all else the same, and print what it reaches.
 
-    python tools/bench/bench_negatives.py --config configs/movielens_latest.yaml --out negatives.json [key=value …]
+    python tools/bench/bench_choices.py negatives --config configs/movielens_latest.yaml --out negatives.json
+    python tools/bench/bench_choices.py depth --config configs/movielens_latest.yaml --out depth.json key=value …
 
 Negatives are the other documents of the batch (`in-batch`), with the sampling correction (`corrected`), with documents
-drawn uniformly beside them (`corrected + uniform`), or the whole catalogue. The dataset is the config's, made before;
-runs stand in RUN/NEGATIVES (RUN: the config's run.dir) and go on where they were broken off. Each is chosen on
-validation and measured on test once, with a standard error over its rows.
+drawn uniformly beside them (`corrected + uniform`), or the whole catalogue; depth is the history's number of layers.
+The dataset is the config's, made before; runs stand in RUN/CHOICE (RUN: the config's run.dir) and go on where they were
+broken off. Each is chosen on validation and measured on test once, with a standard error over its queries.
 """
 
 from __future__ import annotations
@@ -21,39 +22,47 @@ from bigdssm.cli import run_main
 from bigdssm.config import load_config
 
 ROOT = Path(__file__).parents[2]
-NEGATIVES = {
-    "in-batch": ["columns=batch", "sampling=none"],
-    "corrected": ["columns=batch", "sampling=corrected", "gamma=1.0"],
-    "corrected + uniform": ["columns=batch", "sampling=corrected", "gamma=1.0", "uniform_negatives=2048"],
-    "catalogue": ["columns=catalogue", "sampling=none"],
-}
+LOSS = "pretrain.loss"
+CHOICES = {
+    "negatives": {
+        "in-batch": [f"{LOSS}.columns=batch", f"{LOSS}.sampling=none"],
+        "corrected": [f"{LOSS}.columns=batch", f"{LOSS}.sampling=corrected"],
+        "corrected + uniform": [
+            f"{LOSS}.columns=batch", f"{LOSS}.sampling=corrected", f"{LOSS}.uniform_negatives=2048",
+        ],
+        "catalogue": [f"{LOSS}.columns=catalogue", f"{LOSS}.sampling=none"],
+    },
+    "depth": {str(layers): [f"model.query.history.layers={layers}"] for layers in (1, 2, 4, 8)},
+}  # fmt: skip
 
 
 def main() -> int:
     """Run the bench; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=CHOICES)
     parser.add_argument("--config", required=True, metavar="FILE")
-    parser.add_argument("--negatives", nargs="+", choices=NEGATIVES, default=list(NEGATIVES))
+    parser.add_argument("--only", nargs="+", metavar="CHOICE", help="these alone")
     parser.add_argument("--out", type=Path, metavar="JSON", required=True)
     args, overrides = parser.parse_known_args()
     return run_main(lambda: bench(args, overrides))
 
 
 def bench(args: argparse.Namespace, overrides: list[str]) -> None:
-    """Train, measure and write every kind."""
+    """Train, measure and write every choice."""
     folder = Path(load_config(args.config, overrides).run.dir)
     table = []
-    for name in args.negatives:
+    for name, chosen in CHOICES[args.what].items():
+        if args.only and name not in args.only:
+            continue
         run = folder / name.replace(" ", "-")
-        of_loss = [f"pretrain.loss.{option}" for option in NEGATIVES[name]]
         command = [sys.executable, ROOT / "launch" / "pretrain.py", "--config", args.config, "--resume", "auto"]
-        call([*map(str, command), *overrides, *of_loss, f"run.dir={run}"])
+        call([*map(str, command), *overrides, *chosen, f"run.dir={run}"])
         report = run / "report.json"
         call([sys.executable, str(ROOT / "tools" / "report.py"), str(run), "--out", str(report)])
         test = json.loads(report.read_text())[-1]
         records = [json.loads(line) for line in (run / "pretrain" / "metrics.jsonl").read_text().splitlines()]
         best = max((r for r in records if "validation" in r), key=lambda record: record["validation"]["ndcg_at_10"])
-        table.append({"negatives": name, "step": best["step"], "validation": best["validation"], "test": test})
+        table.append({args.what: name, "step": best["step"], "validation": best["validation"], "test": test})
         args.out.write_text(json.dumps(table, indent=1))
         for split, found in (("validation", best["validation"]), ("test", test)):
             print(f"{name:20} {split:10} HR@10 {found['hr_at_10']:.4f}  NDCG@10 {found['ndcg_at_10']:.4f}", flush=True)

@@ -1,29 +1,21 @@
-"""The one configuration of a run: frozen dataclasses, read from YAML and `key=value` overrides, checked as a whole.
-
-A YAML file has the sections `run`, `data`, `model`, `engine`, `pretrain` and (optionally) `sft`. Unknown keys are
-rejected with the nearest name; every message names the dotted key, what it got and what it needs.
-"""
+"""The keys of a run's YAML as frozen dataclasses, each with its default and its bounds."""
 
 from __future__ import annotations
 
 import difflib
 import json
-import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import yaml
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from bigdssm.bounds import bounded, out_of_bounds
+from bigdssm.bounds import bounded
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature
 from bigdssm.features.base import feature_type
 from bigdssm.features.history import histories_of
-from bigdssm.loss_options import LOSSES
 
 StageName = Literal["pretrain", "sft"]
 DEFAULT_CACHE_BYTES = 50 * 1024**3
@@ -170,7 +162,9 @@ class LossConfig:
     name: str = "fps"  # or softmax, pair_ce, triplet, sigmoid, or one that losses.register was given
     direction: Literal["q2d", "d2q", "both"] = "q2d"
     weight: Literal["indicator", "relevance"] = "indicator"  # 1[r>0], or r itself
-    sampling: Literal["none", "classic", "corrected"] = "none"  # correction for popular in-batch documents
+    # Correction for popular in-batch documents; auto: corrected where queries have histories and a softmax takes their
+    # documents for negatives, else none (a Config has decided it).
+    sampling: Literal["auto", "none", "classic", "corrected"] = "auto"
     gamma: float = bounded(1.0, 0, 10)  # its strength: 0 learns PMI, 1 learns p(doc|query)
     frequency: Literal["counts", "streaming"] = (
         "counts"  # what it knows of them: the catalogue's counts, or the batches
@@ -276,6 +270,13 @@ class Config:
     sft: StageConfig | None = None
     debug: DebugConfig = field(default_factory=DebugConfig)
 
+    def __post_init__(self) -> None:
+        for name in ("pretrain", "sft"):
+            stage = getattr(self, name)
+            if stage is not None and stage.loss.sampling == "auto":
+                loss = replace(stage.loss, sampling=_usual_sampling(stage.loss, self.data))
+                object.__setattr__(self, name, replace(stage, loss=loss))
+
     def stage(self, name: StageName) -> StageConfig:
         """Return the stage `name`. Raises ConfigError where the file has no such section."""
         stage = self.pretrain if name == "pretrain" else self.sft
@@ -296,210 +297,10 @@ class Config:
         return cast(dict[str, Any], json.loads(json.dumps(content)))
 
 
-def config_of(config: Config | str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Return a Config as it is, or that of a YAML file with `overrides`. Raises ConfigError."""
-    if not isinstance(config, Config):
-        return load_config(config, overrides)
-    if overrides:
-        raise ConfigError("key=value changes a config file; of a Config make another with dataclasses.replace")
-    return config
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Return the checked Config of the YAML file `path` with `key=value` overrides (dotted keys, YAML values).
-
-    Raises ConfigError: missing file, YAML that does not parse, unknown or missing keys, wrong types, or values that
-    do not go together.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"config file {path} does not exist; --config takes a YAML file such as those in configs/")
-    for override in overrides:
-        if not re.match(r"\w[^\[\]=]*(\[\d+\][^\[\]=]*)*=", override):
-            raise ConfigError(f"override {override!r} is not of the form key=value, for example pretrain.steps=100")
-    try:
-        content = OmegaConf.load(path)
-        if not isinstance(content, DictConfig):
-            raise ConfigError(f"{path} holds a list, needs the sections run, data, model, …")
-        merged = OmegaConf.merge(OmegaConf.structured(Config), content, OmegaConf.from_dotlist(list(overrides)))
-        if missing := sorted(OmegaConf.missing_keys(merged)):
-            raise ConfigError(f"{path}: required key {missing[0]} is missing; give it a value")
-        config = cast(Config, OmegaConf.to_object(merged))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid YAML in UTF-8: {' '.join(str(error).split())}") from None
-    except OSError as error:  # what omegaconf raises of a lone word or number, too
-        raise ConfigError(f"{path} cannot be read as a config: {error}") from None
-    except ConfigKeyError as error:
-        raise ConfigError(f"{path}: unknown key {error.full_key}: {_first_line(error)}") from None
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {error.full_key or 'config'}: {_first_line(error)}") from None
-    check_config(config)
-    return config
-
-
-def check_config(config: Config) -> None:
-    """Raise ConfigError with one sentence on the first thing in `config` that cannot work."""
-    for key, got, needed in out_of_bounds(config):
-        raise ConfigError(f"{key}: got {got}, needs {needed}")
-    data, engine = config.data, config.engine
-    for key, value in (("run.dir", config.run.dir), ("data.dir", data.dir)):
-        _require(bool(value.strip()), key, repr(value), "a folder")
-    _require(bool(data.query), "data.query", "no features", "at least one feature")
-    _require(bool(data.doc), "data.doc", "no features", "at least one feature")
-    _check_sources(data)
-    for key, needs_it in (
-        ("engine.offload_optimizer=true", engine.offload_optimizer),
-        ("engine.precision=bf16_pure", engine.precision == "bf16_pure"),
-    ):
-        _require(engine.zero_stage > 0 or not needs_it, "engine.zero_stage", 0, f"1, 2 or 3 with {key}")
-    # Stage 3 gathers a layer's weights in hooks around it, of which a compiled layer knows nothing.
-    _require(engine.zero_stage < 3 or not engine.compile, "engine.compile", "true", "false with engine.zero_stage=3")
-    for side, tower in (("query", config.model.query), ("doc", config.model.doc)):
-        text = tower.text
-        _require(
-            text.init is not None or text.keep_layers == 0, f"model.{side}.text.keep_layers", text.keep_layers,
-            "an init folder to keep them of; without one `layers` says how many there are",
-        )  # fmt: skip
-        history = tower.history
-        _require(
-            history.block != "hstu" or history.positions == "relative", f"model.{side}.history.positions",
-            history.positions, "relative with block=hstu, which has no other",
-        )  # fmt: skip
-    if data.targets_per_row > 1:
-        check_many_queries(f"data.targets_per_row={data.targets_per_row}", data, config.model)
-    for side, features in (("query", data.query), ("doc", data.doc)):
-        for name, feature in features.items():
-            key = f"data.{side}.{name}"
-            _require(key.count(".") == 2 and not key.endswith("."), key, "this name", "a feature's name without dots")
-            feature.check(key, side, data.doc)
-    stages: dict[str, StageConfig | None] = {"pretrain": config.pretrain, "sft": config.sft}
-    for name, stage in stages.items():
-        if stage is not None:
-            _check_stage(name, stage, data)
-            _check_loss(f"{name}.loss", stage.loss, config.model, engine.chunk_tokens)
-            if stage.loss.columns == "catalogue":
-                _check_catalogue_columns(f"{name}.loss", stage.loss, config.model, data)
-    if config.model.beta == "scalar":
-        fits = any(stage is not None and not LOSSES[stage.loss.name].relative for stage in stages.values())
-        _require(fits, "model.beta", "scalar", "document or none without a sigmoid loss: in all others it cancels")
-
-
-def check_many_queries(rows: str, data: DataConfig, model: ModelConfig) -> None:
-    """Raise ConfigError where several queries of a row cannot come from one pass; `rows` says what rows they are."""
-    histories, history = histories_of(data.query), model.query.history
-    if not histories:
-        return
-    if not history.allows_many_queries:
-        raise ConfigError(
-            f"model.query.history.positions={history.positions} gives an item one position in a row, but with {rows} "
-            "it is of another age to each of the row's queries; use relative"
-        )
-    check_pieces(data)
-    lengths = {name: feature.max_items for name, feature in histories.items()}
-    _require(
-        len(set(lengths.values())) == 1, "data.query", f"histories of max_items {lengths}",
-        f"one max_items with {rows}: a row's queries know the same items of each",
-    )  # fmt: skip
-
-
-def check_pieces(data: DataConfig) -> None:
-    """Raise ConfigError where a history is too short for the first query of a row to have seen anything of it."""
-    for name, feature in histories_of(data.query).items():
-        _require(
-            data.targets_per_row <= feature.max_items, "data.targets_per_row", data.targets_per_row,
-            f"at most data.query.{name}.max_items={feature.max_items}: a row's queries have seen parts of one history",
-        )  # fmt: skip
-
-
-def first_difference(before: Any, now: Any, key: str = "") -> str | None:
-    """Return `dotted.key was …, is …` for the first place in which two plain config containers differ, or None."""
-    if not isinstance(before, dict) or not isinstance(now, dict):
-        return None if before == now else f"{key} was {before}, is {now}"
-    for name in {**before, **now}:
-        found = first_difference(before.get(name), now.get(name), f"{key}.{name}" if key else name)
-        if found:
-            return found
-    return None
-
-
-def _check_sources(data: DataConfig) -> None:
-    if data.mixture:
-        _require(data.webdataset is None, "data.webdataset", data.webdataset, "no mixture beside it")
-        _require(
-            data.from_partition is None, "data.from_partition", data.from_partition,
-            "no mixture beside it; name partitions in the mixture",
-        )  # fmt: skip
-
-
-def _check_stage(name: str, stage: StageConfig, data: DataConfig) -> None:
-    rows, lanes = stage.rows_global, data.lanes
-    if rows % lanes:
-        below, above = rows // lanes * lanes, (rows // lanes + 1) * lanes
-        fix = f"use {below} or {above}" if below else f"use {above}"
-        raise ConfigError(f"{name}.rows_global={rows} must be divisible by data.lanes={lanes}; {fix}")
-    _require(stage.steps > 0 or stage.epochs > 0, f"{name}.epochs", stage.epochs, "above 0 where steps is 0")
-    _require(stage.init is None or bool(stage.init.strip()), f"{name}.init", repr(stage.init), "a folder, or null")
-    mining, negatives = stage.mining, stage.loss.negatives
-    _require(mining.first < mining.last, f"{name}.mining", f"[{mining.first}, {mining.last})", "first < last")
-    if mining.file is None:
-        room = mining.last - mining.first
-        _require(negatives <= room, f"{name}.loss.negatives", negatives, f"at most the mining window's {room}")
-    else:
-        _require(
-            data.from_partition is None and not data.mixture, f"{name}.mining.file", mining.file,
-            "no data.from_partition or data.mixture, which number the rows otherwise",
-        )  # fmt: skip
-
-
-def _check_loss(key: str, loss: LossConfig, model: ModelConfig, chunk_tokens: int) -> None:
-    _require(loss.name in LOSSES, f"{key}.name", loss.name, f"one of {', '.join(map(repr, LOSSES))}")
-    options = LOSSES[loss.name]
-    over_all, directions = options.all_columns, options.directions
-    _require(loss.in_batch or not over_all, f"{key}.in_batch", False, f"true for {loss.name}, over the whole batch")
-    mined_or_batch = loss.in_batch or loss.negatives > 0
-    _require(mined_or_batch, f"{key}.negatives", loss.negatives, "at least 1 where in_batch is false")
-    fit = loss.direction in directions
-    _require(fit, f"{key}.direction", loss.direction, f"{' or '.join(directions)}: {loss.name} has no other")
-    uniform = loss.uniform_negatives
-    _require(over_all or uniform == 0, f"{key}.uniform_negatives", uniform, f"0: {loss.name} takes no extra columns")
-    if loss.sampling == "none":
-        _require(loss.frequency == "counts", f"{key}.frequency", loss.frequency, "sampling=classic or corrected")
-    else:
-        _require(loss.in_batch, f"{key}.sampling", loss.sampling, "in_batch=true: it corrects in-batch documents")
-    widths = loss.widths
-    fit = len(set(widths)) == len(widths) and all(width < model.dim for width in widths)
-    _require(fit, f"{key}.widths", list(widths), f"distinct numbers from 1 to {model.dim - 1}, below model.dim")
-    if model.score == "cosine":
-        _require(loss.norm_penalty == 0, f"{key}.norm_penalty", loss.norm_penalty, "0: model.score=cosine has norms 1")
-    if loss.mlp:
-        given = "name other than fps, in_batch=false and negatives: it scores documents given for each query"
-        _require(not over_all and not loss.in_batch, f"{key}.mlp", list(loss.mlp), given)
-        _require(key == "sft.loss", f"{key}.mlp", list(loss.mlp), "the stage sft: mining needs a model that can search")
-        _require(chunk_tokens == 0, f"{key}.mlp", list(loss.mlp), "engine.chunk_tokens=0: it sees both towers at once")
-        _require(not loss.widths, f"{key}.mlp", list(loss.mlp), "widths=[]: it takes vectors whole")
-    elif not options.relative:
-        _require(model.beta == "scalar", "model.beta", model.beta, f"scalar where {key}.name is {loss.name}")
-
-
-def _check_catalogue_columns(key: str, loss: LossConfig, model: ModelConfig, data: DataConfig) -> None:
-    """Each document is a column once: nothing is sampled, and two ranks' vectors of a document must be the same."""
-    over_all = LOSSES[loss.name].all_columns
-    _require(over_all, f"{key}.columns", loss.columns, f"batch with {loss.name}, which is not over all columns")
-    texts = {side: any(f.type == "text" for f in getattr(data, side).values()) for side in ("query", "doc")}
-    encoder = "query" if model.share_text and texts["query"] else "doc"
-    text_dropout = getattr(model, encoder).text.dropout if texts["doc"] else 0.0
-    once = "every document is a column, once"
-    same = "a document's vector must be the same on all ranks"
-    for where, got, needed, why in (
-        (f"{key}.direction", loss.direction, "q2d", "a document of no query has no term in its column"),
-        (f"{key}.sampling", loss.sampling, "none", once),
-        (f"{key}.uniform_negatives", loss.uniform_negatives, 0, once),
-        (f"{key}.negatives", loss.negatives, 0, once),
-        ("data.webdataset", data.webdataset or "none", "none", "rows that bring their documents have no catalogue"),
-        ("model.doc.dropout", model.doc.dropout, 0.0, same),
-        (f"model.{encoder}.text.dropout", text_dropout, 0.0, same),
-    ):
-        _require(got == needed, where, got, f"{needed} with {key}.columns=catalogue: {why}")
+def _usual_sampling(loss: LossConfig, data: DataConfig) -> Literal["none", "corrected"]:
+    """Return what holds over time and over users for recommendation (docs/sequences.md); elsewhere nothing is known."""
+    samples = loss.name in ("fps", "softmax") and loss.in_batch and loss.columns == "batch"
+    return "corrected" if samples and histories_of(data.query) else "none"
 
 
 def _feature(key: str, content: Any) -> Feature:
@@ -519,13 +320,9 @@ def _feature(key: str, content: Any) -> Feature:
     try:
         return cast(Feature, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), given)))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{key}.{error.full_key}: {_first_line(error)}") from None
+        raise ConfigError(f"{key}.{error.full_key}: {first_line(error)}") from None
 
 
-def _require(holds: bool, key: str, got: object, needed: str) -> None:
-    if not holds:
-        raise ConfigError(f"{key}: got {got}, needs {needed}")
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return what omegaconf says of a key, without the lines that repeat it."""
     return str(error).splitlines()[0]

@@ -1,0 +1,54 @@
+"""The configuration of a run: its keys, what they must be together, and reading them.
+
+A YAML file has the sections `run`, `data`, `model`, `engine`, `pretrain` and (optionally) `sft`. Unknown keys are
+rejected with the nearest name; every message names the dotted key, what it got and what it needs.
+"""
+
+from bigdssm.config.checks import check_config, check_many_queries, check_pieces
+from bigdssm.config.difference import first_difference
+from bigdssm.config.keys import (
+    DEFAULT_CACHE_BYTES,
+    Config,
+    DataConfig,
+    DebugConfig,
+    EngineConfig,
+    HistoryEncoderConfig,
+    LossConfig,
+    MiningConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    SourceConfig,
+    StageConfig,
+    StageName,
+    TextEncoderConfig,
+    TokenizerConfig,
+    TowerConfig,
+)
+from bigdssm.config.loading import config_of, load_config
+
+__all__ = [
+    "DEFAULT_CACHE_BYTES",
+    "Config",
+    "DataConfig",
+    "DebugConfig",
+    "EngineConfig",
+    "HistoryEncoderConfig",
+    "LossConfig",
+    "MiningConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "SourceConfig",
+    "StageConfig",
+    "StageName",
+    "TextEncoderConfig",
+    "TokenizerConfig",
+    "TowerConfig",
+    "check_config",
+    "check_many_queries",
+    "check_pieces",
+    "config_of",
+    "first_difference",
+    "load_config",
+]
