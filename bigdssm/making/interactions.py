@@ -58,7 +58,7 @@ from bigdssm.making.making import (
     making,
 )
 from bigdssm.making.reading import PLACE_BITS, PartOfTable, places, read_part
-from bigdssm.making.splits import SPLITS, check_fractions, quantile
+from bigdssm.making.splits import SPLITS, check_fractions, quantiles
 from bigdssm.making.steps import FirstRows, RowFile, Table, read_facts
 from bigdssm.making.writing import write_catalogue, write_counts, write_split
 from bigdssm.progress import Progress, no_progress
@@ -362,7 +362,8 @@ def _thresholds(engine: Engine, tables: InteractionTables) -> tuple[float, float
     if tables.split != "time":
         return np.inf, np.inf
     kept = 1 - tables.test_fraction
-    return quantile(engine, "events", kept - tables.validation_fraction), quantile(engine, "events", kept)
+    first, second = quantiles(engine, "events", (kept - tables.validation_fraction, kept))
+    return first, second
 
 
 def _earlier(run: Making) -> tuple[tuple[tuple[Path, ...], Path], ...]:

@@ -25,7 +25,6 @@ from bigdssm.atomic import aside_of, remove, sync
 
 ROWS_PER_READ = 1 << 16
 MOST_WAITING = 1 << 20
-_COMPRESSION = "zstd"
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class RowFile:
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.schema = schema
-        self._writer = pq.ParquetWriter(path, schema, compression=_COMPRESSION)
+        self._writer = pq.ParquetWriter(path, schema, compression="lz4", use_dictionary=False)
 
     def add(self, table: pa.Table) -> None:
         """Append rows."""
@@ -120,8 +119,8 @@ class FirstRows:
 
     def add(self, table: pa.Table) -> None:
         """Take in rows, which follow those before."""
-        self._waiting.append(self._first(table))
-        self._count += self._waiting[-1].num_rows
+        self._waiting.append(table)
+        self._count += table.num_rows
         if self._count > MOST_WAITING:
             self._waiting = [self._first(pa.concat_tables(self._waiting))]
             self._count = self._waiting[0].num_rows
