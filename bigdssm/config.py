@@ -10,7 +10,7 @@ import difflib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -60,6 +60,9 @@ class DataConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     # Most targets of a train row made of interactions: one pass over a piece of a sequence gives a query for each.
     targets_per_row: int = bounded(1, 1, 65_536)
+    # Whether what a user met before may be the answer again (music, groceries). It decides the losses' mask, what is
+    # mined, what evaluation counts, and what search, serve and recommend leave out.
+    repeats: Literal["allow", "exclude"] = "exclude"
     lanes: int = bounded(8, 1, 65_536)  # fixed order lanes; divides rows_global, at least the world size
     num_workers: int = bounded(1, 0, 1024)  # loader processes per rank
     max_bad_fraction: float = bounded(0.001, 0, 1)  # of the rows met; past it the run stops
@@ -70,6 +73,11 @@ class DataConfig:
     mixture: list[SourceConfig] = field(default_factory=list)  # several datasets or partitions, by weight
     mixture_batches: Literal["mixed", "one_source"] = "mixed"  # a step's lanes each from one source, or all of them
     tail: Literal["carry", "drop"] = "carry"  # an epoch's rows that fill no step: into the next, or left out
+
+    @property
+    def excludes_seen(self) -> bool:
+        """Return whether what a user met before is no answer."""
+        return self.repeats == "exclude"
 
     def __post_init__(self) -> None:
         for side in ("query", "doc"):
@@ -184,8 +192,9 @@ class LossConfig:
     # What a query is compared with: the documents of the global batch, or all of the catalogue in every step.
     columns: Literal["batch", "catalogue"] = "batch"
     # Which of them are no negatives: batch: positives of the same query id, of any rank; user: and what its sequence
-    # holds up to its latest row; past: exactly what lies before the query; none: its own document alone.
-    mask: Literal["batch", "user", "past", "none"] = "batch"
+    # holds up to its latest row; past: exactly what lies before the query; none: its own document alone. By default
+    # batch, and none with data.repeats=allow, where what a user met may be what is asked for, or just not now.
+    mask: Literal["batch", "user", "past", "none"] | None = None
     margin: float = bounded(0.2, 0, 1_000_000)  # triplet
     # Matryoshka: further widths, below model.dim, that vectors can be cut to.
     widths: tuple[int, ...] = bounded((), 1, MAX_WIDTH)
@@ -275,6 +284,13 @@ class Config:
     pretrain: StageConfig = field(default_factory=StageConfig)
     sft: StageConfig | None = None
     debug: DebugConfig = field(default_factory=DebugConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("pretrain", "sft"):
+            stage: StageConfig | None = getattr(self, name)
+            if stage is not None and stage.loss.mask is None:
+                loss = replace(stage.loss, mask="batch" if self.data.excludes_seen else "none")
+                object.__setattr__(self, name, replace(stage, loss=loss))
 
     def stage(self, name: StageName) -> StageConfig:
         """Return the stage `name`. Raises ConfigError where the file has no such section."""
@@ -377,6 +393,10 @@ def check_config(config: Config) -> None:
         if stage is not None:
             _check_stage(name, stage, data)
             _check_loss(f"{name}.loss", stage.loss, config.model, engine.chunk_tokens)
+            _require(
+                data.excludes_seen or stage.loss.mask not in ("user", "past"), f"{name}.loss.mask", stage.loss.mask,
+                "none or batch with data.repeats=allow: what a user met before may be a negative",
+            )  # fmt: skip
             if stage.loss.columns == "catalogue":
                 _check_catalogue_columns(f"{name}.loss", stage.loss, config.model, data)
     if config.model.beta == "scalar":

@@ -4,10 +4,10 @@
     bigdssm evaluate --beir DIR --split test [--model MODEL] [--bm25] [--pretrained FOLDER] [--save-run FILE]
     bigdssm evaluate --run FILE --qrels FILE
 
-The first form filters what a row has seen, ties counting half; OTHER is another model folder, or the JSON of an earlier
-evaluation. Each row's rank is saved beside JSON as .npy. The second takes a BEIR folder (corpus.jsonl, queries.jsonl,
-qrels/SPLIT.tsv) and compares the model with BM25, a pretrained text encoder as it is, and TREC runs (--compare). The
-third measures a TREC run alone. Runs are measured as trec_eval does.
+The first form leaves out what a row has seen, unless the model's data.repeats allows it, ties counting half; OTHER is
+another model folder, or the JSON of an earlier evaluation. Each row's rank is saved beside JSON as .npy. The second
+takes a BEIR folder (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv) and compares the model with BM25, a pretrained text
+encoder as it is, and TREC runs (--compare). The third measures a TREC run alone. Runs are measured as trec_eval does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from time import perf_counter
 
 from rich.console import Console
 
-from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder
 from bigdssm.atomic import write_json
 from bigdssm.cli import ProgressBar, check_file_to_write, command, refuse_options
 from bigdssm.dataset.dataset import Dataset
@@ -112,11 +112,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _on_split(args: argparse.Namespace) -> None:
     dataset = Dataset.open(args.data)
     name, *names = names_apart([args.model, *args.compare])
-    model = _evaluated(name, args.model, dataset, args.split, args.bf16)
-    others = baseline_systems(dataset, args.split) if args.baselines else []
+    folder = load_model_folder(args.model, any_score=True)
+    how = {"dataset": dataset, "split": args.split, "filter_seen": folder.config.data.excludes_seen}
+    model = _evaluated(name, folder, bf16=args.bf16, **how)
+    others = baseline_systems(**how) if args.baselines else []
     for name, path in zip(names, args.compare, strict=True):
-        measure = partial(_evaluated, name, bf16=args.bf16) if path.is_dir() else load_system
-        others.append(measure(path, dataset=dataset, split=args.split))
+        if path.is_dir():
+            others.append(_evaluated(name, load_model_folder(path, any_score=True), bf16=args.bf16, **how))
+        else:
+            others.append(load_system(path, **how))
     pairs = [(model, other) for other in others]
 
     console = Console()
@@ -124,16 +128,16 @@ def _on_split(args: argparse.Namespace) -> None:
     for line in differences(pairs):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if args.out is not None:
-        save_comparison(args.out, dataset, args.split, [model, *others], pairs)
+        save_comparison(args.out, [model, *others], pairs, **how)
 
 
-def _evaluated(name: str, path: Path, dataset: Dataset, split: str, bf16: bool) -> System:
-    folder = load_model_folder(path, any_score=True)
+def _evaluated(name: str, folder: ModelFolder, dataset: Dataset, split: str, filter_seen: bool, bf16: bool) -> System:
     if bf16:
         encode_in_bf16(folder.model)
     folder.check_dataset(dataset)
     with ProgressBar() as progress:
-        evaluation = evaluate_split(encoders_of(folder.model, dataset), dataset, split, progress=progress)
+        encoders = encoders_of(folder.model, dataset)
+        evaluation = evaluate_split(encoders, dataset, split, filter_seen=filter_seen, progress=progress)
     return System.of_ranks(name, evaluation.ranks, evaluation.seconds)
 
 

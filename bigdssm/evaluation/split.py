@@ -19,7 +19,7 @@ from bigdssm.evaluation.ranks import Seen, by_pairs, by_product, ranks_of_round,
 from bigdssm.evaluation.scorer import ScoredEncoders
 from bigdssm.progress import Progress, no_progress
 from bigdssm.retrieval.embed import Documents, Encoders, Share, all_finite, encode_catalogue, encode_queries
-from bigdssm.retrieval.rounds import QUERIES_AT_ONCE, Pairs, rounds
+from bigdssm.retrieval.rounds import QUERIES_AT_ONCE, Pairs, no_pairs, rounds
 
 SCORES_PER_CHUNK = 16_777_216  # of a scorer without vectors, 128 MiB of float64
 
@@ -64,7 +64,7 @@ def evaluate_split(
     distributed.raise_together(None if all_finite(documents.vectors) else error)
     first, last = share.of(dataset.num_rows(split))
     ranks = np.full(last - first, np.nan)
-    seen = _seen_pairs if filter_seen else _no_pairs
+    seen = _seen_pairs if filter_seen else no_pairs
     for asked in rounds(encode_queries(encoders, dataset, split, share), documents, seen, QUERIES_AT_ONCE):
         if not all_finite(asked.vectors):  # which all ranks see alike
             raise error
@@ -112,10 +112,6 @@ def _seen(rows: Rows) -> Seen:
 def _seen_pairs(rows: Rows) -> Pairs:
     values, offsets = rows.seen_ragged()
     return np.repeat(np.arange(len(rows)), np.diff(offsets)), values
-
-
-def _no_pairs(rows: Rows) -> Pairs:
-    return np.zeros(0, np.int64), np.zeros(0, np.int64)
 
 
 def _of_relevant(ranks: Tensor, rows: Rows) -> np.ndarray:

@@ -27,7 +27,7 @@ from bigdssm.log import get_logger
 from bigdssm.progress import Progress, no_progress
 from bigdssm.retrieval.embed import Documents, Encoders, Share, all_finite, encode_catalogue, encode_queries
 from bigdssm.retrieval.mined import MinedNegatives, mined_records
-from bigdssm.retrieval.rounds import QUERIES_AT_ONCE, Pairs, Round, rounds
+from bigdssm.retrieval.rounds import QUERIES_AT_ONCE, Pairs, Round, no_pairs, rounds
 from bigdssm.retrieval.top import Search, approximate_search, exact_search, opened, top_of_round
 
 logger = get_logger(__name__)
@@ -79,23 +79,24 @@ def mine(
     exact_up_to: int | None = None,
     documents: Documents | None = None,
     share: Share | None = None,
+    filter_seen: bool = True,
 ) -> np.ndarray:
     """Return this rank's `mined_records`: the catalogue rows at ranks [first, last) of each train query's ranking.
 
     `rows` are those to mine for, in as many pieces on every rank; by default the rank's share of the split. Known
-    positives (all of the query's train documents, its own history, and its target) are taken out before ranks
-    are counted; -1 stands where the catalogue ends, and with `margin` where a document's score alpha * <u, w> + beta is
-    above that of its own less the margin. In a catalogue of more than `exact_up_to` documents each rank asks an
-    approximate index of its share, and the log tells how much that finds of what scoring all would. `documents` are the
-    rank's share of the catalogue's index vectors where they were made before. A collective over the ranks. Raises
-    DivergedError where a vector is not finite.
+    positives (its target, and with `filter_seen` all of the query's train documents and its own history) are taken out
+    before ranks are counted; -1 stands where the catalogue ends, and with `margin` where a document's score alpha * <u,
+    w> + beta is above that of its own less the margin. In a catalogue of more than `exact_up_to` documents each rank
+    asks an approximate index of its share, and the log tells how much that finds of what scoring all would. `documents`
+    are the rank's share of the catalogue's index vectors where they were made before. A collective over the ranks.
+    Raises DivergedError where a vector is not finite.
     """
     share = share or Share()
     if documents is None:
         documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
     error = DivergedError("the model's vectors hold NaN or inf; nothing mined")
     distributed.raise_together(None if all_finite(documents.vectors) else error)
-    known = KnownPositives.of(dataset, share.progress)
+    left_out = partial(_known_pairs, KnownPositives.of(dataset, share.progress)) if filter_seen else no_pairs
     approximate = exact_up_to is not None and dataset.catalogue.num_docs > exact_up_to
     if approximate:
         share.progress("an index of the documents built", 0, 1)
@@ -103,7 +104,7 @@ def mine(
     keys, windows = [np.zeros(0, np.int64)], [np.zeros((0, last - first), np.int32)]
     pieces = encode_queries(encoders, dataset, "train", share, rows)
     asked_at_once = min(QUERIES_AT_ONCE, FOUND_AT_ONCE // last)
-    for number, asked in enumerate(rounds(pieces, documents, partial(_known_pairs, known), asked_at_once)):
+    for number, asked in enumerate(rounds(pieces, documents, left_out, asked_at_once)):
         if not all_finite(asked.vectors):  # which all ranks see alike
             raise error
         if approximate and number == 0:
@@ -130,6 +131,7 @@ def mine_to_file(
     exact_up_to: int | None = None,
     documents: Documents | None = None,
     share: Share | None = None,
+    filter_seen: bool = True,
 ) -> MinedNegatives:
     """Return what all ranks mine, mapped from the file `path`.
 
@@ -138,7 +140,7 @@ def mine_to_file(
     """
     own = mine(
         encoders, dataset, rows, first=first, last=last, margin=margin, exact_up_to=exact_up_to, documents=documents,
-        share=share,
+        share=share, filter_seen=filter_seen,
     )  # fmt: skip
     everything = np.unique(np.concatenate(distributed.all_gather_object(own["query"])))
     aside = aside_of(path)

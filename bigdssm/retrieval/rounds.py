@@ -103,6 +103,11 @@ def rounds(
             yield _round(rows.take(part), queries[first : first + most], documents, left_out)
 
 
+def no_pairs(rows: Rows) -> Pairs:
+    """Return that queries leave out nothing but their own document."""
+    return np.zeros(0, np.int64), np.zeros(0, np.int64)
+
+
 def product(queries: Tensor, documents: Tensor) -> Tensor:
     """Return queries @ documents.T, [m, n], an entry's bits being the same whatever is beside it in the two."""
     m, n = len(queries), len(documents)
