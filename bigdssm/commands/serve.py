@@ -6,8 +6,8 @@ The page is at http://127.0.0.1:8000; the API is described in bigdssm/serving/ap
 encoded and searched together, and the answers of the last --cache queries are kept. It listens on this machine alone
 unless --host says otherwise, and asks nobody who they are. It answers to localhost and to --host; another name that
 leads here, such as a proxy's, is to be given with --allow-host. SIGTERM and Ctrl-C stop it after at most --timeout-s
-seconds. --data is needed where queries have users or histories and the dataset is not at the path that the model was
-trained with.
+seconds. --data is needed where queries have users, histories or filters and the dataset is not at the path that the
+model was trained with.
 """
 
 from __future__ import annotations
@@ -22,12 +22,8 @@ from typing import Any
 
 import torch
 
-from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder
 from bigdssm.cli import command
-from bigdssm.dataset.cache import Cache
-from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
-from bigdssm.retrieval.index import open_index
 from bigdssm.serving.searcher import Searcher
 
 
@@ -61,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    folder, index = load_model_folder(args.model), open_index(args.index)
-    searcher = Searcher(folder, index, _dataset_of(folder, args.data), args.threads)
+    searcher = Searcher.open(args.model, args.index, args.data, args.threads)
     app = make_app(searcher, cache_size=args.cache, at_once=args.at_once, hosts=[args.host, *args.allow_host])
     with _listen(args.host, args.port) as listening:
         host = f"[{args.host}]" if ":" in args.host else args.host
@@ -81,10 +76,3 @@ def _listen(host: str, port: int) -> socket.socket:
             why = os.strerror(error.errno)
         at = f"--host {host} --port {port}"
         raise ConfigError(f"{at} cannot be listened on: {why}; choose another (--port 0 takes any free one)") from None
-
-
-def _dataset_of(folder: ModelFolder, data: str | None) -> Dataset | None:
-    """Return the dataset, or None where queries are typed features alone and nobody named one."""
-    if data is None and all(feature.type != "history" for feature in folder.schema.query.values()):
-        return None
-    return Dataset.open(data or folder.config.data.dir, cache=Cache.of(folder.config.data))

@@ -20,6 +20,7 @@ from bigdssm.artifacts.checkpoint import check_file
 from bigdssm.atomic import new_folder, real_place
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.retrieval.model import Model
+from bigdssm.retrieval.scan import LOOKED_AT, Allowed, scan
 from bigdssm.retrieval.vectors import (
     DOCUMENTS_FILE,
     INDEX_FILE,
@@ -37,6 +38,7 @@ from bigdssm.retrieval.vectors import (
 IndexType = Literal["flat", "sq8", "hnsw", "ivf", "ivfpq"]
 HNSW_LINKS, HNSW_BUILD_WIDTH, HNSW_SEARCH_WIDTH = 32, 200, 200
 SIMILAR_CANDIDATES = 20
+NO_ROWS = np.zeros(0, np.int64)
 TRAINING_POINTS = 39  # FAISS wants so many for a list of an inverted file
 PQ_LEAST_DOCS = TRAINING_POINTS * 256  # a code is a byte
 PQ_ROUNDS, PQ_POINTS = 10, 64  # of k-means, and points per centroid: FAISS's 25 and 256 take ten times as long
@@ -90,25 +92,34 @@ class Index:
         return {key: row for row, key in enumerate(self.keys.to_pylist())}
 
     def nearest(
-        self, queries: np.ndarray, top: int, model_checksum: str, excluded: Sequence[np.ndarray] | None = None
+        self,
+        queries: np.ndarray,
+        top: int,
+        model_checksum: str,
+        excluded: Sequence[np.ndarray] | None = None,
+        allowed: Allowed | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return (scores float32 [m, top], catalogue rows int64 [m, top]), best first; -inf and -1 behind the last.
 
-        queries [m, D+1] are index vectors of the model `model_checksum`, `excluded` each query's rows to leave out.
+        queries [m, D+1] are index vectors of the model `model_checksum`, `excluded` each query's rows to leave out,
+        `allowed` the documents that any of them may have (none: all). Every query finds as many as are left for it.
         Raises CheckpointError where the index holds another model's vectors.
         """
         self.check_model(model_checksum)
-        left_out = [np.unique(some) for some in excluded or [np.zeros(0, np.int64)] * len(queries)]
-        wanted = min(top + max(map(len, left_out), default=0), self.meta.num_docs)
-        scores, rows = self.index.search(np.ascontiguousarray(queries, np.float32), wanted)
-        out = rows < 0
-        for i, some in enumerate(left_out):
-            out[i] |= np.isin(rows[i], some)
-        order = np.argsort(out, axis=1, kind="stable")[:, :top]
-        scores = np.where(out, np.float32(-np.inf), scores)
-        scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(np.where(out, -1, rows), order, 1)
-        pad = ((0, 0), (0, top - rows.shape[1]))
-        return np.pad(scores, pad, constant_values=-np.inf), np.pad(rows, pad, constant_values=-1)
+        scores, rows = np.full((len(queries), top), -np.inf, np.float32), np.full((len(queries), top), -1)
+        available = self.meta.num_docs if allowed is None else allowed.count
+        if not available:
+            return scores, rows
+        left_out = [np.unique(some) for some in excluded or [NO_ROWS] * len(queries)]
+        # So many more are asked for that `top` are left; queries of like many together, as few have a long history.
+        more = np.array([(1 << (len(some) - 1).bit_length()) if len(some) else 0 for some in left_out], np.int64)
+        for number in np.unique(more).tolist():
+            some = np.flatnonzero(more == number)
+            wanted = min(top + number, available)
+            found = scan(self.index, queries[some], wanted, allowed)
+            kept = min(top, wanted)
+            scores[some, :kept], rows[some, :kept] = _without(*found, [left_out[i] for i in some.tolist()], top)
+        return scores, rows
 
     def check_model(self, model_checksum: str) -> None:
         """Raise CheckpointError where the index holds another model's vectors."""
@@ -127,8 +138,8 @@ class Index:
         asked = own.copy()
         asked[-1] = 0
         candidates = min(SIMILAR_CANDIDATES * (top + 1), self.meta.num_docs)
-        rows = self.index.search(asked[None], candidates)[1][0]
-        rows = rows[(rows >= 0) & (rows != row)]
+        rows = scan(self.index, asked[None], candidates, None)[1][0]
+        rows = rows[rows != row]
         vectors = np.stack([own, *(self._vector(int(other)) for other in rows)])[:, :-1]
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=np.finfo(np.float32).tiny)
         cosines = vectors[1:] @ vectors[0]
@@ -138,6 +149,18 @@ class Index:
     def _vector(self, row: int) -> np.ndarray:
         """Return the vector [D+1] of a document, as exact as this kind of index keeps it."""
         return np.asarray(self.index.reconstruct(row))
+
+
+def _without(
+    scores: np.ndarray, rows: np.ndarray, left_out: Sequence[np.ndarray], top: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first `top` of what was found, [m, found], without each query's rows to leave out."""
+    out = rows < 0
+    for i, some in enumerate(left_out):
+        out[i] |= np.isin(rows[i], some)
+    order = np.argsort(out, axis=1, kind="stable")[:, :top]
+    scores, rows = np.where(out, np.float32(-np.inf), scores), np.where(out, -1, rows)
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
 
 
 def search_with(threads: int) -> None:
@@ -230,7 +253,7 @@ def _empty_index(kind: IndexType, vectors: np.ndarray) -> faiss.Index:
         learning = lists.pq.cp
         learning.niter, learning.max_points_per_centroid = PQ_ROUNDS, PQ_POINTS
     index.train(_sample(vectors, 256 * max(num_lists, 256)))
-    faiss.extract_index_ivf(index).nprobe = max(1, num_lists // 8)
+    faiss.extract_index_ivf(index).nprobe = max(1, num_lists // LOOKED_AT)
     return index
 
 

@@ -3,7 +3,7 @@
 GET  /                    the page
 GET  /api/about           model, index, query features
 GET  /api/users           some users to choose from
-POST /api/search          {"features": {"name": "value"}} or {"user": "key"} or {"history": ["title"]}, and "top"
+POST /api/search          a request, see Ask and docs/serving.md
 GET  /api/similar?key=K   the nearest documents of a document
 GET  /api/statistics      queries answered, batches, cache hits
 
@@ -25,7 +25,8 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
+from fastapi import Request as HTTPRequest
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -35,6 +36,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bigdssm.errors import BigDSSMError, DataError
+from bigdssm.retrieval.index import Document
+from bigdssm.retrieval.request import Event, Request
 from bigdssm.retrieval.search import Query
 from bigdssm.serving.batching import AnswerCache, Batcher, Overloaded
 from bigdssm.serving.searcher import Found, Searcher
@@ -43,18 +46,40 @@ PAGE = Path(__file__).with_name("page.html")
 MOST_DOCUMENTS, MOST_CHARACTERS, MOST_VALUES, MOST_BYTES = 100, 10_000, 1000, 1 << 20
 PORT, ANY_ADDRESS = re.compile(r":[0-9]*$"), {"0.0.0.0", "::", ""}
 ShortText = Annotated[str, Field(max_length=MOST_CHARACTERS)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Value = (
+    ShortText | Number | Annotated[list[ShortText | Number], Field(max_length=MOST_VALUES)] | None
+)  # of a feature, as its type reads it
 Top = Annotated[int, Field(ge=1, le=MOST_DOCUMENTS)]
 
 
-class Ask(BaseModel):
-    """A query: exactly one of features, user and history."""
+class AskEvent(BaseModel):
+    """Something that the asking user did."""
 
     model_config = ConfigDict(extra="forbid")
 
-    features: dict[ShortText, ShortText] | None = Field(None, max_length=MOST_VALUES)
-    user: ShortText | None = None
-    history: list[ShortText] | None = Field(None, max_length=MOST_VALUES)
+    item: ShortText = Field(description="a document, by its key or its display name; an unknown one is skipped")
+    time: Number | None = Field(None, description="in the unit of now; without, events are given oldest first")
+    action: ShortText | None = Field(None, description="what was done; no model reads it yet")
+
+
+class Ask(BaseModel):
+    """A request: what is known of who asks, and which documents may answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    user: ShortText | None = Field(None, description="a user of the dataset, whose features and events come first")
+    features: dict[ShortText, Value] | None = Field(None, max_length=MOST_VALUES, description="values of features")
+    events: list[AskEvent] | None = Field(None, max_length=MOST_VALUES, description="what the user did since")
+    now: Number | None = Field(None, description="events after it are not known yet")
+    filter: ShortText | None = Field(None, description="which documents may be found, as in year >= 1990")
+    exclude_seen: bool | None = Field(None, description="whether documents of events stay out; none: as trained")
     top: Top = 10
+
+    def request(self) -> Request:
+        """Return it as the library takes it."""
+        events = None if self.events is None else [Event(**event.model_dump()) for event in self.events]
+        return Request(**{**dict(self), "events": events})
 
 
 class Refusal(BaseModel):
@@ -82,7 +107,7 @@ def make_app(
     Requests are to be addressed to a loopback name or to one of `hosts`, of which 0.0.0.0 or :: stands for any address
     (not any name); None does not look at whom they are addressed to.
     """
-    batcher: Batcher[tuple[Query, int], Found] = Batcher(searcher.search, at_once)
+    batcher: Batcher[Query, Found] = Batcher(searcher.answer, at_once)
     cache: AnswerCache[dict[str, Any]] = AnswerCache(cache_size)
 
     @asynccontextmanager
@@ -98,19 +123,19 @@ def make_app(
     page = PAGE.read_text(encoding="utf-8")
 
     @app.exception_handler(BigDSSMError)
-    async def refused(request: Request, error: BigDSSMError) -> JSONResponse:
+    async def refused(request: HTTPRequest, error: BigDSSMError) -> JSONResponse:
         return _refuse(404 if isinstance(error, DataError) else 400, str(error))
 
     @app.exception_handler(RequestValidationError)
-    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+    async def malformed(request: HTTPRequest, error: RequestValidationError) -> JSONResponse:
         return _refuse(422, _sentence(error))
 
     @app.exception_handler(HTTPException)
-    async def no_such_page(request: Request, error: HTTPException) -> JSONResponse:
+    async def no_such_page(request: HTTPRequest, error: HTTPException) -> JSONResponse:
         return _refuse(error.status_code, f"{request.method} {request.url.path}: {error.detail}", error.headers)
 
     @app.exception_handler(Overloaded)
-    async def overloaded(request: Request, error: Overloaded) -> JSONResponse:
+    async def overloaded(request: HTTPRequest, error: Overloaded) -> JSONResponse:
         return _refuse(503, f"{error}; ask again later", {"Retry-After": "1"})
 
     @app.get("/", response_class=HTMLResponse)
@@ -133,10 +158,11 @@ def make_app(
         cached = answer is not None
         if answer is None:
             # In a thread: looking up users and unknown titles may take long, and others are to be answered meanwhile.
-            query = await run_in_threadpool(searcher.query, ask.features, ask.user, ask.history)
-            found = await batcher((query, ask.top))
+            query = await run_in_threadpool(searcher.queries.of, ask.request())
+            found = await batcher(query)
             timing = {"encode_ms": found.encode_ms, "search_ms": found.search_ms, "batch": found.batch}
-            answer = {"documents": found.documents, "history": searcher.seen(query), **timing}
+            known = {"history": searcher.seen(query), "unknown_events": len(query.unknown)}
+            answer = {"documents": _ranked(found.documents), **known, **timing}
             cache.put(key, answer)
         return {**answer, "cached": cached, "total_ms": (time.perf_counter() - started) * 1000}
 
@@ -144,7 +170,7 @@ def make_app(
     async def similar(key: ShortText, top: Top = 10) -> dict[str, Any]:
         started = time.perf_counter()
         name, documents = await run_in_threadpool(searcher.similar, key, top)
-        return {"of": name, "documents": documents, "total_ms": (time.perf_counter() - started) * 1000}
+        return {"of": name, "documents": _ranked(documents), "total_ms": (time.perf_counter() - started) * 1000}
 
     @app.get("/api/statistics")
     async def statistics() -> dict[str, int]:
@@ -154,6 +180,10 @@ def make_app(
         }  # fmt: skip
 
     return app
+
+
+def _ranked(documents: Sequence[Document]) -> list[dict[str, Any]]:
+    return [{"rank": rank, **document._asdict()} for rank, document in enumerate(documents, start=1)]
 
 
 class _Gate:

@@ -30,7 +30,8 @@ from bigdssm.features import Ragged, TextTokenizer
 from bigdssm.making.tokenizer import make_tokenizer
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval.embed import document_vectors, query_vectors
-from bigdssm.retrieval.search import DocumentNames, feature_query, history_query
+from bigdssm.retrieval.request import Event, Request
+from bigdssm.retrieval.search import Queries
 from bigdssm.schema import Schema
 from tests.conftest import WORDS
 
@@ -344,16 +345,15 @@ def test_onnx_holds_towers_of_all_features(
     card = run_card(tmp_path / "exported", monkeypatch)
     items = [f"i{number}" for number in range(14)]  # more than are read
     assert dataset.tokenizer_dir is not None
-    names = DocumentNames.of(dataset)
+    lookup = Queries(dataset.schema, dataset.tokenizer, dataset, exclude_seen=True)
     collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
     queries = [{"history": items}, {"history": [], "age": 33.0, "occupation": "farmer"}, {"occupation": "unknown"}]
     vectors = card["encode_query"](queries)
     for given, vector in zip(queries, vectors, strict=True):
-        typed = {name: str(value) for name, value in given.items() if name != "history"}
-        query = feature_query(dataset.schema, typed, None)
-        history = history_query(dataset, names, given.get("history", []))  # type: ignore[arg-type]
-        columns = {**query.columns, "history": history.columns["history"]}
-        expected = query_vectors(model, collator.query_features(columns))[0].numpy()
+        features = {name: value for name, value in given.items() if name != "history"}
+        events = [Event(item) for item in given.get("history", [])]  # type: ignore[attr-defined]
+        query = lookup.of(Request(features=features, events=events))
+        expected = query_vectors(model, collator.query_features(query.columns))[0].numpy()
         np.testing.assert_allclose(vector, expected, rtol=1e-4, atol=1e-5)
     with (tiny_interactions.source / "items.csv").open() as file:
         items_read = list(csv.DictReader(file))
