@@ -13,7 +13,6 @@ needs only the dataset and --out. --since EARLIER takes the vectors of documents
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +21,10 @@ from typing import get_args
 from bigdssm.artifacts.model_folder import load_model_folder
 from bigdssm.cli import ProgressBar, command
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.errors import ConfigError
 from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.retrieval.shards import ROWS_PER_SHARD, Work
 from bigdssm.retrieval.vector_files import FileFormat, difference_from_model, write_card, write_file
-from bigdssm.retrieval.vectors import ROWS_PER_SHARD, Work, write_vectors
+from bigdssm.retrieval.vectors import write_vectors
 
 
 @command
@@ -39,17 +38,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--format", nargs="+", choices=get_args(FileFormat), default=[], help="files to write too")
     parser.add_argument("--rows-per-shard", type=int, default=ROWS_PER_SHARD, help="documents a shard (%(default)s)")
     args = parser.parse_args(argv)
-    if args.rows_per_shard < 1:
-        raise ConfigError(f"--rows-per-shard {args.rows_per_shard}: needs at least 1")
-    rank, world_size = _ranks()
     folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
     folder.check_dataset(dataset)
     encoders = tower_encoders(folder.model, dataset)
     with ProgressBar() as progress:
-        work = Work(rank, world_size, args.rows_per_shard, progress)
+        work = Work.of_launcher(args.rows_per_shard, progress)
         written = write_vectors(args.out, encoders, dataset, folder.checksum, work, args.since)
     went_on = f", {written.found} shards were finished before" if written.found else ""
-    print(f"rank {rank} of {world_size}: {written.encoded} encoded, {written.reused} unchanged{went_on}")
+    print(f"rank {work.rank} of {work.world_size}: {written.encoded} encoded, {written.reused} unchanged{went_on}")
     if written.meta is None:
         return  # what follows is written by one rank, the one that was last
     print(f"{args.out}: {written.meta.num_docs} vectors of width {written.meta.width}")
@@ -59,14 +55,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         parity[target] = difference_from_model(path, encoders)
         print(f"{path}: largest difference from the model's vectors {parity[target]:.1e}")
     write_card(args.out, folder.config.model.score, parity)
-
-
-def _ranks() -> tuple[int, int]:
-    """Return which of how many processes this is, as torchrun says. Raises ConfigError: none of them."""
-    rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
-        raise ConfigError(f"RANK={rank} WORLD_SIZE={world_size}: needs a rank from 0 and below the number of ranks")
-    return int(rank), int(world_size)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ import pyarrow as pa
 
 from bigdssm.artifacts.checkpoint import check_file
 from bigdssm.atomic import new_folder, real_place
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError
+from bigdssm.features.ragged import Ragged
 from bigdssm.retrieval.model import Model
 from bigdssm.retrieval.scan import LOOKED_AT, Allowed, scan
 from bigdssm.retrieval.vectors import (
@@ -110,15 +112,15 @@ class Index:
         available = self.meta.num_docs if allowed is None else allowed.count
         if not available:
             return scores, rows
-        left_out = [np.unique(some) for some in excluded or [NO_ROWS] * len(queries)]
+        left_out = Ragged.of_lists(excluded or [NO_ROWS] * len(queries), np.int64)
         # So many more are asked for that `top` are left; queries of like many together, as few have a long history.
-        more = np.array([(1 << (len(some) - 1).bit_length()) if len(some) else 0 for some in left_out], np.int64)
+        more = np.where(left_out.lengths, 2 ** np.ceil(np.log2(np.maximum(left_out.lengths, 1))), 0).astype(np.int64)
         for number in np.unique(more).tolist():
             some = np.flatnonzero(more == number)
             wanted = min(top + number, available)
             found = scan(self.index, queries[some], wanted, allowed)
             kept = min(top, wanted)
-            scores[some, :kept], rows[some, :kept] = _without(*found, [left_out[i] for i in some.tolist()], top)
+            scores[some, :kept], rows[some, :kept] = _without(*found, left_out.take(some), top)
         return scores, rows
 
     def check_model(self, model_checksum: str) -> None:
@@ -128,6 +130,11 @@ class Index:
                 f"the index holds vectors of model {self.meta.model_checksum[:12]}, the queries are of model "
                 f"{model_checksum[:12]}; their scores would mean nothing: embed and index with the model in use"
             )
+
+    def check_dataset(self, dataset: Dataset) -> None:
+        """Raise CheckpointError where the index holds the documents of another dataset, or of it as it was earlier."""
+        if self.meta.dataset_fingerprint != dataset.fingerprint:
+            raise CheckpointError(f"the index was made of another dataset than {dataset.dir}; embed and index again")
 
     def similar(self, row: int, top: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (cosines float32 [top], catalogue rows int64 [top]) of the documents nearest to one; beta is no part.
@@ -151,13 +158,11 @@ class Index:
         return np.asarray(self.index.reconstruct(row))
 
 
-def _without(
-    scores: np.ndarray, rows: np.ndarray, left_out: Sequence[np.ndarray], top: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _without(scores: np.ndarray, rows: np.ndarray, left_out: Ragged, top: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the first `top` of what was found, [m, found], without each query's rows to leave out."""
-    out = rows < 0
-    for i, some in enumerate(left_out):
-        out[i] |= np.isin(rows[i], some)
+    number, width = np.arange(len(rows)), int(max(rows.max(initial=0), left_out.values.max(initial=0))) + 1
+    names = np.repeat(number, left_out.lengths) * width + left_out.values
+    out = (rows < 0) | np.isin(number[:, None] * width + rows, names)
     order = np.argsort(out, axis=1, kind="stable")[:, :top]
     scores, rows = np.where(out, np.float32(-np.inf), scores), np.where(out, -1, rows)
     return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)

@@ -56,10 +56,7 @@ class Searcher:
             )
         if dataset is not None:
             folder.check_dataset(dataset)
-            if index.meta.dataset_fingerprint != dataset.fingerprint:
-                raise CheckpointError(
-                    f"the index was made of another dataset than {dataset.dir}; embed and index again"
-                )
+            index.check_dataset(dataset)
         self._folder, self._index, self._dataset, self._threads = folder, index, dataset, threads
         tokenizer = None if folder.tokenizer_dir is None else TextTokenizer(folder.tokenizer_dir)
         self.queries = Queries(folder.schema, tokenizer, dataset, folder.config.data.excludes_seen)

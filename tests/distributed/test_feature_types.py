@@ -29,7 +29,8 @@ from bigdssm.retrieval.embed import document_vectors, query_vectors, tower_encod
 from bigdssm.retrieval.index import build_index, open_index
 from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.search import Queries
-from bigdssm.retrieval.vectors import Work, write_vectors
+from bigdssm.retrieval.shards import Work
+from bigdssm.retrieval.vectors import write_vectors
 
 from . import small_run
 from .spawn import Pool

@@ -20,7 +20,8 @@ from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval import embed
 from bigdssm.retrieval.embed import Encoders, tower_encoders
 from bigdssm.retrieval.index import Index, IndexType, build_index, faiss_index, open_index
-from bigdssm.retrieval.vectors import VectorsMeta, Work, write_meta, write_vectors
+from bigdssm.retrieval.shards import Work
+from bigdssm.retrieval.vectors import VectorsMeta, write_meta, write_vectors
 
 from .conftest import SMALL, random_model
 
