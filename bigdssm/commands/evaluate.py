@@ -22,12 +22,11 @@ from rich.console import Console
 
 from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder
 from bigdssm.atomic import write_json
-from bigdssm.cli import ProgressBar, check_file_to_write, command, refuse_options
+from bigdssm.cli import ProgressBar, check_file_to_write, check_width, command, refuse_options
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.collection import (
     bm25_run,
-    cut_vectors,
     model_run,
     model_vectors,
     pretrained_run,
@@ -48,7 +47,7 @@ from bigdssm.evaluation.systems import (
     table,
 )
 from bigdssm.evaluation.trec import Run, read_qrels, read_run, run_metrics, write_qrels, write_run
-from bigdssm.retrieval.embed import encode_in_bf16
+from bigdssm.retrieval.embed import cut_vectors, encode_in_bf16
 from bigdssm.tables.beir import Collection, read_collection
 
 OF_COLLECTIONS = (
@@ -156,7 +155,8 @@ def _on_collection(args: argparse.Namespace) -> None:
         if args.model is not None:
             name, started = names[args.model], perf_counter()
             folder = load_model_folder(args.model)
-            _check_widths(args.widths, folder.config.model.dim)
+            for width in args.widths:
+                check_width("--widths", width, folder.config.model.dim)
             if args.bf16:
                 encode_in_bf16(folder.model)
             queries, documents = model_vectors(folder.model, folder.schema, folder.tokenizer_dir, collection, progress)
@@ -188,12 +188,6 @@ def _on_collection(args: argparse.Namespace) -> None:
         write_qrels(args.save_qrels, collection.qrels)
     systems = [System(name, run_metrics(collection.qrels, run), seconds) for name, run, seconds in runs]
     _show(args, systems, len(collection.qrels))
-
-
-def _check_widths(widths: list[int], dim: int) -> None:
-    """Raise ConfigError where a width is not one that the model's vectors can be cut to."""
-    if wrong := [width for width in widths if not 1 <= width <= dim]:
-        raise ConfigError(f"--widths {wrong[0]}: the model's vectors are {dim} wide, needs 1 to {dim}")
 
 
 def _run_of_model(path: Path, collection: Collection, bf16: bool, filter_known: bool, progress: ProgressBar) -> Run:

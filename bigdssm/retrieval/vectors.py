@@ -23,7 +23,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.features.ragged import Column, Ragged
 from bigdssm.hashing import file_checksum, json_checksum
-from bigdssm.retrieval.embed import Encoders
+from bigdssm.retrieval.embed import Encoders, cut_vectors
 from bigdssm.retrieval.shards import ShardedFolder, Work
 
 FORMAT = 3  # 2 had no checksums, and its model_checksum was that of the weights alone
@@ -43,7 +43,10 @@ class VectorsMeta:
     model_checksum: str
     dataset_fingerprint: str
     num_docs: int
-    width: int  # D+1
+    width: int  # D+1, or of cut vectors, of which the last number is beta as well
+    whole: int = 0  # D+1 where vectors are cut to `width`, as queries are then; 0: they are not
+    score: str = ""  # dot or cosine: a cut vector of the latter gets its length again
+    rescored: int = 0  # of an index: candidates for each document asked for, which whole vectors score; 0: none
     files: dict[str, str] = field(default_factory=dict)  # checksums by name, filled in by `write_meta`
     format: int = FORMAT
 
@@ -65,10 +68,14 @@ def write_vectors(
     model_checksum: str,
     work: Work | None = None,
     since: Path | None = None,
+    *,
+    whole: int = 0,
+    score: str = "",
 ) -> Written:
     """Encode this rank's share of the catalogue into a vectors folder; finished shards of an ended run are kept.
 
     `since` is an earlier vectors folder of the same model: documents that have not changed are copied from there.
+    `whole` and `score` are of the meta: the width of the model's vectors where the encoders cut them, and its score.
     Raises ConfigError where `folder` holds something else, CheckpointError where `since` is of another model, DataError
     where a vector is not finite.
     """
@@ -76,9 +83,9 @@ def write_vectors(
     num_docs = dataset.catalogue.num_docs
     if num_docs == 0:
         raise DataError(f"the catalogue of {dataset.dir} is empty")
-    earlier = None if since is None else Earlier(since, model_checksum)
     width = encoders.documents(np.zeros(1, np.int64)).shape[1]
-    meta = VectorsMeta(VECTORS, model_checksum, dataset.fingerprint, num_docs, width)
+    earlier = None if since is None else Earlier(since, model_checksum, width)
+    meta = VectorsMeta(VECTORS, model_checksum, dataset.fingerprint, num_docs, width, whole, score)
     check_free(folder, INDEX_FILE)
 
     def prepare(aside: Path) -> None:
@@ -115,14 +122,16 @@ def write_vectors(
 class Earlier:
     """The vectors of an earlier catalogue, found by document and content."""
 
-    def __init__(self, folder: Path, model_checksum: str) -> None:
-        """Raises CheckpointError: no vectors folder, a damaged one, or one of another model."""
+    def __init__(self, folder: Path, model_checksum: str, width: int) -> None:
+        """Raises CheckpointError: no vectors folder, a damaged one, or one of another model or width."""
         meta = read_meta(folder)
         if (meta.kind, meta.model_checksum) != (VECTORS, model_checksum):
             raise CheckpointError(
                 f"{folder} holds {meta.kind} of model {meta.model_checksum[:12]}; --since needs vectors of the model "
                 f"in use, {model_checksum[:12]}"
             )
+        if meta.width != width:
+            raise CheckpointError(f"{folder} holds vectors of {meta.width} numbers, --since needs {width}")
         self.vectors = load_vectors(folder, meta)
         contents = _load(folder, CONTENTS_FILE, meta)
         if contents.dtype != DOCUMENT or len(contents) != meta.num_docs:
@@ -135,6 +144,14 @@ class Earlier:
         place = np.searchsorted(self._sorted["id"], documents["id"])
         place = np.minimum(place, len(self._sorted) - 1)
         return np.where(self._sorted[place] == documents, self._order[place], -1)
+
+
+def cut_like(vectors: np.ndarray, meta: VectorsMeta) -> np.ndarray:
+    """Return index vectors float32 [n, D+1], cut to [n, meta.width] where the folder's are."""
+    if vectors.shape[1] == meta.width:
+        return vectors
+    cut = cut_vectors(torch.from_numpy(np.array(vectors, np.float32)), meta.width - 1, meta.score == "cosine")
+    return np.asarray(cut)
 
 
 def vectors_of(
