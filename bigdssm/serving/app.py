@@ -5,7 +5,8 @@ GET  /api/about           model, index, query features
 GET  /api/users           some users to choose from
 POST /api/search          a request, see Ask and docs/serving.md
 GET  /api/similar?key=K   the nearest documents of a document
-GET  /api/statistics      queries answered, batches, cache hits
+GET  /metrics             what is counted, for Prometheus
+GET  /healthz, /readyz    whether the process lives, and whether it takes queries
 
 GET  /openapi.json        all of it, for programs
 
@@ -29,7 +30,8 @@ from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -38,12 +40,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from bigdssm.errors import BigDSSMError, DataError
 from bigdssm.retrieval.index import Document
 from bigdssm.retrieval.request import Event, Request
-from bigdssm.retrieval.search import Query
-from bigdssm.serving.batching import AnswerCache, Batcher, Overloaded
-from bigdssm.serving.searcher import Found, Searcher
+from bigdssm.serving.batching import Overloaded
+from bigdssm.serving.live import Answering, Live
+from bigdssm.serving.metrics import Counted, Metrics
+from bigdssm.serving.searcher import Folders, Searcher
 
 PAGE = Path(__file__).with_name("page.html")
 MOST_DOCUMENTS, MOST_CHARACTERS, MOST_VALUES, MOST_BYTES = 100, 10_000, 1000, 1 << 20
+PATHS = frozenset(
+    ["/", "/api/about", "/api/users", "/api/search", "/api/similar", "/metrics", "/healthz", "/readyz", "/openapi.json"]
+)
 PORT, ANY_ADDRESS = re.compile(r":[0-9]*$"), {"0.0.0.0", "::", ""}
 ShortText = Annotated[str, Field(max_length=MOST_CHARACTERS)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -100,26 +106,38 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 
 
 def make_app(
-    searcher: Searcher, *, cache_size: int = 10_000, at_once: int = 32, hosts: Sequence[str] | None = None
-) -> FastAPI:
+    searcher: Searcher, *, cache_size: int = 10_000, at_once: int = 32, hosts: Sequence[str] | None = None,
+    folders: Folders | None = None, look_s: float = 1.0,
+) -> FastAPI:  # fmt: skip
     """Return the application that answers with `searcher`; cache_size 0 keeps no answers.
 
-    Requests are to be addressed to a loopback name or to one of `hosts`, of which 0.0.0.0 or :: stands for any address
-    (not any name); None does not look at whom they are addressed to.
+    With `folders` it takes up what is put in their place, which it looks for every `look_s` seconds. Requests are to be
+    addressed to a loopback name or to one of `hosts`, of which 0.0.0.0 or :: stands for any address (not any name);
+    None does not look at whom they are addressed to.
     """
-    batcher: Batcher[Query, Found] = Batcher(searcher.answer, at_once)
-    cache: AnswerCache[dict[str, Any]] = AnswerCache(cache_size)
+    metrics = Metrics()
+    live: Live | None = None
+
+    def answering() -> Answering:
+        if live is None:
+            raise Overloaded("the server is starting or stopping")
+        return live.now
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        running = asyncio.create_task(batcher.run())
+        nonlocal live
+        live = made = Live(searcher, metrics, at_once, cache_size, folders, look_s)
+        watching = asyncio.create_task(made.watch())
         yield
-        running.cancel()
+        live = None
+        watching.cancel()
         with suppress(asyncio.CancelledError):
-            await running
+            await watching
+        await made.end()
 
     app = FastAPI(title="bigdssm", lifespan=lifespan, docs_url=None, redoc_url=None, responses=REFUSALS)
     app.add_middleware(_Gate, hosts=hosts)
+    app.add_middleware(Counted, metrics=metrics, paths=PATHS)
     page = PAGE.read_text(encoding="utf-8")
 
     @app.exception_handler(BigDSSMError)
@@ -144,40 +162,50 @@ def make_app(
 
     @app.get("/api/about")
     async def about() -> dict[str, Any]:
-        return searcher.about()
+        return answering().searcher.about()
 
     @app.get("/api/users")
     async def users() -> list[str]:
-        return searcher.users
+        return answering().searcher.users
 
     @app.post("/api/search")
     async def search(ask: Ask) -> dict[str, Any]:
         started = time.perf_counter()
         key = ask.model_dump_json()
-        answer = cache.get(key)
-        cached = answer is not None
-        if answer is None:
-            # In a thread: looking up users and unknown titles may take long, and others are to be answered meanwhile.
-            query = await run_in_threadpool(searcher.queries.of, ask.request())
-            found = await batcher(query)
-            timing = {"encode_ms": found.encode_ms, "search_ms": found.search_ms, "batch": found.batch}
-            known = {"history": searcher.seen(query), "unknown_events": len(query.unknown)}
-            answer = {"documents": _ranked(found.documents), **known, **timing}
-            cache.put(key, answer)
+        with answering().asked() as now:
+            answer = now.cache.get(key)
+            cached = answer is not None
+            metrics.cache.labels("hit" if cached else "miss").inc()
+            if answer is None:
+                # In a thread: looking up users and names may take long, and others are to be answered meanwhile.
+                query = await run_in_threadpool(now.searcher.queries.of, ask.request())
+                found = await now.batcher(query)
+                metrics.unknown_events.inc(len(query.unknown))
+                timing = {"encode_ms": found.encode_ms, "search_ms": found.search_ms, "batch": found.batch}
+                known = {"history": now.searcher.seen(query), "unknown_events": len(query.unknown)}
+                answer = {"documents": _ranked(found.documents), **known, **timing}
+                now.cache.put(key, answer)
         return {**answer, "cached": cached, "total_ms": (time.perf_counter() - started) * 1000}
 
     @app.get("/api/similar")
     async def similar(key: ShortText, top: Top = 10) -> dict[str, Any]:
         started = time.perf_counter()
-        name, documents = await run_in_threadpool(searcher.similar, key, top)
+        name, documents = await run_in_threadpool(answering().searcher.similar, key, top)
         return {"of": name, "documents": _ranked(documents), "total_ms": (time.perf_counter() - started) * 1000}
 
-    @app.get("/api/statistics")
-    async def statistics() -> dict[str, int]:
-        return {
-            "answered": batcher.answered, "batches": batcher.batches,
-            "cache_hits": cache.hits, "cache_misses": cache.misses,
-        }  # fmt: skip
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def exposition() -> Response:
+        return Response(await run_in_threadpool(metrics.text), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/healthz", response_class=PlainTextResponse)
+    async def lives() -> str:
+        return "ok"
+
+    @app.get("/readyz", response_class=PlainTextResponse)
+    async def takes_queries() -> str:
+        if answering().batcher.is_full:
+            raise Overloaded("as many queries wait as may")
+        return "ok"
 
     return app
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bigdssm.artifacts.model_folder import META_FILE as MODEL_META
 from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder
 from bigdssm.dataset.cache import Cache
 from bigdssm.dataset.dataset import Dataset
@@ -24,6 +27,7 @@ from bigdssm.retrieval.embed import query_vectors
 from bigdssm.retrieval.index import Document, Index, open_index, search_with
 from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.search import Queries, Query
+from bigdssm.retrieval.vectors import META_FILE as INDEX_META
 
 MOST_USERS_LISTED = 1000
 SEEN_SHOWN = 5
@@ -146,3 +150,25 @@ class Searcher:
     def _use_threads(self) -> None:
         if self._threads is not None:
             search_with(self._threads)
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where a model and its index lie, and their dataset."""
+
+    model: Path
+    index: Path
+    data: str | None = None
+    threads: int | None = None
+
+    def open(self) -> Searcher:
+        """Return the Searcher of what lies there now. Raises as `Searcher.open` does."""
+        return Searcher.open(self.model, self.index, self.data, self.threads)
+
+    def state(self) -> bytes:
+        """Return what changes when a folder is replaced: both metas name the checksums of all else."""
+        digest = hashlib.sha256()
+        for path in (self.model / MODEL_META, self.index / INDEX_META):
+            with suppress(OSError):
+                digest.update(path.read_bytes())
+        return digest.digest()

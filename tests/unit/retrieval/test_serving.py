@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import json
+import logging
+import shutil
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ import pytest
 import torch
 
 from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.atomic import replace_folder
 from bigdssm.batching.collate import Collator
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, DataError
@@ -31,13 +36,15 @@ from bigdssm.retrieval.search import (
 )
 from bigdssm.retrieval.vectors import write_vectors
 from bigdssm.serving.batching import AnswerCache, Batcher, Overloaded
-from bigdssm.serving.searcher import Searcher
+from bigdssm.serving.searcher import Folders, Searcher
 from tests.unit.retrieval.test_tools import Tools
 
 fastapi = pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient  # noqa: E402
+from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 
 from bigdssm.serving.app import MOST_BYTES, make_app  # noqa: E402
+from bigdssm.serving.metrics import log_requests  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +72,15 @@ def expected(model_dir: Path, index_dir: Path, dataset: Dataset, query: Query, t
     vector = query_vectors(folder.model, collator.query_features(query.columns)).numpy()
     scores, rows = open_index(index_dir).nearest(vector, top, folder.checksum, [query.left_out], query.allowed)
     return list(zip(dataset.catalogue.keys(rows[0][rows[0] >= 0]), scores[0].tolist(), strict=False))
+
+
+def counted(client: TestClient) -> dict[str, float]:
+    """What /metrics says, by name and labels."""
+    found = {}
+    for family in text_string_to_metric_families(client.get("/metrics").text):
+        for sample in family.samples:
+            found[" ".join([sample.name, *sample.labels.values()])] = sample.value
+    return found
 
 
 def asked(dataset: Dataset, **request: Any) -> Query:
@@ -113,9 +129,10 @@ def test_what_was_asked_before_comes_from_the_cache(searcher: Searcher) -> None:
         assert again["documents"] == first["documents"]
         assert not client.post("/api/search", json={"user": "u7", "top": 3}).json()["cached"]
         assert not client.post("/api/search", json={"user": "u7"}).json()["cached"], "only one answer is kept"
-        assert client.get("/api/statistics").json() == {
-            "answered": 3, "batches": 3, "cache_hits": 1, "cache_misses": 3,
-        }  # fmt: skip
+        found = counted(client)
+        assert (found["bigdssm_batch_queries_sum"], found["bigdssm_batch_queries_count"]) == (3, 3)
+        assert (found["bigdssm_cache_total hit"], found["bigdssm_cache_total miss"]) == (1, 3)
+        assert found["bigdssm_requests_total /api/search 200"] == 4
 
 
 def test_queries_asked_at_the_same_time_are_answered_together_and_each_its_own(searcher: Searcher) -> None:
@@ -123,7 +140,7 @@ def test_queries_asked_at_the_same_time_are_answered_together_and_each_its_own(s
     with TestClient(make_app(searcher, cache_size=0)) as client:
         asked = {user: {"user": user, "top": 1 + number % 7} for number, user in enumerate(users)}
         alone = {user: client.post("/api/search", json=asked[user]).json() for user in users}
-        before = client.get("/api/statistics").json()["batches"]
+        before = counted(client)["bigdssm_batch_queries_count"]
         together: dict[str, Any] = {}
 
         def ask(user: str) -> None:
@@ -134,7 +151,7 @@ def test_queries_asked_at_the_same_time_are_answered_together_and_each_its_own(s
             thread.start()
         for thread in threads:
             thread.join()
-        assert client.get("/api/statistics").json()["batches"] - before < len(users)
+        assert counted(client)["bigdssm_batch_queries_count"] - before < len(users)
     for user in users:
         a, b = alone[user]["documents"], together[user]["documents"]
         assert [entry["key"] for entry in a] == [entry["key"] for entry in b]
@@ -229,10 +246,55 @@ def test_others_are_answered_while_a_query_is_looked_up(searcher: Searcher, monk
         asking = threading.Thread(target=client.post, args=("/api/search",), kwargs={"json": {"user": "u7"}})
         asking.start()
         assert begun.wait(10)
-        assert client.get("/api/statistics").status_code == 200
+        assert client.get("/api/about").status_code == 200
         others_answered.set()
         asking.join()
     assert waited == [True], "no other request was answered while the query was looked up"
+
+
+def test_what_replaces_model_and_index_is_taken_up_together(
+    model_dir: Path, other_model_dir: Path, index_dir: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    for source, name in ((model_dir, "model"), (index_dir, "index"), (other_model_dir, "new")):
+        shutil.copytree(source, tmp_path / name)
+    other = load_model_folder(other_model_dir)
+    write_vectors(tmp_path / "vectors", tower_encoders(other.model, dataset), dataset, other.checksum)
+    build_index(tmp_path / "vectors", tmp_path / "new-index")
+    folders = Folders(tmp_path / "model", tmp_path / "index", str(dataset.dir))
+    expected = Searcher(other, open_index(tmp_path / "new-index"), dataset).search([Request("u7")])[0]
+    with TestClient(make_app(folders.open(), folders=folders, look_s=0.02)) as client:
+        first = client.post("/api/search", json={"user": "u7"}).json()
+        assert client.get("/readyz").text == client.get("/healthz").text == "ok"
+        replace_folder(tmp_path / "new", tmp_path / "model")
+        time.sleep(0.5)
+        assert client.post("/api/search", json={"user": "u7"}).json()["cached"], "a model alone is not taken up"
+        replace_folder(tmp_path / "new-index", tmp_path / "index")
+        until = time.monotonic() + 20
+        while client.get("/api/about").json()["model"] != other.checksum:
+            assert time.monotonic() < until
+        found = client.post("/api/search", json={"user": "u7"}).json()
+        assert not found["cached"] and found["documents"] != first["documents"]
+        assert [entry["key"] for entry in found["documents"]] == [document.key for document in expected]
+        assert counted(client)["bigdssm_taken_up_total"] == 1
+
+
+def test_requests_are_logged_as_json(searcher: Searcher, capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("bigdssm.serving.requests")
+    before = list(logger.handlers), logger.level, logger.propagate
+    try:
+        log_requests()
+        with TestClient(make_app(searcher)) as client:
+            client.post("/api/search", json={"user": "nobody"})
+            client.get("/invented/path")
+            found = counted(client)
+    finally:
+        logger.handlers[:], logger.level, logger.propagate = before
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+    assert [(line["method"], line["path"], line["status"]) for line in lines] == [
+        ("POST", "/api/search", 404), ("GET", "/invented/path", 404), ("GET", "/metrics", 200),
+    ]  # fmt: skip
+    assert all(line["ms"] >= 0 and line["time"] > 1e9 for line in lines)
+    assert found["bigdssm_requests_total other 404"] == 1, "whoever asks cannot invent labels"
 
 
 def test_an_unknown_title_is_compared_with_few(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +351,7 @@ def test_it_listens_on_this_machine_alone_with_the_threads_asked_for(
         raise OSError("enough seen")
 
     monkeypatch.setattr(socket, "create_server", listen)
-    monkeypatch.setattr("bigdssm.commands.serve.Searcher", Watched)
+    monkeypatch.setattr("bigdssm.serving.searcher.Searcher", Watched)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     tools, arguments = Tools(monkeypatch, capsys), ("serve", "--model", model_dir, "--index", index_dir)
     assert "enough seen" in tools.refused(2, *arguments)
