@@ -1,4 +1,4 @@
-"""Write the best documents of all users, of the rows of a split, or of a table of queries as Parquet.
+"""Write the best documents of all users, of a split or of a table of queries as Parquet.
 
     bigdssm recommend --model MODEL --index INDEX --users --out OUT [--top 10] [--filter "year >= 1990"]
     bigdssm recommend --model MODEL --index INDEX --split test --out OUT

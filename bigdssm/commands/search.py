@@ -61,9 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _typed(args: argparse.Namespace) -> Request:
     if args.top < 1:
         raise ConfigError(f"--top {args.top}: needs at least 1")
-    events = None if args.history is None else [Event(title) for title in args.history.split(";") if title.strip()]
+    titles = [title for title in (args.history or "").split(";") if title.strip()]
+    features = None if args.text is None else _typed_values(args.text)
     return Request(
-        args.user, None if args.text is None else _typed_values(args.text), events, filter=args.filter,
+        args.user, features, [*map(Event, titles)] or None, filter=args.filter,
         exclude_seen=None if args.seen is None else SEEN[args.seen], top=args.top,
     )  # fmt: skip
 

@@ -89,7 +89,7 @@ def recommend(
     shards = ShardedFolder(out, job, source.num_rows, work)
     for shard, first, last in shards.pending("shards recommended"):
         asked = source.read(first, last)
-        scores, rows = _best(folder, index, asked, wanted.top, exclude, allowed)
+        scores, rows = _best(folder, index, asked, min(wanted.top, index.meta.num_docs), exclude, allowed)
         with new_file(shards.aside / f"part-{shard:07d}.parquet") as aside:
             parquet.write_table(_table(asked, scores, rows, documents), aside)
         queries += len(asked.rows)

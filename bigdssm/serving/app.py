@@ -32,7 +32,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -52,7 +52,7 @@ PATHS = frozenset(
 )
 PORT, ANY_ADDRESS = re.compile(r":[0-9]*$"), {"0.0.0.0", "::", ""}
 ShortText = Annotated[str, Field(max_length=MOST_CHARACTERS)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]  # no text that reads like one
 Value = (
     ShortText | Number | Annotated[list[ShortText | Number], Field(max_length=MOST_VALUES)] | None
 )  # of a feature, as its type reads it
@@ -79,7 +79,7 @@ class Ask(BaseModel):
     events: list[AskEvent] | None = Field(None, max_length=MOST_VALUES, description="what the user did since")
     now: Number | None = Field(None, description="events after it are not known yet")
     filter: ShortText | None = Field(None, description="which documents may be found, as in year >= 1990")
-    exclude_seen: bool | None = Field(None, description="whether documents of events stay out; none: as trained")
+    exclude_seen: StrictBool | None = Field(None, description="whether documents of events stay out; none: as trained")
     top: Top = 10
 
     def request(self) -> Request:

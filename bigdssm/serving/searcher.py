@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bigdssm.artifacts.exported import EXPORT_FILE, query_tower, run_onnx
 from bigdssm.artifacts.model_folder import META_FILE as MODEL_META
 from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder
 from bigdssm.dataset.cache import Cache
@@ -46,10 +47,14 @@ class Found:
 class Searcher:
     """Answers requests."""
 
-    def __init__(self, folder: ModelFolder, index: Index, dataset: Dataset | None, threads: int | None = None) -> None:
+    def __init__(
+        self, folder: ModelFolder, index: Index, dataset: Dataset | None, threads: int | None = None,
+        onnx: Path | None = None,
+    ) -> None:  # fmt: skip
         """Take the model, the index of its vectors, and the dataset, without which there are no users or histories.
 
-        `threads` search the index for one call; by default as many as FAISS takes by itself.
+        `threads` search the index for one call; by default as many as FAISS takes by itself. `onnx` is the file of the
+        model's query tower which encodes in its place.
         Raises CheckpointError: the index or the dataset is another model's; DataError: its queries have a history, and
         there is no dataset to look items up in.
         """
@@ -62,13 +67,15 @@ class Searcher:
             folder.check_dataset(dataset)
             index.check_dataset(dataset)
         self._folder, self._index, self._dataset, self._threads = folder, index, dataset, threads
+        self._tower = None if onnx is None else query_tower(onnx, folder.checksum, threads or 0)
         tokenizer = None if folder.tokenizer_dir is None else TextTokenizer(folder.tokenizer_dir)
         self.queries = Queries(folder.schema, tokenizer, dataset, folder.config.data.excludes_seen)
 
     @classmethod
     def open(
-        cls, model: str | Path, index: str | Path, data: str | None = None, threads: int | None = None
-    ) -> Searcher:
+        cls, model: str | Path, index: str | Path, data: str | None = None, threads: int | None = None,
+        onnx: Path | None = None,
+    ) -> Searcher:  # fmt: skip
         """Return the Searcher of two folders and a dataset, by default the one that the model was trained on.
 
         A model whose queries have no history is opened without a dataset where `data` is none. Raises CheckpointError,
@@ -76,9 +83,9 @@ class Searcher:
         """
         folder, opened = load_model_folder(Path(model)), open_index(index)
         if data is None and not histories_of(folder.schema.query):
-            return cls(folder, opened, None, threads)
+            return cls(folder, opened, None, threads, onnx)
         dataset = Dataset.open(data or folder.config.data.dir, cache=Cache.of(folder.config.data))
-        return cls(folder, opened, dataset, threads)
+        return cls(folder, opened, dataset, threads, onnx)
 
     def about(self) -> dict[str, Any]:
         """Return what a client needs to ask queries."""
@@ -120,9 +127,9 @@ class Searcher:
         for allowed in dict.fromkeys(query.allowed for query in queries):
             places = [place for place, query in enumerate(queries) if query.allowed is allowed]
             some = [queries[place] for place in places]
+            top = min(max(query.top for query in some), self._index.meta.num_docs)
             scores, rows = self._index.nearest(
-                vectors[places], max(query.top for query in some), self._folder.checksum,
-                [query.left_out for query in some], allowed,
+                vectors[places], top, self._folder.checksum, [query.left_out for query in some], allowed,
             )  # fmt: skip
             for place, query, *both in zip(places, some, scores, rows, strict=True):
                 found[place] = self._index.documents(*(column[: query.top] for column in both))
@@ -136,7 +143,8 @@ class Searcher:
             name: ragged.concat([query.columns[name] for query in queries]) for name in self._folder.schema.query
         }
         features = to_features(self._folder.schema.query, columns, self._folder.pad_token_id)
-        vectors: np.ndarray = query_vectors(self._folder.model, features).numpy()
+        made = query_vectors(self._folder.model, features) if self._tower is None else run_onnx(self._tower, features)
+        vectors: np.ndarray = made.numpy()
         return vectors
 
     def similar(self, key: str, top: int) -> tuple[str, list[Document]]:
@@ -160,15 +168,17 @@ class Folders:
     index: Path
     data: str | None = None
     threads: int | None = None
+    onnx: Path | None = None  # the file of the query tower that encodes
 
     def open(self) -> Searcher:
         """Return the Searcher of what lies there now. Raises as `Searcher.open` does."""
-        return Searcher.open(self.model, self.index, self.data, self.threads)
+        return Searcher.open(self.model, self.index, self.data, self.threads, self.onnx)
 
     def state(self) -> bytes:
-        """Return what changes when a folder is replaced: both metas name the checksums of all else."""
+        """Return what changes when a folder is replaced: the metas name the checksums of all else."""
         digest = hashlib.sha256()
-        for path in (self.model / MODEL_META, self.index / INDEX_META):
+        exported = [] if self.onnx is None else [self.onnx.parent / EXPORT_FILE]
+        for path in (self.model / MODEL_META, self.index / INDEX_META, *exported):
             with suppress(OSError):
                 digest.update(path.read_bytes())
         return digest.digest()

@@ -185,6 +185,8 @@ def test_the_nearest_documents_of_a_document(
         ({"history": ["i2"]}, 422, "history: Extra inputs are not permitted"),
         ({"events": [{"item": "i2", "tiem": 3}]}, 422, "events.0.tiem: Extra inputs are not permitted"),
         ({"events": [{"item": "i2", "time": 3}, {"item": "i3"}]}, 400, "1 of 2 events have no time"),
+        ({"user": "u7", "now": "3"}, 422, "now: Input should be a valid number"),
+        ({"user": "u7", "exclude_seen": 1}, 422, "exclude_seen: Input should be a valid boolean"),
         ({"user": "u7", "filter": "yeer > 3"}, 400, "'yeer' is no feature of documents"),
         ({"user": "nobody"}, 404, "no user is called 'nobody'"),
         ({"features": {"colour": "red"}}, 400, "colour is not a query feature that can be given"),
