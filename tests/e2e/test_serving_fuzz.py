@@ -97,7 +97,7 @@ def test_requests_are_answered_as_described(schema: object, method: str, path: s
     assert right and right <= {200, 400, 404}
     if path in REQUESTS:
         wrong = check_answers(path, schema[path][method].as_strategy(generation_mode=GenerationMode.NEGATIVE))
-        assert 422 in wrong and wrong <= {400, 404, 405, 422}
+        assert 422 in wrong and wrong <= {400, 404, 405, 413, 422}  # lists of long texts may be too large
 
 
 def test_queries_that_are_nearly_right_are_answered_as_described(schema: object) -> None:

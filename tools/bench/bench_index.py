@@ -52,7 +52,7 @@ class Queries:
 
 @dataclass(frozen=True)
 class Measured:
-    index: str
+    kind: str  # and what was done to its vectors
     recall_at_100: float
     ndcg_at_10: float
     p50_ms: float
@@ -157,7 +157,7 @@ def show(title: str, measured: list[Measured]) -> None:
         table.add_column(column, justify="left" if column == "index" else "right")
     for m in measured:
         table.add_row(
-            m.index, f"{m.recall_at_100:.3f}", f"{m.ndcg_at_10:.4f}", f"{m.p50_ms:.2f}", f"{m.p99_ms:.2f}",
+            m.kind, f"{m.recall_at_100:.3f}", f"{m.ndcg_at_10:.4f}", f"{m.p50_ms:.2f}", f"{m.p99_ms:.2f}",
             f"{m.bytes_per_vector:.0f}", f"{m.build_s:.1f}",
         )  # fmt: skip
     Console().print(table)
