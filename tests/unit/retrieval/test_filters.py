@@ -93,7 +93,7 @@ def index(request: pytest.FixtureRequest, vectors: np.ndarray) -> Index:
     return Index(faiss_index(kind, vectors), VectorsMeta(kind, "m", "d", NUM_DOCS, WIDTH), NAMES, NAMES)
 
 
-@pytest.mark.parametrize("let_through", [0, 1, 7, 200, NUM_DOCS // 3, NUM_DOCS])
+@pytest.mark.parametrize("let_through", [0, 1, 7, 200, NUM_DOCS // 8, NUM_DOCS // 3, NUM_DOCS])
 @pytest.mark.parametrize("asked", [3, 30])
 def test_every_index_finds_as_many_as_a_filter_lets_through(
     index: Index, vectors: np.ndarray, let_through: int, asked: int

@@ -254,6 +254,16 @@ def test_others_are_answered_while_a_query_is_looked_up(searcher: Searcher, monk
     assert waited == [True], "no other request was answered while the query was looked up"
 
 
+def test_requests_of_other_filters_share_a_batch(searcher: Searcher) -> None:
+    requests = [
+        Request("u7", filter="year < 1980", top=2), Request("u8", top=6),
+        Request("u9", filter="genres = Comedy", top=1), Request("u7", None, None, None, "year < 1980", False, 100),
+    ]  # fmt: skip
+    together, alone = searcher.search(requests), [searcher.search([request])[0] for request in requests]
+    assert [[document.key for document in some] for some in together] == [[d.key for d in some] for some in alone]
+    assert list(map(len, together)) == [2, 6, 1, 19], "i1 to i19 are older"
+
+
 def test_what_replaces_model_and_index_is_taken_up_together(
     model_dir: Path, other_model_dir: Path, index_dir: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
