@@ -11,13 +11,30 @@ if TYPE_CHECKING:
     from bigdssm.making.from_tables import make_dataset
     from bigdssm.retrieval.index import open_index
     from bigdssm.retrieval.model import load_model
+    from bigdssm.retrieval.request import Event, Request
+    from bigdssm.serving.searcher import Searcher
     from bigdssm.training.in_process import pretrain, sft
 
 __version__ = "0.1.0"
-__all__ = ["Dataset", "fps_loss", "load_config", "load_model", "make_dataset", "open_index", "pretrain", "sft"]
+__all__ = [
+    "Dataset",
+    "Event",
+    "Request",
+    "Searcher",
+    "fps_loss",
+    "load_config",
+    "load_model",
+    "make_dataset",
+    "open_index",
+    "pretrain",
+    "sft",
+]
 
 _HOMES = {
     "Dataset": "bigdssm.dataset.dataset",
+    "Event": "bigdssm.retrieval.request",
+    "Request": "bigdssm.retrieval.request",
+    "Searcher": "bigdssm.serving.searcher",
     "fps_loss": "bigdssm.losses",
     "load_config": "bigdssm.config",
     "load_model": "bigdssm.retrieval.model",

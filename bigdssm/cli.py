@@ -105,6 +105,12 @@ def check_file_to_write(option: str, path: Path | None) -> None:
         raise ConfigError(f"{option} {path}: {files[0]} is no folder; choose another place")
 
 
+def check_width(option: str, width: int, dim: int) -> None:
+    """Raise ConfigError where a model's vectors of `dim` numbers cannot be cut to `width`."""
+    if not 1 <= width <= dim:
+        raise ConfigError(f"{option} {width}: the model's vectors are {dim} wide, needs 1 to {dim}")
+
+
 class ProgressBar:
     """A rich progress bar on stderr that appears only once the work has taken `delay_s`; quiet off a terminal.
 

@@ -1,10 +1,14 @@
 """Build a FAISS inner-product index of a folder of document vectors.
 
-    bigdssm build_index --vectors VECTORS --out INDEX [--type flat|sq8|hnsw|ivf|ivfpq]
+    bigdssm build_index --vectors VECTORS --out INDEX [--type flat|sq8|binary|hnsw|ivf|ivfpq]
+    bigdssm build_index --vectors VECTORS --out INDEX --type binary --rescore 20
+    bigdssm build_index --vectors VECTORS --out INDEX --type sq8 --width 64 --rescore 4
 
-flat is exact and sq8 nearly so in a quarter of its memory; hnsw, ivf and ivfpq are fast on large catalogues, and
-tools/bench/bench_index.py shows what each costs. The index names the model whose vectors it holds and refuses another
-model's queries.
+flat is exact; sq8 (int8) has a byte a dimension and binary a bit; hnsw, ivf and ivfpq are fast on large catalogues, and
+tools/bench/bench_index.py shows what each costs. --width keeps the first dimensions alone, for a model that was trained
+with loss.widths. With --rescore N the index looks for N candidates for each document that is asked for, and the whole
+vectors, which stay on the disk, choose the best of them: then scores are exact. The index names the model whose vectors
+it holds and refuses another model's queries.
 """
 
 from __future__ import annotations
@@ -26,7 +30,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--vectors", type=Path, required=True, help="folder written by bigdssm embed")
     parser.add_argument("--out", type=Path, required=True, help="folder for the index")
     parser.add_argument("--type", choices=get_args(IndexType), default="flat", help="kind of index (%(default)s)")
+    parser.add_argument("--width", type=int, help="dimensions to search by (default: all)")
+    parser.add_argument(
+        "--rescore", type=int, default=0, metavar="N", help="candidates for each document (%(default)s)"
+    )
     args = parser.parse_args(argv)
     started = time.perf_counter()
-    meta = build_index(args.vectors, args.out, args.type)
+    meta = build_index(args.vectors, args.out, args.type, width=args.width, rescore=args.rescore)
     print(f"{args.out}: {meta.kind} index of {meta.num_docs} documents in {time.perf_counter() - started:.1f} s")

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import get_args
 
 from bigdssm.artifacts.model_folder import load_model_folder
-from bigdssm.cli import ProgressBar, command
+from bigdssm.cli import ProgressBar, check_width, command
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.errors import ConfigError
-from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.retrieval.embed import cut_encoders, tower_encoders
+from bigdssm.retrieval.shards import ROWS_PER_SHARD, Work
 from bigdssm.retrieval.vector_files import FileFormat, difference_from_model, write_card, write_file
-from bigdssm.retrieval.vectors import ROWS_PER_SHARD, Work, write_vectors
-from bigdssm.running.launcher import launched_as
+from bigdssm.retrieval.vectors import write_vectors
 
 
 @command
@@ -36,20 +35,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="dataset folder or URL")
     parser.add_argument("--out", type=Path, required=True, help="folder for the vectors")
     parser.add_argument("--since", type=Path, metavar="EARLIER", help="vectors of the same model, may be --out")
+    parser.add_argument("--width", type=int, help="cut vectors to so many numbers, as of a model of loss.widths")
     parser.add_argument("--format", nargs="+", choices=get_args(FileFormat), default=[], help="files to write too")
     parser.add_argument("--rows-per-shard", type=int, default=ROWS_PER_SHARD, help="documents a shard (%(default)s)")
     args = parser.parse_args(argv)
-    if args.rows_per_shard < 1:
-        raise ConfigError(f"--rows-per-shard {args.rows_per_shard}: needs at least 1")
-    rank, world_size = launched_as()
     folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
     folder.check_dataset(dataset)
-    encoders = tower_encoders(folder.model, dataset)
+    encoders, model = tower_encoders(folder.model, dataset), folder.config.model
+    if args.width is not None:
+        check_width("--width", args.width, model.dim)
+        encoders = cut_encoders(encoders, args.width, model.score == "cosine")
     with ProgressBar() as progress:
-        work = Work(rank, world_size, args.rows_per_shard, progress)
-        written = write_vectors(args.out, encoders, dataset, folder.checksum, work, args.since)
+        work = Work.of_launcher(args.rows_per_shard, progress)
+        whole = 0 if args.width in (None, model.dim) else model.dim + 1
+        written = write_vectors(
+            args.out, encoders, dataset, folder.checksum, work, args.since, whole=whole, score=model.score
+        )
     went_on = f", {written.found} shards were finished before" if written.found else ""
-    print(f"rank {rank} of {world_size}: {written.encoded} encoded, {written.reused} unchanged{went_on}")
+    print(f"rank {work.rank} of {work.world_size}: {written.encoded} encoded, {written.reused} unchanged{went_on}")
     if written.meta is None:
         return  # what follows is written by one rank, the one that was last
     print(f"{args.out}: {written.meta.num_docs} vectors of width {written.meta.width}")

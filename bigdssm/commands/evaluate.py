@@ -4,10 +4,10 @@
     bigdssm evaluate --beir DIR --split test [--model MODEL] [--bm25] [--pretrained FOLDER] [--save-run FILE]
     bigdssm evaluate --run FILE --qrels FILE
 
-The first form filters what a query has seen, ties counting half; OTHER is another model folder, or the JSON of an
-earlier evaluation. Each query's rank is saved beside JSON as .npy. The second takes a BEIR folder (corpus.jsonl,
-queries.jsonl, qrels/SPLIT.tsv) and compares the model with BM25, a pretrained text encoder as it is, and TREC runs
-(--compare). The third measures a TREC run alone. Runs are measured as trec_eval does.
+The first form leaves out what a query has seen, unless the model's data.repeats allows it, ties counting half; OTHER is
+another model folder, or the JSON of an earlier evaluation. Each query's rank is saved beside JSON as .npy. The second
+takes a BEIR folder (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv) and compares the model with BM25, a pretrained text
+encoder as it is, and TREC runs (--compare). The third measures a TREC run alone. Runs are measured as trec_eval does.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from time import perf_counter
 
 from rich.console import Console
 
-from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder
 from bigdssm.atomic import write_json
-from bigdssm.cli import ProgressBar, check_file_to_write, command, refuse_options
+from bigdssm.cli import ProgressBar, check_file_to_write, check_width, command, refuse_options
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.collection import (
     bm25_run,
-    cut_vectors,
     model_run,
     model_vectors,
     pretrained_run,
@@ -48,7 +47,7 @@ from bigdssm.evaluation.systems import (
     table,
 )
 from bigdssm.evaluation.trec import Run, read_qrels, read_run, run_metrics, write_qrels, write_run
-from bigdssm.retrieval.embed import encode_in_bf16
+from bigdssm.retrieval.embed import cut_vectors, encode_in_bf16
 from bigdssm.tables.beir import Collection, read_collection
 
 OF_COLLECTIONS = (
@@ -112,11 +111,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _on_split(args: argparse.Namespace) -> None:
     dataset = Dataset.open(args.data)
     name, *names = names_apart([args.model, *args.compare])
-    model = _evaluated(name, args.model, dataset, args.split, args.bf16)
-    others = baseline_systems(dataset, args.split) if args.baselines else []
+    folder = load_model_folder(args.model, any_score=True)
+    how = {"dataset": dataset, "split": args.split, "filter_seen": folder.config.data.excludes_seen}
+    model = _evaluated(name, folder, bf16=args.bf16, **how)
+    others = baseline_systems(**how) if args.baselines else []
     for name, path in zip(names, args.compare, strict=True):
-        measure = partial(_evaluated, name, bf16=args.bf16) if path.is_dir() else load_system
-        others.append(measure(path, dataset=dataset, split=args.split))
+        if path.is_dir():
+            others.append(_evaluated(name, load_model_folder(path, any_score=True), bf16=args.bf16, **how))
+        else:
+            others.append(load_system(path, **how))
     pairs = [(model, other) for other in others]
 
     console = Console()
@@ -124,16 +127,16 @@ def _on_split(args: argparse.Namespace) -> None:
     for line in differences(pairs):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if args.out is not None:
-        save_comparison(args.out, dataset, args.split, [model, *others], pairs)
+        save_comparison(args.out, [model, *others], pairs, **how)
 
 
-def _evaluated(name: str, path: Path, dataset: Dataset, split: str, bf16: bool) -> System:
-    folder = load_model_folder(path, any_score=True)
+def _evaluated(name: str, folder: ModelFolder, dataset: Dataset, split: str, filter_seen: bool, bf16: bool) -> System:
     if bf16:
         encode_in_bf16(folder.model)
     folder.check_dataset(dataset)
     with ProgressBar() as progress:
-        evaluation = evaluate_split(encoders_of(folder.model, dataset), dataset, split, progress=progress)
+        encoders = encoders_of(folder.model, dataset)
+        evaluation = evaluate_split(encoders, dataset, split, filter_seen=filter_seen, progress=progress)
     return System.of_ranks(name, evaluation.ranks, evaluation.seconds)
 
 
@@ -152,7 +155,8 @@ def _on_collection(args: argparse.Namespace) -> None:
         if args.model is not None:
             name, started = names[args.model], perf_counter()
             folder = load_model_folder(args.model)
-            _check_widths(args.widths, folder.config.model.dim)
+            for width in args.widths:
+                check_width("--widths", width, folder.config.model.dim)
             if args.bf16:
                 encode_in_bf16(folder.model)
             queries, documents = model_vectors(folder.model, folder.schema, folder.tokenizer_dir, collection, progress)
@@ -184,12 +188,6 @@ def _on_collection(args: argparse.Namespace) -> None:
         write_qrels(args.save_qrels, collection.qrels)
     systems = [System(name, run_metrics(collection.qrels, run), seconds) for name, run, seconds in runs]
     _show(args, systems, len(collection.qrels))
-
-
-def _check_widths(widths: list[int], dim: int) -> None:
-    """Raise ConfigError where a width is not one that the model's vectors can be cut to."""
-    if wrong := [width for width in widths if not 1 <= width <= dim]:
-        raise ConfigError(f"--widths {wrong[0]}: the model's vectors are {dim} wide, needs 1 to {dim}")
 
 
 def _run_of_model(path: Path, collection: Collection, bf16: bool, filter_known: bool, progress: ProgressBar) -> Run:

@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         mined = mine_to_file(
             args.out, tower_encoders(folder.model, dataset), dataset, first=args.first, last=args.last,
             margin=args.margin, exact_up_to=args.exact_up_to, documents=documents, share=share,
+            filter_seen=folder.config.data.excludes_seen,
         )  # fmt: skip
     if distributed.is_main():
         print(f"{args.out}: {len(mined)} queries, {mined.per_query():.1f} negatives each")

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.beir is None:
         data = next(iter(runs[0].values())).config.data
         dataset = Dataset.open(args.data or data.dir, cache=Cache.of(data))
-        others = baseline_systems(dataset, args.split)
+        others = baseline_systems(dataset, args.split, data.excludes_seen)
         measure = partial(_evaluated, dataset=dataset, split=args.split)
         title, shown = f"{dataset.num_queries(args.split)} queries", SHOWN
     else:
@@ -173,5 +173,8 @@ def _measured(
 def _evaluated(name: str, folder: ModelFolder, stage_dir: Path, dataset: Dataset, split: str) -> System:
     folder.check_dataset(dataset)
     with ProgressBar() as progress:
-        evaluation = evaluate_split(tower_encoders(folder.model, dataset), dataset, split, progress=progress)
+        evaluation = evaluate_split(
+            tower_encoders(folder.model, dataset), dataset, split, filter_seen=folder.config.data.excludes_seen,
+            progress=progress,
+        )  # fmt: skip
     return System.of_ranks(name, evaluation.ranks, evaluation.seconds + training_seconds(stage_dir))

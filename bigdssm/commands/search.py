@@ -1,33 +1,35 @@
-"""Print the documents that an index finds for one query.
+"""Print the documents that an index finds for one request.
 
     bigdssm search --model MODEL --index INDEX --user KEY
-    bigdssm search --model MODEL --index INDEX --history "first title; second title"
-    bigdssm search --model MODEL --index INDEX --text "words=running shoes" section=sports
+    bigdssm search --model MODEL --index INDEX --history "first title; second title" --text age=33
+    bigdssm search --model MODEL --index INDEX --text "words=running shoes" --filter "section = sports and price < 50"
+    bigdssm search --model MODEL --index INDEX --request request.json
 
-A user's seen documents, and those of a typed history, are left out. A typed history names documents by their key or
-their display name, oldest first. --data is needed where the dataset is not at the path that the model was trained with.
+--user brings what the dataset knows of a user, --text values of features, --history later events: documents by their
+key or display name, oldest first. What was seen is left out unless the model's data.repeats allows it; --seen says so
+for one request. A JSON request is what the server takes, see docs/serving.md. --data is needed where the dataset is not
+at the path that the model was trained with.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bigdssm.artifacts.model_folder import load_model_folder
-from bigdssm.batching.collate import Collator
-from bigdssm.cli import command
-from bigdssm.dataset.cache import Cache
-from bigdssm.dataset.dataset import Dataset
+from bigdssm.cli import command, refuse_options
 from bigdssm.errors import ConfigError
-from bigdssm.features import TextTokenizer
-from bigdssm.retrieval.embed import query_vectors
-from bigdssm.retrieval.index import open_index
-from bigdssm.retrieval.search import DocumentNames, Query, check_typed, feature_query, history_query, user_query
+from bigdssm.retrieval.index import Document
+from bigdssm.retrieval.request import Event, Request, request_of
+from bigdssm.retrieval.search import Query
+from bigdssm.serving.searcher import Searcher
+
+SEEN = {"allow": False, "exclude": True}
 
 
 @command
@@ -37,34 +39,44 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, required=True, help="model folder")
     parser.add_argument("--index", type=Path, required=True, help="index folder")
     parser.add_argument("--data", help="dataset folder or URL (by default the one that the model was trained on)")
-    query = parser.add_mutually_exclusive_group(required=True)
-    query.add_argument("--user", metavar="KEY", help="a user of the dataset")
-    query.add_argument("--history", metavar="TITLES", help="documents, parted by semicolons, oldest first")
-    query.add_argument("--text", nargs="+", metavar="FEATURE=VALUE", help="values of the query's features")
+    parser.add_argument("--user", metavar="KEY", help="a user of the dataset")
+    parser.add_argument("--history", metavar="TITLES", help="documents, parted by semicolons, oldest first")
+    parser.add_argument("--text", nargs="+", metavar="FEATURE=VALUE", help="values of the query's features")
+    parser.add_argument("--filter", metavar="CONDITIONS", help="which documents may be found")
+    parser.add_argument("--seen", choices=SEEN, help="whether seen documents may be found")
     parser.add_argument("--top", type=int, default=10, help="documents to print (%(default)s)")
+    parser.add_argument("--request", metavar="FILE", help="a request as JSON, - for standard input")
     args = parser.parse_args(argv)
+    if args.request is not None:
+        options = ["--user", "--history", "--text", "--filter", "--seen", "--top"]
+        refuse_options(parser, args, options, "with --request, which holds all of it")
+        request = request_of(_read(args.request))
+    else:
+        request = _typed(args)
+    searcher = Searcher.open(args.model, args.index, args.data)
+    query = searcher.queries.of(request)
+    _show(searcher, query, searcher.answer([query])[0].documents)
+
+
+def _typed(args: argparse.Namespace) -> Request:
     if args.top < 1:
         raise ConfigError(f"--top {args.top}: needs at least 1")
-    typed = {} if args.text is None else _typed_values(args.text)
     titles = [title for title in (args.history or "").split(";") if title.strip()]
-    check_typed([args.user or "", *titles, *typed.values()])
+    features = None if args.text is None else _typed_values(args.text)
+    return Request(
+        args.user, features, [*map(Event, titles)] or None, filter=args.filter,
+        exclude_seen=None if args.seen is None else SEEN[args.seen], top=args.top,
+    )  # fmt: skip
 
-    folder, index = load_model_folder(args.model), open_index(args.index)
-    dataset = Dataset.open(args.data or folder.config.data.dir, cache=Cache.of(folder.config.data))
-    folder.check_dataset(dataset)
-    if args.user is not None:
-        found = user_query(dataset, args.user)
-    elif args.history is not None:
-        found = history_query(dataset, DocumentNames.of(dataset), titles)
-    else:
-        tokenizer = None if folder.tokenizer_dir is None else TextTokenizer(folder.tokenizer_dir)
-        found = feature_query(folder.schema, typed, tokenizer)
 
-    collator = Collator(folder.schema, dataset.catalogue, dataset.pad_token_id)
-    vector = query_vectors(folder.model, collator.query_features(found.columns)).numpy()
-    top = min(args.top, index.meta.num_docs)
-    scores, rows = index.nearest(vector, top, folder.checksum, [found.seen])
-    _show(dataset, found, scores[0], rows[0])
+def _read(file: str) -> dict[str, object]:
+    try:
+        content = json.loads(sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"--request {file} is no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"--request {file} holds no JSON object")
+    return content
 
 
 def _typed_values(pairs: list[str]) -> dict[str, str]:
@@ -79,20 +91,21 @@ def _typed_values(pairs: list[str]) -> dict[str, str]:
     return values
 
 
-def _show(dataset: Dataset, query: Query, scores: np.ndarray, rows: np.ndarray) -> None:
+def _show(searcher: Searcher, query: Query, documents: Sequence[Document]) -> None:
     console = Console()
-    if len(query.seen):
-        newest = dataset.catalogue.display(query.seen[-5:])
-        more = f" and {len(query.seen) - 5} earlier" if len(query.seen) > 5 else ""
-        line = f"history, newest first: {'; '.join(reversed(newest))}{more}"
+    lines = []
+    if newest := searcher.seen(query):
+        more = f" and {len(query.seen) - len(newest)} earlier" if len(query.seen) > len(newest) else ""
+        lines.append(f"history, newest first: {'; '.join(newest)}{more}")
+    for item in query.unknown:
+        lines.append(f"skipped: {searcher.queries.unknown(item)}")
+    for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     table = Table()
     for column in ("rank", "score"):
         table.add_column(column, justify="right")
     table.add_column("document")
     table.add_column("key")
-    rows, scores = rows[rows >= 0], scores[rows >= 0]
-    names = zip(dataset.catalogue.display(rows), dataset.catalogue.keys(rows), strict=True)
-    for rank, (score, (name, key)) in enumerate(zip(scores, names, strict=True), start=1):
-        table.add_row(str(rank), f"{score:.4f}", name, key)
+    for rank, document in enumerate(documents, start=1):
+        table.add_row(str(rank), f"{document.score:.4f}", document.display, document.key)
     console.print(table, markup=False)

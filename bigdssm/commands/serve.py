@@ -2,12 +2,13 @@
 
     bigdssm serve --model MODEL --index INDEX [--data DATASET] [--port 8000]
 
-The page is at http://127.0.0.1:8000; the API is described in bigdssm/serving/app.py. Queries that wait together are
-encoded and searched together, and the answers of the last --cache queries are kept. It listens on this machine alone
-unless --host says otherwise, and asks nobody who they are. It answers to localhost and to --host; another name that
-leads here, such as a proxy's, is to be given with --allow-host. SIGTERM and Ctrl-C stop it after at most --timeout-s
-seconds. --data is needed where queries have users or histories and the dataset is not at the path that the model was
-trained with.
+The page is at http://127.0.0.1:8000; docs/serving.md has the API. Queries that wait together are encoded and searched
+together, and the answers of the last --cache queries are kept. --workers N runs N processes, which share the index's
+pages. What is put in the place of MODEL and INDEX is taken up within --look-s seconds, without a request being dropped.
+It listens on this machine alone unless --host says otherwise, and asks nobody who they are. It answers to localhost and
+to --host; another name that leads here, such as a proxy's, is to be given with --allow-host. SIGTERM and Ctrl-C stop it
+after at most --timeout-s seconds. --data is needed where queries have users, histories or filters and the dataset is
+not at the path that the model was trained with.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ import argparse
 import importlib.util
 import os
 import socket
+import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder
 from bigdssm.cli import command
-from bigdssm.dataset.cache import Cache
-from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
-from bigdssm.retrieval.index import open_index
-from bigdssm.serving.searcher import Searcher
+from bigdssm.log import setup_logging
+from bigdssm.serving.searcher import Folders, Searcher
+from bigdssm.serving.workers import METRICS_DIR, run_workers
 
 
 @command
@@ -43,31 +44,77 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache", type=int, default=10_000, metavar="QUERIES", help="answers to keep (%(default)s)")
     parser.add_argument("--at-once", type=int, default=32, metavar="QUERIES", help="most in a batch (%(default)s)")
     parser.add_argument("--threads", type=int, help="of the model and the index (default: OMP_NUM_THREADS, or all)")
+    parser.add_argument("--onnx", type=Path, metavar="FILE", help="query tower that encodes: EXPORT/query.int8.onnx")
+    parser.add_argument("--workers", type=int, default=1, help="processes (%(default)s)")
+    parser.add_argument(
+        "--look-s", type=float, default=2.0, metavar="SECONDS", help="to look what is new (%(default)s)"
+    )
+    parser.add_argument("--log-requests", action="store_true", help="write a line of JSON for each request on stderr")
     parser.add_argument("--allow-host", nargs="+", default=[], metavar="NAME", help="names it is asked by as well")
     parser.add_argument(
         "--timeout-s", type=int, default=10, metavar="SECONDS",
         help="most that a request may take to arrive, and a stop to end (%(default)s)",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    for option, least in (("cache", 0), ("at_once", 1), ("threads", 1), ("timeout_s", 1)):
+    for option, least in (("cache", 0), ("at_once", 1), ("threads", 1), ("timeout_s", 1), ("workers", 1)):
         if (value := getattr(args, option)) is not None and value < least:
             raise ConfigError(f"--{option.replace('_', '-')} {value}: needs at least {least}")
     if not 0 <= args.port < 65536:
         raise ConfigError(f"--port {args.port}: needs 0 to 65535")
-    if missing := [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]:
+    if not 0.1 <= args.look_s < 1e6:
+        raise ConfigError(f"--look-s {args.look_s}: needs at least 0.1")
+    needed = ("fastapi", "prometheus_client", "uvicorn")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"serving needs {' and '.join(missing)}: pip install 'bigdssm[serve]'")
-    from bigdssm.serving.app import make_app
-    from bigdssm.serving.server import run
-
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    folder, index = load_model_folder(args.model), open_index(args.index)
-    searcher = Searcher(folder, index, _dataset_of(folder, args.data), args.threads)
-    app = make_app(searcher, cache_size=args.cache, at_once=args.at_once, hosts=[args.host, *args.allow_host])
+    served = Served(
+        Folders(args.model, args.index, args.data, args.threads, args.onnx), args.cache, args.at_once,
+        (args.host, *args.allow_host), args.look_s, args.log_requests, args.timeout_s,
+    )  # fmt: skip
+    searcher = served.open()
     with _listen(args.host, args.port) as listening:
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"http://{host}:{listening.getsockname()[1]}  (Ctrl-C stops)", flush=True)
-        run(app, listening, args.timeout_s)
+        if args.workers == 1:
+            served.run(listening, searcher)
+            return
+        del searcher  # what opens here opens in the workers
+        with tempfile.TemporaryDirectory(prefix="bigdssm-metrics-") as counted:
+            os.environ[METRICS_DIR] = counted
+            run_workers(args.workers, served.run, (listening,), args.timeout_s)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a worker process needs to know."""
+
+    folders: Folders
+    cache: int
+    at_once: int
+    hosts: tuple[str, ...]
+    look_s: float
+    log_requests: bool
+    timeout_s: int
+
+    def open(self) -> Searcher:
+        """Return the searcher, and have this process use the threads that were asked for."""
+        if self.folders.threads is not None:
+            torch.set_num_threads(self.folders.threads)
+        return self.folders.open()
+
+    def run(self, listening: socket.socket, searcher: Searcher | None = None) -> None:
+        """Serve until a signal asks to stop."""
+        from bigdssm.serving.app import make_app
+        from bigdssm.serving.metrics import log_requests
+        from bigdssm.serving.server import run
+
+        setup_logging()
+        if self.log_requests:
+            log_requests()
+        app = make_app(
+            searcher or self.open(), cache_size=self.cache, at_once=self.at_once, hosts=self.hosts,
+            folders=self.folders, look_s=self.look_s,
+        )  # fmt: skip
+        run(app, listening, self.timeout_s)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -81,10 +128,3 @@ def _listen(host: str, port: int) -> socket.socket:
             why = os.strerror(error.errno)
         at = f"--host {host} --port {port}"
         raise ConfigError(f"{at} cannot be listened on: {why}; choose another (--port 0 takes any free one)") from None
-
-
-def _dataset_of(folder: ModelFolder, data: str | None) -> Dataset | None:
-    """Return the dataset, or None where queries are typed features alone and nobody named one."""
-    if data is None and all(feature.type != "history" for feature in folder.schema.query.values()):
-        return None
-    return Dataset.open(data or folder.config.data.dir, cache=Cache.of(folder.config.data))

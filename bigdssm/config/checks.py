@@ -49,6 +49,10 @@ def check_config(config: Config) -> None:
         if stage is not None:
             _check_stage(name, stage, data)
             _check_loss(f"{name}.loss", stage.loss, config.model, engine.chunk_tokens)
+            _require(
+                data.excludes_seen or stage.loss.mask not in ("user", "past"), f"{name}.loss.mask", stage.loss.mask,
+                "none or batch with data.repeats=allow: what a user met before may be a negative",
+            )  # fmt: skip
             if stage.loss.columns == "catalogue":
                 _check_catalogue_columns(f"{name}.loss", stage.loss, config.model, data)
     if config.model.beta == "scalar":

@@ -52,6 +52,9 @@ class DataConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     # Most targets of a train row made of interactions: one pass over a piece of a sequence gives a query for each.
     targets_per_row: int = bounded(1, 1, 65_536)
+    # Whether what a user met before may be the answer again (music, groceries). It decides the losses' mask, what is
+    # mined, what evaluation counts, and what search, serve and recommend leave out.
+    repeats: Literal["allow", "exclude"] = "exclude"
     lanes: int = bounded(8, 1, 65_536)  # fixed order lanes; divides rows_global, at least the world size
     num_workers: int = bounded(1, 0, 1024)  # loader processes per rank
     max_bad_fraction: float = bounded(0.001, 0, 1)  # of the rows met; past it the run stops
@@ -62,6 +65,11 @@ class DataConfig:
     mixture: list[SourceConfig] = field(default_factory=list)  # several datasets or partitions, by weight
     mixture_batches: Literal["mixed", "one_source"] = "mixed"  # a step's lanes each from one source, or all of them
     tail: Literal["carry", "drop"] = "carry"  # an epoch's rows that fill no step: into the next, or left out
+
+    @property
+    def excludes_seen(self) -> bool:
+        """Return whether what a user met before is no answer."""
+        return self.repeats == "exclude"
 
     def __post_init__(self) -> None:
         for side in ("query", "doc"):
@@ -178,8 +186,9 @@ class LossConfig:
     # What a query is compared with: the documents of the global batch, or all of the catalogue in every step.
     columns: Literal["batch", "catalogue"] = "batch"
     # Which of them are no negatives: batch: positives of the same query id, of any rank; user: and what its sequence
-    # holds up to its latest row; past: exactly what lies before the query; none: its own document alone.
-    mask: Literal["batch", "user", "past", "none"] = "batch"
+    # holds up to its latest row; past: exactly what lies before the query; none: its own document alone; auto: batch,
+    # and none with data.repeats=allow, where what a user met may be what is asked for, or just not now.
+    mask: Literal["auto", "batch", "user", "past", "none"] = "auto"
     margin: float = bounded(0.2, 0, 1_000_000)  # triplet
     # Matryoshka: further widths, below model.dim, that vectors can be cut to.
     widths: tuple[int, ...] = bounded((), 1, MAX_WIDTH)
@@ -272,9 +281,9 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("pretrain", "sft"):
-            stage = getattr(self, name)
-            if stage is not None and stage.loss.sampling == "auto":
-                loss = replace(stage.loss, sampling=_usual_sampling(stage.loss, self.data))
+            stage: StageConfig | None = getattr(self, name)
+            if stage is not None:
+                loss = _settled(stage.loss, self.data)
                 object.__setattr__(self, name, replace(stage, loss=loss))
 
     def stage(self, name: StageName) -> StageConfig:
@@ -295,6 +304,13 @@ class Config:
             features: dict[str, Feature] = getattr(self.data, side)
             content["data"][side] = {name: feature.declaration() for name, feature in features.items()}
         return cast(dict[str, Any], json.loads(json.dumps(content)))
+
+
+def _settled(loss: LossConfig, data: DataConfig) -> LossConfig:
+    """Return a loss with what is `auto` decided."""
+    mask = ("batch" if data.excludes_seen else "none") if loss.mask == "auto" else loss.mask
+    sampling = _usual_sampling(loss, data) if loss.sampling == "auto" else loss.sampling
+    return replace(loss, mask=mask, sampling=sampling)
 
 
 def _usual_sampling(loss: LossConfig, data: DataConfig) -> Literal["none", "corrected"]:

@@ -51,6 +51,10 @@ class Catalogue:
         """Return the features of the documents at `rows` (int64 [n]) as columns."""
         return {name: self._table.take(name, rows) for name in self._schema.doc}
 
+    def column(self, feature: str, rows: np.ndarray) -> Column:
+        """Return one feature of the documents at `rows` (int64 [n])."""
+        return self._table.take(feature, rows)
+
     def codes(self, feature: str, rows: np.ndarray) -> np.ndarray:
         """Return the int32 codes of one categorical feature at `rows`."""
         return np.asarray(self._table.take(feature, rows))

@@ -307,8 +307,12 @@ class Dataset:
         Each query is a row of its own, with the history that it would have when it is served. What cannot be used is
         left out, and named in a warning.
         """
-        index, rows_per_batch = self.index(split), self.rows_at_once(split, rows_per_batch)
-        first, last = (index.num_rows * k // world_size for k in (rank, rank + 1))
+        first, last = (self.num_rows(split) * k // world_size for k in (rank, rank + 1))
+        yield from self.between(split, first, last, self.rows_at_once(split, rows_per_batch))
+
+    def between(self, split: str, first: int, last: int, rows_per_batch: int) -> Iterator[Rows]:
+        """Yield the rows [first, last) of a split, so many row ids at a time; else as `iterate` does."""
+        index = self.index(split)
         pending: list[tuple[np.ndarray, pa.RecordBatch]] = []
         block = int(np.searchsorted(index.first_row, first, "right")) - 1
         for step, begin in enumerate(range(first, last, rows_per_batch)):

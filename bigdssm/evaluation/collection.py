@@ -74,14 +74,6 @@ def model_vectors(
     return queries, encoded("doc", collection.corpus, document_vectors)
 
 
-def cut_vectors(vectors: Tensor, width: int, normalise: bool) -> Tensor:
-    """Return index vectors [n, D+1] cut to [n, width+1]; normalise: the part before the last gets its norm again."""
-    whole, first = vectors[:, :-1], vectors[:, :width]
-    if normalise:
-        first = torch.nn.functional.normalize(first, dim=1) * whole.norm(dim=1, keepdim=True)
-    return torch.cat([first, vectors[:, -1:]], dim=1)
-
-
 def vectors_run(
     collection: Collection, queries: Tensor, documents: Tensor, filter_known: bool = False, top: int = TOP
 ) -> Run:

@@ -19,7 +19,7 @@ from bigdssm.evaluation.ranks import Seen, by_pairs, by_product, ranks_of_round,
 from bigdssm.evaluation.scorer import ScoredEncoders
 from bigdssm.progress import Progress, no_progress
 from bigdssm.retrieval.embed import Documents, Encoders, Share, all_finite, encode_catalogue, encode_queries
-from bigdssm.retrieval.rounds import QUERIES_AT_ONCE, Pairs, rounds, seen_pairs
+from bigdssm.retrieval.rounds import QUERIES_AT_ONCE, no_pairs, rounds, seen_pairs
 
 SCORES_PER_CHUNK = 16_777_216  # of a scorer without vectors, 128 MiB of float64
 
@@ -63,7 +63,7 @@ def evaluate_split(
     error = DivergedError(f"vectors of split {split} hold NaN or inf")
     distributed.raise_together(None if all_finite(documents.vectors) else error)
     ranks = [np.zeros(0)]
-    seen = seen_pairs if filter_seen else _no_pairs
+    seen = seen_pairs if filter_seen else no_pairs
     for asked in rounds(encode_queries(encoders, dataset, split, share), documents, seen, QUERIES_AT_ONCE):
         if not all_finite(asked.vectors):  # which all ranks see alike
             raise error
@@ -97,10 +97,6 @@ def evaluate_scores(
 
 def _seen(rows: Rows) -> Seen:
     return Seen(*(as_tensor(part).long() for part in rows.seen_ragged()))
-
-
-def _no_pairs(rows: Rows) -> Pairs:
-    return np.zeros(0, np.int64), np.zeros(0, np.int64)
 
 
 def _of_relevant(ranks: Tensor, rows: Rows) -> np.ndarray:

@@ -81,11 +81,11 @@ def _only(tail: tuple[str, ...], paths: Sequence[tuple[str, ...]]) -> bool:
     return len({path for path in paths if path[-len(tail) :] == tail}) == 1
 
 
-def baseline_systems(dataset: Dataset, split: str) -> list[System]:
+def baseline_systems(dataset: Dataset, split: str, filter_seen: bool = True) -> list[System]:
     """Return popularity and, where rows have histories, the Markov baseline."""
-    found = [_fitted("popularity", Popularity, dataset, split)]
+    found = [_fitted("popularity", Popularity, dataset, split, filter_seen)]
     if dataset.sequences is not None:
-        found.append(_fitted(MARKOV, Markov, dataset, split))
+        found.append(_fitted(MARKOV, Markov, dataset, split, filter_seen))
     return found
 
 
@@ -149,11 +149,13 @@ def differences_as_json(
 
 
 def save_comparison(
-    path: Path, dataset: Dataset, split: str, systems: Sequence[System], pairs: Sequence[tuple[System, System]]
-) -> None:
+    path: Path, systems: Sequence[System], pairs: Sequence[tuple[System, System]], dataset: Dataset, split: str,
+    filter_seen: bool = True,
+) -> None:  # fmt: skip
     """Write the JSON `path`, and beside it each system's ranks as .npy."""
     _, checksum = measured(dataset, split)
-    content: dict[str, Any] = {"split": split, "rows": checksum, "systems": as_json(systems)}
+    rows = {"split": split, "rows": checksum, "filter_seen": filter_seen}
+    content: dict[str, Any] = {**rows, "systems": as_json(systems)}
     path.parent.mkdir(parents=True, exist_ok=True)
     for number, (entry, system) in enumerate(zip(content["systems"], systems, strict=True)):
         assert system.ranks is not None
@@ -165,14 +167,15 @@ def save_comparison(
     write_json(path, content)
 
 
-def load_system(path: Path, dataset: Dataset, split: str) -> System:
+def load_system(path: Path, dataset: Dataset, split: str, filter_seen: bool = True) -> System:
     """Return the first system of a saved comparison.
 
-    Raises DataError: missing, damaged, or of other rows, which do not pair. The features of these may be others.
+    Raises DataError: missing, damaged, or of other rows, or with seen documents treated otherwise, which do not pair.
+    The features of these may be others.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        measured_on, of_split = content["rows"], content["split"]
+        measured_on, of_split, filtered = content["rows"], content["split"], content.get("filter_seen", True)
         entry = content["systems"][0]
         file = path.with_name(Path(entry["ranks"]).name)
         if file_checksum(file) != entry["ranks_checksum"]:
@@ -187,6 +190,11 @@ def load_system(path: Path, dataset: Dataset, split: str) -> System:
         raise DataError(
             f"{path} was measured on other rows than those of split {split} of {dataset.dir}: {len(ranks)} of a split "
             f"{of_split}; measure both on datasets made of the same tables"
+        )
+    if filtered != filter_seen:
+        raise DataError(
+            f"{path} was measured with seen documents {'left out' if filtered else 'among the others'}, this model's "
+            "data.repeats says otherwise; measure both with the same data.repeats"
         )
     return system
 
@@ -205,9 +213,11 @@ def measured(dataset: Dataset, split: str) -> tuple[int, str]:
     return num_queries, digest.hexdigest()
 
 
-def _fitted(name: str, kind: type[Popularity] | type[Markov], dataset: Dataset, split: str) -> System:
+def _fitted(
+    name: str, kind: type[Popularity] | type[Markov], dataset: Dataset, split: str, filter_seen: bool
+) -> System:
     started = perf_counter()
-    evaluation = evaluate_scores(kind.fit(dataset), dataset, split)
+    evaluation = evaluate_scores(kind.fit(dataset), dataset, split, filter_seen=filter_seen)
     return System.of_ranks(name, evaluation.ranks, perf_counter() - started)
 
 

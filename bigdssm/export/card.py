@@ -41,7 +41,7 @@ def model_card(model: ModelFolder, name: str, target: str, parity: Parity, figur
         "## Data",
         _data(model),
         "## Figures",
-        _figures(figures),
+        _figures(figures, model.config.data.excludes_seen),
         "## Training",
         f"```yaml\n{yaml.safe_dump(model.config.to_dict(), sort_keys=False)}```",
     ]
@@ -78,12 +78,13 @@ def _data(model: ModelFolder) -> str:
     return trained_on + "\n\n" + "\n".join(lines)
 
 
-def _figures(figures: Figures | None) -> str:
+def _figures(figures: Figures | None, excludes_seen: bool) -> str:
     if figures is None:
         return "None were recorded for exactly these weights; `bigdssm evaluate` measures them."
     lines = [f"| {figures.split} | {figures.where} |", "|---|---|"]
     lines += [f"| {name} | {value:.4f} |" for name, value in figures.metrics.items()]
-    return "Over the whole catalogue, seen documents left out:\n\n" + "\n".join(lines)
+    seen = "left out" if excludes_seen else "among them"
+    return f"Over the whole catalogue, seen documents {seen}:\n\n" + "\n".join(lines)
 
 
 def _load_model(model: ModelFolder, name: str) -> str:

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bigdssm.artifacts.checkpoint import check_file, find, folder_checksums
+from bigdssm.artifacts.checkpoint import find, folder_checksums
 from bigdssm.artifacts.checkpoint_model import BEST, load_checkpoint_model
+from bigdssm.artifacts.exported import EXPORT_FILE
 from bigdssm.artifacts.model_folder import (
     META_FILE,
     ModelFolder,
@@ -26,7 +27,6 @@ from bigdssm.export.probe import Parity, Probe, largest_difference
 from bigdssm.export.st_format import write_sentence_transformers
 from bigdssm.running.records import METRICS_FILE, read_stage
 
-EXPORT_FILE = "bigdssm_export.json"
 Format = Literal["model", "sentence-transformers", "hf", "onnx"]
 
 
@@ -85,20 +85,6 @@ def export(source: Source, out: Path, target: Format = "model") -> Parity:
             }
             write_json(aside / EXPORT_FILE, made)
     return parity
-
-
-def read_export(folder: Path) -> dict[str, Any]:
-    """Return what the export `folder` says of itself. Raises CheckpointError: none there, or a file that is damaged."""
-    try:
-        made: dict[str, Any] = json.loads((folder / EXPORT_FILE).read_text(encoding="utf-8"))
-        checksums = made["checksums"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{folder} is no export, or one of an older version, with a whole {EXPORT_FILE} ({error!r}); export again"
-        ) from None
-    for name, checksum in checksums:
-        check_file(folder / name, checksum, EXPORT_FILE)
-    return made
 
 
 def _is_export(folder: Path, target: Format) -> bool:

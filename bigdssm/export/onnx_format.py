@@ -12,12 +12,12 @@ import logging
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bigdssm.artifacts.exported import run_onnx, session
 from bigdssm.artifacts.model_folder import TOKENIZER_DIR, ModelFolder
 from bigdssm.atomic import write_json
 from bigdssm.dataset.tensors import Features, pad_ids
@@ -54,20 +54,6 @@ def write_onnx(model: ModelFolder, out: Path) -> Parity:
         differences[side] = _difference(path, features, padding, probe.vectors[side])
     _quantise(out / "query.onnx", out / "query.int8.onnx")
     return Parity(differences["query"], differences["doc"])
-
-
-def run_onnx(session: Any, features: Features) -> Tensor:
-    """Return the vectors [n, D+1] that an onnxruntime session gives for features of n rows."""
-    return torch.from_numpy(session.run(["vectors"], {name: values.numpy() for name, values in features.items()})[0])
-
-
-def session(path: Path, threads: int = 0) -> Any:
-    """Return an onnxruntime session on the CPU; threads 0: as many as there are cores."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 class _Tower(nn.Module):

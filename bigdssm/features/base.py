@@ -15,7 +15,7 @@ A new type is a subclass in a module of its own, registered with `@register`; it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
@@ -188,6 +188,13 @@ class Feature(ABC):
         """Return the rows that an embedding table of its codes needs, 0 where it has no table of its own."""
         return 0
 
+    def matches(self, column: Column, operator: str, values: Sequence[str]) -> np.ndarray:
+        """Return which encoded values fulfil a condition of a filter, bool [R]; `in` alone has several `values`.
+
+        Raises ConfigError: the feature has no such condition, or a value is none of its.
+        """
+        raise ConfigError(f"filter: {self.name} is of type {self.type}, needs a categorical or numeric feature")
+
     # ----- encoded → array
 
     def padding(self, pad_token_id: int) -> int | None:
@@ -263,6 +270,11 @@ def from_dict(content: Mapping[str, Any]) -> Feature:
     """Return the feature of `Feature.to_dict`. Raises TypeError, KeyError: it is none."""
     given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items() if key != "type"}
     return _TYPES[content["type"]](**given)
+
+
+def filterable(features: Mapping[str, Feature]) -> dict[str, Feature]:
+    """Return the features that filters can look at."""
+    return {name: feature for name, feature in features.items() if type(feature).matches is not Feature.matches}
 
 
 def encode_columns(

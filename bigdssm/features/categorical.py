@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -160,6 +161,23 @@ class Categorical(Feature):
     def faults(self, column: Column, vocab_size: int) -> Iterator[Fault]:
         """Yield unknown codes."""
         yield from faults_of_codes(self.name, "code", column, 0, self.num_codes)
+
+    def matches(self, column: Column, operator: str, values: Sequence[str]) -> np.ndarray:
+        """Return which rows have one of the values, bool [R]. Raises ConfigError: one that the vocabulary has not."""
+        if operator not in ("=", "in"):
+            raise ConfigError(f"filter: {self.name} {operator}: {self.name} is categorical, needs = or in")
+        if self.hash_buckets:
+            raise ConfigError(f"filter: {self.name} is hashed, so that its values cannot be told apart")
+        if unknown := [value for value in values if value not in self.vocabulary]:
+            near = difflib.get_close_matches(unknown[0], self.vocabulary, 1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"filter: no document is known by {self.name} = {unknown[0][:80]!r}{meant}")
+        codes = self.codes(pa.array(values, pa.string()))
+        if not isinstance(column, Ragged):
+            return np.isin(column, codes)
+        found = np.zeros(len(column), bool)
+        found[np.searchsorted(column.offsets, np.flatnonzero(np.isin(column.values, codes)), "right") - 1] = True
+        return found
 
     @property
     def num_codes(self) -> int:

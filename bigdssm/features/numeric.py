@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -15,6 +15,10 @@ from bigdssm.features.base import FITTED, Feature, Reader, register
 from bigdssm.features.columns import RowCheck, numbers
 from bigdssm.features.ragged import Column
 from bigdssm.features.tokenizer import TextTokenizer
+
+COMPARED: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "=": np.equal, "<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal, "in": np.isin,
+}  # fmt: skip
 
 
 def numeric_input(feature, values, exported):  # type: ignore[no-untyped-def]
@@ -80,6 +84,12 @@ class Numeric(Feature):
     def encode(self, column: pa.Array, tokenizer: TextTokenizer | None, *, large: bool = False) -> pa.Array:
         """Return the numbers as float32; models normalise them."""
         return pa.array(column.to_numpy(zero_copy_only=False).astype(np.float32))
+
+    def matches(self, column: Column, operator: str, values: Sequence[str]) -> np.ndarray:
+        """Return which numbers compare so, bool [R]; a missing one never does. Raises ConfigError: a value is none."""
+        wanted = np.array([self.typed(value) for value in values], np.float32)
+        found: np.ndarray = COMPARED[operator](np.asarray(column), wanted)
+        return found
 
     def array(self, column: Column, pad_token_id: int) -> np.ndarray:
         """Return float32 [R]."""

@@ -84,7 +84,10 @@ def _measured(
             return None, f"{dataset.dir} has no rows in split {split}"
         for name, model in zip("AB", models, strict=True):
             model.check_dataset(dataset)
-            evaluation = evaluate_split(tower_encoders(model.model, dataset), dataset, split, progress=progress)
+            evaluation = evaluate_split(
+                tower_encoders(model.model, dataset), dataset, split,
+                filter_seen=models[0].config.data.excludes_seen, progress=progress,
+            )  # fmt: skip
             found.append(System.of_ranks(name, evaluation.ranks, evaluation.seconds))
     except BigDSSMError as error:
         return None, str(error)

@@ -102,6 +102,25 @@ def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | st
     return Encoders(queries, documents)
 
 
+def cut_vectors(vectors: Tensor, width: int, normalise: bool) -> Tensor:
+    """Return index vectors [n, D+1] cut to [n, width+1]; normalise: the part before the last gets its norm again.
+
+    For models trained with loss.widths (Matryoshka); cosine models normalise.
+    """
+    whole, first = vectors[:, :-1], vectors[:, :width]
+    if normalise:
+        first = nn.functional.normalize(first, dim=1) * whole.norm(dim=1, keepdim=True)
+    return torch.cat([first, vectors[:, -1:]], dim=1)
+
+
+def cut_encoders(encoders: Encoders, width: int, normalise: bool) -> Encoders:
+    """Return Encoders whose vectors are cut to [.., width+1]."""
+    return Encoders(
+        lambda rows: cut_vectors(encoders.queries(rows), width, normalise),
+        lambda doc_rows: cut_vectors(encoders.documents(doc_rows), width, normalise),
+    )
+
+
 def encode_in_bf16(model: nn.Module) -> None:
     """Have `model` multiply in bfloat16 from now on, as bf16 training does; weights and index vectors stay float32.
 

@@ -1,6 +1,9 @@
 """KNN indexes of document vectors; each names the model whose vectors it holds and refuses another's queries.
 
-INDEX/    index.faiss, documents.arrow (doc_key, display), meta.json (checksums of both and of itself)
+INDEX/    index.faiss, documents.arrow (doc_key, display), meta.json (checksums of all and of itself), and vectors.npy,
+          which scores the candidates again, of an index whose own vectors are cut or coded
+
+Processes on a machine share the pages of all files.
 """
 
 from __future__ import annotations
@@ -18,9 +21,14 @@ import pyarrow as pa
 
 from bigdssm.artifacts.checkpoint import check_file
 from bigdssm.atomic import new_folder, real_place
+from bigdssm.cli import check_width
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError
+from bigdssm.features.ragged import Ragged
 from bigdssm.retrieval.model import Model
+from bigdssm.retrieval.scan import LOOKED_AT, Allowed, scan
 from bigdssm.retrieval.vectors import (
+    CONTENTS_FILE,
     DOCUMENTS_FILE,
     INDEX_FILE,
     META_FILE,
@@ -29,14 +37,16 @@ from bigdssm.retrieval.vectors import (
     VECTORS_FILE,
     VectorsMeta,
     check_free,
+    cut_like,
     load_vectors,
     read_meta,
     write_meta,
 )
 
-IndexType = Literal["flat", "sq8", "hnsw", "ivf", "ivfpq"]
+IndexType = Literal["flat", "sq8", "binary", "hnsw", "ivf", "ivfpq"]
 HNSW_LINKS, HNSW_BUILD_WIDTH, HNSW_SEARCH_WIDTH = 32, 200, 200
 SIMILAR_CANDIDATES = 20
+NO_ROWS = np.zeros(0, np.int64)
 TRAINING_POINTS = 39  # FAISS wants so many for a list of an inverted file
 PQ_LEAST_DOCS = TRAINING_POINTS * 256  # a code is a byte
 PQ_ROUNDS, PQ_POINTS = 10, 64  # of k-means, and points per centroid: FAISS's 25 and 256 take ten times as long
@@ -59,6 +69,7 @@ class Index:
     meta: VectorsMeta
     keys: pa.ChunkedArray  # string [N]
     display: pa.ChunkedArray
+    vectors: np.ndarray | None = None  # float32 [N, D+1], mapped, where candidates are scored again
 
     def search(
         self, vectors: np.ndarray, top: int, exclude: Sequence[Collection[str]] | None = None
@@ -68,8 +79,9 @@ class Index:
         vectors [m, D+1] are `Model.encode_queries`' of the model that the index names; `exclude` holds each query's
         document keys to leave out. Raises ConfigError: vectors of another width, `top` 0, `exclude` of other queries.
         """
-        if vectors.ndim != 2 or vectors.shape[1] != self.meta.width:
-            raise ConfigError(f"got vectors {list(vectors.shape)}, the index has {self.meta.width} numbers in each")
+        width = self.meta.whole or self.meta.width
+        if vectors.ndim != 2 or vectors.shape[1] != width:
+            raise ConfigError(f"got vectors {list(vectors.shape)}, the index has {width} numbers in each")
         if top < 1:
             raise ConfigError(f"top {top}: needs at least 1")
         if exclude is not None and len(exclude) != len(vectors):
@@ -90,25 +102,34 @@ class Index:
         return {key: row for row, key in enumerate(self.keys.to_pylist())}
 
     def nearest(
-        self, queries: np.ndarray, top: int, model_checksum: str, excluded: Sequence[np.ndarray] | None = None
+        self,
+        queries: np.ndarray,
+        top: int,
+        model_checksum: str,
+        excluded: Sequence[np.ndarray] | None = None,
+        allowed: Allowed | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return (scores float32 [m, top], catalogue rows int64 [m, top]), best first; -inf and -1 behind the last.
 
-        queries [m, D+1] are index vectors of the model `model_checksum`, `excluded` each query's rows to leave out.
+        queries [m, D+1] are index vectors of the model `model_checksum`, `excluded` each query's rows to leave out,
+        `allowed` the documents that any of them may have (none: all). Every query finds as many as are left for it.
         Raises CheckpointError where the index holds another model's vectors.
         """
         self.check_model(model_checksum)
-        left_out = [np.unique(some) for some in excluded or [np.zeros(0, np.int64)] * len(queries)]
-        wanted = min(top + max(map(len, left_out), default=0), self.meta.num_docs)
-        scores, rows = self.index.search(np.ascontiguousarray(queries, np.float32), wanted)
-        out = rows < 0
-        for i, some in enumerate(left_out):
-            out[i] |= np.isin(rows[i], some)
-        order = np.argsort(out, axis=1, kind="stable")[:, :top]
-        scores = np.where(out, np.float32(-np.inf), scores)
-        scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(np.where(out, -1, rows), order, 1)
-        pad = ((0, 0), (0, top - rows.shape[1]))
-        return np.pad(scores, pad, constant_values=-np.inf), np.pad(rows, pad, constant_values=-1)
+        scores, rows = np.full((len(queries), top), -np.inf, np.float32), np.full((len(queries), top), -1)
+        available = self.meta.num_docs if allowed is None else allowed.count
+        if not available:
+            return scores, rows
+        left_out = Ragged.of_lists(excluded or [NO_ROWS] * len(queries), np.int64)
+        # So many more are asked for that `top` are left; queries of like many together, as few have a long history.
+        more = np.where(left_out.lengths, 2 ** np.ceil(np.log2(np.maximum(left_out.lengths, 1))), 0).astype(np.int64)
+        for number in np.unique(more).tolist():
+            some = np.flatnonzero(more == number)
+            wanted = min(top + number, available)
+            found = self._found(queries[some], wanted, allowed)
+            kept = min(top, wanted)
+            scores[some, :kept], rows[some, :kept] = _without(*found, left_out.take(some), top)
+        return scores, rows
 
     def check_model(self, model_checksum: str) -> None:
         """Raise CheckpointError where the index holds another model's vectors."""
@@ -117,6 +138,11 @@ class Index:
                 f"the index holds vectors of model {self.meta.model_checksum[:12]}, the queries are of model "
                 f"{model_checksum[:12]}; their scores would mean nothing: embed and index with the model in use"
             )
+
+    def check_dataset(self, dataset: Dataset) -> None:
+        """Raise CheckpointError where the index holds the documents of another dataset, or of it as it was earlier."""
+        if self.meta.dataset_fingerprint != dataset.fingerprint:
+            raise CheckpointError(f"the index was made of another dataset than {dataset.dir}; embed and index again")
 
     def similar(self, row: int, top: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (cosines float32 [top], catalogue rows int64 [top]) of the documents nearest to one; beta is no part.
@@ -127,8 +153,8 @@ class Index:
         asked = own.copy()
         asked[-1] = 0
         candidates = min(SIMILAR_CANDIDATES * (top + 1), self.meta.num_docs)
-        rows = self.index.search(asked[None], candidates)[1][0]
-        rows = rows[(rows >= 0) & (rows != row)]
+        rows = self._found(asked[None], candidates, None)[1][0]
+        rows = rows[rows != row]
         vectors = np.stack([own, *(self._vector(int(other)) for other in rows)])[:, :-1]
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=np.finfo(np.float32).tiny)
         cosines = vectors[1:] @ vectors[0]
@@ -137,7 +163,28 @@ class Index:
 
     def _vector(self, row: int) -> np.ndarray:
         """Return the vector [D+1] of a document, as exact as this kind of index keeps it."""
-        return np.asarray(self.index.reconstruct(row))
+        return np.array(self.index.reconstruct(row) if self.vectors is None else self.vectors[row])
+
+    def _found(self, queries: np.ndarray, wanted: int, allowed: Allowed | None) -> tuple[np.ndarray, np.ndarray]:
+        """Return (scores, rows), both [m, wanted], best first; see `scan`."""
+        searched = cut_like(queries, self.meta)
+        if self.vectors is None:
+            return scan(self.index, searched, wanted, allowed)
+        available = self.meta.num_docs if allowed is None else allowed.count
+        candidates = scan(self.index, searched, min(wanted * self.meta.rescored, available), allowed)[1]
+        scores = np.stack([self.vectors[some] @ query for some, query in zip(candidates, queries, strict=True)])
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :wanted]
+        return np.take_along_axis(scores, order, 1), np.take_along_axis(candidates, order, 1)
+
+
+def _without(scores: np.ndarray, rows: np.ndarray, left_out: Ragged, top: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first `top` of what was found, [m, found], without each query's rows to leave out."""
+    number, width = np.arange(len(rows)), int(max(rows.max(initial=0), left_out.values.max(initial=0))) + 1
+    names = np.repeat(number, left_out.lengths) * width + left_out.values
+    out = (rows < 0) | np.isin(number[:, None] * width + rows, names)
+    order = np.argsort(out, axis=1, kind="stable")[:, :top]
+    scores, rows = np.where(out, np.float32(-np.inf), scores), np.where(out, -1, rows)
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
 
 
 def search_with(threads: int) -> None:
@@ -145,26 +192,46 @@ def search_with(threads: int) -> None:
     faiss.omp_set_num_threads(threads)
 
 
-def build_index(vectors_dir: Path, folder: Path, kind: IndexType = "flat") -> VectorsMeta:
+def build_index(
+    vectors_dir: Path, folder: Path, kind: IndexType = "flat", *, width: int | None = None, rescore: int = 0
+) -> VectorsMeta:
     """Build the inner-product index of a vectors folder and return its meta.
 
-    flat is exact, sq8 is flat with a byte per dimension; hnsw, ivf and ivfpq look at a part of the catalogue only, and
-    ivfpq keeps half a byte per dimension. Raises CheckpointError where `vectors_dir` is not a whole vectors folder,
-    ConfigError where `folder` holds something else, or ivfpq has too few documents.
+    flat is exact, sq8 (int8) is flat with a byte per dimension and binary with a bit; hnsw, ivf and ivfpq look at a
+    part of the catalogue only, and ivfpq keeps half a byte per dimension. `width` cuts the vectors, as of a model
+    that was trained with loss.widths; of `rescore` candidates for each document asked for, whole vectors choose the
+    best, which stay on the disk. Raises CheckpointError where `vectors_dir` is not a whole vectors folder,
+    ConfigError where `folder` holds something else, ivfpq has too few documents, or width or rescore cannot be.
     """
     folder = real_place(folder)
     meta = read_meta(vectors_dir)
     if meta.kind != VECTORS:
         raise CheckpointError(f"{vectors_dir} is an index; the vectors it was built from are needed")
+    built = planned(meta, kind, width, rescore)
     vectors = load_vectors(vectors_dir, meta)
     check_file(vectors_dir / DOCUMENTS_FILE, meta.files.get(DOCUMENTS_FILE), META_FILE)
-    check_free(folder, VECTORS_FILE)
-    built = replace(meta, kind=kind)
+    check_free(folder, CONTENTS_FILE)
     with new_folder(folder) as aside:
-        faiss.write_index(faiss_index(kind, vectors), str(aside / INDEX_FILE))
-        shutil.copyfile(vectors_dir / DOCUMENTS_FILE, aside / DOCUMENTS_FILE)
+        faiss.write_index(faiss_index(kind, cut_like(vectors, built)), str(aside / INDEX_FILE))
+        for name in (DOCUMENTS_FILE, *([VECTORS_FILE] if rescore else [])):
+            shutil.copyfile(vectors_dir / name, aside / name)
         write_meta(aside, built)
     return built
+
+
+def planned(meta: VectorsMeta, kind: IndexType, width: int | None, rescore: int) -> VectorsMeta:
+    """Return the meta of an index of these vectors. Raises ConfigError: it cannot be."""
+    if rescore < 0 or (kind == "binary" and rescore == 0):
+        raise ConfigError(f"--type {kind} --rescore {rescore}: needs some candidates to score again, such as 20")
+    if rescore and meta.whole:
+        raise ConfigError(f"--rescore {rescore}: these vectors were cut when they were made; embed without --width")
+    if width is None:
+        return replace(meta, kind=kind, rescored=rescore)
+    check_width("--width", width, meta.width - 1)
+    if not meta.score:
+        raise ConfigError(f"--width {width}: these vectors do not say of which score they are; embed again")
+    whole = meta.whole or meta.width
+    return replace(meta, kind=kind, rescored=rescore, width=width + 1, whole=0 if width + 1 == whole else whole)
 
 
 def open_index(folder: str | Path, model: Model | None = None) -> Index:
@@ -176,8 +243,8 @@ def open_index(folder: str | Path, model: Model | None = None) -> Index:
     for name in (INDEX_FILE, DOCUMENTS_FILE):
         check_file(folder / name, meta.files.get(name), META_FILE)
     try:
-        index = faiss.read_index(str(folder / INDEX_FILE))
-        with pa.OSFile(str(folder / DOCUMENTS_FILE)) as file:
+        index = faiss.read_index(str(folder / INDEX_FILE), faiss.IO_FLAG_MMAP_IFC)
+        with pa.memory_map(str(folder / DOCUMENTS_FILE)) as file:
             documents = pa.ipc.open_file(file).read_all()
         if meta.kind in ("ivf", "ivfpq"):
             faiss.extract_index_ivf(index).make_direct_map()  # finds a document's own vector
@@ -188,7 +255,10 @@ def open_index(folder: str | Path, model: Model | None = None) -> Index:
             f"the index {folder} is damaged: {index.ntotal} vectors of width {index.d} and {documents.num_rows} "
             f"documents, {META_FILE} says {meta.num_docs} of width {meta.width}"
         )
-    opened = Index(index, meta, documents["doc_key"], documents["display"])
+    vectors = None
+    if meta.rescored:
+        vectors = load_vectors(folder, replace(meta, width=meta.whole or meta.width))
+    opened = Index(index, meta, documents["doc_key"], documents["display"], vectors)
     if model is not None:
         opened.check_model(model.checksum)
     return opened
@@ -215,6 +285,10 @@ def _empty_index(kind: IndexType, vectors: np.ndarray) -> faiss.Index:
         index = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
         index.train(_sample(vectors, 65_536))
         return index
+    if kind == "binary":
+        index = faiss.IndexRaBitQ(width, faiss.METRIC_INNER_PRODUCT)
+        index.train(_sample(vectors, 65_536))
+        return index
     num_lists = max(1, min(int(4 * num_docs**0.5), num_docs // TRAINING_POINTS))
     if kind == "ivf":
         index = faiss.index_factory(width, f"IVF{num_lists},Flat", faiss.METRIC_INNER_PRODUCT)
@@ -230,7 +304,7 @@ def _empty_index(kind: IndexType, vectors: np.ndarray) -> faiss.Index:
         learning = lists.pq.cp
         learning.niter, learning.max_points_per_centroid = PQ_ROUNDS, PQ_POINTS
     index.train(_sample(vectors, 256 * max(num_lists, 256)))
-    faiss.extract_index_ivf(index).nprobe = max(1, num_lists // 8)
+    faiss.extract_index_ivf(index).nprobe = max(1, num_lists // LOOKED_AT)
     return index
 
 

@@ -25,7 +25,7 @@ from bigdssm.errors import DivergedError
 from bigdssm.log import get_logger
 from bigdssm.retrieval.embed import Documents, Encoders, Share, all_finite, encode_catalogue, encode_queries, pieces_of
 from bigdssm.retrieval.mined import MinedNegatives, mined_records
-from bigdssm.retrieval.rounds import QUERIES_AT_ONCE, Round, rounds, seen_pairs
+from bigdssm.retrieval.rounds import QUERIES_AT_ONCE, Round, no_pairs, rounds, seen_pairs
 from bigdssm.retrieval.top import Search, approximate_search, exact_search, opened, top_of_round
 
 logger = get_logger(__name__)
@@ -77,23 +77,24 @@ def mine(
     exact_up_to: int | None = None,
     documents: Documents | None = None,
     share: Share | None = None,
+    filter_seen: bool = True,
 ) -> np.ndarray:
     """Return this rank's `mined_records`: the catalogue rows at ranks [first, last) of each train query's ranking.
 
     `rows` are those to mine for, in as many pieces on every rank; by default the rank's share of the split. Known
-    positives (all of the query's train documents, its own history, and its target) are taken out before ranks
-    are counted; -1 stands where the catalogue ends, and with `margin` where a document's score alpha * <u, w> + beta is
-    above that of its own less the margin. In a catalogue of more than `exact_up_to` documents each rank asks an
-    approximate index of its share, and the log tells how much that finds of what scoring all would. `documents` are the
-    rank's share of the catalogue's index vectors where they were made before. A collective over the ranks. Raises
-    DivergedError where a vector is not finite.
+    positives (its target, and with `filter_seen` all of the query's train documents and its own history) are taken out
+    before ranks are counted; -1 stands where the catalogue ends, and with `margin` where a document's score alpha * <u,
+    w> + beta is above that of its own less the margin. In a catalogue of more than `exact_up_to` documents each rank
+    asks an approximate index of its share, and the log tells how much that finds of what scoring all would. `documents`
+    are the rank's share of the catalogue's index vectors where they were made before. A collective over the ranks.
+    Raises DivergedError where a vector is not finite.
     """
     share = share or Share()
     if documents is None:
         documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
     error = DivergedError("the model's vectors hold NaN or inf; nothing mined")
     distributed.raise_together(None if all_finite(documents.vectors) else error)
-    known = KnownPositives.of(dataset, share)
+    left_out, known = (seen_pairs, KnownPositives.of(dataset, share).pairs) if filter_seen else (no_pairs, None)
     approximate = exact_up_to is not None and dataset.catalogue.num_docs > exact_up_to
     if approximate:
         share.progress("an index of the documents built", 0, 1)
@@ -101,7 +102,7 @@ def mine(
     keys, windows = [np.zeros(0, np.int64)], [np.zeros((0, last - first), np.int32)]
     pieces = encode_queries(encoders, dataset, "train", share, rows)
     asked_at_once = min(QUERIES_AT_ONCE, FOUND_AT_ONCE // last)
-    for number, asked in enumerate(rounds(pieces, documents, seen_pairs, asked_at_once, known.pairs)):
+    for number, asked in enumerate(rounds(pieces, documents, left_out, asked_at_once, known)):
         if not all_finite(asked.vectors):  # which all ranks see alike
             raise error
         if approximate and number == 0:
@@ -128,6 +129,7 @@ def mine_to_file(
     exact_up_to: int | None = None,
     documents: Documents | None = None,
     share: Share | None = None,
+    filter_seen: bool = True,
 ) -> MinedNegatives:
     """Return what all ranks mine, mapped from the file `path`.
 
@@ -138,7 +140,7 @@ def mine_to_file(
     path = real_place(path)
     own = mine(
         encoders, dataset, rows, first=first, last=last, margin=margin, exact_up_to=exact_up_to, documents=documents,
-        share=share,
+        share=share, filter_seen=filter_seen,
     )  # fmt: skip
     everything = np.unique(np.concatenate(distributed.all_gather_object(own["query"])))
     aside = aside_of(path)

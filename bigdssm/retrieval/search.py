@@ -1,44 +1,170 @@
-"""Search queries as people give them: a known user, a typed history, or typed feature values."""
+"""What a request asks for, looked up: the query's feature columns, what it has seen, and which documents may answer."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Column, Ragged, TextTokenizer, encode_values, histories_of, stored
+from bigdssm.features.columns import check_one_unit
+from bigdssm.features.given import given_columns
+from bigdssm.features.ragged import gather_ranges
 from bigdssm.hashing import hash64
+from bigdssm.retrieval.filters import Filters
+from bigdssm.retrieval.request import Event, Request
+from bigdssm.retrieval.scan import Allowed
 from bigdssm.schema import Schema
 
 NUM_SUGGESTIONS = 3
 # A name that nobody knows is compared with so many titles, as far as so many characters: at worst about a second.
 MOST_COMPARED, COMPARED_CHARACTERS = 5000, 80
+NOTHING = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
 class Query:
-    """One query: its feature columns (as `Collator.query_features` takes them) and what it has seen."""
+    """A request's query: its feature columns (as `Collator.query_features` takes them), and what may answer it."""
 
     columns: dict[str, Column]
-    seen: np.ndarray  # int64 catalogue rows, oldest first
+    top: int
+    seen: np.ndarray  # int64: the catalogue rows of its events, oldest first
+    unknown: tuple[str, ...]  # the items of events that are no documents
+    left_out: np.ndarray  # int64: catalogue rows that are no answer
+    allowed: Allowed | None  # the documents that the filter lets through; none: all
 
 
-def check_typed(values: Sequence[str]) -> None:
-    """Raise ConfigError where a user, titles or values of features are nothing but spaces, or no text at all."""
-    if not any(value.strip() for value in values):
-        raise ConfigError("the query is empty; type something")
-    for value in values:
-        if any("\ud800" <= character <= "\udfff" for character in value):  # as the shell's bytes arrive
-            raise ConfigError(f"{ascii(value)[:COMPARED_CHARACTERS]} is no text in UTF-8")
+class Queries:
+    """Looks up requests to one model."""
+
+    def __init__(
+        self, schema: Schema, tokenizer: TextTokenizer | None, dataset: Dataset | None, exclude_seen: bool
+    ) -> None:
+        """Without a dataset there are no users, events or filters. `exclude_seen` is for requests that do not say.
+
+        Raises DataError: queries of `schema` have a history, and there is no dataset to look items up in.
+        """
+        self._schema, self._tokenizer, self._dataset, self._exclude_seen = schema, tokenizer, dataset, exclude_seen
+        self.has_history = bool(histories_of(schema.query))
+        if self.has_history and dataset is None:
+            raise DataError("queries of this model have a history; give its dataset with --data")
+        self.names = DocumentNames.of(dataset) if dataset is not None and self.has_history else None
+        self._filters = None if dataset is None else Filters(schema, dataset.catalogue)
+
+    def of(self, request: Request) -> Query:
+        """Return the query of a request. Raises ConfigError, DataError: it cannot be asked, or names no user."""
+        if request.top < 1:
+            raise ConfigError(f"top is {request.top}, needs at least 1")
+        _check_given(request)
+        columns, stored_events = _missing(self._schema, self._tokenizer), NOTHING
+        if request.user is not None:
+            of_user, stored_events = self._user(request.user)
+            columns |= of_user
+        for name, value in (request.features or {}).items():
+            columns[name] = self._feature(name, value)
+        live, unknown = self._events(request.events or [], request.now)
+        seen = np.concatenate([stored_events, live])
+        exclude = self._exclude_seen if request.exclude_seen is None else request.exclude_seen
+        allowed = None if request.filter is None else self._filter(request.filter)
+        columns |= self._histories(seen)
+        return Query(columns, request.top, seen, unknown, seen if exclude else NOTHING, allowed)
+
+    def unknown(self, item: str) -> str:
+        """Return a sentence on an event's item that is no document, with documents whose names are near."""
+        assert self.names is not None, "there are events only where there are names"
+        near = self.names.nearest(item)
+        some = f"; the nearest are: {'; '.join(near)}" if near else ", nor nearly so"
+        return f"no document is called {item.strip()[:COMPARED_CHARACTERS]!r}{some}"
+
+    def _user(self, key: str) -> tuple[dict[str, Column], np.ndarray]:
+        if self._dataset is None:
+            raise ConfigError("this model is served without users; describe the query by its features")
+        return user_facts(self._dataset, key)
+
+    def _feature(self, name: str, value: Any) -> Column:
+        """Return one value as a column. Raises ConfigError: no such feature, or a value that it cannot have."""
+        known = stored(self._schema.query)
+        if name not in known:
+            events = "; give events in the place of a history" if name in self._schema.query else ""
+            raise ConfigError(f"{name} is not a query feature that can be given; these are: {', '.join(known)}{events}")
+        if isinstance(value, str):
+            return encode_values(known[name], [known[name].typed(value)], self._tokenizer)
+        try:
+            given, _ = given_columns([{name: value}], {name: known[name]}, self._schema.doc, self._tokenizer)
+        except DataError as error:
+            raise ConfigError(str(error).removeprefix("row 0: ")) from None
+        return given[name]
+
+    def _events(self, events: Sequence[Event], now: float | None) -> tuple[np.ndarray, tuple[str, ...]]:
+        """Return the catalogue rows of events up to now, oldest first, and the items that are no documents."""
+        if not events:
+            return NOTHING, ()
+        if self.names is None:
+            raise ConfigError("queries of this model have no history that events could stand in")
+        items = [event.item for event in known_by(events, now)]
+        rows = self.names.rows(items)
+        return rows[rows >= 0], tuple(item for item, row in zip(items, rows.tolist(), strict=True) if row < 0)
+
+    def _filter(self, text: str) -> Allowed:
+        if self._filters is None:
+            raise ConfigError("a filter looks at the documents' features; give the dataset with --data")
+        return self._filters.allowed(text)
+
+    def _histories(self, seen: np.ndarray) -> dict[str, Column]:
+        return {} if self._dataset is None else histories(self._dataset, Ragged.of_lists([seen], np.int64))
 
 
-def user_query(dataset: Dataset, key: str) -> Query:
-    """Return the query of a known user, with all events in the history. Raises DataError: no such user or sequences."""
+def _check_given(request: Request) -> None:
+    """Raise ConfigError where a request says nothing of its query, or what it says is no text."""
+    texts = [text for text in (request.user, request.filter) if text is not None]
+    texts += [value for value in (request.features or {}).values() if isinstance(value, str)]
+    texts += [event.item for event in request.events or ()]
+    check_encoded(texts)
+    said = (request.user, *(request.features or {}).values())
+    blank = all(value is None or (isinstance(value, str) and not value.strip()) for value in said)
+    if blank and request.events is None:
+        raise ConfigError("the query is empty; give features, events or a user")
+
+
+def check_encoded(texts: Iterable[str]) -> None:
+    """Raise ConfigError where a text has bytes that are no UTF-8, as the shell hands them on."""
+    for text in texts:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ConfigError(f"{ascii(text)[:COMPARED_CHARACTERS]} is no text in UTF-8")
+
+
+def known_by(events: Sequence[Event], now: float | None) -> list[Event]:
+    """Return the events up to now, oldest first; those of one time as given.
+
+    Raises ConfigError: some have times and others none, there is a `now` to compare none with, or several units.
+    """
+    times = [event.time for event in events if event.time is not None]
+    if len(times) < len(events):
+        if times or now is not None:
+            raise ConfigError(f"{len(events) - len(times)} of {len(events)} events have no time; give that of all")
+        return list(events)
+    moments = np.array(times if now is None else [*times, now], np.float64)
+    if not np.isfinite(moments).all():
+        raise ConfigError("a time of an event, or now, is no finite number")
+    try:
+        check_one_unit(moments, "the request")
+    except DataError as error:
+        raise ConfigError(str(error)) from None
+    order = np.argsort(moments[: len(times)], kind="stable")
+    return [events[i] for i in order.tolist() if now is None or moments[i] <= now]
+
+
+def user_facts(dataset: Dataset, key: str) -> tuple[dict[str, Column], np.ndarray]:
+    """Return what a dataset knows of a user: feature columns, and the catalogue rows of all events, oldest first.
+
+    Raises DataError: no such user, or no sequences.
+    """
     table = dataset.sequences
     if table is None:
         raise DataError(f"{dataset.dir} holds pairs, no users; describe the query by its features instead")
@@ -47,11 +173,20 @@ def user_query(dataset: Dataset, key: str) -> Query:
         some = "; ".join(table.strings("query_key", np.arange(min(NUM_SUGGESTIONS, table.num_rows))))
         raise DataError(f"no user is called {key!r}; some who are: {some}")
     newest = rows[-1:]  # a later partition knows more of the user
-    columns = _missing(dataset.schema, dataset.tokenizer)
-    columns |= {name: table.take(name, newest) for name in dataset.schema.query if name in table.schema.names}
+    columns = {name: table.take(name, newest) for name in stored(dataset.schema.query)}
     length = table.lengths("items", newest)
-    seen = table.take_slices("items", newest, np.zeros_like(length), length)[0]
-    return Query(columns | _histories(dataset, seen), np.asarray(seen, np.int64))
+    events = table.take_slices("items", newest, np.zeros_like(length), length).values
+    return columns, events.astype(np.int64)
+
+
+def histories(dataset: Dataset, seen: Ragged) -> dict[str, Column]:
+    """Return the histories of queries that have seen these catalogue rows, oldest first: the newest codes of each."""
+    found: dict[str, Column] = {}
+    for name, feature in histories_of(dataset.schema.query).items():
+        first = np.maximum(seen.offsets[1:] - feature.max_items, seen.offsets[:-1])
+        newest = gather_ranges(seen.values, first, seen.offsets[1:])
+        found[name] = Ragged(dataset.catalogue.codes(str(feature.of), newest.values), newest.offsets)
+    return found
 
 
 class DocumentNames:
@@ -68,53 +203,19 @@ class DocumentNames:
         rows = np.arange(dataset.catalogue.num_docs)
         return cls(dataset.catalogue.keys(rows), dataset.catalogue.display(rows))
 
-    def find(self, names: Sequence[str]) -> np.ndarray:
-        """Return int64 catalogue rows. Raises DataError that suggests names near the first unknown one."""
-        rows = []
-        for name in names:
-            row = self._by_key.get(name.strip(), self._by_name.get(name.strip().casefold()))
-            if row is None:
-                near = [self._display[self._by_name[title]] for title in _nearest(name, self._by_name)]
-                some = f"; the nearest are: {'; '.join(near)}" if near else ", nor nearly so"
-                raise DataError(f"no document is called {name.strip()[:COMPARED_CHARACTERS]!r}{some}")
-            rows.append(row)
-        return np.array(rows, np.int64)
+    def rows(self, names: Sequence[str]) -> np.ndarray:
+        """Return int64 catalogue rows, -1 for a name that no document has."""
+        found = [self._by_key.get(name.strip(), self._by_name.get(name.strip().casefold(), -1)) for name in names]
+        return np.array(found, np.int64)
 
-
-def history_query(dataset: Dataset, documents: DocumentNames, names: Sequence[str]) -> Query:
-    """Return the query of a typed history, oldest first, by document keys or display names; other features are missing.
-
-    Raises DataError: an unknown name, or a schema without a history.
-    """
-    if not histories_of(dataset.schema.query):
-        raise DataError(f"queries of {dataset.dir} have no history; they have {list(dataset.schema.query)}")
-    seen = documents.find(names)
-    return Query(_missing(dataset.schema, dataset.tokenizer) | _histories(dataset, seen), seen)
-
-
-def feature_query(schema: Schema, values: Mapping[str, str], tokenizer: TextTokenizer | None) -> Query:
-    """Return the query of typed feature values; features that are not given are missing.
-
-    Raises ConfigError: an unknown feature, a history, or a number that is none.
-    """
-    columns, known = _missing(schema, tokenizer), stored(schema.query)
-    for name, value in values.items():
-        if name not in known:
-            raise ConfigError(f"{name} is not a query feature that can be typed; these are: {', '.join(known)}")
-        columns[name] = encode_values(known[name], [known[name].typed(value)], tokenizer)
-    return Query(columns, np.zeros(0, np.int64))
+    def nearest(self, name: str) -> list[str]:
+        """Return the display names of some documents whose names hold this one, else resemble it."""
+        return [self._display[self._by_name[title]] for title in _nearest(name, self._by_name)]
 
 
 def _missing(schema: Schema, tokenizer: TextTokenizer | None) -> dict[str, Column]:
     """Return one row in which every feature is missing."""
     return {name: encode_values(feature, [feature.missing], tokenizer) for name, feature in schema.query.items()}
-
-
-def _histories(dataset: Dataset, seen: np.ndarray) -> dict[str, Column]:
-    return {
-        name: Ragged.of_lists([dataset.catalogue.codes(str(feature.of), seen[-feature.max_items :])])
-        for name, feature in histories_of(dataset.schema.query).items()
-    }
 
 
 def _nearest(name: str, by_name: dict[str, int]) -> list[str]:

@@ -2,20 +2,14 @@
 
 VECTORS/   vectors.npy (float32 [N, D+1]), documents.arrow (doc_key, display), contents.npy (DOCUMENT [N]), meta.json
            (checksums of all of them and of itself)
-.VECTORS.unfinished/   the same while it grows, with job.json, lock and done/<shard> for every finished shard
-
-Ranks need no process group, only this folder: rank k encodes the shards s ≡ k mod world size that are not done, and
-whoever finds all of them done puts the folder in place.
+.VECTORS.unfinished/   the same while it grows, see shards.py
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -24,21 +18,19 @@ import xxhash
 from numpy.lib.format import open_memmap
 
 from bigdssm.artifacts.checkpoint import check_file
-from bigdssm.atomic import aside_of, real_place, replace_folder, write_json
+from bigdssm.atomic import real_place, write_json
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.features.ragged import Column, Ragged
 from bigdssm.hashing import file_checksum, json_checksum
-from bigdssm.progress import Progress, no_progress
-from bigdssm.retrieval.embed import Encoders
+from bigdssm.retrieval.embed import Encoders, cut_vectors
+from bigdssm.retrieval.shards import ShardedFolder, Work
 
 FORMAT = 3  # 2 had no checksums, and its model_checksum was that of the weights alone
 VECTORS = "vectors"
 META_FILE, DOCUMENTS_FILE, VECTORS_FILE, CONTENTS_FILE = "meta.json", "documents.arrow", "vectors.npy", "contents.npy"
 INDEX_FILE = "index.faiss"
-JOB_FILE, LOCK_FILE, DONE_DIR = "job.json", "lock", "done"
 DATA_SUFFIXES = (".npy", ".arrow", ".faiss")
-ROWS_PER_SHARD = 4096
 ROWS_AT_ONCE = 65_536
 DOCUMENT = np.dtype([("id", np.int64), ("content", np.uint64)])  # what a vector was made of
 
@@ -51,19 +43,12 @@ class VectorsMeta:
     model_checksum: str
     dataset_fingerprint: str
     num_docs: int
-    width: int  # D+1
+    width: int  # D+1, or of cut vectors, of which the last number is beta as well
+    whole: int = 0  # D+1 where vectors are cut to `width`, as queries are then; 0: they are not
+    score: str = ""  # dot or cosine: a cut vector of the latter gets its length again
+    rescored: int = 0  # of an index: candidates for each document asked for, which whole vectors score; 0: none
     files: dict[str, str] = field(default_factory=dict)  # checksums by name, filled in by `write_meta`
     format: int = FORMAT
-
-
-@dataclass(frozen=True)
-class Work:
-    """Which of the ranks this is, and how much is encoded between two records of it."""
-
-    rank: int = 0
-    world_size: int = 1
-    rows_per_shard: int = ROWS_PER_SHARD
-    progress: Progress = no_progress
 
 
 @dataclass(frozen=True)
@@ -83,10 +68,14 @@ def write_vectors(
     model_checksum: str,
     work: Work | None = None,
     since: Path | None = None,
+    *,
+    whole: int = 0,
+    score: str = "",
 ) -> Written:
     """Encode this rank's share of the catalogue into a vectors folder; finished shards of an ended run are kept.
 
     `since` is an earlier vectors folder of the same model: documents that have not changed are copied from there.
+    `whole` and `score` are of the meta: the width of the model's vectors where the encoders cut them, and its score.
     Raises ConfigError where `folder` holds something else, CheckpointError where `since` is of another model, DataError
     where a vector is not finite.
     """
@@ -94,17 +83,25 @@ def write_vectors(
     num_docs = dataset.catalogue.num_docs
     if num_docs == 0:
         raise DataError(f"the catalogue of {dataset.dir} is empty")
-    earlier = None if since is None else Earlier(since, model_checksum)
     width = encoders.documents(np.zeros(1, np.int64)).shape[1]
-    meta = VectorsMeta(VECTORS, model_checksum, dataset.fingerprint, num_docs, width)
-    aside = _begin_or_go_on(folder, meta, work.rows_per_shard)
-    vectors, contents = open_memmap(aside / VECTORS_FILE, "r+"), open_memmap(aside / CONTENTS_FILE, "r+")
-    num_shards = -(-num_docs // work.rows_per_shard)
-    own = range(work.rank, num_shards, work.world_size)
-    pending = [shard for shard in own if not _done(aside, shard).exists()]
+    earlier = None if since is None else Earlier(since, model_checksum, width)
+    meta = VectorsMeta(VECTORS, model_checksum, dataset.fingerprint, num_docs, width, whole, score)
+    check_free(folder, INDEX_FILE)
+
+    def prepare(aside: Path) -> None:
+        open_memmap(aside / VECTORS_FILE, "w+", np.float32, (num_docs, width)).flush()
+        open_memmap(aside / CONTENTS_FILE, "w+", DOCUMENT, (num_docs,)).flush()
+
+    def complete(aside: Path) -> None:
+        _write_documents(aside / DOCUMENTS_FILE, dataset)
+        write_meta(aside, meta)
+
+    shards = ShardedFolder(folder, asdict(meta), num_docs, work, prepare)
+    vectors = open_memmap(shards.aside / VECTORS_FILE, "r+")
+    contents = open_memmap(shards.aside / CONTENTS_FILE, "r+")
     encoded = reused = 0
-    for place, shard in enumerate(pending, start=1):
-        rows = np.arange(shard * work.rows_per_shard, min((shard + 1) * work.rows_per_shard, num_docs))
+    for _, first, last in shards.pending("shards encoded"):
+        rows = np.arange(first, last)
         documents = _documents(dataset, rows)
         found = np.full(len(rows), -1) if earlier is None else earlier.find(documents)
         new = rows[found < 0]
@@ -118,24 +115,23 @@ def write_vectors(
         contents[rows] = documents
         vectors.flush()
         contents.flush()
-        _done(aside, shard).touch()
         encoded, reused = encoded + len(new), reused + len(rows) - len(new)
-        work.progress("shards encoded", place, len(pending))
-    finished = _finish_if_all_done(aside, folder, dataset, meta, num_shards)
-    return Written(encoded, reused, len(own) - len(pending), meta if finished else None)
+    return Written(encoded, reused, shards.found, meta if shards.finish(complete) else None)
 
 
 class Earlier:
     """The vectors of an earlier catalogue, found by document and content."""
 
-    def __init__(self, folder: Path, model_checksum: str) -> None:
-        """Raises CheckpointError: no vectors folder, a damaged one, or one of another model."""
+    def __init__(self, folder: Path, model_checksum: str, width: int) -> None:
+        """Raises CheckpointError: no vectors folder, a damaged one, or one of another model or width."""
         meta = read_meta(folder)
         if (meta.kind, meta.model_checksum) != (VECTORS, model_checksum):
             raise CheckpointError(
                 f"{folder} holds {meta.kind} of model {meta.model_checksum[:12]}; --since needs vectors of the model "
                 f"in use, {model_checksum[:12]}"
             )
+        if meta.width != width:
+            raise CheckpointError(f"{folder} holds vectors of {meta.width} numbers, --since needs {width}")
         self.vectors = load_vectors(folder, meta)
         contents = _load(folder, CONTENTS_FILE, meta)
         if contents.dtype != DOCUMENT or len(contents) != meta.num_docs:
@@ -148,6 +144,14 @@ class Earlier:
         place = np.searchsorted(self._sorted["id"], documents["id"])
         place = np.minimum(place, len(self._sorted) - 1)
         return np.where(self._sorted[place] == documents, self._order[place], -1)
+
+
+def cut_like(vectors: np.ndarray, meta: VectorsMeta) -> np.ndarray:
+    """Return index vectors float32 [n, D+1], cut to [n, meta.width] where the folder's are."""
+    if vectors.shape[1] == meta.width:
+        return vectors
+    cut = cut_vectors(torch.from_numpy(np.array(vectors, np.float32)), meta.width - 1, meta.score == "cosine")
+    return np.asarray(cut)
 
 
 def vectors_of(
@@ -209,54 +213,6 @@ def write_meta(folder: Path, meta: VectorsMeta) -> None:
     kept = sorted(path for path in folder.iterdir() if path.suffix in DATA_SUFFIXES)
     content = asdict(replace(meta, files={path.name: file_checksum(path) for path in kept}))
     write_json(folder / META_FILE, {**content, "checksum": json_checksum(content)})
-
-
-def _begin_or_go_on(folder: Path, meta: VectorsMeta, rows_per_shard: int) -> Path:
-    """Return the unfinished folder of exactly this job, started anew where there is none."""
-    check_free(folder, INDEX_FILE)
-    aside = aside_of(folder)
-    job = json.dumps({**asdict(meta), "rows_per_shard": rows_per_shard}, indent=1)
-    aside.mkdir(parents=True, exist_ok=True)
-    with _lock(aside):
-        path = aside / JOB_FILE
-        if not path.is_file() or path.read_text(encoding="utf-8") != job:
-            shutil.rmtree(aside / DONE_DIR, ignore_errors=True)
-            (aside / DONE_DIR).mkdir()
-            open_memmap(aside / VECTORS_FILE, "w+", np.float32, (meta.num_docs, meta.width)).flush()
-            open_memmap(aside / CONTENTS_FILE, "w+", DOCUMENT, (meta.num_docs,)).flush()
-            path.write_text(job, encoding="utf-8")
-    return aside
-
-
-def _finish_if_all_done(aside: Path, folder: Path, dataset: Dataset, meta: VectorsMeta, num_shards: int) -> bool:
-    """Put the folder in place if every shard is done; True on the one rank that did."""
-    try:
-        lock = _lock(aside)
-    except FileNotFoundError:
-        return False  # another rank was the last
-    with lock:
-        if not aside.exists():
-            return False  # while this one waited for the lock
-        if not all(_done(aside, shard).exists() for shard in range(num_shards)):
-            return False
-        _write_documents(aside / DOCUMENTS_FILE, dataset)
-        write_meta(aside, meta)
-        replace_folder(aside, folder)
-        shutil.rmtree(folder / DONE_DIR)
-        (folder / JOB_FILE).unlink()
-        (folder / LOCK_FILE).unlink()
-    return True
-
-
-def _done(aside: Path, shard: int) -> Path:
-    return aside / DONE_DIR / f"{shard:07d}"
-
-
-def _lock(aside: Path) -> IO[str]:
-    """Return the folder's lock, held until it is closed, or until the process ends, however it does."""
-    file = (aside / LOCK_FILE).open("w")
-    fcntl.flock(file, fcntl.LOCK_EX)
-    return file
 
 
 def _documents(dataset: Dataset, rows: np.ndarray) -> np.ndarray:

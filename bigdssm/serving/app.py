@@ -3,9 +3,10 @@
 GET  /                    the page
 GET  /api/about           model, index, query features
 GET  /api/users           some users to choose from
-POST /api/search          {"features": {"name": "value"}} or {"user": "key"} or {"history": ["title"]}, and "top"
+POST /api/search          a request, see Ask and docs/serving.md
 GET  /api/similar?key=K   the nearest documents of a document
-GET  /api/statistics      queries answered, batches, cache hits
+GET  /metrics             what is counted, for Prometheus
+GET  /healthz, /readyz    whether the process lives, and whether it takes queries
 
 GET  /openapi.json        all of it, for programs
 
@@ -25,36 +26,66 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
+from fastapi import Request as HTTPRequest
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bigdssm.errors import BigDSSMError, DataError
-from bigdssm.retrieval.search import Query
-from bigdssm.serving.batching import AnswerCache, Batcher, Overloaded
-from bigdssm.serving.searcher import Found, Searcher
+from bigdssm.retrieval.index import Document
+from bigdssm.retrieval.request import Event, Request
+from bigdssm.serving.batching import Overloaded
+from bigdssm.serving.live import Answering, Live
+from bigdssm.serving.metrics import Counted, Metrics
+from bigdssm.serving.searcher import Folders, Searcher
 
 PAGE = Path(__file__).with_name("page.html")
 MOST_DOCUMENTS, MOST_CHARACTERS, MOST_VALUES, MOST_BYTES = 100, 10_000, 1000, 1 << 20
+PATHS = frozenset(
+    ["/", "/api/about", "/api/users", "/api/search", "/api/similar", "/metrics", "/healthz", "/readyz", "/openapi.json"]
+)
 PORT, ANY_ADDRESS = re.compile(r":[0-9]*$"), {"0.0.0.0", "::", ""}
 ShortText = Annotated[str, Field(max_length=MOST_CHARACTERS)]
+Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]  # no text that reads like one
+Value = (
+    ShortText | Number | Annotated[list[ShortText | Number], Field(max_length=MOST_VALUES)] | None
+)  # of a feature, as its type reads it
 Top = Annotated[int, Field(ge=1, le=MOST_DOCUMENTS)]
 
 
-class Ask(BaseModel):
-    """A query: exactly one of features, user and history."""
+class AskEvent(BaseModel):
+    """Something that the asking user did."""
 
     model_config = ConfigDict(extra="forbid")
 
-    features: dict[ShortText, ShortText] | None = Field(None, max_length=MOST_VALUES)
-    user: ShortText | None = None
-    history: list[ShortText] | None = Field(None, max_length=MOST_VALUES)
+    item: ShortText = Field(description="a document, by its key or its display name; an unknown one is skipped")
+    time: Number | None = Field(None, description="in the unit of now; without, events are given oldest first")
+    action: ShortText | None = Field(None, description="what was done; no model reads it yet")
+
+
+class Ask(BaseModel):
+    """A request: what is known of who asks, and which documents may answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    user: ShortText | None = Field(None, description="a user of the dataset, whose features and events come first")
+    features: dict[ShortText, Value] | None = Field(None, max_length=MOST_VALUES, description="values of features")
+    events: list[AskEvent] | None = Field(None, max_length=MOST_VALUES, description="what the user did since")
+    now: Number | None = Field(None, description="events after it are not known yet")
+    filter: ShortText | None = Field(None, description="which documents may be found, as in year >= 1990")
+    exclude_seen: StrictBool | None = Field(None, description="whether documents of events stay out; none: as trained")
     top: Top = 10
+
+    def request(self) -> Request:
+        """Return it as the library takes it."""
+        events = None if self.events is None else [Event(**event.model_dump()) for event in self.events]
+        return Request(**{**dict(self), "events": events})
 
 
 class Refusal(BaseModel):
@@ -75,42 +106,54 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 
 
 def make_app(
-    searcher: Searcher, *, cache_size: int = 10_000, at_once: int = 32, hosts: Sequence[str] | None = None
-) -> FastAPI:
+    searcher: Searcher, *, cache_size: int = 10_000, at_once: int = 32, hosts: Sequence[str] | None = None,
+    folders: Folders | None = None, look_s: float = 1.0,
+) -> FastAPI:  # fmt: skip
     """Return the application that answers with `searcher`; cache_size 0 keeps no answers.
 
-    Requests are to be addressed to a loopback name or to one of `hosts`, of which 0.0.0.0 or :: stands for any address
-    (not any name); None does not look at whom they are addressed to.
+    With `folders` it takes up what is put in their place, which it looks for every `look_s` seconds. Requests are to be
+    addressed to a loopback name or to one of `hosts`, of which 0.0.0.0 or :: stands for any address (not any name);
+    None does not look at whom they are addressed to.
     """
-    batcher: Batcher[tuple[Query, int], Found] = Batcher(searcher.search, at_once)
-    cache: AnswerCache[dict[str, Any]] = AnswerCache(cache_size)
+    metrics = Metrics()
+    live: Live | None = None
+
+    def answering() -> Answering:
+        if live is None:
+            raise Overloaded("the server is starting or stopping")
+        return live.now
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        running = asyncio.create_task(batcher.run())
+        nonlocal live
+        live = made = Live(searcher, metrics, at_once, cache_size, folders, look_s)
+        watching = asyncio.create_task(made.watch())
         yield
-        running.cancel()
+        live = None
+        watching.cancel()
         with suppress(asyncio.CancelledError):
-            await running
+            await watching
+        await made.end()
 
     app = FastAPI(title="bigdssm", lifespan=lifespan, docs_url=None, redoc_url=None, responses=REFUSALS)
     app.add_middleware(_Gate, hosts=hosts)
+    app.add_middleware(Counted, metrics=metrics, paths=PATHS)
     page = PAGE.read_text(encoding="utf-8")
 
     @app.exception_handler(BigDSSMError)
-    async def refused(request: Request, error: BigDSSMError) -> JSONResponse:
+    async def refused(request: HTTPRequest, error: BigDSSMError) -> JSONResponse:
         return _refuse(404 if isinstance(error, DataError) else 400, str(error))
 
     @app.exception_handler(RequestValidationError)
-    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+    async def malformed(request: HTTPRequest, error: RequestValidationError) -> JSONResponse:
         return _refuse(422, _sentence(error))
 
     @app.exception_handler(HTTPException)
-    async def no_such_page(request: Request, error: HTTPException) -> JSONResponse:
+    async def no_such_page(request: HTTPRequest, error: HTTPException) -> JSONResponse:
         return _refuse(error.status_code, f"{request.method} {request.url.path}: {error.detail}", error.headers)
 
     @app.exception_handler(Overloaded)
-    async def overloaded(request: Request, error: Overloaded) -> JSONResponse:
+    async def overloaded(request: HTTPRequest, error: Overloaded) -> JSONResponse:
         return _refuse(503, f"{error}; ask again later", {"Retry-After": "1"})
 
     @app.get("/", response_class=HTMLResponse)
@@ -119,41 +162,56 @@ def make_app(
 
     @app.get("/api/about")
     async def about() -> dict[str, Any]:
-        return searcher.about()
+        return answering().searcher.about()
 
     @app.get("/api/users")
     async def users() -> list[str]:
-        return searcher.users
+        return answering().searcher.users
 
     @app.post("/api/search")
     async def search(ask: Ask) -> dict[str, Any]:
         started = time.perf_counter()
         key = ask.model_dump_json()
-        answer = cache.get(key)
-        cached = answer is not None
-        if answer is None:
-            # In a thread: looking up users and unknown titles may take long, and others are to be answered meanwhile.
-            query = await run_in_threadpool(searcher.query, ask.features, ask.user, ask.history)
-            found = await batcher((query, ask.top))
-            timing = {"encode_ms": found.encode_ms, "search_ms": found.search_ms, "batch": found.batch}
-            answer = {"documents": found.documents, "history": searcher.seen(query), **timing}
-            cache.put(key, answer)
+        with answering().asked() as now:
+            answer = now.cache.get(key)
+            cached = answer is not None
+            metrics.cache.labels("hit" if cached else "miss").inc()
+            if answer is None:
+                # In a thread: looking up users and names may take long, and others are to be answered meanwhile.
+                query = await run_in_threadpool(now.searcher.queries.of, ask.request())
+                found = await now.batcher(query)
+                metrics.unknown_events.inc(len(query.unknown))
+                timing = {"encode_ms": found.encode_ms, "search_ms": found.search_ms, "batch": found.batch}
+                known = {"history": now.searcher.seen(query), "unknown_events": len(query.unknown)}
+                answer = {"documents": _ranked(found.documents), **known, **timing}
+                now.cache.put(key, answer)
         return {**answer, "cached": cached, "total_ms": (time.perf_counter() - started) * 1000}
 
     @app.get("/api/similar")
     async def similar(key: ShortText, top: Top = 10) -> dict[str, Any]:
         started = time.perf_counter()
-        name, documents = await run_in_threadpool(searcher.similar, key, top)
-        return {"of": name, "documents": documents, "total_ms": (time.perf_counter() - started) * 1000}
+        name, documents = await run_in_threadpool(answering().searcher.similar, key, top)
+        return {"of": name, "documents": _ranked(documents), "total_ms": (time.perf_counter() - started) * 1000}
 
-    @app.get("/api/statistics")
-    async def statistics() -> dict[str, int]:
-        return {
-            "answered": batcher.answered, "batches": batcher.batches,
-            "cache_hits": cache.hits, "cache_misses": cache.misses,
-        }  # fmt: skip
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def exposition() -> Response:
+        return Response(await run_in_threadpool(metrics.text), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/healthz", response_class=PlainTextResponse)
+    async def lives() -> str:
+        return "ok"
+
+    @app.get("/readyz", response_class=PlainTextResponse)
+    async def takes_queries() -> str:
+        if answering().batcher.is_full:
+            raise Overloaded("as many queries wait as may")
+        return "ok"
 
     return app
+
+
+def _ranked(documents: Sequence[Document]) -> list[dict[str, Any]]:
+    return [{"rank": rank, **document._asdict()} for rank, document in enumerate(documents, start=1)]
 
 
 class _Gate:

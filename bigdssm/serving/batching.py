@@ -28,11 +28,15 @@ class Batcher(Generic[Asked, Answer]):
         self._work, self._at_once, self._most_waiting = work, at_once, most_waiting
         self._waiting: asyncio.Queue[tuple[Asked, asyncio.Future[Answer]]] = asyncio.Queue()
         self._thread = ThreadPoolExecutor(1, "batcher")
-        self.batches = self.answered = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Return whether another would be refused."""
+        return self._waiting.qsize() >= self._most_waiting
 
     async def __call__(self, asked: Asked) -> Answer:
         """Return the answer. Raises Overloaded, or what the work raised."""
-        if self._waiting.qsize() >= self._most_waiting:
+        if self.is_full:
             raise Overloaded(f"{self._most_waiting} queries wait already")
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting.put_nowait((asked, future))
@@ -57,7 +61,6 @@ class Batcher(Generic[Asked, Answer]):
                 for _, future in batch:
                     if not future.done():
                         future.set_exception(error)
-            self.batches, self.answered = self.batches + 1, self.answered + len(batch)
 
 
 class AnswerCache(Generic[Answer]):
@@ -66,16 +69,12 @@ class AnswerCache(Generic[Answer]):
     def __init__(self, size: int) -> None:
         self._size = size
         self._answers: OrderedDict[str, Answer] = OrderedDict()
-        self.hits = self.misses = 0
 
     def get(self, key: str) -> Answer | None:
         """Return the answer, or None where it is not known (any more)."""
         answer = self._answers.get(key)
-        if answer is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        self._answers.move_to_end(key)
+        if answer is not None:
+            self._answers.move_to_end(key)
         return answer
 
     def put(self, key: str, answer: Answer) -> None:

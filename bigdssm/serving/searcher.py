@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigdssm.artifacts.model_folder import ModelFolder
+from bigdssm.artifacts.exported import EXPORT_FILE, query_tower, run_onnx
+from bigdssm.artifacts.model_folder import META_FILE as MODEL_META
+from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder
+from bigdssm.dataset.cache import Cache
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.tensors import to_features
-from bigdssm.errors import CheckpointError, ConfigError, DataError
+from bigdssm.errors import CheckpointError, DataError
 from bigdssm.features import TextTokenizer, histories_of, ragged, stored
+from bigdssm.features.base import filterable
 from bigdssm.retrieval.embed import query_vectors
-from bigdssm.retrieval.index import Index, search_with
-from bigdssm.retrieval.search import DocumentNames, Query, check_typed, feature_query, history_query, user_query
+from bigdssm.retrieval.index import Document, Index, open_index, search_with
+from bigdssm.retrieval.request import Request
+from bigdssm.retrieval.search import Queries, Query
+from bigdssm.retrieval.vectors import META_FILE as INDEX_META
 
 MOST_USERS_LISTED = 1000
 SEEN_SHOWN = 5
@@ -29,19 +38,23 @@ SEEN_SHOWN = 5
 class Found:
     """The documents of one query."""
 
-    documents: list[dict[str, Any]]  # rank, score, key, display
+    documents: list[Document]  # best first
     encode_ms: float  # of the batch that the query was in
     search_ms: float
     batch: int  # queries in it
 
 
 class Searcher:
-    """Answers queries in batches."""
+    """Answers requests."""
 
-    def __init__(self, folder: ModelFolder, index: Index, dataset: Dataset | None, threads: int | None = None) -> None:
+    def __init__(
+        self, folder: ModelFolder, index: Index, dataset: Dataset | None, threads: int | None = None,
+        onnx: Path | None = None,
+    ) -> None:  # fmt: skip
         """Take the model, the index of its vectors, and the dataset, without which there are no users or histories.
 
-        `threads` search the index for one call; by default as many as FAISS takes by itself.
+        `threads` search the index for one call; by default as many as FAISS takes by itself. `onnx` is the file of the
+        model's query tower which encodes in its place.
         Raises CheckpointError: the index or the dataset is another model's; DataError: its queries have a history, and
         there is no dataset to look items up in.
         """
@@ -52,25 +65,39 @@ class Searcher:
             )
         if dataset is not None:
             folder.check_dataset(dataset)
-            if index.meta.dataset_fingerprint != dataset.fingerprint:
-                raise CheckpointError(
-                    f"the index was made of another dataset than {dataset.dir}; embed and index again"
-                )
+            index.check_dataset(dataset)
         self._folder, self._index, self._dataset, self._threads = folder, index, dataset, threads
-        self._has_history = bool(histories_of(folder.schema.query))
-        if self._has_history and dataset is None:
-            raise DataError("queries of this model have a history; give its dataset with --data")
-        self._names = DocumentNames.of(dataset) if dataset is not None and self._has_history else None
-        self._tokenizer = None if folder.tokenizer_dir is None else TextTokenizer(folder.tokenizer_dir)
+        self._tower = None if onnx is None else query_tower(onnx, folder.checksum, threads or 0)
+        tokenizer = None if folder.tokenizer_dir is None else TextTokenizer(folder.tokenizer_dir)
+        self.queries = Queries(folder.schema, tokenizer, dataset, folder.config.data.excludes_seen)
+
+    @classmethod
+    def open(
+        cls, model: str | Path, index: str | Path, data: str | None = None, threads: int | None = None,
+        onnx: Path | None = None,
+    ) -> Searcher:  # fmt: skip
+        """Return the Searcher of two folders and a dataset, by default the one that the model was trained on.
+
+        A model whose queries have no history is opened without a dataset where `data` is none. Raises CheckpointError,
+        DataError: what is missing, damaged, or of another model.
+        """
+        folder, opened = load_model_folder(Path(model)), open_index(index)
+        if data is None and not histories_of(folder.schema.query):
+            return cls(folder, opened, None, threads, onnx)
+        dataset = Dataset.open(data or folder.config.data.dir, cache=Cache.of(folder.config.data))
+        return cls(folder, opened, dataset, threads, onnx)
 
     def about(self) -> dict[str, Any]:
         """Return what a client needs to ask queries."""
         meta = self._index.meta
-        features = {name: feature.type for name, feature in stored(self._folder.schema.query).items()}
+        schema = self._folder.schema
+        filters = {} if self._dataset is None else filterable(schema.doc)
         return {
             "model": self._folder.checksum, "index": meta.kind, "documents": meta.num_docs,
-            "score": self._folder.config.model.score, "features": features, "history": self._has_history,
-            "users": bool(self.users),
+            "score": self._folder.config.model.score, "repeats": self._folder.config.data.repeats,
+            "features": {name: feature.type for name, feature in stored(schema.query).items()},
+            "filters": {name: feature.type for name, feature in filters.items()},
+            "history": self.queries.has_history, "users": bool(self.users),
         }  # fmt: skip
 
     @cached_property
@@ -81,57 +108,77 @@ class Searcher:
         table = self._dataset.sequences
         return table.strings("query_key", np.arange(min(MOST_USERS_LISTED, table.num_rows)))
 
-    def query(self, features: Mapping[str, str] | None, user: str | None, history: Sequence[str] | None) -> Query:
-        """Return the query that one of the three describes. Raises ConfigError, DataError: not one, or unknown."""
-        given = [what for what in (features, user, history) if what is not None]
-        if len(given) != 1:
-            raise ConfigError(f"a query is one of features, user, history; got {len(given)} of them")
-        check_typed([user or "", *(history or ()), *(features or {}).values()])
-        if features is not None:
-            return feature_query(self._folder.schema, features, self._tokenizer)
-        if user is not None and self._dataset is not None and self._dataset.sequences is not None:
-            return user_query(self._dataset, user)
-        if history is not None and self._dataset is not None and self._names is not None:
-            return history_query(self._dataset, self._names, history)
-        raise ConfigError("this model is served without users or histories; describe the query by its features")
-
     def seen(self, query: Query) -> list[str]:
-        """Return the newest documents of a query's history, newest first, as people know them."""
+        """Return the newest documents of a query's events, newest first, as people know them."""
         newest = query.seen[::-1][:SEEN_SHOWN]
         return self._index.display.take(pa.array(newest)).to_pylist() if len(newest) else []
 
-    def search(self, asked: Sequence[tuple[Query, int]]) -> list[Found]:
-        """Return the best documents of queries, each asked for so many; encoded and searched together."""
+    def search(self, requests: Sequence[Request]) -> list[list[Document]]:
+        """Return the documents of each request, best first. Raises ConfigError, DataError: one cannot be asked."""
+        return [found.documents for found in self.answer([self.queries.of(request) for request in requests])]
+
+    def answer(self, queries: Sequence[Query]) -> list[Found]:
+        """Return the best documents of queries, at least one, which are encoded together."""
         started = time.perf_counter()
-        columns = {
-            name: ragged.concat([query.columns[name] for query, _ in asked]) for name in self._folder.schema.query
-        }
-        features = to_features(self._folder.schema.query, columns, self._folder.pad_token_id)
-        vectors = query_vectors(self._folder.model, features).numpy()
+        vectors = self.encode(queries)
         encoded = time.perf_counter()
         self._use_threads()
-        top = max(top for _, top in asked)
-        seen = [query.seen for query, _ in asked]
-        scores, rows = self._index.nearest(vectors, top, self._folder.checksum, seen)
+        found: list[list[Document]] = [[] for _ in queries]
+        for allowed in dict.fromkeys(query.allowed for query in queries):
+            places = [place for place, query in enumerate(queries) if query.allowed is allowed]
+            some = [queries[place] for place in places]
+            top = min(max(query.top for query in some), self._index.meta.num_docs)
+            scores, rows = self._index.nearest(
+                vectors[places], top, self._folder.checksum, [query.left_out for query in some], allowed,
+            )  # fmt: skip
+            for place, query, *both in zip(places, some, scores, rows, strict=True):
+                found[place] = self._index.documents(*(column[: query.top] for column in both))
         searched = time.perf_counter()
         encode_ms, search_ms = (encoded - started) * 1000, (searched - encoded) * 1000
-        return [
-            Found(self._documents(scores[i, :top], rows[i, :top]), encode_ms, search_ms, len(asked))
-            for i, (_, top) in enumerate(asked)
-        ]
+        return [Found(documents, encode_ms, search_ms, len(queries)) for documents in found]
 
-    def similar(self, key: str, top: int) -> tuple[str, list[dict[str, Any]]]:
+    def encode(self, queries: Sequence[Query]) -> np.ndarray:
+        """Return the index vectors of queries, float32 [m, D+1]."""
+        columns = {
+            name: ragged.concat([query.columns[name] for query in queries]) for name in self._folder.schema.query
+        }
+        features = to_features(self._folder.schema.query, columns, self._folder.pad_token_id)
+        made = query_vectors(self._folder.model, features) if self._tower is None else run_onnx(self._tower, features)
+        vectors: np.ndarray = made.numpy()
+        return vectors
+
+    def similar(self, key: str, top: int) -> tuple[str, list[Document]]:
         """Return a document's display name and the documents nearest to it. Raises DataError: no such document."""
         row = pc.index(self._index.keys, pa.scalar(key, pa.string())).as_py()
         if row < 0:
             raise DataError(f"no document has the key {key!r}")
         self._use_threads()
-        return self._index.display[row].as_py(), self._documents(*self._index.similar(row, top))
+        return self._index.display[row].as_py(), self._index.documents(*self._index.similar(row, top))
 
     def _use_threads(self) -> None:
         if self._threads is not None:
             search_with(self._threads)
 
-    def _documents(self, scores: np.ndarray, rows: np.ndarray) -> list[dict[str, Any]]:
-        found = self._index.documents(scores, rows)
-        return [{"rank": rank, **document._asdict()} for rank, document in enumerate(found, start=1)]
+
+@dataclass(frozen=True)
+class Folders:
+    """Where a model and its index lie, and their dataset."""
+
+    model: Path
+    index: Path
+    data: str | None = None
+    threads: int | None = None
+    onnx: Path | None = None  # the file of the query tower that encodes
+
+    def open(self) -> Searcher:
+        """Return the Searcher of what lies there now. Raises as `Searcher.open` does."""
+        return Searcher.open(self.model, self.index, self.data, self.threads, self.onnx)
+
+    def state(self) -> bytes:
+        """Return what changes when a folder is replaced: the metas name the checksums of all else."""
+        digest = hashlib.sha256()
+        exported = [] if self.onnx is None else [self.onnx.parent / EXPORT_FILE]
+        for path in (self.model / MODEL_META, self.index / INDEX_META, *exported):
+            with suppress(OSError):
+                digest.update(path.read_bytes())
+        return digest.digest()

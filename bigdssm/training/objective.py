@@ -137,7 +137,7 @@ class Objective:
 
         gathered: numbers that no other rank has, for a loss that compares queries of all ranks in any case.
         """
-        if self._config.mask in ("batch", "user"):
+        if self._config.mask not in ("past", "none"):  # a loss outside a config has batch
             return {"query_ids": batch.query_ids, "known": batch.known}
         if not gathered:
             return {"query_ids": None, "known": batch.known}

@@ -31,6 +31,7 @@ RULES: dict[str, Rule] = {
     "data.display": "never",
     "data.tokenizer": "may",  # only make_shards reads it; the dataset's own is in its fingerprint
     "data.targets_per_row": "may",  # as data.tokenizer
+    "data.repeats": "never",
     "data.lanes": "never",
     "data.num_workers": "may",
     "data.max_bad_fraction": "may",

@@ -251,7 +251,7 @@ def _mined(
         mined = mine_to_file(
             path, encoders, dataset, _to_come(stream, steps, watch) if some else None,
             first=mining.first, last=mining.last, margin=mining.margin, exact_up_to=mining.exact_up_to,
-            documents=documents, share=share,
+            documents=documents, share=share, filter_seen=config.data.excludes_seen,
         )  # fmt: skip
     return mined, documents
 

@@ -43,6 +43,7 @@ class Validator:
                 rank=distributed.rank(),
                 world_size=distributed.world_size(),
                 rows_per_chunk=self._rows_per_chunk,
+                filter_seen=self._config.data.excludes_seen,
                 progress=progress,
             )
 

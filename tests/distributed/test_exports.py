@@ -9,9 +9,10 @@ import pytest
 import torch
 import yaml
 
+from bigdssm.artifacts.exported import EXPORT_FILE
 from bigdssm.artifacts.model_folder import load_model_folder
 from bigdssm.config import load_config
-from bigdssm.export.convert import EXPORT_FILE, export, stage_source
+from bigdssm.export.convert import export, stage_source
 from bigdssm.export.hf_loading import load_tower
 from bigdssm.export.probe import Probe
 from bigdssm.making.making import Target

@@ -28,8 +28,10 @@ from bigdssm.making.pairs import PairTables, make_pairs
 from bigdssm.reports.inspection import describe, sample_rows
 from bigdssm.retrieval.embed import document_vectors, query_vectors, tower_encoders
 from bigdssm.retrieval.index import build_index, open_index
-from bigdssm.retrieval.search import feature_query
-from bigdssm.retrieval.vectors import Work, write_vectors
+from bigdssm.retrieval.request import Request
+from bigdssm.retrieval.search import Queries
+from bigdssm.retrieval.shards import Work
+from bigdssm.retrieval.vectors import write_vectors
 
 from . import small_run
 from .spawn import Pool
@@ -91,14 +93,15 @@ def go_all_the_way(
     write_vectors(folder / "vectors", tower_encoders(model.model, dataset), dataset, model.checksum, Work())
     build_index(folder / "vectors", folder / "index", "flat")
     assert model.tokenizer_dir is not None
-    typed = feature_query(model.schema, {"asked": str(value), "word": "w1"}, TextTokenizer(model.tokenizer_dir))
+    queries = Queries(model.schema, TextTokenizer(model.tokenizer_dir), None, exclude_seen=True)
+    typed = queries.of(Request(features={"asked": str(value), "word": "w1"}))
     vector = query_vectors(model.model, to_features(model.schema.query, typed.columns, model.pad_token_id)).numpy()
     scores, rows = open_index(folder / "index").nearest(vector, 3, model.checksum, [typed.seen])
     every = document_vectors(model.model, dataset.catalogue.features(np.arange(dataset.catalogue.num_docs))).numpy()
     parity = export(folder_source(folder / "run" / "pretrain" / "best"), folder / "exported", "onnx")
     names = run_card(folder / "exported")
     from_card = names["encode_query"]([{"asked": value, "word": "w1"}, {"word": "w1"}])
-    unknown = feature_query(model.schema, {"word": "w1"}, TextTokenizer(model.tokenizer_dir))
+    unknown = queries.of(Request(features={"word": "w1"}))
     nothing = query_vectors(model.model, to_features(model.schema.query, unknown.columns, model.pad_token_id)).numpy()
     bad = (folder / "dataset" / "quarantine.jsonl").read_text().splitlines()
     return {

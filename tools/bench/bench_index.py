@@ -1,11 +1,14 @@
 """Measure every kind of index over one folder of vectors: what it finds, how fast, how large.
 
     python tools/bench/bench_index.py --model MODEL --vectors VECTORS --data DATASET [--split test] [--queries 1000]
+    python tools/bench/bench_index.py … --types flat sq8 binary --widths 64 --rescore 4 20
 
 For each kind: Recall@100 against the exact search, NDCG@10 of each row's document (seen documents left out), p50 and
 p99 of one query's time on one thread, bytes per vector of the saved index, and the time to build it with the threads
-that OMP_NUM_THREADS gives. Queries are rows of the split, evenly spread. The score is the one that the model was
-trained with (`model.score`: dot or cosine); another needs vectors of another model.
+that OMP_NUM_THREADS gives. With --widths also over vectors cut to these, with --rescore also where whole vectors choose
+among so many candidates a document (they stay on the disk and are not counted). Queries are rows of the split, evenly
+spread. The score is the one that the model was trained with (`model.score`: dot or cosine); another needs vectors of
+another model.
 """
 
 from __future__ import annotations
@@ -31,8 +34,8 @@ from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.metrics import mean_metrics
 from bigdssm.retrieval.embed import Encoders, tower_encoders
-from bigdssm.retrieval.index import Index, IndexType, faiss_index
-from bigdssm.retrieval.vectors import VectorsMeta, read_meta, vectors_of
+from bigdssm.retrieval.index import Index, IndexType, faiss_index, planned
+from bigdssm.retrieval.vectors import VectorsMeta, cut_like, read_meta, vectors_of
 
 TOP = 100
 ROWS_AT_ONCE = 1024
@@ -49,7 +52,7 @@ class Queries:
 
 @dataclass(frozen=True)
 class Measured:
-    kind: IndexType
+    kind: str  # and what was done to its vectors
     recall_at_100: float
     ndcg_at_10: float
     p50_ms: float
@@ -66,6 +69,8 @@ def main() -> None:
     parser.add_argument("--split", default="test", help="where queries come from (%(default)s)")
     parser.add_argument("--queries", type=at_least(1), default=1000, help="number of queries (%(default)s)")
     parser.add_argument("--types", nargs="+", choices=get_args(IndexType), default=get_args(IndexType), help="kinds")
+    parser.add_argument("--widths", nargs="+", type=int, default=[], help="also over vectors cut to these")
+    parser.add_argument("--rescore", nargs="+", type=int, default=[], help="also with so many candidates scored again")
     parser.add_argument("--out", type=Path, metavar="JSON", help="where to save the figures")
     args = parser.parse_args()
     if args.queries < 1:
@@ -78,9 +83,16 @@ def main() -> None:
     measured, exact = [], None
     with ProgressBar() as progress:
         kinds = list(dict.fromkeys(["flat", *args.types]))  # flat is what the others are measured against
-        for number, kind in enumerate(kinds):
-            progress("kinds of index", number, len(kinds))
-            found, result = measure(kind, vectors, meta, queries, exact, build_threads)
+        plans = [
+            planned(meta, kind, width, rescore)
+            for kind in kinds
+            for width in (None, *args.widths)
+            for rescore in (0, *args.rescore)
+            if rescore or kind != "binary"
+        ]
+        for number, plan in enumerate(plans):
+            progress("kinds of index", number, len(plans))
+            found, result = measure(plan, vectors, queries, exact, build_threads)
             exact = found if exact is None else exact
             measured.append(result)
     title = (
@@ -111,20 +123,20 @@ def seen_of(rows: Rows, i: int) -> np.ndarray:
 
 
 def measure(
-    kind: IndexType, vectors: np.ndarray, meta: VectorsMeta, queries: Queries, exact: np.ndarray | None, threads: int
+    plan: VectorsMeta, vectors: np.ndarray, queries: Queries, exact: np.ndarray | None, threads: int
 ) -> tuple[np.ndarray, Measured]:
     """Return what an index finds, int64 [m, TOP], and what it costs; `exact` is what it should find."""
     faiss.omp_set_num_threads(threads)
     started = time.perf_counter()
-    made = faiss_index(kind, vectors)
+    made = faiss_index(plan.kind, cut_like(vectors, plan))  # type: ignore[arg-type]
     build_s = time.perf_counter() - started
     faiss.omp_set_num_threads(1)
     names = pa.chunked_array([pa.nulls(0, pa.string())])
-    index = Index(made, meta, names, names)
+    index = Index(made, plan, names, names, vectors if plan.rescored else None)
     found, seconds = [], []
     for vector, seen in zip(queries.vectors[:, None], queries.seen, strict=True):
         started = time.perf_counter()
-        found.append(index.nearest(vector, TOP, meta.model_checksum, [seen])[1][0])
+        found.append(index.nearest(vector, TOP, plan.model_checksum, [seen])[1][0])
         seconds.append(time.perf_counter() - started)
     rows = np.stack(found)
     wanted = rows if exact is None else exact
@@ -133,9 +145,10 @@ def measure(
     place = rows == queries.right[:, None]
     ranks = np.where(place.any(axis=1), place.argmax(axis=1) + 1.0, np.inf)
     p50, p99 = np.percentile(seconds, [50, 99]) * 1000
-    size = faiss.serialize_index(made).nbytes / meta.num_docs
+    size = faiss.serialize_index(made).nbytes / plan.num_docs
     ndcg = mean_metrics(ranks)["ndcg_at_10"]
-    return rows, Measured(kind, recall, ndcg, float(p50), float(p99), size, build_s)
+    name = f"{plan.kind}{f' {plan.width - 1}' if plan.whole else ''}{f' × {plan.rescored}' if plan.rescored else ''}"
+    return rows, Measured(name, recall, ndcg, float(p50), float(p99), size, build_s)
 
 
 def show(title: str, measured: list[Measured]) -> None:

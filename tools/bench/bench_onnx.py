@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bigdssm.artifacts.exported import read_export, run_onnx, session
 from bigdssm.artifacts.model_folder import load_model_folder
 from bigdssm.batching.collate import Collator
 from bigdssm.cli import at_least, run_main
@@ -30,8 +31,6 @@ from bigdssm.dataset.tensors import Features
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.metrics import mean_metrics, paired_bootstrap, row_metrics
 from bigdssm.evaluation.ranks import Seen, ranks_of_vectors
-from bigdssm.export.convert import read_export
-from bigdssm.export.onnx_format import run_onnx, session
 from bigdssm.features.ragged import offsets_of
 from bigdssm.retrieval.embed import query_vectors
 from bigdssm.retrieval.vectors import vectors_of

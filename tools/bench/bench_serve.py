@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 
 from bigdssm.cli import run_main
 from bigdssm.errors import ConfigError, DataError
@@ -54,17 +55,17 @@ def main() -> None:
     if feature is None and not args.user:
         raise ConfigError("this server's queries have no features; give --user")
     bodies = [json.dumps({"user": line} if args.user else {"features": {feature: line}}) for line in lines]
-    before = asked(HTTPConnection(where), "GET", "/api/statistics")
+    before = counted(where)
     seconds, elapsed = load(where, bodies, args.clients, args.seconds)
-    after = asked(HTTPConnection(where), "GET", "/api/statistics")
-    done = {name: after[name] - before[name] for name in after}
+    after = counted(where)
+    done = {name: after[name] - before.get(name, 0.0) for name in after}
     p50, p99 = np.percentile(seconds, [50, 99]) * 1000
     print(
         f"{len(seconds)} queries by {args.clients} clients in {elapsed:.1f} s: {len(seconds) / elapsed:.0f} queries/s"
     )
     print(f"latency p50 {p50:.1f} ms, p99 {p99:.1f} ms")
-    per_batch = done["answered"] / max(1, done["batches"])
-    print(f"{done['cache_hits']} from the cache, {per_batch:.1f} queries a batch")
+    per_batch = done["bigdssm_batch_queries_sum"] / max(1, done["bigdssm_batch_queries_count"])
+    print(f"{done.get('bigdssm_cache_total hit', 0.0):.0f} from the cache, {per_batch:.1f} queries a batch")
 
 
 def load(where: str, bodies: list[str], clients: int, lasting_s: float) -> tuple[np.ndarray, float]:
@@ -94,6 +95,17 @@ def load(where: str, bodies: list[str], clients: int, lasting_s: float) -> tuple
     if errors:
         raise errors[0]
     return np.array(seconds), time.perf_counter() - started
+
+
+def counted(where: str) -> dict[str, float]:
+    """Return what the server has counted, by name and label."""
+    connection = HTTPConnection(where)
+    connection.request("GET", "/metrics")
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(connection.getresponse().read().decode()):
+        for sample in family.samples:
+            found[" ".join([sample.name, *sample.labels.values()])] = sample.value
+    return found
 
 
 def asked(connection: HTTPConnection, method: str, path: str, body: str | None = None) -> Any:

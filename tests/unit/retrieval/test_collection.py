@@ -19,7 +19,7 @@ from bigdssm.config import Config, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import PLACE_BITS
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.evaluation.collection import bm25_run, cut_vectors, model_run, model_vectors, pretrained_run
+from bigdssm.evaluation.collection import bm25_run, model_run, model_vectors, pretrained_run
 from bigdssm.evaluation.split import evaluate_split
 from bigdssm.evaluation.systems import names_apart
 from bigdssm.evaluation.trec import run_metrics
@@ -29,7 +29,7 @@ from bigdssm.making.making import Target
 from bigdssm.making.pairs import PairTables, make_pairs
 from bigdssm.models import DualEncoder
 from bigdssm.models.encoders import pretrained_encoder
-from bigdssm.retrieval.embed import encode_in_bf16, tower_encoders
+from bigdssm.retrieval.embed import cut_vectors, encode_in_bf16, tower_encoders
 from bigdssm.retrieval.mine import mine
 from bigdssm.retrieval.mined import MinedNegatives
 from bigdssm.retrieval.mined_sample import mined_sample

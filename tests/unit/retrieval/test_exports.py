@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 import torch
 import yaml
 
+from bigdssm.artifacts.exported import EXPORT_FILE, query_tower
 from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder, model_checksum, save_model_folder
 from bigdssm.batching.collate import Collator
 from bigdssm.config import Config, TokenizerConfig, load_config
@@ -23,15 +26,19 @@ from bigdssm.dataset.tensors import to_features
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.trec import run_metrics
 from bigdssm.export.card import Figures
-from bigdssm.export.convert import EXPORT_FILE, Format, Source, export, folder_source, stage_source
+from bigdssm.export.convert import Format, Source, export, folder_source, stage_source
 from bigdssm.export.probe import PARITY_LIMIT, Probe
 from bigdssm.export.text_tower import alpha
 from bigdssm.features import Ragged, TextTokenizer
 from bigdssm.making.tokenizer import make_tokenizer
 from bigdssm.models import DualEncoder, new_model
-from bigdssm.retrieval.embed import document_vectors, query_vectors
-from bigdssm.retrieval.search import DocumentNames, feature_query, history_query
+from bigdssm.retrieval.embed import document_vectors, query_vectors, tower_encoders
+from bigdssm.retrieval.index import build_index, open_index
+from bigdssm.retrieval.request import Event, Request
+from bigdssm.retrieval.search import Queries
+from bigdssm.retrieval.vectors import write_vectors
 from bigdssm.schema import Schema
+from bigdssm.serving.searcher import Searcher
 from tests.conftest import WORDS
 
 from .conftest import random_model
@@ -344,16 +351,15 @@ def test_onnx_holds_towers_of_all_features(
     card = run_card(tmp_path / "exported", monkeypatch)
     items = [f"i{number}" for number in range(14)]  # more than are read
     assert dataset.tokenizer_dir is not None
-    names = DocumentNames.of(dataset)
+    lookup = Queries(dataset.schema, dataset.tokenizer, dataset, exclude_seen=True)
     collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
     queries = [{"history": items}, {"history": [], "age": 33.0, "occupation": "farmer"}, {"occupation": "unknown"}]
     vectors = card["encode_query"](queries)
     for given, vector in zip(queries, vectors, strict=True):
-        typed = {name: str(value) for name, value in given.items() if name != "history"}
-        query = feature_query(dataset.schema, typed, None)
-        history = history_query(dataset, names, given.get("history", []))  # type: ignore[arg-type]
-        columns = {**query.columns, "history": history.columns["history"]}
-        expected = query_vectors(model, collator.query_features(columns))[0].numpy()
+        features = {name: value for name, value in given.items() if name != "history"}
+        events = [Event(item) for item in given.get("history", [])]  # type: ignore[attr-defined]
+        query = lookup.of(Request(features=features, events=events))
+        expected = query_vectors(model, collator.query_features(query.columns))[0].numpy()
         np.testing.assert_allclose(vector, expected, rtol=1e-4, atol=1e-5)
     with (tiny_interactions.source / "items.csv").open() as file:
         items_read = list(csv.DictReader(file))
@@ -367,3 +373,41 @@ def test_onnx_holds_towers_of_all_features(
     queries8 = card["load_tower"]("exported", "query", "query.int8.onnx")(queries)
     cosines = (queries8 * vectors).sum(1) / np.linalg.norm(queries8, axis=1) / np.linalg.norm(vectors, axis=1)
     assert queries8.shape == vectors.shape and cosines.min() > 0.9
+
+
+def test_a_server_may_encode_with_the_exported_query_tower(
+    model_dir: Path, other_model_dir: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    for package in ONNX:
+        pytest.importorskip(package)
+    export(folder_source(model_dir), tmp_path / "exported", "onnx")
+    folder = load_model_folder(model_dir)
+    write_vectors(tmp_path / "vectors", tower_encoders(folder.model, dataset), dataset, folder.checksum)
+    build_index(tmp_path / "vectors", tmp_path / "index")
+    index, requests = open_index(tmp_path / "index"), [Request(f"u{user}") for user in range(8)]
+    expected = Searcher(folder, index, dataset).search(requests)
+    for file, tolerance in (("query.onnx", 1e-4), ("query.int8.onnx", 0.2)):
+        searcher = Searcher(folder, index, dataset, onnx=tmp_path / "exported" / file)
+        queries = [searcher.queries.of(request) for request in requests]
+        with monkeypatched_forward(folder):
+            found = [answer.documents for answer in searcher.answer(queries)]
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a[0].score, b[0].score, rtol=tolerance, atol=tolerance)
+            assert tolerance > 0.1 or [d.key for d in a] == [d.key for d in b]
+    with pytest.raises(ConfigError, match="needs the file of a query tower"):
+        Searcher(folder, index, dataset, onnx=tmp_path / "exported" / "doc.onnx")
+    other = load_model_folder(other_model_dir)
+    with pytest.raises(CheckpointError, match="is the tower of model"):
+        query_tower(tmp_path / "exported" / "query.onnx", other.checksum)
+
+
+@contextmanager
+def monkeypatched_forward(folder: ModelFolder) -> Iterator[None]:
+    """Have the model itself refuse to encode."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the model was asked, not its export")
+
+    hook = folder.model.register_forward_pre_hook(refuse)
+    yield
+    hook.remove()

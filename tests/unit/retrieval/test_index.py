@@ -13,6 +13,7 @@ import torch
 
 from bigdssm.artifacts.model_folder import load_model_folder, save_model_folder
 from bigdssm.batching.collate import Collator
+from bigdssm.commands import __main__ as command
 from bigdssm.config import Config, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
@@ -20,7 +21,9 @@ from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval import embed
 from bigdssm.retrieval.embed import Encoders, tower_encoders
 from bigdssm.retrieval.index import Index, IndexType, build_index, faiss_index, open_index
-from bigdssm.retrieval.vectors import VectorsMeta, Work, write_meta, write_vectors
+from bigdssm.retrieval.scan import Allowed
+from bigdssm.retrieval.shards import Work
+from bigdssm.retrieval.vectors import VectorsMeta, write_meta, write_vectors
 
 from .conftest import SMALL, random_model
 
@@ -138,6 +141,71 @@ def test_approximate_indexes_find_most(
     exact = open_index(index_dir).nearest(queries, 10, checksum)[1]
     found = open_index(tmp_path / "index").nearest(queries, 10, checksum)[1]
     assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, found, strict=True)]) > 0.8
+
+
+def cut(vectors: np.ndarray, width: int) -> np.ndarray:
+    """Return index vectors of a cosine model cut to [n, width + 1], the slow way."""
+    found = []
+    for vector in vectors:
+        first = vector[:width] * np.linalg.norm(vector[:-1]) / np.linalg.norm(vector[:width])
+        found.append([*first, vector[-1]])
+    return np.array(found, np.float32)
+
+
+def embedded(model_dir: Path, dataset: Dataset, out: Path, width: int | None = None) -> Path:
+    arguments = ["embed", "--model", str(model_dir), "--data", str(dataset.dir), "--out", str(out)]
+    assert command.main([*arguments, *([] if width is None else ["--width", str(width)])]) == 0
+    return out
+
+
+@pytest.mark.parametrize("where", ["embed", "build_index"])
+def test_vectors_may_be_cut(
+    where: str, model_dir: Path, dataset: Dataset, index_dir: Path, vectors_dir: Path, tmp_path: Path
+) -> None:
+    vectors = embedded(model_dir, dataset, tmp_path / "vectors", 3 if where == "embed" else None)
+    build_index(vectors, tmp_path / "index", width=None if where == "embed" else 3)
+    index, whole = open_index(tmp_path / "index"), np.load(vectors_dir / "vectors.npy")
+    queries = tower_encoders(load_model_folder(model_dir).model, dataset).queries(next(dataset.iterate("test", 30)))
+    scores, _ = index.nearest(queries.numpy(), 5, index.meta.model_checksum)
+    expected = cut(queries.numpy(), 3) @ cut(whole, 3).T
+    np.testing.assert_allclose(scores, -np.sort(-expected, axis=1)[:, :5], rtol=1e-4, atol=1e-5)
+    assert index.index.d == 4 and len(index.search(queries.numpy(), 5)[0]) == 5
+    assert index.similar(3, 4)[1].shape == (4,)
+    with pytest.raises(ConfigError, match="needs 1 to"):
+        build_index(vectors_dir, tmp_path / "other", width=9)
+    with pytest.raises(ConfigError, match="do not say of which score"):
+        build_index(vectors_dir, tmp_path / "other", width=3)
+    if where == "embed":
+        with pytest.raises(ConfigError, match="these vectors were cut when they were made"):
+            build_index(vectors, tmp_path / "other", rescore=3)
+
+
+@pytest.mark.parametrize(("kind", "width"), [("flat", 2), ("sq8", None), ("sq8", 3), ("binary", None), ("ivf", 4)])
+def test_candidates_are_scored_again_by_whole_vectors(
+    kind: IndexType, width: int | None, model_dir: Path, dataset: Dataset, index_dir: Path, tmp_path: Path
+) -> None:
+    vectors = embedded(model_dir, dataset, tmp_path / "vectors")
+    build_index(vectors, tmp_path / "index", kind, width=width, rescore=4)
+    exact, index = open_index(index_dir), open_index(tmp_path / "index")
+    queries = tower_encoders(load_model_folder(model_dir).model, dataset).queries(next(dataset.iterate("test", 30)))
+    mask = np.arange(exact.meta.num_docs) % 3 > 0
+    for allowed in (None, Allowed(mask)):
+        asked = (queries.numpy(), 10, index.meta.model_checksum, None, allowed)
+        wanted, found = exact.nearest(*asked), index.nearest(*asked)
+        assert (found[1] == wanted[1]).mean() > 0.9, "of 40 candidates nearly all are the best"
+        assert (np.diff(found[0], axis=1) <= 0).all() and (found[1] >= 0).all()
+        whole = np.load(vectors / "vectors.npy")
+        for query, scores, rows in zip(queries.numpy(), *found, strict=True):
+            np.testing.assert_allclose(scores, whole[rows] @ query, rtol=1e-5, atol=1e-5)
+            assert allowed is None or mask[rows].all()
+    np.testing.assert_allclose(index.similar(3, 4)[0], exact.similar(3, 4)[0], rtol=1e-4, atol=1e-4)
+    assert isinstance(index.vectors, np.memmap), "they stay on the disk"
+
+
+def test_bits_alone_are_no_scores(vectors_dir: Path, tmp_path: Path) -> None:
+    for rescore in (0, -1):
+        with pytest.raises(ConfigError, match="needs some candidates to score again"):
+            build_index(vectors_dir, tmp_path / "index", "binary", rescore=rescore)
 
 
 @pytest.mark.slow

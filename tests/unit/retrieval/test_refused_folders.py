@@ -162,7 +162,7 @@ def test_vectors_and_indexes_do_not_replace_each_other(tools: Tools, copies: Pat
     vectors, index = copies / "vectors", copies / "index"
     embed = ("embed", "--model", copies / "model", "--data", dataset.dir, "--out")
     message = tools.refused(2, "build_index", "--vectors", vectors, "--out", vectors)
-    assert "holds vectors.npy, which this would replace; choose another --out" in message
+    assert "holds contents.npy, which this would replace; choose another --out" in message
     assert "holds index.faiss, which this would replace" in tools.refused(2, *embed, index)
     tools.ran("build_index", "--vectors", vectors, "--out", index)  # each replaces its own kind
     tools.ran(*embed, vectors)

@@ -1,6 +1,9 @@
-"""Typed queries become what the training rows were."""
+"""A request becomes what rows are: the offline vector of the same facts, and the documents that may answer it."""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -8,49 +11,96 @@ import pytest
 
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import Categorical, Numeric, Ragged, Text, TextTokenizer, Vocabulary
+from bigdssm.features import Categorical, Numeric, Ragged, Text, TextTokenizer, Vector, Vocabulary
 from bigdssm.features.ragged import Column
-from bigdssm.retrieval.search import DocumentNames, feature_query, history_query, user_query
+from bigdssm.models import DualEncoder
+from bigdssm.retrieval.embed import query_vectors, tower_encoders
+from bigdssm.retrieval.request import Event, Request, request_of
+from bigdssm.retrieval.search import DocumentNames, Queries
 from bigdssm.schema import Schema
+from tests.conftest import NUM_ITEMS
 
 
 def listed(column: Column) -> list[object]:
     return [column[0].tolist()] if isinstance(column, Ragged) else column.tolist()
 
 
-def test_a_known_user_has_features_and_the_whole_history(dataset: Dataset) -> None:
+@pytest.fixture(scope="module")
+def queries(dataset: Dataset) -> Queries:
+    return Queries(dataset.schema, dataset.tokenizer, dataset, exclude_seen=True)
+
+
+def vector(model: DualEncoder, dataset: Dataset, queries: Queries, request: Request) -> np.ndarray:
+    from bigdssm.dataset.tensors import to_features
+
+    columns = queries.of(request).columns
+    found: np.ndarray = query_vectors(model, to_features(dataset.schema.query, columns, dataset.pad_token_id)).numpy()
+    return found[0]
+
+
+@pytest.mark.parametrize("given", ["by hand", "user and what came since", "shuffled, with a time each"])
+def test_the_vector_of_a_request_is_the_offline_one_of_the_same_facts(
+    model: DualEncoder, dataset: Dataset, queries: Queries, given: str
+) -> None:
     rows = next(dataset.iterate("test", 1000))
-    assert dataset.sequences is not None
-    for i in (0, 5, 17):
+    assert dataset.sequences is not None and rows.sequence is not None
+    expected = tower_encoders(model, dataset).queries(rows).numpy()
+    jobs = ["artist", "doctor", "farmer"]
+    for i in range(0, len(rows), 7):
         key = dataset.sequences.strings("query_key", rows.sequence[i : i + 1])[0]
-        query = user_query(dataset, key)
-        assert query.seen.tolist() == [*rows.seen(i), rows.doc_rows[i]]  # the test item is history by now
-        assert listed(query.columns["age"]) == [20.0 + int(key[1:]) % 50]
-        newest = dataset.catalogue.codes("item_id", query.seen[-10:])
-        assert listed(query.columns["history"]) == [newest.tolist()]
-        assert list(query.columns) == list(dataset.schema.query)
+        number = int(key[1:])
+        features = {"age": 20 + number % 50, "occupation": jobs[number % 3]}
+        events = [Event(item, 1e9 + place) for place, item in enumerate(dataset.catalogue.keys(rows.seen(i)))]
+        if given == "user and what came since":  # what a dataset made later knows of the user has one event more
+            events = [Event(event.item) for event in events]
+            later = Queries(dataset.schema, dataset.tokenizer, dataset, True).of(Request(key)).seen
+            assert later.tolist() == [*rows.seen(i), rows.doc_rows[i]]
+            request = Request(key, {"age": "20", **features}, [Event("i3")])
+            events += [Event(dataset.catalogue.keys(rows.doc_rows[i : i + 1])[0]), Event("i3")]
+            by_hand = Request(features=features, events=events)
+            both = vector(model, dataset, queries, request), vector(model, dataset, queries, by_hand)
+            assert np.abs(both[0] - both[1]).max() <= 1e-5
+            continue
+        now = 1e9 + len(events) - 0.5
+        if given.startswith("shuffled"):
+            after = Event("i5", now + 1)
+            events = [after, *events[1::2], Event("gone", 1e9), *events[::2]]
+        request = Request(features=features, events=events, now=now)
+        assert len(queries.of(request).seen) > 10, "a history is cut to its newest 10"
+        assert np.abs(vector(model, dataset, queries, request) - expected[i]).max() <= 1e-5
+        assert queries.of(request).unknown == (("gone",) if given.startswith("shuffled") else ())
+
+
+def test_a_user_has_the_dataset_s_features_which_given_ones_replace(dataset: Dataset, queries: Queries) -> None:
+    query = queries.of(Request("u7", {"age": 99.0}))
+    assert listed(query.columns["age"]) == [99.0] and listed(query.columns["occupation"]) == [3]
+    assert list(query.columns) == list(dataset.schema.query)
     with pytest.raises(DataError, match="no user is called 'u999'; some who are: u"):
-        user_query(dataset, "u999")
+        queries.of(Request("u999"))
 
 
-def test_a_typed_history(dataset: Dataset) -> None:
-    titles = dataset.catalogue.display(np.array([4, 9]))
-    documents = DocumentNames.of(dataset)
-    query = history_query(dataset, documents, [titles[0].upper(), "i9"])
-    assert query.seen.tolist() == [4, 9]
+def test_events_are_documents_by_key_or_name(dataset: Dataset, queries: Queries) -> None:
+    title = dataset.catalogue.display(np.array([4]))[0].upper()
+    query = queries.of(Request(events=[Event(f" {title} "), Event("nothing"), Event("i9"), Event("i4")]))
+    assert query.seen.tolist() == query.left_out.tolist() == [4, 9, 4] and query.unknown == ("nothing",)
     assert listed(query.columns["history"]) == [dataset.catalogue.codes("item_id", query.seen).tolist()]
-    assert np.isnan(query.columns["age"]).all()
-    assert listed(query.columns["occupation"]) == [0]
-    assert history_query(dataset, documents, []).seen.tolist() == []
+    assert np.isnan(query.columns["age"]).all() and listed(query.columns["occupation"]) == [0]
+    assert queries.of(Request(events=[])).seen.tolist() == []
+
+
+def test_whether_seen_documents_are_left_out(dataset: Dataset) -> None:
+    for of_model in (True, False):
+        queries = Queries(dataset.schema, dataset.tokenizer, dataset, of_model)
+        for asked, out in ((None, of_model), (True, True), (False, False)):
+            query = queries.of(Request(events=[Event("i9")], exclude_seen=asked))
+            assert query.left_out.tolist() == ([9] if out else []) and query.seen.tolist() == [9]
 
 
 def test_unknown_documents_get_the_nearest_names() -> None:
     documents = DocumentNames(["1", "2", "3", "4"], ["Toy Story", "Toy Story 2", "GoldenEye", "Heat"])
-    assert documents.find([" toy story ", "3"]).tolist() == [0, 2]
-    with pytest.raises(DataError, match=r"'story'; the nearest are: Toy Story; Toy Story 2$"):
-        documents.find(["story"])
-    with pytest.raises(DataError, match=r"the nearest are: GoldenEye$"):
-        documents.find(["Goldeneey"])
+    assert documents.rows([" toy story ", "3", "story"]).tolist() == [0, 2, -1]
+    assert documents.nearest("story") == ["Toy Story", "Toy Story 2"]
+    assert documents.nearest("Goldeneey") == ["GoldenEye"]
 
 
 def test_typed_features(dataset: Dataset) -> None:
@@ -61,20 +111,58 @@ def test_typed_features(dataset: Dataset) -> None:
             "age": Numeric().named("age"),
             "sex": Categorical(vocabulary=Vocabulary.of(("m", "f"))).named("sex"),
             "tags": Categorical(multi=True, separator="|", vocabulary=Vocabulary.of(("a b", "c"))).named("tags"),
+            "look": Vector(dim=2).named("look"),
         }
     )
-    assert dataset.tokenizer_dir is not None
-    tokenizer = TextTokenizer(dataset.tokenizer_dir)
-    query = feature_query(
-        schema, {"words": "stone anchor stone anchor", "age": "3.5", "sex": "f", "tags": "c| a b|z"}, tokenizer
-    )
-    ids, _ = tokenizer.encode(pa.array(["stone anchor stone anchor"]), 4)
-    assert listed(query.columns["words"]) == [ids.tolist()]
-    assert len(ids) == 4
-    assert len(query.columns["more"].values) >= 1  # an empty text still has its special tokens
-    assert [listed(query.columns[name]) for name in ("age", "sex", "tags")] == [[3.5], [3], [[3, 2, 1]]]
-    assert list(query.columns) == list(schema.query)
-    with pytest.raises(ConfigError, match="colour is not a query feature that can be typed; these are: words, "):
-        feature_query(schema, {"colour": "red"}, tokenizer)
-    with pytest.raises(ConfigError, match="age is 'old', needs a number"):
-        feature_query(schema, {"age": "old"}, tokenizer)
+    tokenizer = dataset.tokenizer
+    assert isinstance(tokenizer, TextTokenizer)
+    queries = Queries(schema, tokenizer, None, True)
+    typed = {"words": "stone anchor stone anchor", "age": "3.5", "sex": "f", "tags": "c| a b|z", "look": "1, 2"}
+    given = {**typed, "age": 3.5, "tags": ["c", "a b", "z"], "look": [1, 2], "more": None}
+    for features in (typed, given):
+        query = queries.of(Request(features=features))
+        ids, _ = tokenizer.encode(pa.array(["stone anchor stone anchor"]), 4)
+        assert listed(query.columns["words"]) == [ids.tolist()]
+        assert len(ids) == 4
+        assert len(query.columns["more"].values) >= 1  # an empty text still has its special tokens
+        assert [listed(query.columns[name]) for name in ("age", "sex", "tags")] == [[3.5], [3], [[3, 2, 1]]]
+        assert listed(query.columns["look"]) == [[1.0, 2.0]]
+        assert list(query.columns) == list(schema.query)
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        ({}, "the query is empty"),
+        ({"user": " ", "features": {"age": ""}}, "the query is empty"),
+        ({"features": {"colour": "red"}}, "colour is not a query feature that can be given; these are: age, oc"),
+        ({"features": {"history": ["i3"]}}, "give events in the place of a history"),
+        ({"features": {"age": "old"}}, "age is 'old', needs a number"),
+        ({"features": {"age": 1e39}}, "age is 1e+39, needs a finite 32-bit number"),
+        ({"features": {"age": [1.0]}}, "column 'age' holds list<item: double>, needs numbers"),
+        ({"user": "u7", "top": 0}, "top is 0, needs at least 1"),
+        ({"events": [{"item": "i3", "time": 5}, {"item": "i4"}]}, "1 of 2 events have no time"),
+        ({"events": [{"item": "i3"}], "now": 5}, "1 of 1 events have no time"),
+        ({"events": [{"item": "i3", "time": math.nan}]}, "a time of an event, or now, is no finite number"),
+        ({"events": [{"item": "i3", "time": 1.7e9}], "now": 1.7e12}, "the request mixes units of time"),
+        ({"user": "\udfff"}, "is no text in UTF-8"),
+        ({"user": "u7", "filter": "year > "}, "got its end, needs a value behind year >"),
+        ({"usr": "u7"}, "usr"),
+        ({"events": [{"itm": "u7"}]}, "itm"),
+        ({"events": "i3"}, "events"),
+        ({"top": "many"}, "top"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_asked_is_one_sentence(queries: Queries, request_: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        queries.of(request_of(request_))
+    assert sentence in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_filter_reaches_the_query(dataset: Dataset, queries: Queries) -> None:
+    allowed = queries.of(Request("u7", filter="year >= 1990")).allowed
+    assert allowed is not None and np.flatnonzero(allowed.mask).tolist() == list(range(30, NUM_ITEMS))
+    assert queries.of(Request("u8", filter="year >= 1990")).allowed is allowed, "a filter is looked up once"
+    with pytest.raises(ConfigError, match="give the dataset with --data"):
+        schema = Schema(query={"age": Numeric().named("age")})
+        Queries(schema, None, None, True).of(Request(features={"age": 3}, filter="year > 1990"))

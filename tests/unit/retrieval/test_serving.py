@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import json
+import logging
+import shutil
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,30 +20,31 @@ import pytest
 import torch
 
 from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.atomic import replace_folder
 from bigdssm.batching.collate import Collator
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, DataError
-from bigdssm.features import TextTokenizer
 from bigdssm.retrieval.embed import query_vectors, tower_encoders
 from bigdssm.retrieval.index import Index, IndexType, build_index, open_index
+from bigdssm.retrieval.request import Event, Request
 from bigdssm.retrieval.search import (
     COMPARED_CHARACTERS,
     MOST_COMPARED,
     DocumentNames,
+    Queries,
     Query,
-    feature_query,
-    user_query,
 )
 from bigdssm.retrieval.vectors import write_vectors
 from bigdssm.serving.batching import AnswerCache, Batcher, Overloaded
-from bigdssm.serving.searcher import Searcher
-from tests.conftest import NUM_ITEMS
+from bigdssm.serving.searcher import Folders, Searcher
 from tests.unit.retrieval.test_tools import Tools
 
 fastapi = pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient  # noqa: E402
+from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 
 from bigdssm.serving.app import MOST_BYTES, make_app  # noqa: E402
+from bigdssm.serving.metrics import log_requests  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -65,30 +70,55 @@ def expected(model_dir: Path, index_dir: Path, dataset: Dataset, query: Query, t
     folder = load_model_folder(model_dir)
     collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
     vector = query_vectors(folder.model, collator.query_features(query.columns)).numpy()
-    scores, rows = open_index(index_dir).nearest(vector, top, folder.checksum, [query.seen])
+    scores, rows = open_index(index_dir).nearest(vector, top, folder.checksum, [query.left_out], query.allowed)
     return list(zip(dataset.catalogue.keys(rows[0][rows[0] >= 0]), scores[0].tolist(), strict=False))
+
+
+def counted(client: TestClient) -> dict[str, float]:
+    """What /metrics says, by name and labels."""
+    found = {}
+    for family in text_string_to_metric_families(client.get("/metrics").text):
+        for sample in family.samples:
+            found[" ".join([sample.name, *sample.labels.values()])] = sample.value
+    return found
+
+
+def asked(dataset: Dataset, **request: Any) -> Query:
+    return Queries(dataset.schema, dataset.tokenizer, dataset, exclude_seen=True).of(Request(**request))
 
 
 def test_a_user(client: TestClient, model_dir: Path, index_dir: Path, dataset: Dataset) -> None:
     answer = client.post("/api/search", json={"user": "u7", "top": 12}).json()
-    wanted = expected(model_dir, index_dir, dataset, user_query(dataset, "u7"), 12)
+    wanted = expected(model_dir, index_dir, dataset, asked(dataset, user="u7"), 12)
     assert [entry["key"] for entry in answer["documents"]] == [key for key, _ in wanted]
     np.testing.assert_allclose([entry["score"] for entry in answer["documents"]], [s for _, s in wanted], rtol=1e-5)
     assert [entry["rank"] for entry in answer["documents"]] == list(range(1, len(wanted) + 1))
-    newest = user_query(dataset, "u7").seen[::-1][:5]
+    newest = asked(dataset, user="u7").seen[::-1][:5]
     assert answer["history"] == dataset.catalogue.display(newest)
     assert answer["total_ms"] > 0 and answer["encode_ms"] > 0 and not answer["cached"]
 
 
-def test_features_and_a_typed_history(client: TestClient, model_dir: Path, index_dir: Path, dataset: Dataset) -> None:
-    assert dataset.tokenizer_dir is not None
-    query = feature_query(dataset.schema, {"age": "33"}, TextTokenizer(dataset.tokenizer_dir))
-    answer = client.post("/api/search", json={"features": {"age": "33"}}).json()
+def test_a_profile_with_live_events_and_a_filter(
+    client: TestClient, model_dir: Path, index_dir: Path, dataset: Dataset
+) -> None:
+    events = [{"item": "i9", "time": 20.0, "action": "play"}, {"item": "i2", "time": 10.0}, {"item": "i8", "time": 40}]
+    body = {
+        "features": {"age": 33, "occupation": "artist"}, "events": [*events, {"item": "sold out", "time": 1}],
+        "now": 30, "filter": 'genres in (Comedy, "Drama") and year < 1995',
+    }  # fmt: skip
+    answer = client.post("/api/search", json=body).json()
+    query = asked(
+        dataset, features={"age": "33", "occupation": "artist"}, events=[Event("i2"), Event("i9")],
+        filter="genres in (Comedy, Drama) and year < 1995",
+    )  # fmt: skip
+    assert query.seen.tolist() == [2, 9] and query.allowed is not None
     wanted = expected(model_dir, index_dir, dataset, query, 10)
     assert [entry["key"] for entry in answer["documents"]] == [key for key, _ in wanted]
-    answer = client.post("/api/search", json={"history": ["i9", "i2"], "top": 100}).json()
-    assert len(answer["documents"]) == NUM_ITEMS - 2
-    assert answer["history"] == dataset.catalogue.display(np.array([2, 9]))
+    assert answer["history"] == dataset.catalogue.display(np.array([9, 2])) and answer["unknown_events"] == 1
+    everything = client.post("/api/search", json={**body, "top": 100}).json()["documents"]
+    assert len(everything) == query.allowed.count - 2, "i2 and i9 match and were seen"
+    with_seen = client.post("/api/search", json={**body, "top": 100, "exclude_seen": False}).json()["documents"]
+    assert {entry["key"] for entry in with_seen} - {entry["key"] for entry in everything} == {"i2", "i9"}
 
 
 def test_what_was_asked_before_comes_from_the_cache(searcher: Searcher) -> None:
@@ -99,9 +129,10 @@ def test_what_was_asked_before_comes_from_the_cache(searcher: Searcher) -> None:
         assert again["documents"] == first["documents"]
         assert not client.post("/api/search", json={"user": "u7", "top": 3}).json()["cached"]
         assert not client.post("/api/search", json={"user": "u7"}).json()["cached"], "only one answer is kept"
-        assert client.get("/api/statistics").json() == {
-            "answered": 3, "batches": 3, "cache_hits": 1, "cache_misses": 3,
-        }  # fmt: skip
+        found = counted(client)
+        assert (found["bigdssm_batch_queries_sum"], found["bigdssm_batch_queries_count"]) == (3, 3)
+        assert (found["bigdssm_cache_total hit"], found["bigdssm_cache_total miss"]) == (1, 3)
+        assert found["bigdssm_requests_total /api/search 200"] == 4
 
 
 def test_queries_asked_at_the_same_time_are_answered_together_and_each_its_own(searcher: Searcher) -> None:
@@ -109,7 +140,7 @@ def test_queries_asked_at_the_same_time_are_answered_together_and_each_its_own(s
     with TestClient(make_app(searcher, cache_size=0)) as client:
         asked = {user: {"user": user, "top": 1 + number % 7} for number, user in enumerate(users)}
         alone = {user: client.post("/api/search", json=asked[user]).json() for user in users}
-        before = client.get("/api/statistics").json()["batches"]
+        before = counted(client)["bigdssm_batch_queries_count"]
         together: dict[str, Any] = {}
 
         def ask(user: str) -> None:
@@ -120,7 +151,7 @@ def test_queries_asked_at_the_same_time_are_answered_together_and_each_its_own(s
             thread.start()
         for thread in threads:
             thread.join()
-        assert client.get("/api/statistics").json()["batches"] - before < len(users)
+        assert counted(client)["bigdssm_batch_queries_count"] - before < len(users)
     for user in users:
         a, b = alone[user]["documents"], together[user]["documents"]
         assert [entry["key"] for entry in a] == [entry["key"] for entry in b]
@@ -150,19 +181,21 @@ def test_the_nearest_documents_of_a_document(
 @pytest.mark.parametrize(
     ("body", "status", "sentence"),
     [
-        ({}, 400, "a query is one of features, user, history; got 0 of them"),
-        ({"user": "u7", "history": []}, 400, "got 2 of them"),
+        ({}, 400, "the query is empty; give features, events or a user"),
+        ({"history": ["i2"]}, 422, "history: Extra inputs are not permitted"),
+        ({"events": [{"item": "i2", "tiem": 3}]}, 422, "events.0.tiem: Extra inputs are not permitted"),
+        ({"events": [{"item": "i2", "time": 3}, {"item": "i3"}]}, 400, "1 of 2 events have no time"),
+        ({"user": "u7", "now": "3"}, 422, "now: Input should be a valid number"),
+        ({"user": "u7", "exclude_seen": 1}, 422, "exclude_seen: Input should be a valid boolean"),
+        ({"user": "u7", "filter": "yeer > 3"}, 400, "'yeer' is no feature of documents"),
         ({"user": "nobody"}, 404, "no user is called 'nobody'"),
-        ({"history": ["i2", "nothing at all"]}, 404, "no document is called 'nothing at all', nor nearly so"),
-        ({"history": ["river lanterm"]}, 404, "no document is called 'river lanterm'; the nearest are: river lantern"),
-        ({"history": ["x" * 10_000]}, 404, "no document is called 'xxx"),
-        ({"features": {"colour": "red"}}, 400, "colour is not a query feature that can be typed"),
+        ({"features": {"colour": "red"}}, 400, "colour is not a query feature that can be given"),
         ({"features": {"age": "old"}}, 400, "age is 'old', needs a number"),
         ({"features": {"age": "1e99"}}, 400, "age is '1e99', needs a number"),
         ({"features": {"age": "nan"}}, 400, "age is 'nan', needs a number"),
         ({"features": {"age": " "}}, 400, "the query is empty"),
-        ({"features": {"age": 33}}, 422, "features.age: Input should be a valid string, got '33'"),
-        ({"features": {"occupation": "x" * 10_001}}, 422, "features.occupation: String should have at most 10000"),
+        ({"features": {"age": {"is": 33}}}, 422, "features.age."),
+        ({"features": {"occupation": "x" * 10_001}}, 422, "String should have at most 10000"),
         ({"user": "u7", "top": 0}, 422, "top: Input should be greater than or equal to 1, got '0'"),
         ({"user": "u7", "top": 101}, 422, "top: Input should be less than or equal to 100"),
         ({"user": "u7", "tpo": 5}, 422, "tpo: Extra inputs are not permitted"),
@@ -188,7 +221,7 @@ def test_bad_requests_are_one_sentence(client: TestClient) -> None:
         (client.post("/api/search", content=half_a_key, headers=as_json), 422, "features."),
         (client.post("/api/search", content=half_a_name, headers=as_json), 422, "user: Input should be a valid"),
         (client.post("/api/search", json={"features": {"x" * 10_001: "x"}}), 422, "should have at most 10000"),
-        (client.post("/api/search", json={"history": [" "]}), 400, "the query is empty"),
+        (client.post("/api/search", json={"features": {"age": " "}}), 400, "the query is empty"),
         (client.post("/api/search", json={"user": ""}), 400, "the query is empty"),
         (client.get("/api/search"), 405, "Method Not Allowed"),
         (client.get("/api/nothing"), 404, "GET /api/nothing: Not Found"),
@@ -203,22 +236,77 @@ def test_bad_requests_are_one_sentence(client: TestClient) -> None:
 
 def test_others_are_answered_while_a_query_is_looked_up(searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, others_answered, waited = threading.Event(), threading.Event(), []
-    query = searcher.query
+    of = searcher.queries.of
 
     def slow(*arguments: Any) -> Query:
         begun.set()
         waited.append(others_answered.wait(10))
-        return query(*arguments)
+        return of(*arguments)
 
-    monkeypatch.setattr(searcher, "query", slow)
+    monkeypatch.setattr(searcher.queries, "of", slow)
     with TestClient(make_app(searcher)) as client:
         asking = threading.Thread(target=client.post, args=("/api/search",), kwargs={"json": {"user": "u7"}})
         asking.start()
         assert begun.wait(10)
-        assert client.get("/api/statistics").status_code == 200
+        assert client.get("/api/about").status_code == 200
         others_answered.set()
         asking.join()
     assert waited == [True], "no other request was answered while the query was looked up"
+
+
+def test_requests_of_other_filters_share_a_batch(searcher: Searcher) -> None:
+    requests = [
+        Request("u7", filter="year < 1980", top=2), Request("u8", top=6),
+        Request("u9", filter="genres = Comedy", top=1), Request("u7", None, None, None, "year < 1980", False, 100),
+    ]  # fmt: skip
+    together, alone = searcher.search(requests), [searcher.search([request])[0] for request in requests]
+    assert [[document.key for document in some] for some in together] == [[d.key for d in some] for some in alone]
+    assert list(map(len, together)) == [2, 6, 1, 19], "i1 to i19 are older"
+
+
+def test_what_replaces_model_and_index_is_taken_up_together(
+    model_dir: Path, other_model_dir: Path, index_dir: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    for source, name in ((model_dir, "model"), (index_dir, "index"), (other_model_dir, "new")):
+        shutil.copytree(source, tmp_path / name)
+    other = load_model_folder(other_model_dir)
+    write_vectors(tmp_path / "vectors", tower_encoders(other.model, dataset), dataset, other.checksum)
+    build_index(tmp_path / "vectors", tmp_path / "new-index")
+    folders = Folders(tmp_path / "model", tmp_path / "index", str(dataset.dir))
+    expected = Searcher(other, open_index(tmp_path / "new-index"), dataset).search([Request("u7")])[0]
+    with TestClient(make_app(folders.open(), folders=folders, look_s=0.02)) as client:
+        first = client.post("/api/search", json={"user": "u7"}).json()
+        assert client.get("/readyz").text == client.get("/healthz").text == "ok"
+        replace_folder(tmp_path / "new", tmp_path / "model")
+        time.sleep(0.5)
+        assert client.post("/api/search", json={"user": "u7"}).json()["cached"], "a model alone is not taken up"
+        replace_folder(tmp_path / "new-index", tmp_path / "index")
+        until = time.monotonic() + 20
+        while client.get("/api/about").json()["model"] != other.checksum:
+            assert time.monotonic() < until
+        found = client.post("/api/search", json={"user": "u7"}).json()
+        assert not found["cached"] and found["documents"] != first["documents"]
+        assert [entry["key"] for entry in found["documents"]] == [document.key for document in expected]
+        assert counted(client)["bigdssm_taken_up_total"] == 1
+
+
+def test_requests_are_logged_as_json(searcher: Searcher, capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("bigdssm.serving.requests")
+    before = list(logger.handlers), logger.level, logger.propagate
+    try:
+        log_requests()
+        with TestClient(make_app(searcher)) as client:
+            client.post("/api/search", json={"user": "nobody"})
+            client.get("/invented/path")
+            found = counted(client)
+    finally:
+        logger.handlers[:], logger.level, logger.propagate = before
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+    assert [(line["method"], line["path"], line["status"]) for line in lines] == [
+        ("POST", "/api/search", 404), ("GET", "/invented/path", 404), ("GET", "/metrics", 200),
+    ]  # fmt: skip
+    assert all(line["ms"] >= 0 and line["time"] > 1e9 for line in lines)
+    assert found["bigdssm_requests_total other 404"] == 1, "whoever asks cannot invent labels"
 
 
 def test_an_unknown_title_is_compared_with_few(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,8 +320,7 @@ def test_an_unknown_title_is_compared_with_few(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(difflib, "get_close_matches", counting)
     keys = [str(number) for number in range(3 * MOST_COMPARED)]
     names = DocumentNames(keys, [f"{'ab'[int(key) % 2]} film {key} {'and on ' * 30}" for key in keys])
-    with pytest.raises(DataError, match=r"is called 'b flim 9001 and on .*; the nearest are: b film 9001 and"):
-        names.find(["b flim 9001 " + "and on " * 1000])
+    assert names.nearest("b flim 9001 " + "and on " * 1000)[0].startswith("b film 9001 and")
     assert compared == [(MOST_COMPARED, COMPARED_CHARACTERS, COMPARED_CHARACTERS)]
 
 
@@ -276,7 +363,7 @@ def test_it_listens_on_this_machine_alone_with_the_threads_asked_for(
         raise OSError("enough seen")
 
     monkeypatch.setattr(socket, "create_server", listen)
-    monkeypatch.setattr("bigdssm.commands.serve.Searcher", Watched)
+    monkeypatch.setattr("bigdssm.serving.searcher.Searcher", Watched)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     tools, arguments = Tools(monkeypatch, capsys), ("serve", "--model", model_dir, "--index", index_dir)
     assert "enough seen" in tools.refused(2, *arguments)

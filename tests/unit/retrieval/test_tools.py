@@ -186,13 +186,35 @@ def test_search_for_a_typed_history_and_features(
     out = tools.ran("search", "--model", model_dir, "--index", index_dir, "--history", f"i9; {title}", "--top", 4)
     assert title in out.splitlines()[0]
     assert len([line for line in out.splitlines() if "." in line]) == 4
+    assert "skipped: no document is called 'river lanter'; the nearest are: river lantern" in tools.ran(
+        "search", "--model", model_dir, "--index", index_dir, "--history", "i2; river lanter"
+    )
     out = tools.ran("search", "--model", model_dir, "--index", index_dir, "--text", "age=33", "occupation=artist")
     assert len([line for line in out.splitlines() if "." in line]) == 10
 
 
+def test_search_for_a_request_as_json_is_that_of_the_options(
+    tools: Tools, model_dir: Path, index_dir: Path, tmp_path: Path
+) -> None:
+    events = [{"item": "i3", "time": 20}, {"item": "i9", "time": 10}, {"item": "i1", "time": 99}]
+    request = {"user": "u7", "features": {"age": 33}, "events": events, "now": 50, "filter": "year < 1990"}
+    (tmp_path / "request.json").write_text(json.dumps({**request, "exclude_seen": False, "top": 7}))
+    command = ("search", "--model", model_dir, "--index", index_dir)
+    out = tools.ran(
+        *command, "--user", "u7", "--text", "age=33", "--history", "i9; i3", "--filter", "year < 1990",
+        "--seen", "allow", "--top", 7,
+    )  # fmt: skip
+    assert out == tools.ran(*command, "--request", tmp_path / "request.json")
+    assert len([line for line in out.splitlines() if "." in line]) == 7
+    (tmp_path / "request.json").write_text(json.dumps({**request, "tpo": 7}))
+    assert "tpo" in tools.refused(2, *command, "--request", tmp_path / "request.json")
+    (tmp_path / "request.json").write_text("[")
+    assert "is no JSON" in tools.refused(2, *command, "--request", tmp_path / "request.json")
+
+
 def test_search_refuses_with_a_sentence(tools: Tools, model_dir: Path, other_model_dir: Path, index_dir: Path) -> None:
-    message = tools.refused(3, "search", "--model", model_dir, "--index", index_dir, "--history", "i2; river lanter")
-    assert "'river lanter'; the nearest are: river lantern" in message
+    message = tools.refused(2, "search", "--model", model_dir, "--index", index_dir, "--request", "-", "--user", "u7")
+    assert "--user would have no effect with --request" in message
     message = tools.refused(4, "search", "--model", other_model_dir, "--index", index_dir, "--user", "u7")
     assert "holds vectors of model" in message
     for words in (["--user", "u\udcff"], ["--text", "age=33", "occupation=\udcff"]):

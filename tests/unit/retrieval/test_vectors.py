@@ -23,10 +23,11 @@ from bigdssm.errors import CheckpointError
 from bigdssm.making.making import Target
 from bigdssm.making.pairs import PairTables, make_pairs
 from bigdssm.models import DualEncoder
-from bigdssm.retrieval import vector_files, vectors
+from bigdssm.retrieval import shards, vector_files
 from bigdssm.retrieval.embed import Encoders, tower_encoders
+from bigdssm.retrieval.shards import Work
 from bigdssm.retrieval.vector_files import difference_from_model, read_rows, write_card, write_file
-from bigdssm.retrieval.vectors import Work, read_meta, write_vectors
+from bigdssm.retrieval.vectors import read_meta, write_vectors
 from tests.conftest import NUM_ITEMS
 
 from .conftest import random_model
@@ -123,11 +124,11 @@ def test_one_rank_alone_is_told_to_go_on(
     model: DualEncoder, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     """Rank 1 puts the folder in place after rank 0's last shard."""
-    encoders, others, lock = tower_encoders(model, dataset), [], vectors._lock
+    encoders, others, lock = tower_encoders(model, dataset), [], shards._lock
 
     def other_rank() -> None:
         with monkeypatch.context() as undone:
-            undone.setattr(vectors, "_lock", lock)
+            undone.setattr(shards, "_lock", lock)
             others.append(write_vectors(tmp_path / "v", encoders, dataset, "m", Work(1, 2, SHARD)))
 
     def late_lock(aside: Path) -> IO[str]:
@@ -139,7 +140,7 @@ def test_one_rank_alone_is_told_to_go_on(
         if done == total and when == "before it looks":
             other_rank()
         elif done == total:
-            monkeypatch.setattr(vectors, "_lock", late_lock)
+            monkeypatch.setattr(shards, "_lock", late_lock)
 
     own = write_vectors(tmp_path / "v", encoders, dataset, "m", Work(0, 2, SHARD, after_a_shard))
     assert (tmp_path / "v" / "meta.json").is_file()

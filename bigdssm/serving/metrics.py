@@ -1,0 +1,103 @@
+"""What a server counts, for Prometheus, over all of its worker processes; and a line of JSON for each request."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from bigdssm.log import get_logger
+from bigdssm.serving.workers import METRICS_DIR
+
+if TYPE_CHECKING:
+    from bigdssm.serving.searcher import Found
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+QUERIES = (1, 2, 4, 8, 16, 32, 64)
+OTHER = "other"  # of paths that there are not, which anybody may invent
+logger = get_logger("bigdssm.serving.requests")
+logger.setLevel(logging.WARNING)
+
+
+class Metrics:
+    """The counters of one application."""
+
+    def __init__(self) -> None:
+        own = self._registry = CollectorRegistry()
+        self.requests = Counter("bigdssm_requests", "Requests by path and status", ["path", "status"], registry=own)
+        self._request_s = Histogram(
+            "bigdssm_request_seconds", "Time to answer, by path", ["path"], buckets=SECONDS, registry=own
+        )
+        self._encode_s = Histogram("bigdssm_encode_seconds", "Of a batch", buckets=SECONDS, registry=own)
+        self._search_s = Histogram("bigdssm_search_seconds", "Of a batch", buckets=SECONDS, registry=own)
+        self._batch = Histogram("bigdssm_batch_queries", "Queries answered together", buckets=QUERIES, registry=own)
+        self.cache = Counter("bigdssm_cache", "Answers looked for in the cache", ["result"], registry=own)
+        self.unknown_events = Counter("bigdssm_unknown_events", "Events whose item is no document", registry=own)
+        self.taken_up = Counter("bigdssm_taken_up", "Models and indexes taken up while serving", registry=own)
+
+    def batch(self, found: Found) -> None:
+        """Count one batch, of which `found` is any query's."""
+        self._encode_s.observe(found.encode_ms / 1000)
+        self._search_s.observe(found.search_ms / 1000)
+        self._batch.observe(found.batch)
+
+    def request(self, path: str, status: int, seconds: float) -> None:
+        """Count one request."""
+        self.requests.labels(path, str(status)).inc()
+        self._request_s.labels(path).observe(seconds)
+
+    def text(self) -> bytes:
+        """Return all of it in Prometheus' text format, of all workers where there are several."""
+        registry = self._registry
+        if METRICS_DIR in os.environ:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)
+        found: bytes = generate_latest(registry)
+        return found
+
+
+class Counted:
+    """Counts the requests to an application, and logs each of them where `log_requests` was called."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
+        self._app, self._metrics, self._paths = app, metrics, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on what is asked and answered."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        started, status = time.perf_counter(), 0
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, counted)
+        finally:
+            seconds = time.perf_counter() - started
+            path = scope["path"] if scope["path"] in self._paths else OTHER
+            self._metrics.request(path, status, seconds)
+            if logger.isEnabledFor(logging.INFO):
+                record = {
+                    "time": round(time.time(), 3), "method": scope["method"], "path": scope["path"][:200],
+                    "status": status, "ms": round(seconds * 1000, 2), "client": (scope.get("client") or [""])[0],
+                }  # fmt: skip
+                logger.info(json.dumps(record))
+
+
+def log_requests() -> None:
+    """Write a line of JSON for each request on stderr, and nothing around it."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

@@ -1,0 +1,78 @@
+"""Several processes that listen on one socket: started, started again where one dies, and stopped together."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from bigdssm.errors import BigDSSMError
+from bigdssm.log import get_logger
+
+METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"  # where prometheus_client finds what other workers counted
+YOUNG_S = 10.0  # a worker that dies younger than this would die again
+KILLED_AFTER_S = 5.0  # what a worker may take longer to end than it says
+logger = get_logger(__name__)
+
+
+class WorkersFailed(BigDSSMError):
+    """A worker ended as soon as it was started."""
+
+
+def run_workers(number: int, work: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: int) -> None:
+    """Run `work(*arguments)` in so many processes until a signal asks to stop; all have ended when it returns.
+
+    Both have to be picklable, as sockets are. Raises WorkersFailed: one ended within YOUNG_S of its start.
+    """
+    context = multiprocessing.get_context("spawn")  # torch's threads do not live through a fork
+    stopping = threading.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: stopping.set())
+
+    def start() -> tuple[BaseProcess, float]:
+        process = context.Process(target=_worker, args=(work, arguments))
+        process.start()
+        return process, time.monotonic()
+
+    workers = [start() for _ in range(number)]
+    try:
+        while not stopping.is_set():
+            wait([process.sentinel for process, _ in workers], timeout=0.5)
+            for place, (process, since) in enumerate(workers):
+                if process.is_alive() or stopping.is_set():
+                    continue
+                if time.monotonic() - since < YOUNG_S:
+                    raise WorkersFailed(f"a worker ended with code {process.exitcode} when it was started; see above")
+                logger.warning("worker %s ended with code %s; another is started", process.pid, process.exitcode)
+                workers[place] = start()
+    finally:
+        _end([process for process, _ in workers], timeout_s + KILLED_AFTER_S)
+
+
+def _worker(work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()  # however it ends
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=follow, daemon=True).start()
+    work(*arguments)
+
+
+def _end(processes: list[BaseProcess], timeout_s: float) -> None:
+    for process in processes:
+        process.terminate()
+    until = time.monotonic() + timeout_s
+    for process in processes:
+        process.join(max(0.0, until - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()

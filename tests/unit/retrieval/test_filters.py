@@ -1,0 +1,127 @@
+"""A filter lets through what its conditions say, and every kind of index finds all that it lets through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import ConfigError
+from bigdssm.features import Categorical
+from bigdssm.retrieval.filters import Condition, Filters, parse_filter
+from bigdssm.retrieval.index import Index, IndexType, faiss_index
+from bigdssm.retrieval.scan import Allowed
+from bigdssm.retrieval.vectors import VectorsMeta
+
+NUM_DOCS, WIDTH = 12_000, 9
+NAMES = pa.chunked_array([pa.nulls(0, pa.string())])
+
+
+def test_a_filter_is_read_as_its_grammar_says() -> None:
+    text = 'genre = Drama AND year>=1990 and tag in ("two words", and, "say \\"in\\"")and "odd name"=="x"'
+    with pytest.raises(ConfigError, match="got =, needs a value behind odd name ="):
+        parse_filter(text)
+    assert parse_filter(text.replace("==", "=")) == (
+        Condition("genre", "=", ("Drama",)),
+        Condition("year", ">=", ("1990",)),
+        Condition("tag", "in", ("two words", "and", 'say "in"')),
+        Condition("odd name", "=", ("x",)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "fits"),
+    [
+        ("genres = Comedy", lambda i: i % 4 == 1 or i // 10 == 1),
+        ("genres in (Comedy, Western) and year < 1980", lambda i: ({i % 4, i // 10} & {1, 3}) and 0 < i < 20),
+        ("year = 1965 ", lambda i: i == 5),
+        ("year in (1965, 1966.0, 3)", lambda i: i in (5, 6)),
+        ("year > 1990", lambda i: i > 30),
+        ("year <= 1961", lambda i: i == 1),  # i0 has no year
+        ("item_id in (i3, i17)", lambda i: i in (3, 17)),
+        ("year > 3000", lambda i: False),
+    ],
+)
+def test_a_filter_lets_through_what_it_says(dataset: Dataset, text: str, fits: Callable[[int], bool]) -> None:
+    filters = Filters(dataset.schema, dataset.catalogue)
+    keys = dataset.catalogue.keys(np.flatnonzero(filters.allowed(text).mask))
+    assert keys == [f"i{i}" for i in range(40) if fits(i)]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "got its end, needs the name of a feature"),
+        ("genres", "got nothing behind genres, needs one of <=, >=, =, <, >, in"),
+        ("genres in Comedy", "got Comedy, needs ("),
+        ("genres in (Comedy", "got its end, needs a comma or )"),
+        ("genres = Comedy year > 3", "got year, needs and"),
+        ('genres = "Comedy', "begins a quote that does not end"),
+        ('genres = "\\x"', "needs a string as in JSON"),
+        ("genre = Comedy", "'genre' is no feature of documents, which have item_id, title, genres, year; did you mean"),
+        ("genres = Comdey", "no document is known by genres = 'Comdey'; did you mean 'Comedy'"),
+        ("genres < Comedy", "genres is categorical, needs = or in"),
+        ("title = anchor", "title is of type text, needs a categorical or numeric feature"),
+        ("year > old", "year is 'old', needs a number"),
+        ("year > nan", "year is 'nan', needs a number"),
+    ],
+)  # fmt: skip
+def test_what_is_no_filter_is_one_sentence(dataset: Dataset, text: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        Filters(dataset.schema, dataset.catalogue).allowed(text)
+    assert sentence in str(refused.value)
+
+
+def test_hashed_values_cannot_be_told_apart() -> None:
+    with pytest.raises(ConfigError, match="shop is hashed"):
+        Categorical(hash_buckets=7).named("shop").matches(np.arange(3), "=", ["a"])
+
+
+@pytest.fixture(scope="module")
+def vectors() -> np.ndarray:
+    random = np.random.RandomState(0)
+    made = (random.randn(NUM_DOCS, 4) @ random.randn(4, WIDTH)).astype(np.float32)
+    return made / np.linalg.norm(made, axis=1, keepdims=True)  # as cosine models have them
+
+
+@pytest.fixture(scope="module", params=["flat", "sq8", "hnsw", "ivf", pytest.param("ivfpq", marks=pytest.mark.slow)])
+def index(request: pytest.FixtureRequest, vectors: np.ndarray) -> Index:
+    kind: IndexType = request.param
+    return Index(faiss_index(kind, vectors), VectorsMeta(kind, "m", "d", NUM_DOCS, WIDTH), NAMES, NAMES)
+
+
+@pytest.mark.parametrize("let_through", [0, 1, 7, 200, NUM_DOCS // 8, NUM_DOCS // 3, NUM_DOCS])
+@pytest.mark.parametrize("asked", [3, 30])
+def test_every_index_finds_as_many_as_a_filter_lets_through(
+    index: Index, vectors: np.ndarray, let_through: int, asked: int
+) -> None:
+    random = np.random.RandomState(let_through)
+    mask = np.zeros(NUM_DOCS, bool)
+    mask[random.permutation(NUM_DOCS)[:let_through]] = True
+    queries = random.randn(asked, WIDTH).astype(np.float32)
+    excluded = [random.permutation(np.flatnonzero(mask))[: min(i, 5)] for i in range(asked)]
+    scores, rows = index.nearest(queries, 50, "m", excluded, Allowed(mask))
+    exact = np.where(mask, queries @ vectors.T, -np.inf)
+    for i, out in enumerate(excluded):
+        exact[i, out] = -np.inf
+    wanted = np.argsort(-exact, axis=1)[:, :50]
+    found = []
+    for i, out in enumerate(excluded):
+        left = max(0, let_through - len(out))
+        assert (rows[i] >= 0).sum() == min(50, left) and (scores[i, min(50, left) :] == -np.inf).all()
+        own = rows[i][rows[i] >= 0]
+        assert mask[own].all() and not set(own) & set(out) and len(set(own)) == len(own)
+        found += [row in own for row in wanted[i, : len(own)]]
+        if index.meta.kind in ("flat", "hnsw", "ivf"):
+            np.testing.assert_allclose(scores[i, : len(own)], exact[i, own], rtol=1e-3, atol=1e-4)
+    few = let_through <= NUM_DOCS // 8  # of which an index looks at all
+    least = {"sq8": 0.9, "ivfpq": 0.7}.get(index.meta.kind, 1.0 if few or index.meta.kind == "flat" else 0.9)
+    assert sum(found) >= least * len(found)
+
+
+def test_without_a_filter_an_index_of_lists_finds_as_many_as_are_asked_for(index: Index) -> None:
+    rows = index.nearest(np.ones((2, WIDTH), np.float32), NUM_DOCS, "m")[1]
+    assert (np.sort(rows, axis=1) == np.arange(NUM_DOCS)).all()

@@ -1,0 +1,245 @@
+"""Bulk recommendation gives what a request gives, whoever computes it and however often it is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import csv as pa_csv
+from pyarrow import parquet
+
+from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import CheckpointError, ConfigError, DataError
+from bigdssm.retrieval.bulk import BulkQueries, QuerySource, SplitRows, TableRows, Users
+from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.retrieval.index import Index, build_index, open_index
+from bigdssm.retrieval.recommend import Recommended, Wanted, recommend
+from bigdssm.retrieval.request import Event, Request
+from bigdssm.retrieval.shards import Work
+from bigdssm.retrieval.vectors import write_vectors
+from bigdssm.serving.searcher import Searcher
+from tests.conftest import NUM_USERS, TinyDataset
+
+from .test_tools import Tools
+
+ROOT = Path(__file__).resolve().parents[3]
+SHARD = 13  # of 60 users, so that there are 5 shards
+
+
+@pytest.fixture(scope="module")
+def index_dir(model_dir: Path, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, loaded = tmp_path_factory.mktemp("served"), load_model_folder(model_dir)
+    write_vectors(folder / "vectors", tower_encoders(loaded.model, dataset), dataset, loaded.checksum)
+    build_index(folder / "vectors", folder / "index")
+    return folder / "index"
+
+
+@pytest.fixture(scope="module")
+def folder(model_dir: Path) -> ModelFolder:
+    return load_model_folder(model_dir)
+
+
+@pytest.fixture(scope="module")
+def index(index_dir: Path) -> Index:
+    return open_index(index_dir)
+
+
+@pytest.fixture(scope="module")
+def searcher(folder: ModelFolder, index: Index, dataset: Dataset) -> Searcher:
+    return Searcher(folder, index, dataset)
+
+
+def rows_of(out: Path) -> pa.Table:
+    return parquet.read_table(sorted(out.glob("part-*.parquet")))
+
+
+def by_query(out: Path) -> dict[str, list[tuple[str, float]]]:
+    found: dict[str, list[tuple[str, float]]] = {}
+    for row in rows_of(out).to_pylist():
+        found.setdefault(row["query"], []).append((row["document"], row["score"]))
+        assert row["rank"] == len(found[row["query"]])
+    return found
+
+
+def check_answers(found: dict[str, list[tuple[str, float]]], asked: dict[str, Request], searcher: Searcher) -> None:
+    assert list(found) == list(asked)
+    for key, documents in zip(asked, searcher.search(list(asked.values())), strict=True):
+        assert [document.key for document in documents] == [name for name, _ in found[key]]
+        np.testing.assert_allclose([d.score for d in documents], [s for _, s in found[key]], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("seen", [None, False])
+def test_users_get_what_they_are_answered(
+    folder: ModelFolder, index: Index, dataset: Dataset, searcher: Searcher, tmp_path: Path, seen: bool | None
+) -> None:
+    wanted = Wanted(5, "year < 1990", seen)
+    recommend(tmp_path / "out", folder, index, dataset, Users(dataset), wanted, Work(rows_per_shard=SHARD))
+    assert dataset.sequences is not None
+    users = dataset.sequences.strings("query_key", np.arange(NUM_USERS))
+    requests = {user: Request(user, filter="year < 1990", exclude_seen=seen, top=5) for user in users}
+    check_answers(by_query(tmp_path / "out"), requests, searcher)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "meta.json", *(f"part-000000{i}.parquet" for i in range(5)),
+    }  # fmt: skip
+    assert json.loads((tmp_path / "out" / "meta.json").read_text())["queries"] == NUM_USERS
+
+
+def test_rows_of_a_split_know_what_lies_before_them(
+    folder: ModelFolder, index: Index, dataset: Dataset, tmp_path: Path
+) -> None:
+    recommend(
+        tmp_path / "out", folder, index, dataset, SplitRows(dataset, "test"), Wanted(4), Work(rows_per_shard=SHARD)
+    )
+    rows = next(dataset.iterate("test", 1000))
+    vectors = tower_encoders(folder.model, dataset).queries(rows).numpy()
+    seen = [rows.seen(i) for i in range(len(rows))]
+    scores, found = index.nearest(vectors, 4, folder.checksum, seen)
+    table = rows_of(tmp_path / "out")
+    assert table["row"].to_pylist() == rows.row_ids.repeat(4).tolist()
+    assert table["document"].to_pylist() == dataset.catalogue.keys(found.ravel())
+    np.testing.assert_allclose(table["score"].to_numpy(), scores.ravel(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_a_table_of_new_users(
+    folder: ModelFolder, index: Index, dataset: Dataset, searcher: Searcher, tmp_path: Path, kind: str
+) -> None:
+    jobs, histories = ["artist", "", "doctor"], [["i3", "i5", "gone", "i3"], [], ["i9"]]
+    table = pa.table({"who": ["a", "b", "c"], "age": [31.0, None, 25.0], "occupation": jobs, "did": histories})
+    path = tmp_path / f"asked.{kind}"
+    if kind == "csv":
+        table = table.set_column(3, "did", pa.array([" ".join(items) for items in histories]))
+        pa_csv.write_csv(table, path)
+    else:
+        parquet.write_table(table, path)
+    source = TableRows(dataset, path, "who", "did")
+    recommend(tmp_path / "out", folder, index, dataset, source, Wanted(6), Work(rows_per_shard=2))
+    requests = {}
+    for key, age, job, items in zip("abc", [31.0, None, 25.0], jobs, histories, strict=True):
+        requests[key] = Request(None, {"age": age, "occupation": job}, [Event(item) for item in items], top=6)
+    check_answers(by_query(tmp_path / "out"), requests, searcher)
+    with pytest.raises(ConfigError, match="--events-column None: needs the documents of the queries' histories"):
+        TableRows(dataset, path, "who", None)
+    with pytest.raises(DataError, match="has no column 'whom'; did you mean 'who'"):
+        TableRows(dataset, path, "whom", "did")
+
+
+class Killed(QuerySource):
+    """A source whose reader is killed at one of its rows, and which knows what was read."""
+
+    def __init__(self, source: QuerySource, at: int | None = None) -> None:
+        self.identity, self.num_rows, self._source, self._at = source.identity, source.num_rows, source, at
+        self.read_rows: list[tuple[int, int]] = []
+
+    def read(self, first: int, last: int) -> BulkQueries:
+        if self._at is not None and first <= self._at < last:
+            raise KeyboardInterrupt
+        self.read_rows.append((first, last))
+        return self._source.read(first, last)
+
+
+def test_a_killed_job_goes_on_and_another_does_not(
+    folder: ModelFolder, index: Index, dataset: Dataset, tmp_path: Path
+) -> None:
+    def run(out: str, source: QuerySource, wanted: Wanted, rank: int = 0, world_size: int = 1) -> Recommended:
+        return recommend(tmp_path / out, folder, index, dataset, source, wanted, Work(rank, world_size, SHARD))
+
+    users = Users(dataset)
+    run("whole", users, Wanted(3))
+    with pytest.raises(KeyboardInterrupt):
+        run("out", Killed(users, at=30), Wanted(3))
+    again = [Killed(users), Killed(users)]
+    done = [run("out", again[rank], Wanted(3), rank, 2) for rank in (0, 1)]
+    assert [one.read_rows for one in again] == [[(26, 39), (52, 60)], [(39, 52)]]
+    assert [one.finished for one in done] == [False, True] and [one.found for one in done] == [1, 1]
+    assert rows_of(tmp_path / "out").equals(rows_of(tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        run("out", Killed(users, at=30), Wanted(3))
+    other = Killed(users)
+    run("out", other, Wanted(3, filter="year < 1990"))
+    assert len(other.read_rows) == 5, "what another filter found is not kept"
+
+
+def test_what_does_not_belong_together_is_refused(
+    folder: ModelFolder, index: Index, dataset: Dataset, other_model_dir: Path, tiny_pairs: TinyDataset, tmp_path: Path
+) -> None:
+    def run(model: ModelFolder = folder, out: Path = tmp_path / "out", **wanted: object) -> None:
+        recommend(out, model, index, dataset, Users(dataset), Wanted(**wanted), Work())  # type: ignore[arg-type]
+
+    with pytest.raises(CheckpointError, match="holds vectors of model"):
+        run(load_model_folder(other_model_dir))
+    with pytest.raises(ConfigError, match="'yeer' is no feature"):
+        run(filter="yeer > 1")
+    with pytest.raises(ConfigError, match="--top 0: needs at least 1"):
+        run(top=0)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("do not touch")
+    with pytest.raises(ConfigError, match="holds no recommendations"):
+        run(out=tmp_path / "precious")
+    with pytest.raises(DataError, match="holds pairs, no users"):
+        Users(Dataset.open(tiny_pairs.dir))
+    assert {path.name for path in tmp_path.iterdir()} == {"precious"}
+
+
+def test_the_command(tools_: Tools, model_dir: Path, index_dir: Path, tmp_path: Path) -> None:
+    command = ("recommend", "--model", model_dir, "--index", index_dir, "--out", tmp_path / "out")
+    out = tools_.ran(*command, "--users", "--top", 3, "--filter", "genres = Comedy", "--seen", "allow")
+    assert f"{NUM_USERS} queries in" in out and " a second" in out and "out: done" in out
+    assert rows_of(tmp_path / "out").num_rows == 3 * NUM_USERS
+    assert "would have no effect without --queries" in tools_.refused(2, *command, "--users", "--key-column", "x")
+
+
+@pytest.fixture
+def tools_(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tools:
+    return Tools(monkeypatch, capsys)
+
+
+KILLED = """
+import os, signal, sys
+from bigdssm.commands.recommend import main
+from bigdssm.retrieval.bulk import Users
+read = Users.read
+def killed(self, first, last):
+    if first == 31:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read(self, first, last)
+Users.read = killed
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_what_kill_9_left_is_finished_by_the_ranks_of_torchrun(
+    model_dir: Path, index_dir: Path, tmp_path: Path
+) -> None:
+    arguments = ["--model", model_dir, "--index", index_dir, "--users", "--rows-per-shard", 1, "--top", 3, "--out"]
+    ranks = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        2,
+        "--master-port",
+        0,
+        "-m",
+        "bigdssm.commands.recommend",
+    ]
+
+    def run(program: list[object], out: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *map(str, [*program, *arguments, tmp_path / out])]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+
+    assert run(["-c", KILLED], "out").returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    finished, whole = run(ranks, "out"), run(ranks, "whole")
+    assert finished.returncode == whole.returncode == 0, finished.stderr + whole.stderr
+    assert "16 shards were finished before" in finished.stdout and "finished before" not in whole.stdout
+    assert rows_of(tmp_path / "out").equals(rows_of(tmp_path / "whole"))

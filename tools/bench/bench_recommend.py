@@ -1,0 +1,102 @@
+"""Measure bulk recommendation over a synthetic catalogue: queries a second of each kind of index.
+
+    python tools/bench/bench_recommend.py --out runs/bench_recommend [--users 100000] [--documents 200000]
+
+Users have 5 to 15 events each, on documents of which few are popular; the model is not trained, which changes neither
+what is encoded nor what is scored. The dataset and the vectors stay in --out, and are taken from there if they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pyarrow as pa
+import torch
+import yaml
+from pyarrow import parquet
+
+from bigdssm.artifacts.model_folder import load_model_folder, save_model_folder
+from bigdssm.cli import ProgressBar, run_main
+from bigdssm.config import load_config
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.making.from_tables import make_dataset
+from bigdssm.models import new_model
+from bigdssm.retrieval.bulk import Users
+from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.retrieval.index import IndexType, build_index, open_index
+from bigdssm.retrieval.recommend import Wanted, recommend
+from bigdssm.retrieval.shards import Work
+from bigdssm.retrieval.vectors import write_vectors
+
+YEARS = (1960, 2020)
+CONFIG = {
+    "query": {"history": {"type": "history", "of": "item_id", "max_items": 10}, "age": {"type": "numeric"}},
+    "doc": {"item_id": {"type": "categorical"}, "year": {"type": "numeric"}},
+}
+FILTERS = (None, "year >= 2000", "year = 1987")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for dataset, model, indexes and results")
+    parser.add_argument("--users", type=int, default=100_000, help="(%(default)s)")
+    parser.add_argument("--documents", type=int, default=200_000, help="(%(default)s)")
+    parser.add_argument("--top", type=int, default=10, help="documents of a query (%(default)s)")
+    parser.add_argument("--types", nargs="+", choices=get_args(IndexType), default=["flat"], help="kinds of index")
+    args = parser.parse_args()
+    if not (args.out / "vectors").exists():
+        prepare(args.out, args.users, args.documents)
+    folder, dataset = load_model_folder(args.out / "model"), Dataset.open(args.out / "dataset")
+    print(f"{dataset.catalogue.num_docs:,} documents, top {args.top}, {torch.get_num_threads()} threads")
+    for kind in args.types:
+        build_index(args.out / "vectors", args.out / "index", kind)
+        index = open_index(args.out / "index")
+        for condition in FILTERS:
+            shutil.rmtree(args.out / "found", ignore_errors=True)
+            with ProgressBar() as progress:
+                done = recommend(
+                    args.out / "found", folder, index, dataset, Users(dataset), Wanted(args.top, condition),
+                    Work(progress=progress),
+                )  # fmt: skip
+            rate = f"{done.queries:,} queries in {done.seconds:.1f} s, {done.queries / done.seconds:,.0f} a second"
+            print(f"{kind}, {condition or 'no filter'}: {rate}", flush=True)
+
+
+def prepare(out: Path, num_users: int, num_docs: int) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    random = np.random.RandomState(0)
+    keys = [f"d{i}" for i in range(num_docs)]
+    items = pa.table({"item_id": keys, "year": random.randint(*YEARS, num_docs).astype(np.float64)})
+    users = pa.table({"user_id": [f"u{i}" for i in range(num_users)], "age": random.randint(18, 80, num_users) * 1.0})
+    lengths = random.randint(5, 16, num_users)
+    user = np.repeat(np.arange(num_users), lengths)
+    item = (num_docs * random.rand(len(user)) ** 3).astype(np.int64)
+    events = pa.table(
+        {
+            "user_id": users["user_id"].combine_chunks().take(pa.array(user)),
+            "item_id": pa.array(keys).take(pa.array(item)), "timestamp": np.arange(len(user)) * 1.0,
+        }
+    )  # fmt: skip
+    data = {**CONFIG, "dir": str(out / "dataset")}
+    path = out / "config.yaml"
+    path.write_text(yaml.safe_dump({"run": {"dir": str(out)}, "data": data, "model": {"dim": 64}}))
+    for name, made in (("events", events), ("items", items), ("users", users)):
+        parquet.write_table(made, out / f"{name}.parquet")
+    make_dataset(
+        path, interactions=out / "events.parquet", items=out / "items.parquet", users=out / "users.parquet",
+        rating_column=None, overwrite=True,
+    )  # fmt: skip
+    config, dataset = load_config(path), Dataset.open(out / "dataset")
+    model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+    save_model_folder(out / "model", model, config, dataset.schema, dataset.tokenizer_dir, {})
+    folder = load_model_folder(out / "model")
+    write_vectors(out / "vectors", tower_encoders(folder.model, dataset), dataset, folder.checksum)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

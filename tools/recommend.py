@@ -1,0 +1,8 @@
+"""`bigdssm recommend` as a file."""
+
+import sys
+
+from bigdssm.commands.recommend import main
+
+if __name__ == "__main__":
+    sys.exit(main())
