@@ -58,7 +58,7 @@ from bigdssm.making.making import (
     making,
 )
 from bigdssm.making.reading import PLACE_BITS, PartOfTable, places, read_part
-from bigdssm.making.splits import SPLITS, check_fractions, quantile
+from bigdssm.making.splits import SPLITS, check_fractions, quantiles
 from bigdssm.making.steps import RowFile, Table, read_facts
 from bigdssm.making.writing import write_catalogue, write_counts, write_split
 from bigdssm.progress import Progress, no_progress
@@ -295,7 +295,9 @@ def _read_events(
         order="place, user_id",
     )
     if user:
-        unknown = "SELECT count(*) FROM sequences WHERE user_id NOT IN (SELECT user_id FROM users)"
+        unknown = (
+            "SELECT count(*) FROM sequences s WHERE NOT EXISTS (SELECT 1 FROM users u WHERE u.user_id = s.user_id)"
+        )
         ((number,),) = engine.fetch(unknown)
         if number:
             run.notes.append(f"{number} users are not in the users table: their features are missing")
@@ -360,7 +362,8 @@ def _thresholds(engine: Engine, tables: InteractionTables) -> tuple[float, float
     if tables.split != "time":
         return np.inf, np.inf
     kept = 1 - tables.test_fraction
-    return quantile(engine, "events", kept - tables.validation_fraction), quantile(engine, "events", kept)
+    validation, test = quantiles(engine, "events", (kept - tables.validation_fraction, kept))
+    return validation, test
 
 
 def _earlier(run: Making) -> tuple[tuple[tuple[Path, ...], Path], ...]:

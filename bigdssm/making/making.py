@@ -22,6 +22,7 @@ from bigdssm.making.engine import Engine
 from bigdssm.making.local import LocalEngine
 from bigdssm.making.quarantine import bad_rows
 from bigdssm.making.reading import PartOfTable, Unreadable, parts_of
+from bigdssm.making.spark import Cluster, SparkEngine
 from bigdssm.making.steps import read_facts
 from bigdssm.progress import Progress, no_progress
 from bigdssm.schema import SCHEMA_FILE, Schema
@@ -45,6 +46,7 @@ class Target:
     seed: int = 0
     like: Path | None = None  # a dataset whose schema and tokenizer are taken as they are, so that both can be mixed
     processes: int = 0  # of the built-in engine; 0: one for each core
+    spark: Cluster | None = None  # None: the built-in engine makes it, on this machine
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,11 @@ def making(
         overwrite=target.overwrite, append=target.append,
     )  # fmt: skip
     with writer:
-        engine = LocalEngine(writer.spool, progress, processes=target.processes)
+        engine: Engine
+        if target.spark is None:
+            engine = LocalEngine(writer.spool, progress, processes=target.processes)
+        else:
+            engine = SparkEngine(writer.spool, progress, cluster=target.spark)
         try:
             yield Making(target, writer, engine, [], started)
         finally:

@@ -78,7 +78,7 @@ class Splitter:
         if self._how == "time":
             check_one_unit(map(read_facts, folders), f"column {self._column!r}")
             validation, test = self._fractions
-            first, second = (as_sql(quantile(engine, "found", kept)) for kept in (1 - validation - test, 1 - test))
+            first, second = map(as_sql, quantiles(engine, "found", (1 - validation - test, 1 - test)))
             split = f"CASE WHEN time >= {second} THEN 2 WHEN time >= {first} THEN 1 ELSE 0 END"
             engine.view("divided", f"SELECT *, {split} AS split FROM found")
         elif self._whole_documents:
@@ -122,14 +122,13 @@ def check_fractions(validation: float, test: float) -> None:
         raise ConfigError(f"split fractions {validation} and {test} must not be negative and sum to less than 1")
 
 
-def quantile(engine: Engine, table: str, share: float) -> float:
-    """Return the time before which this share of a table's rows lies, exactly; infinity where all do."""
-    ((num_rows,),) = engine.fetch(f"SELECT count(*) FROM {table}")
-    place = int(num_rows * share)
-    if place >= num_rows:
-        return np.inf
-    ((time,),) = engine.fetch(f"SELECT time FROM {table} ORDER BY time LIMIT 1 OFFSET {place}")
-    return float(time)
+def quantiles(engine: Engine, table: str, shares: Iterable[float]) -> list[float]:
+    """Return the times before which these shares of a table's rows lie, exactly; infinity where all do."""
+    times = engine.select(f"times_of_{table}", f"SELECT time FROM {table}", order="time")
+    places = [int(times.num_rows * share) for share in shares]
+    return [
+        times.read(place, place + 1).column("time")[0].as_py() if place < times.num_rows else np.inf for place in places
+    ]
 
 
 def as_sql(number: float) -> str:
