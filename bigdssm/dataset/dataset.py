@@ -22,7 +22,7 @@ from bigdssm.dataset.files import COUNTS_FILE
 from bigdssm.dataset.index import SplitIndex, read_index
 from bigdssm.dataset.mapped import MappedTable
 from bigdssm.dataset.mixture import MixtureBatches, MixturePart
-from bigdssm.dataset.remote import RemoteFolder, is_url
+from bigdssm.dataset.remote import RemoteFolder
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.sequences import Targets
 from bigdssm.errors import ConfigError, DataError
@@ -31,6 +31,7 @@ from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.features.ragged import Column, from_arrow, offsets_of
 from bigdssm.log import get_logger
 from bigdssm.schema import Schema
+from bigdssm.urls import is_url
 
 FORMAT = 3
 log = get_logger(__name__)

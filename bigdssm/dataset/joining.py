@@ -16,8 +16,8 @@ from bigdssm.config import DataConfig, SourceConfig
 from bigdssm.dataset.cache import Cache
 from bigdssm.dataset.dataset import CatalogueFile, Dataset, Partition
 from bigdssm.dataset.mixture import MixtureBatches, MixturePart, steps_per_round
-from bigdssm.dataset.remote import is_url
 from bigdssm.errors import ConfigError
+from bigdssm.urls import is_url
 
 
 def open_dataset(config: DataConfig) -> Dataset:

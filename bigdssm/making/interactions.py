@@ -64,7 +64,8 @@ from bigdssm.making.writing import write_catalogue, write_counts, write_split
 from bigdssm.progress import Progress, no_progress
 from bigdssm.schema import Schema
 from bigdssm.tables.hashing import hash_rows, hash_strings
-from bigdssm.tables.source import Source, open_source
+from bigdssm.tables.registry import open_source
+from bigdssm.tables.source import Source
 
 Split = Literal["leave-one-out", "time", "train"]
 USER = pa.schema([("place", pa.int64()), ("user_id", pa.int64()), ("key", pa.large_string())])

@@ -48,7 +48,7 @@ from bigdssm.schema import Schema
 from bigdssm.tables.beir import check_place
 from bigdssm.tables.explode import exploded
 from bigdssm.tables.hashing import hash_rows, hash_strings, row_keys, shuffle_keys
-from bigdssm.tables.source import open_source
+from bigdssm.tables.registry import open_source
 
 ROW_COLUMNS = {
     "place": pa.int64(),

@@ -13,12 +13,12 @@ from bigdssm.dataset.cache import Cache
 from bigdssm.dataset.dataset import Dataset, with_shards_of
 from bigdssm.dataset.files import COUNTS_FILE
 from bigdssm.dataset.index import SplitIndex, read_index
-from bigdssm.dataset.remote import is_url
 from bigdssm.errors import DataError
 from bigdssm.hashing import file_checksum
 from bigdssm.making.dataset_writer import TOKENIZER, read_dataset_json
 from bigdssm.making.writing import TAR_HEADER_BYTES
 from bigdssm.progress import Progress, no_progress
+from bigdssm.urls import is_url
 
 
 def verify_dataset(folder: str | Path, progress: Progress = no_progress) -> list[str]:

@@ -26,7 +26,6 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from bigdssm.dataset.blocks import Bad
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.remote import is_url
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import TextTokenizer, encode_columns
@@ -38,9 +37,11 @@ from bigdssm.log import get_logger
 from bigdssm.streaming.lanes import LaneRows
 from bigdssm.streaming.row_stream import RowStream
 from bigdssm.streaming.workers import load, one_core_each, until_an_error
+from bigdssm.tables.files import LocalFile
 from bigdssm.tables.hashing import hash_rows, hash_strings, row_keys
-from bigdssm.tables.sources import record_batch
+from bigdssm.tables.records import record_batch
 from bigdssm.tables.webdataset_source import KEY, check_shard, is_text, record_of
+from bigdssm.urls import is_url
 
 SHUFFLED_SAMPLES = 5000  # held by each loader process
 FEWEST_JUDGED = 10_000  # rows: few bad ones early stop nothing
@@ -193,7 +194,7 @@ def _whole_shards(shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 @functools.cache
 def _checked(url: str, size: int, mtime_ns: int) -> None:
-    check_shard(Path(url))
+    check_shard(LocalFile(Path(url)))
 
 
 class _Reader:
@@ -223,7 +224,7 @@ class _Reader:
                 bad.append(_fault(kept[row], reason))
 
         places = list(range(len(records)))
-        batch = record_batch(Path("samples"), records, places, self._columns, self._known or not records, report)
+        batch = record_batch("samples", records, places, self._columns, self._known or not records, report)
         self._known |= bool(records)
         check = RowCheck(batch, report)
         query, doc = canonical(check, self._schema.query), canonical(check, self._schema.doc)

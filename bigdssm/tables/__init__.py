@@ -1,1 +1,1 @@
-"""Source tables as streams of Arrow batches (delimited, JSON lines, Parquet, WebDataset, BEIR); keys and splits."""
+"""Source tables, read in parts as Arrow batches, whatever their format and place; BEIR; keys and splits."""

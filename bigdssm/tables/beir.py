@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, Text, texts_of
-from bigdssm.tables.sources import parse_object
+from bigdssm.tables.records import parse_object
 
 CORPUS_FILE, QUERIES_FILE, QRELS_DIR = "corpus.jsonl", "queries.jsonl", "qrels"
 SPLIT_FILES = {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}  # BEIR calls validation dev

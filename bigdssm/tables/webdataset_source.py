@@ -13,94 +13,81 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from bigdssm.errors import DataError
-from bigdssm.tables.sources import (
-    BYTES_PER_BATCH,
-    MAX_LINE_BYTES,
-    ROWS_PER_BATCH,
-    ReportBad,
-    SourceBatch,
-    open_source,
-    parse_object,
-    record_batch,
-    split_suffix,
-    stream_source,
-)
+from bigdssm.features.columns import ReportBad, SourceBatch
+from bigdssm.tables.files import TableFile
+from bigdssm.tables.records import MAX_RECORD_BYTES, Record, parse_object, record_batches
+from bigdssm.tables.source import FileSource, Part
 
+SHARD_SUFFIX = ".tar"
 UNPICKLED_SUFFIXES = ("pyd", "pickle", "pkl", "pth")
 TEXT_SUFFIXES = ("txt", "text", "json", "cls", "id")
 KEY = "__key__"
 
 
-def is_shard(path: Path) -> bool:
-    """Return True where the name is that of a tar, also a compressed one."""
-    return split_suffix(path)[0] == ".tar"
+class WebDatasetSource(FileSource):
+    """A shard; rows are its samples."""
 
+    def split(self) -> Sequence[Part]:
+        """Return one. Raises DataError: the shard is not whole, or refused; see `check_shard`."""
+        check_shard(self.file)
+        return super().split()
 
-def read_shard(path: Path, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
-    """Yield the samples of a shard that `check_shard` passes, in order, with exactly `columns`; bad ones are reported.
+    def read(self, part: Part, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
+        """Yield the samples; bad ones are reported. Raises DataError: no samples, or a member twice in one."""
+        empty = True
+        with self.file.stream() as stream:
+            for batch in record_batches(self.name, self._records(stream, report_bad), columns, report_bad):
+                empty = False
+                yield batch
+        if empty:
+            raise DataError(f"{self.name} has no usable samples")
 
-    Raises DataError: no samples, a member twice in a sample, or no column of a name (naming the nearest).
-    """
-    records: list[dict[str, Any]] = []
-    rows: list[int] = []
-    num_bytes, checked = 0, False
-    with stream_source(path, split_suffix(path)[1]) as stream:
-        for row, sample in enumerate(_samples(path, stream), 1):
+    def _records(self, stream: BinaryIO, report_bad: ReportBad) -> Iterator[tuple[int, Record, int]]:
+        for row, sample in enumerate(_samples(self.name, stream), 1):
             try:
-                records.append(record_of(sample))
+                record = record_of(sample)
             except (ValueError, RecursionError) as error:
-                report_bad(str(path), row, f"sample {sample[KEY]!r}: {error}")
+                report_bad(self.name, row, f"sample {sample[KEY]!r}: {error}")
                 continue
-            rows.append(row)
-            num_bytes += sum(len(content) for content in sample.values())
-            if len(records) >= ROWS_PER_BATCH or num_bytes >= BYTES_PER_BATCH:
-                yield record_batch(path, records, rows, columns, checked, report_bad)
-                records, rows, num_bytes, checked = [], [], 0, True
-    if records:
-        yield record_batch(path, records, rows, columns, checked, report_bad)
-    elif not checked:
-        raise DataError(f"{path} has no usable samples")
+            yield row, record, sum(len(content) for content in sample.values())
 
 
-def check_shard(path: Path) -> None:
+def check_shard(file: TableFile) -> None:
     """Raise DataError unless every header of the tar is whole and no member is one that readers unpickle."""
-    if str(path).startswith("pipe:"):
-        raise DataError(f"{path}: commands are not run; write their output to a .tar first")
-    if not path.is_file():
-        raise DataError(f"shard {path} does not exist")
     last = "the beginning"
-    with open_source(path, split_suffix(path)[1]) as stream:
+    with file.open() as stream:
         try:
             with tarfile.open(fileobj=stream, mode="r:") as tar:
                 while (member := tar.next()) is not None:
                     setattr(tar, "members", [])  # noqa: B010 (not in its stubs; it would keep them all)
                     last = f"member {member.name!r}"
                     if member.name.lower().endswith(tuple(f".{suffix}" for suffix in UNPICKLED_SUFFIXES)):
-                        raise DataError(f"{path}: {last} holds code for whoever unpickles it; refused, leave it out")
-                    if is_text(member.name) and member.size > MAX_LINE_BYTES:
                         raise DataError(
-                            f"{path}: {last} has {member.size:,} bytes, at most {MAX_LINE_BYTES:,} are read"
+                            f"{file.name}: {last} holds code for whoever unpickles it; refused, leave it out"
+                        )
+                    if is_text(member.name) and member.size > MAX_RECORD_BYTES:
+                        raise DataError(
+                            f"{file.name}: {last} has {member.size:,} bytes, at most {MAX_RECORD_BYTES:,} are read"
                         )
                 stream.seek(tar.offset)
                 end = stream.read(tarfile.BLOCKSIZE)
         except (tarfile.TarError, EOFError, OSError) as error:
-            raise DataError(f"{path} is damaged or cut behind {last}: {error}") from None
+            raise DataError(f"{file.name} is damaged or cut behind {last}: {error}") from None
     if len(end) < tarfile.BLOCKSIZE or any(end):
-        raise DataError(f"{path} is damaged or cut behind {last}: no end of a tar stands there; get it again")
+        raise DataError(f"{file.name} is damaged or cut behind {last}: no end of a tar stands there; get it again")
 
 
-def _samples(path: Path, stream: BinaryIO) -> Iterator[dict[str, Any]]:
+def _samples(name: str, stream: BinaryIO) -> Iterator[dict[str, Any]]:
     members = tar_file_iterator(stream, select_files=is_text)
     try:
-        yield from group_by_keys({**member, "__url__": str(path)} for member in members)
+        yield from group_by_keys({**member, "__url__": name} for member in members)
     except ValueError as error:  # a member of one name twice in a sample
-        raise DataError(f"{path}: {error.args[0]}; give every sample a key of its own") from None
+        raise DataError(f"{name}: {error.args[0]}; give every sample a key of its own") from None
 
 
 def is_text(name: str) -> bool:
@@ -108,9 +95,9 @@ def is_text(name: str) -> bool:
     return name.lower().endswith(tuple(f".{suffix}" for suffix in TEXT_SUFFIXES))
 
 
-def record_of(sample: dict[str, Any]) -> dict[str, Any]:
+def record_of(sample: dict[str, Any]) -> Record:
     """Return a sample's columns. Raises ValueError: not UTF-8, no JSON object, or a column that comes twice."""
-    record: dict[str, Any] = {KEY: sample[KEY]}
+    record: Record = {KEY: sample[KEY]}
     for suffix, content in sample.items():
         if suffix.startswith("__"):
             continue
@@ -127,7 +114,7 @@ def record_of(sample: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _columns(suffix: str, name: str, text: str) -> dict[str, Any]:
+def _columns(suffix: str, name: str, text: str) -> Record:
     try:
         content = parse_object(text)
     except json.JSONDecodeError as error:

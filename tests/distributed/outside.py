@@ -6,11 +6,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+from pyarrow.orc import ORCFile
 from torch import Tensor, nn, optim
 
 from bigdssm.errors import ConfigError
@@ -20,7 +20,9 @@ from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, numbers
 from bigdssm.losses import PairTerm
 from bigdssm.losses import register as register_loss
 from bigdssm.models.encoders import Encoder, Parts, encodes
-from bigdssm.tables.sources import register_source, require_columns
+from bigdssm.tables.header import require_columns
+from bigdssm.tables.registry import register_source
+from bigdssm.tables.source import FileSource, Part
 from bigdssm.training.optimizers import OptimizerKind, register_optimizer
 
 
@@ -124,17 +126,23 @@ register_optimizer(
 )
 
 
-def read_arrow(path: Path, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
-    """Yield the rows of an Arrow file."""
-    first = 1
-    with pa.memory_map(str(path)) as file, pa.ipc.open_file(file) as reader:
-        require_columns(path, reader.schema.names, columns)
-        for number in range(reader.num_record_batches):
-            table = pa.Table.from_batches([reader.get_batch(number)]).select(list(columns))
-            yield SourceBatch(str(path), table, np.arange(first, first + table.num_rows))
-            first += table.num_rows
+class OrcSource(FileSource):
+    """An ORC file, a part for each stripe."""
+
+    def split(self) -> Sequence[Part]:
+        """Return the stripes with the numbers of their first rows."""
+        file = ORCFile(self.file.open_arrow())
+        rows = [file.read_stripe(number, file.schema.names[:1]).num_rows for number in range(file.nstripes)]
+        return [Part(number, 1 + sum(rows[:number]), rows[number]) for number in range(len(rows))]
+
+    def read(self, part: Part, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
+        """Yield the rows of one stripe."""
+        file = ORCFile(self.file.open_arrow())
+        require_columns(self.name, file.schema.names, columns)
+        table = pa.Table.from_batches([file.read_stripe(part.number, list(columns))]).select(list(columns))
+        yield SourceBatch(self.name, table, np.arange(table.num_rows) + part.first_row)
 
 
-register_source(".arrow", read_arrow)
+register_source(".orc", OrcSource)
 
 register_metric("hr_at_1", lambda ranks: ranks <= 1)

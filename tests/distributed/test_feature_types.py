@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.orc as orc
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -55,8 +56,9 @@ def write_table(folder: Path) -> None:
     read = pa.table({**table, "word": [f"w{t}" for t in topic]})
     pq.write_table(read, folder / "pairs.parquet")
     np.save(folder / "near.npy", near.astype(np.float64))
-    with pa.OSFile(str(folder / "pairs.arrow"), "wb") as file, pa.ipc.new_file(file, read.schema) as writer:
-        writer.write_table(read, max_chunksize=150)
+    with orc.ORCWriter(str(folder / "pairs.orc"), batch_size=100, stripe_size=1000) as writer:
+        for start in range(0, ROWS, 150):
+            writer.write(read.slice(start, 150))
 
 
 def go_all_the_way(
@@ -140,7 +142,7 @@ def test_a_type_of_features_goes_all_the_way(case: str, outside_pools: dict[int,
         feature = {**feature, "matrix": str(tmp_path / "near.npy")}
     source, stage = "pairs.parquet", {"optimizer": {"lr": 0.01, "warmup_steps": 1}}
     if case == "from outside":  # all that the module registers
-        source = "pairs.arrow"
+        source = "pairs.orc"
         stage = {"loss": {"name": "cubed", "margin": 0.5}, "optimizer": {"name": "heavy_ball", "lr": 0.02}}
     (found,) = outside_pools[1].run(go_all_the_way, tmp_path, feature, value, source, stage)
     assert 0 <= found["validation"]["hr_at_1"] <= found["validation"]["hr_at_10"]

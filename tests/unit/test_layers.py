@@ -19,7 +19,7 @@ FLOORS = (
     ("bounds", "errors", "hashing", "loss_options", "progress", "source", "timing"),
     ("atomic",),
     ("log",),
-    ("cli", "features"),  # features: torch-free; configs declare them
+    ("cli", "features", "urls"),  # features: torch-free; configs declare them
     ("config", "distributed"),
     ("schema",),  # the config's features, fitted
     ("dataset", "losses", "models", "tables"),
@@ -122,7 +122,7 @@ def test_the_source_keeps_the_rules() -> None:
         ("bigdssm/streaming/stream.py", "from bigdssm import training", "streaming (floor 7) imports bigdssm.training"),
         ("bigdssm/config.py", "def f():\n    from bigdssm.schema import Schema", "config (floor 4) imports"),
         ("bigdssm/dataset/dataset.py", "from bigdssm.streaming.order import Order", "dataset (floor 6) imports"),
-        ("bigdssm/tables/sources.py", "from bigdssm.making import pairs", "tables (floor 6) imports"),
+        ("bigdssm/tables/source.py", "from bigdssm.making import pairs", "tables (floor 6) imports"),
         ("bigdssm/features/text.py", "from bigdssm.schema import Schema", "features (floor 3) imports"),
         ("bigdssm/features/text.py", "import torch", "torch is imported in features"),
         ("bigdssm/training/loop.py", "import deepspeed", "deepspeed is imported outside"),

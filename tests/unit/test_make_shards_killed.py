@@ -33,12 +33,12 @@ from pathlib import Path
 from bigdssm.config import DataConfig, TokenizerConfig
 from bigdssm.making import block_writer, catalogue_writer, column_file, interactions, journal, making, pairs
 from bigdssm.making import row_spool
-from bigdssm.tables import sources
+from bigdssm.tables import delimited, records
 from bigdssm.features import Categorical, History, Numeric, Text, columns
 from bigdssm.log import get_logger
 journal.SAVE_EVERY_S = 0.0
-sources.ROWS_PER_BATCH = row_spool.ROWS_PER_BATCH = interactions.ROWS_PER_BATCH = 100
-sources.BYTES_PER_BATCH = 4000
+records.ROWS_PER_BATCH = row_spool.ROWS_PER_BATCH = interactions.ROWS_PER_BATCH = 100
+delimited.BYTES_PER_BATCH = records.BYTES_PER_BATCH = 4000
 row_spool.BUCKET_BYTES = 40_000
 block_writer.MAX_SHARD_BYTES = 30_000
 places, blocks, checks = 0, 0, 0

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from bigdssm.errors import DataError
-from bigdssm.tables.sources import COMPRESSIONS, split_suffix, stream_source
+from bigdssm.tables.files import COMPRESSIONS, LocalFile
 
 
 def wrong(path: Path, where: str, got: str, needed: str, fix: str) -> DataError:
@@ -55,7 +55,7 @@ def lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
     """
     number = 0
     try:
-        with stream_source(path, split_suffix(path)[1]) as stream:
+        with LocalFile(path).stream() as stream:
             for number, line in enumerate(stream, 1):
                 text = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").decode(encoding).rstrip("\r\n")
                 if text.strip():

@@ -1,20 +1,26 @@
-"""A dataset in S3, through s3fs, against an emulator on this machine."""
+"""Datasets and tables in S3, through s3fs, against an emulator on this machine."""
 
 from __future__ import annotations
 
+import gzip
 import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
-from bigdssm.dataset import remote
+from bigdssm import urls
 from bigdssm.dataset.cache import Cache
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
 from bigdssm.streaming.stream import PairStream
+from bigdssm.tables import chunked
+from bigdssm.tables.registry import open_source
+from tests.unit.test_source_parts import TABLE, in_parts, write_arrow, write_folder, write_parquet
 
 s3fs, server_module = pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -51,7 +57,7 @@ def steps(dataset: Dataset, num_workers: int = 0) -> list[tuple[list[int], list[
 def test_rows_damage_and_the_cache(
     bucket: Store, interactions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(urls, "FIRST_WAIT_S", 0.001)
     url, local = f"{bucket.url}/dt=1/data", Dataset.open(interactions)
     bucket.files.put(str(interactions), "bucket/dt=1/data", recursive=True)
     cache = Cache(tmp_path / "cache", 1 << 30)
@@ -75,3 +81,32 @@ def test_rows_damage_and_the_cache(
     bucket.files.rm("bucket/dt=1/data/schema.json")
     with pytest.raises(DataError, match=r"data/schema\.json does not exist"):
         Dataset.open(url, cache=cache)
+
+
+def test_tables(bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(urls, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(chunked, "ROWS_PER_PART", 110)
+    lines = "".join(json.dumps(row) + "\n" for row in TABLE.to_pylist())
+    (tmp_path / "t.jsonl").write_text(lines)
+    (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    write_parquet(tmp_path / "t.parquet")
+    write_arrow(tmp_path / "t.feather", pa.ipc.new_file)
+    write_folder(tmp_path / "t")
+    bucket.files.put(str(tmp_path), "bucket/tables", recursive=True)
+    for name in ("t.jsonl", "t.jsonl.gz", "t.parquet", "t.feather", "t", "t/"):
+        url = f"{bucket.url}/tables/{name}"
+        source, local = open_source(url), open_source(tmp_path / name)
+        assert in_parts(source, "id", "number") == in_parts(local, "id", "number"), name
+        assert (source.name, source.size()) == (url, local.size())
+    source = open_source(f"{bucket.url}/tables/t.jsonl")
+    before = source.fingerprint()
+    bucket.files.pipe_file("bucket/tables/t.jsonl", lines.replace("000", "aaa").encode())  # of the same size
+    assert source.fingerprint() != before
+    with pytest.raises(DataError, match=r"table s3://bucket/tables/none\.csv does not exist"):
+        open_source(f"{bucket.url}/tables/none.csv")
+    bucket.files.pipe_file("bucket/tables/s.arrow", write_arrow(tmp_path / "s.arrow", pa.ipc.new_stream).read_bytes())
+    with pytest.raises(DataError, match=r"s\.arrow is an Arrow stream, which has no index"):
+        open_source(f"{bucket.url}/tables/s.arrow").parts()
+    bucket.files.pipe_file("bucket/tables/bad.parquet", b"not Parquet")
+    with pytest.raises(DataError, match=r"bad\.parquet is damaged or not what its name says"):
+        open_source(f"{bucket.url}/tables/bad.parquet").parts()

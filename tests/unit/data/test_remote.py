@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import xxhash
 
+from bigdssm import urls
 from bigdssm.atomic import aside_of
 from bigdssm.config import DataConfig
 from bigdssm.dataset import blocks, cache, remote
@@ -139,8 +140,8 @@ def server(interactions: Path, tmp_path: Path, tools) -> Iterator[Server]:
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
-    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
-    monkeypatch.setattr(remote, "LONGEST_WAIT_S", 0.002)
+    monkeypatch.setattr(urls, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(urls, "LONGEST_WAIT_S", 0.002)
     return Cache(tmp_path / "cache", GB)
 
 
@@ -225,7 +226,7 @@ def test_faults_that_pass_change_nothing(server: Server, store: Cache, interacti
 
 def test_slow_bodies_are_given_up(server: Server, store: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = Dataset.open(f"{server.url}/a/data", cache=store)
-    monkeypatch.setattr(remote, "TIMEOUT_S", 0.1)
+    monkeypatch.setattr(urls, "TIMEOUT_S", 0.1)
     shard, *block = blocks_of(dataset)[0]
     server.every(2, slow)
     start = time.monotonic()

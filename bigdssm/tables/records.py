@@ -1,0 +1,73 @@
+"""JSON objects as the rows of a table: their keys are its columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from bigdssm.features.columns import ReportBad, SourceBatch
+from bigdssm.tables.batches import BYTES_PER_BATCH, ROWS_PER_BATCH, as_utf8
+from bigdssm.tables.header import require_columns
+
+MAX_RECORD_BYTES = 64 << 20
+
+Record = dict[str, Any]
+
+
+def record_batches(
+    name: str, numbered: Iterable[tuple[int, Record, int]], columns: Sequence[str], report_bad: ReportBad
+) -> Iterator[SourceBatch]:
+    """Yield records of the table `name`, each with its row's number and bytes, as batches of `columns`.
+
+    Raises DataError: a column that none of the first ones has.
+    """
+    records: list[Record] = []
+    rows: list[int] = []
+    num_bytes, checked = 0, False
+    for row, record, size in numbered:
+        records.append(record)
+        rows.append(row)
+        num_bytes += size
+        if len(records) >= ROWS_PER_BATCH or num_bytes >= BYTES_PER_BATCH:
+            yield record_batch(name, records, rows, columns, checked, report_bad)
+            records, rows, num_bytes, checked = [], [], 0, True
+    if records:
+        yield record_batch(name, records, rows, columns, checked, report_bad)
+
+
+def record_batch(
+    name: str, records: list[Record], rows: list[int], columns: Sequence[str], checked: bool, report_bad: ReportBad
+) -> SourceBatch:
+    """Return records as a batch of `columns`; until `checked`, one that no record has raises DataError."""
+    if not checked:  # a key may be absent in some records, but not in all of the first ones
+        require_columns(name, dict.fromkeys(key for record in records for key in record), columns)
+    table = pa.table({column: _typed([record.get(column) for record in records]) for column in columns})
+    return as_utf8(SourceBatch(name, table, np.array(rows, np.int64)), report_bad)
+
+
+def parse_object(text: str) -> Record:
+    """Return a JSON object. Raises ValueError: no JSON, no object, or one with half a character (a lone surrogate)."""
+    record = json.loads(text)
+    if not isinstance(record, dict):
+        raise ValueError(f"a JSON {type(record).__name__}, needs an object")
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"an object with half a character, {error.object[error.start]!a}") from None
+    return record
+
+
+def _typed(values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # mixed types
+        return pa.array([None if value is None else _text(value) for value in values], pa.string())
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,104 @@
+"""Which source reads a table, by what stands at a path or URL; a source of your own is registered here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from bigdssm.errors import DataError
+from bigdssm.features.columns import ReportBad, SourceBatch
+from bigdssm.tables.arrow_ipc import ARROW_SUFFIXES, ArrowSource
+from bigdssm.tables.delimited import DELIMITERS, DelimitedSource
+from bigdssm.tables.files import COMPRESSIONS, LocalFile, RemoteFile, TableFile
+from bigdssm.tables.hugging_face import is_saved_dataset, saved_dataset
+from bigdssm.tables.json_lines import JSON_SUFFIXES, JsonLinesSource
+from bigdssm.tables.parquet import PARQUET_SUFFIX, ParquetSource, parquet_names
+from bigdssm.tables.source import Source
+from bigdssm.tables.webdataset_source import SHARD_SUFFIX, WebDatasetSource
+from bigdssm.urls import is_folder, is_url, join, names_in
+
+MakesSource = Callable[[TableFile], Source]
+
+_SOURCES: dict[str, MakesSource] = {}
+_COMPRESSIBLE: dict[str, MakesSource] = {}  # read compressed, too
+
+
+def register_source(suffix: str, source: MakesSource, *, compressed: bool = False) -> None:
+    """Have files whose names end in `suffix` read by `source`, a class or a function that takes the file.
+
+    compressed: .gz, .xz and .zst of it, too, which `TableFile.open` and `stream` undo.
+    """
+    (_COMPRESSIBLE if compressed else _SOURCES)[suffix] = source
+
+
+def open_source(path: str | Path) -> Source:
+    """Return the table at a path or URL: a file, a folder of Parquet files, or a saved Hugging Face dataset.
+
+    Raises DataError: nothing there, or of an unknown format; ConfigError: a package is missing for such a URL.
+    """
+    if isinstance(path, str) and is_url(path):
+        return _remote(path)
+    if str(path).startswith("pipe:"):
+        raise DataError(f"{path}: commands are not run; write their output to a file first")
+    path = Path(path)
+    if path.is_dir():
+        return _folder(path)
+    if not path.is_file():
+        raise DataError(f"table {path} {'is no file' if path.exists() else 'does not exist'}")
+    return _of_suffix(LocalFile(path))
+
+
+def read_table(path: str | Path, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
+    """Yield the rows of all parts of the table at `path` in order, with exactly `columns`; bad rows go to `report_bad`.
+
+    Raises what `open_source` and `Source.batches` do, and DataError: no usable rows.
+    """
+    source, empty = open_source(path), True
+    for part in source.parts():
+        for batch in source.batches(part, columns, report_bad):
+            empty = empty and not len(batch.rows)
+            yield batch
+    if empty:
+        raise DataError(f"{source.name} has no usable rows")
+
+
+def _of_suffix(file: TableFile) -> Source:
+    source = _SOURCES.get(Path(file.name).suffix.lower()) or _COMPRESSIBLE.get(file.suffix)
+    if source is None:
+        raise DataError(
+            f"{file.name}: unknown table format; known are {', '.join([*_COMPRESSIBLE, *_SOURCES])}, "
+            f"{', '.join(_COMPRESSIBLE)} also with {', '.join(COMPRESSIONS)}"
+        )
+    return source(file)
+
+
+def _folder(path: Path) -> Source:
+    if is_saved_dataset(path):
+        return saved_dataset(path)
+    return _parquet_folder(str(path), [entry.name for entry in path.iterdir()], lambda name: LocalFile(path / name))
+
+
+def _remote(url: str) -> Source:
+    file = RemoteFile(url)
+    try:
+        if is_folder(url):
+            return _parquet_folder(file.name, names_in(url), lambda name: RemoteFile(join(url, name)))
+    except FileNotFoundError:
+        raise DataError(f"table {file.name} does not exist") from None
+    return _of_suffix(file)
+
+
+def _parquet_folder(folder: str, names: Sequence[str], file: Callable[[str], TableFile]) -> Source:
+    if not (used := parquet_names(folder, names)):
+        raise DataError(f"table {folder} is no file, and as a folder it holds no {PARQUET_SUFFIX} files")
+    return ParquetSource(*map(file, used), name=folder)
+
+
+for _suffix in DELIMITERS:
+    register_source(_suffix, DelimitedSource, compressed=True)
+for _suffix in JSON_SUFFIXES:
+    register_source(_suffix, JsonLinesSource, compressed=True)
+register_source(SHARD_SUFFIX, WebDatasetSource, compressed=True)
+register_source(PARQUET_SUFFIX, ParquetSource)
+for _suffix in ARROW_SUFFIXES:
+    register_source(_suffix, ArrowSource)

@@ -1,0 +1,224 @@
+"""A table is read in parts, each on its own, by any process: together they are the table, rows numbered through."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import DataError
+from bigdssm.tables import arrow_ipc, chunked
+from bigdssm.tables.registry import open_source, read_table
+from bigdssm.tables.source import Source
+from tests.unit.test_hostile_tables import RECORDS, Maker
+
+ROWS = 250
+TABLE = pa.table(
+    {
+        "id": [f"{i:03d}" for i in range(ROWS)],
+        "kind": pa.array([f"k{i % 3}" for i in range(ROWS)]).dictionary_encode(),
+        "number": list(range(ROWS)),
+    }
+)
+
+
+def no_bad(*told: object, **more: object) -> None:
+    raise AssertionError(told)
+
+
+def in_parts(source: Source, *columns: str) -> list[list[tuple[int, dict[str, Any]]]]:
+    """Return each part's rows, read by a copy of the source as another process has one, the last part first."""
+    parts = source.parts()
+    read: list[list[tuple[int, dict[str, Any]]]] = []
+    for part in reversed(parts):
+        copy, mine = pickle.loads(pickle.dumps((source, part)))
+        batches = list(copy.batches(mine, columns, no_bad))
+        read.insert(0, [pair for b in batches for pair in zip(b.rows.tolist(), b.table.to_pylist(), strict=True)])
+    return read
+
+
+def write_folder(folder: Path) -> Path:
+    folder.mkdir()
+    pq.write_table(TABLE.slice(0, 120), folder / "part-00000.snappy.parquet", row_group_size=50)
+    pq.write_table(TABLE.slice(120, 0), folder / "part-00001.snappy.parquet")
+    pq.write_table(TABLE.slice(120), folder / "part-00002.snappy.parquet", row_group_size=50)
+    for name in ("_SUCCESS", ".part-00000.snappy.parquet.crc"):
+        (folder / name).write_bytes(b"")
+    return folder
+
+
+def write_saved(folder: Path, state: Any = None) -> Path:
+    """Write what datasets.Dataset.save_to_disk does."""
+    folder.mkdir()
+    for number, start in enumerate((0, 120)):
+        write_arrow(
+            folder / f"data-0000{number}-of-00002.arrow", pa.ipc.new_stream, TABLE.slice(start, 120 + 10 * number)
+        )
+    files = [{"filename": f"data-0000{number}-of-00002.arrow"} for number in range(2)]
+    (folder / "state.json").write_text(json.dumps({"_data_files": files, "_split": None, **(state or {})}))
+    (folder / "dataset_info.json").write_text("{}")
+    return folder
+
+
+def write_arrow(path: Path, new: Callable[..., Any], table: pa.Table = TABLE, **options: Any) -> Path:
+    with pa.OSFile(str(path), "wb") as file, new(file, table.schema, **options) as writer:
+        writer.write_table(table, max_chunksize=50)
+    return path
+
+
+def write_parquet(path: Path) -> Path:
+    pq.write_table(TABLE, path, row_group_size=50)
+    return path
+
+
+LZ4 = pa.ipc.IpcWriteOptions(compression="lz4")
+PARTS = [100, 100, 50]
+KINDS: dict[str, tuple[Callable[[Path], Path], list[int]]] = {
+    "a Parquet file": (lambda folder: write_parquet(folder / "t.parquet"), PARTS),
+    "a folder of Parquet files": (lambda folder: write_folder(folder / "t"), [100, 20, 100, 30]),
+    "an Arrow file": (lambda folder: write_arrow(folder / "t.feather", pa.ipc.new_file, options=LZ4), PARTS),
+    "an Arrow stream": (lambda folder: write_arrow(folder / "t.arrow", pa.ipc.new_stream), PARTS),
+    "a saved dataset": (lambda folder: write_saved(folder / "t"), [100, 20, 100, 30]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_are_the_table_whatever_reads_them(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "ROWS_PER_PART", 110)
+    write, sizes = KINDS[kind]
+    path = write(tmp_path)
+    source = open_source(path)
+    rows = TABLE.slice(0, ROWS).select(["number", "kind", "id"]).to_pylist()
+    read = in_parts(source, "number", "kind", "id")
+    assert [len(part) for part in read] == sizes == [part.num_rows for part in source.parts()]
+    assert [pair for part in read for pair in part] == list(enumerate(rows, 1))
+    assert [part.first_row for part in source.parts()] == [part[0][0] for part in read]
+    whole = pa.concat_tables(batch.table for batch in read_table(path, ["id"], no_bad))
+    assert whole.column("id").to_pylist() == [row["id"] for row in rows] and source.name == str(path)
+    assert source.size() == sum(
+        file.stat().st_size for file in ([path] if path.is_file() else path.glob("[!_.s]*[tw]"))
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_content_has_another_fingerprint(kind: str, tmp_path: Path) -> None:
+    path = KINDS[kind][0](tmp_path)
+    before = open_source(path).fingerprint()
+    assert before == open_source(path).fingerprint()
+    last = (
+        path if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in (".parquet", ".arrow"))[-1]
+    )
+    os.utime(last, ns=(0, 0))
+    assert open_source(path).fingerprint() != before
+
+
+def test_batches_of_arrow_are_neither_tiny_nor_huge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrow_ipc, "ROWS_PER_BATCH", 70)
+    path = write_arrow(tmp_path / "t.arrow", pa.ipc.new_file)
+    assert [len(batch.rows) for batch in read_table(path, ["id"], no_bad)] == [100, 100, 50]
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, TABLE.schema) as writer:
+        writer.write_table(TABLE)
+    assert [len(batch.rows) for batch in read_table(path, ["id"], no_bad)] == [70, 70, 70, 40]
+    monkeypatch.setattr(arrow_ipc, "BYTES_PER_BATCH", 240)  # of 8 a number
+    assert {len(batch.rows) for batch in read_table(path, ["number"], no_bad)} == {30, 10}
+
+
+def test_bad_strings_of_arrow_are_bad_rows(tmp_path: Path) -> None:
+    wrong = pa.array([b"a", b"\xff", b"c"]).view(pa.string())
+    bad: list[tuple[Any, ...]] = []
+    path = write_arrow(tmp_path / "t.arrow", pa.ipc.new_file, pa.table({"id": wrong, "n": [1, 2, 3]}))
+    read = [
+        row
+        for batch in read_table(path, ["id", "n"], lambda *told: bad.append(told))
+        for row in batch.table.to_pylist()
+    ]
+    assert read == [{"id": "a", "n": 1}, {"id": "c", "n": 3}]
+    assert bad == [(str(path), 2, "invalid UTF-8 in column 'id'")]
+
+
+def outside_itself(path: Path) -> None:
+    """Write an Arrow file whose strings end far behind their bytes."""
+    offsets = np.array([0, 1, 1 << 30, 3], np.int32)
+    wrong = pa.StringArray.from_buffers(3, pa.py_buffer(offsets.tobytes()), pa.py_buffer(b"abc"))
+    write_arrow(path, pa.ipc.new_file, pa.table({"id": wrong}))
+
+
+def split_folder(folder: Path) -> None:
+    write_saved(folder / "train", folder.mkdir())
+    (folder / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+
+
+REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "nothing": ("t", lambda p: p.mkdir(), r"table .*/t is no file, and as a folder it holds no \.parquet files"),
+    "others": ("t", lambda p: (p.mkdir(), (p / "a.csv").write_text("x")), r"holds 'a\.csv'; move that away"),
+    "partitioned": (
+        "t",
+        lambda p: (p / "dt=1").mkdir(parents=True),
+        "holds 'dt=1'; .* give the files or folders in it",
+    ),
+    "a command": ("pipe:cat x.tar", lambda p: None, "commands are not run"),
+    "splits": ("t", split_folder, r"several splits of a dataset; give one of them: .*/t/train, .*/t/test"),
+    "an index": (
+        "t",
+        lambda p: write_saved(p, {"_indices_data_files": [{"filename": "indices.arrow"}]}),
+        r"an index beside its files chooses; .*flatten_indices\(\)",
+    ),
+    "outside": (
+        "t",
+        lambda p: write_saved(p, {"_data_files": [{"filename": "../x.arrow"}]}),
+        r"'\.\./x\.arrow', not one of",
+    ),
+    "lost": (
+        "t",
+        lambda p: write_saved(p, {"_data_files": [{"filename": "x.arrow"}]}),
+        r"x\.arrow does not exist, but state",
+    ),
+    "state": ("t", lambda p: write_saved(p, {"_data_files": [1]}), r"state\.json is of another format"),
+    "broken": ("t", lambda p: (write_saved(p), (p / "state.json").write_text("[1")), r"state\.json is damaged"),
+    "Arrow": ("t.arrow", lambda p: p.write_bytes(b"ARROW1 or not"), "is damaged or not what its name says"),
+    "empty": ("t.feather", lambda p: p.write_bytes(b""), "is damaged or not what its name says"),
+    "offsets": ("t.arrow", outside_itself, "is damaged or not what its name says, after row 0"),
+    "columns": (
+        "t.feather",
+        lambda p: write_arrow(p, pa.ipc.new_file, TABLE.rename_columns(["idd", "k", "n"])),
+        "did you mean",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_read_is_refused_in_one_sentence(case: str, tmp_path: Path) -> None:
+    name, write, message = REFUSED[case]
+    path = Path(name) if name.startswith("pipe:") else tmp_path / name
+    write(path)
+    with pytest.raises(DataError, match=message) as caught:
+        list(read_table(path, ["id"], no_bad))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_file_of_a_folder_is_named(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "t")
+    (folder / "part-00001.snappy.parquet").write_bytes(b"PAR1 or not")
+    with pytest.raises(DataError, match=r"part-00001\.snappy\.parquet is damaged or not what its name says"):
+        list(read_table(folder, ["id"], no_bad))
+
+
+def test_a_dataset_is_made_of_a_folder_as_of_a_file(tmp_path: Path, capsys: Any) -> None:
+    make = Maker(tmp_path, capsys)
+    assert make.parquet()[0] == 0
+    expected = Dataset.open(make.out).fingerprint
+    table = pq.read_table(tmp_path / "pairs.parquet")
+    (tmp_path / "several").mkdir()
+    for number in range(2):
+        pq.write_table(table.slice(number * 25, 25 + number * 10), tmp_path / "several" / f"part-{number}.parquet")
+    assert len(RECORDS) == 60 and make.pairs("--overwrite", table="several")[0] == 0
+    assert Dataset.open(make.out).fingerprint == expected
