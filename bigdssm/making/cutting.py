@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ from bigdssm.features.ragged import Ragged, gather_ranges, offsets_of
 from bigdssm.making.documents import canonical_of
 from bigdssm.making.leak import counts_events, younger_share
 from bigdssm.making.making import Making
-from bigdssm.making.steps import RowFile, Table, read_facts, write_facts
-from bigdssm.making.writing import write_arrow
+from bigdssm.making.steps import RowFile, Table, ranges, read_facts, write_facts
+from bigdssm.making.writing import note_file, placed_files, write_arrow
 from bigdssm.tables.hashing import shuffle_keys, uniform
 
 SEQUENCES_PER_FILE = 1 << 16
@@ -72,24 +71,23 @@ class Cutting:
     targets_per_row: int
     seed: int
     earlier: tuple[tuple[tuple[Path, ...], Path], ...]  # sequence files and key file of earlier partitions
-    folder: Path
 
-    def __call__(self, job: tuple[int, int, int], folder: Path) -> None:
-        """Cut the sequences from `first` on, whose events are [begin, end), into a sequence file and rows."""
-        first, begin, end = job
-        own = self.sequences.read(first, first + SEQUENCES_PER_FILE)
-        events = Events.of(self.events.read(begin, end), own.column("length").to_numpy())
+    def __call__(self, job: tuple[int, tuple[int, int], tuple[int, int]], folder: Path) -> None:
+        """Cut a range of sequences, whose events are another one, into the file of this number and rows."""
+        number, (first, last), of_events = job
+        own = self.sequences.read(first, last)
+        events = Events.of(self.events.read(*of_events), own.column("length").to_numpy())
         user_ids = own.column("user_id").to_numpy()
         before = self._before(user_ids)
-        path = self.folder / f"sequences-{first // SEQUENCES_PER_FILE:06d}.arrow"
-        written = write_arrow(path, self._sequence_columns(own, user_ids, events, before))
+        path = folder / f"sequences-{number:06d}.arrow"
+        note_file(folder, **write_arrow(path, self._sequence_columns(own, user_ids, events, before)))
         place = events.position + before["items"].lengths[events.sequence]
         split = np.where(place > 0, self._split_of(events), -1)  # the first event has no history
         with RowFile(folder / "rows.parquet", ROW) as file:
-            for number in range(3):
-                targets = np.flatnonzero(split == number)
-                file.add(self._rows(number, first, events, place, targets))
-        self._note(folder, events, split, {"file": path.name, **written})
+            for which in range(3):
+                targets = np.flatnonzero(split == which)
+                file.add(self._rows(which, first, events, place, targets))
+        self._note(folder, events, split)
 
     def _sequence_columns(
         self, own: pa.Table, user_ids: np.ndarray, events: Events, before: dict[str, Ragged]
@@ -159,7 +157,7 @@ class Cutting:
         )
         return pa.table(list(columns), schema=ROW)
 
-    def _note(self, folder: Path, events: Events, split: np.ndarray, written: dict[str, Any]) -> None:
+    def _note(self, folder: Path, events: Events, split: np.ndarray) -> None:
         """Leave the documents' train positives, times of targets, and facts."""
         items = events.item[(split == 0) & (events.relevance > 0)]
         docs, counts = np.unique(items, return_counts=True)
@@ -168,7 +166,6 @@ class Cutting:
         sampled = (split >= 0) & (uniform(events.place, "leak", 0) < MOST_TIMES / max(1, self.events.num_rows))
         with RowFile(folder / "times.parquet", TARGET_TIME) as file:
             file.add(pa.table([split[sampled].astype(np.int32), events.time[sampled]], schema=TARGET_TIME))
-        (folder / "entry.json").write_text(json.dumps(written))
         write_facts(folder, counts_events=counts_events(events.time, events.position))
 
 
@@ -189,16 +186,15 @@ def cut_sequences(run: Making, cutting: Cutting, *, has_times: bool) -> list[dic
             f"leave-one-out leaks: on average {younger:.1%} of the train targets are younger than a test target; "
             f"with --split time none is"
         )
-    return [json.loads((folder / "entry.json").read_text()) for folder in folders]
+    return placed_files(folders, run.writer.partition_dir)
 
 
-def _ranges(sequences: Table) -> Iterator[tuple[int, int, int]]:
-    """Yield (first sequence, first event, end of events) of every file of sequences."""
+def _ranges(sequences: Table) -> Iterator[tuple[int, tuple[int, int], tuple[int, int]]]:
+    """Yield the number of each file of sequences, and its ranges of sequences and of events."""
     begin = 0
-    for first in range(0, sequences.num_rows, SEQUENCES_PER_FILE):
-        lengths = sequences.read(first, first + SEQUENCES_PER_FILE, ["length"]).column("length")
-        end = begin + int(lengths.to_numpy().sum())
-        yield first, begin, end
+    for number, (first, last) in enumerate(ranges(sequences, SEQUENCES_PER_FILE)):
+        end = begin + int(sequences.read(first, last, ["length"]).column("length").to_numpy().sum())
+        yield number, (first, last), (begin, end)
         begin = end
 
 

@@ -18,7 +18,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from bigdssm.atomic import UNFINISHED, aside_of, real_place, recover, remove, replace_folder, write_json, write_text
+from bigdssm.atomic import (
+    UNFINISHED,
+    aside_of,
+    new_file,
+    real_place,
+    recover,
+    remove,
+    replace_folder,
+    write_json,
+    write_text,
+)
 from bigdssm.dataset.dataset import FORMAT
 from bigdssm.errors import BigDSSMError, ConfigError, DataError
 from bigdssm.hashing import file_checksum
@@ -167,12 +177,19 @@ class DatasetWriter:
         place = self.out / PARTITIONS / self.partition
         remove(place)  # dataset.json does not know it: a killed run's
         os.replace(self.partition_dir, place)
-        with (self.out / QUARANTINE_FILE).open("ab") as target:
-            target.write(self.quarantine.path.read_bytes())
+        self._join_quarantine(self.out / QUARANTINE_FILE)
         os.replace(self.staging / SCHEMA_FILE, self.out / SCHEMA_FILE)
         os.replace(self.staging / DATASET_FILE, self.out / DATASET_FILE)
         shutil.rmtree(self.staging)
         self._lock.close()
+
+    def _join_quarantine(self, path: Path) -> None:
+        """Add the partition's bad rows to the dataset's, once: a killed making may have done it."""
+        with new_file(path) as aside, aside.open("w", encoding="utf-8") as target:
+            with path.open(encoding="utf-8") as known:
+                target.writelines(line for line in known if json.loads(line)["partition"] != self.partition)
+            with self.quarantine.path.open(encoding="utf-8") as own:
+                target.writelines(own)
 
     def _replace(self) -> None:
         (self.staging / LOCK).unlink()

@@ -14,7 +14,7 @@ from bigdssm.dataset.files import KEYS_SUFFIX
 from bigdssm.dataset.keys import Keys, write_keys
 from bigdssm.features import Feature
 from bigdssm.making.engine import Engine
-from bigdssm.making.steps import Table, finished_file
+from bigdssm.making.steps import Table
 from bigdssm.tables.hashing import hash_strings
 
 DOCUMENT_COLUMNS = ("place", "doc_id", "content", "doc_key", "display")
@@ -89,9 +89,8 @@ def number_documents(engine: Engine, known: Sequence[Path], first: int, file: Pa
     engine.view("first_documents", first_of("found_documents", "doc_id"))
     table = engine.select("documents", "SELECT * FROM first_documents WHERE nth = 1", order="place, doc_id")
     by_id = engine.select("document_ids", "SELECT doc_id, number FROM documents", order="doc_id")
-    if table.num_rows and not file.exists():
-        with finished_file(file) as aside:
-            write_keys(aside, table.num_rows, _numbered(by_id, first))
+    if table.num_rows:
+        write_keys(file, table.num_rows, _numbered(by_id, first))
     return Documents(table, first, Keys([*known, *([file] if table.num_rows else [])]))
 
 

@@ -1,8 +1,9 @@
-"""Fits a schema to the rows of a making: vocabularies by a group-by, moments in a fixed order, the tokenizer on a sample."""
+"""Fits a schema to a making's rows: vocabularies by a group-by, moments in a fixed order, a tokenizer on a sample."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, TextTokenizer, texts_of
 from bigdssm.making.documents import canonical_of
 from bigdssm.making.engine import Engine
-from bigdssm.making.steps import RowFile, Table, finished_folder
+from bigdssm.making.steps import RowFile, Table, finished_folder, ranges
 from bigdssm.making.tokenizer import make_tokenizer
 from bigdssm.schema import Schema
 from bigdssm.tables.hashing import uniform
@@ -38,12 +39,6 @@ class Side:
     table: Table
     prefix: str
     features: Mapping[str, Feature]
-
-    def canonical(self, first: int, end: int, columns: tuple[str, ...] = ()) -> Iterator[tuple[pa.Table, pa.Table]]:
-        """Yield rows [first, end) in pieces: canonical features, and the further columns asked for."""
-        names = [f"{self.prefix}{number}" for number in range(len(self.features))]
-        for piece in self.table.batches(first, end, [*columns, *names]):
-            yield canonical_of(piece, self.prefix, self.features), piece.select(columns)
 
 
 def schema_to_fit(config: DataConfig, grown: Path | None, like: Path | None) -> Schema:
@@ -76,52 +71,58 @@ def fit(
     if not schema.has_text:
         return schema, None
     if not folder.exists():
-        with finished_folder(folder) as aside:
+        with finished_folder(engine.spool / TOKENIZER) as aside:
             if like is not None:
                 shutil.copytree(like / TOKENIZER, aside, dirs_exist_ok=True)
             else:
                 make_tokenizer(config.tokenizer, lambda: sampled_texts(sides), aside)
+        os.replace(engine.spool / TOKENIZER, folder)
     return schema, TextTokenizer(folder)
 
 
 def fit_side(engine: Engine, side: Side, *, grow: bool) -> dict[str, Feature]:
     """Return a side's features as its rows say."""
+    if not side.table.num_rows:
+        return dict(side.features)
     step = f"fit_{side.name}"
-    ranges = list(range(0, side.table.num_rows, ROWS_PER_FIT))
-    folders = engine.map(step, ranges, partial(_learn, side), rows=side.table.num_rows)
+    folders = engine.map(step, ranges(side.table, ROWS_PER_FIT), partial(_learn, side), rows=side.table.num_rows)
+    engine.table(step, [folder / "values.parquet" for folder in folders])
+    states = [json.loads((folder / "states.json").read_text()) for folder in folders]
     fitted = dict(side.features)
-    for name, feature in side.features.items():
-        fitter = feature.fitter()
-        if fitter is not None:
-            for folder in folders:
-                fitter.merge(json.loads((folder / "states.json").read_text())[name])
-            fitted[name] = fitter.fitted(feature, grow=grow)
-    if folders:
-        engine.table(step, [folder / "values.parquet" for folder in folders])
     for number, (name, feature) in enumerate(side.features.items()):
-        if folders and feature.counted(pa.array([], feature.canonical_type)) is not None:
-            sums = f"SELECT value, sum(count) AS n, min(place) AS place FROM {step} WHERE feature = {number} GROUP BY value"
-            query = f"SELECT value, place FROM ({sums}) WHERE n >= {feature.min_count}"
-            values = engine.select(f"{step}_{number}", query, order="place, value")
-            fitted[name] = feature.with_values(
-                value for piece in values.batches(columns=["value"]) for value in piece.column("value").to_pylist()
-            )
+        if fitter := feature.fitter():
+            for state in states:
+                fitter.merge(state[name])
+            fitted[name] = fitter.fitted(feature, grow=grow)
+        elif feature.counted(pa.array([], feature.canonical_type)) is not None:
+            fitted[name] = feature.with_values(_frequent(engine, step, number, feature.min_count))
     return fitted
 
 
-def _learn(side: Side, first: int, folder: Path) -> None:
-    """Learn of ROWS_PER_FIT rows: states of fitters, and values with their counts and first places."""
-    fitters = {name: fitter for name, feature in side.features.items() if (fitter := feature.fitter()) is not None}
+def _frequent(engine: Engine, step: str, number: int, min_count: int) -> Iterator[str]:
+    """Yield the values of a feature that stand in enough rows, by the first place they stand at, then by the alphabet."""
+    sums = f"SELECT value, sum(count) AS n, min(place) AS place FROM {step} WHERE feature = {number} GROUP BY value"
+    query = f"SELECT value, place FROM ({sums}) summed WHERE n >= {min_count}"
+    for piece in engine.select(f"{step}_{number}", query, order="place, value").batches(columns=["value"]):
+        yield from piece.column("value").to_pylist()
+
+
+def _learn(side: Side, job: tuple[int, int], folder: Path) -> None:
+    """Learn of a range of rows: states of fitters, and values with their counts and first places.
+
+    All at once: a sum's last bits depend on where it is cut.
+    """
+    rows = side.table.read(*job)
+    table, place = canonical_of(rows, side.prefix, side.features), rows.column("place").to_numpy()
+    states = {}
     with RowFile(folder / "values.parquet", LEARNED) as file:
-        for table, rest in side.canonical(first, first + ROWS_PER_FIT, ("place",)):
-            place = rest.column("place").to_numpy()
-            for number, (name, feature) in enumerate(side.features.items()):
-                column = table.column(name).combine_chunks()
-                if name in fitters:
-                    fitters[name].update(column)
-                if (found := feature.counted(column)) is not None:
-                    file.add(_counted(number, found[0], place[found[1]]))
-    states = {name: fitter.state() for name, fitter in fitters.items()}
+        for number, (name, feature) in enumerate(side.features.items()):
+            column = table.column(name).combine_chunks()
+            if fitter := feature.fitter():
+                fitter.update(column)
+                states[name] = fitter.state()
+            if (found := feature.counted(column)) is not None:
+                file.add(_counted(number, found[0], place[found[1]]))
     (folder / "states.json").write_text(json.dumps(states))
 
 
@@ -137,7 +138,8 @@ def sampled_texts(sides: list[Side]) -> Iterator[list[str]]:
     for side in sides:
         texts = texts_of(side.features)
         share = MOST_SAMPLED / max(1, side.table.num_rows)
-        for table, rest in side.canonical(0, side.table.num_rows, ("place",)) if texts else ():
-            chosen = pa.array(uniform(rest.column("place").to_numpy(), "sample", 0) < share)
+        for rows in side.table.batches() if texts else ():
+            chosen = pa.array(uniform(rows.column("place").to_numpy(), "sample", 0) < share)
+            table = canonical_of(rows, side.prefix, side.features)
             for name in texts:
                 yield table.column(name).filter(chosen).to_pylist()

@@ -137,7 +137,7 @@ def make_interactions(
         cutting = Cutting(
             events=sorted_events, sequences=sequences, user=stored(schema.query), text=text,
             split=tables.split, thresholds=_thresholds(engine, tables), targets_per_row=config.targets_per_row,
-            seed=target.seed, earlier=_earlier(run), folder=writer.partition_dir,
+            seed=target.seed, earlier=_earlier(run),
         )  # fmt: skip
         cut = cut_sequences(run, cutting, has_times=tables.time_column is not None)
         _write_sequence_keys(engine, writer.partition_dir / SEQUENCE_KEYS_FILE)

@@ -150,7 +150,7 @@ def making(
 def _made_of(config: DataConfig, target: Target, sources: Sequence[Source], options: Any) -> str:
     """Return what a dataset is made of, and with what, as text."""
     like = [target.like / SCHEMA_FILE] if target.like else []
-    files = [(str(path.resolve()), path.stat().st_mtime_ns) for path in [*like, *_tokenizer_files(config)]]
+    files = [(str(p.resolve()), p.stat().st_mtime_ns) for p in [*like, *_tokenizer_files(config)] if p.is_file()]
     prints = [source.fingerprint() for source in sources]
     code = (code_checksum(), pa.__version__, tokenizers.__version__, np.__version__)
     declared = Schema.declared(config).fingerprint()

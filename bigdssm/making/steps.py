@@ -96,6 +96,11 @@ def _rows_of(file: str, first: int, end: int, columns: Sequence[str] | None) -> 
                 yield pa.Table.from_batches([batch.slice(begin, stop - begin)])
 
 
+def ranges(table: Table, rows: int) -> list[tuple[int, int]]:
+    """Return ranges [first, end) of so many rows each that a table has, the last one with fewer."""
+    return [(first, min(first + rows, table.num_rows)) for first in range(0, table.num_rows, rows)]
+
+
 class RowFile:
     """Writes one Parquet file, table by table; it has the schema even without a row."""
 
@@ -130,18 +135,6 @@ def finished_folder(folder: Path) -> Iterator[Path]:
                 sync(path)
         if not folder.exists():
             os.replace(aside, folder)
-    finally:
-        remove(aside)
-
-
-@contextmanager
-def finished_file(path: Path) -> Iterator[Path]:
-    """Give the place to write a file at; `path` is that file when the block ends."""
-    aside = aside_of(path.with_name(f"{path.name}-{uuid.uuid4().hex[:8]}"))
-    try:
-        yield aside
-        sync(aside)
-        os.replace(aside, path)
     finally:
         remove(aside)
 

@@ -6,7 +6,8 @@ A file holds a fixed number of rows or blocks, so that its bytes do not depend o
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from bigdssm.features import Feature, TextTokenizer, encode_columns
 from bigdssm.hashing import file_checksum
 from bigdssm.making.documents import Documents, canonical_of
 from bigdssm.making.engine import Engine
-from bigdssm.making.steps import Table, finished_file
+from bigdssm.making.steps import Table, ranges
 
 MAX_BLOCK_ROWS, MIN_BLOCK_ROWS = 2048, 256
 WANTED_BLOCKS = 64  # with fewer, lanes share blocks and windows shuffle little
@@ -36,15 +37,31 @@ Encode = Callable[[pa.Table], dict[str, pa.Array]]
 
 
 def write_arrow(path: Path, columns: dict[str, pa.Array]) -> dict[str, Any]:
-    """Write columns without nulls as the one uncompressed batch of an Arrow file; return {"rows", "checksum"}.
+    """Write columns without nulls as the one uncompressed batch of an Arrow file; return {"file", "rows", "checksum"}.
 
     One batch, so that readers address every row in the mapped file and nothing is copied.
     """
     batch = pa.RecordBatch.from_pydict(columns)
-    with finished_file(path) as aside:
-        with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
-            writer.write_batch(batch)
-        return {"rows": batch.num_rows, "checksum": file_checksum(aside, bits=64)}
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return {"file": path.name, "rows": batch.num_rows, "checksum": file_checksum(path, bits=64)}
+
+
+def note_file(folder: Path, **entry: Any) -> None:
+    """Note what there is to be known of the `file` that a job made in its folder."""
+    (folder / "entry.json").write_text(json.dumps(entry))
+
+
+def placed_files(folders: Sequence[Path], target: Path) -> list[dict[str, Any]]:
+    """Move the files that jobs made into the folder `target`, and return what was noted of them.
+
+    Those that a killed making had moved are there already.
+    """
+    entries = [json.loads((folder / "entry.json").read_text()) for folder in folders]
+    for folder, entry in zip(folders, entries, strict=True):
+        if (made := folder / entry["file"]).exists():
+            os.replace(made, target / entry["file"])
+    return entries
 
 
 def write_catalogue(
@@ -53,22 +70,21 @@ def write_catalogue(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Write the new documents as files `number`, … in `folder`; return {"file", "rows", "checksum"} of each."""
     table = documents.table
-    work = partial(_write_documents, table, features, text, folder, number)
-    jobs = list(range(0, table.num_rows, DOCUMENTS_PER_FILE))
-    return [_entry(done) for done in engine.map("catalogue", jobs, work, rows=table.num_rows)]
+    jobs = list(enumerate(ranges(table, DOCUMENTS_PER_FILE), number))
+    work = partial(_write_documents, table, features, text)
+    return placed_files(engine.map("catalogue", jobs, work, rows=table.num_rows), folder)
 
 
 def _write_documents(
-    table: Table, features: dict[str, Feature], text: TextTokenizer | None, folder: Path, number: int, first: int,
-    told: Path,
+    table: Table, features: dict[str, Feature], text: TextTokenizer | None, job: tuple[int, tuple[int, int]], folder: Path
 ) -> None:  # fmt: skip
-    rows = table.read(first, first + DOCUMENTS_PER_FILE)
+    number, (first, end) = job
+    rows = table.read(first, end)
     columns = {name: rows.column(name).combine_chunks() for name in ("doc_key", "doc_id", "content", "display")}
     for name in ("doc_key", "display"):
         columns[name] = columns[name].cast(pa.large_string())
     columns |= encode_columns(canonical_of(rows, "d", features), features, text, large=True)
-    path = folder / f"{number + first // DOCUMENTS_PER_FILE:06d}.arrow"
-    _tell(told, {"file": path.name, **write_arrow(path, columns)})
+    note_file(folder, **write_arrow(folder / f"{number:06d}.arrow", columns))
 
 
 def block_rows(num_rows: int) -> int:
@@ -89,10 +105,10 @@ def write_split(engine: Engine, split: str, table: Table, encode: Encode, folder
     {"rows", "queries", "blocks", "shards", "index_checksum"}.
     """
     per_block = block_rows(table.num_rows)
-    jobs = list(range(0, table.num_rows, per_block * BLOCKS_PER_SHARD))
-    work = partial(ShardWriter(split, table, encode, folder, per_block))
-    entries = [_entry(done) for done in engine.map(f"write_{split}", jobs, work, rows=table.num_rows)]
-    shards = [entry["shard"] for entry in entries]
+    jobs = list(enumerate(ranges(table, per_block * BLOCKS_PER_SHARD)))
+    work = ShardWriter(split, table, encode, per_block)
+    entries = placed_files(engine.map(f"write_{split}", jobs, work, rows=table.num_rows), folder)
+    shards = [entry["file"] for entry in entries]
     index = {name: np.array([n for entry in entries for n in entry[name]], dtype) for name, dtype in COLUMNS.items()}
     shard = np.repeat(np.arange(len(entries), dtype=np.int32), [len(entry["rows"]) for entry in entries])
     named = pa.DictionaryArray.from_arrays(shard, pa.array(shards, pa.string()))
@@ -108,21 +124,21 @@ def write_split(engine: Engine, split: str, table: Table, encode: Encode, folder
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """Writes the shard that begins with a given row: blocks of rows as Arrow streams in an ordinary tar."""
+    """Writes the shard of a given number and range of rows: blocks of rows as Arrow streams in an ordinary tar."""
 
     split: str
     table: Table
     encode: Encode
-    folder: Path
     rows_per_block: int
 
-    def __call__(self, first: int, told: Path) -> None:
-        per_shard = self.rows_per_block * BLOCKS_PER_SHARD
-        path = self.folder / f"{self.split}-{first // per_shard:06d}.tar"
+    def __call__(self, job: tuple[int, tuple[int, int]], folder: Path) -> None:
+        """Write a shard into `folder`, and note the entries of its blocks in the index."""
+        shard, (first, end) = job
+        path = folder / f"{self.split}-{shard:06d}.tar"
         index: dict[str, list[int]] = {name: [] for name in COLUMNS}
-        with finished_file(path) as aside, aside.open("wb") as stream:
+        with path.open("wb") as stream:
             tar = TarWriter(stream, encoder=False, mtime=0)
-            for number, block in enumerate(self._blocks(first, first + per_shard), first // self.rows_per_block):
+            for number, block in enumerate(self._blocks(first, end), first // self.rows_per_block):
                 content = _stream(block)
                 entry = {
                     "offset": tar.tarstream.offset + TAR_HEADER_BYTES,
@@ -135,7 +151,7 @@ class ShardWriter:
                 for name, value in entry.items():
                     index[name].append(value)
             tar.close()
-        _tell(told, {"shard": path.name, **index})
+        note_file(folder, file=path.name, **index)
 
     def _blocks(self, first: int, end: int) -> Iterator[pa.Table]:
         waiting: list[pa.Table] = []
@@ -165,11 +181,3 @@ def write_counts(path: Path, docs: np.ndarray, counts: np.ndarray) -> str:
     order = np.argsort(docs)
     columns = {"doc": pa.array(docs[order]), "count": pa.array(counts[order])}
     return str(write_arrow(path, columns)["checksum"])
-
-
-def _tell(folder: Path, entry: dict[str, Any]) -> None:
-    (folder / "entry.json").write_text(json.dumps(entry))
-
-
-def _entry(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "entry.json").read_text()))

@@ -14,8 +14,11 @@ from transformers import AutoTokenizer
 
 from bigdssm.config import TokenizerConfig
 from bigdssm.errors import ConfigError
-from bigdssm.features import Categorical, Numeric, TextTokenizer, encode_columns
-from bigdssm.features.fitting import SideFitter
+from bigdssm.features import Categorical, Feature, Numeric, TextTokenizer, encode_columns
+from bigdssm.making.documents import spooled
+from bigdssm.making.fitting import Side, fit_side
+from bigdssm.making.local import LocalEngine
+from bigdssm.making.steps import RowFile
 from bigdssm.making.tokenizer import make_tokenizer, train_wordpiece
 
 CONFIGS = {
@@ -34,22 +37,41 @@ def canonical(kinds: list[str], tags: list[list[str]], sizes: list[float]) -> pa
     )
 
 
-def test_fit_counts_over_batches_and_leaves_out_what_is_rare_or_missing() -> None:
+def fitted_to(
+    folder: Path, features: dict[str, Feature], tables: list[pa.Table], *, grow: bool = False
+) -> dict[str, Feature]:
+    folder.mkdir()
+    columns = [("place", pa.int64()), *spooled("f", features)]
+    with RowFile(folder / "rows.parquet", pa.schema(columns)) as file:
+        for place, table in enumerate(tables):
+            values = [pa.array([10 * place + row for row in range(table.num_rows)]), *table.columns]
+            file.add(pa.Table.from_arrays(values, names=[name for name, _ in columns]))
+    engine = LocalEngine(folder / "spool")
+    side = Side("doc", engine.table("rows", [folder / "rows.parquet"]), "f", features)
+    return fit_side(engine, side, grow=grow)
+
+
+@pytest.mark.parametrize("rows_per_fit", [1, 2, 100])
+def test_fit_counts_and_leaves_out_what_is_rare_or_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_per_fit: int
+) -> None:
+    monkeypatch.setattr("bigdssm.making.fitting.ROWS_PER_FIT", rows_per_fit)
     features = {name: config.named(name) for name, config in CONFIGS.items()}
-    fitter = SideFitter(features)
     sizes = [0.0, 3.0, float("nan"), 8.0, 100.0]
-    fitter.update(canonical(["b", "a", ""], [["y", "x"], [], ["x"]], sizes[:3]))
-    fitter.update(canonical(["b", "c"], [["z"], []], sizes[3:]))
-    fitted = fitter.fitted()
-    assert fitted["kind"].vocabulary == ("b",) and fitted["tags"].vocabulary == ("y", "x", "z")
+    tables = [
+        canonical(["b", "a", ""], [["y", "x"], [], ["x"]], sizes[:3]),
+        canonical(["b", "c"], [["a"], []], sizes[3:]),
+    ]
+    fitted: Any = fitted_to(tmp_path / "first", features, tables)
+    assert fitted["kind"].vocabulary == ("b",), "the others are rare"
+    assert fitted["tags"].vocabulary == ("x", "y", "a"), "by their first row, then by the alphabet"
     assert fitted["hashed"].vocabulary == ()
     logs = np.log1p([0.0, 3.0, 8.0, 100.0])
     assert fitted["size"].mean == pytest.approx(logs.mean()) and fitted["size"].std == pytest.approx(logs.std())
 
-    grown = SideFitter(fitted)
-    grown.update(canonical(["d", "b", "d"], [["x", "w"], [], []], [1e6, 1e6, 1e6]))
-    later = grown.fitted(grow=True)
-    assert later["kind"].vocabulary == ("b", "d") and later["tags"].vocabulary == ("y", "x", "z", "w")
+    more = canonical(["d", "b", "d"], [["x", "w"], [], []], [1e6, 1e6, 1e6])
+    later: Any = fitted_to(tmp_path / "later", fitted, [more], grow=True)
+    assert later["kind"].vocabulary == ("b", "d") and later["tags"].vocabulary == ("x", "y", "a", "w")
     assert later["size"] == fitted["size"], "a model's inputs keep their normalisation"
 
 

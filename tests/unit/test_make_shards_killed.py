@@ -12,48 +12,35 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from time import sleep
 
-import numpy as np
-import pyarrow as pa
 import pytest
-from bigdssm.making.ahead import ahead
 
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.features import Text
-from bigdssm.tables.beir import BeirWriter
 
 ROOT = Path(__file__).parents[2]
 # Makes datasets, each in a fork of its own: reads lines of JSON (kind, source, out, append, dies_at, told), and answers
-# each with an exit code. Small batches, shards of a few blocks, a note at every opportunity; a making dies at the so
-# manieth of the places that count, or before it writes so many blocks.
+# each with an exit code. Small steps, each of several jobs; a making dies at the so manieth of the places that count:
+# before rows are added to a step's file, and before a finished file or folder gets its name.
 SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
 from bigdssm.config import DataConfig, TokenizerConfig
-from bigdssm.making import block_writer, catalogue_writer, column_file, interactions, journal, making, pairs
-from bigdssm.making import row_spool
-from bigdssm.tables import delimited, records
+from bigdssm.making import cutting, fitting, interactions, making, pairs, steps, writing
 from bigdssm.features import Categorical, History, Numeric, Text, columns
 from bigdssm.log import get_logger
-journal.SAVE_EVERY_S = 0.0
-records.ROWS_PER_BATCH = row_spool.ROWS_PER_BATCH = interactions.ROWS_PER_BATCH = 100
-delimited.BYTES_PER_BATCH = records.BYTES_PER_BATCH = 4000
-row_spool.BUCKET_BYTES = 40_000
-block_writer.MAX_SHARD_BYTES = 30_000
-places, blocks, checks = 0, 0, 0
+fitting.ROWS_PER_FIT = writing.DOCUMENTS_PER_FILE = 300
+cutting.SEQUENCES_PER_FILE, writing.BLOCKS_PER_SHARD = 50, 4
+places, checks = 0, 0
 def deadly(owner, name):
     method = getattr(owner, name)
     def counted(*args, **kwargs):
-        global places, blocks
-        places, blocks = places + 1, blocks + (name == "_write_block")
-        if dies_at in (places, f"block {blocks}"):
+        global places
+        places += 1
+        if dies_at == places:
             os.kill(os.getpid(), signal.SIGKILL)
         return method(*args, **kwargs)
     setattr(owner, name, counted)
-for owner, name in ((catalogue_writer.CatalogueWriter, "add"), (block_writer.SplitWriter, "_write_block"),
-                    (column_file.ColumnFile, "append"), (journal.Journal, "save"), (os, "replace")):
-    deadly(owner, name)
+deadly(steps.RowFile, "add"), deadly(os, "replace")
 def counting(*args, original=columns.RowCheck.__init__):
     global checks
     checks += 1
@@ -75,8 +62,8 @@ def make(kind, source, out, append, told):
     source = Path(source)
     if kind == "pairs":
         tables = pairs.PairTables(
-            (source / "pairs.jsonl",), doc_id_column="id", dedup=True, split="time", split_column="time",
-            beir=Path(out + ".beir"),
+            tuple(source / f"pairs{part}.jsonl" for part in range(4)), doc_id_column="id", dedup=True, split="time",
+            split_column="time", beir=Path(out + ".beir"),
         )
         report = pairs.make_pairs(config, tables, target)
     else:
@@ -103,14 +90,15 @@ def write_source(folder: Path, seed: int) -> Path:
     """Write pairs, and events, items and users, all with bad lines in them; return their folder."""
     folder.mkdir(exist_ok=True)
     chance = random.Random(seed)
-    with (folder / "pairs.jsonl").open("w") as file:
-        for row in range(4000):
-            item = chance.randrange(600 + 300 * seed)
-            record = {
-                "q": f"find {chance.randrange(900)} {chance.randrange(9)}", "text": f"the item {item} of {row % 7}",
-                "id": f"i{item}", "kind": f"k{item % (5 + seed)}", "time": row,
-            }  # fmt: skip
-            file.write(json.dumps(record)[: None if row % 97 else -3] + "\n")
+    for part in range(4):
+        with (folder / f"pairs{part}.jsonl").open("w") as file:
+            for row in range(1000 * part, 1000 * (part + 1)):
+                item = chance.randrange(600 + 300 * seed)
+                record = {
+                    "q": f"find {chance.randrange(900)} {chance.randrange(9)}", "text": f"the item {item} of {row % 7}",
+                    "id": f"i{item}", "kind": f"k{item % (5 + seed)}", "time": row,
+                }  # fmt: skip
+                file.write(json.dumps(record)[: None if row % 97 else -3] + "\n")
     items, users = range(600 + 300 * seed), range(300 + 100 * seed)
     tables = {
         "items": ["item_id,title", *(f"i{item},the title {item} of {item % 7}" for item in items)],
@@ -136,7 +124,7 @@ class Maker:
         )
 
     def __call__(
-        self, kind: str, source: Path, out: Path, *, append: bool = False, dies_at: int | str = -1
+        self, kind: str, source: Path, out: Path, *, append: bool = False, dies_at: int = -1
     ) -> tuple[int, int, int, str]:
         """Return the exit code, how many batches were looked at, how many places were met, and what was reported."""
         told = out.with_suffix(".told")
@@ -149,9 +137,9 @@ class Maker:
         checks, places, said = json.loads(told.read_text()) if told.exists() else (0, 0, "")
         return code, checks, places, said
 
-    def with_kills(self, kind: str, source: Path, out: Path, places: int, *, append: bool = False) -> list[int | str]:
-        """Make `out`, killed while reading, behind some shards, and at up to two random places; return these."""
-        kills = [places // 6, "block 12", *(random.randint(4, places // part) for part in (3, 4))]
+    def with_kills(self, kind: str, source: Path, out: Path, places: int, *, append: bool = False) -> list[int]:
+        """Make `out`, killed while reading, in the middle, and at up to two random places; return these."""
+        kills = [places // 6, places // 2, *(random.randint(1, places // part) for part in (3, 4))]
         for number, kill in enumerate(kills):
             if not self(kind, source, out, append=append, dies_at=kill)[0]:  # less was left to do
                 return kills[:number]
@@ -226,47 +214,13 @@ def test_so_does_an_append(kind: str, maker: Maker, tmp_path: Path) -> None:
 def test_only_what_is_left_is_done(whole: Whole, maker: Maker, tmp_path: Path) -> None:
     """Killed in the reading, it reads the rest; killed in the writing, nothing; of a changed source, everything."""
     early, late, other = (tmp_path / name for name in ("early", "late", "other"))
-    assert maker(whole.kind, whole.source, early, dies_at=whole.places // 4)[0]
-    assert 0 < maker(whole.kind, whole.source, early)[1] < whole.checks - 5
+    assert maker(whole.kind, whole.source, early, dies_at=whole.places // 8)[0]
+    assert 0 < maker(whole.kind, whole.source, early)[1] < whole.checks
     assert maker(whole.kind, whole.source, late, dies_at=whole.places - 20)[0]
     source = tmp_path / "source"
     shutil.copytree(whole.source, source)
     assert maker(whole.kind, source, other, dies_at=whole.places - 20)[0]
     code, checks, places, said = maker(whole.kind, whole.source, late)
     assert (code, checks, said) == (0, 0, whole.said) and places < whole.places / 3
-    os.utime(source / ("pairs.jsonl" if whole.kind == "pairs" else "items.csv"), (1, 1))
+    os.utime(source / ("pairs0.jsonl" if whole.kind == "pairs" else "items.csv"), (1, 1))
     assert maker(whole.kind, source, other)[1] == whole.checks
-
-
-def test_what_a_collection_took_after_its_last_note_is_cut_off(tmp_path: Path) -> None:
-    text = {"text": Text().named("text")}
-
-    def add(writer: BeirWriter, first: int, split: str) -> None:
-        some, ids = pa.array([f"{first}", f"{first + 1}"]), np.arange(first, first + 2)
-        table, splits = pa.table({"text": some}), [split] * 2
-        writer.add(table, np.arange(2), some, table, ids, splits, np.ones(2), ids)
-
-    def make(folder: Path, killed: bool) -> dict[str, bytes]:
-        spool, out = folder / "spool", folder / "out"
-        writer = BeirWriter(out, spool, text, text)
-        add(writer, 0, "train")
-        if killed:
-            state = writer.state()
-            add(writer, 2, "train"), add(writer, 4, "test")
-            writer.state()  # on disk now, but in no note
-            writer = BeirWriter(out, spool, text, text, state)
-        add(writer, 2, "train")
-        writer.close()
-        return {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-
-    assert make(tmp_path / "again", killed=True) == make(tmp_path / "once", killed=False)
-
-
-def test_what_goes_ahead_keeps_its_order_and_says_what_failed() -> None:
-    def work(item: int) -> int:
-        sleep(0.02 * (item % 3 == 0))
-        return 10 // (7 - item)
-
-    assert list(ahead(work, iter(range(6)))) == [(item, 10 // (7 - item)) for item in range(6)]
-    with pytest.raises(ZeroDivisionError):
-        list(ahead(work, iter(range(20))))
