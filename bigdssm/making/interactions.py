@@ -58,13 +58,13 @@ from bigdssm.making.making import (
     making,
 )
 from bigdssm.making.reading import PLACE_BITS, PartOfTable, places, read_part
+from bigdssm.making.spark import SparkTable, open_table
 from bigdssm.making.splits import SPLITS, check_fractions, quantiles
 from bigdssm.making.steps import RowFile, Table, read_facts
 from bigdssm.making.writing import write_catalogue, write_counts, write_split
 from bigdssm.progress import Progress, no_progress
 from bigdssm.schema import Schema
 from bigdssm.tables.hashing import hash_rows, hash_strings
-from bigdssm.tables.registry import open_source
 from bigdssm.tables.source import Source
 
 Split = Literal["leave-one-out", "time", "train"]
@@ -84,9 +84,9 @@ EVENT = pa.schema(
 class InteractionTables:
     """The source tables and what their columns are."""
 
-    interactions: Path
-    items: Path
-    users: Path | None = None
+    interactions: Path | str
+    items: Path | str
+    users: Path | str | None = None
     user_column: str = "user_id"
     item_column: str = "item_id"
     time_column: str | None = "timestamp"  # none: events are in order of time already
@@ -105,7 +105,7 @@ def make_interactions(
     Raises DataError or ConfigError with nothing left half-written.
     """
     _check(config, tables)
-    items, users, events = (None if path is None else open_source(path) for path in _files(tables))
+    items, users, events = (None if path is None else open_table(path) for path in _files(tables))
     assert items is not None and events is not None
     sources = [source for source in (items, users, events) if source is not None]
     with making(config, target, sources, tables, progress) as run:
@@ -158,7 +158,7 @@ def make_interactions(
         return run.finish(schema, parts, entries, checksum, cut, known)
 
 
-def _files(tables: InteractionTables) -> tuple[Path, Path | None, Path]:
+def _files(tables: InteractionTables) -> tuple[Path | str, Path | str | None, Path | str]:
     return tables.items, tables.users, tables.interactions
 
 
@@ -170,6 +170,8 @@ def _check(config: DataConfig, tables: InteractionTables) -> None:
     check_fractions(tables.validation_fraction, tables.test_fraction)
     if tables.split == "time" and tables.time_column is None:
         raise ConfigError("--split time needs a --time-column")
+    if isinstance(open_table(tables.interactions), SparkTable) and tables.time_column is None:
+        raise ConfigError(f"{tables.interactions}: what Spark gives is in no order; name a --time-column")
     if tables.min_rating is not None and (tables.rating_column is None or not np.isfinite(tables.min_rating)):
         raise ConfigError(f"--min-rating {tables.min_rating} needs a finite number, and a --rating-column")
 
@@ -196,10 +198,13 @@ class _ItemReader:
     features: dict[str, Feature]
     known: Keys
 
+    @property
+    def columns(self) -> list[str | None]:
+        return [self.key, self.shown, *(c for feature in self.features.values() for c in feature.source_columns)]
+
     def __call__(self, part: PartOfTable, folder: Path) -> None:
-        columns = [self.key, self.shown, *(c for feature in self.features.values() for c in feature.source_columns)]
         with RowFile(folder / "documents.parquet", document_schema(self.features)) as file:
-            read_part(part, columns, folder, partial(self._read, part, file))
+            read_part(part, self.columns, folder, partial(self._read, part, file))
 
     def _read(self, part: PartOfTable, file: RowFile, batches: Iterator[SourceBatch], bad: ReportBad) -> dict[str, Any]:
         num_good = 0
@@ -244,11 +249,14 @@ class _UserReader:
     key: str
     features: dict[str, Feature]
 
+    @property
+    def columns(self) -> list[str | None]:
+        return [self.key, *(c for feature in self.features.values() for c in feature.source_columns)]
+
     def __call__(self, part: PartOfTable, folder: Path) -> None:
-        columns = [self.key, *(c for feature in self.features.values() for c in feature.source_columns)]
         schema = pa.schema([*USER, *spooled("u", self.features)])
         with RowFile(folder / "users.parquet", schema) as file:
-            read_part(part, columns, folder, partial(self._read, part, file))
+            read_part(part, self.columns, folder, partial(self._read, part, file))
 
     def _read(self, part: PartOfTable, file: RowFile, batches: Iterator[SourceBatch], bad: ReportBad) -> dict[str, Any]:
         num_good = 0
@@ -316,11 +324,14 @@ class _EventReader:
     tables: InteractionTables
     items: Keys
 
-    def __call__(self, part: PartOfTable, folder: Path) -> None:
+    @property
+    def columns(self) -> list[str | None]:
         tables = self.tables
-        columns = (tables.user_column, tables.item_column, tables.time_column, tables.rating_column)
+        return [tables.user_column, tables.item_column, tables.time_column, tables.rating_column]
+
+    def __call__(self, part: PartOfTable, folder: Path) -> None:
         with RowFile(folder / "events.parquet", EVENT) as events, RowFile(folder / "sequences.parquet", USER) as first:
-            read_part(part, columns, folder, partial(self._read, part, events, first))
+            read_part(part, self.columns, folder, partial(self._read, part, events, first))
 
     def _read(
         self, part: PartOfTable, events: RowFile, first: RowFile, batches: Iterator[SourceBatch], bad: ReportBad

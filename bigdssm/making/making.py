@@ -83,6 +83,8 @@ class Making:
 
         Raises DataError, which ends with what was wrong with rows before.
         """
+        wanted = list(dict.fromkeys(column for column in work.columns if column))
+        sources = [self.engine.source(f"{step}_{n}_source", source, wanted) for n, source in enumerate(sources)]
         jobs: list[PartOfTable] = parts_of(sources)
         rows = sum(source.size() for source in sources) // BYTES_PER_ROW
         quarantine = self.writer.quarantine
@@ -154,7 +156,8 @@ def _made_of(config: DataConfig, target: Target, sources: Sequence[Source], opti
     prints = [source.fingerprint() for source in sources]
     code = (code_checksum(), pa.__version__, tokenizers.__version__, np.__version__)
     declared = Schema.declared(config).fingerprint()
-    known = [asdict(config), declared, asdict(options), target.seed, files, prints, code]
+    engine = "built-in" if target.spark is None else "spark"
+    known = [asdict(config), declared, asdict(options), target.seed, files, prints, code, engine]
     return json.dumps(known, default=str, sort_keys=True)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
 import shutil
 import socket
 import uuid
@@ -22,18 +23,26 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bigdssm.errors import BigDSSMError, ConfigError
+from bigdssm.errors import BigDSSMError, ConfigError, DataError
+from bigdssm.features.columns import ReportBad, SourceBatch
 from bigdssm.making.engine import SMALL_WORK, Engine, Work
-from bigdssm.making.steps import ROWS_PER_READ, Table
+from bigdssm.making.steps import ROWS_PER_READ, Table, finished_folder
 from bigdssm.progress import Progress, no_progress
+from bigdssm.tables.files import LocalFile
+from bigdssm.tables.header import require_columns
+from bigdssm.tables.parquet import ParquetSource
+from bigdssm.tables.registry import open_source
+from bigdssm.tables.source import Part, Source
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 DIGITS = 15  # of a file's first row, which is its name
 POLL_S = 0.5
+PREFIX = "spark:"
+QUERY = re.compile(r"[\s(]*(select|with|from|values|table)\b", re.IGNORECASE)
 ANSWERS = "number long, answer binary"
-DEFAULTS = {"spark.app.name": "bigdssm", "spark.ui.showConsoleProgress": "false"}
+DEFAULTS: dict[str, str] = {"spark.app.name": "bigdssm", "spark.ui.showConsoleProgress": "false"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,44 @@ class Cluster:
 
     master: str | None = None  # None: what the settings or the environment say, else all cores of this machine
     conf: tuple[tuple[str, str], ...] = ()
+
+
+class SparkTable(Source):
+    """A table that the Spark session knows, or a query of its SQL; the engine makes files of it, which are read."""
+
+    def __init__(self, text: str) -> None:
+        """`text` is what stands behind `spark:`, such as db.events, parquet.`/path` or SELECT …"""
+        self._text, self.name = text, f"{PREFIX}{text}"
+
+    def fingerprint(self) -> str:
+        """Return its text: what it gave when a making began stays what the making is of."""
+        return self.name
+
+    def size(self) -> int:
+        """Return 0: nobody knows before it is read."""
+        return 0
+
+    def split(self) -> Sequence[Part]:
+        """Raise ConfigError: the engine is another one."""
+        raise ConfigError(f"{self.name} is read by Spark; give --engine spark (engine='spark'), or a file")
+
+    def read(self, part: Part, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
+        """Is never called: there are no parts."""
+        raise NotImplementedError
+
+    def frame(self, session: SparkSession) -> DataFrame:
+        """Return the table. Raises DataError where Spark cannot."""
+        query = self._text if QUERY.match(self._text) else f"SELECT * FROM {self._text}"
+        try:
+            return session.sql(query)
+        except Exception as error:  # whatever Java raises
+            raise DataError(f"{self.name}: Spark does not understand it: {_line(error)}") from error
+
+
+def open_table(table: str | Path) -> Source:
+    """Return the table at a path or URL, or behind `spark:`. Raises what `open_source` does."""
+    text = str(table)
+    return SparkTable(text.removeprefix(PREFIX)) if text.startswith(PREFIX) else open_source(table)
 
 
 class SparkEngine(Engine):
@@ -55,6 +102,7 @@ class SparkEngine(Engine):
         # Names of steps must not hide the session's own tables and views.
         self._steps = self.session.newSession()
         try:
+            self._set(cluster.conf)
             self._check_workers()
         except BaseException:
             self.close()
@@ -73,6 +121,32 @@ class SparkEngine(Engine):
         """Stop the session, unless it was there before."""
         if self._owned:
             self.session.stop()
+
+    def source(self, name: str, source: Source, columns: Sequence[str]) -> Source:
+        """Return a table, or query, that the session knows as Parquet files in the spool, sorted by `columns`.
+
+        So it does not matter how Spark parts it, and a making that was killed goes on with the same rows.
+        Raises DataError: it cannot be read, or lacks a column.
+        """
+        if not isinstance(source, SparkTable):
+            return source
+        folder = self.spool / name
+        if not folder.exists():
+            self.progress(f"reading {source.name}", 0, None)
+            frame = source.frame(self.session)
+            require_columns(source.name, frame.columns, columns)
+            own = [f"`{column.replace('`', '``')}`" for column in columns]
+            with finished_folder(folder) as aside, _telling(aside):
+                _write_numbered(frame.select(*own).orderBy(*own), aside)
+        return ParquetSource(*map(LocalFile, sorted(folder.glob("*.parquet"))), name=source.name)
+
+    def _set(self, conf: Iterable[tuple[str, str]]) -> None:
+        """Set what is given for a session that was there before. Raises ConfigError where it cannot be set any more."""
+        for name, value in () if self._owned else conf:
+            try:
+                self._steps.conf.set(name, value)
+            except Exception as error:  # whatever Java raises
+                raise ConfigError(f"{name} cannot be set in a Spark session that is there: {_line(error)}") from error
 
     def _check_workers(self) -> None:
         """Raise ConfigError where a worker does not see the spool folder."""
@@ -126,7 +200,7 @@ class SparkEngine(Engine):
 
     def _write(self, query: str, folder: Path) -> None:
         with _telling(folder):
-            write_numbered(self._steps.sql(query), folder)
+            _write_numbered(self._steps.sql(query), folder)
 
     def _name(self, name: str, table: Table, *, ordered: bool) -> None:
         with _telling(self.spool):
@@ -165,7 +239,7 @@ def _do(work: Work, jobs: Sequence[bytes], number: int) -> bytes | None:
     return None
 
 
-def write_numbered(frame: DataFrame, folder: Path) -> None:
+def _write_numbered(frame: DataFrame, folder: Path) -> None:
     """Write a sorted frame into `folder` as Parquet files that have the number of their first row as names."""
     parts = folder / "parts"
     options = {"compression": "zstd", "parquet.block.row.count.limit": str(ROWS_PER_READ)}
@@ -194,10 +268,10 @@ def _session(cluster: Cluster) -> tuple[SparkSession, bool]:
     except ImportError:
         raise ConfigError("the engine spark needs pyspark; pip install 'bigdssm[spark]'") from None
     if (active := SparkSession.getActiveSession()) is not None:
-        if cluster.master not in (None, active.sparkContext.master) or cluster.conf:
+        if cluster.master not in (None, active.sparkContext.master):
             raise ConfigError(
-                f"this process has a Spark session already, on {active.sparkContext.master}: leave out the master and "
-                "its settings, or stop it"
+                f"this process has a Spark session on {active.sparkContext.master} already, not on {cluster.master}: "
+                "leave out the master, or stop the session"
             )
         return active, False
     java = Path(os.environ["JAVA_HOME"], "bin", "java") if os.environ.get("JAVA_HOME") else "java"

@@ -49,23 +49,8 @@ class Table:
     def batches(
         self, first: int = 0, end: int | None = None, columns: Sequence[str] | None = None
     ) -> Iterator[pa.Table]:
-        """Yield rows [first, end) in pieces of ROWS_PER_READ, the last one of fewer, wherever files and groups end.
-
-        Only the row groups they stand in are read.
-        """
-        waiting: list[pa.Table] = []
-        count = 0
-        for piece in self._pieces(first, self.num_rows if end is None else min(end, self.num_rows), columns):
-            while count + piece.num_rows >= ROWS_PER_READ:
-                yield pa.concat_tables([*waiting, piece.slice(0, ROWS_PER_READ - count)])
-                piece, waiting, count = piece.slice(ROWS_PER_READ - count), [], 0
-            if piece.num_rows:
-                waiting.append(piece)
-                count += piece.num_rows
-        if waiting:
-            yield pa.concat_tables(waiting)
-
-    def _pieces(self, first: int, end: int, columns: Sequence[str] | None) -> Iterator[pa.Table]:
+        """Yield rows [first, end) in pieces of at most ROWS_PER_READ; only the row groups they stand in are read."""
+        end = self.num_rows if end is None else min(end, self.num_rows)
         number = bisect_right(self._ends, first)
         while first < end:
             start = self._ends[number - 1] if number else 0
