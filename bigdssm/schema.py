@@ -1,24 +1,28 @@
 """The fitted schema of a dataset: every feature with its vocabulary or normalisation, saved beside data and models.
 
-What is declared of a feature, and what was fitted, its type says: see `bigdssm.features`.
+schema.json has all but the vocabularies' values, and names the files in vocabularies/ beside it that have these. What
+is declared of a feature, and what was fitted, its type says: see `bigdssm.features`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from bigdssm.config import DataConfig
 from bigdssm.errors import DataError
 from bigdssm.features import Feature, texts_of
 from bigdssm.features.base import from_dict
-from bigdssm.features.categorical import categorical_of
+from bigdssm.features.categorical import Categorical, categorical_of
+from bigdssm.features.vocabulary import PartFile, Vocabulary
 
-SCHEMA_FILE = "schema.json"
-FORMAT = 2  # 1 gave every feature the fields of all types
+SCHEMA_FILE, VOCABULARIES = "schema.json", "vocabularies"
+FORMAT = 3  # 1 gave every feature the fields of all types, 2 had the vocabularies in schema.json
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Schema:
         return bool(texts_of(self.query) or texts_of(self.doc))
 
     def fingerprint(self) -> str:
-        """Return a hash of everything in the schema."""
+        """Return a hash of everything in the schema, however its vocabularies are cut into files."""
         return hashlib.sha256(json.dumps(self._to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
     def vocabulary_sizes(self) -> dict[str, dict[str, int]]:
@@ -59,15 +63,15 @@ class Schema:
             for side, features in self.sides.items()
         }
 
+    @property
+    def vocabulary_files(self) -> list[PartFile]:
+        """Return the files of all vocabularies; of a schema that was loaded or saved."""
+        return [file for _, _, feature in self._vocabularies() for file in feature.vocabulary.files]
+
     def cut(self, sizes: dict[str, dict[str, int]]) -> Schema:
         """Return the schema with every vocabulary cut to the first so many values (0 where `sizes` has no entry)."""
 
-        def side(name: str, features: dict[str, Feature]) -> dict[str, Feature]:
-            sized = sizes.get(name, {})
-            known = categorical_of(features).items()
-            return features | {n: replace(f, vocabulary=f.vocabulary[: sized.get(n, 0)]) for n, f in known}
-
-        return replace(self, query=side("query", self.query), doc=side("doc", self.doc))
+        return self._with_vocabularies(lambda side, name, known: known.cut(sizes.get(side, {}).get(name, 0)))
 
     def difference(self, other: Schema) -> str | None:
         """Return a phrase that names the first difference from `other` (declaration, not vocabulary), or None."""
@@ -82,26 +86,87 @@ class Schema:
                         return f"{side}.{name}.{key}={a[key]!r} against {b[key]!r}"
         return None
 
-    def save(self, folder: Path) -> None:
-        """Write `schema.json` into `folder`."""
-        text = json.dumps(self._to_dict(), ensure_ascii=False, indent=1)
+    def save(self, folder: Path) -> Schema:
+        """Write `schema.json` and the vocabularies' files into `folder`, and return the schema that maps these.
+
+        Files of vocabularies that are in another folder are linked or copied. Raises OSError, which names the file.
+        """
+        saved = self._with_vocabularies(
+            lambda side, name, known: known.saved(folder / VOCABULARIES, quote(f"{side}.{name}", safe=""))
+        )
+        text = json.dumps(saved._to_dict(files=True), ensure_ascii=False, indent=1)
         (folder / SCHEMA_FILE).write_text(text + "\n", encoding="utf-8")
+        return saved
 
     @classmethod
     def load(cls, folder: Path) -> Schema:
-        """Read `schema.json` from `folder`. Raises DataError where it is missing or unreadable."""
+        """Read `schema.json` from `folder`, and map the vocabularies' files.
+
+        Raises DataError: one of them is missing, unreadable or not as long as it should be. What the bytes are, is the
+        checksums' to say.
+        """
         path = folder / SCHEMA_FILE
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if (found := content.get("format", 1)) != FORMAT:
                 raise DataError(f"{path} has format {found}, this version reads format {FORMAT}; make it again")
             sides = {side: {name: from_dict(f) for name, f in content[side].items()} for side in ("query", "doc")}
-            return cls(**sides, display=content["display"])
+            described = content[VOCABULARIES]
+            schema = cls(**sides, display=content["display"])._with_vocabularies(
+                lambda side, name, _: _opened(folder, described.get(side, {}).get(name, {}).get("files", []))
+            )
+            if schema._to_dict(files=True)[VOCABULARIES] != described:
+                raise DataError(f"{folder / VOCABULARIES} is not what {path} was written with; copy both again")
+            return schema
         except FileNotFoundError:
             raise DataError(f"{path} does not exist; {folder} is no dataset or model folder of this project") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is damaged or of another version: {error!r}") from None
 
-    def _to_dict(self) -> dict[str, Any]:
+    def exported(self) -> dict[str, Any]:
+        """Return all of it as plain containers, vocabularies as lists, for whoever reads it without this project."""
+        sides = {side: {name: f.exported() for name, f in features.items()} for side, features in self.sides.items()}
+        return {**sides, "display": self.display}
+
+    def _to_dict(self, *, files: bool = False) -> dict[str, Any]:
         sides = {side: {name: f.to_dict() for name, f in features.items()} for side, features in self.sides.items()}
-        return {"format": FORMAT, **sides, "display": self.display}
+        vocabularies: dict[str, dict[str, Any]] = {side: {} for side in sides}
+        for side, name, feature in self._vocabularies():
+            known = feature.vocabulary
+            vocabularies[side][name] = {"values": len(known), "checksum": known.checksum}
+            if files:
+                vocabularies[side][name]["files"] = [
+                    {"file": f"{VOCABULARIES}/{part.path.name}", "rows": part.rows, "checksum": part.checksum}
+                    for part in known.files
+                ]
+        return {"format": FORMAT, **sides, "display": self.display, VOCABULARIES: vocabularies}
+
+    def _vocabularies(self) -> list[tuple[str, str, Categorical]]:
+        """Return side, name and feature where there is a vocabulary."""
+        sides = self.sides.items()
+        return [(side, name, f) for side, every in sides for name, f in categorical_of(every).items() if f.vocabulary]
+
+    def _with_vocabularies(self, change: Callable[[str, str, Vocabulary], Vocabulary]) -> Schema:
+        """Return the schema with every vocabulary as `change` makes it of side, name and what it is."""
+        sides = {
+            side: features
+            | {n: replace(f, vocabulary=change(side, n, f.vocabulary)) for n, f in categorical_of(features).items()}
+            for side, features in self.sides.items()
+        }
+        return replace(self, query=sides["query"], doc=sides["doc"])
+
+
+def vocabulary_checksums(content: Mapping[str, Any]) -> dict[str, str]:
+    """Return the checksum of each of the vocabularies' files that schema.json names, by its path in the folder.
+
+    Raises KeyError, TypeError, AttributeError: `content` is not that of such a file.
+    """
+    described = [one for side in content[VOCABULARIES].values() for one in side.values()]
+    return {part["file"]: part["checksum"] for one in described for part in one["files"]}
+
+
+def _opened(folder: Path, files: list[dict[str, Any]]) -> Vocabulary:
+    for place in (Path(part["file"]) for part in files):
+        if place.parts != (VOCABULARIES, place.name) or place.name.startswith("."):
+            raise DataError(f"{folder}/{SCHEMA_FILE} names a file {str(place)!r}, not one in {VOCABULARIES}/; refused")
+    return Vocabulary.open([PartFile(folder / part["file"], part["rows"], part["checksum"]) for part in files])

@@ -13,8 +13,9 @@ from bigdssm.errors import CheckpointError
 from bigdssm.hashing import json_checksum
 
 MANIFEST = "manifest.json"
-# 1 had no checksum of the manifest itself, 2 one of each file as a whole, and no tensor in pieces
-FORMAT = 3
+# 1 had no checksum of the manifest itself, 2 one of each file as a whole, and no tensor in pieces; in 3 the dataset's
+# schema had another fingerprint
+FORMAT = 4
 
 
 class OtherFormatError(CheckpointError):

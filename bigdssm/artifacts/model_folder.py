@@ -1,4 +1,4 @@
-"""The model folder: config.yaml, schema.json, tokenizer/, text/, model.safetensors and bigdssm.json.
+"""The model folder: config.yaml, schema.json, vocabularies/, tokenizer/, text/, model.safetensors and bigdssm.json.
 
 It holds all that is needed to encode: a text encoder that started from a pretrained folder brings its architecture
 along (text/<key>/config.json), so that this folder need not exist any more. Nothing in it is ever unpickled or run.
@@ -35,7 +35,7 @@ from bigdssm.models import DualEncoder
 from bigdssm.models.encoders import TextEncoder, text_configs
 from bigdssm.schema import SCHEMA_FILE, Schema
 
-FORMAT = 3  # 1 had no checksum of the config; the config of 2 has keys that are gone
+FORMAT = 4  # 1 had no checksum of the config, 2 keys in it that are gone, 3 the vocabularies in schema.json
 META_FILE, CONFIG_FILE, WEIGHTS_FILE = "bigdssm.json", "config.yaml", "model.safetensors"
 TOKENIZER_DIR, TEXT_DIR = "tokenizer", "text"
 INSIDE_A_RUN = ("sft/best", "pretrain/best", "best")  # looked at where a run or a stage was given
@@ -190,8 +190,8 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if meta["format"] != FORMAT:
             raise CheckpointError(
-                f"{folder} is a model folder of format {meta['format']}, this version reads format {FORMAT}, whose "
-                "config has other keys; train again, or use the version that wrote it"
+                f"{folder} is a model folder of format {meta['format']}, this version reads format {FORMAT}; "
+                "train again, or use the version that wrote it"
             )
         missing = {"provenance", "checksums", "config_checksum"} - set(meta)
     except (FileNotFoundError, NotADirectoryError):

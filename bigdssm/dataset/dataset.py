@@ -33,7 +33,7 @@ from bigdssm.log import get_logger
 from bigdssm.schema import Schema
 from bigdssm.urls import is_url
 
-FORMAT = 3
+FORMAT = 3  # 2 had the vocabularies in schema.json, counts of all documents, and no sorted keys
 log = get_logger(__name__)
 
 

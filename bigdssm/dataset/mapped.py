@@ -12,19 +12,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from bigdssm.arrow_file import open_arrow
 from bigdssm.errors import DataError
 from bigdssm.features import ragged
 from bigdssm.features.ragged import Column, Ragged, from_arrow
-
-
-def open_arrow(path: Path) -> pa.ipc.RecordBatchFileReader:
-    """Return a memory-mapped reader of an Arrow file. Raises DataError: missing, or no Arrow file."""
-    try:
-        return pa.ipc.open_file(pa.memory_map(str(path)))
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing; the dataset is not complete, make it again or copy it whole") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is no readable Arrow file ({error}); copy it again or make it again") from None
 
 
 class MappedTable:

@@ -18,6 +18,7 @@ import xxhash
 from bigdssm.dataset.cache import Cache, key_of
 from bigdssm.dataset.files import COUNTS_FILE
 from bigdssm.errors import DataError
+from bigdssm.schema import SCHEMA_FILE, vocabulary_checksums
 from bigdssm.urls import CHUNK_BYTES, MISMATCHES, fetch, join, shown, size_of
 
 
@@ -88,7 +89,9 @@ class RemoteFolder:
         content = self._json("dataset.json", f"{shown(self.url)} is no dataset")
         try:
             names = [str(name) for name in content["partitions"]]
-            self._small("schema.json")
+            described = self._json(SCHEMA_FILE, "copy the dataset whole")
+            for file, checksum in vocabulary_checksums(described).items():
+                self._large(file, checksum)
             for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
                 self._small(f"tokenizer/{file}", optional=True)
             for part in content["catalogue"]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bigdssm.artifacts.model_folder import TOKENIZER_DIR, ModelFolder
+from bigdssm.atomic import write_json
 from bigdssm.dataset.tensors import Features, pad_ids
 from bigdssm.errors import ConfigError
 from bigdssm.export.probe import Parity, Probe, largest_difference
@@ -26,6 +27,7 @@ from bigdssm.export.text_tower import SIDES, Side, alpha
 from bigdssm.features import Feature
 from bigdssm.models import DualEncoder
 from bigdssm.models.score import document_head, query_head
+from bigdssm.schema import SCHEMA_FILE
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 18
@@ -39,7 +41,7 @@ def write_onnx(model: ModelFolder, out: Path) -> Parity:
     """
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"--format onnx needs {', '.join(missing)}: pip install 'bigdssm[onnx]'")
-    model.schema.save(out)
+    write_json(out / SCHEMA_FILE, model.schema.exported())
     if model.tokenizer_dir is not None:
         shutil.copytree(model.tokenizer_dir, out / TOKENIZER_DIR)
     probe = Probe(model)

@@ -18,6 +18,7 @@ from bigdssm.features.ragged import Column, Ragged
 from bigdssm.features.text import Text, texts_of
 from bigdssm.features.tokenizer import TextTokenizer
 from bigdssm.features.vector import Vector
+from bigdssm.features.vocabulary import Vocabulary
 
 __all__ = [
     "FIRST_CODE",
@@ -33,6 +34,7 @@ __all__ = [
     "Text",
     "TextTokenizer",
     "Vector",
+    "Vocabulary",
     "encode_columns",
     "encode_values",
     "feature_types",

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 # Codes of values from a vocabulary: padding or missing; any other value; the vocabulary in its order.
 PADDING, OUT_OF_VOCABULARY, FIRST_CODE = 0, 1, 2
-FITTED: Mapping[str, Any] = {"fitted": True}  # of fields that the data say, not the config
+FITTED: Mapping[str, Any] = {"fitted": True, "omegaconf_ignore": True}  # of fields that the data say, not the config
 
 Fault = tuple[np.ndarray, Callable[[int], str]]
 """Which rows are wrong, bool [R], and what to say of one of them."""
@@ -73,7 +74,7 @@ class Feature(ABC):
     from_sequence: ClassVar[bool] = False  # its values are the events before the row's; no column holds them
     example: ClassVar[str] = '"a value"'  # as Python, for model cards
     # What makes an exported tower's input of JSON values, complete as it stands beside NumPy (`np`): functions whose
-    # source is copied into model cards, the last one of (feature as in schema.json, values, `Exported`).
+    # source is copied into model cards, the last one of (`exported()`, values, `Exported`).
     onnx_code: ClassVar[tuple[Callable[..., Any], ...]] = ()
 
     column: str | None = None  # column of the source table; the feature's own name by default
@@ -102,8 +103,12 @@ class Feature(ABC):
         return {"type": self.type, **said}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it, as plain containers; `from_dict` is the way back."""
-        return {"type": self.type, **asdict(self)}
+        """Return all of it but a vocabulary, as plain containers; `from_dict` is the way back."""
+        return {"type": self.type, **{f.name: getattr(self, f.name) for f in fields(self)}}
+
+    def exported(self) -> dict[str, Any]:
+        """Return all of it as plain containers, for the code in an exported model's card."""
+        return self.to_dict()
 
     # ----- source → canonical
 
@@ -134,11 +139,16 @@ class Feature(ABC):
         return None
 
     def counted(self, column: pa.Array) -> tuple[pa.Array, np.ndarray] | None:
-        """Return the values (strings) that may come into its vocabulary and the row of each, int64; None without one."""
+        """Return the values (strings) that a vocabulary may get and the row of each, int64; None where it has none."""
         return None
 
-    def with_values(self: F, values: Iterable[str]) -> F:
-        """Return the feature with more values at the end of its vocabulary."""
+    @property
+    def least_count(self) -> int:
+        """Return how often a value must stand in train rows to come into its vocabulary."""
+        return 1
+
+    def with_values(self: F, path: Path, values: Iterable[pa.Array]) -> F:
+        """Return the feature with values (strings, at least one) at the end of its vocabulary; they come to `path`."""
         raise NotImplementedError
 
     def typed(self, value: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,10 +25,11 @@ from bigdssm.features.base import (
     pad_lists,
     register,
 )
-from bigdssm.features.columns import RowCheck, strings, value_lists
+from bigdssm.features.columns import RowCheck, is_empty, strings, value_lists
 from bigdssm.features.ragged import Column, Ragged
 from bigdssm.features.tokenizer import TextTokenizer
-from bigdssm.hashing import hash64
+from bigdssm.features.vocabulary import Vocabulary, write_part
+from bigdssm.string_hashes import hash_strings
 
 UNKNOWN = "<out of vocabulary>"
 
@@ -65,12 +66,20 @@ class Categorical(Feature):
     separator: str = " "  # multi: what parts the values in a cell
     min_count: int = bounded(1, 1, 10**9)  # rarer values become out-of-vocabulary
     hash_buckets: int = bounded(0, 0, 2**30)  # 0 keeps an exact vocabulary, else values are hashed into this many
-    vocabulary: tuple[str, ...] = field(default=(), metadata=FITTED)
+    vocabulary: Vocabulary = field(default=Vocabulary(), metadata=FITTED)
 
     def check(self, key: str, side: str, docs: Mapping[str, Feature]) -> None:
         """Raise ConfigError on several values that nothing parts."""
         if self.multi and not self.separator:
             raise ConfigError(f"{key}.separator: got '', needs what parts the values in a cell")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all but the vocabulary, which is in files."""
+        return {key: value for key, value in super().to_dict().items() if key != "vocabulary"}
+
+    def exported(self) -> dict[str, Any]:
+        """Return all, the vocabulary as a list."""
+        return {**self.to_dict(), "vocabulary": list(self.vocabulary)}
 
     @property
     def example(self) -> str:  # type: ignore[override]
@@ -108,9 +117,15 @@ class Categorical(Feature):
         new = self.codes(column.cast(pa.string())) == OUT_OF_VOCABULARY
         return column.filter(pa.array(new)), rows[new]
 
-    def with_values(self, values: Iterable[str]) -> Categorical:
-        """Return the feature with more values at the end of its vocabulary."""
-        return replace(self, vocabulary=(*self.vocabulary, *values))
+    @property
+    def least_count(self) -> int:
+        """Return how often a value must stand in train rows to come into its vocabulary."""
+        return self.min_count
+
+    def with_values(self, path: Path, values: Iterable[pa.Array]) -> Categorical:
+        """Return the feature with values (strings, at least one) at the end of its vocabulary; they come to `path`."""
+        part = write_part(path, values, first=len(self.vocabulary))
+        return replace(self, vocabulary=self.vocabulary.with_file(part))
 
     def typed(self, value: str) -> Any:
         """Return the value, or those that the separator parts."""
@@ -126,26 +141,21 @@ class Categorical(Feature):
     def encode(self, column: pa.Array, tokenizer: TextTokenizer | None, *, large: bool = False) -> pa.Array:
         """Return the codes of values."""
         if not self.multi:
-            return pa.array(self.codes(column.cast(pa.string())))
-        codes = self.codes(column.flatten().cast(pa.string()))
+            return pa.array(self.codes(column))
+        codes = self.codes(column.flatten())
         offsets = np.concatenate([[0], np.cumsum(pc.list_value_length(column).to_numpy())]).astype(np.int32)
         return pa.ListArray.from_arrays(pa.array(offsets), pa.array(codes))
 
     def codes(self, values: pa.Array) -> np.ndarray:
         """Return the int32 codes of single values (strings; null or '' is missing)."""
-        missing = pc.fill_null(pc.equal(values, ""), True).to_numpy(zero_copy_only=False)
+        values = pc.fill_null(values, "")
         if self.hash_buckets:
-            hashed = [FIRST_CODE + hash64(value or "") % self.hash_buckets for value in values.to_pylist()]
-            codes = np.array(hashed, np.int32)
+            codes = (FIRST_CODE + hash_strings(values) % self.hash_buckets).astype(np.int32)
         else:
-            found = pc.fill_null(pc.index_in(values, value_set=self._value_set), -1).to_numpy(zero_copy_only=False)
-            codes = np.where(found < 0, OUT_OF_VOCABULARY, found + FIRST_CODE).astype(np.int32)
-        codes[missing] = PADDING
+            found = self.vocabulary.codes(values)
+            codes = np.where(found < 0, np.int32(OUT_OF_VOCABULARY), found + np.int32(FIRST_CODE))
+        codes[is_empty(values)] = PADDING
         return codes
-
-    @cached_property
-    def _value_set(self) -> pa.Array:
-        return pa.array(self.vocabulary, pa.string())
 
     def faults(self, column: Column, vocab_size: int) -> Iterator[Fault]:
         """Yield unknown codes."""

@@ -1,8 +1,8 @@
 """Makes a dataset folder appear whole or not at all, and lets one grow by immutable partitions.
 
 A new dataset is written into a hidden folder beside its place and renamed; a partition is written into a hidden folder
-inside the dataset and moved in, `dataset.json` replaced last. What a killed run finished is taken up by the next one, if
-it makes the same of the same; else it is cleared.
+inside the dataset and moved in, `dataset.json` replaced last. What a killed run finished is taken up by the next one,
+if it makes the same of the same; else it is cleared.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from bigdssm.dataset.dataset import FORMAT
 from bigdssm.errors import BigDSSMError, ConfigError, DataError
 from bigdssm.hashing import file_checksum
 from bigdssm.making.quarantine import Quarantine
-from bigdssm.schema import SCHEMA_FILE, Schema
+from bigdssm.schema import SCHEMA_FILE, VOCABULARIES, Schema
 
 DATASET_FILE, QUARANTINE_FILE = "dataset.json", "quarantine.jsonl"
 TOKENIZER, CATALOGUE, PARTITIONS = "tokenizer", "catalogue", "partitions"
@@ -147,12 +147,12 @@ class DatasetWriter:
             "catalogue": [*self.content["catalogue"], *new],
             PARTITIONS: [*self.content[PARTITIONS], self.partition],
         }
-        schema.save(self.staging)
+        schema = schema.save(self.staging)
         write_json(self.staging / DATASET_FILE, dataset)
         (self.spool / MADE_OF).unlink()  # first: it speaks of what is removed now
         shutil.rmtree(self.spool)
         if self.append:
-            self._move_in()
+            self._move_in(schema)
         else:
             self._replace()
 
@@ -171,13 +171,16 @@ class DatasetWriter:
             raise DataError(f"{self.out} has a partition {self.partition!r} already; partitions are never rewritten")
         return {"text": "tokens", **content}
 
-    def _move_in(self) -> None:
+    def _move_in(self, schema: Schema) -> None:
         for path in sorted(self.catalogue_dir.iterdir()):
             os.replace(path, self.out / CATALOGUE / path.name)
         place = self.out / PARTITIONS / self.partition
         remove(place)  # dataset.json does not know it: a killed run's
         os.replace(self.partition_dir, place)
         self._join_quarantine(self.out / QUARANTINE_FILE)
+        (self.out / VOCABULARIES).mkdir(exist_ok=True)
+        for part in schema.vocabulary_files:  # those that were there are other names of the same files
+            os.replace(part.path, self.out / VOCABULARIES / part.path.name)
         os.replace(self.staging / SCHEMA_FILE, self.out / SCHEMA_FILE)
         os.replace(self.staging / DATASET_FILE, self.out / DATASET_FILE)
         shutil.rmtree(self.staging)

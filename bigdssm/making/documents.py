@@ -15,7 +15,7 @@ from bigdssm.dataset.keys import Keys, write_keys
 from bigdssm.features import Feature
 from bigdssm.making.engine import Engine
 from bigdssm.making.steps import Table
-from bigdssm.tables.hashing import hash_strings
+from bigdssm.string_hashes import hash_strings
 
 DOCUMENT_COLUMNS = ("place", "doc_id", "content", "doc_key", "display")
 

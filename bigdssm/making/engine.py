@@ -44,7 +44,7 @@ class Engine(ABC):
         return table
 
     def select(self, name: str, query: str, *, order: str) -> Table:
-        """Return the rows of a query sorted by `order`, which no two different rows share; queries know it by `name`."""
+        """Return a query's rows sorted by `order`, which no two different rows share; queries know it by `name`."""
         folder = self.spool / name
         if not folder.exists():
             self.progress(f"sorting {name}", 0, None)

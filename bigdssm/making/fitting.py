@@ -95,16 +95,18 @@ def fit_side(engine: Engine, side: Side, *, grow: bool) -> dict[str, Feature]:
                 fitter.merge(state[name])
             fitted[name] = fitter.fitted(feature, grow=grow)
         elif feature.counted(pa.array([], feature.canonical_type)) is not None:
-            fitted[name] = feature.with_values(_frequent(engine, step, number, feature.min_count))
+            values = _frequent(engine, step, number, feature.least_count)
+            if values.num_rows:
+                batches = (piece.column("value").combine_chunks() for piece in values.batches(columns=["value"]))
+                fitted[name] = feature.with_values(engine.spool / f"{step}_{number}.arrow", batches)
     return fitted
 
 
-def _frequent(engine: Engine, step: str, number: int, min_count: int) -> Iterator[str]:
-    """Yield the values of a feature that stand in enough rows, by the first place they stand at, then by the alphabet."""
+def _frequent(engine: Engine, step: str, number: int, least_count: int) -> Table:
+    """Return the values that stand in enough rows, by the first place they stand at, then by the alphabet."""
     sums = f"SELECT value, sum(count) AS n, min(place) AS place FROM {step} WHERE feature = {number} GROUP BY value"
-    query = f"SELECT value, place FROM ({sums}) summed WHERE n >= {min_count}"
-    for piece in engine.select(f"{step}_{number}", query, order="place, value").batches(columns=["value"]):
-        yield from piece.column("value").to_pylist()
+    query = f"SELECT value, place FROM ({sums}) summed WHERE n >= {least_count}"
+    return engine.select(f"{step}_{number}", query, order="place, value")
 
 
 def _learn(side: Side, job: tuple[int, int], folder: Path) -> None:

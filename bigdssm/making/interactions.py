@@ -64,7 +64,8 @@ from bigdssm.making.steps import RowFile, Table, read_facts
 from bigdssm.making.writing import write_catalogue, write_counts, write_split
 from bigdssm.progress import Progress, no_progress
 from bigdssm.schema import Schema
-from bigdssm.tables.hashing import hash_rows, hash_strings
+from bigdssm.string_hashes import hash_strings
+from bigdssm.tables.hashing import hash_rows
 from bigdssm.tables.source import Source
 
 Split = Literal["leave-one-out", "time", "train"]

@@ -25,7 +25,11 @@ class LocalEngine(Engine):
     def __init__(self, spool: Path, progress: Progress = no_progress, *, processes: int = 0) -> None:
         super().__init__(spool, progress)
         self._processes = processes or len(os.sched_getaffinity(0))
-        settings = {"memory_limit": MEMORY, "temp_directory": str(spool / "sorting"), "threads": self._processes}
+        settings: dict[str, str | bool | int | float | list[str]] = {
+            "memory_limit": MEMORY,
+            "temp_directory": str(spool / "sorting"),
+            "threads": self._processes,
+        }
         self._database = duckdb.connect(config=settings)
 
     def view(self, name: str, query: str) -> None:
@@ -43,7 +47,7 @@ class LocalEngine(Engine):
 
     def _run(self, work: Work, jobs: Sequence[tuple[Any, Path]], rows: int) -> Iterable[Any]:
         if min(self._processes, len(jobs)) < 2 or rows < SMALL_WORK:
-            return (work(job, folder) for job, folder in jobs)
+            return map(work, *zip(*jobs, strict=True)) if jobs else ()
         return Parallel(self._processes, return_as="generator_unordered", batch_size=1)(
             delayed(work)(job, folder) for job, folder in jobs
         )

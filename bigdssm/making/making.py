@@ -96,7 +96,11 @@ class Making:
             quarantine.add(error.bad)
             raise DataError(f"{error}{quarantine.told()}") from None
         quarantine.add(bad_rows(folders))
-        quarantine.num_good += int(sum(read_facts(folder)["num_good"] for folder in folders))
+        facts = [read_facts(folder) for folder in folders]
+        quarantine.num_good += int(sum(some["num_good"] for some in facts))
+        for number, source in enumerate(sources):
+            if not any(some["num_rows"] for job, some in zip(jobs, facts, strict=True) if job.number == number):
+                raise DataError(f"{source.name} has no usable rows{quarantine.told()}")
         return folders
 
     def finish(

@@ -46,9 +46,10 @@ from bigdssm.making.steps import RowFile, Table
 from bigdssm.making.writing import write_catalogue, write_counts, write_split
 from bigdssm.progress import Progress, no_progress
 from bigdssm.schema import Schema
+from bigdssm.string_hashes import hash_strings
 from bigdssm.tables.beir import check_place
 from bigdssm.tables.explode import exploded
-from bigdssm.tables.hashing import hash_rows, hash_strings, row_keys, shuffle_keys
+from bigdssm.tables.hashing import hash_rows, row_keys, shuffle_keys
 
 ROW_COLUMNS = {
     "place": pa.int64(),

@@ -94,11 +94,18 @@ def read_part(part: PartOfTable, columns: Iterable[str | None], folder: Path, ta
 
     Raises Unreadable.
     """
-    bad = BadRows()
+    bad, num_rows = BadRows(), 0
     wanted = list(dict.fromkeys(column for column in columns if column))
+
+    def batches() -> Iterator[SourceBatch]:
+        nonlocal num_rows
+        for batch in part.source.batches(part.part, wanted, bad.report):
+            num_rows += len(batch.rows)
+            yield batch
+
     try:
-        counts = take(part.source.batches(part.part, wanted, bad.report), bad.report)
+        counts = take(batches(), bad.report)
     except DataError as error:
         raise Unreadable(str(error), bad.records) from None
     bad.save(folder)
-    write_facts(folder, **counts)
+    write_facts(folder, num_rows=num_rows, **counts)

@@ -14,7 +14,8 @@ from bigdssm.errors import ConfigError
 from bigdssm.features.columns import RowCheck, check_one_unit, is_empty, strings, times
 from bigdssm.making.engine import Engine
 from bigdssm.making.steps import RowFile, Table, read_facts
-from bigdssm.tables.hashing import hash_strings, uniform
+from bigdssm.string_hashes import hash_strings
+from bigdssm.tables.hashing import uniform
 
 PairSplit = Literal["random", "time", "column", "train"]
 SPLITS = ("train", "validation", "test")

@@ -76,7 +76,8 @@ def write_catalogue(
 
 
 def _write_documents(
-    table: Table, features: dict[str, Feature], text: TextTokenizer | None, job: tuple[int, tuple[int, int]], folder: Path
+    table: Table, features: dict[str, Feature], text: TextTokenizer | None,
+    job: tuple[int, tuple[int, int]], folder: Path,
 ) -> None:  # fmt: skip
     number, (first, end) = job
     rows = table.read(first, end)

@@ -18,6 +18,7 @@ from bigdssm.hashing import file_checksum
 from bigdssm.making.dataset_writer import TOKENIZER, read_dataset_json
 from bigdssm.making.writing import TAR_HEADER_BYTES
 from bigdssm.progress import Progress, no_progress
+from bigdssm.schema import VOCABULARIES
 from bigdssm.urls import is_url
 
 
@@ -38,6 +39,8 @@ def verify_dataset(folder: str | Path, progress: Progress = no_progress) -> list
 
 def _damages(dataset: Dataset, progress: Progress) -> list[str]:
     damages = list(_compared(dataset.dir / TOKENIZER, read_dataset_json(dataset.dir).get(TOKENIZER, {})))
+    vocabularies = {file.path.name: file.checksum for file in dataset.schema.vocabulary_files}
+    damages += _compared(dataset.dir / VOCABULARIES, vocabularies)
     for number, partition in enumerate(dataset.partitions):
         content = partition.content
         known = {part["file"]: part["checksum"] for part in content.get("sequences", [])}

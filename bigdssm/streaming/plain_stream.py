@@ -37,8 +37,9 @@ from bigdssm.log import get_logger
 from bigdssm.streaming.lanes import LaneRows
 from bigdssm.streaming.row_stream import RowStream
 from bigdssm.streaming.workers import load, one_core_each, until_an_error
+from bigdssm.string_hashes import hash_strings
 from bigdssm.tables.files import LocalFile
-from bigdssm.tables.hashing import hash_rows, hash_strings, row_keys
+from bigdssm.tables.hashing import hash_rows, row_keys
 from bigdssm.tables.records import record_batch
 from bigdssm.tables.webdataset_source import KEY, check_shard, is_text, record_of
 from bigdssm.urls import is_url

@@ -1,4 +1,4 @@
-"""64-bit keys at write time: hashes of strings and rows, a counter hash for splits and shuffles.
+"""64-bit keys at write time: hashes of rows, a counter hash for splits and shuffles.
 
 Everything that looks random in a dataset is one of these functions of the seed and a row's number or name, so the
 same input and seed give the same bytes on every machine and library version.
@@ -9,15 +9,9 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from xxhash import xxh3_64_intdigest
 
 from bigdssm.hashing import hash64, mix64
-
-
-def hash_strings(array: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """Return hash64 of every string, int64 [rows]."""
-    values = array.cast(pa.large_binary()).to_pylist()
-    return np.fromiter(map(xxh3_64_intdigest, values), np.uint64, len(values)).view(np.int64)
+from bigdssm.string_hashes import hash_strings
 
 
 def hash_rows(table: pa.Table) -> np.ndarray:

@@ -17,7 +17,7 @@ from bigdssm.batching.batch import Batch
 from bigdssm.batching.lengths import lengths_of
 from bigdssm.batching.plan import Budget, plan_step
 from bigdssm.config import EngineConfig, ModelConfig, OptimizerConfig, TextEncoderConfig, TowerConfig
-from bigdssm.features import Categorical, History, Text
+from bigdssm.features import Categorical, History, Text, Vocabulary
 from bigdssm.losses import LossOutput, fps_loss
 from bigdssm.models import DualEncoder, Encoded, new_model, use_packing
 from bigdssm.retrieval import embed
@@ -30,7 +30,7 @@ from .spawn import Pool
 TEXT = Text(max_tokens=9).named("words")
 SCHEMA = Schema(
     {"words": TEXT, "history": History(of="item", max_items=6).named("history")},
-    {"words": TEXT, "item": Categorical(vocabulary=tuple("abcdefghijklmnopqrstuvwx")).named("item")},
+    {"words": TEXT, "item": Categorical(vocabulary=Vocabulary.of("abcdefghijklmnopqrstuvwx")).named("item")},
 )
 TOWER = TowerConfig(mlp=(16,), embedding_dim=8, text=TextEncoderConfig(layers=1, hidden=16))
 MODEL = ModelConfig(dim=16, alpha_init=5.0, share_text=True, query=TOWER, doc=TOWER)

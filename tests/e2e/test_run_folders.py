@@ -95,7 +95,7 @@ def renamed(path: Path) -> None:
     [
         (edited('"step": 8', '"step": 7'), "manifest.json is damaged: its content does not have the checksum"),
         (edited('"applied": 8', '"applied": 3'), "manifest.json is damaged: its content does not have the checksum"),
-        (edited('"format": 3', '"format": 4'), "manifest.json is damaged: its content does not have the checksum"),
+        (edited('"format": 4', '"format": 5'), "manifest.json is damaged: its content does not have the checksum"),
         (renamed, "step-00000009 was written as step-00000008; give it that name again"),
     ],
     ids=["step", "applied", "format", "folder"],

@@ -20,7 +20,7 @@ from bigdssm.config import (
     check_many_queries,
 )
 from bigdssm.errors import ConfigError
-from bigdssm.features import Categorical, History, Numeric
+from bigdssm.features import Categorical, History, Numeric, Vocabulary
 from bigdssm.models import DualEncoder, Places, new_model, use_plain_attention
 from bigdssm.schema import Schema
 
@@ -29,7 +29,7 @@ QUERY = {
     "history": History(of="item", max_items=MAX_ITEMS).named("history"),
     "age": Numeric(mean=30.0, std=10.0).named("age"),
 }
-DOC = {"item": Categorical(vocabulary=tuple(map(str, range(NUM_ITEMS - 2)))).named("item")}
+DOC = {"item": Categorical(vocabulary=Vocabulary.of(map(str, range(NUM_ITEMS - 2)))).named("item")}
 ROWS = torch.tensor([[2, 3, 4, 5, 6, 7, 8], [9, 2, 9, 1, 0, 0, 0], [0] * 7, [5, 5, 5, 5, 5, 0, 0]])
 LENGTHS = [7, 4, 0, 5]
 

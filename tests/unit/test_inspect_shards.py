@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -108,7 +109,7 @@ def place_of_a_word(folder: Path) -> int:
     return (folder / "tokenizer/tokenizer.json").read_bytes().index(b'"##e"') + 3
 
 
-SHARD = "partitions/base/train-000000.tar"
+SHARD, VOCABULARY = "partitions/base/train-000000.tar", "vocabularies/doc.item_id.000000.arrow"
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "payload": (lambda d: flip(d / SHARD, block_place(d, 1)[0] + 9), "train-000000.tar, block 1: .*damaged"),
     "header": (lambda d: flip(d / SHARD, block_place(d, 2)[0] - 400), "train-000000.tar, block 2: .*header"),
@@ -122,6 +123,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         "sequences-000000.arrow is damaged",
     ),
     "tokenizer": (lambda d: flip(d / "tokenizer/tokenizer.json", place_of_a_word(d)), "tokenizer.json is damaged"),
+    "vocabulary": (
+        lambda d: flip(d / VOCABULARY, os.stat(d / VOCABULARY).st_size // 2),
+        "item_id.000000.arrow is damaged",
+    ),
     "counts": (lambda d: flip(d / "partitions/base/counts.npy", 200), "counts.npy is damaged"),
 }
 

@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # The rooms of the library, ground first. A module imports only from lower floors and from its own room; rooms of one
 # floor do not know each other. Within a room modules do not import each other in a circle.
 FLOORS = (
-    ("bounds", "errors", "hashing", "loss_options", "progress", "source", "timing"),
-    ("atomic",),
+    ("bounds", "errors", "hashing", "loss_options", "progress", "source", "string_hashes", "timing"),
+    ("arrow_file", "atomic"),
     ("log",),
     ("cli", "features", "urls"),  # features: torch-free; configs declare them
     ("config", "distributed"),

@@ -12,6 +12,7 @@ import yaml
 
 from bigdssm.commands.make_shards import main as make_shards
 from bigdssm.commands.make_tables import main
+from bigdssm.schema import Schema
 
 BEAUTY = "u1 a b c\nu2 b a\n"
 BEAUTY_ATTRIBUTES = {"a": [7, "x"], "c": [], "z": [9]}
@@ -223,7 +224,7 @@ def test_make_shards_takes_what_comes_out(tmp_path: Path) -> None:
     config.write_text(yaml.safe_dump({"run": {"dir": str(tmp_path / "run")}, "data": data}))
     files = [word for name in ("interactions", "items", "users") for word in (f"--{name}", str(out / f"{name}.tsv"))]
     assert make_shards(["interactions", "--config", str(config), *files]) == 0
-    schema = json.loads((tmp_path / "dataset" / "schema.json").read_text())
-    assert sorted(schema["doc"]["genres"]["vocabulary"]) == ["Comedy", "Drama", "Romance"]
-    assert sorted(schema["query"]["occupation"]["vocabulary"]) == ["K-12 student", "self-employed"]
+    schema = Schema.load(tmp_path / "dataset")
+    assert sorted(schema.doc["genres"].vocabulary) == ["Comedy", "Drama", "Romance"]
+    assert sorted(schema.query["occupation"].vocabulary) == ["K-12 student", "self-employed"]
     assert not (tmp_path / "dataset" / "quarantine.jsonl").read_text()

@@ -10,19 +10,19 @@ from transformers import BertConfig
 
 from bigdssm.config import HistoryEncoderConfig, ModelConfig, TextEncoderConfig, TowerConfig
 from bigdssm.errors import ConfigError
-from bigdssm.features import Categorical, History, Numeric, Text
+from bigdssm.features import Categorical, History, Numeric, Text, Vocabulary
 from bigdssm.models import ALPHA_MAX, DualEncoder, MlpScorer, new_model, use_plain_attention
 from bigdssm.models.encoders import TextEncoder
 from bigdssm.schema import Schema
 
 QUERY = {
     "history": History(of="item", max_items=6).named("history"),
-    "gender": Categorical(vocabulary=("f", "m")).named("gender"),
+    "gender": Categorical(vocabulary=Vocabulary.of(("f", "m"))).named("gender"),
     "age": Numeric(mean=30.0, std=10.0).named("age"),
 }
 DOC = {
-    "item": Categorical(vocabulary=tuple("abcdefgh")).named("item"),
-    "genres": Categorical(multi=True, vocabulary=("x", "y")).named("genres"),
+    "item": Categorical(vocabulary=Vocabulary.of("abcdefgh")).named("item"),
+    "genres": Categorical(multi=True, vocabulary=Vocabulary.of(("x", "y"))).named("genres"),
     "title": Text(max_tokens=16).named("title"),
 }
 CONFIG = ModelConfig(

@@ -16,7 +16,7 @@ from bigdssm.batching.chunks import Chunked
 from bigdssm.batching.lengths import Lengths, lengths_of
 from bigdssm.batching.plan import StepPlan, plan_side
 from bigdssm.config import HistoryEncoderConfig, ModelConfig, TextEncoderConfig, TowerConfig
-from bigdssm.features import Categorical, Feature, History, Numeric, Text
+from bigdssm.features import Categorical, Feature, History, Numeric, Text, Vocabulary
 from bigdssm.models import DualEncoder, PackedLists, Places, Spans, compile_layers, new_model, pack, use_packing
 from bigdssm.schema import Schema
 from tests.packing import within_rows
@@ -29,9 +29,9 @@ QUERY: dict[str, Feature] = {
     "age": Numeric(mean=30.0, std=10.0).named("age"),
 }
 DOC: dict[str, Feature] = {
-    "item": Categorical(vocabulary=tuple(map(str, range(NUM_ITEMS - 2)))).named("item"),
+    "item": Categorical(vocabulary=Vocabulary.of(map(str, range(NUM_ITEMS - 2)))).named("item"),
     "title": Text(max_tokens=12).named("title"),
-    "tags": Categorical(multi=True, vocabulary=("a", "b")).named("tags"),
+    "tags": Categorical(multi=True, vocabulary=Vocabulary.of(("a", "b"))).named("tags"),
 }
 LISTS = {"query": {"history": 0, "words": PAD, "more": PAD}, "doc": {"title": PAD, "tags": 0}}
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bigdssm import timing
 from bigdssm.batching.lengths import lengths_of
 from bigdssm.config import HistoryEncoderConfig, ModelConfig, TextEncoderConfig, TowerConfig
-from bigdssm.features import Categorical, History, Numeric, Text
+from bigdssm.features import Categorical, History, Numeric, Text, Vocabulary
 from bigdssm.models import Places, SideSize, new_model
 from bigdssm.running.time_table import TimeTable
 from bigdssm.schema import Schema
@@ -95,7 +95,7 @@ def test_operations_by_formula_are_those_that_torch_counts(block: Any, positions
     schema = Schema(
         {"history": History(of="item", max_items=6).named("history")},
         {
-            "item": Categorical(vocabulary=tuple("abcdefgh")).named("item"),
+            "item": Categorical(vocabulary=Vocabulary.of("abcdefgh")).named("item"),
             "year": Numeric().named("year"),
             "title": Text(max_tokens=16).named("title"),
         },

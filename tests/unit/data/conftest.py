@@ -15,7 +15,7 @@ import xxhash
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from bigdssm.features import Categorical, History, Numeric, Text
+from bigdssm.features import Categorical, History, Numeric, Text, Vocabulary
 from bigdssm.hashing import hash64
 from bigdssm.schema import Schema
 
@@ -41,16 +41,16 @@ class Writer:
     @property
     def schema(self) -> Schema:
         doc = {
-            "item": Categorical(vocabulary=tuple(f"i{i}" for i in range(NUM_DOCS))).named("item"),
-            "tags": Categorical(multi=True, vocabulary=("a", "b", "c")).named("tags"),
+            "item": Categorical(vocabulary=Vocabulary.of(f"i{i}" for i in range(NUM_DOCS))).named("item"),
+            "tags": Categorical(multi=True, vocabulary=Vocabulary.of(("a", "b", "c"))).named("tags"),
             "year": Numeric(mean=1990.0, std=10.0).named("year"),
         }
         query = {"age": Numeric().named("age")}
         if self.text:
             doc["title"] = Text(max_tokens=8).named("title")
             query["words"] = Text(max_tokens=6).named("words")
-            query["job"] = Categorical(vocabulary=("a", "b", "c")).named("job")
-            query["likes"] = Categorical(multi=True, vocabulary=("a", "b", "c")).named("likes")
+            query["job"] = Categorical(vocabulary=Vocabulary.of(("a", "b", "c"))).named("job")
+            query["likes"] = Categorical(multi=True, vocabulary=Vocabulary.of(("a", "b", "c"))).named("likes")
         if self.interactions:
             query["history"] = History(of="item", max_items=5).named("history")
         return Schema(query, doc)
@@ -65,7 +65,7 @@ class Writer:
             self._partition(name, seed=len(self.partitions))
             self.partitions.append(name)
         content = {
-            "format": 2,
+            "format": 3,
             "name": "tiny",
             "schema": self.schema.fingerprint(),
             "catalogue": [catalogue],

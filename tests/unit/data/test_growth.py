@@ -15,7 +15,7 @@ from bigdssm.batching.collate import Collator
 from bigdssm.config import DataConfig, TokenizerConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
-from bigdssm.features import Categorical, Numeric, Text
+from bigdssm.features import Categorical, Numeric, Text, Vocabulary
 from bigdssm.making.making import Target
 from bigdssm.making.pairs import PairTables, make_pairs
 from bigdssm.schema import Schema
@@ -30,9 +30,15 @@ CONFIG = DataConfig(
 )
 
 
+def kind_of(line: int) -> int:
+    """Return one of 40 on the first day, on the second one of 49."""
+    return line % 40 if line < ROWS else line % 49
+
+
 def table(path: Path, first: int, count: int) -> Path:
     rows = (
-        {"line": i, "words": f"word{i % 50} of {i % 7}", "kind": f"kind {i % 40}"} for i in range(first, first + count)
+        {"line": i, "words": f"word{i % 50} of {i % 7}", "kind": f"kind {kind_of(i)}"}
+        for i in range(first, first + count)
     )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -72,13 +78,18 @@ def test_every_row_of_both_days_arrives_with_its_own_document(grown: tuple[Path,
     for _ in range(stream.steps_per_epoch):
         batch = collate(next(stream))
         kinds = [vocabulary[code - 2] for code in batch.doc["kind"][batch.positive].tolist()]
-        assert kinds == [f"kind {int(line) % 40}" for line in batch.query["line"].tolist()]
+        assert kinds == [f"kind {kind_of(int(line))}" for line in batch.query["line"].tolist()]
     assert dataset.doc_counts().sum() == ROWS + 500
 
 
 def test_an_appended_partition_leaves_the_first_as_it_was(grown: tuple[Path, dict[str, str]]) -> None:
     folder, before = grown
     assert checksums(folder / "partitions" / "day1") == before
+    files = Dataset.open(folder).schema.vocabulary_files
+    assert [(file.path.name, file.rows) for file in files] == [
+        ("doc.kind.000000.arrow", 40),
+        ("doc.kind.000001.arrow", 9),
+    ]
     first, second = Dataset.open(folder, ["day1"]), Dataset.open(folder, ["day2"])
     assert sorted(epoch(first).tolist()) == list(range(ROWS))
     assert sorted(epoch(second).tolist()) == list(range(ROWS, ROWS + 500))
@@ -109,7 +120,7 @@ def test_a_stream_begins_at_partitions_that_were_added(grown: tuple[Path, dict[s
     assert not second.check_state(first.state())
     folder = Path(shutil.copytree(grown[0], tmp_path / "data"))
     vocabulary = Schema.load(folder).doc["kind"].vocabulary
-    longer = changed_schema(folder, vocabulary=(*vocabulary, "a new kind"))
+    longer = changed_schema(folder, vocabulary=Vocabulary.of((*vocabulary, "a new kind")))
     assert not streams(longer)[1].check_state(first.state())
 
 
@@ -119,8 +130,9 @@ def test_a_vocabulary_that_has_not_only_grown_is_refused(
 ) -> None:
     state = streams(grown[0])[0].state()
     folder = Path(shutil.copytree(grown[0], tmp_path / "data"))
-    words = Schema.load(folder).doc["kind"].vocabulary
-    changes = {"order": {"vocabulary": (*words[::-1], "new")}, "shorter": {"vocabulary": words[:-1]}}
+    words = list(Schema.load(folder).doc["kind"].vocabulary)
+    changes = {"order": {"vocabulary": Vocabulary.of([*words[::-1], "new"])}}
+    changes["shorter"] = {"vocabulary": Vocabulary.of(words[:-1])}
     changed_schema(folder, **changes.get(change, {"column": "other"}))
     with pytest.raises(DataError, match="schema was") as caught:
         streams(folder)[1].check_state(state)

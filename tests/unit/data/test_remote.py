@@ -178,6 +178,7 @@ def test_the_rows_are_those_on_disk(server: Server, store: Cache, interactions: 
     assert dataset.fingerprint == local.fingerprint
     assert dataset.doc_counts().tolist() == local.doc_counts().tolist()
     assert dataset.catalogue.keys(np.arange(3)) == ["d0", "d1", "d2"]
+    assert list(dataset.schema.doc["item"].vocabulary) == [f"i{number}" for number in range(37)]
     next(iter(dataset.iterate("train", 10)))  # this process has its connections before the others are forked
     assert steps(dataset, num_workers=workers) == steps(local)
 
@@ -271,6 +272,8 @@ def test_damage_on_the_server_is_damage(server: Server, store: Cache, caplog) ->
         (lambda d: (d / "dataset.json").write_text("{"), r"dataset.json is damaged"),
         (lambda d: (d / "dataset.json").write_text("{}"), r"metadata of another format"),
         (lambda d: (d / "schema.json").unlink(), r"schema.json does not exist"),
+        (lambda d: (d / "vocabularies/doc.item.000000.arrow").unlink(), r"doc.item.000000.arrow does not exist"),
+        (lambda d: (d / "vocabularies/doc.item.000000.arrow").write_bytes(b"x"), r"item.000000.arrow is damaged: its"),
         (lambda d: (d / "catalogue/000000.arrow").unlink(), r"000000.arrow does not exist"),
         (lambda d: (d / "catalogue/000000.arrow").write_bytes(b"x"), r"000000.arrow is damaged: its checksum"),
         (lambda d: (d / "partitions/all/train.index.arrow").write_bytes(b"x"), r"train.index.arrow is damaged"),

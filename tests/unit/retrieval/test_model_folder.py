@@ -17,6 +17,7 @@ from bigdssm.batching.collate import Collator
 from bigdssm.config import Config, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError
+from bigdssm.features import Vocabulary
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.schema import Schema
 from tests.unit.retrieval.conftest import random_model
@@ -42,7 +43,15 @@ def test_round_trip(model: DualEncoder, model_dir: Path, config: Config, dataset
     assert not folder.model.training
     folder.check_dataset(dataset)
     names = {path.name for path in model_dir.iterdir()}
-    assert names == {"config.yaml", "schema.json", "tokenizer", "text", "model.safetensors", "bigdssm.json"}
+    assert names == {
+        "config.yaml",
+        "schema.json",
+        "vocabularies",
+        "tokenizer",
+        "text",
+        "model.safetensors",
+        "bigdssm.json",
+    }
 
 
 def test_weights_of_a_sharded_model_come_from_state(
@@ -104,8 +113,11 @@ def test_a_flipped_bit_is_found(copied: Path) -> None:
         load_model_folder(copied)
 
 
+VOCABULARY = "vocabularies/doc.genres.000000.arrow"
+
+
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "schema.json", "tokenizer/tokenizer.json", "text/doc/config.json"]
+    "name", ["model.safetensors", "schema.json", VOCABULARY, "tokenizer/tokenizer.json", "text/doc/config.json"]
 )
 def test_a_missing_file_is_named(copied: Path, name: str) -> None:
     (copied / name).unlink()
@@ -119,10 +131,10 @@ def test_damaged_descriptions(copied: Path) -> None:
         ("{", "damaged"),
         ("[]", "damaged"),
         (json.dumps({**meta, "format": 99}), "format 99"),
-        (json.dumps({"format": 3}), "lacks"),
+        (json.dumps({"format": 4}), "lacks"),
         (
             json.dumps({**meta, "format": 1}),
-            "of format 1, this version reads format 3, whose config has other keys",
+            "of format 1, this version reads format 4; train again",
         ),
     ):
         (copied / "bigdssm.json").write_text(content)
@@ -153,7 +165,7 @@ def test_weights_of_another_model_do_not_fit(copied: Path) -> None:
 
 def test_a_dataset_of_another_schema_is_refused(model_dir: Path, dataset: Dataset) -> None:
     folder = load_model_folder(model_dir)
-    grown = replace(dataset.schema.doc["genres"], vocabulary=("z",))
+    grown = replace(dataset.schema.doc["genres"], vocabulary=Vocabulary.of(("z",)))
     other = replace(folder, schema=Schema(dataset.schema.query, {**dataset.schema.doc, "genres": grown}))
     with pytest.raises(CheckpointError, match="another vocabulary"):
         other.check_dataset(dataset)

@@ -8,7 +8,7 @@ import pytest
 
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import Categorical, Numeric, Ragged, Text, TextTokenizer
+from bigdssm.features import Categorical, Numeric, Ragged, Text, TextTokenizer, Vocabulary
 from bigdssm.features.ragged import Column
 from bigdssm.retrieval.search import DocumentNames, feature_query, history_query, user_query
 from bigdssm.schema import Schema
@@ -59,8 +59,8 @@ def test_typed_features(dataset: Dataset) -> None:
             "words": Text(max_tokens=4).named("words"),
             "more": Text(max_tokens=6).named("more"),
             "age": Numeric().named("age"),
-            "sex": Categorical(vocabulary=("m", "f")).named("sex"),
-            "tags": Categorical(multi=True, separator="|", vocabulary=("a b", "c")).named("tags"),
+            "sex": Categorical(vocabulary=Vocabulary.of(("m", "f"))).named("sex"),
+            "tags": Categorical(multi=True, separator="|", vocabulary=Vocabulary.of(("a b", "c"))).named("tags"),
         }
     )
     assert dataset.tokenizer_dir is not None

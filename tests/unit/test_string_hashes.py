@@ -1,0 +1,35 @@
+"""Hashes of whole columns of strings are those of the strings one by one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from bigdssm.hashing import hash64
+from bigdssm.string_hashes import AT_ONCE, hash_strings
+
+# every length of bytes from 0 to 40 and some longer, of one, two and four bytes a character
+LETTERS = ("abcdefg", "é", "😀x")
+VALUES = [(some * 300)[shift : shift + length] for some in LETTERS for length in range(41) for shift in range(3)]
+VALUES += ["long " * length for length in (26, 49, 300)]
+
+
+@pytest.mark.parametrize("type_", [pa.string(), pa.large_string()])
+def test_a_column_has_the_hashes_of_its_strings(type_: pa.DataType) -> None:
+    expected = [hash64(value) for value in VALUES]
+    array = pa.array(["before", *VALUES, "behind"], type_).slice(1, len(VALUES))
+    assert hash_strings(array).tolist() == expected
+    assert hash_strings(pa.chunked_array([array[:7], array[7:7], array[7:]])).tolist() == expected
+    for value, hashed in zip(VALUES, expected, strict=True):  # alone, nothing of its neighbours is read
+        assert hash_strings(pa.array([value], type_)).tolist() == [hashed]
+
+
+def test_a_column_longer_than_what_is_hashed_at_once() -> None:
+    values = [f"u{number}" for number in range(AT_ONCE + 5)]
+    hashes = hash_strings(pa.array(values))
+    assert hashes.dtype == np.int64 and len(hashes) == len(values)
+    assert [hashes[i] for i in (0, AT_ONCE - 1, AT_ONCE, -1)] == [
+        hash64(values[i]) for i in (0, AT_ONCE - 1, AT_ONCE, -1)
+    ]
+    assert hash_strings(pa.array([], pa.string())).tolist() == []
