@@ -172,7 +172,5 @@ def test_partitions_do_not_matter(
     conf = {
         "spark.sql.shuffle.partitions": str(partitions),
         "spark.sql.adaptive.coalescePartitions.enabled": "false",  # of so few rows it would make one
-        "spark.sql.files.maxPartitionBytes": str(1 << 20 if partitions == 1 else 4096),
-        "spark.sql.files.openCostInBytes": "0",
     }
     assert make(tables, kind, tmp_path, spark=Cluster(conf=tuple(conf.items()))) == built_in(kind)

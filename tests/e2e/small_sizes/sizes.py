@@ -5,16 +5,16 @@ from collections.abc import Callable
 from typing import Any
 
 SIZES = {
-    "BLOCKS_PER_SHARD": 3,
-    "DOCUMENTS_PER_FILE": 50,
+    "BLOCKS_PER_SHARD": 6,
+    "DOCUMENTS_PER_FILE": 60,
     "MAX_BLOCK_ROWS": 30,
     "MIN_BLOCK_ROWS": 8,
-    "ROWS_PER_FIT": 64,
-    "ROWS_PER_PART": 100,
+    "ROWS_PER_FIT": 400,
+    "ROWS_PER_PART": 600,
     "ROWS_PER_READ": 48,
-    "SEQUENCES_PER_FILE": 17,
+    "SEQUENCES_PER_FILE": 30,
     "SMALL_WORK": 0,
-    "UNITS_PER_JOB": 100,
+    "UNITS_PER_JOB": 400,
 }
 
 
