@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,7 +166,7 @@ class SparkEngine(Engine):
 
     def _run(self, work: Work, jobs: Sequence[tuple[Any, Path]], rows: int) -> Iterable[Any]:
         if len(jobs) < 2 or rows < SMALL_WORK:
-            return (work(job, folder) for job, folder in jobs)
+            return starmap(work, jobs)
         return self._spread(work, jobs)
 
     def _spread(self, work: Work, jobs: Sequence[tuple[Any, Path]]) -> Iterator[Path]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -27,6 +28,7 @@ from bigdssm.making.interactions import InteractionTables, make_interactions
 from bigdssm.making.making import Target
 from bigdssm.making.pairs import PairTables, make_pairs
 from bigdssm.making.spark import Cluster
+from tests.conftest import WORDS
 from tests.e2e.runs import ROOT
 
 pyspark = pytest.importorskip("pyspark")
@@ -66,7 +68,6 @@ SPLITS: dict[str, list[dict[str, Any]]] = {  # of the first partition, and of th
     "interactions": [{"split": "leave-one-out"}, {"split": "time"}],
     "pairs": [{"whole_documents": True, "split_column": "group"}, {"split": "time", "split_column": "time"}],
 }
-WORDS = "river stone bridge lantern copper meadow signal harbor winter violet engine mirror saddle basket".split()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,8 +84,13 @@ def small() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def session(small: None) -> Iterator[Any]:
-    builder = pyspark.sql.SparkSession.builder.master("local[2]").config("spark.ui.enabled", "false")
-    session = builder.config("spark.sql.warehouse.dir", "file:///nowhere").getOrCreate()
+    settings = {  # code is made and compiled for millions of rows; here it would take most of the time
+        "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1",
+        "spark.sql.codegen.wholeStage": "false",
+        "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+        "spark.ui.enabled": "false",
+    }
+    session = pyspark.sql.SparkSession.builder.master("local[2]").config(map=settings).getOrCreate()
     session.sparkContext.setLogLevel("ERROR")
     yield session
     session.stop()
@@ -174,3 +180,120 @@ def test_partitions_do_not_matter(
         "spark.sql.adaptive.coalescePartitions.enabled": "false",  # of so few rows it would make one
     }
     assert make(tables, kind, tmp_path, spark=Cluster(conf=tuple(conf.items()))) == built_in(kind)
+
+
+def test_tables_and_queries_of_the_session(session: Any, tables: Path, tmp_path: Path) -> None:
+    session.read.parquet(f"{tables}/events").createOrReplaceTempView("events")  # steps have one of that name, too
+    config = load_config(tables / "interactions.yaml").data
+    given = (
+        "spark:SELECT *, 1 AS more FROM events WHERE rating >= 2",
+        f"spark:parquet.`{tables}/items`",
+        str(tables / "users"),
+    )
+
+    def made(name: str, files: tuple[str, ...], **engine: Any) -> dict[str, bytes]:
+        target = Target(tmp_path / name / "dataset", **engine)
+        make_interactions(config, InteractionTables(*files, rating_column="rating"), target)
+        return content(tmp_path / name / "dataset")
+
+    one = made("one", given, spark=Cluster(conf=(("spark.sql.shuffle.partitions", "1"),)))
+    session.read.parquet(f"{tables}/events").repartition(5).createOrReplaceTempView("events")
+    assert made("two", given, spark=Cluster(conf=(("spark.sql.shuffle.partitions", "5"),))) == one, (
+        "parts of the table do not matter"
+    )
+    for name in ("events", "items"):  # the same rows in the order of their columns
+        rows = pq.read_table(tables / name)
+        rows = rows.filter(pc.greater_equal(rows["rating"], 2)) if name == "events" else rows
+        columns = ["user_id", "item_id", "timestamp", "rating"] if name == "events" else ["item_id", "title", "year"]
+        keys = [(column, "ascending") for column in columns]
+        pq.write_table(rows.sort_by(keys), tmp_path / f"{name}.parquet")
+    files = (str(tmp_path / "events.parquet"), str(tmp_path / "items.parquet"), str(tables / "users"))
+    sorted_files = made("files", files, processes=1)
+    quarantine = [c.pop("quarantine.jsonl").replace(b"spark:SELECT", b"") for c in (one, sorted_files)]
+    assert one == sorted_files
+    assert quarantine[0].count(b"\n") == quarantine[1].count(b"\n") > 0
+    for wrong, said in (
+        ("spark:SELECT nothing FROM events", "nothing"),
+        ("spark:no_table", "no_table"),
+        ("spark:SELECT user_id, item_id FROM events", "has no column 'timestamp'"),
+    ):
+        with pytest.raises(DataError, match=said):
+            made("wrong", (wrong, *given[1:]), spark=Cluster())
+    assert not (tmp_path / "wrong").exists() or not list((tmp_path / "wrong").iterdir())
+    with pytest.raises(ConfigError, match="give --engine spark"):
+        make_interactions(config, InteractionTables(*given), Target(tmp_path / "local"))
+
+
+def test_bad_rows_and_damaged_tables_are_told_as_ever(
+    session: Any, tables: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tables / "events", tmp_path / "events")
+    command = ["interactions", "--config", str(tables / "interactions.yaml"), "--out", str(tmp_path / "out"),
+               "--interactions", str(tmp_path / "events"), "--items", str(tables / "items"),
+               "--users", str(tables / "users"), "--engine", "spark"]  # fmt: skip
+    assert main([*command, "data.max_bad_fraction=0.001"]) == DataError.exit_code
+    assert "rows are bad" in capfd.readouterr().err
+    damaged = tmp_path / "events" / "part-1.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:300] + b"?" * 300 + damaged.read_bytes()[600:])
+    assert main(command) == DataError.exit_code
+    assert f"{damaged.parent} is damaged" in capfd.readouterr().err
+    assert main([*command, "--master", "spark://elsewhere:7077"]) == ConfigError.exit_code
+    assert "has a Spark session on local[2] already" in capfd.readouterr().err
+    assert main([*command, "--spark-conf", "spark.executor.memory=1g"]) == ConfigError.exit_code
+    assert "spark.executor.memory cannot be set" in capfd.readouterr().err
+    assert main([*command[:-2], "--master", "local[2]"]) == ConfigError.exit_code
+    assert "would have no effect without the engine spark" in capfd.readouterr().err
+
+
+def test_a_cluster_whose_driver_is_killed_goes_on(tables: Path, built_in: Any, tmp_path: Path) -> None:
+    """A standalone master and two workers on this machine: a making on them is killed with -9, and begun again."""
+    with cluster(tmp_path) as master:
+        run = [sys.executable, str(ROOT / "tools" / "make_shards.py"), "pairs", "--config", str(tables / "pairs.yaml"),
+               "--out", str(tmp_path / "dataset"), "--partition", "day", "--engine", "spark", "--master", master,
+               "--spark-conf", "spark.ui.enabled=false", "--spark-conf", "spark.executor.memory=512m",
+               "--pairs", str(tables / "pairs"), str(tables / "pairs" / "part-0.parquet"),
+               "--doc-id-column", "id", "--relevance-column", "relevance", "--dedup", "--whole-documents",
+               "--group-column", "group", "--validation-fraction", "0.1"]  # fmt: skip
+        spool = tmp_path / ".dataset.unfinished" / "spool"
+        with subprocess.Popen(run) as process:
+            wait_for(lambda: (spool / "train").exists(), process)
+            process.kill()
+        finished = {path: path.stat().st_mtime_ns for path in spool.glob("*/*") if not path.name.startswith(".")}
+        assert finished
+        assert not (tmp_path / "dataset").exists()
+        with subprocess.Popen(run) as process:
+            wait_for(lambda: (spool / "write_train").exists(), process)
+            assert all(path.stat().st_mtime_ns == time for path, time in finished.items()), "nothing is made twice"
+            assert process.wait() == 0
+    made, expected = content(tmp_path / "dataset"), built_in("pairs")
+    assert len(made) > 10
+    partition = {name: made[name] for name in made if name.startswith("partitions/") or name.endswith("000.arrow")}
+    assert partition == {name: expected[name] for name in partition}
+
+
+@contextmanager
+def cluster(folder: Path) -> Iterator[str]:
+    """Run a standalone master and two workers; yield the master's URL."""
+    port, binary = free_port(), Path(pyspark.__file__).parent / "bin" / "spark-class"
+    master = f"spark://127.0.0.1:{port}"
+    commands = [["master.Master", "--host", "127.0.0.1", "--port", port, "--webui-port", free_port()]]
+    for number in range(2):
+        own = ["--cores", "1", "--memory", "600m", "--work-dir", str(folder / f"work{number}")]
+        commands.append(["worker.Worker", *own, "--webui-port", free_port(), master])
+    with ExitStack() as stack:
+        for command in commands:
+            log = stack.enter_context((folder / f"{command[0]}.log").open("a"))
+            whole = [str(binary), f"org.apache.spark.deploy.{command[0]}", *command[1:]]
+            environment = os.environ | {"SPARK_LOCAL_IP": "127.0.0.1", "PYSPARK_PYTHON": sys.executable}
+            process = subprocess.Popen(whole, stdout=log, stderr=log, env=environment)
+            stack.callback(process.wait)
+            stack.callback(process.terminate)
+        yield master
+
+
+def wait_for(happened: Callable[[], bool], process: subprocess.Popen[bytes], most_s: float = 300) -> None:
+    end = time.monotonic() + most_s
+    while not happened():
+        assert process.poll() is None, "it ended before"
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.05)
