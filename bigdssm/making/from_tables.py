@@ -45,7 +45,10 @@ def make_dataset(
     )  # fmt: skip
     if (pairs is None) == (interactions is None and items is None and users is None):
         raise ConfigError("a dataset is made of pairs=, or of interactions= and items=, and maybe users=")
-    with tempfile.TemporaryDirectory() as spool:
+    if target.spark is not None:
+        target.out.parent.mkdir(parents=True, exist_ok=True)
+    # Spark's workers see what is beside the dataset, maybe not this machine's own disk.
+    with tempfile.TemporaryDirectory(dir=None if target.spark is None else target.out.parent) as spool:
 
         def file(name: str, table: Any) -> Path | str:
             if not is_table(table):

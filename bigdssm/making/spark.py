@@ -157,7 +157,7 @@ class SparkEngine(Engine):
             with _telling(self.spool):
                 answers = self._tasks(partial(_blind, token), self.session.sparkContext.defaultParallelism).collect()
         finally:
-            token.unlink()
+            token.unlink(missing_ok=True)
         if blind := sorted({answer.decode() for _, answer in answers if answer is not None}):
             raise ConfigError(
                 f"Spark's worker on {blind[0]} does not see {self.spool}; choose an --out on a disk that this machine "

@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,9 @@ from bigdssm.making.spark import Cluster
 from tests.conftest import WORDS
 from tests.e2e.runs import ROOT
 
-pyspark = pytest.importorskip("pyspark")
-if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
-    pytest.skip("needs Java", allow_module_level=True)
+if find_spec("pyspark") is None or not ("JAVA_HOME" in os.environ or shutil.which("java")):
+    give_up = pytest.fail if "BIGDSSM_FULL" in os.environ else partial(pytest.skip, allow_module_level=True)
+    give_up("needs pyspark, the extra [spark], and Java")
 pytestmark = pytest.mark.slow
 
 SMALL = Path(__file__).parent / "small_sizes"
@@ -90,7 +92,9 @@ def session(small: None) -> Iterator[Any]:
         "spark.sql.codegen.factoryMode": "NO_CODEGEN",
         "spark.ui.enabled": "false",
     }
-    session = pyspark.sql.SparkSession.builder.master("local[2]").config(map=settings).getOrCreate()
+    from pyspark.sql import SparkSession
+
+    session = SparkSession.builder.master("local[2]").config(map=settings).getOrCreate()
     session.sparkContext.setLogLevel("ERROR")
     yield session
     session.stop()
@@ -225,7 +229,7 @@ def test_tables_and_queries_of_the_session(session: Any, tables: Path, tmp_path:
 
 
 def test_bad_rows_and_damaged_tables_are_told_as_ever(
-    session: Any, tables: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    session: Any, tables: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(tables / "events", tmp_path / "events")
     command = ["interactions", "--config", str(tables / "interactions.yaml"), "--out", str(tmp_path / "out"),
@@ -237,6 +241,10 @@ def test_bad_rows_and_damaged_tables_are_told_as_ever(
     damaged.write_bytes(damaged.read_bytes()[:300] + b"?" * 300 + damaged.read_bytes()[600:])
     assert main(command) == DataError.exit_code
     assert f"{damaged.parent} is damaged" in capfd.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "touch", lambda path: None)  # the file that workers look for
+        assert main(command) == ConfigError.exit_code
+        assert f"does not see {tmp_path / '.out.unfinished' / 'spool'}" in capfd.readouterr().err
     assert main([*command, "--master", "spark://elsewhere:7077"]) == ConfigError.exit_code
     assert "has a Spark session on local[2] already" in capfd.readouterr().err
     assert main([*command, "--spark-conf", "spark.executor.memory=1g"]) == ConfigError.exit_code
@@ -274,7 +282,7 @@ def test_a_cluster_whose_driver_is_killed_goes_on(tables: Path, built_in: Any, t
 @contextmanager
 def cluster(folder: Path) -> Iterator[str]:
     """Run a standalone master and two workers; yield the master's URL."""
-    port, binary = free_port(), Path(pyspark.__file__).parent / "bin" / "spark-class"
+    port, binary = free_port(), Path(str(find_spec("pyspark").origin)).parent / "bin" / "spark-class"
     master = f"spark://127.0.0.1:{port}"
     commands = [["master.Master", "--host", "127.0.0.1", "--port", port, "--webui-port", free_port()]]
     for number in range(2):
