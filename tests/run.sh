@@ -21,9 +21,9 @@ for argument in "$@"; do
     esac
 done
 
-extras=test
+extras="test"
 if [ $full = 1 ]; then
-    extras=test,spark # 400 MB
+    extras="test,spark" # 400 MB
     export BIGDSSM_FULL=1
 fi
 setup_env "$extras"

@@ -11,6 +11,7 @@ import pickle
 import re
 import shutil
 import socket
+import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 DIGITS = 15  # of a file's first row, which is its name
-POLL_S = 0.5
+POLL_S = 1.0
 PREFIX = "spark:"
 QUERY = re.compile(r"[\s(]*(select|with|from|values|table)\b", re.IGNORECASE)
 ANSWERS = "number long, answer binary"
@@ -185,8 +186,8 @@ class SparkEngine(Engine):
             try:
                 while not answers.done():
                     wait([answers], POLL_S)
-                    finished = [folder for folder in left if folder.exists()]
-                    left = [folder for folder in left if folder not in set(finished)]
+                    finished = {folder for folder in left if folder.exists()}
+                    left = [folder for folder in left if folder not in finished]
                     yield from finished
             except BaseException:
                 self._steps.interruptTag(tag)
@@ -280,6 +281,7 @@ def _session(cluster: Cluster) -> tuple[SparkSession, bool]:
         raise ConfigError(
             f"the engine spark needs Java 17 or newer, but there is no {java}; install it, or set JAVA_HOME"
         )
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # else Spark takes the first python3
     builder = SparkSession.builder.config(map=DEFAULTS | dict(cluster.conf))
     if cluster.master is not None:
         builder = builder.master(cluster.master)
@@ -306,9 +308,7 @@ def _telling(folder: Path) -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
-    """Return the line of an error that says most: of a Python worker's traceback the last, else the first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
-    own = [number for number, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
-    return (
-        lines[0][:300] if not own else next((s for s in lines[own[0] + 1 :] if ": " in s and "File" not in s), "")[:300]
-    )
+    """Return the line of an error that says what is wrong: a traceback's, of Python or Java, is not the first."""
+    text = str(error).strip() or repr(error)
+    named = re.findall(r"^(?:: )?[\w.]*(?:Error|Exception): .*$", text, re.MULTILINE)
+    return str([*named, *text.splitlines()][0])[:300]
