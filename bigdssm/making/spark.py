@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import starmap
+from itertools import accumulate, starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -246,15 +246,10 @@ def _write_numbered(frame: DataFrame, folder: Path) -> None:
     parts = folder / "parts"
     options = {"compression": "zstd", "parquet.block.row.count.limit": str(ROWS_PER_READ)}
     frame.write.options(**options).parquet(_location(parts))
-    files = sorted(parts.glob("part-*.parquet"))
-    rows = [pq.read_metadata(file).num_rows for file in files]
-    first = 0
-    for file, count in zip(files, rows, strict=True):
-        if count or not any(rows):
-            os.replace(file, folder / f"{first:0{DIGITS}d}.parquet")
-            first += count
-        if not any(rows):
-            break
+    rows = {file: pq.read_metadata(file).num_rows for file in sorted(parts.glob("part-*.parquet"))}
+    kept = [file for file, count in rows.items() if count] or list(rows)[:1]
+    for file, first in zip(kept, accumulate((rows[file] for file in kept), initial=0), strict=False):
+        os.replace(file, folder / f"{first:0{DIGITS}d}.parquet")
     shutil.rmtree(parts)
 
 
