@@ -39,6 +39,13 @@ if find_spec("pyspark") is None or not ("JAVA_HOME" in os.environ or shutil.whic
 pytestmark = pytest.mark.slow
 
 SMALL = Path(__file__).parent / "small_sizes"
+FAST = {  # code is made and compiled for millions of rows; here it would take most of the time
+    "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1",
+    "spark.executor.extraJavaOptions": "-XX:TieredStopAtLevel=1",
+    "spark.sql.codegen.wholeStage": "false",
+    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+    "spark.ui.enabled": "false",
+}
 DATA: dict[str, dict[str, Any]] = {
     "interactions": {
         "query": {
@@ -86,15 +93,9 @@ def small() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def session(small: None) -> Iterator[Any]:
-    settings = {  # code is made and compiled for millions of rows; here it would take most of the time
-        "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1",
-        "spark.sql.codegen.wholeStage": "false",
-        "spark.sql.codegen.factoryMode": "NO_CODEGEN",
-        "spark.ui.enabled": "false",
-    }
     from pyspark.sql import SparkSession
 
-    session = SparkSession.builder.master("local[2]").config(map=settings).getOrCreate()
+    session = SparkSession.builder.master("local[2]").config(map=FAST).getOrCreate()
     session.sparkContext.setLogLevel("ERROR")
     yield session
     session.stop()
@@ -256,15 +257,15 @@ def test_bad_rows_and_damaged_tables_are_told_as_ever(
 def test_a_cluster_whose_driver_is_killed_goes_on(tables: Path, built_in: Any, tmp_path: Path) -> None:
     """A standalone master and two workers on this machine: a making on them is killed with -9, and begun again."""
     with cluster(tmp_path) as master:
-        run = [sys.executable, str(ROOT / "tools" / "make_shards.py"), "pairs", "--config", str(tables / "pairs.yaml"),
-               "--out", str(tmp_path / "dataset"), "--partition", "day", "--engine", "spark", "--master", master,
-               "--spark-conf", "spark.ui.enabled=false", "--spark-conf", "spark.executor.memory=512m",
-               "--pairs", str(tables / "pairs"), str(tables / "pairs" / "part-0.parquet"),
-               "--doc-id-column", "id", "--relevance-column", "relevance", "--dedup", "--whole-documents",
-               "--group-column", "group", "--validation-fraction", "0.1"]  # fmt: skip
+        settings = {**FAST, "spark.sql.shuffle.partitions": "2", "spark.executor.memory": "512m"}
+        run = [sys.executable, str(ROOT / "tools" / "make_shards.py"), "interactions", "--engine", "spark",
+               "--config", str(tables / "interactions.yaml"), "--out", str(tmp_path / "dataset"), "--partition", "day",
+               "--interactions", str(tables / "events"), "--items", str(tables / "items"),
+               "--users", str(tables / "users"), "--rating-column", "rating", "--min-rating", "2", "--master", master,
+               *(word for item in settings.items() for word in ("--spark-conf", "=".join(item)))]  # fmt: skip
         spool = tmp_path / ".dataset.unfinished" / "spool"
         with subprocess.Popen(run) as process:
-            wait_for(lambda: (spool / "train").exists(), process)
+            wait_for(lambda: (spool / "sequences").exists(), process)
             process.kill()
         finished = {path: path.stat().st_mtime_ns for path in spool.glob("*/*") if not path.name.startswith(".")}
         assert finished
@@ -273,7 +274,7 @@ def test_a_cluster_whose_driver_is_killed_goes_on(tables: Path, built_in: Any, t
             wait_for(lambda: (spool / "write_train").exists(), process)
             assert all(path.stat().st_mtime_ns == time for path, time in finished.items()), "nothing is made twice"
             assert process.wait() == 0
-    made, expected = content(tmp_path / "dataset"), built_in("pairs")
+    made, expected = content(tmp_path / "dataset"), built_in("interactions")
     assert len(made) > 10
     partition = {name: made[name] for name in made if name.startswith("partitions/") or name.endswith("000.arrow")}
     assert partition == {name: expected[name] for name in partition}
