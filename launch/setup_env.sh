@@ -2,7 +2,7 @@
 # shellcheck shell=bash
 #
 #   setup_env base    the package and what it needs
-#   setup_env test    the same and the [test] extra
+#   setup_env test    the same and the [test] extra, or several: test,spark
 #
 # BIGDSSM_PYTHON=/path/to/python   the interpreter to make .venv with (default: the first on PATH that will do)
 # BIGDSSM_MIN_FREE_GB=N            how much free disk to ask for before .venv is made (default 4)

@@ -2,7 +2,7 @@
 # Lint, types and tests. Makes .venv if it is missing.
 #
 #   bash tests/run.sh            everything that takes seconds (at most 12 minutes on 2 cores)
-#   bash tests/run.sh --full     the slow tests too (at most 50 minutes)
+#   bash tests/run.sh --full     the slow tests too (at most 50 minutes); needs Java 17 or newer
 #
 # Real data for some tests is looked for in $BIGDSSM_SHARED, then in ../shared; without it they are skipped.
 set -euo pipefail
@@ -21,7 +21,12 @@ for argument in "$@"; do
     esac
 done
 
-setup_env test
+extras="test"
+if [ $full = 1 ]; then
+    extras="test,spark" # 400 MB
+    export BIGDSSM_FULL=1
+fi
+setup_env "$extras"
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 summary=()

@@ -14,13 +14,16 @@ import argparse
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from bigdssm.cli import ProgressBar, refuse_options, run_main
 from bigdssm.config import load_config
+from bigdssm.errors import ConfigError
 from bigdssm.making.docstrings import write_functions
-from bigdssm.making.from_tables import make_dataset
+from bigdssm.making.from_tables import EngineName, make_dataset
 from bigdssm.making.making import Report
+from bigdssm.making.spark import PREFIX
+from bigdssm.urls import is_url
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,9 +45,21 @@ def _run(args: argparse.Namespace) -> None:
     args.run(args)
 
 
+def _table(word: str) -> Path | str:
+    """Return what names a table: a path, or a URL or query as it is."""
+    return word if is_url(word) or word.startswith(PREFIX) else Path(word)
+
+
+def _setting(word: str) -> tuple[str, str]:
+    name, equals, value = word.partition("=")
+    if not equals:
+        raise ConfigError(f"--spark-conf {word}: needs NAME=VALUE")
+    return name, value
+
+
 def _is_override(word: str) -> bool:
     """Return True for key=value, which may stand anywhere, behind a list of files too."""
-    return "=" in word and not word.startswith("-") and not Path(word).exists()
+    return "=" in word and not word.startswith(("-", PREFIX)) and not Path(word).exists()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,13 +74,18 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--overwrite", action="store_true", help="replace the dataset that stands at --out")
     common.add_argument("--like", type=Path, metavar="DIR", help="take the schema and tokenizer of that dataset")
     common.add_argument("--append", metavar="NAME", help="add a partition to the dataset at --out")
+    common.add_argument("--engine", choices=get_args(EngineName), default="built-in", help="who makes it (%(default)s)")
+    common.add_argument("--master", metavar="URL", help="of --engine spark: spark://HOST:PORT, yarn, local[4] …")
+    common.add_argument(
+        "--spark-conf", metavar="K=V", action="append", default=[], help="a setting of Spark; repeat it"
+    )
 
     name = "interactions"
     sub = commands.add_parser(name, parents=[common], help="(history → next item) from user, item, time events")
     sub.set_defaults(run=_interactions)
-    sub.add_argument("--interactions", type=Path, required=True, help="events: .tsv .csv .jsonl .parquet, also .xz …")
-    sub.add_argument("--items", type=Path, required=True, help="one row per item; the whole becomes the catalogue")
-    sub.add_argument("--users", type=Path, help="one row per user; needed for query features other than histories")
+    sub.add_argument("--interactions", type=_table, required=True, help="events: .tsv .csv .jsonl .parquet, also .xz …")
+    sub.add_argument("--items", type=_table, required=True, help="one row per item; the whole becomes the catalogue")
+    sub.add_argument("--users", type=_table, help="one row per user; needed for query features other than histories")
     sub.add_argument("--user-column", default="user_id")
     sub.add_argument("--item-column", default="item_id")
     sub.add_argument("--time-column", default="timestamp", help="'' where the events stand in order of time")
@@ -75,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_fractions(sub, "--split time")
 
     sub = commands.add_parser("pairs", parents=[common], help="query and document features in one row")
-    sub.add_argument("--pairs", type=Path, nargs="+", required=True, help="tables: .tsv .csv .jsonl .parquet, .xz …")
+    sub.add_argument("--pairs", type=_table, nargs="+", required=True, help="tables: .tsv .csv .jsonl .parquet, .xz …")
     _add_pair_options(sub)
 
     sub = commands.add_parser(
@@ -83,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         parents=[common],
         help="pairs from plain WebDataset shards: a sample's .json gives the columns, or .query.txt and .doc.txt",
     )
-    sub.add_argument("--shards", dest="pairs", type=Path, nargs="+", required=True, help=".tar, also .tar.gz …")
+    sub.add_argument("--shards", dest="pairs", type=_table, nargs="+", required=True, help=".tar, also .tar.gz …")
     _add_pair_options(sub)
 
     sub = commands.add_parser(
@@ -175,6 +195,7 @@ def _make(args: argparse.Namespace, **tables: Any) -> None:
         report = make_dataset(
             args.config, args.overrides, out=args.out, partition=args.append if append else args.partition,
             append=append, overwrite=args.overwrite, seed=args.seed, like=args.like, progress=progress,
+            engine=args.engine, master=args.master, spark_conf=dict(map(_setting, args.spark_conf)),
             validation_fraction=args.validation_fraction, test_fraction=args.test_fraction, **tables,
         )  # fmt: skip
     _print(report)

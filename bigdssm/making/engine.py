@@ -9,6 +9,7 @@ from typing import Any
 
 from bigdssm.making.steps import Table, finished_folder
 from bigdssm.progress import Progress, no_progress
+from bigdssm.tables.source import Source
 
 Work = Callable[[Any, Path], None]
 """Does a job, and leaves what comes of it in a folder; picklable, and a function of the job alone."""
@@ -52,6 +53,10 @@ class Engine(ABC):
         table = Table.of(sorted(folder.glob("*.parquet")))
         self._name(name, table, ordered=True)
         return table
+
+    def source(self, name: str, source: Source, columns: Sequence[str]) -> Source:
+        """Return a source that workers read for `source`, of which they need `columns`; `name` is that of a step."""
+        return source
 
     @abstractmethod
     def view(self, name: str, query: str) -> None:

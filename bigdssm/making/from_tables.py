@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pyarrow.parquet as pq
 
@@ -17,30 +17,42 @@ from bigdssm.features.given import as_table, is_table
 from bigdssm.making.interactions import InteractionTables, make_interactions
 from bigdssm.making.making import Report, Target
 from bigdssm.making.pairs import PairTables, make_pairs
+from bigdssm.making.spark import Cluster
 from bigdssm.progress import Progress, no_progress
+
+EngineName = Literal["built-in", "spark"]
 
 
 def make_dataset(
     config: Config | str | Path, overrides: Sequence[str] = (), *,
     interactions: Any = None, items: Any = None, users: Any = None, pairs: Any = None,
     out: str | Path | None = None, partition: str = "base", append: bool = False, overwrite: bool = False,
-    seed: int = 0, like: str | Path | None = None, progress: Progress = no_progress, **options: Any,
+    seed: int = 0, like: str | Path | None = None, engine: EngineName = "built-in", master: str | None = None,
+    spark_conf: Mapping[str, str] | None = None, progress: Progress = no_progress, **options: Any,
 ) -> Report:  # fmt: skip
     """Make a dataset of interactions, items and maybe users, or of pairs, and return what was made, and where.
 
     A table is a file, an Arrow table or a pandas data frame; `pairs` may be several. `out` is by default the config's
-    data.dir; `append` adds `partition` to the dataset there. `options` are fields of InteractionTables or PairTables,
-    such as item_column, doc_id_column or split. Raises ConfigError, DataError.
+    data.dir; `append` adds `partition` to the dataset there. With the engine "spark" the Spark session of this process
+    makes it, or one on `master` with `spark_conf`, and a table may be spark:NAME or spark:SELECT …, too. `options` are
+    fields of InteractionTables or PairTables, such as item_column, doc_id_column or split. Raises ConfigError,
+    DataError.
     """
     data = config_of(config, overrides).data
-    target = Target(Path(out or data.dir), partition, overwrite, append, seed, None if like is None else Path(like))
+    target = Target(
+        Path(out or data.dir), partition, overwrite, append, seed, None if like is None else Path(like),
+        spark=_cluster(engine, master, spark_conf or {}),
+    )  # fmt: skip
     if (pairs is None) == (interactions is None and items is None and users is None):
         raise ConfigError("a dataset is made of pairs=, or of interactions= and items=, and maybe users=")
-    with tempfile.TemporaryDirectory() as spool:
+    if target.spark is not None:
+        target.out.parent.mkdir(parents=True, exist_ok=True)
+    # Spark's workers see what is beside the dataset, maybe not this machine's own disk.
+    with tempfile.TemporaryDirectory(dir=None if target.spark is None else target.out.parent) as spool:
 
-        def file(name: str, table: Any) -> Path:
+        def file(name: str, table: Any) -> Path | str:
             if not is_table(table):
-                return Path(table)
+                return table if isinstance(table, str) else Path(table)
             pq.write_table(as_table(table), path := Path(spool) / f"{name}.parquet")
             return path
 
@@ -53,6 +65,16 @@ def make_dataset(
             raise ConfigError(f"{lacking[0]}= is missing: a dataset of interactions is made of them and of items")
         paths = {name: file(name, table) for name, table in given.items() if table is not None}
         return make_interactions(data, _tables(InteractionTables, options, **paths), target, progress)
+
+
+def _cluster(engine: EngineName, master: str | None, conf: Mapping[str, str]) -> Cluster | None:
+    if engine not in get_args(EngineName):
+        raise ConfigError(f"there is no engine {engine!r}; there are {' and '.join(get_args(EngineName))}")
+    if engine == "spark":
+        return Cluster(master, tuple(conf.items()))
+    if master is not None or conf:
+        raise ConfigError("a master and settings of Spark would have no effect without the engine spark")
+    return None
 
 
 def _tables(cls: Callable[..., Any], options: dict[str, Any], **files: Any) -> Any:

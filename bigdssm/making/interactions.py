@@ -58,6 +58,7 @@ from bigdssm.making.making import (
     making,
 )
 from bigdssm.making.reading import PLACE_BITS, PartOfTable, places, read_part
+from bigdssm.making.spark import SparkTable, open_table
 from bigdssm.making.splits import SPLITS, check_fractions, quantiles
 from bigdssm.making.steps import FirstRows, RowFile, Table, read_facts
 from bigdssm.making.writing import write_catalogue, write_counts, write_split
@@ -65,7 +66,6 @@ from bigdssm.progress import Progress, no_progress
 from bigdssm.schema import Schema
 from bigdssm.string_hashes import hash_strings
 from bigdssm.tables.hashing import hash_rows
-from bigdssm.tables.registry import open_source
 from bigdssm.tables.source import Source
 
 Split = Literal["leave-one-out", "time", "train"]
@@ -85,9 +85,9 @@ EVENT = pa.schema(
 class InteractionTables:
     """The source tables and what their columns are."""
 
-    interactions: Path
-    items: Path
-    users: Path | None = None
+    interactions: Path | str
+    items: Path | str
+    users: Path | str | None = None
     user_column: str = "user_id"
     item_column: str = "item_id"
     time_column: str | None = "timestamp"  # none: events are in order of time already
@@ -106,7 +106,7 @@ def make_interactions(
     Raises DataError or ConfigError with nothing left half-written.
     """
     _check(config, tables)
-    items, users, events = (None if path is None else open_source(path) for path in _files(tables))
+    items, users, events = (None if path is None else open_table(path) for path in _files(tables))
     assert items is not None and events is not None
     sources = [source for source in (items, users, events) if source is not None]
     with making(config, target, sources, tables, progress) as run:
@@ -159,7 +159,7 @@ def make_interactions(
         return run.finish(schema, parts, entries, checksum, cut, known)
 
 
-def _files(tables: InteractionTables) -> tuple[Path, Path | None, Path]:
+def _files(tables: InteractionTables) -> tuple[Path | str, Path | str | None, Path | str]:
     return tables.items, tables.users, tables.interactions
 
 
@@ -171,6 +171,8 @@ def _check(config: DataConfig, tables: InteractionTables) -> None:
     check_fractions(tables.validation_fraction, tables.test_fraction)
     if tables.split == "time" and tables.time_column is None:
         raise ConfigError("--split time needs a --time-column")
+    if isinstance(open_table(tables.interactions), SparkTable) and tables.time_column is None:
+        raise ConfigError(f"{tables.interactions}: what Spark gives is in no order; name a --time-column")
     if tables.min_rating is not None and (tables.rating_column is None or not np.isfinite(tables.min_rating)):
         raise ConfigError(f"--min-rating {tables.min_rating} needs a finite number, and a --rating-column")
 
@@ -197,10 +199,13 @@ class _ItemReader:
     features: dict[str, Feature]
     known: Keys
 
+    @property
+    def columns(self) -> list[str | None]:
+        return [self.key, self.shown, *(c for feature in self.features.values() for c in feature.source_columns)]
+
     def __call__(self, part: PartOfTable, folder: Path) -> None:
-        columns = [self.key, self.shown, *(c for feature in self.features.values() for c in feature.source_columns)]
         with RowFile(folder / "documents.parquet", document_schema(self.features)) as file:
-            read_part(part, columns, folder, partial(self._read, part, file))
+            read_part(part, self.columns, folder, partial(self._read, part, file))
 
     def _read(self, part: PartOfTable, file: RowFile, batches: Iterator[SourceBatch], bad: ReportBad) -> dict[str, Any]:
         num_good = 0
@@ -245,11 +250,14 @@ class _UserReader:
     key: str
     features: dict[str, Feature]
 
+    @property
+    def columns(self) -> list[str | None]:
+        return [self.key, *(c for feature in self.features.values() for c in feature.source_columns)]
+
     def __call__(self, part: PartOfTable, folder: Path) -> None:
-        columns = [self.key, *(c for feature in self.features.values() for c in feature.source_columns)]
         schema = pa.schema([*USER, *spooled("u", self.features)])
         with RowFile(folder / "users.parquet", schema) as file:
-            read_part(part, columns, folder, partial(self._read, part, file))
+            read_part(part, self.columns, folder, partial(self._read, part, file))
 
     def _read(self, part: PartOfTable, file: RowFile, batches: Iterator[SourceBatch], bad: ReportBad) -> dict[str, Any]:
         num_good = 0
@@ -297,7 +305,9 @@ def _read_events(
         order="place, user_id",
     )
     if user:
-        unknown = "SELECT count(*) FROM sequences WHERE user_id NOT IN (SELECT user_id FROM users)"
+        unknown = (
+            "SELECT count(*) FROM sequences s WHERE NOT EXISTS (SELECT 1 FROM users u WHERE u.user_id = s.user_id)"
+        )
         ((number,),) = engine.fetch(unknown)
         if number:
             run.notes.append(f"{number} users are not in the users table: their features are missing")
@@ -315,15 +325,18 @@ class _EventReader:
     tables: InteractionTables
     items: Keys
 
-    def __call__(self, part: PartOfTable, folder: Path) -> None:
+    @property
+    def columns(self) -> list[str | None]:
         tables = self.tables
-        columns = (tables.user_column, tables.item_column, tables.time_column, tables.rating_column)
+        return [tables.user_column, tables.item_column, tables.time_column, tables.rating_column]
+
+    def __call__(self, part: PartOfTable, folder: Path) -> None:
         with (
             RowFile(folder / "events.parquet", EVENT) as events,
             RowFile(folder / "sequences.parquet", USER) as sequences,
             FirstRows(sequences, "user_id") as first,
         ):
-            read_part(part, columns, folder, partial(self._read, part, events, first))
+            read_part(part, self.columns, folder, partial(self._read, part, events, first))
 
     def _read(
         self, part: PartOfTable, events: RowFile, first: FirstRows, batches: Iterator[SourceBatch], bad: ReportBad
@@ -362,8 +375,8 @@ def _thresholds(engine: Engine, tables: InteractionTables) -> tuple[float, float
     if tables.split != "time":
         return np.inf, np.inf
     kept = 1 - tables.test_fraction
-    first, second = quantiles(engine, "events", (kept - tables.validation_fraction, kept))
-    return first, second
+    validation, test = quantiles(engine, "events", (kept - tables.validation_fraction, kept))
+    return validation, test
 
 
 def _earlier(run: Making) -> tuple[tuple[tuple[Path, ...], Path], ...]:

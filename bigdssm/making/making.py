@@ -22,6 +22,7 @@ from bigdssm.making.engine import Engine
 from bigdssm.making.local import LocalEngine
 from bigdssm.making.quarantine import bad_rows
 from bigdssm.making.reading import PartOfTable, Unreadable, parts_of
+from bigdssm.making.spark import Cluster, SparkEngine
 from bigdssm.making.steps import read_facts
 from bigdssm.progress import Progress, no_progress
 from bigdssm.schema import SCHEMA_FILE, Schema
@@ -45,6 +46,7 @@ class Target:
     seed: int = 0
     like: Path | None = None  # a dataset whose schema and tokenizer are taken as they are, so that both can be mixed
     processes: int = 0  # of the built-in engine; 0: one for each core
+    spark: Cluster | None = None  # None: the built-in engine makes it, on this machine
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Making:
 
         Raises DataError, which ends with what was wrong with rows before.
         """
+        wanted = list(dict.fromkeys(column for column in work.columns if column))
+        sources = [self.engine.source(f"{step}_{n}_source", source, wanted) for n, source in enumerate(sources)]
         jobs: list[PartOfTable] = parts_of(sources)
         rows = sum(source.size() for source in sources) // BYTES_PER_ROW
         quarantine = self.writer.quarantine
@@ -139,7 +143,11 @@ def making(
         overwrite=target.overwrite, append=target.append,
     )  # fmt: skip
     with writer:
-        engine = LocalEngine(writer.spool, progress, processes=target.processes)
+        engine: Engine
+        if target.spark is None:
+            engine = LocalEngine(writer.spool, progress, processes=target.processes)
+        else:
+            engine = SparkEngine(writer.spool, progress, cluster=target.spark)
         try:
             yield Making(target, writer, engine, [], started)
         finally:
@@ -153,7 +161,8 @@ def _made_of(config: DataConfig, target: Target, sources: Sequence[Source], opti
     prints = [source.fingerprint() for source in sources]
     code = (code_checksum(), pa.__version__, tokenizers.__version__, np.__version__)
     declared = Schema.declared(config).fingerprint()
-    known = [asdict(config), declared, asdict(options), target.seed, files, prints, code]
+    engine = "built-in" if target.spark is None else "spark"
+    known = [asdict(config), declared, asdict(options), target.seed, files, prints, code, engine]
     return json.dumps(known, default=str, sort_keys=True)
 
 

@@ -40,6 +40,7 @@ from bigdssm.making.engine import Engine
 from bigdssm.making.fitting import Side, fit, schema_to_fit
 from bigdssm.making.making import BLOCK_COLUMNS, CATALOGUE_COLUMNS, Making, Report, Target, check_names, making
 from bigdssm.making.reading import PartOfTable, places, read_part
+from bigdssm.making.spark import open_table
 from bigdssm.making.splits import SPLITS, PairSplit, Splitter
 from bigdssm.making.steps import FirstRows, RowFile, Table
 from bigdssm.making.writing import write_catalogue, write_counts, write_split
@@ -49,7 +50,6 @@ from bigdssm.string_hashes import hash_strings
 from bigdssm.tables.beir import check_place
 from bigdssm.tables.explode import exploded
 from bigdssm.tables.hashing import hash_rows, row_keys, shuffle_keys
-from bigdssm.tables.registry import open_source
 
 ROW_COLUMNS = {
     "place": pa.int64(),
@@ -69,7 +69,7 @@ WRITTEN = ("place", "shuffle", "query_id", "doc_id", "relevance")
 class PairTables:
     """The source tables (or plain WebDataset shards) and what their columns are; features name theirs in the config."""
 
-    files: tuple[Path, ...]
+    files: tuple[Path | str, ...]
     doc_id_column: str | None = None  # none: documents are the same where all their features are
     query_id_column: str | None = None  # none: queries are the same where all their features are
     relevance_column: str | None = None  # none: 1
@@ -92,7 +92,7 @@ def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress:
     Raises DataError or ConfigError with nothing left half-written.
     """
     splitter = _checked(config, tables, target)
-    sources = [open_source(path) for path in tables.files]
+    sources = [open_table(path) for path in tables.files]
     with making(config, target, sources, tables, progress) as run:
         writer, engine = run.writer, run.engine
         if tables.raw_text and not writer.append:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,7 @@ WANTED_BLOCKS = 64  # with fewer, lanes share blocks and windows shuffle little
 BLOCKS_PER_SHARD = 512
 DOCUMENTS_PER_FILE = 1 << 17
 TAR_HEADER_BYTES = 512
+_Rows = TypeVar("_Rows", pa.RecordBatch, pa.Table)
 _IPC = pa.ipc.IpcWriteOptions(compression="zstd")
 
 Encode = Callable[[pa.Table], dict[str, pa.Array]]
@@ -41,10 +42,15 @@ def write_arrow(path: Path, columns: dict[str, pa.Array]) -> dict[str, Any]:
 
     One batch, so that readers address every row in the mapped file and nothing is copied.
     """
-    batch = pa.RecordBatch.from_pydict(columns)
+    batch = _alone(pa.RecordBatch.from_pydict(columns))
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     return {"file": path.name, "rows": batch.num_rows, "checksum": file_checksum(path, bits=64)}
+
+
+def _alone(rows: _Rows) -> _Rows:
+    """Return rows in buffers of their own: Arrow fills up a slice's with what stands behind it in the whole."""
+    return rows.take(pa.array(np.arange(rows.num_rows)))
 
 
 def note_file(folder: Path, **entry: Any) -> None:
@@ -173,7 +179,7 @@ class ShardWriter:
 def _stream(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema, options=_IPC) as stream:
-        stream.write_table(table)
+        stream.write_table(_alone(table))
     return bytes(sink.getvalue())
 
 

@@ -1,0 +1,309 @@
+"""Apache Spark as the engine: jobs are tasks of its workers (`mapInArrow`), queries are its SQL.
+
+Every worker must see the spool folder, by one path: that is how steps hand over their files, here as on one machine.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import re
+import shutil
+import socket
+import sys
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, starmap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bigdssm.errors import BigDSSMError, ConfigError, DataError
+from bigdssm.features.columns import ReportBad, SourceBatch
+from bigdssm.making.engine import SMALL_WORK, Engine, Work
+from bigdssm.making.steps import ROWS_PER_READ, Table, finished_folder
+from bigdssm.progress import Progress, no_progress
+from bigdssm.tables.files import LocalFile
+from bigdssm.tables.header import require_columns
+from bigdssm.tables.parquet import ParquetSource
+from bigdssm.tables.registry import open_source
+from bigdssm.tables.source import Part, Source
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+DIGITS = 15  # of a file's first row, which is its name
+POLL_S = 1.0
+PREFIX = "spark:"
+QUERY = re.compile(r"[\s(]*(select|with|from|values|table)\b", re.IGNORECASE)
+ANSWERS = "number long, answer binary"
+DEFAULTS: dict[str, str] = {"spark.app.name": "bigdssm", "spark.ui.showConsoleProgress": "false"}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where Spark runs, and with what settings."""
+
+    master: str | None = None  # None: what the settings or the environment say, else all cores of this machine
+    conf: tuple[tuple[str, str], ...] = ()
+
+
+class SparkTable(Source):
+    """A table that the Spark session knows, or a query of its SQL; the engine makes files of it, which are read."""
+
+    def __init__(self, text: str) -> None:
+        """`text` is what stands behind `spark:`, such as db.events, parquet.`/path` or SELECT …"""
+        self._text, self.name = text, f"{PREFIX}{text}"
+
+    def fingerprint(self) -> str:
+        """Return its text: what it gave when a making began stays what the making is of."""
+        return self.name
+
+    def size(self) -> int:
+        """Return 0: nobody knows before it is read."""
+        return 0
+
+    def split(self) -> Sequence[Part]:
+        """Raise ConfigError: the engine is another one."""
+        raise ConfigError(f"{self.name} is read by Spark; give --engine spark (engine='spark'), or a file")
+
+    def read(self, part: Part, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
+        """Is never called: there are no parts."""
+        raise NotImplementedError
+
+    def frame(self, session: SparkSession) -> DataFrame:
+        """Return the table. Raises DataError where Spark cannot."""
+        query = self._text if QUERY.match(self._text) else f"SELECT * FROM {self._text}"
+        try:
+            return session.sql(query)
+        except Exception as error:  # whatever Java raises
+            raise DataError(f"{self.name}: Spark does not understand it: {_line(error)}") from error
+
+
+def open_table(table: str | Path) -> Source:
+    """Return the table at a path or URL, or behind `spark:`. Raises what `open_source` does."""
+    text = str(table)
+    return SparkTable(text.removeprefix(PREFIX)) if text.startswith(PREFIX) else open_source(table)
+
+
+class SparkEngine(Engine):
+    """Runs steps in the Spark session of this process or, where there is none, in one of its own."""
+
+    def __init__(self, spool: Path, progress: Progress = no_progress, *, cluster: Cluster = Cluster()) -> None:
+        """Raises ConfigError: pyspark or Java is missing, no session can be had, or a worker does not see the spool."""
+        super().__init__(spool.resolve(), progress)
+        progress("starting Spark", 0, None)
+        self.session, self._owned = _session(cluster)
+        # Names of steps must not hide the session's own tables and views.
+        self._steps = self.session.newSession()
+        try:
+            self._set(cluster.conf)
+            self._check_workers()
+        except BaseException:
+            self.close()
+            raise
+
+    def view(self, name: str, query: str) -> None:
+        """Have queries know the rows of `query` by `name`."""
+        self._steps.sql(f"CREATE OR REPLACE TEMPORARY VIEW {name} AS {query}")
+
+    def fetch(self, query: str) -> list[tuple[Any, ...]]:
+        """Return the few rows of a query."""
+        with _telling(self.spool):
+            return [tuple(row) for row in self._steps.sql(query).collect()]
+
+    def close(self) -> None:
+        """Stop the session, unless it was there before."""
+        if self._owned:
+            self.session.stop()
+
+    def source(self, name: str, source: Source, columns: Sequence[str]) -> Source:
+        """Return a table, or query, that the session knows as Parquet files in the spool, sorted by `columns`.
+
+        So it does not matter how Spark parts it, and a making that was killed goes on with the same rows.
+        Raises DataError: it cannot be read, or lacks a column.
+        """
+        if not isinstance(source, SparkTable):
+            return source
+        folder = self.spool / name
+        if not folder.exists():
+            self.progress(f"reading {source.name}", 0, None)
+            frame = source.frame(self.session)
+            require_columns(source.name, frame.columns, columns)
+            own = [f"`{column.replace('`', '``')}`" for column in columns]
+            with finished_folder(folder) as aside, _telling(aside):
+                _write_numbered(frame.select(*own).orderBy(*own), aside)
+        return ParquetSource(*map(LocalFile, sorted(folder.glob("*.parquet"))), name=source.name)
+
+    def _set(self, conf: Iterable[tuple[str, str]]) -> None:
+        """Set what is given for a session that was there before. Raises ConfigError where it cannot be set any more."""
+        for name, value in () if self._owned else conf:
+            try:
+                self._steps.conf.set(name, value)
+            except Exception as error:  # whatever Java raises
+                raise ConfigError(f"{name} cannot be set in a Spark session that is there: {_line(error)}") from error
+
+    def _check_workers(self) -> None:
+        """Raise ConfigError where a worker does not see the spool folder."""
+        token = self.spool / f"seen-{uuid.uuid4().hex}"
+        token.touch()
+        try:
+            with _telling(self.spool):
+                answers = self._tasks(partial(_blind, token), self.session.sparkContext.defaultParallelism).collect()
+        finally:
+            token.unlink(missing_ok=True)
+        if blind := sorted({answer.decode() for _, answer in answers if answer is not None}):
+            raise ConfigError(
+                f"Spark's worker on {blind[0]} does not see {self.spool}; choose an --out on a disk that this machine "
+                "and all workers share, by one path"
+            )
+
+    def _run(self, work: Work, jobs: Sequence[tuple[Any, Path]], rows: int) -> Iterable[Any]:
+        if len(jobs) < 2 or rows < SMALL_WORK:
+            return starmap(work, jobs)
+        return self._spread(work, jobs)
+
+    def _spread(self, work: Work, jobs: Sequence[tuple[Any, Path]]) -> Iterator[Path]:
+        """Yield the folders of jobs as they are finished. Raises what the first job that failed raised."""
+        pickled = [pickle.dumps(job) for job in jobs]  # apart: a task opens its own alone
+        tasks, tag = self._tasks(partial(_do, work, pickled), len(jobs)), f"bigdssm-{uuid.uuid4().hex}"
+
+        def collect() -> list[Any]:
+            self._steps.addTag(tag)
+            with _telling(self.spool):
+                return tasks.collect()
+
+        left = [folder for _, folder in jobs]
+        with ThreadPoolExecutor(1) as pool:
+            answers = pool.submit(collect)
+            try:
+                while not answers.done():
+                    wait([answers], POLL_S)
+                    finished = {folder for folder in left if folder.exists()}
+                    left = [folder for folder in left if folder not in finished]
+                    yield from finished
+            except BaseException:
+                self._steps.interruptTag(tag)
+                raise
+        if failed := sorted((number, answer) for number, answer in answers.result() if answer is not None):
+            raise pickle.loads(failed[0][1])
+        yield from left
+
+    def _tasks(self, answer: Callable[[int], bytes | None], number: int) -> DataFrame:
+        """Return what so many tasks answer, each to its number from 0 on."""
+        return self._steps.range(0, number, 1, number).mapInArrow(_task(answer), ANSWERS)
+
+    def _write(self, query: str, folder: Path) -> None:
+        with _telling(folder):
+            _write_numbered(self._steps.sql(query), folder)
+
+    def _name(self, name: str, table: Table, *, ordered: bool) -> None:
+        with _telling(self.spool):
+            frame = self._steps.read.parquet(*map(_location, table.files))
+            if ordered:
+                first_row = f"CAST(left(_metadata.file_name, {DIGITS}) AS BIGINT)"
+                frame = frame.selectExpr("*", f"{first_row} + _metadata.row_index AS number")
+            frame.createOrReplaceTempView(name)
+
+
+def _task(answer: Callable[[int], bytes | None]) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """Return a function for `mapInArrow`, which tells the driver what `answer` says of a task's number."""
+
+    def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            numbers = batch.column(0)
+            answers = pa.array(map(answer, numbers.to_pylist()), pa.binary())
+            yield pa.RecordBatch.from_arrays([numbers, answers], ["number", "answer"])
+
+    return run
+
+
+def _blind(file: Path, number: int) -> bytes | None:
+    """Return the worker's host where it does not see a file."""
+    return None if file.exists() else socket.gethostname().encode()
+
+
+def _do(work: Work, jobs: Sequence[bytes], number: int) -> bytes | None:
+    """Do a job, and return the error that no second attempt would mend; after any other Spark tries again."""
+    job, folder = pickle.loads(jobs[number])
+    try:
+        if not folder.exists():
+            work(job, folder)
+    except BigDSSMError as error:
+        return pickle.dumps(error)
+    return None
+
+
+def _write_numbered(frame: DataFrame, folder: Path) -> None:
+    """Write a sorted frame into `folder` as Parquet files that have the number of their first row as names."""
+    parts = folder / "parts"
+    options = {"compression": "zstd", "parquet.block.row.count.limit": str(ROWS_PER_READ)}
+    frame.write.options(**options).parquet(_location(parts))
+    rows = {file: pq.read_metadata(file).num_rows for file in sorted(parts.glob("part-*.parquet"))}
+    kept = [file for file, count in rows.items() if count] or list(rows)[:1]
+    for file, first in zip(kept, accumulate((rows[file] for file in kept), initial=0), strict=False):
+        os.replace(file, folder / f"{first:0{DIGITS}d}.parquet")
+    shutil.rmtree(parts)
+
+
+def _location(path: Path | str) -> str:
+    """Return a path as Spark takes one: a plain file of each machine, whatever the cluster's default is, no pattern."""
+    return "file://" + "".join(f"\\{character}" if character in "*?[]{}\\" else character for character in str(path))
+
+
+def _session(cluster: Cluster) -> tuple[SparkSession, bool]:
+    """Return a Spark session, and whether it was made for this."""
+    try:
+        from pyspark.sql import SparkSession
+    except ImportError:
+        raise ConfigError("the engine spark needs pyspark; pip install 'bigdssm[spark]'") from None
+    if (active := SparkSession.getActiveSession()) is not None:
+        if cluster.master not in (None, active.sparkContext.master):
+            raise ConfigError(
+                f"this process has a Spark session on {active.sparkContext.master} already, not on {cluster.master}: "
+                "leave out the master, or stop the session"
+            )
+        return active, False
+    java = Path(os.environ["JAVA_HOME"], "bin", "java") if os.environ.get("JAVA_HOME") else "java"
+    if shutil.which(java) is None:
+        raise ConfigError(
+            f"the engine spark needs Java 17 or newer, but there is no {java}; install it, or set JAVA_HOME"
+        )
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # else Spark takes the first python3
+    builder = SparkSession.builder.config(map=DEFAULTS | dict(cluster.conf))
+    if cluster.master is not None:
+        builder = builder.master(cluster.master)
+    try:
+        session = builder.getOrCreate()
+    except Exception as error:  # whatever Java raises
+        raise ConfigError(f"no Spark session can be had on {cluster.master or 'local[*]'}: {_line(error)}") from error
+    session.sparkContext.setLogLevel("ERROR")
+    return session, True
+
+
+@contextmanager
+def _telling(folder: Path) -> Iterator[None]:
+    """Turn what Spark raises into a sentence, a full disk into the system's error."""
+    from py4j.protocol import Py4JError
+    from pyspark.errors import PySparkException
+
+    try:
+        yield
+    except (PySparkException, Py4JError) as error:
+        if "No space left on device" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from None
+        raise BigDSSMError(f"Spark could not do its work in {folder}: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    """Return the line of an error that says what is wrong: a traceback's, of Python or Java, is not the first."""
+    text = str(error).strip() or repr(error)
+    named = re.findall(r"^(?:: )?[\w.]*(?:Error|Exception): .*$", text, re.MULTILINE)
+    return str([*named, *text.splitlines()][0])[:300]

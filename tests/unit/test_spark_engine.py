@@ -1,0 +1,30 @@
+"""What the engine spark says where something is missing; tests/e2e/test_spark.py runs it."""
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from bigdssm.errors import ConfigError
+from bigdssm.making.spark import Cluster, SparkEngine
+
+
+def test_a_missing_pyspark_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyspark.sql", None)
+    with pytest.raises(ConfigError, match=r"needs pyspark; pip install 'bigdssm\[spark\]'"):
+        SparkEngine(tmp_path, cluster=Cluster())
+
+
+def test_a_missing_java_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("pyspark.sql")
+    module.SparkSession = SimpleNamespace(getActiveSession=lambda: None)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pyspark.sql", module)
+    monkeypatch.setitem(sys.modules, "pyspark", ModuleType("pyspark"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    with pytest.raises(ConfigError, match="needs Java 17 or newer, but there is no java"):
+        SparkEngine(tmp_path, cluster=Cluster())
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match=f"there is no {tmp_path}/bin/java"):
+        SparkEngine(tmp_path, cluster=Cluster())
