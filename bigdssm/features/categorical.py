@@ -33,6 +33,7 @@ from bigdssm.features.vocabulary import Vocabulary, write_part
 from bigdssm.string_hashes import hash_strings
 
 UNKNOWN = "<out of vocabulary>"
+MOST_COMPARED = 100_000  # values of a vocabulary that a mistyped one is compared with
 
 
 def codes_of(feature, values):  # type: ignore[no-untyped-def]
@@ -168,11 +169,12 @@ class Categorical(Feature):
             raise ConfigError(f"filter: {self.name} {operator}: {self.name} is categorical, needs = or in")
         if self.hash_buckets:
             raise ConfigError(f"filter: {self.name} is hashed, so that its values cannot be told apart")
-        if unknown := [value for value in values if value not in self.vocabulary]:
-            near = difflib.get_close_matches(unknown[0], self.vocabulary, 1)
-            meant = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"filter: no document is known by {self.name} = {unknown[0][:80]!r}{meant}")
         codes = self.codes(pa.array(values, pa.string()))
+        if (unknown := codes == OUT_OF_VOCABULARY).any():
+            value = values[int(np.argmax(unknown))]
+            near = difflib.get_close_matches(value, self.vocabulary.cut(MOST_COMPARED), 1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"filter: no document is known by {self.name} = {value[:80]!r}{meant}")
         if not isinstance(column, Ragged):
             return np.isin(column, codes)
         found = np.zeros(len(column), bool)
