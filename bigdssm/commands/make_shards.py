@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--like", type=Path, metavar="DIR", help="take the schema and tokenizer of that dataset")
     common.add_argument("--append", metavar="NAME", help="add a partition to the dataset at --out")
     common.add_argument("--engine", choices=get_args(EngineName), default="built-in", help="who makes it (%(default)s)")
+    common.add_argument("--processes", type=int, default=0, help="of the built-in engine (default: one for each core)")
     common.add_argument("--master", metavar="URL", help="of --engine spark: spark://HOST:PORT, yarn, local[4] …")
     common.add_argument(
         "--spark-conf", metavar="K=V", action="append", default=[], help="a setting of Spark; repeat it"
@@ -195,7 +196,8 @@ def _make(args: argparse.Namespace, **tables: Any) -> None:
         report = make_dataset(
             args.config, args.overrides, out=args.out, partition=args.append if append else args.partition,
             append=append, overwrite=args.overwrite, seed=args.seed, like=args.like, progress=progress,
-            engine=args.engine, master=args.master, spark_conf=dict(map(_setting, args.spark_conf)),
+            engine=args.engine, processes=args.processes, master=args.master,
+            spark_conf=dict(map(_setting, args.spark_conf)),
             validation_fraction=args.validation_fraction, test_fraction=args.test_fraction, **tables,
         )  # fmt: skip
     _print(report)

@@ -27,21 +27,25 @@ def make_dataset(
     config: Config | str | Path, overrides: Sequence[str] = (), *,
     interactions: Any = None, items: Any = None, users: Any = None, pairs: Any = None,
     out: str | Path | None = None, partition: str = "base", append: bool = False, overwrite: bool = False,
-    seed: int = 0, like: str | Path | None = None, engine: EngineName = "built-in", master: str | None = None,
-    spark_conf: Mapping[str, str] | None = None, progress: Progress = no_progress, **options: Any,
+    seed: int = 0, like: str | Path | None = None, engine: EngineName = "built-in", processes: int = 0,
+    master: str | None = None, spark_conf: Mapping[str, str] | None = None, progress: Progress = no_progress,
+    **options: Any,
 ) -> Report:  # fmt: skip
     """Make a dataset of interactions, items and maybe users, or of pairs, and return what was made, and where.
 
     A table is a file, an Arrow table or a pandas data frame; `pairs` may be several. `out` is by default the config's
-    data.dir; `append` adds `partition` to the dataset there. With the engine "spark" the Spark session of this process
+    data.dir; `append` adds `partition` to the dataset there. Its jobs are done by `processes` (0: one for each core);
+    with the engine "spark" the Spark session of this process
     makes it, or one on `master` with `spark_conf`, and a table may be spark:NAME or spark:SELECT …, too. `options` are
     fields of InteractionTables or PairTables, such as item_column, doc_id_column or split. Raises ConfigError,
     DataError.
     """
     data = config_of(config, overrides).data
+    if processes < 0:
+        raise ConfigError(f"processes={processes}: needs at least 1, or 0 for one on each core")
     target = Target(
         Path(out or data.dir), partition, overwrite, append, seed, None if like is None else Path(like),
-        spark=_cluster(engine, master, spark_conf or {}),
+        processes=processes, spark=_cluster(engine, master, spark_conf or {}),
     )  # fmt: skip
     if (pairs is None) == (interactions is None and items is None and users is None):
         raise ConfigError("a dataset is made of pairs=, or of interactions= and items=, and maybe users=")

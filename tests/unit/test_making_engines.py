@@ -1,0 +1,115 @@
+"""A dataset's bytes do not depend on how many processes make it, nor on where jobs are cut from the tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bigdssm.config import DataConfig, TokenizerConfig
+from bigdssm.errors import ConfigError
+from bigdssm.features import Categorical, History, Numeric, Text, Vector
+from bigdssm.making.from_tables import make_dataset
+from bigdssm.making.interactions import InteractionTables, make_interactions
+from bigdssm.making.making import Target
+from bigdssm.making.pairs import PairTables, make_pairs
+from tests.unit.test_make_shards_killed import content
+
+TEXT, KINDS = Text(max_tokens=8), Categorical(multi=True, min_count=2)
+SIZES = {
+    "local.SMALL_WORK": 0,
+    "fitting.ROWS_PER_FIT": 200,
+    "writing.DOCUMENTS_PER_FILE": 100,
+    "writing.BLOCKS_PER_SHARD": 2,
+    "cutting.SEQUENCES_PER_FILE": 30,
+}
+
+
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in SIZES.items():
+        monkeypatch.setattr(f"bigdssm.making.{name}", size)
+
+
+def write_tables(folder: Path, seed: int) -> None:
+    """Write folders of Parquet files, whose row groups are parts of a table."""
+    random = np.random.RandomState(seed)
+    items, users, events, pairs = 300 + 50 * seed, 120, 4000, 3000
+    tables = {
+        "items": {
+            "item_id": [f"i{n}" for n in range(items)],
+            "title": [f"the title {n % 7} of {n}" for n in range(items)],
+            "kinds": [[f"k{n % 5}", f"k{n % 11}"] for n in range(items)],
+            "look": random.randn(items, 3).astype(np.float32).tolist(),
+        },
+        "users": {"user_id": [f"u{n}" for n in range(users)], "age": random.rand(users)},
+        "events": {
+            "user_id": [f"u{n}" for n in random.randint(0, users + 9, events)],
+            "item_id": [f"i{n}" for n in random.randint(0, items, events)],
+            "timestamp": random.randint(0, 500, events),  # many are equal
+        },
+        "pairs": {
+            "q": [f"find {n % 90} {n % 13}" for n in random.randint(0, 10**6, pairs)],
+            "title": [f"an answer {n}" for n in random.randint(0, 400, pairs)],
+            "kinds": [[f"k{n % 5}", f"k{n % 11}"] for n in random.randint(0, 99, pairs)],
+            "time": random.rand(pairs),
+        },
+    }
+    for name, columns in tables.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        table = pa.table(columns)
+        for part in range(3):
+            piece = table.slice(part * (table.num_rows // 3), table.num_rows // 3 if part < 2 else None)
+            pq.write_table(piece, folder / name / f"{part}.parquet", row_group_size=500)
+
+
+def make_interactions_twice(folder: Path, out: Path, processes: int) -> dict[str, bytes]:
+    query = {"past": History(of="item_id", max_items=5), "age": Numeric()}
+    doc = {"item_id": Categorical(), "title": TEXT, "kinds": KINDS, "look": Vector(dim=3)}
+    config = DataConfig(dir="", query=query, doc=doc, tokenizer=TokenizerConfig(vocab_size=150), targets_per_row=4)
+    for number in range(2):
+        source = folder / str(number)
+        tables = InteractionTables(source / "events", source / "items", source / "users", split="time")
+        target = Target(out, f"day{number}", append=number > 0, processes=processes)
+        make_interactions(config, tables, target)
+    return content(out)
+
+
+def make_pairs_twice(folder: Path, out: Path, processes: int) -> dict[str, bytes]:
+    config = DataConfig(
+        dir="", query={"q": TEXT}, doc={"title": TEXT, "kinds": KINDS}, tokenizer=TokenizerConfig(vocab_size=150)
+    )
+    for number in range(2):
+        tables = PairTables((folder / str(number) / "pairs",), whole_documents=number == 0, dedup=True)
+        make_pairs(config, tables, Target(out, f"day{number}", append=number > 0, processes=processes))
+    return content(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [make_interactions_twice, make_pairs_twice])
+def test_any_number_of_processes_makes_the_same_bytes(make, small_steps: None, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for seed in range(2):
+        write_tables(tmp_path / str(seed), seed)
+    alone = make(tmp_path, tmp_path / "one", 1)
+    assert sum(name.endswith(".tar") for name in alone) >= 8, "several shards"
+    for processes in (2, 4):
+        assert make(tmp_path, tmp_path / f"made{processes}", processes) == alone
+
+
+def test_where_parts_are_cut_changes_nothing(small_steps: None, tmp_path: Path) -> None:
+    for seed in range(2):
+        write_tables(tmp_path / "cut" / str(seed), seed)
+        for name in ("items", "users", "events"):
+            (tmp_path / "whole" / str(seed) / name).mkdir(parents=True)
+            table = pq.read_table(tmp_path / "cut" / str(seed) / name)
+            pq.write_table(table, tmp_path / "whole" / str(seed) / name / "all.parquet")
+    made = [make_interactions_twice(tmp_path / name, tmp_path / f"of_{name}", 1) for name in ("cut", "whole")]
+    assert made[0] == made[1]
+
+
+def test_processes_are_a_number(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="processes=-1: needs at least 1, or 0 for one on each core"):
+        make_dataset("configs/movielens_100k.yaml", pairs=tmp_path / "none.csv", out=tmp_path / "out", processes=-1)
