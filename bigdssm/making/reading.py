@@ -1,7 +1,6 @@
 """The first step of a making: tables are read part by part, each row checked and numbered, bad ones noted.
 
-Everything that depends on the order of rows goes by a row's `place`: its table and its number in it. A table without
-stable numbers, such as a query's result, has a hash of the row in its place: equal rows are interchangeable.
+Everything that depends on the order of rows goes by a row's `place`: its table and its number in it.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import pyarrow as pa
 from bigdssm.errors import DataError
 from bigdssm.features.columns import ReportBad, SourceBatch
 from bigdssm.making.steps import RowFile, write_facts
-from bigdssm.tables.hashing import hash_rows
 from bigdssm.tables.source import Part, Source
 
 PLACE_BITS = 47  # of a row's number in its table
@@ -45,8 +43,6 @@ def parts_of(sources: Sequence[Source]) -> list[PartOfTable]:
 
 def places(part: PartOfTable, batch: SourceBatch, *, exploded: bool = False) -> np.ndarray:
     """Return the place of every row, int64 [rows] ≥ 0; `exploded`: rows of one number follow each other."""
-    if not part.source.ordered:
-        return hash_rows(batch.table) & np.int64((1 << 63) - 1)
     rows = batch.rows
     if exploded:
         starts = np.flatnonzero(np.diff(rows, prepend=-1))

@@ -34,7 +34,6 @@ class Source(ABC):
     """A table that workers read in parts, each on its own. Picklable; holds no open file."""
 
     name: str  # what messages and the quarantine call it
-    ordered: bool = True  # whether a row has the same number whenever it is read; a query's result has none
 
     @abstractmethod
     def fingerprint(self) -> str:
