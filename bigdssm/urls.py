@@ -152,6 +152,31 @@ def names_in(url: str) -> list[str]:
     return _retried(url, lambda: _names(url))
 
 
+def exists(url: str) -> bool:
+    """Return whether a file stands there. Raises DataError: the server does not say."""
+    try:
+        _retried(url, lambda: _info(url))
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def put_folder(folder: Path, url: str, last: str) -> None:
+    """Copy a folder's files to a URL, the one called `last` behind all others: where it is, the folder is whole.
+
+    Raises ConfigError: such URLs cannot be written; OSError.
+    """
+    files, path = _filesystem(url, os.getpid())
+    names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    try:
+        if files.exists(f"{path}/{last}"):
+            files.rm(path, recursive=True)
+        for name in [*(name for name in names if name != last), last]:
+            files.put_file(str(folder / name), f"{path}/{name}")
+    except NotImplementedError:
+        raise ConfigError(f"{shown(url)} cannot be written; copy the dataset there yourself") from None
+
+
 def _size(url: str) -> int:
     size = _info(url)["size"]
     if size is None:

@@ -68,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.set_defaults(common=common)
     common.add_argument("--config", type=Path, required=True, help="YAML file, and anywhere key=value to change it")
-    common.add_argument("--out", type=Path, help="dataset folder (default: the config's data.dir)")
+    common.add_argument(
+        "--out", type=_table, help="dataset folder, or a URL such as s3://… (default: the config's data.dir)"
+    )
     common.add_argument("--seed", type=int, default=0, help="of the shuffle and of random splits")
     common.add_argument("--partition", default="base", help="name of a new dataset's first partition")
     common.add_argument("--overwrite", action="store_true", help="replace the dataset that stands at --out")
@@ -211,4 +213,4 @@ def _print(report: Report) -> None:
     for note in report.notes:
         print(f"note: {note}")
     if report.num_bad:
-        print(f"{report.num_bad:,} bad rows or values: {report.out / 'quarantine.jsonl'}")
+        print(f"{report.num_bad:,} bad rows or values: {report.out}/quarantine.jsonl")

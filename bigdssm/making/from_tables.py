@@ -5,20 +5,23 @@ from __future__ import annotations
 import difflib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pyarrow.parquet as pq
 
-from bigdssm.config import Config, config_of
-from bigdssm.errors import ConfigError
+from bigdssm.config import Config, DataConfig, config_of
+from bigdssm.errors import ConfigError, DataError
 from bigdssm.features.given import as_table, is_table
+from bigdssm.making.dataset_writer import DATASET_FILE
 from bigdssm.making.interactions import InteractionTables, make_interactions
 from bigdssm.making.making import Report, Target
 from bigdssm.making.pairs import PairTables, make_pairs
 from bigdssm.making.spark import Cluster
 from bigdssm.progress import Progress, no_progress
+from bigdssm.urls import exists, is_url, join, put_folder, shown
 
 EngineName = Literal["built-in", "spark"]
 
@@ -33,22 +36,29 @@ def make_dataset(
 ) -> Report:  # fmt: skip
     """Make a dataset of interactions, items and maybe users, or of pairs, and return what was made, and where.
 
-    A table is a file, an Arrow table or a pandas data frame; `pairs` may be several. `out` is by default the config's
-    data.dir; `append` adds `partition` to the dataset there. Its jobs are done by `processes` (0: one for each core);
-    with the engine "spark" the Spark session of this process
-    makes it, or one on `master` with `spark_conf`, and a table may be spark:NAME or spark:SELECT …, too. `options` are
-    fields of InteractionTables or PairTables, such as item_column, doc_id_column or split. Raises ConfigError,
-    DataError.
+    A table is a file, a URL, an Arrow table or a pandas data frame; `pairs` may be several. `out`, a folder or a URL
+    such as s3://…, is by default the config's data.dir; `append` adds `partition` to the dataset there. Jobs are done
+    by `processes` (0: one for each core). With the engine "spark" the Spark session of this process makes it, or one on
+    `master` with `spark_conf`, and a table may be spark:NAME or spark:SELECT …, too. `options` are fields of
+    InteractionTables or PairTables, such as item_column, doc_id_column or split. Raises ConfigError, DataError.
     """
-    data = config_of(config, overrides).data
     if processes < 0:
         raise ConfigError(f"processes={processes}: needs at least 1, or 0 for one on each core")
-    target = Target(
-        Path(out or data.dir), partition, overwrite, append, seed, None if like is None else Path(like),
-        processes=processes, spark=_cluster(engine, master, spark_conf or {}),
-    )  # fmt: skip
-    if (pairs is None) == (interactions is None and items is None and users is None):
+    data = config_of(config, overrides).data
+    place, like = out or data.dir, None if like is None else Path(like)
+    spark = _cluster(engine, master, spark_conf or {})
+    target = Target(Path(place), partition, overwrite, append, seed, like, processes=processes, spark=spark)
+    given = {"pairs": pairs, "interactions": interactions, "items": items, "users": users}
+    tables = {name: table for name, table in given.items() if table is not None}
+    if ("pairs" in tables) == bool(tables.keys() - {"pairs"}):
         raise ConfigError("a dataset is made of pairs=, or of interactions= and items=, and maybe users=")
+    make = partial(_make, data, tables, options, progress)
+    return _made_at_url(place, target, make) if isinstance(place, str) and is_url(place) else make(target)
+
+
+def _make(
+    data: DataConfig, tables: dict[str, Any], options: dict[str, Any], progress: Progress, target: Target
+) -> Report:
     if target.spark is not None:
         target.out.parent.mkdir(parents=True, exist_ok=True)
     # Spark's workers see what is beside the dataset, maybe not this machine's own disk.
@@ -60,15 +70,27 @@ def make_dataset(
             pq.write_table(as_table(table), path := Path(spool) / f"{name}.parquet")
             return path
 
-        if pairs is not None:
-            several = pairs if isinstance(pairs, list | tuple) else [pairs]
+        if "pairs" in tables:
+            several = tables["pairs"] if isinstance(tables["pairs"], list | tuple) else [tables["pairs"]]
             files = tuple(file(f"pairs-{number}", table) for number, table in enumerate(several))
             return make_pairs(data, _tables(PairTables, options, files=files), target, progress)
-        given = {"interactions": interactions, "items": items, "users": users}
-        if lacking := [name for name in ("interactions", "items") if given[name] is None]:
+        if lacking := [name for name in ("interactions", "items") if name not in tables]:
             raise ConfigError(f"{lacking[0]}= is missing: a dataset of interactions is made of them and of items")
-        paths = {name: file(name, table) for name, table in given.items() if table is not None}
+        paths = {name: file(name, table) for name, table in tables.items()}
         return make_interactions(data, _tables(InteractionTables, options, **paths), target, progress)
+
+
+def _made_at_url(url: str, target: Target, make: Callable[[Target], Report]) -> Report:
+    """Make a dataset on this machine and copy it to a URL. Raises DataError, ConfigError: it cannot go there."""
+    if target.append:
+        raise ConfigError(f"{shown(url)}: a dataset at a URL does not grow; append to a copy of it, and copy that")
+    if not target.overwrite and exists(join(url, DATASET_FILE)):
+        raise DataError(f"{shown(url)} holds a dataset already; use --overwrite or another --out")
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / url.rstrip("/").rpartition("/")[2]
+        report = make(replace(target, out=local))
+        put_folder(local, url, last=DATASET_FILE)
+    return replace(report, out=url)
 
 
 def _cluster(engine: EngineName, master: str | None, conf: Mapping[str, str]) -> Cluster | None:

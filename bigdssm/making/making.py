@@ -53,7 +53,7 @@ class Target:
 class Report:
     """What was made."""
 
-    out: Path
+    out: Path | str  # the folder, or its URL
     partition: str
     rows: dict[str, int]  # by split
     num_docs: int

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from bigdssm import urls
 from bigdssm.dataset.cache import Cache
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.errors import DataError
+from bigdssm.errors import ConfigError, DataError
+from bigdssm.making.from_tables import make_dataset
 from bigdssm.streaming.stream import PairStream
 from bigdssm.tables import chunked
 from bigdssm.tables.registry import open_source
@@ -112,3 +114,22 @@ def test_tables(bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     bucket.files.pipe_file("bucket/tables/bad.parquet", b"not Parquet")
     with pytest.raises(DataError, match=r"bad\.parquet is damaged or not what its name says"):
         open_source(f"{bucket.url}/tables/bad.parquet").parts()
+
+
+def test_a_dataset_is_made_of_tables_in_a_bucket_and_put_there(bucket: Store, tmp_path: Path) -> None:
+    pairs = pa.table({"q": [f"q{i}" for i in range(40)], "d": [f"d{i % 9}" for i in range(40)]})
+    pq.write_table(pairs, tmp_path / "p.parquet")
+    bucket.files.put_file(str(tmp_path / "p.parquet"), "bucket/tables/p.parquet")
+    features = {"query": {"q": {"type": "categorical"}}, "doc": {"d": {"type": "categorical"}}}
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps({"run": {"dir": "nowhere"}, "data": {"dir": f"{bucket.url}/made", **features}}))
+    tables = f"{bucket.url}/tables/p.parquet"
+    assert str(make_dataset(config, pairs=tables, split="train").out) == f"{bucket.url}/made"
+    make_dataset(config, pairs=tmp_path / "p.parquet", split="train", out=tmp_path / "made")
+    there = Dataset.open(f"{bucket.url}/made", cache=Cache(tmp_path / "cache", 1 << 30))
+    assert there.fingerprint == Dataset.open(tmp_path / "made").fingerprint and there.num_rows("train") == 40
+    with pytest.raises(DataError, match="s3://bucket/made holds a dataset already"):
+        make_dataset(config, pairs=tables)
+    with pytest.raises(ConfigError, match="a dataset at a URL does not grow"):
+        make_dataset(config, pairs=tables, partition="more", append=True)
+    assert make_dataset(config, pairs=tables, split="train", overwrite=True).rows == {"train": 40}
