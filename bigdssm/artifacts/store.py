@@ -190,9 +190,9 @@ class CheckpointStore:
         try:
             self._write(job)
         except BaseException as error:  # for the main thread to raise
+            self._error = error
             if distributed.is_main():  # its room is needed, if only for saying how the run ended
                 shutil.rmtree(aside_of(self.folder / name_of(job.step)), ignore_errors=True)
-            self._error = error
 
     def _write(self, job: _Job) -> None:
         path = self.folder / name_of(job.step)

@@ -189,11 +189,18 @@ class TimeUnits:
                 self._found[power] = count + int(mask.sum()), one
 
     def facts(self) -> dict[str, Any]:
-        """Return them as JSON types, for `check_one_unit`."""
+        """Return them as JSON types, for `check_time_units`."""
         return {"num_times": self._total, "units": [[power, *known] for power, known in self._found.items()]}
 
 
-def check_one_unit(facts: Iterable[Mapping[str, Any]], where: str) -> None:
+def check_one_unit(moments: np.ndarray, where: str) -> None:
+    """Raise DataError where times, float64, are in several units, as `check_time_units` has it."""
+    units = TimeUnits()
+    units.add(moments)
+    check_time_units([units.facts()], where)
+
+
+def check_time_units(facts: Iterable[Mapping[str, Any]], where: str) -> None:
     """Raise DataError where nearly all times are dates of 2000 to 2100, but some in seconds and others in 1/1000 …
 
     `facts` are those of TimeUnits, part by part.

@@ -27,7 +27,7 @@ from bigdssm.features.columns import (
     RowCheck,
     SourceBatch,
     TimeUnits,
-    check_one_unit,
+    check_time_units,
     is_empty,
     relevances,
     strings,
@@ -290,7 +290,7 @@ def _read_events(
     if engine.fetch("SELECT count(*) FROM events") == [(0,)]:
         low = f"; {num_low} are rated below {tables.min_rating}" if num_low else ""
         raise DataError(f"{events.name}: no interaction is left to train on{low}{quarantine.told()}")
-    check_one_unit(facts, f"{events.name}, column {tables.time_column!r}")
+    check_time_units(facts, f"{events.name}, column {tables.time_column!r}")
     if num_low:
         run.notes.append(f"{num_low} interactions are rated below {tables.min_rating} and left out")
     engine.view("first_sequences", first_of("found_sequences", "user_id"))

@@ -6,8 +6,8 @@ Every worker must see the spool folder, by one path: that is how steps hand over
 from __future__ import annotations
 
 import errno
+import json
 import os
-import pickle
 import re
 import shutil
 import socket
@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from bigdssm.errors import BigDSSMError, ConfigError, DataError
 from bigdssm.features.columns import ReportBad, SourceBatch
 from bigdssm.making.engine import SMALL_WORK, Engine, Work
+from bigdssm.making.reading import Unreadable
 from bigdssm.making.steps import ROWS_PER_READ, Table, finished_folder
 from bigdssm.progress import Progress, no_progress
 from bigdssm.tables.files import LocalFile
@@ -172,8 +173,7 @@ class SparkEngine(Engine):
 
     def _spread(self, work: Work, jobs: Sequence[tuple[Any, Path]]) -> Iterator[Path]:
         """Yield the folders of jobs as they are finished. Raises what the first job that failed raised."""
-        pickled = [pickle.dumps(job) for job in jobs]  # apart: a task opens its own alone
-        tasks, tag = self._tasks(partial(_do, work, pickled), len(jobs)), f"bigdssm-{uuid.uuid4().hex}"
+        tasks, tag = self._tasks(partial(_do, work, jobs), len(jobs)), f"bigdssm-{uuid.uuid4().hex}"
 
         def collect() -> list[Any]:
             self._steps.addTag(tag)
@@ -193,7 +193,7 @@ class SparkEngine(Engine):
                 self._steps.interruptTag(tag)
                 raise
         if failed := sorted((number, answer) for number, answer in answers.result() if answer is not None):
-            raise pickle.loads(failed[0][1])
+            raise _error_of(failed[0][1])
         yield from left
 
     def _tasks(self, answer: Callable[[int], bytes | None], number: int) -> DataFrame:
@@ -230,15 +230,24 @@ def _blind(file: Path, number: int) -> bytes | None:
     return None if file.exists() else socket.gethostname().encode()
 
 
-def _do(work: Work, jobs: Sequence[bytes], number: int) -> bytes | None:
+def _do(work: Work, jobs: Sequence[tuple[Any, Path]], number: int) -> bytes | None:
     """Do a job, and return the error that no second attempt would mend; after any other Spark tries again."""
-    job, folder = pickle.loads(jobs[number])
+    job, folder = jobs[number]
     try:
         if not folder.exists():
             work(job, folder)
     except BigDSSMError as error:
-        return pickle.dumps(error)
+        bad = error.bad if isinstance(error, Unreadable) else None
+        return json.dumps([type(error).__name__, str(error), bad]).encode()
     return None
+
+
+def _error_of(answer: bytes) -> BigDSSMError:
+    """Return the error that `_do` told."""
+    name, message, bad = json.loads(answer)
+    if bad is not None:
+        return Unreadable(message, [tuple(row) for row in bad])
+    return ConfigError(message) if name == ConfigError.__name__ else DataError(message)
 
 
 def _write_numbered(frame: DataFrame, folder: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.errors import ConfigError
-from bigdssm.features.columns import RowCheck, check_one_unit, is_empty, strings, times
+from bigdssm.features.columns import RowCheck, check_time_units, is_empty, strings, times
 from bigdssm.making.engine import Engine
 from bigdssm.making.steps import RowFile, Table, read_facts
 from bigdssm.string_hashes import hash_strings
@@ -77,7 +77,7 @@ class Splitter:
         `folders` are those of the reading. Raises DataError where times are in several units.
         """
         if self._how == "time":
-            check_one_unit(map(read_facts, folders), f"column {self._column!r}")
+            check_time_units(map(read_facts, folders), f"column {self._column!r}")
             validation, test = self._fractions
             first, second = map(as_sql, quantiles(engine, "found", (1 - validation - test, 1 - test)))
             split = f"CASE WHEN time >= {second} THEN 2 WHEN time >= {first} THEN 1 ELSE 0 END"

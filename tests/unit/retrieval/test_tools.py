@@ -269,7 +269,8 @@ def test_kinds_of_index_are_measured(
     assert 0.8 < hnsw["recall_at_100"] <= 1.0
     assert 4 * 9 <= flat["bytes_per_vector"] < hnsw["bytes_per_vector"]
     assert all(0 < one["p50_ms"] <= one["p99_ms"] and one["build_s"] > 0 for one in (flat, hnsw))
-    assert "--queries 0: needs at least 1" in tools.refused(2, "bench_index", *arguments, "--queries", 0)
+    code, _, said = tools.run("bench_index", *arguments, "--queries", 0)
+    assert code == 2 and "--queries" in said and "at least 1" in said
 
 
 def test_mine_negatives(tools: Tools, model_dir: Path, other_model_dir: Path, dataset: Dataset, tmp_path: Path) -> None:
