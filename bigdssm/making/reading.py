@@ -16,10 +16,11 @@ import pyarrow as pa
 from bigdssm.errors import DataError
 from bigdssm.features.columns import ReportBad, SourceBatch
 from bigdssm.making.steps import RowFile, write_facts
+from bigdssm.tables.explode import MOST_VALUES
 from bigdssm.tables.source import Part, Source
 
 PLACE_BITS = 47  # of a row's number in its table
-NTH_BITS = 12  # of them: of one of the rows that a list column makes of one
+NTH_BITS = MOST_VALUES.bit_length() - 1  # of them: of one of the rows that a list column makes of one
 MAX_TABLES = 1 << (63 - PLACE_BITS)
 BAD = "bad.parquet"
 BAD_SCHEMA = pa.schema([("file", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("left_out", pa.bool_())])

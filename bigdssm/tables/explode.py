@@ -10,8 +10,13 @@ from bigdssm.errors import DataError
 from bigdssm.features.columns import ReportBad, SourceBatch
 
 
+MOST_VALUES = 1 << 12  # of one row
+
+
 def exploded(batch: SourceBatch, name: str, report_bad: ReportBad) -> SourceBatch:
-    """Return the rows of `batch`, once for each value of the list column `name`; a row without values is reported.
+    """Return the rows of `batch`, once for each value of the list column `name`.
+
+    A row without values, or with more than MOST_VALUES, is reported and left out.
 
     Raises DataError where the column holds no lists.
     """
@@ -21,7 +26,11 @@ def exploded(batch: SourceBatch, name: str, report_bad: ReportBad) -> SourceBatc
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
     for i in np.flatnonzero(lengths == 0).tolist():
         report_bad(batch.file, int(batch.rows[i]), f"{name} holds no value")
-    parent = np.repeat(np.arange(len(lengths)), lengths)
+    for i in np.flatnonzero(lengths > MOST_VALUES).tolist():
+        report_bad(batch.file, int(batch.rows[i]), f"{name} holds {lengths[i]} values, at most {MOST_VALUES} are taken")
+    taken = lengths <= MOST_VALUES
+    parent = np.repeat(np.flatnonzero(taken), lengths[taken])
+    values = column.filter(pa.array(taken)).flatten()
     table = batch.table.take(pa.array(parent))
-    table = table.set_column(table.column_names.index(name), name, column.flatten())
+    table = table.set_column(table.column_names.index(name), name, values)
     return SourceBatch(batch.file, table, batch.rows[parent])

@@ -230,3 +230,13 @@ def test_every_value_of_a_list_column_makes_a_row(tmp_path: Path) -> None:
     assert "q holds no value" in (dataset.dir / "quarantine.jsonl").read_text()
     with pytest.raises(DataError, match=r"column 'kind' holds .*string, --each-of needs lists"):
         make(tmp_path, rows, "never", each_of="kind")
+
+
+def test_a_list_has_so_many_values_as_places_can_tell_apart(tmp_path: Path) -> None:
+    """Of a row that has more, some would have the places of the next one's."""
+    values = [[f"q{row} {i}" for i in range(length)] for row, length in enumerate((4096, 4097, 3))]
+    dataset = make(
+        tmp_path, [{"q": q, "text": f"t {i}", "kind": "k"} for i, q in enumerate(values)], each_of="q", split="train"
+    )
+    assert dataset.num_rows("train") == 4099
+    assert "q holds 4097 values, at most 4096 are taken" in (dataset.dir / "quarantine.jsonl").read_text()
