@@ -9,7 +9,6 @@ import pyarrow.compute as pc
 from bigdssm.errors import DataError
 from bigdssm.features.columns import ReportBad, SourceBatch
 
-
 MOST_VALUES = 1 << 12  # of one row
 
 
