@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -22,6 +20,7 @@ from bigdssm.dataset.files import COUNTS_FILE
 from bigdssm.dataset.index import SplitIndex, read_index
 from bigdssm.dataset.mapped import MappedTable
 from bigdssm.dataset.mixture import MixtureBatches, MixturePart
+from bigdssm.dataset.partition import FORMAT, Partition, inside, read_json, read_partition, short_hash
 from bigdssm.dataset.remote import RemoteFolder
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.sequences import Targets
@@ -33,31 +32,7 @@ from bigdssm.log import get_logger
 from bigdssm.schema import Schema
 from bigdssm.urls import is_url
 
-FORMAT = 3  # 2 had the vocabularies in schema.json, counts of all documents, and no sorted keys
 log = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Partition:
-    """One immutable part of a dataset."""
-
-    name: str
-    folder: Path
-    content: dict[str, Any]  # of partition.json
-    num_docs: int = 0  # rows of its dataset's catalogue
-    first_doc: int = 0  # where that catalogue begins in the one of several joined datasets
-    remote: RemoteFolder | None = None  # where the dataset is at a URL
-
-    @property
-    def sequence_files(self) -> list[Path]:
-        """Return the files of its sequences, in order; none for pairs."""
-        return [_inside(self.folder, part["file"]) for part in self.content.get("sequences", [])]
-
-    @property
-    def identity(self) -> str:
-        """Return a hash of the partition's rows: its indexes hold every block's checksum."""
-        known = {"fingerprint": self.content.get("fingerprint"), "splits": self.content["splits"]}
-        return _hash(json.dumps(known, sort_keys=True).encode())
 
 
 @dataclass(frozen=True)
@@ -130,7 +105,7 @@ class Dataset:
         """
         remote = RemoteFolder(str(folder), cache or Cache.of(), partitions, first) if is_url(folder) else None
         folder = remote.dir if remote else Path(folder)
-        content = _read_json(folder / "dataset.json", f"{folder} is no dataset; bigdssm make_shards makes one")
+        content = read_json(folder / "dataset.json", f"{folder} is no dataset; bigdssm make_shards makes one")
         if content.get("format") != FORMAT:
             raise DataError(
                 f"{folder}/dataset.json has format {content.get('format')}, this version reads {FORMAT}; make it "
@@ -149,7 +124,7 @@ class Dataset:
             raise DataError(f"{folder} has no partitions; bigdssm make_shards adds one")
         if not content["catalogue"]:
             raise DataError(f"{folder}/dataset.json names no catalogue; make the dataset again")
-        files = [CatalogueFile(_inside(folder, f["file"]), f["rows"], f["checksum"]) for f in content["catalogue"]]
+        files = [CatalogueFile(inside(folder, f["file"]), f["rows"], f["checksum"]) for f in content["catalogue"]]
         num_docs = sum(file.rows for file in files)
         read = [replace(read_partition(folder, name), num_docs=num_docs, remote=remote) for name in names]
         head = Head(folder, content["name"], schema, content.get("text", "tokens"))
@@ -166,13 +141,13 @@ class Dataset:
     def fingerprint(self) -> str:
         """Return a hash of schema, tokenizer and the partitions' rows."""
         known = [self.schema.fingerprint(), self.tokenizer_hash, *(p.name + p.identity for p in self.partitions)]
-        return _hash("\n".join(known).encode())
+        return short_hash("\n".join(known).encode())
 
     def partitions_on_disk(self) -> list[Partition]:
         """Return all partitions in the dataset's folder, opened or not. Raises DataError where one is damaged."""
         if self.siblings:
             return list(self.siblings)
-        content = _read_json(self.dir / "dataset.json", "copy the dataset whole")
+        content = read_json(self.dir / "dataset.json", "copy the dataset whole")
         return [read_partition(self.dir, name) for name in content["partitions"]]
 
     def index(self, split: str) -> SplitIndex:
@@ -365,36 +340,6 @@ def empty_batch(layout: Layout) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)
 
 
-def _hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _inside(folder: Path, place: str) -> Path:
-    if Path(place).is_absolute() or ".." in Path(place).parts:
-        raise DataError(f"{folder}: its metadata names a file {place!r}, not a plain path inside it; refused")
-    return folder / place
-
-
-def read_partition(folder: Path, name: str) -> Partition:
-    """Return the partition `name` of the dataset in `folder`. Raises DataError: none there, or damaged."""
-    where = folder / "partitions" / name
-    if where.parent != folder / "partitions" or name.startswith("."):
-        raise DataError(f"{folder}/dataset.json: partition name {name!r} is not a plain folder name; refused")
-    return Partition(name, where, _read_json(where / "partition.json", "copy the dataset whole"))
-
-
-def _read_json(path: Path, fix: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"{path} does not exist; {fix}") from None
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path} is damaged: {error}") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path} is damaged: no JSON object")
-    return content
-
-
 def _read_tokenizer(folder: Path | None) -> tuple[int, int, str]:
     """Return pad token id, vocabulary size and a hash of the tokenizer."""
     if folder is None:
@@ -405,9 +350,9 @@ def _read_tokenizer(folder: Path | None) -> tuple[int, int, str]:
         tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise DataError(f"{path} is no readable tokenizer ({error}); a dataset with text features needs one") from None
-    declared = _read_json(folder / "tokenizer_config.json", "copy the dataset whole").get("pad_token")
+    declared = read_json(folder / "tokenizer_config.json", "copy the dataset whole").get("pad_token")
     name = declared.get("content") if isinstance(declared, dict) else declared
     pad = tokenizer.token_to_id(name) if name else None
     if pad is None:
         raise DataError(f"{folder}: the tokenizer has no padding token ({name!r}); add one and make the dataset again")
-    return pad, tokenizer.get_vocab_size(), _hash(content)
+    return pad, tokenizer.get_vocab_size(), short_hash(content)

@@ -14,8 +14,9 @@ from dataclasses import replace
 
 from bigdssm.config import DataConfig, SourceConfig
 from bigdssm.dataset.cache import Cache
-from bigdssm.dataset.dataset import CatalogueFile, Dataset, Partition
+from bigdssm.dataset.dataset import CatalogueFile, Dataset
 from bigdssm.dataset.mixture import MixtureBatches, MixturePart, steps_per_round
+from bigdssm.dataset.partition import Partition
 from bigdssm.errors import ConfigError
 from bigdssm.urls import is_url
 

@@ -29,7 +29,7 @@ from bigdssm.atomic import (
     write_json,
     write_text,
 )
-from bigdssm.dataset.dataset import FORMAT
+from bigdssm.dataset.partition import FORMAT
 from bigdssm.errors import BigDSSMError, ConfigError, DataError
 from bigdssm.hashing import file_checksum
 from bigdssm.making.quarantine import Quarantine

@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.config import DataConfig, check_pieces
-from bigdssm.dataset.dataset import read_partition
 from bigdssm.dataset.files import COUNTS_FILE, KEYS_SUFFIX, SEQUENCE_KEYS_FILE
 from bigdssm.dataset.keys import Keys, write_keys
+from bigdssm.dataset.partition import read_partition
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, stored
 from bigdssm.features.columns import (

@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.config import DataConfig
-from bigdssm.dataset.dataset import read_partition
 from bigdssm.dataset.files import COUNTS_FILE, KEYS_SUFFIX
 from bigdssm.dataset.keys import Keys
+from bigdssm.dataset.partition import read_partition
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, TextTokenizer, encode_columns
 from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, TimeUnits, is_empty, relevances, strings

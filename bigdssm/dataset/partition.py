@@ -1,0 +1,70 @@
+"""The partitions of a dataset, immutable parts of it, as their metadata say; nothing here opens a row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bigdssm.dataset.remote import RemoteFolder
+from bigdssm.errors import DataError
+
+FORMAT = 3  # 2 had the vocabularies in schema.json, counts of all documents, and no sorted keys
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One immutable part of a dataset."""
+
+    name: str
+    folder: Path
+    content: dict[str, Any]  # of partition.json
+    num_docs: int = 0  # rows of its dataset's catalogue
+    first_doc: int = 0  # where that catalogue begins in the one of several joined datasets
+    remote: RemoteFolder | None = None  # where the dataset is at a URL
+
+    @property
+    def sequence_files(self) -> list[Path]:
+        """Return the files of its sequences, in order; none for pairs."""
+        return [inside(self.folder, part["file"]) for part in self.content.get("sequences", [])]
+
+    @property
+    def identity(self) -> str:
+        """Return a hash of the partition's rows: its indexes hold every block's checksum."""
+        known = {"fingerprint": self.content.get("fingerprint"), "splits": self.content["splits"]}
+        return short_hash(json.dumps(known, sort_keys=True).encode())
+
+
+def read_partition(folder: Path, name: str) -> Partition:
+    """Return the partition `name` of the dataset in `folder`. Raises DataError: none there, or damaged."""
+    where = folder / "partitions" / name
+    if where.parent != folder / "partitions" or name.startswith("."):
+        raise DataError(f"{folder}/dataset.json: partition name {name!r} is not a plain folder name; refused")
+    return Partition(name, where, read_json(where / "partition.json", "copy the dataset whole"))
+
+
+def read_json(path: Path, fix: str) -> dict[str, Any]:
+    """Return a file's JSON object. Raises DataError: missing (`fix` says what to do), damaged, or another value."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{path} does not exist; {fix}") from None
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is damaged: no JSON object")
+    return content
+
+
+def inside(folder: Path, place: str) -> Path:
+    """Return a file that metadata name. Raises DataError where that is not inside the folder."""
+    if Path(place).is_absolute() or ".." in Path(place).parts:
+        raise DataError(f"{folder}: its metadata names a file {place!r}, not a plain path inside it; refused")
+    return folder / place
+
+
+def short_hash(content: bytes) -> str:
+    """Return 16 hexadecimal digits of SHA-256."""
+    return hashlib.sha256(content).hexdigest()[:16]
