@@ -19,6 +19,10 @@ class DataError(BigDSSMError):
     exit_code = 3
 
 
+class UnavailableError(DataError):
+    """Data at a URL that cannot be had now; what was finished before stays for another attempt."""
+
+
 class CheckpointError(BigDSSMError):
     """A checkpoint or model folder that is missing, damaged or belongs to another schema or run."""
 

@@ -12,13 +12,14 @@ import os
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 import xxhash
 
-from bigdssm.errors import ConfigError, DataError
+from bigdssm.errors import ConfigError, DataError, UnavailableError
 from bigdssm.log import get_logger
 
 # About 24 s of waiting in all: longer than a server's restart, shorter than anybody's patience.
@@ -86,8 +87,8 @@ def _retried(url: str, attempt: Callable[[], T]) -> T:
             wait = min(FIRST_WAIT_S * 2**number, LONGEST_WAIT_S) * (0.5 + spread / 2)  # not all ranks at once
             log.info("%s: %s; trying again in %.1f s", shown(url), shown(told), wait)
             time.sleep(wait)
-    raise DataError(
-        f"{shown(url)} cannot be read: {ATTEMPTS} attempts failed, the last with {shown(told)}; go on later"
+    raise UnavailableError(
+        f"{shown(url)} cannot be reached: {ATTEMPTS} attempts failed, the last with {shown(told)}; go on later"
     )
 
 
@@ -162,17 +163,21 @@ def exists(url: str) -> bool:
 
 
 def put_folder(folder: Path, url: str, last: str) -> None:
-    """Copy a folder's files to a URL, the one called `last` behind all others: where it is, the folder is whole.
+    """Copy a folder's files to a URL, `last` behind all others: where it is, the folder is whole. Others there go.
 
-    Raises ConfigError: such URLs cannot be written; OSError.
+    Raises ConfigError: such URLs cannot be written; UnavailableError.
     """
     files, path = _filesystem(url, os.getpid())
     names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    names = [*(name for name in names if name != last), last]
     try:
-        if files.exists(f"{path}/{last}"):
-            files.rm(path, recursive=True)
-        for name in [*(name for name in names if name != last), last]:
-            files.put_file(str(folder / name), f"{path}/{name}")
+        if exists(join(url, last)):
+            files.rm_file(f"{path}/{last}")
+        for name in names:
+            _retried(join(url, name), partial(files.put_file, str(folder / name), f"{path}/{name}"))
+        kept = {f"{path}/{name}" for name in names}
+        if strangers := [name for name in files.find(path) if name not in kept]:
+            files.rm(strangers)
     except NotImplementedError:
         raise ConfigError(f"{shown(url)} cannot be written; copy the dataset there yourself") from None
 

@@ -184,8 +184,10 @@ def _pairs(args: argparse.Namespace) -> None:
 
 
 def _docstrings(args: argparse.Namespace) -> None:
-    out = args.out or Path(load_config(args.config, args.overrides).data.dir)
-    table = args.table or out.with_name(f"{out.name}.jsonl.gz")
+    out = args.out or load_config(args.config, args.overrides).data.dir
+    if args.table is None and is_url(out):
+        raise ConfigError(f"--out {out} is a URL: say with --table where the functions are kept")
+    table = args.table or Path(out).with_name(f"{Path(out).name}.jsonl.gz")
     with ProgressBar() as progress:
         count = write_functions(args.site_packages, table, args.packages, args.max_per_package, args.seed, progress)
     print(f"{table}: {count:,} functions")

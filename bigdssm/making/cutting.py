@@ -22,6 +22,7 @@ from bigdssm.making.writing import note_file, placed_files, write_arrow
 from bigdssm.tables.hashing import shuffle_keys, uniform
 
 SEQUENCES_PER_FILE = 1 << 16
+EVENTS_PER_FILE = 1 << 22  # at most, which is what memory holds
 MOST_TIMES = 1 << 21  # of targets, which are compared to tell the leak
 ROW = pa.schema(
     [
@@ -190,12 +191,19 @@ def cut_sequences(run: Making, cutting: Cutting, *, has_times: bool) -> list[dic
 
 
 def _ranges(sequences: Table) -> Iterator[tuple[int, tuple[int, int], tuple[int, int]]]:
-    """Yield the number of each file of sequences, and its ranges of sequences and of events."""
-    begin = 0
-    for number, (first, last) in enumerate(ranges(sequences, SEQUENCES_PER_FILE)):
-        end = begin + int(sequences.read(first, last, ["length"]).column("length").to_numpy().sum())
-        yield number, (first, last), (begin, end)
-        begin = end
+    """Yield the number of each file of sequences, and its ranges of sequences and of events.
+
+    A file ends before its events are more than EVENTS_PER_FILE, with one sequence at least.
+    """
+    number, begin = 0, 0
+    for first, last in ranges(sequences, SEQUENCES_PER_FILE):
+        ends = np.cumsum(sequences.read(first, last, ["length"]).column("length").to_numpy())
+        start, before = 0, 0
+        while start < len(ends):
+            stop = max(start + 1, int(np.searchsorted(ends, before + EVENTS_PER_FILE, "right")))
+            yield number, (first + start, first + stop), (begin + before, begin + int(ends[stop - 1]))
+            number, start, before = number + 1, stop, int(ends[stop - 1])
+        begin += before
 
 
 def _joined(prior: Ragged, own: Ragged) -> Ragged:

@@ -26,24 +26,24 @@ from bigdssm.atomic import (
     recover,
     remove,
     replace_folder,
+    sync,
     write_json,
-    write_text,
 )
 from bigdssm.dataset.partition import FORMAT
-from bigdssm.errors import BigDSSMError, ConfigError, DataError
+from bigdssm.errors import ConfigError, DataError, UnavailableError
 from bigdssm.hashing import file_checksum
 from bigdssm.making.quarantine import Quarantine
 from bigdssm.schema import SCHEMA_FILE, VOCABULARIES, Schema
 
 DATASET_FILE, QUARANTINE_FILE = "dataset.json", "quarantine.jsonl"
 TOKENIZER, CATALOGUE, PARTITIONS = "tokenizer", "catalogue", "partitions"
-LOCK, MADE_OF = "lock", "made_of.txt"
+LOCK = "lock"
 PREVIOUS_SCHEMA = "schema.previous.json"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DatasetWriter:
-    """A dataset being made: write into `partition_dir`, `tokenizer_dir` and `catalogue_file`, then `commit`.
+    """A dataset being made: write into `partition_dir`, `tokenizer_dir` and `catalogue_dir`, then `commit`.
 
     As a context manager it clears up after an error in the data or the config, keeping the quarantine as
     OUT.quarantine.jsonl.
@@ -53,7 +53,7 @@ class DatasetWriter:
         self, out: Path, partition: str, max_bad_fraction: float, *, source: str, overwrite: bool = False,
         append: bool = False,
     ) -> None:  # fmt: skip
-        """`source` tells what is made of what: what a killed run with the same one has done stands in the journals."""
+        """`source` tells what is made of what: a making goes on with what a killed one of the same has finished."""
         out = real_place(out)
         self.out, self.partition, self.append = out, partition, append
         plain = re.fullmatch(r"[^./\\][^/\\]*", partition) and partition.isprintable()
@@ -74,9 +74,11 @@ class DatasetWriter:
             raise ConfigError(
                 f"{out} cannot be written ({error.strerror}: {error.filename}); choose another --out"
             ) from None
-        self.spool = self.staging / "spool"
         places = {"source": source, "partition": partition, "before": self.content}
-        self._take_up(hashlib.sha256(json.dumps(places, sort_keys=True).encode()).hexdigest())
+        made_of = hashlib.sha256(json.dumps(places, sort_keys=True).encode()).hexdigest()
+        # By what is made: a worker that a killed making of something else has left behind finds its folder gone.
+        self.spool = self.staging / f"spool-{made_of[:16]}"
+        self._take_up()
         if append and not (self.staging / PREVIOUS_SCHEMA).exists():
             shutil.copyfile(out / SCHEMA_FILE, self.staging / PREVIOUS_SCHEMA)
         self.partition_dir = self.staging / PARTITIONS / partition
@@ -85,15 +87,19 @@ class DatasetWriter:
         kept = out.parent / f"{out.name}.{QUARANTINE_FILE}"
         self.quarantine = Quarantine(self.staging / QUARANTINE_FILE, kept, partition, max_bad_fraction)
 
-    def _take_up(self, made_of: str) -> None:
+    def _take_up(self) -> None:
         """Keep what a killed run left where it was made of the same, else clear it."""
-        path = self.spool / MADE_OF
-        if not path.exists() or path.read_text() != made_of:
+        remove(self._used_spool)
+        if not self.spool.exists():
             for left in self.staging.iterdir():
                 if left.name != LOCK:
                     remove(left)
             self.spool.mkdir()
-            write_text(path, made_of)
+
+    @property
+    def _used_spool(self) -> Path:
+        """Return where the spool is put when it is not needed any more, before the dataset gets its name."""
+        return self.staging.with_name(f"{self.staging.name}-spool")
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -149,12 +155,15 @@ class DatasetWriter:
         }
         schema = schema.save(self.staging)
         write_json(self.staging / DATASET_FILE, dataset)
-        (self.spool / MADE_OF).unlink()  # first: it speaks of what is removed now
-        shutil.rmtree(self.spool)
+        for path in self.staging.rglob("*"):
+            if path.is_file() and not path.is_relative_to(self.spool):
+                sync(path)
+        os.replace(self.spool, self._used_spool)  # not removed, which takes time: a kill until then loses nothing
         if self.append:
             self._move_in(schema)
         else:
             self._replace()
+        remove(self._used_spool)
 
     def _tokenizer_checksums(self) -> dict[str, str]:
         """Return the checksum of each of the tokenizer's files; an append repeats those that are recorded."""
@@ -206,9 +215,17 @@ class DatasetWriter:
         if isinstance(value, OSError) and value.errno in NO_ROOM and not value.filename:  # a write has no name to give
             value.filename = str(self.staging)
         self.quarantine.close()
-        if kind is not None and issubclass(kind, BigDSSMError) and self.staging.exists():
+        told = kind is not None and issubclass(kind, (ConfigError, DataError))
+        if told and not isinstance(value, UnavailableError) and self.staging.exists():
             if self.quarantine.num_bad:
                 shutil.copyfile(self.quarantine.path, self.quarantine.kept)
+            shutil.rmtree(self.staging)
+        self._lock.close()
+
+    def release(self) -> None:
+        """Leave the making as a killed one would be left, nothing where nothing is finished."""
+        self.quarantine.close()
+        if not any(self.spool.iterdir()):
             shutil.rmtree(self.staging)
         self._lock.close()
 

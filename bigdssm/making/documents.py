@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def number_documents(engine: Engine, known: Sequence[Path], first: int, file: Pa
     table = engine.select("documents", "SELECT * FROM first_documents WHERE nth = 1", order="place, doc_id")
     by_id = engine.select("document_ids", "SELECT doc_id, number FROM documents", order="doc_id")
     if table.num_rows:
-        write_keys(file, table.num_rows, _numbered(by_id, first))
+        place_keys(engine, by_id, "doc_id", first, file)
     return Documents(table, first, Keys([*known, *([file] if table.num_rows else [])]))
 
 
@@ -99,9 +100,17 @@ def first_of(table: str, key: str) -> str:
     return f"SELECT *, row_number() OVER (PARTITION BY {key} ORDER BY place) AS nth FROM {table}"
 
 
-def _numbered(by_id: Table, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for piece in by_id.batches():
-        yield piece.column("doc_id").to_numpy(), piece.column("number").to_numpy() + first
+def place_keys(engine: Engine, by_id: Table, column: str, first: int, file: Path) -> None:
+    """Make `file` the key file of a table sorted by `column`, whose `number` 0 is row `first`; it may be there already.
+
+    Never written where it stands: workers may have it mapped.
+    """
+    if not file.exists():
+        pieces = (
+            (piece.column(column).to_numpy(), piece.column("number").to_numpy() + first) for piece in by_id.batches()
+        )
+        write_keys(engine.spool / file.name, by_id.num_rows, pieces)
+        os.replace(engine.spool / file.name, file)
 
 
 def keys_beside(catalogue: Sequence[Path]) -> list[Path]:

@@ -29,6 +29,7 @@ class Engine(ABC):
 
     def map(self, step: str, jobs: Sequence[Any], work: Work, *, rows: int) -> list[Path]:
         """Have `work` do the jobs, about so many `rows` in all, and return their folders in the order of the jobs."""
+        (self.spool / step).mkdir(exist_ok=True)
         folders = [self.spool / step / f"{number:06d}" for number in range(len(jobs))]
         left = [(job, folder) for job, folder in zip(jobs, folders, strict=True) if not folder.exists()]
         done = len(jobs) - len(left)

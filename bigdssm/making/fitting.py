@@ -19,7 +19,7 @@ from bigdssm.features import Feature, TextTokenizer, texts_of
 from bigdssm.making.documents import canonical_of
 from bigdssm.making.engine import Engine
 from bigdssm.making.steps import RowFile, Table, finished_folder, ranges
-from bigdssm.making.tokenizer import make_tokenizer
+from bigdssm.making.tokenizer import MAX_TRAINING_CHARACTERS, make_tokenizer
 from bigdssm.schema import Schema
 from bigdssm.tables.hashing import uniform
 
@@ -27,7 +27,7 @@ ROWS_PER_FIT = 1 << 18  # in this order sums are made, whoever makes them
 LEARNED = pa.schema(
     [("feature", pa.int32()), ("value", pa.large_string()), ("count", pa.int64()), ("place", pa.int64())]
 )
-MOST_SAMPLED = 1 << 20  # rows of a side whose texts the tokenizer is trained on
+SAMPLED_ROWS = 1 << 18  # of a side, whose texts the tokenizer is trained on
 TOKENIZER = "tokenizer"
 
 
@@ -39,6 +39,17 @@ class Side:
     table: Table
     prefix: str
     features: Mapping[str, Feature]
+
+    def column(self, number: int, first: int, end: int) -> pa.Array:
+        """Return rows [first, end) of the canonical feature of this number."""
+        name = list(self.features)[number]
+        rows = self.table.read(first, end, [f"{self.prefix}{number}"]).rename_columns(["f0"])
+        return canonical_of(rows, "f", {name: self.features[name]}).column(name).combine_chunks()
+
+
+def _learns(feature: Feature) -> bool:
+    """Return whether the data tell a feature anything."""
+    return feature.fitter() is not None or feature.counted(pa.array([], feature.canonical_type)) is not None
 
 
 def schema_to_fit(config: DataConfig, grown: Path | None, like: Path | None) -> Schema:
@@ -114,12 +125,13 @@ def _learn(side: Side, job: tuple[int, int], folder: Path) -> None:
 
     All at once: a sum's last bits depend on where it is cut.
     """
-    rows = side.table.read(*job)
-    table, place = canonical_of(rows, side.prefix, side.features), rows.column("place").to_numpy()
     states = {}
+    place = side.table.read(*job, ["place"]).column("place").to_numpy()
     with RowFile(folder / "values.parquet", LEARNED) as file:
         for number, (name, feature) in enumerate(side.features.items()):
-            column = table.column(name).combine_chunks()
+            if not _learns(feature):
+                continue
+            column = side.column(number, *job)
             if fitter := feature.fitter():
                 fitter.update(column)
                 states[name] = fitter.state()
@@ -136,12 +148,17 @@ def _counted(feature: int, values: pa.Array, place: np.ndarray) -> pa.Table:
 
 
 def sampled_texts(sides: list[Side]) -> Iterator[list[str]]:
-    """Yield texts of at most about MOST_SAMPLED rows of each side, chosen by a hash of their places."""
-    for side in sides:
-        texts = texts_of(side.features)
-        share = MOST_SAMPLED / max(1, side.table.num_rows)
-        for rows in side.table.batches() if texts else ():
-            chosen = pa.array(uniform(rows.column("place").to_numpy(), "sample", 0) < share)
-            table = canonical_of(rows, side.prefix, side.features)
-            for name in texts:
-                yield table.column(name).filter(chosen).to_pylist()
+    """Yield texts of rows chosen by a hash of their places: of each side about SAMPLED_ROWS, or as many as fit."""
+    having = [side for side in sides if texts_of(side.features)]
+    for side in having:
+        left, share = MAX_TRAINING_CHARACTERS // len(having), SAMPLED_ROWS / max(1, side.table.num_rows)
+        numbers = [number for number, name in enumerate(side.features) if name in texts_of(side.features)]
+        for first, end in ranges(side.table, ROWS_PER_FIT) if left > 0 else ():
+            place = side.table.read(first, end, ["place"]).column("place").to_numpy()
+            chosen = pa.array(uniform(place, "sample", 0) < share)
+            for number in numbers:
+                texts = side.column(number, first, end).filter(chosen).to_pylist()
+                yield texts
+                left -= sum(map(len, texts))
+            if left <= 0:
+                break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -81,15 +82,22 @@ def _make(
 
 
 def _made_at_url(url: str, target: Target, make: Callable[[Target], Report]) -> Report:
-    """Make a dataset on this machine and copy it to a URL. Raises DataError, ConfigError: it cannot go there."""
+    """Make a dataset on this machine and copy it to a URL; where it cannot go there, it stays here.
+
+    Raises DataError, ConfigError.
+    """
     if target.append:
         raise ConfigError(f"{shown(url)}: a dataset at a URL does not grow; append to a copy of it, and copy that")
     if not target.overwrite and exists(join(url, DATASET_FILE)):
         raise DataError(f"{shown(url)} holds a dataset already; use --overwrite or another --out")
-    with tempfile.TemporaryDirectory() as folder:
-        local = Path(folder) / url.rstrip("/").rpartition("/")[2]
-        report = make(replace(target, out=local))
+    folder = Path(tempfile.mkdtemp(prefix="dataset-"))
+    local = folder / url.rstrip("/").rpartition("/")[2]
+    report = make(replace(target, out=local))
+    try:
         put_folder(local, url, last=DATASET_FILE)
+    except (DataError, OSError) as error:
+        raise DataError(f"{error}; the dataset is whole in {local}, copy it from there") from error
+    shutil.rmtree(folder)
     return replace(report, out=url)
 
 

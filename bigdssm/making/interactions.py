@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from bigdssm.config import DataConfig, check_pieces
 from bigdssm.dataset.files import COUNTS_FILE, KEYS_SUFFIX, SEQUENCE_KEYS_FILE
-from bigdssm.dataset.keys import Keys, write_keys
+from bigdssm.dataset.keys import Keys
 from bigdssm.dataset.partition import read_partition
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, stored
@@ -43,6 +43,7 @@ from bigdssm.making.documents import (
     first_of,
     keys_beside,
     number_documents,
+    place_keys,
     spooled,
 )
 from bigdssm.making.engine import Engine
@@ -117,6 +118,7 @@ def make_interactions(
         if user and users is None:
             raise ConfigError(f"the query features {', '.join(user)} need a users table; give --users")
         known = sum(part["rows"] for part in writer.content["catalogue"])
+        earlier = _earlier(run)
         documents = _read_items(run, tables, base, items, known)
         if user and users is not None:
             _read_users(run, tables, user, users)
@@ -138,10 +140,11 @@ def make_interactions(
         cutting = Cutting(
             events=sorted_events, sequences=sequences, user=stored(schema.query), text=text,
             split=tables.split, thresholds=_thresholds(engine, tables), targets_per_row=config.targets_per_row,
-            seed=target.seed, earlier=_earlier(run),
+            seed=target.seed, earlier=earlier,
         )  # fmt: skip
         cut = cut_sequences(run, cutting, has_times=tables.time_column is not None)
-        _write_sequence_keys(engine, writer.partition_dir / SEQUENCE_KEYS_FILE)
+        by_id = engine.select("sequence_ids", "SELECT user_id, number FROM sequences", order="user_id")
+        place_keys(engine, by_id, "user_id", 0, writer.partition_dir / SEQUENCE_KEYS_FILE)
         entries = {
             name: write_split(engine, name, table, block_columns, writer.partition_dir)
             for name, table in _sorted_splits(engine, tables).items()
@@ -388,12 +391,6 @@ def _earlier(run: Making) -> tuple[tuple[tuple[Path, ...], Path], ...]:
             raise DataError(f"{run.writer.out}: partition {name!r} holds pairs, not interactions")
         found.append((tuple(partition.sequence_files), partition.folder / SEQUENCE_KEYS_FILE))
     return tuple(found)
-
-
-def _write_sequence_keys(engine: Engine, path: Path) -> None:
-    by_id = engine.select("sequence_ids", "SELECT user_id, number FROM sequences", order="user_id")
-    pieces = ((piece.column("user_id").to_numpy(), piece.column("number").to_numpy()) for piece in by_id.batches())
-    write_keys(path, by_id.num_rows, pieces)
 
 
 def _sorted_splits(engine: Engine, tables: InteractionTables) -> dict[str, Table]:

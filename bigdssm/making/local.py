@@ -6,17 +6,19 @@ import errno
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import duckdb
-from joblib import Parallel, delayed
+from joblib import Parallel, cpu_count, delayed
 
 from bigdssm.making.engine import SMALL_WORK, Engine, Work
 from bigdssm.making.steps import ROWS_PER_READ, Table
 from bigdssm.progress import Progress, no_progress
 
 MEMORY = "1500MB"  # of queries; more is sorted on disk
+MOST_THREADS = 12  # that so much memory is enough for
 
 
 class LocalEngine(Engine):
@@ -24,11 +26,11 @@ class LocalEngine(Engine):
 
     def __init__(self, spool: Path, progress: Progress = no_progress, *, processes: int = 0) -> None:
         super().__init__(spool, progress)
-        self._processes = processes or len(os.sched_getaffinity(0))
+        self._processes = processes or cpu_count()
         settings: dict[str, str | bool | int | float | list[str]] = {
             "memory_limit": MEMORY,
             "temp_directory": str(spool / "sorting"),
-            "threads": self._processes,
+            "threads": min(self._processes, MOST_THREADS),
         }
         self._database = duckdb.connect(config=settings)
 
@@ -48,8 +50,9 @@ class LocalEngine(Engine):
     def _run(self, work: Work, jobs: Sequence[tuple[Any, Path]], rows: int) -> Iterable[Any]:
         if min(self._processes, len(jobs)) < 2 or rows < SMALL_WORK:
             return map(work, *zip(*jobs, strict=True)) if jobs else ()
+        with_parent = partial(_with_parent, work, os.getpid())
         return Parallel(self._processes, return_as="generator_unordered", batch_size=1)(
-            delayed(work)(job, folder) for job, folder in jobs
+            delayed(with_parent)(job, folder) for job, folder in jobs
         )
 
     def _write(self, query: str, folder: Path) -> None:
@@ -65,6 +68,13 @@ class LocalEngine(Engine):
             self.view(name, f"SELECT * EXCLUDE (file_row_number), file_row_number AS number FROM {source}")
         else:
             self.view(name, f"SELECT * FROM read_parquet({files})")
+
+
+def _with_parent(work: Work, parent: int, job: Any, folder: Path) -> None:
+    """Do a job of a process that is still there: one that was killed goes on by itself, maybe with something else."""
+    if os.getppid() != parent:
+        os._exit(0)
+    work(job, folder)
 
 
 def _quoted(text: str) -> str:

@@ -17,12 +17,13 @@ import tokenizers
 from bigdssm.config import DataConfig
 from bigdssm.dataset.sequences import EVENT_COLUMNS
 from bigdssm.errors import ConfigError, DataError
+from bigdssm.features import Vector
 from bigdssm.making.dataset_writer import DatasetWriter
 from bigdssm.making.engine import Engine
 from bigdssm.making.local import LocalEngine
 from bigdssm.making.quarantine import bad_rows
 from bigdssm.making.reading import PartOfTable, Unreadable, parts_of
-from bigdssm.making.spark import Cluster, SparkEngine
+from bigdssm.making.spark import Cluster, SparkEngine, SparkTable
 from bigdssm.making.steps import read_facts
 from bigdssm.progress import Progress, no_progress
 from bigdssm.schema import SCHEMA_FILE, Schema
@@ -72,7 +73,6 @@ class Report:
 class Making:
     """A making under way: the folder that it fills, the engine that does its steps, and what is to be said of it."""
 
-    target: Target
     writer: DatasetWriter
     engine: Engine
     notes: list[str]
@@ -137,27 +137,39 @@ def making(
     Raises DataError or ConfigError where `target.out` cannot be written.
     """
     started = time.monotonic()
+    for feature in (*config.query.values(), *config.doc.values()):
+        if isinstance(feature, Vector) and feature.matrix and any(isinstance(s, SparkTable) for s in sources):
+            raise ConfigError(f"{feature.matrix}: a matrix goes by the numbers of rows, which a query's have not")
     made_of = _made_of(config, target, sources, options)
     writer = DatasetWriter(
         target.out, target.partition, config.max_bad_fraction, source=made_of,
         overwrite=target.overwrite, append=target.append,
     )  # fmt: skip
+    try:
+        engine = _engine(target, writer.spool, progress)
+    except BaseException:  # that there is none now says nothing of what a killed making finished
+        writer.release()
+        raise
     with writer:
-        engine: Engine
-        if target.spark is None:
-            engine = LocalEngine(writer.spool, progress, processes=target.processes)
-        else:
-            engine = SparkEngine(writer.spool, progress, cluster=target.spark)
         try:
-            yield Making(target, writer, engine, [], started)
+            yield Making(writer, engine, [], started)
         finally:
             engine.close()
+
+
+def _engine(target: Target, spool: Path, progress: Progress) -> Engine:
+    if target.spark is None:
+        return LocalEngine(spool, progress, processes=target.processes)
+    return SparkEngine(spool, progress, cluster=target.spark)
 
 
 def _made_of(config: DataConfig, target: Target, sources: Sequence[Source], options: Any) -> str:
     """Return what a dataset is made of, and with what, as text."""
     like = [target.like / SCHEMA_FILE] if target.like else []
-    files = [(str(p.resolve()), p.stat().st_mtime_ns) for p in [*like, *_tokenizer_files(config)] if p.is_file()]
+    features = [*config.query.values(), *config.doc.values()]
+    matrices = [Path(feature.matrix) for feature in features if isinstance(feature, Vector) and feature.matrix]
+    beside = [*like, *_tokenizer_files(config), *matrices]
+    files = [(str(path.resolve()), path.stat().st_mtime_ns) for path in beside if path.is_file()]
     prints = [source.fingerprint() for source in sources]
     code = (code_checksum(), pa.__version__, tokenizers.__version__, np.__version__)
     declared = Schema.declared(config).fingerprint()

@@ -110,6 +110,8 @@ def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress:
         known = sum(part["rows"] for part in writer.content["catalogue"])
         file = writer.catalogue_dir / f"{len(writer.catalogue_parts):06d}{KEYS_SUFFIX}"
         documents = number_documents(engine, keys_beside(writer.catalogue_parts), known, file)
+        if engine.fetch("SELECT count(*) FROM found") == [(0,)]:
+            raise DataError(f"{tables.files[0]}: no row is left{writer.quarantine.told()}")
         splitter.divide(engine, folders)
         splits = _sorted_splits(run, tables, splitter, reader)
         sides = [

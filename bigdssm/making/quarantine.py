@@ -8,10 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from bigdssm.errors import DataError
-from bigdssm.making.reading import BAD
+from bigdssm.making.reading import BAD, BAD_SCHEMA
+from bigdssm.making.steps import Table
 
 BadRow = tuple[str, int, str, bool]
 """File, row, what is wrong, and whether the row is left out (else a value of it is taken as missing)."""
@@ -68,6 +67,5 @@ class Quarantine:
 
 def bad_rows(folders: Iterable[Path]) -> Iterator[BadRow]:
     """Yield the bad rows of a step's folders, in order."""
-    for folder in folders:
-        for row in pq.read_table(folder / BAD).to_pylist():
-            yield row["file"], row["row"], row["reason"], row["left_out"]
+    for piece in Table.of(folder / BAD for folder in folders).batches():
+        yield from zip(*(piece.column(name).to_pylist() for name in BAD_SCHEMA.names), strict=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from bigdssm.errors import DataError
+from bigdssm.errors import DataError, UnavailableError
 from bigdssm.features.columns import ReportBad, SourceBatch
 from bigdssm.making.steps import RowFile, write_facts
 from bigdssm.tables.explode import MOST_VALUES
@@ -23,6 +23,7 @@ PLACE_BITS = 47  # of a row's number in its table
 NTH_BITS = MOST_VALUES.bit_length() - 1  # of them: of one of the rows that a list column makes of one
 MAX_TABLES = 1 << (63 - PLACE_BITS)
 BAD = "bad.parquet"
+MOST_WAITING = 1 << 16  # bad rows in memory
 BAD_SCHEMA = pa.schema([("file", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("left_out", pa.bool_())])
 
 
@@ -53,26 +54,28 @@ def places(part: PartOfTable, batch: SourceBatch, *, exploded: bool = False) -> 
 
 
 class BadRows:
-    """What is wrong with the rows of a part, in the order in which it was met."""
+    """What is wrong with the rows of a part, in the order in which it was met; written when it is many rows."""
 
-    def __init__(self) -> None:
-        self.records: list[tuple[str, int, str, bool]] = []
+    def __init__(self, file: RowFile) -> None:
+        self._file, self.waiting = file, list[tuple[str, int, str, bool]]()
 
     def report(self, file: str, row: int, reason: str, left_out: bool = True) -> None:
         """Note a bad row, or (not left out) a bad value of a row that stays."""
-        self.records.append((file, row, reason, left_out))
+        self.waiting.append((file, row, reason, left_out))
+        if len(self.waiting) >= MOST_WAITING:
+            self.write()
 
-    def save(self, folder: Path) -> None:
-        """Write them into a part's folder."""
-        columns = list(zip(*self.records, strict=True)) or [()] * len(BAD_SCHEMA)
-        with RowFile(folder / BAD, BAD_SCHEMA) as file:
-            file.add(
-                pa.table([pa.array(c, f.type) for c, f in zip(columns, BAD_SCHEMA, strict=True)], BAD_SCHEMA.names)
-            )
+    def write(self) -> None:
+        """Write what waits."""
+        if self.waiting:
+            columns = zip(*self.waiting, strict=True)
+            arrays = [pa.array(column, field.type) for column, field in zip(columns, BAD_SCHEMA, strict=True)]
+            self._file.add(pa.Table.from_arrays(arrays, schema=BAD_SCHEMA))
+            self.waiting = []
 
 
 class Unreadable(DataError):
-    """A table that cannot be read on, and the bad rows met before."""
+    """A table that cannot be read on, and the newest bad rows met before."""
 
     def __init__(self, message: str, bad: list[tuple[str, int, str, bool]]) -> None:
         super().__init__(message, bad)
@@ -91,7 +94,7 @@ def read_part(part: PartOfTable, columns: Iterable[str | None], folder: Path, ta
 
     Raises Unreadable.
     """
-    bad, num_rows = BadRows(), 0
+    num_rows = 0
     wanted = list(dict.fromkeys(column for column in columns if column))
 
     def batches() -> Iterator[SourceBatch]:
@@ -100,9 +103,11 @@ def read_part(part: PartOfTable, columns: Iterable[str | None], folder: Path, ta
             num_rows += len(batch.rows)
             yield batch
 
-    try:
-        counts = take(batches(), bad.report)
-    except DataError as error:
-        raise Unreadable(str(error), bad.records) from None
-    bad.save(folder)
+    with RowFile(folder / BAD, BAD_SCHEMA) as file:
+        bad = BadRows(file)
+        try:
+            counts = take(batches(), bad.report)
+        except DataError as error:
+            raise error if isinstance(error, UnavailableError) else Unreadable(str(error), bad.waiting) from None
+        bad.write()
     write_facts(folder, num_rows=num_rows, **counts)

@@ -15,7 +15,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, starmap
@@ -173,7 +173,7 @@ class SparkEngine(Engine):
 
     def _spread(self, work: Work, jobs: Sequence[tuple[Any, Path]]) -> Iterator[Path]:
         """Yield the folders of jobs as they are finished. Raises what the first job that failed raised."""
-        tasks, tag = self._tasks(partial(_do, work, jobs), len(jobs)), f"bigdssm-{uuid.uuid4().hex}"
+        tasks, tag = self._tasks(partial(_do, work, jobs, os.getcwd()), len(jobs)), f"bigdssm-{uuid.uuid4().hex}"
 
         def collect() -> list[Any]:
             self._steps.addTag(tag)
@@ -230,9 +230,11 @@ def _blind(file: Path, number: int) -> bytes | None:
     return None if file.exists() else socket.gethostname().encode()
 
 
-def _do(work: Work, jobs: Sequence[tuple[Any, Path]], number: int) -> bytes | None:
+def _do(work: Work, jobs: Sequence[tuple[Any, Path]], home: str, number: int) -> bytes | None:
     """Do a job, and return the error that no second attempt would mend; after any other Spark tries again."""
     job, folder = jobs[number]
+    with suppress(OSError):
+        os.chdir(home)  # where relative paths begin
     try:
         if not folder.exists():
             work(job, folder)
@@ -254,7 +256,7 @@ def _write_numbered(frame: DataFrame, folder: Path) -> None:
     """Write a sorted frame into `folder` as Parquet files that have the number of their first row as names."""
     parts = folder / "parts"
     options = {"compression": "zstd", "parquet.block.row.count.limit": str(ROWS_PER_READ)}
-    frame.write.options(**options).parquet(_location(parts))
+    frame.write.options(**options).parquet(f"file://{parts}")  # a pattern is none here
     rows = {file: pq.read_metadata(file).num_rows for file in sorted(parts.glob("part-*.parquet"))}
     kept = [file for file, count in rows.items() if count] or list(rows)[:1]
     for file, first in zip(kept, accumulate((rows[file] for file in kept), initial=0), strict=False):

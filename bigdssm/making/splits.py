@@ -138,7 +138,8 @@ def as_sql(number: float) -> str:
 
 def _joined_units(engine: Engine) -> Table:
     """Return each unit with the least unit that documents connect it with, `label`."""
-    engine.select("edges", "SELECT DISTINCT unit, content FROM found", order="unit, content")
+    both = "SELECT unit, content FROM found UNION SELECT unit, doc_id AS content FROM found"
+    engine.select("edges", both, order="unit, content")
     labels = engine.select("labels0", "SELECT DISTINCT unit, unit AS label FROM edges", order="unit")
     for step in range(1, 64):
         known = f"labels{step - 1}"

@@ -5,6 +5,7 @@ A step's files appear whole: what is there is finished, and is never made twice.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import uuid
@@ -79,7 +80,7 @@ def _rows_of(file: str, first: int, end: int, columns: Sequence[str] | None) -> 
             begin, stop = max(first - place, 0), min(end - place, batch.num_rows)
             place += batch.num_rows
             if stop > begin:
-                yield pa.Table.from_batches([batch.slice(begin, stop - begin)])
+                yield _with_wide_strings(pa.Table.from_batches([batch.slice(begin, stop - begin)]))
 
 
 def ranges(table: Table, rows: int) -> list[tuple[int, int]]:
@@ -104,6 +105,12 @@ class RowFile:
 
     def __exit__(self, *error: object) -> None:
         self._writer.close()
+
+
+def _with_wide_strings(table: pa.Table) -> pa.Table:
+    """Return a table whose strings have 64-bit offsets, so that many can be joined."""
+    wide = [field.with_type(pa.large_string()) if pa.types.is_string(field.type) else field for field in table.schema]
+    return table.cast(pa.schema(wide))
 
 
 class FirstRows:
@@ -148,17 +155,21 @@ class FirstRows:
 def finished_folder(folder: Path) -> Iterator[Path]:
     """Give an empty folder to fill; it becomes `folder` when the block ends, unless another one did meanwhile.
 
-    Its name is its own: a worker whose making was killed may still be at the same step.
+    Its name is its own: a worker whose making was killed may still be at the same step. The folder that it stands in
+    is not made: that worker's may be gone.
     """
     aside = aside_of(folder.with_name(f"{folder.name}-{uuid.uuid4().hex[:8]}"))
-    aside.mkdir(parents=True)
+    aside.mkdir()
     try:
         yield aside
         for path in aside.rglob("*"):
             if path.is_file():
                 sync(path)
-        if not folder.exists():
+        try:
             os.replace(aside, folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
     finally:
         remove(aside)
 
