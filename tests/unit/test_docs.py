@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ import yaml
 
 from bigdssm.bounds import bounded
 from bigdssm.cli import PLUGINS
+from bigdssm.commands import make_shards
 from bigdssm.config.keys import SourceConfig, StageConfig
+from bigdssm.dataset.dataset import Dataset
 
 from .test_layers import LAYERS
 
@@ -36,6 +39,18 @@ def test_the_code_of_extending_is_the_module_that_is_tried() -> None:
     tried = (ROOT / "tests/distributed/outside.py").read_text("utf-8")
     _, _, module = tried.partition("from __future__ import annotations\n")
     assert "".join("\n".join(blocks).split()) == "".join(module.split())
+
+
+def test_the_tables_of_the_tutorial_become_its_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, config, make, *_ = code_of(ROOT / "docs/tutorials/tables.md")
+    (tmp_path / "my.yaml").write_text(config)
+    monkeypatch.chdir(tmp_path)
+    exec(script, {})
+    prepare, command = make.splitlines()
+    assert prepare == "python make.py"
+    assert make_shards.main(shlex.split(command.removeprefix("python tools/make_shards.py "))) == 0
+    opened = Dataset.open("datasets/shop")
+    assert [opened.num_rows(split) for split in ("train", "validation", "test")] == [10_200, 600, 600]
 
 
 def test_concepts_name_every_room() -> None:
