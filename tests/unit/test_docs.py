@@ -16,11 +16,15 @@ from typing import Any
 import pytest
 import yaml
 
+import bigdssm
+from bigdssm.artifacts import manifest, model_folder
 from bigdssm.bounds import bounded
 from bigdssm.cli import PLUGINS
 from bigdssm.commands import make_shards
 from bigdssm.config.keys import SourceConfig, StageConfig
+from bigdssm.dataset import dataset
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.retrieval import vectors
 
 from .test_layers import LAYERS
 
@@ -60,7 +64,9 @@ def test_concepts_name_every_room() -> None:
     assert named == set(LAYERS) - small
 
 
-@pytest.mark.parametrize("doc", [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
+@pytest.mark.parametrize(
+    "doc", [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+)
 def test_links_lead_somewhere(doc: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", doc.read_text("utf-8")):
         file, _, heading = target.partition("#")
@@ -114,6 +120,15 @@ def test_the_menu_has_every_page_once() -> None:
 
     listed = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))["nav"])
     assert sorted(listed) == sorted(p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md"))
+
+
+def test_the_changelog_knows_the_version_and_its_formats() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    newest = re.findall(r"^## (\S+?),? ", changelog, re.MULTILINE)[0]
+    assert newest == bigdssm.__version__
+    formats = dict(re.findall(r"^\| ([a-z ]+) \| (\d+) \|", changelog, re.MULTILINE))
+    read = {"dataset": dataset, "checkpoint": manifest, "model folder": model_folder, "vectors and index": vectors}
+    assert formats == {name: str(module.FORMAT) for name, module in read.items()}
 
 
 @pytest.mark.slow
