@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bigdssm.artifacts.hub import push_to_hub
     from bigdssm.config import load_config
     from bigdssm.dataset.dataset import Dataset
     from bigdssm.losses import fps_loss
     from bigdssm.making.from_tables import make_dataset
     from bigdssm.retrieval.index import open_index
-    from bigdssm.retrieval.model import load_model
+    from bigdssm.retrieval.model import from_pretrained, load_model
     from bigdssm.retrieval.request import Event, Request
     from bigdssm.serving.searcher import Searcher
     from bigdssm.training.in_process import pretrain, sft
@@ -22,11 +23,13 @@ __all__ = [
     "Request",
     "Searcher",
     "fps_loss",
+    "from_pretrained",
     "load_config",
     "load_model",
     "make_dataset",
     "open_index",
     "pretrain",
+    "push_to_hub",
     "sft",
 ]
 
@@ -36,11 +39,13 @@ _HOMES = {
     "Request": "bigdssm.retrieval.request",
     "Searcher": "bigdssm.serving.searcher",
     "fps_loss": "bigdssm.losses",
+    "from_pretrained": "bigdssm.retrieval.model",
     "load_config": "bigdssm.config",
     "load_model": "bigdssm.retrieval.model",
     "make_dataset": "bigdssm.making.from_tables",
     "open_index": "bigdssm.retrieval.index",
     "pretrain": "bigdssm.training.in_process",
+    "push_to_hub": "bigdssm.artifacts.hub",
     "sft": "bigdssm.training.in_process",
 }
 

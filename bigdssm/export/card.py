@@ -9,6 +9,7 @@ from pathlib import Path
 from textwrap import dedent
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from bigdssm.artifacts.model_folder import ModelFolder
 from bigdssm.export.probe import Parity
@@ -31,7 +32,7 @@ def model_card(model: ModelFolder, name: str, target: str, parity: Parity, figur
     """Return the card as Markdown with the front matter that model hubs read; its code runs beside the folder."""
     library, loading = LOADING[target]
     parts = [
-        f"---\nlibrary_name: {library}\npipeline_tag: feature-extraction\ntags: [retrieval, two-tower, dssm]\n---",
+        f"---\n{_metadata(model, name, library, figures).to_yaml()}\n---",
         f"# {name}",
         _what(model, target),
         "## Loading",
@@ -46,6 +47,22 @@ def model_card(model: ModelFolder, name: str, target: str, parity: Parity, figur
         f"```yaml\n{yaml.safe_dump(model.config.to_dict(), sort_keys=False)}```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _metadata(model: ModelFolder, name: str, library: str, figures: Figures | None) -> ModelCardData:
+    """Return the front matter; what was measured is in the Hub's format (model-index)."""
+    measured = [
+        EvalResult(
+            task_type="information-retrieval", dataset_type="unknown", dataset_name=Path(model.config.data.dir).name,
+            dataset_split=figures.split, metric_type=metric, metric_value=round(value, 4),
+        )
+        for metric, value in figures.metrics.items()
+    ] if figures else []  # fmt: skip
+    tags = ["retrieval", "two-tower", "dssm"]
+    return ModelCardData(
+        library_name=library, pipeline_tag="feature-extraction", tags=tags, model_name=name,
+        eval_results=measured or None,
+    )  # fmt: skip
 
 
 def _what(model: ModelFolder, target: str) -> str:

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed, nor looked for
-
-from matplotlib import pyplot as plt
+from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # not pyplot, which looks for a display and is the caller's
+from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from bigdssm.config import StageName, load_config
@@ -90,8 +88,9 @@ PANELS: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (
 def plot_runs(runs: Sequence[Path], out: Path) -> None:
     """Draw the curves of one or more run folders (or stage folders) into the PNG `out`. Raises DataError."""
     curves = {_label(run, runs): [read_stage(folder) for folder in stage_folders(run)] for run in runs}
-    with plt.rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}):
-        figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
+    with rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}):
+        figure = Figure(figsize=(11, 7), layout="constrained")
+        axes = figure.subplots(2, 2, sharex=True)
         for axis, (label, value) in zip(axes.flat, PANELS, strict=True):
             for number, stages in enumerate(curves.values()):
                 _draw(axis, stages, value, f"C{number}")
@@ -103,13 +102,12 @@ def plot_runs(runs: Sequence[Path], out: Path) -> None:
         for axis in axes[1]:
             axis.set_xlabel("step (stages one after another)" if _several_stages(curves) else "step")
         if len(curves) > 1:
-            handles = [plt.Line2D([], [], color=f"C{number}") for number in range(len(curves))]
+            handles = [Line2D([], [], color=f"C{number}") for number in range(len(curves))]
             figure.legend(handles, list(curves), loc="outside upper center", ncols=min(len(curves), 4), frameon=False)
         else:
             figure.suptitle(next(iter(curves)))
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=120)
-        plt.close(figure)
 
 
 def _draw(axis: Axes, stages: Sequence[StageCurve], value: Callable[[dict[str, Any]], Any], colour: str) -> None:

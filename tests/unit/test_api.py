@@ -287,10 +287,10 @@ def test_an_index_finds_what_the_vectors_say(folder: Path, trained: list[Any]) -
         bigdssm.open_index(folder / "index", bigdssm.load_model(trained[0].best))
 
 
-def test_the_example_of_the_readme(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    section = (ROOT / "README.md").read_text().split("## From Python\n")[1].split("\n## ")[0]
+def test_the_example_of_the_docs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    page = (ROOT / "docs/python.md").read_text().split("\n## ")[0]
     make, shell, encode = [
-        re.sub(r"(?m)^    ", "", block) for block in re.findall(r"(?:^(?:    .*|)\n)+", section, re.M) if block.strip()
+        re.sub(r"(?m)^    ", "", block) for block in re.findall(r"(?:^(?:    .*|)\n)+", page, re.M) if block.strip()
     ]
     tables = tables_of(folder)
     pq.write_table(tables["events"], tmp_path / "events.parquet")

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import re
+import runpy
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import pytest
+import yaml
 
+import bigdssm
+from bigdssm.artifacts import manifest, model_folder
+from bigdssm.bounds import bounded
 from bigdssm.cli import PLUGINS
+from bigdssm.commands import make_shards
+from bigdssm.config.keys import SourceConfig, StageConfig
+from bigdssm.dataset import dataset
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.retrieval import vectors
 
 from .test_layers import LAYERS
 
@@ -29,6 +45,18 @@ def test_the_code_of_extending_is_the_module_that_is_tried() -> None:
     assert "".join("\n".join(blocks).split()) == "".join(module.split())
 
 
+def test_the_tables_of_the_tutorial_become_its_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, config, make, *_ = code_of(ROOT / "docs/tutorials/tables.md")
+    (tmp_path / "my.yaml").write_text(config)
+    monkeypatch.chdir(tmp_path)
+    exec(script, {})
+    prepare, command = make.splitlines()
+    assert prepare == "python make.py"
+    assert make_shards.main(shlex.split(command.removeprefix("python tools/make_shards.py "))) == 0
+    opened = Dataset.open("datasets/shop")
+    assert [opened.num_rows(split) for split in ("train", "validation", "test")] == [10_200, 600, 600]
+
+
 def test_concepts_name_every_room() -> None:
     table = (ROOT / "docs/concepts.md").read_text("utf-8").split("## The rooms")[1].split("\n## ")[0]
     named = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)", row)}
@@ -36,7 +64,9 @@ def test_concepts_name_every_room() -> None:
     assert named == set(LAYERS) - small
 
 
-@pytest.mark.parametrize("doc", [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
+@pytest.mark.parametrize(
+    "doc", [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+)
 def test_links_lead_somewhere(doc: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", doc.read_text("utf-8")):
         file, _, heading = target.partition("#")
@@ -45,3 +75,74 @@ def test_links_lead_somewhere(doc: Path) -> None:
         titles = re.findall(r"^#+ (.*)$", path.read_text("utf-8"), re.MULTILINE) if heading else []
         anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
         assert not heading or heading in anchors, f"{doc.name} links to {target}"
+
+
+@dataclass(frozen=True)
+class Commented:
+    """Where a comment may stand."""
+
+    plain: int = 0
+    behind: int = bounded(1, 0, below=9)  # said behind
+    # Said above,
+    # in two lines.
+    above: str | None = None  # and behind
+    within: int = (
+        2  # said within
+    )  # fmt: skip
+
+
+def test_a_comment_belongs_to_its_field() -> None:
+    comments = runpy.run_path(str(ROOT / "tools/site/config_keys.py"))["comments"](Commented)
+    assert comments["plain"] == "" and comments["behind"] == "said behind"
+    assert comments["above"] == "Said above, in two lines. and behind"
+    assert comments["within"].startswith("said within")
+
+
+def test_the_page_of_keys_is_that_of_the_source() -> None:
+    page = (ROOT / "docs/config_keys.md").read_text("utf-8")
+    made = runpy.run_path(str(ROOT / "tools/site/config_keys.py"))["page"]()
+    assert page == made, "run PYTHONPATH=. python tools/site/config_keys.py"
+    tables = dict(re.findall(r"^### (.*)\n\n.*\n\n((?:\|.*\n)+)", page, re.MULTILINE))
+    for title, cls in (("`pretrain`, `sft`", StageConfig), ("`data.mixture[]`", SourceConfig)):
+        keys = re.findall(r"^\| `(\w+)`", tables[title], re.MULTILINE)
+        assert keys == [name for name in cls.__dataclass_fields__ if name not in ("loss", "optimizer", "mining")]
+    assert (
+        "| `patience` | `int` | `0` | at least 0 and at most 1,000,000,000 | stop after" in tables["`pretrain`, `sft`"]
+    )
+    assert "| `dim` | `int` | `0` | at least 0 and at most 16,384 | numbers in each" in tables["`type: vector`"]
+
+
+def test_the_menu_has_every_page_once() -> None:
+    def pages(entry: Any) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        return [page for inner in (entry.values() if isinstance(entry, dict) else entry) for page in pages(inner)]
+
+    listed = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))["nav"])
+    assert sorted(listed) == sorted(p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md"))
+
+
+def test_the_changelog_knows_the_version_and_its_formats() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    newest = re.findall(r"^## (\S+?),? ", changelog, re.MULTILINE)[0]
+    assert newest == bigdssm.__version__
+    formats = dict(re.findall(r"^\| ([a-z ]+) \| (\d+) \|", changelog, re.MULTILINE))
+    read = {"dataset": dataset, "checkpoint": manifest, "model folder": model_folder, "vectors and index": vectors}
+    assert formats == {name: str(module.FORMAT) for name, module in read.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("zensical") is None, reason="the site needs pip install -e '.[docs]'")
+def test_the_site_builds_and_fetches_nothing(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    for folder in ("docs", "bigdssm"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    build = ["zensical", "build", "--strict"]
+    subprocess.run(build, cwd=tmp_path, check=True)
+    pages = {page.stem: page.read_text("utf-8") for page in (tmp_path / "build/site").rglob("*.html")}
+    assert "Raises ConfigError" in pages["api"] and "rows_global" in pages["config_keys"]
+    fetched = r'<(?:script|img|iframe)[^>]* src="(?:https?:)?//|<link[^>]*rel="?stylesheet[^>]*href="(?:https?:)?//'
+    assert not [name for name, page in pages.items() if re.search(fetched, page)]
+    with (tmp_path / "docs/gpu.md").open("a") as page:
+        page.write("[planted](loss.md#nowhere)\n")
+    assert subprocess.run(build, cwd=tmp_path, capture_output=True).returncode != 0

@@ -98,6 +98,31 @@ def test_the_job_script_is_clean() -> None:
     assert subprocess.run(["shellcheck", str(SBATCH)], capture_output=True, text=True).stdout == ""
 
 
+DOCKERFILES = sorted((ROOT / "launch/docker").glob("*.Dockerfile"))
+
+
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="needs hadolint")
+@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: str(file.name))
+def test_a_dockerfile_is_clean(file: Path) -> None:
+    assert subprocess.run(["hadolint", str(file)], capture_output=True, text=True).stdout == ""
+
+
+@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: str(file.name))
+def test_a_dockerfile_copies_what_it_installs_and_runs(file: Path) -> None:
+    copied = [name for line in re.findall(r"^COPY (.*) \S+$", file.read_text(), re.MULTILINE) for name in line.split()]
+    sent = (ROOT / ".dockerignore").read_text().splitlines()
+    for name in copied:
+        assert (ROOT / name).exists() and f"!{name}" in sent, name
+    assert {"pyproject.toml", "README.md", "LICENSE", "bigdssm"} <= set(copied), "the package does not install"
+    known = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
+    extras = re.findall(r'pip install --no-cache-dir "\.\[(.*)\]"', file.read_text())
+    assert len(extras) == 1 and set(extras[0].split(",")) <= set(re.findall(r"^(\S+) = \[", known, re.MULTILINE))
+    run = " ".join(line.removeprefix("#").rstrip("\\") for line in file.read_text().splitlines() if line[:1] == "#")
+    build, *used = re.findall(r"(?:launch|configs)/[\w/.]+", run)
+    assert build == file.relative_to(ROOT).as_posix()
+    assert used and all((ROOT / path).is_file() for path in used)
+
+
 def test_the_trainjob_is_valid() -> None:
     """Against the models that Kubeflow publishes; they drop what they do not know, so it must come back whole."""
     models = pytest.importorskip("kubeflow_trainer_api.models", reason="needs kubeflow-trainer-api")

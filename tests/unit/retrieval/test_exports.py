@@ -208,7 +208,8 @@ def test_a_model_folder_is_the_model(make_source: Any, tmp_path: Path, monkeypat
     card = run_card(tmp_path / "exported", monkeypatch)
     assert card["folder"].checksum == source.model.checksum == load_model_folder(tmp_path / "exported").checksum
     export(folder_source(tmp_path / "exported"), tmp_path / "exported")  # ours, so it may be replaced
-    assert "None were recorded" in (tmp_path / "exported" / "README.md").read_text()
+    readme = (tmp_path / "exported" / "README.md").read_text()
+    assert "None were recorded" in readme and "model-index" not in readme
 
 
 def test_the_card_says_what_is_known(make_source: Any, tmp_path: Path) -> None:
@@ -217,6 +218,10 @@ def test_the_card_says_what_is_known(make_source: Any, tmp_path: Path) -> None:
     card = (tmp_path / "named" / "README.md").read_text()
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata["library_name"] == "transformers"
+    (results,) = metadata["model-index"]
+    (result,) = results["results"]
+    assert (results["name"], result["dataset"]["split"]) == ("named", "validation")
+    assert result["metrics"] == [{"type": "ndcg_at_10", "value": 0.1234}]
     parameters = sum(parameter.numel() for parameter in source.model.model.parameters())
     words = TextTokenizer(source.model.tokenizer_dir).vocab_size
     row = f"| query | text | text | {words} word pieces, at most 12 tokens |"

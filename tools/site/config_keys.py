@@ -1,0 +1,128 @@
+"""Write docs/config_keys.md: every key of a config, with type, default, bounds and what it means.
+
+    PYTHONPATH=. python tools/site/config_keys.py
+
+Types, defaults and bounds are the dataclasses' own; what a key means is the comment that stands at its field.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import io
+import json
+import tokenize
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import omegaconf
+
+from bigdssm.bounds import BOUND
+from bigdssm.config.keys import Config
+from bigdssm.features import feature_types
+from bigdssm.features.base import feature_type
+
+HEAD = "| key | type | default | bounds | |\n|---|---|---|---|---|"
+PAGE = Path(__file__).parents[2] / "docs/config_keys.md"
+START = """\
+<!-- Made by tools/site/config_keys.py from bigdssm/config/keys.py and bigdssm/features/: edit those, and run it. -->
+
+# Config keys
+
+A run's YAML has the sections `run`, `data`, `model`, `engine`, `pretrain` and, for fine-tuning, `sft`. On the command
+line `section.key=value` changes a key. An unknown key, or a number out of its bounds, ends the command with exit code 2
+before anything is written.
+
+## Sections"""
+FEATURES = """\
+## Types of features
+
+`data.query` and `data.doc` name features, each of a type:
+
+    data:
+      query:
+        age: {type: numeric}"""
+
+
+def page() -> str:
+    """Return the page as Markdown."""
+    return "\n\n".join([START, *sections(Config), FEATURES, *feature_sections()]) + "\n"
+
+
+def sections(root: type) -> Iterator[str]:
+    """Yield a heading and a table for each dataclass that `root` reaches, with all the keys where it may stand."""
+    places: dict[type, list[str]] = {}
+    _collect(root, "", places)
+    for cls, prefixes in places.items():
+        if table := "\n".join(_rows(cls)):
+            title = ", ".join(f"`{prefix}`" for prefix in prefixes)
+            yield f"### {title}\n\n{inspect.getdoc(cls)}\n\n{HEAD}\n{table}"
+
+
+def feature_sections() -> Iterator[str]:
+    """Yield a heading and a table for each type of features that comes with the library."""
+    for name in feature_types():
+        cls = feature_type(name, name)
+        yield f"### `type: {name}`\n\n{inspect.getdoc(cls)}\n\n{HEAD}\n" + "\n".join(_rows(cls))
+
+
+def _collect(cls: type, prefix: str, places: dict[type, list[str]]) -> None:
+    places.setdefault(cls, []).append(prefix)
+    for name, hint in get_type_hints(cls).items():
+        for inner in (hint, *get_args(hint)):
+            if is_dataclass(inner) and isinstance(inner, type):
+                many = "[]" if getattr(hint, "__origin__", None) is list else ""
+                _collect(inner, f"{prefix}.{name}{many}".lstrip("."), places)
+
+
+def _rows(cls: type) -> Iterator[str]:
+    """Yield a row of the table for each field that is a value, not a section of its own."""
+    notes = {name: note for base in reversed(cls.__mro__[:-1]) for name, note in comments(base).items()}
+    hints = get_type_hints(cls)
+    for field in fields(cls):
+        if field.metadata.get("fitted") or is_dataclass(field.default_factory) or _is_section(hints[field.name]):
+            continue
+        cells = (_type(str(field.type)), _default(field), field.metadata.get(BOUND, ""), notes.get(field.name, ""))
+        yield f"| `{field.name}` | " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _is_section(hint: Any) -> bool:
+    return any(is_dataclass(inner) for inner in get_args(hint)) and getattr(hint, "__origin__", None) is not list
+
+
+def _type(source: str) -> str:
+    """Return an annotation as people say it: the choices of a Literal, else its source."""
+    node = ast.parse(source, mode="eval").body
+    if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Literal":
+        return ", ".join(f"`{choice}`" for choice in ast.literal_eval(node.slice))
+    return f"`{source}`"
+
+
+def _default(field: Field[Any]) -> str:
+    """Return a default as YAML writes it."""
+    value = field.default if field.default_factory is MISSING else field.default_factory()
+    return "must be given" if value is MISSING or value == omegaconf.MISSING else f"`{json.dumps(value)}`"
+
+
+def comments(cls: type) -> dict[str, str]:
+    """Return the comment of each field: that behind it or within it, after the lines of comment right above it."""
+    source = inspect.getsource(cls)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    said = {token.start[0]: (token.string.lstrip("# "), token.line.lstrip()[0] == "#") for token in tokens
+            if token.type == tokenize.COMMENT}  # fmt: skip
+    found = {}
+    body = ast.parse(source).body[0]
+    assert isinstance(body, ast.ClassDef)
+    for node in body.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.end_lineno:
+            first = node.lineno
+            while said.get(first - 1, ("", False))[1]:
+                first -= 1
+            found[node.target.id] = " ".join(said[n][0] for n in range(first, node.end_lineno + 1) if n in said)
+    return found
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
