@@ -23,7 +23,7 @@ done
 
 extras="test"
 if [ $full = 1 ]; then
-    extras="test,spark" # 400 MB
+    extras="test,spark,docs" # 500 MB
     export BIGDSSM_FULL=1
 fi
 setup_env "$extras"

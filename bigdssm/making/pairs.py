@@ -77,13 +77,11 @@ class PairTables:
     split_column: str | None = None  # random: the group that stays together; time, column: what decides
     validation_fraction: float = 0.05
     test_fraction: float = 0.05
-    whole_documents: bool = (
-        False  # random: the rows of one document stay together too; 40 bytes a row, in an extra pass
-    )
+    whole_documents: bool = False  # random: the rows of one document stay together too
     each_of: str | None = None  # a list column: every value makes a row
     beir: Path | None = None  # also write the pairs there as a BEIR collection
     raw_text: bool = False  # queries' texts stay as they are, loaders tokenise them
-    dedup: bool = False  # drop further rows of one (query, document), in any split; 16 bytes a pair
+    dedup: bool = False  # drop further rows of one (query, document), in any split
 
 
 def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress: Progress = no_progress) -> Report:
