@@ -21,9 +21,10 @@ from bigdssm.artifacts.model_folder import (
     load_model_folder,
 )
 from bigdssm.errors import CheckpointError
-from bigdssm.schema import SCHEMA_FILE
+from bigdssm.schema import SCHEMA_FILE, VOCABULARIES
 
-FILES = [META_FILE, CONFIG_FILE, WEIGHTS_FILE, SCHEMA_FILE, f"{TOKENIZER_DIR}/*", f"{TEXT_DIR}/*", "README.md"]
+FOLDERS = (VOCABULARIES, TOKENIZER_DIR, TEXT_DIR)
+FILES = [META_FILE, CONFIG_FILE, WEIGHTS_FILE, SCHEMA_FILE, *(f"{folder}/*" for folder in FOLDERS), "README.md"]
 
 
 def push_to_hub(folder: str | Path, repo_id: str, *, revision: str | None = None, private: bool = False) -> str:

@@ -239,7 +239,7 @@ def test_a_server_that_stays_away_ends_the_run(server: Server, store: Cache) -> 
     """It is no damage: nothing may be left out because of it, so that the run can go on exactly."""
     dataset = Dataset.open(f"{server.url}/a/data", cache=store)
     server.every(0, failing)
-    with pytest.raises(DataError, match=r"train-000000.tar cannot be read: 8 attempts failed, the last with .*500"):
+    with pytest.raises(DataError, match=r"train-000000.tar cannot be reached: 8 attempts failed, the last with .*500"):
         list(dataset.iterate("train", 100))
     stream = PairStream(dataset, rows_global=80, lanes=8)
     with pytest.raises(DataError, match="rank 0 cannot read"):
