@@ -1,0 +1,102 @@
+"""What a making does not lose, and what it does not hold in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bigdssm.config import DataConfig
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import ConfigError, DataError, UnavailableError
+from bigdssm.features import Categorical, History
+from bigdssm.making import making
+from bigdssm.making.interactions import InteractionTables, make_interactions
+from bigdssm.making.making import Target
+from bigdssm.making.pairs import PairTables, make_pairs
+from bigdssm.tables.json_lines import JsonLinesSource
+
+PAIRS = DataConfig(dir="", query={"q": Categorical()}, doc={"d": Categorical()}, max_bad_fraction=0.9)
+
+
+def write_pairs(path: Path, rows: int) -> Path:
+    path.write_text("".join(json.dumps({"q": f"q{i}", "d": f"d{i % 7}"}) + "\n" for i in range(rows)))
+    return path
+
+
+def test_what_cannot_be_reached_costs_nothing_that_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, target = tuple(write_pairs(tmp_path / f"{n}.jsonl", 300) for n in range(3)), Target(tmp_path / "out")
+    read, met = JsonLinesSource.read, list[str]()
+
+    def seldom(self: JsonLinesSource, *args: Any) -> Any:
+        met.append(Path(self.name).name)
+        if self.name == str(files[2]) and met.count("2.jsonl") == 1:
+            raise UnavailableError("the server stays away")
+        return read(self, *args)
+
+    monkeypatch.setattr(JsonLinesSource, "read", seldom)
+    with pytest.raises(UnavailableError, match="stays away"):
+        make_pairs(PAIRS, PairTables(files), target)
+    make_pairs(PAIRS, PairTables(files), target)
+    assert met == ["0.jsonl", "1.jsonl", "2.jsonl", "2.jsonl"], "the others were read once"
+    assert Dataset.open(tmp_path / "out").catalogue.num_docs == 7
+
+
+def test_an_engine_that_cannot_be_had_costs_nothing_that_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, target = (write_pairs(tmp_path / "pairs.jsonl", 300),), Target(tmp_path / "out")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("bigdssm.making.pairs.write_split", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        make_pairs(PAIRS, PairTables(files), target)
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="no engine"):
+        patch.setattr(making, "_engine", lambda *args: (_ for _ in ()).throw(ConfigError("no engine")))
+        make_pairs(PAIRS, PairTables(files), target)
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonLinesSource, "read", lambda *args: pytest.fail("it was read before"))
+        make_pairs(PAIRS, PairTables(files), target)
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="no engine"):
+        patch.setattr(making, "_engine", lambda *args: (_ for _ in ()).throw(ConfigError("no engine")))
+        make_pairs(PAIRS, PairTables(files), Target(tmp_path / "other"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pairs.jsonl"], "nothing is left of nothing"
+
+
+def test_bad_rows_are_written_when_they_are_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bigdssm.making.reading.MOST_WAITING", 10)
+    path = write_pairs(tmp_path / "pairs.jsonl", 300)
+    lines = [line if i % 3 else "no JSON" for i, line in enumerate(path.read_text().splitlines())]
+    path.write_text("\n".join(lines) + "\n")
+    assert make_pairs(PAIRS, PairTables((path,)), Target(tmp_path / "out")).num_bad == 100
+    bad = [json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").open()]
+    assert [entry["row"] for entry in bad] == list(range(1, 301, 3))
+
+
+def test_a_file_of_sequences_ends_with_as_many_events_as_memory_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = [5, 40, 3, 3, 3, 25, 4, 1]
+    events = [f"u{user},i{n % 6},{n}" for user, length in enumerate(lengths) for n in range(length)]
+    (tmp_path / "events.csv").write_text("\n".join(["user_id,item_id,timestamp", *events]) + "\n")
+    (tmp_path / "items.csv").write_text("item_id\n" + "".join(f"i{i}\n" for i in range(6)))
+    config = DataConfig(dir="", query={"past": History(of="item_id")}, doc={"item_id": Categorical()})
+    tables = InteractionTables(tmp_path / "events.csv", tmp_path / "items.csv", split="train")
+    make_interactions(config, tables, Target(tmp_path / "whole"))
+    monkeypatch.setattr("bigdssm.making.cutting.EVENTS_PER_FILE", 10)
+    monkeypatch.setattr("bigdssm.making.cutting.SEQUENCES_PER_FILE", 6)
+    make_interactions(config, tables, Target(tmp_path / "cut"))
+    whole, cut = (Dataset.open(tmp_path / name) for name in ("whole", "cut"))
+    assert cut.sequences is not None and cut.sequences.file_rows == [1, 1, 3, 1, 2]
+
+    def rows(dataset: Dataset) -> list[Any]:
+        return [(r.seen(i).tolist(), int(r.doc_rows[i])) for r in dataset.iterate("train", 9) for i in range(len(r))]
+
+    assert rows(cut) == rows(whole)
+
+
+def test_all_rows_bad_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"q": "", "d": ""}\n' * 5)
+    config = DataConfig(dir="", query=PAIRS.query, doc=PAIRS.doc, max_bad_fraction=1.0)
+    with pytest.raises(DataError, match=r"pairs\.jsonl: no row is left: 5 × no query"):
+        make_pairs(config, PairTables((tmp_path / "pairs.jsonl",), whole_documents=True), Target(tmp_path / "out"))
