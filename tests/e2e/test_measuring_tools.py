@@ -47,7 +47,11 @@ def test_the_benchmark_of_the_loss_runs() -> None:
         (("check_gradients", "--ranks", "0"), 2, "argument --ranks: got 0, needs at least 1"),
         (("bench_checkpoint", "--out", "x", "--weights", "5"), 2, "argument --weights: got 5, needs at least 64"),
         (("bench_loss", "speed", "--rows", "many"), 2, "argument --rows: invalid number value: 'many'"),
-        (("bench_negatives", "--config", "configs/wordnet.yaml", "--out", "x", "data.dir=nowhere"), 3, "exit code 3"),
+        (
+            ("bench_choices", "negatives", "--config", "configs/wordnet.yaml", "--out", "x", "data.dir=nowhere"),
+            3,
+            "exit code 3",
+        ),
     ],
 )
 def test_numbers_that_measure_nothing_are_refused(command: tuple[str, ...], code: int, sentence: str) -> None:
