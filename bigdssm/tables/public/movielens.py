@@ -72,7 +72,7 @@ def _people(path: Path) -> dict[str, tuple[str, ...]]:
     for number, (user, gender, age, occupation, zip_code) in _fields_1m(path, needed):
         _check_new(path, number, user, people, "movielens-1m")
         check_number(path, number, "age", age, "movielens-1m")
-        if not occupation.isdecimal() or int(occupation) >= len(OCCUPATIONS):
+        if not occupation.isdecimal() or len(occupation) > 2 or int(occupation) >= len(OCCUPATIONS):
             expected = f"an occupation from 0 to {len(OCCUPATIONS) - 1}"
             raise wrong_line(path, number, occupation, expected, "movielens-1m")
         people[user] = user, gender, age, OCCUPATIONS[int(occupation)], zip_code[0]

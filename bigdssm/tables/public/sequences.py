@@ -85,9 +85,13 @@ def _attributes(path: Path) -> dict[str, str]:
     numbered = list(lines(path))
     try:
         content = json.loads("\n".join(line for _, line in numbered))
+        json.dumps(content, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         number = numbered[error.lineno - 1][0] if numbered else 1
         raise wrong(path, f"line {number}", error.msg, "one JSON object", "fetch the file again") from None
+    except (ValueError, RecursionError) as error:  # thousands of digits or of brackets, or half a character
+        got = " ".join(str(error).split())[:80]
+        raise wrong(path, "", got, "one JSON object of words and numbers", "fetch the file again") from None
     if not isinstance(content, dict):
         got, needed = f"a JSON {type(content).__name__}", "an object of items, `item: [attribute, …]`"
         raise wrong(path, "line 1", got, needed, "fetch the file again")
@@ -96,7 +100,8 @@ def _attributes(path: Path) -> dict[str, str]:
 
 def _words(path: Path, item: str, values: object) -> Iterator[str]:
     for value in values if isinstance(values, list) else [values]:
-        if not isinstance(values, list) or not isinstance(value, int | str) or len(str(value).split()) != 1:
+        word = isinstance(value, int | str) and not isinstance(value, bool) and len(str(value).split()) == 1
+        if not isinstance(values, list) or not word:
             needed = "a list of attributes, each one word or a whole number"
             raise wrong(path, f"item {item!r}", repr(values), needed, "mend its list")
         yield str(value)
