@@ -114,7 +114,7 @@ def test_a_checkpoint_of_another_version_is_refused_and_left(config: Path, run: 
         content = json.loads(path.read_text())
         content = {key: content[key] for key in ("step", "world_size", "state")} | {"files": {}}
         path.write_text(json.dumps(content))
-    refused(pretrain(config, run, *STEPS, *RESUME).wait(), 4, "has format 1, this version reads 3; go on with the ver")
+    refused(pretrain(config, run, *STEPS, *RESUME).wait(), 4, "has format 1, this version reads 4; go on with the ver")
     assert (run / "pretrain" / "checkpoints" / "step-00000008").is_dir()
 
 
