@@ -263,15 +263,16 @@ def test_a_cluster_whose_driver_is_killed_goes_on(tables: Path, built_in: Any, t
                "--interactions", str(tables / "events"), "--items", str(tables / "items"),
                "--users", str(tables / "users"), "--rating-column", "rating", "--min-rating", "2", "--master", master,
                *(word for item in settings.items() for word in ("--spark-conf", "=".join(item)))]  # fmt: skip
-        spool = tmp_path / ".dataset.unfinished" / "spool"
+        staging = tmp_path / ".dataset.unfinished"
         with subprocess.Popen(run) as process:
-            wait_for(lambda: (spool / "sequences").exists(), process)
+            wait_for(lambda: any(staging.glob("spool-*/sequences")), process)
             process.kill()
-        finished = {path: path.stat().st_mtime_ns for path in spool.glob("*/*") if not path.name.startswith(".")}
+        steps = staging.glob("spool-*/*/*")
+        finished = {path: path.stat().st_mtime_ns for path in steps if not path.name.startswith(".")}
         assert finished
         assert not (tmp_path / "dataset").exists()
         with subprocess.Popen(run) as process:
-            wait_for(lambda: (spool / "write_train").exists(), process)
+            wait_for(lambda: any(staging.glob("spool-*/write_train")), process)
             assert all(path.stat().st_mtime_ns == time for path, time in finished.items()), "nothing is made twice"
             assert process.wait() == 0
     made, expected = content(tmp_path / "dataset"), built_in("interactions")
