@@ -95,6 +95,13 @@ def refuse_options(parser: argparse.ArgumentParser, args: argparse.Namespace, op
         raise ConfigError(f"{', '.join(given)} would have no effect {why}; leave {them} out")
 
 
+def add_served(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name what is asked: a model, its index, and the dataset."""
+    parser.add_argument("--model", type=Path, required=True, help="model folder")
+    parser.add_argument("--index", type=Path, required=True, help="index folder")
+    parser.add_argument("--data", help="dataset folder or URL (by default the one that the model was trained on)")
+
+
 def check_file_to_write(option: str, path: Path | None) -> None:
     """Raise ConfigError, before the work is done, where no file can be written at `path`."""
     if path is None:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigdssm.artifacts.model_folder import load_model_folder
-from bigdssm.cli import ProgressBar, command, refuse_options
+from bigdssm.cli import ProgressBar, add_served, command, refuse_options
 from bigdssm.commands.search import SEEN
 from bigdssm.dataset.cache import Cache
 from bigdssm.dataset.dataset import Dataset
@@ -34,9 +34,7 @@ from bigdssm.retrieval.shards import ROWS_PER_SHARD, Work
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="model folder")
-    parser.add_argument("--index", type=Path, required=True, help="index folder")
-    parser.add_argument("--data", help="dataset folder or URL (by default the one that the model was trained on)")
+    add_served(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder for the Parquet files")
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--users", action="store_true", help="all users of the dataset, with all their events")

@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bigdssm.cli import command, refuse_options
+from bigdssm.cli import add_served, command, refuse_options
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.index import Document
 from bigdssm.retrieval.request import Event, Request, request_of
@@ -36,9 +36,7 @@ SEEN = {"allow": False, "exclude": True}
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="model folder")
-    parser.add_argument("--index", type=Path, required=True, help="index folder")
-    parser.add_argument("--data", help="dataset folder or URL (by default the one that the model was trained on)")
+    add_served(parser)
     parser.add_argument("--user", metavar="KEY", help="a user of the dataset")
     parser.add_argument("--history", metavar="TITLES", help="documents, parted by semicolons, oldest first")
     parser.add_argument("--text", nargs="+", metavar="FEATURE=VALUE", help="values of the query's features")

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from bigdssm.cli import command
+from bigdssm.cli import add_served, command
 from bigdssm.errors import ConfigError
 from bigdssm.log import setup_logging
 from bigdssm.serving.searcher import Folders, Searcher
@@ -36,9 +36,7 @@ from bigdssm.serving.workers import METRICS_DIR, run_workers
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="model folder")
-    parser.add_argument("--index", type=Path, required=True, help="index folder")
-    parser.add_argument("--data", help="dataset folder or URL")
+    add_served(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on, 0 for any (%(default)s)")
     parser.add_argument("--cache", type=int, default=10_000, metavar="QUERIES", help="answers to keep (%(default)s)")

@@ -60,15 +60,16 @@ def serving(tiny: TinyDataset, folder: Path) -> Iterator[str]:
         assert server.wait(timeout=20) in (0, 130, -signal.SIGINT)
 
 
-def make_served(tiny: TinyDataset, folder: Path) -> None:
-    """Make the model and the index of a small random model in `folder`."""
+def make_served(tiny: TinyDataset, folder: Path, seed: int = 1) -> str:
+    """Make a small random model and its index in `folder`, and return the model's checksum."""
     config = load_config(tiny.config, [f"model.{override}" for override in SMALL])
     dataset = Dataset.open(tiny.dir)
-    model = random_model(config, dataset, 1)
+    model = random_model(config, dataset, seed)
     save_model_folder(folder / "model", model, config, dataset.schema, dataset.tokenizer_dir, {})
     checksum = load_model_folder(folder / "model").checksum
     write_vectors(folder / "vectors", tower_encoders(model, dataset), dataset, checksum)
     build_index(folder / "vectors", folder / "index")
+    return checksum
 
 
 @contextmanager

@@ -15,16 +15,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from bigdssm.artifacts.model_folder import load_model_folder, save_model_folder
 from bigdssm.atomic import replace_folder
-from bigdssm.config import load_config
-from bigdssm.dataset.dataset import Dataset
-from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.retrieval.index import build_index
-from bigdssm.retrieval.vectors import write_vectors
 from tests.conftest import TinyDataset
 from tests.e2e.test_page import make_served, started
-from tests.unit.retrieval.conftest import SMALL, random_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 pytest.importorskip("fastapi")
@@ -85,13 +78,7 @@ def until(what: str, holds: object, seconds: float = 60) -> None:
 
 def test_a_new_model_and_a_dead_worker_drop_no_request(tiny_interactions: TinyDataset, tmp_path: Path) -> None:
     make_served(tiny_interactions, tmp_path)
-    config = load_config(tiny_interactions.config, [f"model.{override}" for override in SMALL])
-    dataset = Dataset.open(tiny_interactions.dir)
-    other = random_model(config, dataset, 2)
-    save_model_folder(tmp_path / "new", other, config, dataset.schema, dataset.tokenizer_dir, {})
-    checksum = load_model_folder(tmp_path / "new").checksum
-    write_vectors(tmp_path / "new-vectors", tower_encoders(other, dataset), dataset, checksum)
-    build_index(tmp_path / "new-vectors", tmp_path / "new-index")
+    checksum = make_served(tiny_interactions, tmp_path / "new", seed=2)
     with started(tmp_path, "--workers", "2", "--look-s", "0.2", "--cache", "0", "--log-requests") as (address, server):
         until("it is ready", lambda: _status(address, "/readyz") == 200)
         assert get(address, "/healthz") == (200, "ok")
@@ -99,10 +86,10 @@ def test_a_new_model_and_a_dead_worker_drop_no_request(tiny_interactions: TinyDa
         assert before != checksum
         with load(address) as asking:
             until("some are answered", lambda: asking.answered > 50)
-            replace_folder(tmp_path / "new", tmp_path / "model")
+            replace_folder(tmp_path / "new" / "model", tmp_path / "model")
             time.sleep(1)  # the index is still the old model's: both go on as they are
             assert {_model(address) for _ in range(10)} == {before}
-            replace_folder(tmp_path / "new-index", tmp_path / "index")
+            replace_folder(tmp_path / "new" / "index", tmp_path / "index")
             until("both workers have taken it up", lambda: {_model(address) for _ in range(20)} == {checksum})
             answered = asking.answered
             until("they answer with it", lambda: asking.answered > answered + 50)

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from bigdssm.artifacts.model_folder import save_model_folder
+from bigdssm.artifacts.model_folder import load_model_folder, save_model_folder
 from bigdssm.config import Config, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.models import DualEncoder, new_model
+from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.retrieval.index import build_index
+from bigdssm.retrieval.vectors import write_vectors
 
 SMALL = ("dim=8", "query.mlp=[16]", "doc.mlp=[16]", "doc.text.layers=1", "doc.text.hidden=8")
 
@@ -57,3 +60,12 @@ def other_model_dir(config: Config, dataset: Dataset, tmp_path_factory: pytest.T
     other = random_model(config, dataset, seed=2)
     save_model_folder(folder, other, config, dataset.schema, dataset.tokenizer_dir, {})
     return folder
+
+
+@pytest.fixture(scope="module")
+def index_dir(model_dir: Path, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of the model's vectors, which stand beside it; a module's own, as some change it."""
+    folder, loaded = tmp_path_factory.mktemp("served"), load_model_folder(model_dir)
+    write_vectors(folder / "vectors", tower_encoders(loaded.model, dataset), dataset, loaded.checksum)
+    build_index(folder / "vectors", folder / "index")
+    return folder / "index"

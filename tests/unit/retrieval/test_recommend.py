@@ -20,11 +20,10 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.retrieval.bulk import BulkQueries, QuerySource, SplitRows, TableRows, Users
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.retrieval.index import Index, build_index, open_index
+from bigdssm.retrieval.index import Index, open_index
 from bigdssm.retrieval.recommend import Recommended, Wanted, recommend
 from bigdssm.retrieval.request import Event, Request
 from bigdssm.retrieval.shards import Work
-from bigdssm.retrieval.vectors import write_vectors
 from bigdssm.serving.searcher import Searcher
 from tests.conftest import NUM_USERS, TinyDataset
 
@@ -32,14 +31,6 @@ from .test_tools import Tools
 
 ROOT = Path(__file__).resolve().parents[3]
 SHARD = 13  # of 60 users, so that there are 5 shards
-
-
-@pytest.fixture(scope="module")
-def index_dir(model_dir: Path, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, loaded = tmp_path_factory.mktemp("served"), load_model_folder(model_dir)
-    write_vectors(folder / "vectors", tower_encoders(loaded.model, dataset), dataset, loaded.checksum)
-    build_index(folder / "vectors", folder / "index")
-    return folder / "index"
 
 
 @pytest.fixture(scope="module")

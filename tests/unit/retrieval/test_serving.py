@@ -48,14 +48,6 @@ from bigdssm.serving.metrics import log_requests  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def index_dir(model_dir: Path, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, loaded = tmp_path_factory.mktemp("served"), load_model_folder(model_dir)
-    write_vectors(folder / "vectors", tower_encoders(loaded.model, dataset), dataset, loaded.checksum)
-    build_index(folder / "vectors", folder / "index")
-    return folder / "index"
-
-
-@pytest.fixture(scope="module")
 def searcher(model_dir: Path, index_dir: Path, dataset: Dataset) -> Searcher:
     return Searcher(load_model_folder(model_dir), open_index(index_dir), dataset)
 

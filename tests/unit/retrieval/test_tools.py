@@ -23,8 +23,6 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.evaluation.split import evaluate_split
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.retrieval.index import build_index
-from bigdssm.retrieval.vectors import write_vectors
 from bigdssm.running.records import read_stage, stage_folders, training_seconds
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -89,14 +87,6 @@ def run_dir(config: Config, model_dir: Path, other_model_dir: Path, tmp_path_fac
                     file.write(json.dumps({"step": step, "validation": validation, "seconds": 0.5}) + "\n")
             file.write('{"step": 110, "lo')  # killed while writing
     return run
-
-
-@pytest.fixture(scope="module")
-def index_dir(model_dir: Path, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, loaded = tmp_path_factory.mktemp("served"), load_model_folder(model_dir)
-    write_vectors(folder / "vectors", tower_encoders(loaded.model, dataset), dataset, loaded.checksum)
-    build_index(folder / "vectors", folder / "index")
-    return folder / "index"
 
 
 @pytest.mark.slow
