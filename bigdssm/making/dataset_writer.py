@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from bigdssm.atomic import (
     sync,
     write_json,
 )
+from bigdssm.dataset.files import KEYS_SUFFIX
 from bigdssm.dataset.partition import FORMAT
 from bigdssm.errors import ConfigError, DataError, UnavailableError
 from bigdssm.hashing import file_checksum
@@ -116,6 +118,21 @@ class DatasetWriter:
         """Return the catalogue files that the dataset has already."""
         return [self.out / part["file"] for part in self.content["catalogue"]]
 
+    @property
+    def num_known_docs(self) -> int:
+        """Return the documents that the dataset has already."""
+        return sum(part["rows"] for part in self.content["catalogue"])
+
+    @property
+    def key_files(self) -> list[Path]:
+        """Return the key files of the documents that the dataset has already; not every part has its own."""
+        return [keys for path in self.catalogue_parts if (keys := path.with_suffix(KEYS_SUFFIX)).exists()]
+
+    @property
+    def new_key_file(self) -> Path:
+        """Return the place of the new documents' key file: beside their first part."""
+        return self.catalogue_dir / f"{len(self.catalogue_parts):06d}{KEYS_SUFFIX}"
+
     def identify(self, **ids: Literal["column", "content"]) -> None:
         """Note what tells documents (`doc`) and queries apart: a column of ids, or their features.
 
@@ -133,13 +150,13 @@ class DatasetWriter:
 
     def commit(
         self, schema: Schema, catalogue: list[dict[str, Any]], splits: dict[str, Any], counts_checksum: str,
-        sequences: list[dict[str, Any]],
+        sequences: Sequence[dict[str, Any]],
     ) -> None:  # fmt: skip
         """Write the partition's and the dataset's JSON and move everything into place."""
         self.quarantine.close()
         described: dict[str, Any] = {"name": self.partition, "splits": splits, "counts_checksum": counts_checksum}
         if sequences:
-            described["sequences"] = sequences
+            described["sequences"] = list(sequences)
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
         write_json(self.partition_dir / "partition.json", {**described, "fingerprint": digest[:16]})
         new = [{**part, "file": f"{CATALOGUE}/{part['file']}"} for part in catalogue]

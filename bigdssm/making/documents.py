@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigdssm.dataset.files import KEYS_SUFFIX
 from bigdssm.dataset.keys import Keys, write_keys
 from bigdssm.features import Feature
+from bigdssm.making.dataset_writer import DatasetWriter
 from bigdssm.making.engine import Engine
 from bigdssm.making.steps import Table
 from bigdssm.string_hashes import hash_strings
@@ -82,17 +82,16 @@ class Documents:
         return self.first + self.table.num_rows
 
 
-def number_documents(engine: Engine, known: Sequence[Path], first: int, file: Path) -> Documents:
-    """Return the documents in the engine's `found_documents`; the catalogue has `first` others, with these key files.
-
-    `file` becomes the key file of the new ones.
-    """
+def number_documents(engine: Engine, writer: DatasetWriter) -> Documents:
+    """Return the engine's `found_documents`, numbered behind those that the dataset has; they get a key file."""
     engine.view("first_documents", first_of("found_documents", "doc_id"))
     table = engine.select("documents", "SELECT * FROM first_documents WHERE nth = 1", order="place, doc_id")
     by_id = engine.select("document_ids", "SELECT doc_id, number FROM documents", order="doc_id")
+    files, first = writer.key_files, writer.num_known_docs
     if table.num_rows:
-        place_keys(engine, by_id, "doc_id", first, file)
-    return Documents(table, first, Keys([*known, *([file] if table.num_rows else [])]))
+        place_keys(engine, by_id, "doc_id", first, writer.new_key_file)
+        files = [*files, writer.new_key_file]
+    return Documents(table, first, Keys(files))
 
 
 def first_of(table: str, key: str) -> str:
@@ -111,8 +110,3 @@ def place_keys(engine: Engine, by_id: Table, column: str, first: int, file: Path
         )
         write_keys(engine.spool / file.name, by_id.num_rows, pieces)
         os.replace(engine.spool / file.name, file)
-
-
-def keys_beside(catalogue: Sequence[Path]) -> list[Path]:
-    """Return the key files beside the files of a catalogue; not every file has its own."""
-    return [keys for path in catalogue if (keys := path.with_suffix(KEYS_SUFFIX)).exists()]

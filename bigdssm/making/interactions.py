@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.config import DataConfig, check_pieces
-from bigdssm.dataset.files import COUNTS_FILE, KEYS_SUFFIX, SEQUENCE_KEYS_FILE
+from bigdssm.dataset.files import SEQUENCE_KEYS_FILE
 from bigdssm.dataset.keys import Keys
 from bigdssm.dataset.partition import read_partition
 from bigdssm.errors import ConfigError, DataError
@@ -41,7 +41,6 @@ from bigdssm.making.documents import (
     document_rows,
     document_schema,
     first_of,
-    keys_beside,
     number_documents,
     place_keys,
     spooled,
@@ -62,7 +61,6 @@ from bigdssm.making.reading import PLACE_BITS, PartOfTable, places, read_part
 from bigdssm.making.spark import SparkTable, open_table
 from bigdssm.making.splits import SPLITS, check_fractions, quantiles
 from bigdssm.making.steps import FirstRows, RowFile, Table, read_facts
-from bigdssm.making.writing import write_catalogue, write_counts, write_split
 from bigdssm.progress import Progress, no_progress
 from bigdssm.schema import Schema
 from bigdssm.string_hashes import hash_strings
@@ -117,9 +115,8 @@ def make_interactions(
         user = stored(base.query)
         if user and users is None:
             raise ConfigError(f"the query features {', '.join(user)} need a users table; give --users")
-        known = sum(part["rows"] for part in writer.content["catalogue"])
         earlier = _earlier(run)
-        documents = _read_items(run, tables, base, items, known)
+        documents = _read_items(run, tables, base, items)
         if user and users is not None:
             _read_users(run, tables, user, users)
         sequences, sorted_events = _read_events(run, tables, user, documents, events)
@@ -145,21 +142,14 @@ def make_interactions(
         cut = cut_sequences(run, cutting, has_times=tables.time_column is not None)
         by_id = engine.select("sequence_ids", "SELECT user_id, number FROM sequences", order="user_id")
         place_keys(engine, by_id, "user_id", 0, writer.partition_dir / SEQUENCE_KEYS_FILE)
-        entries = {
-            name: write_split(engine, name, table, block_columns, writer.partition_dir)
-            for name, table in _sorted_splits(engine, tables).items()
-            if table.num_rows
-        }
-        run.notes += [f"the split {name} is empty" for name in SPLITS if name not in entries]
+        entries = run.write_splits(_sorted_splits(engine, tables), block_columns)
         counted = engine.select(
             "positives", "SELECT doc, CAST(sum(count) AS BIGINT) AS n FROM cut_positives GROUP BY doc", order="doc"
         ).read()
         if not counted.num_rows:
             raise DataError("every relevance in the train split is 0, so that nothing can be learned from it")
-        docs, counts = (counted.column(name).to_numpy() for name in ("doc", "n"))
-        checksum = write_counts(writer.partition_dir / COUNTS_FILE, docs, counts)
-        parts = write_catalogue(engine, documents, schema.doc, text, writer.catalogue_dir, len(writer.catalogue_parts))
-        return run.finish(schema, parts, entries, checksum, cut, known)
+        positives = (counted.column("doc").to_numpy(), counted.column("n").to_numpy())
+        return run.finish(schema, text, documents, entries, positives, cut)
 
 
 def _files(tables: InteractionTables) -> tuple[Path | str, Path | str | None, Path | str]:
@@ -180,15 +170,13 @@ def _check(config: DataConfig, tables: InteractionTables) -> None:
         raise ConfigError(f"--min-rating {tables.min_rating} needs a finite number, and a --rating-column")
 
 
-def _read_items(run: Making, tables: InteractionTables, base: Schema, items: Source, known: int) -> Documents:
+def _read_items(run: Making, tables: InteractionTables, base: Schema, items: Source) -> Documents:
     """Return the items as documents. Raises DataError where there are none."""
     engine, writer = run.engine, run.writer
-    keys = keys_beside(writer.catalogue_parts)
     shown = base.display or tables.item_column
-    folders = run.read("items", [items], _ItemReader(tables.item_column, shown, base.doc, Keys(keys)))
+    folders = run.read("items", [items], _ItemReader(tables.item_column, shown, base.doc, Keys(writer.key_files)))
     engine.table("found_documents", [folder / "documents.parquet" for folder in folders])
-    file = writer.catalogue_dir / f"{len(writer.catalogue_parts):06d}{KEYS_SUFFIX}"
-    documents = number_documents(engine, keys, known, file)
+    documents = number_documents(engine, writer)
     _refuse_repeated(run, items, "first_documents", "doc_key", tables.item_column)
     if not documents.total:
         raise DataError(f"{items.name} has no usable rows{writer.quarantine.told()}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,16 +15,19 @@ import pyarrow as pa
 import tokenizers
 
 from bigdssm.config import DataConfig
+from bigdssm.dataset.files import COUNTS_FILE
 from bigdssm.dataset.sequences import EVENT_COLUMNS
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import Vector
+from bigdssm.features import TextTokenizer, Vector
 from bigdssm.making.dataset_writer import DatasetWriter
+from bigdssm.making.documents import Documents
 from bigdssm.making.engine import Engine
 from bigdssm.making.local import LocalEngine
 from bigdssm.making.quarantine import bad_rows
 from bigdssm.making.reading import PartOfTable, Unreadable, parts_of
 from bigdssm.making.spark import Cluster, SparkEngine, SparkTable
-from bigdssm.making.steps import read_facts
+from bigdssm.making.steps import Table, read_facts
+from bigdssm.making.writing import Encode, write_catalogue, write_counts, write_split
 from bigdssm.progress import Progress, no_progress
 from bigdssm.schema import SCHEMA_FILE, Schema
 from bigdssm.source import code_checksum
@@ -104,12 +107,28 @@ class Making:
                 raise DataError(f"{source.name} has no usable rows{quarantine.told()}")
         return folders
 
+    def write_splits(self, splits: Mapping[str, Table], encode: Encode) -> dict[str, Any]:
+        """Write every split that has rows as blocks, and return the entries of these."""
+        self.notes += [f"the split {name} is empty" for name, table in splits.items() if not table.num_rows]
+        return {
+            name: write_split(self.engine, name, table, encode, self.writer.partition_dir)
+            for name, table in splits.items()
+            if table.num_rows
+        }
+
     def finish(
-        self, schema: Schema, catalogue: list[dict[str, Any]], splits: dict[str, Any], counts_checksum: str,
-        sequences: list[dict[str, Any]], known_docs: int,
+        self, schema: Schema, text: TextTokenizer | None, documents: Documents, splits: dict[str, Any],
+        positives: tuple[np.ndarray, np.ndarray], sequences: Sequence[dict[str, Any]] = (),
     ) -> Report:  # fmt: skip
-        """Move everything into place and return the report."""
-        self.writer.commit(schema, catalogue, splits, counts_checksum, sequences)
+        """Write counts and catalogue, move everything into place and return the report.
+
+        `positives` are catalogue rows of documents and how often train rows are relevant to each, int64.
+        """
+        writer = self.writer
+        checksum = write_counts(writer.partition_dir / COUNTS_FILE, *positives)
+        first_part = len(writer.catalogue_parts)
+        catalogue = write_catalogue(self.engine, documents, schema.doc, text, writer.catalogue_dir, first_part)
+        writer.commit(schema, catalogue, splits, checksum, sequences)
         new_docs = sum(part["rows"] for part in catalogue)
         many = [
             f"the {entry['rows']:,} rows of split {split} give {entry['queries']:,} queries"
@@ -120,7 +139,7 @@ class Making:
             out=self.writer.out,
             partition=self.writer.partition,
             rows={split: entry["rows"] for split, entry in splits.items()},
-            num_docs=known_docs + new_docs,
+            num_docs=documents.total,
             new_docs=new_docs,
             num_bad=self.writer.quarantine.num_bad,
             seconds=time.monotonic() - self.started,

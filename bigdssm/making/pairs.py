@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.config import DataConfig
-from bigdssm.dataset.files import COUNTS_FILE, KEYS_SUFFIX
 from bigdssm.dataset.keys import Keys
 from bigdssm.dataset.partition import read_partition
 from bigdssm.errors import ConfigError, DataError
@@ -32,7 +31,6 @@ from bigdssm.making.documents import (
     document_rows,
     document_schema,
     first_of,
-    keys_beside,
     number_documents,
     spooled,
 )
@@ -43,7 +41,6 @@ from bigdssm.making.reading import PartOfTable, places, read_part
 from bigdssm.making.spark import open_table
 from bigdssm.making.splits import SPLITS, PairSplit, Splitter
 from bigdssm.making.steps import FirstRows, RowFile, Table
-from bigdssm.making.writing import write_catalogue, write_counts, write_split
 from bigdssm.progress import Progress, no_progress
 from bigdssm.schema import Schema
 from bigdssm.string_hashes import hash_strings
@@ -100,14 +97,12 @@ def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress:
         columns = {"doc": tables.doc_id_column, "query": tables.query_id_column}
         writer.identify(**{side: "content" if name is None else "column" for side, name in columns.items()})
         base = schema_to_fit(config, writer.out if writer.append else None, target.like)
-        reader = PairReader(tables, base, splitter, target.seed, Keys(keys_beside(writer.catalogue_parts)))
+        reader = PairReader(tables, base, splitter, target.seed, Keys(writer.key_files))
         folders = run.read("read", sources, reader)
         writer.quarantine.check()
         engine.table("found", [folder / "rows.parquet" for folder in folders])
         engine.table("found_documents", [folder / "documents.parquet" for folder in folders])
-        known = sum(part["rows"] for part in writer.content["catalogue"])
-        file = writer.catalogue_dir / f"{len(writer.catalogue_parts):06d}{KEYS_SUFFIX}"
-        documents = number_documents(engine, keys_beside(writer.catalogue_parts), known, file)
+        documents = number_documents(engine, writer)
         if engine.fetch("SELECT count(*) FROM found") == [(0,)]:
             raise DataError(f"{tables.files[0]}: no row is left{writer.quarantine.told()}")
         splitter.divide(engine, folders)
@@ -120,18 +115,10 @@ def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress:
             engine, base, config, sides, folder=writer.tokenizer_dir, grow=writer.append, like=target.like
         )  # fmt: skip
         encode = partial(_encoded, documents.keys, schema.query, None if writer.content["text"] == "raw" else text)
-        entries = {
-            name: write_split(engine, name, table, encode, writer.partition_dir)
-            for name, table in splits.items()
-            if table.num_rows
-        }
-        run.notes += [f"the split {name} is empty" for name in splits if name not in entries]
-        counted = _train_positives(engine, documents)
-        checksum = write_counts(writer.partition_dir / COUNTS_FILE, *counted)
-        parts = write_catalogue(engine, documents, schema.doc, text, writer.catalogue_dir, len(writer.catalogue_parts))
+        entries = run.write_splits(splits, encode)
         if tables.beir:  # first: the same command must be good for both, and refuses a dataset that is there
             write_collection(engine, documents, tables.beir, reader.query, base.doc)
-        return run.finish(schema, parts, entries, checksum, [], known)
+        return run.finish(schema, text, documents, entries, _train_positives(engine, documents))
 
 
 def _checked(config: DataConfig, tables: PairTables, target: Target) -> Splitter:

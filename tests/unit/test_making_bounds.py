@@ -49,7 +49,7 @@ def test_an_engine_that_cannot_be_had_costs_nothing_that_is_finished(
 ) -> None:
     files, target = (write_pairs(tmp_path / "pairs.jsonl", 300),), Target(tmp_path / "out")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("bigdssm.making.pairs.write_split", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("bigdssm.making.making.write_split", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         make_pairs(PAIRS, PairTables(files), target)
     with monkeypatch.context() as patch, pytest.raises(ConfigError, match="no engine"):
         patch.setattr(making, "_engine", lambda *args: (_ for _ in ()).throw(ConfigError("no engine")))
