@@ -1,0 +1,265 @@
+"""Reads items, users and events of interactions, for a making: numbered, checked, and joined by the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from bigdssm.dataset.keys import Keys
+from bigdssm.errors import DataError
+from bigdssm.features import Feature
+from bigdssm.features.columns import (
+    ReportBad,
+    RowCheck,
+    SourceBatch,
+    TimeUnits,
+    check_time_units,
+    is_empty,
+    relevances,
+    strings,
+    times,
+)
+from bigdssm.features.fitting import canonical
+from bigdssm.making.documents import (
+    Documents,
+    document_rows,
+    document_schema,
+    first_of,
+    number_documents,
+    spooled,
+)
+from bigdssm.making.making import (
+    Making,
+)
+from bigdssm.making.reading import PLACE_BITS, PartOfTable, places, read_part
+from bigdssm.making.steps import FirstRows, RowFile, Table, read_facts
+from bigdssm.schema import Schema
+from bigdssm.string_hashes import hash_strings
+from bigdssm.tables.hashing import hash_rows
+from bigdssm.tables.source import Source
+
+Split = Literal["leave-one-out", "time", "train"]
+USER = pa.schema([("place", pa.int64()), ("user_id", pa.int64()), ("key", pa.large_string())])
+EVENT = pa.schema(
+    [
+        ("place", pa.int64()),
+        ("user_id", pa.int64()),
+        ("item", pa.int64()),  # its catalogue row
+        ("time", pa.float64()),
+        ("relevance", pa.float32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class InteractionTables:
+    """The source tables and what their columns are."""
+
+    interactions: Path | str
+    items: Path | str
+    users: Path | str | None = None
+    user_column: str = "user_id"
+    item_column: str = "item_id"
+    time_column: str | None = "timestamp"  # none: events are in order of time already
+    rating_column: str | None = None  # becomes the relevance; without one it is 1
+    min_rating: float | None = None  # events rated lower are no events
+    split: Split = "leave-one-out"
+    validation_fraction: float = 0.05  # split=time: the newest rows but the test's
+    test_fraction: float = 0.05  # split=time: the newest rows
+
+
+def read_items(run: Making, tables: InteractionTables, base: Schema, items: Source) -> Documents:
+    """Return the items as documents. Raises DataError where there are none."""
+    engine, writer = run.engine, run.writer
+    shown = base.display or tables.item_column
+    folders = run.read("items", [items], _ItemReader(tables.item_column, shown, base.doc, Keys(writer.key_files)))
+    engine.table("found_documents", [folder / "documents.parquet" for folder in folders])
+    documents = number_documents(engine, writer)
+    _refuse_repeated(run, items, "first_documents", "doc_key", tables.item_column)
+    if not documents.total:
+        raise DataError(f"{items.name} has no usable rows{writer.quarantine.told()}")
+    return documents
+
+
+@dataclass(frozen=True)
+class _ItemReader:
+    key: str
+    shown: str
+    features: dict[str, Feature]
+    known: Keys
+
+    @property
+    def columns(self) -> list[str | None]:
+        return [self.key, self.shown, *(c for feature in self.features.values() for c in feature.source_columns)]
+
+    def __call__(self, part: PartOfTable, folder: Path) -> None:
+        with RowFile(folder / "documents.parquet", document_schema(self.features)) as file:
+            read_part(part, self.columns, folder, partial(self._read, part, file))
+
+    def _read(self, part: PartOfTable, file: RowFile, batches: Iterator[SourceBatch], bad: ReportBad) -> dict[str, Any]:
+        num_good = 0
+        for batch in batches:
+            check = RowCheck(batch, bad)
+            keys, display = strings(check, self.key), strings(check, self.shown)
+            check.fail(is_empty(keys), f"{self.key} is empty")
+            table = canonical(check, self.features)
+            rows = document_rows(places(part, batch), hash_rows(table), keys, display, table).filter(
+                pa.array(check.good)
+            )
+            num_good += rows.num_rows
+            new = self.known.find(rows.column("doc_id").to_numpy()) < 0
+            file.add(rows.filter(pa.array(new)))
+        return {"num_good": num_good}
+
+
+def _refuse_repeated(run: Making, source: Source, table: str, key: str, column: str) -> None:
+    """Report the rows of a table whose key stands in it already."""
+    again = run.engine.select(
+        f"{table}_again", f"SELECT place, {key} FROM {table} WHERE nth > 1", order=f"place, {key}"
+    )
+    for piece in again.batches():
+        rows, keys = (piece.column(name).to_pylist() for name in ("place", key))
+        run.writer.quarantine.num_good -= len(rows)
+        run.writer.quarantine.add(
+            (source.name, row & ((1 << PLACE_BITS) - 1), f"{column} {value!r} stands in the table already", True)
+            for row, value in zip(rows, keys, strict=True)
+        )
+
+
+def read_users(run: Making, tables: InteractionTables, user: dict[str, Feature], users: Source) -> None:
+    """Have the engine know the rows of the users table as `users`."""
+    folders = run.read("users", [users], _UserReader(tables.user_column, user))
+    run.engine.table("found_users", [folder / "users.parquet" for folder in folders])
+    run.engine.view("users", first_of("found_users", "user_id"))
+    _refuse_repeated(run, users, "users", "key", tables.user_column)
+
+
+@dataclass(frozen=True)
+class _UserReader:
+    key: str
+    features: dict[str, Feature]
+
+    @property
+    def columns(self) -> list[str | None]:
+        return [self.key, *(c for feature in self.features.values() for c in feature.source_columns)]
+
+    def __call__(self, part: PartOfTable, folder: Path) -> None:
+        schema = pa.schema([*USER, *spooled("u", self.features)])
+        with RowFile(folder / "users.parquet", schema) as file:
+            read_part(part, self.columns, folder, partial(self._read, part, file))
+
+    def _read(self, part: PartOfTable, file: RowFile, batches: Iterator[SourceBatch], bad: ReportBad) -> dict[str, Any]:
+        num_good = 0
+        for batch in batches:
+            check = RowCheck(batch, bad)
+            keys = strings(check, self.key)
+            check.fail(is_empty(keys), f"{self.key} is empty")
+            table = canonical(check, self.features)
+            columns = [pa.array(places(part, batch)), pa.array(hash_strings(keys)), keys, *table.columns]
+            rows = pa.Table.from_arrays(columns, names=file.schema.names).filter(pa.array(check.good))
+            num_good += rows.num_rows
+            file.add(rows)
+        return {"num_good": num_good}
+
+
+def read_events(
+    run: Making, tables: InteractionTables, user: dict[str, Feature], documents: Documents, events: Source
+) -> tuple[Table, Table]:
+    """Return the sequences, and the events sorted by sequence and time.
+
+    A sequence has user_id, key, its number of events `length`, and its user's features; an event has `sequence`, the
+    row of its own, item, time, relevance and place. Raises DataError where no event is left.
+    """
+    engine, quarantine = run.engine, run.writer.quarantine
+    folders = run.read("events", [events], _EventReader(tables, documents.keys))
+    facts = [read_facts(folder) for folder in folders]
+    num_low = sum(some["num_low"] for some in facts)
+    engine.table("events", [folder / "events.parquet" for folder in folders])
+    engine.table("found_sequences", [folder / "sequences.parquet" for folder in folders])
+    if engine.fetch("SELECT count(*) FROM events") == [(0,)]:
+        low = f"; {num_low} are rated below {tables.min_rating}" if num_low else ""
+        raise DataError(f"{events.name}: no interaction is left to train on{low}{quarantine.told()}")
+    check_time_units(facts, f"{events.name}, column {tables.time_column!r}")
+    if num_low:
+        run.notes.append(f"{num_low} interactions are rated below {tables.min_rating} and left out")
+    engine.view("first_sequences", first_of("found_sequences", "user_id"))
+    engine.view("lengths", "SELECT user_id, count(*) AS length FROM events GROUP BY user_id")
+    features = "".join(f", users.u{number}" for number in range(len(user)))
+    sequences = engine.select(
+        "sequences",
+        f"SELECT s.place, s.user_id, s.key, lengths.length{features} FROM first_sequences s "
+        "JOIN lengths ON s.user_id = lengths.user_id "
+        + ("LEFT JOIN (SELECT * FROM users WHERE nth = 1) users ON s.user_id = users.user_id " if user else "")
+        + "WHERE s.nth = 1",
+        order="place, user_id",
+    )
+    if user:
+        unknown = (
+            "SELECT count(*) FROM sequences s WHERE NOT EXISTS (SELECT 1 FROM users u WHERE u.user_id = s.user_id)"
+        )
+        ((number,),) = engine.fetch(unknown)
+        if number:
+            run.notes.append(f"{number} users are not in the users table: their features are missing")
+    sorted_events = engine.select(
+        "sorted_events",
+        "SELECT s.number AS sequence, e.item, e.time, e.relevance, e.place FROM events e "
+        "JOIN sequences s ON e.user_id = s.user_id",
+        order="sequence, time, place, item",
+    )
+    return sequences, sorted_events
+
+
+@dataclass(frozen=True)
+class _EventReader:
+    tables: InteractionTables
+    items: Keys
+
+    @property
+    def columns(self) -> list[str | None]:
+        tables = self.tables
+        return [tables.user_column, tables.item_column, tables.time_column, tables.rating_column]
+
+    def __call__(self, part: PartOfTable, folder: Path) -> None:
+        with (
+            RowFile(folder / "events.parquet", EVENT) as events,
+            RowFile(folder / "sequences.parquet", USER) as sequences,
+            FirstRows(sequences, "user_id") as first,
+        ):
+            read_part(part, self.columns, folder, partial(self._read, part, events, first))
+
+    def _read(
+        self, part: PartOfTable, events: RowFile, first: FirstRows, batches: Iterator[SourceBatch], bad: ReportBad
+    ) -> dict[str, Any]:
+        num_good, num_low, units = 0, 0, TimeUnits()
+        for batch in batches:
+            check = RowCheck(batch, bad)
+            users, columns = self._events(check, places(part, batch))
+            good = check.good
+            num_good += int(good.sum())
+            if self.tables.min_rating is not None:
+                low = good & (columns[-1] < self.tables.min_rating)
+                num_low += int(low.sum())
+                good = good & ~low
+            place, user_id, item, time, relevance = (column[good] for column in columns)
+            units.add(time)
+            events.add(pa.table([place, user_id, item, time, relevance.astype(np.float32)], schema=EVENT))
+            first.add(pa.table([place, user_id, users.filter(pa.array(good))], schema=USER))
+        return {"num_good": num_good, "num_low": num_low, **units.facts()}
+
+    def _events(self, check: RowCheck, place: np.ndarray) -> tuple[pa.Array, tuple[np.ndarray, ...]]:
+        """Return the users of a batch, and the columns of all its events; what is wrong is reported to `check`."""
+        tables = self.tables
+        users, items = strings(check, tables.user_column), strings(check, tables.item_column)
+        for name, column in ((tables.user_column, users), (tables.item_column, items)):
+            check.fail(is_empty(column), f"{name} is empty")
+        item = self.items.find(hash_strings(items))
+        check.fail(item < 0, f"{tables.item_column} {{}} is not in {tables.items}", items)
+        moment = times(check, tables.time_column) if tables.time_column else np.zeros(len(item))
+        relevance = relevances(check, tables.rating_column) if tables.rating_column else np.ones(len(item))
+        return users, (place, hash_strings(users), item, moment, relevance)
