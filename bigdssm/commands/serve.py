@@ -18,7 +18,7 @@ import importlib.util
 import os
 import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"http://{host}:{listening.getsockname()[1]}  (Ctrl-C stops)", flush=True)
         if args.workers == 1:
-            served.run(listening, searcher)
+            served.run(listening, lambda: None, searcher)
             return
         del searcher  # what opens here opens in the workers
         with tempfile.TemporaryDirectory(prefix="bigdssm-metrics-") as counted:
@@ -99,8 +99,8 @@ class Served:
             torch.set_num_threads(self.folders.threads)
         return self.folders.open()
 
-    def run(self, listening: socket.socket, searcher: Searcher | None = None) -> None:
-        """Serve until a signal asks to stop."""
+    def run(self, listening: socket.socket, ready: Callable[[], None], searcher: Searcher | None = None) -> None:
+        """Serve until a signal asks to stop; `ready` is called as soon as all is opened."""
         from bigdssm.serving.app import make_app
         from bigdssm.serving.metrics import log_requests
         from bigdssm.serving.server import run
@@ -112,6 +112,7 @@ class Served:
             searcher or self.open(), cache_size=self.cache, at_once=self.at_once, hosts=self.hosts,
             folders=self.folders, look_s=self.look_s,
         )  # fmt: skip
+        ready()
         run(app, listening, self.timeout_s)
 
 

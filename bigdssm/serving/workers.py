@@ -10,45 +10,47 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
 from typing import Any
 
 from bigdssm.errors import BigDSSMError
 from bigdssm.log import get_logger
 
 METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"  # where prometheus_client finds what other workers counted
-YOUNG_S = 10.0  # a worker that dies younger than this would die again
 KILLED_AFTER_S = 5.0  # what a worker may take longer to end than it says
 logger = get_logger(__name__)
 
 
 class WorkersFailed(BigDSSMError):
-    """A worker ended as soon as it was started."""
+    """A worker ended before it could serve."""
 
 
 def run_workers(number: int, work: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: int) -> None:
-    """Run `work(*arguments)` in so many processes until a signal asks to stop; all have ended when it returns.
+    """Run `work(*arguments, ready)` in so many processes until a signal asks to stop; all have ended when it returns.
 
-    Both have to be picklable, as sockets are. Raises WorkersFailed: one ended within YOUNG_S of its start.
+    Both have to be picklable, as sockets are. `work` calls `ready()` as soon as it can serve: a process that ends
+    after that is started again. Raises WorkersFailed: one ended before, so the next would too.
     """
     context = multiprocessing.get_context("spawn")  # torch's threads do not live through a fork
     stopping = threading.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: stopping.set())
 
-    def start() -> tuple[BaseProcess, float]:
-        process = context.Process(target=_worker, args=(work, arguments))
+    def start() -> tuple[BaseProcess, Event]:
+        ready = context.Event()
+        process = context.Process(target=_worker, args=(work, (*arguments, ready.set)))
         process.start()
-        return process, time.monotonic()
+        return process, ready
 
     workers = [start() for _ in range(number)]
     try:
         while not stopping.is_set():
             wait([process.sentinel for process, _ in workers], timeout=0.5)
-            for place, (process, since) in enumerate(workers):
+            for place, (process, ready) in enumerate(workers):
                 if process.is_alive() or stopping.is_set():
                     continue
-                if time.monotonic() - since < YOUNG_S:
-                    raise WorkersFailed(f"a worker ended with code {process.exitcode} when it was started; see above")
+                if not ready.is_set():
+                    raise WorkersFailed(f"a worker ended with code {process.exitcode} before it could serve; see above")
                 logger.warning("worker %s ended with code %s; another is started", process.pid, process.exitcode)
                 workers[place] = start()
     finally:
