@@ -15,11 +15,11 @@ import yaml
 
 from bigdssm.dataset.dataset import Dataset
 from tests.conftest import NUM_ITEMS
-from tests.unit.retrieval.test_tools import Tools, index_dir, run_dir, tools  # noqa: F401, fixtures
+from tests.unit.retrieval.test_tools import Tools, run_dir, tools  # noqa: F401, fixtures
 
 
 @pytest.fixture
-def copies(model_dir: Path, index_dir: Path, tmp_path: Path) -> Path:  # noqa: F811
+def copies(model_dir: Path, index_dir: Path, tmp_path: Path) -> Path:
     """A folder with copies of a model, its vectors and its index."""
     shutil.copytree(model_dir, tmp_path / "model")
     shutil.copytree(index_dir, tmp_path / "index")
