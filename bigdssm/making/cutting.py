@@ -153,7 +153,7 @@ class Cutting:
             events.sequence[oldest] + first,
             place[oldest].astype(np.int32),
             (place[newest] + 1).astype(np.int32),
-            shuffle_keys(at, self.seed).view(np.int64),
+            shuffle_keys(at, self.seed),
             at,
         )
         return pa.table(list(columns), schema=ROW)

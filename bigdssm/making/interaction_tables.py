@@ -127,7 +127,7 @@ def _refuse_repeated(run: Making, source: Source, table: str, key: str, column: 
         rows, keys = (piece.column(name).to_pylist() for name in ("place", key))
         run.writer.quarantine.num_good -= len(rows)
         run.writer.quarantine.add(
-            (source.name, row & ((1 << PLACE_BITS) - 1), f"{column} {value!r} stands in the table already", True)
+            (source.name, (row & ((1 << PLACE_BITS) - 1)) + 1, f"{column} {value!r} stands in the table already", True)
             for row, value in zip(rows, keys, strict=True)
         )
 

@@ -210,7 +210,7 @@ class PairReader:
             relevance = relevances(check, tables.relevance_column)
         decided = self.splitter.of_rows(check, query_ids)
         place = places(part, check.batch, exploded=tables.each_of is not None)
-        shuffle = shuffle_keys(place, self.seed).view(np.int64)
+        shuffle = shuffle_keys(place, self.seed)
         numbers = (place, shuffle, query_ids, hash_strings(keys), content, relevance, *decided)
         values = [pa.array(v).cast(t) for v, t in zip(numbers, ROW_COLUMNS.values(), strict=True)]
         rows = pa.Table.from_arrays([*values, *query.columns], names=self.row_schema.names)

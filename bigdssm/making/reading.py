@@ -45,7 +45,7 @@ def parts_of(sources: Sequence[Source]) -> list[PartOfTable]:
 
 def places(part: PartOfTable, batch: SourceBatch, *, exploded: bool = False) -> np.ndarray:
     """Return the place of every row, int64 [rows] ≥ 0; `exploded`: rows of one number follow each other."""
-    rows = batch.rows
+    rows = batch.rows - 1
     if exploded:
         starts = np.flatnonzero(np.diff(rows, prepend=-1))
         nth = np.arange(len(rows)) - np.repeat(starts, np.diff(starts, append=len(rows)))

@@ -42,8 +42,8 @@ def mix(keys: np.ndarray, purpose: str, seed: int) -> np.ndarray:
 
 
 def shuffle_keys(places: np.ndarray, seed: int) -> np.ndarray:
-    """Return a uint64 key for the source rows at `places`; train rows are written in the order of theirs."""
-    return mix(places, "shuffle", seed)
+    """Return an int64 key for the source rows at `places`; train rows are written in the order of theirs."""
+    return (mix(places, "shuffle", seed) ^ np.uint64(1 << 63)).view(np.int64)
 
 
 def uniform(keys: np.ndarray, purpose: str, seed: int) -> np.ndarray:

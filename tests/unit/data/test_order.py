@@ -123,7 +123,7 @@ def test_neighbours_of_the_source_are_far_apart_and_epochs_differ(tmp_path: Path
 
 def written_order(num_rows: int, seed: int = 0) -> np.ndarray:
     """Return which source row stands at each row of a dataset, as makings of pairs shuffle them."""
-    return np.argsort(shuffle_keys(np.arange(num_rows), seed).view(np.int64), kind="stable")
+    return np.argsort(shuffle_keys(np.arange(num_rows), seed), kind="stable")
 
 
 def test_every_lane_meets_every_shard_over_time() -> None:
