@@ -106,7 +106,10 @@ def _check_stage(name: str, stage: StageConfig, data: DataConfig) -> None:
     _require(stage.init is None or bool(stage.init.strip()), f"{name}.init", repr(stage.init), "a folder, or null")
     mining, negatives = stage.mining, stage.loss.negatives
     _require(mining.first < mining.last, f"{name}.mining", f"[{mining.first}, {mining.last})", "first < last")
-    if mining.file is None:
+    if mining.uniform:
+        _require(negatives > 0, f"{name}.mining.uniform", "true", f"{name}.loss.negatives of at least 1 to draw")
+        _require(mining.file is None, f"{name}.mining.file", mining.file, f"none with {name}.mining.uniform=true")
+    elif mining.file is None:
         room = mining.last - mining.first
         _require(negatives <= room, f"{name}.loss.negatives", negatives, f"at most the mining window's {room}")
     else:

@@ -226,6 +226,7 @@ class MiningConfig:
     # Documents of a catalogue that are all scored; of more, by an approximate index, about an eighth.
     exact_up_to: int = bounded(1_000_000, 0, MAX_COUNT)
     file: str | None = None  # of bigdssm mine_negatives, by any model: in place of all of the above
+    uniform: bool = False  # in place of mining: documents drawn uniformly from the catalogue, others in each epoch
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from bigdssm.models.encoders import text_architectures
 from bigdssm.models.places import Places
 from bigdssm.reports.live_memory import LiveBytes
 from bigdssm.retrieval.embed import CHUNK_TOKENS_CPU
+from bigdssm.retrieval.mined import UniformNegatives
 from bigdssm.running.records import METRICS_FILE, read_stage
 from bigdssm.training.batches import Batches, row_stream
 from bigdssm.training.encoding import Piece, pieces_of
@@ -97,7 +98,7 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     stage, engine = config.stage(name), config.engine
     stream = row_stream(config, stage, dataset, rank=0, world_size=world_size)
     share = replace(stage.loss, uniform_negatives=-(-stage.loss.uniform_negatives // world_size))
-    mined: Any = _AnyNegatives(dataset, stage.loss.negatives) if stage.loss.negatives else None
+    mined = UniformNegatives(dataset.catalogue.num_docs) if stage.loss.negatives else None  # before they are mined
     batch = next(iter(Batches(stream, share, mined, config.run.seed, torch.device("cpu"))))
     texts = text_architectures(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
     mode = FakeTensorMode()
@@ -213,7 +214,7 @@ def _encoding(model: DualEncoder, mode: FakeTensorMode, batch: Batch) -> int:
 def _documents(stage: StageConfig, width: int, dataset: Dataset, world_size: int) -> int:
     """Return the bytes of the index vectors of a rank's share of the documents; an approximate index has them again."""
     num_docs = dataset.catalogue.num_docs
-    mines = stage.loss.negatives > 0 and stage.mining.file is None
+    mines = stage.loss.negatives > 0 and stage.mining.file is None and not stage.mining.uniform
     copies = 2 if mines and num_docs > stage.mining.exact_up_to else 1
     return copies * FP32 * -(-num_docs // world_size) * (width + 1)
 
@@ -229,18 +230,6 @@ def _largest(pieces: Sequence[Piece], side: str) -> Piece | None:
     """Return the piece of a side with the most cells among those that are encoded twice; None where there is none."""
     own = [piece for piece in pieces if piece.name == side and not piece.keep]
     return max(own, key=lambda piece: piece.chunk.tokens, default=None)
-
-
-class _AnyNegatives:
-    """Stands for mined negatives before they are mined: any documents, for any row."""
-
-    def __init__(self, dataset: Dataset, number: int) -> None:
-        self._random, self._num_docs, self._number = np.random.RandomState(0), dataset.catalogue.num_docs, number
-
-    def windows(self, row_ids: np.ndarray) -> np.ndarray:
-        """Return int32 [m, k]."""
-        window: np.ndarray = self._random.randint(0, self._num_docs, (len(row_ids), self._number))
-        return window.astype(np.int32)
 
 
 def _to_bfloat16(model: nn.Module) -> None:

@@ -87,9 +87,28 @@ class MinedNegatives:
         windows: np.ndarray = self._records["window"][at]
         return windows
 
+    def choose(self, rows: Rows, epoch: int, seed: int, k: int) -> np.ndarray:
+        """Return int32 [m, k] for the m queries of `rows`; see `choose_negatives`."""
+        return choose_negatives(self.windows(rows.query_keys), rows, epoch, seed, k)
+
     def per_query(self) -> float:
         """Return how many negatives a query has on average."""
         return float((self._records["window"] >= 0).sum(axis=1).mean()) if len(self) else 0.0
+
+
+class UniformNegatives:
+    """Documents drawn uniformly from a catalogue, in place of mined ones."""
+
+    def __init__(self, num_docs: int) -> None:
+        self._num_docs = num_docs
+
+    def choose(self, rows: Rows, epoch: int, seed: int, k: int) -> np.ndarray:
+        """Return int32 [m, k], -1 where a query drew a document twice; a function of the same as `choose_negatives`."""
+        keys = mix64(_names(rows), derive_key(seed, epoch))
+        draws = mix64(keys[:, None] ^ mix64(np.arange(k), 0), 0) % np.uint64(self._num_docs)
+        drawn = np.sort(draws.astype(np.int32), axis=1)
+        drawn[:, 1:][drawn[:, 1:] == drawn[:, :-1]] = -1
+        return drawn
 
 
 def choose_negatives(window: np.ndarray, rows: Rows, epoch: int, seed: int, k: int) -> np.ndarray:
@@ -98,10 +117,14 @@ def choose_negatives(window: np.ndarray, rows: Rows, epoch: int, seed: int, k: i
     A pure function of (seed, epoch, row id) and, in a row of several queries, of the place: the same whatever the ranks
     and the steps, another draw every epoch.
     """
-    names = rows.row_ids if rows.row is None else rows.query_keys
-    query_keys = mix64(names, derive_key(seed, epoch))
+    query_keys = mix64(_names(rows), derive_key(seed, epoch))
     keys = mix64(query_keys[:, None] ^ mix64(np.arange(window.shape[1]), 0), 0)
     keys = np.where(window < 0, np.iinfo(np.uint64).max, keys)
     place = np.argsort(keys, axis=1, kind="stable")[:, :k]
     chosen = np.take_along_axis(window, place, axis=1).astype(np.int32)
     return np.pad(chosen, ((0, 0), (0, k - chosen.shape[1])), constant_values=-1)
+
+
+def _names(rows: Rows) -> np.ndarray:
+    """Return what stands for each query whatever the step, int64 [m]."""
+    return rows.row_ids if rows.row is None else rows.query_keys

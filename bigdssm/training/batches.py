@@ -22,7 +22,7 @@ from bigdssm.dataset.rows import Rows
 from bigdssm.features.ragged import Ragged
 from bigdssm.hashing import derive_key
 from bigdssm.losses import sample_uniform
-from bigdssm.retrieval.mined import MinedNegatives, choose_negatives
+from bigdssm.retrieval.mined import MinedNegatives, UniformNegatives
 from bigdssm.streaming.plain_stream import PlainStream
 from bigdssm.streaming.row_stream import RowStream
 from bigdssm.streaming.stream import PairStream
@@ -38,11 +38,11 @@ class Batches:
         self,
         stream: RowStream,
         loss: LossConfig,
-        mined: MinedNegatives | None,
+        mined: MinedNegatives | UniformNegatives | None,
         seed: int,
         device: torch.device,
     ) -> None:
-        """`mined` has the window that each query's negatives are drawn from."""
+        """`mined` is what each query's negatives are drawn from."""
         self._stream, self._loss, self._mined, self._seed, self._device = stream, loss, mined, seed, device
         dataset = stream.dataset
         self._dataset = dataset
@@ -62,9 +62,7 @@ class Batches:
             negatives = None
             if self._mined is not None:
                 epoch = rows.step // self._stream.steps_per_epoch
-                window = self._mined.windows(rows.query_keys)
-                negatives = choose_negatives(window, rows, epoch, self._seed, self._loss.negatives)
-                negatives = negatives.astype(np.int64)
+                negatives = self._mined.choose(rows, epoch, self._seed, self._loss.negatives).astype(np.int64)
             batch = self._collator(rows, negatives=negatives, extra_docs=self._extra(rows.step))
             if self._loss.mask in ("user", "past"):
                 batch = replace(batch, known=known_pairs(rows, self._loss.mask, self._dataset.catalogue.doc_ids))

@@ -29,7 +29,7 @@ from bigdssm.log import get_logger
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval.embed import Documents, Share, encode_catalogue, tower_encoders
 from bigdssm.retrieval.mine import mine_to_file
-from bigdssm.retrieval.mined import MinedNegatives
+from bigdssm.retrieval.mined import MinedNegatives, UniformNegatives
 from bigdssm.running.alerts import SpikeAlert
 from bigdssm.running.faults import Faults
 from bigdssm.running.launcher import Launcher
@@ -218,7 +218,7 @@ def _model_difference(theirs: Config, mine: Config) -> str | None:
 def _mined(
     config: Config, name: StageName, engine: Engine, dataset: Dataset, folder: Path, watch: Watch, resumed: bool,
     new_part: bool,
-) -> tuple[MinedNegatives | None, Documents | None]:  # fmt: skip
+) -> tuple[MinedNegatives | UniformNegatives | None, Documents | None]:  # fmt: skip
     """Return the negatives of the part's rows, mined with the initial weights and kept for a resumed run, and with them
     the rank's share of the documents' index vectors where they were encoded just now. Raises CheckpointError where the
     kept negatives are lost.
@@ -230,6 +230,8 @@ def _mined(
     path = _mined_file(config, dataset, folder) if given is None else Path(given)
     if stage.loss.negatives == 0:
         return None, None
+    if stage.mining.uniform:
+        return UniformNegatives(dataset.catalogue.num_docs), None
     if (resumed or given is not None) and distributed.broadcast_object(path.exists()):
         mined = MinedNegatives.open(path)
         mined.check_against(dataset)

@@ -15,7 +15,7 @@ from bigdssm.models import DualEncoder
 from bigdssm.retrieval import top as top_module
 from bigdssm.retrieval.embed import Documents, Encoders, Share, tower_encoders
 from bigdssm.retrieval.mine import KnownPositives, mine, mine_to_file
-from bigdssm.retrieval.mined import MinedNegatives, choose_negatives
+from bigdssm.retrieval.mined import MinedNegatives, UniformNegatives, choose_negatives
 from bigdssm.retrieval.top import top_documents
 
 
@@ -169,3 +169,18 @@ def test_choice_is_uniform_over_the_window() -> None:
     window = np.tile(np.arange(20, dtype=np.int32), (4000, 1))
     counts = np.bincount(choose_negatives(window, rows_of(np.arange(4000)), 0, 0, 5).ravel(), minlength=20)
     assert abs(counts - 1000).max() < 130  # 5 standard deviations
+
+
+def test_uniform_negatives_are_a_function_of_the_query_and_the_epoch_and_come_once() -> None:
+    ids, uniform = np.arange(4000) * 1_000_003, UniformNegatives(20)
+    chosen = uniform.choose(rows_of(ids), 4, 9, 5)
+    assert chosen.shape == (4000, 5) and chosen.dtype == np.int32
+    for row in chosen[:200]:
+        real = row[row >= 0].tolist()
+        assert len(set(real)) == len(real) > 0
+    counts = np.bincount(chosen[chosen >= 0], minlength=20)
+    assert len(counts) == 20 and abs(counts - counts.mean()).max() < 5 * counts.mean() ** 0.5
+    assert abs((chosen < 0).mean() - (1 - 20 * (1 - 0.95**5) / 5)) < 0.01
+    order = np.random.RandomState(1).permutation(4000)
+    np.testing.assert_array_equal(uniform.choose(rows_of(ids[order]), 4, 9, 5), chosen[order])
+    assert (uniform.choose(rows_of(ids), 5, 9, 5) == chosen).mean() < 0.1
