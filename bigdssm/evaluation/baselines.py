@@ -1,18 +1,22 @@
-"""What a model has to beat: popularity, and a Markov chain over the last items of a history.
+"""What a model has to beat: popularity, a Markov chain over the last items of a history, and the models of items.
 
-Both are fitted to the train split alone and scored on the same rows, filter and ties as a model.
+All are fitted to the train split alone and scored on the same rows, filter and ties as a model.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import lcm
+from typing import Any
 
 import numpy as np
 
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
-from bigdssm.errors import DataError
+from bigdssm.errors import ConfigError, DataError
+from bigdssm.evaluation.item_models import Ease, ImplicitALS, ItemKNN
 
 FIT_ROWS = 16_384
 
@@ -73,6 +77,26 @@ class Markov:
         cell = np.repeat(row, length) * self.num_docs + self.followers[entry]
         values = self.counts[entry] * np.repeat(weights, length)
         return np.bincount(cell, values, len(rows) * self.num_docs).reshape(len(rows), self.num_docs)
+
+
+BASELINES: dict[str, Any] = {  # by name; each has fit(dataset, **options), and gives scores [m, N] of Rows
+    "popularity": Popularity,
+    "markov": Markov,
+    "item_knn": ItemKNN,
+    "ease": Ease,
+    "ials": ImplicitALS,
+}
+
+
+def fit_baseline(name: str, dataset: Dataset, options: Mapping[str, Any]) -> Callable[[Rows], np.ndarray]:
+    """Return the baseline `name` of BASELINES, fitted. Raises ConfigError: an option that it does not have."""
+    fit = BASELINES[name].fit
+    known = list(inspect.signature(fit).parameters)[1:]
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"the baseline {name} has no option {option}, but {', '.join(known) or 'none'}")
+    fitted: Callable[[Rows], np.ndarray] = fit(dataset, **options)
+    return fitted
 
 
 def _last_items(rows: Rows, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -29,6 +29,7 @@ FLOORS = (
     ("export", "serving"),
     ("training",),
     ("reports",),
+    ("evidence",),
     ("commands",),  # command lines: parse, call one library function, print
     ("__main__",),
 )

@@ -1,0 +1,68 @@
+"""Try claims: train the cells of YAML files, compare them, and write a page that says which claims hold.
+
+    bigdssm evidence configs/evidence/*.yaml --out runs/evidence [--page docs/evidence.md] [--at-once 2]
+
+A file names a claim, the configs it is tried on, the cells (a few keys over the config, or a baseline) and what has to
+come out (bigdssm/evidence/claims.py). What is finished in --out is not run again, what was broken off goes on; cells
+that two claims share are trained once. --only runs a claim in part: the cells whose name has a text. --page writes the
+page of all claims that are finished, and keeps what an earlier page's figures (the JSON beside it) say of the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from bigdssm.atomic import write_json
+from bigdssm.cli import at_least, check_file_to_write, command
+from bigdssm.errors import ConfigError, DataError
+from bigdssm.evidence.claims import read_claim
+from bigdssm.evidence.page import write_page
+from bigdssm.evidence.results import Result, collect
+from bigdssm.evidence.running import run_trials, trials
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("claims", type=Path, nargs="+", metavar="YAML")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the runs")
+    parser.add_argument("--page", type=Path, metavar="MD", help="page to write; its figures go into a .json beside it")
+    parser.add_argument("--at-once", type=at_least(1), default=1, help="trainings side by side (%(default)s)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="run the cells whose name has it")
+    parser.add_argument("--collect", action="store_true", help="run nothing, look at what is finished")
+    args = parser.parse_args(argv)
+    check_file_to_write("--page", args.page)
+    claims = {path.stem: read_claim(path) for path in args.claims}
+    if len(claims) < len(args.claims):
+        raise ConfigError("two files have one name, which is the claim's; rename one")
+    planned = {name: trials(claim, args.out) for name, claim in claims.items()}
+    if not args.collect:
+        run_trials([trial for of in planned.values() for trial in of if args.only in trial.cell_name], args.at_once)
+    results = _known(args.page)
+    for name, claim in claims.items():
+        try:
+            results[name] = collect(claim, planned[name])
+        except DataError as error:
+            Console(stderr=True).print(f"{name}: {error}", highlight=False, markup=False, soft_wrap=True)
+            continue
+        print(f"{name}: {results[name].verdict}")
+    if args.page is not None and results:
+        write_json(args.page.with_suffix(".json"), {name: result.to_dict() for name, result in sorted(results.items())})
+        write_page(dict(sorted(results.items())), args.page)
+
+
+def _known(page: Path | None) -> dict[str, Result]:
+    """Return the results of an earlier page."""
+    figures = None if page is None else page.with_suffix(".json")
+    if figures is None or not figures.exists():
+        return {}
+    try:
+        return {name: Result.from_dict(content) for name, content in json.loads(figures.read_text("utf-8")).items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{figures} holds no results of claims: {error!r}; remove it") from None

@@ -1,0 +1,143 @@
+"""Baselines that read a history as a set of items: ItemKNN, EASE and implicit ALS, from the package implicit or SciPy.
+
+Each is fitted to the users' train positives, a matrix X of ones [users, N], and scores all documents for what a query
+has seen, x [N] of ones, by one matrix: x S, or x V (VᵀV …)⁻¹ Vᵀ. Source: Sarwar et al. 2001 with the weights of BM25;
+Steck 2019, "Embarrassingly Shallow Autoencoders", eq. 8; Hu, Koren and Volinsky 2008.
+
+Shapes: m queries, N documents.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import Rows
+from bigdssm.errors import ConfigError, DataError
+
+FIT_ROWS = 65_536
+MOST_OF_EASE = 30_000  # documents: its matrix [N, N] is dense, 7 GB
+
+
+@dataclass(frozen=True)
+class ItemKNN:
+    """The score of document j is the sum of its similarities to the items of the history."""
+
+    similarity: Any  # CSR [N, N]
+
+    @classmethod
+    def fit(cls, dataset: Dataset, neighbours: int = 100, weights: str = "bm25") -> ItemKNN:
+        """Return the baseline; `weights` of the matrix before cosines are taken: bm25, tfidf or none."""
+        _need_implicit()
+        from implicit import nearest_neighbours
+
+        kinds = {"bm25": "BM25Recommender", "tfidf": "TFIDFRecommender", "none": "CosineRecommender"}
+        if weights not in kinds:
+            raise ConfigError(f"weights={weights}: needs one of {', '.join(kinds)}")
+        model = getattr(nearest_neighbours, kinds[weights])(K=neighbours)
+        model.fit(positives(dataset), show_progress=False)
+        return cls(model.similarity)
+
+    def __call__(self, rows: Rows) -> np.ndarray:
+        """Return scores float64 [m, N]."""
+        scores: np.ndarray = (history(rows, self.similarity.shape[0]) @ self.similarity).toarray()
+        return scores
+
+
+@dataclass(frozen=True)
+class Ease:
+    """A linear autoencoder without self-similarity, in closed form."""
+
+    weights: np.ndarray  # float64 [N, N], diagonal 0
+
+    @classmethod
+    def fit(cls, dataset: Dataset, regularisation: float = 300.0) -> Ease:
+        """Return the baseline. Raises DataError where N is too large for a dense matrix."""
+        _need_implicit()
+        if dataset.catalogue.num_docs > MOST_OF_EASE:
+            raise DataError(
+                f"EASE needs at most {MOST_OF_EASE} documents, {dataset.dir} has {dataset.catalogue.num_docs}"
+            )
+        X = positives(dataset)
+        gram = (X.T @ X).toarray().astype(np.float64)
+        gram[np.diag_indices_from(gram)] += regularisation
+        inverse = np.linalg.inv(gram)
+        weights = inverse / -np.diag(inverse)
+        np.fill_diagonal(weights, 0.0)
+        return cls(weights)
+
+    def __call__(self, rows: Rows) -> np.ndarray:
+        """Return scores float64 [m, N]."""
+        scores: np.ndarray = history(rows, len(self.weights)) @ self.weights
+        return scores
+
+
+@dataclass(frozen=True)
+class ImplicitALS:
+    """Matrix factorisation of implicit feedback; a query's vector is solved for from its history."""
+
+    model: Any
+
+    @classmethod
+    def fit(
+        cls, dataset: Dataset, factors: int = 64, regularisation: float = 0.05, weight: float = 10.0,
+        iterations: int = 15, seed: int = 0,
+    ) -> ImplicitALS:  # fmt: skip
+        """Return the baseline; `weight` is the confidence in a positive over that in a zero."""
+        _need_implicit()
+        from implicit.als import AlternatingLeastSquares
+
+        model = AlternatingLeastSquares(
+            factors=factors, regularization=regularisation, alpha=weight, iterations=iterations, random_state=seed
+        )
+        model.fit(positives(dataset), show_progress=False)
+        return cls(model)
+
+    def __call__(self, rows: Rows) -> np.ndarray:
+        """Return scores float64 [m, N]."""
+        of_items = self.model.item_factors
+        seen = history(rows, len(of_items))
+        of_queries = self.model.recalculate_user(np.arange(seen.shape[0]), seen)
+        scores: np.ndarray = (of_queries @ of_items.T).astype(np.float64)
+        return scores
+
+
+def positives(dataset: Dataset) -> Any:
+    """Return the train positives as CSR float32 [users, N] of ones. Raises DataError: rows without histories."""
+    from scipy.sparse import csr_matrix
+
+    users, docs = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for rows in dataset.iterate("train", FIT_ROWS):
+        if rows.sequence is None:
+            raise DataError(f"{dataset.dir} holds pairs without histories, which this baseline needs")
+        relevant = rows.relevance > 0
+        users.append(rows.query_ids[relevant])
+        docs.append(rows.doc_rows[relevant])
+    _, user = np.unique(np.concatenate(users), return_inverse=True)
+    item = np.concatenate(docs)
+    shape = (int(user.max(initial=-1)) + 1, dataset.catalogue.num_docs)
+    found = csr_matrix((np.ones(len(item), np.float32), (user, item)), shape=shape)
+    found.data[:] = 1.0  # a pair once
+    return found
+
+
+def history(rows: Rows, num_docs: int) -> Any:
+    """Return what each query has seen as CSR float32 [m, N] of ones."""
+    from scipy.sparse import csr_matrix
+
+    items, offsets = rows.seen_ragged()
+    found = csr_matrix(
+        (np.ones(len(items), np.float32), np.asarray(items, np.int64), offsets), (rows.num_queries, num_docs)
+    )
+    found.sum_duplicates()
+    found.data[:] = 1.0
+    return found
+
+
+def _need_implicit() -> None:
+    if importlib.util.find_spec("implicit") is None:
+        raise ConfigError("this baseline needs the package implicit: pip install 'bigdssm[baselines]'")

@@ -1,0 +1,140 @@
+"""A claim as YAML: the data it is tried on, the cells to compare, and what has to come out for it to hold.
+
+claim: Many negatives are better than few.
+sets:
+  movielens_100k: {config: configs/movielens_100k.yaml, seeds: [0, 1, 2]}
+cells:
+  FPS, 1,024 rows: {}                                            # the config as it is, pretraining alone
+  FPS, 256 rows: {set: [pretrain.rows_global=256]}
+  FPS, then PairCE: {after: "FPS, 1,024 rows", set: [sft.loss.name=pair_ce]}
+  EASE: {baseline: ease, options: {regularisation: 300}}
+expect:
+  - {better: "FPS, 1,024 rows", than: "FPS, 256 rows"}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bigdssm.errors import ConfigError
+from bigdssm.evaluation.baselines import BASELINES
+
+Verdict = Literal["holds", "does not hold", "open"]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What a claim is tried on: a shipped config and its dataset."""
+
+    config: str = MISSING
+    seeds: tuple[int, ...] = (0, 1, 2)
+    set: tuple[str, ...] = ()  # overrides of every cell
+    make: str | None = None  # arguments of make_shards, for cells that leave features out; {config} is the cell's
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to train, or a baseline."""
+
+    set: tuple[str, ...] = ()  # key=value over the data set's config
+    without: tuple[str, ...] = ()  # features left out, as query.age: the dataset is made without them
+    after: str | None = None  # a cell whose pretraining this one fine-tunes
+    sft: bool = False  # fine-tune after pretraining; implied by `after`
+    baseline: str | None = None  # in place of a training
+    options: dict[str, Any] = field(default_factory=dict)  # of the baseline
+    only: tuple[str, ...] = ()  # the sets that it is tried on; empty: all
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What has to come out: `better` beats `than`, or with `no_better` in its place does not, by more than `margin`."""
+
+    better: str | None = None
+    no_better: str | None = None
+    than: str = MISSING
+    margin: float = 0.0  # in the metric
+
+    @property
+    def cell(self) -> str:
+        """Return the cell that is said to be better, or no better."""
+        return cast(str, self.better if self.better is not None else self.no_better)
+
+    def verdict(self, low: float, high: float) -> Verdict:
+        """Return what the 95 % interval of the cell's mean less the other's says."""
+        above, below = low > self.margin, high < self.margin
+        held, refuted = (above, below) if self.better is not None else (below, above)
+        return "holds" if held else "does not hold" if refuted else "open"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim and all that is needed to try it."""
+
+    claim: str = MISSING
+    why: str = ""  # what was chosen, and how
+    metric: str = "ndcg_at_10"
+    split: str = "test"
+    sets: dict[str, DataSet] = field(default_factory=dict)
+    cells: dict[str, Cell] = field(default_factory=dict)
+    expect: list[Expectation] = field(default_factory=list)
+
+    def cells_on(self, name: str) -> dict[str, Cell]:
+        """Return the cells that are tried on the set `name`."""
+        return {cell: content for cell, content in self.cells.items() if not content.only or name in content.only}
+
+
+def read_claim(path: Path) -> Claim:
+    """Return the claim of a YAML file. Raises ConfigError: what is wrong with it, and where."""
+    try:
+        content = OmegaConf.load(path)
+        if not isinstance(content, DictConfig):
+            raise ConfigError(f"{path} holds a list, needs claim, sets, cells and expect")
+        merged = OmegaConf.merge(OmegaConf.structured(Claim), content)
+        if missing := sorted(OmegaConf.missing_keys(merged)):
+            raise ConfigError(f"{path}: required key {missing[0]} is missing; give it a value")
+        claim = cast(Claim, OmegaConf.to_object(merged))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML in UTF-8: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {error.full_key or 'claim'}: {str(error).splitlines()[0]}") from None
+    _check(path, claim)
+    return claim
+
+
+def _check(path: Path, claim: Claim) -> None:
+    def need(holds: bool, key: str, got: object, needed: str) -> None:
+        if not holds:
+            raise ConfigError(f"{path}: {key}: got {got}, needs {needed}")
+
+    need(bool(claim.sets), "sets", "none", "at least one")
+    need(bool(claim.cells), "cells", "none", "at least one")
+    for name, data in claim.sets.items():
+        need(len(set(data.seeds)) == len(data.seeds) > 0, f"sets.{name}.seeds", list(data.seeds), "each seed once")
+    for name, cell in claim.cells.items():
+        key = f"cells.{name}"
+        kinds = f"one of {', '.join(BASELINES)}"
+        need(cell.baseline is None or cell.baseline in BASELINES, f"{key}.baseline", cell.baseline, kinds)
+        trained = bool(cell.set or cell.without or cell.after or cell.sft)
+        need(cell.baseline is None or not trained, key, "keys of a training", "baseline, options and only")
+        need(cell.baseline is not None or not cell.options, f"{key}.options", cell.options, "a baseline that has them")
+        need(set(cell.only) <= set(claim.sets), f"{key}.only", list(cell.only), f"some of {', '.join(claim.sets)}")
+        if cell.after is not None:
+            before = claim.cells.get(cell.after)
+            fits = before is not None and before.baseline is None and before.after is None
+            need(fits, f"{key}.after", cell.after, "a cell that pretrains")
+            assert before is not None
+            need(before.without == cell.without, f"{key}.without", list(cell.without), f"those of {cell.after}")
+    for number, expected in enumerate(claim.expect):
+        key = f"expect[{number}]"
+        one = (expected.better is None) != (expected.no_better is None)
+        need(one, key, "both or none", "better or no_better")
+        for cell_name in (expected.cell, expected.than):
+            need(cell_name in claim.cells, key, cell_name, f"one of the cells {', '.join(claim.cells)}")

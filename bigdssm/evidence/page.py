@@ -1,0 +1,101 @@
+"""The page of the claims, written from their results alone: verdicts, tables, a picture of each claim."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from bigdssm.evidence.results import Measured, Result, SetResult
+
+METRICS = {"ndcg_at_10": "NDCG@10", "hr_at_10": "HR@10", "mrr": "MRR", "recall_at_100": "Recall@100"}
+HEAD = """# The article's claims, tried
+
+'RecSys + DSSM + FPSLoss is all you need' says what to do and ends: measure what each step gains. Here each of its
+claims is a file in `configs/evidence/`: the cells to compare, what is changed in each over a shipped config, and what
+has to come out. `launch/evidence.py` trains the cells, measures them on the test split over all documents, and writes
+this page:
+
+    python launch/evidence.py configs/evidence/*.yaml --out runs/evidence --page docs/evidence.md
+
+± is a standard error over rows and seeds. Differences are paired by row, with 95 % bootstrap intervals over rows and
+seeds. A claim **holds** where every interval is on its side, **does not hold** where one is on the other side, and is
+**open** where an interval reaches over 0 (or over the margin that the claim names). CPU-seconds are of the training.
+"""
+
+
+def write_page(results: Mapping[str, Result], page: Path) -> None:
+    """Write the page, and its pictures into `images/` beside it; results by the name of the claim's file."""
+    for name, result in results.items():
+        _draw(result, page.parent / "images" / f"evidence_{name}.svg")
+    page.write_text(as_markdown(results), encoding="utf-8")
+
+
+def as_markdown(results: Mapping[str, Result]) -> str:
+    """Return the page's text."""
+    summary = ["| claim | verdict |", "|---|---|"]
+    summary += [
+        f"| [{result.claim}](#{name.replace('_', '-')}) | {result.verdict} |" for name, result in results.items()
+    ]
+    sections = [_section(name, result) for name, result in results.items()]
+    return "\n".join([HEAD, *summary, "", *sections])
+
+
+def _section(name: str, result: Result) -> str:
+    title = name.replace("_", " ")
+    lines = [f"## {title.capitalize()}", "", f"*{result.claim}* — **{result.verdict}**."]
+    if result.why:
+        lines += ["", " ".join(result.why.split())]
+    lines += ["", f"![{title}](images/evidence_{name}.svg)"]
+    label = METRICS.get(result.metric, result.metric)
+    for set_name, one in result.sets.items():
+        seeds = max(cell.seeds for cell in one.cells)
+        lines += ["", f"{set_name}, {result.split}, {one.rows:,} queries, {seeds} seed{'s' * (seeds > 1)}:", ""]
+        lines += _table(one, label)
+        for words, found in zip(result.expect, one.expected, strict=True):
+            if found is not None:
+                interval = f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+                lines += ["", f"- {words}: {interval}: {found.verdict}"]
+    return "\n".join([*lines, ""])
+
+
+def _table(one: SetResult, label: str) -> list[str]:
+    cold = f" | cold ({one.cold_rows})" if one.cold_rows else ""
+    lines = [f"| | {label} | rare half | popular half{cold} | CPU-seconds |", "|---|" + "---|" * (4 + bool(cold))]
+    for cell in one.cells:
+        cells = [f"{cell.mean:.4f} ± {cell.error:.4f}", *(f"{half:.4f}" for half in _halves(cell))]
+        if cold:
+            cells.append("–" if cell.cold is None else f"{cell.cold:.4f}")
+        lines.append(f"| {cell.cell} | {' | '.join(cells)} | {cell.cpu_seconds:,.0f} |")
+    return lines
+
+
+def _halves(cell: Measured) -> tuple[float, float]:
+    middle = len(cell.deciles) // 2
+    rare, popular = cell.deciles[:middle], cell.deciles[middle:]
+    return sum(rare) / max(1, len(rare)), sum(popular) / max(1, len(popular))
+
+
+def _draw(result: Result, path: Path) -> None:
+    """Draw each set's cells with their standard errors, and the metric by tenths of popularity."""
+    number = len(result.sets)
+    height = 1.2 + 0.34 * max(len(one.cells) for one in result.sets.values())
+    label = METRICS.get(result.metric, result.metric)
+    with rc_context({"svg.hashsalt": "bigdssm", "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
+        figure = Figure(figsize=(9, height * number), layout="constrained")
+        for axes, (name, one) in zip(figure.subplots(number, 2, squeeze=False), result.sets.items(), strict=True):
+            cells = one.cells[::-1]
+            for place, cell in enumerate(cells):
+                axes[0].errorbar(cell.mean, place, xerr=cell.error, fmt="o", ms=4, color=f"C{place % 10}", capsize=2)
+                axes[1].plot(range(1, len(cell.deciles) + 1), cell.deciles, color=f"C{place % 10}", lw=1)
+            axes[0].set_yticks(range(len(cells)), [cell.cell for cell in cells])
+            axes[0].set_ylim(-0.6, len(cells) - 0.4)
+            axes[0].set_xlabel(f"{label}, {name}")
+            axes[1].set_xlabel("tenths of the queries, rare documents first")
+            axes[1].set_ylabel(label)
+            for axis in axes:
+                axis.grid(alpha=0.3)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None})

@@ -1,0 +1,171 @@
+"""What a claim's cells measured: means with intervals, by popularity of the document, and the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from bigdssm.config import load_config
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import DataError
+from bigdssm.evaluation.metrics import row_metrics, standard_errors
+from bigdssm.evaluation.systems import System, load_system
+from bigdssm.evidence.claims import Claim, Expectation, Verdict
+from bigdssm.evidence.running import Trial, cpu_seconds
+
+PARTS = 10  # of the split's rows, from those of the rarest documents to those of the most popular
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A cell on a set."""
+
+    cell: str
+    mean: float  # of the claim's metric, over rows and seeds
+    error: float  # its standard error
+    seeds: int
+    cpu_seconds: float  # of training, the mean over seeds
+    cold: float | None  # the metric of rows whose document is no train positive; none where there are no such rows
+    deciles: list[float]  # the metric by tenths of the rows, rare documents first; cold ones left out
+
+
+@dataclass(frozen=True)
+class Compared:
+    """An expectation on a set."""
+
+    mean: float  # of the cell's metric less the other's
+    low: float
+    high: float
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """A claim on a set."""
+
+    rows: int  # of the split that count
+    cold_rows: int
+    cells: list[Measured]
+    expected: list[Compared | None]  # in the claim's order; none where a cell is not tried on this set
+
+
+@dataclass(frozen=True)
+class Result:
+    """A claim tried: what `docs/evidence.md` says of it."""
+
+    claim: str
+    why: str
+    metric: str
+    split: str
+    expect: list[str]  # in words
+    sets: dict[str, SetResult]
+    verdict: Verdict
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain containers."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Result:
+        """Return what `to_dict` gave."""
+
+        def of_set(one: dict[str, Any]) -> SetResult:
+            cells = [Measured(**cell) for cell in one["cells"]]
+            return SetResult(**{**one, "cells": cells, "expected": [c and Compared(**c) for c in one["expected"]]})
+
+        return cls(**{**content, "sets": {name: of_set(one) for name, one in content["sets"].items()}})
+
+
+def collect(claim: Claim, which: Sequence[Trial]) -> Result:
+    """Return what the trials of a claim measured. Raises DataError where one is not finished."""
+    if unfinished := [str(trial) for trial in which if not trial.report.exists()]:
+        raise DataError(f"not finished: {'; '.join(unfinished)}")
+    sets = {name: _of_set(claim, [trial for trial in which if trial.set_name == name]) for name in claim.sets}
+    verdicts = [found.verdict for one in sets.values() for found in one.expected if found is not None]
+    return Result(
+        claim.claim, claim.why, claim.metric, claim.split, [_in_words(expected) for expected in claim.expect], sets,
+        together(verdicts),
+    )  # fmt: skip
+
+
+def together(verdicts: Sequence[Verdict]) -> Verdict:
+    """Return what several verdicts are as one: holds where all do, does not hold where one does not, else open."""
+    if "does not hold" in verdicts:
+        return "does not hold"
+    return "holds" if verdicts and set(verdicts) == {"holds"} else "open"
+
+
+def _of_set(claim: Claim, which: Sequence[Trial]) -> SetResult:
+    systems = {name: [_system(trial) for trial in which if trial.cell_name == name] for name in _names(which)}
+    dataset = Dataset.open(load_config(which[0].config_file).data.dir)
+    popularity = _popularity(dataset, claim.split)
+    values = {name: System.of_seeds(of_seeds) for name, of_seeds in systems.items()}
+    cells = []
+    for name, system in values.items():
+        metric = np.atleast_2d(system.values[claim.metric])
+        seconds = [cpu_seconds(trial) for trial in which if trial.cell_name == name]
+        cells.append(
+            Measured(
+                name,
+                _rounded(metric.mean()),
+                _rounded(standard_errors(system.values)[claim.metric]),
+                len(metric),
+                round(float(np.mean(seconds)), 1),
+                *_by_popularity(metric.mean(axis=0), popularity),
+            )
+        )
+    expected = [_compared(expected, values, claim.metric) for expected in claim.expect]
+    return SetResult(len(popularity), int((popularity == 0).sum()), cells, expected)
+
+
+def _system(trial: Trial) -> System:
+    config = load_config(trial.config_file)
+    system = load_system(
+        trial.report, Dataset.open(config.data.dir), trial.claim.split, filter_seen=config.data.excludes_seen
+    )
+    assert system.ranks is not None
+    return replace(system, name=trial.cell_name, values=row_metrics(system.ranks))
+
+
+def _compared(expected: Expectation, systems: dict[str, System], metric: str) -> Compared | None:
+    if expected.cell not in systems or expected.than not in systems:
+        return None
+    found = systems[expected.cell].difference(systems[expected.than], metric)
+    return Compared(
+        _rounded(found.mean), _rounded(found.low), _rounded(found.high), expected.verdict(found.low, found.high)
+    )
+
+
+def _popularity(dataset: Dataset, split: str) -> np.ndarray:
+    """Return how often the document of each row that counts is a train positive, int64."""
+    counts = dataset.doc_counts()
+    parts = [counts[rows.doc_rows[rows.relevance > 0]] for rows in dataset.iterate(split, 65_536)]
+    found: np.ndarray = np.concatenate(parts)
+    return found
+
+
+def _by_popularity(values: np.ndarray, popularity: np.ndarray) -> tuple[float | None, list[float]]:
+    """Return the mean of the rows of cold documents, and those of PARTS equal parts of the others, rare ones first."""
+    cold, warm = values[popularity == 0], np.flatnonzero(popularity > 0)
+    order = warm[np.argsort(popularity[warm], kind="stable")]
+    parts = [_rounded(part.mean()) for part in np.array_split(values[order], PARTS) if len(part)]
+    return _rounded(cold.mean()) if len(cold) else None, parts
+
+
+def _names(which: Sequence[Trial]) -> list[str]:
+    """Return the cells in the claim's order."""
+    tried = {trial.cell_name for trial in which}
+    return [name for name in which[0].claim.cells if name in tried]
+
+
+def _in_words(expected: Expectation) -> str:
+    how = "beats" if expected.better is not None else "does not beat"
+    by = f" by more than {expected.margin:g}" if expected.margin else ""
+    return f"{expected.cell} {how} {expected.than}{by}"
+
+
+def _rounded(value: float) -> float:
+    return round(float(value), 4)

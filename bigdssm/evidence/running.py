@@ -1,0 +1,210 @@
+"""Runs a claim's cells: trains, evaluates, and keeps what each measured; what is there already is not done again.
+
+A cell's folder is named by all that decides its outcome, so that two claims share it:
+
+    DIR/data/HASH            a dataset without some features
+    DIR/SET/HASH/config.yaml
+    DIR/SET/HASH/seed-S/     the run; report.json and its ranks; commands.jsonl: what was run, and its CPU-seconds
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from bigdssm.atomic import write_text
+from bigdssm.config import Config, StageName, load_config
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import ConfigError
+from bigdssm.evaluation.baselines import fit_baseline
+from bigdssm.evaluation.split import evaluate_scores
+from bigdssm.evaluation.systems import System, save_comparison
+from bigdssm.evidence.claims import Cell, Claim, DataSet
+from bigdssm.hashing import hash64
+from bigdssm.log import get_logger, read_records
+from bigdssm.source import code_checksum
+
+REPORT, COMMANDS = "report.json", "commands.jsonl"
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A cell on a set with a seed: what is run, and where."""
+
+    claim: Claim
+    set_name: str
+    cell_name: str
+    seed: int
+    folder: Path  # of the run
+    config_file: Path
+    after: Trial | None = None  # whose pretraining it fine-tunes
+
+    @property
+    def data(self) -> DataSet:
+        """Return the set that it is tried on."""
+        return self.claim.sets[self.set_name]
+
+    @property
+    def cell(self) -> Cell:
+        """Return the cell."""
+        return self.claim.cells[self.cell_name]
+
+    @property
+    def report(self) -> Path:
+        """Return the file with what it measured, which is there once it is finished."""
+        return self.folder / f"{self.claim.split}-{REPORT}"
+
+    def __str__(self) -> str:
+        """Return for example `movielens_100k: FPS, seed 0`."""
+        return f"{self.set_name}: {self.cell_name}, seed {self.seed}"
+
+
+def trials(claim: Claim, out: Path) -> list[Trial]:
+    """Return all trials of a claim whose runs stand in `out`; those that others start from come first."""
+    found: dict[tuple[str, str, int], Trial] = {}
+    for set_name, data in claim.sets.items():
+        cells = claim.cells_on(set_name)
+        for cell_name in sorted(cells, key=lambda name: (cells[name].after is not None, list(cells).index(name))):
+            cell = cells[cell_name]
+            folder = out / set_name / _name_of(claim, set_name, cell)
+            for seed in data.seeds if cell.baseline is None else data.seeds[:1]:
+                after = None if cell.after is None else found[set_name, cell.after, seed]
+                run = folder / f"seed-{seed}"
+                found[set_name, cell_name, seed] = Trial(
+                    claim, set_name, cell_name, seed, run, folder / "config.yaml", after
+                )
+    return list(found.values())
+
+
+def run_trials(which: Sequence[Trial], at_once: int) -> None:
+    """Run those that are not finished, `at_once` side by side; raises the first one's error once all have ended."""
+    errors: list[Exception] = []
+
+    def run(trial: Trial) -> None:
+        try:
+            run_trial(trial)
+        except Exception as error:
+            logger.error("%s: %s", trial, error)
+            errors.append(error)
+
+    once = {trial.folder: trial for trial in which if not trial.report.exists()}
+    for of_kind in (False, True):
+        with ThreadPoolExecutor(at_once) as pool:
+            list(pool.map(run, [trial for trial in once.values() if (trial.after is not None) == of_kind]))
+    if errors:
+        raise errors[0]
+
+
+def run_trial(trial: Trial) -> None:
+    """Train and evaluate one. Raises CalledProcessError where a command fails: its log stands in the folder."""
+    if trial.report.exists():
+        return
+    logger.info("%s: begins, in %s", trial, trial.folder)
+    config = write_config(trial)
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    if trial.cell.baseline is not None:
+        _measure_baseline(trial, config)
+        return
+    overrides = [f"run.dir={trial.folder}", f"run.seed={trial.seed}"]
+    stages: list[StageName] = ["sft"] if trial.after else ["pretrain", "sft"] if trial.cell.sft else ["pretrain"]
+    if trial.after is not None:
+        overrides.append(f"sft.init={trial.after.folder / 'pretrain' / 'best'}")
+    for stage in stages:
+        _command(trial, stage, "--config", str(trial.config_file), *overrides, "--resume", "auto")
+    best = trial.folder / stages[-1] / "best"
+    _command(
+        trial, "evaluate", "--model", str(best), "--data", config.data.dir, "--split", trial.claim.split,
+        "--out", str(trial.report),
+    )  # fmt: skip
+
+
+def write_config(trial: Trial) -> Config:
+    """Write the cell's config, make its dataset where features are left out, and return it."""
+    content: Any = OmegaConf.merge(
+        OmegaConf.load(trial.data.config), OmegaConf.from_dotlist([*trial.data.set, *trial.cell.set])
+    )
+    for left_out in trial.cell.without:
+        side, _, name = left_out.partition(".")
+        if side not in ("query", "doc") or name not in content.data.get(side, {}):
+            raise ConfigError(f"cells.{trial.cell_name}.without: {left_out} is no feature of {trial.data.config}")
+        del content.data[side][name]
+    if trial.cell.without:
+        if trial.data.make is None:
+            raise ConfigError(
+                f"sets.{trial.set_name}.make: missing; cells that leave features out need their dataset made"
+            )
+        made_of = hash64(repr((OmegaConf.to_yaml(content.data), trial.data.make))) % 2**64
+        content.data.dir = str(trial.folder.parents[2] / "data" / f"{made_of:016x}")
+    write_text(trial.config_file, OmegaConf.to_yaml(content))
+    config = load_config(trial.config_file)
+    if trial.cell.without and not Path(config.data.dir).exists():
+        assert trial.data.make is not None
+        kind, *arguments = shlex.split(trial.data.make)
+        _command(trial, "make_shards", kind, "--config", str(trial.config_file), *arguments)
+    return config
+
+
+def cpu_seconds(trial: Trial) -> float:
+    """Return what its trainings took, those of the pretraining that it started from included."""
+    own = sum(
+        float(record["cpu_seconds"])
+        for record in read_records(trial.folder / COMMANDS, "cpu_seconds")
+        if record["command"] in ("pretrain", "sft", "baseline")
+    )
+    return own + (0.0 if trial.after is None else cpu_seconds(trial.after))
+
+
+def _name_of(claim: Claim, set_name: str, cell: Cell) -> str:
+    """Return a name that two cells share where they are trained alike."""
+    data, settings = claim.sets[set_name], asdict(cell)
+    settings.pop("only")
+    if cell.after is not None:
+        settings["after"] = _name_of(claim, set_name, claim.cells[cell.after])
+    return f"{hash64(json.dumps([data.config, data.set, settings])) % 2**64:016x}"
+
+
+def _measure_baseline(trial: Trial, config: Config) -> None:
+    assert trial.cell.baseline is not None
+    dataset, started, used = Dataset.open(config.data.dir), perf_counter(), os.times()
+    scores = fit_baseline(trial.cell.baseline, dataset, trial.cell.options)
+    how: dict[str, Any] = {"split": trial.claim.split, "filter_seen": config.data.excludes_seen}
+    evaluation = evaluate_scores(scores, dataset, **how)
+    system = System.of_ranks(trial.cell_name, evaluation.ranks, perf_counter() - started)
+    spent = sum(os.times()[:2]) - sum(used[:2])
+    _note(trial, "baseline", 0, spent, perf_counter() - started)
+    save_comparison(trial.report, [system], [], dataset, **how)
+
+
+def _command(trial: Trial, command: str, *arguments: str) -> None:
+    """Run `bigdssm command …` in a process of its own, its output in the folder. Raises CalledProcessError."""
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    line = [sys.executable, "-m", "bigdssm.commands", command, *arguments]
+    started = perf_counter()
+    with (trial.folder / f"{command}.log").open("ab") as log:
+        process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT)
+        _, status, used = os.wait4(process.pid, 0)
+    code = process.returncode = os.waitstatus_to_exitcode(status)
+    _note(trial, command, code, used.ru_utime + used.ru_stime, perf_counter() - started)
+    if code:
+        raise subprocess.CalledProcessError(code, [*line, f"# see {trial.folder / f'{command}.log'}"])
+
+
+def _note(trial: Trial, command: str, code: int, cpu_s: float, wall_s: float) -> None:
+    record = {
+        "command": command, "exit_code": code, "cpu_seconds": round(cpu_s, 2), "seconds": round(wall_s, 2),
+        "code": code_checksum(),
+    }  # fmt: skip
+    with (trial.folder / COMMANDS).open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(record) + "\n")
