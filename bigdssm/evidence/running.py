@@ -2,9 +2,8 @@
 
 A cell's folder is named by all that decides its outcome, so that two claims share it:
 
-    DIR/data/HASH            a dataset without some features
-    DIR/SET/HASH/config.yaml
-    DIR/SET/HASH/seed-S/     the run; report.json and its ranks; commands.jsonl: what was run, and its CPU-seconds
+    DIR/data/HASH          a dataset without some features
+    DIR/SET/HASH/seed-S/   the run; cell.yaml, its config; SPLIT-report.json and its ranks; commands.jsonl: what was run
 """
 
 from __future__ import annotations
@@ -16,8 +15,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from time import perf_counter
 from typing import Any
 
@@ -37,6 +37,7 @@ from bigdssm.source import code_checksum
 
 REPORT, COMMANDS = "report.json", "commands.jsonl"
 logger = get_logger(__name__)
+_making = Lock()  # of datasets, one at a time
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,6 @@ class Trial:
     cell_name: str
     seed: int
     folder: Path  # of the run
-    config_file: Path
     after: Trial | None = None  # whose pretraining it fine-tunes
 
     @property
@@ -60,6 +60,11 @@ class Trial:
     def cell(self) -> Cell:
         """Return the cell."""
         return self.claim.cells[self.cell_name]
+
+    @property
+    def config_file(self) -> Path:
+        """Return the config that it is trained with."""
+        return self.folder / "cell.yaml"
 
     @property
     def report(self) -> Path:
@@ -78,13 +83,10 @@ def trials(claim: Claim, out: Path) -> list[Trial]:
         cells = claim.cells_on(set_name)
         for cell_name in sorted(cells, key=lambda name: (cells[name].after is not None, list(cells).index(name))):
             cell = cells[cell_name]
-            folder = out / set_name / _name_of(claim, set_name, cell)
             for seed in data.seeds if cell.baseline is None else data.seeds[:1]:
                 after = None if cell.after is None else found[set_name, cell.after, seed]
-                run = folder / f"seed-{seed}"
-                found[set_name, cell_name, seed] = Trial(
-                    claim, set_name, cell_name, seed, run, folder / "config.yaml", after
-                )
+                folder = out / set_name / _name_of(claim, set_name, cell_name) / f"seed-{seed}"
+                found[set_name, cell_name, seed] = Trial(claim, set_name, cell_name, seed, folder, after)
     return list(found.values())
 
 
@@ -112,8 +114,9 @@ def run_trial(trial: Trial) -> None:
     if trial.report.exists():
         return
     logger.info("%s: begins, in %s", trial, trial.folder)
-    config = write_config(trial)
     trial.folder.mkdir(parents=True, exist_ok=True)
+    with _making:
+        config = write_config(trial)
     if trial.cell.baseline is not None:
         _measure_baseline(trial, config)
         return
@@ -132,14 +135,7 @@ def run_trial(trial: Trial) -> None:
 
 def write_config(trial: Trial) -> Config:
     """Write the cell's config, make its dataset where features are left out, and return it."""
-    content: Any = OmegaConf.merge(
-        OmegaConf.load(trial.data.config), OmegaConf.from_dotlist([*trial.data.set, *trial.cell.set])
-    )
-    for left_out in trial.cell.without:
-        side, _, name = left_out.partition(".")
-        if side not in ("query", "doc") or name not in content.data.get(side, {}):
-            raise ConfigError(f"cells.{trial.cell_name}.without: {left_out} is no feature of {trial.data.config}")
-        del content.data[side][name]
+    content = _content(trial.claim, trial.set_name, trial.cell_name)
     if trial.cell.without:
         if trial.data.make is None:
             raise ConfigError(
@@ -166,13 +162,26 @@ def cpu_seconds(trial: Trial) -> float:
     return own + (0.0 if trial.after is None else cpu_seconds(trial.after))
 
 
-def _name_of(claim: Claim, set_name: str, cell: Cell) -> str:
-    """Return a name that two cells share where they are trained alike."""
-    data, settings = claim.sets[set_name], asdict(cell)
-    settings.pop("only")
-    if cell.after is not None:
-        settings["after"] = _name_of(claim, set_name, claim.cells[cell.after])
-    return f"{hash64(json.dumps([data.config, data.set, settings])) % 2**64:016x}"
+def _content(claim: Claim, set_name: str, cell_name: str) -> Any:
+    """Return a cell's config as YAML has it, without the features that it leaves out."""
+    data, cell = claim.sets[set_name], claim.cells[cell_name]
+    load_config(data.config, data.set)  # which says in one sentence what is wrong with it
+    content: Any = OmegaConf.merge(OmegaConf.load(data.config), OmegaConf.from_dotlist([*data.set, *cell.set]))
+    for left_out in cell.without:
+        side, _, name = left_out.partition(".")
+        if side not in ("query", "doc") or name not in content.data.get(side, {}):
+            raise ConfigError(f"cells.{cell_name}.without: {left_out} is no feature of {data.config}")
+        del content.data[side][name]
+    return content
+
+
+def _name_of(claim: Claim, set_name: str, cell_name: str) -> str:
+    """Return a name that two cells share where all that decides what comes out is the same."""
+    data, cell = claim.sets[set_name], claim.cells[cell_name]
+    after = None if cell.after is None else _name_of(claim, set_name, cell.after)
+    made = data.make if cell.without else None
+    content = OmegaConf.to_yaml(_content(claim, set_name, cell_name))
+    return f"{hash64(json.dumps([content, made, cell.sft, after, cell.baseline, cell.options])) % 2**64:016x}"
 
 
 def _measure_baseline(trial: Trial, config: Config) -> None:
