@@ -10,6 +10,7 @@ Shapes: m queries, N documents.
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,9 @@ class ItemKNN:
         if weights not in kinds:
             raise ConfigError(f"weights={weights}: needs one of {', '.join(kinds)}")
         model = getattr(nearest_neighbours, kinds[weights])(K=neighbours)
-        model.fit(positives(dataset), show_progress=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it converts its own matrix, and says so
+            model.fit(positives(dataset), show_progress=False)
         return cls(model.similarity)
 
     def __call__(self, rows: Rows) -> np.ndarray:

@@ -117,7 +117,7 @@ def _check(path: Path, claim: Claim) -> None:
     need(bool(claim.sets), "sets", "none", "at least one")
     need(bool(claim.cells), "cells", "none", "at least one")
     for name, data in claim.sets.items():
-        need(len(set(data.seeds)) == len(data.seeds) > 0, f"sets.{name}.seeds", list(data.seeds), "each seed once")
+        need(len(set(data.seeds)) == len(data.seeds) > 0, f"sets.{name}.seeds", list(data.seeds), "each once")
     for name, cell in claim.cells.items():
         key = f"cells.{name}"
         kinds = f"one of {', '.join(BASELINES)}"

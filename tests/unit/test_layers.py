@@ -29,7 +29,7 @@ FLOORS = (
     ("export", "serving"),
     ("training",),
     ("reports",),
-    ("evidence",),
+    ("evidence", "tuning"),
     ("commands",),  # command lines: parse, call one library function, print
     ("__main__",),
 )

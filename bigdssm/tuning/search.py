@@ -1,0 +1,158 @@
+"""A search by Optuna: trials, pruned after a fifth of their steps, that go on where they were broken off.
+
+DIR/study.log          Optuna's journal
+DIR/HASH/              the run of a trial, by its values
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from bigdssm.config import Config, StageName
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import ConfigError
+from bigdssm.evaluation.baselines import fit_baseline
+from bigdssm.evaluation.split import evaluate_scores
+from bigdssm.hashing import hash64
+from bigdssm.running.records import read_stage
+from bigdssm.running.run_folder import read_events, request_stop
+from bigdssm.tuning.space import Space
+
+METRIC = "ndcg_at_10"  # of validation, what best/ is chosen by too
+PRUNED_AFTER = 5  # a fifth of the steps
+LOOK_S, STOP_S = 1.0, 600.0
+
+Value = Callable[[optuna.Trial, dict[str, Any]], float]
+"""From a trial and its values by key to what it reaches on validation. Raises TrialPruned."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Trials are trainings of a stage, each in a process of its own."""
+
+    config: str
+    overrides: tuple[str, ...]
+    stage: StageName
+    out: Path
+
+    def __call__(self, trial: optuna.Trial, values: dict[str, Any]) -> float:
+        """Train with `values` and return the best validation."""
+        run = self.out / f"{hash64(json.dumps([self.config, self.overrides, values])) % 2**64:016x}"
+        run.mkdir(parents=True, exist_ok=True)
+        trial.set_user_attr("run", run.name)
+        line = [sys.executable, "-m", "bigdssm.commands", self.stage, "--config", self.config, *self.overrides]
+        line += [f"{key}={json.dumps(value)}" for key, value in values.items()]
+        line += [f"run.dir={run}", "--resume", "auto"]
+        with (run / "log").open("ab") as log:
+            process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT)
+            try:
+                pruned = self._watch(trial, run / self.stage, process)
+            except BaseException:
+                process.terminate()
+                process.wait()
+                raise
+        if pruned:
+            raise optuna.TrialPruned
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, [*line, f"# see {run / 'log'}"])
+        if not (found := _validations(run / self.stage)):
+            raise ConfigError(f"{self.config}: its dataset has no validation split, so that nothing can be chosen")
+        return max(value for _, value in found)
+
+    def _watch(self, trial: optuna.Trial, folder: Path, process: subprocess.Popen[bytes]) -> bool:
+        """Wait for the process to end, and return whether the trial was pruned: it is asked to stop then."""
+        looked = pruned = False
+        while process.poll() is None:
+            time.sleep(LOOK_S)
+            if not looked and (early := _a_fifth(folder)) is not None:
+                looked = True
+                trial.report(early, step=1)
+                if pruned := trial.should_prune():
+                    request_stop(folder, saving=False, timeout_s=STOP_S)
+        return pruned
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Trials fit a baseline with other options."""
+
+    name: str
+    dataset: Dataset
+    filter_seen: bool
+
+    def __call__(self, trial: optuna.Trial, values: dict[str, Any]) -> float:
+        """Fit with `values` as options and return the metric of validation."""
+        scores = fit_baseline(self.name, self.dataset, values)
+        return evaluate_scores(scores, self.dataset, "validation", filter_seen=self.filter_seen).metrics[METRIC]
+
+
+def search(
+    value: Value, space: Space, out: Path, trials: int, *, first: Mapping[str, Any], seed: int = 0
+) -> list[FrozenTrial]:
+    """Return all trials of the search in `out`, going on with it until `trials` are finished; the best one first.
+
+    The first trial has the values `first`, where the space allows them. Raises the error of the trial that fails.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(str(out / "study.log"))),
+        study_name="search", direction="maximize", load_if_exists=True,
+        sampler=optuna.samplers.TPESampler(seed=seed),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=max(1, trials // 5)),
+    )  # fmt: skip
+    if not study.trials and (inside := space.inside(first)):
+        study.enqueue_trial(inside)
+    for broken_off in study.get_trials(states=(TrialState.RUNNING,)):
+        study.tell(broken_off.number, state=TrialState.FAIL)
+        study.enqueue_trial(broken_off.params)
+
+    done = (TrialState.COMPLETE, TrialState.PRUNED)
+    while len(study.get_trials(states=done)) < trials:
+        trial = study.ask(space.keys)  # what is broken off now is asked for again
+        try:
+            study.tell(trial, value(trial, trial.params))
+        except optuna.TrialPruned:
+            study.tell(trial, state=TrialState.PRUNED)
+    finished = study.get_trials(states=done)
+    return sorted(finished, key=lambda trial: (trial.state != TrialState.COMPLETE, -(trial.value or 0.0)))
+
+
+def values_of(config: Config, space: Space) -> dict[str, Any]:
+    """Return what a config has for the keys of a space. Raises ConfigError: no such key."""
+    found = {}
+    for key in space.keys:
+        content: Any = config.to_dict()
+        for part in key.split("."):
+            if not isinstance(content, dict) or part not in content:
+                raise ConfigError(f"the space's {key} is no key of the config")
+            content = content[part]
+        found[key] = content
+    return found
+
+
+def _validations(folder: Path) -> list[tuple[int, float]]:
+    """Return (step, metric) of every validation recorded."""
+    records = read_stage(folder).records if folder.exists() else []
+    return [(record["step"], record["validation"][METRIC]) for record in records if "validation" in record]
+
+
+def _a_fifth(folder: Path) -> float | None:
+    """Return the first validation after a fifth of the steps, before the last one."""
+    starts = [event for event in read_events(folder) if event["event"] == "start"] if folder.exists() else []
+    total = int(starts[-1].get("total_steps", 0)) if starts else 0
+    return next(
+        (value for step, value in _validations(folder) if total <= PRUNED_AFTER * step < PRUNED_AFTER * total), None
+    )

@@ -1,0 +1,73 @@
+"""The values that a search may take, as YAML: key → bounds or choices.
+
+pretrain.optimizer.lr: {low: 1.0e-3, high: 1.0e-2, log: true}
+pretrain.loss.negatives: {low: 5, high: 100}        # whole numbers, where both bounds are
+model.score: {choices: [dot, cosine]}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import yaml
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from bigdssm.errors import ConfigError
+
+KNOWN = ("low", "high", "log", "choices")
+
+
+@dataclass(frozen=True)
+class Space:
+    """Where each key's values come from."""
+
+    keys: dict[str, BaseDistribution]
+
+    def inside(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those of `values` that the search could propose itself."""
+        return {key: value for key, value in values.items() if key in self.keys and _allows(self.keys[key], value)}
+
+
+def read_space(path: Path) -> Space:
+    """Return the space of a YAML file. Raises ConfigError: what is wrong with it."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML in UTF-8: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or not content:
+        raise ConfigError(
+            f"{path}: needs keys with their values, such as `pretrain.optimizer.lr: {{low: 1.0e-3, high: 1}}`"
+        )
+    return Space({str(key): _distribution(f"{path}: {key}", given) for key, given in content.items()})
+
+
+def _distribution(where: str, given: Any) -> BaseDistribution:
+    if not isinstance(given, dict) or set(given) - set(KNOWN):
+        raise ConfigError(f"{where}: got {given!r}, needs {{low: …, high: …, log: true or false}} or {{choices: […]}}")
+    if "choices" in given:
+        choices = given["choices"]
+        if len(given) > 1 or not isinstance(choices, list) or not choices:
+            raise ConfigError(f"{where}: got {given!r}, needs a list of choices alone")
+        return CategoricalDistribution(choices)
+    low, high, log = given.get("low"), given.get("high"), given.get("log", False)
+    if not (_is_number(low) and _is_number(high) and low <= high and isinstance(log, bool) and (low > 0 or not log)):
+        raise ConfigError(f"{where}: got {given!r}, needs numbers low <= high, above 0 with log: true")
+    if isinstance(low, int) and isinstance(high, int):
+        return IntDistribution(low, high, log=log)
+    return FloatDistribution(float(low), float(high), log=log)
+
+
+def _allows(distribution: BaseDistribution, value: Any) -> bool:
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    return _is_number(value) and distribution.low <= value <= distribution.high
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,79 @@
+"""launch/evidence.py and launch/tune.py as a user starts them: cells trained, shared, gone on with, pruned."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import TinyDataset
+
+from .runs import ROOT, environment
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytest.importorskip("implicit")
+SMALL = ["model.dim=8", "model.query.mlp=[]", "model.doc.mlp=[]", "pretrain.rows_global=64", "pretrain.steps=20"]
+SMALL += ["pretrain.optimizer.warmup_steps=2", "model.doc.text.layers=1", "model.doc.text.hidden=8"]
+
+
+def command(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, f"launch/{name}.py", *map(str, arguments)]
+    return subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
+
+
+def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -> None:
+    source = tiny_interactions.source
+    tables = f"--interactions {source}/interactions.csv --items {source}/items.csv --users {source}/users.csv"
+    config = tmp_path / "config.yaml"
+    content = yaml.safe_load(tiny_interactions.config.read_text())
+    loss, mining = {"name": "pair_ce", "negatives": 2}, {"first": 1, "last": 20}
+    content["sft"] = {"steps": 3, "rows_global": 64, "loss": loss, "mining": mining}
+    config.write_text(yaml.safe_dump(content, sort_keys=False))
+    claim = {
+        "claim": "more is better",
+        "sets": {"tiny": {"config": str(config), "seeds": [0], "set": SMALL, "make": f"interactions {tables}"}},
+        "cells": {
+            "tuned": {"after": "more"},
+            "more": {},
+            "no titles": {"without": ["doc.title"]},
+            "EASE": {"baseline": "ease"},
+        },
+        "expect": [{"no_better": "EASE", "than": "more", "margin": 1.0}],
+    }
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump(claim, sort_keys=False))
+    out, page = tmp_path / "runs", tmp_path / "page.md"
+    done = command("evidence", tmp_path / "first.yaml", "--out", out, "--page", page, "--at-once", 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(page.with_suffix(".json").read_text())["first"]["sets"]["tiny"]
+    cells = {cell["cell"]: cell for cell in figures["cells"]}
+    assert list(cells) == ["tuned", "more", "no titles", "EASE"]
+    assert cells["tuned"]["cpu_seconds"] > cells["more"]["cpu_seconds"] > cells["EASE"]["cpu_seconds"] >= 0
+    assert [found["verdict"] for found in figures["expected"]] == ["holds"]
+
+    def commands() -> dict[Path, str]:
+        return {path: path.read_text() for path in out.glob("tiny/*/seed-0/commands.jsonl")}
+
+    before = commands()
+    assert len(before) == 4 and len(list(out.glob("data/*/dataset.json"))) == 1
+    again = command("evidence", tmp_path / "first.yaml", "--out", out, "--page", page)
+    assert again.returncode == 0 and "begins" not in again.stderr + again.stdout and commands() == before
+    assert "*more is better*" in page.read_text() and "| EASE |" in page.read_text()
+
+    broken = {**claim, "cells": {"more": {}, "bad": {"set": ["pretrain.steps=-1"]}}, "expect": []}
+    (tmp_path / "second.yaml").write_text(yaml.safe_dump(broken))
+    refused = command("evidence", tmp_path / "second.yaml", "--out", out)
+    assert refused.returncode == 2 and "pretrain.steps: got -1" in refused.stderr
+
+
+def test_a_search_over_trainings(tiny_interactions: TinyDataset, tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text("pretrain.optimizer.lr: {choices: [0.001, 0.0000001]}\n")
+    search = ["--config", tiny_interactions.config, "--space", tmp_path / "space.yaml", "--out", tmp_path / "out"]
+    few = [*SMALL, "pretrain.steps=60", "pretrain.validate_every_steps=10", "pretrain.log_every_steps=10"]
+    done = command("tune", *search, "--trials", 3, *few)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "out/best.json").read_text()) == ["pretrain.optimizer.lr=0.001"]
+    assert "complete" in done.stdout

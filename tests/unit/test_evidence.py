@@ -1,0 +1,114 @@
+"""Claims: what their files refuse, what an interval says of them, and that the page is its figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bigdssm.errors import ConfigError, DataError
+from bigdssm.evidence.claims import Expectation, read_claim
+from bigdssm.evidence.page import as_markdown, write_page
+from bigdssm.evidence.results import Result, collect, together
+from bigdssm.evidence.running import trials
+
+ROOT = Path(__file__).resolve().parents[2]
+CLAIM: dict[str, Any] = {
+    "claim": "a is more than b",
+    "sets": {"small": {"config": "config.yaml", "seeds": [0, 1]}},
+    "cells": {"a": {}, "b": {"set": ["pretrain.epochs=2"]}, "c": {"after": "a"}},
+    "expect": [{"better": "a", "than": "b"}],
+}
+
+
+def written(tmp_path: Path, **changed: Any) -> Path:
+    path = tmp_path / "claim.yaml"
+    path.write_text(yaml.safe_dump({**CLAIM, **changed}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"sets": {}}, "sets: got none, needs at least one"),
+        ({"cells": {}}, "cells: got none"),
+        (
+            {"sets": {"small": {"config": "x", "seeds": [1, 1]}}},
+            r"sets.small.seeds: got \[1, 1\], needs each seed once",
+        ),
+        ({"sets": {"small": {"seeds": [1]}}}, "required key sets.small.config is missing"),
+        ({"cells": {"a": {"sets": []}}}, "sets"),
+        ({"cells": {"a": {"baseline": "knn"}}, "expect": []}, "cells.a.baseline: got knn, needs one of popularity"),
+        ({"cells": {"a": {"baseline": "ease", "set": ["x=1"]}}, "expect": []}, "cells.a: got keys of a training"),
+        ({"cells": {"a": {"options": {"k": 1}}}, "expect": []}, "cells.a.options"),
+        ({"cells": {"a": {"only": ["big"]}}, "expect": []}, r"cells.a.only: got \['big'\], needs some of small"),
+        ({"cells": {"a": {"after": "d"}}, "expect": []}, "cells.a.after: got d, needs a cell that pretrains"),
+        ({"expect": [{"better": "a", "than": "z"}]}, r"expect\[0\]: got z, needs one of the cells a, b, c"),
+        ({"expect": [{"better": "a", "no_better": "b", "than": "c"}]}, "got both or none, needs better or no_better"),
+    ],
+)
+def test_what_a_file_refuses(tmp_path: Path, changed: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        read_claim(written(tmp_path, **changed))
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("claim: [")
+    (tmp_path / "list.yaml").write_text("- 1")
+    for name, sentence in (("no", "cannot be read"), ("bad", "is not valid YAML"), ("list", "holds a list")):
+        with pytest.raises(ConfigError, match=sentence):
+            read_claim(tmp_path / f"{name}.yaml")
+
+
+def test_what_intervals_say() -> None:
+    better, none = Expectation(better="a", than="b"), Expectation(no_better="a", than="b", margin=0.005)
+    assert [better.verdict(*i) for i in ((0.1, 0.2), (-0.1, 0.2), (-0.2, -0.1))] == ["holds", "open", "does not hold"]
+    assert [none.verdict(*i) for i in ((-0.1, 0.004), (-0.1, 0.006), (0.006, 0.1))] == [
+        "holds",
+        "open",
+        "does not hold",
+    ]
+    assert together(["holds", "holds"]) == "holds" and together([]) == together(["holds", "open"]) == "open"
+    assert together(["open", "does not hold"]) == "does not hold"
+
+
+def test_cells_that_are_alike_share_a_folder(tmp_path: Path, tiny_interactions: Any) -> None:
+    one = {"small": {"config": str(tiny_interactions.config), "seeds": [0, 1]}}
+    claim = read_claim(written(tmp_path, sets=one, cells={**CLAIM["cells"], "same": {"set": ["pretrain.epochs=2"]}}))
+    found = {(trial.cell_name, trial.seed): trial for trial in trials(claim, tmp_path)}
+    assert len(found) == 8 and found["same", 0].folder == found["b", 0].folder != found["a", 0].folder
+    assert found["c", 1].after == found["a", 1] and found["c", 1].folder.name == "seed-1"
+    later = read_claim(written(tmp_path, sets=one, cells={**CLAIM["cells"], "a": {"set": ["pretrain.epochs=3"]}}))
+    again = {(trial.cell_name, trial.seed): trial for trial in trials(later, tmp_path)}
+    assert again["c", 1].folder != found["c", 1].folder, "what it starts from is another"
+    with pytest.raises(DataError, match="not finished: small: a, seed 0; small: a, seed 1; "):
+        collect(claim, list(found.values()))
+    config = Path(tiny_interactions.config)
+    changed = tmp_path / "other.yaml"
+    changed.write_text(config.read_text().replace("max_items: 10", "max_items: 9"))
+    assert "max_items: 9" in changed.read_text()
+    other = read_claim(written(tmp_path, sets={"small": {"config": str(changed)}}))
+    assert trials(other, tmp_path)[0].folder != found["a", 0].folder, "the config's content counts, not its name"
+
+
+def test_shipped_claims_can_be_read_and_planned() -> None:
+    for path in sorted((ROOT / "configs/evidence").glob("*.yaml")):
+        claim = read_claim(path)
+        assert len(trials(claim, Path("out"))) >= len(claim.cells)
+
+
+def test_the_page_is_its_figures(tmp_path: Path) -> None:
+    figures = json.loads((ROOT / "docs/evidence.json").read_text("utf-8"))
+    results = {name: Result.from_dict(content) for name, content in figures.items()}
+    assert {name: json.loads(json.dumps(result.to_dict())) for name, result in results.items()} == figures
+    assert as_markdown(results) == (ROOT / "docs/evidence.md").read_text("utf-8")
+    assert {path.stem for path in (ROOT / "configs/evidence").glob("*.yaml")} >= set(results)
+    for name, result in results.items():
+        claim = read_claim(ROOT / f"configs/evidence/{name}.yaml")
+        assert (result.claim, len(result.expect)) == (claim.claim, len(claim.expect)), "the file changed: try it again"
+        assert (ROOT / f"docs/images/evidence_{name}.svg").exists()
+    write_page(results, tmp_path / "page.md")
+    assert all((tmp_path / f"images/evidence_{name}.svg").stat().st_size > 2000 for name in results)

@@ -1,0 +1,100 @@
+"""ItemKNN, EASE and ALS against their definitions, on the tiny interactions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import ConfigError, DataError
+from bigdssm.evaluation.baselines import fit_baseline
+from bigdssm.evaluation.item_models import history, positives
+from bigdssm.evaluation.split import evaluate_scores
+
+pytest.importorskip("implicit")
+
+
+@pytest.fixture(scope="module")
+def dataset(tiny_interactions: Any) -> Dataset:
+    return Dataset.open(tiny_interactions.dir)
+
+
+@pytest.fixture(scope="module")
+def X(dataset: Dataset) -> np.ndarray:
+    """Train positives, written down row by row."""
+    users: dict[int, set[int]] = {}
+    for rows in dataset.iterate("train", 100):
+        for user, doc, relevance in zip(rows.query_ids, rows.doc_rows, rows.relevance, strict=True):
+            if relevance > 0:
+                users.setdefault(int(user), set()).add(int(doc))
+    found = np.zeros((len(users), dataset.catalogue.num_docs))
+    for row, user in enumerate(sorted(users)):
+        found[row, sorted(users[user])] = 1
+    return found
+
+
+def asked(dataset: Dataset) -> Any:
+    return next(iter(dataset.iterate("test", 1000)))
+
+
+def seen(dataset: Dataset) -> np.ndarray:
+    rows = asked(dataset)
+    found = np.zeros((rows.num_queries, dataset.catalogue.num_docs))
+    for query in range(rows.num_queries):
+        found[query, rows.seen(query)] = 1
+    return found
+
+
+def test_positives_and_histories_are_those_of_the_rows(dataset: Dataset, X: np.ndarray) -> None:
+    np.testing.assert_array_equal(positives(dataset).toarray(), X)
+    np.testing.assert_array_equal(history(asked(dataset), X.shape[1]).toarray(), seen(dataset))
+
+
+def test_ease_solves_its_problem(dataset: Dataset, X: np.ndarray) -> None:
+    found = fit_baseline("ease", dataset, {"regularisation": 7.0})
+    B = found.weights  # type: ignore[attr-defined]
+    gradient = X.T @ (X @ B - X) + 7.0 * B  # of half of |X − XB|² + 7 |B|²
+    np.fill_diagonal(gradient, 0)  # the diagonal is no variable
+    assert np.abs(gradient).max() < 1e-9 and not np.diag(B).any() and np.abs(B).max() > 0.01
+    np.testing.assert_allclose(found(asked(dataset)), seen(dataset) @ B, atol=1e-12)
+
+
+def test_item_knn_keeps_the_nearest_by_cosine(dataset: Dataset, X: np.ndarray) -> None:
+    found = fit_baseline("item_knn", dataset, {"neighbours": 5, "weights": "none"})
+    lengths = np.linalg.norm(X, axis=0).clip(1e-12)
+    cosine = (X / lengths).T @ (X / lengths)
+    kept = found.similarity.toarray()  # type: ignore[attr-defined]
+    for item in range(len(cosine)):
+        own = np.flatnonzero(kept[item])
+        assert len(own) <= 5
+        np.testing.assert_allclose(kept[item, own], cosine[item, own], atol=1e-6)
+        others = np.delete(cosine[item], own)
+        assert len(own) < 5 or kept[item, own].min() >= others.max() - 1e-6
+    np.testing.assert_allclose(found(asked(dataset)), seen(dataset) @ kept, atol=1e-5)
+
+
+def test_als_solves_for_the_history(dataset: Dataset) -> None:
+    found = fit_baseline("ials", dataset, {"factors": 4, "regularisation": 0.3, "weight": 5.0})
+    V = found.model.item_factors.astype(np.float64)  # type: ignore[attr-defined]
+    expected = []
+    for x in seen(dataset):
+        confidence = np.diag(1 + 4.0 * x)  # implicit's alpha times 1 in place of 1, 1 elsewhere
+        expected.append(np.linalg.solve(V.T @ confidence @ V + 0.3 * np.eye(4), V.T @ (5.0 * x)) @ V.T)
+    np.testing.assert_allclose(found(asked(dataset)), np.array(expected), rtol=1e-3, atol=1e-4)
+
+
+def test_they_learn_more_than_popularity(dataset: Dataset) -> None:
+    popular = evaluate_scores(fit_baseline("popularity", dataset, {}), dataset, "test").metrics["mrr"]
+    for name, options in (("item_knn", {"weights": "none"}), ("ease", {"regularisation": 20.0})):
+        assert evaluate_scores(fit_baseline(name, dataset, options), dataset, "test").metrics["mrr"] > popular
+
+
+def test_what_they_refuse(dataset: Dataset, tiny_pairs: Any) -> None:
+    with pytest.raises(ConfigError, match="the baseline ease has no option lambda, but regularisation"):
+        fit_baseline("ease", dataset, {"lambda": 1})
+    with pytest.raises(ConfigError, match="weights=bm26: needs one of bm25, tfidf, none"):
+        fit_baseline("item_knn", dataset, {"weights": "bm26"})
+    with pytest.raises(DataError, match="holds pairs without histories"):
+        fit_baseline("ease", Dataset.open(tiny_pairs.dir), {})

@@ -1,0 +1,109 @@
+"""The search: what a space refuses, where it begins, that it goes on, and whom it stops early."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("optuna")
+
+import optuna
+
+from bigdssm.commands.tune import main
+from bigdssm.config import load_config
+from bigdssm.errors import ConfigError
+from bigdssm.tuning.search import search, values_of
+from bigdssm.tuning.space import Space, read_space
+
+
+def space(tmp_path: Path, text: str) -> Space:
+    (tmp_path / "space.yaml").write_text(text)
+    return read_space(tmp_path / "space.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[1]", "needs keys with their values"),
+        ("a: [", "is not valid YAML"),
+        ("a: 1", "a: got 1, needs {low: …, high: …, log: true or false} or {choices: …}"),
+        ("a: {lo: 1, high: 2}", "a: got .*, needs {low"),
+        ("a: {low: 3, high: 2}", "needs numbers low <= high"),
+        ("a: {low: 0, high: 2, log: true}", "above 0 with log"),
+        ("a: {low: true, high: 2}", "needs numbers"),
+        ("a: {choices: []}", "needs a list of choices alone"),
+        ("a: {choices: [1], low: 1}", "needs a list of choices alone"),
+    ],
+)
+def test_what_a_space_refuses(tmp_path: Path, text: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence.replace("[", r"\[").replace("{choices: …}", "")):
+        space(tmp_path, text)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_space(tmp_path / "none.yaml")
+
+
+def test_it_begins_with_what_the_config_has_and_finds_what_is_better(tmp_path: Path) -> None:
+    where = space(tmp_path, "x: {low: -1.0, high: 1.0}\nn: {low: 1, high: 9}\nkind: {choices: [a, b]}\n")
+    asked: list[dict[str, Any]] = []
+
+    def value(trial: optuna.Trial, values: dict[str, Any]) -> float:
+        asked.append(values)
+        return -((values["x"] - 0.5) ** 2) - abs(values["n"] - 4) + (values["kind"] == "b")
+
+    found = search(value, where, tmp_path / "out", 25, first={"x": -0.9, "n": 8, "kind": "a", "other": 1})
+    assert asked[0] == {"x": -0.9, "n": 8, "kind": "a"} and len(asked) == 25
+    assert all(isinstance(values["n"], int) for values in asked)
+    assert found[0].value == max(trial.value for trial in found) and found[0].params["kind"] == "b"
+    search(value, where, tmp_path / "out", 25, first={})
+    assert len(asked) == 25, "finished"
+    search(value, where, tmp_path / "out", 27, first={})
+    assert len(asked) == 27
+
+
+def test_what_was_broken_off_is_tried_again(tmp_path: Path) -> None:
+    where, asked = space(tmp_path, "x: {low: 0.0, high: 1.0}"), list[float]()
+
+    def value(trial: optuna.Trial, values: dict[str, Any]) -> float:
+        asked.append(values["x"])
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return float(values["x"])
+
+    with pytest.raises(KeyboardInterrupt):
+        search(value, where, tmp_path / "out", 4, first={})
+    found = search(value, where, tmp_path / "out", 4, first={})
+    assert asked[2] == asked[1] and len(asked) == 5 and len(found) == 4
+
+
+def test_those_below_the_median_are_pruned(tmp_path: Path) -> None:
+    where, started, ended = space(tmp_path, "x: {low: 0.0, high: 1.0}"), list[float](), list[float]()
+
+    def value(trial: optuna.Trial, values: dict[str, Any]) -> float:
+        started.append(values["x"])
+        trial.report(values["x"], step=1)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+        ended.append(values["x"])
+        return float(values["x"])
+
+    found = search(value, where, tmp_path / "out", 10, first={"x": 0.5})
+    assert len(started) == len(found) == 10 and 3 <= len(ended) < 10
+    assert [trial.value for trial in found][: len(ended)] == sorted(ended, reverse=True)
+    assert all(trial.state.name == "PRUNED" for trial in found[len(ended) :])
+
+
+def test_a_baseline_is_tuned_by_the_command(tiny_interactions: Any, tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("implicit")
+    space(tmp_path, "regularisation: {low: 1.0, high: 1000.0, log: true}")
+    command = ["--config", str(tiny_interactions.config), "--space", str(tmp_path / "space.yaml"), "--trials", "3"]
+    assert main([*command, "--baseline", "ease", "--out", str(tmp_path / "out")]) == 0
+    (best,) = json.loads((tmp_path / "out/best.json").read_text())
+    assert best.startswith("regularisation=") and "complete" in capsys.readouterr().out
+    assert main([*command, "--out", str(tmp_path / "other")]) == 2
+    assert "the space's regularisation is no key of the config" in capsys.readouterr().err
+    config = load_config(tiny_interactions.config)
+    keys = space(tmp_path, "model.dim: {low: 1, high: 128}\npretrain.loss.widths: {choices: [8]}")
+    assert keys.inside(values_of(config, keys)) == {"model.dim": 64}
