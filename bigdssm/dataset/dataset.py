@@ -52,6 +52,7 @@ class Head:
     name: str
     schema: Schema
     text: str = "tokens"  # how texts stand in blocks; "raw": as they are
+    users: str = "sequences"  # where users' features stand for training; "rows": in blocks, as of each row
 
 
 class Dataset:
@@ -82,7 +83,7 @@ class Dataset:
         self._sequence_base = offsets_of(np.array([table.num_rows for table in tables], np.int64))
         self.layout = Layout.of(
             head.schema, num_docs=tuple(partition.num_docs for partition in partitions),
-            vocab_size=self.vocab_size, sequences=tables, raw_text=head.text == "raw",
+            vocab_size=self.vocab_size, sequences=tables, raw_text=head.text == "raw", of_rows=head.users == "rows",
         )  # fmt: skip
         self._first_doc = np.array([partition.first_doc for partition in partitions])
         self._indexes: dict[str, SplitIndex] = {}
@@ -127,7 +128,7 @@ class Dataset:
         files = [CatalogueFile(inside(folder, f["file"]), f["rows"], f["checksum"]) for f in content["catalogue"]]
         num_docs = sum(file.rows for file in files)
         read = [replace(read_partition(folder, name), num_docs=num_docs, remote=remote) for name in names]
-        head = Head(folder, content["name"], schema, content.get("text", "tokens"))
+        head = Head(folder, content["name"], schema, content.get("text", "tokens"), content.get("users", "sequences"))
         dataset = cls(head, read, files)
         if remote is not None:
             dataset.pickled = partial(cls.open, cache=remote.cache), (remote.url, names)
@@ -203,7 +204,8 @@ class Dataset:
         if self.sequences is not None:
             sequence, first, end = (np.asarray(columns[name], np.int64) for name in ("sequence", "first", "end"))
             sequence = sequence + self._sequence_base[partition]
-            return self._pieces(split, step, row_ids, self.sequences, sequence, first, end)
+            of_rows = {name: columns[name] for name in self.layout.query}
+            return self._pieces(split, step, row_ids, self.sequences, sequence, first, end, of_rows)
         query = {name: columns[name] for name in self.schema.query}
         return Rows(
             step=step, row_ids=row_ids, query=query, doc_rows=np.asarray(columns["doc"]) + self._first_doc[partition],
@@ -212,9 +214,12 @@ class Dataset:
 
     def _pieces(
         self, split: str, step: int, row_ids: np.ndarray, table: MappedTable,
-        sequence: np.ndarray, first: np.ndarray, end: np.ndarray,
+        sequence: np.ndarray, first: np.ndarray, end: np.ndarray, of_rows: dict[str, Column],
     ) -> Rows:  # fmt: skip
-        """Return rows that are pieces of sequences: a query for each target that can be used."""
+        """Return rows that are pieces of sequences: a query for each target that can be used.
+
+        `of_rows` are features that stand in the blocks.
+        """
         targets = Targets.of(table, sequence, first, end)
         targets = targets.take(targets.good(self.catalogue.num_docs))
         query: dict[str, Column] = {}
@@ -224,7 +229,7 @@ class Dataset:
                 # what the last query has seen; the others, of one left edge with it, have seen less of it
                 query[name], left_edge = self._history(feature, table, sequence, end - 1)
             else:
-                query[name] = table.take(name, sequence)
+                query[name] = of_rows[name] if name in of_rows else table.take(name, sequence)
         single = self.num_queries(split) == self.num_rows(split)
         return Rows(
             step=step, row_ids=row_ids, query=query, doc_rows=targets.item, relevance=targets.relevance,

@@ -70,6 +70,7 @@ def _check_same(first: Dataset, other: Dataset, name: str) -> None:
         difference = "the tokenizers differ"
     for what, mine, its in (
         ("texts", first.head.text, other.head.text),
+        ("users' features", first.head.users, other.head.users),
         ("sequences", first.sequences is not None, other.sequences is not None),
     ):
         if difference is None and mine != its:

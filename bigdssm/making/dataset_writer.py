@@ -148,6 +148,19 @@ class DatasetWriter:
                 )
         self.content["ids"] = known
 
+    def place_users(self, where: Literal["sequences", "rows"]) -> None:
+        """Note where users' features stand: with their sequences alone or, as of each row, with the rows, too.
+
+        Raises ConfigError where the dataset that grows has them elsewhere.
+        """
+        known = self.content.get("users", "sequences") if self.append else where
+        if known != where:
+            fix = {"rows": "give --users-time-column", "sequences": "leave out --users-time-column"}[known]
+            have = {"rows": "users' features as of each row", "sequences": "one row of features for each user"}[known]
+            raise ConfigError(f"{self.out} has {have}, so {fix} here, too")
+        if where == "rows":
+            self.content["users"] = where
+
     def commit(
         self, schema: Schema, catalogue: list[dict[str, Any]], splits: dict[str, Any], counts_checksum: str,
         sequences: Sequence[dict[str, Any]],
@@ -166,6 +179,7 @@ class DatasetWriter:
             "schema": schema.fingerprint(),
             "text": self.content["text"],
             "ids": self.content["ids"],
+            **{name: self.content[name] for name in ("users",) if name in self.content},
             "tokenizer": self._tokenizer_checksums(),
             "catalogue": [*self.content["catalogue"], *new],
             PARTITIONS: [*self.content[PARTITIONS], self.partition],

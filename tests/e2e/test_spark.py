@@ -69,12 +69,15 @@ DATA: dict[str, dict[str, Any]] = {
         },
     },
 }
+DATA["as_of"] = DATA["interactions"]
 COLUMNS: dict[str, dict[str, Any]] = {
     "interactions": {"rating_column": "rating", "min_rating": 2.0},
+    "as_of": {"users_time_column": "since"},
     "pairs": {"doc_id_column": "id", "relevance_column": "relevance", "dedup": True, "validation_fraction": 0.1},
 }
 SPLITS: dict[str, list[dict[str, Any]]] = {  # of the first partition, and of the one that is appended
     "interactions": [{"split": "leave-one-out"}, {"split": "time"}],
+    "as_of": [{"split": "leave-one-out"}],
     "pairs": [{"whole_documents": True, "split_column": "group"}, {"split": "time", "split_column": "time"}],
 }
 
@@ -111,6 +114,9 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write(root / f"items{part}", 2, item_id=[f"i{i}" for i in items], title=[title[i] for i in items],
               year=[None if i % 9 == 0 else 1950.5 + i for i in items])  # fmt: skip
         users = np.arange(first // 2, first // 2 + 70)
+        dated = random.choice(users, 300)
+        write(root / f"dated_users{part}", 2, user_id=[f"u{u}" for u in dated], age=np.arange(300) / 3,
+              job=[f"job{u % 7}" for u in dated], since=random.integers(-50, 400, 300))  # fmt: skip
         write(root / f"users{part}", 2, user_id=[f"u{u}" for u in users], age=users % 50 / 3,
               job=[f"job{u % 7}" for u in users])  # fmt: skip
         who, what = random.integers(users[0], users[-1] + 3, 1500), random.integers(first, first + 131, 1500)
@@ -153,7 +159,8 @@ def make(tables: Path, kind: str, out: Path, *, appended: bool = True, **engine:
             again = sorted(folder.iterdir())[0]
             make_pairs(config, PairTables((folder, again), **COLUMNS[kind], **split), target)
         else:
-            files = [tables / f"{name}{part}" for name in ("events", "items", "users")]
+            users = "dated_users" if kind == "as_of" else "users"
+            files = [tables / f"{name}{part}" for name in ("events", "items", users)]
             make_interactions(config, InteractionTables(*files, **COLUMNS[kind], **split), target)
     return content(out / "dataset")
 
@@ -172,7 +179,7 @@ def built_in(small: None, tables: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.mark.parametrize(
     ("kind", "partitions", "appended"),
-    [("interactions", 7, True), ("pairs", 7, True), ("interactions", 1, False), ("pairs", 2, False)],
+    [("interactions", 7, True), ("pairs", 7, True), ("as_of", 5, False), ("pairs", 1, False)],
 )
 def test_partitions_do_not_matter(
     kind: str, partitions: int, appended: bool, session: Any, tables: Path, built_in: Any, tmp_path: Path
