@@ -24,8 +24,8 @@ def versions_of(table: str) -> str:
 def join_users(engine: Engine, num_features: int) -> int:
     """Have the engine know its `cut_rows` with the features of their users as of their times, as `asked_rows`.
 
-    A row sees the newest of its user's rows (`users`, `found_users`) whose time is not after that of its first target; with none it has
-    nulls. Returns how many rows have none though their users are known.
+    A row sees the newest of its user's rows (`users`, of `found_users`) whose time is not after that of its first
+    target; with none it has nulls. Returns how many rows have none though their users are known.
     """
     asked = ", ".join(f"r.{name}" for name in ASKED)
     engine.view(
