@@ -24,6 +24,7 @@ from bigdssm.dataset.partition import FORMAT, Partition, inside, read_json, read
 from bigdssm.dataset.remote import RemoteFolder
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.sequences import Targets
+from bigdssm.dataset.versions import CatalogueFile, Versions
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import History, TextTokenizer, ragged
 from bigdssm.features.base import OUT_OF_VOCABULARY
@@ -33,15 +34,6 @@ from bigdssm.schema import Schema
 from bigdssm.urls import is_url
 
 log = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class CatalogueFile:
-    """One file of a catalogue."""
-
-    path: Path
-    rows: int
-    checksum: str
 
 
 @dataclass(frozen=True)
@@ -64,8 +56,12 @@ class Dataset:
         self.dir, self.name, self.schema = head.dir, head.name, head.schema
         self.tokenizer_dir: Path | None = head.dir / "tokenizer" if head.schema.has_text else None
         self.pad_token_id, self.vocab_size, self.tokenizer_hash = _read_tokenizer(self.tokenizer_dir)
-        self.catalogue = Catalogue([file.path for file in catalogue_files], head.schema, self.pad_token_id)
-        got, expected = self.catalogue.file_rows, [file.rows for file in catalogue_files]
+        first = [file for file in catalogue_files if file.since is None]
+        newer = [file for file in catalogue_files if file.since is not None]
+        versions = Versions.read(sum(file.rows for file in first), newer)
+        paths = [file.path for file in [*first, *newer]]
+        self.catalogue = Catalogue(paths, head.schema, self.pad_token_id, versions)
+        got, expected = self.catalogue.file_rows, [file.rows for file in [*first, *newer]]
         if got != expected:
             raise DataError(f"{self.dir}/catalogue: the files have {got} rows, dataset.json says {expected}")
         files = [partition.sequence_files for partition in partitions]
@@ -86,6 +82,7 @@ class Dataset:
             vocab_size=self.vocab_size, sequences=tables, raw_text=head.text == "raw", of_rows=head.users == "rows",
         )  # fmt: skip
         self._first_doc = np.array([partition.first_doc for partition in partitions])
+        self._numbers = np.array([partition.number for partition in partitions])
         self._indexes: dict[str, SplitIndex] = {}
         self.sources: tuple[MixturePart, ...] = ()  # of a mixture; none: all partitions are one
         self.batches: MixtureBatches = "mixed"  # of a mixture
@@ -127,7 +124,13 @@ class Dataset:
             raise DataError(f"{folder}/dataset.json names no catalogue; make the dataset again")
         files = [CatalogueFile(inside(folder, f["file"]), f["rows"], f["checksum"]) for f in content["catalogue"]]
         num_docs = sum(file.rows for file in files)
-        read = [replace(read_partition(folder, name), num_docs=num_docs, remote=remote) for name in names]
+        for f in content.get("versions", []):
+            since = known.index(f["since"])
+            files.append(CatalogueFile(inside(folder, f["file"]), f["rows"], f["checksum"], since))
+        read = [
+            replace(read_partition(folder, name), number=known.index(name), num_docs=num_docs, remote=remote)
+            for name in names
+        ]
         head = Head(folder, content["name"], schema, content.get("text", "tokens"), content.get("users", "sequences"))
         dataset = cls(head, read, files)
         if remote is not None:
@@ -207,10 +210,16 @@ class Dataset:
             of_rows = {name: columns[name] for name in self.layout.query}
             return self._pieces(split, step, row_ids, self.sequences, sequence, first, end, of_rows)
         query = {name: columns[name] for name in self.schema.query}
+        doc_rows = np.asarray(columns["doc"]) + self._first_doc[partition]
         return Rows(
-            step=step, row_ids=row_ids, query=query, doc_rows=np.asarray(columns["doc"]) + self._first_doc[partition],
-            relevance=np.asarray(columns["relevance"]), query_ids=np.asarray(columns["query_id"]),
+            step=step, row_ids=row_ids, query=query, doc_rows=doc_rows, relevance=np.asarray(columns["relevance"]),
+            query_ids=np.asarray(columns["query_id"]), doc_versions=self._seen(doc_rows, partition),
         )  # fmt: skip
+
+    def _seen(self, documents: np.ndarray, partition: np.ndarray) -> np.ndarray | None:
+        """Return the catalogue rows of documents as rows of partitions see them; None where no document has changed."""
+        versions = self.catalogue.versions
+        return None if versions is None else versions.seen(documents, self._numbers[partition])
 
     def _pieces(
         self, split: str, step: int, row_ids: np.ndarray, table: MappedTable,
@@ -235,6 +244,7 @@ class Dataset:
             step=step, row_ids=row_ids, query=query, doc_rows=targets.item, relevance=targets.relevance,
             query_ids=np.asarray(table.take("query_id", sequence[targets.row])), row=None if single else targets.row,
             place=targets.place, left_edge=left_edge, sequence=sequence, sequences=table,
+            doc_versions=self._seen(targets.item, self._partition_of(sequence[targets.row])),
         )  # fmt: skip
 
     def one_query_each(self, rows: Rows) -> Rows:
@@ -257,14 +267,23 @@ class Dataset:
         """Return the codes of the newest of the items that were seen, and the place of the oldest of them."""
         left_edge = np.maximum(0, seen - feature.max_items)
         items = table.take_slices("items", sequence, left_edge, seen)
-        return type(items)(self._codes(str(feature.of), items.values), items.offsets), left_edge
+        partition = np.repeat(self._partition_of(sequence), items.lengths)
+        return type(items)(self._codes(str(feature.of), items.values, partition), items.offsets), left_edge
 
-    def _codes(self, feature: str, docs: np.ndarray) -> np.ndarray:
-        """Return the codes of catalogue rows in a history; of one that is none, which is bad as a target, unknown."""
+    def _partition_of(self, sequence: np.ndarray) -> np.ndarray:
+        """Return the number of the partition that each sequence stands in, int64."""
+        return np.searchsorted(self._sequence_base, sequence, "right") - 1
+
+    def _codes(self, feature: str, docs: np.ndarray, partition: np.ndarray) -> np.ndarray:
+        """Return the codes of documents in histories, as rows of partitions see them.
+
+        Of one that is none, which is bad as a target, it is unknown.
+        """
         known = (docs >= 0) & (docs < self.catalogue.num_docs)
-        if known.all():
-            return self.catalogue.codes(feature, docs)
-        return np.where(known, self.catalogue.codes(feature, np.where(known, docs, 0)), OUT_OF_VOCABULARY)
+        docs = docs if known.all() else np.where(known, docs, 0)
+        seen = self._seen(docs, partition)
+        codes = self.catalogue.codes(feature, docs if seen is None else seen)
+        return codes if known.all() else np.where(known, codes, OUT_OF_VOCABULARY)
 
     def _column(self, name: str, array: pa.Array) -> Column:
         """Return a block's column, texts tokenised."""

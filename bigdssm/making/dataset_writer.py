@@ -38,7 +38,7 @@ from bigdssm.making.quarantine import Quarantine
 from bigdssm.schema import SCHEMA_FILE, VOCABULARIES, Schema
 
 DATASET_FILE, QUARANTINE_FILE = "dataset.json", "quarantine.jsonl"
-TOKENIZER, CATALOGUE, PARTITIONS = "tokenizer", "catalogue", "partitions"
+TOKENIZER, CATALOGUE, VERSIONS, PARTITIONS = "tokenizer", "catalogue", "versions", "partitions"
 LOCK = "lock"
 PREVIOUS_SCHEMA = "schema.previous.json"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -162,10 +162,13 @@ class DatasetWriter:
             self.content["users"] = where
 
     def commit(
-        self, schema: Schema, catalogue: list[dict[str, Any]], splits: dict[str, Any], counts_checksum: str,
-        sequences: Sequence[dict[str, Any]],
+        self, schema: Schema, catalogue: list[dict[str, Any]], versions: list[dict[str, Any]], splits: dict[str, Any],
+        counts_checksum: str, sequences: Sequence[dict[str, Any]],
     ) -> None:  # fmt: skip
-        """Write the partition's and the dataset's JSON and move everything into place."""
+        """Write the partition's and the dataset's JSON and move everything into place.
+
+        `catalogue` are the files of new documents, `versions` those of known ones with other features.
+        """
         self.quarantine.close()
         described: dict[str, Any] = {"name": self.partition, "splits": splits, "counts_checksum": counts_checksum}
         if sequences:
@@ -173,13 +176,16 @@ class DatasetWriter:
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
         write_json(self.partition_dir / "partition.json", {**described, "fingerprint": digest[:16]})
         new = [{**part, "file": f"{CATALOGUE}/{part['file']}"} for part in catalogue]
+        newer = [{**part, "file": f"{CATALOGUE}/{part['file']}", "since": self.partition} for part in versions]
+        newer = [*self.content.get(VERSIONS, []), *newer]
         dataset = {
             "format": FORMAT,
             "name": self.out.resolve().name,
             "schema": schema.fingerprint(),
             "text": self.content["text"],
             "ids": self.content["ids"],
-            **{name: self.content[name] for name in ("users",) if name in self.content},
+            **({"users": self.content["users"]} if "users" in self.content else {}),
+            **({VERSIONS: newer} if newer else {}),
             "tokenizer": self._tokenizer_checksums(),
             "catalogue": [*self.content["catalogue"], *new],
             PARTITIONS: [*self.content[PARTITIONS], self.partition],

@@ -35,9 +35,8 @@ from bigdssm.making.documents import (
     number_documents,
     spooled,
 )
-from bigdssm.making.making import (
-    Making,
-)
+from bigdssm.making.known_documents import KnownDocuments
+from bigdssm.making.making import Making
 from bigdssm.making.reading import PLACE_BITS, PartOfTable, places, read_part
 from bigdssm.making.steps import FirstRows, RowFile, Table, read_facts
 from bigdssm.schema import Schema
@@ -80,7 +79,8 @@ def read_items(run: Making, tables: InteractionTables, base: Schema, items: Sour
     """Return the items as documents. Raises DataError where there are none."""
     engine, writer = run.engine, run.writer
     shown = base.display or tables.item_column
-    folders = run.read("items", [items], _ItemReader(tables.item_column, shown, base.doc, Keys(writer.key_files)))
+    known = KnownDocuments.of(writer.out, writer.content, Keys(writer.key_files))
+    folders = run.read("items", [items], _ItemReader(tables.item_column, shown, base.doc, known))
     engine.table("found_documents", [folder / "documents.parquet" for folder in folders])
     documents = number_documents(engine, writer)
     _refuse_repeated(run, items, "first_documents", "doc_key", tables.item_column)
@@ -94,7 +94,7 @@ class _ItemReader:
     key: str
     shown: str
     features: dict[str, Feature]
-    known: Keys
+    known: KnownDocuments
 
     @property
     def columns(self) -> list[str | None]:
@@ -115,8 +115,7 @@ class _ItemReader:
                 pa.array(check.good)
             )
             num_good += rows.num_rows
-            new = self.known.find(rows.column("doc_id").to_numpy()) < 0
-            file.add(rows.filter(pa.array(new)))
+            file.add(self.known.compared(rows))
         return {"num_good": num_good}
 
 

@@ -21,7 +21,7 @@ from bigdssm.features import Feature, TextTokenizer, encode_columns, stored
 from bigdssm.making.as_of import ASKED, join_users
 from bigdssm.making.cutting import Cutting, cut_sequences
 from bigdssm.making.dataset_writer import PARTITIONS
-from bigdssm.making.documents import canonical_of, place_keys
+from bigdssm.making.documents import Documents, canonical_of, place_keys
 from bigdssm.making.engine import Engine
 from bigdssm.making.fitting import Side, fit, schema_to_fit
 from bigdssm.making.interaction_tables import InteractionTables, read_events, read_items, read_users
@@ -66,7 +66,7 @@ def make_interactions(
         user_times = read_users(run, tables, user, users) if user and users is not None else []
         sequences, sorted_events = read_events(run, tables, user, documents, events, user_times)
         writer.quarantine.check()
-        sides = [Side("doc", documents.table, "d", base.doc)]
+        sides = [Side("doc", _told_documents(engine, documents), "d", base.doc)]
         if user:
             fitted = "SELECT * FROM users" if as_of else "SELECT * FROM newest_users"
             sides.append(Side("query", engine.select("fitted_users", fitted, order="place, user_id"), "u", user))
@@ -93,6 +93,13 @@ def make_interactions(
             raise DataError("every relevance in the train split is 0, so that nothing can be learned from it")
         positives = (counted.column("doc").to_numpy(), counted.column("n").to_numpy())
         return run.finish(schema, text, documents, entries, positives, cut)
+
+
+def _told_documents(engine: Engine, documents: Documents) -> Table:
+    """Return the new documents and those that have changed."""
+    if documents.changed is None:
+        return documents.table
+    return engine.select("fitted_documents", "SELECT * FROM told_documents", order="place, doc_id")
 
 
 def _files(tables: InteractionTables) -> tuple[Path | str, Path | str | None, Path | str]:
