@@ -43,6 +43,11 @@ class Catalogue:
         return self._table.num_rows if self.versions is None else self.versions.num_docs
 
     @property
+    def every_row(self) -> np.ndarray:
+        """Return the rows of all documents and of whatever they were before, int64."""
+        return np.arange(self.num_docs if self.versions is None else self.num_docs + self._table.num_rows)
+
+    @property
     def file_rows(self) -> list[int]:
         """Return the rows of each file."""
         return self._table.file_rows

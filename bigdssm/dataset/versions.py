@@ -38,7 +38,7 @@ class Versions:
     """
 
     def __init__(self, num_docs: int, document: np.ndarray, since: np.ndarray) -> None:
-        """`document`, `since` int64 [versions]: whose version each is, and from which partition on, as files have them.
+        """`document`, `since` int64 [versions ≥ 1]: whose each is, and from which partition on, as files have them.
 
         A document's later version stands behind its earlier ones.
         """
