@@ -20,7 +20,7 @@ from bigdssm.features.columns import (
     SourceBatch,
     TimeUnits,
     check_time_units,
-    is_empty,
+    ids,
     relevances,
     strings,
     times,
@@ -108,8 +108,7 @@ class _ItemReader:
         num_good = 0
         for batch in batches:
             check = RowCheck(batch, bad)
-            keys, display = strings(check, self.key), strings(check, self.shown)
-            check.fail(is_empty(keys), f"{self.key} is empty")
+            keys, display = ids(check, self.key), strings(check, self.shown)
             table = canonical(check, self.features)
             rows = document_rows(places(part, batch), hash_rows(table), keys, display, table).filter(
                 pa.array(check.good)
@@ -172,8 +171,7 @@ class _UserReader:
         num_good, units = 0, TimeUnits()
         for batch in batches:
             check = RowCheck(batch, bad)
-            keys = strings(check, self.key)
-            check.fail(is_empty(keys), f"{self.key} is empty")
+            keys = ids(check, self.key)
             moment = times(check, self.time) if self.time else np.zeros(len(keys))
             table = canonical(check, self.features)
             known = [pa.array(places(part, batch)), pa.array(hash_strings(keys)), keys, pa.array(moment)]
@@ -276,9 +274,7 @@ class _EventReader:
     def _events(self, check: RowCheck, place: np.ndarray) -> tuple[pa.Array, tuple[np.ndarray, ...]]:
         """Return the users of a batch, and the columns of all its events; what is wrong is reported to `check`."""
         tables = self.tables
-        users, items = strings(check, tables.user_column), strings(check, tables.item_column)
-        for name, column in ((tables.user_column, users), (tables.item_column, items)):
-            check.fail(is_empty(column), f"{name} is empty")
+        users, items = ids(check, tables.user_column), ids(check, tables.item_column)
         item = self.items.find(hash_strings(items))
         check.fail(item < 0, f"{tables.item_column} {{}} is not in {tables.items}", items)
         moment = times(check, tables.time_column) if tables.time_column else np.zeros(len(item))

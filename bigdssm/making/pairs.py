@@ -21,7 +21,7 @@ from bigdssm.dataset.keys import Keys
 from bigdssm.dataset.partition import read_partition
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, TextTokenizer, encode_columns
-from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, TimeUnits, is_empty, relevances, strings
+from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, TimeUnits, ids, relevances, strings
 from bigdssm.features.fitting import canonical, missing
 from bigdssm.making.collection import write_collection
 from bigdssm.making.dataset_writer import PARTITIONS
@@ -132,6 +132,8 @@ def _checked(config: DataConfig, tables: PairTables, target: Target) -> Splitter
     for name, feature in config.query.items():
         if feature.from_sequence:
             raise ConfigError(f"data.query.{name}: pairs have no histories; use the sub-command `interactions`")
+    if tables.beir and target.append:
+        raise ConfigError(f"--beir {tables.beir} would be of the new partition alone; leave it out with --append")
     if tables.beir:
         check_place(tables.beir)
     fractions = (tables.validation_fraction, tables.test_fraction)
@@ -221,17 +223,13 @@ class PairReader:
         name = self.tables.query_id_column
         if name is None:
             return hash_rows(query)
-        ids = strings(check, name)
-        check.fail(is_empty(ids), f"{name} is empty")
-        return hash_strings(ids)
+        return hash_strings(ids(check, name))
 
     def _doc_keys(self, check: RowCheck, contents: np.ndarray) -> pa.Array:
         name = self.tables.doc_id_column
         if name is None:
             return row_keys(contents)
-        keys = strings(check, name)
-        check.fail(is_empty(keys), f"no document: {name} is empty")
-        return keys
+        return ids(check, name, lacks="document")
 
 
 def _sorted_splits(run: Making, tables: PairTables, splitter: Splitter, reader: PairReader) -> dict[str, Table]:

@@ -112,7 +112,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part, first in (("", 0), ("2", 60)):
         items = np.arange(first, first + 130)
         write(root / f"items{part}", 2, item_id=[f"i{i}" for i in items], title=[title[i] for i in items],
-              year=[None if i % 9 == 0 else 1950.5 + i for i in items])  # fmt: skip
+              year=[None if i % 9 == 0 else 1950.5 + i + (len(part) if i % 4 == 0 else 0) for i in items])  # fmt: skip
         users = np.arange(first // 2, first // 2 + 70)
         dated = random.choice(users, 300)
         write(root / f"dated_users{part}", 2, user_id=[f"u{u}" for u in dated], age=np.arange(300) / 3,
@@ -130,7 +130,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
             text=[f"{title[d]} {d}" for d in docs],
             tags=[[f"t{d % 5}", f"t{d % 11}"][: d % 3] for d in docs],
             shape=[[d / 7, 1.0, -d / 3] for d in docs],
-            size=docs * 37.5,
+            size=docs * 37.5 + np.where(docs % 3 == 0, len(part), 0),
             relevance=random.integers(0, 3, len(docs)),
             group=[None if row % 2 else f"g{row % 301}" for row in range(len(docs))],
             time=random.integers(0, 100, len(docs)),
@@ -191,6 +191,7 @@ def test_partitions_do_not_matter(
     made = make(tables, kind, tmp_path, appended=appended, spark=Cluster(conf=tuple(conf.items())))
     expected = built_in(kind, appended=appended)
     assert made == expected
+    assert any("/versions-" in name for name in made) == appended, "documents changed"
     assert sum(name.endswith(".tar") for name in expected) > 4, "the test is of many files"
 
 

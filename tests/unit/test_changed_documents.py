@@ -37,9 +37,10 @@ def items_of(day: int) -> pd.DataFrame:
     """Return the items of a day: two are new on the second, and every fifth has changed."""
     numbers = np.arange(NUM_ITEMS - 2 + 2 * day)
     now = np.where(numbers % 5 == 0, day, 0)
+    pairs = list(zip(numbers.tolist(), now.tolist(), strict=True))
     return pd.DataFrame({
-        "item_id": [f"i{n}" for n in numbers], "title": [f"title {n} of day {d}" for n, d in zip(numbers, now)],
-        "kind": [f"k{(n + d) % 4}" for n, d in zip(numbers, now)], "price": numbers * 1.5 + 40 * now,
+        "item_id": [f"i{n}" for n in numbers], "title": [f"title {n} of day {d}" for n, d in pairs],
+        "kind": [f"k{(n + d) % 4}" for n, d in pairs], "price": numbers * 1.5 + 40 * now,
     })  # fmt: skip
 
 
