@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--user-column", default="user_id")
     sub.add_argument("--item-column", default="item_id")
     sub.add_argument("--time-column", default="timestamp", help="'' where the events stand in order of time")
+    sub.add_argument("--users-time-column", help="from when on a row of users holds: rows see the newest before them")
     sub.add_argument("--rating-column", help="becomes the relevance, which is 1 otherwise")
     sub.add_argument("--min-rating", type=float, help="events rated lower are left out")
     sub.add_argument("--split", choices=("leave-one-out", "time", "train"), default="leave-one-out")
@@ -159,6 +160,7 @@ def _interactions(args: argparse.Namespace) -> None:
         user_column=args.user_column,
         item_column=args.item_column,
         time_column=args.time_column or None,
+        users_time_column=args.users_time_column,
         rating_column=args.rating_column,
         min_rating=args.min_rating,
         split=args.split,
@@ -210,7 +212,8 @@ def _make(args: argparse.Namespace, **tables: Any) -> None:
 def _print(report: Report) -> None:
     rows = ", ".join(f"{count:,} {split}" for split, count in report.rows.items())
     print(f"{report.out}, partition {report.partition}: {rows} rows")
-    new = f" ({report.new_docs:,} of them new)" if report.new_docs != report.num_docs else ""
+    changed = f", {report.changed_docs:,} changed" if report.changed_docs else ""
+    new = f" ({report.new_docs:,} of them new{changed})" if report.new_docs != report.num_docs else ""
     print(f"{report.num_docs:,} documents{new}; {report.seconds:.1f} s, {report.rows_per_s:,.0f} rows/s")
     for note in report.notes:
         print(f"note: {note}")

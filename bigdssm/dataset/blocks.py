@@ -57,14 +57,17 @@ class Layout:
     @classmethod
     def of(
         cls, schema: Schema, *, num_docs: tuple[int, ...], vocab_size: int,
-        sequences: tuple[MappedTable, ...], raw_text: bool = False,
+        sequences: tuple[MappedTable, ...], raw_text: bool = False, of_rows: bool = False,
     ) -> Layout:  # fmt: skip
-        """Return the layout that the schema and the presence of sequences imply; `raw_text`: texts are no tokens."""
+        """Return the layout that the schema and the presence of sequences imply.
+
+        `raw_text`: texts are no tokens; `of_rows`: features of users are here, though sequences have them, too.
+        """
         types = {"query_id": pa.int64(), "relevance": pa.float32(), "doc": pa.int64()}
         elsewhere: set[str] = set()
         if sequences:
             types = {"sequence": pa.int64(), "first": pa.int32(), "end": pa.int32()}
-            elsewhere = set(sequences[0].schema.names)
+            elsewhere = set() if of_rows else set(sequences[0].schema.names)
         query = {n: f for n, f in stored(schema.query).items() if n not in elsewhere}
         types |= {name: f.raw_type if raw_text else f.arrow_type() for name, f in query.items()}
         most_targets = min((history.max_items for history in histories_of(schema.query).values()), default=2**31)

@@ -1,4 +1,7 @@
-"""The catalogue (the corpus): every document's features once, memory-mapped; pairs refer to its rows."""
+"""The catalogue (the corpus): every document's features once, memory-mapped; pairs refer to its rows.
+
+Where features changed, a document's row has the newest ones; rows behind the documents' are earlier versions of some.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import numpy as np
 
 from bigdssm.dataset.mapped import MappedTable
 from bigdssm.dataset.tensors import Features, to_features
+from bigdssm.dataset.versions import Versions
 from bigdssm.errors import DataError
 from bigdssm.features.ragged import Column
 from bigdssm.hashing import file_checksum, hash64
@@ -19,9 +23,14 @@ from bigdssm.schema import Schema
 class Catalogue:
     """Documents 0 … num_docs - 1."""
 
-    def __init__(self, paths: Sequence[Path], schema: Schema, pad_token_id: int) -> None:
-        """Map the catalogue's files. Raises DataError: missing, unreadable, or without a column of the schema."""
-        self._table = MappedTable(paths)
+    def __init__(
+        self, paths: Sequence[Path], schema: Schema, pad_token_id: int, versions: Versions | None = None
+    ) -> None:
+        """Map the catalogue's files; of those of `versions` the documents' stand first.
+
+        Raises DataError: missing, unreadable, or without a column of the schema.
+        """
+        self._table, self.versions = MappedTable(paths), versions
         self._schema, self._pad_token_id = schema, pad_token_id
         names = self._table.schema.names
         for name in ("doc_key", "doc_id", "display", *schema.doc):
@@ -31,7 +40,12 @@ class Catalogue:
     @property
     def num_docs(self) -> int:
         """Return the number of documents."""
-        return self._table.num_rows
+        return self._table.num_rows if self.versions is None else self.versions.num_docs
+
+    @property
+    def every_row(self) -> np.ndarray:
+        """Return the rows of all documents and of whatever they were before, int64."""
+        return np.arange(self.num_docs if self.versions is None else self.num_docs + self._table.num_rows)
 
     @property
     def file_rows(self) -> list[int]:
@@ -41,23 +55,27 @@ class Catalogue:
     @cached_property
     def doc_ids(self) -> np.ndarray:
         """Return all documents' ids, int64 [num_docs]."""
-        return self._table.whole("doc_id")
+        return self._table.whole("doc_id")[: self.num_docs]
+
+    def _at(self, rows: np.ndarray) -> np.ndarray:
+        return rows if self.versions is None else self.versions.place(rows)
 
     def ids(self, rows: np.ndarray) -> np.ndarray:
         """Return the ids of the documents at `rows`, int64."""
-        return np.asarray(self._table.take("doc_id", rows))
+        return np.asarray(self._table.take("doc_id", self._at(rows)))
 
     def columns(self, rows: np.ndarray) -> dict[str, Column]:
         """Return the features of the documents at `rows` (int64 [n]) as columns."""
-        return {name: self._table.take(name, rows) for name in self._schema.doc}
+        at = self._at(rows)
+        return {name: self._table.take(name, at) for name in self._schema.doc}
 
     def column(self, feature: str, rows: np.ndarray) -> Column:
         """Return one feature of the documents at `rows` (int64 [n])."""
-        return self._table.take(feature, rows)
+        return self._table.take(feature, self._at(rows))
 
     def codes(self, feature: str, rows: np.ndarray) -> np.ndarray:
         """Return the int32 codes of one categorical feature at `rows`."""
-        return np.asarray(self._table.take(feature, rows))
+        return np.asarray(self._table.take(feature, self._at(rows)))
 
     def features(self, rows: np.ndarray) -> Features:
         """Return the features of the documents at `rows` (int64 [n]) as tensors of n rows."""
@@ -65,11 +83,11 @@ class Catalogue:
 
     def keys(self, rows: np.ndarray) -> list[str]:
         """Return the documents' own ids, as in their table."""
-        return self._table.strings("doc_key", rows)
+        return self._table.strings("doc_key", self._at(rows))
 
     def display(self, rows: np.ndarray) -> list[str]:
         """Return what is shown to people."""
-        return self._table.strings("display", rows)
+        return self._table.strings("display", self._at(rows))
 
     @cached_property
     def _by_id(self) -> np.ndarray:

@@ -24,6 +24,7 @@ from bigdssm.dataset.partition import FORMAT, Partition, inside, read_json, read
 from bigdssm.dataset.remote import RemoteFolder
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.sequences import Targets
+from bigdssm.dataset.versions import CatalogueFile, Versions
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import History, TextTokenizer, ragged
 from bigdssm.features.base import OUT_OF_VOCABULARY
@@ -36,15 +37,6 @@ log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class CatalogueFile:
-    """One file of a catalogue."""
-
-    path: Path
-    rows: int
-    checksum: str
-
-
-@dataclass(frozen=True)
 class Head:
     """What holds for all partitions of a dataset."""
 
@@ -52,6 +44,7 @@ class Head:
     name: str
     schema: Schema
     text: str = "tokens"  # how texts stand in blocks; "raw": as they are
+    users: str = "sequences"  # where users' features stand for training; "rows": in blocks, as of each row
 
 
 class Dataset:
@@ -63,8 +56,12 @@ class Dataset:
         self.dir, self.name, self.schema = head.dir, head.name, head.schema
         self.tokenizer_dir: Path | None = head.dir / "tokenizer" if head.schema.has_text else None
         self.pad_token_id, self.vocab_size, self.tokenizer_hash = _read_tokenizer(self.tokenizer_dir)
-        self.catalogue = Catalogue([file.path for file in catalogue_files], head.schema, self.pad_token_id)
-        got, expected = self.catalogue.file_rows, [file.rows for file in catalogue_files]
+        first = [file for file in catalogue_files if file.since is None]
+        newer = [file for file in catalogue_files if file.since is not None]
+        versions = Versions.read(sum(file.rows for file in first), newer)
+        paths = [file.path for file in [*first, *newer]]
+        self.catalogue = Catalogue(paths, head.schema, self.pad_token_id, versions)
+        got, expected = self.catalogue.file_rows, [file.rows for file in [*first, *newer]]
         if got != expected:
             raise DataError(f"{self.dir}/catalogue: the files have {got} rows, dataset.json says {expected}")
         files = [partition.sequence_files for partition in partitions]
@@ -82,9 +79,10 @@ class Dataset:
         self._sequence_base = offsets_of(np.array([table.num_rows for table in tables], np.int64))
         self.layout = Layout.of(
             head.schema, num_docs=tuple(partition.num_docs for partition in partitions),
-            vocab_size=self.vocab_size, sequences=tables, raw_text=head.text == "raw",
+            vocab_size=self.vocab_size, sequences=tables, raw_text=head.text == "raw", of_rows=head.users == "rows",
         )  # fmt: skip
         self._first_doc = np.array([partition.first_doc for partition in partitions])
+        self._numbers = np.array([partition.number for partition in partitions])
         self._indexes: dict[str, SplitIndex] = {}
         self.sources: tuple[MixturePart, ...] = ()  # of a mixture; none: all partitions are one
         self.batches: MixtureBatches = "mixed"  # of a mixture
@@ -126,8 +124,14 @@ class Dataset:
             raise DataError(f"{folder}/dataset.json names no catalogue; make the dataset again")
         files = [CatalogueFile(inside(folder, f["file"]), f["rows"], f["checksum"]) for f in content["catalogue"]]
         num_docs = sum(file.rows for file in files)
-        read = [replace(read_partition(folder, name), num_docs=num_docs, remote=remote) for name in names]
-        head = Head(folder, content["name"], schema, content.get("text", "tokens"))
+        for f in content.get("versions", []):
+            since = known.index(f["since"])
+            files.append(CatalogueFile(inside(folder, f["file"]), f["rows"], f["checksum"], since))
+        read = [
+            replace(read_partition(folder, name), number=known.index(name), num_docs=num_docs, remote=remote)
+            for name in names
+        ]
+        head = Head(folder, content["name"], schema, content.get("text", "tokens"), content.get("users", "sequences"))
         dataset = cls(head, read, files)
         if remote is not None:
             dataset.pickled = partial(cls.open, cache=remote.cache), (remote.url, names)
@@ -203,18 +207,28 @@ class Dataset:
         if self.sequences is not None:
             sequence, first, end = (np.asarray(columns[name], np.int64) for name in ("sequence", "first", "end"))
             sequence = sequence + self._sequence_base[partition]
-            return self._pieces(split, step, row_ids, self.sequences, sequence, first, end)
+            of_rows = {name: columns[name] for name in self.layout.query}
+            return self._pieces(split, step, row_ids, self.sequences, sequence, first, end, of_rows)
         query = {name: columns[name] for name in self.schema.query}
+        doc_rows = np.asarray(columns["doc"]) + self._first_doc[partition]
         return Rows(
-            step=step, row_ids=row_ids, query=query, doc_rows=np.asarray(columns["doc"]) + self._first_doc[partition],
-            relevance=np.asarray(columns["relevance"]), query_ids=np.asarray(columns["query_id"]),
+            step=step, row_ids=row_ids, query=query, doc_rows=doc_rows, relevance=np.asarray(columns["relevance"]),
+            query_ids=np.asarray(columns["query_id"]), doc_versions=self._seen(doc_rows, partition),
         )  # fmt: skip
+
+    def _seen(self, documents: np.ndarray, partition: np.ndarray) -> np.ndarray | None:
+        """Return the catalogue rows of documents as rows of partitions see them; None where no document has changed."""
+        versions = self.catalogue.versions
+        return None if versions is None else versions.seen(documents, self._numbers[partition])
 
     def _pieces(
         self, split: str, step: int, row_ids: np.ndarray, table: MappedTable,
-        sequence: np.ndarray, first: np.ndarray, end: np.ndarray,
+        sequence: np.ndarray, first: np.ndarray, end: np.ndarray, of_rows: dict[str, Column],
     ) -> Rows:  # fmt: skip
-        """Return rows that are pieces of sequences: a query for each target that can be used."""
+        """Return rows that are pieces of sequences: a query for each target that can be used.
+
+        `of_rows` are features that stand in the blocks.
+        """
         targets = Targets.of(table, sequence, first, end)
         targets = targets.take(targets.good(self.catalogue.num_docs))
         query: dict[str, Column] = {}
@@ -224,12 +238,13 @@ class Dataset:
                 # what the last query has seen; the others, of one left edge with it, have seen less of it
                 query[name], left_edge = self._history(feature, table, sequence, end - 1)
             else:
-                query[name] = table.take(name, sequence)
+                query[name] = of_rows[name] if name in of_rows else table.take(name, sequence)
         single = self.num_queries(split) == self.num_rows(split)
         return Rows(
             step=step, row_ids=row_ids, query=query, doc_rows=targets.item, relevance=targets.relevance,
             query_ids=np.asarray(table.take("query_id", sequence[targets.row])), row=None if single else targets.row,
             place=targets.place, left_edge=left_edge, sequence=sequence, sequences=table,
+            doc_versions=self._seen(targets.item, self._partition_of(sequence[targets.row])),
         )  # fmt: skip
 
     def one_query_each(self, rows: Rows) -> Rows:
@@ -252,14 +267,23 @@ class Dataset:
         """Return the codes of the newest of the items that were seen, and the place of the oldest of them."""
         left_edge = np.maximum(0, seen - feature.max_items)
         items = table.take_slices("items", sequence, left_edge, seen)
-        return type(items)(self._codes(str(feature.of), items.values), items.offsets), left_edge
+        partition = np.repeat(self._partition_of(sequence), items.lengths)
+        return type(items)(self._codes(str(feature.of), items.values, partition), items.offsets), left_edge
 
-    def _codes(self, feature: str, docs: np.ndarray) -> np.ndarray:
-        """Return the codes of catalogue rows in a history; of one that is none, which is bad as a target, unknown."""
+    def _partition_of(self, sequence: np.ndarray) -> np.ndarray:
+        """Return the number of the partition that each sequence stands in, int64."""
+        return np.searchsorted(self._sequence_base, sequence, "right") - 1
+
+    def _codes(self, feature: str, docs: np.ndarray, partition: np.ndarray) -> np.ndarray:
+        """Return the codes of documents in histories, as rows of partitions see them.
+
+        Of one that is none, which is bad as a target, it is unknown.
+        """
         known = (docs >= 0) & (docs < self.catalogue.num_docs)
-        if known.all():
-            return self.catalogue.codes(feature, docs)
-        return np.where(known, self.catalogue.codes(feature, np.where(known, docs, 0)), OUT_OF_VOCABULARY)
+        docs = docs if known.all() else np.where(known, docs, 0)
+        seen = self._seen(docs, partition)
+        codes = self.catalogue.codes(feature, docs if seen is None else seen)
+        return codes if known.all() else np.where(known, codes, OUT_OF_VOCABULARY)
 
     def _column(self, name: str, array: pa.Array) -> Column:
         """Return a block's column, texts tokenised."""

@@ -14,9 +14,10 @@ from dataclasses import replace
 
 from bigdssm.config import DataConfig, SourceConfig
 from bigdssm.dataset.cache import Cache
-from bigdssm.dataset.dataset import CatalogueFile, Dataset
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.mixture import MixtureBatches, MixturePart, steps_per_round
 from bigdssm.dataset.partition import Partition
+from bigdssm.dataset.versions import CatalogueFile
 from bigdssm.errors import ConfigError
 from bigdssm.urls import is_url
 
@@ -70,6 +71,7 @@ def _check_same(first: Dataset, other: Dataset, name: str) -> None:
         difference = "the tokenizers differ"
     for what, mine, its in (
         ("texts", first.head.text, other.head.text),
+        ("users' features", first.head.users, other.head.users),
         ("sequences", first.sequences is not None, other.sequences is not None),
     ):
         if difference is None and mine != its:
@@ -104,7 +106,7 @@ def _join_catalogues(parts: Sequence[Dataset]) -> tuple[list[CatalogueFile], lis
                     f"data.mixture: {part.dir} cannot be mixed with {parts[0].dir}: their catalogues differ, and "
                     f"histories need one; put the interactions into one dataset, as partitions (make_shards --append)"
                 )
-            starts[key] = sum(file.rows for file in files)
-            files += part.catalogue_files
+            starts[key] = sum(file.rows for file in files if file.since is None)
+            files += [replace(file, first_doc=starts[key]) for file in part.catalogue_files]
         first_doc.append(starts[key])
     return files, first_doc

@@ -28,8 +28,8 @@ class MappedTable:
         for path in self.paths:
             reader = open_arrow(path)
             batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-            if self._batches and reader.schema.names != self._batches[0].schema.names:
-                others = self._batches[0].schema.names
+            others = self._batches[0].schema.names if self._batches else []
+            if not set(others) <= set(reader.schema.names):
                 raise DataError(f"{path} has columns {reader.schema.names}, {self.paths[0]} has {others}")
             self._batches += [batch for batch in batches if batch.num_rows]
             self.file_rows.append(sum(batch.num_rows for batch in batches))
@@ -74,13 +74,25 @@ class MappedTable:
 
     def strings(self, name: str, rows: np.ndarray) -> list[str]:
         """Return the strings of a column at `rows`."""
-        columns = [batch.column(batch.schema.get_field_index(name)) for batch in self._batches]
-        batch_of, local = self._locate(rows)
-        return [columns[b][i].as_py() for b, i in zip(batch_of.tolist(), local.tolist(), strict=True)]
+        return list(self.arrow(name, rows).to_pylist())
 
-    def _locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def arrow(self, name: str, rows: np.ndarray) -> pa.Array:
+        """Return a column's values at `rows` (int64, each inside the table), in that order."""
+        if not len(rows):
+            return pa.array([], self.schema.field(name).type)
+        groups, local, back = self._by_batch(rows)
+        pieces = [self._batches[b].column(name).take(pa.array(local[group])) for b, group in groups]
+        return pa.concat_arrays(pieces).take(pa.array(back))
+
+    def _by_batch(self, rows: np.ndarray) -> tuple[list[tuple[int, np.ndarray]], np.ndarray, np.ndarray]:
+        """Return each record batch with those of `rows` that it has, all rows' places there, and the order back."""
         batch_of = np.searchsorted(self._starts, rows, "right") - 1
-        return batch_of, rows - self._starts[batch_of]
+        order = np.argsort(batch_of, kind="stable")
+        found, begins = np.unique(batch_of[order], return_index=True)
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        groups = list(zip(found.tolist(), np.split(order, begins[1:]), strict=True))
+        return groups, rows - self._starts[batch_of], back
 
     def _gather(self, name: str, rows: np.ndarray, cut, *more: np.ndarray):  # type: ignore[no-untyped-def]
         parts = self._parts(name)
@@ -89,11 +101,6 @@ class MappedTable:
         if not len(rows):
             empty = from_arrow(pa.array([], self.schema.field(name).type))
             return cut(parts[0] if parts else empty, rows, *more)
-        batch_of, local = self._locate(rows)
-        order = np.argsort(batch_of, kind="stable")
-        found, begins = np.unique(batch_of[order], return_index=True)
-        groups = np.split(order, begins[1:])
-        pieces = [cut(parts[b], local[g], *(m[g] for m in more)) for b, g in zip(found.tolist(), groups, strict=True)]
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
+        groups, local, back = self._by_batch(rows)
+        pieces = [cut(parts[b], local[group], *(m[group] for m in more)) for b, group in groups]
         return ragged.take(ragged.concat(pieces), back)

@@ -21,7 +21,8 @@ class Partition:
     name: str
     folder: Path
     content: dict[str, Any]  # of partition.json
-    num_docs: int = 0  # rows of its dataset's catalogue
+    number: int = 0  # among all of its dataset
+    num_docs: int = 0  # documents of its dataset's catalogue
     first_doc: int = 0  # where that catalogue begins in the one of several joined datasets
     remote: RemoteFolder | None = None  # where the dataset is at a URL
 

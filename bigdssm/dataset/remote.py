@@ -94,7 +94,7 @@ class RemoteFolder:
                 self._large(file, checksum)
             for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
                 self._small(f"tokenizer/{file}", optional=True)
-            for part in content["catalogue"]:
+            for part in [*content["catalogue"], *content.get("versions", [])]:
                 self._large(part["file"], part["checksum"])
             wanted = names[names.index(first) :] if first in names else names if partitions is None else partitions
             for name in names:

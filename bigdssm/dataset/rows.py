@@ -25,7 +25,7 @@ class Rows:
     step: int
     row_ids: np.ndarray  # int64 [R]: the row's number in the split
     query: dict[str, Column]  # of each row
-    doc_rows: np.ndarray  # int64 [m]: catalogue rows; -1 without a catalogue
+    doc_rows: np.ndarray  # int64 [m]: the documents' catalogue rows; -1 without a catalogue
     relevance: np.ndarray  # float32 [m]
     query_ids: np.ndarray  # int64 [m]
     row: np.ndarray | None = None  # int64 [m], ascending: the row of each query; None: each row is one
@@ -34,6 +34,7 @@ class Rows:
     sequence: np.ndarray | None = None  # int64 [R]: the number of the row's sequence
     doc: dict[str, Column] = field(default_factory=dict)  # rows that bring their documents: the features of each
     doc_ids: np.ndarray | None = None  # int64 [m], of rows that bring their documents
+    doc_versions: np.ndarray | None = None  # int64 [m]: those of the documents as the rows see them; None: as they are
     sequences: MappedTable | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -120,4 +121,4 @@ class Rows:
 
 
 _OF_ROWS = ("row_ids", "sequence", "left_edge")
-_OF_QUERIES = ("doc_rows", "relevance", "query_ids", "place", "doc_ids")
+_OF_QUERIES = ("doc_rows", "relevance", "query_ids", "place", "doc_ids", "doc_versions")

@@ -89,6 +89,18 @@ def strings(check: RowCheck, name: str, *, trim: bool = True) -> pa.Array:
     return pc.utf8_trim_whitespace(array) if trim else array
 
 
+def ids(check: RowCheck, name: str, *, lacks: str = "") -> pa.Array:
+    """Return a column of ids as large_string; a row without one (which `lacks` what it is of) is failed.
+
+    So is one with a NUL character, which no command line can name.
+    """
+    values = strings(check, name)
+    check.fail(is_empty(values), f"{lacks and f'no {lacks}: '}{name} is empty")
+    with_nul = pc.match_substring(values, "\0").to_numpy(zero_copy_only=False)
+    check.fail(with_nul, f"{name} is {{}}, needs an id without a NUL character", values)
+    return values
+
+
 def _float_strings(array: pa.Array) -> pa.Array:
     values = array.cast(pa.float64()).to_numpy(zero_copy_only=False)
     finite = values[np.isfinite(values)]

@@ -32,6 +32,7 @@ ROW = pa.schema(
         ("end_", pa.int32()),  # `end` is a word of SQL
         ("shuffle", pa.int64()),  # a hash of the place
         ("place", pa.int64()),  # of the last event
+        ("time", pa.float64()),  # of the first target
     ]
 )
 POSITIVE = pa.schema([("doc", pa.int64()), ("count", pa.int64())])
@@ -155,6 +156,7 @@ class Cutting:
             (place[newest] + 1).astype(np.int32),
             shuffle_keys(at, self.seed),
             at,
+            events.time[oldest],
         )
         return pa.table(list(columns), schema=ROW)
 

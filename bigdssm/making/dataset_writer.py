@@ -38,7 +38,7 @@ from bigdssm.making.quarantine import Quarantine
 from bigdssm.schema import SCHEMA_FILE, VOCABULARIES, Schema
 
 DATASET_FILE, QUARANTINE_FILE = "dataset.json", "quarantine.jsonl"
-TOKENIZER, CATALOGUE, PARTITIONS = "tokenizer", "catalogue", "partitions"
+TOKENIZER, CATALOGUE, VERSIONS, PARTITIONS = "tokenizer", "catalogue", "versions", "partitions"
 LOCK = "lock"
 PREVIOUS_SCHEMA = "schema.previous.json"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -148,11 +148,27 @@ class DatasetWriter:
                 )
         self.content["ids"] = known
 
+    def place_users(self, where: Literal["sequences", "rows"]) -> None:
+        """Note where users' features stand: with their sequences alone or, as of each row, with the rows, too.
+
+        Raises ConfigError where the dataset that grows has them elsewhere.
+        """
+        known = self.content.get("users", "sequences") if self.append else where
+        if known != where:
+            fix = {"rows": "give --users-time-column", "sequences": "leave out --users-time-column"}[known]
+            have = {"rows": "users' features as of each row", "sequences": "one row of features for each user"}[known]
+            raise ConfigError(f"{self.out} has {have}, so {fix} here, too")
+        if where == "rows":
+            self.content["users"] = where
+
     def commit(
-        self, schema: Schema, catalogue: list[dict[str, Any]], splits: dict[str, Any], counts_checksum: str,
-        sequences: Sequence[dict[str, Any]],
+        self, schema: Schema, catalogue: list[dict[str, Any]], versions: list[dict[str, Any]], splits: dict[str, Any],
+        counts_checksum: str, sequences: Sequence[dict[str, Any]],
     ) -> None:  # fmt: skip
-        """Write the partition's and the dataset's JSON and move everything into place."""
+        """Write the partition's and the dataset's JSON and move everything into place.
+
+        `catalogue` are the files of new documents, `versions` those of known ones with other features.
+        """
         self.quarantine.close()
         described: dict[str, Any] = {"name": self.partition, "splits": splits, "counts_checksum": counts_checksum}
         if sequences:
@@ -160,12 +176,16 @@ class DatasetWriter:
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
         write_json(self.partition_dir / "partition.json", {**described, "fingerprint": digest[:16]})
         new = [{**part, "file": f"{CATALOGUE}/{part['file']}"} for part in catalogue]
+        newer = [{**part, "file": f"{CATALOGUE}/{part['file']}", "since": self.partition} for part in versions]
+        newer = [*self.content.get(VERSIONS, []), *newer]
         dataset = {
             "format": FORMAT,
             "name": self.out.resolve().name,
             "schema": schema.fingerprint(),
             "text": self.content["text"],
             "ids": self.content["ids"],
+            **({"users": self.content["users"]} if "users" in self.content else {}),
+            **({VERSIONS: newer} if newer else {}),
             "tokenizer": self._tokenizer_checksums(),
             "catalogue": [*self.content["catalogue"], *new],
             PARTITIONS: [*self.content[PARTITIONS], self.partition],

@@ -15,17 +15,26 @@ from bigdssm.dataset.keys import Keys, write_keys
 from bigdssm.features import Feature
 from bigdssm.making.dataset_writer import DatasetWriter
 from bigdssm.making.engine import Engine
+from bigdssm.making.known_documents import TOLD
 from bigdssm.making.steps import Table
 from bigdssm.string_hashes import hash_strings
 
-DOCUMENT_COLUMNS = ("place", "doc_id", "content", "doc_key", "display")
+DOCUMENT_COLUMNS = {
+    "place": pa.int64(),
+    "doc_id": pa.int64(),
+    "content": pa.int64(),
+    "doc_key": pa.large_string(),
+    "display": pa.large_string(),
+}
 
 
 def document_schema(features: Mapping[str, Feature]) -> pa.Schema:
-    """Return the schema of documents between two steps: their keys, and canonical features as columns d0, d1, …"""
-    types = (pa.int64(), pa.int64(), pa.int64(), pa.large_string(), pa.large_string())
-    fields = list(zip(DOCUMENT_COLUMNS, types, strict=True))
-    return pa.schema([*fields, *spooled("d", features)])
+    """Return the schema of documents between two steps: their keys, canonical features as columns d0, d1, …, and
+
+    what `KnownDocuments.compared` adds.
+    """
+    compared = [("document", pa.int64()), (TOLD, pa.int32())]
+    return pa.schema([*DOCUMENT_COLUMNS.items(), *spooled("d", features), *compared])
 
 
 def spooled(prefix: str, features: Mapping[str, Feature]) -> list[tuple[str, pa.DataType]]:
@@ -57,7 +66,7 @@ def _filled(column: pa.Array, feature: Feature) -> pa.Array:
 def document_rows(
     place: np.ndarray, content: np.ndarray, keys: pa.Array, display: pa.Array, table: pa.Table
 ) -> pa.Table:
-    """Return rows of `document_schema`; a document without a display is shown by its key."""
+    """Return rows of `document_schema`, not yet compared; a document without a display is shown by its key."""
     shown = pc.if_else(pc.equal(display, ""), keys, display)
     columns = [pa.array(place), pa.array(hash_strings(keys)), pa.array(content), keys, shown, *table.columns]
     names = [*DOCUMENT_COLUMNS, *(f"d{number}" for number in range(table.num_columns))]
@@ -70,11 +79,12 @@ def _chunk(column: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 @dataclass(frozen=True)
 class Documents:
-    """The new documents of a making, in order, and where all of them stand in the catalogue."""
+    """The new and changed documents of a making, in order, and where all documents stand in the catalogue."""
 
     table: Table
     first: int  # the catalogue row of the first new one
     keys: Keys  # of all documents, by doc_id
+    changed: Table | None = None  # known ones with other features; `document` is each one's catalogue row
 
     @property
     def total(self) -> int:
@@ -83,15 +93,23 @@ class Documents:
 
 
 def number_documents(engine: Engine, writer: DatasetWriter) -> Documents:
-    """Return the engine's `found_documents`, numbered behind those that the dataset has; they get a key file."""
+    """Return the engine's `found_documents`, numbered behind those that the dataset has; they get a key file.
+
+    Of several rows of one document the first tells its features: those that do are `told_documents`.
+    """
     engine.view("first_documents", first_of("found_documents", "doc_id"))
-    table = engine.select("documents", "SELECT * FROM first_documents WHERE nth = 1", order="place, doc_id")
+    engine.view("told_documents", f"SELECT * FROM first_documents WHERE nth = 1 AND {TOLD} = 1")
+    table = engine.select("documents", "SELECT * FROM told_documents WHERE document < 0", order="place, doc_id")
+    changed = None
+    if writer.append:
+        known = "SELECT * FROM told_documents WHERE document >= 0"
+        changed = engine.select("changed_documents", known, order="document")
     by_id = engine.select("document_ids", "SELECT doc_id, number FROM documents", order="doc_id")
     files, first = writer.key_files, writer.num_known_docs
     if table.num_rows:
         place_keys(engine, by_id, "doc_id", first, writer.new_key_file)
         files = [*files, writer.new_key_file]
-    return Documents(table, first, Keys(files))
+    return Documents(table, first, Keys(files), changed)
 
 
 def first_of(table: str, key: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,13 @@ from bigdssm.features.columns import (
     SourceBatch,
     TimeUnits,
     check_time_units,
-    is_empty,
+    ids,
     relevances,
     strings,
     times,
 )
 from bigdssm.features.fitting import canonical
+from bigdssm.making.as_of import versions_of
 from bigdssm.making.documents import (
     Documents,
     document_rows,
@@ -34,9 +35,8 @@ from bigdssm.making.documents import (
     number_documents,
     spooled,
 )
-from bigdssm.making.making import (
-    Making,
-)
+from bigdssm.making.known_documents import KnownDocuments
+from bigdssm.making.making import Making
 from bigdssm.making.reading import PLACE_BITS, PartOfTable, places, read_part
 from bigdssm.making.steps import FirstRows, RowFile, Table, read_facts
 from bigdssm.schema import Schema
@@ -67,6 +67,7 @@ class InteractionTables:
     user_column: str = "user_id"
     item_column: str = "item_id"
     time_column: str | None = "timestamp"  # none: events are in order of time already
+    users_time_column: str | None = None  # from when on a row of users holds; none: a user has one row
     rating_column: str | None = None  # becomes the relevance; without one it is 1
     min_rating: float | None = None  # events rated lower are no events
     split: Split = "leave-one-out"
@@ -78,7 +79,8 @@ def read_items(run: Making, tables: InteractionTables, base: Schema, items: Sour
     """Return the items as documents. Raises DataError where there are none."""
     engine, writer = run.engine, run.writer
     shown = base.display or tables.item_column
-    folders = run.read("items", [items], _ItemReader(tables.item_column, shown, base.doc, Keys(writer.key_files)))
+    known = KnownDocuments.of(writer.out, writer.content, Keys(writer.key_files))
+    folders = run.read("items", [items], _ItemReader(tables.item_column, shown, base.doc, known))
     engine.table("found_documents", [folder / "documents.parquet" for folder in folders])
     documents = number_documents(engine, writer)
     _refuse_repeated(run, items, "first_documents", "doc_key", tables.item_column)
@@ -92,7 +94,7 @@ class _ItemReader:
     key: str
     shown: str
     features: dict[str, Feature]
-    known: Keys
+    known: KnownDocuments
 
     @property
     def columns(self) -> list[str | None]:
@@ -106,15 +108,13 @@ class _ItemReader:
         num_good = 0
         for batch in batches:
             check = RowCheck(batch, bad)
-            keys, display = strings(check, self.key), strings(check, self.shown)
-            check.fail(is_empty(keys), f"{self.key} is empty")
+            keys, display = ids(check, self.key), strings(check, self.shown)
             table = canonical(check, self.features)
             rows = document_rows(places(part, batch), hash_rows(table), keys, display, table).filter(
                 pa.array(check.good)
             )
             num_good += rows.num_rows
-            new = self.known.find(rows.column("doc_id").to_numpy()) < 0
-            file.add(rows.filter(pa.array(new)))
+            file.add(self.known.compared(rows))
         return {"num_good": num_good}
 
 
@@ -132,49 +132,65 @@ def _refuse_repeated(run: Making, source: Source, table: str, key: str, column: 
         )
 
 
-def read_users(run: Making, tables: InteractionTables, user: dict[str, Feature], users: Source) -> None:
-    """Have the engine know the rows of the users table as `users`."""
-    folders = run.read("users", [users], _UserReader(tables.user_column, user))
-    run.engine.table("found_users", [folder / "users.parquet" for folder in folders])
-    run.engine.view("users", first_of("found_users", "user_id"))
+def read_users(
+    run: Making, tables: InteractionTables, user: dict[str, Feature], users: Source
+) -> list[Mapping[str, Any]]:
+    """Have the engine know the rows of the users table as `users`, and those that are served as `newest_users`.
+
+    Returns the facts of their times, if they have some.
+    """
+    engine = run.engine
+    folders = run.read("users", [users], _UserReader(tables.user_column, tables.users_time_column, user))
+    engine.table("found_users", [folder / "users.parquet" for folder in folders])
+    if tables.users_time_column is not None:
+        engine.view("users", versions_of("found_users"))
+        engine.view("newest_users", "SELECT * FROM users WHERE from_newest = 1")
+        return [read_facts(folder) for folder in folders]
+    engine.view("users", first_of("found_users", "user_id"))
+    engine.view("newest_users", "SELECT * FROM users WHERE nth = 1")
     _refuse_repeated(run, users, "users", "key", tables.user_column)
+    return []
 
 
 @dataclass(frozen=True)
 class _UserReader:
     key: str
+    time: str | None
     features: dict[str, Feature]
 
     @property
     def columns(self) -> list[str | None]:
-        return [self.key, *(c for feature in self.features.values() for c in feature.source_columns)]
+        return [self.key, self.time, *(c for feature in self.features.values() for c in feature.source_columns)]
 
     def __call__(self, part: PartOfTable, folder: Path) -> None:
-        schema = pa.schema([*USER, *spooled("u", self.features)])
+        schema = pa.schema([*USER, ("time", pa.float64()), *spooled("u", self.features)])
         with RowFile(folder / "users.parquet", schema) as file:
             read_part(part, self.columns, folder, partial(self._read, part, file))
 
     def _read(self, part: PartOfTable, file: RowFile, batches: Iterator[SourceBatch], bad: ReportBad) -> dict[str, Any]:
-        num_good = 0
+        num_good, units = 0, TimeUnits()
         for batch in batches:
             check = RowCheck(batch, bad)
-            keys = strings(check, self.key)
-            check.fail(is_empty(keys), f"{self.key} is empty")
+            keys = ids(check, self.key)
+            moment = times(check, self.time) if self.time else np.zeros(len(keys))
             table = canonical(check, self.features)
-            columns = [pa.array(places(part, batch)), pa.array(hash_strings(keys)), keys, *table.columns]
-            rows = pa.Table.from_arrays(columns, names=file.schema.names).filter(pa.array(check.good))
-            num_good += rows.num_rows
-            file.add(rows)
-        return {"num_good": num_good}
+            known = [pa.array(places(part, batch)), pa.array(hash_strings(keys)), keys, pa.array(moment)]
+            rows = pa.Table.from_arrays([*known, *table.columns], names=file.schema.names)
+            num_good += int(check.good.sum())
+            units.add(moment[check.good])
+            file.add(rows.filter(pa.array(check.good)))
+        return {"num_good": num_good, **units.facts()}
 
 
 def read_events(
-    run: Making, tables: InteractionTables, user: dict[str, Feature], documents: Documents, events: Source
-) -> tuple[Table, Table]:
+    run: Making, tables: InteractionTables, user: dict[str, Feature], documents: Documents, events: Source,
+    user_times: Sequence[Mapping[str, Any]],
+) -> tuple[Table, Table]:  # fmt: skip
     """Return the sequences, and the events sorted by sequence and time.
 
-    A sequence has user_id, key, its number of events `length`, and its user's features; an event has `sequence`, the
-    row of its own, item, time, relevance and place. Raises DataError where no event is left.
+    A sequence has user_id, key, its number of events `length`, and its user's newest features; an event has `sequence`,
+    the row of its own, item, time, relevance and place. `user_times` are the facts of the users' times. Raises
+    DataError where no event is left, or times are in several units.
     """
     engine, quarantine = run.engine, run.writer.quarantine
     folders = run.read("events", [events], _EventReader(tables, documents.keys))
@@ -186,6 +202,9 @@ def read_events(
         low = f"; {num_low} are rated below {tables.min_rating}" if num_low else ""
         raise DataError(f"{events.name}: no interaction is left to train on{low}{quarantine.told()}")
     check_time_units(facts, f"{events.name}, column {tables.time_column!r}")
+    if user_times:
+        beside = f"with {tables.users}, column {tables.users_time_column!r},"
+        check_time_units([*facts, *user_times], f"{events.name}, column {tables.time_column!r}, {beside}")
     if num_low:
         run.notes.append(f"{num_low} interactions are rated below {tables.min_rating} and left out")
     engine.view("first_sequences", first_of("found_sequences", "user_id"))
@@ -195,7 +214,7 @@ def read_events(
         "sequences",
         f"SELECT s.place, s.user_id, s.key, lengths.length{features} FROM first_sequences s "
         "JOIN lengths ON s.user_id = lengths.user_id "
-        + ("LEFT JOIN (SELECT * FROM users WHERE nth = 1) users ON s.user_id = users.user_id " if user else "")
+        + ("LEFT JOIN newest_users users ON s.user_id = users.user_id " if user else "")
         + "WHERE s.nth = 1",
         order="place, user_id",
     )
@@ -255,9 +274,7 @@ class _EventReader:
     def _events(self, check: RowCheck, place: np.ndarray) -> tuple[pa.Array, tuple[np.ndarray, ...]]:
         """Return the users of a batch, and the columns of all its events; what is wrong is reported to `check`."""
         tables = self.tables
-        users, items = strings(check, tables.user_column), strings(check, tables.item_column)
-        for name, column in ((tables.user_column, users), (tables.item_column, items)):
-            check.fail(is_empty(column), f"{name} is empty")
+        users, items = ids(check, tables.user_column), ids(check, tables.item_column)
         item = self.items.find(hash_strings(items))
         check.fail(item < 0, f"{tables.item_column} {{}} is not in {tables.items}", items)
         moment = times(check, tables.time_column) if tables.time_column else np.zeros(len(item))

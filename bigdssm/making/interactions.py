@@ -7,6 +7,7 @@ sorted by a hash of their place; shards, sequences and catalogue are written. Se
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,11 @@ from bigdssm.config import DataConfig, check_pieces
 from bigdssm.dataset.files import SEQUENCE_KEYS_FILE
 from bigdssm.dataset.partition import read_partition
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import stored
+from bigdssm.features import Feature, TextTokenizer, encode_columns, stored
+from bigdssm.making.as_of import ASKED, join_users
 from bigdssm.making.cutting import Cutting, cut_sequences
 from bigdssm.making.dataset_writer import PARTITIONS
-from bigdssm.making.documents import place_keys
+from bigdssm.making.documents import Documents, canonical_of, place_keys
 from bigdssm.making.engine import Engine
 from bigdssm.making.fitting import Side, fit, schema_to_fit
 from bigdssm.making.interaction_tables import InteractionTables, read_events, read_items, read_users
@@ -57,22 +59,17 @@ def make_interactions(
         user = stored(base.query)
         if user and users is None:
             raise ConfigError(f"the query features {', '.join(user)} need a users table; give --users")
+        as_of = bool(user) and tables.users_time_column is not None
+        writer.place_users("rows" if as_of else "sequences")
         earlier = _earlier(run)
         documents = read_items(run, tables, base, items)
-        if user and users is not None:
-            read_users(run, tables, user, users)
-        sequences, sorted_events = read_events(run, tables, user, documents, events)
+        user_times = read_users(run, tables, user, users) if user and users is not None else []
+        sequences, sorted_events = read_events(run, tables, user, documents, events, user_times)
         writer.quarantine.check()
-        sides = [Side("doc", documents.table, "d", base.doc)]
+        sides = [Side("doc", _told_documents(engine, documents), "d", base.doc)]
         if user:
-            sides.append(
-                Side(
-                    "query",
-                    engine.select("fitted_users", "SELECT * FROM users WHERE nth = 1", order="place, user_id"),
-                    "u",
-                    user,
-                )
-            )
+            fitted = "SELECT * FROM users" if as_of else "SELECT * FROM newest_users"
+            sides.append(Side("query", engine.select("fitted_users", fitted, order="place, user_id"), "u", user))
         schema, text = fit(
             engine, base, config, sides, folder=writer.tokenizer_dir, grow=writer.append, like=target.like
         )  # fmt: skip
@@ -84,7 +81,11 @@ def make_interactions(
         cut = cut_sequences(run, cutting, has_times=tables.time_column is not None)
         by_id = engine.select("sequence_ids", "SELECT user_id, number FROM sequences", order="user_id")
         place_keys(engine, by_id, "user_id", 0, writer.partition_dir / SEQUENCE_KEYS_FILE)
-        entries = run.write_splits(_sorted_splits(engine, tables), block_columns)
+        if as_of and (too_early := join_users(engine, len(user))):
+            run.notes.append(f"{too_early} rows are older than all that {tables.users} has of their users: no features")
+        of_rows = cutting.user if as_of else {}
+        encode = partial(_encoded, of_rows, text)
+        entries = run.write_splits(_sorted_splits(engine, tables, of_rows), encode)
         counted = engine.select(
             "positives", "SELECT doc, CAST(sum(count) AS BIGINT) AS n FROM cut_positives GROUP BY doc", order="doc"
         ).read()
@@ -92,6 +93,13 @@ def make_interactions(
             raise DataError("every relevance in the train split is 0, so that nothing can be learned from it")
         positives = (counted.column("doc").to_numpy(), counted.column("n").to_numpy())
         return run.finish(schema, text, documents, entries, positives, cut)
+
+
+def _told_documents(engine: Engine, documents: Documents) -> Table:
+    """Return the new documents and those that have changed."""
+    if documents.changed is None:
+        return documents.table
+    return engine.select("fitted_documents", "SELECT * FROM told_documents", order="place, doc_id")
 
 
 def _files(tables: InteractionTables) -> tuple[Path | str, Path | str | None, Path | str]:
@@ -108,6 +116,10 @@ def _check(config: DataConfig, tables: InteractionTables) -> None:
         raise ConfigError("--split time needs a --time-column")
     if isinstance(open_table(tables.interactions), SparkTable) and tables.time_column is None:
         raise ConfigError(f"{tables.interactions}: what Spark gives is in no order; name a --time-column")
+    if tables.users_time_column is not None and tables.users is None:
+        raise ConfigError(f"--users-time-column {tables.users_time_column} needs a users table; give --users")
+    if tables.users_time_column is not None and tables.time_column is None:
+        raise ConfigError(f"--users-time-column {tables.users_time_column} needs a --time-column of the events")
     if tables.min_rating is not None and (tables.rating_column is None or not np.isfinite(tables.min_rating)):
         raise ConfigError(f"--min-rating {tables.min_rating} needs a finite number, and a --rating-column")
 
@@ -132,12 +144,16 @@ def _earlier(run: Making) -> tuple[tuple[tuple[Path, ...], Path], ...]:
     return tuple(found)
 
 
-def _sorted_splits(engine: Engine, tables: InteractionTables) -> dict[str, Table]:
-    """Return every split's rows in the order in which they are written. Raises DataError where train has none."""
+def _sorted_splits(engine: Engine, tables: InteractionTables, of_rows: dict[str, Feature]) -> dict[str, Table]:
+    """Return every split's rows in the order in which they are written, with the features that are of rows.
+
+    Raises DataError where train has none.
+    """
     orders = {name: "sequence, first" for name in SPLITS} | {"train": "shuffle, place, sequence, first"}
-    wanted = "sequence, first, end_, shuffle, place"
+    rows = "asked_rows" if of_rows else "cut_rows"
+    wanted = ", ".join([*ASKED[1:], *(f"u{number}" for number in range(len(of_rows)))])
     splits = {
-        name: engine.select(name, f"SELECT {wanted} FROM cut_rows WHERE split = {number}", order=orders[name])
+        name: engine.select(name, f"SELECT {wanted} FROM {rows} WHERE split = {number}", order=orders[name])
         for number, name in enumerate(SPLITS)
     }
     if not splits["train"].num_rows:
@@ -145,7 +161,8 @@ def _sorted_splits(engine: Engine, tables: InteractionTables) -> dict[str, Table
     return splits
 
 
-def block_columns(rows: pa.Table) -> dict[str, pa.Array]:
+def _encoded(of_rows: dict[str, Feature], text: TextTokenizer | None, rows: pa.Table) -> dict[str, pa.Array]:
     """Return the columns of a block."""
     names = {"sequence": "sequence", "first": "first", "end": "end_"}
-    return {name: rows.column(column).combine_chunks() for name, column in names.items()}
+    columns = {name: rows.column(column).combine_chunks() for name, column in names.items()}
+    return columns | encode_columns(canonical_of(rows, "u", of_rows), of_rows, text, large=False)

@@ -19,7 +19,7 @@ from bigdssm.dataset.files import COUNTS_FILE
 from bigdssm.dataset.sequences import EVENT_COLUMNS
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import TextTokenizer, Vector
-from bigdssm.making.dataset_writer import DatasetWriter
+from bigdssm.making.dataset_writer import VERSIONS, DatasetWriter
 from bigdssm.making.documents import Documents
 from bigdssm.making.engine import Engine
 from bigdssm.making.local import LocalEngine
@@ -27,7 +27,7 @@ from bigdssm.making.quarantine import bad_rows
 from bigdssm.making.reading import PartOfTable, Unreadable, parts_of
 from bigdssm.making.spark import Cluster, SparkEngine, SparkTable
 from bigdssm.making.steps import Table, read_facts
-from bigdssm.making.writing import Encode, write_catalogue, write_counts, write_split
+from bigdssm.making.writing import Encode, write_catalogue, write_counts, write_split, write_versions
 from bigdssm.progress import Progress, no_progress
 from bigdssm.schema import SCHEMA_FILE, Schema
 from bigdssm.source import code_checksum
@@ -62,6 +62,7 @@ class Report:
     rows: dict[str, int]  # by split
     num_docs: int
     new_docs: int
+    changed_docs: int  # that the dataset had with other features
     num_bad: int
     seconds: float
     notes: tuple[str, ...] = field(default=())
@@ -128,7 +129,9 @@ class Making:
         checksum = write_counts(writer.partition_dir / COUNTS_FILE, *positives)
         first_part = len(writer.catalogue_parts)
         catalogue = write_catalogue(self.engine, documents, schema.doc, text, writer.catalogue_dir, first_part)
-        writer.commit(schema, catalogue, splits, checksum, sequences)
+        num_files = len(writer.content.get(VERSIONS, []))
+        versions = write_versions(self.engine, documents, schema.doc, text, writer.catalogue_dir, num_files)
+        writer.commit(schema, catalogue, versions, splits, checksum, sequences)
         new_docs = sum(part["rows"] for part in catalogue)
         many = [
             f"the {entry['rows']:,} rows of split {split} give {entry['queries']:,} queries"
@@ -141,6 +144,7 @@ class Making:
             rows={split: entry["rows"] for split, entry in splits.items()},
             num_docs=documents.total,
             new_docs=new_docs,
+            changed_docs=sum(part["rows"] for part in versions),
             num_bad=self.writer.quarantine.num_bad,
             seconds=time.monotonic() - self.started,
             notes=(*self.notes, *many),

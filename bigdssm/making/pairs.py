@@ -21,7 +21,7 @@ from bigdssm.dataset.keys import Keys
 from bigdssm.dataset.partition import read_partition
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, TextTokenizer, encode_columns
-from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, TimeUnits, is_empty, relevances, strings
+from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, TimeUnits, ids, relevances, strings
 from bigdssm.features.fitting import canonical, missing
 from bigdssm.making.collection import write_collection
 from bigdssm.making.dataset_writer import PARTITIONS
@@ -36,6 +36,7 @@ from bigdssm.making.documents import (
 )
 from bigdssm.making.engine import Engine
 from bigdssm.making.fitting import Side, fit, schema_to_fit
+from bigdssm.making.known_documents import KnownDocuments
 from bigdssm.making.making import BLOCK_COLUMNS, CATALOGUE_COLUMNS, Making, Report, Target, check_names, making
 from bigdssm.making.reading import PartOfTable, places, read_part
 from bigdssm.making.spark import open_table
@@ -97,7 +98,8 @@ def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress:
         columns = {"doc": tables.doc_id_column, "query": tables.query_id_column}
         writer.identify(**{side: "content" if name is None else "column" for side, name in columns.items()})
         base = schema_to_fit(config, writer.out if writer.append else None, target.like)
-        reader = PairReader(tables, base, splitter, target.seed, Keys(writer.key_files))
+        known = KnownDocuments.of(writer.out, writer.content, Keys(writer.key_files))
+        reader = PairReader(tables, base, splitter, target.seed, known)
         folders = run.read("read", sources, reader)
         writer.quarantine.check()
         engine.table("found", [folder / "rows.parquet" for folder in folders])
@@ -130,6 +132,8 @@ def _checked(config: DataConfig, tables: PairTables, target: Target) -> Splitter
     for name, feature in config.query.items():
         if feature.from_sequence:
             raise ConfigError(f"data.query.{name}: pairs have no histories; use the sub-command `interactions`")
+    if tables.beir and target.append:
+        raise ConfigError(f"--beir {tables.beir} would be of the new partition alone; leave it out with --append")
     if tables.beir:
         check_place(tables.beir)
     fractions = (tables.validation_fraction, tables.test_fraction)
@@ -144,7 +148,7 @@ class PairReader:
     schema: Schema
     splitter: Splitter
     seed: int
-    known: Keys  # documents that the dataset has
+    known: KnownDocuments
 
     @property
     def query(self) -> dict[str, Feature]:
@@ -191,8 +195,7 @@ class PairReader:
             num_good += int(check.good.sum())
             rows.add(table.filter(good))
             units.add(table.column("time").to_numpy()[check.good])
-            unknown = self.known.find(document.column("doc_id").to_numpy()) < 0
-            documents.add(document.filter(pa.array(check.good & unknown)))
+            documents.add(self.known.compared(document.filter(good)))
         return {"num_good": num_good, **units.facts()}
 
     def _rows(self, check: RowCheck, part: PartOfTable) -> tuple[pa.Table, pa.Table]:
@@ -220,17 +223,13 @@ class PairReader:
         name = self.tables.query_id_column
         if name is None:
             return hash_rows(query)
-        ids = strings(check, name)
-        check.fail(is_empty(ids), f"{name} is empty")
-        return hash_strings(ids)
+        return hash_strings(ids(check, name))
 
     def _doc_keys(self, check: RowCheck, contents: np.ndarray) -> pa.Array:
         name = self.tables.doc_id_column
         if name is None:
             return row_keys(contents)
-        keys = strings(check, name)
-        check.fail(is_empty(keys), f"no document: {name} is empty")
-        return keys
+        return ids(check, name, lacks="document")
 
 
 def _sorted_splits(run: Making, tables: PairTables, splitter: Splitter, reader: PairReader) -> dict[str, Table]:
@@ -269,17 +268,17 @@ def _notes(engine: Engine, tables: PairTables) -> Iterator[str]:
     if apart:
         yield f"{apart} documents have rows in several splits; --whole-documents keeps each in one"
     if tables.doc_id_column:
-        changed = "found.doc_id = documents.doc_id AND found.content <> documents.content"
-        ((rows,),) = engine.fetch(f"SELECT count(*) FROM found JOIN documents ON {changed}")
+        other = "found.doc_id = kept.doc_id AND found.content <> kept.content AND kept.nth = 1"
+        ((rows,),) = engine.fetch(f"SELECT count(*) FROM found JOIN first_documents kept ON {other}")
         if rows:
             yield f"{rows} rows give a known {tables.doc_id_column} other features; the first stay"
 
 
 def _documents_of_train(engine: Engine) -> Table:
-    """Return the new documents that train has: the fit knows nothing of held-out rows."""
+    """Return the new and changed documents that train has: the fit knows nothing of held-out rows."""
     return engine.select(
         "documents_of_train",
-        "SELECT * FROM documents WHERE doc_id IN (SELECT doc_id FROM train)",
+        "SELECT * FROM told_documents WHERE doc_id IN (SELECT doc_id FROM train)",
         order="place, doc_id",
     )
 

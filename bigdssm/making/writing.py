@@ -19,6 +19,7 @@ import xxhash
 from webdataset import TarWriter
 
 from bigdssm.dataset.index import COLUMNS
+from bigdssm.dataset.versions import DOCUMENT_COLUMN
 from bigdssm.features import Feature, TextTokenizer, encode_columns
 from bigdssm.hashing import file_checksum
 from bigdssm.making.documents import Documents, canonical_of
@@ -77,21 +78,34 @@ def write_catalogue(
     """Write the new documents as files `number`, … in `folder`; return {"file", "rows", "checksum"} of each."""
     table = documents.table
     jobs = list(enumerate(ranges(table, DOCUMENTS_PER_FILE), number))
-    work = partial(_write_documents, table, features, text)
+    work = partial(_write_documents, table, features, text, "", ())
     return placed_files(engine.map("catalogue", jobs, work, rows=table.num_rows), folder)
 
 
+def write_versions(
+    engine: Engine, documents: Documents, features: dict[str, Feature], text: TextTokenizer | None, folder: Path,
+    number: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Write the documents that have changed as further versions, else as `write_catalogue` does the new ones."""
+    if (table := documents.changed) is None:
+        return []
+    jobs = list(enumerate(ranges(table, DOCUMENTS_PER_FILE), number))
+    work = partial(_write_documents, table, features, text, "versions-", (DOCUMENT_COLUMN,))
+    return placed_files(engine.map("versions", jobs, work, rows=table.num_rows), folder)
+
+
 def _write_documents(
-    table: Table, features: dict[str, Feature], text: TextTokenizer | None,
+    table: Table, features: dict[str, Feature], text: TextTokenizer | None, prefix: str, beside: Sequence[str],
     job: tuple[int, tuple[int, int]], folder: Path,
 ) -> None:  # fmt: skip
     number, (first, end) = job
     rows = table.read(first, end)
-    columns = {name: rows.column(name).combine_chunks() for name in ("doc_key", "doc_id", "content", "display")}
+    names = ("doc_key", "doc_id", "content", "display", *beside)
+    columns = {name: rows.column(name).combine_chunks() for name in names}
     for name in ("doc_key", "display"):
         columns[name] = columns[name].cast(pa.large_string())
     columns |= encode_columns(canonical_of(rows, "d", features), features, text, large=True)
-    note_file(folder, **write_arrow(folder / f"{number:06d}.arrow", columns))
+    note_file(folder, **write_arrow(folder / f"{prefix}{number:06d}.arrow", columns))
 
 
 def block_rows(num_rows: int) -> int:

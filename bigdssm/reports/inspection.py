@@ -146,7 +146,7 @@ def sample_rows(dataset: Dataset, split: str = "train", count: int = 10) -> list
 
     def item(of: str, code: int) -> str:
         if of not in items:
-            codes = dataset.catalogue.codes(of, np.arange(dataset.catalogue.num_docs))
+            codes = dataset.catalogue.codes(of, dataset.catalogue.every_row)
             known, first = np.unique(codes, return_index=True)
             items[of] = dict(zip(known.tolist(), dataset.catalogue.display(first), strict=True))
         return items[of][code]

@@ -31,7 +31,8 @@ def verify_dataset(folder: str | Path, progress: Progress = no_progress) -> list
     if is_url(folder):
         with tempfile.TemporaryDirectory(prefix="verify-") as cache:
             return _damages(Dataset.open(folder, cache=Cache(Path(cache), DEFAULT_CACHE_BYTES)), progress)
-    catalogue = {part["file"]: part["checksum"] for part in read_dataset_json(Path(folder))["catalogue"]}
+    content = read_dataset_json(Path(folder))
+    catalogue = {part["file"]: part["checksum"] for part in [*content["catalogue"], *content.get("versions", [])]}
     if damages := list(_compared(Path(folder), catalogue)):  # what points into the catalogue cannot be judged
         return damages
     return _damages(Dataset.open(folder), progress)

@@ -13,6 +13,7 @@ from bigdssm.config import Config, StageConfig, StageName, check_many_queries, f
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.joining import open_dataset
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
+from bigdssm.log import get_logger
 from bigdssm.models import DualEncoder
 from bigdssm.models.encoders import text_architectures
 from bigdssm.retrieval.mined import MinedNegatives
@@ -23,6 +24,7 @@ from bigdssm.streaming.plain_stream import find_shards
 from bigdssm.training.optimizers import find_optimizer
 from bigdssm.training.resuming import check_resume
 
+logger = get_logger(__name__)
 MOST_COPIES = 64  # of a row in one step
 
 
@@ -49,6 +51,11 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
     dataset.check_against(config.data)
     if dataset.num_queries("train") > dataset.num_rows("train"):
         check_many_queries(f"rows of several queries, as those of {dataset.dir} are,", config.data, config.model)
+    elif config.data.targets_per_row > 1 and config.data.webdataset is None:
+        logger.warning(  # no error: a small partition may have no user with several targets
+            "data.targets_per_row=%d has no effect: every train row of %s gives one query; make the dataset again, or "
+            "set it to 1", config.data.targets_per_row, dataset.dir,
+        )  # fmt: skip
     if stage.loss.mask in ("user", "past") and (dataset.sequences is None or config.data.webdataset is not None):
         raise ConfigError(
             f"{name}.loss.mask: got {stage.loss.mask}, needs batch or none: the rows of "

@@ -12,12 +12,15 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
+from bigdssm.batching.batch import Batch
+
 
 def catalogue_share(num_docs: int, rank: int, world_size: int) -> np.ndarray:
     """Return the catalogue rows that a rank encodes for all, int64: every document is in one rank's share."""
     return np.arange(rank, num_docs, world_size, dtype=np.int64)
 
 
-def is_shared(doc_rows: Tensor, rank: int, world_size: int) -> Tensor:
-    """Return bool [n]: whether columns of a rank, by their catalogue rows, are of its share."""
-    return doc_rows % world_size == rank
+def is_shared(batch: Batch, rank: int, world_size: int) -> Tensor:
+    """Return bool [n]: whether columns of a rank are of its share; what a document was before it changed is not."""
+    own = batch.doc_rows % world_size == rank
+    return own if batch.past is None else own & ~batch.past

@@ -113,7 +113,7 @@ class Objective:
             # unmerged batch, which is what makes it the same at every number of ranks.
             copies, neg_bias = batch.multiplicity, batch.multiplicity.double().log()
             if config.columns == "catalogue":
-                shared = is_shared(batch.doc_rows, distributed.rank(), distributed.world_size())
+                shared = is_shared(batch, distributed.rank(), distributed.world_size())
                 neg_bias = torch.where(shared, 0.0, -torch.inf).double()
         else:
             # here the loss counts the copies itself: only positives are shared among queries

@@ -69,12 +69,15 @@ DATA: dict[str, dict[str, Any]] = {
         },
     },
 }
+DATA["as_of"] = DATA["interactions"]
 COLUMNS: dict[str, dict[str, Any]] = {
     "interactions": {"rating_column": "rating", "min_rating": 2.0},
+    "as_of": {"users_time_column": "since"},
     "pairs": {"doc_id_column": "id", "relevance_column": "relevance", "dedup": True, "validation_fraction": 0.1},
 }
 SPLITS: dict[str, list[dict[str, Any]]] = {  # of the first partition, and of the one that is appended
     "interactions": [{"split": "leave-one-out"}, {"split": "time"}],
+    "as_of": [{"split": "leave-one-out"}],
     "pairs": [{"whole_documents": True, "split_column": "group"}, {"split": "time", "split_column": "time"}],
 }
 
@@ -109,8 +112,11 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part, first in (("", 0), ("2", 60)):
         items = np.arange(first, first + 130)
         write(root / f"items{part}", 2, item_id=[f"i{i}" for i in items], title=[title[i] for i in items],
-              year=[None if i % 9 == 0 else 1950.5 + i for i in items])  # fmt: skip
+              year=[None if i % 9 == 0 else 1950.5 + i + (len(part) if i % 4 == 0 else 0) for i in items])  # fmt: skip
         users = np.arange(first // 2, first // 2 + 70)
+        dated = random.choice(users, 300)
+        write(root / f"dated_users{part}", 2, user_id=[f"u{u}" for u in dated], age=np.arange(300) / 3,
+              job=[f"job{u % 7}" for u in dated], since=random.integers(-50, 400, 300))  # fmt: skip
         write(root / f"users{part}", 2, user_id=[f"u{u}" for u in users], age=users % 50 / 3,
               job=[f"job{u % 7}" for u in users])  # fmt: skip
         who, what = random.integers(users[0], users[-1] + 3, 1500), random.integers(first, first + 131, 1500)
@@ -124,7 +130,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
             text=[f"{title[d]} {d}" for d in docs],
             tags=[[f"t{d % 5}", f"t{d % 11}"][: d % 3] for d in docs],
             shape=[[d / 7, 1.0, -d / 3] for d in docs],
-            size=docs * 37.5,
+            size=docs * 37.5 + np.where(docs % 3 == 0, len(part), 0),
             relevance=random.integers(0, 3, len(docs)),
             group=[None if row % 2 else f"g{row % 301}" for row in range(len(docs))],
             time=random.integers(0, 100, len(docs)),
@@ -153,7 +159,8 @@ def make(tables: Path, kind: str, out: Path, *, appended: bool = True, **engine:
             again = sorted(folder.iterdir())[0]
             make_pairs(config, PairTables((folder, again), **COLUMNS[kind], **split), target)
         else:
-            files = [tables / f"{name}{part}" for name in ("events", "items", "users")]
+            users = "dated_users" if kind == "as_of" else "users"
+            files = [tables / f"{name}{part}" for name in ("events", "items", users)]
             make_interactions(config, InteractionTables(*files, **COLUMNS[kind], **split), target)
     return content(out / "dataset")
 
@@ -172,7 +179,7 @@ def built_in(small: None, tables: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.mark.parametrize(
     ("kind", "partitions", "appended"),
-    [("interactions", 7, True), ("pairs", 7, True), ("interactions", 1, False), ("pairs", 2, False)],
+    [("interactions", 7, True), ("pairs", 7, True), ("as_of", 5, False), ("pairs", 1, False)],
 )
 def test_partitions_do_not_matter(
     kind: str, partitions: int, appended: bool, session: Any, tables: Path, built_in: Any, tmp_path: Path
@@ -184,6 +191,7 @@ def test_partitions_do_not_matter(
     made = make(tables, kind, tmp_path, appended=appended, spark=Cluster(conf=tuple(conf.items())))
     expected = built_in(kind, appended=appended)
     assert made == expected
+    assert any("/versions-" in name for name in made) == appended, "documents changed"
     assert sum(name.endswith(".tar") for name in expected) > 4, "the test is of many files"
 
 

@@ -101,6 +101,16 @@ def test_half_characters_are_one_bad_row(make: Maker) -> None:
     assert [line["row"] for line in bad] == [1, 62] and all("half a character" in line["reason"] for line in bad)
 
 
+def test_ids_with_nul_characters_are_bad_rows(make: Maker) -> None:
+    told = "id is 'k\\x000', needs an id without a NUL character"
+    answer = make.records(changed(id=lambda i: f"k\0{i}" if i < 2 else f"k{i}"), "--doc-id-column=id")
+    make.refused(answer, 3, "2 of 60 rows are bad", "pairs.jsonl, row 1", told)
+    answer = make.records(changed(id=lambda i: f"k\0{i}" if i < 2 else f"k{i}"), "--query-id-column=id")
+    make.refused(answer, 3, "2 of 60 rows are bad", told)
+    answer = make.interactions([("u\0", "i1", 5), *EVENTS, ("u1", "i\0", 5)], items=ITEMS + "i\0\n")
+    make.refused(answer, 3, "3 of 215 rows", "items.csv, row 13: item_id is 'i\\x00'", "1 × user_id is …, needs an id")
+
+
 @pytest.mark.parametrize(
     ("content", "table", "words"),
     [
@@ -234,6 +244,8 @@ def test_growth_that_would_add_everything_again(make: Maker) -> None:
     ):
         code, said = make.records(RECORDS, "--doc-id-column=id", "--append", name)
         assert code == 2 and told in said and "must be a plain folder name" in said
+    code, said = make.records(RECORDS, "--doc-id-column=id", "--append=more", f"--beir={make.folder / 'beir'}")
+    assert code == 2 and "would be of the new partition alone; leave it out with --append" in said
     code, said = make.records(RECORDS, "--append=more", "--overwrite", "--partition=p")
     assert code == 2 and "--overwrite, --partition would have no effect with --append" in said
     assert (make.out / "dataset.json").read_bytes() == before and not (make.out / ".unfinished").exists()

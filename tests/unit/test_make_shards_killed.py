@@ -63,7 +63,7 @@ def make(kind, source, out, append, told):
     if kind == "pairs":
         tables = pairs.PairTables(
             tuple(source / f"pairs{part}.jsonl" for part in range(4)), doc_id_column="id", dedup=True, split="time",
-            split_column="time", beir=Path(out + ".beir"),
+            split_column="time", beir=None if append else Path(out + ".beir"),
         )
         report = pairs.make_pairs(config, tables, target)
     else:
@@ -101,7 +101,7 @@ def write_source(folder: Path, seed: int) -> Path:
                 file.write(json.dumps(record)[: None if row % 97 else -3] + "\n")
     items, users = range(600 + 300 * seed), range(300 + 100 * seed)
     tables = {
-        "items": ["item_id,title", *(f"i{item},the title {item} of {item % 7}" for item in items)],
+        "items": ["item_id,title", *(f"i{item},the title {item} of {item % 7 + seed * (item % 2)}" for item in items)],
         "users": ["user_id,age,bio", *(f"u{user},{user % 80},likes {user % 11} and {user % 13}" for user in users)],
         "events": ["user_id,item_id,timestamp,rating"],
     }

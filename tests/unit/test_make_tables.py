@@ -118,6 +118,8 @@ def test_movielens_latest_keeps_all_films_and_distinct_tags(tmp_path: Path, caps
         ("sasrec", "f.txt", "1 2\n3\n", "f.txt, line 2", ["got '3'", "`user item`", "mend the line"]),
         ("sasrec", "f.txt", "1 2 3\n", "f.txt, line 1", ["got '1 2 3'", "another kind than sasrec"]),
         ("sasrec", "f.txt", "\n", "f.txt", ["no events"]),
+        ("sasrec", "f.txt", "1 2\n1 3\x00\n", "f.txt, line 2", ["got a NUL character", "fetch the file again"]),
+        ("s3rec", "item2attributes.json", '{"a": ["x\\u0000"]}', "json, item 'a'", ["each one word"]),
         ("s3rec", "sequences.txt", "1 2\n\n2\n", "sequences.txt, line 3", ["got '2'", "at least one item"]),
         ("s3rec", "sequences.txt", "1 2\n1 3\n", "sequences.txt, line 2", ["each user once", "line 1"]),
         ("s3rec", "item2attributes.json", '{"a": [1],\n"b" 2}', "json, line 2", ["one JSON object"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -46,6 +47,11 @@ def write_tables(folder: Path, seed: int) -> None:
             "look": random.randn(items, 3).astype(np.float32).tolist(),
         },
         "users": {"user_id": [f"u{n}" for n in range(users)], "age": random.rand(users)},
+        "users_with_times": {
+            "user_id": [f"u{n}" for n in random.randint(0, users, 900)],
+            "since": random.randint(-50, 500, 900),
+            "age": random.rand(900),
+        },
         "events": {
             "user_id": [f"u{n}" for n in random.randint(0, users + 9, events)],
             "item_id": [f"i{n}" for n in random.randint(0, items, events)],
@@ -66,13 +72,19 @@ def write_tables(folder: Path, seed: int) -> None:
             pq.write_table(piece, folder / name / f"{part}.parquet", row_group_size=500)
 
 
-def make_interactions_twice(folder: Path, out: Path, processes: int) -> dict[str, bytes]:
+def make_as_of_twice(folder: Path, out: Path, processes: int) -> dict[str, bytes]:
+    return make_interactions_twice(folder, out, processes, users="users_with_times", users_time_column="since")
+
+
+def make_interactions_twice(
+    folder: Path, out: Path, processes: int, users: str = "users", **options: Any
+) -> dict[str, bytes]:
     query = {"past": History(of="item_id", max_items=5), "age": Numeric()}
     doc = {"item_id": Categorical(), "title": TEXT, "kinds": KINDS, "look": Vector(dim=3)}
     config = DataConfig(dir="", query=query, doc=doc, tokenizer=TokenizerConfig(vocab_size=150), targets_per_row=4)
     for number in range(2):
         source = folder / str(number)
-        tables = InteractionTables(source / "events", source / "items", source / "users", split="time")
+        tables = InteractionTables(source / "events", source / "items", source / users, split="time", **options)
         target = Target(out, f"day{number}", append=number > 0, processes=processes)
         make_interactions(config, tables, target)
     return content(out)
@@ -89,7 +101,7 @@ def make_pairs_twice(folder: Path, out: Path, processes: int) -> dict[str, bytes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [make_interactions_twice, make_pairs_twice])
+@pytest.mark.parametrize("make", [make_interactions_twice, make_as_of_twice, make_pairs_twice])
 def test_any_number_of_processes_makes_the_same_bytes(make, small_steps: None, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     for seed in range(2):
         write_tables(tmp_path / str(seed), seed)

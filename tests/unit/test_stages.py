@@ -93,6 +93,16 @@ def test_the_tail_of_an_epoch_is_the_configs(config: Config, tail: str, caplog: 
     assert (f"each epoch leaves out {rest} rows" in caplog.text) == (tail == "drop")
 
 
+def test_targets_that_rows_do_not_have_are_told(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    history = replace(config.model.query.history, positions="relative")
+    query = replace(config.model.query, history=history)
+    wanted = replace(config, data=replace(config.data, targets_per_row=4), model=replace(config.model, query=query))
+    check_stage(config, "pretrain", 1)
+    assert "targets_per_row" not in caplog.text
+    check_stage(wanted, "pretrain", 1)
+    assert "data.targets_per_row=4 has no effect: every train row of" in caplog.text
+
+
 def test_mined_negatives_are_of_one_part(config: Config, tmp_path: Path) -> None:
     """Another dataset, another weight: other rows to come, whose numbers may mean other documents."""
     dataset = Dataset.open(config.data.dir)

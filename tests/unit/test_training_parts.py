@@ -158,7 +158,7 @@ def test_ranks_share_the_catalogue_as_columns(tiny_interactions: TinyDataset, wo
         assert len(set(docs)) == len(docs) and set(batch.positive.tolist()) == set(range(num_positives))
         share = catalogue_share(NUM_ITEMS, rank, world_size).tolist()
         assert docs[num_positives:] == [doc for doc in share if doc not in docs[:num_positives]]
-        assert [doc for doc, own in zip(docs, is_shared(batch.doc_rows, rank, world_size), strict=True) if own] == (
+        assert [doc for doc, own in zip(docs, is_shared(batch, rank, world_size), strict=True) if own] == (
             [doc for doc in docs if doc in share]
         )
         assert int(batch.multiplicity.sum()) == len(batch.positive) + len(share)

@@ -58,6 +58,8 @@ def lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
         with LocalFile(path).stream() as stream:
             for number, line in enumerate(stream, 1):
                 text = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").decode(encoding).rstrip("\r\n")
+                if "\0" in text:
+                    raise wrong(path, f"line {number}", "a NUL character", "text", "fetch the file again")
                 if text.strip():
                     yield number, text
     except UnicodeDecodeError as error:

@@ -101,6 +101,7 @@ def _attributes(path: Path) -> dict[str, str]:
 def _words(path: Path, item: str, values: object) -> Iterator[str]:
     for value in values if isinstance(values, list) else [values]:
         word = isinstance(value, int | str) and not isinstance(value, bool) and len(str(value).split()) == 1
+        word = word and "\0" not in str(value)
         if not isinstance(values, list) or not word:
             needed = "a list of attributes, each one word or a whole number"
             raise wrong(path, f"item {item!r}", repr(values), needed, "mend its list")

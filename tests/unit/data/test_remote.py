@@ -30,6 +30,7 @@ from bigdssm.errors import ConfigError, DataError
 from bigdssm.reports.inspection import describe, sample_rows
 from bigdssm.reports.verification import verify_dataset
 from bigdssm.streaming.stream import PairStream
+from tests.unit.data.test_versions import make_day
 
 pytest.importorskip("aiohttp")
 GB = 1 << 30
@@ -181,6 +182,20 @@ def test_the_rows_are_those_on_disk(server: Server, store: Cache, interactions: 
     assert list(dataset.schema.doc["item"].vocabulary) == [f"i{number}" for number in range(37)]
     next(iter(dataset.iterate("train", 10)))  # this process has its connections before the others are forked
     assert steps(dataset, num_workers=workers) == steps(local)
+
+
+def test_documents_that_changed_come_with_their_versions(store: Cache, tmp_path: Path) -> None:
+    for day in range(2):
+        make_day(tmp_path / "served", day)
+    local = Dataset.open(tmp_path / "served" / "data")
+    server = Server(tmp_path / "served")
+    distant = Dataset.open(f"{server.url}/data", cache=store)
+    parts = [next(dataset.iterate("train", 400)) for dataset in (distant, local)]
+    versions = [np.asarray(rows.doc_versions) for rows in parts]
+    assert versions[0].tolist() == versions[1].tolist() and versions[0].max() >= local.catalogue.num_docs
+    prices = [d.catalogue.column("price", v).tolist() for d, v in zip((distant, local), versions, strict=True)]
+    assert prices[0] == prices[1]
+    server.close()
 
 
 def test_texts_come_with_their_tokenizer(texts: Path, store: Cache) -> None:

@@ -1,0 +1,65 @@
+"""The documents that a dataset has when it grows: rows of a table are compared with what they are now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bigdssm.dataset.keys import Keys
+from bigdssm.dataset.mapped import MappedTable
+from bigdssm.dataset.versions import CatalogueFile, Versions
+
+TOLD = "told"  # whether a row has features that the dataset has not: those of a new document, or other ones than it had
+
+
+class KnownDocuments:
+    """Finds a dataset's documents by key; picklable as its files, which workers map."""
+
+    def __init__(self, keys: Keys, files: Sequence[CatalogueFile]) -> None:
+        """Take the keys of all documents and the catalogue's files, those of newer versions last."""
+        self.keys, self.files = keys, tuple(files)
+
+    @classmethod
+    def of(cls, folder: Path, content: Mapping[str, Any], keys: Keys) -> KnownDocuments:
+        """Return those of the dataset in `folder`, of which `content` is the dataset.json."""
+        found: list[tuple[dict[str, Any], int | None]] = [(part, None) for part in content["catalogue"]]
+        found += [(part, number) for number, part in enumerate(content.get("versions", []))]
+        files = [CatalogueFile(folder / part["file"], part["rows"], part["checksum"], since) for part, since in found]
+        return cls(keys, files)
+
+    def __reduce__(self) -> tuple[type[KnownDocuments], tuple[Keys, Sequence[CatalogueFile]]]:
+        return KnownDocuments, (self.keys, self.files)
+
+    @cached_property
+    def _table(self) -> MappedTable:
+        return MappedTable([file.path for file in self.files])
+
+    @cached_property
+    def _versions(self) -> Versions | None:
+        num_docs = sum(file.rows for file in self.files if file.since is None)
+        return Versions.read(num_docs, [file for file in self.files if file.since is not None])
+
+    def compared(self, rows: pa.Table) -> pa.Table:
+        """Return rows of documents with the columns `document`, which they are (-1: new), and TOLD.
+
+        What the dataset has already is null in the others: such a row only tells where its document stands first.
+        """
+        documents = self.keys.find(rows.column("doc_id").to_numpy())
+        told = np.ones(rows.num_rows, bool)
+        known = np.flatnonzero(documents >= 0)
+        if len(known):
+            at = documents[known] if self._versions is None else self._versions.place(documents[known])
+            told[known] = rows.column("content").to_numpy()[known] != self._table.take("content", at)
+            display = rows.column("display").combine_chunks().take(pa.array(known)).cast(pa.large_string())
+            told[known] |= pc.not_equal(display, self._table.arrow("display", at)).to_numpy(zero_copy_only=False)
+        columns = {name: rows.column(name) for name in rows.column_names}
+        if not told.all():
+            for name in columns.keys() - {"place", "doc_id", "content", "doc_key"}:
+                columns[name] = pc.if_else(pa.array(told), columns[name], pa.scalar(None, columns[name].type))
+        return pa.table({**columns, "document": pa.array(documents), TOLD: pa.array(told.astype(np.int32))})

@@ -1,0 +1,248 @@
+"""Documents that change: a partition's rows see them as they were when it was added, all else as they are now."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bigdssm.config import DataConfig, LossConfig, SourceConfig
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.joining import open_dataset
+from bigdssm.dataset.rows import Rows
+from bigdssm.dataset.versions import Versions
+from bigdssm.errors import DataError
+from bigdssm.features import Categorical, History, Numeric, Ragged
+from bigdssm.making.interactions import InteractionTables, make_interactions
+from bigdssm.making.making import Report, Target
+from bigdssm.making.pairs import PairTables, make_pairs
+from bigdssm.reports.inspection import sample_rows
+from bigdssm.reports.verification import verify_dataset
+from bigdssm.streaming.stream import PairStream
+from bigdssm.training.batches import Batches
+from bigdssm.training.columns import is_shared
+from tests.unit.test_make_shards_killed import content
+
+DAYS = 3
+PAIRS = DataConfig(
+    dir="", query={"day": Numeric(), "row": Numeric()}, doc={"price": Numeric(), "kind": Categorical()}, display="title"
+)
+Facts = tuple[float, str]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.lists(st.tuples(st.integers(0, 5), st.integers(0, 4)), min_size=1, max_size=12))
+def test_versions_are_what_a_plain_reading_gives(num_docs: int, changes: list[tuple[int, int]]) -> None:
+    changes = sorted({(doc % num_docs, since) for doc, since in changes}, key=lambda change: change[1])
+    document, since = np.array(changes).T
+    versions = Versions(num_docs, document, since)
+    pairs = [(doc, partition) for doc in range(num_docs) for partition in range(6)]
+    documents, partitions = np.array(pairs).T
+    newest, seen = {}, {}
+    for doc, partition in pairs:
+        known = [num_docs + n for n, (of, from_) in enumerate(changes) if of == doc]
+        newest[doc] = [doc, *known][-1]
+        seen[doc, partition] = [doc, *(place for place in known if since[place - num_docs] <= partition)][-1]
+    assert versions.place(np.arange(num_docs)).tolist() == list(newest.values())
+    rows = versions.seen(documents, partitions)
+    assert versions.place(rows).tolist() == list(seen.values())
+    assert versions.documents(rows).tolist() == documents.tolist()
+    assert (rows < num_docs).tolist() == [seen[pair] == newest[pair[0]] for pair in pairs]
+
+
+def facts_of(doc: int, day: int) -> Facts:
+    """Return a document's features: every third one changes every day, others never."""
+    return (float(doc + 100 * day), f"kind {doc % 4} of day {day}") if doc % 3 == 0 else (float(doc), "plain")
+
+
+def make_day(folder: Path, day: int, count: int = 300) -> Report:
+    """Append a day of pairs, which brings new documents and, of some, features that never count: not the first ones."""
+    random = np.random.RandomState(day)
+    docs = random.randint(0, 20 + 5 * day, count)
+    facts = [facts_of(doc, day) for doc in docs]
+    repeated = np.array([doc in docs[:row] for row, doc in enumerate(docs)])
+    table = {
+        "day": np.full(count, day),
+        "row": np.arange(count) + 1000 * day,
+        "id": [f"d{doc}" for doc in docs],
+        "title": [f"renamed on day {day}" if doc == 1 else f"title {doc}" for doc in docs],
+        "price": [price + (0.5 if again and row % 7 == 0 else 0) for row, ((price, _), again) in
+                  enumerate(zip(facts, repeated, strict=True))],
+        "kind": [kind for _, kind in facts],
+    }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.table(table), folder / f"{day}.parquet")
+    pairs = PairTables((folder / f"{day}.parquet",), doc_id_column="id", validation_fraction=0.1)
+    return make_pairs(PAIRS, pairs, Target(folder / "data", f"day{day}", append=day > 0, processes=1))
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("versions")
+    for day in range(DAYS):
+        make_day(folder, day)
+    return folder / "data"
+
+
+def known_facts(dataset: Dataset, rows: np.ndarray) -> list[Facts]:
+    names = list(dataset.schema.doc["kind"].vocabulary)
+    prices, codes = dataset.catalogue.column("price", rows), dataset.catalogue.codes("kind", rows)
+    return [(price, names[code - 2]) for price, code in zip(np.asarray(prices).tolist(), codes.tolist(), strict=True)]
+
+
+def documents_of(dataset: Dataset, rows: np.ndarray) -> list[int]:
+    return [int(key[1:]) for key in dataset.catalogue.keys(rows)]
+
+
+def test_rows_see_what_was_known_and_all_else_sees_what_is(grown: Path) -> None:
+    dataset = Dataset.open(grown)
+    everything = np.arange(dataset.catalogue.num_docs)
+    docs = documents_of(dataset, everything)
+    assert sorted(docs) == list(range(20 + 5 * (DAYS - 1))), "each document once"
+    assert known_facts(dataset, everything) == [facts_of(doc, DAYS - 1) for doc in docs]
+    assert dataset.catalogue.display(dataset.catalogue.find(["d0", "d1"])) == ["title 0", "renamed on day 2"]
+    assert len(dataset.catalogue.doc_ids) == len(docs) == len(dataset.doc_counts())
+    seen_before = 0
+    for split in ("train", "validation", "test"):
+        for rows in dataset.iterate(split, 50):
+            assert rows.doc_versions is not None
+            days = np.asarray(rows.query["day"]).astype(int).tolist()
+            named = documents_of(dataset, rows.doc_rows)
+            assert documents_of(dataset, rows.doc_versions) == named and (rows.doc_rows < len(docs)).all()
+            expected = [facts_of(doc, day) for doc, day in zip(named, days, strict=True)]
+            assert known_facts(dataset, rows.doc_versions) == expected
+            seen_before += int((rows.doc_versions >= len(docs)).sum())
+    assert seen_before > 50
+    assert verify_dataset(grown) == []
+
+
+def test_a_partition_alone_sees_the_same(grown: Path) -> None:
+    for day in range(DAYS):
+        dataset = Dataset.open(grown, [f"day{day}"])
+        for rows in dataset.iterate("train", 100):
+            assert rows.doc_versions is not None
+            expected = [facts_of(doc, day) for doc in documents_of(dataset, rows.doc_rows)]
+            assert known_facts(dataset, rows.doc_versions) == expected
+
+
+def test_only_what_changed_is_written_and_nothing_else_touched(tmp_path: Path) -> None:
+    reports = [make_day(tmp_path, 0)]
+    before = content(tmp_path / "data")
+    reports.append(make_day(tmp_path, 1))
+    assert (reports[0].new_docs, reports[0].changed_docs) == (20, 0)
+    assert (reports[1].new_docs, reports[1].changed_docs) == (5, 8)  # 0, 3, … 18, and the display of 1
+    assert "rows give a known id other features; the first stay" in " ".join(reports[1].notes)
+    after = content(tmp_path / "data")
+    kept = [name for name in before if name.startswith(("partitions/", "catalogue/"))]
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    assert len(pa.ipc.open_file(tmp_path / "data/catalogue/versions-000000.arrow").read_all()) == 8
+    (tmp_path / "data/catalogue/versions-000000.arrow").unlink()
+    with pytest.raises(DataError, match=r"versions-000000.arrow is missing"):
+        Dataset.open(tmp_path / "data")
+
+
+def test_a_batch_has_a_column_for_each_version_and_masks_go_by_document(grown: Path) -> None:
+    dataset = Dataset.open(grown)
+    num_docs, world_size = dataset.catalogue.num_docs, 2
+    shares: list[int] = []
+    for rank in range(world_size):
+        stream = PairStream(dataset, rows_global=240, lanes=4, rank=rank, world_size=world_size)
+        batch = next(iter(Batches(stream, LossConfig(columns="catalogue"), None, 0, torch.device("cpu"))))
+        assert batch.past is not None and batch.past.any() and not batch.past.all()
+        docs = documents_of(dataset, batch.doc_rows[batch.positive].numpy())
+        expected = [facts_of(doc, int(day))[0] for doc, day in zip(docs, batch.query["day"], strict=True)]
+        assert batch.doc["price"][batch.positive].tolist() == expected
+        assert batch.doc_ids.tolist() == dataset.catalogue.ids(batch.doc_rows.numpy()).tolist()
+        own = is_shared(batch, rank, world_size)
+        assert not (own & batch.past).any(), "what a document was is no negative of others"
+        shares += batch.doc_rows[own].tolist()
+    assert sorted(shares) == list(range(num_docs)), "every document once, as it is now"
+
+
+def test_rows_keep_their_versions_when_they_are_taken_and_joined(grown: Path) -> None:
+    rows = next(Dataset.open(grown).iterate("train", 40))
+    assert rows.doc_versions is not None
+    some = np.array([7, 3, 30])
+    joined = Rows.concat([rows.take(some), rows])
+    assert joined.doc_versions is not None
+    assert joined.doc_versions.tolist() == [*rows.doc_versions[some], *rows.doc_versions]
+
+
+def test_sources_of_a_mixture_keep_their_versions(grown: Path, tmp_path: Path) -> None:
+    make_day(tmp_path, 0)
+    make_day(tmp_path, 1)
+    sources = (SourceConfig(dir=str(tmp_path / "data")), SourceConfig(dir=str(grown)))
+    other = Dataset.open(tmp_path / "data").schema
+    if Dataset.open(grown).schema != other:  # the vocabulary of three days
+        make_pairs(
+            PAIRS, PairTables((tmp_path / "0.parquet",), doc_id_column="id"),
+            Target(tmp_path / "like", "day0", like=grown, processes=1),
+        )  # fmt: skip
+        sources = (SourceConfig(dir=str(tmp_path / "like")), sources[1])
+    dataset = open_dataset(replace(PAIRS, mixture=sources, lanes=4))
+    assert dataset.catalogue.num_docs == 20 + 30
+    for rows in dataset.iterate("train", 100):
+        assert rows.doc_versions is not None
+        days = np.asarray(rows.query["day"]).astype(int).tolist()
+        docs = documents_of(dataset, rows.doc_rows)
+        assert known_facts(dataset, rows.doc_versions) == [facts_of(*pair) for pair in zip(docs, days, strict=True)]
+
+
+ITEMS = ("a", "b", "c", "d")
+SEQUENCES = DataConfig(
+    dir="",
+    query={"past": History(of="kind", max_items=4)},
+    doc={"kind": Categorical(), "price": Numeric()},
+    display="item_id",
+)
+
+
+def write_items(folder: Path, day: int) -> InteractionTables:
+    kinds = [f"{item} of day {day if item in 'ac' else 0}" for item in ITEMS]
+    tables: dict[str, dict[str, Any]] = {
+        "items": {"item_id": ITEMS, "kind": kinds, "price": [1.0, 2.0, 3.0 + day, 4.0]},
+        "events": {
+            "user_id": ["u"] * 4 + ["v"] * 4,
+            "item_id": [*ITEMS, *reversed(ITEMS)],
+            "timestamp": [10 * day + t for t in (0, 1, 2, 3) * 2],
+        },
+    }
+    for name, columns in tables.items():
+        pq.write_table(pa.table(columns), folder / f"{name}{day}.parquet")
+    return InteractionTables(folder / f"events{day}.parquet", folder / f"items{day}.parquet", split="train")
+
+
+def test_histories_tell_items_as_they_were_for_the_partitions_rows(tmp_path: Path) -> None:
+    for day in range(2):
+        target = Target(tmp_path / "data", f"day{day}", append=day > 0, processes=1)
+        report = make_interactions(SEQUENCES, write_items(tmp_path, day), target)
+    assert (report.new_docs, report.changed_docs) == (0, 2)
+    dataset = Dataset.open(tmp_path / "data")
+    names = ["", "", *dataset.schema.doc["kind"].vocabulary]
+    assert dataset.sequences is not None
+    met = set()
+    for rows in dataset.iterate("train", 3):
+        assert rows.sequence is not None and rows.place is not None and rows.doc_versions is not None
+        users, past = dataset.sequences.strings("query_key", rows.sequence), rows.query["past"]
+        assert isinstance(past, Ragged)
+        for row, (user, place) in enumerate(zip(users, rows.place.tolist(), strict=True)):
+            order = [*(ITEMS if user == "u" else ITEMS[::-1])] * 2
+            day = int(rows.sequence[row] >= 2)
+            met.add((user, day, place))
+            expected = [f"{item} of day {day if item in 'ac' else 0}" for item in order[max(0, place - 4) : place]]
+            assert [names[code] for code in past[row].tolist()] == expected
+            assert dataset.catalogue.keys(rows.doc_rows[[row]]) == [order[place]]
+            code = dataset.catalogue.codes("kind", rows.doc_versions[[row]])[0]
+            assert names[code] == f"{order[place]} of day {day if order[place] in 'ac' else 0}"
+    assert met == {(user, 0, place) for user in "uv" for place in (1, 2, 3)} | {
+        (user, 1, place) for user in "uv" for place in (4, 5, 6, 7)
+    }
+    assert len(sample_rows(dataset, count=14)) == 14
