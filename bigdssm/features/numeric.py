@@ -91,6 +91,12 @@ class Numeric(Feature):
         found: np.ndarray = COMPARED[operator](np.asarray(column), wanted)
         return found
 
+    def choices(self, column: Column) -> dict[str, Any] | None:
+        """Return the least and the most of the numbers that are there."""
+        values = np.asarray(column)
+        there = values[np.isfinite(values)]
+        return {"least": float(there.min()), "most": float(there.max())} if len(there) else None
+
     def array(self, column: Column, pad_token_id: int) -> np.ndarray:
         """Return float32 [R]."""
         return np.asarray(column, np.float32)

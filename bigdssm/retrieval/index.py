@@ -9,7 +9,7 @@ Processes on a machine share the pages of all files.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +18,13 @@ from typing import Any, Literal, NamedTuple, get_args
 import faiss
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from bigdssm.artifacts.checkpoint import check_file
 from bigdssm.atomic import new_folder, real_place
 from bigdssm.cli import check_width
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.errors import CheckpointError, ConfigError
+from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.features.ragged import Ragged
 from bigdssm.retrieval.model import Model
 from bigdssm.retrieval.scan import LOOKED_AT, Allowed, scan
@@ -149,21 +150,28 @@ class Index:
 
         They are chosen by cosine among those of the largest inner products, SIMILAR_CANDIDATES for each.
         """
-        own = self._vector(row)
-        asked = own.copy()
-        asked[-1] = 0
+        asked = self.vectors_at([row])
+        asked[:, -1] = 0
         candidates = min(SIMILAR_CANDIDATES * (top + 1), self.meta.num_docs)
-        rows = self._found(asked[None], candidates, None)[1][0]
+        rows = self._found(asked, candidates, None)[1][0]
         rows = rows[rows != row]
-        vectors = np.stack([own, *(self._vector(int(other)) for other in rows)])[:, :-1]
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=np.finfo(np.float32).tiny)
-        cosines = vectors[1:] @ vectors[0]
+        cosines = cosines_with(asked[0], self.vectors_at(rows))
         best = np.argsort(-cosines, kind="stable")[:top]
         return cosines[best], rows[best]
 
-    def _vector(self, row: int) -> np.ndarray:
-        """Return the vector [D+1] of a document, as exact as this kind of index keeps it."""
-        return np.array(self.index.reconstruct(row) if self.vectors is None else self.vectors[row])
+    def row(self, key: str) -> int:
+        """Return the catalogue row of a document. Raises DataError: no document has this key."""
+        row: int = pc.index(self.keys, pa.scalar(key, pa.string())).as_py()
+        if row < 0:
+            raise DataError(f"no document has the key {key!r}")
+        return row
+
+    def vectors_at(self, rows: Iterable[int]) -> np.ndarray:
+        """Return the vectors of documents, float32 [n, D+1], as exact as this kind of index keeps them."""
+        if self.vectors is not None:
+            return np.array(self.vectors[np.asarray(rows, np.int64)])
+        found = [self.index.reconstruct(int(row)) for row in rows]
+        return np.array(found, np.float32).reshape(len(found), self.meta.width)
 
     def _found(self, queries: np.ndarray, wanted: int, allowed: Allowed | None) -> tuple[np.ndarray, np.ndarray]:
         """Return (scores, rows), both [m, wanted], best first; see `scan`."""
@@ -175,6 +183,13 @@ class Index:
         scores = np.stack([self.vectors[some] @ query for some, query in zip(candidates, queries, strict=True)])
         order = np.argsort(-scores, axis=1, kind="stable")[:, :wanted]
         return np.take_along_axis(scores, order, 1), np.take_along_axis(candidates, order, 1)
+
+
+def cosines_with(vector: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return the cosines, float32 [n], of index vectors [D+1] and [n, D+1], of which the last number is no part."""
+    both = np.concatenate([vector[None], others])[:, :-1]
+    both = both / np.linalg.norm(both, axis=1, keepdims=True).clip(min=np.finfo(np.float32).tiny)
+    return np.asarray(both[1:] @ both[0])
 
 
 def _without(scores: np.ndarray, rows: np.ndarray, left_out: Ragged, top: int) -> tuple[np.ndarray, np.ndarray]:
