@@ -152,9 +152,8 @@ def test_the_page_shows_ten_documents_of_a_user(page: Page, url: str) -> None:
     assert all(re.fullmatch(r"i\d+", cells[3]) for cells in found)
     assert re.search(r"10 documents in [\d.]+ ms · server [\d.]+ ms · encoding [\d.]+ ms, index [\d.]+ ms", text(page))
     assert "40 documents · flat index" in text(page) and "History, newest first: " in text(page)
-    assert page.js(
-        "document.querySelector('option[value=u7]') !== null && document.querySelector('[name=age]') !== null"
-    )
+    for selector in ("option[value=u7]", "[name=age]"):
+        assert page.js(f"document.querySelector({selector!r}) !== null")
     link = page.js("document.querySelector('tr[data-key] a').href")
     page.open(link)
     assert f"Nearest to {found[0][2]}" in text(page)
