@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import faiss
 import numpy as np
@@ -26,14 +26,15 @@ from bigdssm.cli import check_width
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.features.ragged import Ragged
+from bigdssm.retrieval.coding import CodedVectors
+from bigdssm.retrieval.kinds import IndexType, faiss_index
 from bigdssm.retrieval.model import Model
-from bigdssm.retrieval.scan import LOOKED_AT, Allowed, scan
+from bigdssm.retrieval.scan import Allowed, scan
 from bigdssm.retrieval.vectors import (
     CONTENTS_FILE,
     DOCUMENTS_FILE,
     INDEX_FILE,
     META_FILE,
-    ROWS_AT_ONCE,
     VECTORS,
     VECTORS_FILE,
     VectorsMeta,
@@ -44,14 +45,8 @@ from bigdssm.retrieval.vectors import (
     write_meta,
 )
 
-IndexType = Literal["flat", "sq8", "binary", "hnsw", "ivf", "ivfpq"]
-HNSW_LINKS, HNSW_BUILD_WIDTH, HNSW_SEARCH_WIDTH = 32, 200, 200
 SIMILAR_CANDIDATES = 20
 NO_ROWS = np.zeros(0, np.int64)
-TRAINING_POINTS = 39  # FAISS wants so many for a list of an inverted file
-PQ_LEAST_DOCS = TRAINING_POINTS * 256  # a code is a byte
-PQ_ROUNDS, PQ_POINTS = 10, 64  # of k-means, and points per centroid: FAISS's 25 and 256 take ten times as long
-PQ_DIMENSIONS = 2  # of a vector, that one byte of its code stands for
 
 
 class Document(NamedTuple):
@@ -70,7 +65,7 @@ class Index:
     meta: VectorsMeta
     keys: pa.ChunkedArray  # string [N]
     display: pa.ChunkedArray
-    vectors: np.ndarray | None = None  # float32 [N, D+1], mapped, where candidates are scored again
+    vectors: CodedVectors | None = None  # where candidates are scored again
 
     def search(
         self, vectors: np.ndarray, top: int, exclude: Sequence[Collection[str]] | None = None
@@ -169,7 +164,7 @@ class Index:
     def vectors_at(self, rows: Iterable[int]) -> np.ndarray:
         """Return the vectors of documents, float32 [n, D+1], as exact as this kind of index keeps them."""
         if self.vectors is not None:
-            return np.array(self.vectors[np.asarray(rows, np.int64)])
+            return self.vectors[np.asarray(rows, np.int64)].copy()
         found = [self.index.reconstruct(int(row)) for row in rows]
         return np.array(found, np.float32).reshape(len(found), self.meta.width)
 
@@ -202,11 +197,6 @@ def _without(scores: np.ndarray, rows: np.ndarray, left_out: Ragged, top: int) -
     return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
 
 
-def search_with(threads: int) -> None:
-    """Have FAISS search with so many threads where this thread asks it to; every thread has a number of its own."""
-    faiss.omp_set_num_threads(threads)
-
-
 def build_index(
     vectors_dir: Path, folder: Path, kind: IndexType = "flat", *, width: int | None = None, rescore: int = 0
 ) -> VectorsMeta:
@@ -214,8 +204,8 @@ def build_index(
 
     flat is exact, sq8 (int8) is flat with a byte per dimension and binary with a bit; hnsw, ivf and ivfpq look at a
     part of the catalogue only, and ivfpq keeps half a byte per dimension. `width` cuts the vectors, as of a model
-    that was trained with loss.widths; of `rescore` candidates for each document asked for, whole vectors choose the
-    best, which stay on the disk. Raises CheckpointError where `vectors_dir` is not a whole vectors folder,
+    that was trained with loss.widths; of `rescore` candidates for each document asked for, the folder's own vectors
+    choose the best, which stay on the disk. Raises CheckpointError where `vectors_dir` is not a whole vectors folder,
     ConfigError where `folder` holds something else, ivfpq has too few documents, or width or rescore cannot be.
     """
     folder = real_place(folder)
@@ -224,10 +214,13 @@ def build_index(
         raise CheckpointError(f"{vectors_dir} is an index; the vectors it was built from are needed")
     built = planned(meta, kind, width, rescore)
     vectors = load_vectors(vectors_dir, meta)
+    if built.width != meta.width:
+        cut = cut_like(vectors[:], built)
+        vectors = CodedVectors(cut, "float32", built.width)
     check_file(vectors_dir / DOCUMENTS_FILE, meta.files.get(DOCUMENTS_FILE), META_FILE)
     check_free(folder, CONTENTS_FILE)
     with new_folder(folder) as aside:
-        faiss.write_index(faiss_index(kind, cut_like(vectors, built)), str(aside / INDEX_FILE))
+        faiss.write_index(faiss_index(kind, vectors), str(aside / INDEX_FILE))
         for name in (DOCUMENTS_FILE, *([VECTORS_FILE] if rescore else [])):
             shutil.copyfile(vectors_dir / name, aside / name)
         write_meta(aside, built)
@@ -277,53 +270,3 @@ def open_index(folder: str | Path, model: Model | None = None) -> Index:
     if model is not None:
         opened.check_model(model.checksum)
     return opened
-
-
-def faiss_index(kind: IndexType, vectors: np.ndarray) -> faiss.Index:
-    """Return the inner-product index of float32 `vectors` [N, D+1], trained and filled. Raises ConfigError: too few."""
-    index = _empty_index(kind, vectors)
-    for first in range(0, len(vectors), ROWS_AT_ONCE):
-        index.add(np.ascontiguousarray(vectors[first : first + ROWS_AT_ONCE]))
-    return index
-
-
-def _empty_index(kind: IndexType, vectors: np.ndarray) -> faiss.Index:
-    num_docs, width = vectors.shape
-    index: Any
-    if kind == "flat":
-        return faiss.IndexFlatIP(width)
-    if kind == "hnsw":
-        index = faiss.IndexHNSWFlat(width, HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction, index.hnsw.efSearch = HNSW_BUILD_WIDTH, HNSW_SEARCH_WIDTH
-        return index
-    if kind == "sq8":
-        index = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
-        index.train(_sample(vectors, 65_536))
-        return index
-    if kind == "binary":
-        index = faiss.IndexRaBitQ(width, faiss.METRIC_INNER_PRODUCT)
-        index.train(_sample(vectors, 65_536))
-        return index
-    num_lists = max(1, min(int(4 * num_docs**0.5), num_docs // TRAINING_POINTS))
-    if kind == "ivf":
-        index = faiss.index_factory(width, f"IVF{num_lists},Flat", faiss.METRIC_INNER_PRODUCT)
-    else:
-        if num_docs < PQ_LEAST_DOCS:
-            raise ConfigError(
-                f"--type ivfpq: {num_docs} documents, needs at least {PQ_LEAST_DOCS} to learn its codes from; take flat"
-            )
-        codes = -(-width // PQ_DIMENSIONS)
-        padded = codes * PQ_DIMENSIONS
-        index = faiss.index_factory(width, f"Pad{padded},IVF{num_lists},PQ{codes}", faiss.METRIC_INNER_PRODUCT)
-        lists: Any = faiss.downcast_index(faiss.extract_index_ivf(index))
-        learning = lists.pq.cp
-        learning.niter, learning.max_points_per_centroid = PQ_ROUNDS, PQ_POINTS
-    index.train(_sample(vectors, 256 * max(num_lists, 256)))
-    faiss.extract_index_ivf(index).nprobe = max(1, num_lists // LOOKED_AT)
-    return index
-
-
-def _sample(vectors: np.ndarray, most: int) -> np.ndarray:
-    """Return evenly spaced vectors, `most` of them where there are more."""
-    rows = np.linspace(0, len(vectors) - 1, min(len(vectors), most)).astype(np.int64)
-    return np.ascontiguousarray(vectors[rows])

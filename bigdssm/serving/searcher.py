@@ -23,7 +23,8 @@ from bigdssm.dataset.tensors import to_features
 from bigdssm.errors import CheckpointError
 from bigdssm.features import TextTokenizer, histories_of, ragged, stored
 from bigdssm.retrieval.embed import query_vectors
-from bigdssm.retrieval.index import Document, Index, cosines_with, open_index, search_with
+from bigdssm.retrieval.index import Document, Index, cosines_with, open_index
+from bigdssm.retrieval.kinds import search_with
 from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.search import Queries, Query
 from bigdssm.retrieval.vectors import META_FILE as INDEX_META

@@ -25,7 +25,8 @@ from bigdssm.batching.collate import Collator
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, DataError
 from bigdssm.retrieval.embed import query_vectors, tower_encoders
-from bigdssm.retrieval.index import Index, IndexType, build_index, open_index
+from bigdssm.retrieval.index import Index, build_index, open_index
+from bigdssm.retrieval.kinds import IndexType
 from bigdssm.retrieval.request import Event, Request
 from bigdssm.retrieval.search import (
     COMPARED_CHARACTERS,
