@@ -97,7 +97,9 @@ def _export(tower: _Tower, features: Features, declared: dict[str, Feature], pat
             assert program is not None, "dynamo gives one"
             for node in program.model.graph:
                 for value in node.outputs:
-                    if value.name in features:  # a feature may be called as the exporter calls a result, "embedding" say
+                    if (
+                        value.name in features
+                    ):  # a feature may be called as the exporter calls a result, "embedding" say
                         value.name += ".result"
             program.save(str(path), external_data=False)
     finally:

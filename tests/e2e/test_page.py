@@ -235,7 +235,9 @@ def test_keys_alone_ask_and_read(page: Page, two_url: str) -> None:
     near = asked(two_url, "/beside/api/why", {"user": "u7", "document": rows(page, "/beside")[1][4]})
     shown = "\n".join(f"{item['cosine']:.2f} {item['display']}" for item in near["history"])
     assert text(page, "tr.why") == f"Near to what the history holds:\n{shown}" and len(near["history"]) == 5
-    page.press("Escape")
+    page.press("Enter")
+    assert page.js("document.querySelector('tr.why')") is None, "what is open closes"
+    page.press("Enter").answered().press("Escape")
     assert page.js("document.querySelector('tr.why')") is None and at() == ("/beside", 2)
     page.press("Escape")
     assert page.js("document.activeElement.name") == "user"
