@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 from bigdssm.artifacts.model_folder import load_model_folder, save_model_folder
+from bigdssm.atomic import replace_folder
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.features import Categorical, Numeric, Ragged, Vocabulary
@@ -18,7 +21,7 @@ from bigdssm.retrieval.index import build_index, open_index
 from bigdssm.retrieval.model import Model
 from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.vectors import write_vectors
-from bigdssm.serving.searcher import Searcher
+from bigdssm.serving.searcher import Folders, Searcher
 from tests.unit.retrieval.conftest import SMALL, random_model
 from tests.unit.retrieval.test_serving import counted
 
@@ -129,6 +132,22 @@ def test_a_second_model_answers_beside_the_first(client: TestClient, searcher: S
     with TestClient(make_app(searcher)) as alone:
         assert alone.get("/beside/api/about").status_code == 404
         assert not alone.get("/api/about").json()["beside"]
+
+
+def test_what_replaces_the_second_model_is_taken_up_beside_the_first(
+    model_dir: Path, index_dir: Path, dataset: Dataset, searcher: Searcher, other: Searcher, tmp_path: Path
+) -> None:
+    shutil.copytree(model_dir, tmp_path / "model")
+    shutil.copytree(index_dir, tmp_path / "index")
+    build_index(index_dir.with_name("vectors"), tmp_path / "new", "sq8")
+    folders = Folders(tmp_path / "model", tmp_path / "index", str(dataset.dir))
+    with TestClient(make_app(other, beside=folders.open(), beside_folders=folders, look_s=0.02)) as client:
+        assert client.get("/beside/api/about").json()["index"] == "flat"
+        replace_folder(tmp_path / "new", tmp_path / "index")
+        until = time.monotonic() + 20
+        while client.get("/beside/api/about").json()["index"] != "sq8":
+            assert time.monotonic() < until
+        assert client.get("/api/about").json()["model"] == other.about()["model"]
 
 
 def test_what_filters_may_be_made_of(client: TestClient) -> None:
