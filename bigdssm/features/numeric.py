@@ -95,7 +95,10 @@ class Numeric(Feature):
         """Return the least and the most of the numbers that are there."""
         values = np.asarray(column)
         there = values[np.isfinite(values)]
-        return {"least": float(there.min()), "most": float(there.max())} if len(there) else None
+        if not len(there):
+            return None
+        least, most = (float(str(edge)) for edge in (there.min(), there.max()))  # 12.34, not 12.340000152587891
+        return {"least": least, "most": most}
 
     def array(self, column: Column, pad_token_id: int) -> np.ndarray:
         """Return float32 [R]."""

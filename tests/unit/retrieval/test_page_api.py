@@ -165,7 +165,7 @@ def test_choices_are_of_what_is_there_the_most_frequent_first() -> None:
     assert feature.choices(np.array([2, 3, 1, 0])) is None, "no two are of one kind"
     assert Categorical(hash_buckets=4).choices(column) is None
     assert feature.choices(np.zeros(0, np.int32)) is None
-    assert Numeric().choices(np.array([np.nan, 3, -1], np.float32)) == {"least": -1.0, "most": 3.0}
+    assert Numeric().choices(np.array([np.nan, 12.34, 3, -1], np.float32)) == {"least": -1.0, "most": 12.34}
     assert Numeric().choices(np.array([np.nan], np.float32)) is None
 
 
