@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import get_args
 
 from bigdssm.cli import command
-from bigdssm.retrieval.index import IndexType, build_index
+from bigdssm.retrieval.index import build_index
+from bigdssm.retrieval.kinds import IndexType
 
 
 @command

@@ -1,14 +1,16 @@
 """Serve a model and its index over HTTP: an API and a page to try it.
 
     bigdssm serve --model MODEL --index INDEX [--data DATASET] [--port 8000]
+    bigdssm serve --model MODEL --index INDEX --beside OTHER_MODEL OTHER_INDEX
 
 The page is at http://127.0.0.1:8000; docs/serving.md has the API. Queries that wait together are encoded and searched
 together, and the answers of the last --cache queries are kept. --workers N runs N processes, which share the index's
-pages. What is put in the place of MODEL and INDEX is taken up within --look-s seconds, without a request being dropped.
-It listens on this machine alone unless --host says otherwise, and asks nobody who they are. It answers to localhost and
-to --host; another name that leads here, such as a proxy's, is to be given with --allow-host. SIGTERM and Ctrl-C stop it
-after at most --timeout-s seconds. --data is needed where queries have users, histories or filters and the dataset is
-not at the path that the model was trained with.
+pages. --beside has a second model answer to the same queries, under /beside/api and on the page. What is put in the
+place of a model and its index is taken up within --look-s seconds, without a request being dropped. It listens on this
+machine alone unless --host says otherwise, and asks nobody who they are. It answers to localhost and to --host; another
+name that leads here, such as a proxy's, is to be given with --allow-host. SIGTERM and Ctrl-C stop it after at most
+--timeout-s seconds. --data is needed where queries have users, histories or filters and the dataset is not at the path
+that the model was trained with.
 """
 
 from __future__ import annotations
@@ -37,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_served(parser)
+    parser.add_argument(
+        "--beside", type=Path, nargs=2, metavar=("MODEL", "INDEX"), help="a second model, to compare with"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on, 0 for any (%(default)s)")
     parser.add_argument("--cache", type=int, default=10_000, metavar="QUERIES", help="answers to keep (%(default)s)")
@@ -64,18 +69,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     needed = ("fastapi", "prometheus_client", "uvicorn")
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"serving needs {' and '.join(missing)}: pip install 'bigdssm[serve]'")
+    beside = None if args.beside is None else Folders(args.beside[0], args.beside[1], args.data, args.threads)
     served = Served(
-        Folders(args.model, args.index, args.data, args.threads, args.onnx), args.cache, args.at_once,
+        Folders(args.model, args.index, args.data, args.threads, args.onnx), beside, args.cache, args.at_once,
         (args.host, *args.allow_host), args.look_s, args.log_requests, args.timeout_s,
     )  # fmt: skip
-    searcher = served.open()
+    searchers = served.open()
     with _listen(args.host, args.port) as listening:
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"http://{host}:{listening.getsockname()[1]}  (Ctrl-C stops)", flush=True)
         if args.workers == 1:
-            served.run(listening, lambda: None, searcher)
+            served.run(listening, lambda: None, searchers)
             return
-        del searcher  # what opens here opens in the workers
+        del searchers  # what opens here opens in the workers
         with tempfile.TemporaryDirectory(prefix="bigdssm-metrics-") as counted:
             os.environ[METRICS_DIR] = counted
             run_workers(args.workers, served.run, (listening,), args.timeout_s)
@@ -86,6 +92,7 @@ class Served:
     """What a worker process needs to know."""
 
     folders: Folders
+    beside: Folders | None
     cache: int
     at_once: int
     hosts: tuple[str, ...]
@@ -93,13 +100,16 @@ class Served:
     log_requests: bool
     timeout_s: int
 
-    def open(self) -> Searcher:
-        """Return the searcher, and have this process use the threads that were asked for."""
+    def open(self) -> tuple[Searcher, Searcher | None]:
+        """Return the searcher and the one beside it, and have this process use the threads that were asked for."""
         if self.folders.threads is not None:
             torch.set_num_threads(self.folders.threads)
-        return self.folders.open()
+        return self.folders.open(), None if self.beside is None else self.beside.open()
 
-    def run(self, listening: socket.socket, ready: Callable[[], None], searcher: Searcher | None = None) -> None:
+    def run(
+        self, listening: socket.socket, ready: Callable[[], None],
+        searchers: tuple[Searcher, Searcher | None] | None = None,
+    ) -> None:  # fmt: skip
         """Serve until a signal asks to stop; `ready` is called as soon as all is opened."""
         from bigdssm.serving.app import make_app
         from bigdssm.serving.metrics import log_requests
@@ -108,9 +118,10 @@ class Served:
         setup_logging()
         if self.log_requests:
             log_requests()
+        searcher, beside = searchers or self.open()
         app = make_app(
-            searcher or self.open(), cache_size=self.cache, at_once=self.at_once, hosts=self.hosts,
-            folders=self.folders, look_s=self.look_s,
+            searcher, cache_size=self.cache, at_once=self.at_once, hosts=self.hosts, folders=self.folders,
+            look_s=self.look_s, beside=beside, beside_folders=self.beside,
         )  # fmt: skip
         ready()
         run(app, listening, self.timeout_s)

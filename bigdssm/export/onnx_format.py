@@ -90,11 +90,18 @@ def _export(tower: _Tower, features: Features, declared: dict[str, Feature], pat
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            torch.onnx.export(
-                tower.eval(), tuple(features.values()), str(path), dynamo=True, verbose=False, external_data=False,
-                input_names=list(features), output_names=["vectors"], opset_version=OPSET,
-                dynamic_shapes={"features": tuple(shapes)},
+            program = torch.onnx.export(
+                tower.eval(), tuple(features.values()), dynamo=True, verbose=False, input_names=list(features),
+                output_names=["vectors"], opset_version=OPSET, dynamic_shapes={"features": tuple(shapes)},
             )  # fmt: skip
+            assert program is not None, "dynamo gives one"
+            for node in program.model.graph:
+                for value in node.outputs:
+                    if (
+                        value.name in features
+                    ):  # a feature may be called as the exporter calls a result, "embedding" say
+                        value.name += ".result"
+            program.save(str(path), external_data=False)
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)

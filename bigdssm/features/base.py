@@ -195,6 +195,10 @@ class Feature(ABC):
         """
         raise ConfigError(f"filter: {self.name} is of type {self.type}, needs a categorical or numeric feature")
 
+    def choices(self, column: Column) -> dict[str, Any] | None:
+        """Return what people may choose from for a filter over these encoded values; None where there is nothing."""
+        return None
+
     # ----- encoded → array
 
     def padding(self, pad_token_id: int) -> int | None:

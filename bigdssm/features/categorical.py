@@ -34,6 +34,7 @@ from bigdssm.string_hashes import hash_strings
 
 UNKNOWN = "<out of vocabulary>"
 MOST_COMPARED = 100_000  # values of a vocabulary that a mistyped one is compared with
+MOST_CHOICES = 200  # values that people are shown to choose from
 
 
 def codes_of(feature, values):  # type: ignore[no-untyped-def]
@@ -180,6 +181,14 @@ class Categorical(Feature):
         found = np.zeros(len(column), bool)
         found[np.searchsorted(column.offsets, np.flatnonzero(np.isin(column.values, codes)), "right") - 1] = True
         return found
+
+    def choices(self, column: Column) -> dict[str, Any] | None:
+        """Return the values that are there, the most frequent first; None where each stands once, as keys do."""
+        counts = np.bincount(column.values if isinstance(column, Ragged) else np.asarray(column))[FIRST_CODE:]
+        if self.hash_buckets or counts.max(initial=0) < 2:
+            return None
+        most = np.argsort(-counts, kind="stable")[:MOST_CHOICES]
+        return {"values": [self.vocabulary[code] for code in most[counts[most] > 0].tolist()]}
 
     @property
     def num_codes(self) -> int:

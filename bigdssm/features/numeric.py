@@ -91,6 +91,15 @@ class Numeric(Feature):
         found: np.ndarray = COMPARED[operator](np.asarray(column), wanted)
         return found
 
+    def choices(self, column: Column) -> dict[str, Any] | None:
+        """Return the least and the most of the numbers that are there."""
+        values = np.asarray(column)
+        there = values[np.isfinite(values)]
+        if not len(there):
+            return None
+        least, most = (float(str(edge)) for edge in (there.min(), there.max()))  # 12.34, not 12.340000152587891
+        return {"least": least, "most": most}
+
     def array(self, column: Column, pad_token_id: int) -> np.ndarray:
         """Return float32 [R]."""
         return np.asarray(column, np.float32)

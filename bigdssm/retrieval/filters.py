@@ -15,12 +15,14 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
 from bigdssm.dataset.catalogue import Catalogue
 from bigdssm.errors import ConfigError
+from bigdssm.features.base import filterable
 from bigdssm.retrieval.scan import Allowed
 from bigdssm.schema import Schema
 
@@ -54,6 +56,15 @@ class Filters:
     def __init__(self, schema: Schema, catalogue: Catalogue) -> None:
         self._schema, self._catalogue = schema, catalogue
         self.allowed = lru_cache(KEPT)(self._allowed)
+
+    @cached_property
+    def choices(self) -> dict[str, dict[str, Any]]:
+        """Return what people may choose from, by feature: its type and `Feature.choices`."""
+        every, found = np.arange(self._catalogue.num_docs), {}
+        for name, feature in filterable(self._schema.doc).items():
+            if offered := feature.choices(self._catalogue.column(name, every)):
+                found[name] = {"type": feature.type, **offered}
+        return found
 
     def _allowed(self, text: str) -> Allowed:
         """Return the documents that the filter `text` lets through. Raises ConfigError: no such feature or value."""

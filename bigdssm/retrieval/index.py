@@ -9,30 +9,32 @@ Processes on a machine share the pages of all files.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import faiss
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from bigdssm.artifacts.checkpoint import check_file
 from bigdssm.atomic import new_folder, real_place
 from bigdssm.cli import check_width
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.errors import CheckpointError, ConfigError
+from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.features.ragged import Ragged
+from bigdssm.retrieval.coding import CodedVectors
+from bigdssm.retrieval.kinds import IndexType, faiss_index
 from bigdssm.retrieval.model import Model
-from bigdssm.retrieval.scan import LOOKED_AT, Allowed, scan
+from bigdssm.retrieval.scan import Allowed, scan
 from bigdssm.retrieval.vectors import (
     CONTENTS_FILE,
     DOCUMENTS_FILE,
     INDEX_FILE,
     META_FILE,
-    ROWS_AT_ONCE,
     VECTORS,
     VECTORS_FILE,
     VectorsMeta,
@@ -43,14 +45,8 @@ from bigdssm.retrieval.vectors import (
     write_meta,
 )
 
-IndexType = Literal["flat", "sq8", "binary", "hnsw", "ivf", "ivfpq"]
-HNSW_LINKS, HNSW_BUILD_WIDTH, HNSW_SEARCH_WIDTH = 32, 200, 200
 SIMILAR_CANDIDATES = 20
 NO_ROWS = np.zeros(0, np.int64)
-TRAINING_POINTS = 39  # FAISS wants so many for a list of an inverted file
-PQ_LEAST_DOCS = TRAINING_POINTS * 256  # a code is a byte
-PQ_ROUNDS, PQ_POINTS = 10, 64  # of k-means, and points per centroid: FAISS's 25 and 256 take ten times as long
-PQ_DIMENSIONS = 2  # of a vector, that one byte of its code stands for
 
 
 class Document(NamedTuple):
@@ -69,7 +65,7 @@ class Index:
     meta: VectorsMeta
     keys: pa.ChunkedArray  # string [N]
     display: pa.ChunkedArray
-    vectors: np.ndarray | None = None  # float32 [N, D+1], mapped, where candidates are scored again
+    vectors: CodedVectors | None = None  # where candidates are scored again
 
     def search(
         self, vectors: np.ndarray, top: int, exclude: Sequence[Collection[str]] | None = None
@@ -149,21 +145,28 @@ class Index:
 
         They are chosen by cosine among those of the largest inner products, SIMILAR_CANDIDATES for each.
         """
-        own = self._vector(row)
-        asked = own.copy()
-        asked[-1] = 0
+        asked = self.vectors_at([row])
+        asked[:, -1] = 0
         candidates = min(SIMILAR_CANDIDATES * (top + 1), self.meta.num_docs)
-        rows = self._found(asked[None], candidates, None)[1][0]
+        rows = self._found(asked, candidates, None)[1][0]
         rows = rows[rows != row]
-        vectors = np.stack([own, *(self._vector(int(other)) for other in rows)])[:, :-1]
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=np.finfo(np.float32).tiny)
-        cosines = vectors[1:] @ vectors[0]
+        cosines = cosines_with(asked[0], self.vectors_at(rows))
         best = np.argsort(-cosines, kind="stable")[:top]
         return cosines[best], rows[best]
 
-    def _vector(self, row: int) -> np.ndarray:
-        """Return the vector [D+1] of a document, as exact as this kind of index keeps it."""
-        return np.array(self.index.reconstruct(row) if self.vectors is None else self.vectors[row])
+    def row(self, key: str) -> int:
+        """Return the catalogue row of a document. Raises DataError: no document has this key."""
+        row: int = pc.index(self.keys, pa.scalar(key, pa.string())).as_py()
+        if row < 0:
+            raise DataError(f"no document has the key {key!r}")
+        return row
+
+    def vectors_at(self, rows: Iterable[int]) -> np.ndarray:
+        """Return the vectors of documents, float32 [n, D+1], as exact as this kind of index keeps them."""
+        if self.vectors is not None:
+            return self.vectors[np.asarray(rows, np.int64)].copy()
+        found = [self.index.reconstruct(int(row)) for row in rows]
+        return np.array(found, np.float32).reshape(len(found), self.meta.width)
 
     def _found(self, queries: np.ndarray, wanted: int, allowed: Allowed | None) -> tuple[np.ndarray, np.ndarray]:
         """Return (scores, rows), both [m, wanted], best first; see `scan`."""
@@ -177,6 +180,13 @@ class Index:
         return np.take_along_axis(scores, order, 1), np.take_along_axis(candidates, order, 1)
 
 
+def cosines_with(vector: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return the cosines, float32 [n], of index vectors [D+1] and [n, D+1], of which the last number is no part."""
+    both = np.concatenate([vector[None], others])[:, :-1]
+    both = both / np.linalg.norm(both, axis=1, keepdims=True).clip(min=np.finfo(np.float32).tiny)
+    return np.asarray(both[1:] @ both[0])
+
+
 def _without(scores: np.ndarray, rows: np.ndarray, left_out: Ragged, top: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the first `top` of what was found, [m, found], without each query's rows to leave out."""
     number, width = np.arange(len(rows)), int(max(rows.max(initial=0), left_out.values.max(initial=0))) + 1
@@ -187,11 +197,6 @@ def _without(scores: np.ndarray, rows: np.ndarray, left_out: Ragged, top: int) -
     return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
 
 
-def search_with(threads: int) -> None:
-    """Have FAISS search with so many threads where this thread asks it to; every thread has a number of its own."""
-    faiss.omp_set_num_threads(threads)
-
-
 def build_index(
     vectors_dir: Path, folder: Path, kind: IndexType = "flat", *, width: int | None = None, rescore: int = 0
 ) -> VectorsMeta:
@@ -199,8 +204,8 @@ def build_index(
 
     flat is exact, sq8 (int8) is flat with a byte per dimension and binary with a bit; hnsw, ivf and ivfpq look at a
     part of the catalogue only, and ivfpq keeps half a byte per dimension. `width` cuts the vectors, as of a model
-    that was trained with loss.widths; of `rescore` candidates for each document asked for, whole vectors choose the
-    best, which stay on the disk. Raises CheckpointError where `vectors_dir` is not a whole vectors folder,
+    that was trained with loss.widths; of `rescore` candidates for each document asked for, the folder's own vectors
+    choose the best, which stay on the disk. Raises CheckpointError where `vectors_dir` is not a whole vectors folder,
     ConfigError where `folder` holds something else, ivfpq has too few documents, or width or rescore cannot be.
     """
     folder = real_place(folder)
@@ -209,10 +214,13 @@ def build_index(
         raise CheckpointError(f"{vectors_dir} is an index; the vectors it was built from are needed")
     built = planned(meta, kind, width, rescore)
     vectors = load_vectors(vectors_dir, meta)
+    if built.width != meta.width:
+        cut = cut_like(vectors[:], built)
+        vectors = CodedVectors(cut, "float32", built.width)
     check_file(vectors_dir / DOCUMENTS_FILE, meta.files.get(DOCUMENTS_FILE), META_FILE)
     check_free(folder, CONTENTS_FILE)
     with new_folder(folder) as aside:
-        faiss.write_index(faiss_index(kind, cut_like(vectors, built)), str(aside / INDEX_FILE))
+        faiss.write_index(faiss_index(kind, vectors), str(aside / INDEX_FILE))
         for name in (DOCUMENTS_FILE, *([VECTORS_FILE] if rescore else [])):
             shutil.copyfile(vectors_dir / name, aside / name)
         write_meta(aside, built)
@@ -262,53 +270,3 @@ def open_index(folder: str | Path, model: Model | None = None) -> Index:
     if model is not None:
         opened.check_model(model.checksum)
     return opened
-
-
-def faiss_index(kind: IndexType, vectors: np.ndarray) -> faiss.Index:
-    """Return the inner-product index of float32 `vectors` [N, D+1], trained and filled. Raises ConfigError: too few."""
-    index = _empty_index(kind, vectors)
-    for first in range(0, len(vectors), ROWS_AT_ONCE):
-        index.add(np.ascontiguousarray(vectors[first : first + ROWS_AT_ONCE]))
-    return index
-
-
-def _empty_index(kind: IndexType, vectors: np.ndarray) -> faiss.Index:
-    num_docs, width = vectors.shape
-    index: Any
-    if kind == "flat":
-        return faiss.IndexFlatIP(width)
-    if kind == "hnsw":
-        index = faiss.IndexHNSWFlat(width, HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction, index.hnsw.efSearch = HNSW_BUILD_WIDTH, HNSW_SEARCH_WIDTH
-        return index
-    if kind == "sq8":
-        index = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
-        index.train(_sample(vectors, 65_536))
-        return index
-    if kind == "binary":
-        index = faiss.IndexRaBitQ(width, faiss.METRIC_INNER_PRODUCT)
-        index.train(_sample(vectors, 65_536))
-        return index
-    num_lists = max(1, min(int(4 * num_docs**0.5), num_docs // TRAINING_POINTS))
-    if kind == "ivf":
-        index = faiss.index_factory(width, f"IVF{num_lists},Flat", faiss.METRIC_INNER_PRODUCT)
-    else:
-        if num_docs < PQ_LEAST_DOCS:
-            raise ConfigError(
-                f"--type ivfpq: {num_docs} documents, needs at least {PQ_LEAST_DOCS} to learn its codes from; take flat"
-            )
-        codes = -(-width // PQ_DIMENSIONS)
-        padded = codes * PQ_DIMENSIONS
-        index = faiss.index_factory(width, f"Pad{padded},IVF{num_lists},PQ{codes}", faiss.METRIC_INNER_PRODUCT)
-        lists: Any = faiss.downcast_index(faiss.extract_index_ivf(index))
-        learning = lists.pq.cp
-        learning.niter, learning.max_points_per_centroid = PQ_ROUNDS, PQ_POINTS
-    index.train(_sample(vectors, 256 * max(num_lists, 256)))
-    faiss.extract_index_ivf(index).nprobe = max(1, num_lists // LOOKED_AT)
-    return index
-
-
-def _sample(vectors: np.ndarray, most: int) -> np.ndarray:
-    """Return evenly spaced vectors, `most` of them where there are more."""
-    rows = np.linspace(0, len(vectors) - 1, min(len(vectors), most)).astype(np.int64)
-    return np.ascontiguousarray(vectors[rows])

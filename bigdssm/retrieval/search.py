@@ -57,6 +57,11 @@ class Queries:
         self.names = DocumentNames.of(dataset) if dataset is not None and self.has_history else None
         self._filters = None if dataset is None else Filters(schema, dataset.catalogue)
 
+    @property
+    def choices(self) -> dict[str, dict[str, Any]]:
+        """Return what filters may be made of, see `Filters.choices`."""
+        return {} if self._filters is None else self._filters.choices
+
     def of(self, request: Request) -> Query:
         """Return the query of a request. Raises ConfigError, DataError: it cannot be asked, or names no user."""
         if request.top < 1:
@@ -67,7 +72,7 @@ class Queries:
             of_user, stored_events = self._user(request.user)
             columns |= of_user
         for name, value in (request.features or {}).items():
-            columns[name] = self._feature(name, value)
+            columns[name] = self.feature(name, value)
         live, unknown = self._events(request.events or [], request.now)
         seen = np.concatenate([stored_events, live])
         exclude = self._exclude_seen if request.exclude_seen is None else request.exclude_seen
@@ -75,19 +80,7 @@ class Queries:
         columns |= self._histories(seen)
         return Query(columns, request.top, seen, unknown, seen if exclude else NOTHING, allowed)
 
-    def unknown(self, item: str) -> str:
-        """Return a sentence on an event's item that is no document, with documents whose names are near."""
-        assert self.names is not None, "there are events only where there are names"
-        near = self.names.nearest(item)
-        some = f"; the nearest are: {'; '.join(near)}" if near else ", nor nearly so"
-        return f"no document is called {item.strip()[:COMPARED_CHARACTERS]!r}{some}"
-
-    def _user(self, key: str) -> tuple[dict[str, Column], np.ndarray]:
-        if self._dataset is None:
-            raise ConfigError("this model is served without users; describe the query by its features")
-        return user_facts(self._dataset, key)
-
-    def _feature(self, name: str, value: Any) -> Column:
+    def feature(self, name: str, value: Any) -> Column:
         """Return one value as a column. Raises ConfigError: no such feature, or a value that it cannot have."""
         known = stored(self._schema.query)
         if name not in known:
@@ -100,6 +93,18 @@ class Queries:
         except DataError as error:
             raise ConfigError(str(error).removeprefix("row 0: ")) from None
         return given[name]
+
+    def unknown(self, item: str) -> str:
+        """Return a sentence on an event's item that is no document, with documents whose names are near."""
+        assert self.names is not None, "there are events only where there are names"
+        near = self.names.nearest(item)
+        some = f"; the nearest are: {'; '.join(near)}" if near else ", nor nearly so"
+        return f"no document is called {item.strip()[:COMPARED_CHARACTERS]!r}{some}"
+
+    def _user(self, key: str) -> tuple[dict[str, Column], np.ndarray]:
+        if self._dataset is None:
+            raise ConfigError("this model is served without users; describe the query by its features")
+        return user_facts(self._dataset, key)
 
     def _events(self, events: Sequence[Event], now: float | None) -> tuple[np.ndarray, tuple[str, ...]]:
         """Return the catalogue rows of events up to now, oldest first, and the items that are no documents."""

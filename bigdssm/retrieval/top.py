@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bigdssm import distributed
+from bigdssm.retrieval.coding import CodedVectors
 from bigdssm.retrieval.embed import Documents
 from bigdssm.retrieval.rounds import Round, product
 
@@ -68,12 +69,13 @@ def exact_search(documents: Documents) -> Search:
 
 def approximate_search(documents: Documents) -> Search:
     """Return the search of an inverted-file index of these documents, built now: it scores about an eighth of them."""
-    from bigdssm.retrieval.index import faiss_index  # only here: who searches exactly need not load FAISS
+    from bigdssm.retrieval.kinds import faiss_index  # only here: who searches exactly need not load FAISS
 
     num_docs = len(documents)
     if not num_docs:
         return exact_search(documents)
-    index = faiss_index("ivf", documents.vectors.cpu().numpy())
+    vectors = documents.vectors.cpu().numpy()
+    index = faiss_index("ivf", CodedVectors(vectors, "float32", vectors.shape[1]))
 
     def search(queries: Tensor, top: int, rows: Tensor, places: Tensor) -> Tensor:
         # so many more are asked for that `top` are left

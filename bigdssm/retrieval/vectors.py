@@ -1,7 +1,7 @@
 """Folders of document vectors, which name their model: encoded in shards by any number of ranks, going on where killed.
 
-VECTORS/   vectors.npy (float32 [N, D+1]), documents.arrow (doc_key, display), contents.npy (DOCUMENT [N]), meta.json
-           (checksums of all of them and of itself)
+VECTORS/   vectors.npy (see coding.py, by default float32 [N, D+1]), documents.arrow (doc_key, display), contents.npy
+           (DOCUMENT [N]), meta.json (checksums of all of them and of itself)
 .VECTORS.unfinished/   the same while it grows, see shards.py
 """
 
@@ -23,10 +23,11 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.features.ragged import Column, Ragged
 from bigdssm.hashing import file_checksum, json_checksum
+from bigdssm.retrieval.coding import CodedVectors, Dtype, coded, layout
 from bigdssm.retrieval.embed import Encoders, cut_vectors
 from bigdssm.retrieval.shards import ShardedFolder, Work
 
-FORMAT = 3  # 2 had no checksums, and its model_checksum was that of the weights alone
+FORMAT = 4  # 2 had no checksums, and its model_checksum was that of the weights alone; 3 had float32 alone
 VECTORS = "vectors"
 META_FILE, DOCUMENTS_FILE, VECTORS_FILE, CONTENTS_FILE = "meta.json", "documents.arrow", "vectors.npy", "contents.npy"
 INDEX_FILE = "index.faiss"
@@ -46,6 +47,7 @@ class VectorsMeta:
     width: int  # D+1, or of cut vectors, of which the last number is beta as well
     whole: int = 0  # D+1 where vectors are cut to `width`, as queries are then; 0: they are not
     score: str = ""  # dot or cosine: a cut vector of the latter gets its length again
+    dtype: Dtype = "float32"  # what vectors.npy holds, see coding.py; of an index what it was built from
     rescored: int = 0  # of an index: candidates for each document asked for, which whole vectors score; 0: none
     files: dict[str, str] = field(default_factory=dict)  # checksums by name, filled in by `write_meta`
     format: int = FORMAT
@@ -71,25 +73,28 @@ def write_vectors(
     *,
     whole: int = 0,
     score: str = "",
+    dtype: Dtype = "float32",
 ) -> Written:
     """Encode this rank's share of the catalogue into a vectors folder; finished shards of an ended run are kept.
 
     `since` is an earlier vectors folder of the same model: documents that have not changed are copied from there.
-    `whole` and `score` are of the meta: the width of the model's vectors where the encoders cut them, and its score.
+    `whole`, `score` and `dtype` are of the meta: the width of the model's vectors where the encoders cut them, its
+    score, and how vectors are written.
     Raises ConfigError where `folder` holds something else, CheckpointError where `since` is of another model, DataError
-    where a vector is not finite.
+    where a vector is not finite, or too large for float16.
     """
     work, folder = work or Work(), real_place(folder)
     num_docs = dataset.catalogue.num_docs
     if num_docs == 0:
         raise DataError(f"the catalogue of {dataset.dir} is empty")
     width = encoders.documents(np.zeros(1, np.int64)).shape[1]
-    earlier = None if since is None else Earlier(since, model_checksum, width)
-    meta = VectorsMeta(VECTORS, model_checksum, dataset.fingerprint, num_docs, width, whole, score)
+    earlier = None if since is None else Earlier(since, model_checksum, width, dtype)
+    meta = VectorsMeta(VECTORS, model_checksum, dataset.fingerprint, num_docs, width, whole, score, dtype)
+    element, shape = layout(dtype, width)
     check_free(folder, INDEX_FILE)
 
     def prepare(aside: Path) -> None:
-        open_memmap(aside / VECTORS_FILE, "w+", np.float32, (num_docs, width)).flush()
+        open_memmap(aside / VECTORS_FILE, "w+", element, (num_docs, *shape)).flush()
         open_memmap(aside / CONTENTS_FILE, "w+", DOCUMENT, (num_docs,)).flush()
 
     def complete(aside: Path) -> None:
@@ -109,9 +114,11 @@ def write_vectors(
             made = encoders.documents(new).cpu()
             if not bool(torch.isfinite(made).all()):
                 raise DataError(f"vectors of the catalogue rows {new[0]} to {new[-1]} hold NaN or inf; {folder} stays")
-            vectors[new] = made.numpy()
+            vectors[new] = coded(made.numpy(), dtype)
+            if dtype == "float16" and not np.isfinite(vectors[new]).all():
+                raise DataError(f"vectors of the catalogue rows {new[0]} to {new[-1]} are too large for float16")
         if earlier is not None:
-            vectors[rows[found >= 0]] = earlier.vectors[found[found >= 0]]
+            vectors[rows[found >= 0]] = earlier.vectors.rows[found[found >= 0]]
         contents[rows] = documents
         vectors.flush()
         contents.flush()
@@ -122,16 +129,18 @@ def write_vectors(
 class Earlier:
     """The vectors of an earlier catalogue, found by document and content."""
 
-    def __init__(self, folder: Path, model_checksum: str, width: int) -> None:
-        """Raises CheckpointError: no vectors folder, a damaged one, or one of another model or width."""
+    def __init__(self, folder: Path, model_checksum: str, width: int, dtype: Dtype) -> None:
+        """Raises CheckpointError: no vectors folder, a damaged one, or one of another model, width or dtype."""
         meta = read_meta(folder)
         if (meta.kind, meta.model_checksum) != (VECTORS, model_checksum):
             raise CheckpointError(
                 f"{folder} holds {meta.kind} of model {meta.model_checksum[:12]}; --since needs vectors of the model "
                 f"in use, {model_checksum[:12]}"
             )
-        if meta.width != width:
-            raise CheckpointError(f"{folder} holds vectors of {meta.width} numbers, --since needs {width}")
+        if (meta.width, meta.dtype) != (width, dtype):
+            raise CheckpointError(
+                f"{folder} holds vectors of {meta.width} numbers as {meta.dtype}, --since needs {width} as {dtype}"
+            )
         self.vectors = load_vectors(folder, meta)
         contents = _load(folder, CONTENTS_FILE, meta)
         if contents.dtype != DOCUMENT or len(contents) != meta.num_docs:
@@ -175,12 +184,15 @@ def vectors_of(
     return np.array(load_vectors(folder, meta)[first:last])
 
 
-def load_vectors(folder: Path, meta: VectorsMeta) -> np.ndarray:
+def load_vectors(folder: Path, meta: VectorsMeta) -> CodedVectors:
     """Return the vectors of a folder, mapped. Raises CheckpointError where they are not as `meta` says."""
-    vectors = _load(folder, VECTORS_FILE, meta)
-    if vectors.shape != (meta.num_docs, meta.width):
-        raise CheckpointError(f"{folder} is damaged: vectors of shape {vectors.shape}, {META_FILE} says otherwise")
-    return vectors
+    rows = _load(folder, VECTORS_FILE, meta)
+    element, shape = layout(meta.dtype, meta.width)
+    if rows.dtype != element or rows.shape != (meta.num_docs, *shape):
+        raise CheckpointError(
+            f"{folder} is damaged: vectors of {rows.dtype} and shape {rows.shape}, {META_FILE} says otherwise"
+        )
+    return CodedVectors(rows, meta.dtype, meta.width)
 
 
 def read_meta(folder: Path) -> VectorsMeta:

@@ -6,14 +6,13 @@ import hashlib
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from bigdssm.artifacts.exported import EXPORT_FILE, query_tower, run_onnx
 from bigdssm.artifacts.model_folder import META_FILE as MODEL_META
@@ -21,14 +20,16 @@ from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder
 from bigdssm.dataset.cache import Cache
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.tensors import to_features
-from bigdssm.errors import CheckpointError, DataError
+from bigdssm.errors import CheckpointError
 from bigdssm.features import TextTokenizer, histories_of, ragged, stored
-from bigdssm.features.base import filterable
 from bigdssm.retrieval.embed import query_vectors
-from bigdssm.retrieval.index import Document, Index, open_index, search_with
+from bigdssm.retrieval.index import Document, Index, cosines_with, open_index
+from bigdssm.retrieval.kinds import search_with
 from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.search import Queries, Query
 from bigdssm.retrieval.vectors import META_FILE as INDEX_META
+from bigdssm.retrieval.vectors import cut_like
+from bigdssm.serving.why import MOST_NEAR, NearItem, NearWord, Why, read_of, words_of
 
 MOST_USERS_LISTED = 1000
 SEEN_SHOWN = 5
@@ -91,12 +92,11 @@ class Searcher:
         """Return what a client needs to ask queries."""
         meta = self._index.meta
         schema = self._folder.schema
-        filters = {} if self._dataset is None else filterable(schema.doc)
         return {
             "model": self._folder.checksum, "index": meta.kind, "documents": meta.num_docs,
             "score": self._folder.config.model.score, "repeats": self._folder.config.data.repeats,
             "features": {name: feature.type for name, feature in stored(schema.query).items()},
-            "filters": {name: feature.type for name, feature in filters.items()},
+            "filters": self.queries.choices,
             "history": self.queries.has_history, "users": bool(self.users),
         }  # fmt: skip
 
@@ -149,11 +149,31 @@ class Searcher:
 
     def similar(self, key: str, top: int) -> tuple[str, list[Document]]:
         """Return a document's display name and the documents nearest to it. Raises DataError: no such document."""
-        row = pc.index(self._index.keys, pa.scalar(key, pa.string())).as_py()
-        if row < 0:
-            raise DataError(f"no document has the key {key!r}")
+        row = self._index.row(key)
         self._use_threads()
         return self._index.display[row].as_py(), self._index.documents(*self._index.similar(row, top))
+
+    def why(self, request: Request, key: str) -> Why:
+        """Return what a document is near to in a request. Raises ConfigError, DataError: as `queries.of`, `similar`."""
+        query, row = self.queries.of(request), self._index.row(key)
+        vector = self._index.vectors_at([row])[0]
+        rows = read_of(query.seen, self._folder.schema)
+        cosines = cosines_with(vector, self._index.vectors_at(rows))
+        nearest = np.argsort(-cosines, kind="stable")[:MOST_NEAR]
+        items = [NearItem(*found[1:], found[0]) for found in self._index.documents(cosines[nearest], rows[nearest])]
+        return Why(self._index.display[row].as_py(), items, self._near_words(query, request, vector)[:MOST_NEAR])
+
+    def _near_words(self, query: Query, request: Request, vector: np.ndarray) -> list[NearWord]:
+        words = words_of(request.features or {}, self._folder.schema)
+        if not words:
+            return []
+        columns = [{**query.columns, name: self.queries.feature(name, word)} for name, word in words]
+        vectors = self.encode([replace(query, columns=some) for some in columns])
+        if vectors.shape[1] != len(vector):  # of an index that keeps cut ones alone
+            vectors = cut_like(vectors, self._index.meta)
+        cosines = cosines_with(vector, vectors).tolist()
+        near = [NearWord(*word, cosine) for word, cosine in zip(words, cosines, strict=True)]
+        return sorted(near, key=lambda word: -word.cosine)
 
     def _use_threads(self) -> None:
         if self._threads is not None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import html
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,10 +23,10 @@ from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.index import build_index
 from bigdssm.retrieval.vectors import write_vectors
 from tests.conftest import TinyDataset
+from tests.e2e.browser import BROWSERS, Page, browser_path, browsing
 from tests.unit.retrieval.conftest import SMALL, random_model
 
 ROOT = Path(__file__).resolve().parents[2]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 pytestmark = pytest.mark.e2e
 pytest.importorskip("fastapi")
@@ -51,10 +49,10 @@ def texts_url(tiny_pairs: TinyDataset, tmp_path_factory: pytest.TempPathFactory)
 
 
 @contextmanager
-def serving(tiny: TinyDataset, folder: Path) -> Iterator[str]:
+def serving(tiny: TinyDataset, folder: Path, *options: str | Path) -> Iterator[str]:
     """Serve a small random model with the command, and yield its address."""
     make_served(tiny, folder)
-    with started(folder) as (address, server):
+    with started(folder, *options) as (address, server):
         yield address
         server.send_signal(signal.SIGINT)
         assert server.wait(timeout=20) in (0, 130, -signal.SIGINT)
@@ -73,9 +71,9 @@ def make_served(tiny: TinyDataset, folder: Path, seed: int = 1) -> str:
 
 
 @contextmanager
-def started(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def started(folder: Path, *options: str | Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """Start the command, and yield its address and itself; it is killed where it still runs at the end."""
-    command, environment = [*serve(folder, "0"), *options], {**os.environ, "OMP_NUM_THREADS": "1"}
+    command, environment = [*serve(folder, "0"), *map(str, options)], {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:
@@ -95,66 +93,186 @@ def url(served: tuple[str, Path]) -> str:
 
 
 @pytest.fixture(scope="module")
-def browse(url: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A function from a query string to what the page shows once it has loaded everything."""
-    browser = next((path for path in map(shutil.which, BROWSERS) if path), None)
+def two_url(tiny_interactions: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server of two models."""
+    folder = tmp_path_factory.mktemp("two")
+    make_served(tiny_interactions, folder / "other", seed=2)
+    with serving(tiny_interactions, folder, "--beside", folder / "other/model", folder / "other/index") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """A page of a real browser."""
+    browser = browser_path()
     if browser is None:
         give_up = pytest.fail if "BIGDSSM_FULL" in os.environ else pytest.skip
         give_up(f"needs a browser to look at the page with: one of {', '.join(BROWSERS)}")
-    profile = tmp_path_factory.mktemp("profile")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={profile}"]
-
-    def look(query: str, at: str = url) -> str:
-        command = [browser, *options, "--virtual-time-budget=20000", "--dump-dom", f"{at}/{query}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=180)
-        assert done.returncode == 0, done.stderr
-        return html.unescape(done.stdout)
-
-    return look
+    with browsing(browser, tmp_path_factory.mktemp("profile")) as page:
+        yield page
 
 
-def rows(page: str) -> list[list[str]]:
-    """Return the cells of the table of documents."""
-    (table,) = re.findall(r'<table id="documents">(.*?)</table>', page, re.DOTALL)
-    return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", table) if "<td" in row]
+@pytest.fixture(autouse=True)
+def no_problems(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every look at the page ends without an error in its console, which what its policy forbids would be."""
+    yield
+    if "page" in request.fixturenames:
+        page = request.getfixturevalue("page")
+        problems = [problem for problem in page.problems if "status of 4" not in problem]
+        page.problems.clear()
+        assert not problems
 
 
-def test_the_page_shows_ten_documents_of_a_user(browse: Any) -> None:
-    page = browse("?user=u7")
+def rows(page: Page, side: str = "") -> list[list[str]]:
+    """Return the cells of a table of documents."""
+    lines = f"document.getElementById('documents{side}').querySelectorAll('tr[data-key]')"
+    found: list[list[str]] = page.js(f"[...{lines}].map(line => [...line.cells].map(cell => cell.textContent))")
+    return found
+
+
+def text(page: Page, selector: str = "body") -> str:
+    """Return what stands in an element."""
+    found: str = page.js(f"document.querySelector({json.dumps(selector)}).innerText")
+    return found
+
+
+def asked(url: str, path: str, body: dict[str, Any]) -> Any:
+    """Return what the API answers."""
+    request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
+
+
+def test_the_page_shows_ten_documents_of_a_user(page: Page, url: str) -> None:
+    page.open(f"{url}/?user=u7")
     found = rows(page)
     assert [cells[0] for cells in found] == [str(rank) for rank in range(1, 11)]
     scores = [float(cells[1]) for cells in found]
     assert scores == sorted(scores, reverse=True)
     assert all(re.fullmatch(r"i\d+", cells[3]) for cells in found)
-    assert re.search(r"10 documents in [\d.]+ ms · server [\d.]+ ms · encoding [\d.]+ ms, index [\d.]+ ms", page)
-    assert "40 documents · flat index" in page and "History, newest first: " in page
-    assert '<option value="u7">' in page and 'name="age"' in page
-    (link,) = re.findall(r'href="(\?similar=[^"]+)"', found[0][4])
-    page = browse(link)
-    assert f"Nearest to {found[0][2]}" in page
+    assert re.search(r"10 documents in [\d.]+ ms · server [\d.]+ ms · encoding [\d.]+ ms, index [\d.]+ ms", text(page))
+    assert "40 documents · flat index" in text(page) and "History, newest first: " in text(page)
+    for selector in ("option[value=u7]", "[name=age]"):
+        assert page.js(f"document.querySelector({selector!r}) !== null")
+    link = page.js("document.querySelector('tr[data-key] a').href")
+    page.open(link)
+    assert f"Nearest to {found[0][2]}" in text(page)
     assert len(rows(page)) == 10 and found[0][3] not in [cells[3] for cells in rows(page)]
 
 
-def test_the_page_takes_a_typed_text(browse: Any, texts_url: str) -> None:
-    asked = {"features": {"query": "stone bridge <river>"}, "top": 10}
-    request = urllib.request.Request(f"{texts_url}/api/search", json.dumps(asked).encode(), method="POST")
-    request.add_header("Content-Type", "application/json")
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        documents = json.load(answer)["documents"]
-    page = browse("?query=stone+bridge+%3Criver%3E", texts_url)
+def test_the_page_takes_a_typed_text(page: Page, texts_url: str) -> None:
+    documents = asked(texts_url, "/api/search", {"features": {"query": "stone bridge <river>"}, "top": 10})["documents"]
+    page.open(f"{texts_url}/?query=stone+bridge+%3Criver%3E")
     assert [(cells[0], cells[1], cells[3]) for cells in rows(page)] == [
         (str(entry["rank"]), f"{entry['score']:.4f}", entry["key"]) for entry in documents
     ]
-    assert len(documents) == 10 and "stone bridge <river>" in page and "no user" not in page
-    assert 'name="query"' in page and 'name="user"' not in page and 'name="history"' not in page
+    assert len(documents) == 10 and text(page, "#title") == "stone bridge <river>" and "no user" not in text(page)
+    names = page.js("[...document.querySelectorAll('#fields input')].map(input => input.name)")
+    assert names == ["query"]
 
 
-def test_the_page_says_what_is_wrong_and_shows_it_as_text(browse: Any) -> None:
-    page = browse("?user=<b id=injected>nobody")
-    assert 'class="error"' in page and "no user is called '<b id=injected>nobody'" in page
-    assert "&lt;b id" not in page  # unescaped by `browse`; as an element it would be closed and quoted
-    assert '<b id="injected">' not in page
+def test_the_page_says_what_is_wrong_and_shows_it_as_text(page: Page, url: str) -> None:
+    page.open(f"{url}/?user=%3Cb%20id=injected%3Enobody")
+    assert page.js("document.getElementById('status').className") == "error"
+    assert "no user is called '<b id=injected>nobody'" in text(page, "#status")
+    assert page.js("document.getElementById('injected')") is None
     assert rows(page) == []
+
+
+def test_filters_are_ticked_and_stay_in_the_address(page: Page, url: str) -> None:
+    page.open(f"{url}/?user=u7&filter=year+%3C+1999")
+    page.js("document.querySelector('[value=Comedy]').click(), document.querySelector('[value=Western]').click()")
+    page.js("document.querySelector('[name=\"least:year\"]').value = '1970'")
+    page.js("document.querySelector('#ask > button').click()")
+    page.answered()
+    wanted = "genres in (Comedy, Western) and year >= 1970 and year < 1999"
+    documents = asked(url, "/api/search", {"user": "u7", "filter": wanted})["documents"]
+    assert [cells[3] for cells in rows(page)] == [entry["key"] for entry in documents] != []
+    assert text(page, "#title") == f"u7 · {wanted}"
+    page.open(page.js("location.href"))
+    assert [cells[3] for cells in rows(page)] == [entry["key"] for entry in documents], "the address says all of it"
+    placeholders = page.js("[...document.querySelectorAll('[type=number]')].map(input => input.placeholder)")
+    assert placeholders == ["1961", "1999"]
+    page.open(f"{url}/?user=u7&one:genres=Comedy&filter=year+>+2100")
+    assert rows(page) == [] and "0 documents" in text(page, "#status")
+
+
+def test_two_models_answer_side_by_side(page: Page, two_url: str) -> None:
+    page.open(f"{two_url}/?user=u7")
+    answers = [asked(two_url, f"{side}/api/search", {"user": "u7"})["documents"] for side in ("", "/beside")]
+    keys = [[entry["key"] for entry in answer] for answer in answers]
+    assert keys[0] != keys[1] and 0 < len({*keys[0]} & {*keys[1]}) < 10
+    for side, own, other in (("", *keys), ("/beside", *keys[::-1])):
+        marks = []
+        for rank, key in enumerate(own):
+            up = other.index(key) - rank if key in other else None
+            marks.append("only here" if up is None else "=" if up == 0 else f"▲{up}" if up > 0 else f"▼{-up}")
+        assert [(cells[4], cells[2]) for cells in rows(page, side)] == list(zip(own, marks, strict=True))
+        lines = f"[...document.getElementById('documents{side}').querySelectorAll('tr.only')]"
+        assert page.js(f"{lines}.map(line => line.dataset.key)") == [key for key in own if key not in other]
+    assert text(page, "#status") == f"{len({*keys[0]} & {*keys[1]})} of 10 in both"
+    page.open(f"{two_url}/?similar=i3")
+    assert len(rows(page)) == len(rows(page, "/beside")) == 10 and text(page, "#title").startswith("Nearest to ")
+    page.open(f"{two_url}/?user=nobody")
+    assert page.js("document.querySelectorAll('.said.error').length") == 2 and rows(page) == []
+
+
+def test_keys_alone_ask_and_read(page: Page, two_url: str) -> None:
+    page.open(f"{two_url}/")
+    page.press("/", *"u7", "Enter").answered()
+    assert page.js("document.querySelector('[name=user]').value") == "u7", "/ itself is not typed"
+
+    def at() -> tuple[str, int]:
+        line = page.js("[document.activeElement.dataset.side, document.activeElement.rowIndex]")
+        return line[0], line[1]
+
+    assert at() == ("", 1)
+    page.press("ArrowUp")
+    assert at() == ("", 1), "nothing is above"
+    page.press("ArrowDown", "ArrowDown", "ArrowRight", "ArrowUp")
+    assert at() == ("/beside", 2)
+    page.press("Enter").answered()
+    near = asked(two_url, "/beside/api/why", {"user": "u7", "document": rows(page, "/beside")[1][4]})
+    shown = "\n".join(f"{item['cosine']:.2f} {item['display']}" for item in near["history"])
+    assert text(page, "tr.why") == f"Near to what the history holds:\n{shown}" and len(near["history"]) == 5
+    page.press("Enter")
+    assert page.js("document.querySelector('tr.why')") is None, "what is open closes"
+    page.press("Enter").answered().press("Escape")
+    assert page.js("document.querySelector('tr.why')") is None and at() == ("/beside", 2)
+    page.press("Escape")
+    assert page.js("document.activeElement.name") == "user"
+    page.press("ArrowDown", "Escape", "ArrowDown")
+    assert at() == ("", 1)
+
+
+def test_the_words_of_a_text_say_why(page: Page, texts_url: str) -> None:
+    page.open(f"{texts_url}/?query=stone+bridge+river")
+    page.js("document.querySelector('td.do button').click()")
+    page.answered()
+    body = {"features": {"query": "stone bridge river"}, "document": rows(page)[0][3]}
+    near = asked(texts_url, "/api/why", body)["words"]
+    assert {word["word"] for word in near} == {"stone", "bridge", "river"}
+    shown = "\n".join(f"{word['cosine']:.2f} {word['word']}" for word in near)
+    assert text(page, "tr.why") == f"Near to the words:\n{shown}"
+
+
+def test_it_fits_a_phone_and_the_dark(page: Page, two_url: str) -> None:
+    try:
+        page.screen(375, 700, dark=True).open(f"{two_url}/?user=u7&one:genres=Comedy")
+        page.js("document.querySelector('td.do button').click()")
+        page.answered()
+        assert page.js("document.documentElement.scrollWidth") == 375
+        boxes = "[...document.querySelectorAll('section')].map(section => section.getBoundingClientRect().left)"
+        assert len(set(page.js(boxes))) == 1, "the models stand below each other"
+        colours = "(({ color, backgroundColor }) => [color, backgroundColor])(getComputedStyle(document.body))"
+        light, dark = (sum(map(int, re.findall(r"\d+", colour)[:3])) / 3 for colour in page.js(colours))
+        assert light > 200 and dark < 50
+        page.screen(1100).open(f"{two_url}/?user=u7")
+        assert len(set(page.js(boxes))) == 2
+        dark, light = (sum(map(int, re.findall(r"\d+", colour)[:3])) / 3 for colour in page.js(colours))
+        assert light > 200 and dark < 50
+    finally:
+        page.screen(1100)
 
 
 def test_a_load_is_measured(url: str, tmp_path: Path) -> None:

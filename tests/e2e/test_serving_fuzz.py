@@ -21,13 +21,13 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 OPERATIONS = (
     ("GET", "/"), ("GET", "/api/about"), ("GET", "/api/users"), ("GET", "/api/similar"), ("GET", "/metrics"),
     ("GET", "/healthz"), ("GET", "/readyz"),
-    ("POST", "/api/search"),
+    ("POST", "/api/search"), ("POST", "/api/why"),
 )  # fmt: skip
 HELD = (
     "not_a_server_error", "status_code_conformance", "content_type_conformance", "response_headers_conformance",
     "response_schema_conformance",
 )  # fmt: skip
-REQUESTS = {"/api/search": 80, "/api/similar": 40}  # the others take nothing
+REQUESTS = {"/api/search": 80, "/api/similar": 40, "/api/why": 40}  # the others take nothing
 # What the OpenAPI cannot know: names of the tiny datasets, and values that are nearly right
 VALUES = st.sampled_from(
     ["u7", "i3", "river lantern", "artist", "33", "-1e38", "1e39", "inf", " ", "", "İ\x00|;\n", "𐍈" * 99]

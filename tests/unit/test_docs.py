@@ -13,6 +13,7 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -55,6 +56,23 @@ def test_the_tables_of_the_tutorial_become_its_dataset(tmp_path: Path, monkeypat
     assert make_shards.main(shlex.split(command.removeprefix("python tools/make_shards.py "))) == 0
     opened = Dataset.open("datasets/shop")
     assert [opened.num_rows(split) for split in ("train", "validation", "test")] == [10_200, 600, 600]
+
+
+def test_the_pairs_of_another_library_become_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block, commands, *_ = code_of(ROOT / "docs/tutorials/coming_from.md")
+    config, own = yaml.safe_load((ROOT / "configs/docstrings.yaml").read_text("utf-8")), yaml.safe_load(block)
+    config["run"] |= own["run"]
+    config["data"] |= {**own["data"], "tokenizer": {"vocab_size": 80}}  # in the place of MiniLM's
+    for side in ("query", "doc"):
+        config["model"][side]["text"] = {"layers": 1, "hidden": 8}
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(config))
+    pairs = [f'{{"anchor": "query {number}", "positive": "document {number}"}}\n' for number in range(100)]
+    (tmp_path / "pairs.jsonl").write_text("".join(pairs))
+    monkeypatch.chdir(tmp_path)
+    _, make, _ = commands.splitlines()
+    assert make_shards.main(shlex.split(make.removeprefix("python tools/make_shards.py "))) == 0
+    dataset = Dataset.open("datasets/mine")
+    assert dataset.catalogue.num_docs == 100 and dataset.catalogue.display(np.array([0]))[0].startswith("document ")
 
 
 def test_concepts_name_every_room() -> None:

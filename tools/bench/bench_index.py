@@ -2,13 +2,14 @@
 
     python tools/bench/bench_index.py --model MODEL --vectors VECTORS --data DATASET [--split test] [--queries 1000]
     python tools/bench/bench_index.py … --types flat sq8 binary --widths 64 --rescore 4 20
+    python tools/bench/bench_index.py … --types flat sq8 binary --rescore 4 20 --dtypes float32 int8 binary
 
 For each kind: Recall@100 against the exact search, NDCG@10 of each row's document (seen documents left out), p50 and
 p99 of one query's time on one thread, bytes per vector of the saved index, and the time to build it with the threads
-that OMP_NUM_THREADS gives. With --widths also over vectors cut to these, with --rescore also where whole vectors choose
-among so many candidates a document (they stay on the disk and are not counted). Queries are rows of the split, evenly
-spread. The score is the one that the model was trained with (`model.score`: dot or cosine); another needs vectors of
-another model.
+that OMP_NUM_THREADS gives. With --widths also over vectors cut to these; with --rescore also where whole vectors choose
+among so many candidates a document, which stay on the disk: their bytes have a column of their own. With --dtypes also
+over vectors as embed codes them, which then are those that choose. Queries are rows of the split, evenly spread. The
+score is the one that the model was trained with (`model.score`: dot or cosine); another needs vectors of another model.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -33,8 +34,10 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.metrics import mean_metrics
+from bigdssm.retrieval.coding import CodedVectors, Dtype, bytes_per_vector, coded
 from bigdssm.retrieval.embed import Encoders, tower_encoders
-from bigdssm.retrieval.index import Index, IndexType, faiss_index, planned
+from bigdssm.retrieval.index import Index, planned
+from bigdssm.retrieval.kinds import IndexType, faiss_index
 from bigdssm.retrieval.vectors import VectorsMeta, cut_like, read_meta, vectors_of
 
 TOP = 100
@@ -58,6 +61,7 @@ class Measured:
     p50_ms: float
     p99_ms: float
     bytes_per_vector: float
+    bytes_on_disk: int  # of the vector that scores candidates again, 0 where none does
     build_s: float
 
 
@@ -71,12 +75,15 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", choices=get_args(IndexType), default=get_args(IndexType), help="kinds")
     parser.add_argument("--widths", nargs="+", type=int, default=[], help="also over vectors cut to these")
     parser.add_argument("--rescore", nargs="+", type=int, default=[], help="also with so many candidates scored again")
+    parser.add_argument("--dtypes", nargs="+", choices=get_args(Dtype), default=["float32"], help="of the vectors")
     parser.add_argument("--out", type=Path, metavar="JSON", help="where to save the figures")
     args = parser.parse_args()
     if args.queries < 1:
         raise ConfigError(f"--queries {args.queries}: needs at least 1")
     folder, dataset, meta = load_model_folder(args.model), Dataset.open(args.data), read_meta(args.vectors)
     folder.check_dataset(dataset)
+    if meta.dtype != "float32":
+        raise ConfigError(f"--vectors {args.vectors} are {meta.dtype}, needs those that embed writes without --dtype")
     vectors = vectors_of(args.vectors, folder.checksum, dataset)
     queries = queries_of(tower_encoders(folder.model, dataset), dataset, args.split, args.queries)
     build_threads = faiss.omp_get_max_threads()
@@ -84,7 +91,8 @@ def main() -> None:
     with ProgressBar() as progress:
         kinds = list(dict.fromkeys(["flat", *args.types]))  # flat is what the others are measured against
         plans = [
-            planned(meta, kind, width, rescore)
+            replace(planned(meta, kind, width, rescore), dtype=dtype)
+            for dtype in dict.fromkeys(["float32", *args.dtypes])
             for kind in kinds
             for width in (None, *args.widths)
             for rescore in (0, *args.rescore)
@@ -128,11 +136,13 @@ def measure(
     """Return what an index finds, int64 [m, TOP], and what it costs; `exact` is what it should find."""
     faiss.omp_set_num_threads(threads)
     started = time.perf_counter()
-    made = faiss_index(plan.kind, cut_like(vectors, plan))  # type: ignore[arg-type]
+    whole = CodedVectors(coded(vectors, plan.dtype), plan.dtype, vectors.shape[1])
+    searched = whole if not plan.whole else CodedVectors(cut_like(whole[:], plan), "float32", plan.width)
+    made = faiss_index(plan.kind, searched)  # type: ignore[arg-type]
     build_s = time.perf_counter() - started
     faiss.omp_set_num_threads(1)
     names = pa.chunked_array([pa.nulls(0, pa.string())])
-    index = Index(made, plan, names, names, vectors if plan.rescored else None)
+    index = Index(made, plan, names, names, whole if plan.rescored else None)
     found, seconds = [], []
     for vector, seen in zip(queries.vectors[:, None], queries.seen, strict=True):
         started = time.perf_counter()
@@ -146,19 +156,21 @@ def measure(
     ranks = np.where(place.any(axis=1), place.argmax(axis=1) + 1.0, np.inf)
     p50, p99 = np.percentile(seconds, [50, 99]) * 1000
     size = faiss.serialize_index(made).nbytes / plan.num_docs
+    on_disk = bytes_per_vector(plan.dtype, whole.width) if plan.rescored else 0
     ndcg = mean_metrics(ranks)["ndcg_at_10"]
     name = f"{plan.kind}{f' {plan.width - 1}' if plan.whole else ''}{f' × {plan.rescored}' if plan.rescored else ''}"
-    return rows, Measured(name, recall, ndcg, float(p50), float(p99), size, build_s)
+    name += "" if plan.dtype == "float32" else f" of {plan.dtype}"
+    return rows, Measured(name, recall, ndcg, float(p50), float(p99), size, on_disk, build_s)
 
 
 def show(title: str, measured: list[Measured]) -> None:
     table = Table(title=title)
-    for column in ("index", "Recall@100", "NDCG@10", "p50 ms", "p99 ms", "bytes a vector", "build s"):
+    for column in ("index", "Recall@100", "NDCG@10", "p50 ms", "p99 ms", "bytes a vector", "on disk", "build s"):
         table.add_column(column, justify="left" if column == "index" else "right")
     for m in measured:
         table.add_row(
             m.kind, f"{m.recall_at_100:.3f}", f"{m.ndcg_at_10:.4f}", f"{m.p50_ms:.2f}", f"{m.p99_ms:.2f}",
-            f"{m.bytes_per_vector:.0f}", f"{m.build_s:.1f}",
+            f"{m.bytes_per_vector:.0f}", str(m.bytes_on_disk), f"{m.build_s:.1f}",
         )  # fmt: skip
     Console().print(table)
 

@@ -28,7 +28,8 @@ from bigdssm.making.from_tables import make_dataset
 from bigdssm.models import new_model
 from bigdssm.retrieval.bulk import Users
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.retrieval.index import IndexType, build_index, open_index
+from bigdssm.retrieval.index import build_index, open_index
+from bigdssm.retrieval.kinds import IndexType
 from bigdssm.retrieval.recommend import Wanted, recommend
 from bigdssm.retrieval.shards import Work
 from bigdssm.retrieval.vectors import write_vectors

@@ -11,8 +11,10 @@ import pytest
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical
+from bigdssm.retrieval.coding import CodedVectors
 from bigdssm.retrieval.filters import Condition, Filters, parse_filter
-from bigdssm.retrieval.index import Index, IndexType, faiss_index
+from bigdssm.retrieval.index import Index
+from bigdssm.retrieval.kinds import IndexType, faiss_index
 from bigdssm.retrieval.scan import Allowed
 from bigdssm.retrieval.vectors import VectorsMeta
 
@@ -90,7 +92,12 @@ def vectors() -> np.ndarray:
 @pytest.fixture(scope="module", params=["flat", "sq8", "hnsw", "ivf", pytest.param("ivfpq", marks=pytest.mark.slow)])
 def index(request: pytest.FixtureRequest, vectors: np.ndarray) -> Index:
     kind: IndexType = request.param
-    return Index(faiss_index(kind, vectors), VectorsMeta(kind, "m", "d", NUM_DOCS, WIDTH), NAMES, NAMES)
+    return Index(
+        faiss_index(kind, CodedVectors(vectors, "float32", WIDTH)),
+        VectorsMeta(kind, "m", "d", NUM_DOCS, WIDTH),
+        NAMES,
+        NAMES,
+    )
 
 
 @pytest.mark.parametrize("let_through", [0, 1, 7, 200, NUM_DOCS // 8, NUM_DOCS // 3, NUM_DOCS])

@@ -19,8 +19,10 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval import embed
+from bigdssm.retrieval.coding import CodedVectors
 from bigdssm.retrieval.embed import Encoders, tower_encoders
-from bigdssm.retrieval.index import Index, IndexType, build_index, faiss_index, open_index
+from bigdssm.retrieval.index import Index, build_index, open_index
+from bigdssm.retrieval.kinds import IndexType, faiss_index
 from bigdssm.retrieval.scan import Allowed
 from bigdssm.retrieval.shards import Work
 from bigdssm.retrieval.vectors import VectorsMeta, write_meta, write_vectors
@@ -118,7 +120,9 @@ def test_the_nearest_documents_are_near_whatever_their_beta() -> None:
     vectors[:, :4] /= np.linalg.norm(vectors[:, :4], axis=1, keepdims=True)
     vectors[:, 4] *= 100
     names = pa.chunked_array([pa.nulls(0, pa.string())])
-    index = Index(faiss_index("flat", vectors), VectorsMeta("flat", "m", "d", 600, 5), names, names)
+    index = Index(
+        faiss_index("flat", CodedVectors(vectors, "float32", 5)), VectorsMeta("flat", "m", "d", 600, 5), names, names
+    )
     cosines, rows = index.similar(7, 5)
     expected = vectors[:, :4] @ vectors[7, :4]
     np.testing.assert_array_equal(rows, np.argsort(-expected)[1:6])
@@ -199,7 +203,7 @@ def test_candidates_are_scored_again_by_whole_vectors(
             np.testing.assert_allclose(scores, whole[rows] @ query, rtol=1e-5, atol=1e-5)
             assert allowed is None or mask[rows].all()
     np.testing.assert_allclose(index.similar(3, 4)[0], exact.similar(3, 4)[0], rtol=1e-4, atol=1e-4)
-    assert isinstance(index.vectors, np.memmap), "they stay on the disk"
+    assert index.vectors is not None and isinstance(index.vectors.rows, np.memmap), "they stay on the disk"
 
 
 def test_bits_alone_are_no_scores(vectors_dir: Path, tmp_path: Path) -> None:
@@ -237,7 +241,7 @@ def test_product_quantisation_from_a_folder_to_similar_documents(tmp_path: Path)
         close.append(len(set(rows) & set(exact.similar(row, 100)[1])) / 10)
     assert np.mean(close) > 0.7, "few of the ten are among the hundred nearest"
     with pytest.raises(ConfigError, match="40 documents, needs at least 9984"):
-        faiss_index("ivfpq", vectors[:40])
+        faiss_index("ivfpq", CodedVectors(vectors[:40], "float32", 9))
 
 
 def test_vectors_name_documents(vectors_dir: Path, index_dir: Path, dataset: Dataset) -> None:
