@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_served(parser)
     parser.add_argument("--user", metavar="KEY", help="a user of the dataset")
+    parser.add_argument("--document", metavar="KEY", help="the document that the query is, of a siamese model")
     parser.add_argument("--history", metavar="TITLES", help="documents, parted by semicolons, oldest first")
     parser.add_argument("--text", nargs="+", metavar="FEATURE=VALUE", help="values of the query's features")
     parser.add_argument("--filter", metavar="CONDITIONS", help="which documents may be found")
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--request", metavar="FILE", help="a request as JSON, - for standard input")
     args = parser.parse_args(argv)
     if args.request is not None:
-        options = ["--user", "--history", "--text", "--filter", "--seen", "--top"]
+        options = ["--user", "--document", "--history", "--text", "--filter", "--seen", "--top"]
         refuse_options(parser, args, options, "with --request, which holds all of it")
         request = request_of(_read(args.request))
     else:
@@ -62,7 +63,7 @@ def _typed(args: argparse.Namespace) -> Request:
     titles = [title for title in (args.history or "").split(";") if title.strip()]
     features = None if args.text is None else _typed_values(args.text)
     return Request(
-        args.user, features, [*map(Event, titles)] or None, filter=args.filter,
+        args.user, features, [*map(Event, titles)] or None, filter=args.filter, document=args.document,
         exclude_seen=None if args.seen is None else SEEN[args.seen], top=args.top,
     )  # fmt: skip
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from bigdssm.bounds import out_of_bounds
-from bigdssm.config.keys import Config, DataConfig, LossConfig, ModelConfig, StageConfig
+from bigdssm.config.keys import Config, DataConfig, LossConfig, ModelConfig, StageConfig, TowerConfig
 from bigdssm.errors import ConfigError
+from bigdssm.features import Feature
 from bigdssm.features.history import histories_of
 from bigdssm.loss_options import LOSSES
 
@@ -19,6 +22,8 @@ def check_config(config: Config) -> None:
     _require(bool(data.query), "data.query", "no features", "at least one feature")
     _require(bool(data.doc), "data.doc", "no features", "at least one feature")
     _check_sources(data)
+    if data.siamese:
+        _check_siamese(data, config.model)
     for key, needs_it in (
         ("engine.offload_optimizer=true", engine.offload_optimizer),
         ("engine.precision=bf16_pure", engine.precision == "bf16_pure"),
@@ -94,6 +99,29 @@ def _check_sources(data: DataConfig) -> None:
             data.from_partition is None, "data.from_partition", data.from_partition,
             "no mixture beside it; name partitions in the mixture",
         )  # fmt: skip
+
+
+def _check_siamese(data: DataConfig, model: ModelConfig) -> None:
+    declared = [[(name, _apart_from_column(f)) for name, f in side.items()] for side in (data.query, data.doc)]
+    given = "with data.siamese=true:"
+    for key, got, fits, needed in (
+        (
+            "data.query",
+            list(data.query),
+            declared[0] == declared[1],
+            f"data.doc's features, columns apart, {given} one tower",
+        ),
+        ("data.display", data.display, data.display is None, f"null {given} documents are shown by their ids"),
+        ("data.repeats", data.repeats, data.excludes_seen, f"exclude {given} a query is never its own answer"),
+        ("data.webdataset", data.webdataset, data.webdataset is None, f"null {given} documents need a catalogue"),
+        ("model.query", "another tower", model.query in (TowerConfig(), model.doc), f"none {given} model.doc is both"),
+        ("model.share_text", True, not model.share_text, f"false {given} the whole tower is shared"),
+    ):
+        _require(fits, key, got, needed)
+
+
+def _apart_from_column(feature: Feature) -> dict[str, Any]:
+    return {key: value for key, value in feature.declaration().items() if key != "column"}
 
 
 def _check_stage(name: str, stage: StageConfig, data: DataConfig) -> None:

@@ -49,6 +49,9 @@ class DataConfig:
     query: dict[str, Any] = field(default_factory=dict)  # Feature by name, each as its type declares it; see features/
     doc: dict[str, Any] = field(default_factory=dict)
     display: str | None = None  # column of the document table shown to people; the document id by default
+    # Queries are documents: both sides declare the same features, of columns of their own, one tower (model.doc) reads
+    # both, a query's id is its document's, which is never its own answer, and a pair holds in both directions.
+    siamese: bool = False
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     # Most targets of a train row made of interactions: one pass over a piece of a sequence gives a query for each.
     targets_per_row: int = bounded(1, 1, 65_536)

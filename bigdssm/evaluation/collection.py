@@ -84,9 +84,9 @@ def vectors_run(
     run: dict[str, dict[str, float]] = {}
     for first in range(0, len(queries), QUERIES_AT_ONCE):
         entries = collection.queries[first : first + QUERIES_AT_ONCE]
-        known = [collection.known.get(entry.key, {}) if filter_known else {} for entry in entries]
-        rows = [i for i, keys in enumerate(known) for _ in keys]
-        columns = [place[key] for keys in known for key in keys]
+        known = [_left_out(collection, entry.key, filter_known) for entry in entries]
+        rows = [i for i, keys in enumerate(known) for key in keys if key in place]
+        columns = [place[key] for keys in known for key in keys if key in place]
         block = queries[first : first + QUERIES_AT_ONCE]
         excluded = torch.tensor(rows, dtype=torch.long), torch.tensor(columns, dtype=torch.long)
         scores, best = top_documents(block, documents, min(top, len(documents)), *excluded)
@@ -143,14 +143,19 @@ def bm25_run(collection: Collection, *, filter_known: bool = False, top: int = T
     index = bm25s.BM25(k1=BM25_K1, b=BM25_B)
     index.index(words(collection.corpus), show_progress=False)
     known = {query: len(documents) for query, documents in collection.known.items()} if filter_known else {}
-    wanted = min(len(collection.corpus), top + max(known.values(), default=0))
+    wanted = min(len(collection.corpus), top + 1 + max(known.values(), default=0))
     places, scores = index.retrieve(words(collection.queries), k=wanted, show_progress=False)
     run: dict[str, dict[str, float]] = {}
     for entry, row, row_scores in zip(collection.queries, places.tolist(), scores.tolist(), strict=True):
-        left_out = collection.known.get(entry.key, {}) if filter_known else {}
+        left_out = _left_out(collection, entry.key, filter_known)
         found = {collection.corpus[i].key: score for i, score in zip(row, row_scores, strict=True) if score > 0}
         run[entry.key] = dict([(key, score) for key, score in found.items() if key not in left_out][:top])
     return run
+
+
+def _left_out(collection: Collection, query: str, filter_known: bool) -> set[str]:
+    """Return the documents that are no answer to a query: as in BEIR, one of the same key is the query itself."""
+    return {query, *(collection.known.get(query, {}) if filter_known else ())}
 
 
 def entry_columns(

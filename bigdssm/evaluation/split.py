@@ -17,9 +17,10 @@ from bigdssm.errors import DivergedError
 from bigdssm.evaluation.metrics import mean_metrics
 from bigdssm.evaluation.ranks import Seen, by_pairs, by_product, ranks_of_round, ranks_of_scores
 from bigdssm.evaluation.scorer import ScoredEncoders
+from bigdssm.features.ragged import offsets_of
 from bigdssm.progress import Progress, no_progress
 from bigdssm.retrieval.embed import Documents, Encoders, Share, all_finite, encode_catalogue, encode_queries
-from bigdssm.retrieval.rounds import QUERIES_AT_ONCE, no_pairs, rounds, seen_pairs
+from bigdssm.retrieval.rounds import QUERIES_AT_ONCE, Pairs, left_out_of, rounds
 
 SCORES_PER_CHUNK = 16_777_216  # of a scorer without vectors, 128 MiB of float64
 
@@ -63,8 +64,8 @@ def evaluate_split(
     error = DivergedError(f"vectors of split {split} hold NaN or inf")
     distributed.raise_together(None if all_finite(documents.vectors) else error)
     ranks = [np.zeros(0)]
-    seen = seen_pairs if filter_seen else no_pairs
-    for asked in rounds(encode_queries(encoders, dataset, split, share), documents, seen, QUERIES_AT_ONCE):
+    left_out = left_out_of(dataset, filter_seen)
+    for asked in rounds(encode_queries(encoders, dataset, split, share), documents, left_out, QUERIES_AT_ONCE):
         if not all_finite(asked.vectors):  # which all ranks see alike
             raise error
         ranks.append(_of_relevant(ranks_of_round(scoring, asked, documents), asked.rows))
@@ -88,15 +89,16 @@ def evaluate_scores(
     rows_per_chunk = max(1, min(1024, SCORES_PER_CHUNK // dataset.catalogue.num_docs))
     ranks = [np.zeros(0)]
     for rows in dataset.iterate(split, rows_per_chunk):
-        seen = _seen(rows) if filter_seen else None
-        rank = ranks_of_scores(as_tensor(scores(rows)), as_tensor(rows.doc_rows), seen)
+        left_out = _as_seen(left_out_of(dataset, filter_seen)(rows), len(rows))
+        rank = ranks_of_scores(as_tensor(scores(rows)), as_tensor(rows.doc_rows), left_out)
         ranks.append(_of_relevant(rank, rows))
     everything = np.concatenate(ranks)
     return Evaluation(everything, mean_metrics(everything), time.perf_counter() - started)
 
 
-def _seen(rows: Rows) -> Seen:
-    return Seen(*(as_tensor(part).long() for part in rows.seen_ragged()))
+def _as_seen(left_out: Pairs, num_queries: int) -> Seen:
+    queries, docs = left_out
+    return Seen(as_tensor(docs).long(), as_tensor(offsets_of(np.bincount(queries, minlength=num_queries))))
 
 
 def _of_relevant(ranks: Tensor, rows: Rows) -> np.ndarray:

@@ -47,7 +47,7 @@ class Encoded(NamedTuple):
 
 
 class DualEncoder(nn.Module):
-    """Query tower, document tower, alpha, and beta: a head of the document tower, or one for all documents.
+    """Query tower, document tower (of a siamese schema one), alpha, and beta: a head of the latter, or one for all.
 
     Weights are new; `texts` are the architectures of its text encoders, by `text_keys`. With `scorer_widths`, those of
     its hidden layers, an MLP scores in place of the product. Source: Huang et al. 2013 (DSSM); Radford et al. 2021
@@ -67,9 +67,11 @@ class DualEncoder(nn.Module):
         self.tables = EmbeddingTables(schema, config.query.embedding_dim, config.doc.embedding_dim)
         keys, configs = text_keys(config, schema), text_configs(config, schema)
         self.text = nn.ModuleDict({key: TextEncoder(texts[key], text.pooling) for key, text in configs.items()})
-        self.query_tower, self.doc_tower = (
-            Tower(schema.sides[side], self._parts(side, keys.get(side)), config.dim) for side in ("query", "doc")
-        )
+        if not schema.siamese:
+            self.query_tower = Tower(schema.query, self._parts("query", keys.get("query")), config.dim)
+        self.doc_tower = Tower(schema.doc, self._parts("doc", keys.get("doc")), config.dim)
+        if schema.siamese:  # a plain attribute: parameters and state have the tower once
+            object.__setattr__(self, "query_tower", self.doc_tower)
         self.beta_head = _beta_head(config.dim) if config.beta == "document" else None
         self.beta = nn.Parameter(torch.full((1,), config.beta_init)) if config.beta == "scalar" else None
         # Shape (1,): a 0-dim parameter breaks DeepSpeed's bf16 broadcast over gloo.

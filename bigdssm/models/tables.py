@@ -53,6 +53,8 @@ def table_name(side: str, name: str) -> str:
 
 def _tabled(schema: Schema) -> Iterator[tuple[str, Feature]]:
     for side, features in schema.sides.items():
+        if side == "query" and schema.siamese:
+            continue  # the documents' are the queries' too
         for feature in features.values():
             if feature.num_codes:
                 yield side, feature

@@ -82,7 +82,7 @@ class Searcher:
         DataError: what is missing, damaged, or of another model.
         """
         folder, opened = load_model_folder(Path(model)), open_index(index)
-        if data is None and not histories_of(folder.schema.query):
+        if data is None and not histories_of(folder.schema.query) and not folder.schema.siamese:
             return cls(folder, opened, None, threads, onnx)
         dataset = Dataset.open(data or folder.config.data.dir, cache=Cache.of(folder.config.data))
         return cls(folder, opened, dataset, threads, onnx)

@@ -134,14 +134,14 @@ class TextEncoder(Encoder):
 def text_keys(config: ModelConfig, schema: Schema) -> dict[str, str]:
     """Return the name of the text encoder of each side that has texts: its own, or the one that both share."""
     sides = [side for side, features in schema.sides.items() if texts_of(features)]
-    return {side: "shared" if config.share_text else side for side in sides}
+    return {side: "shared" if config.share_text or schema.siamese else side for side in sides}
 
 
 def text_configs(config: ModelConfig, schema: Schema) -> dict[str, TextEncoderConfig]:
-    """Return the config of each text encoder by its name: of a shared one the query's, where queries have texts."""
+    """Return the config of each text encoder by its name: of a shared one the query's, in a shared tower the doc's."""
     configs: dict[str, TextEncoderConfig] = {}
     for side, key in text_keys(config, schema).items():
-        configs.setdefault(key, getattr(config, side).text)
+        configs.setdefault(key, getattr(config, "doc" if schema.siamese else side).text)
     return configs
 
 
