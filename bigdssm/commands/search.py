@@ -6,9 +6,10 @@
     bigdssm search --model MODEL --index INDEX --request request.json
 
 --user brings what the dataset knows of a user, --text values of features, --history later events: documents by their
-key or display name, oldest first. What was seen is left out unless the model's data.repeats allows it; --seen says so
-for one request. A JSON request is what the server takes, see docs/serving.md. --data is needed where the dataset is not
-at the path that the model was trained with.
+key or display name, oldest first; --document is a document that the query is. What was seen is left out unless the
+model's data.repeats allows it; --seen says so for one request. With --rerank K the model's scorer ranks the index's
+best K documents anew. A JSON request is what the server takes, see docs/serving.md. --data is needed where the dataset
+is not at the path that the model was trained with.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bigdssm.cli import add_served, command, refuse_options
+from bigdssm.cli import add_served, at_least, command, refuse_options
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.index import Document
 from bigdssm.retrieval.request import Event, Request, request_of
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--filter", metavar="CONDITIONS", help="which documents may be found")
     parser.add_argument("--seen", choices=SEEN, help="whether seen documents may be found")
     parser.add_argument("--top", type=int, default=10, help="documents to print (%(default)s)")
+    parser.add_argument(
+        "--rerank", type=at_least(2), default=0, metavar="K", help="documents that the model's scorer ranks anew"
+    )
     parser.add_argument("--request", metavar="FILE", help="a request as JSON, - for standard input")
     args = parser.parse_args(argv)
     if args.request is not None:
@@ -52,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         request = request_of(_read(args.request))
     else:
         request = _typed(args)
-    searcher = Searcher.open(args.model, args.index, args.data)
+    searcher = Searcher.open(args.model, args.index, args.data, rerank=args.rerank)
     query = searcher.queries.of(request)
     _show(searcher, query, searcher.answer([query])[0].documents)
 

@@ -164,12 +164,18 @@ def _check_loss(key: str, loss: LossConfig, model: ModelConfig, chunk_tokens: in
     _require(fit, f"{key}.widths", list(widths), f"distinct numbers from 1 to {model.dim - 1}, below model.dim")
     if model.score == "cosine":
         _require(loss.norm_penalty == 0, f"{key}.norm_penalty", loss.norm_penalty, "0: model.score=cosine has norms 1")
-    if loss.mlp:
+    if loss.scorer is not None:
+        of, got = (f"{key}.mlp", list(loss.mlp)) if loss.mlp else (f"{key}.cross_encoder", True)
         given = "name other than fps, in_batch=false and negatives: it scores documents given for each query"
-        _require(not over_all and not loss.in_batch, f"{key}.mlp", list(loss.mlp), given)
-        _require(key == "sft.loss", f"{key}.mlp", list(loss.mlp), "the stage sft: mining needs a model that can search")
-        _require(chunk_tokens == 0, f"{key}.mlp", list(loss.mlp), "engine.chunk_tokens=0: it sees both towers at once")
-        _require(not loss.widths, f"{key}.mlp", list(loss.mlp), "widths=[]: it takes vectors whole")
+        _require(not over_all and not loss.in_batch, of, got, given)
+        _require(key == "sft.loss", of, got, "the stage sft: mining needs a model that can search")
+        _require(loss.cross_encoder or chunk_tokens == 0, of, got, "engine.chunk_tokens=0: it sees both towers at once")
+        _require(not loss.widths, of, got, "widths=[]: it takes vectors whole")
+        _require(not (loss.cross_encoder and loss.mlp), of, got, "cross_encoder=false: one of them scores")
+        _require(
+            not loss.cross_encoder or loss.norm_penalty == 0, f"{key}.norm_penalty", loss.norm_penalty,
+            "0 with cross_encoder=true: it has no vectors",
+        )  # fmt: skip
     elif not options.relative:
         _require(model.beta == "scalar", "model.beta", model.beta, f"scalar where {key}.name is {loss.name}")
 

@@ -16,6 +16,7 @@ from bigdssm.dataset.tensors import as_tensor
 from bigdssm.errors import DivergedError
 from bigdssm.evaluation.metrics import mean_metrics
 from bigdssm.evaluation.ranks import Seen, by_pairs, by_product, ranks_of_round, ranks_of_scores
+from bigdssm.evaluation.reranking import RERANKED_AT_ONCE, Reranking
 from bigdssm.evaluation.scorer import ScoredEncoders
 from bigdssm.features.ragged import offsets_of
 from bigdssm.progress import Progress, no_progress
@@ -44,14 +45,15 @@ def evaluate_split(
     world_size: int = 1,
     rows_per_chunk: int = 1024,
     filter_seen: bool = True,
+    rerank: Reranking | None = None,
     progress: Progress = no_progress,
 ) -> Evaluation:
     """Return the Evaluation of a two-tower model on `split`, the same on every rank: every document is scored.
 
     A collective: documents and queries are shared out over the ranks, `rows_per_chunk` encoded at a time; no rank holds
     other documents than its share. `documents` is this where it was made before; a scorer, which reads other vectors,
-    ignores it. Raises DataError: no such split; DivergedError on every rank where a vector is not finite: comparisons
-    with NaN would rank every target first.
+    ignores it. With `rerank` its scorer ranks the best documents of each query anew. Raises DataError: no such split;
+    DivergedError on every rank where a vector is not finite: comparisons with NaN would rank every target first.
     """
     started = time.perf_counter()
     dataset.index(split)
@@ -65,10 +67,14 @@ def evaluate_split(
     distributed.raise_together(None if all_finite(documents.vectors) else error)
     ranks = [np.zeros(0)]
     left_out = left_out_of(dataset, filter_seen)
-    for asked in rounds(encode_queries(encoders, dataset, split, share), documents, left_out, QUERIES_AT_ONCE):
+    at_once = QUERIES_AT_ONCE if rerank is None else RERANKED_AT_ONCE
+    for asked in rounds(encode_queries(encoders, dataset, split, share), documents, left_out, at_once):
         if not all_finite(asked.vectors):  # which all ranks see alike
             raise error
-        ranks.append(_of_relevant(ranks_of_round(scoring, asked, documents), asked.rows))
+        found = ranks_of_round(scoring, asked, documents)
+        if rerank is not None:
+            found = rerank.ranks(found, asked, documents)
+        ranks.append(_of_relevant(found, asked.rows))
     everything = np.concatenate(distributed.all_gather_object(np.concatenate(ranks)))
     return Evaluation(everything, mean_metrics(everything), time.perf_counter() - started)
 

@@ -182,7 +182,10 @@ def make_app(
                 query = await run_in_threadpool(now.searcher.queries.of, ask.request())
                 found = await now.batcher(query)
                 metrics.unknown_events.inc(len(query.unknown))
-                timing = {"encode_ms": found.encode_ms, "search_ms": found.search_ms, "batch": found.batch}
+                timing = {
+                    "encode_ms": found.encode_ms, "search_ms": found.search_ms, "rerank_ms": found.rerank_ms,
+                    "batch": found.batch,
+                }  # fmt: skip
                 known = {"history": now.searcher.seen(query), "unknown_events": len(query.unknown)}
                 answer = {"documents": _ranked(found.documents), **known, **timing}
                 now.cache.put(key, answer)

@@ -128,7 +128,7 @@ def test_a_full_disk_while_the_best_is_written_is_one_sentence(
     dataset = Dataset.open(config.data.dir)
     model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
     engine = SimpleNamespace(module=model, state_dict=model.state_dict)
-    validator = Validator(dataset, config, tmp_path / "best", 64)
+    validator = Validator(dataset, config, "pretrain", 64)
     validator.keep(engine, {"stage": "pretrain", "step": 1})  # type: ignore[arg-type]
 
     def full(*_: object) -> None:
@@ -144,7 +144,7 @@ def test_a_best_that_a_kill_left_between_two_renames_is_not_lost(config: Config,
     dataset = Dataset.open(config.data.dir)
     model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
     engine = SimpleNamespace(module=model, state_dict=model.state_dict)
-    validator = Validator(dataset, config, tmp_path / "best", 64)
+    validator = Validator(dataset, config, "pretrain", 64)
     validator.keep(engine, {"stage": "pretrain", "step": 1})  # type: ignore[arg-type]
     (tmp_path / "best").rename(tmp_path / ".best.replaced")
     assert not validator.has_lost_best()
