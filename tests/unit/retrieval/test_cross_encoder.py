@@ -195,3 +195,22 @@ def test_what_cannot_be_read_or_ranked_is_refused(
     with pytest.raises(ConfigError, match=r"pretrain\.loss\.cross_encoder: got True, needs the stage sft"):
         config_of(tiny_pairs, CROSS.replace("sft", "pretrain"))
     assert isinstance(load_model_folder(cross_dir).model, DualEncoder)
+
+
+def test_it_learns_which_document_is_whose(cross_dir: Path, pairs: Dataset) -> None:
+    model = load_model_folder(cross_dir).model.train()
+    rows = next(pairs.iterate("train", 6))
+    query = Collator(pairs.schema, pairs.catalogue, pairs.pad_token_id).query_features(rows.query)["query"]
+    docs = pairs.catalogue.features(rows.doc_rows)["text"]
+    every = {"query": query.repeat_interleave(6, 0)}, {"text": docs.repeat(6, 1)}
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.01)
+    losses = []
+    for _ in range(60):
+        encoded = model(*every, paired=True)
+        assert encoded.U is None and encoded.W is None and encoded.scores is not None
+        loss = torch.nn.functional.cross_entropy(encoded.scores.view(6, 6), torch.arange(6))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.3 * losses[0]
