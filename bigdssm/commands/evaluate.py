@@ -30,6 +30,7 @@ from bigdssm.evaluation.collection import (
     model_run,
     model_vectors,
     pretrained_run,
+    reranked_run,
     vectors_run,
 )
 from bigdssm.evaluation.reranking import Reranking
@@ -92,9 +93,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for option, path in (("--out", args.out), ("--save-run", args.save_run), ("--save-qrels", args.save_qrels)):
         check_file_to_write(option, path)
     if args.beir is not None:
-        ignored = ["--data", "--baselines", "--qrels", "--rerank"]
+        ignored = ["--data", "--baselines", "--qrels"]
         refuse_options(parser, args, ignored, "with --beir, which has its own documents and qrels")
-        for option, needed in (("--widths", "model"), ("--max-tokens", "pretrained")):
+        for option, needed in (("--widths", "model"), ("--max-tokens", "pretrained"), ("--rerank", "model")):
             if getattr(args, needed) is None:
                 refuse_options(parser, args, [option], f"without --{needed}")
         _on_collection(args)
@@ -179,7 +180,11 @@ def _on_collection(args: argparse.Namespace) -> None:
                 encode_in_bf16(folder.model)
             queries, documents = model_vectors(folder.model, folder.schema, folder.tokenizer_dir, collection, progress)
             encoding_s = perf_counter() - started  # of every width too: each system's seconds are those of all it takes
-            add(name, partial(vectors_run, collection, queries, documents, known), encoding_s)
+            found = partial(vectors_run, collection, queries, documents, known)
+            if args.rerank is not None:
+                ranked_anew = f"{name}, best {args.rerank} ranked anew"
+                add(ranked_anew, lambda: reranked_run(collection, found(), folder, args.rerank), encoding_s)
+            add(name, found, encoding_s)
             normalise = folder.config.model.score == "cosine"
             for width in dict.fromkeys(args.widths):
                 cut = partial(cut_vectors, width=width, normalise=normalise)

@@ -13,6 +13,7 @@ from bigdssm.batching.collate import Collator
 from bigdssm.config import Config, ScorerConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError
+from bigdssm.evaluation.collection import reranked_run
 from bigdssm.evaluation.reranking import Reranking
 from bigdssm.evaluation.split import evaluate_split
 from bigdssm.features import TextTokenizer
@@ -25,6 +26,7 @@ from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.vectors import write_vectors
 from bigdssm.serving.searcher import Searcher
+from bigdssm.tables.beir import Collection, Entry
 from tests.conftest import TinyDataset
 
 from .conftest import SMALL, random_model
@@ -212,5 +214,24 @@ def test_it_learns_which_document_is_whose(cross_dir: Path, pairs: Dataset) -> N
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_a_run_of_a_collection_is_ranked_anew(cross_dir: Path, pairs: Dataset) -> None:
+    folder = load_model_folder(cross_dir)
+    catalogue = pairs.catalogue
+    rows, docs = next(pairs.iterate("test", 4)), np.arange(20)
+    tokenizer = TextTokenizer(pairs.dir / "tokenizer")
+    texts = [tokenizer.decode(column) for column in (rows.query["query"], catalogue.columns(docs)["text"])]
+    corpus = [Entry(f"d{i}", text, {}) for i, text in enumerate(texts[1])]
+    queries = [Entry(f"q{i}", text, {}) for i, text in enumerate(texts[0])]
+    run = {query.key: {f"d{(i * 3 + n) % 20}": 1.0 - n for n in range(9)} for i, query in enumerate(queries)}
+    found = reranked_run(Collection(corpus, queries, {}, {}), run, folder, 5)
+    scores = PairScorer.of(folder, pairs).score(
+        rows.query, np.array([[(i * 3 + n) % 20 for n in range(5)] for i in range(4)])
+    )
+    for i, (before, now) in enumerate(zip(run.values(), found.values(), strict=True)):
+        keys = sorted(now, key=lambda key: -now[key])
+        assert keys[:5] == [list(before)[n] for n in np.argsort(-scores[i])]
+        assert keys[5:] == list(before)[5:]
