@@ -21,7 +21,7 @@ from bigdssm.features.base import from_dict
 from bigdssm.features.categorical import Categorical, categorical_of
 from bigdssm.features.vocabulary import PartFile, Vocabulary
 
-SCHEMA_FILE, VOCABULARIES = "schema.json", "vocabularies"
+SCHEMA_FILE, VOCABULARIES, SIAMESE = "schema.json", "vocabularies", "siamese"
 FORMAT = 3  # 1 gave every feature the fields of all types, 2 had the vocabularies in schema.json
 
 
@@ -32,6 +32,7 @@ class Schema:
     query: dict[str, Feature] = field(default_factory=dict)
     doc: dict[str, Feature] = field(default_factory=dict)
     display: str | None = None
+    siamese: bool = False  # queries are documents, see config.DataConfig
 
     @classmethod
     def declared(cls, config: DataConfig) -> Schema:
@@ -40,6 +41,7 @@ class Schema:
             query={name: feature.named(name) for name, feature in config.query.items()},
             doc={name: feature.named(name) for name, feature in config.doc.items()},
             display=config.display,
+            siamese=config.siamese,
         )
 
     @property
@@ -75,6 +77,8 @@ class Schema:
 
     def difference(self, other: Schema) -> str | None:
         """Return a phrase that names the first difference from `other` (declaration, not vocabulary), or None."""
+        if self.siamese != other.siamese:
+            return f"siamese={self.siamese} against {other.siamese}"
         for side, mine in self.sides.items():
             theirs = other.sides[side]
             if list(mine) != list(theirs):
@@ -112,7 +116,7 @@ class Schema:
                 raise DataError(f"{path} has format {found}, this version reads format {FORMAT}; make it again")
             sides = {side: {name: from_dict(f) for name, f in content[side].items()} for side in ("query", "doc")}
             described = content[VOCABULARIES]
-            schema = cls(**sides, display=content["display"])._with_vocabularies(
+            schema = cls(**sides, display=content["display"], siamese=content.get(SIAMESE, False))._with_vocabularies(
                 lambda side, name, _: _opened(folder, described.get(side, {}).get(name, {}).get("files", []))
             )
             if schema._to_dict(files=True)[VOCABULARIES] != described:
@@ -139,7 +143,8 @@ class Schema:
                     {"file": f"{VOCABULARIES}/{part.path.name}", "rows": part.rows, "checksum": part.checksum}
                     for part in known.files
                 ]
-        return {"format": FORMAT, **sides, "display": self.display, VOCABULARIES: vocabularies}
+        siamese = {SIAMESE: True} if self.siamese else {}  # the usual schema is written, and hashed, without
+        return {"format": FORMAT, **sides, "display": self.display, **siamese, VOCABULARIES: vocabularies}
 
     def _vocabularies(self) -> list[tuple[str, str, Categorical]]:
         """Return side, name and feature where there is a vocabulary."""

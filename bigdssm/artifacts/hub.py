@@ -34,7 +34,7 @@ def push_to_hub(folder: str | Path, repo_id: str, *, revision: str | None = None
     that exists, main by default. Raises CheckpointError: no whole model folder, no such owner, no right to write, no
     network.
     """
-    load_model_folder(Path(folder), any_score=True)
+    load_model_folder(Path(folder))
     with _errors_of(repo_id):
         api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)

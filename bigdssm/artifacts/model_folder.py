@@ -4,8 +4,8 @@ It holds all that is needed to encode: a text encoder that started from a pretra
 along (text/<key>/config.json), so that this folder need not exist any more. Nothing in it is ever unpickled or run.
 
 Its checksum names the model in vectors, indexes and exports, and covers all that changes a score: weights, schema,
-tokenizer, architectures, the config's model section and the MLP that may score. The rest of the config may be edited,
-such as data.dir where a dataset moves.
+tokenizer, architectures, the config's model section and what may score in place of the product. The rest of the config
+may be edited, such as data.dir where a dataset moves.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from bigdssm.artifacts.checkpoint import check_file, folder_checksums
 from bigdssm.atomic import new_folder, real_place, write_json
-from bigdssm.config import Config, load_config
+from bigdssm.config import Config, ScorerConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.hashing import json_checksum
@@ -92,18 +92,16 @@ def save_model_folder(
             "format": FORMAT,
             "provenance": dict(provenance),
             "checksums": _checksums(aside),
-            "config_checksum": _config_checksum(config.to_dict(), _mlp(config, provenance)),
+            "config_checksum": _config_checksum(config.to_dict(), _scorer(config, provenance)),
         }
         write_json(aside / META_FILE, meta)
 
 
-def load_model_folder(folder: Path, *, any_score: bool = False, scorer_widths: Sequence[int] = ()) -> ModelFolder:
+def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> ModelFolder:
     """Return the model in `folder`, its files checked against their checksums.
 
-    `any_score`: also one whose score is no inner product, which can be evaluated, but neither indexed nor exported.
-    `scorer_widths`: of a new MLP that is to be trained to score in place of the product.
-    Raises CheckpointError: no such folder, a file missing or damaged, weights that do not fit config and schema, or
-    such a model where it is of no use.
+    `scorer`: a new one that is to be trained, where the model has none.
+    Raises CheckpointError: no such folder, a file missing or damaged, or weights that do not fit config and schema.
     """
     meta = _read_meta(folder)
     for name, checksum in meta["checksums"].items():
@@ -111,23 +109,18 @@ def load_model_folder(folder: Path, *, any_score: bool = False, scorer_widths: S
     try:
         config, schema = load_config(folder / CONFIG_FILE), Schema.load(folder)
         texts = {key: _architecture(folder, key, meta["checksums"]) for key in text_configs(config.model, schema)}
-        mlp = _mlp(config, meta["provenance"])
-        model = DualEncoder(config.model, schema, texts, mlp or scorer_widths)
+        own = _scorer(config, meta["provenance"])
+        model = DualEncoder(config.model, schema, texts, own or scorer)
         written = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        if _config_checksum(written, mlp) != meta["config_checksum"]:
+        if _config_checksum(written, own) != meta["config_checksum"]:
             raise CheckpointError(
                 f"the model section of {CONFIG_FILE}, or sft.loss.mlp, is not what the model was trained with; undo "
                 "the edit, or copy the folder again (only other keys, such as data.dir, may change)"
             )
-        load = model.load_state_dict if mlp else model.load_towers
+        load = model.load_state_dict if own and not scorer else model.load_towers
         load(load_file(folder / WEIGHTS_FILE))
     except (RuntimeError, SafetensorError, OSError, ValueError, BigDSSMError) as error:
         raise CheckpointError(f"the model folder {folder} does not load: {' '.join(str(error).split())}") from None
-    if mlp and not any_score:
-        raise CheckpointError(
-            f"the model in {folder} scores with an MLP, not by an inner product of vectors: it can only be evaluated, "
-            "with bigdssm evaluate --data; train with sft.loss.mlp=[] for one to index, export or go on from"
-        )
     model.eval()
     tokenizer_dir = (
         folder / TOKENIZER_DIR if any(name.startswith(f"{TOKENIZER_DIR}/") for name in meta["checksums"]) else None
@@ -143,7 +136,7 @@ def model_checksum(
         _write_all_but_weights(Path(made), model, config, schema, tokenizer_dir)
         checksums = _checksums(Path(made))
     checksums[WEIGHTS_FILE] = weights_checksum(model)
-    config_checksum = _config_checksum(config.to_dict(), _mlp(config, provenance))
+    config_checksum = _config_checksum(config.to_dict(), _scorer(config, provenance))
     return _identity({"checksums": checksums, "config_checksum": config_checksum})
 
 
@@ -174,9 +167,10 @@ def _identity(meta: Mapping[str, Any]) -> str:
     return json_checksum([meta["checksums"], meta["config_checksum"]])
 
 
-def _config_checksum(written: Mapping[str, Any], mlp: tuple[int, ...]) -> str:
+def _config_checksum(written: Mapping[str, Any], scorer: ScorerConfig | None) -> str:
     """Return the checksum of what a config says about scores, as it is written: keys that come later change nothing."""
-    return json_checksum([written.get("model"), mlp])
+    of_scorer = () if scorer is None else scorer.hidden or scorer.type
+    return json_checksum([written.get("model"), of_scorer])
 
 
 def _serialised(weights: Mapping[str, Tensor]) -> bytes:
@@ -209,9 +203,9 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def _mlp(config: Config, provenance: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the hidden widths of the MLP that the stage trained, if it did."""
-    return config.sft.loss.mlp if config.sft is not None and provenance.get("stage") == "sft" else ()
+def _scorer(config: Config, provenance: Mapping[str, Any]) -> ScorerConfig | None:
+    """Return the scorer that the stage trained, if it did."""
+    return config.sft.loss.scorer if config.sft is not None and provenance.get("stage") == "sft" else None
 
 
 def _architecture(folder: Path, key: str, listed: Mapping[str, str]) -> PretrainedConfig:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from bigdssm.dataset.tensors import Features, PadIds
 
@@ -18,6 +19,11 @@ class ListLengths:
     used: np.ndarray  # int64 [rows]: cells up to the last that does
     width: int  # columns of its tensor
     fill: int  # what pads it
+
+    def take(self, rows: Tensor) -> ListLengths:
+        """Return those of the given rows, int64."""
+        at = rows.cpu().numpy()
+        return ListLengths(self.filled[at], self.used[at], self.width, self.fill)
 
 
 Lengths = Mapping[str, ListLengths]

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder
 from bigdssm.atomic import write_json
-from bigdssm.cli import ProgressBar, check_file_to_write, check_width, command, refuse_options
+from bigdssm.cli import ProgressBar, at_least, check_file_to_write, check_width, command, refuse_options
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.collection import (
@@ -30,8 +30,10 @@ from bigdssm.evaluation.collection import (
     model_run,
     model_vectors,
     pretrained_run,
+    reranked_run,
     vectors_run,
 )
+from bigdssm.evaluation.reranking import Reranking
 from bigdssm.evaluation.scorer import encoders_of
 from bigdssm.evaluation.split import evaluate_split
 from bigdssm.evaluation.systems import (
@@ -47,7 +49,8 @@ from bigdssm.evaluation.systems import (
     table,
 )
 from bigdssm.evaluation.trec import Run, read_qrels, read_run, run_metrics, write_qrels, write_run
-from bigdssm.retrieval.embed import cut_vectors, encode_in_bf16
+from bigdssm.retrieval.embed import cut_vectors, encode_in_bf16, tower_encoders
+from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.tables.beir import Collection, read_collection
 
 OF_COLLECTIONS = (
@@ -68,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="model folders, earlier JSON, or (with --beir) TREC runs to compare with",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="JSON", help="where to save the figures")
+    parser.add_argument(
+        "--rerank", type=at_least(2), metavar="K", help="also with the best K documents ranked anew by the scorer"
+    )
     parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16, which some processors do faster")
     beir = parser.add_argument_group("a retrieval collection")
     beir.add_argument("--beir", type=Path, metavar="DIR", help="folder in BEIR's layout")
@@ -89,12 +95,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.beir is not None:
         ignored = ["--data", "--baselines", "--qrels"]
         refuse_options(parser, args, ignored, "with --beir, which has its own documents and qrels")
-        for option, needed in (("--widths", "model"), ("--max-tokens", "pretrained")):
+        for option, needed in (("--widths", "model"), ("--max-tokens", "pretrained"), ("--rerank", "model")):
             if getattr(args, needed) is None:
                 refuse_options(parser, args, [option], f"without --{needed}")
         _on_collection(args)
     elif args.run is not None and args.qrels is not None:
-        ignored = ["--model", "--data", "--baselines", "--compare", "--bf16", *OF_COLLECTIONS]
+        ignored = ["--model", "--data", "--baselines", "--compare", "--bf16", "--rerank", *OF_COLLECTIONS]
         refuse_options(parser, args, ignored, "with --run and --qrels, which measure a run alone")
         qrels = read_qrels(args.qrels)
         started = perf_counter()
@@ -111,13 +117,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _on_split(args: argparse.Namespace) -> None:
     dataset = Dataset.open(args.data)
     name, *names = names_apart([args.model, *args.compare])
-    folder = load_model_folder(args.model, any_score=True)
+    folder = load_model_folder(args.model)
     how = {"dataset": dataset, "split": args.split, "filter_seen": folder.config.data.excludes_seen}
-    model = _evaluated(name, folder, bf16=args.bf16, **how)
     others = baseline_systems(**how) if args.baselines else []
+    model = _evaluated(name, folder, bf16=args.bf16, **how)
+    if args.rerank is not None:
+        others.insert(0, model)
+        model = _evaluated(f"{name}, best {args.rerank} ranked anew", folder, bf16=False, rerank=args.rerank, **how)
     for name, path in zip(names, args.compare, strict=True):
         if path.is_dir():
-            others.append(_evaluated(name, load_model_folder(path, any_score=True), bf16=args.bf16, **how))
+            others.append(_evaluated(name, load_model_folder(path), bf16=args.bf16, **how))
         else:
             others.append(load_system(path, **how))
     pairs = [(model, other) for other in others]
@@ -130,13 +139,23 @@ def _on_split(args: argparse.Namespace) -> None:
         save_comparison(args.out, [model, *others], pairs, **how)
 
 
-def _evaluated(name: str, folder: ModelFolder, dataset: Dataset, split: str, filter_seen: bool, bf16: bool) -> System:
+def _evaluated(
+    name: str, folder: ModelFolder, dataset: Dataset, split: str, filter_seen: bool, bf16: bool,
+    rerank: int | None = None,
+) -> System:  # fmt: skip
     if bf16:
         encode_in_bf16(folder.model)
     folder.check_dataset(dataset)
+    reranking = None
+    if rerank is not None:
+        scorer = PairScorer.of(folder, dataset)
+        scorer.check_reranks()
+        reranking = Reranking(scorer, rerank)
     with ProgressBar() as progress:
-        encoders = encoders_of(folder.model, dataset)
-        evaluation = evaluate_split(encoders, dataset, split, filter_seen=filter_seen, progress=progress)
+        encoders = (encoders_of if rerank is None else tower_encoders)(folder.model, dataset)
+        evaluation = evaluate_split(
+            encoders, dataset, split, filter_seen=filter_seen, rerank=reranking, progress=progress
+        )  # fmt: skip
     return System.of_ranks(name, evaluation.ranks, evaluation.seconds)
 
 
@@ -161,7 +180,11 @@ def _on_collection(args: argparse.Namespace) -> None:
                 encode_in_bf16(folder.model)
             queries, documents = model_vectors(folder.model, folder.schema, folder.tokenizer_dir, collection, progress)
             encoding_s = perf_counter() - started  # of every width too: each system's seconds are those of all it takes
-            add(name, partial(vectors_run, collection, queries, documents, known), encoding_s)
+            found = partial(vectors_run, collection, queries, documents, known)
+            if args.rerank is not None:
+                ranked_anew = f"{name}, best {args.rerank} ranked anew"
+                add(ranked_anew, lambda: reranked_run(collection, found(), folder, args.rerank), encoding_s)
+            add(name, found, encoding_s)
             normalise = folder.config.model.score == "cosine"
             for width in dict.fromkeys(args.widths):
                 cut = partial(cut_vectors, width=width, normalise=normalise)

@@ -31,6 +31,7 @@ from bigdssm.dataset.cache import Cache
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.collection import bm25_run, model_run, pretrained_run
+from bigdssm.evaluation.scorer import encoders_of
 from bigdssm.evaluation.split import evaluate_split
 from bigdssm.evaluation.systems import (
     SHOWN,
@@ -43,7 +44,7 @@ from bigdssm.evaluation.systems import (
     table,
 )
 from bigdssm.evaluation.trec import Run, read_run, run_metrics, write_run
-from bigdssm.retrieval.embed import encode_in_bf16, tower_encoders
+from bigdssm.retrieval.embed import encode_in_bf16
 from bigdssm.running.records import training_seconds
 from bigdssm.tables.beir import Collection, read_collection
 
@@ -174,7 +175,7 @@ def _evaluated(name: str, folder: ModelFolder, stage_dir: Path, dataset: Dataset
     folder.check_dataset(dataset)
     with ProgressBar() as progress:
         evaluation = evaluate_split(
-            tower_encoders(folder.model, dataset), dataset, split, filter_seen=folder.config.data.excludes_seen,
+            encoders_of(folder.model, dataset), dataset, split, filter_seen=folder.config.data.excludes_seen,
             progress=progress,
         )  # fmt: skip
     return System.of_ranks(name, evaluation.ranks, evaluation.seconds + training_seconds(stage_dir))

@@ -6,9 +6,10 @@
     bigdssm search --model MODEL --index INDEX --request request.json
 
 --user brings what the dataset knows of a user, --text values of features, --history later events: documents by their
-key or display name, oldest first. What was seen is left out unless the model's data.repeats allows it; --seen says so
-for one request. A JSON request is what the server takes, see docs/serving.md. --data is needed where the dataset is not
-at the path that the model was trained with.
+key or display name, oldest first; --document is a document that the query is. What was seen is left out unless the
+model's data.repeats allows it; --seen says so for one request. With --rerank K the model's scorer ranks the index's
+best K documents anew. A JSON request is what the server takes, see docs/serving.md. --data is needed where the dataset
+is not at the path that the model was trained with.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bigdssm.cli import add_served, command, refuse_options
+from bigdssm.cli import add_served, at_least, command, refuse_options
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.index import Document
 from bigdssm.retrieval.request import Event, Request, request_of
@@ -38,20 +39,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_served(parser)
     parser.add_argument("--user", metavar="KEY", help="a user of the dataset")
+    parser.add_argument("--document", metavar="KEY", help="the document that the query is, of a siamese model")
     parser.add_argument("--history", metavar="TITLES", help="documents, parted by semicolons, oldest first")
     parser.add_argument("--text", nargs="+", metavar="FEATURE=VALUE", help="values of the query's features")
     parser.add_argument("--filter", metavar="CONDITIONS", help="which documents may be found")
     parser.add_argument("--seen", choices=SEEN, help="whether seen documents may be found")
     parser.add_argument("--top", type=int, default=10, help="documents to print (%(default)s)")
+    parser.add_argument(
+        "--rerank", type=at_least(2), default=0, metavar="K", help="documents that the model's scorer ranks anew"
+    )
     parser.add_argument("--request", metavar="FILE", help="a request as JSON, - for standard input")
     args = parser.parse_args(argv)
     if args.request is not None:
-        options = ["--user", "--history", "--text", "--filter", "--seen", "--top"]
+        options = ["--user", "--document", "--history", "--text", "--filter", "--seen", "--top"]
         refuse_options(parser, args, options, "with --request, which holds all of it")
         request = request_of(_read(args.request))
     else:
         request = _typed(args)
-    searcher = Searcher.open(args.model, args.index, args.data)
+    searcher = Searcher.open(args.model, args.index, args.data, rerank=args.rerank)
     query = searcher.queries.of(request)
     _show(searcher, query, searcher.answer([query])[0].documents)
 
@@ -62,7 +67,7 @@ def _typed(args: argparse.Namespace) -> Request:
     titles = [title for title in (args.history or "").split(";") if title.strip()]
     features = None if args.text is None else _typed_values(args.text)
     return Request(
-        args.user, features, [*map(Event, titles)] or None, filter=args.filter,
+        args.user, features, [*map(Event, titles)] or None, filter=args.filter, document=args.document,
         exclude_seen=None if args.seen is None else SEEN[args.seen], top=args.top,
     )  # fmt: skip
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from bigdssm.cli import add_served, command
+from bigdssm.cli import add_served, at_least, command
 from bigdssm.errors import ConfigError
 from bigdssm.log import setup_logging
 from bigdssm.serving.searcher import Folders, Searcher
@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--at-once", type=int, default=32, metavar="QUERIES", help="most in a batch (%(default)s)")
     parser.add_argument("--threads", type=int, help="of the model and the index (default: OMP_NUM_THREADS, or all)")
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="query tower that encodes: EXPORT/query.int8.onnx")
+    parser.add_argument(
+        "--rerank", type=at_least(2), default=0, metavar="K", help="documents that the model's scorer ranks anew"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes (%(default)s)")
     parser.add_argument(
         "--look-s", type=float, default=2.0, metavar="SECONDS", help="to look what is new (%(default)s)"
@@ -71,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"serving needs {' and '.join(missing)}: pip install 'bigdssm[serve]'")
     beside = None if args.beside is None else Folders(args.beside[0], args.beside[1], args.data, args.threads)
     served = Served(
-        Folders(args.model, args.index, args.data, args.threads, args.onnx), beside, args.cache, args.at_once,
+        Folders(args.model, args.index, args.data, args.threads, args.onnx, args.rerank), beside, args.cache,
+        args.at_once,
         (args.host, *args.allow_host), args.look_s, args.log_requests, args.timeout_s,
     )  # fmt: skip
     searchers = served.open()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from bigdssm.bounds import out_of_bounds
-from bigdssm.config.keys import Config, DataConfig, LossConfig, ModelConfig, StageConfig
+from bigdssm.config.keys import Config, DataConfig, LossConfig, ModelConfig, StageConfig, TowerConfig
 from bigdssm.errors import ConfigError
+from bigdssm.features import Feature
 from bigdssm.features.history import histories_of
 from bigdssm.loss_options import LOSSES
 
@@ -19,6 +22,8 @@ def check_config(config: Config) -> None:
     _require(bool(data.query), "data.query", "no features", "at least one feature")
     _require(bool(data.doc), "data.doc", "no features", "at least one feature")
     _check_sources(data)
+    if data.siamese:
+        _check_siamese(data, config.model)
     for key, needs_it in (
         ("engine.offload_optimizer=true", engine.offload_optimizer),
         ("engine.precision=bf16_pure", engine.precision == "bf16_pure"),
@@ -96,6 +101,29 @@ def _check_sources(data: DataConfig) -> None:
         )  # fmt: skip
 
 
+def _check_siamese(data: DataConfig, model: ModelConfig) -> None:
+    declared = [[(name, _apart_from_column(f)) for name, f in side.items()] for side in (data.query, data.doc)]
+    given = "with data.siamese=true:"
+    for key, got, fits, needed in (
+        (
+            "data.query",
+            list(data.query),
+            declared[0] == declared[1],
+            f"data.doc's features, columns apart, {given} one tower",
+        ),
+        ("data.display", data.display, data.display is None, f"null {given} documents are shown by their ids"),
+        ("data.repeats", data.repeats, data.excludes_seen, f"exclude {given} a query is never its own answer"),
+        ("data.webdataset", data.webdataset, data.webdataset is None, f"null {given} documents need a catalogue"),
+        ("model.query", "another tower", model.query in (TowerConfig(), model.doc), f"none {given} model.doc is both"),
+        ("model.share_text", True, not model.share_text, f"false {given} the whole tower is shared"),
+    ):
+        _require(fits, key, got, needed)
+
+
+def _apart_from_column(feature: Feature) -> dict[str, Any]:
+    return {key: value for key, value in feature.declaration().items() if key != "column"}
+
+
 def _check_stage(name: str, stage: StageConfig, data: DataConfig) -> None:
     rows, lanes = stage.rows_global, data.lanes
     if rows % lanes:
@@ -139,12 +167,18 @@ def _check_loss(key: str, loss: LossConfig, model: ModelConfig, chunk_tokens: in
     _require(fit, f"{key}.widths", list(widths), f"distinct numbers from 1 to {model.dim - 1}, below model.dim")
     if model.score == "cosine":
         _require(loss.norm_penalty == 0, f"{key}.norm_penalty", loss.norm_penalty, "0: model.score=cosine has norms 1")
-    if loss.mlp:
+    if loss.scorer is not None:
+        of, got = (f"{key}.mlp", list(loss.mlp)) if loss.mlp else (f"{key}.cross_encoder", True)
         given = "name other than fps, in_batch=false and negatives: it scores documents given for each query"
-        _require(not over_all and not loss.in_batch, f"{key}.mlp", list(loss.mlp), given)
-        _require(key == "sft.loss", f"{key}.mlp", list(loss.mlp), "the stage sft: mining needs a model that can search")
-        _require(chunk_tokens == 0, f"{key}.mlp", list(loss.mlp), "engine.chunk_tokens=0: it sees both towers at once")
-        _require(not loss.widths, f"{key}.mlp", list(loss.mlp), "widths=[]: it takes vectors whole")
+        _require(not over_all and not loss.in_batch, of, got, given)
+        _require(key == "sft.loss", of, got, "the stage sft: mining needs a model that can search")
+        _require(loss.cross_encoder or chunk_tokens == 0, of, got, "engine.chunk_tokens=0: it sees both towers at once")
+        _require(not loss.widths, of, got, "widths=[]: it takes vectors whole")
+        _require(not (loss.cross_encoder and loss.mlp), of, got, "cross_encoder=false: one of them scores")
+        _require(
+            not loss.cross_encoder or loss.norm_penalty == 0, f"{key}.norm_penalty", loss.norm_penalty,
+            "0 with cross_encoder=true: it has no vectors",
+        )  # fmt: skip
     elif not options.relative:
         _require(model.beta == "scalar", "model.beta", model.beta, f"scalar where {key}.name is {loss.name}")
 

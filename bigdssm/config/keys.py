@@ -49,6 +49,9 @@ class DataConfig:
     query: dict[str, Any] = field(default_factory=dict)  # Feature by name, each as its type declares it; see features/
     doc: dict[str, Any] = field(default_factory=dict)
     display: str | None = None  # column of the document table shown to people; the document id by default
+    # Queries are documents: both sides declare the same features, of columns of their own, one tower (model.doc) reads
+    # both, a query's id is its document's, which is never its own answer, and a pair holds in both directions.
+    siamese: bool = False
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     # Most targets of a train row made of interactions: one pass over a piece of a sequence gives a query for each.
     targets_per_row: int = bounded(1, 1, 65_536)
@@ -164,6 +167,14 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class ScorerConfig:
+    """What scores pairs in place of the product, as a LossConfig says."""
+
+    type: Literal["mlp", "cross_encoder"]
+    hidden: tuple[int, ...] = ()  # widths of an MLP's hidden layers
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """Which loss, over which negatives."""
 
@@ -192,10 +203,19 @@ class LossConfig:
     margin: float = bounded(0.2, 0, 1_000_000)  # triplet
     # Matryoshka: further widths, below model.dim, that vectors can be cut to.
     widths: tuple[int, ...] = bounded((), 1, MAX_WIDTH)
-    # Hidden widths of an MLP on [u, w, u * w] that scores in place of the product: a comparison, which has no index.
+    # Hidden widths of an MLP on [u, w, u * w] that scores in place of the product, and learns with the towers.
     mlp: tuple[int, ...] = bounded((), 1, MAX_WIDTH)
+    # A BERT that reads both sides' texts as one, begun from the document tower's, scores; the towers stay as they are.
+    cross_encoder: bool = False
     # Times the mean squared norms of both towers' vectors, for model.score=dot.
     norm_penalty: float = bounded(0.0, 0, 1_000_000)
+
+    @property
+    def scorer(self) -> ScorerConfig | None:
+        """Return what scores in place of the product, if anything does."""
+        if self.cross_encoder:
+            return ScorerConfig("cross_encoder")
+        return ScorerConfig("mlp", self.mlp) if self.mlp else None
 
 
 @dataclass(frozen=True)
@@ -242,6 +262,7 @@ class StageConfig:
     init: str | None = None
     mining: MiningConfig = field(default_factory=MiningConfig)
     validate_every_steps: int = bounded(0, 0, MAX_COUNT)  # 0: once, at the end
+    rerank: int = bounded(50, 2, MAX_COUNT)  # of the towers' best documents, that validation has a cross_encoder rank
     # Decay of a moving average of the weights, which validation measures and best/ keeps; 0: the weights themselves.
     weight_average: float = bounded(0.0, 0, below=1)
     patience: int = bounded(0, 0, MAX_COUNT)  # stop after so many validations without a better one; 0: never

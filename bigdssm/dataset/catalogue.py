@@ -95,13 +95,19 @@ class Catalogue:
 
     def find(self, keys: Sequence[str]) -> np.ndarray:
         """Return the rows of the documents with these keys, int64, -1 for a key that is not there."""
-        wanted = np.array([hash64(key) for key in keys], np.int64)
-        if not len(wanted) or not self.num_docs:
-            return np.full(len(wanted), -1, np.int64)
-        place = np.searchsorted(self.doc_ids, wanted, sorter=self._by_id)
+        rows = self.rows_of(np.array([hash64(key) for key in keys], np.int64))
+        known = np.flatnonzero(rows >= 0)
+        same = [key == keys[at] for at, key in zip(known.tolist(), self.keys(rows[known]), strict=True)]
+        rows[known[~np.array(same, bool)]] = -1  # another key of the same hash
+        return rows
+
+    def rows_of(self, ids: np.ndarray) -> np.ndarray:
+        """Return the rows of the documents with these ids, int64, -1 for an id that is not there."""
+        if not len(ids) or not self.num_docs:
+            return np.full(len(ids), -1, np.int64)
+        place = np.searchsorted(self.doc_ids, ids, sorter=self._by_id)
         rows = self._by_id[np.minimum(place, self.num_docs - 1)]
-        found = self.keys(rows)
-        return np.where([a == b for a, b in zip(found, keys, strict=True)], rows, -1)
+        return np.where(self.doc_ids[rows] == ids, rows, -1)
 
     def verify(self, checksums: Sequence[str]) -> None:
         """Read every file whole. Raises DataError naming the first whose xxh3_64 is not the given one."""

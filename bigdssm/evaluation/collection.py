@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bigdssm.artifacts.model_folder import ModelFolder
 from bigdssm.config import TextEncoderConfig
 from bigdssm.errors import ConfigError, DivergedError
 from bigdssm.evaluation.trec import Run
@@ -30,12 +31,13 @@ from bigdssm.retrieval.embed import (
     in_pieces,
     query_vectors,
 )
+from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.retrieval.top import top_documents
 from bigdssm.schema import Schema
 from bigdssm.tables.beir import Collection, Entry, texts_and_metadata
 
 TOP = 100  # documents retrieved for a query
-QUERIES_AT_ONCE = 512
+QUERIES_AT_ONCE, RERANKED_AT_ONCE = 512, 128
 BM25_K1, BM25_B = 0.9, 0.4  # Anserini's, with which BEIR's figures were made
 
 
@@ -84,15 +86,41 @@ def vectors_run(
     run: dict[str, dict[str, float]] = {}
     for first in range(0, len(queries), QUERIES_AT_ONCE):
         entries = collection.queries[first : first + QUERIES_AT_ONCE]
-        known = [collection.known.get(entry.key, {}) if filter_known else {} for entry in entries]
-        rows = [i for i, keys in enumerate(known) for _ in keys]
-        columns = [place[key] for keys in known for key in keys]
+        known = [_left_out(collection, entry.key, filter_known) for entry in entries]
+        rows = [i for i, keys in enumerate(known) for key in keys if key in place]
+        columns = [place[key] for keys in known for key in keys if key in place]
         block = queries[first : first + QUERIES_AT_ONCE]
         excluded = torch.tensor(rows, dtype=torch.long), torch.tensor(columns, dtype=torch.long)
         scores, best = top_documents(block, documents, min(top, len(documents)), *excluded)
         for entry, found, values in zip(entries, best.tolist(), scores.tolist(), strict=True):
             run[entry.key] = {collection.corpus[i].key: value for i, value in zip(found, values, strict=True) if i >= 0}
     return run
+
+
+def reranked_run(collection: Collection, run: Run, folder: ModelFolder, top: int) -> Run:
+    """Return a run whose best `top` documents of each query the model's scorer ranks anew; the others follow as before.
+
+    Raises CheckpointError where the model has no scorer.
+    """
+    tokenizer = None if folder.tokenizer_dir is None else TextTokenizer(folder.tokenizer_dir)
+    place = {entry.key: i for i, entry in enumerate(collection.corpus)}
+
+    def documents(rows: np.ndarray) -> Mapping[str, Column]:
+        return entry_columns(folder.schema.doc, [collection.corpus[i] for i in rows.tolist()], tokenizer)
+
+    scorer = PairScorer(folder.model, folder.schema, folder.pad_token_id, documents)
+    scorer.check_reranks()
+    ranked: dict[str, dict[str, float]] = {}
+    for first in range(0, len(collection.queries), RERANKED_AT_ONCE):
+        entries = collection.queries[first : first + RERANKED_AT_ONCE]
+        found = [sorted(run[entry.key], key=lambda key, of=run[entry.key]: -of[key]) for entry in entries]  # type: ignore[misc]
+        best = np.array([[place[key] for key in keys[:top]] + [-1] * (top - len(keys)) for keys in found])
+        scores = scorer.score(entry_columns(folder.schema.query, entries, tokenizer), best)
+        for entry, keys, values in zip(entries, found, scores, strict=True):
+            of_best = dict(zip(keys, values[: len(keys)].tolist(), strict=False))
+            least = min(of_best.values(), default=0.0)
+            ranked[entry.key] = of_best | {key: least - 1 - n for n, key in enumerate(keys[top:])}
+    return ranked
 
 
 def pretrained_run(
@@ -143,14 +171,19 @@ def bm25_run(collection: Collection, *, filter_known: bool = False, top: int = T
     index = bm25s.BM25(k1=BM25_K1, b=BM25_B)
     index.index(words(collection.corpus), show_progress=False)
     known = {query: len(documents) for query, documents in collection.known.items()} if filter_known else {}
-    wanted = min(len(collection.corpus), top + max(known.values(), default=0))
+    wanted = min(len(collection.corpus), top + 1 + max(known.values(), default=0))
     places, scores = index.retrieve(words(collection.queries), k=wanted, show_progress=False)
     run: dict[str, dict[str, float]] = {}
     for entry, row, row_scores in zip(collection.queries, places.tolist(), scores.tolist(), strict=True):
-        left_out = collection.known.get(entry.key, {}) if filter_known else {}
+        left_out = _left_out(collection, entry.key, filter_known)
         found = {collection.corpus[i].key: score for i, score in zip(row, row_scores, strict=True) if score > 0}
         run[entry.key] = dict([(key, score) for key, score in found.items() if key not in left_out][:top])
     return run
+
+
+def _left_out(collection: Collection, query: str, filter_known: bool) -> set[str]:
+    """Return the documents that are no answer to a query: as in BEIR, one of the same key is the query itself."""
+    return {query, *(collection.known.get(query, {}) if filter_known else ())}
 
 
 def entry_columns(

@@ -34,8 +34,8 @@ def encoders_of(
 
     `whole`, a collective, returns all weights of an engine that shards them: a scorer is called outside its forward.
     """
-    scorer: MlpScorer | None = cast(DualEncoder, getattr(model, "module", model)).scorer
-    if scorer is None:
+    scorer = cast(DualEncoder, getattr(model, "module", model)).scorer
+    if not isinstance(scorer, MlpScorer):  # what reads pairs cannot score every document: it ranks what these find
         return tower_encoders(model, dataset, device)
     scorer = scorer if whole is None else scorer.copy(whole()).to(device)
     collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)

@@ -16,10 +16,12 @@ from bigdssm.dataset.tensors import as_tensor
 from bigdssm.errors import DivergedError
 from bigdssm.evaluation.metrics import mean_metrics
 from bigdssm.evaluation.ranks import Seen, by_pairs, by_product, ranks_of_round, ranks_of_scores
+from bigdssm.evaluation.reranking import RERANKED_AT_ONCE, Reranking
 from bigdssm.evaluation.scorer import ScoredEncoders
+from bigdssm.features.ragged import offsets_of
 from bigdssm.progress import Progress, no_progress
 from bigdssm.retrieval.embed import Documents, Encoders, Share, all_finite, encode_catalogue, encode_queries
-from bigdssm.retrieval.rounds import QUERIES_AT_ONCE, no_pairs, rounds, seen_pairs
+from bigdssm.retrieval.rounds import QUERIES_AT_ONCE, Pairs, left_out_of, rounds
 
 SCORES_PER_CHUNK = 16_777_216  # of a scorer without vectors, 128 MiB of float64
 
@@ -43,14 +45,15 @@ def evaluate_split(
     world_size: int = 1,
     rows_per_chunk: int = 1024,
     filter_seen: bool = True,
+    rerank: Reranking | None = None,
     progress: Progress = no_progress,
 ) -> Evaluation:
     """Return the Evaluation of a two-tower model on `split`, the same on every rank: every document is scored.
 
     A collective: documents and queries are shared out over the ranks, `rows_per_chunk` encoded at a time; no rank holds
     other documents than its share. `documents` is this where it was made before; a scorer, which reads other vectors,
-    ignores it. Raises DataError: no such split; DivergedError on every rank where a vector is not finite: comparisons
-    with NaN would rank every target first.
+    ignores it. With `rerank` its scorer ranks the best documents of each query anew. Raises DataError: no such split;
+    DivergedError on every rank where a vector is not finite: comparisons with NaN would rank every target first.
     """
     started = time.perf_counter()
     dataset.index(split)
@@ -63,11 +66,15 @@ def evaluate_split(
     error = DivergedError(f"vectors of split {split} hold NaN or inf")
     distributed.raise_together(None if all_finite(documents.vectors) else error)
     ranks = [np.zeros(0)]
-    seen = seen_pairs if filter_seen else no_pairs
-    for asked in rounds(encode_queries(encoders, dataset, split, share), documents, seen, QUERIES_AT_ONCE):
+    left_out = left_out_of(dataset, filter_seen)
+    at_once = QUERIES_AT_ONCE if rerank is None else RERANKED_AT_ONCE
+    for asked in rounds(encode_queries(encoders, dataset, split, share), documents, left_out, at_once):
         if not all_finite(asked.vectors):  # which all ranks see alike
             raise error
-        ranks.append(_of_relevant(ranks_of_round(scoring, asked, documents), asked.rows))
+        found = ranks_of_round(scoring, asked, documents)
+        if rerank is not None:
+            found = rerank.ranks(found, asked, documents)
+        ranks.append(_of_relevant(found, asked.rows))
     everything = np.concatenate(distributed.all_gather_object(np.concatenate(ranks)))
     return Evaluation(everything, mean_metrics(everything), time.perf_counter() - started)
 
@@ -88,15 +95,16 @@ def evaluate_scores(
     rows_per_chunk = max(1, min(1024, SCORES_PER_CHUNK // dataset.catalogue.num_docs))
     ranks = [np.zeros(0)]
     for rows in dataset.iterate(split, rows_per_chunk):
-        seen = _seen(rows) if filter_seen else None
-        rank = ranks_of_scores(as_tensor(scores(rows)), as_tensor(rows.doc_rows), seen)
+        left_out = _as_seen(left_out_of(dataset, filter_seen)(rows), len(rows))
+        rank = ranks_of_scores(as_tensor(scores(rows)), as_tensor(rows.doc_rows), left_out)
         ranks.append(_of_relevant(rank, rows))
     everything = np.concatenate(ranks)
     return Evaluation(everything, mean_metrics(everything), time.perf_counter() - started)
 
 
-def _seen(rows: Rows) -> Seen:
-    return Seen(*(as_tensor(part).long() for part in rows.seen_ragged()))
+def _as_seen(left_out: Pairs, num_queries: int) -> Seen:
+    queries, docs = left_out
+    return Seen(as_tensor(docs).long(), as_tensor(offsets_of(np.bincount(queries, minlength=num_queries))))
 
 
 def _of_relevant(ranks: Tensor, rows: Rows) -> np.ndarray:

@@ -16,7 +16,7 @@ from bigdssm.atomic import write_json
 from bigdssm.errors import ConfigError
 from bigdssm.features import texts_of
 from bigdssm.models import ALPHA_MAX
-from bigdssm.models.encoders import TextEncoder
+from bigdssm.models.encoders import TextEncoder, text_keys
 
 Side = Literal["query", "doc"]
 SIDES: tuple[Side, Side] = ("query", "doc")
@@ -91,7 +91,8 @@ def _text_tower(folder: ModelFolder, side: Side, target: str) -> TextTower:
         )
     (feature,) = texts_of(features).values()
     tower = getattr(folder.model, f"{side}_tower")
-    encoder: TextEncoder = folder.model.text["shared" if folder.config.model.share_text else side]  # type: ignore[assignment]
+    key = text_keys(folder.config.model, folder.schema)[side]
+    encoder: TextEncoder = folder.model.text[key]  # type: ignore[assignment]
     return TextTower(side, feature.name, feature.max_tokens, encoder, _layers(tower.mlp))
 
 

@@ -73,11 +73,15 @@ def fit(
 ) -> tuple[Schema, TextTokenizer | None]:  # fmt: skip
     """Return the fitted schema and, where it has text, the encoder of its tokenizer, which comes into `folder`.
 
-    With `grow` the schema gets what is new, and the tokenizer is there already.
+    With `grow` the schema gets what is new, and the tokenizer is there already. Where queries are documents, theirs are
+    the documents' fits.
     """
     schema = base
     if like is None:
         fitted = {side.name: fit_side(engine, side, grow=grow) for side in sides}
+        if base.siamese:  # each side keeps its columns
+            doc = fitted["doc"]
+            fitted["query"] = {name: replace(doc[name], column=own.column) for name, own in base.query.items()}
         schema = replace(base, query=base.query | fitted.get("query", {}), doc=base.doc | fitted.get("doc", {}))
     if not schema.has_text:
         return schema, None

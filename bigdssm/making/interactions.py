@@ -48,6 +48,8 @@ def make_interactions(
 
     Raises DataError or ConfigError with nothing left half-written.
     """
+    if config.siamese:
+        raise ConfigError("data.siamese=true: events are no pairs of documents; use the sub-command `pairs`")
     _check(config, tables)
     items, users, events = (None if path is None else open_table(path) for path in _files(tables))
     assert items is not None and events is not None

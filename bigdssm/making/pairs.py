@@ -109,17 +109,16 @@ def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress:
             raise DataError(f"{tables.files[0]}: no row is left{writer.quarantine.told()}")
         splitter.divide(engine, folders)
         splits = _sorted_splits(run, tables, splitter, reader)
-        sides = [
-            Side("doc", _documents_of_train(engine), "d", base.doc),
-            Side("query", splits["train"], "q", reader.query),
-        ]
+        sides = [Side("doc", _documents_of_train(engine, base.siamese), "d", base.doc)]
+        if not base.siamese:
+            sides.append(Side("query", splits["train"], "q", reader.query))
         schema, text = fit(
             engine, base, config, sides, folder=writer.tokenizer_dir, grow=writer.append, like=target.like
         )  # fmt: skip
         encode = partial(_encoded, documents.keys, schema.query, None if writer.content["text"] == "raw" else text)
         entries = run.write_splits(splits, encode)
         if tables.beir:  # first: the same command must be good for both, and refuses a dataset that is there
-            write_collection(engine, documents, tables.beir, reader.query, base.doc)
+            write_collection(engine, documents, tables.beir, base)
         return run.finish(schema, text, documents, entries, _train_positives(engine, documents))
 
 
@@ -134,6 +133,8 @@ def _checked(config: DataConfig, tables: PairTables, target: Target) -> Splitter
             raise ConfigError(f"data.query.{name}: pairs have no histories; use the sub-command `interactions`")
     if tables.beir and target.append:
         raise ConfigError(f"--beir {tables.beir} would be of the new partition alone; leave it out with --append")
+    if config.siamese and not (tables.query_id_column and tables.doc_id_column):
+        raise ConfigError("data.siamese=true: a query is a document; give --query-id-column and --doc-id-column")
     if tables.beir:
         check_place(tables.beir)
     fractions = (tables.validation_fraction, tables.test_fraction)
@@ -190,16 +191,20 @@ class PairReader:
             if self.tables.each_of:
                 batch = exploded(batch, self.tables.each_of, report_bad)
             check = RowCheck(batch, report_bad)
-            table, document = self._rows(check, part)
+            table, *found = self._rows(check, part)
             good = pa.array(check.good)
             num_good += int(check.good.sum())
             rows.add(table.filter(good))
             units.add(table.column("time").to_numpy()[check.good])
-            documents.add(self.known.compared(document.filter(good)))
+            for document in found:
+                documents.add(self.known.compared(document.filter(good)))
         return {"num_good": num_good, **units.facts()}
 
-    def _rows(self, check: RowCheck, part: PartOfTable) -> tuple[pa.Table, pa.Table]:
-        """Return all rows of a batch, and the document of each; what is wrong is reported to `check`."""
+    def _rows(self, check: RowCheck, part: PartOfTable) -> list[pa.Table]:
+        """Return all rows of a batch, the document of each and, where queries are documents, these.
+
+        What is wrong is reported to `check`.
+        """
         tables = self.tables
         query, doc = canonical(check, self.query), canonical(check, self.schema.doc)
         check.fail(missing(query, self.query), "no query: its features are empty")
@@ -207,6 +212,9 @@ class PairReader:
         query_ids = self._query_ids(check, query)
         content = hash_rows(doc)
         keys = self._doc_keys(check, content)
+        doc_ids = hash_strings(keys)
+        if self.schema.siamese:
+            check.fail(query_ids == doc_ids, "the document is the query itself")
         display = strings(check, self.schema.display) if self.schema.display else keys
         relevance = np.ones(len(query_ids))
         if tables.relevance_column:
@@ -214,10 +222,14 @@ class PairReader:
         decided = self.splitter.of_rows(check, query_ids)
         place = places(part, check.batch, exploded=tables.each_of is not None)
         shuffle = shuffle_keys(place, self.seed)
-        numbers = (place, shuffle, query_ids, hash_strings(keys), content, relevance, *decided)
+        numbers = (place, shuffle, query_ids, doc_ids, content, relevance, *decided)
         values = [pa.array(v).cast(t) for v, t in zip(numbers, ROW_COLUMNS.values(), strict=True)]
         rows = pa.Table.from_arrays([*values, *query.columns], names=self.row_schema.names)
-        return rows, document_rows(place, content, keys, display, doc)
+        made = [rows, document_rows(place, content, keys, display, doc)]
+        if self.schema.siamese:
+            own = strings(check, str(self.tables.query_id_column))
+            made.append(document_rows(place, hash_rows(query), own, own, query))
+        return made
 
     def _query_ids(self, check: RowCheck, query: pa.Table) -> np.ndarray:
         name = self.tables.query_id_column
@@ -274,12 +286,11 @@ def _notes(engine: Engine, tables: PairTables) -> Iterator[str]:
             yield f"{rows} rows give a known {tables.doc_id_column} other features; the first stay"
 
 
-def _documents_of_train(engine: Engine) -> Table:
+def _documents_of_train(engine: Engine, siamese: bool) -> Table:
     """Return the new and changed documents that train has: the fit knows nothing of held-out rows."""
+    known = "SELECT doc_id FROM train" + (" UNION SELECT query_id AS doc_id FROM train" if siamese else "")
     return engine.select(
-        "documents_of_train",
-        "SELECT * FROM told_documents WHERE doc_id IN (SELECT doc_id FROM train)",
-        order="place, doc_id",
+        "documents_of_train", f"SELECT * FROM told_documents WHERE doc_id IN ({known})", order="place, doc_id"
     )
 
 

@@ -8,14 +8,14 @@ Shapes: m queries, n documents, D vector width.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from bigdssm.config import ModelConfig
+from bigdssm.config import ModelConfig, ScorerConfig
 from bigdssm.models.encoders import (
     Encoder,
     Parts,
@@ -28,7 +28,7 @@ from bigdssm.models.encoders import (
 )
 from bigdssm.models.packed import PackedLists, Values
 from bigdssm.models.places import Places
-from bigdssm.models.scorer import MlpScorer
+from bigdssm.models.scorer import PREFIX, SCORERS, Scorer
 from bigdssm.models.tables import EmbeddingTables
 from bigdssm.models.tower import Tower
 from bigdssm.schema import Schema
@@ -43,15 +43,15 @@ class Encoded(NamedTuple):
     W: Tensor | None  # [n, D]
     beta: Tensor | None  # [n]
     alpha: Tensor  # [1]
-    scores: Tensor | None = None  # [m, l] of the documents listed for each query, by the MLP of a model that has one
+    scores: Tensor | None = None  # by the model's scorer: [m, l] of the documents listed for each query, [p] of pairs
 
 
 class DualEncoder(nn.Module):
-    """Query tower, document tower, alpha, and beta: a head of the document tower, or one for all documents.
+    """Query tower, document tower (of a siamese schema one), alpha, and beta: a head of the latter, or one for all.
 
-    Weights are new; `texts` are the architectures of its text encoders, by `text_keys`. With `scorer_widths`, those of
-    its hidden layers, an MLP scores in place of the product. Source: Huang et al. 2013 (DSSM); Radford et al. 2021
-    (CLIP) for the learned scale.
+    Weights are new; `texts` are the architectures of its text encoders, by `text_keys`. `scorer` scores in place of the
+    product; where it does not take the towers' vectors, the towers stay as they are. Source: Huang et al. 2013 (DSSM);
+    Radford et al. 2021 (CLIP) for the learned scale.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class DualEncoder(nn.Module):
         config: ModelConfig,
         schema: Schema,
         texts: Mapping[str, PretrainedConfig],
-        scorer_widths: Sequence[int] = (),
+        scorer: ScorerConfig | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -67,23 +67,30 @@ class DualEncoder(nn.Module):
         self.tables = EmbeddingTables(schema, config.query.embedding_dim, config.doc.embedding_dim)
         keys, configs = text_keys(config, schema), text_configs(config, schema)
         self.text = nn.ModuleDict({key: TextEncoder(texts[key], text.pooling) for key, text in configs.items()})
-        self.query_tower, self.doc_tower = (
-            Tower(schema.sides[side], self._parts(side, keys.get(side)), config.dim) for side in ("query", "doc")
-        )
+        if not schema.siamese:
+            self.query_tower = Tower(schema.query, self._parts("query", keys.get("query")), config.dim)
+        self.doc_tower = Tower(schema.doc, self._parts("doc", keys.get("doc")), config.dim)
+        if schema.siamese:  # a plain attribute: parameters and state have the tower once
+            object.__setattr__(self, "query_tower", self.doc_tower)
         self.beta_head = _beta_head(config.dim) if config.beta == "document" else None
         self.beta = nn.Parameter(torch.full((1,), config.beta_init)) if config.beta == "scalar" else None
         # Shape (1,): a 0-dim parameter breaks DeepSpeed's bf16 broadcast over gloo.
-        self.scorer = MlpScorer(config.dim, scorer_widths) if scorer_widths else None
+        self.scorer = None if scorer is None else SCORERS[scorer.type](scorer, config, schema, texts)
         self.log_alpha = nn.Parameter(torch.full((1,), math.log(config.alpha_init)), requires_grad=config.alpha_learned)
+        if self.scorer is not None and not self.scorer.takes_vectors:
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(name.startswith(PREFIX))
 
     def load_towers(self, state: Mapping[str, Tensor]) -> None:
-        """Load all weights of a model without a scorer; where this one has one, it stays new.
+        """Load all weights of a model without a scorer; where this one has one, it is new.
 
         Raises RuntimeError: `state` is not that of such a model.
         """
-        if scored := MlpScorer.named(state):
+        if scored := Scorer.named(state):
             raise RuntimeError(f"it has a scorer of its own, with {', '.join(scored)}")
-        self.load_state_dict({**state, **MlpScorer.named(self.state_dict())})
+        self.load_state_dict({**state, **Scorer.named(self.state_dict())})
+        if self.scorer is not None:
+            self.scorer.begin(dict(self.text.items()))
 
     def forward(
         self,
@@ -91,13 +98,19 @@ class DualEncoder(nn.Module):
         doc: Mapping[str, Values] | None = None,
         listed: Tensor | None = None,
         places: Places | None = None,
+        paired: bool = False,
     ) -> Encoded:
         """Encode queries, documents, or both; alpha always comes along (ZeRO-3 hides it outside the forward).
 
         A row of `query` is one query that has seen its whole history; with `places` they are the m queries, each of
         which has seen the beginning of its row's: histories are encoded in one pass, all else once a row.
-        listed int64 [m, l]: documents, by their place in `doc`, to score for each query by the MLP.
+        listed int64 [m, l]: documents, by their place in `doc`, to score for each query by the MLP. paired: score row i
+        of both sides as a pair, by a scorer that reads features, and encode nothing.
         """
+        alpha = _clamp_above(self.log_alpha.float().exp(), ALPHA_MAX)
+        if paired:
+            assert query is not None and doc is not None and self.scorer is not None
+            return Encoded(None, None, None, alpha, self.scorer(query, doc))
         U = W = beta = scores = None
         if query is not None:
             U = self._scored(self.query_tower(query, places))
@@ -112,7 +125,7 @@ class DualEncoder(nn.Module):
         if listed is not None:
             assert U is not None and W is not None and self.scorer is not None
             scores = self.scorer(U[:, None], W[listed])
-        return Encoded(U, W, beta, _clamp_above(self.log_alpha.float().exp(), ALPHA_MAX), scores)
+        return Encoded(U, W, beta, alpha, scores)
 
     def checkpoint_activations(self) -> None:
         """Have the transformers, whose activations grow with the length, compute them again in the backward."""
@@ -147,14 +160,14 @@ class DualEncoder(nn.Module):
 
 
 def new_model(
-    config: ModelConfig, schema: Schema, pad_token_id: int = 0, vocab_size: int = 0, scorer_widths: Sequence[int] = ()
+    config: ModelConfig, schema: Schema, pad_token_id: int = 0, vocab_size: int = 0, scorer: ScorerConfig | None = None
 ) -> DualEncoder:
     """Return a model to train: new weights, and those of the pretrained folders that `config` names.
 
     `vocab_size` is the tokenizer's (0 without text features). Raises ConfigError: a folder that does not fit.
     """
     texts = text_architectures(config, schema, pad_token_id, vocab_size)
-    model = DualEncoder(config, schema, texts, scorer_widths)
+    model = DualEncoder(config, schema, texts, scorer)
     for key, text in text_configs(config, schema).items():
         if text.init is not None:
             load_pretrained(cast(TextEncoder, model.text[key]), text)

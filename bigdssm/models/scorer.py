@@ -1,19 +1,47 @@
-"""A score that is no product: an MLP on [u, w, u * w], the comparison for what an index can serve.
+"""What scores pairs beside the product: an MLP on both vectors here, a BERT on both texts in cross_encoder.py.
+
+An index cannot serve such a score: it ranks what the product of the towers' vectors has found.
 
 Shapes: D vector width, … leading dimensions of queries and documents, which broadcast against each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from bigdssm.config import ModelConfig, ScorerConfig
+from bigdssm.schema import Schema
 
 PREFIX = "scorer."  # of its weights in a whole model
 
+Build = Callable[[ScorerConfig, ModelConfig, Schema, Mapping[str, PretrainedConfig]], "Scorer"]
+SCORERS: dict[str, Build] = {}
 
-class MlpScorer(nn.Module):
-    """Scores of pairs; `hidden` are the widths of its hidden layers, at least one. Source: He et al. 2017, eq. 11."""
+
+class Scorer(nn.Module, ABC):
+    """Scores of pairs."""
+
+    takes_vectors: ClassVar[bool]  # those of the towers, which learn with it; else features, and the towers stay
+
+    @staticmethod
+    def named(whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return its weights in the state of a whole model, where it is called `scorer`, by their names there."""
+        return {name: tensor for name, tensor in whole.items() if name.startswith(PREFIX)}
+
+    @abstractmethod
+    def begin(self, texts: Mapping[str, nn.Module]) -> None:
+        """Take what a new one starts from of the model's trained text encoders, by name."""
+
+
+class MlpScorer(Scorer):
+    """An MLP on [u, w, u * w]; `hidden` are its hidden layers' widths, at least one. Source: He et al. 2017, eq. 11."""
+
+    takes_vectors = True
 
     def __init__(self, dim: int, hidden: Sequence[int]) -> None:
         super().__init__()
@@ -27,10 +55,15 @@ class MlpScorer(nn.Module):
             layers += [nn.Linear(width, following), nn.GELU()]
         self.rest = nn.Sequential(*layers[:-1])
 
-    @staticmethod
-    def named(whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return its weights in the state of a whole model, where it is called `scorer`, by their names there."""
-        return {name: tensor for name, tensor in whole.items() if name.startswith(PREFIX)}
+    @classmethod
+    def build(
+        cls, scorer: ScorerConfig, config: ModelConfig, schema: Schema, texts: Mapping[str, PretrainedConfig]
+    ) -> MlpScorer:
+        """Return a new one for a model."""
+        return cls(config.dim, scorer.hidden)
+
+    def begin(self, texts: Mapping[str, nn.Module]) -> None:
+        """Take nothing: it starts as it was drawn."""
 
     def copy(self, whole: Mapping[str, Tensor]) -> MlpScorer:
         """Return a copy with the weights that it has in the state of a whole model."""
@@ -42,3 +75,6 @@ class MlpScorer(nn.Module):
         """Return the scores […] of queries and documents […, D]."""
         scores: Tensor = self.rest(self.of_query(u) + self.of_doc(w) + self.of_product(u * w))
         return scores.squeeze(-1)
+
+
+SCORERS["mlp"] = MlpScorer.build

@@ -35,6 +35,7 @@ class EmbeddingTables(nn.Module):
             old = cast(nn.Embedding, self.tables[name])
             if old.num_embeddings < feature.num_codes:
                 table = self.tables[name] = _table(feature.num_codes, old.embedding_dim)
+                table.weight.requires_grad_(old.weight.requires_grad)
                 with torch.no_grad():
                     table.weight[: old.num_embeddings] = old.weight
                 grown[name] = (old.num_embeddings, feature.num_codes)
@@ -53,6 +54,8 @@ def table_name(side: str, name: str) -> str:
 
 def _tabled(schema: Schema) -> Iterator[tuple[str, Feature]]:
     for side, features in schema.sides.items():
+        if side == "query" and schema.siamese:
+            continue  # the documents' are the queries' too
         for feature in features.values():
             if feature.num_codes:
                 yield side, feature

@@ -103,7 +103,7 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     texts = text_architectures(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
     mode = FakeTensorMode()
     with mode:
-        model = DualEncoder(config.model, dataset.schema, texts, stage.loss.mlp)
+        model = DualEncoder(config.model, dataset.schema, texts, stage.loss.scorer)
         if engine.precision == "bf16_pure":
             _to_bfloat16(model)
     model.train()

@@ -18,7 +18,7 @@ from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Column, Ragged, histories_of, stored
 from bigdssm.features.columns import RowCheck, SourceBatch, strings, value_lists
 from bigdssm.features.given import columns_of
-from bigdssm.hashing import file_checksum
+from bigdssm.hashing import file_checksum, hash64
 from bigdssm.log import get_logger
 from bigdssm.retrieval.search import histories
 from bigdssm.tables.registry import read_table
@@ -87,7 +87,10 @@ class SplitRows(QuerySource):
         keys = None
         if rows.sequences is not None and rows.sequence is not None:
             keys = rows.sequences.strings("query_key", rows.sequence)
-        return BulkQueries(rows.row_ids, keys, rows.query, Ragged(*rows.seen_ragged()))
+        seen = Ragged(*rows.seen_ragged())
+        if self._dataset.schema.siamese:
+            seen = Ragged.of_lists(_own(self._dataset, rows.query_ids), np.int64)
+        return BulkQueries(rows.row_ids, keys, rows.query, seen)
 
 
 class TableRows(QuerySource):
@@ -123,8 +126,16 @@ class TableRows(QuerySource):
             found = self._dataset.catalogue.find(lists.flatten().to_pylist())
             kept = np.concatenate([[0], np.cumsum(found >= 0)])
             seen = Ragged(found[found >= 0], kept[np.asarray(lists.offsets)])
+        if keys is not None and self._dataset.schema.siamese:
+            ids = np.array([hash64(key) for key in keys], np.int64)
+            seen = Ragged.of_lists(_own(self._dataset, ids), np.int64)
         columns = columns_of(batch, self._features, self._dataset.tokenizer, _warn) if self._features else {}
         return BulkQueries(rows, keys, columns | histories(self._dataset, seen), seen)
+
+
+def _own(dataset: Dataset, ids: np.ndarray) -> list[np.ndarray]:
+    """Return the catalogue row of the document that each query is, none where there is no such document."""
+    return [row[row >= 0] for row in dataset.catalogue.rows_of(ids)[:, None]]
 
 
 def _events(table: MappedTable, rows: np.ndarray) -> Ragged:

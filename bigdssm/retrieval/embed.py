@@ -234,13 +234,13 @@ def in_pieces(
     return torch.cat(parts)
 
 
-def encode(model: nn.Module, **sides: Mapping[str, Values]) -> Encoded:
-    """Return what `model` makes of one side's features, in evaluation mode and without gradients."""
+def encode(model: nn.Module, paired: bool = False, **sides: Mapping[str, Values]) -> Encoded:
+    """Return what `model` makes of one side's features, or of pairs, in evaluation mode and without gradients."""
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            encoded: Encoded = model(**sides)
+            encoded: Encoded = model(**sides, **({"paired": True} if paired else {}))
     finally:
         model.train(was_training)
     return encoded

@@ -25,7 +25,7 @@ from bigdssm.errors import DivergedError
 from bigdssm.log import get_logger
 from bigdssm.retrieval.embed import Documents, Encoders, Share, all_finite, encode_catalogue, encode_queries, pieces_of
 from bigdssm.retrieval.mined import MinedNegatives, mined_records
-from bigdssm.retrieval.rounds import QUERIES_AT_ONCE, Round, no_pairs, rounds, seen_pairs
+from bigdssm.retrieval.rounds import QUERIES_AT_ONCE, Round, left_out_of, rounds
 from bigdssm.retrieval.top import Search, approximate_search, exact_search, opened, top_of_round
 
 logger = get_logger(__name__)
@@ -50,7 +50,11 @@ class KnownPositives:
         share = replace(share or Share(), rows_per_chunk=PASS_ROWS)
         for rows in pieces_of(dataset, "train", share, "known positives read"):
             if rows is not None:
-                parts.append((rows.query_ids[rows.relevance > 0], rows.doc_rows[rows.relevance > 0]))
+                queries, docs = rows.query_ids[rows.relevance > 0], rows.doc_rows[rows.relevance > 0]
+                parts.append((queries, docs))
+                if dataset.schema.siamese:  # pairs hold in both directions
+                    own = dataset.catalogue.rows_of(queries)
+                    parts.append((dataset.catalogue.ids(docs[own >= 0]), own[own >= 0]))
         ids, docs = (np.concatenate([part[side] for part in parts] or [np.zeros(0, np.int64)]) for side in (0, 1))
         order = np.lexsort((docs, ids))
         query_ids, starts = np.unique(ids[order], return_index=True)
@@ -82,19 +86,20 @@ def mine(
     """Return this rank's `mined_records`: the catalogue rows at ranks [first, last) of each train query's ranking.
 
     `rows` are those to mine for, in as many pieces on every rank; by default the rank's share of the split. Known
-    positives (its target, and with `filter_seen` all of the query's train documents and its own history) are taken out
-    before ranks are counted; -1 stands where the catalogue ends, and with `margin` where a document's score alpha * <u,
-    w> + beta is above that of its own less the margin. In a catalogue of more than `exact_up_to` documents each rank
-    asks an approximate index of its share, and the log tells how much that finds of what scoring all would. `documents`
-    are the rank's share of the catalogue's index vectors where they were made before. A collective over the ranks.
-    Raises DivergedError where a vector is not finite.
+    positives (its target, and with `filter_seen` all of the query's train documents and its own history, or the
+    document that it is) are taken out before ranks are counted; -1 stands where the catalogue ends, and with `margin`
+    where a document's score alpha * <u, w> + beta is above that of its own less the margin. In a catalogue of more than
+    `exact_up_to` documents each rank asks an approximate index of its share, and the log tells how much that finds of
+    what scoring all would. `documents` are the rank's share of the catalogue's index vectors where they were made
+    before. A collective over the ranks. Raises DivergedError where a vector is not finite.
     """
     share = share or Share()
     if documents is None:
         documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
     error = DivergedError("the model's vectors hold NaN or inf; nothing mined")
     distributed.raise_together(None if all_finite(documents.vectors) else error)
-    left_out, known = (seen_pairs, KnownPositives.of(dataset, share).pairs) if filter_seen else (no_pairs, None)
+    left_out = left_out_of(dataset, filter_seen)
+    known = KnownPositives.of(dataset, share).pairs if filter_seen else None
     approximate = exact_up_to is not None and dataset.catalogue.num_docs > exact_up_to
     if approximate:
         share.progress("an index of the documents built", 0, 1)

@@ -35,6 +35,7 @@ class Request:
     filter: str | None = None  # see filters.py
     exclude_seen: bool | None = None  # whether documents of events may come back; none: as data.repeats says
     top: int = 10
+    document: str | None = None  # the key of the document that the query is, where queries are documents
 
 
 @dataclass(frozen=True)

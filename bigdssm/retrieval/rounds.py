@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bigdssm import distributed
+from bigdssm.dataset.catalogue import Catalogue
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.tensors import as_tensor
 from bigdssm.retrieval.embed import Documents
@@ -114,6 +117,19 @@ def seen_pairs(rows: Rows) -> Pairs:
 def no_pairs(rows: Rows) -> Pairs:
     """Return that queries leave out nothing but their own document."""
     return np.zeros(0, np.int64), np.zeros(0, np.int64)
+
+
+def left_out_of(dataset: Dataset, filter_seen: bool) -> Callable[[Rows], Pairs]:
+    """Return what tells the documents that queries leave out: seen ones; where queries are documents, their own."""
+    if dataset.schema.siamese:  # of pairs, which have seen nothing
+        return partial(own_documents, dataset.catalogue)
+    return seen_pairs if filter_seen else no_pairs
+
+
+def own_documents(catalogue: Catalogue, rows: Rows) -> Pairs:
+    """Return the documents that queries are."""
+    own = catalogue.rows_of(rows.query_ids)
+    return np.flatnonzero(own >= 0), own[own >= 0]
 
 
 def product(queries: Tensor, documents: Tensor) -> Tensor:

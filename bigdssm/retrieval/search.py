@@ -71,6 +71,10 @@ class Queries:
         if request.user is not None:
             of_user, stored_events = self._user(request.user)
             columns |= of_user
+        own = NOTHING
+        if request.document is not None:
+            of_document, own = self._document(request.document)
+            columns |= of_document
         for name, value in (request.features or {}).items():
             columns[name] = self.feature(name, value)
         live, unknown = self._events(request.events or [], request.now)
@@ -78,7 +82,17 @@ class Queries:
         exclude = self._exclude_seen if request.exclude_seen is None else request.exclude_seen
         allowed = None if request.filter is None else self._filter(request.filter)
         columns |= self._histories(seen)
-        return Query(columns, request.top, seen, unknown, seen if exclude else NOTHING, allowed)
+        left_out = np.concatenate([seen if exclude else NOTHING, own])
+        return Query(columns, request.top, seen, unknown, left_out, allowed)
+
+    def _document(self, key: str) -> tuple[dict[str, Column], np.ndarray]:
+        """Return the features of the document that a query is, and its catalogue row, int64 [1]."""
+        if not self._schema.siamese or self._dataset is None:
+            raise ConfigError("queries of this model are no documents; describe the query by its features")
+        row = self._dataset.catalogue.find([key])
+        if row[0] < 0:
+            raise DataError(f"no document has the key {key!r}")
+        return self._dataset.catalogue.columns(row), row
 
     def feature(self, name: str, value: Any) -> Column:
         """Return one value as a column. Raises ConfigError: no such feature, or a value that it cannot have."""
@@ -127,11 +141,11 @@ class Queries:
 
 def _check_given(request: Request) -> None:
     """Raise ConfigError where a request says nothing of its query, or what it says is no text."""
-    texts = [text for text in (request.user, request.filter) if text is not None]
+    texts = [text for text in (request.user, request.document, request.filter) if text is not None]
     texts += [value for value in (request.features or {}).values() if isinstance(value, str)]
     texts += [event.item for event in request.events or ()]
     check_encoded(texts)
-    said = (request.user, *(request.features or {}).values())
+    said = (request.user, request.document, *(request.features or {}).values())
     blank = all(value is None or (isinstance(value, str) and not value.strip()) for value in said)
     if blank and request.events is None:
         raise ConfigError("the query is empty; give features, events or a user")

@@ -46,7 +46,10 @@ def api(answering: Callable[[], Answering], metrics: Metrics, *, beside: bool) -
                 query = await run_in_threadpool(now.searcher.queries.of, ask.request())
                 found = await now.batcher(query)
                 metrics.unknown_events.inc(len(query.unknown))
-                timing = {"encode_ms": found.encode_ms, "search_ms": found.search_ms, "batch": found.batch}
+                timing = {
+                    "encode_ms": found.encode_ms, "search_ms": found.search_ms, "rerank_ms": found.rerank_ms,
+                    "batch": found.batch,
+                }  # fmt: skip
                 known = {"history": now.searcher.seen(query), "unknown_events": len(query.unknown)}
                 answer = {"documents": _ranked(found.documents), **known, **timing}
                 now.cache.put(key, answer)
@@ -62,7 +65,7 @@ def api(answering: Callable[[], Answering], metrics: Metrics, *, beside: bool) -
     async def why(ask: AskWhy) -> dict[str, Any]:
         started = time.perf_counter()
         with answering().asked() as now:
-            near = await run_in_threadpool(now.searcher.why, ask.request(), ask.document)
+            near = await run_in_threadpool(now.searcher.why, ask.request(), ask.answer)
         return {**asdict(near), "total_ms": _ms_since(started)}
 
     return routes

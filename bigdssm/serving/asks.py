@@ -32,6 +32,7 @@ class Ask(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     user: ShortText | None = Field(None, description="a user of the dataset, whose features and events come first")
+    document: ShortText | None = Field(None, description="the key of the document that the query is")
     features: dict[ShortText, Value] | None = Field(None, max_length=MOST_VALUES, description="values of features")
     events: list[AskEvent] | None = Field(None, max_length=MOST_VALUES, description="what the user did since")
     now: Number | None = Field(None, description="events after it are not known yet")
@@ -48,7 +49,7 @@ class Ask(BaseModel):
 class AskWhy(Ask):
     """A request, and a document that may have answered it."""
 
-    document: ShortText = Field(description="its key")
+    answer: ShortText = Field(description="its key")
 
 
 class Refusal(BaseModel):

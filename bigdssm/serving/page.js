@@ -186,7 +186,7 @@ async function why(line) {
   const cell = made("td", { colSpan: line.cells.length, ariaBusy: "true" }, "…");
   line.after(made("tr", { className: "why" }, cell));
   try {
-    const found = await post(`${line.dataset.side}/api/why`, { ...lastBody, document: line.dataset.key });
+    const found = await post(`${line.dataset.side}/api/why`, { ...lastBody, answer: line.dataset.key });
     const parts = [
       ...nearTo("Near to what the history holds:", found.history.map(({ display, cosine }) => [display, cosine])),
       ...nearTo("Near to the words:", found.words.map(({ word, cosine }) => [word, cosine])),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder
 from bigdssm.dataset.cache import Cache
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.tensors import to_features
-from bigdssm.errors import CheckpointError
-from bigdssm.features import TextTokenizer, histories_of, ragged, stored
+from bigdssm.errors import CheckpointError, DataError
+from bigdssm.features import Column, TextTokenizer, histories_of, ragged, stored
 from bigdssm.retrieval.embed import query_vectors
 from bigdssm.retrieval.index import Document, Index, cosines_with, open_index
 from bigdssm.retrieval.kinds import search_with
+from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.search import Queries, Query
 from bigdssm.retrieval.vectors import META_FILE as INDEX_META
@@ -42,6 +44,7 @@ class Found:
     documents: list[Document]  # best first
     encode_ms: float  # of the batch that the query was in
     search_ms: float
+    rerank_ms: float  # 0 where nothing is ranked anew
     batch: int  # queries in it
 
 
@@ -50,14 +53,14 @@ class Searcher:
 
     def __init__(
         self, folder: ModelFolder, index: Index, dataset: Dataset | None, threads: int | None = None,
-        onnx: Path | None = None,
+        onnx: Path | None = None, rerank: int = 0,
     ) -> None:  # fmt: skip
         """Take the model, the index of its vectors, and the dataset, without which there are no users or histories.
 
         `threads` search the index for one call; by default as many as FAISS takes by itself. `onnx` is the file of the
-        model's query tower which encodes in its place.
-        Raises CheckpointError: the index or the dataset is another model's; DataError: its queries have a history, and
-        there is no dataset to look items up in.
+        model's query tower which encodes in its place. The best `rerank` documents are ranked anew by the model's
+        scorer. Raises CheckpointError: the index or the dataset is another model's, or the model has no scorer;
+        DataError: its queries have a history, or are re-ranked, and there is no dataset to look documents up in.
         """
         if index.meta.model_checksum != folder.checksum:
             raise CheckpointError(
@@ -69,24 +72,30 @@ class Searcher:
             index.check_dataset(dataset)
         self._folder, self._index, self._dataset, self._threads = folder, index, dataset, threads
         self._tower = None if onnx is None else query_tower(onnx, folder.checksum, threads or 0)
+        self._rerank, self._scorer = rerank, None
+        if rerank:
+            if dataset is None:
+                raise DataError("a scorer reads the documents; give the dataset with --data")
+            self._scorer = PairScorer.of(folder, dataset)
+            self._scorer.check_reranks()
         tokenizer = None if folder.tokenizer_dir is None else TextTokenizer(folder.tokenizer_dir)
         self.queries = Queries(folder.schema, tokenizer, dataset, folder.config.data.excludes_seen)
 
     @classmethod
     def open(
         cls, model: str | Path, index: str | Path, data: str | None = None, threads: int | None = None,
-        onnx: Path | None = None,
+        onnx: Path | None = None, rerank: int = 0,
     ) -> Searcher:  # fmt: skip
         """Return the Searcher of two folders and a dataset, by default the one that the model was trained on.
 
-        A model whose queries have no history is opened without a dataset where `data` is none. Raises CheckpointError,
+        Where nothing needs one (no history, no re-ranking) and `data` is none, none is opened. Raises CheckpointError,
         DataError: what is missing, damaged, or of another model.
         """
         folder, opened = load_model_folder(Path(model)), open_index(index)
-        if data is None and not histories_of(folder.schema.query):
+        if data is None and not (histories_of(folder.schema.query) or folder.schema.siamese or rerank):
             return cls(folder, opened, None, threads, onnx)
         dataset = Dataset.open(data or folder.config.data.dir, cache=Cache.of(folder.config.data))
-        return cls(folder, opened, dataset, threads, onnx)
+        return cls(folder, opened, dataset, threads, onnx, rerank)
 
     def about(self) -> dict[str, Any]:
         """Return what a client needs to ask queries."""
@@ -123,26 +132,52 @@ class Searcher:
         vectors = self.encode(queries)
         encoded = time.perf_counter()
         self._use_threads()
-        found: list[list[Document]] = [[] for _ in queries]
+        found = [(np.zeros(0, np.float32), np.zeros(0, np.int64))] * len(queries)
         for allowed in dict.fromkeys(query.allowed for query in queries):
             places = [place for place, query in enumerate(queries) if query.allowed is allowed]
             some = [queries[place] for place in places]
-            top = min(max(query.top for query in some), self._index.meta.num_docs)
+            top = min(max(self._rerank, *(query.top for query in some)), self._index.meta.num_docs)
             scores, rows = self._index.nearest(
                 vectors[places], top, self._folder.checksum, [query.left_out for query in some], allowed,
             )  # fmt: skip
-            for place, query, *both in zip(places, some, scores, rows, strict=True):
-                found[place] = self._index.documents(*(column[: query.top] for column in both))
+            for place, *both in zip(places, scores, rows, strict=True):
+                found[place] = both[0], both[1]
         searched = time.perf_counter()
-        encode_ms, search_ms = (encoded - started) * 1000, (searched - encoded) * 1000
-        return [Found(documents, encode_ms, search_ms, len(queries)) for documents in found]
+        if self._scorer is not None:
+            found = self._reranked(self._scorer, queries, found)
+        ranked = time.perf_counter()
+        encode_ms, search_ms, rerank_ms = ((b - a) * 1000 for a, b in pairwise((started, encoded, searched, ranked)))
+        times = (encode_ms, search_ms, rerank_ms, len(queries))
+        return [
+            Found(self._index.documents(scores[: query.top], rows[: query.top]), *times)
+            for query, (scores, rows) in zip(queries, found, strict=True)
+        ]
+
+    def _reranked(
+        self, scorer: PairScorer, queries: Sequence[Query], found: Sequence[tuple[np.ndarray, np.ndarray]]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return what was found, (scores, catalogue rows) of each query, with its best documents ranked anew."""
+        best = [rows[: self._rerank] for _, rows in found]
+        documents = np.full((len(queries), max(map(len, best))), -1)
+        for place, rows in enumerate(best):
+            documents[place, : len(rows)] = rows
+        new = scorer.score(self._columns(queries), documents)
+        ranked = []
+        for (scores, rows), by_scorer in zip(found, new, strict=True):
+            order = np.argsort(-by_scorer[: len(rows)], kind="stable")
+            behind = slice(len(order), None)
+            ranked.append(
+                (np.concatenate([by_scorer[order], scores[behind]]), np.concatenate([rows[order], rows[behind]]))
+            )
+        return ranked
+
+    def _columns(self, queries: Sequence[Query]) -> dict[str, Column]:
+        schema = self._folder.schema
+        return {name: ragged.concat([query.columns[name] for query in queries]) for name in schema.query}
 
     def encode(self, queries: Sequence[Query]) -> np.ndarray:
         """Return the index vectors of queries, float32 [m, D+1]."""
-        columns = {
-            name: ragged.concat([query.columns[name] for query in queries]) for name in self._folder.schema.query
-        }
-        features = to_features(self._folder.schema.query, columns, self._folder.pad_token_id)
+        features = to_features(self._folder.schema.query, self._columns(queries), self._folder.pad_token_id)
         made = query_vectors(self._folder.model, features) if self._tower is None else run_onnx(self._tower, features)
         vectors: np.ndarray = made.numpy()
         return vectors
@@ -189,10 +224,11 @@ class Folders:
     data: str | None = None
     threads: int | None = None
     onnx: Path | None = None  # the file of the query tower that encodes
+    rerank: int = 0  # documents that the model's scorer ranks anew
 
     def open(self) -> Searcher:
         """Return the Searcher of what lies there now. Raises as `Searcher.open` does."""
-        return Searcher.open(self.model, self.index, self.data, self.threads, self.onnx)
+        return Searcher.open(self.model, self.index, self.data, self.threads, self.onnx, self.rerank)
 
     def state(self) -> bytes:
         """Return what changes when a folder is replaced: the metas name the checksums of all else."""

@@ -66,6 +66,8 @@ class Batches:
             batch = self._collator(rows, negatives=negatives, extra_docs=self._extra(rows.step))
             if self._loss.mask in ("user", "past"):
                 batch = replace(batch, known=known_pairs(rows, self._loss.mask, self._dataset.catalogue.doc_ids))
+            elif self._dataset.schema.siamese:
+                batch = replace(batch, known=pairs_of_documents(batch, self._loss.mask))
             yield batch
 
     def _extra(self, step: int) -> np.ndarray | None:
@@ -123,6 +125,19 @@ def known_pairs(rows: Rows, mask: str, doc_ids: np.ndarray) -> Tensor:
     is_latest = np.append(np.diff(rows.query_ids[order]) != 0, True)[: len(order)]
     latest = order[is_latest]
     return name_pairs(rows.query_ids[latest], Ragged(*rows.seen_ragged(latest)), doc_ids)
+
+
+def pairs_of_documents(batch: Batch, mask: str) -> Tensor:
+    """Return int64 [p, 2] of what is no negative where queries are documents, for a Batch: each query's own document.
+
+    batch: (query id, doc id), and (b, a) for each positive pair (a, b). none: (number of the query, doc id).
+    """
+    queries = batch.query_ids
+    if mask == "none":
+        return torch.stack([torch.arange(len(queries)), queries], 1)
+    relevant = batch.relevance > 0
+    reverse = torch.stack([batch.doc_ids[batch.positive[relevant]], queries[relevant]], 1)
+    return torch.cat([torch.stack([queries, queries], 1), reverse])
 
 
 def name_pairs(queries: np.ndarray, before: Ragged, doc_ids: np.ndarray) -> Tensor:

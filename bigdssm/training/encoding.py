@@ -11,17 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from bigdssm import timing
+from bigdssm import distributed, timing
 from bigdssm.batching.batch import Batch
 from bigdssm.batching.chunks import Chunked, at_least_one
-from bigdssm.batching.plan import Chunk, StepPlan
+from bigdssm.batching.pairs import apart, together
+from bigdssm.batching.plan import Chunk, StepPlan, plan_side
 from bigdssm.dataset.tensors import Features
-from bigdssm.models import Encoded
+from bigdssm.models import CrossEncoder, DualEncoder, Encoded
 from bigdssm.training.engine import Engine
 from bigdssm.training.random_state import RandomState
 
@@ -34,6 +37,8 @@ def encode(engine: Engine, batch: Batch, plan: StepPlan, further: Features) -> t
 
     further: what the model's forward takes for the queries beside both sides, by name; whole batches alone have it.
     """
+    if isinstance(getattr(engine.module, "scorer", None), CrossEncoder):
+        return encode_pairs(engine, batch, further["listed"])
     return _whole(engine, batch, plan, further) if plan.whole else _in_pieces(engine, batch, pieces_of(batch, plan))
 
 
@@ -124,21 +129,66 @@ def _in_pieces(engine: Engine, batch: Batch, pieces: list[Piece]) -> tuple[Encod
         _assembled(doc, [part.beta for piece, part in zip(pieces, parts, strict=True) if piece.side is doc]),
         parts[-1].alpha,
     )
+    return encoded, partial(_backward, engine, pieces)
+
+
+def _backward(engine: Engine, pieces: Sequence[Piece], leaves: Encoded) -> None:
     kept = [piece for piece in pieces if piece.keep]
     groups = ([kept] if kept else []) + [[piece] for piece in pieces if not piece.keep]
+    with engine.one_reduction():
+        for number, group in enumerate(groups):
+            gradients: Gradients = []
+            for piece in group:
+                encoded = piece.with_graph(engine)
+                gradients += piece.gradients(encoded, leaves)
+            if number == 0:
+                gradients.append((encoded.alpha, _gradient(leaves.alpha)))
+            engine.backward(gradients)
 
-    def backward(leaves: Encoded) -> None:
-        with engine.one_reduction():
-            for number, group in enumerate(groups):
-                gradients: Gradients = []
-                for piece in group:
-                    encoded = piece.with_graph(engine)
-                    gradients += piece.gradients(encoded, leaves)
-                if number == 0:
-                    gradients.append((encoded.alpha, _gradient(leaves.alpha)))
-                engine.backward(gradients)
 
-    return encoded, backward
+class PairPiece(Piece):
+    """A chunk of pairs, whose scores are made of both sides' features."""
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Return what the model's forward takes."""
+        return {**apart(self.side.features(self.chunk)), "paired": True}
+
+    def gradients(self, encoded: Encoded, leaves: Encoded) -> Gradients:
+        """Return its scores with their gradients."""
+        its = self.side.outputs(self.chunk)
+        assert encoded.scores is not None and leaves.scores is not None
+        return [(encoded.scores[: len(its)], _gradient(leaves.scores).flatten()[its])]
+
+
+def encode_pairs(engine: Engine, batch: Batch, listed: Tensor) -> tuple[Encoded, Backward]:
+    """Return the scores of each query's documents, columns int64 [m, l], read as pairs, and their way back.
+
+    A collective: the ranks agree on the number of chunks, and of those whose graph is kept.
+    """
+    scorer = cast(DualEncoder, engine.module).scorer
+    assert isinstance(scorer, CrossEncoder)
+    row = torch.arange(len(listed), device=listed.device) if batch.places is None else batch.places.row
+    row, column = row.repeat_interleave(listed.shape[1]), listed.flatten()
+    query, doc = scorer.texts["query"], scorer.texts["doc"]
+    features = together(
+        {name: batch.query[name][row] for name in query}, {name: batch.doc[name][column] for name in doc}
+    )
+    lengths = together(
+        {name: batch.query_lengths[name].take(row) for name in query},
+        {name: batch.doc_lengths[name].take(column) for name in doc},
+    )
+    budget = engine.budget
+    plan = plan_side(lengths, listed.numel(), budget.chunk_tokens)
+    fits = np.cumsum([chunk.tokens for chunk in reversed(plan.chunks)]) <= budget.kept_tokens
+    unkept = len(plan.chunks) - int(fits.sum()) if budget.chunk_tokens else 0
+    number, most_unkept = distributed.all_reduce(torch.tensor([max(1, len(plan.chunks)), unkept]), "max").tolist()
+    plan = plan.filled_up(number)
+    side = Chunked(features, plan)
+    pieces = [PairPiece("pairs", side, chunk, keep=i >= most_unkept) for i, chunk in enumerate(plan.chunks)]
+    parts = [piece.encode(engine) for piece in pieces]
+    scores = side.assemble([part.scores for part in parts if part.scores is not None]).view(listed.shape)
+    return Encoded(None, None, None, parts[-1].alpha, scores), partial(_backward, engine, pieces)
 
 
 def _assembled(side: Chunked, parts: Sequence[Tensor | None]) -> Tensor | None:

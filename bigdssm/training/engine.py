@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bigdssm import distributed, timing
 from bigdssm.artifacts.shares import Piece
+from bigdssm.batching.plan import Budget
 from bigdssm.config import EngineConfig, OptimizerConfig
 from bigdssm.errors import ConfigError, PeerError
 from bigdssm.models import Encoded, Places, Values, compile_layers, flash_runs_on, use_packing, use_plain_attention
@@ -103,7 +104,7 @@ class Engine:
     """A model under DeepSpeed: forward of one or both towers, backward from vector gradients, one step."""
 
     def __init__(self, model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, rows_per_rank: int) -> None:
-        self.zero_stage = config.zero_stage
+        self.zero_stage, self.budget = config.zero_stage, Budget.of(config)
         self._state_of = find_optimizer(optimizer.name).state_of
         self.product_dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
         self._norm = float("nan")
@@ -126,7 +127,7 @@ class Engine:
         self,
         query: Mapping[str, Values] | None = None,
         doc: Mapping[str, Values] | None = None,
-        **further: Tensor | Places,
+        **further: Tensor | Places | bool,
     ) -> Encoded:
         """Encode queries, documents, or both, on this rank; see `DualEncoder.forward`."""
         return cast(Encoded, self.deepspeed(query=query, doc=doc, **further))

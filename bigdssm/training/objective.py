@@ -74,12 +74,12 @@ class Objective:
         It is called once a step: a streaming estimate of frequencies takes the batch in, whether the step that follows
         is applied or skipped.
         """
-        assert encoded.U is not None and encoded.W is not None
         config = self._config
         weight = relevance_weight(batch.relevance, config.weight)
-        output = self._on_scores(encoded, batch, weight) if config.mlp else self._on_vectors(encoded, batch, weight)
+        output = self._on_scores(encoded, batch, weight) if config.scorer else self._on_vectors(encoded, batch, weight)
         if config.norm_penalty == 0:
             return output
+        assert encoded.U is not None and encoded.W is not None
         norms = norm_penalty(encoded.U) + norm_penalty(encoded.W, batch.multiplicity)
         return replace(output, loss=output.loss + config.norm_penalty * norms)
 
@@ -89,8 +89,8 @@ class Objective:
         return {} if listed is None else {"listed": listed}
 
     def listed(self, batch: Batch) -> Tensor | None:
-        """Return int64 [m, 1 + k], the columns that an MLP scores for each query, positives first; None without one."""
-        if not self._config.mlp:
+        """Return int64 [m, 1 + k], the columns that a scorer scores for each query, positives first; None without."""
+        if self._config.scorer is None:
             return None
         assert batch.negatives is not None
         return torch.cat([batch.positive[:, None], batch.negatives.clamp(min=0)], 1)

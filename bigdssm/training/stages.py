@@ -163,7 +163,7 @@ def _assemble(
         batches=Batches(stream, stage_config.loss, mined, config.run.seed, device()),
         objective=objective,
         average=average,
-        validator=Validator(dataset, config, folder / "best", rows_per_chunk=1024),
+        validator=Validator(dataset, config, name, rows_per_chunk=1024),
         initial_documents=documents,
         store=store,
         async_checkpoints=config.engine.async_checkpoints,
@@ -180,16 +180,18 @@ def _assemble(
 def _model(config: Config, name: StageName, dataset: Dataset) -> DualEncoder:
     """Return a new model, or the one that the stage starts from, checked against dataset and config.
 
-    Where the stage's loss trains an MLP that scores, the model has a new one.
+    Where the stage's loss trains a scorer, the model has a new one.
     """
-    source, mlp = initial_model(config, name), config.stage(name).loss.mlp
+    source, scorer = initial_model(config, name), config.stage(name).loss.scorer
     if source is None:
         # .train(), since transformers gives a pretrained encoder out in evaluation mode
-        return new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size, mlp).train()
+        return new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size, scorer).train()
     if is_checkpoint(source):
-        loaded = load_checkpoint_model(source, mlp)
+        loaded = load_checkpoint_model(source, scorer)
     else:
-        loaded = load_model_folder(source, scorer_widths=mlp)
+        loaded = load_model_folder(source, scorer=scorer)
+    if loaded.model.scorer is not None and scorer is None:
+        raise ConfigError(f"{source} has a scorer, which {name} would not train; start from a model without")
     if dataset.schema.cut(loaded.schema.vocabulary_sizes()) == loaded.schema:
         grow_model(loaded.model, dataset.schema)
     else:

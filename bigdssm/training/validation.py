@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, cast
 
 from bigdssm import distributed, timing
 from bigdssm.artifacts.model_folder import is_model_folder, save_model_folder
 from bigdssm.atomic import recover
-from bigdssm.config import Config
+from bigdssm.config import Config, StageName
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import BigDSSMError, CheckpointError
+from bigdssm.evaluation.reranking import Reranking
 from bigdssm.evaluation.scorer import encoders_of
 from bigdssm.evaluation.split import Evaluation, evaluate_split
 from bigdssm.models import DualEncoder
 from bigdssm.progress import Progress
 from bigdssm.retrieval.embed import Documents
+from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.training.engine import Engine, device
 
 SPLIT = "validation"
@@ -24,8 +25,9 @@ SPLIT = "validation"
 class Validator:
     """Evaluates an engine's model on the validation split, and keeps a model folder."""
 
-    def __init__(self, dataset: Dataset, config: Config, best_dir: Path, rows_per_chunk: int) -> None:
-        self._dataset, self._config, self._best_dir, self._rows_per_chunk = dataset, config, best_dir, rows_per_chunk
+    def __init__(self, dataset: Dataset, config: Config, stage: StageName, rows_per_chunk: int) -> None:
+        self._dataset, self._config, self._rows_per_chunk = dataset, config, rows_per_chunk
+        self._best_dir, self._stage = config.stage_dir(stage) / "best", config.stage(stage)
 
     def evaluate(self, engine: Engine, progress: Progress, documents: Documents | None = None) -> Evaluation | None:
         """Return the evaluation, or None where the dataset has no validation rows. A collective.
@@ -34,6 +36,11 @@ class Validator:
         """
         if self._dataset.num_rows(SPLIT) == 0:
             return None
+        rerank = None
+        if self._stage.loss.cross_encoder:
+            dataset, catalogue = self._dataset, self._dataset.catalogue
+            scorer = PairScorer(engine.deepspeed, dataset.schema, dataset.pad_token_id, catalogue.columns, device())
+            rerank = Reranking(scorer, self._stage.rerank)
         with timing.span("validation"):
             return evaluate_split(
                 encoders_of(engine.deepspeed, self._dataset, device(), engine.state_dict),
@@ -44,6 +51,7 @@ class Validator:
                 world_size=distributed.world_size(),
                 rows_per_chunk=self._rows_per_chunk,
                 filter_seen=self._config.data.excludes_seen,
+                rerank=rerank,
                 progress=progress,
             )
 

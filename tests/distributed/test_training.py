@@ -207,7 +207,7 @@ def test_fine_tuning_has_one_curve_at_any_world_size(
         mined = np.load(tmp_path / f"{ranks}" / "sft" / "mined_negatives.npy")
         np.testing.assert_array_equal(mined["query"], queries_to_come)
         assert_same_curve(tmp_path / f"{ranks}", tmp_path / "1", stage="sft")
-    best = load_model_folder(tmp_path / "3" / "sft" / "best", any_score=True).model
+    best = load_model_folder(tmp_path / "3" / "sft" / "best").model
     assert (best.scorer is not None) == ("MLP" in loss)
 
 

@@ -232,7 +232,7 @@ def test_keys_alone_ask_and_read(page: Page, two_url: str) -> None:
     page.press("ArrowDown", "ArrowDown", "ArrowRight", "ArrowUp")
     assert at() == ("/beside", 2)
     page.press("Enter").answered()
-    near = asked(two_url, "/beside/api/why", {"user": "u7", "document": rows(page, "/beside")[1][4]})
+    near = asked(two_url, "/beside/api/why", {"user": "u7", "answer": rows(page, "/beside")[1][4]})
     shown = "\n".join(f"{item['cosine']:.2f} {item['display']}" for item in near["history"])
     assert text(page, "tr.why") == f"Near to what the history holds:\n{shown}" and len(near["history"]) == 5
     page.press("Enter")
@@ -249,7 +249,7 @@ def test_the_words_of_a_text_say_why(page: Page, texts_url: str) -> None:
     page.open(f"{texts_url}/?query=stone+bridge+river")
     page.js("document.querySelector('td.do button').click()")
     page.answered()
-    body = {"features": {"query": "stone bridge river"}, "document": rows(page)[0][3]}
+    body = {"features": {"query": "stone bridge river"}, "answer": rows(page)[0][3]}
     near = asked(texts_url, "/api/why", body)["words"]
     assert {word["word"] for word in near} == {"stone", "bridge", "river"}
     shown = "\n".join(f"{word['cosine']:.2f} {word['word']}" for word in near)

@@ -23,7 +23,16 @@ from hypothesis import strategies as st
 from bigdssm import distributed
 from bigdssm.bounds import BOUND, Bound
 from bigdssm.commands import _stage
-from bigdssm.config import Config, DataConfig, DebugConfig, EngineConfig, ModelConfig, StageConfig, load_config
+from bigdssm.config import (
+    Config,
+    DataConfig,
+    DebugConfig,
+    EngineConfig,
+    ModelConfig,
+    ScorerConfig,
+    StageConfig,
+    load_config,
+)
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import BigDSSMError
 from bigdssm.making.interactions import InteractionTables, make_interactions
@@ -82,6 +91,7 @@ TOGETHER = [  # values that are refused, or do nothing, without others
     ["data.lanes=3", "STAGE.rows_global=9", "data.tail=drop"],
     ["data.mixture=[{weight: 2}, {partitions: [base]}]", "data.mixture_batches=one_source"],
 ]  # fmt: skip
+MLP = ScorerConfig("mlp", (1,))
 LEFT_ALONE = (
     "data.dir", "data.query", "data.doc", "run.dir", "data.cache_dir", "data.num_workers", "steps",
     "engine.compile",  # a minute in every run
@@ -171,7 +181,11 @@ def launch(stage: str, config: Path, overrides: list[str]) -> tuple[int, str]:
 def is_small(config: Config, stage: StageConfig, dataset: Dataset) -> bool:
     with torch.device("meta"):
         model = new_model(
-            config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size, stage.loss.mlp or (1,)
+            config.model,
+            dataset.schema,
+            dataset.pad_token_id,
+            dataset.vocab_size,
+            stage.loss.scorer or MLP,
         )
     loss = stage.loss
     rows = stage.rows_global + loss.uniform_negatives + (loss.negatives + 1) * 8

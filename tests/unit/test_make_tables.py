@@ -234,3 +234,20 @@ def test_make_shards_takes_what_comes_out(tmp_path: Path) -> None:
     assert sorted(schema.doc["genres"].vocabulary) == ["Comedy", "Drama", "Romance"]
     assert sorted(schema.query["occupation"].vocabulary) == ["K-12 student", "self-employed"]
     assert not (tmp_path / "dataset" / "quarantine.jsonl").read_text()
+
+
+def test_build_dependencies_become_pairs_of_packages(tmp_path: Path, capsys: Any) -> None:
+    about = [{"package": name, "synopsis": f"about {name}", "description": "a\nb", "section": "libs"} for name in "abc"]
+    files = {
+        "build_depends.tsv.xz": "s1\ta b x\ns2\tb a\ns3\ta c\n" + "".join(f"t{n}\tc\n" for n in range(600)),
+        "packages.jsonl": "".join(json.dumps(package) + "\n" for package in about),
+    }
+    source = write(tmp_path / "in", files)
+    assert main(["debian-build-depends", "--source", str(source), "--out", str(tmp_path / "out")]) == 0
+    made = tables(tmp_path / "out")["pairs"]  # (a, c) is of one source, x has no description, c is everywhere
+    assert [sorted(row.split("\t")[:4:3]) for row in made[1:]] == [["a", "b"]]
+    assert "about a. a b\tlibs" in made[1] and len(made[1].split("\t")) == 6
+    assert "1 pairs\nnote: 1 packages that more than one source in 200 needs" in capsys.readouterr().out
+    write(tmp_path / "in", {"packages.jsonl": '{"package": "a"}\n'})
+    assert main(["debian-build-depends", "--source", str(source), "--out", str(tmp_path / "out")]) != 0
+    assert "line 1" in capsys.readouterr().err

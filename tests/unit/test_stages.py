@@ -131,14 +131,12 @@ def test_negatives_that_were_mined_before_are_looked_at(config: Config, tmp_path
     check_stage(config, "pretrain", 1)
 
 
-def test_a_full_disk_while_the_best_is_written_is_one_sentence(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_while_the_best_is_written_is_one_sentence(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for a checkpoint: code 4, and the folder of before stays."""
     dataset = Dataset.open(config.data.dir)
     model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
     engine = SimpleNamespace(module=model, state_dict=model.state_dict)
-    validator = Validator(dataset, config, tmp_path / "best", 64)
+    validator, best = Validator(dataset, config, "pretrain", 64), config.stage_dir("pretrain") / "best"
     validator.keep(engine, {"stage": "pretrain", "step": 1})  # type: ignore[arg-type]
 
     def full(*_: object) -> None:
@@ -147,15 +145,15 @@ def test_a_full_disk_while_the_best_is_written_is_one_sentence(
     monkeypatch.setattr("bigdssm.atomic.replace_folder", full)
     with pytest.raises(CheckpointError, match=r"could not write \S*best: .*No space left on device.*stays"):
         validator.keep(engine, {"stage": "pretrain", "step": 2})  # type: ignore[arg-type]
-    assert load_model_folder(tmp_path / "best").provenance["step"] == 1
+    assert load_model_folder(best).provenance["step"] == 1
 
 
-def test_a_best_that_a_kill_left_between_two_renames_is_not_lost(config: Config, tmp_path: Path) -> None:
+def test_a_best_that_a_kill_left_between_two_renames_is_not_lost(config: Config) -> None:
     dataset = Dataset.open(config.data.dir)
     model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
     engine = SimpleNamespace(module=model, state_dict=model.state_dict)
-    validator = Validator(dataset, config, tmp_path / "best", 64)
+    validator, best = Validator(dataset, config, "pretrain", 64), config.stage_dir("pretrain") / "best"
     validator.keep(engine, {"stage": "pretrain", "step": 1})  # type: ignore[arg-type]
-    (tmp_path / "best").rename(tmp_path / ".best.replaced")
+    best.rename(best.with_name(".best.replaced"))
     assert not validator.has_lost_best()
-    assert load_model_folder(tmp_path / "best").provenance["step"] == 1
+    assert load_model_folder(best).provenance["step"] == 1

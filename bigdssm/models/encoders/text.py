@@ -90,11 +90,14 @@ class TextEncoder(Encoder):
 
     def forward(self, tokens: Values) -> Tensor:
         """Return [R, H] for token ids [R, T], padded at the end, or packed."""
-        return self._packed(tokens) if isinstance(tokens, Packed) else self._padded(tokens)
+        return self._packed(tokens) if isinstance(tokens, Packed) else self.pooled(tokens)
 
-    def _padded(self, tokens_RT: Tensor) -> Tensor:
+    def pooled(self, tokens_RT: Tensor, types_RT: Tensor | None = None) -> Tensor:
+        """Return [R, H] for token ids [R, T], padded at the end, and their token types, by default 0 of each."""
         mask_RT = tokens_RT != self.pad_token_id
         further = packed_bert.PADDED if self.bert.config._attn_implementation == packed_bert.NAME else {}
+        if types_RT is not None:
+            further = {**further, "token_type_ids": types_RT}
         mask = self._attention_mask(mask_RT)
         hidden: Tensor = self.bert(input_ids=tokens_RT, attention_mask=mask, **further).last_hidden_state
         if self.pooling == "cls":
@@ -134,14 +137,14 @@ class TextEncoder(Encoder):
 def text_keys(config: ModelConfig, schema: Schema) -> dict[str, str]:
     """Return the name of the text encoder of each side that has texts: its own, or the one that both share."""
     sides = [side for side, features in schema.sides.items() if texts_of(features)]
-    return {side: "shared" if config.share_text else side for side in sides}
+    return {side: "shared" if config.share_text or schema.siamese else side for side in sides}
 
 
 def text_configs(config: ModelConfig, schema: Schema) -> dict[str, TextEncoderConfig]:
-    """Return the config of each text encoder by its name: of a shared one the query's, where queries have texts."""
+    """Return the config of each text encoder by its name: of a shared one the query's, in a shared tower the doc's."""
     configs: dict[str, TextEncoderConfig] = {}
     for side, key in text_keys(config, schema).items():
-        configs.setdefault(key, getattr(config, side).text)
+        configs.setdefault(key, getattr(config, "doc" if schema.siamese else side).text)
     return configs
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bigdssm.atomic import new_file
 from bigdssm.errors import DataError
+from bigdssm.tables.public.debian import KIND, read_build_depends
 from bigdssm.tables.public.movielens import read_movielens_1m, read_movielens_latest
 from bigdssm.tables.public.sequences import read_s3rec, read_sasrec
 from bigdssm.tables.public.table import Reader, Table
@@ -17,6 +18,7 @@ READERS: dict[str, Reader] = {
     "s3rec": read_s3rec,
     "movielens-1m": read_movielens_1m,
     "movielens-latest": read_movielens_latest,
+    KIND: read_build_depends,
 }
 
 
@@ -32,7 +34,8 @@ class MadeTables:
 def make_tables(kind: str, source: Path, out: Path) -> MadeTables:
     """Write interactions.tsv, items.tsv and, where users have features, users.tsv into `out`, all of them or none.
 
-    Raises DataError where `source` is not of that `kind`, or holds no events.
+    Of documents of one domain it is pairs.tsv. Raises DataError where `source` is not of that `kind`, or holds no
+    events.
     """
     rows: dict[str, int] = {}
     users: set[str] = set()
@@ -43,7 +46,7 @@ def make_tables(kind: str, source: Path, out: Path) -> MadeTables:
                 out.mkdir(parents=True, exist_ok=True)
             rows[table.name] = _write(table, stack.enter_context(new_file(out / f"{table.name}.tsv")), users)
             notes += [table.note] if table.note else []
-        if not rows["interactions"]:
+        if not rows.get("interactions", rows.get("pairs")):
             raise DataError(f"{source}: got no events, needs at least one; give another --source")
     return MadeTables(rows, len(users), notes)
 

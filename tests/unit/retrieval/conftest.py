@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bigdssm.artifacts.model_folder import load_model_folder, save_model_folder
-from bigdssm.config import Config, load_config
+from bigdssm.config import Config, ScorerConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval.embed import tower_encoders
@@ -19,10 +19,10 @@ from bigdssm.retrieval.vectors import write_vectors
 SMALL = ("dim=8", "query.mlp=[16]", "doc.mlp=[16]", "doc.text.layers=1", "doc.text.hidden=8")
 
 
-def random_model(config: Config, dataset: Dataset, seed: int, scorer_widths: tuple[int, ...] = ()) -> DualEncoder:
+def random_model(config: Config, dataset: Dataset, seed: int, scorer: ScorerConfig | None = None) -> DualEncoder:
     """Return a model in which every parameter matters, beta included."""
     torch.manual_seed(seed)
-    model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size, scorer_widths)
+    model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size, scorer)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn_like(parameter)

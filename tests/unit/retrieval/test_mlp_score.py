@@ -1,4 +1,4 @@
-"""A model that scores with an MLP: evaluated over every document, refused where a score must be an inner product."""
+"""A model that scores with an MLP: evaluated over every document."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from bigdssm.artifacts.model_folder import load_model_folder, save_model_folder
 from bigdssm.batching.collate import Collator
-from bigdssm.config import load_config
+from bigdssm.config import ScorerConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError
 from bigdssm.evaluation.scorer import encoders_of
@@ -22,6 +22,7 @@ from bigdssm.models import DualEncoder, MlpScorer
 
 from .conftest import SMALL, random_model
 
+MLP = ScorerConfig("mlp", (12, 5))
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -30,14 +31,14 @@ def mlp_dir(tiny_interactions: Any, dataset: Dataset, tmp_path_factory: pytest.T
     overrides = [f"model.{override}" for override in SMALL]
     loss = "sft.loss={name: pair_ce, negatives: 3, in_batch: false, mlp: [12, 5]}"
     config = load_config(tiny_interactions.config, [*overrides, loss])
-    model = random_model(config, dataset, seed=1, scorer_widths=config.stage("sft").loss.mlp)
+    model = random_model(config, dataset, seed=1, scorer=config.stage("sft").loss.scorer)
     folder = tmp_path_factory.mktemp("mlp") / "model"
     save_model_folder(folder, model, config, dataset.schema, dataset.tokenizer_dir, {"stage": "sft", "step": 3})
     return folder
 
 
 def test_every_document_is_scored(mlp_dir: Path, dataset: Dataset) -> None:
-    model = load_model_folder(mlp_dir, any_score=True).model
+    model = load_model_folder(mlp_dir).model
     assert model.scorer is not None
     found = evaluate_split(encoders_of(model, dataset), dataset, "test", rows_per_chunk=7)
     collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
@@ -55,14 +56,9 @@ def test_every_document_is_scored(mlp_dir: Path, dataset: Dataset) -> None:
     assert len(set(expected)) > 10
 
 
-def test_nothing_that_needs_vectors_takes_it(mlp_dir: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"scores with an MLP.*can only be evaluated, with bigdssm evaluate"):
-        load_model_folder(mlp_dir)
-
-
 def test_a_folder_without_one_gets_a_new_one(mlp_dir: Path, model_dir: Path, model: DualEncoder) -> None:
     torch.manual_seed(4)
-    loaded = load_model_folder(model_dir, scorer_widths=(12, 5)).model
+    loaded = load_model_folder(model_dir, scorer=MLP).model
     assert loaded.scorer is not None and loaded.scorer.widths == (8, (12, 5))
     torch.manual_seed(4)
     load_model_folder(model_dir)
@@ -74,8 +70,8 @@ def test_a_folder_without_one_gets_a_new_one(mlp_dir: Path, model_dir: Path, mod
         loaded.load_towers(loaded.state_dict())
     with pytest.raises(RuntimeError, match="Missing key"):
         loaded.load_towers({})
-    with pytest.raises(CheckpointError, match="scores with an MLP"):
-        load_model_folder(mlp_dir, scorer_widths=(12, 5))
+    with pytest.raises(CheckpointError, match="it has a scorer of its own"):
+        load_model_folder(mlp_dir, scorer=MLP)
 
 
 @pytest.mark.slow
@@ -87,5 +83,3 @@ def test_the_tool_evaluates_it(mlp_dir: Path, model_dir: Path, dataset: Dataset,
 
     done = run("evaluate", "--model", mlp_dir, "--compare", model_dir)
     assert done.returncode == 0 and "model − first: HR@10" in done.stdout, done.stderr
-    refused = run("embed", "--model", mlp_dir, "--out", tmp_path / "vectors")
-    assert refused.returncode == 4 and "scores with an MLP" in refused.stderr

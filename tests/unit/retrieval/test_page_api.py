@@ -65,7 +65,7 @@ def test_the_nearest_of_the_history_say_why(
         make_app(Searcher(load_model_folder(model_dir), open_index(tmp_path / "index"), dataset))
     ) as client:
         events = [f"i{i}" for i in (30, 31, 2, 9, 2, 11, 20, 21, 22, 23, 24, 25)]  # the last ten are read, without i31
-        body = {"events": [{"item": item} for item in events], "document": "i31"}
+        body = {"events": [{"item": item} for item in events], "answer": "i31"}
         answer = client.post("/api/why", json=body).json()
     read = {item: cosine(vectors[int(item[1:])], vectors[31]) for item in events[2:]}
     wanted = sorted(read, key=lambda item: -read[item])[:5]
@@ -86,10 +86,10 @@ def test_the_nearest_words_of_a_text_say_why(width: int | None, tiny_pairs: Any,
     write_vectors(tmp_path / "vectors", tower_encoders(folder.model, dataset), dataset, folder.checksum, score="dot")
     build_index(tmp_path / "vectors", tmp_path / "index", width=width)
     key = dataset.catalogue.keys(np.array([5]))[0]
-    body = {"features": {"query": "Stone, bridge stone-lantern: river"}, "document": key}
+    body = {"features": {"query": "Stone, bridge stone-lantern: river"}, "answer": key}
     with TestClient(make_app(Searcher(folder, open_index(tmp_path / "index"), dataset))) as client:
         answer = client.post("/api/why", json=body).json()
-        assert client.post("/api/why", json={**body, "document": "gone"}).status_code == 404
+        assert client.post("/api/why", json={**body, "answer": "gone"}).status_code == 404
     words = ["Stone", "bridge", "stone", "lantern", "river"]
     vectors, document = Model(folder).encode_queries(words), np.load(tmp_path / "vectors/vectors.npy")[5]
     near = {
@@ -103,11 +103,11 @@ def test_the_nearest_words_of_a_text_say_why(width: int | None, tiny_pairs: Any,
 
 def test_why_is_refused_as_a_search_is(client: TestClient) -> None:
     for body, status, sentence in (
-        ({"user": "u7"}, 422, "document: Field required"),
-        ({"user": "u7", "document": "i99"}, 404, "no document has the key 'i99'"),
-        ({"user": "nobody", "document": "i7"}, 404, "no user is called 'nobody'"),
-        ({"document": "i7"}, 400, "the query is empty"),
-        ({"user": "u7", "document": "i7", "tpo": 3}, 422, "tpo: Extra inputs are not permitted"),
+        ({"user": "u7"}, 422, "answer: Field required"),
+        ({"user": "u7", "answer": "i99"}, 404, "no document has the key 'i99'"),
+        ({"user": "nobody", "answer": "i7"}, 404, "no user is called 'nobody'"),
+        ({"answer": "i7"}, 400, "the query is empty"),
+        ({"user": "u7", "answer": "i7", "tpo": 3}, 422, "tpo: Extra inputs are not permitted"),
     ):
         answer = client.post("/api/why", json=body)
         assert answer.status_code == status and sentence in answer.json()["error"]

@@ -1,0 +1,95 @@
+"""A cross-encoder: a BERT reads a query's texts and a document's as one sequence, and scores the pair.
+
+[CLS] query [SEP] document [SEP], token type 0 for the query's tokens and 1 for the document's. It starts from the
+weights of the document tower's text encoder; features that are no texts it does not read.
+
+Shapes: p pairs, T tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, PretrainedConfig
+
+from bigdssm.config import ModelConfig, ScorerConfig
+from bigdssm.errors import ConfigError
+from bigdssm.features import texts_of
+from bigdssm.models.encoders.text import TextEncoder, text_configs, text_keys
+from bigdssm.models.packed import Values
+from bigdssm.models.scorer import SCORERS, Scorer
+from bigdssm.models.tables import INIT_STD
+from bigdssm.schema import Schema
+
+POSITIONS = "embeddings.position_embeddings.weight"
+
+
+class CrossEncoder(Scorer):
+    """A text encoder over pairs, pooled as the tower's, and one linear layer. Source: Nogueira and Cho 2019."""
+
+    takes_vectors = False
+
+    def __init__(self, text: TextEncoder, key: str, query: list[str], doc: list[str]) -> None:
+        """`key` names the text encoder of the model that it starts from, `query` and `doc` the texts of the sides."""
+        super().__init__()
+        self.text, self.key, self.texts = text, key, {"query": query, "doc": doc}
+        self.head = nn.Linear(text.dim, 1, bias=False)  # a bias common to all documents has no gradient in a softmax
+        nn.init.normal_(self.head.weight, std=INIT_STD)
+
+    @classmethod
+    def build(
+        cls, scorer: ScorerConfig, config: ModelConfig, schema: Schema, texts: Mapping[str, PretrainedConfig]
+    ) -> CrossEncoder:
+        """Return a new one for a model. Raises ConfigError: a side without text, or no BERT."""
+        read = {side: texts_of(features) for side, features in schema.sides.items()}
+        for side, found in read.items():
+            if not found:
+                raise ConfigError(f"sft.loss.cross_encoder=true: data.{side} has no text, needs one to read")
+        key = text_keys(config, schema)["doc"]
+        architecture = copy.deepcopy(texts[key])
+        if not isinstance(architecture, BertConfig) or architecture.type_vocab_size < 2:
+            kind = type(architecture).__name__
+            raise ConfigError(f"sft.loss.cross_encoder=true: got a text encoder of {kind}, needs a BERT of two types")
+        longest = sum(feature.max_tokens for found in read.values() for feature in found.values())
+        architecture.max_position_embeddings = max(architecture.max_position_embeddings, longest)
+        text = TextEncoder(architecture, text_configs(config, schema)[key].pooling)
+        return cls(text, key, list(read["query"]), list(read["doc"]))
+
+    def begin(self, texts: Mapping[str, nn.Module]) -> None:
+        """Take the weights of the text encoder `key`; positions behind its last one begin again at its first."""
+        trained = texts[self.key]
+        assert isinstance(trained, TextEncoder)
+        state = trained.bert.state_dict()
+        known, needed = len(state[POSITIONS]), self.text.bert.config.max_position_embeddings
+        state[POSITIONS] = state[POSITIONS][torch.arange(needed) % known]
+        self.text.bert.load_state_dict(state)
+
+    def forward(self, query: Mapping[str, Values], doc: Mapping[str, Values]) -> Tensor:
+        """Return the scores [p] of pairs: row i of the query's texts with row i of the document's, each [p, T]."""
+        parts = [(query[name], 0) for name in self.texts["query"]] + [(doc[name], 1) for name in self.texts["doc"]]
+        tokens, types = joined(parts, self.text.pad_token_id)
+        scores: Tensor = self.head(self.text.pooled(tokens, types))
+        return scores.squeeze(1)
+
+
+def joined(parts: list[tuple[Values, int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Return token ids and types, int64 [p, T], of texts [p, T_i] with a type each, all but the first without [CLS]."""
+    first = parts[0][0]
+    assert isinstance(first, Tensor)
+    num_pairs, width = first.shape[0], sum(int(text.shape[1]) for text, _ in parts if isinstance(text, Tensor))
+    tokens, types = first.new_full((num_pairs, width), pad), first.new_zeros((num_pairs, width))
+    begin = first.new_zeros((num_pairs, 1))
+    for number, (text, kind) in enumerate(parts):
+        assert isinstance(text, Tensor)
+        text = text[:, 1:] if number else text
+        at = begin + torch.arange(text.shape[1], device=text.device)
+        tokens.scatter_(1, at, text)
+        types.scatter_(1, at, (text != pad).long() * kind)
+        begin = begin + (text != pad).sum(1, keepdim=True)
+    return tokens, types
+
+
+SCORERS["cross_encoder"] = CrossEncoder.build

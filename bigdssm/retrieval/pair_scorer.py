@@ -1,0 +1,129 @@
+"""The scores of documents that are listed for queries, by the model's own scorer: what re-ranks, and what teaches.
+
+    PairScorer.of(folder, dataset).score(rows.query, documents)
+
+Shapes: m queries, k documents listed for each, p pairs, n distinct documents, D vector width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bigdssm import distributed
+from bigdssm.artifacts.model_folder import ModelFolder
+from bigdssm.batching.pairs import apart, together
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.tensors import pad_ids, to_features
+from bigdssm.errors import CheckpointError
+from bigdssm.features import Feature, ragged
+from bigdssm.features.ragged import Column
+from bigdssm.models import CrossEncoder, DualEncoder, Scorer, Values
+from bigdssm.retrieval.embed import document_vectors, encode, in_chunks, query_vectors
+from bigdssm.schema import Schema
+
+PAIRS_AT_ONCE, VECTORS_AT_ONCE = 8192, 16_384  # made tensors of at once; vectors of pairs scored at once
+
+Columns = Mapping[str, Column]
+
+
+@dataclass(frozen=True)
+class PairScorer:
+    """Scores pairs by a model: by its scorer, or where it has none by the product of its vectors."""
+
+    model: nn.Module  # a DualEncoder, or an engine around one
+    schema: Schema
+    pad_token_id: int
+    documents: Callable[[np.ndarray], Columns]  # the features of documents by their numbers, int64 [n]
+    device: torch.device | str = "cpu"
+
+    @classmethod
+    def of(cls, folder: ModelFolder, dataset: Dataset) -> PairScorer:
+        """Return the PairScorer of a model folder over a dataset's catalogue."""
+        return cls(folder.model, folder.schema, folder.pad_token_id, dataset.catalogue.columns)
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """Return the model's scorer."""
+        return cast(DualEncoder, getattr(self.model, "module", self.model)).scorer
+
+    def check_reranks(self) -> None:
+        """Raise CheckpointError where it would score as the index does."""
+        if self.scorer is None:
+            raise CheckpointError(
+                "--rerank needs a model with a scorer beside its vectors; fine-tune one with "
+                "sft.loss.cross_encoder=true or sft.loss.mlp"
+            )
+
+    def score(self, queries: Columns, documents: np.ndarray) -> np.ndarray:
+        """Return float32 [m, k]: the scores of documents int64 [m, k], catalogue rows, -1 for none (-inf), for queries.
+
+        `queries` are the m queries' feature columns, as in Rows.query. A collective where an engine shards the model.
+        """
+        scores = torch.full(documents.shape, float("-inf"))
+        row, place = (torch.from_numpy(part) for part in np.nonzero(documents >= 0))
+        of_pairs = self._by_texts if isinstance(self.scorer, CrossEncoder) else self._by_vectors
+        scores[row, place] = of_pairs(queries, row.numpy(), documents[documents >= 0]).float().cpu()
+        found: np.ndarray = scores.numpy()
+        return found
+
+    def _by_texts(self, queries: Columns, row: np.ndarray, docs: np.ndarray) -> Tensor:
+        """Return the scores [p] of pairs that are read together."""
+        assert isinstance(self.scorer, CrossEncoder)
+        read = {
+            side: {name: self.schema.sides[side][name] for name in names} for side, names in self.scorer.texts.items()
+        }
+        declared: dict[str, Feature] = together(read["query"], read["doc"])
+        pads, parts = pad_ids(declared, self.pad_token_id), [torch.zeros(0)]
+        pieces = int(distributed.all_reduce(torch.tensor(-(-len(row) // PAIRS_AT_ONCE)), "max"))
+        for first in range(0, pieces * PAIRS_AT_ONCE, PAIRS_AT_ONCE):
+            some = slice(first, first + PAIRS_AT_ONCE)
+            of_docs = self.documents(docs[some])
+            of_queries = {name: ragged.take(queries[name], row[some]) for name in read["query"]}
+            columns = together(of_queries, {name: of_docs[name] for name in read["doc"]})
+            features = to_features(declared, columns, self.pad_token_id)
+            parts.append(in_chunks(features, pads, len(row[some]), self._read, self.device).cpu())
+        return torch.cat(parts)
+
+    def _read(self, pairs: Mapping[str, Values]) -> Tensor:
+        scores = encode(self.model, **apart(pairs), paired=True).scores
+        assert scores is not None
+        return scores.float()
+
+    def _by_vectors(self, queries: Columns, row: np.ndarray, docs: np.ndarray) -> Tensor:
+        """Return the scores [p] of pairs of the towers' vectors."""
+        distinct, column = np.unique(docs, return_inverse=True)
+        if not len(distinct):
+            return torch.zeros(0)
+        scorer = self.scorer
+        by_query, by_doc = (query_vectors, document_vectors) if scorer is None else (_own_query, _own_doc)
+        q = self._encoded(self.schema.query, queries, by_query)[torch.from_numpy(row)]
+        d = self._encoded(self.schema.doc, self.documents(distinct), by_doc)[torch.from_numpy(column)]
+        with torch.no_grad():
+            pieces = zip(q.split(VECTORS_AT_ONCE), d.split(VECTORS_AT_ONCE), strict=True)
+            return torch.cat([(u * w).sum(1) if scorer is None else scorer(u, w) for u, w in pieces])
+
+    def _encoded(
+        self, declared: Mapping[str, Feature], columns: Columns, by: Callable[[nn.Module, Mapping[str, Values]], Tensor]
+    ) -> Tensor:
+        features = to_features(declared, columns, self.pad_token_id)
+        num_rows = len(next(iter(features.values())))
+        return in_chunks(features, pad_ids(declared, self.pad_token_id), num_rows, partial(by, self.model), self.device)
+
+
+def _own_query(model: nn.Module, query: Mapping[str, Values]) -> Tensor:
+    U = encode(model, query=query).U
+    assert U is not None
+    return U.float()
+
+
+def _own_doc(model: nn.Module, doc: Mapping[str, Values]) -> Tensor:
+    W = encode(model, doc=doc).W
+    assert W is not None
+    return W.float()
