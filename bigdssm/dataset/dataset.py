@@ -125,6 +125,8 @@ class Dataset:
         files = [CatalogueFile(inside(folder, f["file"]), f["rows"], f["checksum"]) for f in content["catalogue"]]
         num_docs = sum(file.rows for file in files)
         for f in content.get("versions", []):
+            if f["since"] not in known:
+                raise DataError(f"{folder}/dataset.json is damaged: {f['file']} is of no partition; copy it again")
             since = known.index(f["since"])
             files.append(CatalogueFile(inside(folder, f["file"]), f["rows"], f["checksum"], since))
         read = [

@@ -29,9 +29,9 @@ DOCUMENT_COLUMNS = {
 
 
 def document_schema(features: Mapping[str, Feature]) -> pa.Schema:
-    """Return the schema of documents between two steps: their keys, canonical features as columns d0, d1, …, and
+    """Return the schema of documents between two steps, as `KnownDocuments.compared` leaves them.
 
-    what `KnownDocuments.compared` adds.
+    They have their keys, and canonical features as columns d0, d1, …
     """
     compared = [("document", pa.int64()), (TOLD, pa.int32())]
     return pa.schema([*DOCUMENT_COLUMNS.items(), *spooled("d", features), *compared])

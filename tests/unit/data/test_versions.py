@@ -144,6 +144,12 @@ def test_only_what_changed_is_written_and_nothing_else_touched(tmp_path: Path) -
     kept = [name for name in before if name.startswith(("partitions/", "catalogue/"))]
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
     assert len(pa.ipc.open_file(tmp_path / "data/catalogue/versions-000000.arrow").read_all()) == 8
+    described = tmp_path / "data" / "dataset.json"
+    content_of = described.read_text()
+    described.write_text(content_of.replace('"since": "day1"', '"since": "day9"'))
+    with pytest.raises(DataError, match=r"versions-000000.arrow is of no partition"):
+        Dataset.open(tmp_path / "data")
+    described.write_text(content_of)
     (tmp_path / "data/catalogue/versions-000000.arrow").unlink()
     with pytest.raises(DataError, match=r"versions-000000.arrow is missing"):
         Dataset.open(tmp_path / "data")
@@ -177,16 +183,9 @@ def test_rows_keep_their_versions_when_they_are_taken_and_joined(grown: Path) ->
 
 
 def test_sources_of_a_mixture_keep_their_versions(grown: Path, tmp_path: Path) -> None:
-    make_day(tmp_path, 0)
-    make_day(tmp_path, 1)
-    sources = (SourceConfig(dir=str(tmp_path / "data")), SourceConfig(dir=str(grown)))
-    other = Dataset.open(tmp_path / "data").schema
-    if Dataset.open(grown).schema != other:  # the vocabulary of three days
-        make_pairs(
-            PAIRS, PairTables((tmp_path / "0.parquet",), doc_id_column="id"),
-            Target(tmp_path / "like", "day0", like=grown, processes=1),
-        )  # fmt: skip
-        sources = (SourceConfig(dir=str(tmp_path / "like")), sources[1])
+    target = Target(tmp_path / "other", "day0", like=grown, processes=1)
+    make_pairs(PAIRS, PairTables((grown.parent / "0.parquet",), doc_id_column="id"), target)
+    sources = (SourceConfig(dir=str(tmp_path / "other")), SourceConfig(dir=str(grown)))
     dataset = open_dataset(replace(PAIRS, mixture=sources, lanes=4))
     assert dataset.catalogue.num_docs == 20 + 30
     for rows in dataset.iterate("train", 100):
