@@ -247,12 +247,16 @@ def test_kinds_of_index_are_measured(
     threads = faiss.omp_get_max_threads()
     arguments = ("--model", model_dir, "--data", dataset.dir, "--vectors", index_dir.with_name("vectors"))
     try:
-        out = tools.ran("bench_index", *arguments, "--types", "hnsw", "--out", tmp_path / "measured.json")
+        options = ("--types", "hnsw", "--rescore", "2", "--dtypes", "float32", "int8")
+        out = tools.ran("bench_index", *arguments, *options, "--out", tmp_path / "measured.json")
     finally:
         faiss.omp_set_num_threads(threads)  # it searches with one
     content = json.loads((tmp_path / "measured.json").read_text())
-    flat, hnsw = content["indexes"]
-    assert (flat["kind"], hnsw["kind"]) == ("flat", "hnsw") and "hnsw" in out
+    kinds = ["flat", "flat × 2", "hnsw", "hnsw × 2"]
+    assert [one["kind"] for one in content["indexes"]] == [*kinds, *(f"{kind} of int8" for kind in kinds)]
+    assert [one["bytes_on_disk"] for one in content["indexes"]] == [0, 4 * 9, 0, 4 * 9, 0, 8 + 8, 0, 8 + 8]
+    flat, _, hnsw, *_, of_int8 = content["indexes"]
+    assert 0.8 < of_int8["recall_at_100"] <= 1.0 and "hnsw" in out
     assert f"{dataset.num_rows('test')} queries of test, 40 documents, width 9" in content["about"]
     metrics = evaluate_split(tower_encoders(model, dataset), dataset, "test").metrics
     assert flat["recall_at_100"] == 1.0 and flat["ndcg_at_10"] == pytest.approx(metrics["ndcg_at_10"], abs=1e-6)
