@@ -15,7 +15,7 @@ from bigdssm.models import DualEncoder
 from bigdssm.retrieval import top as top_module
 from bigdssm.retrieval.embed import Documents, Encoders, Share, tower_encoders
 from bigdssm.retrieval.mine import KnownPositives, mine, mine_to_file
-from bigdssm.retrieval.mined import MinedNegatives, choose_negatives
+from bigdssm.retrieval.mined import MinedNegatives, at_places, choose_negatives, choose_places, mined_records
 from bigdssm.retrieval.top import top_documents
 
 
@@ -107,6 +107,26 @@ def test_the_file_holds_every_row_or_those_asked_for(model: DualEncoder, dataset
         MinedNegatives.open(path)
 
 
+def test_the_file_may_hold_a_judges_scores(dataset: Dataset, tmp_path: Path) -> None:
+    path, keys = tmp_path / "judged.npy", np.array([3, 5, 9]) << PLACE_BITS
+    windows = np.array([[4, 2], [1, -1], [0, 7]])
+    teacher = np.array([[1, 0.5, np.nan], [2, -1, np.nan], [np.nan, 4, 3]], np.float32)
+    np.save(path, mined_records(keys, windows, teacher))
+    mined = MinedNegatives.open(path)
+    mined.check_against(dataset)
+    assert mined.judged and (len(mined), mined.width, mined.per_query()) == (3, 2, 5 / 3)
+    np.testing.assert_array_equal(mined.windows(keys[[2, 0, 0]]), windows[[2, 0, 0]])
+    np.testing.assert_array_equal(mined.teacher(keys[[2, 0, 0]]), teacher[[2, 0, 0]])
+    with pytest.raises(DataError, match=r"judged.npy has no negatives for row 4 "):
+        mined.teacher(keys[:1] + (1 << PLACE_BITS))
+    assert not MinedNegatives(mined_records(keys, windows)).judged
+    narrow = np.dtype([("query", np.int64), ("window", np.int32, (2,)), ("teacher", np.float32, (2,))], align=True)
+    for wrong in (narrow, np.dtype([("query", np.int64), ("window", np.int32)])):
+        np.save(path, np.zeros(3, wrong))
+        with pytest.raises(DataError, match="needs records of query and window, or of these and teacher"):
+            MinedNegatives.open(path)
+
+
 def test_ranks_know_the_positives_of_their_rows_and_all_of_them_together(dataset: Dataset) -> None:
     ids = np.unique(np.concatenate([rows.query_ids for rows in dataset.iterate("train", 1000)]))
     whole, shares = KnownPositives.of(dataset), [KnownPositives.of(dataset, Share(rank, 3)) for rank in range(3)]
@@ -163,6 +183,16 @@ def test_choice_is_a_function_of_the_row_and_the_epoch() -> None:
         assert (np.delete(again, 3, 0) == np.delete(chosen, 3, 0)).mean() < 0.05
     assert choose_negatives(window[:, :3], rows_of(row_ids), 0, 0, 5)[0].tolist()[3:] == [-1, -1]
     assert choose_negatives(window, rows_of(row_ids), -1, -1, 1).shape == (50, 1)
+
+
+def test_what_stands_beside_a_window_is_chosen_with_it() -> None:
+    window = np.random.RandomState(0).permutation(400).reshape(20, 20).astype(np.int32)
+    window[3, 2:] = -1
+    rows = rows_of(np.arange(20) * 7)
+    places = choose_places(window, rows, 2, 5, 6)
+    chosen, beside = choose_negatives(window, rows, 2, 5, 6), at_places(window * 0.5, places, np.nan)
+    np.testing.assert_array_equal(np.isnan(beside), chosen < 0)
+    np.testing.assert_array_equal(beside[chosen >= 0], chosen[chosen >= 0] * 0.5)
 
 
 def test_choice_is_uniform_over_the_window() -> None:
