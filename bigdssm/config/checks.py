@@ -109,11 +109,15 @@ def _check_stage(name: str, stage: StageConfig, data: DataConfig) -> None:
     if mining.file is None:
         room = mining.last - mining.first
         _require(negatives <= room, f"{name}.loss.negatives", negatives, f"at most the mining window's {room}")
+        judge = stage.loss.distillation
+        _require(judge == "none", f"{name}.loss.distillation", judge, f"{name}.mining.file, with a judge's scores")
     else:
         _require(
             data.from_partition is None and not data.mixture, f"{name}.mining.file", mining.file,
             "no data.from_partition or data.mixture, which number the rows otherwise",
         )  # fmt: skip
+        judged = stage.loss.distillation != "none"
+        _require(negatives > 0 or not judged, f"{name}.loss.negatives", negatives, "at least 1 with loss.distillation")
 
 
 def _check_loss(key: str, loss: LossConfig, model: ModelConfig, chunk_tokens: int) -> None:

@@ -190,6 +190,11 @@ class LossConfig:
     # and none with data.repeats=allow, where what a user met may be what is asked for, or just not now.
     mask: Literal["auto", "batch", "user", "past", "none"] = "auto"
     margin: float = bounded(0.2, 0, 1_000_000)  # triplet
+    # What the scores of a judge, in mining.file, teach beside the loss: kl, the distribution over a row's own document
+    # and its listed ones; margin_mse, by how much the own stands above them; or nothing.
+    distillation: Literal["none", "kl", "margin_mse"] = "none"
+    distillation_weight: float = bounded(1.0, at_most=1_000_000, above=0)  # times it, beside the loss's 1
+    distillation_temperature: float = bounded(1.0, at_most=1_000_000, above=0)  # divides the judge's scores
     # Matryoshka: further widths, below model.dim, that vectors can be cut to.
     widths: tuple[int, ...] = bounded((), 1, MAX_WIDTH)
     # Hidden widths of an MLP on [u, w, u * w] that scores in place of the product: a comparison, which has no index.

@@ -22,7 +22,7 @@ from bigdssm.dataset.rows import Rows
 from bigdssm.features.ragged import Ragged
 from bigdssm.hashing import derive_key
 from bigdssm.losses import sample_uniform
-from bigdssm.retrieval.mined import MinedNegatives, choose_negatives
+from bigdssm.retrieval.mined import MinedNegatives, at_places, choose_places
 from bigdssm.streaming.plain_stream import PlainStream
 from bigdssm.streaming.row_stream import RowStream
 from bigdssm.streaming.stream import PairStream
@@ -59,16 +59,24 @@ class Batches:
     def _made(self) -> Iterator[Batch]:
         while True:
             rows = self._stream.next_alone()
-            negatives = None
-            if self._mined is not None:
-                epoch = rows.step // self._stream.steps_per_epoch
-                window = self._mined.windows(rows.query_keys)
-                negatives = choose_negatives(window, rows, epoch, self._seed, self._loss.negatives)
-                negatives = negatives.astype(np.int64)
+            negatives, teacher = (None, None) if self._mined is None else self._listed(self._mined, rows)
             batch = self._collator(rows, negatives=negatives, extra_docs=self._extra(rows.step))
+            if teacher is not None:
+                batch = replace(batch, teacher=torch.from_numpy(teacher))
             if self._loss.mask in ("user", "past"):
                 batch = replace(batch, known=known_pairs(rows, self._loss.mask, self._dataset.catalogue.doc_ids))
             yield batch
+
+    def _listed(self, mined: MinedNegatives, rows: Rows) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return int64 [m, k], documents drawn from the queries' windows, and their scores [m, 1 + k] by a judge."""
+        window, epoch = mined.windows(rows.query_keys), rows.step // self._stream.steps_per_epoch
+        teacher = mined.teacher(rows.query_keys) if mined.judged else None
+        places = choose_places(window, rows, epoch, self._seed, self._loss.negatives)
+        negatives = at_places(window, places, -1).astype(np.int64)
+        if teacher is None or self._loss.distillation == "none":
+            return negatives, None
+        listed = at_places(teacher[:, 1:], places, np.nan)
+        return negatives, np.concatenate([teacher[:, :1], listed], 1).astype(np.float32)
 
     def _extra(self, step: int) -> np.ndarray | None:
         """Return the documents that are columns of this rank beside those that its rows name."""

@@ -59,7 +59,13 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
     else:
         _check_rows(name, stage, dataset)
     if stage.loss.negatives and stage.mining.file is not None:
-        MinedNegatives.open(Path(stage.mining.file)).check_against(dataset)
+        mined = MinedNegatives.open(Path(stage.mining.file))
+        mined.check_against(dataset)
+        if stage.loss.distillation != "none" and not mined.judged:
+            raise ConfigError(
+                f"{name}.loss.distillation: got {stage.loss.distillation}, needs a judge's scores, and "
+                f"{stage.mining.file} has none; bigdssm score_pairs writes them"
+            )
     _check_writable(config.stage_dir(name))
     source = initial_model(config, name)
     if source is None:

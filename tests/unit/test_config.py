@@ -104,6 +104,8 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
         ("pretrain.mining={first: 9, last: 9}", ["pretrain.mining", "first < last"]),
         ("pretrain.loss={name: softmax, in_batch: false, negatives: 0}", ["pretrain.loss.negatives", "at least 1"]),
         ("pretrain.loss.in_batch=false", ["pretrain.loss.in_batch", "fps"]),
+        ("sft.loss.distillation=kl", ["sft.loss.distillation: got kl, needs sft.mining.file, with a judge's scores"]),
+        ("sft={mining: {file: x.npy}, loss: {distillation: kl}}", ["sft.loss.negatives: got 0, needs at least 1"]),
         ("pretrain.loss={name: pair_ce, direction: both}", ["pretrain.loss.direction", "both", "q2d"]),
         ("pretrain.loss={name: pair_ce, uniform_negatives: 9}", ["pretrain.loss.uniform_negatives", "9"]),
         ("pretrain.loss.mask_history=true", ["mask_history"]),

@@ -119,6 +119,11 @@ def test_negatives_that_were_mined_before_are_looked_at(config: Config, tmp_path
         refused(config, DataError, f"another dataset: it names row {row} and document {document}, .* {documents} doc")
     np.save(tmp_path / "mined.npy", mined_records(np.array([rows - 1 << PLACE_BITS]), np.array([[documents - 1, -1]])))
     check_stage(config, "pretrain", 1)
+    judged = replace(config, pretrain=replace(config.pretrain, loss=replace(loss, distillation="kl")))
+    refused(judged, ConfigError, r"distillation: got kl, needs a judge's scores, and \S*mined.npy has none")
+    teacher = np.zeros((1, 3), np.float32)
+    np.save(tmp_path / "mined.npy", mined_records(np.array([0]), np.array([[documents - 1, -1]]), teacher))
+    check_stage(judged, "pretrain", 1)
 
 
 def test_a_full_disk_while_the_best_is_written_is_one_sentence(
