@@ -1,4 +1,4 @@
-"""Score pairs: each train query with its own document and those mined for it, by a judge that knows better.
+"""Score each train query's own document and those mined for it, by a judge that knows better.
 
     bigdssm score_pairs --data DATASET --mined NPY --out JUDGED.npy --cross-encoder FOLDER
     bigdssm score_pairs --data DATASET --mined NPY --out JUDGED.npy --model MODEL [MODEL …] --bm25
