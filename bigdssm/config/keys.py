@@ -230,7 +230,12 @@ class MiningConfig:
     margin: float | None = bounded(None, -1_000_000, 1_000_000)
     # Documents of a catalogue that are all scored; of more, by an approximate index, about an eighth.
     exact_up_to: int = bounded(1_000_000, 0, MAX_COUNT)
-    file: str | None = None  # of bigdssm mine_negatives, by any model: in place of all of the above
+    # Mined again, by the weights of the moment, every so many steps; 0: once.
+    every_steps: int = bounded(0, 0, MAX_COUNT)
+    # Of bigdssm mine_negatives, by any model, or list_documents: in place of all of the above.
+    file: str | None = None
+    # Leave out what a judge's score in the file puts above the query's own document less this much, in its units.
+    teacher_margin: float | None = bounded(None, -1_000_000, 1_000_000)
 
 
 @dataclass(frozen=True)

@@ -234,6 +234,8 @@ def _largest(pieces: Sequence[Piece], side: str) -> Piece | None:
 class _AnyNegatives:
     """Stands for mined negatives before they are mined: any documents, for any row."""
 
+    judged = False
+
     def __init__(self, dataset: Dataset, number: int) -> None:
         self._random, self._num_docs, self._number = np.random.RandomState(0), dataset.catalogue.num_docs, number
 

@@ -41,9 +41,14 @@ class Batches:
         mined: MinedNegatives | None,
         seed: int,
         device: torch.device,
+        teacher_margin: float | None = None,
     ) -> None:
-        """`mined` has the window that each query's negatives are drawn from."""
-        self._stream, self._loss, self._mined, self._seed, self._device = stream, loss, mined, seed, device
+        """`mined` has the window that each query's negatives are drawn from; it may be another from some batch on.
+
+        teacher_margin: what a judge puts above a query's own document less this is none of its negatives.
+        """
+        self._stream, self._loss, self.mined, self._seed, self._device = stream, loss, mined, seed, device
+        self._teacher_margin = teacher_margin
         dataset = stream.dataset
         self._dataset = dataset
         self._collator = Collator(dataset.schema, None if stream.inline else dataset.catalogue, dataset.pad_token_id)
@@ -59,7 +64,7 @@ class Batches:
     def _made(self) -> Iterator[Batch]:
         while True:
             rows = self._stream.next_alone()
-            negatives, teacher = (None, None) if self._mined is None else self._listed(self._mined, rows)
+            negatives, teacher = (None, None) if self.mined is None else self._listed(self.mined, rows)
             batch = self._collator(rows, negatives=negatives, extra_docs=self._extra(rows.step))
             if teacher is not None:
                 batch = replace(batch, teacher=torch.from_numpy(teacher))
@@ -71,6 +76,8 @@ class Batches:
         """Return int64 [m, k], documents drawn from the queries' windows, and their scores [m, 1 + k] by a judge."""
         window, epoch = mined.windows(rows.query_keys), rows.step // self._stream.steps_per_epoch
         teacher = mined.teacher(rows.query_keys) if mined.judged else None
+        if teacher is not None and self._teacher_margin is not None:
+            window = np.where(teacher[:, 1:] > teacher[:, :1] - self._teacher_margin, -1, window)
         places = choose_places(window, rows, epoch, self._seed, self._loss.negatives)
         negatives = at_places(window, places, -1).astype(np.int64)
         if teacher is None or self._loss.distillation == "none":

@@ -61,11 +61,13 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
     if stage.loss.negatives and stage.mining.file is not None:
         mined = MinedNegatives.open(Path(stage.mining.file))
         mined.check_against(dataset)
-        if stage.loss.distillation != "none" and not mined.judged:
-            raise ConfigError(
-                f"{name}.loss.distillation: got {stage.loss.distillation}, needs a judge's scores, and "
-                f"{stage.mining.file} has none; bigdssm score_pairs writes them"
-            )
+        needed = {"loss.distillation": stage.loss.distillation, "mining.teacher_margin": stage.mining.teacher_margin}
+        for key, value in needed.items():
+            if value not in ("none", None) and not mined.judged:
+                raise ConfigError(
+                    f"{name}.{key}: got {value}, needs a judge's scores, and {stage.mining.file} has none; bigdssm "
+                    "score_pairs writes them"
+                )
     _check_writable(config.stage_dir(name))
     source = initial_model(config, name)
     if source is None:

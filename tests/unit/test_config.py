@@ -104,6 +104,12 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
         ("pretrain.mining={first: 9, last: 9}", ["pretrain.mining", "first < last"]),
         ("pretrain.loss={name: softmax, in_batch: false, negatives: 0}", ["pretrain.loss.negatives", "at least 1"]),
         ("pretrain.loss.in_batch=false", ["pretrain.loss.in_batch", "fps"]),
+        ("sft.mining={file: x.npy, every_steps: 3}", ["sft.mining.every_steps: got 3, needs 0 with sft.mining.file"]),
+        ("sft.mining.teacher_margin=0.5", ["sft.mining.teacher_margin: got 0.5, needs sft.mining.file, with a judge"]),
+        (
+            "sft={loss: {name: softmax, mlp: [4], in_batch: false, negatives: 2}, mining: {every_steps: 3}}",
+            ["sft.mining.every_steps: got 3, needs 0 with sft.loss.mlp"],
+        ),
         ("sft.loss.distillation=kl", ["sft.loss.distillation: got kl, needs sft.mining.file, with a judge's scores"]),
         ("sft={mining: {file: x.npy}, loss: {distillation: kl}}", ["sft.loss.negatives: got 0, needs at least 1"]),
         ("pretrain.loss={name: pair_ce, direction: both}", ["pretrain.loss.direction", "both", "q2d"]),
