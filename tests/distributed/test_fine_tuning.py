@@ -87,7 +87,10 @@ def test_what_is_mined_again_is_of_the_weights_of_that_step(
 def test_a_run_that_mines_again_goes_on_exactly(
     config: Path, reference: Path, mined_again: Path, tmp_path: Path, pools: dict[int, Pool]  # noqa: F811
 ) -> None:  # fmt: skip
-    """Between two minings, and just where it is mined: then from the same weights, the file being there or not."""
+    """Between two minings, and just where it is mined: then from the same weights, the file being there or not.
+
+    It may become longer: what was mined last reaches as far as it always does.
+    """
     overrides = (start(reference), *AGAIN)
     pools[1].run(break_off, config, tmp_path, overrides, 5)
     assert mined_files(tmp_path) == [f"mined_negatives.step-0000000{step}.npy" for step in (0, 3)]
@@ -105,6 +108,8 @@ def test_a_run_that_mines_again_goes_on_exactly(
         assert (curve[record["step"]]["loss"], curve[record["step"]]["grad_norm"]) == (
             record["loss"], record["grad_norm"]
         )  # fmt: skip
+    pools[1].run(small_run.run, config, tmp_path, (*overrides, "sft.steps=9"), "sft", True)
+    assert small_run.records(tmp_path, "sft")[-1]["step"] == 9
 
 
 @pytest.mark.parametrize(
