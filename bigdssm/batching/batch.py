@@ -36,6 +36,7 @@ class Batch:
     queries_of_row: np.ndarray | None = None  # int64 [R], on the host; None: one each
     negatives: Tensor | None = None  # int64 [m, k]: columns of given negatives, -1 for none
     past: Tensor | None = None  # bool [n]: whether a column is its document as rows saw it before it changed
+    teacher: Tensor | None = None  # float32 [m, 1 + k]: a judge's scores of positive and negatives, NaN for none
     known: Tensor | None = None  # int64 [p, 2]: (query id or, by loss.mask, number; doc id) of further no negatives
 
     @property

@@ -134,17 +134,32 @@ def _check_stage(name: str, stage: StageConfig, data: DataConfig) -> None:
     _require(stage.init is None or bool(stage.init.strip()), f"{name}.init", repr(stage.init), "a folder, or null")
     mining, negatives = stage.mining, stage.loss.negatives
     _require(mining.first < mining.last, f"{name}.mining", f"[{mining.first}, {mining.last})", "first < last")
+    if stage.loss.mlp:
+        what = f"0 with {name}.loss.mlp, which trains no vectors to search by"
+        _require(mining.every_steps == 0, f"{name}.mining.every_steps", mining.every_steps, what)
     if mining.uniform:
-        _require(negatives > 0, f"{name}.mining.uniform", "true", f"{name}.loss.negatives of at least 1 to draw")
-        _require(mining.file is None, f"{name}.mining.file", mining.file, f"none with {name}.mining.uniform=true")
-    elif mining.file is None:
+        with_it = f"with {name}.mining.uniform=true"
+        _require(negatives > 0, f"{name}.loss.negatives", negatives, f"at least 1 {with_it}")
+        _require(mining.file is None, f"{name}.mining.file", mining.file, f"none {with_it}")
+        _require(mining.every_steps == 0, f"{name}.mining.every_steps", mining.every_steps, f"0 {with_it}")
+    if mining.file is None:
         room = mining.last - mining.first
-        _require(negatives <= room, f"{name}.loss.negatives", negatives, f"at most the mining window's {room}")
+        fits = mining.uniform or negatives <= room
+        _require(fits, f"{name}.loss.negatives", negatives, f"at most the mining window's {room}")
+        judge = stage.loss.distillation
+        of_a_judge = f"{name}.mining.file, with a judge's scores"
+        _require(judge == "none", f"{name}.loss.distillation", judge, of_a_judge)
+        margin = mining.teacher_margin
+        _require(margin is None, f"{name}.mining.teacher_margin", margin, of_a_judge)
     else:
         _require(
             data.from_partition is None and not data.mixture, f"{name}.mining.file", mining.file,
             "no data.from_partition or data.mixture, which number the rows otherwise",
         )  # fmt: skip
+        every = mining.every_steps
+        _require(every == 0, f"{name}.mining.every_steps", every, f"0 with {name}.mining.file: nothing is mined then")
+        judged = stage.loss.distillation != "none"
+        _require(negatives > 0 or not judged, f"{name}.loss.negatives", negatives, "at least 1 with loss.distillation")
 
 
 def _check_loss(key: str, loss: LossConfig, model: ModelConfig, chunk_tokens: int) -> None:

@@ -201,6 +201,11 @@ class LossConfig:
     # and none with data.repeats=allow, where what a user met may be what is asked for, or just not now.
     mask: Literal["auto", "batch", "user", "past", "none"] = "auto"
     margin: float = bounded(0.2, 0, 1_000_000)  # triplet
+    # What the scores of a judge, in mining.file, teach beside the loss: kl, the distribution over a row's own document
+    # and its listed ones; margin_mse, by how much the own stands above them; or nothing.
+    distillation: Literal["none", "kl", "margin_mse"] = "none"
+    distillation_weight: float = bounded(1.0, at_most=1_000_000, above=0)  # times it, beside the loss's 1
+    distillation_temperature: float = bounded(1.0, at_most=1_000_000, above=0)  # divides the judge's scores
     # Matryoshka: further widths, below model.dim, that vectors can be cut to.
     widths: tuple[int, ...] = bounded((), 1, MAX_WIDTH)
     # Hidden widths of an MLP on [u, w, u * w] that scores in place of the product, and learns with the towers.
@@ -245,7 +250,12 @@ class MiningConfig:
     margin: float | None = bounded(None, -1_000_000, 1_000_000)
     # Documents of a catalogue that are all scored; of more, by an approximate index, about an eighth.
     exact_up_to: int = bounded(1_000_000, 0, MAX_COUNT)
-    file: str | None = None  # of bigdssm mine_negatives, by any model: in place of all of the above
+    # Mined again, by the weights of the moment, every so many steps; 0: once.
+    every_steps: int = bounded(0, 0, MAX_COUNT)
+    # Of bigdssm mine_negatives, by any model, or list_documents: in place of all of the above.
+    file: str | None = None
+    # Leave out what a judge's score in the file puts above the query's own document less this much, in its units.
+    teacher_margin: float | None = bounded(None, -1_000_000, 1_000_000)
     uniform: bool = False  # in place of mining: documents drawn uniformly from the catalogue, others in each epoch
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from bigdssm.artifacts.model_folder import ModelFolder
 from bigdssm.config import TextEncoderConfig
 from bigdssm.errors import ConfigError, DivergedError
+from bigdssm.evaluation.bm25 import Bm25
 from bigdssm.evaluation.trec import Run
 from bigdssm.features import Feature, Text, TextTokenizer, histories_of
 from bigdssm.features.columns import SourceBatch
@@ -38,7 +39,6 @@ from bigdssm.tables.beir import Collection, Entry, texts_and_metadata
 
 TOP = 100  # documents retrieved for a query
 QUERIES_AT_ONCE, RERANKED_AT_ONCE = 512, 128
-BM25_K1, BM25_B = 0.9, 0.4  # Anserini's, with which BEIR's figures were made
 
 
 def model_run(
@@ -153,26 +153,14 @@ def pretrained_run(
 
 
 def bm25_run(collection: Collection, *, filter_known: bool = False, top: int = TOP) -> Run:
-    """Return the run of BM25 over the whole texts: English stop words left out, words stemmed (Snowball).
+    """Return the run of BM25 over the whole texts.
 
-    Raises ConfigError where bm25s or PyStemmer is not installed. Source: Robertson and Zaragoza 2009.
+    Raises ConfigError where bm25s or PyStemmer is not installed.
     """
-    try:
-        import bm25s
-        import Stemmer
-    except ImportError as error:
-        raise ConfigError(f"BM25 needs the package {error.name}; install bigdssm[bm25]") from None
-    stemmer = Stemmer.Stemmer("english")
-
-    def words(entries: Sequence[Entry]) -> object:
-        texts = [entry.text for entry in entries]
-        return bm25s.tokenize(texts, stopwords="en", stemmer=stemmer, show_progress=False)
-
-    index = bm25s.BM25(k1=BM25_K1, b=BM25_B)
-    index.index(words(collection.corpus), show_progress=False)
+    index = Bm25([entry.text for entry in collection.corpus])
     known = {query: len(documents) for query, documents in collection.known.items()} if filter_known else {}
     wanted = min(len(collection.corpus), top + 1 + max(known.values(), default=0))
-    places, scores = index.retrieve(words(collection.queries), k=wanted, show_progress=False)
+    places, scores = index.best([entry.text for entry in collection.queries], wanted)
     run: dict[str, dict[str, float]] = {}
     for entry, row, row_scores in zip(collection.queries, places.tolist(), scores.tolist(), strict=True):
         left_out = _left_out(collection, entry.key, filter_known)

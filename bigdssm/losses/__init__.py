@@ -1,5 +1,6 @@
 """Losses: the Full Product Softmax and the fine-tuning losses, over any number of ranks; plain tensors in, no model."""
 
+from bigdssm.losses.distillation import DISTILLATIONS, Distillation, ListwiseKL, MarginMSE
 from bigdssm.losses.engine import contrastive_loss
 from bigdssm.losses.exchange import LossInputError
 from bigdssm.losses.extras import norm_penalty, relevance_weight
@@ -18,11 +19,15 @@ from bigdssm.losses.scored import scored_loss
 from bigdssm.losses.terms import PairCE, PairTerm, Sigmoid, Softmax, Term, Triplet, find_term, register
 
 __all__ = [
+    "DISTILLATIONS",
     "RANKING_NAMES",
     "SAMPLINGS",
     "CountedFrequency",
+    "Distillation",
+    "ListwiseKL",
     "LossInputError",
     "LossOutput",
+    "MarginMSE",
     "PairCE",
     "PairTerm",
     "Sigmoid",

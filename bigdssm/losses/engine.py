@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.distributed import Group
+from bigdssm.losses.distillation import check_teacher
 from bigdssm.losses.exchange import LossInputError, need
 from bigdssm.losses.ids import occurrences
 from bigdssm.losses.inputs import GlobalSizes, LossInputs, check_inputs, global_sizes
@@ -50,6 +51,7 @@ def contrastive_loss(
     doc_ids: Tensor | None = None,
     known: Tensor | None = None,
     negatives: Tensor | None = None,
+    teacher: Tensor | None = None,
     columns: Shared = "all",
     direction: Direction = "q2d",
     tile: int | None = None,
@@ -66,6 +68,7 @@ def contrastive_loss(
     per tile.
 
     negatives int64 [m, k]: columns of this rank listed for each query (hard negatives), −1 where there is none.
+    teacher [m, 1 + k]: a judge's scores of the query's document and of those listed, for a term of `distillation`.
     columns: what is a negative of every query besides: `all` columns of all ranks; `in_batch`, the documents of all
     other queries, which count as often as they occur, so that it makes no difference which rows share a rank, and
     thereby a column; or `none`.
@@ -80,7 +83,7 @@ def contrastive_loss(
             U, W, positive, alpha=alpha, beta=beta, neg_bias=neg_bias, weight=weight,
             query_ids=query_ids, doc_ids=doc_ids, known=known,
         )  # fmt: skip
-        _check_choice(term, x, negatives, columns, direction, tile)
+        _check_choice(term, x, negatives, teacher, columns, direction, tile)
         x, shared, kept = _share(x, columns, group)
     except LossInputError as error:
         x = error
@@ -117,7 +120,7 @@ def contrastive_loss(
         known_mk = positives.contain(docs_n[column_mk])
         used_mk = other_mk & ~known_mk
         score_mk = score_listed(x, sizes.alpha, column_mk, used_mk)
-        found = term.on_vectors(Scores(x.weight, positive_m, score_mk, used_mk, passes, direction))
+        found = term.on_vectors(Scores(x.weight, positive_m, score_mk, used_mk, passes, direction, teacher))
         masked, entries = (other_mk & known_mk).sum().double(), there_mk.sum().double()
         if passes is not None:
             of_columns = passes.entries()
@@ -133,21 +136,23 @@ def contrastive_loss(
 
 
 def _check_choice(
-    term: Term | str, x: LossInputs, negatives: Tensor | None, columns: str, direction: str, tile: int | None
-) -> None:
+    term: Term | str, x: LossInputs, negatives: Tensor | None, teacher: Tensor | None, columns: str, direction: str,
+    tile: int | None,
+) -> None:  # fmt: skip
     need(isinstance(term, Term), f"the loss must be one of {', '.join(TERMS)}, got {term!r}")
     assert isinstance(term, Term)
+    need(not term.judged or columns == "none", f"{term} looks at listed documents alone: it needs columns='none'")
     need(columns in _SHARED, f"columns must be one of {', '.join(_SHARED)}, got {columns!r}")
     allowed = term.directions if columns == "all" and negatives is None else ("q2d",)
     need(direction in allowed, f"direction must be one of {', '.join(allowed)}, got {direction!r}")
     need(tile is None or tile >= 1, f"tile must be at least 1, got {tile}")
     need(negatives is not None or columns != "none", f"{term} needs negatives, in_batch=True, or both")
-    if negatives is None:
-        return
-    kind = getattr(negatives, "dtype", type(negatives).__name__)
-    need(kind == torch.int64, f"negatives must be int64, got {kind}")
     m = x.U.shape[0]
-    need(negatives.ndim == 2 and len(negatives) == m, f"negatives must be [{m}, k], got {list(negatives.shape)}")
+    if negatives is not None:
+        kind = getattr(negatives, "dtype", type(negatives).__name__)
+        need(kind == torch.int64, f"negatives must be int64, got {kind}")
+        need(negatives.ndim == 2 and len(negatives) == m, f"negatives must be [{m}, k], got {list(negatives.shape)}")
+    check_teacher(term, teacher, m, 0 if negatives is None else negatives.shape[1])
 
 
 def _share(x: LossInputs, columns: str, group: Group | None) -> tuple[LossInputs, LossInputs, Tensor | None]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bigdssm.distributed import Group
+from bigdssm.losses.distillation import check_teacher
 from bigdssm.losses.exchange import LossInputError, exchange, need
 from bigdssm.losses.extras import global_mean
 from bigdssm.losses.masks import count_known, find_known_positives, gather_pairs, own_pairs
@@ -28,6 +29,7 @@ def scored_loss(
     query_ids: Tensor | None = None,
     doc_ids: Tensor | None = None,
     known: Tensor | None = None,
+    teacher: Tensor | None = None,
     margin: float = 0.2,
     group: Group | None = None,
 ) -> LossOutput:
@@ -35,13 +37,14 @@ def scored_loss(
 
     Column 0 holds the positives, the others negatives, −inf where there is none. weight [m] ≥ 0. query_ids [m] and
     doc_ids [m, 1 + k], both or neither: negatives that are known positives of their query, on any rank, are dropped.
-    known int64 [p, 2]: (query id, document id) of further ones. margin: of triplet.
+    known int64 [p, 2]: (query id, document id) of further ones. teacher [m, 1 + k]: a judge's scores, for a term
+    of `distillation`. margin: of triplet.
     Raises: LossInputError (PeerError on the ranks whose own input is good), on every rank.
     """
     term, error = find_term(name, {"margin": margin}), None
     numbers: list[Tensor | float] = [0.0, 0.0, 0.0, 0.0]
     try:
-        _check(term, scores, weight, query_ids, doc_ids, known)
+        _check(term, scores, weight, query_ids, doc_ids, known, teacher)
         scores = scores if scores.dtype == torch.float64 else scores.float()  # terms and sums, not in bfloat16
         weight = torch.ones_like(scores[:, 0]) if weight is None else weight.detach().to(scores.dtype)
         bad = (~((weight >= 0) & weight.isfinite())).sum()
@@ -66,7 +69,8 @@ def scored_loss(
     positive_m, negative_mk = scores[:, 0], scores[:, 1:]
     there = negative_mk.detach() > -torch.inf
     used = there & ~drop
-    values_m = weighted(weight, term.on_scores(positive_m, negative_mk.masked_fill(~used, -torch.inf), used))
+    values_m = term.on_scores(positive_m, negative_mk.masked_fill(~used, -torch.inf), used, teacher)
+    values_m = weighted(weight, values_m)
     largest_m = negative_mk.detach().masked_fill(~used, -torch.inf).amax(1)
     best_m = torch.maximum(positive_m.detach(), largest_m)
     local = LocalStats(weight, positive_m.detach(), largest_m, best_m, there.sum(), (drop & there).sum())
@@ -81,6 +85,7 @@ def _check(
     query_ids: Tensor | None,
     doc_ids: Tensor | None,
     known: Tensor | None,
+    teacher: Tensor | None,
 ) -> None:
     """Raise LossInputError on what is wrong with this rank's input."""
     need(isinstance(term, Term), f"the loss must be one of {', '.join(TERMS)}, got {term!r}")
@@ -96,6 +101,8 @@ def _check(
         need(fits, f"{what} must be int64 {shape}, got {_kind(ids)}")
     fits = known is None or (known.dtype == torch.int64 and known.ndim == 2 and known.shape[1] == 2)
     need(fits, f"known must be int64 [pairs, 2], got {_kind(known)}")
+    assert isinstance(term, Term)
+    check_teacher(term, teacher, m, scores.shape[1] - 1)
 
 
 def _kind(tensor: Tensor | None) -> str:

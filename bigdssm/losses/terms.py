@@ -21,7 +21,7 @@ single negatives is written down as its value and slope alone (`PairTerm`), from
 Source: softmax and triplet, Karpukhin et al. 2020 and Schroff et al. 2015; pair_ce, Burges et al. 2005 (RankNet),
 eq. 3; sigmoid, Zhai et al. 2023 (SigLIP), eq. 1.
 
-Shape legend: m queries of this rank and k negatives listed for each.
+Shape legend: m queries of this rank and k negatives listed for each, l = 1 + k with its positive.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Scores:
     used_mk: Tensor  # where there is one
     passes: ScorePasses | None  # over the columns that are negatives of every query
     direction: str
+    teacher_ml: Tensor | None = None  # a judge's scores of the positive and those listed, of a term that is `judged`
 
 
 @dataclass
@@ -92,6 +93,7 @@ class Term(ABC):
     name: ClassVar[str]
     directions: ClassVar[tuple[str, ...]] = ("q2d",)
     relative: ClassVar[bool] = True  # sees only differences of a query's scores
+    judged: ClassVar[bool] = False  # needs a judge's scores, see `distillation`
 
     def __str__(self) -> str:
         """Return the name and the options, for messages."""
@@ -103,7 +105,7 @@ class Term(ABC):
         """Return the values and their gradients; a collective."""
 
     @abstractmethod
-    def on_scores(self, positive_m: Tensor, negative_mk: Tensor, used_mk: Tensor) -> Tensor:
+    def on_scores(self, positive_m: Tensor, negative_mk: Tensor, used_mk: Tensor, teacher_ml: Tensor | None) -> Tensor:
         """Return the values [m] as autograd needs them; `negative_mk` is −inf where not `used_mk`."""
 
 
@@ -148,7 +150,7 @@ class Softmax(Term):
             found.rows.largest, lse_2m if with_rows else lse_2m[0],
         )  # fmt: skip
 
-    def on_scores(self, positive_m: Tensor, negative_mk: Tensor, used_mk: Tensor) -> Tensor:
+    def on_scores(self, positive_m: Tensor, negative_mk: Tensor, used_mk: Tensor, teacher_ml: Tensor | None) -> Tensor:
         """Return the values [m] as autograd needs them."""
         return torch.logsumexp(torch.cat([positive_m[:, None], negative_mk], 1), 1) - positive_m
 
@@ -189,7 +191,7 @@ class PairTerm(Term):
         best_m = torch.maximum(largest_m, positive_m)
         return Evaluated(value_m, grad_m, grad_m, weighted(scale_m[:, None], slope_mk), largest_m, best_m)
 
-    def on_scores(self, positive_m: Tensor, negative_mk: Tensor, used_mk: Tensor) -> Tensor:
+    def on_scores(self, positive_m: Tensor, negative_mk: Tensor, used_mk: Tensor, teacher_ml: Tensor | None) -> Tensor:
         """Return the values [m] as autograd needs them."""
         # what is not used is filled before and after: no −inf reaches a gradient
         x_mk = negative_mk.masked_fill(~used_mk, 0.0)

@@ -2,6 +2,9 @@
 
 The file is a .npy of records (query int64, window int32 [W]), one a mined query of the train split, by ascending key
 (see `Rows.query_keys`); a window holds catalogue rows in the order of the query's ranking, and -1 where there is none.
+One that a judge has scored has a third field, teacher float32 [1 + W]: of the query's own document, then of those in
+its window, NaN where there is no score.
+
 Fine-tuning that does not take every row mines only those to come: a few steps cost what their rows cost, and one pass
 over the split for the known positives.
 """
@@ -9,6 +12,7 @@ over the split for the known positives.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,16 +22,27 @@ from bigdssm.errors import DataError
 from bigdssm.hashing import derive_key, mix64
 
 
-def mined_records(queries: np.ndarray, windows: np.ndarray) -> np.ndarray:
-    """Return the records of int64 keys `queries` [m], which ascend, and int32 `windows` [m, W]."""
-    records = np.empty(len(queries), record_type(windows.shape[1]))
+def mined_records(queries: np.ndarray, windows: np.ndarray, teacher: np.ndarray | None = None) -> np.ndarray:
+    """Return the records of int64 keys `queries` [m], which ascend, int32 `windows` and `teacher` [m, 1 + W]."""
+    records = np.empty(len(queries), record_type(windows.shape[1], judged=teacher is not None))
     records["query"], records["window"] = queries, windows
+    if teacher is not None:
+        records["teacher"] = teacher
     return records
 
 
-def record_type(width: int) -> np.dtype[np.void]:
-    """Return the type of a record with a window of `width` places."""
-    return np.dtype([("query", np.int64), ("window", np.int32, (width,))], align=True)  # else a search copies all rows
+def record_type(width: int, judged: bool = False) -> np.dtype[np.void]:
+    """Return the type of a record with a window of `width` places, and with a judge's scores where `judged`."""
+    fields: list[tuple[str, type, tuple[int, ...]]] = [("query", np.int64, ()), ("window", np.int32, (width,))]
+    teacher = [("teacher", np.float32, (1 + width,))] if judged else []
+    return np.dtype(fields + teacher, align=True)  # else a search copies all rows
+
+
+class Chosen(NamedTuple):
+    """What is listed for the m queries of a batch."""
+
+    documents: np.ndarray  # int64 [m, k]: catalogue rows, -1 for none
+    teacher: np.ndarray | None = None  # float32 [m, 1 + k]: a judge's scores, the query's own document's first
 
 
 class MinedNegatives:
@@ -46,10 +61,12 @@ class MinedNegatives:
             raise DataError(f"{path} is no file of mined negatives: {error.strerror or error}") from None
         except ValueError:  # whose advice is to open what may be a pickle
             raise DataError(f"{path} is no file of mined negatives; make it with bigdssm mine_negatives") from None
-        if records.dtype.names != ("query", "window"):
+        names = records.dtype.names or ()
+        width = records.dtype["window"].shape[0] if "window" in names and records.dtype["window"].shape else 0
+        if records.dtype != record_type(width, judged="teacher" in names):
             raise DataError(
-                f"{path} is no file of mined negatives: got {records.dtype}, needs records of query and window; "
-                "make it with bigdssm mine_negatives"
+                f"{path} is no file of mined negatives: got {records.dtype}, needs records of query and window, or of "
+                "these and teacher; make it with bigdssm mine_negatives"
             )
         return cls(records, path)
 
@@ -74,9 +91,32 @@ class MinedNegatives:
         keys: np.ndarray = self._records["query"]
         return keys
 
+    @property
+    def judged(self) -> bool:
+        """Return whether there are a judge's scores."""
+        return "teacher" in (self._records.dtype.names or ())
+
+    @property
+    def width(self) -> int:
+        """Return W."""
+        width: int = self._records["window"].shape[1]
+        return width
+
     def windows(self, queries: np.ndarray) -> np.ndarray:
         """Return int32 [m, W], the windows of int64 keys [m]. Raises DataError where a query was not mined."""
-        at = np.minimum(np.searchsorted(self.queries, queries), max(len(self) - 1, 0))
+        windows: np.ndarray = self._records["window"][self._places(queries)]
+        return windows
+
+    def teacher(self, queries: np.ndarray) -> np.ndarray:
+        """Return float32 [m, 1 + W], a judge's scores of each query's own document and of its window, NaN for none.
+
+        Raises DataError where a query was not mined; ask for `judged` before.
+        """
+        scores: np.ndarray = self._records["teacher"][self._places(queries)]
+        return scores
+
+    def _places(self, queries: np.ndarray) -> np.ndarray:
+        at: np.ndarray = np.minimum(np.searchsorted(self.queries, queries), max(len(self) - 1, 0))
         missing = self.queries[at] != queries if len(self) else np.ones(len(queries), bool)
         if missing.any():
             row, place = divmod(int(queries[missing][0]), 1 << PLACE_BITS)
@@ -84,12 +124,22 @@ class MinedNegatives:
                 f"{self._path} has no negatives for row {row} (place {place}) and {missing.sum() - 1} other queries of "
                 "a batch; mine again"
             )
-        windows: np.ndarray = self._records["window"][at]
-        return windows
+        return at
 
-    def choose(self, rows: Rows, epoch: int, seed: int, k: int) -> np.ndarray:
-        """Return int32 [m, k] for the m queries of `rows`; see `choose_negatives`."""
-        return choose_negatives(self.windows(rows.query_keys), rows, epoch, seed, k)
+    def choose(self, rows: Rows, epoch: int, seed: int, k: int, teacher_margin: float | None = None) -> Chosen:
+        """Return k for each query, drawn from its window; see `choose_places`.
+
+        teacher_margin: what the judge puts above a query's own document less this is not drawn.
+        """
+        window, teacher = self.windows(rows.query_keys), self.teacher(rows.query_keys) if self.judged else None
+        if teacher is not None and teacher_margin is not None:
+            window = np.where(teacher[:, 1:] > teacher[:, :1] - teacher_margin, -1, window)
+        places = choose_places(window, rows, epoch, seed, k)
+        documents = at_places(window, places, -1).astype(np.int64)
+        if teacher is None:
+            return Chosen(documents)
+        listed = at_places(teacher[:, 1:], places, np.nan)
+        return Chosen(documents, np.concatenate([teacher[:, :1], listed], 1).astype(np.float32))
 
     def per_query(self) -> float:
         """Return how many negatives a query has on average."""
@@ -102,17 +152,17 @@ class UniformNegatives:
     def __init__(self, num_docs: int) -> None:
         self._num_docs = num_docs
 
-    def choose(self, rows: Rows, epoch: int, seed: int, k: int) -> np.ndarray:
-        """Return int32 [m, k], -1 where a query drew a document twice; a function of the same as `choose_negatives`."""
+    def choose(self, rows: Rows, epoch: int, seed: int, k: int) -> Chosen:
+        """Return k for each query, a function of the same as `choose_places`; one drawn twice is there once."""
         keys = mix64(_names(rows), derive_key(seed, epoch))
         draws = mix64(keys[:, None] ^ mix64(np.arange(k), 0), 0) % np.uint64(self._num_docs)
-        drawn = np.sort(draws.astype(np.int32), axis=1)
+        drawn = np.sort(draws.astype(np.int64), axis=1)
         drawn[:, 1:][drawn[:, 1:] == drawn[:, :-1]] = -1
-        return drawn
+        return Chosen(drawn)
 
 
-def choose_negatives(window: np.ndarray, rows: Rows, epoch: int, seed: int, k: int) -> np.ndarray:
-    """Return int32 [m, k]: k distinct entries of each query's `window` [m, W], -1 where it holds fewer.
+def choose_places(window: np.ndarray, rows: Rows, epoch: int, seed: int, k: int) -> np.ndarray:
+    """Return int64 [m, k]: the places of k distinct entries of each query's `window` [m, W], -1 where it holds fewer.
 
     A pure function of (seed, epoch, row id) and, in a row of several queries, of the place: the same whatever the ranks
     and the steps, another draw every epoch.
@@ -120,9 +170,19 @@ def choose_negatives(window: np.ndarray, rows: Rows, epoch: int, seed: int, k: i
     query_keys = mix64(_names(rows), derive_key(seed, epoch))
     keys = mix64(query_keys[:, None] ^ mix64(np.arange(window.shape[1]), 0), 0)
     keys = np.where(window < 0, np.iinfo(np.uint64).max, keys)
-    place = np.argsort(keys, axis=1, kind="stable")[:, :k]
-    chosen = np.take_along_axis(window, place, axis=1).astype(np.int32)
-    return np.pad(chosen, ((0, 0), (0, k - chosen.shape[1])), constant_values=-1)
+    places = np.argsort(keys, axis=1, kind="stable")[:, :k]
+    places = np.where(np.take_along_axis(window, places, axis=1) < 0, -1, places)
+    return np.pad(places, ((0, 0), (0, k - places.shape[1])), constant_values=-1)
+
+
+def choose_negatives(window: np.ndarray, rows: Rows, epoch: int, seed: int, k: int) -> np.ndarray:
+    """Return int32 [m, k]: the entries of each query's `window` [m, W] at `choose_places`, -1 where there are fewer."""
+    return at_places(window, choose_places(window, rows, epoch, seed, k), -1).astype(np.int32)
+
+
+def at_places(values: np.ndarray, places: np.ndarray, absent: float) -> np.ndarray:
+    """Return `values` [m, W] at `places` [m, k], `absent` where a place is -1."""
+    return np.where(places < 0, absent, np.take_along_axis(values, np.maximum(places, 0), axis=1))
 
 
 def _names(rows: Rows) -> np.ndarray:

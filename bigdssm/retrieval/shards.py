@@ -1,4 +1,4 @@
-"""A folder that any number of ranks fill, a shard at a time, and go on filling where they were killed.
+"""A folder, or a file, that any number of ranks fill, a shard at a time, and go on filling where they were killed.
 
 .NAME.unfinished/   what the folder will hold, with job.json, lock, and done/<shard> for every finished shard
 
@@ -12,11 +12,12 @@ import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from bigdssm.atomic import aside_of, replace_folder
+from bigdssm.atomic import aside_of, put_file, replace_folder
 from bigdssm.errors import ConfigError
 from bigdssm.progress import Progress, no_progress
 from bigdssm.running.launcher import launched_as
@@ -78,21 +79,34 @@ class ShardedFolder:
 
     def finish(self, complete: Callable[[Path], None]) -> bool:
         """Put the folder in place if every shard is done, `complete` having had it; True on the one rank that did."""
+        with self._all_done() as done:
+            if done:
+                complete(self.aside)
+                replace_folder(self.aside, self._folder)
+                shutil.rmtree(self._folder / DONE_DIR)
+                (self._folder / JOB_FILE).unlink()
+                (self._folder / LOCK_FILE).unlink()
+        return done
+
+    def finish_file(self, name: str) -> bool:
+        """Put the file `name` of the folder in the folder's place if every shard is done; True on the rank that did."""
+        with self._all_done() as done:
+            if done:
+                put_file(self.aside / name, self._folder)
+                shutil.rmtree(self.aside)
+        return done
+
+    @contextmanager
+    def _all_done(self) -> Iterator[bool]:
+        """Give whether every shard is done and no other rank has finished the folder, nor can meanwhile."""
         try:
             lock = _lock(self.aside)
         except FileNotFoundError:
-            return False  # another rank was the last
+            yield False  # another rank was the last
+            return
         with lock:
-            if not self.aside.exists():
-                return False  # while this one waited for the lock
-            if not all(self._done(shard).exists() for shard in range(self.num_shards)):
-                return False
-            complete(self.aside)
-            replace_folder(self.aside, self._folder)
-            shutil.rmtree(self._folder / DONE_DIR)
-            (self._folder / JOB_FILE).unlink()
-            (self._folder / LOCK_FILE).unlink()
-        return True
+            # it is not there if another was while this one waited for the lock
+            yield self.aside.exists() and all(self._done(shard).exists() for shard in range(self.num_shards))
 
     def _empty(self) -> None:
         """Remove what another job left; the lock stays."""

@@ -22,7 +22,7 @@ from bigdssm.dataset.rows import Rows
 from bigdssm.features.ragged import Ragged
 from bigdssm.hashing import derive_key
 from bigdssm.losses import sample_uniform
-from bigdssm.retrieval.mined import MinedNegatives, UniformNegatives
+from bigdssm.retrieval.mined import Chosen, MinedNegatives, UniformNegatives
 from bigdssm.streaming.plain_stream import PlainStream
 from bigdssm.streaming.row_stream import RowStream
 from bigdssm.streaming.stream import PairStream
@@ -41,9 +41,14 @@ class Batches:
         mined: MinedNegatives | UniformNegatives | None,
         seed: int,
         device: torch.device,
+        teacher_margin: float | None = None,
     ) -> None:
-        """`mined` is what each query's negatives are drawn from."""
-        self._stream, self._loss, self._mined, self._seed, self._device = stream, loss, mined, seed, device
+        """`mined` is what each query's negatives are drawn from; it may be another from some batch on.
+
+        teacher_margin: what a judge puts above a query's own document less this is none of its negatives.
+        """
+        self._stream, self._loss, self.mined, self._seed, self._device = stream, loss, mined, seed, device
+        self._teacher_margin = teacher_margin
         dataset = stream.dataset
         self._dataset = dataset
         self._collator = Collator(dataset.schema, None if stream.inline else dataset.catalogue, dataset.pad_token_id)
@@ -59,16 +64,22 @@ class Batches:
     def _made(self) -> Iterator[Batch]:
         while True:
             rows = self._stream.next_alone()
-            negatives = None
-            if self._mined is not None:
-                epoch = rows.step // self._stream.steps_per_epoch
-                negatives = self._mined.choose(rows, epoch, self._seed, self._loss.negatives).astype(np.int64)
+            negatives, teacher = (None, None) if self.mined is None else self._listed(self.mined, rows)
             batch = self._collator(rows, negatives=negatives, extra_docs=self._extra(rows.step))
+            if teacher is not None:
+                batch = replace(batch, teacher=torch.from_numpy(teacher))
             if self._loss.mask in ("user", "past"):
                 batch = replace(batch, known=known_pairs(rows, self._loss.mask, self._dataset.catalogue.doc_ids))
             elif self._dataset.schema.siamese:
                 batch = replace(batch, known=pairs_of_documents(batch, self._loss.mask))
             yield batch
+
+    def _listed(self, mined: MinedNegatives | UniformNegatives, rows: Rows) -> Chosen:
+        epoch, k = rows.step // self._stream.steps_per_epoch, self._loss.negatives
+        if isinstance(mined, UniformNegatives):
+            return mined.choose(rows, epoch, self._seed, k)
+        chosen = mined.choose(rows, epoch, self._seed, k, self._teacher_margin)
+        return chosen if self._loss.distillation != "none" else chosen._replace(teacher=None)
 
     def _extra(self, step: int) -> np.ndarray | None:
         """Return the documents that are columns of this rank beside those that its rows name."""

@@ -66,7 +66,15 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
     else:
         _check_rows(name, stage, dataset)
     if stage.loss.negatives and stage.mining.file is not None:
-        MinedNegatives.open(Path(stage.mining.file)).check_against(dataset)
+        mined = MinedNegatives.open(Path(stage.mining.file))
+        mined.check_against(dataset)
+        needed = {"loss.distillation": stage.loss.distillation, "mining.teacher_margin": stage.mining.teacher_margin}
+        for key, value in needed.items():
+            if value not in ("none", None) and not mined.judged:
+                raise ConfigError(
+                    f"{name}.{key}: got {value}, needs a judge's scores, and {stage.mining.file} has none; bigdssm "
+                    "score_pairs writes them"
+                )
     _check_writable(config.stage_dir(name))
     source = initial_model(config, name)
     if source is None:

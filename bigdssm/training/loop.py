@@ -35,6 +35,7 @@ from bigdssm.training.averaging import WeightAverage
 from bigdssm.training.batches import Batches
 from bigdssm.training.engine import Engine
 from bigdssm.training.health import Health
+from bigdssm.training.mining import Mining
 from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import schedule_factor
 from bigdssm.training.random_state import RandomState
@@ -114,6 +115,7 @@ class Stage:
     engine: Engine
     stream: RowStream
     batches: Batches
+    mining: Mining
     objective: Objective
     average: WeightAverage | None  # of the weights, for validation and best/
     validator: Validator
@@ -153,8 +155,14 @@ def _train(stage: Stage) -> StageProgress:
     elif progress.validated_at >= 0 and stage.validator.has_lost_best():
         begin_best_again(stage)
     stage.initial_documents = None
-    with closing(stage.batches.first(stage.total_steps - progress.step)) as batches:
-        _take_steps(stage, batches)
+    while True:
+        until_mined = stage.mining.steps_from(progress.step - progress.part_step)
+        with closing(stage.batches.first(min(stage.total_steps - progress.step, until_mined))) as batches:
+            _take_steps(stage, batches)
+        if _is_over(stage):
+            break
+        with stage.health.timed("mining"):
+            stage.batches.mined = stage.mining.again(progress.step - progress.part_step, progress.part_step)
     if progress.validated_at != progress.step:
         validate(stage)
     save(stage, in_background=False)
@@ -163,13 +171,14 @@ def _train(stage: Stage) -> StageProgress:
 
 
 def _take_steps(stage: Stage, batches: Iterator[Batch]) -> None:
+    """Take as many steps as there are batches, fewer where the stage is over before."""
     config, progress, health, watch = stage.config, stage.progress, stage.health, stage.watch
     objective = watch.faults.in_loss(stage.objective)
     part_steps = stage.total_steps - progress.part_step
     coming = _fetch(stage, batches) if not _is_over(stage) else None
     needs = None if coming is None else most_needed(coming.draft.needs)  # from here on agreed on one step ahead
-    while not _is_over(stage):
-        assert coming is not None and needs is not None
+    while coming is not None and not _is_over(stage):
+        assert needs is not None
         batch, plan = coming.batch, coming.draft.agreed(needs)
         coming = _fetch(stage, batches)
         watch.watchdog.beat(f"step {progress.step}")

@@ -1,4 +1,4 @@
-"""The loss of a stage as a function of vectors and batch: weights, sampling correction, masks, norm penalty.
+"""The loss of a stage as a function of vectors and batch: weights, sampling correction, masks, what is added to it.
 
 The sampling correction's log q goes on the negatives alone (`corrected`) or on every column (`classic`); neither
 enters the serving score.
@@ -21,6 +21,7 @@ from bigdssm.config import LossConfig, ModelConfig, StageConfig
 from bigdssm.dataset.tensors import Features
 from bigdssm.loss_options import LOSSES
 from bigdssm.losses import (
+    DISTILLATIONS,
     CountedFrequency,
     LossOutput,
     Softmax,
@@ -57,9 +58,12 @@ class Objective:
         self._config = config
         self._options = LOSSES[config.name]
         self._term = Softmax() if self._options.all_columns else find_term(config.name, vars(config))
+        named = DISTILLATIONS.get(config.distillation)
+        self._distillation = None if named is None else named(config.distillation_temperature)
         self._normalise = model.score == "cosine"
         # A relative loss cancels it: its gradient would be rounding noise, which Adam turns into steps.
-        self._without_beta = model.beta == "scalar" and self._options.relative
+        self._scalar_beta = model.beta == "scalar"
+        self._without_beta = self._scalar_beta and self._options.relative
         self._tile, self._operand = tile, operand
         self._counted = (
             None
@@ -99,10 +103,15 @@ class Objective:
         listed = self.listed(batch)
         assert listed is not None and encoded.scores is not None and batch.negatives is not None
         absent = torch.nn.functional.pad(batch.negatives < 0, (1, 0))  # the positive is always there
-        return scored_loss(
-            self._term, encoded.scores.float().masked_fill(absent, -torch.inf), weight=weight,
-            doc_ids=batch.doc_ids[listed], **self._queries(batch, gathered=True),
-        )  # fmt: skip
+        scores = encoded.scores.float().masked_fill(absent, -torch.inf)
+        output = scored_loss(
+            self._term, scores, weight=weight, doc_ids=batch.doc_ids[listed], **self._queries(batch, gathered=True)
+        )
+        if self._distillation is None:
+            return output
+        copies = torch.nn.functional.pad(batch.negatives == batch.positive[:, None], (1, 0))
+        scores = scores.masked_fill(copies, -torch.inf)
+        return self._added(output, scored_loss(self._distillation, scores, weight=weight, teacher=batch.teacher))
 
     def _on_vectors(self, encoded: Encoded, batch: Batch, weight: Tensor) -> LossOutput:
         assert encoded.U is not None and encoded.W is not None
@@ -122,15 +131,30 @@ class Objective:
         queries = self._queries(batch)
 
         def loss(U: Tensor, W: Tensor) -> LossOutput:
-            return contrastive_loss(
-                self._term, U.to(self._operand or U.dtype), W.to(self._operand or W.dtype), positive=batch.positive,
+            vectors = U.to(self._operand or U.dtype), W.to(self._operand or W.dtype)
+            output = contrastive_loss(
+                self._term, *vectors, positive=batch.positive,
                 alpha=encoded.alpha, beta=beta, neg_bias=neg_bias, weight=weight, doc_ids=batch.doc_ids, **queries,
                 negatives=None if self._options.all_columns else batch.negatives,
                 columns="all" if self._options.all_columns else "in_batch" if config.in_batch else "none",
                 direction=config.direction, tile=self._tile,
             )  # fmt: skip
+            if self._distillation is None:
+                return output
+            # of the serving score, without corrections or masks: the judge says what a listed document is worth
+            judged = contrastive_loss(
+                self._distillation, *vectors, positive=batch.positive, alpha=encoded.alpha,
+                beta=None if self._scalar_beta else encoded.beta, weight=weight, negatives=batch.negatives,
+                teacher=batch.teacher, columns="none",
+            )  # fmt: skip
+            return self._added(output, judged)
 
         return matryoshka_loss(loss, encoded.U, encoded.W, config.widths, self._normalise)
+
+    def _added(self, output: LossOutput, judged: LossOutput) -> LossOutput:
+        """Return a loss with the distillation added to it, and to its statistics."""
+        stats = {**output.stats, "distillation": judged.loss.detach()}
+        return LossOutput(output.loss + self._config.distillation_weight * judged.loss, stats)
 
     def _queries(self, batch: Batch, gathered: bool = False) -> dict[str, Any]:
         """Return the loss's query_ids and known pairs: by mask, queries of one id know of each other, or each is alone.

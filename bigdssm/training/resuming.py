@@ -114,7 +114,8 @@ def check_length(checkpoint: ReadCheckpoint, stage: StageConfig, name: StageName
         )
     if steps == before:
         return
-    if stage.loss.negatives and stage.mining.file is None and before < steps_per_epoch:
+    mined_once = stage.loss.negatives and stage.mining.file is None and stage.mining.every_steps == 0
+    if mined_once and before < steps_per_epoch:
         raise ConfigError(
             f"{name}.steps, {name}.epochs: got {steps} steps, needs {before} as before: negatives were mined for the "
             f"rows of these alone; begin anew in another run.dir, or mine with bigdssm mine_negatives for "

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,14 +20,9 @@ from bigdssm.batching.plan import Budget
 from bigdssm.cli import ProgressBar
 from bigdssm.config import Config, StageName, first_difference
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.rows import Rows
-from bigdssm.errors import CheckpointError, ConfigError
-from bigdssm.hashing import hash64
+from bigdssm.errors import ConfigError
 from bigdssm.log import get_logger
 from bigdssm.models import DualEncoder, new_model
-from bigdssm.retrieval.embed import Documents, Share, encode_catalogue, tower_encoders
-from bigdssm.retrieval.mine import mine_to_file
-from bigdssm.retrieval.mined import MinedNegatives, UniformNegatives
 from bigdssm.running.alerts import SpikeAlert
 from bigdssm.running.faults import Faults
 from bigdssm.running.launcher import Launcher
@@ -47,6 +40,7 @@ from bigdssm.training.engine import Engine, device, init_process_group
 from bigdssm.training.growth import GrownReader, grow_model
 from bigdssm.training.health import Health, describe_ranks
 from bigdssm.training.loop import SaveClock, Stage, StageProgress, Watch, restore, train
+from bigdssm.training.mining import Mining
 from bigdssm.training.objective import Objective
 from bigdssm.training.resuming import check_length, part_steps
 from bigdssm.training.validation import Validator
@@ -135,7 +129,9 @@ def _assemble(
     objective = Objective(
         loss, config.model, config.engine.loss_tile, counts, stream.queries_per_step, engine.product_dtype
     )
-    mined, documents = _mined(config, name, engine, dataset, folder, watch, checkpoint is not None, new_part)
+    mining = Mining(config, name, engine, dataset, folder, watch.progress)
+    before = StageProgress(**checkpoint.state["progress"]) if checkpoint is not None and not new_part else None
+    mined, documents = mining.begin(0 if before is None else before.step - before.part_step, before is not None)
     torch.manual_seed(config.run.seed * 1_000_003 + distributed.rank() + 1)  # dropout differs between ranks
     progress = StageProgress()
     if checkpoint is not None:
@@ -160,7 +156,10 @@ def _assemble(
         starts_trained=initial_model(config, name) is not None or progress.part_step > 0,
         engine=engine,
         stream=stream,
-        batches=Batches(stream, stage_config.loss, mined, config.run.seed, device()),
+        batches=Batches(
+            stream, stage_config.loss, mined, config.run.seed, device(), stage_config.mining.teacher_margin
+        ),
+        mining=mining,
         objective=objective,
         average=average,
         validator=Validator(dataset, config, name, rows_per_chunk=1024),
@@ -215,66 +214,6 @@ def _model_difference(theirs: Config, mine: Config) -> str | None:
         return {key: value for key, value in model.items() if key not in ("alpha_init", "alpha_learned", "beta_init")}
 
     return first_difference(shape(theirs), shape(mine), "model")
-
-
-def _mined(
-    config: Config, name: StageName, engine: Engine, dataset: Dataset, folder: Path, watch: Watch, resumed: bool,
-    new_part: bool,
-) -> tuple[MinedNegatives | UniformNegatives | None, Documents | None]:  # fmt: skip
-    """Return the negatives of the part's rows, mined with the initial weights and kept for a resumed run, and with them
-    the rank's share of the documents' index vectors where they were encoded just now. Raises CheckpointError where the
-    kept negatives are lost.
-
-    Where no checkpoint is left they are mined again: nothing says of which dataset those were that lie there.
-    """
-    stage = config.stage(name)
-    given = stage.mining.file
-    path = _mined_file(config, dataset, folder) if given is None else Path(given)
-    if stage.loss.negatives == 0:
-        return None, None
-    if stage.mining.uniform:
-        return UniformNegatives(dataset.catalogue.num_docs), None
-    if (resumed or given is not None) and distributed.broadcast_object(path.exists()):
-        mined = MinedNegatives.open(path)
-        mined.check_against(dataset)
-        return mined, None
-    if resumed and not new_part:
-        raise CheckpointError(
-            f"{path} is missing: the run was trained with these negatives, and by now its weights would mine others; "
-            "bring the file back, or begin anew in another run.dir"
-        )
-    share = Share(distributed.rank(), distributed.world_size(), progress=watch.progress)
-    encoders = tower_encoders(engine.deepspeed, dataset, device())
-    documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
-    with closing(row_stream(config, stage, dataset, share.rank, share.world_size)) as stream:
-        steps = part_steps(stage, stream.steps_per_epoch)
-        some = steps < stream.steps_per_epoch
-        which = f"the {steps} steps' rows" if some else "every train row"
-        mining = stage.mining
-        logger.info("mining negatives at ranks %d to %d of %s", mining.first, mining.last, which)
-        mined = mine_to_file(
-            path, encoders, dataset, _to_come(stream, steps, watch) if some else None,
-            first=mining.first, last=mining.last, margin=mining.margin, exact_up_to=mining.exact_up_to,
-            documents=documents, share=share, filter_seen=config.data.excludes_seen,
-        )  # fmt: skip
-    return mined, documents
-
-
-def _to_come(stream: RowStream, steps: int, watch: Watch) -> Iterator[Rows]:
-    """Yield this rank's rows of the first steps."""
-    for step, rows in enumerate(islice(stream, steps), start=1):
-        yield rows
-        watch.progress("steps mined for", step, steps)
-    stream.check()  # rows that a rank could not read must not be missing from the file
-
-
-def _mined_file(config: Config, dataset: Dataset, folder: Path) -> Path:
-    """Return where the mined negatives of the partitions that are trained on stand: a new part has other rows."""
-    if config.data.from_partition is None and not config.data.mixture:
-        return folder / "mined_negatives.npy"
-    mixture = [(source.name, source.weight) for source in dataset.sources]
-    part = hash64(repr([mixture, config.data.mixture_batches, dataset.fingerprint])) % 2**64
-    return folder / f"mined_negatives.{part:016x}.npy"
 
 
 def _write_config(folder: Path, config: Config) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from bigdssm.batching.batch import Batch
 from bigdssm.config import LossConfig, ModelConfig
-from bigdssm.losses import fps_loss, ranking_loss
+from bigdssm.losses import ListwiseKL, MarginMSE, contrastive_loss, fps_loss, ranking_loss, scored_loss
 from bigdssm.models import Encoded
 from bigdssm.training.objective import Objective
 
@@ -133,6 +133,43 @@ def test_a_scalar_beta_takes_part_in_the_sigmoid_only() -> None:
     sigmoid = ranking_loss("sigmoid", U, W, POSITIVE, alpha=2.0, beta=BETA, weight=INDICATOR, in_batch=True,
                            negatives=BATCH.negatives, **IDS).loss  # fmt: skip
     assert loss(LossConfig(sampling="none", name="sigmoid"), model) == pytest.approx(float(sigmoid), rel=1e-12)
+
+
+TEACHER = torch.tensor([[1.0, 0.5, 2.0], [1.0, 0.0, np.nan], [np.nan, 1.0, 2.0], [0.5, 3.0, -1.0]])
+
+
+@pytest.mark.parametrize(
+    ("name", "term"), [("kl", ListwiseKL(2.0)), ("margin_mse", MarginMSE(2.0))], ids=["kl", "margin_mse"]
+)
+@pytest.mark.parametrize("base", [{"sampling": "corrected"}, {"sampling": "none", "name": "softmax", "negatives": 2}])
+def test_a_judge_is_followed_beside_the_loss(name: str, term: ListwiseKL | MarginMSE, base: dict[str, object]) -> None:
+    """By the serving score, whatever corrections and masks the loss has."""
+    batch = replace(BATCH, teacher=TEACHER)
+    follow = {"distillation": name, "distillation_weight": 0.3, "distillation_temperature": 2.0}
+    plain, both = (
+        Objective(LossConfig(**base, **more), ModelConfig(score="dot"), None, COUNTS, 20)(ENCODED, batch)  # type: ignore[arg-type]
+        for more in ({}, follow)
+    )
+    judged = contrastive_loss(
+        term, U, W, POSITIVE, alpha=2.0, beta=BETA, weight=INDICATOR, negatives=BATCH.negatives, teacher=TEACHER,
+        columns="none",
+    ).loss  # fmt: skip
+    assert float(both.loss) == pytest.approx(float(plain.loss + 0.3 * judged), rel=1e-12)
+    assert float(both.stats["distillation"]) == pytest.approx(float(judged), rel=1e-12) and float(judged) > 0.01
+
+
+def test_a_judge_is_followed_by_an_mlps_scores() -> None:
+    config = LossConfig(sampling="none", name="softmax", in_batch=False, negatives=2, mlp=(4,))
+    scores = torch.randn(M, 3, generator=torch.Generator().manual_seed(1))
+    batch = replace(BATCH, teacher=TEACHER, negatives=torch.tensor([[3, 0], [5, -1], [3, 3], [4, 5]]))
+    plain, both = (
+        Objective(one, ModelConfig(), None, None, 20)(Encoded(U, W, BETA, ALPHA, scores), batch).loss
+        for one in (config, replace(config, distillation="kl", distillation_weight=0.3))
+    )
+    kept = scores.clone()
+    kept[0, 2] = kept[1, 2] = -torch.inf  # a copy of the own document, and none
+    judged = scored_loss(ListwiseKL(), kept, weight=INDICATOR, teacher=TEACHER).loss
+    assert float(both) == pytest.approx(float(plain + 0.3 * judged), rel=1e-6) and float(judged) > 0.01
 
 
 @pytest.mark.parametrize("name", ["softmax", "pair_ce", "triplet"])

@@ -17,10 +17,11 @@ from bigdssm.dataset.mixture import MixturePart
 from bigdssm.dataset.rows import PLACE_BITS
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
 from bigdssm.models import new_model
+from bigdssm.progress import no_progress
 from bigdssm.retrieval.mined import mined_records
 from bigdssm.training.batches import row_stream
 from bigdssm.training.checks import check_folder, check_stage
-from bigdssm.training.stages import _mined_file
+from bigdssm.training.mining import Mining
 from bigdssm.training.validation import Validator
 from tests.distributed import small_run
 
@@ -103,6 +104,11 @@ def test_targets_that_rows_do_not_have_are_told(config: Config, caplog: pytest.L
     assert "data.targets_per_row=4 has no effect: every train row of" in caplog.text
 
 
+def mined_file(config: Config, dataset: Dataset, folder: Path) -> str:
+    mining = Mining(config, "pretrain", None, dataset, folder, no_progress)  # type: ignore[arg-type]
+    return mining.path(10).name
+
+
 def test_mined_negatives_are_of_one_part(config: Config, tmp_path: Path) -> None:
     """Another dataset, another weight: other rows to come, whose numbers may mean other documents."""
     dataset = Dataset.open(config.data.dir)
@@ -113,9 +119,12 @@ def test_mined_negatives_are_of_one_part(config: Config, tmp_path: Path) -> None
     for some in mixed:
         for data in (dataset, grown):
             data.sources = (MixturePart("base", 0, 1, some.data.mixture[0].weight),)
-            named.append(_mined_file(some, data, tmp_path).name)
+            named.append(mined_file(some, data, tmp_path))
     assert len(set(named)) == 4 and all(name.startswith("mined_negatives.") for name in named)
-    assert _mined_file(config, dataset, tmp_path).name == "mined_negatives.npy"
+    assert mined_file(config, dataset, tmp_path) == "mined_negatives.npy"
+    mining = replace(config.pretrain.mining, every_steps=5)
+    again = replace(config, pretrain=replace(config.pretrain, mining=mining))
+    assert mined_file(again, dataset, tmp_path) == "mined_negatives.step-00000010.npy"
 
 
 def test_negatives_that_were_mined_before_are_looked_at(config: Config, tmp_path: Path) -> None:
@@ -129,6 +138,13 @@ def test_negatives_that_were_mined_before_are_looked_at(config: Config, tmp_path
         refused(config, DataError, f"another dataset: it names row {row} and document {document}, .* {documents} doc")
     np.save(tmp_path / "mined.npy", mined_records(np.array([rows - 1 << PLACE_BITS]), np.array([[documents - 1, -1]])))
     check_stage(config, "pretrain", 1)
+    judged = replace(config, pretrain=replace(config.pretrain, loss=replace(loss, distillation="kl")))
+    refused(judged, ConfigError, r"distillation: got kl, needs a judge's scores, and \S*mined.npy has none")
+    margin = replace(config, pretrain=replace(config.pretrain, mining=replace(mining, teacher_margin=0.0)))
+    refused(margin, ConfigError, r"mining\.teacher_margin: got 0.0, needs a judge's scores, and \S*mined.npy has none")
+    teacher = np.zeros((1, 3), np.float32)
+    np.save(tmp_path / "mined.npy", mined_records(np.array([0]), np.array([[documents - 1, -1]]), teacher))
+    check_stage(judged, "pretrain", 1)
 
 
 def test_a_full_disk_while_the_best_is_written_is_one_sentence(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from bigdssm.config import LossConfig, OptimizerConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.distributed import free_port
 from bigdssm.errors import DataError
+from bigdssm.retrieval.mined import MinedNegatives, mined_records
 from bigdssm.running.row_log import CONSUMED, RowLog
 from bigdssm.streaming.stream import PairStream
 from bigdssm.training import engine
@@ -127,6 +128,29 @@ def test_uniform_draws_differ_by_step_and_seed_and_take_any_seed() -> None:
         for step in (0, 1)
     }
     assert len(set(drawn.values())) == 8 and all(len(draws) == 5 for draws in drawn.values())
+
+
+def test_what_a_judge_puts_above_a_querys_own_document_is_not_drawn(tiny_interactions: TinyDataset) -> None:
+    """Less the margin; what it has not scored may be drawn, and the scores of what is drawn come along."""
+    stream = PairStream(Dataset.open(tiny_interactions.dir), rows_global=24, lanes=4)
+    rows = next(iter(stream))
+    m = rows.num_queries
+    windows = np.tile(np.arange(5, dtype=np.int32), (m, 1))
+    teacher = np.tile(np.array([1, 0.2, 0.6, 1.5, np.nan, 0.7], np.float32), (m, 1))
+    order = np.argsort(rows.query_keys)
+    mined = MinedNegatives(mined_records(rows.query_keys[order], windows, teacher))
+    loss = LossConfig(name="softmax", negatives=5, distillation="kl")
+
+    def drawn(teacher_margin: float | None) -> tuple[set[int], np.ndarray]:
+        batches = Batches(stream, loss, mined, 0, torch.device("cpu"), teacher_margin)
+        negatives, scores = batches._listed(mined, rows)
+        assert scores is not None and (scores[:, 0] == 1).all()
+        np.testing.assert_array_equal(scores[:, 1:], np.where(negatives < 0, np.nan, teacher[0, 1:][negatives]))
+        return set(negatives[negatives >= 0].tolist()), scores
+
+    assert [drawn(margin)[0] for margin in (None, 0.0, 0.35, -1.0)] == [
+        {0, 1, 2, 3, 4}, {0, 1, 3, 4}, {0, 1, 3}, {0, 1, 2, 3, 4}
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("mask", ["user", "past"])

@@ -15,7 +15,14 @@ from bigdssm.models import DualEncoder
 from bigdssm.retrieval import top as top_module
 from bigdssm.retrieval.embed import Documents, Encoders, Share, tower_encoders
 from bigdssm.retrieval.mine import KnownPositives, mine, mine_to_file
-from bigdssm.retrieval.mined import MinedNegatives, UniformNegatives, choose_negatives
+from bigdssm.retrieval.mined import (
+    MinedNegatives,
+    UniformNegatives,
+    at_places,
+    choose_negatives,
+    choose_places,
+    mined_records,
+)
 from bigdssm.retrieval.top import top_documents
 
 
@@ -107,6 +114,26 @@ def test_the_file_holds_every_row_or_those_asked_for(model: DualEncoder, dataset
         MinedNegatives.open(path)
 
 
+def test_the_file_may_hold_a_judges_scores(dataset: Dataset, tmp_path: Path) -> None:
+    path, keys = tmp_path / "judged.npy", np.array([3, 5, 9]) << PLACE_BITS
+    windows = np.array([[4, 2], [1, -1], [0, 7]])
+    teacher = np.array([[1, 0.5, np.nan], [2, -1, np.nan], [np.nan, 4, 3]], np.float32)
+    np.save(path, mined_records(keys, windows, teacher))
+    mined = MinedNegatives.open(path)
+    mined.check_against(dataset)
+    assert mined.judged and (len(mined), mined.width, mined.per_query()) == (3, 2, 5 / 3)
+    np.testing.assert_array_equal(mined.windows(keys[[2, 0, 0]]), windows[[2, 0, 0]])
+    np.testing.assert_array_equal(mined.teacher(keys[[2, 0, 0]]), teacher[[2, 0, 0]])
+    with pytest.raises(DataError, match=r"judged.npy has no negatives for row 4 "):
+        mined.teacher(keys[:1] + (1 << PLACE_BITS))
+    assert not MinedNegatives(mined_records(keys, windows)).judged
+    narrow = np.dtype([("query", np.int64), ("window", np.int32, (2,)), ("teacher", np.float32, (2,))], align=True)
+    for wrong in (narrow, np.dtype([("query", np.int64), ("window", np.int32)])):
+        np.save(path, np.zeros(3, wrong))
+        with pytest.raises(DataError, match="needs records of query and window, or of these and teacher"):
+            MinedNegatives.open(path)
+
+
 def test_ranks_know_the_positives_of_their_rows_and_all_of_them_together(dataset: Dataset) -> None:
     ids = np.unique(np.concatenate([rows.query_ids for rows in dataset.iterate("train", 1000)]))
     whole, shares = KnownPositives.of(dataset), [KnownPositives.of(dataset, Share(rank, 3)) for rank in range(3)]
@@ -165,6 +192,16 @@ def test_choice_is_a_function_of_the_row_and_the_epoch() -> None:
     assert choose_negatives(window, rows_of(row_ids), -1, -1, 1).shape == (50, 1)
 
 
+def test_what_stands_beside_a_window_is_chosen_with_it() -> None:
+    window = np.random.RandomState(0).permutation(400).reshape(20, 20).astype(np.int32)
+    window[3, 2:] = -1
+    rows = rows_of(np.arange(20) * 7)
+    places = choose_places(window, rows, 2, 5, 6)
+    chosen, beside = choose_negatives(window, rows, 2, 5, 6), at_places(window * 0.5, places, np.nan)
+    np.testing.assert_array_equal(np.isnan(beside), chosen < 0)
+    np.testing.assert_array_equal(beside[chosen >= 0], chosen[chosen >= 0] * 0.5)
+
+
 def test_choice_is_uniform_over_the_window() -> None:
     window = np.tile(np.arange(20, dtype=np.int32), (4000, 1))
     counts = np.bincount(choose_negatives(window, rows_of(np.arange(4000)), 0, 0, 5).ravel(), minlength=20)
@@ -173,8 +210,8 @@ def test_choice_is_uniform_over_the_window() -> None:
 
 def test_uniform_negatives_are_a_function_of_the_query_and_the_epoch_and_come_once() -> None:
     ids, uniform = np.arange(4000) * 1_000_003, UniformNegatives(20)
-    chosen = uniform.choose(rows_of(ids), 4, 9, 5)
-    assert chosen.shape == (4000, 5) and chosen.dtype == np.int32
+    chosen = uniform.choose(rows_of(ids), 4, 9, 5).documents
+    assert chosen.shape == (4000, 5) and chosen.dtype == np.int64
     for row in chosen[:200]:
         real = row[row >= 0].tolist()
         assert len(set(real)) == len(real) > 0
@@ -182,5 +219,5 @@ def test_uniform_negatives_are_a_function_of_the_query_and_the_epoch_and_come_on
     assert len(counts) == 20 and abs(counts - counts.mean()).max() < 5 * counts.mean() ** 0.5
     assert abs((chosen < 0).mean() - (1 - 20 * (1 - 0.95**5) / 5)) < 0.01
     order = np.random.RandomState(1).permutation(4000)
-    np.testing.assert_array_equal(uniform.choose(rows_of(ids[order]), 4, 9, 5), chosen[order])
-    assert (uniform.choose(rows_of(ids), 5, 9, 5) == chosen).mean() < 0.1
+    np.testing.assert_array_equal(uniform.choose(rows_of(ids[order]), 4, 9, 5).documents, chosen[order])
+    assert (uniform.choose(rows_of(ids), 5, 9, 5).documents == chosen).mean() < 0.1

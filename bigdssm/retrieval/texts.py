@@ -1,0 +1,37 @@
+"""Queries and documents of a dataset as texts: what the towers read of them, cut and in the tokenizer's case."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import numpy as np
+
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import Rows
+from bigdssm.errors import ConfigError
+from bigdssm.features import Column, Ragged, TextTokenizer, texts_of
+
+
+class Texts:
+    """The texts of a dataset's rows; several of one row stand behind each other, parted by a bar."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        """Raises ConfigError where a side has no text."""
+        self._query, self._doc = list(texts_of(dataset.schema.query)), list(texts_of(dataset.schema.doc))
+        if not (self._query and self._doc) or dataset.tokenizer is None:
+            raise ConfigError(f"{dataset.dir} has a side without a text feature; there is nothing to read")
+        self._catalogue, self._tokenizer = dataset.catalogue, dataset.tokenizer
+
+    def queries(self, rows: Rows) -> list[str]:
+        """Return the texts of the rows' queries."""
+        return _read(rows.query, self._query, self._tokenizer)
+
+    def documents(self, doc_rows: np.ndarray) -> list[str]:
+        """Return the texts of catalogue rows, int64 [n]."""
+        return _read(self._catalogue.columns(doc_rows), self._doc, self._tokenizer)
+
+
+def _read(columns: Mapping[str, Column], names: list[str], tokenizer: TextTokenizer) -> list[str]:
+    parts = [tokenizer.decode(cast(Ragged, columns[name])) for name in names]
+    return [" | ".join(row) for row in zip(*parts, strict=True)]

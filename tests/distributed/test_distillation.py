@@ -1,0 +1,136 @@
+"""The terms that follow a judge, on 1 and 2 ranks, by vectors and by scores, against loops in float64."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bigdssm.errors import BigDSSMError
+from bigdssm.losses import DISTILLATIONS, PairCE, contrastive_loss, scored_loss
+
+from . import reference
+from .parity import assert_parity, run
+from .reference import DOUBLE, Shard, make_shards
+from .spawn import Pool
+
+TEMPERATURE = 1.7
+OPTIONS = frozenset({"beta", "weight", "shared", "negatives"})
+SIZES = [(7, 12), (9, 11)]
+
+
+def judge(U: Tensor, W: Tensor, positive: Tensor, negatives: Tensor) -> Tensor:
+    """Return made-up scores [m, 1 + k] of the vectors, some of them none: the same wherever they are made."""
+    listed = torch.cat([positive[:, None], negatives.clamp(min=0)], 1)
+    scores = 3 * torch.einsum("md,mkd->mk", U.detach().double().flip(1), W.detach().double()[listed])
+    return scores.masked_fill(scores > 2.0, torch.nan)
+
+
+def dense(name: str, shards: list[Shard], alpha: float) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the loss of the concatenated batch and its gradients, query by query."""
+    x = reference.dense(shards, alpha)
+    total, first, row = x.S.sum() * 0, 0, 0
+    for shard in shards:
+        assert shard.negatives is not None
+        teacher = judge(shard.U, shard.W, shard.positive, shard.negatives)
+        for i, own in enumerate(shard.positive.tolist()):
+            listed = shard.negatives[i].tolist()
+            kept = [(first + own, 0)] + [(first + j, 1 + at) for at, j in enumerate(listed) if j >= 0 and j != own]
+            kept = [(column, at) for column, at in kept if not teacher[i, at].isnan()]
+            if len(kept) > 1 and kept[0][1] == 0:
+                S = torch.stack([x.S[row, column] for column, _ in kept])
+                T = torch.stack([teacher[i, at] for _, at in kept]) / TEMPERATURE
+                if name == "kl":
+                    term = torch.nn.functional.kl_div(S.log_softmax(0), T.softmax(0), reduction="sum")
+                else:
+                    term = torch.nn.functional.mse_loss(S[0] - S[1:], T[0] - T[1:])
+                total = total + x.weight[row] * term
+            row += 1
+        first += len(shard.W)
+    return reference._gradients(total / x.weight.sum(), x.leaves)
+
+
+def by_vectors(name: str, U: Tensor, W: Tensor, positive: Tensor, *, negatives: Tensor, **given: Any) -> Any:
+    teacher = judge(U, W, positive, negatives)
+    term = DISTILLATIONS[name](TEMPERATURE)
+    return contrastive_loss(term, U, W, positive, negatives=negatives, teacher=teacher, columns="none", **given)
+
+
+def by_scores(
+    name: str, U: Tensor, W: Tensor, positive: Tensor, *, alpha: Tensor, beta: Tensor, negatives: Tensor, weight: Tensor
+) -> Any:
+    listed = torch.cat([positive[:, None], negatives.clamp(min=0)], 1)
+    scores = alpha * torch.einsum("md,mkd->mk", U, W[listed]) + beta[listed]
+    absent = torch.nn.functional.pad((negatives < 0) | (negatives == positive[:, None]), (1, 0))
+    term, teacher = DISTILLATIONS[name](TEMPERATURE), judge(U, W, positive, negatives)
+    return scored_loss(term, scores.masked_fill(absent, -torch.inf), weight=weight, teacher=teacher)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("way", [by_vectors, by_scores])
+@pytest.mark.parametrize("name", DISTILLATIONS)
+def test_equals_the_dense_loss(pools: dict[int, Pool], name: str, way: Any, ranks: int) -> None:
+    for seed in range(3):
+        shards = make_shards(torch.Generator().manual_seed(seed), SIZES[:ranks], 6, num_docs=15, options=OPTIONS)
+        expected = dense(name, shards, 5.0)
+        assert float(expected[0]) > 0.1
+        assert_parity(shards, 5.0, run(pools, partial(way, name), shards, 5.0), expected, 1e-10)
+
+
+@pytest.mark.parametrize("name", DISTILLATIONS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-3)])
+def test_lower_precision(pools: dict[int, Pool], name: str, dtype: torch.dtype, tolerance: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    shards = make_shards(generator, [(40, 60), (0, 0)], 32, num_docs=50, options=OPTIONS, dtype=dtype)
+    found = run(pools, partial(by_vectors, name), shards, 100.0)
+    assert_parity(shards, 100.0, found, dense(name, shards, 100.0), tolerance)
+
+
+@pytest.mark.parametrize("name", DISTILLATIONS)
+def test_queries_that_nobody_judged_have_no_term(name: str) -> None:
+    """Not where their own document has no score, not where no other has one; the others' mean is over all weights."""
+    U, W = (torch.randn(3, 4, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE) for seed in (0, 1))
+    U, nan = U.requires_grad_(), torch.nan
+    teacher = torch.tensor([[nan, 1.0, 2.0], [1.0, nan, nan], [3.0, 1.0, torch.inf]])
+    negatives = torch.tensor([[1, 2], [0, 2], [0, 1]])
+    given = {"alpha": 2.0, "columns": "none"}
+    term = DISTILLATIONS[name]()
+    out = contrastive_loss(term, U, W, negatives=negatives, teacher=teacher, **given)  # type: ignore[arg-type]
+    out.loss.backward()
+    assert U.grad is not None and not U.grad[:2].any() and bool(U.grad[2].any())
+    alone = contrastive_loss(
+        term, U[2:], W, torch.tensor([2]), negatives=negatives[2:, :1], teacher=teacher[2:, :2], **given
+    )  # type: ignore[arg-type]
+    assert out.loss.item() == pytest.approx(alone.loss.item() / 3, rel=1e-12)
+    nothing = contrastive_loss(term, U, W, negatives=negatives, teacher=torch.full((3, 3), nan), **given)  # type: ignore[arg-type]
+    assert nothing.loss.item() == 0
+
+
+def refused(rank: int, world_size: int, calls: list[dict[str, Any]]) -> str:
+    U, negatives = torch.ones(2, 3), torch.zeros(2, 2, dtype=torch.int64)
+    try:
+        contrastive_loss(**{"U": U, "W": U, "alpha": 2.0, "negatives": negatives, "columns": "none", **calls[rank]})
+    except BigDSSMError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"teacher": None}, r"teacher goes with terms that follow a judge, and kl\(temperature=1.0\) is one"),
+        ({"teacher": torch.ones(2, 2)}, r"teacher must be floating point \[2, 3\], got torch.float32 \[2, 2\]"),
+        ({"teacher": torch.ones(2, 3).long()}, r"teacher must be floating point \[2, 3\], got torch.int64"),
+        ({"columns": "in_batch"}, r"kl\(temperature=1.0\) looks at listed documents alone: it needs columns='none'"),
+        ({"term": PairCE()}, "teacher goes with terms that follow a judge, and pair_ce is none"),
+    ],
+)
+def test_what_does_not_fit_is_refused_on_all_ranks(pools: dict[int, Pool], wrong: dict[str, Any], words: str) -> None:
+    good = {"term": DISTILLATIONS["kl"](), "teacher": torch.ones(2, 3)}
+    assert re.search(f"LossInputError: {words}", refused(0, 1, [{**good, **wrong}]))
+    errors = pools[2].run(refused, [good, {**good, **wrong}], timeout_s=20)
+    assert errors[0].startswith("PeerError") and errors[1].startswith("LossInputError")

@@ -1,0 +1,139 @@
+"""Fine-tuning with windows that are mined again, or that a judge has scored: one curve, exact resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bigdssm.artifacts.checkpoint_model import load_checkpoint_model
+from bigdssm.config import load_config
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.retrieval.mine import mine
+from bigdssm.retrieval.mined import MinedNegatives, mined_records
+
+from . import small_run
+from .spawn import Pool, RankFailed
+from .test_training import assert_same_curve, config, reference  # noqa: F401, fixtures
+
+AGAIN = ("sft.steps=8", "sft.mining.every_steps=3", "sft.save_every_steps=2", "sft.keep_checkpoints=2")
+
+
+class Stopped(Exception):
+    """Raised on every rank: whatever the run would do at its end must not happen."""
+
+
+def break_off(rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...], step: int) -> None:  # noqa: F811
+    """Fine-tune, and break off in `step`."""
+    from bigdssm.training import loop
+
+    original: Callable[..., Any] = loop.train_step
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if args[1].step == step:
+            raise Stopped
+        return original(*args, **kwargs)
+
+    loop.train_step = failing
+    try:
+        small_run.run(rank, world_size, config, run_dir, overrides, "sft", (run_dir / "sft").exists())
+    except Stopped:
+        return
+    finally:
+        loop.train_step = original
+    raise AssertionError(f"the run has no step {step}")
+
+
+def start(reference: Path) -> str:  # noqa: F811
+    return f"sft.init={reference / 'pretrain' / 'best'}"
+
+
+def mined_files(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "sft").glob("mined_negatives*"))
+
+
+@pytest.fixture(scope="module")
+def mined_again(
+    config: Path, reference: Path, tmp_path_factory: pytest.TempPathFactory, pools: dict[int, Pool]  # noqa: F811
+) -> Path:  # fmt: skip
+    """One rank, never interrupted: mined before the steps 0, 3 and 6 of 8."""
+    run_dir = tmp_path_factory.mktemp("mined_again")
+    pools[1].run(small_run.run, config, run_dir, (start(reference), *AGAIN), "sft")
+    return run_dir
+
+
+def test_what_is_mined_again_is_of_the_weights_of_that_step(
+    config: Path, reference: Path, mined_again: Path, tmp_path: Path, pools: dict[int, Pool]  # noqa: F811
+) -> None:  # fmt: skip
+    """At any number of ranks. What no checkpoint needs any more is removed."""
+    names = [f"mined_negatives.step-0000000{step}.npy" for step in (3, 6)]
+    assert mined_files(mined_again) == names
+    dataset = Dataset.open(load_config(config).data.dir)
+    model = load_checkpoint_model(mined_again / "sft" / "checkpoints" / "step-00000006").model
+    everything = MinedNegatives(mine(tower_encoders(model, dataset), dataset, first=1, last=20))
+    third, last = (MinedNegatives.open(mined_again / "sft" / name) for name in names)
+    assert len(last) == len(third) == 3 * 48
+    np.testing.assert_array_equal(last.windows(last.queries), everything.windows(last.queries))
+    assert (third.windows(third.queries) != everything.windows(third.queries)).any()
+    pools[2].run(small_run.run, config, tmp_path, (start(reference), *AGAIN), "sft")
+    assert_same_curve(tmp_path, mined_again, stage="sft")
+    assert len(small_run.records(mined_again, "sft")) == 8
+
+
+def test_a_run_that_mines_again_goes_on_exactly(
+    config: Path, reference: Path, mined_again: Path, tmp_path: Path, pools: dict[int, Pool]  # noqa: F811
+) -> None:  # fmt: skip
+    """Between two minings, and just where it is mined: then from the same weights, the file being there or not.
+
+    It may become longer: what was mined last reaches as far as it always does.
+    """
+    overrides = (start(reference), *AGAIN)
+    pools[1].run(break_off, config, tmp_path, overrides, 5)
+    assert mined_files(tmp_path) == [f"mined_negatives.step-0000000{step}.npy" for step in (0, 3)]
+    third = tmp_path / "sft" / "mined_negatives.step-00000003.npy"
+    kept = third.read_bytes()
+    third.unlink()
+    with pytest.raises(RankFailed, match=r"CheckpointError: .*step-00000003.npy is missing"):
+        pools[1].run(small_run.run, config, tmp_path, overrides, "sft", True)
+    third.write_bytes(kept)
+    pools[1].run(break_off, config, tmp_path, overrides, 7)
+    (tmp_path / "sft" / "mined_negatives.step-00000006.npy").unlink()
+    pools[1].run(small_run.run, config, tmp_path, overrides, "sft", True)
+    curve = {record["step"]: record for record in small_run.records(tmp_path, "sft")}
+    for record in small_run.records(mined_again, "sft"):
+        assert (curve[record["step"]]["loss"], curve[record["step"]]["grad_norm"]) == (
+            record["loss"], record["grad_norm"]
+        )  # fmt: skip
+    pools[1].run(small_run.run, config, tmp_path, (*overrides, "sft.steps=9"), "sft", True)
+    assert small_run.records(tmp_path, "sft")[-1]["step"] == 9
+
+
+@pytest.mark.parametrize(
+    "loss",
+    ["{name: fps, in_batch: true, negatives: 3, distillation: kl, distillation_temperature: 0.5}",
+     "{name: pair_ce, in_batch: false, negatives: 3, distillation: margin_mse, distillation_weight: 0.1}"],
+    ids=["fps and kl", "pair_ce and margin_mse"],
+)  # fmt: skip
+def test_a_judge_is_followed_on_any_number_of_ranks(
+    config: Path, reference: Path, mined_again: Path, tmp_path: Path, pools: dict[int, Pool], loss: str  # noqa: F811
+) -> None:  # fmt: skip
+    """A judge who likes documents by their number: what is left of its disagreement shrinks, whatever the ranks."""
+    dataset = Dataset.open(load_config(config).data.dir)
+    model = load_checkpoint_model(mined_again / "sft" / "checkpoints" / "step-00000006").model
+    mined = mine(tower_encoders(model, dataset), dataset, first=1, last=20)
+    own = np.concatenate([rows.doc_rows for rows in dataset.iterate("train", 999)])
+    scores = np.concatenate([own[:, None], mined["window"]], 1) / 10.0
+    np.save(tmp_path / "judged.npy", mined_records(mined["query"], mined["window"], scores))
+    overrides = (
+        start(reference), "sft.steps=12", f"sft.mining.file={tmp_path / 'judged.npy'}", f"sft.loss={loss}",
+        "sft.optimizer.lr=0.01",
+    )  # fmt: skip
+    for ranks in (1, 2):
+        pools[ranks].run(small_run.run, config, tmp_path / f"{ranks}", overrides, "sft")
+    assert_same_curve(tmp_path / "2", tmp_path / "1", stage="sft")
+    left = [record["distillation"] for record in small_run.records(tmp_path / "1", "sft")]
+    assert left[-1] < 0.9 * left[0]

@@ -1,0 +1,243 @@
+"""A judge's scores beside mined windows: whose they are, how several are averaged, going on where it was killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+from bigdssm.artifacts.model_folder import load_model_folder, save_model_folder
+from bigdssm.config import Config, ScorerConfig, load_config
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import Rows
+from bigdssm.errors import DataError
+from bigdssm.evaluation.judges import Judge, VectorJudge, ensemble
+from bigdssm.evaluation.score_pairs import score_pairs
+from bigdssm.features import Ragged
+from bigdssm.models import DualEncoder
+from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.retrieval.mine import mine_to_file
+from bigdssm.retrieval.mined import MinedNegatives, mined_records
+from bigdssm.retrieval.pair_scorer import PairScorer
+from bigdssm.retrieval.shards import Work
+from bigdssm.retrieval.texts import Texts
+from tests.unit.retrieval.conftest import SMALL, random_model
+from tests.unit.retrieval.test_tools import Tools, tools  # noqa: F401, fixtures
+
+
+@pytest.fixture(scope="module")
+def mined(model: DualEncoder, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Windows of all train queries; some places of them hold nothing."""
+    path = tmp_path_factory.mktemp("mined") / "mined.npy"
+    found = mine_to_file(path, tower_encoders(model, dataset), dataset, first=1, last=5, margin=-5.0)
+    assert 0 < (found.windows(found.queries) < 0).mean() < 0.9
+    return path
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny_pairs: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Path, Config]:
+    """A dataset of texts, made-up windows, and its config."""
+    dataset = Dataset.open(tiny_pairs.dir)
+    keys = np.concatenate([rows.query_keys for rows in dataset.iterate("train", 999)])[::9]
+    windows = np.random.RandomState(0).randint(-1, dataset.catalogue.num_docs, (len(keys), 3))
+    path = tmp_path_factory.mktemp("pairs") / "mined.npy"
+    np.save(path, mined_records(keys, windows))
+    return dataset, path, load_config(tiny_pairs.config, [f"model.{override}" for override in SMALL])
+
+
+def asked(dataset: Dataset, mined: MinedNegatives) -> tuple[Rows, np.ndarray]:
+    """Return the mined queries as rows, and their documents, the own one first."""
+    rows = next(dataset.iterate("train", 10**6))
+    rows = rows.take(np.flatnonzero(np.isin(rows.query_keys, mined.queries)))
+    return rows, np.concatenate([rows.doc_rows[:, None], mined.windows(rows.query_keys)], 1)
+
+
+def assert_scores(path: Path, expected: np.ndarray, tolerance: float = 1e-5) -> None:
+    judged = MinedNegatives.open(path)
+    np.testing.assert_allclose(judged.teacher(judged.queries), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_models_scores_are_its_products(
+    tools: Tools, mined: Path, other_model_dir: Path, config: Config, dataset: Dataset, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    out = tools.ran(
+        "score_pairs", "--data", dataset.dir, "--mined", mined, "--out", tmp_path / "judged.npy",
+        "--model", other_model_dir, "--rows-per-shard", 100,
+    )  # fmt: skip
+    given = MinedNegatives.open(mined)
+    assert f"judged.npy: {len(given)} queries, {given.per_query():.1f} documents each, scored by 1" in out
+    rows, docs = asked(dataset, given)
+    encoders = tower_encoders(random_model(config, dataset, seed=2), dataset)
+    scores = (encoders.queries(rows) @ encoders.documents(np.arange(dataset.catalogue.num_docs)).T).numpy()
+    expected = np.where(docs < 0, np.nan, np.take_along_axis(scores, np.maximum(docs, 0), 1))
+    assert_scores(tmp_path / "judged.npy", expected)
+    np.testing.assert_array_equal(MinedNegatives.open(tmp_path / "judged.npy").windows(given.queries), docs[:, 1:])
+    assert [path.name for path in tmp_path.iterdir()] == ["judged.npy"]
+
+
+def test_an_mlp_may_judge(
+    tools: Tools, mined: Path, tiny_interactions: Any, dataset: Dataset, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    loss = "{name: pair_ce, in_batch: false, negatives: 2, mlp: [5]}"
+    config = load_config(tiny_interactions.config, [*(f"model.{x}" for x in SMALL), "sft={}", f"sft.loss={loss}"])
+    model = random_model(config, dataset, seed=4, scorer=ScorerConfig("mlp", (5,)))
+    save_model_folder(tmp_path / "mlp", model, config, dataset.schema, dataset.tokenizer_dir, {"stage": "sft"})
+    arguments = ("--data", dataset.dir, "--mined", mined, "--out", tmp_path / "judged.npy")
+    tools.ran("score_pairs", *arguments, "--model", tmp_path / "mlp")
+    rows, docs = asked(dataset, MinedNegatives.open(mined))
+    encoders = tower_encoders(model, dataset)
+    documents = encoders.documents(np.arange(dataset.catalogue.num_docs))
+    W = documents[:, :-1] / documents[:, :-1].norm(dim=1, keepdim=True)  # of a cosine model
+    assert model.scorer is not None and model.config.score == "cosine"
+    with torch.no_grad():
+        scores = model.scorer(encoders.queries(rows)[:, None, :-1], W[np.maximum(docs, 0)]).numpy()
+    assert_scores(tmp_path / "judged.npy", np.where(docs < 0, np.nan, scores), 1e-4)
+
+
+def test_a_cross_encoder_of_our_own_may_judge(
+    tools: Tools, pairs: tuple[Dataset, Path, Config], tiny_pairs: Any, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    dataset, path, _ = pairs
+    loss = "sft.loss={name: softmax, negatives: 3, in_batch: false, cross_encoder: true}"
+    small = [*SMALL, "query.text.layers=1", "query.text.hidden=8"]
+    config = load_config(tiny_pairs.config, [*(f"model.{override}" for override in small), loss])
+    model = random_model(config, dataset, seed=3, scorer=ScorerConfig("cross_encoder"))
+    save_model_folder(tmp_path / "cross", model, config, dataset.schema, dataset.tokenizer_dir, {"stage": "sft"})
+    arguments = ("--data", dataset.dir, "--mined", path, "--out", tmp_path / "judged.npy")
+    tools.ran("score_pairs", *arguments, "--model", tmp_path / "cross")
+    rows, docs = asked(dataset, MinedNegatives.open(path))
+    scores = PairScorer.of(load_model_folder(tmp_path / "cross"), dataset).score(rows.query, docs)
+    assert_scores(tmp_path / "judged.npy", np.where(docs < 0, np.nan, scores), 1e-4)
+
+
+def test_several_judges_are_averaged_on_one_scale(pairs: tuple[Dataset, Path, Config]) -> None:
+    dataset, path, config = pairs
+    rows, docs = asked(dataset, MinedNegatives.open(path))
+    encoders = [tower_encoders(random_model(config, dataset, seed), dataset) for seed in (5, 6)]
+    judges: list[Judge] = [VectorJudge(some, dataset.catalogue.num_docs) for some in encoders]
+    first, second = (judge(rows, np.maximum(docs, 0)) for judge in judges)
+    found = ensemble([judges[0], lambda *pair: 100 * judges[1](*pair) + 7], rows, docs)
+    for i, there in enumerate(docs >= 0):
+        assert (np.isnan(found[i]) == ~there).all()
+        scaled = [(s[i, there] - s[i, there].mean()) / max(float(s[i, there].std()), 1e-30) for s in (first, second)]
+        np.testing.assert_allclose(found[i, there], (scaled[0] + scaled[1]) / 2, atol=1e-4)
+    np.testing.assert_array_equal(ensemble(judges[:1], rows, docs)[docs >= 0], first[docs >= 0])
+
+
+def test_bm25_and_a_cross_encoder_read_the_texts(
+    tools: Tools, pairs: tuple[Dataset, Path, Config], tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    """Each alone, by what BM25 and the transformer say of the same texts."""
+    for package in ("bm25s", "Stemmer", "sentence_transformers"):
+        pytest.importorskip(package)
+    dataset, mined, _ = pairs
+    folder, tokenizer = _tiny_cross_encoder(tmp_path / "cross", dataset)
+    arguments = ("--data", dataset.dir, "--mined", mined, "--out")
+    tools.ran("score_pairs", *arguments, tmp_path / "bm25.npy", "--bm25")
+    tools.ran("score_pairs", *arguments, tmp_path / "cross.npy", "--cross-encoder", tmp_path / "cross")
+    given = MinedNegatives.open(mined)
+    rows, docs = asked(dataset, given)
+    texts = Texts(dataset)
+    lexical, read = (
+        MinedNegatives.open(tmp_path / f"{name}.npy").teacher(rows.query_keys) for name in ("bm25", "cross")
+    )
+    queries, documents = texts.queries(rows), texts.documents(np.arange(dataset.catalogue.num_docs))
+    assert isinstance(rows.query["query"], Ragged) and len(set(documents)) > 100
+    shared = [[len({*query.split()} & {*documents[doc].rstrip(" .").split()}) for doc in row if doc >= 0]
+              for query, row in zip(queries, docs.tolist(), strict=True)]  # fmt: skip
+    for counts, scores in zip(shared, lexical, strict=True):
+        assert [count > 0 for count in counts] == (scores[~np.isnan(scores)] > 0).tolist()
+    assert np.nanmean(lexical[:, 0]) > 3 * np.nanmean(lexical[:, 1:])
+    for i in (0, 7, len(rows) - 1):
+        for at, doc in enumerate(docs[i].tolist()):
+            if doc >= 0:
+                inputs = tokenizer(queries[i], documents[doc], return_tensors="pt")
+                with torch.no_grad():
+                    logit = float(folder(**inputs).logits)
+                assert read[i, at] == pytest.approx(logit, abs=1e-5)
+    assert (np.isnan(read) == (docs < 0)).all() and np.nanstd(read) > 1e-3
+
+
+def _tiny_cross_encoder(path: Path, dataset: Dataset) -> tuple[Any, Any]:
+    """Write a random one with the dataset's tokenizer; return its transformer and its tokenizer."""
+    assert dataset.tokenizer_dir is not None
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=dataset.vocab_size, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, num_labels=1, initializer_range=0.5,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config).eval()
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep")}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(dataset.tokenizer_dir / "tokenizer.json"), **special)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return model, tokenizer
+
+
+def test_ranks_share_the_queries_and_go_on_where_they_were_killed(
+    model: DualEncoder, mined: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    given, out, asked_for = MinedNegatives.open(mined), tmp_path / "judged.npy", []
+    judge = VectorJudge(tower_encoders(model, dataset), dataset.catalogue.num_docs)
+
+    def killed(rows: Rows, docs: np.ndarray) -> np.ndarray:
+        if len(asked_for) == 3:
+            raise KeyboardInterrupt
+        asked_for.append(rows.query_keys)
+        return judge(rows, docs)
+
+    def make(judge: Judge, rank: int, names: list[str]) -> MinedNegatives | None:
+        return score_pairs(out, given, dataset, [judge], names, Work(rank, 2, rows_per_shard=60))
+
+    with pytest.raises(KeyboardInterrupt):
+        make(killed, 0, ["one"])
+    assert not out.exists()
+    seen: list[np.ndarray] = []
+
+    def counted(rows: Rows, docs: np.ndarray) -> np.ndarray:
+        seen.append(rows.query_keys)
+        return judge(rows, docs)
+
+    assert make(counted, 1, ["one"]) is None and not out.exists()
+    whole = make(counted, 0, ["one"])
+    assert whole is not None
+    np.testing.assert_array_equal(np.sort(np.concatenate([*asked_for, *seen])), given.queries)
+    direct = score_pairs(tmp_path / "direct.npy", given, dataset, [judge], ["one"], Work())
+    assert direct is not None
+    np.testing.assert_allclose(whole.teacher(given.queries), direct.teacher(given.queries), rtol=1e-4, atol=1e-4)
+    # of another judge nothing is kept
+    asked_for.clear()
+    with pytest.raises(KeyboardInterrupt):
+        make(killed, 0, ["one"])
+    seen.clear()
+    make(counted, 0, ["two"])
+    make(counted, 1, ["two"])
+    np.testing.assert_array_equal(np.sort(np.concatenate(seen)), given.queries)
+
+
+def test_scores_that_are_none_are_refused(mined: Path, dataset: Dataset, tmp_path: Path) -> None:
+    def nothing(rows: Rows, docs: np.ndarray) -> np.ndarray:
+        return np.full(docs.shape, np.nan)
+
+    with pytest.raises(DataError, match=r"a judge's scores of rows 0 to \d+ hold NaN or inf"):
+        score_pairs(tmp_path / "judged.npy", MinedNegatives.open(mined), dataset, [nothing], ["nobody"], Work())
+    assert not (tmp_path / "judged.npy").exists()
+
+
+def test_what_cannot_judge_is_refused(
+    tools: Tools, mined: Path, dataset: Dataset, pairs: tuple[Dataset, Path, Config], tmp_path: Path,  # noqa: F811
+) -> None:  # fmt: skip
+    out = ("--out", tmp_path / "judged.npy")
+    arguments = ("--data", dataset.dir, "--mined", mined, *out)
+    assert "nobody judges: give --model" in tools.refused(2, "score_pairs", *arguments)
+    assert "a side without a text feature" in tools.refused(2, "score_pairs", *arguments, "--bm25")
+    assert "is no model folder" in tools.refused(4, "score_pairs", *arguments, "--model", tmp_path)
+    texts = ("--data", pairs[0].dir, "--mined", pairs[1], *out)
+    message = tools.refused(2, "score_pairs", *texts, "--cross-encoder", tmp_path)
+    assert "holds no cross-encoder: it has no config.json" in message
+    assert "another dataset" in tools.refused(3, "score_pairs", "--data", dataset.dir, *texts[2:], "--bm25")
+    assert not list(tmp_path.iterdir())
