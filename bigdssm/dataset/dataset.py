@@ -20,11 +20,11 @@ from bigdssm.dataset.files import COUNTS_FILE
 from bigdssm.dataset.index import SplitIndex, read_index
 from bigdssm.dataset.mapped import MappedTable
 from bigdssm.dataset.mixture import MixtureBatches, MixturePart
-from bigdssm.dataset.partition import FORMAT, Partition, inside, read_json, read_partition, short_hash
+from bigdssm.dataset.partition import FORMAT, Partition, read_json, read_partition, short_hash
 from bigdssm.dataset.remote import RemoteFolder
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.sequences import Targets
-from bigdssm.dataset.versions import CatalogueFile, Versions
+from bigdssm.dataset.versions import CatalogueFile, Versions, catalogue_files
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import History, TextTokenizer, ragged
 from bigdssm.features.base import OUT_OF_VOCABULARY
@@ -50,24 +50,21 @@ class Head:
 class Dataset:
     """A dataset opened for reading, see `open`; or several joined, see joining.py."""
 
-    def __init__(self, head: Head, partitions: list[Partition], catalogue_files: Sequence[CatalogueFile]) -> None:
-        """For `open` and `joining.join`."""
-        self.head, self.partitions, self.catalogue_files = head, partitions, tuple(catalogue_files)
+    def __init__(self, head: Head, partitions: list[Partition], files: Sequence[CatalogueFile]) -> None:
+        """For `open` and `joining.join`; `files` are the catalogue's, those of versions last."""
+        self.head, self.partitions, self.catalogue_files = head, partitions, tuple(files)
         self.dir, self.name, self.schema = head.dir, head.name, head.schema
         self.tokenizer_dir: Path | None = head.dir / "tokenizer" if head.schema.has_text else None
         self.pad_token_id, self.vocab_size, self.tokenizer_hash = _read_tokenizer(self.tokenizer_dir)
-        first = [file for file in catalogue_files if file.since is None]
-        newer = [file for file in catalogue_files if file.since is not None]
-        versions = Versions.read(sum(file.rows for file in first), newer)
-        paths = [file.path for file in [*first, *newer]]
+        paths, versions = [file.path for file in self.catalogue_files], Versions.read(self.catalogue_files)
         self.catalogue = Catalogue(paths, head.schema, self.pad_token_id, versions)
-        got, expected = self.catalogue.file_rows, [file.rows for file in [*first, *newer]]
+        got, expected = self.catalogue.file_rows, [file.rows for file in self.catalogue_files]
         if got != expected:
             raise DataError(f"{self.dir}/catalogue: the files have {got} rows, dataset.json says {expected}")
-        files = [partition.sequence_files for partition in partitions]
-        if any(files) and not all(files):
-            raise DataError(f"{partitions[files.index([])].folder} has no sequences, other partitions have some")
-        tables = tuple(MappedTable(paths) for paths in files if paths)
+        sequences = [partition.sequence_files for partition in partitions]
+        if any(sequences) and not all(sequences):
+            raise DataError(f"{partitions[sequences.index([])].folder} has no sequences, other partitions have some")
+        tables = tuple(MappedTable(paths) for paths in sequences if paths)
         for partition, table in zip(partitions, tables, strict=False):
             said = [part["rows"] for part in partition.content["sequences"]]
             if table.file_rows != said:
@@ -75,7 +72,7 @@ class Dataset:
                     f"{partition.folder}: the files of sequences have {table.file_rows} rows, partition.json says "
                     f"{said}; copy the partition whole"
                 )
-        self.sequences = MappedTable([path for paths in files for path in paths]) if tables else None
+        self.sequences = MappedTable([path for paths in sequences for path in paths]) if tables else None
         self._sequence_base = offsets_of(np.array([table.num_rows for table in tables], np.int64))
         self.layout = Layout.of(
             head.schema, num_docs=tuple(partition.num_docs for partition in partitions),
@@ -122,13 +119,8 @@ class Dataset:
             raise DataError(f"{folder} has no partitions; bigdssm make_shards adds one")
         if not content["catalogue"]:
             raise DataError(f"{folder}/dataset.json names no catalogue; make the dataset again")
-        files = [CatalogueFile(inside(folder, f["file"]), f["rows"], f["checksum"]) for f in content["catalogue"]]
-        num_docs = sum(file.rows for file in files)
-        for f in content.get("versions", []):
-            if f["since"] not in known:
-                raise DataError(f"{folder}/dataset.json is damaged: {f['file']} is of no partition; copy it again")
-            since = known.index(f["since"])
-            files.append(CatalogueFile(inside(folder, f["file"]), f["rows"], f["checksum"], since))
+        files = catalogue_files(folder, content)
+        num_docs = sum(file.rows for file in files if file.since is None)
         read = [
             replace(read_partition(folder, name), number=known.index(name), num_docs=num_docs, remote=remote)
             for name in names

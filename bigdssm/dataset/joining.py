@@ -94,7 +94,7 @@ def _fitted_difference(first: Dataset, other: Dataset) -> str:
 
 
 def _join_catalogues(parts: Sequence[Dataset]) -> tuple[list[CatalogueFile], list[int]]:
-    """Return the files of all distinct catalogues, and for each part the row at which its own begins."""
+    """Return the files of all distinct catalogues, versions last, and for each part the row at which its own begins."""
     files: list[CatalogueFile] = []
     starts: dict[tuple[str, ...], int] = {}
     first_doc = []
@@ -109,4 +109,4 @@ def _join_catalogues(parts: Sequence[Dataset]) -> tuple[list[CatalogueFile], lis
             starts[key] = sum(file.rows for file in files if file.since is None)
             files += [replace(file, first_doc=starts[key]) for file in part.catalogue_files]
         first_doc.append(starts[key])
-    return files, first_doc
+    return sorted(files, key=lambda file: file.since is not None), first_doc

@@ -7,13 +7,15 @@ a document as it was when the partition was added; who goes over all documents s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from bigdssm.dataset.mapped import MappedTable
+from bigdssm.dataset.partition import inside
 from bigdssm.errors import DataError
 
 DOCUMENT_COLUMN = "document"  # of a file of versions: whose version a row is
@@ -28,6 +30,23 @@ class CatalogueFile:
     checksum: str
     since: int | None = None  # of versions: the number of the partition whose rows are the first to see them
     first_doc: int = 0  # of versions: where the documents of their dataset begin
+
+
+def catalogue_files(folder: Path, content: Mapping[str, Any]) -> list[CatalogueFile]:
+    """Return the catalogue's files of the dataset in `folder`, those of versions last; `content` is its dataset.json.
+
+    Raises DataError where it is damaged.
+    """
+    known: list[str] = content["partitions"]
+    files = [
+        CatalogueFile(inside(folder, part["file"]), part["rows"], part["checksum"]) for part in content["catalogue"]
+    ]
+    for part in content.get("versions", []):
+        if part["since"] not in known:
+            raise DataError(f"{folder}/dataset.json is damaged: {part['file']} is of no partition; copy it again")
+        since = known.index(part["since"])
+        files.append(CatalogueFile(inside(folder, part["file"]), part["rows"], part["checksum"], since))
+    return files
 
 
 class Versions:
@@ -49,16 +68,18 @@ class Versions:
         self._begin = self._document * self._steps + since[order]
 
     @classmethod
-    def read(cls, num_docs: int, files: Sequence[CatalogueFile]) -> Versions | None:
-        """Return the versions that files hold, None where there are none. Raises DataError on those of no document."""
-        if not files:
+    def read(cls, files: Sequence[CatalogueFile]) -> Versions | None:
+        """Return the versions among a catalogue's files, None without any. Raises DataError on those of no document."""
+        num_docs = sum(file.rows for file in files if file.since is None)
+        newer = [file for file in files if file.since is not None]
+        if not newer:
             return None
         documents = []
-        for file in files:
+        for file in newer:
             documents.append(MappedTable([file.path]).whole(DOCUMENT_COLUMN) + file.first_doc)
             if len(documents[-1]) and (documents[-1].min() < 0 or documents[-1].max() >= num_docs):
                 raise DataError(f"{file.path} has versions of documents that the catalogue has not; copy it again")
-        since = np.repeat([file.since or 0 for file in files], [len(some) for some in documents])
+        since = np.repeat([file.since or 0 for file in newer], [len(some) for some in documents])
         return cls(num_docs, np.concatenate(documents), since)
 
     def place(self, rows: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from bigdssm.dataset.keys import Keys
 from bigdssm.dataset.mapped import MappedTable
-from bigdssm.dataset.versions import CatalogueFile, Versions
+from bigdssm.dataset.versions import CatalogueFile, Versions, catalogue_files
 
 TOLD = "told"  # whether a row has features that the dataset has not: those of a new document, or other ones than it had
 
@@ -28,10 +28,7 @@ class KnownDocuments:
     @classmethod
     def of(cls, folder: Path, content: Mapping[str, Any], keys: Keys) -> KnownDocuments:
         """Return those of the dataset in `folder`, of which `content` is the dataset.json."""
-        found: list[tuple[dict[str, Any], int | None]] = [(part, None) for part in content["catalogue"]]
-        found += [(part, number) for number, part in enumerate(content.get("versions", []))]
-        files = [CatalogueFile(folder / part["file"], part["rows"], part["checksum"], since) for part, since in found]
-        return cls(keys, files)
+        return cls(keys, catalogue_files(folder, content))
 
     def __reduce__(self) -> tuple[type[KnownDocuments], tuple[Keys, Sequence[CatalogueFile]]]:
         return KnownDocuments, (self.keys, self.files)
@@ -42,8 +39,7 @@ class KnownDocuments:
 
     @cached_property
     def _versions(self) -> Versions | None:
-        num_docs = sum(file.rows for file in self.files if file.since is None)
-        return Versions.read(num_docs, [file for file in self.files if file.since is not None])
+        return Versions.read(self.files)
 
     def compared(self, rows: pa.Table) -> pa.Table:
         """Return rows of documents with the columns `document`, which they are (-1: new), and TOLD.

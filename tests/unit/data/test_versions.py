@@ -186,13 +186,14 @@ def test_sources_of_a_mixture_keep_their_versions(grown: Path, tmp_path: Path) -
     target = Target(tmp_path / "other", "day0", like=grown, processes=1)
     make_pairs(PAIRS, PairTables((grown.parent / "0.parquet",), doc_id_column="id"), target)
     sources = (SourceConfig(dir=str(tmp_path / "other")), SourceConfig(dir=str(grown)))
-    dataset = open_dataset(replace(PAIRS, mixture=sources, lanes=4))
-    assert dataset.catalogue.num_docs == 20 + 30
-    for rows in dataset.iterate("train", 100):
-        assert rows.doc_versions is not None
-        days = np.asarray(rows.query["day"]).astype(int).tolist()
-        docs = documents_of(dataset, rows.doc_rows)
-        assert known_facts(dataset, rows.doc_versions) == [facts_of(*pair) for pair in zip(docs, days, strict=True)]
+    for mixture in (sources, sources[::-1]):
+        dataset = open_dataset(replace(PAIRS, mixture=mixture, lanes=4))
+        assert dataset.catalogue.num_docs == 20 + 30
+        for rows in dataset.iterate("train", 100):
+            assert rows.doc_versions is not None
+            days = np.asarray(rows.query["day"]).astype(int).tolist()
+            docs = documents_of(dataset, rows.doc_rows)
+            assert known_facts(dataset, rows.doc_versions) == [facts_of(*pair) for pair in zip(docs, days, strict=True)]
 
 
 ITEMS = ("a", "b", "c", "d")
