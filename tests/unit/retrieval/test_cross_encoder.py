@@ -152,6 +152,19 @@ def test_the_best_of_a_split_are_ranked_anew(cross_dir: Path, pairs: Dataset, to
     assert top == 2 or (found != before).any()
 
 
+def test_ties_of_a_scorer_count_half(cross_dir: Path, pairs: Dataset) -> None:
+    class Indifferent(PairScorer):
+        def score(self, queries: object, documents: np.ndarray) -> np.ndarray:
+            return np.zeros(documents.shape, np.float32)
+
+    folder = load_model_folder(cross_dir)
+    scorer = Indifferent(folder.model, folder.schema, folder.pad_token_id, pairs.catalogue.columns)
+    encoders = tower_encoders(folder.model, pairs)
+    before = evaluate_split(encoders, pairs, "test").ranks
+    found = evaluate_split(encoders, pairs, "test", rerank=Reranking(scorer, 10)).ranks
+    np.testing.assert_array_equal(found, np.where(before <= 10, 5.5, before))
+
+
 @pytest.mark.parametrize("which", ["cross", "mlp"])
 def test_a_search_ranks_the_indexs_best_anew(
     which: str, cross_dir: Path, mlp_dir: Path, pairs: Dataset, tmp_path: Path
