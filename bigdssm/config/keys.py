@@ -168,7 +168,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class ScorerConfig:
-    """What scores pairs in place of the product, as a LossConfig says."""
+    """What scores pairs beside the product, or in place of it, as a LossConfig says."""
 
     type: Literal["mlp", "cross_encoder"]
     hidden: tuple[int, ...] = ()  # widths of an MLP's hidden layers
@@ -210,14 +210,14 @@ class LossConfig:
     widths: tuple[int, ...] = bounded((), 1, MAX_WIDTH)
     # Hidden widths of an MLP on [u, w, u * w] that scores in place of the product, and learns with the towers.
     mlp: tuple[int, ...] = bounded((), 1, MAX_WIDTH)
-    # A BERT that reads both sides' texts as one, begun from the document tower's, scores; the towers stay as they are.
+    # A BERT that reads both sides' texts as one, begun from the document tower's, adds to the product; the towers stay.
     cross_encoder: bool = False
     # Times the mean squared norms of both towers' vectors, for model.score=dot.
     norm_penalty: float = bounded(0.0, 0, 1_000_000)
 
     @property
     def scorer(self) -> ScorerConfig | None:
-        """Return what scores in place of the product, if anything does."""
+        """Return what scores pairs beside the product, if anything does."""
         if self.cross_encoder:
             return ScorerConfig("cross_encoder")
         return ScorerConfig("mlp", self.mlp) if self.mlp else None

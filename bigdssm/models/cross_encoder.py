@@ -1,7 +1,8 @@
 """A cross-encoder: a BERT reads a query's texts and a document's as one sequence, and scores the pair.
 
 [CLS] query [SEP] document [SEP], token type 0 for the query's tokens and 1 for the document's. It starts from the
-weights of the document tower's text encoder; features that are no texts it does not read.
+weights of the document tower's text encoder, and what it says is added to the towers' product, which alone knows of
+features that are no texts.
 
 Shapes: p pairs, T tokens.
 """
@@ -21,7 +22,6 @@ from bigdssm.features import texts_of
 from bigdssm.models.encoders.text import TextEncoder, text_configs, text_keys
 from bigdssm.models.packed import Values
 from bigdssm.models.scorer import SCORERS, Scorer
-from bigdssm.models.tables import INIT_STD
 from bigdssm.schema import Schema
 
 POSITIONS = "embeddings.position_embeddings.weight"
@@ -37,7 +37,7 @@ class CrossEncoder(Scorer):
         super().__init__()
         self.text, self.key, self.texts = text, key, {"query": query, "doc": doc}
         self.head = nn.Linear(text.dim, 1, bias=False)  # a bias common to all documents has no gradient in a softmax
-        nn.init.normal_(self.head.weight, std=INIT_STD)
+        nn.init.zeros_(self.head.weight)  # it starts at the towers' ranking
 
     @classmethod
     def build(
@@ -68,7 +68,10 @@ class CrossEncoder(Scorer):
         self.text.bert.load_state_dict(state)
 
     def forward(self, query: Mapping[str, Values], doc: Mapping[str, Values]) -> Tensor:
-        """Return the scores [p] of pairs: row i of the query's texts with row i of the document's, each [p, T]."""
+        """Return what to add to the products [p] of pairs: row i of the query's texts with row i of the document's.
+
+        Texts are [p, T].
+        """
         parts = [(query[name], 0) for name in self.texts["query"]] + [(doc[name], 1) for name in self.texts["doc"]]
         tokens, types = joined(parts, self.text.pad_token_id)
         scores: Tensor = self.head(self.text.pooled(tokens, types))

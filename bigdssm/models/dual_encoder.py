@@ -105,7 +105,7 @@ class DualEncoder(nn.Module):
         A row of `query` is one query that has seen its whole history; with `places` they are the m queries, each of
         which has seen the beginning of its row's: histories are encoded in one pass, all else once a row.
         listed int64 [m, l]: documents, by their place in `doc`, to score for each query by the MLP. paired: score row i
-        of both sides as a pair, by a scorer that reads features, and encode nothing.
+        of both sides as a pair, by a scorer that reads features, beside the product, and encode nothing.
         """
         alpha = _clamp_above(self.log_alpha.float().exp(), ALPHA_MAX)
         if paired:

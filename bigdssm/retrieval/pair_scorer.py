@@ -24,7 +24,7 @@ from bigdssm.dataset.tensors import pad_ids, to_features
 from bigdssm.errors import CheckpointError
 from bigdssm.features import Feature, ragged
 from bigdssm.features.ragged import Column
-from bigdssm.models import CrossEncoder, DualEncoder, Scorer, Values
+from bigdssm.models import CrossEncoder, DualEncoder, MlpScorer, Scorer, Values
 from bigdssm.retrieval.embed import document_vectors, encode, in_chunks, query_vectors
 from bigdssm.schema import Schema
 
@@ -68,13 +68,16 @@ class PairScorer:
         """
         scores = torch.full(documents.shape, float("-inf"))
         row, place = (torch.from_numpy(part) for part in np.nonzero(documents >= 0))
-        of_pairs = self._by_texts if isinstance(self.scorer, CrossEncoder) else self._by_vectors
-        scores[row, place] = of_pairs(queries, row.numpy(), documents[documents >= 0]).float().cpu()
+        pairs = queries, row.numpy(), documents[documents >= 0]
+        of_pairs = self._by_vectors(*pairs).float().cpu()
+        if isinstance(self.scorer, CrossEncoder):
+            of_pairs = of_pairs + self._by_texts(*pairs)
+        scores[row, place] = of_pairs
         found: np.ndarray = scores.numpy()
         return found
 
     def _by_texts(self, queries: Columns, row: np.ndarray, docs: np.ndarray) -> Tensor:
-        """Return the scores [p] of pairs that are read together."""
+        """Return what a scorer that reads pairs adds to their products, [p]."""
         assert isinstance(self.scorer, CrossEncoder)
         read = {
             side: {name: self.schema.sides[side][name] for name in names} for side, names in self.scorer.texts.items()
@@ -99,9 +102,7 @@ class PairScorer:
     def _by_vectors(self, queries: Columns, row: np.ndarray, docs: np.ndarray) -> Tensor:
         """Return the scores [p] of pairs of the towers' vectors."""
         distinct, column = np.unique(docs, return_inverse=True)
-        if not len(distinct):
-            return torch.zeros(0)
-        scorer = self.scorer
+        scorer = self.scorer if isinstance(self.scorer, MlpScorer) else None
         by_query, by_doc = (query_vectors, document_vectors) if scorer is None else (_own_query, _own_doc)
         q = self._encoded(self.schema.query, queries, by_query)[torch.from_numpy(row)]
         d = self._encoded(self.schema.doc, self.documents(distinct), by_doc)[torch.from_numpy(column)]

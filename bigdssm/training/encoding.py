@@ -25,6 +25,7 @@ from bigdssm.batching.pairs import apart, together
 from bigdssm.batching.plan import Chunk, StepPlan, plan_side
 from bigdssm.dataset.tensors import Features
 from bigdssm.models import CrossEncoder, DualEncoder, Encoded
+from bigdssm.models.score import document_head, query_head
 from bigdssm.training.engine import Engine
 from bigdssm.training.random_state import RandomState
 
@@ -38,7 +39,7 @@ def encode(engine: Engine, batch: Batch, plan: StepPlan, further: Features) -> t
     further: what the model's forward takes for the queries beside both sides, by name; whole batches alone have it.
     """
     if isinstance(getattr(engine.module, "scorer", None), CrossEncoder):
-        return encode_pairs(engine, batch, further["listed"])
+        return encode_pairs(engine, batch, plan, further["listed"])
     return _whole(engine, batch, plan, further) if plan.whole else _in_pieces(engine, batch, pieces_of(batch, plan))
 
 
@@ -161,8 +162,10 @@ class PairPiece(Piece):
         return [(encoded.scores[: len(its)], _gradient(leaves.scores).flatten()[its])]
 
 
-def encode_pairs(engine: Engine, batch: Batch, listed: Tensor) -> tuple[Encoded, Backward]:
+def encode_pairs(engine: Engine, batch: Batch, plan: StepPlan, listed: Tensor) -> tuple[Encoded, Backward]:
     """Return the scores of each query's documents, columns int64 [m, l], read as pairs, and their way back.
+
+    They are added to the products of the towers' vectors, which have no gradient.
 
     A collective: the ranks agree on the number of chunks, and of those whose graph is kept.
     """
@@ -179,16 +182,28 @@ def encode_pairs(engine: Engine, batch: Batch, listed: Tensor) -> tuple[Encoded,
         {name: batch.doc_lengths[name].take(column) for name in doc},
     )
     budget = engine.budget
-    plan = plan_side(lengths, listed.numel(), budget.chunk_tokens)
-    fits = np.cumsum([chunk.tokens for chunk in reversed(plan.chunks)]) <= budget.kept_tokens
-    unkept = len(plan.chunks) - int(fits.sum()) if budget.chunk_tokens else 0
-    number, most_unkept = distributed.all_reduce(torch.tensor([max(1, len(plan.chunks)), unkept]), "max").tolist()
-    plan = plan.filled_up(number)
-    side = Chunked(features, plan)
-    pieces = [PairPiece("pairs", side, chunk, keep=i >= most_unkept) for i, chunk in enumerate(plan.chunks)]
+    pairs = plan_side(lengths, listed.numel(), budget.chunk_tokens)
+    fits = np.cumsum([chunk.tokens for chunk in reversed(pairs.chunks)]) <= budget.kept_tokens
+    unkept = len(pairs.chunks) - int(fits.sum()) if budget.chunk_tokens else 0
+    number, most_unkept = distributed.all_reduce(torch.tensor([max(1, len(pairs.chunks)), unkept]), "max").tolist()
+    pairs = pairs.filled_up(number)
+    side = Chunked(features, pairs)
+    pieces = [PairPiece("pairs", side, chunk, keep=i >= most_unkept) for i, chunk in enumerate(pairs.chunks)]
     parts = [piece.encode(engine) for piece in pieces]
     scores = side.assemble([part.scores for part in parts if part.scores is not None]).view(listed.shape)
+    scores = scores.float() + _products(engine, batch, plan, listed)
     return Encoded(None, None, None, parts[-1].alpha, scores), partial(_backward, engine, pieces)
+
+
+def _products(engine: Engine, batch: Batch, plan: StepPlan, listed: Tensor) -> Tensor:
+    """Return the towers' scores float32 [m, l] of listed columns, without a graph, by the towers as they evaluate."""
+    engine.module.eval()
+    with torch.no_grad():
+        towers, _ = _whole(engine, batch, plan, {}) if plan.whole else _in_pieces(engine, batch, pieces_of(batch, plan))
+    engine.module.train()
+    assert towers.U is not None and towers.W is not None
+    queries, documents = query_head(towers.U), document_head(towers.W, towers.alpha.detach(), towers.beta)
+    return torch.einsum("md,mld->ml", queries, documents[listed]).detach()
 
 
 def _assembled(side: Chunked, parts: Sequence[Tensor | None]) -> Tensor | None:

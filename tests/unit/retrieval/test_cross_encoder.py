@@ -13,7 +13,7 @@ from bigdssm.batching.collate import Collator
 from bigdssm.config import Config, ScorerConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError
-from bigdssm.evaluation.collection import reranked_run
+from bigdssm.evaluation.collection import entry_columns, reranked_run
 from bigdssm.evaluation.reranking import Reranking
 from bigdssm.evaluation.split import evaluate_split
 from bigdssm.features import TextTokenizer
@@ -86,6 +86,9 @@ def test_it_reads_a_pair_as_transformers_tokenise_it(cross_dir: Path, pairs: Dat
             with torch.no_grad():
                 hidden = scorer.text.bert(input_ids=ids, token_type_ids=types).last_hidden_state
                 expected[i, j] = scorer.head(hidden.mean(1))
+    towers = tower_encoders(folder.model, pairs)
+    vectors = towers.documents(docs.flatten()).view(5, 3, -1)
+    expected += torch.einsum("md,mkd->mk", towers.queries(rows), vectors)  # to which it adds
     np.testing.assert_allclose(PairScorer.of(folder, pairs).score(rows.query, docs), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -100,6 +103,7 @@ def test_a_new_one_begins_at_the_document_towers_weights(
     assert len(tower[name]) == 24 and len(own[name]) == 36  # of a text's 24 tokens, and with a query's 12
     assert torch.equal(own[name], tower[name][torch.arange(36) % 24])
     assert all(torch.equal(own[key], tensor) for key, tensor in tower.items() if key != name)
+    assert not model.scorer.head.weight.any()
     learned = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     assert learned == {key for key, _ in model.named_parameters() if key.startswith("scorer.")}
 
@@ -117,6 +121,8 @@ def test_listed_documents_are_scored_alike_in_any_pieces(
     scores = scorer.score(rows.query, docs)
     assert scores.shape == (9, 4) and scores.dtype == np.float32
     np.testing.assert_array_equal(np.isneginf(scores), docs < 0)
+    assert scorer.score(rows.query, docs[:, :0]).shape == (9, 0)
+    assert np.isneginf(scorer.score(rows.query, np.full((9, 2), -1))).all()
     monkeypatch.setattr(pair_scorer, "PAIRS_AT_ONCE", 5)
     monkeypatch.setattr(pair_scorer, "VECTORS_AT_ONCE", 4)
     np.testing.assert_allclose(scorer.score(rows.query, docs), scores, rtol=1e-5, atol=1e-5)
@@ -241,9 +247,12 @@ def test_a_run_of_a_collection_is_ranked_anew(cross_dir: Path, pairs: Dataset) -
     queries = [Entry(f"q{i}", text, {}) for i, text in enumerate(texts[0])]
     run = {query.key: {f"d{(i * 3 + n) % 20}": 1.0 - n for n in range(9)} for i, query in enumerate(queries)}
     found = reranked_run(Collection(corpus, queries, {}, {}), run, folder, 5)
-    scores = PairScorer.of(folder, pairs).score(
-        rows.query, np.array([[(i * 3 + n) % 20 for n in range(5)] for i in range(4)])
-    )
+    scorer = PairScorer(
+        folder.model, folder.schema, folder.pad_token_id,
+        lambda rows: entry_columns(pairs.schema.doc, [corpus[row] for row in rows], tokenizer),
+    )  # fmt: skip
+    best = np.array([[(i * 3 + n) % 20 for n in range(5)] for i in range(4)])
+    scores = scorer.score(rows.query, best)
     for i, (before, now) in enumerate(zip(run.values(), found.values(), strict=True)):
         keys = sorted(now, key=lambda key: -now[key])
         assert keys[:5] == [list(before)[n] for n in np.argsort(-scores[i])]
