@@ -134,9 +134,12 @@ def _check_stage(name: str, stage: StageConfig, data: DataConfig) -> None:
     _require(stage.init is None or bool(stage.init.strip()), f"{name}.init", repr(stage.init), "a folder, or null")
     mining, negatives = stage.mining, stage.loss.negatives
     _require(mining.first < mining.last, f"{name}.mining", f"[{mining.first}, {mining.last})", "first < last")
-    if stage.loss.mlp:
-        what = f"0 with {name}.loss.mlp, which trains no vectors to search by"
-        _require(mining.every_steps == 0, f"{name}.mining.every_steps", mining.every_steps, what)
+    for key, used, why in (
+        ("mlp", bool(stage.loss.mlp), "which trains no vectors to search by"),
+        ("cross_encoder", stage.loss.cross_encoder, "whose towers stay as they are, so that the same would be mined"),
+    ):
+        fits = not used or mining.every_steps == 0
+        _require(fits, f"{name}.mining.every_steps", mining.every_steps, f"0 with {name}.loss.{key}, {why}")
     if mining.uniform:
         with_it = f"with {name}.mining.uniform=true"
         _require(negatives > 0, f"{name}.loss.negatives", negatives, f"at least 1 {with_it}")

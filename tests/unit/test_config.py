@@ -110,6 +110,18 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
             "sft={loss: {name: softmax, mlp: [4], in_batch: false, negatives: 2}, mining: {every_steps: 3}}",
             ["sft.mining.every_steps: got 3, needs 0 with sft.loss.mlp"],
         ),
+        (
+            "sft={loss: {name: softmax, cross_encoder: true, in_batch: false, negatives: 2}, mining: {every_steps: 3}}",
+            ["sft.mining.every_steps: got 3, needs 0 with sft.loss.cross_encoder"],
+        ),
+        (
+            "pretrain.mining.uniform=true",
+            ["pretrain.loss.negatives: got 0, needs at least 1 with pretrain.mining.unif"],
+        ),
+        (
+            "pretrain={loss: {negatives: 2, name: softmax}, mining: {uniform: true, file: x.npy}}",
+            ["pretrain.mining.file: got x.npy, needs none with pretrain.mining.uniform=true"],
+        ),
         ("sft.loss.distillation=kl", ["sft.loss.distillation: got kl, needs sft.mining.file, with a judge's scores"]),
         ("sft={mining: {file: x.npy}, loss: {distillation: kl}}", ["sft.loss.negatives: got 0, needs at least 1"]),
         ("pretrain.loss={name: pair_ce, direction: both}", ["pretrain.loss.direction", "both", "q2d"]),
