@@ -2,8 +2,10 @@
 
 import csv
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,16 @@ class TinyDataset:
     dir: Path
     config: Path
     source: Path
+
+
+class QuietServer(ThreadingHTTPServer):
+    """A server whose clients may go: what it says of them would stand in another test's stderr."""
+
+    daemon_threads = True
+
+    def handle_error(self, *request: object) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(*request)  # type: ignore[arg-type]
 
 
 def pick(*key: object, below: int) -> int:

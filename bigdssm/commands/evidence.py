@@ -1,4 +1,4 @@
-"""Try claims: train the cells of YAML files, compare them, and write a page that says which claims hold.
+"""Try claims: train the cells that a YAML names, compare them, say which claims hold.
 
     bigdssm evidence configs/evidence/*.yaml --out runs/evidence [--page docs/evidence.md] [--at-once 2]
 

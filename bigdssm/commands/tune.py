@@ -1,4 +1,4 @@
-"""Search for a config's values, or a baseline's options, by validation: Optuna proposes, a fifth of the steps decides.
+"""Search for a config's values, or a baseline's options, by what they reach on validation.
 
     bigdssm tune --config CONFIG --space SPACE.yaml --out DIR [--trials 10] [--stage pretrain] [key=value …]
     bigdssm tune --config CONFIG --baseline ease --space SPACE.yaml --out DIR [--trials 10]

@@ -37,7 +37,7 @@ def written(tmp_path: Path, **changed: Any) -> Path:
         ({"cells": {}}, "cells: got none"),
         (
             {"sets": {"small": {"config": "x", "seeds": [1, 1]}}},
-            r"sets.small.seeds: got \[1, 1\], needs each seed once",
+            r"sets.small.seeds: got \[1, 1\], needs each once",
         ),
         ({"sets": {"small": {"seeds": [1]}}}, "required key sets.small.config is missing"),
         ({"cells": {"a": {"sets": []}}}, "sets"),

@@ -30,6 +30,7 @@ from bigdssm.errors import ConfigError, DataError
 from bigdssm.reports.inspection import describe, sample_rows
 from bigdssm.reports.verification import verify_dataset
 from bigdssm.streaming.stream import PairStream
+from tests.conftest import QuietServer
 from tests.unit.data.test_versions import make_day
 
 pytest.importorskip("aiohttp")
@@ -71,8 +72,7 @@ class Server:
                 if served.fault is None or not served.fault(self, content):
                     answer(self, status, content)
 
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = QuietServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -17,6 +17,7 @@ from huggingface_hub import constants
 
 import bigdssm
 from bigdssm.errors import CheckpointError
+from tests.conftest import QuietServer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/films"
@@ -76,7 +77,7 @@ class HubAPI(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
-class Hub(ThreadingHTTPServer):
+class Hub(QuietServer):
     """A repository that is made when it is asked for."""
 
     made = False
