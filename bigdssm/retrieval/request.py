@@ -14,10 +14,11 @@ from bigdssm.errors import ConfigError
 
 @dataclass(frozen=True)
 class Event:
-    """Something that the asking user did. Histories know items alone: give the events that count, whatever was done."""
+    """Something that the asking user did."""
 
     item: str  # a document, by its key or its display name
     time: float | None = None  # in the unit of `Request.now`; without times events are given oldest first
+    action: str | None = None  # what was done; histories know items alone, so no model reads it yet
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ Top = Annotated[int, Field(ge=1, le=MOST_DOCUMENTS)]
 
 
 class AskEvent(BaseModel):
-    """Something that the asking user did, as the model's training had it: no key says what was done."""
+    """Something that the asking user did, of the kind that the model was trained on."""
 
     model_config = ConfigDict(extra="forbid")
 
     item: ShortText = Field(description="a document, by its key or its display name; an unknown one is skipped")
     time: Number | None = Field(None, description="in the unit of now; without, events are given oldest first")
+    action: ShortText | None = Field(None, description="what was done; no model reads it yet")
 
 
 class Ask(BaseModel):

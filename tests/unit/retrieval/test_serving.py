@@ -95,7 +95,7 @@ def test_a_user(client: TestClient, model_dir: Path, index_dir: Path, dataset: D
 def test_a_profile_with_live_events_and_a_filter(
     client: TestClient, model_dir: Path, index_dir: Path, dataset: Dataset
 ) -> None:
-    events = [{"item": "i9", "time": 20.0}, {"item": "i2", "time": 10.0}, {"item": "i8", "time": 40}]
+    events = [{"item": "i9", "time": 20.0, "action": "view"}, {"item": "i2", "time": 10.0}, {"item": "i8", "time": 40}]
     body = {
         "features": {"age": 33, "occupation": "artist"}, "events": [*events, {"item": "sold out", "time": 1}],
         "now": 30, "filter": 'genres in (Comedy, "Drama") and year < 1995',
@@ -178,7 +178,7 @@ def test_the_nearest_documents_of_a_document(
         ({}, 400, "the query is empty; give features, events or a user"),
         ({"history": ["i2"]}, 422, "history: Extra inputs are not permitted"),
         ({"events": [{"item": "i2", "tiem": 3}]}, 422, "events.0.tiem: Extra inputs are not permitted"),
-        ({"events": [{"item": "i2", "action": "buy"}]}, 422, "events.0.action: Extra inputs are not permitted"),
+        ({"events": [{"item": "i2", "deed": "buy"}]}, 422, "events.0.deed: Extra inputs are not permitted"),
         ({"events": [{"item": "i2", "time": 3}, {"item": "i3"}]}, 400, "1 of 2 events have no time"),
         ({"user": "u7", "now": "3"}, 422, "now: Input should be a valid number"),
         ({"user": "u7", "exclude_seen": 1}, 422, "exclude_seen: Input should be a valid boolean"),
