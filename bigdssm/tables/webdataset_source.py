@@ -15,8 +15,6 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
-from webdataset.tariterators import group_by_keys, tar_file_iterator
-
 from bigdssm.errors import DataError
 from bigdssm.features.columns import ReportBad, SourceBatch
 from bigdssm.tables.files import TableFile
@@ -83,6 +81,8 @@ def check_shard(file: TableFile) -> None:
 
 
 def _samples(name: str, stream: BinaryIO) -> Iterator[dict[str, Any]]:
+    from webdataset.tariterators import group_by_keys, tar_file_iterator  # which brings torch: seconds for each worker
+
     members = tar_file_iterator(stream, select_files=is_text)
     try:
         yield from group_by_keys({**member, "__url__": name} for member in members)

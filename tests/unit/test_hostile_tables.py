@@ -294,7 +294,7 @@ def test_a_full_disk_is_named(make: Maker, monkeypatch: pytest.MonkeyPatch) -> N
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(writing.TarWriter, "write", full)
+        patch.setattr(writing.tarfile.TarFile, "addfile", full)
         code, said = make.records(RECORDS)
     assert code == 1 and f"No space left on device: {make.folder}/.dataset.unfinished" in said and not make.out.exists()
     assert make.records(RECORDS)[0] == 0, "with room again it goes on"

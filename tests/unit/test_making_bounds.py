@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from webdataset import TarWriter
 
 from bigdssm.config import DataConfig
 from bigdssm.dataset.dataset import Dataset
@@ -17,6 +21,9 @@ from bigdssm.making.interactions import InteractionTables, make_interactions
 from bigdssm.making.making import Target
 from bigdssm.making.pairs import PairTables, make_pairs
 from bigdssm.tables.json_lines import JsonLinesSource
+from tests.conftest import TinyDataset
+
+ROOT = Path(__file__).resolve().parents[2]
 
 PAIRS = DataConfig(dir="", query={"q": Categorical()}, doc={"d": Categorical()}, max_bad_fraction=0.9)
 
@@ -100,3 +107,20 @@ def test_all_rows_bad_is_one_sentence(tmp_path: Path) -> None:
     config = DataConfig(dir="", query=PAIRS.query, doc=PAIRS.doc, max_bad_fraction=1.0)
     with pytest.raises(DataError, match=r"pairs\.jsonl: no row is left: 5 × no query"):
         make_pairs(config, PairTables((tmp_path / "pairs.jsonl",), whole_documents=True), Target(tmp_path / "out"))
+
+
+def test_shards_are_those_that_webdataset_writes(tiny_pairs: TinyDataset, tmp_path: Path) -> None:
+    for shard in sorted(tiny_pairs.dir.glob("partitions/*/*.tar")):
+        with tarfile.open(shard) as tar, TarWriter(str(tmp_path / shard.name), encoder=False, mtime=0) as again:
+            for member in tar:
+                content = tar.extractfile(member)
+                assert content is not None
+                again.write({"__key__": member.name.removesuffix(".arrow"), "arrow": content.read()})
+        assert (tmp_path / shard.name).read_bytes() == shard.read_bytes()
+    assert list(tmp_path.iterdir())
+
+
+def test_workers_start_without_torch() -> None:
+    """It takes them seconds, and a making none of it."""
+    code = "import sys, bigdssm.making.interactions, bigdssm.making.pairs; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
