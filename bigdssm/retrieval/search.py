@@ -99,7 +99,10 @@ class Queries:
         known = stored(self._schema.query)
         if name not in known:
             events = "; give events in the place of a history" if name in self._schema.query else ""
-            raise ConfigError(f"{name} is not a query feature that can be given; these are: {', '.join(known)}{events}")
+            asked = (name if name.isprintable() else repr(name))[:COMPARED_CHARACTERS]
+            raise ConfigError(
+                f"{asked} is not a query feature that can be given; these are: {', '.join(known)}{events}"
+            )
         if isinstance(value, str):
             return encode_values(known[name], [known[name].typed(value)], self._tokenizer)
         try:

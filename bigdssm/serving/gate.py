@@ -75,9 +75,10 @@ def _is_ours(host: str, hosts: set[str]) -> bool:
 
 
 def refuse(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """Return the answer to what cannot be answered."""
+    """Return the answer to what cannot be answered, in one line."""
     # What was asked may hold half a character (JSON's "\\ud800"), which no answer can
-    return JSONResponse({"error": sentence.encode("utf-8", "backslashreplace").decode()}, status, headers)
+    said = " ".join(sentence.encode("utf-8", "backslashreplace").decode().splitlines())
+    return JSONResponse({"error": said}, status, headers)
 
 
 def sentence_of(error: RequestValidationError) -> str:

@@ -32,6 +32,7 @@ RULES: dict[str, Rule] = {
     "data.tokenizer": "may",  # only make_shards reads it; the dataset's own is in its fingerprint
     "data.targets_per_row": "may",  # as data.tokenizer
     "data.repeats": "never",
+    "data.siamese": "never",
     "data.lanes": "never",
     "data.num_workers": "may",
     "data.max_bad_fraction": "may",
@@ -52,6 +53,7 @@ RULES: dict[str, Rule] = {
     "STAGE.init": "never",
     "STAGE.mining": "never",
     "STAGE.weight_average": "never",
+    "STAGE.rerank": "never",  # what `best` is would be another thing from there on
     "STAGE.validate_every_steps": "may",
     "STAGE.patience": "may",
     "STAGE.save_every_steps": "may",

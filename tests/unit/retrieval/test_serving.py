@@ -185,6 +185,8 @@ def test_the_nearest_documents_of_a_document(
         ({"user": "u7", "filter": "yeer > 3"}, 400, "'yeer' is no feature of documents"),
         ({"user": "nobody"}, 404, "no user is called 'nobody'"),
         ({"features": {"colour": "red"}}, 400, "colour is not a query feature that can be given"),
+        ({"features": {"colour\n": "red"}}, 400, "'colour\\n' is not a query feature that can be given"),
+        ({"features": {"c" * 9000: "red"}}, 400, f"{'c' * 80} is not a query feature that can be given"),
         ({"features": {"age": "old"}}, 400, "age is 'old', needs a number"),
         ({"features": {"age": "1e99"}}, 400, "age is '1e99', needs a number"),
         ({"features": {"age": "nan"}}, 400, "age is 'nan', needs a number"),
