@@ -32,8 +32,8 @@ for module in (hf_loading, onnx_loading):
     assert len(inspect.getsource(module)) > 100
 for name in feature_types():
     assert all(inspect.getsource(code) for code in feature_type(name, "data").onnx_code)
-for suffix, held in (("html", "<html"), ("css", "body {"), ("js", "use strict")):
-    assert held in files("bigdssm.serving").joinpath(f"page.{suffix}").read_text()
+for suffix, held in (("html", "<html"), ("css", "body {{"), ("js", "use strict")):
+    assert held in files("bigdssm.serving").joinpath("page." + suffix).read_text()
 """
 
 
