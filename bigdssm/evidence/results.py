@@ -11,7 +11,7 @@ import numpy as np
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
-from bigdssm.evaluation.metrics import row_metrics, standard_errors
+from bigdssm.evaluation.metrics import standard_errors
 from bigdssm.evaluation.systems import System, load_system
 from bigdssm.evidence.claims import Claim, Expectation, Verdict
 from bigdssm.evidence.running import Trial, cpu_seconds
@@ -126,8 +126,7 @@ def _system(trial: Trial) -> System:
     system = load_system(
         trial.report, Dataset.open(config.data.dir), trial.claim.split, filter_seen=config.data.excludes_seen
     )
-    assert system.ranks is not None
-    return replace(system, name=trial.cell_name, values=row_metrics(system.ranks))
+    return replace(system, name=trial.cell_name)
 
 
 def _compared(expected: Expectation, systems: dict[str, System], metric: str) -> Compared | None:

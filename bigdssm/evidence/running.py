@@ -83,10 +83,11 @@ def trials(claim: Claim, out: Path) -> list[Trial]:
         cells = claim.cells_on(set_name)
         for cell_name in sorted(cells, key=lambda name: (cells[name].after is not None, list(cells).index(name))):
             cell = cells[cell_name]
+            folder = out / set_name / _name_of(claim, set_name, cell_name)
             for seed in data.seeds if cell.baseline is None else data.seeds[:1]:
                 after = None if cell.after is None else found[set_name, cell.after, seed]
-                folder = out / set_name / _name_of(claim, set_name, cell_name) / f"seed-{seed}"
-                found[set_name, cell_name, seed] = Trial(claim, set_name, cell_name, seed, folder, after)
+                run = folder / f"seed-{seed}"
+                found[set_name, cell_name, seed] = Trial(claim, set_name, cell_name, seed, run, after)
     return list(found.values())
 
 
