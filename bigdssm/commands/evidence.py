@@ -5,7 +5,8 @@
 A file names a claim, the configs it is tried on, the cells (a few keys over the config, or a baseline) and what has to
 come out (bigdssm/evidence/claims.py). What is finished in --out is not run again, what was broken off goes on; cells
 that two claims share are trained once. --only runs a claim in part: the cells whose name has a text. --page writes the
-page of all claims that are finished, and keeps what an earlier page's figures (the JSON beside it) say of the others.
+page of all claims that are finished, its figures (.json beside it) and the ranks of every trial (_trials.jsonl): what
+stands there is not run again either, on whatever machine, and other claims keep what the page said of them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from bigdssm.atomic import write_json
 from bigdssm.cli import at_least, check_file_to_write, command
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evidence.claims import read_claim
+from bigdssm.evidence.kept import keep, read_kept, write_kept
 from bigdssm.evidence.page import write_page
 from bigdssm.evidence.results import Result, collect
 from bigdssm.evidence.running import run_trials, trials
@@ -42,12 +44,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(claims) < len(args.claims):
         raise ConfigError("two files have one name, which is the claim's; rename one")
     planned = {name: trials(claim, args.out) for name, claim in claims.items()}
-    if not args.collect:
-        run_trials([trial for of in planned.values() for trial in of if args.only in trial.cell_name], args.at_once)
+    everything = [trial for of in planned.values() for trial in of]
+    file = None if args.page is None else args.page.with_name(f"{args.page.stem}_trials.jsonl")
+    kept = {} if file is None else read_kept(file)
+    try:
+        if not args.collect:
+            run_trials([trial for trial in everything if args.only in trial.cell_name], args.at_once, kept)
+    finally:
+        kept = keep(kept, everything)
+        if file is not None and kept:
+            write_kept(file, kept)
     results = _known(args.page)
     for name, claim in claims.items():
         try:
-            results[name] = collect(claim, planned[name])
+            results[name] = collect(claim, planned[name], kept)
         except DataError as error:
             Console(stderr=True).print(f"{name}: {error}", highlight=False, markup=False, soft_wrap=True)
             continue

@@ -167,36 +167,57 @@ def save_comparison(
     write_json(path, content)
 
 
+@dataclass(frozen=True)
+class SavedRanks:
+    """The ranks of a system on the rows of a split, as they were saved, and what rows these are."""
+
+    name: str
+    ranks: np.ndarray  # float64 [queries that can be used]
+    seconds: float  # to make and to evaluate it
+    split: str
+    rows: str  # the checksum of `measured`
+    filter_seen: bool
+
+    def check(self, where: object, dataset: Dataset, rows: tuple[int, str], filter_seen: bool) -> None:
+        """Raise DataError where they do not pair with those of the dataset's rows, which are as `measured` says."""
+        if (len(self.ranks), self.rows) != rows:
+            raise DataError(
+                f"{where} was measured on other rows than those of split {self.split} of {dataset.dir}: "
+                f"{len(self.ranks)} of a split {self.split}; measure both on datasets made of the same tables"
+            )
+        if self.filter_seen != filter_seen:
+            raise DataError(
+                f"{where} was measured with seen documents {'left out' if self.filter_seen else 'among the others'}, "
+                "this model's data.repeats says otherwise; measure both with the same data.repeats"
+            )
+
+
+def read_ranks(path: Path) -> SavedRanks:
+    """Return the ranks of the first system of a saved comparison. Raises DataError: missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        entry = content["systems"][0]
+        file = path.with_name(Path(entry["ranks"]).name)
+        if file_checksum(file) != entry["ranks_checksum"]:
+            raise ValueError(f"{file.name} does not hold the ranks that were measured")
+        ranks, seconds = np.load(file, allow_pickle=False), float(entry["seconds"])
+        filter_seen = content.get("filter_seen", True)
+        return SavedRanks(entry["name"], ranks, seconds, content["split"], content["rows"], filter_seen)
+    except FileNotFoundError as error:
+        raise DataError(f"{error.filename} does not exist") from None
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise DataError(f"{path} is no comparison written by bigdssm evaluate: {error!r}") from None
+
+
 def load_system(path: Path, dataset: Dataset, split: str, filter_seen: bool = True) -> System:
     """Return the first system of a saved comparison.
 
     Raises DataError: missing, damaged, or of other rows, or with seen documents treated otherwise, which do not pair.
     The features of these may be others.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        measured_on, of_split, filtered = content["rows"], content["split"], content.get("filter_seen", True)
-        entry = content["systems"][0]
-        file = path.with_name(Path(entry["ranks"]).name)
-        if file_checksum(file) != entry["ranks_checksum"]:
-            raise ValueError(f"{file.name} does not hold the ranks that were measured")
-        ranks = np.load(file, allow_pickle=False)
-        system = System.of_ranks(f"{entry['name']} ({path.stem})", ranks, float(entry["seconds"]))
-    except FileNotFoundError as error:
-        raise DataError(f"{error.filename} does not exist") from None
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise DataError(f"{path} is no comparison written by bigdssm evaluate: {error!r}") from None
-    if (len(ranks), measured_on) != measured(dataset, split):
-        raise DataError(
-            f"{path} was measured on other rows than those of split {split} of {dataset.dir}: {len(ranks)} of a split "
-            f"{of_split}; measure both on datasets made of the same tables"
-        )
-    if filtered != filter_seen:
-        raise DataError(
-            f"{path} was measured with seen documents {'left out' if filtered else 'among the others'}, this model's "
-            "data.repeats says otherwise; measure both with the same data.repeats"
-        )
-    return system
+    saved = read_ranks(path)
+    saved.check(path, dataset, measured(dataset, split), filter_seen)
+    return System.of_ranks(f"{saved.name} ({path.stem})", saved.ranks, saved.seconds)
 
 
 def measured(dataset: Dataset, split: str) -> tuple[int, str]:

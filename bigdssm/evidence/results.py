@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,10 @@ from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
 from bigdssm.evaluation.metrics import standard_errors
-from bigdssm.evaluation.systems import System, load_system
+from bigdssm.evaluation.systems import System, measured
 from bigdssm.evidence.claims import Claim, Expectation, Verdict
-from bigdssm.evidence.running import Trial, cpu_seconds
+from bigdssm.evidence.kept import Kept
+from bigdssm.evidence.running import Trial
 
 PARTS = 10  # of the split's rows, from those of the rarest documents to those of the most popular
 
@@ -79,11 +80,14 @@ class Result:
         return cls(**{**content, "sets": {name: of_set(one) for name, one in content["sets"].items()}})
 
 
-def collect(claim: Claim, which: Sequence[Trial]) -> Result:
-    """Return what the trials of a claim measured. Raises DataError where one is not finished."""
-    if unfinished := [str(trial) for trial in which if not trial.report.exists()]:
+def collect(claim: Claim, which: Sequence[Trial], kept: Mapping[str, Kept]) -> Result:
+    """Return what the trials of a claim measured, which is `kept`. Raises DataError where one is not finished."""
+    if unfinished := [str(trial) for trial in which if trial.name not in kept]:
         raise DataError(f"not finished: {'; '.join(unfinished)}")
-    sets = {name: _of_set(claim, [trial for trial in which if trial.set_name == name]) for name in claim.sets}
+    sets = {
+        name: _of_set(claim, name, [(trial, kept[trial.name]) for trial in which if trial.set_name == name])
+        for name in claim.sets
+    }
     verdicts = [found.verdict for one in sets.values() for found in one.expected if found is not None]
     return Result(
         claim.claim, claim.why, claim.metric, claim.split, [_in_words(expected) for expected in claim.expect], sets,
@@ -98,35 +102,34 @@ def together(verdicts: Sequence[Verdict]) -> Verdict:
     return "holds" if verdicts and set(verdicts) == {"holds"} else "open"
 
 
-def _of_set(claim: Claim, which: Sequence[Trial]) -> SetResult:
-    systems = {name: [_system(trial) for trial in which if trial.cell_name == name] for name in _names(which)}
-    dataset = Dataset.open(load_config(which[0].config_file).data.dir)
+def _of_set(claim: Claim, set_name: str, which: Sequence[tuple[Trial, Kept]]) -> SetResult:
+    config = load_config(claim.sets[set_name].config, claim.sets[set_name].set)
+    dataset = Dataset.open(config.data.dir)
+    rows = measured(dataset, claim.split)
+    systems: dict[str, list[System]] = {name: [] for name in claim.cells_on(set_name)}
+    seconds: dict[str, list[float]] = {name: [] for name in systems}
+    for trial, kept in which:
+        saved = kept.saved()
+        saved.check(trial, dataset, rows, config.data.excludes_seen)
+        systems[trial.cell_name].append(System.of_ranks(trial.cell_name, saved.ranks, saved.seconds))
+        seconds[trial.cell_name].append(kept.cpu_seconds)
     popularity = _popularity(dataset, claim.split)
     values = {name: System.of_seeds(of_seeds) for name, of_seeds in systems.items()}
     cells = []
     for name, system in values.items():
         metric = np.atleast_2d(system.values[claim.metric])
-        seconds = [cpu_seconds(trial) for trial in which if trial.cell_name == name]
         cells.append(
             Measured(
                 name,
                 _rounded(metric.mean()),
                 _rounded(standard_errors(system.values)[claim.metric]),
                 len(metric),
-                round(float(np.mean(seconds)), 1),
+                round(float(np.mean(seconds[name])), 1),
                 *_by_popularity(metric.mean(axis=0), popularity),
             )
         )
     expected = [_compared(expected, values, claim.metric) for expected in claim.expect]
     return SetResult(len(popularity), int((popularity == 0).sum()), cells, expected)
-
-
-def _system(trial: Trial) -> System:
-    config = load_config(trial.config_file)
-    system = load_system(
-        trial.report, Dataset.open(config.data.dir), trial.claim.split, filter_seen=config.data.excludes_seen
-    )
-    return replace(system, name=trial.cell_name)
 
 
 def _compared(expected: Expectation, systems: dict[str, System], metric: str) -> Compared | None:
@@ -152,12 +155,6 @@ def _by_popularity(values: np.ndarray, popularity: np.ndarray) -> tuple[float | 
     order = warm[np.argsort(popularity[warm], kind="stable")]
     parts = [_rounded(part.mean()) for part in np.array_split(values[order], PARTS) if len(part)]
     return _rounded(cold.mean()) if len(cold) else None, parts
-
-
-def _names(which: Sequence[Trial]) -> list[str]:
-    """Return the cells in the claim's order."""
-    tried = {trial.cell_name for trial in which}
-    return [name for name in which[0].claim.cells if name in tried]
 
 
 def _in_words(expected: Expectation) -> str:

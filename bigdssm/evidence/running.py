@@ -3,7 +3,8 @@
 A cell's folder is named by all that decides its outcome, so that two claims share it:
 
     DIR/data/HASH          a dataset without some features
-    DIR/SET/HASH/seed-S/   the run; cell.yaml, its config; SPLIT-report.json and its ranks; commands.jsonl: what was run
+    DIR/SET/HASH/seed-S/   the run; cell.yaml, its config; SPLIT[-rerank-K]-report.json and its ranks; commands.jsonl:
+                           what was run
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,13 @@ class Trial:
     @property
     def report(self) -> Path:
         """Return the file with what it measured, which is there once it is finished."""
-        return self.folder / f"{self.claim.split}-{REPORT}"
+        ranked = "" if self.cell.rerank is None else f"-rerank-{self.cell.rerank}"
+        return self.folder / f"{self.claim.split}{ranked}-{REPORT}"
+
+    @property
+    def name(self) -> str:
+        """Return what tells it from all others wherever its run stands: the set, the config's hash, seed, split."""
+        return "/".join([*self.folder.parts[-3:], self.report.name.removesuffix(f"-{REPORT}")])
 
     def __str__(self) -> str:
         """Return for example `movielens_100k: FPS, seed 0`."""
@@ -77,9 +84,13 @@ class Trial:
 
 
 def trials(claim: Claim, out: Path) -> list[Trial]:
-    """Return all trials of a claim whose runs stand in `out`; those that others start from come first."""
+    """Return all trials of a claim whose runs stand in `out`; those that others start from come first.
+
+    Raises ConfigError: what is wrong with a set's config.
+    """
     found: dict[tuple[str, str, int], Trial] = {}
     for set_name, data in claim.sets.items():
+        load_config(data.config, data.set)  # which says in one sentence what is wrong with it
         cells = claim.cells_on(set_name)
         for cell_name in sorted(cells, key=lambda name: (cells[name].after is not None, list(cells).index(name))):
             cell = cells[cell_name]
@@ -91,21 +102,31 @@ def trials(claim: Claim, out: Path) -> list[Trial]:
     return list(found.values())
 
 
-def run_trials(which: Sequence[Trial], at_once: int) -> None:
-    """Run those that are not finished, `at_once` side by side; raises the first one's error once all have ended."""
+def run_trials(which: Sequence[Trial], at_once: int, kept: Container[str] = ()) -> None:
+    """Run those that are not finished, `at_once` side by side; raises the first one's error once all have ended.
+
+    What others start from is run as well, and what is `kept` is not, unless another starts from it.
+    """
     errors: list[Exception] = []
 
-    def run(trial: Trial) -> None:
-        try:
-            run_trial(trial)
-        except Exception as error:
-            logger.error("%s: %s", trial, error)
-            errors.append(error)
+    def run(of_folder: Sequence[Trial]) -> None:
+        for trial in of_folder:
+            try:
+                run_trial(trial)
+            except Exception as error:
+                logger.error("%s: %s", trial, error)
+                errors.append(error)
 
-    once = {trial.folder: trial for trial in which if not trial.report.exists()}
+    wanted = [trial for trial in which if trial.name not in kept]
+    wanted = [trial.after for trial in wanted if trial.after is not None and not trial.report.exists()] + wanted
+    once = {trial.report: trial for trial in wanted if not trial.report.exists()}
     for of_kind in (False, True):
+        folders: dict[Path, list[Trial]] = {}
+        for trial in once.values():
+            if (trial.after is not None) == of_kind:
+                folders.setdefault(trial.folder, []).append(trial)
         with ThreadPoolExecutor(at_once) as pool:
-            list(pool.map(run, [trial for trial in once.values() if (trial.after is not None) == of_kind]))
+            list(pool.map(run, folders.values()))
     if errors:
         raise errors[0]
 
@@ -125,12 +146,15 @@ def run_trial(trial: Trial) -> None:
     stages: list[StageName] = ["sft"] if trial.after else ["pretrain", "sft"] if trial.cell.sft else ["pretrain"]
     if trial.after is not None:
         overrides.append(f"sft.init={trial.after.folder / 'pretrain' / 'best'}")
+    trained = {record["command"] for record in _commands(trial) if record["exit_code"] == 0}
     for stage in stages:
-        _command(trial, stage, "--config", str(trial.config_file), *overrides, "--resume", "auto")
+        if stage not in trained:  # else another cell of this folder did
+            _command(trial, stage, "--config", str(trial.config_file), *overrides, "--resume", "auto")
     best = trial.folder / stages[-1] / "best"
+    ranked = [] if trial.cell.rerank is None else ["--rerank", str(trial.cell.rerank)]
     _command(
         trial, "evaluate", "--model", str(best), "--data", config.data.dir, "--split", trial.claim.split,
-        "--out", str(trial.report),
+        "--out", str(trial.report), *ranked,
     )  # fmt: skip
 
 
@@ -157,7 +181,7 @@ def cpu_seconds(trial: Trial) -> float:
     """Return what its trainings took, those of the pretraining that it started from included."""
     own = sum(
         float(record["cpu_seconds"])
-        for record in read_records(trial.folder / COMMANDS, "cpu_seconds")
+        for record in _commands(trial)
         if record["command"] in ("pretrain", "sft", "baseline")
     )
     return own + (0.0 if trial.after is None else cpu_seconds(trial.after))
@@ -166,7 +190,6 @@ def cpu_seconds(trial: Trial) -> float:
 def _content(claim: Claim, set_name: str, cell_name: str) -> Any:
     """Return a cell's config as YAML has it, without the features that it leaves out."""
     data, cell = claim.sets[set_name], claim.cells[cell_name]
-    load_config(data.config, data.set)  # which says in one sentence what is wrong with it
     content: Any = OmegaConf.merge(OmegaConf.load(data.config), OmegaConf.from_dotlist([*data.set, *cell.set]))
     for left_out in cell.without:
         side, _, name = left_out.partition(".")
@@ -209,6 +232,11 @@ def _command(trial: Trial, command: str, *arguments: str) -> None:
     _note(trial, command, code, used.ru_utime + used.ru_stime, perf_counter() - started)
     if code:
         raise subprocess.CalledProcessError(code, [*line, f"# see {trial.folder / f'{command}.log'}"])
+
+
+def _commands(trial: Trial) -> list[dict[str, Any]]:
+    """Return the records of what was run for it."""
+    return read_records(trial.folder / COMMANDS, "cpu_seconds")
 
 
 def _note(trial: Trial, command: str, code: int, cpu_s: float, wall_s: float) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bigdssm.evaluation.systems import read_ranks
 from tests.conftest import TinyDataset
 
 from .runs import ROOT, environment
@@ -40,6 +41,8 @@ def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -
             "tuned": {"after": "more"},
             "more": {},
             "no titles": {"without": ["doc.title"]},
+            "scored": {"after": "more", "set": ["sft.loss.mlp=[4]", "sft.loss.in_batch=false"]},
+            "ranked": {"after": "more", "set": ["sft.loss.mlp=[4]", "sft.loss.in_batch=false"], "rerank": 5},
             "EASE": {"baseline": "ease"},
         },
         "expect": [{"no_better": "EASE", "than": "more", "margin": 1.0}],
@@ -50,7 +53,7 @@ def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(page.with_suffix(".json").read_text())["first"]["sets"]["tiny"]
     cells = {cell["cell"]: cell for cell in figures["cells"]}
-    assert list(cells) == ["tuned", "more", "no titles", "EASE"]
+    assert list(cells) == ["tuned", "more", "no titles", "scored", "ranked", "EASE"]
     assert cells["tuned"]["cpu_seconds"] > cells["more"]["cpu_seconds"] > cells["EASE"]["cpu_seconds"] >= 0
     assert [found["verdict"] for found in figures["expected"]] == ["holds"]
 
@@ -58,7 +61,11 @@ def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -
         return {path: path.read_text() for path in out.glob("tiny/*/seed-0/commands.jsonl")}
 
     before = commands()
-    assert len(before) == 4 and len(list(out.glob("data/*/dataset.json"))) == 1
+    (ranked,) = out.glob("tiny/*/seed-0/test-rerank-5-report.json")
+    scored, anew = (read_ranks(ranked.with_name(name)).ranks for name in ("test-report.json", ranked.name))
+    assert (scored != anew).any(), "the scorer sees all documents, or five"
+    assert (ranked.parent / "commands.jsonl").read_text().count('"sft"') == 1, "both were trained once"
+    assert len(before) == 5 and len(list(out.glob("data/*/dataset.json"))) == 1
     again = command("evidence", tmp_path / "first.yaml", "--out", out, "--page", page)
     assert again.returncode == 0 and "begins" not in again.stderr + again.stdout and commands() == before
     assert "*more is better*" in page.read_text() and "| EASE |" in page.read_text()

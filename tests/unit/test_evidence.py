@@ -6,14 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
+from bigdssm.config import load_config
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
+from bigdssm.evaluation.metrics import row_metrics
+from bigdssm.evaluation.systems import System, measured, read_ranks, save_comparison
 from bigdssm.evidence.claims import Expectation, read_claim
+from bigdssm.evidence.kept import keep, read_kept, write_kept
 from bigdssm.evidence.page import as_markdown, write_page
 from bigdssm.evidence.results import Result, collect, together
-from bigdssm.evidence.running import trials
+from bigdssm.evidence.running import run_trials, trials
 
 ROOT = Path(__file__).resolve().parents[2]
 CLAIM: dict[str, Any] = {
@@ -85,7 +91,7 @@ def test_cells_that_are_alike_share_a_folder(tmp_path: Path, tiny_interactions: 
     again = {(trial.cell_name, trial.seed): trial for trial in trials(later, tmp_path)}
     assert again["c", 1].folder != found["c", 1].folder, "what it starts from is another"
     with pytest.raises(DataError, match="not finished: small: a, seed 0; small: a, seed 1; "):
-        collect(claim, list(found.values()))
+        collect(claim, list(found.values()), {})
     config = Path(tiny_interactions.config)
     changed = tmp_path / "other.yaml"
     changed.write_text(config.read_text().replace("max_items: 10", "max_items: 9"))
@@ -112,3 +118,57 @@ def test_the_page_is_its_figures(tmp_path: Path) -> None:
         assert (ROOT / f"docs/images/evidence_{name}.svg").exists()
     write_page(results, tmp_path / "page.md")
     assert all((tmp_path / f"images/evidence_{name}.svg").stat().st_size > 2000 for name in results)
+
+
+def test_what_trials_measured_is_kept_apart_from_their_runs(tmp_path: Path, tiny_interactions: Any) -> None:
+    sets = {"small": {"config": str(tiny_interactions.config), "seeds": [0, 1]}}
+    cells = {"a": {}, "b": {"set": ["pretrain.epochs=2"]}}
+    claim = read_claim(written(tmp_path, sets=sets, cells=cells, split="validation"))
+    dataset = Dataset.open(load_config(tiny_interactions.config).data.dir)
+    planned = trials(claim, tmp_path / "here")
+    queries, _ = measured(dataset, "validation")
+    rng = np.random.default_rng(0)
+    for trial in planned:
+        better = 3 if trial.cell_name == "a" else 9
+        ranks = rng.integers(1, better + trial.seed + 1, queries).astype(np.float64)
+        save_comparison(trial.report, [System.of_ranks("x", ranks, 1.0)], [], dataset, "validation")
+        (trial.folder / "commands.jsonl").write_text(json.dumps({"command": "pretrain", "cpu_seconds": 7.5}) + "\n")
+    file = tmp_path / "trials.jsonl"
+    write_kept(file, keep({}, planned[:2]))
+    write_kept(file, keep(read_kept(file), planned[2:]))
+    elsewhere = trials(claim, tmp_path / "there")
+    found = collect(claim, elsewhere, read_kept(file))
+    assert found == collect(claim, planned, keep({}, planned))
+    cell = found.sets["small"].cells[0]
+    assert (cell.cell, cell.seeds, cell.cpu_seconds) == ("a", 2, 7.5)
+    both = np.stack([read_ranks(trial.report).ranks for trial in planned[:2]])
+    assert cell.mean == pytest.approx(row_metrics(both.ravel())["ndcg_at_10"].mean(), abs=5e-5)
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[0].replace('"ranks": "', '"ranks": "AAAA'), *lines[1:]]))
+    with pytest.raises(DataError, match="are damaged"):
+        collect(claim, elsewhere, read_kept(file))
+    file.write_text("{}")
+    with pytest.raises(DataError, match="holds no trials"):
+        read_kept(file)
+
+
+def test_what_is_kept_is_not_run_again_unless_another_starts_from_it(
+    tmp_path: Path, tiny_interactions: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = {"small": {"config": str(tiny_interactions.config), "seeds": [0]}}
+    cells = {
+        "a": {},
+        "b": {"set": ["pretrain.epochs=2"]},
+        "tuned": {"after": "a"},
+        "ranked": {"after": "a", "rerank": 5},
+    }
+    planned = trials(read_claim(written(tmp_path, sets=sets, cells=cells)), tmp_path)
+    begun: list[str] = []
+    monkeypatch.setattr("bigdssm.evidence.running.run_trial", lambda trial: begun.append(trial.cell_name))
+    run_trials(planned, 2, {trial.name for trial in planned if trial.cell_name in ("a", "b")})
+    assert begun[0] == "a" and sorted(begun[1:]) == ["ranked", "tuned"]
+    begun.clear()
+    run_trials(planned, 2, {trial.name for trial in planned if trial.cell_name != "b"})
+    assert begun == ["b"]
+    by_name = {trial.cell_name: trial for trial in planned}
+    assert by_name["tuned"].folder == by_name["ranked"].folder and by_name["tuned"].report != by_name["ranked"].report
