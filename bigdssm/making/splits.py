@@ -22,7 +22,6 @@ SPLITS = ("train", "validation", "test")
 NAMES = {"train": 0, "training": 0, "validation": 1, "valid": 1, "val": 1, "dev": 1, "test": 2}
 UNITS_PER_JOB = 1 << 20
 RANGES = 1 << 12  # of times, which are counted at once
-SMALLEST = 5e-324  # above 0
 LABELLED = pa.schema([("unit", pa.int64()), ("split", pa.int32())])
 
 
@@ -138,8 +137,7 @@ def _time_at(engine: Engine, table: str, place: int, first: float, last: float) 
     Nothing is sorted: times are counted by ranges, then those of the range that has the place, and so on.
     """
     while first < last:
-        width = max((last - first) / RANGES, SMALLEST)
-        nth = f"least(floor((time - {as_sql(first)}) / {as_sql(width)}), {RANGES - 1})"
+        nth = f"floor((time - {as_sql(first)}) / {as_sql(last - first)} * {RANGES})"
         inside = f"{table} WHERE time BETWEEN {as_sql(first)} AND {as_sql(last)}"
         counted = f"SELECT count(*), min(time) AS first, max(time) FROM {inside} GROUP BY {nth} ORDER BY first"
         for count, first, last in engine.fetch(counted):
