@@ -135,10 +135,8 @@ class FirstRows:
                 self._write()
 
     def _first(self, table: pa.Table) -> pa.Table:
-        codes = table.column(self._key).combine_chunks().dictionary_encode().indices.to_numpy()
-        newest = np.maximum.accumulate(codes)  # codes are given in the order in which keys come
-        first = np.flatnonzero(np.diff(newest, prepend=-1))
-        return table if len(first) == table.num_rows else table.take(pa.array(first))
+        _, first = np.unique(table.column(self._key).to_numpy(), return_index=True)
+        return table if len(first) == table.num_rows else table.take(pa.array(np.sort(first)))
 
     def _write(self) -> None:
         self._file.add(pa.concat_tables(self._waiting))
