@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bigdssm.making.engine import Engine
 
-ASKED = ("split", "sequence", "first", "end_", "shuffle", "place")
+ASKED = ("split", "sequence", "first", "end_", "shuffle")
 
 
 def versions_of(table: str) -> str:
@@ -32,7 +32,7 @@ def join_users(engine: Engine, num_features: int) -> int:
         "asked",
         f"SELECT s.user_id, r.time, CAST(NULL AS INT) AS version, {asked} FROM cut_rows r "
         "JOIN sequences s ON r.sequence = s.number "
-        "UNION ALL SELECT user_id, time, 1 AS version, -1 AS split, 0, 0, 0, 0, 0 FROM found_users",
+        "UNION ALL SELECT user_id, time, 1 AS version, -1 AS split, 0, 0, 0, 0 FROM found_users",
     )
     # The frame of a window with an order has all rows of the current row's time.
     engine.view(

@@ -30,8 +30,7 @@ ROW = pa.schema(
         ("sequence", pa.int64()),
         ("first", pa.int32()),
         ("end_", pa.int32()),  # `end` is a word of SQL
-        ("shuffle", pa.int64()),  # a hash of the place
-        ("place", pa.int64()),  # of the last event
+        ("shuffle", pa.int64()),  # a hash of the last event's place
         ("time", pa.float64()),  # of the first target
     ]
 )
@@ -148,14 +147,13 @@ class Cutting:
         most = self.targets_per_row if split == 0 else 1
         starts = np.flatnonzero(~follows | (from_end % most == most - 1))
         newest = targets[np.append(starts[1:], len(targets))[: len(starts)] - 1]
-        oldest, at = targets[starts], events.place[newest]
+        oldest = targets[starts]
         columns = (
             np.full(len(starts), split, np.int32),
             events.sequence[oldest] + first,
             place[oldest].astype(np.int32),
             (place[newest] + 1).astype(np.int32),
-            shuffle_keys(at, self.seed),
-            at,
+            shuffle_keys(events.place[newest], self.seed),
             events.time[oldest],
         )
         return pa.table(list(columns), schema=ROW)

@@ -188,9 +188,9 @@ def read_events(
 ) -> tuple[Table, Table]:  # fmt: skip
     """Return the sequences, and the events sorted by sequence and time.
 
-    A sequence has user_id, key, its number of events `length`, and its user's newest features; an event has `sequence`,
-    the row of its own, item, time, relevance and place. `user_times` are the facts of the users' times. Raises
-    DataError where no event is left, or times are in several units.
+    A sequence has user_id, key, its number of events `length`, and its user's newest features; an event has item, time,
+    relevance and place. `user_times` are the facts of the users' times. Raises DataError where no event is left, or
+    times are in several units.
     """
     engine, quarantine = run.engine, run.writer.quarantine
     folders = run.read("events", [events], _EventReader(tables, documents.keys))
@@ -227,9 +227,8 @@ def read_events(
             run.notes.append(f"{number} users are not in the users table: their features are missing")
     sorted_events = engine.select(
         "sorted_events",
-        "SELECT s.number AS sequence, e.item, e.time, e.relevance, e.place FROM events e "
-        "JOIN sequences s ON e.user_id = s.user_id",
-        order="sequence, time, place, item",
+        "SELECT e.item, e.time, e.relevance, e.place FROM events e JOIN sequences s ON e.user_id = s.user_id",
+        order="s.number, e.time, e.place",
     )
     return sequences, sorted_events
 

@@ -18,7 +18,7 @@ from bigdssm.dataset.files import SEQUENCE_KEYS_FILE
 from bigdssm.dataset.partition import read_partition
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, TextTokenizer, encode_columns, stored
-from bigdssm.making.as_of import ASKED, join_users
+from bigdssm.making.as_of import join_users
 from bigdssm.making.cutting import Cutting, cut_sequences
 from bigdssm.making.dataset_writer import PARTITIONS
 from bigdssm.making.documents import Documents, canonical_of, place_keys
@@ -151,9 +151,9 @@ def _sorted_splits(engine: Engine, tables: InteractionTables, of_rows: dict[str,
 
     Raises DataError where train has none.
     """
-    orders = {name: "sequence, first" for name in SPLITS} | {"train": "shuffle, place, sequence, first"}
+    orders = {name: "sequence, first" for name in SPLITS} | {"train": "shuffle"}
     rows = "asked_rows" if of_rows else "cut_rows"
-    wanted = ", ".join([*ASKED[1:], *(f"u{number}" for number in range(len(of_rows)))])
+    wanted = ", ".join(["sequence", "first", "end_", *(f"u{number}" for number in range(len(of_rows)))])
     splits = {
         name: engine.select(name, f"SELECT {wanted} FROM {rows} WHERE split = {number}", order=orders[name])
         for number, name in enumerate(SPLITS)

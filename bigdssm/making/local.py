@@ -33,6 +33,7 @@ class LocalEngine(Engine):
             "threads": min(self._processes, MOST_THREADS),
         }
         self._database = duckdb.connect(config=settings)
+        self._database.execute("SET enable_progress_bar = false")  # in notebooks it would stand in the making's own
 
     def view(self, name: str, query: str) -> None:
         """Have queries know the rows of `query` by `name`."""
@@ -56,7 +57,9 @@ class LocalEngine(Engine):
         )
 
     def _write(self, query: str, folder: Path) -> None:
-        options = f"FORMAT parquet, COMPRESSION lz4_raw, ROW_GROUP_SIZE {ROWS_PER_READ}"
+        # V2 without dictionaries: columns are written as differences, in less time and room.
+        options = "FORMAT parquet, PARQUET_VERSION V2, DICTIONARY_SIZE_LIMIT 1, COMPRESSION lz4_raw"
+        options += f", ROW_GROUP_SIZE {ROWS_PER_READ}"
         with _naming_a_full_disk(folder):
             self._database.execute(f"COPY ({query}) TO {_quoted(str(folder / 'rows.parquet'))} ({options})")
 

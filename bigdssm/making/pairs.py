@@ -60,7 +60,7 @@ ROW_COLUMNS = {
     "unit": pa.int64(),  # what a random split keeps together
     "time": pa.float64(),
 }
-WRITTEN = ("place", "shuffle", "query_id", "doc_id", "relevance")
+WRITTEN = ("place", "query_id", "doc_id", "relevance")
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ def _sorted_splits(run: Making, tables: PairTables, splitter: Splitter, reader: 
     kept = first_of("divided", "query_id, doc_id") if tables.dedup else "SELECT *, 1 AS nth FROM divided"
     engine.view("kept", kept)
     wanted = ", ".join(name for name in reader.row_schema.names if name in WRITTEN or name not in ROW_COLUMNS)
-    order = {name: "place" for name in SPLITS} | {"train": "shuffle, place"}
+    order = {name: "place" for name in SPLITS} | {"train": "shuffle"}
     splits = {
         name: engine.select(name, f"SELECT {wanted} FROM kept WHERE nth = 1 AND split = {number}", order=order[name])
         for number, name in enumerate(SPLITS)

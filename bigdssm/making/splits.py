@@ -21,6 +21,7 @@ PairSplit = Literal["random", "time", "column", "train"]
 SPLITS = ("train", "validation", "test")
 NAMES = {"train": 0, "training": 0, "validation": 1, "valid": 1, "val": 1, "dev": 1, "test": 2}
 UNITS_PER_JOB = 1 << 20
+RANGES = 1 << 12  # of times, which are counted at once
 LABELLED = pa.schema([("unit", pa.int64()), ("split", pa.int32())])
 
 
@@ -125,10 +126,25 @@ def check_fractions(validation: float, test: float) -> None:
 
 def quantiles(engine: Engine, table: str, shares: Sequence[float]) -> list[float]:
     """Return the times before which these shares of a table's rows lie, exactly; infinity where all do."""
-    times = engine.select(f"times_of_{table}", f"SELECT time FROM {table}", order="time")
-    places = [int(times.num_rows * share) for share in shares]
-    found = [times.read(place, place + 1).column("time").to_pylist() for place in places]
-    return [value[0] if value else np.inf for value in found]
+    ((num_rows, first, last),) = engine.fetch(f"SELECT count(*), min(time), max(time) FROM {table}")
+    places = [int(num_rows * share) for share in shares]
+    return [_time_at(engine, table, place, first, last) if place < num_rows else np.inf for place in places]
+
+
+def _time_at(engine: Engine, table: str, place: int, first: float, last: float) -> float:
+    """Return what is at a place of the sorted times, which lie in first … last.
+
+    Nothing is sorted: times are counted by ranges, then those of the range that has the place, and so on.
+    """
+    while first < last:
+        nth = f"floor((time - {as_sql(first)}) / {as_sql(last - first)} * {RANGES})"
+        inside = f"{table} WHERE time BETWEEN {as_sql(first)} AND {as_sql(last)}"
+        counted = f"SELECT count(*), min(time) AS first, max(time) FROM {inside} GROUP BY {nth} ORDER BY first"
+        for count, first, last in engine.fetch(counted):
+            if place < count:
+                break
+            place -= count
+    return first
 
 
 def as_sql(number: float) -> str:

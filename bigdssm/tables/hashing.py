@@ -42,7 +42,7 @@ def mix(keys: np.ndarray, purpose: str, seed: int) -> np.ndarray:
 
 
 def shuffle_keys(places: np.ndarray, seed: int) -> np.ndarray:
-    """Return an int64 key for the source rows at `places`; train rows are written in the order of theirs."""
+    """Return an int64 key for the source rows at `places`, each its own; train rows are written in their order."""
     return (mix(places, "shuffle", seed) ^ np.uint64(1 << 63)).view(np.int64)
 
 
