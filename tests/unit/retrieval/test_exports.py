@@ -26,7 +26,7 @@ from bigdssm.dataset.tensors import to_features
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.trec import run_metrics
 from bigdssm.export.card import Figures
-from bigdssm.export.convert import Format, Source, export, folder_source, stage_source
+from bigdssm.export.convert import Source, export, folder_source, stage_source
 from bigdssm.export.probe import PARITY_LIMIT, Probe
 from bigdssm.export.text_tower import alpha
 from bigdssm.features import Ragged, TextTokenizer
@@ -236,7 +236,7 @@ def test_the_card_says_what_is_known(make_source: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["hf", "sentence-transformers"])
 def test_vectors_that_differ_are_not_written(
-    make_source: Any, target: Format, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_source: Any, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if target == "sentence-transformers":
         pytest.importorskip("sentence_transformers")
@@ -259,7 +259,7 @@ def test_the_probe_reaches_what_exports_get_wrong(make_source: Any) -> None:
 
 
 @pytest.mark.parametrize("target", ["hf", "sentence-transformers"])
-def test_towers_of_more_than_a_text_are_refused(model_dir: Path, target: Format, tmp_path: Path) -> None:
+def test_towers_of_more_than_a_text_are_refused(model_dir: Path, target: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"the query tower reads history \(history\), age \(numeric\)"):
         export(folder_source(model_dir), tmp_path / "exported", target)
     assert not list(tmp_path.iterdir())
