@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -35,8 +35,8 @@ class Space:
 def read_space(path: Path) -> Space:
     """Return the space of a YAML file. Raises ConfigError: what is wrong with it."""
     needs = "keys with their values, such as `pretrain.optimizer.lr: {low: 1.0e-3, high: 1}`"
-    content = OmegaConf.to_container(read_yaml(path, needs))
-    if not isinstance(content, dict) or not content:
+    content = cast(dict[Any, Any], OmegaConf.to_container(read_yaml(path, needs)))
+    if not content:
         raise ConfigError(f"{path} is empty, needs {needs}")
     return Space({str(key): _distribution(f"{path}: {key}", given) for key, given in content.items()})
 
