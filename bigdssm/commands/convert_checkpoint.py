@@ -7,7 +7,7 @@ best is the stage's best validation; latest and step-… are put together from t
 stage. The formats, each with a model card (README.md):
 
     model                  config, schema, tokenizer, safetensors: what the other tools take as --model
-    sentence-transformers  SentenceTransformer(FOLDER); towers of one text; beta per document only beside dot
+    sentence-transformers  SentenceTransformer(FOLDER); towers of one text
     hf                     AutoModel, AutoTokenizer and the projection of each tower; towers of one text
     onnx                   query.onnx, doc.onnx and query.int8.onnx for onnxruntime; any towers
 

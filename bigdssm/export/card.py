@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from bigdssm.artifacts.model_folder import ModelFolder
 from bigdssm.export.formats import FORMATS
 from bigdssm.export.probe import Parity
+from bigdssm.export.st_format import CODE, brings_code, scores_by_dot
 from bigdssm.export.text_tower import SIDES, alpha, beta_of_all, beta_weight
 from bigdssm.features import Feature, TextTokenizer
 
@@ -120,21 +121,25 @@ def load_model(model: ModelFolder, name: str) -> str:
 
 def load_sentence_transformers(model: ModelFolder, name: str) -> str:
     """Return how a folder of this format is loaded."""
-    dot = model.config.model.score == "dot"
+    trusted = ", trust_remote_code=True" if brings_code(model) else ""
     code = f"""
         from sentence_transformers import SentenceTransformer
 
-        model = SentenceTransformer("{name}")
+        model = SentenceTransformer("{name}"{trusted})
         queries = model.encode_query(["the text of a query"])
         documents = model.encode_document(["the text of a document"])
         scores = model.similarity(queries, documents)
         """
     scores = (
-        "The scores are the training scores: alpha and beta are inside the vectors, [u, 1] and [alpha * w, beta]. "
-        "Search by dot product; do not normalise them."
-        if dot
+        "The scores are the training scores: alpha and beta are inside the vectors. Search by dot product; do not "
+        "normalise them."
+        if scores_by_dot(model)
         else "The scores are cosines, <u, w>; alpha and beta are left out: the same for all, they rank nothing."
     )
+    if trusted:
+        scores += (
+            f" `trust_remote_code` lets {CODE.name} of this folder run, which puts beta behind the cosine's vector."
+        )
     routes = 'The two towers differ, so plain `encode` needs `task="query"` or `task="document"`.'
     return f"{_python(dedent(code))}\n\n{scores} {routes}"
 
