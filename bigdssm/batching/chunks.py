@@ -19,7 +19,7 @@ class Chunked:
 
     def __init__(self, features: Features, plan: SidePlan, places: Places | None = None) -> None:
         """Take `places` where rows give several queries."""
-        self._features, self._plan = features, plan
+        self._features, self.plan = features, plan
         device = next(iter(features.values())).device
         parts = (plan.order, plan.outputs, plan.row_in_chunk)
         sent = to_device(torch.from_numpy(np.concatenate(parts)), device)
@@ -49,7 +49,7 @@ class Chunked:
 
     def _whole(self, name: str, fill: int) -> Packed:
         """Return a list of all rows packed, in the plan's order, once for all chunks."""
-        runs = [chunk.runs[name] for chunk in self._plan.chunks if chunk.runs]
+        runs = [chunk.runs[name] for chunk in self.plan.chunks if chunk.runs]
         last, longest = max((run.last for run in runs), default=0), max((run.longest for run in runs), default=0)
         return pack(self._features[name][self._order], fill, last, longest)
 
@@ -64,7 +64,7 @@ class Chunked:
     def assemble(self, parts: Sequence[Tensor]) -> Tensor:
         """Return what was computed of every chunk, [outputs, …], in the order of queries or documents."""
         whole = parts[0].new_empty((len(self._outputs), *parts[0].shape[1:]))
-        for part, chunk in zip(parts, self._plan.chunks, strict=True):
+        for part, chunk in zip(parts, self.plan.chunks, strict=True):
             whole[self.outputs(chunk)] = part[: chunk.num_outputs]
         return whole
 

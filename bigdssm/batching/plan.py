@@ -81,9 +81,14 @@ class SidePlan:
     outputs: np.ndarray  # int64 [vectors]: the numbers of the rows' queries or documents, in the same order
     row_in_chunk: np.ndarray  # int64 [vectors]: the row of each among those of its chunk
     chunks: tuple[Chunk, ...]
-    filled: int  # cells of the lists that hold something
+    length: np.ndarray  # int64 [rows]: cells of each row's lists that hold something
     dummy: Chunk  # one row for nothing: a rank without a forward or backward that others make stops ZeRO
     packed: Mapping[str, int] = field(default_factory=dict)  # lists that are packed, and what pads each
+
+    @property
+    def filled(self) -> int:
+        """Return the cells of lists that hold something."""
+        return int(self.length.sum())
 
     @property
     def cells(self) -> int:
@@ -109,7 +114,7 @@ def plan_side(
     default. packed: the lists that are.
     """
     per_row = np.ones(num_rows, np.int64) if outputs_of_row is None else outputs_of_row
-    filled = sum(int(list_.filled.sum()) for list_ in lengths.values())
+    length = sum((list_.filled for list_ in lengths.values()), np.zeros(num_rows, np.int64))
     fills = {name: list_.fill for name, list_ in lengths.items() if name in packed}
     widths = {name: list_.width for name, list_ in lengths.items()}
     dummy = Chunk(0, 0, slice(0, 0), widths, sum(widths.values()))
@@ -130,7 +135,7 @@ def plan_side(
         chunks.append(Chunk(first, last, its, used, cells + sum(run.last - run.first for run in runs.values()), runs))
     first_row = np.repeat([chunk.first for chunk in chunks], [chunk.num_outputs for chunk in chunks]).astype(np.int64)
     row_in_chunk = np.repeat(np.arange(num_rows), outputs.lengths) - first_row
-    return SidePlan(order, outputs.values, row_in_chunk, tuple(chunks), filled, dummy, fills)
+    return SidePlan(order, outputs.values, row_in_chunk, tuple(chunks), length, dummy, fills)
 
 
 def _longest_first(lengths: Lengths, num_rows: int) -> np.ndarray:
@@ -174,11 +179,12 @@ class StepPlan:
     doc: SidePlan
     whole: bool  # both sides in one forward
     num_kept: int = 0  # of the pieces, queries' before documents': the last so many
+    pairs: SidePlan | None = None  # what a cross-encoder reads beside them
 
     @property
     def tokens(self) -> int:
-        """Return the cells of both sides' lists (tokens, history items, values) that hold something."""
-        return self.query.filled + self.doc.filled
+        """Return the cells of all lists (tokens, history items, values) that hold something."""
+        return sum(side.filled for side in self._sides)
 
     @property
     def num_queries(self) -> int:
@@ -188,8 +194,12 @@ class StepPlan:
     @property
     def padding(self) -> float:
         """Return the share of what is encoded that is padding; 0 without lists."""
-        cells = self.query.cells + self.doc.cells
+        cells = sum(side.cells for side in self._sides)
         return 1 - self.tokens / cells if cells else 0.0
+
+    @property
+    def _sides(self) -> list[SidePlan]:
+        return [self.query, self.doc, *([] if self.pairs is None else [self.pairs])]
 
 
 class Needs(NamedTuple):

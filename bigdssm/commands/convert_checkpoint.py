@@ -7,7 +7,7 @@ best is the stage's best validation; latest and step-… are put together from t
 stage. The formats, each with a model card (README.md):
 
     model                  config, schema, tokenizer, safetensors: what the other tools take as --model
-    sentence-transformers  SentenceTransformer(FOLDER); towers of one text; beta per document only beside dot
+    sentence-transformers  SentenceTransformer(FOLDER); towers of one text
     hf                     AutoModel, AutoTokenizer and the projection of each tower; towers of one text
     onnx                   query.onnx, doc.onnx and query.int8.onnx for onnxruntime; any towers
 
@@ -19,13 +19,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 from transformers.utils import logging
 
 from bigdssm.cli import command
 from bigdssm.errors import ConfigError
-from bigdssm.export.convert import BEST, Format, export, folder_source, stage_source
+from bigdssm.export.convert import BEST, export, folder_source, stage_source
+from bigdssm.export.formats import FORMATS
 
 
 @command
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     source.add_argument("--run", type=Path, metavar="STAGE", help="stage folder, such as RUN/sft")
     source.add_argument("--model", type=Path, help="model folder")
     parser.add_argument("--checkpoint", help=f"of --run: best, latest or step-… ({BEST})")
-    parser.add_argument("--format", choices=get_args(Format), default="model", help="what to write (%(default)s)")
+    parser.add_argument("--format", choices=tuple(FORMATS), default="model", help="what to write (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
     args = parser.parse_args(argv)
     if args.model is not None and args.checkpoint is not None:

@@ -12,6 +12,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bigdssm.bounds import bounded
+from bigdssm.config.reading import first_line
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature
 from bigdssm.features.base import feature_type
@@ -369,8 +370,3 @@ def _feature(key: str, content: Any) -> Feature:
         return cast(Feature, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), given)))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{key}.{error.full_key}: {first_line(error)}") from None
-
-
-def first_line(error: Exception) -> str:
-    """Return what omegaconf says of a key, without the lines that repeat it."""
-    return str(error).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Baselines that read a history as a set of items: ItemKNN, EASE and implicit ALS, from the package implicit or SciPy.
+"""Baselines that read a history as a set of items: ItemKNN and ALS (from the package implicit), EASE (SciPy).
 
 Each is fitted to the users' train positives, a matrix X of ones [users, N], and scores all documents for what a query
 has seen, x [N] of ones, by one matrix: x S, or x V (VᵀV …)⁻¹ Vᵀ. Source: Sarwar et al. 2001 with the weights of BM25;
@@ -33,7 +33,7 @@ class ItemKNN:
     @classmethod
     def fit(cls, dataset: Dataset, neighbours: int = 100, weights: str = "bm25") -> ItemKNN:
         """Return the baseline; `weights` of the matrix before cosines are taken: bm25, tfidf or none."""
-        _need_implicit()
+        _need("implicit")
         from implicit import nearest_neighbours
 
         kinds = {"bm25": "BM25Recommender", "tfidf": "TFIDFRecommender", "none": "CosineRecommender"}
@@ -60,7 +60,7 @@ class Ease:
     @classmethod
     def fit(cls, dataset: Dataset, regularisation: float = 300.0) -> Ease:
         """Return the baseline. Raises DataError where N is too large for a dense matrix."""
-        _need_implicit()
+        _need("scipy")
         if dataset.catalogue.num_docs > MOST_OF_EASE:
             raise DataError(
                 f"EASE needs at most {MOST_OF_EASE} documents, {dataset.dir} has {dataset.catalogue.num_docs}"
@@ -91,7 +91,7 @@ class ImplicitALS:
         iterations: int = 15, seed: int = 0,
     ) -> ImplicitALS:  # fmt: skip
         """Return the baseline; `weight` is the confidence in a positive over that in a zero."""
-        _need_implicit()
+        _need("implicit")
         from implicit.als import AlternatingLeastSquares
 
         model = AlternatingLeastSquares(
@@ -141,6 +141,6 @@ def history(rows: Rows, num_docs: int) -> Any:
     return found
 
 
-def _need_implicit() -> None:
-    if importlib.util.find_spec("implicit") is None:
-        raise ConfigError("this baseline needs the package implicit: pip install 'bigdssm[baselines]'")
+def _need(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"this baseline needs the package {package}: pip install 'bigdssm[baselines]'")

@@ -18,10 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import yaml
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 
+from bigdssm.config.reading import as_kind, read_yaml
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.baselines import BASELINES
 
@@ -92,20 +91,7 @@ class Claim:
 
 def read_claim(path: Path) -> Claim:
     """Return the claim of a YAML file. Raises ConfigError: what is wrong with it, and where."""
-    try:
-        content = OmegaConf.load(path)
-        if not isinstance(content, DictConfig):
-            raise ConfigError(f"{path} holds a list, needs claim, sets, cells and expect")
-        merged = OmegaConf.merge(OmegaConf.structured(Claim), content)
-        if missing := sorted(OmegaConf.missing_keys(merged)):
-            raise ConfigError(f"{path}: required key {missing[0]} is missing; give it a value")
-        claim = cast(Claim, OmegaConf.to_object(merged))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML in UTF-8: {' '.join(str(error).split())}") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {error.full_key or 'claim'}: {str(error).splitlines()[0]}") from None
+    claim = as_kind(path, Claim, read_yaml(path, "claim, sets, cells and expect"))
     _check(path, claim)
     return claim
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import subprocess
-import sys
 from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +32,7 @@ from bigdssm.evaluation.systems import System, save_comparison
 from bigdssm.evidence.claims import Cell, Claim, DataSet
 from bigdssm.hashing import hash64
 from bigdssm.log import get_logger, read_records
+from bigdssm.running.commands import run_command
 from bigdssm.source import code_checksum
 
 REPORT, COMMANDS = "report.json", "commands.jsonl"
@@ -221,17 +220,10 @@ def _measure_baseline(trial: Trial, config: Config) -> None:
 
 
 def _command(trial: Trial, command: str, *arguments: str) -> None:
-    """Run `bigdssm command …` in a process of its own, its output in the folder. Raises CalledProcessError."""
-    trial.folder.mkdir(parents=True, exist_ok=True)
-    line = [sys.executable, "-m", "bigdssm.commands", command, *arguments]
-    started = perf_counter()
-    with (trial.folder / f"{command}.log").open("ab") as log:
-        process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT)
-        _, status, used = os.wait4(process.pid, 0)
-    code = process.returncode = os.waitstatus_to_exitcode(status)
-    _note(trial, command, code, used.ru_utime + used.ru_stime, perf_counter() - started)
-    if code:
-        raise subprocess.CalledProcessError(code, [*line, f"# see {trial.folder / f'{command}.log'}"])
+    """Run `bigdssm command …`, its output in the trial's folder. Raises CalledProcessError."""
+    ended = run_command(trial.folder / f"{command}.log", command, *arguments)
+    _note(trial, command, ended.exit_code, ended.cpu_seconds, ended.seconds)
+    ended.check()
 
 
 def _commands(trial: Trial) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
@@ -12,7 +12,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from bigdssm.artifacts.model_folder import ModelFolder
+from bigdssm.export.formats import FORMATS
 from bigdssm.export.probe import Parity
+from bigdssm.export.st_format import CODE, brings_code, scores_by_dot
 from bigdssm.export.text_tower import SIDES, alpha, beta_of_all, beta_weight
 from bigdssm.features import Feature, TextTokenizer
 
@@ -30,13 +32,13 @@ class Figures:
 
 def model_card(model: ModelFolder, name: str, target: str, parity: Parity, figures: Figures | None) -> str:
     """Return the card as Markdown with the front matter that model hubs read; its code runs beside the folder."""
-    library, loading = LOADING[target]
+    kind = FORMATS[target]
     parts = [
-        f"---\n{_metadata(model, name, library, figures).to_yaml()}\n---",
+        f"---\n{_metadata(model, name, kind.library, figures).to_yaml()}\n---",
         f"# {name}",
         _what(model, target),
         "## Loading",
-        loading(model, name),
+        kind.loading(model, name),
         f"On a probe batch the vectors of this folder differ from the trainer's, relative to a vector's largest entry, "
         f"by at most: {parity} (float32, CPU).",
         "## Data",
@@ -104,7 +106,8 @@ def _figures(figures: Figures | None, excludes_seen: bool) -> str:
     return f"Over the whole catalogue, seen documents {seen}:\n\n" + "\n".join(lines)
 
 
-def _load_model(model: ModelFolder, name: str) -> str:
+def load_model(model: ModelFolder, name: str) -> str:
+    """Return how a folder of this format is loaded."""
     code = f"""
         from pathlib import Path
         from bigdssm.artifacts.model_folder import load_model_folder
@@ -116,27 +119,33 @@ def _load_model(model: ModelFolder, name: str) -> str:
     return f"{_python(dedent(code))}\n\n{tools}"
 
 
-def _load_sentence_transformers(model: ModelFolder, name: str) -> str:
-    dot = model.config.model.score == "dot"
+def load_sentence_transformers(model: ModelFolder, name: str) -> str:
+    """Return how a folder of this format is loaded."""
+    trusted = ", trust_remote_code=True" if brings_code(model) else ""
     code = f"""
         from sentence_transformers import SentenceTransformer
 
-        model = SentenceTransformer("{name}")
+        model = SentenceTransformer("{name}"{trusted})
         queries = model.encode_query(["the text of a query"])
         documents = model.encode_document(["the text of a document"])
         scores = model.similarity(queries, documents)
         """
     scores = (
-        "The scores are the training scores: alpha and beta are inside the vectors, [u, 1] and [alpha * w, beta]. "
-        "Search by dot product; do not normalise them."
-        if dot
+        "The scores are the training scores: alpha and beta are inside the vectors. Search by dot product; do not "
+        "normalise them."
+        if scores_by_dot(model)
         else "The scores are cosines, <u, w>; alpha and beta are left out: the same for all, they rank nothing."
     )
+    if trusted:
+        scores += (
+            f" `trust_remote_code` lets {CODE.name} of this folder run, which puts beta behind the cosine's vector."
+        )
     routes = 'The two towers differ, so plain `encode` needs `task="query"` or `task="document"`.'
     return f"{_python(dedent(code))}\n\n{scores} {routes}"
 
 
-def _load_hf(model: ModelFolder, name: str) -> str:
+def load_hf(model: ModelFolder, name: str) -> str:
+    """Return how a folder of this format is loaded."""
     example = f"""
         encode_query, encode_document = load_tower("{name}/query"), load_tower("{name}/document")
         scores = encode_query(["the text of a query"]) @ encode_document(["the text of a document"]).T
@@ -144,7 +153,8 @@ def _load_hf(model: ModelFolder, name: str) -> str:
     return f"{_python(_source('hf_loading.py') + chr(10) * 2 + dedent(example))}\n\nThe scores are the training scores."
 
 
-def _load_onnx(model: ModelFolder, name: str) -> str:
+def load_onnx(model: ModelFolder, name: str) -> str:
+    """Return how a folder of this format is loaded."""
     example = {}
     for side in SIDES:
         declared: dict[str, Feature] = getattr(model.schema, side)
@@ -175,14 +185,6 @@ def _onnx_inputs(model: ModelFolder) -> list[str]:
 def _source(module: str) -> str:
     """Return the code of a module beside this one without its docstring; it need not be able to be imported here."""
     return Path(__file__).with_name(module).read_text(encoding="utf-8").split('"""', 2)[2].strip()
-
-
-LOADING: dict[str, tuple[str, Callable[[ModelFolder, str], str]]] = {
-    "model": ("bigdssm", _load_model),
-    "sentence-transformers": ("sentence-transformers", _load_sentence_transformers),
-    "hf": ("transformers", _load_hf),
-    "onnx": ("onnx", _load_onnx),
-}
 
 
 def _python(*parts: str) -> str:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from bigdssm.artifacts.checkpoint import find, folder_checksums
 from bigdssm.artifacts.checkpoint_model import BEST, load_checkpoint_model
@@ -20,14 +19,14 @@ from bigdssm.artifacts.model_folder import (
 )
 from bigdssm.atomic import new_folder, real_place, write_json
 from bigdssm.errors import CheckpointError, ConfigError
+from bigdssm.export import card
 from bigdssm.export.card import CARD_FILE, Figures, model_card
+from bigdssm.export.formats import FORMATS, ExportFormat, register_export
 from bigdssm.export.hf_format import write_hf
 from bigdssm.export.onnx_format import write_onnx
 from bigdssm.export.probe import Parity, Probe, largest_difference
 from bigdssm.export.st_format import write_sentence_transformers
 from bigdssm.running.records import METRICS_FILE, read_stage
-
-Format = Literal["model", "sentence-transformers", "hf", "onnx"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def folder_source(folder: Path) -> Source:
     return Source(load_model_folder(folder), folder.name)
 
 
-def export(source: Source, out: Path, target: Format = "model") -> Parity:
+def export(source: Source, out: Path, target: str = "model") -> Parity:
     """Write `source` as the folder `out`, with a model card, and return how its vectors compare with the trainer's.
 
     Raises ConfigError where the format cannot hold the model or `out` holds something else, CheckpointError where the
@@ -70,10 +69,10 @@ def export(source: Source, out: Path, target: Format = "model") -> Parity:
     if out.exists() and not _is_export(out, target) and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is no export of the format {target}; choose another --out")
     with new_folder(out) as aside:
-        parity = WRITERS[target](source.model, aside)
+        parity = FORMATS[target].write(source.model, aside)
         parity.check(f"the {target} export")
-        card = model_card(source.model, out.name, target, parity, source.figures)
-        (aside / CARD_FILE).write_text(card, encoding="utf-8")
+        said = model_card(source.model, out.name, target, parity, source.figures)
+        (aside / CARD_FILE).write_text(said, encoding="utf-8")
         if target != "model":
             made = {
                 "format": target,
@@ -87,7 +86,7 @@ def export(source: Source, out: Path, target: Format = "model") -> Parity:
     return parity
 
 
-def _is_export(folder: Path, target: Format) -> bool:
+def _is_export(folder: Path, target: str) -> bool:
     """Return whether `folder` says that it is an export of this format."""
     if target == "model":
         return (folder / META_FILE).is_file()
@@ -107,14 +106,6 @@ def _write_model(model: ModelFolder, out: Path) -> Parity:
     )
 
 
-WRITERS: dict[Format, Callable[[ModelFolder, Path], Parity]] = {
-    "model": _write_model,
-    "sentence-transformers": write_sentence_transformers,
-    "hf": write_hf,
-    "onnx": write_onnx,
-}
-
-
 def _validation(stage_dir: Path, step: Any) -> Figures | None:
     """Return the validation of exactly this step, or None where it was never validated."""
     if not (stage_dir / METRICS_FILE).is_file():
@@ -123,3 +114,12 @@ def _validation(stage_dir: Path, step: Any) -> Figures | None:
         if record["step"] == step and "validation" in record:
             return Figures("validation", f"step {step} of {stage_dir.name}", record["validation"])
     return None
+
+
+register_export("model", ExportFormat(_write_model, "bigdssm", card.load_model))
+register_export(
+    "sentence-transformers",
+    ExportFormat(write_sentence_transformers, "sentence-transformers", card.load_sentence_transformers),
+)
+register_export("hf", ExportFormat(write_hf, "transformers", card.load_hf))
+register_export("onnx", ExportFormat(write_onnx, "onnx", card.load_onnx))

@@ -2,15 +2,17 @@
 
 A Router sends queries and documents through Transformer → Pooling → Dense …, and a Normalize ends both in a model
 whose score is cosine. In a model whose score is dot a last Dense puts alpha and beta into the vectors: documents are
-[alpha * w, beta] and queries [u, 1], so that their dot product is the training score. Only a beta per document beside
-cosine has no place in these modules (it must not be normalised away), and such a model is refused; a beta that all
-documents have ranks nothing.
+[alpha * w, beta] and queries [u, 1], so that their dot product is the training score. A beta per document beside cosine
+must not be normalised away: a module of ours, st_scored.py, which the folder brings along, makes queries
+[√alpha * u, 1] and documents [√alpha * w, beta]. A beta that all documents have ranks nothing beside cosine.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Sequence
+from math import sqrt
 from pathlib import Path
 
 import torch
@@ -36,22 +38,17 @@ TARGET = "sentence-transformers"
 ROUTES: dict[Side, str] = {"query": "query", "doc": "document"}
 # Class names that every release since 5.0 resolves
 MODULE = "sentence_transformers.models"
+CODE = Path(__file__).with_name("st_scored.py")
 IDENTITY, GELU = "torch.nn.modules.linear.Identity", "torch.nn.modules.activation.GELU"
 
 
 def write_sentence_transformers(model: ModelFolder, out: Path) -> Parity:
     """Write both towers into the folder `out` and return how what SentenceTransformer makes of it compares.
 
-    Raises ConfigError: a tower reads more than one text, the model has a beta per document beside cosine, or the
-    package that the comparison is made with is not installed.
+    Raises ConfigError: a tower reads more than one text, or the package that the comparison is made with is not
+    installed.
     """
     query, doc = text_towers(model, TARGET)
-    if model.config.model.score == "cosine" and beta_weight(model) is not None:
-        raise ConfigError(
-            f"--format {TARGET}: this model's score is cosine with a beta per document, which no module of that "
-            f"package can add to a normalised vector, and without it the ranking would be another; train with "
-            f"model.beta=none or model.score=dot, or take --format hf or onnx"
-        )
     if importlib.util.find_spec("sentence_transformers") is None:
         raise ConfigError(
             f"--format {TARGET}: the package is needed to check the result; pip install 'bigdssm[{TARGET}]'"
@@ -75,14 +72,16 @@ def write_sentence_transformers(model: ModelFolder, out: Path) -> Parity:
         for weight, bias, activation in _dense_layers(model, tower):
             _write_dense(out / router.add(tower.side, "Dense"), weight, bias, activation)
     router.write()
-    modules = [("", "Router")]
-    if model.config.model.score == "cosine":
-        modules.append(("1_Normalize", "Normalize"))
+    modules = [("", f"{MODULE}.Router")]
+    if brings_code(model):
+        modules.append(("1_NormalizeAllButLast", f"{CODE.stem}.NormalizeAllButLast"))
+        (out / "1_NormalizeAllButLast").mkdir()
+        write_json(out / "1_NormalizeAllButLast" / "config.json", {"scale": sqrt(alpha(model))})
+        shutil.copyfile(CODE, out / CODE.name)
+    elif not scores_by_dot(model):
+        modules.append(("1_Normalize", f"{MODULE}.Normalize"))
         (out / "1_Normalize").mkdir()
-    listed = [
-        {"idx": idx, "name": str(idx), "path": path, "type": f"{MODULE}.{kind}"}
-        for idx, (path, kind) in enumerate(modules)
-    ]
+    listed = [{"idx": idx, "name": str(idx), "path": path, "type": kind} for idx, (path, kind) in enumerate(modules)]
     write_json(out / "modules.json", listed)
     write_json(
         out / "config_sentence_transformers.json",
@@ -90,10 +89,20 @@ def write_sentence_transformers(model: ModelFolder, out: Path) -> Parity:
             "model_type": "SentenceTransformer",
             "prompts": {"query": "", "document": ""},
             "default_prompt_name": None,
-            "similarity_fn_name": model.config.model.score,
+            "similarity_fn_name": "dot" if scores_by_dot(model) else "cosine",
         },
     )
     return _parity(model, out)
+
+
+def scores_by_dot(model: ModelFolder) -> bool:
+    """Return whether the dot product of the export's vectors is the training score; else it is their cosine."""
+    return model.config.model.score == "dot" or beta_weight(model) is not None
+
+
+def brings_code(model: ModelFolder) -> bool:
+    """Return whether the export has a module of ours, which is loaded with trust_remote_code alone."""
+    return scores_by_dot(model) and model.config.model.score == "cosine"
 
 
 class _RouterFolder:
@@ -133,12 +142,13 @@ def _pooling(tower: TextTower) -> dict[str, object]:
 def _dense_layers(model: ModelFolder, tower: TextTower) -> Sequence[tuple[Tensor, Tensor, str]]:
     """Return (weight, bias, activation) of the tower's layers, alpha and beta the last of them where they matter."""
     layers = [(layer.linear.weight, layer.linear.bias, GELU if layer.gelu else IDENTITY) for layer in tower.layers]
-    if model.config.model.score == "dot":
+    if scores_by_dot(model):
         dim = model.config.model.dim
         beta = beta_weight(model)
         beta = torch.zeros(1, dim) if beta is None else beta
         is_query = tower.side == "query"
         scale, last, added = (1.0, torch.zeros(1, dim), 1.0) if is_query else (alpha(model), beta, beta_of_all(model))
+        scale = 1.0 if brings_code(model) else scale  # the last module has its square root on both sides
         weight, bias = torch.cat([scale * torch.eye(dim), last]), torch.cat([torch.zeros(dim), torch.tensor([added])])
         layers.append((weight, bias, IDENTITY))  # type: ignore[arg-type]
     return [(weight.detach(), bias.detach(), activation) for weight, bias, activation in layers]
@@ -155,12 +165,15 @@ def _write_dense(folder: Path, weight: Tensor, bias: Tensor, activation: str) ->
 def _parity(model: ModelFolder, out: Path) -> Parity:
     from sentence_transformers import SentenceTransformer  # optional, and slow to import
 
-    loaded = SentenceTransformer(str(out), device="cpu", local_files_only=True)
+    loaded = SentenceTransformer(str(out), device="cpu", local_files_only=True, trust_remote_code=brings_code(model))
     probe = Probe(model)
     texts = {side: probe.only_text(side) for side in ROUTES}
     ours = {"query": loaded.encode_query(texts["query"]), "doc": loaded.encode_document(texts["doc"])}
     trainers = dict(probe.vectors)
-    if model.config.model.score == "cosine":
+    if brings_code(model):
+        scale = torch.tensor([sqrt(alpha(model))] * model.config.model.dim + [1.0])
+        trainers = {"query": trainers["query"] * scale, "doc": trainers["doc"] / scale}
+    elif not scores_by_dot(model):
         trainers = {"query": trainers["query"][:, :-1], "doc": trainers["doc"][:, :-1] / alpha(model)}
     differences = {side: largest_difference(torch.as_tensor(ours[side]), trainers[side]) for side in ROUTES}
     return Parity(differences["query"], differences["doc"])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, PretrainedConfig
@@ -19,6 +20,7 @@ from transformers import BertConfig, PretrainedConfig
 from bigdssm.config import ModelConfig, ScorerConfig
 from bigdssm.errors import ConfigError
 from bigdssm.features import texts_of
+from bigdssm.models.encoders.base import SideSize, linear_flops
 from bigdssm.models.encoders.text import TextEncoder, text_configs, text_keys
 from bigdssm.models.packed import Values
 from bigdssm.models.scorer import SCORERS, Scorer
@@ -76,6 +78,11 @@ class CrossEncoder(Scorer):
         tokens, types = joined(parts, self.text.pad_token_id)
         scores: Tensor = self.head(self.text.pooled(tokens, types))
         return scores.squeeze(1)
+
+    def flops(self, length_p: np.ndarray) -> float:
+        """Return the operations of a forward's matrix products over pairs of so many tokens."""
+        size = SideSize(len(length_p), {"pair": length_p})
+        return self.text.flops("pair", size) + size.vectors * linear_flops(self.head)
 
 
 def joined(parts: list[tuple[Values, int]], pad: int) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,9 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from bigdssm.artifacts.checkpoint import checkpoint_bytes
 from bigdssm.batching.batch import Batch
@@ -30,16 +31,15 @@ from bigdssm.config import Config, EngineConfig, StageConfig, StageName
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.tensors import Features
 from bigdssm.losses.passes import loss_bytes, loss_sent_bytes, vector_bytes
-from bigdssm.models import DualEncoder, Encoded, use_plain_attention
+from bigdssm.models import CrossEncoder, DualEncoder, Encoded, use_plain_attention
 from bigdssm.models.encoders import text_architectures
-from bigdssm.models.places import Places
 from bigdssm.reports.live_memory import LiveBytes
 from bigdssm.retrieval.embed import CHUNK_TOKENS_CPU
 from bigdssm.retrieval.mined import UniformNegatives
 from bigdssm.running.records import METRICS_FILE, read_stage
 from bigdssm.training.batches import Batches, row_stream
-from bigdssm.training.encoding import Piece, pieces_of
-from bigdssm.training.objective import num_negatives
+from bigdssm.training.encoding import Piece, pair_pieces, pieces_of
+from bigdssm.training.objective import listed_columns, num_negatives
 from bigdssm.training.zero import ModelSizes, held_bytes, sent_bytes, step_bytes
 
 FP32 = 4
@@ -120,11 +120,13 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     rows, width = (len(batch.query_ids), len(batch.doc_ids)), config.model.dim
     tile, both, known = config.engine.loss_tile, stage.loss.direction != "q2d", batch.known
     vectors = vector_bytes(*rows, width)
-    loss = loss_bytes(
-        *rows, width, world_size, both=both, tile=tile, num_known=0 if known is None else len(known),
-        gathers_known=stage.loss.mask in ("batch", "user"),
-    )  # fmt: skip
-    sent = loss_sent_bytes(rows[1], width, world_size, both=both) | sent_bytes(engine, sizes)
+    loss, sent = 0, sent_bytes(engine, sizes)
+    if stage.loss.scorer is None:  # which compares a few documents for each query
+        loss = loss_bytes(
+            *rows, width, world_size, both=both, tile=tile, num_known=0 if known is None else len(known),
+            gathers_known=stage.loss.mask in ("batch", "user"),
+        )  # fmt: skip
+        sent = loss_sent_bytes(rows[1], width, world_size, both=both) | sent
     steps = stage.steps or int(np.ceil(stage.epochs * stream.steps_per_epoch))
     behind = engine.async_checkpoints and (stage.save_every_minutes > 0 or 0 < stage.save_every_steps < steps)
     copied = {"copy that a checkpoint is written from": -(-checkpoint_bytes(saved) // world_size)} if behind else {}
@@ -168,29 +170,27 @@ def _towers(model: DualEncoder, mode: FakeTensorMode, batch: Batch, engine: Engi
     """
     plan = plan_step(batch, Budget.of(engine))
     pieces = [] if plan.whole else pieces_of(batch, plan)
-    kept_inputs = [piece.inputs for piece in pieces if piece.keep]
-    again = [piece.inputs for side in ("query", "doc") if (piece := _largest(pieces, side)) is not None]
-    if plan.whole:
-        places = {} if batch.places is None else {"places": batch.places}
-        kept_inputs = [{"query": batch.query, "doc": batch.doc, **places}]
+    places = {} if batch.places is None else {"places": batch.places}
+    listed = {} if model.scorer is None else {"listed": listed_columns(batch)}
+    whole: dict[str, Any] = {"query": batch.query, "doc": batch.doc, **places}
+    fixed: list[dict[str, Any]] = []  # of towers that stay as they are
+    if isinstance(model.scorer, CrossEncoder):
+        fixed = [piece.inputs for piece in pieces] or [whole]
+        pieces = [*pair_pieces(model.scorer, batch, listed["listed"], Budget.of(engine))]
+    kept_inputs = [piece.inputs for piece in pieces if piece.keep] if pieces else [{**whole, **listed}]
+    again = [piece.inputs for side in ("query", "doc", "pairs") if (piece := _largest(pieces, side)) is not None]
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=engine.precision == "bf16")
 
     def encode(**given: Any) -> Encoded:
-        inputs = {
-            name: Places(*map(mode.from_tensor, value))
-            if isinstance(value, Places)
-            else {feature: mode.from_tensor(tensor) for feature, tensor in value.items()}
-            for name, value in given.items()
-        }
         with autocast:
-            encoded: Encoded = model(**inputs)
+            encoded: Encoded = model(**tree_map_only(Tensor, mode.from_tensor, given))
         return encoded
 
     with mode, LiveBytes() as live:
         kept = [encode(**inputs) for inputs in kept_inputs]
         waiting = live.now
         with torch.no_grad():
-            for inputs in again:
+            for inputs in (*fixed, *again):
                 encode(**inputs)
         if kept:
             _backward(kept)

@@ -10,7 +10,7 @@ Shapes: m queries, n documents, D vector width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from bigdssm import distributed, timing
 from bigdssm.batching.batch import Batch
 from bigdssm.batching.chunks import Chunked, at_least_one
 from bigdssm.batching.pairs import apart, together
-from bigdssm.batching.plan import Chunk, StepPlan, plan_side
+from bigdssm.batching.plan import Budget, Chunk, StepPlan, plan_side
 from bigdssm.dataset.tensors import Features
 from bigdssm.models import CrossEncoder, DualEncoder, Encoded
 from bigdssm.models.score import document_head, query_head
@@ -33,14 +33,15 @@ Backward = Callable[[Encoded], None]  # takes leaves whose gradients the loss ha
 Gradients = list[tuple[Tensor, Tensor]]  # outputs of the towers, and the gradient of each
 
 
-def encode(engine: Engine, batch: Batch, plan: StepPlan, further: Features) -> tuple[Encoded, Backward]:
-    """Return the vectors U [m, D], W [n, D] and what goes with them, without a graph, and their way back.
+def encode(engine: Engine, batch: Batch, plan: StepPlan, further: Features) -> tuple[Encoded, Backward, StepPlan]:
+    """Return the vectors U [m, D], W [n, D] and what goes with them, without a graph; their way back; what was encoded.
 
     further: what the model's forward takes for the queries beside both sides, by name; whole batches alone have it.
     """
     if isinstance(getattr(engine.module, "scorer", None), CrossEncoder):
         return encode_pairs(engine, batch, plan, further["listed"])
-    return _whole(engine, batch, plan, further) if plan.whole else _in_pieces(engine, batch, pieces_of(batch, plan))
+    encoded = _whole(engine, batch, plan, further) if plan.whole else _in_pieces(engine, batch, pieces_of(batch, plan))
+    return *encoded, plan
 
 
 def _whole(engine: Engine, batch: Batch, plan: StepPlan, listed: Features) -> tuple[Encoded, Backward]:
@@ -162,15 +163,27 @@ class PairPiece(Piece):
         return [(encoded.scores[: len(its)], _gradient(leaves.scores).flatten()[its])]
 
 
-def encode_pairs(engine: Engine, batch: Batch, plan: StepPlan, listed: Tensor) -> tuple[Encoded, Backward]:
-    """Return the scores of each query's documents, columns int64 [m, l], read as pairs, and their way back.
+def encode_pairs(engine: Engine, batch: Batch, plan: StepPlan, listed: Tensor) -> tuple[Encoded, Backward, StepPlan]:
+    """Return the scores of each query's documents, columns int64 [m, l], read as pairs, as `encode` does. A collective.
 
     They are added to the products of the towers' vectors, which have no gradient.
-
-    A collective: the ranks agree on the number of chunks, and of those whose graph is kept.
     """
     scorer = cast(DualEncoder, engine.module).scorer
     assert isinstance(scorer, CrossEncoder)
+    pieces = pair_pieces(scorer, batch, listed, engine.budget)
+    side = pieces[0].side
+    parts = [piece.encode(engine) for piece in pieces]
+    scores = side.assemble([part.scores for part in parts if part.scores is not None]).view(listed.shape)
+    scores = scores.float() + _products(engine, batch, plan, listed)
+    encoded = Encoded(None, None, None, parts[-1].alpha, scores)
+    return encoded, partial(_backward, engine, pieces), replace(plan, pairs=side.plan)
+
+
+def pair_pieces(scorer: CrossEncoder, batch: Batch, listed: Tensor, budget: Budget) -> list[PairPiece]:
+    """Return the pairs of each query with its documents, columns int64 [m, l], in pieces. A collective.
+
+    The ranks agree on the number of pieces, and of those whose graph is kept.
+    """
     row = torch.arange(len(listed), device=listed.device) if batch.places is None else batch.places.row
     row, column = row.repeat_interleave(listed.shape[1]), listed.flatten()
     query, doc = scorer.texts["query"], scorer.texts["doc"]
@@ -181,18 +194,13 @@ def encode_pairs(engine: Engine, batch: Batch, plan: StepPlan, listed: Tensor) -
         {name: batch.query_lengths[name].take(row) for name in query},
         {name: batch.doc_lengths[name].take(column) for name in doc},
     )
-    budget = engine.budget
     pairs = plan_side(lengths, listed.numel(), budget.chunk_tokens)
     fits = np.cumsum([chunk.tokens for chunk in reversed(pairs.chunks)]) <= budget.kept_tokens
     unkept = len(pairs.chunks) - int(fits.sum()) if budget.chunk_tokens else 0
     number, most_unkept = distributed.all_reduce(torch.tensor([max(1, len(pairs.chunks)), unkept]), "max").tolist()
     pairs = pairs.filled_up(number)
     side = Chunked(features, pairs)
-    pieces = [PairPiece("pairs", side, chunk, keep=i >= most_unkept) for i, chunk in enumerate(pairs.chunks)]
-    parts = [piece.encode(engine) for piece in pieces]
-    scores = side.assemble([part.scores for part in parts if part.scores is not None]).view(listed.shape)
-    scores = scores.float() + _products(engine, batch, plan, listed)
-    return Encoded(None, None, None, parts[-1].alpha, scores), partial(_backward, engine, pieces)
+    return [PairPiece("pairs", side, chunk, keep=i >= most_unkept) for i, chunk in enumerate(pairs.chunks)]
 
 
 def _products(engine: Engine, batch: Batch, plan: StepPlan, listed: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from bigdssm.batching.plan import StepPlan
 from bigdssm.cli import ProgressBar
 from bigdssm.evaluation.split import Evaluation
 from bigdssm.log import get_logger
-from bigdssm.models import DualEncoder
+from bigdssm.models import CrossEncoder, DualEncoder
 from bigdssm.running.time_table import TimeTable, peak_flops
 from bigdssm.running.trackers import Trackers
 from bigdssm.training.engine import Engine, device
@@ -53,10 +53,11 @@ class Health:
             yield
         logger.info("%s: %s took %.2f s", self._name, what, time.perf_counter() - started)
 
-    def after_step(self, step: int, applied: int, batch: Batch, plan: StepPlan, result: StepResult) -> None:
+    def after_step(self, step: int, applied: int, batch: Batch, result: StepResult) -> None:
         """Count a step; every so many, write a record and a line."""
         self._steps += 1
-        self._flops += 3 * cast(DualEncoder, self._engine.module).flops(*batch.sizes)
+        plan = result.plan
+        self._flops += step_flops(cast(DualEncoder, self._engine.module), batch, plan)
         self._tokens += plan.tokens
         told = zip(self._queries, result.agreed.notes, strict=True)
         self._queries = [queries + note.queries for queries, note in told]
@@ -140,6 +141,15 @@ class Health:
         self._whole.add(interval)
         self._steps, self._flops = 0, 0.0
         return interval
+
+
+def step_flops(model: DualEncoder, batch: Batch, plan: StepPlan) -> float:
+    """Return the operations of this rank's forward and backward, which takes twice as many; see `DualEncoder.flops`."""
+    towers = model.flops(*batch.sizes)
+    if plan.pairs is None:
+        return 3 * towers
+    assert isinstance(model.scorer, CrossEncoder)
+    return towers + 3 * model.scorer.flops(plan.pairs.length)
 
 
 def describe_ranks() -> str:

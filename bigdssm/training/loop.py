@@ -194,7 +194,7 @@ def _take_steps(stage: Stage, batches: Iterator[Batch]) -> None:
             if stage.average is not None:
                 stage.average.update()
             watch.alert.after_step(progress.step, result.loss, batch.row_ids)
-        health.after_step(progress.step, progress.applied, batch, plan, result)
+        health.after_step(progress.step, progress.applied, batch, result)
         if stage.stream.needs_check([note.report for note in result.agreed.notes], stage.stream_step):
             stage.stream.check(stage.stream_step)
         if _due(progress.step, config.validate_every_steps):

@@ -94,10 +94,7 @@ class Objective:
 
     def listed(self, batch: Batch) -> Tensor | None:
         """Return int64 [m, 1 + k], the columns that a scorer scores for each query, positives first; None without."""
-        if self._config.scorer is None:
-            return None
-        assert batch.negatives is not None
-        return torch.cat([batch.positive[:, None], batch.negatives.clamp(min=0)], 1)
+        return None if self._config.scorer is None else listed_columns(batch)
 
     def _on_scores(self, encoded: Encoded, batch: Batch, weight: Tensor) -> LossOutput:
         listed = self.listed(batch)
@@ -194,6 +191,12 @@ class Objective:
             log_expected = self._counted.log_expected(batch.doc_rows)
         biases = apply_sampling(config.sampling, log_expected, gamma=config.gamma, beta=beta, neg_bias=neg_bias)
         return biases.beta, biases.neg_bias
+
+
+def listed_columns(batch: Batch) -> Tensor:
+    """Return int64 [m, 1 + k], the columns of each query's positive and of its listed negatives."""
+    assert batch.negatives is not None
+    return torch.cat([batch.positive[:, None], batch.negatives.clamp(min=0)], 1)
 
 
 def num_negatives(stage: StageConfig, batch: Batch, world_size: int, num_docs: int) -> int:

@@ -31,6 +31,7 @@ class StepResult:
     applied: bool  # False where loss or gradients were not finite
     gradient_norm: float | Tensor  # on the device, where nothing needed it yet
     stats: dict[str, Tensor]
+    plan: StepPlan  # of what was encoded
 
     @property
     def loss(self) -> float:
@@ -53,7 +54,7 @@ def train_step(
     for what this rank has to tell the others, once its gradients are on their way.
     """
     with timing.span("encode"):
-        encoded, backward = encode(engine, batch, plan, further or {})
+        encoded, backward, plan = encode(engine, batch, plan, further or {})
     with timing.span("loss"):
         leaves = Encoded(*(None if t is None else t.detach().requires_grad_() for t in encoded))  # type: ignore[arg-type]
         output = loss_function(leaves, batch)
@@ -65,7 +66,7 @@ def train_step(
         agreed = agree(output.loss, leaves.alpha, note())
         applied = engine.step(lr_factor)
     norm = engine.gradient_norm() if applied else float("nan")
-    return StepResult(agreed(), applied, norm, output.stats)
+    return StepResult(agreed(), applied, norm, output.stats, plan)
 
 
 def _spoil(leaves: Encoded, loss: Tensor) -> None:

@@ -70,9 +70,9 @@ def step_bytes(engine: EngineConfig, sizes: ModelSizes, world_size: int) -> int:
 
 def sent_bytes(engine: EngineConfig, sizes: ModelSizes) -> dict[str, int]:
     """Return what is reduced and gathered in a step, by what for: an all-reduce counts twice."""
-    sent = {"weights' gradients": (1 if engine.zero_stage == 3 else 2) * FP32 * sizes.weights}
+    sent = {"weights' gradients": (1 if engine.zero_stage == 3 else 2) * FP32 * sizes.trained}
     if engine.zero_stage in (1, 2):
-        sent["updated weights"] = _weight(engine) * sizes.weights
+        sent["updated weights"] = _weight(engine) * sizes.trained
     elif engine.zero_stage == 3:
         sent["weights, for forward and backward"] = 2 * _weight(engine) * sizes.weights
     return sent

@@ -7,9 +7,6 @@ DIR/HASH/              the run of a trial, by its values
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +23,14 @@ from bigdssm.errors import ConfigError
 from bigdssm.evaluation.baselines import fit_baseline
 from bigdssm.evaluation.split import evaluate_scores
 from bigdssm.hashing import hash64
+from bigdssm.running.commands import run_command
 from bigdssm.running.records import read_stage
 from bigdssm.running.run_folder import read_events, request_stop
 from bigdssm.tuning.space import Space
 
 METRIC = "ndcg_at_10"  # of validation, what best/ is chosen by too
 PRUNED_AFTER = 5  # a fifth of the steps
-LOOK_S, STOP_S = 1.0, 600.0
+STOP_S = 600.0
 
 Value = Callable[[optuna.Trial, dict[str, Any]], float]
 """From a trial and its values by key to what it reaches on validation. Raises TrialPruned."""
@@ -50,38 +48,38 @@ class Stage:
     def __call__(self, trial: optuna.Trial, values: dict[str, Any]) -> float:
         """Train with `values` and return the best validation."""
         run = self.out / f"{hash64(json.dumps([self.config, self.overrides, values])) % 2**64:016x}"
-        run.mkdir(parents=True, exist_ok=True)
         trial.set_user_attr("run", run.name)
-        line = [sys.executable, "-m", "bigdssm.commands", self.stage, "--config", self.config, *self.overrides]
-        line += [f"{key}={json.dumps(value)}" for key, value in values.items()]
-        line += [f"run.dir={run}", "--resume", "auto"]
-        with (run / "log").open("ab") as log:
-            process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT)
-            try:
-                pruned = self._watch(trial, run / self.stage, process)
-            except BaseException:
-                process.terminate()
-                process.wait()
-                raise
-        if pruned:
+        chosen = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+        pruning = _Pruning(trial, run / self.stage)
+        ended = run_command(
+            run / "log", self.stage, "--config", self.config, *self.overrides, *chosen, f"run.dir={run}",
+            "--resume", "auto", look=pruning.look,
+        )  # fmt: skip
+        if pruning.pruned:
             raise optuna.TrialPruned
-        if process.returncode:
-            raise subprocess.CalledProcessError(process.returncode, [*line, f"# see {run / 'log'}"])
+        ended.check()
         if not (found := _validations(run / self.stage)):
             raise ConfigError(f"{self.config}: its dataset has no validation split, so that nothing can be chosen")
         return max(value for _, value in found)
 
-    def _watch(self, trial: optuna.Trial, folder: Path, process: subprocess.Popen[bytes]) -> bool:
-        """Wait for the process to end, and return whether the trial was pruned: it is asked to stop then."""
-        looked = pruned = False
-        while process.poll() is None:
-            time.sleep(LOOK_S)
-            if not looked and (early := _a_fifth(folder)) is not None:
-                looked = True
-                trial.report(early, step=1)
-                if pruned := trial.should_prune():
-                    request_stop(folder, saving=False, timeout_s=STOP_S)
-        return pruned
+
+@dataclass
+class _Pruning:
+    """Asks a trial's training to stop where its first validation after a fifth of the steps is worse than others'."""
+
+    trial: optuna.Trial
+    folder: Path
+    looked: bool = False
+    pruned: bool = False
+
+    def look(self) -> None:
+        if self.looked or (early := _a_fifth(self.folder)) is None:
+            return
+        self.looked = True
+        self.trial.report(early, step=1)
+        self.pruned = self.trial.should_prune()
+        if self.pruned:
+            request_stop(self.folder, saving=False, timeout_s=STOP_S)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
-import yaml
+from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from bigdssm.config.reading import read_yaml
 from bigdssm.errors import ConfigError
 
 KNOWN = ("low", "high", "log", "choices")
@@ -33,16 +34,10 @@ class Space:
 
 def read_space(path: Path) -> Space:
     """Return the space of a YAML file. Raises ConfigError: what is wrong with it."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML in UTF-8: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict) or not content:
-        raise ConfigError(
-            f"{path}: needs keys with their values, such as `pretrain.optimizer.lr: {{low: 1.0e-3, high: 1}}`"
-        )
+    needs = "keys with their values, such as `pretrain.optimizer.lr: {low: 1.0e-3, high: 1}`"
+    content = cast(dict[Any, Any], OmegaConf.to_container(read_yaml(path, needs)))
+    if not content:
+        raise ConfigError(f"{path} is empty, needs {needs}")
     return Space({str(key): _distribution(f"{path}: {key}", given) for key, given in content.items()})
 
 

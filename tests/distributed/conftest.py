@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from tests.siamese import write_dataset
 
 from .spawn import Pool
 
@@ -42,3 +45,9 @@ def outside_pools() -> Iterator[dict[int, Pool]]:
     made = Pools()
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def siamese_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config of documents of one domain, whose dataset is made."""
+    return write_dataset(tmp_path_factory.mktemp("siamese"))

@@ -1,25 +1,31 @@
 """What somebody adds from a module of their own, no file of the library changed: a type of features with its
-encoder, a loss term, an optimizer, a table source and a metric."""
+encoder, a loss term, an optimizer, a table source, an export and a metric."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 from pyarrow.orc import ORCFile
-from torch import Tensor, nn, optim
+from torch import Tensor, from_numpy, nn, optim
 
+from bigdssm.artifacts.model_folder import ModelFolder
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.metrics import register_metric
+from bigdssm.export.formats import ExportFormat, register_export
+from bigdssm.export.probe import Parity, Probe, largest_difference
 from bigdssm.features import Column, Feature, Reader, TextTokenizer, register
 from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, numbers
 from bigdssm.losses import PairTerm
 from bigdssm.losses import register as register_loss
 from bigdssm.models.encoders import Encoder, Parts, encodes
+from bigdssm.retrieval.embed import document_vectors, query_vectors
 from bigdssm.tables.header import require_columns
 from bigdssm.tables.registry import register_source
 from bigdssm.tables.source import FileSource, Part
@@ -144,5 +150,22 @@ class OrcSource(FileSource):
 
 
 register_source(".orc", OrcSource)
+
+
+def write_npz(model: ModelFolder, out: Path) -> Parity:
+    """Write the weights as NumPy has them, and compare the vectors of what is read back."""
+    np.savez(out / "weights.npz", **{name: t.numpy() for name, t in model.model.state_dict().items()})
+    with np.load(out / "weights.npz") as weights:
+        read = copy.deepcopy(model.model)
+        read.load_state_dict({name: from_numpy(weights[name]) for name in weights})
+    probe = Probe(model)
+    queries, documents = probe.vectors["query"], probe.vectors["doc"]
+    return Parity(
+        largest_difference(query_vectors(read, probe.features["query"]), queries),
+        largest_difference(document_vectors(read, probe.features["doc"]), documents),
+    )
+
+
+register_export("npz", ExportFormat(write_npz, "numpy", lambda model, name: f'`np.load("{name}/weights.npz")`'))
 
 register_metric("hr_at_1", lambda ranks: ranks <= 1)

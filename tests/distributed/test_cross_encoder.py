@@ -16,7 +16,6 @@ from bigdssm.evaluation.reranking import Reranking
 from bigdssm.evaluation.split import evaluate_split
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.pair_scorer import PairScorer
-from tests.siamese import write_dataset
 
 from . import small_run
 from .spawn import Pool
@@ -30,29 +29,26 @@ SFT = (
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("siamese"))
-
-
-@pytest.fixture(scope="module")
-def pretrained(config: Path, tmp_path_factory: pytest.TempPathFactory, pools: dict[int, Pool]) -> str:
+def pretrained(siamese_config: Path, tmp_path_factory: pytest.TempPathFactory, pools: dict[int, Pool]) -> str:
     run_dir = tmp_path_factory.mktemp("pretrained")
-    pools[2].run(small_run.run, config, run_dir)
+    pools[2].run(small_run.run, siamese_config, run_dir)
     return f"sft.init={run_dir / 'pretrain/best'}"
 
 
 @pytest.fixture(scope="module")
-def reference(config: Path, pretrained: str, tmp_path_factory: pytest.TempPathFactory, pools: dict[int, Pool]) -> Path:
+def reference(
+    siamese_config: Path, pretrained: str, tmp_path_factory: pytest.TempPathFactory, pools: dict[int, Pool]
+) -> Path:
     run_dir = tmp_path_factory.mktemp("reference")
-    pools[2].run(small_run.run, config, run_dir, (*SFT, pretrained, "engine.zero_stage=1"), "sft")
+    pools[2].run(small_run.run, siamese_config, run_dir, (*SFT, pretrained, "engine.zero_stage=1"), "sft")
     return run_dir
 
 
 def test_the_same_curve_sharded_in_chunks_and_resumed(
-    config: Path, pretrained: str, reference: Path, tmp_path: Path, pools: dict[int, Pool]
+    siamese_config: Path, pretrained: str, reference: Path, tmp_path: Path, pools: dict[int, Pool]
 ) -> None:
     mode = (*SFT, pretrained, "engine.zero_stage=3", "engine.chunk_tokens=200", "sft.save_every_steps=3")
-    pools[3].run(small_run.run, config, tmp_path, mode, "sft")
+    pools[3].run(small_run.run, siamese_config, tmp_path, mode, "sft")
     assert_same_curve(tmp_path, reference, stage="sft")
     mine = small_run.records(tmp_path, "sft")
     assert len(mine) == 6
@@ -60,17 +56,25 @@ def test_the_same_curve_sharded_in_chunks_and_resumed(
     validated = [small_run.validations(run, "sft")[-1]["ndcg_at_10"] for run in (tmp_path, reference)]
     assert validated[0] == pytest.approx(validated[1], abs=1e-6)
     shutil.rmtree(tmp_path / "sft" / "checkpoints" / "step-00000006")
-    pools[2].run(small_run.run, config, tmp_path, (*mode, "engine.zero_stage=1"), "sft", True)
+    pools[2].run(small_run.run, siamese_config, tmp_path, (*mode, "engine.zero_stage=1"), "sft", True)
     again = small_run.records(tmp_path, "sft")[-3:]
     assert [record["loss"] for record in again] == pytest.approx([record["loss"] for record in mine[3:]], rel=1e-5)
 
 
-def test_the_towers_stay_and_the_scorer_is_what_was_validated(config: Path, pretrained: str, reference: Path) -> None:
+def test_the_line_of_health_counts_what_is_read_as_pairs(reference: Path) -> None:
+    record = small_run.records(reference, "sft")[0]
+    tokens_per_row = record["tokens_per_s"] / record["rows_per_s"]
+    assert tokens_per_row > 4 * 2 * 5  # four pairs of two texts of three words each; the towers read half of that
+
+
+def test_the_towers_stay_and_the_scorer_is_what_was_validated(
+    siamese_config: Path, pretrained: str, reference: Path
+) -> None:
     before = load_model_folder(Path(pretrained.removeprefix("sft.init="))).model.state_dict()
     folder = load_model_folder(reference / "sft" / "best")
     for name, tensor in before.items():
         assert torch.equal(folder.model.state_dict()[name], tensor), name
-    dataset = Dataset.open(load_config(config).data.dir)
+    dataset = Dataset.open(load_config(siamese_config).data.dir)
     found = evaluate_split(
         tower_encoders(folder.model, dataset), dataset, "validation",
         rerank=Reranking(PairScorer.of(folder, dataset), 10),

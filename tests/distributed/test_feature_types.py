@@ -99,6 +99,8 @@ def go_all_the_way(
     scores, rows = open_index(folder / "index").nearest(vector, 3, model.checksum, [typed.seen])
     every = document_vectors(model.model, dataset.catalogue.features(np.arange(dataset.catalogue.num_docs))).numpy()
     parity = export(folder_source(folder / "run" / "pretrain" / "best"), folder / "exported", "onnx")
+    npz = export(folder_source(folder / "run" / "pretrain" / "best"), folder / "npz", "npz")
+    assert 'np.load("npz/weights.npz")' in (folder / "npz" / "README.md").read_text()
     names = run_card(folder / "exported")
     from_card = names["encode_query"]([{"asked": value, "word": "w1"}, {"word": "w1"}])
     unknown = queries.of(Request(features={"word": "w1"}))
@@ -108,7 +110,7 @@ def go_all_the_way(
         "bad": report.num_bad,
         "losses": [record["loss"] for record in small_run.records(folder / "run")],
         "found": float(np.abs(np.sort(vector @ every.T)[0, ::-1][:3] - scores[0]).max()), "rows": rows[0].tolist(),
-        "parity": max(parity.query, parity.doc),
+        "parity": max(parity.query, parity.doc, npz.query, npz.doc),
         "card": float(np.abs(from_card - np.concatenate([vector, nothing])).max()),
         "apart": float(np.abs(vector - nothing).max()),
         "shown": [row["query.asked"] for row in sample_rows(dataset, count=400)],

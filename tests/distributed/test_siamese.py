@@ -9,7 +9,6 @@ import pytest
 from bigdssm.artifacts.model_folder import load_model_folder
 from bigdssm.export.convert import export, stage_source
 from bigdssm.export.probe import PARITY_LIMIT
-from tests.siamese import write_dataset
 
 from . import small_run
 from .spawn import Pool
@@ -17,28 +16,23 @@ from .test_training import assert_same_weights
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("siamese"))
-
-
-@pytest.fixture(scope="module")
-def reference(config: Path, tmp_path_factory: pytest.TempPathFactory, pools: dict[int, Pool]) -> Path:
+def reference(siamese_config: Path, tmp_path_factory: pytest.TempPathFactory, pools: dict[int, Pool]) -> Path:
     run_dir = tmp_path_factory.mktemp("reference")
-    pools[2].run(small_run.run, config, run_dir, ("engine.zero_stage=1",))
+    pools[2].run(small_run.run, siamese_config, run_dir, ("engine.zero_stage=1",))
     return run_dir
 
 
 def test_the_same_curve_sharded_and_in_chunks(
-    config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool]
+    siamese_config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool]
 ) -> None:
-    pools[3].run(small_run.run, config, tmp_path, ("engine.zero_stage=3", "engine.chunk_tokens=60"))
+    pools[3].run(small_run.run, siamese_config, tmp_path, ("engine.zero_stage=3", "engine.chunk_tokens=60"))
     pairs = zip(small_run.records(tmp_path), small_run.records(reference), strict=True)
     assert max(abs(mine["loss"] / theirs["loss"] - 1) for mine, theirs in pairs) < 1e-5
     assert_same_weights(tmp_path, reference)
 
 
 def test_a_checkpoint_is_the_model_that_was_validated(
-    config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool]
+    siamese_config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool]
 ) -> None:
     stage_dir = reference / "pretrain"
     source = stage_source(stage_dir, "latest")

@@ -1,4 +1,7 @@
-"""The pictures of the page in docs/serving.md, of invented titles: BIGDSSM_PICTURES=docs/images writes them anew."""
+"""The pictures of the page in the docs, of invented titles: BIGDSSM_PICTURES=docs/images writes them anew.
+
+With BIGDSSM_TEXTS=FOLDER also that of docs/text_search.md: FOLDER/model, FOLDER/index are those of configs/tldr.yaml.
+"""
 
 from __future__ import annotations
 
@@ -66,3 +69,12 @@ def test_pictures_of_the_page_are_taken_as_a_user_sees_it(address: str, page: Pa
     for name in ("serving_page.png", "serving_page_phone.png"):
         content = (folder / name).read_bytes()
         assert content.startswith(b"\x89PNG") and 10_000 < len(content) <= MOST_BYTES
+
+
+@pytest.mark.skipif("BIGDSSM_TEXTS" not in os.environ, reason="pictures a trained model alone")
+def test_picture_of_a_search_of_texts(page: Page, tmp_path: Path) -> None:
+    folder = Path(os.environ.get("BIGDSSM_PICTURES", tmp_path))
+    with started(Path(os.environ["BIGDSSM_TEXTS"])) as (url, _):
+        page.screen(1100, 620).open(f"{url}/?intent=which process listens on a port")
+        page.press("ArrowDown", "Enter").answered()
+        page.picture(folder / "search_page.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from bigdssm.evaluation.baselines import fit_baseline
 from bigdssm.evaluation.item_models import history, positives
 from bigdssm.evaluation.split import evaluate_scores
 
-pytest.importorskip("implicit")
+pytest.importorskip("scipy")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,7 @@ def test_ease_solves_its_problem(dataset: Dataset, X: np.ndarray) -> None:
 
 
 def test_item_knn_keeps_the_nearest_by_cosine(dataset: Dataset, X: np.ndarray) -> None:
+    pytest.importorskip("implicit")
     found = fit_baseline("item_knn", dataset, {"neighbours": 5, "weights": "none"})
     lengths = np.linalg.norm(X, axis=0).clip(1e-12)
     cosine = (X / lengths).T @ (X / lengths)
@@ -76,6 +78,7 @@ def test_item_knn_keeps_the_nearest_by_cosine(dataset: Dataset, X: np.ndarray) -
 
 
 def test_als_solves_for_the_history(dataset: Dataset) -> None:
+    pytest.importorskip("implicit")
     found = fit_baseline("ials", dataset, {"factors": 4, "regularisation": 0.3, "weight": 5.0})
     V = found.model.item_factors.astype(np.float64)  # type: ignore[attr-defined]
     expected = []
@@ -86,15 +89,25 @@ def test_als_solves_for_the_history(dataset: Dataset) -> None:
 
 
 def test_they_learn_more_than_popularity(dataset: Dataset) -> None:
+    pytest.importorskip("implicit")
     popular = evaluate_scores(fit_baseline("popularity", dataset, {}), dataset, "test").metrics["mrr"]
     for name, options in (("item_knn", {"weights": "none"}), ("ease", {"regularisation": 20.0})):
         assert evaluate_scores(fit_baseline(name, dataset, options), dataset, "test").metrics["mrr"] > popular
 
 
-def test_what_they_refuse(dataset: Dataset, tiny_pairs: Any) -> None:
+def test_what_they_refuse(dataset: Dataset) -> None:
     with pytest.raises(ConfigError, match="the baseline ease has no option lambda, but regularisation"):
         fit_baseline("ease", dataset, {"lambda": 1})
+    pytest.importorskip("implicit")
     with pytest.raises(ConfigError, match="weights=bm26: needs one of bm25, tfidf, none"):
         fit_baseline("item_knn", dataset, {"weights": "bm26"})
+
+
+def test_each_asks_for_its_own_package(dataset: Dataset, tiny_pairs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "implicit", None)
+    fit_baseline("ease", dataset, {})
     with pytest.raises(DataError, match="holds pairs without histories"):
         fit_baseline("ease", Dataset.open(tiny_pairs.dir), {})
+    for name in ("item_knn", "ials"):
+        with pytest.raises(ConfigError, match="needs the package implicit: pip install"):
+            fit_baseline(name, dataset, {})

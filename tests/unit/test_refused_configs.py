@@ -145,7 +145,7 @@ def test_launchers_that_do_not_say_who_meets_where(
     ("content", "words"),
     [
         (b"- run: {dir: x}\n", "holds a list"),
-        (b"12\n", "cannot be read as a config"),
+        (b"12\n", "cannot be read, needs the sections run, data, model"),
         (b"run: {dir: caf\xe9}\n", "is not valid YAML in UTF-8"),
         (b"run: " + b"[" * 5000, "is not valid YAML"),
         (b"run: {dir: x}\nrun: {dir: y}\n", "is not valid YAML"),
@@ -165,3 +165,7 @@ def test_files_that_are_no_config(launch: Launch, tmp_path: Path, content: bytes
 )
 def test_overrides_that_are_none(launch: Launch, tiny_pairs: Any, override: str) -> None:
     assert_refused(launch("--config", tiny_pairs.config, override), "")
+
+
+def test_an_override_that_is_no_yaml_is_named_and_not_the_file(launch: Launch, tiny_pairs: Any) -> None:
+    assert_refused(launch("--config", tiny_pairs.config, "run.seed=1", "pretrain=["), "override 'pretrain=[' has no")

@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig
 
 from bigdssm import timing
 from bigdssm.batching.lengths import lengths_of
 from bigdssm.config import HistoryEncoderConfig, ModelConfig, TextEncoderConfig, TowerConfig
 from bigdssm.features import Categorical, History, Numeric, Text, Vocabulary
-from bigdssm.models import Places, SideSize, new_model
+from bigdssm.models import CrossEncoder, Places, SideSize, new_model
+from bigdssm.models.encoders import TextEncoder
 from bigdssm.running.time_table import TimeTable
 from bigdssm.schema import Schema
 
@@ -116,3 +118,14 @@ def test_operations_by_formula_are_those_that_torch_counts(block: Any, positions
     of_queries = SideSize(3, {"history": np.full(3, 5)}, len(places.row) if places else None)
     of_docs = SideSize(7, {"title": lengths_of(padded, {"title": 0})["title"].filled})
     assert model.flops(of_queries, of_docs) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+def test_operations_of_a_cross_encoder_are_what_torch_counts() -> None:
+    architecture = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, pad_token_id=0
+    )
+    text = TextEncoder(architecture, "mean")
+    scorer = CrossEncoder(text, "shared", ["a"], ["b"]).eval()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        scorer({"a": torch.randint(1, 50, (7, 4))}, {"b": torch.randint(1, 50, (7, 9))})
+    assert scorer.flops(np.full(7, 13)) == pytest.approx(counter.get_total_flops(), rel=1e-6)

@@ -27,7 +27,8 @@ def space(tmp_path: Path, text: str) -> Space:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("[1]", "needs keys with their values"),
+        ("[1]", "holds a list, needs keys with their values"),
+        ("", "is empty, needs keys with their values"),
         ("a: [", "is not valid YAML"),
         ("a: 1", "a: got 1, needs {low: …, high: …, log: true or false} or {choices: …}"),
         ("a: {lo: 1, high: 2}", "a: got .*, needs {low"),
@@ -96,7 +97,7 @@ def test_those_below_the_median_are_pruned(tmp_path: Path) -> None:
 
 
 def test_a_baseline_is_tuned_by_the_command(tiny_interactions: Any, tmp_path: Path, capsys: Any) -> None:
-    pytest.importorskip("implicit")
+    pytest.importorskip("scipy")
     space(tmp_path, "regularisation: {low: 1.0, high: 1000.0, log: true}")
     command = ["--config", str(tiny_interactions.config), "--space", str(tmp_path / "space.yaml"), "--trials", "3"]
     assert main([*command, "--baseline", "ease", "--out", str(tmp_path / "out")]) == 0

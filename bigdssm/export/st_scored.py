@@ -1,0 +1,33 @@
+"""The module that an export to sentence-transformers brings along: vectors of length 1 with a number behind them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+try:
+    from sentence_transformers.base.modules import Module
+except ImportError:  # before 6
+    from sentence_transformers.models import Module
+
+
+class NormalizeAllButLast(Module):
+    """Brings all numbers but the last to the length `scale`."""
+
+    config_keys = ["scale"]  # noqa: RUF012
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the features with the new vector."""
+        vector = features["sentence_embedding"]
+        scaled = self.scale * normalize(vector[:, :-1], dim=1)
+        features["sentence_embedding"] = torch.cat([scaled, vector[:, -1:]], 1)
+        return features
+
+    def save(self, output_path: str, *args: object, **kwargs: object) -> None:
+        """Write the config, which is all that it has."""
+        self.save_config(output_path)

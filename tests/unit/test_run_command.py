@@ -1,0 +1,44 @@
+"""A command in a process of its own: what it said and took is kept, and it does not outlive whoever waits for it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bigdssm.running import commands
+from bigdssm.running.commands import run_command
+
+
+def test_what_it_said_and_took_is_kept(tmp_path: Path) -> None:
+    log = tmp_path / "made" / "log"
+    ended = run_command(log, "fetch_movielens", "--help")
+    ended.check()
+    once = log.read_text()
+    assert "--out" in once and ended.seconds > 0 and ended.cpu_seconds > 0.01
+    with pytest.raises(subprocess.CalledProcessError, match="returned non-zero exit status 2") as failed:
+        run_command(log, "fetch_movielens", "--nonsense").check()
+    assert failed.value.cmd[-1] == f"# see {log}"
+    assert log.read_text().startswith(once) and "are required: --out" in log.read_text()
+
+
+def test_it_is_looked_at_and_ends_with_who_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "LOOK_S", 0.01)
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def remembered(*arguments: Any, **keywords: Any) -> subprocess.Popen[bytes]:
+        started.append(popen(*arguments, **keywords))
+        return started[-1]
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", remembered)
+    with pytest.raises(KeyboardInterrupt):
+        run_command(tmp_path / "log", "estimate", "--help", look=interrupt)
+    with pytest.raises(ProcessLookupError):
+        os.kill(started[0].pid, 0)
