@@ -70,8 +70,8 @@ class TextTokenizer:
         """Return whether a text's tokens are those of its words in a row: BERT's, which parts at blanks before all."""
         described = json.loads(Path(self._file).read_text(encoding="utf-8"))
         kinds = [(described[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer", "model")]
-        plain = [not (t["lstrip"] or t["rstrip"] or len(t["content"].split()) != 1) for t in described["added_tokens"]]
-        return kinds == ["BertNormalizer", "BertPreTokenizer", "WordPiece"] and all(plain)
+        whole = all(not {" ", "\n"} & set(token["content"]) for token in described["added_tokens"])
+        return whole and kinds == ["BertNormalizer", "BertPreTokenizer", "WordPiece"]
 
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:

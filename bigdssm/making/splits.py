@@ -140,10 +140,11 @@ def _time_at(engine: Engine, table: str, place: int, first: float, last: float) 
         nth = f"floor((time - {as_sql(first)}) / {as_sql(last - first)} * {RANGES})"
         inside = f"{table} WHERE time BETWEEN {as_sql(first)} AND {as_sql(last)}"
         counted = f"SELECT count(*), min(time) AS first, max(time) FROM {inside} GROUP BY {nth} ORDER BY first"
-        for count, first, last in engine.fetch(counted):
-            if place < count:
-                break
+        ranges = iter(engine.fetch(counted))
+        count, first, last = next(ranges)
+        while place >= count:
             place -= count
+            count, first, last = next(ranges)
     return first
 
 

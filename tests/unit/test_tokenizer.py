@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -62,12 +63,14 @@ def bert(folder: Path) -> None:
     make_tokenizer(TokenizerConfig(vocab_size=200), lambda: [TEXTS], folder)
 
 
-def bert_with_greedy_mask(folder: Path) -> None:
-    """A mask that takes the blanks before it, as RoBERTa's."""
-    bert(folder)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True), AddedToken("two words")])
-    tokenizer.save(str(folder / "tokenizer.json"))
+def bert_with(*added: AddedToken) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        bert(folder)
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.add_special_tokens(list(added))
+        tokenizer.save(str(folder / "tokenizer.json"))
+
+    return make
 
 
 def bytes_with_blanks(folder: Path) -> None:
@@ -86,12 +89,29 @@ def bytes_with_blanks(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-@pytest.mark.parametrize("make", [bert, bert_with_greedy_mask, bytes_with_blanks])
+@pytest.mark.parametrize(
+    "make",
+    [
+        bert,
+        bytes_with_blanks,
+        bert_with(AddedToken("<mask>", lstrip=True, rstrip=True), AddedToken("lone", single_word=True)),
+        bert_with(AddedToken("two words")),
+        bert_with(AddedToken("\nline")),
+    ],
+)
 def test_ids_are_the_librarys(make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr("bigdssm.features.tokenizer.BYTES_AT_ONCE", 1000)
     make(tmp_path / "tokenizer")
     library = Tokenizer.from_file(str(tmp_path / "tokenizer/tokenizer.json"))
-    texts = [*nasty_texts(), "quick two words", "fox <mask> fox", " <mask>"]
+    texts = [
+        *nasty_texts(),
+        "quick two words",
+        "fox  <mask> fox",
+        " <mask>",
+        "<mask>\n",
+        "a lone alone lone-",
+        "the\nline",
+    ]
     for max_tokens in (3, 9, 4096):
         library.enable_truncation(max_tokens)
         wanted = [encoding.ids for encoding in library.encode_batch(texts)]
