@@ -53,10 +53,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         first, value = {}, Baseline(args.baseline, Dataset.open(config.data.dir), config.data.excludes_seen)
     found = search(value, space, args.out, args.trials, first=first, seed=args.seed)
-    drawn = Table("trial", "validation NDCG@10", "", *space.keys)
+    drawn = Table("trial", "validation NDCG@10", "")
+    for key in space.keys:
+        drawn.add_column(key, overflow="fold")
     for trial in found:
         reached = "–" if trial.value is None else f"{trial.value:.4f}"
-        cells = [json.dumps(trial.params[key]) for key in space.keys]
+        values = [trial.params[key] for key in space.keys]
+        cells = [f"{value:.4g}" if isinstance(value, float) else json.dumps(value) for value in values]
         drawn.add_row(str(trial.number), reached, trial.state.name.lower(), *cells)
     Console().print(drawn)
     write_json(args.out / "best.json", [f"{key}={json.dumps(choice)}" for key, choice in found[0].params.items()])
