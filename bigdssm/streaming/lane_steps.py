@@ -27,8 +27,7 @@ from bigdssm.streaming.order import Order
 from bigdssm.streaming.workers import Steps, until_an_error
 
 T = TypeVar("T")
-LOOK_FOR_THE_PARENT_S = 5.0
-END = None  # in place of a part: no more is wanted
+LOOK_S = 0.1  # between looks at whether what is waited for is still wanted
 
 
 class LaneSteps(Steps[T]):
@@ -43,50 +42,52 @@ class LaneSteps(Steps[T]):
         # contiguous shares: parts stand in lane order
         self._shares = [share.tolist() for share in np.array_split(np.array(lanes), max(1, num_workers))]
         self._inboxes: list[Queue[Any]] = [get_context().Queue() for _ in self._shares] if num_workers > 1 else []
+        self._ended = get_context().RawValue("b", 0)  # without a lock, with which a process may have been killed
 
     def read(self, process: int, processes: int) -> Iterator[LaneRows]:
         """Yield the whole steps `process`, `process` + `processes`, … of those that there are."""
         parts = until_an_error(LaneReader(*self._args, self._shares[process]).parts(self._steps.start))
-        others = _Others(self._inboxes, process)
-        for number, _ in enumerate(self._steps):
-            part = next(parts)
-            if isinstance(part, str):
-                others.finish(part)
-                raise DataError(part)
-            if number % processes == process:
-                whole = LaneRows.joined(others.received_around(part))
-                yield replace(whole, rows=replace(whole.rows, sequences=self._dataset.sequences))
-            else:
-                others.send(number % processes, part)
-        others.finish()
+        others = _Others(self._inboxes, process, lambda: bool(self._ended.value))
+        try:
+            for number, _ in enumerate(self._steps):
+                part = next(parts)
+                if isinstance(part, str):
+                    others.tell(part)
+                    raise DataError(part)
+                if number % processes == process:
+                    whole = LaneRows.joined(others.received_around(part))
+                    yield replace(whole, rows=replace(whole.rows, sequences=self._dataset.sequences))
+                else:
+                    others.send(number % processes, part)
+        except GeneratorExit:
+            others.leave()
+            raise
 
     def end(self) -> None:
         """Let loader processes that wait for each other end."""
-        for inbox in self._inboxes:
-            inbox.cancel_join_thread()
-            inbox.put(END)
+        self._ended.value = 1
 
 
 class _Others:
     """The other loader processes, to the one of number `own`."""
 
-    def __init__(self, inboxes: Sequence[Queue[Any]], own: int) -> None:
-        self._inboxes, self._own, self._parent = inboxes, own, os.getppid()
+    def __init__(self, inboxes: Sequence[Queue[Any]], own: int, has_ended: Callable[[], bool]) -> None:
+        self._inboxes, self._own, self._parent, self._has_ended = inboxes, own, os.getppid(), has_ended
         self._waiting: list[deque[LaneRows | str]] = [deque() for _ in inboxes]  # what each has sent
-        for inbox in inboxes:
-            inbox.cancel_join_thread()  # who is ended early does not wait for others that are ended as well
 
     def send(self, whom: int, part: LaneRows | str) -> None:
         self._inboxes[whom].put((self._own, part))
 
-    def finish(self, why: str | None = None) -> None:
-        """Wait until everything is sent, and behind it, where this process cannot go on, why."""
-        for whom, inbox in enumerate(self._inboxes):
+    def tell(self, message: str) -> None:
+        """Send all of them, behind the parts that they still need, why there are no more."""
+        for whom in range(len(self._inboxes)):
             if whom != self._own:
-                if why is not None:
-                    self.send(whom, why)
-                inbox.close()
-                inbox.join_thread()
+                self.send(whom, message)
+
+    def leave(self) -> None:
+        """Let this process end with parts unsent, which else it waits for: no more is wanted."""
+        for inbox in self._inboxes:
+            inbox.cancel_join_thread()
 
     def received_around(self, own_part: LaneRows) -> list[LaneRows]:
         """Return all processes' parts of the step, in order. Raises DataError: one could not read its own."""
@@ -104,10 +105,8 @@ class _Others:
 
     def _received(self) -> tuple[int, LaneRows | str]:
         """Return the next that any has sent; end this process where nobody waits for what it makes of it."""
-        while os.getppid() == self._parent:
+        while not self._has_ended() and os.getppid() == self._parent:
             with suppress(Empty):
-                message: tuple[int, LaneRows | str] | None = self._inboxes[self._own].get(timeout=LOOK_FOR_THE_PARENT_S)
-                if message is END:
-                    break
+                message: tuple[int, LaneRows | str] = self._inboxes[self._own].get(timeout=LOOK_S)
                 return message
         os._exit(0)

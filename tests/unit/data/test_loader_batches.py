@@ -188,3 +188,22 @@ def test_loader_processes_that_wait_for_each_other_end_at_once(
         with closing(stream.made(len)) as made:
             assert next(made) == ROWS_GLOBAL
     assert time.monotonic() - before < 30
+
+
+def test_a_process_that_is_done_ends_when_others_have_its_parts(
+    pieces: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last part of process 1, larger than a pipe, is read a second after its iteration has ended."""
+    from bigdssm.streaming import lanes
+
+    whole = lanes.LaneReader.part
+
+    def part(self: Any, step: int) -> Any:
+        if step == 2 and 0 in self._lanes:
+            time.sleep(1)
+        return whole(self, step)
+
+    monkeypatch.setattr(lanes.LaneReader, "part", part)
+    stream = PairStream(pieces, rows_global=12_000, lanes=LANES, num_workers=2)
+    with closing(stream.made(len, 3)) as made:
+        assert list(made) == [12_000] * 3
