@@ -6,12 +6,15 @@ k given negatives. R is m unless rows are pieces of sequences that give several 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from bigdssm.batching.lengths import Lengths
+from bigdssm.batching.one_tensor import packed, unpacked
 from bigdssm.dataset.tensors import Features
 from bigdssm.models import Places, SideSize
 
@@ -53,9 +56,17 @@ class Batch:
         num_queries = None if self.places is None else len(self.query_ids)
         return SideSize(len(self.row_ids), query, num_queries), SideSize(len(self.doc_ids), doc)
 
+    def __reduce__(self) -> tuple[Callable[..., Batch], tuple[Any, ...]]:
+        """Pickle as one tensor, which between processes is shared memory: each tensor would be a file to open."""
+        return _of_packed, packed({f.name: getattr(self, f.name) for f in fields(self)})
+
     def tensors(self) -> list[Tensor]:
         """Return its tensors."""
         return [tensor for f in fields(self) for tensor in _tensors(getattr(self, f.name))]
+
+
+def _of_packed(*parts: Any) -> Batch:
+    return Batch(**unpacked(*parts))
 
 
 def _tensors(value: object) -> list[Tensor]:

@@ -41,6 +41,10 @@ class Rows:
         """Return the number of rows."""
         return len(self.row_ids)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without the sequences: whoever gets the rows maps them himself."""
+        return {**self.__dict__, "sequences": None}
+
     @property
     def num_queries(self) -> int:
         """Return m."""

@@ -100,10 +100,9 @@ def mine(
     distributed.raise_together(None if all_finite(documents.vectors) else error)
     left_out = left_out_of(dataset, filter_seen)
     known = KnownPositives.of(dataset, share).pairs if filter_seen else None
-    approximate = exact_up_to is not None and dataset.catalogue.num_docs > exact_up_to
-    if approximate:
-        share.progress("an index of the documents built", 0, 1)
-    search = approximate_search(documents) if approximate else exact_search(documents)
+    num_docs = dataset.catalogue.num_docs
+    approximate = exact_up_to is not None and num_docs > exact_up_to
+    search = approximate_search(documents, num_docs, share) if approximate else exact_search(documents)
     keys, windows = [np.zeros(0, np.int64)], [np.zeros((0, last - first), np.int32)]
     pieces = encode_queries(encoders, dataset, "train", share, rows)
     asked_at_once = min(QUERIES_AT_ONCE, FOUND_AT_ONCE // last)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.retrieval.coding import CodedVectors
-from bigdssm.retrieval.embed import Documents
+from bigdssm.retrieval.embed import Documents, Share
 from bigdssm.retrieval.rounds import Round, product
 
 QUERIES_AT_ONCE, TILE_DOCS = 512, 8192  # of whose scores so many are held: 16 MiB
@@ -67,15 +67,28 @@ def exact_search(documents: Documents) -> Search:
     return search
 
 
-def approximate_search(documents: Documents) -> Search:
-    """Return the search of an inverted-file index of these documents, built now: it scores about an eighth of them."""
-    from bigdssm.retrieval.kinds import faiss_index  # only here: who searches exactly need not load FAISS
+def approximate_search(documents: Documents, num_docs: int, share: Share) -> Search:
+    """Return the search of an inverted-file index of these documents, built now: it scores about an eighth of them.
 
-    num_docs = len(documents)
-    if not num_docs:
+    `documents` are the rank's share of `num_docs`. A collective, since building tells how it gets on.
+    """
+    # only here: who searches exactly need not load FAISS
+    from bigdssm.retrieval.kinds import IVF_ROUNDS, ROWS_AT_ONCE, faiss_index
+
+    total = IVF_ROUNDS + share.num_chunks(num_docs, ROWS_AT_ONCE)
+    pieces = iter(range(1, total + 1))
+
+    def tell(piece: int) -> None:
+        share.progress("an index of the documents built", piece, total)
+
+    if len(documents):
+        vectors = documents.vectors.cpu().numpy()
+        coded = CodedVectors(vectors, "float32", vectors.shape[1])
+        index = faiss_index("ivf", coded, lambda: tell(next(pieces)))
+    for piece in pieces:  # that a rank with more documents has
+        tell(piece)
+    if not len(documents):
         return exact_search(documents)
-    vectors = documents.vectors.cpu().numpy()
-    index = faiss_index("ivf", CodedVectors(vectors, "float32", vectors.shape[1]))
 
     def search(queries: Tensor, top: int, rows: Tensor, places: Tensor) -> Tensor:
         # so many more are asked for that `top` are left

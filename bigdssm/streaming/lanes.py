@@ -25,6 +25,16 @@ class LaneRows:
     bad: list[Bad] = field(default_factory=list)
     targets_left_out: int = 0  # bad ones of rows that have others
 
+    @classmethod
+    def joined(cls, parts: Sequence[LaneRows]) -> LaneRows:
+        """Return the parts of one step, given in the order of their lanes, as one."""
+        return cls(
+            Rows.concat([part.rows for part in parts]),
+            sum(part.rows_planned for part in parts),
+            [fault for part in parts for fault in part.bad],
+            sum(part.targets_left_out for part in parts),
+        )
+
 
 @dataclass
 class _Loaded:

@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import webdataset as wds
 from braceexpand import braceexpand
-from torch.utils.data import IterableDataset, get_worker_info
 
 from bigdssm.dataset.blocks import Bad
 from bigdssm.dataset.dataset import Dataset
@@ -36,7 +34,7 @@ from bigdssm.hashing import derive_key, hash64
 from bigdssm.log import get_logger
 from bigdssm.streaming.lanes import LaneRows
 from bigdssm.streaming.row_stream import RowStream
-from bigdssm.streaming.workers import load, one_core_each, until_an_error
+from bigdssm.streaming.workers import Steps
 from bigdssm.string_hashes import hash_strings
 from bigdssm.tables.files import LocalFile
 from bigdssm.tables.hashing import hash_rows, row_keys
@@ -44,6 +42,7 @@ from bigdssm.tables.records import record_batch
 from bigdssm.tables.webdataset_source import KEY, check_shard, is_text, record_of
 from bigdssm.urls import is_url
 
+T = TypeVar("T")
 SHUFFLED_SAMPLES = 5000  # held by each loader process
 FEWEST_JUDGED = 10_000  # rows: few bad ones early stop nothing
 ATTEMPTS = 20  # to fill a step before the shards are given up: each reads as many samples as are missing
@@ -86,7 +85,7 @@ class PlainStream(RowStream):
     ) -> None:  # fmt: skip
         """`pattern` as `find_shards` takes it. Raises ConfigError: the schema has histories; DataError: no shards."""
         super().__init__(
-            dataset, rank=rank, world_size=world_size, start_step=start_step, parts_per_step=1,
+            dataset, rank=rank, world_size=world_size, num_workers=num_workers, start_step=start_step,
             max_bad_fraction=max_bad_fraction, quarantine=quarantine,
         )  # fmt: skip
         for name, feature in dataset.schema.query.items():
@@ -95,7 +94,7 @@ class PlainStream(RowStream):
                     f"data.query.{name}: samples are pairs and have no histories; leave out data.webdataset"
                 )
         self._paths, self._pattern = find_shards(pattern), pattern
-        self._rows_global, self._seed, self._num_workers = rows_global, seed, num_workers
+        self._rows_global, self._seed = rows_global, seed
         self.queries_per_step = float(rows_global)
         if rank == 0:
             log.warning(
@@ -130,11 +129,10 @@ class PlainStream(RowStream):
         """Raise ConfigError: how often documents come is not known."""
         raise ConfigError("data.webdataset: the frequencies of documents are not known; set loss.frequency=streaming")
 
-    def _open(self) -> Iterator[LaneRows]:
+    def _steps(self, steps: range, make: Callable[[Rows], T]) -> Steps[T]:
         rank, rows = self.rank, self._rows_global
         count = rows * (rank + 1) // self.world_size - rows * rank // self.world_size
-        samples = _Samples(self.dataset, self._paths, count, derive_key(self._seed, self.step, rank), self.step)
-        return load(samples, self._num_workers, prefetch=2)
+        return _Samples(self.dataset, self._paths, count, derive_key(self._seed, steps.start, rank), steps, make)
 
     def _rows_judged(self, rows_met: int, step: int) -> int:
         return max(rows_met, FEWEST_JUDGED)
@@ -143,37 +141,32 @@ class PlainStream(RowStream):
         return _Reader(self.dataset).rows(self.step, [])[0]
 
 
-@dataclass
-class _Samples(IterableDataset):
-    """Process i of w gives the steps i, i + w, … from `start_step` on."""
+class _Samples(Steps[T]):
+    """The given steps; each process draws samples for itself."""
 
-    dataset: Dataset
-    paths: list[Path]
-    rows_per_step: int
-    key: int
-    start_step: int
+    def __init__(
+        self, dataset: Dataset, paths: list[Path], rows_per_step: int, key: int, steps: range, make: Callable[[Rows], T]
+    ) -> None:
+        super().__init__(make)
+        self._dataset, self._paths, self._rows_per_step, self._key, self._steps = (
+            dataset, paths, rows_per_step, key, steps
+        )  # fmt: skip
 
-    def __iter__(self) -> Iterator[LaneRows | str]:
-        worker = get_worker_info()
-        number, of = (worker.id, worker.num_workers) if worker else (0, 1)
-        if worker:
-            one_core_each()
-        return until_an_error(self._parts(number, of))
-
-    def _parts(self, number: int, of: int) -> Iterator[LaneRows]:
-        seed = derive_key(self.key, number)
+    def read(self, process: int, processes: int) -> Iterator[LaneRows]:
+        """Yield the whole steps `process`, `process` + `processes`, … of those that there are."""
+        seed = derive_key(self._key, process)
         pipeline = wds.DataPipeline(
-            wds.ResampledShards([str(path.absolute()) for path in self.paths], seed=seed, deterministic=True),
+            wds.ResampledShards([str(path.absolute()) for path in self._paths], seed=seed, deterministic=True),
             _whole_shards,
             wds.tarfile_to_samples(select_files=is_text),
             wds.shuffle(SHUFFLED_SAMPLES, initial=SHUFFLED_SAMPLES // 5, seed=seed),
         )
-        reader, samples, step = _Reader(self.dataset), iter(pipeline), self.start_step + number
-        while True:
+        reader, samples = _Reader(self._dataset), iter(pipeline)
+        for step in self._steps[process::processes]:
             parts: list[Rows] = []
             bad: list[Bad] = []
             for _ in range(ATTEMPTS):
-                wanted = self.rows_per_step - sum(map(len, parts))
+                wanted = self._rows_per_step - sum(map(len, parts))
                 rows, faults = reader.rows(step, list(islice(samples, wanted)))
                 parts.append(rows)
                 bad += faults
@@ -181,8 +174,7 @@ class _Samples(IterableDataset):
                     break
             else:
                 raise DataError(f"hardly a sample can be used; the last: {bad[-1].shard}, {bad[-1].reason}")
-            yield LaneRows(Rows.concat(parts), self.rows_per_step + len(bad), bad)
-            step += of
+            yield LaneRows(Rows.concat(parts), self._rows_per_step + len(bad), bad)
 
 
 def _whole_shards(shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -18,8 +20,9 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError, DataError, PeerError
 from bigdssm.log import get_logger
-from bigdssm.streaming.lanes import LaneRows
+from bigdssm.streaming.workers import Made, Steps, load
 
+T = TypeVar("T")
 CHECK_EVERY_STEPS = 16
 MOST_KINDS, SHOWN_KINDS = 20, 3  # of bad rows: remembered by a rank, told where there are too many
 log = get_logger(__name__)
@@ -34,10 +37,10 @@ class Report(NamedTuple):
 
 
 class RowStream(ABC):
-    """An endless iterator of Rows: this rank's share of step after step.
+    """This rank's share of step after step, endlessly: an iterator of Rows, or of what `made` makes of them.
 
     All ranks make the same number of steps whatever is damaged. Every CHECK_EVERY_STEPS steps `next` is a collective
-    (see `check`), where world_size is the process group's; `next_alone` never is.
+    (see `check`), where world_size is the process group's; `made` never is.
     """
 
     steps_per_epoch: int  # 0: not known
@@ -46,15 +49,17 @@ class RowStream(ABC):
     inline = False  # whether rows bring their documents' features
 
     def __init__(
-        self, dataset: Dataset, *, rank: int, world_size: int, start_step: int, parts_per_step: int,
+        self, dataset: Dataset, *, rank: int, world_size: int, num_workers: int, start_step: int,
         max_bad_fraction: float, quarantine: Path | None,
     ) -> None:  # fmt: skip
-        """`parts_per_step` parts make a step; `quarantine` is the JSONL file that names what is left out.
+        """`num_workers` processes read (0: this one); `quarantine` is the JSONL file that names what is left out.
 
         Raises ConfigError: numbers that cannot work.
         """
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank={rank} must be at least 0 and below world_size={world_size}")
+        if num_workers < 0:
+            raise ConfigError(f"num_workers={num_workers} must not be negative")
         if start_step < 0:
             raise ConfigError(f"start_step={start_step} must not be negative")
         self.dataset, self.rank, self.world_size = dataset, rank, world_size
@@ -62,12 +67,12 @@ class RowStream(ABC):
         # Of this rank, since it was opened; a bad target counts as its share of a row.
         self.rows_bad, self.rows_met = 0.0, 0
         self._opened_at = start_step
-        self._parts_per_step, self._max_bad_fraction, self._quarantine = parts_per_step, max_bad_fraction, quarantine
+        self._num_workers, self._max_bad_fraction, self._quarantine = num_workers, max_bad_fraction, quarantine
         self._named: set[tuple[str, int, int | None, int | None]] = set()
         self._written: set[bytes] | None = None  # lines of the file, also those of a run that this one goes on with
         self._reasons: dict[str, tuple[str, int]] = {}  # of what is bad, by kind: the first, and in how many rows
         self._failure: DataError | PeerError | None = None
-        self._parts: Iterator[LaneRows] | None = None
+        self._rows: Generator[Rows] | None = None
 
     @abstractmethod
     def state(self, step: int | None = None) -> dict[str, Any]:
@@ -88,8 +93,8 @@ class RowStream(ABC):
         """Return how often each document comes as a positive, relative to all, float64 [num_docs] (any scale)."""
 
     @abstractmethod
-    def _open(self) -> Iterator[LaneRows]:
-        """Return the parts from `self.step` on."""
+    def _steps(self, steps: range, make: Callable[[Rows], T]) -> Steps[T]:
+        """Return the given steps, for the loader processes to read."""
 
     @abstractmethod
     def _rows_judged(self, rows_met: int, step: int) -> int:
@@ -105,16 +110,29 @@ class RowStream(ABC):
 
     def __next__(self) -> Rows:
         """Return this rank's rows of the next step. Raises DataError or PeerError as `check` does."""
-        self._opened()
+        if self._rows is None:
+            self._rows = self.made(_as_they_are)
         if (self.step - self._opened_at) % CHECK_EVERY_STEPS == 0:
             self.check()
-        return self.next_alone()
+        return replace(next(self._rows), sequences=self.dataset.sequences)
 
-    def next_alone(self) -> Rows:
-        """Return this rank's rows of the next step, none where it cannot read: who calls it compares `report`s."""
-        rows = self._next_rows(self._opened())
-        self.step += 1
-        return rows
+    def made(self, make: Callable[[Rows], T], num: int | None = None) -> Generator[T]:
+        """Return what `make` makes of this rank's rows of each of the next `num` steps (None: endlessly).
+
+        It is made by the loader processes, which end when this is closed; of no rows where they cannot read: who calls
+        it compares `report`s.
+        """
+        if not self.rows_met:
+            self._opened_at = self.step
+        return self._made(make, range(self.step, sys.maxsize if num is None else self.step + num))
+
+    def _made(self, make: Callable[[Rows], T], steps: range) -> Generator[T]:
+        with closing(load(self._steps(steps, make), self._num_workers)) as loaded:
+            for step in steps:
+                made = self._next_of(loaded, step)
+                what = make(self._empty_rows()) if made is None else made.what
+                self.step = step + 1
+                yield what
 
     def report(self) -> Report:
         """Return what this rank has met so far."""
@@ -150,39 +168,32 @@ class RowStream(ABC):
             )
 
     def close(self) -> None:
-        """End the loader processes."""
-        self._parts = None
-
-    def _opened(self) -> Iterator[LaneRows]:
-        if self._parts is None:
-            if not self.rows_met:
-                self._opened_at = self.step
-            self._parts = self._open()
-        return self._parts
+        """End the loader processes of what `next` gives."""
+        if self._rows is not None:
+            self._rows.close()
+            self._rows = None
 
     def _raise_own(self) -> None:
         if self._failure is not None:
             raise self._failure
 
-    def _next_rows(self, loaded: Iterator[LaneRows]) -> Rows:
-        parts: list[LaneRows] = []
-        if self._failure is None:
-            try:
-                parts = [next(loaded) for _ in range(self._parts_per_step)]
-            except (DataError, PeerError) as error:
-                self._failure = type(error)(f"rank {self.rank} cannot read {self.dataset.dir}: {error}")
-                log.error("%s; all ranks stop at the next check", self._failure)
+    def _next_of(self, loaded: Generator[Made[T]], step: int) -> Made[T] | None:
+        """Return what was made of a step, None where this rank cannot read any further."""
         if self._failure is not None:
-            return self._empty_rows()
-        for part in parts:
-            self.rows_met += part.rows_planned
-            self.rows_bad += part.rows_planned - len(part.rows) + part.targets_left_out / self.queries_per_row
-            for fault in part.bad:
-                self._name(fault)
-        rows = Rows.concat([part.rows for part in parts])
-        if rows.step != self.step:
-            raise AssertionError(f"the loaders gave step {rows.step}, needed is {self.step}")
-        return rows
+            return None
+        try:
+            made = next(loaded)
+        except (DataError, PeerError) as error:
+            self._failure = type(error)(f"rank {self.rank} cannot read {self.dataset.dir}: {error}")
+            log.error("%s; all ranks stop at the next check", self._failure)
+            return None
+        if made.step != step:
+            raise AssertionError(f"the loaders gave step {made.step}, needed is {step}")
+        self.rows_met += made.rows_planned
+        self.rows_bad += made.rows_left_out + made.targets_left_out / self.queries_per_row
+        for fault in made.bad:
+            self._name(fault)
+        return made
 
     def _name(self, fault: Bad) -> None:
         """Name a bad row or block in the log and, where it does not stand there yet, in the quarantine file."""
@@ -205,6 +216,10 @@ class RowStream(ABC):
                 self._written.add(line)
                 with self._quarantine.open("ab") as file:
                     file.write(line)
+
+
+def _as_they_are(rows: Rows) -> Rows:
+    return rows
 
 
 def _told(reasons: Sequence[dict[str, tuple[str, int]]]) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,13 +15,14 @@ from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.hashing import derive_key
 from bigdssm.log import get_logger
-from bigdssm.streaming.lanes import LaneRows
+from bigdssm.streaming.lane_steps import LaneSteps
 from bigdssm.streaming.mixed_order import MixedOrder
 from bigdssm.streaming.order import WINDOW_BLOCKS, Order, Tail
 from bigdssm.streaming.row_stream import RowStream
 from bigdssm.streaming.stream_state import check_state
-from bigdssm.streaming.workers import open_parts
+from bigdssm.streaming.workers import Steps
 
+T = TypeVar("T")
 STATE_FORMAT = 1
 log = get_logger(__name__)
 
@@ -47,16 +47,11 @@ class PairStream(RowStream):
         """
         if world_size > lanes:
             raise ConfigError(f"world_size={world_size} is more than lanes={lanes}; use at least one lane per rank")
-        if num_workers < 0:
-            raise ConfigError(f"num_workers={num_workers} must not be negative")
-        lanes_owned = list(range(rank, lanes, world_size))
-        self._num_workers = min(num_workers, len(lanes_owned))
-        # contiguous shares: parts stand in lane order
-        self._shares = np.array_split(np.array(lanes_owned), max(1, self._num_workers))
+        self._lanes_owned = range(rank, lanes, world_size)
         super().__init__(
             dataset if isinstance(dataset, Dataset) else Dataset.open(dataset), rank=rank, world_size=world_size,
-            start_step=start_step, parts_per_step=len(self._shares), max_bad_fraction=max_bad_fraction,
-            quarantine=quarantine,
+            num_workers=min(num_workers, len(self._lanes_owned)), start_step=start_step,
+            max_bad_fraction=max_bad_fraction, quarantine=quarantine,
         )  # fmt: skip
         self.split = split
         plan = partial(Order, rows_global=rows_global, lanes=lanes, tail=tail, window_blocks=window_blocks)
@@ -144,15 +139,12 @@ class PairStream(RowStream):
             per_row += steps / ROUND_STEPS * float(index.queries[its].sum() / index.rows[its].sum())
         return per_row
 
-    def _open(self) -> Iterator[LaneRows]:
-        return open_parts(self.dataset, self.split, self.order, self._shares, self._num_workers, self.step)
+    def _steps(self, steps: range, make: Callable[[Rows], T]) -> Steps[T]:
+        return LaneSteps(self.dataset, self.split, self.order, self._lanes_owned, self._num_workers, steps, make)
 
     def _rows_judged(self, rows_met: int, step: int) -> int:
         rows, per_step = self.order.rows_per_epoch, self.order.rows_global
         return rows * max(1, -(-step * per_step // rows) - self._opened_at * per_step // rows)
-
-    def _next_rows(self, loaded: Iterator[LaneRows]) -> Rows:
-        return replace(super()._next_rows(loaded), sequences=self.dataset.sequences)
 
     def _empty_rows(self) -> Rows:
         return self.dataset.rows(self.split, self.step, np.empty(0, np.int64), empty_batch(self.dataset.layout))

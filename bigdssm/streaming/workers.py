@@ -1,84 +1,108 @@
-"""Loader processes: each assembles some lanes of its rank, so that decoding is shared out and not multiplied."""
+"""Loader processes: they read a rank's rows and make of them what is asked for, so that the training process need not.
+
+A process reads rows as its kind of `Steps` has it, makes what is asked for of each whole step that it gives, and gives
+every so many-th step, as many as there are processes.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.blocks import Bad
+from bigdssm.dataset.rows import Rows
 from bigdssm.errors import BigDSSMError, DataError, PeerError
 from bigdssm.log import get_logger
-from bigdssm.streaming.lanes import LaneReader, LaneRows
-from bigdssm.streaming.mixed_order import MixedOrder
-from bigdssm.streaming.order import Order
+from bigdssm.streaming.lanes import LaneRows
 
+T = TypeVar("T")
+STEPS_AHEAD = 4  # that are read and made meanwhile, at least; two of each process
 log = get_logger(__name__)
 
 
-def open_parts(
-    dataset: Dataset, split: str, order: Order | MixedOrder, shares: Sequence[np.ndarray], num_workers: int,
-    start_step: int,
-) -> Iterator[LaneRows]:  # fmt: skip
-    """Yield, step after step, the part of each share of lanes in turn; `num_workers` is 0 or one per share.
+@dataclass
+class Made(Generic[T]):
+    """What was made of a rank's rows of one step, and what was met when they were read."""
 
-    Raises DataError: reading failed for another reason than damaged data; PeerError: a loader process died.
-    """
-    if num_workers == 0:
-        for part in until_an_error(_read(dataset, split, order, shares[0].tolist(), start_step)):
-            yield _raised(part)
-        return
-    shared = _Shares(dataset, split, order, [share.tolist() for share in shares], start_step)
-    yield from load(shared, num_workers, prefetch=4)
+    step: int
+    what: T
+    rows_planned: int
+    rows_left_out: int
+    targets_left_out: int  # bad ones of rows that have others
+    bad: list[Bad]
+
+    @classmethod
+    def of(cls, read: LaneRows, make: Callable[[Rows], T]) -> Made[T]:
+        """Return what `make` makes of the rows that were read."""
+        left_out = read.rows_planned - len(read.rows)
+        return cls(read.rows.step, make(read.rows), read.rows_planned, left_out, read.targets_left_out, read.bad)
 
 
-def load(source: IterableDataset, num_workers: int, prefetch: int) -> Iterator[LaneRows]:
-    """Yield what `source` gives through `until_an_error`, in that many loader processes (0: in this one).
+class Steps(IterableDataset, Generic[T]):
+    """The steps of a rank, as `read` of its kind reads them."""
 
-    Raises DataError and PeerError as `open_parts` does.
+    def __init__(self, make: Callable[[Rows], T]) -> None:
+        """`make` is called in whichever process has read a step."""
+        self._make = make
+
+    @abstractmethod
+    def read(self, process: int, processes: int) -> Iterator[LaneRows]:
+        """Yield the whole steps `process`, `process` + `processes`, … of those that there are."""
+
+    def end(self) -> None:
+        """Have the processes end that do not wait for this one alone."""
+
+    def __iter__(self) -> Iterator[Made[T] | str]:
+        """Yield the steps of this process, and as the last thing the message of whatever went wrong."""
+        worker = get_worker_info()
+        process, processes = (worker.id, worker.num_workers) if worker else (0, 1)
+        if worker:
+            _one_core_each()
+        return until_an_error(Made.of(read, self._make) for read in self.read(process, processes))
+
+
+def load(steps: Steps[T], num_workers: int) -> Generator[Made[T]]:
+    """Yield the steps in order, read in that many loader processes (0: in this one). Close it to end them.
+
+    Raises DataError: a process could not go on; PeerError: one died.
     """
     loader = DataLoader(
-        source, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, worker_init_fn=_heed_only_the_parent,
-        prefetch_factor=prefetch if num_workers else None,
+        steps, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, worker_init_fn=_heed_only_the_parent,
+        prefetch_factor=max(2, -(-STEPS_AHEAD // num_workers)) if num_workers else None,
         generator=torch.Generator(),  # else it draws a seed from the one that dropout draws from, at a resume once more
     )  # fmt: skip
     try:
-        parts = iter(loader)
-        _notice_deaths_when_reading()
-        for part in parts:
-            yield _raised(part)
+        loaded = iter(loader)
+        if num_workers:
+            _notice_deaths_when_reading()
+        for made in loaded:
+            if isinstance(made, str):
+                raise DataError(made)
+            yield made
     except RuntimeError as error:  # torch's word for a loader process that was killed
         raise PeerError(f"a loader process died: {' '.join(str(error).split())}") from None
+    finally:
+        steps.end()
 
 
-def _read(
-    dataset: Dataset, split: str, order: Order | MixedOrder, lanes: list[int], start_step: int
-) -> Iterator[LaneRows]:
-    yield from LaneReader(dataset, split, order, lanes).parts(start_step)
-
-
-class _Shares(IterableDataset):
-    """Gives process i the steps of share i."""
-
-    def __init__(
-        self, dataset: Dataset, split: str, order: Order | MixedOrder, shares: list[list[int]], start_step: int
-    ) -> None:
-        self._args, self._shares, self._start_step = (dataset, split, order), shares, start_step
-
-    def __iter__(self) -> Iterator[LaneRows | str]:
-        worker = get_worker_info()
-        one_core_each()
-        for part in until_an_error(_read(*self._args, self._shares[worker.id if worker else 0], self._start_step)):
-            # the parent has its own mapping of the sequences
-            yield part if isinstance(part, str) else replace(part, rows=replace(part.rows, sequences=None))
+def until_an_error(items: Iterator[T]) -> Iterator[T | str]:
+    """Yield the items, and as the last thing the message of whatever went wrong: all ranks must stop together."""
+    try:
+        yield from items
+    except BigDSSMError as error:
+        yield str(error)
+    except Exception as error:
+        log.exception("reading failed")
+        yield f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _notice_deaths_when_reading() -> None:
@@ -104,28 +128,11 @@ def _end_with_the_parent() -> None:
     os._exit(0)
 
 
-def one_core_each() -> None:
+def _one_core_each() -> None:
     """Let this loader process use one core: the processes are the parallelism."""
     pa.set_cpu_count(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def until_an_error(parts: Iterator[LaneRows]) -> Iterator[LaneRows | str]:
-    """Yield the parts, and as the last thing the message of whatever went wrong: all ranks must stop together."""
-    try:
-        yield from parts
-    except BigDSSMError as error:
-        yield str(error)
-    except Exception as error:
-        log.exception("reading failed")
-        yield f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _raised(part: LaneRows | str) -> LaneRows:
-    if isinstance(part, str):
-        raise DataError(part)
-    return part
-
-
-def _as_it_is(part: Any) -> Any:
-    return part
+def _as_it_is(made: Any) -> Any:
+    return made

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bigdssm import distributed
 from bigdssm.batching.batch import Batch
 from bigdssm.batching.collate import Collator
 from bigdssm.batching.upload import uploaded
@@ -31,6 +30,65 @@ from bigdssm.training.columns import catalogue_share
 _UNIFORM = 0x756E69666F726D  # the purpose, as a key of its own beside the stream's
 
 
+class BatchMaker:
+    """Makes a rank's batches of its rows: a function of them and their step, for whichever process reads them."""
+
+    def __init__(
+        self,
+        stream: RowStream,
+        loss: LossConfig,
+        mined: MinedNegatives | UniformNegatives | None,
+        seed: int,
+        teacher_margin: float | None = None,
+    ) -> None:
+        """`mined` is what each query's negatives are drawn from; what of `stream` is its rows' is not kept.
+
+        teacher_margin: what a judge puts above a query's own document less this is none of its negatives.
+        """
+        dataset = stream.dataset
+        self._dataset, self._loss, self._mined, self._seed = dataset, loss, mined, seed
+        self._teacher_margin, self._steps_per_epoch = teacher_margin, stream.steps_per_epoch
+        self._rank, self._world_size = stream.rank, stream.world_size
+        self._collator = Collator(dataset.schema, None if stream.inline else dataset.catalogue, dataset.pad_token_id)
+        # read here, whose pages loader processes share
+        self._doc_ids = dataset.catalogue.doc_ids if loss.mask in ("user", "past") else None
+
+    def __call__(self, rows: Rows) -> Batch:
+        """Return the batch of a step, on the host."""
+        negatives, teacher = (None, None) if self._mined is None else self.listed(self._mined, rows)
+        batch = self._collator(rows, negatives=negatives, extra_docs=self._extra(rows.step))
+        if teacher is not None:
+            batch = replace(batch, teacher=torch.from_numpy(teacher))
+        if self._doc_ids is not None:
+            batch = replace(batch, known=known_pairs(rows, self._loss.mask, self._doc_ids))
+        elif self._dataset.schema.siamese:
+            batch = replace(batch, known=pairs_of_documents(batch, self._loss.mask))
+        return batch
+
+    def listed(self, mined: MinedNegatives | UniformNegatives, rows: Rows) -> Chosen:
+        """Return what is listed for the queries of a batch."""
+        epoch, k = rows.step // self._steps_per_epoch, self._loss.negatives
+        if isinstance(mined, UniformNegatives):
+            return mined.choose(rows, epoch, self._seed, k)
+        chosen = mined.choose(rows, epoch, self._seed, k, self._teacher_margin)
+        return chosen if self._loss.distillation != "none" else chosen._replace(teacher=None)
+
+    def uniform(self, step: int) -> np.ndarray | None:
+        """Return this rank's share of the step's uniform draws, which do not depend on the number of ranks."""
+        if self._loss.uniform_negatives == 0:
+            return None
+        generator = torch.Generator().manual_seed(derive_key(self._seed, _UNIFORM, step))
+        draws = sample_uniform(self._loss.uniform_negatives, self._dataset.catalogue.num_docs, generator).numpy()
+        share: np.ndarray = draws[self._rank :: self._world_size]
+        return share
+
+    def _extra(self, step: int) -> np.ndarray | None:
+        """Return the documents that are columns of this rank beside those that its rows name."""
+        if self._loss.columns == "catalogue":
+            return catalogue_share(self._dataset.catalogue.num_docs, self._rank, self._world_size)
+        return self.uniform(step)
+
+
 class Batches:
     """This rank's batches, endlessly; what the stream cannot read is not agreed on here (see `RowStream.report`)."""
 
@@ -43,15 +101,10 @@ class Batches:
         device: torch.device,
         teacher_margin: float | None = None,
     ) -> None:
-        """`mined` is what each query's negatives are drawn from; it may be another from some batch on.
-
-        teacher_margin: what a judge puts above a query's own document less this is none of its negatives.
-        """
-        self._stream, self._loss, self.mined, self._seed, self._device = stream, loss, mined, seed, device
+        """`mined` may be another from some batch on; see `BatchMaker`."""
+        self.mined = mined
+        self._stream, self._loss, self._seed, self._device = stream, loss, seed, device
         self._teacher_margin = teacher_margin
-        dataset = stream.dataset
-        self._dataset = dataset
-        self._collator = Collator(dataset.schema, None if stream.inline else dataset.catalogue, dataset.pad_token_id)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches on the rank's device."""
@@ -59,43 +112,9 @@ class Batches:
 
     def first(self, num: int | None) -> Generator[Batch]:
         """Yield the next `num` batches (None: endlessly) on the rank's device, see `uploaded`."""
-        return uploaded(islice(self._made(), num), self._device)
-
-    def _made(self) -> Iterator[Batch]:
-        while True:
-            rows = self._stream.next_alone()
-            negatives, teacher = (None, None) if self.mined is None else self._listed(self.mined, rows)
-            batch = self._collator(rows, negatives=negatives, extra_docs=self._extra(rows.step))
-            if teacher is not None:
-                batch = replace(batch, teacher=torch.from_numpy(teacher))
-            if self._loss.mask in ("user", "past"):
-                batch = replace(batch, known=known_pairs(rows, self._loss.mask, self._dataset.catalogue.doc_ids))
-            elif self._dataset.schema.siamese:
-                batch = replace(batch, known=pairs_of_documents(batch, self._loss.mask))
-            yield batch
-
-    def _listed(self, mined: MinedNegatives | UniformNegatives, rows: Rows) -> Chosen:
-        epoch, k = rows.step // self._stream.steps_per_epoch, self._loss.negatives
-        if isinstance(mined, UniformNegatives):
-            return mined.choose(rows, epoch, self._seed, k)
-        chosen = mined.choose(rows, epoch, self._seed, k, self._teacher_margin)
-        return chosen if self._loss.distillation != "none" else chosen._replace(teacher=None)
-
-    def _extra(self, step: int) -> np.ndarray | None:
-        """Return the documents that are columns of this rank beside those that its rows name."""
-        if self._loss.columns == "catalogue":
-            stream = self._stream
-            return catalogue_share(self._dataset.catalogue.num_docs, stream.rank, stream.world_size)
-        return self._uniform(step)
-
-    def _uniform(self, step: int) -> np.ndarray | None:
-        """Return this rank's share of the step's uniform draws, which do not depend on the number of ranks."""
-        if self._loss.uniform_negatives == 0:
-            return None
-        generator = torch.Generator().manual_seed(derive_key(self._seed, _UNIFORM, step))
-        draws = sample_uniform(self._loss.uniform_negatives, self._dataset.catalogue.num_docs, generator).numpy()
-        share: np.ndarray = draws[distributed.rank() :: distributed.world_size()]
-        return share
+        make = BatchMaker(self._stream, self._loss, self.mined, self._seed, self._teacher_margin)
+        with closing(self._stream.made(make, num)) as made:
+            yield from uploaded(made, self._device)
 
 
 def row_stream(

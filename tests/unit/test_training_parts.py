@@ -28,7 +28,7 @@ from bigdssm.retrieval.mined import MinedNegatives, mined_records
 from bigdssm.running.row_log import CONSUMED, RowLog
 from bigdssm.streaming.stream import PairStream
 from bigdssm.training import engine
-from bigdssm.training.batches import Batches, known_pairs
+from bigdssm.training.batches import Batches, BatchMaker, known_pairs
 from bigdssm.training.columns import catalogue_share, is_shared
 from bigdssm.training.optimizers import parameter_groups, schedule_factor
 from bigdssm.training.random_state import RandomState
@@ -120,10 +120,11 @@ def test_what_looks_like_padding_within_a_row_is_not_cut_off() -> None:
 
 def test_uniform_draws_differ_by_step_and_seed_and_take_any_seed() -> None:
     catalogue = SimpleNamespace(num_docs=10**6)
-    stream = SimpleNamespace(dataset=SimpleNamespace(schema=None, catalogue=catalogue, pad_token_id=0), inline=False)
+    dataset = SimpleNamespace(schema=None, catalogue=catalogue, pad_token_id=0)
+    stream = SimpleNamespace(dataset=dataset, inline=False, steps_per_epoch=1, rank=0, world_size=1)
     loss = LossConfig(uniform_negatives=5)
     drawn = {
-        (seed, step): tuple(Batches(stream, loss, None, seed, torch.device("cpu"))._uniform(step))  # type: ignore[arg-type]
+        (seed, step): tuple(BatchMaker(stream, loss, None, seed).uniform(step))  # type: ignore[arg-type]
         for seed in (0, 1, 20251123, 2**32 - 1)
         for step in (0, 1)
     }
@@ -142,8 +143,7 @@ def test_what_a_judge_puts_above_a_querys_own_document_is_not_drawn(tiny_interac
     loss = LossConfig(name="softmax", negatives=5, distillation="kl")
 
     def drawn(teacher_margin: float | None) -> tuple[set[int], np.ndarray]:
-        batches = Batches(stream, loss, mined, 0, torch.device("cpu"), teacher_margin)
-        negatives, scores = batches._listed(mined, rows)
+        negatives, scores = BatchMaker(stream, loss, mined, 0, teacher_margin).listed(mined, rows)
         assert scores is not None and (scores[:, 0] == 1).all()
         np.testing.assert_array_equal(scores[:, 1:], np.where(negatives < 0, np.nan, teacher[0, 1:][negatives]))
         return set(negatives[negatives >= 0].tolist()), scores

@@ -4,10 +4,12 @@
         --pairs ../shared/data/debian_packages/packages.jsonl.xz --query synopsis --doc description
     python tools/bench/bench_stream.py scale              # an index of 1e9 rows, without the data
     python tools/bench/bench_stream.py catalogue          # 10 million documents of 32 tokens: 2 GB on disk for a while
+    python tools/bench/bench_stream.py batches --config configs/tldr.yaml pretrain.rows_global=8192
 
 `speed` counts CPU seconds of one process: stock webdataset on shards with one pair per sample (query.txt, doc.txt,
 json) and `.decode()`, against PairStream on the same pairs, to columns and to tensors; and the bytes of both. Then the
-same with queries that are tokenised while they are read.
+same with queries that are tokenised while they are read. `batches` counts those of the training process for a batch of
+pretraining that it makes itself, and for one that loader processes make.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 import webdataset as wds
 import xxhash
 
@@ -34,12 +37,14 @@ from bigdssm.cli import run_main
 from bigdssm.config import DataConfig, load_config
 from bigdssm.dataset.catalogue import Catalogue
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.joining import open_dataset
 from bigdssm.features import Numeric, Text, TextTokenizer
 from bigdssm.making.making import Target
 from bigdssm.making.pairs import PairTables, make_pairs
 from bigdssm.schema import Schema
 from bigdssm.streaming.order import WINDOW_BLOCKS, Order
 from bigdssm.streaming.stream import PairStream
+from bigdssm.training.batches import Batches, row_stream
 
 ROWS_GLOBAL, LANES = 4096, 8
 
@@ -111,6 +116,24 @@ def live(args: argparse.Namespace, folder: Path, config: DataConfig) -> None:
     seconds, tokenizing_s = min(passes)
     report("with live tokenising, to tensors", steps * ROWS_GLOBAL, seconds, size(folder / "partitions"))
     print(f"of that, {1 - tokenizing_s / seconds:.1%} is not the tokenizer")
+
+
+def batches(args: argparse.Namespace) -> None:
+    config = load_config(args.config, args.overrides)
+    dataset, rows, warm, counted = open_dataset(config.data), config.pretrain.rows_global, 12, 60
+    for num_workers in (0, 1, 2):
+        stream = row_stream(config, config.pretrain, dataset, 0, 1, num_workers)
+        made = Batches(stream, config.pretrain.loss, None, 0, torch.device("cpu")).first(warm + counted)
+        for _ in islice(made, warm):
+            pass
+        begin, cpu_s, batch_bytes = time.perf_counter(), time.process_time(), 0
+        for batch in made:
+            batch_bytes += batch.nbytes
+        cpu_s, wall_s = time.process_time() - cpu_s, time.perf_counter() - begin
+        print(
+            f"{num_workers} loader processes: a batch of {rows:,} rows, {batch_bytes / counted / 1e6:.1f} MB, takes "
+            f"the training process {1e3 * cpu_s / counted:.1f} ms of CPU time; {counted / wall_s:.0f} come a second"
+        )
 
 
 def write_stock(args: argparse.Namespace, folder: Path) -> Path:
@@ -249,7 +272,12 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-TASKS: dict[str, Callable[[argparse.Namespace], None]] = {"speed": speed, "scale": scale, "catalogue": catalogue}
+TASKS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "speed": speed,
+    "scale": scale,
+    "catalogue": catalogue,
+    "batches": batches,
+}
 
 if __name__ == "__main__":
     raise SystemExit(main())

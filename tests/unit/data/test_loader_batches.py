@@ -1,0 +1,209 @@
+"""Batches made in loader processes: the same to the bit whatever their number, and none of it left to the trainer."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import fields
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bigdssm.batching.batch import Batch
+from bigdssm.batching.lengths import ListLengths
+from bigdssm.config import LossConfig
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import Rows
+from bigdssm.errors import DataError
+from bigdssm.retrieval.mined import MinedNegatives, UniformNegatives, mined_records
+from bigdssm.streaming.stream import PairStream
+from bigdssm.training.batches import Batches
+
+LANES, ROWS_GLOBAL = 6, 60
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory: pytest.TempPathFactory, tools: Any) -> Dataset:
+    """Sequences whose rows give up to three queries."""
+    return Dataset.open(tools.Writer(tmp_path_factory.mktemp("pieces") / "data", targets_per_row=3).write())
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory, tools: Any) -> Dataset:
+    writer = tools.Writer(tmp_path_factory.mktemp("texts") / "data", text=True, interactions=False)
+    return Dataset.open(writer.write())
+
+
+def values(part: Any) -> Iterator[tuple[str, bytes]]:
+    """Yield type, shape and bytes of every tensor and array of a batch, in order."""
+    if isinstance(part, torch.Tensor | np.ndarray):
+        array = part if isinstance(part, np.ndarray) else part.numpy()
+        yield f"{type(part).__name__} {array.dtype} {array.shape}", array.tobytes()
+    elif isinstance(part, dict):
+        for name, value in part.items():
+            yield name, b""
+            yield from values(value)
+    elif isinstance(part, Batch | ListLengths):
+        for field in fields(part):
+            yield field.name, b""
+            yield from values(getattr(part, field.name))
+    elif isinstance(part, tuple):
+        for value in part:
+            yield from values(value)
+    else:
+        yield repr(part), b""
+
+
+def batches(dataset: Dataset, num_workers: int, start_step: int = 0, rank: int = 0, world_size: int = 1) -> Batches:
+    stream = PairStream(
+        dataset, rows_global=ROWS_GLOBAL, lanes=LANES, rank=rank, world_size=world_size, num_workers=num_workers,
+        start_step=start_step, window_blocks=2,
+    )  # fmt: skip
+    mask = "batch" if dataset.sequences is None else "user"
+    loss = LossConfig(name="softmax", negatives=3, uniform_negatives=7, mask=mask)
+    return Batches(stream, loss, UniformNegatives(dataset.catalogue.num_docs), 5, CPU)
+
+
+@pytest.mark.parametrize("kind", ["pieces", "texts"])
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_batches_are_the_same_to_the_bit_on_any_number_of_loader_processes(
+    kind: str, num_workers: int, request: pytest.FixtureRequest
+) -> None:
+    """From the beginning, and where a run goes on in the middle of an epoch."""
+    dataset = request.getfixturevalue(kind)
+    here = [list(values(batch)) for batch in batches(dataset, 0).first(21)]
+    assert len({str(batch) for batch in here}) == 21
+    for start in (0, 8):
+        there = [list(values(batch)) for batch in batches(dataset, num_workers, start).first(21 - start)]
+        assert there == here[start:]
+    for rank in (0, 1):  # of which each has three lanes
+        one, other = (list(batches(dataset, number, 3, rank, 2).first(5)) for number in (0, num_workers))
+        assert all(len(batch.row_ids) == ROWS_GLOBAL // 2 for batch in one)
+        assert [list(values(batch)) for batch in one] == [list(values(batch)) for batch in other]
+
+
+def where(rows: Rows) -> tuple[int, int]:
+    """Return the step and the process that makes it."""
+    return rows.step, os.getpid()
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_every_loader_process_makes_its_share_of_the_steps(pieces: Dataset, num_workers: int) -> None:
+    stream = PairStream(pieces, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=num_workers)
+    with closing(stream.made(where, 9)) as made:
+        steps, processes = zip(*made, strict=True)
+    assert steps == tuple(range(9)) and os.getpid() not in processes
+    assert len(set(processes)) == num_workers and processes == processes[:num_workers] * (9 // num_workers)
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_no_batch_is_made_behind_the_last_that_is_asked_for(pieces: Dataset, num_workers: int) -> None:
+    """Later ones are made with other windows: rows behind these steps are not mined."""
+    stream = PairStream(pieces, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=num_workers)
+    keys = np.unique(np.concatenate([rows.query_keys for rows in islice(stream, 5)]))
+    stream.close()
+    again = PairStream(pieces, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=num_workers)
+    loss = LossConfig(name="softmax", negatives=2)
+    first = MinedNegatives(mined_records(keys, np.zeros((len(keys), 1), np.int32)))
+    made = Batches(again, loss, first, 0, CPU)
+    assert [int((batch.negatives >= 0).sum(dim=1).max()) for batch in made.first(5) if batch.negatives is not None] == (
+        [1] * 5
+    )
+    assert again.step == 5 and not again.report().failed
+    made.mined = UniformNegatives(pieces.catalogue.num_docs)
+    assert [batch.step for batch in made.first(4)] == [5, 6, 7, 8]
+    made.mined = first
+    assert [len(batch.row_ids) for batch in made.first(1)] == [0]  # a rank that cannot: the others are told
+    assert again.report().failed
+    with pytest.raises(DataError, match=r"has no negatives for row .*mine again"):
+        again.check()
+
+
+def failing_at_7(rows: Rows) -> int:
+    """Fail at a step that has rows, as negatives that were not mined do."""
+    if rows.step == 7 and len(rows):
+        raise DataError("planted")
+    return len(rows)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_what_cannot_be_made_stops_the_rank_at_its_step(pieces: Dataset, num_workers: int) -> None:
+    stream = PairStream(pieces, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=num_workers)
+    with closing(stream.made(failing_at_7, 12)) as made:
+        assert list(islice(made, 7)) == [ROWS_GLOBAL] * 7 and not stream.report().failed
+        assert list(made) == [0] * 5 and stream.report().failed
+    with pytest.raises(DataError, match=r"rank 0 cannot read .*planted"):
+        stream.check()
+
+
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_lanes_that_one_process_cannot_read_stop_the_rank_at_that_step(
+    pieces: Dataset, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever process gives the step: it has been sent why there is no part."""
+    from bigdssm.streaming import lanes
+
+    whole = lanes.LaneReader.part
+
+    def part(self: Any, step: int) -> Any:
+        if step == 8 and 0 in self._lanes:
+            raise DataError("planted")
+        return whole(self, step)
+
+    monkeypatch.setattr(lanes.LaneReader, "part", part)
+    stream = PairStream(pieces, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=num_workers)
+    with closing(stream.made(len, 12)) as made:
+        assert list(made) == [ROWS_GLOBAL] * 8 + [0] * 4
+    with pytest.raises(DataError, match=r"rank 0 cannot read .*planted"):
+        stream.check()
+
+
+def test_a_batch_travels_as_one_tensor(pieces: Dataset) -> None:
+    """A file of shared memory each would be 20 a batch."""
+    (batch,) = batches(pieces, 0).first(1)
+    back = pickle.loads(pickle.dumps(batch))
+    assert list(values(back)) == list(values(batch))
+    assert len({tensor.untyped_storage().data_ptr() for tensor in back.tensors()}) == 1
+    assert all(tensor.data_ptr() % 8 == 0 and tensor.is_contiguous() for tensor in back.tensors())
+    (sent,) = batches(pieces, 1).first(1)
+    assert all(tensor.is_shared() for tensor in sent.tensors() if tensor.nbytes)
+
+
+def test_loader_processes_that_wait_for_each_other_end_at_once(
+    pieces: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not when torch's patience with each of them is over, which here is a minute."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 60)
+    stream = PairStream(pieces, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=3)
+    before = time.monotonic()
+    for _ in range(3):
+        with closing(stream.made(len)) as made:
+            assert next(made) == ROWS_GLOBAL
+    assert time.monotonic() - before < 30
+
+
+def test_a_process_that_is_done_ends_when_others_have_its_parts(
+    pieces: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last part of process 1, larger than a pipe, is read a second after its iteration has ended."""
+    from bigdssm.streaming import lanes
+
+    whole = lanes.LaneReader.part
+
+    def part(self: Any, step: int) -> Any:
+        if step == 2 and 0 in self._lanes:
+            time.sleep(1)
+        return whole(self, step)
+
+    monkeypatch.setattr(lanes.LaneReader, "part", part)
+    stream = PairStream(pieces, rows_global=12_000, lanes=LANES, num_workers=2)
+    with closing(stream.made(len, 3)) as made:
+        assert list(made) == [12_000] * 3

@@ -1,0 +1,74 @@
+"""An approximate index is built in pieces: the run's watchdog hears of each, as often on every rank."""
+
+from __future__ import annotations
+
+import faiss
+import numpy as np
+import pytest
+import torch
+
+from bigdssm.retrieval import kinds
+from bigdssm.retrieval.coding import CodedVectors
+from bigdssm.retrieval.embed import Documents, Share
+from bigdssm.retrieval.kinds import IVF_ROUNDS, faiss_index
+from bigdssm.retrieval.top import approximate_search, exact_search, opened
+
+WIDTH, TOLD = 9, "an index of the documents built"
+
+
+@pytest.fixture
+def vectors() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((1000, WIDTH), dtype=np.float32)
+
+
+def test_every_round_and_every_piece_is_told(vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that grows with the documents runs between two of them: not all rounds, not all vectors."""
+    monkeypatch.setattr(kinds, "ROWS_AT_ONCE", 300)
+    done: list[tuple[str, int]] = []
+    train, add = faiss.Clustering.train, faiss.IndexIVFFlat.add
+
+    def train_noted(self: faiss.Clustering, *given: object) -> None:
+        done.append(("train", self.niter))
+        train(self, *given)
+
+    def add_noted(self: faiss.IndexIVFFlat, piece: np.ndarray) -> None:
+        done.append(("add", len(piece)))
+        add(self, piece)
+
+    monkeypatch.setattr(faiss.Clustering, "train", train_noted)
+    monkeypatch.setattr(faiss.IndexIVFFlat, "add", add_noted)
+    faiss_index("ivf", CodedVectors(vectors, "float32", WIDTH), lambda: done.append(("told", 0)))
+    assert done[::2] == [("train", 1)] * IVF_ROUNDS + [("add", 300)] * 3 + [("add", 100)]
+    assert done[1::2] == [("told", 0)] * (IVF_ROUNDS + 4)
+
+
+def test_the_centres_are_those_that_faiss_finds_in_one_go(vectors: np.ndarray) -> None:
+    index = faiss_index("ivf", CodedVectors(vectors, "float32", WIDTH))
+    lists = index.nlist
+    whole = faiss.index_factory(WIDTH, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
+    whole.train(vectors)
+    assert lists > 20 and index.nprobe < lists
+    np.testing.assert_allclose(*(one.quantizer.reconstruct_n(0, lists) for one in (index, whole)), atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_docs", "most_pieces"), [(1, 1), (2, 1), (120, 2), (121, 3)])
+def test_all_ranks_tell_as_often_whatever_their_share(
+    vectors: np.ndarray, num_docs: int, most_pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Telling is a collective: a rank that has a piece more, or no document, would hang the others."""
+    monkeypatch.setattr(kinds, "ROWS_AT_ONCE", 20)
+    told = []
+    queries, nothing = torch.from_numpy(vectors[:50]), torch.empty(0, dtype=torch.int64)
+    for rank in range(3):
+        calls: list[tuple[str, int, int | None]] = []
+        share = Share(rank, 3, progress=lambda *call, calls=calls: calls.append(call))  # type: ignore[misc]
+        first, last = share.of(num_docs)
+        documents = Documents(torch.from_numpy(vectors[first:last]), first)
+        found, exact = (
+            opened(search(queries, 1, nothing, nothing))[1]
+            for search in (approximate_search(documents, num_docs, share), exact_search(documents))
+        )
+        assert torch.equal(found, exact)  # of one list
+        told.append(calls)
+    total = IVF_ROUNDS + most_pieces
+    assert told == [[(TOLD, piece, total) for piece in range(1, total + 1)]] * 3
