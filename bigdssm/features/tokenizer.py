@@ -42,7 +42,7 @@ class TextTokenizer:
             tokenizer.no_padding()
             tokenizer.no_truncation() if max_tokens is None else tokenizer.enable_truncation(max_tokens)
             self._cutting[max_tokens] = tokenizer
-        ids: list[np.ndarray] = []
+        ids: list[list[int]] = []
         for start in range(0, len(texts), TEXTS_AT_ONCE):
             chunk = texts.slice(start, TEXTS_AT_ONCE).to_pylist()
             encodings = self._cutting[max_tokens].encode_batch_fast(chunk, add_special_tokens=special)
