@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import get_args
 
@@ -59,12 +60,15 @@ def main() -> None:
         index = open_index(args.out / "index")
         for condition in FILTERS:
             shutil.rmtree(args.out / "found", ignore_errors=True)
+            used = time.process_time()
             with ProgressBar() as progress:
                 done = recommend(
                     args.out / "found", folder, index, dataset, Users(dataset), Wanted(args.top, condition),
                     Work(progress=progress),
                 )  # fmt: skip
+            used = time.process_time() - used
             rate = f"{done.queries:,} queries in {done.seconds:.1f} s, {done.queries / done.seconds:,.0f} a second"
+            rate += f"; {used:.1f} CPU-seconds"
             print(f"{kind}, {condition or 'no filter'}: {rate}", flush=True)
 
 
