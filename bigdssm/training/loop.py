@@ -161,6 +161,7 @@ def _train(stage: Stage) -> StageProgress:
             _take_steps(stage, batches)
         if _is_over(stage):
             break
+        stage.store.settle()  # what is being written needs what was mined before it
         with stage.health.timed("mining"):
             stage.batches.mined = stage.mining.again(progress.step - progress.part_step, progress.part_step)
     if progress.validated_at != progress.step:
