@@ -46,8 +46,8 @@ class Events:
     time: np.ndarray  # float64
     relevance: np.ndarray  # float32
     place: np.ndarray  # int64: in their table
-    sequence: np.ndarray  # int64: from 0 on in this range
-    position: np.ndarray  # int64: in the sequence, among these
+    sequence: np.ndarray  # int32: from 0 on in this range
+    position: np.ndarray  # int32: in the sequence, among these
     offsets: np.ndarray  # int64 [sequences + 1]
 
     @classmethod
@@ -55,8 +55,9 @@ class Events:
         """Return sorted rows as the events of sequences with these lengths."""
         item, time, relevance, place = (rows.column(n).to_numpy() for n in ("item", "time", "relevance", "place"))
         offsets = offsets_of(lengths)
-        sequence = np.repeat(np.arange(len(lengths)), lengths)
-        return cls(item, time, relevance, place, sequence, np.arange(len(item)) - offsets[sequence], offsets)
+        sequence = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+        position = np.arange(len(item), dtype=np.int32) - offsets.astype(np.int32)[sequence]
+        return cls(item, time, relevance, place, sequence, position, offsets)
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Cutting:
         before = self._before(user_ids)
         path = folder / f"sequences-{number:06d}.arrow"
         note_file(folder, **write_arrow(path, self._sequence_columns(own, user_ids, events, before)))
-        place = events.position + before["items"].lengths[events.sequence]
+        place = events.position + before["items"].lengths.astype(np.int32)[events.sequence]
         split = np.where(place > 0, self._split_of(events), -1)  # the first event has no history
         with RowFile(folder / "rows.parquet", ROW) as file:
             for which in range(3):
@@ -127,8 +128,8 @@ class Cutting:
         return found
 
     def _split_of(self, events: Events) -> np.ndarray:
-        """Return every event's split, a number in SPLITS, int64 [events]."""
-        split = np.zeros(len(events.item), np.int64)
+        """Return every event's split, a number in SPLITS, int8 [events]."""
+        split = np.zeros(len(events.item), np.int8)
         if self.split == "leave-one-out":
             from_last = np.diff(events.offsets)[events.sequence] - 1 - events.position
             split[from_last == 1], split[from_last == 0] = 1, 2
@@ -150,20 +151,22 @@ class Cutting:
         oldest = targets[starts]
         columns = (
             np.full(len(starts), split, np.int32),
-            events.sequence[oldest] + first,
-            place[oldest].astype(np.int32),
-            (place[newest] + 1).astype(np.int32),
+            events.sequence[oldest].astype(np.int64) + first,
+            place[oldest],
+            place[newest] + 1,
             shuffle_keys(events.place[newest], self.seed),
             events.time[oldest],
         )
         return pa.table(list(columns), schema=ROW)
 
     def _note(self, folder: Path, events: Events, split: np.ndarray) -> None:
-        """Leave the documents' train positives, times of targets, and facts."""
+        """Leave the documents' train positives and, for what may leak, times of targets, and facts."""
         items = events.item[(split == 0) & (events.relevance > 0)]
         docs, counts = np.unique(items, return_counts=True)
         with RowFile(folder / "positives.parquet", POSITIVE) as file:
             file.add(pa.table([docs, counts], schema=POSITIVE))
+        if self.split != "leave-one-out":
+            return
         sampled = (split >= 0) & (uniform(events.place, "leak", 0) < MOST_TIMES / max(1, self.events.num_rows))
         with RowFile(folder / "times.parquet", TARGET_TIME) as file:
             file.add(pa.table([split[sampled].astype(np.int32), events.time[sampled]], schema=TARGET_TIME))
@@ -208,6 +211,8 @@ def _ranges(sequences: Table) -> Iterator[tuple[int, tuple[int, int], tuple[int,
 
 def _joined(prior: Ragged, own: Ragged) -> Ragged:
     """Return each sequence's prior values and its own behind them."""
+    if not len(prior.values):
+        return own
     both = np.concatenate([prior.values, own.values])
     starts = np.stack([prior.offsets[:-1], own.offsets[:-1] + len(prior.values)], 1).ravel()
     ends = np.stack([prior.offsets[1:], own.offsets[1:] + len(prior.values)], 1).ravel()

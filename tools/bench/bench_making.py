@@ -22,6 +22,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -188,13 +189,12 @@ def anonymous_mb(pid: int) -> float:
 
 
 def taken_mb(folder: Path) -> float:
-    sizes = 0
-    for path in folder.rglob("*"):
-        try:
-            sizes += path.stat().st_blocks * 512
-        except OSError:
-            continue  # it has its last name by now
-    return sizes / 1e6
+    size = 0
+    for place, _, names in os.walk(folder):  # over what is renamed meanwhile, too
+        for name in names:
+            with suppress(OSError):
+                size += os.stat(os.path.join(place, name)).st_blocks * 512
+    return size / 1e6
 
 
 if __name__ == "__main__":
