@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from bigdssm.making.writing import note_file, placed_files, write_arrow
 from bigdssm.tables.hashing import shuffle_keys, uniform
 
 SEQUENCES_PER_FILE = 1 << 16
+SEQUENCES_AT_ONCE = 1 << 12  # whose rows are cut: what a core's cache holds
 EVENTS_PER_FILE = 1 << 22  # at most, which is what memory holds
 MOST_TIMES = 1 << 21  # of targets, which are compared to tell the leak
 ROW = pa.schema(
@@ -86,8 +88,9 @@ class Cutting:
         place = events.position + before["items"].lengths.astype(np.int32)[events.sequence]
         split = np.where(place > 0, self._split_of(events), -1)  # the first event has no history
         with RowFile(folder / "rows.parquet", ROW) as file:
-            for which in range(3):
-                targets = np.flatnonzero(split == which)
+            bounds = events.offsets[[*range(0, last - first, SEQUENCES_AT_ONCE), last - first]]
+            for (begin, end), which in product(pairwise(bounds), range(3)):
+                targets = begin + np.flatnonzero(split[begin:end] == which)
                 file.add(self._rows(which, first, events, place, targets))
         self._note(folder, events, split)
 
