@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 CACHED_WIDTH = 1024  # columns of a tile: wide enough for the products
-CACHED_ROWS = 256  # of the passes that hold one tile
+CACHED_ROWS = 512  # of the passes that hold one tile
 CACHED_PAIR_ROWS = 512
 _STRIP_BYTES = 16 << 20  # of scores that a block of rows has against all columns, where all are held
 _MEMORY_SHARE = 32  # a device's scores take one part in so many of its memory

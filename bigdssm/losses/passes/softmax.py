@@ -24,7 +24,7 @@ from bigdssm.distributed import Group
 from bigdssm.losses.inputs import GlobalSizes
 from bigdssm.losses.passes.columns import Tile
 from bigdssm.losses.passes.sizes import block_rows, strip_rows
-from bigdssm.losses.passes.tiles import Gradients, RowBlock, ScoreMatrix
+from bigdssm.losses.passes.tiles import LOG_2, Gradients, RowBlock, ScoreMatrix
 
 
 @dataclass
@@ -55,11 +55,13 @@ def softmax_rows(
     height = strip_rows(matrix.device, width, matrix.cell_bytes)
     buffer = matrix.buffer(height, width)
     result = RowSums(torch.empty_like(positive_m), torch.empty_like(positive_m))
+    bits = matrix.in_bits()
     for block in matrix.blocks(height):
         rows = block.rows
-        E, largest_r = _block_scores(matrix, block, buffer)
+        E, largest_r = _block_scores(bits, block, buffer)
         shift_r = torch.where(largest_r == -math.inf, 0.0, largest_r)
         total_r = _exponentiate(E, shift_r)
+        largest_r, shift_r = largest_r.double() * LOG_2, shift_r.double() * LOG_2
         log_sum_r = torch.logaddexp(total_r.log_() + shift_r, extra_log_sum_m[rows])
         result.log_sum[rows], result.largest[rows] = log_sum_r, largest_r
         if sums is not None:
@@ -84,10 +86,10 @@ def _block_scores(matrix: ScoreMatrix, block: RowBlock, buffer: Tensor) -> tuple
 
 
 def _exponentiate(scores: list[Tensor], shift_r: Tensor) -> Tensor:
-    """Turn the scores of a block into exp(score − shift) in place, and return their sums, float64."""
+    """Turn the scores of a block, in bits, into exp2(score − shift) in place, and return their sums, float64."""
     total_r = torch.zeros_like(shift_r, dtype=torch.float64)
     for S_rc in scores:
-        total_r += S_rc.sub_(shift_r[:, None]).exp_().sum(1)
+        total_r += S_rc.sub_(shift_r[:, None]).exp2_().sum(1)
     return total_r
 
 
@@ -143,11 +145,12 @@ def _shifted_sums(
     factor_N = None if neg_bias_N is None else neg_bias_N.exp().to(matrix.acc)
     height = _height(matrix)
     buffer, ones = matrix.buffer(height, matrix.columns.widest), torch.ones_like(largest_m[:height])
+    bits = matrix.in_bits()
     for block in matrix.blocks(height):
         rows = block.rows
-        for tile, _, S_rc in matrix.tiles(block, buffer, shift.value):
+        for tile, _, S_rc in bits.tiles(block, buffer, shift.value / LOG_2):
             block.mask.drop(S_rc, tile)
-            E_rc = S_rc.exp_()
+            E_rc = S_rc.exp2_()
             total_N[tile.columns] += torch.mv(E_rc.T, ones[: block.U_rD.shape[0]])
             if factor_N is not None:
                 E_rc.mul_(factor_N[tile.columns])
@@ -211,9 +214,9 @@ def gradient_pass(matrix: ScoreMatrix, shift: Shift | None, c: Coefficients, sum
     height = _height(matrix)
     buffer, second = matrix.buffer(height, matrix.columns.widest), matrix.buffer(height, matrix.columns.widest)
     gradient = _LogarithmicGradient(c) if shift is None else _ShiftedGradient(c, shift.value, matrix.acc)
-    at = 0.0 if shift is None else shift.value
+    scores, at = (matrix, 0.0) if shift is None else (matrix.in_bits(), shift.value / LOG_2)
     for block in matrix.blocks(height):
-        for tile, W_cD, S_rc in matrix.tiles(block, buffer, at):
+        for tile, W_cD, S_rc in scores.tiles(block, buffer, at):
             T_rc = torch.empty_like(S_rc) if matrix.is_narrow else second[: S_rc.numel()].view_as(S_rc)
             beta_c = gradient(S_rc, T_rc, block, tile, sums.beta is not None)
             del T_rc
@@ -221,7 +224,7 @@ def gradient_pass(matrix: ScoreMatrix, shift: Shift | None, c: Coefficients, sum
 
 
 class _ShiftedGradient:
-    """Turn scores less a shift into G in place, with one exponential."""
+    """Turn scores less a shift, in bits, into G in place, with one exponential."""
 
     def __init__(self, c: Coefficients, shift: float, dtype: torch.dtype) -> None:
         self.factor_N = None if c.neg_bias_N is None else c.neg_bias_N.exp().to(dtype)
@@ -231,7 +234,7 @@ class _ShiftedGradient:
     def __call__(self, S_rc: Tensor, T_rc: Tensor, block: RowBlock, tile: Tile, want_row_part: bool) -> Tensor | None:
         a_r, cols = self.a_m[block.rows], tile.columns
         block.mask.drop(S_rc, tile)
-        S_rc.exp_()
+        S_rc.exp2_()
         row_part_c = torch.mv(S_rc.T, a_r) if want_row_part else None
         if self.factor_N is None:
             torch.add(a_r[:, None], self.b_N[cols], out=T_rc)
