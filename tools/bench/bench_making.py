@@ -1,7 +1,7 @@
 """What making a dataset costs: seconds, processor time, memory and disk, of synthetic events or of text pairs.
 
     python tools/bench/bench_making.py --events 1e7                      # 15 s, 2 GB on disk for a while
-    python tools/bench/bench_making.py --events 1e8 --pieces 50          # minutes, 15 GB
+    python tools/bench/bench_making.py --events 1e8 --pieces 50          # minutes, many GB
     python tools/bench/bench_making.py --events 1e7 --append 1e6         # the second line is the appended partition
     python tools/bench/bench_making.py --events 1e7 --engine spark       # JVM and session are a step of their own
     python tools/bench/bench_making.py --pairs ../shared/data/debian_packages/packages.jsonl.xz --repeat 6
