@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bigdssm.artifacts.checkpoint import checkpoints_in
 from bigdssm.artifacts.checkpoint_model import load_checkpoint_model
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
@@ -46,6 +48,23 @@ def break_off(rank: int, world_size: int, config: Path, run_dir: Path, overrides
     finally:
         loop.train_step = original
     raise AssertionError(f"the run has no step {step}")
+
+
+def break_off_while_writing(rank: int, world_size: int, *args: Any) -> None:
+    """The same, and a checkpoint is written only while the second step after it is taken."""
+    from bigdssm.artifacts.store import CheckpointStore
+
+    original: Callable[..., Any] = CheckpointStore._run
+
+    def slow(self: CheckpointStore, job: Any) -> None:
+        time.sleep(2)
+        original(self, job)
+
+    CheckpointStore._run = slow  # type: ignore[method-assign]
+    try:
+        break_off(rank, world_size, *args)
+    finally:
+        CheckpointStore._run = original  # type: ignore[method-assign]
 
 
 def start(reference: Path) -> str:  # noqa: F811
@@ -110,6 +129,15 @@ def test_a_run_that_mines_again_goes_on_exactly(
         )  # fmt: skip
     pools[1].run(small_run.run, config, tmp_path, (*overrides, "sft.steps=9"), "sft", True)
     assert small_run.records(tmp_path, "sft")[-1]["step"] == 9
+
+
+def test_what_a_checkpoint_needs_stays_while_it_is_written(
+    config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool]  # noqa: F811
+) -> None:  # fmt: skip
+    """That of step 2 needs what was mined at 0, and is being written when it is mined at 3."""
+    pools[1].run(break_off_while_writing, config, tmp_path, (start(reference), *AGAIN), 3)
+    assert [path.name for path in checkpoints_in(tmp_path / "sft" / "checkpoints")] == ["step-00000002"]
+    assert mined_files(tmp_path) == [f"mined_negatives.step-0000000{step}.npy" for step in (0, 3)]
 
 
 @pytest.mark.parametrize(
