@@ -52,7 +52,8 @@ section format ruff format --check bigdssm launch tools tests
 section types mypy
 for folder in unit distributed e2e; do
     workers=()
-    [ "$folder" != unit ] || workers=(-n auto --dist loadfile) # the others run ranks, servers and scripts of their own
+    # The others run ranks, servers and scripts of their own; the slow ones of e2e take their time.
+    case "$folder $full" in unit* | "e2e 0") workers=(-n auto --dist loadfile) ;; esac
     section "$folder" pytest -q -rfEs --timeout "$timeout_s" --durations 5 ${workers[@]+"${workers[@]}"} -m "$selection" \
         "tests/$folder"
 done

@@ -124,6 +124,7 @@ def one_step(
     return counts, begin, end
 
 
+@pytest.mark.slow
 def test_each_rank_writes_and_reads_its_share(tmp_path: Path, pools: dict[int, Pool]) -> None:
     """Each goes on from what the one before has saved, bit by bit, on other ranks and at another ZeRO stage."""
     before, saved = 0, {}

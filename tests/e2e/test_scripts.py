@@ -126,6 +126,7 @@ def test_a_folder_that_cannot_be_written(checkout: Path) -> None:
     assert "cannot make" in error
 
 
+@pytest.mark.slow
 def test_no_registry(checkout: Path) -> None:
     nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_NO_CACHE_DIR": "1", "PIP_RETRIES": "0"}
     error = the_error(run_script(checkout, "tests/run.sh", BIGDSSM_PYTHON=sys.executable, **nowhere))

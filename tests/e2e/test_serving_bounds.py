@@ -160,6 +160,7 @@ def test_a_request_for_another_host_is_refused(served: tuple[str, int], host: st
     assert ours or "--allow-host" in str(content["error"])
 
 
+@pytest.mark.slow
 def test_a_stop_does_not_wait_for_those_who_have_not_asked(folder: Path) -> None:
     with started(folder, "--timeout-s", "60") as (address, server), ExitStack() as stack:
         idle, half, slow = (stack.enter_context(connected(address)) for _ in range(3))

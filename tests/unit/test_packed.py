@@ -228,6 +228,7 @@ def by_mask(q: Tensor, k: Tensor, v: Tensor, at: Spans, over: Spans, scale: floa
     return attended.transpose(0, 1)
 
 
+@pytest.mark.slow
 def test_compiled_layers_give_the_same_for_all_lengths_from_a_few_graphs() -> None:
     """Packed, and padded in a dummy; what a backend makes of the graphs is torch's own matter."""
     plain, made = model(layers=1), model(layers=1)

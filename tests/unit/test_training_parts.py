@@ -223,6 +223,7 @@ def test_the_row_log_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     assert lines[2]["row_ids"] == [7]
 
 
+@pytest.mark.slow
 def test_an_engine_without_a_launcher_compiles_nothing(tmp_path: Path) -> None:
     """DeepSpeed joins a process group by itself where none was made before."""
     code = """

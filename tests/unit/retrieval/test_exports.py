@@ -377,6 +377,7 @@ def test_onnx_holds_towers_of_all_features(
     assert queries8.shape == vectors.shape and cosines.min() > 0.9
 
 
+@pytest.mark.slow
 def test_a_server_may_encode_with_the_exported_query_tower(
     model_dir: Path, other_model_dir: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
