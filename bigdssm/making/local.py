@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ class LocalEngine(Engine):
             "threads": min(self._processes, MOST_THREADS),
         }
         self._database = duckdb.connect(config=settings)
-        self._database.execute("SET enable_progress_bar = false")  # in notebooks it would stand in the making's own
+        with suppress(duckdb.InvalidInputException):  # in Jupyter without widgets, where it has no bar
+            self._database.execute("SET enable_progress_bar = false")  # it would stand in the making's own
 
     def view(self, name: str, query: str) -> None:
         """Have queries know the rows of `query` by `name`."""
