@@ -151,6 +151,7 @@ def make(config: Path, overrides: list[str], options: dict[str, Any]) -> None:
     spent["the rest"] = seconds - sum(spent.values())
     print(f"{report.partition}: {sum(report.rows.values()):,} rows in {seconds:.1f} s", flush=True)
     print("  " + ", ".join(f"{step} {took:.1f}" for step, took in spent.items() if took > 0.1), flush=True)
+    os._exit(0)  # else it waits for joblib's processes, which stay for five minutes in case of more work
 
 
 def family(pid: int) -> set[int]:
