@@ -172,3 +172,24 @@ def test_what_is_kept_is_not_run_again_unless_another_starts_from_it(
     assert begun == ["b"]
     by_name = {trial.cell_name: trial for trial in planned}
     assert by_name["tuned"].folder == by_name["ranked"].folder and by_name["tuned"].report != by_name["ranked"].report
+
+
+def test_the_page_can_be_computed_from_the_kept_ranks() -> None:
+    """Of the claims all of whose trials are kept; what was collected before is as it was."""
+    kept = read_kept(ROOT / "docs/evidence_trials.jsonl")
+    figures = json.loads((ROOT / "docs/evidence.json").read_text("utf-8"))
+    checked = 0
+    for name, content in figures.items():
+        claim = read_claim(ROOT / f"configs/evidence/{name}.yaml")
+        planned = trials(claim, Path("runs/evidence"))
+        if not all(trial.name in kept for trial in planned):
+            continue
+        values: dict[tuple[str, str], list[np.ndarray]] = {}
+        for trial in planned:
+            of_seed = row_metrics(kept[trial.name].saved().ranks)[claim.metric]
+            values.setdefault((trial.set_name, trial.cell_name), []).append(of_seed)
+        for set_name, one in content["sets"].items():
+            for cell in one["cells"]:
+                assert cell["mean"] == pytest.approx(np.mean(values[set_name, cell["cell"]]), abs=5.1e-5), (name, cell)
+                checked += 1
+    assert checked, "no cell of the page can be checked: collect it again"
