@@ -1,13 +1,14 @@
 """Score each train query's own document and those mined for it, by a judge that knows better.
 
     bigdssm score_pairs --data DATASET --mined NPY --out JUDGED.npy --cross-encoder FOLDER
-    bigdssm score_pairs --data DATASET --mined NPY --out JUDGED.npy --model MODEL [MODEL …] --bm25
+    bigdssm score_pairs --data DATASET --mined NPY --out JUDGED.npy --model MODEL [MODEL …] --pretrained FOLDER --bm25
     torchrun --nproc-per-node 8 -m bigdssm.commands.score_pairs …       # the queries are shared out over the ranks
 
 NPY is a file of bigdssm mine_negatives; JUDGED.npy is the same with the judge's scores, for sft.mining.file with
 sft.loss.distillation or sft.mining.teacher_margin. Judges are model folders, whatever scores in them, cross-encoders of
-sentence-transformers, whose scores are their logits, and BM25. Of several it is the mean of their scores, standardised
-within each query. Cross-encoders and BM25 read the dataset's texts: as its tokenizer gives them, cut to max_tokens.
+sentence-transformers, whose scores are their logits, Hugging Face text encoders as they are, whose scores are cosines,
+and BM25. Of several it is the mean of their scores, standardised within each query. All but model folders read the
+dataset's texts: as its tokenizer gives them, cut to max_tokens.
 
 A run that was ended goes on from its finished shards when it is started again, with any number of ranks.
 """
@@ -24,7 +25,7 @@ from bigdssm.artifacts.model_folder import load_model_folder
 from bigdssm.cli import ProgressBar, at_least, check_file_to_write, command
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
-from bigdssm.evaluation.judges import Bm25Judge, CrossEncoderJudge, Judge, model_judge
+from bigdssm.evaluation.judges import Bm25Judge, CrossEncoderJudge, Judge, model_judge, pretrained_judge
 from bigdssm.evaluation.score_pairs import score_pairs
 from bigdssm.hashing import file_checksum, json_checksum
 from bigdssm.progress import Progress
@@ -46,14 +47,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--cross-encoder", type=Path, nargs="+", default=[], metavar="FOLDER", help="cross-encoders that judge"
     )
+    parser.add_argument(
+        "--pretrained", type=Path, nargs="+", default=[], metavar="FOLDER", help="text encoders that judge as they are"
+    )
     parser.add_argument("--bm25", action="store_true", help="BM25 judges")
     parser.add_argument(
         "--rows-per-shard", type=at_least(1), default=ROWS_PER_SHARD, help="queries a shard (%(default)s)"
     )
     args = parser.parse_args(argv)
     check_file_to_write("--out", args.out)
-    if not (args.model or args.cross_encoder or args.bm25):
-        raise ConfigError("nobody judges: give --model, --cross-encoder, --bm25, or several of them")
+    if not (args.model or args.cross_encoder or args.pretrained or args.bm25):
+        raise ConfigError("nobody judges: give --model, --cross-encoder, --pretrained, --bm25, or several of them")
     dataset, mined = Dataset.open(args.data), MinedNegatives.open(args.mined)
     mined.check_against(dataset)
     with ProgressBar() as progress:
@@ -72,11 +76,12 @@ def _judges(args: argparse.Namespace, dataset: Dataset, progress: Progress) -> d
         folder = load_model_folder(path)
         folder.check_dataset(dataset)
         judges[folder.checksum] = model_judge(folder, dataset)
-    if args.cross_encoder or args.bm25:
+    if args.cross_encoder or args.pretrained or args.bm25:
         texts = Texts(dataset)
     for path in args.cross_encoder:
-        judge = CrossEncoderJudge(path, texts)
-        judges[json_checksum(folder_checksums(path))] = judge
+        judges[json_checksum(folder_checksums(path))] = CrossEncoderJudge(path, texts)
+    for path in args.pretrained:
+        judges[json_checksum(folder_checksums(path))] = pretrained_judge(path, dataset, texts)
     if args.bm25:
         judges["BM25"] = Bm25Judge(dataset, texts, progress)
     return judges

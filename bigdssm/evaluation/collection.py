@@ -15,20 +15,19 @@ import torch
 from torch import Tensor
 
 from bigdssm.artifacts.model_folder import ModelFolder
-from bigdssm.config import TextEncoderConfig
 from bigdssm.errors import ConfigError, DivergedError
 from bigdssm.evaluation.bm25 import Bm25
+from bigdssm.evaluation.pretrained import MAX_TOKENS, PretrainedEncoder
 from bigdssm.evaluation.trec import Run
-from bigdssm.features import Feature, Text, TextTokenizer, histories_of
+from bigdssm.features import Feature, TextTokenizer, histories_of
 from bigdssm.features.columns import SourceBatch
 from bigdssm.features.given import columns_of
 from bigdssm.features.ragged import Column
-from bigdssm.models import DualEncoder, Values
-from bigdssm.models.encoders import TextEncoder, pretrained_encoder
+from bigdssm.models import DualEncoder
+from bigdssm.models.encoders import TextEncoder
 from bigdssm.progress import Progress, no_progress
 from bigdssm.retrieval.embed import (
     document_vectors,
-    encode_in_bf16,
     in_pieces,
     query_vectors,
 )
@@ -124,29 +123,17 @@ def reranked_run(collection: Collection, run: Run, folder: ModelFolder, top: int
 
 
 def pretrained_run(
-    folder: Path, collection: Collection, *, max_tokens: int = 256, bf16: bool = False, filter_known: bool = False,
-    top: int = TOP, progress: Progress = no_progress,
+    folder: Path, collection: Collection, *, max_tokens: int = MAX_TOKENS, bf16: bool = False,
+    filter_known: bool = False, top: int = TOP, progress: Progress = no_progress,
 ) -> Run:  # fmt: skip
     """Return the run of a Hugging Face text encoder as it is: the cosine of mean-pooled vectors.
 
     Raises ConfigError where `folder` holds no such encoder and tokenizer.
     """
-    if not (folder / "tokenizer.json").is_file():
-        raise ConfigError(f"{folder} has no tokenizer.json; give the folder of a Hugging Face model and its tokenizer")
-    encoder = pretrained_encoder(TextEncoderConfig(init=str(folder))).eval()
-    if bf16:
-        encode_in_bf16(encoder)
-    tokenizer, feature = TextTokenizer(folder), {"text": Text(max_tokens=max_tokens).named("text")}
-
-    def encode(texts: dict[str, Values]) -> Tensor:
-        with torch.no_grad():
-            vectors = encoder(texts["text"])
-        return torch.nn.functional.normalize(vectors.float(), dim=1)
+    encoder = PretrainedEncoder(folder, max_tokens, bf16)
 
     def encoded(entries: Sequence[Entry], what: str) -> Tensor:
-        texts = [Entry(entry.key, entry.text, {}) for entry in entries]
-        columns = entry_columns(feature, texts, tokenizer)
-        return in_pieces(feature, columns, encoder.pad_token_id, encode, what, progress)
+        return encoder([entry.text for entry in entries], what, progress)
 
     queries = encoded(collection.queries, "queries encoded")
     return vectors_run(collection, queries, encoded(collection.corpus, "documents encoded"), filter_known, top)

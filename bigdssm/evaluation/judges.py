@@ -21,6 +21,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.bm25 import Bm25
+from bigdssm.evaluation.pretrained import PretrainedEncoder
 from bigdssm.evaluation.scorer import ScoredEncoders, encoders_of
 from bigdssm.models import CrossEncoder
 from bigdssm.progress import Progress, no_progress
@@ -42,11 +43,18 @@ def model_judge(folder: ModelFolder, dataset: Dataset) -> Judge:
     return VectorJudge(encoders_of(folder.model, dataset), dataset.catalogue.num_docs)
 
 
+def pretrained_judge(folder: Path, dataset: Dataset, texts: Texts) -> Judge:
+    """Return the judge that a Hugging Face text encoder is as it is. Raises ConfigError where `folder` holds none."""
+    encoder = PretrainedEncoder(folder)
+    vectors = Encoders(lambda rows: encoder(texts.queries(rows)), lambda docs: encoder(texts.documents(docs)))
+    return VectorJudge(vectors, dataset.catalogue.num_docs)
+
+
 class VectorJudge:
     """A model that scores vectors, by their product or an MLP; each document is encoded once."""
 
     def __init__(self, encoders: Encoders, num_docs: int) -> None:
-        """`encoders` as `encoders_of` makes them."""
+        """`encoders` as `encoders_of` makes them, or whatever else gives vectors."""
         self._encoders, self._known = encoders, np.zeros(num_docs, bool)
         self._vectors: Tensor | None = None  # float32 [N, D or D+1], of those that are known
 

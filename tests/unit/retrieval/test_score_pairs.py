@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
 from bigdssm.artifacts.model_folder import load_model_folder, save_model_folder
 from bigdssm.config import Config, ScorerConfig, load_config
@@ -112,6 +112,36 @@ def test_a_cross_encoder_of_our_own_may_judge(
     rows, docs = asked(dataset, MinedNegatives.open(path))
     scores = PairScorer.of(load_model_folder(tmp_path / "cross"), dataset).score(rows.query, docs)
     assert_scores(tmp_path / "judged.npy", np.where(docs < 0, np.nan, scores), 1e-4)
+
+
+def test_a_pretrained_encoder_may_judge_as_it_is(
+    tools: Tools, pairs: tuple[Dataset, Path, Config], tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    """By what transformers makes of the same texts."""
+    dataset, mined, _ = pairs
+    assert dataset.tokenizer_dir is not None
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    bert = BertModel(BertConfig(vocab_size=dataset.vocab_size, initializer_range=0.5, **sizes)).eval()
+    bert.save_pretrained(tmp_path / "bert")
+    tokenizer = AutoTokenizer.from_pretrained(str(dataset.tokenizer_dir))
+    tokenizer.save_pretrained(str(tmp_path / "bert"))
+    arguments = ("--data", dataset.dir, "--mined", mined, "--out", tmp_path / "judged.npy")
+    tools.ran("score_pairs", *arguments, "--pretrained", tmp_path / "bert")
+    rows, docs = asked(dataset, MinedNegatives.open(mined))
+    texts = Texts(dataset)
+
+    def vector(text: str) -> torch.Tensor:
+        with torch.no_grad():
+            return bert(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
+
+    judged = MinedNegatives.open(tmp_path / "judged.npy").teacher(rows.query_keys)
+    for i in (0, 7, len(rows) - 1):
+        query = vector(texts.queries(rows)[i])
+        for at, text in zip(np.flatnonzero(docs[i] >= 0), texts.documents(docs[i][docs[i] >= 0]), strict=True):
+            cosine = torch.nn.functional.cosine_similarity(query, vector(text), dim=0)
+            assert judged[i, at] == pytest.approx(float(cosine), abs=1e-5)
+    assert (np.isnan(judged) == (docs < 0)).all() and np.nanstd(judged) > 1e-3
 
 
 def test_several_judges_are_averaged_on_one_scale(pairs: tuple[Dataset, Path, Config]) -> None:
@@ -239,5 +269,6 @@ def test_what_cannot_judge_is_refused(
     texts = ("--data", pairs[0].dir, "--mined", pairs[1], *out)
     message = tools.refused(2, "score_pairs", *texts, "--cross-encoder", tmp_path)
     assert "holds no cross-encoder: it has no config.json" in message
+    assert "has no tokenizer.json" in tools.refused(2, "score_pairs", *texts, "--pretrained", tmp_path)
     assert "another dataset" in tools.refused(3, "score_pairs", "--data", dataset.dir, *texts[2:], "--bm25")
     assert not list(tmp_path.iterdir())

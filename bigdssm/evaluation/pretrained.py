@@ -1,0 +1,45 @@
+"""A Hugging Face text encoder as it is: what a model is compared with, and a judge for fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bigdssm.config import TextEncoderConfig
+from bigdssm.errors import ConfigError
+from bigdssm.features import Text, TextTokenizer
+from bigdssm.features.given import given_columns
+from bigdssm.models import Values
+from bigdssm.models.encoders import pretrained_encoder
+from bigdssm.progress import Progress, no_progress
+from bigdssm.retrieval.embed import encode_in_bf16, in_pieces
+
+MAX_TOKENS = 256
+
+
+class PretrainedEncoder:
+    """Mean-pooled vectors of length 1, whose product is their cosine."""
+
+    def __init__(self, folder: Path, max_tokens: int = MAX_TOKENS, bf16: bool = False) -> None:
+        """Raises ConfigError where `folder` holds no such encoder and tokenizer."""
+        if not (folder / "tokenizer.json").is_file():
+            raise ConfigError(
+                f"{folder} has no tokenizer.json; give the folder of a Hugging Face model and its tokenizer"
+            )
+        self._encoder = pretrained_encoder(TextEncoderConfig(init=str(folder))).eval()
+        if bf16:
+            encode_in_bf16(self._encoder)
+        self._tokenizer, self._features = TextTokenizer(folder), {"text": Text(max_tokens=max_tokens).named("text")}
+
+    def __call__(self, texts: Sequence[str], what: str = "texts encoded", progress: Progress = no_progress) -> Tensor:
+        """Return float32 [n, H] for n texts, at least one."""
+        columns, _ = given_columns(texts, self._features, {}, self._tokenizer)
+        return in_pieces(self._features, columns, self._encoder.pad_token_id, self._encode, what, progress)
+
+    def _encode(self, values: dict[str, Values]) -> Tensor:
+        with torch.no_grad():
+            vectors = self._encoder(values["text"])
+        return torch.nn.functional.normalize(vectors.float(), dim=1)
