@@ -95,6 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--users-time-column", help="from when on a row of users holds: rows see the newest before them")
     sub.add_argument("--rating-column", help="becomes the relevance, which is 1 otherwise")
     sub.add_argument("--min-rating", type=float, help="events rated lower are left out")
+    sub.add_argument(
+        "--positive-rating", type=float, metavar="R", help="relevance 1 from this rating on, else 0: met, but no target"
+    )
     sub.add_argument("--split", choices=("leave-one-out", "time", "train"), default="leave-one-out")
     _add_fractions(sub, "--split time")
 
@@ -163,6 +166,7 @@ def _interactions(args: argparse.Namespace) -> None:
         users_time_column=args.users_time_column,
         rating_column=args.rating_column,
         min_rating=args.min_rating,
+        positive_rating=args.positive_rating,
         split=args.split,
     )
 

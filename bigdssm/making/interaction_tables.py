@@ -70,6 +70,7 @@ class InteractionTables:
     users_time_column: str | None = None  # from when on a row of users holds; none: a user has one row
     rating_column: str | None = None  # becomes the relevance; without one it is 1
     min_rating: float | None = None  # events rated lower are no events
+    positive_rating: float | None = None  # events have the relevance 1, or 0 where rated lower
     split: Split = "leave-one-out"
     validation_fraction: float = 0.05  # split=time: the newest rows but the test's
     test_fraction: float = 0.05  # split=time: the newest rows
@@ -265,6 +266,8 @@ class _EventReader:
                 num_low += int(low.sum())
                 good = good & ~low
             place, user_id, item, time, relevance = (column[good] for column in columns)
+            if self.tables.positive_rating is not None:
+                relevance = relevance >= self.tables.positive_rating
             units.add(time)
             events.add(pa.table([place, user_id, item, time, relevance.astype(np.float32)], schema=EVENT))
             first.add(pa.table([place, user_id, users.filter(pa.array(good))], schema=USER))

@@ -122,8 +122,9 @@ def _check(config: DataConfig, tables: InteractionTables) -> None:
         raise ConfigError(f"--users-time-column {tables.users_time_column} needs a users table; give --users")
     if tables.users_time_column is not None and tables.time_column is None:
         raise ConfigError(f"--users-time-column {tables.users_time_column} needs a --time-column of the events")
-    if tables.min_rating is not None and (tables.rating_column is None or not np.isfinite(tables.min_rating)):
-        raise ConfigError(f"--min-rating {tables.min_rating} needs a finite number, and a --rating-column")
+    for option, rating in (("--min-rating", tables.min_rating), ("--positive-rating", tables.positive_rating)):
+        if rating is not None and (tables.rating_column is None or not np.isfinite(rating)):
+            raise ConfigError(f"{option} {rating} needs a finite number, and a --rating-column")
 
 
 def _thresholds(engine: Engine, tables: InteractionTables) -> tuple[float, float]:

@@ -144,6 +144,7 @@ def test_nothing_to_learn_from_is_refused(make: Maker) -> None:
         make.interactions(rated, "--rating-column=rating", "--min-rating=nan", header=header), 2, "--min-rating"
     )
     make.refused(make.interactions(EVENTS, "--min-rating=3"), 2, "--min-rating 3.0 needs", "--rating-column")
+    make.refused(make.interactions(EVENTS, "--positive-rating=3"), 2, "--positive-rating 3.0 needs", "--rating-column")
     low = make.interactions(rated, "--rating-column=rating", "--min-rating=1", header=header)
     make.refused(low, 3, "no interaction is left to train on; 200 are rated below 1.0")
 

@@ -94,6 +94,12 @@ def test_time_split_and_ratings(tmp_path: Path) -> None:
     rated = make(tmp_path, out="rated", split="train", rating_column="rating", min_rating=2.0)
     relevance = np.concatenate([rows.relevance for rows in rated.iterate("train", 100)])
     assert set(relevance) == {2.0, 3.0, 4.0} and len(relevance) == 24 - 4
+    bright = make(tmp_path, out="bright", split="train", rating_column="rating", positive_rating=3.0)
+    relevance = np.concatenate([rows.relevance for rows in bright.iterate("train", 100)])
+    met = rows_of(bright, "train")
+    assert Counter(met) == Counter(rows_of(make(tmp_path, out="all", split="train"), "train"))
+    times = [4 * len(past) + int(user[1:]) for user, past, _ in met]
+    assert relevance.tolist() == [float(t % 5 >= 3) for t in times]
 
 
 def test_bad_rows_are_named_counted_and_left_out(tmp_path: Path) -> None:
