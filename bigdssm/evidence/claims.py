@@ -45,6 +45,7 @@ class Cell:
     without: tuple[str, ...] = ()  # features left out, as query.age: the dataset is made without them
     after: str | None = None  # a cell whose pretraining this one fine-tunes
     sft: bool = False  # fine-tune after pretraining; implied by `after`
+    judge: tuple[str, ...] = ()  # score_pairs: who judges what sft.mining finds; {start}: the model of `after`
     rerank: int | None = None  # measured with its scorer ranking the towers' best anew, in place of all documents
     baseline: str | None = None  # in place of a training
     options: dict[str, Any] = field(default_factory=dict)  # of the baseline
@@ -109,10 +110,11 @@ def _check(path: Path, claim: Claim) -> None:
         key = f"cells.{name}"
         kinds = f"one of {', '.join(BASELINES)}"
         need(cell.baseline is None or cell.baseline in BASELINES, f"{key}.baseline", cell.baseline, kinds)
-        trained = bool(cell.set or cell.without or cell.after or cell.sft or cell.rerank)
+        trained = bool(cell.set or cell.without or cell.after or cell.sft or cell.rerank or cell.judge)
         need(cell.baseline is None or not trained, key, "keys of a training", "baseline, options and only")
         need(cell.baseline is not None or not cell.options, f"{key}.options", cell.options, "a baseline that has them")
         need(cell.rerank is None or cell.rerank > 0, f"{key}.rerank", cell.rerank, "a number of documents")
+        need(not cell.judge or cell.after is not None, f"{key}.judge", list(cell.judge), "after")
         need(set(cell.only) <= set(claim.sets), f"{key}.only", list(cell.only), f"some of {', '.join(claim.sets)}")
         if cell.after is not None:
             before = claim.cells.get(cell.after)

@@ -35,7 +35,7 @@ from bigdssm.log import get_logger, read_records
 from bigdssm.running.commands import run_command
 from bigdssm.source import code_checksum
 
-REPORT, COMMANDS = "report.json", "commands.jsonl"
+REPORT, COMMANDS, JUDGED = "report.json", "commands.jsonl", "judged.npy"
 logger = get_logger(__name__)
 _making = Lock()  # of datasets, one at a time
 
@@ -65,6 +65,11 @@ class Trial:
     def config_file(self) -> Path:
         """Return the config that it is trained with."""
         return self.folder / "cell.yaml"
+
+    @property
+    def start(self) -> Path | None:
+        """Return the model that it fine-tunes, of another cell."""
+        return None if self.after is None else self.after.folder / "pretrain" / "best"
 
     @property
     def report(self) -> Path:
@@ -143,8 +148,10 @@ def run_trial(trial: Trial) -> None:
         return
     overrides = [f"run.dir={trial.folder}", f"run.seed={trial.seed}"]
     stages: list[StageName] = ["sft"] if trial.after else ["pretrain", "sft"] if trial.cell.sft else ["pretrain"]
-    if trial.after is not None:
-        overrides.append(f"sft.init={trial.after.folder / 'pretrain' / 'best'}")
+    if trial.start is not None:
+        overrides.append(f"sft.init={trial.start}")
+    if trial.cell.judge:
+        _judge(trial, config)
     trained = {record["command"] for record in _commands(trial) if record["exit_code"] == 0}
     for stage in stages:
         if stage not in trained:  # else another cell of this folder did
@@ -167,6 +174,8 @@ def write_config(trial: Trial) -> Config:
             )
         made_of = hash64(repr((OmegaConf.to_yaml(content.data), trial.data.make))) % 2**64
         content.data.dir = str(trial.folder.parents[2] / "data" / f"{made_of:016x}")
+    if trial.cell.judge:
+        OmegaConf.update(content, "sft.mining.file", str(trial.folder / JUDGED))
     write_text(trial.config_file, OmegaConf.to_yaml(content))
     config = load_config(trial.config_file)
     if trial.cell.without and not Path(config.data.dir).exists():
@@ -176,12 +185,28 @@ def write_config(trial: Trial) -> Config:
     return config
 
 
+def _judge(trial: Trial, config: Config) -> None:
+    """Have the cell's judges score the ranks that its config mines, where they have not yet."""
+    mined, judged = trial.folder / "mined.npy", trial.folder / JUDGED
+    assert config.sft is not None
+    window = config.sft.mining
+    if not mined.exists():
+        _command(
+            trial, "mine_negatives", "--model", str(trial.start), "--data", config.data.dir, "--out", str(mined),
+            "--first", str(window.first), "--last", str(window.last),
+        )  # fmt: skip
+    if not judged.exists():
+        judges = [word.format(start=trial.start) for word in trial.cell.judge]
+        files = ["--mined", str(mined), "--out", str(judged)]
+        _command(trial, "score_pairs", "--data", config.data.dir, *files, *judges)
+
+
 def cpu_seconds(trial: Trial) -> float:
-    """Return what its trainings took, those of the pretraining that it started from included."""
+    """Return what its training took, its judges and the pretraining that it started from included."""
     own = sum(
         float(record["cpu_seconds"])
         for record in _commands(trial)
-        if record["command"] in ("pretrain", "sft", "baseline")
+        if record["command"] in ("pretrain", "mine_negatives", "score_pairs", "sft", "baseline")
     )
     return own + (0.0 if trial.after is None else cpu_seconds(trial.after))
 
@@ -204,7 +229,8 @@ def _name_of(claim: Claim, set_name: str, cell_name: str) -> str:
     after = None if cell.after is None else _name_of(claim, set_name, cell.after)
     made = data.make if cell.without else None
     content = OmegaConf.to_yaml(_content(claim, set_name, cell_name))
-    return f"{hash64(json.dumps([content, made, cell.sft, after, cell.baseline, cell.options])) % 2**64:016x}"
+    decided = [content, made, cell.sft, after, cell.baseline, cell.options, *([cell.judge] if cell.judge else [])]
+    return f"{hash64(json.dumps(decided)) % 2**64:016x}"
 
 
 def _measure_baseline(trial: Trial, config: Config) -> None:

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from bigdssm.evaluation.systems import read_ranks
+from bigdssm.retrieval.mined import MinedNegatives
 from tests.conftest import TinyDataset
 
 from .runs import ROOT, environment
@@ -43,6 +45,7 @@ def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -
             "no titles": {"without": ["doc.title"]},
             "scored": {"after": "more", "set": ["sft.loss.mlp=[4]", "sft.loss.in_batch=false"]},
             "ranked": {"after": "more", "set": ["sft.loss.mlp=[4]", "sft.loss.in_batch=false"], "rerank": 5},
+            "judged": {"after": "more", "set": ["sft.loss.distillation=kl"], "judge": ["--model", "{start}"]},
             "EASE": {"baseline": "ease"},
         },
         "expect": [{"no_better": "EASE", "than": "more", "margin": 1.0}],
@@ -53,7 +56,7 @@ def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(page.with_suffix(".json").read_text())["first"]["sets"]["tiny"]
     cells = {cell["cell"]: cell for cell in figures["cells"]}
-    assert list(cells) == ["tuned", "more", "no titles", "scored", "ranked", "EASE"]
+    assert list(cells) == ["tuned", "more", "no titles", "scored", "ranked", "judged", "EASE"]
     assert cells["tuned"]["cpu_seconds"] > cells["more"]["cpu_seconds"] > cells["EASE"]["cpu_seconds"] >= 0
     assert [found["verdict"] for found in figures["expected"]] == ["holds"]
 
@@ -65,7 +68,14 @@ def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -
     scored, anew = (read_ranks(ranked.with_name(name)).ranks for name in ("test-report.json", ranked.name))
     assert (scored != anew).any(), "the scorer sees all documents, or five"
     assert (ranked.parent / "commands.jsonl").read_text().count('"sft"') == 1, "both were trained once"
-    assert len(before) == 5 and len(list(out.glob("data/*/dataset.json"))) == 1
+    (judged,) = out.glob("tiny/*/seed-0/judged.npy")
+    scores = MinedNegatives.open(judged)
+    assert (
+        np.isfinite(scores.teacher(scores.queries)[:, 0]).all()
+        and "distillation" in (judged.parent / "sft/metrics.jsonl").read_text()
+    )
+    assert cells["judged"]["cpu_seconds"] > cells["tuned"]["cpu_seconds"], "the judge's work counts"
+    assert len(before) == 6 and len(list(out.glob("data/*/dataset.json"))) == 1
     again = command("evidence", tmp_path / "first.yaml", "--out", out, "--page", page)
     assert again.returncode == 0 and "begins" not in again.stderr + again.stdout and commands() == before
     assert "*more is better*" in page.read_text() and "| EASE |" in page.read_text()

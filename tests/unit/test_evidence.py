@@ -52,6 +52,7 @@ def written(tmp_path: Path, **changed: Any) -> Path:
         ({"cells": {"a": {"options": {"k": 1}}}, "expect": []}, "cells.a.options"),
         ({"cells": {"a": {"only": ["big"]}}, "expect": []}, r"cells.a.only: got \['big'\], needs some of small"),
         ({"cells": {"a": {"after": "d"}}, "expect": []}, "cells.a.after: got d, needs a cell that pretrains"),
+        ({"cells": {"a": {"judge": ["--bm25"]}}, "expect": []}, r"cells.a.judge: got \['--bm25'\], needs after"),
         ({"expect": [{"better": "a", "than": "z"}]}, r"expect\[0\]: got z, needs one of the cells a, b, c"),
         ({"expect": [{"better": "a", "no_better": "b", "than": "c"}]}, "got both or none, needs better or no_better"),
     ],
