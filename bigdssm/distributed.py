@@ -259,17 +259,18 @@ class OwnRows:
 def all_gather_packed(values: Sequence[Tensor], longest: int, group: Group | None = None) -> PackedRows | OwnRows:
     """Gather the rows [n_k ≤ longest, …] of several tensors of any dtypes in one collective, in the background.
 
-    The values of a row lie side by side, each at a multiple of 16 bytes where it is wider than 8: the views that come
-    back are what products, on a device too, take as they are. Padding rows are zero.
+    The values of a row lie side by side, each at a multiple of 16 bytes where it is wider than 8, those that need least
+    last: the views that come back are what products, on a device too, take as they are. Padding rows are zero.
     """
     if world_size(group) == 1:
         return OwnRows(list(values))
-    parts, width = [], 0
-    for value in values:
-        size = value.element_size() * math.prod(value.shape[1:])
-        width = _up(width, 16 if size > 8 else 8)
-        parts.append((width, tuple(value.shape[1:]), value.dtype))
-        width += size
+    sizes = [value.element_size() * math.prod(value.shape[1:]) for value in values]
+    multiples = [16 if size > 8 else value.element_size() for size, value in zip(sizes, values, strict=True)]
+    places, width = [0] * len(values), 0
+    for k in sorted(range(len(values)), key=lambda k: -multiples[k]):
+        places[k] = _up(width, multiples[k])
+        width = places[k] + sizes[k]
+    parts = [(place, tuple(value.shape[1:]), value.dtype) for place, value in zip(places, values, strict=True)]
     own = torch.zeros((longest, _up(width, 16)), dtype=torch.uint8, device=values[0].device)
     packed = PackedRows(PaddedRows(own, longest), parts)
     for value, view in zip(values, packed.views(own), strict=True):

@@ -36,9 +36,9 @@ class Chunked:
             return {**at_least_one({name: tensor[:1] for name, tensor in self._features.items()})}
         rows = slice(chunk.first, chunk.last)
         packed = {
-            name: self._packed[name].part(rows, slice(run.first, run.last), run.longest)
+            name: self._packed[name].part(rows, slice(run.first, run.last), run.groups)
             for name, run in chunk.runs.items()
-            if run.longest
+            if run.last > run.first
         }
         taken = {name: tensor[self._order[rows]] for name, tensor in self._features.items() if name not in packed}
         return {
@@ -49,8 +49,9 @@ class Chunked:
 
     def _whole(self, name: str, fill: int) -> Packed:
         """Return a list of all rows packed, in the plan's order, once for all chunks."""
-        runs = [chunk.runs[name] for chunk in self.plan.chunks if chunk.runs]
-        last, longest = max((run.last for run in runs), default=0), max((run.longest for run in runs), default=0)
+        runs = [chunk.runs[name] for chunk in self.plan.chunks if chunk.num_rows]
+        last = max((run.last for run in runs), default=0)
+        longest = max((run.groups[0].longest for run in runs), default=0)
         return pack(self._features[name][self._order], fill, last, longest)
 
     def places(self, chunk: Chunk) -> Places | None:

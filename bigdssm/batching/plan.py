@@ -18,9 +18,10 @@ from bigdssm.batching.batch import Batch
 from bigdssm.batching.lengths import Lengths, ListLengths
 from bigdssm.config import EngineConfig
 from bigdssm.features.ragged import gather_ranges, offsets_of
-from bigdssm.models import PackedLists
+from bigdssm.models import Group, PackedLists
 
 NOTHING_PACKED = PackedLists()
+ALIKE, ALIKE_CELLS = 3 / 4, 8  # rows are of like length from so much of the longest on, or so many cells below it
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Run(NamedTuple):
 
     first: int
     last: int
-    longest: int  # row's cells
+    groups: tuple[Group, ...]  # of the chunk's rows
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,20 @@ def _within(
 
 
 def _run(offsets: np.ndarray) -> Run:
-    return Run(int(offsets[0]), int(offsets[-1]), int(np.diff(offsets).max(initial=0)))
+    return Run(int(offsets[0]), int(offsets[-1]), like_length(np.diff(offsets)))
+
+
+def like_length(length_R: np.ndarray) -> tuple[Group, ...]:
+    """Return rows of like length together, the longest ones first: for lengths up to T some log T groups."""
+    longest_first = np.sort(length_R)[::-1]
+    groups, first = [], 0
+    while first < len(longest_first):
+        longest = int(longest_first[first])
+        shortest = min(ALIKE * longest, longest - ALIKE_CELLS)
+        last = int(np.searchsorted(-longest_first, -shortest, side="right"))
+        groups.append(Group(last - first, longest))
+        first = last
+    return tuple(groups)
 
 
 def agreed(plan: SidePlan) -> SidePlan:

@@ -3,7 +3,7 @@
 from bigdssm.models.cross_encoder import CrossEncoder
 from bigdssm.models.dual_encoder import ALPHA_MAX, DualEncoder, Encoded, new_model
 from bigdssm.models.encoders import SideSize, compile_layers, use_packing, use_plain_attention
-from bigdssm.models.packed import Packed, PackedLists, Spans, Values, flash_runs_on, pack
+from bigdssm.models.packed import Group, Packed, PackedLists, Spans, Values, flash_runs_on, pack
 from bigdssm.models.places import Places
 from bigdssm.models.scorer import MlpScorer, Scorer
 
@@ -12,6 +12,7 @@ __all__ = [
     "CrossEncoder",
     "DualEncoder",
     "Encoded",
+    "Group",
     "MlpScorer",
     "Packed",
     "PackedLists",

@@ -23,6 +23,13 @@ class Spans(NamedTuple):
     longest: int  # on the host, which is never asked to wait for it
 
 
+class Group(NamedTuple):
+    """Rows of like length: those that are attended over at once where no kernel attends within packed rows."""
+
+    rows: int
+    longest: int  # of them; both on the host
+
+
 class Packed(NamedTuple):
     """A list of R rows, laid end to end. A tuple: ZeRO-3 looks for tensors in tuples only."""
 
@@ -30,6 +37,7 @@ class Packed(NamedTuple):
     row: Tensor  # int64 [P]: of each value
     place: Tensor  # int64 [P]: its column in the padded list
     spans: Spans
+    groups: tuple[Group, ...]  # of its rows, the longest ones first
 
     @property
     def num_rows(self) -> int:
@@ -41,10 +49,20 @@ class Packed(NamedTuple):
         """Return how many values each row has, int64 [R]."""
         return self.spans.offsets.diff().long()
 
-    def part(self, rows: slice, cells: slice, longest: int) -> Packed:
+    @property
+    def longest_first(self) -> Tensor:
+        """Return the rows in the order of `groups`, int64 [R]: the device's, as the groups are the host's."""
+        return self.lengths.argsort(descending=True)
+
+    def if_full(self) -> Tensor | Packed:
+        """Return the list as a tensor, int64 [R, T], where no row would have to be padded for it."""
+        full = len(self.values) == self.num_rows * self.spans.longest
+        return self.values.view(self.num_rows, -1) if full else self
+
+    def part(self, rows: slice, cells: slice, groups: tuple[Group, ...]) -> Packed:
         """Return the rows [start, stop), whose values are the cells [start, stop)."""
-        spans = Spans(self.spans.offsets[rows.start : rows.stop + 1] - cells.start, longest)
-        return Packed(self.values[cells], self.row[cells] - rows.start, self.place[cells], spans)
+        spans = Spans(self.spans.offsets[rows.start : rows.stop + 1] - cells.start, groups[0].longest)
+        return Packed(self.values[cells], self.row[cells] - rows.start, self.place[cells], spans, groups)
 
 
 Values = Tensor | Packed
@@ -77,7 +95,8 @@ def pack(list_RT: Tensor, fill: int, num_filled: int, longest: int) -> Packed:
     cell = torch.arange(list_RT.numel(), device=list_RT.device)
     taken = cell.new_zeros(num_filled + 1).scatter_(0, goes_to, cell)[:num_filled]
     width = list_RT.shape[1]
-    return Packed(list_RT.flatten()[taken], taken // width, taken % width, Spans(offsets, longest))
+    spans, groups = Spans(offsets, longest), (Group(list_RT.shape[0], longest),)
+    return Packed(list_RT.flatten()[taken], taken // width, taken % width, spans, groups)
 
 
 def flash_attention(

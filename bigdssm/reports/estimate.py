@@ -38,7 +38,7 @@ from bigdssm.retrieval.embed import CHUNK_TOKENS_CPU
 from bigdssm.retrieval.mined import UniformNegatives
 from bigdssm.running.records import METRICS_FILE, read_stage
 from bigdssm.training.batches import Batches, row_stream
-from bigdssm.training.encoding import Piece, pair_pieces, pieces_of
+from bigdssm.training.encoding import Piece, pair_pieces, pieces_of, whole_features
 from bigdssm.training.objective import listed_columns, num_negatives
 from bigdssm.training.zero import ModelSizes, held_bytes, sent_bytes, step_bytes
 
@@ -168,11 +168,12 @@ def _towers(model: DualEncoder, mode: FakeTensorMode, batch: Batch, engine: Engi
 
     Gradients of the weights are in it, and the heap's holes.
     """
-    plan = plan_step(batch, Budget.of(engine))
+    plan = plan_step(batch, Budget.of(engine, model.packs(training=True)))
     pieces = [] if plan.whole else pieces_of(batch, plan)
     places = {} if batch.places is None else {"places": batch.places}
     listed = {} if model.scorer is None else {"listed": listed_columns(batch)}
-    whole: dict[str, Any] = {"query": batch.query, "doc": batch.doc, **places}
+    query, doc = whole_features(batch.query, plan.query), whole_features(batch.doc, plan.doc)
+    whole: dict[str, Any] = {"query": query, "doc": doc, **places}
     fixed: list[dict[str, Any]] = []  # of towers that stay as they are
     if isinstance(model.scorer, CrossEncoder):
         fixed = [piece.inputs for piece in pieces] or [whole]

@@ -9,7 +9,7 @@ Shapes: m queries, n documents, D vector width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -22,9 +22,9 @@ from bigdssm import distributed, timing
 from bigdssm.batching.batch import Batch
 from bigdssm.batching.chunks import Chunked, at_least_one
 from bigdssm.batching.pairs import apart, together
-from bigdssm.batching.plan import Budget, Chunk, StepPlan, plan_side
+from bigdssm.batching.plan import Budget, Chunk, SidePlan, StepPlan, plan_side
 from bigdssm.dataset.tensors import Features
-from bigdssm.models import CrossEncoder, DualEncoder, Encoded
+from bigdssm.models import CrossEncoder, DualEncoder, Encoded, Values
 from bigdssm.models.score import document_head, query_head
 from bigdssm.training.engine import Engine
 from bigdssm.training.random_state import RandomState
@@ -49,10 +49,7 @@ def _whole(engine: Engine, batch: Batch, plan: StepPlan, listed: Features) -> tu
     further: dict[str, Any] = dict(at_least_one(listed)) if listed else {}
     if batch.places is not None:
         further["places"] = batch.places
-    query, doc = (
-        Chunked(features, side).features(side.chunks[0]) if side.packed else at_least_one(features)
-        for features, side in ((batch.query, plan.query), (batch.doc, plan.doc))
-    )
+    query, doc = whole_features(batch.query, plan.query), whole_features(batch.doc, plan.doc)
     full = engine.forward(query, doc, **further)
     assert full.U is not None and full.W is not None
     num_queries, num_docs = len(batch.query_ids), len(batch.doc_ids)
@@ -65,6 +62,11 @@ def _whole(engine: Engine, batch: Batch, plan: StepPlan, listed: Features) -> tu
         engine.backward([(out, _gradient(leaf)) for out, leaf in sides if out is not None and leaf is not None])
 
     return encoded, backward
+
+
+def whole_features(features: Features, side: SidePlan) -> Mapping[str, Values]:
+    """Return one side's features for one forward, lists packed where they are."""
+    return Chunked(features, side).features(side.chunks[0]) if side.packed else {**at_least_one(features)}
 
 
 @dataclass

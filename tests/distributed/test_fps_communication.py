@@ -63,8 +63,8 @@ def test_bytes_per_step(pools: dict[int, Pool], world_size: int, direction: str,
     N = world_size * M
     matrix = N * D * 4
     for sent in pools[world_size].run(count, {"direction": direction, "tile": 16}, use_ids):
-        # beside W: doc ids, beta, and (query id, document id) of each query
-        gathered = matrix + (8 + 8 + 16) * N * use_ids
+        # beside W: doc ids, beta, and (query id, document id) of each query, and 4 bytes to a multiple of 16
+        gathered = matrix + (8 + 4 + 16 + 4) * N * use_ids
         large = [("all_gather_into_tensor", gathered), ("reduce_scatter_single", matrix)]
         assert [s for s in sent if s[1] >= matrix] == large
         vectors = [size for _, size in sent if 1024 < size < matrix]

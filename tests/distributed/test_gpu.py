@@ -22,7 +22,7 @@ from bigdssm.losses import RANKING_NAMES, fps_loss, norm_penalty, ranking_loss
 from bigdssm.models import Places, compile_layers, use_packing
 from bigdssm.models.packed import flash_attention
 from tests.packing import within_rows
-from tests.unit.test_packed import gradients, model, vectors
+from tests.unit.test_packed import gradients, model, never_packed, vectors
 
 from . import reference, small_run
 from .interpreted import fused_fps
@@ -139,12 +139,15 @@ PLACES = Places(torch.tensor([0, 0, 0, 2, 2, 3, 4, 5, 5]), torch.tensor([9, 0, 4
         ("doc", None, {"pooling": "cls"}),
         ("query", None, {"positions": "age"}),
         ("query", PLACES, {"positions": "rotary", "block": "gated"}),
+        ("query", None, {"positions": "relative", "block": "gated"}),
+        ("query", PLACES, {"positions": "relative", "block": "hstu"}),
     ],
 )
 def test_packed_lists_are_padded_ones(
     side: str, places: Places | None, given: dict[str, str], chunk_tokens: int, compiled: bool
 ) -> None:
     plain, packed = model(**given).to(DEVICE), model(**given).to(DEVICE)
+    never_packed(plain)
     use_packing(packed, flash_attention if DEVICE == "cuda" else within_rows)
     if compiled:
         compile_layers(packed)

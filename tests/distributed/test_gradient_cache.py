@@ -155,7 +155,7 @@ def new_engine(case: Case, dropout: float) -> tuple[Any, Any]:
     model = small_model(dropout)
     if case.packed:
         use_packing(model, within_rows)
-        assert model.packs(training=True) == ({"words"}, {"words"})
+        assert model.packs(training=True) == ({"words", "history"}, {"words"})
     budget = Budget.of(config, model.packs(training=True))
     return Engine(model, config, OptimizerConfig(gradient_clipping=CLIPPING), 1), budget
 

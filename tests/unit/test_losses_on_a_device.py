@@ -93,10 +93,28 @@ def test_what_a_loss_asks_for(world_size: int, m: int, known_each: int, directio
     columns = direction != "q2d"
     assert names == {"all_gather": 2 + columns, "all_reduce": 2 + columns, "reduce_scatter": 2}
     # of a column: vector, id, biases and its share of all pairs; gradients of vector and beta; sums of the column
-    row = -(-(2 * D + 3 * 8 + 16 * (1 + known_each)) // 16) * 16
+    row = 2 * D + 8 + 2 * 4 + 16 * (1 + known_each)
     numbers = 23 * 8 * world_size + 6 * 8 + 2 * 8
     expected = N * (row + 4 * D + 8 + columns * 2 * 8) + columns * 8 + numbers
     assert sum(size for _, _, size in device.collectives) == expected
+
+
+@pytest.mark.parametrize("biases", [("beta", "neg_bias"), ("beta",), ("neg_bias",), ()])
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize(("world_size", "m"), [(8, 64), (64, 8), (512, 2)])
+def test_what_is_sent_is_what_is_needed(world_size: int, m: int, D: int, biases: tuple[str, ...]) -> None:
+    """Of every column its vector, id, biases and pair; the gradients of its vector and beta; and numbers of ranks."""
+    kept = ("U", "W", "positive", "weight", "query_ids", "doc_ids", *biases)
+    given = batch(m, D, 0, 10**6)
+    shard = replace(given, **{name: None for name in ("beta", "neg_bias") if name not in kept})
+    with simgpu.ranks(world_size), simgpu.Device() as device:
+        step(LOSSES["q2d"], shard, device.put)
+    assert sum(name == "all_gather" for name, _, _ in device.collectives) == 2
+    sent = sum(size for _, _, size in device.collectives) - 23 * 8 * world_size - 8 * 8
+    column = 2 * D + 8 + 16 + 4 * len(biases) + 4 * D + 8 * ("beta" in biases)
+    # a row of bytes is a multiple of 16, which products want: 4 or 8 of them are empty beside one bias or none
+    assert sent == world_size * m * (column + (8, 4, 0)[len(biases)])
+    assert sent <= (1.01 if biases or D > 128 else 1.02) * world_size * m * column
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -5,19 +5,24 @@ Here attention within rows is a loop over them: the kernel that has it in one la
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from bigdssm.batching import plan as plan_module
 from bigdssm.batching.chunks import Chunked
 from bigdssm.batching.lengths import Lengths, lengths_of
-from bigdssm.batching.plan import StepPlan, plan_side
+from bigdssm.batching.plan import StepPlan, like_length, plan_side
 from bigdssm.config import HistoryEncoderConfig, ModelConfig, TextEncoderConfig, TowerConfig
 from bigdssm.features import Categorical, Feature, History, Numeric, Text, Vocabulary
-from bigdssm.models import DualEncoder, PackedLists, Places, Spans, compile_layers, new_model, pack, use_packing
+from bigdssm.models import DualEncoder, Group, PackedLists, Places, Spans, compile_layers, new_model, pack, use_packing
+from bigdssm.models.encoders import Encoder
+from bigdssm.models.packed import Attention
 from bigdssm.schema import Schema
 from tests.packing import within_rows
 
@@ -54,6 +59,12 @@ def model(pooling: Any = "mean", dropout: float = 0.0, text_dropout: float = 0.0
         for encoder in made.text.values():
             encoder.bert.embeddings.word_embeddings.weight[PAD] = 0  # type: ignore[union-attr, index, operator]
     return made
+
+
+def never_packed(made: DualEncoder) -> None:
+    for part in made.modules():
+        if isinstance(part, Encoder):
+            part.packs = lambda training: False  # type: ignore[method-assign]
 
 
 def padded(lengths: list[int], fill: int, first: int) -> Tensor:
@@ -100,9 +111,13 @@ def gradients(made: DualEncoder, of: Tensor) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in made.named_parameters() if parameter.grad is not None}
 
 
-def assert_packed_is_padded(side: str, chunk_tokens: int, places: Places | None = None, **given: Any) -> None:
+def assert_packed_is_padded(
+    side: str, chunk_tokens: int, places: Places | None = None, by: Attention | None = within_rows, **given: Any
+) -> None:
     plain, packed = model(**given), model(**given)
-    use_packing(packed, within_rows)
+    never_packed(plain)
+    if by is not None:
+        use_packing(packed, by)
     assert packed.packs(training=True) != plain.packs(training=True)
     if given.get("pooling") == "cls":  # a padded text of nothing has the vector of what pads it
         for made in (plain, packed):
@@ -139,6 +154,62 @@ def test_packed_histories_are_padded_ones(block: str, positions: str, layers: in
     assert_packed_is_padded("query", chunk_tokens, block=block, positions=positions, layers=layers, item_scale=True)
 
 
+GROUPED = pytest.mark.parametrize(
+    ("block", "positions"),
+    [("gated", "relative"), ("sasrec", "relative"), ("hstu", "relative"), ("gated", "rotary"), ("sasrec", "absolute")],
+)
+
+
+@pytest.fixture
+def many_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 9 items at most, in as many groups as those of hundreds are."""
+    monkeypatch.setattr(plan_module, "ALIKE_CELLS", 0)
+
+
+@SIZES
+@GROUPED
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("by", [None, within_rows])
+def test_histories_that_no_kernel_attends_over_are_packed_in_groups(
+    block: str, positions: str, layers: int, by: Attention | None, chunk_tokens: int, many_groups: None
+) -> None:
+    assert_packed_is_padded("query", chunk_tokens, by=by, block=block, positions=positions, layers=layers)
+
+
+@SIZES
+@GROUPED
+def test_many_queries_of_histories_in_groups(block: str, positions: str, chunk_tokens: int, many_groups: None) -> None:
+    row, seen = torch.tensor([[0, 0, 0, 2, 2, 3, 4, 5, 5], [9, 0, 4, 1, 4, 1, 0, 7, 3]])
+    assert_packed_is_padded("query", chunk_tokens, Places(row, seen), None, block=block, positions=positions)
+
+
+def test_modules_are_called_as_often_packed_as_padded(many_groups: None) -> None:
+    """Under ZeRO-3 every call of a module gathers its weights, on all ranks: whatever the groups of each."""
+
+    def calls(packed: bool) -> list[int]:
+        made, found = model(positions="relative", block="gated"), Counter[nn.Module]()
+        if not packed:
+            never_packed(made)
+        encoder = made.query_tower.encoders["history"]
+        for part in encoder.modules():
+            part.register_forward_hook(lambda part, given, out: found.update([part]))
+        vectors(made, "query", 0)
+        return [found[part] for part in encoder.modules()]
+
+    assert calls(packed=True) == calls(packed=False)
+
+
+def test_rows_of_like_length_are_a_group() -> None:
+    lengths_R = np.random.default_rng(0).integers(0, 201, 500)
+    groups = like_length(lengths_R)
+    assert sum(group.rows for group in groups) == 500 and groups[0].longest == lengths_R.max()
+    assert len(groups) <= 11 and all(a.longest > b.longest for a, b in pairwise(groups))
+    padded = sum(group.rows * group.longest for group in groups)
+    assert lengths_R.sum() <= padded <= 1.2 * lengths_R.sum()
+    assert like_length(np.array([7, 0, 3])) == ((3, 7),)
+    assert like_length(np.array([31, 0, 40, 30, 29])) == ((3, 40), (1, 29), (1, 0))
+
+
 @SIZES
 @pytest.mark.parametrize("positions", ["absolute", "rotary"])
 @pytest.mark.parametrize("block", ["sasrec", "gated"])
@@ -153,7 +224,8 @@ def test_a_packed_list_is_what_is_filled() -> None:
     assert packed.values.tolist() == [4, 5, 7, 8, 9]
     assert packed.row.tolist() == [0, 0, 2, 2, 2] and packed.place.tolist() == [0, 2, 1, 2, 3]
     assert packed.spans.offsets.tolist() == [0, 2, 2, 5] and packed.spans.offsets.dtype == torch.int32
-    part = packed.part(slice(1, 3), slice(2, 5), 3)
+    part = packed.part(slice(1, 3), slice(2, 5), (Group(1, 3), Group(1, 0)))
+    assert part.spans.longest == 3 and packed.longest_first.tolist() == [2, 0, 1]
     assert part.values.tolist() == [7, 8, 9] and part.row.tolist() == [1, 1, 1]
     assert part.spans.offsets.tolist() == [0, 0, 3] and part.lengths.tolist() == [0, 3]
     assert pack(rows[:0], 0, 0, 0).num_rows == 0
@@ -180,14 +252,14 @@ def test_what_can_be_packed() -> None:
 
     def packs(training: bool = True, **given: Any) -> set[str]:
         made = model(**given)
-        assert made.packs(training) == PackedLists(), "nothing without being told to"
+        assert made.packs(training) == PackedLists(frozenset(histories)), "texts are packed by a kernel alone"
         use_packing(made, within_rows)
         return set(made.packs(training).query)
 
     assert packs() == packs(dropout=0.3) == packs(training=False, text_dropout=0.3) == texts | histories
     assert packs(text_dropout=0.3) == histories, "attention has dropout"
-    assert packs(positions="relative") == packs(block="hstu", positions="relative") == texts
-    assert packs(heads=4) == texts, "heads of a width that the kernel does not take"
+    assert packs(positions="relative") == packs(block="hstu", positions="relative") == texts | histories
+    assert packs(heads=4) == texts | histories, "though the kernel does not take heads of their width"
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -229,10 +301,13 @@ def by_mask(q: Tensor, k: Tensor, v: Tensor, at: Spans, over: Spans, scale: floa
 
 
 @pytest.mark.slow
-def test_compiled_layers_give_the_same_for_all_lengths_from_a_few_graphs() -> None:
+@pytest.mark.parametrize("by", [by_mask, None])
+def test_compiled_layers_give_the_same_for_all_lengths_from_a_few_graphs(by: Attention | None) -> None:
     """Packed, and padded in a dummy; what a backend makes of the graphs is torch's own matter."""
     plain, made = model(layers=1), model(layers=1)
-    use_packing(made, by_mask)
+    never_packed(plain)
+    if by is not None:
+        use_packing(made, by)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compile_layers(made, backend="eager")
@@ -245,4 +320,5 @@ def test_compiled_layers_give_the_same_for_all_lengths_from_a_few_graphs() -> No
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-4)
     # whatever the shapes of chunks; sizes of 1 have graphs of their own
     assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12
-    assert not torch._dynamo.utils.counters["graph_break"]
+    if by is not None:  # attention in groups is left out of the graphs, each time in the same way
+        assert not torch._dynamo.utils.counters["graph_break"]

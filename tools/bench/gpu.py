@@ -11,6 +11,7 @@ loss    forward and backward for M rows of the global batch, by direction: time,
         peak, memory; beside them the whole matrix as open_clip has it, Liger and CCE where they are installed
 step    forward, loss, backward and optimizer of a MiniLM, a BERT-base and a history tower, fp32, bf16, with and
         without torch.compile: milliseconds of each part, pairs a second, share of peak
+histories   packed ones beside padded ones, by tools/bench/bench_histories.py
 
 Times are medians. An operation is a multiplication or an addition of a matrix product: q2d takes 3 products of
 rows x columns x width, both directions 4. --device cpu with small sizes tries the tool itself.
@@ -94,7 +95,7 @@ class Bench:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help="tests, loss, step (default: all)")
+    parser.add_argument("parts", nargs="*", help="tests, loss, step, histories (default: all)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dim", type=int, default=256, help="width of the loss's vectors (%(default)s)")
     parser.add_argument("--rows", type=int, nargs="+", metavar="M", help="global batches (default: 8k, 16k … 1M)")
@@ -376,12 +377,28 @@ def timed(bench: Bench, run: Callable[[], Any], expected: float) -> tuple[float,
     return statistics.median(seconds), memory
 
 
-PARTS: dict[str, Callable[[Bench, argparse.Namespace], None]] = {"tests": tests, "loss": loss, "step": step}
+def histories(bench: Bench, args: argparse.Namespace) -> None:
+    """Time query towers over packed histories beside padded ones, on one rank."""
+    if bench.world_size > 1:
+        return
+    for block, positions in (("gated", "relative"), ("hstu", "relative"), ("gated", "rotary")):
+        command = [sys.executable, str(ROOT / "tools/bench/bench_histories.py"), "--block", block]
+        command += ["--positions", positions, "--precision", "bf16", "--device", args.device]
+        command += ["--rows", "16" if bench.small else "1024"]
+        with bench.or_skip(f"histories {block}, {positions}"):
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            bench.add("histories", {"histories": done.stdout.strip()})
+
+
 TOWERS: dict[str, Callable[[Bench], tuple[nn.Module, TwoInputs, float]]] = {
     "MiniLM": lambda bench: text_tower(bench, 6, 384, 1024, 64),
     "BERT-base": lambda bench: text_tower(bench, 12, 768, 256, 64),
     "history": history_tower,
 }
+
+PARTS: dict[str, Callable[[Bench, argparse.Namespace], None]] = {
+    "tests": tests, "loss": loss, "step": step, "histories": histories,
+}  # fmt: skip
 
 if __name__ == "__main__":
     main()

@@ -118,19 +118,16 @@ class Arriving:
             pairs = pairs.reshape(self.sizes.world_size, self.sizes.longest * pairs.shape[1], 2)
         total = W.shape[0]
         width = self.width or tile_width(W.device, total)
-        vectors = {
-            name: found[name].contiguous() if name in found else None
-            for name in ("doc_ids", "beta", "neg_bias", "copies")
-        }
+        biases = {name: found[name].double() for name in ("beta", "neg_bias", "copies") if name in found}
         columns = Columns(
             W=W,
             tiles=[Tile(k, min(k + width, total)) for k in range(0, total, width)],
             own_start=self.sizes.rank * self.sizes.longest,
             valid=_in_use(self.sizes, W.device),
-            doc_ids=vectors["doc_ids"],
-            beta=vectors["beta"],
-            neg_bias=vectors["neg_bias"],
-            copies=vectors["copies"],
+            doc_ids=found["doc_ids"].contiguous() if "doc_ids" in found else None,
+            beta=biases.get("beta"),
+            neg_bias=biases.get("neg_bias"),
+            copies=biases.get("copies"),
             operand=self.x.operand,
         )
         return columns, pairs
@@ -140,13 +137,16 @@ def gather_columns(
     x: LossInputs, sizes: GlobalSizes, copies_n: Tensor | None, pairs: Tensor | None, width: int | None,
     group: Group | None,
 ) -> Arriving:  # fmt: skip
-    """Send this rank's columns, and the pairs it tells; `width` is the tiles' number of columns."""
+    """Send this rank's columns, and the pairs it tells; `width` is the tiles' number of columns.
+
+    Biases travel in the dtype of scores, which takes no more of them: beside an id and pairs two fill a row of bytes.
+    """
     values = {
         "W": x.W.detach(),
         "doc_ids": x.doc_ids,
-        "beta": None if x.beta is None else x.beta.detach().double(),
-        "neg_bias": None if x.neg_bias is None else x.neg_bias.double(),
-        "copies": copies_n,
+        "beta": None if x.beta is None else x.beta.detach().to(x.acc),
+        "neg_bias": None if x.neg_bias is None else x.neg_bias.to(x.acc),
+        "copies": None if copies_n is None else copies_n.to(x.acc),
     }
     given = {name: value for name, value in values.items() if value is not None}
     if pairs is not None:

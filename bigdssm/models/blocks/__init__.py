@@ -7,8 +7,8 @@ from torch import nn
 from bigdssm.models.blocks.gated import GatedBlock
 from bigdssm.models.blocks.hstu import HstuBlock
 from bigdssm.models.blocks.sasrec import SasrecBlock
-from bigdssm.models.blocks.sight import HIDDEN, Sight
+from bigdssm.models.blocks.sight import HIDDEN, Layout, Sight
 
 BLOCKS: dict[str, type[nn.Module]] = {"sasrec": SasrecBlock, "gated": GatedBlock, "hstu": HstuBlock}
 
-__all__ = ["BLOCKS", "HIDDEN", "Sight"]
+__all__ = ["BLOCKS", "HIDDEN", "Layout", "Sight"]

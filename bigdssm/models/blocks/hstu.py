@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from bigdssm.config import HistoryEncoderConfig
-from bigdssm.models.blocks.sight import Sight, split
+from bigdssm.models.blocks.sight import Sight, added, split
 
 
 class HstuBlock(nn.Module):
@@ -32,7 +32,10 @@ class HstuBlock(nn.Module):
         gate, query = nn.functional.silu(self.gate_query(normed)).chunk(2, dim=2)
         key, value = nn.functional.silu(self.key_value(normed_over)).chunk(2, dim=2)
         q, k, v = (split(part, self.heads) for part in (query, key, value))
-        scores = q @ k.transpose(2, 3)
-        weight = nn.functional.silu(scores + sight.bias(scores.dtype))
-        attended = (weight @ v).transpose(1, 2).flatten(2) / (sight.at + 1).unsqueeze(-1)
+        attended = sight.each(_pointwise, q, k, v) / (sight.at + 1).unsqueeze(-1)
         return at + self.output(self.dropout(gate * self.attended_norm(attended)))
+
+
+def _pointwise(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = q @ k.transpose(2, 3)
+    return nn.functional.silu(scores + added(mask, scores.dtype)) @ v

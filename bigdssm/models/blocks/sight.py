@@ -5,15 +5,26 @@ Shapes: R rows, h heads, A places that ask, T places that are asked, W width of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bigdssm.models.packed import Attention, Spans
+from bigdssm.models.packed import Attention, Group, Spans
 
 HIDDEN = -1e9  # added to the score of what is not seen; not -inf, of which SiLU makes NaN
 TURNS_BASE = 10_000.0
+
+
+class Layout(NamedTuple):
+    """Where places of packed histories stand while they are attended over without a kernel: in groups, padded."""
+
+    at: Tensor  # int64 [A]: among the places of all groups, one group behind the other
+    over: Tensor  # int64 [T]
+    newest_alone: bool  # one place of each history asks
+    groups: tuple[Group, ...]
+    masks: tuple[Tensor, ...]  # of each group, as Sight.mask
 
 
 class Sight(NamedTuple):
@@ -35,20 +46,53 @@ class Sight(NamedTuple):
     at_longest: int = 0
     over_longest: int = 0
     causal: bool = False  # else all of a history is seen, which its newest place does
+    layout: Layout | None = None  # of packed histories, without a kernel
 
-    def bias(self, dtype: torch.dtype) -> Tensor:
-        """Return the mask as what is added to scores, of their `dtype`."""
+    def each(self, by_mask: ByMask, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return [R, A, h * W], attention `by_mask` of padded histories, or of each group of packed ones."""
+        if self.layout is not None:
+            attended: Tensor = _in_groups(self.layout, by_mask, q[0], k[0], v[0])
+            return attended.unsqueeze(0)
         assert self.mask is not None
-        if self.mask.dtype != torch.bool:
-            return self.mask.to(dtype)
-        return torch.zeros_like(self.mask, dtype=dtype).masked_fill(~self.mask, HIDDEN)
+        return by_mask(q, k, v, self.mask).transpose(1, 2).flatten(2)
 
     def within(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return [1, A, h * W], the attention of packed histories, for q [1, h, A, W] and k, v [1, h, T, W]."""
+        """Return [1, A, h * W], attention of packed histories by a kernel, for q [1, h, A, W], k and v [1, h, T, W]."""
         assert self.attention is not None and self.at_offsets is not None and self.over_offsets is not None
         at, over = Spans(self.at_offsets, self.at_longest), Spans(self.over_offsets, self.over_longest)
         q, k, v = (part[0].transpose(0, 1) for part in (q, k, v))
         return self.attention(q, k, v, at, over, q.shape[2] ** -0.5, self.causal).flatten(1).unsqueeze(0)
+
+
+ByMask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""[R, h, A, W] for q [R, h, A, W], k and v [R, h, T, W], and a mask that broadcasts to [R, h, A, T]."""
+
+
+@torch.compiler.disable  # the number of groups would be part of what is compiled
+def _in_groups(layout: Layout, by_mask: ByMask, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return [A, h * W] for q [h, A, W], k and v [h, T, W]."""
+    num_over = [group.rows * group.longest for group in layout.groups]
+    num_at = [group.rows for group in layout.groups] if layout.newest_alone else num_over
+    found = []
+    for group, mask, *parts in zip(
+        layout.groups, layout.masks, _laid(q, layout.at, num_at), _laid(k, layout.over, num_over),
+        _laid(v, layout.over, num_over), strict=True,
+    ):  # fmt: skip
+        own_q, own_k, own_v = (part.unflatten(0, (group.rows, -1)).transpose(1, 2) for part in parts)
+        found.append(by_mask(own_q, own_k, own_v, mask).transpose(1, 2).flatten(0, 1).flatten(1))
+    return torch.cat(found).index_select(0, layout.at)
+
+
+def _laid(x: Tensor, place: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """Return each group's [size, h, W] of x [h, A, W], zeros where its rows end earlier."""
+    return x.new_zeros((sum(sizes), x.shape[0], x.shape[2])).index_copy_(0, place, x.transpose(0, 1)).split(sizes)
+
+
+def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask as what is added to scores, of their `dtype`."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, HIDDEN)
 
 
 def split(x: Tensor, heads: int) -> Tensor:
@@ -60,15 +104,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
     """Return [R, A, h * W]: softmax(q kᵀ / √W) v over what is seen, for q [R, h, A, W] and k, v [R, h, T, W]."""
     if sight.rotary:
         q, k = turned(q, sight.at), turned(k, sight.over)
-    if sight.mask is None:
+    if sight.attention is not None:
         return sight.within(q, k, v)
-    if sight.fused:
-        attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=sight.mask)
-    else:
-        scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
-        # In bfloat16, too, softmax adds up in float32.
-        attended = torch.softmax(scores + sight.bias(scores.dtype), dim=3) @ v
-    return attended.transpose(1, 2).flatten(2)
+    return sight.each(nn.functional.scaled_dot_product_attention if sight.fused else _multiplied_out, q, k, v)
+
+
+def _multiplied_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
+    # In bfloat16, too, softmax adds up in float32.
+    return torch.softmax(scores + added(mask, scores.dtype), dim=3) @ v
 
 
 def turned(x: Tensor, place: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Encoder(nn.Module, ABC):
 
     is_models_own: ClassVar[bool] = False  # else each tower has one for itself
     dim: int
-    packed_attention: Attention | None = None  # within rows of packed lists; None: nothing is to come packed
+    packed_attention: Attention | None = None  # within rows of packed lists: the kernel, where there is one
 
     @abstractmethod
     def forward(self, values: Any) -> Tensor:
@@ -52,7 +52,7 @@ class Encoder(nn.Module, ABC):
         return []
 
     def use_packing(self, attention: Attention) -> None:
-        """Take packed lists, where it can, and attend within their rows by `attention`."""
+        """Attend within rows of packed lists by `attention`, where it can."""
         self.packed_attention = attention
 
     def use_plain_attention(self) -> None:
@@ -123,7 +123,7 @@ def use_plain_attention(model: nn.Module) -> None:
 
 
 def use_packing(model: nn.Module, attention: Attention = flash_attention) -> None:
-    """Have the model's encoders take packed lists, where they can: see `packs`."""
+    """Have the model's encoders attend within packed lists by a kernel, where they can: then texts may come packed."""
     for part in model.modules():
         if isinstance(part, Encoder):
             part.use_packing(attention)

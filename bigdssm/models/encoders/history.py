@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 from bigdssm.config import HistoryEncoderConfig
 from bigdssm.errors import ConfigError
 from bigdssm.features import PADDING, History
-from bigdssm.models.blocks import BLOCKS, HIDDEN, Sight
+from bigdssm.models.blocks import BLOCKS, HIDDEN, Layout, Sight
 from bigdssm.models.encoders.base import Encoder, Parts, SideSize, encodes, linear_flops, packs_heads
-from bigdssm.models.packed import Packed, Spans, Values
+from bigdssm.models.packed import Group, Packed, Spans, Values
 from bigdssm.models.places import Places
 from bigdssm.models.tables import INIT_STD, EmbeddingTables, table_name
 
@@ -67,7 +67,12 @@ class HistoryEncoder(Encoder):
         self._plain_in_training = True
 
     def packs(self, training: bool) -> bool:
-        """Return whether packed histories can be attended over: not by a learned bias, nor by HSTU, which needs one."""
+        """Return True: histories are attended over in groups of like length where no kernel does it."""
+        return True
+
+    @property
+    def _has_kernel(self) -> bool:
+        """Return whether a kernel attends within packed histories: it adds no learned bias, which HSTU needs too."""
         able = self.config.positions != "relative" and packs_heads(self.dim, self.config.heads)
         return self.packed_attention is not None and able
 
@@ -79,6 +84,8 @@ class HistoryEncoder(Encoder):
     def forward(self, items: Values, places: Places | None = None) -> Tensor:
         """Return [R, E] for item codes [R, T], oldest first, padded at the end, or packed; [m, E] at `places`."""
         assert places is None or self.config.allows_many_queries
+        if isinstance(items, Packed) and not self._has_kernel:
+            items = items.if_full()
         vectors = self._packed(items, places) if isinstance(items, Packed) else self._padded(items, places)
         normed: Tensor = self.norm(vectors)
         return normed
@@ -89,13 +96,14 @@ class HistoryEncoder(Encoder):
         length_R = (items_RT != PADDING).sum(dim=1)
         place_T = torch.arange(num_items + 1, device=device)
         hidden = self._first(items_RT, length_R, place_T)
-        sight = self._sight(place_T, place_T, hidden.dtype)
+        bias = self._bias(hidden.dtype)
+        sight = self._sight(place_T, place_T, bias)
         for layer in self.layers[:-1]:
             hidden = self._run(layer, hidden, hidden, sight)
         last = self.layers[-1]
         if places is None:  # only the newest place is read, so the last layer computes only that one
             newest = hidden[torch.arange(num_rows, device=device), length_R].unsqueeze(1)
-            sight = self._sight(length_R.unsqueeze(1), place_T, hidden.dtype)
+            sight = self._sight(length_R.unsqueeze(1), place_T, bias)
             vectors = self._run(last, newest, hidden, sight).squeeze(1)
         else:  # all of them: most are read, and rows share one mask
             vectors = self._run(last, hidden, hidden, sight)[places.row, places.seen]
@@ -122,20 +130,52 @@ class HistoryEncoder(Encoder):
         return hidden
 
     def _packed(self, items: Packed, places: Places | None) -> Tensor:
-        assert self.packed_attention is not None
         hidden, place, spans = self._first_packed(items)
-        rotary = self.config.positions == "rotary"
-        each = (spans.offsets, spans.offsets, spans.longest, spans.longest)
-        sight = Sight(place, place, None, True, rotary, self.packed_attention, *each, causal=True)
+        bias = self._bias(hidden.dtype)
+        sight = self._packed_sight(items, place, spans, bias)
         for layer in self.layers[:-1]:
             hidden = self._run(layer, hidden, hidden, sight)
         last = self.layers[-1]
         if places is not None:
             return self._run(last, hidden, hidden, sight)[0, spans.offsets[places.row] + places.seen]
         # only the newest place is read, as above; it sees all of its history
-        newest = torch.arange(items.num_rows + 1, dtype=torch.int32, device=place.device)
-        sight = sight._replace(at=items.lengths, at_offsets=newest, at_longest=1, causal=False)
-        return self._run(last, hidden[:, spans.offsets[1:] - 1], hidden, sight).squeeze(0)
+        newest = self._of_newest(sight, items, bias)
+        return self._run(last, hidden[:, spans.offsets[1:] - 1], hidden, newest).squeeze(0)
+
+    def _packed_sight(self, items: Packed, place: Tensor, spans: Spans, bias: Tensor | None) -> Sight:
+        """Return what places see where histories are packed: by the kernel where it can, else group by group."""
+        rotary, device = self.config.positions == "rotary", place.device
+        if self._has_kernel:
+            each = (spans.offsets, spans.offsets, spans.longest, spans.longest)
+            return Sight(place, place, None, True, rotary, self.packed_attention, *each, causal=True)
+        groups = tuple(Group(group.rows, group.longest + 1) for group in items.groups)
+        begins, masks, end = [], [], 0
+        for rows, width in groups:
+            begins.append(torch.arange(rows, device=device) * width + end)
+            end += rows * width
+            place_T = torch.arange(width, device=device)
+            masks.append(_mask(place_T, place_T, bias))
+        order = items.longest_first
+        begin = torch.empty_like(order).index_copy_(0, order, torch.cat(begins))
+        at = begin[(place == 0).cumsum(0) - 1] + place
+        return Sight(
+            place, place, None, self._fused(device), rotary, layout=Layout(at, at, False, groups, tuple(masks))
+        )
+
+    def _of_newest(self, sight: Sight, items: Packed, bias: Tensor | None) -> Sight:
+        """Return what the newest place of each packed history sees of what is told by `sight`."""
+        length_R, layout = items.lengths, sight.layout
+        number = torch.arange(items.num_rows + 1, device=length_R.device)
+        if layout is None:
+            return sight._replace(at=length_R, at_offsets=number.int(), at_longest=1, causal=False)
+        order = items.longest_first
+        lengths = length_R[order].split([group.rows for group in layout.groups])
+        masks = tuple(
+            _mask(length.unsqueeze(1), torch.arange(group.longest, device=length.device), bias)
+            for length, group in zip(lengths, layout.groups, strict=True)
+        )
+        at = torch.empty_like(order).index_copy_(0, order, number[:-1])
+        return sight._replace(at=length_R, layout=layout._replace(at=at, newest_alone=True, masks=masks))
 
     def _first_packed(self, items: Packed) -> tuple[Tensor, Tensor, Spans]:
         """Return [1, P + R, E], what the first layer takes, each cell's place int64 [P + R], and where rows lie."""
@@ -151,17 +191,24 @@ class HistoryEncoder(Encoder):
         length = length_R[(place == 0).cumsum(0) - 1]
         return self.dropout(self._placed(hidden, place, length)).unsqueeze(0), place, spans
 
-    def _sight(self, at: Tensor, over: Tensor, dtype: torch.dtype) -> Sight:
+    def _sight(self, at: Tensor, over: Tensor, bias: Tensor | None) -> Sight:
         """Return what the places `at`, [A] or [R, A], see of the places `over` [T]."""
-        distance = at.unsqueeze(-1) - over
-        mask = (distance >= 0).unsqueeze(-3)
-        if self.config.positions == "relative":
-            bias = self.positions(distance.clamp(min=0)).movedim(-1, -3)
-            mask = bias.to(dtype).masked_fill(~mask, HIDDEN)
-        learned_on_cpu = self.config.positions == "relative" and over.device.type == "cpu"  # has no fused backward
-        fused = not (self.training and (self._plain_in_training or learned_on_cpu))
-        mask = mask if mask.dim() == 4 else mask.unsqueeze(0)  # the fused kernel is for masks of 2 or 4 dimensions
-        return Sight(at, over, mask, fused, self.config.positions == "rotary")
+        return Sight(at, over, _mask(at, over, bias), self._fused(over.device), self.config.positions == "rotary")
+
+    def _bias(self, dtype: torch.dtype) -> Tensor | None:
+        """Return the learned bias of each distance, [T, h], where there is one.
+
+        Once a forward, whatever the groups: under ZeRO-3 each call of a module is a collective.
+        """
+        if self.config.positions != "relative":
+            return None
+        bias: Tensor = self.positions(torch.arange(self.positions.num_embeddings, device=self.start.device))
+        return bias.to(dtype)
+
+    def _fused(self, device: torch.device) -> bool:
+        """Return whether attention by a mask is the fused kernel's."""
+        learned_on_cpu = self.config.positions == "relative" and device.type == "cpu"  # has no fused backward
+        return not (self.training and (self._plain_in_training or learned_on_cpu))
 
     def _run(self, layer: nn.Module, at: Tensor, over: Tensor, sight: Sight) -> Tensor:
         output: Tensor
@@ -182,6 +229,17 @@ class HistoryEncoder(Encoder):
             flops += float(read_R.sum()) * (linear_flops(layer) - key_value)
             flops += float((read_R * length_R).sum()) * 4 * self.dim
         return flops
+
+
+def _mask(at: Tensor, over: Tensor, bias: Tensor | None) -> Tensor:
+    """Return what places `at`, [A] or [R, A], see of the places `over` [T], and how: [1 or R, 1 or h, A, T]."""
+    distance = at.unsqueeze(-1) - over
+    mask = (distance >= 0).unsqueeze(-3)
+    if bias is not None:
+        # the fused kernel of a device wants rows of numbers side by side
+        by_head = nn.functional.embedding(distance.clamp(min=0), bias).movedim(-1, -3).contiguous()
+        mask = by_head.masked_fill(~mask, HIDDEN)
+    return mask if mask.dim() == 4 else mask.unsqueeze(0)  # the fused kernel is for masks of 2 or 4 dimensions
 
 
 def _check_heads(config: HistoryEncoderConfig, dim: int) -> None:

@@ -1,0 +1,114 @@
+"""Histories packed beside histories padded: a query tower forward and backward, in the chunks that training makes.
+
+    python tools/bench/bench_histories.py --items 200 --median 60 --chunk-tokens 4096
+    python tools/bench/bench_histories.py --items 50 --median 8 --chunk-tokens 1024 --device cuda
+
+Lengths are log-normal around --median, at most --items; every place of a history is a query. Both ways take turns;
+times are medians over them: CPU seconds of one thread, or the time until the device is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+
+from bigdssm.batching.chunks import Chunked
+from bigdssm.batching.lengths import Lengths, lengths_of
+from bigdssm.batching.plan import SidePlan, plan_side
+from bigdssm.cli import at_least
+from bigdssm.config import HistoryEncoderConfig, ModelConfig, TowerConfig
+from bigdssm.features import Categorical, History, Vocabulary
+from bigdssm.models import DualEncoder, Places, flash_runs_on, new_model, use_packing
+from bigdssm.schema import Schema
+
+NUM_ITEMS = 3000
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--block", choices=("gated", "sasrec", "hstu"), default="gated")
+    parser.add_argument("--positions", choices=("relative", "rotary", "absolute"), default="relative")
+    parser.add_argument("--rows", type=at_least(1), default=64)
+    parser.add_argument("--items", type=at_least(1), default=200)
+    parser.add_argument("--median", type=at_least(1), default=60)
+    parser.add_argument("--chunk-tokens", type=at_least(0), default=4096)
+    parser.add_argument("--width", type=at_least(1), default=64)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cpu")
+    parser.add_argument("--turns", type=at_least(1), default=5)
+    torch.set_num_threads(1)
+    print(compare(parser.parse_args()))
+
+
+def compare(args: argparse.Namespace) -> str:
+    """Return a line with both times, their ratio, and how much of what is padded is padding."""
+    device = torch.device(args.device)
+    generator = np.random.default_rng(0)
+    length_R = np.clip(generator.lognormal(np.log(args.median), 1.0, args.rows).astype(int), 1, args.items)
+    items_RT = np.where(np.arange(args.items) < length_R[:, None], generator.integers(1, NUM_ITEMS, (args.rows, 1)), 0)
+    history = torch.from_numpy(items_RT)
+    lengths = lengths_of({"history": history}, {"history": 0})
+    row = torch.from_numpy(np.repeat(np.arange(args.rows), length_R))
+    seen = torch.from_numpy(np.concatenate([np.arange(1, length + 1) for length in length_R]))
+    places, model = Places(row.to(device), seen.to(device)), tower(args).to(device)
+    plans = {name: planned(args, lengths, length_R, packed) for name, packed in (("packed", True), ("padded", False))}
+    seconds: dict[str, list[float]] = {name: [] for name in plans}
+    for turn in range(args.turns + 1):
+        for name, plan in plans.items():
+            took = timed(model, Chunked({"history": history.to(device)}, plan, places), args)
+            if turn:  # the first warms up
+                seconds[name].append(took)
+    packed, padded = (statistics.median(times) for times in seconds.values())
+    padding = 1 - plans["padded"].filled / plans["padded"].cells
+    return (
+        f"{args.block}, {args.positions}, {args.precision}, {args.rows} x {args.items} items, width {args.width}: "
+        f"packed {1e3 * packed:.1f} ms, padded {1e3 * padded:.1f} ms, "
+        f"{statistics.median(a / b for a, b in zip(*seconds.values(), strict=True)):.2f} of it; {padding:.0%} padding"
+    )
+
+
+def tower(args: argparse.Namespace) -> DualEncoder:
+    """Return a model whose query is a history."""
+    history = HistoryEncoderConfig(
+        block=args.block, positions=args.positions, layers=2, heads=2, feedforward=4, item_scale=True
+    )
+    config = ModelConfig(
+        dim=args.width, score="dot", query=TowerConfig(residual="history", mlp=(), history=history),
+        doc=TowerConfig(residual="item", mlp=(), embedding_dim=args.width),
+    )  # fmt: skip
+    items = Categorical(vocabulary=Vocabulary.of(map(str, range(NUM_ITEMS)))).named("item")
+    schema = Schema({"history": History(of="item", max_items=args.items).named("history")}, {"item": items})
+    model = new_model(config, schema).train()
+    if args.precision == "bf16" and flash_runs_on(torch.device(args.device)):
+        use_packing(model)
+    return model
+
+
+def planned(args: argparse.Namespace, lengths: Lengths, length_R: np.ndarray, packed: bool) -> SidePlan:
+    """Return the chunks of all rows."""
+    return plan_side(lengths, args.rows, args.chunk_tokens, length_R, frozenset({"history"} if packed else ()))
+
+
+def timed(model: DualEncoder, chunked: Chunked, args: argparse.Namespace) -> float:
+    """Return the seconds of a forward and backward of all chunks."""
+    on_cpu = args.device == "cpu"
+    clock = time.process_time if on_cpu else time.perf_counter
+    autocast = torch.autocast(args.device, torch.bfloat16) if args.precision == "bf16" else nullcontext()
+    begun = clock()
+    for chunk in chunked.plan.chunks:
+        with autocast:
+            U = model(query=chunked.features(chunk), places=chunked.places(chunk)).U
+        U.float().sum().backward()
+    if not on_cpu:
+        torch.cuda.synchronize()
+    return clock() - begun
+
+
+if __name__ == "__main__":
+    main()
