@@ -46,12 +46,9 @@ POLL_S = 1.0
 PREFIX = "spark:"
 QUERY = re.compile(r"[\s(]*(select|with|from|values|table)\b", re.IGNORECASE)
 ANSWERS = "number long, answer binary"
+DEFAULTS: dict[str, str] = {"spark.app.name": "bigdssm", "spark.ui.showConsoleProgress": "false"}
 ON_DRIVER = "spark.bigdssm.driverBytes"  # of tables, in their files: queries over as much are the driver's own
-DEFAULTS: dict[str, str] = {
-    "spark.app.name": "bigdssm",
-    "spark.ui.showConsoleProgress": "false",
-    ON_DRIVER: str(128 << 20),
-}
+MOST_ON_DRIVER = 128 << 20  # where the settings do not say
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,7 @@ class SparkEngine(Engine):
         self._named: dict[str, _Named] = {}
         try:
             self._set(cluster.conf)
-            self._most_on_driver = int(self._steps.conf.get(ON_DRIVER, DEFAULTS[ON_DRIVER]) or 0)
+            self._most_on_driver = self._read_most_on_driver()
             self._check_workers()
         except BaseException:
             self.close()
@@ -166,6 +163,12 @@ class SparkEngine(Engine):
                 self._steps.conf.set(name, value)
             except Exception as error:  # whatever Java raises
                 raise ConfigError(f"{name} cannot be set in a Spark session that is there: {_line(error)}") from error
+
+    def _read_most_on_driver(self) -> int:
+        given = str(self._steps.conf.get(ON_DRIVER, str(MOST_ON_DRIVER)))
+        if not re.fullmatch(r"\d+", given):
+            raise ConfigError(f"{ON_DRIVER}={given}: needs a whole number of bytes, such as {MOST_ON_DRIVER}")
+        return int(given)
 
     def _check_workers(self) -> None:
         """Raise ConfigError where a worker does not see the spool folder."""
