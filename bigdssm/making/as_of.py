@@ -5,7 +5,11 @@ One sort of users' and asked rows together, in the SQL that the engines share; A
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 from bigdssm.making.engine import Engine
+from bigdssm.making.steps import Table
 
 ASKED = ("split", "sequence", "first", "end_", "shuffle")
 
@@ -21,12 +25,13 @@ def versions_of(table: str) -> str:
     )
 
 
-def join_users(engine: Engine, num_features: int) -> int:
-    """Have the engine know its `cut_rows` with the features of their users as of their times, as `asked_rows`.
+def join_users(engine: Engine, splits: Mapping[str, Table], num_features: int) -> tuple[dict[str, Table], int]:
+    """Return the rows of splits with the features of their users as of their times, sorted as they were.
 
     A row sees the newest of its user's rows (`users`, of `found_users`) whose time is not after that of its first
-    target; with none it has nulls. Returns how many rows have none though their users are known.
+    target; with none it has nulls. Returns, too, how many rows have none though their users are known.
     """
+    engine.table("cut_rows", (Path(file) for table in splits.values() for file in table.files))
     asked = ", ".join(f"r.{name}" for name in ASKED)
     engine.view(
         "asked",
@@ -48,4 +53,10 @@ def join_users(engine: Engine, num_features: int) -> int:
         order="split, sequence, first",
     )
     ((too_early,),) = engine.fetch("SELECT count(*) FROM asked_rows WHERE too_early = 1")
-    return int(too_early)
+    joined = {
+        name: engine.select(
+            f"asked_{name}", f"SELECT * FROM asked_rows WHERE split = {number}", order="sequence, first"
+        )
+        for number, name in enumerate(splits)
+    }
+    return joined, int(too_early)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise, product
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from bigdssm.features.ragged import Ragged, gather_ranges, offsets_of
 from bigdssm.making.documents import canonical_of
 from bigdssm.making.leak import counts_events, younger_share
 from bigdssm.making.making import Making
+from bigdssm.making.sorting import Buckets, deal, order_of
+from bigdssm.making.splits import SPLITS
 from bigdssm.making.steps import RowFile, Table, ranges, read_facts, write_facts
 from bigdssm.making.writing import note_file, placed_files, write_arrow
 from bigdssm.tables.hashing import shuffle_keys, uniform
@@ -36,6 +39,15 @@ ROW = pa.schema(
         ("time", pa.float64()),  # of the first target
     ]
 )
+DEALT = pa.schema(
+    [
+        ("place", pa.int64()),
+        ("item", pa.int32()),
+        ("time", pa.float64()),
+        ("relevance", pa.float32()),
+        ("sequence", pa.uint16()),  # in its file, which has at most SEQUENCES_PER_FILE
+    ]
+)
 POSITIVE = pa.schema([("doc", pa.int64()), ("count", pa.int64())])
 TARGET_TIME = pa.schema([("split", pa.int32()), ("time", pa.float64())])
 
@@ -44,7 +56,7 @@ TARGET_TIME = pa.schema([("split", pa.int32()), ("time", pa.float64())])
 class Events:
     """The events of some sequences, one behind the other; arrays are [events]."""
 
-    item: np.ndarray  # int64: catalogue row
+    item: np.ndarray  # int32: catalogue row
     time: np.ndarray  # float64
     relevance: np.ndarray  # float32
     place: np.ndarray  # int64: in their table
@@ -54,8 +66,12 @@ class Events:
 
     @classmethod
     def of(cls, rows: pa.Table, lengths: np.ndarray) -> Events:
-        """Return sorted rows as the events of sequences with these lengths."""
-        item, time, relevance, place = (rows.column(n).to_numpy() for n in ("item", "time", "relevance", "place"))
+        """Return rows of DEALT, in the order of their table, as the events of sequences with these lengths."""
+        by_time = order_of(rows.column("time").to_numpy())
+        order = by_time[np.argsort(rows.column("sequence").to_numpy()[by_time], kind="stable")]
+        item, time, relevance, place = (
+            rows.column(name).to_numpy()[order] for name in ("item", "time", "relevance", "place")
+        )
         offsets = offsets_of(lengths)
         sequence = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
         position = np.arange(len(item), dtype=np.int32) - offsets.astype(np.int32)[sequence]
@@ -66,8 +82,9 @@ class Events:
 class Cutting:
     """What a worker needs to cut a range of sequences."""
 
-    events: Table
+    events: Table  # in the order of their source
     sequences: Table
+    keys: Keys  # of the sequences, by user_id
     user: dict[str, Feature]  # features of a sequence's user
     text: TextTokenizer | None
     split: str
@@ -76,22 +93,23 @@ class Cutting:
     seed: int
     earlier: tuple[tuple[tuple[Path, ...], Path], ...]  # sequence files and key file of earlier partitions
 
-    def __call__(self, job: tuple[int, tuple[int, int], tuple[int, int]], folder: Path) -> None:
-        """Cut a range of sequences, whose events are another one, into the file of this number and rows."""
-        number, (first, last), of_events = job
+    def __call__(self, dealt: Buckets, job: tuple[int, tuple[int, int]], folder: Path) -> None:
+        """Cut a range of sequences, whose events are the bucket of its number, into a file of sequences, and rows."""
+        number, (first, last) = job
         own = self.sequences.read(first, last)
-        events = Events.of(self.events.read(*of_events), own.column("length").to_numpy())
+        events = Events.of(dealt.read(number), own.column("length").to_numpy())
         user_ids = own.column("user_id").to_numpy()
         before = self._before(user_ids)
         path = folder / f"sequences-{number:06d}.arrow"
         note_file(folder, **write_arrow(path, self._sequence_columns(own, user_ids, events, before)))
         place = events.position + before["items"].lengths.astype(np.int32)[events.sequence]
         split = np.where(place > 0, self._split_of(events), -1)  # the first event has no history
-        with RowFile(folder / "rows.parquet", ROW) as file:
-            bounds = events.offsets[[*range(0, last - first, SEQUENCES_AT_ONCE), last - first]]
-            for (begin, end), which in product(pairwise(bounds), range(3)):
-                targets = begin + np.flatnonzero(split[begin:end] == which)
-                file.add(self._rows(which, first, events, place, targets))
+        bounds = events.offsets[[*range(0, last - first, SEQUENCES_AT_ONCE), last - first]]
+        for which, name in enumerate(SPLITS):
+            with RowFile(folder / f"{name}.parquet", ROW) as file:
+                for begin, end in pairwise(bounds):
+                    targets = begin + np.flatnonzero(split[begin:end] == which)
+                    file.add(self._rows(which, first, events, place, targets))
         self._note(folder, events, split)
 
     def _sequence_columns(
@@ -99,7 +117,7 @@ class Cutting:
     ) -> dict[str, pa.Array]:
         """Return every sequence's events, earlier partitions' before its own, and its user's features."""
         lists = {
-            "items": _joined(before["items"], Ragged(events.item.astype(np.int32), events.offsets)),
+            "items": _joined(before["items"], Ragged(events.item, events.offsets)),
             "relevance": _joined(before["relevance"], Ragged(events.relevance, events.offsets)),
         }
         columns = {
@@ -176,15 +194,18 @@ class Cutting:
         write_facts(folder, counts_events=counts_events(events.time, events.position))
 
 
-def cut_sequences(run: Making, cutting: Cutting, *, has_times: bool) -> list[dict[str, Any]]:
-    """Cut all sequences; the engine knows their rows as `cut_rows`, train positives as `cut_positives`.
+def cut_sequences(run: Making, cutting: Cutting, *, has_times: bool) -> tuple[list[Path], list[dict[str, Any]]]:
+    """Cut all sequences; the engine knows train positives as `cut_positives`.
 
-    Returns {"file", "rows", "checksum"} of each sequence file.
+    Returns the folders where the rows of each split are, sorted by sequence and place, and {"file", "rows", "checksum"}
+    of each sequence file.
     """
     engine = run.engine
-    folders = engine.map("cut", list(_ranges(cutting.sequences)), cutting, rows=cutting.events.num_rows)
-    for name in ("rows", "positives"):
-        engine.table(f"cut_{name}", [folder / f"{name}.parquet" for folder in folders])
+    jobs = list(enumerate(_ranges(cutting.sequences)))
+    deal_out = _ByRange(cutting.keys, np.array([first for _, (first, _) in jobs]))
+    dealt = deal(engine, "dealt_events", cutting.events, deal_out, len(jobs))
+    folders = engine.map("cut", jobs, partial(cutting, dealt), rows=cutting.events.num_rows)
+    engine.table("cut_positives", [folder / "positives.parquet" for folder in folders])
     if cutting.split == "leave-one-out" and has_times and not all(read_facts(f)["counts_events"] for f in folders):
         times = Table.of(folder / "times.parquet" for folder in folders).read()
         split = times.column("split").to_numpy()
@@ -193,23 +214,35 @@ def cut_sequences(run: Making, cutting: Cutting, *, has_times: bool) -> list[dic
             f"leave-one-out leaks: on average {younger:.1%} of the train targets are younger than a test target; "
             f"with --split time none is"
         )
-    return placed_files(folders, run.writer.partition_dir)
+    return folders, placed_files(folders, run.writer.partition_dir)
 
 
-def _ranges(sequences: Table) -> Iterator[tuple[int, tuple[int, int], tuple[int, int]]]:
-    """Yield the number of each file of sequences, and its ranges of sequences and of events.
+@dataclass(frozen=True)
+class _ByRange:
+    """Assigns events to ranges of sequences, of which the first ones are given."""
+
+    keys: Keys
+    firsts: np.ndarray
+
+    def __call__(self, events: pa.Table) -> tuple[pa.Table, np.ndarray]:
+        sequence = self.keys.find(events.column("user_id").to_numpy())
+        file = np.searchsorted(self.firsts, sequence, "right") - 1
+        columns = [events.column(name) for name in ("place", "item", "time", "relevance")]
+        return pa.table([*columns, sequence - self.firsts[file]], names=DEALT.names).cast(DEALT), file
+
+
+def _ranges(sequences: Table) -> Iterator[tuple[int, int]]:
+    """Yield the range of sequences of each file.
 
     A file ends before its events are more than EVENTS_PER_FILE, with one sequence at least.
     """
-    number, begin = 0, 0
     for first, last in ranges(sequences, SEQUENCES_PER_FILE):
         ends = np.cumsum(sequences.read(first, last, ["length"]).column("length").to_numpy())
         start, before = 0, 0
         while start < len(ends):
             stop = max(start + 1, int(np.searchsorted(ends, before + EVENTS_PER_FILE, "right")))
-            yield number, (first + start, first + stop), (begin + before, begin + int(ends[stop - 1]))
-            number, start, before = number + 1, stop, int(ends[stop - 1])
-        begin += before
+            yield first + start, first + stop
+            start, before = stop, int(ends[stop - 1])
 
 
 def _joined(prior: Ragged, own: Ragged) -> Ragged:

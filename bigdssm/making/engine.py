@@ -76,7 +76,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _write(self, query: str, folder: Path) -> None:
-        """Write the rows of a query that has an order into Parquet files, whose names sort as the rows do."""
+        """Write the rows of a query that has an order into Parquet files, that are named by their first rows."""
 
     @abstractmethod
     def _name(self, name: str, table: Table, *, ordered: bool) -> None:

@@ -46,6 +46,7 @@ from bigdssm.tables.source import Source
 
 Split = Literal["leave-one-out", "time", "train"]
 USER = pa.schema([("place", pa.int64()), ("user_id", pa.int64()), ("key", pa.large_string())])
+SEQUENCE = USER.append(pa.field("length", pa.int64()))  # events
 EVENT = pa.schema(
     [
         ("place", pa.int64()),
@@ -187,19 +188,18 @@ def read_events(
     run: Making, tables: InteractionTables, user: dict[str, Feature], documents: Documents, events: Source,
     user_times: Sequence[Mapping[str, Any]],
 ) -> tuple[Table, Table]:  # fmt: skip
-    """Return the sequences, and the events sorted by sequence and time.
+    """Return the sequences, and the events in the order of their table.
 
-    A sequence has user_id, key, its number of events `length`, and its user's newest features; an event has item, time,
-    relevance and place. `user_times` are the facts of the users' times. Raises DataError where no event is left, or
-    times are in several units.
+    A sequence has user_id, key, its number of events `length`, and its user's newest features. `user_times` are the
+    facts of the users' times. Raises DataError where no event is left, or times are in several units.
     """
     engine, quarantine = run.engine, run.writer.quarantine
     folders = run.read("events", [events], _EventReader(tables, documents.keys))
     facts = [read_facts(folder) for folder in folders]
     num_low = sum(some["num_low"] for some in facts)
-    engine.table("events", [folder / "events.parquet" for folder in folders])
+    found = Table.of(folder / "events.parquet" for folder in folders)
     engine.table("found_sequences", [folder / "sequences.parquet" for folder in folders])
-    if engine.fetch("SELECT count(*) FROM events") == [(0,)]:
+    if not found.num_rows:
         low = f"; {num_low} are rated below {tables.min_rating}" if num_low else ""
         raise DataError(f"{events.name}: no interaction is left to train on{low}{quarantine.told()}")
     check_time_units(facts, f"{events.name}, column {tables.time_column!r}")
@@ -208,15 +208,16 @@ def read_events(
         check_time_units([*facts, *user_times], f"{events.name}, column {tables.time_column!r}, {beside}")
     if num_low:
         run.notes.append(f"{num_low} interactions are rated below {tables.min_rating} and left out")
-    engine.view("first_sequences", first_of("found_sequences", "user_id"))
-    engine.view("lengths", "SELECT user_id, count(*) AS length FROM events GROUP BY user_id")
+    engine.view(
+        "whole_sequences",
+        "SELECT min(place) AS place, user_id, min_by(key, place) AS key, CAST(sum(length) AS BIGINT) AS length "
+        "FROM found_sequences GROUP BY user_id",
+    )
     features = "".join(f", users.u{number}" for number in range(len(user)))
     sequences = engine.select(
         "sequences",
-        f"SELECT s.place, s.user_id, s.key, lengths.length{features} FROM first_sequences s "
-        "JOIN lengths ON s.user_id = lengths.user_id "
-        + ("LEFT JOIN newest_users users ON s.user_id = users.user_id " if user else "")
-        + "WHERE s.nth = 1",
+        f"SELECT s.*{features} FROM whole_sequences s "
+        + ("LEFT JOIN newest_users users ON s.user_id = users.user_id" if user else ""),
         order="place, user_id",
     )
     if user:
@@ -226,12 +227,7 @@ def read_events(
         ((number,),) = engine.fetch(unknown)
         if number:
             run.notes.append(f"{number} users are not in the users table: their features are missing")
-    sorted_events = engine.select(
-        "sorted_events",
-        "SELECT e.item, e.time, e.relevance, e.place FROM events e JOIN sequences s ON e.user_id = s.user_id",
-        order="s.number, e.time, e.place",
-    )
-    return sequences, sorted_events
+    return sequences, found
 
 
 @dataclass(frozen=True)
@@ -247,8 +243,8 @@ class _EventReader:
     def __call__(self, part: PartOfTable, folder: Path) -> None:
         with (
             RowFile(folder / "events.parquet", EVENT) as events,
-            RowFile(folder / "sequences.parquet", USER) as sequences,
-            FirstRows(sequences, "user_id") as first,
+            RowFile(folder / "sequences.parquet", SEQUENCE) as sequences,
+            FirstRows(sequences, "user_id", count="length") as first,
         ):
             read_part(part, self.columns, folder, partial(self._read, part, events, first))
 
@@ -270,7 +266,8 @@ class _EventReader:
                 relevance = relevance >= self.tables.positive_rating
             units.add(time)
             events.add(pa.table([place, user_id, item, time, relevance.astype(np.float32)], schema=EVENT))
-            first.add(pa.table([place, user_id, users.filter(pa.array(good))], schema=USER))
+            one = np.ones(len(place), np.int64)
+            first.add(pa.table([place, user_id, users.filter(pa.array(good)), one], schema=SEQUENCE))
         return {"num_good": num_good, "num_low": num_low, **units.facts()}
 
     def _events(self, check: RowCheck, place: np.ndarray) -> tuple[pa.Array, tuple[np.ndarray, ...]]:

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from bigdssm.config import DataConfig, check_pieces
 from bigdssm.dataset.files import SEQUENCE_KEYS_FILE
+from bigdssm.dataset.keys import Keys
 from bigdssm.dataset.partition import read_partition
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, TextTokenizer, encode_columns, stored
@@ -35,6 +36,7 @@ from bigdssm.making.making import (
     check_names,
     making,
 )
+from bigdssm.making.sorting import shuffled
 from bigdssm.making.spark import SparkTable, open_table
 from bigdssm.making.splits import SPLITS, check_fractions, quantiles
 from bigdssm.making.steps import Table
@@ -66,7 +68,7 @@ def make_interactions(
         earlier = _earlier(run)
         documents = read_items(run, tables, base, items)
         user_times = read_users(run, tables, user, users) if user and users is not None else []
-        sequences, sorted_events = read_events(run, tables, user, documents, events, user_times)
+        sequences, found = read_events(run, tables, user, documents, events, user_times)
         writer.quarantine.check()
         sides = [Side("doc", _told_documents(engine, documents), "d", base.doc)]
         if user:
@@ -75,19 +77,28 @@ def make_interactions(
         schema, text = fit(
             engine, base, config, sides, folder=writer.tokenizer_dir, grow=writer.append, like=target.like
         )  # fmt: skip
+        by_id = engine.select("sequence_ids", "SELECT user_id, number FROM sequences", order="user_id")
+        key_file = writer.partition_dir / SEQUENCE_KEYS_FILE
+        place_keys(engine, by_id, "user_id", 0, key_file)
         cutting = Cutting(
-            events=sorted_events, sequences=sequences, user=stored(schema.query), text=text,
-            split=tables.split, thresholds=_thresholds(engine, tables), targets_per_row=config.targets_per_row,
+            events=found, sequences=sequences, keys=Keys([key_file]), user=stored(schema.query), text=text,
+            split=tables.split, thresholds=_thresholds(engine, tables, found), targets_per_row=config.targets_per_row,
             seed=target.seed, earlier=earlier,
         )  # fmt: skip
-        cut = cut_sequences(run, cutting, has_times=tables.time_column is not None)
-        by_id = engine.select("sequence_ids", "SELECT user_id, number FROM sequences", order="user_id")
-        place_keys(engine, by_id, "user_id", 0, writer.partition_dir / SEQUENCE_KEYS_FILE)
-        if as_of and (too_early := join_users(engine, len(user))):
-            run.notes.append(f"{too_early} rows are older than all that {tables.users} has of their users: no features")
+        folders, cut = cut_sequences(run, cutting, has_times=tables.time_column is not None)
+        splits = {name: Table.of(folder / f"{name}.parquet" for folder in folders) for name in SPLITS}
+        if not splits["train"].num_rows:
+            raise DataError(f"{tables.interactions}: no training row is left; every user has too few events")
+        if as_of:
+            splits, too_early = join_users(engine, splits, len(user))
+            if too_early:
+                none = "no features"
+                run.notes.append(f"{too_early} rows are older than all that {tables.users} has of their users: {none}")
         of_rows = cutting.user if as_of else {}
         encode = partial(_encoded, of_rows, text)
-        entries = run.write_splits(_sorted_splits(engine, tables, of_rows), encode)
+        columns = ["sequence", "first", "end_", *(f"u{number}" for number in range(len(of_rows)))]
+        splits["train"] = shuffled(engine, "train", splits["train"], columns)
+        entries = run.write_splits(splits, encode)
         counted = engine.select(
             "positives", "SELECT doc, CAST(sum(count) AS BIGINT) AS n FROM cut_positives GROUP BY doc", order="doc"
         ).read()
@@ -127,12 +138,12 @@ def _check(config: DataConfig, tables: InteractionTables) -> None:
             raise ConfigError(f"{option} {rating} needs a finite number, and a --rating-column")
 
 
-def _thresholds(engine: Engine, tables: InteractionTables) -> tuple[float, float]:
+def _thresholds(engine: Engine, tables: InteractionTables, events: Table) -> tuple[float, float]:
     """Return the times from which on events are of validation and of test."""
     if tables.split != "time":
         return np.inf, np.inf
     kept = 1 - tables.test_fraction
-    validation, test = quantiles(engine, "events", (kept - tables.validation_fraction, kept))
+    validation, test = quantiles(engine, events, (kept - tables.validation_fraction, kept))
     return validation, test
 
 
@@ -145,23 +156,6 @@ def _earlier(run: Making) -> tuple[tuple[tuple[Path, ...], Path], ...]:
             raise DataError(f"{run.writer.out}: partition {name!r} holds pairs, not interactions")
         found.append((tuple(partition.sequence_files), partition.folder / SEQUENCE_KEYS_FILE))
     return tuple(found)
-
-
-def _sorted_splits(engine: Engine, tables: InteractionTables, of_rows: dict[str, Feature]) -> dict[str, Table]:
-    """Return every split's rows in the order in which they are written, with the features that are of rows.
-
-    Raises DataError where train has none.
-    """
-    orders = {name: "sequence, first" for name in SPLITS} | {"train": "shuffle"}
-    rows = "asked_rows" if of_rows else "cut_rows"
-    wanted = ", ".join(["sequence", "first", "end_", *(f"u{number}" for number in range(len(of_rows)))])
-    splits = {
-        name: engine.select(name, f"SELECT {wanted} FROM {rows} WHERE split = {number}", order=orders[name])
-        for number, name in enumerate(SPLITS)
-    }
-    if not splits["train"].num_rows:
-        raise DataError(f"{tables.interactions}: no training row is left; every user has too few events")
-    return splits
 
 
 def _encoded(of_rows: dict[str, Feature], text: TextTokenizer | None, rows: pa.Table) -> dict[str, pa.Array]:

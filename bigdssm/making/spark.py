@@ -24,12 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from joblib import cpu_count
 
 from bigdssm.errors import BigDSSMError, ConfigError, DataError
 from bigdssm.features.columns import ReportBad, SourceBatch
+from bigdssm.making.database import Database
 from bigdssm.making.engine import SMALL_WORK, Engine, Work
 from bigdssm.making.reading import Unreadable
-from bigdssm.making.steps import ROWS_PER_READ, Table, finished_folder
+from bigdssm.making.steps import FIRST_ROW_DIGITS, ROWS_PER_READ, Table, finished_folder
 from bigdssm.progress import Progress, no_progress
 from bigdssm.tables.files import LocalFile
 from bigdssm.tables.header import require_columns
@@ -40,12 +42,13 @@ from bigdssm.tables.source import Part, Source
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
-DIGITS = 15  # of a file's first row, which is its name
 POLL_S = 1.0
 PREFIX = "spark:"
 QUERY = re.compile(r"[\s(]*(select|with|from|values|table)\b", re.IGNORECASE)
 ANSWERS = "number long, answer binary"
 DEFAULTS: dict[str, str] = {"spark.app.name": "bigdssm", "spark.ui.showConsoleProgress": "false"}
+ON_DRIVER = "spark.bigdssm.driverBytes"  # of tables, in their files: queries over as much are the driver's own
+MOST_ON_DRIVER = 128 << 20  # where the settings do not say
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,12 @@ class SparkEngine(Engine):
         self.session, self._owned = _session(cluster)
         # Names of steps must not hide the session's own tables and views.
         self._steps = self.session.newSession()
+        # A query costs Spark seconds, however few the rows.
+        self._driver = Database(self.spool, cpu_count())
+        self._named: dict[str, _Named] = {}
         try:
             self._set(cluster.conf)
+            self._most_on_driver = self._read_most_on_driver()
             self._check_workers()
         except BaseException:
             self.close()
@@ -113,15 +120,21 @@ class SparkEngine(Engine):
 
     def view(self, name: str, query: str) -> None:
         """Have queries know the rows of `query` by `name`."""
-        self._steps.sql(f"CREATE OR REPLACE TEMPORARY VIEW {name} AS {query}")
+        self._driver.view(name, query)
+        used = self._used(query)
+        define = partial(self._steps.sql, f"CREATE OR REPLACE TEMPORARY VIEW {name} AS {query}")
+        self._named[name] = _Named(sum(self._named[other].size for other in used), used, define)
 
     def fetch(self, query: str) -> list[tuple[Any, ...]]:
         """Return the few rows of a query."""
+        if self._is_small(query):
+            return self._driver.fetch(query)
         with _telling(self.spool):
-            return [tuple(row) for row in self._steps.sql(query).collect()]
+            return [tuple(row) for row in self._sql(query).collect()]
 
     def close(self) -> None:
         """Stop the session, unless it was there before."""
+        self._driver.close()
         if self._owned:
             self.session.stop()
 
@@ -150,6 +163,12 @@ class SparkEngine(Engine):
                 self._steps.conf.set(name, value)
             except Exception as error:  # whatever Java raises
                 raise ConfigError(f"{name} cannot be set in a Spark session that is there: {_line(error)}") from error
+
+    def _read_most_on_driver(self) -> int:
+        given = str(self._steps.conf.get(ON_DRIVER, str(MOST_ON_DRIVER)))
+        if not re.fullmatch(r"\d+", given):
+            raise ConfigError(f"{ON_DRIVER}={given}: needs a whole number of bytes, such as {MOST_ON_DRIVER}")
+        return int(given)
 
     def _check_workers(self) -> None:
         """Raise ConfigError where a worker does not see the spool folder."""
@@ -201,16 +220,51 @@ class SparkEngine(Engine):
         return self._steps.range(0, number, 1, number).mapInArrow(_task(answer), ANSWERS)
 
     def _write(self, query: str, folder: Path) -> None:
+        if self._is_small(query):
+            self._driver.write(query, folder)
+            return
         with _telling(folder):
-            _write_numbered(self._steps.sql(query), folder)
+            _write_numbered(self._sql(query), folder)
 
     def _name(self, name: str, table: Table, *, ordered: bool) -> None:
-        with _telling(self.spool):
-            frame = self._steps.read.parquet(*map(_location, table.files))
-            if ordered:
-                first_row = f"CAST(left(_metadata.file_name, {DIGITS}) AS BIGINT)"
-                frame = frame.selectExpr("*", f"{first_row} + _metadata.row_index AS number")
-            frame.createOrReplaceTempView(name)
+        self._driver.table(name, table, ordered=ordered)
+        self._named[name] = _Named(table.size, (), partial(self._define, name, table, ordered))
+
+    def _define(self, name: str, table: Table, ordered: bool) -> None:
+        frame = self._steps.read.parquet(*map(_location, table.files))
+        if ordered:
+            first_row = f"CAST(left(_metadata.file_name, {FIRST_ROW_DIGITS}) AS BIGINT)"
+            frame = frame.selectExpr("*", f"{first_row} + _metadata.row_index AS number")
+        frame.createOrReplaceTempView(name)
+
+    def _used(self, query: str) -> tuple[str, ...]:
+        """Return the names that a query knows, maybe some too many."""
+        return tuple(self._named.keys() & set(re.findall(r"\w+", query)))
+
+    def _is_small(self, query: str) -> bool:
+        return sum(self._named[name].size for name in self._used(query)) <= self._most_on_driver
+
+    def _sql(self, query: str) -> DataFrame:
+        """Return what Spark makes of a query, after it has been told the names in it."""
+        self._tell(self._used(query))
+        return self._steps.sql(query)
+
+    def _tell(self, names: Iterable[str]) -> None:
+        for named in map(self._named.__getitem__, names):
+            if not named.is_told:
+                named.is_told = True
+                self._tell(named.uses)
+                named.define()
+
+
+@dataclass
+class _Named:
+    """A table or view, which Spark is told of when it needs it."""
+
+    size: int  # bytes of files, at most
+    uses: tuple[str, ...]  # views' names of others
+    define: Callable[[], object]
+    is_told: bool = False
 
 
 def _task(answer: Callable[[int], bytes | None]) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
@@ -260,7 +314,7 @@ def _write_numbered(frame: DataFrame, folder: Path) -> None:
     rows = {file: pq.read_metadata(file).num_rows for file in sorted(parts.glob("part-*.parquet"))}
     kept = [file for file, count in rows.items() if count] or list(rows)[:1]
     for file, first in zip(kept, accumulate((rows[file] for file in kept), initial=0), strict=False):
-        os.replace(file, folder / f"{first:0{DIGITS}d}.parquet")
+        os.replace(file, folder / f"{first:0{FIRST_ROW_DIGITS}d}.parquet")
     shutil.rmtree(parts)
 
 

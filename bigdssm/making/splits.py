@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,8 @@ import pyarrow as pa
 from bigdssm.errors import ConfigError
 from bigdssm.features.columns import RowCheck, check_time_units, is_empty, strings, times
 from bigdssm.making.engine import Engine
-from bigdssm.making.steps import RowFile, Table, read_facts
+from bigdssm.making.sorting import of_ordinal, ordinals_of
+from bigdssm.making.steps import RowFile, Table, ranges, read_facts
 from bigdssm.string_hashes import hash_strings
 from bigdssm.tables.hashing import uniform
 
@@ -21,7 +22,8 @@ PairSplit = Literal["random", "time", "column", "train"]
 SPLITS = ("train", "validation", "test")
 NAMES = {"train": 0, "training": 0, "validation": 1, "valid": 1, "val": 1, "dev": 1, "test": 2}
 UNITS_PER_JOB = 1 << 20
-RANGES = 1 << 12  # of times, which are counted at once
+ROWS_PER_RUN = 1 << 20  # whose times are sorted at once
+TIMES = "times.npy"
 LABELLED = pa.schema([("unit", pa.int64()), ("split", pa.int32())])
 
 
@@ -72,7 +74,7 @@ class Splitter:
         units = self._units(check, query_ids)
         return nothing if self._how == "train" else self._drawn(units), units, nothing
 
-    def divide(self, engine: Engine, folders: Iterable[Path]) -> None:
+    def divide(self, engine: Engine, folders: Sequence[Path]) -> None:
         """Have the engine know the rows that were `found` with their splits as `divided`.
 
         `folders` are those of the reading. Raises DataError where times are in several units.
@@ -80,13 +82,14 @@ class Splitter:
         if self._how == "time":
             check_time_units(map(read_facts, folders), f"column {self._column!r}")
             validation, test = self._fractions
-            first, second = map(as_sql, quantiles(engine, "found", (1 - validation - test, 1 - test)))
+            found = Table.of(folder / "rows.parquet" for folder in folders)
+            first, second = map(as_sql, quantiles(engine, found, (1 - validation - test, 1 - test)))
             split = f"CASE WHEN time >= {second} THEN 2 WHEN time >= {first} THEN 1 ELSE 0 END"
             engine.view("divided", f"SELECT *, {split} AS split FROM found")
         elif self._whole_documents:
             labels = _joined_units(engine)
-            ranges = list(range(0, labels.num_rows, UNITS_PER_JOB))
-            drawn = engine.map("draw", ranges, partial(self._draw_labels, labels), rows=labels.num_rows)
+            work = partial(self._draw_labels, labels)
+            drawn = engine.map("draw", ranges(labels, UNITS_PER_JOB), work, rows=labels.num_rows)
             engine.table("drawn", [folder / "splits.parquet" for folder in drawn])
             engine.view("divided", "SELECT found.*, drawn.split FROM found JOIN drawn ON found.unit = drawn.unit")
         else:
@@ -111,9 +114,9 @@ class Splitter:
         u = uniform(units, "split", self._seed)
         return np.where(u < test, 2, np.where(u < test + validation, 1, 0))
 
-    def _draw_labels(self, labels: Table, first: int, folder: Path) -> None:
+    def _draw_labels(self, labels: Table, job: tuple[int, int], folder: Path) -> None:
         with RowFile(folder / "splits.parquet", LABELLED) as file:
-            for piece in labels.batches(first, first + UNITS_PER_JOB):
+            for piece in labels.batches(*job):
                 split = self._drawn(piece.column("label").to_numpy())
                 file.add(pa.table({"unit": piece.column("unit"), "split": pa.array(split.astype(np.int32))}))
 
@@ -124,28 +127,28 @@ def check_fractions(validation: float, test: float) -> None:
         raise ConfigError(f"split fractions {validation} and {test} must not be negative and sum to less than 1")
 
 
-def quantiles(engine: Engine, table: str, shares: Sequence[float]) -> list[float]:
+def quantiles(engine: Engine, table: Table, shares: Sequence[float]) -> list[float]:
     """Return the times before which these shares of a table's rows lie, exactly; infinity where all do."""
-    ((num_rows, first, last),) = engine.fetch(f"SELECT count(*), min(time), max(time) FROM {table}")
-    places = [int(num_rows * share) for share in shares]
-    return [_time_at(engine, table, place, first, last) if place < num_rows else np.inf for place in places]
+    folders = engine.map("times", ranges(table, ROWS_PER_RUN), partial(_sort_times, table), rows=table.num_rows)
+    runs = [np.load(folder / TIMES, mmap_mode="r") for folder in folders]
+    places = [int(table.num_rows * share) for share in shares]
+    return [_time_at(runs, place) if place < table.num_rows else np.inf for place in places]
 
 
-def _time_at(engine: Engine, table: str, place: int, first: float, last: float) -> float:
-    """Return what is at a place of the sorted times, which lie in first … last.
+def _sort_times(table: Table, job: tuple[int, int], folder: Path) -> None:
+    np.save(folder / TIMES, np.sort(table.read(*job, ["time"]).column("time").to_numpy()))
 
-    Nothing is sorted: times are counted by ranges, then those of the range that has the place, and so on.
-    """
-    while first < last:
-        nth = f"floor((time - {as_sql(first)}) / {as_sql(last - first)} * {RANGES})"
-        inside = f"{table} WHERE time BETWEEN {as_sql(first)} AND {as_sql(last)}"
-        counted = f"SELECT count(*), min(time) AS first, max(time) FROM {inside} GROUP BY {nth} ORDER BY first"
-        ranges = iter(engine.fetch(counted))
-        count, first, last = next(ranges)
-        while place >= count:
-            place -= count
-            count, first, last = next(ranges)
-    return first
+
+def _time_at(runs: Sequence[np.ndarray], place: int) -> float:
+    """Return what is at a place of all times, which are sorted in each run, by bisection of the float64 there are."""
+    low, high = ordinals_of(np.array([min(run[0] for run in runs), max(run[-1] for run in runs)])).tolist()
+    while low < high:
+        middle = (low + high) // 2
+        if sum(int(np.searchsorted(run, of_ordinal(middle), "right")) for run in runs) > place:
+            high = middle
+        else:
+            low = middle + 1
+    return of_ordinal(low)
 
 
 def as_sql(number: float) -> str:

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from bigdssm.atomic import aside_of, remove, sync
 
 ROWS_PER_READ = 1 << 16
+FIRST_ROW_DIGITS = 15  # of an ordered table's file, which is named by its first row
 MOST_WAITING = 1 << 20
 
 
@@ -42,6 +43,11 @@ class Table:
     @cached_property
     def _ends(self) -> list[int]:
         return list(accumulate(pq.read_metadata(file).num_rows for file in self.files))
+
+    @property
+    def size(self) -> int:
+        """Return the bytes of all files."""
+        return sum(os.stat(file).st_size for file in self.files)
 
     @property
     def num_rows(self) -> int:
@@ -116,11 +122,11 @@ def _with_wide_strings(table: pa.Table) -> pa.Table:
 class FirstRows:
     """Writes a table's rows but those whose key came before; as far as memory of so many rows goes, for a query to end.
 
-    Keys are int64. As a context manager it writes what waits.
+    Keys are int64. A column `count` is summed over a key's rows. As a context manager it writes what waits.
     """
 
-    def __init__(self, file: RowFile, key: str) -> None:
-        self._file, self._key = file, key
+    def __init__(self, file: RowFile, key: str, count: str | None = None) -> None:
+        self._file, self._key, self._count_column = file, key, count
         self._waiting: list[pa.Table] = []
         self._count = 0
 
@@ -135,8 +141,16 @@ class FirstRows:
                 self._write()
 
     def _first(self, table: pa.Table) -> pa.Table:
-        _, first = np.unique(table.column(self._key).to_numpy(), return_index=True)
-        return table if len(first) == table.num_rows else table.take(pa.array(np.sort(first)))
+        _, first, nth = np.unique(table.column(self._key).to_numpy(), return_index=True, return_inverse=True)
+        if len(first) == table.num_rows:
+            return table
+        order = np.argsort(first)
+        kept = table.take(pa.array(first[order]))
+        if self._count_column is None:
+            return kept
+        counts = np.zeros(len(first), np.int64)
+        np.add.at(counts, nth, table.column(self._count_column).to_numpy())
+        return kept.set_column(kept.schema.get_field_index(self._count_column), self._count_column, [counts[order]])
 
     def _write(self) -> None:
         self._file.add(pa.concat_tables(self._waiting))

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -26,10 +27,11 @@ from bigdssm.commands.make_shards import main
 from bigdssm.config import load_config
 from bigdssm.distributed import free_port
 from bigdssm.errors import ConfigError, DataError
+from bigdssm.making.database import Database
 from bigdssm.making.interactions import InteractionTables, make_interactions
 from bigdssm.making.making import Target
 from bigdssm.making.pairs import PairTables, make_pairs
-from bigdssm.making.spark import Cluster
+from bigdssm.making.spark import Cluster, SparkEngine
 from tests.conftest import WORDS
 from tests.e2e.runs import ROOT
 
@@ -45,6 +47,7 @@ FAST = {  # code is made and compiled for millions of rows; here it would take m
     "spark.sql.codegen.wholeStage": "false",
     "spark.sql.codegen.factoryMode": "NO_CODEGEN",
     "spark.ui.enabled": "false",
+    "spark.bigdssm.driverBytes": "0",  # all queries are Spark's
 }
 DATA: dict[str, dict[str, Any]] = {
     "interactions": {
@@ -178,17 +181,32 @@ def built_in(small: None, tables: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.parametrize(
-    ("kind", "partitions", "appended"),
-    [("interactions", 7, True), ("pairs", 7, True), ("as_of", 5, False), ("pairs", 1, False)],
+    ("kind", "partitions", "appended", "on_driver"),
+    [
+        ("interactions", 7, True, 0),
+        ("pairs", 7, True, 0),
+        ("as_of", 5, False, 0),
+        ("pairs", 1, False, 0),
+        ("pairs", 3, False, 100_000),  # some are the driver's, over tables that Spark has written
+    ],
 )
 def test_partitions_do_not_matter(
-    kind: str, partitions: int, appended: bool, session: Any, tables: Path, built_in: Any, tmp_path: Path
-) -> None:
+    kind: str, partitions: int, appended: bool, on_driver: int,
+    session: Any, tables: Path, built_in: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    answered = Counter[str]()
+    for name, engine in (("fetch", Database), ("write", Database), ("_sql", SparkEngine)):
+        asked = getattr(engine, name)
+        monkeypatch.setattr(
+            engine, name, lambda self, *q, e=engine, f=asked: answered.update([e.__name__]) or f(self, *q)
+        )
     conf = {
         "spark.sql.shuffle.partitions": str(partitions),
         "spark.sql.adaptive.coalescePartitions.enabled": "false",  # of so few rows it would make one
+        "spark.bigdssm.driverBytes": str(on_driver),
     }
     made = make(tables, kind, tmp_path, appended=appended, spark=Cluster(conf=tuple(conf.items())))
+    assert answered.keys() == ({"Database", "SparkEngine"} if on_driver else {"SparkEngine"}), "both were asked"
     expected = built_in(kind, appended=appended)
     assert made == expected
     assert any("/versions-" in name for name in made) == appended, "documents changed"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from joblib import Parallel, delayed
 
 from bigdssm.config import DataConfig, TokenizerConfig
 from bigdssm.errors import ConfigError
@@ -27,6 +30,9 @@ SIZES = {
     "writing.DOCUMENTS_PER_FILE": 100,
     "writing.BLOCKS_PER_SHARD": 2,
     "cutting.SEQUENCES_PER_FILE": 30,
+    "sorting.ROWS_PER_BUCKET": 500,
+    "sorting.ROWS_PER_DEAL": 700,
+    "splits.ROWS_PER_RUN": 600,
 }
 
 
@@ -126,3 +132,28 @@ def test_where_parts_are_cut_changes_nothing(small_steps: None, tmp_path: Path) 
 def test_processes_are_a_number(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="processes=-1: needs at least 1, or 0 for one on each core"):
         make_dataset("configs/movielens_100k.yaml", pairs=tmp_path / "none.csv", out=tmp_path / "out", processes=-1)
+
+
+def processes() -> set[int]:
+    """Return those that joblib's pools have started in this process."""
+    found = set[int]()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == os.getpid() and b"popen_loky" in (folder / "cmdline").read_bytes():
+                found.add(int(folder.name))
+    return found
+
+
+@pytest.mark.slow
+def test_a_makings_processes_end_with_it_and_others_stay(small_steps: None, tmp_path: Path) -> None:
+    Parallel(2)(delayed(abs)(number) for number in range(4))
+    others, met = processes(), set[int]()
+    assert others
+    write_tables(tmp_path / "tables", 0)
+    tables = InteractionTables(tmp_path / "tables/events", tmp_path / "tables/items")
+    config = DataConfig(dir="", query={"past": History(of="item_id")}, doc={"item_id": Categorical()})
+    make_interactions(config, tables, Target(tmp_path / "out", processes=2), lambda *told: met.update(processes()))
+    assert met - others, "it had some of its own"
+    assert processes() == others
+    assert Parallel(2)(delayed(abs)(number) for number in (-1, -2)) == [1, 2]

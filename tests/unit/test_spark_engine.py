@@ -28,3 +28,13 @@ def test_a_missing_java_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("JAVA_HOME", str(tmp_path))
     with pytest.raises(ConfigError, match=f"there is no {tmp_path}/bin/java"):
         SparkEngine(tmp_path, cluster=Cluster())
+
+
+@pytest.mark.parametrize(("given", "most"), [({}, 128 << 20), ({"spark.bigdssm.driverBytes": "0"}, 0)])
+def test_what_the_driver_answers_is_a_setting(given: dict[str, str], most: int) -> None:
+    engine = SparkEngine.__new__(SparkEngine)
+    engine._steps = SimpleNamespace(conf=given)
+    assert engine._read_most_on_driver() == most
+    engine._steps = SimpleNamespace(conf={"spark.bigdssm.driverBytes": "64m"})
+    with pytest.raises(ConfigError, match="driverBytes=64m: needs a whole number of bytes, such as 134217728"):
+        engine._read_most_on_driver()
