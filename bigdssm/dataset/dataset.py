@@ -26,7 +26,7 @@ from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.sequences import Targets
 from bigdssm.dataset.versions import CatalogueFile, Versions, catalogue_files
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import History, TextTokenizer, ragged
+from bigdssm.features import History, TextTokenizer, item_codes, ragged
 from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.features.ragged import Column, from_arrow, offsets_of
 from bigdssm.log import get_logger
@@ -276,7 +276,7 @@ class Dataset:
         known = (docs >= 0) & (docs < self.catalogue.num_docs)
         docs = docs if known.all() else np.where(known, docs, 0)
         seen = self._seen(docs, partition)
-        codes = self.catalogue.codes(feature, docs if seen is None else seen)
+        codes = item_codes(self.catalogue.codes(feature, docs if seen is None else seen))
         return codes if known.all() else np.where(known, codes, OUT_OF_VOCABULARY)
 
     def _column(self, name: str, array: pa.Array) -> Column:

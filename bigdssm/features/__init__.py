@@ -12,7 +12,7 @@ from bigdssm.features.base import (
     register,
 )
 from bigdssm.features.categorical import Categorical
-from bigdssm.features.history import History, histories_of, stored
+from bigdssm.features.history import History, histories_of, item_codes, stored
 from bigdssm.features.numeric import Numeric
 from bigdssm.features.ragged import Column, Ragged
 from bigdssm.features.text import Text, texts_of
@@ -39,6 +39,7 @@ __all__ = [
     "encode_values",
     "feature_types",
     "histories_of",
+    "item_codes",
     "register",
     "stored",
     "texts_of",

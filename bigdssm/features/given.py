@@ -15,7 +15,7 @@ from bigdssm.errors import DataError
 from bigdssm.features.base import Feature, encode_columns
 from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch
 from bigdssm.features.fitting import canonical
-from bigdssm.features.history import History
+from bigdssm.features.history import History, item_codes
 from bigdssm.features.ragged import Column, Ragged, from_arrow
 from bigdssm.features.text import texts_of
 from bigdssm.features.tokenizer import TextTokenizer
@@ -114,8 +114,8 @@ def _history(name: str, lists: pa.Array, feature: History, item: Feature) -> Col
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
     items = pa.table({name: lists.flatten()})
     batch = SourceBatch(name, items, np.repeat(np.arange(len(lengths)), lengths))
-    codes = columns_of(batch, {name: replace(item, column=name)}, None, _refuse)[name]
-    rows = np.split(np.asarray(codes), np.cumsum(lengths)[:-1])
+    codes = item_codes(np.asarray(columns_of(batch, {name: replace(item, column=name)}, None, _refuse)[name]))
+    rows = np.split(codes, np.cumsum(lengths)[:-1])
     return Ragged.of_lists([row[-feature.max_items :] for row in rows])
 
 

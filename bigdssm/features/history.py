@@ -21,7 +21,8 @@ from bigdssm.features.tokenizer import TextTokenizer
 def history_input(feature, values, exported):  # type: ignore[no-untyped-def]
     """Return the codes of the newest items, int64 [rows, T]."""
     item, most = exported.schema["doc"][feature["of"]], feature["max_items"]
-    return pad_lists([codes_of(item, (value or [])[-most:]) for value in values], 0)
+    codes = [codes_of(item, (value or [])[-most:]) for value in values]
+    return pad_lists([[max(code, 1) for code in row] for row in codes], 0)  # 0 says where a history ends
 
 
 @register
@@ -90,6 +91,12 @@ class History(Feature):
         """Return the displays of the items, oldest first."""
         codes = [code for code in values.tolist() if code != PADDING]
         return [UNKNOWN if code == OUT_OF_VOCABULARY else reader.item(str(self.of), code) for code in codes]
+
+
+def item_codes(codes: np.ndarray) -> np.ndarray:
+    """Return codes as a history holds them: an item without a value is unknown, since 0 says where a history ends."""
+    known: np.ndarray = np.maximum(codes, OUT_OF_VOCABULARY)
+    return known
 
 
 def histories_of(features: Mapping[str, Feature]) -> dict[str, History]:

@@ -52,7 +52,7 @@ class Packed(NamedTuple):
     @property
     def longest_first(self) -> Tensor:
         """Return the rows in the order of `groups`, int64 [R]: the device's, as the groups are the host's."""
-        return self.lengths.argsort(descending=True)
+        return self.lengths.argsort(descending=True, stable=True)
 
     def if_full(self) -> Tensor | Packed:
         """Return the list as a tensor, int64 [R, T], where no row would have to be padded for it."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import Column, Ragged, TextTokenizer, encode_values, histories_of, stored
+from bigdssm.features import Column, Ragged, TextTokenizer, encode_values, histories_of, item_codes, stored
 from bigdssm.features.columns import check_one_unit
 from bigdssm.features.given import given_columns
 from bigdssm.features.ragged import gather_ranges
@@ -207,7 +207,7 @@ def histories(dataset: Dataset, seen: Ragged) -> dict[str, Column]:
     for name, feature in histories_of(dataset.schema.query).items():
         first = np.maximum(seen.offsets[1:] - feature.max_items, seen.offsets[:-1])
         newest = gather_ranges(seen.values, first, seen.offsets[1:])
-        found[name] = Ragged(dataset.catalogue.codes(str(feature.of), newest.values), newest.offsets)
+        found[name] = Ragged(item_codes(dataset.catalogue.codes(str(feature.of), newest.values)), newest.offsets)
     return found
 
 

@@ -12,9 +12,11 @@ import pytest
 from bigdssm.config import DataConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import Categorical, History, Numeric
+from bigdssm.features import Categorical, History, Numeric, Ragged
+from bigdssm.features.given import given_columns
 from bigdssm.making.interactions import InteractionTables, make_interactions
 from bigdssm.making.making import Target
+from bigdssm.retrieval.search import histories
 
 HISTORY = History(of="item", max_items=5)
 CONFIG = DataConfig(dir="", query={"past": HISTORY}, doc={"item": Categorical(column="item_id")})
@@ -84,6 +86,25 @@ def test_short_users_give_what_they_can(tmp_path: Path) -> None:
     assert rows_of(dataset, "train") == [("four", ("i0",), "i1")]
     assert {user for user, _, _ in rows_of(dataset, "validation")} == {"three", "four"}
     assert {user for user, _, _ in rows_of(dataset, "test")} == {"two", "three", "four"}
+
+
+def test_an_item_without_a_value_is_no_end_of_a_history(tmp_path: Path) -> None:
+    """Where a history is of brands, and some items have none."""
+    brands = {"i0": "a", "i1": "", "i2": "b", "i3": "", "i4": "a", "i5": "b"}
+    write(tmp_path, [("u", f"i{i}", i) for i in range(6)])
+    (tmp_path / "items.csv").write_text("item_id,brand\n" + "".join(f"{key},{of}\n" for key, of in brands.items()))
+    doc = {"item": Categorical(column="item_id"), "brand": Categorical()}
+    config = DataConfig(dir="", query={"past": History(of="brand", max_items=9)}, doc=doc)
+    dataset = make(tmp_path, config)
+    (rows,) = dataset.iterate("test", 10)
+    a, b, unknown = 2, 3, 1
+    expected = [a, unknown, b, unknown, a]
+    assert rows.query["past"].values.tolist() == expected  # type: ignore[union-attr]
+    seen = Ragged(np.arange(5), np.array([0, 5]))
+    assert histories(dataset, seen)["past"].values.tolist() == expected  # type: ignore[union-attr]
+    given = [{"past": ["a", None, "b", None, "a"]}]
+    columns, _ = given_columns(given, dataset.schema.query, dataset.schema.doc, None)
+    assert columns["past"].values.tolist() == expected  # type: ignore[union-attr]
 
 
 def test_time_split_and_ratings(tmp_path: Path) -> None:

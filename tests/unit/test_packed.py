@@ -301,10 +301,16 @@ def by_mask(q: Tensor, k: Tensor, v: Tensor, at: Spans, over: Spans, scale: floa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by", [by_mask, None])
-def test_compiled_layers_give_the_same_for_all_lengths_from_a_few_graphs(by: Attention | None) -> None:
-    """Packed, and padded in a dummy; what a backend makes of the graphs is torch's own matter."""
-    plain, made = model(layers=1), model(layers=1)
+@pytest.mark.parametrize(
+    ("by", "history"),
+    [(by_mask, {"layers": 1}), (None, {"layers": 1}), (None, {"positions": "relative", "block": "gated"}),
+     (None, {"positions": "rotary"})],
+)  # fmt: skip
+def test_compiled_layers_give_the_same_for_all_lengths_from_a_few_graphs(
+    by: Attention | None, history: dict[str, Any]
+) -> None:
+    """Packed, and padded in a dummy and where no kernel attends; what a backend makes of graphs is torch's matter."""
+    plain, made = model(**history), model(**history)
     never_packed(plain)
     if by is not None:
         use_packing(made, by)
@@ -320,5 +326,4 @@ def test_compiled_layers_give_the_same_for_all_lengths_from_a_few_graphs(by: Att
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-4)
     # whatever the shapes of chunks; sizes of 1 have graphs of their own
     assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12
-    if by is not None:  # attention in groups is left out of the graphs, each time in the same way
-        assert not torch._dynamo.utils.counters["graph_break"]
+    assert not torch._dynamo.utils.counters["graph_break"]

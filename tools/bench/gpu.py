@@ -295,7 +295,7 @@ def text_tower(bench: Bench, layers: int, width: int, rows: int, tokens: int) ->
     if bench.small:
         layers, width, rows, tokens = 1, 64, 8, 8
     config = BertConfig(
-        vocab_size=30_522, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 32,
+        vocab_size=30_522, hidden_size=width, num_hidden_layers=layers, num_attention_heads=min(12, width // 32),
         intermediate_size=4 * width, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     bert = BertModel(config, add_pooling_layer=False).to(bench.device)
@@ -385,9 +385,13 @@ def histories(bench: Bench, args: argparse.Namespace) -> None:
         command = [sys.executable, str(ROOT / "tools/bench/bench_histories.py"), "--block", block]
         command += ["--positions", positions, "--precision", "bf16", "--device", args.device]
         command += ["--rows", "16" if bench.small else "1024"]
-        with bench.or_skip(f"histories {block}, {positions}"):
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            bench.add("histories", {"histories": done.stdout.strip()})
+        what = f"histories {block}, {positions}"
+        with bench.or_skip(what):
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(1, bench.left()))
+            if done.returncode:
+                bench.skip(what, (done.stderr.strip().splitlines() or ["no word why"])[-1])
+            else:
+                bench.add("histories", {"histories": done.stdout.strip()})
 
 
 TOWERS: dict[str, Callable[[Bench], tuple[nn.Module, TwoInputs, float]]] = {

@@ -68,7 +68,6 @@ ByMask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """[R, h, A, W] for q [R, h, A, W], k and v [R, h, T, W], and a mask that broadcasts to [R, h, A, T]."""
 
 
-@torch.compiler.disable  # the number of groups would be part of what is compiled
 def _in_groups(layout: Layout, by_mask: ByMask, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return [A, h * W] for q [h, A, W], k and v [h, T, W]."""
     num_over = [group.rows * group.longest for group in layout.groups]

@@ -29,6 +29,7 @@ class Encoder(nn.Module, ABC):
 
     is_models_own: ClassVar[bool] = False  # else each tower has one for itself
     dim: int
+    compiled = False  # its layers, by torch.compile
     packed_attention: Attention | None = None  # within rows of packed lists: the kernel, where there is one
 
     @abstractmethod
@@ -138,6 +139,7 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     for part in model.modules():
         if isinstance(part, Encoder):
+            part.compiled = True
             for layer in part.transformer_layers():
                 layer.compile(dynamic=True, backend=backend)
 

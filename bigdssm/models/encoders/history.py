@@ -67,8 +67,8 @@ class HistoryEncoder(Encoder):
         self._plain_in_training = True
 
     def packs(self, training: bool) -> bool:
-        """Return True: histories are attended over in groups of like length where no kernel does it."""
-        return True
+        """Return whether a kernel attends, or groups of like length do: their number is nothing to compile."""
+        return self._has_kernel or not self.compiled
 
     @property
     def _has_kernel(self) -> bool:
