@@ -1,4 +1,4 @@
-"""Encode a dataset's documents and train queries by a teacher, for fine-tuning to follow it over whole batches.
+"""Encode a dataset's documents and train queries by a teacher, whom fine-tuning then follows.
 
     bigdssm embed_teacher --data DATASET --out FOLDER --model MODEL
     bigdssm embed_teacher --data DATASET --out FOLDER --pretrained HF_FOLDER
