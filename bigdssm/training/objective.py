@@ -153,11 +153,20 @@ class Objective:
         return matryoshka_loss(loss, encoded.U, encoded.W, config.widths, self._normalise)
 
     def _of_teacher(self, vectors: tuple[Tensor, Tensor], encoded: Encoded, batch: Batch, weight: Tensor) -> Tensor:
-        """Return how far the serving scores are from the teacher's; a collective."""
+        """Return how far the serving scores are from the teacher's, in the loss's directions; a collective."""
         assert batch.teacher_query is not None and batch.teacher_doc is not None
-        teacher = Teacher(batch.teacher_query, batch.teacher_doc, self._config.distillation_temperature)
-        beta = None if self._scalar_beta else encoded.beta
-        return batch_kl(*vectors, teacher, alpha=encoded.alpha, beta=beta, weight=weight, copies=batch.multiplicity)
+        (U, W), queries, documents = vectors, batch.teacher_query, batch.teacher_doc
+        alpha, temperature, direction = encoded.alpha, self._config.distillation_temperature, self._config.direction
+        found = []
+        if direction in ("q2d", "both"):
+            beta = None if self._scalar_beta else encoded.beta
+            teacher = Teacher(queries, documents, temperature)
+            found.append(batch_kl(U, W, teacher, alpha=alpha, beta=beta, weight=weight, copies=batch.multiplicity))
+        if direction in ("d2q", "both"):  # each query's document among the queries; its bias is the same for all
+            own = batch.positive
+            teacher = Teacher(documents[own], queries, temperature)
+            found.append(batch_kl(W[own], U, teacher, alpha=alpha, weight=weight))
+        return torch.stack(found).mean()
 
     def _added(self, output: LossOutput, distillation: Tensor) -> LossOutput:
         """Return a loss with the distillation added to it, and to its statistics."""

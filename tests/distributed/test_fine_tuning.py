@@ -143,7 +143,7 @@ def test_what_a_checkpoint_needs_stays_while_it_is_written(
     assert mined_files(tmp_path) == [f"mined_negatives.step-0000000{step}.npy" for step in (0, 3)]
 
 
-@pytest.mark.parametrize("name", ["fps", "softmax"])
+@pytest.mark.parametrize("name", ["fps, direction: both", "softmax"])
 def test_a_teacher_is_followed_on_any_number_of_ranks(
     config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool], name: str  # noqa: F811
 ) -> None:  # fmt: skip
