@@ -1,7 +1,7 @@
 """What one training step of one rank works on.
 
 Shapes: R rows, m queries, n distinct document columns, T tokens or history items, K values of a multi-valued feature,
-k given negatives. R is m unless rows are pieces of sequences that give several queries each.
+k given negatives, E a teacher's width. R is m unless rows are pieces of sequences that give several queries each.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class Batch:
     negatives: Tensor | None = None  # int64 [m, k]: columns of given negatives, -1 for none
     past: Tensor | None = None  # bool [n]: whether a column is its document as rows saw it before it changed
     teacher: Tensor | None = None  # float32 [m, 1 + k]: a judge's scores of positive and negatives, NaN for none
+    teacher_query: Tensor | None = None  # float16 [m, E]: a teacher's vectors, whose products are its scores
+    teacher_doc: Tensor | None = None  # float16 [n, E]
     known: Tensor | None = None  # int64 [p, 2]: (query id or, by loss.mask, number; doc id) of further no negatives
 
     @property

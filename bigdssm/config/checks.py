@@ -133,6 +133,7 @@ def _check_stage(name: str, stage: StageConfig, data: DataConfig) -> None:
     _require(stage.steps > 0 or stage.epochs > 0, f"{name}.epochs", stage.epochs, "above 0 where steps is 0")
     _require(stage.init is None or bool(stage.init.strip()), f"{name}.init", repr(stage.init), "a folder, or null")
     mining, negatives = stage.mining, stage.loss.negatives
+    listed = stage.loss.distillation in ("kl", "margin_mse")
     _require(mining.first < mining.last, f"{name}.mining", f"[{mining.first}, {mining.last})", "first < last")
     for key, used, why in (
         ("mlp", bool(stage.loss.mlp), "which trains no vectors to search by"),
@@ -149,9 +150,8 @@ def _check_stage(name: str, stage: StageConfig, data: DataConfig) -> None:
         room = mining.last - mining.first
         fits = mining.uniform or negatives <= room
         _require(fits, f"{name}.loss.negatives", negatives, f"at most the mining window's {room}")
-        judge = stage.loss.distillation
         of_a_judge = f"{name}.mining.file, with a judge's scores"
-        _require(judge == "none", f"{name}.loss.distillation", judge, of_a_judge)
+        _require(not listed, f"{name}.loss.distillation", stage.loss.distillation, of_a_judge)
         margin = mining.teacher_margin
         _require(margin is None, f"{name}.mining.teacher_margin", margin, of_a_judge)
     else:
@@ -161,8 +161,24 @@ def _check_stage(name: str, stage: StageConfig, data: DataConfig) -> None:
         )  # fmt: skip
         every = mining.every_steps
         _require(every == 0, f"{name}.mining.every_steps", every, f"0 with {name}.mining.file: nothing is mined then")
-        judged = stage.loss.distillation != "none"
-        _require(negatives > 0 or not judged, f"{name}.loss.negatives", negatives, "at least 1 with loss.distillation")
+        _require(negatives > 0 or not listed, f"{name}.loss.negatives", negatives, "at least 1 with loss.distillation")
+    _check_teacher(name, stage, data)
+
+
+def _check_teacher(name: str, stage: StageConfig, data: DataConfig) -> None:
+    """A teacher's vectors are found by the numbers of rows and documents, and compared over the batch's columns."""
+    of_batch = stage.loss.distillation == "batch_kl"
+    needed = f"a folder of bigdssm embed_teacher with {name}.loss.distillation=batch_kl, else none"
+    _require((stage.teacher is not None) == of_batch, f"{name}.teacher", stage.teacher, needed)
+    for where, got, only in (
+        (f"{name}.loss.columns", stage.loss.columns, "batch"),
+        (f"{name}.loss.mlp", list(stage.loss.mlp), []),
+        (f"{name}.loss.cross_encoder", stage.loss.cross_encoder, False),
+        ("data.webdataset", data.webdataset, None),
+        ("data.from_partition", data.from_partition, None),
+        ("data.mixture", list(data.mixture), []),
+    ):
+        _require(not of_batch or got == only, where, got, f"{only} with {name}.loss.distillation=batch_kl")
 
 
 def _check_loss(key: str, loss: LossConfig, model: ModelConfig, chunk_tokens: int) -> None:

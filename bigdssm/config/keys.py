@@ -203,8 +203,9 @@ class LossConfig:
     mask: Literal["auto", "batch", "user", "past", "none"] = "auto"
     margin: float = bounded(0.2, 0, 1_000_000)  # triplet
     # What the scores of a judge, in mining.file, teach beside the loss: kl, the distribution over a row's own document
-    # and its listed ones; margin_mse, by how much the own stands above them; or nothing.
-    distillation: Literal["none", "kl", "margin_mse"] = "none"
+    # and its listed ones; margin_mse, by how much the own stands above them. Or batch_kl: a teacher's distribution over
+    # the documents of the global batch.
+    distillation: Literal["none", "kl", "margin_mse", "batch_kl"] = "none"
     distillation_weight: float = bounded(1.0, at_most=1_000_000, above=0)  # times it, beside the loss's 1
     distillation_temperature: float = bounded(1.0, at_most=1_000_000, above=0)  # divides the judge's scores
     # Matryoshka: further widths, below model.dim, that vectors can be cut to.
@@ -272,6 +273,7 @@ class StageConfig:
     # Model folder or checkpoint (STAGE/checkpoints/step-…) to start from; sft: by default its pretraining's best.
     init: str | None = None
     mining: MiningConfig = field(default_factory=MiningConfig)
+    teacher: str | None = None  # folder of bigdssm embed_teacher, for loss.distillation=batch_kl
     validate_every_steps: int = bounded(0, 0, MAX_COUNT)  # 0: once, at the end
     rerank: int = bounded(50, 2, MAX_COUNT)  # of the towers' best documents, that validation has a cross_encoder rank
     # Decay of a moving average of the weights, which validation measures and best/ keeps; 0: the weights themselves.

@@ -21,7 +21,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.bm25 import Bm25
-from bigdssm.evaluation.pretrained import PretrainedEncoder
+from bigdssm.evaluation.pretrained import text_encoders
 from bigdssm.evaluation.scorer import ScoredEncoders, encoders_of
 from bigdssm.models import CrossEncoder
 from bigdssm.progress import Progress, no_progress
@@ -45,9 +45,7 @@ def model_judge(folder: ModelFolder, dataset: Dataset) -> Judge:
 
 def pretrained_judge(folder: Path, dataset: Dataset, texts: Texts) -> Judge:
     """Return the judge that a Hugging Face text encoder is as it is. Raises ConfigError where `folder` holds none."""
-    encoder = PretrainedEncoder(folder)
-    vectors = Encoders(lambda rows: encoder(texts.queries(rows)), lambda docs: encoder(texts.documents(docs)))
-    return VectorJudge(vectors, dataset.catalogue.num_docs)
+    return VectorJudge(text_encoders(folder, texts), dataset.catalogue.num_docs)
 
 
 class VectorJudge:

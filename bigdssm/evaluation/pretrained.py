@@ -15,7 +15,8 @@ from bigdssm.features.given import given_columns
 from bigdssm.models import Values
 from bigdssm.models.encoders import pretrained_encoder
 from bigdssm.progress import Progress, no_progress
-from bigdssm.retrieval.embed import encode_in_bf16, in_pieces
+from bigdssm.retrieval.embed import Encoders, encode_in_bf16, in_pieces
+from bigdssm.retrieval.texts import Texts
 
 MAX_TOKENS = 256
 
@@ -43,3 +44,9 @@ class PretrainedEncoder:
         with torch.no_grad():
             vectors = self._encoder(values["text"])
         return torch.nn.functional.normalize(vectors.float(), dim=1)
+
+
+def text_encoders(folder: Path, texts: Texts) -> Encoders:
+    """Return an encoder as it is for the texts of a dataset. Raises ConfigError where `folder` holds none."""
+    encoder = PretrainedEncoder(folder)
+    return Encoders(lambda rows: encoder(texts.queries(rows)), lambda docs: encoder(texts.documents(docs)))

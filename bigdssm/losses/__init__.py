@@ -1,5 +1,6 @@
 """Losses: the Full Product Softmax and the fine-tuning losses, over any number of ranks; plain tensors in, no model."""
 
+from bigdssm.losses.batch_distillation import Teacher, batch_kl
 from bigdssm.losses.distillation import DISTILLATIONS, Distillation, ListwiseKL, MarginMSE
 from bigdssm.losses.engine import contrastive_loss
 from bigdssm.losses.exchange import LossInputError
@@ -33,9 +34,11 @@ __all__ = [
     "Sigmoid",
     "Softmax",
     "StreamingFrequency",
+    "Teacher",
     "Term",
     "Triplet",
     "apply_sampling",
+    "batch_kl",
     "contrastive_loss",
     "find_term",
     "fps_loss",

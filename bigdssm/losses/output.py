@@ -92,14 +92,12 @@ def finish_gradients(
     return [sums.U, sums.W, alpha_grad, sums.beta]
 
 
-def attach(loss: Tensor, x: LossInputs, gradients: Sequence[Tensor | None]) -> Tensor:
-    """Return `loss` in the inputs' float dtype, with the gradients of U, W, alpha, beta known to autograd."""
-    pairs = [
-        (leaf, grad) for leaf, grad in zip((x.U, x.W, x.alpha, x.beta), gradients, strict=True) if leaf is not None
-    ]
+def attach(loss: Tensor, inputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> Tensor:
+    """Return `loss` with its gradients of the inputs that are there known to autograd."""
+    pairs = [(leaf, grad) for leaf, grad in zip(inputs, gradients, strict=True) if leaf is not None]
     leaves, grads = zip(*pairs, strict=True)
     with torch.enable_grad():
-        result: Tensor = _Attach.apply(loss.to(x.acc), len(pairs), *leaves, *grads)
+        result: Tensor = _Attach.apply(loss, len(pairs), *leaves, *grads)
     return result
 
 

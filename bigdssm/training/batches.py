@@ -18,10 +18,12 @@ from bigdssm.batching.upload import uploaded
 from bigdssm.config import Config, LossConfig, StageConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
+from bigdssm.dataset.tensors import as_tensor
 from bigdssm.features.ragged import Ragged
 from bigdssm.hashing import derive_key
 from bigdssm.losses import sample_uniform
 from bigdssm.retrieval.mined import Chosen, MinedNegatives, UniformNegatives
+from bigdssm.retrieval.teacher import TeacherVectors
 from bigdssm.streaming.plain_stream import PlainStream
 from bigdssm.streaming.row_stream import RowStream
 from bigdssm.streaming.stream import PairStream
@@ -40,6 +42,7 @@ class BatchMaker:
         mined: MinedNegatives | UniformNegatives | None,
         seed: int,
         teacher_margin: float | None = None,
+        teacher: TeacherVectors | None = None,
     ) -> None:
         """`mined` is what each query's negatives are drawn from; what of `stream` is its rows' is not kept.
 
@@ -48,6 +51,7 @@ class BatchMaker:
         dataset = stream.dataset
         self._dataset, self._loss, self._mined, self._seed = dataset, loss, mined, seed
         self._teacher_margin, self._steps_per_epoch = teacher_margin, stream.steps_per_epoch
+        self._teacher = teacher
         self._rank, self._world_size = stream.rank, stream.world_size
         self._collator = Collator(dataset.schema, None if stream.inline else dataset.catalogue, dataset.pad_token_id)
         # read here, whose pages loader processes share
@@ -59,6 +63,9 @@ class BatchMaker:
         batch = self._collator(rows, negatives=negatives, extra_docs=self._extra(rows.step))
         if teacher is not None:
             batch = replace(batch, teacher=torch.from_numpy(teacher))
+        if self._teacher is not None:
+            vectors = self._teacher.queries(rows.query_keys), self._teacher.documents[batch.doc_rows.numpy()]
+            batch = replace(batch, teacher_query=as_tensor(vectors[0]), teacher_doc=as_tensor(vectors[1]))
         if self._doc_ids is not None:
             batch = replace(batch, known=known_pairs(rows, self._loss.mask, self._doc_ids))
         elif self._dataset.schema.siamese:
@@ -100,11 +107,12 @@ class Batches:
         seed: int,
         device: torch.device,
         teacher_margin: float | None = None,
+        teacher: TeacherVectors | None = None,
     ) -> None:
         """`mined` may be another from some batch on; see `BatchMaker`."""
         self.mined = mined
         self._stream, self._loss, self._seed, self._device = stream, loss, seed, device
-        self._teacher_margin = teacher_margin
+        self._teacher_margin, self._teacher = teacher_margin, teacher
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches on the rank's device."""
@@ -112,7 +120,7 @@ class Batches:
 
     def first(self, num: int | None) -> Generator[Batch]:
         """Yield the next `num` batches (None: endlessly) on the rank's device, see `uploaded`."""
-        make = BatchMaker(self._stream, self._loss, self.mined, self._seed, self._teacher_margin)
+        make = BatchMaker(self._stream, self._loss, self.mined, self._seed, self._teacher_margin, self._teacher)
         with closing(self._stream.made(make, num)) as made:
             yield from uploaded(made, self._device)
 

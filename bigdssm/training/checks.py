@@ -17,6 +17,7 @@ from bigdssm.log import get_logger
 from bigdssm.models import DualEncoder
 from bigdssm.models.encoders import text_architectures
 from bigdssm.retrieval.mined import MinedNegatives
+from bigdssm.retrieval.teacher import TeacherVectors
 from bigdssm.running.records import CONFIG_FILE
 from bigdssm.running.run_folder import RUNNING_FILE, versions
 from bigdssm.running.trackers import check_trackers
@@ -75,6 +76,8 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
                     f"{name}.{key}: got {value}, needs a judge's scores, and {stage.mining.file} has none; bigdssm "
                     "score_pairs writes them"
                 )
+    if stage.teacher is not None:
+        TeacherVectors(Path(stage.teacher)).check_against(dataset)
     _check_writable(config.stage_dir(name))
     source = initial_model(config, name)
     if source is None:

@@ -26,7 +26,9 @@ from bigdssm.losses import (
     LossOutput,
     Softmax,
     StreamingFrequency,
+    Teacher,
     apply_sampling,
+    batch_kl,
     contrastive_loss,
     find_term,
     matryoshka_loss,
@@ -108,7 +110,7 @@ class Objective:
             return output
         copies = torch.nn.functional.pad(batch.negatives == batch.positive[:, None], (1, 0))
         scores = scores.masked_fill(copies, -torch.inf)
-        return self._added(output, scored_loss(self._distillation, scores, weight=weight, teacher=batch.teacher))
+        return self._added(output, scored_loss(self._distillation, scores, weight=weight, teacher=batch.teacher).loss)
 
     def _on_vectors(self, encoded: Encoded, batch: Batch, weight: Tensor) -> LossOutput:
         assert encoded.U is not None and encoded.W is not None
@@ -136,6 +138,8 @@ class Objective:
                 columns="all" if self._options.all_columns else "in_batch" if config.in_batch else "none",
                 direction=config.direction, tile=self._tile,
             )  # fmt: skip
+            if config.distillation == "batch_kl":
+                return self._added(output, self._of_teacher(vectors, encoded, batch, weight))
             if self._distillation is None:
                 return output
             # of the serving score, without corrections or masks: the judge says what a listed document is worth
@@ -144,14 +148,30 @@ class Objective:
                 beta=None if self._scalar_beta else encoded.beta, weight=weight, negatives=batch.negatives,
                 teacher=batch.teacher, columns="none",
             )  # fmt: skip
-            return self._added(output, judged)
+            return self._added(output, judged.loss)
 
         return matryoshka_loss(loss, encoded.U, encoded.W, config.widths, self._normalise)
 
-    def _added(self, output: LossOutput, judged: LossOutput) -> LossOutput:
+    def _of_teacher(self, vectors: tuple[Tensor, Tensor], encoded: Encoded, batch: Batch, weight: Tensor) -> Tensor:
+        """Return how far the serving scores are from the teacher's, in the loss's directions; a collective."""
+        assert batch.teacher_query is not None and batch.teacher_doc is not None
+        (U, W), queries, documents = vectors, batch.teacher_query, batch.teacher_doc
+        alpha, temperature, direction = encoded.alpha, self._config.distillation_temperature, self._config.direction
+        found = []
+        if direction in ("q2d", "both"):
+            beta = None if self._scalar_beta else encoded.beta
+            teacher = Teacher(queries, documents, temperature)
+            found.append(batch_kl(U, W, teacher, alpha=alpha, beta=beta, weight=weight, copies=batch.multiplicity))
+        if direction in ("d2q", "both"):  # each query's document among the queries; its bias is the same for all
+            own = batch.positive
+            teacher = Teacher(documents[own], queries, temperature)
+            found.append(batch_kl(W[own], U, teacher, alpha=alpha, weight=weight))
+        return torch.stack(found).mean()
+
+    def _added(self, output: LossOutput, distillation: Tensor) -> LossOutput:
         """Return a loss with the distillation added to it, and to its statistics."""
-        stats = {**output.stats, "distillation": judged.loss.detach()}
-        return LossOutput(output.loss + self._config.distillation_weight * judged.loss, stats)
+        stats = {**output.stats, "distillation": distillation.detach()}
+        return LossOutput(output.loss + self._config.distillation_weight * distillation, stats)
 
     def _queries(self, batch: Batch, gathered: bool = False) -> dict[str, Any]:
         """Return the loss's query_ids and known pairs: by mask, queries of one id know of each other, or each is alone.

@@ -52,6 +52,7 @@ RULES: dict[str, Rule] = {
     "STAGE.steps": "longer",
     "STAGE.init": "never",
     "STAGE.mining": "never",
+    "STAGE.teacher": "never",
     "STAGE.weight_average": "never",
     "STAGE.rerank": "never",  # what `best` is would be another thing from there on
     "STAGE.validate_every_steps": "may",

@@ -23,6 +23,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.log import get_logger
 from bigdssm.models import DualEncoder, new_model
+from bigdssm.retrieval.teacher import TeacherVectors
 from bigdssm.running.alerts import SpikeAlert
 from bigdssm.running.faults import Faults
 from bigdssm.running.launcher import Launcher
@@ -157,7 +158,13 @@ def _assemble(
         engine=engine,
         stream=stream,
         batches=Batches(
-            stream, stage_config.loss, mined, config.run.seed, device(), stage_config.mining.teacher_margin
+            stream,
+            loss,
+            mined,
+            config.run.seed,
+            device(),
+            stage_config.mining.teacher_margin,
+            None if stage_config.teacher is None else TeacherVectors(Path(stage_config.teacher)),
         ),
         mining=mining,
         objective=objective,

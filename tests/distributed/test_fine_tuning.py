@@ -9,14 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from bigdssm.artifacts.checkpoint import checkpoints_in
 from bigdssm.artifacts.checkpoint_model import load_checkpoint_model
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.retrieval.embed import Encoders, tower_encoders
 from bigdssm.retrieval.mine import mine
 from bigdssm.retrieval.mined import MinedNegatives, mined_records
+from bigdssm.retrieval.shards import Work
+from bigdssm.retrieval.teacher import write_teacher
 
 from . import small_run
 from .spawn import Pool, RankFailed
@@ -138,6 +141,30 @@ def test_what_a_checkpoint_needs_stays_while_it_is_written(
     pools[1].run(break_off_while_writing, config, tmp_path, (start(reference), *AGAIN), 3)
     assert [path.name for path in checkpoints_in(tmp_path / "sft" / "checkpoints")] == ["step-00000002"]
     assert mined_files(tmp_path) == [f"mined_negatives.step-0000000{step}.npy" for step in (0, 3)]
+
+
+@pytest.mark.parametrize("name", ["fps, direction: both", "softmax"])
+def test_a_teacher_is_followed_on_any_number_of_ranks(
+    config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool], name: str  # noqa: F811
+) -> None:  # fmt: skip
+    """One that likes documents by their number: over the batch of all ranks, whatever their number and its chunks."""
+    dataset = Dataset.open(load_config(config).data.dir)
+
+    def by_number(rows: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(rows / 10.0)[:, None].float()
+
+    likes = Encoders(lambda rows: torch.ones(len(rows), 1), by_number)
+    assert write_teacher(tmp_path / "teacher", likes, dataset, "likes", Work()) is not None
+    loss = f"{{name: {name}, in_batch: true, negatives: 2, distillation: batch_kl, distillation_temperature: 0.5}}"
+    overrides = (
+        start(reference), "sft.steps=12", f"sft.teacher={tmp_path / 'teacher'}", f"sft.loss={loss}",
+        "sft.optimizer.lr=0.01",
+    )  # fmt: skip
+    for ranks in (1, 2):
+        pools[ranks].run(small_run.run, config, tmp_path / f"{ranks}", overrides, "sft")
+    assert_same_curve(tmp_path / "2", tmp_path / "1", stage="sft")
+    left = [record["distillation"] for record in small_run.records(tmp_path / "1", "sft")]
+    assert left[-1] < 0.9 * left[0]
 
 
 @pytest.mark.parametrize(

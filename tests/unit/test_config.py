@@ -124,6 +124,15 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
         ),
         ("sft.loss.distillation=kl", ["sft.loss.distillation: got kl, needs sft.mining.file, with a judge's scores"]),
         ("sft={mining: {file: x.npy}, loss: {distillation: kl}}", ["sft.loss.negatives: got 0, needs at least 1"]),
+        ("sft.loss.distillation=batch_kl", ["sft.teacher: got None, needs a folder of bigdssm embed_teacher with"]),
+        (
+            "sft.teacher=x",
+            ["sft.teacher: got x, needs a folder of bigdssm embed_teacher with sft.loss.distillation=batc"],
+        ),
+        (
+            "sft={teacher: x, loss: {name: fps, distillation: batch_kl, columns: catalogue}}",
+            ["sft.loss.columns: got catalogue, needs batch with sft.loss.distillation=batch_kl"],
+        ),
         ("pretrain.loss={name: pair_ce, direction: both}", ["pretrain.loss.direction", "both", "q2d"]),
         ("pretrain.loss={name: pair_ce, uniform_negatives: 9}", ["pretrain.loss.uniform_negatives", "9"]),
         ("pretrain.loss.mask_history=true", ["mask_history"]),

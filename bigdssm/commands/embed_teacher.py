@@ -1,0 +1,67 @@
+"""Encode a dataset's documents and train queries by a teacher, whom fine-tuning then follows.
+
+    bigdssm embed_teacher --data DATASET --out FOLDER --model MODEL
+    bigdssm embed_teacher --data DATASET --out FOLDER --pretrained HF_FOLDER
+    torchrun --nproc-per-node 8 -m bigdssm.commands.embed_teacher …     # the rows are shared out over the ranks
+
+FOLDER is what sft.teacher takes, with sft.loss.distillation=batch_kl. The teacher's scores are the products of its
+vectors: a model's own scores, or the cosines of a Hugging Face text encoder as it is, which reads the dataset's texts
+as its tokenizer gives them, cut to max_tokens. A run that was ended goes on from its finished shards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bigdssm.artifacts.checkpoint import folder_checksums
+from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.cli import ProgressBar, at_least, command
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import ConfigError
+from bigdssm.evaluation.pretrained import text_encoders
+from bigdssm.hashing import json_checksum
+from bigdssm.retrieval.embed import Encoders, tower_encoders
+from bigdssm.retrieval.shards import ROWS_PER_SHARD, Work
+from bigdssm.retrieval.teacher import write_teacher
+from bigdssm.retrieval.texts import Texts
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="dataset folder or URL")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for the vectors")
+    teacher = parser.add_mutually_exclusive_group(required=True)
+    teacher.add_argument("--model", type=Path, metavar="FOLDER", help="model folder that teaches")
+    teacher.add_argument("--pretrained", type=Path, metavar="FOLDER", help="text encoder that teaches as it is")
+    parser.add_argument("--rows-per-shard", type=at_least(1), default=ROWS_PER_SHARD, help="rows a shard (%(default)s)")
+    args = parser.parse_args(argv)
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise ConfigError(f"--out {args.out} is there already; choose another folder, or remove it")
+    dataset = Dataset.open(args.data)
+    encoders, name = _encoders(args, dataset)
+    with ProgressBar() as progress:
+        work = Work.of_launcher(args.rows_per_shard, progress)
+        vectors = write_teacher(args.out, encoders, dataset, name, work)
+    if vectors is not None:
+        documents, width = vectors.documents.shape
+        print(f"{args.out}: {documents} documents and {len(vectors.keys)} queries of width {width}")
+
+
+def _encoders(args: argparse.Namespace, dataset: Dataset) -> tuple[Encoders, str]:
+    """Return the teacher, and what tells it from others."""
+    if args.pretrained is not None:
+        return text_encoders(args.pretrained, Texts(dataset)), json_checksum(folder_checksums(args.pretrained))
+    folder = load_model_folder(args.model)
+    folder.check_dataset(dataset)
+    if folder.model.scorer is not None:
+        raise ConfigError(f"--model {args.model} scores by more than its vectors; bigdssm score_pairs takes it")
+    return tower_encoders(folder.model, dataset), folder.checksum
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""How far the scores of a batch are from a teacher's, over the documents of all ranks: distillation in the batch.
+
+With S_ij our scores and T_ij the teacher's over the temperature, j over the columns of all ranks, each as often as
+documents were merged in it:
+
+    mean over i of Σ_j p_ij (log p_ij − log q_ij),   p_i = softmax_j(T_ij), q_i = softmax_j(S_ij)
+
+No column is masked: the teacher says what each is worth. Scores exist for a strip of queries at a time.
+
+Source: Hinton et al. 2015, over the batch as in open_clip's distillation; there over a rank's own columns.
+
+Shape legend: m queries and n columns of this rank, N columns of all ranks, padding included, s queries of a strip, D
+and E our width and the teacher's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bigdssm import distributed
+from bigdssm.distributed import Group
+from bigdssm.losses.exchange import LossInputError, exchange, need
+from bigdssm.losses.output import attach
+
+STRIP_CELLS = 1 << 22  # of scores at once
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher's vectors of a batch, whose products are its scores."""
+
+    queries: Tensor  # [m, E]
+    documents: Tensor  # [n, E]
+    temperature: float = 1.0  # divides the scores
+
+    def check(self, U: Tensor, W: Tensor) -> None:
+        """Raise LossInputError where they are not of these queries and columns."""
+        for name, vectors, ours in (("queries", self.queries, U), ("documents", self.documents, W)):
+            fits = vectors.is_floating_point() and vectors.dim() == 2 and len(vectors) == len(ours)
+            need(fits, f"the teacher's {name} must be floating point [{len(ours)}, E], got {list(vectors.shape)}")
+        need(self.queries.shape[1] == self.documents.shape[1], "the teacher's two sides must be of one width")
+
+
+def batch_kl(
+    U: Tensor, W: Tensor, teacher: Teacher, *, alpha: Tensor, beta: Tensor | None = None,
+    weight: Tensor | None = None, copies: Tensor | None = None, group: Group | None = None,
+) -> Tensor:  # fmt: skip
+    """Return the mean divergence over all ranks' queries; a collective.
+
+    U [m, D], W [n, D], alpha a scalar, beta [n] as in `contrastive_loss`; weight [m] ≥ 0 of the queries; copies [n]:
+    how many documents were merged in a column, by default 1. The value is the same on every rank and whichever columns
+    share one; gradients are such that their mean over ranks is the global one. Raises: LossInputError (PeerError on the
+    ranks whose own input is good), on every rank.
+    """
+    error, acc = None, torch.float64 if U.dtype == torch.float64 else torch.float32
+    try:
+        teacher.check(U, W)
+        finite = torch.stack([x.isfinite().all() for x in (U, W, teacher.queries, teacher.documents)]).all()
+    except LossInputError as caught:
+        error, finite = caught, torch.ones((), dtype=torch.bool, device=U.device)
+    weight = torch.ones(len(U), dtype=acc, device=U.device) if weight is None else weight.detach().to(acc)
+    copies = torch.ones(len(W), dtype=acc, device=W.device) if copies is None else copies.to(acc)
+    bias = torch.zeros(len(W), dtype=acc, device=W.device) if beta is None else beta.detach().to(acc)
+    table, _ = exchange(
+        error, {"the teacher": f"{teacher.temperature}, beta {beta is not None}"},
+        [float(len(W)), weight.sum(), (~finite).sum()],
+        lambda row: "vectors, or the teacher's, hold NaN or inf" if row[2] else None, U.device, group,
+    )  # fmt: skip
+    longest, total = max(int(row[0]) for row in table), sum(row[1] for row in table)
+    sent = [W.detach().to(acc), teacher.documents.to(acc), bias, copies]
+    W_ND, teacher_NE, bias_N, copies_N = distributed.all_gather_packed(sent, longest, group).wait()
+    log_N = copies_N.log()  # −inf for padding, which has none
+    scale = alpha.detach().to(acc)
+    value, grad_W, grad_bias = weight.new_zeros(()), torch.zeros_like(W_ND), torch.zeros_like(bias_N)
+    grad_U, grad_alpha = torch.zeros_like(U, dtype=acc), weight.new_zeros(())
+    rows = max(1, STRIP_CELLS // max(1, len(W_ND)))
+    for first in range(0, len(U), rows):
+        strip = slice(first, first + rows)
+        U_sD, weight_s = U[strip].detach().to(acc), weight[strip]
+        product_sN = U_sD @ W_ND.T
+        log_q = (scale * product_sN + (bias_N + log_N)).log_softmax(1)
+        log_p = (teacher.queries[strip].to(acc) @ teacher_NE.T / teacher.temperature + log_N).log_softmax(1)
+        p, gap = log_p.exp(), (log_p - log_q).masked_fill(log_N == -torch.inf, 0.0)
+        value += (weight_s * (p * gap).sum(1)).sum()
+        grad_sN = weight_s[:, None] * (log_q.exp() - p)  # of the scores
+        grad_alpha += (grad_sN * product_sN).sum()
+        grad_bias += grad_sN.sum(0)
+        grad_sN *= scale
+        grad_U[strip] = grad_sN @ W_ND
+        grad_W += grad_sN.T @ U_sD
+    value = distributed.all_reduce(value.double(), "sum", group)
+    mean, factor = (1 / total, distributed.world_size(group) / total) if total else (0.0, 0.0)
+    of_columns = distributed.reduce_scatter_rows(torch.cat([grad_W, grad_bias[:, None]], 1), group)[: len(W)] * factor
+    gradients = (grad_U * factor, of_columns[:, :-1], grad_alpha * factor, of_columns[:, -1])
+    return attach((value * mean).to(acc), (U, W, alpha, beta), gradients)

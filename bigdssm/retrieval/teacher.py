@@ -1,0 +1,122 @@
+"""A teacher's vectors of a dataset's documents and train queries, whose products are its scores.
+
+FOLDER/documents.npy   float16 [N, E], by catalogue row
+FOLDER/queries.npy     records (query int64, vector float16 [E]); the keys (see `Rows.query_keys`) ascend
+
+They are made in shards by any number of ranks, going on where they were killed (retrieval/shards.py), and read mapped.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.lib.format import open_memmap
+
+from bigdssm.atomic import real_place
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import PLACE_BITS
+from bigdssm.errors import DataError
+from bigdssm.retrieval.embed import Encoders
+from bigdssm.retrieval.shards import ShardedFolder, Work
+
+DOCUMENTS, QUERIES = "documents.npy", "queries.npy"
+ROWS_AT_ONCE = 1024
+PASS_ROWS = 65_536
+
+
+class TeacherVectors:
+    """The vectors of a folder, mapped."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises DataError where `folder` holds none."""
+        self.folder = folder
+        try:
+            documents, queries = (np.load(folder / name, mmap_mode="r") for name in (DOCUMENTS, QUERIES))
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(
+                f"{folder} holds no teacher's vectors: {reason}; bigdssm embed_teacher makes them"
+            ) from None
+        if documents.ndim != 2 or queries.dtype != _record(documents.shape[1]):
+            raise DataError(f"{folder} holds no teacher's vectors: got {queries.dtype} beside {documents.shape}")
+        self.documents, self._queries = documents, queries
+
+    def check_against(self, dataset: Dataset) -> None:
+        """Raise DataError where they must be of another dataset."""
+        row = int(self.keys[-1]) >> PLACE_BITS if len(self.keys) else -1
+        rows, documents = dataset.num_rows("train"), dataset.catalogue.num_docs
+        if row >= rows or len(self.documents) != documents:
+            raise DataError(
+                f"{self.folder} is of another dataset: it has {len(self.documents)} documents and a row {row}, and "
+                f"{dataset.dir} has {documents} documents and {rows} train rows; make it with bigdssm embed_teacher"
+            )
+
+    @property
+    def keys(self) -> np.ndarray:
+        """Return the queries' keys, int64."""
+        keys: np.ndarray = self._queries["query"]
+        return keys
+
+    def queries(self, keys: np.ndarray) -> np.ndarray:
+        """Return float16 [m, E] for int64 keys [m]. Raises DataError where one is not there."""
+        at = np.minimum(np.searchsorted(self.keys, keys), max(len(self.keys) - 1, 0))
+        missing = self.keys[at] != keys if len(self.keys) else np.ones(len(keys), bool)
+        if missing.any():
+            row = int(keys[missing][0]) >> PLACE_BITS
+            raise DataError(f"{self.folder} has no query of row {row}; make it anew with bigdssm embed_teacher")
+        vectors: np.ndarray = self._queries["vector"][at]
+        return vectors
+
+
+def write_teacher(out: Path, encoders: Encoders, dataset: Dataset, name: str, work: Work) -> TeacherVectors | None:
+    """Write the vectors of all documents and train queries; return them on the rank that put them in place, else None.
+
+    `name` tells the teacher from others: finished shards of a run that was ended are kept where it is the same. Raises
+    DataError where a vector is not finite, or too large for float16.
+    """
+    out = real_place(out)
+    width, num_docs = encoders.documents(np.zeros(1, np.int64)).shape[1], dataset.catalogue.num_docs
+    keys = np.concatenate([np.zeros(0, np.int64), *(r.query_keys for r in dataset.iterate("train", PASS_ROWS))])
+
+    def prepare(aside: Path) -> None:
+        open_memmap(aside / DOCUMENTS, "w+", np.float16, (num_docs, width)).flush()
+        records = open_memmap(aside / QUERIES, "w+", _record(width), (len(keys),))
+        records["query"] = keys
+        records.flush()
+
+    job = {"kind": "teacher", "name": name, "dataset": dataset.fingerprint}
+    shards = ShardedFolder(out, job, num_docs + len(keys), work, prepare)
+    documents, queries = (open_memmap(shards.aside / name, "r+") for name in (DOCUMENTS, QUERIES))
+    for _, first, last in shards.pending("shards encoded"):
+        for begin in range(first, min(last, num_docs), ROWS_AT_ONCE):
+            rows = np.arange(begin, min(begin + ROWS_AT_ONCE, last, num_docs))
+            documents[rows] = _checked(encoders.documents(rows).numpy(), "documents", rows)
+        if last > num_docs:
+            own = slice(max(first - num_docs, 0), last - num_docs)
+            queries["vector"][own] = _of_queries(encoders, dataset, keys[own])
+        documents.flush()
+        queries.flush()
+    return TeacherVectors(out) if shards.finish(lambda aside: None) else None
+
+
+def _of_queries(encoders: Encoders, dataset: Dataset, keys: np.ndarray) -> np.ndarray:
+    """Return float16 [m, E] for the queries of ascending keys."""
+    parts, (first, last) = [], (keys[[0, -1]] >> PLACE_BITS).tolist()
+    for rows in dataset.between("train", first, last + 1, dataset.rows_at_once("train", ROWS_AT_ONCE)):
+        asked = rows.take(np.flatnonzero(np.isin(rows.query_keys, keys)))
+        if len(asked):
+            parts.append(_checked(encoders.queries(asked).numpy(), "queries of rows", asked.row_ids))
+    return np.concatenate(parts)
+
+
+def _checked(vectors: np.ndarray, what: str, rows: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        small: np.ndarray = vectors.astype(np.float16)
+    if not np.isfinite(small).all():
+        raise DataError(f"the teacher's vectors of {what} {rows[0]} to {rows[-1]} are not finite in float16")
+    return small
+
+
+def _record(width: int) -> np.dtype[np.void]:
+    return np.dtype([("query", np.int64), ("vector", np.float16, (width,))])

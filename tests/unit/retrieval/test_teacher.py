@@ -1,0 +1,89 @@
+"""A teacher's vectors of a dataset: whose they are, which queries', going on where it was killed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bigdssm.config import Config
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import PLACE_BITS
+from bigdssm.errors import DataError
+from bigdssm.models import DualEncoder
+from bigdssm.retrieval.embed import Encoders, tower_encoders
+from bigdssm.retrieval.shards import Work
+from bigdssm.retrieval.teacher import TeacherVectors, write_teacher
+from tests.unit.retrieval.conftest import random_model
+from tests.unit.retrieval.test_tools import Tools, tools  # noqa: F401, fixtures
+
+
+def test_products_are_the_teachers_scores(
+    tools: Tools, other_model_dir: Path, config: Config, dataset: Dataset, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    out = ("--data", dataset.dir, "--out", tmp_path / "teacher")
+    told = tools.ran("embed_teacher", *out, "--model", other_model_dir, "--rows-per-shard", 100)
+    found = TeacherVectors(tmp_path / "teacher")
+    assert f"{dataset.catalogue.num_docs} documents and {len(found.keys)} queries of width" in told
+    encoders = tower_encoders(random_model(config, dataset, seed=2), dataset)
+    rows = next(dataset.iterate("train", 10**6))
+    np.testing.assert_array_equal(found.keys, rows.query_keys)
+    documents = encoders.documents(np.arange(dataset.catalogue.num_docs))
+    some = np.array([7, 0, len(rows) - 1, 7])
+    scores = encoders.queries(rows.take(some)) @ documents.T
+    products = found.queries(rows.query_keys[some]).astype(np.float32) @ found.documents.astype(np.float32).T
+    np.testing.assert_allclose(products, scores.numpy(), rtol=0.01, atol=0.01)
+    found.check_against(dataset)
+    assert "is there already" in tools.refused(2, "embed_teacher", *out, "--model", other_model_dir)
+    with pytest.raises(DataError, match=f"no query of row {10**6}"):
+        found.queries(np.array([10**6 << PLACE_BITS]))
+
+
+def test_ranks_share_the_rows_and_go_on_where_they_were_killed(
+    model: DualEncoder, dataset: Dataset, tmp_path: Path
+) -> None:
+    encoders, asked = tower_encoders(model, dataset), []
+
+    def documents(rows: np.ndarray) -> torch.Tensor:
+        asked.append(rows)
+        return encoders.documents(rows)
+
+    def killed(rows: object) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    def make(rank: int, name: str, **replaced: object) -> TeacherVectors | None:
+        given = replace(Encoders(encoders.queries, documents), **replaced)  # type: ignore[arg-type]
+        return write_teacher(tmp_path / "teacher", given, dataset, name, Work(rank, 2, rows_per_shard=16))
+
+    with pytest.raises(KeyboardInterrupt):
+        make(0, "one", queries=killed)
+    assert not (tmp_path / "teacher").exists()
+    before = len(asked)
+    assert make(1, "one") is None
+    found = make(0, "one")
+    assert found is not None and len(asked) < 2 * before + 4, "finished shards are not made again"
+    rows = next(dataset.iterate("train", 10**6))
+    expected = encoders.queries(rows).numpy(), encoders.documents(np.arange(dataset.catalogue.num_docs)).numpy()
+    np.testing.assert_allclose(found.queries(rows.query_keys), expected[0], rtol=2e-3, atol=1e-3)
+    np.testing.assert_allclose(found.documents, expected[1], rtol=2e-3, atol=1e-3)
+
+
+def test_what_is_no_teacher_is_refused(
+    model: DualEncoder, dataset: Dataset, tiny_pairs: object, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"holds no teacher's vectors: .*No such file"):
+        TeacherVectors(tmp_path)
+    other = Dataset.open(tiny_pairs.dir)  # type: ignore[attr-defined]
+    made = write_teacher(tmp_path / "teacher", tower_encoders(model, dataset), dataset, "one", Work())
+    assert made is not None
+    with pytest.raises(DataError, match=f"is of another dataset: it has {dataset.catalogue.num_docs} documents"):
+        made.check_against(other)
+    large = Encoders(lambda rows: torch.full((len(rows), 2), 1e6), lambda docs: torch.ones(len(docs), 2))
+    with pytest.raises(DataError, match=r"vectors of queries of rows 0 to \d+ are not finite in float16"):
+        write_teacher(tmp_path / "large", large, dataset, "large", Work())
+    np.save(tmp_path / "teacher" / "queries.npy", np.zeros(3))
+    with pytest.raises(DataError, match=r"holds no teacher's vectors: got float64 beside"):
+        TeacherVectors(tmp_path / "teacher")

@@ -1,0 +1,8 @@
+"""`bigdssm embed_teacher` as a file."""
+
+import sys
+
+from bigdssm.commands.embed_teacher import main
+
+if __name__ == "__main__":
+    sys.exit(main())
