@@ -13,10 +13,9 @@ from numpy.lib.format import open_memmap
 
 from bigdssm.atomic import real_place
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.rows import PLACE_BITS
 from bigdssm.errors import DataError
 from bigdssm.evaluation.judges import Judge, ensemble
-from bigdssm.retrieval.mined import MinedNegatives, mined_records, record_type
+from bigdssm.retrieval.mined import MinedNegatives, mined_records, record_type, rows_of_queries
 from bigdssm.retrieval.shards import ShardedFolder, Work
 
 QUERIES_AT_ONCE = 256
@@ -50,12 +49,7 @@ def _scored(queries: np.ndarray, mined: MinedNegatives, dataset: Dataset, judges
     """Return the records of some queries, whose keys ascend; NaN where a query's row cannot be read."""
     windows = mined.windows(queries)
     teacher = np.full((len(queries), 1 + mined.width), np.nan, np.float32)
-    rows_at_once = dataset.rows_at_once("train", QUERIES_AT_ONCE)
-    first, last = queries[[0, -1]] >> PLACE_BITS
-    for rows in dataset.between("train", int(first), int(last) + 1, rows_at_once):
-        asked = rows.take(np.flatnonzero(np.isin(rows.query_keys, queries)))
-        if not len(asked):
-            continue
+    for asked in rows_of_queries(dataset, queries, QUERIES_AT_ONCE):
         at = np.searchsorted(queries, asked.query_keys)
         docs = np.concatenate([asked.doc_rows[:, None], windows[at]], 1)
         scores = ensemble(judges, asked, docs)

@@ -132,7 +132,7 @@ def contrastive_loss(
             sums = Gradients.zeros(x, sizes.wants, n) if passes is None else _spread(passes.own_gradients(), kept, n)
             add_listed(x, column_mk, found.listed_grad_mk, sums)
             loss = attach(
-                loss.to(x.acc), (x.U, x.W, x.alpha, x.beta),
+                loss, (x.U, x.W, x.alpha, x.beta),
                 finish_gradients(x, sizes, sums, found.positive_grad_m, found.beta_grad_m),
             )  # fmt: skip
         return LossOutput(loss, stats)

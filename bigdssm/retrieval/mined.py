@@ -11,6 +11,7 @@ over the split for the known positives.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +37,24 @@ def record_type(width: int, judged: bool = False) -> np.dtype[np.void]:
     fields: list[tuple[str, type, tuple[int, ...]]] = [("query", np.int64, ()), ("window", np.int32, (width,))]
     teacher = [("teacher", np.float32, (1 + width,))] if judged else []
     return np.dtype(fields + teacher, align=True)  # else a search copies all rows
+
+
+def find_keys(known: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where int64 keys [m] stand in `known`, which ascend, and which are not there: int64 [m], bool [m]."""
+    at: np.ndarray = np.minimum(np.searchsorted(known, keys), max(len(known) - 1, 0))
+    missing: np.ndarray = known[at] != keys if len(known) else np.ones(len(keys), bool)
+    return at, missing
+
+
+def rows_of_queries(dataset: Dataset, keys: np.ndarray, queries_at_once: int) -> Iterator[Rows]:
+    """Yield the train rows of these queries, whose keys ascend, some at a time; what cannot be read is left out."""
+    if not len(keys):
+        return
+    first, last = (keys[[0, -1]] >> PLACE_BITS).tolist()
+    for rows in dataset.between("train", first, last + 1, dataset.rows_at_once("train", queries_at_once)):
+        asked = rows.take(np.flatnonzero(np.isin(rows.query_keys, keys)))
+        if len(asked):
+            yield asked
 
 
 class Chosen(NamedTuple):
@@ -116,8 +135,7 @@ class MinedNegatives:
         return scores
 
     def _places(self, queries: np.ndarray) -> np.ndarray:
-        at: np.ndarray = np.minimum(np.searchsorted(self.queries, queries), max(len(self) - 1, 0))
-        missing = self.queries[at] != queries if len(self) else np.ones(len(queries), bool)
+        at, missing = find_keys(self.queries, queries)
         if missing.any():
             row, place = divmod(int(queries[missing][0]), 1 << PLACE_BITS)
             raise DataError(

@@ -9,7 +9,7 @@ import numpy as np
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import PLACE_BITS
 from bigdssm.errors import DataError
-from bigdssm.retrieval.mined import MinedNegatives, choose_negatives
+from bigdssm.retrieval.mined import MinedNegatives, choose_negatives, rows_of_queries
 from bigdssm.retrieval.texts import Texts
 
 ROWS_AT_ONCE = 1024
@@ -37,10 +37,7 @@ def mined_sample(dataset: Dataset, mined: MinedNegatives, count: int, seed: int 
         raise DataError(f"negatives were mined for row {last}, but {dataset.dir} has {num_rows} train rows")
     wanted = queries[np.linspace(0, len(queries) - 1, min(count, len(queries))).astype(np.int64)]
     found = []
-    for rows in dataset.iterate("train", ROWS_AT_ONCE):
-        taken = rows.take(np.flatnonzero(np.isin(rows.query_keys, wanted)))
-        if not len(taken):
-            continue
+    for taken in rows_of_queries(dataset, wanted, ROWS_AT_ONCE):
         negative = choose_negatives(mined.windows(taken.query_keys), taken, 0, seed, 1)[:, 0].astype(np.int64)
         own, other = (texts.documents(docs) for docs in (taken.doc_rows.astype(np.int64), np.maximum(negative, 0)))
         columns = (taken.row_ids.tolist(), texts.queries(taken), own, other, negative.tolist())

@@ -18,6 +18,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import PLACE_BITS
 from bigdssm.errors import DataError
 from bigdssm.retrieval.embed import Encoders
+from bigdssm.retrieval.mined import find_keys, rows_of_queries
 from bigdssm.retrieval.shards import ShardedFolder, Work
 
 DOCUMENTS, QUERIES = "documents.npy", "queries.npy"
@@ -60,8 +61,7 @@ class TeacherVectors:
 
     def queries(self, keys: np.ndarray) -> np.ndarray:
         """Return float16 [m, E] for int64 keys [m]. Raises DataError where one is not there."""
-        at = np.minimum(np.searchsorted(self.keys, keys), max(len(self.keys) - 1, 0))
-        missing = self.keys[at] != keys if len(self.keys) else np.ones(len(keys), bool)
+        at, missing = find_keys(self.keys, keys)
         if missing.any():
             row = int(keys[missing][0]) >> PLACE_BITS
             raise DataError(f"{self.folder} has no query of row {row}; make it anew with bigdssm embed_teacher")
@@ -94,20 +94,15 @@ def write_teacher(out: Path, encoders: Encoders, dataset: Dataset, name: str, wo
             documents[rows] = _checked(encoders.documents(rows).numpy(), "documents", rows)
         if last > num_docs:
             own = slice(max(first - num_docs, 0), last - num_docs)
-            queries["vector"][own] = _of_queries(encoders, dataset, keys[own])
+            queries["vector"][own] = np.concatenate(
+                [
+                    _checked(encoders.queries(rows).numpy(), "queries of rows", rows.row_ids)
+                    for rows in rows_of_queries(dataset, keys[own], ROWS_AT_ONCE)
+                ]
+            )
         documents.flush()
         queries.flush()
     return TeacherVectors(out) if shards.finish(lambda aside: None) else None
-
-
-def _of_queries(encoders: Encoders, dataset: Dataset, keys: np.ndarray) -> np.ndarray:
-    """Return float16 [m, E] for the queries of ascending keys."""
-    parts, (first, last) = [], (keys[[0, -1]] >> PLACE_BITS).tolist()
-    for rows in dataset.between("train", first, last + 1, dataset.rows_at_once("train", ROWS_AT_ONCE)):
-        asked = rows.take(np.flatnonzero(np.isin(rows.query_keys, keys)))
-        if len(asked):
-            parts.append(_checked(encoders.queries(asked).numpy(), "queries of rows", asked.row_ids))
-    return np.concatenate(parts)
 
 
 def _checked(vectors: np.ndarray, what: str, rows: np.ndarray) -> np.ndarray:
