@@ -23,7 +23,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.pretrained import text_encoders
 from bigdssm.hashing import json_checksum
-from bigdssm.retrieval.embed import Encoders, tower_encoders
+from bigdssm.retrieval.embed import Encoders, encode_in_bf16, tower_encoders
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, Work
 from bigdssm.retrieval.teacher import write_teacher
 from bigdssm.retrieval.texts import Texts
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     teacher = parser.add_mutually_exclusive_group(required=True)
     teacher.add_argument("--model", type=Path, metavar="FOLDER", help="model folder that teaches")
     teacher.add_argument("--pretrained", type=Path, metavar="FOLDER", help="text encoder that teaches as it is")
+    parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16, which some processors do faster")
     parser.add_argument("--rows-per-shard", type=at_least(1), default=ROWS_PER_SHARD, help="rows a shard (%(default)s)")
     args = parser.parse_args(argv)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
@@ -54,13 +55,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _encoders(args: argparse.Namespace, dataset: Dataset) -> tuple[Encoders, str]:
     """Return the teacher, and what tells it from others."""
+    precision = {"bf16": True} if args.bf16 else {}
     if args.pretrained is not None:
-        return text_encoders(args.pretrained, Texts(dataset)), json_checksum(folder_checksums(args.pretrained))
+        encoders = text_encoders(args.pretrained, Texts(dataset), args.bf16)
+        return encoders, json_checksum(folder_checksums(args.pretrained) | precision)
     folder = load_model_folder(args.model)
     folder.check_dataset(dataset)
     if folder.model.scorer is not None:
         raise ConfigError(f"--model {args.model} scores by more than its vectors; bigdssm score_pairs takes it")
-    return tower_encoders(folder.model, dataset), folder.checksum
+    if args.bf16:
+        encode_in_bf16(folder.model)
+    return tower_encoders(folder.model, dataset), json_checksum({"model": folder.checksum} | precision)
 
 
 if __name__ == "__main__":

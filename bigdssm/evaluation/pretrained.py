@@ -46,7 +46,7 @@ class PretrainedEncoder:
         return torch.nn.functional.normalize(vectors.float(), dim=1)
 
 
-def text_encoders(folder: Path, texts: Texts) -> Encoders:
+def text_encoders(folder: Path, texts: Texts, bf16: bool = False) -> Encoders:
     """Return an encoder as it is for the texts of a dataset. Raises ConfigError where `folder` holds none."""
-    encoder = PretrainedEncoder(folder)
+    encoder = PretrainedEncoder(folder, bf16=bf16)
     return Encoders(lambda rows: encoder(texts.queries(rows)), lambda docs: encoder(texts.documents(docs)))
