@@ -136,7 +136,7 @@ def _add_pair_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--split", choices=("random", "time", "column", "train"), default="random")
     sub.add_argument("--group-column", help="--split random: its rows stay together (default: rows of one query)")
     sub.add_argument("--time-column", help="--split time: the newest rows are test, the ones before validation")
-    sub.add_argument("--split-column", help="--split column: says train, validation or test")
+    sub.add_argument("--split-column", help="--split column: says train, validation, test or none")
     sub.add_argument("--whole-documents", action="store_true", help="--split random: so do rows of one document")
     sub.add_argument("--each-of", metavar="COLUMN", help="a list column: every value makes a row")
     _add_beir(sub)

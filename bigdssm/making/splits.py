@@ -20,7 +20,7 @@ from bigdssm.tables.hashing import uniform
 
 PairSplit = Literal["random", "time", "column", "train"]
 SPLITS = ("train", "validation", "test")
-NAMES = {"train": 0, "training": 0, "validation": 1, "valid": 1, "val": 1, "dev": 1, "test": 2}
+NAMES = {"train": 0, "training": 0, "validation": 1, "valid": 1, "val": 1, "dev": 1, "test": 2, "none": len(SPLITS)}
 UNITS_PER_JOB = 1 << 20
 ROWS_PER_RUN = 1 << 20  # whose times are sorted at once
 TIMES = "times.npy"
@@ -93,7 +93,7 @@ class Splitter:
             engine.table("drawn", [folder / "splits.parquet" for folder in drawn])
             engine.view("divided", "SELECT found.*, drawn.split FROM found JOIN drawn ON found.unit = drawn.unit")
         else:
-            engine.view("divided", "SELECT *, split_read AS split FROM found")
+            engine.view("divided", f"SELECT *, split_read AS split FROM found WHERE split_read < {len(SPLITS)}")
 
     def _units(self, check: RowCheck, query_ids: np.ndarray) -> np.ndarray:
         """Return what a random split keeps together: the rows of one group, or without a column of one query, int64."""
@@ -106,7 +106,7 @@ class Splitter:
     def _said(self, check: RowCheck) -> np.ndarray:
         said = strings(check, str(self._column))
         numbers = np.array([NAMES.get(value.lower(), -1) for value in said.to_pylist()], np.int64)
-        check.fail(numbers < 0, f"{self._column} is {{}}, needs train, validation or test", said)
+        check.fail(numbers < 0, f"{self._column} is {{}}, needs train, validation, test or none", said)
         return numbers
 
     def _drawn(self, units: np.ndarray) -> np.ndarray:

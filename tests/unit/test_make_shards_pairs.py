@@ -89,10 +89,11 @@ def test_time_and_column_splits(tmp_path: Path) -> None:
     dataset = make(tmp_path, rows, split="time", split_column="time", validation_fraction=0.1, test_fraction=0.2)
     assert {len(queries(dataset, "test")), len(queries(dataset, "validation"))} == {20, 10}
     assert set(queries(dataset, "test")) == {f"[CLS] find item {i} [SEP]" for i in range(80, 100)}
-    for row, name in zip(rows, ["train", "valid", "dev", "Test"] * 25, strict=True):
+    for row, name in zip(rows, ["train", "valid", "dev", "Test", "none"] * 20, strict=True):
         row["group"] = name
     dataset = make(tmp_path, rows, "by_column", split="column", split_column="group")
-    assert [dataset.num_rows(split) for split in ("train", "validation", "test")] == [25, 50, 25]
+    assert [dataset.num_rows(split) for split in ("train", "validation", "test")] == [20, 40, 20]
+    assert dataset.catalogue.num_docs == len(rows), "rows of no split have their documents there, too"
 
 
 def test_the_fit_knows_nothing_of_held_out_rows(tmp_path: Path) -> None:

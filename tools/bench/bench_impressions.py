@@ -1,0 +1,162 @@
+"""What shown-and-not-clicked documents are worth to fine-tuning, on a generator whose truth is known.
+
+    python tools/bench/bench_impressions.py --out impressions.json   # 1 CPU-minute
+
+Users and documents have tastes and habits, drawn at random. An old recommender shows a user documents by habits, and
+users click what they are shown by taste. Clicks are all that pretraining sees, so it learns both. Validation and test
+are what users choose by taste alone, of all documents that they were not shown. Fine-tuning is told what else was shown
+(`list_documents --given`); the control goes on with FPS for as many steps. `the truth` ranks by taste itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import bigdssm
+from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.cli import run_main
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import Rows
+from bigdssm.errors import ConfigError
+from bigdssm.evaluation.metrics import means
+from bigdssm.evaluation.split import evaluate_scores, evaluate_split
+from bigdssm.evaluation.systems import System, save_comparison
+from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.running.commands import run_command
+from bigdssm.string_hashes import hash_strings
+
+USERS, DOCS, WIDTH, SHOWN, CHOSEN = 3000, 1000, 6, 100, 4
+CONFIG = """
+run: {{dir: {folder}/run, seed: {seed}}}
+data:
+  dir: {folder}/dataset
+  query: {{user: {{type: categorical}}}}
+  doc: {{document: {{type: categorical}}}}
+  lanes: 8
+model:
+  dim: 32
+  score: dot
+  alpha_init: 1.0
+  query: {{mlp: [], embedding_dim: 32}}
+  doc: {{mlp: [], embedding_dim: 32}}
+pretrain:
+  rows_global: 1024
+  epochs: 10
+  loss: {{name: fps, sampling: corrected, gamma: 1.0}}
+  optimizer: {{lr: 1.0e-2, weight_decay: 0.0, warmup_steps: 20, gradient_clipping: 0.0}}
+sft:
+  rows_global: 1024
+  epochs: 5
+  loss: {{name: softmax, negatives: 8, in_batch: false}}
+  optimizer: {{lr: 3.0e-3, weight_decay: 0.0, warmup_steps: 10, gradient_clipping: 0.0}}
+"""
+RUNS = {
+    "FPS": None,
+    "FPS goes on": [
+        "sft.loss.name=fps",
+        "sft.loss.negatives=0",
+        "sft.loss.in_batch=true",
+        "sft.loss.sampling=corrected",
+    ],
+    "softmax over what was shown": ["sft.mining.file={folder}/shown.npy"],
+}
+
+
+def main() -> int:
+    """Run the bench; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=Path("runs/impressions"), help="of all files (%(default)s)")
+    parser.add_argument("--out", type=Path, required=True, metavar="JSON")
+    args = parser.parse_args()
+    return run_main(lambda: bench(args.folder, args.seed, args.out))
+
+
+def bench(folder: Path, seed: int, out: Path) -> None:
+    """Generate, train, measure and print."""
+    if folder.exists():
+        raise ConfigError(f"--folder {folder} is there already; choose another, or remove it")
+    folder.mkdir(parents=True)
+    taste = generate(folder, seed)
+    config = folder / "config.yaml"
+    config.write_text(CONFIG.format(folder=folder, seed=seed))
+    options = {"split": "column", "split_column": "split", "query_id_column": "user", "doc_id_column": "document"}
+    bigdssm.make_dataset(config, pairs=folder / "pairs.parquet", **options)
+    dataset, log = Dataset.open(folder / "dataset"), folder / "log.txt"
+    shown = ["--given", folder / "shown.parquet", "--query-column", "user", "--column", "shown", "--width", SHOWN]
+    run(log, "list_documents", "--data", dataset.dir, "--out", folder / "shown.npy", *shown)
+    run(log, "pretrain", "--config", config)
+    start = folder / "run/pretrain/best"
+    systems = []
+    for name, overrides in RUNS.items():
+        best = start
+        if overrides is not None:
+            where = folder / name.replace(" ", "-")
+            given = [line.format(folder=folder) for line in overrides]
+            run(log, "sft", "--config", config, f"run.dir={where}", f"sft.init={start}", *given)
+            best = where / "sft/best"
+        ranks = evaluate_split(tower_encoders(load_model_folder(best).model, dataset), dataset, "test").ranks
+        systems.append(System.of_ranks(name, ranks, 0.0))
+    systems.append(System.of_ranks("the truth", evaluate_scores(by_taste(dataset, taste), dataset, "test").ranks, 0.0))
+    *_, control, told, _ = systems
+    for system in systems:
+        print(f"{system.name:30} NDCG@10 {means(system.values)['ndcg_at_10']:.4f}")
+    print(f"{told.name} less {control.name}: {told.difference(control, 'ndcg_at_10')}")
+    save_comparison(out, systems, [(told, control)], dataset, split="test", filter_seen=True)
+
+
+def generate(folder: Path, seed: int) -> np.ndarray:
+    """Write clicks (train), free choices (the other splits) and what was shown and left; return tastes [U, D]."""
+    random = np.random.default_rng(seed)
+    taste, habit = (random.normal(size=(USERS, WIDTH)) @ random.normal(size=(WIDTH, DOCS)) for _ in range(2))
+    shown = top(0.8 * habit + random.gumbel(size=habit.shape), SHOWN)
+    clicks = random.random(shown.shape) < 1 / (1 + np.exp(3 - np.take_along_axis(taste, shown, 1)))
+    unseen = taste.copy()
+    np.put_along_axis(unseen, shown, -np.inf, 1)
+    chosen = top(unseen + random.gumbel(size=taste.shape), CHOSEN)
+    user, place = np.nonzero(clicks)
+    chooser, halves = np.repeat(np.arange(USERS), CHOSEN), np.array(["validation", "test"])
+    pairs = [(user, shown[user, place], ["train"]), (chooser, chosen.ravel(), halves[np.arange(len(chooser)) % 2])]
+    columns = [
+        {"user": names("u", u), "document": names("d", d), "split": np.broadcast_to(s, len(u))} for u, d, s in pairs
+    ]
+    pq.write_table(pa.concat_tables([pa.table(some) for some in columns]), folder / "pairs.parquet")
+    left = [names("d", docs[~clicked]) for docs, clicked in zip(shown, clicks, strict=True)]
+    pq.write_table(pa.table({"user": names("u", np.arange(USERS)), "shown": left}), folder / "shown.parquet")
+    return taste
+
+
+def by_taste(dataset: Dataset, taste: np.ndarray) -> Callable[[Rows], np.ndarray]:
+    """Return the scores of rows by taste: [m, N]."""
+    users, docs = (
+        {key: number for number, key in enumerate(hash_strings(pa.array(names(kind, np.arange(size)))).tolist())}
+        for kind, size in (("u", USERS), ("d", DOCS))
+    )
+    found = [docs[key] for key in dataset.catalogue.ids(np.arange(dataset.catalogue.num_docs)).tolist()]
+    return lambda rows: taste[[users[key] for key in rows.query_ids.tolist()]][:, found]
+
+
+def top(scores: np.ndarray, number: int) -> np.ndarray:
+    """Return the best columns of every row, int64 [rows, number]: with Gumbel's noise added, drawn by softmax."""
+    return np.argpartition(-scores, number, axis=1)[:, :number]
+
+
+def names(kind: str, numbers: np.ndarray) -> list[str]:
+    """Return ids."""
+    return [f"{kind}{number}" for number in numbers]
+
+
+def run(log: Path, command: str, *arguments: object) -> None:
+    """Run `bigdssm command …`."""
+    run_command(log, command, *map(str, arguments)).check()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
