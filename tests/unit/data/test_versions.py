@@ -43,7 +43,7 @@ Facts = tuple[float, str]
 def test_versions_are_what_a_plain_reading_gives(num_docs: int, changes: list[tuple[int, int]]) -> None:
     changes = sorted({(doc % num_docs, since) for doc, since in changes}, key=lambda change: change[1])
     document, since = np.array(changes).T
-    versions = Versions(num_docs, document, since)
+    versions = Versions.of(num_docs, document, since)
     pairs = [(doc, partition) for doc in range(num_docs) for partition in range(6)]
     documents, partitions = np.array(pairs).T
     newest, seen = {}, {}
