@@ -191,12 +191,14 @@ class Cutting:
         docs, counts = np.unique(items, return_counts=True)
         with RowFile(folder / "positives.parquet", POSITIVE) as file:
             file.add(pa.table([docs, counts], schema=POSITIVE))
+        facts = {} if self.versions is None else {"num_early": self.versions.num_early(events.item, events.time)}
         if self.split != "leave-one-out":
+            write_facts(folder, **facts)
             return
         sampled = (split >= 0) & (uniform(events.place, "leak", 0) < MOST_TIMES / max(1, self.events.num_rows))
         with RowFile(folder / "times.parquet", TARGET_TIME) as file:
             file.add(pa.table([split[sampled].astype(np.int32), events.time[sampled]], schema=TARGET_TIME))
-        write_facts(folder, counts_events=counts_events(events.time, events.position))
+        write_facts(folder, **facts, counts_events=counts_events(events.time, events.position))
 
 
 def cut_sequences(run: Making, cutting: Cutting, *, has_times: bool) -> tuple[list[Path], list[dict[str, Any]]]:

@@ -7,6 +7,7 @@ sorted by a hash of their place; shards, sequences and catalogue are written. Se
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -42,7 +43,7 @@ from bigdssm.making.making import (
 from bigdssm.making.sorting import shuffled
 from bigdssm.making.spark import SparkTable, open_table
 from bigdssm.making.splits import SPLITS, check_fractions, quantiles
-from bigdssm.making.steps import Table
+from bigdssm.making.steps import Table, read_facts
 from bigdssm.progress import Progress, no_progress
 
 
@@ -97,6 +98,8 @@ def make_interactions(
         )  # fmt: skip
         folders, cut = cut_sequences(run, cutting, has_times=tables.time_column is not None)
         splits = {name: Table.of(folder / f"{name}.parquet" for folder in folders) for name in SPLITS}
+        if versions is not None:
+            run.notes += _notes_of_versions(tables, documents, sum(read_facts(f)["num_early"] for f in folders))
         if not splits["train"].num_rows:
             raise DataError(f"{tables.interactions}: no training row is left; every user has too few events")
         if as_of:
@@ -123,6 +126,13 @@ def _told_documents(engine: Engine, documents: Documents) -> Table:
     if documents.changed is None:
         return documents.table
     return engine.select("fitted_documents", "SELECT * FROM told_documents", order="place, doc_id")
+
+
+def _notes_of_versions(tables: InteractionTables, documents: Documents, num_early: int) -> Iterator[str]:
+    if documents.changed is not None and documents.changed.num_rows:
+        yield f"{documents.changed.num_rows} rows of {tables.items} are further versions of items"
+    if num_early:
+        yield f"{num_early} events are older than all that {tables.items} has of their items: they see the oldest"
 
 
 def _files(tables: InteractionTables) -> tuple[Path | str, Path | str | None, Path | str]:

@@ -31,16 +31,23 @@ class ItemVersions:
         """Return those of the dataset that grows, of which `known` are the catalogue's files, and of `documents`."""
         folder = engine.spool / "item_versions"
         if not folder.exists():
-            versions = _versions(known, documents)
+            versions, oldest = _versions(known, documents)
             with finished_folder(folder) as aside:
+                np.save(aside / "oldest.npy", oldest)
                 for name in ARRAYS:
                     np.save(aside / f"{name}.npy", getattr(versions, name))
         return cls(folder, documents.total)
 
+    def _array(self, name: str) -> np.ndarray:
+        return np.load(self._folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+
     @cached_property
     def _versions(self) -> Versions:
-        arrays = (np.load(self._folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS)
-        return Versions(self._num_docs, *arrays)
+        return Versions(self._num_docs, *map(self._array, ARRAYS))
+
+    @cached_property
+    def _oldest(self) -> np.ndarray:
+        return self._array("oldest")
 
     def find(self, items: np.ndarray, times: np.ndarray) -> np.ndarray:
         """Return which version of each item held at a time, int32, as `Versions.named` takes them."""
@@ -49,19 +56,25 @@ class ItemVersions:
         place = self._versions.held(items.astype(np.int64), times)
         return np.where(place < self._num_docs, -1, place - self._num_docs).astype(np.int32)
 
+    def num_early(self, items: np.ndarray, times: np.ndarray) -> int:
+        """Return how many events are older than all versions of their items."""
+        return int((times < self._oldest[items]).sum())
 
-def _versions(known: Sequence[CatalogueFile], documents: Documents) -> Versions:
+
+def _versions(known: Sequence[CatalogueFile], documents: Documents) -> tuple[Versions, np.ndarray]:
+    """Return all versions, and from when on the oldest of each document holds, float64 [documents]."""
     assert documents.changed is not None
     rows = documents.changed.read(columns=[DOCUMENT_COLUMN, SINCE_COLUMN])
     document, since = (rows.column(name).to_numpy() for name in (DOCUMENT_COLUMN, SINCE_COLUMN))
+    first = documents.table.read(columns=[SINCE_COLUMN]).column(SINCE_COLUMN).to_numpy()
+    if known:
+        table = MappedTable([file.path for file in known if file.since is None])
+        first = np.concatenate([table.whole(SINCE_COLUMN), first])
     if earlier := [file.path for file in known if file.since is not None]:
         table = MappedTable(earlier)
         document = np.concatenate([table.whole(DOCUMENT_COLUMN), document])
         since = np.concatenate([table.whole(SINCE_COLUMN), since])
-    changed = np.unique(document)
-    old, new = changed[changed < documents.first], changed[changed >= documents.first]
-    first = documents.table.read(columns=[SINCE_COLUMN]).column(SINCE_COLUMN).to_numpy()[new - documents.first]
-    if len(old):
-        table = MappedTable([file.path for file in known if file.since is None])
-        first = np.concatenate([np.asarray(table.take(SINCE_COLUMN, old)), first])
-    return Versions.of(documents.total, document, since, first)
+    versions = Versions.of(documents.total, document, since, first[np.unique(document)])
+    oldest = first.copy()
+    np.minimum.at(oldest, document, since)
+    return versions, oldest

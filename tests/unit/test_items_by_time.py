@@ -77,6 +77,9 @@ def test_an_event_sees_the_version_of_its_time(tmp_path: Path) -> None:
     write(tmp_path, ITEMS, [("u", "b", 0), *(("u", "a", time) for time in times)])
     report = make(tmp_path, tmp_path / "out")
     assert (report.num_docs, report.new_docs, report.changed_docs) == (2, 2, 1)
+    told = ["1 rows of {} are further versions of items",
+            "2 events are older than all that {} has of their items: they see the oldest"]  # fmt: skip
+    assert list(report.notes[:2]) == [note.format(tmp_path / "items.parquet") for note in told]
     dataset = Dataset.open(tmp_path / "out")
     first, later = ("first", 1.0, "a"), ("later", 5.0, "a, renamed")
     assert seen(dataset) == {
@@ -93,7 +96,8 @@ def test_an_event_sees_the_version_of_its_time(tmp_path: Path) -> None:
     assert isinstance(newest, Ragged) and len(set(newest.values.tolist())) == 1, "as of now, too"
     assert verify_dataset(tmp_path / "out") == []
     assert len(sample_rows(dataset, count=5)) == 5
-    assert describe(dataset).num_docs == 2
+    found = describe(dataset)
+    assert (found.num_docs, found.num_versions, found.seen_as_of) == (2, 1, "event")
 
 
 def random_tables(seed: int, first_time: int) -> tuple[list[Item], list[Event]]:
@@ -134,6 +138,9 @@ def test_days_of_a_dataset_see_what_was_known_when_each_was_made(split: str, tmp
         write(tmp_path / str(day), items, some)
         report = make(tmp_path / str(day), tmp_path / "out", f"day{day}", split=split)
         assert report.changed_docs > 20
+        early = sum(time < versions[item][0][0] for _, item, time in some)
+        assert bool(early) == (day != 1)
+        assert any(note.startswith(f"{early} events are older than all") for note in report.notes) == bool(early)
         for user, item, time in sorted(some, key=lambda event: event[2]):
             expected.setdefault(user, []).append(held(versions[item], time))
         dataset = Dataset.open(tmp_path / "out", [f"day{day}"])
