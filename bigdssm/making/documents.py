@@ -87,7 +87,12 @@ class Documents:
     first: int  # the catalogue row of the first new one
     keys: Keys  # of all documents, by doc_id
     changed: Table | None = None  # further versions of documents; `document` is each one's catalogue row
-    dated: bool = False  # whether they have times, `since`
+    told: Table | None = None  # of rows with times, `since`: both
+
+    @property
+    def dated(self) -> bool:
+        """Return whether they have times."""
+        return self.told is not None
 
     @property
     def total(self) -> int:
@@ -110,7 +115,7 @@ def number_documents(engine: Engine, writer: DatasetWriter) -> Documents:
     return Documents(table, writer.num_known_docs, _keys(engine, writer, table), changed)
 
 
-def number_versions(engine: Engine, writer: DatasetWriter) -> Documents:
+def number_versions(engine: Engine, writer: DatasetWriter, found: Table) -> Documents:
     """As `number_documents`, of rows with times: a document's oldest is its first version, others are further ones.
 
     Of rows of one time the last counts. A row that is as the version before it, maybe the dataset's, tells nothing.
@@ -126,21 +131,27 @@ def number_versions(engine: Engine, writer: DatasetWriter) -> Documents:
         "dated_documents",
         f"SELECT *, row_number() {by_time} AS nth, {before} FROM first_documents WHERE from_last = 1",
     )
-    engine.view(
+    own = [name for name in found.read(0, 0).column_names if name not in ("document", TOLD, KNOWN_SINCE)]
+    told = engine.select(
         "told_documents",
-        f"SELECT * FROM dated_documents WHERE CASE WHEN {SINCE_COLUMN}_before >= {KNOWN_SINCE} "
+        f"SELECT {', '.join(own)}, document, nth, first_place FROM dated_documents "
+        f"WHERE CASE WHEN {SINCE_COLUMN}_before >= {KNOWN_SINCE} "
         f"THEN content <> content_before OR display <> display_before ELSE {TOLD} = 1 END",
+        order="place, doc_id",
     )
-    new = "SELECT * FROM told_documents WHERE document < 0 AND nth = 1"
-    table = engine.select("documents", new, order="first_place, doc_id")
-    kept = [f"t.{name}" for name in table.read(0, 0).column_names if name not in ("document", "number")]
+    own = [f"t.{name}" for name in own]
+    table = engine.select(
+        "documents",
+        f"SELECT {', '.join(own)} FROM told_documents t WHERE t.document < 0 AND t.nth = 1",
+        order="first_place, doc_id",
+    )
     changed = engine.select(
         "changed_documents",
-        f"SELECT {', '.join(kept)}, coalesce(d.number + {writer.num_known_docs}, t.document) AS document "
+        f"SELECT {', '.join(own)}, coalesce(d.number + {writer.num_known_docs}, t.document) AS document "
         "FROM told_documents t LEFT JOIN documents d ON t.doc_id = d.doc_id WHERE t.document >= 0 OR t.nth > 1",
         order=f"document, {SINCE_COLUMN}",
     )
-    return Documents(table, writer.num_known_docs, _keys(engine, writer, table), changed, dated=True)
+    return Documents(table, writer.num_known_docs, _keys(engine, writer, table), changed, told)
 
 
 def _keys(engine: Engine, writer: DatasetWriter, table: Table) -> Keys:

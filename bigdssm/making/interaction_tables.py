@@ -92,9 +92,9 @@ def read_items(
     known = KnownDocuments.of(writer.out, writer.content, Keys(writer.key_files))
     reader = _ItemReader(tables.item_column, tables.items_time_column, shown, base.doc, known)
     folders = run.read("items", [items], reader)
-    engine.table("found_documents", [folder / "documents.parquet" for folder in folders])
+    found = engine.table("found_documents", [folder / "documents.parquet" for folder in folders])
     if tables.items_time_column is not None:
-        documents = number_versions(engine, writer)
+        documents = number_versions(engine, writer, found)
     else:
         documents = number_documents(engine, writer)
         _refuse_repeated(run, items, "first_documents", "doc_key", tables.item_column)

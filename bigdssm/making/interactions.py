@@ -19,7 +19,7 @@ from bigdssm.dataset.files import SEQUENCE_KEYS_FILE
 from bigdssm.dataset.keys import Keys
 from bigdssm.dataset.partition import read_partition
 from bigdssm.dataset.sequences import VERSION_COLUMN
-from bigdssm.dataset.versions import SINCE_COLUMN, catalogue_files
+from bigdssm.dataset.versions import DOCUMENT_COLUMN, SINCE_COLUMN, catalogue_files
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, TextTokenizer, encode_columns, stored
 from bigdssm.making.as_of import join_users
@@ -123,6 +123,8 @@ def make_interactions(
 
 def _told_documents(engine: Engine, documents: Documents) -> Table:
     """Return the new documents and the further versions."""
+    if documents.told is not None:
+        return documents.told
     if documents.changed is None:
         return documents.table
     return engine.select("fitted_documents", "SELECT * FROM told_documents", order="place, doc_id")
@@ -142,7 +144,7 @@ def _files(tables: InteractionTables) -> tuple[Path | str, Path | str | None, Pa
 def _check(config: DataConfig, tables: InteractionTables) -> None:
     """Raise ConfigError on what cannot be asked for."""
     dated = tables.items_time_column is not None
-    check_names(config.doc, [*CATALOGUE_COLUMNS, *([SINCE_COLUMN] if dated else [])], "doc")
+    check_names(config.doc, [*CATALOGUE_COLUMNS, *([DOCUMENT_COLUMN, SINCE_COLUMN] if dated else [])], "doc")
     check_names(config.query, [*BLOCK_COLUMNS, *SEQUENCE_COLUMNS, *([VERSION_COLUMN] if dated else [])], "query")
     check_pieces(config)
     check_fractions(tables.validation_fraction, tables.test_fraction)

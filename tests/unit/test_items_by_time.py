@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,14 @@ def write(folder: Path, items: list[Any], events: list[Any]) -> None:
         pq.write_table(pa.table(dict(zip(columns, zip(*rows, strict=True), strict=True))), folder / f"{name}.parquet")
 
 
-def make(folder: Path, out: Path, partition: str = "base", updated: str | None = "updated", **options: Any) -> Report:
+def make(
+    folder: Path, out: Path, partition: str = "base", updated: str | None = "updated", config: DataConfig = CONFIG,
+    **options: Any,
+) -> Report:  # fmt: skip
     tables = InteractionTables(
         folder / "events.parquet", folder / "items.parquet", items_time_column=updated, **{"split": "train", **options}
     )
-    return make_interactions(CONFIG, tables, Target(out, partition, append=out.exists(), processes=1))
+    return make_interactions(config, tables, Target(out, partition, append=out.exists(), processes=1))
 
 
 def facts_at(dataset: Dataset, rows: np.ndarray) -> list[Facts]:
@@ -202,6 +206,9 @@ def test_what_cannot_be_used_is_told(tmp_path: Path) -> None:
     write(tmp_path, ITEMS, events)
     with pytest.raises(ConfigError, match="--items-time-column updated needs a --time-column of the events"):
         make(tmp_path, tmp_path / "out", time_column=None)
+    for side, name in (("doc", "since"), ("doc", "document"), ("query", "version")):
+        with pytest.raises(ConfigError, match=rf"data.{side}.{name}: the name is taken by the dataset's own column"):
+            make(tmp_path, tmp_path / "out", config=replace(CONFIG, **{side: {name: Categorical()}}))
     with pytest.raises(DataError, match=r"items.parquet has no column 'changed'"):
         make(tmp_path, tmp_path / "out", updated="changed")
     with pytest.raises(DataError, match=r"row 1: title is 'b', needs a number or an ISO 8601 time"):
