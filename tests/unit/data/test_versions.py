@@ -56,6 +56,11 @@ def test_versions_are_what_a_plain_reading_gives(num_docs: int, changes: list[tu
     assert versions.place(rows).tolist() == list(seen.values())
     assert versions.documents(rows).tolist() == documents.tolist()
     assert (rows < num_docs).tolist() == [seen[pair] == newest[pair[0]] for pair in pairs]
+    for number in range(-1, len(changes) + 1):  # the last is no version at all
+        every = np.arange(num_docs)
+        own = [0 <= number < len(changes) and changes[number][0] == doc for doc in every]
+        places = versions.place(versions.named(every, np.full(num_docs, number)))
+        assert places.tolist() == np.where(own, num_docs + number, every).tolist(), "of another document: its first"
 
 
 def facts_of(doc: int, day: int) -> Facts:
