@@ -74,6 +74,8 @@ def _print_description(console: Console, found: Description, split: str) -> None
         top.add_row(display, f"{count:,}")
     console.print(top)
     console.print(f"{found.num_docs:,} documents, {found.docs_without_train_rows:,} of them without a train row")
+    if found.num_versions:
+        console.print(f"{found.num_versions:,} further versions of documents, seen as of each {found.seen_as_of}")
     console.print(
         f"{found.duplicate_pairs:,} of {found.scanned_queries:,} {split} queries repeat a (query, document) pair"
     )

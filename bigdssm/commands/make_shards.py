@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--user-column", default="user_id")
     sub.add_argument("--item-column", default="item_id")
     sub.add_argument("--time-column", default="timestamp", help="'' where the events stand in order of time")
+    sub.add_argument("--items-time-column", help="from when on a row of items holds: events see the newest before them")
     sub.add_argument("--users-time-column", help="from when on a row of users holds: rows see the newest before them")
     sub.add_argument("--rating-column", help="becomes the relevance, which is 1 otherwise")
     sub.add_argument("--min-rating", type=float, help="events rated lower are left out")
@@ -163,6 +164,7 @@ def _interactions(args: argparse.Namespace) -> None:
         user_column=args.user_column,
         item_column=args.item_column,
         time_column=args.time_column or None,
+        items_time_column=args.items_time_column,
         users_time_column=args.users_time_column,
         rating_column=args.rating_column,
         min_rating=args.min_rating,

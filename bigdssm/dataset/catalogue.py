@@ -57,6 +57,19 @@ class Catalogue:
         """Return all documents' ids, int64 [num_docs]."""
         return self._table.whole("doc_id")[: self.num_docs]
 
+    def seen(
+        self, documents: np.ndarray, partitions: np.ndarray, versions: np.ndarray | None = None
+    ) -> np.ndarray | None:
+        """Return the rows of documents, int64, as rows of partitions, by number, see them, or in these versions.
+
+        None where no document has changed. `versions` are as `Versions.named` takes them.
+        """
+        if self.versions is None:
+            return None
+        if versions is None:
+            return self.versions.seen(documents, partitions)
+        return self.versions.named(documents, versions)
+
     def _at(self, rows: np.ndarray) -> np.ndarray:
         return rows if self.versions is None else self.versions.place(rows)
 

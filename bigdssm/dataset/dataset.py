@@ -23,7 +23,7 @@ from bigdssm.dataset.mixture import MixtureBatches, MixturePart
 from bigdssm.dataset.partition import FORMAT, Partition, read_json, read_partition, short_hash
 from bigdssm.dataset.remote import RemoteFolder
 from bigdssm.dataset.rows import Rows
-from bigdssm.dataset.sequences import Targets
+from bigdssm.dataset.sequences import Targets, versions_of
 from bigdssm.dataset.versions import CatalogueFile, Versions, catalogue_files
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import History, TextTokenizer, item_codes, ragged
@@ -45,6 +45,7 @@ class Head:
     schema: Schema
     text: str = "tokens"  # how texts stand in blocks; "raw": as they are
     users: str = "sequences"  # where users' features stand for training; "rows": in blocks, as of each row
+    items: str = "partitions"  # what tells the version of an item that a row sees; "events": the time of each event
 
 
 class Dataset:
@@ -125,7 +126,8 @@ class Dataset:
             replace(read_partition(folder, name), number=known.index(name), num_docs=num_docs, remote=remote)
             for name in names
         ]
-        head = Head(folder, content["name"], schema, content.get("text", "tokens"), content.get("users", "sequences"))
+        places = {name: content[name] for name in ("text", "users", "items") if name in content}
+        head = Head(folder, content["name"], schema, **places)
         dataset = cls(head, read, files)
         if remote is not None:
             dataset.pickled = partial(cls.open, cache=remote.cache), (remote.url, names)
@@ -207,13 +209,9 @@ class Dataset:
         doc_rows = np.asarray(columns["doc"]) + self._first_doc[partition]
         return Rows(
             step=step, row_ids=row_ids, query=query, doc_rows=doc_rows, relevance=np.asarray(columns["relevance"]),
-            query_ids=np.asarray(columns["query_id"]), doc_versions=self._seen(doc_rows, partition),
+            query_ids=np.asarray(columns["query_id"]),
+            doc_versions=self.catalogue.seen(doc_rows, self._numbers[partition]),
         )  # fmt: skip
-
-    def _seen(self, documents: np.ndarray, partition: np.ndarray) -> np.ndarray | None:
-        """Return the catalogue rows of documents as rows of partitions see them; None where no document has changed."""
-        versions = self.catalogue.versions
-        return None if versions is None else versions.seen(documents, self._numbers[partition])
 
     def _pieces(
         self, split: str, step: int, row_ids: np.ndarray, table: MappedTable,
@@ -238,7 +236,7 @@ class Dataset:
             step=step, row_ids=row_ids, query=query, doc_rows=targets.item, relevance=targets.relevance,
             query_ids=np.asarray(table.take("query_id", sequence[targets.row])), row=None if single else targets.row,
             place=targets.place, left_edge=left_edge, sequence=sequence, sequences=table,
-            doc_versions=self._seen(targets.item, self._partition_of(sequence[targets.row])),
+            doc_versions=self.catalogue.seen(targets.item, self._numbers_of(sequence[targets.row]), targets.version),
         )  # fmt: skip
 
     def one_query_each(self, rows: Rows) -> Rows:
@@ -261,21 +259,22 @@ class Dataset:
         """Return the codes of the newest of the items that were seen, and the place of the oldest of them."""
         left_edge = np.maximum(0, seen - feature.max_items)
         items = table.take_slices("items", sequence, left_edge, seen)
-        partition = np.repeat(self._partition_of(sequence), items.lengths)
-        return type(items)(self._codes(str(feature.of), items.values, partition), items.offsets), left_edge
+        partition = np.repeat(self._numbers_of(sequence), items.lengths)
+        version = versions_of(table, sequence, left_edge, seen)
+        return type(items)(self._codes(str(feature.of), items.values, partition, version), items.offsets), left_edge
 
-    def _partition_of(self, sequence: np.ndarray) -> np.ndarray:
-        """Return the number of the partition that each sequence stands in, int64."""
-        return np.searchsorted(self._sequence_base, sequence, "right") - 1
+    def _numbers_of(self, sequence: np.ndarray) -> np.ndarray:
+        """Return the number, among all of its dataset, of the partition that each sequence stands in, int64."""
+        return self._numbers[np.searchsorted(self._sequence_base, sequence, "right") - 1]
 
-    def _codes(self, feature: str, docs: np.ndarray, partition: np.ndarray) -> np.ndarray:
-        """Return the codes of documents in histories, as rows of partitions see them.
+    def _codes(self, feature: str, docs: np.ndarray, partition: np.ndarray, version: np.ndarray | None) -> np.ndarray:
+        """Return the codes of documents in histories, as `Catalogue.seen` has them.
 
         Of one that is none, which is bad as a target, it is unknown.
         """
         known = (docs >= 0) & (docs < self.catalogue.num_docs)
         docs = docs if known.all() else np.where(known, docs, 0)
-        seen = self._seen(docs, partition)
+        seen = self.catalogue.seen(docs, partition, version)
         codes = item_codes(self.catalogue.codes(feature, docs if seen is None else seen))
         return codes if known.all() else np.where(known, codes, OUT_OF_VOCABULARY)
 

@@ -72,6 +72,7 @@ def _check_same(first: Dataset, other: Dataset, name: str) -> None:
     for what, mine, its in (
         ("texts", first.head.text, other.head.text),
         ("users' features", first.head.users, other.head.users),
+        ("items' features", first.head.items, other.head.items),
         ("sequences", first.sequences is not None, other.sequences is not None),
     ):
         if difference is None and mine != its:

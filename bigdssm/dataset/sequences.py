@@ -14,6 +14,7 @@ from bigdssm.dataset.mapped import MappedTable
 from bigdssm.features.ragged import offsets_of
 
 EVENT_COLUMNS = ("items", "relevance")  # lists with one value an event; further ones of events stand beside them
+VERSION_COLUMN = "version"  # such a list, where items have times: which version of its item an event saw
 ROWS_PER_FILE = 1 << 20  # of a partition's sequences: a file's rows do not depend on who wrote it
 
 
@@ -25,6 +26,7 @@ class Targets:
     place: np.ndarray  # int64 [m]: in the sequence
     item: np.ndarray  # int64 [m]: the catalogue row
     relevance: np.ndarray  # float32 [m]
+    version: np.ndarray | None = None  # int32 [m]: of the item, as `Versions.named` takes it; None: without times
 
     @classmethod
     def of(cls, table: MappedTable, sequence: np.ndarray, first: np.ndarray, end: np.ndarray) -> Targets:
@@ -33,7 +35,8 @@ class Targets:
         relevance = table.take_slices("relevance", sequence, first, end)
         row = np.repeat(np.arange(len(sequence)), items.lengths)
         place = np.arange(len(row)) - offsets_of(items.lengths)[row] + first[row]
-        return cls(row, place, items.values.astype(np.int64), relevance.values)
+        version = versions_of(table, sequence, first, end)
+        return cls(row, place, items.values.astype(np.int64), relevance.values, version)
 
     def faults(self, num_docs: int) -> Iterator[tuple[int, str]]:
         """Yield the number of each target that cannot be used, and why."""
@@ -52,4 +55,12 @@ class Targets:
 
     def take(self, targets: np.ndarray) -> Targets:
         """Return some of them."""
-        return Targets(self.row[targets], self.place[targets], self.item[targets], self.relevance[targets])
+        version = None if self.version is None else self.version[targets]
+        return Targets(self.row[targets], self.place[targets], self.item[targets], self.relevance[targets], version)
+
+
+def versions_of(table: MappedTable, sequence: np.ndarray, first: np.ndarray, end: np.ndarray) -> np.ndarray | None:
+    """Return the versions that events [first, end) of sequences saw, int32; None where items have no times."""
+    if VERSION_COLUMN not in table.schema.names:
+        return None
+    return table.take_slices(VERSION_COLUMN, sequence, first, end).values

@@ -2,13 +2,15 @@
 
 A document keeps its number, which is all that blocks, sequences and counts name. The first versions of all documents
 stand in the catalogue's files in the order of their numbers, newer ones in files behind those. A partition's rows see
-a document as it was when the partition was added; who goes over all documents sees each once, as it is now.
+a document as it was when the partition was added or, where versions have times, as it was at each event, of which the
+sequences name the version; who goes over all documents sees each once, as it is now.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from bigdssm.dataset.partition import inside
 from bigdssm.errors import DataError
 
 DOCUMENT_COLUMN = "document"  # of a file of versions: whose version a row is
+SINCE_COLUMN = "since"  # of all files of a catalogue with times: from when on a row holds
 
 
 @dataclass(frozen=True)
@@ -56,41 +59,79 @@ class Versions:
     behind all documents, which holds while the dataset is open.
     """
 
-    def __init__(self, num_docs: int, document: np.ndarray, since: np.ndarray) -> None:
-        """`document`, `since` int64 [versions ≥ 1]: whose each is, and from which partition on, as files have them.
+    def __init__(self, num_docs: int, times: np.ndarray, begin: np.ndarray, at: np.ndarray) -> None:
+        """All versions of the documents that have several: from when on each holds, and where the files have it.
 
-        A document's later version stands behind its earlier ones.
+        `times` float64 [t], ascending: all that versions hold from; `begin` int64 [n], ascending: document · (t + 1) +
+        how many of `times` are not after the version's own, 0 for a document's oldest; `at` int64 [n]: its row there.
         """
-        self.num_docs, self._document_of = num_docs, document
-        order = np.lexsort((since, document))
-        self._document, self._at = document[order], order + num_docs
-        self._steps = int(since.max(initial=0)) + 1
-        self._begin = self._document * self._steps + since[order]
+        self.num_docs, self.times, self.begin, self.at = num_docs, times, begin, at
+        self._steps = len(times) + 1
+        self._document = begin // self._steps
+
+    @classmethod
+    def of(cls, num_docs: int, document: np.ndarray, since: np.ndarray, first: np.ndarray | None = None) -> Versions:
+        """Return the newer versions in files, in order, and the first versions of the same documents.
+
+        `document` int64, `since` float64 [versions]: whose each is, and from which time or partition on. `first`
+        float64 [distinct documents]: the same of the first versions, in the order of their numbers; None: ever. Of
+        versions of one time the later in the files is newer.
+        """
+        changed = np.unique(document)
+        first = np.full(len(changed), -np.inf) if first is None else first
+        times, nth = np.unique(np.concatenate([first, since]), return_inverse=True)
+        whose = np.concatenate([changed, document])
+        at = np.concatenate([changed, num_docs + np.arange(len(document))])
+        order = np.lexsort((nth, whose))
+        whose, nth = whose[order], nth[order] + 1
+        nth[np.flatnonzero(np.diff(whose, prepend=-1))] = 0
+        return cls(num_docs, times, whose * (len(times) + 1) + nth, at[order])
 
     @classmethod
     def read(cls, files: Sequence[CatalogueFile]) -> Versions | None:
         """Return the versions among a catalogue's files, None without any. Raises DataError on those of no document."""
-        num_docs = sum(file.rows for file in files if file.since is None)
+        firsts = [file for file in files if file.since is None]
         newer = [file for file in files if file.since is not None]
         if not newer:
             return None
+        num_docs = sum(file.rows for file in firsts)
         documents = []
         for file in newer:
             documents.append(MappedTable([file.path]).whole(DOCUMENT_COLUMN) + file.first_doc)
             if len(documents[-1]) and (documents[-1].min() < 0 or documents[-1].max() >= num_docs):
                 raise DataError(f"{file.path} has versions of documents that the catalogue has not; copy it again")
-        since = np.repeat([file.since or 0 for file in newer], [len(some) for some in documents])
-        return cls(num_docs, np.concatenate(documents), since)
+        document = np.concatenate(documents)
+        table = MappedTable([file.path for file in newer])
+        if SINCE_COLUMN not in table.schema.names:
+            since = np.repeat([float(file.since or 0) for file in newer], [len(some) for some in documents])
+            return cls.of(num_docs, document, since)
+        first = MappedTable([file.path for file in firsts]).take(SINCE_COLUMN, np.unique(document))
+        return cls.of(num_docs, document, table.whole(SINCE_COLUMN), np.asarray(first))
 
     def place(self, rows: np.ndarray) -> np.ndarray:
         """Return where the files have the version that each row is, int64."""
         return np.where(rows < self.num_docs, self._newest(rows), rows - self.num_docs)
 
+    def held(self, documents: np.ndarray, when: np.ndarray) -> np.ndarray:
+        """Return where the files have what documents were at times, int64; before all versions, the oldest.
+
+        `when` [documents]: times, or partitions by number.
+        """
+        key = documents * self._steps + np.searchsorted(self.times, when, "right")
+        return self._found(np.searchsorted(self.begin, key, "right"), documents)
+
     def seen(self, documents: np.ndarray, partitions: np.ndarray) -> np.ndarray:
         """Return the rows of documents as the rows of partitions, by number, see them, int64."""
-        when = documents * self._steps + np.minimum(partitions, self._steps - 1)
-        place = self._found(np.searchsorted(self._begin, when, "right"), documents)
-        return np.where(place == self._newest(documents), documents, self.num_docs + place)
+        return self._rows(documents, self.held(documents, partitions))
+
+    def named(self, documents: np.ndarray, versions: np.ndarray) -> np.ndarray:
+        """Return the rows of documents in these versions, by their numbers among the newer ones in the files, int64.
+
+        −1, or a number that is not one of the document's, is its first version.
+        """
+        known = (versions >= 0) & (versions < len(self._document_of))
+        known &= self._document_of[np.where(known, versions, 0)] == documents
+        return self._rows(documents, np.where(known, self.num_docs + versions.astype(np.int64), documents))
 
     def documents(self, rows: np.ndarray) -> np.ndarray:
         """Return the documents that rows are versions of, int64."""
@@ -98,10 +139,21 @@ class Versions:
         newer = place >= self.num_docs
         return np.where(newer, self._document_of[np.where(newer, place - self.num_docs, 0)], place)
 
+    @cached_property
+    def _document_of(self) -> np.ndarray:
+        """The documents of the newer versions, int64, as the files have them."""
+        newer = self.at >= self.num_docs
+        found = np.empty(int(newer.sum()), np.int64)
+        found[self.at[newer] - self.num_docs] = self._document[newer]
+        return found
+
+    def _rows(self, documents: np.ndarray, place: np.ndarray) -> np.ndarray:
+        return np.where(place == self._newest(documents), documents, self.num_docs + place)
+
     def _newest(self, rows: np.ndarray) -> np.ndarray:
         return self._found(np.searchsorted(self._document, rows, "right"), rows)
 
     def _found(self, behind: np.ndarray, documents: np.ndarray) -> np.ndarray:
         """Return the places of the versions before `behind` where they are of these documents, else the first ones."""
         at = np.maximum(behind - 1, 0)
-        return np.where((behind > 0) & (self._document[at] == documents), self._at[at], documents)
+        return np.where(self._document[at] == documents, self.at[at], documents)

@@ -14,9 +14,11 @@ import pyarrow as pa
 
 from bigdssm.dataset.keys import Keys
 from bigdssm.dataset.mapped import MappedTable
+from bigdssm.dataset.sequences import VERSION_COLUMN
 from bigdssm.features import Feature, TextTokenizer, encode_columns
 from bigdssm.features.ragged import Ragged, gather_ranges, offsets_of
 from bigdssm.making.documents import canonical_of
+from bigdssm.making.item_versions import ItemVersions
 from bigdssm.making.leak import counts_events, younger_share
 from bigdssm.making.making import Making
 from bigdssm.making.sorting import Buckets, deal, order_of
@@ -92,6 +94,7 @@ class Cutting:
     targets_per_row: int
     seed: int
     earlier: tuple[tuple[tuple[Path, ...], Path], ...]  # sequence files and key file of earlier partitions
+    versions: ItemVersions | None = None  # of items with times
 
     def __call__(self, dealt: Buckets, job: tuple[int, tuple[int, int]], folder: Path) -> None:
         """Cut a range of sequences, whose events are the bucket of its number, into a file of sequences, and rows."""
@@ -116,15 +119,15 @@ class Cutting:
         self, own: pa.Table, user_ids: np.ndarray, events: Events, before: dict[str, Ragged]
     ) -> dict[str, pa.Array]:
         """Return every sequence's events, earlier partitions' before its own, and its user's features."""
-        lists = {
-            "items": _joined(before["items"], Ragged(events.item, events.offsets)),
-            "relevance": _joined(before["relevance"], Ragged(events.relevance, events.offsets)),
-        }
+        lists = {"items": events.item, "relevance": events.relevance}
+        if self.versions is not None:
+            lists[VERSION_COLUMN] = self.versions.find(events.item, events.time)
         columns = {
             "query_key": own.column("key").combine_chunks().cast(pa.large_string()),
             "query_id": pa.array(user_ids),
         }
-        for name, rows in lists.items():
+        for name, values in lists.items():
+            rows = _joined(before[name], Ragged(values, events.offsets))
             columns[name] = pa.LargeListArray.from_arrays(pa.array(rows.offsets), pa.array(rows.values))
         return columns | encode_columns(canonical_of(own, "u", self.user), self.user, self.text, large=True)
 
@@ -132,6 +135,8 @@ class Cutting:
         """Return each sequence's events in earlier partitions: the newest that knows it has all."""
         none = np.zeros(len(user_ids) + 1, np.int64)
         found = {"items": Ragged(np.empty(0, np.int32), none), "relevance": Ragged(np.empty(0, np.float32), none)}
+        if self.versions is not None:
+            found[VERSION_COLUMN] = Ragged(np.empty(0, np.int32), none)
         unseen = np.ones(len(user_ids), bool)
         for files, keys in reversed(self.earlier):
             rows = Keys([keys]).find(user_ids)
@@ -186,12 +191,14 @@ class Cutting:
         docs, counts = np.unique(items, return_counts=True)
         with RowFile(folder / "positives.parquet", POSITIVE) as file:
             file.add(pa.table([docs, counts], schema=POSITIVE))
+        facts = {} if self.versions is None else {"num_early": self.versions.num_early(events.item, events.time)}
         if self.split != "leave-one-out":
+            write_facts(folder, **facts)
             return
         sampled = (split >= 0) & (uniform(events.place, "leak", 0) < MOST_TIMES / max(1, self.events.num_rows))
         with RowFile(folder / "times.parquet", TARGET_TIME) as file:
             file.add(pa.table([split[sampled].astype(np.int32), events.time[sampled]], schema=TARGET_TIME))
-        write_facts(folder, counts_events=counts_events(events.time, events.position))
+        write_facts(folder, **facts, counts_events=counts_events(events.time, events.position))
 
 
 def cut_sequences(run: Making, cutting: Cutting, *, has_times: bool) -> tuple[list[Path], list[dict[str, Any]]]:

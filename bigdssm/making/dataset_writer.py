@@ -39,6 +39,7 @@ from bigdssm.schema import SCHEMA_FILE, VOCABULARIES, Schema
 
 DATASET_FILE, QUARANTINE_FILE = "dataset.json", "quarantine.jsonl"
 TOKENIZER, CATALOGUE, VERSIONS, PARTITIONS = "tokenizer", "catalogue", "versions", "partitions"
+AS_OF = {"users": "rows", "items": "events"}  # what sees features that change as of its time
 LOCK = "lock"
 PREVIOUS_SCHEMA = "schema.previous.json"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -148,18 +149,19 @@ class DatasetWriter:
                 )
         self.content["ids"] = known
 
-    def place_users(self, where: Literal["sequences", "rows"]) -> None:
-        """Note where users' features stand: with their sequences alone or, as of each row, with the rows, too.
+    def note_times(self, side: Literal["users", "items"], dated: bool) -> None:
+        """Note whether features of users are those as of each row, or those of items those as of each event.
 
-        Raises ConfigError where the dataset that grows has them elsewhere.
+        Raises ConfigError where it is otherwise in the dataset that grows.
         """
-        known = self.content.get("users", "sequences") if self.append else where
-        if known != where:
-            fix = {"rows": "give --users-time-column", "sequences": "leave out --users-time-column"}[known]
-            have = {"rows": "users' features as of each row", "sequences": "one row of features for each user"}[known]
-            raise ConfigError(f"{self.out} has {have}, so {fix} here, too")
-        if where == "rows":
-            self.content["users"] = where
+        known = side in self.content if self.append else dated
+        if known != dated:
+            one = f"one row of features for each {side[:-1]}"
+            have = f"{side}' features as of each {AS_OF[side][:-1]}" if known else one
+            fix = "give" if known else "leave out"
+            raise ConfigError(f"{self.out} has {have}, so {fix} --{side}-time-column here, too")
+        if dated:
+            self.content[side] = AS_OF[side]
 
     def commit(
         self, schema: Schema, catalogue: list[dict[str, Any]], versions: list[dict[str, Any]], splits: dict[str, Any],
@@ -184,7 +186,7 @@ class DatasetWriter:
             "schema": schema.fingerprint(),
             "text": self.content["text"],
             "ids": self.content["ids"],
-            **({"users": self.content["users"]} if "users" in self.content else {}),
+            **{side: self.content[side] for side in AS_OF if side in self.content},
             **({VERSIONS: newer} if newer else {}),
             "tokenizer": self._tokenizer_checksums(),
             "catalogue": [*self.content["catalogue"], *new],

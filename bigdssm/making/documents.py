@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bigdssm.dataset.keys import Keys, write_keys
+from bigdssm.dataset.versions import SINCE_COLUMN
 from bigdssm.features import Feature
 from bigdssm.making.dataset_writer import DatasetWriter
 from bigdssm.making.engine import Engine
-from bigdssm.making.known_documents import TOLD
+from bigdssm.making.known_documents import KNOWN_SINCE, TOLD
 from bigdssm.making.steps import Table
 from bigdssm.string_hashes import hash_strings
 
@@ -28,13 +29,14 @@ DOCUMENT_COLUMNS = {
 }
 
 
-def document_schema(features: Mapping[str, Feature]) -> pa.Schema:
-    """Return the schema of documents between two steps, as `KnownDocuments.compared` leaves them.
+def document_schema(features: Mapping[str, Feature], *, dated: bool = False) -> pa.Schema:
+    """Return the schema of documents between two steps, as `KnownDocuments.compared` leaves them, maybe with times.
 
     They have their keys, and canonical features as columns d0, d1, …
     """
     compared = [("document", pa.int64()), (TOLD, pa.int32())]
-    return pa.schema([*DOCUMENT_COLUMNS.items(), *spooled("d", features), *compared])
+    times = [(SINCE_COLUMN, pa.float64()), (KNOWN_SINCE, pa.float64())] if dated else []
+    return pa.schema([*DOCUMENT_COLUMNS.items(), *spooled("d", features), *times, *compared])
 
 
 def spooled(prefix: str, features: Mapping[str, Feature]) -> list[tuple[str, pa.DataType]]:
@@ -84,7 +86,13 @@ class Documents:
     table: Table
     first: int  # the catalogue row of the first new one
     keys: Keys  # of all documents, by doc_id
-    changed: Table | None = None  # known ones with other features; `document` is each one's catalogue row
+    changed: Table | None = None  # further versions of documents; `document` is each one's catalogue row
+    told: Table | None = None  # of rows with times, `since`: both
+
+    @property
+    def dated(self) -> bool:
+        """Return whether they have times."""
+        return self.told is not None
 
     @property
     def total(self) -> int:
@@ -104,12 +112,55 @@ def number_documents(engine: Engine, writer: DatasetWriter) -> Documents:
     if writer.append:
         known = "SELECT * FROM told_documents WHERE document >= 0"
         changed = engine.select("changed_documents", known, order="document")
+    return Documents(table, writer.num_known_docs, _keys(engine, writer, table), changed)
+
+
+def number_versions(engine: Engine, writer: DatasetWriter, found: Table) -> Documents:
+    """As `number_documents`, of rows with times: a document's oldest is its first version, others are further ones.
+
+    Of rows of one time the last counts. A row that is as the version before it, maybe the dataset's, tells nothing.
+    """
+    engine.view(
+        "first_documents",
+        "SELECT *, min(place) OVER (PARTITION BY doc_id) AS first_place, row_number() OVER "
+        f"(PARTITION BY doc_id, {SINCE_COLUMN} ORDER BY place DESC) AS from_last FROM found_documents",
+    )
+    by_time = f"OVER (PARTITION BY doc_id ORDER BY {SINCE_COLUMN})"
+    before = ", ".join(f"lag({name}) {by_time} AS {name}_before" for name in (SINCE_COLUMN, "content", "display"))
+    engine.view(
+        "dated_documents",
+        f"SELECT *, row_number() {by_time} AS nth, {before} FROM first_documents WHERE from_last = 1",
+    )
+    own = [name for name in found.read(0, 0).column_names if name not in ("document", TOLD, KNOWN_SINCE)]
+    told = engine.select(
+        "told_documents",
+        f"SELECT {', '.join(own)}, document, nth, first_place FROM dated_documents "
+        f"WHERE CASE WHEN {SINCE_COLUMN}_before >= {KNOWN_SINCE} "
+        f"THEN content <> content_before OR display <> display_before ELSE {TOLD} = 1 END",
+        order="place, doc_id",
+    )
+    own = [f"t.{name}" for name in own]
+    table = engine.select(
+        "documents",
+        f"SELECT {', '.join(own)} FROM told_documents t WHERE t.document < 0 AND t.nth = 1",
+        order="first_place, doc_id",
+    )
+    changed = engine.select(
+        "changed_documents",
+        f"SELECT {', '.join(own)}, coalesce(d.number + {writer.num_known_docs}, t.document) AS document "
+        "FROM told_documents t LEFT JOIN documents d ON t.doc_id = d.doc_id WHERE t.document >= 0 OR t.nth > 1",
+        order=f"document, {SINCE_COLUMN}",
+    )
+    return Documents(table, writer.num_known_docs, _keys(engine, writer, table), changed, told)
+
+
+def _keys(engine: Engine, writer: DatasetWriter, table: Table) -> Keys:
+    """Return the keys of the dataset's documents and of the new ones, which get a file."""
     by_id = engine.select("document_ids", "SELECT doc_id, number FROM documents", order="doc_id")
-    files, first = writer.key_files, writer.num_known_docs
-    if table.num_rows:
-        place_keys(engine, by_id, "doc_id", first, writer.new_key_file)
-        files = [*files, writer.new_key_file]
-    return Documents(table, first, Keys(files), changed)
+    if not table.num_rows:
+        return Keys(writer.key_files)
+    place_keys(engine, by_id, "doc_id", writer.num_known_docs, writer.new_key_file)
+    return Keys([*writer.key_files, writer.new_key_file])
 
 
 def first_of(table: str, key: str) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.dataset.keys import Keys
+from bigdssm.dataset.versions import SINCE_COLUMN
 from bigdssm.errors import DataError
 from bigdssm.features import Feature
 from bigdssm.features.columns import (
@@ -33,6 +34,7 @@ from bigdssm.making.documents import (
     document_schema,
     first_of,
     number_documents,
+    number_versions,
     spooled,
 )
 from bigdssm.making.known_documents import KnownDocuments
@@ -68,6 +70,7 @@ class InteractionTables:
     user_column: str = "user_id"
     item_column: str = "item_id"
     time_column: str | None = "timestamp"  # none: events are in order of time already
+    items_time_column: str | None = None  # from when on a row of items holds; none: an item has one row
     users_time_column: str | None = None  # from when on a row of users holds; none: a user has one row
     rating_column: str | None = None  # becomes the relevance; without one it is 1
     min_rating: float | None = None  # events rated lower are no events
@@ -77,47 +80,61 @@ class InteractionTables:
     test_fraction: float = 0.05  # split=time: the newest rows
 
 
-def read_items(run: Making, tables: InteractionTables, base: Schema, items: Source) -> Documents:
-    """Return the items as documents. Raises DataError where there are none."""
+def read_items(
+    run: Making, tables: InteractionTables, base: Schema, items: Source
+) -> tuple[Documents, list[Mapping[str, Any]]]:
+    """Return the items as documents, and the facts of their times, if they have some.
+
+    Raises DataError where there are none.
+    """
     engine, writer = run.engine, run.writer
     shown = base.display or tables.item_column
     known = KnownDocuments.of(writer.out, writer.content, Keys(writer.key_files))
-    folders = run.read("items", [items], _ItemReader(tables.item_column, shown, base.doc, known))
-    engine.table("found_documents", [folder / "documents.parquet" for folder in folders])
-    documents = number_documents(engine, writer)
-    _refuse_repeated(run, items, "first_documents", "doc_key", tables.item_column)
+    reader = _ItemReader(tables.item_column, tables.items_time_column, shown, base.doc, known)
+    folders = run.read("items", [items], reader)
+    found = engine.table("found_documents", [folder / "documents.parquet" for folder in folders])
+    if tables.items_time_column is not None:
+        documents = number_versions(engine, writer, found)
+    else:
+        documents = number_documents(engine, writer)
+        _refuse_repeated(run, items, "first_documents", "doc_key", tables.item_column)
     if not documents.total:
         raise DataError(f"{items.name} has no usable rows{writer.quarantine.told()}")
-    return documents
+    return documents, [read_facts(folder) for folder in folders] if documents.dated else []
 
 
 @dataclass(frozen=True)
 class _ItemReader:
     key: str
+    time: str | None
     shown: str
     features: dict[str, Feature]
     known: KnownDocuments
 
     @property
     def columns(self) -> list[str | None]:
-        return [self.key, self.shown, *(c for feature in self.features.values() for c in feature.source_columns)]
+        columns = (column for feature in self.features.values() for column in feature.source_columns)
+        return [self.key, self.time, self.shown, *columns]
 
     def __call__(self, part: PartOfTable, folder: Path) -> None:
-        with RowFile(folder / "documents.parquet", document_schema(self.features)) as file:
+        with RowFile(folder / "documents.parquet", document_schema(self.features, dated=bool(self.time))) as file:
             read_part(part, self.columns, folder, partial(self._read, part, file))
 
     def _read(self, part: PartOfTable, file: RowFile, batches: Iterator[SourceBatch], bad: ReportBad) -> dict[str, Any]:
-        num_good = 0
+        num_good, units = 0, TimeUnits()
         for batch in batches:
             check = RowCheck(batch, bad)
             keys, display = ids(check, self.key), strings(check, self.shown)
+            moment = times(check, self.time) if self.time else None
             table = canonical(check, self.features)
-            rows = document_rows(places(part, batch), hash_rows(table), keys, display, table).filter(
-                pa.array(check.good)
-            )
+            rows = document_rows(places(part, batch), hash_rows(table), keys, display, table)
+            if moment is not None:
+                rows = rows.append_column(SINCE_COLUMN, pa.array(moment))
+                units.add(moment[check.good])
+            rows = rows.filter(pa.array(check.good))
             num_good += rows.num_rows
             file.add(self.known.compared(rows))
-        return {"num_good": num_good}
+        return {"num_good": num_good, **units.facts()}
 
 
 def _refuse_repeated(run: Making, source: Source, table: str, key: str, column: str) -> None:
@@ -186,12 +203,13 @@ class _UserReader:
 
 def read_events(
     run: Making, tables: InteractionTables, user: dict[str, Feature], documents: Documents, events: Source,
-    user_times: Sequence[Mapping[str, Any]],
+    other_times: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> tuple[Table, Table]:  # fmt: skip
     """Return the sequences, and the events in the order of their table.
 
-    A sequence has user_id, key, its number of events `length`, and its user's newest features. `user_times` are the
-    facts of the users' times. Raises DataError where no event is left, or times are in several units.
+    A sequence has user_id, key, its number of events `length`, and its user's newest features. `other_times` are the
+    facts of the times in a column of another table. Raises DataError where no event is left, or times are in several
+    units.
     """
     engine, quarantine = run.engine, run.writer.quarantine
     folders = run.read("events", [events], _EventReader(tables, documents.keys))
@@ -203,9 +221,8 @@ def read_events(
         low = f"; {num_low} are rated below {tables.min_rating}" if num_low else ""
         raise DataError(f"{events.name}: no interaction is left to train on{low}{quarantine.told()}")
     check_time_units(facts, f"{events.name}, column {tables.time_column!r}")
-    if user_times:
-        beside = f"with {tables.users}, column {tables.users_time_column!r},"
-        check_time_units([*facts, *user_times], f"{events.name}, column {tables.time_column!r}, {beside}")
+    for column, others in other_times.items():
+        check_time_units([*facts, *others], f"{events.name}, column {tables.time_column!r}, with {column},")
     if num_low:
         run.notes.append(f"{num_low} interactions are rated below {tables.min_rating} and left out")
     engine.view(

@@ -7,6 +7,7 @@ sorted by a hash of their place; shards, sequences and catalogue are written. Se
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from bigdssm.config import DataConfig, check_pieces
 from bigdssm.dataset.files import SEQUENCE_KEYS_FILE
 from bigdssm.dataset.keys import Keys
 from bigdssm.dataset.partition import read_partition
+from bigdssm.dataset.sequences import VERSION_COLUMN
+from bigdssm.dataset.versions import DOCUMENT_COLUMN, SINCE_COLUMN, catalogue_files
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, TextTokenizer, encode_columns, stored
 from bigdssm.making.as_of import join_users
@@ -26,6 +29,7 @@ from bigdssm.making.documents import Documents, canonical_of, place_keys
 from bigdssm.making.engine import Engine
 from bigdssm.making.fitting import Side, fit, schema_to_fit
 from bigdssm.making.interaction_tables import InteractionTables, read_events, read_items, read_users
+from bigdssm.making.item_versions import ItemVersions
 from bigdssm.making.making import (
     BLOCK_COLUMNS,
     CATALOGUE_COLUMNS,
@@ -39,7 +43,7 @@ from bigdssm.making.making import (
 from bigdssm.making.sorting import shuffled
 from bigdssm.making.spark import SparkTable, open_table
 from bigdssm.making.splits import SPLITS, check_fractions, quantiles
-from bigdssm.making.steps import Table
+from bigdssm.making.steps import Table, read_facts
 from bigdssm.progress import Progress, no_progress
 
 
@@ -64,11 +68,18 @@ def make_interactions(
         if user and users is None:
             raise ConfigError(f"the query features {', '.join(user)} need a users table; give --users")
         as_of = bool(user) and tables.users_time_column is not None
-        writer.place_users("rows" if as_of else "sequences")
+        writer.note_times("users", as_of)
+        writer.note_times("items", tables.items_time_column is not None)
         earlier = _earlier(run)
-        documents = read_items(run, tables, base, items)
+        known = catalogue_files(writer.out, writer.content)
+        documents, item_times = read_items(run, tables, base, items)
+        versions = ItemVersions.of(engine, known, documents) if documents.dated else None
         user_times = read_users(run, tables, user, users) if user and users is not None else []
-        sequences, found = read_events(run, tables, user, documents, events, user_times)
+        other_times = {
+            f"{tables.items}, column {tables.items_time_column!r}": item_times,
+            f"{tables.users}, column {tables.users_time_column!r}": user_times,
+        }
+        sequences, found = read_events(run, tables, user, documents, events, other_times)
         writer.quarantine.check()
         sides = [Side("doc", _told_documents(engine, documents), "d", base.doc)]
         if user:
@@ -83,10 +94,12 @@ def make_interactions(
         cutting = Cutting(
             events=found, sequences=sequences, keys=Keys([key_file]), user=stored(schema.query), text=text,
             split=tables.split, thresholds=_thresholds(engine, tables, found), targets_per_row=config.targets_per_row,
-            seed=target.seed, earlier=earlier,
+            seed=target.seed, earlier=earlier, versions=versions,
         )  # fmt: skip
         folders, cut = cut_sequences(run, cutting, has_times=tables.time_column is not None)
         splits = {name: Table.of(folder / f"{name}.parquet" for folder in folders) for name in SPLITS}
+        if versions is not None:
+            run.notes += _notes_of_versions(tables, documents, sum(read_facts(f)["num_early"] for f in folders))
         if not splits["train"].num_rows:
             raise DataError(f"{tables.interactions}: no training row is left; every user has too few events")
         if as_of:
@@ -109,10 +122,19 @@ def make_interactions(
 
 
 def _told_documents(engine: Engine, documents: Documents) -> Table:
-    """Return the new documents and those that have changed."""
+    """Return the new documents and the further versions."""
+    if documents.told is not None:
+        return documents.told
     if documents.changed is None:
         return documents.table
     return engine.select("fitted_documents", "SELECT * FROM told_documents", order="place, doc_id")
+
+
+def _notes_of_versions(tables: InteractionTables, documents: Documents, num_early: int) -> Iterator[str]:
+    if documents.changed is not None and documents.changed.num_rows:
+        yield f"{documents.changed.num_rows} rows of {tables.items} are further versions of items"
+    if num_early:
+        yield f"{num_early} events are older than all that {tables.items} has of their items: they see the oldest"
 
 
 def _files(tables: InteractionTables) -> tuple[Path | str, Path | str | None, Path | str]:
@@ -121,8 +143,9 @@ def _files(tables: InteractionTables) -> tuple[Path | str, Path | str | None, Pa
 
 def _check(config: DataConfig, tables: InteractionTables) -> None:
     """Raise ConfigError on what cannot be asked for."""
-    check_names(config.doc, CATALOGUE_COLUMNS, "doc")
-    check_names(config.query, [*BLOCK_COLUMNS, *SEQUENCE_COLUMNS], "query")
+    dated = tables.items_time_column is not None
+    check_names(config.doc, [*CATALOGUE_COLUMNS, *([DOCUMENT_COLUMN, SINCE_COLUMN] if dated else [])], "doc")
+    check_names(config.query, [*BLOCK_COLUMNS, *SEQUENCE_COLUMNS, *([VERSION_COLUMN] if dated else [])], "query")
     check_pieces(config)
     check_fractions(tables.validation_fraction, tables.test_fraction)
     if tables.split == "time" and tables.time_column is None:
@@ -131,8 +154,9 @@ def _check(config: DataConfig, tables: InteractionTables) -> None:
         raise ConfigError(f"{tables.interactions}: what Spark gives is in no order; name a --time-column")
     if tables.users_time_column is not None and tables.users is None:
         raise ConfigError(f"--users-time-column {tables.users_time_column} needs a users table; give --users")
-    if tables.users_time_column is not None and tables.time_column is None:
-        raise ConfigError(f"--users-time-column {tables.users_time_column} needs a --time-column of the events")
+    for side, column in (("users", tables.users_time_column), ("items", tables.items_time_column)):
+        if column is not None and tables.time_column is None:
+            raise ConfigError(f"--{side}-time-column {column} needs a --time-column of the events")
     for option, rating in (("--min-rating", tables.min_rating), ("--positive-rating", tables.positive_rating)):
         if rating is not None and (tables.rating_column is None or not np.isfinite(rating)):
             raise ConfigError(f"{option} {rating} needs a finite number, and a --rating-column")

@@ -1,4 +1,4 @@
-"""The documents that a dataset has when it grows: rows of a table are compared with what they are now."""
+"""The documents that a dataset has when it grows: rows of a table are compared with what they are, or were."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import pyarrow.compute as pc
 
 from bigdssm.dataset.keys import Keys
 from bigdssm.dataset.mapped import MappedTable
-from bigdssm.dataset.versions import CatalogueFile, Versions, catalogue_files
+from bigdssm.dataset.versions import SINCE_COLUMN, CatalogueFile, Versions, catalogue_files
 
 TOLD = "told"  # whether a row has features that the dataset has not: those of a new document, or other ones than it had
+KNOWN_SINCE = "known_since"  # from when on the version holds that a row with a time was compared with; −∞: it has none
 
 
 class KnownDocuments:
@@ -45,17 +46,29 @@ class KnownDocuments:
         """Return rows of documents with the columns `document`, which they are (-1: new), and TOLD.
 
         What the dataset has already is null in the others: such a row only tells where its document stands first.
+        Rows with times are compared with what their documents were then, stay whole, and get KNOWN_SINCE.
         """
         documents = self.keys.find(rows.column("doc_id").to_numpy())
-        told = np.ones(rows.num_rows, bool)
+        told, known_since = np.ones(rows.num_rows, bool), np.full(rows.num_rows, -np.inf)
+        dated = SINCE_COLUMN in rows.column_names
         known = np.flatnonzero(documents >= 0)
         if len(known):
-            at = documents[known] if self._versions is None else self._versions.place(documents[known])
+            at = documents[known]
+            if dated:
+                since = rows.column(SINCE_COLUMN).to_numpy()[known]
+                at = at if self._versions is None else self._versions.held(at, since)
+                began = np.asarray(self._table.take(SINCE_COLUMN, at))
+                known_since[known] = np.where(began <= since, began, -np.inf)
+            elif self._versions is not None:
+                at = self._versions.place(at)
             told[known] = rows.column("content").to_numpy()[known] != self._table.take("content", at)
             display = rows.column("display").combine_chunks().take(pa.array(known)).cast(pa.large_string())
             told[known] |= pc.not_equal(display, self._table.arrow("display", at)).to_numpy(zero_copy_only=False)
+            told[known] |= np.isinf(known_since[known]) & dated  # older than all that is known
         columns = {name: rows.column(name) for name in rows.column_names}
-        if not told.all():
+        if dated:
+            columns[KNOWN_SINCE] = pa.array(known_since)
+        elif not told.all():
             for name in columns.keys() - {"place", "doc_id", "content", "doc_key"}:
                 columns[name] = pc.if_else(pa.array(told), columns[name], pa.scalar(None, columns[name].type))
         return pa.table({**columns, "document": pa.array(documents), TOLD: pa.array(told.astype(np.int32))})

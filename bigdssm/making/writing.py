@@ -20,7 +20,8 @@ import pyarrow as pa
 import xxhash
 
 from bigdssm.dataset.index import COLUMNS
-from bigdssm.dataset.versions import DOCUMENT_COLUMN
+from bigdssm.dataset.versions import DOCUMENT_COLUMN, SINCE_COLUMN
+from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, TextTokenizer, encode_columns
 from bigdssm.hashing import file_checksum
 from bigdssm.making.documents import Documents, canonical_of
@@ -79,7 +80,7 @@ def write_catalogue(
     """Write the new documents as files `number`, … in `folder`; return {"file", "rows", "checksum"} of each."""
     table = documents.table
     jobs = list(enumerate(ranges(table, DOCUMENTS_PER_FILE), number))
-    work = partial(_write_documents, table, features, text, "", ())
+    work = partial(_write_documents, table, features, text, "", _times(documents))
     return placed_files(engine.map("catalogue", jobs, work, rows=table.num_rows), folder)
 
 
@@ -87,12 +88,24 @@ def write_versions(
     engine: Engine, documents: Documents, features: dict[str, Feature], text: TextTokenizer | None, folder: Path,
     number: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Write the documents that have changed as further versions, else as `write_catalogue` does the new ones."""
-    if (table := documents.changed) is None:
+    """Write the further versions of documents, else as `write_catalogue` does the new ones.
+
+    Raises ConfigError where a feature has the name of their own column.
+    """
+    if (table := documents.changed) is None or not table.num_rows:
         return []
+    if DOCUMENT_COLUMN in features:
+        raise ConfigError(
+            f"data.doc.{DOCUMENT_COLUMN}: {table.num_rows} documents have changed, and their further versions have a "
+            "column of this name; make the dataset again with another one"
+        )
     jobs = list(enumerate(ranges(table, DOCUMENTS_PER_FILE), number))
-    work = partial(_write_documents, table, features, text, "versions-", (DOCUMENT_COLUMN,))
+    work = partial(_write_documents, table, features, text, "versions-", (DOCUMENT_COLUMN, *_times(documents)))
     return placed_files(engine.map("versions", jobs, work, rows=table.num_rows), folder)
+
+
+def _times(documents: Documents) -> tuple[str, ...]:
+    return (SINCE_COLUMN,) if documents.dated else ()
 
 
 def _write_documents(

@@ -58,6 +58,8 @@ class Description:
     vocab_size: int  # of the tokenizer, 0 without text
     num_docs: int
     docs_without_train_rows: int
+    num_versions: int  # of documents that changed, beside the first ones
+    seen_as_of: str  # what a row sees them as of
     top_docs: list[tuple[str, int]]  # display, train positives
     lengths: list[Lengths]
     scanned_queries: int
@@ -100,6 +102,8 @@ def describe(dataset: Dataset, split: str = "train", top: int = 10) -> Descripti
         vocab_size=dataset.vocab_size,
         num_docs=dataset.catalogue.num_docs,
         docs_without_train_rows=int((counts == 0).sum()),
+        num_versions=sum(file.rows for file in dataset.catalogue_files if file.since is not None),
+        seen_as_of={"partitions": "partition", "events": "event"}[dataset.head.items],
         top_docs=list(zip(dataset.catalogue.display(best), counts[best].tolist(), strict=True)),
         lengths=[_lengths(name, np.concatenate(parts), caps[name]) for name, parts in lengths.items()],
         scanned_queries=len(hashes),

@@ -75,12 +75,12 @@ DATA: dict[str, dict[str, Any]] = {
 DATA["as_of"] = DATA["interactions"]
 COLUMNS: dict[str, dict[str, Any]] = {
     "interactions": {"rating_column": "rating", "min_rating": 2.0},
-    "as_of": {"users_time_column": "since"},
+    "as_of": {"users_time_column": "since", "items_time_column": "updated"},
     "pairs": {"doc_id_column": "id", "relevance_column": "relevance", "dedup": True, "validation_fraction": 0.1},
 }
 SPLITS: dict[str, list[dict[str, Any]]] = {  # of the first partition, and of the one that is appended
     "interactions": [{"split": "leave-one-out"}, {"split": "time"}],
-    "as_of": [{"split": "leave-one-out"}],
+    "as_of": [{"split": "leave-one-out"}, {"split": "time"}],
     "pairs": [{"whole_documents": True, "split_column": "group"}, {"split": "time", "split_column": "time"}],
 }
 
@@ -116,6 +116,10 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
         items = np.arange(first, first + 130)
         write(root / f"items{part}", 2, item_id=[f"i{i}" for i in items], title=[title[i] for i in items],
               year=[None if i % 9 == 0 else 1950.5 + i + (len(part) if i % 4 == 0 else 0) for i in items])  # fmt: skip
+        dated = np.concatenate([items, random.choice(items, 250)])
+        write(root / f"dated_items{part}", 2, item_id=[f"i{i}" for i in dated],
+              updated=random.integers(-50, 400, len(dated)), title=[title[i] for i in dated],
+              year=1950.5 + dated + random.integers(0, 4, len(dated)))  # fmt: skip
         users = np.arange(first // 2, first // 2 + 70)
         dated = random.choice(users, 300)
         write(root / f"dated_users{part}", 2, user_id=[f"u{u}" for u in dated], age=np.arange(300) / 3,
@@ -162,8 +166,8 @@ def make(tables: Path, kind: str, out: Path, *, appended: bool = True, **engine:
             again = sorted(folder.iterdir())[0]
             make_pairs(config, PairTables((folder, again), **COLUMNS[kind], **split), target)
         else:
-            users = "dated_users" if kind == "as_of" else "users"
-            files = [tables / f"{name}{part}" for name in ("events", "items", users)]
+            dated = "dated_" if kind == "as_of" else ""
+            files = [tables / f"{name}{part}" for name in ("events", f"{dated}items", f"{dated}users")]
             make_interactions(config, InteractionTables(*files, **COLUMNS[kind], **split), target)
     return content(out / "dataset")
 
@@ -185,7 +189,7 @@ def built_in(small: None, tables: Path, tmp_path_factory: pytest.TempPathFactory
     [
         ("interactions", 7, True, 0),
         ("pairs", 7, True, 0),
-        ("as_of", 5, False, 0),
+        ("as_of", 5, True, 0),
         ("pairs", 1, False, 0),
         ("pairs", 3, False, 100_000),  # some are the driver's, over tables that Spark has written
     ],
@@ -210,6 +214,7 @@ def test_partitions_do_not_matter(
     expected = built_in(kind, appended=appended)
     assert made == expected
     assert any("/versions-" in name for name in made) == appended, "documents changed"
+    assert (b'"items": "events"' in made["dataset.json"]) == (kind == "as_of")
     assert sum(name.endswith(".tar") for name in expected) > 4, "the test is of many files"
 
 

@@ -54,7 +54,7 @@ def make(kind, source, out, append, told):
             {"past": History(of="item_id", max_items=5), "age": Numeric(), "bio": TEXT},
             {"item_id": KIND, "title": TEXT},
         ),
-    }[kind]
+    }[kind.removeprefix("dated ")]
     config = DataConfig(
         dir=out, query=features[0], doc=features[1], tokenizer=TokenizerConfig(vocab_size=200), max_bad_fraction=0.1
     )
@@ -68,7 +68,8 @@ def make(kind, source, out, append, told):
         report = pairs.make_pairs(config, tables, target)
     else:
         tables = interactions.InteractionTables(
-            *(source / f"{name}.csv" for name in ("events", "items", "users")), rating_column="rating", min_rating=1.0
+            *(source / f"{name}.csv" for name in ("events", "items", "users")), rating_column="rating", min_rating=1.0,
+            items_time_column="updated" if kind.startswith("dated") else None,
         )
         report = interactions.make_interactions(config, tables, target)
     Path(told).write_text(json.dumps([checks, places, f"{report.rows} {sorted(report.notes)}"]))
@@ -101,7 +102,10 @@ def write_source(folder: Path, seed: int) -> Path:
                 file.write(json.dumps(record)[: None if row % 97 else -3] + "\n")
     items, users = range(600 + 300 * seed), range(300 + 100 * seed)
     tables = {
-        "items": ["item_id,title", *(f"i{item},the title {item} of {item % 7 + seed * (item % 2)}" for item in items)],
+        "items": [
+            "item_id,title,updated",
+            *(f"i{item},the title {item} of {item % 7 + seed * (item % 2)},{item}" for item in items),
+        ],
         "users": ["user_id,age,bio", *(f"u{user},{user % 80},likes {user % 11} and {user % 13}" for user in users)],
         "events": ["user_id,item_id,timestamp,rating"],
     }
@@ -198,7 +202,10 @@ def test_a_making_that_is_killed_goes_on_to_the_same_bytes(whole: Whole, maker: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", *beside, "killed.told"], kills
 
 
-@pytest.mark.parametrize("kind", [pytest.param("pairs", marks=pytest.mark.slow), "interactions"])
+SLOWLY = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("pairs", "dated interactions")]
+
+
+@pytest.mark.parametrize("kind", ["interactions", *SLOWLY])
 def test_so_does_an_append(kind: str, maker: Maker, tmp_path: Path) -> None:
     source, first, second = write_source(tmp_path / "source", 0), tmp_path / "first", tmp_path / "other"
     for out in (first, second):

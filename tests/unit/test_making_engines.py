@@ -46,12 +46,20 @@ def write_tables(folder: Path, seed: int) -> None:
     """Write folders of Parquet files, whose row groups are parts of a table."""
     random = np.random.RandomState(seed)
     items, users, events, pairs = 300 + 50 * seed, 120, 4000, 3000
+    dated = [*range(items), *random.randint(0, items, 1200)]
     tables = {
         "items": {
             "item_id": [f"i{n}" for n in range(items)],
             "title": [f"the title {n % 7} of {n}" for n in range(items)],
             "kinds": [[f"k{n % 5}", f"k{n % 11}"] for n in range(items)],
             "look": random.randn(items, 3).astype(np.float32).tolist(),
+        },
+        "items_with_times": {
+            "item_id": [f"i{n}" for n in dated],
+            "updated": random.randint(-50, 500, len(dated)),
+            "title": [f"the title {n} of {n % 7}" for n in random.randint(0, 90, len(dated))],
+            "kinds": [[f"k{n % 5}"] for n in dated],
+            "look": np.ones((len(dated), 3), np.float32).tolist(),
         },
         "users": {"user_id": [f"u{n}" for n in range(users)], "age": random.rand(users)},
         "users_with_times": {
@@ -80,18 +88,19 @@ def write_tables(folder: Path, seed: int) -> None:
 
 
 def make_as_of_twice(folder: Path, out: Path, processes: int) -> dict[str, bytes]:
-    return make_interactions_twice(folder, out, processes, users="users_with_times", users_time_column="since")
+    times = {"users_time_column": "since", "items_time_column": "updated"}
+    return make_interactions_twice(folder, out, processes, "items_with_times", "users_with_times", **times)
 
 
 def make_interactions_twice(
-    folder: Path, out: Path, processes: int, users: str = "users", **options: Any
+    folder: Path, out: Path, processes: int, items: str = "items", users: str = "users", **options: Any
 ) -> dict[str, bytes]:
     query = {"past": History(of="item_id", max_items=5), "age": Numeric()}
     doc = {"item_id": Categorical(), "title": TEXT, "kinds": KINDS, "look": Vector(dim=3)}
     config = DataConfig(dir="", query=query, doc=doc, tokenizer=TokenizerConfig(vocab_size=150), targets_per_row=4)
     for number in range(2):
         source = folder / str(number)
-        tables = InteractionTables(source / "events", source / "items", source / users, split="time", **options)
+        tables = InteractionTables(source / "events", source / items, source / users, split="time", **options)
         target = Target(out, f"day{number}", append=number > 0, processes=processes)
         make_interactions(config, tables, target)
     return content(out)

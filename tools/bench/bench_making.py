@@ -54,6 +54,7 @@ def main() -> None:
     of.add_argument("--events", type=float)
     of.add_argument("--pairs", type=Path, help="the Debian packages")
     parser.add_argument("--append", type=float, help="so many events as a second partition")
+    parser.add_argument("--versions", type=int, help="so many rows of each item, with the times since when they hold")
     parser.add_argument("--pieces", type=int, default=1, help="data.targets_per_row")
     parser.add_argument("--repeat", type=int, default=1, help="how often each pair is there")
     parser.add_argument("--engine", choices=("built-in", "spark"), default="built-in")
@@ -77,12 +78,13 @@ def main() -> None:
         how["overrides"] = [f"data.targets_per_row={args.pieces}"]
         parts = [int(args.events), *([int(args.append)] if args.append else [])]
         for number, events in enumerate(parts):
-            tables = write_events(folder / str(number), events, parts[0], seed=number)
+            tables = write_events(folder / str(number), events, parts[0], number, args.versions)
+            how["items_time_column"] = "since" if args.versions else None
             partition = {"append": number > 0, "partition": f"part{number}"}
             measured(folder, folder / "config.yaml", split="time", **tables, **partition, **how)
 
 
-def write_events(folder: Path, number: int, scale: int, seed: int) -> dict[str, Path]:
+def write_events(folder: Path, number: int, scale: int, seed: int, versions: int | None) -> dict[str, Path]:
     """Write events of the users and items that `scale` events have."""
     (folder / "events").mkdir(parents=True)
     users, items = scale // EVENTS_PER_USER, min(MOST_ITEMS, scale // EVENTS_PER_USER)
@@ -95,7 +97,10 @@ def write_events(folder: Path, number: int, scale: int, seed: int) -> dict[str, 
             "timestamp": random.integers(0, DAYS * 86_400, rows) + (1_600_000_000 + seed * DAYS * 86_400),
         }
         pq.write_table(pa.table(columns), folder / "events" / f"{first:012d}.parquet", row_group_size=AT_ONCE)
-    catalogue = pa.table({"item_id": np.arange(items), "kind": np.arange(items) % 37})
+    item = np.repeat(np.arange(items), versions or 1)
+    since = random.integers(0, DAYS * 86_400, len(item)) + (1_600_000_000 + seed * DAYS * 86_400)
+    kind = random.integers(0, 37, len(item)) if versions else item % 37
+    catalogue = pa.table({"item_id": item, "kind": kind, "since": since})
     pq.write_table(catalogue, folder / "items.parquet")
     return {"interactions": folder / "events", "items": folder / "items.parquet"}
 

@@ -19,7 +19,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.joining import open_dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.versions import Versions
-from bigdssm.errors import DataError
+from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History, Numeric, Ragged
 from bigdssm.making.interactions import InteractionTables, make_interactions
 from bigdssm.making.making import Report, Target
@@ -43,7 +43,7 @@ Facts = tuple[float, str]
 def test_versions_are_what_a_plain_reading_gives(num_docs: int, changes: list[tuple[int, int]]) -> None:
     changes = sorted({(doc % num_docs, since) for doc, since in changes}, key=lambda change: change[1])
     document, since = np.array(changes).T
-    versions = Versions(num_docs, document, since)
+    versions = Versions.of(num_docs, document, since)
     pairs = [(doc, partition) for doc in range(num_docs) for partition in range(6)]
     documents, partitions = np.array(pairs).T
     newest, seen = {}, {}
@@ -56,6 +56,11 @@ def test_versions_are_what_a_plain_reading_gives(num_docs: int, changes: list[tu
     assert versions.place(rows).tolist() == list(seen.values())
     assert versions.documents(rows).tolist() == documents.tolist()
     assert (rows < num_docs).tolist() == [seen[pair] == newest[pair[0]] for pair in pairs]
+    for number in range(-1, len(changes) + 1):  # the last is no version at all
+        every = np.arange(num_docs)
+        own = [0 <= number < len(changes) and changes[number][0] == doc for doc in every]
+        places = versions.place(versions.named(every, np.full(num_docs, number)))
+        assert places.tolist() == np.where(own, num_docs + number, every).tolist(), "of another document: its first"
 
 
 def facts_of(doc: int, day: int) -> Facts:
@@ -194,6 +199,23 @@ def test_sources_of_a_mixture_keep_their_versions(grown: Path, tmp_path: Path) -
             days = np.asarray(rows.query["day"]).astype(int).tolist()
             docs = documents_of(dataset, rows.doc_rows)
             assert known_facts(dataset, rows.doc_versions) == [facts_of(*pair) for pair in zip(docs, days, strict=True)]
+
+
+def test_a_feature_of_the_name_of_their_column_is_refused_before_anything_is_damaged(tmp_path: Path) -> None:
+    config = DataConfig(dir="", query={"q": Numeric()}, doc={"document": Categorical()})
+    for day, kinds in enumerate((["x", "y"], ["x", "y"], ["x", "z"])):
+        table = pa.table({"q": [1.0, 2.0] * 20, "id": ["a", "b"] * 20, "document": kinds * 20})
+        pq.write_table(table, tmp_path / "pairs.parquet")
+        pairs = PairTables((tmp_path / "pairs.parquet",), doc_id_column="id")
+        target = Target(tmp_path / "data", f"day{day}", append=day > 0, processes=1)
+        if day < 2:
+            make_pairs(config, pairs, target)
+            continue
+        with pytest.raises(
+            ConfigError, match=r"data.doc.document: 1 documents have changed, .* again with another one"
+        ):
+            make_pairs(config, pairs, target)
+    assert len(Dataset.open(tmp_path / "data").partitions) == 2
 
 
 ITEMS = ("a", "b", "c", "d")

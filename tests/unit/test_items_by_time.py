@@ -1,0 +1,223 @@
+"""Items' features as of each event are what a plain reading of the tables gives; whoever asks now has the newest."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bigdssm.config import DataConfig
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import ConfigError, DataError
+from bigdssm.features import Categorical, History, Numeric, Ragged
+from bigdssm.making.interactions import InteractionTables, make_interactions
+from bigdssm.making.making import Report, Target
+from bigdssm.reports.inspection import describe, sample_rows
+from bigdssm.reports.verification import verify_dataset
+from bigdssm.retrieval.search import histories, user_facts
+
+CONFIG = DataConfig(
+    dir="", query={"past": History(of="kind", max_items=4)}, doc={"kind": Categorical(), "price": Numeric()},
+    display="title", targets_per_row=3,
+)  # fmt: skip
+Item = tuple[str, float, str, float, str]  # its key, since when, and its features: kind, price, title
+Event = tuple[str, str, float]  # user, item, time
+Facts = tuple[str, float, str]
+Version = tuple[float, Facts]  # since when
+ITEMS: list[Item] = [
+    ("b", 10, "kind 2", 2.0, "b"),
+    ("a", 20, "later", 5.0, "a, renamed"),
+    ("a", 10, "first", 1.0, "a"),
+]
+
+
+def write(folder: Path, items: list[Any], events: list[Any]) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, columns, rows in (
+        ("items", ("item_id", "updated", "kind", "price", "title"), items),
+        ("events", ("user_id", "item_id", "timestamp"), events),
+    ):
+        pq.write_table(pa.table(dict(zip(columns, zip(*rows, strict=True), strict=True))), folder / f"{name}.parquet")
+
+
+def make(
+    folder: Path, out: Path, partition: str = "base", updated: str | None = "updated", config: DataConfig = CONFIG,
+    **options: Any,
+) -> Report:  # fmt: skip
+    tables = InteractionTables(
+        folder / "events.parquet", folder / "items.parquet", items_time_column=updated, **{"split": "train", **options}
+    )
+    return make_interactions(config, tables, Target(out, partition, append=out.exists(), processes=1))
+
+
+def facts_at(dataset: Dataset, rows: np.ndarray) -> list[Facts]:
+    names, catalogue = ["", "", *dataset.schema.doc["kind"].vocabulary], dataset.catalogue
+    columns = catalogue.codes("kind", rows).tolist(), np.asarray(catalogue.column("price", rows)).tolist()
+    return [(names[k], p, d) for k, p, d in zip(*columns, catalogue.display(rows), strict=True)]
+
+
+def seen(dataset: Dataset, split: str = "train") -> dict[tuple[str, int], tuple[Any, list[str]]]:
+    """Return what the query at each (user, place) of a partition sees: its item, and the kinds in its history."""
+    found, names = {}, ["", "", *dataset.schema.doc["kind"].vocabulary]
+    assert dataset.sequences is not None
+    for rows in dataset.iterate(split, 7):
+        past = rows.query["past"]
+        assert rows.sequence is not None and rows.place is not None and isinstance(past, Ragged)
+        users = dataset.sequences.strings("query_key", rows.sequence)
+        own = rows.doc_rows if rows.doc_versions is None else rows.doc_versions
+        assert dataset.catalogue.keys(own) == dataset.catalogue.keys(rows.doc_rows)
+        for row, at in enumerate(zip(users, rows.place.tolist(), facts_at(dataset, own), strict=True)):
+            found[at[0], at[1]] = at[2], [names[code] for code in past[row].tolist()]
+    return found
+
+
+def test_an_event_sees_the_version_of_its_time(tmp_path: Path) -> None:
+    times = [5, 10, 19, 20, 99]  # before all versions, at one, between two, at the other, after both
+    write(tmp_path, ITEMS, [("u", "b", 0), *(("u", "a", time) for time in times)])
+    report = make(tmp_path, tmp_path / "out")
+    assert (report.num_docs, report.new_docs, report.changed_docs) == (2, 2, 1)
+    told = ["1 rows of {} are further versions of items",
+            "2 events are older than all that {} has of their items: they see the oldest"]  # fmt: skip
+    assert list(report.notes[:2]) == [note.format(tmp_path / "items.parquet") for note in told]
+    dataset = Dataset.open(tmp_path / "out")
+    first, later = ("first", 1.0, "a"), ("later", 5.0, "a, renamed")
+    assert seen(dataset) == {
+        ("u", 1): (first, ["kind 2"]),
+        ("u", 2): (first, ["kind 2", "first"]),
+        ("u", 3): (first, ["kind 2", "first", "first"]),
+        ("u", 4): (later, ["kind 2", "first", "first", "first"]),
+        ("u", 5): (later, ["first", "first", "first", "later"]),
+    }
+    assert dataset.catalogue.keys(np.arange(2)) == ["b", "a"], "numbered by the first place of each"
+    assert facts_at(dataset, np.arange(2)) == [("kind 2", 2.0, "b"), later], "who goes over all sees what is now"
+    _, events = user_facts(dataset, "u")
+    (newest,) = histories(dataset, Ragged(events, np.array([0, len(events)]))).values()
+    assert isinstance(newest, Ragged) and len(set(newest.values.tolist())) == 1, "as of now, too"
+    assert verify_dataset(tmp_path / "out") == []
+    assert len(sample_rows(dataset, count=5)) == 5
+    found = describe(dataset)
+    assert (found.num_docs, found.num_versions, found.seen_as_of) == (2, 1, "event")
+
+
+def random_tables(seed: int, first_time: int) -> tuple[list[Item], list[Event]]:
+    """Return rows in no order, with repeats, equal times, and features that come back."""
+    random = np.random.RandomState(seed)
+    items = []
+    for _ in range(150):
+        item, since, state = random.randint(20), first_time + random.randint(60), random.randint(3)
+        items.append((f"i{item}", since, f"kind {state}", float(item), f"i{item}, {random.randint(2)}"))
+    users = [f"u{n}" for n in random.randint(0, 40, 700)]
+    held = {item[0] for item in items}
+    events = [(user, f"i{random.randint(20)}", first_time + random.randint(-5, 70)) for user in users]
+    return items, [event for event in events if event[1] in held]
+
+
+def grown(known: list[Version], rows: list[Version]) -> list[Version]:
+    """Return an item's versions, oldest first, with those of a table's rows that differ from what holds before them."""
+    come = sorted(dict(rows).items())  # of one time the last
+    every = sorted([*((since, 0, facts) for since, facts in known), *((since, 1, facts) for since, facts in come)])
+    befores = [None, *(facts for *_, facts in every)]
+    pairs = zip(every, befores, strict=False)
+    return [(since, facts) for (since, is_new, facts), before in pairs if not is_new or facts != before]
+
+
+def held(versions: list[Version], time: float) -> Facts:
+    return [facts for since, facts in versions if since <= time or since == versions[0][0]][-1]
+
+
+@pytest.mark.parametrize("split", ["train", "time"])
+def test_days_of_a_dataset_see_what_was_known_when_each_was_made(split: str, tmp_path: Path) -> None:
+    versions: dict[str, list[Version]] = {}
+    expected: dict[str, list[Facts]] = {}
+    for day, first_time in enumerate((0, 40, -30)):  # the last table's versions are older than others
+        items, some = random_tables(day, first_time)
+        for key in {item[0] for item in items}:
+            rows = [(since, (kind, price, title)) for name, since, kind, price, title in items if name == key]
+            versions[key] = grown(versions.get(key, []), rows)
+        write(tmp_path / str(day), items, some)
+        report = make(tmp_path / str(day), tmp_path / "out", f"day{day}", split=split)
+        assert report.changed_docs > 20
+        early = sum(time < versions[item][0][0] for _, item, time in some)
+        assert bool(early) == (day != 1)
+        assert any(note.startswith(f"{early} events are older than all") for note in report.notes) == bool(early)
+        for user, item, time in sorted(some, key=lambda event: event[2]):
+            expected.setdefault(user, []).append(held(versions[item], time))
+        dataset = Dataset.open(tmp_path / "out", [f"day{day}"])
+        assert dataset.catalogue.versions is not None
+        queries: dict[tuple[str, int], Any] = {}
+        for name in ("train", "validation", "test") if split == "time" else ("train",):
+            queries |= seen(dataset, name)
+        assert len(queries) > 400
+        for (user, place), (own, past) in queries.items():
+            assert own == expected[user][place], (day, user, place)
+            assert past == [kind for kind, *_ in expected[user][max(0, place - 4) : place]]
+        keys = dataset.catalogue.keys(everything := np.arange(dataset.catalogue.num_docs))
+        assert facts_at(dataset, everything) == [versions[key][-1][1] for key in keys]
+    again = make(tmp_path / "2", tmp_path / "out", "again", split=split)
+    assert (again.new_docs, again.changed_docs) == (0, 0), "what is known already is written once"
+    assert verify_dataset(tmp_path / "out") == []
+
+
+def test_rows_that_change_nothing_cost_nothing(tmp_path: Path) -> None:
+    """A row is a version where what holds just before it, in the dataset or in its table, is another."""
+    events = [("u", "a", 1), ("u", "a", 4), ("v", "a", 3), ("v", "a", 4)]
+    x, y = ("kind x", 1.0, "a"), ("kind y", 1.0, "a")
+    cases: list[tuple[list[Version], list[Version], int, Facts]] = [
+        ([(5, x), (6, x), (9, x)], [], 0, x),
+        ([(5, x), (6, y), (9, x)], [], 2, x),
+        ([(5, x)], [(5, x), (8, x)], 0, x),
+        ([(5, x)], [(3, x)], 1, x),
+        ([(5, x)], [(3, y)], 1, x),
+        ([(5, x)], [(2, y), (3, x)], 2, x),
+        ([(5, x)], [(7, y), (8, x)], 2, x),
+        ([(5, x), (8, y)], [(7, y), (9, y), (10, x)], 2, x),
+        ([(5, x)], [(5, y), (5, x)], 0, x),
+        ([(5, x)], [(5, y)], 1, y),
+    ]
+    for number, (known, come, told, newest) in enumerate(cases):
+        out = tmp_path / f"out{number}"
+        for day, rows in enumerate(filter(None, (known, come))):
+            write(tmp_path / "tables", [("a", since, *facts) for since, facts in rows], events)
+            report = make(tmp_path / "tables", out, f"day{day}")
+        assert report.changed_docs == told, number
+        assert facts_at(Dataset.open(out), np.zeros(1, np.int64)) == [newest], number
+
+
+def test_without_times_a_dataset_knows_of_none(tmp_path: Path) -> None:
+    write(tmp_path, ITEMS[:2], [("u", "a", 1), ("u", "b", 2)])
+    make(tmp_path, tmp_path / "out", updated=None)
+    dataset = Dataset.open(tmp_path / "out")
+    assert dataset.sequences is not None and "version" not in dataset.sequences.schema.names
+    assert "items" not in (tmp_path / "out" / "dataset.json").read_text().replace("items.", "")
+    with pytest.raises(ConfigError, match="has one row of features for each item, so leave out --items-time-column"):
+        make(tmp_path, tmp_path / "out", "more")
+    make(tmp_path, tmp_path / "dated")
+    with pytest.raises(ConfigError, match="has items' features as of each event, so give --items-time-column here"):
+        make(tmp_path, tmp_path / "dated", "more", updated=None)
+
+
+def test_what_cannot_be_used_is_told(tmp_path: Path) -> None:
+    events = [("u", "a", 1), ("u", "b", 2), ("u", "a", 3)]
+    write(tmp_path, ITEMS, events)
+    with pytest.raises(ConfigError, match="--items-time-column updated needs a --time-column of the events"):
+        make(tmp_path, tmp_path / "out", time_column=None)
+    for side, name in (("doc", "since"), ("doc", "document"), ("query", "version")):
+        with pytest.raises(ConfigError, match=rf"data.{side}.{name}: the name is taken by the dataset's own column"):
+            make(tmp_path, tmp_path / "out", config=replace(CONFIG, **{side: {name: Categorical()}}))
+    with pytest.raises(DataError, match=r"items.parquet has no column 'changed'"):
+        make(tmp_path, tmp_path / "out", updated="changed")
+    with pytest.raises(DataError, match=r"row 1: title is 'b', needs a number or an ISO 8601 time"):
+        make(tmp_path, tmp_path / "out", updated="title")
+    write(tmp_path, [*ITEMS, ("a", float("nan"), "no", 1.0, "a")], events)
+    with pytest.raises(DataError, match=r"1 of 7 rows are bad.*items.parquet, row 4: updated is nan, needs a number"):
+        make(tmp_path, tmp_path / "out")
+    write(tmp_path, ITEMS, [(user, item, 1.7e9 + time) for user, item, time in events])
+    items = [(key, 1.7e12 + since, *facts) for key, since, *facts in ITEMS]
+    write(tmp_path, items, [(user, item, 1.7e9 + time) for user, item, time in events])
+    with pytest.raises(DataError, match=r"events.parquet, .* with .*items.parquet, column 'updated', mixes units"):
+        make(tmp_path, tmp_path / "out")
