@@ -175,19 +175,6 @@ def is_peer_failure(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
-def all_gather_rows(rows: Tensor, counts: Sequence[int], group: Group | None = None) -> Tensor:
-    """Return the rows [n_k, …] of all ranks as [Σ n_k, …], in rank order; `counts[k]` is rank k's n_k."""
-    if world_size(group) == 1:
-        return rows
-    longest = max(counts)
-    padded = rows.new_zeros((longest, *rows.shape[1:]))
-    padded[: rows.shape[0]] = rows
-    parts = [torch.empty_like(padded) for _ in counts]
-    with timing.span("communication"):
-        dist.all_gather(parts, padded, group=group)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-
 @dataclass
 class PaddedRows:
     """The rows of all ranks in one buffer [world_size · longest, …]; rank k's rows start at k · longest.
@@ -223,6 +210,15 @@ def all_gather_padded(rows: Tensor, longest: int, group: Group | None = None, as
     with timing.span("communication"):
         work = dist.all_gather_into_tensor(buffer, own, group=group, async_op=async_op)
     return PaddedRows(buffer, longest, work if async_op else None)
+
+
+def all_gather_rows(rows: Tensor, counts: Sequence[int], group: Group | None = None) -> Tensor:
+    """Return the rows [n_k, …] of all ranks as [Σ n_k, …], in rank order; `counts[k]` is rank k's n_k."""
+    if world_size(group) == 1:
+        return rows
+    longest = max(counts)
+    buffer = all_gather_padded(rows, longest, group).wait()
+    return torch.cat([buffer[k * longest : k * longest + count] for k, count in enumerate(counts)])
 
 
 @dataclass

@@ -17,8 +17,8 @@ T = TypeVar("T")
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the host on `device`; to a GPU out of pinned memory, so that the host does not wait."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    """Return a tensor of the host on `device`, out of pinned memory, so that the host does not wait for the copy."""
+    return (tensor if device.type == "cpu" else tensor.pin_memory()).to(device, non_blocking=True)
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

@@ -25,6 +25,7 @@ from bigdssm.losses.inputs import add_biases
 
 Sampling = Literal["none", "classic", "corrected"]
 SAMPLINGS = ("none", "classic", "corrected")
+_COUNTS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,11 @@ class CountedFrequency:
     total: Tensor = field(init=False)  # of all documents, float64
 
     def __post_init__(self) -> None:
-        """Add the counts up. Raises: LossInputError."""
-        if bool((self.counts < 0).any()):
+        """Add the counts up, some at a time: a catalogue's are not to be held twice. Raises: LossInputError."""
+        parts = self.counts.split(_COUNTS_AT_ONCE)
+        if any(bool((part < 0).any()) for part in parts):
             raise LossInputError("counts hold negative values")
-        self.total = self.counts.double().clamp(min=1).sum()
+        self.total = torch.stack([part.double().clamp(min=1).sum() for part in parts]).sum()
 
     def log_expected(self, documents: Tensor) -> Tensor:
         """Return log c float64 [n] of `documents` (catalogue rows)."""

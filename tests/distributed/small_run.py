@@ -1,6 +1,7 @@
 """A small run over synthetic interactions: users who walk through items of one genre, with a few popular ones between.
 
-Items have a title, so that all four encoders take part.
+Items have a title, so that all four encoders take part. What needs many libraries is imported when it is called: tests
+of a card run without most of them.
 """
 
 from __future__ import annotations
@@ -15,11 +16,7 @@ import numpy as np
 import yaml
 
 from bigdssm.config import StageName, load_config
-from bigdssm.making.interactions import InteractionTables, make_interactions
-from bigdssm.making.making import Target
 from bigdssm.progress import no_progress
-from bigdssm.training import engine
-from bigdssm.training.stages import run_stage
 
 NUM_USERS, NUM_ITEMS, NUM_GENRES = 60, 48, 4
 
@@ -73,6 +70,9 @@ CONFIG: dict[str, Any] = {
 
 def write_dataset(folder: Path, overrides: Sequence[str] = ()) -> Path:
     """Make the tables, the config (with `overrides`) and the dataset in `folder`; return the config's path."""
+    from bigdssm.making.interactions import InteractionTables, make_interactions
+    from bigdssm.making.making import Target
+
     random = np.random.RandomState(0)
     genre_of = random.randint(0, NUM_GENRES, NUM_ITEMS)
     items = ["item_id\ttitle\tgenre"]
@@ -103,6 +103,9 @@ def run(
     stage: StageName = "pretrain", resume: bool = False,
 ) -> None:  # fmt: skip
     """Run a stage on this rank; for a Pool. At ZeRO 3 every parameter is sharded, which small ones else are not."""
+    from bigdssm.training import engine
+    from bigdssm.training.stages import run_stage
+
     warnings.filterwarnings("ignore", category=FutureWarning)
     loaded = load_config(config, [f"run.dir={run_dir}", *overrides])
     derive = engine.deepspeed_config

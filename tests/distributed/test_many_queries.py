@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+from bigdssm.batching import plan
 from bigdssm.batching.chunks import Chunked
 from bigdssm.batching.collate import Collator
 from bigdssm.batching.plan import plan_side
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
-from bigdssm.models import new_model
+from bigdssm.models import Group, new_model
 from bigdssm.retrieval.mined import MinedNegatives
 from bigdssm.streaming.stream import PairStream
 from bigdssm.training.checks import check_stage
@@ -45,10 +48,10 @@ def test_one_pass_over_a_piece_is_a_pass_over_each_of_its_beginnings(config: Pat
         for query, seen in enumerate(batch.places.seen.tolist()):
             alone["history"][query, seen:] = 0
         torch.testing.assert_close(together, model(query=alone).U, rtol=0, atol=1e-5)
-        plan = plan_side(batch.query_lengths, len(batch.row_ids), 50, batch.queries_of_row)
-        assert len(plan.chunks) > 3
-        side = Chunked(batch.query, plan, batch.places)
-        parts = [model(query=side.features(chunk), places=side.places(chunk)).U for chunk in plan.chunks]
+        chunked = plan_side(batch.query_lengths, len(batch.row_ids), 50, batch.queries_of_row)
+        assert len(chunked.chunks) > 3
+        side = Chunked(batch.query, chunked, batch.places)
+        parts = [model(query=side.features(chunk), places=side.places(chunk)).U for chunk in chunked.chunks]
         torch.testing.assert_close(together, side.assemble(parts), rtol=0, atol=1e-5)
 
 
@@ -77,6 +80,33 @@ def test_ranks_and_chunks_change_no_loss(case: str, config: Path, tmp_path: Path
     np.testing.assert_allclose(losses(tmp_path / "two"), whole, rtol=1e-4)
     record = small_run.records(tmp_path / "two")[-1]
     assert record["queries_per_s"] > record["rows_per_s"] and record["queries_max_over_mean"] >= 1
+
+
+def in_groups(rank: int, world_size: int, *given: Any) -> int:
+    """Run a stage, histories of 8 items at most in groups as those of hundreds are; return the most of a chunk."""
+    most, like_length = 0, plan.like_length
+
+    def counted(length_R: np.ndarray) -> tuple[Group, ...]:
+        nonlocal most
+        groups = like_length(length_R)
+        most = max(most, len(groups))
+        return groups
+
+    with mock.patch.multiple(plan, ALIKE_CELLS=0, like_length=counted):
+        small_run.run(rank, world_size, *given)
+    return most
+
+
+def test_groups_of_like_length_change_no_loss_under_zero_3(
+    config: Path, tmp_path: Path, pools: dict[int, Pool]
+) -> None:
+    """Ranks have groups of their own, while every call of a module is a collective."""
+    said = ("pretrain.steps=3", "pretrain.loss.mask=past")
+    pools[1].run(small_run.run, config, tmp_path / "one", (*said, "engine.chunk_tokens=0"))
+    more = ("engine.chunk_tokens=100", "engine.zero_stage=3")
+    groups = pools[2].run(in_groups, config, tmp_path / "two", (*said, *more))
+    assert min(groups) > 2
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -68,3 +69,39 @@ def test_bfloat16_is_precise_enough_for_its_speed_to_count() -> None:
     assert len(lines) == 4
     errors = [float(error) for line in lines for error in re.findall(r"(?:loss|dU|dW) (\S+?)(?:,|$)", line)]
     assert len(errors) == 12 and max(errors) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("missing", "modules"),
+    [(("deepspeed", "duckdb", "joblib", "webdataset"), 2), (("deepspeed", "omegaconf", "pyarrow"), 1)],
+)
+def test_what_a_card_can_test_without_a_library_is_collected(
+    missing: tuple[str, ...], modules: int, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({missing}))\n")
+    files = [str(path) for path in sorted((ROOT / "tests/distributed").glob("test_gpu*.py"))]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--noconftest", "--collect-only", "-qq", "-rs", "-m", "gpu", *files],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    counted = re.findall(r"^tests/distributed/test_gpu\w*\.py: \d+$", done.stdout, re.MULTILINE)
+    assert len(counted) == modules
+    assert ("could not import 'omegaconf'" in done.stdout) == ("omegaconf" in missing)
+
+
+def test_a_command_cut_short_is_ended_with_what_it_started_and_what_it_printed_is_kept() -> None:
+    code = "import subprocess; print(subprocess.Popen(['sleep', '60']).pid); subprocess.run(['sleep', '60'])"
+    tried = (
+        f"from gpu_bench import run_within; print(run_within([{sys.executable!r}, '-c', {code!r}], 3));"
+        "print(run_within(['sh', '-c', 'echo done; exit 5'], 3))"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tools/bench'}:{ROOT}"}
+    first, second = subprocess.run(
+        [sys.executable, "-c", tried], env=environment, capture_output=True, text=True, timeout=120, check=True
+    ).stdout.splitlines()
+    assert second == "(5, ['done'])"
+    started = re.fullmatch(r"\(None, \['(\d+)'\]\)", first)
+    assert started is not None, first
+    state = Path(f"/proc/{started[1]}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -197,6 +198,13 @@ def test_modules_are_called_as_often_packed_as_padded(many_groups: None) -> None
         return [found[part] for part in encoder.modules()]
 
     assert calls(packed=True) == calls(packed=False)
+
+
+def test_rows_are_sorted_once_for_all_layers(many_groups: None) -> None:
+    made, argsort = model(positions="relative", block="gated"), mock.Mock(side_effect=torch.Tensor.argsort)
+    with mock.patch.object(torch.Tensor, "argsort", lambda *given, **further: argsort(*given, **further)):
+        vectors(made, "query", 0)
+    assert argsort.call_count == 1  # the dummy is not packed
 
 
 def test_rows_of_like_length_are_a_group() -> None:

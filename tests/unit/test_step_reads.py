@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,15 +27,18 @@ from tests.distributed.test_gradient_cache import MODEL, share_of, small_model
 
 PACKAGE = f"{Path(bigdssm.__file__).parent}/"
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "_unique2", "unique_dim", "masked_select", "equal")
+CATALOGUE = 10**5  # documents, and more than there is of anything else
 
 
 class Reads(TorchDispatchMode):
-    """Notes by whom values are read, those of the losses left out, and the most elements that an operation gives."""
+    """Notes by whom values are read, those of the losses left out, and of operations how much they take and give."""
 
     def __init__(self) -> None:
         super().__init__()
         self.by: list[str] = []
-        self.largest = 0
+        self.largest = 0  # of what one gives
+        self.taking: Counter[str] = Counter()  # those that take a catalogue
+        self.number = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -45,9 +49,14 @@ class Reads(TorchDispatchMode):
             where = "elsewhere" if frame is None else frame.f_code.co_filename.removeprefix(PACKAGE)
             if not where.startswith("losses/"):
                 self.by.append(where)
-        sizes = [x.numel() for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+        given, taken = (
+            [x.numel() for x in pytree.tree_leaves(some) if isinstance(x, Tensor)] for some in (result, args)
+        )
+        self.number += 1
         if not func.is_view and not func._schema.name.endswith("_"):
-            self.largest = max([self.largest, *sizes])
+            self.largest = max([self.largest, *given])
+        if max(taken, default=0) >= CATALOGUE:
+            self.taking[func._schema.name] += 1
         return result
 
 
@@ -87,6 +96,20 @@ def test_a_step_reads_nothing_back_whatever_the_chunks(frequency: Any) -> None:
         with Reads() as reads:
             train_step(engine, batch, plan, objective, 1.0)  # type: ignore[arg-type]
         assert reads.by == [], chunk_tokens  # its one gather is read as a list, which is none of these
+
+
+def test_a_step_is_the_same_work_whatever_the_catalogue() -> None:
+    """It looks the counts of its columns up, and no other operation takes those of all documents."""
+    work = []
+    for num_documents in (CATALOGUE, 1000 * CATALOGUE):
+        counts = np.lib.stride_tricks.as_strided(np.ones(1), (num_documents,), (0,))  # in 8 bytes
+        loss = LossConfig(sampling="corrected", frequency="counts", uniform_negatives=8)
+        objective = Objective(loss, MODEL, None, counts, 24.0)
+        engine, batch = PlainEngine(), share_of(0, 1, 0)
+        with Reads() as reads:
+            train_step(engine, batch, plan_step(batch, Budget(40, 0)), objective, 1.0)  # type: ignore[arg-type]
+        work.append((reads.number, reads.largest, reads.taking))
+    assert work[0] == work[1] and work[0][2] == {"aten::index": 1}
 
 
 def test_a_correction_touches_the_columns_alone() -> None:

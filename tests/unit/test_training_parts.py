@@ -20,7 +20,7 @@ from bigdssm.batching.chunks import Chunked
 from bigdssm.batching.lengths import ListLengths, lengths_of
 from bigdssm.batching.plan import Budget, Needs, StepPlan, draft_step, plan_side
 from bigdssm.batching.upload import ahead
-from bigdssm.config import LossConfig, OptimizerConfig
+from bigdssm.config import EngineConfig, LossConfig, OptimizerConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.distributed import free_port
 from bigdssm.errors import DataError
@@ -30,7 +30,7 @@ from bigdssm.streaming.stream import PairStream
 from bigdssm.training import engine
 from bigdssm.training.batches import Batches, BatchMaker, known_pairs
 from bigdssm.training.columns import catalogue_share, is_shared
-from bigdssm.training.optimizers import parameter_groups, schedule_factor
+from bigdssm.training.optimizers import build_optimizer, parameter_groups, schedule_factor
 from bigdssm.training.random_state import RandomState
 from tests.conftest import NUM_ITEMS, TinyDataset
 
@@ -246,6 +246,30 @@ def test_ranks_with_devices_also_talk_on_the_cpu(monkeypatch: pytest.MonkeyPatch
     card = SimpleNamespace(device_name=lambda: "cuda", communication_backend_name=lambda: "nccl")
     monkeypatch.setattr(engine, "get_accelerator", lambda: card)
     assert engine._backend() == "cpu:gloo,cuda:nccl"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_device_has_a_fused_optimizer_and_reductions_behind_the_backward(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU, which would only copy into buckets, has neither."""
+
+    class There(nn.Parameter):
+        is_cuda = device == "cuda"
+
+    monkeypatch.setattr(engine, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: device))
+    model = Everything()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            assert parameter is not None
+            module._parameters[name] = There(parameter.detach(), parameter.requires_grad)
+    for name in ("adamw", "muon"):
+        groups = build_optimizer(model, OptimizerConfig(name=name)).param_groups
+        assert {bool(group["fused"]) for group in groups if "betas" in group} == {device == "cuda"}
+    for stage in (0, 1, 2, 3):
+        zero = engine.deepspeed_config(EngineConfig(zero_stage=stage), OptimizerConfig(), 8)["zero_optimization"]
+        overlapping = {"overlap_comm": True, "reduce_bucket_size": 50_000_000}
+        assert zero == {"stage": stage, **(overlapping if device == "cuda" and stage else {})}
 
 
 def test_one_reduction_agrees_on_chunks_and_on_those_kept() -> None:

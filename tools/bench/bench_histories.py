@@ -54,6 +54,7 @@ def compare(args: argparse.Namespace) -> str:
     items_RT = np.where(np.arange(args.items) < length_R[:, None], generator.integers(1, NUM_ITEMS, (args.rows, 1)), 0)
     history = torch.from_numpy(items_RT)
     lengths = lengths_of({"history": history}, {"history": 0})
+    history = history.to(device)
     row = torch.from_numpy(np.repeat(np.arange(args.rows), length_R))
     seen = torch.from_numpy(np.concatenate([np.arange(1, length + 1) for length in length_R]))
     places, model = Places(row.to(device), seen.to(device)), tower(args).to(device)
@@ -61,7 +62,7 @@ def compare(args: argparse.Namespace) -> str:
     seconds: dict[str, list[float]] = {name: [] for name in plans}
     for turn in range(args.turns + 1):
         for name, plan in plans.items():
-            took = timed(model, Chunked({"history": history.to(device)}, plan, places), args)
+            took = timed(model, history, plan, places, args)
             if turn:  # the first warms up
                 seconds[name].append(took)
     packed, padded = (statistics.median(times) for times in seconds.values())
@@ -95,13 +96,14 @@ def planned(args: argparse.Namespace, lengths: Lengths, length_R: np.ndarray, pa
     return plan_side(lengths, args.rows, args.chunk_tokens, length_R, frozenset({"history"} if packed else ()))
 
 
-def timed(model: DualEncoder, chunked: Chunked, args: argparse.Namespace) -> float:
-    """Return the seconds of a forward and backward of all chunks."""
+def timed(model: DualEncoder, history: torch.Tensor, plan: SidePlan, places: Places, args: argparse.Namespace) -> float:
+    """Return the seconds of packing, and of a forward and backward of all chunks."""
     on_cpu = args.device == "cpu"
     clock = time.process_time if on_cpu else time.perf_counter
     autocast = torch.autocast(args.device, torch.bfloat16) if args.precision == "bf16" else nullcontext()
     begun = clock()
-    for chunk in chunked.plan.chunks:
+    chunked = Chunked({"history": history}, plan, places)
+    for chunk in plan.chunks:
         with autocast:
             U = model(query=chunked.features(chunk), places=chunked.places(chunk)).U
         U.float().sum().backward()

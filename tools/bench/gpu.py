@@ -3,8 +3,9 @@
     PYTHONPATH=. python tools/bench/gpu.py --out gpu.json
     PYTHONPATH=. torchrun --nproc_per_node 8 tools/bench/gpu.py --out gpu.json
 
-It needs torch, NumPy and, for the text towers, transformers, and nothing from a network; what is missing is named and
-left out. Within --seconds it takes what fits, the smallest sizes first. The tables are those of docs/gpu.md:
+It needs torch, Triton, NumPy, transformers and pytest, and nothing from a network; what more some tests and the history
+towers need is left out where it is missing, and named. Within --seconds it takes what fits, the smallest sizes first.
+The tables are those of docs/gpu.md:
 
 tests   those marked `gpu`
 loss    forward and backward for M rows of the global batch, by direction: time, share of the measured bf16 product
@@ -25,71 +26,20 @@ import importlib.util
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from gpu_bench import ALPHA, ROOT, Bench, ours, run_within, timed, vectors
+from gpu_towers import TOWERS, TwoInputs
 from torch import Tensor, nn
 
-from bigdssm.losses import fps_loss
-
-ROOT = Path(__file__).parents[2]
-ALPHA = 20.0
 TESTS_SHARE = 0.4  # of the time that is left
 PRODUCTS = {"q2d": 3, "both": 4}  # of rows x columns x width, forward and backward
-
-
-@dataclass
-class Bench:
-    """Where it runs, how much time is left, and what has come out so far."""
-
-    device: torch.device
-    rank: int
-    world_size: int
-    deadline: float
-    small: bool
-    report: dict[str, Any] = field(default_factory=dict)
-
-    def left(self) -> float:
-        """Return the seconds that are left, those of rank 0 on every rank."""
-        left = torch.tensor([self.deadline - time.monotonic()], device=self.device)
-        if self.world_size > 1:
-            dist.broadcast(left, 0)
-        return float(left)
-
-    def say(self, line: str) -> None:
-        """Print a line, once for all ranks."""
-        if self.rank == 0:
-            print(line, flush=True)
-
-    def add(self, table: str, row: dict[str, Any]) -> None:
-        """Print a row of a table and keep it."""
-        self.report.setdefault(table, []).append(row)
-        self.say("  ".join(f"{name} {value}" for name, value in row.items()))
-
-    def skip(self, what: str, why: str) -> None:
-        """Say what is left out."""
-        self.add("skipped", {"skipped": what, "because": why})
-
-    @contextmanager
-    def or_skip(self, what: str) -> Iterator[None]:
-        """Say what fails, and go on with what comes next."""
-        try:
-            yield
-        except Exception as error:
-            self.skip(what, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-
-    def synchronise(self) -> None:
-        """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -142,15 +92,19 @@ def tests(bench: Bench, args: argparse.Namespace) -> None:
         bench.skip("tests", "pytest is not installed")
         return
     files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *files]
+    # what conftest.py makes is for other tests, and needs libraries that these do without
+    command = [sys.executable, "-m", "pytest", "--noconftest", "-v", "-rs", "-m", "gpu", *files]
     most = max(1.0, TESTS_SHARE * bench.left())
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=most)
-    except subprocess.TimeoutExpired:
-        bench.skip("tests", f"they were not done in {most:.0f} s")
-        return
-    said = (done.stdout + done.stderr).strip().splitlines() or ["nothing"]
-    bench.add("tests", {"exit code": done.returncode, "said": said[-1]})
+    code, printed = run_within(command, most)
+    bench.report["pytest"] = printed
+    for line in printed:
+        if line.startswith("SKIPPED"):
+            bench.skip("tests", line.removeprefix("SKIPPED "))
+    if code is None:
+        done = sum(" PASSED " in line or " FAILED " in line for line in printed)
+        bench.skip("tests", f"after {most:.0f} s {done} were done; the last line: {printed[-1] if printed else 'none'}")
+    else:
+        bench.add("tests", {"exit code": code, "said": printed[-1] if printed else "nothing"})
 
 
 def loss(bench: Bench, args: argparse.Namespace) -> None:
@@ -190,12 +144,6 @@ def loss(bench: Bench, args: argparse.Namespace) -> None:
                         "of peak": f"{flops / seconds / peak:.1%}", "MB": round(memory / 1e6),
                     },
                 )  # fmt: skip
-
-
-def ours(U: Tensor, W: Tensor, direction: str) -> Tensor:
-    """Return the FPS loss of this rank's vectors."""
-    positive = torch.arange(len(U), device=U.device)
-    return fps_loss(U, W, positive, alpha=ALPHA, direction=direction).loss  # type: ignore[arg-type]
 
 
 def others(bench: Bench) -> dict[str, tuple[int, Callable[..., Tensor]]]:
@@ -245,15 +193,6 @@ def step(bench: Bench, args: argparse.Namespace) -> None:
                     bench.add("step", row)
 
 
-@dataclass
-class TwoInputs:
-    """Features of queries and documents, as arguments of the tower."""
-
-    rows: int
-    query: tuple[Tensor, ...]
-    doc: tuple[Tensor, ...]
-
-
 def step_parts(bench: Bench, tower: nn.Module, batch: TwoInputs, precision: str, compiled: bool) -> dict[str, float]:
     """Return the median seconds of a step's parts; both sides go through one tower."""
     run = torch.compile(tower) if compiled else tower
@@ -288,93 +227,11 @@ def step_parts(bench: Bench, tower: nn.Module, batch: TwoInputs, precision: str,
     return {name: statistics.median(values[turns // 4 :]) for name, values in taken.items()}
 
 
-def text_tower(bench: Bench, layers: int, width: int, rows: int, tokens: int) -> tuple[nn.Module, TwoInputs, float]:
-    """Return a BERT with new weights, texts of one length, and the operations of a forward of one pair's sides."""
-    from transformers import BertConfig, BertModel
-
-    if bench.small:
-        layers, width, rows, tokens = 1, 64, 8, 8
-    config = BertConfig(
-        vocab_size=30_522, hidden_size=width, num_hidden_layers=layers, num_attention_heads=min(12, width // 32),
-        intermediate_size=4 * width, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    bert = BertModel(config, add_pooling_layer=False).to(bench.device)
-
-    class Mean(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bert = bert
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.bert(input_ids=ids).last_hidden_state.mean(dim=1)  # type: ignore[no-any-return]
-
-    query, doc = (torch.randint(5, 30_000, (rows, tokens), device=bench.device) for _ in range(2))
-    a_token = layers * (24 * width**2 + 4 * tokens * width)
-    return Mean(), TwoInputs(rows, (query,), (doc,)), float(a_token * tokens * rows)
-
-
-def history_tower(bench: Bench) -> tuple[nn.Module, TwoInputs, float]:
-    """Return gated blocks over 200 items, a vector a place of them, and the operations of a forward of a side."""
-    from bigdssm.config import HistoryEncoderConfig
-    from bigdssm.models.blocks import BLOCKS, Sight
-
-    width, items, rows = (32, 16, 4) if bench.small else (128, 200, 256)
-    config = HistoryEncoderConfig(block="gated", positions="rotary", layers=2, heads=4)
-    place = torch.arange(items, device=bench.device)
-    sight = Sight(place, place, (place[:, None] >= place)[None, None], True, True)
-
-    class Histories(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table = nn.Embedding(50_000, width)
-            self.layers = nn.ModuleList(BLOCKS["gated"](config, width) for _ in range(config.layers))
-
-        def forward(self, codes: Tensor, is_history: Tensor) -> Tensor:
-            hidden = self.table(codes)
-            if is_history.shape[0]:
-                for layer in self.layers:
-                    hidden = layer(hidden, hidden, sight)
-            return hidden.flatten(0, 1)  # type: ignore[no-any-return]
-
-    history, target = (torch.randint(1, 50_000, (rows, items), device=bench.device) for _ in range(2))
-    yes, no = torch.ones(1, device=bench.device), torch.ones(0, device=bench.device)
-    tower = Histories().to(bench.device)
-    linear = 2 * sum(p.numel() for layer in tower.layers for p in layer.parameters() if p.dim() == 2)
-    flops = rows * items * (linear + config.layers * 4 * items * width) / 2  # documents are looked up
-    return tower, TwoInputs(rows * items, (history, yes), (target, no)), float(flops)
-
-
 def product_peak(bench: Bench) -> float:
     """Return the operations a second of a large product in bfloat16."""
     size = 256 if bench.small else 8192
     A, B = (torch.randn(size, size, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * size**3 / timed(bench, lambda: A @ B, 0.0)[0]
-
-
-def vectors(rows: int, dim: int, bench: Bench) -> Tensor:
-    """Return vectors of length 1, to be differentiated."""
-    made = nn.functional.normalize(torch.randn(rows, dim, device=bench.device), dim=1)
-    return made.to(torch.bfloat16).requires_grad_()
-
-
-def timed(bench: Bench, run: Callable[[], Any], expected: float) -> tuple[float, int]:
-    """Return the median seconds of a run, and the most memory that it took beside what was there."""
-    memory = 0
-    if bench.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        memory = torch.cuda.memory_allocated()
-    run()  # compiles and warms up
-    bench.synchronise()
-    if bench.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated() - memory
-    seconds = []
-    for _ in range(3 if expected > 1 or bench.small else 9):
-        begun = time.perf_counter()
-        run()
-        bench.synchronise()
-        seconds.append(time.perf_counter() - begun)
-    return statistics.median(seconds), memory
 
 
 def histories(bench: Bench, args: argparse.Namespace) -> None:
@@ -386,19 +243,13 @@ def histories(bench: Bench, args: argparse.Namespace) -> None:
         command += ["--positions", positions, "--precision", "bf16", "--device", args.device]
         command += ["--rows", "16" if bench.small else "1024"]
         what = f"histories {block}, {positions}"
-        with bench.or_skip(what):
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(1, bench.left()))
-            if done.returncode:
-                bench.skip(what, (done.stderr.strip().splitlines() or ["no word why"])[-1])
-            else:
-                bench.add("histories", {"histories": done.stdout.strip()})
+        code, printed = run_within(command, max(1.0, bench.left()))
+        if code == 0:
+            bench.add("histories", {"histories": "\n".join(printed)})
+        else:
+            why = printed[-1] if printed else "no word why"
+            bench.skip(what, "no time is left for it" if code is None else why)
 
-
-TOWERS: dict[str, Callable[[Bench], tuple[nn.Module, TwoInputs, float]]] = {
-    "MiniLM": lambda bench: text_tower(bench, 6, 384, 1024, 64),
-    "BERT-base": lambda bench: text_tower(bench, 12, 768, 256, 64),
-    "history": history_tower,
-}
 
 PARTS: dict[str, Callable[[Bench, argparse.Namespace], None]] = {
     "tests": tests, "loss": loss, "step": step, "histories": histories,

@@ -132,20 +132,23 @@ class HistoryEncoder(Encoder):
     def _packed(self, items: Packed, places: Places | None) -> Tensor:
         hidden, place, spans = self._first_packed(items)
         bias = self._bias(hidden.dtype)
-        sight = self._packed_sight(items, place, spans, bias)
+        order = None if self._has_kernel else items.longest_first
+        sight = self._packed_sight(items, place, spans, bias, order)
         for layer in self.layers[:-1]:
             hidden = self._run(layer, hidden, hidden, sight)
         last = self.layers[-1]
         if places is not None:
             return self._run(last, hidden, hidden, sight)[0, spans.offsets[places.row] + places.seen]
         # only the newest place is read, as above; it sees all of its history
-        newest = self._of_newest(sight, items, bias)
+        newest = self._of_newest(sight, items, bias, order)
         return self._run(last, hidden[:, spans.offsets[1:] - 1], hidden, newest).squeeze(0)
 
-    def _packed_sight(self, items: Packed, place: Tensor, spans: Spans, bias: Tensor | None) -> Sight:
-        """Return what places see where histories are packed: by the kernel where it can, else group by group."""
+    def _packed_sight(
+        self, items: Packed, place: Tensor, spans: Spans, bias: Tensor | None, order: Tensor | None
+    ) -> Sight:
+        """Return what places see where histories are packed: by the kernel, or group by group of rows in `order`."""
         rotary, device = self.config.positions == "rotary", place.device
-        if self._has_kernel:
+        if order is None:
             each = (spans.offsets, spans.offsets, spans.longest, spans.longest)
             return Sight(place, place, None, True, rotary, self.packed_attention, *each, causal=True)
         groups = tuple(Group(group.rows, group.longest + 1) for group in items.groups)
@@ -155,20 +158,18 @@ class HistoryEncoder(Encoder):
             end += rows * width
             place_T = torch.arange(width, device=device)
             masks.append(_mask(place_T, place_T, bias))
-        order = items.longest_first
         begin = torch.empty_like(order).index_copy_(0, order, torch.cat(begins))
         at = begin[(place == 0).cumsum(0) - 1] + place
         return Sight(
             place, place, None, self._fused(device), rotary, layout=Layout(at, at, False, groups, tuple(masks))
         )
 
-    def _of_newest(self, sight: Sight, items: Packed, bias: Tensor | None) -> Sight:
+    def _of_newest(self, sight: Sight, items: Packed, bias: Tensor | None, order: Tensor | None) -> Sight:
         """Return what the newest place of each packed history sees of what is told by `sight`."""
         length_R, layout = items.lengths, sight.layout
         number = torch.arange(items.num_rows + 1, device=length_R.device)
-        if layout is None:
+        if order is None or layout is None:
             return sight._replace(at=length_R, at_offsets=number.int(), at_longest=1, causal=False)
-        order = items.longest_first
         lengths = length_R[order].split([group.rows for group in layout.groups])
         masks = tuple(
             _mask(length.unsqueeze(1), torch.arange(group.longest, device=length.device), bias)

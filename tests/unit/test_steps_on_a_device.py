@@ -1,0 +1,148 @@
+"""What a whole step asks of a device and of its ranks, counted on a simulated one: it does not grow with chunks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bigdssm.batching.batch import Batch
+from bigdssm.batching.plan import Budget, draft_step
+from bigdssm.batching.upload import on_device
+from bigdssm.config import HistoryEncoderConfig, LossConfig
+from bigdssm.models import Encoded, Places, Spans, new_model, use_packing
+from bigdssm.training.engine import Engine
+from bigdssm.training.objective import Objective
+from bigdssm.training.step import train_step
+from tests import simgpu
+from tests.distributed.test_gradient_cache import MODEL, SCHEMA, share_of
+
+# launches of a step but for its chunks; of a chunk's forward, forward once more and backward; of `attend` in it
+FIXED, EACH, ATTEND = 700, 370, 140
+
+
+class DeepSpeed:
+    """What the engine asks of DeepSpeed at ZeRO stage 0, of which the loss, the towers and the norm are counted."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.optimizer = SimpleNamespace(param_groups=[], zero_grad=module.zero_grad)
+
+    def __call__(self, **given: object) -> Encoded:
+        encoded: Encoded = self.module(**given)
+        return encoded
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def allreduce_gradients(self) -> None:
+        """Over the ranks, by DeepSpeed."""
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way through the towers: how histories and texts are laid out, and where log q comes from."""
+
+    block: str = "sasrec"
+    positions: str = "age"
+    frequency: str = "counts"
+    kernel: bool = False  # one attends within rows that are packed, texts too
+    many: bool = False  # queries of a row
+
+
+CASES = [
+    Case(frequency="streaming"),
+    Case("hstu", "relative", many=True),
+    Case("gated", "rotary", kernel=True),
+    Case("gated", "rotary", "streaming", kernel=True, many=True),
+]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, at: Spans, over: Spans, scale: float, causal: bool = False) -> Tensor:
+    """What the kernel does that attends within packed rows, reading nothing."""
+    (row_A, place_A), (row_B, place_B) = _rows(at, len(q)), _rows(over, len(k))
+    sees = row_A[:, None] == row_B
+    if causal:
+        sees &= place_A[:, None] >= place_B
+    scores = torch.einsum("ahw,bhw->hab", q, k).mul(scale).masked_fill(~sees, -1e30)
+    return torch.einsum("hab,bhw->ahw", scores.softmax(-1), v)
+
+
+def _rows(spans: Spans, number: int) -> tuple[Tensor, Tensor]:
+    cell = torch.arange(number, device=spans.offsets.device)
+    row = torch.searchsorted(spans.offsets[1:].long(), cell, right=True)
+    return row, cell - spans.offsets[row]
+
+
+def new_engine(case: Case) -> Engine:
+    history = HistoryEncoderConfig(block=case.block, positions=case.positions)  # type: ignore[arg-type]
+    model = replace(MODEL, query=replace(MODEL.query, history=history))
+    torch.manual_seed(0)
+    module = new_model(model, SCHEMA, vocab_size=30).train()
+    if case.kernel:
+        use_packing(module, attend)
+    engine = object.__new__(Engine)
+    engine.deepspeed, engine.zero_stage = DeepSpeed(module), 0
+    return engine
+
+
+def batch_of(case: Case) -> Batch:
+    """Return 24 queries, of as many rows or two of each of 12."""
+    batch = share_of(0, 1, 0)
+    if not case.many:
+        return batch
+    rows = torch.arange(12)
+    seen = torch.stack([torch.zeros_like(rows), (batch.query["history"][rows] != 0).sum(1)], 1)
+    return replace(
+        batch,
+        row_ids=rows,
+        query={name: tensor[rows] for name, tensor in batch.query.items()},
+        query_lengths={name: list_.take(rows) for name, list_ in batch.query_lengths.items()},
+        places=Places(rows.repeat_interleave(2), seen.flatten()),
+        queries_of_row=np.full(12, 2),
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_a_step_asks_for(case: Case) -> None:
+    """Whole and with a gradient cache, of few chunks and of many."""
+    engine, host = new_engine(case), batch_of(case)
+    objective = Objective(
+        LossConfig(sampling="corrected", frequency=case.frequency),  # type: ignore[arg-type]
+        MODEL, None, np.arange(1.0, 40.0), 24.0,
+    )  # fmt: skip
+    streaming = case.frequency == "streaming"
+    waits = []
+    with simgpu.ranks(64), simgpu.Device() as device:
+        device.put_module(engine.module)
+        for chunk_tokens, kept_tokens, fewest in ((0, 0, 2), (90, 0, 3), (12, 60, 20)):
+            draft = draft_step(host, Budget(chunk_tokens, kept_tokens, engine.module.packs(training=True)))  # type: ignore[operator]
+            plan = draft.agreed(draft.needs)
+            pieces = len(plan.query.chunks) + len(plan.doc.chunks)
+            assert pieces >= fewest and plan.whole == (chunk_tokens == 0)
+            if plan.whole:  # the first step sends the catalogue's counts or the table of the estimate
+                train_step(engine, on_device(host, simgpu.PLACE), plan, objective, 1.0)
+            device.reset()
+            result = train_step(engine, on_device(host, simgpu.PLACE), plan, objective, 1.0)
+            assert result.applied and result.gradient_norm > 0
+            assert not device.mixed and not device.uploads
+            # the loss, the gather, the norm; of the estimate, how many documents each rank has
+            assert sum(device.waits.values()) <= 3 + 1 + 1 + streaming <= 8, device.waits
+            waits.append(device.waits)
+            assert device.launches <= FIXED + pieces * (EACH + ATTEND * case.kernel), device.operations
+            assert {backend for _, backend, _ in device.collectives} == {"nccl"}
+            names = Counter(name for name, _, _ in device.collectives)
+            assert names == {"all_gather": 2 + 1 + 2 * streaming, "all_reduce": 2, "reduce_scatter": 2}
+    assert all(other == waits[0] for other in waits)
