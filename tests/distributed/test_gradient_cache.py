@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -232,6 +233,23 @@ def test_gradients_are_reduced_once_a_step_however_many_chunks_there_are(pools: 
                 assert gradients == [("all_reduce", parameters)], case
             else:  # each rank gets its share, the last with padding
                 assert gradients == [("reduce_scatter_tensor", parameters + parameters % 2)], case
+
+
+def broadcasts(rank: int, world_size: int, case: Case) -> list[int]:
+    """Return how many each of some steps makes."""
+    found = []
+    with plain_optimizer():
+        running, budget = new_engine(case, 0.0)
+        for step in range(3):
+            with mock.patch.object(dist, "broadcast", wraps=dist.broadcast) as sent:
+                one_step(running, share_of(rank, world_size, step), budget)
+            found.append(sent.call_count)
+    return found
+
+
+def test_ranks_do_not_compare_the_order_of_modules(pools: dict[int, Pool]) -> None:
+    """DeepSpeed would at ZeRO 3, after every pass unlike the one before: queries' chunks beside documents'."""
+    assert pools[2].run(broadcasts, Case(3, 40, 0)) == [[0, 0, 0], [0, 0, 0]]
 
 
 @pytest.mark.slow
