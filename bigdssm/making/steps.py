@@ -141,16 +141,16 @@ class FirstRows:
                 self._write()
 
     def _first(self, table: pa.Table) -> pa.Table:
-        _, first, nth = np.unique(table.column(self._key).to_numpy(), return_index=True, return_inverse=True)
+        # Codes are numbered as their values come, so that a value is new where its code is: nothing is sorted.
+        codes = table.column(self._key).combine_chunks().dictionary_encode().indices.to_numpy()
+        first = np.flatnonzero(np.diff(np.maximum.accumulate(codes), prepend=-1))
         if len(first) == table.num_rows:
             return table
-        order = np.argsort(first)
-        kept = table.take(pa.array(first[order]))
+        kept = table.take(pa.array(first))
         if self._count_column is None:
             return kept
-        counts = np.zeros(len(first), np.int64)
-        np.add.at(counts, nth, table.column(self._count_column).to_numpy())
-        return kept.set_column(kept.schema.get_field_index(self._count_column), self._count_column, [counts[order]])
+        counts = np.bincount(codes, table.column(self._count_column).to_numpy()).astype(np.int64)
+        return kept.set_column(kept.schema.get_field_index(self._count_column), self._count_column, [counts])
 
     def _write(self) -> None:
         self._file.add(pa.concat_tables(self._waiting))
