@@ -88,8 +88,11 @@ class Versions:
         return cls(num_docs, times, whose * (len(times) + 1) + nth, at[order])
 
     @classmethod
-    def read(cls, files: Sequence[CatalogueFile]) -> Versions | None:
-        """Return the versions among a catalogue's files, None without any. Raises DataError on those of no document."""
+    def read(cls, files: Sequence[CatalogueFile], *, dated: bool) -> Versions | None:
+        """Return the versions among a catalogue's files, which have times or not; None: there are no versions.
+
+        Raises DataError on versions of no document.
+        """
         firsts = [file for file in files if file.since is None]
         newer = [file for file in files if file.since is not None]
         if not newer:
@@ -102,7 +105,7 @@ class Versions:
                 raise DataError(f"{file.path} has versions of documents that the catalogue has not; copy it again")
         document = np.concatenate(documents)
         table = MappedTable([file.path for file in newer])
-        if SINCE_COLUMN not in table.schema.names:
+        if not dated:  # a feature may be named as the times are
             since = np.repeat([float(file.since or 0) for file in newer], [len(some) for some in documents])
             return cls.of(num_docs, document, since)
         first = MappedTable([file.path for file in firsts]).take(SINCE_COLUMN, np.unique(document))

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from bigdssm.dataset.keys import Keys
 from bigdssm.dataset.mapped import MappedTable
 from bigdssm.dataset.versions import SINCE_COLUMN, CatalogueFile, Versions, catalogue_files
+from bigdssm.making.dataset_writer import AS_OF
 
 TOLD = "told"  # whether a row has features that the dataset has not: those of a new document, or other ones than it had
 KNOWN_SINCE = "known_since"  # from when on the version holds that a row with a time was compared with; −∞: it has none
@@ -22,17 +23,17 @@ KNOWN_SINCE = "known_since"  # from when on the version holds that a row with a 
 class KnownDocuments:
     """Finds a dataset's documents by key; picklable as its files, which workers map."""
 
-    def __init__(self, keys: Keys, files: Sequence[CatalogueFile]) -> None:
-        """Take the keys of all documents and the catalogue's files, those of newer versions last."""
-        self.keys, self.files = keys, tuple(files)
+    def __init__(self, keys: Keys, files: Sequence[CatalogueFile], dated: bool) -> None:
+        """Take the keys of all documents and the catalogue's files, those of versions last; `dated`: rows have times."""
+        self.keys, self.files, self.dated = keys, tuple(files), dated
 
     @classmethod
     def of(cls, folder: Path, content: Mapping[str, Any], keys: Keys) -> KnownDocuments:
         """Return those of the dataset in `folder`, of which `content` is the dataset.json."""
-        return cls(keys, catalogue_files(folder, content))
+        return cls(keys, catalogue_files(folder, content), content.get("items") == AS_OF["items"])
 
-    def __reduce__(self) -> tuple[type[KnownDocuments], tuple[Keys, Sequence[CatalogueFile]]]:
-        return KnownDocuments, (self.keys, self.files)
+    def __reduce__(self) -> tuple[type[KnownDocuments], tuple[Keys, Sequence[CatalogueFile], bool]]:
+        return KnownDocuments, (self.keys, self.files, self.dated)
 
     @cached_property
     def _table(self) -> MappedTable:
@@ -40,7 +41,7 @@ class KnownDocuments:
 
     @cached_property
     def _versions(self) -> Versions | None:
-        return Versions.read(self.files)
+        return Versions.read(self.files, dated=self.dated)
 
     def compared(self, rows: pa.Table) -> pa.Table:
         """Return rows of documents with the columns `document`, which they are (-1: new), and TOLD.
@@ -50,11 +51,10 @@ class KnownDocuments:
         """
         documents = self.keys.find(rows.column("doc_id").to_numpy())
         told, known_since = np.ones(rows.num_rows, bool), np.full(rows.num_rows, -np.inf)
-        dated = SINCE_COLUMN in rows.column_names
         known = np.flatnonzero(documents >= 0)
         if len(known):
             at = documents[known]
-            if dated:
+            if self.dated:
                 since = rows.column(SINCE_COLUMN).to_numpy()[known]
                 at = at if self._versions is None else self._versions.held(at, since)
                 began = np.asarray(self._table.take(SINCE_COLUMN, at))
@@ -64,9 +64,9 @@ class KnownDocuments:
             told[known] = rows.column("content").to_numpy()[known] != self._table.take("content", at)
             display = rows.column("display").combine_chunks().take(pa.array(known)).cast(pa.large_string())
             told[known] |= pc.not_equal(display, self._table.arrow("display", at)).to_numpy(zero_copy_only=False)
-            told[known] |= np.isinf(known_since[known]) & dated  # older than all that is known
+            told[known] |= np.isinf(known_since[known]) & self.dated  # older than all that is known
         columns = {name: rows.column(name) for name in rows.column_names}
-        if dated:
+        if self.dated:
             columns[KNOWN_SINCE] = pa.array(known_since)
         elif not told.all():
             for name in columns.keys() - {"place", "doc_id", "content", "doc_key"}:

@@ -17,6 +17,7 @@ from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History, Numeric, Ragged
 from bigdssm.making.interactions import InteractionTables, make_interactions
 from bigdssm.making.making import Report, Target
+from bigdssm.making.pairs import PairTables, make_pairs
 from bigdssm.reports.inspection import describe, sample_rows
 from bigdssm.reports.verification import verify_dataset
 from bigdssm.retrieval.search import histories, user_facts
@@ -36,10 +37,10 @@ ITEMS: list[Item] = [
 ]
 
 
-def write(folder: Path, items: list[Any], events: list[Any]) -> None:
+def write(folder: Path, items: list[Any], events: list[Any], updated: str = "updated") -> None:
     folder.mkdir(exist_ok=True)
     for name, columns, rows in (
-        ("items", ("item_id", "updated", "kind", "price", "title"), items),
+        ("items", ("item_id", updated, "kind", "price", "title"), items),
         ("events", ("user_id", "item_id", "timestamp"), events),
     ):
         pq.write_table(pa.table(dict(zip(columns, zip(*rows, strict=True), strict=True))), folder / f"{name}.parquet")
@@ -199,6 +200,33 @@ def test_without_times_a_dataset_knows_of_none(tmp_path: Path) -> None:
     make(tmp_path, tmp_path / "dated")
     with pytest.raises(ConfigError, match="has items' features as of each event, so give --items-time-column here"):
         make(tmp_path, tmp_path / "dated", "more", updated=None)
+
+
+def test_feature_names_say_nothing_of_times(tmp_path: Path) -> None:
+    """A dataset without times may have features that are named as the columns of one with them."""
+    config = replace(
+        CONFIG, query={**CONFIG.query, "version": Categorical()}, doc={"kind": Categorical(), "since": Numeric()}
+    )
+    pq.write_table(pa.table({"user_id": ["u"], "version": ["1.0"]}), tmp_path / "users.parquet")
+    days = [{"a": 2001.0, "b": 2002.0}, {"a": 1990.0, "b": 2003.0}]
+    for day, since in enumerate(days):
+        events = [("u", item, 10 * day + n) for n, item in enumerate("aba")]
+        write(tmp_path, [(item, year, "x", 1.0, item) for item, year in since.items()], events, updated="since")
+        make(tmp_path, tmp_path / "out", f"day{day}", None, config, users=tmp_path / "users.parquet")
+        pairs = PairTables((tmp_path / "items.parquet",), doc_id_column="item_id", split="train")
+        target = Target(tmp_path / "pairs", f"day{day}", append=day > 0, processes=1)
+        make_pairs(replace(config, query={"item_id": Categorical()}, targets_per_row=1), pairs, target)
+    for folder in ("out", "pairs"):
+        for day, since in enumerate(days):
+            dataset = Dataset.open(tmp_path / folder, [f"day{day}"])
+            found = np.asarray(dataset.catalogue.column("since", np.arange(2))).tolist()
+            assert found == [1990.0, 2003.0], "as they are now"
+            for rows in dataset.iterate("train", 7):
+                assert rows.doc_versions is not None and len(rows.doc_rows)
+                keys = dataset.catalogue.keys(rows.doc_versions)
+                found = np.asarray(dataset.catalogue.column("since", rows.doc_versions)).tolist()
+                assert found == [since[key] for key in keys], (folder, day)
+                assert folder == "pairs" or set(np.asarray(rows.query["version"]).tolist()) == {2}
 
 
 def test_what_cannot_be_used_is_told(tmp_path: Path) -> None:
