@@ -24,7 +24,7 @@ class KnownDocuments:
     """Finds a dataset's documents by key; picklable as its files, which workers map."""
 
     def __init__(self, keys: Keys, files: Sequence[CatalogueFile], dated: bool) -> None:
-        """Take the keys of all documents and the catalogue's files, those of versions last; `dated`: rows have times."""
+        """Take the keys of all documents and the catalogue's files, those of versions last; `dated`: with times."""
         self.keys, self.files, self.dated = keys, tuple(files), dated
 
     @classmethod

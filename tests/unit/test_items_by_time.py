@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -194,9 +195,12 @@ def test_without_times_a_dataset_knows_of_none(tmp_path: Path) -> None:
     make(tmp_path, tmp_path / "out", updated=None)
     dataset = Dataset.open(tmp_path / "out")
     assert dataset.sequences is not None and "version" not in dataset.sequences.schema.names
-    assert "items" not in (tmp_path / "out" / "dataset.json").read_text().replace("items.", "")
+    assert "items" not in json.loads((tmp_path / "out" / "dataset.json").read_text())
     with pytest.raises(ConfigError, match="has one row of features for each item, so leave out --items-time-column"):
         make(tmp_path, tmp_path / "out", "more")
+    make(tmp_path, tmp_path / "empty", updated="", users_time_column="")
+    for file in (tmp_path / "out").rglob("*.arrow"):
+        assert file.read_bytes() == (tmp_path / "empty" / file.relative_to(tmp_path / "out")).read_bytes(), "'' is none"
     make(tmp_path, tmp_path / "dated")
     with pytest.raises(ConfigError, match="has items' features as of each event, so give --items-time-column here"):
         make(tmp_path, tmp_path / "dated", "more", updated=None)
