@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bigdssm.dataset.keys import Keys, write_keys
-from bigdssm.dataset.versions import SINCE_COLUMN
+from bigdssm.dataset.versions import DOCUMENT_COLUMN, SINCE_COLUMN
 from bigdssm.features import Feature
 from bigdssm.making.dataset_writer import DatasetWriter
 from bigdssm.making.engine import Engine
@@ -98,6 +98,14 @@ class Documents:
     def total(self) -> int:
         """Return how many there are with those that were known."""
         return self.first + self.table.num_rows
+
+    @property
+    def num_changed(self) -> int:
+        """Return how many of those that were known have further versions."""
+        if self.changed is None:
+            return 0
+        document = self.changed.read(columns=[DOCUMENT_COLUMN]).column(DOCUMENT_COLUMN).to_numpy()
+        return len(np.unique(document[document < self.first]))
 
 
 def number_documents(engine: Engine, writer: DatasetWriter) -> Documents:

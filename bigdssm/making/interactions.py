@@ -132,7 +132,7 @@ def _told_documents(engine: Engine, documents: Documents) -> Table:
 
 def _notes_of_versions(tables: InteractionTables, documents: Documents, num_early: int) -> Iterator[str]:
     if documents.changed is not None and documents.changed.num_rows:
-        yield f"{documents.changed.num_rows} rows of {tables.items} are further versions of items"
+        yield f"further versions of items in {tables.items}: {documents.changed.num_rows}"
     if num_early:
         yield f"{num_early} events are older than all that {tables.items} has of their items: they see the oldest"
 

@@ -82,8 +82,8 @@ def test_an_event_sees_the_version_of_its_time(tmp_path: Path) -> None:
     times = [5, 10, 19, 20, 99]  # before all versions, at one, between two, at the other, after both
     write(tmp_path, ITEMS, [("u", "b", 0), *(("u", "a", time) for time in times)])
     report = make(tmp_path, tmp_path / "out")
-    assert (report.num_docs, report.new_docs, report.changed_docs) == (2, 2, 1)
-    told = ["1 rows of {} are further versions of items",
+    assert (report.num_docs, report.new_docs, report.changed_docs, report.new_versions) == (2, 2, 0, 1)
+    told = ["further versions of items in {}: 1",
             "2 events are older than all that {} has of their items: they see the oldest"]  # fmt: skip
     assert list(report.notes[:2]) == [note.format(tmp_path / "items.parquet") for note in told]
     dataset = Dataset.open(tmp_path / "out")
@@ -143,7 +143,7 @@ def test_days_of_a_dataset_see_what_was_known_when_each_was_made(split: str, tmp
             versions[key] = grown(versions.get(key, []), rows)
         write(tmp_path / str(day), items, some)
         report = make(tmp_path / str(day), tmp_path / "out", f"day{day}", split=split)
-        assert report.changed_docs > 20
+        assert report.new_versions > 20
         early = sum(time < versions[item][0][0] for _, item, time in some)
         assert bool(early) == (day != 1)
         assert any(note.startswith(f"{early} events are older than all") for note in report.notes) == bool(early)
@@ -161,7 +161,9 @@ def test_days_of_a_dataset_see_what_was_known_when_each_was_made(split: str, tmp
         keys = dataset.catalogue.keys(everything := np.arange(dataset.catalogue.num_docs))
         assert facts_at(dataset, everything) == [versions[key][-1][1] for key in keys]
     again = make(tmp_path / "2", tmp_path / "out", "again", split=split)
-    assert (again.new_docs, again.changed_docs) == (0, 0), "what is known already is written once"
+    assert (again.new_docs, again.changed_docs, again.new_versions) == (0, 0, 0), (
+        "what is known already is written once"
+    )
     assert verify_dataset(tmp_path / "out") == []
 
 
@@ -186,7 +188,7 @@ def test_rows_that_change_nothing_cost_nothing(tmp_path: Path) -> None:
         for day, rows in enumerate(filter(None, (known, come))):
             write(tmp_path / "tables", [("a", since, *facts) for since, facts in rows], events)
             report = make(tmp_path / "tables", out, f"day{day}")
-        assert report.changed_docs == told, number
+        assert (report.changed_docs, report.new_versions) == (bool(come and told), told), number
         assert facts_at(Dataset.open(out), np.zeros(1, np.int64)) == [newest], number
 
 
@@ -243,10 +245,11 @@ def test_what_cannot_be_used_is_told(tmp_path: Path) -> None:
             make(tmp_path, tmp_path / "out", config=replace(CONFIG, **{side: {name: Categorical()}}))
     with pytest.raises(DataError, match=r"items.parquet has no column 'changed'"):
         make(tmp_path, tmp_path / "out", updated="changed")
-    with pytest.raises(DataError, match=r"row 1: title is 'b', needs a number or an ISO 8601 time"):
+    with pytest.raises(DataError, match=r"row 1: title is 'b', needs a number or an ISO-8601 time"):
         make(tmp_path, tmp_path / "out", updated="title")
     write(tmp_path, [*ITEMS, ("a", float("nan"), "no", 1.0, "a")], events)
-    with pytest.raises(DataError, match=r"1 of 7 rows are bad.*items.parquet, row 4: updated is nan, needs a number"):
+    told = r"1 of 7 rows are bad.*: 1 × updated is nan, needs a number or an ISO-8601 time;.*items.parquet, row 4: updated"
+    with pytest.raises(DataError, match=told):
         make(tmp_path, tmp_path / "out")
     write(tmp_path, ITEMS, [(user, item, 1.7e9 + time) for user, item, time in events])
     items = [(key, 1.7e12 + since, *facts) for key, since, *facts in ITEMS]
