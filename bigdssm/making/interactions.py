@@ -123,8 +123,8 @@ def make_interactions(
 
 def _told_documents(engine: Engine, documents: Documents) -> Table:
     """Return the new documents and the further versions."""
-    if documents.told is not None:
-        return documents.told
+    if documents.versions is not None:
+        return documents.versions
     if documents.changed is None:
         return documents.table
     return engine.select("fitted_documents", "SELECT * FROM told_documents", order="place, doc_id")
