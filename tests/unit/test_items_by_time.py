@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bigdssm.config import DataConfig
+from bigdssm.config import DataConfig, SourceConfig
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.joining import open_dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History, Numeric, Ragged
 from bigdssm.making.interactions import InteractionTables, make_interactions
@@ -204,6 +205,9 @@ def test_without_times_a_dataset_knows_of_none(tmp_path: Path) -> None:
     for file in (tmp_path / "out").rglob("*.arrow"):
         assert file.read_bytes() == (tmp_path / "empty" / file.relative_to(tmp_path / "out")).read_bytes(), "'' is none"
     make(tmp_path, tmp_path / "dated")
+    sources = [SourceConfig(dir=str(tmp_path / name)) for name in ("out", "dated")]
+    with pytest.raises(ConfigError, match=r"dated cannot be.* make both with --items-time-column, or both without"):
+        open_dataset(replace(CONFIG, mixture=sources))
     with pytest.raises(ConfigError, match="has items' features as of each event, so give --items-time-column here"):
         make(tmp_path, tmp_path / "dated", "more", updated=None)
 
@@ -248,7 +252,7 @@ def test_what_cannot_be_used_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"row 1: title is 'b', needs a number or an ISO-8601 time"):
         make(tmp_path, tmp_path / "out", updated="title")
     write(tmp_path, [*ITEMS, ("a", float("nan"), "no", 1.0, "a")], events)
-    told = r"1 of 7 rows are bad.*: 1 × updated is nan, needs a number or an ISO-8601 time;.*items.parquet, row 4: updated"
+    told = r"1 of 7 rows are bad.*: 1 × updated is nan, needs a number or an ISO-8601 time; .*items.parquet, row 4: u"
     with pytest.raises(DataError, match=told):
         make(tmp_path, tmp_path / "out")
     write(tmp_path, ITEMS, [(user, item, 1.7e9 + time) for user, item, time in events])
