@@ -87,8 +87,17 @@ def _parser() -> argparse.ArgumentParser:
     sub = commands.add_parser(name, parents=[common], help="(history → next item) from user, item, time events")
     sub.set_defaults(run=_interactions)
     sub.add_argument("--interactions", type=_table, required=True, help="events: .tsv .csv .jsonl .parquet, also .xz …")
-    sub.add_argument("--items", type=_table, required=True, help="one row per item; the whole becomes the catalogue")
-    sub.add_argument("--users", type=_table, help="one row per user; needed for query features other than histories")
+    sub.add_argument(
+        "--items",
+        type=_table,
+        required=True,
+        help="one row per item, or several with --items-time-column; the whole becomes the catalogue",
+    )
+    sub.add_argument(
+        "--users",
+        type=_table,
+        help="one row per user, or several with --users-time-column; needed for query features but histories",
+    )
     sub.add_argument("--user-column", default="user_id")
     sub.add_argument("--item-column", default="item_id")
     sub.add_argument("--time-column", default="timestamp", help="'' where the events stand in order of time")
@@ -163,7 +172,7 @@ def _interactions(args: argparse.Namespace) -> None:
         users=args.users,
         user_column=args.user_column,
         item_column=args.item_column,
-        time_column=args.time_column or None,
+        time_column=args.time_column,
         items_time_column=args.items_time_column,
         users_time_column=args.users_time_column,
         rating_column=args.rating_column,

@@ -47,6 +47,11 @@ class Head:
     users: str = "sequences"  # where users' features stand for training; "rows": in blocks, as of each row
     items: str = "partitions"  # what tells the version of an item that a row sees; "events": the time of each event
 
+    @property
+    def dated(self) -> bool:
+        """Return whether versions of items have times, and sequences name those that events saw."""
+        return self.items == "events"
+
 
 class Dataset:
     """A dataset opened for reading, see `open`; or several joined, see joining.py."""
@@ -57,7 +62,8 @@ class Dataset:
         self.dir, self.name, self.schema = head.dir, head.name, head.schema
         self.tokenizer_dir: Path | None = head.dir / "tokenizer" if head.schema.has_text else None
         self.pad_token_id, self.vocab_size, self.tokenizer_hash = _read_tokenizer(self.tokenizer_dir)
-        paths, versions = [file.path for file in self.catalogue_files], Versions.read(self.catalogue_files)
+        paths = [file.path for file in self.catalogue_files]
+        versions = Versions.read(self.catalogue_files, dated=head.dated)
         self.catalogue = Catalogue(paths, head.schema, self.pad_token_id, versions)
         got, expected = self.catalogue.file_rows, [file.rows for file in self.catalogue_files]
         if got != expected:
@@ -221,7 +227,7 @@ class Dataset:
 
         `of_rows` are features that stand in the blocks.
         """
-        targets = Targets.of(table, sequence, first, end)
+        targets = Targets.of(table, sequence, first, end, dated=self.head.dated)
         targets = targets.take(targets.good(self.catalogue.num_docs))
         query: dict[str, Column] = {}
         left_edge = np.zeros_like(end)
@@ -260,7 +266,7 @@ class Dataset:
         left_edge = np.maximum(0, seen - feature.max_items)
         items = table.take_slices("items", sequence, left_edge, seen)
         partition = np.repeat(self._numbers_of(sequence), items.lengths)
-        version = versions_of(table, sequence, left_edge, seen)
+        version = versions_of(table, sequence, left_edge, seen) if self.head.dated else None
         return type(items)(self._codes(str(feature.of), items.values, partition, version), items.offsets), left_edge
 
     def _numbers_of(self, sequence: np.ndarray) -> np.ndarray:

@@ -69,19 +69,17 @@ def _check_same(first: Dataset, other: Dataset, name: str) -> None:
         difference = _fitted_difference(first, other)
     if difference is None and first.tokenizer_hash != other.tokenizer_hash:
         difference = "the tokenizers differ"
-    for what, mine, its in (
-        ("texts", first.head.text, other.head.text),
-        ("users' features", first.head.users, other.head.users),
-        ("items' features", first.head.items, other.head.items),
-        ("sequences", first.sequences is not None, other.sequences is not None),
+    fix = f"make it with `bigdssm make_shards … --like {first.dir}`"
+    for what, mine, its, needed in (
+        ("sequences", first.sequences is not None, other.sequences is not None, "interactions"),
+        ("texts", first.head.text, other.head.text, "--raw-text"),
+        ("users' features", first.head.users, other.head.users, "--users-time-column"),
+        ("items' features", first.head.items, other.head.items, "--items-time-column"),
     ):
         if difference is None and mine != its:
-            difference = f"{what}: {mine} against {its}"
+            difference, fix = f"{what}: {mine} against {its}", f"make both with {needed}, or both without"
     if difference is not None:
-        raise ConfigError(
-            f"data.mixture: {name} cannot be mixed with {first.dir}: {difference}; make it with "
-            f"`bigdssm make_shards … --like {first.dir}`"
-        )
+        raise ConfigError(f"data.mixture: {name} cannot be mixed with {first.dir}: {difference}; {fix}")
 
 
 def _fitted_difference(first: Dataset, other: Dataset) -> str:

@@ -29,13 +29,15 @@ class Targets:
     version: np.ndarray | None = None  # int32 [m]: of the item, as `Versions.named` takes it; None: without times
 
     @classmethod
-    def of(cls, table: MappedTable, sequence: np.ndarray, first: np.ndarray, end: np.ndarray) -> Targets:
-        """Return those of rows int64 [R], whose places are within their sequences."""
+    def of(
+        cls, table: MappedTable, sequence: np.ndarray, first: np.ndarray, end: np.ndarray, *, dated: bool = False
+    ) -> Targets:  # fmt: skip
+        """Return those of rows int64 [R], whose places are within their sequences; `dated`: with their versions."""
         items = table.take_slices("items", sequence, first, end)
         relevance = table.take_slices("relevance", sequence, first, end)
         row = np.repeat(np.arange(len(sequence)), items.lengths)
         place = np.arange(len(row)) - offsets_of(items.lengths)[row] + first[row]
-        version = versions_of(table, sequence, first, end)
+        version = versions_of(table, sequence, first, end) if dated else None
         return cls(row, place, items.values.astype(np.int64), relevance.values, version)
 
     def faults(self, num_docs: int) -> Iterator[tuple[int, str]]:
@@ -59,8 +61,6 @@ class Targets:
         return Targets(self.row[targets], self.place[targets], self.item[targets], self.relevance[targets], version)
 
 
-def versions_of(table: MappedTable, sequence: np.ndarray, first: np.ndarray, end: np.ndarray) -> np.ndarray | None:
-    """Return the versions that events [first, end) of sequences saw, int32; None where items have no times."""
-    if VERSION_COLUMN not in table.schema.names:
-        return None
+def versions_of(table: MappedTable, sequence: np.ndarray, first: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Return the versions that events [first, end) of sequences saw, int32; for datasets whose items have times."""
     return table.take_slices(VERSION_COLUMN, sequence, first, end).values

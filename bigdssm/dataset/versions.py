@@ -52,6 +52,12 @@ def catalogue_files(folder: Path, content: Mapping[str, Any]) -> list[CatalogueF
     return files
 
 
+def distinct(document: np.ndarray) -> np.ndarray:
+    """Return the distinct documents of versions, ascending: np.unique hashes, this merges the runs that files are."""
+    whose = np.sort(document, kind="stable")
+    return whose[np.flatnonzero(np.diff(whose, prepend=-1))]
+
+
 class Versions:
     """Finds versions by document.
 
@@ -77,19 +83,24 @@ class Versions:
         float64 [distinct documents]: the same of the first versions, in the order of their numbers; None: ever. Of
         versions of one time the later in the files is newer.
         """
-        changed = np.unique(document)
+        changed = distinct(document)
         first = np.full(len(changed), -np.inf) if first is None else first
         times, nth = np.unique(np.concatenate([first, since]), return_inverse=True)
         whose = np.concatenate([changed, document])
         at = np.concatenate([changed, num_docs + np.arange(len(document))])
-        order = np.lexsort((nth, whose))
-        whose, nth = whose[order], nth[order] + 1
-        nth[np.flatnonzero(np.diff(whose, prepend=-1))] = 0
-        return cls(num_docs, times, whose * (len(times) + 1) + nth, at[order])
+        begin = whose * (len(times) + 1) + nth + 1
+        order = np.argsort(begin, kind="stable")  # merges the runs that files are
+        begin, whose = begin[order], whose[order]
+        oldest = np.flatnonzero(np.diff(whose, prepend=-1))
+        begin[oldest] = whose[oldest] * (len(times) + 1)
+        return cls(num_docs, times, begin, at[order])
 
     @classmethod
-    def read(cls, files: Sequence[CatalogueFile]) -> Versions | None:
-        """Return the versions among a catalogue's files, None without any. Raises DataError on those of no document."""
+    def read(cls, files: Sequence[CatalogueFile], *, dated: bool) -> Versions | None:
+        """Return the versions among a catalogue's files, which have times or not; None: there are no versions.
+
+        Raises DataError on versions of no document.
+        """
         firsts = [file for file in files if file.since is None]
         newer = [file for file in files if file.since is not None]
         if not newer:
@@ -102,10 +113,10 @@ class Versions:
                 raise DataError(f"{file.path} has versions of documents that the catalogue has not; copy it again")
         document = np.concatenate(documents)
         table = MappedTable([file.path for file in newer])
-        if SINCE_COLUMN not in table.schema.names:
+        if not dated:  # a feature may be named as the times are
             since = np.repeat([float(file.since or 0) for file in newer], [len(some) for some in documents])
             return cls.of(num_docs, document, since)
-        first = MappedTable([file.path for file in firsts]).take(SINCE_COLUMN, np.unique(document))
+        first = MappedTable([file.path for file in firsts]).take(SINCE_COLUMN, distinct(document))
         return cls.of(num_docs, document, table.whole(SINCE_COLUMN), np.asarray(first))
 
     def place(self, rows: np.ndarray) -> np.ndarray:

@@ -179,7 +179,7 @@ def times(check: RowCheck, name: str) -> np.ndarray:
         values = values.copy()  # Arrow's own memory cannot be written
         for i in np.flatnonzero(unreadable).tolist():
             values[i] = _parse_iso(str(array[i].as_py()))
-    check.fail(~np.isfinite(values), f"{name} is {{}}, needs a number or an ISO 8601 time", array)
+    check.fail(~np.isfinite(values), f"{name} is {{}}, needs a number or an ISO-8601 time", array)
     return values
 
 

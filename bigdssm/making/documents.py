@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bigdssm.dataset.keys import Keys, write_keys
-from bigdssm.dataset.versions import SINCE_COLUMN
+from bigdssm.dataset.versions import DOCUMENT_COLUMN, SINCE_COLUMN
 from bigdssm.features import Feature
 from bigdssm.making.dataset_writer import DatasetWriter
 from bigdssm.making.engine import Engine
-from bigdssm.making.known_documents import KNOWN_SINCE, TOLD
+from bigdssm.making.known_documents import IS_NEW, KNOWN_SINCE
 from bigdssm.making.steps import Table
 from bigdssm.string_hashes import hash_strings
 
@@ -34,7 +34,7 @@ def document_schema(features: Mapping[str, Feature], *, dated: bool = False) -> 
 
     They have their keys, and canonical features as columns d0, d1, …
     """
-    compared = [("document", pa.int64()), (TOLD, pa.int32())]
+    compared = [("document", pa.int64()), (IS_NEW, pa.int32())]
     times = [(SINCE_COLUMN, pa.float64()), (KNOWN_SINCE, pa.float64())] if dated else []
     return pa.schema([*DOCUMENT_COLUMNS.items(), *spooled("d", features), *times, *compared])
 
@@ -87,17 +87,25 @@ class Documents:
     first: int  # the catalogue row of the first new one
     keys: Keys  # of all documents, by doc_id
     changed: Table | None = None  # further versions of documents; `document` is each one's catalogue row
-    told: Table | None = None  # of rows with times, `since`: both
+    versions: Table | None = None  # of rows with times, `since`: both
 
     @property
     def dated(self) -> bool:
         """Return whether they have times."""
-        return self.told is not None
+        return self.versions is not None
 
     @property
     def total(self) -> int:
         """Return how many there are with those that were known."""
         return self.first + self.table.num_rows
+
+    @property
+    def num_changed(self) -> int:
+        """Return how many of those that were known have further versions."""
+        if self.changed is None:
+            return 0
+        document = self.changed.read(columns=[DOCUMENT_COLUMN]).column(DOCUMENT_COLUMN).to_numpy()
+        return len(np.unique(document[document < self.first]))
 
 
 def number_documents(engine: Engine, writer: DatasetWriter) -> Documents:
@@ -106,7 +114,7 @@ def number_documents(engine: Engine, writer: DatasetWriter) -> Documents:
     Of several rows of one document the first tells its features: those that do are `told_documents`.
     """
     engine.view("first_documents", first_of("found_documents", "doc_id"))
-    engine.view("told_documents", f"SELECT * FROM first_documents WHERE nth = 1 AND {TOLD} = 1")
+    engine.view("told_documents", f"SELECT * FROM first_documents WHERE nth = 1 AND {IS_NEW} = 1")
     table = engine.select("documents", "SELECT * FROM told_documents WHERE document < 0", order="place, doc_id")
     changed = None
     if writer.append:
@@ -121,22 +129,22 @@ def number_versions(engine: Engine, writer: DatasetWriter, found: Table) -> Docu
     Of rows of one time the last counts. A row that is as the version before it, maybe the dataset's, tells nothing.
     """
     engine.view(
-        "first_documents",
+        "newest_of_time",
         "SELECT *, min(place) OVER (PARTITION BY doc_id) AS first_place, row_number() OVER "
-        f"(PARTITION BY doc_id, {SINCE_COLUMN} ORDER BY place DESC) AS from_last FROM found_documents",
+        f"(PARTITION BY doc_id, {SINCE_COLUMN} ORDER BY place DESC) AS newest FROM found_documents",
     )
     by_time = f"OVER (PARTITION BY doc_id ORDER BY {SINCE_COLUMN})"
     before = ", ".join(f"lag({name}) {by_time} AS {name}_before" for name in (SINCE_COLUMN, "content", "display"))
     engine.view(
         "dated_documents",
-        f"SELECT *, row_number() {by_time} AS nth, {before} FROM first_documents WHERE from_last = 1",
+        f"SELECT *, row_number() {by_time} AS nth, {before} FROM newest_of_time WHERE newest = 1",
     )
-    own = [name for name in found.read(0, 0).column_names if name not in ("document", TOLD, KNOWN_SINCE)]
-    told = engine.select(
+    own = [name for name in found.read(0, 0).column_names if name not in ("document", IS_NEW, KNOWN_SINCE)]
+    versions = engine.select(
         "told_documents",
         f"SELECT {', '.join(own)}, document, nth, first_place FROM dated_documents "
         f"WHERE CASE WHEN {SINCE_COLUMN}_before >= {KNOWN_SINCE} "
-        f"THEN content <> content_before OR display <> display_before ELSE {TOLD} = 1 END",
+        f"THEN content <> content_before OR display <> display_before ELSE {IS_NEW} = 1 END",
         order="place, doc_id",
     )
     own = [f"t.{name}" for name in own]
@@ -151,7 +159,7 @@ def number_versions(engine: Engine, writer: DatasetWriter, found: Table) -> Docu
         "FROM told_documents t LEFT JOIN documents d ON t.doc_id = d.doc_id WHERE t.document >= 0 OR t.nth > 1",
         order=f"document, {SINCE_COLUMN}",
     )
-    return Documents(table, writer.num_known_docs, _keys(engine, writer, table), changed, told)
+    return Documents(table, writer.num_known_docs, _keys(engine, writer, table), changed, versions)
 
 
 def _keys(engine: Engine, writer: DatasetWriter, table: Table) -> Keys:

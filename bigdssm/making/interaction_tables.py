@@ -79,6 +79,10 @@ class InteractionTables:
     validation_fraction: float = 0.05  # split=time: the newest rows but the test's
     test_fraction: float = 0.05  # split=time: the newest rows
 
+    def __post_init__(self) -> None:
+        for name in ("time_column", "items_time_column", "users_time_column"):
+            object.__setattr__(self, name, getattr(self, name) or None)  # '' is none, as on a command line
+
 
 def read_items(
     run: Making, tables: InteractionTables, base: Schema, items: Source
@@ -117,7 +121,7 @@ class _ItemReader:
         return [self.key, self.time, self.shown, *columns]
 
     def __call__(self, part: PartOfTable, folder: Path) -> None:
-        with RowFile(folder / "documents.parquet", document_schema(self.features, dated=bool(self.time))) as file:
+        with RowFile(folder / "documents.parquet", document_schema(self.features, dated=self.time is not None)) as file:
             read_part(part, self.columns, folder, partial(self._read, part, file))
 
     def _read(self, part: PartOfTable, file: RowFile, batches: Iterator[SourceBatch], bad: ReportBad) -> dict[str, Any]:
@@ -125,7 +129,7 @@ class _ItemReader:
         for batch in batches:
             check = RowCheck(batch, bad)
             keys, display = ids(check, self.key), strings(check, self.shown)
-            moment = times(check, self.time) if self.time else None
+            moment = None if self.time is None else times(check, self.time)
             table = canonical(check, self.features)
             rows = document_rows(places(part, batch), hash_rows(table), keys, display, table)
             if moment is not None:
@@ -191,7 +195,7 @@ class _UserReader:
         for batch in batches:
             check = RowCheck(batch, bad)
             keys = ids(check, self.key)
-            moment = times(check, self.time) if self.time else np.zeros(len(keys))
+            moment = np.zeros(len(keys)) if self.time is None else times(check, self.time)
             table = canonical(check, self.features)
             known = [pa.array(places(part, batch)), pa.array(hash_strings(keys)), keys, pa.array(moment)]
             rows = pa.Table.from_arrays([*known, *table.columns], names=file.schema.names)
@@ -293,6 +297,6 @@ class _EventReader:
         users, items = ids(check, tables.user_column), ids(check, tables.item_column)
         item = self.items.find(hash_strings(items))
         check.fail(item < 0, f"{tables.item_column} {{}} is not in {tables.items}", items)
-        moment = times(check, tables.time_column) if tables.time_column else np.zeros(len(item))
+        moment = np.zeros(len(item)) if tables.time_column is None else times(check, tables.time_column)
         relevance = relevances(check, tables.rating_column) if tables.rating_column else np.ones(len(item))
         return users, (place, hash_strings(users), item, moment, relevance)

@@ -123,8 +123,8 @@ def make_interactions(
 
 def _told_documents(engine: Engine, documents: Documents) -> Table:
     """Return the new documents and the further versions."""
-    if documents.told is not None:
-        return documents.told
+    if documents.versions is not None:
+        return documents.versions
     if documents.changed is None:
         return documents.table
     return engine.select("fitted_documents", "SELECT * FROM told_documents", order="place, doc_id")
@@ -132,7 +132,7 @@ def _told_documents(engine: Engine, documents: Documents) -> Table:
 
 def _notes_of_versions(tables: InteractionTables, documents: Documents, num_early: int) -> Iterator[str]:
     if documents.changed is not None and documents.changed.num_rows:
-        yield f"{documents.changed.num_rows} rows of {tables.items} are further versions of items"
+        yield f"further versions of items in {tables.items}: {documents.changed.num_rows}"
     if num_early:
         yield f"{num_early} events are older than all that {tables.items} has of their items: they see the oldest"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bigdssm.dataset.mapped import MappedTable
-from bigdssm.dataset.versions import DOCUMENT_COLUMN, SINCE_COLUMN, CatalogueFile, Versions
+from bigdssm.dataset.versions import DOCUMENT_COLUMN, SINCE_COLUMN, CatalogueFile, Versions, distinct
 from bigdssm.making.documents import Documents
 from bigdssm.making.engine import Engine
 from bigdssm.making.steps import finished_folder
@@ -74,7 +74,7 @@ def _versions(known: Sequence[CatalogueFile], documents: Documents) -> tuple[Ver
         table = MappedTable(earlier)
         document = np.concatenate([table.whole(DOCUMENT_COLUMN), document])
         since = np.concatenate([table.whole(SINCE_COLUMN), since])
-    versions = Versions.of(documents.total, document, since, first[np.unique(document)])
+    versions = Versions.of(documents.total, document, since, first[distinct(document)])
     oldest = first.copy()
     np.minimum.at(oldest, document, since)
     return versions, oldest

@@ -14,25 +14,26 @@ import pyarrow.compute as pc
 from bigdssm.dataset.keys import Keys
 from bigdssm.dataset.mapped import MappedTable
 from bigdssm.dataset.versions import SINCE_COLUMN, CatalogueFile, Versions, catalogue_files
+from bigdssm.making.dataset_writer import AS_OF
 
-TOLD = "told"  # whether a row has features that the dataset has not: those of a new document, or other ones than it had
+IS_NEW = "is_new"  # whether a row has features that the dataset has not: of a new document, or other ones than it had
 KNOWN_SINCE = "known_since"  # from when on the version holds that a row with a time was compared with; −∞: it has none
 
 
 class KnownDocuments:
     """Finds a dataset's documents by key; picklable as its files, which workers map."""
 
-    def __init__(self, keys: Keys, files: Sequence[CatalogueFile]) -> None:
-        """Take the keys of all documents and the catalogue's files, those of newer versions last."""
-        self.keys, self.files = keys, tuple(files)
+    def __init__(self, keys: Keys, files: Sequence[CatalogueFile], dated: bool) -> None:
+        """Take the keys of all documents and the catalogue's files, those of versions last; `dated`: with times."""
+        self.keys, self.files, self.dated = keys, tuple(files), dated
 
     @classmethod
     def of(cls, folder: Path, content: Mapping[str, Any], keys: Keys) -> KnownDocuments:
         """Return those of the dataset in `folder`, of which `content` is the dataset.json."""
-        return cls(keys, catalogue_files(folder, content))
+        return cls(keys, catalogue_files(folder, content), content.get("items") == AS_OF["items"])
 
-    def __reduce__(self) -> tuple[type[KnownDocuments], tuple[Keys, Sequence[CatalogueFile]]]:
-        return KnownDocuments, (self.keys, self.files)
+    def __reduce__(self) -> tuple[type[KnownDocuments], tuple[Keys, Sequence[CatalogueFile], bool]]:
+        return KnownDocuments, (self.keys, self.files, self.dated)
 
     @cached_property
     def _table(self) -> MappedTable:
@@ -40,35 +41,34 @@ class KnownDocuments:
 
     @cached_property
     def _versions(self) -> Versions | None:
-        return Versions.read(self.files)
+        return Versions.read(self.files, dated=self.dated)
 
     def compared(self, rows: pa.Table) -> pa.Table:
-        """Return rows of documents with the columns `document`, which they are (-1: new), and TOLD.
+        """Return rows of documents with the columns `document`, which they are (-1: new), and IS_NEW.
 
         What the dataset has already is null in the others: such a row only tells where its document stands first.
         Rows with times are compared with what their documents were then, stay whole, and get KNOWN_SINCE.
         """
         documents = self.keys.find(rows.column("doc_id").to_numpy())
-        told, known_since = np.ones(rows.num_rows, bool), np.full(rows.num_rows, -np.inf)
-        dated = SINCE_COLUMN in rows.column_names
+        is_new, known_since = np.ones(rows.num_rows, bool), np.full(rows.num_rows, -np.inf)
         known = np.flatnonzero(documents >= 0)
         if len(known):
             at = documents[known]
-            if dated:
+            if self.dated:
                 since = rows.column(SINCE_COLUMN).to_numpy()[known]
                 at = at if self._versions is None else self._versions.held(at, since)
                 began = np.asarray(self._table.take(SINCE_COLUMN, at))
                 known_since[known] = np.where(began <= since, began, -np.inf)
             elif self._versions is not None:
                 at = self._versions.place(at)
-            told[known] = rows.column("content").to_numpy()[known] != self._table.take("content", at)
+            is_new[known] = rows.column("content").to_numpy()[known] != self._table.take("content", at)
             display = rows.column("display").combine_chunks().take(pa.array(known)).cast(pa.large_string())
-            told[known] |= pc.not_equal(display, self._table.arrow("display", at)).to_numpy(zero_copy_only=False)
-            told[known] |= np.isinf(known_since[known]) & dated  # older than all that is known
+            is_new[known] |= pc.not_equal(display, self._table.arrow("display", at)).to_numpy(zero_copy_only=False)
+            is_new[known] |= np.isinf(known_since[known]) & self.dated  # older than all that is known
         columns = {name: rows.column(name) for name in rows.column_names}
-        if dated:
+        if self.dated:
             columns[KNOWN_SINCE] = pa.array(known_since)
-        elif not told.all():
+        elif not is_new.all():
             for name in columns.keys() - {"place", "doc_id", "content", "doc_key"}:
-                columns[name] = pc.if_else(pa.array(told), columns[name], pa.scalar(None, columns[name].type))
-        return pa.table({**columns, "document": pa.array(documents), TOLD: pa.array(told.astype(np.int32))})
+                columns[name] = pc.if_else(pa.array(is_new), columns[name], pa.scalar(None, columns[name].type))
+        return pa.table({**columns, "document": pa.array(documents), IS_NEW: pa.array(is_new.astype(np.int32))})

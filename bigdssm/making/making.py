@@ -62,7 +62,8 @@ class Report:
     rows: dict[str, int]  # by split
     num_docs: int
     new_docs: int
-    changed_docs: int  # that the dataset had with other features
+    changed_docs: int  # that the dataset had already, and that have further versions now
+    new_versions: int  # of these and, where items have times, of new ones behind their first
     num_bad: int
     seconds: float
     notes: tuple[str, ...] = field(default=())
@@ -131,6 +132,7 @@ class Making:
         catalogue = write_catalogue(self.engine, documents, schema.doc, text, writer.catalogue_dir, first_part)
         num_files = len(writer.content.get(VERSIONS, []))
         versions = write_versions(self.engine, documents, schema.doc, text, writer.catalogue_dir, num_files)
+        new_versions, changed_docs = sum(part["rows"] for part in versions), documents.num_changed
         writer.commit(schema, catalogue, versions, splits, checksum, sequences)
         new_docs = sum(part["rows"] for part in catalogue)
         many = [
@@ -144,7 +146,8 @@ class Making:
             rows={split: entry["rows"] for split, entry in splits.items()},
             num_docs=documents.total,
             new_docs=new_docs,
-            changed_docs=sum(part["rows"] for part in versions),
+            changed_docs=changed_docs,
+            new_versions=new_versions,
             num_bad=self.writer.quarantine.num_bad,
             seconds=time.monotonic() - self.started,
             notes=(*self.notes, *many),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bigdssm.config import DataConfig
+from bigdssm.config import DataConfig, SourceConfig
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.joining import open_dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History, Numeric, Ragged
 from bigdssm.making.interactions import InteractionTables, make_interactions
 from bigdssm.making.making import Report, Target
+from bigdssm.making.pairs import PairTables, make_pairs
 from bigdssm.reports.inspection import describe, sample_rows
 from bigdssm.reports.verification import verify_dataset
 from bigdssm.retrieval.search import histories, user_facts
@@ -36,10 +39,10 @@ ITEMS: list[Item] = [
 ]
 
 
-def write(folder: Path, items: list[Any], events: list[Any]) -> None:
+def write(folder: Path, items: list[Any], events: list[Any], updated: str = "updated") -> None:
     folder.mkdir(exist_ok=True)
     for name, columns, rows in (
-        ("items", ("item_id", "updated", "kind", "price", "title"), items),
+        ("items", ("item_id", updated, "kind", "price", "title"), items),
         ("events", ("user_id", "item_id", "timestamp"), events),
     ):
         pq.write_table(pa.table(dict(zip(columns, zip(*rows, strict=True), strict=True))), folder / f"{name}.parquet")
@@ -80,8 +83,8 @@ def test_an_event_sees_the_version_of_its_time(tmp_path: Path) -> None:
     times = [5, 10, 19, 20, 99]  # before all versions, at one, between two, at the other, after both
     write(tmp_path, ITEMS, [("u", "b", 0), *(("u", "a", time) for time in times)])
     report = make(tmp_path, tmp_path / "out")
-    assert (report.num_docs, report.new_docs, report.changed_docs) == (2, 2, 1)
-    told = ["1 rows of {} are further versions of items",
+    assert (report.num_docs, report.new_docs, report.changed_docs, report.new_versions) == (2, 2, 0, 1)
+    told = ["further versions of items in {}: 1",
             "2 events are older than all that {} has of their items: they see the oldest"]  # fmt: skip
     assert list(report.notes[:2]) == [note.format(tmp_path / "items.parquet") for note in told]
     dataset = Dataset.open(tmp_path / "out")
@@ -141,7 +144,7 @@ def test_days_of_a_dataset_see_what_was_known_when_each_was_made(split: str, tmp
             versions[key] = grown(versions.get(key, []), rows)
         write(tmp_path / str(day), items, some)
         report = make(tmp_path / str(day), tmp_path / "out", f"day{day}", split=split)
-        assert report.changed_docs > 20
+        assert report.new_versions > 20
         early = sum(time < versions[item][0][0] for _, item, time in some)
         assert bool(early) == (day != 1)
         assert any(note.startswith(f"{early} events are older than all") for note in report.notes) == bool(early)
@@ -159,7 +162,9 @@ def test_days_of_a_dataset_see_what_was_known_when_each_was_made(split: str, tmp
         keys = dataset.catalogue.keys(everything := np.arange(dataset.catalogue.num_docs))
         assert facts_at(dataset, everything) == [versions[key][-1][1] for key in keys]
     again = make(tmp_path / "2", tmp_path / "out", "again", split=split)
-    assert (again.new_docs, again.changed_docs) == (0, 0), "what is known already is written once"
+    assert (again.new_docs, again.changed_docs, again.new_versions) == (0, 0, 0), (
+        "what is known already is written once"
+    )
     assert verify_dataset(tmp_path / "out") == []
 
 
@@ -184,7 +189,7 @@ def test_rows_that_change_nothing_cost_nothing(tmp_path: Path) -> None:
         for day, rows in enumerate(filter(None, (known, come))):
             write(tmp_path / "tables", [("a", since, *facts) for since, facts in rows], events)
             report = make(tmp_path / "tables", out, f"day{day}")
-        assert report.changed_docs == told, number
+        assert (report.changed_docs, report.new_versions) == (bool(come and told), told), number
         assert facts_at(Dataset.open(out), np.zeros(1, np.int64)) == [newest], number
 
 
@@ -193,12 +198,45 @@ def test_without_times_a_dataset_knows_of_none(tmp_path: Path) -> None:
     make(tmp_path, tmp_path / "out", updated=None)
     dataset = Dataset.open(tmp_path / "out")
     assert dataset.sequences is not None and "version" not in dataset.sequences.schema.names
-    assert "items" not in (tmp_path / "out" / "dataset.json").read_text().replace("items.", "")
+    assert "items" not in json.loads((tmp_path / "out" / "dataset.json").read_text())
     with pytest.raises(ConfigError, match="has one row of features for each item, so leave out --items-time-column"):
         make(tmp_path, tmp_path / "out", "more")
+    make(tmp_path, tmp_path / "empty", updated="", users_time_column="")
+    for file in (tmp_path / "out").rglob("*.arrow"):
+        assert file.read_bytes() == (tmp_path / "empty" / file.relative_to(tmp_path / "out")).read_bytes(), "'' is none"
     make(tmp_path, tmp_path / "dated")
+    sources = [SourceConfig(dir=str(tmp_path / name)) for name in ("out", "dated")]
+    with pytest.raises(ConfigError, match=r"dated cannot be.* make both with --items-time-column, or both without"):
+        open_dataset(replace(CONFIG, mixture=sources))
     with pytest.raises(ConfigError, match="has items' features as of each event, so give --items-time-column here"):
         make(tmp_path, tmp_path / "dated", "more", updated=None)
+
+
+def test_feature_names_say_nothing_of_times(tmp_path: Path) -> None:
+    """A dataset without times may have features that are named as the columns of one with them."""
+    config = replace(
+        CONFIG, query={**CONFIG.query, "version": Categorical()}, doc={"kind": Categorical(), "since": Numeric()}
+    )
+    pq.write_table(pa.table({"user_id": ["u"], "version": ["1.0"]}), tmp_path / "users.parquet")
+    days = [{"a": 2001.0, "b": 2002.0}, {"a": 1990.0, "b": 2003.0}]
+    for day, since in enumerate(days):
+        events = [("u", item, 10 * day + n) for n, item in enumerate("aba")]
+        write(tmp_path, [(item, year, "x", 1.0, item) for item, year in since.items()], events, updated="since")
+        make(tmp_path, tmp_path / "out", f"day{day}", None, config, users=tmp_path / "users.parquet")
+        pairs = PairTables((tmp_path / "items.parquet",), doc_id_column="item_id", split="train")
+        target = Target(tmp_path / "pairs", f"day{day}", append=day > 0, processes=1)
+        make_pairs(replace(config, query={"item_id": Categorical()}, targets_per_row=1), pairs, target)
+    for folder in ("out", "pairs"):
+        for day, since in enumerate(days):
+            dataset = Dataset.open(tmp_path / folder, [f"day{day}"])
+            found = np.asarray(dataset.catalogue.column("since", np.arange(2))).tolist()
+            assert found == [1990.0, 2003.0], "as they are now"
+            for rows in dataset.iterate("train", 7):
+                assert rows.doc_versions is not None and len(rows.doc_rows)
+                keys = dataset.catalogue.keys(rows.doc_versions)
+                found = np.asarray(dataset.catalogue.column("since", rows.doc_versions)).tolist()
+                assert found == [since[key] for key in keys], (folder, day)
+                assert folder == "pairs" or set(np.asarray(rows.query["version"]).tolist()) == {2}
 
 
 def test_what_cannot_be_used_is_told(tmp_path: Path) -> None:
@@ -211,10 +249,11 @@ def test_what_cannot_be_used_is_told(tmp_path: Path) -> None:
             make(tmp_path, tmp_path / "out", config=replace(CONFIG, **{side: {name: Categorical()}}))
     with pytest.raises(DataError, match=r"items.parquet has no column 'changed'"):
         make(tmp_path, tmp_path / "out", updated="changed")
-    with pytest.raises(DataError, match=r"row 1: title is 'b', needs a number or an ISO 8601 time"):
+    with pytest.raises(DataError, match=r"row 1: title is 'b', needs a number or an ISO-8601 time"):
         make(tmp_path, tmp_path / "out", updated="title")
     write(tmp_path, [*ITEMS, ("a", float("nan"), "no", 1.0, "a")], events)
-    with pytest.raises(DataError, match=r"1 of 7 rows are bad.*items.parquet, row 4: updated is nan, needs a number"):
+    told = r"1 of 7 rows are bad.*: 1 × updated is nan, needs a number or an ISO-8601 time; .*items.parquet, row 4: u"
+    with pytest.raises(DataError, match=told):
         make(tmp_path, tmp_path / "out")
     write(tmp_path, ITEMS, [(user, item, 1.7e9 + time) for user, item, time in events])
     items = [(key, 1.7e12 + since, *facts) for key, since, *facts in ITEMS]
