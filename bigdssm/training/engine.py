@@ -16,7 +16,7 @@ from typing import Any, cast
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero import partitioned_param_coordinator
+from deepspeed.runtime.zero import partitioned_param_coordinator, stage3, stage_1_and_2
 from torch import Tensor, nn
 
 from bigdssm import distributed, timing
@@ -38,6 +38,28 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 # At ZeRO stage 3 ranks compare the order of modules after every pass unlike the one before it. With chunks of either
 # side that is most: two broadcasts each, for which the host waits. A plan has equally many chunks on every rank.
 partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda ints: None
+
+
+def _once(judge: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Return what reads a norm from the device once a step, not once for every group of parameters."""
+    last: tuple[Any, bool] = (None, False)
+
+    def judged(norm: Any) -> bool:
+        nonlocal last
+        if last[0] is not norm:
+            last = norm, judge(norm)
+        return last[1]
+
+    return judged
+
+
+def _mark(norm: Tensor, device: Any = None, val: float = -1.0) -> None:
+    """Do what DeepSpeed does to a norm that is not finite, without a number from the host's memory."""
+    norm.masked_fill_(~norm.isfinite(), val)
+
+
+stage_1_and_2.is_invalid_grad_norm = _once(stage_1_and_2.is_invalid_grad_norm)
+stage_1_and_2.mask_nan_or_inf_with_val_inplace = stage3.mask_nan_or_inf_with_val_inplace = _mark
 
 
 def init_process_group() -> None:
@@ -95,6 +117,7 @@ def deepspeed_config(engine: EngineConfig, optimizer: OptimizerConfig, rows_per_
         "zero_allow_untested_optimizer": True,  # optimizers say themselves whether they take ZeRO's flat pieces
         "zero_force_ds_cpu_optimizer": False,  # its CPU Adam is compiled on first use
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device in every forward
     }
     if engine.precision == "bf16":
         # By itself DeepSpeed also communicates linear layers and their gradients in bfloat16: their mean over the ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigdssm.batching.batch import Batch
 from bigdssm.batching.lengths import lengths_of
@@ -250,6 +252,39 @@ def broadcasts(rank: int, world_size: int, case: Case) -> list[int]:
 def test_ranks_do_not_compare_the_order_of_modules(pools: dict[int, Pool]) -> None:
     """DeepSpeed would at ZeRO 3, after every pass unlike the one before: queries' chunks beside documents'."""
     assert pools[2].run(broadcasts, Case(3, 40, 0)) == [[0, 0, 0], [0, 0, 0]]
+
+
+class Reads(TorchDispatchMode):
+    """Counts what the engine and DeepSpeed read of tensors; a fused optimizer, as a device has, reads nothing."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            files = " ".join(frame.filename for frame in traceback.extract_stack())
+            self.count += "torch/optim/" not in files and ("/deepspeed/" in files or "training/engine.py" in files)
+        return func(*args, **(kwargs or {}))
+
+
+def waits(rank: int, world_size: int, stage: int, chunk_tokens: int) -> tuple[int, int]:
+    """Return how often a step synchronizes with the device, and how many of its numbers it reads, the loss apart."""
+    from deepspeed.accelerator import get_accelerator
+
+    from bigdssm.training.engine import Engine
+
+    config = EngineConfig(zero_stage=stage, chunk_tokens=chunk_tokens)
+    engine = Engine(small_model(0.0), config, OptimizerConfig(gradient_clipping=CLIPPING), 1)
+    assert len(engine.deepspeed.optimizer.param_groups) > 1
+    for step in range(4):  # DeepSpeed's timer begins with the third
+        with mock.patch.object(get_accelerator(), "synchronize") as synchronize, Reads() as reads:
+            one_step(engine, share_of(rank, world_size, step), Budget.of(config))
+    return synchronize.call_count, reads.count
+
+
+@pytest.mark.parametrize("chunk_tokens", [0, 40])
+def test_deepspeed_waits_twice_at_most_however_many_chunks_there_are(pools: dict[int, Pool], chunk_tokens: int) -> None:
+    found = [pools[1].run(waits, stage, chunk_tokens)[0] for stage in (0, 1, 2, 3)]
+    assert found == [(0, 1), (0, 2), (0, 2), (0, 1)]
 
 
 @pytest.mark.slow

@@ -35,12 +35,16 @@ class Bench:
     small: bool
     report: dict[str, Any] = field(default_factory=dict)
 
-    def left(self) -> float:
-        """Return the seconds that are left, those of rank 0 on every rank."""
-        left = torch.tensor([self.deadline - time.monotonic()], device=self.device)
+    def of_first(self, number: float) -> float:
+        """Return rank 0's number: where each went by its own, some would wait for others."""
+        given = torch.tensor([number], dtype=torch.float64, device=self.device)
         if self.world_size > 1:
-            dist.broadcast(left, 0)
-        return float(left)
+            dist.broadcast(given, 0)
+        return float(given)
+
+    def left(self) -> float:
+        """Return the seconds that are left."""
+        return self.of_first(self.deadline - time.monotonic())
 
     def say(self, line: str) -> None:
         """Print a line, once for all ranks."""
@@ -58,10 +62,12 @@ class Bench:
 
     @contextmanager
     def or_skip(self, what: str) -> Iterator[None]:
-        """Say what fails, and go on with what comes next."""
+        """Say what fails, and go on with what comes next; of several ranks, which would wait for one, it ends all."""
         try:
             yield
         except Exception as error:
+            if self.world_size > 1:
+                raise
             self.skip(what, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
     def synchronise(self) -> None:
@@ -99,7 +105,7 @@ def timed(bench: Bench, run: Callable[[], Any], expected: float) -> tuple[float,
         run()
         bench.synchronise()
         seconds.append(time.perf_counter() - begun)
-    return statistics.median(seconds), memory
+    return bench.of_first(statistics.median(seconds)), memory
 
 
 def run_within(command: Sequence[str], seconds: float) -> tuple[int | None, list[str]]:
