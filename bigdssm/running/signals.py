@@ -73,8 +73,9 @@ class StopRequest:
     def _end_early(self, heard: int) -> None:
         while number := os.read(heard, 1):
             if number[0] in SIGNALS and not self._has_state:
-                sys.stderr.write(f"error: {EARLY}\n")
-                sys.stderr.flush()
+                if os.environ.get("RANK", "0") in ("", "0"):  # a launcher ends all ranks: one sentence is enough
+                    sys.stderr.write(f"error: {EARLY}\n")
+                    sys.stderr.flush()
                 if self.at_end is not None:
                     self.at_end(Preempted.exit_code, EARLY)
                 os._exit(Preempted.exit_code)

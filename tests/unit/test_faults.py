@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigdssm.errors import ConfigError
+from bigdssm.errors import ConfigError, Preempted
 from bigdssm.running.alerts import SpikeAlert
 from bigdssm.running.faults import VARIABLE, Fault, Faults, parse
 from bigdssm.running.launcher import Launcher, parent_of, state_of
-from bigdssm.running.signals import StopRequest
+from bigdssm.running.signals import EARLY, StopRequest
 
 # A process named like DeepSpeed's launcher, under a runner; it starts a rank that tells what it has lost.
 RANK = """
@@ -29,6 +29,13 @@ until = time.monotonic() + 20
 while launcher.lost() is None and time.monotonic() < until:
     time.sleep(0.05)
 print(launcher.lost(), flush=True)
+"""
+EARLY_SIGNAL = """
+import os, signal, time
+from bigdssm.running.signals import StopRequest
+StopRequest()
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(20)
 """
 DEEPSPEED_LAUNCH = "import subprocess, sys; subprocess.call(sys.argv[2:])"
 
@@ -129,6 +136,18 @@ def test_a_signal_between_steps_is_remembered() -> None:
         signal.set_wakeup_fd(-1)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", f"error: {EARLY}\n"), ("1", "")])
+def test_a_signal_before_the_first_step_is_told_by_one_rank(rank: str, said: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", EARLY_SIGNAL],
+        env=os.environ | {"RANK": rank},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ended.returncode, ended.stderr) == (Preempted.exit_code, said)
 
 
 @pytest.mark.parametrize("ends", ["launcher", "runner"])

@@ -5,6 +5,7 @@
 A small BERT of random weights is pretrained with FPS on pairs of tldr, Debian's packages and WordNet. The task is
 MedQuAD: with 50, 200, 1,000 and all labelled questions the pretrained model is fine-tuned, and one of random weights is
 trained as long. All rank all answers of MedQuAD; steps are chosen on validation, and the test split is read once.
+What is in --folder already is not done again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import bigdssm
 from bigdssm.artifacts.model_folder import load_model_folder
 from bigdssm.cli import run_main
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.errors import ConfigError
 from bigdssm.evaluation.metrics import means
 from bigdssm.evaluation.split import evaluate_split
 from bigdssm.evaluation.systems import System, save_comparison
@@ -48,18 +48,21 @@ def main() -> int:
 
 def bench(source: Path, folder: Path, seed: int, out: Path) -> None:
     """Make the datasets, train and measure all, and print what each reaches."""
-    if folder.exists():
-        raise ConfigError(f"--folder {folder} is there already; choose another, or remove it")
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     log, common = folder / "log.txt", [*SMALL, f"run.seed={seed}"]
 
     def trained(stage: str, name: str, data: Path, *given: str) -> Path:
         where = [f"run.dir={folder / name}", f"data.dir={data}"]
-        run_command(log, stage, "--config", CONFIG, *common, *where, *given).check()
+        run_command(log, stage, "--config", CONFIG, *common, *where, *given, "--resume", "auto").check()
         return folder / name / stage / "best"
 
-    mixture = folder / "mixture"
-    bigdssm.make_dataset(CONFIG, SMALL, pairs=written(folder / "mixture.jsonl", other_tasks(source)), out=mixture)
+    def made(name: str, table: Iterator[dict[str, str]], **options: Any) -> Path:
+        if not (folder / name).exists():
+            pairs = written(folder / f"{name}.jsonl", table)
+            bigdssm.make_dataset(CONFIG, SMALL, pairs=pairs, out=folder / name, **options)
+        return folder / name
+
+    mixture = made("mixture", other_tasks(source))
     rows = labelled(source)
     start = trained(
         "pretrain", "other-tasks", mixture, "pretrain.rows_global=256", "pretrain.steps=800",
@@ -68,10 +71,14 @@ def bench(source: Path, folder: Path, seed: int, out: Path) -> None:
     pairs = []
     for labels, steps in STEPS.items():
         name = "all" if labels is None else str(labels)
-        data = folder / f"labels-{name}"
-        table = written(folder / f"{name}.jsonl", with_labels(rows, labels))
-        bigdssm.make_dataset(CONFIG, SMALL, pairs=table, out=data, like=mixture, split="column", split_column="split")
-        how = [f"rows_global={min(256, labels or 256)}", f"steps={steps}", f"validate_every_steps={steps // 2}"]
+        data = made(
+            f"labels-{name}", with_labels(rows, labels), like=mixture, split="column", split_column="split"
+        )  # fmt: skip
+        how = [
+            f"rows_global={min(256, (labels or 256) // 8 * 8)}",
+            f"steps={steps}",
+            f"validate_every_steps={steps // 2}",
+        ]
         loss = ["loss.name=fps", "loss.negatives=0", "loss.in_batch=true", "loss.direction=both"]
         alone = [*how, "optimizer={lr: 1.0e-3, warmup_steps: 5}"]
         tuned = [*how, *loss, "optimizer={lr: 3.0e-4, warmup_steps: 5}"]
