@@ -13,6 +13,11 @@ from typing import Any, TextIO
 from bigdssm.atomic import naming, write_text
 
 
+def is_first_rank() -> bool:
+    """Return whether this process is rank 0 by what a launcher told it, or has no launcher."""
+    return os.environ.get("RANK", "") in ("", "0")
+
+
 class _MainRankOnly(logging.Filter):
     """Lets records below WARNING through on rank 0 only, so that N ranks do not print a line N times."""
 

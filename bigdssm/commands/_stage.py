@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from bigdssm.cli import run_main
 from bigdssm.config import StageName, load_config
 from bigdssm.errors import BigDSSMError, PeerError
+from bigdssm.log import is_first_rank
 from bigdssm.running.launcher import Launcher, check_launch
 from bigdssm.running.signals import StopRequest
 
@@ -38,7 +39,7 @@ def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:
                 stop=stop,
             )
         except BigDSSMError as error:
-            if os.environ.get("RANK", "0") != "0" and not distributed.is_distributed():
+            if not is_first_rank() and not distributed.is_distributed():
                 sys.exit(error.exit_code)  # every rank has found the same; rank 0 says it
             raise
         finally:

@@ -55,17 +55,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _encoders(args: argparse.Namespace, dataset: Dataset) -> tuple[Encoders, str]:
     """Return the teacher, and what tells it from others."""
-    precision = {"bf16": True} if args.bf16 else {}
     if args.pretrained is not None:
         encoders = text_encoders(args.pretrained, Texts(dataset), args.bf16)
-        return encoders, json_checksum(folder_checksums(args.pretrained) | precision)
+        return encoders, json_checksum([folder_checksums(args.pretrained), args.bf16])
     folder = load_model_folder(args.model)
     folder.check_dataset(dataset)
     if folder.model.scorer is not None:
         raise ConfigError(f"--model {args.model} scores by more than its vectors; bigdssm score_pairs takes it")
     if args.bf16:
         encode_in_bf16(folder.model)
-    return tower_encoders(folder.model, dataset), json_checksum({"model": folder.checksum} | precision)
+    return tower_encoders(folder.model, dataset), json_checksum([folder.checksum, args.bf16])
 
 
 if __name__ == "__main__":

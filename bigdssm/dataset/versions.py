@@ -112,12 +112,12 @@ class Versions:
             if len(documents[-1]) and (documents[-1].min() < 0 or documents[-1].max() >= num_docs):
                 raise DataError(f"{file.path} has versions of documents that the catalogue has not; copy it again")
         document = np.concatenate(documents)
-        table = MappedTable([file.path for file in newer])
         if not dated:  # a feature may be named as the times are
             since = np.repeat([float(file.since or 0) for file in newer], [len(some) for some in documents])
             return cls.of(num_docs, document, since)
         first = MappedTable([file.path for file in firsts]).take(SINCE_COLUMN, distinct(document))
-        return cls.of(num_docs, document, table.whole(SINCE_COLUMN), np.asarray(first))
+        since = MappedTable([file.path for file in newer]).whole(SINCE_COLUMN)
+        return cls.of(num_docs, document, since, np.asarray(first))
 
     def place(self, rows: np.ndarray) -> np.ndarray:
         """Return where the files have the version that each row is, int64."""

@@ -79,7 +79,7 @@ class CountedFrequency:
     def __post_init__(self) -> None:
         """Add the counts up, some at a time: a catalogue's are not to be held twice. Raises: LossInputError."""
         parts = self.counts.split(_COUNTS_AT_ONCE)
-        if any(bool((part < 0).any()) for part in parts):
+        if bool(torch.stack([(part < 0).any() for part in parts]).any()):
             raise LossInputError("counts hold negative values")
         self.total = torch.stack([part.double().clamp(min=1).sum() for part in parts]).sum()
 

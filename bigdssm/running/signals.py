@@ -11,6 +11,7 @@ from types import FrameType
 from typing import ClassVar
 
 from bigdssm.errors import Preempted
+from bigdssm.log import is_first_rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EARLY = "asked to stop before the first step; nothing was to be saved"
@@ -73,7 +74,7 @@ class StopRequest:
     def _end_early(self, heard: int) -> None:
         while number := os.read(heard, 1):
             if number[0] in SIGNALS and not self._has_state:
-                if os.environ.get("RANK", "0") in ("", "0"):  # a launcher ends all ranks: one sentence is enough
+                if is_first_rank():  # a launcher ends all ranks: one sentence is enough
                     sys.stderr.write(f"error: {EARLY}\n")
                     sys.stderr.flush()
                 if self.at_end is not None:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any, cast
 
 import deepspeed
@@ -40,25 +41,13 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda ints: None
 
 
-def _once(judge: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Return what reads a norm from the device once a step, not once for every group of parameters."""
-    last: tuple[Any, bool] = (None, False)
-
-    def judged(norm: Any) -> bool:
-        nonlocal last
-        if last[0] is not norm:
-            last = norm, judge(norm)
-        return last[1]
-
-    return judged
-
-
 def _mark(norm: Tensor, device: Any = None, val: float = -1.0) -> None:
     """Do what DeepSpeed does to a norm that is not finite, without a number from the host's memory."""
     norm.masked_fill_(~norm.isfinite(), val)
 
 
-stage_1_and_2.is_invalid_grad_norm = _once(stage_1_and_2.is_invalid_grad_norm)
+# A norm, which is a tensor of its own in each step, is read from the device once, not for every group of parameters.
+stage_1_and_2.is_invalid_grad_norm = lru_cache(maxsize=1)(stage_1_and_2.is_invalid_grad_norm)
 stage_1_and_2.mask_nan_or_inf_with_val_inplace = stage3.mask_nan_or_inf_with_val_inplace = _mark
 
 

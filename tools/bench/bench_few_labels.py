@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import lzma
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 import bigdssm
 from bigdssm.artifacts.model_folder import load_model_folder
@@ -28,6 +29,7 @@ from bigdssm.evaluation.systems import System, save_comparison
 from bigdssm.hashing import hash64
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.running.commands import run_command
+from bigdssm.tables.public.files import lines
 
 CONFIG = "configs/medquad.yaml"
 SMALL = ["model.query.text.init=null", "model.dim=128", "engine.chunk_tokens=8192", "engine.keep_graph_tokens=131072"]
@@ -58,7 +60,7 @@ def bench(source: Path, folder: Path, seed: int, out: Path) -> None:
 
     def made(name: str, table: Iterator[dict[str, str]], **options: Any) -> Path:
         if not (folder / name).exists():
-            pairs = written(folder / f"{name}.jsonl", table)
+            pairs = pa.Table.from_pylist(list(table))
             bigdssm.make_dataset(CONFIG, SMALL, pairs=pairs, out=folder / name, **options)
         return folder / name
 
@@ -102,8 +104,7 @@ def measured(name: str, model: Path, data: Path) -> System:
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a .jsonl.xz."""
-    with lzma.open(path, "rt", encoding="utf-8") as lines:
-        yield from map(json.loads, lines)
+    return (json.loads(text) for _, text in lines(path))
 
 
 def other_tasks(source: Path) -> Iterator[dict[str, str]]:
@@ -135,13 +136,6 @@ def with_labels(rows: list[dict[str, str]], labels: int | None) -> Iterator[dict
     yield from train[:labels]
     yield from (row | {"split": "none"} for row in train[len(train[:labels]) :])
     yield from (row for row in rows if row["split"] != "train")
-
-
-def written(path: Path, rows: Iterator[dict[str, str]]) -> Path:
-    """Write a table and return its path."""
-    with path.open("w", encoding="utf-8") as out:
-        out.writelines(json.dumps(row) + "\n" for row in rows)
-    return path
 
 
 if __name__ == "__main__":

@@ -84,11 +84,11 @@ def bench(folder: Path, seed: int, out: Path) -> None:
     if folder.exists():
         raise ConfigError(f"--folder {folder} is there already; choose another, or remove it")
     folder.mkdir(parents=True)
-    taste = generate(folder, seed)
+    pairs, taste = generate(folder, seed)
     config = folder / "config.yaml"
     config.write_text(CONFIG.format(folder=folder, seed=seed))
     options = {"split": "column", "split_column": "split", "query_id_column": "user", "doc_id_column": "document"}
-    bigdssm.make_dataset(config, pairs=folder / "pairs.parquet", **options)
+    bigdssm.make_dataset(config, pairs=pairs, **options)
     dataset, log = Dataset.open(folder / "dataset"), folder / "log.txt"
     shown = ["--given", folder / "shown.parquet", "--query-column", "user", "--column", "shown", "--width", SHOWN]
     run(log, "list_documents", "--data", dataset.dir, "--out", folder / "shown.npy", *shown)
@@ -112,8 +112,8 @@ def bench(folder: Path, seed: int, out: Path) -> None:
     save_comparison(out, systems, [(told, control)], dataset, split="test", filter_seen=True)
 
 
-def generate(folder: Path, seed: int) -> np.ndarray:
-    """Write clicks (train), free choices (the other splits) and what was shown and left; return tastes [U, D]."""
+def generate(folder: Path, seed: int) -> tuple[pa.Table, np.ndarray]:
+    """Return clicks (train) and free choices (the other splits), and tastes [U, D]; write what was shown and left."""
     random = np.random.default_rng(seed)
     taste, habit = (random.normal(size=(USERS, WIDTH)) @ random.normal(size=(WIDTH, DOCS)) for _ in range(2))
     shown = top(0.8 * habit + random.gumbel(size=habit.shape), SHOWN)
@@ -127,10 +127,9 @@ def generate(folder: Path, seed: int) -> np.ndarray:
     columns = [
         {"user": names("u", u), "document": names("d", d), "split": np.broadcast_to(s, len(u))} for u, d, s in pairs
     ]
-    pq.write_table(pa.concat_tables([pa.table(some) for some in columns]), folder / "pairs.parquet")
     left = [names("d", docs[~clicked]) for docs, clicked in zip(shown, clicks, strict=True)]
     pq.write_table(pa.table({"user": names("u", np.arange(USERS)), "shown": left}), folder / "shown.parquet")
-    return taste
+    return pa.concat_tables([pa.table(some) for some in columns]), taste
 
 
 def by_taste(dataset: Dataset, taste: np.ndarray) -> Callable[[Rows], np.ndarray]:
