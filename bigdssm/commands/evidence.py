@@ -6,7 +6,8 @@ A file names a claim, the configs it is tried on, the cells (a few keys over the
 come out (bigdssm/evidence/claims.py). What is finished in --out is not run again, what was broken off goes on; cells
 that two claims share are trained once. --only runs a claim in part: the cells whose name has a text. --page writes the
 page of all claims that are finished, its figures (.json beside it) and the ranks of every trial (_trials.jsonl): what
-stands there is not run again either, on whatever machine, and other claims keep what the page said of them.
+stands there is not run again either, on whatever machine, and other claims keep what the page said of them. Benches of
+a claim run behind all trainings, one at a time.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from rich.console import Console
 from bigdssm.atomic import write_json
 from bigdssm.cli import at_least, check_file_to_write, command
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.evidence.claims import read_claim
+from bigdssm.evidence.benches import Figures, read_figures, run_benches
+from bigdssm.evidence.claims import Claim, read_claim
 from bigdssm.evidence.kept import keep, read_kept, write_kept
 from bigdssm.evidence.page import write_page
 from bigdssm.evidence.results import Result, collect
-from bigdssm.evidence.running import run_trials, trials
+from bigdssm.evidence.running import Trial, run_trials, trials
 
 
 @command
@@ -57,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = _known(args.page)
     for name, claim in claims.items():
         try:
-            results[name] = collect(claim, planned[name], kept)
+            figures = _figures(claim, planned[name], results.get(name), run=not args.collect)
+            results[name] = collect(claim, planned[name], kept, figures)
         except DataError as error:
             Console(stderr=True).print(f"{name}: {error}", highlight=False, markup=False, soft_wrap=True)
             continue
@@ -65,6 +68,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.page is not None and results:
         write_json(args.page.with_suffix(".json"), {name: result.to_dict() for name, result in sorted(results.items())})
         write_page(dict(sorted(results.items())), args.page)
+
+
+def _figures(claim: Claim, which: Sequence[Trial], earlier: Result | None, *, run: bool) -> list[Figures]:
+    """Return what a claim's benches measured, on an earlier page or, where that has not all of them, now."""
+    known = [] if earlier is None else earlier.figures
+    if [figures.about for figures in known] == [bench.about for bench in claim.benches]:
+        return known
+    if run:
+        run_benches(claim, which)
+    return read_figures(claim, which)
 
 
 def _known(page: Path | None) -> dict[str, Result]:

@@ -10,6 +10,12 @@ cells:
   EASE: {baseline: ease, options: {regularisation: 300}}
 expect:
   - {better: "FPS, 1,024 rows", than: "FPS, 256 rows"}
+benches:                                                         # what tools measure of the cells' models
+  - about: What an index finds, and costs.
+    of: ["FPS, 1,024 rows"]
+    run: ["embed --model {model} --data {data} --out {folder}/vectors",
+          "tools/bench/bench_index.py --model {model} --data {data} --vectors {folder}/vectors --out {out}"]
+    records: indexes                                             # the key of a list of records in what {out} holds
 """
 
 from __future__ import annotations
@@ -74,6 +80,18 @@ class Expectation:
 
 
 @dataclass(frozen=True)
+class Bench:
+    """What tools measure of models beside the metric, such as times and bytes: a table of the page."""
+
+    about: str = MISSING
+    of: tuple[str, ...] = MISSING  # the cells whose models, of the first seed, are measured
+    run: tuple[str, ...] = (
+        MISSING  # a command of ours or a script, with {model}, {data}, {folder}; the last writes {out}
+    )
+    records: str = MISSING  # the key of the records in {out}, which is JSON
+
+
+@dataclass(frozen=True)
 class Claim:
     """A claim and all that is needed to try it."""
 
@@ -84,6 +102,7 @@ class Claim:
     sets: dict[str, DataSet] = field(default_factory=dict)
     cells: dict[str, Cell] = field(default_factory=dict)
     expect: list[Expectation] = field(default_factory=list)
+    benches: list[Bench] = field(default_factory=list)
 
     def cells_on(self, name: str) -> dict[str, Cell]:
         """Return the cells that are tried on the set `name`."""
@@ -128,3 +147,9 @@ def _check(path: Path, claim: Claim) -> None:
         need(one, key, "both or none", "better or no_better")
         for cell_name in (expected.cell, expected.than):
             need(cell_name in claim.cells, key, cell_name, f"one of the cells {', '.join(claim.cells)}")
+    need(not claim.benches or len(claim.sets) == 1, "sets", ", ".join(claim.sets), "one, where there are benches")
+    for number, bench in enumerate(claim.benches):
+        key, models = f"benches[{number}]", [name for name, cell in claim.cells.items() if cell.baseline is None]
+        of_models = bool(bench.of) and set(bench.of) <= set(models)
+        need(of_models, f"{key}.of", list(bench.of), f"some of {', '.join(models)}")
+        need(bool(bench.run) and "{out}" in bench.run[-1], f"{key}.run", list(bench.run), "{out} in the last")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -58,6 +59,8 @@ def _section(name: str, result: Result) -> str:
             if found is not None:
                 interval = f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
                 lines += ["", f"- {words}: {interval}: {found.verdict}"]
+    for figures in result.figures:
+        lines += ["", figures.about, "", *_records(figures.records)]
     return "\n".join([*lines, ""])
 
 
@@ -70,6 +73,18 @@ def _table(one: SetResult, label: str) -> list[str]:
             cells.append("–" if cell.cold is None else f"{cell.cold:.4f}")
         lines.append(f"| {cell.cell} | {' | '.join(cells)} | {cell.cpu_seconds:,.0f} |")
     return lines
+
+
+def _records(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return records with the same keys as a table."""
+    rows = [list(records[0]), ["---"] * len(records[0]), *([_shown(value) for value in of.values()] for of in records)]
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _halves(cell: Measured) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
 from bigdssm.evaluation.metrics import standard_errors
 from bigdssm.evaluation.systems import System, measured
+from bigdssm.evidence.benches import Figures
 from bigdssm.evidence.claims import Claim, Expectation, Verdict
 from bigdssm.evidence.kept import Kept
 from bigdssm.evidence.running import Trial
@@ -64,6 +65,7 @@ class Result:
     expect: list[str]  # in words
     sets: dict[str, SetResult]
     verdict: Verdict
+    figures: list[Figures] = field(default_factory=list)  # of the claim's benches
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain containers."""
@@ -77,11 +79,16 @@ class Result:
             cells = [Measured(**cell) for cell in one["cells"]]
             return SetResult(**{**one, "cells": cells, "expected": [c and Compared(**c) for c in one["expected"]]})
 
-        return cls(**{**content, "sets": {name: of_set(one) for name, one in content["sets"].items()}})
+        figures = [Figures(**one) for one in content["figures"]]
+        sets = {name: of_set(one) for name, one in content["sets"].items()}
+        return cls(**{**content, "sets": sets, "figures": figures})
 
 
-def collect(claim: Claim, which: Sequence[Trial], kept: Mapping[str, Kept]) -> Result:
-    """Return what the trials of a claim measured, which is `kept`. Raises DataError where one is not finished."""
+def collect(claim: Claim, which: Sequence[Trial], kept: Mapping[str, Kept], figures: Sequence[Figures] = ()) -> Result:
+    """Return what the trials of a claim measured, which is `kept`, with its benches' figures.
+
+    Raises DataError where a trial is not finished.
+    """
     if unfinished := [str(trial) for trial in which if trial.name not in kept]:
         raise DataError(f"not finished: {'; '.join(unfinished)}")
     sets = {
@@ -91,7 +98,7 @@ def collect(claim: Claim, which: Sequence[Trial], kept: Mapping[str, Kept]) -> R
     verdicts = [found.verdict for one in sets.values() for found in one.expected if found is not None]
     return Result(
         claim.claim, claim.why, claim.metric, claim.split, [_in_words(expected) for expected in claim.expect], sets,
-        together(verdicts),
+        together(verdicts), list(figures),
     )  # fmt: skip
 
 

@@ -67,6 +67,16 @@ class Trial:
         return self.folder / "cell.yaml"
 
     @property
+    def stages(self) -> list[StageName]:
+        """Return what it trains, in order."""
+        return ["sft"] if self.after else ["pretrain", "sft"] if self.cell.sft else ["pretrain"]
+
+    @property
+    def model(self) -> Path:
+        """Return the model that it ends with."""
+        return self.folder / self.stages[-1] / "best"
+
+    @property
     def start(self) -> Path | None:
         """Return the model that it fine-tunes, of another cell."""
         return None if self.after is None else self.after.folder / "pretrain" / "best"
@@ -147,19 +157,17 @@ def run_trial(trial: Trial) -> None:
         _measure_baseline(trial, config)
         return
     overrides = [f"run.dir={trial.folder}", f"run.seed={trial.seed}"]
-    stages: list[StageName] = ["sft"] if trial.after else ["pretrain", "sft"] if trial.cell.sft else ["pretrain"]
     if trial.start is not None:
         overrides.append(f"sft.init={trial.start}")
     if trial.cell.judge:
         _judge(trial, config)
     trained = {record["command"] for record in _commands(trial) if record["exit_code"] == 0}
-    for stage in stages:
+    for stage in trial.stages:
         if stage not in trained:  # else another cell of this folder did
             _command(trial, stage, "--config", str(trial.config_file), *overrides, "--resume", "auto")
-    best = trial.folder / stages[-1] / "best"
     ranked = [] if trial.cell.rerank is None else ["--rerank", str(trial.cell.rerank)]
     _command(
-        trial, "evaluate", "--model", str(best), "--data", config.data.dir, "--split", trial.claim.split,
+        trial, "evaluate", "--model", str(trial.model), "--data", config.data.dir, "--split", trial.claim.split,
         "--out", str(trial.report), *ranked,
     )  # fmt: skip
 

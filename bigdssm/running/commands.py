@@ -32,10 +32,12 @@ class Ended:
 def run_command(log: Path, command: str, *arguments: str, look: Callable[[], None] | None = None) -> Ended:
     """Run `bigdssm command …` to its end, its output behind what `log` holds; `look` is called every LOOK_S meanwhile.
 
+    A `command` that ends in .py is a script's path.
     The process is ended where this one is interrupted, or `look` raises.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    line, started = (sys.executable, "-m", "bigdssm.commands", command, *arguments), time.perf_counter()
+    program = (command,) if command.endswith(".py") else ("-m", "bigdssm.commands", command)
+    line, started = (sys.executable, *program, *arguments), time.perf_counter()
     with log.open("ab") as output:
         process = subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT)
         try:

@@ -15,11 +15,12 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.metrics import row_metrics
 from bigdssm.evaluation.systems import System, measured, read_ranks, save_comparison
+from bigdssm.evidence.benches import read_figures, run_benches
 from bigdssm.evidence.claims import Expectation, read_claim
 from bigdssm.evidence.kept import keep, read_kept, write_kept
 from bigdssm.evidence.page import as_markdown, write_page
 from bigdssm.evidence.results import Result, collect, together
-from bigdssm.evidence.running import run_trials, trials
+from bigdssm.evidence.running import Trial, run_trials, trials, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CLAIM: dict[str, Any] = {
@@ -54,6 +55,9 @@ def written(tmp_path: Path, **changed: Any) -> Path:
         ({"cells": {"a": {"after": "d"}}, "expect": []}, "cells.a.after: got d, needs a cell that pretrains"),
         ({"cells": {"a": {"judge": ["--bm25"]}}, "expect": []}, r"cells.a.judge: got \['--bm25'\], needs after"),
         ({"expect": [{"better": "a", "than": "z"}]}, r"expect\[0\]: got z, needs one of the cells a, b, c"),
+        ({"benches": [{"about": "x", "of": ["z"], "run": ["{out}"], "records": "y"}]}, r"benches\[0\].of: got \['z'\]"),
+        ({"benches": [{"about": "x", "of": ["a"], "run": ["embed"], "records": "y"}]}, "needs {out} in the last"),
+        ({"benches": [{"about": "x", "of": ["a"], "run": ["{out}"]}]}, "records"),
         ({"expect": [{"better": "a", "no_better": "b", "than": "c"}]}, "got both or none, needs better or no_better"),
     ],
 )
@@ -173,6 +177,58 @@ def test_what_is_kept_is_not_run_again_unless_another_starts_from_it(
     assert begun == ["b"]
     by_name = {trial.cell_name: trial for trial in planned}
     assert by_name["tuned"].folder == by_name["ranked"].folder and by_name["tuned"].report != by_name["ranked"].report
+
+
+def test_what_tools_measure_of_models_stands_on_the_page_and_is_not_measured_again(
+    tmp_path: Path, tiny_interactions: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "count.py"
+    script.write_text(
+        "import json, sys\n"
+        "model, data, out = sys.argv[1:]\n"
+        "json.dump({'found': [{'what': data, 'ms': 1234.567, 'bytes': 98765}]}, open(out, 'w'))\n"
+    )
+    sets = {"small": {"config": str(tiny_interactions.config), "seeds": [3, 1]}}
+    bench = {
+        "about": "What it costs.",
+        "of": ["b", "a"],
+        "run": [f"{script} {{model}} {{data}} {{out}}"],
+        "records": "found",
+    }
+    claim = read_claim(
+        written(tmp_path, sets=sets, cells={"a": {}, "b": {"set": ["pretrain.epochs=2"]}}, benches=[bench])
+    )
+    planned = trials(claim, tmp_path / "runs")
+    with pytest.raises(DataError, match="not finished: small: b, seed 3: What it costs"):
+        read_figures(claim, planned)
+    trained: list[str] = []
+
+    def train(which: list[Trial], at_once: int) -> None:
+        trained.extend(str(trial) for trial in which)
+        for trial in which:
+            trial.folder.mkdir(parents=True)
+            write_config(trial)
+
+    monkeypatch.setattr("bigdssm.evidence.benches.run_trials", train)
+    run_benches(claim, planned)
+    assert trained == ["small: b, seed 3", "small: a, seed 3"], "of the first seed"
+    run_benches(claim, planned)
+    assert len(trained) == 2
+    (figures,) = read_figures(claim, planned)
+    data = load_config(tiny_interactions.config).data.dir
+    assert figures.records[1] == {"cell": "a", "what": data, "ms": 1234.567, "bytes": 98765}
+    result = Result("more", "", "ndcg_at_10", "test", [], {}, "open", [figures])
+    assert Result.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+    shown = "\n".join(
+        [
+            "What it costs.",
+            "",
+            "| cell | what | ms | bytes |",
+            "| --- | --- | --- | --- |",
+            f"| b | {data} | 1,235 | 98,765 |",
+        ]
+    )
+    assert shown in as_markdown({"costs": result})
 
 
 def test_the_page_can_be_computed_from_the_kept_ranks() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from bigdssm.artifacts.model_folder import load_model_folder
@@ -265,6 +266,23 @@ def test_kinds_of_index_are_measured(
     assert all(0 < one["p50_ms"] <= one["p99_ms"] and one["build_s"] > 0 for one in (flat, hnsw))
     code, _, said = tools.run("bench_index", *arguments, "--queries", 0)
     assert code == 2 and "--queries" in said and "at least 1" in said
+
+
+def test_what_a_query_costs_is_measured(tools: Tools, model_dir: Path, dataset: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "measured.json"
+    threads = torch.get_num_threads()
+    try:
+        tools.ran("bench_query", "--model", model_dir, "--data", dataset.dir, "--queries", 5, "--out", out)
+    finally:
+        torch.set_num_threads(threads)
+    (measured,) = json.loads(out.read_text())["queries"]
+    assert 0 < measured["p50 ms"] <= measured["p99 ms"]
+    tools.ran("bench_cache", "--distinct", 100, "--requests", 4000, "--sizes", 1, 10, 100, "--out", out)
+    for record in json.loads(out.read_text())["hit_rates"]:
+        one, ten, all_of_them = list(record.values())[1:]
+        assert 0 < one < ten < all_of_them and all_of_them == 1.0, (
+            "of so many requests all queries came in the first half"
+        )
 
 
 def test_mine_negatives(tools: Tools, model_dir: Path, other_model_dir: Path, dataset: Dataset, tmp_path: Path) -> None:

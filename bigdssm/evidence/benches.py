@@ -1,0 +1,79 @@
+"""What tools measure of the cells' models beside the claim's metric: times, bytes, what an index finds."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bigdssm.config import load_config
+from bigdssm.errors import DataError
+from bigdssm.evidence.claims import Bench, Claim
+from bigdssm.evidence.running import Trial, run_trials
+from bigdssm.hashing import hash64
+from bigdssm.log import get_logger
+from bigdssm.running.commands import run_command
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a bench measured: records of one table."""
+
+    about: str
+    records: list[dict[str, Any]]
+
+
+def run_benches(claim: Claim, which: Sequence[Trial]) -> None:
+    """Have every bench of a claim measure the trials that it names; what is measured already is not again.
+
+    A model that is not there any more is trained anew. Raises CalledProcessError where a command fails.
+    """
+    for bench in claim.benches:
+        for trial in _measured_by(bench, which):
+            folder = _folder(bench, trial)
+            if (folder / "figures.json").exists():
+                continue
+            run_trials([trial], 1)
+            logger.info("%s: %s", trial, bench.about)
+            places = {
+                "model": trial.model, "data": load_config(trial.config_file).data.dir,
+                "folder": folder, "out": folder / "measured.json",
+            }  # fmt: skip
+            for line in bench.run:
+                command, *arguments = [word.format(**places) for word in shlex.split(line)]
+                run_command(folder / "bench.log", command, *arguments).check()
+            (folder / "measured.json").rename(folder / "figures.json")
+
+
+def read_figures(claim: Claim, which: Sequence[Trial]) -> list[Figures]:
+    """Return what the benches of a claim measured. Raises DataError where one is not finished."""
+    return [_figures(bench, which) for bench in claim.benches]
+
+
+def _figures(bench: Bench, which: Sequence[Trial]) -> Figures:
+    records = []
+    for trial in _measured_by(bench, which):
+        file = _folder(bench, trial) / "figures.json"
+        try:
+            found = json.loads(file.read_text("utf-8"))[bench.records]
+        except FileNotFoundError:
+            raise DataError(f"not finished: {trial}: {bench.about}") from None
+        except (ValueError, KeyError) as error:
+            raise DataError(f"{file} holds no {bench.records}: {error!r}; remove it") from None
+        of_cell = {"cell": trial.cell_name} if len(bench.of) > 1 else {}
+        records += [of_cell | record for record in found]
+    return Figures(bench.about, records)
+
+
+def _measured_by(bench: Bench, which: Sequence[Trial]) -> list[Trial]:
+    first_seed = {trial.cell_name: trial for trial in reversed(which)}
+    return [first_seed[name] for name in bench.of]
+
+
+def _folder(bench: Bench, trial: Trial) -> Path:
+    return trial.folder / "benches" / f"{hash64(repr(bench.run)) % 2**64:016x}"
