@@ -40,7 +40,7 @@ class DataSet:
     config: str = MISSING
     seeds: tuple[int, ...] = (0, 1, 2)
     set: tuple[str, ...] = ()  # overrides of every cell
-    make: str | None = None  # arguments of make_shards, for cells that leave features out; {config} is the cell's
+    make: str | None = None  # arguments of make_shards, for cells that leave features out
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Cell:
 
     set: tuple[str, ...] = ()  # key=value over the data set's config
     without: tuple[str, ...] = ()  # features left out, as query.age: the dataset is made without them
+    make: str | None = None  # arguments of make_shards for what it is trained on; it is measured on the set's dataset
     after: str | None = None  # a cell whose pretraining this one fine-tunes
     sft: bool = False  # fine-tune after pretraining; implied by `after`
     judge: tuple[str, ...] = ()  # score_pairs: who judges what sft.mining finds; {start}: the model of `after`
@@ -129,9 +130,10 @@ def _check(path: Path, claim: Claim) -> None:
         key = f"cells.{name}"
         kinds = f"one of {', '.join(BASELINES)}"
         need(cell.baseline is None or cell.baseline in BASELINES, f"{key}.baseline", cell.baseline, kinds)
-        trained = bool(cell.set or cell.without or cell.after or cell.sft or cell.rerank or cell.judge)
+        trained = bool(cell.set or cell.without or cell.make or cell.after or cell.sft or cell.rerank or cell.judge)
         need(cell.baseline is None or not trained, key, "keys of a training", "baseline, options and only")
         need(cell.baseline is not None or not cell.options, f"{key}.options", cell.options, "a baseline that has them")
+        need(not cell.make or not cell.without, f"{key}.make", cell.make, "no `without` beside it")
         need(cell.rerank is None or cell.rerank > 0, f"{key}.rerank", cell.rerank, "a number of documents")
         need(not cell.judge or cell.after is not None, f"{key}.judge", list(cell.judge), "after")
         need(set(cell.only) <= set(claim.sets), f"{key}.only", list(cell.only), f"some of {', '.join(claim.sets)}")

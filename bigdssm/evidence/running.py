@@ -166,31 +166,35 @@ def run_trial(trial: Trial) -> None:
         if stage not in trained:  # else another cell of this folder did
             _command(trial, stage, "--config", str(trial.config_file), *overrides, "--resume", "auto")
     ranked = [] if trial.cell.rerank is None else ["--rerank", str(trial.cell.rerank)]
+    data = load_config(trial.data.config, trial.data.set).data.dir if trial.cell.make else config.data.dir
     _command(
-        trial, "evaluate", "--model", str(trial.model), "--data", config.data.dir, "--split", trial.claim.split,
+        trial, "evaluate", "--model", str(trial.model), "--data", data, "--split", trial.claim.split,
         "--out", str(trial.report), *ranked,
     )  # fmt: skip
 
 
 def write_config(trial: Trial) -> Config:
-    """Write the cell's config, make its dataset where features are left out, and return it."""
+    """Write the cell's config, make its dataset where it has one of its own, and return it."""
     content = _content(trial.claim, trial.set_name, trial.cell_name)
-    if trial.cell.without:
-        if trial.data.make is None:
-            raise ConfigError(
-                f"sets.{trial.set_name}.make: missing; cells that leave features out need their dataset made"
-            )
-        made_of = hash64(repr((OmegaConf.to_yaml(content.data), trial.data.make))) % 2**64
+    make = _made(trial.data, trial.cell)
+    if trial.cell.without and make is None:
+        raise ConfigError(f"sets.{trial.set_name}.make: missing; cells that leave features out need their dataset made")
+    if make is not None:
+        made_of = hash64(repr((OmegaConf.to_yaml(content.data), make))) % 2**64
         content.data.dir = str(trial.folder.parents[2] / "data" / f"{made_of:016x}")
     if trial.cell.judge:
         OmegaConf.update(content, "sft.mining.file", str(trial.folder / JUDGED))
     write_text(trial.config_file, OmegaConf.to_yaml(content))
     config = load_config(trial.config_file)
-    if trial.cell.without and not Path(config.data.dir).exists():
-        assert trial.data.make is not None
-        kind, *arguments = shlex.split(trial.data.make)
+    if make is not None and not Path(config.data.dir).exists():
+        kind, *arguments = shlex.split(make)
         _command(trial, "make_shards", kind, "--config", str(trial.config_file), *arguments)
     return config
+
+
+def _made(data: DataSet, cell: Cell) -> str | None:
+    """Return how a cell's own dataset is made, or None where it takes the set's."""
+    return data.make if cell.without else cell.make
 
 
 def _judge(trial: Trial, config: Config) -> None:
@@ -235,9 +239,16 @@ def _name_of(claim: Claim, set_name: str, cell_name: str) -> str:
     """Return a name that two cells share where all that decides what comes out is the same."""
     data, cell = claim.sets[set_name], claim.cells[cell_name]
     after = None if cell.after is None else _name_of(claim, set_name, cell.after)
-    made = data.make if cell.without else None
     content = OmegaConf.to_yaml(_content(claim, set_name, cell_name))
-    decided = [content, made, cell.sft, after, cell.baseline, cell.options, *([cell.judge] if cell.judge else [])]
+    decided = [
+        content,
+        _made(data, cell),
+        cell.sft,
+        after,
+        cell.baseline,
+        cell.options,
+        *([cell.judge] if cell.judge else []),
+    ]
     return f"{hash64(json.dumps(decided)) % 2**64:016x}"
 
 

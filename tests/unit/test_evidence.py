@@ -20,7 +20,8 @@ from bigdssm.evidence.claims import Expectation, read_claim
 from bigdssm.evidence.kept import keep, read_kept, write_kept
 from bigdssm.evidence.page import as_markdown, write_page
 from bigdssm.evidence.results import Result, collect, together
-from bigdssm.evidence.running import Trial, run_trials, trials, write_config
+from bigdssm.evidence.running import Trial, run_trial, run_trials, trials, write_config
+from bigdssm.running.commands import Ended
 
 ROOT = Path(__file__).resolve().parents[2]
 CLAIM: dict[str, Any] = {
@@ -53,6 +54,7 @@ def written(tmp_path: Path, **changed: Any) -> Path:
         ({"cells": {"a": {"options": {"k": 1}}}, "expect": []}, "cells.a.options"),
         ({"cells": {"a": {"only": ["big"]}}, "expect": []}, r"cells.a.only: got \['big'\], needs some of small"),
         ({"cells": {"a": {"after": "d"}}, "expect": []}, "cells.a.after: got d, needs a cell that pretrains"),
+        ({"cells": {"a": {"make": "pairs", "without": ["doc.x"]}}, "expect": []}, "cells.a.make: got pairs, needs no"),
         ({"cells": {"a": {"judge": ["--bm25"]}}, "expect": []}, r"cells.a.judge: got \['--bm25'\], needs after"),
         ({"expect": [{"better": "a", "than": "z"}]}, r"expect\[0\]: got z, needs one of the cells a, b, c"),
         ({"benches": [{"about": "x", "of": ["z"], "run": ["{out}"], "records": "y"}]}, r"benches\[0\].of: got \['z'\]"),
@@ -177,6 +179,29 @@ def test_what_is_kept_is_not_run_again_unless_another_starts_from_it(
     assert begun == ["b"]
     by_name = {trial.cell_name: trial for trial in planned}
     assert by_name["tuned"].folder == by_name["ranked"].folder and by_name["tuned"].report != by_name["ranked"].report
+
+
+def test_a_cell_is_trained_on_what_its_make_makes_and_measured_on_the_sets_own(
+    tmp_path: Path, tiny_interactions: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = {"small": {"config": str(tiny_interactions.config), "seeds": [0]}}
+    cells = {"all": {}, "bright": {"make": "interactions --positive-rating 4"}}
+    whole, bright = trials(read_claim(written(tmp_path, sets=sets, cells=cells, expect=[])), tmp_path)
+    assert whole.folder != bright.folder
+    ran: list[tuple[str, ...]] = []
+
+    def record(log: Path, *line: str) -> Ended:
+        ran.append(line)
+        return Ended(line, log, 0, 1.0, 1.0)
+
+    monkeypatch.setattr("bigdssm.evidence.running.run_command", record)
+    run_trial(bright)
+    made = load_config(bright.config_file).data.dir
+    of_set = load_config(tiny_interactions.config).data.dir
+    assert made.startswith(str(tmp_path)) and made != of_set
+    assert ran[0] == ("make_shards", "interactions", "--config", str(bright.config_file), "--positive-rating", "4")
+    assert [line[0] for line in ran] == ["make_shards", "pretrain", "evaluate"]
+    assert ran[2][ran[2].index("--data") + 1] == of_set
 
 
 def test_what_tools_measure_of_models_stands_on_the_page_and_is_not_measured_again(
