@@ -22,7 +22,6 @@ from bigdssm.features import TextTokenizer, Vector
 from bigdssm.making.dataset_writer import VERSIONS, DatasetWriter
 from bigdssm.making.documents import Documents
 from bigdssm.making.engine import Engine
-from bigdssm.making.local import LocalEngine
 from bigdssm.making.quarantine import bad_rows
 from bigdssm.making.reading import PartOfTable, Unreadable, parts_of
 from bigdssm.making.spark import Cluster, SparkEngine, SparkTable
@@ -185,7 +184,7 @@ def making(
 
 def _engine(target: Target, spool: Path, progress: Progress) -> Engine:
     if target.spark is None:
-        return LocalEngine(spool, progress, processes=target.processes)
+        return Engine(spool, progress, processes=target.processes)
     return SparkEngine(spool, progress, cluster=target.spark)
 
 

@@ -5,7 +5,6 @@ Every worker must see the spool folder, by one path: that is how steps hand over
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -18,18 +17,16 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, starmap
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from joblib import cpu_count
 
 from bigdssm.errors import BigDSSMError, ConfigError, DataError
 from bigdssm.features.columns import ReportBad, SourceBatch
-from bigdssm.making.database import Database
-from bigdssm.making.engine import SMALL_WORK, Engine, Work
+from bigdssm.making.engine import Engine, Work, naming_a_full_disk
 from bigdssm.making.reading import Unreadable
 from bigdssm.making.steps import FIRST_ROW_DIGITS, ROWS_PER_READ, Table, finished_folder
 from bigdssm.progress import Progress, no_progress
@@ -98,7 +95,11 @@ def open_table(table: str | Path) -> Source:
 
 
 class SparkEngine(Engine):
-    """Runs steps in the Spark session of this process or, where there is none, in one of its own."""
+    """Runs what is large in the Spark session of this process or, where there is none, in one of its own.
+
+    A query costs Spark seconds, however few the rows: those over small tables are the driver's, as the built-in
+    engine's are.
+    """
 
     def __init__(self, spool: Path, progress: Progress = no_progress, *, cluster: Cluster = Cluster()) -> None:
         """Raises ConfigError: pyspark or Java is missing, no session can be had, or a worker does not see the spool."""
@@ -107,8 +108,7 @@ class SparkEngine(Engine):
         self.session, self._owned = _session(cluster)
         # Names of steps must not hide the session's own tables and views.
         self._steps = self.session.newSession()
-        # A query costs Spark seconds, however few the rows.
-        self._driver = Database(self.spool, cpu_count())
+        self._processes = self.session.sparkContext.defaultParallelism
         self._named: dict[str, _Named] = {}
         try:
             self._set(cluster.conf)
@@ -120,7 +120,7 @@ class SparkEngine(Engine):
 
     def view(self, name: str, query: str) -> None:
         """Have queries know the rows of `query` by `name`."""
-        self._driver.view(name, query)
+        super().view(name, query)
         used = self._used(query)
         define = partial(self._steps.sql, f"CREATE OR REPLACE TEMPORARY VIEW {name} AS {query}")
         self._named[name] = _Named(sum(self._named[other].size for other in used), used, define)
@@ -128,13 +128,13 @@ class SparkEngine(Engine):
     def fetch(self, query: str) -> list[tuple[Any, ...]]:
         """Return the few rows of a query."""
         if self._is_small(query):
-            return self._driver.fetch(query)
+            return super().fetch(query)
         with _telling(self.spool):
             return [tuple(row) for row in self._sql(query).collect()]
 
     def close(self) -> None:
         """Stop the session, unless it was there before."""
-        self._driver.close()
+        super().close()
         if self._owned:
             self.session.stop()
 
@@ -176,7 +176,7 @@ class SparkEngine(Engine):
         token.touch()
         try:
             with _telling(self.spool):
-                answers = self._tasks(partial(_blind, token), self.session.sparkContext.defaultParallelism).collect()
+                answers = self._tasks(partial(_blind, token), self._processes).collect()
         finally:
             token.unlink(missing_ok=True)
         if blind := sorted({answer.decode() for _, answer in answers if answer is not None}):
@@ -184,11 +184,6 @@ class SparkEngine(Engine):
                 f"Spark's worker on {blind[0]} does not see {self.spool}; choose an --out on a disk that this machine "
                 "and all workers share, by one path"
             )
-
-    def _run(self, work: Work, jobs: Sequence[tuple[Any, Path]], rows: int) -> Iterable[Any]:
-        if len(jobs) < 2 or rows < SMALL_WORK:
-            return starmap(work, jobs)
-        return self._spread(work, jobs)
 
     def _spread(self, work: Work, jobs: Sequence[tuple[Any, Path]]) -> Iterator[Path]:
         """Yield the folders of jobs as they are finished. Raises what the first job that failed raised."""
@@ -221,13 +216,13 @@ class SparkEngine(Engine):
 
     def _write(self, query: str, folder: Path) -> None:
         if self._is_small(query):
-            self._driver.write(query, folder)
+            super()._write(query, folder)
             return
         with _telling(folder):
             _write_numbered(self._sql(query), folder)
 
     def _name(self, name: str, table: Table, *, ordered: bool) -> None:
-        self._driver.table(name, table, ordered=ordered)
+        super()._name(name, table, ordered=ordered)
         self._named[name] = _Named(table.size, (), partial(self._define, name, table, ordered))
 
     def _define(self, name: str, table: Table, ordered: bool) -> None:
@@ -360,10 +355,9 @@ def _telling(folder: Path) -> Iterator[None]:
     from pyspark.errors import PySparkException
 
     try:
-        yield
+        with naming_a_full_disk(folder):
+            yield
     except (PySparkException, Py4JError) as error:
-        if "No space left on device" in str(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from None
         raise BigDSSMError(f"Spark could not do its work in {folder}: {_line(error)}") from error
 
 
