@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bigdssm.errors import BigDSSMError, ConfigError, DataError
+from bigdssm.errors import BigDSSMError, ConfigError, DataError, UnavailableError
 from bigdssm.features.columns import ReportBad, SourceBatch
 from bigdssm.making.engine import Engine, Work, naming_a_full_disk
 from bigdssm.making.reading import Unreadable
@@ -45,6 +45,9 @@ QUERY = re.compile(r"[\s(]*(select|with|from|values|table)\b", re.IGNORECASE)
 ANSWERS = "number long, answer binary"
 DEFAULTS: dict[str, str] = {"spark.app.name": "bigdssm", "spark.ui.showConsoleProgress": "false"}
 ON_DRIVER = "spark.bigdssm.driverBytes"  # of tables, in their files: queries over as much are the driver's own
+ERRORS: dict[str, Callable[..., BigDSSMError]] = {  # that jobs raise
+    kind.__name__: kind for kind in (ConfigError, DataError, UnavailableError, Unreadable)
+}
 MOST_ON_DRIVER = 128 << 20  # where the settings do not say
 
 
@@ -288,17 +291,14 @@ def _do(work: Work, jobs: Sequence[tuple[Any, Path]], home: str, number: int) ->
         if not folder.exists():
             work(job, folder)
     except BigDSSMError as error:
-        bad = error.bad if isinstance(error, Unreadable) else None
-        return json.dumps([type(error).__name__, str(error), bad]).encode()
+        return json.dumps([type(error).__name__, *error.args]).encode()
     return None
 
 
 def _error_of(answer: bytes) -> BigDSSMError:
     """Return the error that `_do` told."""
-    name, message, bad = json.loads(answer)
-    if bad is not None:
-        return Unreadable(message, [tuple(row) for row in bad])
-    return ConfigError(message) if name == ConfigError.__name__ else DataError(message)
+    name, *told = json.loads(answer)
+    return ERRORS.get(name, DataError)(*told)
 
 
 def _write_numbered(frame: DataFrame, folder: Path) -> None:
