@@ -112,7 +112,8 @@ class SparkEngine(Engine):
         # Names of steps must not hide the session's own tables and views.
         self._steps = self.session.newSession()
         self._processes = self.session.sparkContext.defaultParallelism
-        self._named: dict[str, _Named] = {}
+        self._bytes: dict[str, int] = {}  # of the files that tables and views are made of, at most
+        self._untold: dict[str, Callable[[], object]] = {}  # tells Spark of a name, when a query needs it
         try:
             self._set(cluster.conf)
             self._most_on_driver = self._read_most_on_driver()
@@ -125,15 +126,15 @@ class SparkEngine(Engine):
         """Have queries know the rows of `query` by `name`."""
         super().view(name, query)
         used = self._used(query)
-        define = partial(self._steps.sql, f"CREATE OR REPLACE TEMPORARY VIEW {name} AS {query}")
-        self._named[name] = _Named(sum(self._named[other].size for other in used), used, define)
+        self._bytes[name] = self._size(used)
+        self._untold[name] = partial(self._sql, f"CREATE OR REPLACE TEMPORARY VIEW {name} AS {query}", used)
 
     def fetch(self, query: str) -> list[tuple[Any, ...]]:
         """Return the few rows of a query."""
         if self._is_small(query):
             return super().fetch(query)
         with _telling(self.spool):
-            return [tuple(row) for row in self._sql(query).collect()]
+            return [tuple(row) for row in self._sql(query, self._used(query)).collect()]
 
     def close(self) -> None:
         """Stop the session, unless it was there before."""
@@ -222,11 +223,12 @@ class SparkEngine(Engine):
             super()._write(query, folder)
             return
         with _telling(folder):
-            _write_numbered(self._sql(query), folder)
+            _write_numbered(self._sql(query, self._used(query)), folder)
 
     def _name(self, name: str, table: Table, *, ordered: bool) -> None:
         super()._name(name, table, ordered=ordered)
-        self._named[name] = _Named(table.size, (), partial(self._define, name, table, ordered))
+        self._bytes[name] = table.size
+        self._untold[name] = partial(self._define, name, table, ordered)
 
     def _define(self, name: str, table: Table, ordered: bool) -> None:
         frame = self._steps.read.parquet(*map(_location, table.files))
@@ -235,34 +237,22 @@ class SparkEngine(Engine):
             frame = frame.selectExpr("*", f"{first_row} + _metadata.row_index AS number")
         frame.createOrReplaceTempView(name)
 
-    def _used(self, query: str) -> tuple[str, ...]:
+    def _used(self, query: str) -> set[str]:
         """Return the names that a query knows, maybe some too many."""
-        return tuple(self._named.keys() & set(re.findall(r"\w+", query)))
+        return self._bytes.keys() & set(re.findall(r"\w+", query))
+
+    def _size(self, names: Iterable[str]) -> int:
+        return sum(map(self._bytes.__getitem__, names))
 
     def _is_small(self, query: str) -> bool:
-        return sum(self._named[name].size for name in self._used(query)) <= self._most_on_driver
+        return self._size(self._used(query)) <= self._most_on_driver
 
-    def _sql(self, query: str) -> DataFrame:
-        """Return what Spark makes of a query, after it has been told the names in it."""
-        self._tell(self._used(query))
+    def _sql(self, query: str, used: Iterable[str]) -> DataFrame:
+        """Return what Spark makes of a query, after it has been told the names that it uses."""
+        for name in used:
+            if tell := self._untold.pop(name, None):
+                tell()
         return self._steps.sql(query)
-
-    def _tell(self, names: Iterable[str]) -> None:
-        for named in map(self._named.__getitem__, names):
-            if not named.is_told:
-                named.is_told = True
-                self._tell(named.uses)
-                named.define()
-
-
-@dataclass
-class _Named:
-    """A table or view, which Spark is told of when it needs it."""
-
-    size: int  # bytes of files, at most
-    uses: tuple[str, ...]  # views' names of others
-    define: Callable[[], object]
-    is_told: bool = False
 
 
 def _task(answer: Callable[[int], bytes | None]) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
