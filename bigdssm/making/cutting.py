@@ -24,7 +24,7 @@ from bigdssm.making.making import Making
 from bigdssm.making.sorting import Buckets, deal, order_of
 from bigdssm.making.splits import SPLITS
 from bigdssm.making.steps import RowFile, Table, ranges, read_facts, write_facts
-from bigdssm.making.writing import note_file, placed_files, write_arrow
+from bigdssm.making.writing import placed_files, write_arrow
 from bigdssm.tables.hashing import shuffle_keys, uniform
 
 SEQUENCES_PER_FILE = 1 << 16
@@ -104,7 +104,7 @@ class Cutting:
         user_ids = own.column("user_id").to_numpy()
         before = self._before(user_ids)
         path = folder / f"sequences-{number:06d}.arrow"
-        note_file(folder, **write_arrow(path, self._sequence_columns(own, user_ids, events, before)))
+        made = write_arrow(path, self._sequence_columns(own, user_ids, events, before))
         place = events.position + before["items"].lengths.astype(np.int32)[events.sequence]
         split = np.where(place > 0, self._split_of(events), -1)  # the first event has no history
         bounds = events.offsets[[*range(0, last - first, SEQUENCES_AT_ONCE), last - first]]
@@ -113,7 +113,7 @@ class Cutting:
                 for begin, end in pairwise(bounds):
                     targets = begin + np.flatnonzero(split[begin:end] == which)
                     file.add(self._rows(which, first, events, place, targets))
-        self._note(folder, events, split)
+        self._note(folder, made, events, split)
 
     def _sequence_columns(
         self, own: pa.Table, user_ids: np.ndarray, events: Events, before: dict[str, Ragged]
@@ -185,20 +185,21 @@ class Cutting:
         )
         return pa.table(list(columns), schema=ROW)
 
-    def _note(self, folder: Path, events: Events, split: np.ndarray) -> None:
+    def _note(self, folder: Path, made: dict[str, Any], events: Events, split: np.ndarray) -> None:
         """Leave the documents' train positives and, for what may leak, times of targets, and facts."""
         items = events.item[(split == 0) & (events.relevance > 0)]
         docs, counts = np.unique(items, return_counts=True)
         with RowFile(folder / "positives.parquet", POSITIVE) as file:
             file.add(pa.table([docs, counts], schema=POSITIVE))
-        facts = {} if self.versions is None else {"num_early": self.versions.num_early(events.item, events.time)}
-        if self.split != "leave-one-out":
-            write_facts(folder, **facts)
-            return
-        sampled = (split >= 0) & (uniform(events.place, "leak", 0) < MOST_TIMES / max(1, self.events.num_rows))
-        with RowFile(folder / "times.parquet", TARGET_TIME) as file:
-            file.add(pa.table([split[sampled].astype(np.int32), events.time[sampled]], schema=TARGET_TIME))
-        write_facts(folder, **facts, counts_events=counts_events(events.time, events.position))
+        facts: dict[str, Any] = {"made": made}
+        if self.versions is not None:
+            facts["num_early"] = self.versions.num_early(events.item, events.time)
+        if self.split == "leave-one-out":
+            sampled = (split >= 0) & (uniform(events.place, "leak", 0) < MOST_TIMES / max(1, self.events.num_rows))
+            with RowFile(folder / "times.parquet", TARGET_TIME) as file:
+                file.add(pa.table([split[sampled].astype(np.int32), events.time[sampled]], schema=TARGET_TIME))
+            facts["counts_events"] = counts_events(events.time, events.position)
+        write_facts(folder, **facts)
 
 
 def cut_sequences(run: Making, cutting: Cutting, *, has_times: bool) -> tuple[list[Path], list[dict[str, Any]]]:

@@ -26,7 +26,7 @@ from bigdssm.making.quarantine import bad_rows
 from bigdssm.making.reading import PartOfTable, Unreadable, parts_of
 from bigdssm.making.spark import Cluster, SparkEngine, SparkTable
 from bigdssm.making.steps import Table, read_facts
-from bigdssm.making.writing import Encode, write_catalogue, write_counts, write_split, write_versions
+from bigdssm.making.writing import Encode, write_catalogue, write_counts, write_split
 from bigdssm.progress import Progress, no_progress
 from bigdssm.schema import SCHEMA_FILE, Schema
 from bigdssm.source import code_checksum
@@ -127,27 +127,26 @@ class Making:
         """
         writer = self.writer
         checksum = write_counts(writer.partition_dir / COUNTS_FILE, *positives)
-        first_part = len(writer.catalogue_parts)
-        catalogue = write_catalogue(self.engine, documents, schema.doc, text, writer.catalogue_dir, first_part)
-        num_files = len(writer.content.get(VERSIONS, []))
-        versions = write_versions(self.engine, documents, schema.doc, text, writer.catalogue_dir, num_files)
-        new_versions, changed_docs = sum(part["rows"] for part in versions), documents.num_changed
+        catalogue, versions = write_catalogue(
+            self.engine, documents, schema.doc, text, writer.catalogue_dir,
+            len(writer.catalogue_parts), len(writer.content.get(VERSIONS, [])),
+        )  # fmt: skip
+        changed_docs = documents.num_changed  # its table goes with the spool
         writer.commit(schema, catalogue, versions, splits, checksum, sequences)
-        new_docs = sum(part["rows"] for part in catalogue)
         many = [
             f"the {entry['rows']:,} rows of split {split} give {entry['queries']:,} queries"
             for split, entry in splits.items()
             if entry["queries"] != entry["rows"]
         ]
         return Report(
-            out=self.writer.out,
-            partition=self.writer.partition,
+            out=writer.out,
+            partition=writer.partition,
             rows={split: entry["rows"] for split, entry in splits.items()},
             num_docs=documents.total,
-            new_docs=new_docs,
+            new_docs=sum(part["rows"] for part in catalogue),
             changed_docs=changed_docs,
-            new_versions=new_versions,
-            num_bad=self.writer.quarantine.num_bad,
+            new_versions=sum(part["rows"] for part in versions),
+            num_bad=writer.quarantine.num_bad,
             seconds=time.monotonic() - self.started,
             notes=(*self.notes, *many),
         )
