@@ -22,8 +22,7 @@ from bigdssm.features import TextTokenizer, Vector
 from bigdssm.making.dataset_writer import VERSIONS, DatasetWriter
 from bigdssm.making.documents import Documents
 from bigdssm.making.engine import Engine
-from bigdssm.making.quarantine import bad_rows
-from bigdssm.making.reading import PartOfTable, Unreadable, parts_of
+from bigdssm.making.reading import PartOfTable, Unreadable, bad_rows, parts_of
 from bigdssm.making.spark import Cluster, SparkEngine, SparkTable
 from bigdssm.making.steps import Table, read_facts
 from bigdssm.making.writing import Encode, write_catalogue, write_counts, write_split
