@@ -48,8 +48,9 @@ def canonical_of(table: pa.Table, prefix: str, features: Mapping[str, Feature]) 
     """Return spooled columns as canonical ones, null (of a row that was joined with nothing) as missing."""
     columns = {}
     for number, (name, feature) in enumerate(features.items()):
-        column = table.column(f"{prefix}{number}").combine_chunks().cast(_spool_type(feature))
-        columns[name] = _filled(column, feature).cast(feature.canonical_type)
+        waited = _spool_type(feature)
+        column = table.column(f"{prefix}{number}").combine_chunks().cast(waited)
+        columns[name] = pc.fill_null(column, pa.scalar(feature.missing, waited)).cast(feature.canonical_type)
     return pa.table(columns)
 
 
@@ -59,12 +60,6 @@ def _spool_type(feature: Feature) -> pa.DataType:
     return pa.list_(dtype.value_type) if pa.types.is_fixed_size_list(dtype) else dtype
 
 
-def _filled(column: pa.Array, feature: Feature) -> pa.Array:
-    if not column.null_count:
-        return column
-    return pc.if_else(column.is_valid(), column, pa.scalar(feature.missing, _spool_type(feature)))
-
-
 def document_rows(
     place: np.ndarray, content: np.ndarray, keys: pa.Array, display: pa.Array, table: pa.Table
 ) -> pa.Table:
@@ -72,11 +67,7 @@ def document_rows(
     shown = pc.if_else(pc.equal(display, ""), keys, display)
     columns = [pa.array(place), pa.array(hash_strings(keys)), pa.array(content), keys, shown, *table.columns]
     names = [*DOCUMENT_COLUMNS, *(f"d{number}" for number in range(table.num_columns))]
-    return pa.Table.from_arrays([_chunk(column) for column in columns], names=names)
-
-
-def _chunk(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    return pa.Table.from_arrays(columns, names=names)
 
 
 @dataclass(frozen=True)

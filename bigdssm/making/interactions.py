@@ -57,8 +57,8 @@ def make_interactions(
     if config.siamese:
         raise ConfigError("data.siamese=true: events are no pairs of documents; use the sub-command `pairs`")
     _check(config, tables)
-    items, users, events = (None if path is None else open_table(path) for path in _files(tables))
-    assert items is not None and events is not None
+    items, events = open_table(tables.items), open_table(tables.interactions)
+    users = None if tables.users is None else open_table(tables.users)
     sources = [source for source in (items, users, events) if source is not None]
     with making(config, target, sources, tables, progress) as run:
         writer, engine = run.writer, run.engine
@@ -135,10 +135,6 @@ def _notes_of_versions(tables: InteractionTables, documents: Documents, num_earl
         yield f"further versions of items in {tables.items}: {documents.changed.num_rows}"
     if num_early:
         yield f"{num_early} events are older than all that {tables.items} has of their items: they see the oldest"
-
-
-def _files(tables: InteractionTables) -> tuple[Path | str, Path | str | None, Path | str]:
-    return tables.items, tables.users, tables.interactions
 
 
 def _check(config: DataConfig, tables: InteractionTables) -> None:

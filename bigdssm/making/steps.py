@@ -68,12 +68,9 @@ class Table:
 
     def read(self, first: int = 0, end: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """Return rows [first, end) at once."""
-        pieces = list(self.batches(first, end, columns))
-        if pieces:
-            return pa.concat_tables(pieces).combine_chunks()
         schema = pq.read_schema(self.files[0])
-        names = columns if columns is not None else schema.names
-        return pa.schema([schema.field(name) for name in names]).empty_table()
+        none = _with_wide_strings(schema.empty_table().select(columns or schema.names))
+        return pa.concat_tables([none, *self.batches(first, end, columns)]).combine_chunks()
 
 
 def _rows_of(file: str, first: int, end: int, columns: Sequence[str] | None) -> Iterator[pa.Table]:
@@ -81,8 +78,7 @@ def _rows_of(file: str, first: int, end: int, columns: Sequence[str] | None) -> 
         starts = [0, *accumulate(source.metadata.row_group(i).num_rows for i in range(source.num_row_groups))]
         groups = [i for i in range(source.num_row_groups) if starts[i + 1] > first and starts[i] < end]
         place = starts[groups[0]] if groups else 0
-        names = list(columns) if columns is not None else None
-        for batch in source.iter_batches(ROWS_PER_READ, row_groups=groups, columns=names):
+        for batch in source.iter_batches(ROWS_PER_READ, row_groups=groups, columns=columns and list(columns)):
             begin, stop = max(first - place, 0), min(end - place, batch.num_rows)
             place += batch.num_rows
             if stop > begin:
