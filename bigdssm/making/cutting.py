@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -20,7 +20,7 @@ from bigdssm.features.ragged import Ragged, offsets_of
 from bigdssm.making.documents import canonical_of
 from bigdssm.making.item_versions import ItemVersions
 from bigdssm.making.making import Making
-from bigdssm.making.sorting import Buckets, deal, order_of
+from bigdssm.making.sorting import deal, order_of, read_bucket
 from bigdssm.making.splits import SPLITS
 from bigdssm.making.steps import RowFile, Table, ranges, read_facts, write_facts
 from bigdssm.making.writing import placed_files, write_arrow
@@ -95,11 +95,11 @@ class Cutting:
     earlier: tuple[tuple[tuple[Path, ...], Path], ...]  # sequence files and key file of earlier partitions
     versions: ItemVersions | None = None  # of items with times
 
-    def __call__(self, dealt: Buckets, job: tuple[int, tuple[int, int]], folder: Path) -> None:
+    def __call__(self, dealt: Sequence[Path], job: tuple[int, tuple[int, int]], folder: Path) -> None:
         """Cut a range of sequences, whose events are the bucket of its number, into a file of sequences, and rows."""
         number, (first, last) = job
         own = self.sequences.read(first, last)
-        events = Events.of(dealt.read(number), own.column("length").to_numpy())
+        events = Events.of(read_bucket(dealt, number), own.column("length").to_numpy())
         user_ids = own.column("user_id").to_numpy()
         before = self._before(user_ids)
         path = folder / f"sequences-{number:06d}.arrow"

@@ -191,7 +191,8 @@ def _made_of(config: DataConfig, target: Target, sources: Sequence[Source], opti
     like = [target.like / SCHEMA_FILE] if target.like else []
     features = [*config.query.values(), *config.doc.values()]
     matrices = [Path(feature.matrix) for feature in features if isinstance(feature, Vector) and feature.matrix]
-    beside = [*like, *_tokenizer_files(config), *matrices]
+    tokenizer = [] if config.tokenizer.path is None else sorted(Path(config.tokenizer.path).glob("*.json"))
+    beside = [*like, *tokenizer, *matrices]
     files = [(str(path.resolve()), path.stat().st_mtime_ns) for path in beside if path.is_file()]
     prints = [source.fingerprint() for source in sources]
     code = (code_checksum(), pa.__version__, tokenizers.__version__, np.__version__)
@@ -199,11 +200,6 @@ def _made_of(config: DataConfig, target: Target, sources: Sequence[Source], opti
     engine = "built-in" if target.spark is None else "spark"
     known = [asdict(config), declared, asdict(options), target.seed, files, prints, code, engine]
     return json.dumps(known, default=str, sort_keys=True)
-
-
-def _tokenizer_files(config: DataConfig) -> list[Path]:
-    path = Path(config.tokenizer.path) if config.tokenizer.path is not None else None
-    return sorted(path.glob("*.json")) if path is not None else []
 
 
 def check_names(features: Iterable[str], reserved: Sequence[str], side: str) -> None:

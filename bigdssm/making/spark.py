@@ -216,7 +216,7 @@ class SparkEngine(Engine):
 
     def _tasks(self, answer: Callable[[int], bytes | None], number: int) -> DataFrame:
         """Return what so many tasks answer, each to its number from 0 on."""
-        return self._steps.range(0, number, 1, number).mapInArrow(_task(answer), ANSWERS)
+        return self._steps.range(0, number, 1, number).mapInArrow(partial(_answers, answer), ANSWERS)
 
     def _write(self, query: str, folder: Path) -> None:
         if self._is_small(query):
@@ -255,16 +255,12 @@ class SparkEngine(Engine):
         return self._steps.sql(query)
 
 
-def _task(answer: Callable[[int], bytes | None]) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    """Return a function for `mapInArrow`, which tells the driver what `answer` says of a task's number."""
-
-    def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for batch in batches:
-            numbers = batch.column(0)
-            answers = pa.array(map(answer, numbers.to_pylist()), pa.binary())
-            yield pa.RecordBatch.from_arrays([numbers, answers], ["number", "answer"])
-
-    return run
+def _answers(answer: Callable[[int], bytes | None], batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Tell the driver, through `mapInArrow`, what `answer` says of the numbers of tasks."""
+    for batch in batches:
+        numbers = batch.column(0)
+        answers = pa.array(map(answer, numbers.to_pylist()), pa.binary())
+        yield pa.RecordBatch.from_arrays([numbers, answers], ["number", "answer"])
 
 
 def _blind(file: Path, number: int) -> bytes | None:

@@ -122,19 +122,22 @@ class FirstRows:
     """
 
     def __init__(self, file: RowFile, key: str, count: str | None = None) -> None:
-        self._file, self._key, self._count_column = file, key, count
+        self._file, self._key, self._count = file, key, count
         self._waiting: list[pa.Table] = []
-        self._count = 0
 
     def add(self, table: pa.Table) -> None:
         """Take in rows, which follow those before."""
         self._waiting.append(table)
-        self._count += table.num_rows
-        if self._count > MOST_WAITING:
-            self._waiting = [self._first(pa.concat_tables(self._waiting))]
-            self._count = self._waiting[0].num_rows
-            if self._count > MOST_WAITING // 2:
-                self._write()
+        if sum(waiting.num_rows for waiting in self._waiting) > MOST_WAITING:
+            self._reduce(at_most=MOST_WAITING // 2)
+
+    def _reduce(self, at_most: int) -> None:
+        """Let go of rows whose key came before; what is left is written where it is more."""
+        rows = self._first(pa.concat_tables(self._waiting))
+        self._waiting = [rows]
+        if rows.num_rows > at_most:
+            self._file.add(rows)
+            self._waiting = []
 
     def _first(self, table: pa.Table) -> pa.Table:
         # Codes are numbered as their values come, so that a value is new where its code is: nothing is sorted.
@@ -143,22 +146,17 @@ class FirstRows:
         if len(first) == table.num_rows:
             return table
         kept = table.take(pa.array(first))
-        if self._count_column is None:
+        if self._count is None:
             return kept
-        counts = np.bincount(codes, table.column(self._count_column).to_numpy()).astype(np.int64)
-        return kept.set_column(kept.schema.get_field_index(self._count_column), self._count_column, [counts])
-
-    def _write(self) -> None:
-        self._file.add(pa.concat_tables(self._waiting))
-        self._waiting, self._count = [], 0
+        counts = np.bincount(codes, table.column(self._count).to_numpy()).astype(np.int64)
+        return kept.set_column(kept.schema.get_field_index(self._count), self._count, [counts])
 
     def __enter__(self) -> FirstRows:
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
         if kind is None and self._waiting:
-            self._waiting = [self._first(pa.concat_tables(self._waiting))]
-            self._write()
+            self._reduce(at_most=0)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import pytest
 
 from bigdssm.dataset.keys import Keys, write_keys
 from bigdssm.making.engine import Engine
-from bigdssm.making.sorting import deal, of_ordinal, order_of, ordinals_of, shuffled
+from bigdssm.making.sorting import deal, of_ordinal, order_of, ordinals_of, read_bucket, shuffled
 from bigdssm.making.steps import FirstRows, RowFile, Table
 
 RANDOM = np.random.RandomState(0)
@@ -59,7 +59,7 @@ def test_a_bucket_has_its_rows_in_their_order(
         monkeypatch.setattr("bigdssm.making.sorting.ROWS_PER_DEAL", 1_000)
     dealt = deal(Engine(tmp_path / "spool"), "dealt", table, to_buckets, num_buckets)
     for number in (1, *some):
-        assert dealt.read(number).column("n").to_pylist() == np.flatnonzero(bucket == number).tolist()
+        assert read_bucket(dealt, number).column("n").to_pylist() == np.flatnonzero(bucket == number).tolist()
 
 
 @pytest.mark.parametrize("rows_per_bucket", [7, 400, 10_000])
