@@ -105,8 +105,9 @@ def make_interactions(
         if as_of:
             splits, too_early = join_users(engine, splits, len(user))
             if too_early:
-                none = "no features"
-                run.notes.append(f"{too_early} rows are older than all that {tables.users} has of their users: {none}")
+                run.notes.append(
+                    f"{too_early} rows are older than all that {tables.users} has of their users: no features"
+                )
         of_rows = cutting.user if as_of else {}
         encode = partial(_encoded, of_rows, text)
         columns = ["sequence", "first", "end_", *(f"u{number}" for number in range(len(of_rows)))]

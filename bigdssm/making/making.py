@@ -160,10 +160,11 @@ def making(
     Raises DataError or ConfigError where `target.out` cannot be written.
     """
     started = time.monotonic()
-    for feature in (*config.query.values(), *config.doc.values()):
-        if isinstance(feature, Vector) and feature.matrix and any(isinstance(s, SparkTable) for s in sources):
-            raise ConfigError(f"{feature.matrix}: a matrix goes by the numbers of rows, which a query's have not")
-    made_of = _made_of(config, target, sources, options)
+    features = (*config.query.values(), *config.doc.values())
+    matrices = [feature.matrix for feature in features if isinstance(feature, Vector) and feature.matrix]
+    if matrices and any(isinstance(source, SparkTable) for source in sources):
+        raise ConfigError(f"{matrices[0]}: a matrix goes by the numbers of rows, which a query's have not")
+    made_of = _made_of(config, target, sources, options, matrices)
     writer = DatasetWriter(
         target.out, target.partition, config.max_bad_fraction, source=made_of,
         overwrite=target.overwrite, append=target.append,
@@ -186,13 +187,13 @@ def _engine(target: Target, spool: Path, progress: Progress) -> Engine:
     return SparkEngine(spool, progress, cluster=target.spark)
 
 
-def _made_of(config: DataConfig, target: Target, sources: Sequence[Source], options: Any) -> str:
+def _made_of(
+    config: DataConfig, target: Target, sources: Sequence[Source], options: Any, matrices: Sequence[str]
+) -> str:
     """Return what a dataset is made of, and with what, as text."""
     like = [target.like / SCHEMA_FILE] if target.like else []
-    features = [*config.query.values(), *config.doc.values()]
-    matrices = [Path(feature.matrix) for feature in features if isinstance(feature, Vector) and feature.matrix]
     tokenizer = [] if config.tokenizer.path is None else sorted(Path(config.tokenizer.path).glob("*.json"))
-    beside = [*like, *tokenizer, *matrices]
+    beside = [*like, *tokenizer, *map(Path, matrices)]
     files = [(str(path.resolve()), path.stat().st_mtime_ns) for path in beside if path.is_file()]
     prints = [source.fingerprint() for source in sources]
     code = (code_checksum(), pa.__version__, tokenizers.__version__, np.__version__)
