@@ -155,10 +155,9 @@ def number_versions(engine: Engine, writer: DatasetWriter, found: Table) -> Docu
 
 def _keys(engine: Engine, writer: DatasetWriter, table: Table) -> Keys:
     """Return the keys of the dataset's documents and of the new ones, which get a file."""
-    by_id = engine.select("document_ids", "SELECT doc_id, number FROM documents", order="doc_id")
     if not table.num_rows:
         return Keys(writer.key_files)
-    place_keys(engine, by_id, "doc_id", writer.num_known_docs, writer.new_key_file)
+    place_keys(engine, "documents", "doc_id", writer.num_known_docs, writer.new_key_file)
     return Keys([*writer.key_files, writer.new_key_file])
 
 
@@ -167,12 +166,13 @@ def first_of(table: str, key: str) -> str:
     return f"SELECT *, row_number() OVER (PARTITION BY {key} ORDER BY place) AS nth FROM {table}"
 
 
-def place_keys(engine: Engine, by_id: Table, column: str, first: int, file: Path) -> None:
-    """Make `file` the key file of a table sorted by `column`, whose `number` 0 is row `first`; it may be there already.
+def place_keys(engine: Engine, table: str, column: str, first: int, file: Path) -> None:
+    """Make `file` the key file of an ordered table by a column; its `number` 0 is row `first`. It may be there already.
 
     Never written where it stands: workers may have it mapped.
     """
     if not file.exists():
+        by_id = engine.select(f"{table}_by_id", f"SELECT {column}, number FROM {table}", order=column)
         pieces = (
             (piece.column(column).to_numpy(), piece.column("number").to_numpy() + first) for piece in by_id.batches()
         )

@@ -88,9 +88,8 @@ def make_interactions(
         schema, text = fit(
             engine, base, config, sides, folder=writer.tokenizer_dir, grow=writer.append, like=target.like
         )  # fmt: skip
-        by_id = engine.select("sequence_ids", "SELECT user_id, number FROM sequences", order="user_id")
         key_file = writer.partition_dir / SEQUENCE_KEYS_FILE
-        place_keys(engine, by_id, "user_id", 0, key_file)
+        place_keys(engine, "sequences", "user_id", 0, key_file)
         cutting = Cutting(
             events=found, sequences=sequences, keys=Keys([key_file]), user=stored(schema.query), text=text,
             split=tables.split, thresholds=_thresholds(engine, tables, found), targets_per_row=config.targets_per_row,
