@@ -37,6 +37,12 @@ class Ragged:
         return cls(np.concatenate(parts) if parts else np.empty(0, dtype), offsets_of(lengths))
 
     @classmethod
+    def concat(cls, parts: Sequence[Ragged]) -> Ragged:
+        """Return the rows of all parts, one part's below the other's."""
+        lengths = np.concatenate([part.lengths for part in parts])
+        return cls(np.concatenate([part.values for part in parts]), offsets_of(lengths))
+
+    @classmethod
     def of_arrow(cls, array: pa.Array) -> Ragged:
         """Return the rows of a list or large_list array without nulls; copied are only 32-bit offsets, or a slice's."""
         offsets = array.offsets.to_numpy().astype(np.int64, copy=False)
@@ -82,8 +88,7 @@ def concat(columns: Sequence[Column]) -> Column:
         return columns[0]
     rows = [column for column in columns if isinstance(column, Ragged)]
     if rows:
-        lengths = offsets_of(np.concatenate([row.lengths for row in rows]))
-        return Ragged(np.concatenate([row.values for row in rows]), lengths)
+        return Ragged.concat(rows)
     return np.concatenate([np.asarray(column) for column in columns])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -16,15 +16,14 @@ from bigdssm.dataset.keys import Keys
 from bigdssm.dataset.mapped import MappedTable
 from bigdssm.dataset.sequences import VERSION_COLUMN
 from bigdssm.features import Feature, TextTokenizer, encode_columns
-from bigdssm.features.ragged import Ragged, gather_ranges, offsets_of
+from bigdssm.features.ragged import Ragged, offsets_of
 from bigdssm.making.documents import canonical_of
 from bigdssm.making.item_versions import ItemVersions
-from bigdssm.making.leak import counts_events, younger_share
 from bigdssm.making.making import Making
-from bigdssm.making.sorting import Buckets, deal, order_of
+from bigdssm.making.sorting import deal, order_of, read_bucket
 from bigdssm.making.splits import SPLITS
 from bigdssm.making.steps import RowFile, Table, ranges, read_facts, write_facts
-from bigdssm.making.writing import note_file, placed_files, write_arrow
+from bigdssm.making.writing import placed_files, write_arrow
 from bigdssm.tables.hashing import shuffle_keys, uniform
 
 SEQUENCES_PER_FILE = 1 << 16
@@ -96,15 +95,15 @@ class Cutting:
     earlier: tuple[tuple[tuple[Path, ...], Path], ...]  # sequence files and key file of earlier partitions
     versions: ItemVersions | None = None  # of items with times
 
-    def __call__(self, dealt: Buckets, job: tuple[int, tuple[int, int]], folder: Path) -> None:
+    def __call__(self, dealt: Sequence[Path], job: tuple[int, tuple[int, int]], folder: Path) -> None:
         """Cut a range of sequences, whose events are the bucket of its number, into a file of sequences, and rows."""
         number, (first, last) = job
         own = self.sequences.read(first, last)
-        events = Events.of(dealt.read(number), own.column("length").to_numpy())
+        events = Events.of(read_bucket(dealt, number), own.column("length").to_numpy())
         user_ids = own.column("user_id").to_numpy()
         before = self._before(user_ids)
         path = folder / f"sequences-{number:06d}.arrow"
-        note_file(folder, **write_arrow(path, self._sequence_columns(own, user_ids, events, before)))
+        made = write_arrow(path, self._sequence_columns(own, user_ids, events, before))
         place = events.position + before["items"].lengths.astype(np.int32)[events.sequence]
         split = np.where(place > 0, self._split_of(events), -1)  # the first event has no history
         bounds = events.offsets[[*range(0, last - first, SEQUENCES_AT_ONCE), last - first]]
@@ -113,7 +112,7 @@ class Cutting:
                 for begin, end in pairwise(bounds):
                     targets = begin + np.flatnonzero(split[begin:end] == which)
                     file.add(self._rows(which, first, events, place, targets))
-        self._note(folder, events, split)
+        self._note(folder, made, events, split)
 
     def _sequence_columns(
         self, own: pa.Table, user_ids: np.ndarray, events: Events, before: dict[str, Ragged]
@@ -133,25 +132,23 @@ class Cutting:
 
     def _before(self, user_ids: np.ndarray) -> dict[str, Ragged]:
         """Return each sequence's events in earlier partitions: the newest that knows it has all."""
-        none = np.zeros(len(user_ids) + 1, np.int64)
-        found = {"items": Ragged(np.empty(0, np.int32), none), "relevance": Ragged(np.empty(0, np.float32), none)}
+        types: dict[str, type] = {"items": np.int32, "relevance": np.float32}
         if self.versions is not None:
-            found[VERSION_COLUMN] = Ragged(np.empty(0, np.int32), none)
-        unseen = np.ones(len(user_ids), bool)
+            types[VERSION_COLUMN] = np.int32
+        found = {name: [Ragged.of_lists([[]], dtype)] for name, dtype in types.items()}
+        place, num_found = np.zeros(len(user_ids), np.int64), 1  # in what is found: at first comes an empty one
         for files, keys in reversed(self.earlier):
             rows = Keys([keys]).find(user_ids)
-            hit = np.flatnonzero((rows >= 0) & unseen)
-            unseen[hit] = False
-            if len(hit):
+            new = np.flatnonzero((rows >= 0) & (place == 0))
+            place[new] = num_found + np.arange(len(new))
+            num_found += len(new)
+            if len(new):
                 table = MappedTable(files)
-                for name, known in found.items():
-                    some = table.take(name, rows[hit])
+                for name, pieces in found.items():
+                    some = table.take(name, rows[new])
                     assert isinstance(some, Ragged)
-                    starts, ends = known.offsets[:-1].copy(), known.offsets[1:].copy()
-                    starts[hit] = some.offsets[:-1] + len(known.values)
-                    ends[hit] = some.offsets[1:] + len(known.values)
-                    found[name] = gather_ranges(np.concatenate([known.values, some.values]), starts, ends)
-        return found
+                    pieces.append(some)
+        return {name: Ragged.concat(pieces).take(place) for name, pieces in found.items()}
 
     def _split_of(self, events: Events) -> np.ndarray:
         """Return every event's split, a number in SPLITS, int8 [events]."""
@@ -185,20 +182,21 @@ class Cutting:
         )
         return pa.table(list(columns), schema=ROW)
 
-    def _note(self, folder: Path, events: Events, split: np.ndarray) -> None:
+    def _note(self, folder: Path, made: dict[str, Any], events: Events, split: np.ndarray) -> None:
         """Leave the documents' train positives and, for what may leak, times of targets, and facts."""
         items = events.item[(split == 0) & (events.relevance > 0)]
         docs, counts = np.unique(items, return_counts=True)
         with RowFile(folder / "positives.parquet", POSITIVE) as file:
             file.add(pa.table([docs, counts], schema=POSITIVE))
-        facts = {} if self.versions is None else {"num_early": self.versions.num_early(events.item, events.time)}
-        if self.split != "leave-one-out":
-            write_facts(folder, **facts)
-            return
-        sampled = (split >= 0) & (uniform(events.place, "leak", 0) < MOST_TIMES / max(1, self.events.num_rows))
-        with RowFile(folder / "times.parquet", TARGET_TIME) as file:
-            file.add(pa.table([split[sampled].astype(np.int32), events.time[sampled]], schema=TARGET_TIME))
-        write_facts(folder, **facts, counts_events=counts_events(events.time, events.position))
+        facts: dict[str, Any] = {"made": made}
+        if self.versions is not None:
+            facts["num_early"] = self.versions.num_early(events.item, events.time)
+        if self.split == "leave-one-out":
+            sampled = (split >= 0) & (uniform(events.place, "leak", 0) < MOST_TIMES / max(1, self.events.num_rows))
+            with RowFile(folder / "times.parquet", TARGET_TIME) as file:
+                file.add(pa.table([split[sampled].astype(np.int32), events.time[sampled]], schema=TARGET_TIME))
+            facts["counts_events"] = _counts_events(events.time, events.position)
+        write_facts(folder, **facts)
 
 
 def cut_sequences(run: Making, cutting: Cutting, *, has_times: bool) -> tuple[list[Path], list[dict[str, Any]]]:
@@ -209,14 +207,14 @@ def cut_sequences(run: Making, cutting: Cutting, *, has_times: bool) -> tuple[li
     """
     engine = run.engine
     jobs = list(enumerate(_ranges(cutting.sequences)))
-    deal_out = _ByRange(cutting.keys, np.array([first for _, (first, _) in jobs]))
+    deal_out = partial(_by_range, cutting.keys, np.array([first for _, (first, _) in jobs]))
     dealt = deal(engine, "dealt_events", cutting.events, deal_out, len(jobs))
     folders = engine.map("cut", jobs, partial(cutting, dealt), rows=cutting.events.num_rows)
     engine.table("cut_positives", [folder / "positives.parquet" for folder in folders])
     if cutting.split == "leave-one-out" and has_times and not all(read_facts(f)["counts_events"] for f in folders):
         times = Table.of(folder / "times.parquet" for folder in folders).read()
         split = times.column("split").to_numpy()
-        younger = younger_share(times.column("time").to_numpy(), split == 0, split == 2)
+        younger = _younger_share(times.column("time").to_numpy(), split == 0, split == 2)
         run.notes.append(
             f"leave-one-out leaks: on average {younger:.1%} of the train targets are younger than a test target; "
             f"with --split time none is"
@@ -224,18 +222,12 @@ def cut_sequences(run: Making, cutting: Cutting, *, has_times: bool) -> tuple[li
     return folders, placed_files(folders, run.writer.partition_dir)
 
 
-@dataclass(frozen=True)
-class _ByRange:
-    """Assigns events to ranges of sequences, of which the first ones are given."""
-
-    keys: Keys
-    firsts: np.ndarray
-
-    def __call__(self, events: pa.Table) -> tuple[pa.Table, np.ndarray]:
-        sequence = self.keys.find(events.column("user_id").to_numpy())
-        file = np.searchsorted(self.firsts, sequence, "right") - 1
-        columns = [events.column(name) for name in ("place", "item", "time", "relevance")]
-        return pa.table([*columns, sequence - self.firsts[file]], names=DEALT.names).cast(DEALT), file
+def _by_range(keys: Keys, firsts: np.ndarray, events: pa.Table) -> tuple[pa.Table, np.ndarray]:
+    """Assign events to ranges of sequences, of which the first ones are given."""
+    sequence = keys.find(events.column("user_id").to_numpy())
+    file = np.searchsorted(firsts, sequence, "right") - 1
+    columns = [events.column(name) for name in ("place", "item", "time", "relevance")]
+    return pa.table([*columns, sequence - firsts[file]], names=DEALT.names).cast(DEALT), file
 
 
 def _ranges(sequences: Table) -> Iterator[tuple[int, int]]:
@@ -256,8 +248,25 @@ def _joined(prior: Ragged, own: Ragged) -> Ragged:
     """Return each sequence's prior values and its own behind them."""
     if not len(prior.values):
         return own
-    both = np.concatenate([prior.values, own.values])
-    starts = np.stack([prior.offsets[:-1], own.offsets[:-1] + len(prior.values)], 1).ravel()
-    ends = np.stack([prior.offsets[1:], own.offsets[1:] + len(prior.values)], 1).ravel()
-    joined = gather_ranges(both, starts, ends)
+    rows = np.arange(2 * len(own)).reshape(2, -1).T.ravel()
+    joined = Ragged.concat([prior, own]).take(rows)
     return Ragged(joined.values, joined.offsets[::2])
+
+
+def _younger_share(time: np.ndarray, train: np.ndarray, test: np.ndarray) -> float:
+    """Return the mean over the test targets of the share of train targets that are younger; 0 without either.
+
+    time float64 [events]; train, test bool [events].
+    """
+    known, asked = np.sort(time[train]), time[test]
+    if not len(known) or not len(asked):
+        return 0.0
+    return float(1 - np.searchsorted(known, asked, side="right").mean() / len(known))
+
+
+def _counts_events(time: np.ndarray, position: np.ndarray) -> bool:
+    """Return whether times are no moments but number each sequence's events, from 0 or 1 on.
+
+    time float64 [events], position int64 [events] in their sequence.
+    """
+    return bool((time == position).all() or (time == position + 1).all())

@@ -81,10 +81,14 @@ class DatasetWriter:
         made_of = hashlib.sha256(json.dumps(places, sort_keys=True).encode()).hexdigest()
         # By what is made: a worker that a killed making of something else has left behind finds its folder gone.
         self.spool = self.staging / f"spool-{made_of[:16]}"
+        # Where it is put when it is not needed any more, before the dataset gets its name.
+        self._used_spool = self.staging.with_name(f"{self.staging.name}-spool")
         self._take_up()
         if append and not (self.staging / PREVIOUS_SCHEMA).exists():
             shutil.copyfile(out / SCHEMA_FILE, self.staging / PREVIOUS_SCHEMA)
         self.partition_dir = self.staging / PARTITIONS / partition
+        self.catalogue_dir = self.staging / CATALOGUE  # its new files
+        self.tokenizer_dir = (out if append else self.staging) / TOKENIZER  # an appended partition uses what is there
         for folder in (self.partition_dir, self.catalogue_dir):
             folder.mkdir(parents=True, exist_ok=True)
         kept = out.parent / f"{out.name}.{QUARANTINE_FILE}"
@@ -98,21 +102,6 @@ class DatasetWriter:
                 if left.name != LOCK:
                     remove(left)
             self.spool.mkdir()
-
-    @property
-    def _used_spool(self) -> Path:
-        """Return where the spool is put when it is not needed any more, before the dataset gets its name."""
-        return self.staging.with_name(f"{self.staging.name}-spool")
-
-    @property
-    def tokenizer_dir(self) -> Path:
-        """Return the folder of the dataset's tokenizer; an appended partition uses the one that is there."""
-        return (self.out if self.append else self.staging) / TOKENIZER
-
-    @property
-    def catalogue_dir(self) -> Path:
-        """Return the folder of the new parts of the catalogue."""
-        return self.staging / CATALOGUE
 
     @property
     def catalogue_parts(self) -> list[Path]:
@@ -201,7 +190,9 @@ class DatasetWriter:
         if self.append:
             self._move_in(schema)
         else:
-            self._replace()
+            (self.staging / LOCK).unlink()
+            replace_folder(self.staging, self.out)
+        self._lock.close()
         remove(self._used_spool)
 
     def _tokenizer_checksums(self) -> dict[str, str]:
@@ -232,7 +223,6 @@ class DatasetWriter:
         os.replace(self.staging / SCHEMA_FILE, self.out / SCHEMA_FILE)
         os.replace(self.staging / DATASET_FILE, self.out / DATASET_FILE)
         shutil.rmtree(self.staging)
-        self._lock.close()
 
     def _join_quarantine(self, path: Path) -> None:
         """Add the partition's bad rows to the dataset's, once: a killed making may have done it."""
@@ -241,11 +231,6 @@ class DatasetWriter:
                 target.writelines(line for line in known if json.loads(line)["partition"] != self.partition)
             with self.quarantine.path.open(encoding="utf-8") as own:
                 target.writelines(own)
-
-    def _replace(self) -> None:
-        (self.staging / LOCK).unlink()
-        replace_folder(self.staging, self.out)
-        self._lock.close()
 
     def __enter__(self) -> DatasetWriter:
         return self

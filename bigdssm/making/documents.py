@@ -48,8 +48,9 @@ def canonical_of(table: pa.Table, prefix: str, features: Mapping[str, Feature]) 
     """Return spooled columns as canonical ones, null (of a row that was joined with nothing) as missing."""
     columns = {}
     for number, (name, feature) in enumerate(features.items()):
-        column = table.column(f"{prefix}{number}").combine_chunks().cast(_spool_type(feature))
-        columns[name] = _filled(column, feature).cast(feature.canonical_type)
+        waited = _spool_type(feature)
+        column = table.column(f"{prefix}{number}").combine_chunks().cast(waited)
+        columns[name] = pc.fill_null(column, pa.scalar(feature.missing, waited)).cast(feature.canonical_type)
     return pa.table(columns)
 
 
@@ -59,12 +60,6 @@ def _spool_type(feature: Feature) -> pa.DataType:
     return pa.list_(dtype.value_type) if pa.types.is_fixed_size_list(dtype) else dtype
 
 
-def _filled(column: pa.Array, feature: Feature) -> pa.Array:
-    if not column.null_count:
-        return column
-    return pc.if_else(column.is_valid(), column, pa.scalar(feature.missing, _spool_type(feature)))
-
-
 def document_rows(
     place: np.ndarray, content: np.ndarray, keys: pa.Array, display: pa.Array, table: pa.Table
 ) -> pa.Table:
@@ -72,11 +67,7 @@ def document_rows(
     shown = pc.if_else(pc.equal(display, ""), keys, display)
     columns = [pa.array(place), pa.array(hash_strings(keys)), pa.array(content), keys, shown, *table.columns]
     names = [*DOCUMENT_COLUMNS, *(f"d{number}" for number in range(table.num_columns))]
-    return pa.Table.from_arrays([_chunk(column) for column in columns], names=names)
-
-
-def _chunk(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    return pa.Table.from_arrays(columns, names=names)
 
 
 @dataclass(frozen=True)
@@ -164,10 +155,9 @@ def number_versions(engine: Engine, writer: DatasetWriter, found: Table) -> Docu
 
 def _keys(engine: Engine, writer: DatasetWriter, table: Table) -> Keys:
     """Return the keys of the dataset's documents and of the new ones, which get a file."""
-    by_id = engine.select("document_ids", "SELECT doc_id, number FROM documents", order="doc_id")
     if not table.num_rows:
         return Keys(writer.key_files)
-    place_keys(engine, by_id, "doc_id", writer.num_known_docs, writer.new_key_file)
+    place_keys(engine, "documents", "doc_id", writer.num_known_docs, writer.new_key_file)
     return Keys([*writer.key_files, writer.new_key_file])
 
 
@@ -176,12 +166,13 @@ def first_of(table: str, key: str) -> str:
     return f"SELECT *, row_number() OVER (PARTITION BY {key} ORDER BY place) AS nth FROM {table}"
 
 
-def place_keys(engine: Engine, by_id: Table, column: str, first: int, file: Path) -> None:
-    """Make `file` the key file of a table sorted by `column`, whose `number` 0 is row `first`; it may be there already.
+def place_keys(engine: Engine, table: str, column: str, first: int, file: Path) -> None:
+    """Make `file` the key file of an ordered table by a column; its `number` 0 is row `first`. It may be there already.
 
     Never written where it stands: workers may have it mapped.
     """
     if not file.exists():
+        by_id = engine.select(f"{table}_by_id", f"SELECT {column}, number FROM {table}", order=column)
         pieces = (
             (piece.column(column).to_numpy(), piece.column("number").to_numpy() + first) for piece in by_id.batches()
         )

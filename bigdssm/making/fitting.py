@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, TextTokenizer, texts_of
 from bigdssm.making.documents import canonical_of
 from bigdssm.making.engine import Engine
-from bigdssm.making.steps import RowFile, Table, finished_folder, ranges
+from bigdssm.making.steps import RowFile, Table, finished_folder, ranges, read_facts, write_facts
 from bigdssm.making.tokenizer import MAX_TRAINING_CHARACTERS, make_tokenizer
 from bigdssm.schema import Schema
 from bigdssm.tables.hashing import uniform
@@ -102,7 +101,7 @@ def fit_side(engine: Engine, side: Side, *, grow: bool) -> dict[str, Feature]:
     step = f"fit_{side.name}"
     folders = engine.map(step, ranges(side.table, ROWS_PER_FIT), partial(_learn, side), rows=side.table.num_rows)
     engine.table(step, [folder / "values.parquet" for folder in folders])
-    states = [json.loads((folder / "states.json").read_text()) for folder in folders]
+    states = list(map(read_facts, folders))
     fitted = dict(side.features)
     for number, (name, feature) in enumerate(side.features.items()):
         if fitter := feature.fitter():
@@ -141,7 +140,7 @@ def _learn(side: Side, job: tuple[int, int], folder: Path) -> None:
                 states[name] = fitter.state()
             if (found := feature.counted(column)) is not None:
                 file.add(_counted(number, found[0], place[found[1]]))
-    (folder / "states.json").write_text(json.dumps(states))
+    write_facts(folder, **states)
 
 
 def _counted(feature: int, values: pa.Array, place: np.ndarray) -> pa.Table:

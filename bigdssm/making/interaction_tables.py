@@ -218,8 +218,8 @@ def read_events(
     engine, quarantine = run.engine, run.writer.quarantine
     folders = run.read("events", [events], _EventReader(tables, documents.keys))
     facts = [read_facts(folder) for folder in folders]
-    num_low = sum(some["num_low"] for some in facts)
     found = Table.of(folder / "events.parquet" for folder in folders)
+    num_low = sum(some["num_good"] for some in facts) - found.num_rows
     engine.table("found_sequences", [folder / "sequences.parquet" for folder in folders])
     if not found.num_rows:
         low = f"; {num_low} are rated below {tables.min_rating}" if num_low else ""
@@ -272,16 +272,14 @@ class _EventReader:
     def _read(
         self, part: PartOfTable, events: RowFile, first: FirstRows, batches: Iterator[SourceBatch], bad: ReportBad
     ) -> dict[str, Any]:
-        num_good, num_low, units = 0, 0, TimeUnits()
+        num_good, units = 0, TimeUnits()
         for batch in batches:
             check = RowCheck(batch, bad)
             users, columns = self._events(check, places(part, batch))
             good = check.good
             num_good += int(good.sum())
             if self.tables.min_rating is not None:
-                low = good & (columns[-1] < self.tables.min_rating)
-                num_low += int(low.sum())
-                good = good & ~low
+                good = good & (columns[-1] >= self.tables.min_rating)
             place, user_id, item, time, relevance = (column[good] for column in columns)
             if self.tables.positive_rating is not None:
                 relevance = relevance >= self.tables.positive_rating
@@ -289,7 +287,7 @@ class _EventReader:
             events.add(pa.table([place, user_id, item, time, relevance.astype(np.float32)], schema=EVENT))
             one = np.ones(len(place), np.int64)
             first.add(pa.table([place, user_id, users.filter(pa.array(good)), one], schema=SEQUENCE))
-        return {"num_good": num_good, "num_low": num_low, **units.facts()}
+        return {"num_good": num_good, **units.facts()}
 
     def _events(self, check: RowCheck, place: np.ndarray) -> tuple[pa.Array, tuple[np.ndarray, ...]]:
         """Return the users of a batch, and the columns of all its events; what is wrong is reported to `check`."""

@@ -57,8 +57,8 @@ def make_interactions(
     if config.siamese:
         raise ConfigError("data.siamese=true: events are no pairs of documents; use the sub-command `pairs`")
     _check(config, tables)
-    items, users, events = (None if path is None else open_table(path) for path in _files(tables))
-    assert items is not None and events is not None
+    items, events = open_table(tables.items), open_table(tables.interactions)
+    users = None if tables.users is None else open_table(tables.users)
     sources = [source for source in (items, users, events) if source is not None]
     with making(config, target, sources, tables, progress) as run:
         writer, engine = run.writer, run.engine
@@ -88,9 +88,8 @@ def make_interactions(
         schema, text = fit(
             engine, base, config, sides, folder=writer.tokenizer_dir, grow=writer.append, like=target.like
         )  # fmt: skip
-        by_id = engine.select("sequence_ids", "SELECT user_id, number FROM sequences", order="user_id")
         key_file = writer.partition_dir / SEQUENCE_KEYS_FILE
-        place_keys(engine, by_id, "user_id", 0, key_file)
+        place_keys(engine, "sequences", "user_id", 0, key_file)
         cutting = Cutting(
             events=found, sequences=sequences, keys=Keys([key_file]), user=stored(schema.query), text=text,
             split=tables.split, thresholds=_thresholds(engine, tables, found), targets_per_row=config.targets_per_row,
@@ -105,8 +104,9 @@ def make_interactions(
         if as_of:
             splits, too_early = join_users(engine, splits, len(user))
             if too_early:
-                none = "no features"
-                run.notes.append(f"{too_early} rows are older than all that {tables.users} has of their users: {none}")
+                run.notes.append(
+                    f"{too_early} rows are older than all that {tables.users} has of their users: no features"
+                )
         of_rows = cutting.user if as_of else {}
         encode = partial(_encoded, of_rows, text)
         columns = ["sequence", "first", "end_", *(f"u{number}" for number in range(len(of_rows)))]
@@ -135,10 +135,6 @@ def _notes_of_versions(tables: InteractionTables, documents: Documents, num_earl
         yield f"further versions of items in {tables.items}: {documents.changed.num_rows}"
     if num_early:
         yield f"{num_early} events are older than all that {tables.items} has of their items: they see the oldest"
-
-
-def _files(tables: InteractionTables) -> tuple[Path | str, Path | str | None, Path | str]:
-    return tables.items, tables.users, tables.interactions
 
 
 def _check(config: DataConfig, tables: InteractionTables) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -17,14 +18,12 @@ from bigdssm.making.steps import finished_folder
 ARRAYS = ("times", "begin", "at")
 
 
+@dataclass(frozen=True)
 class ItemVersions:
-    """Finds versions by item and time; picklable as its files."""
+    """Finds versions by item and time; picklable as its files, which workers map."""
 
-    def __init__(self, folder: Path, num_docs: int) -> None:
-        self._folder, self._num_docs = folder, num_docs
-
-    def __reduce__(self) -> tuple[type[ItemVersions], tuple[Path, int]]:
-        return ItemVersions, (self._folder, self._num_docs)
+    folder: Path
+    num_docs: int
 
     @classmethod
     def of(cls, engine: Engine, known: Sequence[CatalogueFile], documents: Documents) -> ItemVersions:
@@ -39,11 +38,11 @@ class ItemVersions:
         return cls(folder, documents.total)
 
     def _array(self, name: str) -> np.ndarray:
-        return np.load(self._folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
 
     @cached_property
     def _versions(self) -> Versions:
-        return Versions(self._num_docs, *map(self._array, ARRAYS))
+        return Versions(self.num_docs, *map(self._array, ARRAYS))
 
     @cached_property
     def _oldest(self) -> np.ndarray:
@@ -54,7 +53,7 @@ class ItemVersions:
         if not len(self._versions.begin):
             return np.full(len(items), -1, np.int32)
         place = self._versions.held(items.astype(np.int64), times)
-        return np.where(place < self._num_docs, -1, place - self._num_docs).astype(np.int32)
+        return np.where(place < self.num_docs, -1, place - self.num_docs).astype(np.int32)
 
     def num_early(self, items: np.ndarray, times: np.ndarray) -> int:
         """Return how many events are older than all versions of their items."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,18 @@ IS_NEW = "is_new"  # whether a row has features that the dataset has not: of a n
 KNOWN_SINCE = "known_since"  # from when on the version holds that a row with a time was compared with; −∞: it has none
 
 
+@dataclass(frozen=True)
 class KnownDocuments:
     """Finds a dataset's documents by key; picklable as its files, which workers map."""
 
-    def __init__(self, keys: Keys, files: Sequence[CatalogueFile], dated: bool) -> None:
-        """Take the keys of all documents and the catalogue's files, those of versions last; `dated`: with times."""
-        self.keys, self.files, self.dated = keys, tuple(files), dated
+    keys: Keys  # of all documents
+    files: tuple[CatalogueFile, ...]  # those of versions last
+    dated: bool  # whether they have times
 
     @classmethod
     def of(cls, folder: Path, content: Mapping[str, Any], keys: Keys) -> KnownDocuments:
         """Return those of the dataset in `folder`, of which `content` is the dataset.json."""
-        return cls(keys, catalogue_files(folder, content), content.get("items") == AS_OF["items"])
-
-    def __reduce__(self) -> tuple[type[KnownDocuments], tuple[Keys, Sequence[CatalogueFile], bool]]:
-        return KnownDocuments, (self.keys, self.files, self.dated)
+        return cls(keys, tuple(catalogue_files(folder, content)), content.get("items") == AS_OF["items"])
 
     @cached_property
     def _table(self) -> MappedTable:

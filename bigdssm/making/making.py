@@ -22,12 +22,10 @@ from bigdssm.features import TextTokenizer, Vector
 from bigdssm.making.dataset_writer import VERSIONS, DatasetWriter
 from bigdssm.making.documents import Documents
 from bigdssm.making.engine import Engine
-from bigdssm.making.local import LocalEngine
-from bigdssm.making.quarantine import bad_rows
-from bigdssm.making.reading import PartOfTable, Unreadable, parts_of
+from bigdssm.making.reading import PartOfTable, Unreadable, bad_rows, parts_of
 from bigdssm.making.spark import Cluster, SparkEngine, SparkTable
 from bigdssm.making.steps import Table, read_facts
-from bigdssm.making.writing import Encode, write_catalogue, write_counts, write_split, write_versions
+from bigdssm.making.writing import Encode, write_catalogue, write_counts, write_split
 from bigdssm.progress import Progress, no_progress
 from bigdssm.schema import SCHEMA_FILE, Schema
 from bigdssm.source import code_checksum
@@ -128,27 +126,26 @@ class Making:
         """
         writer = self.writer
         checksum = write_counts(writer.partition_dir / COUNTS_FILE, *positives)
-        first_part = len(writer.catalogue_parts)
-        catalogue = write_catalogue(self.engine, documents, schema.doc, text, writer.catalogue_dir, first_part)
-        num_files = len(writer.content.get(VERSIONS, []))
-        versions = write_versions(self.engine, documents, schema.doc, text, writer.catalogue_dir, num_files)
-        new_versions, changed_docs = sum(part["rows"] for part in versions), documents.num_changed
+        catalogue, versions = write_catalogue(
+            self.engine, documents, schema.doc, text, writer.catalogue_dir,
+            len(writer.catalogue_parts), len(writer.content.get(VERSIONS, [])),
+        )  # fmt: skip
+        changed_docs = documents.num_changed  # its table goes with the spool
         writer.commit(schema, catalogue, versions, splits, checksum, sequences)
-        new_docs = sum(part["rows"] for part in catalogue)
         many = [
             f"the {entry['rows']:,} rows of split {split} give {entry['queries']:,} queries"
             for split, entry in splits.items()
             if entry["queries"] != entry["rows"]
         ]
         return Report(
-            out=self.writer.out,
-            partition=self.writer.partition,
+            out=writer.out,
+            partition=writer.partition,
             rows={split: entry["rows"] for split, entry in splits.items()},
             num_docs=documents.total,
-            new_docs=new_docs,
+            new_docs=sum(part["rows"] for part in catalogue),
             changed_docs=changed_docs,
-            new_versions=new_versions,
-            num_bad=self.writer.quarantine.num_bad,
+            new_versions=sum(part["rows"] for part in versions),
+            num_bad=writer.quarantine.num_bad,
             seconds=time.monotonic() - self.started,
             notes=(*self.notes, *many),
         )
@@ -163,10 +160,11 @@ def making(
     Raises DataError or ConfigError where `target.out` cannot be written.
     """
     started = time.monotonic()
-    for feature in (*config.query.values(), *config.doc.values()):
-        if isinstance(feature, Vector) and feature.matrix and any(isinstance(s, SparkTable) for s in sources):
-            raise ConfigError(f"{feature.matrix}: a matrix goes by the numbers of rows, which a query's have not")
-    made_of = _made_of(config, target, sources, options)
+    features = (*config.query.values(), *config.doc.values())
+    matrices = [feature.matrix for feature in features if isinstance(feature, Vector) and feature.matrix]
+    if matrices and any(isinstance(source, SparkTable) for source in sources):
+        raise ConfigError(f"{matrices[0]}: a matrix goes by the numbers of rows, which a query's have not")
+    made_of = _made_of(config, target, sources, options, matrices)
     writer = DatasetWriter(
         target.out, target.partition, config.max_bad_fraction, source=made_of,
         overwrite=target.overwrite, append=target.append,
@@ -185,16 +183,17 @@ def making(
 
 def _engine(target: Target, spool: Path, progress: Progress) -> Engine:
     if target.spark is None:
-        return LocalEngine(spool, progress, processes=target.processes)
+        return Engine(spool, progress, processes=target.processes)
     return SparkEngine(spool, progress, cluster=target.spark)
 
 
-def _made_of(config: DataConfig, target: Target, sources: Sequence[Source], options: Any) -> str:
+def _made_of(
+    config: DataConfig, target: Target, sources: Sequence[Source], options: Any, matrices: Sequence[str]
+) -> str:
     """Return what a dataset is made of, and with what, as text."""
     like = [target.like / SCHEMA_FILE] if target.like else []
-    features = [*config.query.values(), *config.doc.values()]
-    matrices = [Path(feature.matrix) for feature in features if isinstance(feature, Vector) and feature.matrix]
-    beside = [*like, *_tokenizer_files(config), *matrices]
+    tokenizer = [] if config.tokenizer.path is None else sorted(Path(config.tokenizer.path).glob("*.json"))
+    beside = [*like, *tokenizer, *map(Path, matrices)]
     files = [(str(path.resolve()), path.stat().st_mtime_ns) for path in beside if path.is_file()]
     prints = [source.fingerprint() for source in sources]
     code = (code_checksum(), pa.__version__, tokenizers.__version__, np.__version__)
@@ -202,11 +201,6 @@ def _made_of(config: DataConfig, target: Target, sources: Sequence[Source], opti
     engine = "built-in" if target.spark is None else "spark"
     known = [asdict(config), declared, asdict(options), target.seed, files, prints, code, engine]
     return json.dumps(known, default=str, sort_keys=True)
-
-
-def _tokenizer_files(config: DataConfig) -> list[Path]:
-    path = Path(config.tokenizer.path) if config.tokenizer.path is not None else None
-    return sorted(path.glob("*.json")) if path is not None else []
 
 
 def check_names(features: Iterable[str], reserved: Sequence[str], side: str) -> None:

@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from bigdssm.errors import DataError
-from bigdssm.making.reading import BAD, BAD_SCHEMA
-from bigdssm.making.steps import Table
-
-BadRow = tuple[str, int, str, bool]
-"""File, row, what is wrong, and whether the row is left out (else a value of it is taken as missing)."""
+from bigdssm.making.reading import BadRow
 
 # What one bad row's reason has and another's of the kind has not.
 PARTICULAR = re.compile(r"'.*'|\".*\"|(?<!\S)-?\d[\d.,e+-]*(?![\w-])")
@@ -63,9 +59,3 @@ class Quarantine:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-def bad_rows(folders: Iterable[Path]) -> Iterator[BadRow]:
-    """Yield the bad rows of a step's folders, in order."""
-    for piece in Table.of(folder / BAD for folder in folders).batches():
-        yield from zip(*(piece.column(name).to_pylist() for name in BAD_SCHEMA.names), strict=True)

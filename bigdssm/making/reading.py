@@ -5,26 +5,29 @@ Everything that depends on the order of rows goes by a row's `place`: its table 
 
 from __future__ import annotations
 
+import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from bigdssm.errors import DataError, UnavailableError
 from bigdssm.features.columns import ReportBad, SourceBatch
-from bigdssm.making.steps import RowFile, write_facts
+from bigdssm.making.steps import write_facts
 from bigdssm.tables.explode import MOST_VALUES
 from bigdssm.tables.source import Part, Source
 
 PLACE_BITS = 47  # of a row's number in its table
 NTH_BITS = MOST_VALUES.bit_length() - 1  # of them: of one of the rows that a list column makes of one
 MAX_TABLES = 1 << (63 - PLACE_BITS)
-BAD = "bad.parquet"
-MOST_WAITING = 1 << 16  # bad rows in memory
-BAD_SCHEMA = pa.schema([("file", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("left_out", pa.bool_())])
+BAD = "bad.jsonl"
+MOST_TOLD = 1 << 16  # bad rows of a table that cannot be read on
+
+BadRow = tuple[str, int, str, bool]
+"""File, row, what is wrong, and whether the row is left out (else a value of it is taken as missing)."""
 
 
 @dataclass(frozen=True)
@@ -53,31 +56,10 @@ def places(part: PartOfTable, batch: SourceBatch, *, exploded: bool = False) -> 
     return (np.int64(part.number) << PLACE_BITS) + rows
 
 
-class BadRows:
-    """What is wrong with the rows of a part, in the order in which it was met; written when it is many rows."""
-
-    def __init__(self, file: RowFile) -> None:
-        self._file, self.waiting = file, list[tuple[str, int, str, bool]]()
-
-    def report(self, file: str, row: int, reason: str, left_out: bool = True) -> None:
-        """Note a bad row, or (not left out) a bad value of a row that stays."""
-        self.waiting.append((file, row, reason, left_out))
-        if len(self.waiting) >= MOST_WAITING:
-            self.write()
-
-    def write(self) -> None:
-        """Write what waits."""
-        if self.waiting:
-            columns = zip(*self.waiting, strict=True)
-            arrays = [pa.array(column, field.type) for column, field in zip(columns, BAD_SCHEMA, strict=True)]
-            self._file.add(pa.Table.from_arrays(arrays, schema=BAD_SCHEMA))
-            self.waiting = []
-
-
 class Unreadable(DataError):
     """A table that cannot be read on, and the newest bad rows met before."""
 
-    def __init__(self, message: str, bad: list[tuple[str, int, str, bool]]) -> None:
+    def __init__(self, message: str, bad: list[BadRow]) -> None:
         super().__init__(message, bad)
         self.bad = bad
 
@@ -95,19 +77,29 @@ def read_part(part: PartOfTable, columns: Iterable[str | None], folder: Path, ta
     Raises Unreadable.
     """
     num_rows = 0
+    newest = deque[BadRow](maxlen=MOST_TOLD)
     wanted = list(dict.fromkeys(column for column in columns if column))
+
+    def report_bad(file: str, row: int, reason: str, left_out: bool = True) -> None:
+        newest.append((file, row, reason, left_out))
+        lines.write(json.dumps(newest[-1]) + "\n")
 
     def batches() -> Iterator[SourceBatch]:
         nonlocal num_rows
-        for batch in part.source.batches(part.part, wanted, bad.report):
+        for batch in part.source.batches(part.part, wanted, report_bad):
             num_rows += len(batch.rows)
             yield batch
 
-    with RowFile(folder / BAD, BAD_SCHEMA) as file:
-        bad = BadRows(file)
+    with (folder / BAD).open("w", encoding="utf-8") as lines:
         try:
-            counts = take(batches(), bad.report)
+            counts = take(batches(), report_bad)
         except DataError as error:
-            raise error if isinstance(error, UnavailableError) else Unreadable(str(error), bad.waiting) from None
-        bad.write()
+            raise error if isinstance(error, UnavailableError) else Unreadable(str(error), list(newest)) from None
     write_facts(folder, num_rows=num_rows, **counts)
+
+
+def bad_rows(folders: Iterable[Path]) -> Iterator[BadRow]:
+    """Yield the bad rows of a step's folders, in order."""
+    for folder in folders:
+        with (folder / BAD).open(encoding="utf-8") as lines:
+            yield from map(json.loads, lines)

@@ -6,7 +6,6 @@ Buckets follow each other in the order wanted, and a bucket's rows come in the o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -27,27 +26,15 @@ Assign = Callable[[pa.Table], tuple[pa.Table, np.ndarray]]
 """Returns what is to be kept of rows, and the bucket of each, whole numbers from 0 on; picklable."""
 
 
-@dataclass(frozen=True)
-class Buckets:
-    """Rows dealt out: a folder for each range of their table has a file with a batch for each bucket."""
-
-    folders: tuple[Path, ...]
-
-    def read(self, bucket: int) -> pa.Table:
-        """Return the rows of a bucket."""
-        pieces = []
-        for folder in self.folders:
-            with pa.memory_map(str(folder / DEALT)) as source:
-                pieces.append(pa.ipc.open_file(source).get_batch(bucket))
-        return pa.Table.from_batches(pieces).combine_chunks()
-
-
 def deal(
     engine: Engine, step: str, table: Table, assign: Assign, num_buckets: int, columns: Sequence[str] | None = None
-) -> Buckets:
-    """Return a table's rows, of which `assign` needs these columns, in so many buckets."""
+) -> list[Path]:
+    """Deal out a table's rows, of which `assign` needs these columns, to so many buckets, for `read_bucket`.
+
+    Returns a folder for each range of the table, which has a file with a batch for each bucket.
+    """
     work = partial(_deal, table, columns, assign, num_buckets)
-    return Buckets(tuple(engine.map(step, ranges(table, ROWS_PER_DEAL), work, rows=table.num_rows)))
+    return engine.map(step, ranges(table, ROWS_PER_DEAL), work, rows=table.num_rows)
 
 
 def _deal(
@@ -60,6 +47,15 @@ def _deal(
     with pa.OSFile(str(folder / DEALT), "wb") as sink, pa.ipc.new_file(sink, batch.schema, options=_IPC) as writer:
         for first, end in pairwise([0, *ends.tolist()]):
             writer.write_batch(batch.slice(first, end - first))
+
+
+def read_bucket(dealt: Sequence[Path], bucket: int) -> pa.Table:
+    """Return the rows of a bucket."""
+    pieces = []
+    for folder in dealt:
+        with pa.memory_map(str(folder / DEALT)) as source:
+            pieces.append(pa.ipc.open_file(source).get_batch(bucket))
+    return pa.Table.from_batches(pieces).combine_chunks()
 
 
 def ordinals_of(numbers: np.ndarray) -> np.ndarray:
@@ -89,8 +85,8 @@ def shuffled(engine: Engine, name: str, table: Table, columns: Sequence[str]) ->
     """Return some columns of a table sorted by its `shuffle`, int64 hashes of which no two are equal."""
     bits = max(0, int(np.ceil(np.log2(max(1, table.num_rows) / ROWS_PER_BUCKET))))
     deal_out = partial(_by_first_bits, bits)
-    buckets = deal(engine, f"dealt_{name}", table, deal_out, 1 << bits, [*columns, "shuffle"])
-    work = partial(_sort_by_shuffle, buckets)
+    dealt = deal(engine, f"dealt_{name}", table, deal_out, 1 << bits, [*columns, "shuffle"])
+    work = partial(_sort_by_shuffle, dealt)
     return Table.of(folder / SORTED for folder in engine.map(name, range(1 << bits), work, rows=table.num_rows))
 
 
@@ -99,8 +95,8 @@ def _by_first_bits(bits: int, rows: pa.Table) -> tuple[pa.Table, np.ndarray]:
     return rows, (hashes >> np.uint64(64 - bits) if bits else np.zeros_like(hashes)).astype(np.int64)
 
 
-def _sort_by_shuffle(buckets: Buckets, bucket: int, folder: Path) -> None:
-    rows = buckets.read(bucket)
+def _sort_by_shuffle(dealt: Sequence[Path], bucket: int, folder: Path) -> None:
+    rows = read_bucket(dealt, bucket)
     order = np.argsort(rows.column("shuffle").to_numpy())
     rows = rows.drop_columns("shuffle")
     with RowFile(folder / SORTED, rows.schema) as file:

@@ -5,7 +5,6 @@ Every worker must see the spool folder, by one path: that is how steps hand over
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -18,18 +17,16 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, starmap
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from joblib import cpu_count
 
-from bigdssm.errors import BigDSSMError, ConfigError, DataError
+from bigdssm.errors import BigDSSMError, ConfigError, DataError, UnavailableError
 from bigdssm.features.columns import ReportBad, SourceBatch
-from bigdssm.making.database import Database
-from bigdssm.making.engine import SMALL_WORK, Engine, Work
+from bigdssm.making.engine import Engine, Work, naming_a_full_disk
 from bigdssm.making.reading import Unreadable
 from bigdssm.making.steps import FIRST_ROW_DIGITS, ROWS_PER_READ, Table, finished_folder
 from bigdssm.progress import Progress, no_progress
@@ -48,6 +45,9 @@ QUERY = re.compile(r"[\s(]*(select|with|from|values|table)\b", re.IGNORECASE)
 ANSWERS = "number long, answer binary"
 DEFAULTS: dict[str, str] = {"spark.app.name": "bigdssm", "spark.ui.showConsoleProgress": "false"}
 ON_DRIVER = "spark.bigdssm.driverBytes"  # of tables, in their files: queries over as much are the driver's own
+ERRORS: dict[str, Callable[..., BigDSSMError]] = {  # that jobs raise
+    kind.__name__: kind for kind in (ConfigError, DataError, UnavailableError, Unreadable)
+}
 MOST_ON_DRIVER = 128 << 20  # where the settings do not say
 
 
@@ -98,7 +98,11 @@ def open_table(table: str | Path) -> Source:
 
 
 class SparkEngine(Engine):
-    """Runs steps in the Spark session of this process or, where there is none, in one of its own."""
+    """Runs what is large in the Spark session of this process or, where there is none, in one of its own.
+
+    A query costs Spark seconds, however few the rows: those over small tables are the driver's, as the built-in
+    engine's are.
+    """
 
     def __init__(self, spool: Path, progress: Progress = no_progress, *, cluster: Cluster = Cluster()) -> None:
         """Raises ConfigError: pyspark or Java is missing, no session can be had, or a worker does not see the spool."""
@@ -107,9 +111,9 @@ class SparkEngine(Engine):
         self.session, self._owned = _session(cluster)
         # Names of steps must not hide the session's own tables and views.
         self._steps = self.session.newSession()
-        # A query costs Spark seconds, however few the rows.
-        self._driver = Database(self.spool, cpu_count())
-        self._named: dict[str, _Named] = {}
+        self._processes = self.session.sparkContext.defaultParallelism
+        self._bytes: dict[str, int] = {}  # of the files that tables and views are made of, at most
+        self._untold: dict[str, Callable[[], object]] = {}  # tells Spark of a name, when a query needs it
         try:
             self._set(cluster.conf)
             self._most_on_driver = self._read_most_on_driver()
@@ -120,21 +124,21 @@ class SparkEngine(Engine):
 
     def view(self, name: str, query: str) -> None:
         """Have queries know the rows of `query` by `name`."""
-        self._driver.view(name, query)
+        super().view(name, query)
         used = self._used(query)
-        define = partial(self._steps.sql, f"CREATE OR REPLACE TEMPORARY VIEW {name} AS {query}")
-        self._named[name] = _Named(sum(self._named[other].size for other in used), used, define)
+        self._bytes[name] = self._size(used)
+        self._untold[name] = partial(self._sql, f"CREATE OR REPLACE TEMPORARY VIEW {name} AS {query}", used)
 
     def fetch(self, query: str) -> list[tuple[Any, ...]]:
         """Return the few rows of a query."""
         if self._is_small(query):
-            return self._driver.fetch(query)
+            return super().fetch(query)
         with _telling(self.spool):
-            return [tuple(row) for row in self._sql(query).collect()]
+            return [tuple(row) for row in self._sql(query, self._used(query)).collect()]
 
     def close(self) -> None:
         """Stop the session, unless it was there before."""
-        self._driver.close()
+        super().close()
         if self._owned:
             self.session.stop()
 
@@ -176,7 +180,7 @@ class SparkEngine(Engine):
         token.touch()
         try:
             with _telling(self.spool):
-                answers = self._tasks(partial(_blind, token), self.session.sparkContext.defaultParallelism).collect()
+                answers = self._tasks(partial(_blind, token), self._processes).collect()
         finally:
             token.unlink(missing_ok=True)
         if blind := sorted({answer.decode() for _, answer in answers if answer is not None}):
@@ -184,11 +188,6 @@ class SparkEngine(Engine):
                 f"Spark's worker on {blind[0]} does not see {self.spool}; choose an --out on a disk that this machine "
                 "and all workers share, by one path"
             )
-
-    def _run(self, work: Work, jobs: Sequence[tuple[Any, Path]], rows: int) -> Iterable[Any]:
-        if len(jobs) < 2 or rows < SMALL_WORK:
-            return starmap(work, jobs)
-        return self._spread(work, jobs)
 
     def _spread(self, work: Work, jobs: Sequence[tuple[Any, Path]]) -> Iterator[Path]:
         """Yield the folders of jobs as they are finished. Raises what the first job that failed raised."""
@@ -217,18 +216,19 @@ class SparkEngine(Engine):
 
     def _tasks(self, answer: Callable[[int], bytes | None], number: int) -> DataFrame:
         """Return what so many tasks answer, each to its number from 0 on."""
-        return self._steps.range(0, number, 1, number).mapInArrow(_task(answer), ANSWERS)
+        return self._steps.range(0, number, 1, number).mapInArrow(partial(_answers, answer), ANSWERS)
 
     def _write(self, query: str, folder: Path) -> None:
         if self._is_small(query):
-            self._driver.write(query, folder)
+            super()._write(query, folder)
             return
         with _telling(folder):
-            _write_numbered(self._sql(query), folder)
+            _write_numbered(self._sql(query, self._used(query)), folder)
 
     def _name(self, name: str, table: Table, *, ordered: bool) -> None:
-        self._driver.table(name, table, ordered=ordered)
-        self._named[name] = _Named(table.size, (), partial(self._define, name, table, ordered))
+        super()._name(name, table, ordered=ordered)
+        self._bytes[name] = table.size
+        self._untold[name] = partial(self._define, name, table, ordered)
 
     def _define(self, name: str, table: Table, ordered: bool) -> None:
         frame = self._steps.read.parquet(*map(_location, table.files))
@@ -237,46 +237,30 @@ class SparkEngine(Engine):
             frame = frame.selectExpr("*", f"{first_row} + _metadata.row_index AS number")
         frame.createOrReplaceTempView(name)
 
-    def _used(self, query: str) -> tuple[str, ...]:
+    def _used(self, query: str) -> set[str]:
         """Return the names that a query knows, maybe some too many."""
-        return tuple(self._named.keys() & set(re.findall(r"\w+", query)))
+        return self._bytes.keys() & set(re.findall(r"\w+", query))
+
+    def _size(self, names: Iterable[str]) -> int:
+        return sum(map(self._bytes.__getitem__, names))
 
     def _is_small(self, query: str) -> bool:
-        return sum(self._named[name].size for name in self._used(query)) <= self._most_on_driver
+        return self._size(self._used(query)) <= self._most_on_driver
 
-    def _sql(self, query: str) -> DataFrame:
-        """Return what Spark makes of a query, after it has been told the names in it."""
-        self._tell(self._used(query))
+    def _sql(self, query: str, used: Iterable[str]) -> DataFrame:
+        """Return what Spark makes of a query, after it has been told the names that it uses."""
+        for name in used:
+            if tell := self._untold.pop(name, None):
+                tell()
         return self._steps.sql(query)
 
-    def _tell(self, names: Iterable[str]) -> None:
-        for named in map(self._named.__getitem__, names):
-            if not named.is_told:
-                named.is_told = True
-                self._tell(named.uses)
-                named.define()
 
-
-@dataclass
-class _Named:
-    """A table or view, which Spark is told of when it needs it."""
-
-    size: int  # bytes of files, at most
-    uses: tuple[str, ...]  # views' names of others
-    define: Callable[[], object]
-    is_told: bool = False
-
-
-def _task(answer: Callable[[int], bytes | None]) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    """Return a function for `mapInArrow`, which tells the driver what `answer` says of a task's number."""
-
-    def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for batch in batches:
-            numbers = batch.column(0)
-            answers = pa.array(map(answer, numbers.to_pylist()), pa.binary())
-            yield pa.RecordBatch.from_arrays([numbers, answers], ["number", "answer"])
-
-    return run
+def _answers(answer: Callable[[int], bytes | None], batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Tell the driver, through `mapInArrow`, what `answer` says of the numbers of tasks."""
+    for batch in batches:
+        numbers = batch.column(0)
+        answers = pa.array(map(answer, numbers.to_pylist()), pa.binary())
+        yield pa.RecordBatch.from_arrays([numbers, answers], ["number", "answer"])
 
 
 def _blind(file: Path, number: int) -> bytes | None:
@@ -293,17 +277,14 @@ def _do(work: Work, jobs: Sequence[tuple[Any, Path]], home: str, number: int) ->
         if not folder.exists():
             work(job, folder)
     except BigDSSMError as error:
-        bad = error.bad if isinstance(error, Unreadable) else None
-        return json.dumps([type(error).__name__, str(error), bad]).encode()
+        return json.dumps([type(error).__name__, *error.args]).encode()
     return None
 
 
 def _error_of(answer: bytes) -> BigDSSMError:
     """Return the error that `_do` told."""
-    name, message, bad = json.loads(answer)
-    if bad is not None:
-        return Unreadable(message, [tuple(row) for row in bad])
-    return ConfigError(message) if name == ConfigError.__name__ else DataError(message)
+    name, *told = json.loads(answer)
+    return ERRORS.get(name, DataError)(*told)
 
 
 def _write_numbered(frame: DataFrame, folder: Path) -> None:
@@ -360,10 +341,9 @@ def _telling(folder: Path) -> Iterator[None]:
     from pyspark.errors import PySparkException
 
     try:
-        yield
+        with naming_a_full_disk(folder):
+            yield
     except (PySparkException, Py4JError) as error:
-        if "No space left on device" in str(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from None
         raise BigDSSMError(f"Spark could not do its work in {folder}: {_line(error)}") from error
 
 

@@ -68,12 +68,9 @@ class Table:
 
     def read(self, first: int = 0, end: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """Return rows [first, end) at once."""
-        pieces = list(self.batches(first, end, columns))
-        if pieces:
-            return pa.concat_tables(pieces).combine_chunks()
         schema = pq.read_schema(self.files[0])
-        names = columns if columns is not None else schema.names
-        return pa.schema([schema.field(name) for name in names]).empty_table()
+        none = _with_wide_strings(schema.empty_table().select(columns or schema.names))
+        return pa.concat_tables([none, *self.batches(first, end, columns)]).combine_chunks()
 
 
 def _rows_of(file: str, first: int, end: int, columns: Sequence[str] | None) -> Iterator[pa.Table]:
@@ -81,8 +78,7 @@ def _rows_of(file: str, first: int, end: int, columns: Sequence[str] | None) -> 
         starts = [0, *accumulate(source.metadata.row_group(i).num_rows for i in range(source.num_row_groups))]
         groups = [i for i in range(source.num_row_groups) if starts[i + 1] > first and starts[i] < end]
         place = starts[groups[0]] if groups else 0
-        names = list(columns) if columns is not None else None
-        for batch in source.iter_batches(ROWS_PER_READ, row_groups=groups, columns=names):
+        for batch in source.iter_batches(ROWS_PER_READ, row_groups=groups, columns=columns and list(columns)):
             begin, stop = max(first - place, 0), min(end - place, batch.num_rows)
             place += batch.num_rows
             if stop > begin:
@@ -126,19 +122,22 @@ class FirstRows:
     """
 
     def __init__(self, file: RowFile, key: str, count: str | None = None) -> None:
-        self._file, self._key, self._count_column = file, key, count
+        self._file, self._key, self._count = file, key, count
         self._waiting: list[pa.Table] = []
-        self._count = 0
 
     def add(self, table: pa.Table) -> None:
         """Take in rows, which follow those before."""
         self._waiting.append(table)
-        self._count += table.num_rows
-        if self._count > MOST_WAITING:
-            self._waiting = [self._first(pa.concat_tables(self._waiting))]
-            self._count = self._waiting[0].num_rows
-            if self._count > MOST_WAITING // 2:
-                self._write()
+        if sum(waiting.num_rows for waiting in self._waiting) > MOST_WAITING:
+            self._reduce(at_most=MOST_WAITING // 2)
+
+    def _reduce(self, at_most: int) -> None:
+        """Let go of rows whose key came before; what is left is written where it is more."""
+        rows = self._first(pa.concat_tables(self._waiting))
+        self._waiting = [rows]
+        if rows.num_rows > at_most:
+            self._file.add(rows)
+            self._waiting = []
 
     def _first(self, table: pa.Table) -> pa.Table:
         # Codes are numbered as their values come, so that a value is new where its code is: nothing is sorted.
@@ -147,22 +146,17 @@ class FirstRows:
         if len(first) == table.num_rows:
             return table
         kept = table.take(pa.array(first))
-        if self._count_column is None:
+        if self._count is None:
             return kept
-        counts = np.bincount(codes, table.column(self._count_column).to_numpy()).astype(np.int64)
-        return kept.set_column(kept.schema.get_field_index(self._count_column), self._count_column, [counts])
-
-    def _write(self) -> None:
-        self._file.add(pa.concat_tables(self._waiting))
-        self._waiting, self._count = [], 0
+        counts = np.bincount(codes, table.column(self._count).to_numpy()).astype(np.int64)
+        return kept.set_column(kept.schema.get_field_index(self._count), self._count, [counts])
 
     def __enter__(self) -> FirstRows:
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
         if kind is None and self._waiting:
-            self._waiting = [self._first(pa.concat_tables(self._waiting))]
-            self._write()
+            self._reduce(at_most=0)
 
 
 @contextmanager

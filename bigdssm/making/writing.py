@@ -6,14 +6,12 @@ A file holds a fixed number of rows or blocks, so that its bytes do not depend o
 from __future__ import annotations
 
 import io
-import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,14 +24,13 @@ from bigdssm.features import Feature, TextTokenizer, encode_columns
 from bigdssm.hashing import file_checksum
 from bigdssm.making.documents import Documents, canonical_of
 from bigdssm.making.engine import Engine
-from bigdssm.making.steps import Table, ranges
+from bigdssm.making.steps import ROWS_PER_READ, Table, ranges, read_facts, write_facts
 
 MAX_BLOCK_ROWS, MIN_BLOCK_ROWS = 2048, 256
 WANTED_BLOCKS = 64  # with fewer, lanes share blocks and windows shuffle little
 BLOCKS_PER_SHARD = 512
 DOCUMENTS_PER_FILE = 1 << 17
 TAR_HEADER_BYTES = 512
-_Rows = TypeVar("_Rows", pa.RecordBatch, pa.Table)
 _IPC = pa.ipc.IpcWriteOptions(compression="zstd")
 
 Encode = Callable[[pa.Table], dict[str, pa.Array]]
@@ -51,22 +48,17 @@ def write_arrow(path: Path, columns: dict[str, pa.Array]) -> dict[str, Any]:
     return {"file": path.name, "rows": batch.num_rows, "checksum": file_checksum(path, bits=64)}
 
 
-def _alone(rows: _Rows) -> _Rows:
+def _alone(rows: pa.RecordBatch) -> pa.RecordBatch:
     """Return rows in buffers of their own: Arrow fills up a slice's with what stands behind it in the whole."""
     return rows.take(pa.array(np.arange(rows.num_rows)))
 
 
-def note_file(folder: Path, **entry: Any) -> None:
-    """Note what there is to be known of the `file` that a job made in its folder."""
-    (folder / "entry.json").write_text(json.dumps(entry))
-
-
 def placed_files(folders: Sequence[Path], target: Path) -> list[dict[str, Any]]:
-    """Move the files that jobs made into the folder `target`, and return what was noted of them.
+    """Move the files that jobs made into the folder `target`, and return what they noted of these as `made`.
 
     Those that a killed making had moved are there already.
     """
-    entries = [json.loads((folder / "entry.json").read_text()) for folder in folders]
+    entries = [read_facts(folder)["made"] for folder in folders]
     for folder, entry in zip(folders, entries, strict=True):
         if (made := folder / entry["file"]).exists():
             os.replace(made, target / entry["file"])
@@ -75,37 +67,28 @@ def placed_files(folders: Sequence[Path], target: Path) -> list[dict[str, Any]]:
 
 def write_catalogue(
     engine: Engine, documents: Documents, features: dict[str, Feature], text: TextTokenizer | None, folder: Path,
-    number: int,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Write the new documents as files `number`, … in `folder`; return {"file", "rows", "checksum"} of each."""
-    table = documents.table
-    jobs = list(enumerate(ranges(table, DOCUMENTS_PER_FILE), number))
-    work = partial(_write_documents, table, features, text, "", _times(documents))
-    return placed_files(engine.map("catalogue", jobs, work, rows=table.num_rows), folder)
+    first_file: int, first_of_versions: int,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:  # fmt: skip
+    """Write the new documents, and further versions, into `folder`; return {"file", "rows", "checksum"} of all files.
 
-
-def write_versions(
-    engine: Engine, documents: Documents, features: dict[str, Feature], text: TextTokenizer | None, folder: Path,
-    number: int,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Write the further versions of documents, else as `write_catalogue` does the new ones.
-
-    Raises ConfigError where a feature has the name of their own column.
+    Raises ConfigError where a feature has the name of the versions' own column.
     """
-    if (table := documents.changed) is None or not table.num_rows:
-        return []
+    times = (SINCE_COLUMN,) if documents.dated else ()
+
+    def written(step: str, table: Table, prefix: str, beside: Sequence[str], first: int) -> list[dict[str, Any]]:
+        jobs = list(enumerate(ranges(table, DOCUMENTS_PER_FILE), first))
+        work = partial(_write_documents, table, features, text, prefix, beside)
+        return placed_files(engine.map(step, jobs, work, rows=table.num_rows), folder)
+
+    new = written("catalogue", documents.table, "", times, first_file)
+    if (changed := documents.changed) is None or not changed.num_rows:
+        return new, []
     if DOCUMENT_COLUMN in features:
         raise ConfigError(
-            f"data.doc.{DOCUMENT_COLUMN}: {table.num_rows} documents have changed, and their further versions have a "
+            f"data.doc.{DOCUMENT_COLUMN}: {changed.num_rows} documents have changed, and their further versions have a "
             "column of this name; make the dataset again with another one"
         )
-    jobs = list(enumerate(ranges(table, DOCUMENTS_PER_FILE), number))
-    work = partial(_write_documents, table, features, text, "versions-", (DOCUMENT_COLUMN, *_times(documents)))
-    return placed_files(engine.map("versions", jobs, work, rows=table.num_rows), folder)
-
-
-def _times(documents: Documents) -> tuple[str, ...]:
-    return (SINCE_COLUMN,) if documents.dated else ()
+    return new, written("versions", changed, "versions-", (DOCUMENT_COLUMN, *times), first_of_versions)
 
 
 def _write_documents(
@@ -119,7 +102,7 @@ def _write_documents(
     for name in ("doc_key", "display"):
         columns[name] = columns[name].cast(pa.large_string())
     columns |= encode_columns(canonical_of(rows, "d", features), features, text, large=True)
-    note_file(folder, **write_arrow(folder / f"{prefix}{number:06d}.arrow", columns))
+    write_facts(folder, made=write_arrow(folder / f"{prefix}{number:06d}.arrow", columns))
 
 
 def block_rows(num_rows: int) -> int:
@@ -127,11 +110,11 @@ def block_rows(num_rows: int) -> int:
     return max(MIN_BLOCK_ROWS, min(MAX_BLOCK_ROWS, num_rows // WANTED_BLOCKS))
 
 
-def num_queries(table: pa.Table) -> int:
+def num_queries(block: pa.RecordBatch) -> int:
     """Return the queries that rows give: one each or, where they are pieces of sequences, one for every target."""
-    if "first" not in table.column_names:
-        return int(table.num_rows)
-    return int(table.column("end").to_numpy().sum() - table.column("first").to_numpy().sum())
+    if "first" not in block.schema.names:
+        return int(block.num_rows)
+    return int(block.column("end").to_numpy().sum() - block.column("first").to_numpy().sum())
 
 
 def write_split(engine: Engine, split: str, table: Table, encode: Encode, folder: Path) -> dict[str, Any]:
@@ -141,7 +124,7 @@ def write_split(engine: Engine, split: str, table: Table, encode: Encode, folder
     """
     per_block = block_rows(table.num_rows)
     jobs = list(enumerate(ranges(table, per_block * BLOCKS_PER_SHARD)))
-    work = ShardWriter(split, table, encode, per_block)
+    work = partial(_write_shard, split, table, encode, per_block)
     entries = placed_files(engine.map(f"write_{split}", jobs, work, rows=table.num_rows), folder)
     shards = [entry["file"] for entry in entries]
     index = {name: np.array([n for entry in entries for n in entry[name]], dtype) for name, dtype in COLUMNS.items()}
@@ -157,49 +140,37 @@ def write_split(engine: Engine, split: str, table: Table, encode: Encode, folder
     }
 
 
-@dataclass(frozen=True)
-class ShardWriter:
-    """Writes the shard of a given number and range of rows: blocks of rows as Arrow streams in an ordinary tar."""
+def _write_shard(
+    split: str, table: Table, encode: Encode, rows_per_block: int, job: tuple[int, tuple[int, int]], folder: Path
+) -> None:
+    """Write the shard of this number and range of rows, blocks as Arrow streams in an ordinary tar, and its index."""
+    shard, (first, end) = job
+    path = folder / f"{split}-{shard:06d}.tar"
+    index: dict[str, list[int]] = {name: [] for name in COLUMNS}
+    blocks = _blocks(table, encode, rows_per_block, first, end)
+    with path.open("wb") as stream, tarfile.open(fileobj=stream, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
+        for number, block in enumerate(blocks, first // rows_per_block):
+            content = _stream(block)
+            entry = {
+                "offset": tar.offset + TAR_HEADER_BYTES,
+                "size": len(content),
+                "rows": block.num_rows,
+                "queries": num_queries(block),
+                "checksum": xxhash.xxh3_64_intdigest(content),
+            }
+            tar.addfile(_member(f"{number:08d}.arrow", len(content)), io.BytesIO(content))
+            for name, value in entry.items():
+                index[name].append(value)
+    write_facts(folder, made={"file": path.name, **index})
 
-    split: str
-    table: Table
-    encode: Encode
-    rows_per_block: int
 
-    def __call__(self, job: tuple[int, tuple[int, int]], folder: Path) -> None:
-        """Write a shard into `folder`, and note the entries of its blocks in the index."""
-        shard, (first, end) = job
-        path = folder / f"{self.split}-{shard:06d}.tar"
-        index: dict[str, list[int]] = {name: [] for name in COLUMNS}
-        with path.open("wb") as stream, tarfile.open(fileobj=stream, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
-            for number, block in enumerate(self._blocks(first, end), first // self.rows_per_block):
-                content = _stream(block)
-                entry = {
-                    "offset": tar.offset + TAR_HEADER_BYTES,
-                    "size": len(content),
-                    "rows": block.num_rows,
-                    "queries": num_queries(block),
-                    "checksum": xxhash.xxh3_64_intdigest(content),
-                }
-                tar.addfile(_member(f"{number:08d}.arrow", len(content)), io.BytesIO(content))
-                for name, value in entry.items():
-                    index[name].append(value)
-        note_file(folder, file=path.name, **index)
-
-    def _blocks(self, first: int, end: int) -> Iterator[pa.Table]:
-        waiting: list[pa.Table] = []
-        count = 0
-        for piece in self.table.batches(first, end):
-            waiting.append(pa.table(self.encode(piece)))
-            count += piece.num_rows
-            if count >= self.rows_per_block:
-                whole, first_row = pa.concat_tables(waiting), 0
-                for first_row in range(0, count // self.rows_per_block * self.rows_per_block, self.rows_per_block):
-                    yield whole.slice(first_row, self.rows_per_block).combine_chunks()
-                rest = whole.slice(first_row + self.rows_per_block)
-                waiting, count = [rest], rest.num_rows
-        if count:
-            yield pa.concat_tables(waiting).combine_chunks()
+def _blocks(table: Table, encode: Encode, rows_per_block: int, first: int, end: int) -> Iterator[pa.RecordBatch]:
+    """Yield rows [first, end) as blocks; several are encoded at once."""
+    rows_at_once = max(1, ROWS_PER_READ // rows_per_block) * rows_per_block
+    for start in range(first, end, rows_at_once):
+        rows = pa.RecordBatch.from_pydict(encode(table.read(start, min(start + rows_at_once, end))))
+        for start_of_block in range(0, rows.num_rows, rows_per_block):
+            yield rows.slice(start_of_block, rows_per_block)
 
 
 def _member(name: str, size: int) -> tarfile.TarInfo:
@@ -209,10 +180,10 @@ def _member(name: str, size: int) -> tarfile.TarInfo:
     return member
 
 
-def _stream(table: pa.Table) -> bytes:
+def _stream(block: pa.RecordBatch) -> bytes:
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema, options=_IPC) as stream:
-        stream.write_table(_alone(table))
+    with pa.ipc.new_stream(sink, block.schema, options=_IPC) as stream:
+        stream.write_batch(_alone(block))
     return bytes(sink.getvalue())
 
 

@@ -27,7 +27,7 @@ from bigdssm.commands.make_shards import main
 from bigdssm.config import load_config
 from bigdssm.distributed import free_port
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.making.database import Database
+from bigdssm.making.engine import Engine
 from bigdssm.making.interactions import InteractionTables, make_interactions
 from bigdssm.making.making import Target
 from bigdssm.making.pairs import PairTables, make_pairs
@@ -199,7 +199,7 @@ def test_partitions_do_not_matter(
     session: Any, tables: Path, built_in: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     answered = Counter[str]()
-    for name, engine in (("fetch", Database), ("write", Database), ("_sql", SparkEngine)):
+    for name, engine in (("fetch", Engine), ("_write", Engine), ("_sql", SparkEngine)):
         asked = getattr(engine, name)
         monkeypatch.setattr(
             engine, name, lambda self, *q, e=engine, f=asked: answered.update([e.__name__]) or f(self, *q)
@@ -210,7 +210,7 @@ def test_partitions_do_not_matter(
         "spark.bigdssm.driverBytes": str(on_driver),
     }
     made = make(tables, kind, tmp_path, appended=appended, spark=Cluster(conf=tuple(conf.items())))
-    assert answered.keys() == ({"Database", "SparkEngine"} if on_driver else {"SparkEngine"}), "both were asked"
+    assert answered.keys() == ({"Engine", "SparkEngine"} if on_driver else {"SparkEngine"}), "both were asked"
     expected = built_in(kind, appended=appended)
     assert made == expected
     assert any("/versions-" in name for name in made) == appended, "documents changed"

@@ -17,8 +17,8 @@ from bigdssm.config import TokenizerConfig
 from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical, Feature, Numeric, TextTokenizer, Vocabulary, encode_columns
 from bigdssm.making.documents import spooled
+from bigdssm.making.engine import Engine
 from bigdssm.making.fitting import Side, fit_side
-from bigdssm.making.local import LocalEngine
 from bigdssm.making.steps import RowFile
 from bigdssm.making.tokenizer import make_tokenizer, train_wordpiece
 
@@ -47,7 +47,7 @@ def fitted_to(
         for place, table in enumerate(tables):
             values = [pa.array([10 * place + row for row in range(table.num_rows)]), *table.columns]
             file.add(pa.Table.from_arrays(values, names=[name for name, _ in columns]))
-    engine = LocalEngine(folder / "spool")
+    engine = Engine(folder / "spool")
     side = Side("doc", engine.table("rows", [folder / "rows.parquet"]), "f", features)
     return fit_side(engine, side, grow=grow)
 

@@ -221,7 +221,7 @@ def test_so_does_an_append(kind: str, maker: Maker, tmp_path: Path) -> None:
 def test_only_what_is_left_is_done(whole: Whole, maker: Maker, tmp_path: Path) -> None:
     """Killed in the reading, it reads the rest; killed in the writing, nothing; of a changed source, everything."""
     early, late, other = (tmp_path / name for name in ("early", "late", "other"))
-    assert maker(whole.kind, whole.source, early, dies_at=whole.places // 8)[0]
+    assert maker(whole.kind, whole.source, early, dies_at=whole.places // 12)[0]
     assert 0 < maker(whole.kind, whole.source, early)[1] < whole.checks
     assert maker(whole.kind, whole.source, late, dies_at=whole.places - 20)[0]
     source = tmp_path / "source"

@@ -71,7 +71,7 @@ def test_an_engine_that_cannot_be_had_costs_nothing_that_is_finished(
 
 
 def test_bad_rows_are_written_when_they_are_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigdssm.making.reading.MOST_WAITING", 10)
+    monkeypatch.setattr("bigdssm.making.reading.MOST_TOLD", 10)
     path = write_pairs(tmp_path / "pairs.jsonl", 300)
     lines = [line if i % 3 else "no JSON" for i, line in enumerate(path.read_text().splitlines())]
     path.write_text("\n".join(lines) + "\n")

@@ -25,7 +25,7 @@ from tests.unit.test_make_shards_killed import content
 TEXT, KINDS = Text(max_tokens=8), Categorical(multi=True, min_count=2)
 SIZES = {
     "cutting.SEQUENCES_AT_ONCE": 7,
-    "local.SMALL_WORK": 0,
+    "engine.SMALL_WORK": 0,
     "fitting.ROWS_PER_FIT": 200,
     "writing.DOCUMENTS_PER_FILE": 100,
     "writing.BLOCKS_PER_SHARD": 2,

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from bigdssm.dataset.keys import Keys, write_keys
-from bigdssm.making.local import LocalEngine
-from bigdssm.making.sorting import deal, of_ordinal, order_of, ordinals_of, shuffled
+from bigdssm.making.engine import Engine
+from bigdssm.making.sorting import deal, of_ordinal, order_of, ordinals_of, read_bucket, shuffled
 from bigdssm.making.steps import FirstRows, RowFile, Table
 
 RANDOM = np.random.RandomState(0)
@@ -57,9 +57,9 @@ def test_a_bucket_has_its_rows_in_their_order(
     table = table_of(tmp_path, {"n": np.arange(1_000), "bucket": bucket})
     if num_buckets > 302:
         monkeypatch.setattr("bigdssm.making.sorting.ROWS_PER_DEAL", 1_000)
-    dealt = deal(LocalEngine(tmp_path / "spool"), "dealt", table, to_buckets, num_buckets)
+    dealt = deal(Engine(tmp_path / "spool"), "dealt", table, to_buckets, num_buckets)
     for number in (1, *some):
-        assert dealt.read(number).column("n").to_pylist() == np.flatnonzero(bucket == number).tolist()
+        assert read_bucket(dealt, number).column("n").to_pylist() == np.flatnonzero(bucket == number).tolist()
 
 
 @pytest.mark.parametrize("rows_per_bucket", [7, 400, 10_000])
@@ -70,7 +70,7 @@ def test_rows_are_shuffled_by_their_hashes(
     monkeypatch.setattr("bigdssm.making.sorting.ROWS_PER_BUCKET", rows_per_bucket)
     hashes = RANDOM.randint(-(2**63), 2**63 - 1, 1_000)
     table = table_of(tmp_path, {"n": np.arange(1_000), "more": np.zeros(1_000), "shuffle": hashes})
-    rows = shuffled(LocalEngine(tmp_path / "spool"), "train", table, ["n"]).read()
+    rows = shuffled(Engine(tmp_path / "spool"), "train", table, ["n"]).read()
     assert rows.column_names == ["n"]
     assert rows.column("n").to_pylist() == np.argsort(hashes).tolist()
 

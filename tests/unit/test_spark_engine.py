@@ -1,12 +1,16 @@
 """What the engine spark says where something is missing; tests/e2e/test_spark.py runs it."""
 
+import os
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
-from bigdssm.errors import ConfigError
+from bigdssm.errors import BigDSSMError, ConfigError, UnavailableError
+from bigdssm.making import spark
+from bigdssm.making.reading import Unreadable
 from bigdssm.making.spark import Cluster, SparkEngine
 
 
@@ -38,3 +42,21 @@ def test_what_the_driver_answers_is_a_setting(given: dict[str, str], most: int) 
     engine._steps = SimpleNamespace(conf={"spark.bigdssm.driverBytes": "64m"})
     with pytest.raises(ConfigError, match="driverBytes=64m: needs a whole number of bytes, such as 134217728"):
         engine._read_most_on_driver()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UnavailableError("the server stays away"),  # what is finished is kept where it is of this type
+        ConfigError("no such thing"),
+        Unreadable("a table is cut off", [["a.csv", 7, "no number", True]]),
+    ],
+)
+def test_a_workers_error_comes_back_as_it_was(error: BigDSSMError, tmp_path: Path) -> None:
+    def fail(job: Any, folder: Path) -> None:
+        raise error
+
+    answer = spark._do(fail, [(None, tmp_path / "none")], os.getcwd(), 0)
+    assert answer is not None
+    again = spark._error_of(answer)
+    assert type(again) is type(error) and (str(again), vars(again)) == (str(error), vars(error))

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bigdssm.making.local import LocalEngine
+from bigdssm.making.engine import Engine
 from bigdssm.making.splits import quantiles
 from bigdssm.making.steps import Table
 
@@ -31,4 +31,4 @@ def test_quantiles_are_those_of_a_sort(name: str, tmp_path: Path, monkeypatch: p
     shares = [0, 0.003, 0.5, 0.9, 0.95, 0.9999, 1]
     wanted = [np.sort(times)[int(len(times) * share)] for share in shares[:-1]]
     found = Table.of([tmp_path / "times.parquet"])
-    assert quantiles(LocalEngine(tmp_path / "spool"), found, shares) == [*wanted, np.inf]
+    assert quantiles(Engine(tmp_path / "spool"), found, shares) == [*wanted, np.inf]
