@@ -65,7 +65,7 @@ class TableFile(ABC):
         if self.compression == "gzip":
             return cast(BinaryIO, gzip.open(raw))
         if self.compression == "zstd":
-            return cast(BinaryIO, io.BufferedReader(pa.CompressedInputStream(self.open_arrow(), "zstd")))
+            return cast(BinaryIO, io.BufferedReader(pa.CompressedInputStream(raw, "zstd")))
         return raw.open("rb") if isinstance(raw, Path) else raw
 
     def stream(self) -> BinaryIO:

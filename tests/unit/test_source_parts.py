@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import lzma
 import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,9 +19,10 @@ import pytest
 
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
-from bigdssm.tables import arrow_ipc, chunked
+from bigdssm.tables import arrow_ipc, chunked, files
 from bigdssm.tables.registry import open_source, read_table
 from bigdssm.tables.source import Source
+from bigdssm.urls import fetch
 from tests.unit.test_hostile_tables import RECORDS, Maker
 
 ROWS = 250
@@ -33,6 +37,10 @@ TABLE = pa.table(
 
 def no_bad(*told: object, **more: object) -> None:
     raise AssertionError(told)
+
+
+def zstd(content: bytes) -> bytes:
+    return bytes(pa.Codec("zstd").compress(content, asbytes=True))
 
 
 def in_parts(source: Source, *columns: str) -> list[list[tuple[int, dict[str, Any]]]]:
@@ -119,6 +127,22 @@ def test_another_content_has_another_fingerprint(kind: str, tmp_path: Path) -> N
     )
     os.utime(last, ns=(0, 0))
     assert open_source(path).fingerprint() != before
+
+
+@pytest.mark.parametrize("compress", [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstd)])
+def test_text_at_a_url_is_read_in_few_requests(
+    compress: tuple[str, Callable[[bytes], bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suffix, compressed = compress
+    digits = np.random.RandomState(0).randint(1 << 60, size=1 << 16)
+    url, content = f"memory://t.csv{suffix}", "\n".join(["id", *map(str, digits)]).encode()
+    fsspec.filesystem("memory").pipe_file(url, compressed(content))
+    requests: list[int] = []
+    monkeypatch.setattr(
+        files, "fetch", lambda url, at, size, is_right: requests.append(at) or fetch(url, at, size, is_right)
+    )
+    assert sum(len(batch.rows) for batch in read_table(url, ["id"], no_bad)) == len(digits)
+    assert len(content) > 1 << 20 and len(requests) <= 4, "the header, and the content in large pieces"
 
 
 def test_batches_of_arrow_are_neither_tiny_nor_huge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
