@@ -162,7 +162,7 @@ def test_bad_strings_of_arrow_are_bad_rows(tmp_path: Path) -> None:
     path = write_arrow(tmp_path / "t.arrow", pa.ipc.new_file, pa.table({"id": wrong, "n": [1, 2, 3]}))
     read = [
         row
-        for batch in read_table(path, ["id", "n"], lambda *told: bad.append(told))
+        for batch in read_table(path, ["id", "n"], lambda *told: bad.append(told[:3]))
         for row in batch.table.to_pylist()
     ]
     assert read == [{"id": "a", "n": 1}, {"id": "c", "n": 3}]
