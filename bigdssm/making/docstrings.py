@@ -110,13 +110,10 @@ FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 def _walk(node: ast.AST, path: str) -> Iterator[tuple[str, FunctionNode]]:
     for child in ast.iter_child_nodes(node):
-        inner = f"{path}.{child.name}" if isinstance(child, (ast.ClassDef, *_FUNCTIONS)) else path
-        if isinstance(child, _FUNCTIONS):
+        inner = f"{path}.{child.name}" if isinstance(child, ast.ClassDef | FunctionNode) else path
+        if isinstance(child, FunctionNode):
             yield inner, child
         yield from _walk(child, inner)
-
-
-_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def _first_paragraph(node: FunctionNode) -> str:
