@@ -35,9 +35,8 @@ class ArrowSource(ChunkedSource):
             found = _schema(opened).names
             names = named_columns(part.file, found, columns)
             fields = sorted({found.index(name) for name in names})
-            for table in _even(
-                _sound(batch) for batch in _batches(opened, fields, part.chunks.start, part.chunks.stop)
-            ):
+            batches = _batches(opened, fields, part.chunks.start, part.chunks.stop)
+            for table in _even(map(_sound, batches)):
                 yield table.select(names)
 
 
