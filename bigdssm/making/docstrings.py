@@ -108,15 +108,17 @@ def functions_of(text: str, module: str) -> Iterator[Function]:
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def _walk(node: ast.AST, path: str) -> Iterator[tuple[str, FunctionNode]]:
-    for child in ast.iter_child_nodes(node):
-        inner = f"{path}.{child.name}" if isinstance(child, (ast.ClassDef, *_FUNCTIONS)) else path
-        if isinstance(child, _FUNCTIONS):
-            yield inner, child
-        yield from _walk(child, inner)
-
-
-_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+def _walk(tree: ast.AST, module: str) -> Iterator[tuple[str, FunctionNode]]:
+    """Yield functions with their dotted names, outer ones first, however deep the code is."""
+    waiting = [(tree, module)]
+    while waiting:
+        node, path = waiting.pop()
+        if isinstance(node, FunctionNode):
+            yield path, node
+        children = [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr)]
+        for child in reversed(children):  # none is in an expression
+            inner = f"{path}.{child.name}" if isinstance(child, ast.ClassDef | FunctionNode) else path
+            waiting.append((child, inner))
 
 
 def _first_paragraph(node: FunctionNode) -> str:

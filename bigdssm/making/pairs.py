@@ -102,16 +102,16 @@ def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress:
         reader = PairReader(tables, base, splitter, target.seed, known)
         folders = run.read("read", sources, reader)
         writer.quarantine.check()
-        engine.table("found", [folder / "rows.parquet" for folder in folders])
+        found = engine.table("found", [folder / "rows.parquet" for folder in folders])
         engine.table("found_documents", [folder / "documents.parquet" for folder in folders])
         documents = number_documents(engine, writer)
-        if engine.fetch("SELECT count(*) FROM found") == [(0,)]:
+        if not found.num_rows:
             raise DataError(f"{tables.files[0]}: no row is left{writer.quarantine.told()}")
         splitter.divide(engine, folders)
         splits = _sorted_splits(run, tables, splitter, reader)
         sides = [Side("doc", _documents_of_train(engine, base.siamese), "d", base.doc)]
         if not base.siamese:
-            sides.append(Side("query", splits["train"], "q", reader.query))
+            sides.append(Side("query", splits["train"], "q", base.query))
         schema, text = fit(
             engine, base, config, sides, folder=writer.tokenizer_dir, grow=writer.append, like=target.like
         )  # fmt: skip
@@ -151,22 +151,17 @@ class PairReader:
     seed: int
     known: KnownDocuments
 
-    @property
-    def query(self) -> dict[str, Feature]:
-        """Return the query's features."""
-        return self.schema.query
-
     @cached_property
     def row_schema(self) -> pa.Schema:
         """Return the schema of rows between two steps; features wait in q0, q1, …"""
-        return pa.schema([*ROW_COLUMNS.items(), *spooled("q", self.query)])
+        return pa.schema([*ROW_COLUMNS.items(), *spooled("q", self.schema.query)])
 
     @property
     def columns(self) -> list[str | None]:
         """Return the source columns of features, ids, relevance and split."""
         tables = self.tables
         named = [self.schema.display, tables.doc_id_column, tables.query_id_column, tables.relevance_column]
-        features = [c for side in (self.query, self.schema.doc) for f in side.values() for c in f.source_columns]
+        features = [c for side in (self.schema.query, self.schema.doc) for f in side.values() for c in f.source_columns]
         return [*features, *named, *self.splitter.columns, tables.each_of]
 
     def __call__(self, part: PartOfTable, folder: Path) -> None:
@@ -205,17 +200,21 @@ class PairReader:
 
         What is wrong is reported to `check`.
         """
-        tables = self.tables
-        query, doc = canonical(check, self.query), canonical(check, self.schema.doc)
-        check.fail(missing(query, self.query), "no query: its features are empty")
-        check.fail(missing(doc, self.schema.doc), "no document: its features are empty")
-        query_ids = self._query_ids(check, query)
+        tables, schema = self.tables, self.schema
+        query, doc = canonical(check, schema.query), canonical(check, schema.doc)
+        check.fail(missing(query, schema.query), "no query: its features are empty")
+        check.fail(missing(doc, schema.doc), "no document: its features are empty")
+        if tables.query_id_column is None:
+            query_ids = hash_rows(query)
+        else:
+            query_ids = hash_strings(ids(check, tables.query_id_column))
         content = hash_rows(doc)
-        keys = self._doc_keys(check, content)
+        name = tables.doc_id_column
+        keys = row_keys(content) if name is None else ids(check, name, lacks="document")
         doc_ids = hash_strings(keys)
-        if self.schema.siamese:
+        if schema.siamese:
             check.fail(query_ids == doc_ids, "the document is the query itself")
-        display = strings(check, self.schema.display) if self.schema.display else keys
+        display = strings(check, schema.display) if schema.display else keys
         relevance = np.ones(len(query_ids))
         if tables.relevance_column:
             relevance = relevances(check, tables.relevance_column)
@@ -226,22 +225,10 @@ class PairReader:
         values = [pa.array(v).cast(t) for v, t in zip(numbers, ROW_COLUMNS.values(), strict=True)]
         rows = pa.Table.from_arrays([*values, *query.columns], names=self.row_schema.names)
         made = [rows, document_rows(place, content, keys, display, doc)]
-        if self.schema.siamese:
-            own = strings(check, str(self.tables.query_id_column))
+        if schema.siamese:
+            own = strings(check, str(tables.query_id_column))
             made.append(document_rows(place, hash_rows(query), own, own, query))
         return made
-
-    def _query_ids(self, check: RowCheck, query: pa.Table) -> np.ndarray:
-        name = self.tables.query_id_column
-        if name is None:
-            return hash_rows(query)
-        return hash_strings(ids(check, name))
-
-    def _doc_keys(self, check: RowCheck, contents: np.ndarray) -> pa.Array:
-        name = self.tables.doc_id_column
-        if name is None:
-            return row_keys(contents)
-        return ids(check, name, lacks="document")
 
 
 def _sorted_splits(run: Making, tables: PairTables, splitter: Splitter, reader: PairReader) -> dict[str, Table]:
@@ -260,9 +247,8 @@ def _sorted_splits(run: Making, tables: PairTables, splitter: Splitter, reader: 
     }
     ((num_rows, relevant),) = engine.fetch("SELECT count(*), CAST(max(relevance) > 0 AS INT) FROM train")
     if not num_rows:
-        ((found,),) = engine.fetch("SELECT count(*) FROM found")
-        why, told = splitter.why_no_train if found else "", run.writer.quarantine.told()
-        raise DataError(f"{tables.files[0]}: no row is left for the train split{why}{told}")
+        why = splitter.why_no_train + run.writer.quarantine.told()
+        raise DataError(f"{tables.files[0]}: no row is left for the train split{why}")
     if not relevant:
         raise DataError("every relevance in the train split is 0, so that nothing can be learned from it")
     run.notes += _notes(engine, tables)

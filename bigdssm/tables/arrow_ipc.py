@@ -27,7 +27,7 @@ class ArrowSource(ChunkedSource):
                     f"{file.name} is an Arrow stream, which has no index for reading by ranges; write an Arrow file "
                     f"(pyarrow.ipc.new_file), or copy it to a disk"
                 )
-            return [batch.num_rows for batch in _batches(opened, None, [0])]
+            return [batch.num_rows for batch in _batches(opened, [0])]
 
     def chunk_tables(self, part: ChunkedPart, columns: Sequence[str]) -> Iterator[pa.Table]:
         """Yield the rows of a part's record batches, small ones together, large ones cut."""
@@ -35,13 +35,13 @@ class ArrowSource(ChunkedSource):
             found = _schema(opened).names
             names = named_columns(part.file, found, columns)
             fields = sorted({found.index(name) for name in names})
-            for table in _even(_sound(batch) for batch in _batches(opened, part.chunks, fields)):
+            batches = _batches(opened, fields, part.chunks.start, part.chunks.stop)
+            for table in _even(map(_sound, batches)):
                 yield table.select(names)
 
 
 def _has_index(opened: pa.NativeFile) -> bool:
-    opened.seek(0)
-    magic = opened.read(len(FILE_MAGIC))
+    magic = opened.read_at(len(FILE_MAGIC), 0)
     opened.seek(0)
     return bool(magic == FILE_MAGIC)
 
@@ -50,15 +50,16 @@ def _schema(opened: pa.NativeFile) -> pa.Schema:
     return (pa.ipc.open_file if _has_index(opened) else pa.ipc.open_stream)(opened).schema
 
 
-def _batches(opened: pa.NativeFile, chunks: range | None, fields: list[int]) -> Iterator[pa.RecordBatch]:
-    """Yield the record batches with these numbers, all by default, with these fields alone."""
+def _batches(
+    opened: pa.NativeFile, fields: list[int], first: int = 0, end: int | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Yield the record batches [first, end), all by default, with these fields alone."""
     options = pa.ipc.IpcReadOptions(included_fields=fields)
     if _has_index(opened):
         reader = pa.ipc.open_file(opened, options=options)
-        yield from map(reader.get_batch, range(reader.num_record_batches) if chunks is None else chunks)
+        yield from map(reader.get_batch, range(reader.num_record_batches)[first:end])
     else:
-        bounds = (None,) if chunks is None else (chunks.start, chunks.stop)
-        yield from islice(pa.ipc.open_stream(opened, options=options), *bounds)
+        yield from islice(pa.ipc.open_stream(opened, options=options), first, end)
 
 
 def _sound(batch: pa.RecordBatch) -> pa.RecordBatch:

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigdssm.features.columns import ReportBad, SourceBatch
+from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch
 
 ROWS_PER_BATCH = 16384
 BYTES_PER_BATCH = 8 << 20
@@ -15,7 +15,7 @@ TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_v
 
 def as_utf8(batch: SourceBatch, report_bad: ReportBad) -> SourceBatch:
     """Return the batch with byte columns as strings, without the rows that are not UTF-8."""
-    good = np.ones(len(batch.rows), bool)
+    check = RowCheck(batch, report_bad)
     columns: dict[str, pa.ChunkedArray] = {}
     for name in batch.table.column_names:
         column = batch.table.column(name)
@@ -29,20 +29,13 @@ def as_utf8(batch: SourceBatch, report_bad: ReportBad) -> SourceBatch:
             try:
                 column = column.cast(pa.large_string())
             except pa.ArrowInvalid:
-                wrong = [i for i, value in enumerate(column.to_pylist()) if value is not None and not _is_utf8(value)]
-                for i in wrong:
-                    if good[i]:
-                        report_bad(batch.file, int(batch.rows[i]), f"invalid UTF-8 in column {name!r}")
-                good[wrong] = False
-                column = pc.if_else(pa.array(good), column, pa.scalar(b"", column.type)).cast(pa.large_string())
+                check.fail(np.array(list(map(_is_broken, column.to_pylist()))), f"invalid UTF-8 in column {name!r}")
+                good = pc.if_else(pa.array(check.good), column, pa.scalar(b"", column.type))
+                column = good.cast(pa.large_string())
         columns[name] = column
     whole = SourceBatch(batch.file, pa.table(columns), batch.rows)
-    return whole if good.all() else whole.keep(good)
+    return whole if check.good.all() else whole.keep(check.good)
 
 
-def _is_utf8(value: bytes) -> bool:
-    try:
-        value.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
+def _is_broken(value: bytes | None) -> bool:
+    return value is not None and value.decode(errors="ignore").encode() != value

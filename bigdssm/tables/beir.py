@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pyarrow as pa
 
@@ -171,17 +171,13 @@ def _contents(features: Mapping[str, Feature], table: pa.Table) -> Iterator[dict
 
 
 def write_judgements(folder: Path, split: str, rows: Iterable[tuple[str, str, float]]) -> None:
-    """Write the (query, document, relevance) of a split, if there are any. Raises ConfigError on a broken relevance."""
-    file: TextIO | None = None
-    for query, document, relevance in rows:
-        if relevance != int(relevance):
-            raise ConfigError(f"--beir takes whole relevances, got {relevance}; leave it out")
-        if file is None:
-            file = (folder / QRELS_DIR / SPLIT_FILES[split]).open("w", encoding="utf-8")
-            file.write("query-id\tcorpus-id\tscore\n")
-        file.write(f"{query}\t{document}\t{int(relevance)}\n")
-    if file is not None:
-        file.close()
+    """Write the (query, document, relevance) of a split. Raises ConfigError on a broken relevance."""
+    with (folder / QRELS_DIR / SPLIT_FILES[split]).open("w", encoding="utf-8") as file:
+        file.write("query-id\tcorpus-id\tscore\n")
+        for query, document, relevance in rows:
+            if relevance != int(relevance):
+                raise ConfigError(f"--beir takes whole relevances, got {relevance}; leave it out")
+            file.write(f"{query}\t{document}\t{int(relevance)}\n")
 
 
 def numbered_lines(path: Path, what: str = "") -> Iterator[tuple[int, str]]:

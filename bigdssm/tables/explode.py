@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bigdssm.errors import DataError
-from bigdssm.features.columns import ReportBad, SourceBatch
+from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch
 
 MOST_VALUES = 1 << 12  # of one row
 
@@ -23,13 +23,11 @@ def exploded(batch: SourceBatch, name: str, report_bad: ReportBad) -> SourceBatc
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
         raise DataError(f"{batch.file}: column {name!r} holds {column.type}, --each-of needs lists")
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
-    for i in np.flatnonzero(lengths == 0).tolist():
-        report_bad(batch.file, int(batch.rows[i]), f"{name} holds no value")
-    for i in np.flatnonzero(lengths > MOST_VALUES).tolist():
-        report_bad(batch.file, int(batch.rows[i]), f"{name} holds {lengths[i]} values, at most {MOST_VALUES} are taken")
-    taken = lengths <= MOST_VALUES
-    parent = np.repeat(np.flatnonzero(taken), lengths[taken])
-    values = column.filter(pa.array(taken)).flatten()
+    check = RowCheck(batch, report_bad)
+    check.fail(lengths == 0, f"{name} holds no value")
+    check.fail(lengths > MOST_VALUES, f"{name} holds {{}} values, at most {MOST_VALUES} are taken", lengths)
+    parent = np.repeat(np.flatnonzero(check.good), lengths[check.good])
+    values = column.filter(pa.array(check.good)).flatten()
     table = batch.table.take(pa.array(parent))
     table = table.set_column(table.column_names.index(name), name, values)
     return SourceBatch(batch.file, table, batch.rows[parent])

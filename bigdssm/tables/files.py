@@ -7,6 +7,7 @@ import io
 import lzma
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -16,14 +17,14 @@ import pyarrow as pa
 from bigdssm.errors import DataError
 from bigdssm.urls import CHUNK_BYTES, fetch, shown, size_of, version_of
 
-COMPRESSIONS = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}
 READ_AHEAD_BYTES = 1 << 20
 
 
-def split_suffix(path: Path) -> tuple[str, str | None]:
-    """Return the format's suffix and the compression's name (None: not compressed)."""
-    compression = COMPRESSIONS.get(path.suffix.lower())
-    return (Path(path.stem) if compression else path).suffix.lower(), compression
+def _open_zstd(raw: Path | BinaryIO) -> io.BufferedReader:
+    return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"))
+
+
+COMPRESSIONS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".zst": _open_zstd}
 
 
 class TableFile(ABC):
@@ -34,12 +35,13 @@ class TableFile(ABC):
     @property
     def suffix(self) -> str:
         """Return what the format is told by, in lower case and without the compression's suffix."""
-        return split_suffix(Path(self.name))[0]
+        return Path(self.name.lower().removesuffix(self.compression)).suffix
 
     @property
-    def compression(self) -> str | None:
-        """Return the compression's name, None where there is none."""
-        return split_suffix(Path(self.name))[1]
+    def compression(self) -> str:
+        """Return the compression's suffix, '' where there is none."""
+        suffix = Path(self.name).suffix.lower()
+        return suffix if suffix in COMPRESSIONS else ""
 
     @abstractmethod
     def size(self) -> int:
@@ -60,12 +62,8 @@ class TableFile(ABC):
     def open(self) -> BinaryIO:
         """Return the content opened for reading and seeking, its compression undone."""
         raw = self._raw()
-        if self.compression == "xz":
-            return cast(BinaryIO, lzma.open(raw))
-        if self.compression == "gzip":
-            return cast(BinaryIO, gzip.open(raw))
-        if self.compression == "zstd":
-            return cast(BinaryIO, io.BufferedReader(pa.CompressedInputStream(self.open_arrow(), "zstd")))
+        if self.compression:
+            return cast(BinaryIO, COMPRESSIONS[self.compression](raw))
         return raw.open("rb") if isinstance(raw, Path) else raw
 
     def stream(self) -> BinaryIO:
@@ -135,10 +133,6 @@ class RangeReader(io.RawIOBase):
     def seekable(self) -> bool:
         """Return True."""
         return True
-
-    def tell(self) -> int:
-        """Return the place of the next read."""
-        return self._place
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Go to a place in the file and return it."""

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Sequence
 
 from bigdssm.errors import DataError
 
 # RecBole writes each column's type into the header, as in `item_id:token`.
-HEADER_TYPES = (":token", ":token_seq", ":float", ":float_seq")
+HEADER_TYPE = re.compile(r":(token|float)(_seq)?\Z")
 
 
 def column_names(table: str, header: Sequence[str]) -> list[str]:
     """Return the columns' names without RecBole's types. Raises DataError where `table` has one twice."""
-    names = []
-    for name in header:
-        suffix = next((kind for kind in HEADER_TYPES if name.endswith(kind)), "")
-        names.append(name.removesuffix(suffix).strip())
+    names = [HEADER_TYPE.sub("", name).strip() for name in header]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise DataError(f"{table} has the column {twice[0]!r} twice")

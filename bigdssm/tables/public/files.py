@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import csv
-import lzma
 import math
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import pyarrow as pa
-
 from bigdssm.errors import DataError
 from bigdssm.tables.files import COMPRESSIONS, LocalFile
+from bigdssm.tables.source import READING_ERRORS
 
 
 def wrong(path: Path, where: str, got: str, needed: str, fix: str) -> DataError:
@@ -21,14 +18,10 @@ def wrong(path: Path, where: str, got: str, needed: str, fix: str) -> DataError:
     return DataError(f"{path}{where and ', '}{where}: got {shown}, needs {needed}; {fix}")
 
 
-def wrong_line(path: Path, number: int, got: str, needed: str, kind: str) -> DataError:
-    """Return the error of a line, numbered from 1."""
-    return wrong(path, f"line {number}", repr(got), needed, f"mend the line, or name another kind than {kind}")
-
-
-def is_there(path: Path) -> bool:
-    """Return whether there is the file `path`, as it is or compressed."""
-    return any(path.with_name(path.name + suffix).is_file() for suffix in ("", *COMPRESSIONS))
+def there(path: Path) -> Path | None:
+    """Return the file `path`, as it is or compressed, None where there is neither."""
+    places = (path.with_name(path.name + suffix) for suffix in ("", *COMPRESSIONS))
+    return next((place for place in places if place.is_file()), None)
 
 
 def check_file(path: Path) -> None:
@@ -42,67 +35,76 @@ def find(folder: Path, name: str) -> Path:
     if not folder.is_dir():
         got = "a file" if folder.exists() else "no such folder"
         raise wrong(folder, "", got, f"a folder that holds {name}", "give that with --source")
-    for suffix in ("", *COMPRESSIONS):
-        if (path := folder / f"{name}{suffix}").is_file():
-            return path
-    raise wrong(folder, "", f"no {name}", f"{name} or {name}.xz in it", "give the folder that holds it with --source")
+    if (path := there(folder / name)) is None:
+        needed = f"{name} or {name}.xz in it"
+        raise wrong(folder, "", f"no {name}", needed, "give the folder that holds it with --source")
+    return path
 
 
-def lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
-    """Yield a file's lines that are not empty, with their numbers from 1, its compression undone.
+class PublicFile:
+    """A file of a set of some kind, to be read once; what is wrong with a line is said of the one read last."""
 
-    Raises DataError: a damaged file, or bytes of another encoding.
-    """
-    number = 0
-    try:
-        with LocalFile(path).stream() as stream:
-            for number, line in enumerate(stream, 1):
-                text = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").decode(encoding).rstrip("\r\n")
-                if "\0" in text:
-                    raise wrong(path, f"line {number}", "a NUL character", "text", "fetch the file again")
-                if text.strip():
-                    yield number, text
-    except UnicodeDecodeError as error:
-        got = f"bytes that are not {encoding}"
-        raise wrong(path, f"line {number}", got, encoding.upper(), f"convert the file ({error.reason})") from None
-    except (pa.ArrowException, OSError, lzma.LZMAError, zlib.error, EOFError) as error:
-        if isinstance(error, OSError) and error.errno:  # the machine's trouble, not the file's
-            raise
-        detail = " ".join(str(error).split())
-        raise wrong(path, f"line {number + 1}", detail, "a whole file", "fetch it again") from None
+    def __init__(self, path: Path, kind: str) -> None:
+        self.path, self.kind, self.number = path, kind, 0
 
+    def lines(self, encoding: str = "utf-8") -> Iterator[str]:
+        """Yield the lines that are not empty, the compression undone; `number` is that of the last one, from 1.
 
-def csv_rows(path: Path, columns: Sequence[str], kind: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the values of `columns` in each row of a CSV file, with the line that the row ends on.
+        Raises DataError: a damaged file, or bytes of another encoding.
+        """
+        try:
+            with LocalFile(self.path).stream() as stream:
+                for self.number, line in enumerate(stream, 1):
+                    mark = b"\xef\xbb\xbf" if self.number == 1 else b""
+                    text = line.removeprefix(mark).decode(encoding).rstrip("\r\n")
+                    if "\0" in text:
+                        raise self._unusable("a NUL character", "text", "fetch the file again")
+                    if text.strip():
+                        yield text
+        except UnicodeDecodeError as error:
+            got, fix = f"bytes that are not {encoding}", f"convert the file ({error.reason})"
+            raise self._unusable(got, encoding.upper(), fix) from None
+        except READING_ERRORS as error:
+            if isinstance(error, OSError) and error.errno:  # the machine's trouble, not the file's
+                raise
+            self.number += 1
+            raise self._unusable(" ".join(str(error).split()), "a whole file", "fetch it again") from None
 
-    Raises DataError: no such column, a row of another number of fields, or a quote that is never closed.
-    """
-    numbers: list[int] = [0]
+    def rows(self, columns: Sequence[str]) -> Iterator[list[str]]:
+        """Yield the values of `columns` in each row of a CSV file; `number` is that of the line that the row ends on.
 
-    def read() -> Iterator[str]:
-        for number, line in lines(path):
-            numbers[0] = number
-            yield f"{line}\n"
+        Raises DataError: no such column, a row of another number of fields, or a quote that is never closed.
+        """
+        reader = csv.reader((f"{line}\n" for line in self.lines()), strict=True)
+        try:
+            header = next(reader, [])
+            self.number = max(self.number, 1)
+            for name in columns:
+                self.check(name in header, ",".join(header), f"a column {name}")
+            places, fields = [header.index(name) for name in columns], f"{len(header)} fields"
+            for row in reader:
+                if len(row) != len(header):
+                    raise self.wrong(",".join(row), fields)
+                yield [row[place] for place in places]
+        except csv.Error as error:
+            raise self.wrong(str(error), "a row of CSV, quotes closed") from None
 
-    reader = csv.reader(read(), strict=True)
-    try:
-        header = next(reader, [])
-        if absent := [name for name in columns if name not in header]:
-            raise wrong_line(path, max(numbers[0], 1), ",".join(header), f"a column {absent[0]}", kind)
-        places = [header.index(name) for name in columns]
-        for row in reader:
-            if len(row) != len(header):
-                raise wrong_line(path, numbers[0], ",".join(row), f"{len(header)} fields", kind)
-            yield numbers[0], [row[place] for place in places]
-    except csv.Error as error:
-        raise wrong_line(path, numbers[0], str(error), "a row of CSV, quotes closed", kind) from None
+    def check(self, fine: bool, got: str, needed: str) -> None:
+        """Raise the error of the line read last, unless it is fine."""
+        if not fine:
+            raise self.wrong(got, needed)
 
+    def check_number(self, name: str, text: str) -> None:
+        """Raise DataError unless `text` is a finite number."""
+        try:
+            fine = math.isfinite(float(text)) and "_" not in text  # Python's own notation
+        except ValueError:
+            fine = False
+        self.check(fine, text, f"a number as {name}")
 
-def check_number(path: Path, line: int, name: str, text: str, kind: str) -> None:
-    """Raise DataError unless `text` is a finite number."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number) or "_" in text:  # Python's own notation
-        raise wrong_line(path, line, text, f"a number as {name}", kind)
+    def wrong(self, got: str, needed: str) -> DataError:
+        """Return the error of the line read last, where `got` stands in place of what is `needed`."""
+        return self._unusable(repr(got), needed, f"mend the line, or name another kind than {self.kind}")
+
+    def _unusable(self, got: str, needed: str, fix: str) -> DataError:
+        return wrong(self.path, f"line {self.number}", got, needed, fix)

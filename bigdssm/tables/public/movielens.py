@@ -5,11 +5,11 @@ Source: Harper and Konstan, The MovieLens Datasets: History and Context, ACM Tii
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
 from bigdssm.tables.movielens import title_and_year
-from bigdssm.tables.public.files import check_number, csv_rows, find, lines, wrong_line
+from bigdssm.tables.public.files import PublicFile, find
 from bigdssm.tables.public.table import Table
 
 EVENTS = ("user_id", "item_id", "rating", "timestamp")
@@ -27,9 +27,12 @@ def read_movielens_1m(source: Path) -> Iterator[Table]:
 
     Raises DataError.
     """
-    films, people = _films_1m(find(source, "movies.dat")), _people(find(source, "users.dat"))
+    movies = PublicFile(find(source, "movies.dat"), "movielens-1m")
+    films = _films(movies, _fields(movies, "MovieID::Title::Genres"))
+    people = _people(PublicFile(find(source, "users.dat"), "movielens-1m"))
+    ratings = PublicFile(find(source, "ratings.dat"), "movielens-1m")
     rated: set[str] = set()
-    yield Table("interactions", EVENTS, _ratings_1m(find(source, "ratings.dat"), films, people, rated))
+    yield Table("interactions", EVENTS, _ratings_1m(ratings, films, people, rated))
     # The protocol of the published figures ranks the items that occur.
     note = f"{len(films) - len(rated):,} films without a rating are left out of the items"
     kept = (film for item, film in films.items() if item in rated)
@@ -42,91 +45,78 @@ def read_movielens_latest(source: Path) -> Iterator[Table]:
 
     Raises DataError.
     """
-    films = _films_latest(find(source, "movies.csv"))
-    tags = _tags(find(source, "tags.csv"), films)
-    yield Table("interactions", EVENTS, _ratings_latest(find(source, "ratings.csv"), films))
+    movies = PublicFile(find(source, "movies.csv"), "movielens-latest")
+    films = _films(movies, movies.rows(("movieId", "title", "genres")))
+    tags = _tags(PublicFile(find(source, "tags.csv"), "movielens-latest"), films)
+    ratings = PublicFile(find(source, "ratings.csv"), "movielens-latest")
+    yield Table("interactions", EVENTS, _ratings_latest(ratings, films))
     tagged = ((*film, "|".join(tags.get(item, ()))) for item, film in films.items())
     yield Table("items", ("item_id", "title", "genres", "year", "tags"), tagged)
 
 
-def _fields_1m(path: Path, needed: str) -> Iterator[tuple[int, list[str]]]:
-    for number, line in lines(path, "latin-1"):
+def _fields(file: PublicFile, needed: str) -> Iterator[list[str]]:
+    """Yield the fields of each line of a file of MovieLens-1M."""
+    for line in file.lines("latin-1"):
         fields = line.split("::")
-        if len(fields) != needed.count("::") + 1 or not all(fields):
-            raise wrong_line(path, number, line, f"`{needed}`", "movielens-1m")
-        yield number, fields
-
-
-def _films_1m(path: Path) -> dict[str, tuple[str, ...]]:
-    films: dict[str, tuple[str, ...]] = {}
-    for number, (item, title, genres) in _fields_1m(path, "MovieID::Title::Genres"):
-        _check_new(path, number, item, films, "movielens-1m")
-        name, year = title_and_year(title)
-        films[item] = item, name, genres, year
-    return films
-
-
-def _people(path: Path) -> dict[str, tuple[str, ...]]:
-    people: dict[str, tuple[str, ...]] = {}
-    needed = "UserID::Gender::Age::Occupation::Zip-code"
-    for number, (user, gender, age, occupation, zip_code) in _fields_1m(path, needed):
-        _check_new(path, number, user, people, "movielens-1m")
-        check_number(path, number, "age", age, "movielens-1m")
-        if not occupation.isdecimal() or len(occupation) > 2 or int(occupation) >= len(OCCUPATIONS):
-            expected = f"an occupation from 0 to {len(OCCUPATIONS) - 1}"
-            raise wrong_line(path, number, occupation, expected, "movielens-1m")
-        people[user] = user, gender, age, OCCUPATIONS[int(occupation)], zip_code[0]
-    return people
-
-
-def _ratings_1m(path: Path, films: Container[str], people: Container[str], rated: set[str]) -> Iterator[list[str]]:
-    for number, fields in _fields_1m(path, "UserID::MovieID::Rating::Timestamp"):
-        _check_known(path, number, "user", fields[0], people, "users.dat", "movielens-1m")
-        _check_rating(path, number, fields, films, "movies.dat", "movielens-1m")
-        rated.add(fields[1])
+        file.check(len(fields) == needed.count("::") + 1 and all(fields), line, f"`{needed}`")
         yield fields
 
 
-def _films_latest(path: Path) -> dict[str, tuple[str, ...]]:
+def _films(file: PublicFile, rows: Iterable[list[str]]) -> dict[str, tuple[str, ...]]:
     films: dict[str, tuple[str, ...]] = {}
-    for number, (item, title, genres) in csv_rows(path, ("movieId", "title", "genres"), "movielens-latest"):
-        _check_new(path, number, item, films, "movielens-latest")
+    for item, title, genres in rows:
+        _check_new(file, item, films)
         name, year = title_and_year(title)
         films[item] = item, name, "" if genres == NO_GENRES else genres, year
     return films
 
 
-def _tags(path: Path, films: Container[str]) -> dict[str, dict[str, None]]:
+def _people(file: PublicFile) -> dict[str, tuple[str, ...]]:
+    people: dict[str, tuple[str, ...]] = {}
+    for user, gender, age, occupation, zip_code in _fields(file, "UserID::Gender::Age::Occupation::Zip-code"):
+        _check_new(file, user, people)
+        file.check_number("age", age)
+        known = occupation.isdecimal() and len(occupation) <= 2 and int(occupation) < len(OCCUPATIONS)
+        file.check(known, occupation, f"an occupation from 0 to {len(OCCUPATIONS) - 1}")
+        people[user] = user, gender, age, OCCUPATIONS[int(occupation)], zip_code[0]
+    return people
+
+
+def _tags(file: PublicFile, films: Container[str]) -> dict[str, dict[str, None]]:
     """Return each film's distinct tags in lower case, in the file's order."""
     tags: dict[str, dict[str, None]] = {}
-    for number, (item, tag) in csv_rows(path, ("movieId", "tag"), "movielens-latest"):
-        _check_known(path, number, "film", item, films, "movies.csv", "movielens-latest")
+    for item, tag in file.rows(("movieId", "tag")):
+        file.check(item in films, item, "a film of movies.csv")
         # A tag with the separator in it is several.
         words = (" ".join(part.lower().split()) for part in tag.split("|"))
         tags.setdefault(item, {}).update((word, None) for word in words if word)
     return tags
 
 
-def _ratings_latest(path: Path, films: Container[str]) -> Iterator[list[str]]:
-    for number, fields in csv_rows(path, ("userId", "movieId", "rating", "timestamp"), "movielens-latest"):
-        _check_rating(path, number, fields, films, "movies.csv", "movielens-latest")
+def _ratings_1m(
+    file: PublicFile, films: Container[str], people: Container[str], rated: set[str]
+) -> Iterator[list[str]]:
+    for fields in _fields(file, "UserID::MovieID::Rating::Timestamp"):
+        user, item, rating, timestamp = fields
+        file.check(user in people, user, "a user of users.dat")
+        _check_rating(file, item, films, "movies.dat", rating, timestamp)
+        rated.add(item)
         yield fields
 
 
-def _check_rating(path: Path, number: int, fields: list[str], films: Container[str], table: str, kind: str) -> None:
-    user, item, rating, timestamp = fields
-    if not user:
-        raise wrong_line(path, number, user, "a user", kind)
-    _check_known(path, number, "film", item, films, table, kind)
-    check_number(path, number, "rating", rating, kind)
-    check_number(path, number, "timestamp", timestamp, kind)
+def _ratings_latest(file: PublicFile, films: Container[str]) -> Iterator[list[str]]:
+    for fields in file.rows(("userId", "movieId", "rating", "timestamp")):
+        user, item, rating, timestamp = fields
+        file.check(user != "", user, "a user")
+        _check_rating(file, item, films, "movies.csv", rating, timestamp)
+        yield fields
 
 
-def _check_known(path: Path, number: int, what: str, key: str, known: Container[str], table: str, kind: str) -> None:
-    if key not in known:
-        raise wrong_line(path, number, key, f"a {what} of {table}", kind)
+def _check_rating(file: PublicFile, item: str, films: Container[str], table: str, rating: str, timestamp: str) -> None:
+    file.check(item in films, item, f"a film of {table}")
+    file.check_number("rating", rating)
+    file.check_number("timestamp", timestamp)
 
 
-def _check_new(path: Path, number: int, key: str, known: Container[str], kind: str) -> None:
-    if not key or key in known:
-        raise wrong_line(path, number, key, "an id that no line before has", kind)
+def _check_new(file: PublicFile, key: str, known: Container[str]) -> None:
+    file.check(key != "" and key not in known, key, "an id that no line before has")

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from bigdssm.tables.public.files import check_file, find, is_there, lines, wrong, wrong_line
+from bigdssm.tables.public.files import PublicFile, check_file, there, wrong
 from bigdssm.tables.public.table import Table
 
 EVENTS = ("user_id", "item_id", "position")
-S3REC_SETS = ("sequences", "Beauty", "Sports_and_Outdoors", "Toys_and_Games")
+S3REC_FILES = ("sequences.txt", "Beauty.txt", "Sports_and_Outdoors.txt", "Toys_and_Games.txt")
 ATTRIBUTES = "item2attributes.json"
 
 
@@ -22,7 +22,7 @@ def read_sasrec(source: Path) -> Iterator[Table]:
     """
     check_file(source)
     items: dict[str, None] = {}
-    yield Table("interactions", EVENTS, _events_of_pairs(source, items))
+    yield Table("interactions", EVENTS, _events_of_pairs(PublicFile(source, "sasrec"), items))
     yield Table("items", ("item_id",), ((item,) for item in items))
 
 
@@ -35,54 +35,51 @@ def read_s3rec(source: Path) -> Iterator[Table]:
     path = _sequences_in(source) if source.is_dir() else source
     check_file(path)
     name = path.name.partition(".txt")[0]
-    beside = ATTRIBUTES if name == "sequences" else f"{name}_{ATTRIBUTES}"
-    attributes = _attributes(find(path.parent, beside)) if is_there(path.with_name(beside)) else {}
+    beside = there(path.with_name(ATTRIBUTES if name == "sequences" else f"{name}_{ATTRIBUTES}"))
+    attributes = _attributes(PublicFile(beside, "s3rec")) if beside else {}
     items: dict[str, None] = {}
-    yield Table("interactions", EVENTS, _events_of_sequences(path, items))
+    yield Table("interactions", EVENTS, _events_of_sequences(PublicFile(path, "s3rec"), items))
     unused = len(attributes.keys() - items.keys())
     note = f"{unused:,} items that have attributes but no interaction are left out" if unused else ""
     yield Table("items", ("item_id", "attributes"), ((item, attributes.get(item, "")) for item in items), note)
 
 
-def _events_of_pairs(path: Path, items: dict[str, None]) -> Iterator[tuple[str, str, str]]:
+def _events_of_pairs(file: PublicFile, items: dict[str, None]) -> Iterator[tuple[str, str, str]]:
     lengths: Counter[str] = Counter()
-    for number, line in lines(path):
+    for line in file.lines():
         words = line.split()
-        if len(words) != 2:
-            raise wrong_line(path, number, line, "two words, `user item`", "sasrec")
+        file.check(len(words) == 2, line, "two words, `user item`")
         user, item = words
         items[item] = None
         yield user, item, str(lengths[user])
         lengths[user] += 1
 
 
-def _events_of_sequences(path: Path, items: dict[str, None]) -> Iterator[tuple[str, str, str]]:
+def _events_of_sequences(file: PublicFile, items: dict[str, None]) -> Iterator[tuple[str, str, str]]:
     line_of: dict[str, int] = {}
-    for number, line in lines(path):
+    for line in file.lines():
         user, *sequence = line.split()
-        if not sequence:
-            raise wrong_line(path, number, line, "a user and at least one item, `user item item …`", "s3rec")
-        if user in line_of:
-            needed = f"each user once (this one stands on line {line_of[user]} already)"
-            raise wrong_line(path, number, line, needed, "s3rec")
-        line_of[user] = number
+        file.check(sequence != [], line, "a user and at least one item, `user item item …`")
+        known = f"each user once (this one stands on line {line_of.get(user)} already)"
+        file.check(user not in line_of, line, known)
+        line_of[user] = file.number
         for position, item in enumerate(sequence):
             items[item] = None
             yield user, item, str(position)
 
 
 def _sequences_in(folder: Path) -> Path:
-    found = [f"{name}.txt" for name in S3REC_SETS if is_there(folder / f"{name}.txt")]
+    found = {name: path for name in S3REC_FILES if (path := there(folder / name))}
     if len(found) != 1:
-        known = ", ".join(f"{name}.txt" for name in S3REC_SETS)
-        got = " and ".join(found) or "none of them"
-        raise wrong(folder, "", got, f"one of {known} (or .xz)", "name the file of the sequences with --source")
-    return find(folder, found[0])
+        needed, got = f"one of {', '.join(S3REC_FILES)} (or .xz)", " and ".join(found) or "none of them"
+        raise wrong(folder, "", got, needed, "name the file of the sequences with --source")
+    return next(iter(found.values()))
 
 
-def _attributes(path: Path) -> dict[str, str]:
+def _attributes(file: PublicFile) -> dict[str, str]:
     """Return each item's attributes, separated by spaces."""
-    numbered = list(lines(path))
+    numbered = [(file.number, line) for line in file.lines()]
+    path = file.path
     try:
         content = json.loads("\n".join(line for _, line in numbered))
         json.dumps(content, ensure_ascii=False).encode()
@@ -95,14 +92,13 @@ def _attributes(path: Path) -> dict[str, str]:
     if not isinstance(content, dict):
         got, needed = f"a JSON {type(content).__name__}", "an object of items, `item: [attribute, …]`"
         raise wrong(path, "line 1", got, needed, "fetch the file again")
-    return {item: " ".join(_words(path, item, values)) for item, values in content.items()}
-
-
-def _words(path: Path, item: str, values: object) -> Iterator[str]:
-    for value in values if isinstance(values, list) else [values]:
-        word = isinstance(value, int | str) and not isinstance(value, bool) and len(str(value).split()) == 1
-        word = word and "\0" not in str(value)
-        if not isinstance(values, list) or not word:
+    for item, values in content.items():
+        if not isinstance(values, list) or not all(map(_is_word, values)):
             needed = "a list of attributes, each one word or a whole number"
             raise wrong(path, f"item {item!r}", repr(values), needed, "mend its list")
-        yield str(value)
+    return {item: " ".join(map(str, values)) for item, values in content.items()}
+
+
+def _is_word(value: object) -> bool:
+    text = str(value)
+    return isinstance(value, int | str) and not isinstance(value, bool) and len(text.split()) == 1 and "\0" not in text

@@ -56,6 +56,11 @@ def test_what_a_function_becomes() -> None:
     assert list(functions_of("def broken(:", "x")) == []
 
 
+@pytest.mark.parametrize("deep", ["x = " + " + ".join("a" * 1500), "if a:\n    b\n" + "elif a:\n    b\n" * 1000])
+def test_code_as_deep_as_python_parses_is_gone_through(deep: str) -> None:
+    assert [f.name for f in functions_of(f"{MODULE}\n{deep}\n", "m")] == ["m.Basket.weight", "m.fetch"]
+
+
 def test_packages_of_a_folder(tmp_path: Path) -> None:
     site = tmp_path / "site"
     one = 'def double(x):\n    """Return the double of a number {}."""\n    y = 2 * x\n    return y{}\n'
