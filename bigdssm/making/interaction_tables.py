@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,7 @@ from bigdssm.dataset.versions import SINCE_COLUMN
 from bigdssm.errors import DataError
 from bigdssm.features import Feature
 from bigdssm.features.columns import (
-    ReportBad,
     RowCheck,
-    SourceBatch,
     TimeUnits,
     check_time_units,
     ids,
@@ -124,21 +122,15 @@ class _ItemReader:
         with RowFile(folder / "documents.parquet", document_schema(self.features, dated=self.time is not None)) as file:
             read_part(part, self.columns, folder, partial(self._read, part, file))
 
-    def _read(self, part: PartOfTable, file: RowFile, batches: Iterator[SourceBatch], bad: ReportBad) -> dict[str, Any]:
-        num_good, units = 0, TimeUnits()
-        for batch in batches:
-            check = RowCheck(batch, bad)
-            keys, display = ids(check, self.key), strings(check, self.shown)
-            moment = None if self.time is None else times(check, self.time)
-            table = canonical(check, self.features)
-            rows = document_rows(places(part, batch), hash_rows(table), keys, display, table)
-            if moment is not None:
-                rows = rows.append_column(SINCE_COLUMN, pa.array(moment))
-                units.add(moment[check.good])
-            rows = rows.filter(pa.array(check.good))
-            num_good += rows.num_rows
-            file.add(self.known.compared(rows))
-        return {"num_good": num_good, **units.facts()}
+    def _read(self, part: PartOfTable, file: RowFile, check: RowCheck, units: TimeUnits) -> None:
+        keys, display = ids(check, self.key), strings(check, self.shown)
+        moment = None if self.time is None else times(check, self.time)
+        table = canonical(check, self.features)
+        rows = document_rows(places(part, check.batch), hash_rows(table), keys, display, table)
+        if moment is not None:
+            rows = rows.append_column(SINCE_COLUMN, pa.array(moment))
+            units.add(moment[check.good])
+        file.add(self.known.compared(rows.filter(pa.array(check.good))))
 
 
 def _refuse_repeated(run: Making, source: Source, table: str, key: str, column: str) -> None:
@@ -190,19 +182,14 @@ class _UserReader:
         with RowFile(folder / "users.parquet", schema) as file:
             read_part(part, self.columns, folder, partial(self._read, part, file))
 
-    def _read(self, part: PartOfTable, file: RowFile, batches: Iterator[SourceBatch], bad: ReportBad) -> dict[str, Any]:
-        num_good, units = 0, TimeUnits()
-        for batch in batches:
-            check = RowCheck(batch, bad)
-            keys = ids(check, self.key)
-            moment = np.zeros(len(keys)) if self.time is None else times(check, self.time)
-            table = canonical(check, self.features)
-            known = [pa.array(places(part, batch)), pa.array(hash_strings(keys)), keys, pa.array(moment)]
-            rows = pa.Table.from_arrays([*known, *table.columns], names=file.schema.names)
-            num_good += int(check.good.sum())
-            units.add(moment[check.good])
-            file.add(rows.filter(pa.array(check.good)))
-        return {"num_good": num_good, **units.facts()}
+    def _read(self, part: PartOfTable, file: RowFile, check: RowCheck, units: TimeUnits) -> None:
+        keys = ids(check, self.key)
+        moment = np.zeros(len(keys)) if self.time is None else times(check, self.time)
+        table = canonical(check, self.features)
+        known = [pa.array(places(part, check.batch)), pa.array(hash_strings(keys)), keys, pa.array(moment)]
+        rows = pa.Table.from_arrays([*known, *table.columns], names=file.schema.names)
+        units.add(moment[check.good])
+        file.add(rows.filter(pa.array(check.good)))
 
 
 def read_events(
@@ -269,25 +256,18 @@ class _EventReader:
         ):
             read_part(part, self.columns, folder, partial(self._read, part, events, first))
 
-    def _read(
-        self, part: PartOfTable, events: RowFile, first: FirstRows, batches: Iterator[SourceBatch], bad: ReportBad
-    ) -> dict[str, Any]:
-        num_good, units = 0, TimeUnits()
-        for batch in batches:
-            check = RowCheck(batch, bad)
-            users, columns = self._events(check, places(part, batch))
-            good = check.good
-            num_good += int(good.sum())
-            if self.tables.min_rating is not None:
-                good = good & (columns[-1] >= self.tables.min_rating)
-            place, user_id, item, time, relevance = (column[good] for column in columns)
-            if self.tables.positive_rating is not None:
-                relevance = relevance >= self.tables.positive_rating
-            units.add(time)
-            events.add(pa.table([place, user_id, item, time, relevance.astype(np.float32)], schema=EVENT))
-            one = np.ones(len(place), np.int64)
-            first.add(pa.table([place, user_id, users.filter(pa.array(good)), one], schema=SEQUENCE))
-        return {"num_good": num_good, **units.facts()}
+    def _read(self, part: PartOfTable, events: RowFile, first: FirstRows, check: RowCheck, units: TimeUnits) -> None:
+        users, columns = self._events(check, places(part, check.batch))
+        good = check.good
+        if self.tables.min_rating is not None:
+            good = good & (columns[-1] >= self.tables.min_rating)
+        place, user_id, item, time, relevance = (column[good] for column in columns)
+        if self.tables.positive_rating is not None:
+            relevance = relevance >= self.tables.positive_rating
+        units.add(time)
+        events.add(pa.table([place, user_id, item, time, relevance.astype(np.float32)], schema=EVENT))
+        one = np.ones(len(place), np.int64)
+        first.add(pa.table([place, user_id, users.filter(pa.array(good)), one], schema=SEQUENCE))
 
     def _events(self, check: RowCheck, place: np.ndarray) -> tuple[pa.Array, tuple[np.ndarray, ...]]:
         """Return the users of a batch, and the columns of all its events; what is wrong is reported to `check`."""

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +20,7 @@ from bigdssm.dataset.keys import Keys
 from bigdssm.dataset.partition import read_partition
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, TextTokenizer, encode_columns
-from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, TimeUnits, ids, relevances, strings
+from bigdssm.features.columns import RowCheck, TimeUnits, ids, relevances, strings
 from bigdssm.features.fitting import canonical, missing
 from bigdssm.making.collection import write_collection
 from bigdssm.making.dataset_writer import PARTITIONS
@@ -46,7 +45,6 @@ from bigdssm.progress import Progress, no_progress
 from bigdssm.schema import Schema
 from bigdssm.string_hashes import hash_strings
 from bigdssm.tables.beir import check_place
-from bigdssm.tables.explode import exploded
 from bigdssm.tables.hashing import hash_rows, row_keys, shuffle_keys
 
 ROW_COLUMNS = {
@@ -171,29 +169,16 @@ class PairReader:
             RowFile(folder / "documents.parquet", document_schema(self.schema.doc)) as file,
             FirstRows(file, "doc_id") as documents,
         ):
-            read_part(part, self.columns, folder, partial(self._read, part, rows, documents))
+            take = partial(self._read, part, rows, documents)
+            read_part(part, self.columns, folder, take, each_of=self.tables.each_of)
 
-    def _read(
-        self,
-        part: PartOfTable,
-        rows: RowFile,
-        documents: FirstRows,
-        batches: Iterator[SourceBatch],
-        report_bad: ReportBad,
-    ) -> dict[str, Any]:
-        num_good, units = 0, TimeUnits()
-        for batch in batches:
-            if self.tables.each_of:
-                batch = exploded(batch, self.tables.each_of, report_bad)
-            check = RowCheck(batch, report_bad)
-            table, *found = self._rows(check, part)
-            good = pa.array(check.good)
-            num_good += int(check.good.sum())
-            rows.add(table.filter(good))
-            units.add(table.column("time").to_numpy()[check.good])
-            for document in found:
-                documents.add(self.known.compared(document.filter(good)))
-        return {"num_good": num_good, **units.facts()}
+    def _read(self, part: PartOfTable, rows: RowFile, documents: FirstRows, check: RowCheck, units: TimeUnits) -> None:
+        table, *found = self._rows(check, part)
+        good = pa.array(check.good)
+        rows.add(table.filter(good))
+        units.add(table.column("time").to_numpy()[check.good])
+        for document in found:
+            documents.add(self.known.compared(document.filter(good)))
 
     def _rows(self, check: RowCheck, part: PartOfTable) -> list[pa.Table]:
         """Return all rows of a batch, the document of each and, where queries are documents, these.
@@ -219,7 +204,7 @@ class PairReader:
         if tables.relevance_column:
             relevance = relevances(check, tables.relevance_column)
         decided = self.splitter.of_rows(check, query_ids)
-        place = places(part, check.batch, exploded=tables.each_of is not None)
+        place = places(part, check.batch, several=tables.each_of is not None)
         shuffle = shuffle_keys(place, self.seed)
         numbers = (place, shuffle, query_ids, doc_ids, content, relevance, *decided)
         values = [pa.array(v).cast(t) for v, t in zip(numbers, ROW_COLUMNS.values(), strict=True)]

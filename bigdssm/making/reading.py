@@ -10,14 +10,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from bigdssm.errors import DataError, UnavailableError
-from bigdssm.features.columns import ReportBad, SourceBatch
+from bigdssm.features.columns import RowCheck, SourceBatch, TimeUnits
 from bigdssm.making.steps import write_facts
-from bigdssm.tables.explode import MOST_VALUES
+from bigdssm.tables.explode import MOST_VALUES, exploded
 from bigdssm.tables.source import Part, Source
 
 PLACE_BITS = 47  # of a row's number in its table
@@ -46,10 +45,10 @@ def parts_of(sources: Sequence[Source]) -> list[PartOfTable]:
     return [PartOfTable(source, number, part) for number, source in enumerate(sources) for part in source.parts()]
 
 
-def places(part: PartOfTable, batch: SourceBatch, *, exploded: bool = False) -> np.ndarray:
-    """Return the place of every row, int64 [rows] ≥ 0; `exploded`: rows of one number follow each other."""
+def places(part: PartOfTable, batch: SourceBatch, *, several: bool = False) -> np.ndarray:
+    """Return the place of every row, int64 [rows] ≥ 0; `several`: rows of one number follow each other."""
     rows = batch.rows - 1
-    if exploded:
+    if several:
         starts = np.flatnonzero(np.diff(rows, prepend=-1))
         nth = np.arange(len(rows)) - np.repeat(starts, np.diff(starts, append=len(rows)))
         rows = (rows << NTH_BITS) + nth
@@ -67,16 +66,18 @@ class Unreadable(DataError):
         return str(self.args[0])
 
 
-Take = Callable[[Iterator[SourceBatch], ReportBad], dict[str, Any]]
-"""Goes through the batches of a part, and returns counts, such as that of the good rows, `num_good`."""
+Take = Callable[[RowCheck, TimeUnits], None]
+"""Takes in the rows of a batch that are good when it is done with the check, and their times."""
 
 
-def read_part(part: PartOfTable, columns: Iterable[str | None], folder: Path, take: Take) -> None:
-    """Have `take` go through a part's batches with these columns; `folder` gets its counts and the bad rows.
+def read_part(
+    part: PartOfTable, columns: Iterable[str | None], folder: Path, take: Take, *, each_of: str | None = None
+) -> None:
+    """Have `take` look at each batch of a part; `folder` gets counts and bad rows.
 
-    Raises Unreadable.
+    Batches have these columns, and a row for each value of the list column `each_of`. Raises Unreadable.
     """
-    num_rows = 0
+    num_rows, num_good, units = 0, 0, TimeUnits()
     newest = deque[BadRow](maxlen=MOST_TOLD)
     wanted = list(dict.fromkeys(column for column in columns if column))
 
@@ -84,18 +85,16 @@ def read_part(part: PartOfTable, columns: Iterable[str | None], folder: Path, ta
         newest.append((file, row, reason, left_out))
         lines.write(json.dumps(newest[-1]) + "\n")
 
-    def batches() -> Iterator[SourceBatch]:
-        nonlocal num_rows
-        for batch in part.source.batches(part.part, wanted, report_bad):
-            num_rows += len(batch.rows)
-            yield batch
-
     with (folder / BAD).open("w", encoding="utf-8") as lines:
         try:
-            counts = take(batches(), report_bad)
+            for batch in part.source.batches(part.part, wanted, report_bad):
+                num_rows += len(batch.rows)
+                check = RowCheck(exploded(batch, each_of, report_bad) if each_of else batch, report_bad)
+                take(check, units)
+                num_good += int(check.good.sum())
         except DataError as error:
             raise error if isinstance(error, UnavailableError) else Unreadable(str(error), list(newest)) from None
-    write_facts(folder, num_rows=num_rows, **counts)
+    write_facts(folder, num_rows=num_rows, num_good=num_good, **units.facts())
 
 
 def bad_rows(folders: Iterable[Path]) -> Iterator[BadRow]:
