@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = _known(args.page)
     for name, claim in claims.items():
         try:
-            figures = _figures(claim, planned[name], results.get(name), run=not args.collect)
+            figures = _figures(claim, planned[name], results.get(name), run=not (args.collect or args.only))
             results[name] = collect(claim, planned[name], kept, figures)
         except DataError as error:
             Console(stderr=True).print(f"{name}: {error}", highlight=False, markup=False, soft_wrap=True)
