@@ -38,10 +38,15 @@ def as_markdown(results: Mapping[str, Result]) -> str:
     """Return the page's text."""
     summary = ["| claim | verdict |", "|---|---|"]
     summary += [
-        f"| [{result.claim}](#{name.replace('_', '-')}) | {result.verdict} |" for name, result in results.items()
+        f"| [{_cell(result.claim)}](#{name.replace('_', '-')}) | {result.verdict} |" for name, result in results.items()
     ]
     sections = [_section(name, result) for name, result in results.items()]
     return "\n".join([HEAD, *summary, "", *sections])
+
+
+def _cell(text: str) -> str:
+    """Return a text as a cell of a table has it."""
+    return text.replace("|", "\\|")
 
 
 def _section(name: str, result: Result) -> str:
@@ -71,7 +76,7 @@ def _table(one: SetResult, label: str) -> list[str]:
         cells = [f"{cell.mean:.4f} ± {cell.error:.4f}", *(f"{half:.4f}" for half in _halves(cell))]
         if cold:
             cells.append("–" if cell.cold is None else f"{cell.cold:.4f}")
-        lines.append(f"| {cell.cell} | {' | '.join(cells)} | {cell.cpu_seconds:,.0f} |")
+        lines.append(f"| {_cell(cell.cell)} | {' | '.join(cells)} | {cell.cpu_seconds:,.0f} |")
     return lines
 
 
@@ -84,7 +89,7 @@ def _records(records: Sequence[Mapping[str, Any]]) -> list[str]:
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else _cell(str(value))
 
 
 def _halves(cell: Measured) -> tuple[float, float]:
