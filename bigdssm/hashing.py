@@ -18,6 +18,11 @@ def hash64(text: str) -> int:
     return int(np.int64(np.uint64(xxhash.xxh3_64_intdigest(text.encode()))))
 
 
+def hex64(text: str) -> str:
+    """Return `hash64` of `text` in hex, to name a file or a folder by."""
+    return xxhash.xxh3_64_hexdigest(text.encode())
+
+
 def mix64(values: np.ndarray, key: int) -> np.ndarray:
     """Return 64-bit hashes of integer `values` under `key`, uint64 (the finaliser of splitmix64, twice)."""
     x = values.astype(np.uint64) + np.uint64(key & _MASK)

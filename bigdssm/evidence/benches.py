@@ -13,7 +13,7 @@ from bigdssm.config import load_config
 from bigdssm.errors import DataError
 from bigdssm.evidence.claims import Bench, Claim
 from bigdssm.evidence.running import Trial, run_trials
-from bigdssm.hashing import hash64
+from bigdssm.hashing import hex64
 from bigdssm.log import get_logger
 from bigdssm.running.commands import run_command
 
@@ -76,4 +76,4 @@ def _measured_by(bench: Bench, which: Sequence[Trial]) -> list[Trial]:
 
 
 def _folder(bench: Bench, trial: Trial) -> Path:
-    return trial.folder / "benches" / f"{hash64(repr(bench.run)) % 2**64:016x}"
+    return trial.folder / "benches" / hex64(repr(bench.run))

@@ -86,9 +86,7 @@ class Bench:
 
     about: str = MISSING
     of: tuple[str, ...] = MISSING  # the cells whose models, of the first seed, are measured
-    run: tuple[str, ...] = (
-        MISSING  # a command of ours or a script, with {model}, {data}, {folder}; the last writes {out}
-    )
+    run: tuple[str, ...] = MISSING  # commands of ours or scripts, with {model}, {data}, {folder}; the last writes {out}
     records: str = MISSING  # the key of the records in {out}, which is JSON
 
 

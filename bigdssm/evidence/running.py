@@ -30,7 +30,7 @@ from bigdssm.evaluation.baselines import fit_baseline
 from bigdssm.evaluation.split import evaluate_scores
 from bigdssm.evaluation.systems import System, save_comparison
 from bigdssm.evidence.claims import Cell, Claim, DataSet
-from bigdssm.hashing import hash64
+from bigdssm.hashing import hex64
 from bigdssm.log import get_logger, read_records
 from bigdssm.running.commands import run_command
 from bigdssm.source import code_checksum
@@ -180,8 +180,8 @@ def write_config(trial: Trial) -> Config:
     if trial.cell.without and make is None:
         raise ConfigError(f"sets.{trial.set_name}.make: missing; cells that leave features out need their dataset made")
     if make is not None:
-        made_of = hash64(repr((OmegaConf.to_yaml(content.data), make))) % 2**64
-        content.data.dir = str(trial.folder.parents[2] / "data" / f"{made_of:016x}")
+        made_of = hex64(repr((OmegaConf.to_yaml(content.data), make)))
+        content.data.dir = str(trial.folder.parents[2] / "data" / made_of)
     if trial.cell.judge:
         OmegaConf.update(content, "sft.mining.file", str(trial.folder / JUDGED))
     write_text(trial.config_file, OmegaConf.to_yaml(content))
@@ -240,16 +240,8 @@ def _name_of(claim: Claim, set_name: str, cell_name: str) -> str:
     data, cell = claim.sets[set_name], claim.cells[cell_name]
     after = None if cell.after is None else _name_of(claim, set_name, cell.after)
     content = OmegaConf.to_yaml(_content(claim, set_name, cell_name))
-    decided = [
-        content,
-        _made(data, cell),
-        cell.sft,
-        after,
-        cell.baseline,
-        cell.options,
-        *([cell.judge] if cell.judge else []),
-    ]
-    return f"{hash64(json.dumps(decided)) % 2**64:016x}"
+    made, judge = _made(data, cell), [cell.judge] if cell.judge else []
+    return hex64(json.dumps([content, made, cell.sft, after, cell.baseline, cell.options, *judge]))
 
 
 def _measure_baseline(trial: Trial, config: Config) -> None:

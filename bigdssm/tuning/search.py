@@ -22,7 +22,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.baselines import fit_baseline
 from bigdssm.evaluation.split import evaluate_scores
-from bigdssm.hashing import hash64
+from bigdssm.hashing import hex64
 from bigdssm.running.commands import run_command
 from bigdssm.running.records import read_stage
 from bigdssm.running.run_folder import read_events, request_stop
@@ -47,7 +47,7 @@ class Stage:
 
     def __call__(self, trial: optuna.Trial, values: dict[str, Any]) -> float:
         """Train with `values` and return the best validation."""
-        run = self.out / f"{hash64(json.dumps([self.config, self.overrides, values])) % 2**64:016x}"
+        run = self.out / hex64(json.dumps([self.config, self.overrides, values]))
         trial.set_user_attr("run", run.name)
         chosen = [f"{key}={json.dumps(value)}" for key, value in values.items()]
         pruning = _Pruning(trial, run / self.stage)
