@@ -91,7 +91,7 @@ def read_items(
     """
     engine, writer = run.engine, run.writer
     shown = base.display or tables.item_column
-    known = KnownDocuments.of(writer.out, writer.content, Keys(writer.key_files))
+    known = KnownDocuments.of(writer)
     reader = _ItemReader(tables.item_column, tables.items_time_column, shown, base.doc, known)
     folders = run.read("items", [items], reader)
     found = engine.table("found_documents", [folder / "documents.parquet" for folder in folders])

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +12,7 @@ import pyarrow.compute as pc
 from bigdssm.dataset.keys import Keys
 from bigdssm.dataset.mapped import MappedTable
 from bigdssm.dataset.versions import SINCE_COLUMN, CatalogueFile, Versions, catalogue_files
-from bigdssm.making.dataset_writer import AS_OF
+from bigdssm.making.dataset_writer import AS_OF, DatasetWriter
 
 IS_NEW = "is_new"  # whether a row has features that the dataset has not: of a new document, or other ones than it had
 KNOWN_SINCE = "known_since"  # from when on the version holds that a row with a time was compared with; −∞: it has none
@@ -30,9 +27,10 @@ class KnownDocuments:
     dated: bool  # whether they have times
 
     @classmethod
-    def of(cls, folder: Path, content: Mapping[str, Any], keys: Keys) -> KnownDocuments:
-        """Return those of the dataset in `folder`, of which `content` is the dataset.json."""
-        return cls(keys, tuple(catalogue_files(folder, content)), content.get("items") == AS_OF["items"])
+    def of(cls, writer: DatasetWriter) -> KnownDocuments:
+        """Return those of the dataset that is written."""
+        files = tuple(catalogue_files(writer.out, writer.content))
+        return cls(Keys(writer.key_files), files, writer.content.get("items") == AS_OF["items"])
 
     @cached_property
     def _table(self) -> MappedTable:

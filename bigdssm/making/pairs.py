@@ -96,7 +96,7 @@ def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress:
         columns = {"doc": tables.doc_id_column, "query": tables.query_id_column}
         writer.identify(**{side: "content" if name is None else "column" for side, name in columns.items()})
         base = schema_to_fit(config, writer.out if writer.append else None, target.like)
-        known = KnownDocuments.of(writer.out, writer.content, Keys(writer.key_files))
+        known = KnownDocuments.of(writer)
         reader = PairReader(tables, base, splitter, target.seed, known)
         folders = run.read("read", sources, reader)
         writer.quarantine.check()
