@@ -53,6 +53,7 @@ class Cell:
     after: str | None = None  # a cell whose pretraining this one fine-tunes
     sft: bool = False  # fine-tune after pretraining; implied by `after`
     judge: tuple[str, ...] = ()  # score_pairs: who judges what sft.mining finds; {start}: the model of `after`
+    teacher: str | None = None  # a cell whose pretrained model's vectors this one follows while it fine-tunes
     rerank: int | None = None  # measured with its scorer ranking the towers' best anew, in place of all documents
     baseline: str | None = None  # in place of a training
     options: dict[str, Any] = field(default_factory=dict)  # of the baseline
@@ -134,13 +135,15 @@ def _check(path: Path, claim: Claim) -> None:
         need(not cell.make or not cell.without, f"{key}.make", cell.make, "no `without` beside it")
         need(cell.rerank is None or cell.rerank > 0, f"{key}.rerank", cell.rerank, "a number of documents")
         need(not cell.judge or cell.after is not None, f"{key}.judge", list(cell.judge), "after")
+        need(cell.teacher is None or cell.after is not None, f"{key}.teacher", cell.teacher, "after")
         need(set(cell.only) <= set(claim.sets), f"{key}.only", list(cell.only), f"some of {', '.join(claim.sets)}")
-        if cell.after is not None:
-            before = claim.cells.get(cell.after)
-            fits = before is not None and before.baseline is None and before.after is None
-            need(fits, f"{key}.after", cell.after, "a cell that pretrains")
-            assert before is not None
-            need(before.without == cell.without, f"{key}.without", list(cell.without), f"those of {cell.after}")
+        for role, other in (("after", cell.after), ("teacher", cell.teacher)):
+            if other is not None:
+                before = claim.cells.get(other)
+                fits = before is not None and before.baseline is None and before.after is None
+                need(fits, f"{key}.{role}", other, "a cell that pretrains")
+                assert before is not None
+                need(before.without == cell.without, f"{key}.without", list(cell.without), f"those of {other}")
     for number, expected in enumerate(claim.expect):
         key = f"expect[{number}]"
         one = (expected.better is None) != (expected.no_better is None)

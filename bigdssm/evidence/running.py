@@ -35,7 +35,7 @@ from bigdssm.log import get_logger, read_records
 from bigdssm.running.commands import run_command
 from bigdssm.source import code_checksum
 
-REPORT, COMMANDS, JUDGED = "report.json", "commands.jsonl", "judged.npy"
+REPORT, COMMANDS, JUDGED, TAUGHT = "report.json", "commands.jsonl", "judged.npy", "teacher"
 logger = get_logger(__name__)
 _making = Lock()  # of datasets, one at a time
 
@@ -50,6 +50,7 @@ class Trial:
     seed: int
     folder: Path  # of the run
     after: Trial | None = None  # whose pretraining it fine-tunes
+    teacher: Trial | None = None  # whose vectors it follows
 
     @property
     def data(self) -> DataSet:
@@ -82,6 +83,11 @@ class Trial:
         return None if self.after is None else self.after.folder / "pretrain" / "best"
 
     @property
+    def needed(self) -> list[Trial]:
+        """Return those whose models it takes."""
+        return [trial for trial in (self.after, self.teacher) if trial is not None]
+
+    @property
     def report(self) -> Path:
         """Return the file with what it measured, which is there once it is finished."""
         ranked = "" if self.cell.rerank is None else f"-rerank-{self.cell.rerank}"
@@ -111,8 +117,9 @@ def trials(claim: Claim, out: Path) -> list[Trial]:
             folder = out / set_name / _name_of(claim, set_name, cell_name)
             for seed in data.seeds if cell.baseline is None else data.seeds[:1]:
                 after = None if cell.after is None else found[set_name, cell.after, seed]
+                teacher = None if cell.teacher is None else found[set_name, cell.teacher, seed]
                 run = folder / f"seed-{seed}"
-                found[set_name, cell_name, seed] = Trial(claim, set_name, cell_name, seed, run, after)
+                found[set_name, cell_name, seed] = Trial(claim, set_name, cell_name, seed, run, after, teacher)
     return list(found.values())
 
 
@@ -132,7 +139,7 @@ def run_trials(which: Sequence[Trial], at_once: int, kept: Container[str] = ()) 
                 errors.append(error)
 
     wanted = [trial for trial in which if trial.name not in kept]
-    wanted = [trial.after for trial in wanted if trial.after is not None and not trial.report.exists()] + wanted
+    wanted = [needed for trial in wanted if not trial.report.exists() for needed in trial.needed] + wanted
     once = {trial.report: trial for trial in wanted if not trial.report.exists()}
     for of_kind in (False, True):
         folders: dict[Path, list[Trial]] = {}
@@ -161,6 +168,8 @@ def run_trial(trial: Trial) -> None:
         overrides.append(f"sft.init={trial.start}")
     if trial.cell.judge:
         _judge(trial, config)
+    if trial.teacher is not None:
+        _embed_teacher(trial, trial.teacher.model, config)
     trained = {record["command"] for record in _commands(trial) if record["exit_code"] == 0}
     for stage in trial.stages:
         if stage not in trained:  # else another cell of this folder did
@@ -184,6 +193,8 @@ def write_config(trial: Trial) -> Config:
         content.data.dir = str(trial.folder.parents[2] / "data" / made_of)
     if trial.cell.judge:
         OmegaConf.update(content, "sft.mining.file", str(trial.folder / JUDGED))
+    if trial.teacher is not None:
+        OmegaConf.update(content, "sft.teacher", str(trial.folder / TAUGHT))
     write_text(trial.config_file, OmegaConf.to_yaml(content))
     config = load_config(trial.config_file)
     if make is not None and not Path(config.data.dir).exists():
@@ -213,14 +224,20 @@ def _judge(trial: Trial, config: Config) -> None:
         _command(trial, "score_pairs", "--data", config.data.dir, *files, *judges)
 
 
+def _embed_teacher(trial: Trial, model: Path, config: Config) -> None:
+    """Encode the dataset by the teacher's model, where that has not been done yet."""
+    out = trial.folder / TAUGHT
+    if not out.exists():
+        precision = ["--bf16"] if config.engine.precision == "bf16" else []
+        data = ["--data", config.data.dir]
+        _command(trial, "embed_teacher", "--model", str(model), *data, "--out", str(out), *precision)
+
+
 def cpu_seconds(trial: Trial) -> float:
-    """Return what its training took, its judges and the pretraining that it started from included."""
-    own = sum(
-        float(record["cpu_seconds"])
-        for record in _commands(trial)
-        if record["command"] in ("pretrain", "mine_negatives", "score_pairs", "sft", "baseline")
-    )
-    return own + (0.0 if trial.after is None else cpu_seconds(trial.after))
+    """Return what its training took, its judges, its teacher and the pretraining that it started from included."""
+    counted = ("pretrain", "mine_negatives", "score_pairs", "embed_teacher", "sft", "baseline")
+    own = sum(float(record["cpu_seconds"]) for record in _commands(trial) if record["command"] in counted)
+    return own + sum(cpu_seconds(needed) for needed in trial.needed)
 
 
 def _content(claim: Claim, set_name: str, cell_name: str) -> Any:
@@ -240,8 +257,9 @@ def _name_of(claim: Claim, set_name: str, cell_name: str) -> str:
     data, cell = claim.sets[set_name], claim.cells[cell_name]
     after = None if cell.after is None else _name_of(claim, set_name, cell.after)
     content = OmegaConf.to_yaml(_content(claim, set_name, cell_name))
-    made, judge = _made(data, cell), [cell.judge] if cell.judge else []
-    return hex64(json.dumps([content, made, cell.sft, after, cell.baseline, cell.options, *judge]))
+    made, told = _made(data, cell), [cell.judge] if cell.judge else []
+    told += [_name_of(claim, set_name, cell.teacher)] if cell.teacher is not None else []
+    return hex64(json.dumps([content, made, cell.sft, after, cell.baseline, cell.options, *told]))
 
 
 def _measure_baseline(trial: Trial, config: Config) -> None:

@@ -46,6 +46,12 @@ def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -
             "scored": {"after": "more", "set": ["sft.loss.mlp=[4]", "sft.loss.in_batch=false"]},
             "ranked": {"after": "more", "set": ["sft.loss.mlp=[4]", "sft.loss.in_batch=false"], "rerank": 5},
             "judged": {"after": "more", "set": ["sft.loss.distillation=kl"], "judge": ["--model", "{start}"]},
+            "taught": {
+                "after": "more",
+                "teacher": "other",
+                "set": ["sft.loss.name=fps", "sft.loss.negatives=0", "sft.loss.distillation=batch_kl"],
+            },
+            "other": {"set": ["pretrain.steps=3"]},
             "EASE": {"baseline": "ease"},
         },
         "expect": [{"no_better": "EASE", "than": "more", "margin": 1.0}],
@@ -56,7 +62,7 @@ def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(page.with_suffix(".json").read_text())["first"]["sets"]["tiny"]
     cells = {cell["cell"]: cell for cell in figures["cells"]}
-    assert list(cells) == ["tuned", "more", "no titles", "scored", "ranked", "judged", "EASE"]
+    assert list(cells) == ["tuned", "more", "no titles", "scored", "ranked", "judged", "taught", "other", "EASE"]
     assert cells["tuned"]["cpu_seconds"] > cells["more"]["cpu_seconds"] > cells["EASE"]["cpu_seconds"] >= 0
     assert [found["verdict"] for found in figures["expected"]] == ["holds"]
 
@@ -75,7 +81,10 @@ def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -
         and "distillation" in (judged.parent / "sft/metrics.jsonl").read_text()
     )
     assert cells["judged"]["cpu_seconds"] > cells["tuned"]["cpu_seconds"], "the judge's work counts"
-    assert len(before) == 6 and len(list(out.glob("data/*/dataset.json"))) == 1
+    (taught,) = out.glob("tiny/*/seed-0/teacher")
+    assert "distillation" in (taught.parent / "sft/metrics.jsonl").read_text()
+    assert cells["taught"]["cpu_seconds"] > cells["more"]["cpu_seconds"] + cells["other"]["cpu_seconds"]
+    assert len(before) == 8 and len(list(out.glob("data/*/dataset.json"))) == 1
     again = command("evidence", tmp_path / "first.yaml", "--out", out, "--page", page)
     assert again.returncode == 0 and "begins" not in again.stderr + again.stdout and commands() == before
     assert "*more is better*" in page.read_text() and "| EASE |" in page.read_text()

@@ -56,6 +56,11 @@ def written(tmp_path: Path, **changed: Any) -> Path:
         ({"cells": {"a": {"after": "d"}}, "expect": []}, "cells.a.after: got d, needs a cell that pretrains"),
         ({"cells": {"a": {"make": "pairs", "without": ["doc.x"]}}, "expect": []}, "cells.a.make: got pairs, needs no"),
         ({"cells": {"a": {"judge": ["--bm25"]}}, "expect": []}, r"cells.a.judge: got \['--bm25'\], needs after"),
+        ({"cells": {"a": {"teacher": "a"}}, "expect": []}, "cells.a.teacher: got a, needs after"),
+        (
+            {"cells": {**CLAIM["cells"], "d": {"after": "a", "teacher": "c"}}},
+            "cells.d.teacher: got c, needs a cell that pretrains",
+        ),
         ({"expect": [{"better": "a", "than": "z"}]}, r"expect\[0\]: got z, needs one of the cells a, b, c"),
         ({"benches": [{"about": "x", "of": ["z"], "run": ["{out}"], "records": "y"}]}, r"benches\[0\].of: got \['z'\]"),
         ({"benches": [{"about": "x", "of": ["a"], "run": ["embed"], "records": "y"}]}, "needs {out} in the last"),
