@@ -4,10 +4,10 @@
 
 A file names a claim, the configs it is tried on, the cells (a few keys over the config, or a baseline) and what has to
 come out (bigdssm/evidence/claims.py). What is finished in --out is not run again, what was broken off goes on; cells
-that two claims share are trained once. --only runs a claim in part: the cells whose name has a text. --page writes the
-page of all claims that are finished, its figures (.json beside it) and the ranks of every trial (_trials.jsonl): what
-stands there is not run again either, on whatever machine, and other claims keep what the page said of them. Benches of
-a claim run behind all trainings, one at a time.
+that two claims share are trained once. --only runs a claim in part: what has a text in its name, such as
+`tldr: FPS, seed 0`. --page writes the page of all claims that are finished, its figures (.json beside it) and the ranks
+of every trial (_trials.jsonl): what stands there is not run again either, on whatever machine, and other claims keep
+what the page said of them. Benches of a claim run behind all trainings, one at a time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the runs")
     parser.add_argument("--page", type=Path, metavar="MD", help="page to write; its figures go into a .json beside it")
     parser.add_argument("--at-once", type=at_least(1), default=1, help="trainings side by side (%(default)s)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="run the cells whose name has it")
+    parser.add_argument("--only", default="", metavar="TEXT", help="run what has it in `SET: CELL, seed N`")
     parser.add_argument("--collect", action="store_true", help="run nothing, look at what is finished")
     args = parser.parse_args(argv)
     check_file_to_write("--page", args.page)
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     kept = {} if file is None else read_kept(file)
     try:
         if not args.collect:
-            run_trials([trial for trial in everything if args.only in trial.cell_name], args.at_once, kept)
+            run_trials([trial for trial in everything if args.only in str(trial)], args.at_once, kept)
     finally:
         kept = keep(kept, everything)
         if file is not None and kept:
