@@ -20,7 +20,7 @@ benches:                                                         # what tools me
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -48,6 +48,7 @@ class Cell:
     """One way to train, or a baseline."""
 
     set: tuple[str, ...] = ()  # key=value over the data set's config
+    on: dict[str, list[str]] = field(default_factory=dict)  # a set's name: more of them there
     without: tuple[str, ...] = ()  # features left out, as query.age: the dataset is made without them
     make: str | None = None  # arguments of make_shards for what it is trained on; it is measured on the set's dataset
     after: str | None = None  # a cell whose pretraining this one fine-tunes
@@ -129,14 +130,15 @@ def _check(path: Path, claim: Claim) -> None:
         key = f"cells.{name}"
         kinds = f"one of {', '.join(BASELINES)}"
         need(cell.baseline is None or cell.baseline in BASELINES, f"{key}.baseline", cell.baseline, kinds)
-        trained = bool(cell.set or cell.without or cell.make or cell.after or cell.sft or cell.rerank or cell.judge)
+        trained = replace(cell, baseline=None, options={}, only=()) != Cell()
         need(cell.baseline is None or not trained, key, "keys of a training", "baseline, options and only")
         need(cell.baseline is not None or not cell.options, f"{key}.options", cell.options, "a baseline that has them")
         need(not cell.make or not cell.without, f"{key}.make", cell.make, "no `without` beside it")
         need(cell.rerank is None or cell.rerank > 0, f"{key}.rerank", cell.rerank, "a number of documents")
         need(not cell.judge or cell.after is not None, f"{key}.judge", list(cell.judge), "after")
         need(cell.teacher is None or cell.after is not None, f"{key}.teacher", cell.teacher, "after")
-        need(set(cell.only) <= set(claim.sets), f"{key}.only", list(cell.only), f"some of {', '.join(claim.sets)}")
+        for role, named in (("on", list(cell.on)), ("only", list(cell.only))):
+            need(set(named) <= set(claim.sets), f"{key}.{role}", named, f"some of {', '.join(claim.sets)}")
         for role, other in (("after", cell.after), ("teacher", cell.teacher)):
             if other is not None:
                 before = claim.cells.get(other)

@@ -243,7 +243,8 @@ def cpu_seconds(trial: Trial) -> float:
 def _content(claim: Claim, set_name: str, cell_name: str) -> Any:
     """Return a cell's config as YAML has it, without the features that it leaves out."""
     data, cell = claim.sets[set_name], claim.cells[cell_name]
-    content: Any = OmegaConf.merge(OmegaConf.load(data.config), OmegaConf.from_dotlist([*data.set, *cell.set]))
+    changed = [*data.set, *cell.set, *cell.on.get(set_name, ())]
+    content: Any = OmegaConf.merge(OmegaConf.load(data.config), OmegaConf.from_dotlist(changed))
     for left_out in cell.without:
         side, _, name = left_out.partition(".")
         if side not in ("query", "doc") or name not in content.data.get(side, {}):
@@ -257,7 +258,8 @@ def _name_of(claim: Claim, set_name: str, cell_name: str) -> str:
     data, cell = claim.sets[set_name], claim.cells[cell_name]
     after = None if cell.after is None else _name_of(claim, set_name, cell.after)
     content = OmegaConf.to_yaml(_content(claim, set_name, cell_name))
-    made, told = _made(data, cell), [cell.judge] if cell.judge else []
+    made = _made(data, cell)
+    told: list[Any] = [cell.judge] if cell.judge else []
     told += [_name_of(claim, set_name, cell.teacher)] if cell.teacher is not None else []
     return hex64(json.dumps([content, made, cell.sft, after, cell.baseline, cell.options, *told]))
 

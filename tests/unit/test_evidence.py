@@ -53,6 +53,7 @@ def written(tmp_path: Path, **changed: Any) -> Path:
         ({"cells": {"a": {"baseline": "ease", "set": ["x=1"]}}, "expect": []}, "cells.a: got keys of a training"),
         ({"cells": {"a": {"options": {"k": 1}}}, "expect": []}, "cells.a.options"),
         ({"cells": {"a": {"only": ["big"]}}, "expect": []}, r"cells.a.only: got \['big'\], needs some of small"),
+        ({"cells": {"a": {"on": {"big": ["x=1"]}}}, "expect": []}, r"cells.a.on: got \['big'\], needs some of small"),
         ({"cells": {"a": {"after": "d"}}, "expect": []}, "cells.a.after: got d, needs a cell that pretrains"),
         ({"cells": {"a": {"make": "pairs", "without": ["doc.x"]}}, "expect": []}, "cells.a.make: got pairs, needs no"),
         ({"cells": {"a": {"judge": ["--bm25"]}}, "expect": []}, r"cells.a.judge: got \['--bm25'\], needs after"),
@@ -99,6 +100,14 @@ def test_cells_that_are_alike_share_a_folder(tmp_path: Path, tiny_interactions: 
     found = {(trial.cell_name, trial.seed): trial for trial in trials(claim, tmp_path)}
     assert len(found) == 8 and found["same", 0].folder == found["b", 0].folder != found["a", 0].folder
     assert found["c", 1].after == found["a", 1] and found["c", 1].folder.name == "seed-1"
+    two = {**one, "other": one["small"]}
+    cells = {**CLAIM["cells"], "b": {"set": ["pretrain.epochs=5"], "on": {"small": ["pretrain.epochs=2"]}}}
+    here = {
+        (t.set_name, t.cell_name, t.seed): t
+        for t in trials(read_claim(written(tmp_path, sets=two, cells=cells)), tmp_path)
+    }
+    assert here["small", "b", 0].folder == found["b", 0].folder, "what it changes there counts, whoever says it"
+    assert here["other", "b", 0].folder.parent.name != found["b", 0].folder.parent.name
     later = read_claim(written(tmp_path, sets=one, cells={**CLAIM["cells"], "a": {"set": ["pretrain.epochs=3"]}}))
     again = {(trial.cell_name, trial.seed): trial for trial in trials(later, tmp_path)}
     assert again["c", 1].folder != found["c", 1].folder, "what it starts from is another"
