@@ -48,7 +48,7 @@ class Cell:
     """One way to train, or a baseline."""
 
     set: tuple[str, ...] = ()  # key=value over the data set's config
-    on: dict[str, list[str]] = field(default_factory=dict)  # a set's name: more of them there
+    per_set: dict[str, list[str]] = field(default_factory=dict)  # a set's name: more of them there
     without: tuple[str, ...] = ()  # features left out, as query.age: the dataset is made without them
     make: str | None = None  # arguments of make_shards for what it is trained on; it is measured on the set's dataset
     after: str | None = None  # a cell whose pretraining this one fine-tunes
@@ -137,7 +137,7 @@ def _check(path: Path, claim: Claim) -> None:
         need(cell.rerank is None or cell.rerank > 0, f"{key}.rerank", cell.rerank, "a number of documents")
         need(not cell.judge or cell.after is not None, f"{key}.judge", list(cell.judge), "after")
         need(cell.teacher is None or cell.after is not None, f"{key}.teacher", cell.teacher, "after")
-        for role, named in (("on", list(cell.on)), ("only", list(cell.only))):
+        for role, named in (("per_set", list(cell.per_set)), ("only", list(cell.only))):
             need(set(named) <= set(claim.sets), f"{key}.{role}", named, f"some of {', '.join(claim.sets)}")
         for role, other in (("after", cell.after), ("teacher", cell.teacher)):
             if other is not None:

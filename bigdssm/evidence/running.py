@@ -243,7 +243,7 @@ def cpu_seconds(trial: Trial) -> float:
 def _content(claim: Claim, set_name: str, cell_name: str) -> Any:
     """Return a cell's config as YAML has it, without the features that it leaves out."""
     data, cell = claim.sets[set_name], claim.cells[cell_name]
-    changed = [*data.set, *cell.set, *cell.on.get(set_name, ())]
+    changed = [*data.set, *cell.set, *cell.per_set.get(set_name, ())]
     content: Any = OmegaConf.merge(OmegaConf.load(data.config), OmegaConf.from_dotlist(changed))
     for left_out in cell.without:
         side, _, name = left_out.partition(".")

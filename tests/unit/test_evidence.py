@@ -53,7 +53,10 @@ def written(tmp_path: Path, **changed: Any) -> Path:
         ({"cells": {"a": {"baseline": "ease", "set": ["x=1"]}}, "expect": []}, "cells.a: got keys of a training"),
         ({"cells": {"a": {"options": {"k": 1}}}, "expect": []}, "cells.a.options"),
         ({"cells": {"a": {"only": ["big"]}}, "expect": []}, r"cells.a.only: got \['big'\], needs some of small"),
-        ({"cells": {"a": {"on": {"big": ["x=1"]}}}, "expect": []}, r"cells.a.on: got \['big'\], needs some of small"),
+        (
+            {"cells": {"a": {"per_set": {"big": ["x=1"]}}}, "expect": []},
+            r"cells.a.per_set: got \['big'\], needs some of small",
+        ),
         ({"cells": {"a": {"after": "d"}}, "expect": []}, "cells.a.after: got d, needs a cell that pretrains"),
         ({"cells": {"a": {"make": "pairs", "without": ["doc.x"]}}, "expect": []}, "cells.a.make: got pairs, needs no"),
         ({"cells": {"a": {"judge": ["--bm25"]}}, "expect": []}, r"cells.a.judge: got \['--bm25'\], needs after"),
@@ -101,7 +104,7 @@ def test_cells_that_are_alike_share_a_folder(tmp_path: Path, tiny_interactions: 
     assert len(found) == 8 and found["same", 0].folder == found["b", 0].folder != found["a", 0].folder
     assert found["c", 1].after == found["a", 1] and found["c", 1].folder.name == "seed-1"
     two = {**one, "other": one["small"]}
-    cells = {**CLAIM["cells"], "b": {"set": ["pretrain.epochs=5"], "on": {"small": ["pretrain.epochs=2"]}}}
+    cells = {**CLAIM["cells"], "b": {"set": ["pretrain.epochs=5"], "per_set": {"small": ["pretrain.epochs=2"]}}}
     here = {
         (t.set_name, t.cell_name, t.seed): t
         for t in trials(read_claim(written(tmp_path, sets=two, cells=cells)), tmp_path)
