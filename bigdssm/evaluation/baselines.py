@@ -1,4 +1,4 @@
-"""What a model has to beat: popularity, a Markov chain over the last items of a history, and the models of items.
+"""What a model has to beat: popularity, a Markov chain over the last items, the models of items and those of texts.
 
 All are fitted to the train split alone and scored on the same rows, filter and ties as a model.
 """
@@ -17,6 +17,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.item_models import Ease, ImplicitALS, ItemKNN
+from bigdssm.evaluation.text_models import Bm25Texts, PretrainedTexts
 
 FIT_ROWS = 16_384
 
@@ -85,6 +86,8 @@ BASELINES: dict[str, Any] = {  # by name; each has fit(dataset, **options), and 
     "item_knn": ItemKNN,
     "ease": Ease,
     "ials": ImplicitALS,
+    "bm25": Bm25Texts,
+    "pretrained": PretrainedTexts,
 }
 
 

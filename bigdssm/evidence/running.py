@@ -160,8 +160,9 @@ def run_trial(trial: Trial) -> None:
     trial.folder.mkdir(parents=True, exist_ok=True)
     with _making:
         config = write_config(trial)
+    measured = load_config(trial.data.config, trial.data.set).data.dir if trial.cell.make else config.data.dir
     if trial.cell.baseline is not None:
-        _measure_baseline(trial, config)
+        _measure_baseline(trial, config, Dataset.open(measured))
         return
     overrides = [f"run.dir={trial.folder}", f"run.seed={trial.seed}"]
     if trial.start is not None:
@@ -175,9 +176,8 @@ def run_trial(trial: Trial) -> None:
         if stage not in trained:  # else another cell of this folder did
             _command(trial, stage, "--config", str(trial.config_file), *overrides, "--resume", "auto")
     ranked = [] if trial.cell.rerank is None else ["--rerank", str(trial.cell.rerank)]
-    data = load_config(trial.data.config, trial.data.set).data.dir if trial.cell.make else config.data.dir
     _command(
-        trial, "evaluate", "--model", str(trial.model), "--data", data, "--split", trial.claim.split,
+        trial, "evaluate", "--model", str(trial.model), "--data", measured, "--split", trial.claim.split,
         "--out", str(trial.report), *ranked,
     )  # fmt: skip
 
@@ -264,10 +264,10 @@ def _name_of(claim: Claim, set_name: str, cell_name: str) -> str:
     return hex64(json.dumps([content, made, cell.sft, after, cell.baseline, cell.options, *told]))
 
 
-def _measure_baseline(trial: Trial, config: Config) -> None:
+def _measure_baseline(trial: Trial, config: Config, dataset: Dataset) -> None:
     assert trial.cell.baseline is not None
-    dataset, started, used = Dataset.open(config.data.dir), perf_counter(), os.times()
-    scores = fit_baseline(trial.cell.baseline, dataset, trial.cell.options)
+    started, used = perf_counter(), os.times()
+    scores = fit_baseline(trial.cell.baseline, Dataset.open(config.data.dir), trial.cell.options)
     how: dict[str, Any] = {"split": trial.claim.split, "filter_seen": config.data.excludes_seen}
     evaluation = evaluate_scores(scores, dataset, **how)
     system = System.of_ranks(trial.cell_name, evaluation.ranks, perf_counter() - started)

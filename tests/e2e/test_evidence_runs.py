@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,12 +32,13 @@ def command(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -> None:
     source = tiny_interactions.source
     tables = f"--interactions {source}/interactions.csv --items {source}/items.csv --users {source}/users.csv"
+    bright = f"--like {tiny_interactions.dir} --rating-column rating --positive-rating 5"
     config = tmp_path / "config.yaml"
     content = yaml.safe_load(tiny_interactions.config.read_text())
     loss, mining = {"name": "pair_ce", "negatives": 2}, {"first": 1, "last": 20}
     content["sft"] = {"steps": 3, "rows_global": 64, "loss": loss, "mining": mining}
     config.write_text(yaml.safe_dump(content, sort_keys=False))
-    claim = {
+    claim: dict[str, Any] = {
         "claim": "more is better",
         "sets": {"tiny": {"config": str(config), "seeds": [0], "set": SMALL, "make": f"interactions {tables}"}},
         "cells": {
@@ -53,6 +55,7 @@ def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -
             },
             "other": {"set": ["pretrain.steps=3"]},
             "EASE": {"baseline": "ease"},
+            "EASE of the bright": {"baseline": "ease", "make": f"interactions {tables} {bright}"},
         },
         "expect": [{"no_better": "EASE", "than": "more", "margin": 1.0}],
     }
@@ -62,8 +65,9 @@ def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(page.with_suffix(".json").read_text())["first"]["sets"]["tiny"]
     cells = {cell["cell"]: cell for cell in figures["cells"]}
-    assert list(cells) == ["tuned", "more", "no titles", "scored", "ranked", "judged", "taught", "other", "EASE"]
+    assert list(cells) == list(claim["cells"])
     assert cells["tuned"]["cpu_seconds"] > cells["more"]["cpu_seconds"] > cells["EASE"]["cpu_seconds"] >= 0
+    assert cells["EASE"]["mean"] != cells["EASE of the bright"]["mean"], "it learned from a dataset of its own"
     assert [found["verdict"] for found in figures["expected"]] == ["holds"]
 
     def commands() -> dict[Path, str]:
@@ -84,7 +88,7 @@ def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -
     (taught,) = out.glob("tiny/*/seed-0/teacher")
     assert "distillation" in (taught.parent / "sft/metrics.jsonl").read_text()
     assert cells["taught"]["cpu_seconds"] > cells["more"]["cpu_seconds"] + cells["other"]["cpu_seconds"]
-    assert len(before) == 8 and len(list(out.glob("data/*/dataset.json"))) == 1
+    assert len(before) == 9 and len(list(out.glob("data/*/dataset.json"))) == 2
     again = command("evidence", tmp_path / "first.yaml", "--out", out, "--page", page)
     assert again.returncode == 0 and "begins" not in again.stderr + again.stdout and commands() == before
     assert "*more is better*" in page.read_text() and "| EASE |" in page.read_text()

@@ -15,6 +15,7 @@ from bigdssm.config import Config, ScorerConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DataError
+from bigdssm.evaluation.baselines import fit_baseline
 from bigdssm.evaluation.judges import Judge, VectorJudge, ensemble
 from bigdssm.evaluation.score_pairs import score_pairs
 from bigdssm.features import Ragged
@@ -142,6 +143,8 @@ def test_a_pretrained_encoder_may_judge_as_it_is(
             cosine = torch.nn.functional.cosine_similarity(query, vector(text), dim=0)
             assert judged[i, at] == pytest.approx(float(cosine), abs=1e-5)
     assert (np.isnan(judged) == (docs < 0)).all() and np.nanstd(judged) > 1e-3
+    everything = fit_baseline("pretrained", dataset, {"folder": str(tmp_path / "bert")})(rows)
+    np.testing.assert_allclose(_of(everything, docs), judged, atol=1e-5)
 
 
 def test_several_judges_are_averaged_on_one_scale(pairs: tuple[Dataset, Path, Config]) -> None:
@@ -182,6 +185,7 @@ def test_bm25_and_a_cross_encoder_read_the_texts(
     for counts, scores in zip(shared, lexical, strict=True):
         assert [count > 0 for count in counts] == (scores[~np.isnan(scores)] > 0).tolist()
     assert np.nanmean(lexical[:, 0]) > 3 * np.nanmean(lexical[:, 1:])
+    np.testing.assert_allclose(_of(fit_baseline("bm25", dataset, {})(rows), docs), lexical, rtol=1e-6)
     for i in (0, 7, len(rows) - 1):
         for at, doc in enumerate(docs[i].tolist()):
             if doc >= 0:
@@ -190,6 +194,11 @@ def test_bm25_and_a_cross_encoder_read_the_texts(
                     logit = float(folder(**inputs).logits)
                 assert read[i, at] == pytest.approx(logit, abs=1e-5)
     assert (np.isnan(read) == (docs < 0)).all() and np.nanstd(read) > 1e-3
+
+
+def _of(everything: np.ndarray, docs: np.ndarray) -> np.ndarray:
+    """Return what a baseline's scores of all documents say of some, NaN where there is none."""
+    return np.where(docs < 0, np.nan, np.take_along_axis(everything, np.maximum(docs, 0), 1))
 
 
 def _tiny_cross_encoder(path: Path, dataset: Dataset) -> tuple[Any, Any]:
