@@ -170,7 +170,8 @@ def run_trial(trial: Trial) -> None:
     if trial.cell.judge:
         _judge(trial, config)
     if trial.teacher is not None:
-        _embed_teacher(trial, trial.teacher.model, config)
+        with _making:
+            _embed_teacher(trial.teacher, config)
     trained = {record["command"] for record in _commands(trial) if record["exit_code"] == 0}
     for stage in trial.stages:
         if stage not in trained:  # else another cell of this folder did
@@ -194,7 +195,7 @@ def write_config(trial: Trial) -> Config:
     if trial.cell.judge:
         OmegaConf.update(content, "sft.mining.file", str(trial.folder / JUDGED))
     if trial.teacher is not None:
-        OmegaConf.update(content, "sft.teacher", str(trial.folder / TAUGHT))
+        OmegaConf.update(content, "sft.teacher", str(trial.teacher.folder / TAUGHT))
     write_text(trial.config_file, OmegaConf.to_yaml(content))
     config = load_config(trial.config_file)
     if make is not None and not Path(config.data.dir).exists():
@@ -224,20 +225,27 @@ def _judge(trial: Trial, config: Config) -> None:
         _command(trial, "score_pairs", "--data", config.data.dir, *files, *judges)
 
 
-def _embed_teacher(trial: Trial, model: Path, config: Config) -> None:
-    """Encode the dataset by the teacher's model, where that has not been done yet."""
-    out = trial.folder / TAUGHT
+def _embed_teacher(teacher: Trial, config: Config) -> None:
+    """Encode the dataset by a teacher's model, where that has not been done yet."""
+    out = teacher.folder / TAUGHT
     if not out.exists():
         precision = ["--bf16"] if config.engine.precision == "bf16" else []
         data = ["--data", config.data.dir]
-        _command(trial, "embed_teacher", "--model", str(model), *data, "--out", str(out), *precision)
+        _command(teacher, "embed_teacher", "--model", str(teacher.model), *data, "--out", str(out), *precision)
 
 
 def cpu_seconds(trial: Trial) -> float:
     """Return what its training took, its judges, its teacher and the pretraining that it started from included."""
-    counted = ("pretrain", "mine_negatives", "score_pairs", "embed_teacher", "sft", "baseline")
-    own = sum(float(record["cpu_seconds"]) for record in _commands(trial) if record["command"] in counted)
-    return own + sum(cpu_seconds(needed) for needed in trial.needed)
+    spent = _spent(trial, "pretrain", "mine_negatives", "score_pairs", "sft", "baseline")
+    if trial.after is not None:
+        spent += cpu_seconds(trial.after)
+    if trial.teacher is not None:
+        spent += cpu_seconds(trial.teacher) + _spent(trial.teacher, "embed_teacher")
+    return spent
+
+
+def _spent(trial: Trial, *commands: str) -> float:
+    return sum(float(record["cpu_seconds"]) for record in _commands(trial) if record["command"] in commands)
 
 
 def _content(claim: Claim, set_name: str, cell_name: str) -> Any:
