@@ -179,7 +179,7 @@ def run_trial(trial: Trial) -> None:
     ranked = [] if trial.cell.rerank is None else ["--rerank", str(trial.cell.rerank)]
     _command(
         trial, "evaluate", "--model", str(trial.model), "--data", measured, "--split", trial.claim.split,
-        "--out", str(trial.report), *ranked,
+        "--out", str(trial.report), *ranked, *_precision(config),
     )  # fmt: skip
 
 
@@ -229,9 +229,13 @@ def _embed_teacher(teacher: Trial, config: Config) -> None:
     """Encode the dataset by a teacher's model, where that has not been done yet."""
     out = teacher.folder / TAUGHT
     if not out.exists():
-        precision = ["--bf16"] if config.engine.precision == "bf16" else []
-        data = ["--data", config.data.dir]
-        _command(teacher, "embed_teacher", "--model", str(teacher.model), *data, "--out", str(out), *precision)
+        where = ["--data", config.data.dir, "--out", str(out)]
+        _command(teacher, "embed_teacher", "--model", str(teacher.model), *where, *_precision(config))
+
+
+def _precision(config: Config) -> list[str]:
+    """Return the option of commands that encode as the towers were trained."""
+    return ["--bf16"] if config.engine.precision == "bf16" else []
 
 
 def cpu_seconds(trial: Trial) -> float:
