@@ -60,6 +60,13 @@ def written(tmp_path: Path, **changed: Any) -> Path:
         ({"cells": {"a": {"after": "d"}}, "expect": []}, "cells.a.after: got d, needs a cell that pretrains"),
         ({"cells": {"a": {"make": "pairs", "without": ["doc.x"]}}, "expect": []}, "cells.a.make: got pairs, needs no"),
         ({"cells": {"a": {"judge": ["--bm25"]}}, "expect": []}, r"cells.a.judge: got \['--bm25'\], needs after"),
+        (
+            {
+                "sets": {**CLAIM["sets"], "large": {"config": "config.yaml"}},
+                "cells": {**CLAIM["cells"], "a": {"only": ["large"]}},
+            },
+            "cells.c.after: got a, needs a cell that is tried on small, too",
+        ),
         ({"cells": {"a": {"teacher": "a"}}, "expect": []}, "cells.a.teacher: got a, needs after"),
         (
             {"cells": {**CLAIM["cells"], "d": {"after": "a", "teacher": "c"}}},
