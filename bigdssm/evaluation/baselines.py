@@ -92,12 +92,15 @@ BASELINES: dict[str, Any] = {  # by name; each has fit(dataset, **options), and 
 
 
 def fit_baseline(name: str, dataset: Dataset, options: Mapping[str, Any]) -> Callable[[Rows], np.ndarray]:
-    """Return the baseline `name` of BASELINES, fitted. Raises ConfigError: an option that it does not have."""
+    """Return the baseline `name` of BASELINES, fitted. Raises ConfigError: an option too many, or missing."""
     fit = BASELINES[name].fit
-    known = list(inspect.signature(fit).parameters)[1:]
+    known = dict(list(inspect.signature(fit).parameters.items())[1:])
     for option in options:
         if option not in known:
             raise ConfigError(f"the baseline {name} has no option {option}, but {', '.join(known) or 'none'}")
+    for option, parameter in known.items():
+        if parameter.default is inspect.Parameter.empty and option not in options:
+            raise ConfigError(f"the baseline {name} needs the option {option}")
     fitted: Callable[[Rows], np.ndarray] = fit(dataset, **options)
     return fitted
 

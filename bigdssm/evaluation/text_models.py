@@ -44,7 +44,7 @@ class PretrainedTexts:
     documents: Tensor  # float32 [N, H]
 
     @classmethod
-    def fit(cls, dataset: Dataset, folder: str = "", bf16: bool = False) -> PretrainedTexts:
+    def fit(cls, dataset: Dataset, folder: str, bf16: bool = False) -> PretrainedTexts:
         """Return the baseline of `dataset`. Raises ConfigError: a side without texts, or `folder` holds no encoder."""
         encoders = text_encoders(Path(folder), Texts(dataset), bf16)
         return cls(encoders, encoders.documents(np.arange(dataset.catalogue.num_docs)))

@@ -23,7 +23,9 @@ this page:
 
 ± is a standard error over rows and seeds. Differences are paired by row, with 95 % bootstrap intervals over rows and
 seeds. A claim **holds** where every interval is on its side, **does not hold** where one is on the other side, and is
-**open** where an interval reaches over 0 (or over the margin that the claim names). CPU-seconds are of the training.
+**open** where an interval reaches over 0 (or over the margin that the claim names). The closest call is of the
+intervals that say so the one whose end is nearest to 0. CPU-seconds are of the training, with the pretraining, the
+judge and the teacher that it needed; CPU-hours are of all trainings of a claim, also where another claim shares them.
 """
 
 
@@ -36,10 +38,10 @@ def write_page(results: Mapping[str, Result], page: Path) -> None:
 
 def as_markdown(results: Mapping[str, Result]) -> str:
     """Return the page's text."""
-    summary = ["| claim | verdict |", "|---|---|"]
-    summary += [
-        f"| [{_cell(result.claim)}](#{name.replace('_', '-')}) | {result.verdict} |" for name, result in results.items()
-    ]
+    summary = ["| claim | verdict | the closest call | CPU-hours |", "|---|---|---|---|"]
+    for name, result in results.items():
+        link = f"[{_cell(result.claim)}](#{name.replace('_', '-')})"
+        summary.append(f"| {link} | {result.verdict} | {_cell(result.decisive())} | {result.cpu_hours:.1f} |")
     sections = [_section(name, result) for name, result in results.items()]
     return "\n".join([HEAD, *summary, "", *sections])
 
@@ -62,8 +64,7 @@ def _section(name: str, result: Result) -> str:
         lines += _table(one, label)
         for words, found in zip(result.expect, one.expected, strict=True):
             if found is not None:
-                interval = f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
-                lines += ["", f"- {words}: {interval}: {found.verdict}"]
+                lines += ["", f"- {words}: {found}: {found.verdict}"]
     for figures in result.figures:
         lines += ["", figures.about, "", *_records(figures.records)]
     return "\n".join([*lines, ""])
@@ -73,7 +74,7 @@ def _table(one: SetResult, label: str) -> list[str]:
     cold = f" | cold ({one.cold_rows})" if one.cold_rows else ""
     lines = [f"| | {label} | rare half | popular half{cold} | CPU-seconds |", "|---|" + "---|" * (4 + bool(cold))]
     for cell in one.cells:
-        cells = [f"{cell.mean:.4f} ± {cell.error:.4f}", *(f"{half:.4f}" for half in _halves(cell))]
+        cells = [f"{cell.mean:.4f} ± {cell.error:.4f}", *_halves(cell)]
         if cold:
             cells.append("–" if cell.cold is None else f"{cell.cold:.4f}")
         lines.append(f"| {_cell(cell.cell)} | {' | '.join(cells)} | {cell.cpu_seconds:,.0f} |")
@@ -92,10 +93,11 @@ def _shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else _cell(str(value))
 
 
-def _halves(cell: Measured) -> tuple[float, float]:
+def _halves(cell: Measured) -> list[str]:
+    """Return the metric of rare and of popular documents, a dash where there are none."""
     middle = len(cell.deciles) // 2
-    rare, popular = cell.deciles[:middle], cell.deciles[middle:]
-    return sum(rare) / max(1, len(rare)), sum(popular) / max(1, len(popular))
+    halves = cell.deciles[:middle], cell.deciles[middle:]
+    return [f"{sum(half) / len(half):.4f}" if half else "–" for half in halves]
 
 
 def _draw(result: Result, path: Path) -> None:

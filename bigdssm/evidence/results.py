@@ -43,6 +43,10 @@ class Compared:
     high: float
     verdict: Verdict
 
+    def __str__(self) -> str:
+        """Return for example `+0.0135 [+0.0053, +0.0212]`."""
+        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
 
 @dataclass(frozen=True)
 class SetResult:
@@ -66,6 +70,17 @@ class Result:
     sets: dict[str, SetResult]
     verdict: Verdict
     figures: list[Figures] = field(default_factory=list)  # of the claim's benches
+    cpu_hours: float = 0.0  # of all its trainings, each counted once
+
+    def decisive(self) -> str:
+        """Return in words by which figure the verdict is what it is: of those that agree with it the closest call."""
+        calls = [
+            (min(abs(found.low), abs(found.high)), f"{words}: {found} on {name}")
+            for name, one in self.sets.items()
+            for words, found in zip(self.expect, one.expected, strict=True)
+            if found is not None and found.verdict == self.verdict
+        ]
+        return min(calls)[1] if calls else ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain containers."""
@@ -96,9 +111,11 @@ def collect(claim: Claim, which: Sequence[Trial], kept: Mapping[str, Kept], figu
         for name in claim.sets
     }
     verdicts = [found.verdict for one in sets.values() for found in one.expected if found is not None]
+    seconds = {trial.name: kept[trial.name].cpu_seconds for trial in which}
+    own = {trial.folder: seconds[trial.name] - sum(seconds[needed.name] for needed in trial.needed) for trial in which}
     return Result(
         claim.claim, claim.why, claim.metric, claim.split, [_in_words(expected) for expected in claim.expect], sets,
-        together(verdicts), list(figures),
+        together(verdicts), list(figures), round(sum(own.values()) / 3600, 1),
     )  # fmt: skip
 
 

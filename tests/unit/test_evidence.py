@@ -153,7 +153,7 @@ def test_the_page_is_its_figures(tmp_path: Path) -> None:
 
 def test_what_trials_measured_is_kept_apart_from_their_runs(tmp_path: Path, tiny_interactions: Any) -> None:
     sets = {"small": {"config": str(tiny_interactions.config), "seeds": [0, 1]}}
-    cells = {"a": {}, "b": {"set": ["pretrain.epochs=2"]}}
+    cells = {"a": {}, "b": {"set": ["pretrain.epochs=2"]}, "c": {"after": "a"}}
     claim = read_claim(written(tmp_path, sets=sets, cells=cells, split="validation"))
     dataset = Dataset.open(load_config(tiny_interactions.config).data.dir)
     planned = trials(claim, tmp_path / "here")
@@ -163,7 +163,7 @@ def test_what_trials_measured_is_kept_apart_from_their_runs(tmp_path: Path, tiny
         better = 3 if trial.cell_name == "a" else 9
         ranks = rng.integers(1, better + trial.seed + 1, queries).astype(np.float64)
         save_comparison(trial.report, [System.of_ranks("x", ranks, 1.0)], [], dataset, "validation")
-        (trial.folder / "commands.jsonl").write_text(json.dumps({"command": "pretrain", "cpu_seconds": 7.5}) + "\n")
+        (trial.folder / "commands.jsonl").write_text(json.dumps({"command": "pretrain", "cpu_seconds": 9000.0}) + "\n")
     file = tmp_path / "trials.jsonl"
     write_kept(file, keep({}, planned[:2]))
     write_kept(file, keep(read_kept(file), planned[2:]))
@@ -171,7 +171,11 @@ def test_what_trials_measured_is_kept_apart_from_their_runs(tmp_path: Path, tiny
     found = collect(claim, elsewhere, read_kept(file))
     assert found == collect(claim, planned, keep({}, planned))
     cell = found.sets["small"].cells[0]
-    assert (cell.cell, cell.seeds, cell.cpu_seconds) == ("a", 2, 7.5)
+    assert (cell.cell, cell.seeds, cell.cpu_seconds) == ("a", 2, 9000.0)
+    assert found.sets["small"].cells[2].cpu_seconds == 18000.0, "the pretraining counts"
+    assert found.cpu_hours == 15.0, "once"
+    (compared,) = found.sets["small"].expected
+    assert found.decisive() == f"a beats b: {compared} on small"
     both = np.stack([read_ranks(trial.report).ranks for trial in planned[:2]])
     assert cell.mean == pytest.approx(row_metrics(both.ravel())["ndcg_at_10"].mean(), abs=5e-5)
     lines = file.read_text().splitlines()
@@ -192,12 +196,16 @@ def test_what_is_kept_is_not_run_again_unless_another_starts_from_it(
         "b": {"set": ["pretrain.epochs=2"]},
         "tuned": {"after": "a"},
         "ranked": {"after": "a", "rerank": 5},
+        "taught": {"after": "a", "teacher": "b"},
     }
     planned = trials(read_claim(written(tmp_path, sets=sets, cells=cells)), tmp_path)
     begun: list[str] = []
     monkeypatch.setattr("bigdssm.evidence.running.run_trial", lambda trial: begun.append(trial.cell_name))
     run_trials(planned, 2, {trial.name for trial in planned if trial.cell_name in ("a", "b")})
-    assert begun[0] == "a" and sorted(begun[1:]) == ["ranked", "tuned"]
+    assert sorted(begun[:2]) == ["a", "b"] and sorted(begun[2:]) == ["ranked", "taught", "tuned"]
+    begun.clear()
+    run_trials(planned, 2, {trial.name for trial in planned if trial.cell_name != "tuned"})
+    assert begun == ["a", "tuned"], "its teacher is none"
     begun.clear()
     run_trials(planned, 2, {trial.name for trial in planned if trial.cell_name != "b"})
     assert begun == ["b"]

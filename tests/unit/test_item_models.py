@@ -98,6 +98,8 @@ def test_they_learn_more_than_popularity(dataset: Dataset) -> None:
 def test_what_they_refuse(dataset: Dataset) -> None:
     with pytest.raises(ConfigError, match="the baseline ease has no option lambda, but regularisation"):
         fit_baseline("ease", dataset, {"lambda": 1})
+    with pytest.raises(ConfigError, match="the baseline pretrained needs the option folder"):
+        fit_baseline("pretrained", dataset, {})
     pytest.importorskip("implicit")
     with pytest.raises(ConfigError, match="weights=bm26: needs one of bm25, tfidf, none"):
         fit_baseline("item_knn", dataset, {"weights": "bm26"})
