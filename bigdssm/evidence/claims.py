@@ -146,6 +146,8 @@ def _check(path: Path, claim: Claim) -> None:
                 need(fits, f"{key}.{role}", other, "a cell that pretrains")
                 assert before is not None
                 need(before.without == cell.without, f"{key}.without", list(cell.without), f"those of {other}")
+                same = role == "after" or cell.make == before.make  # its vectors are of one dataset
+                need(same, f"{key}.make", cell.make, f"that of {other}")
                 missing = [on for on in claim.sets if name in claim.cells_on(on) and other not in claim.cells_on(on)]
                 need(not missing, f"{key}.{role}", other, f"a cell that is tried on {', '.join(missing)}, too")
     for number, expected in enumerate(claim.expect):

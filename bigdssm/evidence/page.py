@@ -22,9 +22,9 @@ this page:
     python launch/evidence.py configs/evidence/*.yaml --out runs/evidence --page docs/evidence.md
 
 ± is a standard error over rows and seeds. Differences are paired by row, with 95 % bootstrap intervals over rows and
-seeds. A claim **holds** where every interval is on its side, **does not hold** where one is on the other side, and is
-**open** where an interval reaches over 0 (or over the margin that the claim names). The closest call is of the
-intervals that say so the one whose end is nearest to 0. CPU-seconds are of the training, with the pretraining, the
+seeds. A claim **holds** where every interval is on its side of 0 (or of the margin that the claim names), **does not
+hold** where one is on the other side, and is **open** where an interval reaches over it. The closest call is of the
+intervals that say so the one whose end is nearest to that. CPU-seconds are of the training, with the pretraining, the
 judge and the teacher that it needed; CPU-hours are of all trainings of a claim, also where another claim shares them.
 """
 

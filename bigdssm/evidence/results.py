@@ -42,6 +42,12 @@ class Compared:
     low: float
     high: float
     verdict: Verdict
+    margin: float = 0.0  # what the interval is held against
+
+    @property
+    def distance(self) -> float:
+        """Return how far the nearer end of the interval is from the margin."""
+        return min(abs(self.low - self.margin), abs(self.high - self.margin))
 
     def __str__(self) -> str:
         """Return for example `+0.0135 [+0.0053, +0.0212]`."""
@@ -75,7 +81,7 @@ class Result:
     def decisive(self) -> str:
         """Return in words by which figure the verdict is what it is: of those that agree with it the closest call."""
         calls = [
-            (min(abs(found.low), abs(found.high)), f"{words}: {found} on {name}")
+            (found.distance, f"{words}: {found} on {name}")
             for name, one in self.sets.items()
             for words, found in zip(self.expect, one.expected, strict=True)
             if found is not None and found.verdict == self.verdict
@@ -160,9 +166,8 @@ def _compared(expected: Expectation, systems: dict[str, System], metric: str) ->
     if expected.cell not in systems or expected.than not in systems:
         return None
     found = systems[expected.cell].difference(systems[expected.than], metric)
-    return Compared(
-        _rounded(found.mean), _rounded(found.low), _rounded(found.high), expected.verdict(found.low, found.high)
-    )
+    verdict = expected.verdict(found.low, found.high)
+    return Compared(_rounded(found.mean), _rounded(found.low), _rounded(found.high), verdict, expected.margin)
 
 
 def _popularity(dataset: Dataset, split: str) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,10 @@ def written(tmp_path: Path, **changed: Any) -> Path:
         (
             {"cells": {**CLAIM["cells"], "d": {"after": "a", "teacher": "c"}}},
             "cells.d.teacher: got c, needs a cell that pretrains",
+        ),
+        (
+            {"cells": {**CLAIM["cells"], "d": {"after": "a", "teacher": "b", "make": "pairs"}}},
+            "cells.d.make: got pairs, needs that of b",
         ),
         ({"expect": [{"better": "a", "than": "z"}]}, r"expect\[0\]: got z, needs one of the cells a, b, c"),
         ({"benches": [{"about": "x", "of": ["z"], "run": ["{out}"], "records": "y"}]}, r"benches\[0\].of: got \['z'\]"),
@@ -176,6 +181,8 @@ def test_what_trials_measured_is_kept_apart_from_their_runs(tmp_path: Path, tiny
     assert found.cpu_hours == 15.0, "once"
     (compared,) = found.sets["small"].expected
     assert found.decisive() == f"a beats b: {compared} on small"
+    near = replace(compared, margin=compared.high + 0.001)
+    assert near.distance == pytest.approx(0.001), "the margin is what the interval is held against"
     both = np.stack([read_ranks(trial.report).ranks for trial in planned[:2]])
     assert cell.mean == pytest.approx(row_metrics(both.ravel())["ndcg_at_10"].mean(), abs=5e-5)
     lines = file.read_text().splitlines()
