@@ -1,10 +1,16 @@
-"""What pretraining on other tasks' pairs is worth where a task has few labels of its own.
+"""What pretraining on other pairs is worth where a task has few labels of its own.
 
-    python tools/bench/bench_few_labels.py --source ../shared/data --out few_labels.json     # 25 CPU-minutes
+    python tools/bench/bench_few_labels.py medquad --source ../shared/data --out few_labels.json     # 25 CPU-minutes
+    python tools/bench/bench_few_labels.py similar-packages --source ../shared/data --out similar.json     # 20
 
-A small BERT of random weights is pretrained with FPS on pairs of tldr, Debian's packages and WordNet. The task is
-MedQuAD: with 50, 200, 1,000 and all labelled questions the pretrained model is fine-tuned, and one of random weights is
-trained as long. All rank all answers of MedQuAD; steps are chosen on validation, and the test split is read once.
+A small BERT of random weights is pretrained with FPS on pairs of which there is much. With 50, 200, 1,000 and all
+labels of the task the pretrained model is fine-tuned, and one of random weights is trained as long. All rank all
+documents of the task; steps are chosen on validation, and the test split is read once.
+
+medquad: tldr's pairs, Debian's packages and WordNet, then questions and their answers.
+similar-packages: packages that are built from together, then packages of one purpose, the two towers being one. Of one
+purpose are packages of different sources that Debian's volunteers gave the same tags (debtags).
+
 What is in --folder already is not done again.
 """
 
@@ -13,7 +19,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -30,51 +38,68 @@ from bigdssm.hashing import hash64
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.running.commands import run_command
 from bigdssm.tables.files import LocalFile
+from bigdssm.tables.public.debian import read_build_depends
 
-CONFIG = "configs/medquad.yaml"
-SMALL = ["model.query.text.init=null", "model.dim=128", "engine.chunk_tokens=8192", "engine.keep_graph_tokens=131072"]
-STEPS = {50: 30, 200: 40, 1000: 80, None: 300}  # by labels; None: all
-HELD_OUT = 0.05  # of each, validation and test
+# Facets of debtags that do not say what a package is for.
+NO_PURPOSE = ("role", "implemented-in", "interface", "uitoolkit", "suite", "x11", "scope", "made-of")
+LEAST_TAGS, MOST_ALIKE = 2, 10  # of a purpose, and packages of one
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of few labels, and the pairs to pretrain on."""
+
+    config: str
+    set: tuple[str, ...]
+    pretrain_steps: int
+    steps: dict[int | None, int]  # by labels; None: all
+    pretraining: Callable[[Path], Iterator[Row]]
+    labelled: Callable[[Path], list[Row]]  # with their split
+    columns: dict[str, Any] = field(default_factory=dict)  # options of make_dataset
 
 
 def main() -> int:
     """Run the bench; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=tuple(TASKS))
     parser.add_argument("--source", type=Path, required=True, help="folder of medquad, tldr, debian_packages, wordnet")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=Path("runs/few_labels"), help="of all files (%(default)s)")
+    parser.add_argument("--folder", type=Path, help="of all files (default: runs/few_labels/TASK)")
     parser.add_argument("--out", type=Path, required=True, metavar="JSON")
     args = parser.parse_args()
-    return run_main(lambda: bench(args.source, args.folder, args.seed, args.out))
+    folder = args.folder or Path("runs/few_labels") / args.task
+    return run_main(lambda: bench(TASKS[args.task], args.source, folder, args.seed, args.out))
 
 
-def bench(source: Path, folder: Path, seed: int, out: Path) -> None:
+def bench(task: Task, source: Path, folder: Path, seed: int, out: Path) -> None:
     """Make the datasets, train and measure all, and print what each reaches."""
     folder.mkdir(parents=True, exist_ok=True)
-    log, common = folder / "log.txt", [*SMALL, f"run.seed={seed}"]
+    log, common = folder / "log.txt", [*task.set, f"run.seed={seed}"]
 
     def trained(stage: str, name: str, data: Path, *given: str) -> Path:
         where = [f"run.dir={folder / name}", f"data.dir={data}"]
-        run_command(log, stage, "--config", CONFIG, *common, *where, *given, "--resume", "auto").check()
+        run_command(log, stage, "--config", task.config, *common, *where, *given, "--resume", "auto").check()
         return folder / name / stage / "best"
 
-    def made(name: str, table: Iterator[dict[str, str]], **options: Any) -> Path:
+    def made(name: str, table: Iterator[Row], **options: Any) -> Path:
         if not (folder / name).exists():
             pairs = pa.Table.from_pylist(list(table))
-            bigdssm.make_dataset(CONFIG, SMALL, pairs=pairs, out=folder / name, **options)
+            bigdssm.make_dataset(task.config, task.set, pairs=pairs, out=folder / name, **task.columns, **options)
         return folder / name
 
-    mixture = made("mixture", other_tasks(source))
-    rows = labelled(source)
+    many = made("pretraining", task.pretraining(source))
+    rows = task.labelled(source)
     start = trained(
-        "pretrain", "other-tasks", mixture, "pretrain.rows_global=256", "pretrain.steps=800",
+        "pretrain", "pretrained", many, "pretrain.rows_global=256", f"pretrain.steps={task.pretrain_steps}",
         "pretrain.optimizer={lr: 1.0e-3, warmup_steps: 30}",
     )  # fmt: skip
     pairs = []
-    for labels, steps in STEPS.items():
+    for labels, steps in task.steps.items():
         name = "all" if labels is None else str(labels)
         data = made(
-            f"labels-{name}", with_labels(rows, labels), like=mixture, split="column", split_column="split"
+            f"labels-{name}", with_labels(rows, labels), like=many, split="column", split_column="split"
         )  # fmt: skip
         how = [
             f"rows_global={min(256, (labels or 256) // 8 * 8)}",
@@ -107,7 +132,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     return map(json.loads, LocalFile(path).open())
 
 
-def other_tasks(source: Path) -> Iterator[dict[str, str]]:
+def other_tasks(source: Path) -> Iterator[Row]:
     """Yield pairs of the other tasks."""
     for row in read(source / "tldr/pairs.jsonl.xz"):
         yield {"query": row["query"], "doc": row["doc"]}
@@ -117,11 +142,10 @@ def other_tasks(source: Path) -> Iterator[dict[str, str]]:
         yield {"query": ", ".join(row["lemmas"]), "doc": row["gloss"]}
 
 
-def labelled(source: Path) -> list[dict[str, str]]:
+def questions(source: Path) -> list[Row]:
     """Return MedQuAD's pairs with their split: a disease is in one, and an answer that is held out not in train."""
     rows = list(read(source / "medquad/pairs.jsonl.xz"))
-    drawn = [hash64(row["focus"]) / 2**64 % 1 for row in rows]
-    splits = ["test" if u < HELD_OUT else "validation" if u < 2 * HELD_OUT else "train" for u in drawn]
+    splits = [split_of(row["focus"], 0.05) for row in rows]
     held_out = {row["doc"] for row, split in zip(rows, splits, strict=True) if split != "train"}
     return [
         {"query": row["query"], "doc": row["doc"], "split": split}
@@ -130,13 +154,73 @@ def labelled(source: Path) -> list[dict[str, str]]:
     ]
 
 
-def with_labels(rows: list[dict[str, str]], labels: int | None) -> Iterator[dict[str, str]]:
+def split_of(key: str, held_out: float) -> str:
+    """Return the split that all rows of `key` are in: of each of validation and test, a share of `held_out`."""
+    drawn = hash64(key) / 2**64 % 1
+    return "test" if drawn < held_out else "validation" if drawn < 2 * held_out else "train"
+
+
+def built_together(source: Path) -> Iterator[Row]:
+    """Yield pairs of packages that are built from together."""
+    for table in read_build_depends(source):
+        yield from (dict(zip(table.columns, row, strict=True)) for row in table.rows)
+
+
+def alike(source: Path) -> list[Row]:
+    """Return the pairs of packages of one purpose with their split, which all of the purpose share.
+
+    Of a source's packages with the same tags one has a part. Those that are alone, or too many, are documents.
+    """
+    purposes: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    for row in read(source / "debian_packages/packages.jsonl.xz"):
+        tags = tuple(sorted(tag for tag in row["tags"] if tag.split("::")[0] not in NO_PURPOSE))
+        if len(tags) >= LEAST_TAGS:
+            about = f"{row['synopsis']}. {row['description']}"
+            package = {"id": row["package"], "description": about, "section": row["section"]}
+            purposes.setdefault(tags, {}).setdefault(row["source"], package)
+    pairs = []
+    for tags, by_source in purposes.items():
+        packages = list(by_source.values())
+        several = 1 < len(packages) <= MOST_ALIKE
+        split = split_of(" ".join(tags), 0.15) if several else "none"
+        for sides in combinations(packages, 2) if several else zip(packages, packages, strict=True):
+            names = ("query", "doc")
+            pair = {f"{side}_{key}": about[key] for side, about in zip(names, sides, strict=True) for key in about}
+            pairs.append(pair | {"split": split})
+    return pairs
+
+
+def with_labels(rows: list[Row], labels: int | None) -> Iterator[Row]:
     """Yield rows with so many labels to train on: of the others the documents are left."""
-    train = sorted((row for row in rows if row["split"] == "train"), key=lambda row: hash64(row["query"] + row["doc"]))
+
+    def drawn(row: Row) -> int:
+        return hash64("".join(value for key, value in row.items() if key != "split"))
+
+    train = sorted((row for row in rows if row["split"] == "train"), key=drawn)
     yield from train[:labels]
     yield from (row | {"split": "none"} for row in train[len(train[:labels]) :])
     yield from (row for row in rows if row["split"] != "train")
 
+
+TASKS = {
+    "medquad": Task(
+        "configs/medquad.yaml",
+        ("model.query.text.init=null", "model.dim=128", "engine.chunk_tokens=8192", "engine.keep_graph_tokens=131072"),
+        pretrain_steps=800,
+        steps={50: 30, 200: 40, 1000: 80, None: 300},
+        pretraining=other_tasks,
+        labelled=questions,
+    ),
+    "similar-packages": Task(
+        "configs/debian_build_depends.yaml",
+        (),
+        pretrain_steps=300,
+        steps={50: 30, 200: 40, 1000: 80, None: 120},
+        pretraining=built_together,
+        labelled=alike,
+        columns={"query_id_column": "query_id", "doc_id_column": "doc_id"},
+    ),
+}
 
 if __name__ == "__main__":
     sys.exit(main())
