@@ -1,7 +1,7 @@
 """What pretraining on other pairs is worth where a task has few labels of its own.
 
     python tools/bench/bench_few_labels.py medquad --source ../shared/data --out few_labels.json     # 25 CPU-minutes
-    python tools/bench/bench_few_labels.py similar-packages --source ../shared/data --out similar.json     # 20
+    python tools/bench/bench_few_labels.py similar-packages --source ../shared/data --out similar.json     # 15
 
 A small BERT of random weights is pretrained with FPS on pairs of which there is much. With 50, 200, 1,000 and all
 labels of the task the pretrained model is fine-tuned, and one of random weights is trained as long. All rank all
@@ -21,7 +21,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -171,23 +171,28 @@ def alike(source: Path) -> list[Row]:
 
     Of a source's packages with the same tags one has a part. Those that are alone, or too many, are documents.
     """
-    purposes: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    purposes: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in read(source / "debian_packages/packages.jsonl.xz"):
         tags = tuple(sorted(tag for tag in row["tags"] if tag.split("::")[0] not in NO_PURPOSE))
         if len(tags) >= LEAST_TAGS:
             about = f"{row['synopsis']}. {row['description']}"
             package = {"id": row["package"], "description": about, "section": row["section"]}
             purposes.setdefault(tags, {}).setdefault(row["source"], package)
-    pairs = []
+    pairs: list[tuple[Row, Row, str]] = []
+    others: list[Row] = []
     for tags, by_source in purposes.items():
         packages = list(by_source.values())
-        several = 1 < len(packages) <= MOST_ALIKE
-        split = split_of(" ".join(tags), 0.15) if several else "none"
-        for sides in combinations(packages, 2) if several else zip(packages, packages, strict=True):
-            names = ("query", "doc")
-            pair = {f"{side}_{key}": about[key] for side, about in zip(names, sides, strict=True) for key in about}
-            pairs.append(pair | {"split": split})
-    return pairs
+        if 1 < len(packages) <= MOST_ALIKE:
+            split = split_of(" ".join(tags), 0.15)
+            pairs += [(*pair, split) for pair in combinations(packages, 2)]
+        else:
+            others += packages
+    pairs += [(*pair, "none") for pair in pairwise(others)]
+    return [
+        {f"{side}_{key}": about[key] for side, about in (("query", query), ("doc", doc)) for key in about}
+        | {"split": split}
+        for query, doc, split in pairs
+    ]
 
 
 def with_labels(rows: list[Row], labels: int | None) -> Iterator[Row]:
