@@ -48,7 +48,7 @@ class Cell:
     """One way to train, or a baseline."""
 
     set: tuple[str, ...] = ()  # key=value over the data set's config
-    per_set: dict[str, list[str]] = field(default_factory=dict)  # a set's name: more of them there
+    per_set: dict[str, list[str]] = field(default_factory=dict)  # a set's name: more of them, or of the options, there
     without: tuple[str, ...] = ()  # features left out, as query.age: the dataset is made without them
     make: str | None = None  # arguments of make_shards for what it learns from; it is measured on the set's dataset
     after: str | None = None  # a cell whose pretraining this one fine-tunes
@@ -130,8 +130,9 @@ def _check(path: Path, claim: Claim) -> None:
         key = f"cells.{name}"
         kinds = f"one of {', '.join(BASELINES)}"
         need(cell.baseline is None or cell.baseline in BASELINES, f"{key}.baseline", cell.baseline, kinds)
-        trained = replace(cell, baseline=None, options={}, make=None, only=()) != Cell()
-        need(cell.baseline is None or not trained, key, "keys of a training", "baseline, options, make and only")
+        trained = replace(cell, baseline=None, options={}, per_set={}, make=None, only=()) != Cell()
+        allowed = "baseline, options, per_set, make and only"
+        need(cell.baseline is None or not trained, key, "keys of a training", allowed)
         need(cell.baseline is not None or not cell.options, f"{key}.options", cell.options, "a baseline that has them")
         need(not cell.make or not cell.without, f"{key}.make", cell.make, "no `without` beside it")
         need(cell.rerank is None or cell.rerank > 0, f"{key}.rerank", cell.rerank, "a number of documents")

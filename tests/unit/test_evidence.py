@@ -142,6 +142,23 @@ def test_shipped_claims_can_be_read_and_planned() -> None:
         assert len(trials(claim, Path("out"))) >= len(claim.cells)
 
 
+def test_a_baselines_options_may_differ_by_set(tmp_path: Path, tiny_interactions: Any) -> None:
+    sets = {name: {"config": str(tiny_interactions.config), "seeds": [0]} for name in ("one", "other")}
+    cells = {
+        "Markov": {"baseline": "markov", "per_set": {"other": ["window=1"]}},
+        "Markov, window 1": {"baseline": "markov", "options": {"window": 1}},
+    }
+    claim = read_claim(written(tmp_path, sets=sets, cells=cells, expect=[], split="validation"))
+    found = {}
+    for trial in trials(claim, tmp_path):
+        run_trial(trial)
+        found[trial.set_name, trial.cell_name] = trial.folder.parent.name, read_ranks(trial.report).ranks
+    name, ranks = found["other", "Markov, window 1"]
+    assert found["other", "Markov"][0] == name != found["one", "Markov"][0]
+    np.testing.assert_array_equal(found["other", "Markov"][1], ranks)
+    assert not np.array_equal(found["one", "Markov"][1], ranks)
+
+
 def test_the_page_is_its_figures(tmp_path: Path) -> None:
     figures = json.loads((ROOT / "docs/evidence.json").read_text("utf-8"))
     results = {name: Result.from_dict(content) for name, content in figures.items()}
