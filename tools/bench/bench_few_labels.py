@@ -57,14 +57,14 @@ class Task:
     steps: dict[int | None, int]  # by labels; None: all
     pretraining: Callable[[Path], Iterator[Row]]
     labelled: Callable[[Path], list[Row]]  # with their split
-    columns: dict[str, Any] = field(default_factory=dict)  # options of make_dataset
+    options: dict[str, Any] = field(default_factory=dict)  # of make_dataset
 
 
 def main() -> int:
     """Run the bench; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=tuple(TASKS))
-    parser.add_argument("--source", type=Path, required=True, help="folder of medquad, tldr, debian_packages, wordnet")
+    parser.add_argument("--source", type=Path, required=True, help="folder with the task's tables, each in its own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="of all files (default: runs/few_labels/TASK)")
     parser.add_argument("--out", type=Path, required=True, metavar="JSON")
@@ -86,7 +86,7 @@ def bench(task: Task, source: Path, folder: Path, seed: int, out: Path) -> None:
     def made(name: str, table: Iterator[Row], **options: Any) -> Path:
         if not (folder / name).exists():
             pairs = pa.Table.from_pylist(list(table))
-            bigdssm.make_dataset(task.config, task.set, pairs=pairs, out=folder / name, **task.columns, **options)
+            bigdssm.make_dataset(task.config, task.set, pairs=pairs, out=folder / name, **task.options, **options)
         return folder / name
 
     many = made("pretraining", task.pretraining(source))
@@ -223,7 +223,7 @@ TASKS = {
         steps={50: 30, 200: 40, 1000: 80, None: 120},
         pretraining=built_together,
         labelled=alike,
-        columns={"query_id_column": "query_id", "doc_id_column": "doc_id"},
+        options={"query_id_column": "query_id", "doc_id_column": "doc_id"},
     ),
 }
 
