@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 from bigdssm.config.reading import as_kind, read_yaml
 from bigdssm.errors import ConfigError
@@ -108,6 +108,15 @@ class Claim:
     def cells_on(self, name: str) -> dict[str, Cell]:
         """Return the cells that are tried on the set `name`."""
         return {cell: content for cell, content in self.cells.items() if not content.only or name in content.only}
+
+    def cell_on(self, set_name: str, name: str) -> Cell:
+        """Return a cell as it is on a set, with what `per_set` has for it."""
+        cell = self.cells[name]
+        more = cell.per_set.get(set_name, [])
+        if cell.baseline is None:
+            return replace(cell, set=(*cell.set, *more), per_set={})
+        options = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist(more)))
+        return replace(cell, options={**cell.options, **options}, per_set={})
 
 
 def read_claim(path: Path) -> Claim:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
-from typing import Any, cast
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -59,8 +59,8 @@ class Trial:
 
     @property
     def cell(self) -> Cell:
-        """Return the cell."""
-        return self.claim.cells[self.cell_name]
+        """Return the cell as it is on the set."""
+        return self.claim.cell_on(self.set_name, self.cell_name)
 
     @property
     def config_file(self) -> Path:
@@ -254,9 +254,8 @@ def _spent(trial: Trial, *commands: str) -> float:
 
 def _content(claim: Claim, set_name: str, cell_name: str) -> Any:
     """Return a cell's config as YAML has it, without the features that it leaves out."""
-    data, cell = claim.sets[set_name], claim.cells[cell_name]
-    changed = [*data.set, *cell.set, *(cell.per_set.get(set_name, ()) if cell.baseline is None else ())]
-    content: Any = OmegaConf.merge(OmegaConf.load(data.config), OmegaConf.from_dotlist(changed))
+    data, cell = claim.sets[set_name], claim.cell_on(set_name, cell_name)
+    content: Any = OmegaConf.merge(OmegaConf.load(data.config), OmegaConf.from_dotlist([*data.set, *cell.set]))
     for left_out in cell.without:
         side, _, name = left_out.partition(".")
         if side not in ("query", "doc") or name not in content.data.get(side, {}):
@@ -265,28 +264,21 @@ def _content(claim: Claim, set_name: str, cell_name: str) -> Any:
     return content
 
 
-def _options(cell: Cell, set_name: str) -> dict[str, Any]:
-    """Return a baseline's options on a set."""
-    more = OmegaConf.to_container(OmegaConf.from_dotlist(list(cell.per_set.get(set_name, ()))))
-    return {**cell.options, **cast(dict[str, Any], more)} if cell.baseline is not None else {}
-
-
 def _name_of(claim: Claim, set_name: str, cell_name: str) -> str:
     """Return a name that two cells share where all that decides what comes out is the same."""
-    data, cell = claim.sets[set_name], claim.cells[cell_name]
+    data, cell = claim.sets[set_name], claim.cell_on(set_name, cell_name)
     after = None if cell.after is None else _name_of(claim, set_name, cell.after)
     content = OmegaConf.to_yaml(_content(claim, set_name, cell_name))
     made = _made(data, cell)
     told: list[Any] = [cell.judge] if cell.judge else []
     told += [_name_of(claim, set_name, cell.teacher)] if cell.teacher is not None else []
-    return hex64(json.dumps([content, made, cell.sft, after, cell.baseline, _options(cell, set_name), *told]))
+    return hex64(json.dumps([content, made, cell.sft, after, cell.baseline, cell.options, *told]))
 
 
 def _measure_baseline(trial: Trial, config: Config, dataset: Dataset) -> None:
     assert trial.cell.baseline is not None
     started, used = perf_counter(), os.times()
-    options = _options(trial.cell, trial.set_name)
-    scores = fit_baseline(trial.cell.baseline, Dataset.open(config.data.dir), options)
+    scores = fit_baseline(trial.cell.baseline, Dataset.open(config.data.dir), trial.cell.options)
     how: dict[str, Any] = {"split": trial.claim.split, "filter_seen": config.data.excludes_seen}
     evaluation = evaluate_scores(scores, dataset, **how)
     system = System.of_ranks(trial.cell_name, evaluation.ranks, perf_counter() - started)
