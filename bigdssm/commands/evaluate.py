@@ -156,7 +156,7 @@ def _evaluated(
         evaluation = evaluate_split(
             encoders, dataset, split, filter_seen=filter_seen, rerank=reranking, progress=progress
         )  # fmt: skip
-    return System.of_ranks(name, evaluation.ranks, evaluation.seconds)
+    return System.of_ranks(name, evaluation.ranks, evaluation.query_ids, evaluation.seconds)
 
 
 def _on_collection(args: argparse.Namespace) -> None:

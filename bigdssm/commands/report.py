@@ -4,11 +4,11 @@
     bigdssm report RUN [RUN …] --out JSON --beir DIR [--bm25] [--pretrained FOLDER] [--compare TREC …] [--bf16]
 
 Evaluates RUN/pretrain/best and, where it is there, RUN/sft/best over the full catalogue. With --beir they are measured
-on a collection that bigdssm make_shards wrote beside the dataset, against BM25, a pretrained encoder as it is, and
-runs that bigdssm evaluate saved. Several RUNs are one config's with several seeds (bigdssm seeds): figures are means
-over them, ± a standard error over rows and seeds, and intervals resample both. REPORT.json is a list of
-{name, ndcg_at_10, …, seconds}; a model's seconds are those of its training and its evaluation, the figures of each seed
-stand under `seeds`.
+on a collection that bigdssm make_shards wrote beside the dataset, against BM25, a pretrained encoder as it is, and runs
+that bigdssm evaluate saved. Several RUNs are one config's with several seeds (bigdssm seeds): figures are means over
+them, ± a standard error over queries and seeds, and intervals resample both; the rows of one user or text are drawn
+together. REPORT.json is a list of {name, ndcg_at_10, …, seconds}; a model's seconds are those of its training and its
+evaluation, the figures of each seed stand under `seeds`.
 """
 
 from __future__ import annotations
@@ -178,4 +178,6 @@ def _evaluated(name: str, folder: ModelFolder, stage_dir: Path, dataset: Dataset
             encoders_of(folder.model, dataset), dataset, split, filter_seen=folder.config.data.excludes_seen,
             progress=progress,
         )  # fmt: skip
-    return System.of_ranks(name, evaluation.ranks, evaluation.seconds + training_seconds(stage_dir))
+    return System.of_ranks(
+        name, evaluation.ranks, evaluation.query_ids, evaluation.seconds + training_seconds(stage_dir)
+    )

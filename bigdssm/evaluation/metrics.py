@@ -1,6 +1,7 @@
 """Metrics of ranks, with standard errors and paired bootstrap intervals.
 
-A row has one relevant document; NaN is the rank of a row that has none and does not count.
+A row has one relevant document; NaN is the rank of a row that has none and does not count. Several rows may be of one
+query: of one user at several times, or of a text with several documents.
 """
 
 from __future__ import annotations
@@ -49,19 +50,38 @@ def means(values: Mapping[str, np.ndarray]) -> dict[str, float]:
     return {name: float(rows.mean()) if rows.size else float("nan") for name, rows in values.items()}
 
 
-def standard_errors(values: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Return the standard error of every mean of `means`, with other rows (and other seeds); NaN below two rows."""
-    return {name: _standard_error(np.atleast_2d(rows)) for name, rows in values.items()}
+def standard_errors(values: Mapping[str, np.ndarray], query_ids: np.ndarray | None = None) -> dict[str, float]:
+    """Return the standard error of every mean of `means`, with other queries (and other seeds); NaN below two queries.
+
+    query_ids: int64 [rows], whose each row is; without it each row is a query of its own. Source: Cochran 1977,
+    section 6.3, of a ratio of what queries sum up to and of how many rows they have.
+    """
+    return {name: _standard_error(np.atleast_2d(rows), query_ids) for name, rows in values.items()}
 
 
-def _standard_error(values_SR: np.ndarray) -> float:
+def _standard_error(values_SR: np.ndarray, query_ids: np.ndarray | None) -> float:
     seeds, rows = values_SR.shape
-    if rows < 2:
+    sums_1Q, counts_Q = _by_query((values_SR - values_SR.mean()).mean(axis=0, keepdims=True), query_ids)
+    queries = len(counts_Q)
+    if queries < 2:
         return float("nan")
-    variance = values_SR.mean(axis=0).var(ddof=1) / rows
+    variance = (sums_1Q**2).sum() / rows**2 * queries / (queries - 1)
     if seeds > 1:
         variance += values_SR.mean(axis=1).var(ddof=1) / seeds
     return float(variance**0.5)
+
+
+def _by_query(values_SR: np.ndarray, query_ids: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sums of each query's rows [S, Q], in the order in which queries come, and how many they are [Q]."""
+    rows = values_SR.shape[1]
+    if query_ids is None:
+        return values_SR, np.ones(rows, np.int64)
+    _, first, query = np.unique(query_ids, return_index=True, return_inverse=True)
+    order = np.empty(len(first), np.int64)
+    order[np.argsort(first)] = np.arange(len(first))
+    query = order[query]
+    sums_SQ = np.stack([np.bincount(query, weights=values_R) for values_R in values_SR])
+    return sums_SQ, np.bincount(query)
 
 
 @dataclass(frozen=True)
@@ -77,24 +97,28 @@ class Difference:
         return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
 
 
-def paired_bootstrap(a: np.ndarray, b: np.ndarray, *, seed: int = 0) -> Difference:
-    """Return the mean of a − b over paired rows and its percentile interval over resampled rows.
+def paired_bootstrap(a: np.ndarray, b: np.ndarray, query_ids: np.ndarray | None = None, *, seed: int = 0) -> Difference:
+    """Return the mean of a − b over paired rows and its percentile interval over resampled queries.
 
-    Either may be [seeds, rows], of models trained with several seeds, which pair too: rows and seeds are then resampled
-    both. The same rows and seed give the same interval on every machine and numpy. Raises ValueError where the rows
-    do not pair. Source: Efron and Tibshirani 1993, section 13.3; Owen 2007 for two factors.
+    query_ids: int64 [rows], whose each row is: rows of one user or text are drawn together, since they are not
+    independent. Without it each row is a query of its own. Either of a and b may be [seeds, rows], of models trained
+    with several seeds, which pair too: queries and seeds are then resampled both. The same rows and seed give the same
+    interval on every machine and numpy. Raises ValueError where the rows do not pair. Source: Efron and Tibshirani
+    1993, section 13.3; Field and Welsh 2007 for rows of one query; Owen 2007 for two factors.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape[-1] != b.shape[-1] or not a.size or (a.ndim == b.ndim == 2 and len(a) != len(b)):
         raise ValueError(f"paired rows are needed, got shapes {a.shape} and {b.shape}")
     difference_SR = np.atleast_2d(a - b)
-    seeds, rows = difference_SR.shape
+    sums_SQ, counts_Q = _by_query(difference_SR, query_ids)
+    seeds, queries = sums_SQ.shape
     random = np.random.RandomState(seed)  # its stream is frozen; a Generator's may change between versions
     means = np.empty(NUM_RESAMPLES)
-    at_once = max(1, CHUNK_DRAWS // (seeds * rows))
+    at_once = max(1, CHUNK_DRAWS // (seeds * queries))
     for first in range(0, NUM_RESAMPLES, at_once):
         size = min(at_once, NUM_RESAMPLES - first)
-        of_seeds = difference_SR[:, random.randint(0, rows, (size, rows))].mean(axis=2)
+        drawn = random.randint(0, queries, (size, queries))
+        of_seeds = sums_SQ[:, drawn].sum(axis=2) / counts_Q[drawn].sum(axis=1)
         if seeds > 1:
             of_seeds = np.take_along_axis(of_seeds, random.randint(0, seeds, (seeds, size)), axis=0)
         means[first : first + size] = of_seeds.mean(axis=0)

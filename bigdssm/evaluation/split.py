@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +30,8 @@ SCORES_PER_CHUNK = 16_777_216  # of a scorer without vectors, 128 MiB of float64
 class Evaluation:
     """The rank of every query's document, and what follows from it."""
 
-    ranks: np.ndarray  # float64 [queries of the split that can be used], in dataset order; NaN where relevance is 0
+    ranks: np.ndarray  # float64 [rows of the split that can be used], in dataset order; NaN where relevance is 0
+    query_ids: np.ndarray  # int64, whose each is
     metrics: dict[str, float]
     seconds: float
 
@@ -65,7 +66,7 @@ def evaluate_split(
         documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
     error = DivergedError(f"vectors of split {split} hold NaN or inf")
     distributed.raise_together(None if all_finite(documents.vectors) else error)
-    ranks = [np.zeros(0)]
+    ranks, query_ids = [np.zeros(0)], [np.zeros(0, np.int64)]
     left_out = left_out_of(dataset, filter_seen)
     at_once = QUERIES_AT_ONCE if rerank is None else RERANKED_AT_ONCE
     for asked in rounds(encode_queries(encoders, dataset, split, share), documents, left_out, at_once):
@@ -75,8 +76,9 @@ def evaluate_split(
         if rerank is not None:
             found = rerank.ranks(found, asked, documents)
         ranks.append(_of_relevant(found, asked.rows))
-    everything = np.concatenate(distributed.all_gather_object(np.concatenate(ranks)))
-    return Evaluation(everything, mean_metrics(everything), time.perf_counter() - started)
+        query_ids.append(asked.rows.query_ids)
+    everything = distributed.all_gather_object((np.concatenate(ranks), np.concatenate(query_ids)))
+    return _evaluation([of_rank[0] for of_rank in everything], [of_rank[1] for of_rank in everything], started)
 
 
 def evaluate_scores(
@@ -93,13 +95,19 @@ def evaluate_scores(
     started = time.perf_counter()
     dataset.index(split)
     rows_per_chunk = max(1, min(1024, SCORES_PER_CHUNK // dataset.catalogue.num_docs))
-    ranks = [np.zeros(0)]
+    ranks, query_ids = [np.zeros(0)], [np.zeros(0, np.int64)]
     for rows in dataset.iterate(split, rows_per_chunk):
         left_out = _as_seen(left_out_of(dataset, filter_seen)(rows), len(rows))
         rank = ranks_of_scores(as_tensor(scores(rows)), as_tensor(rows.doc_rows), left_out)
         ranks.append(_of_relevant(rank, rows))
+        query_ids.append(rows.query_ids)
+    return _evaluation(ranks, query_ids, started)
+
+
+def _evaluation(ranks: Sequence[np.ndarray], query_ids: Sequence[np.ndarray], started: float) -> Evaluation:
     everything = np.concatenate(ranks)
-    return Evaluation(everything, mean_metrics(everything), time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return Evaluation(everything, np.concatenate(query_ids), mean_metrics(everything), seconds)
 
 
 def _as_seen(left_out: Pairs, num_queries: int) -> Seen:

@@ -36,6 +36,7 @@ class System:
     values: dict[str, np.ndarray]  # float64 [rows or queries] by metric; [seeds, rows] of a model trained several times
     seconds: float  # to make and to evaluate it
     ranks: np.ndarray | None = None  # float64 [rows of the split], where the values are of ranks
+    query_ids: np.ndarray | None = None  # int64 [rows], whose each value is; by default each is of a query of its own
 
     def __post_init__(self) -> None:
         """Raise DataError where there is nothing that a figure could be of."""
@@ -43,9 +44,9 @@ class System:
             raise DataError(f"{self.name} cannot be measured: no row has a relevant document")
 
     @classmethod
-    def of_ranks(cls, name: str, ranks: np.ndarray, seconds: float) -> System:
-        """Return the system that gives the rows of a split these ranks."""
-        return cls(name, row_metrics(ranks), seconds, ranks)
+    def of_ranks(cls, name: str, ranks: np.ndarray, query_ids: np.ndarray, seconds: float) -> System:
+        """Return the system that gives the rows of a split, each of a query (int64), these ranks."""
+        return cls(name, row_metrics(ranks), seconds, ranks, query_ids[~np.isnan(ranks)])
 
     @classmethod
     def of_seeds(cls, systems: Sequence[System]) -> System:
@@ -54,7 +55,8 @@ class System:
         if len(systems) == 1:
             return first
         values = {name: np.stack([system.values[name] for system in systems]) for name in first.values}
-        return cls(first.name, values, float(np.mean([system.seconds for system in systems])))
+        seconds = float(np.mean([system.seconds for system in systems]))
+        return cls(first.name, values, seconds, query_ids=first.query_ids)
 
     def by_seed(self) -> list[dict[str, float]]:
         """Return the means of every seed; none of a system without several."""
@@ -63,7 +65,11 @@ class System:
 
     def difference(self, other: System, metric: str) -> Difference:
         """Return this system's mean `metric` less the other's, paired by row."""
-        return paired_bootstrap(self.values[metric], other.values[metric])
+        return paired_bootstrap(self.values[metric], other.values[metric], self.query_ids)
+
+    def errors(self) -> dict[str, float]:
+        """Return the standard errors of the means of all metrics."""
+        return standard_errors(self.values, self.query_ids)
 
 
 def names_apart(paths: Sequence[Path]) -> list[str]:
@@ -97,7 +103,7 @@ def table(systems: Sequence[System], title: str, shown: Mapping[str, str] = SHOW
     for label in (*shown.values(), "seconds"):
         drawn.add_column(label, justify="right", no_wrap=True)
     for system in systems:
-        average, errors = means(system.values), standard_errors(system.values)
+        average, errors = means(system.values), system.errors()
         cells = [f"{average[name]:.4f} ± {errors[name]:.4f}" for name in shown]
         drawn.add_row(system.name, *cells, f"{system.seconds:.1f}")
     return drawn
@@ -153,18 +159,36 @@ def save_comparison(
     filter_seen: bool = True,
 ) -> None:  # fmt: skip
     """Write the JSON `path`, and beside it each system's ranks as .npy."""
-    _, checksum = measured(dataset, split)
-    rows = {"split": split, "rows": checksum, "filter_seen": filter_seen}
+    rows = {"split": split, "rows": MeasuredRows.of(dataset, split).checksum, "filter_seen": filter_seen}
     content: dict[str, Any] = {**rows, "systems": as_json(systems)}
     path.parent.mkdir(parents=True, exist_ok=True)
     for number, (entry, system) in enumerate(zip(content["systems"], systems, strict=True)):
         assert system.ranks is not None
-        entry["standard_errors"] = _without_nan(standard_errors(system.values))
+        entry["standard_errors"] = _without_nan(system.errors())
         entry["ranks"] = f"{path.stem}.ranks-{number}.npy"
         np.save(path.with_name(entry["ranks"]), system.ranks)
         entry["ranks_checksum"] = file_checksum(path.with_name(entry["ranks"]))
     content["differences"] = differences_as_json(pairs)
     write_json(path, content)
+
+
+@dataclass(frozen=True)
+class MeasuredRows:
+    """The rows of a split that ranks are of."""
+
+    query_ids: np.ndarray  # int64 [rows that can be used]
+    checksum: str  # xxh3_128, in hex, of each row's query id, place and document, and of all documents
+
+    @classmethod
+    def of(cls, dataset: Dataset, split: str) -> MeasuredRows:
+        """Return those of a dataset."""
+        query_ids = [np.zeros(0, np.int64)]
+        digest = xxhash.xxh3_128(np.sort(dataset.catalogue.doc_ids).tobytes())
+        for rows in dataset.iterate(split, 65_536):
+            query_ids.append(rows.query_ids)
+            for column in (rows.query_ids, rows.place, dataset.catalogue.ids(rows.doc_rows), rows.relevance):
+                digest.update(b"" if column is None else np.ascontiguousarray(column).tobytes())
+        return cls(np.concatenate(query_ids), digest.hexdigest())
 
 
 @dataclass(frozen=True)
@@ -175,12 +199,12 @@ class SavedRanks:
     ranks: np.ndarray  # float64 [queries that can be used]
     seconds: float  # to make and to evaluate it
     split: str
-    rows: str  # the checksum of `measured`
+    rows: str  # the checksum of MeasuredRows
     filter_seen: bool
 
-    def check(self, where: object, dataset: Dataset, rows: tuple[int, str], filter_seen: bool) -> None:
-        """Raise DataError where they do not pair with those of the dataset's rows, which are as `measured` says."""
-        if (len(self.ranks), self.rows) != rows:
+    def system(self, name: str, where: object, dataset: Dataset, rows: MeasuredRows, filter_seen: bool) -> System:
+        """Return the system that has them. Raises DataError: they do not pair with ranks of the dataset's rows."""
+        if (len(self.ranks), self.rows) != (len(rows.query_ids), rows.checksum):
             raise DataError(
                 f"{where} was measured on other rows than those of split {self.split} of {dataset.dir}: "
                 f"{len(self.ranks)} of a split {self.split}; measure both on datasets made of the same tables"
@@ -190,6 +214,7 @@ class SavedRanks:
                 f"{where} was measured with seen documents {'left out' if self.filter_seen else 'among the others'}, "
                 "this model's data.repeats says otherwise; measure both with the same data.repeats"
             )
+        return System.of_ranks(name, self.ranks, rows.query_ids, self.seconds)
 
 
 def read_ranks(path: Path) -> SavedRanks:
@@ -216,22 +241,8 @@ def load_system(path: Path, dataset: Dataset, split: str, filter_seen: bool = Tr
     The features of these may be others.
     """
     saved = read_ranks(path)
-    saved.check(path, dataset, measured(dataset, split), filter_seen)
-    return System.of_ranks(f"{saved.name} ({path.stem})", saved.ranks, saved.seconds)
-
-
-def measured(dataset: Dataset, split: str) -> tuple[int, str]:
-    """Return how many queries of a split can be used, and the checksum of what their ranks are of.
-
-    That is the xxh3_128, in hex, of each query's id, place and document, and of all documents.
-    """
-    num_queries = 0
-    digest = xxhash.xxh3_128(np.sort(dataset.catalogue.doc_ids).tobytes())
-    for rows in dataset.iterate(split, 65_536):
-        num_queries += rows.num_queries
-        for column in (rows.query_ids, rows.place, dataset.catalogue.ids(rows.doc_rows), rows.relevance):
-            digest.update(b"" if column is None else np.ascontiguousarray(column).tobytes())
-    return num_queries, digest.hexdigest()
+    name = f"{saved.name} ({path.stem})"
+    return saved.system(name, path, dataset, MeasuredRows.of(dataset, split), filter_seen)
 
 
 def _fitted(
@@ -239,7 +250,7 @@ def _fitted(
 ) -> System:
     started = perf_counter()
     evaluation = evaluate_scores(kind.fit(dataset), dataset, split, filter_seen=filter_seen)
-    return System.of_ranks(name, evaluation.ranks, perf_counter() - started)
+    return System.of_ranks(name, evaluation.ranks, evaluation.query_ids, perf_counter() - started)
 
 
 def _without_nan(values: dict[str, float]) -> dict[str, float | None]:

@@ -21,11 +21,12 @@ this page:
 
     python launch/evidence.py configs/evidence/*.yaml --out runs/evidence --page docs/evidence.md
 
-± is a standard error over rows and seeds. Differences are paired by row, with 95 % bootstrap intervals over rows and
-seeds. A claim **holds** where every interval is on its side of 0 (or of the margin that the claim names), **does not
-hold** where one is on the other side, and is **open** where an interval reaches over it. The closest call is of the
-intervals that say so the one whose end is nearest to that. CPU-seconds are of the training, with the pretraining, the
-judge and the teacher that it needed; CPU-hours are of all trainings of a claim, also where another claim shares them.
+± is a standard error over queries and seeds. Differences are paired by row, with 95 % bootstrap intervals over queries
+and seeds: rows with the same query id, of one user or one text, are drawn together. A claim **holds** where every
+interval is on its side of 0 (or of the margin that the claim names), **does not hold** where one is on the other side,
+and is **open** where an interval reaches over it. The closest call is of the intervals that say so the one whose end is
+nearest to that. CPU-seconds are of the training, with the pretraining, the judge and the teacher that it needed;
+CPU-hours are of all trainings of a claim, also where another claim shares them.
 """
 
 
@@ -60,7 +61,7 @@ def _section(name: str, result: Result) -> str:
     label = METRICS.get(result.metric, result.metric)
     for set_name, one in result.sets.items():
         seeds = max(cell.seeds for cell in one.cells)
-        lines += ["", f"{set_name}, {result.split}, {one.rows:,} queries, {seeds} seed{'s' * (seeds > 1)}:", ""]
+        lines += ["", f"{set_name}, {result.split}, {_number(one)}, {seeds} seed{'s' * (seeds > 1)}:", ""]
         lines += _table(one, label)
         for words, found in zip(result.expect, one.expected, strict=True):
             if found is not None:
@@ -68,6 +69,11 @@ def _section(name: str, result: Result) -> str:
     for figures in result.figures:
         lines += ["", figures.about, "", *_records(figures.records)]
     return "\n".join([*lines, ""])
+
+
+def _number(one: SetResult) -> str:
+    """Return for example `4,979 rows of 34 query ids`."""
+    return f"{one.rows:,} rows" + (f" of {one.query_ids:,} query ids" if one.query_ids < one.rows else "")
 
 
 def _table(one: SetResult, label: str) -> list[str]:

@@ -11,8 +11,7 @@ import numpy as np
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
-from bigdssm.evaluation.metrics import standard_errors
-from bigdssm.evaluation.systems import System, measured
+from bigdssm.evaluation.systems import MeasuredRows, System
 from bigdssm.evidence.benches import Figures
 from bigdssm.evidence.claims import Claim, Expectation, Verdict
 from bigdssm.evidence.kept import Kept
@@ -59,6 +58,7 @@ class SetResult:
     """A claim on a set."""
 
     rows: int  # of the split that count
+    query_ids: int  # of them: users, or texts
     cold_rows: int
     cells: list[Measured]
     expected: list[Compared | None]  # in the claim's order; none where a cell is not tried on this set
@@ -135,13 +135,12 @@ def together(verdicts: Sequence[Verdict]) -> Verdict:
 def _of_set(claim: Claim, set_name: str, which: Sequence[tuple[Trial, Kept]]) -> SetResult:
     config = load_config(claim.sets[set_name].config, claim.sets[set_name].set)
     dataset = Dataset.open(config.data.dir)
-    rows = measured(dataset, claim.split)
+    rows = MeasuredRows.of(dataset, claim.split)
     systems: dict[str, list[System]] = {name: [] for name in claim.cells_on(set_name)}
     seconds: dict[str, list[float]] = {name: [] for name in systems}
     for trial, kept in which:
-        saved = kept.saved()
-        saved.check(trial, dataset, rows, config.data.excludes_seen)
-        systems[trial.cell_name].append(System.of_ranks(trial.cell_name, saved.ranks, saved.seconds))
+        system = kept.saved().system(trial.cell_name, trial, dataset, rows, config.data.excludes_seen)
+        systems[trial.cell_name].append(system)
         seconds[trial.cell_name].append(kept.cpu_seconds)
     popularity = _popularity(dataset, claim.split)
     values = {name: System.of_seeds(of_seeds) for name, of_seeds in systems.items()}
@@ -152,14 +151,16 @@ def _of_set(claim: Claim, set_name: str, which: Sequence[tuple[Trial, Kept]]) ->
             Measured(
                 name,
                 _rounded(metric.mean()),
-                _rounded(standard_errors(system.values)[claim.metric]),
+                _rounded(system.errors()[claim.metric]),
                 len(metric),
                 round(float(np.mean(seconds[name])), 1),
                 *_by_popularity(metric.mean(axis=0), popularity),
             )
         )
     expected = [_compared(expected, values, claim.metric) for expected in claim.expect]
-    return SetResult(len(popularity), int((popularity == 0).sum()), cells, expected)
+    query_ids = next(iter(values.values())).query_ids
+    assert query_ids is not None
+    return SetResult(len(popularity), len(np.unique(query_ids)), int((popularity == 0).sum()), cells, expected)
 
 
 def _compared(expected: Expectation, systems: dict[str, System], metric: str) -> Compared | None:

@@ -88,7 +88,7 @@ def _measured(
                 tower_encoders(model.model, dataset), dataset, split,
                 filter_seen=models[0].config.data.excludes_seen, progress=progress,
             )  # fmt: skip
-            found.append(System.of_ranks(name, evaluation.ranks, evaluation.seconds))
+            found.append(System.of_ranks(name, evaluation.ranks, evaluation.query_ids, evaluation.seconds))
     except BigDSSMError as error:
         return None, str(error)
     return (found[0], found[1]), ""

@@ -17,6 +17,7 @@ from bigdssm.evaluation import ranks as ranks_module
 from bigdssm.evaluation import split as split_module
 from bigdssm.evaluation.scorer import ScoredEncoders
 from bigdssm.evaluation.split import evaluate_split
+from bigdssm.evaluation.systems import MeasuredRows
 from bigdssm.reports.live_memory import LiveBytes
 from bigdssm.retrieval import mine as mine_module
 from bigdssm.retrieval import rounds as rounds_module
@@ -82,7 +83,9 @@ def evaluated_and_mined(rank: int, world_size: int, folder: Path, out: Path, kin
         parts = [np.arange(90), np.arange(90, 100), np.arange(0)] if world_size > 1 else [np.arange(100)]
         pieces = [rows.take(parts[rank] + start) for start in (0, 100, 200)]  # of three ranks one has none
         some = mine(encoders, dataset, pieces, first=FIRST, last=LAST, share=share)
-    assert [len(evaluation.ranks) for evaluation in found] == [dataset.num_rows("validation"), dataset.num_rows("test")]
+    for evaluation, split in zip(found, ("validation", "test"), strict=True):
+        assert len(evaluation.ranks) == dataset.num_rows(split)
+        np.testing.assert_array_equal(evaluation.query_ids, MeasuredRows.of(dataset, split).query_ids)
     windows = everything.windows(everything.queries)
     return [*(evaluation.ranks for evaluation in found), everything.queries, windows, some["query"], some["window"]]
 

@@ -15,7 +15,7 @@ from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.metrics import row_metrics
-from bigdssm.evaluation.systems import System, measured, read_ranks, save_comparison
+from bigdssm.evaluation.systems import MeasuredRows, System, read_ranks, save_comparison
 from bigdssm.evidence.benches import read_figures, run_benches
 from bigdssm.evidence.claims import Expectation, read_claim
 from bigdssm.evidence.kept import keep, read_kept, write_kept
@@ -179,12 +179,12 @@ def test_what_trials_measured_is_kept_apart_from_their_runs(tmp_path: Path, tiny
     claim = read_claim(written(tmp_path, sets=sets, cells=cells, split="validation"))
     dataset = Dataset.open(load_config(tiny_interactions.config).data.dir)
     planned = trials(claim, tmp_path / "here")
-    queries, _ = measured(dataset, "validation")
+    query_ids = MeasuredRows.of(dataset, "validation").query_ids
     rng = np.random.default_rng(0)
     for trial in planned:
         better = 3 if trial.cell_name == "a" else 9
-        ranks = rng.integers(1, better + trial.seed + 1, queries).astype(np.float64)
-        save_comparison(trial.report, [System.of_ranks("x", ranks, 1.0)], [], dataset, "validation")
+        ranks = rng.integers(1, better + trial.seed + 1, len(query_ids)).astype(np.float64)
+        save_comparison(trial.report, [System.of_ranks("x", ranks, query_ids, 1.0)], [], dataset, "validation")
         (trial.folder / "commands.jsonl").write_text(json.dumps({"command": "pretrain", "cpu_seconds": 9000.0}) + "\n")
     file = tmp_path / "trials.jsonl"
     write_kept(file, keep({}, planned[:2]))

@@ -72,6 +72,28 @@ def test_several_seeds_resample_rows_and_seeds() -> None:
     assert means({"x": a})["x"] == pytest.approx(rows.mean() + 0.2)
 
 
+def test_rows_of_one_query_are_drawn_together() -> None:
+    random = np.random.RandomState(4)
+    query_ids = random.permutation(np.repeat(np.arange(300), random.randint(1, 9, 300)))
+    taste = 0.5 * random.randn(300)
+    a = 3 + taste[query_ids] + 0.1 * random.randn(len(query_ids))
+    found, alone = paired_bootstrap(a, np.zeros(len(a)), query_ids), paired_bootstrap(a, np.zeros(len(a)))
+    assert found.mean == pytest.approx(alone.mean, abs=1e-12) == pytest.approx(a.mean())
+    error = standard_errors({"x": a}, query_ids)["x"]
+    sizes = np.bincount(query_ids)
+    assert error == pytest.approx(0.5 * (sizes**2).sum() ** 0.5 / len(a), rel=0.1)  # what the tastes alone bring
+    assert error > 1.8 * standard_errors({"x": a})["x"]
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    seeds = np.stack([a - 0.2, a, a + 0.2])
+    more = standard_errors({"x": seeds}, query_ids)["x"]
+    assert more == pytest.approx((error**2 + 0.2**2 / 3) ** 0.5)
+    # Of queries with a row each nothing else comes out, whatever their ids are.
+    ids = random.permutation(len(a))
+    assert paired_bootstrap(seeds, taste[query_ids], ids) == paired_bootstrap(seeds, taste[query_ids])
+    assert standard_errors({"x": seeds}, ids)["x"] == pytest.approx(standard_errors({"x": seeds})["x"])
+    assert math.isnan(standard_errors({"x": a}, np.zeros(len(a), np.int64))["x"])
+
+
 def test_bootstrap_refuses_rows_that_do_not_pair() -> None:
     with pytest.raises(ValueError, match="paired rows"):
         paired_bootstrap(np.zeros(3), np.zeros(4))

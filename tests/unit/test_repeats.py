@@ -125,8 +125,9 @@ def test_training_measures_as_the_key_says(trained: Any) -> None:
 def test_figures_of_the_other_key_are_no_comparison(trained: Any, tmp_path: Path) -> None:
     folder = load_model_folder(trained.best)
     dataset = Dataset.open(folder.config.data.dir)
-    ranks = evaluate_split(tower_encoders(folder.model, dataset), dataset, "test", filter_seen=False).ranks
-    save_comparison(tmp_path / "a.json", [System.of_ranks("a", ranks, 1.0)], [], dataset, "test", False)
+    found = evaluate_split(tower_encoders(folder.model, dataset), dataset, "test", filter_seen=False)
+    systems = [System.of_ranks("a", found.ranks, found.query_ids, 1.0)]
+    save_comparison(tmp_path / "a.json", systems, [], dataset, "test", False)
     assert load_system(tmp_path / "a.json", dataset, "test", False).name == "a (a)"
     with pytest.raises(
         DataError, match=r"was measured with seen documents among the others, this model's data.repeats"

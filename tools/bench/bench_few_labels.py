@@ -124,7 +124,8 @@ def measured(name: str, model: Path, data: Path) -> System:
     """Return what a model is worth on the test split."""
     dataset = Dataset.open(data)
     encoders = tower_encoders(load_model_folder(model).model, dataset)
-    return System.of_ranks(name, evaluate_split(encoders, dataset, "test", filter_seen=False).ranks, 0.0)
+    found = evaluate_split(encoders, dataset, "test", filter_seen=False)
+    return System.of_ranks(name, found.ranks, found.query_ids, 0.0)
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

@@ -102,9 +102,10 @@ def bench(folder: Path, seed: int, out: Path) -> None:
             given = [line.format(folder=folder) for line in overrides]
             run(log, "sft", "--config", config, f"run.dir={where}", f"sft.init={start}", *given)
             best = where / "sft/best"
-        ranks = evaluate_split(tower_encoders(load_model_folder(best).model, dataset), dataset, "test").ranks
-        systems.append(System.of_ranks(name, ranks, 0.0))
-    systems.append(System.of_ranks("the truth", evaluate_scores(by_taste(dataset, taste), dataset, "test").ranks, 0.0))
+        found = evaluate_split(tower_encoders(load_model_folder(best).model, dataset), dataset, "test")
+        systems.append(System.of_ranks(name, found.ranks, found.query_ids, 0.0))
+    found = evaluate_scores(by_taste(dataset, taste), dataset, "test")
+    systems.append(System.of_ranks("the truth", found.ranks, found.query_ids, 0.0))
     *_, control, told, _ = systems
     for system in systems:
         print(f"{system.name:30} NDCG@10 {means(system.values)['ndcg_at_10']:.4f}")

@@ -18,9 +18,9 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DivergedError
 from bigdssm.evaluation.baselines import Markov, Popularity
-from bigdssm.evaluation.metrics import mean_metrics
+from bigdssm.evaluation.metrics import mean_metrics, paired_bootstrap, standard_errors
 from bigdssm.evaluation.split import evaluate_scores, evaluate_split
-from bigdssm.evaluation.systems import baseline_systems, measured
+from bigdssm.evaluation.systems import MeasuredRows, System, baseline_systems
 from bigdssm.features import Categorical, History, Numeric
 from bigdssm.making.interactions import InteractionTables, make_interactions
 from bigdssm.making.making import Target
@@ -113,8 +113,27 @@ def test_vectors_that_are_not_finite_are_no_good_rank(model: DualEncoder, datase
 def test_rows_without_relevance_have_no_rank(model: DualEncoder, dataset: Dataset) -> None:
     half = copy.copy(dataset)
     half.iterate = lambda *args: (replace(rows, relevance=rows.row_ids % 2) for rows in dataset.iterate(*args))  # type: ignore
-    ranks = evaluate_split(tower_encoders(model, dataset), half, "test").ranks
+    found = evaluate_split(tower_encoders(model, dataset), half, "test")
+    ranks, query_ids = found.ranks, found.query_ids
     assert np.isnan(ranks).tolist() == [row % 2 == 0 for row in range(len(ranks))]
+    system = System.of_ranks("x", ranks, query_ids, 0.0)
+    assert system.query_ids.tolist() == query_ids[1::2].tolist()
+
+
+def test_systems_are_compared_by_query(model: DualEncoder, dataset: Dataset) -> None:
+    """The train rows of one user are drawn together, whoever ranks them, and however a report keeps them."""
+    rows = MeasuredRows.of(dataset, "train")
+    ours = evaluate_split(tower_encoders(model, dataset), dataset, "train")
+    theirs = evaluate_scores(Popularity.fit(dataset), dataset, "train")
+    assert len(set(rows.query_ids)) < len(rows.query_ids) / 5
+    assert rows.query_ids.tolist() == ours.query_ids.tolist() == theirs.query_ids.tolist()
+    systems = [System.of_ranks("x", found.ranks, found.query_ids, 0.0) for found in (ours, theirs)]
+    values = [system.values["mrr"] for system in systems]
+    expected = paired_bootstrap(*values, query_ids=rows.query_ids)
+    assert systems[0].difference(systems[1], "mrr") == expected != paired_bootstrap(*values)
+    seeds = System.of_seeds([systems[0], systems[0]])
+    assert seeds.difference(systems[1], "mrr").mean == pytest.approx(expected.mean)
+    assert seeds.errors()["mrr"] == standard_errors(systems[0].values, rows.query_ids)["mrr"]
 
 
 def train_sequences(dataset: Dataset) -> dict[int, list[int]]:
@@ -178,9 +197,9 @@ def test_rows_pair_whatever_their_features_are(tmp_path: Path) -> None:
         (folder / "items.csv").write_text("item_id,price\n" + "".join(f"i{k},{k}\n" for k in range(items)))
         tables = InteractionTables(folder / "events.csv", folder / "items.csv")
         make_interactions(config, tables, Target(folder / "out"))
-        num_queries, found = measured(Dataset.open(folder / "out"), "test")
-        assert num_queries == 2
-        return found
+        found = MeasuredRows.of(Dataset.open(folder / "out"), "test")
+        assert len(found.query_ids) == 2
+        return found.checksum
 
     plain = DataConfig(
         dir="", query={"past": History(of="item", max_items=5)}, doc={"item": Categorical(column="item_id")}
