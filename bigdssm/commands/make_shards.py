@@ -110,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--split", choices=("leave-one-out", "time", "train"), default="leave-one-out")
     _add_fractions(sub, "--split time")
+    _add_moments(sub)
 
     sub = commands.add_parser("pairs", parents=[common], help="query and document features in one row")
     sub.add_argument("--pairs", type=_table, nargs="+", required=True, help="tables: .tsv .csv .jsonl .parquet, .xz …")
@@ -153,6 +154,7 @@ def _add_pair_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--raw-text", action="store_true", help="leave queries' texts as they are: loaders tokenise them")
     sub.add_argument("--dedup", action="store_true", help="leave out repeated (query, document) pairs")
     _add_fractions(sub, "--split random or time")
+    _add_moments(sub)
 
 
 def _add_beir(sub: argparse.ArgumentParser) -> None:
@@ -162,6 +164,21 @@ def _add_beir(sub: argparse.ArgumentParser) -> None:
 def _add_fractions(sub: argparse.ArgumentParser, when: str) -> None:
     sub.add_argument("--validation-fraction", type=float, default=0.05, help=f"with {when} (default: 0.05)")
     sub.add_argument("--test-fraction", type=float, default=0.05, help=f"with {when} (default: 0.05)")
+
+
+def _add_moments(sub: argparse.ArgumentParser) -> None:
+    told = "a number as in the time column, or 2016-01-31"
+    sub.add_argument("--validation-from", metavar="TIME", help=f"--split time: in place of the fractions; {told}")
+    sub.add_argument("--test-from", metavar="TIME", help="goes with it; may be the same, for no validation split")
+    sub.add_argument("--until", metavar="TIME", help="beside these: rows from then on are left out")
+    sub.set_defaults(sub=sub)
+
+
+def _moments(args: argparse.Namespace) -> dict[str, str | None]:
+    """Return the options of `_add_moments`. Raises ConfigError: a fraction beside them."""
+    if args.validation_from is not None or args.test_from is not None:
+        refuse_options(args.sub, args, ["--validation-fraction", "--test-fraction"], "beside the times that divide")
+    return {"validation_from": args.validation_from, "test_from": args.test_from, "until": args.until}
 
 
 def _interactions(args: argparse.Namespace) -> None:
@@ -179,6 +196,7 @@ def _interactions(args: argparse.Namespace) -> None:
         min_rating=args.min_rating,
         positive_rating=args.positive_rating,
         split=args.split,
+        **_moments(args),
     )
 
 
@@ -197,6 +215,7 @@ def _pairs(args: argparse.Namespace) -> None:
         beir=args.beir,
         raw_text=args.raw_text,
         dedup=args.dedup,
+        **_moments(args),
     )
 
 

@@ -230,6 +230,14 @@ def check_time_units(facts: Iterable[Mapping[str, Any]], where: str) -> None:
         )
 
 
+def moment_of(value: float | str) -> float:
+    """Return a time that stands in no column as `times` reads it: a number, or ISO 8601; NaN where it is neither."""
+    try:
+        return float(value)
+    except ValueError:
+        return _parse_iso(str(value))
+
+
 def _parse_iso(text: str) -> float:
     try:
         moment = datetime.fromisoformat(text.strip().replace("Z", "+00:00"))

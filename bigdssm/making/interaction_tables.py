@@ -37,6 +37,7 @@ from bigdssm.making.documents import (
 )
 from bigdssm.making.known_documents import KnownDocuments
 from bigdssm.making.making import Making
+from bigdssm.making.moments import Moments, Told
 from bigdssm.making.reading import PLACE_BITS, PartOfTable, places, read_part
 from bigdssm.making.steps import FirstRows, RowFile, Table, read_facts
 from bigdssm.schema import Schema
@@ -76,10 +77,18 @@ class InteractionTables:
     split: Split = "leave-one-out"
     validation_fraction: float = 0.05  # split=time: the newest rows but the test's
     test_fraction: float = 0.05  # split=time: the newest rows
+    validation_from: Told = None  # split=time: from when on, in place of both fractions; test_from goes with it
+    test_from: Told = None
+    until: Told = None  # beside these: rows from then on are left out
 
     def __post_init__(self) -> None:
         for name in ("time_column", "items_time_column", "users_time_column"):
             object.__setattr__(self, name, getattr(self, name) or None)  # '' is none, as on a command line
+
+    @property
+    def moments(self) -> Moments | None:
+        """Return the times that split=time divides at; None: shares of the events decide. Raises ConfigError."""
+        return Moments.told(self.split, self.validation_from, self.test_from, self.until)
 
 
 def read_items(
@@ -203,19 +212,24 @@ def read_events(
     units.
     """
     engine, quarantine = run.engine, run.writer.quarantine
-    folders = run.read("events", [events], _EventReader(tables, documents.keys))
+    moments = tables.moments
+    until = None if moments is None else moments.until
+    folders = run.read("events", [events], _EventReader(tables, documents.keys, until))
     facts = [read_facts(folder) for folder in folders]
     found = Table.of(folder / "events.parquet" for folder in folders)
-    num_low = sum(some["num_good"] for some in facts) - found.num_rows
+    num_left_out = sum(some["num_good"] for some in facts) - found.num_rows
     engine.table("found_sequences", [folder / "sequences.parquet" for folder in folders])
     if not found.num_rows:
-        low = f"; {num_low} are rated below {tables.min_rating}" if num_low else ""
-        raise DataError(f"{events.name}: no interaction is left to train on{low}{quarantine.told()}")
+        left_out = f"; {num_left_out} are {_why_left_out(tables)}" if num_left_out else ""
+        raise DataError(f"{events.name}: no interaction is left to train on{left_out}{quarantine.told()}")
     check_time_units(facts, f"{events.name}, column {tables.time_column!r}")
     for column, others in other_times.items():
         check_time_units([*facts, *others], f"{events.name}, column {tables.time_column!r}, with {column},")
-    if num_low:
-        run.notes.append(f"{num_low} interactions are rated below {tables.min_rating} and left out")
+    if moments is not None:
+        told = f"--validation-from {tables.validation_from}, --test-from {tables.test_from}"
+        check_time_units([*facts, moments.facts()], f"{events.name}, column {tables.time_column!r}, with {told},")
+    if num_left_out:
+        run.notes.append(f"{num_left_out} interactions are {_why_left_out(tables)} and left out")
     engine.view(
         "whole_sequences",
         "SELECT min(place) AS place, user_id, min_by(key, place) AS key, CAST(sum(length) AS BIGINT) AS length "
@@ -238,10 +252,17 @@ def read_events(
     return sequences, found
 
 
+def _why_left_out(tables: InteractionTables) -> str:
+    low = [] if tables.min_rating is None else [f"rated below {tables.min_rating}"]
+    late = [] if tables.until is None else [f"not before --until {tables.until}"]
+    return " or ".join([*low, *late])
+
+
 @dataclass(frozen=True)
 class _EventReader:
     tables: InteractionTables
     items: Keys
+    until: float | None = None  # events from then on are none
 
     @property
     def columns(self) -> list[str | None]:
@@ -261,6 +282,8 @@ class _EventReader:
         good = check.good
         if self.tables.min_rating is not None:
             good = good & (columns[-1] >= self.tables.min_rating)
+        if self.until is not None:
+            good = good & (columns[-2] < self.until)
         place, user_id, item, time, relevance = (column[good] for column in columns)
         if self.tables.positive_rating is not None:
             relevance = relevance >= self.tables.positive_rating

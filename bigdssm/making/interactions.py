@@ -100,7 +100,8 @@ def make_interactions(
         if versions is not None:
             run.notes += _notes_of_versions(tables, documents, sum(read_facts(f)["num_early"] for f in folders))
         if not splits["train"].num_rows:
-            raise DataError(f"{tables.interactions}: no training row is left; every user has too few events")
+            before = "" if tables.moments is None else f" before --validation-from {tables.validation_from}"
+            raise DataError(f"{tables.interactions}: no training row is left; every user has too few events{before}")
         if as_of:
             splits, too_early = join_users(engine, splits, len(user))
             if too_early:
@@ -144,6 +145,7 @@ def _check(config: DataConfig, tables: InteractionTables) -> None:
     check_names(config.query, [*BLOCK_COLUMNS, *SEQUENCE_COLUMNS, *([VERSION_COLUMN] if dated else [])], "query")
     check_pieces(config)
     check_fractions(tables.validation_fraction, tables.test_fraction)
+    _ = tables.moments  # which says what is wrong with them
     if tables.split == "time" and tables.time_column is None:
         raise ConfigError("--split time needs a --time-column")
     if isinstance(open_table(tables.interactions), SparkTable) and tables.time_column is None:
@@ -162,6 +164,8 @@ def _thresholds(engine: Engine, tables: InteractionTables, events: Table) -> tup
     """Return the times from which on events are of validation and of test."""
     if tables.split != "time":
         return np.inf, np.inf
+    if tables.moments is not None:
+        return tables.moments.validation, tables.moments.test
     kept = 1 - tables.test_fraction
     validation, test = quantiles(engine, events, (kept - tables.validation_fraction, kept))
     return validation, test

@@ -37,6 +37,7 @@ from bigdssm.making.engine import Engine
 from bigdssm.making.fitting import Side, fit, schema_to_fit
 from bigdssm.making.known_documents import KnownDocuments
 from bigdssm.making.making import BLOCK_COLUMNS, CATALOGUE_COLUMNS, Making, Report, Target, check_names, making
+from bigdssm.making.moments import Moments, Told
 from bigdssm.making.reading import PartOfTable, places, read_part
 from bigdssm.making.spark import open_table
 from bigdssm.making.splits import SPLITS, PairSplit, Splitter
@@ -73,11 +74,19 @@ class PairTables:
     split_column: str | None = None  # random: the group that stays together; time, column: what decides
     validation_fraction: float = 0.05
     test_fraction: float = 0.05
+    validation_from: Told = None  # split=time: from when on, in place of both fractions; test_from goes with it
+    test_from: Told = None
+    until: Told = None  # beside these: rows from then on are left out
     whole_documents: bool = False  # random: the rows of one document stay together too
     each_of: str | None = None  # a list column: every value makes a row
     beir: Path | None = None  # also write the pairs there as a BEIR collection
     raw_text: bool = False  # queries' texts stay as they are, loaders tokenise them
     dedup: bool = False  # drop further rows of one (query, document), in any split
+
+    @property
+    def moments(self) -> Moments | None:
+        """Return the times that split=time divides at; None: shares of the rows decide. Raises ConfigError."""
+        return Moments.told(self.split, self.validation_from, self.test_from, self.until)
 
 
 def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress: Progress = no_progress) -> Report:
@@ -135,8 +144,8 @@ def _checked(config: DataConfig, tables: PairTables, target: Target) -> Splitter
         raise ConfigError("data.siamese=true: a query is a document; give --query-id-column and --doc-id-column")
     if tables.beir:
         check_place(tables.beir)
-    fractions = (tables.validation_fraction, tables.test_fraction)
-    return Splitter(tables.split, tables.split_column, fractions, target.seed, tables.whole_documents)
+    by = tables.moments or (tables.validation_fraction, tables.test_fraction)
+    return Splitter(tables.split, tables.split_column, by, target.seed, tables.whole_documents)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import pyarrow as pa
 from bigdssm.errors import ConfigError
 from bigdssm.features.columns import RowCheck, check_time_units, is_empty, strings, times
 from bigdssm.making.engine import Engine
+from bigdssm.making.moments import Moments
 from bigdssm.making.sorting import of_ordinal, ordinals_of
 from bigdssm.making.steps import RowFile, Table, ranges, read_facts
 from bigdssm.string_hashes import hash_strings
@@ -34,17 +35,18 @@ class Splitter:
         self,
         how: PairSplit,
         column: str | None,
-        fractions: tuple[float, float],
+        by: tuple[float, float] | Moments,
         seed: int,
         whole_documents: bool = False,
     ) -> None:
-        check_fractions(*fractions)
+        self._moments = by if isinstance(by, Moments) else None
+        self._fractions = (0.0, 0.0) if isinstance(by, Moments) else by  # of validation and of test
+        check_fractions(*self._fractions)
         if whole_documents and how != "random":
             raise ConfigError(f"--whole-documents goes with --split random, not with --split {how}")
         if how in ("time", "column") and column is None:
             raise ConfigError(f"--split {how} needs --{'time' if how == 'time' else 'split'}-column")
         self._how, self._column, self._seed, self._whole_documents = how, column, seed, whole_documents
-        self._fractions = fractions
 
     @property
     def columns(self) -> list[str]:
@@ -54,8 +56,9 @@ class Splitter:
     @property
     def why_no_train(self) -> str:
         """Return what may have left the train split without a row, to end a sentence with."""
+        no_time = "nearly all rows have one time" if self._moments is None else "none is before --validation-from"
         return {
-            "time": "; nearly all rows have one time",
+            "time": f"; {no_time}",
             "column": f"; {self._column} never says train",
             "random": f"; nearly all rows are of one {self._column or 'query'}",
             "train": "",
@@ -80,12 +83,20 @@ class Splitter:
         `folders` are those of the reading. Raises DataError where times are in several units.
         """
         if self._how == "time":
-            check_time_units(map(read_facts, folders), f"column {self._column!r}")
-            validation, test = self._fractions
-            found = Table.of(folder / "rows.parquet" for folder in folders)
-            first, second = map(as_sql, quantiles(engine, found, (1 - validation - test, 1 - test)))
-            split = f"CASE WHEN time >= {second} THEN 2 WHEN time >= {first} THEN 1 ELSE 0 END"
-            engine.view("divided", f"SELECT *, {split} AS split FROM found")
+            facts = [read_facts(folder) for folder in folders]
+            check_time_units(facts, f"column {self._column!r}")
+            moments = self._moments
+            if moments is None:
+                validation, test = self._fractions
+                found = Table.of(folder / "rows.parquet" for folder in folders)
+                first, second = quantiles(engine, found, (1 - validation - test, 1 - test))
+                moments = Moments(first, second, np.inf)
+            else:
+                told = "with --validation-from, --test-from and --until,"
+                check_time_units([*facts, moments.facts()], f"column {self._column!r}, {told}")
+            from_validation, from_test, end = map(as_sql, (moments.validation, moments.test, moments.until))
+            split = f"CASE WHEN time >= {from_test} THEN 2 WHEN time >= {from_validation} THEN 1 ELSE 0 END"
+            engine.view("divided", f"SELECT *, {split} AS split FROM found WHERE time < {end}")
         elif self._whole_documents:
             labels = _joined_units(engine)
             work = partial(self._draw_labels, labels)

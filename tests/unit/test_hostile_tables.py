@@ -37,6 +37,18 @@ INTERACTIONS = {
 }
 
 
+TOLD_WRONG = {
+    "--validation-from=5 --test-from=7": "--validation-from goes with --split time, not with --split leave-one-out",
+    "--split=time --until=7": "--until needs --validation-from beside it",
+    "--split=time --test-from=7": "--test-from needs --validation-from beside it",
+    "--split=time --validation-from=5": "--validation-from needs --test-from beside it",
+    "--split=time --validation-from=soon --test-from=7": "--validation-from 'soon' is no number and no ISO-8601 time",
+    "--split=time --validation-from=8 --test-from=7": "--validation-from 8, --test-from 7: validation comes before",
+    "--split=time --validation-from=5 --test-from=7 --until=7": "--until 7: validation comes before test",
+    "--split=time --validation-from=5 --test-from=7 --test-fraction=.1": "--test-fraction would have no effect beside",
+}
+
+
 class Maker:
     """Calls the tool in one folder; returns its exit code and what it said on stdout and stderr."""
 
@@ -209,6 +221,11 @@ def test_time_splits_of_odd_times(make: Maker) -> None:
     assert code == 0 and "1 bad rows" in said  # 1e39 is beyond 32 bits
     make.out.rename(make.folder / "made")
     make.refused(make.interactions(EVENTS, "--split=time", "--time-column="), 2, "--split time needs a --time-column")
+    for words, said in TOLD_WRONG.items():
+        make.refused(make.interactions(EVENTS, *words.split()), 2, said)
+    late = "--split=time --validation-from=2040-01-01 --test-from=2041-01-01"
+    millis = [(user, item, 1_600_000_000_000 + time) for user, item, time in EVENTS]
+    make.refused(make.interactions(millis, *late.split()), 3, "with --validation-from 2040-01-01")
 
 
 def test_lists_in_parquet(make: Maker) -> None:

@@ -112,6 +112,16 @@ def test_time_split_and_ratings(tmp_path: Path) -> None:
     write(tmp_path, events, header="user_id,item_id,timestamp,rating")
     dataset = make(tmp_path, split="time", test_fraction=0.25, validation_fraction=0.25)
     assert [len(rows_of(dataset, split)) for split in ("train", "validation", "test")] == [16, 10, 10]
+    told = make(tmp_path, out="told", split="time", validation_from=22, test_from="1970-01-01T00:00:28", until=36.5)
+    found = {
+        name: [4 * len(past) + int(user[1:]) for user, past, _ in rows_of(told, name)]
+        for name in ("train", "validation", "test")
+    }
+    assert {name: sorted(times) for name, times in found.items()} == {
+        "train": list(range(4, 22)), "validation": list(range(22, 28)), "test": list(range(28, 37))
+    }  # fmt: skip
+    items = next(told.iterate("test", 100)).sequences.take("items", np.arange(4))  # type: ignore[union-attr]
+    assert len(items.values) == 37, "what came later is in no sequence"
     rated = make(tmp_path, out="rated", split="train", rating_column="rating", min_rating=2.0)
     relevance = np.concatenate([rows.relevance for rows in rated.iterate("train", 100)])
     assert set(relevance) == {2.0, 3.0, 4.0} and len(relevance) == 24 - 4

@@ -89,6 +89,11 @@ def test_time_and_column_splits(tmp_path: Path) -> None:
     dataset = make(tmp_path, rows, split="time", split_column="time", validation_fraction=0.1, test_fraction=0.2)
     assert {len(queries(dataset, "test")), len(queries(dataset, "validation"))} == {20, 10}
     assert set(queries(dataset, "test")) == {f"[CLS] find item {i} [SEP]" for i in range(80, 100)}
+    moments = {"validation_from": 70, "test_from": "80", "until": 95.0}
+    dataset = make(tmp_path, rows, "told", split="time", split_column="time", **moments)
+    found = {name: set(queries(dataset, name)) for name in ("train", "validation", "test")}
+    wanted = {"train": range(70), "validation": range(70, 80), "test": range(80, 95)}
+    assert found == {name: {f"[CLS] find item {i} [SEP]" for i in numbers} for name, numbers in wanted.items()}
     for row, name in zip(rows, ["train", "valid", "dev", "Test", "none"] * 20, strict=True):
         row["group"] = name
     dataset = make(tmp_path, rows, "by_column", split="column", split_column="group")

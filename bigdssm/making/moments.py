@@ -1,0 +1,57 @@
+"""The times that a split by time divides at, where they are told and not found from shares of the rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bigdssm.errors import ConfigError
+from bigdssm.features.columns import TimeUnits, moment_of
+
+Told = float | str | None
+"""A time in the unit of the table's times, or in ISO 8601; none: it is not told."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """From when on rows are of validation, of test, and of nothing; in the unit of the table's times."""
+
+    validation: float
+    test: float
+    until: float  # infinity: none is left out
+
+    @classmethod
+    def told(cls, split: str, validation_from: Told, test_from: Told, until: Told) -> Moments | None:
+        """Return those that a table's options say, or None where shares of the rows decide. Raises ConfigError."""
+        options = {"--validation-from": validation_from, "--test-from": test_from, "--until": until}
+        given = {option: _read(option, value) for option, value in options.items() if value is not None}
+        if not given:
+            return None
+        if split != "time":
+            raise ConfigError(f"{next(iter(given))} goes with --split time, not with --split {split}")
+        for option in ("--validation-from", "--test-from"):
+            if option not in given:
+                raise ConfigError(
+                    f"{next(iter(given))} needs {option} beside it; --validation-from and --test-from may be the same "
+                    "where validation is to have no rows"
+                )
+        found = cls(given["--validation-from"], given["--test-from"], given.get("--until", np.inf))
+        if not found.validation <= found.test < found.until:
+            said = ", ".join(f"{option} {options[option]}" for option in given)
+            raise ConfigError(f"{said}: validation comes before test, and test before the end")
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """Return what `check_time_units` holds against the table's times."""
+        units = TimeUnits()
+        units.add(np.array([self.validation, self.test, self.until]))
+        return units.facts()
+
+
+def _read(option: str, value: float | str) -> float:
+    moment = moment_of(value)
+    if not np.isfinite(moment):
+        raise ConfigError(f"{option} {value!r} is no number and no ISO-8601 time")
+    return moment
