@@ -17,7 +17,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.item_models import Ease, ImplicitALS, ItemKNN
-from bigdssm.evaluation.text_models import Bm25Texts, PretrainedTexts
+from bigdssm.evaluation.text_models import Bm25Texts, PretrainedTexts, SentenceTransformerTexts
 
 FIT_ROWS = 16_384
 
@@ -88,6 +88,7 @@ BASELINES: dict[str, Any] = {  # by name; each has fit(dataset, **options), and 
     "ials": ImplicitALS,
     "bm25": Bm25Texts,
     "pretrained": PretrainedTexts,
+    "sentence_transformers": SentenceTransformerTexts,
 }
 
 

@@ -58,6 +58,14 @@ class System:
         seconds = float(np.mean([system.seconds for system in systems]))
         return cls(first.name, values, seconds, query_ids=first.query_ids)
 
+    @classmethod
+    def pooled(cls, systems: Sequence[System]) -> System:
+        """Return one system on the rows of several splits together, each of ranks."""
+        first = systems[0]
+        values = {name: np.concatenate([system.values[name] for system in systems]) for name in first.values}
+        query_ids = np.concatenate([system.query_ids for system in systems if system.query_ids is not None])
+        return cls(first.name, values, sum(system.seconds for system in systems), query_ids=query_ids)
+
     def by_seed(self) -> list[dict[str, float]]:
         """Return the means of every seed; none of a system without several."""
         number = max(len(rows) if rows.ndim == 2 else 0 for rows in self.values.values())

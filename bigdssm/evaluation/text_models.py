@@ -1,22 +1,29 @@
-"""Baselines that read texts: BM25, and a text encoder as it is. Both see of a text what the towers see.
+"""Baselines that read texts: BM25, a text encoder as it is, and one that sentence-transformers has trained.
+
+All see of a text what the towers see.
 
 Shapes: m queries, N catalogue rows.
 """
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
+from bigdssm.errors import ConfigError
 from bigdssm.evaluation.judges import Bm25Judge
 from bigdssm.evaluation.pretrained import text_encoders
 from bigdssm.retrieval.embed import Encoders
 from bigdssm.retrieval.texts import Texts
+
+ROWS_AT_ONCE = 16_384
 
 
 @dataclass(frozen=True)
@@ -52,3 +59,58 @@ class PretrainedTexts:
     def __call__(self, rows: Rows) -> np.ndarray:
         """Return scores float64 [m, N]."""
         return (self.encoders.queries(rows) @ self.documents.T).double().numpy()
+
+
+@dataclass(frozen=True)
+class SentenceTransformerTexts:
+    """The score of a document is the cosine of what a model of sentence-transformers makes of both texts."""
+
+    model: Any  # SentenceTransformer
+    texts: Texts
+    documents: np.ndarray  # float32 [N, H]
+
+    @classmethod
+    def fit(
+        cls, dataset: Dataset, folder: str, steps: int, rows: int = 512, lr: float = 5e-5, warmup_steps: int = 0,
+        bf16: bool = False, seed: int = 0,
+    ) -> SentenceTransformerTexts:  # fmt: skip
+        """Return the baseline of `dataset`: a Hugging Face text encoder, mean-pooled, trained by it as its docs advise.
+
+        That is MultipleNegativesRankingLoss over batches of `rows` pairs, without repeated texts in a batch; what
+        is not told is its default. Raises ConfigError: a side without texts, or a package is missing.
+        """
+        try:
+            from datasets import Dataset as Table
+            from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+            from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
+            from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+            from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+        except ImportError as error:
+            raise ConfigError(f"the baseline sentence_transformers: {error}; install bigdssm[baselines]") from None
+        texts = Texts(dataset)
+        encoder = Transformer(folder)
+        model = SentenceTransformer(modules=[encoder, Pooling(encoder.get_embedding_dimension())], device="cpu")
+        pairs: dict[str, list[str]] = {"anchor": [], "positive": []}
+        for piece in dataset.iterate("train", ROWS_AT_ONCE):
+            good = np.flatnonzero(piece.relevance > 0)
+            pairs["anchor"] += texts.queries(piece.take(good))
+            pairs["positive"] += texts.documents(piece.doc_rows[good])
+        with tempfile.TemporaryDirectory() as spool:
+            arguments = Arguments(
+                spool, max_steps=steps, per_device_train_batch_size=rows, learning_rate=lr, warmup_steps=warmup_steps,
+                bf16=bf16, seed=seed, batch_sampler="no_duplicates", use_cpu=True, save_strategy="no",
+                logging_strategy="no", report_to="none", disable_tqdm=True,
+            )  # fmt: skip
+            loss = MultipleNegativesRankingLoss(model)
+            SentenceTransformerTrainer(model, arguments, Table.from_dict(pairs), loss=loss).train()
+        documents = texts.documents(np.arange(dataset.catalogue.num_docs))
+        return cls(model, texts, _encoded(model, documents))
+
+    def __call__(self, rows: Rows) -> np.ndarray:
+        """Return scores float64 [m, N]."""
+        return (_encoded(self.model, self.texts.queries(rows)) @ self.documents.T).astype(np.float64)
+
+
+def _encoded(model: Any, texts: list[str]) -> np.ndarray:
+    vectors: np.ndarray = model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+    return vectors

@@ -41,6 +41,7 @@ class DataSet:
     seeds: tuple[int, ...] = (0, 1, 2)
     set: tuple[str, ...] = ()  # overrides of every cell
     make: str | None = None  # arguments of make_shards, for cells that leave features out
+    pool: str | None = None  # the result that its rows count in, with those of the sets with the same: years, say
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Cell:
     """One way to train, or a baseline."""
 
     set: tuple[str, ...] = ()  # key=value over the data set's config
-    per_set: dict[str, list[str]] = field(default_factory=dict)  # a set's name: more of them, or of the options, there
+    per_set: dict[str, list[str]] = field(default_factory=dict)  # a set or pool: more of them, or of the options, there
     without: tuple[str, ...] = ()  # features left out, as query.age: the dataset is made without them
     make: str | None = None  # arguments of make_shards for what it learns from; it is measured on the set's dataset
     after: str | None = None  # a cell whose pretraining this one fine-tunes
@@ -58,7 +59,7 @@ class Cell:
     rerank: int | None = None  # measured with its scorer ranking the towers' best anew, in place of all documents
     baseline: str | None = None  # in place of a training
     options: dict[str, Any] = field(default_factory=dict)  # of the baseline
-    only: tuple[str, ...] = ()  # the sets that it is tried on; empty: all
+    only: tuple[str, ...] = ()  # the sets and pools that it is tried on; empty: all
 
 
 @dataclass(frozen=True)
@@ -105,18 +106,32 @@ class Claim:
     expect: list[Expectation] = field(default_factory=list)
     benches: list[Bench] = field(default_factory=list)
 
+    @property
+    def pools(self) -> dict[str, list[str]]:
+        """Return the sets of each result: those of a pool, or one."""
+        found: dict[str, list[str]] = {}
+        for name, data in self.sets.items():
+            found.setdefault(data.pool or name, []).append(name)
+        return found
+
     def cells_on(self, name: str) -> dict[str, Cell]:
         """Return the cells that are tried on the set `name`."""
-        return {cell: content for cell, content in self.cells.items() if not content.only or name in content.only}
+        names = self._names(name)
+        return {cell: own for cell, own in self.cells.items() if not own.only or set(names) & set(own.only)}
 
     def cell_on(self, set_name: str, name: str) -> Cell:
-        """Return a cell as it is on a set, with what `per_set` has for it."""
+        """Return a cell as it is on a set, with what `per_set` has for its pool, and then for it."""
         cell = self.cells[name]
-        more = cell.per_set.get(set_name, [])
+        more = [line for on in self._names(set_name) for line in cell.per_set.get(on, [])]
         if cell.baseline is None:
             return replace(cell, set=(*cell.set, *more), per_set={})
         options = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist(more)))
         return replace(cell, options={**cell.options, **options}, per_set={})
+
+    def _names(self, name: str) -> list[str]:
+        """Return what names a set: its pool, and its own name."""
+        pool = self.sets[name].pool
+        return [name] if pool is None else [pool, name]
 
 
 def read_claim(path: Path) -> Claim:
@@ -148,7 +163,8 @@ def _check(path: Path, claim: Claim) -> None:
         need(not cell.judge or cell.after is not None, f"{key}.judge", list(cell.judge), "after")
         need(cell.teacher is None or cell.after is not None, f"{key}.teacher", cell.teacher, "after")
         for role, named in (("per_set", list(cell.per_set)), ("only", list(cell.only))):
-            need(set(named) <= set(claim.sets), f"{key}.{role}", named, f"some of {', '.join(claim.sets)}")
+            known = {*claim.sets, *claim.pools}
+            need(set(named) <= known, f"{key}.{role}", named, f"some of {', '.join(sorted(known))}")
         for role, other in (("after", cell.after), ("teacher", cell.teacher)):
             if other is not None:
                 before = claim.cells.get(other)
@@ -160,6 +176,15 @@ def _check(path: Path, claim: Claim) -> None:
                 need(same, f"{key}.make", cell.make, f"that of {other}")
                 missing = [on for on in claim.sets if name in claim.cells_on(on) and other not in claim.cells_on(on)]
                 need(not missing, f"{key}.{role}", other, f"a cell that is tried on {', '.join(missing)}, too")
+    for pool, members in claim.pools.items():
+        need(
+            members == [pool] or pool not in claim.sets, f"sets.{pool}", "a set", f"another name than a pool's, {pool}"
+        )
+        for name in members[1:]:
+            seeds, first = claim.sets[name].seeds, claim.sets[members[0]].seeds
+            need(seeds == first, f"sets.{name}.seeds", list(seeds), f"those of {members[0]}, of the same pool")
+            cells, others = (", ".join(claim.cells_on(one)) for one in (name, members[0]))
+            need(cells == others, f"sets.{name}", f"the cells {cells}", f"those of {members[0]}: {others}")
     for number, expected in enumerate(claim.expect):
         key = f"expect[{number}]"
         one = (expected.better is None) != (expected.no_better is None)

@@ -61,7 +61,8 @@ def _section(name: str, result: Result) -> str:
     label = METRICS.get(result.metric, result.metric)
     for set_name, one in result.sets.items():
         seeds = max(cell.seeds for cell in one.cells)
-        lines += ["", f"{set_name}, {result.split}, {_number(one)}, {seeds} seed{'s' * (seeds > 1)}:", ""]
+        of = f" ({', '.join(one.members)})" if one.members != [set_name] else ""
+        lines += ["", f"{set_name}{of}, {result.split}, {_number(one)}, {seeds} seed{'s' * (seeds > 1)}:", ""]
         lines += _table(one, label)
         for words, found in zip(result.expect, one.expected, strict=True):
             if found is not None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from bigdssm.config import load_config
+from bigdssm.config import Config, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
 from bigdssm.evaluation.systems import MeasuredRows, System
@@ -57,6 +58,7 @@ class Compared:
 class SetResult:
     """A claim on a set."""
 
+    members: list[str]  # the sets that are pooled in it, or the set itself
     rows: int  # of the split that count
     query_ids: int  # of them: users, or texts
     cold_rows: int
@@ -112,10 +114,8 @@ def collect(claim: Claim, which: Sequence[Trial], kept: Mapping[str, Kept], figu
     """
     if unfinished := [str(trial) for trial in which if trial.name not in kept]:
         raise DataError(f"not finished: {'; '.join(unfinished)}")
-    sets = {
-        name: _of_set(claim, name, [(trial, kept[trial.name]) for trial in which if trial.set_name == name])
-        for name in claim.sets
-    }
+    finished = {name: [(trial, kept[trial.name]) for trial in which if trial.set_name == name] for name in claim.sets}
+    sets = {pool: _of_sets(claim, {name: finished[name] for name in members}) for pool, members in claim.pools.items()}
     verdicts = [found.verdict for one in sets.values() for found in one.expected if found is not None]
     seconds = {trial.name: kept[trial.name].cpu_seconds for trial in which}
     own = {trial.folder: seconds[trial.name] - sum(seconds[needed.name] for needed in trial.needed) for trial in which}
@@ -132,18 +132,17 @@ def together(verdicts: Sequence[Verdict]) -> Verdict:
     return "holds" if verdicts and set(verdicts) == {"holds"} else "open"
 
 
-def _of_set(claim: Claim, set_name: str, which: Sequence[tuple[Trial, Kept]]) -> SetResult:
-    config = load_config(claim.sets[set_name].config, claim.sets[set_name].set)
-    dataset = Dataset.open(config.data.dir)
-    rows = MeasuredRows.of(dataset, claim.split)
-    systems: dict[str, list[System]] = {name: [] for name in claim.cells_on(set_name)}
-    seconds: dict[str, list[float]] = {name: [] for name in systems}
-    for trial, kept in which:
-        system = kept.saved().system(trial.cell_name, trial, dataset, rows, config.data.excludes_seen)
-        systems[trial.cell_name].append(system)
+def _of_sets(claim: Claim, finished: Mapping[str, Sequence[tuple[Trial, Kept]]]) -> SetResult:
+    """Return a claim on the rows of all sets of a pool; `finished` by set."""
+    parts = [_systems(claim, name, of_set) for name, of_set in finished.items()]
+    values = {}
+    for cell in claim.cells_on(next(iter(finished))):
+        by_seed = zip(*(part[cell] for part in parts), strict=True)
+        values[cell] = System.of_seeds([System.pooled(systems) for systems in by_seed])
+    popularity = np.concatenate([_popularity(claim, name) for name in finished])
+    seconds: dict[str, list[float]] = {name: [] for name in values}
+    for trial, kept in chain.from_iterable(finished.values()):
         seconds[trial.cell_name].append(kept.cpu_seconds)
-    popularity = _popularity(dataset, claim.split)
-    values = {name: System.of_seeds(of_seeds) for name, of_seeds in systems.items()}
     cells = []
     for name, system in values.items():
         metric = np.atleast_2d(system.values[claim.metric])
@@ -160,7 +159,24 @@ def _of_set(claim: Claim, set_name: str, which: Sequence[tuple[Trial, Kept]]) ->
     expected = [_compared(expected, values, claim.metric) for expected in claim.expect]
     query_ids = next(iter(values.values())).query_ids
     assert query_ids is not None
-    return SetResult(len(popularity), len(np.unique(query_ids)), int((popularity == 0).sum()), cells, expected)
+    num_queries, num_cold = len(np.unique(query_ids)), int((popularity == 0).sum())
+    return SetResult(list(finished), len(popularity), num_queries, num_cold, cells, expected)
+
+
+def _systems(claim: Claim, set_name: str, finished: Sequence[tuple[Trial, Kept]]) -> dict[str, list[System]]:
+    """Return what each cell measured on a set, by seed."""
+    config, dataset = _data(claim, set_name)
+    rows = MeasuredRows.of(dataset, claim.split)
+    systems: dict[str, list[System]] = {name: [] for name in claim.cells_on(set_name)}
+    for trial, kept in finished:
+        system = kept.saved().system(trial.cell_name, trial, dataset, rows, config.data.excludes_seen)
+        systems[trial.cell_name].append(system)
+    return systems
+
+
+def _data(claim: Claim, set_name: str) -> tuple[Config, Dataset]:
+    config = load_config(claim.sets[set_name].config, claim.sets[set_name].set)
+    return config, Dataset.open(config.data.dir)
 
 
 def _compared(expected: Expectation, systems: dict[str, System], metric: str) -> Compared | None:
@@ -171,10 +187,11 @@ def _compared(expected: Expectation, systems: dict[str, System], metric: str) ->
     return Compared(_rounded(found.mean), _rounded(found.low), _rounded(found.high), verdict, expected.margin)
 
 
-def _popularity(dataset: Dataset, split: str) -> np.ndarray:
+def _popularity(claim: Claim, set_name: str) -> np.ndarray:
     """Return how often the document of each row that counts is a train positive, int64."""
+    _, dataset = _data(claim, set_name)
     counts = dataset.doc_counts()
-    parts = [counts[rows.doc_rows[rows.relevance > 0]] for rows in dataset.iterate(split, 65_536)]
+    parts = [counts[rows.doc_rows[rows.relevance > 0]] for rows in dataset.iterate(claim.split, 65_536)]
     found: np.ndarray = np.concatenate(parts)
     return found
 

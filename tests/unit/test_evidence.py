@@ -14,7 +14,7 @@ import yaml
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.evaluation.metrics import row_metrics
+from bigdssm.evaluation.metrics import paired_bootstrap, row_metrics
 from bigdssm.evaluation.systems import MeasuredRows, System, read_ranks, save_comparison
 from bigdssm.evidence.benches import read_figures, run_benches
 from bigdssm.evidence.claims import Expectation, read_claim
@@ -76,6 +76,21 @@ def written(tmp_path: Path, **changed: Any) -> Path:
         (
             {"cells": {**CLAIM["cells"], "d": {"after": "a", "teacher": "b", "make": "pairs"}}},
             "cells.d.make: got pairs, needs that of b",
+        ),
+        (
+            {"sets": {"x": {"config": "c", "pool": "z"}, "y": {"config": "c", "seeds": [0], "pool": "z"}}},
+            r"sets.y.seeds: got \[0\], needs those of x, of the same pool",
+        ),
+        (
+            {
+                "sets": {"x": {"config": "c", "pool": "z"}, "y": {"config": "c", "pool": "z"}},
+                "cells": {**CLAIM["cells"], "d": {"only": ["x"]}},
+            },
+            "sets.y: got the cells a, b, c, needs those of x: a, b, c, d",
+        ),
+        (
+            {"sets": {"x": {"config": "c", "pool": "y"}, "y": {"config": "c"}}},
+            "sets.y: got a set, needs another name than a pool's, y",
         ),
         ({"expect": [{"better": "a", "than": "z"}]}, r"expect\[0\]: got z, needs one of the cells a, b, c"),
         ({"benches": [{"about": "x", "of": ["z"], "run": ["{out}"], "records": "y"}]}, r"benches\[0\].of: got \['z'\]"),
@@ -209,6 +224,44 @@ def test_what_trials_measured_is_kept_apart_from_their_runs(tmp_path: Path, tiny
     file.write_text("{}")
     with pytest.raises(DataError, match="holds no trials"):
         read_kept(file)
+
+
+def test_sets_of_a_pool_are_counted_together(tmp_path: Path, tiny_interactions: Any) -> None:
+    """A user's rows of both sets are drawn together; what is said of the pool is said of its sets."""
+    years = {year: {"config": str(tiny_interactions.config), "seeds": [0, 1], "pool": "years"} for year in ("x", "y")}
+    of_years = {"only": ["years"], "set": ["pretrain.epochs=2"], "per_set": {"years": ["pretrain.rows_global=8"]}}
+    of_years["per_set"]["y"] = ["pretrain.rows_global=16"]  # type: ignore[index]
+    cells = {"a": {}, "b": of_years}
+    claim = read_claim(written(tmp_path, sets={**years, "z": {**years["x"], "pool": None}}, cells=cells))
+    assert claim.pools == {"years": ["x", "y"], "z": ["z"]} and list(claim.cells_on("z")) == ["a"]
+    assert claim.cell_on("x", "b").set == ("pretrain.epochs=2", "pretrain.rows_global=8")
+    assert claim.cell_on("y", "b").set[1:] == ("pretrain.rows_global=8", "pretrain.rows_global=16")
+
+    dataset, rng = Dataset.open(load_config(tiny_interactions.config).data.dir), np.random.default_rng(0)
+    query_ids = MeasuredRows.of(dataset, "test").query_ids
+    planned, ranks = trials(claim, tmp_path), dict[tuple[str, str, int], np.ndarray]()
+    for trial in planned:
+        own = rng.integers(1, 5 if trial.cell_name == "a" else 9, len(query_ids)).astype(np.float64)
+        ranks[trial.set_name, trial.cell_name, trial.seed] = own
+        save_comparison(trial.report, [System.of_ranks("x", own, query_ids, 1.0)], [], dataset, "test")
+        spent = {"command": "pretrain", "cpu_seconds": 10.0 if trial.set_name == "x" else 20.0}
+        (trial.folder / "commands.jsonl").write_text(json.dumps(spent) + "\n")
+    found = collect(claim, planned, keep({}, planned))
+    one = found.sets["years"]
+    assert (one.members, one.rows, one.query_ids) == (["x", "y"], 2 * len(query_ids), len(query_ids))
+    assert found.sets["z"].expected == [None] and [cell.cpu_seconds for cell in one.cells] == [15.0, 15.0]
+
+    def pooled(cell: str) -> np.ndarray:
+        seeds = [np.concatenate([ranks[year, cell, seed] for year in "xy"]) for seed in (0, 1)]
+        return np.stack([row_metrics(of_seed)["ndcg_at_10"] for of_seed in seeds])
+
+    (compared,) = one.expected
+    assert compared is not None
+    expected = paired_bootstrap(pooled("a"), pooled("b"), np.tile(query_ids, 2))
+    assert (compared.mean, compared.low, compared.high) == tuple(
+        round(value, 4) for value in (expected.mean, expected.low, expected.high)
+    )
+    assert f"years (x, y), test, {one.rows} rows of {one.query_ids} query ids, 2 seeds:" in as_markdown({"n": found})
 
 
 def test_what_is_kept_is_not_run_again_unless_another_starts_from_it(
