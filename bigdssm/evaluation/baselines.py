@@ -16,7 +16,7 @@ import numpy as np
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.evaluation.item_models import Ease, ImplicitALS, ItemKNN
+from bigdssm.evaluation.item_models import Ease, ImplicitALS, ItemKNN, need_package
 from bigdssm.evaluation.text_models import Bm25Texts, PretrainedTexts, SentenceTransformerTexts
 
 FIT_ROWS = 16_384
@@ -80,9 +80,44 @@ class Markov:
         return np.bincount(cell, values, len(rows) * self.num_docs).reshape(len(rows), self.num_docs)
 
 
+@dataclass(frozen=True)
+class MarkovVectors:
+    """A Markov chain as the product of two vectors: what an index of vectors of `dim` numbers can hold of it.
+
+    The counts are replaced by the nearest matrix of that rank, their truncated SVD. Source: Eckart and Young 1936.
+    """
+
+    window: int
+    queries: np.ndarray  # float64 [N, dim]: a query's vector is the sum of its last items', each over its distance
+    documents: np.ndarray  # float64 [N, dim]
+
+    @classmethod
+    def fit(cls, dataset: Dataset, dim: int, window: int = 3) -> MarkovVectors:
+        """Return the baseline of `dataset`. Raises ConfigError: too many numbers, or scipy is missing."""
+        need_package("scipy")
+        from scipy.sparse import csr_matrix
+        from scipy.sparse.linalg import svds
+
+        chain = Markov.fit(dataset, window)
+        if not 0 < dim < chain.num_docs:
+            raise ConfigError(f"dim={dim}: needs at least 1, and fewer than the {chain.num_docs} documents")
+        shape = (chain.num_docs, chain.num_docs)
+        counts = csr_matrix((chain.counts.astype(np.float64), chain.followers, chain.starts), shape)
+        left, lengths, right = svds(counts, dim, v0=np.ones(chain.num_docs))
+        return cls(window, left * lengths, right.T)
+
+    def __call__(self, rows: Rows) -> np.ndarray:
+        """Return scores float64 [m, N]."""
+        weights, items, row = _last_items(rows, self.window)
+        vectors = np.zeros((len(rows), self.queries.shape[1]))
+        np.add.at(vectors, row, weights[:, None] * self.queries[items])
+        return vectors @ self.documents.T
+
+
 BASELINES: dict[str, Any] = {  # by name; each has fit(dataset, **options), and gives scores [m, N] of Rows
     "popularity": Popularity,
     "markov": Markov,
+    "markov_vectors": MarkovVectors,
     "item_knn": ItemKNN,
     "ease": Ease,
     "ials": ImplicitALS,

@@ -77,6 +77,25 @@ def test_item_knn_keeps_the_nearest_by_cosine(dataset: Dataset, X: np.ndarray) -
     np.testing.assert_allclose(found(asked(dataset)), seen(dataset) @ kept, atol=1e-5)
 
 
+def test_vectors_of_a_chain_are_the_nearest_there_are(dataset: Dataset) -> None:
+    chain, rows = fit_baseline("markov", dataset, {"window": 4}), asked(dataset)
+    counts = np.zeros((chain.num_docs, chain.num_docs))  # type: ignore[attr-defined]
+    for item in range(len(counts)):
+        own = slice(chain.starts[item], chain.starts[item + 1])  # type: ignore[attr-defined]
+        counts[item, chain.followers[own]] = chain.counts[own]  # type: ignore[attr-defined]
+    left, lengths, right = np.linalg.svd(counts)
+    last = np.zeros((rows.num_queries, len(counts)))
+    for query in range(rows.num_queries):
+        for distance, item in enumerate(rows.seen(query)[-4:][::-1], start=1):
+            last[query, item] += 12 / distance
+    for dim in (3, len(counts) - 1):
+        found = fit_baseline("markov_vectors", dataset, {"window": 4, "dim": dim})
+        expected = last @ (left[:, :dim] * lengths[:dim]) @ right[:dim]
+        np.testing.assert_allclose(found(rows), expected, rtol=1e-6, atol=1e-6 * expected.max())
+    with pytest.raises(ConfigError, match="dim=0: needs at least 1"):
+        fit_baseline("markov_vectors", dataset, {"dim": 0})
+
+
 def test_als_solves_for_the_history(dataset: Dataset) -> None:
     pytest.importorskip("implicit")
     found = fit_baseline("ials", dataset, {"factors": 4, "regularisation": 0.3, "weight": 5.0})
