@@ -25,6 +25,7 @@ from bigdssm.config.keys import (
     TextEncoderConfig,
     TokenizerConfig,
     TowerConfig,
+    WarmStartConfig,
 )
 from bigdssm.config.loading import config_of, load_config
 
@@ -47,6 +48,7 @@ __all__ = [
     "TextEncoderConfig",
     "TokenizerConfig",
     "TowerConfig",
+    "WarmStartConfig",
     "check_config",
     "check_many_queries",
     "check_pieces",

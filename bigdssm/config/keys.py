@@ -262,6 +262,14 @@ class MiningConfig:
 
 
 @dataclass(frozen=True)
+class WarmStartConfig:
+    """Where the table of the items in histories begins: at what meets in them (bigdssm/training/warm_start.py)."""
+
+    window: int = bounded(0, 0, 64)  # events apart that count, each by 1 / distance; 0: random numbers, as all tables
+    length: float = bounded(0.6, at_most=1000, above=0)  # root mean square of the vectors
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One stage of training."""
 
@@ -272,6 +280,7 @@ class StageConfig:
     steps: int = bounded(0, 0, MAX_COUNT)  # 0: as many as `epochs` says
     # Model folder or checkpoint (STAGE/checkpoints/step-…) to start from; sft: by default its pretraining's best.
     init: str | None = None
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     mining: MiningConfig = field(default_factory=MiningConfig)
     teacher: str | None = None  # folder of bigdssm embed_teacher, for loss.distillation=batch_kl
     validate_every_steps: int = bounded(0, 0, MAX_COUNT)  # 0: once, at the end

@@ -8,18 +8,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import lcm
 from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_matrix
+from scipy.sparse.linalg import svds
 
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
-from bigdssm.errors import ConfigError, DataError
-from bigdssm.evaluation.item_models import Ease, ImplicitALS, ItemKNN, need_package
+from bigdssm.dataset.transitions import Transitions, last_items
+from bigdssm.errors import ConfigError
+from bigdssm.evaluation.item_models import Ease, ImplicitALS, ItemKNN
 from bigdssm.evaluation.text_models import Bm25Texts, PretrainedTexts, SentenceTransformerTexts
-
-FIT_ROWS = 16_384
 
 
 @dataclass(frozen=True)
@@ -42,42 +42,26 @@ class Popularity:
 class Markov:
     """The score of document j is Σ over the last `window` items of the history of count(item → j) / distance.
 
-    count(i → j) sums 1 / distance over the train events j that have i among the `window` events before; distance 1 is
-    the event just before. Weighting neither, or only one of both, is weaker on MovieLens-100K. Every weight is kept
-    times the least common multiple of the distances, so that sums are exact and equal scores tie.
+    The counts are those of Transitions, which weight by distance too. Weighting neither, or only one of both, is weaker
+    on MovieLens-100K.
     """
 
-    num_docs: int
-    window: int
-    starts: np.ndarray  # int64 [N+1]: the followers of i are followers[starts[i]:starts[i + 1]]
-    followers: np.ndarray  # int64
-    counts: np.ndarray  # int64
+    transitions: Transitions
 
     @classmethod
     def fit(cls, dataset: Dataset, window: int = 3) -> Markov:
         """Return the baseline of `dataset`. Raises DataError where its rows have no history."""
-        num_docs = dataset.catalogue.num_docs
-        keys, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
-        for rows in dataset.iterate("train", FIT_ROWS):
-            if rows.sequence is None:
-                raise DataError(f"{dataset.dir} holds pairs without histories, which a Markov baseline needs")
-            weights, items, row = _last_items(rows, window)
-            relevant = rows.relevance[row] > 0
-            keys = np.concatenate([keys, items[relevant] * num_docs + rows.doc_rows[row[relevant]]])
-            counts = np.concatenate([counts, weights[relevant]])
-            keys, inverse = np.unique(keys, return_inverse=True)
-            counts = np.bincount(inverse, counts, len(keys)).astype(np.int64)
-        starts = np.searchsorted(keys, np.arange(num_docs + 1) * num_docs)
-        return cls(num_docs, window, starts, keys % num_docs, counts)
+        return cls(Transitions.of(dataset, window))
 
     def __call__(self, rows: Rows) -> np.ndarray:
         """Return scores float64 [m, N]."""
-        weights, items, row = _last_items(rows, self.window)
-        length = self.starts[items + 1] - self.starts[items]
-        entry = np.repeat(self.starts[items] - np.cumsum(length) + length, length) + np.arange(length.sum())
-        cell = np.repeat(row, length) * self.num_docs + self.followers[entry]
-        values = self.counts[entry] * np.repeat(weights, length)
-        return np.bincount(cell, values, len(rows) * self.num_docs).reshape(len(rows), self.num_docs)
+        found = self.transitions
+        weights, items, row = last_items(rows, found.window)
+        length = found.starts[items + 1] - found.starts[items]
+        entry = np.repeat(found.starts[items] - np.cumsum(length) + length, length) + np.arange(length.sum())
+        cell = np.repeat(row, length) * found.num_docs + found.followers[entry]
+        values = found.counts[entry] * np.repeat(weights, length)
+        return np.bincount(cell, values, len(rows) * found.num_docs).reshape(len(rows), found.num_docs)
 
 
 @dataclass(frozen=True)
@@ -93,12 +77,8 @@ class MarkovVectors:
 
     @classmethod
     def fit(cls, dataset: Dataset, dim: int, window: int = 3) -> MarkovVectors:
-        """Return the baseline of `dataset`. Raises ConfigError: too many numbers, or scipy is missing."""
-        need_package("scipy")
-        from scipy.sparse import csr_matrix
-        from scipy.sparse.linalg import svds
-
-        chain = Markov.fit(dataset, window)
+        """Return the baseline of `dataset`. Raises ConfigError: too many numbers; DataError: no histories."""
+        chain = Transitions.of(dataset, window)
         if not 0 < dim < chain.num_docs:
             raise ConfigError(f"dim={dim}: needs at least 1, and fewer than the {chain.num_docs} documents")
         shape = (chain.num_docs, chain.num_docs)
@@ -108,7 +88,7 @@ class MarkovVectors:
 
     def __call__(self, rows: Rows) -> np.ndarray:
         """Return scores float64 [m, N]."""
-        weights, items, row = _last_items(rows, self.window)
+        weights, items, row = last_items(rows, self.window)
         vectors = np.zeros((len(rows), self.queries.shape[1]))
         np.add.at(vectors, row, weights[:, None] * self.queries[items])
         return vectors @ self.documents.T
@@ -139,12 +119,3 @@ def fit_baseline(name: str, dataset: Dataset, options: Mapping[str, Any]) -> Cal
             raise ConfigError(f"the baseline {name} needs the option {option}")
     fitted: Callable[[Rows], np.ndarray] = fit(dataset, **options)
     return fitted
-
-
-def _last_items(rows: Rows, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (weight, catalogue row, row) of the newest `window` items of every history, int64."""
-    values, offsets = rows.seen_ragged()
-    length = np.minimum(np.diff(offsets), window)
-    row = np.repeat(np.arange(len(length)), length)
-    distance = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length) + 1
-    return lcm(*range(1, window + 1)) // distance, np.asarray(values, np.int64)[offsets[1:][row] - distance], row

@@ -33,7 +33,7 @@ class ItemKNN:
     @classmethod
     def fit(cls, dataset: Dataset, neighbours: int = 100, weights: str = "bm25") -> ItemKNN:
         """Return the baseline; `weights` of the matrix before cosines are taken: bm25, tfidf or none."""
-        need_package("implicit")
+        _need("implicit")
         from implicit import nearest_neighbours
 
         kinds = {"bm25": "BM25Recommender", "tfidf": "TFIDFRecommender", "none": "CosineRecommender"}
@@ -60,7 +60,6 @@ class Ease:
     @classmethod
     def fit(cls, dataset: Dataset, regularisation: float = 300.0) -> Ease:
         """Return the baseline. Raises DataError where N is too large for a dense matrix."""
-        need_package("scipy")
         if dataset.catalogue.num_docs > MOST_OF_EASE:
             raise DataError(
                 f"EASE needs at most {MOST_OF_EASE} documents, {dataset.dir} has {dataset.catalogue.num_docs}"
@@ -91,7 +90,7 @@ class ImplicitALS:
         iterations: int = 15, seed: int = 0,
     ) -> ImplicitALS:  # fmt: skip
         """Return the baseline; `weight` is the confidence in a positive over that in a zero."""
-        need_package("implicit")
+        _need("implicit")
         from implicit.als import AlternatingLeastSquares
 
         model = AlternatingLeastSquares(
@@ -141,7 +140,6 @@ def history(rows: Rows, num_docs: int) -> Any:
     return found
 
 
-def need_package(package: str) -> None:
-    """Raise ConfigError where a package of the extra `baselines` is missing."""
+def _need(package: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise ConfigError(f"this baseline needs the package {package}: pip install 'bigdssm[baselines]'")

@@ -24,6 +24,7 @@ from bigdssm.running.trackers import check_trackers
 from bigdssm.streaming.plain_stream import find_shards
 from bigdssm.training.optimizers import find_optimizer
 from bigdssm.training.resuming import check_resume
+from bigdssm.training.warm_start import check_warm_start
 
 logger = get_logger(__name__)
 MOST_COPIES = 64  # of a row in one step
@@ -80,6 +81,11 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
         TeacherVectors(Path(stage.teacher)).check_against(dataset)
     _check_writable(config.stage_dir(name))
     source = initial_model(config, name)
+    if stage.warm_start.window:
+        key = f"{name}.warm_start.window: got {stage.warm_start.window}"
+        if source is not None:
+            raise ConfigError(f"{key}, needs 0: {name} starts from {source}, whose tables have been trained")
+        check_warm_start(key, dataset)
     if source is None:
         with torch.device("meta"):  # what cannot be built is found here, without its memory
             texts = text_architectures(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)

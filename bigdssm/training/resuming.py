@@ -51,6 +51,7 @@ RULES: dict[str, Rule] = {
     "STAGE.epochs": "longer",
     "STAGE.steps": "longer",
     "STAGE.init": "never",
+    "STAGE.warm_start": "never",
     "STAGE.mining": "never",
     "STAGE.teacher": "never",
     "STAGE.weight_average": "never",

@@ -45,6 +45,7 @@ from bigdssm.training.mining import Mining
 from bigdssm.training.objective import Objective
 from bigdssm.training.resuming import check_length, part_steps
 from bigdssm.training.validation import Validator
+from bigdssm.training.warm_start import start_items
 
 logger = get_logger(__name__)
 
@@ -122,6 +123,8 @@ def _assemble(
     if checkpoint is not None:
         read = GrownReader(checkpoint, model) if new_part else checkpoint.reader()
         model.load_state_dict(read.weights())
+    elif stage_config.warm_start.window:
+        start_items(model, dataset, stage_config.warm_start)
     if config.engine.checkpoint_activations:
         model.checkpoint_activations()
     engine = Engine(model, config.engine, stage_config.optimizer, max(1, rows_per_rank))

@@ -19,7 +19,6 @@ from tests.conftest import TinyDataset
 from .runs import ROOT, environment
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
-pytest.importorskip("scipy")
 SMALL = ["model.dim=8", "model.query.mlp=[]", "model.doc.mlp=[]", "pretrain.rows_global=64", "pretrain.steps=20"]
 SMALL += ["pretrain.optimizer.warmup_steps=2", "model.doc.text.layers=1", "model.doc.text.hidden=8"]
 

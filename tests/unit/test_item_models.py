@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.transitions import Transitions
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.baselines import fit_baseline
 from bigdssm.evaluation.item_models import history, positives
 from bigdssm.evaluation.split import evaluate_scores
-
-pytest.importorskip("scipy")
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +77,11 @@ def test_item_knn_keeps_the_nearest_by_cosine(dataset: Dataset, X: np.ndarray) -
 
 
 def test_vectors_of_a_chain_are_the_nearest_there_are(dataset: Dataset) -> None:
-    chain, rows = fit_baseline("markov", dataset, {"window": 4}), asked(dataset)
-    counts = np.zeros((chain.num_docs, chain.num_docs))  # type: ignore[attr-defined]
+    chain, rows = Transitions.of(dataset, 4), asked(dataset)
+    counts = np.zeros((chain.num_docs, chain.num_docs))
     for item in range(len(counts)):
-        own = slice(chain.starts[item], chain.starts[item + 1])  # type: ignore[attr-defined]
-        counts[item, chain.followers[own]] = chain.counts[own]  # type: ignore[attr-defined]
+        own = slice(chain.starts[item], chain.starts[item + 1])
+        counts[item, chain.followers[own]] = chain.counts[own]
     left, lengths, right = np.linalg.svd(counts)
     last = np.zeros((rows.num_queries, len(counts)))
     for query in range(rows.num_queries):

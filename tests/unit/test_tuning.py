@@ -97,7 +97,6 @@ def test_those_below_the_median_are_pruned(tmp_path: Path) -> None:
 
 
 def test_a_baseline_is_tuned_by_the_command(tiny_interactions: Any, tmp_path: Path, capsys: Any) -> None:
-    pytest.importorskip("scipy")
     space(tmp_path, "regularisation: {low: 1.0, high: 1000.0, log: true}")
     command = ["--config", str(tiny_interactions.config), "--space", str(tmp_path / "space.yaml"), "--trials", "3"]
     assert main([*command, "--baseline", "ease", "--out", str(tmp_path / "out")]) == 0

@@ -1,0 +1,79 @@
+"""Tables of items that begin where items stand to each other in histories, in place of random numbers.
+
+Their products are as near as can be to the roots of how often two items meet within a few events. Source: Levy and
+Goldberg 2014, "Neural Word Embedding as Implicit Matrix Factorization", section 4.2; for the roots, in place of their
+PPMI, Lebret and Collobert 2014, "Word Embeddings through Hellinger PCA".
+"""
+
+from __future__ import annotations
+
+from math import lcm
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+from scipy.sparse.linalg import eigsh
+
+from bigdssm import distributed
+from bigdssm.config import WarmStartConfig
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.transitions import Transitions
+from bigdssm.errors import ConfigError
+from bigdssm.features.history import histories_of, item_codes
+from bigdssm.log import get_logger
+from bigdssm.models import DualEncoder
+from bigdssm.models.tables import table_name
+
+DENSE_UP_TO = 512  # items: all eigenvectors, and not only some, cost nothing
+logger = get_logger(__name__)
+
+
+def check_warm_start(key: str, dataset: Dataset) -> None:
+    """Raise ConfigError where the dataset has no histories that say where items stand; `key` names the setting."""
+    if dataset.sequences is None or not histories_of(dataset.schema.query):
+        raise ConfigError(f"{key}: needs 0 with {dataset.dir}, whose rows have no histories")
+
+
+def start_items(model: DualEncoder, dataset: Dataset, config: WarmStartConfig) -> None:
+    """Write the vectors of items that histories are of into the tables of a new model. A collective: rank 0 finds them.
+
+    Items that nobody has met keep what they have.
+    """
+    for feature in sorted({str(history.of) for history in histories_of(dataset.schema.query).values()}):
+        weight = model.tables.tables[table_name("doc", feature)].weight
+        assert isinstance(weight, torch.Tensor)
+        found = _item_vectors(dataset, feature, weight.shape, config) if distributed.is_main() else None
+        vectors = torch.from_numpy(distributed.broadcast_object(found))
+        known = vectors.any(dim=1)
+        with torch.no_grad():
+            weight[known, : vectors.shape[1]] = vectors[known].to(weight)
+        logger.info("%s: %d of %d items begin where histories put them", feature, int(known.sum()), len(weight))
+
+
+def _item_vectors(dataset: Dataset, feature: str, shape: torch.Size, config: WarmStartConfig) -> np.ndarray:
+    """Return float32 [codes, at most E] for a table [codes, E]; zeros where an item has met none."""
+    num_codes, dim = shape
+    found = Transitions.of(dataset, config.window)
+    codes = item_codes(dataset.catalogue.codes(feature, np.arange(found.num_docs)))
+    before = np.repeat(np.arange(found.num_docs), np.diff(found.starts))
+    counts = found.counts / lcm(*range(1, config.window + 1))
+    met = csr_matrix((counts, (codes[before], codes[found.followers])), (num_codes, num_codes))
+    vectors = spectral_vectors(met, dim)
+    squares = (vectors**2).sum(axis=1)
+    mean = squares[squares > 0].mean() if squares.any() else 1.0
+    return (vectors * (config.length / np.sqrt(mean))).astype(np.float32)
+
+
+def spectral_vectors(met: csr_matrix, dim: int) -> np.ndarray:
+    """Return V float64 [n, at most dim] with V Vᵀ nearest to the mean of √met and its transpose; met [n, n] ≥ 0."""
+    roots = met.sqrt()
+    both = (roots + roots.T) / 2
+    size = both.shape[0]
+    if size <= max(DENSE_UP_TO, dim + 1):
+        values, vectors = np.linalg.eigh(both.toarray())
+        values, vectors = values[-dim:], vectors[:, -dim:]
+    else:
+        values, vectors = eigsh(both, dim, which="LA", v0=np.ones(size))
+    signs = np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(len(values))])  # either is an eigenvector
+    found: np.ndarray = vectors * signs * np.sqrt(values.clip(0))
+    return found

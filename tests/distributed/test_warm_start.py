@@ -1,0 +1,36 @@
+"""Every rank begins with the table of items that one rank alone would have, and a stage trains from there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bigdssm import distributed
+from bigdssm.config import WarmStartConfig, load_config
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.models import new_model
+from bigdssm.training import warm_start
+from bigdssm.training.warm_start import start_items
+
+from .spawn import Pool
+
+
+def started(rank: int, world_size: int, config_file: Path) -> np.ndarray:
+    config = load_config(config_file)
+    dataset = Dataset.open(config.data.dir)
+    torch.manual_seed(0)
+    model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+    if not distributed.is_main():
+        warm_start._item_vectors = None  # type: ignore[assignment]  # rank 0 alone finds them
+    start_items(model, dataset, WarmStartConfig(window=3))
+    return model.tables.tables["doc_item_id"].weight.detach().numpy()  # type: ignore[no-any-return,union-attr,operator]
+
+
+def test_ranks_begin_with_one_table(tiny_interactions: Any, pools: dict[int, Pool]) -> None:
+    alone = started(0, 1, tiny_interactions.config)
+    assert np.abs(alone).max() > 0.1, "as it is initialised, all are below"
+    for found in pools[2].run(started, tiny_interactions.config):
+        np.testing.assert_array_equal(found, alone)
