@@ -171,13 +171,9 @@ def _add_moments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--validation-from", metavar="TIME", help=f"--split time: in place of the fractions; {told}")
     sub.add_argument("--test-from", metavar="TIME", help="goes with it; may be the same, for no validation split")
     sub.add_argument("--until", metavar="TIME", help="beside these: rows from then on are left out")
-    sub.set_defaults(sub=sub)
 
 
 def _moments(args: argparse.Namespace) -> dict[str, str | None]:
-    """Return the options of `_add_moments`. Raises ConfigError: a fraction beside them."""
-    if args.validation_from is not None or args.test_from is not None:
-        refuse_options(args.sub, args, ["--validation-fraction", "--test-fraction"], "beside the times that divide")
     return {"validation_from": args.validation_from, "test_from": args.test_from, "until": args.until}
 
 

@@ -263,9 +263,9 @@ class MiningConfig:
 
 @dataclass(frozen=True)
 class WarmStartConfig:
-    """Where the table of the items in histories begins: at what meets in them (bigdssm/training/warm_start.py)."""
+    """Where a new model's table of the items in histories begins: at what meets in them (training/warm_start.py)."""
 
-    window: int = bounded(0, 0, 64)  # events apart that count, each by 1 / distance; 0: random numbers, as all tables
+    window: int = bounded(0, 0, 16)  # events apart that count, each by 1 / distance; 0: random numbers, as all tables
     length: float = bounded(0.6, at_most=1000, above=0)  # root mean square of the vectors
 
 

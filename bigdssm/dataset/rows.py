@@ -62,16 +62,21 @@ class Rows:
         keys: np.ndarray = (self.row_ids[self.row_of_query] << PLACE_BITS) | places
         return keys
 
-    def seen_ragged(self, queries: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def seen_ragged(
+        self, queries: np.ndarray | None = None, newest: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return the catalogue rows of every event before each query's own: values, offsets (int64 [m + 1]).
 
-        queries: the numbers of those asked for, by default all. Without sequences nothing is seen.
+        queries: the numbers of those asked for, by default all; newest: at most so many of each. Without sequences
+        nothing is seen.
         """
         queries = np.arange(self.num_queries) if queries is None else queries
         if self.sequences is None or self.sequence is None or self.place is None:
             return np.empty(0, np.int64), np.zeros(len(queries) + 1, np.int64)
         sequence = self.sequence[self.row_of_query[queries]]
-        seen = self.sequences.take_slices("items", sequence, np.zeros_like(sequence), self.place[queries])
+        end = self.place[queries]
+        start = np.zeros_like(end) if newest is None else np.maximum(end - newest, 0)
+        seen = self.sequences.take_slices("items", sequence, start, end)
         return seen.values.astype(np.int64, copy=False), seen.offsets
 
     def seen(self, i: int) -> np.ndarray:

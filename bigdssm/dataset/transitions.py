@@ -9,8 +9,9 @@ import numpy as np
 
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
-from bigdssm.errors import DataError
+from bigdssm.errors import ConfigError, DataError
 
+MOST_APART = 16  # events: 1 / distance times their least common multiple, 720,720, squared is still exact
 QUERIES_AT_ONCE, MERGED_AT_ONCE = 1 << 16, 1 << 22
 
 
@@ -30,11 +31,13 @@ class Transitions:
 
     @classmethod
     def of(cls, dataset: Dataset, window: int) -> Transitions:
-        """Return those of `dataset`. Raises DataError where its rows have no history."""
-        num_docs, at_once = dataset.catalogue.num_docs, QUERIES_AT_ONCE * dataset.num_rows("train")
+        """Return those of `dataset`. Raises ConfigError: no such window; DataError: its rows have no history."""
+        if not 0 < window <= MOST_APART:
+            raise ConfigError(f"window={window}: needs at least 1 and at most {MOST_APART} events")
+        num_docs = dataset.catalogue.num_docs
         keys, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
         parts: list[tuple[np.ndarray, np.ndarray]] = []
-        for rows in dataset.iterate("train", max(1, at_once // max(1, dataset.num_queries("train")))):
+        for rows in dataset.iterate("train", QUERIES_AT_ONCE):
             if rows.sequence is None:
                 raise DataError(f"{dataset.dir} holds pairs without histories, so that nothing follows anything")
             weights, items, row = last_items(rows, window)
@@ -57,8 +60,7 @@ def _summed(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.
 
 def last_items(rows: Rows, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (weight, catalogue row, row) of the newest `window` items of every history, int64."""
-    values, offsets = rows.seen_ragged()
-    length = np.minimum(np.diff(offsets), window)
-    row = np.repeat(np.arange(len(length)), length)
-    distance = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length) + 1
-    return lcm(*range(1, window + 1)) // distance, np.asarray(values, np.int64)[offsets[1:][row] - distance], row
+    items, offsets = rows.seen_ragged(newest=window)
+    row = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    distance = offsets[1:][row] - np.arange(len(items))
+    return lcm(*range(1, window + 1)) // distance, items, row

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_matrix
 
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
@@ -110,8 +111,6 @@ class ImplicitALS:
 
 def positives(dataset: Dataset) -> Any:
     """Return the train positives as CSR float32 [users, N] of ones. Raises DataError: rows without histories."""
-    from scipy.sparse import csr_matrix
-
     users, docs = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for rows in dataset.iterate("train", FIT_ROWS):
         if rows.sequence is None:
@@ -129,8 +128,6 @@ def positives(dataset: Dataset) -> Any:
 
 def history(rows: Rows, num_docs: int) -> Any:
     """Return what each query has seen as CSR float32 [m, N] of ones."""
-    from scipy.sparse import csr_matrix
-
     items, offsets = rows.seen_ragged()
     found = csr_matrix(
         (np.ones(len(items), np.float32), np.asarray(items, np.int64), offsets), (rows.num_queries, num_docs)

@@ -86,7 +86,7 @@ def _by_query(values_SR: np.ndarray, query_ids: np.ndarray | None) -> tuple[np.n
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference and its 95 % interval."""
+    """A mean difference and its 95 % interval, NaN where nothing can be said."""
 
     mean: float
     low: float
@@ -103,8 +103,8 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, query_ids: np.ndarray | None 
     query_ids: int64 [rows], whose each row is: rows of one user or text are drawn together, since they are not
     independent. Without it each row is a query of its own. Either of a and b may be [seeds, rows], of models trained
     with several seeds, which pair too: queries and seeds are then resampled both. The same rows and seed give the same
-    interval on every machine and numpy. Raises ValueError where the rows do not pair. Source: Efron and Tibshirani
-    1993, section 13.3; Field and Welsh 2007 for rows of one query; Owen 2007 for two factors.
+    interval on every machine and numpy; one query has none, NaN. Raises ValueError where the rows do not pair. Source:
+    Efron and Tibshirani 1993, section 13.3; Field and Welsh 2007 for rows of one query; Owen 2007 for two factors.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape[-1] != b.shape[-1] or not a.size or (a.ndim == b.ndim == 2 and len(a) != len(b)):
@@ -112,6 +112,8 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, query_ids: np.ndarray | None 
     difference_SR = np.atleast_2d(a - b)
     sums_SQ, counts_Q = _by_query(difference_SR, query_ids)
     seeds, queries = sums_SQ.shape
+    if queries < 2:
+        return Difference(float(difference_SR.mean()), float("nan"), float("nan"))
     random = np.random.RandomState(seed)  # its stream is frozen; a Generator's may change between versions
     means = np.empty(NUM_RESAMPLES)
     at_once = max(1, CHUNK_DRAWS // (seeds * queries))

@@ -21,15 +21,18 @@ from bigdssm.retrieval.texts import Texts
 MAX_TOKENS = 256
 
 
+def check_encoder(folder: Path) -> None:
+    """Raise ConfigError where `folder` is none of a Hugging Face model with its tokenizer."""
+    if not (folder / "tokenizer.json").is_file():
+        raise ConfigError(f"{folder} has no tokenizer.json; give the folder of a Hugging Face model and its tokenizer")
+
+
 class PretrainedEncoder:
     """Mean-pooled vectors of length 1, whose product is their cosine."""
 
     def __init__(self, folder: Path, max_tokens: int = MAX_TOKENS, bf16: bool = False) -> None:
         """Raises ConfigError where `folder` holds no such encoder and tokenizer."""
-        if not (folder / "tokenizer.json").is_file():
-            raise ConfigError(
-                f"{folder} has no tokenizer.json; give the folder of a Hugging Face model and its tokenizer"
-            )
+        check_encoder(folder)
         self._encoder = pretrained_encoder(TextEncoderConfig(init=str(folder))).eval()
         if bf16:
             encode_in_bf16(self._encoder)

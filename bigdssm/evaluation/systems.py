@@ -63,8 +63,10 @@ class System:
         """Return one system on the rows of several splits together, each of ranks."""
         first = systems[0]
         values = {name: np.concatenate([system.values[name] for system in systems]) for name in first.values}
-        query_ids = np.concatenate([system.query_ids for system in systems if system.query_ids is not None])
-        return cls(first.name, values, sum(system.seconds for system in systems), query_ids=query_ids)
+        query_ids = [system.query_ids for system in systems if system.query_ids is not None]
+        assert len(query_ids) == len(systems)
+        seconds = sum(system.seconds for system in systems)
+        return cls(first.name, values, seconds, query_ids=np.concatenate(query_ids))
 
     def by_seed(self) -> list[dict[str, float]]:
         """Return the means of every seed; none of a system without several."""
@@ -155,7 +157,14 @@ def differences_as_json(
 ) -> list[dict[str, Any]]:
     """Return one object per pair and metric: what less what, mean and 95 % interval."""
     return [
-        {"system": a.name, "less": b.name, "metric": metric, "mean": found.mean, "low": found.low, "high": found.high}
+        {
+            "system": a.name,
+            "less": b.name,
+            "metric": metric,
+            "mean": found.mean,
+            "low": None if np.isnan(found.low) else found.low,
+            "high": None if np.isnan(found.high) else found.high,
+        }
         for a, b in pairs
         for metric in shown
         for found in [a.difference(b, metric)]

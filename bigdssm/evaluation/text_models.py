@@ -19,7 +19,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.judges import Bm25Judge
-from bigdssm.evaluation.pretrained import text_encoders
+from bigdssm.evaluation.pretrained import check_encoder, text_encoders
 from bigdssm.retrieval.embed import Encoders
 from bigdssm.retrieval.texts import Texts
 
@@ -77,7 +77,8 @@ class SentenceTransformerTexts:
         """Return the baseline of `dataset`: a Hugging Face text encoder, mean-pooled, trained by it as its docs advise.
 
         That is MultipleNegativesRankingLoss over batches of `rows` pairs, without repeated texts in a batch; what
-        is not told is its default. Raises ConfigError: a side without texts, or a package is missing.
+        is not told is its default. Raises ConfigError: a side without texts, no encoder in `folder`,
+        no steps or rows, or a package is missing.
         """
         try:
             from datasets import Dataset as Table
@@ -87,6 +88,10 @@ class SentenceTransformerTexts:
             from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
         except ImportError as error:
             raise ConfigError(f"the baseline sentence_transformers: {error}; install bigdssm[baselines]") from None
+        for name, number in (("steps", steps), ("rows", rows)):
+            if number < 1:
+                raise ConfigError(f"the baseline sentence_transformers: {name}={number}: needs at least 1")
+        check_encoder(Path(folder))
         texts = Texts(dataset)
         encoder = Transformer(folder)
         model = SentenceTransformer(modules=[encoder, Pooling(encoder.get_embedding_dimension())], device="cpu")

@@ -25,7 +25,7 @@ this page:
 and seeds: rows with the same query id, of one user or one text, are drawn together. A claim **holds** where every
 interval is on its side of 0 (or of the margin that the claim names), **does not hold** where one is on the other side,
 and is **open** where an interval reaches over it. The closest call is of the intervals that say so the one whose end is
-nearest to that. CPU-seconds are of the training, with the pretraining, the judge and the teacher that it needed;
+nearest to that. CPU-seconds are of one training, with the pretraining, the judge and the teacher that it needed;
 CPU-hours are of all trainings of a claim, also where another claim shares them.
 """
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bigdssm.config import Config, load_config
+from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
 from bigdssm.evaluation.systems import MeasuredRows, System
@@ -29,7 +29,7 @@ class Measured:
     mean: float  # of the claim's metric, over rows and seeds
     error: float  # its standard error
     seeds: int
-    cpu_seconds: float  # of training, the mean over seeds
+    cpu_seconds: float  # of one training, the mean over seeds, and over the sets of a pool
     cold: float | None  # the metric of rows whose document is no train positive; none where there are no such rows
     deciles: list[float]  # the metric by tenths of the rows, rare documents first; cold ones left out
 
@@ -134,12 +134,12 @@ def together(verdicts: Sequence[Verdict]) -> Verdict:
 
 def _of_sets(claim: Claim, finished: Mapping[str, Sequence[tuple[Trial, Kept]]]) -> SetResult:
     """Return a claim on the rows of all sets of a pool; `finished` by set."""
-    parts = [_systems(claim, name, of_set) for name, of_set in finished.items()]
+    parts, popularities = zip(*(_ranked(claim, name, of_set) for name, of_set in finished.items()), strict=True)
     values = {}
     for cell in claim.cells_on(next(iter(finished))):
         by_seed = zip(*(part[cell] for part in parts), strict=True)
         values[cell] = System.of_seeds([System.pooled(systems) for systems in by_seed])
-    popularity = np.concatenate([_popularity(claim, name) for name in finished])
+    popularity = np.concatenate(popularities)
     seconds: dict[str, list[float]] = {name: [] for name in values}
     for trial, kept in chain.from_iterable(finished.values()):
         seconds[trial.cell_name].append(kept.cpu_seconds)
@@ -163,35 +163,34 @@ def _of_sets(claim: Claim, finished: Mapping[str, Sequence[tuple[Trial, Kept]]])
     return SetResult(list(finished), len(popularity), num_queries, num_cold, cells, expected)
 
 
-def _systems(claim: Claim, set_name: str, finished: Sequence[tuple[Trial, Kept]]) -> dict[str, list[System]]:
-    """Return what each cell measured on a set, by seed."""
-    config, dataset = _data(claim, set_name)
+def _ranked(
+    claim: Claim, set_name: str, finished: Sequence[tuple[Trial, Kept]]
+) -> tuple[dict[str, list[System]], np.ndarray]:
+    """Return what each cell measured on a set, by seed, and the popularity of each row's document."""
+    config = load_config(claim.sets[set_name].config, claim.sets[set_name].set)
+    dataset = Dataset.open(config.data.dir)
     rows = MeasuredRows.of(dataset, claim.split)
     systems: dict[str, list[System]] = {name: [] for name in claim.cells_on(set_name)}
     for trial, kept in finished:
         system = kept.saved().system(trial.cell_name, trial, dataset, rows, config.data.excludes_seen)
         systems[trial.cell_name].append(system)
-    return systems
-
-
-def _data(claim: Claim, set_name: str) -> tuple[Config, Dataset]:
-    config = load_config(claim.sets[set_name].config, claim.sets[set_name].set)
-    return config, Dataset.open(config.data.dir)
+    return systems, _popularity(dataset, claim.split)
 
 
 def _compared(expected: Expectation, systems: dict[str, System], metric: str) -> Compared | None:
     if expected.cell not in systems or expected.than not in systems:
         return None
     found = systems[expected.cell].difference(systems[expected.than], metric)
+    if np.isnan(found.low):
+        raise DataError(f"{expected.cell} and {expected.than} cannot be compared: all rows are of one query id")
     verdict = expected.verdict(found.low, found.high)
     return Compared(_rounded(found.mean), _rounded(found.low), _rounded(found.high), verdict, expected.margin)
 
 
-def _popularity(claim: Claim, set_name: str) -> np.ndarray:
+def _popularity(dataset: Dataset, split: str) -> np.ndarray:
     """Return how often the document of each row that counts is a train positive, int64."""
-    _, dataset = _data(claim, set_name)
     counts = dataset.doc_counts()
-    parts = [counts[rows.doc_rows[rows.relevance > 0]] for rows in dataset.iterate(claim.split, 65_536)]
+    parts = [counts[rows.doc_rows[rows.relevance > 0]] for rows in dataset.iterate(split, 65_536)]
     found: np.ndarray = np.concatenate(parts)
     return found
 

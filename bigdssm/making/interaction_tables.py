@@ -37,7 +37,7 @@ from bigdssm.making.documents import (
 )
 from bigdssm.making.known_documents import KnownDocuments
 from bigdssm.making.making import Making
-from bigdssm.making.moments import Moments, Told
+from bigdssm.making.moments import DEFAULT_FRACTIONS, Moments, Told
 from bigdssm.making.reading import PLACE_BITS, PartOfTable, places, read_part
 from bigdssm.making.steps import FirstRows, RowFile, Table, read_facts
 from bigdssm.schema import Schema
@@ -75,8 +75,8 @@ class InteractionTables:
     min_rating: float | None = None  # events rated lower are no events
     positive_rating: float | None = None  # events have the relevance 1, or 0 where rated lower
     split: Split = "leave-one-out"
-    validation_fraction: float = 0.05  # split=time: the newest rows but the test's
-    test_fraction: float = 0.05  # split=time: the newest rows
+    validation_fraction: float = DEFAULT_FRACTIONS[0]  # split=time: the newest rows but the test's
+    test_fraction: float = DEFAULT_FRACTIONS[1]  # split=time: the newest rows
     validation_from: Told = None  # split=time: from when on, in place of both fractions; test_from goes with it
     test_from: Told = None
     until: Told = None  # beside these: rows from then on are left out
@@ -88,7 +88,8 @@ class InteractionTables:
     @property
     def moments(self) -> Moments | None:
         """Return the times that split=time divides at; None: shares of the events decide. Raises ConfigError."""
-        return Moments.told(self.split, self.validation_from, self.test_from, self.until)
+        fractions = self.validation_fraction, self.test_fraction
+        return Moments.told(self.split, fractions, self.validation_from, self.test_from, self.until)
 
 
 def read_items(
@@ -226,8 +227,7 @@ def read_events(
     for column, others in other_times.items():
         check_time_units([*facts, *others], f"{events.name}, column {tables.time_column!r}, with {column},")
     if moments is not None:
-        told = f"--validation-from {tables.validation_from}, --test-from {tables.test_from}"
-        check_time_units([*facts, moments.facts()], f"{events.name}, column {tables.time_column!r}, with {told},")
+        moments.check_units(facts, f"{events.name}, column {tables.time_column!r}")
     if num_left_out:
         run.notes.append(f"{num_left_out} interactions are {_why_left_out(tables)} and left out")
     engine.view(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from bigdssm.errors import ConfigError
-from bigdssm.features.columns import TimeUnits, moment_of
+from bigdssm.features.columns import TimeUnits, check_time_units, moment_of
 
+DEFAULT_FRACTIONS = (0.05, 0.05)  # of validation and of test
 Told = float | str | None
 """A time in the unit of the table's times, or in ISO 8601; none: it is not told."""
 
@@ -22,9 +24,13 @@ class Moments:
     test: float
     until: float  # infinity: none is left out
 
+    said: str = ""  # the options that told them
+
     @classmethod
-    def told(cls, split: str, validation_from: Told, test_from: Told, until: Told) -> Moments | None:
-        """Return those that a table's options say, or None where shares of the rows decide. Raises ConfigError."""
+    def told(
+        cls, split: str, fractions: tuple[float, float], validation_from: Told, test_from: Told, until: Told
+    ) -> Moments | None:
+        """Return those that a table's options say, or None where `fractions` of the rows decide. Raises ConfigError."""
         options = {"--validation-from": validation_from, "--test-from": test_from, "--until": until}
         given = {option: _read(option, value) for option, value in options.items() if value is not None}
         if not given:
@@ -37,17 +43,20 @@ class Moments:
                     f"{next(iter(given))} needs {option} beside it; --validation-from and --test-from may be the same "
                     "where validation is to have no rows"
                 )
-        found = cls(given["--validation-from"], given["--test-from"], given.get("--until", np.inf))
+        said = ", ".join(f"{option} {options[option]}" for option in given)
+        if fractions != DEFAULT_FRACTIONS:
+            raise ConfigError(f"{said}: fractions of validation and test would have no effect; leave them out")
+        found = cls(given["--validation-from"], given["--test-from"], given.get("--until", np.inf), said)
         if not found.validation <= found.test < found.until:
-            said = ", ".join(f"{option} {options[option]}" for option in given)
             raise ConfigError(f"{said}: validation comes before test, and test before the end")
         return found
 
-    def facts(self) -> dict[str, Any]:
-        """Return what `check_time_units` holds against the table's times."""
+    def check_units(self, facts: Sequence[Mapping[str, Any]], where: str) -> None:
+        """Raise DataError where they are in another unit than the times whose facts these are, part by part."""
         units = TimeUnits()
-        units.add(np.array([self.validation, self.test, self.until]))
-        return units.facts()
+        moments = np.array([self.validation, self.test, self.until])
+        units.add(moments[np.isfinite(moments)])
+        check_time_units([*facts, units.facts()], f"{where}, with {self.said},")
 
 
 def _read(option: str, value: float | str) -> float:

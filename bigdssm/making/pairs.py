@@ -37,7 +37,7 @@ from bigdssm.making.engine import Engine
 from bigdssm.making.fitting import Side, fit, schema_to_fit
 from bigdssm.making.known_documents import KnownDocuments
 from bigdssm.making.making import BLOCK_COLUMNS, CATALOGUE_COLUMNS, Making, Report, Target, check_names, making
-from bigdssm.making.moments import Moments, Told
+from bigdssm.making.moments import DEFAULT_FRACTIONS, Moments, Told
 from bigdssm.making.reading import PartOfTable, places, read_part
 from bigdssm.making.spark import open_table
 from bigdssm.making.splits import SPLITS, PairSplit, Splitter
@@ -72,8 +72,8 @@ class PairTables:
     relevance_column: str | None = None  # none: 1
     split: PairSplit = "random"
     split_column: str | None = None  # random: the group that stays together; time, column: what decides
-    validation_fraction: float = 0.05
-    test_fraction: float = 0.05
+    validation_fraction: float = DEFAULT_FRACTIONS[0]
+    test_fraction: float = DEFAULT_FRACTIONS[1]
     validation_from: Told = None  # split=time: from when on, in place of both fractions; test_from goes with it
     test_from: Told = None
     until: Told = None  # beside these: rows from then on are left out
@@ -86,7 +86,8 @@ class PairTables:
     @property
     def moments(self) -> Moments | None:
         """Return the times that split=time divides at; None: shares of the rows decide. Raises ConfigError."""
-        return Moments.told(self.split, self.validation_from, self.test_from, self.until)
+        fractions = self.validation_fraction, self.test_fraction
+        return Moments.told(self.split, fractions, self.validation_from, self.test_from, self.until)
 
 
 def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress: Progress = no_progress) -> Report:
@@ -251,6 +252,10 @@ def _sorted_splits(run: Making, tables: PairTables, splitter: Splitter, reader: 
 
 def _notes(engine: Engine, tables: PairTables) -> Iterator[str]:
     """Yield what is to be said of repeated pairs, and of documents that are several."""
+    if tables.until is not None:
+        ((late,),) = engine.fetch("SELECT (SELECT count(*) FROM found) - (SELECT count(*) FROM divided)")
+        if late:
+            yield f"{late} rows are not before --until {tables.until} and left out; their documents stay"
     if tables.dedup:
         ((repeated,),) = engine.fetch("SELECT count(*) FROM kept WHERE nth > 1")
         if repeated:

@@ -92,8 +92,7 @@ class Splitter:
                 first, second = quantiles(engine, found, (1 - validation - test, 1 - test))
                 moments = Moments(first, second, np.inf)
             else:
-                told = "with --validation-from, --test-from and --until,"
-                check_time_units([*facts, moments.facts()], f"column {self._column!r}, {told}")
+                moments.check_units(facts, f"column {self._column!r}")
             from_validation, from_test, end = map(as_sql, (moments.validation, moments.test, moments.until))
             split = f"CASE WHEN time >= {from_test} THEN 2 WHEN time >= {from_validation} THEN 1 ELSE 0 END"
             engine.view("divided", f"SELECT *, {split} AS split FROM found WHERE time < {end}")

@@ -82,9 +82,9 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
     _check_writable(config.stage_dir(name))
     source = initial_model(config, name)
     if stage.warm_start.window:
-        key = f"{name}.warm_start.window: got {stage.warm_start.window}"
+        key = f"{name}.warm_start.window: got {stage.warm_start.window}, needs 0"
         if source is not None:
-            raise ConfigError(f"{key}, needs 0: {name} starts from {source}, whose tables have been trained")
+            raise ConfigError(f"{key}: {name} starts from {source}, whose tables have been trained")
         check_warm_start(key, dataset)
     if source is None:
         with torch.device("meta"):  # what cannot be built is found here, without its memory

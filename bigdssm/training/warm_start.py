@@ -12,13 +12,13 @@ from math import lcm
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
-from scipy.sparse.linalg import eigsh
+from scipy.sparse.linalg import ArpackError, eigsh
 
 from bigdssm import distributed
 from bigdssm.config import WarmStartConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.transitions import Transitions
-from bigdssm.errors import ConfigError
+from bigdssm.errors import BigDSSMError, ConfigError, DataError
 from bigdssm.features.history import histories_of, item_codes
 from bigdssm.log import get_logger
 from bigdssm.models import DualEncoder
@@ -31,37 +31,51 @@ logger = get_logger(__name__)
 def check_warm_start(key: str, dataset: Dataset) -> None:
     """Raise ConfigError where the dataset has no histories that say where items stand; `key` names the setting."""
     if dataset.sequences is None or not histories_of(dataset.schema.query):
-        raise ConfigError(f"{key}: needs 0 with {dataset.dir}, whose rows have no histories")
+        raise ConfigError(f"{key}: rows of {dataset.dir} have no histories")
 
 
 def start_items(model: DualEncoder, dataset: Dataset, config: WarmStartConfig) -> None:
     """Write the vectors of items that histories are of into the tables of a new model. A collective: rank 0 finds them.
 
-    Items that nobody has met keep what they have.
+    Items that nobody has met keep what they have. Raises DataError on every rank where there is no solution.
     """
     for feature in sorted({str(history.of) for history in histories_of(dataset.schema.query).values()}):
         weight = model.tables.tables[table_name("doc", feature)].weight
         assert isinstance(weight, torch.Tensor)
-        found = _item_vectors(dataset, feature, weight.shape, config) if distributed.is_main() else None
-        vectors = torch.from_numpy(distributed.broadcast_object(found))
-        known = vectors.any(dim=1)
+        found: tuple[np.ndarray, np.ndarray] | None = None
+        error: BigDSSMError | None = None
+        if distributed.is_main():
+            try:
+                found = _item_vectors(dataset, feature, weight.shape, config)
+            except ArpackError as failed:
+                error = DataError(f"{dataset.dir}: no warm start for {feature}: {failed}; set warm_start.window to 0")
+            except BigDSSMError as failed:
+                error = failed
+        distributed.raise_together(error)
+        found = distributed.broadcast_object(found)
+        assert found is not None
+        met, vectors = map(torch.from_numpy, found)
         with torch.no_grad():
-            weight[known, : vectors.shape[1]] = vectors[known].to(weight)
-        logger.info("%s: %d of %d items begin where histories put them", feature, int(known.sum()), len(weight))
+            weight[met, : vectors.shape[1]] = vectors.to(weight)
+        logger.info("%s: %d of %d items begin where histories put them", feature, len(vectors), len(weight))
 
 
-def _item_vectors(dataset: Dataset, feature: str, shape: torch.Size, config: WarmStartConfig) -> np.ndarray:
-    """Return float32 [codes, at most E] for a table [codes, E]; zeros where an item has met none."""
+def _item_vectors(
+    dataset: Dataset, feature: str, shape: torch.Size, config: WarmStartConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return which rows of a table [codes, E] have met others, bool, and their vectors, float32 [rows, at most E]."""
     num_codes, dim = shape
     found = Transitions.of(dataset, config.window)
     codes = item_codes(dataset.catalogue.codes(feature, np.arange(found.num_docs)))
     before = np.repeat(np.arange(found.num_docs), np.diff(found.starts))
     counts = found.counts / lcm(*range(1, config.window + 1))
-    met = csr_matrix((counts, (codes[before], codes[found.followers])), (num_codes, num_codes))
-    vectors = spectral_vectors(met, dim)
-    squares = (vectors**2).sum(axis=1)
-    mean = squares[squares > 0].mean() if squares.any() else 1.0
-    return (vectors * (config.length / np.sqrt(mean))).astype(np.float32)
+    pairs = csr_matrix((counts, (codes[before], codes[found.followers])), (num_codes, num_codes))
+    met = pairs.getnnz(axis=0) + pairs.getnnz(axis=1) > 0
+    if not met.any():
+        raise DataError(f"{dataset.dir}: no train row has a history, so that no {feature} has met another")
+    vectors = spectral_vectors(pairs, dim)[met]  # others have what rounding leaves
+    length = np.sqrt((vectors**2).sum(axis=1).mean())
+    return met, (vectors * (config.length / length)).astype(np.float32)
 
 
 def spectral_vectors(met: csr_matrix, dim: int) -> np.ndarray:

@@ -45,7 +45,7 @@ TOLD_WRONG = {
     "--split=time --validation-from=soon --test-from=7": "--validation-from 'soon' is no number and no ISO-8601 time",
     "--split=time --validation-from=8 --test-from=7": "--validation-from 8, --test-from 7: validation comes before",
     "--split=time --validation-from=5 --test-from=7 --until=7": "--until 7: validation comes before test",
-    "--split=time --validation-from=5 --test-from=7 --test-fraction=.1": "--test-fraction would have no effect beside",
+    "--split=time --validation-from=5 --test-from=7 --test-fraction=.1": "fractions of validation",
 }
 
 

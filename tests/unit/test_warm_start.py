@@ -15,6 +15,7 @@ import bigdssm
 from bigdssm.artifacts.model_folder import load_model_folder
 from bigdssm.config import Config, WarmStartConfig, load_config
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.transitions import Transitions
 from bigdssm.errors import ConfigError
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.training import warm_start
@@ -67,14 +68,18 @@ def test_products_are_the_nearest_to_the_roots_of_the_counts(dense: bool, monkey
     assert (found[np.abs(found).argmax(axis=0), range(5)] > 0).all(), "one of the two signs, on every machine"
 
 
-def test_items_of_a_new_model_begin_there(config: Config, dataset: Dataset) -> None:
+@pytest.mark.parametrize("dense", [True, False])
+def test_items_of_a_new_model_begin_there(
+    dense: bool, config: Config, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warm_start, "DENSE_UP_TO", 512 if dense else 1)
     model, other = model_of(config, dataset, 6), model_of(config, dataset, 6)
     start_items(model, dataset, WarmStartConfig(window=3, length=0.4))
     weights, before = ({name: w.detach() for name, w in some.named_parameters()} for some in (model, other))
     assert all(torch.equal(weights[name], before[name]) for name in weights if name != NAME)
     table = weights[NAME].double().numpy()
-    expected = spectral_vectors(csr_matrix(met_items(dataset, 3)), 6)
-    known = (expected**2).sum(axis=1) > 1e-12
+    met = met_items(dataset, 3)
+    known, expected = (met + met.T).any(axis=1), spectral_vectors(csr_matrix(met), 6)
     assert 10 < known.sum() < len(table)
     expected *= 0.4 / np.sqrt((expected[known] ** 2).sum(axis=1).mean())
     np.testing.assert_allclose(table[known], expected[known], atol=1e-6)
@@ -92,9 +97,11 @@ def test_a_table_that_is_wider_than_the_items_are_many_keeps_its_other_columns(
 
 
 def test_what_it_refuses(tiny_interactions: Any, tiny_pairs: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"pretrain.warm_start.window: got 3: needs 0 with .*, whose rows have no"):
+    with pytest.raises(ConfigError, match=r"pretrain.warm_start.window: got 3, needs 0: rows of .* have no hist"):
         check_stage(load_config(tiny_pairs.config, ["pretrain.warm_start.window=3"]), "pretrain", 1)
     overrides = ["sft.loss.name=fps", "sft.warm_start.window=3", f"sft.init={tmp_path}"]
+    with pytest.raises(ConfigError, match="window=17: needs at least 1 and at most 16 events"):
+        Transitions.of(Dataset.open(tiny_interactions.dir), 17)
     with pytest.raises(ConfigError, match=r"sft.warm_start.window: got 3, needs 0: sft starts from .*have been train"):
         check_stage(load_config(tiny_interactions.config, overrides), "sft", 1)
 

@@ -4,7 +4,8 @@
     python tools/bench/bench_choices.py depth --config configs/movielens_latest.yaml --out depth.json key=value …
 
 Negatives are the other documents of the batch (`in-batch`), with the sampling correction (`corrected`), with documents
-drawn uniformly beside them (`corrected + uniform`), or the whole catalogue; depth is the history's number of layers.
+drawn uniformly beside them (`corrected + uniform`), or the whole catalogue; depth is the history's number of layers;
+items begin at random numbers, or where histories put them (a warm start).
 The dataset is the config's, made before; runs stand in RUN/CHOICE (RUN: the config's run.dir) and go on where they were
 broken off. Each is chosen on validation and measured on test once, with a standard error over its queries.
 """
@@ -33,6 +34,7 @@ CHOICES = {
         "catalogue": [f"{LOSS}.columns=catalogue", f"{LOSS}.sampling=none"],
     },
     "depth": {str(layers): [f"model.query.history.layers={layers}"] for layers in (1, 2, 4, 8)},
+    "items": {start: [f"pretrain.warm_start.window={window}"] for start, window in {"random": 0, "warm": 8}.items()},
 }  # fmt: skip
 
 

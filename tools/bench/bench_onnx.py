@@ -57,7 +57,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     documents = torch.from_numpy(vectors_of(args.vectors, folder.checksum, dataset))
-    queries, target, seen = queries_of(dataset, args.split, args.queries)
+    queries, target, seen, query_ids = queries_of(dataset, args.split, args.queries)
     systems: dict[str, Callable[[Features], Tensor]] = {"torch": partial(query_vectors, folder.model)}
     for file in ("query.onnx", "query.int8.onnx"):
         size = f"{(args.onnx / file).stat().st_size / 1e6:.1f} MB"
@@ -71,26 +71,29 @@ def main() -> None:
         vectors, seconds = one_by_one(encode, queries)
         ranks = ranks_of_vectors(vectors, documents, target, seen).numpy()
         ndcg = row_metrics(ranks)["ndcg_at_10"]
-        less = "" if first is None else str(paired_bootstrap(ndcg, first))
+        less = "" if first is None else str(paired_bootstrap(ndcg, first, query_ids))
         first = ndcg if first is None else first
         p50, p99 = np.percentile(seconds, [50, 99]) * 1000
         table.add_row(name, f"{mean_metrics(ranks)['ndcg_at_10']:.4f}", less, f"{p50:.2f}", f"{p99:.2f}")
     Console().print(table)
 
 
-def queries_of(dataset: Dataset, split: str, wanted: int) -> tuple[list[Features], Tensor, Seen]:
-    """Return `wanted` rows of a split as features of one query each, their documents, and what they have seen."""
+def queries_of(dataset: Dataset, split: str, wanted: int) -> tuple[list[Features], Tensor, Seen, np.ndarray]:
+    """Return `wanted` rows of a split as features of one query each, their documents, what they have seen, and whose
+    they are: int64."""
     taken = np.linspace(0, dataset.num_rows(split) - 1, min(wanted, dataset.num_rows(split))).astype(np.int64)
     collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
-    queries, target, seen = [], [], []
+    queries, target, seen, query_ids = [], [], [], []
     for rows in dataset.iterate(split, ROWS_AT_ONCE):
         for i in np.flatnonzero(np.isin(rows.row_ids, taken) & (rows.relevance > 0)):
             one: Rows = rows.take(np.array([i]))
             queries.append(collator.query_features(one.query))
             target.append(int(one.doc_rows[0]))
             seen.append(one.seen(0))
+            query_ids.append(int(one.query_ids[0]))
     offsets = torch.from_numpy(offsets_of(np.array([len(some) for some in seen], np.int64)))
-    return queries, torch.tensor(target), Seen(torch.from_numpy(np.concatenate(seen).astype(np.int64)), offsets)
+    all_seen = Seen(torch.from_numpy(np.concatenate(seen).astype(np.int64)), offsets)
+    return queries, torch.tensor(target), all_seen, np.array(query_ids)
 
 
 def one_by_one(encode: Callable[[Features], Tensor], queries: list[Features]) -> tuple[Tensor, np.ndarray]:

@@ -51,7 +51,13 @@ def test_it_learns_from_the_train_pairs(dataset: Dataset, folder: Path) -> None:
     assert found[1](rows)[3, 7] == pytest.approx(cosine, abs=1e-5)
 
 
-def test_it_asks_for_its_package(dataset: Dataset, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_asks_for(dataset: Dataset, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong, said in (
+        ({"folder": "nowhere", "steps": 1}, "nowhere has no tokenizer.json"),
+        ({"folder": str(folder), "steps": 0}, "steps=0: needs at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            fit_baseline("sentence_transformers", dataset, wrong)
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ConfigError, match=r"sentence_transformers.*install bigdssm\[baselines\]"):
         fit_baseline("sentence_transformers", dataset, {"folder": str(folder), "steps": 1})
