@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import lcm
 
 import numpy as np
+from scipy.sparse import csr_matrix
 
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
@@ -49,6 +50,11 @@ class Transitions:
         keys, counts = _summed([(keys, counts), *parts])
         starts = np.searchsorted(keys, np.arange(num_docs + 1) * num_docs)
         return cls(num_docs, window, starts, keys % num_docs, counts)
+
+    def matrix(self) -> csr_matrix:
+        """Return the counts as they are kept, float64 [N, N]."""
+        shape = (self.num_docs, self.num_docs)
+        return csr_matrix((self.counts.astype(np.float64), self.followers, self.starts), shape)
 
 
 def _summed(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.sparse import csr_matrix
 from scipy.sparse.linalg import svds
 
 from bigdssm.dataset.dataset import Dataset
@@ -81,9 +80,7 @@ class MarkovVectors:
         chain = Transitions.of(dataset, window)
         if not 0 < dim < chain.num_docs:
             raise ConfigError(f"dim={dim}: needs at least 1, and fewer than the {chain.num_docs} documents")
-        shape = (chain.num_docs, chain.num_docs)
-        counts = csr_matrix((chain.counts.astype(np.float64), chain.followers, chain.starts), shape)
-        left, lengths, right = svds(counts, dim, v0=np.ones(chain.num_docs))
+        left, lengths, right = svds(chain.matrix(), dim, v0=np.ones(chain.num_docs))
         return cls(window, left * lengths, right.T)
 
     def __call__(self, rows: Rows) -> np.ndarray:

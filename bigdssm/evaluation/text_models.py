@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,19 @@ class Bm25Texts:
 
 
 @dataclass(frozen=True)
-class PretrainedTexts:
-    """The score of a document is the cosine of what a Hugging Face text encoder makes of both texts."""
+class VectorTexts:
+    """The score of a document is the cosine of what a text encoder makes of both texts: vectors of length 1."""
 
     encoders: Encoders
     documents: Tensor  # float32 [N, H]
+
+    def __call__(self, rows: Rows) -> np.ndarray:
+        """Return scores float64 [m, N]."""
+        return (self.encoders.queries(rows) @ self.documents.T).double().numpy()
+
+
+class PretrainedTexts(VectorTexts):
+    """A Hugging Face text encoder as it is."""
 
     @classmethod
     def fit(cls, dataset: Dataset, folder: str, bf16: bool = False) -> PretrainedTexts:
@@ -56,18 +65,12 @@ class PretrainedTexts:
         encoders = text_encoders(Path(folder), Texts(dataset), bf16)
         return cls(encoders, encoders.documents(np.arange(dataset.catalogue.num_docs)))
 
-    def __call__(self, rows: Rows) -> np.ndarray:
-        """Return scores float64 [m, N]."""
-        return (self.encoders.queries(rows) @ self.documents.T).double().numpy()
-
 
 @dataclass(frozen=True)
-class SentenceTransformerTexts:
-    """The score of a document is the cosine of what a model of sentence-transformers makes of both texts."""
+class SentenceTransformerTexts(VectorTexts):
+    """A text encoder that sentence-transformers has trained."""
 
     model: Any  # SentenceTransformer
-    texts: Texts
-    documents: np.ndarray  # float32 [N, H]
 
     @classmethod
     def fit(
@@ -108,14 +111,6 @@ class SentenceTransformerTexts:
             )  # fmt: skip
             loss = MultipleNegativesRankingLoss(model)
             SentenceTransformerTrainer(model, arguments, Table.from_dict(pairs), loss=loss).train()
-        documents = texts.documents(np.arange(dataset.catalogue.num_docs))
-        return cls(model, texts, _encoded(model, documents))
-
-    def __call__(self, rows: Rows) -> np.ndarray:
-        """Return scores float64 [m, N]."""
-        return (_encoded(self.model, self.texts.queries(rows)) @ self.documents.T).astype(np.float64)
-
-
-def _encoded(model: Any, texts: list[str]) -> np.ndarray:
-    vectors: np.ndarray = model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
-    return vectors
+        encode = partial(model.encode, normalize_embeddings=True, show_progress_bar=False, convert_to_tensor=True)
+        encoders = Encoders(lambda rows: encode(texts.queries(rows)), lambda docs: encode(texts.documents(docs)))
+        return cls(encoders, encoders.documents(np.arange(dataset.catalogue.num_docs)), model)

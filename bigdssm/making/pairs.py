@@ -145,8 +145,8 @@ def _checked(config: DataConfig, tables: PairTables, target: Target) -> Splitter
         raise ConfigError("data.siamese=true: a query is a document; give --query-id-column and --doc-id-column")
     if tables.beir:
         check_place(tables.beir)
-    by = tables.moments or (tables.validation_fraction, tables.test_fraction)
-    return Splitter(tables.split, tables.split_column, by, target.seed, tables.whole_documents)
+    fractions = (tables.validation_fraction, tables.test_fraction)
+    return Splitter(tables.split, tables.split_column, fractions, target.seed, tables.whole_documents, tables.moments)
 
 
 @dataclass(frozen=True)

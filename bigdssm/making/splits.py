@@ -35,18 +35,19 @@ class Splitter:
         self,
         how: PairSplit,
         column: str | None,
-        by: tuple[float, float] | Moments,
+        fractions: tuple[float, float],
         seed: int,
         whole_documents: bool = False,
+        moments: Moments | None = None,
     ) -> None:
-        self._moments = by if isinstance(by, Moments) else None
-        self._fractions = (0.0, 0.0) if isinstance(by, Moments) else by  # of validation and of test
-        check_fractions(*self._fractions)
+        """`moments` divide by time in place of the fractions of validation and of test."""
+        check_fractions(*fractions)
         if whole_documents and how != "random":
             raise ConfigError(f"--whole-documents goes with --split random, not with --split {how}")
         if how in ("time", "column") and column is None:
             raise ConfigError(f"--split {how} needs --{'time' if how == 'time' else 'split'}-column")
         self._how, self._column, self._seed, self._whole_documents = how, column, seed, whole_documents
+        self._fractions, self._moments = fractions, moments
 
     @property
     def columns(self) -> list[str]:

@@ -7,8 +7,6 @@ PPMI, Lebret and Collobert 2014, "Word Embeddings through Hellinger PCA".
 
 from __future__ import annotations
 
-from math import lcm
-
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
@@ -67,9 +65,8 @@ def _item_vectors(
     num_codes, dim = shape
     found = Transitions.of(dataset, config.window)
     codes = item_codes(dataset.catalogue.codes(feature, np.arange(found.num_docs)))
-    before = np.repeat(np.arange(found.num_docs), np.diff(found.starts))
-    counts = found.counts / lcm(*range(1, config.window + 1))
-    pairs = csr_matrix((counts, (codes[before], codes[found.followers])), (num_codes, num_codes))
+    docs = found.matrix().tocoo()
+    pairs = csr_matrix((docs.data, (codes[docs.row], codes[docs.col])), (num_codes, num_codes))
     met = pairs.getnnz(axis=0) + pairs.getnnz(axis=1) > 0
     if not met.any():
         raise DataError(f"{dataset.dir}: no train row has a history, so that no {feature} has met another")
