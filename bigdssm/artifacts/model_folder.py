@@ -28,7 +28,7 @@ from transformers import AutoConfig, PretrainedConfig
 from bigdssm.artifacts.checkpoint import check_file, folder_checksums
 from bigdssm.atomic import new_folder, real_place, write_json
 from bigdssm.config import Config, ScorerConfig, load_config
-from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.dataset import Dataset, tokenizer_hash
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.hashing import json_checksum
 from bigdssm.models import DualEncoder
@@ -58,13 +58,23 @@ class ModelFolder:
         ids = [encoder.pad_token_id for encoder in self.model.text.values() if isinstance(encoder, TextEncoder)]
         return ids[0] if ids else 0
 
-    def check_dataset(self, dataset: Dataset) -> None:
-        """Raise CheckpointError unless `dataset` has the schema and vocabularies that the model was trained with."""
-        difference = self.schema.difference(dataset.schema)
-        if difference is None and self.schema.fingerprint() != dataset.schema.fingerprint():
-            difference = "another vocabulary or normalisation"
+    def view(self, dataset: Dataset) -> Dataset:
+        """Return `dataset` as the model encodes it: values that later partitions added are out of vocabulary.
+
+        Raises CheckpointError unless the model was trained on this dataset, or on an earlier state of it.
+        """
+        whole = dataset.whole.schema
+        difference = self.schema.difference(whole)
+        if difference is None and whole.cut(self.schema.vocabulary_sizes()) != self.schema:
+            difference = "another vocabulary or normalisation, which partitions that were appended since do not explain"
+        if difference is None and self.tokenizer_dir and tokenizer_hash(self.tokenizer_dir) != dataset.tokenizer_hash:
+            difference = "another tokenizer"
         if difference is not None:
-            raise CheckpointError(f"the model's schema is not that of the dataset {dataset.dir}: {difference}")
+            raise CheckpointError(
+                f"the model's schema is not that of the dataset {dataset.dir}: {difference}; use the model's own "
+                f"dataset, make this one with bigdssm make_shards … --like {self.config.data.dir}, or train on this one"
+            )
+        return dataset.limited_to(self.schema)
 
 
 def save_model_folder(

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_formats(args.dtype, args.format)
     folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
-    folder.check_dataset(dataset)
+    dataset = folder.view(dataset)
     encoders, model = tower_encoders(folder.model, dataset), folder.config.model
     if args.width is not None:
         check_width("--width", args.width, model.dim)

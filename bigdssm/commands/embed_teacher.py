@@ -59,7 +59,7 @@ def _encoders(args: argparse.Namespace, dataset: Dataset) -> tuple[Encoders, str
         encoders = text_encoders(args.pretrained, Texts(dataset), args.bf16)
         return encoders, json_checksum([folder_checksums(args.pretrained), args.bf16])
     folder = load_model_folder(args.model)
-    folder.check_dataset(dataset)
+    dataset = folder.view(dataset)
     if folder.model.scorer is not None:
         raise ConfigError(f"--model {args.model} scores by more than its vectors; bigdssm score_pairs takes it")
     if args.bf16:

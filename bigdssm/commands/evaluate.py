@@ -145,7 +145,7 @@ def _evaluated(
 ) -> System:  # fmt: skip
     if bf16:
         encode_in_bf16(folder.model)
-    folder.check_dataset(dataset)
+    dataset = folder.view(dataset)
     reranking = None
     if rerank is not None:
         scorer = PairScorer.of(folder, dataset)

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         init_process_group()
     folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
-    folder.check_dataset(dataset)
+    dataset = folder.view(dataset)
     with ProgressBar() as progress:
         share, documents = Share(distributed.rank(), distributed.world_size(), progress=progress), None
         if args.vectors is not None:

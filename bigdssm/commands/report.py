@@ -172,7 +172,7 @@ def _measured(
 
 
 def _evaluated(name: str, folder: ModelFolder, stage_dir: Path, dataset: Dataset, split: str) -> System:
-    folder.check_dataset(dataset)
+    dataset = folder.view(dataset)
     with ProgressBar() as progress:
         evaluation = evaluate_split(
             encoders_of(folder.model, dataset), dataset, split, filter_seen=folder.config.data.excludes_seen,

@@ -74,7 +74,6 @@ def _judges(args: argparse.Namespace, dataset: Dataset, progress: Progress) -> d
     judges: dict[str, Judge] = {}
     for path in args.model:
         folder = load_model_folder(path)
-        folder.check_dataset(dataset)
         judges[folder.checksum] = model_judge(folder, dataset)
     if args.cross_encoder or args.pretrained or args.bm25:
         texts = Texts(dataset)

@@ -6,6 +6,7 @@ Where features changed, a document's row has the newest ones; rows behind the do
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from bigdssm.dataset.mapped import MappedTable
 from bigdssm.dataset.tensors import Features, to_features
 from bigdssm.dataset.versions import Versions
 from bigdssm.errors import DataError
+from bigdssm.features import Feature
 from bigdssm.features.ragged import Column
 from bigdssm.hashing import file_checksum, hash64
 from bigdssm.schema import Schema
@@ -32,10 +34,17 @@ class Catalogue:
         """
         self._table, self.versions = MappedTable(paths), versions
         self._schema, self._pad_token_id = schema, pad_token_id
+        self._known: dict[str, Feature] | None = None  # of an earlier schema, see `limited_to`
         names = self._table.schema.names
         for name in ("doc_key", "doc_id", "display", *schema.doc):
             if name not in names:
                 raise DataError(f"{self._table.paths[0].parent}: the catalogue has no column {name}, only {names}")
+
+    def limited_to(self, schema: Schema) -> Catalogue:
+        """Return the same documents as an earlier schema encodes them: values new since then are out of vocabulary."""
+        limited = copy(self)
+        limited._known = schema.doc
+        return limited
 
     @property
     def num_docs(self) -> int:
@@ -79,16 +88,16 @@ class Catalogue:
 
     def columns(self, rows: np.ndarray) -> dict[str, Column]:
         """Return the features of the documents at `rows` (int64 [n]) as columns."""
-        at = self._at(rows)
-        return {name: self._table.take(name, at) for name in self._schema.doc}
+        return {name: self.column(name, rows) for name in self._schema.doc}
 
     def column(self, feature: str, rows: np.ndarray) -> Column:
         """Return one feature of the documents at `rows` (int64 [n])."""
-        return self._table.take(feature, self._at(rows))
+        column = self._table.take(feature, self._at(rows))
+        return column if self._known is None else self._known[feature].without_unknown(column)
 
     def codes(self, feature: str, rows: np.ndarray) -> np.ndarray:
         """Return the int32 codes of one categorical feature at `rows`."""
-        return np.asarray(self._table.take(feature, self._at(rows)))
+        return np.asarray(self.column(feature, rows))
 
     def features(self, rows: np.ndarray) -> Features:
         """Return the features of the documents at `rows` (int64 [n]) as tensors of n rows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -34,6 +35,8 @@ from bigdssm.schema import Schema
 from bigdssm.urls import is_url
 
 log = get_logger(__name__)
+
+TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class Dataset:
         self.batches: MixtureBatches = "mixed"  # of a mixture
         self.siblings: tuple[Partition, ...] = ()  # all partitions that are there, where several datasets were joined
         self.pickled: tuple[Any, ...] | None = None
+        self._whole: Dataset | None = None
 
     @classmethod
     def open(
@@ -143,10 +147,24 @@ class Dataset:
         """Pickle as the path: a loader process maps the files itself."""
         return self.pickled or (Dataset.open, (self.dir, [partition.name for partition in self.partitions]))
 
+    def limited_to(self, schema: Schema) -> Dataset:
+        """Return the dataset as an earlier `schema` of it encodes rows: values new since then are out of vocabulary."""
+        if schema == self.whole.schema:
+            return self.whole
+        limited = copy(self)
+        limited.schema, limited.catalogue = schema, self.whole.catalogue.limited_to(schema)
+        limited._whole, limited.pickled = self.whole, (Dataset.limited_to, (self.whole, schema))
+        return limited
+
+    @property
+    def whole(self) -> Dataset:
+        """Return the dataset with its own schema: itself, unless it is limited to an earlier one."""
+        return self._whole or self
+
     @cached_property
     def fingerprint(self) -> str:
         """Return a hash of schema, tokenizer and the partitions' rows."""
-        known = [self.schema.fingerprint(), self.tokenizer_hash, *(p.name + p.identity for p in self.partitions)]
+        known = [self.head.schema.fingerprint(), self.tokenizer_hash, *(p.name + p.identity for p in self.partitions)]
         return short_hash("\n".join(known).encode())
 
     def partitions_on_disk(self) -> list[Partition]:
@@ -236,7 +254,7 @@ class Dataset:
                 # what the last query has seen; the others, of one left edge with it, have seen less of it
                 query[name], left_edge = self._history(feature, table, sequence, end - 1)
             else:
-                query[name] = of_rows[name] if name in of_rows else table.take(name, sequence)
+                query[name] = of_rows[name] if name in of_rows else self.query_column(table, name, sequence)
         single = self.num_queries(split) == self.num_rows(split)
         return Rows(
             step=step, row_ids=row_ids, query=query, doc_rows=targets.item, relevance=targets.relevance,
@@ -288,7 +306,22 @@ class Dataset:
         """Return a block's column, texts tokenised."""
         if pa.types.is_large_string(array.type):
             array = self.layout.query[name].encode(array, self.tokenizer)
-        return from_arrow(array)
+        column = from_arrow(array)
+        return self.limited_query({name: column})[name] if name in self.schema.query else column
+
+    def query_column(self, table: MappedTable, name: str, rows: np.ndarray) -> Column:
+        """Return a query feature of the sequences `rows` of `table`."""
+        return self.limited_query({name: table.take(name, rows)})[name]
+
+    def limited_query(self, columns: dict[str, Column]) -> dict[str, Column]:
+        """Return query columns of the whole dataset as this one encodes them, see `limited_to`."""
+        if self._whole is None:
+            return columns
+        coded = {
+            name: self.schema.doc[str(feature.of)] if isinstance(feature, History) else feature
+            for name, feature in self.schema.query.items()
+        }
+        return {name: coded[name].without_unknown(column) for name, column in columns.items()}
 
     @cached_property
     def tokenizer(self) -> TextTokenizer | None:
@@ -363,11 +396,16 @@ def empty_batch(layout: Layout) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)
 
 
+def tokenizer_hash(folder: Path) -> str:
+    """Return a hash of the tokenizer in `folder`. Raises OSError."""
+    return short_hash((folder / TOKENIZER_FILE).read_bytes())
+
+
 def _read_tokenizer(folder: Path | None) -> tuple[int, int, str]:
     """Return pad token id, vocabulary size and a hash of the tokenizer."""
     if folder is None:
         return 0, 0, ""
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER_FILE
     try:
         content = path.read_bytes()
         tokenizer = Tokenizer.from_buffer(content)

@@ -9,6 +9,7 @@ Shapes: m queries, l documents of each, N catalogue rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,16 @@ PAIRS_AT_ONCE = 64  # that a cross-encoder reads together: what a CPU's caches h
 
 
 def model_judge(folder: ModelFolder, dataset: Dataset) -> Judge:
-    """Return the judge that a model of this library is: its cross-encoder, or what it scores by vectors."""
+    """Return the judge that a model of this library is: its cross-encoder, or what it scores by vectors.
+
+    It scores rows of `dataset`. Raises CheckpointError: see `ModelFolder.view`.
+    """
+    view = folder.view(dataset)
     if isinstance(folder.model.scorer, CrossEncoder):
-        reader = PairScorer.of(folder, dataset)
-        return lambda rows, docs: reader.score(rows.query, docs)
-    return VectorJudge(encoders_of(folder.model, dataset), dataset.catalogue.num_docs)
+        reader = PairScorer.of(folder, view)
+        return lambda rows, docs: reader.score(view.limited_query(rows.query), docs)
+    judge = VectorJudge(encoders_of(folder.model, view), view.catalogue.num_docs)
+    return lambda rows, docs: judge(replace(rows, query=view.limited_query(rows.query)), docs)
 
 
 def pretrained_judge(folder: Path, dataset: Dataset, texts: Texts) -> Judge:

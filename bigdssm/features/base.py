@@ -178,6 +178,10 @@ class Feature(ABC):
         """Yield what is wrong with encoded values that were read back; `vocab_size` is the tokenizer's."""
         yield from ()
 
+    def without_unknown(self, column: Column) -> Column:
+        """Return encoded values in which codes outside the feature's vocabulary are out of vocabulary."""
+        return column
+
     @property
     def longest(self) -> int | None:
         """Return the length that lists are cut to, None where they are not, or are none."""

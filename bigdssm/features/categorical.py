@@ -23,6 +23,7 @@ from bigdssm.features.base import (
     Feature,
     Reader,
     faults_of_codes,
+    outside,
     pad_lists,
     register,
 )
@@ -159,6 +160,14 @@ class Categorical(Feature):
             codes = np.where(found < 0, np.int32(OUT_OF_VOCABULARY), found + np.int32(FIRST_CODE))
         codes[is_empty(values)] = PADDING
         return codes
+
+    def without_unknown(self, column: Column) -> Column:
+        """Return codes of which those that a later vocabulary added are out of vocabulary."""
+        values = column.values if isinstance(column, Ragged) else np.asarray(column)
+        if not outside(values, 0, self.num_codes):
+            return column
+        known = np.where(values < self.num_codes, values, OUT_OF_VOCABULARY).astype(values.dtype)
+        return replace(column, values=known) if isinstance(column, Ragged) else known
 
     def faults(self, column: Column, vocab_size: int) -> Iterator[Fault]:
         """Yield unknown codes."""

@@ -83,9 +83,9 @@ def _measured(
         if dataset.num_rows(split) == 0:
             return None, f"{dataset.dir} has no rows in split {split}"
         for name, model in zip("AB", models, strict=True):
-            model.check_dataset(dataset)
+            view = model.view(dataset)
             evaluation = evaluate_split(
-                tower_encoders(model.model, dataset), dataset, split,
+                tower_encoders(model.model, view), view, split,
                 filter_seen=models[0].config.data.excludes_seen, progress=progress,
             )  # fmt: skip
             found.append(System.of_ranks(name, evaluation.ranks, evaluation.query_ids, evaluation.seconds))

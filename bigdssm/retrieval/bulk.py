@@ -6,6 +6,7 @@ Shapes: R rows of the source.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,13 @@ class QuerySource(ABC):
 
     identity: str  # of what is asked for, beside the dataset
     num_rows: int
+    _dataset: Dataset
+
+    def limited_to(self, dataset: Dataset) -> QuerySource:
+        """Return the same queries as `dataset` encodes them, see `Dataset.limited_to`."""
+        limited = copy(self)
+        limited._dataset = dataset
+        return limited
 
     @abstractmethod
     def read(self, first: int, last: int) -> BulkQueries:
@@ -64,7 +72,9 @@ class Users(QuerySource):
     def read(self, first: int, last: int) -> BulkQueries:
         """Return the queries of some users."""
         rows = self._rows[first:last]
-        columns: dict[str, Column] = {name: self._table.take(name, rows) for name in stored(self._dataset.schema.query)}
+        columns: dict[str, Column] = {
+            name: self._dataset.query_column(self._table, name, rows) for name in stored(self._dataset.schema.query)
+        }
         seen = _events(self._table, rows)
         columns |= histories(self._dataset, seen)
         return BulkQueries(np.arange(first, last), self._table.strings("query_key", rows), columns, seen)
@@ -105,9 +115,9 @@ class TableRows(QuerySource):
         if bool(histories_of(dataset.schema.query)) != (events_column is not None):
             needed = "none, as the model's queries have no" if events_column else "the documents of the queries'"
             raise ConfigError(f"--events-column {events_column}: needs {needed} histories")
-        self._dataset, self._features = dataset, stored(dataset.schema.query)
+        self._dataset, features = dataset, stored(dataset.schema.query)
         self._key_column, self._events_column = key_column, events_column
-        wanted = [column for feature in self._features.values() for column in feature.source_columns]
+        wanted = [column for feature in features.values() for column in feature.source_columns]
         wanted += [column for column in (key_column, events_column) if column is not None]
         tables = [batch.table for batch in read_table(path, list(dict.fromkeys(wanted)), _warn)]
         self._table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
@@ -129,7 +139,8 @@ class TableRows(QuerySource):
         if keys is not None and self._dataset.schema.siamese:
             ids = np.array([hash64(key) for key in keys], np.int64)
             seen = Ragged.of_lists(_own(self._dataset, ids), np.int64)
-        columns = columns_of(batch, self._features, self._dataset.tokenizer, _warn) if self._features else {}
+        features = stored(self._dataset.schema.query)
+        columns = columns_of(batch, features, self._dataset.tokenizer, _warn) if features else {}
         return BulkQueries(rows, keys, columns | histories(self._dataset, seen), seen)
 
 

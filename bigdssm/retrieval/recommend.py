@@ -73,13 +73,14 @@ def recommend(
     the filter is none; DataError: no queries, or a vector that is not finite.
     """
     index.check_model(folder.checksum)
-    folder.check_dataset(dataset)
+    source = source.limited_to(folder.view(dataset))
     index.check_dataset(dataset)
     out = real_place(out)
     _check_free(out)
     if not source.num_rows:
         raise DataError(f"{source.identity} of {dataset.dir}: no queries")
-    allowed = None if wanted.filter is None else Filters(folder.schema, dataset.catalogue).allowed(wanted.filter)
+    filters = Filters(dataset.whole.schema, dataset.whole.catalogue)
+    allowed = None if wanted.filter is None else filters.allowed(wanted.filter)
     exclude = folder.config.data.excludes_seen if wanted.exclude_seen is None else wanted.exclude_seen
     job = {
         "kind": "recommendations", "format": FORMAT, **asdict(wanted), "exclude_seen": exclude,

@@ -55,7 +55,7 @@ class Queries:
         if self.has_history and dataset is None:
             raise DataError("queries of this model have a history; give its dataset with --data")
         self.names = DocumentNames.of(dataset) if dataset is not None and self.has_history else None
-        self._filters = None if dataset is None else Filters(schema, dataset.catalogue)
+        self._filters = None if dataset is None else Filters(dataset.whole.schema, dataset.whole.catalogue)
 
     @property
     def choices(self) -> dict[str, dict[str, Any]]:
@@ -195,7 +195,7 @@ def user_facts(dataset: Dataset, key: str) -> tuple[dict[str, Column], np.ndarra
         some = "; ".join(table.strings("query_key", np.arange(min(NUM_SUGGESTIONS, table.num_rows))))
         raise DataError(f"no user is called {key!r}; some who are: {some}")
     newest = rows[-1:]  # a later partition knows more of the user
-    columns = {name: table.take(name, newest) for name in stored(dataset.schema.query)}
+    columns = {name: dataset.query_column(table, name, newest) for name in stored(dataset.schema.query)}
     length = table.lengths("items", newest)
     events = table.take_slices("items", newest, np.zeros_like(length), length).values
     return columns, events.astype(np.int64)

@@ -68,7 +68,7 @@ class Searcher:
                 f"{folder.checksum[:12]}; embed and index with the model that is served"
             )
         if dataset is not None:
-            folder.check_dataset(dataset)
+            dataset = folder.view(dataset)
             index.check_dataset(dataset)
         self._folder, self._index, self._dataset, self._threads = folder, index, dataset, threads
         self._tower = None if onnx is None else query_tower(onnx, folder.checksum, threads or 0)

@@ -201,10 +201,8 @@ def _model(config: Config, name: StageName, dataset: Dataset) -> DualEncoder:
         loaded = load_model_folder(source, scorer=scorer)
     if loaded.model.scorer is not None and scorer is None:
         raise ConfigError(f"{source} has a scorer, which {name} would not train; start from a model without")
-    if dataset.schema.cut(loaded.schema.vocabulary_sizes()) == loaded.schema:
-        grow_model(loaded.model, dataset.schema)
-    else:
-        loaded.check_dataset(dataset)
+    loaded.view(dataset)
+    grow_model(loaded.model, dataset.schema)
     difference = _model_difference(loaded.config, config)
     if difference:
         raise ConfigError(f"{source} was trained with another model section: {difference}; use the same in this config")

@@ -81,7 +81,7 @@ def main() -> None:
     if args.queries < 1:
         raise ConfigError(f"--queries {args.queries}: needs at least 1")
     folder, dataset, meta = load_model_folder(args.model), Dataset.open(args.data), read_meta(args.vectors)
-    folder.check_dataset(dataset)
+    dataset = folder.view(dataset)
     if meta.dtype != "float32":
         raise ConfigError(f"--vectors {args.vectors} are {meta.dtype}, needs those that embed writes without --dtype")
     vectors = vectors_of(args.vectors, folder.checksum, dataset)

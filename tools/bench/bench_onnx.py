@@ -51,7 +51,7 @@ def main() -> None:
     if args.queries < 1:
         raise ConfigError(f"--queries {args.queries}: needs at least 1")
     folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
-    folder.check_dataset(dataset)
+    dataset = folder.view(dataset)
     if read_export(args.onnx).get("model_checksum") != folder.checksum:
         raise CheckpointError(f"{args.onnx} was made of another model than {args.model}; export this one")
 

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="JSON", help="where to save the figures")
     args = parser.parse_args()
     folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
-    folder.check_dataset(dataset)
+    dataset = folder.view(dataset)
     torch.set_num_threads(1)
     encode, seconds = tower_encoders(folder.model, dataset).queries, []
     for rows in islice(dataset.iterate(args.split, 1), WARM_UP + args.queries):

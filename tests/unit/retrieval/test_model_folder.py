@@ -41,7 +41,7 @@ def test_round_trip(model: DualEncoder, model_dir: Path, config: Config, dataset
     assert folder.provenance == {"stage": "pretrain", "step": 3}
     assert folder.tokenizer_dir is not None
     assert not folder.model.training
-    folder.check_dataset(dataset)
+    assert folder.view(dataset) is dataset
     names = {path.name for path in model_dir.iterdir()}
     assert names == {
         "config.yaml",
@@ -168,10 +168,10 @@ def test_a_dataset_of_another_schema_is_refused(model_dir: Path, dataset: Datase
     grown = replace(dataset.schema.doc["genres"], vocabulary=Vocabulary.of(("z",)))
     other = replace(folder, schema=Schema(dataset.schema.query, {**dataset.schema.doc, "genres": grown}))
     with pytest.raises(CheckpointError, match="another vocabulary"):
-        other.check_dataset(dataset)
+        other.view(dataset)
     other = replace(folder, schema=Schema({}, dataset.schema.doc))
     with pytest.raises(CheckpointError, match="query features"):
-        other.check_dataset(dataset)
+        other.view(dataset)
 
 
 def test_only_model_folders_are_replaced(model: DualEncoder, config: Config, dataset: Dataset, tmp_path: Path) -> None:
