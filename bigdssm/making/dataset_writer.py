@@ -8,13 +8,13 @@ if it makes the same of the same; else it is cleared.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -34,13 +34,14 @@ from bigdssm.dataset.files import KEYS_SUFFIX
 from bigdssm.dataset.partition import FORMAT
 from bigdssm.errors import ConfigError, DataError, UnavailableError
 from bigdssm.hashing import file_checksum
+from bigdssm.locks import WriterLock, lock_beside
 from bigdssm.making.quarantine import Quarantine
 from bigdssm.schema import SCHEMA_FILE, VOCABULARIES, Schema
 
 DATASET_FILE, QUARANTINE_FILE = "dataset.json", "quarantine.jsonl"
 TOKENIZER, CATALOGUE, VERSIONS, PARTITIONS = "tokenizer", "catalogue", "versions", "partitions"
 AS_OF = {"users": "rows", "items": "events"}  # what sees features that change as of its time
-LOCK = "lock"
+LOCK = ".lock"  # inside a dataset that grows or is replaced
 PREVIOUS_SCHEMA = "schema.previous.json"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -64,19 +65,20 @@ class DatasetWriter:
             raise ConfigError(f"partition name {partition!r} must be a plain folder name")
         self.content: dict[str, Any] = {"catalogue": [], PARTITIONS: [], "text": "tokens"}
         self.staging = out / UNFINISHED if append else aside_of(out)
+        self._locks = ExitStack()
         try:
-            recover(out)
-            if append:
-                self.content = self._open_for_append()
-            else:
-                _check_free(out, overwrite)
-            self._lock = _claim(self.staging, out)
+            self._claim()
+            self._open(overwrite)
         except OSError as error:
+            self._locks.close()
             if error.errno in NO_ROOM:
                 raise
             raise ConfigError(
                 f"{out} cannot be written ({error.strerror}: {error.filename}); choose another --out"
             ) from None
+        except BaseException:
+            self._locks.close()
+            raise
         places = {"source": source, "partition": partition, "before": self.content}
         made_of = hashlib.sha256(json.dumps(places, sort_keys=True).encode()).hexdigest()
         # By what is made: a worker that a killed making of something else has left behind finds its folder gone.
@@ -94,13 +96,34 @@ class DatasetWriter:
         kept = out.parent / f"{out.name}.{QUARANTINE_FILE}"
         self.quarantine = Quarantine(self.staging / QUARANTINE_FILE, kept, partition, max_bad_fraction)
 
+    def _claim(self) -> None:
+        """Lock the place. Raises DataError where another process writes there.
+
+        Nothing that a decision depends on is read before: another process may be about to change it.
+        """
+        if not self.append:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+        # An append needs no access to the folder around the dataset, except where a replacement was killed.
+        if not self.append or (not self.out.exists() and self.out.parent.is_dir()):
+            self._locks.enter_context(WriterLock(lock_beside(self.out), self.out))
+            recover(self.out)
+        if (self.out / DATASET_FILE).exists():
+            self._locks.enter_context(WriterLock(self.out / LOCK, self.out))
+
+    def _open(self, overwrite: bool) -> None:
+        """Read what the dataset has, and make the folder that is filled."""
+        if self.append:
+            self.content = self._open_for_append()
+        else:
+            _check_free(self.out, overwrite)
+        self.staging.mkdir(parents=True, exist_ok=True)
+
     def _take_up(self) -> None:
         """Keep what a killed run left where it was made of the same, else clear it."""
         remove(self._used_spool)
         if not self.spool.exists():
             for left in self.staging.iterdir():
-                if left.name != LOCK:
-                    remove(left)
+                remove(left)
             self.spool.mkdir()
 
     @property
@@ -190,10 +213,9 @@ class DatasetWriter:
         if self.append:
             self._move_in(schema)
         else:
-            (self.staging / LOCK).unlink()
             replace_folder(self.staging, self.out)
-        self._lock.close()
         remove(self._used_spool)
+        self._locks.close()
 
     def _tokenizer_checksums(self) -> dict[str, str]:
         """Return the checksum of each of the tokenizer's files; an append repeats those that are recorded."""
@@ -244,14 +266,14 @@ class DatasetWriter:
             if self.quarantine.num_bad:
                 shutil.copyfile(self.quarantine.path, self.quarantine.kept)
             shutil.rmtree(self.staging)
-        self._lock.close()
+        self._locks.close()
 
     def release(self) -> None:
         """Leave the making as a killed one would be left, nothing where nothing is finished."""
         self.quarantine.close()
         if not any(self.spool.iterdir()):
             shutil.rmtree(self.staging)
-        self._lock.close()
+        self._locks.close()
 
 
 def read_dataset_json(folder: Path) -> dict[str, Any]:
@@ -281,15 +303,3 @@ def _check_free(out: Path, overwrite: bool) -> None:
             raise DataError(f"{out} holds a dataset already; use --overwrite, --append NAME or another --out")
     elif any(out.iterdir()):
         raise DataError(f"{out} is not empty and holds no dataset; choose another --out")
-
-
-def _claim(staging: Path, out: Path) -> Any:
-    """Return the locked lock file of a staging folder. Raises DataError where another process works in it."""
-    staging.mkdir(parents=True, exist_ok=True)
-    lock = (staging / LOCK).open("a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise DataError(f"another process is writing {out}; wait for it or choose another --out") from None
-    return lock

@@ -185,7 +185,7 @@ def test_an_append_killed_at_any_rename_can_be_repeated(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", killed)
-        patch.setattr(DatasetWriter, "__exit__", lambda self, *error: self._lock.close())
+        patch.setattr(DatasetWriter, "__exit__", lambda self, *error: self._locks.close())
         assert main([*append, "--append", "day2"]) == 130
     assert main([*append, "--append", "day2"]) == 0
     dataset = Dataset.open(out)
