@@ -27,7 +27,7 @@ from bigdssm.config.keys import (
     TowerConfig,
     WarmStartConfig,
 )
-from bigdssm.config.loading import config_of, load_config
+from bigdssm.config.loading import config_from, config_of, load_config
 
 __all__ = [
     "DEFAULT_CACHE_BYTES",
@@ -52,6 +52,7 @@ __all__ = [
     "check_config",
     "check_many_queries",
     "check_pieces",
+    "config_from",
     "config_of",
     "first_difference",
     "load_config",

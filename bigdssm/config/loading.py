@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +26,13 @@ def config_of(config: Config | str | Path, overrides: Sequence[str] = ()) -> Con
     return config
 
 
+def config_from(source: Path, *contents: Any) -> Config:
+    """Return the checked Config of plain containers, later ones over earlier. Raises ConfigError, naming `source`."""
+    config = as_kind(source, Config, *contents)
+    check_config(config)
+    return config
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Return the checked Config of the YAML file `path` with `key=value` overrides (dotted keys, YAML values).
 
@@ -35,9 +43,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist; --config takes a YAML file such as those in configs/")
     content = read_yaml(path, "the sections run, data, model, …")
-    config = as_kind(path, Config, content, _changes(overrides))
-    check_config(config)
-    return config
+    return config_from(path, content, _changes(overrides))
 
 
 def _changes(overrides: Sequence[str]) -> DictConfig:

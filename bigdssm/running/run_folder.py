@@ -11,18 +11,20 @@ import platform
 import socket
 import threading
 import time
+import uuid
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import bigdssm
-from bigdssm import distributed
+from bigdssm import atomic, distributed
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.log import MetricsWriter, get_logger, read_records
 from bigdssm.source import code_checksum
 
 RUNNING_FILE, EVENTS_FILE, STOP_FILE = "running.json", "events.jsonl", "stop"
+RUN_ID_FILE = "run_id"
 STOP_NOW = "now"  # in the stop file: without saving
 LOCK_WAIT_S = 5.0  # a run that was asked to stop may be about to end
 PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "numpy", "pyarrow")
@@ -94,6 +96,21 @@ class FolderLock:
                     f"since {holder.get('started', '?')}; stop that run (bigdssm stop_run) or choose another run.dir"
                 )
             time.sleep(0.2)
+
+
+def run_identity(folder: Path, saved: str | None) -> str:
+    """Return the identity of the run in a stage folder, which each of its checkpoints carries. A collective.
+
+    A folder without one takes `saved`, the identity in its newest checkpoint, or a new one.
+    """
+    found = ""
+    if distributed.is_main():
+        path = folder / RUN_ID_FILE
+        found = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+        if not found:
+            found = saved or uuid.uuid4().hex
+            atomic.write_text(path, f"{found}\n")
+    return distributed.broadcast_object(found)
 
 
 def running(folder: Path) -> dict[str, Any] | None:

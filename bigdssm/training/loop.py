@@ -108,7 +108,7 @@ class Stage:
     name: str
     folder: Path
     config: StageConfig
-    origin: dict[str, Any]  # what every checkpoint tells of its making: the resolved config, and versions
+    origin: dict[str, Any]  # of every checkpoint: the resolved config, versions, the identity of the run
     budget: Budget
     total_steps: int
     starts_trained: bool

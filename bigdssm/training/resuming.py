@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bigdssm.artifacts.checkpoint import ReadCheckpoint
-from bigdssm.config import Config, StageConfig, StageName, load_config
+from bigdssm.artifacts.manifest import MANIFEST
+from bigdssm.config import Config, StageConfig, StageName, config_from, load_config
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.log import get_logger
 from bigdssm.training.optimizers import schedule_factor
@@ -95,12 +96,28 @@ def check_resume(path: Path, config: Config, name: StageName) -> None:
             f"{path} does not load, so that this config cannot be compared with the run's: {reason}; bring it back, or "
             "choose another run.dir"
         ) from None
-    for key, was, now in _differences(before, config.to_dict()):
-        if rule_of(key, name) == "never":
-            raise ConfigError(
-                f"{path.parent} was run with another config: {key} was {was}, is {now}; resume needs the same "
-                "(docs/faults.md has what may change)"
-            )
+    if difference := _forbidden(before, config, name):
+        raise ConfigError(
+            f"{path.parent} was run with another config: {difference}; resume needs the same (docs/faults.md has what "
+            "may change)"
+        )
+
+
+def check_origin(checkpoint: ReadCheckpoint, run_id: str, config: Config, name: StageName) -> None:
+    """Raise CheckpointError unless this run has written `checkpoint`, and with a config that `config` may follow."""
+    fix = "move it out of the folder, or choose another run.dir"
+    theirs = checkpoint.state.get("run_id", run_id)  # absent: from before runs had an identity
+    if theirs != run_id:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path} was written by another run ({theirs}, in "
+            f"{checkpoint.state['config']['run']['dir']}), needs one of this run ({run_id}); {fix}"
+        )
+    try:
+        before = config_from(checkpoint.path / MANIFEST, checkpoint.state["config"]).to_dict()
+    except ConfigError as error:
+        raise CheckpointError(f"the config in a checkpoint cannot be compared with this one: {error}; {fix}") from None
+    if difference := _forbidden(before, config, name):
+        raise CheckpointError(f"checkpoint {checkpoint.path} was written with another config: {difference}; {fix}")
 
 
 def check_length(checkpoint: ReadCheckpoint, stage: StageConfig, name: StageName, steps_per_epoch: int) -> None:
@@ -136,6 +153,14 @@ def check_length(checkpoint: ReadCheckpoint, stage: StageConfig, name: StageName
 def part_steps(stage: StageConfig, steps_per_epoch: int) -> int:
     """Return the steps of a stage, or of its part over new partitions."""
     return stage.steps or math.ceil(stage.epochs * steps_per_epoch)
+
+
+def _forbidden(before: dict[str, Any], config: Config, name: StageName) -> str | None:
+    """Return the first difference that another run would need, as `KEY was A, is B`."""
+    for key, was, now in _differences(before, config.to_dict()):
+        if rule_of(key, name) == "never":
+            return f"{key} was {was}, is {now}"
+    return None
 
 
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -29,7 +29,7 @@ from bigdssm.running.faults import Faults
 from bigdssm.running.launcher import Launcher
 from bigdssm.running.records import CONFIG_FILE
 from bigdssm.running.row_log import CONSUMED, SKIPPED, RowLog
-from bigdssm.running.run_folder import STOP_FILE, FolderLock, note_start, versions
+from bigdssm.running.run_folder import STOP_FILE, FolderLock, note_start, run_identity, versions
 from bigdssm.running.signals import StopRequest
 from bigdssm.running.trackers import Trackers
 from bigdssm.running.watchdog import Watchdog
@@ -43,7 +43,7 @@ from bigdssm.training.health import Health, describe_ranks
 from bigdssm.training.loop import SaveClock, Stage, StageProgress, Watch, restore, train
 from bigdssm.training.mining import Mining
 from bigdssm.training.objective import Objective
-from bigdssm.training.resuming import check_length, part_steps
+from bigdssm.training.resuming import check_length, check_origin, part_steps
 from bigdssm.training.validation import Validator
 from bigdssm.training.warm_start import start_items
 
@@ -85,6 +85,9 @@ def run_stage(
             after.enter_context(lock)
             store = after.enter_context(CheckpointStore(folder / CHECKPOINTS, stage_config.keep_checkpoints))
             checkpoint = store.newest_good() if resume else None
+            run_id = run_identity(folder, checkpoint.state.get("run_id") if checkpoint is not None else None)
+            if checkpoint is not None:
+                check_origin(checkpoint, run_id, config, name)
             new_part = checkpoint is not None and not stream.check_state(checkpoint.state["stream"])
             if checkpoint is not None and not new_part:
                 check_length(checkpoint, stage_config, name, stream.steps_per_epoch)
@@ -95,7 +98,10 @@ def run_stage(
             with ProgressBar() as bar, closing(stream):
                 alert = SpikeAlert(folder, distributed.rank(), distributed.world_size(), done.step)
                 watch = Watch(watchdog, stop, Faults.from_environment(), alert)
-                stage = _assemble(config, name, model, stream, store, checkpoint, new_part, trackers, bar, watch)
+                origin = {"config": config.to_dict(), "versions": versions(), "run_id": run_id}
+                stage = _assemble(
+                    config, name, model, stream, store, checkpoint, new_part, trackers, bar, watch, origin
+                )
                 checkpoint = None  # all that was read of it is in its place: let go of it
                 note_start(folder, stage.progress.step, stage.total_steps)
                 logger.info(
@@ -117,6 +123,7 @@ def run_stage(
 def _assemble(
     config: Config, name: StageName, model: DualEncoder, stream: RowStream, store: CheckpointStore,
     checkpoint: ReadCheckpoint | None, new_part: bool, trackers: Trackers, bar: ProgressBar, watch: Watch,
+    origin: dict[str, Any],
 ) -> Stage:  # fmt: skip
     stage_config, folder, dataset = config.stage(name), config.stage_dir(name), stream.dataset
     rows_per_rank = stage_config.rows_global // distributed.world_size()
@@ -154,7 +161,7 @@ def _assemble(
         name=name,
         folder=folder,
         config=stage_config,
-        origin={"config": config.to_dict(), "versions": versions()},
+        origin=origin,
         budget=Budget.of(config.engine, cast(DualEncoder, engine.module).packs(training=True)),
         total_steps=total_steps,
         starts_trained=initial_model(config, name) is not None or progress.part_step > 0,

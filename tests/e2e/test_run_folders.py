@@ -245,6 +245,50 @@ def test_what_may_not_change_at_a_resume(config: Path, run: Path, override: str,
     refused(pretrain(config, run, *STEPS, *RESUME, override).wait(), 2, words)
 
 
+def of_another_run(run: Path, other: Path) -> None:
+    shutil.rmtree(run / "pretrain" / "checkpoints")
+    shutil.copytree(other / "pretrain" / "checkpoints", run / "pretrain" / "checkpoints")
+
+
+def without_identity(run: Path) -> None:
+    (run / "pretrain" / "run_id").unlink()
+
+
+def with_an_edited_config(run: Path) -> None:
+    path = run / "pretrain" / "config.yaml"
+    content = yaml.safe_load(path.read_text())
+    content["pretrain"]["optimizer"]["lr"] = 0.5
+    path.write_text(yaml.safe_dump(content))
+
+
+def test_checkpoints_of_another_run_are_refused(config: Path, run: Path, tmp_path: Path) -> None:
+    """By their identity, and by their own config where a folder has lost its identity, or its config was edited."""
+    other = tmp_path / "other"
+    assert pretrain(config, other, *STEPS, "pretrain.optimizer.lr=0.02").wait().code == 0
+    before = shutil.copytree(run, tmp_path / "before")
+    of_another_run(run, other)
+    content = sorted(path.read_bytes() for path in run.rglob("manifest.json"))
+    words = rf"step-00000008 was written by another run \(\w+, in {other}\), needs one of this run \(\w+\); move it out"
+    refused(pretrain(config, run, *STEPS, *RESUME).wait(), 4, words)
+    assert sorted(path.read_bytes() for path in run.rglob("manifest.json")) == content, "nothing is lost"
+    without_identity(run)
+    words = r"step-00000008 was written with another config: pretrain\.optimizer\.lr was 0\.02, is 0\.01; move it out"
+    refused(pretrain(config, run, *STEPS, *RESUME).wait(), 4, words)
+    with_an_edited_config(before)
+    done = pretrain(config, before, *STEPS, *RESUME, "pretrain.optimizer.lr=0.5").wait()
+    refused(done, 4, r"step-00000008 was written with another config: pretrain\.optimizer\.lr was 0\.01, is 0\.5")
+
+
+def test_a_run_that_was_moved_as_a_whole_goes_on(config: Path, run: Path, tmp_path: Path) -> None:
+    shutil.rmtree(run / "pretrain" / "checkpoints" / "step-00000008")
+    identity = (run / "pretrain" / "run_id").read_text()
+    without_identity(run)  # which its checkpoints carry
+    moved = run.rename(tmp_path / "moved")
+    done = pretrain(config, moved, *STEPS, *RESUME).wait()
+    assert done.code == 0 and "goes on from" in done.log, done.log
+    assert (moved / "pretrain" / "run_id").read_text() == identity
+
+
 def test_another_dataset_is_refused_by_its_fingerprint(config: Path, run: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     content = yaml.safe_load(small_run.write_dataset(tmp_path / "other").read_text())
