@@ -12,6 +12,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, errors, snapshot_download
 
+from bigdssm.arguments import checked
 from bigdssm.artifacts.model_folder import (
     CONFIG_FILE,
     META_FILE,
@@ -27,6 +28,7 @@ FOLDERS = (VOCABULARIES, TOKENIZER_DIR, TEXT_DIR)
 FILES = [META_FILE, CONFIG_FILE, WEIGHTS_FILE, SCHEMA_FILE, *(f"{folder}/*" for folder in FOLDERS), "README.md"]
 
 
+@checked
 def push_to_hub(folder: str | Path, repo_id: str, *, revision: str | None = None, private: bool = False) -> str:
     """Return the URL of the commit that holds the model folder in the repository OWNER/NAME, made where it is missing.
 

@@ -14,6 +14,7 @@ it holds and refuses another model's queries.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,3 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     meta = build_index(args.vectors, args.out, args.type, width=args.width, rescore=args.rescore)
     print(f"{args.out}: {meta.kind} index of {meta.num_docs} documents in {time.perf_counter() - started:.1f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

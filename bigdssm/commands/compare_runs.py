@@ -9,6 +9,7 @@ the same rows of A's dataset.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,3 +58,7 @@ def _show(console: Console, title: str, rows: Sequence[Differing]) -> None:
     for row in rows:
         drawn.add_row(row.what, row.a, row.b)
     console.print(drawn)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

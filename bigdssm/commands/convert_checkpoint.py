@@ -17,6 +17,7 @@ The last line is how far vectors of a probe batch are from the trainer's; more t
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,3 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parity = export(taken, args.out, args.format)
     print(f"{args.out}: {args.format} of {args.run or args.model}, {taken.name}")
     print(f"largest difference from the trainer's vectors: {parity}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Sequence
 
 from bigdssm.cli import command
@@ -45,3 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     speed = args.rows_per_s or recorded_rows_per_s(config.stage_dir(args.stage))
     for line in found.lines(speed):
         print(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,6 +13,7 @@ encoder as it is, and TREC runs (--compare). The third measures a TREC run alone
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -232,3 +233,7 @@ def _show(args: argparse.Namespace, systems: list[System], num_queries: int) -> 
         content = {"split": args.split, "queries": num_queries, "systems": as_json(systems)}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, {**content, "differences": differences_as_json(pairs, SHOWN_OF_RUNS)})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

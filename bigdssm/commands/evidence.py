@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -89,3 +90,7 @@ def _known(page: Path | None) -> dict[str, Result]:
         return {name: Result.from_dict(content) for name, content in json.loads(figures.read_text("utf-8")).items()}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{figures} holds no results of claims: {error!r}; remove it") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,6 +5,7 @@ bigdssm fetch_movielens --out datasets/source/ml-100k --movielens PATH   # from 
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,3 +30,7 @@ def _fetch(args: argparse.Namespace) -> None:
     else:
         fresh = fetch_movielens(args.out, args.downloads)
     print(f"{args.out}: {'written' if fresh else 'there already'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

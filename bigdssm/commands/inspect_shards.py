@@ -7,6 +7,7 @@ The exit code of --verify is 3 where anything is damaged.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -94,3 +95,7 @@ def _table(*headers: str) -> Table:
 def _bars(counts: Sequence[int]) -> str:
     """Return a character for each count, as high as it is among them; a blank is 0."""
     return "".join(" ▁▂▃▄▅▆▇█"[-(-8 * count // max(1, *counts))] for count in counts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

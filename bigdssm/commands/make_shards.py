@@ -11,6 +11,7 @@ same files.
 """
 
 import argparse
+import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -249,3 +250,7 @@ def _print(report: Report) -> None:
         print(f"note: {note}")
     if report.num_bad:
         print(f"{report.num_bad:,} bad rows or values: {report.out}/quarantine.jsonl")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -20,6 +20,7 @@ times, their place in the sequence is `position`.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,3 +47,7 @@ def _make(args: argparse.Namespace) -> None:
         print(f"{args.out}: {events:,} interactions of {made.num_users:,} users, {items:,} items")
     for note in made.notes:
         print(f"note: {note}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,6 +8,7 @@ RUN is a run folder, whose stages are drawn one after another, or a single stage
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,3 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"--out {args.out}: needs a name that ends in {' or '.join(PICTURES)}")
     plot_runs(args.runs, args.out)
     print(args.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

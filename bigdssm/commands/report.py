@@ -14,6 +14,7 @@ evaluation, the figures of each seed stand under `seeds`.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -181,3 +182,7 @@ def _evaluated(name: str, folder: ModelFolder, stage_dir: Path, dataset: Dataset
     return System.of_ranks(
         name, evaluation.ranks, evaluation.query_ids, evaluation.seconds + training_seconds(stage_dir)
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

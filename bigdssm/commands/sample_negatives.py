@@ -9,6 +9,7 @@ towers read them.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,3 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     mined = MinedNegatives.open(args.mined)
     for number, one in enumerate(mined_sample(Dataset.open(args.data), mined, args.count, args.seed), start=1):
         print(f"{number}. row {one.row_id}: {one.query}\n   document: {one.document}\n   negative: {one.negative}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

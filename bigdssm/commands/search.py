@@ -112,3 +112,7 @@ def _show(searcher: Searcher, query: Query, documents: Sequence[Document]) -> No
     for rank, document in enumerate(documents, start=1):
         table.add_row(str(rank), f"{document.score:.4f}", document.display, document.key)
     console.print(table, markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -58,3 +58,7 @@ def _run(*command: str) -> int:
     """Print a command, run it, and return its exit code."""
     print(f"$ {shlex.join(command)}", flush=True)
     return subprocess.run(command).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

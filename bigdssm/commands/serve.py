@@ -19,6 +19,7 @@ import argparse
 import importlib.util
 import os
 import socket
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -142,3 +143,7 @@ def _listen(host: str, port: int) -> socket.socket:
             why = os.strerror(error.errno)
         at = f"--host {host} --port {port}"
         raise ConfigError(f"{at} cannot be listened on: {why}; choose another (--port 0 takes any free one)") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,6 +9,7 @@ RUN is a run folder or a stage's folder. With --save the ranks finish their step
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,3 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = find_running(args.run)
     end = request_stop(folder, args.save, args.timeout_s)
     print(f"{folder}: {end['reason']}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,3 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         drawn.add_row(str(trial.number), reached, trial.state.name.lower(), *cells)
     Console().print(drawn)
     write_json(args.out / "best.json", [f"{key}={json.dumps(choice)}" for key, choice in found[0].params.items()])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

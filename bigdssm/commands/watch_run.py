@@ -9,6 +9,7 @@ asked of the run itself.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,3 +55,7 @@ def _drawn(seen: Observed) -> Group:
     total = max(seen.total_steps, seen.step)
     bar = Bar(total=total or 1, completed=seen.step, width=60)
     return Group(head, Text(f"step {seen.step} of {seen.total_steps or '?'}"), bar, figures, *map(Text, seen.alerts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,12 +11,14 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from bigdssm.arguments import checked
 from bigdssm.config.checks import check_config
 from bigdssm.config.keys import Config
 from bigdssm.config.reading import as_kind, read_yaml
 from bigdssm.errors import ConfigError
 
 
+@checked
 def config_of(config: Config | str | Path, overrides: Sequence[str] = ()) -> Config:
     """Return a Config as it is, or that of a YAML file with `overrides`. Raises ConfigError."""
     if not isinstance(config, Config):
@@ -33,6 +35,7 @@ def config_from(source: Path, *contents: Any) -> Config:
     return config
 
 
+@checked
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Return the checked Config of the YAML file `path` with `key=value` overrides (dotted keys, YAML values).
 

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
+from bigdssm.arguments import checked
 from bigdssm.config import DataConfig
 from bigdssm.dataset.blocks import Layout, read_block
 from bigdssm.dataset.cache import Cache
@@ -98,6 +99,7 @@ class Dataset:
         self._whole: Dataset | None = None
 
     @classmethod
+    @checked
     def open(
         cls, folder: str | Path, partitions: Sequence[str] | None = None, *, first: str | None = None,
         cache: Cache | None = None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import date, datetime, time, timezone
 from typing import Any, Protocol
 
 import numpy as np
@@ -230,8 +230,10 @@ def check_time_units(facts: Iterable[Mapping[str, Any]], where: str) -> None:
         )
 
 
-def moment_of(value: float | str) -> float:
-    """Return a time that stands in no column as `times` reads it: a number, or ISO 8601; NaN where it is neither."""
+def moment_of(value: float | str | date) -> float:
+    """Return a time that stands in no column as `times` reads it: a number, a date, ISO 8601; NaN where it is none."""
+    if isinstance(value, date):
+        return _seconds(value) if value == value else float("nan")  # pandas' NaT is a date, and equals nothing
     try:
         return float(value)
     except ValueError:
@@ -243,6 +245,13 @@ def _parse_iso(text: str) -> float:
         moment = datetime.fromisoformat(text.strip().replace("Z", "+00:00"))
     except ValueError:
         return float("nan")
+    return _seconds(moment)
+
+
+def _seconds(moment: date) -> float:
+    """Return seconds since 1970, UTC where it has no time zone."""
+    if not isinstance(moment, datetime):
+        moment = datetime.combine(moment, time())
     return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,11 +35,15 @@ def given_columns(
 ) -> tuple[dict[str, Column], int]:
     """Return the encoded columns of `rows` by feature name, and how many rows there are.
 
-    `rows`: dicts of feature values, strings where one of `features` is a text, or an Arrow table or pandas data frame
-    with columns named after features. What is not given is missing. `docs` are the documents' features, in one of which
+    `rows`: dicts of feature values, strings where one of `features` is a text, or an Arrow table or data frame with
+    columns named after features. What is not given is missing. `docs` are the documents' features, in one of which
     a history's items are values. Raises DataError: an unknown feature, or a value that cannot be read.
     """
-    if not is_table(rows):
+    if is_table(rows):
+        rows = as_table(rows)
+    elif isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
+        raise DataError(f"got {type(rows).__name__}, needs a list of rows; put a single one into a list")
+    else:
         rows = list(rows)
     num_rows = len(rows)
     given = _by_feature(rows, features)
@@ -57,16 +61,38 @@ def given_columns(
 
 
 def is_table(rows: Any) -> bool:
-    """Return whether `rows` is an Arrow table or a pandas data frame."""
-    return isinstance(rows, pa.Table) or type(rows).__module__.partition(".")[0] == "pandas"
+    """Return whether `rows` is an Arrow table, a data frame, or another table of Arrow's C interface; no series."""
+    if isinstance(rows, pa.Table):
+        return True
+    kind = type(rows)
+    exported = hasattr(kind, "__arrow_c_stream__") or hasattr(kind, "__arrow_c_array__")
+    return (exported or kind.__module__.partition(".")[0] == "pandas") and (
+        hasattr(rows, "columns") or hasattr(rows, "schema")
+    )
 
 
 def as_table(rows: Any) -> pa.Table:
-    """Return an Arrow table or a pandas data frame as the former. Raises DataError."""
+    """Return a table, a dict of columns or a list of dicts as an Arrow table; NaN is missing. Raises DataError."""
     try:
-        return rows if isinstance(rows, pa.Table) else pa.Table.from_pandas(rows, preserve_index=False)
-    except (pa.ArrowException, TypeError, ValueError) as error:
+        if isinstance(rows, pa.Table):
+            return rows
+        if isinstance(rows, Mapping):
+            return pa.table({str(name): _array(str(name), column) for name, column in rows.items()})
+        if isinstance(rows, list):
+            return as_table(columns_of_dicts(rows))
+        if type(rows).__module__.partition(".")[0] == "pandas":
+            return pa.Table.from_pandas(rows, preserve_index=False)
+        return pa.table(rows)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"the table cannot be read: {' '.join(str(error).split())}") from None
+
+
+def columns_of_dicts(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return rows as columns, None where a row has no such key. Raises DataError: a row is no dict."""
+    if wrong := [row for row in rows if not isinstance(row, Mapping)]:
+        raise DataError(f"got rows of {type(wrong[0]).__name__}; give dicts, strings, an Arrow table or a data frame")
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def _by_feature(rows: Any, features: Mapping[str, Feature]) -> dict[str, pa.Array]:
@@ -79,12 +105,10 @@ def _by_feature(rows: Any, features: Mapping[str, Feature]) -> dict[str, pa.Arra
         texts = list(texts_of(features))
         if len(texts) != 1:
             raise DataError(f"strings stand for the one text of a row, but there are {len(texts)}; give dicts")
-        return {texts[0]: pa.array(rows)}
-    if wrong := [row for row in rows if not isinstance(row, Mapping)]:
-        raise DataError(f"got rows of {type(wrong[0]).__name__}; give dicts, strings, an Arrow table or a data frame")
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    _check_names(names, features)
-    return {name: _array(name, [row.get(name) for row in rows]) for name in names}
+        return {texts[0]: _array(texts[0], rows)}
+    columns = columns_of_dicts(rows)
+    _check_names(columns, features)
+    return {name: _array(name, values) for name, values in columns.items()}
 
 
 def _check_names(names: Iterable[str], features: Mapping[str, Feature]) -> None:
@@ -96,13 +120,19 @@ def _check_names(names: Iterable[str], features: Mapping[str, Feature]) -> None:
         if name not in features:
             of_source = [known for known, feature in features.items() if feature.source == name]
             near = [*of_source, *difflib.get_close_matches(str(name), features, 1)]
-            meant = f"; did you mean {near[0]!r}?" if near else ""
-            raise DataError(f"{name!r} is no feature{meant} The features are {', '.join(features)}")
+            meant = f"did you mean {near[0]!r}? The" if near else "the"
+            raise DataError(f"{name!r} is no feature; {meant} features are {', '.join(features)}")
 
 
-def _array(name: str, values: list[Any]) -> pa.Array:
+def _array(name: str, values: Any) -> pa.Array:
+    """Return a column's values; NaN is missing. Raises DataError: they have several types, or are none."""
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise DataError(f"{name}: got {type(values).__name__}, needs a list of values, a value for each row")
+    if hasattr(values, "__arrow_c_stream__"):  # a series or a chunked array
+        return pa.chunked_array(values).combine_chunks()
+    several = isinstance(values, np.ndarray) and values.ndim > 1
     try:
-        return pa.array(values)
+        return pa.array(list(values) if several else values, from_pandas=True)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{name}: values of one feature need one type: {' '.join(str(error).split())}") from None
 

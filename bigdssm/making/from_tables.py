@@ -8,11 +8,14 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
+from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_type_hints
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bigdssm.arguments import argument, checked, shown
 from bigdssm.config import Config, DataConfig, config_of
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features.given import as_table, is_table
@@ -22,11 +25,16 @@ from bigdssm.making.making import Report, Target
 from bigdssm.making.pairs import PairTables, make_pairs
 from bigdssm.making.spark import Cluster
 from bigdssm.progress import Progress, no_progress
-from bigdssm.urls import exists, is_url, join, put_folder, shown
+from bigdssm.tables.files import LocalFile
+from bigdssm.tables.parquet import ParquetSource
+from bigdssm.tables.source import Source
+from bigdssm.urls import exists, is_url, join, put_folder
+from bigdssm.urls import shown as shown_url
 
 EngineName = Literal["built-in", "spark"]
 
 
+@checked
 def make_dataset(
     config: Config | str | Path, overrides: Sequence[str] = (), *,
     interactions: Any = None, items: Any = None, users: Any = None, pairs: Any = None,
@@ -37,7 +45,8 @@ def make_dataset(
 ) -> Report:  # fmt: skip
     """Make a dataset of interactions, items and maybe users, or of pairs, and return what was made, and where.
 
-    A table is a file, a URL, an Arrow table or a pandas data frame; `pairs` may be several. `out`, a folder or a URL
+    A table is a file, a URL, an Arrow table, a data frame (pandas, polars), a dict of columns or a list of dicts;
+    `pairs` may be several. `out`, a folder or a URL
     such as s3://…, is by default the config's data.dir; `append` adds `partition` to the dataset there. Jobs are done
     by `processes` (0: one for each core). With the engine "spark" the Spark session of this process makes it, or one on
     `master` with `spark_conf`, and a table may be spark:NAME or spark:SELECT …, too. `options` are fields of
@@ -64,21 +73,42 @@ def _make(
         target.out.parent.mkdir(parents=True, exist_ok=True)
     # Spark's workers see what is beside the dataset, maybe not this machine's own disk.
     with tempfile.TemporaryDirectory(dir=None if target.spark is None else target.out.parent) as spool:
-
-        def file(name: str, table: Any) -> Path | str:
-            if not is_table(table):
-                return table if isinstance(table, str) else Path(table)
-            pq.write_table(as_table(table), path := Path(spool) / f"{name}.parquet")
-            return path
-
+        opened = partial(_opened, Path(spool))
         if "pairs" in tables:
-            several = tables["pairs"] if isinstance(tables["pairs"], list | tuple) else [tables["pairs"]]
-            files = tuple(file(f"pairs-{number}", table) for number, table in enumerate(several))
-            return make_pairs(data, _tables(PairTables, options, files=files), target, progress)
+            return make_pairs(
+                data, _tables(PairTables, options, files=_several(tables["pairs"], opened)), target, progress
+            )
         if lacking := [name for name in ("interactions", "items") if name not in tables]:
             raise ConfigError(f"{lacking[0]}= is missing: a dataset of interactions is made of them and of items")
-        paths = {name: file(name, table) for name, table in tables.items()}
+        paths = {name: opened(name, table) for name, table in tables.items()}
         return make_interactions(data, _tables(InteractionTables, options, **paths), target, progress)
+
+
+def _several(pairs: Any, opened: Callable[[str, Any], Path | str | Source]) -> tuple[Path | str | Source, ...]:
+    """Return the tables of one or several. Raises ConfigError: there is none."""
+    if not isinstance(pairs, list | tuple) or (pairs and all(isinstance(row, Mapping) for row in pairs)):
+        return (opened("pairs", pairs),)
+    if not pairs:
+        raise ConfigError("pairs=[]: needs at least one table")
+    return tuple(opened(f"pairs[{place}]", table) for place, table in enumerate(pairs))
+
+
+def _opened(spool: Path, name: str, table: Any) -> Path | str | Source:
+    """Return the place of a table, or a source of what a program has. Raises ConfigError, DataError."""
+    if isinstance(table, str | PathLike):
+        place: Path | str = argument(name, table, str if isinstance(table, str) else Path)
+        return place
+    if not is_table(table) and not (isinstance(table, Mapping | list) and table):
+        raise ConfigError(
+            f"{name}={shown(table)}: needs the path or URL of a table, an Arrow table, a data frame, a dict of "
+            "columns, or a list of dicts"
+        )
+    path = spool / f"{name}.parquet"
+    try:
+        pq.write_table(as_table(table), path)
+    except (pa.ArrowException, DataError) as error:
+        raise DataError(f"{name}= cannot be read: {' '.join(str(error).split())}") from None
+    return ParquetSource(LocalFile(path, f"{name}="))
 
 
 def _made_at_url(url: str, target: Target, make: Callable[[Target], Report]) -> Report:
@@ -87,9 +117,9 @@ def _made_at_url(url: str, target: Target, make: Callable[[Target], Report]) -> 
     Raises DataError, ConfigError.
     """
     if target.append:
-        raise ConfigError(f"{shown(url)}: a dataset at a URL does not grow; append to a copy of it, and copy that")
+        raise ConfigError(f"{shown_url(url)}: a dataset at a URL does not grow; append to a copy of it, and copy that")
     if not target.overwrite and exists(join(url, DATASET_FILE)):
-        raise DataError(f"{shown(url)} holds a dataset already; use --overwrite or another --out")
+        raise DataError(f"{shown_url(url)} holds a dataset already; use --overwrite or another --out")
     folder = Path(tempfile.mkdtemp(prefix="dataset-"))
     local = folder / url.rstrip("/").rpartition("/")[2]
     report = make(replace(target, out=local))
@@ -102,8 +132,6 @@ def _made_at_url(url: str, target: Target, make: Callable[[Target], Report]) -> 
 
 
 def _cluster(engine: EngineName, master: str | None, conf: Mapping[str, str]) -> Cluster | None:
-    if engine not in get_args(EngineName):
-        raise ConfigError(f"there is no engine {engine!r}; there are {' and '.join(get_args(EngineName))}")
     if engine == "spark":
         return Cluster(master, tuple(conf.items()))
     if master is not None or conf:
@@ -118,4 +146,5 @@ def _tables(cls: Callable[..., Any], options: dict[str, Any], **files: Any) -> A
             near = difflib.get_close_matches(name, known, 1)
             meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
             raise ConfigError(f"{name}= is no option of such a dataset; {meant}")
-    return cls(**files, **options)
+    kinds = get_type_hints(cls)
+    return cls(**files, **{name: argument(name, value, kinds[name]) for name, value in options.items()})

@@ -36,7 +36,7 @@ from bigdssm.making.documents import (
     spooled,
 )
 from bigdssm.making.known_documents import KnownDocuments
-from bigdssm.making.making import Making
+from bigdssm.making.making import Making, check_column_names
 from bigdssm.making.moments import DEFAULT_FRACTIONS, Moments, Told
 from bigdssm.making.reading import PLACE_BITS, PartOfTable, places, read_part
 from bigdssm.making.steps import FirstRows, RowFile, Table, read_facts
@@ -63,9 +63,9 @@ EVENT = pa.schema(
 class InteractionTables:
     """The source tables and what their columns are."""
 
-    interactions: Path | str
-    items: Path | str
-    users: Path | str | None = None
+    interactions: Path | str | Source
+    items: Path | str | Source
+    users: Path | str | Source | None = None
     user_column: str = "user_id"
     item_column: str = "item_id"
     time_column: str | None = "timestamp"  # none: events are in order of time already
@@ -82,8 +82,7 @@ class InteractionTables:
     until: Told = None  # beside these: rows from then on are left out
 
     def __post_init__(self) -> None:
-        for name in ("time_column", "items_time_column", "users_time_column"):
-            object.__setattr__(self, name, getattr(self, name) or None)  # '' is none, as on a command line
+        check_column_names(self)
 
     @property
     def moments(self) -> Moments | None:

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +201,15 @@ def _made_of(
     engine = "built-in" if target.spark is None else "spark"
     known = [asdict(config), declared, asdict(options), target.seed, files, prints, code, engine]
     return json.dumps(known, default=str, sort_keys=True)
+
+
+def check_column_names(tables: Any) -> None:
+    """Replace '' by None in the options of a dataclass that name a column. Raises ConfigError: one is required."""
+    for option in fields(tables):
+        if option.name.endswith("_column") and getattr(tables, option.name) == "":
+            if "None" not in str(option.type):
+                raise ConfigError(f"--{option.name.replace('_', '-')} is '', needs the name of a column")
+            object.__setattr__(tables, option.name, None)
 
 
 def check_names(features: Iterable[str], reserved: Sequence[str], side: str) -> None:

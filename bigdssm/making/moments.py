@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from bigdssm.errors import ConfigError
 from bigdssm.features.columns import TimeUnits, check_time_units, moment_of
 
 DEFAULT_FRACTIONS = (0.05, 0.05)  # of validation and of test
-Told = float | str | None
-"""A time in the unit of the table's times, or in ISO 8601; none: it is not told."""
+Told = float | str | date | None
+"""A time in the unit of the table's times, or a date or ISO 8601, in seconds; none: it is not told."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Moments:
         check_time_units([*facts, units.facts()], f"{where}, with {self.said},")
 
 
-def _read(option: str, value: float | str) -> float:
+def _read(option: str, value: float | str | date) -> float:
     moment = moment_of(value)
     if not np.isfinite(moment):
         raise ConfigError(f"{option} {value!r} is no number and no ISO-8601 time")

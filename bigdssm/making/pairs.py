@@ -36,7 +36,16 @@ from bigdssm.making.documents import (
 from bigdssm.making.engine import Engine
 from bigdssm.making.fitting import Side, fit, schema_to_fit
 from bigdssm.making.known_documents import KnownDocuments
-from bigdssm.making.making import BLOCK_COLUMNS, CATALOGUE_COLUMNS, Making, Report, Target, check_names, making
+from bigdssm.making.making import (
+    BLOCK_COLUMNS,
+    CATALOGUE_COLUMNS,
+    Making,
+    Report,
+    Target,
+    check_column_names,
+    check_names,
+    making,
+)
 from bigdssm.making.moments import DEFAULT_FRACTIONS, Moments, Told
 from bigdssm.making.reading import PartOfTable, places, read_part
 from bigdssm.making.spark import open_table
@@ -47,6 +56,7 @@ from bigdssm.schema import Schema
 from bigdssm.string_hashes import hash_strings
 from bigdssm.tables.beir import check_place
 from bigdssm.tables.hashing import hash_rows, row_keys, shuffle_keys
+from bigdssm.tables.source import Source
 
 ROW_COLUMNS = {
     "place": pa.int64(),
@@ -66,7 +76,7 @@ WRITTEN = ("place", "query_id", "doc_id", "relevance")
 class PairTables:
     """The source tables (or plain WebDataset shards) and what their columns are; features name theirs in the config."""
 
-    files: tuple[Path | str, ...]
+    files: tuple[Path | str | Source, ...]
     doc_id_column: str | None = None  # none: documents are the same where all their features are
     query_id_column: str | None = None  # none: queries are the same where all their features are
     relevance_column: str | None = None  # none: 1
@@ -82,6 +92,9 @@ class PairTables:
     beir: Path | None = None  # also write the pairs there as a BEIR collection
     raw_text: bool = False  # queries' texts stay as they are, loaders tokenise them
     dedup: bool = False  # drop further rows of one (query, document), in any split
+
+    def __post_init__(self) -> None:
+        check_column_names(self)
 
     @property
     def moments(self) -> Moments | None:

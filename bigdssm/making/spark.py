@@ -91,8 +91,10 @@ class SparkTable(Source):
             raise DataError(f"{self.name}: Spark does not understand it: {_line(error)}") from error
 
 
-def open_table(table: str | Path) -> Source:
-    """Return the table at a path or URL, or behind `spark:`. Raises what `open_source` does."""
+def open_table(table: str | Path | Source) -> Source:
+    """Return the table at a path or URL, or behind `spark:`; a source as it is. Raises what `open_source` does."""
+    if isinstance(table, Source):
+        return table
     text = str(table)
     return SparkTable(text.removeprefix(PREFIX)) if text.startswith(PREFIX) else open_source(table)
 

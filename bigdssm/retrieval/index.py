@@ -9,17 +9,18 @@ Processes on a machine share the pages of all files.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bigdssm.arguments import checked, shown
 from bigdssm.artifacts.checkpoint import check_file
 from bigdssm.atomic import new_folder, real_place
 from bigdssm.cli import check_width
@@ -67,17 +68,23 @@ class Index:
     display: pa.ChunkedArray
     vectors: CodedVectors | None = None  # where candidates are scored again
 
-    def search(
-        self, vectors: np.ndarray, top: int, exclude: Sequence[Collection[str]] | None = None
-    ) -> list[list[Document]]:
+    @checked
+    def search(self, vectors: Any, top: int, exclude: Sequence[Sequence[str]] | None = None) -> list[list[Document]]:
         """Return the `top` best documents of each query, best first.
 
         vectors [m, D+1] are `Model.encode_queries`' of the model that the index names; `exclude` holds each query's
-        document keys to leave out. Raises ConfigError: vectors of another width, `top` 0, `exclude` of other queries.
+        document keys to leave out. Raises ConfigError: vectors of another width, or that are not finite, `top` 0,
+        `exclude` of other queries.
         """
         width = self.meta.whole or self.meta.width
+        try:
+            vectors = np.asarray(vectors, np.float32)
+        except (TypeError, ValueError):
+            raise ConfigError(f"vectors={shown(vectors)}: needs an array of numbers [queries, {width}]") from None
         if vectors.ndim != 2 or vectors.shape[1] != width:
             raise ConfigError(f"got vectors {list(vectors.shape)}, the index has {width} numbers in each")
+        if not np.isfinite(vectors).all():
+            raise ConfigError("vectors has a number that is not finite; they are Model.encode_queries'")
         if top < 1:
             raise ConfigError(f"top {top}: needs at least 1")
         if exclude is not None and len(exclude) != len(vectors):
@@ -242,6 +249,7 @@ def planned(meta: VectorsMeta, kind: IndexType, width: int | None, rescore: int)
     return replace(meta, kind=kind, rescored=rescore, width=width + 1, whole=0 if width + 1 == whole else whole)
 
 
+@checked
 def open_index(folder: str | Path, model: Model | None = None) -> Index:
     """Return the Index in `folder`. Raises CheckpointError: missing, damaged, no index, or of another than `model`."""
     folder = Path(folder)

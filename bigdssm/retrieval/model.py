@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from bigdssm.arguments import checked
 from bigdssm.artifacts.hub import fetch_from_hub
 from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder
 from bigdssm.features import Feature, TextTokenizer
@@ -56,11 +57,13 @@ class Model:
         return None if self.folder.tokenizer_dir is None else TextTokenizer(self.folder.tokenizer_dir)
 
 
+@checked
 def load_model(folder: str | Path) -> Model:
     """Return the Model in a model folder, such as RUN/sft/best. Raises CheckpointError: missing, or damaged."""
     return Model(load_model_folder(Path(folder)))
 
 
+@checked
 def from_pretrained(repo_id: str, revision: str | None = None) -> Model:
     """Return the Model of a repository OWNER/NAME on the Hugging Face Hub. Raises CheckpointError: none, or damaged."""
     return load_model(fetch_from_hub(repo_id, revision))

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from bigdssm.arguments import checked
 from bigdssm.artifacts.exported import EXPORT_FILE, query_tower, run_onnx
 from bigdssm.artifacts.model_folder import META_FILE as MODEL_META
 from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder
 from bigdssm.dataset.cache import Cache
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.tensors import to_features
-from bigdssm.errors import CheckpointError, DataError
+from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.features import Column, TextTokenizer, histories_of, ragged, stored
 from bigdssm.retrieval.embed import query_vectors
 from bigdssm.retrieval.index import Document, Index, cosines_with, open_index
@@ -51,6 +52,7 @@ class Found:
 class Searcher:
     """Answers requests."""
 
+    @checked
     def __init__(
         self, folder: ModelFolder, index: Index, dataset: Dataset | None, threads: int | None = None,
         onnx: Path | None = None, rerank: int = 0,
@@ -59,9 +61,14 @@ class Searcher:
 
         `threads` search the index for one call; by default as many as FAISS takes by itself. `onnx` is the file of the
         model's query tower which encodes in its place. The best `rerank` documents are ranked anew by the model's
-        scorer. Raises CheckpointError: the index or the dataset is another model's, or the model has no scorer;
-        DataError: its queries have a history, or are re-ranked, and there is no dataset to look documents up in.
+        scorer. Raises ConfigError: `threads` or `rerank` out of range; CheckpointError: the index or the dataset is
+        another model's, or the model has no scorer; DataError: its queries have a history, or are re-ranked, and there
+        is no dataset to look documents up in.
         """
+        if rerank < 0 or rerank == 1:
+            raise ConfigError(f"rerank={rerank}: needs at least 2 documents, or 0 for none")
+        if threads is not None and threads < 1:
+            raise ConfigError(f"threads={threads}: needs at least 1")
         if index.meta.model_checksum != folder.checksum:
             raise CheckpointError(
                 f"the index holds vectors of model {index.meta.model_checksum[:12]}, --model is "
@@ -82,6 +89,7 @@ class Searcher:
         self.queries = Queries(folder.schema, tokenizer, dataset, folder.config.data.excludes_seen)
 
     @classmethod
+    @checked
     def open(
         cls, model: str | Path, index: str | Path, data: str | None = None, threads: int | None = None,
         onnx: Path | None = None, rerank: int = 0,

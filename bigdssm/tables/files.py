@@ -74,8 +74,9 @@ class TableFile(ABC):
 class LocalFile(TableFile):
     """A file on disk."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.name = path, str(path)
+    def __init__(self, path: Path, name: str = "") -> None:
+        """`name` is by default the path."""
+        self.path, self.name = path, name or str(path)
 
     def size(self) -> int:
         """Return its bytes."""
@@ -88,7 +89,7 @@ class LocalFile(TableFile):
 
     def open_arrow(self, *, mapped: bool = False) -> pa.NativeFile:
         """Return it opened, or mapped into memory."""
-        return pa.memory_map(self.name) if mapped else pa.OSFile(self.name)
+        return pa.memory_map(str(self.path)) if mapped else pa.OSFile(str(self.path))
 
     def stream(self) -> BinaryIO:
         """Return it to be read once from the beginning; a compression is undone in another thread."""

@@ -35,6 +35,9 @@ class Source(ABC):
 
     name: str  # what messages and the quarantine call it
 
+    def __str__(self) -> str:
+        return self.name
+
     @abstractmethod
     def fingerprint(self) -> str:
         """Return what is another one when the content is."""

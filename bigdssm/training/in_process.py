@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bigdssm import distributed
+from bigdssm.arguments import checked
 from bigdssm.config import Config, StageName, config_of
 from bigdssm.running.launcher import check_launch
 from bigdssm.running.signals import StopRequest
@@ -29,6 +30,7 @@ class Trained:
     metrics: dict[str, Any]  # of that validation: its step, ndcg_at_10, …; empty without a validation split
 
 
+@checked
 def pretrain(config: Config | str | Path, overrides: Sequence[str] = (), *, resume: bool = False) -> Trained:
     """Pretrain and return what was learned; `overrides` are key=value of a file, `resume` goes on where it was.
 
@@ -37,6 +39,7 @@ def pretrain(config: Config | str | Path, overrides: Sequence[str] = (), *, resu
     return _train(config_of(config, overrides), "pretrain", resume)
 
 
+@checked
 def sft(config: Config | str | Path, overrides: Sequence[str] = (), *, resume: bool = False) -> Trained:
     """Fine-tune what `pretrain` left, as it does."""
     return _train(config_of(config, overrides), "sft", resume)

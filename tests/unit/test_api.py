@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -305,6 +306,15 @@ def test_the_example_of_the_docs(folder: Path, tmp_path: Path, monkeypatch: pyte
             assert command.main(shlex.split(line)[1:]) == 0
     exec(encode, {"bigdssm": bigdssm})
     assert len(capsys.readouterr().out.strip().splitlines()) > 12
+
+
+@pytest.mark.parametrize("tool", sorted(path.stem for path in (ROOT / "bigdssm/commands").glob("[a-z]*.py")))
+def test_every_tool_runs_as_a_module(tool: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "argv", [tool, "--help"])
+    monkeypatch.delitem(sys.modules, f"bigdssm.commands.{tool}", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"bigdssm.commands.{tool}", run_name="__main__")
+    assert ended.value.code == 0 and "usage:" in capsys.readouterr().out
 
 
 def test_the_command_lists_its_tools_and_knows_the_nearest(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # floor do not know each other. Within a room modules do not import each other in a circle.
 FLOORS = (
     ("bounds", "errors", "hashing", "loss_options", "progress", "source", "string_hashes", "timing"),
-    ("arrow_file", "atomic", "locks"),
+    ("arguments", "arrow_file", "atomic", "locks"),
     ("log",),
     ("cli", "features", "urls"),  # features: torch-free; configs declare them
     ("config", "distributed"),
