@@ -147,7 +147,8 @@ class Commit:
         """Return what a case's results depend on beside the commit."""
         one = self._table["cases"][case]
         parts = [one, self._config_of(one), self.names.get("renames", []), [self._key(n) for n in self._needs(case)]]
-        code = [(HERE / name).read_text() for name in ("leaves.py", "tables.py", "warm.py", "probe_exports.py")]
+        probes = re.findall(r"\{checks\}/(\w+\.py)", json.dumps(one))
+        code = [(HERE / name).read_text() for name in ("leaves.py", "tables.py", "warm.py", *probes)]
         return digest(json.dumps([parts, code, self._table["spark"]], sort_keys=True).encode())
 
     def _is_done(self, case: str) -> bool:

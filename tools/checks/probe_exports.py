@@ -20,7 +20,9 @@ def main(folder: Path) -> None:
     np.save(folder / "st_queries.npy", model.encode_query(TEXTS))
     np.save(folder / "st_documents.npy", model.encode_document(TEXTS))
     for tower in sorted(path.parent for path in (folder / "hf").rglob("config.json")):
-        tokens = AutoTokenizer.from_pretrained(tower)(TEXTS, padding=True, return_tensors="pt")
+        tokens = AutoTokenizer.from_pretrained(tower)(
+            TEXTS, padding=True, truncation=True, max_length=8, return_tensors="pt"
+        )
         with torch.no_grad():
             hidden = AutoModel.from_pretrained(tower).eval()(**tokens).last_hidden_state
         np.save(folder / f"hf_{tower.name}.npy", hidden.numpy())
