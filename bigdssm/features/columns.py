@@ -18,7 +18,9 @@ import pyarrow.compute as pc
 from bigdssm.errors import DataError
 
 MAX_FIELD_BYTES = 1 << 20  # of a text: a longer one would cost more than its block
+BYTE_TYPES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
 MISSING_NUMBERS = ("", "nan", "na", "null", "none", "\\n")
+EXACT_BITS = {pa.float16(): 11, pa.float32(): 24, pa.float64(): 53}  # whole numbers below 2^bits are all there
 THIS_CENTURY, EPOCH_POWERS = (946_684_800, 4_102_444_800), (0, 3, 6, 9)  # s since 1970; s, ms, µs, ns
 
 
@@ -65,9 +67,27 @@ class RowCheck:
             self._report_bad(self.batch.file, int(self.batch.rows[i]), said, left_out)
 
     def column(self, name: str) -> pa.Array:
-        """Return a source column as one array."""
+        """Return a source column as one array, of a plain type."""
         column = self.batch.table.column(name)
-        return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+        return plain(column.combine_chunks() if column.num_chunks != 1 else column.chunk(0))
+
+
+def plain(array: pa.Array) -> pa.Array:
+    """Return an array without what only says how its values are stored: dictionaries, runs, views, extensions."""
+    kind = array.type
+    if isinstance(kind, pa.BaseExtensionType):
+        return plain(array.storage)
+    if pa.types.is_dictionary(kind):
+        return plain(array.cast(kind.value_type))
+    if pa.types.is_run_end_encoded(kind):
+        return plain(pc.run_end_decode(array))
+    if pa.types.is_string_view(kind):
+        return array.cast(pa.large_string())
+    if pa.types.is_binary_view(kind):
+        return array.cast(pa.large_binary())
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        return array.cast(pa.large_list(kind.value_type))
+    return array
 
 
 def is_empty(column: pa.Array) -> np.ndarray:
@@ -76,14 +96,16 @@ def is_empty(column: pa.Array) -> np.ndarray:
 
 
 def strings(check: RowCheck, name: str, *, trim: bool = True) -> pa.Array:
-    """Return a column as large_string, null as ''; whole floats become integers. Raises DataError on lists."""
+    """Return a column as large_string, null as ''; whole floats and decimals are written as integers.
+
+    Raises DataError: lists, or values without a text.
+    """
     array = check.column(name)
     if pa.types.is_nested(array.type):
         hint = "; declare it `multi: true` if it is a categorical feature" if pa.types.is_list(array.type) else ""
         raise DataError(f"{check.batch.file}: column {name!r} holds {array.type}, needs single values{hint}")
-    if pa.types.is_floating(array.type):
-        array = _float_strings(array)
-    array = pc.fill_null(array.cast(pa.large_string()), "")
+    array, broken = _texts(array, f"{check.batch.file}: column {name!r}")
+    check.fail(broken, f"{name} is invalid UTF-8")
     lengths = pc.binary_length(array).to_numpy()
     check.fail(lengths > MAX_FIELD_BYTES, f"{name} has {{}} bytes, at most {MAX_FIELD_BYTES} are taken", lengths)
     return pc.utf8_trim_whitespace(array) if trim else array
@@ -92,27 +114,71 @@ def strings(check: RowCheck, name: str, *, trim: bool = True) -> pa.Array:
 def ids(check: RowCheck, name: str, *, lacks: str = "") -> pa.Array:
     """Return a column of ids as large_string; a row without one (which `lacks` what it is of) is failed.
 
-    So is one with a NUL character, which no command line can name.
+    So is one with a NUL character, which no command line can name, and a float at which neighbouring integers are
+    one: it stands for several ids.
     """
     values = strings(check, name)
     check.fail(is_empty(values), f"{lacks and f'no {lacks}: '}{name} is empty")
     with_nul = pc.match_substring(values, "\0").to_numpy(zero_copy_only=False)
     check.fail(with_nul, f"{name} is {{}}, needs an id without a NUL character", values)
+    if bits := EXACT_BITS.get(check.column(name).type):
+        numbers = _as_float64(check.column(name))
+        reason = f"{name} is {{}}, a {check.column(name).type} beyond 2^{bits}, which stands for several integers"
+        check.fail(np.abs(numbers) >= 2.0**bits, f"{reason}; store ids as integers or texts", values)
     return values
 
 
+def _texts(array: pa.Array, where: str) -> tuple[pa.Array, np.ndarray]:
+    """Return single values as large_string, null as '', and which are invalid UTF-8 (then ''), bool [R].
+
+    A value's text depends on nothing but the value. Raises DataError: values have no text.
+    """
+    array, kind = plain(array), array.type
+    broken = np.zeros(len(array), bool)
+    if pa.types.is_floating(kind):
+        return pc.fill_null(_float_strings(array), ""), broken
+    if any(is_bytes(kind) for is_bytes in BYTE_TYPES):
+        array = array.cast(pa.large_binary())
+        try:
+            return pc.fill_null(array.cast(pa.large_string()), ""), broken
+        except pa.ArrowInvalid:
+            broken = np.array([is_broken(value) for value in array.to_pylist()])
+            array = pc.if_else(pa.array(broken), pa.scalar(b"", array.type), array)
+    try:
+        texts = array.cast(pa.large_string())
+    except pa.ArrowException:
+        raise DataError(f"{where} holds {kind}, needs texts, numbers or times") from None
+    if pa.types.is_decimal(kind):
+        texts = pc.replace_substring_regex(texts, r"(\.[0-9]*[1-9])0+$|\.0*$", r"\1")
+    return pc.fill_null(texts, ""), broken
+
+
+def is_broken(value: bytes | None) -> bool:
+    """Return whether bytes are no UTF-8."""
+    return value is not None and value.decode(errors="ignore").encode() != value
+
+
+def _as_float64(array: pa.Array) -> np.ndarray:
+    found: np.ndarray = array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    return found
+
+
 def _float_strings(array: pa.Array) -> pa.Array:
-    values = array.cast(pa.float64()).to_numpy(zero_copy_only=False)
-    finite = values[np.isfinite(values)]
-    array = pc.if_else(pa.array(np.isnan(values)), pa.scalar(None, array.type), array)
-    if len(finite) == np.count_nonzero(~np.isnan(values)) and (finite == np.floor(finite)).all():
-        return array.cast(pa.int64(), safe=False)  # an integer column with gaps, as other tools store it
-    return array
+    """Return floats as the shortest text that reads back; whole ones as integers (columns with gaps), NaN as null."""
+    values = _as_float64(array)
+    whole = (np.abs(values) < 2.0**53) & (values == np.floor(values))
+    texts = pa.array(np.where(whole, values, 0).astype(np.int64)).cast(pa.large_string())
+    if not whole.all():
+        wide = array.cast(pa.float32()) if pa.types.is_float16(array.type) else array
+        texts = pc.if_else(pa.array(whole), texts, wide.cast(pa.large_string()))
+    return pc.if_else(pa.array(np.isnan(values)), pa.scalar(None, texts.type), texts)
 
 
 def value_lists(check: RowCheck, name: str, separator: str) -> pa.Array:
     """Return a column as list<large_string>, cells of a text column parted at `separator`; no empty values."""
     array = check.column(name)
+    if pa.types.is_fixed_size_list(array.type):
+        array = array.cast(pa.list_(array.type.value_type))
     if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type)):
         cells = strings(check, name)
         parts = pc.utf8_split_whitespace(cells) if separator == " " else pc.split_pattern(cells, separator)
@@ -120,8 +186,13 @@ def value_lists(check: RowCheck, name: str, separator: str) -> pa.Array:
         if pa.types.is_nested(array.type.value_type):
             raise DataError(f"{check.batch.file}: column {name!r} holds {array.type}, needs lists of single values")
         parts = array
+        if pa.types.is_string(array.type.value_type):  # readers check the strings of columns, not those of lists
+            parts = array.cast(pa.list_(pa.binary()))
     lengths = pc.fill_null(pc.list_value_length(parts), 0).to_numpy(zero_copy_only=False)
-    flat = pc.utf8_trim_whitespace(pc.fill_null(parts.flatten().cast(pa.large_string()), ""))
+    texts, broken = _texts(parts.flatten(), f"{check.batch.file}: column {name!r}")
+    parents = np.repeat(np.arange(len(lengths)), lengths)
+    check.fail(np.isin(np.arange(len(lengths)), parents[broken]), f"{name} has a value of invalid UTF-8")
+    flat = pc.utf8_trim_whitespace(texts)
     keep = pc.not_equal(flat, "")
     kept = np.concatenate([[0], np.cumsum(keep.to_numpy(zero_copy_only=False))])
     offsets = kept[np.concatenate([[0], np.cumsum(lengths)])]
@@ -136,16 +207,35 @@ def relevances(check: RowCheck, name: str) -> np.ndarray:
 
 
 def numbers(check: RowCheck, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return a column as float64, missing as NaN, and which values are there but are no finite float32, bool [R]."""
+    """Return a column as float64, missing as NaN, and which values are there but are no finite float32, bool [R].
+
+    Dates and timestamps are seconds since 1970 (UTC), durations and times of day seconds. Raises DataError: the column
+    holds something else.
+    """
     array = check.column(name)
-    if pa.types.is_nested(array.type) or pa.types.is_temporal(array.type):
-        raise DataError(f"{check.batch.file}: column {name!r} holds {array.type}, needs numbers")
     if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
         values, unreadable = _parse_numbers(array)
     else:
-        values = array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)  # integers beyond 2^53 are rounded
-        unreadable = np.zeros(len(values), bool)
+        try:
+            values = _seconds_of(array) if pa.types.is_temporal(array.type) else _as_float64(array)
+        except pa.ArrowException:
+            raise DataError(f"{check.batch.file}: column {name!r} holds {array.type}, needs numbers") from None
+        unreadable = np.zeros(len(values), bool)  # integers beyond 2^53 are rounded
     return values, unreadable | (np.abs(values) > float(np.finfo(np.float32).max))
+
+
+def _seconds_of(array: pa.Array) -> np.ndarray:
+    """Return dates and times as float64 seconds, null as NaN. Raises ArrowException: an interval of months."""
+    kind = array.type
+    per_second = {"s": 1, "ms": 1000, "us": 10**6, "ns": 10**9}.get(getattr(kind, "unit", ""), 1)
+    if pa.types.is_date32(kind):
+        return _as_float64(array.cast(pa.int32())) * 86_400
+    if pa.types.is_date64(kind):
+        per_second = 1000
+    counts = array.cast(pa.int32() if pa.types.is_time32(kind) else pa.int64())
+    if per_second == 10**9:
+        counts, per_second = pc.divide(counts, 1000), 10**6  # nanoseconds since 1970 are beyond 2^53
+    return _as_float64(counts) / per_second
 
 
 def _parse_numbers(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -172,8 +262,9 @@ def times(check: RowCheck, name: str) -> np.ndarray:
     """
     array = check.column(name)
     if pa.types.is_timestamp(array.type) or pa.types.is_date(array.type):
-        micros = array.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
-        values = micros.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False) / 1e6
+        values = _seconds_of(array)
+    elif pa.types.is_temporal(array.type):
+        raise DataError(f"{check.batch.file}: column {name!r} holds {array.type}, needs dates, timestamps or numbers")
     else:
         values, unreadable = numbers(check, name)
         values = values.copy()  # Arrow's own memory cannot be written
@@ -256,5 +347,8 @@ def _seconds(moment: date) -> float:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value.as_py()) if isinstance(value, pa.Scalar) else str(value)
+    try:
+        text = repr(value.as_py()) if isinstance(value, pa.Scalar) else str(value)
+    except (ValueError, OverflowError):  # a date that Python has not
+        text = f"a {value.type} out of range"
     return text if len(text) <= 60 else text[:57] + "…"

@@ -130,11 +130,18 @@ def _array(name: str, values: Any) -> pa.Array:
         raise DataError(f"{name}: got {type(values).__name__}, needs a list of values, a value for each row")
     if hasattr(values, "__arrow_c_stream__"):  # a series or a chunked array
         return pa.chunked_array(values).combine_chunks()
-    several = isinstance(values, np.ndarray) and values.ndim > 1
+    if not hasattr(values, "dtype") or getattr(values, "ndim", 1) > 1:
+        values = list(values)
     try:
-        return pa.array(list(values) if several else values, from_pandas=True)
+        return pa.array(values, _unsigned(values), from_pandas=True)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{name}: values of one feature need one type: {' '.join(str(error).split())}") from None
+
+
+def _unsigned(values: Any) -> pa.DataType | None:
+    """Return uint64 for Python's integers beyond int64, which Arrow does not infer; else None."""
+    whole = isinstance(values, list) and all(value is None or isinstance(value, int) for value in values)
+    return pa.uint64() if whole and max((value or 0 for value in values), default=0) >= 2**63 else None
 
 
 def _history(name: str, lists: pa.Array, feature: History, item: Feature) -> Column:

@@ -29,7 +29,10 @@ def numeric_input(feature, values, exported):  # type: ignore[no-untyped-def]
 @register
 @dataclass(frozen=True)
 class Numeric(Feature):
-    """A number; NaN is missing. One that cannot be read is reported and missing: real tables have them."""
+    """A number; NaN is missing. One that cannot be read is reported and missing: real tables have them.
+
+    Dates and timestamps are seconds since 1970 (UTC), durations and times of day are seconds.
+    """
 
     type: ClassVar[str] = "numeric"
     example: ClassVar[str] = "1.0"

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch
+from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, is_broken
 
 ROWS_PER_BATCH = 16384
 BYTES_PER_BATCH = 8 << 20
@@ -29,13 +29,9 @@ def as_utf8(batch: SourceBatch, report_bad: ReportBad) -> SourceBatch:
             try:
                 column = column.cast(pa.large_string())
             except pa.ArrowInvalid:
-                check.fail(np.array(list(map(_is_broken, column.to_pylist()))), f"invalid UTF-8 in column {name!r}")
+                check.fail(np.array(list(map(is_broken, column.to_pylist()))), f"invalid UTF-8 in column {name!r}")
                 good = pc.if_else(pa.array(check.good), column, pa.scalar(b"", column.type))
                 column = good.cast(pa.large_string())
         columns[name] = column
     whole = SourceBatch(batch.file, pa.table(columns), batch.rows)
     return whole if check.good.all() else whole.keep(check.good)
-
-
-def _is_broken(value: bytes | None) -> bool:
-    return value is not None and value.decode(errors="ignore").encode() != value
