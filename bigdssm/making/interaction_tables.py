@@ -38,7 +38,14 @@ from bigdssm.making.documents import (
 from bigdssm.making.known_documents import KnownDocuments
 from bigdssm.making.making import Making, check_column_names
 from bigdssm.making.moments import DEFAULT_FRACTIONS, Moments, Told
-from bigdssm.making.reading import PLACE_BITS, PartOfTable, places, read_part
+from bigdssm.making.reading import (
+    PLACE_BITS,
+    PartOfTable,
+    columns_of_features,
+    named_columns,
+    places,
+    read_part,
+)
 from bigdssm.making.steps import FirstRows, RowFile, Table, read_facts
 from bigdssm.schema import Schema
 from bigdssm.string_hashes import hash_strings
@@ -123,9 +130,9 @@ class _ItemReader:
     known: KnownDocuments
 
     @property
-    def columns(self) -> list[str | None]:
-        columns = (column for feature in self.features.values() for column in feature.source_columns)
-        return [self.key, self.time, self.shown, *columns]
+    def columns(self) -> dict[str, str]:
+        options = (self.key, "--item-column"), (self.time, "--items-time-column"), (self.shown, "data.display")
+        return named_columns(*options, *columns_of_features(self.features, "doc"))
 
     def __call__(self, part: PartOfTable, folder: Path) -> None:
         with RowFile(folder / "documents.parquet", document_schema(self.features, dated=self.time is not None)) as file:
@@ -183,8 +190,9 @@ class _UserReader:
     features: dict[str, Feature]
 
     @property
-    def columns(self) -> list[str | None]:
-        return [self.key, self.time, *(c for feature in self.features.values() for c in feature.source_columns)]
+    def columns(self) -> dict[str, str]:
+        options = (self.key, "--user-column"), (self.time, "--users-time-column")
+        return named_columns(*options, *columns_of_features(self.features, "query"))
 
     def __call__(self, part: PartOfTable, folder: Path) -> None:
         schema = pa.schema([*USER, ("time", pa.float64()), *spooled("u", self.features)])
@@ -264,9 +272,9 @@ class _EventReader:
     until: float | None = None  # events from then on are none
 
     @property
-    def columns(self) -> list[str | None]:
-        tables = self.tables
-        return [tables.user_column, tables.item_column, tables.time_column, tables.rating_column]
+    def columns(self) -> dict[str, str]:
+        names = ("user_column", "item_column", "time_column", "rating_column")
+        return named_columns(*((getattr(self.tables, name), f"--{name.replace('_', '-')}") for name in names))
 
     def __call__(self, part: PartOfTable, folder: Path) -> None:
         with (

@@ -29,6 +29,7 @@ from bigdssm.making.writing import Encode, write_catalogue, write_counts, write_
 from bigdssm.progress import Progress, no_progress
 from bigdssm.schema import SCHEMA_FILE, Schema
 from bigdssm.source import code_checksum
+from bigdssm.tables.header import MissingColumn
 from bigdssm.tables.source import Source
 
 BLOCK_COLUMNS = ("query_id", "doc", "relevance", "sequence", "first", "end")
@@ -86,8 +87,11 @@ class Making:
 
         Raises DataError, which ends with what was wrong with rows before.
         """
-        wanted = list(dict.fromkeys(column for column in work.columns if column))
-        sources = [self.engine.source(f"{step}_{n}_source", source, wanted) for n, source in enumerate(sources)]
+        columns: Mapping[str, str] = work.columns
+        try:
+            sources = [self.engine.source(f"{step}_{n}_source", s, list(columns)) for n, s in enumerate(sources)]
+        except MissingColumn as error:
+            raise DataError(error.named_by(columns)) from None
         jobs: list[PartOfTable] = parts_of(sources)
         rows = sum(source.size() for source in sources) // BYTES_PER_ROW
         quarantine = self.writer.quarantine

@@ -47,7 +47,7 @@ from bigdssm.making.making import (
     making,
 )
 from bigdssm.making.moments import DEFAULT_FRACTIONS, Moments, Told
-from bigdssm.making.reading import PartOfTable, places, read_part
+from bigdssm.making.reading import PartOfTable, columns_of_features, named_columns, places, read_part
 from bigdssm.making.spark import open_table
 from bigdssm.making.splits import SPLITS, PairSplit, Splitter
 from bigdssm.making.steps import FirstRows, RowFile, Table
@@ -178,12 +178,19 @@ class PairReader:
         return pa.schema([*ROW_COLUMNS.items(), *spooled("q", self.schema.query)])
 
     @property
-    def columns(self) -> list[str | None]:
-        """Return the source columns of features, ids, relevance and split."""
-        tables = self.tables
-        named = [self.schema.display, tables.doc_id_column, tables.query_id_column, tables.relevance_column]
-        features = [c for side in (self.schema.query, self.schema.doc) for f in side.values() for c in f.source_columns]
-        return [*features, *named, *self.splitter.columns, tables.each_of]
+    def columns(self) -> dict[str, str]:
+        """Return the source columns of features, ids, relevance and split, and what names each."""
+        tables, schema = self.tables, self.schema
+        return named_columns(
+            *columns_of_features(schema.query, "query"),
+            *columns_of_features(schema.doc, "doc"),
+            (schema.display, "data.display"),
+            (tables.doc_id_column, "--doc-id-column"),
+            (tables.query_id_column, "--query-id-column"),
+            (tables.relevance_column, "--relevance-column"),
+            *self.splitter.columns.items(),
+            (tables.each_of, "--each-of"),
+        )
 
     def __call__(self, part: PartOfTable, folder: Path) -> None:
         """Read a part into `folder`."""

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from bigdssm.errors import DataError, UnavailableError
+from bigdssm.features import Feature
 from bigdssm.features.columns import RowCheck, SourceBatch, TimeUnits
 from bigdssm.making.steps import write_facts
 from bigdssm.tables.explode import MOST_VALUES, exploded
+from bigdssm.tables.header import MissingColumn
 from bigdssm.tables.source import Part, Source
 
 PLACE_BITS = 47  # of a row's number in its table
@@ -45,6 +47,20 @@ def parts_of(sources: Sequence[Source]) -> list[PartOfTable]:
     return [PartOfTable(source, number, part) for number, source in enumerate(sources) for part in source.parts()]
 
 
+def named_columns(*columns: tuple[str | None, str]) -> dict[str, str]:
+    """Return columns in the order given, without None, and the option or else the feature that names each."""
+    names: dict[str, str] = {}
+    for column, by in columns:
+        if column and (column not in names or by.startswith("--")):
+            names[column] = by
+    return names
+
+
+def columns_of_features(features: Mapping[str, Feature], side: str) -> list[tuple[str | None, str]]:
+    """Return the source columns of one side's features, and the config key that names each."""
+    return [(column, f"data.{side}.{name}") for name, feature in features.items() for column in feature.source_columns]
+
+
 def places(part: PartOfTable, batch: SourceBatch, *, several: bool = False) -> np.ndarray:
     """Return the place of every row, int64 [rows] ≥ 0; `several`: rows of one number follow each other."""
     rows = batch.rows - 1
@@ -71,15 +87,15 @@ Take = Callable[[RowCheck, TimeUnits], None]
 
 
 def read_part(
-    part: PartOfTable, columns: Iterable[str | None], folder: Path, take: Take, *, each_of: str | None = None
+    part: PartOfTable, columns: Mapping[str, str], folder: Path, take: Take, *, each_of: str | None = None
 ) -> None:
     """Have `take` look at each batch of a part; `folder` gets counts and bad rows.
 
-    Batches have these columns, and a row for each value of the list column `each_of`. Raises Unreadable.
+    Batches have these columns (what names each is for messages), and a row for each value of the list column `each_of`.
+    Raises Unreadable.
     """
     num_rows, num_good, units = 0, 0, TimeUnits()
     newest = deque[BadRow](maxlen=MOST_TOLD)
-    wanted = list(dict.fromkeys(column for column in columns if column))
 
     def report_bad(file: str, row: int, reason: str, left_out: bool = True) -> None:
         newest.append((file, row, reason, left_out))
@@ -87,13 +103,16 @@ def read_part(
 
     with (folder / BAD).open("w", encoding="utf-8") as lines:
         try:
-            for batch in part.source.batches(part.part, wanted, report_bad):
+            for batch in part.source.batches(part.part, list(columns), report_bad):
                 num_rows += len(batch.rows)
                 check = RowCheck(exploded(batch, each_of, report_bad) if each_of else batch, report_bad)
                 take(check, units)
                 num_good += int(check.good.sum())
         except DataError as error:
-            raise error if isinstance(error, UnavailableError) else Unreadable(str(error), list(newest)) from None
+            if isinstance(error, UnavailableError):
+                raise
+            said = error.named_by(columns) if isinstance(error, MissingColumn) else str(error)
+            raise Unreadable(said, list(newest)) from None
     write_facts(folder, num_rows=num_rows, num_good=num_good, **units.facts())
 
 

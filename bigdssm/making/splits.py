@@ -50,9 +50,11 @@ class Splitter:
         self._fractions, self._moments = fractions, moments
 
     @property
-    def columns(self) -> list[str]:
-        """Return the source columns it needs."""
-        return [self._column] if self._column is not None and self._how != "train" else []
+    def columns(self) -> dict[str, str]:
+        """Return the source column that it needs, if it needs one, and the option that names it."""
+        if self._column is None or self._how == "train":
+            return {}
+        return {self._column: {"random": "--group-column", "time": "--time-column"}.get(self._how, "--split-column")}
 
     @property
     def why_no_train(self) -> str:

@@ -117,9 +117,10 @@ class TableRows(QuerySource):
             raise ConfigError(f"--events-column {events_column}: needs {needed} histories")
         self._dataset, features = dataset, stored(dataset.schema.query)
         self._key_column, self._events_column = key_column, events_column
-        wanted = [column for feature in features.values() for column in feature.source_columns]
-        wanted += [column for column in (key_column, events_column) if column is not None]
-        tables = [batch.table for batch in read_table(path, list(dict.fromkeys(wanted)), _warn)]
+        wanted = {column: f"the feature {name}" for name, f in features.items() for column in f.source_columns}
+        options = {"--key-column": key_column, "--events-column": events_column}
+        wanted |= {column: option for option, column in options.items() if column is not None}
+        tables = [batch.table for batch in read_table(path, wanted, _warn)]
         self._table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
         self._path, self.num_rows = path, self._table.num_rows
         self.identity = f"table {file_checksum(path)} {key_column} {events_column}"

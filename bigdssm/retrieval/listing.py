@@ -129,7 +129,8 @@ def _read(dataset: Dataset, table: Path, columns: tuple[str, str | None, str]) -
     query, own, listed = columns
     names, docs = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     missing = 0
-    for batch in read_table(table, list(dict.fromkeys(name for name in columns if name)), _warn):
+    options = dict(zip(columns, ("--query-column", "--own-column", "--column"), strict=True))
+    for batch in read_table(table, {column: option for column, option in options.items() if column}, _warn):
         check = RowCheck(batch, _warn)
         named, lists = hash_strings(strings(check, query)), value_lists(check, listed, " ")
         if own is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from bigdssm.errors import DataError
 
@@ -21,10 +21,27 @@ def column_names(table: str, header: Sequence[str]) -> list[str]:
     return names
 
 
+class MissingColumn(DataError):
+    """A column that a table lacks; who reads the table knows which option or feature names it."""
+
+    def __init__(self, table: str, column: str, hint: str) -> None:
+        super().__init__(table, column, hint)
+        self.column = column
+
+    def __str__(self) -> str:
+        return self.named_by({})
+
+    def named_by(self, names: Mapping[str, str]) -> str:
+        """Return the sentence; `names` holds the option or feature that names each column."""
+        table, column, hint = self.args
+        by = f", which {names[column]} names" if column in names else ""
+        return f"{table} has no column {column!r}{by}; {hint}"
+
+
 def require_columns(table: str, found: Collection[str], needed: Sequence[str]) -> None:
-    """Raise DataError naming the first of `needed` that `table` lacks, and the nearest that it has."""
+    """Raise MissingColumn naming the first of `needed` that `table` lacks, and the nearest that it has."""
     for name in needed:
         if name not in found:
             near = difflib.get_close_matches(name, list(found), n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, found))}"
-            raise DataError(f"{table} has no column {name!r}; {hint}")
+            raise MissingColumn(table, name, hint)

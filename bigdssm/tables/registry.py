@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bigdssm.errors import DataError
@@ -10,6 +10,7 @@ from bigdssm.features.columns import ReportBad, SourceBatch
 from bigdssm.tables.arrow_ipc import ARROW_SUFFIXES, ArrowSource
 from bigdssm.tables.delimited import DELIMITERS, DelimitedSource
 from bigdssm.tables.files import COMPRESSIONS, LocalFile, RemoteFile, TableFile
+from bigdssm.tables.header import MissingColumn
 from bigdssm.tables.hugging_face import is_saved_dataset, saved_dataset
 from bigdssm.tables.json_lines import JSON_SUFFIXES, JsonLinesSource
 from bigdssm.tables.parquet import PARQUET_SUFFIX, ParquetSource, parquet_names
@@ -52,16 +53,21 @@ def open_source(path: str | Path) -> Source:
     return _of_suffix(LocalFile(path))
 
 
-def read_table(path: str | Path, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
+def read_table(path: str | Path, columns: Collection[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
     """Yield the rows of all parts of the table at `path` in order, with exactly `columns`; bad rows go to `report_bad`.
+
+    `columns` may be a mapping to the option that names each, for the sentence on a missing one.
 
     Raises what `open_source` and `Source.batches` do, and DataError: no usable rows.
     """
     source, empty = open_source(path), True
     for part in source.parts():
-        for batch in source.batches(part, columns, report_bad):
-            empty = empty and not len(batch.rows)
-            yield batch
+        try:
+            for batch in source.batches(part, list(columns), report_bad):
+                empty = empty and not len(batch.rows)
+                yield batch
+        except MissingColumn as error:
+            raise DataError(error.named_by(columns if isinstance(columns, Mapping) else {})) from None
     if empty:
         raise DataError(f"{source.name} has no usable rows")
 

@@ -135,7 +135,15 @@ def test_times_of_a_split_as_programs_have_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tables", "sentence"),
     [
-        ({"interactions": EVENTS.drop(columns="item_id")}, "interactions= has no column 'item_id'"),
+        (
+            {"interactions": EVENTS.drop(columns="item_id")},
+            "interactions= has no column 'item_id', which --item-column names",
+        ),
+        ({"items": ITEMS.rename(columns={"item_id": "item"})}, "--item-column names; did you mean 'item'?"),
+        ({"pairs": PAIRS, "doc_id_column": "titel"}, "'titel', which --doc-id-column names; did you mean 'title'?"),
+        ({"pairs": PAIRS, "split_column": "x"}, "'x', which --group-column names; it has 'word', 'title'"),
+        ({"pairs": PAIRS, "split": "time", "split_column": "x"}, "'x', which --time-column names"),
+        ({"pairs": PAIRS, "each_of": "x"}, "'x', which --each-of names"),
         ({"interactions": EVENTS[:0]}, "interactions= has no usable rows"),
         ({"items": ITEMS.assign(a=[object()] * 20)}, "items= cannot be read: the table cannot be read: "),
         ({"items": {"item_id": "i1"}}, "items= cannot be read: item_id: got str, needs a list of values"),
@@ -143,7 +151,10 @@ def test_times_of_a_split_as_programs_have_them(tmp_path: Path) -> None:
         ({"items": {"item_id": [1, "a"]}}, "items= cannot be read: item_id: values of one feature need one type"),
         ({"items": [{"item_id": "i1"}, 5]}, "items= cannot be read: got rows of int"),
         ({"interactions": EVENTS.assign(timestamp="x")}, "the first is interactions=, row 1: timestamp is 'x'"),
-        ({"pairs": [PAIRS, PAIRS.drop(columns="word")]}, "pairs[1]= has no column 'word'"),
+        (
+            {"pairs": [PAIRS, PAIRS.drop(columns="word")]},
+            "pairs[1]= has no column 'word', which data.query.word names; it has 'title'",
+        ),
     ],
 )
 def test_errors_name_the_argument_and_the_column(tmp_path: Path, tables: dict[str, Any], sentence: str) -> None:

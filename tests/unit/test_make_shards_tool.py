@@ -68,7 +68,7 @@ def test_interactions_from_the_command_line(tiny_interactions: Any, tmp_path: Pa
         main([*command, "--item-column", "itm_id"]) == 3
         and main([*command, "--overwrite", "--time-column", "time"]) == 3
     )
-    assert "has no column 'time'; did you mean 'timestamp'?" in capsys.readouterr().err
+    assert "has no column 'time', which --time-column names; did you mean 'timestamp'?" in capsys.readouterr().err
     assert Dataset.open(tmp_path / "out").num_rows("test") == 60, "a failed --overwrite leaves what was there"
     assert main([*command, "--overwrite", "--seed", "1"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"], "nothing is left beside it"

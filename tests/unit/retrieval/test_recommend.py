@@ -119,7 +119,7 @@ def test_a_table_of_new_users(
     check_answers(by_query(tmp_path / "out"), requests, searcher)
     with pytest.raises(ConfigError, match="--events-column None: needs the documents of the queries' histories"):
         TableRows(dataset, path, "who", None)
-    with pytest.raises(DataError, match="has no column 'whom'; did you mean 'who'"):
+    with pytest.raises(DataError, match="has no column 'whom', which --key-column names; did you mean 'who'"):
         TableRows(dataset, path, "whom", "did")
 
 
