@@ -1,0 +1,190 @@
+"""Plant the bugs of planted_bugs.py, one at a time in a copy, and report which test catches each.
+
+    python tools/checks/mutations.py [--only NAME …] [--jobs N] [--commit COMMIT]
+    python tools/checks/mutations.py --find            # only check that every bug has its place and its test
+
+A bug is a fragment of the source of one symbol, and what replaces it. The symbol is looked for in the module that the
+table names, then by its qualified name in the whole package, and the test by its name in all tests: a move of either
+breaks nothing. Every test is first run with nothing planted, and must pass. For each bug a line: caught, and by which
+test, or SURVIVED. Exit code 1 where a bug survived, 2 where one has no place or a test does not pass without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+from planted_bugs import BUGS, Bug
+
+HERE = Path(__file__).resolve().parent
+PACKAGE = "bigdssm"
+TEST_TIMEOUT_S = 300
+
+
+class Place(NamedTuple):
+    """Where a bug is planted."""
+
+    file: Path  # relative to the tree
+    planted: str  # the file's text with the bug
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these bugs, or those of a contract")
+    parser.add_argument("--jobs", type=int, default=2, help="bugs at once (%(default)s)")
+    parser.add_argument("--commit", default="HEAD", help="what is tried (%(default)s)")
+    parser.add_argument("--find", action="store_true", help="only find all places and tests")
+    args = parser.parse_args()
+    bugs = [bug for bug in BUGS if not args.only or {bug.name, bug.contract} & set(args.only)]
+    with trees(args.commit, 1 if args.find else args.jobs) as copies:
+        tests = {bug.test: find_test(copies[0], bug.test) for bug in bugs}
+        places = {bug.name: find_place(copies[0], bug) for bug in bugs}
+        lost = [f"{name}: {place}" for name, place in places.items() if isinstance(place, str)]
+        lost += [f"{test}: no such test" for test, found in tests.items() if found is None]
+        if lost or args.find:
+            print("\n".join(lost) or f"{len(bugs)} bugs of {len({bug.contract for bug in bugs})} contracts are found")
+            return 2 if lost else 0
+        idle: SimpleQueue[Tree] = SimpleQueue()
+        for copy in copies:
+            idle.put(Tree(copy))
+        code, failed = _with(idle, None, sorted({str(found) for found in tests.values()}))
+        if code:
+            print(f"with nothing planted exit code {code}: {', '.join(failed) or 'no test failed'}")
+            return 2
+
+        def caught(bug: Bug) -> bool:
+            place, started = places[bug.name], time.perf_counter()
+            assert isinstance(place, Place)
+            code, failed = _with(idle, place, [str(tests[bug.test])])
+            verdict = "SURVIVED" if code == 0 else f"caught by {failed[0]}" if failed else f"caught, exit code {code}"
+            print(f"{bug.contract:14} {bug.name:34} {verdict}  ({time.perf_counter() - started:.0f} s)", flush=True)
+            return code != 0
+
+        with ThreadPoolExecutor(args.jobs) as threads:
+            survived = [bug.name for bug, found in zip(bugs, threads.map(caught, bugs), strict=True) if not found]
+    print(f"{len(bugs) - len(survived)} of {len(bugs)} caught" + "".join(f"; {name} survived" for name in survived))
+    return int(bool(survived))
+
+
+def find_place(tree: Path, bug: Bug) -> Place | str:
+    """Return where the bug's fragment stands, exactly once in its symbol, or why there is no such place."""
+    module, _, symbol = bug.symbol.partition(":")
+    named = tree / PACKAGE / f"{module.replace('.', '/')}.py"
+    others = sorted(path for path in (tree / PACKAGE).rglob("*.py") if path != named)
+    found = []
+    for path in [*([named] if named.exists() else []), *others]:
+        if bug.old not in (text := path.read_text(encoding="utf-8")):
+            continue
+        found += [(path, text, *span) for span in _spans(text, symbol) if bug.old in text[slice(*span)]]
+        if path == named and found:
+            break
+    if len(found) != 1:
+        return f"{len(found)} places of {bug.old!r} in {symbol}"
+    path, text, first, end = found[0]
+    if text[first:end].count(bug.old) != 1:
+        return f"{bug.old!r} stands several times in {symbol} of {path.relative_to(tree)}"
+    planted = text[:first] + text[first:end].replace(bug.old, bug.new) + text[end:]
+    compile(planted, str(path), "exec")
+    return Place(path.relative_to(tree), planted)
+
+
+def _spans(text: str, symbol: str) -> Iterator[tuple[int, int]]:
+    """Yield [first, end) of the source of a function, class, method or assigned name."""
+    starts = [0, *(match.end() for match in re.finditer("\n", text))]
+    scopes: list[ast.AST] = [ast.parse(text)]
+    *parents, last = symbol.split(".")
+    for name in parents:
+        scopes = [node for scope in scopes for node in ast.iter_child_nodes(scope) if getattr(node, "name", "") == name]
+    for scope in scopes:
+        for node in ast.iter_child_nodes(scope):
+            targets = getattr(node, "targets", [getattr(node, "target", None)])
+            names = [getattr(node, "name", ""), *(getattr(target, "id", "") for target in targets)]
+            if last in names:
+                assert isinstance(node, ast.stmt) and node.end_lineno is not None
+                yield starts[node.lineno - 1], starts[node.end_lineno] if node.end_lineno < len(starts) else len(text)
+
+
+def find_test(tree: Path, test: str) -> str | None:
+    """Return `FILE::NAME` of a test, which may have moved to another file; NAME may end in [parameters]."""
+    file, _, name = test.partition("::")
+    function = f"def {name.partition('[')[0]}("
+    if (tree / file).exists() and function in (tree / file).read_text(encoding="utf-8"):
+        return test
+    found = [path for path in (tree / "tests").rglob("test_*.py") if function in path.read_text(encoding="utf-8")]
+    return f"{found[0].relative_to(tree)}::{name}" if len(found) == 1 else None
+
+
+@contextmanager
+def trees(commit: str, number: int) -> Iterator[list[Path]]:
+    """Give so many worktrees of a commit."""
+    folder = Path(tempfile.mkdtemp(prefix="bigdssm-mutations-"))
+    copies = [folder / str(i) for i in range(number)]
+    try:
+        for copy in copies:
+            subprocess.run(["git", "worktree", "add", "-q", "--detach", str(copy), commit], cwd=HERE, check=True)
+        yield copies
+    finally:
+        for copy in copies:
+            subprocess.run(["git", "worktree", "remove", "--force", str(copy)], cwd=HERE, check=False)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Tree:
+    """A worktree, and a process that runs tests in it, each in a fork that need not import torch again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._log = folder, folder.with_suffix(".log")
+        variables = {
+            **os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+        }  # fmt: skip
+        pipe = subprocess.PIPE
+        command = [sys.executable, str(HERE / "warm.py")]
+        self._warm = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=variables, cwd=folder)
+
+    def run(self, tests: Sequence[str]) -> tuple[int, list[str]]:
+        """Return pytest's exit code and the tests that failed; of several runs all, of one the first."""
+        self._log.write_text("")
+        first = ["-x"] if len(tests) == 1 else []
+        pytest = [str(Path(sys.executable).parent / "pytest"), "-q", "-p", "no:cacheprovider", "-rfE", *first]
+        argv = [*pytest, "--timeout", str(TEST_TIMEOUT_S), *tests]
+        print(
+            json.dumps({"ranks": [[{}, argv]], "log": str(self._log), "cwd": str(self.folder)}), file=self._warm.stdin
+        )
+        assert self._warm.stdin is not None and self._warm.stdout is not None
+        self._warm.stdin.flush()
+        (code,) = json.loads(self._warm.stdout.readline())
+        text = self._log.read_text(errors="replace")
+        return code, re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
+
+
+def _with(idle: SimpleQueue[Tree], place: Place | None, tests: Sequence[str]) -> tuple[int, list[str]]:
+    """Run tests in an idle tree, with a bug in its place."""
+    tree = idle.get()
+    before = None if place is None else (tree.folder / place.file).read_bytes()
+    try:
+        if place is not None:
+            (tree.folder / place.file).write_text(place.planted, encoding="utf-8")
+        return tree.run(tests)
+    finally:
+        if place is not None and before is not None:
+            (tree.folder / place.file).write_bytes(before)
+        idle.put(tree)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
