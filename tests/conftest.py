@@ -63,6 +63,12 @@ class TinyDataset:
     source: Path
 
 
+@pytest.fixture(autouse=True)
+def bf16_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let bfloat16 be computed on every machine, slowly on some: its results are tested on all of them."""
+    monkeypatch.setattr("bigdssm.precision.has_bf16", lambda: True)
+
+
 class QuietServer(ThreadingHTTPServer):
     """A server whose clients may go: what it says of them would stand in another test's stderr."""
 

@@ -25,19 +25,20 @@ def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:
         stop = StopRequest()
         # They take seconds; by now it is known who stands above this process, and signals are heard.
         from bigdssm import distributed
-        from bigdssm.training.stages import run_stage
+        from bigdssm.training.stages import run_stage, sole_stage
 
         try:
             config = load_config(arguments.config, arguments.overrides)
-            run_stage(
-                config,
-                stage,
-                resume=arguments.resume == "auto",
-                validate_only=arguments.validate,
-                world_size=world_size,
-                launcher=launcher,
-                stop=stop,
-            )
+            with sole_stage():
+                run_stage(
+                    config,
+                    stage,
+                    resume=arguments.resume == "auto",
+                    validate_only=arguments.validate,
+                    world_size=world_size,
+                    launcher=launcher,
+                    stop=stop,
+                )
         except BigDSSMError as error:
             if not is_first_rank() and not distributed.is_distributed():
                 sys.exit(error.exit_code)  # every rank has found the same; rank 0 says it

@@ -23,6 +23,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.pretrained import text_encoders
 from bigdssm.hashing import json_checksum
+from bigdssm.precision import takes_bf16
 from bigdssm.retrieval.embed import Encoders, encode_in_bf16, tower_encoders
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, Work
 from bigdssm.retrieval.teacher import write_teacher
@@ -56,15 +57,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _encoders(args: argparse.Namespace, dataset: Dataset) -> tuple[Encoders, str]:
     """Return the teacher, and what tells it from others."""
     if args.pretrained is not None:
-        encoders = text_encoders(args.pretrained, Texts(dataset), args.bf16)
-        return encoders, json_checksum([folder_checksums(args.pretrained), args.bf16])
+        in_bf16 = args.bf16 and takes_bf16()
+        encoders = text_encoders(args.pretrained, Texts(dataset), in_bf16)
+        return encoders, json_checksum([folder_checksums(args.pretrained), in_bf16])
     folder = load_model_folder(args.model)
     dataset = folder.view(dataset)
     if folder.model.scorer is not None:
         raise ConfigError(f"--model {args.model} scores by more than its vectors; bigdssm score_pairs takes it")
-    if args.bf16:
-        encode_in_bf16(folder.model)
-    return tower_encoders(folder.model, dataset), json_checksum([folder.checksum, args.bf16])
+    in_bf16 = args.bf16 and encode_in_bf16(folder.model)
+    return tower_encoders(folder.model, dataset), json_checksum([folder.checksum, in_bf16])
 
 
 if __name__ == "__main__":

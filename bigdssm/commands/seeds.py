@@ -21,6 +21,7 @@ from bigdssm.cli import command
 from bigdssm.config import load_config
 from bigdssm.distributed import free_port
 from bigdssm.errors import ConfigError
+from bigdssm.running.commands import environment
 
 
 @command
@@ -31,18 +32,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         own, report = own[: own.index("--")], own[own.index("--") + 1 :]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
-    parser.add_argument("--seeds", type=int, nargs="+", required=True, metavar="S")
+    parser.add_argument("--seeds", nargs="+", required=True, metavar="S")
     parser.add_argument("--ranks", type=int, default=2, help="on this machine (default: 2)")
-    args, overrides = parser.parse_known_args(own)
-    if odd := [override for override in overrides if "=" not in override or override.startswith("-")]:
+    args, others = parser.parse_known_args(own)
+    if odd := [word for word in others if "=" not in word or word.startswith("-")]:
         parser.error(f"unknown option {odd[0]}")
-    if len(set(args.seeds)) < len(args.seeds):
-        raise ConfigError(f"--seeds {' '.join(map(str, args.seeds))}: needs each seed once")
+    words = [word for word in args.seeds if "=" not in word]
+    overrides = [word for word in own if "=" in word and word in (*others, *args.seeds)]  # behind --seeds, too
+    if not words or not all(word.isdecimal() for word in words):
+        raise ConfigError(f"--seeds {' '.join(args.seeds)}: needs whole numbers, at least one")
+    seeds = [int(word) for word in words]
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds {' '.join(words)}: needs each seed once")
     if args.ranks < 1:
         raise ConfigError(f"--ranks {args.ranks}: needs at least 1")
-    config, *_ = (load_config(args.config, [*overrides, f"run.seed={seed}"]) for seed in args.seeds)
-    runs = [Path(config.run.dir) / f"seed-{seed}" for seed in args.seeds]
-    for seed, run in zip(args.seeds, runs, strict=True):
+    config, *_ = (load_config(args.config, [*overrides, f"run.seed={seed}"]) for seed in seeds)
+    runs = [Path(config.run.dir) / f"seed-{seed}" for seed in seeds]
+    for seed, run in zip(seeds, runs, strict=True):
         for stage in ("pretrain", "sft") if config.sft is not None else ("pretrain",):
             launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "warning"]
             launcher += ["--num_gpus", str(args.ranks)]
@@ -57,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(*command: str) -> int:
     """Print a command, run it, and return its exit code."""
     print(f"$ {shlex.join(command)}", flush=True)
-    return subprocess.run(command).returncode
+    return subprocess.run(command, env=environment()).returncode
 
 
 if __name__ == "__main__":

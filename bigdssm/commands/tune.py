@@ -26,7 +26,7 @@ from bigdssm.cli import at_least, command
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
-from bigdssm.evaluation.baselines import BASELINES
+from bigdssm.evaluation.baselines import BASELINES, check_options
 
 
 @command
@@ -44,14 +44,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError("tuning needs the package optuna: pip install 'bigdssm[tune]'")
-    from bigdssm.tuning.search import Baseline, Stage, Value, search, values_of
+    from bigdssm.tuning.search import Baseline, Stage, Value, check_space, search, values_of
     from bigdssm.tuning.space import read_space
 
     space, config = read_space(args.space), load_config(args.config, args.overrides)
     value: Value
     if args.baseline is None:
-        first, value = values_of(config, space), Stage(args.config, tuple(args.overrides), args.stage, args.out)
+        first = values_of(config, space)
+        check_space(space, args.config, args.overrides, args.stage)
+        value = Stage(args.config, tuple(args.overrides), args.stage, args.out)
     else:
+        for option, end in space.ends():
+            check_options(args.baseline, {option: end}, all_of_them=False)
         first, value = {}, Baseline(args.baseline, Dataset.open(config.data.dir), config.data.excludes_seen)
     found = search(value, space, args.out, args.trials, first=first, seed=args.seed)
     drawn = Table("trial", "validation NDCG@10", "")

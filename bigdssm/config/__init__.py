@@ -27,7 +27,7 @@ from bigdssm.config.keys import (
     TowerConfig,
     WarmStartConfig,
 )
-from bigdssm.config.loading import config_from, config_of, load_config
+from bigdssm.config.loading import config_from, config_of, load_config, read_config
 
 __all__ = [
     "DEFAULT_CACHE_BYTES",
@@ -56,4 +56,5 @@ __all__ = [
     "config_of",
     "first_difference",
     "load_config",
+    "read_config",
 ]

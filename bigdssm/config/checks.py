@@ -182,7 +182,8 @@ def _check_teacher(name: str, stage: StageConfig, data: DataConfig) -> None:
 
 
 def _check_loss(key: str, loss: LossConfig, model: ModelConfig, chunk_tokens: int) -> None:
-    _require(loss.name in LOSSES, f"{key}.name", loss.name, f"one of {', '.join(map(repr, LOSSES))}")
+    known = f"one of {', '.join(map(repr, LOSSES))}, or a loss whose module is imported first (docs/extending.md)"
+    _require(loss.name in LOSSES, f"{key}.name", loss.name, known)
     options = LOSSES[loss.name]
     over_all, directions = options.all_columns, options.directions
     _require(loss.in_batch or not over_all, f"{key}.in_batch", False, f"true for {loss.name}, over the whole batch")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Number
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -151,6 +153,7 @@ class EngineConfig:
     """How steps are computed; none of it changes what is learned."""
 
     zero_stage: int = bounded(1, 0, 3)
+    # On processors without bfloat16 instructions (AVX512-BF16, AMX) all are fp32, and a line of the log says so.
     precision: Literal["fp32", "bf16", "bf16_pure"] = "fp32"
     offload_optimizer: bool = False
     checkpoint_activations: bool = False  # transformer layers are computed again in the backward, not kept
@@ -237,7 +240,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = bounded((0.9, 0.98), 0, below=1)
     eps: float = bounded(1e-8, 1e-30, 1)
     momentum: float = bounded(0.95, 0, below=1)  # of muon
-    warmup_steps: int = bounded(100, 0, MAX_COUNT)
+    warmup_steps: int = bounded(100, 0, MAX_COUNT)  # at most half of the stage's steps are taken
     final_lr_ratio: float = bounded(0.0, 0, 1000)
     gradient_clipping: float = bounded(1.0, 0, MAX_COUNT)  # 0 turns it off
 
@@ -347,7 +350,16 @@ class Config:
         for side in ("query", "doc"):
             features: dict[str, Feature] = getattr(self.data, side)
             content["data"][side] = {name: feature.declaration() for name, feature in features.items()}
-        return cast(dict[str, Any], json.loads(json.dumps(content)))
+        return cast(dict[str, Any], json.loads(json.dumps(content, default=_plain)))
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON has for a path, or for NumPy's number. Raises TypeError."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Number) and hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"{value!r:.80} is no text, number, list or mapping")
 
 
 def _settled(loss: LossConfig, data: DataConfig) -> LossConfig:

@@ -20,12 +20,16 @@ from bigdssm.errors import ConfigError
 
 @checked
 def config_of(config: Config | str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Return a Config as it is, or that of a YAML file with `overrides`. Raises ConfigError."""
+    """Return a Config, checked as one that was read, or that of a YAML file with `overrides`. Raises ConfigError."""
     if not isinstance(config, Config):
         return load_config(config, overrides)
     if overrides:
         raise ConfigError("key=value changes a config file; of a Config make another with dataclasses.replace")
-    return config
+    try:
+        content = config.to_dict()
+    except TypeError as error:
+        raise ConfigError(f"Config: {error}; needs the types of its fields") from None
+    return config_from(Path("Config"), content)
 
 
 def config_from(source: Path, *contents: Any) -> Config:
@@ -42,11 +46,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises ConfigError: missing file, YAML that does not parse, unknown or missing keys, wrong types, or values that
     do not go together.
     """
+    config = read_config(path, overrides)
+    check_config(config)
+    return config
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Return the Config that `load_config` returns, whose values may not go together. Raises ConfigError."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist; --config takes a YAML file such as those in configs/")
     content = read_yaml(path, "the sections run, data, model, …")
-    return config_from(path, content, _changes(overrides))
+    return as_kind(path, Config, content, _changes(overrides))
 
 
 def _changes(overrides: Sequence[str]) -> DictConfig:

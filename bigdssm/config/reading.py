@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from types import UnionType
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -37,9 +41,31 @@ def as_kind(path: Path, kind: type[Kind], *contents: Any) -> Kind:
             raise ConfigError(f"{path}: required key {missing[0]} is missing; give it a value")
         return cast(Kind, OmegaConf.to_object(merged))
     except ConfigKeyError as error:
-        raise ConfigError(f"{path}: unknown key {error.full_key}: {first_line(error)}") from None
+        found = first_line(error).partition(". Did you mean")[0]  # without the sections that it is in
+        meant = _nearest(str(error.full_key), kind)
+        raise ConfigError(f"{path}: unknown key {error.full_key}: {found}{meant}") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error.full_key or kind.__name__.lower()}: {first_line(error)}") from None
+
+
+def _nearest(key: str, kind: type) -> str:
+    """Return `. Did you mean …?` with the keys of `kind` that a dotted `key` may stand for, or nothing."""
+    known = list(_dotted(kind))
+    section, _, name = key.partition(".")
+    inner = [other for other in known if other.startswith(f"{section}.") and other.endswith(f".{name}")]
+    near = inner[:3] if name and inner else difflib.get_close_matches(key, known, 1)
+    return f". Did you mean {' or '.join(near)}?" if near else ""
+
+
+def _dotted(kind: type, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of a dataclass, and of those in its fields."""
+    hints = get_type_hints(kind)
+    for f in fields(cast(Any, kind)):
+        yield f"{prefix}{f.name}"
+        hint = hints[f.name]
+        for inner in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
+            if isinstance(inner, type) and is_dataclass(inner):
+                yield from _dotted(inner, f"{prefix}{f.name}.")
 
 
 def first_line(error: Exception) -> str:

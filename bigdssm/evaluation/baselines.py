@@ -6,13 +6,15 @@ All are fitted to the train split alone and scored on the same rows, filter and 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 from scipy.sparse.linalg import svds
 
+from bigdssm.arguments import argument
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.transitions import Transitions, last_items
@@ -104,15 +106,34 @@ BASELINES: dict[str, Any] = {  # by name; each has fit(dataset, **options), and 
 }
 
 
-def fit_baseline(name: str, dataset: Dataset, options: Mapping[str, Any]) -> Callable[[Rows], np.ndarray]:
-    """Return the baseline `name` of BASELINES, fitted. Raises ConfigError: an option too many, or missing."""
+# The least that an option may be, and whether it must be above it.
+_LEAST: dict[str, tuple[float, bool]] = {
+    **dict.fromkeys(("window", "dim", "neighbours", "factors", "iterations", "steps", "rows"), (1, False)),
+    **dict.fromkeys(("regularisation", "weight", "lr"), (0, True)),
+    **dict.fromkeys(("warmup_steps", "seed"), (0, False)),
+}
+
+
+def check_options(name: str, options: Mapping[str, Any], *, all_of_them: bool = True) -> None:
+    """Raise ConfigError unless the baseline `name` can have these options; `all_of_them`: and needs no others."""
     fit = BASELINES[name].fit
-    known = dict(list(inspect.signature(fit).parameters.items())[1:])
-    for option in options:
+    known, hints = dict(list(inspect.signature(fit).parameters.items())[1:]), get_type_hints(fit)
+    for option, given in options.items():
         if option not in known:
             raise ConfigError(f"the baseline {name} has no option {option}, but {', '.join(known) or 'none'}")
+        value = argument(f"the baseline {name}: {option}", given, hints[option])
+        least, above = _LEAST.get(option, (-math.inf, False))
+        within = hints[option] not in (int, float) or (value > least if above else value >= least)
+        if not within or value == math.inf:
+            needed = f"{'above' if above else 'at least'} {least}" if math.isfinite(least) else "a finite number"
+            raise ConfigError(f"the baseline {name}: {option}: got {given}, needs {needed}")
     for option, parameter in known.items():
-        if parameter.default is inspect.Parameter.empty and option not in options:
+        if all_of_them and parameter.default is inspect.Parameter.empty and option not in options:
             raise ConfigError(f"the baseline {name} needs the option {option}")
-    fitted: Callable[[Rows], np.ndarray] = fit(dataset, **options)
+
+
+def fit_baseline(name: str, dataset: Dataset, options: Mapping[str, Any]) -> Callable[[Rows], np.ndarray]:
+    """Return the baseline `name` of BASELINES, fitted. Raises ConfigError: an option cannot be, or is missing."""
+    check_options(name, options)
+    fitted: Callable[[Rows], np.ndarray] = BASELINES[name].fit(dataset, **options)
     return fitted

@@ -21,6 +21,7 @@ from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.judges import Bm25Judge
 from bigdssm.evaluation.pretrained import check_encoder, text_encoders
+from bigdssm.precision import takes_bf16
 from bigdssm.retrieval.embed import Encoders
 from bigdssm.retrieval.texts import Texts
 
@@ -106,7 +107,7 @@ class SentenceTransformerTexts(VectorTexts):
         with tempfile.TemporaryDirectory() as spool:
             arguments = Arguments(
                 spool, max_steps=steps, per_device_train_batch_size=rows, learning_rate=lr, warmup_steps=warmup_steps,
-                bf16=bf16, seed=seed, batch_sampler="no_duplicates", use_cpu=True, save_strategy="no",
+                bf16=bf16 and takes_bf16(), seed=seed, batch_sampler="no_duplicates", use_cpu=True, save_strategy="no",
                 logging_strategy="no", report_to="none", disable_tqdm=True,
             )  # fmt: skip
             loss = MultipleNegativesRankingLoss(model)

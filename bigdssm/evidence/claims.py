@@ -149,6 +149,10 @@ def _check(path: Path, claim: Claim) -> None:
     need(bool(claim.sets), "sets", "none", "at least one")
     need(bool(claim.cells), "cells", "none", "at least one")
     for name, data in claim.sets.items():
+        for key, folder in ((f"sets.{name}", name), (f"sets.{name}.pool", data.pool)):
+            plain = folder is None or (folder not in (".", "..", "data") and not set(folder) & set("/\\\0"))
+            need(plain, key, ascii(folder), "the name of a folder in --out: no slashes, and not data")
+        need(all(0 <= seed < 2**32 for seed in data.seeds), f"sets.{name}.seeds", list(data.seeds), "0 to 2**32 - 1")
         need(len(set(data.seeds)) == len(data.seeds) > 0, f"sets.{name}.seeds", list(data.seeds), "each once")
     for name, cell in claim.cells.items():
         key = f"cells.{name}"
@@ -191,6 +195,7 @@ def _check(path: Path, claim: Claim) -> None:
         need(one, key, "both or none", "better or no_better")
         for cell_name in (expected.cell, expected.than):
             need(cell_name in claim.cells, key, cell_name, f"one of the cells {', '.join(claim.cells)}")
+        need(expected.cell != expected.than, key, f"{expected.cell} against itself", "two cells")
     need(not claim.benches or len(claim.sets) == 1, "sets", ", ".join(claim.sets), "one, where there are benches")
     for number, bench in enumerate(claim.benches):
         key, models = f"benches[{number}]", [name for name, cell in claim.cells.items() if cell.baseline is None]

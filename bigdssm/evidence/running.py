@@ -14,6 +14,7 @@ import os
 import shlex
 from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -23,21 +24,22 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from bigdssm.atomic import write_text
-from bigdssm.config import Config, StageName, load_config
+from bigdssm.config import Config, StageName, config_from, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
-from bigdssm.evaluation.baselines import fit_baseline
+from bigdssm.evaluation.baselines import check_options, fit_baseline
 from bigdssm.evaluation.split import evaluate_scores
 from bigdssm.evaluation.systems import System, save_comparison
 from bigdssm.evidence.claims import Cell, Claim, DataSet
 from bigdssm.hashing import hex64
-from bigdssm.log import get_logger, read_records
+from bigdssm.log import MetricsWriter, get_logger, read_records
 from bigdssm.running.commands import run_command
 from bigdssm.source import code_checksum
 
 REPORT, COMMANDS, JUDGED, TAUGHT = "report.json", "commands.jsonl", "judged.npy", "teacher"
 logger = get_logger(__name__)
 _making = Lock()  # of datasets, one at a time
+_fitting = Lock()  # of baselines: they share this process's random state, and its processor time is what each took
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Trial:
 def trials(claim: Claim, out: Path) -> list[Trial]:
     """Return all trials of a claim whose runs stand in `out`; those that others start from come first.
 
-    Raises ConfigError: what is wrong with a set's config.
+    Raises ConfigError: what is wrong with a set's config, or a cell is compared with its equal.
     """
     found: dict[tuple[str, str, int], Trial] = {}
     for set_name, data in claim.sets.items():
@@ -119,14 +121,38 @@ def trials(claim: Claim, out: Path) -> list[Trial]:
                 after = None if cell.after is None else found[set_name, cell.after, seed]
                 teacher = None if cell.teacher is None else found[set_name, cell.teacher, seed]
                 run = folder / f"seed-{seed}"
-                found[set_name, cell_name, seed] = Trial(claim, set_name, cell_name, seed, run, after, teacher)
+                trial = Trial(claim, set_name, cell_name, seed, run, after, teacher)
+                found[set_name, cell_name, seed] = trial
+        for number, expected in enumerate(claim.expect):
+            first, second = (found.get((set_name, name, data.seeds[0])) for name in (expected.cell, expected.than))
+            if first is not None and second is not None and first.report == second.report:
+                raise ConfigError(
+                    f"expect[{number}]: {expected.cell} and {expected.than} are the same on {set_name}, needs two "
+                    "cells that differ"
+                )
     return list(found.values())
+
+
+def _check(trial: Trial) -> None:
+    """Raise ConfigError where a trial could not be run."""
+    data, cell = trial.data, trial.cell
+    try:
+        config = config_from(Path(data.config), _config_content(trial))
+        if cell.baseline is not None:
+            check_options(cell.baseline, cell.options)
+        for stage in trial.stages if cell.baseline is None else ():
+            config.stage(stage)
+    except ConfigError as error:
+        raise ConfigError(f"cells.{trial.cell_name} on {trial.set_name}: {error}") from None
+    if cell.without and _made(data, cell) is None:
+        raise ConfigError(f"sets.{trial.set_name}.make: missing; cells that leave features out need their dataset made")
 
 
 def run_trials(which: Sequence[Trial], at_once: int, kept: Container[str] = ()) -> None:
     """Run those that are not finished, `at_once` side by side; raises the first one's error once all have ended.
 
-    What others start from is run as well, and what is `kept` is not, unless another starts from it.
+    What others start from is run as well, and what is `kept` is not, unless another starts from it. Raises ConfigError
+    before the first is run where a config of a cell, or an option of its baseline, cannot be.
     """
     errors: list[Exception] = []
 
@@ -141,6 +167,8 @@ def run_trials(which: Sequence[Trial], at_once: int, kept: Container[str] = ()) 
     wanted = [trial for trial in which if trial.name not in kept]
     wanted = [needed for trial in wanted if not trial.report.exists() for needed in trial.needed] + wanted
     once = {trial.report: trial for trial in wanted if not trial.report.exists()}
+    for trial in {trial.folder.parent: trial for trial in once.values()}.values():  # of each cell one
+        _check(trial)
     for of_kind in (False, True):
         folders: dict[Path, list[Trial]] = {}
         for trial in once.values():
@@ -162,7 +190,8 @@ def run_trial(trial: Trial) -> None:
         config = write_config(trial)
     measured = load_config(trial.data.config, trial.data.set).data.dir if trial.cell.make else config.data.dir
     if trial.cell.baseline is not None:
-        _measure_baseline(trial, config, Dataset.open(measured))
+        with _fitting:
+            _measure_baseline(trial, config, Dataset.open(measured))
         return
     overrides = [f"run.dir={trial.folder}", f"run.seed={trial.seed}"]
     if trial.start is not None:
@@ -185,23 +214,26 @@ def run_trial(trial: Trial) -> None:
 
 def write_config(trial: Trial) -> Config:
     """Write the cell's config, make its dataset where it has one of its own, and return it."""
-    content = _content(trial.claim, trial.set_name, trial.cell_name)
-    make = _made(trial.data, trial.cell)
-    if trial.cell.without and make is None:
-        raise ConfigError(f"sets.{trial.set_name}.make: missing; cells that leave features out need their dataset made")
+    content, make = _config_content(trial), _made(trial.data, trial.cell)
     if make is not None:
         made_of = hex64(repr((OmegaConf.to_yaml(content.data), make)))
         content.data.dir = str(trial.folder.parents[2] / "data" / made_of)
-    if trial.cell.judge:
-        OmegaConf.update(content, "sft.mining.file", str(trial.folder / JUDGED))
-    if trial.teacher is not None:
-        OmegaConf.update(content, "sft.teacher", str(trial.teacher.folder / TAUGHT))
     write_text(trial.config_file, OmegaConf.to_yaml(content))
     config = load_config(trial.config_file)
     if make is not None and not Path(config.data.dir).exists():
         kind, *arguments = shlex.split(make)
         _command(trial, "make_shards", kind, "--config", str(trial.config_file), *arguments)
     return config
+
+
+def _config_content(trial: Trial) -> Any:
+    """Return a trial's config as YAML has it, with the files of its judges and its teacher."""
+    content = _content(trial.claim, trial.set_name, trial.cell_name)
+    if trial.cell.judge:
+        OmegaConf.update(content, "sft.mining.file", str(trial.folder / JUDGED))
+    if trial.teacher is not None:
+        OmegaConf.update(content, "sft.teacher", str(trial.teacher.folder / TAUGHT))
+    return content
 
 
 def _made(data: DataSet, cell: Cell) -> str | None:
@@ -304,5 +336,5 @@ def _note(trial: Trial, command: str, code: int, cpu_s: float, wall_s: float) ->
         "command": command, "exit_code": code, "cpu_seconds": round(cpu_s, 2), "seconds": round(wall_s, 2),
         "code": code_checksum(),
     }  # fmt: skip
-    with (trial.folder / COMMANDS).open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(record) + "\n")
+    with closing(MetricsWriter(trial.folder / COMMANDS)) as writer:
+        writer.write(record)

@@ -270,7 +270,10 @@ def feature_types() -> tuple[str, ...]:
 def feature_type(name: Any, key: str) -> type[Feature]:
     """Return the class of a type. Raises ConfigError: `key` names what asked for it."""
     if name not in _TYPES:
-        raise ConfigError(f"{key}.type: got {name}, needs one of {', '.join(_TYPES)}")
+        raise ConfigError(
+            f"{key}.type: got {name}, needs one of {', '.join(_TYPES)}, or a type whose module is imported first "
+            "(docs/extending.md)"
+        )
     return _TYPES[name]
 
 

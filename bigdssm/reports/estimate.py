@@ -33,6 +33,7 @@ from bigdssm.dataset.tensors import Features
 from bigdssm.losses.passes import loss_bytes, loss_sent_bytes, vector_bytes
 from bigdssm.models import CrossEncoder, DualEncoder, Encoded, use_plain_attention
 from bigdssm.models.encoders import text_architectures
+from bigdssm.precision import settle_precision
 from bigdssm.reports.live_memory import LiveBytes
 from bigdssm.retrieval.embed import CHUNK_TOKENS_CPU
 from bigdssm.retrieval.mined import UniformNegatives
@@ -96,6 +97,7 @@ class Estimate:
 def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int) -> Estimate:
     """Return what the stage `name` of `config` takes on `world_size` ranks; of `dataset`, one step's rows are read."""
     stage, engine = config.stage(name), config.engine
+    engine = settle_precision(engine, "cuda" if torch.cuda.is_available() else "cpu")
     stream = row_stream(config, stage, dataset, rank=0, world_size=world_size)
     share = replace(stage.loss, uniform_negatives=-(-stage.loss.uniform_negatives // world_size))
     mined = UniformNegatives(dataset.catalogue.num_docs) if stage.loss.negatives else None  # before they are mined

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bigdssm.running.launcher import STARTED_BY
+
 LOOK_S = 1.0
 
 
@@ -29,6 +31,11 @@ class Ended:
             raise subprocess.CalledProcessError(self.exit_code, [*self.line, f"# see {self.log}"])
 
 
+def environment() -> dict[str, str]:
+    """Return this process's environment for a command that it starts; a training in it ends where this process has."""
+    return {**os.environ, STARTED_BY: str(os.getpid())}
+
+
 def run_command(log: Path, command: str, *arguments: str, look: Callable[[], None] | None = None) -> Ended:
     """Run `bigdssm command …` to its end, its output behind what `log` holds; `look` is called every LOOK_S meanwhile.
 
@@ -39,7 +46,7 @@ def run_command(log: Path, command: str, *arguments: str, look: Callable[[], Non
     program = (command,) if command.endswith(".py") else ("-m", "bigdssm.commands", command)
     line, started = (sys.executable, *program, *arguments), time.perf_counter()
     with log.open("ab") as output:
-        process = subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT, env=environment())
         try:
             pid, status, used = os.wait4(process.pid, 0 if look is None else os.WNOHANG)
             while not pid:

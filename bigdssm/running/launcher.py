@@ -11,6 +11,7 @@ from pathlib import Path
 from bigdssm.errors import ConfigError
 
 DEEPSPEED_LAUNCHER = b"deepspeed.launcher.launch"
+STARTED_BY = "BIGDSSM_STARTED_BY"  # pid of the command (seeds, tune, evidence) that has started this run
 MEETING = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what ranks that talk to each other are told as well
 
 
@@ -18,7 +19,7 @@ class Launcher:
     """The processes above this one whose end should end the run; none where no launcher started it.
 
     Under torchrun that is the parent. DeepSpeed has two: the runner that was called and the launcher it starts, which
-    outlives a runner that was killed or got SIGTERM.
+    outlives a runner that was killed or got SIGTERM. Further up there may be a command of ours.
     """
 
     def __init__(self) -> None:
@@ -27,9 +28,13 @@ class Launcher:
         self._deepspeed = DEEPSPEED_LAUNCHER in _command(self._parent)
         self._watched = self._deepspeed or "TORCHELASTIC_RUN_ID" in os.environ
         self._above = parent_of(self._parent) if self._deepspeed else None
+        starter = os.environ.get(STARTED_BY, "")
+        self._starter = int(starter) if _is_number(starter) and not _has_ended(int(starter)) else None
 
     def lost(self) -> str | None:
         """Return what has ended, or None where all is as it was."""
+        if self._starter is not None and _has_ended(self._starter):
+            return f"the command that has started it (pid {self._starter})"
         if not self._watched:
             return None
         if os.getppid() != self._parent:
@@ -85,6 +90,10 @@ def state_of(pid: int) -> str | None:
     """Return the state letter of a process (R, S, D; T stopped, Z ended), None where there is no such process."""
     fields = _fields(pid)
     return fields[0] if fields else None
+
+
+def _has_ended(pid: int) -> bool:
+    return state_of(pid) in (None, "Z")
 
 
 def _fields(pid: int) -> list[str] | None:

@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import platform
+import re
 import socket
 import threading
 import time
@@ -107,7 +108,7 @@ def run_identity(folder: Path, saved: str | None) -> str:
     if distributed.is_main():
         path = folder / RUN_ID_FILE
         found = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
-        if not found:
+        if not re.fullmatch("[0-9a-f]{32}", found):  # lost, or damaged
             found = saved or uuid.uuid4().hex
             atomic.write_text(path, f"{found}\n")
     return distributed.broadcast_object(found)

@@ -91,11 +91,12 @@ class Health:
         }
         self._trackers.log({key: value for key, value in record.items() if value == value})  # JSON has no NaN
         eta_s = (self._total_steps - step) * seconds / interval.steps
+        accuracy = f"accuracy {stats['in_batch_accuracy']:.1%}  " if "in_batch_accuracy" in stats else ""
         logger.info(
-            "%s %d/%d  loss %.4f  lr %.2e  |g| %.2f  alpha %.2f  accuracy %.1f%%  dropped %.2f%%  %s rows/s  "
+            "%s %d/%d  loss %.4f  lr %.2e  |g| %.2f  alpha %.2f  %sdropped %.2f%%  %s rows/s  "
             "%s tokens/s  data wait %.0f%%  padding %.0f%%  distinct %.0f%%  skipped %d  %.2f GB  ETA %d:%02d",
             self._name, step, self._total_steps, result.loss, record["lr"], gradient_norm, result.agreed.alpha,
-            100 * stats.get("in_batch_accuracy", 0.0), 100 * stats.get("dropped_fraction", 0.0),
+            accuracy, 100 * stats.get("dropped_fraction", 0.0),
             f"{rows_per_s:,.0f}", f"{record['tokens_per_s']:,.0f}",
             100 * record["data_wait_fraction"], 100 * record["padding_fraction"],
             100 * record["distinct_fraction"], record["skipped"], record["memory_gb"], eta_s // 60, eta_s % 60,

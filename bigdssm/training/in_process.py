@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from bigdssm.running.launcher import check_launch
 from bigdssm.running.signals import StopRequest
 from bigdssm.training.engine import leave_process_group
 from bigdssm.training.random_state import RandomState
-from bigdssm.training.stages import run_stage
+from bigdssm.training.stages import run_stage, sole_stage
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Trained:
 def pretrain(config: Config | str | Path, overrides: Sequence[str] = (), *, resume: bool = False) -> Trained:
     """Pretrain and return what was learned; `overrides` are key=value of a file, `resume` goes on where it was.
 
-    Signals stay with the caller: Ctrl-C ends it unsaved, `bigdssm stop_run RUN --save` saves. Raises BigDSSMError.
+    Signals stay with the caller: Ctrl-C ends it unsaved, `bigdssm stop_run RUN --save` saves. One stage at a
+    time trains in a process. Raises BigDSSMError.
     """
     return _train(config_of(config, overrides), "pretrain", resume)
 
@@ -46,12 +48,17 @@ def sft(config: Config | str | Path, overrides: Sequence[str] = (), *, resume: b
 
 
 def _train(config: Config, stage: StageName, resume: bool) -> Trained:
-    with _as_it_was():
+    with sole_stage(), _as_it_was():
         progress = run_stage(
             config, stage, resume=resume, validate_only=False, world_size=check_launch(),
             stop=StopRequest(hear_signals=False),
         )  # fmt: skip
-    chosen = [] if progress is None else [entry for entry in progress.history if entry["step"] == progress.best_step]
+    assert progress is not None
+    chosen = [
+        entry
+        for entry in progress.history
+        if math.isfinite(progress.best) and entry["step"] == progress.best_step  # not of an earlier part
+    ]
     return Trained(config.stage_dir(stage) / "best", chosen[-1] if chosen else {})
 
 

@@ -83,6 +83,9 @@ class Objective:
         config = self._config
         weight = relevance_weight(batch.relevance, config.weight)
         output = self._on_scores(encoded, batch, weight) if config.scorer else self._on_vectors(encoded, batch, weight)
+        if config.sampling != "none" and config.gamma > 0:  # it counts corrected scores, which nothing is served by
+            stats = {name: value for name, value in output.stats.items() if name != "in_batch_accuracy"}
+            output = replace(output, stats=stats)
         if config.norm_penalty == 0:
             return output
         assert encoded.U is not None and encoded.W is not None

@@ -64,7 +64,10 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 def find_optimizer(name: str) -> OptimizerKind:
     """Return the optimizer that a config names. Raises ConfigError: none is registered under it."""
     if name not in _OPTIMIZERS:
-        raise ConfigError(f"optimizer.name: got {name}, needs one of {', '.join(_OPTIMIZERS)}")
+        raise ConfigError(
+            f"optimizer.name: got {name}, needs one of {', '.join(_OPTIMIZERS)}, or an optimizer whose module is "
+            "imported first (docs/extending.md)"
+        )
     return _OPTIMIZERS[name]
 
 
@@ -122,9 +125,14 @@ register_optimizer(
 )
 
 
+def warmup_steps(total_steps: int, config: OptimizerConfig) -> int:
+    """Return the steps of warm-up, at most half of all: the schedule ends at `final_lr_ratio`, however short it is."""
+    return min(config.warmup_steps, math.ceil(total_steps / 2))
+
+
 def schedule_factor(applied_steps: int, total_steps: int, config: OptimizerConfig) -> float:
     """Return what the base learning rate is multiplied by at step `applied_steps`: linear warm-up, then a cosine."""
-    warmup = min(config.warmup_steps, total_steps)
+    warmup = warmup_steps(total_steps, config)
     if applied_steps < warmup:
         return (applied_steps + 1) / (warmup + 1)
     progress = min(1.0, (applied_steps - warmup) / max(1, total_steps - warmup))

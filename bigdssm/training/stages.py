@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,11 +21,12 @@ from bigdssm.artifacts.model_folder import load_model_folder
 from bigdssm.artifacts.store import CheckpointStore
 from bigdssm.batching.plan import Budget
 from bigdssm.cli import ProgressBar
-from bigdssm.config import Config, StageName, first_difference
+from bigdssm.config import Config, EngineConfig, StageName, first_difference
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.log import get_logger
 from bigdssm.models import DualEncoder, new_model
+from bigdssm.precision import saved_precision, settle_precision
 from bigdssm.retrieval.teacher import TeacherVectors
 from bigdssm.running.alerts import SpikeAlert
 from bigdssm.running.faults import Faults
@@ -43,18 +47,37 @@ from bigdssm.training.health import Health, describe_ranks
 from bigdssm.training.loop import SaveClock, Stage, StageProgress, Watch, restore, train
 from bigdssm.training.mining import Mining
 from bigdssm.training.objective import Objective
+from bigdssm.training.optimizers import warmup_steps
 from bigdssm.training.resuming import check_length, check_origin, part_steps
 from bigdssm.training.validation import Validator
 from bigdssm.training.warm_start import start_items
 
 logger = get_logger(__name__)
+_training = threading.Lock()
+
+
+@contextmanager
+def sole_stage() -> Iterator[None]:
+    """Hold this process for one stage: random state, process group and thread counts are the process's.
+
+    Raises ConfigError where another thread trains.
+    """
+    if not _training.acquire(blocking=False):
+        raise ConfigError(
+            "a stage is training in this process, needs none: random numbers and the process group are shared by all "
+            "threads; train one stage after the other, or each in a process of its own (bigdssm pretrain)"
+        )
+    try:
+        yield
+    finally:
+        _training.release()
 
 
 def run_stage(
     config: Config, name: StageName, *, resume: bool, validate_only: bool, world_size: int,
     launcher: Launcher | None = None, stop: StopRequest | None = None,
 ) -> StageProgress | None:  # fmt: skip
-    """Check, build and train one stage on this rank, and return its progress at the end.
+    """Check, build and train one stage on this rank, within `sole_stage`, and return its progress at the end.
 
     `validate_only` stops after the first batch was made and returns None.
     """
@@ -98,9 +121,14 @@ def run_stage(
             with ProgressBar() as bar, closing(stream):
                 alert = SpikeAlert(folder, distributed.rank(), distributed.world_size(), done.step)
                 watch = Watch(watchdog, stop, Faults.from_environment(), alert)
-                origin = {"config": config.to_dict(), "versions": versions(), "run_id": run_id}
+                saved = checkpoint.state.get("precision") if checkpoint is not None else None
+                how = settle_precision(config.engine, device().type, saved)
+                origin = {
+                    "config": config.to_dict(), "versions": versions(), "run_id": run_id,
+                    "precision": saved_precision(config.engine, how),
+                }  # fmt: skip
                 stage = _assemble(
-                    config, name, model, stream, store, checkpoint, new_part, trackers, bar, watch, origin
+                    config, name, model, stream, store, checkpoint, new_part, trackers, bar, watch, how, origin
                 )
                 checkpoint = None  # all that was read of it is in its place: let go of it
                 note_start(folder, stage.progress.step, stage.total_steps)
@@ -111,19 +139,21 @@ def run_stage(
                 )  # fmt: skip
                 stop.wait_for_steps()
                 progress = train(stage)
-    best = (
-        f"best validation NDCG@10 {progress.best:.4f}"
-        if progress.history
-        else "no validation split, the newest is best,"
-    )
-    logger.info("%s finished: %s at step %d", name, best, progress.best_step)
+    logger.info("%s finished: %s at step %d", name, describe_best(progress), progress.best_step)
     return progress
+
+
+def describe_best(progress: StageProgress) -> str:
+    """Return for example `best validation NDCG@10 0.1234`, of the present part."""
+    if math.isfinite(progress.best):
+        return f"best validation NDCG@10 {progress.best:.4f}"
+    return "no validation split, the newest is best,"
 
 
 def _assemble(
     config: Config, name: StageName, model: DualEncoder, stream: RowStream, store: CheckpointStore,
     checkpoint: ReadCheckpoint | None, new_part: bool, trackers: Trackers, bar: ProgressBar, watch: Watch,
-    origin: dict[str, Any],
+    how: EngineConfig, origin: dict[str, Any],
 ) -> Stage:  # fmt: skip
     stage_config, folder, dataset = config.stage(name), config.stage_dir(name), stream.dataset
     rows_per_rank = stage_config.rows_global // distributed.world_size()
@@ -132,14 +162,12 @@ def _assemble(
         model.load_state_dict(read.weights())
     elif stage_config.warm_start.window:
         start_items(model, dataset, stage_config.warm_start)
-    if config.engine.checkpoint_activations:
+    if how.checkpoint_activations:
         model.checkpoint_activations()
-    engine = Engine(model, config.engine, stage_config.optimizer, max(1, rows_per_rank))
+    engine = Engine(model, how, stage_config.optimizer, max(1, rows_per_rank))
     loss = stage_config.loss
     counts = stream.doc_weights() if loss.sampling != "none" and loss.frequency == "counts" else None
-    objective = Objective(
-        loss, config.model, config.engine.loss_tile, counts, stream.queries_per_step, engine.product_dtype
-    )
+    objective = Objective(loss, config.model, how.loss_tile, counts, stream.queries_per_step, engine.product_dtype)
     mining = Mining(config, name, engine, dataset, folder, watch.progress)
     before = StageProgress(**checkpoint.state["progress"]) if checkpoint is not None and not new_part else None
     mined, documents = mining.begin(0 if before is None else before.step - before.part_step, before is not None)
@@ -153,7 +181,13 @@ def _assemble(
     if average is not None and checkpoint is not None:
         average.restore(checkpoint.common_tensors())
         documents = None  # of the weights, where validation takes their average
-    total_steps = progress.part_step + part_steps(stage_config, stream.steps_per_epoch)
+    steps = part_steps(stage_config, stream.steps_per_epoch)
+    total_steps, warmup = progress.part_step + steps, warmup_steps(steps, stage_config.optimizer)
+    if warmup < stage_config.optimizer.warmup_steps:
+        logger.warning(
+            "%s.optimizer.warmup_steps=%d is more than half of the %d steps: warm-up takes %d of them",
+            name, stage_config.optimizer.warmup_steps, steps, warmup,
+        )  # fmt: skip
     row_log = partial(
         RowLog, folder, rank=distributed.rank(), world_size=distributed.world_size(), next_step=progress.step
     )
@@ -162,7 +196,7 @@ def _assemble(
         folder=folder,
         config=stage_config,
         origin=origin,
-        budget=Budget.of(config.engine, cast(DualEncoder, engine.module).packs(training=True)),
+        budget=Budget.of(how, cast(DualEncoder, engine.module).packs(training=True)),
         total_steps=total_steps,
         starts_trained=initial_model(config, name) is not None or progress.part_step > 0,
         engine=engine,
@@ -182,7 +216,7 @@ def _assemble(
         validator=Validator(dataset, config, name, rows_per_chunk=1024),
         initial_documents=documents,
         store=store,
-        async_checkpoints=config.engine.async_checkpoints,
+        async_checkpoints=how.async_checkpoints,
         save_clock=SaveClock(stage_config.save_every_minutes),
         health=Health(name, engine, trackers, bar, total_steps, stage_config.rows_global, stage_config.log_every_steps),
         watch=watch,

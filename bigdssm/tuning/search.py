@@ -7,7 +7,8 @@ DIR/HASH/              the run of a trial, by its values
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,15 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from bigdssm.config import Config, StageName
+from bigdssm.bounds import out_of_bounds
+from bigdssm.config import Config, StageName, read_config
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.errors import ConfigError
+from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.baselines import fit_baseline
 from bigdssm.evaluation.split import evaluate_scores
 from bigdssm.hashing import hex64
+from bigdssm.locks import WriterLock
+from bigdssm.log import get_logger
 from bigdssm.running.commands import run_command
 from bigdssm.running.records import read_stage
 from bigdssm.running.run_folder import read_events, request_stop
@@ -31,6 +35,7 @@ from bigdssm.tuning.space import Space
 METRIC = "ndcg_at_10"  # of validation, what best/ is chosen by too
 PRUNED_AFTER = 5  # a fifth of the steps
 STOP_S = 600.0
+logger = get_logger(__name__)
 
 Value = Callable[[optuna.Trial, dict[str, Any]], float]
 """From a trial and its values by key to what it reaches on validation. Raises TrialPruned."""
@@ -101,9 +106,18 @@ def search(
 ) -> list[FrozenTrial]:
     """Return all trials of the search in `out`, going on with it until `trials` are finished; the best one first.
 
-    The first trial has the values `first`, where the space allows them. Raises the error of the trial that fails.
+    The first trial has the values `first`, where the space allows them. Raises the error of the trial that fails,
+    DataError: another search is under way in `out`; CheckpointError: its journal is damaged.
     """
     out.mkdir(parents=True, exist_ok=True)
+    with WriterLock(out / "search.lock", out):
+        _mend(out / "study.log")
+        return _search(value, space, out, trials, first, seed)
+
+
+def _search(
+    value: Value, space: Space, out: Path, trials: int, first: Mapping[str, Any], seed: int
+) -> list[FrozenTrial]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(out / "study.log"))),
@@ -126,6 +140,39 @@ def search(
             study.tell(trial, state=TrialState.PRUNED)
     finished = study.get_trials(states=done)
     return sorted(finished, key=lambda trial: (trial.state != TrialState.COMPLETE, -(trial.value or 0.0)))
+
+
+def _mend(journal: Path) -> None:
+    """Cut off what a kill or a full disk has left of a last record; what was begun by it is asked for again.
+
+    Raises CheckpointError: another record is damaged.
+    """
+    content = journal.read_bytes() if journal.exists() else b""
+    whole, newline, torn = content.rpartition(b"\n")
+    for number, line in enumerate(whole.split(b"\n") if newline else [], start=1):
+        try:
+            json.loads(line)["op_code"]
+        except (ValueError, KeyError, TypeError):
+            raise CheckpointError(
+                f"{journal} is damaged in line {number}, which is no record; remove it, and the search begins anew: "
+                "trainings that are finished are not run again"
+            ) from None
+    if torn:
+        logger.warning("%s: cut off the last record, which was never finished", journal)
+        os.truncate(journal, len(whole) + len(newline))
+
+
+def check_space(space: Space, path: str, overrides: Sequence[str], stage: StageName) -> None:
+    """Raise ConfigError where a key is none that the stage `stage` is trained by, or a value is out of its bounds."""
+    sections = ("data", "model", "engine", stage)
+    for key, value in space.ends():
+        if key.partition(".")[0] not in sections:
+            raise ConfigError(
+                f"the space's {key}: needs a key of {', '.join(sections)}: {stage} is trained for each value"
+            )
+        config = read_config(path, [*overrides, f"{key}={json.dumps(value)}"])
+        for bad, got, needed in out_of_bounds(config):
+            raise ConfigError(f"the space's {bad}: got {got}, needs {needed}")
 
 
 def values_of(config: Config, space: Space) -> dict[str, Any]:

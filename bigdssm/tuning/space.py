@@ -7,7 +7,7 @@ model.score: {choices: [dot, cosine]}
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard, cast
@@ -30,6 +30,15 @@ class Space:
     def inside(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return those of `values` that the search could propose itself."""
         return {key: value for key, value in values.items() if key in self.keys and _allows(self.keys[key], value)}
+
+    def ends(self) -> Iterator[tuple[str, Any]]:
+        """Yield (key, value) of the least and the largest of each, and of every choice."""
+        for key, distribution in self.keys.items():
+            if isinstance(distribution, CategoricalDistribution):
+                yield from ((key, choice) for choice in distribution.choices)
+            else:
+                assert isinstance(distribution, IntDistribution | FloatDistribution)
+                yield from ((key, distribution.low), (key, distribution.high))
 
 
 def read_space(path: Path) -> Space:

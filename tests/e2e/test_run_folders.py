@@ -310,6 +310,47 @@ def test_a_finished_stage_may_be_trained_longer(config: Path, run: Path) -> None
     assert (run / "pretrain" / "checkpoints" / "step-00000012").is_dir()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_training_ends_with_the_command_that_has_started_it(config: Path, tmp_path: Path, number: int) -> None:
+    """As tune and evidence start theirs: it saves, and the folder is free for the same command."""
+    run = tmp_path / "run"
+    arguments = ["pretrain", "--config", str(config), f"run.dir={run}", "pretrain.steps=1000000"]
+    code = "import pathlib; from bigdssm.running.commands import run_command as run; "
+    code += f"run(pathlib.Path('{tmp_path}/log'), *{arguments})"
+    starter = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    until, metrics = time.monotonic() + 120, run / "pretrain" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < until:
+        time.sleep(0.1)
+    starter.send_signal(number)
+    starter.wait()
+    while events(run)[-1]["event"] != "end" and time.monotonic() < until:
+        time.sleep(0.1)
+    assert events(run)[-1]["exit_code"] == 75, (tmp_path / "log").read_text()
+    assert [path.name[:5] for path in (run / "pretrain" / "checkpoints").iterdir() if path.is_dir()] == ["step-"]
+
+
+def rows_by_step(folder: Path) -> dict[int, list[int]]:
+    steps: dict[int, list[int]] = {}
+    for path in (folder / "pretrain").glob("row_ids-*.jsonl"):
+        for record in map(json.loads, path.read_text().splitlines()):
+            steps.setdefault(record["step"], []).extend(record["row_ids"])
+    return {step: sorted(ids) for step, ids in steps.items()}
+
+
+def test_other_numbers_of_ranks_go_on_with_the_same_rows(config: Path, tmp_path: Path) -> None:
+    """Two ranks, three, one, each stopped in the middle of an epoch and of the loaders' read-ahead."""
+    arguments = ("pretrain.steps=14", "debug.log_row_ids=true", "data.num_workers=1")
+    whole = pretrain(config, tmp_path / "whole", *arguments).wait()
+    assert whole.code == 0, whole.log
+    run = tmp_path / "run"
+    for ranks, fault, code in ((2, "term@4:1", 75), (3, "term@9:2", 75), (1, "", 0)):
+        resumed = pretrain(config, run, *arguments, *RESUME, ranks=ranks, env={"BIGDSSM_FAULT": fault}).wait()
+        assert resumed.codes == [code] * ranks, resumed.log
+    assert rows_by_step(run) == rows_by_step(tmp_path / "whole") and len(rows_by_step(run)) == 14
+    for mine, theirs in zip(small_run.records(run), small_run.records(tmp_path / "whole"), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
 def leaves(content: dict[str, Any], key: str = "") -> list[str]:
     found = []
     for name, value in content.items():

@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,35 @@ def test_a_stage_that_fails_leaves_the_process_as_it_was(folder: Path, tmp_path:
     with pytest.raises(ConfigError, match="dataclasses"):
         bigdssm.pretrain(bigdssm.load_config(folder / "config.yaml"), SHORT)
     assert state_of_process() == before
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_a_second_stage_in_the_process_is_refused(
+    folder: Path, trained: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """In any thread; the first has the weights that it has alone."""
+    from bigdssm.training import loop
+
+    step, refusals = loop.train_step, list[str]()
+
+    def second() -> None:
+        try:
+            getattr(bigdssm, stage)(folder / "config.yaml", [*SHORT, f"run.dir={tmp_path}/second"])
+        except ConfigError as error:
+            refusals.append(str(error))
+
+    def step_beside_another(*arguments: Any) -> Any:
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+        return step(*arguments)
+
+    monkeypatch.setattr(loop, "train_step", step_beside_another)
+    best = bigdssm.pretrain(folder / "config.yaml", [*SHORT, f"run.dir={tmp_path}/first"]).best
+    assert len(refusals) == 4 and all("a stage is training in this process, needs none" in words for words in refusals)
+    assert not (tmp_path / "second").exists()
+    weights = (folder / "run/pretrain/best/model.safetensors").read_bytes()
+    assert (best / "model.safetensors").read_bytes() == weights
 
 
 def test_a_stage_in_the_process_can_be_asked_to_stop_by_file(

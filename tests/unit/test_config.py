@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
-from bigdssm.config import first_difference, load_config
+from bigdssm.config import OptimizerConfig, config_of, first_difference, load_config
 from bigdssm.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +33,52 @@ def path(tmp_path: Path) -> Path:
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(MINIMAL))
     return file
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"steps": 2.5}, "Config: pretrain.steps: .*2.5"),
+        ({"steps": -1}, "pretrain.steps: got -1, needs at least 0"),
+        ({"steps": "two"}, "Config: pretrain.steps: .*two"),
+        ({"steps": object()}, "Config: .* is no text, number, list or mapping"),
+        ({"optimizer": OptimizerConfig(lr=float("nan"))}, "pretrain.optimizer.lr: got nan, needs a finite number"),
+    ],
+)
+def test_a_config_of_python_callers_is_checked_as_a_file_is(path: Path, given: dict[str, Any], sentence: str) -> None:
+    loaded = load_config(path)
+    with pytest.raises(ConfigError, match=sentence):
+        config_of(replace(loaded, pretrain=replace(loaded.pretrain, **given)))
+
+
+def test_a_config_of_python_callers_may_hold_paths_and_numpys_numbers(path: Path) -> None:
+    loaded = load_config(path)
+    stage = replace(loaded.pretrain, steps=np.int64(2), epochs=np.float32(0.5))
+    given = config_of(replace(loaded, run=replace(loaded.run, dir=Path("a/b")), pretrain=stage))
+    assert (given.run.dir, given.pretrain.steps, given.pretrain.epochs) == ("a/b", 2, 0.5)
+    assert type(given.pretrain.steps) is int and config_of(loaded) == loaded
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("pretrain.lr", "Did you mean pretrain.optimizer.lr?"),
+        ("sft.negatives", "Did you mean sft.loss.negatives?"),
+        ("sft.file", "Did you mean sft.mining.file?"),
+        ("model.embedding_dim", "Did you mean model.query.embedding_dim or model.doc.embedding_dim?"),
+        ("pretrain.loss.nmae", "Did you mean pretrain.loss.name?"),
+        ("engin.precision", "Did you mean engine?"),
+    ],
+)
+def test_an_unknown_key_names_the_one_that_is_meant(path: Path, key: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match="unknown key") as caught:
+        load_config(path, [f"{key}=1"])
+    assert meant in str(caught.value)
+
+
+def test_an_unknown_loss_or_optimizer_may_be_one_that_was_not_imported(path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"needs one of 'fps', .*, or a loss whose module is imported first"):
+        load_config(path, ["pretrain.loss.name=mine"])
 
 
 def test_a_minimal_config_loads_and_survives_its_own_yaml(path: Path, tmp_path: Path) -> None:

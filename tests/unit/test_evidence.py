@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from bigdssm.evidence.claims import Expectation, read_claim
 from bigdssm.evidence.kept import keep, read_kept, write_kept
 from bigdssm.evidence.page import as_markdown, write_page
 from bigdssm.evidence.results import Result, collect, together
-from bigdssm.evidence.running import Trial, run_trial, run_trials, trials, write_config
+from bigdssm.evidence.running import Trial, cpu_seconds, run_trial, run_trials, trials, write_config
 from bigdssm.running.commands import Ended
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,6 +97,13 @@ def written(tmp_path: Path, **changed: Any) -> Path:
         ({"benches": [{"about": "x", "of": ["z"], "run": ["{out}"], "records": "y"}]}, r"benches\[0\].of: got \['z'\]"),
         ({"benches": [{"about": "x", "of": ["a"], "run": ["embed"], "records": "y"}]}, "needs {out} in the last"),
         ({"benches": [{"about": "x", "of": ["a"], "run": ["{out}"]}]}, "records"),
+        *(
+            ({"sets": {name: {"config": "x"}}}, r"sets\..*: got '.*', needs the name of a folder in --out")
+            for name in ("../evil", "/evil", "a/b", "..", "data", "a\\b")
+        ),
+        ({"sets": {"x": {"config": "c", "pool": "../z"}}}, r"sets\.x\.pool: got '\.\./z', needs the name of a folder"),
+        ({"sets": {"x": {"config": "c", "seeds": [2**63 - 1]}}}, r"sets\.x\.seeds: got .*, needs 0 to 2\*\*32 - 1"),
+        ({"expect": [{"better": "a", "than": "a"}]}, r"expect\[0\]: got a against itself, needs two cells"),
         ({"expect": [{"better": "a", "no_better": "b", "than": "c"}]}, "got both or none, needs better or no_better"),
     ],
 )
@@ -149,6 +157,67 @@ def test_cells_that_are_alike_share_a_folder(tmp_path: Path, tiny_interactions: 
     assert "max_items: 9" in changed.read_text()
     other = read_claim(written(tmp_path, sets={"small": {"config": str(changed)}}))
     assert trials(other, tmp_path)[0].folder != found["a", 0].folder, "the config's content counts, not its name"
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"cells": {**CLAIM["cells"], "d": {"set": ["pretrain.epoch=2"]}}}, "d on small: .*unknown key pretrain.epoch"),
+        ({"cells": {**CLAIM["cells"], "d": {"set": ["pretrain.steps=-1"]}}}, "d on small: pretrain.steps: got -1"),
+        ({}, "cells.c on small: the config has no section `sft:`"),
+        ({"cells": {**CLAIM["cells"], "d": {"without": ["doc.genre"]}}}, "cells.d.without: doc.genre is no feature"),
+        ({"cells": {**CLAIM["cells"], "d": {"without": ["doc.genres"]}}}, "sets.small.make: missing"),
+        (
+            {"cells": {**CLAIM["cells"], "d": {"baseline": "ease", "options": {"regularisation": -1}}}},
+            "cells.d on small: the baseline ease: regularisation: got -1, needs above 0",
+        ),
+        (
+            {"cells": {"a": {}, "b": {"set": ["pretrain.steps=9"]}, "c": {"set": ["pretrain.steps=9"]}},
+             "expect": [{"better": "b", "than": "c"}]},
+            r"expect\[0\]: b and c are the same on small, needs two cells that differ",
+        ),
+    ],
+)  # fmt: skip
+def test_what_no_trial_could_run_is_found_before_the_first(
+    tmp_path: Path, tiny_interactions: Any, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], sentence: str
+) -> None:
+    sets = {"small": {"config": str(tiny_interactions.config), "seeds": [0, 1]}}
+    monkeypatch.setattr("bigdssm.evidence.running.run_trial", lambda trial: pytest.fail("it has begun"))
+    claim = read_claim(written(tmp_path, sets=sets, **changed))
+    with pytest.raises(ConfigError, match=sentence):
+        run_trials(trials(claim, tmp_path / "out"), 1)
+
+
+def test_a_record_that_a_kill_cut_off_does_not_take_the_next_with_it(tmp_path: Path, tiny_interactions: Any) -> None:
+    sets = {"small": {"config": str(tiny_interactions.config), "seeds": [0]}}
+    claim = read_claim(written(tmp_path, sets=sets, cells={"a": {"baseline": "popularity"}}, expect=[]))
+    (trial,) = trials(claim, tmp_path)
+    trial.folder.mkdir(parents=True)
+    (trial.folder / "commands.jsonl").write_text('{"command": "pre')
+    run_trial(trial)
+    assert cpu_seconds(trial) >= 0 and '\n{"command": "baseline"' in (trial.folder / "commands.jsonl").read_text()
+
+
+def test_baselines_are_fitted_one_at_a_time(
+    tmp_path: Path, tiny_interactions: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They share the process's random state, and its processor time is what each took."""
+    sets = {"small": {"config": str(tiny_interactions.config), "seeds": [0]}}
+    cells = {name: {"baseline": "markov", "options": {"window": window}} for window, name in enumerate("abc", start=1)}
+    claim = read_claim(written(tmp_path, sets=sets, cells=cells, expect=[]))
+    at_once, most = [0], [0]
+
+    def fit(*arguments: Any) -> Any:
+        at_once[0] += 1
+        most[0] = max(most[0], at_once[0])
+        time.sleep(0.05)
+        at_once[0] -= 1
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("bigdssm.evidence.running.fit_baseline", fit)
+    with pytest.raises(ConfigError, match="enough"):
+        run_trials(trials(claim, tmp_path), 3)
+    assert most == [1]
 
 
 def test_shipped_claims_can_be_read_and_planned() -> None:
@@ -271,9 +340,9 @@ def test_what_is_kept_is_not_run_again_unless_another_starts_from_it(
     cells = {
         "a": {},
         "b": {"set": ["pretrain.epochs=2"]},
-        "tuned": {"after": "a"},
-        "ranked": {"after": "a", "rerank": 5},
-        "taught": {"after": "a", "teacher": "b"},
+        "tuned": {"after": "a", "set": ["sft.steps=1"]},
+        "ranked": {"after": "a", "set": ["sft.steps=1"], "rerank": 5},
+        "taught": {"after": "a", "teacher": "b", "set": ["sft.loss.distillation=batch_kl"]},
     }
     planned = trials(read_claim(written(tmp_path, sets=sets, cells=cells)), tmp_path)
     begun: list[str] = []

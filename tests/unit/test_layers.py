@@ -21,7 +21,7 @@ FLOORS = (
     ("log",),
     ("cli", "features", "urls"),  # features: torch-free; configs declare them
     ("config", "distributed"),
-    ("schema",),  # the config's features, fitted
+    ("precision", "schema"),  # schema: the config's features, fitted
     ("dataset", "losses", "models", "tables"),
     ("artifacts", "batching", "making", "running", "streaming"),
     ("retrieval",),

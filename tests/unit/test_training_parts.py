@@ -20,7 +20,7 @@ from bigdssm.batching.chunks import Chunked
 from bigdssm.batching.lengths import ListLengths, lengths_of
 from bigdssm.batching.plan import Budget, Needs, StepPlan, draft_step, plan_side
 from bigdssm.batching.upload import ahead
-from bigdssm.config import EngineConfig, LossConfig, OptimizerConfig
+from bigdssm.config import EngineConfig, LossConfig, OptimizerConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.distributed import free_port
 from bigdssm.errors import DataError
@@ -30,8 +30,10 @@ from bigdssm.streaming.stream import PairStream
 from bigdssm.training import engine
 from bigdssm.training.batches import Batches, BatchMaker, known_pairs
 from bigdssm.training.columns import catalogue_share, is_shared
-from bigdssm.training.optimizers import build_optimizer, parameter_groups, schedule_factor
+from bigdssm.training.loop import StageProgress
+from bigdssm.training.optimizers import build_optimizer, parameter_groups, schedule_factor, warmup_steps
 from bigdssm.training.random_state import RandomState
+from bigdssm.training.stages import describe_best
 from tests.conftest import NUM_ITEMS, TinyDataset
 
 
@@ -68,6 +70,36 @@ def test_the_schedule_warms_up_and_falls_to_its_end() -> None:
     assert factors[10] == 1.0
     assert factors[10:] == sorted(factors[10:], reverse=True)
     assert factors[100] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 60, 150, 1000])
+def test_a_short_run_ends_at_the_end_of_its_schedule_too(steps: int) -> None:
+    """Its warm-up is at most half of it: else the last step would have nearly the highest rate."""
+    factors = [schedule_factor(step, steps, OptimizerConfig(warmup_steps=100)) for step in range(steps + 1)]
+    assert factors[steps] == pytest.approx(0.0 if steps > 1 else 1.0)
+    assert steps < 60 or (factors[steps - 1] < 0.01 and max(factors) == 1.0)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_shipped_configs_have_the_warm_up_that_they_name(path: Path) -> None:
+    config = load_config(path)
+    for stage in (config.pretrain, config.sft):
+        if stage is not None and stage.steps:
+            assert warmup_steps(stage.steps, stage.optimizer) == stage.optimizer.warmup_steps
+
+
+@pytest.mark.parametrize(
+    ("progress", "words"),
+    [
+        (StageProgress(best=0.25, history=[{}]), "best validation NDCG@10 0.2500"),
+        (StageProgress(), "no validation split"),
+        (StageProgress(history=[{"step": 1}], part_step=1), "no validation split"),  # in a part that was added
+    ],
+)
+def test_the_best_is_told_where_there_is_one(progress: StageProgress, words: str) -> None:
+    assert words in describe_best(progress) and "inf" not in describe_best(progress)
 
 
 def test_a_vector_of_a_row_is_no_list_however_many_zeros_it_ends_with() -> None:

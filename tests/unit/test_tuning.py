@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import optuna
 
 from bigdssm.commands.tune import main
 from bigdssm.config import load_config
-from bigdssm.errors import ConfigError
+from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.tuning.search import search, values_of
 from bigdssm.tuning.space import Space, read_space
 
@@ -94,6 +95,77 @@ def test_those_below_the_median_are_pruned(tmp_path: Path) -> None:
     assert len(started) == len(found) == 10 and 3 <= len(ended) < 10
     assert [trial.value for trial in found][: len(ended)] == sorted(ended, reverse=True)
     assert all(trial.state.name == "PRUNED" for trial in found[len(ended) :])
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("run.dir: {choices: [a, b]}", "the space's run.dir: needs a key of data, model, engine, pretrain"),
+        ("run.seed: {low: 0, high: 9}", "the space's run.seed: needs a key of data, model"),
+        ("debug.log_row_ids: {choices: [true]}", "the space's debug.log_row_ids: needs a key of"),
+        (
+            "pretrain.optimizer.lr: {low: -1.0, high: 1}",
+            "the space's pretrain.optimizer.lr: got -1.0, needs at least 0",
+        ),
+        (
+            "pretrain.optimizer.lr: {low: 1, high: 100}",
+            "the space's pretrain.optimizer.lr: got 100.*, needs .*at most 10",
+        ),
+        ("pretrain.optimizer.weight_decay: {choices: [0.1, -0.1]}", "weight_decay: got -0.1"),
+        ("pretrain.loss.direction: {choices: [q2d, up]}", "pretrain.loss.direction"),
+    ],
+)
+def test_a_space_that_a_trial_could_not_take_is_refused_first(
+    tiny_interactions: Any, tmp_path: Path, capsys: Any, text: str, sentence: str
+) -> None:
+    space(tmp_path, text)
+    command = ["--config", str(tiny_interactions.config), "--space", str(tmp_path / "space.yaml")]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 2
+    errors = capsys.readouterr().err
+    assert re.search(sentence, errors) and len(errors.splitlines()) == 1, errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_baselines_bounds_are_those_of_its_options(tiny_interactions: Any, tmp_path: Path, capsys: Any) -> None:
+    space(tmp_path, "regularisation: {low: -5.0, high: 10.0}")
+    command = ["--config", str(tiny_interactions.config), "--space", str(tmp_path / "space.yaml")]
+    assert main([*command, "--baseline", "ease", "--out", str(tmp_path / "out")]) == 2
+    assert "the baseline ease: regularisation: got -5.0, needs above 0" in capsys.readouterr().err
+
+
+def test_a_torn_journal_goes_on_and_a_damaged_one_is_a_sentence(tmp_path: Path) -> None:
+    where, asked = space(tmp_path, "x: {low: 0.0, high: 1.0}"), list[float]()
+
+    def value(trial: optuna.Trial, values: dict[str, Any]) -> float:
+        asked.append(values["x"])
+        return float(values["x"])
+
+    out, journal = tmp_path / "out", tmp_path / "out" / "study.log"
+    search(value, where, out, 3, first={})
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[:-20])  # the last trial has no end any more
+    search(value, where, out, 3, first={})
+    assert len(asked) == 4 and asked[3] == asked[2]
+    journal.write_bytes(whole + b'{"op_code": 4, "tri')
+    search(value, where, out, 4, first={})
+    assert len(asked) == 5, "what is appended behind it can be read"
+    search(value, where, out, 4, first={})
+    lines = whole.splitlines(keepends=True)
+    journal.write_bytes(b"".join([lines[0], b"\x00\x00\n", *lines[1:]]))
+    with pytest.raises(CheckpointError, match=r"study\.log is damaged in line 2"):
+        search(value, where, out, 4, first={})
+
+
+def test_a_second_search_in_a_folder_is_refused(tmp_path: Path) -> None:
+    """It would take the first one's running trial for one that was broken off."""
+    where, out = space(tmp_path, "x: {low: 0.0, high: 1.0}"), tmp_path / "out"
+
+    def value(trial: optuna.Trial, values: dict[str, Any]) -> float:
+        with pytest.raises(DataError, match=r"another process is writing .*choose another --out"):
+            search(value, where, out, 1, first={})
+        return 1.0
+
+    assert len(search(value, where, out, 1, first={})) == 1
 
 
 def test_a_baseline_is_tuned_by_the_command(tiny_interactions: Any, tmp_path: Path, capsys: Any) -> None:

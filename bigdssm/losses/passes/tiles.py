@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigdssm import precision
 from bigdssm.losses.inputs import WANTS_ALPHA, WANTS_BETA, WANTS_U, WANTS_W, LossInputs
 from bigdssm.losses.masks import FalseNegatives, MaskMatrix, MaskPairs
 from bigdssm.losses.passes.columns import Columns, Tile
@@ -199,7 +200,7 @@ def product_precision(x: LossInputs) -> Iterator[None]:
     device = x.U.device.type
     # autocast would round scores to bfloat16, and products added in place would be added to a copy
     with torch.autocast(device, enabled=False):
-        if x.U.dtype != torch.bfloat16 or device != "cpu":
+        if x.U.dtype != torch.bfloat16 or device != "cpu" or not precision.has_bf16():
             yield
             return
         backend: Any = torch.backends.mkldnn
