@@ -69,14 +69,25 @@ class RowCheck:
     def column(self, name: str) -> pa.Array:
         """Return a source column as one array, of a plain type."""
         column = self.batch.table.column(name)
-        return plain(column.combine_chunks() if column.num_chunks != 1 else column.chunk(0))
+        try:
+            return plain(column.combine_chunks() if column.num_chunks != 1 else column.chunk(0))
+        except pa.ArrowNotImplementedError:
+            kind = column.type
+            raise DataError(f"{self.batch.file}: column {name!r} holds {kind}, needs texts, numbers or times") from None
 
 
 def plain(array: pa.Array) -> pa.Array:
-    """Return an array without what only says how its values are stored: dictionaries, runs, views, extensions."""
+    """Return an array without what only says how its values are stored: dictionaries, runs, views; UUIDs as texts.
+
+    Raises ArrowNotImplementedError: an extension type, such as pandas' periods, whose storage means something else.
+    """
     kind = array.type
+    if isinstance(kind, pa.UuidType):
+        return pa.array([None if value is None else str(value) for value in array.to_pylist()], pa.large_string())
     if isinstance(kind, pa.BaseExtensionType):
-        return plain(array.storage)
+        if not pa.types.is_string(kind.storage_type):
+            raise pa.ArrowNotImplementedError(str(kind))
+        return array.storage
     if pa.types.is_dictionary(kind):
         return plain(array.cast(kind.value_type))
     if pa.types.is_run_end_encoded(kind):
@@ -263,7 +274,7 @@ def times(check: RowCheck, name: str) -> np.ndarray:
     array = check.column(name)
     if pa.types.is_timestamp(array.type) or pa.types.is_date(array.type):
         values = _seconds_of(array)
-    elif pa.types.is_temporal(array.type):
+    elif pa.types.is_temporal(array.type) or pa.types.is_boolean(array.type):
         raise DataError(f"{check.batch.file}: column {name!r} holds {array.type}, needs dates, timestamps or numbers")
     else:
         values, unreadable = numbers(check, name)

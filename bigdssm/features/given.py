@@ -131,16 +131,23 @@ def _array(name: str, values: Any) -> pa.Array:
     if hasattr(values, "__arrow_c_stream__"):  # a series or a chunked array
         return pa.chunked_array(values).combine_chunks()
     if not hasattr(values, "dtype") or getattr(values, "ndim", 1) > 1:
-        values = list(values)
+        values = [_scalar(value) for value in values]
     try:
         return pa.array(values, _unsigned(values), from_pandas=True)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{name}: values of one feature need one type: {' '.join(str(error).split())}") from None
 
 
+def _scalar(value: Any) -> Any:
+    """Return a value as Arrow infers its type: NumPy's dates as datetimes, tensors and series as arrays."""
+    if isinstance(value, np.datetime64):
+        return value.astype("datetime64[us]").item()
+    return np.asarray(value) if getattr(value, "ndim", 0) and hasattr(value, "__array__") else value
+
+
 def _unsigned(values: Any) -> pa.DataType | None:
     """Return uint64 for Python's integers beyond int64, which Arrow does not infer; else None."""
-    whole = isinstance(values, list) and all(value is None or isinstance(value, int) for value in values)
+    whole = isinstance(values, list) and all(isinstance(value, int | np.integer | None) for value in values)
     return pa.uint64() if whole and max((value or 0 for value in values), default=0) >= 2**63 else None
 
 

@@ -64,6 +64,8 @@ def check_of(column: Any) -> tuple[RowCheck, list[str]]:
         (pa.array([1.0, 2.5]).dictionary_encode(), ["1", "2.5"]),
         (pc.run_end_encode(pa.array([5, 5, 6])), ["5", "5", "6"]),
         (pa.nulls(2), ["", ""]),
+        (pa.ExtensionArray.from_storage(pa.uuid(), pa.array([bytes(range(16)), None], pa.binary(16))),
+         ["00010203-0405-0607-0809-0a0b0c0d0e0f", ""]),
     ],
 )  # fmt: skip
 def test_the_text_of_a_value(column: Any, expected: list[str]) -> None:
@@ -136,6 +138,11 @@ def test_durations_and_times_of_day_are_numbers_and_no_times(column: Any, second
     assert numbers(check, "c")[0].tolist() == [seconds]
     with pytest.raises(DataError, match=re.escape("'c' holds") + ".*needs dates, timestamps or numbers"):
         times(check, "c")
+
+
+def test_truths_are_no_times() -> None:
+    with pytest.raises(DataError, match="'c' holds bool, needs dates, timestamps or numbers"):
+        times(check_of([True])[0], "c")
 
 
 KINDS = [
