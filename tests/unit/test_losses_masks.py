@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bigdssm.losses import masks
-from bigdssm.losses.ids import IdTable, Numbers
+from bigdssm.losses.ids import IdTable, Numbers, search
 from bigdssm.losses.masks import (
     MaskMatrix,
     MaskPairs,
@@ -28,10 +28,11 @@ WIDE = torch.randint(-(2**63), 2**63 - 1, (4000,), generator=GENERATOR)
 def test_ids_are_found_where_they_are(ids: torch.Tensor) -> None:
     """Whatever bits they differ in; of thousands some share a bucket."""
     ids = torch.sort(torch.unique(ids))[0]
-    wanted = torch.cat([ids, ids + 1, ids - 1, WIDE[:100] ^ 5, ids.flip(0)])
+    wanted = torch.cat([ids, ids + 1, ids - 1, ids + (1 << 32), WIDE[:100] ^ 5, ids.flip(0)])
     there, at = IdTable(ids).find(wanted)
     assert torch.equal(there, torch.isin(wanted, ids))
     assert torch.equal(ids[at[there]], wanted[there])
+    assert torch.equal(search(ids, wanted)[0], there)
 
 
 @pytest.mark.parametrize("chunk", [1 << 16, 7])

@@ -20,6 +20,7 @@ from bigdssm.making import making
 from bigdssm.making.interactions import InteractionTables, make_interactions
 from bigdssm.making.making import Target
 from bigdssm.making.pairs import PairTables, make_pairs
+from bigdssm.making.quarantine import Quarantine
 from bigdssm.tables.json_lines import JsonLinesSource
 from tests.conftest import TinyDataset
 
@@ -100,6 +101,15 @@ def test_a_file_of_sequences_ends_with_as_many_events_as_memory_holds(
         return [(r.seen(i).tolist(), int(r.doc_rows[i])) for r in dataset.iterate("train", 9) for i in range(len(r))]
 
     assert rows(cut) == rows(whole)
+
+
+def test_a_bad_value_counts_as_a_bad_row_does(tmp_path: Path) -> None:
+    quarantine = Quarantine(tmp_path / "bad.jsonl", tmp_path / "kept.jsonl", "base", max_bad_fraction=0.25)
+    quarantine.add([("a.csv", 3, "size is x, needs a number", False), ("a.csv", 4, "no query", True)])
+    quarantine.num_good = 6
+    with pytest.raises(DataError, match=r"2 of 7 rows are bad or have bad values.*the first is a\.csv, row 3"):
+        quarantine.check()
+    quarantine.close()
 
 
 def test_all_rows_bad_is_one_sentence(tmp_path: Path) -> None:
