@@ -31,8 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.count < 1:
         raise ConfigError(f"--count {args.count}: needs at least 1")
-    mined = MinedNegatives.open(args.mined)
-    for number, one in enumerate(mined_sample(Dataset.open(args.data), mined, args.count, args.seed), start=1):
+    mined, dataset = MinedNegatives.open(args.mined), Dataset.open(args.data)
+    mined.check_against(dataset)
+    for number, one in enumerate(mined_sample(dataset, mined, args.count, args.seed), start=1):
         print(f"{number}. row {one.row_id}: {one.query}\n   document: {one.document}\n   negative: {one.negative}")
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from bigdssm.array_file import new_array
+
 
 class Keys:
     """Int64 keys with the rows that have them, over several files; picklable as their paths."""
@@ -38,7 +40,7 @@ class Keys:
 
 def write_keys(path: Path, num_keys: int, pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
     """Write (keys, rows) piece by piece, int64; the keys ascend over all pieces."""
-    target = np.lib.format.open_memmap(path, "w+", np.int64, (2, num_keys))
+    target = new_array(path, np.int64, (2, num_keys))
     at = 0
     for keys, rows in pieces:
         target[0, at : at + len(keys)], target[1, at : at + len(keys)] = keys, rows

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.format import open_memmap
 
+from bigdssm.array_file import new_array, seal
 from bigdssm.atomic import real_place
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
@@ -34,7 +35,7 @@ def score_pairs(
     record = record_type(mined.width, judged=True)
 
     def prepare(aside: Path) -> None:
-        open_memmap(aside / FILE, "w+", record, (len(mined),)).flush()
+        new_array(aside / FILE, record, (len(mined),))
 
     job = {"kind": "score_pairs", "names": list(names), "dataset": dataset.fingerprint}
     shards = ShardedFolder(out, job, len(mined), work, prepare)
@@ -42,7 +43,8 @@ def score_pairs(
     for _, first, last in shards.pending("shards scored"):
         whole[first:last] = _scored(mined.queries[first:last], mined, dataset, judges)
         whole.flush()
-    return MinedNegatives.open(out) if shards.finish_file(FILE) else None
+    finished = shards.finish_file(FILE, lambda path: seal(path, dataset.fingerprint))
+    return MinedNegatives.open(out) if finished else None
 
 
 def _scored(queries: np.ndarray, mined: MinedNegatives, dataset: Dataset, judges: Sequence[Judge]) -> np.ndarray:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.lib.format import open_memmap
 
+from bigdssm.array_file import new_array, seal
 from bigdssm.atomic import new_file, real_place
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
@@ -154,7 +154,7 @@ def _write(
     """
     path, at, empty = real_place(path), 0, True
     with new_file(path) as aside:
-        whole = open_memmap(aside, "w+", record_type(width, judged), (dataset.num_queries("train"),))
+        whole = new_array(aside, record_type(width, judged), (dataset.num_queries("train"),))
         for first in range(0, dataset.num_rows("train"), ROWS_AT_ONCE):
             last = min(first + ROWS_AT_ONCE, dataset.num_rows("train"))
             for rows in dataset.between("train", first, last, dataset.rows_at_once("train", ROWS_AT_ONCE)):
@@ -173,6 +173,7 @@ def _write(
             kept = np.array(whole[:at])
             with aside.open("wb") as file:
                 np.save(file, kept)
+        seal(aside, dataset.fingerprint)
     return MinedNegatives.open(path)
 
 

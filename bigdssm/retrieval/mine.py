@@ -18,10 +18,11 @@ import torch
 from numpy.lib.format import open_memmap
 
 from bigdssm import distributed
+from bigdssm.array_file import new_array, seal
 from bigdssm.atomic import aside_of, put_file, real_place
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
-from bigdssm.errors import DivergedError
+from bigdssm.errors import BigDSSMError, DivergedError
 from bigdssm.log import get_logger
 from bigdssm.retrieval.embed import Documents, Encoders, Share, all_finite, encode_catalogue, encode_queries, pieces_of
 from bigdssm.retrieval.mined import MinedNegatives, mined_records
@@ -148,14 +149,19 @@ def mine_to_file(
     )  # fmt: skip
     everything = np.unique(np.concatenate(distributed.all_gather_object(own["query"])))
     aside = aside_of(path)
+    full: BigDSSMError | None = None
     if distributed.is_main():
-        open_memmap(aside, "w+", own.dtype, (len(everything),)).flush()
-    distributed.barrier()
+        try:
+            new_array(aside, own.dtype, (len(everything),))
+        except OSError as error:
+            full = BigDSSMError(f"{error.strerror}: {error.filename}")
+    distributed.raise_together(full)
     whole = open_memmap(aside, "r+")
     whole[np.searchsorted(everything, own["query"])] = own
     whole.flush()
     distributed.barrier()
     if distributed.is_main():
+        seal(aside, dataset.fingerprint)
         put_file(aside, path)
     distributed.barrier()
     return MinedNegatives.open(path)

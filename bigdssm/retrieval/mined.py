@@ -3,7 +3,8 @@
 The file is a .npy of records (query int64, window int32 [W]), one a mined query of the train split, by ascending key
 (see `Rows.query_keys`); a window holds catalogue rows in the order of the query's ranking, and -1 where there is none.
 One that a judge has scored has a third field, teacher float32 [1 + W]: of the query's own document, then of those in
-its window, NaN where there is no score.
+its window, NaN where there is no score. Behind the array stands a seal (see array_file.py), which
+names its dataset.
 
 Fine-tuning that does not take every row mines only those to come: a few steps cost what their rows cost, and one pass
 over the split for the known positives.
@@ -17,10 +18,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bigdssm.array_file import check_seal, new_array, seal
+from bigdssm.atomic import new_file
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import PLACE_BITS, Rows
 from bigdssm.errors import DataError
 from bigdssm.hashing import derive_key, mix64
+
+REMAKE = "make it with bigdssm mine_negatives, list_documents or score_pairs"
 
 
 def mined_records(queries: np.ndarray, windows: np.ndarray, teacher: np.ndarray | None = None) -> np.ndarray:
@@ -30,6 +35,13 @@ def mined_records(queries: np.ndarray, windows: np.ndarray, teacher: np.ndarray 
     if teacher is not None:
         records["teacher"] = teacher
     return records
+
+
+def write_mined(path: Path, records: np.ndarray, dataset: Dataset) -> None:
+    """Write the records of `mined_records` of a dataset's train rows as a file. Raises OSError."""
+    with new_file(path) as aside:
+        new_array(aside, records.dtype, records.shape)[:] = records
+        seal(aside, dataset.fingerprint)
 
 
 def record_type(width: int, judged: bool = False) -> np.dtype[np.void]:
@@ -90,7 +102,9 @@ class MinedNegatives:
         return cls(records, path)
 
     def check_against(self, dataset: Dataset) -> None:
-        """Raise DataError where they must be of another dataset: some rows are looked at, all may be terabytes."""
+        """Read the file whole. Raises DataError where it is damaged, or was made of another dataset."""
+        if self._path is not None:
+            check_seal(self._path, dataset.fingerprint, REMAKE)
         row = self.queries[-1] >> PLACE_BITS if len(self) else -1
         document = self._records["window"][:: max(1, len(self) // 10_000)].max(initial=-1)
         rows, documents = dataset.num_rows("train"), dataset.catalogue.num_docs

@@ -63,7 +63,11 @@ class ShardedFolder:
             path = self.aside / JOB_FILE
             if not path.is_file() or path.read_text(encoding="utf-8") != described:
                 self._empty()
-                prepare(self.aside)
+                try:
+                    prepare(self.aside)
+                except BaseException:  # such as a full disk: what was reserved is given back
+                    self._empty()
+                    raise
                 path.write_text(described, encoding="utf-8")
         own = range(work.rank, self.num_shards, work.world_size)
         self._pending = [shard for shard in own if not self._done(shard).exists()]
@@ -88,10 +92,11 @@ class ShardedFolder:
                 (self._folder / LOCK_FILE).unlink()
         return done
 
-    def finish_file(self, name: str) -> bool:
-        """Put the file `name` of the folder in the folder's place if every shard is done; True on the rank that did."""
+    def finish_file(self, name: str, complete: Callable[[Path], None]) -> bool:
+        """Put the file `name` in the folder's place, as `finish` does."""
         with self._all_done() as done:
             if done:
+                complete(self.aside / name)
                 put_file(self.aside / name, self._folder)
                 shutil.rmtree(self.aside)
         return done

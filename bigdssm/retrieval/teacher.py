@@ -3,6 +3,8 @@
 FOLDER/documents.npy   float16 [N, E], by catalogue row
 FOLDER/queries.npy     records (query int64, vector float16 [E]); the keys (see `Rows.query_keys`) ascend
 
+Both end in a seal (see array_file.py): of what dataset they were made.
+
 They are made in shards by any number of ranks, going on where they were killed (retrieval/shards.py), and read mapped.
 """
 
@@ -13,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.format import open_memmap
 
+from bigdssm.array_file import check_seal, new_array, seal
 from bigdssm.atomic import real_place
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import PLACE_BITS
@@ -33,7 +36,9 @@ class TeacherVectors:
         """Raises DataError where `folder` holds none."""
         self.folder = folder
         try:
-            documents, queries = (np.load(folder / name, mmap_mode="r") for name in (DOCUMENTS, QUERIES))
+            documents, queries = (
+                np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in (DOCUMENTS, QUERIES)
+            )
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise DataError(
@@ -44,14 +49,9 @@ class TeacherVectors:
         self.documents, self._queries = documents, queries
 
     def check_against(self, dataset: Dataset) -> None:
-        """Raise DataError where they must be of another dataset."""
-        row = int(self.keys[-1]) >> PLACE_BITS if len(self.keys) else -1
-        rows, documents = dataset.num_rows("train"), dataset.catalogue.num_docs
-        if row >= rows or len(self.documents) != documents:
-            raise DataError(
-                f"{self.folder} is of another dataset: it has {len(self.documents)} documents and a row {row}, and "
-                f"{dataset.dir} has {documents} documents and {rows} train rows; make it with bigdssm embed_teacher"
-            )
+        """Read both files whole. Raises DataError where one is damaged, or was made of another dataset."""
+        for name in (DOCUMENTS, QUERIES):
+            check_seal(self.folder / name, dataset.fingerprint, "make it with bigdssm embed_teacher")
 
     @property
     def keys(self) -> np.ndarray:
@@ -80,8 +80,8 @@ def write_teacher(out: Path, encoders: Encoders, dataset: Dataset, name: str, wo
     keys = np.concatenate([np.zeros(0, np.int64), *(r.query_keys for r in dataset.iterate("train", PASS_ROWS))])
 
     def prepare(aside: Path) -> None:
-        open_memmap(aside / DOCUMENTS, "w+", np.float16, (num_docs, width)).flush()
-        records = open_memmap(aside / QUERIES, "w+", _record(width), (len(keys),))
+        new_array(aside / DOCUMENTS, np.float16, (num_docs, width))
+        records = new_array(aside / QUERIES, _record(width), (len(keys),))
         records["query"] = keys
         records.flush()
 
@@ -102,7 +102,12 @@ def write_teacher(out: Path, encoders: Encoders, dataset: Dataset, name: str, wo
             )
         documents.flush()
         queries.flush()
-    return TeacherVectors(out) if shards.finish(lambda aside: None) else None
+
+    def complete(aside: Path) -> None:
+        for name in (DOCUMENTS, QUERIES):
+            seal(aside / name, dataset.fingerprint)
+
+    return TeacherVectors(out) if shards.finish(complete) else None
 
 
 def _checked(vectors: np.ndarray, what: str, rows: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ import torch
 import xxhash
 from numpy.lib.format import open_memmap
 
+from bigdssm.array_file import new_array
 from bigdssm.artifacts.checkpoint import check_file
 from bigdssm.atomic import real_place, write_json
 from bigdssm.dataset.dataset import Dataset
@@ -94,8 +95,8 @@ def write_vectors(
     check_free(folder, INDEX_FILE)
 
     def prepare(aside: Path) -> None:
-        open_memmap(aside / VECTORS_FILE, "w+", element, (num_docs, *shape)).flush()
-        open_memmap(aside / CONTENTS_FILE, "w+", DOCUMENT, (num_docs,)).flush()
+        new_array(aside / VECTORS_FILE, element, (num_docs, *shape))
+        new_array(aside / CONTENTS_FILE, DOCUMENT, (num_docs,))
 
     def complete(aside: Path) -> None:
         _write_documents(aside / DOCUMENTS_FILE, dataset)

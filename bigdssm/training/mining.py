@@ -63,7 +63,8 @@ class Mining:
         path = self.path(mined_at) if given is None else Path(given)
         if (resumed or given is not None) and distributed.broadcast_object(path.exists()):
             mined = MinedNegatives.open(path)
-            mined.check_against(self.dataset)
+            if given is None:  # that of the config was checked at the start
+                mined.check_against(self.dataset)
             return mined, None
         if resumed and (step != mined_at or self._every_steps == 0):
             raise CheckpointError(

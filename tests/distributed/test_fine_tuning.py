@@ -17,7 +17,7 @@ from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval.embed import Encoders, tower_encoders
 from bigdssm.retrieval.mine import mine
-from bigdssm.retrieval.mined import MinedNegatives, mined_records
+from bigdssm.retrieval.mined import MinedNegatives, mined_records, write_mined
 from bigdssm.retrieval.shards import Work
 from bigdssm.retrieval.teacher import write_teacher
 
@@ -185,6 +185,6 @@ def test_a_judge_is_followed_on_any_number_of_ranks(
     mined = mine(tower_encoders(model, dataset), dataset, first=1, last=20)
     own = np.concatenate([rows.doc_rows for rows in dataset.iterate("train", 999)])
     scores = np.concatenate([own[:, None], mined["window"]], 1) / 10.0
-    np.save(tmp_path / "judged.npy", mined_records(mined["query"], mined["window"], scores))
+    write_mined(tmp_path / "judged.npy", mined_records(mined["query"], mined["window"], scores), dataset)
     given = (start(reference), f"sft.mining.file={tmp_path / 'judged.npy'}", f"sft.loss={loss}")
     assert_is_followed(config, tmp_path, pools, given)

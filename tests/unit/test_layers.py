@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = (
     ("bounds", "errors", "hashing", "loss_options", "progress", "source", "string_hashes", "timing"),
     ("arguments", "arrow_file", "atomic", "locks"),
-    ("log",),
+    ("array_file", "log"),
     ("cli", "features", "urls"),  # features: torch-free; configs declare them
     ("config", "distributed"),
     ("precision", "schema"),  # schema: the config's features, fitted

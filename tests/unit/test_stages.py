@@ -18,7 +18,7 @@ from bigdssm.dataset.rows import PLACE_BITS
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
 from bigdssm.models import new_model
 from bigdssm.progress import no_progress
-from bigdssm.retrieval.mined import mined_records
+from bigdssm.retrieval.mined import mined_records, write_mined
 from bigdssm.training.batches import row_stream
 from bigdssm.training.checks import check_folder, check_stage
 from bigdssm.training.mining import Mining
@@ -134,16 +134,19 @@ def test_negatives_that_were_mined_before_are_looked_at(config: Config, tmp_path
     dataset = Dataset.open(config.data.dir)
     rows, documents = dataset.num_rows("train"), dataset.catalogue.num_docs
     for row, document in ((rows, 0), (0, documents)):
-        np.save(tmp_path / "mined.npy", mined_records(np.array([row << PLACE_BITS]), np.array([[document, -1]])))
+        records = mined_records(np.array([row << PLACE_BITS]), np.array([[document, -1]]))
+        write_mined(tmp_path / "mined.npy", records, dataset)
         refused(config, DataError, f"another dataset: it names row {row} and document {document}, .* {documents} doc")
-    np.save(tmp_path / "mined.npy", mined_records(np.array([rows - 1 << PLACE_BITS]), np.array([[documents - 1, -1]])))
+    records = mined_records(np.array([rows - 1 << PLACE_BITS]), np.array([[documents - 1, -1]]))
+    write_mined(tmp_path / "mined.npy", records, dataset)
     check_stage(config, "pretrain", 1)
     judged = replace(config, pretrain=replace(config.pretrain, loss=replace(loss, distillation="kl")))
     refused(judged, ConfigError, r"distillation: got kl, needs a judge's scores, and \S*mined.npy has none")
     margin = replace(config, pretrain=replace(config.pretrain, mining=replace(mining, teacher_margin=0.0)))
     refused(margin, ConfigError, r"mining\.teacher_margin: got 0.0, needs a judge's scores, and \S*mined.npy has none")
     teacher = np.zeros((1, 3), np.float32)
-    np.save(tmp_path / "mined.npy", mined_records(np.array([0]), np.array([[documents - 1, -1]]), teacher))
+    records = mined_records(np.array([0]), np.array([[documents - 1, -1]]), teacher)
+    write_mined(tmp_path / "mined.npy", records, dataset)
     check_stage(judged, "pretrain", 1)
 
 

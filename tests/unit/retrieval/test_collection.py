@@ -31,7 +31,7 @@ from bigdssm.models import DualEncoder
 from bigdssm.models.encoders import pretrained_encoder
 from bigdssm.retrieval.embed import cut_vectors, encode_in_bf16, tower_encoders
 from bigdssm.retrieval.mine import mine
-from bigdssm.retrieval.mined import MinedNegatives
+from bigdssm.retrieval.mined import MinedNegatives, write_mined
 from bigdssm.retrieval.mined_sample import mined_sample
 from bigdssm.tables.beir import Collection, Entry, read_collection
 from tests.unit.retrieval.conftest import SMALL, random_model
@@ -125,7 +125,7 @@ def test_mined_negatives_can_be_read(
     assert len(read) == 20
     for one in read:
         assert one.document == texts[own[one.row_id]] and one.negative in [texts[i] for i in windows[one.row_id]]
-    np.save(tmp_path / "mined.npy", mined)
+    write_mined(tmp_path / "mined.npy", mined, dataset)
     out = tools.ran("sample_negatives", "--mined", tmp_path / "mined.npy", "--data", dataset.dir, "--count", 20)
     assert out.count("negative:") == 20 and read[7].query in out
     few = mined[::7]
@@ -133,7 +133,7 @@ def test_mined_negatives_can_be_read(
         (few["query"] >> PLACE_BITS).tolist()
     )
     mined["query"][-1] += 1 << PLACE_BITS
-    np.save(tmp_path / "mined.npy", mined)
+    write_mined(tmp_path / "mined.npy", mined, dataset)
     message = tools.refused(3, "sample_negatives", "--mined", tmp_path / "mined.npy", "--data", dataset.dir)
     assert "train rows" in message
 

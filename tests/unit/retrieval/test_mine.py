@@ -22,6 +22,7 @@ from bigdssm.retrieval.mined import (
     choose_negatives,
     choose_places,
     mined_records,
+    write_mined,
 )
 from bigdssm.retrieval.top import top_documents
 
@@ -118,7 +119,7 @@ def test_the_file_may_hold_a_judges_scores(dataset: Dataset, tmp_path: Path) -> 
     path, keys = tmp_path / "judged.npy", np.array([3, 5, 9]) << PLACE_BITS
     windows = np.array([[4, 2], [1, -1], [0, 7]])
     teacher = np.array([[1, 0.5, np.nan], [2, -1, np.nan], [np.nan, 4, 3]], np.float32)
-    np.save(path, mined_records(keys, windows, teacher))
+    write_mined(path, mined_records(keys, windows, teacher), dataset)
     mined = MinedNegatives.open(path)
     mined.check_against(dataset)
     assert mined.judged and (len(mined), mined.width, mined.per_query()) == (3, 2, 5 / 3)

@@ -22,7 +22,7 @@ from bigdssm.features import Ragged
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.mine import mine_to_file
-from bigdssm.retrieval.mined import MinedNegatives, mined_records
+from bigdssm.retrieval.mined import MinedNegatives, mined_records, write_mined
 from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.retrieval.shards import Work
 from bigdssm.retrieval.texts import Texts
@@ -46,7 +46,7 @@ def pairs(tiny_pairs: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Da
     keys = np.concatenate([rows.query_keys for rows in dataset.iterate("train", 999)])[::9]
     windows = np.random.RandomState(0).randint(-1, dataset.catalogue.num_docs, (len(keys), 3))
     path = tmp_path_factory.mktemp("pairs") / "mined.npy"
-    np.save(path, mined_records(keys, windows))
+    write_mined(path, mined_records(keys, windows), dataset)
     return dataset, path, load_config(tiny_pairs.config, [f"model.{override}" for override in SMALL])
 
 

@@ -1,0 +1,134 @@
+"""Arrays on the disk: space is reserved before it is mapped, and a seal names the dataset they were made of."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bigdssm.array_file import new_array
+from bigdssm.commands import embed, embed_teacher, list_documents, mine_negatives, sample_negatives, score_pairs
+from bigdssm.config import load_config
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.keys import write_keys
+from bigdssm.errors import DataError
+from bigdssm.making.interactions import InteractionTables, make_interactions
+from bigdssm.making.making import Target
+from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.retrieval.mined import MinedNegatives, mined_records, write_mined
+from bigdssm.retrieval.shards import Work
+from bigdssm.retrieval.teacher import write_teacher
+
+
+@pytest.fixture(scope="module")
+def twin(tiny_interactions: Any, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """A dataset of as many rows and documents, whose items stand in another order."""
+    root = tmp_path_factory.mktemp("twin")
+    source = Path(shutil.copytree(tiny_interactions.source, root / "source"))
+    first, *lines = (source / "items.csv").read_text().splitlines()
+    (source / "items.csv").write_text("\n".join([first, *lines[::-1]]) + "\n")
+    tables = InteractionTables(source / "interactions.csv", source / "items.csv", source / "users.csv")
+    make_interactions(load_config(tiny_interactions.config).data, tables, Target(root / "dataset"))
+    return Dataset.open(root / "dataset")
+
+
+@pytest.fixture
+def mined(dataset: Dataset, tmp_path: Path) -> Path:
+    keys = np.concatenate([rows.query_keys for rows in dataset.iterate("train", 999)])
+    write_mined(tmp_path / "mined.npy", mined_records(keys, np.zeros((len(keys), 3), np.int32)), dataset)
+    return tmp_path / "mined.npy"
+
+
+def test_negatives_of_a_dataset_of_as_many_rows_are_refused(
+    mined: Path, dataset: Dataset, twin: Dataset, model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dataset.num_rows("train") == twin.num_rows("train")
+    MinedNegatives.open(mined).check_against(dataset)
+    with pytest.raises(DataError, match=r"mined\.npy was made of another dataset"):
+        MinedNegatives.open(mined).check_against(twin)
+    of_twin = ["--data", str(twin.dir), "--mined", str(mined)]
+    out = str(mined.parent / "judged.npy")
+    assert score_pairs.main([*of_twin, "--out", out, "--model", str(model_dir)]) == 3
+    assert sample_negatives.main(of_twin) == 3
+    assert capsys.readouterr().err.count("was made of another dataset") == 2
+
+
+@pytest.mark.parametrize("at", [200, -300, -10])
+def test_a_flipped_bit_of_negatives_is_found(mined: Path, dataset: Dataset, at: int) -> None:
+    content = bytearray(mined.read_bytes())
+    content[at] ^= 1
+    mined.write_bytes(content)
+    with pytest.raises(DataError, match=r"mined\.npy (is damaged|does not end in)"):
+        MinedNegatives.open(mined).check_against(dataset)
+
+
+def test_negatives_without_a_seal_are_refused(mined: Path, dataset: Dataset) -> None:
+    np.save(mined, np.load(mined))
+    with pytest.raises(DataError, match=r"does not end in the fingerprint .* make it with bigdssm mine_negatives"):
+        MinedNegatives.open(mined).check_against(dataset)
+
+
+@pytest.mark.parametrize("name", ["documents.npy", "queries.npy"])
+def test_a_teacher_of_another_dataset_or_with_a_flipped_bit_is_refused(
+    model: Any, dataset: Dataset, twin: Dataset, tmp_path: Path, name: str
+) -> None:
+    made = write_teacher(tmp_path / "teacher", tower_encoders(model, dataset), dataset, "one", Work())
+    assert made is not None
+    made.check_against(dataset)
+    with pytest.raises(DataError, match="was made of another dataset"):
+        made.check_against(twin)
+    content = bytearray((tmp_path / "teacher" / name).read_bytes())
+    content[-300] ^= 1
+    (tmp_path / "teacher" / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{name} is damaged"):
+        made.check_against(dataset)
+
+
+def no_space(file: int, offset: int, size: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+COMMANDS: dict[str, tuple[Callable[..., int], list[str], str]] = {
+    "embed": (embed.main, ["--model", "MODEL"], "vectors.npy"),
+    "embed_teacher": (embed_teacher.main, ["--model", "MODEL"], "documents.npy"),
+    "mine_negatives": (mine_negatives.main, ["--model", "MODEL"], ".out.npy.unfinished"),
+    "score_pairs": (score_pairs.main, ["--model", "MODEL", "--mined", "MINED"], "judged.npy"),
+    "list_documents": (list_documents.main, ["--graded"], ".out.npy.unfinished"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_large(
+    name: str, mined: Path, dataset: Dataset, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("bigdssm.array_file.os.posix_fallocate", no_space)
+    main, words, file = COMMANDS[name]
+    given = {"MODEL": str(model_dir), "MINED": str(mined)}
+    out = tmp_path / "work" / "out.npy"
+    out.parent.mkdir()
+    code = main(["--data", str(dataset.dir), "--out", str(out), *(given.get(word, word) for word in words)])
+    said = capsys.readouterr().err
+    assert code == 1 and "No space left on device: " in said and file in said
+    assert not out.exists() and not list(out.parent.rglob("*.npy"))
+    monkeypatch.undo()
+    assert main(["--data", str(dataset.dir), "--out", str(out), *(given.get(word, word) for word in words)]) == 0
+
+
+def test_sorted_keys_name_their_file_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bigdssm.array_file.os.posix_fallocate", no_space)
+    with pytest.raises(OSError, match=r"No space left on device: .*by_id\.keys\.npy"):
+        write_keys(tmp_path / "by_id.keys.npy", 3, [(np.arange(3), np.arange(3))])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_space_of_a_new_array_is_reserved(tmp_path: Path) -> None:
+    array = new_array(tmp_path / "a.npy", np.float32, (1 << 18, 4))
+    assert (tmp_path / "a.npy").stat().st_blocks * 512 >= array.nbytes
+    assert not array.any()
