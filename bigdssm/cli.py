@@ -16,10 +16,11 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from bigdssm.errors import BigDSSMError, ConfigError
+from bigdssm.errors import BigDSSMError, ConfigError, DataError
 from bigdssm.log import setup_logging
 
 PLUGINS = "bigdssm.plugins"
+NOT_THERE = FileNotFoundError, IsADirectoryError, NotADirectoryError  # of data, such as a link whose file has gone
 INTERRUPTED_EXIT_CODE = 130  # what shells give for Ctrl-C
 
 
@@ -47,7 +48,7 @@ def run_main(main: Callable[[], int | None]) -> int:
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         sys.stderr.write(f"error: {error.strerror or error}{where}\n")
-        return BigDSSMError.exit_code
+        return DataError.exit_code if isinstance(error, NOT_THERE) else BigDSSMError.exit_code
 
 
 def load_plugins() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from bigdssm.config import DataConfig
-from bigdssm.errors import DataError
+from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, texts_of
 from bigdssm.features.base import from_dict
 from bigdssm.features.categorical import Categorical, categorical_of
@@ -115,6 +115,9 @@ class Schema:
             if (found := content.get("format", 1)) != FORMAT:
                 raise DataError(f"{path} has format {found}, this version reads format {FORMAT}; make it again")
             sides = {side: {name: from_dict(f) for name, f in content[side].items()} for side in ("query", "doc")}
+            for side, features in sides.items():
+                for name, feature in features.items():
+                    feature.check(f"{side}.{name}", side, sides["doc"])
             described = content[VOCABULARIES]
             schema = cls(**sides, display=content["display"], siamese=content.get(SIAMESE, False))._with_vocabularies(
                 lambda side, name, _: _opened(folder, described.get(side, {}).get(name, {}).get("files", []))
@@ -122,9 +125,11 @@ class Schema:
             if schema._to_dict(files=True)[VOCABULARIES] != described:
                 raise DataError(f"{folder / VOCABULARIES} is not what {path} was written with; copy both again")
             return schema
+        except ConfigError as error:
+            raise DataError(f"{path} is damaged: {error}") from None
         except FileNotFoundError:
             raise DataError(f"{path} does not exist; {folder} is no dataset or model folder of this project") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path} is damaged or of another version: {error!r}") from None
 
     def exported(self) -> dict[str, Any]:

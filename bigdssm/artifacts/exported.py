@@ -22,7 +22,7 @@ def read_export(folder: Path) -> dict[str, Any]:
     try:
         made: dict[str, Any] = json.loads((folder / EXPORT_FILE).read_text(encoding="utf-8"))
         checksums = made["checksums"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{folder} is no export, or one of an older version, with a whole {EXPORT_FILE} ({error!r}); export again"
         ) from None

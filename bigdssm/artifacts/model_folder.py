@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 import yaml
 from safetensors import SafetensorError
@@ -118,18 +119,24 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
         check_file(folder / name, checksum, META_FILE)
     try:
         config, schema = load_config(folder / CONFIG_FILE), Schema.load(folder)
-        texts = {key: _architecture(folder, key, meta["checksums"]) for key in text_configs(config.model, schema)}
         own = _scorer(config, meta["provenance"])
-        model = DualEncoder(config.model, schema, texts, own or scorer)
         written = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if _config_checksum(written, own) != meta["config_checksum"]:
             raise CheckpointError(
                 f"the model section of {CONFIG_FILE}, or sft.loss.mlp, is not what the model was trained with; undo "
                 "the edit, or copy the folder again (only other keys, such as data.dir, may change)"
             )
+        texts = {key: _architecture(folder, key, meta["checksums"]) for key in text_configs(config.model, schema)}
+        weights = load_file(folder / WEIGHTS_FILE)
+        with torch.device("meta"):  # so that a model that is larger than the file is refused before it takes memory
+            _check_weights(weights, DualEncoder(config.model, schema, texts, own).state_dict())
+        model = DualEncoder(config.model, schema, texts, own or scorer)
         load = model.load_state_dict if own and not scorer else model.load_towers
-        load(load_file(folder / WEIGHTS_FILE))
-    except (RuntimeError, SafetensorError, OSError, ValueError, BigDSSMError) as error:
+        load(weights)
+    except (
+        RuntimeError, SafetensorError, OSError, ValueError, BigDSSMError,
+        ArithmeticError, AttributeError, LookupError, TypeError,  # what a damaged architecture raises in transformers
+    ) as error:  # fmt: skip
         raise CheckpointError(f"the model folder {folder} does not load: {' '.join(str(error).split())}") from None
     model.eval()
     tokenizer_dir = (
@@ -202,7 +209,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         inside = [path for name in INSIDE_A_RUN if is_model_folder(path := folder / name)]
         meant = f"; did you mean {inside[0]}?" if inside else ""
         raise CheckpointError(f"{folder} is no model folder: it holds no {META_FILE}{meant}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from None
     if missing:
         raise CheckpointError(f"{path} is damaged: it lacks {sorted(missing)}")
@@ -211,6 +218,21 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if unnamed := {SCHEMA_FILE, WEIGHTS_FILE} - set(meta["checksums"]):
         raise CheckpointError(f"{path} is damaged: it has no checksum of {sorted(unnamed)}")
     return meta
+
+
+def _check_weights(weights: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless `weights` have the names, shapes and kinds of `needed`, and are finite."""
+    if other := set(weights) ^ set(needed):
+        raise CheckpointError(f"{WEIGHTS_FILE} and the config differ in the tensor {min(other)}; copy the folder again")
+    for name, tensor in weights.items():
+        expected = needed[name]
+        if tensor.shape != expected.shape or tensor.is_floating_point() != expected.is_floating_point():
+            raise CheckpointError(
+                f"{WEIGHTS_FILE}: {name} is {tensor.dtype} {list(tensor.shape)}, needs {expected.dtype} "
+                f"{list(expected.shape)}"
+            )
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{WEIGHTS_FILE}: {name} holds NaN or inf; take an earlier checkpoint's model")
 
 
 def _scorer(config: Config, provenance: Mapping[str, Any]) -> ScorerConfig | None:
@@ -222,7 +244,10 @@ def _architecture(folder: Path, key: str, listed: Mapping[str, str]) -> Pretrain
     name = f"{TEXT_DIR}/{key}/config.json"
     if name not in listed:  # whatever else stands there was not written with the folder
         raise CheckpointError(f"{META_FILE} does not list {name}, which the config asks for")
-    return AutoConfig.from_pretrained(folder / TEXT_DIR / key, local_files_only=True, trust_remote_code=False)
+    try:
+        return AutoConfig.from_pretrained(folder / TEXT_DIR / key, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers and its libraries have errors of their own for values
+        raise CheckpointError(f"{name} is no architecture: {error}") from None
 
 
 def _checksums(folder: Path) -> dict[str, str]:

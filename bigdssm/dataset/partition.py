@@ -52,7 +52,7 @@ def read_json(path: Path, fix: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{path} does not exist; {fix}") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {error}") from None
     if not isinstance(content, dict):
         raise DataError(f"{path} is damaged: no JSON object")

@@ -18,12 +18,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bigdssm.bounds import out_of_bounds
 from bigdssm.errors import ConfigError
 from bigdssm.features.ragged import Column, Ragged, from_arrow
 
@@ -278,9 +279,29 @@ def feature_type(name: Any, key: str) -> type[Feature]:
 
 
 def from_dict(content: Mapping[str, Any]) -> Feature:
-    """Return the feature of `Feature.to_dict`. Raises TypeError, KeyError: it is none."""
+    """Return the feature of `Feature.to_dict`. Raises TypeError, KeyError, ValueError: it is none."""
     given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items() if key != "type"}
-    return _TYPES[content["type"]](**given)
+    feature = _TYPES[content["type"]](**given)
+    hints = get_type_hints(type(feature))
+    for key, value in given.items():
+        if not _fits(value, hints[key]):
+            raise TypeError(f"{feature.name}.{key} is {value!r}, needs {hints[key]}")
+    for key, got, needed in out_of_bounds(feature):
+        raise ValueError(f"{feature.name}.{key} is {got!r}, needs {needed}")
+    return feature
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Return whether a value of JSON is of a field's declared type; types that JSON does not have are not looked at."""
+    options = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in options
+    if options and get_origin(hint) is not tuple:
+        return any(_fits(value, option) for option in options)
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    numbers = {int: int, float: int | float}
+    return isinstance(value, numbers.get(hint, hint)) if isinstance(hint, type) else True
 
 
 def filterable(features: Mapping[str, Feature]) -> dict[str, Feature]:

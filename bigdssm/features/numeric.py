@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
+from bigdssm.bounds import BOUND, Bound
 from bigdssm.errors import ConfigError
 from bigdssm.features.base import FITTED, Feature, Reader, register
 from bigdssm.features.columns import RowCheck, numbers
@@ -40,7 +41,7 @@ class Numeric(Feature):
 
     log: bool = False  # log1p before the normalisation, for heavy tails
     mean: float = field(default=0.0, metadata=FITTED)
-    std: float = field(default=1.0, metadata=FITTED)
+    std: float = field(default=1.0, metadata={**FITTED, BOUND: Bound(above=0)})
 
     @property
     def canonical_type(self) -> pa.DataType:

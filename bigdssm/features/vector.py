@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -103,7 +104,7 @@ class Vector(Feature):
         return values, wrong
 
     def _of_matrix(self, check: RowCheck) -> tuple[np.ndarray, np.ndarray]:
-        matrix = _open_matrix(str(self.matrix), self.dim)
+        matrix = _matrix_in(str(self.matrix), self.dim)
         rows = check.batch.rows - 1  # tables count from 1
         beyond = rows >= len(matrix)
         check.blank(beyond, f"{self.matrix} has {len(matrix)} rows, and none for row {{}}", check.batch.rows)
@@ -176,14 +177,21 @@ def _matrix_of(column: pa.Array, dim: int) -> np.ndarray:
     return matrix
 
 
+def _matrix_in(path: str, dim: int) -> np.ndarray:
+    """Return the mapped matrix [N, dim] that the file holds now. Raises DataError: no such file, or another one."""
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise DataError(f"matrix {path} cannot be read: {error.strerror}") from None
+    return _open_matrix(path, dim, (found.st_ino, found.st_size, found.st_mtime_ns))
+
+
 @lru_cache(maxsize=16)
-def _open_matrix(path: str, dim: int) -> np.ndarray:
-    """Return the mapped matrix [N, dim]. Raises DataError: no such file, or another one."""
+def _open_matrix(path: str, dim: int, version: tuple[int, ...]) -> np.ndarray:
+    """Return the mapped matrix; `version` differs where the file was replaced."""
     try:
         matrix: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise DataError(f"matrix {path} does not exist") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError) as error:
         raise DataError(f"matrix {path} is no .npy file of numbers: {' '.join(str(error).split())}") from None
     if matrix.ndim != 2 or matrix.shape[1] != dim or matrix.dtype.kind not in "fiu":
         raise DataError(f"matrix {path} holds {matrix.dtype} {list(matrix.shape)}, needs numbers [rows, {dim}]")

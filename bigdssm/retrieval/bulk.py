@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from bigdssm.artifacts.checkpoint import folder_checksums
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.mapped import MappedTable
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Column, Ragged, histories_of, stored
 from bigdssm.features.columns import RowCheck, SourceBatch, strings, value_lists
 from bigdssm.features.given import columns_of
-from bigdssm.hashing import file_checksum, hash64
+from bigdssm.hashing import file_checksum, hash64, json_checksum
 from bigdssm.log import get_logger
 from bigdssm.retrieval.search import histories
 from bigdssm.tables.registry import read_table
@@ -123,7 +124,8 @@ class TableRows(QuerySource):
         tables = [batch.table for batch in read_table(path, wanted, _warn)]
         self._table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
         self._path, self.num_rows = path, self._table.num_rows
-        self.identity = f"table {file_checksum(path)} {key_column} {events_column}"
+        content = json_checksum(folder_checksums(path)) if path.is_dir() else file_checksum(path)
+        self.identity = f"table {content} {key_column} {events_column}"
 
     def read(self, first: int, last: int) -> BulkQueries:
         """Return the queries of some rows."""

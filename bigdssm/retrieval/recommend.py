@@ -130,6 +130,6 @@ def _check_free(out: Path) -> None:
     try:
         if json.loads((out / META_FILE).read_text(encoding="utf-8"))["kind"] == "recommendations":
             return
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     raise ConfigError(f"{out} exists and holds no recommendations; choose another --out")

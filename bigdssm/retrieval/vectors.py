@@ -209,7 +209,7 @@ def read_meta(folder: Path) -> VectorsMeta:
         return VectorsMeta(**content)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{folder} holds no {META_FILE}; it is neither vectors nor an index") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder / META_FILE} is damaged: {error!r}") from None
 
 

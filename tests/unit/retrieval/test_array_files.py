@@ -10,14 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from bigdssm.array_file import new_array
-from bigdssm.commands import embed, embed_teacher, list_documents, mine_negatives, sample_negatives, score_pairs
+from bigdssm.commands import (
+    embed,
+    embed_teacher,
+    list_documents,
+    mine_negatives,
+    recommend,
+    sample_negatives,
+    score_pairs,
+)
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.keys import write_keys
 from bigdssm.errors import DataError
+from bigdssm.features import Vector
+from bigdssm.features.columns import RowCheck, SourceBatch
 from bigdssm.making.interactions import InteractionTables, make_interactions
 from bigdssm.making.making import Target
 from bigdssm.retrieval.embed import tower_encoders
@@ -132,3 +144,49 @@ def test_the_space_of_a_new_array_is_reserved(tmp_path: Path) -> None:
     array = new_array(tmp_path / "a.npy", np.float32, (1 << 18, 4))
     assert (tmp_path / "a.npy").stat().st_blocks * 512 >= array.nbytes
     assert not array.any()
+
+
+def vectors_of(matrix: Path, rows: int = 4) -> np.ndarray:
+    batch = SourceBatch("table.csv", pa.table({"id": list(range(rows))}), np.arange(rows) + 1)
+    feature = Vector(dim=2, matrix=str(matrix)).named("near")
+    return np.asarray(feature.read(RowCheck(batch, lambda *what: None)).flatten()).reshape(-1, 2)
+
+
+def test_a_matrix_that_was_replaced_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "near.npy"
+    for value in (1.0, 2.0):
+        np.save(tmp_path / "new.npy", np.full((4, 2), value))
+        os.replace(tmp_path / "new.npy", path)
+        assert (vectors_of(path) == value).all()
+    for other, said in (
+        (np.zeros((4, 3)), r"holds float64 \[4, 3\], needs numbers \[rows, 2\]"),
+        (np.zeros(4), r"holds float64 \[4\]"),
+        (np.array([["a", "b"]]), "holds <U1"),
+        (np.array([[1, None]], object), r"is no \.npy file of numbers"),
+        (np.zeros((4, 2), complex), "holds complex128"),
+    ):
+        np.save(tmp_path / "new.npy", other, allow_pickle=True)
+        os.replace(tmp_path / "new.npy", path)
+        with pytest.raises(DataError, match=said):
+            vectors_of(path)
+    for content in (b"", b"\x93NUMPY", path.read_bytes()[:-40]):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"near\.npy is no \.npy file"):
+            vectors_of(path)
+    path.unlink()
+    with pytest.raises(DataError, match=r"near\.npy cannot be read: No such file"):
+        vectors_of(path)
+
+
+def test_queries_of_a_table_in_a_folder(
+    dataset: Dataset, model_dir: Path, index_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pa.table({"user_id": ["a", "b"], "age": [20, 30], "occupation": ["doctor", "artist"], "seen": ["i1", "i2"]})
+    (tmp_path / "queries").mkdir()
+    parquet.write_table(table, tmp_path / "queries" / "part-0.parquet")
+    words = ["--model", model_dir, "--index", index_dir, "--data", dataset.dir, "--queries", tmp_path / "queries"]
+    words += ["--key-column", "user_id", "--events-column", "seen"]
+    assert recommend.main([str(word) for word in [*words, "--out", tmp_path / "out"]]) == 0
+    (tmp_path / "queries" / "part-1.parquet").symlink_to(tmp_path / "gone.parquet")
+    assert recommend.main([str(word) for word in [*words, "--out", tmp_path / "again"]]) == 3
+    assert "part-1.parquet" in capsys.readouterr().err
