@@ -21,7 +21,7 @@ from bigdssm.hashing import file_checksum
 SEAL_BYTES = 256
 
 
-def new_array(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> np.memmap:  # type: ignore[type-arg]
+def new_array(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> np.memmap:
     """Return a new array of zeros, mapped from the file `path`, whose space on the disk is reserved.
 
     Raises OSError, which names the file: a write to a mapped page that finds no space would end the process (SIGBUS).

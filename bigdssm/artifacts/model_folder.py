@@ -29,7 +29,7 @@ from transformers import AutoConfig, PretrainedConfig
 from bigdssm.artifacts.checkpoint import check_file, folder_checksums
 from bigdssm.atomic import new_folder, real_place, write_json
 from bigdssm.config import Config, ScorerConfig, load_config
-from bigdssm.dataset.dataset import Dataset, tokenizer_hash
+from bigdssm.dataset.dataset import TOKENIZER_FILE, Dataset, tokenizer_hash
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.hashing import json_checksum
 from bigdssm.models import DualEncoder
@@ -139,10 +139,12 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
     ) as error:  # fmt: skip
         raise CheckpointError(f"the model folder {folder} does not load: {' '.join(str(error).split())}") from None
     model.eval()
-    tokenizer_dir = (
-        folder / TOKENIZER_DIR if any(name.startswith(f"{TOKENIZER_DIR}/") for name in meta["checksums"]) else None
+    listed = f"{TOKENIZER_DIR}/{TOKENIZER_FILE}" in meta["checksums"]
+    if schema.has_text and not listed:
+        raise CheckpointError(f"{folder}: {META_FILE} does not list {TOKENIZER_DIR}/{TOKENIZER_FILE}; copy it again")
+    return ModelFolder(
+        model, config, schema, folder / TOKENIZER_DIR if listed else None, meta["provenance"], _identity(meta)
     )
-    return ModelFolder(model, config, schema, tokenizer_dir, meta["provenance"], _identity(meta))
 
 
 def model_checksum(
@@ -197,6 +199,8 @@ def _serialised(weights: Mapping[str, Tensor]) -> bytes:
 
 def _read_meta(folder: Path) -> dict[str, Any]:
     path = folder / META_FILE
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"{path} is damaged: it is no file")
     try:
         meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if meta["format"] != FORMAT:

@@ -198,6 +198,8 @@ def load_vectors(folder: Path, meta: VectorsMeta) -> CodedVectors:
 
 def read_meta(folder: Path) -> VectorsMeta:
     """Return the meta of a vectors or index folder. Raises CheckpointError: none there, damaged, of another format."""
+    if (folder / META_FILE).exists() and not (folder / META_FILE).is_file():  # a pipe would be waited for
+        raise CheckpointError(f"{folder / META_FILE} is damaged: it is no file")
     try:
         content = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
@@ -206,6 +208,8 @@ def read_meta(folder: Path) -> VectorsMeta:
             )
         if content.pop("checksum") != json_checksum(content):
             raise CheckpointError(f"{folder / META_FILE} is damaged: its checksum is another; embed and index again")
+        if not isinstance(content["files"], dict):
+            raise TypeError(f"files is {content['files']!r}")
         return VectorsMeta(**content)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{folder} holds no {META_FILE}; it is neither vectors nor an index") from None

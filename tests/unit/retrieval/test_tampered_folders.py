@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -153,6 +154,30 @@ def test_json_that_is_too_deep_is_damage(tmp_path: Path, name: str, read: Callab
     (tmp_path / name).write_text(DEEP)
     with pytest.raises(BigDSSMError, match=name):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("files", [None, [], "vectors.npy"])
+def test_a_meta_without_checksums_is_damage(index_dir: Path, tmp_path: Path, files: object) -> None:
+    content = json.loads((index_dir / "meta.json").read_text())
+    content.pop("checksum")
+    content["files"] = files
+    (tmp_path / "meta.json").write_text(json.dumps({**content, "checksum": json_checksum(content)}))
+    with pytest.raises(CheckpointError, match=r"meta\.json is damaged: TypeError"):
+        read_meta(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "read"), [("bigdssm.json", load_model_folder), ("meta.json", read_meta)])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str, read: Callable[[Path], object]) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match="it is no file"):
+        read(tmp_path)
+
+
+def test_a_tokenizer_without_a_checksum_is_refused(copied: Path) -> None:
+    meta = json.loads((copied / "bigdssm.json").read_text())
+    del meta["checksums"]["tokenizer/tokenizer.json"]
+    (copied / "bigdssm.json").write_text(json.dumps(meta))
+    refused(copied, "does not list tokenizer/tokenizer.json")
 
 
 def test_a_fitted_constant_is_within_its_own_bounds() -> None:
