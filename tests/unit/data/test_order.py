@@ -117,6 +117,7 @@ def test_neighbours_of_the_source_are_far_apart_and_epochs_differ(tmp_path: Path
     # the order alone already takes the rows that it gives one after another from all over the dataset …
     assert np.abs(np.diff(epochs[0])).mean() >= 0.3 * num_rows
     assert np.mean(epochs[0] == epochs[1]) < 1e-4
+    assert np.mean(lane_epoch(order, 0, 0) == lane_epoch(order, 0, 1)) < 1e-4  # also where no carried rows shift them
     # … and mixes the blocks of a window: rows of one block rarely follow each other
     assert np.mean(epochs[0][1:] // rows_per_block == epochs[0][:-1] // rows_per_block) < 0.1
 
