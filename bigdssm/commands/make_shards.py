@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--positive-rating", type=float, metavar="R", help="relevance 1 from this rating on, else 0: met, but no target"
     )
-    sub.add_argument("--split", choices=("leave-one-out", "time", "train"), default="leave-one-out")
+    sub.add_argument("--split", choices=("leave-one-out", "time", "train"), help=_default_split("leave-one-out"))
     _add_fractions(sub, "--split time")
     _add_moments(sub)
 
@@ -145,7 +145,7 @@ def _add_pair_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--doc-id-column", help="default: documents are the same where all their features are")
     sub.add_argument("--query-id-column", help="default: queries are the same where all their features are")
     sub.add_argument("--relevance-column", help="default: every relevance is 1")
-    sub.add_argument("--split", choices=("random", "time", "column", "train"), default="random")
+    sub.add_argument("--split", choices=("random", "time", "column", "train"), help=_default_split("random"))
     sub.add_argument("--group-column", help="--split random: its rows stay together (default: rows of one query)")
     sub.add_argument("--time-column", help="--split time: the newest rows are test, the ones before validation")
     sub.add_argument("--split-column", help="--split column: says train, validation, test or none")
@@ -156,6 +156,10 @@ def _add_pair_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--dedup", action="store_true", help="leave out repeated (query, document) pairs")
     _add_fractions(sub, "--split random or time")
     _add_moments(sub)
+
+
+def _default_split(default: str) -> str:
+    return f"(default: {default}; with --append that of the dataset, and what is newer than its test split is train)"
 
 
 def _add_beir(sub: argparse.ArgumentParser) -> None:
@@ -199,6 +203,10 @@ def _interactions(args: argparse.Namespace) -> None:
 
 def _pairs(args: argparse.Namespace) -> None:
     deciding = {"random": args.group_column, "time": args.time_column, "column": args.split_column}
+    if args.split is None and args.append is not None:  # the dataset's own split, maybe of a column with another name
+        decides = args.group_column or args.time_column or args.split_column
+    else:
+        decides = deciding[args.split or "random"] if args.split != "train" else None
     _make(
         args,
         pairs=args.pairs,
@@ -206,7 +214,7 @@ def _pairs(args: argparse.Namespace) -> None:
         query_id_column=args.query_id_column,
         relevance_column=args.relevance_column,
         split=args.split,
-        split_column=deciding.get(args.split),
+        split_column=decides,
         whole_documents=args.whole_documents,
         each_of=args.each_of,
         beir=args.beir,

@@ -319,17 +319,23 @@ def check_time_units(facts: Iterable[Mapping[str, Any]], where: str) -> None:
 
     `facts` are those of TimeUnits, part by part.
     """
+    joined = joined_units(facts)
+    if len(joined["units"]) > 1 and sum(count for _, count, _ in joined["units"]) >= 0.99 * joined["num_times"]:
+        some_of_each = ", ".join(f"{count} such as {one:.0f}" for _, count, one in joined["units"])
+        raise DataError(
+            f"{where} mixes units of time: {some_of_each}; give all in seconds since 1970, or all in another unit"
+        )
+
+
+def joined_units(facts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the facts of TimeUnits of several parts as those of one."""
     total, found = 0, dict[int, tuple[int, float]]()
     for some in facts:
         total += some["num_times"]
         for power, count, one in some["units"]:
             before, first = found.get(power, (0, one))
             found[power] = before + count, first
-    if len(found) > 1 and sum(count for count, _ in found.values()) >= 0.99 * total:
-        some_of_each = ", ".join(f"{count} such as {one:.0f}" for _, (count, one) in sorted(found.items()))
-        raise DataError(
-            f"{where} mixes units of time: {some_of_each}; give all in seconds since 1970, or all in another unit"
-        )
+    return {"num_times": total, "units": [[power, *known] for power, known in sorted(found.items())]}
 
 
 def moment_of(value: float | str | date) -> float:

@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.dataset.keys import Keys
-from bigdssm.dataset.mapped import MappedTable
-from bigdssm.dataset.sequences import VERSION_COLUMN
+from bigdssm.dataset.sequences import TIME_COLUMN, VERSION_COLUMN
 from bigdssm.features import Feature, TextTokenizer, encode_columns
 from bigdssm.features.ragged import Ragged, offsets_of
 from bigdssm.making.documents import canonical_of
+from bigdssm.making.earlier import EarlierEvents
 from bigdssm.making.item_versions import ItemVersions
 from bigdssm.making.making import Making
 from bigdssm.making.sorting import deal, order_of, read_bucket
@@ -89,10 +89,11 @@ class Cutting:
     user: dict[str, Feature]  # features of a sequence's user
     text: TextTokenizer | None
     split: str
-    thresholds: tuple[float, float]  # the times from which on events are of validation and of test
+    thresholds: tuple[float, float, float]  # the times from which on events are of validation, test and train again
     targets_per_row: int
     seed: int
-    earlier: tuple[tuple[tuple[Path, ...], Path], ...]  # sequence files and key file of earlier partitions
+    earlier: EarlierEvents
+    has_times: bool
     versions: ItemVersions | None = None  # of items with times
 
     def __call__(self, dealt: Sequence[Path], job: tuple[int, tuple[int, int]], folder: Path) -> None:
@@ -101,7 +102,7 @@ class Cutting:
         own = self.sequences.read(first, last)
         events = Events.of(read_bucket(dealt, number), own.column("length").to_numpy())
         user_ids = own.column("user_id").to_numpy()
-        before = self._before(user_ids)
+        before = self.earlier.take(user_ids, self._event_columns)
         path = folder / f"sequences-{number:06d}.arrow"
         made = write_arrow(path, self._sequence_columns(own, user_ids, events, before))
         place = events.position + before["items"].lengths.astype(np.int32)[events.sequence]
@@ -119,6 +120,8 @@ class Cutting:
     ) -> dict[str, pa.Array]:
         """Return every sequence's events, earlier partitions' before its own, and its user's features."""
         lists = {"items": events.item, "relevance": events.relevance}
+        if self.has_times:
+            lists[TIME_COLUMN] = events.time
         if self.versions is not None:
             lists[VERSION_COLUMN] = self.versions.find(events.item, events.time)
         columns = {
@@ -130,25 +133,15 @@ class Cutting:
             columns[name] = pa.LargeListArray.from_arrays(pa.array(rows.offsets), pa.array(rows.values))
         return columns | encode_columns(canonical_of(own, "u", self.user), self.user, self.text, large=True)
 
-    def _before(self, user_ids: np.ndarray) -> dict[str, Ragged]:
-        """Return each sequence's events in earlier partitions: the newest that knows it has all."""
-        types: dict[str, type] = {"items": np.int32, "relevance": np.float32}
+    @property
+    def _event_columns(self) -> dict[str, type]:
+        """Return the columns of sequences that have a value per event, with their types."""
+        columns: dict[str, type] = {"items": np.int32, "relevance": np.float32}
+        if self.has_times:
+            columns[TIME_COLUMN] = np.float64
         if self.versions is not None:
-            types[VERSION_COLUMN] = np.int32
-        found = {name: [Ragged.of_lists([[]], dtype)] for name, dtype in types.items()}
-        place, num_found = np.zeros(len(user_ids), np.int64), 1  # in what is found: at first comes an empty one
-        for files, keys in reversed(self.earlier):
-            rows = Keys([keys]).find(user_ids)
-            new = np.flatnonzero((rows >= 0) & (place == 0))
-            place[new] = num_found + np.arange(len(new))
-            num_found += len(new)
-            if len(new):
-                table = MappedTable(files)
-                for name, pieces in found.items():
-                    some = table.take(name, rows[new])
-                    assert isinstance(some, Ragged)
-                    pieces.append(some)
-        return {name: Ragged.concat(pieces).take(place) for name, pieces in found.items()}
+            columns[VERSION_COLUMN] = np.int32
+        return columns
 
     def _split_of(self, events: Events) -> np.ndarray:
         """Return every event's split, a number in SPLITS, int8 [events]."""
@@ -157,7 +150,7 @@ class Cutting:
             from_last = np.diff(events.offsets)[events.sequence] - 1 - events.position
             split[from_last == 1], split[from_last == 0] = 1, 2
         elif self.split == "time":
-            for number, threshold in enumerate(self.thresholds, 1):
+            for number, threshold in zip((1, 2, 0), self.thresholds, strict=True):
                 split[events.time >= threshold] = number
         return split
 

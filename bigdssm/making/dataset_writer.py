@@ -33,6 +33,7 @@ from bigdssm.atomic import (
 from bigdssm.dataset.files import KEYS_SUFFIX
 from bigdssm.dataset.partition import FORMAT
 from bigdssm.errors import ConfigError, DataError, UnavailableError
+from bigdssm.features.columns import TimeUnits
 from bigdssm.hashing import file_checksum
 from bigdssm.locks import WriterLock, lock_beside
 from bigdssm.making.quarantine import Quarantine
@@ -41,6 +42,8 @@ from bigdssm.schema import SCHEMA_FILE, VOCABULARIES, Schema
 DATASET_FILE, QUARANTINE_FILE = "dataset.json", "quarantine.jsonl"
 TOKENIZER, CATALOGUE, VERSIONS, PARTITIONS = "tokenizer", "catalogue", "versions", "partitions"
 AS_OF = {"users": "rows", "items": "events"}  # what sees features that change as of its time
+SPLIT = "split"  # how the first partition was split, as an append without --split is
+TIMES = "times"  # of events: in which units they are
 LOCK = ".lock"  # inside a dataset that grows or is replaced
 PREVIOUS_SCHEMA = "schema.previous.json"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -175,6 +178,18 @@ class DatasetWriter:
         if dated:
             self.content[side] = AS_OF[side]
 
+    def note_event_times(self, has_times: bool) -> None:
+        """Note whether events have times. Raises ConfigError where it is otherwise in the dataset that grows."""
+        if self.append and (TIMES in self.content) != has_times:
+            if has_times:
+                raise ConfigError(
+                    f"{self.out} has no times of its events, to compare these with; leave out the time column here, "
+                    "too (--time-column ''), or make the dataset again with one"
+                )
+            raise ConfigError(f"{self.out} has times of its events, so give --time-column here, too")
+        if has_times:
+            self.content.setdefault(TIMES, TimeUnits().facts())
+
     def commit(
         self, schema: Schema, catalogue: list[dict[str, Any]], versions: list[dict[str, Any]], splits: dict[str, Any],
         counts_checksum: str, sequences: Sequence[dict[str, Any]],
@@ -198,7 +213,7 @@ class DatasetWriter:
             "schema": schema.fingerprint(),
             "text": self.content["text"],
             "ids": self.content["ids"],
-            **{side: self.content[side] for side in AS_OF if side in self.content},
+            **{name: self.content[name] for name in (*AS_OF, SPLIT, TIMES) if name in self.content},
             **({VERSIONS: newer} if newer else {}),
             "tokenizer": self._tokenizer_checksums(),
             "catalogue": [*self.content["catalogue"], *new],

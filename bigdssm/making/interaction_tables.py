@@ -20,12 +20,14 @@ from bigdssm.features.columns import (
     TimeUnits,
     check_time_units,
     ids,
+    joined_units,
     relevances,
     strings,
     times,
 )
 from bigdssm.features.fitting import canonical
 from bigdssm.making.as_of import versions_of
+from bigdssm.making.dataset_writer import TIMES
 from bigdssm.making.documents import (
     Documents,
     document_rows,
@@ -35,6 +37,7 @@ from bigdssm.making.documents import (
     number_versions,
     spooled,
 )
+from bigdssm.making.earlier import EarlierEvents
 from bigdssm.making.known_documents import KnownDocuments
 from bigdssm.making.making import Making, check_column_names
 from bigdssm.making.moments import DEFAULT_FRACTIONS, Moments, Told
@@ -46,7 +49,7 @@ from bigdssm.making.reading import (
     places,
     read_part,
 )
-from bigdssm.making.steps import FirstRows, RowFile, Table, read_facts
+from bigdssm.making.steps import FirstRows, RowFile, Table, read_facts, write_facts
 from bigdssm.schema import Schema
 from bigdssm.string_hashes import hash_strings
 from bigdssm.tables.hashing import hash_rows
@@ -81,7 +84,7 @@ class InteractionTables:
     rating_column: str | None = None  # becomes the relevance; without one it is 1
     min_rating: float | None = None  # events rated lower are no events
     positive_rating: float | None = None  # events have the relevance 1, or 0 where rated lower
-    split: Split = "leave-one-out"
+    split: Split | None = None  # none: the dataset's own of an append, else leave-one-out
     validation_fraction: float = DEFAULT_FRACTIONS[0]  # split=time: the newest rows but the test's
     test_fraction: float = DEFAULT_FRACTIONS[1]  # split=time: the newest rows
     validation_from: Told = None  # split=time: from when on, in place of both fractions; test_from goes with it
@@ -95,7 +98,7 @@ class InteractionTables:
     def moments(self) -> Moments | None:
         """Return the times that split=time divides at; None: shares of the events decide. Raises ConfigError."""
         fractions = self.validation_fraction, self.test_fraction
-        return Moments.told(self.split, fractions, self.validation_from, self.test_from, self.until)
+        return Moments.told(self.split or "leave-one-out", fractions, self.validation_from, self.test_from, self.until)
 
 
 def read_items(
@@ -211,7 +214,7 @@ class _UserReader:
 
 def read_events(
     run: Making, tables: InteractionTables, user: dict[str, Feature], documents: Documents, events: Source,
-    other_times: Mapping[str, Sequence[Mapping[str, Any]]],
+    other_times: Mapping[str, Sequence[Mapping[str, Any]]], earlier: EarlierEvents,
 ) -> tuple[Table, Table]:  # fmt: skip
     """Return the sequences, and the events in the order of their table.
 
@@ -222,19 +225,29 @@ def read_events(
     engine, quarantine = run.engine, run.writer.quarantine
     moments = tables.moments
     until = None if moments is None else moments.until
-    folders = run.read("events", [events], _EventReader(tables, documents.keys, until))
+    compared = earlier if earlier.parts and tables.time_column else None
+    folders = run.read("events", [events], _EventReader(tables, documents.keys, until, compared))
     facts = [read_facts(folder) for folder in folders]
+    if compared is not None:  # first: in another unit all are older, or newer
+        where = f"{events.name}, column {tables.time_column!r}, with the events of {run.writer.out},"
+        check_time_units([run.writer.content[TIMES], *facts], where)
     found = Table.of(folder / "events.parquet" for folder in folders)
-    num_left_out = sum(some["num_good"] for some in facts) - found.num_rows
+    num_repeated = sum(some["num_repeated"] for some in facts)
+    num_left_out = sum(some["num_good"] for some in facts) - num_repeated - found.num_rows
     engine.table("found_sequences", [folder / "sequences.parquet" for folder in folders])
+    repeated = [f"{num_repeated} interactions are in {run.writer.out} already and left out"] if num_repeated else []
     if not found.num_rows:
-        left_out = f"; {num_left_out} are {_why_left_out(tables)}" if num_left_out else ""
-        raise DataError(f"{events.name}: no interaction is left to train on{left_out}{quarantine.told()}")
+        left_out = [f"{num_left_out} are {_why_left_out(tables)}"] if num_left_out else []
+        why = "".join(f"; {reason}" for reason in [*repeated, *left_out])
+        raise DataError(f"{events.name}: no interaction is left to train on{why}{quarantine.told()}")
+    run.notes += repeated
     check_time_units(facts, f"{events.name}, column {tables.time_column!r}")
     for column, others in other_times.items():
         check_time_units([*facts, *others], f"{events.name}, column {tables.time_column!r}, with {column},")
     if moments is not None:
         moments.check_units(facts, f"{events.name}, column {tables.time_column!r}")
+    if tables.time_column is not None:
+        run.writer.content[TIMES] = joined_units([run.writer.content[TIMES], *facts])
     if num_left_out:
         run.notes.append(f"{num_left_out} interactions are {_why_left_out(tables)} and left out")
     engine.view(
@@ -270,6 +283,7 @@ class _EventReader:
     tables: InteractionTables
     items: Keys
     until: float | None = None  # events from then on are none
+    earlier: EarlierEvents | None = None  # in time, of the dataset that grows
 
     @property
     def columns(self) -> dict[str, str]:
@@ -282,22 +296,48 @@ class _EventReader:
             RowFile(folder / "sequences.parquet", SEQUENCE) as sequences,
             FirstRows(sequences, "user_id", count="length") as first,
         ):
-            read_part(part, self.columns, folder, partial(self._read, part, events, first))
+            repeated: list[int] = []
+            read_part(part, self.columns, folder, partial(self._read, part, events, first, repeated))
+        write_facts(folder, **read_facts(folder), num_repeated=sum(repeated))
 
-    def _read(self, part: PartOfTable, events: RowFile, first: FirstRows, check: RowCheck, units: TimeUnits) -> None:
+    def _read(
+        self, part: PartOfTable, events: RowFile, first: FirstRows, repeated: list[int], check: RowCheck,
+        units: TimeUnits,
+    ) -> None:  # fmt: skip
         users, columns = self._events(check, places(part, check.batch))
         good = check.good
         if self.tables.min_rating is not None:
             good = good & (columns[-1] >= self.tables.min_rating)
         if self.until is not None:
             good = good & (columns[-2] < self.until)
-        place, user_id, item, time, relevance = (column[good] for column in columns)
         if self.tables.positive_rating is not None:
-            relevance = relevance >= self.tables.positive_rating
-        units.add(time)
-        events.add(pa.table([place, user_id, item, time, relevance.astype(np.float32)], schema=EVENT))
+            columns = (*columns[:-1], columns[-1] >= self.tables.positive_rating)
+        columns = (*columns[:-1], columns[-1].astype(np.float32))
+        units.add(columns[-2][good])
+        if self.earlier is not None:
+            good = self._new(self.earlier, check, good, columns, repeated)
+        place, user_id, item, time, relevance = (column[good] for column in columns)
+        events.add(pa.table([place, user_id, item, time, relevance], schema=EVENT))
         one = np.ones(len(place), np.int64)
         first.add(pa.table([place, user_id, users.filter(pa.array(good)), one], schema=SEQUENCE))
+
+    def _new(
+        self, earlier: EarlierEvents, check: RowCheck, good: np.ndarray, columns: tuple[np.ndarray, ...],
+        repeated: list[int],
+    ) -> np.ndarray:  # fmt: skip
+        """Return which good events the dataset does not have; older ones than the newest of their users are failed."""
+        again, newest = np.zeros(len(good), bool), np.full(len(good), -np.inf)
+        again[good], newest[good] = earlier.compare(*(column[good] for column in columns[1:]))
+        repeated.append(int(again.sum()))
+        time = columns[-2]
+        older = ~again & (time < newest)
+        shown = {row: f"{time[row]:.15g}, older than {newest[row]:.15g}" for row in np.flatnonzero(older).tolist()}
+        reason = (
+            f"{self.tables.time_column} is {{}}, the newest event of its user in the dataset; an append goes forward "
+            "in time, so make the dataset again to insert older events"
+        )
+        check.fail(older, reason, shown)
+        return good & ~again & ~older
 
     def _events(self, check: RowCheck, place: np.ndarray) -> tuple[pa.Array, tuple[np.ndarray, ...]]:
         """Return the users of a batch, and the columns of all its events; what is wrong is reported to `check`."""

@@ -18,14 +18,15 @@ from bigdssm.config import DataConfig, check_pieces
 from bigdssm.dataset.files import SEQUENCE_KEYS_FILE
 from bigdssm.dataset.keys import Keys
 from bigdssm.dataset.partition import read_partition
-from bigdssm.dataset.sequences import VERSION_COLUMN
+from bigdssm.dataset.sequences import TIME_COLUMN, VERSION_COLUMN
 from bigdssm.dataset.versions import DOCUMENT_COLUMN, SINCE_COLUMN, catalogue_files
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, TextTokenizer, encode_columns, stored
 from bigdssm.making.as_of import join_users
 from bigdssm.making.cutting import Cutting, cut_sequences
-from bigdssm.making.dataset_writer import PARTITIONS
+from bigdssm.making.dataset_writer import PARTITIONS, SPLIT
 from bigdssm.making.documents import Documents, canonical_of, place_keys
+from bigdssm.making.earlier import EarlierEvents
 from bigdssm.making.engine import Engine
 from bigdssm.making.fitting import Side, fit, schema_to_fit
 from bigdssm.making.interaction_tables import InteractionTables, read_events, read_items, read_users
@@ -40,6 +41,7 @@ from bigdssm.making.making import (
     check_names,
     making,
 )
+from bigdssm.making.moments import Moments, check_own_split
 from bigdssm.making.sorting import shuffled
 from bigdssm.making.spark import SparkTable, open_table
 from bigdssm.making.splits import SPLITS, check_fractions, quantiles
@@ -56,7 +58,7 @@ def make_interactions(
     """
     if config.siamese:
         raise ConfigError("data.siamese=true: events are no pairs of documents; use the sub-command `pairs`")
-    _check(config, tables)
+    _check(config, tables, append=target.append)
     items, events = open_table(tables.items), open_table(tables.interactions)
     users = None if tables.users is None else open_table(tables.users)
     sources = [source for source in (items, users, events) if source is not None]
@@ -71,6 +73,7 @@ def make_interactions(
         writer.note_times("users", as_of)
         writer.note_times("items", tables.items_time_column is not None)
         earlier = _earlier(run)
+        writer.note_event_times(tables.time_column is not None)
         known = catalogue_files(writer.out, writer.content)
         documents, item_times = read_items(run, tables, base, items)
         versions = ItemVersions.of(engine, known, documents) if documents.dated else None
@@ -79,7 +82,7 @@ def make_interactions(
             f"{tables.items}, column {tables.items_time_column!r}": item_times,
             f"{tables.users}, column {tables.users_time_column!r}": user_times,
         }
-        sequences, found = read_events(run, tables, user, documents, events, other_times)
+        sequences, found = read_events(run, tables, user, documents, events, other_times, earlier)
         writer.quarantine.check()
         sides = [Side("doc", _told_documents(engine, documents), "d", base.doc)]
         if user:
@@ -88,12 +91,14 @@ def make_interactions(
         schema, text = fit(
             engine, base, config, sides, folder=writer.tokenizer_dir, grow=writer.append, like=target.like
         )  # fmt: skip
+        split, moments = _split_of(run, tables, found)
         key_file = writer.partition_dir / SEQUENCE_KEYS_FILE
         place_keys(engine, "sequences", "user_id", 0, key_file)
         cutting = Cutting(
             events=found, sequences=sequences, keys=Keys([key_file]), user=stored(schema.query), text=text,
-            split=tables.split, thresholds=_thresholds(engine, tables, found), targets_per_row=config.targets_per_row,
-            seed=target.seed, earlier=earlier, versions=versions,
+            split=split, thresholds=(moments.validation, moments.test, moments.train_from),
+            targets_per_row=config.targets_per_row,
+            seed=target.seed, earlier=earlier, has_times=tables.time_column is not None, versions=versions,
         )  # fmt: skip
         folders, cut = cut_sequences(run, cutting, has_times=tables.time_column is not None)
         splits = {name: Table.of(folder / f"{name}.parquet" for folder in folders) for name in SPLITS}
@@ -101,6 +106,8 @@ def make_interactions(
             run.notes += _notes_of_versions(tables, documents, sum(read_facts(f)["num_early"] for f in folders))
         if not splits["train"].num_rows:
             before = "" if tables.moments is None else f" before --validation-from {tables.validation_from}"
+            if writer.append and split != "train":
+                before += f" for --split {split}; with --split train the partition trains on all of its events"
             raise DataError(f"{tables.interactions}: no training row is left; every user has too few events{before}")
         if as_of:
             splits, too_early = join_users(engine, splits, len(user))
@@ -138,13 +145,19 @@ def _notes_of_versions(tables: InteractionTables, documents: Documents, num_earl
         yield f"{num_early} events are older than all that {tables.items} has of their items: they see the oldest"
 
 
-def _check(config: DataConfig, tables: InteractionTables) -> None:
+def _check(config: DataConfig, tables: InteractionTables, *, append: bool) -> None:
     """Raise ConfigError on what cannot be asked for."""
     dated = tables.items_time_column is not None
     check_names(config.doc, [*CATALOGUE_COLUMNS, *([DOCUMENT_COLUMN, SINCE_COLUMN] if dated else [])], "doc")
-    check_names(config.query, [*BLOCK_COLUMNS, *SEQUENCE_COLUMNS, *([VERSION_COLUMN] if dated else [])], "query")
+    of_events = [*([TIME_COLUMN] if tables.time_column else []), *([VERSION_COLUMN] if dated else [])]
+    check_names(config.query, [*BLOCK_COLUMNS, *SEQUENCE_COLUMNS, *of_events], "query")
     check_pieces(config)
     check_fractions(tables.validation_fraction, tables.test_fraction)
+    if append and tables.split is None:
+        check_own_split(
+            (tables.validation_fraction, tables.test_fraction), validation_from=tables.validation_from,
+            test_from=tables.test_from, until=tables.until,
+        )  # fmt: skip
     _ = tables.moments  # which says what is wrong with them
     if tables.split == "time" and tables.time_column is None:
         raise ConfigError("--split time needs a --time-column")
@@ -160,26 +173,40 @@ def _check(config: DataConfig, tables: InteractionTables) -> None:
             raise ConfigError(f"{option} {rating} needs a finite number, and a --rating-column")
 
 
-def _thresholds(engine: Engine, tables: InteractionTables, events: Table) -> tuple[float, float]:
-    """Return the times from which on events are of validation and of test."""
-    if tables.split != "time":
-        return np.inf, np.inf
-    if tables.moments is not None:
-        return tables.moments.validation, tables.moments.test
-    kept = 1 - tables.test_fraction
-    validation, test = quantiles(engine, events, (kept - tables.validation_fraction, kept))
-    return validation, test
+def _split_of(run: Making, tables: InteractionTables, events: Table) -> tuple[str, Moments]:
+    """Return how events are split, and the cut-off times, infinity where it is not by time.
+
+    An append without a split has that of the dataset. A new dataset keeps its own.
+    """
+    engine, content = run.engine, run.writer.content
+    never = Moments(np.inf, np.inf, np.inf)
+    own = content.get(SPLIT) if run.writer.append and tables.split is None else None
+    how = own["how"] if own else tables.split or "leave-one-out"
+    moments = never
+    if own and how == "time":
+        moments = Moments.of_dataset(own)
+    elif how == "time" and tables.moments is not None:
+        moments = tables.moments
+    elif how == "time":
+        kept = 1 - tables.test_fraction
+        first, second = quantiles(engine, events, (kept - tables.validation_fraction, kept))
+        moments = Moments(first, second, np.inf)
+    if not run.writer.append:
+        content[SPLIT] = {"how": how}
+        if how == "time":
+            engine.table("read_events", map(Path, events.files))
+            ((newest,),) = engine.fetch("SELECT max(time) FROM read_events")
+            content[SPLIT] |= moments.as_json(newest)
+    return how, moments
 
 
-def _earlier(run: Making) -> tuple[tuple[tuple[Path, ...], Path], ...]:
-    """Return the sequence files and key file of each partition that is there already. Raises DataError: it has none."""
-    found = []
-    for name in run.writer.content[PARTITIONS]:
-        partition = read_partition(run.writer.out, name)
+def _earlier(run: Making) -> EarlierEvents:
+    """Return the events of the partitions that are there already. Raises DataError where one holds pairs."""
+    partitions = [read_partition(run.writer.out, name) for name in run.writer.content[PARTITIONS]]
+    for partition in partitions:
         if not partition.sequence_files:
-            raise DataError(f"{run.writer.out}: partition {name!r} holds pairs, not interactions")
-        found.append((tuple(partition.sequence_files), partition.folder / SEQUENCE_KEYS_FILE))
-    return tuple(found)
+            raise DataError(f"{run.writer.out}: partition {partition.name!r} holds pairs, not interactions")
+    return EarlierEvents.of(partitions)
 
 
 def _encoded(of_rows: dict[str, Feature], text: TextTokenizer | None, rows: pa.Table) -> dict[str, pa.Array]:

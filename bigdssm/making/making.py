@@ -134,6 +134,7 @@ class Making:
             self.engine, documents, schema.doc, text, writer.catalogue_dir,
             len(writer.catalogue_parts), len(writer.content.get(VERSIONS, [])),
         )  # fmt: skip
+        self.notes += _held_out(splits) if writer.append else []
         changed_docs = documents.num_changed  # its table goes with the spool
         writer.commit(schema, catalogue, versions, splits, checksum, sequences)
         many = [
@@ -153,6 +154,18 @@ class Making:
             seconds=time.monotonic() - self.started,
             notes=(*self.notes, *many),
         )
+
+
+def _held_out(splits: Mapping[str, Any]) -> list[str]:
+    """Return a note where an append adds fewer queries to train than to the other splits."""
+    total = sum(entry["queries"] for entry in splits.values())
+    held_out = total - splits["train"]["queries"]
+    if 2 * held_out <= total:
+        return []
+    return [
+        f"most of what the partition adds is held out: {held_out:,} of {total:,} queries; with --split train all are "
+        "trained on"
+    ]
 
 
 @contextmanager

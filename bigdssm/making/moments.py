@@ -13,6 +13,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.features.columns import TimeUnits, check_time_units, moment_of
 
 DEFAULT_FRACTIONS = (0.05, 0.05)  # of validation and of test
+CUT_OFFS = ("validation_from", "test_from", "train_from")
 Told = float | str | date | None
 """A time in the unit of the table's times, or a date or ISO 8601, in seconds; none: it is not told."""
 
@@ -26,6 +27,19 @@ class Moments:
     until: float  # infinity: none is left out
 
     said: str = ""  # the options that told them
+    train_from: float = np.inf  # rows from then on are of train, whatever the others are
+
+    @classmethod
+    def of_dataset(cls, split: Mapping[str, Any]) -> Moments:
+        """Return the cut-off times of a dataset, as `as_json` describes them; rows after the last are of train."""
+        first, second, end = (np.inf if split[name] is None else split[name] for name in CUT_OFFS)
+        return cls(first, second, np.inf, train_from=end)
+
+    def as_json(self, newest: float) -> dict[str, Any]:
+        """Return the cut-off times as JSON types, null for infinity; `newest` is the time of the newest row."""
+        end = self.until if np.isfinite(self.until) else float(np.nextafter(newest, np.inf))
+        times = (self.validation, self.test, end)
+        return {name: time if np.isfinite(time) else None for name, time in zip(CUT_OFFS, times, strict=True)}
 
     @classmethod
     def told(
@@ -58,6 +72,17 @@ class Moments:
         moments = np.array([self.validation, self.test, self.until])
         units.add(moments[np.isfinite(moments)])
         check_time_units([*facts, units.facts()], f"{where}, with {self.said},")
+
+
+def check_own_split(fractions: tuple[float, float], **options: object) -> None:
+    """Raise ConfigError where an append without a split has an option of one: the dataset's own split decides."""
+    given = [
+        f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None and value is not False
+    ]
+    if fractions != DEFAULT_FRACTIONS:
+        given.append("--validation-fraction or --test-fraction")
+    if given:
+        raise ConfigError(f"{given[0]} needs --split; without it an append takes the split of the dataset at --out")
 
 
 def _read(option: str, value: float | str | date) -> float:

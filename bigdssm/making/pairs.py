@@ -23,7 +23,7 @@ from bigdssm.features import Feature, TextTokenizer, encode_columns
 from bigdssm.features.columns import RowCheck, TimeUnits, ids, relevances, strings
 from bigdssm.features.fitting import canonical, missing
 from bigdssm.making.collection import write_collection
-from bigdssm.making.dataset_writer import PARTITIONS
+from bigdssm.making.dataset_writer import PARTITIONS, SPLIT
 from bigdssm.making.documents import (
     Documents,
     canonical_of,
@@ -46,7 +46,7 @@ from bigdssm.making.making import (
     check_names,
     making,
 )
-from bigdssm.making.moments import DEFAULT_FRACTIONS, Moments, Told
+from bigdssm.making.moments import DEFAULT_FRACTIONS, Moments, Told, check_own_split
 from bigdssm.making.reading import PartOfTable, columns_of_features, named_columns, places, read_part
 from bigdssm.making.spark import open_table
 from bigdssm.making.splits import SPLITS, PairSplit, Splitter
@@ -80,7 +80,7 @@ class PairTables:
     doc_id_column: str | None = None  # none: documents are the same where all their features are
     query_id_column: str | None = None  # none: queries are the same where all their features are
     relevance_column: str | None = None  # none: 1
-    split: PairSplit = "random"
+    split: PairSplit | None = None  # none: the dataset's own of an append, else random
     split_column: str | None = None  # random: the group that stays together; time, column: what decides
     validation_fraction: float = DEFAULT_FRACTIONS[0]
     test_fraction: float = DEFAULT_FRACTIONS[1]
@@ -100,7 +100,7 @@ class PairTables:
     def moments(self) -> Moments | None:
         """Return the times that split=time divides at; None: shares of the rows decide. Raises ConfigError."""
         fractions = self.validation_fraction, self.test_fraction
-        return Moments.told(self.split, fractions, self.validation_from, self.test_from, self.until)
+        return Moments.told(self.split or "random", fractions, self.validation_from, self.test_from, self.until)
 
 
 def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress: Progress = no_progress) -> Report:
@@ -108,7 +108,9 @@ def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress:
 
     Raises DataError or ConfigError with nothing left half-written.
     """
-    splitter = _checked(config, tables, target)
+    own_split = target.append and tables.split is None
+    _check(config, tables, target)
+    splitter = None if own_split else _splitter(tables, target)
     sources = [open_table(path) for path in tables.files]
     with making(config, target, sources, tables, progress) as run:
         writer, engine = run.writer, run.engine
@@ -119,6 +121,9 @@ def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress:
         columns = {"doc": tables.doc_id_column, "query": tables.query_id_column}
         writer.identify(**{side: "content" if name is None else "column" for side, name in columns.items()})
         base = schema_to_fit(config, writer.out if writer.append else None, target.like)
+        if splitter is None and (own := writer.content.get(SPLIT)):
+            splitter = Splitter.of_dataset(own, tables.split_column)
+        splitter = splitter or _splitter(tables, target)
         known = KnownDocuments.of(writer)
         reader = PairReader(tables, base, splitter, target.seed, known)
         folders = run.read("read", sources, reader)
@@ -129,6 +134,8 @@ def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress:
         if not found.num_rows:
             raise DataError(f"{tables.files[0]}: no row is left{writer.quarantine.told()}")
         splitter.divide(engine, folders)
+        if not writer.append:
+            writer.content[SPLIT] = splitter.described
         splits = _sorted_splits(run, tables, splitter, reader)
         sides = [Side("doc", _documents_of_train(engine, base.siamese), "d", base.doc)]
         if not base.siamese:
@@ -143,8 +150,8 @@ def make_pairs(config: DataConfig, tables: PairTables, target: Target, progress:
         return run.finish(schema, text, documents, entries, _train_positives(engine, documents))
 
 
-def _checked(config: DataConfig, tables: PairTables, target: Target) -> Splitter:
-    """Return what divides the rows. Raises ConfigError, DataError where it cannot be."""
+def _check(config: DataConfig, tables: PairTables, target: Target) -> None:
+    """Raise ConfigError or DataError on what cannot be asked for."""
     check_names(config.doc, CATALOGUE_COLUMNS, "doc")
     check_names(config.query, BLOCK_COLUMNS, "query")
     if config.targets_per_row > 1:
@@ -158,8 +165,17 @@ def _checked(config: DataConfig, tables: PairTables, target: Target) -> Splitter
         raise ConfigError("data.siamese=true: a query is a document; give --query-id-column and --doc-id-column")
     if tables.beir:
         check_place(tables.beir)
-    fractions = (tables.validation_fraction, tables.test_fraction)
-    return Splitter(tables.split, tables.split_column, fractions, target.seed, tables.whole_documents, tables.moments)
+    if target.append and tables.split is None:
+        check_own_split(
+            (tables.validation_fraction, tables.test_fraction), whole_documents=tables.whole_documents,
+            validation_from=tables.validation_from, test_from=tables.test_from, until=tables.until,
+        )  # fmt: skip
+
+
+def _splitter(tables: PairTables, target: Target) -> Splitter:
+    """Return what divides the rows as the options say."""
+    how, fractions = tables.split or "random", (tables.validation_fraction, tables.test_fraction)
+    return Splitter(how, tables.split_column, fractions, target.seed, tables.whole_documents, tables.moments)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +13,7 @@ import pyarrow as pa
 from bigdssm.errors import ConfigError
 from bigdssm.features.columns import RowCheck, check_time_units, is_empty, strings, times
 from bigdssm.making.engine import Engine
-from bigdssm.making.moments import Moments
+from bigdssm.making.moments import DEFAULT_FRACTIONS, Moments
 from bigdssm.making.sorting import of_ordinal, ordinals_of
 from bigdssm.making.steps import RowFile, Table, ranges, read_facts
 from bigdssm.string_hashes import hash_strings
@@ -48,6 +48,19 @@ class Splitter:
             raise ConfigError(f"--split {how} needs --{'time' if how == 'time' else 'split'}-column")
         self._how, self._column, self._seed, self._whole_documents = how, column, seed, whole_documents
         self._fractions, self._moments = fractions, moments
+        self.described: dict[str, Any] = {"how": how, "column": column}
+        if how == "random":
+            self.described |= {"fractions": list(fractions), "seed": seed, "whole_documents": whole_documents}
+
+    @classmethod
+    def of_dataset(cls, split: Mapping[str, Any], column: str | None) -> Splitter:
+        """Return the splitter that a dataset's split describes; `column`: in place of its own."""
+        moments = Moments.of_dataset(split) if split["how"] == "time" else None
+        fractions = split.get("fractions", DEFAULT_FRACTIONS)
+        return cls(
+            split["how"], column or split["column"], tuple(fractions), split.get("seed", 0),
+            split.get("whole_documents", False), moments,
+        )  # fmt: skip
 
     @property
     def columns(self) -> dict[str, str]:
@@ -83,6 +96,8 @@ class Splitter:
     def divide(self, engine: Engine, folders: Sequence[Path]) -> None:
         """Have the engine know the rows that were `found` with their splits as `divided`.
 
+        Sets `described`, from which `of_dataset` makes a splitter that splits the rows of an append alike.
+
         `folders` are those of the reading. Raises DataError where times are in several units.
         """
         if self._how == "time":
@@ -96,9 +111,13 @@ class Splitter:
                 moments = Moments(first, second, np.inf)
             else:
                 moments.check_units(facts, f"column {self._column!r}")
-            from_validation, from_test, end = map(as_sql, (moments.validation, moments.test, moments.until))
-            split = f"CASE WHEN time >= {from_test} THEN 2 WHEN time >= {from_validation} THEN 1 ELSE 0 END"
+            times = (moments.validation, moments.test, moments.until, moments.train_from)
+            from_validation, from_test, end, from_train = map(as_sql, times)
+            split = f"WHEN time >= {from_test} THEN 2 WHEN time >= {from_validation} THEN 1 ELSE 0 END"
+            split = f"CASE WHEN time >= {from_train} THEN 0 {split}"
             engine.view("divided", f"SELECT *, {split} AS split FROM found WHERE time < {end}")
+            ((newest,),) = engine.fetch("SELECT max(time) FROM found")
+            self.described |= moments.as_json(newest)
         elif self._whole_documents:
             labels = _joined_units(engine)
             work = partial(self._draw_labels, labels)

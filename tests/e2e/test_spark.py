@@ -127,8 +127,14 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write(root / f"users{part}", 2, user_id=[f"u{u}" for u in users], age=users % 50 / 3,
               job=[f"job{u % 7}" for u in users])  # fmt: skip
         who, what = random.integers(users[0], users[-1] + 3, 1500), random.integers(first, first + 131, 1500)
-        write(root / f"events{part}", 3, user_id=[f"u{u}" for u in who], item_id=[f"i{i}" for i in what],
-              timestamp=random.integers(0, 400, 1500), rating=random.integers(1, 6, 1500))  # fmt: skip
+        first_time = 380 if part else 0  # the second table has some older events, and below some again
+        events = {"user_id": [f"u{u}" for u in who], "item_id": [f"i{i}" for i in what],
+                  "timestamp": first_time + random.integers(0, 400, 1500),
+                  "rating": random.integers(1, 6, 1500)}  # fmt: skip
+        if part:
+            again = pq.read_table(root / "events").slice(700, 100).to_pydict()
+            events = {name: [*values, *again[name]] for name, values in events.items()}
+        write(root / f"events{part}", 3, **events)
         docs = random.integers(first, first + 110, 1200)
         write(
             root / f"pairs{part}", 3,

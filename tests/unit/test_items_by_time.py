@@ -114,9 +114,11 @@ def random_tables(seed: int, first_time: int) -> tuple[list[Item], list[Event]]:
     for _ in range(150):
         item, since, state = random.randint(20), first_time + random.randint(60), random.randint(3)
         items.append((f"i{item}", since, f"kind {state}", float(item), f"i{item}, {random.randint(2)}"))
-    users = [f"u{n}" for n in random.randint(0, 40, 700)]
     held = {item[0] for item in items}
-    events = [(user, f"i{random.randint(20)}", first_time + random.randint(-5, 70)) for user in users]
+    events = []
+    for user in random.randint(0, 40, 700):  # half of the users go on with later events, the others are new
+        own, late = (f"u{user}", 200 * seed) if user % 2 else (f"day{seed}-{user}", 0)
+        events.append((own, f"i{random.randint(20)}", first_time + late + random.randint(-5, 70)))
     return items, [event for event in events if event[1] in held]
 
 
@@ -161,6 +163,7 @@ def test_days_of_a_dataset_see_what_was_known_when_each_was_made(split: str, tmp
             assert past == [kind for kind, *_ in expected[user][max(0, place - 4) : place]]
         keys = dataset.catalogue.keys(everything := np.arange(dataset.catalogue.num_docs))
         assert facts_at(dataset, everything) == [versions[key][-1][1] for key in keys]
+    write(tmp_path / "2", items, [(user, item, time + 200) for user, item, time in some])
     again = make(tmp_path / "2", tmp_path / "out", "again", split=split)
     assert (again.new_docs, again.changed_docs, again.new_versions) == (0, 0, 0), (
         "what is known already is written once"
@@ -187,7 +190,8 @@ def test_rows_that_change_nothing_cost_nothing(tmp_path: Path) -> None:
     for number, (known, come, told, newest) in enumerate(cases):
         out = tmp_path / f"out{number}"
         for day, rows in enumerate(filter(None, (known, come))):
-            write(tmp_path / "tables", [("a", since, *facts) for since, facts in rows], events)
+            later = [(user, item, time + 5 * day) for user, item, time in events]
+            write(tmp_path / "tables", [("a", since, *facts) for since, facts in rows], later)
             report = make(tmp_path / "tables", out, f"day{day}")
         assert (report.changed_docs, report.new_versions) == (bool(come and told), told), number
         assert facts_at(Dataset.open(out), np.zeros(1, np.int64)) == [newest], number

@@ -111,7 +111,7 @@ def write_source(folder: Path, seed: int) -> Path:
     }
     for time in range(6000):
         user, item = chance.randrange(len(users) + 20), chance.randrange(len(items) + 5)  # some are in no table
-        tables["events"].append(f"u{user},i{item},{time},{time % 6}")
+        tables["events"].append(f"u{user},i{item},{time + 6000 * seed},{time % 6}")
     for name, lines in tables.items():
         bad = [line + ",one,two" if row % 97 == 50 else line for row, line in enumerate(lines)]
         (folder / f"{name}.csv").write_text("\n".join(bad) + "\n")

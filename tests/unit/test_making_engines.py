@@ -70,7 +70,7 @@ def write_tables(folder: Path, seed: int) -> None:
         "events": {
             "user_id": [f"u{n}" for n in random.randint(0, users + 9, events)],
             "item_id": [f"i{n}" for n in random.randint(0, items, events)],
-            "timestamp": random.randint(0, 500, events),  # many are equal
+            "timestamp": 500 * seed + random.randint(0, 500, events),  # many are equal
         },
         "pairs": {
             "q": [f"find {n % 90} {n % 13}" for n in random.randint(0, 10**6, pairs)],
@@ -82,6 +82,8 @@ def write_tables(folder: Path, seed: int) -> None:
     for name, columns in tables.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         table = pa.table(columns)
+        if name == "events" and seed:  # some again
+            table = pa.concat_tables([table, pq.read_table(folder.parent / "0" / "events").slice(100, 300)])
         for part in range(3):
             piece = table.slice(part * (table.num_rows // 3), table.num_rows // 3 if part < 2 else None)
             pq.write_table(piece, folder / name / f"{part}.parquet", row_group_size=500)

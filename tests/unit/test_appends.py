@@ -1,0 +1,224 @@
+"""What an append takes of new events, and how it splits them.
+
+Newer events are added; repeats are counted, older events and other units refused. The split is that of the dataset.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bigdssm.config import DataConfig
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.sequences import TIME_COLUMN
+from bigdssm.errors import ConfigError, DataError
+from bigdssm.features import Categorical, History
+from bigdssm.making.interactions import InteractionTables, make_interactions
+from bigdssm.making.making import Report, Target
+from bigdssm.making.pairs import PairTables, make_pairs
+
+DOC = {"item": Categorical(column="item_id")}
+CONFIG = DataConfig(dir="", query={"past": History(of="item", max_items=9)}, doc=DOC)
+LENIENT = DataConfig(dir="", query=CONFIG.query, doc=DOC, max_bad_fraction=0.5)
+Event = tuple[str, str, float, float]
+FIRST: list[Event] = [("u", "i0", 10, 3), ("u", "i1", 20, 4), ("u", "i1", 20, 5), ("v", "i0", 5, 1), ("v", "i2", 6, 1)]
+
+
+def make(
+    folder: Path, events: list[Event], partition: str | None = None, config: DataConfig = CONFIG, **options: Any
+) -> Report:
+    lines = ["user_id,item_id,timestamp,rating", *(",".join(map(str, event)) for event in events)]
+    (folder / "events.csv").write_text("\n".join(lines) + "\n")
+    (folder / "items.csv").write_text("item_id\n" + "".join(f"i{i}\n" for i in range(6)))
+    tables = InteractionTables(
+        folder / "events.csv", folder / "items.csv", rating_column="rating", **{"split": "train", **options}
+    )
+    target = Target(folder / "out", partition or "base", append=partition is not None, processes=1)
+    return make_interactions(config, tables, target)
+
+
+def sequence_of(folder: Path, user: str) -> tuple[list[str], list[float]]:
+    """Return the items and times of a user's sequence, as the newest partition that has it stores them."""
+    dataset = Dataset.open(folder / "out")
+    assert dataset.sequences is not None
+    keys = dataset.sequences.strings("query_key", np.arange(dataset.sequences.num_rows))
+    row = np.array([max(number for number, key in enumerate(keys) if key == user)])
+    items, times = (dataset.sequences.take(name, row) for name in ("items", TIME_COLUMN))
+    return dataset.catalogue.keys(items[0]), times[0].tolist()  # type: ignore[index]
+
+
+def test_sequences_go_on_by_time(tmp_path: Path) -> None:
+    make(tmp_path, FIRST)
+    make(tmp_path, [("u", "i3", 30, 1), ("w", "i5", 1, 1), ("u", "i2", 20, 1), ("w", "i4", 2, 1)], "day2")
+    make(tmp_path, [("u", "i0", 30.5, 1)], "day3")
+    assert sequence_of(tmp_path, "u") == (["i0", "i1", "i1", "i2", "i3", "i0"], [10, 20, 20, 20, 30, 30.5])
+    assert sequence_of(tmp_path, "w") == (["i5", "i4"], [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("events", "left", "repeated"),
+    [
+        pytest.param([*FIRST, ("v", "i3", 7, 1)], 1, 5, id="the same table again, and more"),
+        pytest.param([("u", "i1", 20, 6), ("u", "i2", 20, 4)], 2, 0, id="of the newest time, but others"),
+        pytest.param([("u", "i1", 20, 4)] * 3 + [("u", "i1", 21, 4)] * 2, 2, 3, id="a newer one given twice stays"),
+        pytest.param([("u", "i0", 10, 3), ("new", "i0", 10, 3), ("new", "i1", 10, 3)], 2, 1, id="another user's"),
+    ],
+)
+def test_repeats_are_counted_and_left_out(tmp_path: Path, events: list[Event], left: int, repeated: int) -> None:
+    make(tmp_path, FIRST)
+    report = make(tmp_path, events, "day2")
+    assert [note for note in report.notes if "already" in note] == (
+        [f"{repeated} interactions are in {tmp_path / 'out'} already and left out"] if repeated else []
+    )
+    dataset = Dataset.open(tmp_path / "out")
+    assert dataset.sequences is not None
+    own = dataset.partitions[1].content["sequences"][0]["rows"]
+    users = np.arange(dataset.sequences.num_rows - own, dataset.sequences.num_rows)
+    before = {"u": 3, "v": 2}
+    keys, lengths = dataset.sequences.strings("query_key", users), dataset.sequences.lengths("items", users)
+    assert sum(lengths) - sum(before.get(key, 0) for key in keys) == left
+
+
+def test_nothing_is_appended_where_all_is_there(tmp_path: Path) -> None:
+    make(tmp_path, FIRST)
+    with pytest.raises(DataError, match=r"no interaction is left to train on; 5 interactions are in .*/out already"):
+        make(tmp_path, FIRST, "day2")
+    assert [partition.name for partition in Dataset.open(tmp_path / "out").partitions] == ["base"]
+
+
+OLDER: list[Event] = [("u", "i2", 15, 1), ("u", "i4", 30, 1), ("v", "i4", 30, 1), ("v", "i1", 5, 2)]
+
+
+def test_older_events_are_refused(tmp_path: Path) -> None:
+    make(tmp_path, FIRST)
+    with pytest.raises(DataError) as refused:
+        make(tmp_path, OLDER, "day2")
+    assert "2 of 10 rows are bad" in str(refused.value), "the six items are rows, too"
+    assert "row 1: timestamp is 15, older than 20, the newest event of its user in the dataset" in str(refused.value)
+    assert [partition.name for partition in Dataset.open(tmp_path / "out").partitions] == ["base"]
+
+
+def test_older_events_within_what_may_be_bad_are_left_out(tmp_path: Path) -> None:
+    make(tmp_path, FIRST)
+    assert make(tmp_path, OLDER, "day2", LENIENT).num_bad == 2
+    assert sequence_of(tmp_path, "u") == (["i0", "i1", "i1", "i4"], [10, 20, 20, 30])
+    assert sequence_of(tmp_path, "v") == (["i0", "i2", "i4"], [5, 6, 30])
+
+
+@pytest.mark.parametrize("units", [(1, 1000), (1000, 1), (1_000_000, 1)])
+def test_another_unit_of_time_than_the_datasets_is_refused(tmp_path: Path, units: tuple[int, int]) -> None:
+    first, second = units
+    make(tmp_path, [("u", f"i{day}", (1_700_000_000 + day) * first, 1) for day in range(3)])
+    with pytest.raises(DataError, match=r"with the events of .*/out, mixes units of time"):
+        make(tmp_path, [("u", f"i{day}", (1_700_000_000 + day) * second, 1) for day in range(3, 6)], "day2")
+
+
+@pytest.mark.parametrize("first", ["timestamp", None])
+def test_events_have_times_in_all_partitions_or_in_none(tmp_path: Path, first: str | None) -> None:
+    make(tmp_path, FIRST, time_column=first)
+    with pytest.raises(ConfigError, match="give --time-column here, too" if first else "leave out the time column"):
+        make(tmp_path, [("u", "i3", 30, 1)], "day2", time_column=None if first else "timestamp")
+    make(tmp_path, [("u", "i3", 30, 1)], "day2", time_column=first)
+
+
+@pytest.mark.parametrize(
+    ("split", "late", "expected"),
+    [
+        pytest.param({"split": "time"}, 1000, {"train": 8}, id="newer than all: train"),
+        pytest.param({"split": "time"}, 0, {"train": 3, "validation": 2, "test": 3}, id="other users of the same days"),
+        pytest.param({"split": "time", "validation_fraction": 0.0, "test_fraction": 0.0}, 0, {"train": 8}, id="none"),
+        pytest.param(
+            {"split": "time", "validation_from": 13, "test_from": 15, "until": 17}, 0,
+            {"train": 4, "validation": 2, "test": 2}, id="from --until on: train",
+        ),
+        pytest.param({"split": "train"}, 0, {"train": 8}, id="train"),
+        pytest.param({"split": "leave-one-out"}, 0, {"train": 4, "validation": 2, "test": 2}, id="leave-one-out"),
+        pytest.param({"split": None}, 0, {"train": 4, "validation": 2, "test": 2}, id="the default"),
+    ],
+)  # fmt: skip
+def test_events_are_split_as_the_datasets_were(
+    tmp_path: Path, split: dict[str, Any], late: int, expected: dict[str, int]
+) -> None:
+    """Two users with five events each, at 10 to 19; other users with as many follow."""
+
+    def events(users: str, first: int) -> list[Event]:
+        return [(users[n % 2], f"i{n % 6}", first + n, 1) for n in range(10)]
+
+    fractions = {"validation_fraction": 0.25, "test_fraction": 0.25} if split["split"] == "time" else {}
+    given = split if "validation_from" in split else {**fractions, **split}
+    make(tmp_path, events("uv", 10), **given)
+    report = make(tmp_path, events("xy", 10 + late), "day2", split=None)
+    assert report.rows == expected
+
+
+def test_an_append_that_holds_most_out_says_so(tmp_path: Path) -> None:
+    make(tmp_path, [("u", f"i{n}", n, 1) for n in range(5)], split="leave-one-out")
+    report = make(tmp_path, [("u", f"i{n}", 10 + n, 1) for n in range(3)], "day2", split=None)
+    assert report.rows == {"train": 1, "validation": 1, "test": 1}
+    held = "most of what the partition adds is held out: 2 of 3 queries; with --split train all are trained on"
+    assert held in report.notes
+    assert held not in make(tmp_path, [("u", f"i{n}", 20 + n, 1) for n in range(3)], "day3", split="train").notes
+    with pytest.raises(DataError, match=r"no training row is left.* for --split leave-one-out; with --split train the"):
+        make(tmp_path, [("u", "i1", 40, 1)], "day4", split=None)
+
+
+PAIR_CONFIG = DataConfig(dir="", query={"q": Categorical()}, doc={"d": Categorical()})
+SPLITS: dict[str, tuple[dict[str, Any], Callable[[int], str | None]]] = {  # of a row by its number
+    "random": ({"split": "random", "validation_fraction": 0.3, "test_fraction": 0.3}, lambda row: None),
+    "group": ({"split": "random", "split_column": "group", "test_fraction": 0.4}, lambda row: None),
+    "time": ({"split": "time", "split_column": "time", "validation_fraction": 0.25, "test_fraction": 0.25},
+             lambda row: "train" if row < 50 or row >= 100 else "validation" if row < 75 else "test"),
+    "column": ({"split": "column", "split_column": "said"}, lambda row: ["train", "test"][row % 2]),
+    "train": ({"split": "train"}, lambda row: "train"),
+}  # fmt: skip
+
+
+def make_pairs_of(folder: Path, rows: range, partition: str | None = None, **options: Any) -> Report:
+    """Make pairs of a query each; a group has the rows of one remainder by 50."""
+    lines = [f"q{row},g{row % 50},d{row % 7},{row},{['train', 'test'][row % 2]}" for row in rows]
+    (folder / "pairs.csv").write_text("\n".join(["q,group,d,time,said", *lines]) + "\n")
+    target = Target(folder / "out", partition or "base", append=partition is not None, processes=1)
+    return make_pairs(PAIR_CONFIG, PairTables((folder / "pairs.csv",), **options), target)
+
+
+@pytest.mark.parametrize("how", SPLITS)
+def test_pairs_are_split_as_the_datasets_were(tmp_path: Path, how: str) -> None:
+    """The same rows again and, where that is decided by the row alone, newer ones."""
+    options, split_of = SPLITS[how]
+    base = make_pairs_of(tmp_path, range(100), **options)
+    assert make_pairs_of(tmp_path, range(100), "again").rows == base.rows
+    if split_of(0) is not None:
+        expected = Counter(split_of(row) for row in range(150, 190))
+        assert make_pairs_of(tmp_path, range(150, 190), "newer").rows == expected
+    else:
+        assert len(base.rows) == 3
+        dataset = Dataset.open(tmp_path / "out")
+        for split in base.rows:
+            first, second = (
+                {
+                    query
+                    for rows in Dataset.open(tmp_path / "out", [name]).iterate(split, 100)
+                    for query in rows.query_ids
+                }
+                for name in ("base", "again")
+            )
+            assert first == second and len(first) == base.rows[split]
+        assert dataset.num_rows("train") == 2 * base.rows["train"]
+
+
+@pytest.mark.parametrize("option", [{"validation_fraction": 0.2}, {"test_from": 5}, {"until": 5}])
+def test_options_of_a_split_need_one(tmp_path: Path, option: dict[str, Any]) -> None:
+    make(tmp_path, FIRST)
+    with pytest.raises(
+        ConfigError, match="needs --split; without it an append takes the split of the dataset at --out"
+    ):
+        make(tmp_path, [("u", "i3", 30, 1)], "day2", split=None, **option)
+    (tmp_path / "pairs").mkdir()
+    make_pairs_of(tmp_path / "pairs", range(9), split="train")
+    with pytest.raises(ConfigError, match="needs --split"):
+        make_pairs_of(tmp_path / "pairs", range(9), "day2", **option)
