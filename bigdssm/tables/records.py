@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -63,11 +64,27 @@ def parse_object(text: str) -> Record:
 
 
 def _typed(values: list[Any]) -> pa.Array:
-    try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # mixed types
-        return pa.array([None if value is None else _text(value) for value in values], pa.string())
+    """Return values of one type as they are, others as texts; lists of single values stay lists."""
+    lists = all(value is None or isinstance(value, list) for value in values)
+    single = [element for value in values if value for element in value] if lists else values
+    kinds = {type(value) for value in single if value is not None}
+    if bool not in kinds or len(kinds) == 1:  # Arrow takes a boolean behind a float as a number
+        try:
+            return pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # mixed types
+            pass
+    if lists:
+        return pa.array([value and list(map(_text, value)) for value in values], pa.list_(pa.string()))
+    return pa.array(list(map(_text, values)), pa.string())
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _text(value: Any) -> str | None:
+    """Return the text that a value has in any batch: numbers as columns of numbers give them, NaN as null."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        whole = value.is_integer() and abs(value) < 2**53
+        return str(int(value)) if whole else str(pa.scalar(value).cast(pa.string()).as_py())
+    return json.dumps(value, ensure_ascii=False)

@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ import pytest
 from bigdssm.errors import DataError
 from bigdssm.features import Numeric
 from bigdssm.features.columns import RowCheck, SourceBatch, relevances, strings, times, value_lists
+from bigdssm.tables.records import record_batch
 from bigdssm.tables.registry import read_table
 
 ROWS = [{"id": f"{i:03d}", "title": f'a "{i}" b', "year": i} for i in range(5)]
@@ -186,3 +188,29 @@ def test_a_text_beyond_a_megabyte_fails_its_row() -> None:
     check = check_of(["x" * 5_000_000, "y"], bad)
     strings(check, "x")
     assert check.good.tolist() == [False, True] and "5000000 bytes" in bad.seen[0][1]
+
+
+@pytest.mark.parametrize("other", [1.5, "x", 7, True, 2**70], ids=str)
+def test_the_text_of_a_json_value_is_the_same_in_any_batch(other: Any) -> None:
+    values = [1, 1.0, 2.5, 3e5, 1e-7, float("nan"), "x", "1.0", 2**53 + 1, 2**63, 2**70, -(2**63), True, None]
+
+    def texts(some: list[Any]) -> list[str]:
+        records = [{"id": value} for value in some]
+        batch = record_batch("t", records, list(range(len(some))), ["id"], False, _no_bad)
+        return strings(RowCheck(batch, _no_bad), "id").to_pylist()
+
+    def of_lists(some: list[list[Any]]) -> list[list[str]]:
+        batch = record_batch("t", [{"id": value} for value in some], list(range(len(some))), ["id"], False, _no_bad)
+        return value_lists(RowCheck(batch, _no_bad), "id", ",").to_pylist()
+
+    for value in values:
+        (alone,) = texts([value])
+        assert texts([value, other])[0] == texts([other, value])[1] == alone, value
+    for value in (value for value in values if value == value):
+        (in_list,) = of_lists([[value]])
+        assert of_lists([[value], [other]])[0] == of_lists([[other], [value]])[1] == in_list, value
+    assert texts([1, 1.0, "1", "x"]) == ["1", "1", "1", "x"]
+
+
+def _no_bad(file: str, row: int, reason: str, left_out: bool = True) -> None:
+    raise AssertionError(reason)
