@@ -1,6 +1,6 @@
 """A folder, or a file, that any number of ranks fill, a shard at a time, and go on filling where they were killed.
 
-.NAME.unfinished/   what the folder will hold, with job.json, lock, and done/<shard> for every finished shard
+.NAME.unfinished/   what the folder will hold, with job.json, lock, ranks, and done/<shard> for every finished shard
 
 Ranks need no process group, only this folder: rank k makes the shards s ≡ k mod world size that are not done, and
 whoever finds all of them done puts the folder in place.
@@ -8,6 +8,7 @@ whoever finds all of them done puts the folder in place.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import shutil
@@ -18,11 +19,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from bigdssm.atomic import aside_of, put_file, replace_folder
-from bigdssm.errors import ConfigError
+from bigdssm.errors import ConfigError, DataError
 from bigdssm.progress import Progress, no_progress
 from bigdssm.running.launcher import launched_as
 
-JOB_FILE, LOCK_FILE, DONE_DIR = "job.json", "lock", "done"
+JOB_FILE, LOCK_FILE, RANKS_FILE, DONE_DIR = "job.json", "lock", "ranks", "done"
 ROWS_PER_SHARD = 4096
 
 
@@ -53,15 +54,22 @@ class ShardedFolder:
         self, folder: Path, job: Mapping[str, Any], num_rows: int, work: Work,
         prepare: Callable[[Path], None] = lambda aside: None,
     ) -> None:  # fmt: skip
-        """Go on with the unfinished folder of exactly this `job`, or begin it anew, which `prepare` then gets empty."""
+        """Go on with the unfinished folder of exactly this `job`, or begin it anew, which `prepare` then gets empty.
+
+        Raises DataError where another process is filling the folder for another job.
+        """
         self._folder, self._num_rows, self._work = folder, num_rows, work
         self.num_shards = -(-num_rows // work.rows_per_shard)
         self.aside = aside_of(folder)
         self.aside.mkdir(parents=True, exist_ok=True)
         described = json.dumps({**job, "num_rows": num_rows, "rows_per_shard": work.rows_per_shard}, indent=1)
         with _lock(self.aside):
+            # Shared by the ranks of a job while they work. A record lock: an error's traceback keeps this object, and
+            # must not refuse the next job of this process.
+            self._ranks = (self.aside / RANKS_FILE).open("a+")
             path = self.aside / JOB_FILE
             if not path.is_file() or path.read_text(encoding="utf-8") != described:
+                self._claim()
                 self._empty()
                 try:
                     prepare(self.aside)
@@ -69,6 +77,7 @@ class ShardedFolder:
                     self._empty()
                     raise
                 path.write_text(described, encoding="utf-8")
+            fcntl.lockf(self._ranks, fcntl.LOCK_SH | fcntl.LOCK_NB)
         own = range(work.rank, self.num_shards, work.world_size)
         self._pending = [shard for shard in own if not self._done(shard).exists()]
         self.found = len(own) - len(self._pending)  # finished before
@@ -90,6 +99,7 @@ class ShardedFolder:
                 shutil.rmtree(self._folder / DONE_DIR)
                 (self._folder / JOB_FILE).unlink()
                 (self._folder / LOCK_FILE).unlink()
+                (self._folder / RANKS_FILE).unlink()
         return done
 
     def finish_file(self, name: str, complete: Callable[[Path], None]) -> bool:
@@ -113,11 +123,23 @@ class ShardedFolder:
             # it is not there if another was while this one waited for the lock
             yield self.aside.exists() and all(self._done(shard).exists() for shard in range(self.num_shards))
 
+    def _claim(self) -> None:
+        """Raise DataError where a rank of another job is at work: it would mark shards of this job as done."""
+        try:
+            fcntl.lockf(self._ranks, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            raise DataError(
+                f"another process is writing {self._folder} with other inputs or options; wait for it or choose "
+                "another --out"
+            ) from None
+
     def _empty(self) -> None:
-        """Remove what another job left; the lock stays."""
+        """Remove what another job left; the locks stay."""
         shutil.rmtree(self.aside / DONE_DIR, ignore_errors=True)
         for path in self.aside.iterdir():
-            if path.name != LOCK_FILE:
+            if path.name not in (LOCK_FILE, RANKS_FILE):
                 path.unlink()
         (self.aside / DONE_DIR).mkdir()
 

@@ -20,6 +20,9 @@ from bigdssm.locks import WriterLock
 from bigdssm.making import dataset_writer
 from bigdssm.making.making import Target
 from bigdssm.making.pairs import PairTables, make_pairs
+from bigdssm.retrieval.shards import ShardedFolder, Work
+from bigdssm.tuning.search import search
+from bigdssm.tuning.space import read_space
 
 CONFIG = DataConfig(dir="", query={"q": Categorical()}, doc={"d": Categorical()})
 PROCESSES = 4
@@ -148,3 +151,60 @@ def test_a_lock_on_a_removed_file_excludes_nobody_and_is_taken_again(
     second.close()
     second.close()
     assert not path.exists()
+
+
+@contextmanager
+def held(work: Callable[[], Any]) -> Iterator[None]:
+    """Have another process begin `work`, and be in the middle of it."""
+    forked = multiprocessing.get_context("fork")
+    begun, ended = forked.Event(), forked.Event()
+
+    def run() -> None:
+        begins = work()  # what is begun stays until the process ends
+        begun.set()
+        ended.wait()
+        del begins
+        os._exit(0)
+
+    process = forked.Process(target=run)
+    process.start()
+    assert begun.wait(20)
+    try:
+        yield
+    finally:
+        ended.set()
+        process.join()
+
+
+def test_shards_of_one_folder_are_of_one_job_at_a_time(tmp_path: Path) -> None:
+    """Ranks of a job share the folder; another job would have its shards marked as done by them."""
+    out = tmp_path / "vectors"
+
+    def begin(model: str) -> ShardedFolder:
+        return ShardedFolder(out, {"model": model}, 8, Work(rows_per_shard=4))
+
+    with held(lambda: begin("a")):
+        assert [shard for shard, *_ in begin("a").pending("rows")] == [0, 1]
+        with pytest.raises(DataError, match=r"another process is writing .*/vectors with other inputs or options"):
+            begin("b")
+        assert begin("a").found == 2, "what is done stays"
+    filled = begin("b")
+    assert [shard for shard, *_ in filled.pending("rows")] == [0, 1]
+    assert filled.finish(lambda aside: None)
+    assert not list(out.iterdir())
+
+
+def test_a_search_for_values_is_of_one_process(tmp_path: Path) -> None:
+    """Another one would take the trial that runs for one that was broken off."""
+    (tmp_path / "space.yaml").write_text("x: {low: 0.0, high: 1.0}\n")
+    space = read_space(tmp_path / "space.yaml")
+    others: list[str] = []
+
+    def value(trial: Any, values: dict[str, Any]) -> float:
+        with pytest.raises(DataError, match=r"another process is writing .*/out"):
+            search(lambda *args: 0.0, space, tmp_path / "out", 2, first={})
+        others.append("refused")
+        return float(values["x"])
+
+    search(value, space, tmp_path / "out", 2, first={})
+    assert len(others) == 2
