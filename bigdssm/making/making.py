@@ -16,10 +16,11 @@ import tokenizers
 
 from bigdssm.config import DataConfig
 from bigdssm.dataset.files import COUNTS_FILE
+from bigdssm.dataset.partition import read_partition
 from bigdssm.dataset.sequences import EVENT_COLUMNS
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import TextTokenizer, Vector
-from bigdssm.making.dataset_writer import VERSIONS, DatasetWriter
+from bigdssm.making.dataset_writer import PARTITIONS, VERSIONS, DatasetWriter
 from bigdssm.making.documents import Documents
 from bigdssm.making.engine import Engine
 from bigdssm.making.reading import PartOfTable, Unreadable, bad_rows, parts_of
@@ -134,7 +135,11 @@ class Making:
             self.engine, documents, schema.doc, text, writer.catalogue_dir,
             len(writer.catalogue_parts), len(writer.content.get(VERSIONS, [])),
         )  # fmt: skip
-        self.notes += _held_out(splits) if writer.append else []
+        if writer.append:
+            known = {name: read_partition(writer.out, name) for name in writer.content[PARTITIONS]}
+            same = [name for name, partition in known.items() if partition.content["splits"] == splits]
+            self.notes += [f"all rows are those of partition {name}: is it the same table?" for name in same]
+            self.notes += _held_out(splits)
         changed_docs = documents.num_changed  # its table goes with the spool
         writer.commit(schema, catalogue, versions, splits, checksum, sequences)
         many = [

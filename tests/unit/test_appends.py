@@ -191,7 +191,9 @@ def test_pairs_are_split_as_the_datasets_were(tmp_path: Path, how: str) -> None:
     """The same rows again and, where that is decided by the row alone, newer ones."""
     options, split_of = SPLITS[how]
     base = make_pairs_of(tmp_path, range(100), **options)
-    assert make_pairs_of(tmp_path, range(100), "again").rows == base.rows
+    again = make_pairs_of(tmp_path, range(100), "again")
+    assert again.rows == base.rows
+    assert "all rows are those of partition base: is it the same table?" in again.notes
     if split_of(0) is not None:
         expected = Counter(split_of(row) for row in range(150, 190))
         assert make_pairs_of(tmp_path, range(150, 190), "newer").rows == expected
