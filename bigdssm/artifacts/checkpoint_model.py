@@ -7,7 +7,7 @@ from typing import cast
 
 from bigdssm.artifacts.checkpoint import consolidated_state_dict
 from bigdssm.artifacts.model_folder import CONFIG_FILE, ModelFolder, is_model_folder, load_model_folder, model_checksum
-from bigdssm.config import ScorerConfig, StageName, load_config
+from bigdssm.config import ScorerConfig, StageName, load_written_config
 from bigdssm.dataset.cache import Cache
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError
@@ -33,7 +33,7 @@ def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> Mod
             f"{CONFIG_FILE}; copy one of them too"
         )
     else:
-        config = load_config(stage_dir / CONFIG_FILE)
+        config = load_written_config(stage_dir / CONFIG_FILE)
         dataset = Dataset.open(config.data.dir, cache=Cache.of(config.data))
         schema, tokenizer_dir = dataset.schema, dataset.tokenizer_dir
         trained = config.stage(cast(StageName, stage_dir.name)).loss.scorer if own else scorer

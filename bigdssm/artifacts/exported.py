@@ -50,6 +50,11 @@ def query_tower(path: Path, model_checksum: str, threads: int = 0) -> Any:
             f"{path} is the tower of model {str(theirs)[:12]}, --model is {model_checksum[:12]}; export what is "
             "served with bigdssm convert_checkpoint --format onnx"
         )
+    if b"DynamicQuantizeLinear" in path.read_bytes():
+        raise CheckpointError(
+            f"{path} scales the numbers of a batch together, so that answers depend on the other requests in it; "
+            "export the model again with bigdssm convert_checkpoint --format onnx"
+        )
     return session(path, threads)
 
 

@@ -28,7 +28,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from bigdssm.artifacts.checkpoint import check_file, folder_checksums
 from bigdssm.atomic import new_folder, real_place, write_json
-from bigdssm.config import Config, ScorerConfig, load_config
+from bigdssm.config import Config, ScorerConfig, load_written_config
 from bigdssm.dataset.dataset import TOKENIZER_FILE, Dataset, tokenizer_hash
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.hashing import json_checksum
@@ -118,7 +118,7 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
     for name, checksum in meta["checksums"].items():
         check_file(folder / name, checksum, META_FILE)
     try:
-        config, schema = load_config(folder / CONFIG_FILE), Schema.load(folder)
+        config, schema = load_written_config(folder / CONFIG_FILE), Schema.load(folder)
         own = _scorer(config, meta["provenance"])
         written = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if _config_checksum(written, own) != meta["config_checksum"]:

@@ -45,7 +45,7 @@ def _inspect(args: argparse.Namespace) -> None:
     if args.rows < 0:
         raise ConfigError(f"--rows {args.rows}: needs at least 0")
     dataset = Dataset.open(args.dataset)
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, emoji=False)
     _print_description(console, describe(dataset, args.split), args.split)
     for row in sample_rows(dataset, args.split, args.rows) if args.rows else []:
         console.print(f"\nrow {row.pop('row')}", style="bold")

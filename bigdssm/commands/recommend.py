@@ -9,6 +9,8 @@ OUT/part-*.parquet have a row for each document of each query: row, query, rank,
 columns that make_shards reads the query's features from; --events-column lists the keys of the documents of a history,
 oldest first. What was seen is left out unless the model's data.repeats allows it; --seen says so for one job.
 
+Where OUT ends in .csv it is one file of the same columns, made of OUT.parts/, which is removed then.
+
 A job that was ended goes on from its finished shards when it is started again, with any number of ranks.
 """
 
@@ -20,13 +22,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigdssm.artifacts.model_folder import load_model_folder
-from bigdssm.cli import ProgressBar, add_served, command, refuse_options
+from bigdssm.cli import ProgressBar, add_served, check_file_to_write, command, refuse_options
 from bigdssm.commands.search import SEEN
 from bigdssm.dataset.cache import Cache
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval.bulk import QuerySource, SplitRows, TableRows, Users
 from bigdssm.retrieval.index import open_index
-from bigdssm.retrieval.recommend import Wanted, recommend
+from bigdssm.retrieval.recommend import Wanted, recommend, write_csv
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, Work
 
 
@@ -35,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_served(parser)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the Parquet files")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the Parquet files, or a file that ends in .csv"
+    )
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--users", action="store_true", help="all users of the dataset, with all their events")
     asked.add_argument("--split", help="the rows of a split, as they are evaluated")
@@ -47,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seen", choices=SEEN, help="whether seen documents may be found")
     parser.add_argument("--rows-per-shard", type=int, default=ROWS_PER_SHARD, help="queries a shard (%(default)s)")
     args = parser.parse_args(argv)
+    if args.out.suffix == ".csv":
+        check_file_to_write("--out", args.out)
     if args.queries is None:
         refuse_options(parser, args, ["--key-column", "--events-column"], "without --queries")
     wanted = Wanted(args.top, args.filter, None if args.seen is None else SEEN[args.seen])
@@ -54,7 +60,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         work = Work.of_launcher(args.rows_per_shard, progress)
         folder, index = load_model_folder(args.model), open_index(args.index)
         dataset = Dataset.open(args.data or folder.config.data.dir, cache=Cache.of(folder.config.data))
-        done = recommend(args.out, folder, index, dataset, _source(args, dataset), wanted, work)
+        as_csv = args.out.suffix == ".csv"
+        parts = args.out.with_name(f"{args.out.name}.parts") if as_csv else args.out
+        done = recommend(parts, folder, index, dataset, _source(args, dataset), wanted, work)
+        if as_csv and done.finished:
+            write_csv(parts, args.out)
     went_on = f", {done.found} shards were finished before" if done.found else ""
     rate = f"{done.queries} queries in {done.seconds:.1f} s, {done.queries / max(done.seconds, 1e-9):.0f} a second"
     print(f"rank {work.rank} of {work.world_size}: {rate}{went_on}")

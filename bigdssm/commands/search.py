@@ -3,18 +3,19 @@
     bigdssm search --model MODEL --index INDEX --user KEY
     bigdssm search --model MODEL --index INDEX --history "first title; second title" --text age=33
     bigdssm search --model MODEL --index INDEX --text "words=running shoes" --filter "section = sports and price < 50"
-    bigdssm search --model MODEL --index INDEX --request request.json
+    bigdssm search --model MODEL --index INDEX --request request.json --out found.csv
 
 --user brings what the dataset knows of a user, --text values of features, --history later events: documents by their
 key or display name, oldest first; --document is a document that the query is. What was seen is left out unless the
 model's data.repeats allows it; --seen says so for one request. With --rerank K the model's scorer ranks the index's
 best K documents anew. A JSON request is what the server takes, see docs/serving.md. --data is needed where the dataset
-is not at the path that the model was trained with.
+is not at the path that the model was trained with. --out writes the documents as CSV: rank, score, key, display.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bigdssm.cli import add_served, at_least, command, refuse_options
+from bigdssm.atomic import new_file
+from bigdssm.cli import add_served, at_least, check_file_to_write, command, refuse_options
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.index import Document
 from bigdssm.retrieval.request import Event, Request, request_of
@@ -49,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--rerank", type=at_least(2), default=0, metavar="K", help="documents that the model's scorer ranks anew"
     )
     parser.add_argument("--request", metavar="FILE", help="a request as JSON, - for standard input")
+    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="write the documents as CSV")
     args = parser.parse_args(argv)
+    if args.out is not None and args.out.suffix != ".csv":
+        raise ConfigError(f"--out {args.out}: needs a file that ends in .csv")
+    check_file_to_write("--out", args.out)
     if args.request is not None:
         options = ["--user", "--document", "--history", "--text", "--filter", "--seen", "--top"]
         refuse_options(parser, args, options, "with --request, which holds all of it")
@@ -58,7 +64,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         request = _typed(args)
     searcher = Searcher.open(args.model, args.index, args.data, rerank=args.rerank)
     query = searcher.queries.of(request)
-    _show(searcher, query, searcher.answer([query])[0].documents)
+    documents = searcher.answer([query])[0].documents
+    _show(searcher, query, documents)
+    if args.out is not None:
+        _write(args.out, documents)
 
 
 def _typed(args: argparse.Namespace) -> Request:
@@ -75,11 +84,18 @@ def _typed(args: argparse.Namespace) -> Request:
 def _read(file: str) -> dict[str, object]:
     try:
         content = json.loads(sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--request {file} is no JSON: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"--request {file} holds no JSON object")
     return content
+
+
+def _write(path: Path, documents: Sequence[Document]) -> None:
+    with new_file(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["rank", *Document._fields])
+        writer.writerows([rank, *document] for rank, document in enumerate(documents, start=1))
 
 
 def _typed_values(pairs: list[str]) -> dict[str, str]:
@@ -95,7 +111,7 @@ def _typed_values(pairs: list[str]) -> dict[str, str]:
 
 
 def _show(searcher: Searcher, query: Query, documents: Sequence[Document]) -> None:
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)
     lines = []
     if newest := searcher.seen(query):
         more = f" and {len(query.seen) - len(newest)} earlier" if len(query.seen) > len(newest) else ""
@@ -103,7 +119,7 @@ def _show(searcher: Searcher, query: Query, documents: Sequence[Document]) -> No
     for item in query.unknown:
         lines.append(f"skipped: {searcher.queries.unknown(item)}")
     for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     table = Table()
     for column in ("rank", "score"):
         table.add_column(column, justify="right")
@@ -111,7 +127,7 @@ def _show(searcher: Searcher, query: Query, documents: Sequence[Document]) -> No
     table.add_column("key")
     for rank, document in enumerate(documents, start=1):
         table.add_row(str(rank), f"{document.score:.4f}", document.display, document.key)
-    console.print(table, markup=False)
+    console.print(table)
 
 
 if __name__ == "__main__":

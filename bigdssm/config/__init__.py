@@ -27,7 +27,7 @@ from bigdssm.config.keys import (
     TowerConfig,
     WarmStartConfig,
 )
-from bigdssm.config.loading import config_from, config_of, load_config, read_config
+from bigdssm.config.loading import config_from, config_of, load_config, load_written_config, read_config
 
 __all__ = [
     "DEFAULT_CACHE_BYTES",
@@ -56,5 +56,6 @@ __all__ = [
     "config_of",
     "first_difference",
     "load_config",
+    "load_written_config",
     "read_config",
 ]

@@ -14,7 +14,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bigdssm.bounds import bounded
-from bigdssm.config.reading import first_line
+from bigdssm.config.reading import first_line, literal
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature
 from bigdssm.features.base import feature_type
@@ -390,6 +390,6 @@ def _feature(key: str, content: Any) -> Feature:
             meant = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"unknown key {key}.{name}: {cls.type} has {', '.join(declared)}{meant}")
     try:
-        return cast(Feature, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), given)))
+        return cast(Feature, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), literal(given))))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{key}.{error.full_key}: {first_line(error)}") from None

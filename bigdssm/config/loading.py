@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bigdssm.arguments import checked
 from bigdssm.config.checks import check_config
 from bigdssm.config.keys import Config
-from bigdssm.config.reading import as_kind, read_yaml
+from bigdssm.config.reading import as_kind, literal, read_yaml
 from bigdssm.errors import ConfigError
 
 
@@ -58,6 +58,14 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"config file {path} does not exist; --config takes a YAML file such as those in configs/")
     content = read_yaml(path, "the sections run, data, model, …")
     return as_kind(path, Config, content, _changes(overrides))
+
+
+def load_written_config(path: Path) -> Config:
+    """Return the checked Config of a YAML file that a stage wrote, whose values are data: `${…}` has no meaning.
+
+    Raises ConfigError as `load_config` does.
+    """
+    return config_from(path, literal(OmegaConf.to_container(read_yaml(path, "the sections run, data, model, …"))))
 
 
 def _changes(overrides: Sequence[str]) -> DictConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +159,7 @@ def load_onnx(model: ModelFolder, name: str) -> str:
     example = {}
     for side in SIDES:
         declared: dict[str, Feature] = getattr(model.schema, side)
-        example[side] = ", ".join(f'"{name}": {feature.example}' for name, feature in declared.items())
+        example[side] = ", ".join(f"{json.dumps(name)}: {feature.example}" for name, feature in declared.items())
     code = f"""
         encode_query, encode_document = load_tower("{name}", "query"), load_tower("{name}", "doc")
         queries = encode_query([{{{example["query"]}}}])

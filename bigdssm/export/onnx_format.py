@@ -1,7 +1,7 @@
 """`--format onnx`: each tower as one file for onnxruntime, with any number of rows and any lengths.
 
 OUT/query.onnx, OUT/doc.onnx   inputs by feature name, as `data.batch.Features` has them; output vectors [n, D+1]
-OUT/query.int8.onnx            the query tower, which runs online, with weights and products of 8 bits
+OUT/query.int8.onnx            the query tower, which runs online, with weights and products of 8 bits (onnx_int8)
 OUT/schema.json, OUT/tokenizer/
 """
 
@@ -22,6 +22,7 @@ from bigdssm.artifacts.model_folder import TOKENIZER_DIR, ModelFolder
 from bigdssm.atomic import write_json
 from bigdssm.dataset.tensors import Features, pad_ids
 from bigdssm.errors import ConfigError
+from bigdssm.export.onnx_int8 import quantize
 from bigdssm.export.probe import Parity, Probe, largest_difference
 from bigdssm.export.text_tower import SIDES, Side, alpha
 from bigdssm.features import Feature
@@ -52,7 +53,7 @@ def write_onnx(model: ModelFolder, out: Path) -> Parity:
         _export(_Tower(model, side), features, declared, path)
         padding = pad_ids(declared, model.pad_token_id)
         differences[side] = _difference(path, features, padding, probe.vectors[side])
-    _quantise(out / "query.onnx", out / "query.int8.onnx")
+    quantize(out / "query.onnx", out / "query.int8.onnx")
     return Parity(differences["query"], differences["doc"])
 
 
@@ -120,15 +121,3 @@ def _difference(path: Path, features: Features, padding: dict[str, int], trainer
 def _own_length(row: Tensor, padding: int | None) -> Tensor:
     """Return a row without the padding that its batch gave it."""
     return row if padding is None else row[:, : max(1, int((row != padding).sum()))]
-
-
-def _quantise(path: Path, out: Path) -> None:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)  # it advises to prepare the model for static quantisation, which this is not
-    try:
-        quantize_dynamic(str(path), str(out), weight_type=QuantType.QInt8, per_channel=True)
-    finally:
-        root.setLevel(level)

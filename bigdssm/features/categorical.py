@@ -34,7 +34,8 @@ from bigdssm.features.vocabulary import Vocabulary, write_part
 from bigdssm.string_hashes import hash_strings
 
 UNKNOWN = "<out of vocabulary>"
-MOST_COMPARED = 100_000  # values of a vocabulary that a mistyped one is compared with
+# A mistyped value is compared with so many of the vocabulary, none longer than so many characters: within a second.
+MOST_COMPARED, COMPARED_CHARACTERS = 5000, 80
 MOST_CHOICES = 200  # values that people are shown to choose from
 
 
@@ -182,7 +183,8 @@ class Categorical(Feature):
         codes = self.codes(pa.array(values, pa.string()))
         if (unknown := codes == OUT_OF_VOCABULARY).any():
             value = values[int(np.argmax(unknown))]
-            near = difflib.get_close_matches(value, self.vocabulary.cut(MOST_COMPARED), 1)
+            short = [known for known in self.vocabulary.cut(MOST_COMPARED) if len(known) <= COMPARED_CHARACTERS]
+            near = difflib.get_close_matches(value[:COMPARED_CHARACTERS], short, 1)
             meant = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"filter: no document is known by {self.name} = {value[:80]!r}{meant}")
         if not isinstance(column, Ragged):

@@ -13,8 +13,8 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -23,9 +23,11 @@ import numpy as np
 from bigdssm.dataset.catalogue import Catalogue
 from bigdssm.errors import ConfigError
 from bigdssm.features.base import filterable
+from bigdssm.retrieval.request import SHOWN_CHARACTERS, check_encoded
 from bigdssm.retrieval.scan import Allowed
 from bigdssm.schema import Schema
 
+MOST_CONDITIONS = 64  # each looks at every document; a filter of the server's 10,000 characters holds a thousand
 KEPT = 32  # filters whose documents are remembered, a byte and a bit for each
 SIGNS = ("<=", ">=", "=", "<", ">")
 _TOKEN = re.compile(r'\s*(?:("(?:[^"\\]|\\.)*")|(<=|>=|[=<>(),])|([^\s"=<>(),]+))')
@@ -68,20 +70,39 @@ class Filters:
 
     def _allowed(self, text: str) -> Allowed:
         """Return the documents that the filter `text` lets through. Raises ConfigError: no such feature or value."""
-        conditions, every = parse_filter(text), np.arange(self._catalogue.num_docs)
+        every = np.arange(self._catalogue.num_docs)
         passed = np.ones(len(every), bool)
-        for condition in conditions:
-            feature = self._schema.doc.get(condition.feature)
+        for name, conditions in _by_feature(parse_filter(text)).items():
+            feature = self._schema.doc.get(name)
             if feature is None:
-                near = difflib.get_close_matches(condition.feature, self._schema.doc, 1)
+                asked = name[:SHOWN_CHARACTERS]
+                near = difflib.get_close_matches(asked, self._schema.doc, 1)
                 meant = f"; did you mean {near[0]}?" if near else ""
                 raise ConfigError(
-                    f"filter: {condition.feature!r} is no feature of documents, which have "
-                    f"{', '.join(self._schema.doc)}{meant}"
+                    f"filter: {asked!r} is no feature of documents, which have {', '.join(self._schema.doc)}{meant}"
                 )
-            column = self._catalogue.column(condition.feature, every)
-            passed &= feature.matches(column, condition.operator, condition.values)
+            column = self._catalogue.column(name, every)
+            for condition in conditions:
+                passed &= feature.matches(column, condition.operator, condition.values)
         return Allowed(passed)
+
+
+def _by_feature(conditions: Iterable[Condition]) -> dict[str, list[Condition]]:
+    """Return the distinct conditions of each feature. Raises ConfigError: more than MOST_CONDITIONS."""
+    distinct = dict.fromkeys(replace(condition, values=_sorted(condition.values)) for condition in conditions)
+    if len(distinct) > MOST_CONDITIONS:
+        raise ConfigError(
+            f"filter: got {len(distinct)} conditions, at most {MOST_CONDITIONS} are evaluated; name several values of "
+            "a feature in one, as in genre in (Drama, Comedy)"
+        )
+    found: dict[str, list[Condition]] = {}
+    for condition in distinct:
+        found.setdefault(condition.feature, []).append(condition)
+    return found
+
+
+def _sorted(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(set(values)))
 
 
 class _Parser:
@@ -127,9 +148,11 @@ class _Parser:
         if not found or found in SIGNS or found in ("(", ")", ","):
             raise self._refused(found or "its end", what)
         try:
-            return str(json.loads(found)) if found.startswith('"') else found
+            word = str(json.loads(found)) if found.startswith('"') else found
         except ValueError:
             raise self._refused(found, "a string as in JSON") from None
+        check_encoded([word])  # JSON has escapes of half a character
+        return word
 
     def _refused(self, got: str, needed: str) -> ConfigError:
         return ConfigError(

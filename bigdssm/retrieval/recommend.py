@@ -9,6 +9,7 @@ a killed job goes on with the parts that are missing (see shards.py).
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import parquet
+from pyarrow import csv, parquet
 
 from bigdssm.artifacts.model_folder import ModelFolder
 from bigdssm.atomic import new_file, real_place, write_json
@@ -96,6 +97,16 @@ def recommend(
         queries += len(asked.rows)
     finished = shards.finish(lambda aside: write_json(aside / META_FILE, {**job, "queries": source.num_rows}))
     return Recommended(queries, shards.found, time.perf_counter() - started, finished)
+
+
+def write_csv(parts: Path, file: Path) -> None:
+    """Write the recommendations of the folder `parts` as one CSV file, and remove the folder."""
+    document = ROW_SCHEMA.get_field_index("document")
+    plain = ROW_SCHEMA.set(document, pa.field("document", pa.string()))
+    with new_file(file) as aside, csv.CSVWriter(aside, plain) as writer:
+        for part in sorted(parts.glob("part-*.parquet")):
+            writer.write_table(parquet.read_table(part).cast(plain))
+    shutil.rmtree(parts)
 
 
 def _best(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+import numpy as np
 
 from bigdssm.errors import ConfigError
+
+SHOWN_CHARACTERS = 80
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,14 @@ class Event:
     item: str  # a document, by its key or its display name
     time: float | None = None  # in the unit of `Request.now`; without times events are given oldest first
     action: str | None = None  # what was done; histories know items alone, so no model reads it yet
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError: a value of another type."""
+        if self.item is None:
+            raise ConfigError("item of an event is missing; name a document")
+        _check_text("item of an event", self.item)
+        _check_number("time of an event", self.time)
+        _check_text("action of an event", self.action)
 
 
 @dataclass(frozen=True)
@@ -38,20 +49,69 @@ class Request:
     top: int = 10
     document: str | None = None  # the key of the document that the query is, where queries are documents
 
-
-@dataclass(frozen=True)
-class _Content:
-    """Where OmegaConf checks a mapping against Request."""
-
-    request: Request = field(default_factory=Request)
+    def __post_init__(self) -> None:
+        """Raise ConfigError: a value of another type."""
+        for name in ("user", "filter", "document"):
+            _check_text(name, getattr(self, name))
+        _check_number("now", self.now)
+        if self.features is not None and not isinstance(self.features, Mapping):
+            raise _refused("features", self.features, "a mapping of features to values")
+        for name in self.features or ():
+            _check_text("the name of a feature", name)
+        if self.events is not None:
+            if isinstance(self.events, str | bytes) or not isinstance(self.events, Sequence):
+                raise _refused("events", self.events, "a list of events")
+            if wrong := [event for event in self.events if not isinstance(event, Event)]:
+                raise _refused("events", wrong[0], "events such as Event('i3', time=5)")
+        if self.exclude_seen is not None and not isinstance(self.exclude_seen, bool | np.bool_):
+            raise _refused("exclude_seen", self.exclude_seen, "true or false")
+        if isinstance(self.top, bool) or not isinstance(self.top, Integral):
+            raise _refused("top", self.top, "a whole number")
 
 
 def request_of(content: Mapping[str, Any]) -> Request:
     """Return the request that JSON holds. Raises ConfigError: a key that there is not, or a value of another type."""
+    _check_keys("the request", content, Request)
+    events = content.get("events")
+    if isinstance(events, list):
+        for number, event in enumerate(events):
+            if not isinstance(event, Mapping):
+                raise _refused(f"events[{number}]", event, 'an object such as {"item": "i3"}')
+            _check_keys(f"events[{number}]", event, Event)
+        events = [Event(**{"item": None, **event}) for event in events]
+    return Request(**{**content, "events": events})
+
+
+def check_encoded(texts: Iterable[str]) -> None:
+    """Raise ConfigError where a text holds half a character, as JSON's "\\ud800" does, or bytes that are no UTF-8."""
+    for text in texts:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ConfigError(f"{ascii(text)[:SHOWN_CHARACTERS]} is no text in UTF-8")
+
+
+def _check_keys(where: str, content: Mapping[str, Any], kind: type) -> None:
+    known = [field.name for field in fields(kind)]
+    if unknown := [key for key in content if key not in known]:
+        raise ConfigError(f"{where} has no key {str(unknown[0])[:SHOWN_CHARACTERS]!r}; the keys are {', '.join(known)}")
+
+
+def _check_text(where: str, value: Any) -> None:
+    if value is not None and not isinstance(value, str):
+        raise _refused(where, value, f"a text, such as {str(value)[:SHOWN_CHARACTERS]!r}")
+
+
+def _check_number(where: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise _refused(where, value, "a number")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(_Content), {"request": content})
-        made = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or 'the request'}: {str(error).splitlines()[0]}") from None
-    assert isinstance(made, _Content)
-    return made.request
+        finite = math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        finite = False
+    if not finite:
+        raise _refused(where, value, "a finite number")
+
+
+def _refused(where: str, value: Any, needed: str) -> ConfigError:
+    return ConfigError(f"{where} is {ascii(value)[:SHOWN_CHARACTERS]}, needs {needed}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.mapped import MappedTable
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Column, Ragged, TextTokenizer, encode_values, histories_of, item_codes, stored
 from bigdssm.features.columns import check_one_unit
@@ -18,7 +20,7 @@ from bigdssm.features.given import given_columns
 from bigdssm.features.ragged import gather_ranges
 from bigdssm.hashing import hash64
 from bigdssm.retrieval.filters import Filters
-from bigdssm.retrieval.request import Event, Request
+from bigdssm.retrieval.request import Event, Request, check_encoded
 from bigdssm.retrieval.scan import Allowed
 from bigdssm.schema import Schema
 
@@ -78,6 +80,12 @@ class Queries:
         for name, value in (request.features or {}).items():
             columns[name] = self.feature(name, value)
         live, unknown = self._events(request.events or [], request.now)
+        if request.now is not None and len(stored_events) and not (len(live) or unknown):
+            # With an event up to now, those of the dataset lie before it; else nothing tells which lie before now.
+            raise ConfigError(
+                f"now is given with the user {request.user!r}, whose events in the dataset have no times that it could "
+                "bound, and with no event up to it; leave now out, or give features and events in the user's place"
+            )
         seen = np.concatenate([stored_events, live])
         exclude = self._exclude_seen if request.exclude_seen is None else request.exclude_seen
         allowed = None if request.filter is None else self._filter(request.filter)
@@ -145,20 +153,14 @@ class Queries:
 def _check_given(request: Request) -> None:
     """Raise ConfigError where a request says nothing of its query, or what it says is no text."""
     texts = [text for text in (request.user, request.document, request.filter) if text is not None]
-    texts += [value for value in (request.features or {}).values() if isinstance(value, str)]
+    for value in (request.features or {}).values():
+        texts += [one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, str)]
     texts += [event.item for event in request.events or ()]
     check_encoded(texts)
     said = (request.user, request.document, *(request.features or {}).values())
     blank = all(value is None or (isinstance(value, str) and not value.strip()) for value in said)
     if blank and request.events is None:
         raise ConfigError("the query is empty; give features, events or a user")
-
-
-def check_encoded(texts: Iterable[str]) -> None:
-    """Raise ConfigError where a text has bytes that are no UTF-8, as the shell hands them on."""
-    for text in texts:
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ConfigError(f"{ascii(text)[:COMPARED_CHARACTERS]} is no text in UTF-8")
 
 
 def known_by(events: Sequence[Event], now: float | None) -> list[Event]:
@@ -172,8 +174,6 @@ def known_by(events: Sequence[Event], now: float | None) -> list[Event]:
             raise ConfigError(f"{len(events) - len(times)} of {len(events)} events have no time; give that of all")
         return list(events)
     moments = np.array(times if now is None else [*times, now], np.float64)
-    if not np.isfinite(moments).all():
-        raise ConfigError("a time of an event, or now, is no finite number")
     try:
         check_one_unit(moments, "the request")
     except DataError as error:
@@ -192,13 +192,19 @@ def user_facts(dataset: Dataset, key: str) -> tuple[dict[str, Column], np.ndarra
         raise DataError(f"{dataset.dir} holds pairs, no users; describe the query by its features instead")
     rows = np.flatnonzero(table.whole("query_id") == hash64(key))
     if not len(rows):
-        some = "; ".join(table.strings("query_key", np.arange(min(NUM_SUGGESTIONS, table.num_rows))))
+        some = "; ".join(some_users(table, NUM_SUGGESTIONS))
         raise DataError(f"no user is called {key!r}; some who are: {some}")
     newest = rows[-1:]  # a later partition knows more of the user
     columns = {name: dataset.query_column(table, name, newest) for name in stored(dataset.schema.query)}
     length = table.lengths("items", newest)
     events = table.take_slices("items", newest, np.zeros_like(length), length).values
     return columns, events.astype(np.int64)
+
+
+def some_users(table: MappedTable, most: int) -> list[str]:
+    """Return the keys of up to `most` users of a dataset's sequences, each once, in the order of their first rows."""
+    first = np.sort(np.unique(table.whole("query_id"), return_index=True)[1])[:most]
+    return table.strings("query_key", first)
 
 
 def histories(dataset: Dataset, seen: Ragged) -> dict[str, Column]:
@@ -217,7 +223,7 @@ class DocumentNames:
     def __init__(self, keys: Sequence[str], display: Sequence[str]) -> None:
         self._display = display
         self._by_key = {key: row for row, key in enumerate(keys)}
-        self._by_name = {name.casefold(): row for row, name in reversed(list(enumerate(display)))}
+        self._by_name = {_folded(name): row for row, name in reversed(list(enumerate(display)))}
 
     @classmethod
     def of(cls, dataset: Dataset) -> DocumentNames:
@@ -227,12 +233,17 @@ class DocumentNames:
 
     def rows(self, names: Sequence[str]) -> np.ndarray:
         """Return int64 catalogue rows, -1 for a name that no document has."""
-        found = [self._by_key.get(name.strip(), self._by_name.get(name.strip().casefold(), -1)) for name in names]
+        found = [self._by_key.get(name.strip(), self._by_name.get(_folded(name), -1)) for name in names]
         return np.array(found, np.int64)
 
     def nearest(self, name: str) -> list[str]:
         """Return the display names of some documents whose names hold this one, else resemble it."""
         return [self._display[self._by_name[title]] for title in _nearest(name, self._by_name)]
+
+
+def _folded(name: str) -> str:
+    """Return a name without its case, and in one of the forms that Unicode has for the same characters."""
+    return unicodedata.normalize("NFC", name.strip()).casefold()
 
 
 def _missing(schema: Schema, tokenizer: TextTokenizer | None) -> dict[str, Column]:
@@ -242,7 +253,7 @@ def _missing(schema: Schema, tokenizer: TextTokenizer | None) -> dict[str, Colum
 
 def _nearest(name: str, by_name: dict[str, int]) -> list[str]:
     """Return some keys of `by_name` that hold the name, else some that resemble it."""
-    wanted = name.strip().casefold()[:COMPARED_CHARACTERS]
+    wanted = _folded(name)[:COMPARED_CHARACTERS]
     inside = list(islice((title for title in reversed(by_name) if wanted and wanted in title), NUM_SUGGESTIONS))
     if inside:
         return inside

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure  # not pyplot, which looks for a display an
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from bigdssm.config import StageName, load_config
+from bigdssm.config import StageName, load_written_config
 from bigdssm.errors import DataError
 from bigdssm.log import read_records
 
@@ -66,7 +66,7 @@ def read_stage(folder: Path) -> StageCurve:
 def training_seconds(folder: Path) -> float:
     """Return about how long a stage trained and validated, from the speeds it recorded."""
     stage: StageName = "sft" if folder.name == "sft" else "pretrain"
-    rows_global = load_config(folder / CONFIG_FILE).stage(stage).rows_global
+    rows_global = load_written_config(folder / CONFIG_FILE).stage(stage).rows_global
     seconds, before = 0.0, 0
     for record in read_stage(folder).records:
         if "validation" in record:

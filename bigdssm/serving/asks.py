@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, WrapValidator
+from pydantic_core import PydanticCustomError
 
 from bigdssm.retrieval.request import Event, Request
 
 MOST_DOCUMENTS, MOST_CHARACTERS, MOST_VALUES = 100, 10_000, 1000
 ShortText = Annotated[str, Field(max_length=MOST_CHARACTERS)]
 Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]  # no text that reads like one
-Value = (
-    ShortText | Number | Annotated[list[ShortText | Number], Field(max_length=MOST_VALUES)] | None
-)  # of a feature, as its type reads it
+VALUE = (
+    f"needs a text of at most {MOST_CHARACTERS} characters, a finite number, a list of at most {MOST_VALUES} of these, "
+    "or null"
+)
+
+
+def _value(value: Any, check: Any) -> Any:
+    """Return a feature's value; one sentence in place of one for each type that it could have had."""
+    try:
+        return check(value)
+    except ValidationError:
+        raise PydanticCustomError("feature_value", VALUE) from None
+
+
+Value = Annotated[
+    ShortText | Number | Annotated[list[ShortText | Number], Field(max_length=MOST_VALUES)] | None,
+    WrapValidator(_value),
+]  # of a feature, as its type reads it
 Top = Annotated[int, Field(ge=1, le=MOST_DOCUMENTS)]
 
 
@@ -39,7 +55,7 @@ class Ask(BaseModel):
     now: Number | None = Field(None, description="events after it are not known yet")
     filter: ShortText | None = Field(None, description="which documents may be found, as in year >= 1990")
     exclude_seen: StrictBool | None = Field(None, description="whether documents of events stay out; none: as trained")
-    top: Top = 10
+    top: Annotated[int, Field(ge=1, le=MOST_DOCUMENTS, strict=True)] = 10
 
     def request(self) -> Request:
         """Return it as the library takes it."""

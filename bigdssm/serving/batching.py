@@ -44,7 +44,6 @@ class Batcher(Generic[Asked, Answer]):
 
     async def run(self) -> None:
         """Answer until cancelled."""
-        loop = asyncio.get_running_loop()
         while True:
             batch = [await self._waiting.get()]
             while len(batch) < self._at_once and not self._waiting.empty():
@@ -52,15 +51,21 @@ class Batcher(Generic[Asked, Answer]):
             batch = [(asked, future) for asked, future in batch if not future.done()]  # whoever asked may have gone
             if not batch:
                 continue
-            try:
-                answers = await loop.run_in_executor(self._thread, self._work, [asked for asked, _ in batch])
-                for (_, future), answer in zip(batch, answers, strict=True):
-                    if not future.done():
-                        future.set_result(answer)
-            except Exception as error:
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
+            await self._answer(batch)
+
+    async def _answer(self, batch: Sequence[tuple[Asked, asyncio.Future[Answer]]]) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            answers = await loop.run_in_executor(self._thread, self._work, [asked for asked, _ in batch])
+            for (_, future), answer in zip(batch, answers, strict=True):
+                if not future.done():
+                    future.set_result(answer)
+        except Exception as error:
+            if len(batch) > 1:  # a query that cannot be answered fails alone
+                for one in batch:
+                    await self._answer([one])
+            elif not batch[0][1].done():
+                batch[0][1].set_exception(error)
 
 
 class AnswerCache(Generic[Answer]):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from threading import Thread
+from typing import Any, TypeVar
 
 from bigdssm.errors import BigDSSMError
 from bigdssm.log import get_logger
@@ -14,6 +17,8 @@ from bigdssm.serving.batching import AnswerCache, Batcher
 from bigdssm.serving.metrics import Metrics
 from bigdssm.serving.searcher import Folders, Found, Searcher
 
+RETRY_S = 30.0  # until a folder that failed to open is opened again, where the cause need not lie in its files
+T = TypeVar("T")
 logger = get_logger(__name__)
 
 
@@ -62,31 +67,60 @@ class Live:
         look_s: float = 1.0,
     ) -> None:  # fmt: skip
         self._metrics, self._options = metrics, (metrics, at_once, cache_size)
-        self._folders, self._look_s, self._state = folders, look_s, None if folders is None else folders.state()
+        self._folders, self._look_s, self._state = folders, look_s, searcher.state
+        self._failed = b"", 0.0  # the state that did not open last, and when it is opened again
         self.now = Answering(searcher, *self._options)
 
     async def watch(self) -> None:
         """Take up what is new, until cancelled. What does not open, or does not fit, leaves all as it is."""
         while self._folders is not None:
             await asyncio.sleep(self._look_s)
-            state = self._folders.state()
-            if state == self._state:
-                continue
             try:
-                searcher = await asyncio.to_thread(self._folders.open)
-            except (BigDSSMError, OSError) as error:
-                # Of a model and its index one is replaced first: until the other is there, they do not fit.
-                logger.warning("what lies in %s is not taken up: %s", self._folders.model, error)
-                self._state = state
-                continue
-            if self._folders.state() != state:
-                continue  # it was replaced while it was read
-            self._state, before = state, self.now
-            self.now = Answering(searcher, *self._options)
-            self._metrics.taken_up.inc()
-            logger.info("taken up: model %s", searcher.about()["model"][:12])
-            await before.end()
+                await self._look(self._folders)
+            except Exception as error:
+                logger.warning("%s cannot be looked at: %s", self._folders.model, error or repr(error))
+
+    async def _look(self, folders: Folders) -> None:
+        """Take up what is new."""
+        state, (failed, until) = await _in_thread(folders.state), self._failed
+        if state == self._state or (state == failed and time.monotonic() < until):
+            return
+        try:
+            searcher = await _in_thread(folders.open)
+        except Exception as error:  # of any library that reads a file of the folder; MemoryError and RecursionError
+            # Of a model and its index one is replaced first: until the other is there, they do not fit.
+            logger.warning("what lies in %s is not taken up: %s", folders.model, error or repr(error))
+            self._failed = state, time.monotonic() + (math.inf if isinstance(error, BigDSSMError) else RETRY_S)
+            return
+        if await _in_thread(folders.state) != state:
+            return  # it was replaced while it was read
+        self._state, before = state, self.now
+        self.now = Answering(searcher, *self._options)
+        self._metrics.taken_up.inc()
+        logger.info("taken up: model %s", searcher.about()["model"][:12])
+        await before.end()
 
     async def end(self) -> None:
         """Stop answering when all who ask have been answered."""
         await self.now.end()
+
+
+async def _in_thread(call: Callable[[], T]) -> T:
+    """Return what a call returns that may take long. A stop does not wait for it, as it would for a pool's thread."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def finish(outcome: Callable[[], None]) -> None:
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(lambda: None if done.done() else outcome())
+
+    def run() -> None:
+        try:
+            result = call()
+        except Exception as error:
+            finish(lambda error=error: done.set_exception(error))  # type: ignore[misc]
+        else:
+            finish(lambda: done.set_result(result))
+
+    Thread(target=run, daemon=True).start()
+    return await done

@@ -29,7 +29,7 @@ from bigdssm.retrieval.index import Document, Index, cosines_with, open_index
 from bigdssm.retrieval.kinds import search_with
 from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.retrieval.request import Request
-from bigdssm.retrieval.search import Queries, Query
+from bigdssm.retrieval.search import Queries, Query, some_users
 from bigdssm.retrieval.vectors import META_FILE as INDEX_META
 from bigdssm.retrieval.vectors import cut_like
 from bigdssm.serving.why import MOST_NEAR, NearItem, NearWord, Why, read_of, words_of
@@ -51,6 +51,8 @@ class Found:
 
 class Searcher:
     """Answers requests."""
+
+    state: bytes | None = None  # of the folders it was opened from, see `Folders.state`
 
     @checked
     def __init__(
@@ -122,8 +124,7 @@ class Searcher:
         """Return some users that can be asked for, none in a dataset of pairs."""
         if self._dataset is None or self._dataset.sequences is None:
             return []
-        table = self._dataset.sequences
-        return table.strings("query_key", np.arange(min(MOST_USERS_LISTED, table.num_rows)))
+        return some_users(self._dataset.sequences, MOST_USERS_LISTED)
 
     def seen(self, query: Query) -> list[str]:
         """Return the newest documents of a query's events, newest first, as people know them."""
@@ -135,16 +136,21 @@ class Searcher:
         return [found.documents for found in self.answer([self.queries.of(request) for request in requests])]
 
     def answer(self, queries: Sequence[Query]) -> list[Found]:
-        """Return the best documents of queries, at least one, which are encoded together."""
+        """Return the best documents of queries, which are encoded together and do not change each other's answers."""
+        if not queries:
+            return []
         started = time.perf_counter()
         vectors = self.encode(queries)
+        if not np.isfinite(vectors).all():
+            raise ConfigError("the vector of a query holds NaN or inf: a number of its features is too large")
         encoded = time.perf_counter()
         self._use_threads()
         found = [(np.zeros(0, np.float32), np.zeros(0, np.int64))] * len(queries)
-        for allowed in dict.fromkeys(query.allowed for query in queries):
-            places = [place for place, query in enumerate(queries) if query.allowed is allowed]
+        # By `top`, too: an index that looks at a part of the catalogue looks at more of it for more documents.
+        for allowed, wanted in dict.fromkeys((query.allowed, query.top) for query in queries):
+            places = [place for place, query in enumerate(queries) if query.allowed is allowed and query.top == wanted]
             some = [queries[place] for place in places]
-            top = min(max(self._rerank, *(query.top for query in some)), self._index.meta.num_docs)
+            top = min(max(self._rerank, wanted), self._index.meta.num_docs)
             scores, rows = self._index.nearest(
                 vectors[places], top, self._folder.checksum, [query.left_out for query in some], allowed,
             )  # fmt: skip
@@ -236,7 +242,10 @@ class Folders:
 
     def open(self) -> Searcher:
         """Return the Searcher of what lies there now. Raises as `Searcher.open` does."""
-        return Searcher.open(self.model, self.index, self.data, self.threads, self.onnx, self.rerank)
+        state = self.state()  # before: what is replaced meanwhile is another
+        searcher = Searcher.open(self.model, self.index, self.data, self.threads, self.onnx, self.rerank)
+        searcher.state = state
+        return searcher
 
     def state(self) -> bytes:
         """Return what changes when a folder is replaced: the metas name the checksums of all else."""

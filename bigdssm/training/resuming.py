@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from bigdssm.artifacts.checkpoint import ReadCheckpoint
 from bigdssm.artifacts.manifest import MANIFEST
-from bigdssm.config import Config, StageConfig, StageName, config_from, load_config
+from bigdssm.config import Config, StageConfig, StageName, config_from, load_written_config
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.log import get_logger
 from bigdssm.training.optimizers import schedule_factor
@@ -89,7 +89,7 @@ def check_resume(path: Path, config: Config, name: StageName) -> None:
     Raises CheckpointError where the file cannot be read, ConfigError naming what may not change.
     """
     try:
-        before = load_config(path).to_dict()
+        before = load_written_config(path).to_dict()
     except (ConfigError, OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).removeprefix(f"{path}: ").removeprefix(f"{path} ").split())
         raise CheckpointError(

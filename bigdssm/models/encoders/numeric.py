@@ -8,10 +8,13 @@ from torch import Tensor, nn
 from bigdssm.features import Numeric
 from bigdssm.models.encoders.base import Encoder, Parts, encodes
 
+# Deviations from the mean that a number is clipped to: beyond what was trained on, a layer only extrapolates.
+MOST_DEVIATIONS = 10.0
+
 
 @encodes(Numeric)
 class NumericEncoder(Encoder):
-    """A normalised value and whether it is missing, through one layer."""
+    """A normalised value, at most MOST_DEVIATIONS from 0, and whether it is missing, through one layer."""
 
     def __init__(self, feature: Numeric, dim: int) -> None:
         super().__init__()
@@ -29,6 +32,6 @@ class NumericEncoder(Encoder):
         value = values_R.masked_fill(missing, self.feature.mean)
         if self.feature.log:
             value = torch.where(missing, value, value.clamp(min=0).log1p())
-        normalised = (value - self.feature.mean) / self.feature.std
+        normalised = ((value - self.feature.mean) / self.feature.std).clamp(-MOST_DEVIATIONS, MOST_DEVIATIONS)
         inputs = torch.stack([normalised, missing.to(value.dtype)], dim=1)
         return nn.functional.gelu(self.layer(inputs.to(self.layer.weight.dtype)))

@@ -257,3 +257,19 @@ def test_a_run_of_a_collection_is_ranked_anew(cross_dir: Path, pairs: Dataset) -
         keys = sorted(now, key=lambda key: -now[key])
         assert keys[:5] == [list(before)[n] for n in np.argsort(-scores[i])]
         assert keys[5:] == list(before)[5:]
+
+
+def test_re_ranking_a_batch_is_re_ranking_each_alone(cross_dir: Path, pairs: Dataset, tmp_path: Path) -> None:
+    """Empty texts and long ones beside each other."""
+    folder = load_model_folder(cross_dir)
+    write_vectors(tmp_path / "vectors", tower_encoders(folder.model, pairs), pairs, folder.checksum)
+    build_index(tmp_path / "vectors", tmp_path / "index")
+    searcher = Searcher(folder, open_index(tmp_path / "index"), pairs, rerank=5)
+    texts = ["copper lantern", " ", "walnut " * 400, "!", "\u200b", "é", "river stone bridge"]
+    requests = [Request(features={"query": text}, events=[], top=1 + n % 8) for n, text in enumerate(texts)]
+    together = searcher.search(requests)
+    for request, found in zip(requests, together, strict=True):
+        (own,) = searcher.search([request])
+        assert len(found) == request.top and np.isfinite([document.score for document in found]).all()
+        assert [document.key for document in found] == [document.key for document in own]
+        np.testing.assert_allclose([d.score for d in found], [d.score for d in own], rtol=1e-4, atol=1e-5)

@@ -297,7 +297,7 @@ def test_a_stages_best_brings_its_figures(make_source: Any, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "feature"), [("dot with beta, one encoder", "embedding"), ("cosine with one beta", "any-text of it")]
+    ("name", "feature"), [("dot with beta, one encoder", "embedding"), ("cosine with one beta", 'any "text" of it')]
 )
 def test_onnx_scores_as_the_trainer(
     make_source: Any, name: str, feature: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from bigdssm.dataset.catalogue import Catalogue
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
-from bigdssm.features import Categorical
+from bigdssm.features import Categorical, Numeric, Vocabulary
 from bigdssm.retrieval.coding import CodedVectors
 from bigdssm.retrieval.filters import Condition, Filters, parse_filter
 from bigdssm.retrieval.index import Index
@@ -69,12 +72,52 @@ def test_a_filter_lets_through_what_it_says(dataset: Dataset, text: str, fits: C
         ("title = anchor", "title is of type text, needs a categorical or numeric feature"),
         ("year > old", "year is 'old', needs a number"),
         ("year > nan", "year is 'nan', needs a number"),
+        ('genres = "\\ud800"', "'\\ud800' is no text in UTF-8"),
+        ('genres in (Comedy, "\\udfff")', "'\\udfff' is no text in UTF-8"),
+        ('"\\ud800" = 3', "'\\ud800' is no text in UTF-8"),
+        (" and ".join(f"year > {n}" for n in range(100)), "filter: got 100 conditions, at most 64 are evaluated"),
+        (f"{'y' * 9000} = 3", f"'{'y' * 80}' is no feature"),
     ],
 )  # fmt: skip
 def test_what_is_no_filter_is_one_sentence(dataset: Dataset, text: str, sentence: str) -> None:
     with pytest.raises(ConfigError) as refused:
         Filters(dataset.schema, dataset.catalogue).allowed(text)
     assert sentence in str(refused.value)
+
+
+def test_conditions_that_repeat_are_evaluated_once(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a filter is: each condition looks at all documents."""
+    filters, read, compared = Filters(dataset.schema, dataset.catalogue), [], []
+    column, matches = Catalogue.column, Numeric.matches
+
+    def reading(catalogue: Catalogue, name: str, rows: np.ndarray) -> Any:
+        read.append(name)
+        return column(catalogue, name, rows)
+
+    def comparing(feature: Numeric, *others: Any) -> np.ndarray:
+        compared.append(others[1:])
+        return matches(feature, *others)
+
+    monkeypatch.setattr(Catalogue, "column", reading)
+    monkeypatch.setattr(Numeric, "matches", comparing)
+    text = " and ".join(["year > 1970", "genres in (Comedy, Drama)", "genres in (Drama, Comedy)", "year <= 1980"] * 100)
+    mask = filters.allowed(text).mask
+    assert (sorted(read), sorted(compared)) == (["genres", "year"], [("<=", ("1980",)), (">", ("1970",))])
+    assert (mask == filters.allowed("year > 1970 and genres in (Comedy, Drama) and year <= 1980").mask).all()
+
+
+def test_a_mistyped_value_is_compared_with_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared, close_matches = [], difflib.get_close_matches
+
+    def counting(word: str, known: Sequence[str], *others: Any) -> list[str]:
+        compared.append((len(word), len(known), max(map(len, known))))
+        return close_matches(word, known, *others)
+
+    monkeypatch.setattr(difflib, "get_close_matches", counting)
+    shop = Categorical(vocabulary=Vocabulary.of(("x" * 10_000, *map(str, range(20_000))))).named("shop")
+    with pytest.raises(ConfigError, match="no document is known by shop"):
+        shop.matches(np.arange(3), "=", ["y" * 9000])
+    assert compared == [(80, 4999, 4)]
 
 
 def test_hashed_values_cannot_be_told_apart() -> None:

@@ -100,6 +100,21 @@ def test_vectors_do_not_depend_on_the_chunks_they_were_encoded_in(
     assert encoders.documents(doc_rows[:0]).shape == (0, whole[0].shape[1])
 
 
+@pytest.mark.parametrize(
+    ("exclude", "sentence"),
+    [(["i1"], "exclude[0] is 'i1', needs the document keys of query 0"), ([[1]], "exclude[0] is [1], needs")],
+)
+def test_keys_that_would_exclude_nothing_are_refused(index_dir: Path, exclude: Any, sentence: str) -> None:
+    index = open_index(index_dir)
+    with pytest.raises(ConfigError) as refused:
+        index.search(np.zeros((1, index.meta.width), np.float32), 3, exclude)
+    assert sentence in str(refused.value)
+    with pytest.raises(ConfigError, match="a vector holds NaN or inf"):
+        index.search(np.full((1, index.meta.width), np.nan, np.float32), 3)
+    with pytest.raises(ConfigError, match="is no text in UTF-8"):
+        index.row("\ud800")
+
+
 def test_excluded_documents_do_not_come_back(model_dir: Path, index_dir: Path) -> None:
     index, checksum = open_index(index_dir), load_model_folder(model_dir).checksum
     query = np.random.RandomState(0).randn(1, index.meta.width).astype(np.float32)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from bigdssm.artifacts.model_folder import load_model_folder, save_model_folder
 from bigdssm.batching.collate import Collator
-from bigdssm.config import Config, load_config
+from bigdssm.config import Config, DataConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError
 from bigdssm.features import Vocabulary
@@ -97,6 +97,22 @@ def test_a_light_query_tower_comes_back_light(tiny_pairs: Any, tmp_path: Path) -
     for ours, theirs in zip(outputs(loaded, dataset), outputs(model, dataset), strict=True):
         assert torch.equal(ours, theirs)
     assert {side: len(encoder.bert.encoder.layer) for side, encoder in loaded.text.items()} == {"query": 2, "doc": 3}
+
+
+@pytest.mark.parametrize("text", ["${oc.env:HOME}", "\\${run.seed}", "a ${b} c"])
+def test_the_config_of_a_folder_is_data(
+    config: Config, dataset: Dataset, model: DualEncoder, text: str, tmp_path: Path
+) -> None:
+    """Whoever made the folder reads no environment of who opens it."""
+    said = replace(config, data=replace(config.data, dir=text))
+    save_model_folder(tmp_path / "m", model, said, dataset.schema, dataset.tokenizer_dir, {})
+    assert load_model_folder(tmp_path / "m").config.data.dir == text
+
+
+@pytest.mark.parametrize("text", ["${oc.env:HOME}", "???", "a\\${b}"])
+def test_the_declaration_of_a_feature_is_data_once_the_config_is_read(text: str) -> None:
+    data = DataConfig(dir="d", doc={"tags": {"type": "categorical", "multi": True, "separator": text}})  # type: ignore[dict-item]
+    assert data.doc["tags"].declaration()["separator"] == text
 
 
 @pytest.fixture

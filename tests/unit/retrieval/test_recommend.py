@@ -186,6 +186,15 @@ def test_the_command(tools_: Tools, model_dir: Path, index_dir: Path, tmp_path: 
     assert f"{NUM_USERS} queries in" in out and " a second" in out and "out: done" in out
     assert rows_of(tmp_path / "out").num_rows == 3 * NUM_USERS
     assert "would have no effect without --queries" in tools_.refused(2, *command, "--users", "--key-column", "x")
+    file = tmp_path / "found.csv"
+    tools_.ran(*command[:-1], file, "--users", "--top", 3, "--filter", "genres = Comedy", "--seen", "allow")
+    expected, found = rows_of(tmp_path / "out"), pa_csv.read_csv(file)
+    assert found.column_names == expected.column_names and sorted(os.listdir(tmp_path)) == ["found.csv", "out"]
+    for name in ("row", "query", "rank", "document"):
+        assert found[name].to_pylist() == expected[name].to_pylist()
+    np.testing.assert_allclose(found["score"], expected["score"], rtol=1e-5)
+    (tmp_path / "folder.csv").mkdir()
+    assert "is a folder; name a file" in tools_.refused(2, *command[:-1], tmp_path / "folder.csv", "--users")
 
 
 @pytest.fixture

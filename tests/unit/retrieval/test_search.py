@@ -16,7 +16,7 @@ from bigdssm.features.ragged import Column
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import query_vectors, tower_encoders
 from bigdssm.retrieval.request import Event, Request, request_of
-from bigdssm.retrieval.search import DocumentNames, Queries
+from bigdssm.retrieval.search import DocumentNames, Queries, some_users
 from bigdssm.schema import Schema
 from tests.conftest import NUM_ITEMS
 
@@ -103,6 +103,13 @@ def test_unknown_documents_get_the_nearest_names() -> None:
     assert documents.nearest("Goldeneey") == ["GoldenEye"]
 
 
+def test_a_name_is_found_in_whatever_form_unicode_has_it() -> None:
+    documents = DocumentNames(["1", "2"], ["Am\u00e9lie", "Le\u0301on"])
+    names = ["Am\u00e9lie", "AME\u0301LIE", "l\u00e9on", "LE\u0301ON"]
+    assert documents.rows(names).tolist() == [0, 0, 1, 1]
+    assert documents.nearest("me\u0301li") == ["Am\u00e9lie"]
+
+
 def test_typed_features(dataset: Dataset) -> None:
     schema = Schema(
         query={
@@ -140,10 +147,27 @@ def test_typed_features(dataset: Dataset) -> None:
         ({"features": {"age": "old"}}, "age is 'old', needs a number"),
         ({"features": {"age": 1e39}}, "age is 1e+39, needs a finite 32-bit number"),
         ({"features": {"age": [1.0]}}, "column 'age' holds list<item: double>, needs numbers"),
+        ({"features": {"age": math.inf}}, "age is inf, needs a finite 32-bit number"),
+        ({"features": {"occupation": ["a", "\ud800"]}}, "'\\ud800' is no text in UTF-8"),
+        ({"features": {"\ud800": "a"}}, "'\\ud800' is not a query feature"),
+        ({"features": {3: "a"}}, "the name of a feature is 3, needs a text"),
+        ({"features": ["a"]}, "features is ['a'], needs a mapping"),
+        ({"user": 7}, "user is 7, needs a text, such as '7'"),
+        ({"user": "u7", "exclude_seen": "no"}, "exclude_seen is 'no', needs true or false"),
+        ({"user": "u7", "exclude_seen": 0}, "exclude_seen is 0, needs true or false"),
+        ({"user": "u7", "top": True}, "top is True, needs a whole number"),
+        ({"user": "u7", "top": 2.5}, "top is 2.5, needs a whole number"),
+        ({"user": "u7", "now": 1e9}, "events in the dataset have no times"),
+        ({"user": "u7", "events": [{"item": "i3", "time": 6}], "now": 5}, "with no event up to it"),
+        ({"features": {"age": 3}, "now": "5"}, "now is '5', needs a number"),
+        ({"features": {"age": 3}, "now": 10**400}, "needs a finite number"),
+        ({"events": [{"item": 3}]}, "item of an event is 3, needs a text, such as '3'"),
+        ({"events": [{}]}, "item of an event is missing"),
+        ({"events": ["i3"]}, "events[0] is 'i3', needs an object"),
         ({"user": "u7", "top": 0}, "top is 0, needs at least 1"),
         ({"events": [{"item": "i3", "time": 5}, {"item": "i4"}]}, "1 of 2 events have no time"),
         ({"events": [{"item": "i3"}], "now": 5}, "1 of 1 events have no time"),
-        ({"events": [{"item": "i3", "time": math.nan}]}, "a time of an event, or now, is no finite number"),
+        ({"events": [{"item": "i3", "time": math.nan}]}, "time of an event is nan, needs a finite number"),
         ({"events": [{"item": "i3", "time": 1.7e9}], "now": 1.7e12}, "the request mixes units of time"),
         ({"user": "\udfff"}, "is no text in UTF-8"),
         ({"user": "u7", "filter": "year > "}, "got its end, needs a value behind year >"),
@@ -157,6 +181,33 @@ def test_what_cannot_be_asked_is_one_sentence(queries: Queries, request_: dict[s
     with pytest.raises(ConfigError) as refused:
         queries.of(request_of(request_))
     assert sentence in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["${oc.env:HOME}", "${top}", "a ${missing} b", "???", "\\${x}", "{0}", "[/]%s"])
+def test_the_texts_of_a_request_are_data(text: str) -> None:
+    content = {"user": text, "features": {"words": text, text: [text]}, "events": [{"item": text}], "filter": text}
+    made = request_of(content)
+    assert (made.user, made.features, made.filter) == (text, content["features"], text)
+    assert made.events == [Event(text)]
+
+
+def test_a_request_takes_numbers_of_numpy() -> None:
+    made = Request(events=[Event("i3", np.float32(3))], now=np.int64(5), top=np.int64(3), exclude_seen=np.bool_(False))
+    assert (made.now, made.top, made.exclude_seen) == (5, 3, False)
+
+
+def test_users_are_listed_once_however_many_partitions_know_them() -> None:
+    keys = ["u1", "u2", "u1", "u3", "u2"]
+
+    class Table:
+        def whole(self, name: str) -> np.ndarray:
+            return np.array([5, 3, 5, 1, 3])
+
+        def strings(self, name: str, rows: np.ndarray) -> list[str]:
+            return [keys[row] for row in rows]
+
+    table: Any = Table()
+    assert some_users(table, 10) == ["u1", "u2", "u3"] and some_users(table, 2) == ["u1", "u2"]
 
 
 def test_a_filter_reaches_the_query(dataset: Dataset, queries: Queries) -> None:

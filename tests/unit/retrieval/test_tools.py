@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import os
@@ -197,6 +198,21 @@ def test_search_for_a_request_as_json_is_that_of_the_options(
     )  # fmt: skip
     assert out == tools.ran(*command, "--request", tmp_path / "request.json")
     assert len([line for line in out.splitlines() if "." in line]) == 7
+    file = tmp_path / "found.csv"
+    assert out == tools.ran(*command, "--request", tmp_path / "request.json", "--out", file)
+    written = list(csv.DictReader(file.open()))
+    assert [row["rank"] for row in written] == list("1234567") and list(written[0]) == [
+        "rank",
+        "score",
+        "key",
+        "display",
+    ]
+    assert all(row["key"] in out and row["display"] in out for row in written)
+    assert "ends in .csv" in tools.refused(2, *command, "--user", "u7", "--out", tmp_path / "found")
+    (tmp_path / "request.json").write_text("[" * 100_000)
+    assert "is no JSON" in tools.refused(2, *command, "--request", tmp_path / "request.json")
+    (tmp_path / "request.json").write_text(json.dumps({"user": "${oc.env:HOME}"}))
+    assert "no user is called '${oc.env:HOME}'" in tools.refused(3, *command, "--request", tmp_path / "request.json")
     (tmp_path / "request.json").write_text(json.dumps({**request, "tpo": 7}))
     assert "tpo" in tools.refused(2, *command, "--request", tmp_path / "request.json")
     (tmp_path / "request.json").write_text("[")

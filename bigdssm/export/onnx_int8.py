@@ -1,0 +1,89 @@
+"""An exported tower with weights and products of 8 bits, whose rows do not depend on each other.
+
+onnxruntime's dynamic quantization takes one scale for all rows of a batch, so that a query's vector would depend on the
+queries it is encoded with. Here each row of an activation (a token, a vector) has its own scale.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LEVELS, ZERO_POINT = 127, 128  # of activations: uint8 ZERO_POINT ± LEVELS
+LEAST_SCALE = 1e-30  # of a row of zeros, such as padding
+
+
+def quantize(path: Path, out: Path) -> None:
+    """Write the tower `path` as `out` with int8 weights, a scale per output channel, and a scale per activation row.
+
+    Weights have 7 bits, as the products of AVX2 saturate at 16 bits: the vectors do not depend on the processor.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)  # it advises to prepare the model for static quantization, which this is not
+    try:
+        quantize_dynamic(str(path), str(out), weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
+    finally:
+        root.setLevel(level)
+    model = onnx.load(str(out))
+    _scale_rows(model.graph)
+    onnx.save(model, str(out))
+
+
+def _scale_rows(graph: Any) -> None:
+    """Replace each DynamicQuantizeLinear (one scale for a tensor) by nodes with one scale for each of its rows."""
+    from onnx import helper, numpy_helper
+
+    def named(name: str, value: np.ndarray) -> str:
+        graph.initializer.append(numpy_helper.from_array(value, f"rows.{name}"))
+        return f"rows.{name}"
+
+    def number(name: str, value: float) -> str:
+        return named(name, np.array(value, np.float32))
+
+    last, least, one = named("last", np.array([-1])), number("least", LEAST_SCALE), number("one", 1)
+    zero_point, per_level = named("zero_point", np.array(ZERO_POINT, np.uint8)), number("per_level", 1 / LEVELS)
+    nodes: list[Any] = []
+    scales: dict[str, str] = {}  # of rows, by the scale of the tensor, which becomes 1
+    zero_points: set[str] = set()
+    scale_of: dict[str, str] = {}  # of rows, by the product of a tensor's scale and the weights'
+
+    for node in graph.node:
+        if node.op_type == "DynamicQuantizeLinear":
+            (given,), (codes, scale, point) = node.input, node.output
+            row_scale = f"{scale}.row"
+            nodes += [
+                helper.make_node("Abs", [given], [f"{scale}.abs"]),
+                helper.make_node("ReduceMax", [f"{scale}.abs", last], [f"{scale}.max"]),
+                helper.make_node("Mul", [f"{scale}.max", per_level], [f"{scale}.step"]),
+                helper.make_node("Max", [f"{scale}.step", least], [row_scale]),
+                helper.make_node("Reciprocal", [row_scale], [f"{scale}.inverse"]),
+                helper.make_node("Mul", [given, f"{scale}.inverse"], [f"{scale}.scaled"]),
+                helper.make_node("QuantizeLinear", [f"{scale}.scaled", one, zero_point], [codes]),
+            ]
+            scales[scale] = row_scale
+            zero_points.add(point)
+            continue
+        for place, name in enumerate(node.input):
+            if name in zero_points:
+                node.input[place] = zero_point
+            elif name in scales:
+                scale_of[node.output[0]] = scales[name]
+                node.input[place] = one
+            elif name in scale_of:
+                # Outside of the product of both scales: where that is not a scalar per tensor and channel, onnxruntime
+                # fuses it with the matrix product all the same, and takes the first row's scale for every row.
+                (product,) = node.output
+                node.output[0] = f"{product}.unscaled"
+                nodes += [node, helper.make_node("Mul", [f"{product}.unscaled", scale_of[name]], [product])]
+                break
+        else:
+            nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
