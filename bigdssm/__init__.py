@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bigdssm.artifacts.hub import push_to_hub
+    from bigdssm.checkpoints.hub import push_to_hub
     from bigdssm.config import load_config
     from bigdssm.dataset.dataset import Dataset
+    from bigdssm.ingest.api import make_dataset
     from bigdssm.losses import fps_loss
-    from bigdssm.making.from_tables import make_dataset
     from bigdssm.retrieval.index import open_index
     from bigdssm.retrieval.model import from_pretrained, load_model
     from bigdssm.retrieval.request import Event, Request
     from bigdssm.serving.searcher import Searcher
-    from bigdssm.training.in_process import pretrain, sft
+    from bigdssm.training.api import pretrain, sft
+
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,11 +43,11 @@ _HOMES = {
     "from_pretrained": "bigdssm.retrieval.model",
     "load_config": "bigdssm.config",
     "load_model": "bigdssm.retrieval.model",
-    "make_dataset": "bigdssm.making.from_tables",
+    "make_dataset": "bigdssm.ingest.api",
     "open_index": "bigdssm.retrieval.index",
-    "pretrain": "bigdssm.training.in_process",
-    "push_to_hub": "bigdssm.artifacts.hub",
-    "sft": "bigdssm.training.in_process",
+    "pretrain": "bigdssm.training.api",
+    "push_to_hub": "bigdssm.checkpoints.hub",
+    "sft": "bigdssm.training.api",
 }
 
 

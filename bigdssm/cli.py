@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from bigdssm.errors import BigDSSMError, ConfigError, DataError
-from bigdssm.log import setup_logging
+from bigdssm.utils.log import setup_logging
 
 PLUGINS = "bigdssm.plugins"
 NOT_THERE = FileNotFoundError, IsADirectoryError, NotADirectoryError  # of data, such as a link whose file has gone

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bigdssm import timing
 from bigdssm.errors import BigDSSMError, PeerError
+from bigdssm.utils import timing
 
 # torch 2.13 calls it all_gather_single, and warns; 2.10 does not have that name
 warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*", FutureWarning)

@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from bigdssm.config import load_config
-from bigdssm.hashing import hash64
-from bigdssm.making.interactions import InteractionTables, make_interactions
-from bigdssm.making.making import Target
-from bigdssm.making.pairs import PairTables, make_pairs
+from bigdssm.ingest.interactions import InteractionTables, make_interactions
+from bigdssm.ingest.job import IngestTarget
+from bigdssm.ingest.pairs import PairTables, make_pairs
+from bigdssm.utils.hashing import hash64
 
 NUM_USERS, NUM_ITEMS, NUM_PAIRS = 60, 40, 1200
 VOCABULARY = (
@@ -26,7 +26,7 @@ VOCABULARY = (
 WORDS = VOCABULARY.split()
 
 INTERACTIONS_DATA = {
-    "display": "title",
+    "title": "title",
     "query": {
         "history": {"type": "history", "of": "item_id", "max_items": 10},
         "age": {"type": "numeric"},
@@ -66,7 +66,7 @@ class TinyDataset:
 @pytest.fixture(autouse=True)
 def bf16_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let bfloat16 be computed on every machine, slowly on some: its results are tested on all of them."""
-    monkeypatch.setattr("bigdssm.precision.has_bf16", lambda: True)
+    monkeypatch.setattr("bigdssm.models.precision.has_bf16", lambda: True)
 
 
 class QuietServer(ThreadingHTTPServer):
@@ -110,7 +110,7 @@ def tiny_interactions(tmp_path_factory: pytest.TempPathFactory) -> TinyDataset:
             csv.writer(stream).writerows(rows)
     config = write_config(root, INTERACTIONS_DATA)
     tables = InteractionTables(source / "interactions.csv", source / "items.csv", source / "users.csv")
-    make_interactions(load_config(config).data, tables, Target(root / "dataset"))
+    make_interactions(load_config(config).data, tables, IngestTarget(root / "dataset"))
     return TinyDataset(root / "dataset", config, source)
 
 
@@ -127,7 +127,7 @@ def tiny_pairs(tmp_path_factory: pytest.TempPathFactory) -> TinyDataset:
     tables = PairTables(
         (source / "pairs.jsonl",), relevance_column="relevance", validation_fraction=0.1, test_fraction=0.1
     )
-    make_pairs(load_config(config).data, tables, Target(root / "dataset"))
+    make_pairs(load_config(config).data, tables, IngestTarget(root / "dataset"))
     return TinyDataset(root / "dataset", config, source)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bigdssm.models import Spans
+from bigdssm.models import SequenceBounds
 
 
-def within_rows(q: Tensor, k: Tensor, v: Tensor, at: Spans, over: Spans, scale: float, causal: bool = False) -> Tensor:
+def within_rows(
+    q: Tensor, k: Tensor, v: Tensor, at: SequenceBounds, over: SequenceBounds, scale: float, causal: bool = False
+) -> Tensor:
     """What flash_attention does, row by row."""
     assert max(at.offsets.diff()) <= at.longest and max(over.offsets.diff()) <= over.longest
     assert at.offsets[-1] == len(q) and over.offsets[-1] == len(k) == len(v)

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from bigdssm.config import load_config
-from bigdssm.making.making import Target
-from bigdssm.making.pairs import PairTables, make_pairs
+from bigdssm.ingest.job import IngestTarget
+from bigdssm.ingest.pairs import PairTables, make_pairs
 from tests.conftest import WORDS
 
 CIRCLE = 60
@@ -60,5 +60,5 @@ def write_dataset(folder: Path, model: dict[str, Any] | None = None) -> Path:
         (folder / "pairs.jsonl",), doc_id_column="b_key", query_id_column="a_key", split_column="a_key",
         validation_fraction=0.1, test_fraction=0.2, beir=folder / "beir",
     )  # fmt: skip
-    make_pairs(load_config(path).data, tables, Target(folder / "dataset"))
+    make_pairs(load_config(path).data, tables, IngestTarget(folder / "dataset"))
     return path

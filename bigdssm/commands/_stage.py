@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 
 from bigdssm.cli import run_main
+from bigdssm.cluster.launcher import Launcher, check_launch
+from bigdssm.cluster.signals import StopRequest
 from bigdssm.config import StageName, load_config
 from bigdssm.errors import BigDSSMError, PeerError
-from bigdssm.log import is_first_rank
-from bigdssm.running.launcher import Launcher, check_launch
-from bigdssm.running.signals import StopRequest
+from bigdssm.utils.log import is_first_rank
 
 
 def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:

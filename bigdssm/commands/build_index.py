@@ -22,7 +22,7 @@ from typing import get_args
 
 from bigdssm.cli import command
 from bigdssm.retrieval.index import build_index
-from bigdssm.retrieval.kinds import IndexType
+from bigdssm.retrieval.index_types import IndexType
 
 
 @command

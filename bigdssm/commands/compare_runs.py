@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bigdssm.cli import ProgressBar, command
-from bigdssm.evaluation.systems import differences, table
-from bigdssm.reports.compare import Differing, compare
+from bigdssm.evaluation.comparison import differences, table
+from bigdssm.evaluation.run_comparison import Differing, compare
 
 
 @command

@@ -21,14 +21,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import ProgressBar, check_width, command
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.retrieval.coding import Dtype
 from bigdssm.retrieval.embed import cut_encoders, tower_encoders
-from bigdssm.retrieval.shards import ROWS_PER_SHARD, Work
+from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork
 from bigdssm.retrieval.vector_files import FileFormat, check_formats, difference_from_model, write_card, write_file
-from bigdssm.retrieval.vectors import write_vectors
+from bigdssm.retrieval.vectors import Dtype, write_vectors
 
 
 @command
@@ -52,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_width("--width", args.width, model.dim)
         encoders = cut_encoders(encoders, args.width, model.score == "cosine")
     with ProgressBar() as progress:
-        work = Work.of_launcher(args.rows_per_shard, progress)
+        work = ShardWork.of_launcher(args.rows_per_shard, progress)
         whole = 0 if args.width in (None, model.dim) else model.dim + 1
         written = write_vectors(
             args.out,

@@ -16,18 +16,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdssm.artifacts.checkpoint import folder_checksums
-from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.checkpoints.checkpoint import folder_checksums
+from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import ProgressBar, at_least, command
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.pretrained import text_encoders
-from bigdssm.hashing import json_checksum
-from bigdssm.precision import takes_bf16
+from bigdssm.models.precision import takes_bf16
 from bigdssm.retrieval.embed import Encoders, encode_in_bf16, tower_encoders
-from bigdssm.retrieval.shards import ROWS_PER_SHARD, Work
-from bigdssm.retrieval.teacher import write_teacher
+from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork
+from bigdssm.retrieval.teacher_vectors import write_teacher
 from bigdssm.retrieval.texts import Texts
+from bigdssm.utils.hashing import json_checksum
 
 
 @command
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = Dataset.open(args.data)
     encoders, name = _encoders(args, dataset)
     with ProgressBar() as progress:
-        work = Work.of_launcher(args.rows_per_shard, progress)
+        work = ShardWork.of_launcher(args.rows_per_shard, progress)
         vectors = write_teacher(args.out, encoders, dataset, name, work)
     if vectors is not None:
         documents, width = vectors.documents.shape

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 
 from bigdssm.cli import command
 from bigdssm.config import load_config
-from bigdssm.dataset.joining import open_dataset
+from bigdssm.dataset.joined import open_dataset
 from bigdssm.errors import ConfigError
-from bigdssm.reports.estimate import estimate, recorded_rows_per_s
+from bigdssm.training.estimate import estimate, recorded_rows_per_s
 
 
 @command

@@ -4,7 +4,7 @@
     bigdssm evaluate --beir DIR --split test [--model MODEL] [--bm25] [--pretrained FOLDER] [--save-run FILE]
     bigdssm evaluate --run FILE --qrels FILE
 
-The first form leaves out what a query has seen, unless the model's data.repeats allows it, ties counting half; OTHER is
+The first form leaves out seen documents with the model's data.exclude_seen, ties counting half; OTHER is
 another model folder, or the JSON of an earlier evaluation. Each query's rank is saved beside JSON as .npy. The second
 takes a BEIR folder (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv) and compares the model with BM25, a pretrained text
 encoder as it is, and TREC runs (--compare). The third measures a TREC run alone. Runs are measured as trec_eval does.
@@ -21,23 +21,12 @@ from time import perf_counter
 
 from rich.console import Console
 
-from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder
-from bigdssm.atomic import write_json
+from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
 from bigdssm.cli import ProgressBar, at_least, check_file_to_write, check_width, command, refuse_options
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
-from bigdssm.evaluation.collection import (
-    bm25_run,
-    model_run,
-    model_vectors,
-    pretrained_run,
-    reranked_run,
-    vectors_run,
-)
-from bigdssm.evaluation.reranking import Reranking
-from bigdssm.evaluation.scorer import encoders_of
-from bigdssm.evaluation.split import evaluate_split
-from bigdssm.evaluation.systems import (
+from bigdssm.evaluation.collection import bm25_run, model_run, model_vectors, pretrained_run, reranked_run, vectors_run
+from bigdssm.evaluation.comparison import (
     SHOWN_OF_RUNS,
     System,
     as_json,
@@ -49,10 +38,13 @@ from bigdssm.evaluation.systems import (
     save_comparison,
     table,
 )
+from bigdssm.evaluation.evaluate import evaluate_split
+from bigdssm.evaluation.reranking import Reranking, encoders_of
 from bigdssm.evaluation.trec import Run, read_qrels, read_run, run_metrics, write_qrels, write_run
+from bigdssm.ingest.sources.beir import Collection, read_collection
 from bigdssm.retrieval.embed import cut_vectors, encode_in_bf16, tower_encoders
 from bigdssm.retrieval.pair_scorer import PairScorer
-from bigdssm.tables.beir import Collection, read_collection
+from bigdssm.utils.atomic import write_json
 
 OF_COLLECTIONS = (
     "--widths", "--bm25", "--pretrained", "--max-tokens", "--filter-known", "--save-run", "--save-qrels",
@@ -119,7 +111,7 @@ def _on_split(args: argparse.Namespace) -> None:
     dataset = Dataset.open(args.data)
     name, *names = names_apart([args.model, *args.compare])
     folder = load_model_folder(args.model)
-    how = {"dataset": dataset, "split": args.split, "filter_seen": folder.config.data.excludes_seen}
+    how = {"dataset": dataset, "split": args.split, "exclude_seen": folder.config.data.exclude_seen}
     others = baseline_systems(**how) if args.baselines else []
     model = _evaluated(name, folder, bf16=args.bf16, **how)
     if args.rerank is not None:
@@ -141,7 +133,7 @@ def _on_split(args: argparse.Namespace) -> None:
 
 
 def _evaluated(
-    name: str, folder: ModelFolder, dataset: Dataset, split: str, filter_seen: bool, bf16: bool,
+    name: str, folder: ModelFolder, dataset: Dataset, split: str, exclude_seen: bool, bf16: bool,
     rerank: int | None = None,
 ) -> System:  # fmt: skip
     if bf16:
@@ -155,7 +147,7 @@ def _evaluated(
     with ProgressBar() as progress:
         encoders = (encoders_of if rerank is None else tower_encoders)(folder.model, dataset)
         evaluation = evaluate_split(
-            encoders, dataset, split, filter_seen=filter_seen, rerank=reranking, progress=progress
+            encoders, dataset, split, exclude_seen=exclude_seen, rerank=reranking, progress=progress
         )  # fmt: skip
     return System.of_ranks(name, evaluation.ranks, evaluation.query_ids, evaluation.seconds)
 

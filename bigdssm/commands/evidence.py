@@ -20,15 +20,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bigdssm.atomic import write_json
 from bigdssm.cli import at_least, check_file_to_write, command
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evidence.benches import Figures, read_figures, run_benches
 from bigdssm.evidence.claims import Claim, read_claim
-from bigdssm.evidence.kept import keep, read_kept, write_kept
+from bigdssm.evidence.kept import read_trials, store_trial, write_trials
 from bigdssm.evidence.page import write_page
 from bigdssm.evidence.results import Result, collect
 from bigdssm.evidence.running import Trial, run_trials, trials
+from bigdssm.utils.atomic import write_json
 
 
 @command
@@ -49,14 +49,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     planned = {name: trials(claim, args.out) for name, claim in claims.items()}
     everything = [trial for of in planned.values() for trial in of]
     file = None if args.page is None else args.page.with_name(f"{args.page.stem}_trials.jsonl")
-    kept = {} if file is None else read_kept(file)
+    kept = {} if file is None else read_trials(file)
     try:
         if not args.collect:
             run_trials([trial for trial in everything if args.only in str(trial)], args.at_once, kept)
     finally:
-        kept = keep(kept, everything)
+        kept = store_trial(kept, everything)
         if file is not None and kept:
-            write_kept(file, kept)
+            write_trials(file, kept)
     results = _known(args.page)
     for name, claim in claims.items():
         try:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigdssm.cli import run_main
-from bigdssm.tables.movielens import TERMS, copy_movielens, fetch_movielens
+from bigdssm.ingest.public.movielens_100k import TERMS, copy_movielens, fetch_movielens
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,8 +16,8 @@ from rich.table import Table
 from bigdssm.cli import ProgressBar, run_main
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.reports.inspection import PERCENTILES, Description, describe, sample_rows
-from bigdssm.reports.verification import verify_dataset
+from bigdssm.ingest.verification import verify_dataset
+from bigdssm.loader.inspection import PERCENTILES, Description, describe, sample_rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,8 +71,8 @@ def _print_description(console: Console, found: Description, split: str) -> None
         lengths.add_row(entry.feature, *map(str, entry.percentiles), cut, _bars(entry.histogram))
     console.print(lengths)
     top = _table("most frequent documents", "train positives")
-    for display, count in found.top_docs:
-        top.add_row(display, f"{count:,}")
+    for title, count in found.top_docs:
+        top.add_row(title, f"{count:,}")
     console.print(top)
     console.print(f"{found.num_docs:,} documents, {found.docs_without_train_rows:,} of them without a train row")
     if found.num_versions:

@@ -20,11 +20,11 @@ from typing import Any, get_args
 from bigdssm.cli import ProgressBar, refuse_options, run_main
 from bigdssm.config import load_config
 from bigdssm.errors import ConfigError
-from bigdssm.making.docstrings import write_functions
-from bigdssm.making.from_tables import EngineName, make_dataset
-from bigdssm.making.making import Report
-from bigdssm.making.spark import PREFIX
-from bigdssm.urls import is_url
+from bigdssm.ingest.api import EngineName, make_dataset
+from bigdssm.ingest.engines.spark import PREFIX
+from bigdssm.ingest.job import IngestReport
+from bigdssm.ingest.public.docstrings import write_functions
+from bigdssm.utils.urls import is_url
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -248,7 +248,7 @@ def _make(args: argparse.Namespace, **tables: Any) -> None:
     _print(report)
 
 
-def _print(report: Report) -> None:
+def _print(report: IngestReport) -> None:
     rows = ", ".join(f"{count:,} {split}" for split, count in report.rows.items())
     print(f"{report.out}, partition {report.partition}: {rows} rows")
     changed = f", {report.changed_docs:,} changed" if report.changed_docs else ""

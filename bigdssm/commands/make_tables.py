@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigdssm.cli import run_main
-from bigdssm.tables.public.making import READERS, make_tables
+from bigdssm.ingest.public.make import READERS, make_tables
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,7 +3,7 @@
     bigdssm mine_negatives --model MODEL --data DATASET --out NEGATIVES.npy [--first 10] [--last 200]
     torchrun --nproc-per-node 2 -m bigdssm.commands.mine_negatives …       # the rows are shared out over the ranks
 
-The file is described in bigdssm/retrieval/mined.py: catalogue rows by query, -1 where there are none. Known train
+bigdssm/retrieval/hard_negatives.py has its format: catalogue rows by query, -1 where there are none. Known train
 positives of the query never appear, nor with --margin what scores nearly as its own document. --vectors takes the
 documents from a folder that bigdssm embed made with the same model.
 """
@@ -19,15 +19,15 @@ from pathlib import Path
 import torch
 
 from bigdssm import distributed
-from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import ProgressBar, check_file_to_write, command
+from bigdssm.cluster.launcher import check_launch
 from bigdssm.config import MiningConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
-from bigdssm.retrieval.embed import Documents, Share, tower_encoders
-from bigdssm.retrieval.mine import mine_to_file
+from bigdssm.retrieval.embed import DocumentVectors, Share, tower_encoders
+from bigdssm.retrieval.mining import mine_to_file
 from bigdssm.retrieval.vectors import vectors_of
-from bigdssm.running.launcher import check_launch
 
 
 @command
@@ -64,11 +64,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.vectors is not None:
             own = share.of(dataset.catalogue.num_docs)
             vectors = vectors_of(args.vectors, folder.checksum, dataset, *own)
-            documents = Documents(torch.from_numpy(vectors), own[0])
+            documents = DocumentVectors(torch.from_numpy(vectors), own[0])
         mined = mine_to_file(
             args.out, tower_encoders(folder.model, dataset), dataset, first=args.first, last=args.last,
             margin=args.margin, exact_up_to=args.exact_up_to, documents=documents, share=share,
-            filter_seen=folder.config.data.excludes_seen,
+            exclude_seen=folder.config.data.exclude_seen,
         )  # fmt: skip
     if distributed.is_main():
         print(f"{args.out}: {len(mined)} queries, {mined.per_query():.1f} negatives each")

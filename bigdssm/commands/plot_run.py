@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigdssm.cli import check_file_to_write, command
+from bigdssm.cluster.metrics import plot_runs
 from bigdssm.errors import ConfigError
-from bigdssm.running.records import plot_runs
 
 PICTURES = (".png", ".svg", ".pdf")
 

@@ -7,7 +7,7 @@
 
 OUT/part-*.parquet have a row for each document of each query: row, query, rank, document, score. A table has the
 columns that make_shards reads the query's features from; --events-column lists the keys of the documents of a history,
-oldest first. What was seen is left out unless the model's data.repeats allows it; --seen says so for one job.
+oldest first. What was seen is left out unless the model's data.exclude_seen is false; --seen sets it for one job.
 
 Where OUT ends in .csv it is one file of the same columns, made of OUT.parts/, which is removed then.
 
@@ -21,15 +21,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import ProgressBar, add_served, check_file_to_write, command, refuse_options
 from bigdssm.commands.search import SEEN
-from bigdssm.dataset.cache import Cache
+from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.retrieval.bulk import QuerySource, SplitRows, TableRows, Users
 from bigdssm.retrieval.index import open_index
-from bigdssm.retrieval.recommend import Wanted, recommend, write_csv
-from bigdssm.retrieval.shards import ROWS_PER_SHARD, Work
+from bigdssm.retrieval.recommend import QuerySource, RecommendOptions, SplitRows, TableRows, Users, recommend, write_csv
+from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork
 
 
 @command
@@ -55,11 +54,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_file_to_write("--out", args.out)
     if args.queries is None:
         refuse_options(parser, args, ["--key-column", "--events-column"], "without --queries")
-    wanted = Wanted(args.top, args.filter, None if args.seen is None else SEEN[args.seen])
+    wanted = RecommendOptions(args.top, args.filter, None if args.seen is None else SEEN[args.seen])
     with ProgressBar() as progress:
-        work = Work.of_launcher(args.rows_per_shard, progress)
+        work = ShardWork.of_launcher(args.rows_per_shard, progress)
         folder, index = load_model_folder(args.model), open_index(args.index)
-        dataset = Dataset.open(args.data or folder.config.data.dir, cache=Cache.of(folder.config.data))
+        dataset = Dataset.open(args.data or folder.config.data.dir, cache=FileCache.of(folder.config.data))
         as_csv = args.out.suffix == ".csv"
         parts = args.out.with_name(f"{args.out.name}.parts") if as_csv else args.out
         done = recommend(parts, folder, index, dataset, _source(args, dataset), wanted, work)

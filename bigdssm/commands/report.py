@@ -24,17 +24,15 @@ from time import perf_counter
 
 from rich.console import Console
 
-from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder
-from bigdssm.atomic import write_json
+from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
 from bigdssm.cli import ProgressBar, check_file_to_write, command, refuse_options
+from bigdssm.cluster.metrics import training_seconds
 from bigdssm.config import Config, RunConfig, first_difference
-from bigdssm.dataset.cache import Cache
+from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.collection import bm25_run, model_run, pretrained_run
-from bigdssm.evaluation.scorer import encoders_of
-from bigdssm.evaluation.split import evaluate_split
-from bigdssm.evaluation.systems import (
+from bigdssm.evaluation.comparison import (
     SHOWN,
     SHOWN_OF_RUNS,
     System,
@@ -44,10 +42,12 @@ from bigdssm.evaluation.systems import (
     names_apart,
     table,
 )
+from bigdssm.evaluation.evaluate import evaluate_split
+from bigdssm.evaluation.reranking import encoders_of
 from bigdssm.evaluation.trec import Run, read_run, run_metrics, write_run
+from bigdssm.ingest.sources.beir import Collection, read_collection
 from bigdssm.retrieval.embed import encode_in_bf16
-from bigdssm.running.records import training_seconds
-from bigdssm.tables.beir import Collection, read_collection
+from bigdssm.utils.atomic import write_json
 
 
 @command
@@ -78,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = {stage: _stage_name(stage, folder.config) for stage, folder in runs[0].items()}
     if args.beir is None:
         data = next(iter(runs[0].values())).config.data
-        dataset = Dataset.open(args.data or data.dir, cache=Cache.of(data))
-        others = baseline_systems(dataset, args.split, data.excludes_seen)
+        dataset = Dataset.open(args.data or data.dir, cache=FileCache.of(data))
+        others = baseline_systems(dataset, args.split, data.exclude_seen)
         measure = partial(_evaluated, dataset=dataset, split=args.split)
         title, shown = f"{dataset.num_queries(args.split)} queries", SHOWN
     else:
@@ -176,7 +176,7 @@ def _evaluated(name: str, folder: ModelFolder, stage_dir: Path, dataset: Dataset
     dataset = folder.view(dataset)
     with ProgressBar() as progress:
         evaluation = evaluate_split(
-            encoders_of(folder.model, dataset), dataset, split, filter_seen=folder.config.data.excludes_seen,
+            encoders_of(folder.model, dataset), dataset, split, exclude_seen=folder.config.data.exclude_seen,
             progress=progress,
         )  # fmt: skip
     return System.of_ranks(

@@ -16,8 +16,7 @@ from pathlib import Path
 from bigdssm.cli import command
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
-from bigdssm.retrieval.mined import MinedNegatives
-from bigdssm.retrieval.mined_sample import mined_sample
+from bigdssm.retrieval.hard_negatives import HardNegatives, sample_negatives
 
 
 @command
@@ -31,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.count < 1:
         raise ConfigError(f"--count {args.count}: needs at least 1")
-    mined, dataset = MinedNegatives.open(args.mined), Dataset.open(args.data)
+    mined, dataset = HardNegatives.open(args.mined), Dataset.open(args.data)
     mined.check_against(dataset)
-    for number, one in enumerate(mined_sample(dataset, mined, args.count, args.seed), start=1):
+    for number, one in enumerate(sample_negatives(dataset, mined, args.count, args.seed), start=1):
         print(f"{number}. row {one.row_id}: {one.query}\n   document: {one.document}\n   negative: {one.negative}")
 
 

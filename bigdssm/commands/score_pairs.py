@@ -20,18 +20,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdssm.artifacts.checkpoint import folder_checksums
-from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.checkpoints.checkpoint import folder_checksums
+from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import ProgressBar, at_least, check_file_to_write, command
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
-from bigdssm.evaluation.judges import Bm25Judge, CrossEncoderJudge, Judge, model_judge, pretrained_judge
-from bigdssm.evaluation.score_pairs import score_pairs
-from bigdssm.hashing import file_checksum, json_checksum
-from bigdssm.progress import Progress
-from bigdssm.retrieval.mined import MinedNegatives
-from bigdssm.retrieval.shards import Work
+from bigdssm.evaluation.teachers import (
+    Bm25Teacher,
+    CrossEncoderTeacher,
+    PairTeacher,
+    model_teacher,
+    pretrained_teacher,
+    score_pairs,
+)
+from bigdssm.retrieval.hard_negatives import HardNegatives
+from bigdssm.retrieval.shards import ShardWork
 from bigdssm.retrieval.texts import Texts
+from bigdssm.utils.hashing import file_checksum, json_checksum
+from bigdssm.utils.log import Progress
 
 ROWS_PER_SHARD = 1024
 
@@ -58,31 +64,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_file_to_write("--out", args.out)
     if not (args.model or args.cross_encoder or args.pretrained or args.bm25):
         raise ConfigError("nobody judges: give --model, --cross-encoder, --pretrained, --bm25, or several of them")
-    dataset, mined = Dataset.open(args.data), MinedNegatives.open(args.mined)
+    dataset, mined = Dataset.open(args.data), HardNegatives.open(args.mined)
     mined.check_against(dataset)
     with ProgressBar() as progress:
         judges = _judges(args, dataset, progress)
         names = [file_checksum(args.mined), *judges]
-        work = Work.of_launcher(args.rows_per_shard, progress)
+        work = ShardWork.of_launcher(args.rows_per_shard, progress)
         judged = score_pairs(args.out, mined, dataset, list(judges.values()), names, work)
     if judged is not None:
         print(f"{args.out}: {len(judged)} queries, {judged.per_query():.1f} documents each, scored by {len(judges)}")
 
 
-def _judges(args: argparse.Namespace, dataset: Dataset, progress: Progress) -> dict[str, Judge]:
+def _judges(args: argparse.Namespace, dataset: Dataset, progress: Progress) -> dict[str, PairTeacher]:
     """Return the judges by what tells them from others."""
-    judges: dict[str, Judge] = {}
+    judges: dict[str, PairTeacher] = {}
     for path in args.model:
         folder = load_model_folder(path)
-        judges[folder.checksum] = model_judge(folder, dataset)
+        judges[folder.checksum] = model_teacher(folder, dataset)
     if args.cross_encoder or args.pretrained or args.bm25:
         texts = Texts(dataset)
     for path in args.cross_encoder:
-        judges[json_checksum(folder_checksums(path))] = CrossEncoderJudge(path, texts)
+        judges[json_checksum(folder_checksums(path))] = CrossEncoderTeacher(path, texts)
     for path in args.pretrained:
-        judges[json_checksum(folder_checksums(path))] = pretrained_judge(path, dataset, texts)
+        judges[json_checksum(folder_checksums(path))] = pretrained_teacher(path, dataset, texts)
     if args.bm25:
-        judges["BM25"] = Bm25Judge(dataset, texts, progress)
+        judges["BM25"] = Bm25Teacher(dataset, texts, progress)
     return judges
 
 

@@ -6,10 +6,10 @@
     bigdssm search --model MODEL --index INDEX --request request.json --out found.csv
 
 --user brings what the dataset knows of a user, --text values of features, --history later events: documents by their
-key or display name, oldest first; --document is a document that the query is. What was seen is left out unless the
-model's data.repeats allows it; --seen says so for one request. With --rerank K the model's scorer ranks the index's
+key or title, oldest first; --document is a document that the query is. What was seen is left out unless the
+model's data.exclude_seen is false; --seen sets it for one request. With --rerank K the model's scorer ranks the index's
 best K documents anew. A JSON request is what the server takes, see docs/serving.md. --data is needed where the dataset
-is not at the path that the model was trained with. --out writes the documents as CSV: rank, score, key, display.
+is not at the path that the model was trained with. --out writes the documents as CSV: rank, score, key, title.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bigdssm.atomic import new_file
 from bigdssm.cli import add_served, at_least, check_file_to_write, command, refuse_options
 from bigdssm.errors import ConfigError
-from bigdssm.retrieval.index import Document
+from bigdssm.retrieval.index import FoundDocument
 from bigdssm.retrieval.request import Event, Request, request_of
 from bigdssm.retrieval.search import Query
 from bigdssm.serving.searcher import Searcher
+from bigdssm.utils.atomic import new_file
 
 SEEN = {"allow": False, "exclude": True}
 
@@ -91,10 +91,10 @@ def _read(file: str) -> dict[str, object]:
     return content
 
 
-def _write(path: Path, documents: Sequence[Document]) -> None:
+def _write(path: Path, documents: Sequence[FoundDocument]) -> None:
     with new_file(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["rank", *Document._fields])
+        writer.writerow(["rank", *FoundDocument._fields])
         writer.writerows([rank, *document] for rank, document in enumerate(documents, start=1))
 
 
@@ -110,7 +110,7 @@ def _typed_values(pairs: list[str]) -> dict[str, str]:
     return values
 
 
-def _show(searcher: Searcher, query: Query, documents: Sequence[Document]) -> None:
+def _show(searcher: Searcher, query: Query, documents: Sequence[FoundDocument]) -> None:
     console = Console(markup=False, emoji=False, highlight=False)
     lines = []
     if newest := searcher.seen(query):
@@ -126,7 +126,7 @@ def _show(searcher: Searcher, query: Query, documents: Sequence[Document]) -> No
     table.add_column("document")
     table.add_column("key")
     for rank, document in enumerate(documents, start=1):
-        table.add_row(str(rank), f"{document.score:.4f}", document.display, document.key)
+        table.add_row(str(rank), f"{document.score:.4f}", document.title, document.key)
     console.print(table)
 
 

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigdssm.cli import command
+from bigdssm.cluster.launcher import environment
 from bigdssm.config import load_config
 from bigdssm.distributed import free_port
 from bigdssm.errors import ConfigError
-from bigdssm.running.commands import environment
 
 
 @command

@@ -30,9 +30,9 @@ import torch
 
 from bigdssm.cli import add_served, at_least, command
 from bigdssm.errors import ConfigError
-from bigdssm.log import setup_logging
 from bigdssm.serving.searcher import Folders, Searcher
-from bigdssm.serving.workers import METRICS_DIR, run_workers
+from bigdssm.serving.server import METRICS_DIR, run_workers
+from bigdssm.utils.log import setup_logging
 
 
 @command

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigdssm.cli import command
-from bigdssm.running.run_folder import find_running, request_stop
+from bigdssm.cluster.run_folder import find_running, request_stop
 
 
 @command

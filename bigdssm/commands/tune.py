@@ -3,7 +3,7 @@
     bigdssm tune --config CONFIG --space SPACE.yaml --out DIR [--trials 10] [--stage pretrain] [key=value …]
     bigdssm tune --config CONFIG --baseline ease --space SPACE.yaml --out DIR [--trials 10]
 
-SPACE.yaml says which values each key may take (bigdssm/tuning/space.py). The first trial has the config's own. A trial
+SPACE.yaml has the values of each key (bigdssm/training/tuning.py). The first trial has those of the config. A trial
 trains in a process of its own, in DIR; it is stopped where its first validation after a fifth of its steps is below the
 median of those before. Test is never looked at. The same command goes on with a search that was broken off, and with
 more --trials adds some. DIR/best.json has the best values as key=value; a baseline's options go by their names.
@@ -21,12 +21,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bigdssm.atomic import write_json
 from bigdssm.cli import at_least, command
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.baselines import BASELINES, check_options
+from bigdssm.utils.atomic import write_json
 
 
 @command
@@ -44,19 +44,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError("tuning needs the package optuna: pip install 'bigdssm[tune]'")
-    from bigdssm.tuning.search import Baseline, Stage, Value, check_space, search, values_of
-    from bigdssm.tuning.space import read_space
+    from bigdssm.training.tuning import TuningBaseline, TuningStage, Value, check_space, read_space, search, values_of
 
     space, config = read_space(args.space), load_config(args.config, args.overrides)
     value: Value
     if args.baseline is None:
         first = values_of(config, space)
         check_space(space, args.config, args.overrides, args.stage)
-        value = Stage(args.config, tuple(args.overrides), args.stage, args.out)
+        value = TuningStage(args.config, tuple(args.overrides), args.stage, args.out)
     else:
         for option, end in space.ends():
             check_options(args.baseline, {option: end}, all_of_them=False)
-        first, value = {}, Baseline(args.baseline, Dataset.open(config.data.dir), config.data.excludes_seen)
+        first, value = {}, TuningBaseline(args.baseline, Dataset.open(config.data.dir), config.data.exclude_seen)
     found = search(value, space, args.out, args.trials, first=first, seed=args.seed)
     drawn = Table("trial", "validation NDCG@10", "")
     for key in space.keys:

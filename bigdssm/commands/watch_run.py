@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bigdssm.cli import command
-from bigdssm.running.observing import Observed, observe, sparkline
+from bigdssm.cluster.monitor import RunState, read_run_state, sparkline
 
 
 @command
@@ -33,11 +33,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--every-s", type=float, default=2.0, help="how often to look (%(default)s)")
     args = parser.parse_args(argv)
     if args.once:
-        Console().print(_drawn(observe(args.run)))
+        Console().print(_drawn(read_run_state(args.run)))
         return
     try:
-        with Live(_drawn(observe(args.run)), auto_refresh=False) as live:
-            while not (seen := observe(args.run)).ended:
+        with Live(_drawn(read_run_state(args.run)), auto_refresh=False) as live:
+            while not (seen := read_run_state(args.run)).ended:
                 live.update(_drawn(seen), refresh=True)
                 time.sleep(args.every_s)
             live.update(_drawn(seen), refresh=True)
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         pass
 
 
-def _drawn(seen: Observed) -> Group:
+def _drawn(seen: RunState) -> Group:
     head = Text.assemble((str(seen.folder), "bold"), "  ", seen.state)
     figures = Table.grid(padding=(0, 3))
     for name, values in seen.curves.items():

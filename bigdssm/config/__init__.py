@@ -5,7 +5,6 @@ rejected with the nearest name; every message names the dotted key, what it got 
 """
 
 from bigdssm.config.checks import check_config, check_many_queries, check_pieces
-from bigdssm.config.difference import first_difference
 from bigdssm.config.keys import (
     DEFAULT_CACHE_BYTES,
     Config,
@@ -28,6 +27,7 @@ from bigdssm.config.keys import (
     WarmStartConfig,
 )
 from bigdssm.config.loading import config_from, config_of, load_config, load_written_config, read_config
+from bigdssm.config.yaml_files import first_difference
 
 __all__ = [
     "DEFAULT_CACHE_BYTES",

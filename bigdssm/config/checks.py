@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from bigdssm.bounds import out_of_bounds
 from bigdssm.config.keys import Config, DataConfig, LossConfig, ModelConfig, StageConfig, TowerConfig
+from bigdssm.config.losses import LOSSES
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature
 from bigdssm.features.history import histories_of
-from bigdssm.loss_options import LOSSES
+from bigdssm.utils.bounds import out_of_bounds
 
 
 def check_config(config: Config) -> None:
@@ -55,8 +55,8 @@ def check_config(config: Config) -> None:
             _check_stage(name, stage, data)
             _check_loss(f"{name}.loss", stage.loss, config.model, engine.chunk_tokens)
             _require(
-                data.excludes_seen or stage.loss.mask not in ("user", "past"), f"{name}.loss.mask", stage.loss.mask,
-                "none or batch with data.repeats=allow: what a user met before may be a negative",
+                data.exclude_seen or stage.loss.mask not in ("user", "past"), f"{name}.loss.mask", stage.loss.mask,
+                "none or batch with data.exclude_seen=false: what a user met before may be a negative",
             )  # fmt: skip
             if stage.loss.columns == "catalogue":
                 _check_catalogue_columns(f"{name}.loss", stage.loss, config.model, data)
@@ -111,8 +111,8 @@ def _check_siamese(data: DataConfig, model: ModelConfig) -> None:
             declared[0] == declared[1],
             f"data.doc's features, columns apart, {given} one tower",
         ),
-        ("data.display", data.display, data.display is None, f"null {given} documents are shown by their ids"),
-        ("data.repeats", data.repeats, data.excludes_seen, f"exclude {given} a query is never its own answer"),
+        ("data.title", data.title, data.title is None, f"null {given} documents are shown by their ids"),
+        ("data.exclude_seen", data.exclude_seen, data.exclude_seen, f"true {given} a query is never its own answer"),
         ("data.webdataset", data.webdataset, data.webdataset is None, f"null {given} documents need a catalogue"),
         ("model.query", "another tower", model.query in (TowerConfig(), model.doc), f"none {given} model.doc is both"),
         ("model.share_text", True, not model.share_text, f"false {given} the whole tower is shared"),

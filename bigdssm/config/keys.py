@@ -13,12 +13,12 @@ from typing import Any, Literal, cast
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bigdssm.bounds import bounded
-from bigdssm.config.reading import first_line, literal
+from bigdssm.config.yaml_files import first_line, literal
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature
 from bigdssm.features.base import feature_type
 from bigdssm.features.history import histories_of
+from bigdssm.utils.bounds import bounded
 
 StageName = Literal["pretrain", "sft"]
 DEFAULT_CACHE_BYTES = 50 * 1024**3
@@ -51,7 +51,7 @@ class DataConfig:
     dir: str = MISSING
     query: dict[str, Any] = field(default_factory=dict)  # Feature by name, each as its type declares it; see features/
     doc: dict[str, Any] = field(default_factory=dict)
-    display: str | None = None  # column of the document table shown to people; the document id by default
+    title: str | None = None  # column of the document table shown to people; the document id by default
     # Queries are documents: both sides declare the same features, of columns of their own, one tower (model.doc) reads
     # both, a query's id is its document's, which is never its own answer, and a pair holds in both directions.
     siamese: bool = False
@@ -60,7 +60,7 @@ class DataConfig:
     targets_per_row: int = bounded(1, 1, 65_536)
     # Whether what a user met before may be the answer again (music, groceries). It decides the losses' mask, what is
     # mined, what evaluation counts, and what search, serve and recommend leave out.
-    repeats: Literal["allow", "exclude"] = "exclude"
+    exclude_seen: bool = True
     lanes: int = bounded(8, 1, 65_536)  # fixed order lanes; divides rows_global, at least the world size
     num_workers: int = bounded(1, 0, 1024)  # loader processes per rank
     max_bad_fraction: float = bounded(0.001, 0, 1)  # of the rows met; past it the run stops
@@ -71,11 +71,6 @@ class DataConfig:
     mixture: list[SourceConfig] = field(default_factory=list)  # several datasets or partitions, by weight
     mixture_batches: Literal["mixed", "one_source"] = "mixed"  # a step's lanes each from one source, or all of them
     tail: Literal["carry", "drop"] = "carry"  # an epoch's rows that fill no step: into the next, or left out
-
-    @property
-    def excludes_seen(self) -> bool:
-        """Return whether what a user met before is no answer."""
-        return self.repeats == "exclude"
 
     def __post_init__(self) -> None:
         for side in ("query", "doc"):
@@ -202,7 +197,7 @@ class LossConfig:
     columns: Literal["batch", "catalogue"] = "batch"
     # Which of them are no negatives: batch: positives of the same query id, of any rank; user: and what its sequence
     # holds up to its latest row; past: exactly what lies before the query; none: its own document alone; auto: batch,
-    # and none with data.repeats=allow, where what a user met may be what is asked for, or just not now.
+    # and none with data.exclude_seen=false, where what a user met may be what is asked for, or just not now.
     mask: Literal["auto", "batch", "user", "past", "none"] = "auto"
     margin: float = bounded(0.2, 0, 1_000_000)  # triplet
     # What the scores of a judge, in mining.file, teach beside the loss: kl, the distribution over a row's own document
@@ -257,7 +252,7 @@ class MiningConfig:
     exact_up_to: int = bounded(1_000_000, 0, MAX_COUNT)
     # Mined again, by the weights of the moment, every so many steps; 0: once.
     every_steps: int = bounded(0, 0, MAX_COUNT)
-    # Of bigdssm mine_negatives, by any model, or list_documents: in place of all of the above.
+    # Of bigdssm mine_negatives, by any model, or list_candidates: in place of all of the above.
     file: str | None = None
     # Leave out what a judge's score in the file puts above the query's own document less this much, in its units.
     teacher_margin: float | None = bounded(None, -1_000_000, 1_000_000)
@@ -364,7 +359,7 @@ def _plain(value: Any) -> Any:
 
 def _settled(loss: LossConfig, data: DataConfig) -> LossConfig:
     """Return a loss with what is `auto` decided."""
-    mask = ("batch" if data.excludes_seen else "none") if loss.mask == "auto" else loss.mask
+    mask = ("batch" if data.exclude_seen else "none") if loss.mask == "auto" else loss.mask
     sampling = _usual_sampling(loss, data) if loss.sampling == "auto" else loss.sampling
     return replace(loss, mask=mask, sampling=sampling)
 

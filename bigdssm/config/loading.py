@@ -11,11 +11,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bigdssm.arguments import checked
 from bigdssm.config.checks import check_config
 from bigdssm.config.keys import Config
-from bigdssm.config.reading import as_kind, literal, read_yaml
+from bigdssm.config.yaml_files import as_kind, literal, read_yaml
 from bigdssm.errors import ConfigError
+from bigdssm.utils.arguments import checked
 
 
 @checked

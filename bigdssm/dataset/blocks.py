@@ -19,12 +19,12 @@ import xxhash
 from bigdssm.dataset.arrow_size import decoded_size
 from bigdssm.dataset.index import SplitIndex
 from bigdssm.dataset.mapped import MappedTable
+from bigdssm.dataset.schema import Schema
 from bigdssm.dataset.sequences import Targets
 from bigdssm.features import Feature, Text, stored
 from bigdssm.features.base import Fault, outside
 from bigdssm.features.history import histories_of
 from bigdssm.features.ragged import from_arrow
-from bigdssm.schema import Schema
 
 MAX_DECODED_BYTES = 1 << 30
 CONNECTIONS = 8  # of one reading process: a block is some 100 kB, its latency counts
@@ -32,7 +32,7 @@ _IPC = pa.ipc.IpcReadOptions(use_threads=False)
 
 
 @dataclass(frozen=True)
-class Bad:
+class BadRow:
     """What was left out: a row of a block, one of its targets (`place` in the sequence), or (row None) the block."""
 
     shard: str
@@ -44,7 +44,7 @@ class Bad:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BlockLayout:
     """The columns of a block, and the limits of their values."""
 
     types: dict[str, pa.DataType]
@@ -58,7 +58,7 @@ class Layout:
     def of(
         cls, schema: Schema, *, num_docs: tuple[int, ...], vocab_size: int,
         sequences: tuple[MappedTable, ...], raw_text: bool = False, of_rows: bool = False,
-    ) -> Layout:  # fmt: skip
+    ) -> BlockLayout:  # fmt: skip
         """Return the layout that the schema and the presence of sequences imply.
 
         `raw_text`: texts are no tokens; `of_rows`: features of users are here, though sequences have them, too.
@@ -83,12 +83,12 @@ def read_range(path: Path, offset: int, size: int) -> bytes:
         os.close(handle)
 
 
-def read_block(index: SplitIndex, block: int, layout: Layout) -> tuple[pa.RecordBatch | None, list[Bad]]:
+def read_block(index: SplitIndex, block: int, layout: BlockLayout) -> tuple[pa.RecordBatch | None, list[BadRow]]:
     """Return a block's columns (None where it cannot be used as a whole) and everything that is wrong with it."""
     shard, number, rows = index.shards[index.shard[block]], int(index.block[block]), int(index.rows[block])
 
-    def whole(reason: str) -> tuple[None, list[Bad]]:
-        return None, [Bad(str(shard), number, None, rows, reason)]
+    def whole(reason: str) -> tuple[None, list[BadRow]]:
+        return None, [BadRow(str(shard), number, None, rows, reason)]
 
     size = int(index.size[block])
     try:
@@ -116,13 +116,13 @@ def read_block(index: SplitIndex, block: int, layout: Layout) -> tuple[pa.Record
         for row in np.flatnonzero(mask).tolist():
             bad.setdefault(row, describe(row))
     targets = _bad_targets(batch, layout, partition, bad)
-    rows_left_out = [Bad(str(shard), number, row, 1, reason) for row, reason in sorted(bad.items())]
-    return batch, rows_left_out + [Bad(str(shard), number, row, 0, reason, place) for row, place, reason in targets]
+    rows_skipped = [BadRow(str(shard), number, row, 1, reason) for row, reason in sorted(bad.items())]
+    return batch, rows_skipped + [BadRow(str(shard), number, row, 0, reason, place) for row, place, reason in targets]
 
 
 def read_blocks(
-    index: SplitIndex, blocks: Sequence[int], layout: Layout
-) -> Iterator[tuple[pa.RecordBatch | None, list[Bad]]]:
+    index: SplitIndex, blocks: Sequence[int], layout: BlockLayout
+) -> Iterator[tuple[pa.RecordBatch | None, list[BadRow]]]:
     """Yield what `read_block` returns of each block; several at a time are fetched where they come over a network."""
     if all(isinstance(index.shards[index.shard[block]], Path) for block in blocks):
         yield from (read_block(index, block, layout) for block in blocks)
@@ -131,7 +131,7 @@ def read_blocks(
         yield from threads.map(lambda block: read_block(index, block, layout), blocks)
 
 
-def decode(content: bytes, layout: Layout) -> pa.RecordBatch:
+def decode(content: bytes, layout: BlockLayout) -> pa.RecordBatch:
     """Return the batch in an Arrow stream, its columns as in `layout.types`. Raises ValueError or an Arrow error."""
     if (needed := decoded_size(content)) > MAX_DECODED_BYTES:
         raise ValueError(f"it would take {needed:,} bytes decoded, more than the {MAX_DECODED_BYTES:,} allowed")
@@ -153,7 +153,7 @@ def decode(content: bytes, layout: Layout) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, schema=pa.schema(list(layout.types.items())))
 
 
-def _row_faults(batch: pa.RecordBatch, layout: Layout, partition: int) -> Iterator[Fault]:
+def _row_faults(batch: pa.RecordBatch, layout: BlockLayout, partition: int) -> Iterator[Fault]:
     """Yield (mask over rows, what to say of one of them); later checks may rely on rows that earlier ones passed."""
     columns: Mapping[str, pa.Array] = dict(zip(batch.schema.names, batch.columns, strict=True))
     if layout.sequences:
@@ -200,7 +200,7 @@ def _sequence_faults(columns: Mapping[str, pa.Array], table: MappedTable, most_t
 
 
 def _bad_targets(
-    batch: pa.RecordBatch, layout: Layout, partition: int, bad: dict[int, str]
+    batch: pa.RecordBatch, layout: BlockLayout, partition: int, bad: dict[int, str]
 ) -> list[tuple[int, int, str]]:
     """Return (row, place, reason) of targets that cannot be used; a row that has no other is added to `bad`."""
     if not layout.sequences:

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import xxhash
 
-from bigdssm.atomic import UNFINISHED, aside_of, new_folder, put_file
 from bigdssm.config import DEFAULT_CACHE_BYTES, DataConfig
 from bigdssm.errors import DataError
-from bigdssm.log import get_logger
+from bigdssm.utils.atomic import UNFINISHED, aside_of, new_folder, put_file
+from bigdssm.utils.log import get_logger
 
 KEEP_FRACTION = 0.9  # of the cap, when the cache is full: making room is then rare
 POLL_S = 0.05  # while another process fetches the same
@@ -32,14 +32,14 @@ log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Cache:
+class FileCache:
     """The files in `dir`, at most `max_bytes` of them; see the module."""
 
     dir: Path
     max_bytes: int
 
     @classmethod
-    def of(cls, config: DataConfig | None = None) -> Cache:
+    def of(cls, config: DataConfig | None = None) -> FileCache:
         """Return the cache that `data.cache_dir` and `data.cache_bytes` name, or the user's default one."""
         named = config.cache_dir if config else None
         default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "bigdssm"

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from bigdssm.dataset.mapped import MappedTable
+from bigdssm.dataset.schema import Schema
 from bigdssm.dataset.tensors import Features, to_features
 from bigdssm.dataset.versions import Versions
 from bigdssm.errors import DataError
 from bigdssm.features import Feature
 from bigdssm.features.ragged import Column
-from bigdssm.hashing import file_checksum, hash64
-from bigdssm.schema import Schema
+from bigdssm.utils.hashing import file_checksum, hash64
 
 
 class Catalogue:
@@ -36,7 +36,7 @@ class Catalogue:
         self._schema, self._pad_token_id = schema, pad_token_id
         self._known: dict[str, Feature] | None = None  # of an earlier schema, see `limited_to`
         names = self._table.schema.names
-        for name in ("doc_key", "doc_id", "display", *schema.doc):
+        for name in ("doc_key", "doc_id", "doc_title", *schema.doc):
             if name not in names:
                 raise DataError(f"{self._table.paths[0].parent}: the catalogue has no column {name}, only {names}")
 
@@ -107,9 +107,9 @@ class Catalogue:
         """Return the documents' own ids, as in their table."""
         return self._table.strings("doc_key", self._at(rows))
 
-    def display(self, rows: np.ndarray) -> list[str]:
+    def title(self, rows: np.ndarray) -> list[str]:
         """Return what is shown to people."""
-        return self._table.strings("display", self._at(rows))
+        return self._table.strings("doc_title", self._at(rows))
 
     @cached_property
     def _by_id(self) -> np.ndarray:

@@ -13,27 +13,33 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
-from bigdssm.arguments import checked
 from bigdssm.config import DataConfig
-from bigdssm.dataset.blocks import Layout, read_block
-from bigdssm.dataset.cache import Cache
+from bigdssm.dataset.blocks import BlockLayout, read_block
+from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.catalogue import Catalogue
-from bigdssm.dataset.files import COUNTS_FILE
 from bigdssm.dataset.index import SplitIndex, read_index
 from bigdssm.dataset.mapped import MappedTable
-from bigdssm.dataset.mixture import MixtureBatches, MixturePart
-from bigdssm.dataset.partition import FORMAT, Partition, read_json, read_partition, short_hash
-from bigdssm.dataset.remote import RemoteFolder
+from bigdssm.dataset.partition import (
+    FORMAT,
+    MixtureBatches,
+    MixturePart,
+    Partition,
+    read_json,
+    read_partition,
+    short_hash,
+)
+from bigdssm.dataset.remote import COUNTS_FILE, RemoteFolder
 from bigdssm.dataset.rows import Rows
+from bigdssm.dataset.schema import Schema
 from bigdssm.dataset.sequences import Targets, versions_of
 from bigdssm.dataset.versions import CatalogueFile, Versions, catalogue_files
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import History, TextTokenizer, item_codes, ragged
 from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.features.ragged import Column, from_arrow, offsets_of
-from bigdssm.log import get_logger
-from bigdssm.schema import Schema
-from bigdssm.urls import is_url
+from bigdssm.utils.arguments import checked
+from bigdssm.utils.log import get_logger
+from bigdssm.utils.urls import is_url
 
 log = get_logger(__name__)
 
@@ -85,7 +91,7 @@ class Dataset:
                 )
         self.sequences = MappedTable([path for paths in sequences for path in paths]) if tables else None
         self._sequence_base = offsets_of(np.array([table.num_rows for table in tables], np.int64))
-        self.layout = Layout.of(
+        self.layout = BlockLayout.of(
             head.schema, num_docs=tuple(partition.num_docs for partition in partitions),
             vocab_size=self.vocab_size, sequences=tables, raw_text=head.text == "raw", of_rows=head.users == "rows",
         )  # fmt: skip
@@ -102,7 +108,7 @@ class Dataset:
     @checked
     def open(
         cls, folder: str | Path, partitions: Sequence[str] | None = None, *, first: str | None = None,
-        cache: Cache | None = None,
+        cache: FileCache | None = None,
     ) -> Dataset:  # fmt: skip
         """Return the dataset in `folder`, or only some of its partitions, or only those from `first` on.
 
@@ -111,7 +117,7 @@ class Dataset:
         Raises DataError: no dataset there, of another format, damaged metadata, or a file missing (shards aside: a
         missing shard is damage, which readers count and leave out).
         """
-        remote = RemoteFolder(str(folder), cache or Cache.of(), partitions, first) if is_url(folder) else None
+        remote = RemoteFolder(str(folder), cache or FileCache.of(), partitions, first) if is_url(folder) else None
         folder = remote.dir if remote else Path(folder)
         content = read_json(folder / "dataset.json", f"{folder} is no dataset; bigdssm make_shards makes one")
         if content.get("format") != FORMAT:
@@ -392,7 +398,7 @@ def _positives(partition: Partition) -> tuple[np.ndarray, np.ndarray]:
     return docs, counts
 
 
-def empty_batch(layout: Layout) -> pa.RecordBatch:
+def empty_batch(layout: BlockLayout) -> pa.RecordBatch:
     """Return a batch of no rows."""
     schema = pa.schema(list(layout.types.items()))
     return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)

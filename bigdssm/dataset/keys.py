@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bigdssm.array_file import new_array
+from bigdssm.utils.array_file import new_array
 
 
 class Keys:

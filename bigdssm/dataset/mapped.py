@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from bigdssm.arrow_file import open_arrow
 from bigdssm.errors import DataError
 from bigdssm.features import ragged
 from bigdssm.features.ragged import Column, Ragged, from_arrow
+from bigdssm.utils.arrow import open_arrow
 
 
 class MappedTable:

@@ -1,17 +1,20 @@
-"""The partitions of a dataset, immutable parts of it, as their metadata say; nothing here opens a row."""
+"""Partitions, the immutable parts of a dataset, by their metadata; and the parts of a mixture."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from bigdssm.dataset.remote import RemoteFolder
-from bigdssm.errors import DataError
+from bigdssm.errors import ConfigError, DataError
 
-FORMAT = 3  # 2 had the vocabularies in schema.json, counts of all documents, and no sorted keys
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -69,3 +72,34 @@ def inside(folder: Path, place: str) -> Path:
 def short_hash(content: bytes) -> str:
     """Return 16 hexadecimal digits of SHA-256."""
     return hashlib.sha256(content).hexdigest()[:16]
+
+
+MixtureBatches = Literal["mixed", "one_source"]
+ROUND_STEPS = 1000  # of a lane, over which the shares of a mixture are exact
+
+
+@dataclass(frozen=True)
+class MixturePart:
+    """The partitions [first, last) of a joined dataset, which come from one source."""
+
+    name: str
+    first: int
+    last: int
+    weight: float
+
+
+def steps_per_round(names: Sequence[str], weights: Sequence[float]) -> list[int]:
+    """Return how many of ROUND_STEPS each source gets: its share, the largest remainders rounded up.
+
+    Raises ConfigError where a weight is too small for a single one.
+    """
+    shares = np.array(weights, float) / max(weights)  # their sum cannot overflow
+    exact = shares / shares.sum() * ROUND_STEPS
+    steps = np.floor(exact).astype(np.int64)
+    missing = ROUND_STEPS - int(steps.sum())
+    steps[np.argsort(-(exact - steps), kind="stable")[:missing]] += 1
+    for name, weight, count in zip(names, weights, steps.tolist(), strict=True):
+        if not count:
+            needed = max(weights) / ROUND_STEPS * float(shares.sum())
+            raise ConfigError(f"data.mixture: {name} has weight {weight}, needs at least {needed:g}, a thousandth")
+    return [int(count) for count in steps]

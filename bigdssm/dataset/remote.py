@@ -1,8 +1,4 @@
-"""Datasets at a URL: small and mapped files are fetched whole, blocks by range reads, all into the cache on disk.
-
-A failure that may pass is waited out; one that does not ends the run, which goes on later where it was. Only what the
-server steadily has (no shard, a shorter one, other bytes) counts as damage, as in a local folder.
-"""
+"""Datasets at a URL: small and mapped files are fetched whole, blocks by range reads, all into the cache on disk."""
 
 from __future__ import annotations
 
@@ -15,11 +11,14 @@ from typing import Any
 
 import xxhash
 
-from bigdssm.dataset.cache import Cache, key_of
-from bigdssm.dataset.files import COUNTS_FILE
+from bigdssm.dataset.cache import FileCache, key_of
+from bigdssm.dataset.schema import SCHEMA_FILE, vocabulary_checksums
 from bigdssm.errors import DataError
-from bigdssm.schema import SCHEMA_FILE, vocabulary_checksums
-from bigdssm.urls import CHUNK_BYTES, MISMATCHES, fetch, join, shown, size_of
+from bigdssm.utils.urls import CHUNK_BYTES, MISMATCHES, fetch, join, shown, size_of
+
+COUNTS_FILE = "counts.arrow"  # of a partition: the train positives of each document that has some
+KEYS_SUFFIX = ".keys.npy"  # of sorted keys, see keys.py
+SEQUENCE_KEYS_FILE = f"sequences{KEYS_SUFFIX}"
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class RemoteFile:
     """A shard at a URL."""
 
     url: str
-    cache: Cache
+    cache: FileCache
 
     def __str__(self) -> str:
         return shown(self.url)
@@ -56,7 +55,7 @@ class RemoteFolder:
     """A dataset's files at a URL, all but the shards held in the cache as long as this object lives."""
 
     def __init__(
-        self, url: str, cache: Cache, partitions: Sequence[str] | None = None, first: str | None = None
+        self, url: str, cache: FileCache, partitions: Sequence[str] | None = None, first: str | None = None
     ) -> None:
         """Fetch what is not there; of the partitions only the named ones, or those from `first` on.
 

@@ -15,7 +15,7 @@ from bigdssm.dataset.mapped import MappedTable
 from bigdssm.features import ragged
 from bigdssm.features.ragged import Column
 
-PLACE_BITS = 22  # of a query's key; its row id stands above them
+EVENT_BITS = 22  # of a query's key; its row id stands above them
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Rows:
     @property
     def query_keys(self) -> np.ndarray:
         """Return what names each query everywhere, int64 [m]; ascends as (row id, place), pairs have no places."""
-        places = 0 if self.place is None else np.minimum(self.place, (1 << PLACE_BITS) - 1)
-        keys: np.ndarray = (self.row_ids[self.row_of_query] << PLACE_BITS) | places
+        places = 0 if self.place is None else np.minimum(self.place, (1 << EVENT_BITS) - 1)
+        keys: np.ndarray = (self.row_ids[self.row_of_query] << EVENT_BITS) | places
         return keys
 
     def seen_ragged(

@@ -14,13 +14,13 @@ from typing import Any, get_type_hints
 import numpy as np
 from scipy.sparse.linalg import svds
 
-from bigdssm.arguments import argument
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.transitions import Transitions, last_items
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.item_models import Ease, ImplicitALS, ItemKNN
 from bigdssm.evaluation.text_models import Bm25Texts, PretrainedTexts, SentenceTransformerTexts
+from bigdssm.utils.arguments import argument
 
 
 @dataclass(frozen=True)

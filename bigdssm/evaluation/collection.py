@@ -14,27 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bigdssm.artifacts.model_folder import ModelFolder
+from bigdssm.checkpoints.model_folder import ModelFolder
+from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DivergedError
 from bigdssm.evaluation.bm25 import Bm25
 from bigdssm.evaluation.pretrained import MAX_TOKENS, PretrainedEncoder
 from bigdssm.evaluation.trec import Run
 from bigdssm.features import Feature, TextTokenizer, histories_of
+from bigdssm.features.canonical import columns_of
 from bigdssm.features.columns import SourceBatch
-from bigdssm.features.given import columns_of
 from bigdssm.features.ragged import Column
+from bigdssm.ingest.sources.beir import Collection, CollectionEntry, texts_and_metadata
 from bigdssm.models import DualEncoder
 from bigdssm.models.encoders import TextEncoder
-from bigdssm.progress import Progress, no_progress
-from bigdssm.retrieval.embed import (
-    document_vectors,
-    in_pieces,
-    query_vectors,
-)
+from bigdssm.retrieval.embed import document_vectors, in_pieces, query_vectors
+from bigdssm.retrieval.exact_search import top_documents
 from bigdssm.retrieval.pair_scorer import PairScorer
-from bigdssm.retrieval.top import top_documents
-from bigdssm.schema import Schema
-from bigdssm.tables.beir import Collection, Entry, texts_and_metadata
+from bigdssm.utils.log import Progress, no_progress
 
 TOP = 100  # documents retrieved for a query
 QUERIES_AT_ONCE, RERANKED_AT_ONCE = 512, 128
@@ -65,7 +61,7 @@ def model_vectors(
     tokenizer = None if tokenizer_dir is None else TextTokenizer(tokenizer_dir)
     pad = _pad_token(model)
 
-    def encoded(side: str, entries: Sequence[Entry], encode: Callable[..., Tensor]) -> Tensor:
+    def encoded(side: str, entries: Sequence[CollectionEntry], encode: Callable[..., Tensor]) -> Tensor:
         features: Mapping[str, Feature] = getattr(schema, side)
         columns = entry_columns(features, entries, tokenizer)
         what = "queries encoded" if side == "query" else "documents encoded"
@@ -132,7 +128,7 @@ def pretrained_run(
     """
     encoder = PretrainedEncoder(folder, max_tokens, bf16)
 
-    def encoded(entries: Sequence[Entry], what: str) -> Tensor:
+    def encoded(entries: Sequence[CollectionEntry], what: str) -> Tensor:
         return encoder([entry.text for entry in entries], what, progress)
 
     queries = encoded(collection.queries, "queries encoded")
@@ -162,7 +158,7 @@ def _left_out(collection: Collection, query: str, filter_known: bool) -> set[str
 
 
 def entry_columns(
-    features: Mapping[str, Feature], entries: Sequence[Entry], tokenizer: TextTokenizer | None
+    features: Mapping[str, Feature], entries: Sequence[CollectionEntry], tokenizer: TextTokenizer | None
 ) -> dict[str, Column]:
     """Return the encoded columns of `entries` by feature name, as shards and catalogue hold them."""
     batch = SourceBatch("collection", texts_and_metadata(features, entries), np.arange(1, len(entries) + 1))

@@ -11,12 +11,12 @@ from torch import Tensor
 from bigdssm.config import TextEncoderConfig
 from bigdssm.errors import ConfigError
 from bigdssm.features import Text, TextTokenizer
-from bigdssm.features.given import given_columns
+from bigdssm.features.canonical import columns_of_values
 from bigdssm.models import Values
 from bigdssm.models.encoders import pretrained_encoder
-from bigdssm.progress import Progress, no_progress
 from bigdssm.retrieval.embed import Encoders, encode_in_bf16, in_pieces
 from bigdssm.retrieval.texts import Texts
+from bigdssm.utils.log import Progress, no_progress
 
 MAX_TOKENS = 256
 
@@ -40,7 +40,7 @@ class PretrainedEncoder:
 
     def __call__(self, texts: Sequence[str], what: str = "texts encoded", progress: Progress = no_progress) -> Tensor:
         """Return float32 [n, H] for n texts, at least one."""
-        columns, _ = given_columns(texts, self._features, {}, self._tokenizer)
+        columns, _ = columns_of_values(texts, self._features, {}, self._tokenizer)
         return in_pieces(self._features, columns, self._encoder.pad_token_id, self._encode, what, progress)
 
     def _encode(self, values: dict[str, Values]) -> Tensor:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bigdssm.retrieval.embed import Documents
-from bigdssm.retrieval.rounds import LEAST_ROWS, LeftOut, Round, product
+from bigdssm.retrieval.embed import DocumentVectors
+from bigdssm.retrieval.exact_search import LEAST_ROWS, ExcludedDocuments, SearchRound, product
 
 PAIRED_QUERIES, PAIRED_DOCS = 64, 1024  # scored at once where the score is no product: each pair has its own vector
 QUERIES_AT_ONCE = 512
@@ -24,7 +24,7 @@ TIE_RELATIVE = 16 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
-class Seen:
+class SeenDocuments:
     """Catalogue rows to leave out: of query i, `values[offsets[i]:offsets[i + 1]]`."""
 
     values: Tensor  # int64
@@ -71,13 +71,13 @@ def by_pairs(scorer: Callable[[Tensor, Tensor], Tensor]) -> Scoring:
     return Scoring(every, own, PAIRED_QUERIES, PAIRED_QUERIES * PAIRED_DOCS)
 
 
-def ranks_of_round(scoring: Scoring, asked: Round, documents: Documents) -> Tensor:
+def ranks_of_round(scoring: Scoring, asked: SearchRound, documents: DocumentVectors) -> Tensor:
     """Return float64 [m]: the ranks of their documents for this rank's queries of a round. A collective."""
     own = asked.of_targets(documents, scoring.own)
     return 1 + asked.added_up(_counts(scoring, asked.vectors, documents.vectors, own, asked.left_out))
 
 
-def ranks_of_vectors(queries: Tensor, documents: Tensor, target: Tensor, seen: Seen | None = None) -> Tensor:
+def ranks_of_vectors(queries: Tensor, documents: Tensor, target: Tensor, seen: SeenDocuments | None = None) -> Tensor:
     """Return float64 [m]: the rank of document `target[i]` for `queries[i]` by inner product, all on this rank.
 
     queries [m, D+1] and documents [N, D+1] are float32 index vectors, target int64 [m].
@@ -87,23 +87,23 @@ def ranks_of_vectors(queries: Tensor, documents: Tensor, target: Tensor, seen: S
     return 1 + _counts(scoring, queries, documents, own, _left_out(target, seen))
 
 
-def ranks_of_scores(scores: Tensor, target: Tensor, seen: Seen | None = None) -> Tensor:
+def ranks_of_scores(scores: Tensor, target: Tensor, seen: SeenDocuments | None = None) -> Tensor:
     """Return float64 [m]: the rank of document `target[i]` in row i of `scores` [m, N]; only equal scores tie."""
     target_score = scores.gather(1, target.unsqueeze(1)).squeeze(1)
     pairs = _left_out(target, seen).of_block(0, len(scores))
     return 1 + _count_above(scores, 0, target_score, torch.zeros_like(target_score), *pairs)
 
 
-def _left_out(target: Tensor, seen: Seen | None) -> LeftOut:
+def _left_out(target: Tensor, seen: SeenDocuments | None) -> ExcludedDocuments:
     """Return what does not count: the seen documents and the target itself."""
     rows, columns = torch.arange(len(target), device=target.device), target
     if seen is not None:
         seen_rows, seen_columns = seen.pairs()
         rows, columns = torch.cat([rows, seen_rows]), torch.cat([columns, seen_columns])
-    return LeftOut.of(rows, columns)
+    return ExcludedDocuments.of(rows, columns)
 
 
-def _counts(scoring: Scoring, queries: Tensor, documents: Tensor, own: Tensor, left_out: LeftOut) -> Tensor:
+def _counts(scoring: Scoring, queries: Tensor, documents: Tensor, own: Tensor, left_out: ExcludedDocuments) -> Tensor:
     """Return float64 [m]: of the documents here those that score higher than each query's own, ties as halves."""
     counts = queries.new_zeros(len(queries), dtype=torch.float64)
     for first in range(0, len(queries), scoring.queries_at_once):

@@ -19,9 +19,9 @@ from torch import Tensor
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
-from bigdssm.evaluation.judges import Bm25Judge
 from bigdssm.evaluation.pretrained import check_encoder, text_encoders
-from bigdssm.precision import takes_bf16
+from bigdssm.evaluation.teachers import Bm25Teacher
+from bigdssm.models.precision import takes_bf16
 from bigdssm.retrieval.embed import Encoders
 from bigdssm.retrieval.texts import Texts
 
@@ -32,13 +32,13 @@ ROWS_AT_ONCE = 16_384
 class Bm25Texts:
     """The score of a document is BM25's."""
 
-    judge: Bm25Judge
+    judge: Bm25Teacher
     documents: np.ndarray  # int64 [N], all of them
 
     @classmethod
     def fit(cls, dataset: Dataset) -> Bm25Texts:
         """Return the baseline of `dataset`. Raises ConfigError: a side without texts, or a package is missing."""
-        return cls(Bm25Judge(dataset, Texts(dataset)), np.arange(dataset.catalogue.num_docs))
+        return cls(Bm25Teacher(dataset, Texts(dataset)), np.arange(dataset.catalogue.num_docs))
 
     def __call__(self, rows: Rows) -> np.ndarray:
         """Return scores float64 [m, N]."""

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bigdssm.atomic import write_text
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.tables.beir import add_judgement, check_judgements, numbered_lines, whole_number
+from bigdssm.ingest.sources.beir import add_judgement, check_judgements, numbered_lines, whole_number
+from bigdssm.utils.atomic import write_text
 
 Run = Mapping[str, Mapping[str, float]]
 """Score by query id and document id."""

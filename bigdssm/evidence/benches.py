@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bigdssm.cluster.launcher import run_command
 from bigdssm.config import load_config
 from bigdssm.errors import DataError
 from bigdssm.evidence.claims import Bench, Claim
 from bigdssm.evidence.running import Trial, run_trials
-from bigdssm.hashing import hex64
-from bigdssm.log import get_logger
-from bigdssm.running.commands import run_command
+from bigdssm.utils.hashing import hex64
+from bigdssm.utils.log import get_logger
 
 logger = get_logger(__name__)
 

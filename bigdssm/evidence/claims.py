@@ -26,7 +26,7 @@ from typing import Any, Literal, cast
 
 from omegaconf import MISSING, OmegaConf
 
-from bigdssm.config.reading import as_kind, read_yaml
+from bigdssm.config.yaml_files import as_kind, read_yaml
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.baselines import BASELINES
 

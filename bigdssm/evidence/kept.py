@@ -15,32 +15,32 @@ from pathlib import Path
 
 import numpy as np
 
-from bigdssm.atomic import write_text
 from bigdssm.errors import DataError
-from bigdssm.evaluation.systems import SavedRanks, read_ranks
+from bigdssm.evaluation.comparison import SavedRanks, read_ranks
 from bigdssm.evidence.running import Trial, cpu_seconds
+from bigdssm.utils.atomic import write_text
 
 DTYPE = np.dtype("<f4")  # of the ranks in the file
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredTrial:
     """What one trial measured."""
 
     trial: str  # Trial.name
     split: str
     rows: str  # checksum of the split's rows
-    filter_seen: bool
+    exclude_seen: bool
     cpu_seconds: float  # of training, that of the pretraining included
     ranks: str  # DTYPE [queries], deflated, in base64
 
     @classmethod
-    def of(cls, trial: Trial) -> Kept:
+    def of(cls, trial: Trial) -> StoredTrial:
         """Return what the trial's folder says. Raises DataError where it is not finished."""
         saved = read_ranks(trial.report)
         packed = base64.b64encode(zlib.compress(saved.ranks.astype(DTYPE).tobytes(), 9)).decode()
         spent = round(cpu_seconds(trial), 1)
-        return cls(trial.name, saved.split, saved.rows, saved.filter_seen, spent, packed)
+        return cls(trial.name, saved.split, saved.rows, saved.exclude_seen, spent, packed)
 
     def saved(self) -> SavedRanks:
         """Return the ranks, float64. Raises DataError where they are damaged."""
@@ -48,25 +48,25 @@ class Kept:
             ranks = np.frombuffer(zlib.decompress(base64.b64decode(self.ranks, validate=True)), DTYPE)
         except (ValueError, zlib.error) as error:
             raise DataError(f"the kept ranks of {self.trial} are damaged ({error}); remove its line") from None
-        return SavedRanks(self.trial, ranks.astype(np.float64), 0.0, self.split, self.rows, self.filter_seen)
+        return SavedRanks(self.trial, ranks.astype(np.float64), 0.0, self.split, self.rows, self.exclude_seen)
 
 
-def read_kept(path: Path) -> dict[str, Kept]:
+def read_trials(path: Path) -> dict[str, StoredTrial]:
     """Return what a file keeps, by the trial's name; nothing where there is none. Raises DataError: damaged."""
     if not path.exists():
         return {}
     try:
-        lines = [Kept(**json.loads(line)) for line in path.read_text("utf-8").splitlines()]
+        lines = [StoredTrial(**json.loads(line)) for line in path.read_text("utf-8").splitlines()]
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{path} holds no trials: {error!r}; remove it") from None
     return {kept.trial: kept for kept in lines}
 
 
-def keep(kept: Mapping[str, Kept], which: Iterable[Trial]) -> dict[str, Kept]:
+def store_trial(kept: Mapping[str, StoredTrial], which: Iterable[Trial]) -> dict[str, StoredTrial]:
     """Return what is kept with what those trials measured whose runs are finished, which counts where both are."""
-    return {**kept, **{trial.name: Kept.of(trial) for trial in which if trial.report.exists()}}
+    return {**kept, **{trial.name: StoredTrial.of(trial) for trial in which if trial.report.exists()}}
 
 
-def write_kept(path: Path, kept: Mapping[str, Kept]) -> None:
+def write_trials(path: Path, kept: Mapping[str, StoredTrial]) -> None:
     """Write the file, in the order of the names."""
     write_text(path, "".join(json.dumps(asdict(kept[name])) + "\n" for name in sorted(kept)))

@@ -12,10 +12,10 @@ import numpy as np
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
-from bigdssm.evaluation.systems import MeasuredRows, System
+from bigdssm.evaluation.comparison import MeasuredRows, System
 from bigdssm.evidence.benches import Figures
 from bigdssm.evidence.claims import Claim, Expectation, Verdict
-from bigdssm.evidence.kept import Kept
+from bigdssm.evidence.kept import StoredTrial
 from bigdssm.evidence.running import Trial
 
 PARTS = 10  # of the split's rows, from those of the rarest documents to those of the most popular
@@ -107,7 +107,9 @@ class Result:
         return cls(**{**content, "sets": sets, "figures": figures})
 
 
-def collect(claim: Claim, which: Sequence[Trial], kept: Mapping[str, Kept], figures: Sequence[Figures] = ()) -> Result:
+def collect(
+    claim: Claim, which: Sequence[Trial], kept: Mapping[str, StoredTrial], figures: Sequence[Figures] = ()
+) -> Result:
     """Return what the trials of a claim measured, which is `kept`, with its benches' figures.
 
     Raises DataError where a trial is not finished.
@@ -132,7 +134,7 @@ def together(verdicts: Sequence[Verdict]) -> Verdict:
     return "holds" if verdicts and set(verdicts) == {"holds"} else "open"
 
 
-def _of_sets(claim: Claim, finished: Mapping[str, Sequence[tuple[Trial, Kept]]]) -> SetResult:
+def _of_sets(claim: Claim, finished: Mapping[str, Sequence[tuple[Trial, StoredTrial]]]) -> SetResult:
     """Return a claim on the rows of all sets of a pool; `finished` by set."""
     parts, popularities = zip(*(_ranked(claim, name, of_set) for name, of_set in finished.items()), strict=True)
     values = {}
@@ -164,7 +166,7 @@ def _of_sets(claim: Claim, finished: Mapping[str, Sequence[tuple[Trial, Kept]]])
 
 
 def _ranked(
-    claim: Claim, set_name: str, finished: Sequence[tuple[Trial, Kept]]
+    claim: Claim, set_name: str, finished: Sequence[tuple[Trial, StoredTrial]]
 ) -> tuple[dict[str, list[System]], np.ndarray]:
     """Return what each cell measured on a set, by seed, and the popularity of each row's document."""
     config = load_config(claim.sets[set_name].config, claim.sets[set_name].set)
@@ -172,7 +174,7 @@ def _ranked(
     rows = MeasuredRows.of(dataset, claim.split)
     systems: dict[str, list[System]] = {name: [] for name in claim.cells_on(set_name)}
     for trial, kept in finished:
-        system = kept.saved().system(trial.cell_name, trial, dataset, rows, config.data.excludes_seen)
+        system = kept.saved().system(trial.cell_name, trial, dataset, rows, config.data.exclude_seen)
         systems[trial.cell_name].append(system)
     return systems, _popularity(dataset, claim.split)
 

@@ -23,18 +23,17 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from bigdssm.atomic import write_text
+from bigdssm.cluster.launcher import run_command
 from bigdssm.config import Config, StageName, config_from, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.baselines import check_options, fit_baseline
-from bigdssm.evaluation.split import evaluate_scores
-from bigdssm.evaluation.systems import System, save_comparison
+from bigdssm.evaluation.comparison import System, save_comparison
+from bigdssm.evaluation.evaluate import evaluate_scores
 from bigdssm.evidence.claims import Cell, Claim, DataSet
-from bigdssm.hashing import hex64
-from bigdssm.log import MetricsWriter, get_logger, read_records
-from bigdssm.running.commands import run_command
-from bigdssm.source import code_checksum
+from bigdssm.utils.atomic import write_text
+from bigdssm.utils.hashing import code_checksum, hex64
+from bigdssm.utils.log import MetricsWriter, get_logger, read_records
 
 REPORT, COMMANDS, JUDGED, TAUGHT = "report.json", "commands.jsonl", "judged.npy", "teacher"
 logger = get_logger(__name__)
@@ -311,7 +310,7 @@ def _measure_baseline(trial: Trial, config: Config, dataset: Dataset) -> None:
     assert trial.cell.baseline is not None
     started, used = perf_counter(), os.times()
     scores = fit_baseline(trial.cell.baseline, Dataset.open(config.data.dir), trial.cell.options)
-    how: dict[str, Any] = {"split": trial.claim.split, "filter_seen": config.data.excludes_seen}
+    how: dict[str, Any] = {"split": trial.claim.split, "exclude_seen": config.data.exclude_seen}
     evaluation = evaluate_scores(scores, dataset, **how)
     system = System.of_ranks(trial.cell_name, evaluation.ranks, evaluation.query_ids, perf_counter() - started)
     spent = sum(os.times()[:2]) - sum(used[:2])

@@ -12,10 +12,9 @@ from textwrap import dedent
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from bigdssm.artifacts.model_folder import ModelFolder
-from bigdssm.export.formats import FORMATS
-from bigdssm.export.probe import Parity
-from bigdssm.export.st_format import CODE, brings_code, scores_by_dot
+from bigdssm.checkpoints.model_folder import ModelFolder
+from bigdssm.export.formats import FORMATS, Parity
+from bigdssm.export.sentence_transformers_format import CODE, brings_code, scores_by_dot
 from bigdssm.export.text_tower import SIDES, alpha, beta_of_all, beta_weight
 from bigdssm.features import Feature, TextTokenizer
 
@@ -45,7 +44,7 @@ def model_card(model: ModelFolder, name: str, target: str, parity: Parity, figur
         "## Data",
         _data(model),
         "## Figures",
-        _figures(figures, model.config.data.excludes_seen),
+        _figures(figures, model.config.data.exclude_seen),
         "## Training",
         f"```yaml\n{yaml.safe_dump(model.config.to_dict(), sort_keys=False)}```",
     ]
@@ -98,12 +97,12 @@ def _data(model: ModelFolder) -> str:
     return trained_on + "\n\n" + "\n".join(lines)
 
 
-def _figures(figures: Figures | None, excludes_seen: bool) -> str:
+def _figures(figures: Figures | None, exclude_seen: bool) -> str:
     if figures is None:
         return "None were recorded for exactly these weights; `bigdssm evaluate` measures them."
     lines = [f"| {figures.split} | {figures.where} |", "|---|---|"]
     lines += [f"| {name} | {value:.4f} |" for name, value in figures.metrics.items()]
-    seen = "left out" if excludes_seen else "among them"
+    seen = "left out" if exclude_seen else "among them"
     return f"Over the whole catalogue, seen documents {seen}:\n\n" + "\n".join(lines)
 
 
@@ -111,7 +110,7 @@ def load_model(model: ModelFolder, name: str) -> str:
     """Return how a folder of this format is loaded."""
     code = f"""
         from pathlib import Path
-        from bigdssm.artifacts.model_folder import load_model_folder
+        from bigdssm.checkpoints.model_folder import load_model_folder
 
         folder = load_model_folder(Path("{name}"))
         folder.model  # a torch module; folder.schema, folder.config and folder.tokenizer_dir come with it

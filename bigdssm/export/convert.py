@@ -7,30 +7,30 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bigdssm.artifacts.checkpoint import find, folder_checksums
-from bigdssm.artifacts.checkpoint_model import BEST, load_checkpoint_model
-from bigdssm.artifacts.exported import EXPORT_FILE
-from bigdssm.artifacts.model_folder import (
+from bigdssm.checkpoints.checkpoint import find, folder_checksums
+from bigdssm.checkpoints.model_folder import (
+    BEST,
     META_FILE,
     ModelFolder,
     is_model_folder,
+    load_checkpoint_model,
     load_model_folder,
     save_model_folder,
 )
-from bigdssm.atomic import new_folder, real_place, write_json
+from bigdssm.cluster.metrics import METRICS_FILE, read_stage
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.export import card
 from bigdssm.export.card import CARD_FILE, Figures, model_card
-from bigdssm.export.formats import FORMATS, ExportFormat, register_export
+from bigdssm.export.formats import FORMATS, ExportFormat, Parity, Probe, largest_difference, register_export
 from bigdssm.export.hf_format import write_hf
 from bigdssm.export.onnx_format import write_onnx
-from bigdssm.export.probe import Parity, Probe, largest_difference
-from bigdssm.export.st_format import write_sentence_transformers
-from bigdssm.running.records import METRICS_FILE, read_stage
+from bigdssm.export.onnx_model import EXPORT_FILE
+from bigdssm.export.sentence_transformers_format import write_sentence_transformers
+from bigdssm.utils.atomic import new_folder, real_place, write_json
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """A trained model as the trainer has it."""
 
     model: ModelFolder
@@ -38,7 +38,7 @@ class Source:
     figures: Figures | None = None
 
 
-def stage_source(stage_dir: Path, which: str) -> Source:
+def stage_source(stage_dir: Path, which: str) -> ExportSource:
     """Return a stage's `best`, `latest` or `step-…` weights; checkpoints may be of any ZeRO stage and world size.
 
     Raises CheckpointError: no such weights, or damaged ones.
@@ -48,18 +48,18 @@ def stage_source(stage_dir: Path, which: str) -> Source:
         if not is_model_folder(best):
             raise CheckpointError(f"{stage_dir} has no {BEST}/ folder; has the stage validated or finished yet?")
         folder = load_model_folder(best)
-        return Source(folder, BEST, _validation(stage_dir, folder.provenance.get("step")))
+        return ExportSource(folder, BEST, _validation(stage_dir, folder.provenance.get("step")))
     path = find(stage_dir, which)
     taken = load_checkpoint_model(path)
-    return Source(taken, path.name, _validation(stage_dir, int(path.name.removeprefix("step-"))))
+    return ExportSource(taken, path.name, _validation(stage_dir, int(path.name.removeprefix("step-"))))
 
 
-def folder_source(folder: Path) -> Source:
+def folder_source(folder: Path) -> ExportSource:
     """Return the model of a model folder. Raises CheckpointError where there is none, or a damaged one."""
-    return Source(load_model_folder(folder), folder.name)
+    return ExportSource(load_model_folder(folder), folder.name)
 
 
-def export(source: Source, out: Path, target: str = "model") -> Parity:
+def export(source: ExportSource, out: Path, target: str = "model") -> Parity:
     """Write `source` as the folder `out`, with a model card, and return how its vectors compare with the trainer's.
 
     Raises ConfigError where the format cannot hold the model or `out` holds something else, CheckpointError where the

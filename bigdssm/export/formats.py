@@ -1,13 +1,94 @@
-"""Which formats a model is exported in; one of your own is registered here."""
+"""Export formats, registered by name, and the probe batch on which each export is compared with the trainer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from bigdssm.artifacts.model_folder import ModelFolder
-from bigdssm.export.probe import Parity
+import numpy as np
+import torch
+from torch import Tensor
+
+from bigdssm.checkpoints.model_folder import ModelFolder
+from bigdssm.dataset.tensors import Features, to_features
+from bigdssm.errors import CheckpointError
+from bigdssm.export.text_tower import SIDES, Side
+from bigdssm.features import Column, TextTokenizer, encode_values, texts_of
+from bigdssm.retrieval.embed import document_vectors, query_vectors
+
+PROBE_ROWS = 64
+PARITY_LIMIT = 1e-5
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far an export's vectors are from the trainer's: the largest difference over the vector's largest entry."""
+
+    query: float
+    doc: float
+    rows: int = PROBE_ROWS
+
+    def __str__(self) -> str:
+        """Return for example `queries 2.1e-07, documents 1.8e-07 on 64 rows each`."""
+        return f"queries {self.query:.1e}, documents {self.doc:.1e} on {self.rows} rows each"
+
+    def check(self, what: str) -> None:
+        """Raise CheckpointError where a difference is not within PARITY_LIMIT."""
+        if not max(self.query, self.doc) <= PARITY_LIMIT:  # NaN is not
+            raise CheckpointError(
+                f"{what} gives other vectors than the trainer: {self}, needs at most {PARITY_LIMIT:.0e}; nothing was "
+                f"written"
+            )
+
+
+class Probe:
+    """A probe batch of a model and the trainer's vectors of it."""
+
+    def __init__(self, folder: ModelFolder, rows: int = PROBE_ROWS) -> None:
+        self._folder, self._rows = folder, rows
+        self._tokenizer = None if folder.tokenizer_dir is None else TextTokenizer(folder.tokenizer_dir)
+        self._random = np.random.RandomState(0)  # its stream is frozen; a Generator's may change between versions
+        self.texts = {side: self._texts(side) for side in SIDES}  # of each text feature, by side and name
+        self.features = {side: self._features(side) for side in SIDES}
+
+    @cached_property
+    def vectors(self) -> dict[Side, Tensor]:
+        """Return the index vectors [n, D+1] of both sides, as the trainer computes them."""
+        model = self._folder.model
+        return {
+            "query": query_vectors(model, self.features["query"]), "doc": document_vectors(model, self.features["doc"])
+        }  # fmt: skip
+
+    def only_text(self, side: Side) -> list[str]:
+        """Return the n texts of a side with a single text feature."""
+        (texts,) = self.texts[side].values()
+        return texts
+
+    def _texts(self, side: Side) -> dict[str, list[str]]:
+        texts = texts_of(self._folder.schema.sides[side])
+        words = self._tokenizer.words() if self._tokenizer is not None else []
+        return {name: feature.texts(self._random, self._rows, words) for name, feature in texts.items()}
+
+    def _features(self, side: Side) -> Features:
+        schema = self._folder.schema
+        columns: dict[str, Column] = {}
+        for name, feature in schema.sides[side].items():
+            if name in self.texts[side]:
+                columns[name] = encode_values(feature, self.texts[side][name], self._tokenizer)
+            else:
+                columns[name] = feature.probe(self._random, self._rows, schema.doc)
+        return to_features(schema.sides[side], columns, self._folder.pad_token_id)
+
+
+def largest_difference(ours: Tensor, trainers: Tensor) -> float:
+    """Return the largest difference of any entry, relative to the largest entry of its row of `trainers` [n, D]."""
+    if ours.shape != trainers.shape:
+        return float("inf")
+    ours, trainers = ours.double(), trainers.double()
+    scale = trainers.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+    return float(((ours - trainers).abs().amax(dim=1) / scale).max())
 
 
 @dataclass(frozen=True)

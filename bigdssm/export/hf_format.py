@@ -10,10 +10,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bigdssm.artifacts.model_folder import ModelFolder
-from bigdssm.atomic import write_json
+from bigdssm.checkpoints.model_folder import ModelFolder
+from bigdssm.export.formats import Parity, Probe, largest_difference
 from bigdssm.export.hf_loading import load_tower
-from bigdssm.export.probe import Parity, Probe, largest_difference
 from bigdssm.export.text_tower import (
     TextTower,
     alpha,
@@ -23,6 +22,7 @@ from bigdssm.export.text_tower import (
     save_encoder,
     text_towers,
 )
+from bigdssm.utils.atomic import write_json
 
 FOLDERS = {"query": "query", "doc": "document"}
 

@@ -17,18 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bigdssm.artifacts.exported import run_onnx, session
-from bigdssm.artifacts.model_folder import TOKENIZER_DIR, ModelFolder
-from bigdssm.atomic import write_json
+from bigdssm.checkpoints.model_folder import TOKENIZER_DIR, ModelFolder
+from bigdssm.dataset.schema import SCHEMA_FILE
 from bigdssm.dataset.tensors import Features, pad_ids
 from bigdssm.errors import ConfigError
+from bigdssm.export.formats import Parity, Probe, largest_difference
 from bigdssm.export.onnx_int8 import quantize
-from bigdssm.export.probe import Parity, Probe, largest_difference
+from bigdssm.export.onnx_model import onnx_session, run_onnx
 from bigdssm.export.text_tower import SIDES, Side, alpha
 from bigdssm.features import Feature
 from bigdssm.models import DualEncoder
-from bigdssm.models.score import document_head, query_head
-from bigdssm.schema import SCHEMA_FILE
+from bigdssm.models.dual_encoder import document_head, query_head
+from bigdssm.utils.atomic import write_json
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 18
@@ -110,7 +110,7 @@ def _export(tower: _Tower, features: Features, declared: dict[str, Feature], pat
 
 def _difference(path: Path, features: Features, padding: dict[str, int], trainers: Tensor) -> float:
     """Return the largest difference, of the whole probe batch and of rows alone, cut to their own lengths."""
-    made = session(path)
+    made = onnx_session(path)
     differences = [largest_difference(run_onnx(made, features), trainers)]
     for row in np.linspace(0, len(trainers) - 1, SINGLE_ROWS).astype(int):
         alone = {name: _own_length(values[row : row + 1], padding.get(name)) for name, values in features.items()}

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from bigdssm.artifacts.model_folder import ModelFolder
-from bigdssm.atomic import write_json
+from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.errors import ConfigError
 from bigdssm.features import texts_of
 from bigdssm.models import ALPHA_MAX
 from bigdssm.models.encoders import TextEncoder, text_keys
+from bigdssm.utils.atomic import write_json
 
 Side = Literal["query", "doc"]
 SIDES: tuple[Side, Side] = ("query", "doc")

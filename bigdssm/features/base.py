@@ -24,13 +24,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigdssm.bounds import out_of_bounds
 from bigdssm.errors import ConfigError
 from bigdssm.features.ragged import Column, Ragged, from_arrow
+from bigdssm.utils.bounds import out_of_bounds
 
 if TYPE_CHECKING:
     from bigdssm.features.columns import RowCheck
     from bigdssm.features.tokenizer import TextTokenizer
+
 
 # Codes of values from a vocabulary: padding or missing; any other value; the vocabulary in its order.
 PADDING, OUT_OF_VOCABULARY, FIRST_CODE = 0, 1, 2
@@ -64,7 +65,7 @@ class Reader:
 
     tokenizer: TextTokenizer | None
     pad_token_id: int
-    item: Callable[[str, int], str]  # the display of the document with this code in this feature
+    item: Callable[[str, int], str]  # the title of the document with this code in this feature
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigdssm.bounds import bounded
 from bigdssm.errors import ConfigError
 from bigdssm.features.base import (
     FIRST_CODE,
@@ -31,7 +30,8 @@ from bigdssm.features.columns import RowCheck, is_empty, strings, value_lists
 from bigdssm.features.ragged import Column, Ragged
 from bigdssm.features.tokenizer import TextTokenizer
 from bigdssm.features.vocabulary import Vocabulary, write_part
-from bigdssm.string_hashes import hash_strings
+from bigdssm.utils.bounds import bounded
+from bigdssm.utils.string_hashing import hash_strings
 
 UNKNOWN = "<out of vocabulary>"
 # A mistyped value is compared with so many of the vocabulary, none longer than so many characters: within a second.

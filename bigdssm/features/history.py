@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from bigdssm.bounds import bounded
 from bigdssm.errors import ConfigError
 from bigdssm.features.base import OUT_OF_VOCABULARY, PADDING, Feature, Reader, pad_lists, register
 from bigdssm.features.categorical import UNKNOWN, Categorical, codes_of, lists_of_codes
 from bigdssm.features.columns import RowCheck
 from bigdssm.features.ragged import Column
 from bigdssm.features.tokenizer import TextTokenizer
+from bigdssm.utils.bounds import bounded
 
 
 def history_input(feature, values, exported):  # type: ignore[no-untyped-def]

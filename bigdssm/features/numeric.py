@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from bigdssm.bounds import BOUND, Bound
 from bigdssm.errors import ConfigError
 from bigdssm.features.base import FITTED, Feature, Reader, register
 from bigdssm.features.columns import RowCheck, numbers
 from bigdssm.features.ragged import Column
 from bigdssm.features.tokenizer import TextTokenizer
+from bigdssm.utils.bounds import BOUND, Bound
 
 COMPARED: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "=": np.equal, "<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal, "in": np.isin,

@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigdssm.bounds import bounded
 from bigdssm.features.base import Fault, Feature, Reader, faults_of_codes, outside, pad_lists, register
 from bigdssm.features.columns import MAX_FIELD_BYTES, RowCheck, strings
 from bigdssm.features.ragged import Column, Ragged
 from bigdssm.features.tokenizer import TextTokenizer
+from bigdssm.utils.bounds import bounded
 
 
 def text_input(feature, values, exported):  # type: ignore[no-untyped-def]

@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigdssm.bounds import bounded
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features.base import Fault, Feature, Reader, register
 from bigdssm.features.columns import RowCheck
 from bigdssm.features.ragged import Column
 from bigdssm.features.tokenizer import TextTokenizer
+from bigdssm.utils.bounds import bounded
 
 MAX_DIM = 2**14
 SHOWN = 4  # numbers of a vector that people are shown

@@ -28,11 +28,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigdssm.arrow_file import open_arrow
-from bigdssm.atomic import new_file, remove
 from bigdssm.errors import DataError
-from bigdssm.hashing import file_checksum, mix64
-from bigdssm.string_hashes import flat_strings, hash_strings
+from bigdssm.utils.arrow import open_arrow
+from bigdssm.utils.atomic import new_file, remove
+from bigdssm.utils.hashing import file_checksum, mix64
+from bigdssm.utils.string_hashing import flat_strings, hash_strings
 
 MAX_VALUES = 2**31 - 8  # codes are int32, and the first of them are no values
 VALUES_AT_ONCE = 1 << 16

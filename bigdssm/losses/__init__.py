@@ -1,21 +1,18 @@
 """Losses: the Full Product Softmax and the fine-tuning losses, over any number of ranks; plain tensors in, no model."""
 
-from bigdssm.losses.batch_distillation import Teacher, batch_kl
-from bigdssm.losses.distillation import DISTILLATIONS, Distillation, ListwiseKL, MarginMSE
-from bigdssm.losses.engine import contrastive_loss
-from bigdssm.losses.exchange import LossInputError
-from bigdssm.losses.extras import norm_penalty, relevance_weight
-from bigdssm.losses.fps import fps_loss
-from bigdssm.losses.matryoshka import matryoshka_loss
-from bigdssm.losses.output import LossOutput
-from bigdssm.losses.ranking import RANKING_NAMES, ranking_loss
-from bigdssm.losses.sampling import (
-    SAMPLINGS,
-    CountedFrequency,
-    StreamingFrequency,
-    apply_sampling,
-    sample_uniform,
+from bigdssm.losses.distillation import DISTILLATIONS, BatchTeacher, Distillation, ListwiseKL, MarginMSE, batch_kl
+from bigdssm.losses.engine import (
+    RANKING_NAMES,
+    contrastive_loss,
+    fps_loss,
+    matryoshka_loss,
+    norm_penalty,
+    ranking_loss,
+    relevance_weight,
 )
+from bigdssm.losses.inputs import LossInputError
+from bigdssm.losses.output import LossOutput
+from bigdssm.losses.sampling import SAMPLINGS, CountedFrequency, StreamingFrequency, apply_sampling, sample_uniform
 from bigdssm.losses.scored import scored_loss
 from bigdssm.losses.terms import PairCE, PairTerm, Sigmoid, Softmax, Term, Triplet, find_term, register
 
@@ -23,6 +20,7 @@ __all__ = [
     "DISTILLATIONS",
     "RANKING_NAMES",
     "SAMPLINGS",
+    "BatchTeacher",
     "CountedFrequency",
     "Distillation",
     "ListwiseKL",
@@ -34,7 +32,6 @@ __all__ = [
     "Sigmoid",
     "Softmax",
     "StreamingFrequency",
-    "Teacher",
     "Term",
     "Triplet",
     "apply_sampling",

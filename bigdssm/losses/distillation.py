@@ -1,20 +1,4 @@
-"""Terms that follow a judge's scores of a query's own document and of those listed for it, and look at no others.
-
-With S_j our scores and T_j the judge's over the temperature, j over the documents that are judged, 0 the query's own:
-
-    kl          Σ_j p_j (log p_j − log q_j),  p = softmax(T), q = softmax(S)
-    margin_mse  mean over j > 0 of ((S_0 − S_j) − (T_0 − T_j))²
-
-A judge's score that is not finite is none; a query whose own document has none, or no other, has no value. They are
-losses of their own, which a stage adds to its loss:
-
-    contrastive_loss(ListwiseKL(2.0), U, W, positive, alpha=alpha, negatives=negatives, teacher=teacher, columns="none")
-
-Source: kl, Hinton et al. 2015, over a list, with the temperature on the judge's side alone (ours has alpha);
-margin_mse, Hofstätter et al. 2020.
-
-Shape legend: m queries and k documents listed for each, l = 1 + k with the query's own.
-"""
+"""Distillation terms: a teacher's scores of candidates (KL, MarginMSE) or of the documents of the global batch."""
 
 from __future__ import annotations
 
@@ -24,7 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bigdssm.losses.exchange import need
+from bigdssm import distributed
+from bigdssm.distributed import Group
+from bigdssm.losses.inputs import LossInputError, exchange, require
+from bigdssm.losses.output import attach
 from bigdssm.losses.terms import Evaluated, Scores, Term, weighted
 
 
@@ -37,17 +24,17 @@ class Distillation(Term):
     judged = True
 
     @abstractmethod
-    def value(self, S_ml: Tensor, T_ml: Tensor, judged_ml: Tensor) -> Tensor:
-        """Return the term [m], as autograd needs it; where not `judged_ml` both scores are 0. Column 0 always is."""
+    def value(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
+        """Return the term [m], as autograd needs it; where not `valid_ml` both scores are 0. Column 0 always is."""
 
     @abstractmethod
-    def slope(self, S_ml: Tensor, T_ml: Tensor, judged_ml: Tensor) -> Tensor:
-        """Return its derivatives by the scores, 0 where not `judged_ml`."""
+    def slope(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
+        """Return its derivatives by the scores, 0 where not `valid_ml`."""
 
     def on_vectors(self, scores: Scores) -> Evaluated:
         """Return the values and their gradients; a collective."""
         assert scores.passes is None, "its documents are listed"
-        inputs = self._inputs(scores.positive_m, scores.listed_mk, scores.used_mk, scores.teacher_ml)
+        inputs = self._inputs(scores.positive_m, scores.candidate_mk, scores.used_mk, scores.teacher_ml)
         grad_ml = weighted(scores.weight_m[:, None], self.slope(*inputs))
         S_ml = inputs[0].masked_fill(~inputs[2], -torch.inf)
         largest_m = torch.cat([torch.full_like(S_ml[:, :1], -torch.inf), S_ml[:, 1:]], 1).amax(1)
@@ -61,16 +48,16 @@ class Distillation(Term):
         return self.value(*self._inputs(positive_m, negative_mk, used_mk, teacher_ml))
 
     def _inputs(
-        self, positive_m: Tensor, listed_mk: Tensor, used_mk: Tensor, teacher_ml: Tensor | None
+        self, positive_m: Tensor, candidate_mk: Tensor, used_mk: Tensor, teacher_ml: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return scores, the judge's over the temperature, and where both are; a query without them is left alone."""
         assert teacher_ml is not None
         found_ml = teacher_ml.isfinite()
-        judged_ml = torch.cat([torch.ones_like(found_ml[:, :1]), found_ml[:, :1] & found_ml[:, 1:] & used_mk], 1)
+        valid_ml = torch.cat([torch.ones_like(found_ml[:, :1]), found_ml[:, :1] & found_ml[:, 1:] & used_mk], 1)
         # what is not used is filled before: no −inf reaches a gradient
-        S_ml = torch.cat([positive_m[:, None], listed_mk], 1).masked_fill(~judged_ml, 0.0)
-        T_ml = teacher_ml.to(S_ml.dtype).masked_fill(~(judged_ml & found_ml), 0.0) / self.temperature
-        return S_ml, T_ml, judged_ml
+        S_ml = torch.cat([positive_m[:, None], candidate_mk], 1).masked_fill(~valid_ml, 0.0)
+        T_ml = teacher_ml.to(S_ml.dtype).masked_fill(~(valid_ml & found_ml), 0.0) / self.temperature
+        return S_ml, T_ml, valid_ml
 
 
 @dataclass(frozen=True)
@@ -79,14 +66,14 @@ class ListwiseKL(Distillation):
 
     name = "kl"
 
-    def value(self, S_ml: Tensor, T_ml: Tensor, judged_ml: Tensor) -> Tensor:
+    def value(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
         """Return the term."""
-        log_p, log_q = _log_softmax(T_ml, judged_ml), _log_softmax(S_ml, judged_ml)
-        return (log_p.exp() * (log_p - log_q).masked_fill(~judged_ml, 0.0)).sum(1)
+        log_p, log_q = _log_softmax(T_ml, valid_ml), _log_softmax(S_ml, valid_ml)
+        return (log_p.exp() * (log_p - log_q).masked_fill(~valid_ml, 0.0)).sum(1)
 
-    def slope(self, S_ml: Tensor, T_ml: Tensor, judged_ml: Tensor) -> Tensor:
+    def slope(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
         """Return its derivatives."""
-        return _log_softmax(S_ml, judged_ml).exp() - _log_softmax(T_ml, judged_ml).exp()
+        return _log_softmax(S_ml, valid_ml).exp() - _log_softmax(T_ml, valid_ml).exp()
 
 
 @dataclass(frozen=True)
@@ -95,19 +82,19 @@ class MarginMSE(Distillation):
 
     name = "margin_mse"
 
-    def value(self, S_ml: Tensor, T_ml: Tensor, judged_ml: Tensor) -> Tensor:
+    def value(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
         """Return the term."""
-        return self._error(S_ml, T_ml, judged_ml).square().sum(1) / _others(judged_ml)
+        return self._error(S_ml, T_ml, valid_ml).square().sum(1) / _others(valid_ml)
 
-    def slope(self, S_ml: Tensor, T_ml: Tensor, judged_ml: Tensor) -> Tensor:
+    def slope(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
         """Return its derivatives."""
-        slope_mk = -2 * self._error(S_ml, T_ml, judged_ml) / _others(judged_ml)[:, None]
+        slope_mk = -2 * self._error(S_ml, T_ml, valid_ml) / _others(valid_ml)[:, None]
         return torch.cat([-slope_mk.sum(1, keepdim=True), slope_mk], 1)
 
-    def _error(self, S_ml: Tensor, T_ml: Tensor, judged_ml: Tensor) -> Tensor:
+    def _error(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
         """Return [m, k], 0 where not judged."""
         excess_ml = S_ml - T_ml
-        return (excess_ml[:, :1] - excess_ml[:, 1:]).masked_fill(~judged_ml[:, 1:], 0.0)
+        return (excess_ml[:, :1] - excess_ml[:, 1:]).masked_fill(~valid_ml[:, 1:], 0.0)
 
 
 DISTILLATIONS: dict[str, type[Distillation]] = {term.name: term for term in (ListwiseKL, MarginMSE)}
@@ -115,17 +102,92 @@ DISTILLATIONS: dict[str, type[Distillation]] = {term.name: term for term in (Lis
 
 def check_teacher(term: Term, teacher: Tensor | None, rows: int, width: int) -> None:
     """Raise LossInputError unless a judge's scores are there where the term needs them, [rows, 1 + width]."""
-    need(term.judged == (teacher is not None), f"teacher goes with terms that follow a judge, and {term} is "
+    require(term.judged == (teacher is not None), f"teacher goes with terms that follow a judge, and {term} is "
          f"{'one' if term.judged else 'none'}")  # fmt: skip
     if teacher is not None:
         fits = teacher.is_floating_point() and list(teacher.shape) == [rows, 1 + width]
-        need(fits, f"teacher must be floating point [{rows}, {1 + width}], got {teacher.dtype} {list(teacher.shape)}")
+        require(
+            fits, f"teacher must be floating point [{rows}, {1 + width}], got {teacher.dtype} {list(teacher.shape)}"
+        )
 
 
 def _log_softmax(x_ml: Tensor, kept_ml: Tensor) -> Tensor:
     return x_ml.masked_fill(~kept_ml, -torch.inf).log_softmax(1)
 
 
-def _others(judged_ml: Tensor) -> Tensor:
+def _others(valid_ml: Tensor) -> Tensor:
     """Return how many documents but the own are judged, at least 1: [m]."""
-    return judged_ml[:, 1:].sum(1).clamp(min=1)
+    return valid_ml[:, 1:].sum(1).clamp(min=1)
+
+
+STRIP_CELLS = 1 << 22  # of scores at once
+
+
+@dataclass(frozen=True)
+class BatchTeacher:
+    """A teacher's vectors of a batch, whose products are its scores."""
+
+    queries: Tensor  # [m, E]
+    documents: Tensor  # [n, E]
+    temperature: float = 1.0  # divides the scores
+
+    def check(self, U: Tensor, W: Tensor) -> None:
+        """Raise LossInputError where they are not of these queries and columns."""
+        for name, vectors, ours in (("queries", self.queries, U), ("documents", self.documents, W)):
+            fits = vectors.is_floating_point() and vectors.dim() == 2 and len(vectors) == len(ours)
+            require(fits, f"the teacher's {name} must be floating point [{len(ours)}, E], got {list(vectors.shape)}")
+        require(self.queries.shape[1] == self.documents.shape[1], "the teacher's two sides must be of one width")
+
+
+def batch_kl(
+    U: Tensor, W: Tensor, teacher: BatchTeacher, *, alpha: Tensor, beta: Tensor | None = None,
+    weight: Tensor | None = None, copies: Tensor | None = None, group: Group | None = None,
+) -> Tensor:  # fmt: skip
+    """Return the mean divergence over all ranks' queries; a collective.
+
+    U [m, D], W [n, D], alpha a scalar, beta [n] as in `contrastive_loss`; weight [m] ≥ 0 of the queries; copies [n]:
+    how many documents were merged in a column, by default 1. The value is the same on every rank and whichever columns
+    share one; gradients are such that their mean over ranks is the global one. Raises: LossInputError (PeerError on the
+    ranks whose own input is good), on every rank.
+    """
+    error, acc = None, torch.float64 if U.dtype == torch.float64 else torch.float32
+    try:
+        teacher.check(U, W)
+        finite = torch.stack([x.isfinite().all() for x in (U, W, teacher.queries, teacher.documents)]).all()
+    except LossInputError as caught:
+        error, finite = caught, torch.ones((), dtype=torch.bool, device=U.device)
+    weight = torch.ones(len(U), dtype=acc, device=U.device) if weight is None else weight.detach().to(acc)
+    copies = torch.ones(len(W), dtype=acc, device=W.device) if copies is None else copies.to(acc)
+    bias = torch.zeros(len(W), dtype=acc, device=W.device) if beta is None else beta.detach().to(acc)
+    table, _ = exchange(
+        error, {"the teacher": f"{teacher.temperature}, beta {beta is not None}"},
+        [float(len(W)), weight.sum(), (~finite).sum()],
+        lambda row: "vectors, or the teacher's, hold NaN or inf" if row[2] else None, U.device, group,
+    )  # fmt: skip
+    longest, total = max(int(row[0]) for row in table), sum(row[1] for row in table)
+    sent = [W.detach().to(acc), teacher.documents.to(acc), bias, copies]
+    W_ND, teacher_NE, bias_N, copies_N = distributed.all_gather_packed(sent, longest, group).wait()
+    log_N = copies_N.log()  # −inf for padding, which has none
+    scale = alpha.detach().to(acc)
+    value, grad_W, grad_bias = weight.new_zeros(()), torch.zeros_like(W_ND), torch.zeros_like(bias_N)
+    grad_U, grad_alpha = torch.zeros_like(U, dtype=acc), weight.new_zeros(())
+    rows = max(1, STRIP_CELLS // max(1, len(W_ND)))
+    for first in range(0, len(U), rows):
+        strip = slice(first, first + rows)
+        U_sD, weight_s = U[strip].detach().to(acc), weight[strip]
+        product_sN = U_sD @ W_ND.T
+        log_q = (scale * product_sN + (bias_N + log_N)).log_softmax(1)
+        log_p = (teacher.queries[strip].to(acc) @ teacher_NE.T / teacher.temperature + log_N).log_softmax(1)
+        p, gap = log_p.exp(), (log_p - log_q).masked_fill(log_N == -torch.inf, 0.0)
+        value += (weight_s * (p * gap).sum(1)).sum()
+        grad_sN = weight_s[:, None] * (log_q.exp() - p)  # of the scores
+        grad_alpha += (grad_sN * product_sN).sum()
+        grad_bias += grad_sN.sum(0)
+        grad_sN *= scale
+        grad_U[strip] = grad_sN @ W_ND
+        grad_W += grad_sN.T @ U_sD
+    value = distributed.all_reduce(value.double(), "sum", group)
+    mean, factor = (1 / total, distributed.world_size(group) / total) if total else (0.0, 0.0)
+    of_columns = distributed.reduce_scatter_rows(torch.cat([grad_W, grad_bias[:, None]], 1), group)[: len(W)] * factor
+    gradients = (grad_U * factor, of_columns[:, :-1], grad_alpha * factor, of_columns[:, -1])
+    return attach((value * mean).to(acc), (U, W, alpha, beta), gradients)

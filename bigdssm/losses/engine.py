@@ -14,6 +14,8 @@ Shape legend: m queries, n columns and k listed negatives of this rank, N column
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -23,14 +25,11 @@ from torch import Tensor
 from bigdssm import distributed
 from bigdssm.distributed import Group
 from bigdssm.losses.distillation import check_teacher
-from bigdssm.losses.exchange import LossInputError, need
-from bigdssm.losses.ids import occurrences
-from bigdssm.losses.inputs import GlobalSizes, LossInputs, check_inputs, global_sizes
-from bigdssm.losses.listed import add_listed, score_listed
-from bigdssm.losses.masks import find_false_negatives, find_known_positives, gather_pairs, own_pairs
+from bigdssm.losses.inputs import GlobalSizes, LossInputError, LossInputs, check_inputs, global_sizes, require
+from bigdssm.losses.kernels import Gradients, ScorePasses, gather_columns, product_precision, triton_passes
+from bigdssm.losses.masks import find_false_negatives, find_known_positives, gather_pairs, occurrences, own_pairs
 from bigdssm.losses.output import LocalStats, LossOutput, attach, finish_gradients, reduce_output
-from bigdssm.losses.passes import Gradients, ScorePasses, gather_columns, product_precision, triton_matrix
-from bigdssm.losses.terms import TERMS, Scores, Term
+from bigdssm.losses.terms import TERMS, Scores, Softmax, Term, find_term
 
 Direction = Literal["q2d", "d2q", "both"]
 Shared = Literal["all", "in_batch", "none"]
@@ -88,7 +87,7 @@ def contrastive_loss(
     except LossInputError as error:
         x = error
     words = f"{term} over {_SHARED.get(columns, columns)}, {direction}"
-    if isinstance(shared, LossInputs) and triton_matrix.available(shared):
+    if isinstance(shared, LossInputs) and triton_passes.available(shared):
         words += ", by Triton kernels"
     x, sizes = global_sizes(x, shared, negatives, words, getattr(U, "device", torch.device("cpu")), group)
     assert isinstance(term, Term) and shared is not None
@@ -119,7 +118,7 @@ def contrastive_loss(
         other_mk = there_mk & (column_mk != x.positive[:, None])
         known_mk = positives.contain(docs_n[column_mk])
         used_mk = other_mk & ~known_mk
-        score_mk = score_listed(x, sizes.alpha, column_mk, used_mk)
+        score_mk = score_candidates(x, sizes.alpha, column_mk, used_mk)
         found = term.on_vectors(Scores(x.weight, positive_m, score_mk, used_mk, passes, direction, teacher))
         masked, entries = (other_mk & known_mk).sum().double(), there_mk.sum().double()
         if passes is not None:
@@ -130,7 +129,7 @@ def contrastive_loss(
         loss = loss.to(x.acc)
         if sizes.wants:
             sums = Gradients.zeros(x, sizes.wants, n) if passes is None else _spread(passes.own_gradients(), kept, n)
-            add_listed(x, column_mk, found.listed_grad_mk, sums)
+            add_candidates(x, column_mk, found.candidate_grad_mk, sums)
             loss = attach(
                 loss, (x.U, x.W, x.alpha, x.beta),
                 finish_gradients(x, sizes, sums, found.positive_grad_m, found.beta_grad_m),
@@ -142,19 +141,19 @@ def _check_choice(
     term: Term | str, x: LossInputs, negatives: Tensor | None, teacher: Tensor | None, columns: str, direction: str,
     tile: int | None,
 ) -> None:  # fmt: skip
-    need(isinstance(term, Term), f"the loss must be one of {', '.join(TERMS)}, got {term!r}")
+    require(isinstance(term, Term), f"the loss must be one of {', '.join(TERMS)}, got {term!r}")
     assert isinstance(term, Term)
-    need(not term.judged or columns == "none", f"{term} looks at listed documents alone: it needs columns='none'")
-    need(columns in _SHARED, f"columns must be one of {', '.join(_SHARED)}, got {columns!r}")
+    require(not term.judged or columns == "none", f"{term} looks at listed documents alone: it needs columns='none'")
+    require(columns in _SHARED, f"columns must be one of {', '.join(_SHARED)}, got {columns!r}")
     allowed = term.directions if columns == "all" and negatives is None else ("q2d",)
-    need(direction in allowed, f"direction must be one of {', '.join(allowed)}, got {direction!r}")
-    need(tile is None or tile >= 1, f"tile must be at least 1, got {tile}")
-    need(negatives is not None or columns != "none", f"{term} needs negatives, in_batch=True, or both")
+    require(direction in allowed, f"direction must be one of {', '.join(allowed)}, got {direction!r}")
+    require(tile is None or tile >= 1, f"tile must be at least 1, got {tile}")
+    require(negatives is not None or columns != "none", f"{term} needs negatives, in_batch=True, or both")
     m = x.U.shape[0]
     if negatives is not None:
         kind = getattr(negatives, "dtype", type(negatives).__name__)
-        need(kind == torch.int64, f"negatives must be int64, got {kind}")
-        need(negatives.ndim == 2 and len(negatives) == m, f"negatives must be [{m}, k], got {list(negatives.shape)}")
+        require(kind == torch.int64, f"negatives must be int64, got {kind}")
+        require(negatives.ndim == 2 and len(negatives) == m, f"negatives must be [{m}, k], got {list(negatives.shape)}")
     check_teacher(term, teacher, m, 0 if negatives is None else negatives.shape[1])
 
 
@@ -192,3 +191,130 @@ def _positive_scores(x: LossInputs, sizes: GlobalSizes, with_beta: bool) -> Tens
     """Return the scores of the positives, float64 [m]."""
     products = x.W.detach()[x.positive].to(x.acc).mul_(x.U.detach()).sum(1).double() * sizes.alpha
     return products if x.beta is None or not with_beta else products + x.beta.detach().double()[x.positive]
+
+
+_CHUNK_ELEMENTS = 1 << 22  # of the negatives' vectors at a time
+
+
+def score_candidates(x: LossInputs, alpha: float, column_mk: Tensor, used_mk: Tensor) -> Tensor:
+    """Return the scores float64 [m, k] of the columns, −inf where not `used_mk`."""
+    score = torch.full(column_mk.shape, -math.inf, dtype=torch.float64, device=column_mk.device)
+    for rows, vectors in _chunks(x, column_mk):
+        score[rows] = torch.einsum("md,mkd->mk", x.U.detach()[rows].to(x.acc), vectors).double() * alpha
+    for bias in (x.beta, x.neg_bias) if x.W.shape[0] else ():
+        score = score if bias is None else score + bias.detach().double()[column_mk]
+    return torch.where(used_mk, score, -math.inf)
+
+
+def add_candidates(x: LossInputs, column_mk: Tensor, G_mk: Tensor, sums: Gradients) -> None:
+    """Add the listed negatives' G to the sums of this rank's vectors and biases."""
+    G = G_mk.to(x.acc)
+    for rows, vectors in _chunks(x, column_mk):
+        if sums.U is not None:
+            sums.U[rows] += torch.einsum("mk,mkd->md", G[rows], vectors)
+        if sums.W is not None:
+            spread = G[rows][:, :, None] * x.U.detach()[rows].to(x.acc)[:, None, :]
+            sums.W.index_add_(0, column_mk[rows].flatten(), spread.flatten(0, 1))
+    if sums.beta is not None:
+        sums.beta.index_add_(0, column_mk.flatten(), G_mk.flatten().to(sums.beta.dtype))
+
+
+def _chunks(x: LossInputs, column_mk: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (rows, their negatives' vectors [rows, k, D])."""
+    k, D = column_mk.shape[1], x.W.shape[1]
+    height = max(1, _CHUNK_ELEMENTS // max(1, k * D))
+    for start in range(0, column_mk.shape[0] if k else 0, height):
+        rows = slice(start, start + height)
+        yield rows, x.W.detach()[column_mk[rows]].to(x.acc)
+
+
+def fps_loss(
+    U: Tensor,
+    W: Tensor,
+    positive: Tensor | None = None,
+    *,
+    alpha: Tensor | float,
+    beta: Tensor | None = None,
+    neg_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    doc_ids: Tensor | None = None,
+    known: Tensor | None = None,
+    direction: Direction = "q2d",
+    tile: int | None = None,
+    group: Group | None = None,
+) -> LossOutput:
+    """Return the softmax loss over all documents of all ranks; a collective. See `contrastive_loss` for the arguments.
+
+    Source: Yi et al. 2019 (in-batch softmax); the two-direction form is that of Radford et al. 2021, eq. in figure 3.
+    """
+    return contrastive_loss(
+        Softmax(), U, W, positive, alpha=alpha, beta=beta, neg_bias=neg_bias, weight=weight, query_ids=query_ids,
+        doc_ids=doc_ids, known=known, direction=direction, tile=tile, group=group,
+    )  # fmt: skip
+
+
+RANKING_NAMES = tuple(TERMS)
+
+
+def ranking_loss(
+    name: str, U: Tensor, W: Tensor, positive: Tensor | None = None, *, in_batch: bool = False, margin: float = 0.2,
+    **arguments: Any,
+) -> LossOutput:  # fmt: skip
+    """Return the loss of the term `name`; a collective. in_batch: also every other query's document is a negative.
+
+    margin: of triplet. See `terms` for the formulas, and `contrastive_loss` for the arguments.
+    """
+    term = find_term(name, {"margin": margin})
+    return contrastive_loss(term, U, W, positive, columns="in_batch" if in_batch else "none", **arguments)
+
+
+def relevance_weight(relevance: Tensor, kind: Literal["indicator", "relevance"]) -> Tensor:
+    """Return the weights [m] from relevance: 1[r > 0], or r. Raises: LossInputError where r is negative or NaN."""
+    good = relevance.isfinite() & (relevance >= 0)
+    if relevance.device.type == "cpu" and not bool(good.all()):  # on a device that would be waited for
+        raise LossInputError("relevance holds NaN, infinite or negative values")
+    if kind == "indicator":
+        return (relevance > 0).to(relevance.dtype if relevance.is_floating_point() else torch.float32)
+    if kind == "relevance":
+        return relevance.float() if not relevance.is_floating_point() else relevance
+    raise LossInputError(f"weight must be indicator or relevance, got {kind!r}")
+
+
+def norm_penalty(vectors: Tensor, copies: Tensor | None = None, group: Group | None = None) -> Tensor:
+    """Return the mean squared norm over the vectors [rows, D] of all ranks; keeps `score: dot` from growing.
+
+    copies [rows]: how many vectors were merged in each, so that it makes no difference which ranks merged them. Its
+    scale is the losses': the same value on every rank, gradients whose mean over ranks is the global one.
+    """
+    squares = vectors.float().pow(2).sum(1) if vectors.dtype == torch.bfloat16 else vectors.pow(2).sum(1)
+    weight = torch.ones_like(squares) if copies is None else copies.to(squares.dtype)
+    return global_mean((squares * weight).sum(), weight.sum(), group)
+
+
+def global_mean(own: Tensor, own_total: Tensor, group: Group | None) -> Tensor:
+    """Return Σ own / Σ own_total over all ranks, with gradients world_size times this rank's share."""
+    sums = torch.stack([own.detach().double(), own_total.detach().double()])
+    distributed.all_reduce(sums, "sum", group)
+    factor = torch.where(sums[1] > 0, distributed.world_size(group) / sums[1], 0.0)
+    share = own * factor.to(own.dtype)
+    return share + (torch.where(sums[1] > 0, sums[0] / sums[1], 0.0).to(own.dtype) - share.detach())
+
+
+def matryoshka_loss(
+    loss: Callable[[Tensor, Tensor], LossOutput], U: Tensor, W: Tensor, widths: Sequence[int], normalise: bool
+) -> LossOutput:
+    """Return the mean of `loss` at the full width and at `widths`, everything else shared; statistics of the full one.
+
+    Every rank calls it with the same widths. normalise: cut vectors get norm 1 again, for a cosine score. The scale of
+    loss and gradients is that of `loss`. Source: Kusupati et al. 2022, eq. 1 with equal weights.
+    """
+    whole = loss(U, W)
+    losses = [whole.loss, *(loss(cut(U, width, normalise), cut(W, width, normalise)).loss for width in widths)]
+    return LossOutput(torch.stack(losses).mean(), whole.stats)
+
+
+def cut(vectors: Tensor, width: int, normalise: bool) -> Tensor:
+    """Return the first `width` entries of each vector [rows, D], with norm 1 where `normalise`."""
+    first = vectors[:, :width]
+    return torch.nn.functional.normalize(first, dim=1) if normalise else first

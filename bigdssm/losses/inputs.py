@@ -1,17 +1,12 @@
-"""What a loss is given: checked on every rank, and the sizes and ranges of all ranks that it needs before it starts.
-
-One small all-gather carries each rank's numbers and verdict, so bad input ends in one error on every rank and never in
-a hang. What depends on values is found where they are and read with these numbers: once.
-
-Shape legend: m queries and n document columns of this rank, D vector size.
-"""
+"""Validated loss inputs, and one small all-gather of sizes, ranges and errors before a loss."""
 
 from __future__ import annotations
 
 import functools
 import math
 import operator
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +14,67 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.distributed import Group
-from bigdssm.losses.exchange import LossInputError, agree, exchange, need
+from bigdssm.errors import DataError
 from bigdssm.losses.masks import count_known
+
+
+class LossInputError(DataError, ValueError):
+    """Vectors, ids or weights that a loss cannot work with."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise LossInputError with the message unless the condition holds."""
+    if not condition:
+        raise LossInputError(message)
+
+
+def exchange(
+    error: LossInputError | None,
+    agreed: Mapping[str, str],
+    numbers: Sequence[Tensor | float],
+    verdict: Callable[[Sequence[float]], str | None],
+    device: torch.device,
+    group: Group | None,
+) -> tuple[list[list[float]], Tensor]:
+    """Return every rank's `numbers`, also as a tensor, where no rank has an error and all agree; a collective.
+
+    agreed: what the ranks must agree on, in words; only a checksum of it is sent unless they differ. verdict: what is
+    wrong with a rank by its numbers, if anything. Raises: LossInputError on the ranks that bring it or where ranks
+    disagree, PeerError on the others.
+    """
+    checksum = zlib.crc32(repr(sorted(agreed.items())).encode())
+    header = _vector([float(error is None), float(checksum), *numbers], device)[None]
+    table = distributed.all_gather_padded(header, 1, group).wait()
+    told: list[list[float]] = table.tolist()
+    if not all(row[0] and verdict(row[2:]) is None for row in told):
+        mine = verdict(told[distributed.rank(group)][2:])
+        distributed.raise_together(error or (None if mine is None else LossInputError(mine)), group)
+    if any(row[1] != checksum for row in told):
+        others = distributed.all_gather_object(dict(agreed), group)
+        for what in agreed:
+            agree(what, [other[what] for other in others])
+    return [row[2:] for row in told], table[:, 2:]
+
+
+def _vector(numbers: Sequence[Tensor | float], device: torch.device) -> Tensor:
+    """Return float64 [numbers]. On a device those of the host are filled in: an upload would wait for what runs."""
+    if device.type == "cpu":
+        return torch.tensor([float(number) for number in numbers], dtype=torch.float64)
+    vector = torch.zeros(len(numbers), dtype=torch.float64, device=device)
+    for at, number in enumerate(numbers):
+        if isinstance(number, Tensor) and number.device.type == device.type:
+            vector[at : at + 1].copy_(number.reshape(1))
+        elif float(number):
+            vector[at : at + 1].fill_(float(number))
+    return vector
+
+
+def agree(what: str, told: Sequence[object]) -> None:
+    """Raise on every rank where they were told different things."""
+    if any(repr(other) != repr(told[0]) for other in told):
+        words = "; ".join(f"rank {rank} has {other}" for rank, other in enumerate(told))
+        raise LossInputError(f"the ranks disagree on {what}: {words}")
+
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 WANTS_U, WANTS_W, WANTS_ALPHA, WANTS_BETA = 1, 2, 4, 8
@@ -91,14 +145,14 @@ def check_inputs(
 ) -> LossInputs:
     """Return this rank's input with its defaults filled in; values are `global_sizes`'. Raises: LossInputError."""
     for name, x in (("U", U), ("W", W)):
-        need(isinstance(x, Tensor), f"{name} must be a tensor, got {type(x).__name__}")
-        need(x.ndim == 2, f"{name} must be [rows, D], got shape {list(x.shape)}")
-        need(x.dtype in DTYPES, f"{name} must be float64, float32 or bfloat16, got {x.dtype}")
-    need(U.shape[1] == W.shape[1], f"U has vectors of size {U.shape[1]}, W of size {W.shape[1]}")
-    need(U.dtype == W.dtype, f"U is {U.dtype}, W is {W.dtype}; they must be the same")
+        require(isinstance(x, Tensor), f"{name} must be a tensor, got {type(x).__name__}")
+        require(x.ndim == 2, f"{name} must be [rows, D], got shape {list(x.shape)}")
+        require(x.dtype in DTYPES, f"{name} must be float64, float32 or bfloat16, got {x.dtype}")
+    require(U.shape[1] == W.shape[1], f"U has vectors of size {U.shape[1]}, W of size {W.shape[1]}")
+    require(U.dtype == W.dtype, f"U is {U.dtype}, W is {W.dtype}; they must be the same")
     m, n = U.shape[0], W.shape[0]
     if positive is None:
-        need(n >= m, f"without `positive` W needs a column for each of the {m} queries, got {n}")
+        require(n >= m, f"without `positive` W needs a column for each of the {m} queries, got {n}")
         positive = torch.arange(m, device=U.device)
     if weight is None:
         weight = torch.ones(m, dtype=torch.float64, device=U.device)
@@ -108,17 +162,19 @@ def check_inputs(
     _check_rows({"doc_ids": doc_ids}, n, torch.int64)
     _check_rows({"weight": weight}, m, None)
     _check_rows({"beta": beta, "neg_bias": neg_bias}, n, None)
-    need(m == 0 or n > 0, f"U has {m} queries, W no columns for their documents")
-    need(not weight.requires_grad, "weight is a constant of the data: it gets no gradient")
-    need(neg_bias is None or not neg_bias.requires_grad, "neg_bias is a constant of the sampling: it gets no gradient")
+    require(m == 0 or n > 0, f"U has {m} queries, W no columns for their documents")
+    require(not weight.requires_grad, "weight is a constant of the data: it gets no gradient")
+    require(
+        neg_bias is None or not neg_bias.requires_grad, "neg_bias is a constant of the sampling: it gets no gradient"
+    )
     if known is not None:
-        need(isinstance(known, Tensor), f"known must be a tensor, got {type(known).__name__}")
-        need(doc_ids is not None, "known pairs need query_ids, or the queries' rows in their place, and doc_ids")
-        need(known.dtype == torch.int64, f"known must be int64, got {known.dtype}")
-        need(known.ndim == 2 and known.shape[1] == 2, f"known must be [pairs, 2], got {list(known.shape)}")
-    need(isinstance(alpha, Tensor | float | int), f"alpha must be one float, got {type(alpha).__name__}")
+        require(isinstance(known, Tensor), f"known must be a tensor, got {type(known).__name__}")
+        require(doc_ids is not None, "known pairs need query_ids, or the queries' rows in their place, and doc_ids")
+        require(known.dtype == torch.int64, f"known must be int64, got {known.dtype}")
+        require(known.ndim == 2 and known.shape[1] == 2, f"known must be [pairs, 2], got {list(known.shape)}")
+    require(isinstance(alpha, Tensor | float | int), f"alpha must be one float, got {type(alpha).__name__}")
     alpha = alpha if isinstance(alpha, Tensor) else torch.tensor([float(alpha)], dtype=torch.float64)
-    need(alpha.numel() == 1 and alpha.is_floating_point(), f"alpha must be one float, got shape {list(alpha.shape)}")
+    require(alpha.numel() == 1 and alpha.is_floating_point(), f"alpha must be one float, got shape {list(alpha.shape)}")
     wants = 0
     if torch.is_grad_enabled():
         for bit, leaf in ((WANTS_U, U), (WANTS_W, W), (WANTS_ALPHA, alpha), (WANTS_BETA, beta)):
@@ -263,7 +319,7 @@ def _check_rows(tensors: Mapping[str, Tensor | None], rows: int, dtype: torch.dt
     """Check those that are there: one entry a row; dtype None is any floating one."""
     for name, x in tensors.items():
         if x is not None:
-            need(isinstance(x, Tensor), f"{name} must be a tensor, got {type(x).__name__}")
+            require(isinstance(x, Tensor), f"{name} must be a tensor, got {type(x).__name__}")
             fits = x.is_floating_point() if dtype is None else x.dtype == dtype
-            need(fits, f"{name} must be {'floating point' if dtype is None else 'int64'}, got {x.dtype}")
-            need(list(x.shape) == [rows], f"{name} must be [{rows}], got {list(x.shape)}")
+            require(fits, f"{name} must be {'floating point' if dtype is None else 'int64'}, got {x.dtype}")
+            require(list(x.shape) == [rows], f"{name} must be [{rows}], got {list(x.shape)}")

@@ -19,7 +19,7 @@ from torch import Tensor
 from bigdssm import distributed
 from bigdssm.distributed import Group
 from bigdssm.losses.inputs import GlobalSizes, LossInputs
-from bigdssm.losses.passes import Gradients
+from bigdssm.losses.kernels import Gradients
 
 
 @dataclass(frozen=True)

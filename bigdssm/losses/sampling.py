@@ -20,8 +20,7 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.distributed import Group
-from bigdssm.losses.exchange import LossInputError
-from bigdssm.losses.inputs import add_biases
+from bigdssm.losses.inputs import LossInputError, add_biases
 
 Sampling = Literal["none", "classic", "corrected"]
 SAMPLINGS = ("none", "classic", "corrected")

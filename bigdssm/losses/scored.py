@@ -14,8 +14,8 @@ from torch import Tensor
 
 from bigdssm.distributed import Group
 from bigdssm.losses.distillation import check_teacher
-from bigdssm.losses.exchange import LossInputError, exchange, need
-from bigdssm.losses.extras import global_mean
+from bigdssm.losses.engine import global_mean
+from bigdssm.losses.inputs import LossInputError, exchange, require
 from bigdssm.losses.masks import count_known, find_known_positives, gather_pairs, own_pairs
 from bigdssm.losses.output import LocalStats, LossOutput, reduce_output
 from bigdssm.losses.terms import TERMS, Term, find_term, weighted
@@ -88,19 +88,19 @@ def _check(
     teacher: Tensor | None,
 ) -> None:
     """Raise LossInputError on what is wrong with this rank's input."""
-    need(isinstance(term, Term), f"the loss must be one of {', '.join(TERMS)}, got {term!r}")
+    require(isinstance(term, Term), f"the loss must be one of {', '.join(TERMS)}, got {term!r}")
     fits = scores.ndim == 2 and scores.shape[1] >= 2 and scores.is_floating_point()
-    need(fits, f"scores must be floating point [m, 1 + k], got {scores.dtype} {list(scores.shape)}")
+    require(fits, f"scores must be floating point [m, 1 + k], got {scores.dtype} {list(scores.shape)}")
     m = scores.shape[0]
     if weight is not None:
-        need(list(weight.shape) == [m], f"weight must be [{m}], got {list(weight.shape)}")
+        require(list(weight.shape) == [m], f"weight must be [{m}], got {list(weight.shape)}")
     fits = (query_ids is None) == (doc_ids is None) and (known is None or query_ids is not None)
-    need(fits, "query_ids and doc_ids go together, and known needs both")
+    require(fits, "query_ids and doc_ids go together, and known needs both")
     for what, ids, shape in (("query_ids", query_ids, [m]), ("doc_ids", doc_ids, list(scores.shape))):
         fits = ids is None or (ids.dtype == torch.int64 and list(ids.shape) == shape)
-        need(fits, f"{what} must be int64 {shape}, got {_kind(ids)}")
+        require(fits, f"{what} must be int64 {shape}, got {_kind(ids)}")
     fits = known is None or (known.dtype == torch.int64 and known.ndim == 2 and known.shape[1] == 2)
-    need(fits, f"known must be int64 [pairs, 2], got {_kind(known)}")
+    require(fits, f"known must be int64 [pairs, 2], got {_kind(known)}")
     assert isinstance(term, Term)
     check_teacher(term, teacher, m, scores.shape[1] - 1)
 

@@ -34,8 +34,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bigdssm.loss_options import LOSSES, LossOptions
-from bigdssm.losses.passes import PairSums, RowSums, ScorePasses
+from bigdssm.config.losses import LOSSES, LossOptions
+from bigdssm.losses.kernels import PairSums, RowSums, ScorePasses
 
 TERMS: dict[str, type[Term]] = {}  # by name, of the losses over in-batch and listed negatives
 
@@ -64,7 +64,7 @@ class Scores:
 
     weight_m: Tensor  # float64, as are the scores
     positive_m: Tensor
-    listed_mk: Tensor  # −inf where there is none
+    candidate_mk: Tensor  # −inf where there is none
     used_mk: Tensor  # where there is one
     passes: ScorePasses | None  # over the columns that are negatives of every query
     direction: str
@@ -81,7 +81,7 @@ class Evaluated:
     value_m: Tensor
     positive_grad_m: Tensor
     beta_grad_m: Tensor
-    listed_grad_mk: Tensor
+    candidate_grad_mk: Tensor
     largest_m: Tensor  # the best negative's score
     lse_m: Tensor  # [m], or [2, m] of both directions
 
@@ -121,16 +121,16 @@ class Softmax(Term):
         if scores.direction != "q2d":
             return self._over_queries(scores, with_rows=scores.direction == "both")
         weight_m, positive_m = scores.weight_m, scores.positive_m
-        rows = RowSums(torch.logsumexp(scores.listed_mk, 1), _largest(scores.listed_mk))
+        rows = RowSums(torch.logsumexp(scores.candidate_mk, 1), _largest(scores.candidate_mk))
         if scores.passes is not None:
             found = scores.passes.rows(positive_m, weight_m, rows.log_sum)
             rows = RowSums(found.log_sum, torch.maximum(found.largest, rows.largest))
         lse_m = torch.logaddexp(rows.log_sum, positive_m)
         above_m = rows.log_sum - positive_m
         grad_m = -weighted(weight_m, torch.sigmoid(above_m))
-        listed_grad_mk = weighted(weight_m[:, None], (scores.listed_mk - lse_m[:, None]).exp())
+        candidate_grad_mk = weighted(weight_m[:, None], (scores.candidate_mk - lse_m[:, None]).exp())
         return Evaluated(
-            weighted(weight_m, softplus(above_m)), grad_m, grad_m, listed_grad_mk, rows.largest, lse_m
+            weighted(weight_m, softplus(above_m)), grad_m, grad_m, candidate_grad_mk, rows.largest, lse_m
         )  # fmt: skip
 
     def _over_queries(self, scores: Scores, with_rows: bool) -> Evaluated:
@@ -146,7 +146,7 @@ class Softmax(Term):
         column_grad_m = weighted(weight_m, column_share * torch.sigmoid(found.of_positive_m - positive_m))
         found.add(row_share * weight_m, lse_2m[1], column_grad_m)
         return Evaluated(
-            weighted(weight_m, value_m), -(row_grad_m + column_grad_m), -row_grad_m, scores.listed_mk,
+            weighted(weight_m, value_m), -(row_grad_m + column_grad_m), -row_grad_m, scores.candidate_mk,
             found.rows.largest, lse_2m if with_rows else lse_2m[0],
         )  # fmt: skip
 
@@ -180,14 +180,14 @@ class PairTerm(Term):
         pairs = PairSums.zero(positive_m)
         if passes is not None:
             pairs = passes.pairs(self._value_and_slope, positive_m, scale_m)
-        value_mk, slope_mk = self._value_and_slope(scores.listed_mk.clone(), positive_m[:, None])
+        value_mk, slope_mk = self._value_and_slope(scores.candidate_mk.clone(), positive_m[:, None])
         value_m = weighted(scale_m, pairs.value + value_mk.sum(1))
         if self.relative:
             grad_m = -weighted(scale_m, pairs.slope + slope_mk.sum(1))
         else:
             value_m = value_m + weighted(weight_m, self.value(-positive_m))
             grad_m = -weighted(weight_m, self.slope(-positive_m))
-        largest_m = torch.maximum(pairs.largest, _largest(scores.listed_mk))
+        largest_m = torch.maximum(pairs.largest, _largest(scores.candidate_mk))
         best_m = torch.maximum(largest_m, positive_m)
         return Evaluated(value_m, grad_m, grad_m, weighted(scale_m[:, None], slope_mk), largest_m, best_m)
 

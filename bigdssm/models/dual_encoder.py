@@ -1,9 +1,4 @@
-"""The dual encoder: two towers and the scalars of the score S = alpha * <u, w> + beta.
-
-alpha is the logit scale, 1 / temperature; beta a bias of a document, learned.
-
-Shapes: m queries, n documents, D vector width.
-"""
+"""The dual encoder: two towers and the scalars of the score S = alpha * <u, w> + beta."""
 
 from __future__ import annotations
 
@@ -15,23 +10,113 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from bigdssm.config import ModelConfig, ScorerConfig
+from bigdssm.config import ModelConfig, ScorerConfig, TowerConfig
+from bigdssm.dataset.schema import Schema
+from bigdssm.errors import ConfigError
+from bigdssm.features import Feature
+from bigdssm.models.embedding_tables import INIT_STD, EmbeddingTables
 from bigdssm.models.encoders import (
     Encoder,
     Parts,
-    SideSize,
     TextEncoder,
+    build_encoder,
     load_pretrained,
     text_architectures,
     text_configs,
     text_keys,
 )
-from bigdssm.models.packed import PackedLists, Values
-from bigdssm.models.places import Places
-from bigdssm.models.scorer import PREFIX, SCORERS, Scorer
-from bigdssm.models.tables import EmbeddingTables
-from bigdssm.models.tower import Tower
-from bigdssm.schema import Schema
+from bigdssm.models.encoders.base import SideSize, linear_flops
+from bigdssm.models.packed import PackedLists, QueryPositions, Values
+from bigdssm.models.scorers import PREFIX, SCORERS, Scorer
+
+
+def query_head(U: Tensor) -> Tensor:
+    """Return a query's part of the score, [u, 1]: float32 [m, D+1]."""
+    U = U.float()
+    return torch.cat([U, torch.ones_like(U[:, :1])], dim=1)
+
+
+def document_head(W: Tensor, alpha: Tensor | float, beta: Tensor | None) -> Tensor:
+    """Return a document's part of the score, [alpha * w, beta], beta 0 where there is none: float32 [n, D+1]."""
+    W = W.float()
+    beta_n1 = torch.zeros_like(W[:, :1]) if beta is None else beta.float().unsqueeze(1)
+    return torch.cat([alpha * W, beta_n1], dim=1)
+
+
+class _ByFeature(nn.ModuleDict):
+    """Modules by feature, which may be called `type` or `items` as methods of a module are."""
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        self._modules[key] = module
+
+
+class Tower(nn.Module):
+    """One side of the dual encoder."""
+
+    def __init__(self, features: Mapping[str, Feature], parts: Parts, dim: int) -> None:
+        super().__init__()
+        self.residual = parts.config.residual
+        encoders = {name: build_encoder(feature, parts) for name, feature in features.items()}
+        self.encoders = _ByFeature({name: e for name, e in encoders.items() if not e.is_pretrained_part})
+        self._models_own = (
+            {name: e for name, e in encoders.items() if e.is_pretrained_part},
+        )  # not modules of the tower
+        widths = {name: encoder.dim for name, encoder in self._all().items()}
+        self._check_residual(parts.side, widths, dim)
+        width = sum(width for name, width in widths.items() if name != self.residual)
+        self.mlp = _mlp(width, parts.config, dim) if width else None
+
+    def forward(self, features: Mapping[str, Values], places: QueryPositions | None = None) -> Tensor:
+        """Return [R, D] for one side's features of R rows, or [m, D] for queries at `places` of them."""
+        parts = {
+            name: encoder(features[name]) if places is None else encoder.at(features[name], places)
+            for name, encoder in self._all().items()
+        }
+        residual = parts.pop(self.residual) if self.residual else None
+        if self.mlp is None:
+            assert residual is not None
+            return residual
+        output: Tensor = self.mlp(torch.cat(list(parts.values()), dim=1))
+        return output if residual is None else output + residual
+
+    def packs(self, training: bool) -> frozenset[str]:
+        """Return the features whose lists may come packed."""
+        return frozenset(name for name, encoder in self._all().items() if encoder.packs(training))
+
+    def flops(self, size: SideSize) -> float:
+        """Return the operations of a forward's matrix products over a side of a batch, padding left out."""
+        own = 0.0 if self.mlp is None else size.vectors * linear_flops(self.mlp)
+        return own + sum(encoder.flops(name, size) for name, encoder in self._all().items())
+
+    def _all(self) -> dict[str, Encoder]:
+        """Return the encoders by feature, the model's own last: the order in which their vectors stand."""
+        return {**self.encoders, **self._models_own[0]}  # type: ignore[dict-item]
+
+    def _check_residual(self, side: str, widths: dict[str, int], dim: int) -> None:
+        if self.residual is None:
+            return
+        if self.residual not in widths:
+            raise ConfigError(
+                f"model.{side}.residual={self.residual} is no {side} feature, needs one of {list(widths)}"
+            )
+        if widths[self.residual] != dim:
+            raise ConfigError(
+                f"model.{side}.residual={self.residual} has width {widths[self.residual]}, but model.dim={dim}; "
+                f"set both to the same (embedding_dim of model.doc for categorical features and histories)"
+            )
+
+
+def _mlp(width: int, config: TowerConfig, dim: int) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Dropout(config.dropout)]
+    for hidden in config.mlp:
+        layers += [nn.Linear(width, hidden), nn.GELU(), nn.Dropout(config.dropout)]
+        width = hidden
+    head = nn.Linear(width, dim)
+    if config.residual:  # starts as a small addition to what the residual says
+        nn.init.normal_(head.weight, std=INIT_STD)
+        nn.init.zeros_(head.bias)
+    return nn.Sequential(*layers, head)
+
 
 ALPHA_MAX = 100.0
 
@@ -97,7 +182,7 @@ class DualEncoder(nn.Module):
         query: Mapping[str, Values] | None = None,
         doc: Mapping[str, Values] | None = None,
         listed: Tensor | None = None,
-        places: Places | None = None,
+        places: QueryPositions | None = None,
         paired: bool = False,
     ) -> Encoded:
         """Encode queries, documents, or both; alpha always comes along (ZeRO-3 hides it outside the forward).

@@ -1,8 +1,4 @@
-"""Lists of rows laid end to end, without what pads them, and attention within each row.
-
-Shapes: R rows, T columns of a padded list, P cells that hold something, h heads, W width of a head, A places that ask,
-B places that are asked, of all rows.
-"""
+"""Rows of different lengths end to end, without padding: packing, attention within rows, query positions."""
 
 from __future__ import annotations
 
@@ -13,17 +9,25 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+
+class QueryPositions(NamedTuple):
+    """Queries by their places, in any order; a row may have none. A tuple: ZeRO-3 looks for tensors in tuples only."""
+
+    row: Tensor  # int64 [m]: the query's row among the batch's R
+    seen: Tensor  # int64 [m]: how many of the row's history items lie before the query, 0 for none
+
+
 FLASH_WIDTHS = range(8, 257, 8)  # of a head, that the kernel takes
 
 
-class Spans(NamedTuple):
+class SequenceBounds(NamedTuple):
     """Where each row begins and ends."""
 
     offsets: Tensor  # int32 [R + 1]: row i is [offsets[i], offsets[i + 1])
     longest: int  # on the host, which is never asked to wait for it
 
 
-class Group(NamedTuple):
+class RowGroup(NamedTuple):
     """Rows of like length: those that are attended over at once where no kernel attends within packed rows."""
 
     rows: int
@@ -36,8 +40,8 @@ class Packed(NamedTuple):
     values: Tensor  # int64 [P]
     row: Tensor  # int64 [P]: of each value
     place: Tensor  # int64 [P]: its column in the padded list
-    spans: Spans
-    groups: tuple[Group, ...]  # of its rows, the longest ones first
+    spans: SequenceBounds
+    groups: tuple[RowGroup, ...]  # of its rows, the longest ones first
 
     @property
     def num_rows(self) -> int:
@@ -59,9 +63,9 @@ class Packed(NamedTuple):
         full = len(self.values) == self.num_rows * self.spans.longest
         return self.values.view(self.num_rows, -1) if full else self
 
-    def part(self, rows: slice, cells: slice, groups: tuple[Group, ...]) -> Packed:
+    def part(self, rows: slice, cells: slice, groups: tuple[RowGroup, ...]) -> Packed:
         """Return the rows [start, stop), whose values are the cells [start, stop)."""
-        spans = Spans(self.spans.offsets[rows.start : rows.stop + 1] - cells.start, groups[0].longest)
+        spans = SequenceBounds(self.spans.offsets[rows.start : rows.stop + 1] - cells.start, groups[0].longest)
         return Packed(self.values[cells], self.row[cells] - rows.start, self.place[cells], spans, groups)
 
 
@@ -80,7 +84,14 @@ class Attention(Protocol):
     """softmax(q kᵀ · scale) v within each row; causal: the i-th of a row's places sees its first i + 1."""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, at: Spans, over: Spans, scale: float, causal: bool = False
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        at: SequenceBounds,
+        over: SequenceBounds,
+        scale: float,
+        causal: bool = False,
     ) -> Tensor:
         """Return [A, h, W] for q [A, h, W] and k, v [B, h, W], whose rows lie at `at` and `over`."""
 
@@ -95,12 +106,12 @@ def pack(list_RT: Tensor, fill: int, num_filled: int, longest: int) -> Packed:
     cell = torch.arange(list_RT.numel(), device=list_RT.device)
     taken = cell.new_zeros(num_filled + 1).scatter_(0, goes_to, cell)[:num_filled]
     width = list_RT.shape[1]
-    spans, groups = Spans(offsets, longest), (Group(list_RT.shape[0], longest),)
+    spans, groups = SequenceBounds(offsets, longest), (RowGroup(list_RT.shape[0], longest),)
     return Packed(list_RT.flatten()[taken], taken // width, taken % width, spans, groups)
 
 
 def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, at: Spans, over: Spans, scale: float, causal: bool = False
+    q: Tensor, k: Tensor, v: Tensor, at: SequenceBounds, over: SequenceBounds, scale: float, causal: bool = False
 ) -> Tensor:
     """Attend by FlashAttention's kernel for rows of different lengths: on CUDA, in half precision, without dropout."""
     window = (-1, 0) if causal else (-1, -1)

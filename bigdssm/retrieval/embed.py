@@ -16,19 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bigdssm import precision
-from bigdssm.batching.chunks import Chunked
-from bigdssm.batching.collate import Collator
-from bigdssm.batching.lengths import lengths_of
-from bigdssm.batching.plan import NOTHING_PACKED, agreed, plan_side
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.tensors import Features, PadIds, pad_ids, to_features
 from bigdssm.features import Feature, ragged
 from bigdssm.features.ragged import Column
-from bigdssm.models import DualEncoder, Encoded, Values
-from bigdssm.models.score import document_head, query_head
-from bigdssm.progress import Progress, no_progress
+from bigdssm.loader.batch import lengths_of
+from bigdssm.loader.chunks import Chunked
+from bigdssm.loader.collate import Collator
+from bigdssm.loader.step_plan import NOTHING_PACKED, agreed_plan, plan_side
+from bigdssm.models import DualEncoder, Encoded, Values, precision
+from bigdssm.models.dual_encoder import document_head, query_head
+from bigdssm.utils.log import Progress, no_progress
 
 # Encoded at once: what a CPU's caches hold (twice as fast there as all rows together), or what keeps a GPU busy.
 CHUNK_TOKENS_CPU, CHUNK_TOKENS_GPU = 4096, 65536
@@ -44,7 +43,7 @@ class Encoders:
 
 
 @dataclass(frozen=True)
-class Documents:
+class DocumentVectors:
     """Index vectors [n, D+1] of the catalogue rows `first` to `first` + n − 1: a rank's share, or all of them."""
 
     vectors: Tensor  # float32
@@ -159,7 +158,7 @@ def all_finite(vectors: Tensor) -> bool:
     return not vectors.numel() or all(bool(edge.isfinite()) for edge in vectors.aminmax())
 
 
-def encode_catalogue(encoders: Encoders, num_docs: int, share: Share | None = None) -> Documents:
+def encode_catalogue(encoders: Encoders, num_docs: int, share: Share | None = None) -> DocumentVectors:
     """Return the index vectors of this rank's share of the catalogue, which no other rank holds. A collective."""
     share = share or Share()
     begin, end = share.of(num_docs)
@@ -174,7 +173,7 @@ def encode_catalogue(encoders: Encoders, num_docs: int, share: Share | None = No
         vectors[first - begin : first - begin + len(rows)] = made[: len(rows)]
         share.progress("documents encoded", min(first + share.rows_per_chunk, end) - begin, end - begin)
     assert vectors is not None, "the catalogue is empty"
-    return Documents(vectors, begin)
+    return DocumentVectors(vectors, begin)
 
 
 def encode_queries(
@@ -220,7 +219,7 @@ def in_chunks(
     The features are the host's: the chunks are planned there. `packed` are the lists that come so.
     """
     chunk_tokens = CHUNK_TOKENS_CPU if torch.device(device).type == "cpu" else CHUNK_TOKENS_GPU
-    plan = agreed(plan_side(lengths_of(features, pads), num_rows, chunk_tokens, packed=packed))
+    plan = agreed_plan(plan_side(lengths_of(features, pads), num_rows, chunk_tokens, packed=packed))
     side = Chunked(to_device(features, device), plan)
     return side.assemble([encode(side.features(chunk)) for chunk in plan.chunks])
 

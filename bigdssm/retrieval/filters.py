@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from bigdssm.dataset.catalogue import Catalogue
+from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features.base import filterable
+from bigdssm.retrieval.index_types import AllowedDocuments
 from bigdssm.retrieval.request import SHOWN_CHARACTERS, check_encoded
-from bigdssm.retrieval.scan import Allowed
-from bigdssm.schema import Schema
 
 MOST_CONDITIONS = 64  # each looks at every document; a filter of the server's 10,000 characters holds a thousand
 KEPT = 32  # filters whose documents are remembered, a byte and a bit for each
@@ -68,7 +68,7 @@ class Filters:
                 found[name] = {"type": feature.type, **offered}
         return found
 
-    def _allowed(self, text: str) -> Allowed:
+    def _allowed(self, text: str) -> AllowedDocuments:
         """Return the documents that the filter `text` lets through. Raises ConfigError: no such feature or value."""
         every = np.arange(self._catalogue.num_docs)
         passed = np.ones(len(every), bool)
@@ -84,7 +84,7 @@ class Filters:
             column = self._catalogue.column(name, every)
             for condition in conditions:
                 passed &= feature.matches(column, condition.operator, condition.values)
-        return Allowed(passed)
+        return AllowedDocuments(passed)
 
 
 def _by_feature(conditions: Iterable[Condition]) -> dict[str, list[Condition]]:

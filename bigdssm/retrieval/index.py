@@ -1,6 +1,6 @@
 """KNN indexes of document vectors; each names the model whose vectors it holds and refuses another's queries.
 
-INDEX/    index.faiss, documents.arrow (doc_key, display), meta.json (checksums of all and of itself), and vectors.npy,
+INDEX/    index.faiss, documents.arrow (doc_key, doc_title), meta.json (checksums of all files), and vectors.npy,
           which scores the candidates again, of an index whose own vectors are cut or coded
 
 Processes on a machine share the pages of all files.
@@ -20,18 +20,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigdssm.arguments import checked, shown
-from bigdssm.artifacts.checkpoint import check_file
-from bigdssm.atomic import new_folder, real_place
+from bigdssm.checkpoints.checkpoint import check_file
 from bigdssm.cli import check_width
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.features.ragged import Ragged
-from bigdssm.retrieval.coding import CodedVectors
-from bigdssm.retrieval.kinds import IndexType, faiss_index
+from bigdssm.retrieval.index_types import AllowedDocuments, IndexType, faiss_index, scan
 from bigdssm.retrieval.model import Model
 from bigdssm.retrieval.request import check_encoded
-from bigdssm.retrieval.scan import Allowed, scan
 from bigdssm.retrieval.vectors import (
     CONTENTS_FILE,
     DOCUMENTS_FILE,
@@ -39,6 +35,7 @@ from bigdssm.retrieval.vectors import (
     META_FILE,
     VECTORS,
     VECTORS_FILE,
+    CodedVectors,
     VectorsMeta,
     check_free,
     cut_like,
@@ -46,17 +43,19 @@ from bigdssm.retrieval.vectors import (
     read_meta,
     write_meta,
 )
+from bigdssm.utils.arguments import checked, shown
+from bigdssm.utils.atomic import new_folder, real_place
 
 SIMILAR_CANDIDATES = 20
 NO_ROWS = np.zeros(0, np.int64)
 
 
-class Document(NamedTuple):
+class FoundDocument(NamedTuple):
     """A document that was found."""
 
     score: float
     key: str
-    display: str
+    title: str
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,13 @@ class Index:
     index: faiss.Index
     meta: VectorsMeta
     keys: pa.ChunkedArray  # string [N]
-    display: pa.ChunkedArray
+    title: pa.ChunkedArray
     vectors: CodedVectors | None = None  # where candidates are scored again
 
     @checked
-    def search(self, vectors: Any, top: int, exclude: Sequence[Sequence[str]] | None = None) -> list[list[Document]]:
+    def search(
+        self, vectors: Any, top: int, exclude: Sequence[Sequence[str]] | None = None
+    ) -> list[list[FoundDocument]]:
         """Return the `top` best documents of each query, best first.
 
         vectors [m, D+1] are `Model.encode_queries`' of the model that the index names; `exclude` holds each query's
@@ -103,11 +104,11 @@ class Index:
         scores, rows = self.nearest(vectors, top, self.meta.model_checksum, excluded or None)
         return [self.documents(*found) for found in zip(scores, rows, strict=True)]
 
-    def documents(self, scores: np.ndarray, rows: np.ndarray) -> list[Document]:
+    def documents(self, scores: np.ndarray, rows: np.ndarray) -> list[FoundDocument]:
         """Return what was found as documents: scores [n] and catalogue rows [n], -1 where there is none."""
         scores, rows = scores[rows >= 0], rows[rows >= 0]
-        keys, names = (column.take(pa.array(rows)).to_pylist() for column in (self.keys, self.display))
-        return [Document(*found) for found in zip(scores.tolist(), keys, names, strict=True)]
+        keys, names = (column.take(pa.array(rows)).to_pylist() for column in (self.keys, self.title))
+        return [FoundDocument(*found) for found in zip(scores.tolist(), keys, names, strict=True)]
 
     @cached_property
     def _row_of(self) -> dict[str, int]:
@@ -119,7 +120,7 @@ class Index:
         top: int,
         model_checksum: str,
         excluded: Sequence[np.ndarray] | None = None,
-        allowed: Allowed | None = None,
+        allowed: AllowedDocuments | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return (scores float32 [m, top], catalogue rows int64 [m, top]), best first; -inf and -1 behind the last.
 
@@ -185,7 +186,9 @@ class Index:
         found = [self.index.reconstruct(int(row)) for row in rows]
         return np.array(found, np.float32).reshape(len(found), self.meta.width)
 
-    def _found(self, queries: np.ndarray, wanted: int, allowed: Allowed | None) -> tuple[np.ndarray, np.ndarray]:
+    def _found(
+        self, queries: np.ndarray, wanted: int, allowed: AllowedDocuments | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return (scores, rows), both [m, wanted], best first; see `scan`."""
         searched = cut_like(queries, self.meta)
         if self.vectors is None:
@@ -284,7 +287,7 @@ def open_index(folder: str | Path, model: Model | None = None) -> Index:
     vectors = None
     if meta.rescored:
         vectors = load_vectors(folder, replace(meta, width=meta.whole or meta.width))
-    opened = Index(index, meta, documents["doc_key"], documents["display"], vectors)
+    opened = Index(index, meta, documents["doc_key"], documents["doc_title"], vectors)
     if model is not None:
         opened.check_model(model.checksum)
     return opened

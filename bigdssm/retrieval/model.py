@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from bigdssm.arguments import checked
-from bigdssm.artifacts.hub import fetch_from_hub
-from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder
+from bigdssm.checkpoints.hub import fetch_from_hub
+from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
 from bigdssm.features import Feature, TextTokenizer
-from bigdssm.features.given import given_columns
+from bigdssm.features.canonical import columns_of_values
 from bigdssm.retrieval.embed import document_vectors, in_pieces, query_vectors
+from bigdssm.utils.arguments import checked
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Model:
     def _encode(
         self, rows: Any, features: Mapping[str, Feature], encode: Callable[[nn.Module, Any], Tensor]
     ) -> np.ndarray:
-        columns, num_rows = given_columns(rows, features, self.folder.schema.doc, self._tokenizer)
+        columns, num_rows = columns_of_values(rows, features, self.folder.schema.doc, self._tokenizer)
         if num_rows == 0:
             return np.zeros((0, self.folder.config.model.dim + 1), np.float32)
         vectors: np.ndarray = in_pieces(

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from bigdssm import distributed
-from bigdssm.artifacts.model_folder import ModelFolder
-from bigdssm.batching.pairs import apart, together
+from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.schema import Schema
 from bigdssm.dataset.tensors import pad_ids, to_features
 from bigdssm.errors import CheckpointError
 from bigdssm.features import Feature, ragged
 from bigdssm.features.ragged import Column
+from bigdssm.loader.chunks import join_sides, split_sides
 from bigdssm.models import CrossEncoder, DualEncoder, MlpScorer, Scorer, Values
 from bigdssm.retrieval.embed import document_vectors, encode, in_chunks, query_vectors
-from bigdssm.schema import Schema
 
 PAIRS_AT_ONCE, VECTORS_AT_ONCE = 8192, 16_384  # made tensors of at once; vectors of pairs scored at once
 
@@ -82,20 +82,20 @@ class PairScorer:
         read = {
             side: {name: self.schema.sides[side][name] for name in names} for side, names in self.scorer.texts.items()
         }
-        declared: dict[str, Feature] = together(read["query"], read["doc"])
+        declared: dict[str, Feature] = join_sides(read["query"], read["doc"])
         pads, parts = pad_ids(declared, self.pad_token_id), [torch.zeros(0)]
         pieces = int(distributed.all_reduce(torch.tensor(-(-len(row) // PAIRS_AT_ONCE)), "max"))
         for first in range(0, pieces * PAIRS_AT_ONCE, PAIRS_AT_ONCE):
             some = slice(first, first + PAIRS_AT_ONCE)
             of_docs = self.documents(docs[some])
             of_queries = {name: ragged.take(queries[name], row[some]) for name in read["query"]}
-            columns = together(of_queries, {name: of_docs[name] for name in read["doc"]})
+            columns = join_sides(of_queries, {name: of_docs[name] for name in read["doc"]})
             features = to_features(declared, columns, self.pad_token_id)
             parts.append(in_chunks(features, pads, len(row[some]), self._read, self.device).cpu())
         return torch.cat(parts)
 
     def _read(self, pairs: Mapping[str, Values]) -> Tensor:
-        scores = encode(self.model, **apart(pairs), paired=True).scores
+        scores = encode(self.model, **split_sides(pairs), paired=True).scores
         assert scores is not None
         return scores.float()
 

@@ -19,7 +19,7 @@ SHOWN_CHARACTERS = 80
 class Event:
     """Something that the asking user did."""
 
-    item: str  # a document, by its key or its display name
+    item: str  # a document, by its key or its title
     time: float | None = None  # in the unit of `Request.now`; without times events are given oldest first
     action: str | None = None  # what was done; histories know items alone, so no model reads it yet
 
@@ -45,7 +45,7 @@ class Request:
     events: list[Event] | None = None  # what a history is made of; an empty list is a user without any
     now: float | None = None  # events after it are not known yet
     filter: str | None = None  # see filters.py
-    exclude_seen: bool | None = None  # whether documents of events may come back; none: as data.repeats says
+    exclude_seen: bool | None = None  # whether documents of events may come back; none: as data.exclude_seen says
     top: int = 10
     document: str | None = None  # the key of the document that the query is, where queries are documents
 

@@ -13,16 +13,16 @@ import numpy as np
 
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.mapped import MappedTable
+from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Column, Ragged, TextTokenizer, encode_values, histories_of, item_codes, stored
+from bigdssm.features.canonical import columns_of_values
 from bigdssm.features.columns import check_one_unit
-from bigdssm.features.given import given_columns
 from bigdssm.features.ragged import gather_ranges
-from bigdssm.hashing import hash64
 from bigdssm.retrieval.filters import Filters
+from bigdssm.retrieval.index_types import AllowedDocuments
 from bigdssm.retrieval.request import Event, Request, check_encoded
-from bigdssm.retrieval.scan import Allowed
-from bigdssm.schema import Schema
+from bigdssm.utils.hashing import hash64
 
 NUM_SUGGESTIONS = 3
 # A name that nobody knows is compared with so many titles, as far as so many characters: at worst about a second.
@@ -39,7 +39,7 @@ class Query:
     seen: np.ndarray  # int64: the catalogue rows of its events, oldest first
     unknown: tuple[str, ...]  # the items of events that are no documents
     left_out: np.ndarray  # int64: catalogue rows that are no answer
-    allowed: Allowed | None  # the documents that the filter lets through; none: all
+    allowed: AllowedDocuments | None  # the documents that the filter lets through; none: all
 
 
 class Queries:
@@ -114,7 +114,7 @@ class Queries:
         if isinstance(value, str):
             return encode_values(known[name], [known[name].typed(value)], self._tokenizer)
         try:
-            given, _ = given_columns([{name: value}], {name: known[name]}, self._schema.doc, self._tokenizer)
+            given, _ = columns_of_values([{name: value}], {name: known[name]}, self._schema.doc, self._tokenizer)
         except DataError as error:
             raise ConfigError(str(error).removeprefix("row 0: ")) from None
         return given[name]
@@ -137,11 +137,11 @@ class Queries:
             return NOTHING, ()
         if self.names is None:
             raise ConfigError("queries of this model have no history that events could stand in")
-        items = [event.item for event in known_by(events, now)]
+        items = [event.item for event in item_lookup(events, now)]
         rows = self.names.rows(items)
         return rows[rows >= 0], tuple(item for item, row in zip(items, rows.tolist(), strict=True) if row < 0)
 
-    def _filter(self, text: str) -> Allowed:
+    def _filter(self, text: str) -> AllowedDocuments:
         if self._filters is None:
             raise ConfigError("a filter looks at the documents' features; give the dataset with --data")
         return self._filters.allowed(text)
@@ -163,7 +163,7 @@ def _check_given(request: Request) -> None:
         raise ConfigError("the query is empty; give features, events or a user")
 
 
-def known_by(events: Sequence[Event], now: float | None) -> list[Event]:
+def item_lookup(events: Sequence[Event], now: float | None) -> list[Event]:
     """Return the events up to now, oldest first; those of one time as given.
 
     Raises ConfigError: some have times and others none, there is a `now` to compare none with, or several units.
@@ -218,18 +218,18 @@ def histories(dataset: Dataset, seen: Ragged) -> dict[str, Column]:
 
 
 class DocumentNames:
-    """Finds documents by key or display name, whatever the case."""
+    """Finds documents by key or title, whatever the case."""
 
-    def __init__(self, keys: Sequence[str], display: Sequence[str]) -> None:
-        self._display = display
+    def __init__(self, keys: Sequence[str], title: Sequence[str]) -> None:
+        self._title = title
         self._by_key = {key: row for row, key in enumerate(keys)}
-        self._by_name = {_folded(name): row for row, name in reversed(list(enumerate(display)))}
+        self._by_name = {_folded(name): row for row, name in reversed(list(enumerate(title)))}
 
     @classmethod
     def of(cls, dataset: Dataset) -> DocumentNames:
         """Return the names of a dataset's catalogue."""
         rows = np.arange(dataset.catalogue.num_docs)
-        return cls(dataset.catalogue.keys(rows), dataset.catalogue.display(rows))
+        return cls(dataset.catalogue.keys(rows), dataset.catalogue.title(rows))
 
     def rows(self, names: Sequence[str]) -> np.ndarray:
         """Return int64 catalogue rows, -1 for a name that no document has."""
@@ -237,8 +237,8 @@ class DocumentNames:
         return np.array(found, np.int64)
 
     def nearest(self, name: str) -> list[str]:
-        """Return the display names of some documents whose names hold this one, else resemble it."""
-        return [self._display[self._by_name[title]] for title in _nearest(name, self._by_name)]
+        """Return the titles of some documents whose names hold this one, else resemble it."""
+        return [self._title[self._by_name[title]] for title in _nearest(name, self._by_name)]
 
 
 def _folded(name: str) -> str:

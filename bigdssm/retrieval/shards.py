@@ -18,17 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from bigdssm.atomic import aside_of, put_file, replace_folder
+from bigdssm.cluster.launcher import launched_as
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.progress import Progress, no_progress
-from bigdssm.running.launcher import launched_as
+from bigdssm.utils.atomic import aside_of, put_file, replace_folder
+from bigdssm.utils.log import Progress, no_progress
 
 JOB_FILE, LOCK_FILE, RANKS_FILE, DONE_DIR = "job.json", "lock", "ranks", "done"
 ROWS_PER_SHARD = 4096
 
 
 @dataclass(frozen=True)
-class Work:
+class ShardWork:
     """Which of the ranks this is, and how much is done between two records of it."""
 
     rank: int = 0
@@ -41,7 +41,7 @@ class Work:
             raise ConfigError(f"--rows-per-shard {self.rows_per_shard}: needs at least 1")
 
     @classmethod
-    def of_launcher(cls, rows_per_shard: int, progress: Progress) -> Work:
+    def of_launcher(cls, rows_per_shard: int, progress: Progress) -> ShardWork:
         """Return the work of the process that torchrun or deepspeed started. Raises ConfigError: its ranks are none."""
         rank, world_size = launched_as()
         return cls(rank, world_size, rows_per_shard, progress)
@@ -51,7 +51,7 @@ class ShardedFolder:
     """A folder that is being filled with rows 0 … num_rows − 1."""
 
     def __init__(
-        self, folder: Path, job: Mapping[str, Any], num_rows: int, work: Work,
+        self, folder: Path, job: Mapping[str, Any], num_rows: int, work: ShardWork,
         prepare: Callable[[Path], None] = lambda aside: None,
     ) -> None:  # fmt: skip
         """Go on with the unfinished folder of exactly this `job`, or begin it anew, which `prepare` then gets empty.

@@ -1,7 +1,7 @@
 """The vectors of a folder as the files that other engines read, each compared with the model after it was written.
 
 vectors.fvecs     per document an int32 width and float32 values: FAISS, hnswlib, ann-benchmarks; of float32 alone
-vectors.parquet   doc_key, display, vector (list of float32 or float16, or a code of int8 or uint8 with its scale and
+vectors.parquet   doc_key, doc_title, vector (list of float32 or float16, or a code of int8 or uint8 with its scale and
                   beta, see coding.py): Qdrant, Vespa, Elasticsearch, DuckDB, pandas
 """
 
@@ -15,19 +15,22 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from bigdssm.atomic import new_file
 from bigdssm.errors import CheckpointError, ConfigError
-from bigdssm.retrieval.coding import CodedVectors, Dtype, decoded, layout
 from bigdssm.retrieval.embed import Encoders
 from bigdssm.retrieval.vectors import (
     DOCUMENTS_FILE,
     META_FILE,
     ROWS_AT_ONCE,
     VECTORS_FILE,
+    CodedVectors,
+    Dtype,
     VectorsMeta,
+    decoded,
+    layout,
     load_vectors,
     read_meta,
 )
+from bigdssm.utils.atomic import new_file
 
 FileFormat = Literal["npy", "fvecs", "parquet"]
 CARD_FILE = "README.md"
@@ -109,7 +112,7 @@ whatever the model's score, and append 1 to what the query tower gives. The inne
 |---|---|---|
 {files}
 
-Row i of every file is row i of `{DOCUMENTS_FILE}` (Arrow: doc_key, display). `{META_FILE}` names model and dataset.
+Row i of every file is row i of `{DOCUMENTS_FILE}` (Arrow: doc_key, doc_title). `{META_FILE}` names model and dataset.
 """
 
 
@@ -126,14 +129,14 @@ def _write_parquet(folder: Path, vectors: CodedVectors, path: Path) -> None:
     beside = [] if vectors.rows.dtype.fields is None else [pa.field(name, pa.float32()) for name in ("scale", "beta")]
     numbers = _numbers(vectors.rows[:0])
     listed = pa.list_(pa.from_numpy_dtype(numbers.dtype), numbers.shape[1])
-    schema = pa.schema([("doc_key", pa.string()), ("display", pa.string()), ("vector", listed), *beside])
+    schema = pa.schema([("doc_key", pa.string()), ("doc_title", pa.string()), ("vector", listed), *beside])
     with pa.OSFile(str(folder / DOCUMENTS_FILE)) as file:
         documents = pa.ipc.open_file(file).read_all()
     with parquet.ParquetWriter(path, schema) as writer:
         for first in range(0, len(vectors), ROWS_AT_ONCE):
             rows, some = vectors.rows[first : first + ROWS_AT_ONCE], documents.slice(first, ROWS_AT_ONCE)
             flat = pa.array(np.ascontiguousarray(_numbers(rows)).reshape(-1))
-            columns = [some["doc_key"], some["display"], pa.FixedSizeListArray.from_arrays(flat, numbers.shape[1])]
+            columns = [some["doc_key"], some["doc_title"], pa.FixedSizeListArray.from_arrays(flat, numbers.shape[1])]
             columns += [pa.array(np.ascontiguousarray(rows[field.name])) for field in beside]
             writer.write_table(pa.table(columns, schema=schema))
 
@@ -169,7 +172,7 @@ _WRITERS: dict[str, Callable[[Path, CodedVectors, Path], None]] = {"fvecs": _wri
 _CONTENTS: dict[FileFormat, str] = {
     "npy": f'{{dtype}}, for numpy (`numpy.load("{VECTORS_FILE}", mmap_mode="r")`)',
     "fvecs": "per document an int32 width and float32 values",
-    "parquet": "doc_key, display, vector (fixed-size list of {dtype})",
+    "parquet": "doc_key, doc_title, vector (fixed-size list of {dtype})",
 }
 _HOW_CODED: dict[Dtype, str] = {
     "int8": """

@@ -1,6 +1,6 @@
 """Folders of document vectors, which name their model: encoded in shards by any number of ranks, going on where killed.
 
-VECTORS/   vectors.npy (see coding.py, by default float32 [N, D+1]), documents.arrow (doc_key, display), contents.npy
+VECTORS/   vectors.npy (see coding.py, by default float32 [N, D+1]), documents.arrow (doc_key, doc_title), contents.npy
            (DOCUMENT [N]), meta.json (checksums of all of them and of itself)
 .VECTORS.unfinished/   the same while it grows, see shards.py
 """
@@ -8,8 +8,10 @@ VECTORS/   vectors.npy (see coding.py, by default float32 [N, D+1]), documents.a
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -17,18 +19,17 @@ import torch
 import xxhash
 from numpy.lib.format import open_memmap
 
-from bigdssm.array_file import new_array
-from bigdssm.artifacts.checkpoint import check_file
-from bigdssm.atomic import real_place, write_json
+from bigdssm.checkpoints.checkpoint import check_file
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.features.ragged import Column, Ragged
-from bigdssm.hashing import file_checksum, json_checksum
-from bigdssm.retrieval.coding import CodedVectors, Dtype, coded, layout
 from bigdssm.retrieval.embed import Encoders, cut_vectors
-from bigdssm.retrieval.shards import ShardedFolder, Work
+from bigdssm.retrieval.shards import ShardedFolder, ShardWork
+from bigdssm.utils.array_file import new_array
+from bigdssm.utils.atomic import real_place, write_json
+from bigdssm.utils.hashing import file_checksum, json_checksum
 
-FORMAT = 4  # 2 had no checksums, and its model_checksum was that of the weights alone; 3 had float32 alone
+FORMAT = 1
 VECTORS = "vectors"
 META_FILE, DOCUMENTS_FILE, VECTORS_FILE, CONTENTS_FILE = "meta.json", "documents.arrow", "vectors.npy", "contents.npy"
 INDEX_FILE = "index.faiss"
@@ -55,7 +56,7 @@ class VectorsMeta:
 
 
 @dataclass(frozen=True)
-class Written:
+class VectorsReport:
     """What a call of `write_vectors` did."""
 
     encoded: int  # documents
@@ -69,13 +70,13 @@ def write_vectors(
     encoders: Encoders,
     dataset: Dataset,
     model_checksum: str,
-    work: Work | None = None,
+    work: ShardWork | None = None,
     since: Path | None = None,
     *,
     whole: int = 0,
     score: str = "",
     dtype: Dtype = "float32",
-) -> Written:
+) -> VectorsReport:
     """Encode this rank's share of the catalogue into a vectors folder; finished shards of an ended run are kept.
 
     `since` is an earlier vectors folder of the same model: documents that have not changed are copied from there.
@@ -84,12 +85,12 @@ def write_vectors(
     Raises ConfigError where `folder` holds something else, CheckpointError where `since` is of another model, DataError
     where a vector is not finite, or too large for float16.
     """
-    work, folder = work or Work(), real_place(folder)
+    work, folder = work or ShardWork(), real_place(folder)
     num_docs = dataset.catalogue.num_docs
     if num_docs == 0:
         raise DataError(f"the catalogue of {dataset.dir} is empty")
     width = encoders.documents(np.zeros(1, np.int64)).shape[1]
-    earlier = None if since is None else Earlier(since, model_checksum, width, dtype)
+    earlier = None if since is None else ReusableVectors(since, model_checksum, width, dtype)
     meta = VectorsMeta(VECTORS, model_checksum, dataset.fingerprint, num_docs, width, whole, score, dtype)
     element, shape = layout(dtype, width)
     check_free(folder, INDEX_FILE)
@@ -124,10 +125,10 @@ def write_vectors(
         vectors.flush()
         contents.flush()
         encoded, reused = encoded + len(new), reused + len(rows) - len(new)
-    return Written(encoded, reused, shards.found, meta if shards.finish(complete) else None)
+    return VectorsReport(encoded, reused, shards.found, meta if shards.finish(complete) else None)
 
 
-class Earlier:
+class ReusableVectors:
     """The vectors of an earlier catalogue, found by document and content."""
 
     def __init__(self, folder: Path, model_checksum: str, width: int, dtype: Dtype) -> None:
@@ -253,11 +254,11 @@ def _bytes(column: Column, row: int) -> bytes:
 
 
 def _write_documents(path: Path, dataset: Dataset) -> None:
-    schema = pa.schema([("doc_key", pa.string()), ("display", pa.string())])
+    schema = pa.schema([("doc_key", pa.string()), ("doc_title", pa.string())])
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
         for first in range(0, dataset.catalogue.num_docs, ROWS_AT_ONCE):
             rows = np.arange(first, min(first + ROWS_AT_ONCE, dataset.catalogue.num_docs))
-            columns = [dataset.catalogue.keys(rows), dataset.catalogue.display(rows)]
+            columns = [dataset.catalogue.keys(rows), dataset.catalogue.title(rows)]
             writer.write_table(pa.table([pa.array(column, pa.string()) for column in columns], schema=schema))
 
 
@@ -268,3 +269,74 @@ def _load(folder: Path, name: str, meta: VectorsMeta) -> np.ndarray:
         return open_memmap(path, "r")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} does not load: {error}") from None
+
+
+Dtype = Literal["float32", "float16", "int8", "binary"]
+LARGEST_CODE = 127
+
+
+@dataclass(frozen=True)
+class CodedVectors:
+    """Vectors of a file or an array, float32 wherever some are asked for."""
+
+    rows: np.ndarray  # as `coded` makes them, mapped where they are a file's
+    dtype: Dtype
+    width: int  # D+1
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.rows)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Return some vectors, float32 [n, D+1]; of float32 a slice is not copied."""
+        return decoded(self.rows[rows], self.dtype, self.width)
+
+    def pieces(self, size: int) -> Iterator[np.ndarray]:
+        """Yield all vectors in their order, so many at once."""
+        for first in range(0, len(self), size):
+            yield self[first : first + size]
+
+
+def layout(dtype: Dtype, width: int) -> tuple[np.dtype, tuple[int, ...]]:
+    """Return the type of a row's elements and the row's shape, for vectors [.., width]."""
+    if dtype in ("float32", "float16"):
+        return np.dtype(dtype), (width,)
+    code = (np.int8, (width - 1,)) if dtype == "int8" else (np.uint8, (-(-(width - 1) // 8),))
+    return np.dtype([("code", *code), ("scale", np.float32), ("beta", np.float32)]), ()
+
+
+def coded(vectors: np.ndarray, dtype: Dtype) -> np.ndarray:
+    """Return float32 vectors [n, D+1] as rows of `layout`; what float16 does not hold becomes infinite."""
+    element, shape = layout(dtype, vectors.shape[1])
+    if shape:
+        with np.errstate(over="ignore"):
+            return vectors.astype(element)
+    rows, values = np.empty(len(vectors), element), vectors[:, :-1]
+    magnitudes = np.abs(values)
+    if dtype == "int8":
+        rows["scale"] = magnitudes.max(axis=1) / LARGEST_CODE
+        rows["code"] = np.rint(values / np.where(rows["scale"] > 0, rows["scale"], 1)[:, None])
+    else:
+        rows["scale"], rows["code"] = magnitudes.mean(axis=1), np.packbits(values >= 0, axis=1)
+    rows["beta"] = vectors[:, -1]
+    return rows
+
+
+def decoded(rows: np.ndarray, dtype: Dtype, width: int) -> np.ndarray:
+    """Return rows of `layout` as float32 [n, width]."""
+    if dtype in ("float32", "float16"):
+        return rows.astype(np.float32, copy=False)
+    vectors = np.empty((len(rows), width), np.float32)
+    if dtype == "int8":
+        vectors[:, :-1] = rows["code"]
+    else:
+        vectors[:, :-1] = np.unpackbits(rows["code"], axis=1, count=width - 1) * np.float32(2) - 1
+    vectors[:, :-1] *= rows["scale"][:, None]
+    vectors[:, -1] = rows["beta"]
+    return vectors
+
+
+def bytes_per_vector(dtype: Dtype, width: int) -> int:
+    """Return what a vector takes in a file."""
+    element, shape = layout(dtype, width)
+    return element.itemsize * int(np.prod(shape, dtype=np.int64))

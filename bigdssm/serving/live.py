@@ -11,28 +11,28 @@ from threading import Thread
 from typing import Any, TypeVar
 
 from bigdssm.errors import BigDSSMError
-from bigdssm.log import get_logger
 from bigdssm.retrieval.search import Query
 from bigdssm.serving.batching import AnswerCache, Batcher
 from bigdssm.serving.metrics import Metrics
-from bigdssm.serving.searcher import Folders, Found, Searcher
+from bigdssm.serving.searcher import Folders, Searcher, SearchResult
+from bigdssm.utils.log import get_logger
 
 RETRY_S = 30.0  # until a folder that failed to open is opened again, where the cause need not lie in its files
 T = TypeVar("T")
 logger = get_logger(__name__)
 
 
-class Answering:
+class ActiveSearcher:
     """A searcher with the batcher and the answers that are its own."""
 
     def __init__(self, searcher: Searcher, metrics: Metrics, at_once: int, cache_size: int) -> None:
-        def answer(queries: Sequence[Query]) -> list[Found]:
+        def answer(queries: Sequence[Query]) -> list[SearchResult]:
             found = searcher.answer(queries)
             metrics.batch(found[0])
             return found
 
         self.searcher = searcher
-        self.batcher: Batcher[Query, Found] = Batcher(answer, at_once)
+        self.batcher: Batcher[Query, SearchResult] = Batcher(answer, at_once)
         self.cache: AnswerCache[dict[str, Any]] = AnswerCache(cache_size)
         self._asking = 0
         self._idle = asyncio.Event()
@@ -40,7 +40,7 @@ class Answering:
         self._running = asyncio.create_task(self.batcher.run())
 
     @contextmanager
-    def asked(self) -> Iterator[Answering]:
+    def asked(self) -> Iterator[ActiveSearcher]:
         """Keep it answering while the block runs."""
         self._asking += 1
         self._idle.clear()
@@ -59,7 +59,7 @@ class Answering:
             await self._running
 
 
-class Live:
+class LiveSearcher:
     """Answers with what lies in `folders`, looked at every `look_s` seconds; without folders, with one searcher."""
 
     def __init__(
@@ -69,7 +69,7 @@ class Live:
         self._metrics, self._options = metrics, (metrics, at_once, cache_size)
         self._folders, self._look_s, self._state = folders, look_s, searcher.state
         self._failed = b"", 0.0  # the state that did not open last, and when it is opened again
-        self.now = Answering(searcher, *self._options)
+        self.now = ActiveSearcher(searcher, *self._options)
 
     async def watch(self) -> None:
         """Take up what is new, until cancelled. What does not open, or does not fit, leaves all as it is."""
@@ -95,7 +95,7 @@ class Live:
         if await _in_thread(folders.state) != state:
             return  # it was replaced while it was read
         self._state, before = state, self.now
-        self.now = Answering(searcher, *self._options)
+        self.now = ActiveSearcher(searcher, *self._options)
         self._metrics.taken_up.inc()
         logger.info("taken up: model %s", searcher.about()["model"][:12])
         await before.end()

@@ -12,11 +12,12 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bigdssm.log import get_logger
-from bigdssm.serving.workers import METRICS_DIR
+from bigdssm.serving.server import METRICS_DIR
+from bigdssm.utils.log import get_logger
 
 if TYPE_CHECKING:
-    from bigdssm.serving.searcher import Found
+    from bigdssm.serving.searcher import SearchResult
+
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 QUERIES = (1, 2, 4, 8, 16, 32, 64)
@@ -41,7 +42,7 @@ class Metrics:
         self.unknown_events = Counter("bigdssm_unknown_events", "Events whose item is no document", registry=own)
         self.taken_up = Counter("bigdssm_taken_up", "Models and indexes taken up while serving", registry=own)
 
-    def batch(self, found: Found) -> None:
+    def batch(self, found: SearchResult) -> None:
         """Count one batch, of which `found` is any query's."""
         self._encode_s.observe(found.encode_ms / 1000)
         self._search_s.observe(found.search_ms / 1000)

@@ -113,7 +113,7 @@ function row(side, entry, others) {
   const other = others?.get(entry.key);
   if (others) cells.push(made("td", { className: "number" }, moved(entry.rank, other)));
   const act = made("td", { className: "do" });
-  cells.push(made("td", {}, entry.display), made("td", { className: "key" }, entry.key), act);
+  cells.push(made("td", {}, entry.title), made("td", { className: "key" }, entry.key), act);
   const line = made("tr", { tabIndex: -1, className: others && other === undefined ? "only" : "" }, ...cells);
   Object.assign(line.dataset, { side, key: entry.key });
   if (lastBody) act.append(made("button", { type: "button", tabIndex: -1, onclick: () => why(line) }, "why"), " ");
@@ -188,7 +188,7 @@ async function why(line) {
   try {
     const found = await post(`${line.dataset.side}/api/why`, { ...lastBody, answer: line.dataset.key });
     const parts = [
-      ...nearTo("Near to what the history holds:", found.history.map(({ display, cosine }) => [display, cosine])),
+      ...nearTo("Near to what the history holds:", found.history.map(({ title, cosine }) => [title, cosine])),
       ...nearTo("Near to the words:", found.words.map(({ word, cosine }) => [word, cosine])),
     ];
     cell.replaceChildren(...(parts.length ? parts : ["The query has no history and no text to compare it with."]));

@@ -1,10 +1,11 @@
-"""A model, its index and its dataset, as what a request needs of them; knows nothing of HTTP."""
+"""Searcher: a model, its index and its dataset as one object that answers requests; independent of HTTP."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,34 +16,79 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from bigdssm.arguments import checked
-from bigdssm.artifacts.exported import EXPORT_FILE, query_tower, run_onnx
-from bigdssm.artifacts.model_folder import META_FILE as MODEL_META
-from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder
-from bigdssm.dataset.cache import Cache
+from bigdssm.checkpoints.model_folder import META_FILE as MODEL_META
+from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
+from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.schema import Schema
 from bigdssm.dataset.tensors import to_features
 from bigdssm.errors import CheckpointError, ConfigError, DataError
-from bigdssm.features import Column, TextTokenizer, histories_of, ragged, stored
+from bigdssm.export.onnx_model import EXPORT_FILE, query_tower, run_onnx
+from bigdssm.features import Column, TextTokenizer, histories_of, ragged, stored, texts_of
 from bigdssm.retrieval.embed import query_vectors
-from bigdssm.retrieval.index import Document, Index, cosines_with, open_index
-from bigdssm.retrieval.kinds import search_with
+from bigdssm.retrieval.index import FoundDocument, Index, cosines_with, open_index
+from bigdssm.retrieval.index_types import search_with
 from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.search import Queries, Query, some_users
 from bigdssm.retrieval.vectors import META_FILE as INDEX_META
 from bigdssm.retrieval.vectors import cut_like
-from bigdssm.serving.why import MOST_NEAR, NearItem, NearWord, Why, read_of, words_of
+from bigdssm.utils.arguments import checked
+
+MOST_NEAR = 5  # that are shown
+MOST_WORDS = 64  # of a text that are encoded
+WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class NearItem:
+    """A document of the history."""
+
+    key: str
+    title: str
+    cosine: float  # of its own vector and the found document's
+
+
+@dataclass(frozen=True)
+class NearWord:
+    """A word of a text feature."""
+
+    feature: str
+    word: str
+    cosine: float  # of the query that has this word alone for its text, and the found document
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a document is near to, the nearest first."""
+
+    of: str  # its title
+    history: list[NearItem]
+    words: list[NearWord]
+
+
+def read_of(seen: np.ndarray, schema: Schema) -> np.ndarray:
+    """Return the distinct catalogue rows among the events that the query's histories hold, int64."""
+    most = max((feature.max_items for feature in histories_of(schema.query).values()), default=0)
+    return np.unique(seen[len(seen) - min(most, len(seen)) :])
+
+
+def words_of(features: Mapping[str, Any], schema: Schema) -> list[tuple[str, str]]:
+    """Return (feature, word) of the distinct words that a request's texts have, in their order."""
+    texts = {name: features[name] for name in texts_of(schema.query) if isinstance(features.get(name), str)}
+    words = [(name, word) for name, text in texts.items() for word in WORD.findall(text)]
+    return list(dict.fromkeys(words))[:MOST_WORDS]
+
 
 MOST_USERS_LISTED = 1000
 SEEN_SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The documents of one query."""
 
-    documents: list[Document]  # best first
+    documents: list[FoundDocument]  # best first
     encode_ms: float  # of the batch that the query was in
     search_ms: float
     rerank_ms: float  # 0 where nothing is ranked anew
@@ -88,7 +134,7 @@ class Searcher:
             self._scorer = PairScorer.of(folder, dataset)
             self._scorer.check_reranks()
         tokenizer = None if folder.tokenizer_dir is None else TextTokenizer(folder.tokenizer_dir)
-        self.queries = Queries(folder.schema, tokenizer, dataset, folder.config.data.excludes_seen)
+        self.queries = Queries(folder.schema, tokenizer, dataset, folder.config.data.exclude_seen)
 
     @classmethod
     @checked
@@ -104,7 +150,7 @@ class Searcher:
         folder, opened = load_model_folder(Path(model)), open_index(index)
         if data is None and not (histories_of(folder.schema.query) or folder.schema.siamese or rerank):
             return cls(folder, opened, None, threads, onnx)
-        dataset = Dataset.open(data or folder.config.data.dir, cache=Cache.of(folder.config.data))
+        dataset = Dataset.open(data or folder.config.data.dir, cache=FileCache.of(folder.config.data))
         return cls(folder, opened, dataset, threads, onnx, rerank)
 
     def about(self) -> dict[str, Any]:
@@ -113,7 +159,7 @@ class Searcher:
         schema = self._folder.schema
         return {
             "model": self._folder.checksum, "index": meta.kind, "documents": meta.num_docs,
-            "score": self._folder.config.model.score, "repeats": self._folder.config.data.repeats,
+            "score": self._folder.config.model.score, "exclude_seen": self._folder.config.data.exclude_seen,
             "features": {name: feature.type for name, feature in stored(schema.query).items()},
             "filters": self.queries.choices,
             "history": self.queries.has_history, "users": bool(self.users),
@@ -129,13 +175,13 @@ class Searcher:
     def seen(self, query: Query) -> list[str]:
         """Return the newest documents of a query's events, newest first, as people know them."""
         newest = query.seen[::-1][:SEEN_SHOWN]
-        return self._index.display.take(pa.array(newest)).to_pylist() if len(newest) else []
+        return self._index.title.take(pa.array(newest)).to_pylist() if len(newest) else []
 
-    def search(self, requests: Sequence[Request]) -> list[list[Document]]:
+    def search(self, requests: Sequence[Request]) -> list[list[FoundDocument]]:
         """Return the documents of each request, best first. Raises ConfigError, DataError: one cannot be asked."""
         return [found.documents for found in self.answer([self.queries.of(request) for request in requests])]
 
-    def answer(self, queries: Sequence[Query]) -> list[Found]:
+    def answer(self, queries: Sequence[Query]) -> list[SearchResult]:
         """Return the best documents of queries, which are encoded together and do not change each other's answers."""
         if not queries:
             return []
@@ -163,7 +209,7 @@ class Searcher:
         encode_ms, search_ms, rerank_ms = ((b - a) * 1000 for a, b in pairwise((started, encoded, searched, ranked)))
         times = (encode_ms, search_ms, rerank_ms, len(queries))
         return [
-            Found(self._index.documents(scores[: query.top], rows[: query.top]), *times)
+            SearchResult(self._index.documents(scores[: query.top], rows[: query.top]), *times)
             for query, (scores, rows) in zip(queries, found, strict=True)
         ]
 
@@ -196,13 +242,13 @@ class Searcher:
         vectors: np.ndarray = made.numpy()
         return vectors
 
-    def similar(self, key: str, top: int) -> tuple[str, list[Document]]:
-        """Return a document's display name and the documents nearest to it. Raises DataError: no such document."""
+    def similar(self, key: str, top: int) -> tuple[str, list[FoundDocument]]:
+        """Return a document's title and the documents nearest to it. Raises DataError: no such document."""
         row = self._index.row(key)
         self._use_threads()
-        return self._index.display[row].as_py(), self._index.documents(*self._index.similar(row, top))
+        return self._index.title[row].as_py(), self._index.documents(*self._index.similar(row, top))
 
-    def why(self, request: Request, key: str) -> Why:
+    def why(self, request: Request, key: str) -> Explanation:
         """Return what a document is near to in a request. Raises ConfigError, DataError: as `queries.of`, `similar`."""
         query, row = self.queries.of(request), self._index.row(key)
         vector = self._index.vectors_at([row])[0]
@@ -210,7 +256,7 @@ class Searcher:
         cosines = cosines_with(vector, self._index.vectors_at(rows))
         nearest = np.argsort(-cosines, kind="stable")[:MOST_NEAR]
         items = [NearItem(*found[1:], found[0]) for found in self._index.documents(cosines[nearest], rows[nearest])]
-        return Why(self._index.display[row].as_py(), items, self._near_words(query, request, vector)[:MOST_NEAR])
+        return Explanation(self._index.title[row].as_py(), items, self._near_words(query, request, vector)[:MOST_NEAR])
 
     def _near_words(self, query: Query, request: Request, vector: np.ndarray) -> list[NearWord]:
         words = words_of(request.features or {}, self._folder.schema)

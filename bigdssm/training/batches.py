@@ -12,22 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bigdssm.batching.batch import Batch
-from bigdssm.batching.collate import Collator
-from bigdssm.batching.upload import uploaded
 from bigdssm.config import Config, LossConfig, StageConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.tensors import as_tensor
 from bigdssm.features.ragged import Ragged
-from bigdssm.hashing import derive_key
+from bigdssm.loader.batch import Batch
+from bigdssm.loader.collate import Collator
+from bigdssm.loader.pair_stream import PairStream
+from bigdssm.loader.plain_stream import PlainStream
+from bigdssm.loader.row_stream import RowStream
+from bigdssm.loader.upload import uploaded_batches
 from bigdssm.losses import sample_uniform
-from bigdssm.retrieval.mined import Chosen, MinedNegatives, UniformNegatives
-from bigdssm.retrieval.teacher import TeacherVectors
-from bigdssm.streaming.plain_stream import PlainStream
-from bigdssm.streaming.row_stream import RowStream
-from bigdssm.streaming.stream import PairStream
-from bigdssm.training.columns import catalogue_share
+from bigdssm.retrieval.hard_negatives import HardNegatives, SampledNegatives, UniformNegatives
+from bigdssm.retrieval.teacher_vectors import TeacherVectors
+from bigdssm.training.objective import catalogue_share
+from bigdssm.utils.hashing import derive_key
 
 _UNIFORM = 0x756E69666F726D  # the purpose, as a key of its own beside the stream's
 
@@ -39,7 +39,7 @@ class BatchMaker:
         self,
         stream: RowStream,
         loss: LossConfig,
-        mined: MinedNegatives | UniformNegatives | None,
+        mined: HardNegatives | UniformNegatives | None,
         seed: int,
         teacher_margin: float | None = None,
         teacher: TeacherVectors | None = None,
@@ -72,7 +72,7 @@ class BatchMaker:
             batch = replace(batch, known=pairs_of_documents(batch, self._loss.mask))
         return batch
 
-    def listed(self, mined: MinedNegatives | UniformNegatives, rows: Rows) -> Chosen:
+    def listed(self, mined: HardNegatives | UniformNegatives, rows: Rows) -> SampledNegatives:
         """Return what is listed for the queries of a batch."""
         epoch, k = rows.step // self._steps_per_epoch, self._loss.negatives
         if isinstance(mined, UniformNegatives):
@@ -103,7 +103,7 @@ class Batches:
         self,
         stream: RowStream,
         loss: LossConfig,
-        mined: MinedNegatives | UniformNegatives | None,
+        mined: HardNegatives | UniformNegatives | None,
         seed: int,
         device: torch.device,
         teacher_margin: float | None = None,
@@ -119,10 +119,10 @@ class Batches:
         return self.first(None)
 
     def first(self, num: int | None) -> Generator[Batch]:
-        """Yield the next `num` batches (None: endlessly) on the rank's device, see `uploaded`."""
+        """Yield the next `num` batches (None: endlessly) on the rank's device, see `uploaded_batches`."""
         make = BatchMaker(self._stream, self._loss, self.mined, self._seed, self._teacher_margin, self._teacher)
         with closing(self._stream.made(make, num)) as made:
-            yield from uploaded(made, self._device)
+            yield from uploaded_batches(made, self._device)
 
 
 def row_stream(

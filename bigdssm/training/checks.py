@@ -9,22 +9,21 @@ from pathlib import Path
 import torch
 
 from bigdssm import distributed
+from bigdssm.cluster.metrics import CONFIG_FILE, check_trackers
+from bigdssm.cluster.run_folder import RUNNING_FILE, versions
 from bigdssm.config import Config, StageConfig, StageName, check_many_queries, first_difference
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.joining import open_dataset
+from bigdssm.dataset.joined import open_dataset
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
-from bigdssm.log import get_logger
+from bigdssm.loader.plain_stream import find_shards
 from bigdssm.models import DualEncoder
 from bigdssm.models.encoders import text_architectures
-from bigdssm.retrieval.mined import MinedNegatives
-from bigdssm.retrieval.teacher import TeacherVectors
-from bigdssm.running.records import CONFIG_FILE
-from bigdssm.running.run_folder import RUNNING_FILE, versions
-from bigdssm.running.trackers import check_trackers
-from bigdssm.streaming.plain_stream import find_shards
+from bigdssm.retrieval.hard_negatives import HardNegatives
+from bigdssm.retrieval.teacher_vectors import TeacherVectors
 from bigdssm.training.optimizers import find_optimizer
-from bigdssm.training.resuming import check_resume
+from bigdssm.training.resume import check_resume
 from bigdssm.training.warm_start import check_warm_start
+from bigdssm.utils.log import get_logger
 
 logger = get_logger(__name__)
 MOST_COPIES = 64  # of a row in one step
@@ -68,7 +67,7 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
     else:
         _check_rows(name, stage, dataset)
     if stage.loss.negatives and stage.mining.file is not None:
-        mined = MinedNegatives.open(Path(stage.mining.file))
+        mined = HardNegatives.open(Path(stage.mining.file))
         mined.check_against(dataset)
         needed = {"loss.distillation": stage.loss.distillation, "mining.teacher_margin": stage.mining.teacher_margin}
         for key, value in needed.items():

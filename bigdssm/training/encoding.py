@@ -9,7 +9,8 @@ Shapes: m queries, n documents, D vector width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -18,16 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bigdssm import distributed, timing
-from bigdssm.batching.batch import Batch
-from bigdssm.batching.chunks import Chunked, at_least_one
-from bigdssm.batching.pairs import apart, together
-from bigdssm.batching.plan import Budget, Chunk, SidePlan, StepPlan, plan_side
+from bigdssm import distributed
 from bigdssm.dataset.tensors import Features
+from bigdssm.loader.batch import Batch
+from bigdssm.loader.chunks import Chunked, at_least_one, join_sides, split_sides
+from bigdssm.loader.step_plan import Chunk, SidePlan, StepPlan, TokenBudget, plan_side
 from bigdssm.models import CrossEncoder, DualEncoder, Encoded, Values
-from bigdssm.models.score import document_head, query_head
+from bigdssm.models.dual_encoder import document_head, query_head
 from bigdssm.training.engine import Engine
-from bigdssm.training.random_state import RandomState
+from bigdssm.utils import timing
 
 Backward = Callable[[Encoded], None]  # takes leaves whose gradients the loss has filled
 Gradients = list[tuple[Tensor, Tensor]]  # outputs of the towers, and the gradient of each
@@ -70,7 +70,7 @@ def whole_features(features: Features, side: SidePlan) -> Mapping[str, Values]:
 
 
 @dataclass
-class Piece:
+class EncodedChunk:
     """A chunk of one side; between encoding and backward it has its graph, or the random state to make it again."""
 
     name: str  # of its side
@@ -116,14 +116,14 @@ class Piece:
         ]
 
 
-def pieces_of(batch: Batch, plan: StepPlan) -> list[Piece]:
+def pieces_of(batch: Batch, plan: StepPlan) -> list[EncodedChunk]:
     """Return the pieces of a plan that is not whole, queries' before documents'."""
     query, doc = Chunked(batch.query, plan.query, batch.places), Chunked(batch.doc, plan.doc)
     work = [("query", query, chunk) for chunk in plan.query.chunks] + [("doc", doc, chunk) for chunk in plan.doc.chunks]
-    return [Piece(*what, keep=number >= len(work) - plan.num_kept) for number, what in enumerate(work)]
+    return [EncodedChunk(*what, keep=number >= len(work) - plan.num_retained) for number, what in enumerate(work)]
 
 
-def _in_pieces(engine: Engine, batch: Batch, pieces: list[Piece]) -> tuple[Encoded, Backward]:
+def _in_pieces(engine: Engine, batch: Batch, pieces: list[EncodedChunk]) -> tuple[Encoded, Backward]:
     """Encode piece by piece; backward goes through those kept at once, then through the others one by one."""
     parts = [piece.encode(engine) for piece in pieces]
     query, doc = pieces[0].side, pieces[-1].side
@@ -136,7 +136,7 @@ def _in_pieces(engine: Engine, batch: Batch, pieces: list[Piece]) -> tuple[Encod
     return encoded, partial(_backward, engine, pieces)
 
 
-def _backward(engine: Engine, pieces: Sequence[Piece], leaves: Encoded) -> None:
+def _backward(engine: Engine, pieces: Sequence[EncodedChunk], leaves: Encoded) -> None:
     kept = [piece for piece in pieces if piece.keep]
     groups = ([kept] if kept else []) + [[piece] for piece in pieces if not piece.keep]
     with engine.one_reduction():
@@ -150,13 +150,13 @@ def _backward(engine: Engine, pieces: Sequence[Piece], leaves: Encoded) -> None:
             engine.backward(gradients)
 
 
-class PairPiece(Piece):
+class EncodedPairChunk(EncodedChunk):
     """A chunk of pairs, whose scores are made of both sides' features."""
 
     @property
     def inputs(self) -> dict[str, Any]:
         """Return what the model's forward takes."""
-        return {**apart(self.side.features(self.chunk)), "paired": True}
+        return {**split_sides(self.side.features(self.chunk)), "paired": True}
 
     def gradients(self, encoded: Encoded, leaves: Encoded) -> Gradients:
         """Return its scores with their gradients."""
@@ -181,7 +181,7 @@ def encode_pairs(engine: Engine, batch: Batch, plan: StepPlan, listed: Tensor) -
     return encoded, partial(_backward, engine, pieces), replace(plan, pairs=side.plan)
 
 
-def pair_pieces(scorer: CrossEncoder, batch: Batch, listed: Tensor, budget: Budget) -> list[PairPiece]:
+def pair_pieces(scorer: CrossEncoder, batch: Batch, listed: Tensor, budget: TokenBudget) -> list[EncodedPairChunk]:
     """Return the pairs of each query with its documents, columns int64 [m, l], in pieces. A collective.
 
     The ranks agree on the number of pieces, and of those whose graph is kept.
@@ -189,20 +189,20 @@ def pair_pieces(scorer: CrossEncoder, batch: Batch, listed: Tensor, budget: Budg
     row = torch.arange(len(listed), device=listed.device) if batch.places is None else batch.places.row
     row, column = row.repeat_interleave(listed.shape[1]), listed.flatten()
     query, doc = scorer.texts["query"], scorer.texts["doc"]
-    features = together(
+    features = join_sides(
         {name: batch.query[name][row] for name in query}, {name: batch.doc[name][column] for name in doc}
     )
-    lengths = together(
+    lengths = join_sides(
         {name: batch.query_lengths[name].take(row) for name in query},
         {name: batch.doc_lengths[name].take(column) for name in doc},
     )
     pairs = plan_side(lengths, listed.numel(), budget.chunk_tokens)
-    fits = np.cumsum([chunk.tokens for chunk in reversed(pairs.chunks)]) <= budget.kept_tokens
+    fits = np.cumsum([chunk.tokens for chunk in reversed(pairs.chunks)]) <= budget.retained_tokens
     unkept = len(pairs.chunks) - int(fits.sum()) if budget.chunk_tokens else 0
     number, most_unkept = distributed.all_reduce(torch.tensor([max(1, len(pairs.chunks)), unkept]), "max").tolist()
     pairs = pairs.filled_up(number)
     side = Chunked(features, pairs)
-    return [PairPiece("pairs", side, chunk, keep=i >= most_unkept) for i, chunk in enumerate(pairs.chunks)]
+    return [EncodedPairChunk("pairs", side, chunk, keep=i >= most_unkept) for i, chunk in enumerate(pairs.chunks)]
 
 
 def _products(engine: Engine, batch: Batch, plan: StepPlan, listed: Tensor) -> Tensor:
@@ -224,3 +224,30 @@ def _assembled(side: Chunked, parts: Sequence[Tensor | None]) -> Tensor | None:
 
 def _gradient(leaf: Tensor) -> Tensor:
     return leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The random state at one moment, of the CPU and of this rank's device."""
+
+    cpu: Tensor
+    device: Tensor | None
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """Return the present state."""
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
+
+    def restore(self) -> None:
+        """Make this the present state."""
+        torch.set_rng_state(self.cpu)
+        if self.device is not None:
+            torch.cuda.set_rng_state(self.device)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Within it this state runs; afterwards the one from before goes on."""
+        present = RandomState.now()
+        self.restore()
+        yield
+        present.restore()

@@ -20,14 +20,23 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import partitioned_param_coordinator, stage3, stage_1_and_2
 from torch import Tensor, nn
 
-from bigdssm import distributed, timing
-from bigdssm.artifacts.shares import Piece
-from bigdssm.batching.plan import Budget
+from bigdssm import distributed
+from bigdssm.checkpoints.shares import TensorPiece
 from bigdssm.config import EngineConfig, OptimizerConfig
 from bigdssm.errors import ConfigError, PeerError
-from bigdssm.models import Encoded, Places, Values, compile_layers, flash_runs_on, use_packing, use_plain_attention
+from bigdssm.loader.step_plan import TokenBudget
+from bigdssm.models import (
+    Encoded,
+    QueryPositions,
+    Values,
+    compile_layers,
+    flash_runs_on,
+    use_packing,
+    use_plain_attention,
+)
 from bigdssm.training import portable
 from bigdssm.training.optimizers import build_optimizer, find_optimizer
+from bigdssm.utils import timing
 
 COLLECTIVE_TIMEOUT_S = 1800
 DEVICE_BUCKET = 50_000_000  # gradients; DeepSpeed's own ten times as many take 4 GB and overlap nothing of most models
@@ -121,7 +130,7 @@ class Engine:
     """A model under DeepSpeed: forward of one or both towers, backward from vector gradients, one step."""
 
     def __init__(self, model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, rows_per_rank: int) -> None:
-        self.zero_stage, self.budget = config.zero_stage, Budget.of(config)
+        self.zero_stage, self.budget = config.zero_stage, TokenBudget.of(config)
         self._state_of = find_optimizer(optimizer.name).state_of
         self.product_dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
         self._norm = float("nan")
@@ -144,7 +153,7 @@ class Engine:
         self,
         query: Mapping[str, Values] | None = None,
         doc: Mapping[str, Values] | None = None,
-        **further: Tensor | Places | bool,
+        **further: Tensor | QueryPositions | bool,
     ) -> Encoded:
         """Encode queries, documents, or both, on this rank; see `DualEncoder.forward`."""
         return cast(Encoded, self.deepspeed(query=query, doc=doc, **further))
@@ -196,7 +205,7 @@ class Engine:
         """The model itself."""
         return cast(nn.Module, self.deepspeed.module)
 
-    def own_pieces(self) -> Iterator[Piece]:
+    def own_pieces(self) -> Iterator[TensorPiece]:
         """Yield this rank's pieces of weights and optimizer states (see portable.py)."""
         return portable.own_pieces(self.deepspeed, self.zero_stage, self._state_of)
 

@@ -1,7 +1,7 @@
 """The training loop: one page, read it from the top to the bottom.
 
 What a step is stands in step.py and encoding.py, what the ranks tell each other in it in agreement.py, what it encodes
-at once in batching/plan.py, where batches come from in batches.py, what is reported in health.py, how a stage is put
+at once in loader/step_plan.py, where batches come from in batches.py, what is reported in health.py, how a stage is put
 together in stages.py, and what is checked before that in checks.py.
 """
 
@@ -15,32 +15,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bigdssm.artifacts.checkpoint import ReadCheckpoint, TensorReader
-from bigdssm.artifacts.store import CheckpointStore
-from bigdssm.batching.batch import Batch
-from bigdssm.batching.plan import Budget, Draft, draft_step, most_needed
+from bigdssm.checkpoints.checkpoint import ReadCheckpoint, TensorReader
+from bigdssm.checkpoints.store import CheckpointStore
+from bigdssm.cluster.faults import Faults
+from bigdssm.cluster.monitor import SpikeAlert
+from bigdssm.cluster.run_folder import RowLog
+from bigdssm.cluster.signals import StopRequest
+from bigdssm.cluster.watchdog import Watchdog
 from bigdssm.config import StageConfig
 from bigdssm.errors import DivergedError, Preempted
-from bigdssm.evaluation.split import Evaluation
-from bigdssm.log import get_logger
-from bigdssm.retrieval.embed import Documents
-from bigdssm.running.alerts import SpikeAlert
-from bigdssm.running.faults import Faults
-from bigdssm.running.row_log import RowLog
-from bigdssm.running.signals import StopRequest
-from bigdssm.running.watchdog import Watchdog
-from bigdssm.streaming.row_stream import RowStream
-from bigdssm.training.agreement import Note
-from bigdssm.training.averaging import WeightAverage
+from bigdssm.evaluation.evaluate import Evaluation
+from bigdssm.loader.batch import Batch
+from bigdssm.loader.row_stream import RowStream
+from bigdssm.loader.step_plan import StepDraft, TokenBudget, draft_step, most_needed
+from bigdssm.retrieval.embed import DocumentVectors
 from bigdssm.training.batches import Batches
+from bigdssm.training.encoding import RandomState
 from bigdssm.training.engine import Engine
+from bigdssm.training.hard_negatives import HardNegativeRefresh
 from bigdssm.training.health import Health
-from bigdssm.training.mining import Mining
 from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import schedule_factor
-from bigdssm.training.random_state import RandomState
-from bigdssm.training.step import StepResult, train_step
-from bigdssm.training.validation import Validator
+from bigdssm.training.step import StepReport, StepResult, train_step
+from bigdssm.training.validation import Validator, WeightAverage
+from bigdssm.utils.log import get_logger
 
 logger = get_logger(__name__)
 
@@ -68,7 +66,7 @@ class StageProgress:
 
 
 @dataclass
-class Watch:
+class RunMonitors:
     """What looks after a running stage."""
 
     watchdog: Watchdog
@@ -109,22 +107,22 @@ class Stage:
     folder: Path
     config: StageConfig
     origin: dict[str, Any]  # of every checkpoint: the resolved config, versions, the identity of the run
-    budget: Budget
+    budget: TokenBudget
     total_steps: int
     starts_trained: bool
     engine: Engine
     stream: RowStream
     batches: Batches
-    mining: Mining
+    mining: HardNegativeRefresh
     objective: Objective
     average: WeightAverage | None  # of the weights, for validation and best/
     validator: Validator
-    initial_documents: Documents | None  # this rank's share by the initial weights, where mining has made them
+    initial_documents: DocumentVectors | None  # this rank's share by the initial weights, where mining has made them
     store: CheckpointStore
     async_checkpoints: bool
     save_clock: SaveClock
     health: Health
-    watch: Watch
+    watch: RunMonitors
     consumed_log: RowLog | None
     skipped_log: RowLog
     progress: StageProgress
@@ -210,7 +208,7 @@ class _Coming(NamedTuple):
     """The batch of the next step, and this rank's part of its plan."""
 
     batch: Batch
-    draft: Draft
+    draft: StepDraft
 
 
 def _fetch(stage: Stage, batches: Iterator[Batch]) -> _Coming | None:
@@ -220,13 +218,13 @@ def _fetch(stage: Stage, batches: Iterator[Batch]) -> _Coming | None:
     return None if batch is None else _Coming(batch, draft_step(batch, stage.budget))
 
 
-def _note(stage: Stage, batch: Batch, coming: _Coming | None) -> Note:
+def _note(stage: Stage, batch: Batch, coming: _Coming | None) -> StepReport:
     """Return what this rank tells the others in a step."""
-    note = Note(stage.watch.stop.asked, stage.save_clock.is_over(), len(batch.query_ids), stage.stream.report())
+    note = StepReport(stage.watch.stop.asked, stage.save_clock.is_over(), len(batch.query_ids), stage.stream.report())
     return note if coming is None else note._replace(needs=coming.draft.needs)
 
 
-def validate(stage: Stage, documents: Documents | None = None) -> Evaluation | None:
+def validate(stage: Stage, documents: DocumentVectors | None = None) -> Evaluation | None:
     """Measure on the validation split; keep the weights in best/ where they are the best so far. A collective.
 
     Where there is a moving average of the weights, it is that. `documents` are the rank's share of the catalogue's
@@ -237,7 +235,7 @@ def validate(stage: Stage, documents: Documents | None = None) -> Evaluation | N
         return _validate(stage, documents)
 
 
-def _validate(stage: Stage, documents: Documents | None) -> Evaluation | None:
+def _validate(stage: Stage, documents: DocumentVectors | None) -> Evaluation | None:
     progress = stage.progress
     evaluation = stage.validator.evaluate(stage.engine, stage.watch.progress, documents)
     score = evaluation.metrics["ndcg_at_10"] if evaluation else None

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from bigdssm import distributed
-from bigdssm.batching.batch import Batch
 from bigdssm.config import LossConfig, ModelConfig, StageConfig
+from bigdssm.config.losses import LOSSES
 from bigdssm.dataset.tensors import Features
-from bigdssm.loss_options import LOSSES
+from bigdssm.loader.batch import Batch
 from bigdssm.losses import (
     DISTILLATIONS,
+    BatchTeacher,
     CountedFrequency,
     LossOutput,
     Softmax,
     StreamingFrequency,
-    Teacher,
     apply_sampling,
     batch_kl,
     contrastive_loss,
@@ -36,9 +36,8 @@ from bigdssm.losses import (
     relevance_weight,
     scored_loss,
 )
-from bigdssm.losses.ids import occurrences
+from bigdssm.losses.masks import occurrences
 from bigdssm.models import Encoded
-from bigdssm.training.columns import is_shared
 
 
 class Objective:
@@ -99,7 +98,7 @@ class Objective:
 
     def listed(self, batch: Batch) -> Tensor | None:
         """Return int64 [m, 1 + k], the columns that a scorer scores for each query, positives first; None without."""
-        return None if self._config.scorer is None else listed_columns(batch)
+        return None if self._config.scorer is None else candidate_columns(batch)
 
     def _on_scores(self, encoded: Encoded, batch: Batch, weight: Tensor) -> LossOutput:
         listed = self.listed(batch)
@@ -163,11 +162,11 @@ class Objective:
         found = []
         if direction in ("q2d", "both"):
             beta = None if self._scalar_beta else encoded.beta
-            teacher = Teacher(queries, documents, temperature)
+            teacher = BatchTeacher(queries, documents, temperature)
             found.append(batch_kl(U, W, teacher, alpha=alpha, beta=beta, weight=weight, copies=batch.multiplicity))
         if direction in ("d2q", "both"):  # each query's document among the queries; its bias is the same for all
             own = batch.positive
-            teacher = Teacher(documents[own], queries, temperature)
+            teacher = BatchTeacher(documents[own], queries, temperature)
             found.append(batch_kl(W[own], U, teacher, alpha=alpha, weight=weight))
         return torch.stack(found).mean()
 
@@ -216,7 +215,7 @@ class Objective:
         return biases.beta, biases.neg_bias
 
 
-def listed_columns(batch: Batch) -> Tensor:
+def candidate_columns(batch: Batch) -> Tensor:
     """Return int64 [m, 1 + k], the columns of each query's positive and of its listed negatives."""
     assert batch.negatives is not None
     return torch.cat([batch.positive[:, None], batch.negatives.clamp(min=0)], 1)
@@ -232,3 +231,14 @@ def num_negatives(stage: StageConfig, batch: Batch, world_size: int, num_docs: i
     if not LOSSES[stage.loss.name].all_columns:
         return (len(batch.query_ids) * world_size - 1 if stage.loss.in_batch else 0) + stage.loss.negatives
     return int(batch.multiplicity.sum()) * world_size - 1
+
+
+def catalogue_share(num_docs: int, rank: int, world_size: int) -> np.ndarray:
+    """Return the catalogue rows that a rank encodes for all, int64: every document is in one rank's share."""
+    return np.arange(rank, num_docs, world_size, dtype=np.int64)
+
+
+def is_shared(batch: Batch, rank: int, world_size: int) -> Tensor:
+    """Return bool [n]: whether columns of a rank are of its share; what a document was before it changed is not."""
+    own = batch.doc_rows % world_size == rank
+    return own if batch.past is None else own & ~batch.past

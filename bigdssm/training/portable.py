@@ -23,13 +23,13 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from bigdssm import distributed
-from bigdssm.artifacts.shares import Piece, even_share
+from bigdssm.checkpoints.shares import TensorPiece, even_share
 
 StateOf = Callable[[str], tuple[str, ...]]
 """The names of the tensors that the optimizer keeps of a parameter in a group, see `optimizers.OptimizerKind`."""
 
 
-def own_pieces(engine: Any, zero_stage: int, state_of: StateOf) -> Iterator[Piece]:
+def own_pieces(engine: Any, zero_stage: int, state_of: StateOf) -> Iterator[TensorPiece]:
     """Yield this rank's float32 pieces of every weight, and (state's name + "/" + name) of every optimizer's state.
 
     They are what ZeRO gives the rank, and an even share of what every rank has. No collective; the pieces are parts
@@ -52,18 +52,18 @@ def own_pieces(engine: Any, zero_stage: int, state_of: StateOf) -> Iterator[Piec
         yield replace(piece, values=piece.values.float())
 
 
-def _fragments(name: str, parameter: Any, states: tuple[str, ...]) -> Iterator[Piece]:
+def _fragments(name: str, parameter: Any, states: tuple[str, ...]) -> Iterator[TensorPiece]:
     """Yield what ZeRO 1 and 2 give this rank of a parameter, if anything."""
     mapping, shape = parameter._hp_mapping, tuple(parameter.shape)
     if mapping is None:
         return
     first = mapping.lp_fragment_address.start
-    yield Piece(name, shape, first, mapping.get_hp_fragment())
+    yield TensorPiece(name, shape, first, mapping.get_hp_fragment())
     for state in states:
-        yield Piece(f"{state}/{name}", shape, first, mapping.get_hp_fragment(state))
+        yield TensorPiece(f"{state}/{name}", shape, first, mapping.get_hp_fragment(state))
 
 
-def _partitions(name: str, parameter: Any, states: tuple[str, ...]) -> Iterator[Piece]:
+def _partitions(name: str, parameter: Any, states: tuple[str, ...]) -> Iterator[TensorPiece]:
     """Yield what ZeRO 3 gives this rank of a parameter, without what it is padded with, if anything is left."""
     shape, size = tuple(parameter.ds_shape), parameter.ds_tensor.numel()
     first = size * distributed.rank()
@@ -71,9 +71,9 @@ def _partitions(name: str, parameter: Any, states: tuple[str, ...]) -> Iterator[
     if count <= 0:
         return
     values = safe_get_local_fp32_param(parameter) if parameter.requires_grad else parameter.ds_tensor.float()
-    yield Piece(name, shape, first, values.flatten()[:count])
+    yield TensorPiece(name, shape, first, values.flatten()[:count])
     for state in states:
-        yield Piece(f"{state}/{name}", shape, first, safe_get_local_optimizer_state(parameter, state)[:count])
+        yield TensorPiece(f"{state}/{name}", shape, first, safe_get_local_optimizer_state(parameter, state)[:count])
 
 
 def set_tensors(

@@ -14,43 +14,48 @@ from typing import Any, cast
 import torch
 import yaml
 
-from bigdssm import atomic, distributed
-from bigdssm.artifacts.checkpoint import CHECKPOINTS, ReadCheckpoint, is_checkpoint
-from bigdssm.artifacts.checkpoint_model import load_checkpoint_model
-from bigdssm.artifacts.model_folder import load_model_folder
-from bigdssm.artifacts.store import CheckpointStore
-from bigdssm.batching.plan import Budget
+from bigdssm import distributed
+from bigdssm.checkpoints.checkpoint import CHECKPOINTS, ReadCheckpoint, is_checkpoint
+from bigdssm.checkpoints.model_folder import load_checkpoint_model, load_model_folder
+from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.cli import ProgressBar
+from bigdssm.cluster.faults import Faults
+from bigdssm.cluster.launcher import Launcher
+from bigdssm.cluster.metrics import CONFIG_FILE, Trackers
+from bigdssm.cluster.monitor import SpikeAlert
+from bigdssm.cluster.run_folder import (
+    CONSUMED,
+    SKIPPED,
+    STOP_FILE,
+    FolderLock,
+    RowLog,
+    record_start,
+    run_identity,
+    versions,
+)
+from bigdssm.cluster.signals import StopRequest
+from bigdssm.cluster.watchdog import Watchdog
 from bigdssm.config import Config, EngineConfig, StageName, first_difference
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
-from bigdssm.log import get_logger
+from bigdssm.loader.row_stream import RowStream
+from bigdssm.loader.step_plan import TokenBudget
 from bigdssm.models import DualEncoder, new_model
-from bigdssm.precision import saved_precision, settle_precision
-from bigdssm.retrieval.teacher import TeacherVectors
-from bigdssm.running.alerts import SpikeAlert
-from bigdssm.running.faults import Faults
-from bigdssm.running.launcher import Launcher
-from bigdssm.running.records import CONFIG_FILE
-from bigdssm.running.row_log import CONSUMED, SKIPPED, RowLog
-from bigdssm.running.run_folder import STOP_FILE, FolderLock, note_start, run_identity, versions
-from bigdssm.running.signals import StopRequest
-from bigdssm.running.trackers import Trackers
-from bigdssm.running.watchdog import Watchdog
-from bigdssm.streaming.row_stream import RowStream
-from bigdssm.training.averaging import WeightAverage
+from bigdssm.models.precision import saved_precision, settle_precision
+from bigdssm.retrieval.teacher_vectors import TeacherVectors
 from bigdssm.training.batches import Batches, row_stream
 from bigdssm.training.checks import check_agreement, check_folder, check_stage, initial_model
 from bigdssm.training.engine import Engine, device, init_process_group
-from bigdssm.training.growth import GrownReader, grow_model
+from bigdssm.training.hard_negatives import HardNegativeRefresh
 from bigdssm.training.health import Health, describe_ranks
-from bigdssm.training.loop import SaveClock, Stage, StageProgress, Watch, restore, train
-from bigdssm.training.mining import Mining
+from bigdssm.training.loop import RunMonitors, SaveClock, Stage, StageProgress, restore, train
 from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import warmup_steps
-from bigdssm.training.resuming import check_length, check_origin, part_steps
-from bigdssm.training.validation import Validator
+from bigdssm.training.resume import GrownReader, check_length, check_origin, grow_model, part_steps
+from bigdssm.training.validation import Validator, WeightAverage
 from bigdssm.training.warm_start import start_items
+from bigdssm.utils import atomic
+from bigdssm.utils.log import get_logger
 
 logger = get_logger(__name__)
 _training = threading.Lock()
@@ -120,7 +125,7 @@ def run_stage(
             after.enter_context(closing(trackers))
             with ProgressBar() as bar, closing(stream):
                 alert = SpikeAlert(folder, distributed.rank(), distributed.world_size(), done.step)
-                watch = Watch(watchdog, stop, Faults.from_environment(), alert)
+                watch = RunMonitors(watchdog, stop, Faults.from_environment(), alert)
                 saved = checkpoint.state.get("precision") if checkpoint is not None else None
                 how = settle_precision(config.engine, device().type, saved)
                 origin = {
@@ -131,7 +136,7 @@ def run_stage(
                     config, name, model, stream, store, checkpoint, new_part, trackers, bar, watch, how, origin
                 )
                 checkpoint = None  # all that was read of it is in its place: let go of it
-                note_start(folder, stage.progress.step, stage.total_steps)
+                record_start(folder, stage.progress.step, stage.total_steps)
                 logger.info(
                     "%s: %s, %d steps of %d rows on %s, from step %d, in %s",
                     name, config.data.webdataset or f"{dataset.num_rows('train'):,} rows", stage.total_steps,
@@ -152,7 +157,7 @@ def describe_best(progress: StageProgress) -> str:
 
 def _assemble(
     config: Config, name: StageName, model: DualEncoder, stream: RowStream, store: CheckpointStore,
-    checkpoint: ReadCheckpoint | None, new_part: bool, trackers: Trackers, bar: ProgressBar, watch: Watch,
+    checkpoint: ReadCheckpoint | None, new_part: bool, trackers: Trackers, bar: ProgressBar, watch: RunMonitors,
     how: EngineConfig, origin: dict[str, Any],
 ) -> Stage:  # fmt: skip
     stage_config, folder, dataset = config.stage(name), config.stage_dir(name), stream.dataset
@@ -168,7 +173,7 @@ def _assemble(
     loss = stage_config.loss
     counts = stream.doc_weights() if loss.sampling != "none" and loss.frequency == "counts" else None
     objective = Objective(loss, config.model, how.loss_tile, counts, stream.queries_per_step, engine.product_dtype)
-    mining = Mining(config, name, engine, dataset, folder, watch.progress)
+    mining = HardNegativeRefresh(config, name, engine, dataset, folder, watch.progress)
     before = StageProgress(**checkpoint.state["progress"]) if checkpoint is not None and not new_part else None
     mined, documents = mining.begin(0 if before is None else before.step - before.part_step, before is not None)
     torch.manual_seed(config.run.seed * 1_000_003 + distributed.rank() + 1)  # dropout differs between ranks
@@ -196,7 +201,7 @@ def _assemble(
         folder=folder,
         config=stage_config,
         origin=origin,
-        budget=Budget.of(how, cast(DualEncoder, engine.module).packs(training=True)),
+        budget=TokenBudget.of(how, cast(DualEncoder, engine.module).packs(training=True)),
         total_steps=total_steps,
         starts_trained=initial_model(config, name) is not None or progress.part_step > 0,
         engine=engine,

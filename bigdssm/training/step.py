@@ -1,24 +1,80 @@
-"""One training step: encode, one loss over all vectors of the global batch, and the way back through the towers.
-
-The loss runs on vectors detached from the towers, so that it does not matter to it in how many chunks they were made.
-"""
+"""One training step: encode, one loss over the global batch, backward through the towers, rank synchronisation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from bigdssm import timing
-from bigdssm.batching.batch import Batch
-from bigdssm.batching.plan import StepPlan
+from bigdssm import distributed
 from bigdssm.dataset.tensors import Features
+from bigdssm.loader.batch import Batch
+from bigdssm.loader.row_stream import RowReport
+from bigdssm.loader.step_plan import StepPlan, StepRequirements
+from bigdssm.loader.upload import to_device
 from bigdssm.losses import LossOutput
 from bigdssm.models import Encoded
-from bigdssm.training.agreement import Agreed, Note, agree
 from bigdssm.training.encoding import encode
 from bigdssm.training.engine import Engine
+from bigdssm.utils import timing
+
+
+class StepReport(NamedTuple):
+    """What one rank tells."""
+
+    stop: float = 0.0  # whether it was asked to
+    save: float = 0.0  # whether a checkpoint is due
+    queries: float = 0.0
+    report: RowReport = RowReport(0.0, 0.0, 0.0)
+    needs: StepRequirements = StepRequirements(1, 1, 0, 0)  # of the next batch's plan
+
+
+@dataclass(frozen=True)
+class StepAgreement:
+    """What every rank then knows of all."""
+
+    loss: float  # the mean
+    alpha: float
+    notes: tuple[StepReport, ...]  # by rank
+
+    @property
+    def stop(self) -> bool:
+        """Return whether any rank was asked to stop."""
+        return any(note.stop for note in self.notes)
+
+    @property
+    def save(self) -> bool:
+        """Return whether a checkpoint is due on any rank."""
+        return any(note.save for note in self.notes)
+
+    @property
+    def needs(self) -> StepRequirements:
+        """Return the most that any rank needs."""
+        return StepRequirements(*(max(numbers) for numbers in zip(*(note.needs for note in self.notes), strict=True)))
+
+
+def agree(loss: Tensor, alpha: Tensor, note: StepReport) -> Callable[[], StepAgreement]:
+    """Send this rank's loss, alpha and note; what is returned waits for those of all ranks. A collective."""
+    own = torch.tensor([note.stop, note.save, note.queries, *note.report, *note.needs], dtype=torch.float64)
+    of_device = torch.stack([loss.detach().double().view(()), alpha.detach().double().view(())])
+    row = torch.cat([of_device, to_device(own, loss.device)])
+    gathered = distributed.all_gather_padded(row[None], 1)
+
+    def read() -> StepAgreement:
+        table = gathered.wait().tolist()
+        losses = [numbers[0] for numbers in table]
+        return StepAgreement(sum(losses) / len(losses), table[0][1], tuple(_note(numbers[2:]) for numbers in table))
+
+    return read
+
+
+def _note(numbers: Sequence[float]) -> StepReport:
+    stop, save, queries, *further = numbers
+    return StepReport(stop, save, queries, RowReport(*further[:3]), StepRequirements(*map(int, further[3:])))
+
 
 LossFunction = Callable[[Encoded, Batch], LossOutput]
 
@@ -27,7 +83,7 @@ LossFunction = Callable[[Encoded, Batch], LossOutput]
 class StepResult:
     """What one step reports; the same on every rank."""
 
-    agreed: Agreed
+    agreed: StepAgreement
     applied: bool  # False where loss or gradients were not finite
     gradient_norm: float | Tensor  # on the device, where nothing needed it yet
     stats: dict[str, Tensor]
@@ -46,7 +102,7 @@ def train_step(
     loss_function: LossFunction,
     lr_factor: float,
     further: Features | None = None,
-    note: Callable[[], Note] = Note,
+    note: Callable[[], StepReport] = StepReport,
 ) -> StepResult:
     """Run one step on this rank's share of the global batch and return what all ranks report of it. A collective.
 

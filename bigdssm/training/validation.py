@@ -1,23 +1,28 @@
-"""Full-catalogue validation during training, and the best weights as a model folder."""
+"""Full-catalogue validation during training, the moving average of weights, the best weights as a model folder."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
-from bigdssm import distributed, timing
-from bigdssm.artifacts.model_folder import is_model_folder, save_model_folder
-from bigdssm.atomic import recover
+import torch
+from torch import Tensor, nn
+
+from bigdssm import distributed
+from bigdssm.checkpoints.model_folder import is_model_folder, save_model_folder
 from bigdssm.config import Config, StageName
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import BigDSSMError, CheckpointError
-from bigdssm.evaluation.reranking import Reranking
-from bigdssm.evaluation.scorer import encoders_of
-from bigdssm.evaluation.split import Evaluation, evaluate_split
+from bigdssm.evaluation.evaluate import Evaluation, evaluate_split
+from bigdssm.evaluation.reranking import Reranking, encoders_of
 from bigdssm.models import DualEncoder
-from bigdssm.progress import Progress
-from bigdssm.retrieval.embed import Documents
+from bigdssm.retrieval.embed import DocumentVectors
 from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.training.engine import Engine, device
+from bigdssm.utils import timing
+from bigdssm.utils.atomic import recover
+from bigdssm.utils.log import Progress
 
 SPLIT = "validation"
 
@@ -29,7 +34,9 @@ class Validator:
         self._dataset, self._config, self._rows_per_chunk = dataset, config, rows_per_chunk
         self._best_dir, self._stage = config.stage_dir(stage) / "best", config.stage(stage)
 
-    def evaluate(self, engine: Engine, progress: Progress, documents: Documents | None = None) -> Evaluation | None:
+    def evaluate(
+        self, engine: Engine, progress: Progress, documents: DocumentVectors | None = None
+    ) -> Evaluation | None:
         """Return the evaluation, or None where the dataset has no validation rows. A collective.
 
         `documents` are the rank's share of the index vectors, which then need not be made again.
@@ -50,7 +57,7 @@ class Validator:
                 rank=distributed.rank(),
                 world_size=distributed.world_size(),
                 rows_per_chunk=self._rows_per_chunk,
-                filter_seen=self._config.data.excludes_seen,
+                exclude_seen=self._config.data.exclude_seen,
                 rerank=rerank,
                 progress=progress,
             )
@@ -85,3 +92,52 @@ class Validator:
                 except OSError as problem:
                     error = CheckpointError(f"could not write {self._best_dir}: {problem}; what it held before stays")
             distributed.raise_together(error)
+
+
+_PREFIX = "average."
+
+
+class WeightAverage:
+    """The exponential moving average of a module's weights, in float32; every rank has all of it.
+
+    The decay grows from 0.1 to the one that is asked for, so that new weights are soon forgotten. Source: Polyak and
+    Juditsky 1992; Tarvainen and Valpola 2017 for the exponential one.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self._module, self._decay, self.num_updates = module, decay, 0
+        self._average = {name: weight.detach().float().clone() for name, weight in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the present weights in."""
+        decay = min(self._decay, (1 + self.num_updates) / (10 + self.num_updates))
+        self.num_updates += 1
+        for name, weight in self._module.named_parameters():
+            self._average[name].lerp_(weight.float(), 1 - decay)
+
+    @contextmanager
+    @torch.no_grad()
+    def in_place(self) -> Iterator[None]:
+        """Within it, the module has the average for its weights."""
+        weights = {name: weight.detach().clone() for name, weight in self._module.named_parameters()}
+        try:
+            for name, weight in self._module.named_parameters():
+                weight.copy_(self._average[name])
+            yield
+        finally:
+            for name, weight in self._module.named_parameters():
+                weight.copy_(weights[name])
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a checkpoint keeps; the same on every rank."""
+        average = {_PREFIX + name: tensor.cpu() for name, tensor in self._average.items()}
+        return {_PREFIX + "updates": torch.tensor([self.num_updates]), **average}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint's state. Where the module has grown since, the average begins anew."""
+        saved = {name: state[_PREFIX + name] for name in self._average}
+        if all(saved[name].shape == tensor.shape for name, tensor in self._average.items()):
+            for name, tensor in self._average.items():
+                tensor.copy_(saved[name])
+            self.num_updates = int(state[_PREFIX + "updates"])

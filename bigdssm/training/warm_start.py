@@ -18,9 +18,9 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.transitions import Transitions
 from bigdssm.errors import BigDSSMError, ConfigError, DataError
 from bigdssm.features.history import histories_of, item_codes
-from bigdssm.log import get_logger
 from bigdssm.models import DualEncoder
-from bigdssm.models.tables import table_name
+from bigdssm.models.embedding_tables import table_name
+from bigdssm.utils.log import get_logger
 
 DENSE_UP_TO = 512  # items: all eigenvectors, and not only some, cost nothing
 logger = get_logger(__name__)

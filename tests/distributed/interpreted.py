@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bigdssm.losses import fps_loss
-from bigdssm.losses.passes import triton_matrix
+from bigdssm.losses.kernels import triton_passes
 
 ENVIRONMENT = {"TRITON_INTERPRET": "1"}
 MULTIPROCESSORS = 6  # so that some sums are shared out and others are not
@@ -26,12 +26,12 @@ def by_kernels(loss: Callable[..., Any], *tensors: Any, **arguments: Any) -> Any
     """Compute a loss by the kernels, whatever its tensors are on."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         _mend()
-    launched, pass_of = [], triton_matrix.FusedMatrix.of
+    launched, pass_of = [], triton_passes.FusedMatrix.of
     with (
-        mock.patch.object(triton_matrix, "available", lambda x: x.U.dtype != torch.float64),
-        mock.patch.object(triton_matrix, "_multiprocessors", lambda device: MULTIPROCESSORS),
-        mock.patch.object(triton_matrix, "_PAIRS_AT_ONCE", PAIRS_AT_ONCE),
-        mock.patch.object(triton_matrix.FusedMatrix, "of", lambda *given: launched.append(1) or pass_of(*given)),
+        mock.patch.object(triton_passes, "available", lambda x: x.U.dtype != torch.float64),
+        mock.patch.object(triton_passes, "_multiprocessors", lambda device: MULTIPROCESSORS),
+        mock.patch.object(triton_passes, "_PAIRS_AT_ONCE", PAIRS_AT_ONCE),
+        mock.patch.object(triton_passes.FusedMatrix, "of", lambda *given: launched.append(1) or pass_of(*given)),
     ):
         found = loss(*tensors, **arguments)
     assert launched, "the plain path has been taken"

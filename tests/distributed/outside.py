@@ -15,20 +15,19 @@ import pyarrow as pa
 from pyarrow.orc import ORCFile
 from torch import Tensor, from_numpy, nn, optim
 
-from bigdssm.artifacts.model_folder import ModelFolder
+from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.metrics import register_metric
-from bigdssm.export.formats import ExportFormat, register_export
-from bigdssm.export.probe import Parity, Probe, largest_difference
+from bigdssm.export.formats import ExportFormat, Parity, Probe, largest_difference, register_export
 from bigdssm.features import Column, Feature, Reader, TextTokenizer, register
 from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, numbers
+from bigdssm.ingest.sources.base import FileSource, Part
+from bigdssm.ingest.sources.registry import register_source
+from bigdssm.ingest.sources.text import require_columns
 from bigdssm.losses import PairTerm
 from bigdssm.losses import register as register_loss
 from bigdssm.models.encoders import Encoder, Parts, encodes
 from bigdssm.retrieval.embed import document_vectors, query_vectors
-from bigdssm.tables.header import require_columns
-from bigdssm.tables.registry import register_source
-from bigdssm.tables.source import FileSource, Part
 from bigdssm.training.optimizers import OptimizerKind, register_optimizer
 
 

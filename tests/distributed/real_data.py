@@ -17,10 +17,10 @@ import yaml
 
 from bigdssm.config import load_config
 from bigdssm.errors import DataError
-from bigdssm.making.interactions import InteractionTables, make_interactions
-from bigdssm.making.making import Target
-from bigdssm.making.pairs import PairTables, make_pairs
-from bigdssm.tables.movielens import fetch_movielens, has_tables
+from bigdssm.ingest.interactions import InteractionTables, make_interactions
+from bigdssm.ingest.job import IngestTarget
+from bigdssm.ingest.pairs import PairTables, make_pairs
+from bigdssm.ingest.public.movielens_100k import fetch_movielens, has_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_PACKAGES = 3000
@@ -56,7 +56,7 @@ def debian_packages(folder: Path) -> Path:
         {"optimizer": OPTIMIZER, "loss": {"name": "fps", "direction": "both"}},
     )
     tables = PairTables((pairs,), doc_id_column="package", split_column="source")
-    make_pairs(load_config(config).data, tables, Target(folder / "dataset"))
+    make_pairs(load_config(config).data, tables, IngestTarget(folder / "dataset"))
     return config
 
 
@@ -86,7 +86,7 @@ def movielens_100k(folder: Path) -> Path:
     model |= {"score": MODEL["score"], "alpha_init": MODEL["alpha_init"]}
     config = _config(folder, "movielens_100k", {}, model, {"optimizer": OPTIMIZER, "epochs": 1})
     tables = InteractionTables(*(source / f"ml-100k.{name}" for name in ("inter", "item", "user")))
-    make_interactions(load_config(config).data, tables, Target(folder / "dataset"))
+    make_interactions(load_config(config).data, tables, IngestTarget(folder / "dataset"))
     return config
 
 
@@ -98,7 +98,7 @@ def ml_latest_small(folder: Path) -> Path:
     for name in ("ratings", "movies"):
         (folder / f"{name}.csv").write_bytes(lzma.decompress((source / f"{name}.csv.xz").read_bytes()))
     features = {
-        "display": "title",
+        "title": "title",
         "query": {"history": {"type": "history", "of": "item_id", "max_items": 10}},
         "doc": {
             "item_id": {"type": "categorical", "column": "movieId"},
@@ -121,7 +121,7 @@ def ml_latest_small(folder: Path) -> Path:
     make_interactions(
         load_config(config).data,
         InteractionTables(folder / "ratings.csv", folder / "movies.csv", None, **columns),
-        Target(folder / "dataset"),
+        IngestTarget(folder / "dataset"),
     )
     return config
 

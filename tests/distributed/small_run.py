@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from bigdssm.config import StageName, load_config
-from bigdssm.progress import no_progress
+from bigdssm.utils.log import no_progress
 
 NUM_USERS, NUM_ITEMS, NUM_GENRES = 60, 48, 4
 
@@ -70,8 +70,8 @@ CONFIG: dict[str, Any] = {
 
 def write_dataset(folder: Path, overrides: Sequence[str] = ()) -> Path:
     """Make the tables, the config (with `overrides`) and the dataset in `folder`; return the config's path."""
-    from bigdssm.making.interactions import InteractionTables, make_interactions
-    from bigdssm.making.making import Target
+    from bigdssm.ingest.interactions import InteractionTables, make_interactions
+    from bigdssm.ingest.job import IngestTarget
 
     random = np.random.RandomState(0)
     genre_of = random.randint(0, NUM_GENRES, NUM_ITEMS)
@@ -94,7 +94,7 @@ def write_dataset(folder: Path, overrides: Sequence[str] = ()) -> Path:
     if overrides:
         path.write_text(yaml.safe_dump(load_config(path, overrides).to_dict()))
     tables = InteractionTables(folder / "events.tsv", folder / "items.tsv", folder / "users.tsv")
-    make_interactions(load_config(path).data, tables, Target(folder / "dataset"), no_progress)
+    make_interactions(load_config(path).data, tables, IngestTarget(folder / "dataset"), no_progress)
     return path
 
 

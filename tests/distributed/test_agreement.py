@@ -65,7 +65,7 @@ def differing(rank: int, world_size: int, config: Path, run_dir: Path, what: str
 
 def asked_on_the_last_rank(rank: int, world_size: int) -> tuple[bool, bool]:
     """Return whether the ranks agree to stop, before and after one of them got SIGTERM."""
-    from bigdssm.running.signals import StopRequest
+    from bigdssm.cluster.signals import StopRequest
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

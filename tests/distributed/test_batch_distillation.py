@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bigdssm.errors import BigDSSMError
-from bigdssm.losses import LossOutput, Teacher, batch_kl
+from bigdssm.losses import BatchTeacher, LossOutput, batch_kl
 
 from . import reference
 from .parity import assert_parity, run
@@ -22,9 +22,9 @@ OPTIONS = frozenset({"beta", "weight", "shared"})
 SIZES = [(7, 12), (0, 3), (9, 11)]
 
 
-def teacher(U: Tensor, W: Tensor) -> Teacher:
+def teacher(U: Tensor, W: Tensor) -> BatchTeacher:
     """Return made-up vectors of another width, the same wherever they are made."""
-    return Teacher(U.detach().double().flip(1)[:, :4].sin(), W.detach().double()[:, :4].cos(), TEMPERATURE)
+    return BatchTeacher(U.detach().double().flip(1)[:, :4].sin(), W.detach().double()[:, :4].cos(), TEMPERATURE)
 
 
 def copies(W: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def loss(U: Tensor, W: Tensor, positive: Tensor, **given: Any) -> LossOutput:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_equals_the_dense_divergence(pools: dict[int, Pool], ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "bigdssm.losses.batch_distillation.STRIP_CELLS", 40
+        "bigdssm.losses.distillation.STRIP_CELLS", 40
     )  # of this process, which is the rank of a world of 1
     for seed in range(3):
         shards = make_shards(torch.Generator().manual_seed(seed), SIZES[:ranks], 6, num_docs=15, options=OPTIONS)
@@ -77,7 +77,7 @@ def test_a_column_of_several_documents_is_as_many_columns() -> None:
 def refused(rank: int, world_size: int, calls: list[dict[str, Any]]) -> str:
     U = torch.ones(2, 3)
     try:
-        batch_kl(**{"U": U, "W": U, "teacher": Teacher(U, U), "alpha": torch.tensor(2.0), **calls[rank]})
+        batch_kl(**{"U": U, "W": U, "teacher": BatchTeacher(U, U), "alpha": torch.tensor(2.0), **calls[rank]})
     except BigDSSMError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
@@ -87,10 +87,10 @@ def refused(rank: int, world_size: int, calls: list[dict[str, Any]]) -> str:
     ("wrong", "words"),
     [
         (
-            {"teacher": Teacher(torch.ones(3, 4), torch.ones(2, 4))},
+            {"teacher": BatchTeacher(torch.ones(3, 4), torch.ones(2, 4))},
             r"queries must be floating point \[2, E\], got \[3, 4\]",
         ),
-        ({"teacher": Teacher(torch.ones(2, 4), torch.ones(2, 5))}, "the teacher's two sides must be of one width"),
+        ({"teacher": BatchTeacher(torch.ones(2, 4), torch.ones(2, 5))}, "the teacher's two sides must be of one width"),
         ({"W": torch.full((2, 3), torch.nan)}, "vectors, or the teacher's, hold NaN or inf"),
     ],
 )

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from bigdssm.artifacts import shares
-from bigdssm.artifacts.checkpoint import open_whole
-from bigdssm.artifacts.shares import Piece, even_share
-from bigdssm.artifacts.store import CheckpointStore
+from bigdssm.checkpoints import shares
+from bigdssm.checkpoints.checkpoint import open_whole
+from bigdssm.checkpoints.shares import TensorPiece, even_share
+from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.config import EngineConfig, OptimizerConfig
 from bigdssm.errors import BigDSSMError
 
@@ -99,7 +99,7 @@ def small_blocks() -> Iterator[None]:
 
 def one_step(
     rank: int, world_size: int, folder: Path, zero_stage: int, step: int
-) -> tuple[Counter[str], list[Piece], list[Piece]]:
+) -> tuple[Counter[str], list[TensorPiece], list[TensorPiece]]:
     """Go on from the checkpoint before, take a step, save; return bytes, and this rank's pieces at begin and end."""
     from bigdssm.training.engine import Engine, init_process_group
 
@@ -145,7 +145,7 @@ def test_each_rank_writes_and_reads_its_share(tmp_path: Path, pools: dict[int, P
         before, saved = written, end
 
 
-def put_together(pieces: list[Piece]) -> dict[str, torch.Tensor]:
+def put_together(pieces: list[TensorPiece]) -> dict[str, torch.Tensor]:
     """Return whole tensors of the pieces of all ranks, which leave nothing out and have nothing twice."""
     found: dict[str, list[torch.Tensor]] = {}
     for piece in sorted(pieces, key=lambda piece: (piece.name, piece.first)):

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from bigdssm.batching.batch import Batch
-from bigdssm.batching.collate import Collator, distinct_in_order
 from bigdssm.config import LossConfig, ModelConfig, load_config
-from bigdssm.dataset.joining import open_dataset
+from bigdssm.dataset.joined import open_dataset
+from bigdssm.loader.batch import Batch
+from bigdssm.loader.collate import Collator, distinct_in_order
 from bigdssm.models import Encoded, new_model
 from bigdssm.training.batches import row_stream
-from bigdssm.training.columns import catalogue_share
-from bigdssm.training.objective import Objective
+from bigdssm.training.objective import Objective, catalogue_share
 
 from . import small_run
 from .parity import assert_close

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.evaluation.reranking import Reranking
-from bigdssm.evaluation.split import evaluate_split
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.pair_scorer import PairScorer
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from bigdssm.config import Config, load_config
-from bigdssm.dataset.joining import open_dataset
-from bigdssm.reports.estimate import Estimate, estimate
+from bigdssm.dataset.joined import open_dataset
+from bigdssm.training.estimate import Estimate, estimate
 
 from . import real_data
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 import yaml
 
-from bigdssm.artifacts.exported import EXPORT_FILE
-from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.config import load_config
 from bigdssm.export.convert import export, stage_source
+from bigdssm.export.formats import Probe
 from bigdssm.export.hf_loading import load_tower
-from bigdssm.export.probe import Probe
-from bigdssm.making.making import Target
-from bigdssm.making.pairs import PairTables, make_pairs
+from bigdssm.export.onnx_model import EXPORT_FILE
+from bigdssm.ingest.job import IngestTarget
+from bigdssm.ingest.pairs import PairTables, make_pairs
 
 from . import small_run
 from .spawn import Pool
@@ -47,7 +47,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(content))
-    make_pairs(load_config(path).data, PairTables((folder / "pairs.jsonl",)), Target(folder / "dataset"))
+    make_pairs(load_config(path).data, PairTables((folder / "pairs.jsonl",)), IngestTarget(folder / "dataset"))
     return path
 
 

@@ -17,20 +17,20 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.tensors import to_features
 from bigdssm.export.convert import export, folder_source
 from bigdssm.features import TextTokenizer
-from bigdssm.making.making import Target
-from bigdssm.making.pairs import PairTables, make_pairs
-from bigdssm.reports.inspection import describe, sample_rows
+from bigdssm.ingest.job import IngestTarget
+from bigdssm.ingest.pairs import PairTables, make_pairs
+from bigdssm.loader.inspection import describe, sample_rows
 from bigdssm.retrieval.embed import document_vectors, query_vectors, tower_encoders
 from bigdssm.retrieval.index import build_index, open_index
 from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.search import Queries
-from bigdssm.retrieval.shards import Work
+from bigdssm.retrieval.shards import ShardWork
 from bigdssm.retrieval.vectors import write_vectors
 
 from . import small_run
@@ -86,11 +86,11 @@ def go_all_the_way(
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(content))
     tables = PairTables((folder / source,), doc_id_column="key")
-    report = make_pairs(load_config(path).data, tables, Target(folder / "dataset"))
+    report = make_pairs(load_config(path).data, tables, IngestTarget(folder / "dataset"))
     dataset = Dataset.open(str(folder / "dataset"))
     small_run.run(rank, world_size, path, folder / "run")
     model = load_model_folder(folder / "run" / "pretrain" / "best")
-    write_vectors(folder / "vectors", tower_encoders(model.model, dataset), dataset, model.checksum, Work())
+    write_vectors(folder / "vectors", tower_encoders(model.model, dataset), dataset, model.checksum, ShardWork())
     build_index(folder / "vectors", folder / "index", "flat")
     assert model.tokenizer_dir is not None
     queries = Queries(model.schema, TextTokenizer(model.tokenizer_dir), None, exclude_seen=True)

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from bigdssm.artifacts.checkpoint import checkpoints_in
-from bigdssm.artifacts.checkpoint_model import load_checkpoint_model
+from bigdssm.checkpoints.checkpoint import checkpoints_in
+from bigdssm.checkpoints.model_folder import load_checkpoint_model
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval.embed import Encoders, tower_encoders
-from bigdssm.retrieval.mine import mine
-from bigdssm.retrieval.mined import MinedNegatives, mined_records, write_mined
-from bigdssm.retrieval.shards import Work
-from bigdssm.retrieval.teacher import write_teacher
+from bigdssm.retrieval.hard_negatives import HardNegatives, window_records, write_mined
+from bigdssm.retrieval.mining import mine
+from bigdssm.retrieval.shards import ShardWork
+from bigdssm.retrieval.teacher_vectors import write_teacher
 
 from . import small_run
 from .spawn import Pool, RankFailed
@@ -55,7 +55,7 @@ def break_off(rank: int, world_size: int, config: Path, run_dir: Path, overrides
 
 def break_off_while_writing(rank: int, world_size: int, *args: Any) -> None:
     """The same, and a checkpoint is written only while the second step after it is taken."""
-    from bigdssm.artifacts.store import CheckpointStore
+    from bigdssm.checkpoints.store import CheckpointStore
 
     original: Callable[..., Any] = CheckpointStore._run
 
@@ -96,8 +96,8 @@ def test_what_is_mined_again_is_of_the_weights_of_that_step(
     assert mined_files(mined_again) == names
     dataset = Dataset.open(load_config(config).data.dir)
     model = load_checkpoint_model(mined_again / "sft" / "checkpoints" / "step-00000006").model
-    everything = MinedNegatives(mine(tower_encoders(model, dataset), dataset, first=1, last=20))
-    third, last = (MinedNegatives.open(mined_again / "sft" / name) for name in names)
+    everything = HardNegatives(mine(tower_encoders(model, dataset), dataset, first=1, last=20))
+    third, last = (HardNegatives.open(mined_again / "sft" / name) for name in names)
     assert len(last) == len(third) == 3 * 48
     np.testing.assert_array_equal(last.windows(last.queries), everything.windows(last.queries))
     assert (third.windows(third.queries) != everything.windows(third.queries)).any()
@@ -164,7 +164,7 @@ def test_a_teacher_is_followed_on_any_number_of_ranks(
         return torch.from_numpy(rows / 10.0)[:, None].float()
 
     likes = Encoders(lambda rows: torch.ones(len(rows), 1), by_number)
-    assert write_teacher(tmp_path / "teacher", likes, dataset, "likes", Work()) is not None
+    assert write_teacher(tmp_path / "teacher", likes, dataset, "likes", ShardWork()) is not None
     loss = f"{{name: {name}, in_batch: true, negatives: 2, distillation: batch_kl, distillation_temperature: 0.5}}"
     given = (start(reference), f"sft.teacher={tmp_path / 'teacher'}", f"sft.loss={loss}")
     assert_is_followed(config, tmp_path, pools, given)
@@ -185,6 +185,6 @@ def test_a_judge_is_followed_on_any_number_of_ranks(
     mined = mine(tower_encoders(model, dataset), dataset, first=1, last=20)
     own = np.concatenate([rows.doc_rows for rows in dataset.iterate("train", 999)])
     scores = np.concatenate([own[:, None], mined["window"]], 1) / 10.0
-    write_mined(tmp_path / "judged.npy", mined_records(mined["query"], mined["window"], scores), dataset)
+    write_mined(tmp_path / "judged.npy", window_records(mined["query"], mined["window"], scores), dataset)
     given = (start(reference), f"sft.mining.file={tmp_path / 'judged.npy'}", f"sft.loss={loss}")
     assert_is_followed(config, tmp_path, pools, given)

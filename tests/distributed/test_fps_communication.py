@@ -86,7 +86,7 @@ def trace(rank: int, world_size: int, direction: str) -> list[str]:
     """Return what happens in a forward in order: gathers, the positives' scores, the wait for W, tiles."""
     import bigdssm.distributed as ours
     from bigdssm.losses import engine
-    from bigdssm.losses.passes.tiles import ScoreMatrix
+    from bigdssm.losses.kernels.tiles import ScoreMatrix
 
     events: list[str] = []
     originals = dist.all_gather_into_tensor, ours.PackedRows.wait, engine._positive_scores, ScoreMatrix.scores

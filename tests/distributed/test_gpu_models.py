@@ -15,8 +15,8 @@ pytest.importorskip("pyarrow")
 pytest.importorskip("transformers")
 pytest.importorskip("xxhash")
 
-from bigdssm.batching.upload import uploaded
-from bigdssm.models import Places, compile_layers, use_packing
+from bigdssm.loader.upload import uploaded_batches
+from bigdssm.models import QueryPositions, compile_layers, use_packing
 from bigdssm.models.packed import flash_attention
 from tests.packing import within_rows
 from tests.unit.test_packed import gradients, model, never_packed, vectors
@@ -35,14 +35,14 @@ pytestmark = [
 
 def test_batches_come_to_the_device_as_they_were_made() -> None:
     made = [share_of(0, 1, step) for step in range(5)]
-    for found, batch in zip(uploaded(iter(made), torch.device(DEVICE)), made, strict=True):
+    for found, batch in zip(uploaded_batches(iter(made), torch.device(DEVICE)), made, strict=True):
         assert found.row_ids.device.type == "cpu" and found.doc_ids.device.type == DEVICE
         assert found.step == batch.step and len(found.tensors()) == len(batch.tensors())
         for there, here in zip(found.tensors(), batch.tensors(), strict=True):
             assert torch.equal(there.cpu(), here)
 
 
-PLACES = Places(torch.tensor([0, 0, 0, 2, 2, 3, 4, 5, 5]), torch.tensor([9, 0, 4, 1, 4, 1, 0, 7, 3]))
+PLACES = QueryPositions(torch.tensor([0, 0, 0, 2, 2, 3, 4, 5, 5]), torch.tensor([9, 0, 4, 1, 4, 1, 0, 7, 3]))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -59,7 +59,7 @@ PLACES = Places(torch.tensor([0, 0, 0, 2, 2, 3, 4, 5, 5]), torch.tensor([9, 0, 4
     ],
 )
 def test_packed_lists_are_padded_ones(
-    side: str, places: Places | None, given: dict[str, str], chunk_tokens: int, compiled: bool
+    side: str, places: QueryPositions | None, given: dict[str, str], chunk_tokens: int, compiled: bool
 ) -> None:
     plain, packed = model(**given).to(DEVICE), model(**given).to(DEVICE)
     never_packed(plain)

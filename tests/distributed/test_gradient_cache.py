@@ -16,15 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigdssm.batching.batch import Batch
-from bigdssm.batching.lengths import lengths_of
-from bigdssm.batching.plan import Budget, plan_step
 from bigdssm.config import EngineConfig, ModelConfig, OptimizerConfig, TextEncoderConfig, TowerConfig
+from bigdssm.dataset.schema import Schema
 from bigdssm.features import Categorical, History, Text, Vocabulary
+from bigdssm.loader.batch import Batch, lengths_of
+from bigdssm.loader.step_plan import TokenBudget, plan_step
 from bigdssm.losses import LossOutput, fps_loss
 from bigdssm.models import DualEncoder, Encoded, new_model, use_packing
 from bigdssm.retrieval import embed
-from bigdssm.schema import Schema
 from tests.packing import within_rows
 
 from . import small_run
@@ -159,11 +158,11 @@ def new_engine(case: Case, dropout: float) -> tuple[Any, Any]:
     if case.packed:
         use_packing(model, within_rows)
         assert model.packs(training=True) == ({"words", "history"}, {"words"})
-    budget = Budget.of(config, model.packs(training=True))
+    budget = TokenBudget.of(config, model.packs(training=True))
     return Engine(model, config, OptimizerConfig(gradient_clipping=CLIPPING), 1), budget
 
 
-def one_step(engine: Any, batch: Batch, budget: Budget) -> Any:
+def one_step(engine: Any, batch: Batch, budget: TokenBudget) -> Any:
     from bigdssm.training.step import train_step
 
     return train_step(engine, batch, plan_step(batch, budget), loss_of, 1.0)
@@ -277,7 +276,7 @@ def waits(rank: int, world_size: int, stage: int, chunk_tokens: int) -> tuple[in
     assert len(engine.deepspeed.optimizer.param_groups) > 1
     for step in range(4):  # DeepSpeed's timer begins with the third
         with mock.patch.object(get_accelerator(), "synchronize") as synchronize, Reads() as reads:
-            one_step(engine, share_of(rank, world_size, step), Budget.of(config))
+            one_step(engine, share_of(rank, world_size, step), TokenBudget.of(config))
     return synchronize.call_count, reads.count
 
 

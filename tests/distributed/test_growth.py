@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from bigdssm.artifacts.checkpoint import verify
+from bigdssm.checkpoints.checkpoint import verify
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.joining import open_dataset
-from bigdssm.making.interactions import InteractionTables, make_interactions
-from bigdssm.making.making import Target
-from bigdssm.streaming.stream import PairStream
+from bigdssm.dataset.joined import open_dataset
+from bigdssm.ingest.interactions import InteractionTables, make_interactions
+from bigdssm.ingest.job import IngestTarget
+from bigdssm.loader.pair_stream import PairStream
 
 from . import small_run
 from .spawn import Pool, RankFailed
@@ -57,7 +57,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory, pools: dict[int, Pool]) -> t
     for name, lines in (("items2", items), ("users2", users), ("events2", events)):
         (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
     tables = InteractionTables(folder / "events2.tsv", folder / "items2.tsv", folder / "users2.tsv")
-    make_interactions(load_config(config).data, tables, Target(folder / "dataset", "day2", append=True))
+    make_interactions(load_config(config).data, tables, IngestTarget(folder / "dataset", "day2", append=True))
     return config, run_dir
 
 

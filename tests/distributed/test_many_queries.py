@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from bigdssm.batching import plan
-from bigdssm.batching.chunks import Chunked
-from bigdssm.batching.collate import Collator
-from bigdssm.batching.plan import plan_side
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
-from bigdssm.models import Group, new_model
-from bigdssm.retrieval.mined import MinedNegatives
-from bigdssm.streaming.stream import PairStream
+from bigdssm.loader import step_plan
+from bigdssm.loader.chunks import Chunked
+from bigdssm.loader.collate import Collator
+from bigdssm.loader.pair_stream import PairStream
+from bigdssm.loader.step_plan import plan_side
+from bigdssm.models import RowGroup, new_model
+from bigdssm.retrieval.hard_negatives import HardNegatives
 from bigdssm.training.checks import check_stage
 
 from . import small_run
@@ -84,15 +84,15 @@ def test_ranks_and_chunks_change_no_loss(case: str, config: Path, tmp_path: Path
 
 def in_groups(rank: int, world_size: int, *given: Any) -> int:
     """Run a stage, histories of 8 items at most in groups as those of hundreds are; return the most of a chunk."""
-    most, like_length = 0, plan.like_length
+    most, like_length = 0, step_plan.like_length
 
-    def counted(length_R: np.ndarray) -> tuple[Group, ...]:
+    def counted(length_R: np.ndarray) -> tuple[RowGroup, ...]:
         nonlocal most
         groups = like_length(length_R)
         most = max(most, len(groups))
         return groups
 
-    with mock.patch.multiple(plan, ALIKE_CELLS=0, like_length=counted):
+    with mock.patch.multiple(step_plan, ALIKE_CELLS=0, like_length=counted):
         small_run.run(rank, world_size, *given)
     return most
 
@@ -130,7 +130,7 @@ def test_fine_tuning_mines_for_every_query(config: Path, tmp_path: Path, pools: 
         folder = tmp_path / str(ranks)
         pools[ranks].run(small_run.run, config, folder, said)
         pools[ranks].run(small_run.run, config, folder, said, "sft")
-    mined = [MinedNegatives.open(tmp_path / name / "sft" / "mined_negatives.npy") for name in "12"]
+    mined = [HardNegatives.open(tmp_path / name / "sft" / "mined_negatives.npy") for name in "12"]
     dataset = Dataset.open(load_config(config).data.dir)
     keys = np.concatenate([rows.query_keys for rows in dataset.iterate("train", 1000)])
     assert set(mined[0].queries.tolist()) <= set(keys.tolist()) and len(mined[0]) > 1.5 * 3 * 48

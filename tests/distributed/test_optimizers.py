@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bigdssm.artifacts.store import CheckpointStore
+from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.config import load_config
 from bigdssm.errors import ConfigError
 from bigdssm.training.checks import check_stage

@@ -11,9 +11,9 @@ import yaml
 from webdataset import TarWriter
 
 from bigdssm.config import load_config
-from bigdssm.hashing import hash64
-from bigdssm.making.making import Target
-from bigdssm.making.pairs import PairTables, make_pairs
+from bigdssm.ingest.job import IngestTarget
+from bigdssm.ingest.pairs import PairTables, make_pairs
+from bigdssm.utils.hashing import hash64
 
 from . import small_run
 from .spawn import Pool, RankFailed
@@ -47,7 +47,7 @@ def test_plain_shards_train_evaluate_and_go_on(tmp_path: Path, pools: dict[int, 
     }  # fmt: skip
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(content))
-    make_pairs(load_config(config).data, PairTables(files=(tmp_path / "0.tar",)), Target(tmp_path / "dataset"))
+    make_pairs(load_config(config).data, PairTables(files=(tmp_path / "0.tar",)), IngestTarget(tmp_path / "dataset"))
     with pytest.raises(RankFailed, match=r"loss\.frequency: got counts, needs streaming .*\.tar has its"):
         pools[2].run(
             small_run.run,

@@ -8,9 +8,9 @@ import numpy as np
 
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.making.interactions import InteractionTables, make_interactions
-from bigdssm.making.making import Target
-from bigdssm.tables.public.making import make_tables
+from bigdssm.ingest.interactions import InteractionTables, make_interactions
+from bigdssm.ingest.job import IngestTarget
+from bigdssm.ingest.public.make import make_tables
 
 from . import real_data
 
@@ -19,7 +19,7 @@ def dataset_of(folder: Path, config: str, **options: str | None) -> Dataset:
     """Make the dataset of tables in `folder`, as the header of the config of that name says."""
     tables = InteractionTables(folder / "interactions.tsv", folder / "items.tsv", **options)  # type: ignore[arg-type]
     data = load_config(real_data.ROOT / "configs" / f"{config}.yaml").data
-    make_interactions(data, tables, Target(folder / "dataset"))
+    make_interactions(data, tables, IngestTarget(folder / "dataset"))
     return Dataset.open(folder / "dataset")
 
 

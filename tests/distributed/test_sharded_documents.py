@@ -13,17 +13,17 @@ from torch import Tensor
 
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
+from bigdssm.evaluation import evaluate as split_module
 from bigdssm.evaluation import ranks as ranks_module
-from bigdssm.evaluation import split as split_module
-from bigdssm.evaluation.scorer import ScoredEncoders
-from bigdssm.evaluation.split import evaluate_split
-from bigdssm.evaluation.systems import MeasuredRows
-from bigdssm.reports.live_memory import LiveBytes
-from bigdssm.retrieval import mine as mine_module
-from bigdssm.retrieval import rounds as rounds_module
-from bigdssm.retrieval import top as top_module
+from bigdssm.evaluation.comparison import MeasuredRows
+from bigdssm.evaluation.evaluate import evaluate_split
+from bigdssm.evaluation.reranking import ScoredEncoders
+from bigdssm.retrieval import exact_search as rounds_module
+from bigdssm.retrieval import exact_search as top_module
+from bigdssm.retrieval import mining as mine_module
 from bigdssm.retrieval.embed import Encoders, Share
-from bigdssm.retrieval.mine import KnownPositives, mine, mine_to_file
+from bigdssm.retrieval.mining import TrainPositives, mine, mine_to_file
+from bigdssm.training.estimate import LiveBytes
 
 from .spawn import Pool
 
@@ -75,7 +75,7 @@ def evaluated_and_mined(rank: int, world_size: int, folder: Path, out: Path, kin
         shared: Any = {"rank": rank, "world_size": world_size, "rows_per_chunk": 50}
         found = [
             evaluate_split(encoders, dataset, "validation", **shared),
-            evaluate_split(encoders, dataset, "test", filter_seen=False, **shared),
+            evaluate_split(encoders, dataset, "test", exclude_seen=False, **shared),
         ]
         share = Share(rank, world_size, 100)
         everything = mine_to_file(out, encoders, dataset, first=FIRST, last=LAST, margin=MARGIN, share=share)
@@ -112,7 +112,7 @@ def test_they_are_those_of_the_definition(tiny_interactions: Any, pools: dict[in
     """Scores of whole numbers are exact, and many are equal: of these the lower row is mined first."""
     dataset, (queries, documents) = larger(tiny_interactions.dir, DOCS), tables("whole")
     found = pools[3].run(evaluated_and_mined, tiny_interactions.dir, tmp_path / "mined.npy", "whole")[1]
-    encoders, known = encoders_of(queries, documents), KnownPositives.of(dataset)
+    encoders, known = encoders_of(queries, documents), TrainPositives.of(dataset)
     for rows in dataset.iterate("validation", 1000):
         scores = (encoders.queries(rows) @ documents.T).numpy()
         for i, row in enumerate(rows.row_ids):

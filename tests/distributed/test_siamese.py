@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.export.convert import export, stage_source
-from bigdssm.export.probe import PARITY_LIMIT
+from bigdssm.export.formats import PARITY_LIMIT
 
 from . import small_run
 from .spawn import Pool

@@ -21,10 +21,10 @@ import pytest
 
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError, PeerError
-from bigdssm.streaming import lanes as lanes_module
-from bigdssm.streaming.order import Order
-from bigdssm.streaming.row_stream import CHECK_EVERY_STEPS
-from bigdssm.streaming.stream import PairStream
+from bigdssm.loader import lanes as lanes_module
+from bigdssm.loader.order import Order
+from bigdssm.loader.pair_stream import PairStream
+from bigdssm.loader.row_stream import CHECK_EVERY_STEPS
 
 from .spawn import Pool
 

@@ -11,9 +11,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from bigdssm.artifacts.checkpoint import open_whole, verify
-from bigdssm.artifacts.model_folder import load_model_folder
-from bigdssm.artifacts.shares import Piece
+from bigdssm.checkpoints.checkpoint import open_whole, verify
+from bigdssm.checkpoints.model_folder import load_model_folder
+from bigdssm.checkpoints.shares import TensorPiece
 from tests.unit.data.conftest import Writer
 
 from . import small_run
@@ -363,7 +363,7 @@ def merged(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def restored_share(
     rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...]
-) -> tuple[list[Piece], set[tuple[str, float, float]]]:
+) -> tuple[list[TensorPiece], set[tuple[str, float, float]]]:
     """Resume, take no step, and return what this rank would save, and (group, Adam's step, decay) of its states."""
     from bigdssm.training import stages
     from bigdssm.training.portable import base_optimizer

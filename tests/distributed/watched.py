@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 from bigdssm import distributed
 from bigdssm.cli import run_main
+from bigdssm.cluster import watchdog as module
+from bigdssm.cluster.launcher import Launcher
+from bigdssm.cluster.watchdog import Watchdog
 from bigdssm.errors import PeerError
-from bigdssm.running import watchdog as module
-from bigdssm.running.launcher import Launcher
-from bigdssm.running.watchdog import Watchdog
 
 TIMEOUT_S = 3.0
 NUM_STEPS, MISFORTUNE_AT = 60, 10

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
-from bigdssm.evaluation.systems import read_ranks
-from bigdssm.retrieval.mined import MinedNegatives
+from bigdssm.evaluation.comparison import read_ranks
+from bigdssm.retrieval.hard_negatives import HardNegatives
 from tests.conftest import TinyDataset
 
 from .runs import ROOT, environment
@@ -78,7 +78,7 @@ def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -
     assert (scored != anew).any(), "the scorer sees all documents, or five"
     assert (ranked.parent / "commands.jsonl").read_text().count('"sft"') == 1, "both were trained once"
     (judged,) = out.glob("tiny/*/seed-0/judged.npy")
-    scores = MinedNegatives.open(judged)
+    scores = HardNegatives.open(judged)
     assert (
         np.isfinite(scores.teacher(scores.queries)[:, 0]).all()
         and "distillation" in (judged.parent / "sft/metrics.jsonl").read_text()

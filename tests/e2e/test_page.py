@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from bigdssm.artifacts.model_folder import load_model_folder, save_model_folder
+from bigdssm.checkpoints.model_folder import load_model_folder, save_model_folder
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval.embed import tower_encoders
@@ -233,7 +233,7 @@ def test_keys_alone_ask_and_read(page: Page, two_url: str) -> None:
     assert at() == ("/beside", 2)
     page.press("Enter").answered()
     near = asked(two_url, "/beside/api/why", {"user": "u7", "answer": rows(page, "/beside")[1][4]})
-    shown = "\n".join(f"{item['cosine']:.2f} {item['display']}" for item in near["history"])
+    shown = "\n".join(f"{item['cosine']:.2f} {item['title']}" for item in near["history"])
     assert text(page, "tr.why") == f"Near to what the history holds:\n{shown}" and len(near["history"]) == 5
     page.press("Enter")
     assert page.js("document.querySelector('tr.why')") is None, "what is open closes"

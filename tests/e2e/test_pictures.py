@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.index import build_index
 from bigdssm.retrieval.vectors import write_vectors
-from bigdssm.training.in_process import pretrain
+from bigdssm.training.api import pretrain
 from tests.conftest import TinyDataset
 from tests.e2e.browser import Page, browser_path, browsing
 from tests.e2e.test_page import started

@@ -25,7 +25,7 @@ import yaml
 from bigdssm.commands import evaluate, make_shards
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.training.resuming import RULES, rule_of
+from bigdssm.training.resume import RULES, rule_of
 from tests.distributed import small_run
 from tests.e2e.warm import ROOT, Command
 
@@ -315,7 +315,7 @@ def test_a_training_ends_with_the_command_that_has_started_it(config: Path, tmp_
     """As tune and evidence start theirs: it saves, and the folder is free for the same command."""
     run = tmp_path / "run"
     arguments = ["pretrain", "--config", str(config), f"run.dir={run}", "pretrain.steps=1000000"]
-    code = "import pathlib; from bigdssm.running.commands import run_command as run; "
+    code = "import pathlib; from bigdssm.cluster.launcher import run_command as run; "
     code += f"run(pathlib.Path('{tmp_path}/log'), *{arguments})"
     starter = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     until, metrics = time.monotonic() + 120, run / "pretrain" / "metrics.jsonl"

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from bigdssm.atomic import replace_folder
+from bigdssm.utils.atomic import replace_folder
 from tests.conftest import TinyDataset
 from tests.e2e.test_page import make_served, started
 

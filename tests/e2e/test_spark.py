@@ -27,11 +27,11 @@ from bigdssm.commands.make_shards import main
 from bigdssm.config import load_config
 from bigdssm.distributed import free_port
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.making.engine import Engine
-from bigdssm.making.interactions import InteractionTables, make_interactions
-from bigdssm.making.making import Target
-from bigdssm.making.pairs import PairTables, make_pairs
-from bigdssm.making.spark import Cluster, SparkEngine
+from bigdssm.ingest.engines.local import LocalEngine
+from bigdssm.ingest.engines.spark import Cluster, SparkEngine
+from bigdssm.ingest.interactions import InteractionTables, make_interactions
+from bigdssm.ingest.job import IngestTarget
+from bigdssm.ingest.pairs import PairTables, make_pairs
 from tests.conftest import WORDS
 from tests.e2e.runs import ROOT
 
@@ -166,7 +166,7 @@ def make(tables: Path, kind: str, out: Path, *, appended: bool = True, **engine:
     """Make a dataset, and append to it if that is asked for; return the content of all its files."""
     config = load_config(tables / f"{kind}.yaml").data
     for part, split in zip(("", "2") if appended else ("",), SPLITS[kind], strict=False):
-        target = Target(out / "dataset", f"day{part}", append=bool(part), **engine)
+        target = IngestTarget(out / "dataset", f"day{part}", append=bool(part), **engine)
         if kind == "pairs":
             folder = tables / f"pairs{part}"
             again = sorted(folder.iterdir())[0]
@@ -205,7 +205,7 @@ def test_partitions_do_not_matter(
     session: Any, tables: Path, built_in: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     answered = Counter[str]()
-    for name, engine in (("fetch", Engine), ("_write", Engine), ("_sql", SparkEngine)):
+    for name, engine in (("fetch", LocalEngine), ("_write", LocalEngine), ("_sql", SparkEngine)):
         asked = getattr(engine, name)
         monkeypatch.setattr(
             engine, name, lambda self, *q, e=engine, f=asked: answered.update([e.__name__]) or f(self, *q)
@@ -216,7 +216,7 @@ def test_partitions_do_not_matter(
         "spark.bigdssm.driverBytes": str(on_driver),
     }
     made = make(tables, kind, tmp_path, appended=appended, spark=Cluster(conf=tuple(conf.items())))
-    assert answered.keys() == ({"Engine", "SparkEngine"} if on_driver else {"SparkEngine"}), "both were asked"
+    assert answered.keys() == ({"LocalEngine", "SparkEngine"} if on_driver else {"SparkEngine"}), "both were asked"
     expected = built_in(kind, appended=appended)
     assert made == expected
     assert any("/versions-" in name for name in made) == appended, "documents changed"
@@ -234,7 +234,7 @@ def test_tables_and_queries_of_the_session(session: Any, tables: Path, tmp_path:
     )
 
     def made(name: str, files: tuple[str, ...], **engine: Any) -> dict[str, bytes]:
-        target = Target(tmp_path / name / "dataset", **engine)
+        target = IngestTarget(tmp_path / name / "dataset", **engine)
         make_interactions(config, InteractionTables(*files, rating_column="rating"), target)
         return content(tmp_path / name / "dataset")
 
@@ -263,7 +263,7 @@ def test_tables_and_queries_of_the_session(session: Any, tables: Path, tmp_path:
             made("wrong", (wrong, *given[1:]), spark=Cluster())
     assert not (tmp_path / "wrong").exists() or not list((tmp_path / "wrong").iterdir())
     with pytest.raises(ConfigError, match="give --engine spark"):
-        make_interactions(config, InteractionTables(*given), Target(tmp_path / "local"))
+        make_interactions(config, InteractionTables(*given), IngestTarget(tmp_path / "local"))
 
 
 def test_bad_rows_and_damaged_tables_are_told_as_ever(

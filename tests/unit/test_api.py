@@ -307,7 +307,7 @@ def test_an_index_finds_what_the_vectors_say(folder: Path, trained: list[Any]) -
         best = [i for i in np.argsort(-scores) if rows[i]["item_id"] not in out][:5]
         assert [document.key for document in documents] == [rows[i]["item_id"] for i in best]
         assert [document.score for document in documents] == pytest.approx(scores[best], abs=1e-5)
-        assert all(document.display for document in documents)
+        assert all(document.title for document in documents)
     assert [d.key for d in index.search(queries, 48)[0]].count("i3") == 1
     for wrong, sentence in (((queries[:, 1:], 5), "16 numbers|the index has 17"), ((queries, 0), "top 0")):
         with pytest.raises(ConfigError, match=sentence):

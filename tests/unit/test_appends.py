@@ -18,9 +18,9 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.sequences import TIME_COLUMN
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History
-from bigdssm.making.interactions import InteractionTables, make_interactions
-from bigdssm.making.making import Report, Target
-from bigdssm.making.pairs import PairTables, make_pairs
+from bigdssm.ingest.interactions import InteractionTables, make_interactions
+from bigdssm.ingest.job import IngestReport, IngestTarget
+from bigdssm.ingest.pairs import PairTables, make_pairs
 
 DOC = {"item": Categorical(column="item_id")}
 CONFIG = DataConfig(dir="", query={"past": History(of="item", max_items=9)}, doc=DOC)
@@ -31,14 +31,14 @@ FIRST: list[Event] = [("u", "i0", 10, 3), ("u", "i1", 20, 4), ("u", "i1", 20, 5)
 
 def make(
     folder: Path, events: list[Event], partition: str | None = None, config: DataConfig = CONFIG, **options: Any
-) -> Report:
+) -> IngestReport:
     lines = ["user_id,item_id,timestamp,rating", *(",".join(map(str, event)) for event in events)]
     (folder / "events.csv").write_text("\n".join(lines) + "\n")
     (folder / "items.csv").write_text("item_id\n" + "".join(f"i{i}\n" for i in range(6)))
     tables = InteractionTables(
         folder / "events.csv", folder / "items.csv", rating_column="rating", **{"split": "train", **options}
     )
-    target = Target(folder / "out", partition or "base", append=partition is not None, processes=1)
+    target = IngestTarget(folder / "out", partition or "base", append=partition is not None, processes=1)
     return make_interactions(config, tables, target)
 
 
@@ -178,11 +178,11 @@ SPLITS: dict[str, tuple[dict[str, Any], Callable[[int], str | None]]] = {  # of 
 }  # fmt: skip
 
 
-def make_pairs_of(folder: Path, rows: range, partition: str | None = None, **options: Any) -> Report:
+def make_pairs_of(folder: Path, rows: range, partition: str | None = None, **options: Any) -> IngestReport:
     """Make pairs of a query each; a group has the rows of one remainder by 50."""
     lines = [f"q{row},g{row % 50},d{row % 7},{row},{['train', 'test'][row % 2]}" for row in rows]
     (folder / "pairs.csv").write_text("\n".join(["q,group,d,time,said", *lines]) + "\n")
-    target = Target(folder / "out", partition or "base", append=partition is not None, processes=1)
+    target = IngestTarget(folder / "out", partition or "base", append=partition is not None, processes=1)
     return make_pairs(PAIR_CONFIG, PairTables((folder / "pairs.csv",), **options), target)
 
 

@@ -15,8 +15,8 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History, Numeric
 from bigdssm.features.ragged import Ragged
-from bigdssm.making.interactions import InteractionTables, make_interactions
-from bigdssm.making.making import Target
+from bigdssm.ingest.interactions import InteractionTables, make_interactions
+from bigdssm.ingest.job import IngestTarget
 from bigdssm.retrieval.search import user_facts
 
 QUERY = {"past": History(of="item", max_items=5), "age": Numeric(), "jobs": Categorical(multi=True)}
@@ -48,7 +48,7 @@ def write_tables(folder: Path, *, seed: int = 0, first: int = 0) -> dict[str, li
 def make(folder: Path, out: Path, *, since: str | None = "since", partition: str = "base", **options: Any) -> Dataset:
     paths = [folder / f"{name}.parquet" for name in ("events", "items", "users")]
     tables = InteractionTables(*paths, users_time_column=since, **options)
-    make_interactions(CONFIG, tables, Target(out, partition, append=out.exists(), processes=1))
+    make_interactions(CONFIG, tables, IngestTarget(out, partition, append=out.exists(), processes=1))
     return Dataset.open(out)
 
 
@@ -141,7 +141,7 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:
         make(tmp_path, tmp_path / "out", time_column=None)
     tables = InteractionTables(tmp_path / "events.parquet", tmp_path / "items.parquet", users_time_column="since")
     with pytest.raises(ConfigError, match="--users-time-column since needs a users table; give --users"):
-        make_interactions(CONFIG, tables, Target(tmp_path / "out"))
+        make_interactions(CONFIG, tables, IngestTarget(tmp_path / "out"))
     for name, column, seconds in (("events", 2, 1.7e9), ("users", 1, 1.7e12)):
         table = pq.read_table(tmp_path / f"{name}.parquet")
         moved = pa.array(np.asarray(table.column(column), np.float64) + seconds)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bigdssm import atomic
 from bigdssm.errors import ConfigError
+from bigdssm.utils import atomic
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bigdssm.training.averaging import WeightAverage
+from bigdssm.training.validation import WeightAverage
 
 
 def module(value: float) -> torch.nn.Linear:

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 import bigdssm
+from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.evaluation.metrics import mean_metrics
-from bigdssm.evaluation.split import evaluate_split
 from bigdssm.features import Ragged
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.index import build_index
@@ -22,7 +22,7 @@ from bigdssm.retrieval.vectors import write_vectors
 NUM_ITEMS, NUM_USERS, EVENTS = 30, 24, 12
 CONFIG: dict[str, Any] = {
     "data": {
-        "lanes": 4, "display": "title",
+        "lanes": 4, "title": "title",
         "query": {"past": {"type": "history", "of": "item_id", "max_items": 6}, "mood": {"type": "numeric"}},
         "doc": {"item_id": {"type": "categorical"}, "kind": {"type": "categorical"}, "price": {"type": "numeric"}},
     },
@@ -102,7 +102,7 @@ def test_each_document_is_found_once_as_it_is_now(folder: Path, loss: list[str],
     for number, found in enumerate(index.search(queries, NUM_ITEMS + 6)):
         assert sorted(document.key for document in found) == sorted(items["item_id"]), "each once"
         for document in found:
-            assert document.display == by_key.loc[document.key, "title"]
+            assert document.title == by_key.loc[document.key, "title"]
             assert document.score == pytest.approx(float(scores[document.key][number]), abs=1e-5)
     check_evaluation(dataset, encoders, newest, list(items["item_id"]))
     events = [name for day in range(2) for name in tables_of(day)["interactions"].query("user_id == 'u3'")["item_id"]]

@@ -14,15 +14,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bigdssm.artifacts import shares
-from bigdssm.artifacts.checkpoint import find, open_whole, verify
-from bigdssm.artifacts.shares import Block, FileShare, Piece, even_share, shared_out, whole, write_share
-from bigdssm.artifacts.store import CheckpointStore
+from bigdssm.checkpoints import shares
+from bigdssm.checkpoints.checkpoint import find, open_whole, verify
+from bigdssm.checkpoints.shares import (
+    Block,
+    FileShare,
+    TensorPiece,
+    even_share,
+    partition_pieces,
+    whole_tensor,
+    write_share,
+)
+from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.errors import CheckpointError
 
 
-def pieces() -> list[Piece]:
-    return [whole("layer.weight", torch.arange(512.0).view(2, 256)), whole("exp_avg/layer.weight", torch.ones(2, 256))]
+def pieces() -> list[TensorPiece]:
+    return [
+        whole_tensor("layer.weight", torch.arange(512.0).view(2, 256)),
+        whole_tensor("exp_avg/layer.weight", torch.ones(2, 256)),
+    ]
 
 
 def save(store: CheckpointStore, step: int, **options: object) -> None:
@@ -121,7 +132,7 @@ def test_killed_while_a_step_is_saved_again(
         real(*paths)  # type: ignore[operator]
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"bigdssm.atomic.{function}", killed)
+        patch.setattr(f"bigdssm.utils.atomic.{function}", killed)
         with pytest.raises(KeyboardInterrupt):
             save(store, 15)
     assert list(store.folder.glob(".*.replaced"))
@@ -139,7 +150,7 @@ def test_a_file_that_cannot_be_read_is_damage(store: CheckpointStore, monkeypatc
         return read(folder, share, first, last)
 
     with monkeypatch.context() as patch:
-        patch.setattr("bigdssm.artifacts.checkpoint.read_blocks", broken)
+        patch.setattr("bigdssm.checkpoints.checkpoint.read_blocks", broken)
         newest = store.newest_good()
     assert newest is not None and newest.step == 10
 
@@ -185,7 +196,13 @@ def test_what_is_written_in_the_background_is_of_its_step_and_there_when_settled
         goes_on.wait(60)
 
     store.save(
-        20, state, {"average": tensor}, {"cpu": tensor}, [whole("weight", tensor)], in_background=True, between=wait
+        20,
+        state,
+        {"average": tensor},
+        {"cpu": tensor},
+        [whole_tensor("weight", tensor)],
+        in_background=True,
+        between=wait,
     )
     tensor += 1
     state["step"] = 21
@@ -254,7 +271,7 @@ def test_every_tensor_is_shared_out_evenly_and_every_block_read_once(
             blocks = [
                 (share.file, number)
                 for rank in range(readers)
-                for share, first, last in shared_out(files, rank, readers)
+                for share, first, last in partition_pieces(files, rank, readers)
                 for number in range(first, last)
             ]
             assert blocks == [(share.file, number) for share in files for number in range(len(share.xxh3_128))]

@@ -13,8 +13,8 @@ import pytest
 from bigdssm.config import DataConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.features import Categorical, History
-from bigdssm.making.interactions import InteractionTables, make_interactions
-from bigdssm.making.making import Target
+from bigdssm.ingest.interactions import InteractionTables, make_interactions
+from bigdssm.ingest.job import IngestTarget
 
 Piece = tuple[str, int, int]  # the user, and the places of the first target and behind the last one
 CONFIG = DataConfig(
@@ -47,7 +47,7 @@ def cut(places: list[int], most: int) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("split", ["time", "leave-one-out", "train"])
 def test_pieces_are_cut_from_the_newest_target_on(split: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, size in {"SEQUENCES_PER_FILE": 40, "SEQUENCES_AT_ONCE": 7, "EVENTS_PER_FILE": 150}.items():
-        monkeypatch.setattr(f"bigdssm.making.cutting.{name}", size)
+        monkeypatch.setattr(f"bigdssm.ingest.cutting.{name}", size)
     random = np.random.RandomState(0)
     users = [f"u{n}" for n in random.randint(0, 100, 800)]
     times = random.randint(0, 60, len(users))
@@ -58,7 +58,7 @@ def test_pieces_are_cut_from_the_newest_target_on(split: Any, tmp_path: Path, mo
     tables = InteractionTables(
         tmp_path / "events.parquet", tmp_path / "items.parquet", split=split, validation_fraction=0.2, test_fraction=0.2
     )
-    make_interactions(CONFIG, tables, Target(tmp_path / "out", processes=1))
+    make_interactions(CONFIG, tables, IngestTarget(tmp_path / "out", processes=1))
 
     first, second = np.sort(times)[[int(len(times) * share) for share in (0.6, 0.8)]]
     expected: dict[str, list[Piece]] = {"train": [], "validation": [], "test": []}

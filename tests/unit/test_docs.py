@@ -18,14 +18,14 @@ import pytest
 import yaml
 
 import bigdssm
-from bigdssm.artifacts import manifest, model_folder
-from bigdssm.bounds import bounded
+from bigdssm.checkpoints import checkpoint, model_folder
 from bigdssm.cli import PLUGINS
 from bigdssm.commands import make_shards
 from bigdssm.config.keys import SourceConfig, StageConfig
 from bigdssm.dataset import dataset
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval import vectors
+from bigdssm.utils.bounds import bounded
 
 from .test_layers import LAYERS
 
@@ -72,13 +72,13 @@ def test_the_pairs_of_another_library_become_a_dataset(tmp_path: Path, monkeypat
     _, make, _ = commands.splitlines()
     assert make_shards.main(shlex.split(make.removeprefix("python tools/make_shards.py "))) == 0
     dataset = Dataset.open("datasets/mine")
-    assert dataset.catalogue.num_docs == 100 and dataset.catalogue.display(np.array([0]))[0].startswith("document ")
+    assert dataset.catalogue.num_docs == 100 and dataset.catalogue.title(np.array([0]))[0].startswith("document ")
 
 
-def test_concepts_name_every_room() -> None:
-    table = (ROOT / "docs/concepts.md").read_text("utf-8").split("## The rooms")[1].split("\n## ")[0]
+def test_concepts_name_every_package() -> None:
+    table = (ROOT / "docs/concepts.md").read_text("utf-8").split("## Packages")[1].split("\n## ")[0]
     named = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)", row)}
-    small = {"__main__", "bounds", "cli", "loss_options", "source"}
+    small = {"__main__", "cli"}
     assert named == set(LAYERS) - small
 
 
@@ -148,7 +148,7 @@ def test_the_changelog_knows_the_version_and_its_formats() -> None:
     newest = re.findall(r"^## (\S+?),? ", changelog, re.MULTILINE)[0]
     assert newest == bigdssm.__version__
     formats = dict(re.findall(r"^\| ([a-z ]+) \| (\d+) \|", changelog, re.MULTILINE))
-    read = {"dataset": dataset, "checkpoint": manifest, "model folder": model_folder, "vectors and index": vectors}
+    read = {"dataset": dataset, "checkpoint": checkpoint, "model folder": model_folder, "vectors and index": vectors}
     assert formats == {name: str(module.FORMAT) for name, module in read.items()}
 
 

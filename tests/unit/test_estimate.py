@@ -13,9 +13,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bigdssm.config import load_config
-from bigdssm.dataset.joining import open_dataset
-from bigdssm.reports.estimate import Estimate, estimate
-from bigdssm.reports.live_memory import LiveBytes
+from bigdssm.dataset.joined import open_dataset
+from bigdssm.training.estimate import Estimate, LiveBytes, estimate
 from tests.conftest import NUM_ITEMS, TinyDataset
 from tests.unit.retrieval.test_tools import Tools
 

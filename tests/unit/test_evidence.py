@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 import yaml
 
+from bigdssm.cluster.launcher import FinishedCommand
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
+from bigdssm.evaluation.comparison import MeasuredRows, System, read_ranks, save_comparison
 from bigdssm.evaluation.metrics import paired_bootstrap, row_metrics
-from bigdssm.evaluation.systems import MeasuredRows, System, read_ranks, save_comparison
 from bigdssm.evidence.benches import read_figures, run_benches
 from bigdssm.evidence.claims import Expectation, read_claim
-from bigdssm.evidence.kept import keep, read_kept, write_kept
+from bigdssm.evidence.kept import read_trials, store_trial, write_trials
 from bigdssm.evidence.page import as_markdown, write_page
 from bigdssm.evidence.results import Result, collect, together
 from bigdssm.evidence.running import Trial, cpu_seconds, run_trial, run_trials, trials, write_config
-from bigdssm.running.commands import Ended
 
 ROOT = Path(__file__).resolve().parents[2]
 CLAIM: dict[str, Any] = {
@@ -271,11 +271,11 @@ def test_what_trials_measured_is_kept_apart_from_their_runs(tmp_path: Path, tiny
         save_comparison(trial.report, [System.of_ranks("x", ranks, query_ids, 1.0)], [], dataset, "validation")
         (trial.folder / "commands.jsonl").write_text(json.dumps({"command": "pretrain", "cpu_seconds": 9000.0}) + "\n")
     file = tmp_path / "trials.jsonl"
-    write_kept(file, keep({}, planned[:2]))
-    write_kept(file, keep(read_kept(file), planned[2:]))
+    write_trials(file, store_trial({}, planned[:2]))
+    write_trials(file, store_trial(read_trials(file), planned[2:]))
     elsewhere = trials(claim, tmp_path / "there")
-    found = collect(claim, elsewhere, read_kept(file))
-    assert found == collect(claim, planned, keep({}, planned))
+    found = collect(claim, elsewhere, read_trials(file))
+    assert found == collect(claim, planned, store_trial({}, planned))
     cell = found.sets["small"].cells[0]
     assert (cell.cell, cell.seeds, cell.cpu_seconds) == ("a", 2, 9000.0)
     assert found.sets["small"].cells[2].cpu_seconds == 18000.0, "the pretraining counts"
@@ -289,10 +289,10 @@ def test_what_trials_measured_is_kept_apart_from_their_runs(tmp_path: Path, tiny
     lines = file.read_text().splitlines()
     file.write_text("\n".join([lines[0].replace('"ranks": "', '"ranks": "AAAA'), *lines[1:]]))
     with pytest.raises(DataError, match="are damaged"):
-        collect(claim, elsewhere, read_kept(file))
+        collect(claim, elsewhere, read_trials(file))
     file.write_text("{}")
     with pytest.raises(DataError, match="holds no trials"):
-        read_kept(file)
+        read_trials(file)
 
 
 def test_sets_of_a_pool_are_counted_together(tmp_path: Path, tiny_interactions: Any) -> None:
@@ -315,7 +315,7 @@ def test_sets_of_a_pool_are_counted_together(tmp_path: Path, tiny_interactions: 
         save_comparison(trial.report, [System.of_ranks("x", own, query_ids, 1.0)], [], dataset, "test")
         spent = {"command": "pretrain", "cpu_seconds": 10.0 if trial.set_name == "x" else 20.0}
         (trial.folder / "commands.jsonl").write_text(json.dumps(spent) + "\n")
-    found = collect(claim, planned, keep({}, planned))
+    found = collect(claim, planned, store_trial({}, planned))
     one = found.sets["years"]
     assert (one.members, one.rows, one.query_ids) == (["x", "y"], 2 * len(query_ids), len(query_ids))
     assert found.sets["z"].expected == [None] and [cell.cpu_seconds for cell in one.cells] == [15.0, 15.0]
@@ -368,9 +368,9 @@ def test_a_cell_is_trained_on_what_its_make_makes_and_measured_on_the_sets_own(
     assert whole.folder != bright.folder
     ran: list[tuple[str, ...]] = []
 
-    def record(log: Path, *line: str) -> Ended:
+    def record(log: Path, *line: str) -> FinishedCommand:
         ran.append(line)
-        return Ended(line, log, 0, 1.0, 1.0)
+        return FinishedCommand(line, log, 0, 1.0, 1.0)
 
     monkeypatch.setattr("bigdssm.evidence.running.run_command", record)
     run_trial(bright)
@@ -436,7 +436,7 @@ def test_what_tools_measure_of_models_stands_on_the_page_and_is_not_measured_aga
 
 def test_the_page_can_be_computed_from_the_kept_ranks() -> None:
     """Of the claims all of whose trials are kept; what was collected before is as it was."""
-    kept = read_kept(ROOT / "docs/evidence_trials.jsonl")
+    kept = read_trials(ROOT / "docs/evidence_trials.jsonl")
     figures = json.loads((ROOT / "docs/evidence.json").read_text("utf-8"))
     checked = 0
     for name, content in figures.items():

@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from bigdssm.cluster.faults import VARIABLE, Fault, Faults, parse
+from bigdssm.cluster.launcher import Launcher, parent_of, state_of
+from bigdssm.cluster.monitor import SpikeAlert
+from bigdssm.cluster.signals import EARLY, StopRequest
 from bigdssm.errors import ConfigError, Preempted
-from bigdssm.running.alerts import SpikeAlert
-from bigdssm.running.faults import VARIABLE, Fault, Faults, parse
-from bigdssm.running.launcher import Launcher, parent_of, state_of
-from bigdssm.running.signals import EARLY, StopRequest
 
 # A process named like DeepSpeed's launcher, under a runner; it starts a rank that tells what it has lost.
 RANK = """
 import sys, time
-from bigdssm.running.launcher import Launcher
+from bigdssm.cluster.launcher import Launcher
 launcher = Launcher()
 print(launcher.lost(), flush=True)
 until = time.monotonic() + 20
@@ -32,7 +32,7 @@ print(launcher.lost(), flush=True)
 """
 EARLY_SIGNAL = """
 import os, signal, time
-from bigdssm.running.signals import StopRequest
+from bigdssm.cluster.signals import StopRequest
 StopRequest()
 os.kill(os.getpid(), signal.SIGTERM)
 time.sleep(20)

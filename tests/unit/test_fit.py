@@ -16,11 +16,10 @@ from transformers import AutoTokenizer
 from bigdssm.config import TokenizerConfig
 from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical, Feature, Numeric, TextTokenizer, Vocabulary, encode_columns
-from bigdssm.making.documents import spooled
-from bigdssm.making.engine import Engine
-from bigdssm.making.fitting import Side, fit_side
-from bigdssm.making.steps import RowFile
-from bigdssm.making.tokenizer import make_tokenizer, train_wordpiece
+from bigdssm.ingest.documents import spool_columns
+from bigdssm.ingest.engines.local import LocalEngine
+from bigdssm.ingest.engines.tables import RowFile
+from bigdssm.ingest.fitting import FittedSide, fit_side, make_tokenizer, train_wordpiece
 
 CONFIGS = {
     "kind": Categorical(min_count=2),
@@ -42,13 +41,13 @@ def fitted_to(
     folder: Path, features: dict[str, Feature], tables: list[pa.Table], *, grow: bool = False
 ) -> dict[str, Feature]:
     folder.mkdir()
-    columns = [("place", pa.int64()), *spooled("f", features)]
+    columns = [("place", pa.int64()), *spool_columns("f", features)]
     with RowFile(folder / "rows.parquet", pa.schema(columns)) as file:
         for place, table in enumerate(tables):
             values = [pa.array([10 * place + row for row in range(table.num_rows)]), *table.columns]
             file.add(pa.Table.from_arrays(values, names=[name for name, _ in columns]))
-    engine = Engine(folder / "spool")
-    side = Side("doc", engine.table("rows", [folder / "rows.parquet"]), "f", features)
+    engine = LocalEngine(folder / "spool")
+    side = FittedSide("doc", engine.table("rows", [folder / "rows.parquet"]), "f", features)
     return fit_side(engine, side, grow=grow)
 
 
@@ -56,7 +55,7 @@ def fitted_to(
 def test_fit_counts_and_leaves_out_what_is_rare_or_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_per_fit: int
 ) -> None:
-    monkeypatch.setattr("bigdssm.making.fitting.ROWS_PER_FIT", rows_per_fit)
+    monkeypatch.setattr("bigdssm.ingest.fitting.ROWS_PER_FIT", rows_per_fit)
     features = {name: config.named(name) for name, config in CONFIGS.items()}
     sizes = [0.0, 3.0, float("nan"), 8.0, 100.0]
     tables = [

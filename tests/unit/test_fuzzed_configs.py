@@ -21,7 +21,6 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from bigdssm import distributed
-from bigdssm.bounds import BOUND, Bound
 from bigdssm.commands import _stage
 from bigdssm.config import (
     Config,
@@ -35,11 +34,12 @@ from bigdssm.config import (
 )
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import BigDSSMError
-from bigdssm.making.interactions import InteractionTables, make_interactions
-from bigdssm.making.making import Target
-from bigdssm.making.pairs import PairTables, make_pairs
+from bigdssm.ingest.interactions import InteractionTables, make_interactions
+from bigdssm.ingest.job import IngestTarget
+from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.models import new_model
 from bigdssm.training.checks import check_stage
+from bigdssm.utils.bounds import BOUND, Bound
 from tests.conftest import WORDS, pick, write_config
 
 EXAMPLES = 330
@@ -162,7 +162,7 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (root / name).mkdir()
         data = {"query": query, "doc": doc, "tokenizer": {"vocab_size": 120}, "max_bad_fraction": 0.5}
         config = configs[name] = write_config(root / name, data)
-        target = Target(root / name / "dataset")
+        target = IngestTarget(root / name / "dataset")
         if "history" in query:
             tables = InteractionTables(root / "events.csv", root / "items.csv", root / "users.csv")
             make_interactions(load_config(config).data, tables, target)

@@ -15,7 +15,7 @@ import torch
 
 from bigdssm.errors import DataError
 from bigdssm.features import Categorical, Numeric, Ragged, Vector
-from bigdssm.features.given import given_columns
+from bigdssm.features.canonical import columns_of_values
 
 FEATURES = {
     "c": Categorical(name="c", hash_buckets=10**6), "n": Numeric(name="n"), "v": Vector(name="v", dim=2),
@@ -25,7 +25,7 @@ FEATURES = {
 
 def read(rows: Any) -> dict[str, Any]:
     """Return the encoded columns as lists."""
-    found, _ = given_columns(rows, FEATURES, FEATURES, None)
+    found, _ = columns_of_values(rows, FEATURES, FEATURES, None)
     lists = {name: column.values if isinstance(column, Ragged) else column for name, column in found.items()}
     return {name: np.asarray(column).tolist() for name, column in lists.items()}
 

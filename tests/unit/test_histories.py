@@ -19,10 +19,10 @@ from bigdssm.config import (
     check_config,
     check_many_queries,
 )
+from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical, History, Numeric, Vocabulary
-from bigdssm.models import DualEncoder, Places, new_model, use_plain_attention
-from bigdssm.schema import Schema
+from bigdssm.models import DualEncoder, QueryPositions, new_model, use_plain_attention
 
 NUM_ITEMS, MAX_ITEMS, WIDTH = 20, 9, 8
 QUERY = {
@@ -63,12 +63,12 @@ def query(rows: Tensor) -> dict[str, Tensor]:
     return {"history": rows, "age": torch.linspace(10.0, 60.0, 4)[: len(rows)]}
 
 
-def all_places(seed: int = 0) -> Places:
+def all_places(seed: int = 0) -> QueryPositions:
     """Every place of every row, in no order."""
     pairs = [(row, seen) for row, length in enumerate(LENGTHS) for seen in range(length + 1)]
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
     row, seen = torch.tensor(pairs)[order].T
-    return Places(row, seen)
+    return QueryPositions(row, seen)
 
 
 def gradients(made: DualEncoder, vectors: Tensor) -> dict[str, Tensor]:
@@ -141,13 +141,15 @@ def test_places_come_in_any_order_and_rows_may_have_none(block: str, positions: 
     vectors = made(query(ROWS), places=places).U
     order = torch.randperm(len(vectors))
     torch.testing.assert_close(
-        made(query(ROWS), places=Places(places.row[order], places.seen[order])).U, vectors[order]
+        made(query(ROWS), places=QueryPositions(places.row[order], places.seen[order])).U, vectors[order]
     )
     some = (places.row == 1) | (places.row == 3)  # nothing of rows 0 and 2
-    torch.testing.assert_close(made(query(ROWS), places=Places(places.row[some], places.seen[some])).U, vectors[some])
-    twice = Places(torch.tensor([1, 1]), torch.tensor([3, 3]))
+    torch.testing.assert_close(
+        made(query(ROWS), places=QueryPositions(places.row[some], places.seen[some])).U, vectors[some]
+    )
+    twice = QueryPositions(torch.tensor([1, 1]), torch.tensor([3, 3]))
     torch.testing.assert_close(*made(query(ROWS), places=twice).U)
-    nothing = made(query(ROWS), places=Places(*torch.zeros(2, 0, dtype=torch.int64)))
+    nothing = made(query(ROWS), places=QueryPositions(*torch.zeros(2, 0, dtype=torch.int64)))
     assert nothing.U.shape == (0, 6)
     found = gradients(made, nothing.U)  # there, and zero: ZeRO wants a gradient of every parameter
     own = {name for name, _ in made.named_parameters() if name.startswith(("query_tower", "tables"))}
@@ -172,7 +174,10 @@ def test_gradients_are_those_of_finite_differences(block: str, positions: str) -
     made = model(block, positions, layers=2, feedforward=1).double()
     encoder = made.query_tower.encoders["history"]
     names = [name for name, _ in encoder.named_parameters()]
-    rows, places = torch.tensor([[2, 3, 4], [5, 0, 0]]), Places(torch.tensor([0, 1, 0, 0]), torch.tensor([3, 1, 0, 2]))
+    rows, places = (
+        torch.tensor([[2, 3, 4], [5, 0, 0]]),
+        QueryPositions(torch.tensor([0, 1, 0, 0]), torch.tensor([3, 1, 0, 2])),
+    )
 
     def vectors(*parameters: Tensor) -> Tensor:
         given = dict(zip(names, parameters, strict=True))
@@ -193,7 +198,7 @@ def test_eight_layers_train(block: str, positions: str) -> None:
     features = {"history": rows, "age": torch.full((24,), 30.0)}
     losses = []
     for _ in range(60):
-        encoded = made(features, {"item": torch.arange(2, NUM_ITEMS)}, places=Places(row, seen))
+        encoded = made(features, {"item": torch.arange(2, NUM_ITEMS)}, places=QueryPositions(row, seen))
         loss = torch.nn.functional.cross_entropy(encoded.U @ encoded.W.T, target)
         losses.append(loss.item())
         optimizer.zero_grad()

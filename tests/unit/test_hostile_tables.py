@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.making import writing
+from bigdssm.ingest import writing
 from tests.conftest import write_config
 from tests.unit.test_make_shards_tool import tool
 

@@ -15,10 +15,10 @@ import pytest
 from bigdssm.config import DataConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.features import Categorical, Numeric
-from bigdssm.making.making import Target
-from bigdssm.making.pairs import PairTables, make_pairs
-from bigdssm.reports.inspection import describe, sample_rows
-from bigdssm.reports.verification import verify_dataset
+from bigdssm.ingest.job import IngestTarget
+from bigdssm.ingest.pairs import PairTables, make_pairs
+from bigdssm.ingest.verification import verify_dataset
+from bigdssm.loader.inspection import describe, sample_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,12 +35,12 @@ def test_description_and_rows(tiny_interactions: Any, capsys: Any) -> None:
     dataset = Dataset.open(tiny_interactions.dir)
     found = describe(dataset)
     assert [size.rows for size in found.sizes if size.split == "train"] == [found.scanned_queries]
-    assert found.top_docs[0][0] == dataset.catalogue.display([int(dataset.doc_counts().argmax())])[0]
+    assert found.top_docs[0][0] == dataset.catalogue.title([int(dataset.doc_counts().argmax())])[0]
     history = next(entry for entry in found.lengths if entry.feature == "query.history")
     assert history.percentiles[-1] == 10 and history.cut is not None and 0.3 < history.cut < 0.9
     row = sample_rows(dataset, "test", 3)[0]
     rows = next(dataset.iterate("test", 3))
-    assert row["query.history"] == dataset.catalogue.display(rows.seen(0)[-10:])
+    assert row["query.history"] == dataset.catalogue.title(rows.seen(0)[-10:])
     assert row["doc.item_id"] == dataset.catalogue.keys(rows.doc_rows[:1])[0]
     assert row["doc.title"].startswith("[CLS] ") and row["query.occupation"] in ("artist", "doctor", "farmer")
     assert inspect_main([str(tiny_interactions.dir), "--rows", "2"]) == 0
@@ -50,7 +50,7 @@ def test_description_and_rows(tiny_interactions: Any, capsys: Any) -> None:
 
 def test_every_figure_is_the_one_of_the_rows(tmp_path: Path, capsys: Any) -> None:
     config = DataConfig(
-        dir="", display="kind", doc={"kind": Categorical()}, max_bad_fraction=0.2,
+        dir="", title="kind", doc={"kind": Categorical()}, max_bad_fraction=0.2,
         query={"tags": Categorical(multi=True), "n": Numeric()},
     )  # fmt: skip
     rows: list[dict[str, Any]] = [
@@ -59,7 +59,7 @@ def test_every_figure_is_the_one_of_the_rows(tmp_path: Path, capsys: Any) -> Non
     for name, more in (("base", [{"tags": ["a"], "n": 1, "kind": ""}]), ("day2", [])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + more))
         tables = PairTables((tmp_path / f"{name}.jsonl",), split="train")
-        make_pairs(config, tables, Target(tmp_path / "data", name, append=name != "base"))
+        make_pairs(config, tables, IngestTarget(tmp_path / "data", name, append=name != "base"))
         rows = [{"tags": [], "n": 50, "kind": "new"}]
     found = describe(Dataset.open(tmp_path / "data", ["base"]))
     shard = tmp_path / "data/partitions/base/train-000000.tar"

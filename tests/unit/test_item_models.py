@@ -12,8 +12,8 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.transitions import Transitions
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.baselines import fit_baseline
+from bigdssm.evaluation.evaluate import evaluate_scores
 from bigdssm.evaluation.item_models import history, positives
-from bigdssm.evaluation.split import evaluate_scores
 
 
 @pytest.fixture(scope="module")

@@ -14,19 +14,19 @@ import pytest
 
 from bigdssm.config import DataConfig, SourceConfig
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.joining import open_dataset
+from bigdssm.dataset.joined import open_dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History, Numeric, Ragged
-from bigdssm.making.interactions import InteractionTables, make_interactions
-from bigdssm.making.making import Report, Target
-from bigdssm.making.pairs import PairTables, make_pairs
-from bigdssm.reports.inspection import describe, sample_rows
-from bigdssm.reports.verification import verify_dataset
+from bigdssm.ingest.interactions import InteractionTables, make_interactions
+from bigdssm.ingest.job import IngestReport, IngestTarget
+from bigdssm.ingest.pairs import PairTables, make_pairs
+from bigdssm.ingest.verification import verify_dataset
+from bigdssm.loader.inspection import describe, sample_rows
 from bigdssm.retrieval.search import histories, user_facts
 
 CONFIG = DataConfig(
     dir="", query={"past": History(of="kind", max_items=4)}, doc={"kind": Categorical(), "price": Numeric()},
-    display="title", targets_per_row=3,
+    title="title", targets_per_row=3,
 )  # fmt: skip
 Item = tuple[str, float, str, float, str]  # its key, since when, and its features: kind, price, title
 Event = tuple[str, str, float]  # user, item, time
@@ -51,17 +51,17 @@ def write(folder: Path, items: list[Any], events: list[Any], updated: str = "upd
 def make(
     folder: Path, out: Path, partition: str = "base", updated: str | None = "updated", config: DataConfig = CONFIG,
     **options: Any,
-) -> Report:  # fmt: skip
+) -> IngestReport:  # fmt: skip
     tables = InteractionTables(
         folder / "events.parquet", folder / "items.parquet", items_time_column=updated, **{"split": "train", **options}
     )
-    return make_interactions(config, tables, Target(out, partition, append=out.exists(), processes=1))
+    return make_interactions(config, tables, IngestTarget(out, partition, append=out.exists(), processes=1))
 
 
 def facts_at(dataset: Dataset, rows: np.ndarray) -> list[Facts]:
     names, catalogue = ["", "", *dataset.schema.doc["kind"].vocabulary], dataset.catalogue
     columns = catalogue.codes("kind", rows).tolist(), np.asarray(catalogue.column("price", rows)).tolist()
-    return [(names[k], p, d) for k, p, d in zip(*columns, catalogue.display(rows), strict=True)]
+    return [(names[k], p, d) for k, p, d in zip(*columns, catalogue.title(rows), strict=True)]
 
 
 def seen(dataset: Dataset, split: str = "train") -> dict[tuple[str, int], tuple[Any, list[str]]]:
@@ -228,7 +228,7 @@ def test_feature_names_say_nothing_of_times(tmp_path: Path) -> None:
         write(tmp_path, [(item, year, "x", 1.0, item) for item, year in since.items()], events, updated="since")
         make(tmp_path, tmp_path / "out", f"day{day}", None, config, users=tmp_path / "users.parquet")
         pairs = PairTables((tmp_path / "items.parquet",), doc_id_column="item_id", split="train")
-        target = Target(tmp_path / "pairs", f"day{day}", append=day > 0, processes=1)
+        target = IngestTarget(tmp_path / "pairs", f"day{day}", append=day > 0, processes=1)
         make_pairs(replace(config, query={"item_id": Categorical()}, targets_per_row=1), pairs, target)
     for folder in ("out", "pairs"):
         for day, since in enumerate(days):

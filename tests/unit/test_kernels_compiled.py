@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bigdssm.losses import fps_loss
-from bigdssm.losses.passes import triton_matrix
+from bigdssm.losses.kernels import triton_passes
 
 triton = pytest.importorskip("triton")
 SHARED_BYTES = 227 << 10  # of an H100's multiprocessor
@@ -34,11 +34,11 @@ class Launches:
 
 def launches(direction: str, D: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Return (kernel, arguments) of all that a loss launches, with beta, neg_bias and a mask; nothing runs."""
-    from bigdssm.losses.passes import triton_kernels
+    from bigdssm.losses.kernels import triton_kernels
 
     kept: list[tuple[Any, dict[str, Any]]] = []
-    monkeypatch.setattr(triton_matrix, "available", lambda x: True)
-    monkeypatch.setattr(triton_matrix, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(triton_passes, "available", lambda x: True)
+    monkeypatch.setattr(triton_passes, "_multiprocessors", lambda device: 132)
     for name in ("sums_kernel", "gradient_kernel"):
         monkeypatch.setattr(triton_kernels, name, Launches(getattr(triton_kernels, name), kept))
     U, W = (torch.ones(8, D, dtype=dtype, requires_grad=True) for _ in "UW")
@@ -87,7 +87,7 @@ def test_compiles_for_an_h100(D: int, direction: str, monkeypatch: pytest.Monkey
         assert "wgmma.mma_async" in binary.asm["ptx"]
         loads = re.findall(r"cp\.async\.c[ag]\.shared\.global [^,]*,[^,]*, 0x(10|8|4)", binary.asm["ptx"])
         assert "10" in loads, "tiles are not loaded ahead, 16 bytes at once"
-        assert binary.metadata.shared <= min(SHARED_BYTES, triton_matrix.SHARED_BYTES)
+        assert binary.metadata.shared <= min(SHARED_BYTES, triton_passes.SHARED_BYTES)
         assert spilled == [0, 0]
 
 
@@ -98,5 +98,5 @@ def test_compiles_without_tensor_cores(D: int, monkeypatch: pytest.MonkeyPatch) 
     for kernel, arguments in launches("both", D, torch.float32, monkeypatch):
         binary, spilled = compiled(kernel, arguments)
         assert "mma" not in binary.asm["ptx"]
-        assert binary.metadata.shared <= triton_matrix.SHARED_BYTES
+        assert binary.metadata.shared <= triton_passes.SHARED_BYTES
         assert spilled == [0, 0]

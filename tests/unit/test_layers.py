@@ -16,20 +16,20 @@ ROOT = Path(__file__).resolve().parents[2]
 # The rooms of the library, ground first. A module imports only from lower floors and from its own room; rooms of one
 # floor do not know each other. Within a room modules do not import each other in a circle.
 FLOORS = (
-    ("bounds", "errors", "hashing", "loss_options", "progress", "source", "string_hashes", "timing"),
-    ("arguments", "arrow_file", "atomic", "locks"),
-    ("array_file", "log"),
-    ("cli", "features", "urls"),  # features: torch-free; configs declare them
+    ("errors",),
+    ("utils",),
+    ("cli", "features"),  # features: torch-free; configs declare them
     ("config", "distributed"),
-    ("precision", "schema"),  # schema: the config's features, fitted
-    ("dataset", "losses", "models", "tables"),
-    ("artifacts", "batching", "making", "running", "streaming"),
+    ("dataset",),
+    ("losses", "models"),
+    ("cluster", "checkpoints", "ingest"),
+    ("loader",),
     ("retrieval",),
     ("evaluation",),
-    ("export", "serving"),
+    ("export",),
+    ("serving",),
     ("training",),
-    ("reports",),
-    ("evidence", "tuning"),
+    ("evidence",),
     ("commands",),  # command lines: parse, call one library function, print
     ("__main__",),
 )
@@ -38,9 +38,9 @@ LAYERS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Library → the only files or folders that may import it.
 RESERVED = {
     "deepspeed": ("bigdssm/training/engine.py", "bigdssm/training/portable.py"),
-    "webdataset": ("bigdssm/making/", "bigdssm/streaming/", "bigdssm/tables/"),
+    "webdataset": ("bigdssm/ingest/", "bigdssm/loader/"),
     "torch.distributed": ("bigdssm/distributed.py",),
-    "triton": ("bigdssm/losses/passes/triton_kernels.py",),  # which only launches on a card import
+    "triton": ("bigdssm/losses/kernels/triton_kernels.py",),  # which only launches on a card import
 }
 
 # Tools that measure this project against those libraries; they train and serve nothing.
@@ -100,7 +100,9 @@ def violations(path: str, source: str) -> list[str]:
     if not path.startswith(PRINTERS):
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
-                found.append(f"{path}:{node.lineno}: print outside commands/, launch/ and tools/; use bigdssm.log")
+                found.append(
+                    f"{path}:{node.lineno}: print outside commands/, launch/ and tools/; use bigdssm.utils.log"
+                )
     return found
 
 
@@ -115,16 +117,24 @@ def test_the_source_keeps_the_rules() -> None:
     ("path", "source", "expected"),
     [
         (
-            "bigdssm/losses/fps.py",
-            "from bigdssm.batching.batch import Batch",
-            "losses (floor 6) imports bigdssm.batching",
+            "bigdssm/losses/engine.py",
+            "from bigdssm.loader.batch import Batch",
+            "losses (floor 5) imports bigdssm.loader",
         ),
-        ("bigdssm/models/tower.py", "import bigdssm.losses.fps", "models (floor 6) imports bigdssm.losses"),
-        ("bigdssm/streaming/stream.py", "from bigdssm import training", "streaming (floor 7) imports bigdssm.training"),
-        ("bigdssm/config/keys.py", "def f():\n    from bigdssm.schema import Schema", "config (floor 4) imports"),
-        ("bigdssm/dataset/dataset.py", "from bigdssm.streaming.order import Order", "dataset (floor 6) imports"),
-        ("bigdssm/tables/source.py", "from bigdssm.making import pairs", "tables (floor 6) imports"),
-        ("bigdssm/features/text.py", "from bigdssm.schema import Schema", "features (floor 3) imports"),
+        ("bigdssm/models/dual_encoder.py", "import bigdssm.losses.engine", "models (floor 5) imports bigdssm.losses"),
+        (
+            "bigdssm/loader/pair_stream.py",
+            "from bigdssm import training",
+            "loader (floor 7) imports bigdssm.training",
+        ),
+        (
+            "bigdssm/config/keys.py",
+            "def f():\n    from bigdssm.dataset.schema import Schema",
+            "config (floor 3) imports",
+        ),
+        ("bigdssm/dataset/dataset.py", "from bigdssm.loader.order import Order", "dataset (floor 4) imports"),
+        ("bigdssm/ingest/sources/base.py", "from bigdssm.loader import order", "ingest (floor 6) imports"),
+        ("bigdssm/features/text.py", "from bigdssm.dataset.schema import Schema", "features (floor 2) imports"),
         ("bigdssm/features/text.py", "import torch", "torch is imported in features"),
         ("bigdssm/training/loop.py", "import deepspeed", "deepspeed is imported outside"),
         ("bigdssm/training/loop.py", "from deepspeed.utils import groups", "deepspeed is imported outside"),
@@ -132,18 +142,22 @@ def test_the_source_keeps_the_rules() -> None:
         ("tools/make_shards.py", "import webdataset as wds", "webdataset is imported outside"),
         ("bigdssm/commands/embed.py", "import deepspeed", "deepspeed is imported outside"),
         (
-            "bigdssm/reports/compare.py",
+            "bigdssm/evaluation/run_comparison.py",
             "from bigdssm.commands import embed",
-            "reports (floor 12) imports bigdssm.commands",
+            "evaluation (floor 9) imports bigdssm.commands",
         ),
-        ("bigdssm/losses/fps.py", "import torch.distributed as dist", "torch.distributed is imported outside"),
-        ("bigdssm/losses/fps.py", "from torch import distributed", "torch.distributed is imported outside"),
-        ("bigdssm/losses/fps.py", "import torch\ntorch.distributed.barrier()", "torch.distributed is imported outside"),
-        ("bigdssm/losses/passes/softmax.py", "import triton.language as tl", "triton is imported outside"),
-        ("bigdssm/streaming/stream.py", "from .batch import Batch", "relative import"),
-        ("bigdssm/streaming/stream.py", "from tools.make_shards import main", "nobody's library"),
+        ("bigdssm/losses/engine.py", "import torch.distributed as dist", "torch.distributed is imported outside"),
+        ("bigdssm/losses/engine.py", "from torch import distributed", "torch.distributed is imported outside"),
+        (
+            "bigdssm/losses/engine.py",
+            "import torch\ntorch.distributed.barrier()",
+            "torch.distributed is imported outside",
+        ),
+        ("bigdssm/losses/kernels/passes.py", "import triton.language as tl", "triton is imported outside"),
+        ("bigdssm/loader/pair_stream.py", "from .batch import Batch", "relative import"),
+        ("bigdssm/loader/pair_stream.py", "from tools.make_shards import main", "nobody's library"),
         ("bigdssm/__init__.py", "from bigdssm.config import Config", "imports nothing of its own"),
-        ("bigdssm/streaming/stream.py", "def f():\n    print('x')", "print outside commands/, launch/ and tools/"),
+        ("bigdssm/loader/pair_stream.py", "def f():\n    print('x')", "print outside commands/, launch/ and tools/"),
         ("bigdssm/plugins/app.py", "", "no place among the rooms"),
     ],
 )
@@ -156,14 +170,14 @@ def test_a_broken_rule_is_found(path: str, source: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("bigdssm/streaming/stream.py", "import webdataset\nimport bigdssm.dataset.rows\nfrom bigdssm import schema"),
+        ("bigdssm/loader/pair_stream.py", "import webdataset\nimport bigdssm.dataset.rows\nfrom bigdssm import schema"),
         ("bigdssm/training/engine.py", "import deepspeed\nfrom bigdssm.losses import fps"),
         ("bigdssm/distributed.py", "import torch.distributed as dist\nfrom bigdssm.errors import PeerError"),
         ("bigdssm/__init__.py", "if TYPE_CHECKING:\n    from bigdssm.losses import fps_loss"),
         ("tools/search.py", "from bigdssm.retrieval import index\nprint(1)"),
         ("bigdssm/commands/search.py", "from bigdssm.reports import estimate\nprint(1)"),
         ("tools/bench/bench_stream.py", "import webdataset"),
-        ("bigdssm/losses/fps.py", "import torch\nfrom bigdssm import distributed\nimport webdatasets_of_others"),
+        ("bigdssm/losses/engine.py", "import torch\nfrom bigdssm import distributed\nimport webdatasets_of_others"),
     ],
 )  # fmt: skip
 def test_what_the_rules_allow_passes(path: str, source: str) -> None:
@@ -207,7 +221,7 @@ def imports_of_modules() -> dict[str, set[str]]:
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     imports = imports_of_modules()
-    assert len(imports) > 100 and "bigdssm.hashing" in imports["bigdssm.streaming.order"]
+    assert len(imports) > 100 and "bigdssm.utils.hashing" in imports["bigdssm.loader.order"]
     assert circle(imports) is None
     imports["bigdssm.dataset.mapped"].add("bigdssm.dataset.dataset")
     assert "bigdssm.dataset.mapped" in (circle(imports) or ())

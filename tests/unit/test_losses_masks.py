@@ -6,17 +6,19 @@ import pytest
 import torch
 
 from bigdssm.losses import masks
-from bigdssm.losses.ids import IdTable, Numbers, search
+from bigdssm.losses.kernels.columns import Tile
+from bigdssm.losses.kernels.tiles import BlockMask
 from bigdssm.losses.masks import (
+    IdTable,
     MaskMatrix,
     MaskPairs,
+    Numbers,
     find_false_negatives,
     find_known_positives,
     mask_bytes,
     own_pairs,
+    search,
 )
-from bigdssm.losses.passes.columns import Tile
-from bigdssm.losses.passes.tiles import BlockMask
 
 GENERATOR = torch.Generator().manual_seed(0)
 WIDE = torch.randint(-(2**63), 2**63 - 1, (4000,), generator=GENERATOR)

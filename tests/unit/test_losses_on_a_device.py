@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bigdssm.losses import fps_loss, norm_penalty, ranking_loss
-from bigdssm.losses.passes.sizes import strip_rows
+from bigdssm.losses.kernels.columns import strip_rows
 from tests import simgpu
 from tests.distributed.reference import Shard, make_shards
 

@@ -13,9 +13,9 @@ from bigdssm.config import DataConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History, Numeric, Ragged
-from bigdssm.features.given import given_columns
-from bigdssm.making.interactions import InteractionTables, make_interactions
-from bigdssm.making.making import Target
+from bigdssm.features.canonical import columns_of_values
+from bigdssm.ingest.interactions import InteractionTables, make_interactions
+from bigdssm.ingest.job import IngestTarget
 from bigdssm.retrieval.search import histories
 
 HISTORY = History(of="item", max_items=5)
@@ -44,7 +44,7 @@ def write(
 
 
 def make(folder: Path, config: DataConfig = CONFIG, out: str = "out", **options: Any) -> Dataset:
-    target = Target(folder / out, **{k: options.pop(k) for k in ("seed", "partition", "append") if k in options})
+    target = IngestTarget(folder / out, **{k: options.pop(k) for k in ("seed", "partition", "append") if k in options})
     make_interactions(config, InteractionTables(folder / "events.csv", folder / "items.csv", **options), target)
     return Dataset.open(folder / out)
 
@@ -103,7 +103,7 @@ def test_an_item_without_a_value_is_no_end_of_a_history(tmp_path: Path) -> None:
     seen = Ragged(np.arange(5), np.array([0, 5]))
     assert histories(dataset, seen)["past"].values.tolist() == expected  # type: ignore[union-attr]
     given = [{"past": ["a", None, "b", None, "a"]}]
-    columns, _ = given_columns(given, dataset.schema.query, dataset.schema.doc, None)
+    columns, _ = columns_of_values(given, dataset.schema.query, dataset.schema.doc, None)
     assert columns["past"].values.tolist() == expected  # type: ignore[union-attr]
 
 
@@ -192,7 +192,7 @@ def test_the_seed_decides_the_order_and_nothing_else(tiny_interactions: Any, tmp
     source = tiny_interactions.source
     tables = InteractionTables(source / "interactions.csv", source / "items.csv", source / "users.csv")
     for name, seed in (("a", 0), ("b", 1)):
-        make_interactions(config, tables, Target(tmp_path / name, seed=seed))
+        make_interactions(config, tables, IngestTarget(tmp_path / name, seed=seed))
     again, other = Dataset.open(tmp_path / "a"), Dataset.open(tmp_path / "b")
     assert again.fingerprint == Dataset.open(tiny_interactions.dir).fingerprint, "the same input gives the same bytes"
     assert rows_of(again, "train") != rows_of(other, "train")
@@ -215,7 +215,7 @@ def test_catalogue_and_sequences_are_single_mapped_batches(tiny_interactions: An
 
 def leaks(folder: Path, **options: Any) -> list[str]:
     tables = InteractionTables(folder / "events.csv", folder / "items.csv", **options)
-    report = make_interactions(CONFIG, tables, Target(folder / "leak", overwrite=True))
+    report = make_interactions(CONFIG, tables, IngestTarget(folder / "leak", overwrite=True))
     return [note for note in report.notes if "leaks" in note]
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from bigdssm.config import DataConfig, TokenizerConfig
 from bigdssm.making import cutting, fitting, interactions, making, pairs, steps, writing
 from bigdssm.features import Categorical, History, Numeric, Text, columns
-from bigdssm.log import get_logger
+from bigdssm.utils.log import get_logger
 fitting.ROWS_PER_FIT = writing.DOCUMENTS_PER_FILE = 300
 cutting.SEQUENCES_PER_FILE, writing.BLOCKS_PER_SHARD = 50, 4
 places, checks = 0, 0
@@ -58,7 +58,7 @@ def make(kind, source, out, append, told):
     config = DataConfig(
         dir=out, query=features[0], doc=features[1], tokenizer=TokenizerConfig(vocab_size=200), max_bad_fraction=0.1
     )
-    target = making.Target(Path(out), "day1" if append else "base", append=append)
+    target = making.IngestTarget(Path(out), "day1" if append else "base", append=append)
     source = Path(source)
     if kind == "pairs":
         tables = pairs.PairTables(

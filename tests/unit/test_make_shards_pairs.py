@@ -15,9 +15,9 @@ from bigdssm.config import DataConfig, TokenizerConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History, Text
-from bigdssm.making.making import Target
-from bigdssm.making.pairs import PairTables, make_pairs
-from bigdssm.reports.inspection import sample_rows
+from bigdssm.ingest.job import IngestTarget
+from bigdssm.ingest.pairs import PairTables, make_pairs
+from bigdssm.loader.inspection import sample_rows
 
 CONFIG = DataConfig(
     dir="",
@@ -46,7 +46,7 @@ def make(folder: Path, rows: list[Record], out: str = "out", seed: int = 0, **op
     path = folder / f"{out}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     append = options.pop("append", None)
-    target = Target(folder / (options.pop("to", out)), append or "base", append=append is not None, seed=seed)
+    target = IngestTarget(folder / (options.pop("to", out)), append or "base", append=append is not None, seed=seed)
     make_pairs(CONFIG, PairTables((path,), **options), target)
     return Dataset.open(target.out)
 
@@ -159,9 +159,9 @@ def test_shards_are_tars_that_stock_webdataset_reads(tiny_pairs: Any) -> None:
 
 
 def test_shards_roll_over_and_read_as_one(tiny_pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigdssm.making.writing.BLOCKS_PER_SHARD", 2)
+    monkeypatch.setattr("bigdssm.ingest.writing.BLOCKS_PER_SHARD", 2)
     tables = PairTables((tiny_pairs.source / "pairs.jsonl",), relevance_column="relevance", split="train")
-    make_pairs(load_config(tiny_pairs.config).data, tables, Target(tmp_path / "out"))
+    make_pairs(load_config(tiny_pairs.config).data, tables, IngestTarget(tmp_path / "out"))
     dataset = Dataset.open(tmp_path / "out")
     assert len(dataset.index("train").shards) > 2
     assert sum(len(rows) for rows in dataset.iterate("train", 100)) == 1200
@@ -175,7 +175,7 @@ def test_histories_and_empty_train_splits_are_refused(tmp_path: Path) -> None:
         make(tmp_path, rows, split="time")
     history = DataConfig(dir="", query={"h": History(of="kind")}, doc=CONFIG.doc)
     with pytest.raises(ConfigError, match="pairs have no histories"):
-        make_pairs(history, PairTables((tmp_path / "x.jsonl",)), Target(tmp_path / "out"))
+        make_pairs(history, PairTables((tmp_path / "x.jsonl",)), IngestTarget(tmp_path / "out"))
 
 
 def test_whole_documents_stay_in_one_split_through_chains_of_groups(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_documents_in_several_splits_are_said(tmp_path: Path) -> None:
     rows = [{"q": f"q {i}", "text": f"t {i % 40}", "kind": "k"} for i in range(400)]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = make_pairs(CONFIG, PairTables((path,)), Target(tmp_path / "out"))
+    report = make_pairs(CONFIG, PairTables((path,)), IngestTarget(tmp_path / "out"))
     dataset = Dataset.open(tmp_path / "out")
     splits = [
         {int(d) for rows in dataset.iterate(s, 500) for d in rows.doc_rows} for s in ("train", "validation", "test")

@@ -15,7 +15,7 @@ import pytest
 from webdataset import TarWriter
 
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.making.dataset_writer import DatasetWriter
+from bigdssm.ingest.dataset_writer import DatasetWriter
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,7 +115,7 @@ def test_docstrings_of_packages_from_the_command_line(tmp_path: Path, capsys: An
     packages = {}
     for split in ("train", "validation", "test"):
         docs = np.concatenate([rows.doc_rows for rows in dataset.iterate(split, 100)])
-        packages[split] = {name.split(".")[0] for name in dataset.catalogue.display(docs)}
+        packages[split] = {name.split(".")[0] for name in dataset.catalogue.title(docs)}
     assert all(packages.values()) and sum(map(len, packages.values())) == len(names), "a package is in one split"
     assert set.union(*packages.values()) == set(names)
     assert len((tmp_path / "beir/corpus.jsonl").read_text().splitlines()) == 73
@@ -146,7 +146,7 @@ def test_a_folder_that_is_no_dataset_is_left_alone(tiny_pairs: Any, tmp_path: Pa
 
 def test_a_killed_run_leaves_no_dataset_and_the_next_one_clears_up(tiny_pairs: Any, tmp_path: Path) -> None:
     code = (
-        "import sys, time, runpy, bigdssm.making.making as m\n"
+        "import sys, time, runpy, bigdssm.ingest.job as m\n"
         "m.write_catalogue = lambda *args: time.sleep(60);"
         f"sys.argv = {['make_shards', *pairs_command(tiny_pairs, tmp_path / 'out')]!r};"
         f"runpy.run_path({str(ROOT / 'tools/make_shards.py')!r}, run_name='__main__')"

@@ -15,8 +15,8 @@ from bigdssm.config import DataConfig, TokenizerConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
 from bigdssm.features import Text
-from bigdssm.making.making import Report, Target
-from bigdssm.making.pairs import PairTables, make_pairs
+from bigdssm.ingest.job import IngestReport, IngestTarget
+from bigdssm.ingest.pairs import PairTables, make_pairs
 
 ROWS = 300
 TEXT = Text(max_tokens=8)
@@ -43,8 +43,8 @@ def members(path: Path, contents: dict[str, bytes]) -> Path:
     return path
 
 
-def make(out: Path, *files: Path, config: DataConfig = TEXTS, **options: object) -> Report:
-    return make_pairs(config, PairTables(files=files, split="train", **options), Target(out))  # type: ignore[arg-type]
+def make(out: Path, *files: Path, config: DataConfig = TEXTS, **options: object) -> IngestReport:
+    return make_pairs(config, PairTables(files=files, split="train", **options), IngestTarget(out))  # type: ignore[arg-type]
 
 
 def test_json_and_text_members_give_the_dataset_that_a_table_gives(tmp_path: Path) -> None:

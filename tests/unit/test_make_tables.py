@@ -12,7 +12,7 @@ import yaml
 
 from bigdssm.commands.make_shards import main as make_shards
 from bigdssm.commands.make_tables import main
-from bigdssm.schema import Schema
+from bigdssm.dataset.schema import Schema
 
 BEAUTY = "u1 a b c\nu2 b a\n"
 BEAUTY_ATTRIBUTES = {"a": [7, "x"], "c": [], "z": [9]}
@@ -214,7 +214,7 @@ def test_make_shards_takes_what_comes_out(tmp_path: Path) -> None:
     assert main(["movielens-1m", "--source", str(source), "--out", str(out)]) == 0
     data = {
         "dir": str(tmp_path / "dataset"),
-        "display": "title",
+        "title": "title",
         "query": {
             "history": {"type": "history", "of": "item_id", "max_items": 5},
             "occupation": {"type": "categorical"},

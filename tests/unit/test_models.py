@@ -9,11 +9,11 @@ import torch
 from transformers import BertConfig
 
 from bigdssm.config import HistoryEncoderConfig, ModelConfig, TextEncoderConfig, TowerConfig
+from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical, History, Numeric, Text, Vocabulary
 from bigdssm.models import ALPHA_MAX, DualEncoder, MlpScorer, new_model, use_plain_attention
 from bigdssm.models.encoders import TextEncoder
-from bigdssm.schema import Schema
 
 QUERY = {
     "history": History(of="item", max_items=6).named("history"),

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from bigdssm.batching.batch import Batch
 from bigdssm.config import LossConfig, ModelConfig
+from bigdssm.loader.batch import Batch
 from bigdssm.losses import ListwiseKL, MarginMSE, contrastive_loss, fps_loss, ranking_loss, scored_loss
 from bigdssm.models import Encoded
 from bigdssm.training.objective import Objective

@@ -15,16 +15,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bigdssm.batching import plan as plan_module
-from bigdssm.batching.chunks import Chunked
-from bigdssm.batching.lengths import Lengths, lengths_of
-from bigdssm.batching.plan import StepPlan, like_length, plan_side
 from bigdssm.config import HistoryEncoderConfig, ModelConfig, TextEncoderConfig, TowerConfig
+from bigdssm.dataset.schema import Schema
 from bigdssm.features import Categorical, Feature, History, Numeric, Text, Vocabulary
-from bigdssm.models import DualEncoder, Group, PackedLists, Places, Spans, compile_layers, new_model, pack, use_packing
+from bigdssm.loader import step_plan as plan_module
+from bigdssm.loader.batch import Lengths, lengths_of
+from bigdssm.loader.chunks import Chunked
+from bigdssm.loader.step_plan import StepPlan, like_length, plan_side
+from bigdssm.models import (
+    DualEncoder,
+    PackedLists,
+    QueryPositions,
+    RowGroup,
+    SequenceBounds,
+    compile_layers,
+    new_model,
+    pack,
+    use_packing,
+)
 from bigdssm.models.encoders import Encoder
 from bigdssm.models.packed import Attention
-from bigdssm.schema import Schema
 from tests.packing import within_rows
 
 NUM_ITEMS, PAD = 20, 3  # not every tokenizer pads with 0
@@ -89,11 +99,11 @@ def lengths(side: str) -> Lengths:
     return lengths_of(sides()[side], LISTS[side])
 
 
-def vectors(made: DualEncoder, side: str, chunk_tokens: int, places: Places | None = None) -> Tensor:
+def vectors(made: DualEncoder, side: str, chunk_tokens: int, places: QueryPositions | None = None) -> Tensor:
     """The vectors of a side in the batch's order, by its plan."""
     device = made.log_alpha.device
     features = {name: values.to(device) for name, values in sides()[side].items()}
-    places = None if places is None else Places(*(part.to(device) for part in places))
+    places = None if places is None else QueryPositions(*(part.to(device) for part in places))
     per_row = None if places is None else torch.bincount(places.row, minlength=6).cpu().numpy()
     packed = getattr(made.packs(made.training), side)
     plan = plan_side(lengths(side), len(next(iter(features.values()))), chunk_tokens, per_row, packed)
@@ -113,7 +123,7 @@ def gradients(made: DualEncoder, of: Tensor) -> dict[str, Tensor]:
 
 
 def assert_packed_is_padded(
-    side: str, chunk_tokens: int, places: Places | None = None, by: Attention | None = within_rows, **given: Any
+    side: str, chunk_tokens: int, places: QueryPositions | None = None, by: Attention | None = within_rows, **given: Any
 ) -> None:
     plain, packed = model(**given), model(**given)
     never_packed(plain)
@@ -181,7 +191,7 @@ def test_histories_that_no_kernel_attends_over_are_packed_in_groups(
 @GROUPED
 def test_many_queries_of_histories_in_groups(block: str, positions: str, chunk_tokens: int, many_groups: None) -> None:
     row, seen = torch.tensor([[0, 0, 0, 2, 2, 3, 4, 5, 5], [9, 0, 4, 1, 4, 1, 0, 7, 3]])
-    assert_packed_is_padded("query", chunk_tokens, Places(row, seen), None, block=block, positions=positions)
+    assert_packed_is_padded("query", chunk_tokens, QueryPositions(row, seen), None, block=block, positions=positions)
 
 
 def test_modules_are_called_as_often_packed_as_padded(many_groups: None) -> None:
@@ -223,7 +233,7 @@ def test_rows_of_like_length_are_a_group() -> None:
 @pytest.mark.parametrize("block", ["sasrec", "gated"])
 def test_many_queries_of_packed_histories(block: str, positions: str, chunk_tokens: int) -> None:
     row, seen = torch.tensor([[0, 0, 0, 2, 2, 3, 4, 5, 5], [9, 0, 4, 1, 4, 1, 0, 7, 3]])
-    assert_packed_is_padded("query", chunk_tokens, Places(row, seen), block=block, positions=positions)
+    assert_packed_is_padded("query", chunk_tokens, QueryPositions(row, seen), block=block, positions=positions)
 
 
 def test_a_packed_list_is_what_is_filled() -> None:
@@ -232,7 +242,7 @@ def test_a_packed_list_is_what_is_filled() -> None:
     assert packed.values.tolist() == [4, 5, 7, 8, 9]
     assert packed.row.tolist() == [0, 0, 2, 2, 2] and packed.place.tolist() == [0, 2, 1, 2, 3]
     assert packed.spans.offsets.tolist() == [0, 2, 2, 5] and packed.spans.offsets.dtype == torch.int32
-    part = packed.part(slice(1, 3), slice(2, 5), (Group(1, 3), Group(1, 0)))
+    part = packed.part(slice(1, 3), slice(2, 5), (RowGroup(1, 3), RowGroup(1, 0)))
     assert part.spans.longest == 3 and packed.longest_first.tolist() == [2, 0, 1]
     assert part.values.tolist() == [7, 8, 9] and part.row.tolist() == [1, 1, 1]
     assert part.spans.offsets.tolist() == [0, 0, 3] and part.lengths.tolist() == [0, 3]
@@ -275,7 +285,9 @@ def test_the_kernel_is_given_half_precision_under_autocast(again: bool) -> None:
     """Also where activations are computed again, which must not attend over all texts as if they were one."""
     made, calls = model(positions="rotary", block="gated").train(), []
 
-    def spied(q: Tensor, k: Tensor, v: Tensor, at: Spans, over: Spans, scale: float, causal: bool = False) -> Tensor:
+    def spied(
+        q: Tensor, k: Tensor, v: Tensor, at: SequenceBounds, over: SequenceBounds, scale: float, causal: bool = False
+    ) -> Tensor:
         calls.append(q.shape)
         assert {part.dtype for part in (q, k, v)} == {torch.bfloat16}
         assert all(part.stride(2) == 1 and part.shape[2] % 8 == 0 for part in (q, k, v))
@@ -294,7 +306,9 @@ def test_the_kernel_is_given_half_precision_under_autocast(again: bool) -> None:
     assert (found.float() - exact).abs().max() < 0.05 * exact.abs().max()
 
 
-def by_mask(q: Tensor, k: Tensor, v: Tensor, at: Spans, over: Spans, scale: float, causal: bool = False) -> Tensor:
+def by_mask(
+    q: Tensor, k: Tensor, v: Tensor, at: SequenceBounds, over: SequenceBounds, scale: float, causal: bool = False
+) -> Tensor:
     """The same attention without reading offsets, so that it can be compiled."""
     row_A, row_B = (
         torch.searchsorted(spans.offsets[1:].contiguous(), torch.arange(len(x), dtype=torch.int32), right=True)

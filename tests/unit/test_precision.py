@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import bigdssm
-from bigdssm import precision
 from bigdssm.config import EngineConfig
-from bigdssm.losses.passes import product_precision
+from bigdssm.losses.kernels import product_precision
+from bigdssm.models import precision
 from bigdssm.retrieval.embed import encode_in_bf16
 from tests.distributed import small_run
 from tests.distributed.spawn import run_ranks

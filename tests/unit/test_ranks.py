@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from bigdssm.evaluation import ranks as ranks_module
-from bigdssm.evaluation.ranks import Seen, ranks_of_scores, ranks_of_vectors
+from bigdssm.evaluation.ranks import SeenDocuments, ranks_of_scores, ranks_of_vectors
 
 
-def seen_of(rows: list[list[int]]) -> Seen:
+def seen_of(rows: list[list[int]]) -> SeenDocuments:
     values = torch.tensor([doc for row in rows for doc in row], dtype=torch.int64)
-    return Seen(values, torch.tensor(np.cumsum([0, *map(len, rows)])))
+    return SeenDocuments(values, torch.tensor(np.cumsum([0, *map(len, rows)])))
 
 
 def by_definition(scores: np.ndarray, target: np.ndarray, seen: list[list[int]]) -> list[float]:

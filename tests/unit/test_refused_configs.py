@@ -10,10 +10,10 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from bigdssm.bounds import BOUND
 from bigdssm.commands import _stage
 from bigdssm.config import Config
 from bigdssm.training import stages
+from bigdssm.utils.bounds import BOUND
 
 ROOT = Path(__file__).parents[2]
 Launch = Callable[..., tuple[int, str]]

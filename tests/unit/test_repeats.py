@@ -1,4 +1,4 @@
-"""Where repeating is the best answer: `data.repeats` is the one key that masks, mining, evaluation and answers obey."""
+"""Repeated consumption: `data.exclude_seen` decides masks, mining, evaluation and answers."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ import yaml
 from pyarrow import parquet
 
 import bigdssm
-from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder, save_model_folder
+from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder, save_model_folder
 from bigdssm.config import Config, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.evaluation.split import evaluate_split
-from bigdssm.evaluation.systems import System, load_system, save_comparison
-from bigdssm.retrieval.bulk import Users
+from bigdssm.evaluation.comparison import System, load_system, save_comparison
+from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.index import build_index, open_index
-from bigdssm.retrieval.mine import mine
-from bigdssm.retrieval.recommend import Wanted, recommend
+from bigdssm.retrieval.mining import mine
+from bigdssm.retrieval.recommend import RecommendOptions, Users, recommend
 from bigdssm.retrieval.request import Event, Request
-from bigdssm.retrieval.shards import Work
+from bigdssm.retrieval.shards import ShardWork
 from bigdssm.retrieval.vectors import write_vectors
 from bigdssm.serving.searcher import Searcher
 from tests.conftest import pick
@@ -46,7 +45,7 @@ def listening(tmp_path_factory: pytest.TempPathFactory) -> Path:
     content = {
         "run": {"dir": str(folder / "run"), "trackers": []},
         "data": {
-            "dir": str(folder / "dataset"), "repeats": "allow", "lanes": 4,
+            "dir": str(folder / "dataset"), "exclude_seen": False, "lanes": 4,
             "query": {"history": {"type": "history", "of": "song", "max_items": 8}},
             "doc": {"song": {"type": "categorical"}},
         },
@@ -81,9 +80,9 @@ def trained(listening: Path) -> Any:
     return bigdssm.pretrain(listening)
 
 
-def with_repeats(folder: ModelFolder, repeats: str, out: Path) -> ModelFolder:
+def with_exclude_seen(folder: ModelFolder, exclude_seen: bool, out: Path) -> ModelFolder:
     """Return the same model as if it had been trained with another key."""
-    config = replace(folder.config, data=replace(folder.config.data, repeats=repeats))
+    config = replace(folder.config, data=replace(folder.config.data, exclude_seen=exclude_seen))
     save_model_folder(out, folder.model, config, folder.schema, folder.tokenizer_dir, folder.provenance)
     return load_model_folder(out)
 
@@ -97,20 +96,23 @@ def test_a_model_of_repeats_finds_what_is_played_again(trained: Any, tmp_path: P
     build_index(tmp_path / "vectors", tmp_path / "index")
     index = open_index(tmp_path / "index")
     users, asked = [f"u{user}" for user in range(NUM_USERS)], {}
-    for repeats in ("allow", "exclude"):
-        model = with_repeats(folder, repeats, tmp_path / repeats)
+    for exclude_seen in (False, True):
+        model, bulk = (
+            with_exclude_seen(folder, exclude_seen, tmp_path / f"{exclude_seen}"),
+            tmp_path / f"{exclude_seen}-bulk",
+        )
         searcher = Searcher(model, index, dataset)
         found = searcher.search([Request(user, top=2) for user in users])
-        recommend(tmp_path / f"{repeats}-bulk", model, index, dataset, Users(dataset), Wanted(2), Work())
-        table = parquet.read_table(tmp_path / f"{repeats}-bulk" / "part-0000000.parquet")
+        recommend(bulk, model, index, dataset, Users(dataset), RecommendOptions(2), ShardWork())
+        table = parquet.read_table(bulk / "part-0000000.parquet")
         assert table["document"].to_pylist() == [document.key for some in found for document in some]
-        asked[repeats] = [{document.key for document in some} for some in found]
+        asked[exclude_seen] = [{document.key for document in some} for some in found]
         live = searcher.search([Request(events=[Event("s3"), Event("s9")], top=NUM_SONGS)])[0]
-        assert ({"s3", "s9"} <= {document.key for document in live}) == (repeats == "allow")
+        assert ({"s3", "s9"} <= {document.key for document in live}) != exclude_seen
     played = [{SONGS[song] for song in favourites(user)} for user in range(NUM_USERS)]
-    assert np.mean([bool(a & b) for a, b in zip(asked["allow"], played, strict=True)]) > 0.9
-    assert not any(a & b for a, b in zip(asked["exclude"], played, strict=True))
-    every, unseen = (evaluate_split(encoders, dataset, "test", filter_seen=seen) for seen in (False, True))
+    assert np.mean([bool(a & b) for a, b in zip(asked[False], played, strict=True)]) > 0.9
+    assert not any(a & b for a, b in zip(asked[True], played, strict=True))
+    every, unseen = (evaluate_split(encoders, dataset, "test", exclude_seen=seen) for seen in (False, True))
     assert (every.ranks <= 2).mean() > 0.7, "chance is 0.05"
     assert (unseen.ranks <= every.ranks).all() and (unseen.ranks < every.ranks).any()
 
@@ -118,19 +120,19 @@ def test_a_model_of_repeats_finds_what_is_played_again(trained: Any, tmp_path: P
 def test_training_measures_as_the_key_says(trained: Any) -> None:
     folder = load_model_folder(trained.best)
     dataset = Dataset.open(folder.config.data.dir)
-    found = evaluate_split(tower_encoders(folder.model, dataset), dataset, "validation", filter_seen=False).metrics
+    found = evaluate_split(tower_encoders(folder.model, dataset), dataset, "validation", exclude_seen=False).metrics
     assert trained.metrics["mrr"] == pytest.approx(found["mrr"], abs=1e-6)
 
 
 def test_figures_of_the_other_key_are_no_comparison(trained: Any, tmp_path: Path) -> None:
     folder = load_model_folder(trained.best)
     dataset = Dataset.open(folder.config.data.dir)
-    found = evaluate_split(tower_encoders(folder.model, dataset), dataset, "test", filter_seen=False)
+    found = evaluate_split(tower_encoders(folder.model, dataset), dataset, "test", exclude_seen=False)
     systems = [System.of_ranks("a", found.ranks, found.query_ids, 1.0)]
     save_comparison(tmp_path / "a.json", systems, [], dataset, "test", False)
     assert load_system(tmp_path / "a.json", dataset, "test", False).name == "a (a)"
     with pytest.raises(
-        DataError, match=r"was measured with seen documents among the others, this model's data.repeats"
+        DataError, match=r"was measured with seen documents among the others, this model's data.exclude_seen"
     ):
         load_system(tmp_path / "a.json", dataset, "test", True)
 
@@ -139,7 +141,7 @@ def test_mined_negatives_may_be_what_was_played_but_not_now(trained: Any) -> Non
     folder = load_model_folder(trained.best)
     dataset = Dataset.open(folder.config.data.dir)
     encoders, rows = tower_encoders(folder.model, dataset), next(dataset.iterate("train", 100_000))
-    first = [mine(encoders, dataset, first=0, last=1, filter_seen=seen)["window"][:, 0] for seen in (False, True)]
+    first = [mine(encoders, dataset, first=0, last=1, exclude_seen=seen)["window"][:, 0] for seen in (False, True)]
     seen = [set(rows.seen(i)) for i in range(len(rows))]
     others = [i for i in range(len(rows)) if seen[i] - {rows.doc_rows[i]}]
     assert len(others) > 200
@@ -149,18 +151,18 @@ def test_mined_negatives_may_be_what_was_played_but_not_now(trained: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    ("repeats", "mask", "resolved"),
-    [("exclude", None, "batch"), ("allow", None, "none"), ("allow", "batch", "batch"), ("exclude", "past", "past")],
+    ("exclude_seen", "mask", "resolved"),
+    [("true", None, "batch"), ("false", None, "none"), ("false", "batch", "batch"), ("true", "past", "past")],
 )
-def test_the_key_decides_the_losses_mask(listening: Path, repeats: str, mask: str | None, resolved: str) -> None:
+def test_the_key_decides_the_losses_mask(listening: Path, exclude_seen: str, mask: str | None, resolved: str) -> None:
     given = [f"pretrain.loss.mask={mask}", f"sft={{loss: {{mask: {mask}}}}}"] if mask else ["sft={}"]
-    config: Config = load_config(listening, [f"data.repeats={repeats}", *given])
+    config: Config = load_config(listening, [f"data.exclude_seen={exclude_seen}", *given])
     for stage in ("pretrain", "sft"):
         assert config.stage(stage).loss.mask == resolved  # type: ignore[arg-type]
-    assert load_config(listening, [f"data.repeats={repeats}", *given]) == config
+    assert load_config(listening, [f"data.exclude_seen={exclude_seen}", *given]) == config
 
 
 @pytest.mark.parametrize("mask", ["user", "past"])
 def test_a_mask_of_what_was_seen_is_refused_with_repeats(listening: Path, mask: str) -> None:
-    with pytest.raises(ConfigError, match=f"loss.mask: got {mask}, needs none or batch with data.repeats=allow"):
+    with pytest.raises(ConfigError, match=f"loss.mask: got {mask}, needs none or batch with data.exclude_seen=false"):
         load_config(listening, [f"pretrain.loss.mask={mask}"])

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from bigdssm.running import commands
-from bigdssm.running.commands import run_command
+from bigdssm.cluster import launcher
+from bigdssm.cluster.launcher import run_command
 
 
 def test_what_it_said_and_took_is_kept(tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_what_it_said_and_took_is_kept(tmp_path: Path) -> None:
 
 
 def test_it_is_looked_at_and_ends_with_who_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "LOOK_S", 0.01)
+    monkeypatch.setattr(launcher, "LOOK_S", 0.01)
     started: list[subprocess.Popen[bytes]] = []
     popen = subprocess.Popen
 

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from bigdssm.cluster import run_folder
+from bigdssm.cluster.run_folder import FolderLock, find_running, is_locked, read_events, request_stop, running
 from bigdssm.errors import CheckpointError, Preempted
-from bigdssm.log import MetricsWriter
-from bigdssm.running import run_folder
-from bigdssm.running.run_folder import FolderLock, find_running, is_locked, read_events, request_stop, running
+from bigdssm.utils.log import MetricsWriter
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from bigdssm.running.run_folder import FolderLock
+from bigdssm.cluster.run_folder import FolderLock
 with FolderLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

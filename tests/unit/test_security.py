@@ -14,10 +14,10 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 
-from bigdssm.artifacts import checkpoint
-from bigdssm.artifacts.model_folder import META_FILE, WEIGHTS_FILE, load_model_folder, save_model_folder
-from bigdssm.artifacts.shares import whole
-from bigdssm.artifacts.store import CheckpointStore
+from bigdssm.checkpoints import checkpoint
+from bigdssm.checkpoints.model_folder import META_FILE, WEIGHTS_FILE, load_model_folder, save_model_folder
+from bigdssm.checkpoints.shares import whole_tensor
+from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.config import TextEncoderConfig, load_config
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError
 from bigdssm.models import new_model
@@ -69,7 +69,7 @@ def plant(folder: Path, mark: Path, *names: str) -> None:
 
 def test_a_pickle_in_a_checkpoint_is_not_opened(tmp_path: Path, mark: Path) -> None:
     store = CheckpointStore(tmp_path / "checkpoints", keep=2)
-    store.save(4, {"stream": {}}, {}, {"cpu": torch.zeros(3)}, [whole("weight", torch.ones(2))])
+    store.save(4, {"stream": {}}, {}, {"cpu": torch.zeros(3)}, [whole_tensor("weight", torch.ones(2))])
     path = tmp_path / "checkpoints" / "step-00000004"
     plant(path, mark, "rank-00000.pt", "mp_rank_00_model_states.pt", "tensors-00001.pt", "pytorch_model.bin")
     found = store.newest_good()
@@ -94,7 +94,7 @@ def test_a_pickle_in_the_place_of_tensors_is_not_opened(
 ) -> None:
     """Not even where the manifest was made to fit: its bytes are numbers, at places that the manifest tells."""
     store = CheckpointStore(tmp_path / "checkpoints", keep=2)
-    store.save(4, {"stream": {}}, {}, {"cpu": torch.zeros(3)}, [whole("weight", torch.ones(2))])
+    store.save(4, {"stream": {}}, {}, {"cpu": torch.zeros(3)}, [whole_tensor("weight", torch.ones(2))])
     path = tmp_path / "checkpoints" / "step-00000004"
     torch.save({"weight": Bomb(mark)}, path / name)
     assert store.newest_good() is None

@@ -10,28 +10,28 @@ import numpy as np
 import pytest
 import torch
 
-from bigdssm.artifacts.model_folder import load_model_folder, save_model_folder
+from bigdssm.checkpoints.model_folder import load_model_folder, save_model_folder
 from bigdssm.config import Config, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.collection import model_run
-from bigdssm.evaluation.split import evaluate_scores, evaluate_split
+from bigdssm.evaluation.evaluate import evaluate_scores, evaluate_split
 from bigdssm.export.convert import export, folder_source
-from bigdssm.export.probe import PARITY_LIMIT
-from bigdssm.hashing import hash64
+from bigdssm.export.formats import PARITY_LIMIT
+from bigdssm.ingest.job import IngestTarget
+from bigdssm.ingest.pairs import PairTables, make_pairs
+from bigdssm.ingest.sources.beir import read_collection
 from bigdssm.losses import fps_loss
-from bigdssm.making.making import Target
-from bigdssm.making.pairs import PairTables, make_pairs
 from bigdssm.models import DualEncoder, new_model
-from bigdssm.retrieval.bulk import SplitRows, TableRows
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.index import build_index, open_index
-from bigdssm.retrieval.mine import mine
+from bigdssm.retrieval.mining import mine
+from bigdssm.retrieval.recommend import SplitRows, TableRows
 from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.vectors import write_vectors
 from bigdssm.serving.searcher import Searcher
-from bigdssm.tables.beir import read_collection
 from bigdssm.training.batches import Batches, row_stream
+from bigdssm.utils.hashing import hash64
 from tests.siamese import NUM_DOCS, write_dataset
 
 
@@ -179,7 +179,7 @@ def test_exports_have_one_encoder_on_both_sides(target: Any, tmp_path: Path) -> 
     (tmp_path / "texts.yaml").write_text(json.dumps(content))
     config = load_config(tmp_path / "texts.yaml", only_text)
     tables = PairTables((tmp_path / "pairs.jsonl",), doc_id_column="b_key", query_id_column="a_key")
-    make_pairs(config.data, tables, Target(tmp_path / "texts"))
+    make_pairs(config.data, tables, IngestTarget(tmp_path / "texts"))
     dataset = Dataset.open(tmp_path / "texts")
     model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size).eval()
     save_model_folder(tmp_path / "model", model, config, dataset.schema, dataset.tokenizer_dir, {})
@@ -193,8 +193,8 @@ def test_exports_have_one_encoder_on_both_sides(target: Any, tmp_path: Path) -> 
         ("data.query.size.log=true", "data.query: got ['text', 'kind', 'size'], needs data.doc's features"),
         ("model.query.mlp=[4]", "model.query: got another tower, needs none with data.siamese=true"),
         ("model.share_text=true", "model.share_text: got True, needs false with data.siamese=true"),
-        ("data.display=b_text", "data.display: got b_text, needs null with data.siamese=true"),
-        ("data.repeats=allow", "data.repeats: got allow, needs exclude with data.siamese=true"),
+        ("data.title=b_text", "data.title: got b_text, needs null with data.siamese=true"),
+        ("data.exclude_seen=false", "data.exclude_seen: got False, needs true with data.siamese=true"),
     ],
 )  # fmt: skip
 def test_what_two_sides_of_one_tower_cannot_be_is_refused(config_path: Path, override: str, words: str) -> None:
@@ -206,11 +206,11 @@ def test_what_two_sides_of_one_tower_cannot_be_is_refused(config_path: Path, ove
 def test_queries_need_names_and_are_not_their_own_document(config_path: Path, tmp_path: Path) -> None:
     data, source = load_config(config_path).data, config_path.parent / "pairs.jsonl"
     with pytest.raises(ConfigError, match="a query is a document; give --query-id-column and --doc-id-column"):
-        make_pairs(data, PairTables((source,), doc_id_column="b_key"), Target(tmp_path / "out"))
+        make_pairs(data, PairTables((source,), doc_id_column="b_key"), IngestTarget(tmp_path / "out"))
     rows = [json.loads(line) for line in source.read_text().splitlines()]
     rows[0]["b_key"] = rows[0]["a_key"]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tables = PairTables((tmp_path / "pairs.jsonl",), doc_id_column="b_key", query_id_column="a_key")
     with pytest.raises(DataError, match="the document is the query itself"):
-        make_pairs(data, tables, Target(tmp_path / "out"))
+        make_pairs(data, tables, IngestTarget(tmp_path / "out"))
     assert hash64("d0") == hash64(rows[0]["a_key"])

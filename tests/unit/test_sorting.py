@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from bigdssm.dataset.keys import Keys, write_keys
-from bigdssm.making.engine import Engine
-from bigdssm.making.sorting import deal, of_ordinal, order_of, ordinals_of, read_bucket, shuffled
-from bigdssm.making.steps import FirstRows, RowFile, Table
+from bigdssm.ingest.engines.local import LocalEngine
+from bigdssm.ingest.engines.tables import FirstRows, RowFile, RowTable
+from bigdssm.ingest.sorting import deal, of_ordinal, order_of, ordinals_of, read_bucket, shuffled
 
 RANDOM = np.random.RandomState(0)
 NUMBERS = {
@@ -34,13 +34,13 @@ def test_an_order_by_radix_is_that_of_a_stable_sort(name: str) -> None:
     assert [of_ordinal(ordinal) for ordinal in ordinals.tolist()] == numbers.tolist()
 
 
-def table_of(folder: Path, columns: dict[str, np.ndarray]) -> Table:
+def table_of(folder: Path, columns: dict[str, np.ndarray]) -> RowTable:
     """Return a table of three files."""
     size = len(next(iter(columns.values())))
     for number, (first, end) in enumerate(pairwise([0, size // 5, size // 2, size])):
         piece = pa.table({name: values[first:end] for name, values in columns.items()})
         pq.write_table(piece, folder / f"{number}.parquet", row_group_size=70)
-    return Table.of(folder / f"{number}.parquet" for number in range(3))
+    return RowTable.of(folder / f"{number}.parquet" for number in range(3))
 
 
 def to_buckets(rows: pa.Table) -> tuple[pa.Table, np.ndarray]:
@@ -51,13 +51,13 @@ def to_buckets(rows: pa.Table) -> tuple[pa.Table, np.ndarray]:
 def test_a_bucket_has_its_rows_in_their_order(
     num_buckets: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bigdssm.making.sorting.ROWS_PER_DEAL", 150)
+    monkeypatch.setattr("bigdssm.ingest.sorting.ROWS_PER_DEAL", 150)
     some = [0, 3, 4, max(5, num_buckets - 44), num_buckets - 1]  # the last but one is 2 in the next smaller type
     bucket = RANDOM.choice(some, 1_000)
     table = table_of(tmp_path, {"n": np.arange(1_000), "bucket": bucket})
     if num_buckets > 302:
-        monkeypatch.setattr("bigdssm.making.sorting.ROWS_PER_DEAL", 1_000)
-    dealt = deal(Engine(tmp_path / "spool"), "dealt", table, to_buckets, num_buckets)
+        monkeypatch.setattr("bigdssm.ingest.sorting.ROWS_PER_DEAL", 1_000)
+    dealt = deal(LocalEngine(tmp_path / "spool"), "dealt", table, to_buckets, num_buckets)
     for number in (1, *some):
         assert read_bucket(dealt, number).column("n").to_pylist() == np.flatnonzero(bucket == number).tolist()
 
@@ -66,11 +66,11 @@ def test_a_bucket_has_its_rows_in_their_order(
 def test_rows_are_shuffled_by_their_hashes(
     rows_per_bucket: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bigdssm.making.sorting.ROWS_PER_DEAL", 150)
-    monkeypatch.setattr("bigdssm.making.sorting.ROWS_PER_BUCKET", rows_per_bucket)
+    monkeypatch.setattr("bigdssm.ingest.sorting.ROWS_PER_DEAL", 150)
+    monkeypatch.setattr("bigdssm.ingest.sorting.ROWS_PER_BUCKET", rows_per_bucket)
     hashes = RANDOM.randint(-(2**63), 2**63 - 1, 1_000)
     table = table_of(tmp_path, {"n": np.arange(1_000), "more": np.zeros(1_000), "shuffle": hashes})
-    rows = shuffled(Engine(tmp_path / "spool"), "train", table, ["n"]).read()
+    rows = shuffled(LocalEngine(tmp_path / "spool"), "train", table, ["n"]).read()
     assert rows.column_names == ["n"]
     assert rows.column("n").to_pylist() == np.argsort(hashes).tolist()
 
@@ -93,7 +93,7 @@ def test_keys_are_found_where_they_stand_last(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("waiting", [10, 200, 10_000])
 def test_first_rows_have_the_counts_of_all(waiting: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigdssm.making.steps.MOST_WAITING", waiting)
+    monkeypatch.setattr("bigdssm.ingest.engines.tables.MOST_WAITING", waiting)
     schema = pa.schema([("place", pa.int64()), ("key", pa.int64()), ("n", pa.int64())])
     keys = RANDOM.randint(0, 40, 1_000)
     with RowFile(tmp_path / "rows.parquet", schema) as file, FirstRows(file, "key", count="n") as rows:

@@ -19,10 +19,10 @@ import pytest
 
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
-from bigdssm.tables import arrow_ipc, chunked, files
-from bigdssm.tables.registry import open_source, read_table
-from bigdssm.tables.source import Source
-from bigdssm.urls import fetch
+from bigdssm.ingest.sources import columnar, files
+from bigdssm.ingest.sources.base import Source
+from bigdssm.ingest.sources.registry import open_source, read_table
+from bigdssm.utils.urls import fetch
 from tests.unit.test_hostile_tables import RECORDS, Maker
 
 ROWS = 250
@@ -101,7 +101,7 @@ KINDS: dict[str, tuple[Callable[[Path], Path], list[int]]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_are_the_table_whatever_reads_them(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "ROWS_PER_PART", 110)
+    monkeypatch.setattr(columnar, "ROWS_PER_PART", 110)
     write, sizes = KINDS[kind]
     path = write(tmp_path)
     source = open_source(path)
@@ -146,13 +146,13 @@ def test_text_at_a_url_is_read_in_few_requests(
 
 
 def test_batches_of_arrow_are_neither_tiny_nor_huge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arrow_ipc, "ROWS_PER_BATCH", 70)
+    monkeypatch.setattr(columnar, "ROWS_PER_BATCH", 70)
     path = write_arrow(tmp_path / "t.arrow", pa.ipc.new_file)
     assert [len(batch.rows) for batch in read_table(path, ["id"], no_bad)] == [100, 100, 50]
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, TABLE.schema) as writer:
         writer.write_table(TABLE)
     assert [len(batch.rows) for batch in read_table(path, ["id"], no_bad)] == [70, 70, 70, 40]
-    monkeypatch.setattr(arrow_ipc, "BYTES_PER_BATCH", 240)  # of 8 a number
+    monkeypatch.setattr(columnar, "BYTES_PER_BATCH", 240)  # of 8 a number
     assert {len(batch.rows) for batch in read_table(path, ["number"], no_bad)} == {30, 10}
 
 

@@ -14,8 +14,8 @@ import pytest
 from bigdssm.errors import DataError
 from bigdssm.features import Numeric
 from bigdssm.features.columns import RowCheck, SourceBatch, relevances, strings, times, value_lists
-from bigdssm.tables.records import record_batch
-from bigdssm.tables.registry import read_table
+from bigdssm.ingest.sources.registry import read_table
+from bigdssm.ingest.sources.text import record_batch
 
 ROWS = [{"id": f"{i:03d}", "title": f'a "{i}" b', "year": i} for i in range(5)]
 
@@ -94,7 +94,7 @@ def test_broken_lines_are_named_and_the_others_keep_their_numbers(tmp_path: Path
 
 
 def test_row_numbers_stay_right_over_many_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigdssm.tables.delimited.BYTES_PER_BATCH", 1000)
+    monkeypatch.setattr("bigdssm.ingest.sources.text.BYTES_PER_BATCH", 1000)
     table = tmp_path / "t.csv"
     broken = {7, 8, 500, 999}
     table.write_text("a,b\n" + "".join(f"{i}\n" if i in broken else f"{i},x\n" for i in range(1, 1001)))

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from bigdssm.errors import BigDSSMError, ConfigError, UnavailableError
-from bigdssm.making import spark
-from bigdssm.making.reading import Unreadable
-from bigdssm.making.spark import Cluster, SparkEngine
+from bigdssm.ingest.engines import spark
+from bigdssm.ingest.engines.spark import Cluster, SparkEngine
+from bigdssm.ingest.reading import Unreadable
 
 
 def test_a_missing_pyspark_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bigdssm.making.engine import Engine
-from bigdssm.making.splits import quantiles
-from bigdssm.making.steps import Table
+from bigdssm.ingest.engines.local import LocalEngine
+from bigdssm.ingest.engines.tables import RowTable
+from bigdssm.ingest.splits import quantiles
 
 RANDOM = np.random.RandomState(0)
 TIMES = {
@@ -26,9 +26,9 @@ TIMES = {
 @pytest.mark.parametrize("name", TIMES)
 def test_quantiles_are_those_of_a_sort(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = RANDOM.permutation(TIMES[name])
-    monkeypatch.setattr("bigdssm.making.splits.ROWS_PER_RUN", 999)
+    monkeypatch.setattr("bigdssm.ingest.splits.ROWS_PER_RUN", 999)
     pq.write_table(pa.table({"time": times}), tmp_path / "times.parquet")
     shares = [0, 0.003, 0.5, 0.9, 0.95, 0.9999, 1]
     wanted = [np.sort(times)[int(len(times) * share)] for share in shares[:-1]]
-    found = Table.of([tmp_path / "times.parquet"])
-    assert quantiles(Engine(tmp_path / "spool"), found, shares) == [*wanted, np.inf]
+    found = RowTable.of([tmp_path / "times.parquet"])
+    assert quantiles(LocalEngine(tmp_path / "spool"), found, shares) == [*wanted, np.inf]

@@ -10,19 +10,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.config import Config, MiningConfig, SourceConfig, load_config
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.mixture import MixturePart
-from bigdssm.dataset.rows import PLACE_BITS
+from bigdssm.dataset.partition import MixturePart
+from bigdssm.dataset.rows import EVENT_BITS
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
 from bigdssm.models import new_model
-from bigdssm.progress import no_progress
-from bigdssm.retrieval.mined import mined_records, write_mined
+from bigdssm.retrieval.hard_negatives import window_records, write_mined
 from bigdssm.training.batches import row_stream
 from bigdssm.training.checks import check_folder, check_stage
-from bigdssm.training.mining import Mining
+from bigdssm.training.hard_negatives import HardNegativeRefresh
 from bigdssm.training.validation import Validator
+from bigdssm.utils.log import no_progress
 from tests.distributed import small_run
 
 
@@ -105,7 +105,7 @@ def test_targets_that_rows_do_not_have_are_told(config: Config, caplog: pytest.L
 
 
 def mined_file(config: Config, dataset: Dataset, folder: Path) -> str:
-    mining = Mining(config, "pretrain", None, dataset, folder, no_progress)  # type: ignore[arg-type]
+    mining = HardNegativeRefresh(config, "pretrain", None, dataset, folder, no_progress)  # type: ignore[arg-type]
     return mining.path(10).name
 
 
@@ -134,10 +134,10 @@ def test_negatives_that_were_mined_before_are_looked_at(config: Config, tmp_path
     dataset = Dataset.open(config.data.dir)
     rows, documents = dataset.num_rows("train"), dataset.catalogue.num_docs
     for row, document in ((rows, 0), (0, documents)):
-        records = mined_records(np.array([row << PLACE_BITS]), np.array([[document, -1]]))
+        records = window_records(np.array([row << EVENT_BITS]), np.array([[document, -1]]))
         write_mined(tmp_path / "mined.npy", records, dataset)
         refused(config, DataError, f"another dataset: it names row {row} and document {document}, .* {documents} doc")
-    records = mined_records(np.array([rows - 1 << PLACE_BITS]), np.array([[documents - 1, -1]]))
+    records = window_records(np.array([rows - 1 << EVENT_BITS]), np.array([[documents - 1, -1]]))
     write_mined(tmp_path / "mined.npy", records, dataset)
     check_stage(config, "pretrain", 1)
     judged = replace(config, pretrain=replace(config.pretrain, loss=replace(loss, distillation="kl")))
@@ -145,7 +145,7 @@ def test_negatives_that_were_mined_before_are_looked_at(config: Config, tmp_path
     margin = replace(config, pretrain=replace(config.pretrain, mining=replace(mining, teacher_margin=0.0)))
     refused(margin, ConfigError, r"mining\.teacher_margin: got 0.0, needs a judge's scores, and \S*mined.npy has none")
     teacher = np.zeros((1, 3), np.float32)
-    records = mined_records(np.array([0]), np.array([[documents - 1, -1]]), teacher)
+    records = window_records(np.array([0]), np.array([[documents - 1, -1]]), teacher)
     write_mined(tmp_path / "mined.npy", records, dataset)
     check_stage(judged, "pretrain", 1)
 
@@ -161,7 +161,7 @@ def test_a_full_disk_while_the_best_is_written_is_one_sentence(config: Config, m
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bigdssm.atomic.replace_folder", full)
+    monkeypatch.setattr("bigdssm.utils.atomic.replace_folder", full)
     with pytest.raises(CheckpointError, match=r"could not write \S*best: .*No space left on device.*stays"):
         validator.keep(engine, {"stage": "pretrain", "step": 2})  # type: ignore[arg-type]
     assert load_model_folder(best).provenance["step"] == 1

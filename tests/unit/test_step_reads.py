@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bigdssm
-from bigdssm.batching.plan import Budget, plan_step
 from bigdssm.config import LossConfig
+from bigdssm.loader.step_plan import TokenBudget, plan_step
 from bigdssm.losses import CountedFrequency, StreamingFrequency
 from bigdssm.models import Encoded
 from bigdssm.training.objective import Objective
@@ -91,7 +91,7 @@ def test_a_step_reads_nothing_back_whatever_the_chunks(frequency: Any) -> None:
         LossConfig(sampling="corrected", frequency=frequency), MODEL, None, np.arange(1.0, 40.0), 24.0
     )
     for chunk_tokens, fewest in ((0, 2), (40, 8), (12, 20)):
-        plan = plan_step(batch, Budget(chunk_tokens, 0))
+        plan = plan_step(batch, TokenBudget(chunk_tokens, 0))
         assert len(plan.query.chunks) + len(plan.doc.chunks) >= fewest
         with Reads() as reads:
             train_step(engine, batch, plan, objective, 1.0)  # type: ignore[arg-type]
@@ -107,7 +107,7 @@ def test_a_step_is_the_same_work_whatever_the_catalogue() -> None:
         objective = Objective(loss, MODEL, None, counts, 24.0)
         engine, batch = PlainEngine(), share_of(0, 1, 0)
         with Reads() as reads:
-            train_step(engine, batch, plan_step(batch, Budget(40, 0)), objective, 1.0)  # type: ignore[arg-type]
+            train_step(engine, batch, plan_step(batch, TokenBudget(40, 0)), objective, 1.0)  # type: ignore[arg-type]
         work.append((reads.number, reads.largest, reads.taking))
     assert work[0] == work[1] and work[0][2] == {"aten::index": 1}
 

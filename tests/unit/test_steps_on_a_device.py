@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bigdssm.batching.batch import Batch
-from bigdssm.batching.plan import Budget, draft_step
-from bigdssm.batching.upload import on_device
 from bigdssm.config import HistoryEncoderConfig, LossConfig
-from bigdssm.models import Encoded, Places, Spans, new_model, use_packing
+from bigdssm.loader.batch import Batch
+from bigdssm.loader.step_plan import TokenBudget, draft_step
+from bigdssm.loader.upload import on_device
+from bigdssm.models import Encoded, QueryPositions, SequenceBounds, new_model, use_packing
 from bigdssm.training.engine import Engine
 from bigdssm.training.objective import Objective
 from bigdssm.training.step import train_step
@@ -70,7 +70,9 @@ CASES = [
 ]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, at: Spans, over: Spans, scale: float, causal: bool = False) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, at: SequenceBounds, over: SequenceBounds, scale: float, causal: bool = False
+) -> Tensor:
     """What the kernel does that attends within packed rows, reading nothing."""
     (row_A, place_A), (row_B, place_B) = _rows(at, len(q)), _rows(over, len(k))
     sees = row_A[:, None] == row_B
@@ -80,7 +82,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, at: Spans, over: Spans, scale: float
     return torch.einsum("hab,bhw->ahw", scores.softmax(-1), v)
 
 
-def _rows(spans: Spans, number: int) -> tuple[Tensor, Tensor]:
+def _rows(spans: SequenceBounds, number: int) -> tuple[Tensor, Tensor]:
     cell = torch.arange(number, device=spans.offsets.device)
     row = torch.searchsorted(spans.offsets[1:].long(), cell, right=True)
     return row, cell - spans.offsets[row]
@@ -110,7 +112,7 @@ def batch_of(case: Case) -> Batch:
         row_ids=rows,
         query={name: tensor[rows] for name, tensor in batch.query.items()},
         query_lengths={name: list_.take(rows) for name, list_ in batch.query_lengths.items()},
-        places=Places(rows.repeat_interleave(2), seen.flatten()),
+        places=QueryPositions(rows.repeat_interleave(2), seen.flatten()),
         queries_of_row=np.full(12, 2),
     )
 
@@ -127,8 +129,8 @@ def test_what_a_step_asks_for(case: Case) -> None:
     waits = []
     with simgpu.ranks(64), simgpu.Device() as device:
         device.put_module(engine.module)
-        for chunk_tokens, kept_tokens, fewest in ((0, 0, 2), (90, 0, 3), (12, 60, 20)):
-            draft = draft_step(host, Budget(chunk_tokens, kept_tokens, engine.module.packs(training=True)))  # type: ignore[operator]
+        for chunk_tokens, retained_tokens, fewest in ((0, 0, 2), (90, 0, 3), (12, 60, 20)):
+            draft = draft_step(host, TokenBudget(chunk_tokens, retained_tokens, engine.module.packs(training=True)))  # type: ignore[operator]
             plan = draft.agreed(draft.needs)
             pieces = len(plan.query.chunks) + len(plan.doc.chunks)
             assert pieces >= fewest and plan.whole == (chunk_tokens == 0)

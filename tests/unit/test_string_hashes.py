@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from bigdssm.hashing import hash64
-from bigdssm.string_hashes import AT_ONCE, hash_strings
+from bigdssm.utils.hashing import hash64
+from bigdssm.utils.string_hashing import AT_ONCE, hash_strings
 
 # every length of bytes from 0 to 40 and some longer, of one, two and four bytes a character
 LETTERS = ("abcdefg", "é", "😀x")

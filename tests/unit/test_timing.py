@@ -12,14 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig
 
-from bigdssm import timing
-from bigdssm.batching.lengths import lengths_of
 from bigdssm.config import HistoryEncoderConfig, ModelConfig, TextEncoderConfig, TowerConfig
+from bigdssm.dataset.schema import Schema
 from bigdssm.features import Categorical, History, Numeric, Text, Vocabulary
-from bigdssm.models import CrossEncoder, Places, SideSize, new_model
+from bigdssm.loader.batch import lengths_of
+from bigdssm.models import CrossEncoder, QueryPositions, SideSize, new_model
 from bigdssm.models.encoders import TextEncoder
-from bigdssm.running.time_table import TimeTable
-from bigdssm.schema import Schema
+from bigdssm.training.health import TimeTable
+from bigdssm.utils import timing
 
 
 def test_a_span_counts_what_the_spans_in_it_do_not() -> None:
@@ -108,7 +108,7 @@ def test_operations_by_formula_are_those_that_torch_counts(block: Any, positions
         query=TowerConfig(mlp=(20,), history=HistoryEncoderConfig(block=block, positions=positions, layers=2)),
         doc=TowerConfig(text=TextEncoderConfig(layers=2, hidden=16)),
     )
-    places = Places(torch.tensor([0, 2, 0, 2, 1]), torch.tensor([0, 5, 3, 1, 2])) if many else None
+    places = QueryPositions(torch.tensor([0, 2, 0, 2, 1]), torch.tensor([0, 5, 3, 1, 2])) if many else None
     model = new_model(config, schema, vocab_size=50).eval()
     query = {"history": torch.randint(2, 10, (3, 5))}
     doc = {"item": torch.arange(2, 9), "year": torch.ones(7), "title": torch.randint(1, 50, (7, 11))}

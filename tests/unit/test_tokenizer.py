@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from bigdssm.config import TokenizerConfig
 from bigdssm.features.tokenizer import TextTokenizer
-from bigdssm.making.tokenizer import make_tokenizer
+from bigdssm.ingest.fitting import make_tokenizer
 
 BLANKS = [
     " ",

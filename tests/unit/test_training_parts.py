@@ -16,23 +16,23 @@ import pytest
 import torch
 from torch import nn
 
-from bigdssm.batching.chunks import Chunked
-from bigdssm.batching.lengths import ListLengths, lengths_of
-from bigdssm.batching.plan import Budget, Needs, StepPlan, draft_step, plan_side
-from bigdssm.batching.upload import ahead
+from bigdssm.cluster.run_folder import CONSUMED, RowLog
 from bigdssm.config import EngineConfig, LossConfig, OptimizerConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.distributed import free_port
 from bigdssm.errors import DataError
-from bigdssm.retrieval.mined import MinedNegatives, mined_records
-from bigdssm.running.row_log import CONSUMED, RowLog
-from bigdssm.streaming.stream import PairStream
+from bigdssm.loader.batch import ListLengths, lengths_of
+from bigdssm.loader.chunks import Chunked
+from bigdssm.loader.pair_stream import PairStream
+from bigdssm.loader.step_plan import StepPlan, StepRequirements, TokenBudget, draft_step, plan_side
+from bigdssm.loader.upload import upload_ahead
+from bigdssm.retrieval.hard_negatives import HardNegatives, window_records
 from bigdssm.training import engine
 from bigdssm.training.batches import Batches, BatchMaker, known_pairs
-from bigdssm.training.columns import catalogue_share, is_shared
+from bigdssm.training.encoding import RandomState
 from bigdssm.training.loop import StageProgress
+from bigdssm.training.objective import catalogue_share, is_shared
 from bigdssm.training.optimizers import build_optimizer, parameter_groups, schedule_factor, warmup_steps
-from bigdssm.training.random_state import RandomState
 from bigdssm.training.stages import describe_best
 from tests.conftest import NUM_ITEMS, TinyDataset
 
@@ -171,7 +171,7 @@ def test_what_a_judge_puts_above_a_querys_own_document_is_not_drawn(tiny_interac
     windows = np.tile(np.arange(5, dtype=np.int32), (m, 1))
     teacher = np.tile(np.array([1, 0.2, 0.6, 1.5, np.nan, 0.7], np.float32), (m, 1))
     order = np.argsort(rows.query_keys)
-    mined = MinedNegatives(mined_records(rows.query_keys[order], windows, teacher))
+    mined = HardNegatives(window_records(rows.query_keys[order], windows, teacher))
     loss = LossConfig(name="softmax", negatives=5, distillation="kl")
 
     def drawn(teacher_margin: float | None) -> tuple[set[int], np.ndarray]:
@@ -311,7 +311,7 @@ def test_one_reduction_agrees_on_chunks_and_on_those_kept() -> None:
     seen = set()
     for _ in range(60):
         drafts = []
-        budget = Budget(chunk_tokens=12, kept_tokens=int(generator.integers(0, 80)))
+        budget = TokenBudget(chunk_tokens=12, retained_tokens=int(generator.integers(0, 80)))
         for _ in range(3):
             sides = [{"text": ragged_lengths(generator.integers(0, 9, generator.integers(0, 12)))} for _ in range(2)]
             batch = SimpleNamespace(
@@ -319,17 +319,19 @@ def test_one_reduction_agrees_on_chunks_and_on_those_kept() -> None:
                 row_ids=sides[0]["text"].filled, doc_ids=sides[1]["text"].filled,
             )  # fmt: skip
             drafts.append(draft_step(batch, budget))  # type: ignore[arg-type]
-        most = Needs(*(max(numbers) for numbers in zip(*(draft.needs for draft in drafts), strict=True)))
+        most = StepRequirements(*(max(numbers) for numbers in zip(*(draft.needs for draft in drafts), strict=True)))
         plans = [draft.agreed(most) for draft in drafts]
-        assert len({(plan.whole, len(plan.query.chunks), len(plan.doc.chunks), plan.num_kept) for plan in plans}) == 1
+        assert (
+            len({(plan.whole, len(plan.query.chunks), len(plan.doc.chunks), plan.num_retained) for plan in plans}) == 1
+        )
         if plans[0].whole:
             continue
         fitting = []
         for plan in plans:
             tokens = [chunk.tokens if chunk.num_rows else 0 for chunk in plan.query.chunks + plan.doc.chunks]
-            fitting.append(int((np.cumsum(tokens[::-1]) <= budget.kept_tokens).sum()))
-        assert plans[0].num_kept == min(fitting)
-        seen.add(np.sign(plans[0].num_kept - len(plans[0].doc.chunks)))
+            fitting.append(int((np.cumsum(tokens[::-1]) <= budget.retained_tokens).sum()))
+        assert plans[0].num_retained == min(fitting)
+        seen.add(np.sign(plans[0].num_retained - len(plans[0].doc.chunks)))
     assert seen == {-1, 0, 1}
 
 
@@ -346,7 +348,7 @@ def test_the_next_item_is_made_while_one_is_used_and_errors_come_when_they_are_d
             yield number
         raise DataError("behind the last")
 
-    coming = ahead(items())
+    coming = upload_ahead(items())
     for number in range(3):
         assert next(coming) == number
         assert made[number + 1].wait(5), "nobody asked for it yet"
@@ -354,7 +356,7 @@ def test_the_next_item_is_made_while_one_is_used_and_errors_come_when_they_are_d
     with pytest.raises(DataError, match="behind the last"):
         next(coming)
     threads = threading.active_count()
-    coming = ahead(iter(range(10)))
+    coming = upload_ahead(iter(range(10)))
     assert next(coming) == 0 and threading.active_count() == threads + 1
     coming.close()
     assert threading.active_count() == threads

@@ -16,8 +16,7 @@ import optuna
 from bigdssm.commands.tune import main
 from bigdssm.config import load_config
 from bigdssm.errors import CheckpointError, ConfigError, DataError
-from bigdssm.tuning.search import search, values_of
-from bigdssm.tuning.space import Space, read_space
+from bigdssm.training.tuning import Space, read_space, search, values_of
 
 
 def space(tmp_path: Path, text: str) -> Space:

@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from bigdssm.dataset.schema import Schema
 from bigdssm.errors import DataError
 from bigdssm.features import Categorical, vocabulary
 from bigdssm.features.vocabulary import Vocabulary, write_part
-from bigdssm.schema import Schema
-from bigdssm.string_hashes import hash_strings
+from bigdssm.utils.string_hashing import hash_strings
 
 VALUES = [f"{'ü' * (number % 5)} value {number}" for number in range(1000)]
 FILE = "doc.kind.000000.arrow"

@@ -12,7 +12,7 @@ import torch
 from scipy.sparse import csr_matrix
 
 import bigdssm
-from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.config import Config, WarmStartConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.transitions import Transitions

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bigdssm.running.launcher import Launcher
-from bigdssm.running.watchdog import Peer, Watchdog
+from bigdssm.cluster.launcher import Launcher
+from bigdssm.cluster.watchdog import Peer, Watchdog
 
 TIMEOUT_S = 10.0
 

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bigdssm.artifacts.model_folder import save_model_folder
+from bigdssm.checkpoints.model_folder import save_model_folder
+from bigdssm.cluster.metrics import Trackers, check_trackers
+from bigdssm.cluster.monitor import read_run_state, sparkline
+from bigdssm.cluster.run_folder import FolderLock
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
+from bigdssm.evaluation.run_comparison import compare
 from bigdssm.models import new_model
-from bigdssm.reports.compare import compare
-from bigdssm.running.observing import observe, sparkline
-from bigdssm.running.run_folder import FolderLock
-from bigdssm.running.trackers import Trackers, check_trackers
 from tests.conftest import TinyDataset
 from tests.unit.retrieval.test_tools import Tools, tools  # noqa: F401, a fixture
 
@@ -49,7 +49,7 @@ def test_a_run_that_ended_is_shown_with_its_end(tools: Tools, tmp_path: Path) ->
     alert = {"step": 7, "loss": 40.0, "usual": 3.5, "row_ids": [1]}
     for rank in (0, 1):
         (folder / f"alerts-{rank:05d}.jsonl").write_text(json.dumps(alert) + "\n")
-    seen = observe(tmp_path)
+    seen = read_run_state(tmp_path)
     assert seen.ended and (seen.step, seen.total_steps) == (20, 40)
     assert seen.state == "ended with exit code 75: stopped on request after step 20, saved"
     assert seen.curves["loss"][0] == 4.0 and seen.curves["validation NDCG@10"] == [0.125]
@@ -61,14 +61,14 @@ def test_a_run_that_ended_is_shown_with_its_end(tools: Tools, tmp_path: Path) ->
 
 def test_a_run_that_trains_and_one_that_was_killed(tmp_path: Path) -> None:
     folder = write_stage(tmp_path, end=None, losses=[4.0])
-    assert observe(tmp_path).state.startswith("ended without a word") and observe(tmp_path).ended
-    script = "import sys\nfrom bigdssm.running.observing import observe\nfrom pathlib import Path\n"
+    assert read_run_state(tmp_path).state.startswith("ended without a word") and read_run_state(tmp_path).ended
+    script = "import sys\nfrom bigdssm.cluster.monitor import observe\nfrom pathlib import Path\n"
     script += "seen = observe(Path(sys.argv[1]))\nprint(seen.state, seen.ended)"
     with FolderLock(folder):
         done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.startswith(f"trains: pid {os.getpid()} on ") and done.stdout.endswith("False\n"), done.stderr
     with pytest.raises(DataError, match="is it a run folder"):
-        observe(tmp_path / "nothing")
+        read_run_state(tmp_path / "nothing")
 
 
 def test_sparklines() -> None:

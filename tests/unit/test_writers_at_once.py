@@ -16,13 +16,12 @@ from bigdssm.config import DataConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
 from bigdssm.features import Categorical
-from bigdssm.locks import WriterLock
-from bigdssm.making import dataset_writer
-from bigdssm.making.making import Target
-from bigdssm.making.pairs import PairTables, make_pairs
-from bigdssm.retrieval.shards import ShardedFolder, Work
-from bigdssm.tuning.search import search
-from bigdssm.tuning.space import read_space
+from bigdssm.ingest import dataset_writer
+from bigdssm.ingest.job import IngestTarget
+from bigdssm.ingest.pairs import PairTables, make_pairs
+from bigdssm.retrieval.shards import ShardedFolder, ShardWork
+from bigdssm.training.tuning import read_space, search
+from bigdssm.utils.locks import WriterLock
 
 CONFIG = DataConfig(dir="", query={"q": Categorical()}, doc={"d": Categorical()})
 PROCESSES = 4
@@ -31,7 +30,7 @@ PROCESSES = 4
 def make(out: Path, partition: str = "base", *, append: bool = False, overwrite: bool = False) -> None:
     table = out.with_name(f"{out.name}-{partition}.csv")
     table.write_text("q,d\n" + "".join(f"{partition}{row},{row}\n" for row in range(4)))
-    target = Target(out, partition, append=append, overwrite=overwrite, processes=1)
+    target = IngestTarget(out, partition, append=append, overwrite=overwrite, processes=1)
     make_pairs(CONFIG, PairTables((table,), split="train"), target)
 
 
@@ -181,7 +180,7 @@ def test_shards_of_one_folder_are_of_one_job_at_a_time(tmp_path: Path) -> None:
     out = tmp_path / "vectors"
 
     def begin(model: str) -> ShardedFolder:
-        return ShardedFolder(out, {"model": model}, 8, Work(rows_per_shard=4))
+        return ShardedFolder(out, {"model": model}, 8, ShardWork(rows_per_shard=4))
 
     with held(lambda: begin("a")):
         assert [shard for shard, *_ in begin("a").pending("rows")] == [0, 1]

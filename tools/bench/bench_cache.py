@@ -16,9 +16,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bigdssm.atomic import write_json
 from bigdssm.cli import at_least, run_main
 from bigdssm.serving.batching import AnswerCache
+from bigdssm.utils.atomic import write_json
 
 EXPONENTS = (0.8, 1.0, 1.2)  # of queries to search engines, about 0.8 to 1
 

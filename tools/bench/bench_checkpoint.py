@@ -22,7 +22,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from bigdssm import distributed
-from bigdssm.artifacts.store import CheckpointStore
+from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.cli import at_least, run_main
 from bigdssm.config import EngineConfig, OptimizerConfig
 from bigdssm.distributed import free_port

@@ -28,17 +28,17 @@ from typing import Any
 import pyarrow as pa
 
 import bigdssm
-from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import run_main
+from bigdssm.cluster.launcher import run_command
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.evaluation.comparison import System, save_comparison
+from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.evaluation.metrics import means
-from bigdssm.evaluation.split import evaluate_split
-from bigdssm.evaluation.systems import System, save_comparison
-from bigdssm.hashing import hash64
+from bigdssm.ingest.public.debian import read_build_depends
+from bigdssm.ingest.sources.files import LocalFile
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.running.commands import run_command
-from bigdssm.tables.files import LocalFile
-from bigdssm.tables.public.debian import read_build_depends
+from bigdssm.utils.hashing import hash64
 
 # Facets of debtags that do not say what a package is for.
 NO_PURPOSE = ("role", "implemented-in", "interface", "uitoolkit", "suite", "x11", "scope", "made-of")
@@ -117,14 +117,14 @@ def bench(task: Task, source: Path, folder: Path, seed: int, out: Path) -> None:
         print(f"{system.name:24} NDCG@10 {means(system.values)['ndcg_at_10']:.4f}")
     for pretrained, alone_system in pairs:
         print(f"{pretrained.name} less {alone_system.name}: {pretrained.difference(alone_system, 'ndcg_at_10')}")
-    save_comparison(out, systems, pairs, Dataset.open(data), split="test", filter_seen=False)
+    save_comparison(out, systems, pairs, Dataset.open(data), split="test", exclude_seen=False)
 
 
 def measured(name: str, model: Path, data: Path) -> System:
     """Return what a model is worth on the test split."""
     dataset = Dataset.open(data)
     encoders = tower_encoders(load_model_folder(model).model, dataset)
-    found = evaluate_split(encoders, dataset, "test", filter_seen=False)
+    found = evaluate_split(encoders, dataset, "test", exclude_seen=False)
     return System.of_ranks(name, found.ranks, found.query_ids, 0.0)
 
 

@@ -17,14 +17,14 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 
-from bigdssm.batching.chunks import Chunked
-from bigdssm.batching.lengths import Lengths, lengths_of
-from bigdssm.batching.plan import SidePlan, plan_side
 from bigdssm.cli import at_least
 from bigdssm.config import HistoryEncoderConfig, ModelConfig, TowerConfig
+from bigdssm.dataset.schema import Schema
 from bigdssm.features import Categorical, History, Vocabulary
-from bigdssm.models import DualEncoder, Places, flash_runs_on, new_model, use_packing
-from bigdssm.schema import Schema
+from bigdssm.loader.batch import Lengths, lengths_of
+from bigdssm.loader.chunks import Chunked
+from bigdssm.loader.step_plan import SidePlan, plan_side
+from bigdssm.models import DualEncoder, QueryPositions, flash_runs_on, new_model, use_packing
 
 NUM_ITEMS = 3000
 
@@ -57,7 +57,7 @@ def compare(args: argparse.Namespace) -> str:
     history = history.to(device)
     row = torch.from_numpy(np.repeat(np.arange(args.rows), length_R))
     seen = torch.from_numpy(np.concatenate([np.arange(1, length + 1) for length in length_R]))
-    places, model = Places(row.to(device), seen.to(device)), tower(args).to(device)
+    places, model = QueryPositions(row.to(device), seen.to(device)), tower(args).to(device)
     plans = {name: planned(args, lengths, length_R, packed) for name, packed in (("packed", True), ("padded", False))}
     seconds: dict[str, list[float]] = {name: [] for name in plans}
     for turn in range(args.turns + 1):
@@ -96,7 +96,9 @@ def planned(args: argparse.Namespace, lengths: Lengths, length_R: np.ndarray, pa
     return plan_side(lengths, args.rows, args.chunk_tokens, length_R, frozenset({"history"} if packed else ()))
 
 
-def timed(model: DualEncoder, history: torch.Tensor, plan: SidePlan, places: Places, args: argparse.Namespace) -> float:
+def timed(
+    model: DualEncoder, history: torch.Tensor, plan: SidePlan, places: QueryPositions, args: argparse.Namespace
+) -> float:
     """Return the seconds of packing, and of a forward and backward of all chunks."""
     on_cpu = args.device == "cpu"
     clock = time.process_time if on_cpu else time.perf_counter

@@ -5,7 +5,7 @@
 Users and documents have tastes and habits, drawn at random. An old recommender shows a user documents by habits, and
 users click what they are shown by taste. Clicks are all that pretraining sees, so it learns both. Validation and test
 are what users choose by taste alone, of all documents that they were not shown. Fine-tuning is told what else was shown
-(`list_documents --given`); the control goes on with FPS for as many steps. `the truth` ranks by taste itself.
+(`list_candidates --given`); the control goes on with FPS for as many steps. `the truth` ranks by taste itself.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import bigdssm
-from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import run_main
+from bigdssm.cluster.launcher import run_command
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
+from bigdssm.evaluation.comparison import System, save_comparison
+from bigdssm.evaluation.evaluate import evaluate_scores, evaluate_split
 from bigdssm.evaluation.metrics import means
-from bigdssm.evaluation.split import evaluate_scores, evaluate_split
-from bigdssm.evaluation.systems import System, save_comparison
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.running.commands import run_command
-from bigdssm.string_hashes import hash_strings
+from bigdssm.utils.string_hashing import hash_strings
 
 USERS, DOCS, WIDTH, SHOWN, CHOSEN = 3000, 1000, 6, 100, 4
 CONFIG = """
@@ -91,7 +91,7 @@ def bench(folder: Path, seed: int, out: Path) -> None:
     bigdssm.make_dataset(config, pairs=pairs, **options)
     dataset, log = Dataset.open(folder / "dataset"), folder / "log.txt"
     shown = ["--given", folder / "shown.parquet", "--query-column", "user", "--column", "shown", "--width", SHOWN]
-    run(log, "list_documents", "--data", dataset.dir, "--out", folder / "shown.npy", *shown)
+    run(log, "list_candidates", "--data", dataset.dir, "--out", folder / "shown.npy", *shown)
     run(log, "pretrain", "--config", config)
     start = folder / "run/pretrain/best"
     systems = []
@@ -110,7 +110,7 @@ def bench(folder: Path, seed: int, out: Path) -> None:
     for system in systems:
         print(f"{system.name:30} NDCG@10 {means(system.values)['ndcg_at_10']:.4f}")
     print(f"{told.name} less {control.name}: {told.difference(control, 'ndcg_at_10')}")
-    save_comparison(out, systems, [(told, control)], dataset, split="test", filter_seen=True)
+    save_comparison(out, systems, [(told, control)], dataset, split="test", exclude_seen=True)
 
 
 def generate(folder: Path, seed: int) -> tuple[pa.Table, np.ndarray]:

@@ -27,18 +27,26 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
-from bigdssm.artifacts.model_folder import load_model_folder
-from bigdssm.atomic import write_json
+from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import ProgressBar, at_least, run_main
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.metrics import mean_metrics
-from bigdssm.retrieval.coding import CodedVectors, Dtype, bytes_per_vector, coded
 from bigdssm.retrieval.embed import Encoders, tower_encoders
 from bigdssm.retrieval.index import Index, planned
-from bigdssm.retrieval.kinds import IndexType, faiss_index
-from bigdssm.retrieval.vectors import VectorsMeta, cut_like, read_meta, vectors_of
+from bigdssm.retrieval.index_types import IndexType, faiss_index
+from bigdssm.retrieval.vectors import (
+    CodedVectors,
+    Dtype,
+    VectorsMeta,
+    bytes_per_vector,
+    coded,
+    cut_like,
+    read_meta,
+    vectors_of,
+)
+from bigdssm.utils.atomic import write_json
 
 TOP = 100
 ROWS_AT_ONCE = 1024

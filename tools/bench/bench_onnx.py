@@ -21,17 +21,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bigdssm.artifacts.exported import read_export, run_onnx, session
-from bigdssm.artifacts.model_folder import load_model_folder
-from bigdssm.batching.collate import Collator
+from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import at_least, run_main
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.tensors import Features
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.metrics import mean_metrics, paired_bootstrap, row_metrics
-from bigdssm.evaluation.ranks import Seen, ranks_of_vectors
+from bigdssm.evaluation.ranks import SeenDocuments, ranks_of_vectors
+from bigdssm.export.onnx_model import onnx_session, read_export, run_onnx
 from bigdssm.features.ragged import offsets_of
+from bigdssm.loader.collate import Collator
 from bigdssm.retrieval.embed import query_vectors
 from bigdssm.retrieval.vectors import vectors_of
 
@@ -61,7 +61,7 @@ def main() -> None:
     systems: dict[str, Callable[[Features], Tensor]] = {"torch": partial(query_vectors, folder.model)}
     for file in ("query.onnx", "query.int8.onnx"):
         size = f"{(args.onnx / file).stat().st_size / 1e6:.1f} MB"
-        systems[f"{file}, {size}"] = partial(run_onnx, session(args.onnx / file, threads=1))
+        systems[f"{file}, {size}"] = partial(run_onnx, onnx_session(args.onnx / file, threads=1))
 
     table = Table(title=f"{len(queries)} queries of {args.split} one by one, {len(documents)} documents, one thread")
     for column in ("query tower", "NDCG@10", "less torch", "p50 ms", "p99 ms"):
@@ -78,7 +78,7 @@ def main() -> None:
     Console().print(table)
 
 
-def queries_of(dataset: Dataset, split: str, wanted: int) -> tuple[list[Features], Tensor, Seen, np.ndarray]:
+def queries_of(dataset: Dataset, split: str, wanted: int) -> tuple[list[Features], Tensor, SeenDocuments, np.ndarray]:
     """Return `wanted` rows of a split as features of one query each, their documents, what they have seen, and whose
     they are: int64."""
     taken = np.linspace(0, dataset.num_rows(split) - 1, min(wanted, dataset.num_rows(split))).astype(np.int64)
@@ -92,7 +92,7 @@ def queries_of(dataset: Dataset, split: str, wanted: int) -> tuple[list[Features
             seen.append(one.seen(0))
             query_ids.append(int(one.query_ids[0]))
     offsets = torch.from_numpy(offsets_of(np.array([len(some) for some in seen], np.int64)))
-    all_seen = Seen(torch.from_numpy(np.concatenate(seen).astype(np.int64)), offsets)
+    all_seen = SeenDocuments(torch.from_numpy(np.concatenate(seen).astype(np.int64)), offsets)
     return queries, torch.tensor(target), all_seen, np.array(query_ids)
 
 

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from bigdssm.artifacts.model_folder import load_model_folder
-from bigdssm.atomic import write_json
+from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import at_least, run_main
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.utils.atomic import write_json
 
 WARM_UP = 10  # queries
 

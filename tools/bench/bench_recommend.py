@@ -21,18 +21,17 @@ import torch
 import yaml
 from pyarrow import parquet
 
-from bigdssm.artifacts.model_folder import load_model_folder, save_model_folder
+from bigdssm.checkpoints.model_folder import load_model_folder, save_model_folder
 from bigdssm.cli import ProgressBar, run_main
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.making.from_tables import make_dataset
+from bigdssm.ingest.api import make_dataset
 from bigdssm.models import new_model
-from bigdssm.retrieval.bulk import Users
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.index import build_index, open_index
-from bigdssm.retrieval.kinds import IndexType
-from bigdssm.retrieval.recommend import Wanted, recommend
-from bigdssm.retrieval.shards import Work
+from bigdssm.retrieval.index_types import IndexType
+from bigdssm.retrieval.recommend import RecommendOptions, Users, recommend
+from bigdssm.retrieval.shards import ShardWork
 from bigdssm.retrieval.vectors import write_vectors
 
 YEARS = (1960, 2020)
@@ -63,8 +62,8 @@ def main() -> None:
             used = time.process_time()
             with ProgressBar() as progress:
                 done = recommend(
-                    args.out / "found", folder, index, dataset, Users(dataset), Wanted(args.top, condition),
-                    Work(progress=progress),
+                    args.out / "found", folder, index, dataset, Users(dataset), RecommendOptions(args.top, condition),
+                    ShardWork(progress=progress),
                 )  # fmt: skip
             used = time.process_time() - used
             rate = f"{done.queries:,} queries in {done.seconds:.1f} s, {done.queries / done.seconds:,.0f} a second"

@@ -23,8 +23,8 @@ from bigdssm.cli import at_least, run_main
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.distributed import free_port
-from bigdssm.making.interactions import InteractionTables, make_interactions
-from bigdssm.making.making import Target
+from bigdssm.ingest.interactions import InteractionTables, make_interactions
+from bigdssm.ingest.job import IngestTarget
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,7 +47,7 @@ def bench(args: argparse.Namespace) -> None:
         place = Path(folder)
         write_tables(place, args.users, args.items)
         tables = InteractionTables(place / "events.tsv", place / "items.tsv", time_column="position")
-        make_interactions(load_config(args.config).data, tables, Target(place / "dataset"))
+        make_interactions(load_config(args.config).data, tables, IngestTarget(place / "dataset"))
         train(args, place)
         dataset = Dataset.open(place / "dataset")
         queries, rows = dataset.num_queries("train"), dataset.num_rows("train")

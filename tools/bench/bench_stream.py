@@ -32,18 +32,18 @@ import torch
 import webdataset as wds
 import xxhash
 
-from bigdssm.batching.collate import Collator
 from bigdssm.cli import run_main
 from bigdssm.config import DataConfig, load_config
 from bigdssm.dataset.catalogue import Catalogue
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.joining import open_dataset
+from bigdssm.dataset.joined import open_dataset
+from bigdssm.dataset.schema import Schema
 from bigdssm.features import Numeric, Text, TextTokenizer
-from bigdssm.making.making import Target
-from bigdssm.making.pairs import PairTables, make_pairs
-from bigdssm.schema import Schema
-from bigdssm.streaming.order import WINDOW_BLOCKS, Order
-from bigdssm.streaming.stream import PairStream
+from bigdssm.ingest.job import IngestTarget
+from bigdssm.ingest.pairs import PairTables, make_pairs
+from bigdssm.loader.collate import Collator
+from bigdssm.loader.order import WINDOW_BLOCKS, Order
+from bigdssm.loader.pair_stream import PairStream
 from bigdssm.training.batches import Batches, row_stream
 
 ROWS_GLOBAL, LANES = 4096, 8
@@ -67,7 +67,7 @@ def speed(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         stock = write_stock(args, Path(folder) / "stock")
         config = load_config(args.config, args.overrides).data
-        make_pairs(config, PairTables(files=(args.pairs,), split="train"), Target(Path(folder) / "ours"))
+        make_pairs(config, PairTables(files=(args.pairs,), split="train"), IngestTarget(Path(folder) / "ours"))
         dataset = Dataset.open(Path(folder) / "ours")
         rows = dataset.num_rows("train")
         urls = [str(path) for path in sorted(stock.glob("*.tar"))]
@@ -92,7 +92,7 @@ def speed(args: argparse.Namespace) -> None:
 
 def live(args: argparse.Namespace, folder: Path, config: DataConfig) -> None:
     """Measure a dataset whose queries are tokenised while it is read: how much of the time is not the tokenizer's."""
-    make_pairs(config, PairTables(files=(args.pairs,), split="train", raw_text=True), Target(folder))
+    make_pairs(config, PairTables(files=(args.pairs,), split="train", raw_text=True), IngestTarget(folder))
     dataset = Dataset.open(folder)
     collate = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
     steps = dataset.num_rows("train") // ROWS_GLOBAL
@@ -221,7 +221,7 @@ def write_index(folder: Path, rows: int) -> None:
     content = {"name": "base", "splits": {"train": facts}, "num_docs": 1, "fingerprint": "synthetic"}
     (partition / "partition.json").write_text(json.dumps(content))
     (folder / "catalogue").mkdir()
-    one = {"doc_key": ["0"], "doc_id": [0], "display": ["0"], "year": pa.array([0.0], pa.float32())}
+    one = {"doc_key": ["0"], "doc_id": [0], "doc_title": ["0"], "year": pa.array([0.0], pa.float32())}
     write_table(folder / "catalogue" / "0.arrow", pa.table(one))
     head = {"format": 1, "name": "synthetic", "schema": schema.fingerprint(), "partitions": ["base"]}
     entry = {"file": "catalogue/0.arrow", "rows": 1, "checksum": ""}
@@ -237,7 +237,7 @@ def catalogue(args: argparse.Namespace) -> None:
         offsets = pa.array(np.arange(docs + 1) * tokens)
         values = pa.array(np.resize(np.arange(30_000, dtype=np.int32), docs * tokens))
         title = pa.LargeListArray.from_arrays(offsets, values)
-        write_table(path, pa.table({"doc_key": keys, "doc_id": np.arange(docs), "display": keys, "title": title}))
+        write_table(path, pa.table({"doc_key": keys, "doc_id": np.arange(docs), "doc_title": keys, "title": title}))
         del keys, offsets, values, title
         base_mb, begin = private_mb(), time.perf_counter()
         opened = Catalogue([path], schema, 0)

@@ -39,20 +39,20 @@ import yaml
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from bigdssm import timing
-from bigdssm.batching.batch import Batch
-from bigdssm.batching.collate import Collator
-from bigdssm.batching.plan import Budget, plan_step
 from bigdssm.cli import at_least
 from bigdssm.config import Config, EngineConfig, LossConfig, OptimizerConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
-from bigdssm.hashing import hash64
+from bigdssm.ingest.job import IngestTarget
+from bigdssm.ingest.pairs import PairTables, make_pairs
+from bigdssm.loader.batch import Batch
+from bigdssm.loader.collate import Collator
+from bigdssm.loader.pair_stream import PairStream
+from bigdssm.loader.step_plan import TokenBudget, plan_step
 from bigdssm.losses import fps_loss
-from bigdssm.making.making import Target
-from bigdssm.making.pairs import PairTables, make_pairs
 from bigdssm.models import Encoded, new_model
-from bigdssm.streaming.stream import PairStream
+from bigdssm.utils import timing
+from bigdssm.utils.hashing import hash64
 
 MINI_BATCHES = (16, 32, 64, 128, 256)
 SCALE = 20.0  # alpha, fixed on both sides
@@ -151,7 +151,7 @@ def prepare(folder: Path, texts: list[tuple[str, str]], args: argparse.Namespace
     config = load_config(folder / "config.yaml")
     started = time.process_time()
     tables = PairTables(files=(folder / "pairs.jsonl",), query_id_column="number", split="train")
-    report = make_pairs(config.data, tables, Target(folder / "dataset"))
+    report = make_pairs(config.data, tables, IngestTarget(folder / "dataset"))
     print(
         f"{report.rows['train']:,} pairs, {report.num_docs:,} documents; made into shards, tokenizer trained and texts "
         f"tokenised once, in {time.process_time() - started:.0f} CPU-seconds"
@@ -205,12 +205,12 @@ class Ours:
         self.model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size).train()
         self.engine = Engine(self.model, engine, OPTIMIZER, rows_global // dist.get_world_size())
         self.objective = Objective(LossConfig(sampling="none"), config.model, None, None, rows_global)
-        self.budget = Budget.of(engine, self.model.packs(training=True))
+        self.budget = TokenBudget.of(engine, self.model.packs(training=True))
 
     def step(self, batch: Batch, keep_graph_tokens: int | None = None) -> float:
         from bigdssm.training.step import train_step
 
-        budget = self.budget if keep_graph_tokens is None else replace(self.budget, kept_tokens=keep_graph_tokens)
+        budget = self.budget if keep_graph_tokens is None else replace(self.budget, retained_tokens=keep_graph_tokens)
         return train_step(self.engine, batch, plan_step(batch, budget), self.objective, 1.0).loss
 
     def plain_loss(self, batch: Batch) -> float:
@@ -378,7 +378,7 @@ def speed_table(
 def where_it_goes(
     elapsed_s: float, steps: int, spans: dict[str, float], flops: float, peak_flops: float
 ) -> Iterator[str]:
-    from bigdssm.running.time_table import TimeTable
+    from bigdssm.training.health import TimeTable
 
     yield "where the time of rank 0 goes, ours: " + "\n    ".join(
         TimeTable(elapsed_s, steps, flops, dict(spans)).lines(peak_flops)
@@ -460,7 +460,7 @@ def timed(run: Callable[[], Any]) -> tuple[float, float]:
 
 
 def product_flops_per_s(args: argparse.Namespace) -> float:
-    from bigdssm.running.time_table import peak_flops
+    from bigdssm.training.health import peak_flops
 
     return peak_flops(torch.device("cpu"), torch.float32 if args.precision == "fp32" else torch.bfloat16)
 

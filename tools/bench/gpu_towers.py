@@ -47,12 +47,12 @@ def text_tower(bench: Bench, layers: int, width: int, rows: int, tokens: int) ->
 def history_tower(bench: Bench) -> tuple[nn.Module, TwoInputs, float]:
     """Return gated blocks over 200 items, a vector a place of them, and the operations of a forward of a side."""
     from bigdssm.config import HistoryEncoderConfig
-    from bigdssm.models.blocks import BLOCKS, Sight
+    from bigdssm.models.blocks import BLOCKS, AttentionContext
 
     width, items, rows = (32, 16, 4) if bench.small else (128, 200, 256)
     config = HistoryEncoderConfig(block="gated", positions="rotary", layers=2, heads=4)
     place = torch.arange(items, device=bench.device)
-    sight = Sight(place, place, (place[:, None] >= place)[None, None], True, True)
+    sight = AttentionContext(place, place, (place[:, None] >= place)[None, None], True, True)
 
     class Histories(nn.Module):
         def __init__(self) -> None:

@@ -33,11 +33,11 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from bigdssm.cli import at_least, run_main
+from bigdssm.cluster.metrics import METRICS_FILE
 from bigdssm.config import load_config
 from bigdssm.errors import CheckpointError, ConfigError
-from bigdssm.making.making import Target
-from bigdssm.making.pairs import PairTables, make_pairs
-from bigdssm.running.records import METRICS_FILE
+from bigdssm.ingest.job import IngestTarget
+from bigdssm.ingest.pairs import PairTables, make_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_PAIRS, NUM_WORDS = 3000, 200
@@ -127,7 +127,7 @@ def make_dataset(out: Path, steps: int) -> Path:
     path = out / "config.yaml"
     path.write_text(yaml.safe_dump(content))
     tables = PairTables((out / "pairs.jsonl",), validation_fraction=0.05, test_fraction=0.05)
-    make_pairs(load_config(path).data, tables, Target(out / "dataset"))
+    make_pairs(load_config(path).data, tables, IngestTarget(out / "dataset"))
     return path
 
 

@@ -159,7 +159,7 @@ BUGS = [
         " / self.temperature", "",
         f"{RANKS}/test_distillation.py::test_equals_the_dense_loss"),
     Bug("distillation", "unjudged_count", "losses.distillation:_others",
-        "judged_ml[:, 1:].sum(1)", "torch.ones_like(judged_ml[:, 1:]).sum(1)",
+        "valid_ml[:, 1:].sum(1)", "torch.ones_like(valid_ml[:, 1:]).sum(1)",
         f"{RANKS}/test_distillation.py::test_equals_the_dense_loss"),
     Bug("distillation", "merged_columns_count_once_in_the_batch", "losses.batch_distillation:batch_kl",
         "(bias_N + log_N)", "(bias_N + log_N.clamp(max=0))",

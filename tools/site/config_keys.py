@@ -19,10 +19,10 @@ from typing import Any, get_args, get_type_hints
 
 import omegaconf
 
-from bigdssm.bounds import BOUND
 from bigdssm.config.keys import Config
 from bigdssm.features import feature_types
 from bigdssm.features.base import feature_type
+from bigdssm.utils.bounds import BOUND
 
 HEAD = "| key | type | default | bounds | |\n|---|---|---|---|---|"
 PAGE = Path(__file__).parents[2] / "docs/config_keys.md"

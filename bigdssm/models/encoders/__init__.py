@@ -10,9 +10,8 @@ from bigdssm.models.encoders.base import (
     use_packing,
     use_plain_attention,
 )
-from bigdssm.models.encoders.categorical import CategoricalEncoder
 from bigdssm.models.encoders.history import HistoryEncoder
-from bigdssm.models.encoders.numeric import NumericEncoder
+from bigdssm.models.encoders.scalar import CategoricalEncoder, NumericEncoder, VectorEncoder
 from bigdssm.models.encoders.text import (
     TextEncoder,
     load_pretrained,
@@ -21,7 +20,6 @@ from bigdssm.models.encoders.text import (
     text_configs,
     text_keys,
 )
-from bigdssm.models.encoders.vector import VectorEncoder
 
 __all__ = [
     "CategoricalEncoder",

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from bigdssm.config import TowerConfig
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature
-from bigdssm.models.packed import FLASH_WIDTHS, Attention, Values, flash_attention
-from bigdssm.models.places import Places
-from bigdssm.models.tables import EmbeddingTables
+from bigdssm.models.embedding_tables import EmbeddingTables
+from bigdssm.models.packed import FLASH_WIDTHS, Attention, QueryPositions, Values, flash_attention
 
 RECOMPILE_LIMIT = 64  # of a layer, above which torch gives up compiling it; by default 8
 
@@ -27,7 +26,7 @@ RECOMPILE_LIMIT = 64  # of a layer, above which torch gives up compiling it; by 
 class Encoder(nn.Module, ABC):
     """A feature's values → one vector of width `dim` a row."""
 
-    is_models_own: ClassVar[bool] = False  # else each tower has one for itself
+    is_pretrained_part: ClassVar[bool] = False  # else each tower has one for itself
     dim: int
     compiled = False  # its layers, by torch.compile
     packed_attention: Attention | None = None  # within rows of packed lists: the kernel, where there is one
@@ -40,7 +39,7 @@ class Encoder(nn.Module, ABC):
         """Return whether its lists may come packed."""
         return False
 
-    def at(self, values: Values, places: Places) -> Tensor:
+    def at(self, values: Values, places: QueryPositions) -> Tensor:
         """Return [m, dim] for queries at places of rows: here what is said of the row, encoded once."""
         vectors: Tensor = self(values)[places.row]
         return vectors

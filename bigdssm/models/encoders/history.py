@@ -10,11 +10,10 @@ from torch.utils.checkpoint import checkpoint
 from bigdssm.config import HistoryEncoderConfig
 from bigdssm.errors import ConfigError
 from bigdssm.features import PADDING, History
-from bigdssm.models.blocks import BLOCKS, HIDDEN, Layout, Sight
+from bigdssm.models.blocks import BLOCKS, HIDDEN, AttentionContext, AttentionLayout
+from bigdssm.models.embedding_tables import INIT_STD, EmbeddingTables, table_name
 from bigdssm.models.encoders.base import Encoder, Parts, SideSize, encodes, linear_flops, packs_heads
-from bigdssm.models.packed import Group, Packed, Spans, Values
-from bigdssm.models.places import Places
-from bigdssm.models.tables import INIT_STD, EmbeddingTables, table_name
+from bigdssm.models.packed import Packed, QueryPositions, RowGroup, SequenceBounds, Values
 
 
 @encodes(History)
@@ -22,7 +21,7 @@ class HistoryEncoder(Encoder):
     """A causal transformer over [start, oldest item, …, newest item]: the vector at place j has seen j items.
 
     The start token makes an empty history an ordinary one. A history's own vector is that of its newest place; with
-    `Places` one pass gives any number of queries. Positions count from the newest item back (`age`), so that what
+    `QueryPositions` one pass gives any number of queries. Positions count back from the newest item (`age`), so what
     happened last has the same position in long and short histories; from the left edge (`absolute`); or they are the
     distances of two places, as a learned bias of each head (`relative`) or as turns of queries and keys (`rotary`).
     The biases are all layers' own, so that neither the mask with them nor its gradient grows with the depth.
@@ -76,12 +75,12 @@ class HistoryEncoder(Encoder):
         able = self.config.positions != "relative" and packs_heads(self.dim, self.config.heads)
         return self.packed_attention is not None and able
 
-    def at(self, values: Values, places: Places) -> Tensor:
+    def at(self, values: Values, places: QueryPositions) -> Tensor:
         """Return [m, E] for queries at places of the rows [R, T]; places of one row share a pass."""
         vectors: Tensor = self(values, places)
         return vectors
 
-    def forward(self, items: Values, places: Places | None = None) -> Tensor:
+    def forward(self, items: Values, places: QueryPositions | None = None) -> Tensor:
         """Return [R, E] for item codes [R, T], oldest first, padded at the end, or packed; [m, E] at `places`."""
         assert places is None or self.config.allows_many_queries
         if isinstance(items, Packed) and not self._has_kernel:
@@ -90,7 +89,7 @@ class HistoryEncoder(Encoder):
         normed: Tensor = self.norm(vectors)
         return normed
 
-    def _padded(self, items_RT: Tensor, places: Places | None) -> Tensor:
+    def _padded(self, items_RT: Tensor, places: QueryPositions | None) -> Tensor:
         num_rows, num_items = items_RT.shape
         device = items_RT.device
         length_R = (items_RT != PADDING).sum(dim=1)
@@ -129,7 +128,7 @@ class HistoryEncoder(Encoder):
             hidden = hidden + self.positions(place)
         return hidden
 
-    def _packed(self, items: Packed, places: Places | None) -> Tensor:
+    def _packed(self, items: Packed, places: QueryPositions | None) -> Tensor:
         hidden, place, spans = self._first_packed(items)
         bias = self._bias(hidden.dtype)
         order = None if self._has_kernel else items.longest_first
@@ -144,14 +143,14 @@ class HistoryEncoder(Encoder):
         return self._run(last, hidden[:, spans.offsets[1:] - 1], hidden, newest).squeeze(0)
 
     def _packed_sight(
-        self, items: Packed, place: Tensor, spans: Spans, bias: Tensor | None, order: Tensor | None
-    ) -> Sight:
+        self, items: Packed, place: Tensor, spans: SequenceBounds, bias: Tensor | None, order: Tensor | None
+    ) -> AttentionContext:
         """Return what places see where histories are packed: by the kernel, or group by group of rows in `order`."""
         rotary, device = self.config.positions == "rotary", place.device
         if order is None:
             each = (spans.offsets, spans.offsets, spans.longest, spans.longest)
-            return Sight(place, place, None, True, rotary, self.packed_attention, *each, causal=True)
-        groups = tuple(Group(group.rows, group.longest + 1) for group in items.groups)
+            return AttentionContext(place, place, None, True, rotary, self.packed_attention, *each, causal=True)
+        groups = tuple(RowGroup(group.rows, group.longest + 1) for group in items.groups)
         begins, masks, end = [], [], 0
         for rows, width in groups:
             begins.append(torch.arange(rows, device=device) * width + end)
@@ -160,11 +159,13 @@ class HistoryEncoder(Encoder):
             masks.append(_mask(place_T, place_T, bias))
         begin = torch.empty_like(order).index_copy_(0, order, torch.cat(begins))
         at = begin[(place == 0).cumsum(0) - 1] + place
-        return Sight(
-            place, place, None, self._fused(device), rotary, layout=Layout(at, at, False, groups, tuple(masks))
+        return AttentionContext(
+            place, place, None, self._fused(device), rotary, layout=AttentionLayout(at, at, False, groups, tuple(masks))
         )
 
-    def _of_newest(self, sight: Sight, items: Packed, bias: Tensor | None, order: Tensor | None) -> Sight:
+    def _of_newest(
+        self, sight: AttentionContext, items: Packed, bias: Tensor | None, order: Tensor | None
+    ) -> AttentionContext:
         """Return what the newest place of each packed history sees of what is told by `sight`."""
         length_R, layout = items.lengths, sight.layout
         number = torch.arange(items.num_rows + 1, device=length_R.device)
@@ -178,11 +179,11 @@ class HistoryEncoder(Encoder):
         at = torch.empty_like(order).index_copy_(0, order, number[:-1])
         return sight._replace(at=length_R, layout=layout._replace(at=at, newest_alone=True, masks=masks))
 
-    def _first_packed(self, items: Packed) -> tuple[Tensor, Tensor, Spans]:
+    def _first_packed(self, items: Packed) -> tuple[Tensor, Tensor, SequenceBounds]:
         """Return [1, P + R, E], what the first layer takes, each cell's place int64 [P + R], and where rows lie."""
         length_R, device = items.lengths, items.row.device
         offsets, longest = items.spans
-        spans = Spans(offsets + torch.arange(len(offsets), dtype=torch.int32, device=device), longest + 1)
+        spans = SequenceBounds(offsets + torch.arange(len(offsets), dtype=torch.int32, device=device), longest + 1)
         # Where items go between the start tokens, whose code is the padding's, place 0.
         goes_to = torch.arange(1, len(items.row) + 1, device=device) + items.row
         empty = goes_to.new_zeros(len(items.row) + items.num_rows)
@@ -192,9 +193,11 @@ class HistoryEncoder(Encoder):
         length = length_R[(place == 0).cumsum(0) - 1]
         return self.dropout(self._placed(hidden, place, length)).unsqueeze(0), place, spans
 
-    def _sight(self, at: Tensor, over: Tensor, bias: Tensor | None) -> Sight:
+    def _sight(self, at: Tensor, over: Tensor, bias: Tensor | None) -> AttentionContext:
         """Return what the places `at`, [A] or [R, A], see of the places `over` [T]."""
-        return Sight(at, over, _mask(at, over, bias), self._fused(over.device), self.config.positions == "rotary")
+        return AttentionContext(
+            at, over, _mask(at, over, bias), self._fused(over.device), self.config.positions == "rotary"
+        )
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         """Return the learned bias of each distance, [T, h], where there is one.
@@ -211,7 +214,7 @@ class HistoryEncoder(Encoder):
         learned_on_cpu = self.config.positions == "relative" and device.type == "cpu"  # has no fused backward
         return not (self.training and (self._plain_in_training or learned_on_cpu))
 
-    def _run(self, layer: nn.Module, at: Tensor, over: Tensor, sight: Sight) -> Tensor:
+    def _run(self, layer: nn.Module, at: Tensor, over: Tensor, sight: AttentionContext) -> Tensor:
         output: Tensor
         if self._recompute and self.training:
             output = checkpoint(layer, at, over, sight, use_reentrant=False)

@@ -1,34 +1,86 @@
-"""Texts by a BERT: its architecture, from a config or a folder, its encoder, and pretrained weights.
-
-Shapes: R rows, T tokens, H encoder width.
-"""
+"""Text encoder (BERT): architecture from a config or a folder, pretrained weights, attention over packed texts."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, BertConfig, BertModel, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModel,
+    BertConfig,
+    BertModel,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bigdssm.config import ModelConfig, TextEncoderConfig
+from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import Text, texts_of
-from bigdssm.models.encoders import packed_bert
 from bigdssm.models.encoders.base import Encoder, Parts, SideSize, encodes, linear_flops, packs_heads
-from bigdssm.models.packed import Attention, Packed, Values
-from bigdssm.schema import Schema
+from bigdssm.models.packed import Attention, Packed, SequenceBounds, Values
+
+NAME = "bigdssm_packed"  # among the attentions of transformers: the usual one for padded texts
+# What a padded call says of packing: torch.compile looks for all that any call had in every call.
+PADDED: dict[str, Any] = {"packed_attention": None, "offsets": None, "longest": 0}
+
+
+def run_packed_bert(bert: BertModel, texts: Packed, attention: Attention) -> Tensor:
+    """Return the last hidden states, [P, H], of a BERT whose attention is `NAME`; positions are those in the text."""
+    hidden: Tensor = bert(
+        input_ids=texts.values.unsqueeze(0), position_ids=texts.place.unsqueeze(0), packed_attention=attention,
+        **texts.spans._asdict(),
+    ).last_hidden_state  # fmt: skip
+    return hidden[0]
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
+    dropout: float = 0.0, packed_attention: Attention | None = None, offsets: Tensor | None = None, longest: int = 0,
+    **further: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Return [1, P, h, W] for [1, h, P, W] that are packed, else what scaled_dot_product_attention does.
+
+    Which of them is said in the call, not in the BERT's config: activations that the backward computes again are then
+    of the same kind.
+    """
+    if packed_attention is None or offsets is None:
+        padded: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **further
+        )
+        return padded
+    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+    spans = SequenceBounds(offsets, longest)
+    return packed_attention(q, k, v, spans, spans, scaling).unsqueeze(0), None
+
+
+def _mask(attention_mask: Tensor | None = None, **further: Any) -> Tensor | None:
+    """Return no mask for packed texts, which bring none."""
+    if attention_mask is None:
+        return None
+    mask: Tensor | None = sdpa_mask(attention_mask=attention_mask, **further)
+    return mask
+
+
+AttentionInterface.register(NAME, _attend)
+AttentionMaskInterface.register(NAME, _mask)
 
 
 @encodes(Text)
 class TextEncoder(Encoder):
     """A BERT and its pooling, with new weights."""
 
-    is_models_own = True
+    is_pretrained_part = True
 
     def __init__(self, architecture: PretrainedConfig, pooling: Literal["mean", "cls"]) -> None:
         super().__init__()
@@ -69,7 +121,7 @@ class TextEncoder(Encoder):
         """Take packed texts, where it can."""
         super().use_packing(attention)
         if isinstance(self.bert, BertModel):
-            self.bert.set_attn_implementation(packed_bert.NAME)
+            self.bert.set_attn_implementation(NAME)
 
     def train(self, mode: bool = True) -> TextEncoder:
         """Train or evaluate, with the attention that is faster at it where that differs."""
@@ -95,7 +147,7 @@ class TextEncoder(Encoder):
     def pooled(self, tokens_RT: Tensor, types_RT: Tensor | None = None) -> Tensor:
         """Return [R, H] for token ids [R, T], padded at the end, and their token types, by default 0 of each."""
         mask_RT = tokens_RT != self.pad_token_id
-        further = packed_bert.PADDED if self.bert.config._attn_implementation == packed_bert.NAME else {}
+        further = PADDED if self.bert.config._attn_implementation == NAME else {}
         if types_RT is not None:
             further = {**further, "token_type_ids": types_RT}
         mask = self._attention_mask(mask_RT)
@@ -108,7 +160,7 @@ class TextEncoder(Encoder):
     def _attention_mask(self, mask_RT: Tensor) -> Tensor:
         """Return the mask as a BERT's layers take it: of one of two dimensions it would ask a device what is in it."""
         attention = self.bert.config._attn_implementation
-        if not isinstance(self.bert, BertModel) or attention not in ("sdpa", "eager", packed_bert.NAME):
+        if not isinstance(self.bert, BertModel) or attention not in ("sdpa", "eager", NAME):
             return mask_RT.long()
         mask = mask_RT[:, None, None, :].expand(-1, 1, mask_RT.shape[1], -1)
         if attention != "eager":
@@ -119,7 +171,7 @@ class TextEncoder(Encoder):
     def _packed(self, tokens: Packed) -> Tensor:
         """Return zeros for a text without a token, whose padded vector depends on the kernel of attention."""
         assert self.packed_attention is not None
-        hidden: Tensor = packed_bert.run(self.bert, tokens, self.packed_attention)
+        hidden: Tensor = run_packed_bert(self.bert, tokens, self.packed_attention)
         offsets = tokens.spans.offsets.long()
         if self.pooling == "mean":
             sums = torch.segment_reduce(hidden, "sum", offsets=offsets, unsafe=True, initial=0)

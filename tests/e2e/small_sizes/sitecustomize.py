@@ -2,7 +2,4 @@
 
 import sizes
 
-import bigdssm.making.interactions
-import bigdssm.making.pairs  # noqa: F401, whose sizes they are
-
 sizes.make_small(setattr)

@@ -15,9 +15,9 @@ import xxhash
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from bigdssm.dataset.schema import Schema
 from bigdssm.features import Categorical, History, Numeric, Text, Vocabulary
-from bigdssm.hashing import hash64
-from bigdssm.schema import Schema
+from bigdssm.utils.hashing import hash64
 
 NUM_DOCS = 37
 ITEMS_PER_SEQUENCE = 30
@@ -98,7 +98,7 @@ class Writer:
         columns = {
             "doc_key": pa.array(keys),
             "doc_id": pa.array([hash64(key) for key in keys]),
-            "display": pa.array([f"Document {i}" for i in rows]),
+            "doc_title": pa.array([f"Document {i}" for i in rows]),
             **self.doc_columns(rows),
         }
         path = self.dir / "catalogue" / "000000.arrow"

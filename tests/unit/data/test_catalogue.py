@@ -13,7 +13,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.mapped import MappedTable
 from bigdssm.errors import DataError
 from bigdssm.features import Ragged
-from bigdssm.hashing import hash64
+from bigdssm.utils.hashing import hash64
 
 
 def test_documents_by_row_and_key(interactions: Path, tools) -> None:
@@ -22,7 +22,7 @@ def test_documents_by_row_and_key(interactions: Path, tools) -> None:
     assert catalogue.doc_ids.tolist() == [hash64(f"d{i}") for i in range(tools.NUM_DOCS)]
     rows = np.array([36, 0, 20, 19, 20])  # either side of the record batches' border, out of order, twice
     assert catalogue.keys(rows) == ["d36", "d0", "d20", "d19", "d20"]
-    assert catalogue.display(rows[:2]) == ["Document 36", "Document 0"]
+    assert catalogue.title(rows[:2]) == ["Document 36", "Document 0"]
     assert catalogue.ids(rows).tolist() == catalogue.doc_ids[rows].tolist()
     features = catalogue.features(rows)
     assert features["item"].tolist() == (rows + 2).tolist()
@@ -56,7 +56,7 @@ def test_parts_in_several_files_are_one_table(tmp_path: Path, tools) -> None:
 def test_what_is_wrong_with_a_catalogue_is_named(tmp_path: Path, tools) -> None:
     schema = tools.Writer(tmp_path / "data").schema
     path = tmp_path / "c.arrow"
-    tools.write_arrow(path, pa.table({"doc_key": ["a"], "doc_id": [1], "display": ["A"], "item": [2]}))
+    tools.write_arrow(path, pa.table({"doc_key": ["a"], "doc_id": [1], "doc_title": ["A"], "item": [2]}))
     with pytest.raises(DataError, match="no column tags"):
         Catalogue([path], schema, 0)
     path.write_bytes(b"not arrow")

@@ -12,12 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigdssm.batching.collate import Collator, distinct_in_order
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
-from bigdssm.hashing import hash64
-from bigdssm.streaming.stream import PairStream
+from bigdssm.loader.collate import Collator, distinct_in_order
+from bigdssm.loader.pair_stream import PairStream
+from bigdssm.utils.hashing import hash64
 
 
 def first_rows(folder: Path, count: int = 1) -> tuple[Dataset, Collator, Rows]:

@@ -17,13 +17,13 @@ import xxhash
 
 from bigdssm.dataset import blocks as blocks_module
 from bigdssm.dataset.arrow_size import decoded_size
-from bigdssm.dataset.blocks import Layout, decode
+from bigdssm.dataset.blocks import BlockLayout, decode
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
+from bigdssm.dataset.schema import Schema
 from bigdssm.errors import DataError
 from bigdssm.features import Text
-from bigdssm.schema import Schema
-from bigdssm.streaming.stream import PairStream
+from bigdssm.loader.pair_stream import PairStream
 
 STEPS, ROWS_GLOBAL, LANES = 21, 48, 8
 FIRST_SHARD = "partitions/all/train-000000.tar"
@@ -111,7 +111,7 @@ def test_damaged_files_cost_their_blocks_and_nothing_else(
     assert sorted({(line["block"], line["row"]) for line in lines}) == [(block, None) for block in blocks]
     assert len(lines) == len(blocks)
     assert all(line["shard"] == str(copy / FIRST_SHARD) and reason in line["reason"] for line in lines)
-    assert stream.rows_met == STEPS * ROWS_GLOBAL
+    assert stream.rows_read == STEPS * ROWS_GLOBAL
     assert 64 * len(blocks) <= stream.rows_bad < 64 * len(blocks) + 64  # step 21 reaches into the second epoch
 
 
@@ -248,7 +248,7 @@ def test_a_block_that_would_fill_the_memory_is_refused_before_it_is_decoded(
 def test_a_block_of_raw_text_that_is_not_utf8_is_refused(tools) -> None:
     """Nothing that is tokenised while it is read may be anything but UTF-8; make_shards never writes other text."""
     words = {"words": Text(max_tokens=6).named("words")}
-    layout = Layout.of(Schema(words, {}), num_docs=(1,), vocab_size=9, sequences=(), raw_text=True)
+    layout = BlockLayout.of(Schema(words, {}), num_docs=(1,), vocab_size=9, sequences=(), raw_text=True)
     for text, good in ((b"na\xc3\xafve", True), (b"na\xefve", False)):
         offsets = pa.py_buffer(np.array([0, len(text)], np.int64))
         columns = {

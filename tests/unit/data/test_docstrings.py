@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bigdssm.errors import DataError
-from bigdssm.making.docstrings import functions_of, write_functions
+from bigdssm.ingest.public.docstrings import functions_of, write_functions
 
 MODULE = '''
 raise RuntimeError("this file was run")

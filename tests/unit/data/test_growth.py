@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import xxhash
 
-from bigdssm.batching.collate import Collator
 from bigdssm.config import DataConfig, TokenizerConfig
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.schema import Schema
 from bigdssm.errors import DataError
 from bigdssm.features import Categorical, Numeric, Text, Vocabulary
-from bigdssm.making.making import Target
-from bigdssm.making.pairs import PairTables, make_pairs
-from bigdssm.schema import Schema
-from bigdssm.streaming.stream import PairStream
+from bigdssm.ingest.job import IngestTarget
+from bigdssm.ingest.pairs import PairTables, make_pairs
+from bigdssm.loader.collate import Collator
+from bigdssm.loader.pair_stream import PairStream
 
 ROWS = 3000
 CONFIG = DataConfig(
@@ -49,10 +49,10 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
     """A dataset of two days, and the checksums of its first day's files from before the second was appended."""
     folder = tmp_path_factory.mktemp("grown")
     first = PairTables(files=(table(folder / "1.jsonl", 0, ROWS),), split="train")
-    make_pairs(CONFIG, first, Target(folder / "data", partition="day1"))
+    make_pairs(CONFIG, first, IngestTarget(folder / "data", partition="day1"))
     before = checksums(folder / "data" / "partitions" / "day1")
     second = PairTables(files=(table(folder / "2.jsonl", ROWS, 500),), split="train")
-    make_pairs(CONFIG, second, Target(folder / "data", partition="day2", append=True))
+    make_pairs(CONFIG, second, IngestTarget(folder / "data", partition="day2", append=True))
     return folder / "data", before
 
 

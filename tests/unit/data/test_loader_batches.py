@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from bigdssm.batching.batch import Batch
-from bigdssm.batching.lengths import ListLengths
 from bigdssm.config import LossConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DataError
-from bigdssm.retrieval.mined import MinedNegatives, UniformNegatives, mined_records
-from bigdssm.streaming.stream import PairStream
+from bigdssm.loader.batch import Batch, ListLengths
+from bigdssm.loader.pair_stream import PairStream
+from bigdssm.retrieval.hard_negatives import HardNegatives, UniformNegatives, window_records
 from bigdssm.training.batches import Batches
 
 LANES, ROWS_GLOBAL = 6, 60
@@ -112,7 +111,7 @@ def test_no_batch_is_made_behind_the_last_that_is_asked_for(pieces: Dataset, num
     stream.close()
     again = PairStream(pieces, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=num_workers)
     loss = LossConfig(name="softmax", negatives=2)
-    first = MinedNegatives(mined_records(keys, np.zeros((len(keys), 1), np.int32)))
+    first = HardNegatives(window_records(keys, np.zeros((len(keys), 1), np.int32)))
     made = Batches(again, loss, first, 0, CPU)
     assert [int((batch.negatives >= 0).sum(dim=1).max()) for batch in made.first(5) if batch.negatives is not None] == (
         [1] * 5
@@ -149,7 +148,7 @@ def test_lanes_that_one_process_cannot_read_stop_the_rank_at_that_step(
     pieces: Dataset, num_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever process gives the step: it has been sent why there is no part."""
-    from bigdssm.streaming import lanes
+    from bigdssm.loader import lanes
 
     whole = lanes.LaneReader.part
 
@@ -194,7 +193,7 @@ def test_a_process_that_is_done_ends_when_others_have_its_parts(
     pieces: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last part of process 1, larger than a pipe, is read a second after its iteration has ended."""
-    from bigdssm.streaming import lanes
+    from bigdssm.loader import lanes
 
     whole = lanes.LaneReader.part
 

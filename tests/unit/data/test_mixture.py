@@ -15,18 +15,18 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigdssm.batching.collate import Collator
 from bigdssm.config import DataConfig, SourceConfig, TokenizerConfig
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.joining import open_dataset
-from bigdssm.dataset.mixture import ROUND_STEPS, steps_per_round
+from bigdssm.dataset.joined import open_dataset
+from bigdssm.dataset.partition import ROUND_STEPS, steps_per_round
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, Numeric, Text
-from bigdssm.making.making import Target
-from bigdssm.making.pairs import PairTables, make_pairs
-from bigdssm.streaming.mixed_order import MixedOrder
-from bigdssm.streaming.order import Order
-from bigdssm.streaming.stream import PairStream
+from bigdssm.ingest.job import IngestTarget
+from bigdssm.ingest.pairs import PairTables, make_pairs
+from bigdssm.loader.collate import Collator
+from bigdssm.loader.mixed_order import MixedOrder
+from bigdssm.loader.order import Order
+from bigdssm.loader.pair_stream import PairStream
 
 NUMBERS = {"rows_global": 48, "lanes": 8}
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -237,7 +237,7 @@ def write_pairs(folder: Path, name: str, first: int, count: int, like: Path | No
     ]
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tables = PairTables(files=(folder / f"{name}.jsonl",), split="train")
-    make_pairs(WORDS, tables, Target(folder / name, like=like))
+    make_pairs(WORDS, tables, IngestTarget(folder / name, like=like))
     return folder / name
 
 
@@ -289,7 +289,7 @@ def test_what_does_not_go_together_is_refused(pairs: tuple[Path, Path], days: Pa
         with pytest.raises((ConfigError, DataError), match=message):
             open_dataset(config(big, SourceConfig(), source))
     with pytest.raises(ConfigError, match=r"query\.words\.max_tokens=9 against 8"):
-        make_pairs(other_words, PairTables(files=(tmp_path / "other.jsonl",)), Target(tmp_path / "x", like=big))
+        make_pairs(other_words, PairTables(files=(tmp_path / "other.jsonl",)), IngestTarget(tmp_path / "x", like=big))
     tiny = write_pairs(tmp_path, "tiny", 0, 5, like=big)
     dataset = open_dataset(config(big, SourceConfig(), SourceConfig(dir=str(tiny))))
     with pytest.raises(DataError, match=r"data\.mixture: tiny/base is too small: the split has 5 rows, at least 8"):

@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bigdssm import urls
-from bigdssm.dataset.cache import Cache
+from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.making.from_tables import make_dataset
-from bigdssm.streaming.stream import PairStream
-from bigdssm.tables import chunked
-from bigdssm.tables.registry import open_source
+from bigdssm.ingest.api import make_dataset
+from bigdssm.ingest.sources import columnar
+from bigdssm.ingest.sources.registry import open_source
+from bigdssm.loader.pair_stream import PairStream
+from bigdssm.utils import urls
 from tests.unit.test_source_parts import TABLE, in_parts, write_arrow, write_folder, write_parquet
 
 s3fs, server_module = pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
@@ -64,7 +64,7 @@ def test_rows_damage_and_the_cache(
     monkeypatch.setattr(urls, "FIRST_WAIT_S", 0.001)
     url, local = f"{bucket.url}/dt=1/data", Dataset.open(interactions)
     bucket.files.put(str(interactions), "bucket/dt=1/data", recursive=True)
-    cache = Cache(tmp_path / "cache", 1 << 30)
+    cache = FileCache(tmp_path / "cache", 1 << 30)
     dataset = Dataset.open(url, cache=cache)
     next(iter(dataset.iterate("test", 10)))  # this process has its connections before the others are forked
     assert steps(dataset, num_workers=2) == steps(local)
@@ -77,7 +77,7 @@ def test_rows_damage_and_the_cache(
     content = (interactions / "partitions/all/train-000002.tar").read_bytes()
     bucket.files.pipe_file(f"{shards}/train-000002.tar", content[: int(index.offset[9]) + 10])
     assert steps(dataset) == steps(local), "the cache has it"
-    fresh = Dataset.open(url, cache=Cache(tmp_path / "other", 1 << 30))
+    fresh = Dataset.open(url, cache=FileCache(tmp_path / "other", 1 << 30))
     rows = sum(len(rows) for rows in fresh.iterate("train", 100))
     assert rows == 1000 - int(index.rows[[0, 1, 2, 3, 4, 9, 10, 11]].sum())
     for reason in ("missing", "checksum", "cut short: 10 of", "cut short: 0 of"):
@@ -89,7 +89,7 @@ def test_rows_damage_and_the_cache(
 
 def test_tables(bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(urls, "FIRST_WAIT_S", 0.001)
-    monkeypatch.setattr(chunked, "ROWS_PER_PART", 110)
+    monkeypatch.setattr(columnar, "ROWS_PER_PART", 110)
     lines = "".join(json.dumps(row) + "\n" for row in TABLE.to_pylist())
     (tmp_path / "t.jsonl").write_text(lines)
     (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
@@ -126,7 +126,7 @@ def test_a_dataset_is_made_of_tables_in_a_bucket_and_put_there(bucket: Store, tm
     tables = f"{bucket.url}/tables/p.parquet"
     assert str(make_dataset(config, pairs=tables, split="train").out) == f"{bucket.url}/made"
     make_dataset(config, pairs=tmp_path / "p.parquet", split="train", out=tmp_path / "made")
-    there = Dataset.open(f"{bucket.url}/made", cache=Cache(tmp_path / "cache", 1 << 30))
+    there = Dataset.open(f"{bucket.url}/made", cache=FileCache(tmp_path / "cache", 1 << 30))
     assert there.fingerprint == Dataset.open(tmp_path / "made").fingerprint and there.num_rows("train") == 40
     with pytest.raises(DataError, match="s3://bucket/made holds a dataset already"):
         make_dataset(config, pairs=tables)

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.making.writing import block_rows
-from bigdssm.streaming.order import Order
-from bigdssm.tables.hashing import shuffle_keys
+from bigdssm.ingest.row_keys import shuffle_keys
+from bigdssm.ingest.writing import block_rows
+from bigdssm.loader.order import Order
 
 
 def uniform(rows: int, rows_per_block: int) -> np.ndarray:

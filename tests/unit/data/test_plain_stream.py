@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from webdataset import TarWriter
 
-from bigdssm.batching.collate import Collator
 from bigdssm.config import DataConfig, TokenizerConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, Numeric, Text
-from bigdssm.hashing import hash64
-from bigdssm.making.making import Target
-from bigdssm.making.pairs import PairTables, make_pairs
-from bigdssm.streaming.plain_stream import PlainStream
+from bigdssm.ingest.job import IngestTarget
+from bigdssm.ingest.pairs import PairTables, make_pairs
+from bigdssm.loader.collate import Collator
+from bigdssm.loader.plain_stream import PlainStream
+from bigdssm.utils.hashing import hash64
 
 SHARDS, SAMPLES = 4, 100
 CONFIG = DataConfig(
@@ -46,7 +46,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Path]:
         with TarWriter(str(folder / f"{shard:03d}.tar"), encoder=True) as writer:
             for i in range(shard * SAMPLES, (shard + 1) * SAMPLES):
                 writer.write({"__key__": f"{i:06d}", **sample(i)})
-    make_pairs(CONFIG, PairTables(files=(folder / "000.tar",)), Target(folder / "dataset"))
+    make_pairs(CONFIG, PairTables(files=(folder / "000.tar",)), IngestTarget(folder / "dataset"))
     return Dataset.open(folder / "dataset"), folder
 
 
@@ -59,7 +59,7 @@ def test_rows_of_all_shards_with_their_own_values(plain: tuple[Dataset, Path], n
     dataset, folder = plain
     repacked = folder / f"repacked-{num_workers}"
     tables = PairTables(files=tuple(sorted(folder.glob("*.tar"))), split="train")
-    make_pairs(CONFIG, tables, Target(repacked, like=dataset.dir))
+    make_pairs(CONFIG, tables, IngestTarget(repacked, like=dataset.dir))
     whole = Dataset.open(repacked)
     (expected,) = whole.iterate("train", SHARDS * SAMPLES)
     of_age = {int(age): i for i, age in enumerate(np.asarray(expected.query["age"]))}
@@ -128,7 +128,7 @@ def test_samples_that_cannot_be_used_are_named_and_replaced(plain: tuple[Dataset
     assert all(len(rows) == 20 for rows in islice(part, 2100 // 20))
     part.check()
     part.close()
-    assert 0.05 < part.rows_bad / part.rows_met < 0.15
+    assert 0.05 < part.rows_bad / part.rows_read < 0.15
     lines = [json.loads(line) for line in quarantine.read_text().splitlines()]
     assert sorted(line["reason"].split(": ", 1)[0] for line in lines) == [
         "sample '../../d'", "sample 'a'", "sample 'b'", "sample 'c'",

@@ -10,8 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from bigdssm.batching.collate import Collator
-from bigdssm.batching.plan import plan_side
 from bigdssm.config import DataConfig
 from bigdssm.dataset.blocks import read_block
 from bigdssm.dataset.dataset import Dataset
@@ -19,9 +17,11 @@ from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History
 from bigdssm.features.ragged import Ragged
-from bigdssm.making.interactions import InteractionTables, make_interactions
-from bigdssm.making.making import Target
-from bigdssm.streaming.stream import PairStream
+from bigdssm.ingest.interactions import InteractionTables, make_interactions
+from bigdssm.ingest.job import IngestTarget
+from bigdssm.loader.collate import Collator
+from bigdssm.loader.pair_stream import PairStream
+from bigdssm.loader.step_plan import plan_side
 from bigdssm.training.batches import name_pairs
 
 TARGETS = 4
@@ -202,7 +202,9 @@ def test_a_piece_longer_than_a_history_is_refused(tmp_path: Path) -> None:
     query, doc = {"history": History(of="item_id", max_items=4)}, {"item_id": Categorical()}
     config = DataConfig(dir="x", query=query, doc=doc, targets_per_row=5)
     with pytest.raises(ConfigError, match=r"targets_per_row: got 5, needs at most data\.query\.history\.max_items=4"):
-        make_interactions(config, InteractionTables(tmp_path / "e.csv", tmp_path / "i.csv"), Target(tmp_path / "data"))
+        make_interactions(
+            config, InteractionTables(tmp_path / "e.csv", tmp_path / "i.csv"), IngestTarget(tmp_path / "data")
+        )
 
 
 @pytest.mark.parametrize("targets_per_row", [1, 3, 100])
@@ -216,7 +218,7 @@ def test_every_event_is_a_target_once_and_rows_are_cut_from_the_newest(targets_p
         targets_per_row=targets_per_row,
     )  # fmt: skip
     make_interactions(
-        config, InteractionTables(tmp_path / "events.csv", tmp_path / "items.csv"), Target(tmp_path / "data")
+        config, InteractionTables(tmp_path / "events.csv", tmp_path / "items.csv"), IngestTarget(tmp_path / "data")
     )
     dataset = Dataset.open(tmp_path / "data")
     found: dict[str, list[list[int]]] = {}

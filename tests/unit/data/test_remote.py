@@ -20,16 +20,16 @@ import numpy as np
 import pytest
 import xxhash
 
-from bigdssm import urls
-from bigdssm.atomic import aside_of
 from bigdssm.config import DataConfig
 from bigdssm.dataset import blocks, cache, remote
-from bigdssm.dataset.cache import Cache
+from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.reports.inspection import describe, sample_rows
-from bigdssm.reports.verification import verify_dataset
-from bigdssm.streaming.stream import PairStream
+from bigdssm.ingest.verification import verify_dataset
+from bigdssm.loader.inspection import describe, sample_rows
+from bigdssm.loader.pair_stream import PairStream
+from bigdssm.utils import urls
+from bigdssm.utils.atomic import aside_of
 from tests.conftest import QuietServer
 from tests.unit.data.test_versions import make_day
 
@@ -140,10 +140,10 @@ def server(interactions: Path, tmp_path: Path, tools) -> Iterator[Server]:
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FileCache:
     monkeypatch.setattr(urls, "FIRST_WAIT_S", 0.001)
     monkeypatch.setattr(urls, "LONGEST_WAIT_S", 0.002)
-    return Cache(tmp_path / "cache", GB)
+    return FileCache(tmp_path / "cache", GB)
 
 
 def steps(dataset: Dataset, count: int = 14, **options: int) -> list[tuple]:
@@ -157,11 +157,11 @@ def steps(dataset: Dataset, count: int = 14, **options: int) -> list[tuple]:
     return taken
 
 
-def entries(store: Cache, suffix: str = "") -> list[Path]:
+def entries(store: FileCache, suffix: str = "") -> list[Path]:
     return [path for path in store.dir.glob("??/*") if path.suffix == suffix]
 
 
-def used(store: Cache) -> int:
+def used(store: FileCache) -> int:
     return sum(path.stat().st_size for path in store.dir.glob("??/*"))
 
 
@@ -174,7 +174,7 @@ def blocks_of(dataset: Dataset) -> list[tuple[remote.RemoteFile, int, int, int]]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_rows_are_those_on_disk(server: Server, store: Cache, interactions: Path, workers: int) -> None:
+def test_the_rows_are_those_on_disk(server: Server, store: FileCache, interactions: Path, workers: int) -> None:
     dataset, local = Dataset.open(f"{server.url}/a/data", cache=store), Dataset.open(interactions)
     assert dataset.fingerprint == local.fingerprint
     assert dataset.doc_counts().tolist() == local.doc_counts().tolist()
@@ -184,7 +184,7 @@ def test_the_rows_are_those_on_disk(server: Server, store: Cache, interactions: 
     assert steps(dataset, num_workers=workers) == steps(local)
 
 
-def test_documents_that_changed_come_with_their_versions(store: Cache, tmp_path: Path) -> None:
+def test_documents_that_changed_come_with_their_versions(store: FileCache, tmp_path: Path) -> None:
     for day in range(2):
         make_day(tmp_path / "served", day)
     local = Dataset.open(tmp_path / "served" / "data")
@@ -198,7 +198,7 @@ def test_documents_that_changed_come_with_their_versions(store: Cache, tmp_path:
     server.close()
 
 
-def test_texts_come_with_their_tokenizer(texts: Path, store: Cache) -> None:
+def test_texts_come_with_their_tokenizer(texts: Path, store: FileCache) -> None:
     server = Server(texts)
     mine, theirs = (
         next(iter(d.iterate("test", 100))) for d in (Dataset.open(server.url, cache=store), Dataset.open(texts))
@@ -207,7 +207,7 @@ def test_texts_come_with_their_tokenizer(texts: Path, store: Cache) -> None:
     assert mine.query["words"].values.tolist() == theirs.query["words"].values.tolist()
 
 
-def test_an_object_store(interactions: Path, store: Cache) -> None:
+def test_an_object_store(interactions: Path, store: FileCache) -> None:
     """`memory://` stands for every file system of fsspec without asyncio."""
     import fsspec
 
@@ -232,7 +232,7 @@ assert next(iter(Dataset.open({str(interactions)!r}).iterate("train", 100))).row
 
 
 @pytest.mark.parametrize("fault", [failing, resetting, cut_off, short])
-def test_faults_that_pass_change_nothing(server: Server, store: Cache, interactions: Path, fault) -> None:
+def test_faults_that_pass_change_nothing(server: Server, store: FileCache, interactions: Path, fault) -> None:
     """Most answers are wrong, while the dataset is opened and while it is read."""
     server.every(3, fault)
     dataset = Dataset.open(f"{server.url}/a/data", cache=store)
@@ -240,7 +240,7 @@ def test_faults_that_pass_change_nothing(server: Server, store: Cache, interacti
     assert steps(dataset) == steps(Dataset.open(interactions))
 
 
-def test_slow_bodies_are_given_up(server: Server, store: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_bodies_are_given_up(server: Server, store: FileCache, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = Dataset.open(f"{server.url}/a/data", cache=store)
     monkeypatch.setattr(urls, "TIMEOUT_S", 0.1)
     shard, *block = blocks_of(dataset)[0]
@@ -250,7 +250,7 @@ def test_slow_bodies_are_given_up(server: Server, store: Cache, monkeypatch: pyt
     assert time.monotonic() - start < 0.9, "the slow answer takes a second"
 
 
-def test_a_server_that_stays_away_ends_the_run(server: Server, store: Cache) -> None:
+def test_a_server_that_stays_away_ends_the_run(server: Server, store: FileCache) -> None:
     """It is no damage: nothing may be left out because of it, so that the run can go on exactly."""
     dataset = Dataset.open(f"{server.url}/a/data", cache=store)
     server.every(0, failing)
@@ -262,7 +262,7 @@ def test_a_server_that_stays_away_ends_the_run(server: Server, store: Cache) -> 
     assert stream.rows_bad == 0
 
 
-def test_damage_on_the_server_is_damage(server: Server, store: Cache, caplog) -> None:
+def test_damage_on_the_server_is_damage(server: Server, store: FileCache, caplog) -> None:
     folder = server.folder / "a/data/partitions/all"
     dataset = Dataset.open(f"{server.url}/a/data", cache=store)
     (folder / "train-000000.tar").unlink()
@@ -294,7 +294,7 @@ def test_damage_on_the_server_is_damage(server: Server, store: Cache, caplog) ->
         (lambda d: (d / "partitions/all/train.index.arrow").write_bytes(b"x"), r"train.index.arrow is damaged"),
     ],
 )
-def test_what_is_said_of_a_damaged_dataset(server: Server, store: Cache, spoil, message: str) -> None:
+def test_what_is_said_of_a_damaged_dataset(server: Server, store: FileCache, spoil, message: str) -> None:
     spoil(server.folder / "a/data")
     with pytest.raises(DataError, match=message):
         Dataset.open(f"{server.url}/a/data", cache=store)
@@ -302,7 +302,7 @@ def test_what_is_said_of_a_damaged_dataset(server: Server, store: Cache, spoil, 
 
 
 @pytest.mark.parametrize("place", ["../../x", "/etc/x", "a/../../x", "a\\..\\x", "a//b"])
-def test_paths_out_of_the_dataset_are_refused(server: Server, store: Cache, place: str) -> None:
+def test_paths_out_of_the_dataset_are_refused(server: Server, store: FileCache, place: str) -> None:
     path = server.folder / "a/data/dataset.json"
     content = json.loads(path.read_text())
     content["catalogue"][0]["file"] = place
@@ -311,21 +311,21 @@ def test_paths_out_of_the_dataset_are_refused(server: Server, store: Cache, plac
         Dataset.open(f"{server.url}/a/data", cache=store)
 
 
-def test_servers_without_ranges_are_refused(server: Server, store: Cache) -> None:
+def test_servers_without_ranges_are_refused(server: Server, store: FileCache) -> None:
     dataset = Dataset.open(f"{server.url}/a/data", cache=store)
     server.ranges = False
     with pytest.raises(DataError, match="ignores byte ranges"):
         list(dataset.iterate("train", 100))
 
 
-def test_refused_access_is_not_tried_again(server: Server, store: Cache) -> None:
+def test_refused_access_is_not_tried_again(server: Server, store: FileCache) -> None:
     server.every(0, lambda handler, content: answer(handler, 403, b""))
     with pytest.raises(DataError, match=r"the server refuses it \(.*403.*check address and credentials"):
         Dataset.open(f"{server.url}/a/data?token=secret", cache=store)
     assert server.requests == {"/a/data/dataset.json": 1}
 
 
-def test_secrets_of_a_url_are_not_shown(server: Server, store: Cache, caplog) -> None:
+def test_secrets_of_a_url_are_not_shown(server: Server, store: FileCache, caplog) -> None:
     caplog.set_level("INFO")
     dataset = Dataset.open(f"{server.url}/a/data?token=secret", cache=store)
     server.every(2, failing)
@@ -336,25 +336,25 @@ def test_secrets_of_a_url_are_not_shown(server: Server, store: Cache, caplog) ->
 
 
 @pytest.mark.parametrize("url", ["simplecache::memory://x", "nosuch://x/y"])
-def test_urls_that_cannot_be_read(url: str, store: Cache) -> None:
+def test_urls_that_cannot_be_read(url: str, store: FileCache) -> None:
     with pytest.raises(ConfigError, match=r"chained URLs are not read|cannot be read without another package"):
         Dataset.open(url, cache=store)
 
 
-def test_a_missing_extra_is_named(store: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_named(store: FileCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
     with pytest.raises(ConfigError, match=r"pip install 'bigdssm\[remote\]'"):
         Dataset.open("http://127.0.0.1:1/never", cache=store)
 
 
-def test_what_is_in_the_cache_is_not_fetched_again(server: Server, store: Cache) -> None:
+def test_what_is_in_the_cache_is_not_fetched_again(server: Server, store: FileCache) -> None:
     steps(Dataset.open(f"{server.url}/a/data", cache=store))
     server.requests.clear()
     steps(Dataset.open(f"{server.url}/a/data", cache=store))
     assert all(path.endswith((".json", ".txt")) for path in server.requests)
 
 
-def test_same_names_in_other_folders_are_other_files(server: Server, store: Cache, tools) -> None:
+def test_same_names_in_other_folders_are_other_files(server: Server, store: FileCache, tools) -> None:
     """Two datasets whose files have the same names, the second of other rows; each is read after the other."""
     tools.Writer(server.folder / "b/data").write("first", "all")  # a second partition has other values
     for _ in range(2):
@@ -366,7 +366,7 @@ def test_same_names_in_other_folders_are_other_files(server: Server, store: Cach
     assert a[0].name == b[0].name and a[0].read(*a[1:]) != b[0].read(*b[1:])
 
 
-def test_a_changed_block_is_not_taken_from_the_cache(server: Server, store: Cache) -> None:
+def test_a_changed_block_is_not_taken_from_the_cache(server: Server, store: FileCache) -> None:
     """The checksum is part of the name: the same place in the same shard, made again."""
     dataset = Dataset.open(f"{server.url}/a/data", cache=store)
     shard, offset, size, checksum = blocks_of(dataset)[0]
@@ -379,7 +379,7 @@ def test_a_changed_block_is_not_taken_from_the_cache(server: Server, store: Cach
     assert shard.read(offset, size, xxhash.xxh3_64_intdigest(now)) == now
 
 
-def test_a_torn_block_in_the_cache_is_fetched_again(server: Server, store: Cache) -> None:
+def test_a_torn_block_in_the_cache_is_fetched_again(server: Server, store: FileCache) -> None:
     """As a machine's crash may leave it: the name is there, not all the bytes."""
     dataset = Dataset.open(f"{server.url}/a/data", cache=store)
     shard, *block = blocks_of(dataset)[0]
@@ -392,7 +392,7 @@ def test_a_torn_block_in_the_cache_is_fetched_again(server: Server, store: Cache
         assert path.read_bytes() == content
 
 
-def test_wrong_content_is_never_kept(server: Server, store: Cache) -> None:
+def test_wrong_content_is_never_kept(server: Server, store: FileCache) -> None:
     dataset = Dataset.open(f"{server.url}/a/data", cache=store)
     shard, *block = blocks_of(dataset)[0]
     before = set(entries(store))
@@ -401,11 +401,11 @@ def test_wrong_content_is_never_kept(server: Server, store: Cache) -> None:
     assert set(entries(store)) == before
 
 
-def test_the_cap_holds_and_the_least_recently_used_go(server: Server, tmp_path: Path, store: Cache) -> None:
+def test_the_cap_holds_and_the_least_recently_used_go(server: Server, tmp_path: Path, store: FileCache) -> None:
     held = Dataset.open(f"{server.url}/a/data", cache=store)
     fixed, blocks = used(store), blocks_of(held)
     one = max(size for _, _, size, _ in blocks)
-    small = Cache(store.dir, fixed + 5 * one)
+    small = FileCache(store.dir, fixed + 5 * one)
     names = {}
     for shard, *block in blocks:
         for wanted in (blocks[0], (shard, *block)):  # the first block stays in use
@@ -419,11 +419,11 @@ def test_the_cap_holds_and_the_least_recently_used_go(server: Server, tmp_path: 
     assert all(path.exists() for path in held.dir.rglob("*") if path.is_symlink())
 
 
-def test_a_dataset_that_nobody_holds_makes_room(server: Server, store: Cache, tools) -> None:
+def test_a_dataset_that_nobody_holds_makes_room(server: Server, store: FileCache, tools) -> None:
     tools.Writer(server.folder / "b/data").write()
     first = Dataset.open(f"{server.url}/a/data", cache=store)
     tree, size = first.dir, used(store)
-    small = Cache(store.dir, size + size // 2)
+    small = FileCache(store.dir, size + size // 2)
     with pytest.raises(DataError, match=r"data.cache_bytes=\d+ has no room for a file of \d+ bytes"):
         Dataset.open(f"{server.url}/b/data", cache=small)
     del first
@@ -431,7 +431,7 @@ def test_a_dataset_that_nobody_holds_makes_room(server: Server, store: Cache, to
     assert used(small) <= small.max_bytes and not tree.exists()
 
 
-def test_a_full_disk_costs_only_time(server: Server, store: Cache, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+def test_a_full_disk_costs_only_time(server: Server, store: FileCache, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     dataset = Dataset.open(f"{server.url}/a/data", cache=store)
     monkeypatch.setattr(
         cache.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device"))
@@ -443,22 +443,22 @@ def test_a_full_disk_costs_only_time(server: Server, store: Cache, monkeypatch: 
 def test_a_cache_that_cannot_be_written(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"data.cache_dir=.*file cannot be used"):
-        Dataset.open(f"{server.url}/a/data", cache=Cache(tmp_path / "file", GB))
+        Dataset.open(f"{server.url}/a/data", cache=FileCache(tmp_path / "file", GB))
 
 
 def test_the_config_names_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert Cache.of(DataConfig(dir="", cache_bytes=7)) == Cache(tmp_path / "bigdssm", 7)
-    assert Cache.of(DataConfig(dir="", cache_dir=str(tmp_path / "x"))).dir == tmp_path / "x"
+    assert FileCache.of(DataConfig(dir="", cache_bytes=7)) == FileCache(tmp_path / "bigdssm", 7)
+    assert FileCache.of(DataConfig(dir="", cache_dir=str(tmp_path / "x"))).dir == tmp_path / "x"
 
 
-def reader(url: str, store: Cache) -> subprocess.Popen[str]:
+def reader(url: str, store: FileCache) -> subprocess.Popen[str]:
     """Start a process that prints the row ids and documents of a stream's first steps."""
     code = f"""
 import itertools, json
 from pathlib import Path
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.streaming.stream import PairStream
+from bigdssm.loader.pair_stream import PairStream
 from bigdssm.dataset.cache import Cache
 dataset = Dataset.open({url!r}, cache=Cache(Path({str(store.dir)!r}), {store.max_bytes}))
 stream = PairStream(dataset, rows_global=80, lanes=8, seed=3)
@@ -475,10 +475,10 @@ def expected_of(folder: Path) -> list[list[list[int]]]:
     return [[row_ids, doc_rows] for row_ids, doc_rows, *_ in steps(Dataset.open(folder))]
 
 
-def test_processes_fill_one_cache_together(server: Server, store: Cache, interactions: Path) -> None:
+def test_processes_fill_one_cache_together(server: Server, store: FileCache, interactions: Path) -> None:
     """Under a cap that makes them evict each other's blocks; large files are fetched once."""
     fixed = sum(p.stat().st_size for p in interactions.rglob("*") if p.is_file() and p.suffix != ".tar")
-    small = Cache(store.dir, fixed + 20_000)
+    small = FileCache(store.dir, fixed + 20_000)
     server.fault = lambda handler, content: bool(time.sleep(0.005))  # so that they meet
     processes = [reader(f"{server.url}/a/data", small) for _ in range(2)]
     peak = 0
@@ -492,7 +492,7 @@ def test_processes_fill_one_cache_together(server: Server, store: Cache, interac
     assert not entries(small, ".unfinished")
 
 
-def used_now(store: Cache) -> int:
+def used_now(store: FileCache) -> int:
     """Return the bytes in the cache while others change it."""
     total = 0
     for path in store.dir.glob("??/*"):
@@ -503,7 +503,7 @@ def used_now(store: Cache) -> int:
     return total
 
 
-def test_kill_in_a_fill_leaves_nothing_that_is_believed(server: Server, store: Cache, interactions: Path) -> None:
+def test_kill_in_a_fill_leaves_nothing_that_is_believed(server: Server, store: FileCache, interactions: Path) -> None:
     """A process is killed half through the catalogue while another waits for that fill; the other one fetches it."""
     url, path = f"{server.url}/a/data", "/a/data/catalogue/000000.arrow"
     stuck = threading.Event()
@@ -537,7 +537,7 @@ def test_kill_in_a_fill_leaves_nothing_that_is_believed(server: Server, store: C
     assert not entries(store, ".unfinished")
 
 
-def test_parts_of_killed_processes_are_removed_and_overwritten(server: Server, store: Cache) -> None:
+def test_parts_of_killed_processes_are_removed_and_overwritten(server: Server, store: FileCache) -> None:
     """Longer than the file, at the very name that the file will be written under."""
     url = f"{server.url}/a/data/catalogue/000000.arrow"
     checksum = json.loads((server.folder / "a/data/dataset.json").read_text())["catalogue"][0]["checksum"]
@@ -547,15 +547,15 @@ def test_parts_of_killed_processes_are_removed_and_overwritten(server: Server, s
     stale = store.dir / "00" / ("." + "f" * 38 + ".unfinished")
     stale.parent.mkdir(exist_ok=True)
     stale.write_bytes(b"\xff" * 100_000)
-    dataset = Dataset.open(f"{server.url}/a/data", cache=Cache(store.dir, 200_000))
+    dataset = Dataset.open(f"{server.url}/a/data", cache=FileCache(store.dir, 200_000))
     assert dataset.catalogue.num_docs == 37 and not part.exists()
-    keep = Cache(store.dir, used(store) - 1)
+    keep = FileCache(store.dir, used(store) - 1)
     shard, *block = blocks_of(dataset)[0]
     remote.RemoteFile(shard.url, keep).read(*block)
     assert not stale.exists()
 
 
-def test_blocks_of_a_window_are_fetched_side_by_side(server: Server, store: Cache, interactions: Path) -> None:
+def test_blocks_of_a_window_are_fetched_side_by_side(server: Server, store: FileCache, interactions: Path) -> None:
     dataset = Dataset.open(f"{server.url}/a/data", cache=store)
     next(iter(dataset.iterate("test", 10)))  # connected
     present, most, lock = 0, 0, threading.Lock()
@@ -575,8 +575,8 @@ def test_blocks_of_a_window_are_fetched_side_by_side(server: Server, store: Cach
     assert 1 < most <= blocks.CONNECTIONS
 
 
-def test_a_url_is_inspected_and_verified(server: Server, store: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Cache, "of", lambda config=None: store)
+def test_a_url_is_inspected_and_verified(server: Server, store: FileCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FileCache, "of", lambda config=None: store)
     url = f"{server.url}/a/data"
     found = describe(Dataset.open(url))
     assert next((size.split, size.rows, size.blocks, size.shards) for size in found.sizes) == ("train", 1000, 16, 4)

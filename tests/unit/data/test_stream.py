@@ -17,11 +17,11 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError, DataError, PeerError
 from bigdssm.features import Numeric, Ragged, Text
-from bigdssm.hashing import hash64
-from bigdssm.making.making import Target
-from bigdssm.making.pairs import PairTables, make_pairs
-from bigdssm.streaming.order import Order
-from bigdssm.streaming.stream import PairStream
+from bigdssm.ingest.job import IngestTarget
+from bigdssm.ingest.pairs import PairTables, make_pairs
+from bigdssm.loader.order import Order
+from bigdssm.loader.pair_stream import PairStream
+from bigdssm.utils.hashing import hash64
 
 ROWS_GLOBAL, LANES = 48, 8
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -251,7 +251,7 @@ def test_texts_tokenised_while_reading_are_those_tokenised_before(
     config = DataConfig(dir="x", query=query, doc={"d": text}, tokenizer=TokenizerConfig(vocab_size=200))
     for name in ("tokens", "raw"):
         tables = PairTables(files=(tmp_path / "t.jsonl",), raw_text=name == "raw")
-        make_pairs(config, tables, Target(tmp_path / name))
+        make_pairs(config, tables, IngestTarget(tmp_path / name))
     raw = Dataset.open(tmp_path / "raw")
     assert (
         raw.layout.types["a"] == pa.large_string() and raw.catalogue.columns(np.arange(1))["d"].values.dtype == np.int32
@@ -261,7 +261,7 @@ def test_texts_tokenised_while_reading_are_those_tokenised_before(
     held_out = [list(Dataset.open(tmp_path / name).iterate("test", 100)) for name in ("tokens", "raw")]
     assert all(same(a, b) for a, b in zip(*held_out, strict=True))
     # a partition that is added is of the same kind
-    make_pairs(config, PairTables(files=(tmp_path / "t.jsonl",)), Target(tmp_path / "raw", "more", append=True))
+    make_pairs(config, PairTables(files=(tmp_path / "t.jsonl",)), IngestTarget(tmp_path / "raw", "more", append=True))
     assert len(steps(tmp_path / "raw", 40)) == 40
     monkeypatch.setattr("bigdssm.features.text.MAX_FIELD_BYTES", 10)
     stream = PairStream(raw, rows_global=ROWS_GLOBAL, lanes=LANES, max_bad_fraction=1.0)

@@ -16,24 +16,24 @@ from hypothesis import strategies as st
 
 from bigdssm.config import DataConfig, LossConfig, SourceConfig
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.joining import open_dataset
+from bigdssm.dataset.joined import open_dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.versions import Versions
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History, Numeric, Ragged
-from bigdssm.making.interactions import InteractionTables, make_interactions
-from bigdssm.making.making import Report, Target
-from bigdssm.making.pairs import PairTables, make_pairs
-from bigdssm.reports.inspection import sample_rows
-from bigdssm.reports.verification import verify_dataset
-from bigdssm.streaming.stream import PairStream
+from bigdssm.ingest.interactions import InteractionTables, make_interactions
+from bigdssm.ingest.job import IngestReport, IngestTarget
+from bigdssm.ingest.pairs import PairTables, make_pairs
+from bigdssm.ingest.verification import verify_dataset
+from bigdssm.loader.inspection import sample_rows
+from bigdssm.loader.pair_stream import PairStream
 from bigdssm.training.batches import Batches
-from bigdssm.training.columns import is_shared
+from bigdssm.training.objective import is_shared
 from tests.unit.test_make_shards_killed import content
 
 DAYS = 3
 PAIRS = DataConfig(
-    dir="", query={"day": Numeric(), "row": Numeric()}, doc={"price": Numeric(), "kind": Categorical()}, display="title"
+    dir="", query={"day": Numeric(), "row": Numeric()}, doc={"price": Numeric(), "kind": Categorical()}, title="title"
 )
 Facts = tuple[float, str]
 
@@ -68,7 +68,7 @@ def facts_of(doc: int, day: int) -> Facts:
     return (float(doc + 100 * day), f"kind {doc % 4} of day {day}") if doc % 3 == 0 else (float(doc), "plain")
 
 
-def make_day(folder: Path, day: int, count: int = 300) -> Report:
+def make_day(folder: Path, day: int, count: int = 300) -> IngestReport:
     """Append a day of pairs, which brings new documents and, of some, features that never count: not the first ones."""
     random = np.random.RandomState(day)
     docs = random.randint(0, 20 + 5 * day, count)
@@ -86,7 +86,7 @@ def make_day(folder: Path, day: int, count: int = 300) -> Report:
     folder.mkdir(exist_ok=True)
     pq.write_table(pa.table(table), folder / f"{day}.parquet")
     pairs = PairTables((folder / f"{day}.parquet",), doc_id_column="id", validation_fraction=0.1)
-    return make_pairs(PAIRS, pairs, Target(folder / "data", f"day{day}", append=day > 0, processes=1))
+    return make_pairs(PAIRS, pairs, IngestTarget(folder / "data", f"day{day}", append=day > 0, processes=1))
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_rows_see_what_was_known_and_all_else_sees_what_is(grown: Path) -> None:
     docs = documents_of(dataset, everything)
     assert sorted(docs) == list(range(20 + 5 * (DAYS - 1))), "each document once"
     assert known_facts(dataset, everything) == [facts_of(doc, DAYS - 1) for doc in docs]
-    assert dataset.catalogue.display(dataset.catalogue.find(["d0", "d1"])) == ["title 0", "renamed on day 2"]
+    assert dataset.catalogue.title(dataset.catalogue.find(["d0", "d1"])) == ["title 0", "renamed on day 2"]
     assert len(dataset.catalogue.doc_ids) == len(docs) == len(dataset.doc_counts())
     seen_before = 0
     for split in ("train", "validation", "test"):
@@ -143,7 +143,7 @@ def test_only_what_changed_is_written_and_nothing_else_touched(tmp_path: Path) -
     before = content(tmp_path / "data")
     reports.append(make_day(tmp_path, 1))
     assert (reports[0].new_docs, reports[0].changed_docs) == (20, 0)
-    assert (reports[1].new_docs, reports[1].changed_docs) == (5, 8)  # 0, 3, … 18, and the display of 1
+    assert (reports[1].new_docs, reports[1].changed_docs) == (5, 8)  # 0, 3, … 18, and the title of 1
     assert "rows give a known id other features; the first stay" in " ".join(reports[1].notes)
     after = content(tmp_path / "data")
     kept = [name for name in before if name.startswith(("partitions/", "catalogue/"))]
@@ -188,7 +188,7 @@ def test_rows_keep_their_versions_when_they_are_taken_and_joined(grown: Path) ->
 
 
 def test_sources_of_a_mixture_keep_their_versions(grown: Path, tmp_path: Path) -> None:
-    target = Target(tmp_path / "other", "day0", like=grown, processes=1)
+    target = IngestTarget(tmp_path / "other", "day0", like=grown, processes=1)
     make_pairs(PAIRS, PairTables((grown.parent / "0.parquet",), doc_id_column="id"), target)
     sources = (SourceConfig(dir=str(tmp_path / "other")), SourceConfig(dir=str(grown)))
     for mixture in (sources, sources[::-1]):
@@ -207,7 +207,7 @@ def test_a_feature_of_the_name_of_their_column_is_refused_before_anything_is_dam
         table = pa.table({"q": [1.0, 2.0] * 20, "id": ["a", "b"] * 20, "document": kinds * 20})
         pq.write_table(table, tmp_path / "pairs.parquet")
         pairs = PairTables((tmp_path / "pairs.parquet",), doc_id_column="id")
-        target = Target(tmp_path / "data", f"day{day}", append=day > 0, processes=1)
+        target = IngestTarget(tmp_path / "data", f"day{day}", append=day > 0, processes=1)
         if day < 2:
             make_pairs(config, pairs, target)
             continue
@@ -223,7 +223,7 @@ SEQUENCES = DataConfig(
     dir="",
     query={"past": History(of="kind", max_items=4)},
     doc={"kind": Categorical(), "price": Numeric()},
-    display="item_id",
+    title="item_id",
 )
 
 
@@ -244,7 +244,7 @@ def write_items(folder: Path, day: int) -> InteractionTables:
 
 def test_histories_tell_items_as_they_were_for_the_partitions_rows(tmp_path: Path) -> None:
     for day in range(2):
-        target = Target(tmp_path / "data", f"day{day}", append=day > 0, processes=1)
+        target = IngestTarget(tmp_path / "data", f"day{day}", append=day > 0, processes=1)
         report = make_interactions(SEQUENCES, write_items(tmp_path, day), target)
     assert (report.new_docs, report.changed_docs) == (0, 2)
     dataset = Dataset.open(tmp_path / "data")

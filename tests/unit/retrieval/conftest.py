@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bigdssm.artifacts.model_folder import load_model_folder, save_model_folder
+from bigdssm.checkpoints.model_folder import load_model_folder, save_model_folder
 from bigdssm.config import Config, ScorerConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.models import DualEncoder, new_model

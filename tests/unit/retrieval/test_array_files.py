@@ -14,11 +14,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from bigdssm.array_file import new_array
 from bigdssm.commands import (
     embed,
     embed_teacher,
-    list_documents,
+    list_candidates,
     mine_negatives,
     recommend,
     sample_negatives,
@@ -30,12 +29,13 @@ from bigdssm.dataset.keys import write_keys
 from bigdssm.errors import DataError
 from bigdssm.features import Vector
 from bigdssm.features.columns import RowCheck, SourceBatch
-from bigdssm.making.interactions import InteractionTables, make_interactions
-from bigdssm.making.making import Target
+from bigdssm.ingest.interactions import InteractionTables, make_interactions
+from bigdssm.ingest.job import IngestTarget
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.retrieval.mined import MinedNegatives, mined_records, write_mined
-from bigdssm.retrieval.shards import Work
-from bigdssm.retrieval.teacher import write_teacher
+from bigdssm.retrieval.hard_negatives import HardNegatives, window_records, write_mined
+from bigdssm.retrieval.shards import ShardWork
+from bigdssm.retrieval.teacher_vectors import write_teacher
+from bigdssm.utils.array_file import new_array
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +46,14 @@ def twin(tiny_interactions: Any, tmp_path_factory: pytest.TempPathFactory) -> Da
     first, *lines = (source / "items.csv").read_text().splitlines()
     (source / "items.csv").write_text("\n".join([first, *lines[::-1]]) + "\n")
     tables = InteractionTables(source / "interactions.csv", source / "items.csv", source / "users.csv")
-    make_interactions(load_config(tiny_interactions.config).data, tables, Target(root / "dataset"))
+    make_interactions(load_config(tiny_interactions.config).data, tables, IngestTarget(root / "dataset"))
     return Dataset.open(root / "dataset")
 
 
 @pytest.fixture
 def mined(dataset: Dataset, tmp_path: Path) -> Path:
     keys = np.concatenate([rows.query_keys for rows in dataset.iterate("train", 999)])
-    write_mined(tmp_path / "mined.npy", mined_records(keys, np.zeros((len(keys), 3), np.int32)), dataset)
+    write_mined(tmp_path / "mined.npy", window_records(keys, np.zeros((len(keys), 3), np.int32)), dataset)
     return tmp_path / "mined.npy"
 
 
@@ -61,9 +61,9 @@ def test_negatives_of_a_dataset_of_as_many_rows_are_refused(
     mined: Path, dataset: Dataset, twin: Dataset, model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert dataset.num_rows("train") == twin.num_rows("train")
-    MinedNegatives.open(mined).check_against(dataset)
+    HardNegatives.open(mined).check_against(dataset)
     with pytest.raises(DataError, match=r"mined\.npy was made of another dataset"):
-        MinedNegatives.open(mined).check_against(twin)
+        HardNegatives.open(mined).check_against(twin)
     of_twin = ["--data", str(twin.dir), "--mined", str(mined)]
     out = str(mined.parent / "judged.npy")
     assert score_pairs.main([*of_twin, "--out", out, "--model", str(model_dir)]) == 3
@@ -77,20 +77,20 @@ def test_a_flipped_bit_of_negatives_is_found(mined: Path, dataset: Dataset, at: 
     content[at] ^= 1
     mined.write_bytes(content)
     with pytest.raises(DataError, match=r"mined\.npy (is damaged|does not end in)"):
-        MinedNegatives.open(mined).check_against(dataset)
+        HardNegatives.open(mined).check_against(dataset)
 
 
 def test_negatives_without_a_seal_are_refused(mined: Path, dataset: Dataset) -> None:
     np.save(mined, np.load(mined))
     with pytest.raises(DataError, match=r"does not end in the fingerprint .* make it with bigdssm mine_negatives"):
-        MinedNegatives.open(mined).check_against(dataset)
+        HardNegatives.open(mined).check_against(dataset)
 
 
 @pytest.mark.parametrize("name", ["documents.npy", "queries.npy"])
 def test_a_teacher_of_another_dataset_or_with_a_flipped_bit_is_refused(
     model: Any, dataset: Dataset, twin: Dataset, tmp_path: Path, name: str
 ) -> None:
-    made = write_teacher(tmp_path / "teacher", tower_encoders(model, dataset), dataset, "one", Work())
+    made = write_teacher(tmp_path / "teacher", tower_encoders(model, dataset), dataset, "one", ShardWork())
     assert made is not None
     made.check_against(dataset)
     with pytest.raises(DataError, match="was made of another dataset"):
@@ -111,7 +111,7 @@ COMMANDS: dict[str, tuple[Callable[..., int], list[str], str]] = {
     "embed_teacher": (embed_teacher.main, ["--model", "MODEL"], "documents.npy"),
     "mine_negatives": (mine_negatives.main, ["--model", "MODEL"], ".out.npy.unfinished"),
     "score_pairs": (score_pairs.main, ["--model", "MODEL", "--mined", "MINED"], "judged.npy"),
-    "list_documents": (list_documents.main, ["--graded"], ".out.npy.unfinished"),
+    "list_candidates": (list_candidates.main, ["--graded"], ".out.npy.unfinished"),
 }
 
 
@@ -120,7 +120,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_large(
     name: str, mined: Path, dataset: Dataset, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("bigdssm.array_file.os.posix_fallocate", no_space)
+    monkeypatch.setattr("bigdssm.utils.array_file.os.posix_fallocate", no_space)
     main, words, file = COMMANDS[name]
     given = {"MODEL": str(model_dir), "MINED": str(mined)}
     out = tmp_path / "work" / "out.npy"
@@ -134,7 +134,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_large(
 
 
 def test_sorted_keys_name_their_file_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigdssm.array_file.os.posix_fallocate", no_space)
+    monkeypatch.setattr("bigdssm.utils.array_file.os.posix_fallocate", no_space)
     with pytest.raises(OSError, match=r"No space left on device: .*by_id\.keys\.npy"):
         write_keys(tmp_path / "by_id.keys.npy", 3, [(np.arange(3), np.arange(3))])
     assert not list(tmp_path.iterdir())

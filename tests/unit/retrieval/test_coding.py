@@ -11,18 +11,27 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.commands import __main__ as command
 from bigdssm.config import Config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.models import DualEncoder
-from bigdssm.retrieval.coding import CodedVectors, Dtype, bytes_per_vector, coded, decoded
 from bigdssm.retrieval.embed import Encoders, tower_encoders
 from bigdssm.retrieval.index import build_index, open_index
 from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.vector_files import difference_from_model, read_rows, write_card, write_file
-from bigdssm.retrieval.vectors import load_vectors, read_meta, vectors_of, write_vectors
+from bigdssm.retrieval.vectors import (
+    CodedVectors,
+    Dtype,
+    bytes_per_vector,
+    coded,
+    decoded,
+    load_vectors,
+    read_meta,
+    vectors_of,
+    write_vectors,
+)
 from bigdssm.serving.searcher import Searcher
 from tests.conftest import NUM_ITEMS
 

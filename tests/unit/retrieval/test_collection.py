@@ -14,26 +14,25 @@ import pytest
 import torch
 import yaml
 
-from bigdssm.artifacts.model_folder import save_model_folder
+from bigdssm.checkpoints.model_folder import save_model_folder
 from bigdssm.config import Config, load_config
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.rows import PLACE_BITS
+from bigdssm.dataset.rows import EVENT_BITS
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.collection import bm25_run, model_run, model_vectors, pretrained_run
-from bigdssm.evaluation.split import evaluate_split
-from bigdssm.evaluation.systems import names_apart
+from bigdssm.evaluation.comparison import names_apart
+from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.evaluation.trec import run_metrics
 from bigdssm.features import Ragged, TextTokenizer
-from bigdssm.losses.matryoshka import cut
-from bigdssm.making.making import Target
-from bigdssm.making.pairs import PairTables, make_pairs
+from bigdssm.ingest.job import IngestTarget
+from bigdssm.ingest.pairs import PairTables, make_pairs
+from bigdssm.ingest.sources.beir import Collection, CollectionEntry, read_collection
+from bigdssm.losses.engine import cut
 from bigdssm.models import DualEncoder
 from bigdssm.models.encoders import pretrained_encoder
 from bigdssm.retrieval.embed import cut_vectors, encode_in_bf16, tower_encoders
-from bigdssm.retrieval.mine import mine
-from bigdssm.retrieval.mined import MinedNegatives, write_mined
-from bigdssm.retrieval.mined_sample import mined_sample
-from bigdssm.tables.beir import Collection, Entry, read_collection
+from bigdssm.retrieval.hard_negatives import HardNegatives, sample_negatives, write_mined
+from bigdssm.retrieval.mining import mine
 from tests.unit.retrieval.conftest import SMALL, random_model
 from tests.unit.retrieval.test_tools import Tools
 
@@ -48,7 +47,7 @@ def made(tiny_pairs: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Dat
         (tiny_pairs.source / "pairs.jsonl",), doc_id_column="doc_key", relevance_column="relevance",
         validation_fraction=0.1, test_fraction=0.1, beir=root / "beir",
     )  # fmt: skip
-    make_pairs(config.data, tables, Target(root / "dataset"))
+    make_pairs(config.data, tables, IngestTarget(root / "dataset"))
     return Dataset.open(root / "dataset"), root / "beir", config
 
 
@@ -72,7 +71,7 @@ def test_collection_holds_the_pairs(made: tuple[Dataset, Path, Config], tiny_pai
     corpus = {entry.key: entry for entry in read_collection(folder, "test").corpus}
     assert sorted(corpus) == sorted(dataset.catalogue.keys(np.arange(dataset.catalogue.num_docs)))
     one = next(r for r in records if r["doc_key"] == "d4")
-    assert corpus["d4"] == Entry(
+    assert corpus["d4"] == CollectionEntry(
         "d4", one["text"], {"section": one["section"], "tags": one["tags"], "size": one["size"]}
     )
 
@@ -116,7 +115,7 @@ def test_mined_negatives_can_be_read(
 ) -> None:  # fmt: skip
     tools, (dataset, _, _) = Tools(monkeypatch, capsys), made
     mined = mine(tower_encoders(text_model, dataset), dataset, first=2, last=9)
-    windows, read = mined["window"], mined_sample(dataset, MinedNegatives(mined), 20)
+    windows, read = mined["window"], sample_negatives(dataset, HardNegatives(mined), 20)
     own = np.concatenate([rows.doc_rows for rows in dataset.iterate("train", 999)])
     assert dataset.tokenizer_dir is not None and len(own) == len(windows)
     column = dataset.catalogue.columns(np.arange(dataset.catalogue.num_docs))["text"]
@@ -129,10 +128,10 @@ def test_mined_negatives_can_be_read(
     out = tools.ran("sample_negatives", "--mined", tmp_path / "mined.npy", "--data", dataset.dir, "--count", 20)
     assert out.count("negative:") == 20 and read[7].query in out
     few = mined[::7]
-    assert {one.row_id for one in mined_sample(dataset, MinedNegatives(few), 10**6)} == set(
-        (few["query"] >> PLACE_BITS).tolist()
+    assert {one.row_id for one in sample_negatives(dataset, HardNegatives(few), 10**6)} == set(
+        (few["query"] >> EVENT_BITS).tolist()
     )
-    mined["query"][-1] += 1 << PLACE_BITS
+    mined["query"][-1] += 1 << EVENT_BITS
     write_mined(tmp_path / "mined.npy", mined, dataset)
     message = tools.refused(3, "sample_negatives", "--mined", tmp_path / "mined.npy", "--data", dataset.dir)
     assert "train rows" in message
@@ -204,7 +203,7 @@ def test_bm25_finds_words_by_their_stems_best_first() -> None:
     }
     asked = {"one": "the stone bridges", "two": "running rivers", "three": "a River"}
     asked |= {"stop words": "the of", "unknown": "zephyr", "": ""}
-    corpus, queries = ([Entry(key, text, {}) for key, text in side.items()] for side in (texts, asked))
+    corpus, queries = ([CollectionEntry(key, text, {}) for key, text in side.items()] for side in (texts, asked))
     collection = Collection(corpus, queries, {}, {"two": {"sea": 1}})
     run = bm25_run(collection)
     assert {key: list(found) for key, found in run.items()} == {

@@ -9,18 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from bigdssm.artifacts.exported import query_tower
-from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError
 from bigdssm.export.convert import export, folder_source
+from bigdssm.export.onnx_model import query_tower
 from bigdssm.features import Numeric
-from bigdssm.models.encoders.numeric import MOST_DEVIATIONS, NumericEncoder
-from bigdssm.retrieval.coding import CodedVectors
+from bigdssm.models.encoders.scalar import MOST_DEVIATIONS, NumericEncoder
 from bigdssm.retrieval.index import Index, build_index, open_index
-from bigdssm.retrieval.kinds import IndexType, faiss_index
+from bigdssm.retrieval.index_types import IndexType, faiss_index
 from bigdssm.retrieval.request import Event, Request
-from bigdssm.retrieval.vectors import VectorsMeta
+from bigdssm.retrieval.vectors import CodedVectors, VectorsMeta
 from bigdssm.serving.searcher import Searcher
 
 from .test_filters import NAMES, NUM_DOCS, WIDTH
@@ -103,7 +102,7 @@ def test_a_tower_that_scales_a_batch_together_is_refused(
     checksum = load_model_folder(model_dir).checksum
     assert query_tower(exported / tower, checksum) is not None
     quantize_dynamic(str(exported / "query.onnx"), str(tmp_path / tower))
-    monkeypatch.setattr("bigdssm.artifacts.exported.read_export", lambda _: {"model_checksum": checksum})
+    monkeypatch.setattr("bigdssm.export.onnx_model.read_export", lambda _: {"model_checksum": checksum})
     with pytest.raises(CheckpointError, match="answers depend on the other requests"):
         query_tower(tmp_path / tower, checksum)
 

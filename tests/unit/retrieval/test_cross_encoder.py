@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from bigdssm.artifacts.model_folder import load_model_folder, save_model_folder
-from bigdssm.batching.collate import Collator
+from bigdssm.checkpoints.model_folder import load_model_folder, save_model_folder
 from bigdssm.config import Config, ScorerConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.collection import entry_columns, reranked_run
+from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.evaluation.reranking import Reranking
-from bigdssm.evaluation.split import evaluate_split
 from bigdssm.features import TextTokenizer
+from bigdssm.ingest.sources.beir import Collection, CollectionEntry
+from bigdssm.loader.collate import Collator
 from bigdssm.models import CrossEncoder, DualEncoder, new_model
-from bigdssm.models.cross_encoder import joined
+from bigdssm.models.scorers import joined
 from bigdssm.retrieval import pair_scorer
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.index import build_index, open_index
@@ -26,7 +27,6 @@ from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.vectors import write_vectors
 from bigdssm.serving.searcher import Searcher
-from bigdssm.tables.beir import Collection, Entry
 from tests.conftest import TinyDataset
 
 from .conftest import SMALL, random_model
@@ -243,8 +243,8 @@ def test_a_run_of_a_collection_is_ranked_anew(cross_dir: Path, pairs: Dataset) -
     rows, docs = next(pairs.iterate("test", 4)), np.arange(20)
     tokenizer = TextTokenizer(pairs.dir / "tokenizer")
     texts = [tokenizer.decode(column) for column in (rows.query["query"], catalogue.columns(docs)["text"])]
-    corpus = [Entry(f"d{i}", text, {}) for i, text in enumerate(texts[1])]
-    queries = [Entry(f"q{i}", text, {}) for i, text in enumerate(texts[0])]
+    corpus = [CollectionEntry(f"d{i}", text, {}) for i, text in enumerate(texts[1])]
+    queries = [CollectionEntry(f"q{i}", text, {}) for i, text in enumerate(texts[0])]
     run = {query.key: {f"d{(i * 3 + n) % 20}": 1.0 - n for n in range(9)} for i, query in enumerate(queries)}
     found = reranked_run(Collection(corpus, queries, {}, {}), run, folder, 5)
     scorer = PairScorer(

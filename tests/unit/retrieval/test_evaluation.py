@@ -12,18 +12,18 @@ import pytest
 import torch
 
 from bigdssm import distributed
-from bigdssm.batching.collate import Collator
 from bigdssm.config import Config, DataConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DivergedError
 from bigdssm.evaluation.baselines import Markov, Popularity
+from bigdssm.evaluation.comparison import MeasuredRows, System, baseline_systems
+from bigdssm.evaluation.evaluate import evaluate_scores, evaluate_split
 from bigdssm.evaluation.metrics import mean_metrics, paired_bootstrap, standard_errors
-from bigdssm.evaluation.split import evaluate_scores, evaluate_split
-from bigdssm.evaluation.systems import MeasuredRows, System, baseline_systems
 from bigdssm.features import Categorical, History, Numeric
-from bigdssm.making.interactions import InteractionTables, make_interactions
-from bigdssm.making.making import Target
+from bigdssm.ingest.interactions import InteractionTables, make_interactions
+from bigdssm.ingest.job import IngestTarget
+from bigdssm.loader.collate import Collator
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import Encoders, Share, encode_queries, tower_encoders
 
@@ -59,7 +59,7 @@ def test_every_query_of_a_row_has_the_rank_it_has_in_a_row_of_its_own(
 ) -> None:
     source = tiny_interactions.source
     tables = InteractionTables(source / "interactions.csv", source / "items.csv", source / "users.csv")
-    make_interactions(replace(config.data, targets_per_row=7), tables, Target(tmp_path / "pieces"))
+    make_interactions(replace(config.data, targets_per_row=7), tables, IngestTarget(tmp_path / "pieces"))
     pieces = Dataset.open(tmp_path / "pieces")
     assert pieces.num_rows("train") < pieces.num_queries("train") == dataset.num_rows("train")
     evaluations = [evaluate_split(tower_encoders(model, of), of, "train") for of in (pieces, dataset)]
@@ -71,7 +71,7 @@ def test_every_query_of_a_row_has_the_rank_it_has_in_a_row_of_its_own(
 def test_what_is_seen_counts_only_where_it_is_not_filtered(model: DualEncoder, dataset: Dataset) -> None:
     encoders = tower_encoders(model, dataset)
     filtered = evaluate_split(encoders, dataset, "test")
-    everything = evaluate_split(encoders, dataset, "test", filter_seen=False)
+    everything = evaluate_split(encoders, dataset, "test", exclude_seen=False)
     assert (filtered.ranks <= everything.ranks).all()
     assert (filtered.ranks < everything.ranks).any()
 
@@ -173,7 +173,7 @@ def test_popularity_counts_train_events_alone(dataset: Dataset) -> None:
 
 def test_a_constant_score_has_the_middle_rank(dataset: Dataset) -> None:
     evaluation = evaluate_scores(
-        lambda rows: np.zeros((len(rows), dataset.catalogue.num_docs)), dataset, "test", filter_seen=False
+        lambda rows: np.zeros((len(rows), dataset.catalogue.num_docs)), dataset, "test", exclude_seen=False
     )
     assert set(evaluation.ranks) == {(dataset.catalogue.num_docs + 1) / 2}
 
@@ -196,7 +196,7 @@ def test_rows_pair_whatever_their_features_are(tmp_path: Path) -> None:
         (folder / "events.csv").write_text("\n".join(lines) + "\n")
         (folder / "items.csv").write_text("item_id,price\n" + "".join(f"i{k},{k}\n" for k in range(items)))
         tables = InteractionTables(folder / "events.csv", folder / "items.csv")
-        make_interactions(config, tables, Target(folder / "out"))
+        make_interactions(config, tables, IngestTarget(folder / "out"))
         found = MeasuredRows.of(Dataset.open(folder / "out"), "test")
         assert len(found.query_ids) == 2
         return found.checksum

@@ -17,27 +17,27 @@ import pytest
 import torch
 import yaml
 
-from bigdssm.artifacts.exported import EXPORT_FILE, query_tower
-from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder, model_checksum, save_model_folder
-from bigdssm.batching.collate import Collator
+from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder, model_checksum, save_model_folder
 from bigdssm.config import Config, TokenizerConfig, load_config
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.schema import Schema
 from bigdssm.dataset.tensors import to_features
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.trec import run_metrics
 from bigdssm.export.card import Figures
-from bigdssm.export.convert import Source, export, folder_source, stage_source
-from bigdssm.export.probe import PARITY_LIMIT, Probe
+from bigdssm.export.convert import ExportSource, export, folder_source, stage_source
+from bigdssm.export.formats import PARITY_LIMIT, Probe
+from bigdssm.export.onnx_model import EXPORT_FILE, query_tower
 from bigdssm.export.text_tower import alpha
 from bigdssm.features import Ragged, TextTokenizer
-from bigdssm.making.tokenizer import make_tokenizer
+from bigdssm.ingest.fitting import make_tokenizer
+from bigdssm.loader.collate import Collator
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval.embed import document_vectors, query_vectors, tower_encoders
 from bigdssm.retrieval.index import build_index, open_index
 from bigdssm.retrieval.request import Event, Request
 from bigdssm.retrieval.search import Queries
 from bigdssm.retrieval.vectors import write_vectors
-from bigdssm.schema import Schema
 from bigdssm.serving.searcher import Searcher
 from tests.conftest import WORDS
 
@@ -74,7 +74,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_source(tokenizer_dir: Path) -> Any:
     """A function from model settings to a Source: a random model of one text on each side, in which all matters."""
 
-    def make(lengths: tuple[int, int] = (12, 24), feature: str = "text", **settings: Any) -> Source:
+    def make(lengths: tuple[int, int] = (12, 24), feature: str = "text", **settings: Any) -> ExportSource:
         sides = {
             side: {feature: {"type": "text", "max_tokens": n}}
             for side, n in zip(("query", "doc"), lengths, strict=True)
@@ -100,12 +100,14 @@ def make_source(tokenizer_dir: Path) -> Any:
                 parameter += 0.3 * torch.randn_like(parameter)
         checksum = model_checksum(model, config, schema, tokenizer_dir, {"step": 3})
         folder = ModelFolder(model, config, schema, tokenizer_dir, {"step": 3}, checksum)
-        return Source(folder, "random", Figures("validation", "step 3", {"ndcg_at_10": 0.1234}))
+        return ExportSource(folder, "random", Figures("validation", "step 3", {"ndcg_at_10": 0.1234}))
 
     return make
 
 
-def trainers_scores(source: Source, queries: list[str] = QUERIES, documents: list[str] = DOCUMENTS) -> torch.Tensor:
+def trainers_scores(
+    source: ExportSource, queries: list[str] = QUERIES, documents: list[str] = DOCUMENTS
+) -> torch.Tensor:
     """Return alpha * <u, w> + beta of queries and documents, [m, n]."""
     model, vectors = source.model, []
     for side, texts, encode in (("query", queries, query_vectors), ("doc", documents, document_vectors)):
@@ -237,7 +239,9 @@ def test_vectors_that_differ_are_not_written(
 ) -> None:
     if target == "sentence-transformers":
         pytest.importorskip("sentence_transformers")
-    module = {"hf": "bigdssm.export.hf_format", "sentence-transformers": "bigdssm.export.st_format"}[target]
+    module = {"hf": "bigdssm.export.hf_format", "sentence-transformers": "bigdssm.export.sentence_transformers_format"}[
+        target
+    ]
     source = make_source(score="dot")
     monkeypatch.setattr(f"{module}.alpha", lambda model: 1.0001 * alpha(model))
     differences = r"queries (0\.0e\+00|\d\.\de-07), documents (1\.0e-04|9\.\de-05)"

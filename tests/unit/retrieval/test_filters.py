@@ -14,12 +14,10 @@ from bigdssm.dataset.catalogue import Catalogue
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical, Numeric, Vocabulary
-from bigdssm.retrieval.coding import CodedVectors
 from bigdssm.retrieval.filters import Condition, Filters, parse_filter
 from bigdssm.retrieval.index import Index
-from bigdssm.retrieval.kinds import IndexType, faiss_index
-from bigdssm.retrieval.scan import Allowed
-from bigdssm.retrieval.vectors import VectorsMeta
+from bigdssm.retrieval.index_types import AllowedDocuments, IndexType, faiss_index
+from bigdssm.retrieval.vectors import CodedVectors, VectorsMeta
 
 NUM_DOCS, WIDTH = 12_000, 9
 NAMES = pa.chunked_array([pa.nulls(0, pa.string())])
@@ -153,7 +151,7 @@ def test_every_index_finds_as_many_as_a_filter_lets_through(
     mask[random.permutation(NUM_DOCS)[:let_through]] = True
     queries = random.randn(asked, WIDTH).astype(np.float32)
     excluded = [random.permutation(np.flatnonzero(mask))[: min(i, 5)] for i in range(asked)]
-    scores, rows = index.nearest(queries, 50, "m", excluded, Allowed(mask))
+    scores, rows = index.nearest(queries, 50, "m", excluded, AllowedDocuments(mask))
     exact = np.where(mask, queries @ vectors.T, -np.inf)
     for i, out in enumerate(excluded):
         exact[i, out] = -np.inf

@@ -13,15 +13,15 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 
-from bigdssm.artifacts.model_folder import load_model_folder, save_model_folder
+from bigdssm.checkpoints.model_folder import load_model_folder, save_model_folder
 from bigdssm.commands import build_index, embed, evaluate, mine_negatives, recommend, score_pairs, search
 from bigdssm.config import Config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError
 from bigdssm.features.base import OUT_OF_VOCABULARY
-from bigdssm.making.interactions import InteractionTables, make_interactions
-from bigdssm.making.making import Target
-from bigdssm.retrieval.mined import MinedNegatives
+from bigdssm.ingest.interactions import InteractionTables, make_interactions
+from bigdssm.ingest.job import IngestTarget
+from bigdssm.retrieval.hard_negatives import HardNegatives
 from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.vectors import load_vectors, read_meta
 from bigdssm.serving.searcher import Searcher
@@ -65,7 +65,7 @@ def grown(tiny_interactions: Any, config: Config, tmp_path_factory: pytest.TempP
     with (source / "interactions.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows(events)
     tables = InteractionTables(source / "interactions.csv", source / "items.csv", source / "users.csv")
-    make_interactions(config.data, tables, Target(after, "more", append=True))
+    make_interactions(config.data, tables, IngestTarget(after, "more", append=True))
     for data in (before, after):
         run(embed.main, "--model", work / "model", "--data", data, "--out", work / f"vectors-{data.name}")
         run(build_index.main, "--vectors", work / f"vectors-{data.name}", "--out", work / f"index-{data.name}")
@@ -155,7 +155,7 @@ def test_commands_go_on(grown: Grown, tmp_path: Path, capsys: pytest.CaptureFixt
         score_pairs.main, "--model", grown.model, "--data", grown.after, "--mined", tmp_path / "mined.npy",
         "--out", tmp_path / "judged.npy",
     )  # fmt: skip
-    assert MinedNegatives.open(tmp_path / "judged.npy").judged
+    assert HardNegatives.open(tmp_path / "judged.npy").judged
 
 
 def test_another_dataset_is_refused_with_a_way_on(grown: Grown, tiny_interactions: Any, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_another_dataset_is_refused_with_a_way_on(grown: Grown, tiny_interaction
     (source / "users.csv").write_text(lines)
     tables = InteractionTables(source / "interactions.csv", source / "items.csv", source / "users.csv")
     folder = load_model_folder(grown.model)
-    make_interactions(folder.config.data, tables, Target(tmp_path / "other"))
+    make_interactions(folder.config.data, tables, IngestTarget(tmp_path / "other"))
     with pytest.raises(CheckpointError, match=r"another vocabulary or normalisation.* make_shards .*--like"):
         folder.view(Dataset.open(tmp_path / "other"))
 

@@ -11,21 +11,19 @@ import pyarrow as pa
 import pytest
 import torch
 
-from bigdssm.artifacts.model_folder import load_model_folder, save_model_folder
-from bigdssm.batching.collate import Collator
+from bigdssm.checkpoints.model_folder import load_model_folder, save_model_folder
 from bigdssm.commands import __main__ as command
 from bigdssm.config import Config, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
+from bigdssm.loader.collate import Collator
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval import embed
-from bigdssm.retrieval.coding import CodedVectors
 from bigdssm.retrieval.embed import Encoders, tower_encoders
 from bigdssm.retrieval.index import Index, build_index, open_index
-from bigdssm.retrieval.kinds import IndexType, faiss_index
-from bigdssm.retrieval.scan import Allowed
-from bigdssm.retrieval.shards import Work
-from bigdssm.retrieval.vectors import VectorsMeta, write_meta, write_vectors
+from bigdssm.retrieval.index_types import AllowedDocuments, IndexType, faiss_index
+from bigdssm.retrieval.shards import ShardWork
+from bigdssm.retrieval.vectors import CodedVectors, VectorsMeta, write_meta, write_vectors
 
 from .conftest import SMALL, random_model
 
@@ -34,7 +32,7 @@ from .conftest import SMALL, random_model
 def vectors_dir(model_dir: Path, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = load_model_folder(model_dir)
     out = tmp_path_factory.mktemp("vectors") / "vectors"
-    write_vectors(out, tower_encoders(folder.model, dataset), dataset, folder.checksum, Work(rows_per_shard=17))
+    write_vectors(out, tower_encoders(folder.model, dataset), dataset, folder.checksum, ShardWork(rows_per_shard=17))
     return out
 
 
@@ -208,7 +206,7 @@ def test_candidates_are_scored_again_by_whole_vectors(
     exact, index = open_index(index_dir), open_index(tmp_path / "index")
     queries = tower_encoders(load_model_folder(model_dir).model, dataset).queries(next(dataset.iterate("test", 30)))
     mask = np.arange(exact.meta.num_docs) % 3 > 0
-    for allowed in (None, Allowed(mask)):
+    for allowed in (None, AllowedDocuments(mask)):
         asked = (queries.numpy(), 10, index.meta.model_checksum, None, allowed)
         wanted, found = exact.nearest(*asked), index.nearest(*asked)
         assert (found[1] == wanted[1]).mean() > 0.9, "of 40 candidates nearly all are the best"
@@ -235,7 +233,7 @@ def test_product_quantisation_from_a_folder_to_similar_documents(tmp_path: Path)
     made = tmp_path / "made"
     made.mkdir()
     np.save(made / "vectors.npy", vectors)
-    names = pa.table({"doc_key": [f"d{i}" for i in range(num_docs)], "display": [f"D {i}" for i in range(num_docs)]})
+    names = pa.table({"doc_key": [f"d{i}" for i in range(num_docs)], "doc_title": [f"D {i}" for i in range(num_docs)]})
     with pa.OSFile(str(made / "documents.arrow"), "wb") as file, pa.ipc.new_file(file, names.schema) as writer:
         writer.write_table(names)
     write_meta(made, VectorsMeta("vectors", checksum, "dataset", num_docs, 9))
@@ -243,7 +241,7 @@ def test_product_quantisation_from_a_folder_to_similar_documents(tmp_path: Path)
     for kind in ("flat", "ivfpq"):
         build_index(tmp_path / "vectors", tmp_path / kind, kind)
     exact, index = open_index(tmp_path / "flat"), open_index(tmp_path / "ivfpq")
-    assert (index.meta.kind, index.keys[17].as_py(), index.display[17].as_py()) == ("ivfpq", "d17", "D 17")
+    assert (index.meta.kind, index.keys[17].as_py(), index.title[17].as_py()) == ("ivfpq", "d17", "D 17")
     wanted, found = (one.nearest(vectors[:50], 100, checksum)[1] for one in (exact, index))
     assert np.mean([len(set(a) & set(b)) / 100 for a, b in zip(wanted, found, strict=True)]) > 0.7
     close = []
@@ -262,7 +260,7 @@ def test_product_quantisation_from_a_folder_to_similar_documents(tmp_path: Path)
 def test_vectors_name_documents(vectors_dir: Path, index_dir: Path, dataset: Dataset) -> None:
     index, rows = open_index(index_dir), np.arange(dataset.catalogue.num_docs)
     assert index.keys.to_pylist() == dataset.catalogue.keys(rows)
-    assert index.display.to_pylist() == dataset.catalogue.display(rows)
+    assert index.title.to_pylist() == dataset.catalogue.title(rows)
     assert json.loads((vectors_dir / "meta.json").read_text())["dataset_fingerprint"] == dataset.fingerprint
 
 

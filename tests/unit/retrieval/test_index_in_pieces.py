@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from bigdssm.retrieval import kinds
-from bigdssm.retrieval.coding import CodedVectors
-from bigdssm.retrieval.embed import Documents, Share
-from bigdssm.retrieval.kinds import IVF_ROUNDS, faiss_index
-from bigdssm.retrieval.top import approximate_search, exact_search, opened
+from bigdssm.retrieval import index_types
+from bigdssm.retrieval.embed import DocumentVectors, Share
+from bigdssm.retrieval.exact_search import approximate_search, exact_search, opened
+from bigdssm.retrieval.index_types import IVF_ROUNDS, faiss_index
+from bigdssm.retrieval.vectors import CodedVectors
 
 WIDTH, TOLD = 9, "an index of the documents built"
 
@@ -23,7 +23,7 @@ def vectors() -> np.ndarray:
 
 def test_every_round_and_every_piece_is_told(vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that grows with the documents runs between two of them: not all rounds, not all vectors."""
-    monkeypatch.setattr(kinds, "ROWS_AT_ONCE", 300)
+    monkeypatch.setattr(index_types, "ROWS_AT_ONCE", 300)
     done: list[tuple[str, int]] = []
     train, add = faiss.Clustering.train, faiss.IndexIVFFlat.add
 
@@ -56,14 +56,14 @@ def test_all_ranks_tell_as_often_whatever_their_share(
     vectors: np.ndarray, num_docs: int, most_pieces: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Telling is a collective: a rank that has a piece more, or no document, would hang the others."""
-    monkeypatch.setattr(kinds, "ROWS_AT_ONCE", 20)
+    monkeypatch.setattr(index_types, "ROWS_AT_ONCE", 20)
     told = []
     queries, nothing = torch.from_numpy(vectors[:50]), torch.empty(0, dtype=torch.int64)
     for rank in range(3):
         calls: list[tuple[str, int, int | None]] = []
         share = Share(rank, 3, progress=lambda *call, calls=calls: calls.append(call))  # type: ignore[misc]
         first, last = share.of(num_docs)
-        documents = Documents(torch.from_numpy(vectors[first:last]), first)
+        documents = DocumentVectors(torch.from_numpy(vectors[first:last]), first)
         found, exact = (
             opened(search(queries, 1, nothing, nothing))[1]
             for search in (approximate_search(documents, num_docs, share), exact_search(documents))

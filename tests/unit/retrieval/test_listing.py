@@ -12,10 +12,10 @@ import yaml
 
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.making.making import Target
-from bigdssm.making.pairs import PairTables, make_pairs
-from bigdssm.retrieval.listing import write_graded
-from bigdssm.retrieval.mined import MinedNegatives
+from bigdssm.ingest.job import IngestTarget
+from bigdssm.ingest.pairs import PairTables, make_pairs
+from bigdssm.retrieval.candidates import write_rated
+from bigdssm.retrieval.hard_negatives import HardNegatives
 from tests.conftest import PAIRS_DATA, WORDS, pick
 from tests.unit.retrieval.test_tools import Tools, tools  # noqa: F401, fixtures
 
@@ -41,7 +41,7 @@ def rated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Path]:
         (root / "pairs.jsonl",), doc_id_column="doc", query_id_column="user", relevance_column="relevance",
         split="random", split_column="text", validation_fraction=0.2, test_fraction=0.1,
     )  # fmt: skip
-    make_pairs(load_config(path).data, tables, Target(root / "dataset"))
+    make_pairs(load_config(path).data, tables, IngestTarget(root / "dataset"))
     return Dataset.open(root / "dataset"), root
 
 
@@ -64,9 +64,9 @@ def test_a_graded_window_is_what_the_query_rated(
         grades[query][doc] = max(grade, grades[query].get(doc, 0))
     for width in (20, 2):
         said = tools.ran(
-            "list_documents", "--data", dataset.dir, "--out", out, "--graded", "--low", 1, "--width", width
+            "list_candidates", "--data", dataset.dir, "--out", out, "--graded", "--low", 1, "--width", width
         )
-        mined = MinedNegatives.open(out)
+        mined = HardNegatives.open(out)
         assert f"{len(rows)} queries, {mined.per_query():.1f} documents each" in said
         assert mined.queries.tolist() == [key for key, *_ in rows]
         windows, teacher = mined.windows(mined.queries), mined.teacher(mined.queries)
@@ -92,7 +92,7 @@ def test_a_given_window_is_what_the_table_lists(
     """For the query, or for the row alone; without what the query has chosen elsewhere in train."""
     (dataset, root), out = rated, tmp_path / "shown.npy"
     columns = ("--query-column", "user", "--column", "beside", *(("--own-column", "doc") if own_column else ()))
-    tools.ran("list_documents", "--data", dataset.dir, "--out", out, "--given", root / "shown.jsonl", *columns)
+    tools.ran("list_candidates", "--data", dataset.dir, "--out", out, "--given", root / "shown.jsonl", *columns)
     key_of = dict(enumerate(dataset.catalogue.keys(np.arange(dataset.catalogue.num_docs))))
     row_of = {key: row for row, key in key_of.items()}
     shown: dict[tuple[str, ...], set[int]] = defaultdict(set)
@@ -107,7 +107,7 @@ def test_a_given_window_is_what_the_table_lists(
     chosen: dict[str, set[int]] = defaultdict(set)
     for user, doc, grade in zip(asked, rows.doc_rows.tolist(), rows.relevance.tolist(), strict=True):
         chosen[user] |= {doc} if grade > 0 else set()
-    mined = MinedNegatives.open(out)
+    mined = HardNegatives.open(out)
     assert not mined.judged
     found = 0
     for user, own, window in zip(asked, rows.doc_rows.tolist(), mined.windows(rows.query_keys).tolist(), strict=True):
@@ -118,7 +118,7 @@ def test_a_given_window_is_what_the_table_lists(
 
 
 def test_each_query_of_a_sequence_has_what_its_user_met(dataset: Dataset, tmp_path: Path) -> None:
-    mined = write_graded(tmp_path / "graded.npy", dataset, 30, 0.0)
+    mined = write_rated(tmp_path / "graded.npy", dataset, 30, 0.0)
     rows = train_rows(dataset)
     met: dict[int, set[int]] = defaultdict(set)
     for _, query, doc, _ in rows:
@@ -141,8 +141,8 @@ def test_what_does_not_fit_is_refused(
         (2, "--low nan: needs a finite number", (*arguments, "--graded", "--low", "nan")),
         (3, "besides", (*given, "--column", "besides")),
     ):
-        assert words in tools.refused(code, "list_documents", *command)
+        assert words in tools.refused(code, "list_candidates", *command)
     (root / "other.jsonl").write_text('{"user": "nobody", "beside": ["d1"]}\n')
     other = (*arguments, "--given", root / "other.jsonl", "--query-column", "user", "--column", "beside")
-    assert "no train query of" in tools.refused(3, "list_documents", *other)
+    assert "no train query of" in tools.refused(3, "list_candidates", *other)
     assert not list(tmp_path.iterdir())

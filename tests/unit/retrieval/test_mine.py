@@ -9,22 +9,22 @@ import pytest
 import torch
 
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.rows import PLACE_BITS, Rows
+from bigdssm.dataset.rows import EVENT_BITS, Rows
 from bigdssm.errors import DataError
 from bigdssm.models import DualEncoder
-from bigdssm.retrieval import top as top_module
-from bigdssm.retrieval.embed import Documents, Encoders, Share, tower_encoders
-from bigdssm.retrieval.mine import KnownPositives, mine, mine_to_file
-from bigdssm.retrieval.mined import (
-    MinedNegatives,
+from bigdssm.retrieval import exact_search as top_module
+from bigdssm.retrieval.embed import DocumentVectors, Encoders, Share, tower_encoders
+from bigdssm.retrieval.exact_search import top_documents
+from bigdssm.retrieval.hard_negatives import (
+    HardNegatives,
     UniformNegatives,
-    at_places,
     choose_negatives,
-    choose_places,
-    mined_records,
+    choose_ranks,
+    take_ranks,
+    window_records,
     write_mined,
 )
-from bigdssm.retrieval.top import top_documents
+from bigdssm.retrieval.mining import TrainPositives, mine, mine_to_file
 
 
 def brute_force(encoders: Encoders, dataset: Dataset, first: int, last: int) -> np.ndarray:
@@ -52,7 +52,7 @@ def test_windows(
     encoders = tower_encoders(model, dataset)
     mined = mine(encoders, dataset, first=first, last=last, share=Share(rows_per_chunk=50))
     assert mined["window"].dtype == np.int32
-    np.testing.assert_array_equal((mined["query"] >> PLACE_BITS), np.arange(dataset.num_rows("train")))
+    np.testing.assert_array_equal((mined["query"] >> EVENT_BITS), np.arange(dataset.num_rows("train")))
     np.testing.assert_array_equal(mined["window"], brute_force(encoders, dataset, first, last))
 
 
@@ -62,7 +62,7 @@ def test_documents_within_the_margin_of_the_rows_own_are_left_out(model: DualEnc
     everything = mine(encoders, dataset, first=2, last=25)["window"]
     # given vectors stand in for the model's: nothing is encoded again
     only_queries = Encoders(encoders.queries, None)  # type: ignore[arg-type]
-    kept = mine(only_queries, dataset, first=2, last=25, margin=0.5, documents=Documents(documents))["window"]
+    kept = mine(only_queries, dataset, first=2, last=25, margin=0.5, documents=DocumentVectors(documents))["window"]
     left_out = 0
     for rows in dataset.iterate("train", 1000):
         scores = encoders.queries(rows) @ documents.T
@@ -98,56 +98,56 @@ def test_the_file_holds_every_row_or_those_asked_for(model: DualEncoder, dataset
     windows = mine(encoders, dataset, first=1, last=4)["window"]
     keys = np.concatenate([rows.query_keys for rows in dataset.iterate("train", 1000)])
     np.testing.assert_array_equal(mined.queries, keys)
-    np.testing.assert_array_equal(mined.queries >> PLACE_BITS, everything)
-    np.testing.assert_array_equal(MinedNegatives.open(path).windows(keys[::-3]), windows[::-3])
+    np.testing.assert_array_equal(mined.queries >> EVENT_BITS, everything)
+    np.testing.assert_array_equal(HardNegatives.open(path).windows(keys[::-3]), windows[::-3])
     assert [file.name for file in tmp_path.iterdir()] == ["mined.npy"]
 
     rows = next(dataset.iterate("train", 1000))
     some = [rows.take(np.array([9, 2, 11])), rows.take(np.array([4, 2]))]
     mined = mine_to_file(path, encoders, dataset, some, first=1, last=4, share=Share(rows_per_chunk=2))
-    assert (mined.queries >> PLACE_BITS).tolist() == [2, 4, 9, 11]
+    assert (mined.queries >> EVENT_BITS).tolist() == [2, 4, 9, 11]
     np.testing.assert_array_equal(mined.windows(keys[[11, 2, 2]]), windows[[11, 2, 2]])
     for others in ([3], [12], [2, 0]):
         with pytest.raises(DataError, match=f"mined.npy has no negatives for row {others[-1]} "):
             mined.windows(keys[others])
     np.save(path, windows)
     with pytest.raises(DataError, match="needs records of query and window"):
-        MinedNegatives.open(path)
+        HardNegatives.open(path)
 
 
 def test_the_file_may_hold_a_judges_scores(dataset: Dataset, tmp_path: Path) -> None:
-    path, keys = tmp_path / "judged.npy", np.array([3, 5, 9]) << PLACE_BITS
+    path, keys = tmp_path / "judged.npy", np.array([3, 5, 9]) << EVENT_BITS
     windows = np.array([[4, 2], [1, -1], [0, 7]])
     teacher = np.array([[1, 0.5, np.nan], [2, -1, np.nan], [np.nan, 4, 3]], np.float32)
-    write_mined(path, mined_records(keys, windows, teacher), dataset)
-    mined = MinedNegatives.open(path)
+    write_mined(path, window_records(keys, windows, teacher), dataset)
+    mined = HardNegatives.open(path)
     mined.check_against(dataset)
     assert mined.judged and (len(mined), mined.width, mined.per_query()) == (3, 2, 5 / 3)
     np.testing.assert_array_equal(mined.windows(keys[[2, 0, 0]]), windows[[2, 0, 0]])
     np.testing.assert_array_equal(mined.teacher(keys[[2, 0, 0]]), teacher[[2, 0, 0]])
     with pytest.raises(DataError, match=r"judged.npy has no negatives for row 4 "):
-        mined.teacher(keys[:1] + (1 << PLACE_BITS))
-    assert not MinedNegatives(mined_records(keys, windows)).judged
+        mined.teacher(keys[:1] + (1 << EVENT_BITS))
+    assert not HardNegatives(window_records(keys, windows)).judged
     narrow = np.dtype([("query", np.int64), ("window", np.int32, (2,)), ("teacher", np.float32, (2,))], align=True)
     for wrong in (narrow, np.dtype([("query", np.int64), ("window", np.int32)])):
         np.save(path, np.zeros(3, wrong))
         with pytest.raises(DataError, match="needs records of query and window, or of these and teacher"):
-            MinedNegatives.open(path)
+            HardNegatives.open(path)
 
 
 def test_ranks_know_the_positives_of_their_rows_and_all_of_them_together(dataset: Dataset) -> None:
     ids = np.unique(np.concatenate([rows.query_ids for rows in dataset.iterate("train", 1000)]))
-    whole, shares = KnownPositives.of(dataset), [KnownPositives.of(dataset, Share(rank, 3)) for rank in range(3)]
+    whole, shares = TrainPositives.of(dataset), [TrainPositives.of(dataset, Share(rank, 3)) for rank in range(3)]
     assert max(len(share.doc_rows) for share in shares) < 0.4 * len(whole.doc_rows)
     together = np.concatenate([np.stack(share.pairs(ids), 1) for share in shares])
     assert sorted(together.tolist()) == np.stack(whole.pairs(ids), 1).tolist()
 
 
 def test_known_positives_of_queries_that_have_none() -> None:
-    known = KnownPositives(np.array([3, 7]), np.array([0, 2, 3]), np.array([10, 11, 12]))
+    known = TrainPositives(np.array([3, 7]), np.array([0, 2, 3]), np.array([10, 11, 12]))
     rows, docs = known.pairs(np.array([7, 5, 3, 9, 1]))
     assert (rows.tolist(), docs.tolist()) == ([0, 2, 2], [12, 10, 11])
-    nothing = KnownPositives(np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.int64))
+    nothing = TrainPositives(np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.int64))
     assert [len(part) for part in nothing.pairs(np.array([7, 5]))] == [0, 0]
 
 
@@ -197,8 +197,8 @@ def test_what_stands_beside_a_window_is_chosen_with_it() -> None:
     window = np.random.RandomState(0).permutation(400).reshape(20, 20).astype(np.int32)
     window[3, 2:] = -1
     rows = rows_of(np.arange(20) * 7)
-    places = choose_places(window, rows, 2, 5, 6)
-    chosen, beside = choose_negatives(window, rows, 2, 5, 6), at_places(window * 0.5, places, np.nan)
+    places = choose_ranks(window, rows, 2, 5, 6)
+    chosen, beside = choose_negatives(window, rows, 2, 5, 6), take_ranks(window * 0.5, places, np.nan)
     np.testing.assert_array_equal(np.isnan(beside), chosen < 0)
     np.testing.assert_array_equal(beside[chosen >= 0], chosen[chosen >= 0] * 0.5)
 

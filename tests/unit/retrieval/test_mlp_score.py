@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from bigdssm.artifacts.model_folder import load_model_folder, save_model_folder
-from bigdssm.batching.collate import Collator
+from bigdssm.checkpoints.model_folder import load_model_folder, save_model_folder
 from bigdssm.config import ScorerConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError
-from bigdssm.evaluation.scorer import encoders_of
-from bigdssm.evaluation.split import evaluate_split
+from bigdssm.evaluation.evaluate import evaluate_split
+from bigdssm.evaluation.reranking import encoders_of
+from bigdssm.loader.collate import Collator
 from bigdssm.models import DualEncoder, MlpScorer
 
 from .conftest import SMALL, random_model

@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bigdssm.artifacts.model_folder import load_model_folder, save_model_folder
-from bigdssm.batching.collate import Collator
+from bigdssm.checkpoints.model_folder import load_model_folder, save_model_folder
 from bigdssm.config import Config, DataConfig, load_config
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.schema import Schema
 from bigdssm.errors import CheckpointError
 from bigdssm.features import Vocabulary
+from bigdssm.loader.collate import Collator
 from bigdssm.models import DualEncoder, new_model
-from bigdssm.schema import Schema
 from tests.unit.retrieval.conftest import random_model
 
 

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bigdssm.artifacts.model_folder import load_model_folder, save_model_folder
-from bigdssm.atomic import replace_folder
+from bigdssm.checkpoints.model_folder import load_model_folder, save_model_folder
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.features import Categorical, Numeric, Ragged, Vocabulary
@@ -22,6 +21,7 @@ from bigdssm.retrieval.model import Model
 from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.vectors import write_vectors
 from bigdssm.serving.searcher import Folders, Searcher
+from bigdssm.utils.atomic import replace_folder
 from tests.unit.retrieval.conftest import SMALL, random_model
 from tests.unit.retrieval.test_serving import counted
 
@@ -71,8 +71,8 @@ def test_the_nearest_of_the_history_say_why(
     wanted = sorted(read, key=lambda item: -read[item])[:5]
     assert [item["key"] for item in answer["history"]] == wanted
     np.testing.assert_allclose([i["cosine"] for i in answer["history"]], [read[key] for key in wanted], atol=1e-5)
-    names = dataset.catalogue.display(np.array([int(key[1:]) for key in [*wanted, "i31"]]))
-    assert [item["display"] for item in answer["history"]] + [answer["of"]] == names
+    names = dataset.catalogue.title(np.array([int(key[1:]) for key in [*wanted, "i31"]]))
+    assert [item["title"] for item in answer["history"]] + [answer["of"]] == names
     assert answer["words"] == [] and answer["total_ms"] > 0
 
 

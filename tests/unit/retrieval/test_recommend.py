@@ -15,15 +15,23 @@ import pytest
 from pyarrow import csv as pa_csv
 from pyarrow import parquet
 
-from bigdssm.artifacts.model_folder import ModelFolder, load_model_folder
+from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
-from bigdssm.retrieval.bulk import BulkQueries, QuerySource, SplitRows, TableRows, Users
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.index import Index, open_index
-from bigdssm.retrieval.recommend import Recommended, Wanted, recommend
+from bigdssm.retrieval.recommend import (
+    BulkQueries,
+    QuerySource,
+    RecommendOptions,
+    RecommendReport,
+    SplitRows,
+    TableRows,
+    Users,
+    recommend,
+)
 from bigdssm.retrieval.request import Event, Request
-from bigdssm.retrieval.shards import Work
+from bigdssm.retrieval.shards import ShardWork
 from bigdssm.serving.searcher import Searcher
 from tests.conftest import NUM_USERS, TinyDataset
 
@@ -71,8 +79,8 @@ def check_answers(found: dict[str, list[tuple[str, float]]], asked: dict[str, Re
 def test_users_get_what_they_are_answered(
     folder: ModelFolder, index: Index, dataset: Dataset, searcher: Searcher, tmp_path: Path, seen: bool | None
 ) -> None:
-    wanted = Wanted(5, "year < 1990", seen)
-    recommend(tmp_path / "out", folder, index, dataset, Users(dataset), wanted, Work(rows_per_shard=SHARD))
+    wanted = RecommendOptions(5, "year < 1990", seen)
+    recommend(tmp_path / "out", folder, index, dataset, Users(dataset), wanted, ShardWork(rows_per_shard=SHARD))
     assert dataset.sequences is not None
     users = dataset.sequences.strings("query_key", np.arange(NUM_USERS))
     requests = {user: Request(user, filter="year < 1990", exclude_seen=seen, top=5) for user in users}
@@ -87,7 +95,13 @@ def test_rows_of_a_split_know_what_lies_before_them(
     folder: ModelFolder, index: Index, dataset: Dataset, tmp_path: Path
 ) -> None:
     recommend(
-        tmp_path / "out", folder, index, dataset, SplitRows(dataset, "test"), Wanted(4), Work(rows_per_shard=SHARD)
+        tmp_path / "out",
+        folder,
+        index,
+        dataset,
+        SplitRows(dataset, "test"),
+        RecommendOptions(4),
+        ShardWork(rows_per_shard=SHARD),
     )
     rows = next(dataset.iterate("test", 1000))
     vectors = tower_encoders(folder.model, dataset).queries(rows).numpy()
@@ -112,7 +126,7 @@ def test_a_table_of_new_users(
     else:
         parquet.write_table(table, path)
     source = TableRows(dataset, path, "who", "did")
-    recommend(tmp_path / "out", folder, index, dataset, source, Wanted(6), Work(rows_per_shard=2))
+    recommend(tmp_path / "out", folder, index, dataset, source, RecommendOptions(6), ShardWork(rows_per_shard=2))
     requests = {}
     for key, age, job, items in zip("abc", [31.0, None, 25.0], jobs, histories, strict=True):
         requests[key] = Request(None, {"age": age, "occupation": job}, [Event(item) for item in items], top=6)
@@ -140,22 +154,24 @@ class Killed(QuerySource):
 def test_a_killed_job_goes_on_and_another_does_not(
     folder: ModelFolder, index: Index, dataset: Dataset, tmp_path: Path
 ) -> None:
-    def run(out: str, source: QuerySource, wanted: Wanted, rank: int = 0, world_size: int = 1) -> Recommended:
-        return recommend(tmp_path / out, folder, index, dataset, source, wanted, Work(rank, world_size, SHARD))
+    def run(
+        out: str, source: QuerySource, wanted: RecommendOptions, rank: int = 0, world_size: int = 1
+    ) -> RecommendReport:
+        return recommend(tmp_path / out, folder, index, dataset, source, wanted, ShardWork(rank, world_size, SHARD))
 
     users = Users(dataset)
-    run("whole", users, Wanted(3))
+    run("whole", users, RecommendOptions(3))
     with pytest.raises(KeyboardInterrupt):
-        run("out", Killed(users, at=30), Wanted(3))
+        run("out", Killed(users, at=30), RecommendOptions(3))
     again = [Killed(users), Killed(users)]
-    done = [run("out", again[rank], Wanted(3), rank, 2) for rank in (0, 1)]
+    done = [run("out", again[rank], RecommendOptions(3), rank, 2) for rank in (0, 1)]
     assert [one.read_rows for one in again] == [[(26, 39), (52, 60)], [(39, 52)]]
     assert [one.finished for one in done] == [False, True] and [one.found for one in done] == [1, 1]
     assert rows_of(tmp_path / "out").equals(rows_of(tmp_path / "whole"))
     with pytest.raises(KeyboardInterrupt):
-        run("out", Killed(users, at=30), Wanted(3))
+        run("out", Killed(users, at=30), RecommendOptions(3))
     other = Killed(users)
-    run("out", other, Wanted(3, filter="year < 1990"))
+    run("out", other, RecommendOptions(3, filter="year < 1990"))
     assert len(other.read_rows) == 5, "what another filter found is not kept"
 
 
@@ -163,7 +179,7 @@ def test_what_does_not_belong_together_is_refused(
     folder: ModelFolder, index: Index, dataset: Dataset, other_model_dir: Path, tiny_pairs: TinyDataset, tmp_path: Path
 ) -> None:
     def run(model: ModelFolder = folder, out: Path = tmp_path / "out", **wanted: object) -> None:
-        recommend(out, model, index, dataset, Users(dataset), Wanted(**wanted), Work())  # type: ignore[arg-type]
+        recommend(out, model, index, dataset, Users(dataset), RecommendOptions(**wanted), ShardWork())  # type: ignore[arg-type]
 
     with pytest.raises(CheckpointError, match="holds vectors of model"):
         run(load_model_folder(other_model_dir))
@@ -205,7 +221,7 @@ def tools_(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 KILLED = """
 import os, signal, sys
 from bigdssm.commands.recommend import main
-from bigdssm.retrieval.bulk import Users
+from bigdssm.retrieval.recommend import Users
 read = Users.read
 def killed(self, first, last):
     if first == 31:

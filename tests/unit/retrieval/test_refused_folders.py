@@ -71,7 +71,7 @@ def test_what_changes_no_score_may_be_edited(tools: Tools, copies: Path, dataset
 @pytest.mark.parametrize("file", ["schema.json", "tokenizer/tokenizer.json", "text/doc/config.json"])
 def test_an_index_is_of_all_that_scores(tools: Tools, copies: Path, file: str) -> None:  # noqa: F811
     """The same weights beside another schema, tokenizer or architecture are another model."""
-    from bigdssm.artifacts.checkpoint import file_checksum
+    from bigdssm.checkpoints.checkpoint import file_checksum
 
     model = copies / "model"
     text = (model / file).read_text()

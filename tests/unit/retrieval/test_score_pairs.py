@@ -10,21 +10,20 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
-from bigdssm.artifacts.model_folder import load_model_folder, save_model_folder
+from bigdssm.checkpoints.model_folder import load_model_folder, save_model_folder
 from bigdssm.config import Config, ScorerConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DataError
 from bigdssm.evaluation.baselines import fit_baseline
-from bigdssm.evaluation.judges import Judge, VectorJudge, ensemble
-from bigdssm.evaluation.score_pairs import score_pairs
+from bigdssm.evaluation.teachers import PairTeacher, VectorTeacher, ensemble, score_pairs
 from bigdssm.features import Ragged
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.retrieval.mine import mine_to_file
-from bigdssm.retrieval.mined import MinedNegatives, mined_records, write_mined
+from bigdssm.retrieval.hard_negatives import HardNegatives, window_records, write_mined
+from bigdssm.retrieval.mining import mine_to_file
 from bigdssm.retrieval.pair_scorer import PairScorer
-from bigdssm.retrieval.shards import Work
+from bigdssm.retrieval.shards import ShardWork
 from bigdssm.retrieval.texts import Texts
 from tests.unit.retrieval.conftest import SMALL, random_model
 from tests.unit.retrieval.test_tools import Tools, tools  # noqa: F401, fixtures
@@ -46,11 +45,11 @@ def pairs(tiny_pairs: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Da
     keys = np.concatenate([rows.query_keys for rows in dataset.iterate("train", 999)])[::9]
     windows = np.random.RandomState(0).randint(-1, dataset.catalogue.num_docs, (len(keys), 3))
     path = tmp_path_factory.mktemp("pairs") / "mined.npy"
-    write_mined(path, mined_records(keys, windows), dataset)
+    write_mined(path, window_records(keys, windows), dataset)
     return dataset, path, load_config(tiny_pairs.config, [f"model.{override}" for override in SMALL])
 
 
-def asked(dataset: Dataset, mined: MinedNegatives) -> tuple[Rows, np.ndarray]:
+def asked(dataset: Dataset, mined: HardNegatives) -> tuple[Rows, np.ndarray]:
     """Return the mined queries as rows, and their documents, the own one first."""
     rows = next(dataset.iterate("train", 10**6))
     rows = rows.take(np.flatnonzero(np.isin(rows.query_keys, mined.queries)))
@@ -58,7 +57,7 @@ def asked(dataset: Dataset, mined: MinedNegatives) -> tuple[Rows, np.ndarray]:
 
 
 def assert_scores(path: Path, expected: np.ndarray, tolerance: float = 1e-5) -> None:
-    judged = MinedNegatives.open(path)
+    judged = HardNegatives.open(path)
     np.testing.assert_allclose(judged.teacher(judged.queries), expected, rtol=tolerance, atol=tolerance)
 
 
@@ -69,14 +68,14 @@ def test_a_models_scores_are_its_products(
         "score_pairs", "--data", dataset.dir, "--mined", mined, "--out", tmp_path / "judged.npy",
         "--model", other_model_dir, "--rows-per-shard", 100,
     )  # fmt: skip
-    given = MinedNegatives.open(mined)
+    given = HardNegatives.open(mined)
     assert f"judged.npy: {len(given)} queries, {given.per_query():.1f} documents each, scored by 1" in out
     rows, docs = asked(dataset, given)
     encoders = tower_encoders(random_model(config, dataset, seed=2), dataset)
     scores = (encoders.queries(rows) @ encoders.documents(np.arange(dataset.catalogue.num_docs)).T).numpy()
     expected = np.where(docs < 0, np.nan, np.take_along_axis(scores, np.maximum(docs, 0), 1))
     assert_scores(tmp_path / "judged.npy", expected)
-    np.testing.assert_array_equal(MinedNegatives.open(tmp_path / "judged.npy").windows(given.queries), docs[:, 1:])
+    np.testing.assert_array_equal(HardNegatives.open(tmp_path / "judged.npy").windows(given.queries), docs[:, 1:])
     assert [path.name for path in tmp_path.iterdir()] == ["judged.npy"]
 
 
@@ -89,7 +88,7 @@ def test_an_mlp_may_judge(
     save_model_folder(tmp_path / "mlp", model, config, dataset.schema, dataset.tokenizer_dir, {"stage": "sft"})
     arguments = ("--data", dataset.dir, "--mined", mined, "--out", tmp_path / "judged.npy")
     tools.ran("score_pairs", *arguments, "--model", tmp_path / "mlp")
-    rows, docs = asked(dataset, MinedNegatives.open(mined))
+    rows, docs = asked(dataset, HardNegatives.open(mined))
     encoders = tower_encoders(model, dataset)
     documents = encoders.documents(np.arange(dataset.catalogue.num_docs))
     W = documents[:, :-1] / documents[:, :-1].norm(dim=1, keepdim=True)  # of a cosine model
@@ -110,7 +109,7 @@ def test_a_cross_encoder_of_our_own_may_judge(
     save_model_folder(tmp_path / "cross", model, config, dataset.schema, dataset.tokenizer_dir, {"stage": "sft"})
     arguments = ("--data", dataset.dir, "--mined", path, "--out", tmp_path / "judged.npy")
     tools.ran("score_pairs", *arguments, "--model", tmp_path / "cross")
-    rows, docs = asked(dataset, MinedNegatives.open(path))
+    rows, docs = asked(dataset, HardNegatives.open(path))
     scores = PairScorer.of(load_model_folder(tmp_path / "cross"), dataset).score(rows.query, docs)
     assert_scores(tmp_path / "judged.npy", np.where(docs < 0, np.nan, scores), 1e-4)
 
@@ -129,14 +128,14 @@ def test_a_pretrained_encoder_may_judge_as_it_is(
     tokenizer.save_pretrained(str(tmp_path / "bert"))
     arguments = ("--data", dataset.dir, "--mined", mined, "--out", tmp_path / "judged.npy")
     tools.ran("score_pairs", *arguments, "--pretrained", tmp_path / "bert")
-    rows, docs = asked(dataset, MinedNegatives.open(mined))
+    rows, docs = asked(dataset, HardNegatives.open(mined))
     texts = Texts(dataset)
 
     def vector(text: str) -> torch.Tensor:
         with torch.no_grad():
             return bert(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
 
-    judged = MinedNegatives.open(tmp_path / "judged.npy").teacher(rows.query_keys)
+    judged = HardNegatives.open(tmp_path / "judged.npy").teacher(rows.query_keys)
     for i in (0, 7, len(rows) - 1):
         query = vector(texts.queries(rows)[i])
         for at, text in zip(np.flatnonzero(docs[i] >= 0), texts.documents(docs[i][docs[i] >= 0]), strict=True):
@@ -149,9 +148,9 @@ def test_a_pretrained_encoder_may_judge_as_it_is(
 
 def test_several_judges_are_averaged_on_one_scale(pairs: tuple[Dataset, Path, Config]) -> None:
     dataset, path, config = pairs
-    rows, docs = asked(dataset, MinedNegatives.open(path))
+    rows, docs = asked(dataset, HardNegatives.open(path))
     encoders = [tower_encoders(random_model(config, dataset, seed), dataset) for seed in (5, 6)]
-    judges: list[Judge] = [VectorJudge(some, dataset.catalogue.num_docs) for some in encoders]
+    judges: list[PairTeacher] = [VectorTeacher(some, dataset.catalogue.num_docs) for some in encoders]
     first, second = (judge(rows, np.maximum(docs, 0)) for judge in judges)
     found = ensemble([judges[0], lambda *pair: 100 * judges[1](*pair) + 7], rows, docs)
     for i, there in enumerate(docs >= 0):
@@ -172,11 +171,11 @@ def test_bm25_and_a_cross_encoder_read_the_texts(
     arguments = ("--data", dataset.dir, "--mined", mined, "--out")
     tools.ran("score_pairs", *arguments, tmp_path / "bm25.npy", "--bm25")
     tools.ran("score_pairs", *arguments, tmp_path / "cross.npy", "--cross-encoder", tmp_path / "cross")
-    given = MinedNegatives.open(mined)
+    given = HardNegatives.open(mined)
     rows, docs = asked(dataset, given)
     texts = Texts(dataset)
     lexical, read = (
-        MinedNegatives.open(tmp_path / f"{name}.npy").teacher(rows.query_keys) for name in ("bm25", "cross")
+        HardNegatives.open(tmp_path / f"{name}.npy").teacher(rows.query_keys) for name in ("bm25", "cross")
     )
     queries, documents = texts.queries(rows), texts.documents(np.arange(dataset.catalogue.num_docs))
     assert isinstance(rows.query["query"], Ragged) and len(set(documents)) > 100
@@ -220,8 +219,8 @@ def _tiny_cross_encoder(path: Path, dataset: Dataset) -> tuple[Any, Any]:
 def test_ranks_share_the_queries_and_go_on_where_they_were_killed(
     model: DualEncoder, mined: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
-    given, out, asked_for = MinedNegatives.open(mined), tmp_path / "judged.npy", []
-    judge = VectorJudge(tower_encoders(model, dataset), dataset.catalogue.num_docs)
+    given, out, asked_for = HardNegatives.open(mined), tmp_path / "judged.npy", []
+    judge = VectorTeacher(tower_encoders(model, dataset), dataset.catalogue.num_docs)
 
     def killed(rows: Rows, docs: np.ndarray) -> np.ndarray:
         if len(asked_for) == 3:
@@ -229,8 +228,8 @@ def test_ranks_share_the_queries_and_go_on_where_they_were_killed(
         asked_for.append(rows.query_keys)
         return judge(rows, docs)
 
-    def make(judge: Judge, rank: int, names: list[str]) -> MinedNegatives | None:
-        return score_pairs(out, given, dataset, [judge], names, Work(rank, 2, rows_per_shard=60))
+    def make(judge: PairTeacher, rank: int, names: list[str]) -> HardNegatives | None:
+        return score_pairs(out, given, dataset, [judge], names, ShardWork(rank, 2, rows_per_shard=60))
 
     with pytest.raises(KeyboardInterrupt):
         make(killed, 0, ["one"])
@@ -245,7 +244,7 @@ def test_ranks_share_the_queries_and_go_on_where_they_were_killed(
     whole = make(counted, 0, ["one"])
     assert whole is not None
     np.testing.assert_array_equal(np.sort(np.concatenate([*asked_for, *seen])), given.queries)
-    direct = score_pairs(tmp_path / "direct.npy", given, dataset, [judge], ["one"], Work())
+    direct = score_pairs(tmp_path / "direct.npy", given, dataset, [judge], ["one"], ShardWork())
     assert direct is not None
     np.testing.assert_allclose(whole.teacher(given.queries), direct.teacher(given.queries), rtol=1e-4, atol=1e-4)
     # of another judge nothing is kept
@@ -263,7 +262,7 @@ def test_scores_that_are_none_are_refused(mined: Path, dataset: Dataset, tmp_pat
         return np.full(docs.shape, np.nan)
 
     with pytest.raises(DataError, match=r"a judge's scores of rows 0 to \d+ hold NaN or inf"):
-        score_pairs(tmp_path / "judged.npy", MinedNegatives.open(mined), dataset, [nothing], ["nobody"], Work())
+        score_pairs(tmp_path / "judged.npy", HardNegatives.open(mined), dataset, [nothing], ["nobody"], ShardWork())
     assert not (tmp_path / "judged.npy").exists()
 
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, Numeric, Ragged, Text, TextTokenizer, Vector, Vocabulary
 from bigdssm.features.ragged import Column
@@ -17,7 +18,6 @@ from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import query_vectors, tower_encoders
 from bigdssm.retrieval.request import Event, Request, request_of
 from bigdssm.retrieval.search import DocumentNames, Queries, some_users
-from bigdssm.schema import Schema
 from tests.conftest import NUM_ITEMS
 
 
@@ -80,7 +80,7 @@ def test_a_user_has_the_dataset_s_features_which_given_ones_replace(dataset: Dat
 
 
 def test_events_are_documents_by_key_or_name(dataset: Dataset, queries: Queries) -> None:
-    title = dataset.catalogue.display(np.array([4]))[0].upper()
+    title = dataset.catalogue.title(np.array([4]))[0].upper()
     query = queries.of(Request(events=[Event(f" {title} "), Event("nothing"), Event("i9"), Event("i4")]))
     assert query.seen.tolist() == query.left_out.tolist() == [4, 9, 4] and query.unknown == ("nothing",)
     assert listed(query.columns["history"]) == [dataset.catalogue.codes("item_id", query.seen).tolist()]

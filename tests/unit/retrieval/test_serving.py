@@ -19,14 +19,13 @@ import numpy as np
 import pytest
 import torch
 
-from bigdssm.artifacts.model_folder import load_model_folder
-from bigdssm.atomic import replace_folder
-from bigdssm.batching.collate import Collator
+from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, DataError
+from bigdssm.loader.collate import Collator
 from bigdssm.retrieval.embed import query_vectors, tower_encoders
 from bigdssm.retrieval.index import Index, build_index, open_index
-from bigdssm.retrieval.kinds import IndexType
+from bigdssm.retrieval.index_types import IndexType
 from bigdssm.retrieval.request import Event, Request
 from bigdssm.retrieval.search import (
     COMPARED_CHARACTERS,
@@ -38,6 +37,7 @@ from bigdssm.retrieval.search import (
 from bigdssm.retrieval.vectors import write_vectors
 from bigdssm.serving.batching import AnswerCache, Batcher, Overloaded
 from bigdssm.serving.searcher import Folders, Searcher
+from bigdssm.utils.atomic import replace_folder
 from tests.unit.retrieval.test_tools import Tools
 
 fastapi = pytest.importorskip("fastapi")
@@ -45,7 +45,7 @@ from fastapi.testclient import TestClient  # noqa: E402
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 
 from bigdssm.serving.app import make_app  # noqa: E402
-from bigdssm.serving.gate import MOST_BYTES  # noqa: E402
+from bigdssm.serving.limits import MOST_BYTES  # noqa: E402
 from bigdssm.serving.metrics import log_requests  # noqa: E402
 
 
@@ -88,7 +88,7 @@ def test_a_user(client: TestClient, model_dir: Path, index_dir: Path, dataset: D
     np.testing.assert_allclose([entry["score"] for entry in answer["documents"]], [s for _, s in wanted], rtol=1e-5)
     assert [entry["rank"] for entry in answer["documents"]] == list(range(1, len(wanted) + 1))
     newest = asked(dataset, user="u7").seen[::-1][:5]
-    assert answer["history"] == dataset.catalogue.display(newest)
+    assert answer["history"] == dataset.catalogue.title(newest)
     assert answer["total_ms"] > 0 and answer["encode_ms"] > 0 and not answer["cached"]
 
 
@@ -108,7 +108,7 @@ def test_a_profile_with_live_events_and_a_filter(
     assert query.seen.tolist() == [2, 9] and query.allowed is not None
     wanted = expected(model_dir, index_dir, dataset, query, 10)
     assert [entry["key"] for entry in answer["documents"]] == [key for key, _ in wanted]
-    assert answer["history"] == dataset.catalogue.display(np.array([9, 2])) and answer["unknown_events"] == 1
+    assert answer["history"] == dataset.catalogue.title(np.array([9, 2])) and answer["unknown_events"] == 1
     everything = client.post("/api/search", json={**body, "top": 100}).json()["documents"]
     assert len(everything) == query.allowed.count - 2, "i2 and i9 match and were seen"
     with_seen = client.post("/api/search", json={**body, "top": 100, "exclude_seen": False}).json()["documents"]
@@ -169,7 +169,7 @@ def test_the_nearest_documents_of_a_document(
     if kind != "sq8":
         assert [entry["key"] for entry in answer["documents"]] == dataset.catalogue.keys(order)
     np.testing.assert_allclose([entry["score"] for entry in answer["documents"]], cosines[order], atol=0.02)
-    assert answer["of"] == dataset.catalogue.display(np.array([3]))[0]
+    assert answer["of"] == dataset.catalogue.title(np.array([3]))[0]
 
 
 @pytest.mark.parametrize(
@@ -421,7 +421,7 @@ def test_the_index_is_searched_with_the_threads_asked_for(
             return super().similar(*arguments)
 
     opened = open_index(index_dir)
-    index = Watched(opened.index, opened.meta, opened.keys, opened.display)
+    index = Watched(opened.index, opened.meta, opened.keys, opened.title)
     before = faiss.omp_get_max_threads()
     with TestClient(make_app(Searcher(load_model_folder(model_dir), index, dataset, threads=before + 3))) as client:
         assert client.post("/api/search", json={"user": "u7"}).status_code == 200

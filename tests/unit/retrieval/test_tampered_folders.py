@@ -15,15 +15,15 @@ import xxhash
 import yaml
 from safetensors.torch import load_file, save_file
 
-from bigdssm.artifacts import model_folder
-from bigdssm.artifacts.exported import read_export
-from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.checkpoints import model_folder
+from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.dataset.partition import read_json
+from bigdssm.dataset.schema import Schema
 from bigdssm.errors import BigDSSMError, CheckpointError
+from bigdssm.export.onnx_model import read_export
 from bigdssm.features.numeric import Numeric
-from bigdssm.hashing import json_checksum
 from bigdssm.retrieval.vectors import read_meta
-from bigdssm.schema import Schema
+from bigdssm.utils.hashing import json_checksum
 
 DEEP = "[" * 100_000
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.baselines import fit_baseline
-from bigdssm.evaluation.split import evaluate_scores
+from bigdssm.evaluation.evaluate import evaluate_scores
 from bigdssm.retrieval.texts import Texts
 
 

@@ -19,13 +19,13 @@ import pytest
 import torch
 import yaml
 
-from bigdssm.artifacts.model_folder import load_model_folder
+from bigdssm.checkpoints.model_folder import load_model_folder
+from bigdssm.cluster.metrics import read_stage, stage_folders, training_seconds
 from bigdssm.config import Config
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.evaluation.split import evaluate_split
+from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.running.records import read_stage, stage_folders, training_seconds
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -174,7 +174,7 @@ def test_search_for_a_user(
 def test_search_for_a_typed_history_and_features(
     tools: Tools, model_dir: Path, index_dir: Path, dataset: Dataset
 ) -> None:
-    title = dataset.catalogue.display(np.array([3]))[0]
+    title = dataset.catalogue.title(np.array([3]))[0]
     out = tools.ran("search", "--model", model_dir, "--index", index_dir, "--history", f"i9; {title}", "--top", 4)
     assert title in out.splitlines()[0]
     assert len([line for line in out.splitlines() if "." in line]) == 4
@@ -205,9 +205,9 @@ def test_search_for_a_request_as_json_is_that_of_the_options(
         "rank",
         "score",
         "key",
-        "display",
+        "title",
     ]
-    assert all(row["key"] in out and row["display"] in out for row in written)
+    assert all(row["key"] in out and row["title"] in out for row in written)
     assert "ends in .csv" in tools.refused(2, *command, "--user", "u7", "--out", tmp_path / "found")
     (tmp_path / "request.json").write_text("[" * 100_000)
     assert "is no JSON" in tools.refused(2, *command, "--request", tmp_path / "request.json")

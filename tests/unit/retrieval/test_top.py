@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from bigdssm.retrieval import top as top_module
+from bigdssm.retrieval import exact_search as top_module
 from bigdssm.retrieval.embed import all_finite
-from bigdssm.retrieval.rounds import product
-from bigdssm.retrieval.top import keys_of, opened, top_documents
+from bigdssm.retrieval.exact_search import keys_of, opened, product, top_documents
 
 INF = float("inf")
 

@@ -15,19 +15,19 @@ import pytest
 import yaml
 from pyarrow import parquet
 
-from bigdssm.artifacts.model_folder import load_model_folder
-from bigdssm.atomic import aside_of
+from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.config import Config, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError
-from bigdssm.making.making import Target
-from bigdssm.making.pairs import PairTables, make_pairs
+from bigdssm.ingest.job import IngestTarget
+from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval import shards, vector_files
 from bigdssm.retrieval.embed import Encoders, tower_encoders
-from bigdssm.retrieval.shards import Work
+from bigdssm.retrieval.shards import ShardWork
 from bigdssm.retrieval.vector_files import difference_from_model, read_rows, write_card, write_file
 from bigdssm.retrieval.vectors import read_meta, write_vectors
+from bigdssm.utils.atomic import aside_of
 from tests.conftest import NUM_ITEMS
 
 from .conftest import random_model
@@ -64,10 +64,12 @@ def test_a_killed_run_goes_on_from_its_finished_shards(
     model: DualEncoder, dataset: Dataset, expected: np.ndarray, tmp_path: Path
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        write_vectors(tmp_path / "v", Counting(model, dataset, 25).encoders, dataset, "m", Work(rows_per_shard=SHARD))
+        write_vectors(
+            tmp_path / "v", Counting(model, dataset, 25).encoders, dataset, "m", ShardWork(rows_per_shard=SHARD)
+        )
     assert not (tmp_path / "v").exists()
     again = Counting(model, dataset)
-    written = write_vectors(tmp_path / "v", again.encoders, dataset, "m", Work(rows_per_shard=SHARD))
+    written = write_vectors(tmp_path / "v", again.encoders, dataset, "m", ShardWork(rows_per_shard=SHARD))
     assert again.rows == list(range(21, NUM_ITEMS))
     assert (written.found, written.encoded, written.reused) == (3, 19, 0)
     np.testing.assert_allclose(np.load(tmp_path / "v" / "vectors.npy"), expected, rtol=1e-5, atol=1e-5)
@@ -79,10 +81,12 @@ def test_a_killed_run_goes_on_from_its_finished_shards(
 @pytest.mark.parametrize("other", ["model", "shards"])
 def test_another_job_does_not_go_on_from_it(model: DualEncoder, dataset: Dataset, tmp_path: Path, other: str) -> None:
     with pytest.raises(KeyboardInterrupt):
-        write_vectors(tmp_path / "v", Counting(model, dataset, 25).encoders, dataset, "m", Work(rows_per_shard=SHARD))
+        write_vectors(
+            tmp_path / "v", Counting(model, dataset, 25).encoders, dataset, "m", ShardWork(rows_per_shard=SHARD)
+        )
     checksum, rows_per_shard = ("n", SHARD) if other == "model" else ("m", SHARD + 1)
     written = write_vectors(
-        tmp_path / "v", Counting(model, dataset).encoders, dataset, checksum, Work(rows_per_shard=rows_per_shard)
+        tmp_path / "v", Counting(model, dataset).encoders, dataset, checksum, ShardWork(rows_per_shard=rows_per_shard)
     )
     assert (written.found, written.encoded) == (0, NUM_ITEMS)
 
@@ -96,7 +100,7 @@ def test_ranks_share_the_shards_and_the_last_puts_the_folder_in_place(
     for rank in order:
         assert not (tmp_path / "v").exists()
         written = write_vectors(
-            tmp_path / "v", encoders[rank].encoders, dataset, "m", Work(rank, world_size, rows_per_shard=SHARD)
+            tmp_path / "v", encoders[rank].encoders, dataset, "m", ShardWork(rank, world_size, rows_per_shard=SHARD)
         )
         assert (written.meta is not None) == (rank == order[-1])
     assert sorted(row for one in encoders for row in one.rows) == list(range(NUM_ITEMS))
@@ -107,7 +111,7 @@ def test_ranks_at_the_same_time(model: DualEncoder, dataset: Dataset, expected: 
     written, encoders = [], tower_encoders(model, dataset)
 
     def run(rank: int) -> None:
-        written.append(write_vectors(tmp_path / "v", encoders, dataset, "m", Work(rank, 4, rows_per_shard=1)))
+        written.append(write_vectors(tmp_path / "v", encoders, dataset, "m", ShardWork(rank, 4, rows_per_shard=1)))
 
     ranks = [threading.Thread(target=run, args=(rank,)) for rank in range(4)]
     for rank in ranks:
@@ -129,7 +133,7 @@ def test_one_rank_alone_is_told_to_go_on(
     def other_rank() -> None:
         with monkeypatch.context() as undone:
             undone.setattr(shards, "_lock", lock)
-            others.append(write_vectors(tmp_path / "v", encoders, dataset, "m", Work(1, 2, SHARD)))
+            others.append(write_vectors(tmp_path / "v", encoders, dataset, "m", ShardWork(1, 2, SHARD)))
 
     def late_lock(aside: Path) -> IO[str]:
         waiting = (aside / "lock").open("w")
@@ -142,7 +146,7 @@ def test_one_rank_alone_is_told_to_go_on(
         elif done == total:
             monkeypatch.setattr(shards, "_lock", late_lock)
 
-    own = write_vectors(tmp_path / "v", encoders, dataset, "m", Work(0, 2, SHARD, after_a_shard))
+    own = write_vectors(tmp_path / "v", encoders, dataset, "m", ShardWork(0, 2, SHARD, after_a_shard))
     assert (tmp_path / "v" / "meta.json").is_file()
     assert len(others) == 1 and others[0].meta is not None and own.meta is None
 
@@ -160,20 +164,20 @@ def test_only_what_has_changed_is_encoded(tmp_path: Path) -> None:
 
     data = {"query": {"query": {"type": "text"}}, "doc": {"text": {"type": "text"}}, "tokenizer": {"vocab_size": 80}}
     (tmp_path / "c.yaml").write_text(
-        yaml.safe_dump({"run": {"dir": "r"}, "data": {"dir": "d", "display": "text", **data}, "model": {"dim": 8}})
+        yaml.safe_dump({"run": {"dir": "r"}, "data": {"dir": "d", "title": "text", **data}, "model": {"dim": 8}})
     )
     config = load_config(tmp_path / "c.yaml")
 
-    def make(source: Path, target: Target) -> Dataset:
+    def make(source: Path, target: IngestTarget) -> Dataset:
         tables = PairTables((source,), doc_id_column="key", validation_fraction=0.0, test_fraction=0.0)
         make_pairs(config.data, tables, target)
         return Dataset.open(target.out)
 
-    first = make(pairs("first", range(30)), Target(tmp_path / "d"))
+    first = make(pairs("first", range(30)), IngestTarget(tmp_path / "d"))
     model = random_model(config, first, 1)
     write_vectors(tmp_path / "v", tower_encoders(model, first), first, "m")
-    grown = make(pairs("second", range(30, 37)), Target(tmp_path / "d", "more", append=True))
-    other = make(pairs("third", range(36, -1, -1), changed=4), Target(tmp_path / "other", like=tmp_path / "d"))
+    grown = make(pairs("second", range(30, 37)), IngestTarget(tmp_path / "d", "more", append=True))
+    other = make(pairs("third", range(36, -1, -1), changed=4), IngestTarget(tmp_path / "other", like=tmp_path / "d"))
     for dataset, changed, reused in ((grown, [f"d{n}" for n in range(30, 37)], 30), (other, ["d4"], 36)):
         counting = Counting(model, dataset)
         written = write_vectors(tmp_path / "v", counting.encoders, dataset, "m", since=tmp_path / "v")

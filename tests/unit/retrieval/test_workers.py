@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bigdssm.serving.workers import WorkersFailed, run_workers
+from bigdssm.serving.server import WorkersFailed, run_workers
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def serve_once(folder: Path, ready: Callable[[], None]) -> None:
 def test_a_worker_that_cannot_serve_is_tried_again_while_another_serves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("bigdssm.serving.workers.RETRY_S", 0.1)
+    monkeypatch.setattr("bigdssm.serving.server.RETRY_S", 0.1)
     started = []
     start = multiprocessing.get_context("spawn").Process.start
 

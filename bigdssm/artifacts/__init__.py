@@ -1,1 +1,0 @@
-"""What training leaves: checkpoints, and model folders that can be encoded with."""

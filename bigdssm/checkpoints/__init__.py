@@ -1,0 +1,1 @@
+"""Checkpoints of training, and model folders for inference."""

@@ -1,0 +1,163 @@
+"""The launcher above this rank, and commands in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bigdssm.errors import ConfigError
+
+DEEPSPEED_LAUNCHER = b"deepspeed.launcher.launch"
+STARTED_BY = "BIGDSSM_STARTED_BY"  # pid of the command (seeds, tune, evidence) that has started this run
+MEETING = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what ranks that talk to each other are told as well
+
+
+class Launcher:
+    """The processes above this one whose end should end the run; none where no launcher started it.
+
+    Under torchrun that is the parent. DeepSpeed has two: the runner that was called and the launcher it starts, which
+    outlives a runner that was killed or got SIGTERM. Further up there may be a command of ours.
+    """
+
+    def __init__(self) -> None:
+        """Remember who stands above this process; as early as possible, for only a change is noticed."""
+        self._parent = os.getppid()
+        self._deepspeed = DEEPSPEED_LAUNCHER in _command(self._parent)
+        self._watched = self._deepspeed or "TORCHELASTIC_RUN_ID" in os.environ
+        self._above = parent_of(self._parent) if self._deepspeed else None
+        starter = os.environ.get(STARTED_BY, "")
+        self._starter = int(starter) if _is_number(starter) and not _has_ended(int(starter)) else None
+
+    def lost(self) -> str | None:
+        """Return what has ended, or None where all is as it was."""
+        if self._starter is not None and _has_ended(self._starter):
+            return f"the command that has started it (pid {self._starter})"
+        if not self._watched:
+            return None
+        if os.getppid() != self._parent:
+            return f"the launcher (pid {self._parent})"
+        if self._above is not None and parent_of(self._parent) != self._above:
+            return f"the deepspeed runner (pid {self._above})"
+        return None
+
+
+def launched_as() -> tuple[int, int]:
+    """Return this process's rank and the number of ranks, as the environment says; 0 of 1 where it says nothing.
+
+    Raises ConfigError.
+    """
+    rank, world_size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "1")
+    if rank == "" and world_size == "1":
+        return 0, 1
+    if not (_is_number(rank) and _is_number(world_size) and int(rank) < int(world_size)):
+        raise ConfigError(
+            f"RANK={rank} WORLD_SIZE={world_size}: needs a rank from 0 and below the number of ranks; unset both, or "
+            "start all ranks with a launcher"
+        )
+    return int(rank), int(world_size)
+
+
+def check_launch() -> int:
+    """Return the number of ranks that are to meet. Raises ConfigError where the environment does not say how."""
+    _, world_size = launched_as()
+    if os.environ.get("RANK", "") == "":
+        return world_size
+    given = {name: os.environ.get(name, "") for name in MEETING}
+    numbers = (given["LOCAL_RANK"], given["MASTER_PORT"])
+    if not given["MASTER_ADDR"] or not all(map(_is_number, numbers)) or int(given["MASTER_PORT"]) > 65_535:
+        said = " ".join(f"{name}={value}" for name, value in given.items())
+        raise ConfigError(
+            f"{said} beside RANK={os.environ['RANK']}: needs this rank's number on its machine and where all ranks "
+            "meet; unset RANK, or start all ranks with deepspeed, torchrun, or as launch/slurm.sbatch does"
+        )
+    return world_size
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10
+
+
+def parent_of(pid: int) -> int | None:
+    """Return the parent of a process of this machine, None where there is no such process."""
+    fields = _fields(pid)
+    return int(fields[1]) if fields else None
+
+
+def state_of(pid: int) -> str | None:
+    """Return the state letter of a process (R, S, D; T stopped, Z ended), None where there is no such process."""
+    fields = _fields(pid)
+    return fields[0] if fields else None
+
+
+def _has_ended(pid: int) -> bool:
+    return state_of(pid) in (None, "Z")
+
+
+def _fields(pid: int) -> list[str] | None:
+    """Return the fields of /proc/PID/stat from the state on; what stands before may hold spaces and brackets."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+LOOK_S = 1.0
+
+
+@dataclass(frozen=True)
+class FinishedCommand:
+    """How a command ended, and what it took."""
+
+    line: tuple[str, ...]
+    log: Path
+    exit_code: int
+    seconds: float
+    cpu_seconds: float
+
+    def check(self) -> None:
+        """Raise CalledProcessError where it failed, which names the log."""
+        if self.exit_code:
+            raise subprocess.CalledProcessError(self.exit_code, [*self.line, f"# see {self.log}"])
+
+
+def environment() -> dict[str, str]:
+    """Return this process's environment for a command that it starts; a training in it ends where this process has."""
+    return {**os.environ, STARTED_BY: str(os.getpid())}
+
+
+def run_command(log: Path, command: str, *arguments: str, look: Callable[[], None] | None = None) -> FinishedCommand:
+    """Run `bigdssm command …` to its end, its output behind what `log` holds; `look` is called every LOOK_S meanwhile.
+
+    A `command` that ends in .py is a script's path.
+    The process is ended where this one is interrupted, or `look` raises.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    program = (command,) if command.endswith(".py") else ("-m", "bigdssm.commands", command)
+    line, started = (sys.executable, *program, *arguments), time.perf_counter()
+    with log.open("ab") as output:
+        process = subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT, env=environment())
+        try:
+            pid, status, used = os.wait4(process.pid, 0 if look is None else os.WNOHANG)
+            while not pid:
+                assert look is not None
+                time.sleep(LOOK_S)
+                look()
+                pid, status, used = os.wait4(process.pid, os.WNOHANG)
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return FinishedCommand(line, log, process.returncode, time.perf_counter() - started, used.ru_utime + used.ru_stime)

@@ -1,0 +1,223 @@
+"""Metrics of a run: trackers that write them, and reading metrics.jsonl as records and curves."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from bigdssm import distributed
+from bigdssm.config import Config, StageName, load_written_config
+from bigdssm.errors import ConfigError, DataError
+from bigdssm.utils.log import MetricsWriter, cut_back, read_records
+
+
+class Trackers:
+    """Writes records on rank 0; the other ranks' calls do nothing."""
+
+    def __init__(
+        self, folder: Path, config: Config, step: int = 0, num_validations: int = 0, *, cpu: bool = True
+    ) -> None:
+        """Open `folder`/metrics.jsonl and the trackers that `config.run.trackers` names.
+
+        The file is cut back to the checkpoint that the run goes on from, made after `step` steps and so many
+        validations: what it tells of later ones will be told again. TensorBoard passes over them; what other trackers
+        have is theirs. cpu: the ranks compute on it.
+        """
+        self._metrics: MetricsWriter | None = None
+        self._trackers: list[Any] = []
+        if config.run.trackers:  # they ask accelerate's state for the main process; the process group stays ours
+            PartialState(cpu=cpu)
+        if distributed.is_main():
+            _cut_back(folder / METRICS_FILE, step, num_validations)
+            self._metrics = MetricsWriter(folder / METRICS_FILE)
+            self._trackers = [_open(name, folder, step) for name in config.run.trackers]
+            for tracker in self._trackers:
+                tracker.start()
+                tracker.store_init_configuration(_flat(config.to_dict()))
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Write one record; `step` is its step, numbers (one level of nesting allowed) go to the trackers."""
+        if self._metrics is None:
+            return
+        self._metrics.write(record)
+        values = {
+            key: value for key, value in _flat(record).items() if isinstance(value, int | float) and key != "step"
+        }
+        for tracker in self._trackers:
+            tracker.log(values, step=record["step"])
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self._metrics is not None:
+            self._metrics.close()
+        for tracker in self._trackers:
+            tracker.finish()
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ConfigError where a name is no tracker, or its package is not installed."""
+    known = {str(key): tracker for key, tracker in LOGGER_TYPE_TO_CLASS.items()}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"run.trackers: got {name!r}, needs names out of {sorted(known)}")
+        if importlib.util.find_spec(name) is None:  # every tracker is called like its package
+            raise ConfigError(
+                f"run.trackers: {name} is not installed; pip install {name}, or take it out of run.trackers"
+            )
+
+
+def _cut_back(path: Path, step: int, num_validations: int) -> None:
+    validations = itertools.count()
+
+    def keep(record: dict[str, Any]) -> bool:
+        return next(validations) < num_validations if "validation" in record else bool(record["step"] <= step)
+
+    cut_back(path, keep)
+
+
+def _open(name: str, folder: Path, step: int) -> Any:
+    tracker_class = {str(key): tracker for key, tracker in LOGGER_TYPE_TO_CLASS.items()}[name]
+    if not tracker_class.requires_logging_directory:
+        return tracker_class(f"{folder.parent.name}-{folder.name}")
+    purged = {"purge_step": step + 1} if name == "tensorboard" else {}
+    return tracker_class(name, logging_dir=folder, **purged)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}/")
+        else:
+            flat[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
+    return flat
+
+
+STAGES: tuple[StageName, ...] = ("pretrain", "sft")
+METRICS_FILE, CONFIG_FILE = "metrics.jsonl", "config.yaml"
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class StageCurve:
+    """The records of one stage, in the order of their steps."""
+
+    name: str
+    records: list[dict[str, Any]]
+
+    def points(self, value: Callable[[dict[str, Any]], Any]) -> list[Point]:
+        """Return (step, value) of every record that has the value."""
+        return [(record["step"], value(record)) for record in self.records if value(record) is not None]
+
+    @property
+    def last_step(self) -> int:
+        """Return the stage's last recorded step, 0 where there is none."""
+        return max((record["step"] for record in self.records), default=0)
+
+
+def stage_folders(run: Path) -> list[Path]:
+    """Return the stage folders of a run folder, or a stage folder itself. Raises DataError where there is neither."""
+    if (run / METRICS_FILE).is_file():
+        return [run]
+    found = [run / stage for stage in STAGES if (run / stage / METRICS_FILE).is_file()]
+    if not found:
+        raise DataError(
+            f"{run} holds no {METRICS_FILE}, and neither do {' or '.join(STAGES)} in it; is it a run folder?"
+        )
+    return found
+
+
+def read_stage(folder: Path) -> StageCurve:
+    """Return the records of a stage folder.
+
+    A step that a resumed run wrote again counts as it was written last; lines cut short by a kill are left out.
+    """
+    train: dict[int, dict[str, Any]] = {}
+    validation: dict[int, dict[str, Any]] = {}
+    for record in read_records(folder / METRICS_FILE, "step"):
+        (validation if "validation" in record else train)[int(record["step"])] = record
+    return StageCurve(folder.name, sorted([*train.values(), *validation.values()], key=lambda record: record["step"]))
+
+
+def training_seconds(folder: Path) -> float:
+    """Return about how long a stage trained and validated, from the speeds it recorded."""
+    stage: StageName = "sft" if folder.name == "sft" else "pretrain"
+    rows_global = load_written_config(folder / CONFIG_FILE).stage(stage).rows_global
+    seconds, before = 0.0, 0
+    for record in read_stage(folder).records:
+        if "validation" in record:
+            seconds += record.get("seconds", 0.0)
+        elif record.get("rows_per_s"):
+            seconds += (record["step"] - before) * rows_global / record["rows_per_s"]
+            before = record["step"]
+    return seconds
+
+
+PANELS: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (
+    ("loss [nats]", lambda record: record.get("loss")),
+    ("validation NDCG@10", lambda record: record.get("validation", {}).get("ndcg_at_10")),
+    ("alpha (scale of the score)", lambda record: record.get("alpha")),
+    ("training speed [rows/s]", lambda record: record.get("rows_per_s")),
+)
+
+
+def plot_runs(runs: Sequence[Path], out: Path) -> None:
+    """Draw the curves of one or more run folders (or stage folders) into the PNG `out`. Raises DataError."""
+    curves = {_label(run, runs): [read_stage(folder) for folder in stage_folders(run)] for run in runs}
+    with rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}):
+        figure = Figure(figsize=(11, 7), layout="constrained")
+        axes = figure.subplots(2, 2, sharex=True)
+        for axis, (label, value) in zip(axes.flat, PANELS, strict=True):
+            for number, stages in enumerate(curves.values()):
+                _draw(axis, stages, value, f"C{number}")
+            axis.set_ylabel(label)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes[0, 0].set_ylim(bottom=0)
+        axes[1, 1].set_ylim(bottom=0)
+        axes[1, 1].yaxis.set_major_formatter(EngFormatter())
+        for axis in axes[1]:
+            axis.set_xlabel("step (stages one after another)" if _several_stages(curves) else "step")
+        if len(curves) > 1:
+            handles = [Line2D([], [], color=f"C{number}") for number in range(len(curves))]
+            figure.legend(handles, list(curves), loc="outside upper center", ncols=min(len(curves), 4), frameon=False)
+        else:
+            figure.suptitle(next(iter(curves)))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=120)
+
+
+def _draw(axis: Axes, stages: Sequence[StageCurve], value: Callable[[dict[str, Any]], Any], colour: str) -> None:
+    """Draw the stages one after another; the line breaks between them, because their losses are not comparable."""
+    offset = 0
+    for number, stage in enumerate(stages):
+        points = stage.points(value)
+        marker = "o" if len(points) < 40 else ""
+        axis.plot([offset + x for x, _ in points], [y for _, y in points], color=colour, marker=marker, ms=3, lw=1.5)
+        if number:
+            axis.axvline(offset, color=colour, ls="--", lw=1, alpha=0.7)
+            place = axis.get_xaxis_transform()
+            axis.text(offset, 1.0, f" {stage.name}", transform=place, color=colour, va="top", fontsize=8)
+        offset += stage.last_step
+
+
+def _several_stages(curves: dict[str, list[StageCurve]]) -> bool:
+    return any(len(stages) > 1 for stages in curves.values())
+
+
+def _label(run: Path, runs: Sequence[Path]) -> str:
+    """Return the run's name, with its parent where names repeat."""
+    names = [other.resolve().name for other in runs]
+    path = run.resolve()
+    return path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}"

@@ -1,0 +1,95 @@
+"""Read YAML files into dataclasses, and compare two configs."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from bigdssm.errors import ConfigError
+
+Kind = TypeVar("Kind")
+_INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes before it, which escape it
+
+
+def read_yaml(path: Path, needs: str) -> DictConfig:
+    """Return the mapping that a YAML file holds. Raises ConfigError: no such file, no YAML, or not what it `needs`."""
+    try:
+        content: DictConfig | ListConfig = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid YAML in UTF-8: {' '.join(str(error).split())}") from None
+    except OSError as error:  # what omegaconf raises of a lone word or number, too
+        raise ConfigError(f"{path} cannot be read, needs {needs}: {error.strerror or error}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {error.full_key or 'key'}: {first_line(error)}") from None
+    if not isinstance(content, DictConfig):
+        raise ConfigError(f"{path} holds a list, needs {needs}")
+    return content
+
+
+def as_kind(path: Path, kind: type[Kind], *contents: Any) -> Kind:
+    """Return `contents`, later ones over earlier, as the dataclass `kind`. Raises ConfigError: which key is wrong."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(kind), *contents)
+        if missing := sorted(OmegaConf.missing_keys(merged)):
+            raise ConfigError(f"{path}: required key {missing[0]} is missing; give it a value")
+        return cast(Kind, OmegaConf.to_object(merged))
+    except ConfigKeyError as error:
+        found = first_line(error).partition(". Did you mean")[0]  # without the sections that it is in
+        meant = _nearest(str(error.full_key), kind)
+        raise ConfigError(f"{path}: unknown key {error.full_key}: {found}{meant}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {error.full_key or kind.__name__.lower()}: {first_line(error)}") from None
+
+
+def _nearest(key: str, kind: type) -> str:
+    """Return `. Did you mean …?` with the keys of `kind` that a dotted `key` may stand for, or nothing."""
+    known = list(_dotted(kind))
+    section, _, name = key.partition(".")
+    inner = [other for other in known if other.startswith(f"{section}.") and other.endswith(f".{name}")]
+    near = inner[:3] if name and inner else difflib.get_close_matches(key, known, 1)
+    return f". Did you mean {' or '.join(near)}?" if near else ""
+
+
+def _dotted(kind: type, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of a dataclass, and of those in its fields."""
+    hints = get_type_hints(kind)
+    for f in fields(cast(Any, kind)):
+        yield f"{prefix}{f.name}"
+        hint = hints[f.name]
+        for inner in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
+            if isinstance(inner, type) and is_dataclass(inner):
+                yield from _dotted(inner, f"{prefix}{f.name}.")
+
+
+def literal(content: Any) -> Any:
+    """Return containers of values that are data: omegaconf interpolates none of their texts."""
+    if isinstance(content, dict):
+        return {key: literal(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [literal(value) for value in content]
+    return _INTERPOLATION.sub(r"\1\1\\${", content) if isinstance(content, str) else content
+
+
+def first_line(error: Exception) -> str:
+    """Return what omegaconf says of a key, without the lines that repeat it."""
+    return str(error).splitlines()[0]
+
+
+def first_difference(before: Any, now: Any, key: str = "") -> str | None:
+    """Return `dotted.key was …, is …` for the first place in which two plain config containers differ, or None."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return None if before == now else f"{key} was {before}, is {now}"
+    for name in {**before, **now}:
+        found = first_difference(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+        if found:
+            return found
+    return None

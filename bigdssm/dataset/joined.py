@@ -1,0 +1,110 @@
+"""Opens what `data` of a config names: a dataset, or the sources of a mixture joined into one.
+
+The joined dataset has the sources' partitions one after the other, so that a row id is the row's number in that
+sequence: unique, and as long as the mixture is the same, the same. Sources have one schema and one tokenizer. Their
+catalogues are one too, or stand one after the other (pairs only: a sequence's items are rows of one catalogue); a
+document that is in two of them is then two documents of one id.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+from bigdssm.config import DataConfig, SourceConfig
+from bigdssm.dataset.cache import FileCache
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.partition import MixtureBatches, MixturePart, Partition, steps_per_round
+from bigdssm.dataset.versions import CatalogueFile
+from bigdssm.errors import ConfigError
+from bigdssm.utils.urls import is_url
+
+
+def open_dataset(config: DataConfig) -> Dataset:
+    """Return the dataset that `config` trains on. Raises DataError, or ConfigError: sources that do not go together."""
+    cache = FileCache.of(config)
+    if not config.mixture:
+        return Dataset.open(config.dir, first=config.from_partition, cache=cache)
+    parts = [Dataset.open(s.dir or config.dir, s.partitions or None, cache=cache) for s in config.mixture]
+    return join(parts, config.mixture, config.dir, config.mixture_batches)
+
+
+def join(parts: Sequence[Dataset], sources: Sequence[SourceConfig], main_dir: str, batches: MixtureBatches) -> Dataset:
+    """Return the datasets as one, a MixturePart each; partitions of other folders than `main_dir` get its name."""
+    for part, source in zip(parts[1:], sources[1:], strict=True):
+        _check_same(parts[0], part, source.dir or main_dir)
+    files, first_doc = _join_catalogues(parts)
+    partitions: list[Partition] = []
+    mixture = []
+    siblings: dict[str, Partition] = {}
+    for part, source, base in zip(parts, sources, first_doc, strict=True):
+        prefix = "" if source.dir is None or _place(source.dir) == _place(main_dir) else f"{part.name}/"
+        own = [replace(p, name=prefix + p.name, first_doc=base) for p in part.partitions]
+        name = "+".join(partition.name for partition in own)
+        mixture.append(MixturePart(name, len(partitions), len(partitions) + len(own), source.weight))
+        partitions += own
+        siblings |= {prefix + p.name: replace(p, name=prefix + p.name) for p in part.partitions_on_disk()}
+    names = [partition.name for partition in partitions]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(
+            f"data.mixture has the partition {twice[0]} twice; name each partition once, in folders of different names"
+        )
+    steps_per_round([source.name for source in mixture], [source.weight for source in mixture])
+    joined = Dataset(parts[0].head, partitions, files)
+    joined.sources, joined.batches, joined.siblings = tuple(mixture), batches, tuple(siblings.values())
+    joined.pickled = (join, (tuple(parts), tuple(sources), main_dir, batches))
+    return joined
+
+
+def _place(folder: str) -> str:
+    """Return what is the same for two ways to name a dataset's folder."""
+    return folder if is_url(folder) else os.path.realpath(folder)
+
+
+def _check_same(first: Dataset, other: Dataset, name: str) -> None:
+    difference = first.schema.difference(other.schema)
+    if difference is None and first.schema != other.schema:
+        difference = _fitted_difference(first, other)
+    if difference is None and first.tokenizer_hash != other.tokenizer_hash:
+        difference = "the tokenizers differ"
+    fix = f"make it with `bigdssm make_shards … --like {first.dir}`"
+    for what, mine, its, needed in (
+        ("sequences", first.sequences is not None, other.sequences is not None, "interactions"),
+        ("texts", first.head.text, other.head.text, "--raw-text"),
+        ("users' features", first.head.users, other.head.users, "--users-time-column"),
+        ("items' features", first.head.items, other.head.items, "--items-time-column"),
+    ):
+        if difference is None and mine != its:
+            difference, fix = f"{what}: {mine} against {its}", f"make both with {needed}, or both without"
+    if difference is not None:
+        raise ConfigError(f"data.mixture: {name} cannot be mixed with {first.dir}: {difference}; {fix}")
+
+
+def _fitted_difference(first: Dataset, other: Dataset) -> str:
+    for side in ("query", "doc"):
+        for name, feature in getattr(first.schema, side).items():
+            its = getattr(other.schema, side)[name]
+            if feature != its:
+                fitted = [one.describe(first.vocab_size) for one in (feature, its)]
+                return f"{side}.{name} was fitted to other data ({fitted[0]} against {fitted[1]})"
+    return f"title={first.schema.title!r} against {other.schema.title!r}"
+
+
+def _join_catalogues(parts: Sequence[Dataset]) -> tuple[list[CatalogueFile], list[int]]:
+    """Return the files of all distinct catalogues, versions last, and for each part the row at which its own begins."""
+    files: list[CatalogueFile] = []
+    starts: dict[tuple[str, ...], int] = {}
+    first_doc = []
+    for part in parts:
+        key = tuple(file.checksum for file in part.catalogue_files)
+        if key not in starts:
+            if starts and part.sequences is not None:
+                raise ConfigError(
+                    f"data.mixture: {part.dir} cannot be mixed with {parts[0].dir}: their catalogues differ, and "
+                    f"histories need one; put the interactions into one dataset, as partitions (make_shards --append)"
+                )
+            starts[key] = sum(file.rows for file in files if file.since is None)
+            files += [replace(file, first_doc=starts[key]) for file in part.catalogue_files]
+        first_doc.append(starts[key])
+    return sorted(files, key=lambda file: file.since is not None), first_doc

@@ -1,0 +1,146 @@
+"""What differs between two runs: config, versions, data, and results with paired intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bigdssm.checkpoints.model_folder import load_model_folder
+from bigdssm.cluster.metrics import CONFIG_FILE, read_stage, stage_folders
+from bigdssm.cluster.run_folder import read_events
+from bigdssm.dataset.cache import FileCache
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import BigDSSMError, DataError
+from bigdssm.evaluation.comparison import System
+from bigdssm.evaluation.evaluate import evaluate_split
+from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.utils.log import Progress, no_progress
+
+ABSENT = "—"
+
+
+@dataclass(frozen=True)
+class Differing:
+    """One thing in which two runs differ."""
+
+    what: str
+    a: str
+    b: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two stages side by side."""
+
+    stage: str
+    config: list[Differing]
+    versions: list[Differing]
+    data: list[Differing]
+    course: list[Differing]  # steps, speed, restarts, best validation; also where they are equal
+    systems: tuple[System, System] | None  # their ranks on the same rows
+    not_measured: str  # why there are none
+
+
+def compare(
+    a: Path, b: Path, stage: str | None, split: str, data: str | None, progress: Progress = no_progress
+) -> Comparison:
+    """Compare two runs: the stage `stage`, by default the last that both have; `data` overrides the runs' dataset.
+
+    Raises DataError where a folder is no run, or they have no such stage in common.
+    """
+    folders_a, folders_b = ({folder.name: folder for folder in stage_folders(run)} for run in (a, b))
+    common = [name for name in folders_a if name in folders_b]
+    if len(folders_a) == len(folders_b) == 1 and stage is None:  # two stage folders may be called anything
+        pair = (next(iter(folders_a.values())), next(iter(folders_b.values())))
+    elif not common or (stage is not None and stage not in common):
+        raise DataError(f"{a} has {', '.join(folders_a)} and {b} has {', '.join(folders_b)}: no stage to compare")
+    else:
+        pair = (folders_a[stage or common[-1]], folders_b[stage or common[-1]])
+    systems, reason = _measured(pair, split, data, progress)
+    return Comparison(
+        stage=pair[0].name,
+        config=_differing(*(_flat(yaml.safe_load((f / CONFIG_FILE).read_text(encoding="utf-8"))) for f in pair)),
+        versions=_differing(*map(_versions, pair)),
+        data=_differing(*map(_data, pair)),
+        course=_side_by_side(*map(_course, pair)),
+        systems=systems,
+        not_measured=reason,
+    )
+
+
+def _measured(
+    pair: tuple[Path, Path], split: str, data: str | None, progress: Progress
+) -> tuple[tuple[System, System] | None, str]:
+    """Return both models' ranks on the same rows, or why there are none."""
+    found = []
+    try:
+        models = [load_model_folder(folder / "best") for folder in pair]
+        dataset = Dataset.open(data or models[0].config.data.dir, cache=FileCache.of(models[0].config.data))
+        if dataset.num_rows(split) == 0:
+            return None, f"{dataset.dir} has no rows in split {split}"
+        for name, model in zip("AB", models, strict=True):
+            view = model.view(dataset)
+            evaluation = evaluate_split(
+                tower_encoders(model.model, view), view, split,
+                exclude_seen=models[0].config.data.exclude_seen, progress=progress,
+            )  # fmt: skip
+            found.append(System.of_ranks(name, evaluation.ranks, evaluation.query_ids, evaluation.seconds))
+    except BigDSSMError as error:
+        return None, str(error)
+    return (found[0], found[1]), ""
+
+
+def _versions(folder: Path) -> dict[str, str]:
+    starts = [event for event in read_events(folder) if event["event"] == "start"]
+    return dict(starts[-1]["versions"]) if starts else {}
+
+
+def _data(folder: Path) -> dict[str, str]:
+    config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    try:
+        fingerprint = str(load_model_folder(folder / "best").provenance.get("dataset", ABSENT))
+    except BigDSSMError:
+        fingerprint = ABSENT
+    return {"dataset": config["data"]["dir"], "fingerprint": fingerprint}
+
+
+def _course(folder: Path) -> dict[str, str]:
+    records = read_stage(folder).records
+    train = [record for record in records if "loss" in record]
+    speeds = sorted(record["rows_per_s"] for record in train if record.get("rows_per_s"))
+    validations = [record["validation"]["ndcg_at_10"] for record in records if "validation" in record]
+    events = read_events(folder)
+    starts = [event for event in events if event["event"] == "start"]
+    return {
+        "last step": str(records[-1]["step"]) if records else "0",
+        "last loss": f"{train[-1]['loss']:.4f}" if train else ABSENT,
+        "best validation NDCG@10": f"{max(validations):.4f}" if validations else ABSENT,
+        "rows/s (median)": f"{speeds[len(speeds) // 2]:,.0f}" if speeds else ABSENT,
+        "ranks": str(starts[-1]["ranks"]) if starts else ABSENT,
+        "starts": str(len(starts)),
+        "ended": str(events[-1]["reason"]) if events and events[-1]["event"] == "end" else "no",
+    }
+
+
+def _differing(a: dict[str, str], b: dict[str, str]) -> list[Differing]:
+    return [difference for difference in _side_by_side(a, b) if difference.a != difference.b]
+
+
+def _side_by_side(a: dict[str, str], b: dict[str, str]) -> list[Differing]:
+    return [Differing(key, a.get(key, ABSENT), b.get(key, ABSENT)) for key in {**a, **b}]
+
+
+def _flat(content: Any) -> dict[str, str]:
+    return dict(_items(content, ""))
+
+
+def _items(content: Any, key: str) -> Iterator[tuple[str, str]]:
+    if not isinstance(content, dict):
+        yield key, str(content)
+        return
+    for name, value in content.items():
+        yield from _items(value, f"{key}.{name}" if key else str(name))

@@ -1,0 +1,67 @@
+"""A model in another format, as a folder: what it says of itself, and its towers in onnxruntime."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigdssm.checkpoints.checkpoint import check_file
+from bigdssm.dataset.tensors import Features
+from bigdssm.errors import CheckpointError, ConfigError
+
+EXPORT_FILE = "bigdssm_export.json"
+
+
+def read_export(folder: Path) -> dict[str, Any]:
+    """Return what the export `folder` says of itself. Raises CheckpointError: none there, or a file that is damaged."""
+    try:
+        made: dict[str, Any] = json.loads((folder / EXPORT_FILE).read_text(encoding="utf-8"))
+        checksums = made["checksums"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{folder} is no export, or one of an older version, with a whole {EXPORT_FILE} ({error!r}); export again"
+        ) from None
+    for name, checksum in checksums:
+        check_file(folder / name, checksum, EXPORT_FILE)
+    return made
+
+
+def run_onnx(session: Any, features: Features) -> Tensor:
+    """Return the vectors [n, D+1] that an onnxruntime session gives for features of n rows."""
+    return torch.from_numpy(session.run(["vectors"], {name: values.numpy() for name, values in features.items()})[0])
+
+
+def query_tower(path: Path, model_checksum: str, threads: int = 0) -> Any:
+    """Return the onnxruntime session of a query tower, such as EXPORT/query.int8.onnx.
+
+    Raises CheckpointError: a damaged export, or one of another model; ConfigError: onnxruntime is not installed.
+    """
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise ConfigError("--onnx needs onnxruntime: pip install 'bigdssm[onnx]'")
+    if not (path.name.startswith("query") and path.suffix == ".onnx" and path.is_file()):
+        raise ConfigError(f"--onnx {path}: needs the file of a query tower, such as EXPORT/query.int8.onnx")
+    if (theirs := read_export(path.parent).get("model_checksum")) != model_checksum:
+        raise CheckpointError(
+            f"{path} is the tower of model {str(theirs)[:12]}, --model is {model_checksum[:12]}; export what is "
+            "served with bigdssm convert_checkpoint --format onnx"
+        )
+    if b"DynamicQuantizeLinear" in path.read_bytes():
+        raise CheckpointError(
+            f"{path} scales the numbers of a batch together, so that answers depend on the other requests in it; "
+            "export the model again with bigdssm convert_checkpoint --format onnx"
+        )
+    return onnx_session(path, threads)
+
+
+def onnx_session(path: Path, threads: int = 0) -> Any:
+    """Return an onnxruntime session on the CPU; threads 0: as many as there are cores."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

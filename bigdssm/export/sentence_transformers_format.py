@@ -1,0 +1,179 @@
+"""`--format sentence-transformers`: a folder that SentenceTransformer loads as it is, made of its own modules.
+
+A Router sends queries and documents through Transformer → Pooling → Dense …, and a Normalize ends both in a model
+whose score is cosine. In a model whose score is dot a last Dense puts alpha and beta into the vectors: documents are
+[alpha * w, beta] and queries [u, 1], so that their dot product is the training score. A beta per document beside cosine
+must not be normalised away: a module of ours, st_scored.py, which the folder brings along, makes queries
+[√alpha * u, 1] and documents [√alpha * w, beta]. A beta that all documents have ranks nothing beside cosine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Sequence
+from math import sqrt
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bigdssm.checkpoints.model_folder import ModelFolder
+from bigdssm.errors import ConfigError
+from bigdssm.export.formats import Parity, Probe, largest_difference
+from bigdssm.export.text_tower import (
+    Side,
+    TextTower,
+    alpha,
+    beta_of_all,
+    beta_weight,
+    loading_arguments,
+    save_encoder,
+    text_towers,
+)
+from bigdssm.utils.atomic import write_json
+
+TARGET = "sentence-transformers"
+ROUTES: dict[Side, str] = {"query": "query", "doc": "document"}
+# Class names that every release since 5.0 resolves
+MODULE = "sentence_transformers.models"
+CODE = Path(__file__).with_name("st_scored.py")
+IDENTITY, GELU = "torch.nn.modules.linear.Identity", "torch.nn.modules.activation.GELU"
+
+
+def write_sentence_transformers(model: ModelFolder, out: Path) -> Parity:
+    """Write both towers into the folder `out` and return how what SentenceTransformer makes of it compares.
+
+    Raises ConfigError: a tower reads more than one text, or the package that the comparison is made with is not
+    installed.
+    """
+    query, doc = text_towers(model, TARGET)
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise ConfigError(
+            f"--format {TARGET}: the package is needed to check the result; pip install 'bigdssm[{TARGET}]'"
+        )
+    assert model.tokenizer_dir is not None
+    router = _RouterFolder(out)
+    # One encoder for both routes where they share it, unless they cut texts at different lengths: the cut is its own
+    shared = query.encoder is doc.encoder and query.max_tokens == doc.max_tokens
+    encoder = ""
+    for tower in (query, doc):
+        if not (shared and encoder):
+            encoder = router.add(tower.side, "Transformer")
+            save_encoder(tower, model.tokenizer_dir, out / encoder)
+            settings = {"max_seq_length": tower.max_tokens, "do_lower_case": False}
+            arguments = loading_arguments(tower)
+            write_json(out / encoder / "sentence_bert_config.json", {**settings, "model_args": arguments})
+        else:
+            router.reuse(tower.side, encoder)
+        pooling = router.add(tower.side, "Pooling")
+        write_json(out / pooling / "config.json", _pooling(tower))
+        for weight, bias, activation in _dense_layers(model, tower):
+            _write_dense(out / router.add(tower.side, "Dense"), weight, bias, activation)
+    router.write()
+    modules = [("", f"{MODULE}.Router")]
+    if brings_code(model):
+        modules.append(("1_NormalizeAllButLast", f"{CODE.stem}.NormalizeAllButLast"))
+        (out / "1_NormalizeAllButLast").mkdir()
+        write_json(out / "1_NormalizeAllButLast" / "config.json", {"scale": sqrt(alpha(model))})
+        shutil.copyfile(CODE, out / CODE.name)
+    elif not scores_by_dot(model):
+        modules.append(("1_Normalize", f"{MODULE}.Normalize"))
+        (out / "1_Normalize").mkdir()
+    listed = [{"idx": idx, "name": str(idx), "path": path, "type": kind} for idx, (path, kind) in enumerate(modules)]
+    write_json(out / "modules.json", listed)
+    write_json(
+        out / "config_sentence_transformers.json",
+        {
+            "model_type": "SentenceTransformer",
+            "prompts": {"query": "", "document": ""},
+            "default_prompt_name": None,
+            "similarity_fn_name": "dot" if scores_by_dot(model) else "cosine",
+        },
+    )
+    return _parity(model, out)
+
+
+def scores_by_dot(model: ModelFolder) -> bool:
+    """Return whether the dot product of the export's vectors is the training score; else it is their cosine."""
+    return model.config.model.score == "dot" or beta_weight(model) is not None
+
+
+def brings_code(model: ModelFolder) -> bool:
+    """Return whether the export has a module of ours, which is loaded with trust_remote_code alone."""
+    return scores_by_dot(model) and model.config.model.score == "cosine"
+
+
+class _RouterFolder:
+    """The modules of the routes, as Router saves them."""
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self._types: dict[str, str] = {}
+        self._structure: dict[str, list[str]] = {route: [] for route in ROUTES.values()}
+
+    def add(self, side: Side, kind: str) -> str:
+        """Append a module to a route, make its folder and return the folder's name."""
+        name = f"{ROUTES[side]}_{len(self._structure[ROUTES[side]])}_{kind}"
+        self._types[name] = f"{MODULE}.{kind}"
+        self.reuse(side, name)
+        (self._out / name).mkdir()
+        return name
+
+    def reuse(self, side: Side, name: str) -> None:
+        """Append a module that another route has already."""
+        self._structure[ROUTES[side]].append(name)
+
+    def write(self) -> None:
+        # Without a default, `encode` says that it needs to know which of the two a text is
+        parameters = {"default_route": None, "allow_empty_key": False}
+        content = {"types": self._types, "structure": self._structure, "parameters": parameters}
+        write_json(self._out / "router_config.json", content)
+
+
+def _pooling(tower: TextTower) -> dict[str, object]:
+    modes = {"cls_token": tower.encoder.pooling == "cls", "mean_tokens": tower.encoder.pooling == "mean"}
+    others = dict.fromkeys(("max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken"), False)
+    chosen = {f"pooling_mode_{name}": value for name, value in {**modes, **others}.items()}
+    return {"word_embedding_dimension": tower.encoder.dim, **chosen, "include_prompt": True}
+
+
+def _dense_layers(model: ModelFolder, tower: TextTower) -> Sequence[tuple[Tensor, Tensor, str]]:
+    """Return (weight, bias, activation) of the tower's layers, alpha and beta the last of them where they matter."""
+    layers = [(layer.linear.weight, layer.linear.bias, GELU if layer.gelu else IDENTITY) for layer in tower.layers]
+    if scores_by_dot(model):
+        dim = model.config.model.dim
+        beta = beta_weight(model)
+        beta = torch.zeros(1, dim) if beta is None else beta
+        is_query = tower.side == "query"
+        scale, last, added = (1.0, torch.zeros(1, dim), 1.0) if is_query else (alpha(model), beta, beta_of_all(model))
+        scale = 1.0 if brings_code(model) else scale  # the last module has its square root on both sides
+        weight, bias = torch.cat([scale * torch.eye(dim), last]), torch.cat([torch.zeros(dim), torch.tensor([added])])
+        layers.append((weight, bias, IDENTITY))  # type: ignore[arg-type]
+    return [(weight.detach(), bias.detach(), activation) for weight, bias, activation in layers]
+
+
+def _write_dense(folder: Path, weight: Tensor, bias: Tensor, activation: str) -> None:
+    out_features, in_features = weight.shape
+    config = {"in_features": in_features, "out_features": out_features, "bias": True}
+    write_json(folder / "config.json", {**config, "activation_function": activation})
+    tensors = {"linear.weight": weight.contiguous(), "linear.bias": bias.contiguous()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _parity(model: ModelFolder, out: Path) -> Parity:
+    from sentence_transformers import SentenceTransformer  # optional, and slow to import
+
+    loaded = SentenceTransformer(str(out), device="cpu", local_files_only=True, trust_remote_code=brings_code(model))
+    probe = Probe(model)
+    texts = {side: probe.only_text(side) for side in ROUTES}
+    ours = {"query": loaded.encode_query(texts["query"]), "doc": loaded.encode_document(texts["doc"])}
+    trainers = dict(probe.vectors)
+    if brings_code(model):
+        scale = torch.tensor([sqrt(alpha(model))] * model.config.model.dim + [1.0])
+        trainers = {"query": trainers["query"] * scale, "doc": trainers["doc"] / scale}
+    elif not scores_by_dot(model):
+        trainers = {"query": trainers["query"][:, :-1], "doc": trainers["doc"][:, :-1] / alpha(model)}
+    differences = {side: largest_difference(torch.as_tensor(ours[side]), trainers[side]) for side in ROUTES}
+    return Parity(differences["query"], differences["doc"])

@@ -1,0 +1,1 @@
+"""Ingestion: build a dataset from tables; an interrupted ingestion continues where it stopped."""

@@ -1,0 +1,1 @@
+"""Engines that run the steps of an ingestion: local processes with DuckDB, or Apache Spark."""

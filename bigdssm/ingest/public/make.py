@@ -1,0 +1,64 @@
+"""Writes the tables of a public set."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from bigdssm.errors import DataError
+from bigdssm.ingest.public.debian import KIND, read_build_depends
+from bigdssm.ingest.public.files import PublicTable, Reader
+from bigdssm.ingest.public.movielens import read_movielens_1m, read_movielens_latest
+from bigdssm.ingest.public.sequences import read_s3rec, read_sasrec
+from bigdssm.utils.atomic import new_file
+
+READERS: dict[str, Reader] = {
+    "sasrec": read_sasrec,
+    "s3rec": read_s3rec,
+    "movielens-1m": read_movielens_1m,
+    "movielens-latest": read_movielens_latest,
+    KIND: read_build_depends,
+}
+
+
+@dataclass(frozen=True)
+class WrittenTables:
+    """What was written: the tables' rows by name, the users that have an event, and notes."""
+
+    rows: dict[str, int]
+    num_users: int
+    notes: list[str]
+
+
+def make_tables(kind: str, source: Path, out: Path) -> WrittenTables:
+    """Write interactions.tsv, items.tsv and, where users have features, users.tsv into `out`, all of them or none.
+
+    Of documents of one domain it is pairs.tsv. Raises DataError where `source` is not of that `kind`, or holds no
+    events.
+    """
+    rows: dict[str, int] = {}
+    users: set[str] = set()
+    notes = []
+    with ExitStack() as stack:
+        for table in READERS[kind](source):
+            if not rows:
+                out.mkdir(parents=True, exist_ok=True)
+            rows[table.name] = _write(table, stack.enter_context(new_file(out / f"{table.name}.tsv")), users)
+            notes += [table.note] if table.note else []
+        if not rows.get("interactions", rows.get("pairs")):
+            raise DataError(f"{source}: got no events, needs at least one; give another --source")
+    return WrittenTables(rows, len(users), notes)
+
+
+def _write(table: PublicTable, path: Path, users: set[str]) -> int:
+    """Write a table as TSV, which has no quoting, and return its rows; the users of interactions join `users`."""
+    count = 0
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.write("\t".join(table.columns) + "\n")
+        for row in table.rows:
+            count += 1
+            file.write("\t".join(" ".join(value.split()) for value in row) + "\n")
+            if table.name == "interactions":
+                users.add(row[0])
+    return count

@@ -1,0 +1,1 @@
+"""Source tables of every format, read in parts as Arrow batches."""

@@ -1,0 +1,221 @@
+"""Retrieval collections in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv.
+
+What others evaluate on, read and written. A document or query with features beyond its text has them, by source column,
+in `metadata`, where readers that know only text pass over them. Source: Thakur et al. 2021 (BEIR).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from bigdssm.errors import ConfigError, DataError
+from bigdssm.features import Feature, Text, texts_of
+from bigdssm.ingest.sources.text import parse_object
+
+CORPUS_FILE, QUERIES_FILE, QRELS_DIR = "corpus.jsonl", "queries.jsonl", "qrels"
+SPLIT_FILES = {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}  # BEIR calls validation dev
+
+WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
+
+Qrels = dict[str, dict[str, int]]
+"""Relevance by query id and document id."""
+
+
+@dataclass(frozen=True)
+class CollectionEntry:
+    """A document or a query."""
+
+    key: str
+    text: str
+    metadata: dict[str, Any]
+
+    def column(self, feature: Feature) -> Any:
+        """Return the value of a feature: `metadata` has it under its column, else a text feature takes the text."""
+        if feature.source in self.metadata:
+            return self.metadata[feature.source]
+        return self.text if isinstance(feature, Text) else None
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A corpus, the queries of one split, and what is relevant to them."""
+
+    corpus: list[CollectionEntry]
+    queries: list[CollectionEntry]  # those with a relevant document in the split, in the order of queries.jsonl
+    qrels: Qrels
+    known: Qrels  # what other splits call relevant to the same queries
+
+
+def read_collection(folder: Path, split: str) -> Collection:
+    """Return the collection in `folder`; `split` names a file of qrels/ (validation: dev.tsv).
+
+    Raises DataError: a file missing or damaged, naming the line, or qrels that name an unknown query or document.
+    """
+    path = folder / QRELS_DIR / SPLIT_FILES.get(split, f"{split}.tsv")
+    qrels = read_qrels_tsv(path)
+    check_judgements(qrels, path)
+    corpus, queries = _entries(folder / CORPUS_FILE), _entries(folder / QUERIES_FILE)
+    keys = {entry.key for entry in corpus}
+    asked = [entry for entry in queries if entry.key in qrels]
+    if len(asked) < len(qrels):
+        lacking = sorted(qrels.keys() - {entry.key for entry in asked})[0]
+        raise DataError(f"{path} judges query {lacking!r}, which {QUERIES_FILE} does not have")
+    for documents in qrels.values():
+        if unknown := documents.keys() - keys:
+            raise DataError(f"{path} judges document {min(unknown)!r}, which {CORPUS_FILE} does not have")
+    known: Qrels = {}
+    for other in sorted((folder / QRELS_DIR).glob("*.tsv")):
+        if other.name != path.name:
+            for query, documents in read_qrels_tsv(other).items():
+                if query in qrels:
+                    positive = {key: grade for key, grade in documents.items() if grade > 0}
+                    known.setdefault(query, {}).update(positive)
+    return Collection(corpus, asked, qrels, known)
+
+
+def read_qrels_tsv(path: Path) -> Qrels:
+    """Return the judgements of a BEIR qrels file: query-id, corpus-id, score, with a header. Raises DataError."""
+    qrels: Qrels = {}
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for number, row in enumerate(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), 1):
+                if not row or (number == 1 and row[-1:] == ["score"]):
+                    continue
+                if len(row) != 3:
+                    raise DataError(f"{path}:{number} has {len(row)} fields, needs query-id, corpus-id and score")
+                add_judgement(qrels, row[0], row[1], row[2], path, number)
+    except FileNotFoundError:
+        known = sorted(p.stem for p in path.parent.glob("*.tsv"))
+        raise DataError(f"{path} does not exist; splits there: {', '.join(known) or 'none'}") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, csv.Error) as error:
+        raise DataError(f"{path} is no qrels file: {error}") from None
+    return qrels
+
+
+def add_judgement(qrels: Qrels, query: str, document: str, grade: str, path: Path, number: int) -> None:
+    """Add a line of a qrels file. Raises DataError: no whole number, or another grade than an earlier line's."""
+    value = whole_number(grade, "relevance", path, number)
+    if qrels.setdefault(query, {}).setdefault(document, value) != value:
+        earlier = qrels[query][document]
+        raise DataError(f"{path}:{number} judges {document} for query {query} {value}, an earlier line {earlier}")
+
+
+def check_judgements(qrels: Qrels, path: Path) -> None:
+    """Raise DataError where no document is relevant: then there is nothing to measure."""
+    if not any(grade > 0 for judged in qrels.values() for grade in judged.values()):
+        raise DataError(f"{path} calls no document relevant, so that nothing can be measured")
+
+
+def whole_number(text: str, what: str, path: Path, number: int) -> int:
+    """Return the int that a field holds. Raises DataError naming file and line."""
+    if not WHOLE_NUMBER.fullmatch(text):
+        raise DataError(f"{path}:{number}: {text!r} is no whole number, which a {what} is")
+    return int(text)
+
+
+def texts_and_metadata(features: Mapping[str, Feature], entries: Iterable[CollectionEntry]) -> pa.Table:
+    """Return source columns of the features for `entries`, as a table that `canonical` takes."""
+    columns: dict[str, list[Any]] = {feature.source: [] for feature in features.values()}
+    for entry in entries:
+        for feature in features.values():
+            columns[feature.source].append(entry.column(feature))
+    return pa.table({name: _typed(values) for name, values in columns.items()})
+
+
+def _typed(values: list[Any]) -> pa.Array:
+    return pa.nulls(len(values), pa.string()) if all(value is None for value in values) else pa.array(values)
+
+
+def check_output_folder(folder: Path) -> None:
+    """Raise ConfigError where `folder` is there and is no collection; an old one will be replaced."""
+    if folder.exists() and not (folder / CORPUS_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"--beir {folder} exists and holds no {CORPUS_FILE}; choose another folder")
+
+
+def write_entries(path: Path, features: Mapping[str, Feature], pieces: Iterable[tuple[list[str], pa.Table]]) -> None:
+    """Write a corpus or queries from their keys and canonical features, piece by piece."""
+    title = {"title": ""} if path.name == CORPUS_FILE else {}
+    with path.open("w", encoding="utf-8") as file:
+        for keys, table in pieces:
+            for key, entry in zip(keys, _contents(features, table), strict=True):
+                file.write(json.dumps({"_id": key, **title, **entry}, ensure_ascii=False) + "\n")
+
+
+def _contents(features: Mapping[str, Feature], table: pa.Table) -> Iterator[dict[str, Any]]:
+    """Yield text and, of features beyond one text, metadata of each row."""
+    texts = texts_of(features)
+    columns = {name: table.column(name).combine_chunks() for name in features}
+    values = {name: column.to_pylist() for name, column in columns.items()}
+    unsaid = {  # a missing value that JSON has no word for, such as NaN
+        name: feature.is_missing(columns[name]) & (feature.missing not in ("", []))
+        for name, feature in features.items()
+    }
+    for row in range(table.num_rows):
+        apart = {
+            feature.source: values[name][row]
+            for name, feature in features.items()
+            if not unsaid[name][row] and (len(texts) != 1 or name not in texts)
+        }
+        text = "\n".join(values[name][row] for name in texts)
+        yield {"text": text, **({"metadata": apart} if apart else {})}
+
+
+def write_judgements(folder: Path, split: str, rows: Iterable[tuple[str, str, float]]) -> None:
+    """Write the (query, document, relevance) of a split. Raises ConfigError on a broken relevance."""
+    with (folder / QRELS_DIR / SPLIT_FILES[split]).open("w", encoding="utf-8") as file:
+        file.write("query-id\tcorpus-id\tscore\n")
+        for query, document, relevance in rows:
+            if relevance != int(relevance):
+                raise ConfigError(f"--beir takes whole relevances, got {relevance}; leave it out")
+            file.write(f"{query}\t{document}\t{int(relevance)}\n")
+
+
+def numbered_lines(path: Path, what: str = "") -> Iterator[tuple[int, str]]:
+    """Yield the lines of a text file that are not blank, with their numbers from 1 on; `what` is said of a missing one.
+
+    Raises DataError: missing, not to be read, or no UTF-8.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, line
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist{what}") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is no text file in UTF-8") from None
+
+
+def _entries(path: Path) -> list[CollectionEntry]:
+    entries: list[CollectionEntry] = []
+    keys: set[str] = set()
+    number = 0
+    told = f"; a BEIR folder has {CORPUS_FILE}, {QUERIES_FILE} and qrels/"
+    try:
+        for number, line in numbered_lines(path, told):  # noqa: B007, the message below names it
+            record = parse_object(line)
+            key, text, title = record["_id"], record["text"], record.get("title") or ""
+            metadata = record.get("metadata") or {}
+            if not (isinstance(text, str) and isinstance(title, str) and isinstance(metadata, dict)):
+                raise TypeError("text and title need to be strings, metadata an object")
+            if not isinstance(key, str | int) or key == "":
+                raise TypeError("_id needs to be a string")
+            entries.append(CollectionEntry(str(key), f"{title} {text}".strip(), metadata))
+            keys.add(entries[-1].key)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}:{number} is no BEIR record: {error!r}") from None
+    if len(keys) < len(entries):
+        raise DataError(f"{path} has {len(entries) - len(keys)} ids twice")
+    return entries

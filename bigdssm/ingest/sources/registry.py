@@ -1,0 +1,108 @@
+"""Which source reads a table, by what stands at a path or URL; a source of your own is registered here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from bigdssm.errors import DataError
+from bigdssm.features.columns import ReportBad, SourceBatch
+from bigdssm.ingest.sources.base import Source
+from bigdssm.ingest.sources.columnar import (
+    ARROW_SUFFIXES,
+    PARQUET_SUFFIX,
+    ArrowSource,
+    ParquetSource,
+    is_saved_dataset,
+    parquet_names,
+    saved_dataset,
+)
+from bigdssm.ingest.sources.files import COMPRESSIONS, LocalFile, RemoteFile, TableFile
+from bigdssm.ingest.sources.text import DELIMITERS, JSON_SUFFIXES, DelimitedSource, JsonLinesSource, MissingColumn
+from bigdssm.ingest.sources.webdataset import SHARD_SUFFIX, WebDatasetSource
+from bigdssm.utils.urls import is_folder, is_url, join, names_in
+
+MakesSource = Callable[[TableFile], Source]
+
+_SOURCES: dict[str, MakesSource] = {PARQUET_SUFFIX: ParquetSource, **dict.fromkeys(ARROW_SUFFIXES, ArrowSource)}
+_COMPRESSIBLE: dict[str, MakesSource] = {  # read compressed, too
+    **dict.fromkeys(DELIMITERS, DelimitedSource),
+    **dict.fromkeys(JSON_SUFFIXES, JsonLinesSource),
+    SHARD_SUFFIX: WebDatasetSource,
+}
+
+
+def register_source(suffix: str, source: MakesSource, *, compressed: bool = False) -> None:
+    """Have files whose names end in `suffix` read by `source`, a class or a function that takes the file.
+
+    compressed: .gz, .xz and .zst of it, too, which `TableFile.open` and `stream` undo.
+    """
+    (_COMPRESSIBLE if compressed else _SOURCES)[suffix] = source
+
+
+def open_source(path: str | Path) -> Source:
+    """Return the table at a path or URL: a file, a folder of Parquet files, or a saved Hugging Face dataset.
+
+    Raises DataError: nothing there, or of an unknown format; ConfigError: a package is missing for such a URL.
+    """
+    if isinstance(path, str) and is_url(path):
+        return _remote(path)
+    if str(path).startswith("pipe:"):
+        raise DataError(f"{path}: commands are not run; write their output to a file first")
+    path = Path(path)
+    if path.is_dir():
+        return _folder(path)
+    if not path.is_file():
+        raise DataError(f"table {path} {'is no file' if path.exists() else 'does not exist'}")
+    return _of_suffix(LocalFile(path))
+
+
+def read_table(path: str | Path, columns: Collection[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
+    """Yield the rows of all parts of the table at `path` in order, with exactly `columns`; bad rows go to `report_bad`.
+
+    `columns` may be a mapping to the option that names each, for the sentence on a missing one.
+
+    Raises what `open_source` and `Source.batches` do, and DataError: no usable rows.
+    """
+    source, empty = open_source(path), True
+    for part in source.parts():
+        try:
+            for batch in source.batches(part, list(columns), report_bad):
+                empty = empty and not len(batch.rows)
+                yield batch
+        except MissingColumn as error:
+            raise DataError(error.named_by(columns if isinstance(columns, Mapping) else {})) from None
+    if empty:
+        raise DataError(f"{source.name} has no usable rows")
+
+
+def _of_suffix(file: TableFile) -> Source:
+    source = _SOURCES.get(Path(file.name).suffix.lower()) or _COMPRESSIBLE.get(file.suffix)
+    if source is None:
+        raise DataError(
+            f"{file.name}: unknown table format; known are {', '.join([*_COMPRESSIBLE, *_SOURCES])}, "
+            f"{', '.join(_COMPRESSIBLE)} also with {', '.join(COMPRESSIONS)}"
+        )
+    return source(file)
+
+
+def _folder(path: Path) -> Source:
+    if is_saved_dataset(path):
+        return saved_dataset(path)
+    return _parquet_folder(str(path), [entry.name for entry in path.iterdir()], lambda name: LocalFile(path / name))
+
+
+def _remote(url: str) -> Source:
+    file = RemoteFile(url)
+    try:
+        if is_folder(url):
+            return _parquet_folder(file.name, names_in(url), lambda name: RemoteFile(join(url, name)))
+    except FileNotFoundError:
+        raise DataError(f"table {file.name} does not exist") from None
+    return _of_suffix(file)
+
+
+def _parquet_folder(folder: str, names: Sequence[str], file: Callable[[str], TableFile]) -> Source:
+    if not (used := parquet_names(folder, names)):
+        raise DataError(f"table {folder} is no file, and as a folder it holds no {PARQUET_SUFFIX} files")
+    return ParquetSource(*map(file, used), name=folder)

@@ -1,0 +1,229 @@
+"""Text tables: CSV, TSV, RecBole files and JSON lines. Columns of CSV are strings: an id such as `007` is kept."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+
+from bigdssm.errors import DataError
+from bigdssm.features.columns import ReportBad, SourceBatch
+from bigdssm.ingest.sources.base import BYTES_PER_BATCH, ROWS_PER_BATCH, FileSource, Part, as_utf8
+
+# RecBole writes each column's type into the header, as in `item_id:token`.
+HEADER_TYPE = re.compile(r":(token|float)(_seq)?\Z")
+
+
+def column_names(table: str, header: Sequence[str]) -> list[str]:
+    """Return the columns' names without RecBole's types. Raises DataError where `table` has one twice."""
+    names = [HEADER_TYPE.sub("", name).strip() for name in header]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise DataError(f"{table} has the column {twice[0]!r} twice")
+    return names
+
+
+class MissingColumn(DataError):
+    """A column that a table lacks; who reads the table knows which option or feature names it."""
+
+    def __init__(self, table: str, column: str, hint: str) -> None:
+        super().__init__(table, column, hint)
+        self.column = column
+
+    def __str__(self) -> str:
+        return self.named_by({})
+
+    def named_by(self, names: Mapping[str, str]) -> str:
+        """Return the sentence; `names` holds the option or feature that names each column."""
+        table, column, hint = self.args
+        by = f", which {names[column]} names" if column in names else ""
+        return f"{table} has no column {column!r}{by}; {hint}"
+
+
+def require_columns(table: str, found: Collection[str], needed: Sequence[str]) -> None:
+    """Raise MissingColumn naming the first of `needed` that `table` lacks, and the nearest that it has."""
+    for name in needed:
+        if name not in found:
+            near = difflib.get_close_matches(name, list(found), n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, found))}"
+            raise MissingColumn(table, name, hint)
+
+
+DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".inter": "\t", ".item": "\t", ".user": "\t"}
+MAX_HEADER_BYTES = 64 << 20
+
+
+class DelimitedSource(FileSource):
+    """A text file of lines of fields, the first of them the header; rows are numbered without it."""
+
+    def read(self, part: Part, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
+        """Yield the file's rows."""
+        delimiter = DELIMITERS[self.file.suffix]
+        quoted = delimiter == ","  # TSV has no quoting: titles may hold a lone quote
+        names = self._header(delimiter, quoted)
+        require_columns(self.name, names, columns)
+        broken: dict[int, str] = {}
+
+        def on_broken(row: pa_csv.InvalidRow) -> str:
+            number = row.number - 1  # Arrow counts the header too
+            broken[number] = f"has {row.actual_columns} fields, the header has {row.expected_columns}"
+            return "skip"
+
+        parsing = pa_csv.ParseOptions(
+            delimiter=delimiter,
+            quote_char='"' if quoted else False,
+            newlines_in_values=quoted,
+            invalid_row_handler=on_broken,
+        )
+        conversion = pa_csv.ConvertOptions(
+            check_utf8=False, column_types=dict.fromkeys(names, pa.binary()), include_columns=list(columns)
+        )
+        reading = pa_csv.ReadOptions(use_threads=False, block_size=BYTES_PER_BATCH, column_names=names)
+        with self.file.stream() as stream:
+            first_row = 0  # names are given, so that the header comes as row 0
+            for batch in pa_csv.open_csv(pa.PythonFile(stream, mode="r"), reading, parsing, conversion):
+                candidates = np.arange(first_row, first_row + batch.num_rows + len(broken))
+                rows = np.setdiff1d(candidates, np.array(list(broken), np.int64))[: batch.num_rows]
+                first_row = int(rows[-1]) + 1 if len(rows) else first_row
+                for number in [number for number in list(broken) if number < first_row]:  # Arrow reads ahead
+                    report_bad(self.name, number, broken.pop(number))
+                table = SourceBatch(self.name, pa.Table.from_batches([batch]), rows)
+                yield as_utf8(table.keep(rows > 0) if len(rows) and rows[0] == 0 else table, report_bad)
+        for number, reason in broken.items():
+            report_bad(self.name, number, reason)
+
+    def _header(self, delimiter: str, quoted: bool) -> list[str]:
+        with self.file.open() as stream:
+            first = stream.readline(MAX_HEADER_BYTES)
+        try:
+            header = first.decode("utf-8-sig").rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise DataError(f"{self.name}: the header is not UTF-8; convert the table first") from None
+        if not header:
+            raise DataError(f"{self.name} has no header: it is empty, or its first line is")
+        fields = csv.reader([header], delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
+        return column_names(self.name, next(fields))
+
+
+MAX_RECORD_BYTES = 64 << 20
+
+Record = dict[str, Any]
+
+
+def record_batches(
+    name: str, numbered: Iterable[tuple[int, Record, int]], columns: Sequence[str], report_bad: ReportBad
+) -> Iterator[SourceBatch]:
+    """Yield records of the table `name`, each with its row's number and bytes, as batches of `columns`.
+
+    Raises DataError: a column that none of the first ones has.
+    """
+    records: list[Record] = []
+    rows: list[int] = []
+    num_bytes, checked = 0, False
+    for row, record, size in numbered:
+        records.append(record)
+        rows.append(row)
+        num_bytes += size
+        if len(records) >= ROWS_PER_BATCH or num_bytes >= BYTES_PER_BATCH:
+            yield record_batch(name, records, rows, columns, checked, report_bad)
+            records, rows, num_bytes, checked = [], [], 0, True
+    if records:
+        yield record_batch(name, records, rows, columns, checked, report_bad)
+
+
+def record_batch(
+    name: str, records: list[Record], rows: list[int], columns: Sequence[str], checked: bool, report_bad: ReportBad
+) -> SourceBatch:
+    """Return records as a batch of `columns`; until `checked`, one that no record has raises DataError."""
+    if not checked:  # a key may be absent in some records, but not in all of the first ones
+        require_columns(name, dict.fromkeys(key for record in records for key in record), columns)
+    table = pa.table({column: _typed([record.get(column) for record in records]) for column in columns})
+    return as_utf8(SourceBatch(name, table, np.array(rows, np.int64)), report_bad)
+
+
+def parse_object(text: str) -> Record:
+    """Return a JSON object. Raises ValueError: no JSON, no object, or one with half a character (a lone surrogate)."""
+    record = json.loads(text)
+    if not isinstance(record, dict):
+        raise ValueError(f"a JSON {type(record).__name__}, needs an object")
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"an object with half a character, {error.object[error.start]!a}") from None
+    return record
+
+
+def _typed(values: list[Any]) -> pa.Array:
+    """Return values of one type as they are, others as texts; lists of single values stay lists."""
+    lists = all(value is None or isinstance(value, list) for value in values)
+    single = [element for value in values if value for element in value] if lists else values
+    kinds = {type(value) for value in single if value is not None}
+    if bool not in kinds or len(kinds) == 1:  # Arrow takes a boolean behind a float as a number
+        try:
+            return pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # mixed types
+            pass
+    if lists:
+        return pa.array([value and list(map(_text, value)) for value in values], pa.list_(pa.string()))
+    return pa.array(list(map(_text, values)), pa.string())
+
+
+def _text(value: Any) -> str | None:
+    """Return the text that a value has in any batch: numbers as columns of numbers give them, NaN as null."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        whole = value.is_integer() and abs(value) < 2**53
+        return str(int(value)) if whole else str(pa.scalar(value).cast(pa.string()).as_py())
+    return json.dumps(value, ensure_ascii=False)
+
+
+JSON_SUFFIXES = (".jsonl", ".ndjson")
+
+
+class JsonLinesSource(FileSource):
+    """A text file of JSON objects; rows are its lines."""
+
+    def read(self, part: Part, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
+        """Yield the file's rows."""
+        with self.file.stream() as stream:
+            yield from record_batches(self.name, self._records(stream, report_bad), columns, report_bad)
+
+    def _records(self, stream: BinaryIO, report_bad: ReportBad) -> Iterator[tuple[int, Record, int]]:
+        for row, line in enumerate(_lines(stream), 1):
+            if not line.strip():
+                continue
+            if row == 1 and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+                raise DataError(
+                    f"{self.name} is a JSON array, needs one object a line; `jq -c '.[]'` makes lines of it"
+                )
+            try:
+                if len(line) >= MAX_RECORD_BYTES:
+                    raise ValueError(f"a line of more than {MAX_RECORD_BYTES:,} bytes")
+                record = parse_object(line.decode("utf-8-sig" if row == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                report_bad(self.name, row, f"invalid UTF-8 at byte {error.start}")
+                continue
+            except (ValueError, RecursionError) as error:
+                report_bad(self.name, row, f"not a JSON object: {error}")
+                continue
+            yield row, record, len(line)
+
+
+def _lines(stream: BinaryIO) -> Iterator[bytes]:
+    """Yield lines; of a line longer than the limit only its beginning, so that memory stays bounded."""
+    while line := stream.readline(MAX_RECORD_BYTES):
+        yield line
+        while len(line) >= MAX_RECORD_BYTES and not line.endswith(b"\n"):
+            line = stream.readline(MAX_RECORD_BYTES)

@@ -1,0 +1,124 @@
+"""Plain WebDataset shards by other writers as a table: one row a sample, its columns out of the members that are text.
+
+    x.json         the object's keys are columns       x.query.txt    column `query`
+    x.doc.json     columns `doc.<key>`                 x.txt          column `txt`
+                                                       __key__        what stands before the first dot
+
+Other members (images, …) are skipped unread. Nothing is unpickled, no command is run, no key becomes a path. A shard
+that was cut or has a damaged header is refused: webdataset's reader would end there as if it were whole.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
+
+from bigdssm.errors import DataError
+from bigdssm.features.columns import ReportBad, SourceBatch
+from bigdssm.ingest.sources.base import FileSource, Part
+from bigdssm.ingest.sources.files import TableFile
+from bigdssm.ingest.sources.text import MAX_RECORD_BYTES, Record, parse_object, record_batches
+
+SHARD_SUFFIX = ".tar"
+UNPICKLED_SUFFIXES = ("pyd", "pickle", "pkl", "pth")
+TEXT_SUFFIXES = ("txt", "text", "json", "cls", "id")
+KEY = "__key__"
+
+
+class WebDatasetSource(FileSource):
+    """A shard; rows are its samples."""
+
+    def split(self) -> Sequence[Part]:
+        """Return one. Raises DataError: the shard is not whole, or refused; see `check_shard`."""
+        check_shard(self.file)
+        return super().split()
+
+    def read(self, part: Part, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
+        """Yield the samples; bad ones are reported. Raises DataError: no samples, or a member twice in one."""
+        empty = True
+        with self.file.stream() as stream:
+            for batch in record_batches(self.name, self._records(stream, report_bad), columns, report_bad):
+                empty = False
+                yield batch
+        if empty:
+            raise DataError(f"{self.name} has no usable samples")
+
+    def _records(self, stream: BinaryIO, report_bad: ReportBad) -> Iterator[tuple[int, Record, int]]:
+        for row, sample in enumerate(_samples(self.name, stream), 1):
+            try:
+                record = record_of(sample)
+            except (ValueError, RecursionError) as error:
+                report_bad(self.name, row, f"sample {sample[KEY]!r}: {error}")
+                continue
+            yield row, record, sum(len(content) for content in sample.values())
+
+
+def check_shard(file: TableFile) -> None:
+    """Raise DataError unless every header of the tar is whole and no member is one that readers unpickle."""
+    last = "the beginning"
+    with file.open() as stream:
+        try:
+            with tarfile.open(fileobj=stream, mode="r:") as tar:
+                while (member := tar.next()) is not None:
+                    setattr(tar, "members", [])  # noqa: B010 (not in its stubs; it would keep them all)
+                    last = f"member {member.name!r}"
+                    if member.name.lower().endswith(tuple(f".{suffix}" for suffix in UNPICKLED_SUFFIXES)):
+                        raise DataError(
+                            f"{file.name}: {last} holds code for whoever unpickles it; refused, leave it out"
+                        )
+                    if is_text(member.name) and member.size > MAX_RECORD_BYTES:
+                        raise DataError(
+                            f"{file.name}: {last} has {member.size:,} bytes, at most {MAX_RECORD_BYTES:,} are read"
+                        )
+                stream.seek(tar.offset)
+                end = stream.read(tarfile.BLOCKSIZE)
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise DataError(f"{file.name} is damaged or cut behind {last}: {error}") from None
+    if len(end) < tarfile.BLOCKSIZE or any(end):
+        raise DataError(f"{file.name} is damaged or cut behind {last}: no end of a tar stands there; get it again")
+
+
+def _samples(name: str, stream: BinaryIO) -> Iterator[dict[str, Any]]:
+    from webdataset.tariterators import group_by_keys, tar_file_iterator  # which brings torch: seconds for each worker
+
+    members = tar_file_iterator(stream, select_files=is_text)
+    try:
+        yield from group_by_keys({**member, "__url__": name} for member in members)
+    except ValueError as error:  # a member of one name twice in a sample
+        raise DataError(f"{name}: {error.args[0]}; give every sample a key of its own") from None
+
+
+def is_text(name: str) -> bool:
+    """Return True where a member's name says that its content is text."""
+    return name.lower().endswith(tuple(f".{suffix}" for suffix in TEXT_SUFFIXES))
+
+
+def record_of(sample: dict[str, Any]) -> Record:
+    """Return a sample's columns. Raises ValueError: not UTF-8, no JSON object, or a column that comes twice."""
+    record: Record = {KEY: sample[KEY]}
+    for suffix, content in sample.items():
+        if suffix.startswith("__"):
+            continue
+        name, _, kind = suffix.rpartition(".")
+        try:
+            text = content.decode().rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"invalid UTF-8 in .{suffix} at byte {error.start}") from None
+        found = _columns(suffix, name, text) if kind == "json" else {name or kind: text}
+        for column in found:
+            if column in record:
+                raise ValueError(f"column {column!r} comes from .{suffix} and from another member")
+        record |= found
+    return record
+
+
+def _columns(suffix: str, name: str, text: str) -> Record:
+    try:
+        content = parse_object(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f".{suffix} is not JSON: {error}") from None
+    except ValueError as error:
+        raise ValueError(f".{suffix} is {error}") from None
+    return {f"{name}.{key}" if name else key: value for key, value in content.items()}

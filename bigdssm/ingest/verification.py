@@ -1,0 +1,87 @@
+"""Checks every byte of a dataset against its checksums, and says what is damaged."""
+
+from __future__ import annotations
+
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from bigdssm.config import DEFAULT_CACHE_BYTES
+from bigdssm.dataset.blocks import read_block, read_range
+from bigdssm.dataset.cache import FileCache
+from bigdssm.dataset.dataset import Dataset, with_shards_of
+from bigdssm.dataset.index import SplitIndex, read_index
+from bigdssm.dataset.remote import COUNTS_FILE
+from bigdssm.dataset.schema import VOCABULARIES
+from bigdssm.errors import DataError
+from bigdssm.ingest.dataset_writer import TOKENIZER, read_dataset_json
+from bigdssm.ingest.writing import TAR_HEADER_BYTES
+from bigdssm.utils.hashing import file_checksum
+from bigdssm.utils.log import Progress, no_progress
+from bigdssm.utils.urls import is_url
+
+
+def verify_dataset(folder: str | Path, progress: Progress = no_progress) -> list[str]:
+    """Return a sentence for everything damaged in the dataset, naming file and block; empty where all is well.
+
+    At a URL everything is fetched anew, into a temporary cache. Raises DataError where the dataset cannot be opened at
+    all; there, also where a file beside the shards is damaged.
+    """
+    if is_url(folder):
+        with tempfile.TemporaryDirectory(prefix="verify-") as cache:
+            return _damages(Dataset.open(folder, cache=FileCache(Path(cache), DEFAULT_CACHE_BYTES)), progress)
+    content = read_dataset_json(Path(folder))
+    catalogue = {part["file"]: part["checksum"] for part in [*content["catalogue"], *content.get("versions", [])]}
+    if damages := list(_compared(Path(folder), catalogue)):  # what points into the catalogue cannot be judged
+        return damages
+    return _damages(Dataset.open(folder), progress)
+
+
+def _damages(dataset: Dataset, progress: Progress) -> list[str]:
+    damages = list(_compared(dataset.dir / TOKENIZER, read_dataset_json(dataset.dir).get(TOKENIZER, {})))
+    vocabularies = {file.path.name: file.checksum for file in dataset.schema.vocabulary_files}
+    damages += _compared(dataset.dir / VOCABULARIES, vocabularies)
+    for number, partition in enumerate(dataset.partitions):
+        content = partition.content
+        known = {part["file"]: part["checksum"] for part in content.get("sequences", [])}
+        damages += _compared(partition.folder, {COUNTS_FILE: content["counts_checksum"], **known})
+        for split, expected in content["splits"].items():
+            try:
+                index = with_shards_of(partition, read_index(partition.folder, split, expected, number))
+            except DataError as error:
+                damages.append(str(error))
+                continue
+            what = f"verifying {partition.name}/{split}"
+            for block in range(index.num_blocks):
+                damages += _block_damages(dataset, index, block)
+                progress(what, block + 1, index.num_blocks)
+    return damages
+
+
+def _compared(folder: Path, checksums: Mapping[str, str]) -> Iterator[str]:
+    """Yield a sentence for each file that is missing or has another checksum than the one by its name."""
+    for name, checksum in checksums.items():
+        path = folder / name
+        if not path.is_file():
+            yield f"{path} is missing"
+        elif file_checksum(path, bits=64) != checksum:
+            yield f"{path} is damaged: its checksum is not the recorded one"
+
+
+def _block_damages(dataset: Dataset, index: SplitIndex, block: int) -> Iterator[str]:
+    name = index.name(block)
+    for bad in read_block(index, block, dataset.layout)[1]:
+        row = "" if bad.row is None else f", row {bad.row}"
+        yield f"{name}{row}{'' if bad.place is None else f', place {bad.place}'}: {bad.reason}"
+    shard = index.shards[index.shard[block]]
+    if not isinstance(shard, Path) or not shard.is_file():
+        return
+    header = read_range(shard, int(index.offset[block]) - TAR_HEADER_BYTES, TAR_HEADER_BYTES)
+    try:  # this project reads past the headers, other readers of tars do not
+        member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+    except (tarfile.HeaderError, UnicodeDecodeError) as error:
+        yield f"{name}: its tar header is damaged ({error}); plain tar readers stop there"
+        return
+    if member.size != int(index.size[block]):
+        yield f"{name}: its tar header gives {member.size} bytes, the index {int(index.size[block])}"

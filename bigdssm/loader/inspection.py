@@ -1,0 +1,168 @@
+"""What is in a dataset: sizes, schema, lengths, popular documents, duplicates, and rows as the model sees them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from bigdssm.dataset.blocks import read_block
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.index import read_index
+from bigdssm.dataset.schema import Schema
+from bigdssm.errors import DataError
+from bigdssm.features import Feature, Reader
+from bigdssm.features.ragged import Ragged
+from bigdssm.ingest.dataset_writer import QUARANTINE_FILE
+from bigdssm.ingest.row_keys import pair_hash
+from bigdssm.loader.batch import Batch
+from bigdssm.loader.collate import Collator
+
+MAX_SCAN_BLOCKS = 512  # about a million rows, spread evenly over the split
+MAX_SCAN_DOCS = 1_000_000
+PERCENTILES = (0, 25, 50, 75, 95, 100)
+MOST_BINS = 16
+
+
+@dataclass(frozen=True)
+class SplitSize:
+    """One split of one partition."""
+
+    partition: str
+    split: str
+    rows: int
+    queries: int  # that the rows give
+    blocks: int
+    shards: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long a feature's lists are (tokens, values, history items)."""
+
+    feature: str
+    percentiles: tuple[int, ...]  # at PERCENTILES
+    cut: float | None  # share of rows at the cap, None without one
+    histogram: tuple[int, ...]  # rows in up to MOST_BINS equal ranges from 0 to the longest
+
+
+@dataclass(frozen=True)
+class Description:
+    """Everything that bigdssm inspect_shards prints."""
+
+    sizes: list[SplitSize]
+    features: list[tuple[str, Feature]]  # with their side
+    vocab_size: int  # of the tokenizer, 0 without text
+    num_docs: int
+    docs_without_train_rows: int
+    num_versions: int  # of documents that changed, beside the first ones
+    seen_as_of: str  # what a row sees them as of
+    top_docs: list[tuple[str, int]]  # title, train positives
+    lengths: list[Lengths]
+    scanned_queries: int
+    unreadable_blocks: int
+    duplicate_pairs: int  # rows beyond the first of a (query_id, document) among the scanned ones
+    num_bad: int  # entries of the quarantine
+
+
+def describe(dataset: Dataset, split: str = "train", top: int = 10) -> Description:
+    """Return the description; `split` is what lengths and duplicates are counted in. Raises DataError."""
+    index = dataset.index(split)
+    step = -(-index.num_blocks // MAX_SCAN_BLOCKS)
+    lengths: dict[str, list[np.ndarray]] = {}
+    pairs: list[np.ndarray] = []
+    unreadable = 0
+    for block in range(0, index.num_blocks, step):
+        batch, bad = read_block(index, block, dataset.layout)
+        if batch is None:
+            unreadable += 1
+            continue
+        good = np.setdiff1d(np.arange(batch.num_rows), [fault.row for fault in bad if fault.rows])
+        rows = dataset.rows(split, 0, index.first_row[block] + good, batch.take(pa.array(good)))
+        for name, column in rows.query.items():
+            if isinstance(column, Ragged):
+                lengths.setdefault(f"query.{name}", []).append(column.lengths)
+        pairs.append(pair_hash(rows.query_ids, rows.doc_rows))
+    sample = np.unique(np.linspace(0, dataset.catalogue.num_docs - 1, MAX_SCAN_DOCS).astype(np.int64))
+    for name, column in dataset.catalogue.columns(sample).items():
+        if isinstance(column, Ragged):
+            lengths[f"doc.{name}"] = [column.lengths]
+    counts = dataset.doc_counts()
+    best = np.argsort(-counts, kind="stable")[:top]
+    hashes = np.concatenate(pairs) if pairs else np.empty(0, np.int64)
+    quarantine = dataset.dir / QUARANTINE_FILE
+    features = [(side, feature) for side in ("query", "doc") for feature in getattr(dataset.schema, side).values()]
+    caps = {f"{side}.{feature.name}": feature.longest for side, feature in features}
+    return Description(
+        sizes=_sizes(dataset),
+        features=features,
+        vocab_size=dataset.vocab_size,
+        num_docs=dataset.catalogue.num_docs,
+        docs_without_train_rows=int((counts == 0).sum()),
+        num_versions=sum(file.rows for file in dataset.catalogue_files if file.since is not None),
+        seen_as_of={"partitions": "partition", "events": "event"}[dataset.head.items],
+        top_docs=list(zip(dataset.catalogue.title(best), counts[best].tolist(), strict=True)),
+        lengths=[_lengths(name, np.concatenate(parts), caps[name]) for name, parts in lengths.items()],
+        scanned_queries=len(hashes),
+        unreadable_blocks=unreadable,
+        duplicate_pairs=len(hashes) - len(np.unique(hashes)),
+        num_bad=len(quarantine.read_bytes().splitlines()) if quarantine.exists() else 0,
+    )
+
+
+def _sizes(dataset: Dataset) -> list[SplitSize]:
+    sizes = []
+    for number, partition in enumerate(dataset.partitions):
+        for split, content in partition.content["splits"].items():
+            files = [partition.folder / name for name in content["shards"]]
+            if partition.remote is None:
+                num_bytes = sum(path.stat().st_size for path in files if path.exists())
+            else:  # without the tar headers
+                index = read_index(partition.folder, split, content, number)
+                num_bytes = int(index.size.sum())
+            counts = (content["rows"], content["queries"], content["blocks"], len(files))
+            sizes.append(SplitSize(partition.name, split, *counts, num_bytes))
+    return sizes
+
+
+def _lengths(name: str, lengths: np.ndarray, cap: int | None) -> Lengths:
+    values = np.percentile(lengths, PERCENTILES, method="nearest") if len(lengths) else np.zeros(len(PERCENTILES))
+    cut = None if cap is None or not len(lengths) else float((lengths >= cap).mean())
+    longest = int(lengths.max(initial=0))
+    histogram = np.histogram(lengths, min(longest + 1, MOST_BINS), (0, longest + 1))[0]
+    return Lengths(name, tuple(int(value) for value in values), cut, tuple(histogram.tolist()))
+
+
+def sample_rows(dataset: Dataset, split: str = "train", count: int = 10) -> list[dict[str, Any]]:
+    """Return the split's first rows as the model gets them, decoded from the very tensors: feature → readable value.
+
+    Text is its tokens, a category its value, a history the displays of its items, oldest first.
+    """
+    collate = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
+    rows = next(dataset.iterate(split, count), None)
+    if rows is None:
+        raise DataError(f"{dataset.dir}: no row of the split {split} can be read; use --verify")
+    batch = collate(rows)
+    items: dict[str, dict[int, str]] = {}
+
+    def item(of: str, code: int) -> str:
+        if of not in items:
+            codes = dataset.catalogue.codes(of, dataset.catalogue.every_row)
+            known, first = np.unique(codes, return_index=True)
+            items[of] = dict(zip(known.tolist(), dataset.catalogue.title(first), strict=True))
+        return items[of][code]
+
+    reader = Reader(dataset.tokenizer, dataset.pad_token_id, item)
+    return [_shown(dataset.schema, batch, i, reader) for i in range(len(rows))]
+
+
+def _shown(schema: Schema, batch: Batch, i: int, reader: Reader) -> dict[str, Any]:
+    shown: dict[str, Any] = {"row": int(batch.row_ids[i]), "relevance": float(batch.relevance[i])}
+    for name, feature in schema.query.items():
+        shown[f"query.{name}"] = feature.shown(batch.query[name][i].numpy(), reader)
+    for name, feature in schema.doc.items():
+        shown[f"doc.{name}"] = feature.shown(batch.doc[name][int(batch.positive[i])].numpy(), reader)
+    return shown

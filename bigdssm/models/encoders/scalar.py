@@ -1,0 +1,87 @@
+"""Encoders of categorical, numeric and vector features.
+
+Shapes: R rows, K values, E table width, H encoder width, d numbers per vector.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bigdssm.features import PADDING, Categorical, Numeric, Vector
+from bigdssm.models.embedding_tables import EmbeddingTables, table_name
+from bigdssm.models.encoders.base import Encoder, Parts, encodes
+
+
+@encodes(Categorical)
+class CategoricalEncoder(Encoder):
+    """Mean of the table's vectors over the values of a row; a single value is its own mean."""
+
+    def __init__(self, table: str, dim: int, tables: EmbeddingTables) -> None:
+        super().__init__()
+        self.table, self.dim = table, dim
+        self._tables = (tables,)  # in a tuple: the tables are the model's, not a submodule of each encoder
+
+    @classmethod
+    def build(cls, feature: Categorical, parts: Parts) -> CategoricalEncoder:
+        """Return the encoder of a feature."""
+        return cls(table_name(parts.side, feature.name), parts.config.embedding_dim, parts.tables)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Return [R, E] for codes [R] or, multi-valued, [R, K]."""
+        vectors = self._tables[0].look_up(self.table, codes)
+        if codes.dim() == 1:
+            return vectors
+        count = (codes != PADDING).sum(dim=1, keepdim=True).clamp(min=1)
+        return vectors.sum(dim=1) / count
+
+
+# Deviations from the mean that a number is clipped to: beyond what was trained on, a layer only extrapolates.
+MOST_DEVIATIONS = 10.0
+
+
+@encodes(Numeric)
+class NumericEncoder(Encoder):
+    """A normalised value, at most MOST_DEVIATIONS from 0, and whether it is missing, through one layer."""
+
+    def __init__(self, feature: Numeric, dim: int) -> None:
+        super().__init__()
+        self.feature, self.dim = feature, dim
+        self.layer = nn.Linear(2, dim)
+
+    @classmethod
+    def build(cls, feature: Numeric, parts: Parts) -> NumericEncoder:
+        """Return the encoder of a feature."""
+        return cls(feature, parts.config.numeric_dim)
+
+    def forward(self, values_R: Tensor) -> Tensor:
+        """Return [R, H] for float32 values [R]; NaN is missing."""
+        missing = values_R.isnan()
+        value = values_R.masked_fill(missing, self.feature.mean)
+        if self.feature.log:
+            value = torch.where(missing, value, value.clamp(min=0).log1p())
+        normalised = ((value - self.feature.mean) / self.feature.std).clamp(-MOST_DEVIATIONS, MOST_DEVIATIONS)
+        inputs = torch.stack([normalised, missing.to(value.dtype)], dim=1)
+        return nn.functional.gelu(self.layer(inputs.to(self.layer.weight.dtype)))
+
+
+@encodes(Vector)
+class VectorEncoder(Encoder):
+    """The vector, zeros where it is missing, and whether it is, through one linear layer."""
+
+    def __init__(self, feature: Vector, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.layer = nn.Linear(feature.dim + 1, dim)
+
+    @classmethod
+    def build(cls, feature: Vector, parts: Parts) -> VectorEncoder:
+        """Return the encoder of a feature."""
+        return cls(feature, parts.config.vector_dim)
+
+    def forward(self, values_Rd: Tensor) -> Tensor:
+        """Return [R, H] for float32 vectors [R, d]; NaN is missing."""
+        missing_R = values_Rd[:, :1].isnan()
+        inputs = torch.cat([values_Rd.nan_to_num(nan=0.0), missing_R.to(values_Rd.dtype)], dim=1)
+        vectors: Tensor = self.layer(inputs.to(self.layer.weight.dtype))
+        return vectors

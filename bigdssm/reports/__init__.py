@@ -1,1 +1,0 @@
-"""What people ask about: a dataset, a run before it begins, runs beside each other."""

@@ -1,0 +1,122 @@
+"""A teacher's vectors of a dataset's documents and train queries, whose products are its scores.
+
+FOLDER/documents.npy   float16 [N, E], by catalogue row
+FOLDER/queries.npy     records (query int64, vector float16 [E]); the keys (see `Rows.query_keys`) ascend
+
+Both end in a seal (see array_file.py): of what dataset they were made.
+
+They are made in shards by any number of ranks, going on where they were killed (retrieval/shards.py), and read mapped.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.lib.format import open_memmap
+
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import EVENT_BITS
+from bigdssm.errors import DataError
+from bigdssm.retrieval.embed import Encoders
+from bigdssm.retrieval.hard_negatives import find_keys, rows_of_queries
+from bigdssm.retrieval.shards import ShardedFolder, ShardWork
+from bigdssm.utils.array_file import check_seal, new_array, seal
+from bigdssm.utils.atomic import real_place
+
+DOCUMENTS, QUERIES = "documents.npy", "queries.npy"
+ROWS_AT_ONCE = 1024
+PASS_ROWS = 65_536
+
+
+class TeacherVectors:
+    """The vectors of a folder, mapped."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises DataError where `folder` holds none."""
+        self.folder = folder
+        try:
+            documents, queries = (
+                np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in (DOCUMENTS, QUERIES)
+            )
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(
+                f"{folder} holds no teacher's vectors: {reason}; bigdssm embed_teacher makes them"
+            ) from None
+        if documents.ndim != 2 or queries.dtype != _record(documents.shape[1]):
+            raise DataError(f"{folder} holds no teacher's vectors: got {queries.dtype} beside {documents.shape}")
+        self.documents, self._queries = documents, queries
+
+    def check_against(self, dataset: Dataset) -> None:
+        """Read both files whole. Raises DataError where one is damaged, or was made of another dataset."""
+        for name in (DOCUMENTS, QUERIES):
+            check_seal(self.folder / name, dataset.fingerprint, "make it with bigdssm embed_teacher")
+
+    @property
+    def keys(self) -> np.ndarray:
+        """Return the queries' keys, int64."""
+        keys: np.ndarray = self._queries["query"]
+        return keys
+
+    def queries(self, keys: np.ndarray) -> np.ndarray:
+        """Return float16 [m, E] for int64 keys [m]. Raises DataError where one is not there."""
+        at, missing = find_keys(self.keys, keys)
+        if missing.any():
+            row = int(keys[missing][0]) >> EVENT_BITS
+            raise DataError(f"{self.folder} has no query of row {row}; make it anew with bigdssm embed_teacher")
+        vectors: np.ndarray = self._queries["vector"][at]
+        return vectors
+
+
+def write_teacher(out: Path, encoders: Encoders, dataset: Dataset, name: str, work: ShardWork) -> TeacherVectors | None:
+    """Write the vectors of all documents and train queries; return them on the rank that put them in place, else None.
+
+    `name` tells the teacher from others: finished shards of a run that was ended are kept where it is the same. Raises
+    DataError where a vector is not finite, or too large for float16.
+    """
+    out = real_place(out)
+    width, num_docs = encoders.documents(np.zeros(1, np.int64)).shape[1], dataset.catalogue.num_docs
+    keys = np.concatenate([np.zeros(0, np.int64), *(r.query_keys for r in dataset.iterate("train", PASS_ROWS))])
+
+    def prepare(aside: Path) -> None:
+        new_array(aside / DOCUMENTS, np.float16, (num_docs, width))
+        records = new_array(aside / QUERIES, _record(width), (len(keys),))
+        records["query"] = keys
+        records.flush()
+
+    job = {"kind": "teacher", "name": name, "dataset": dataset.fingerprint}
+    shards = ShardedFolder(out, job, num_docs + len(keys), work, prepare)
+    documents, queries = (open_memmap(shards.aside / name, "r+") for name in (DOCUMENTS, QUERIES))
+    for _, first, last in shards.pending("shards encoded"):
+        for begin in range(first, min(last, num_docs), ROWS_AT_ONCE):
+            rows = np.arange(begin, min(begin + ROWS_AT_ONCE, last, num_docs))
+            documents[rows] = _checked(encoders.documents(rows).numpy(), "documents", rows)
+        if last > num_docs:
+            own = slice(max(first - num_docs, 0), last - num_docs)
+            queries["vector"][own] = np.concatenate(
+                [
+                    _checked(encoders.queries(rows).numpy(), "queries of rows", rows.row_ids)
+                    for rows in rows_of_queries(dataset, keys[own], ROWS_AT_ONCE)
+                ]
+            )
+        documents.flush()
+        queries.flush()
+
+    def complete(aside: Path) -> None:
+        for name in (DOCUMENTS, QUERIES):
+            seal(aside / name, dataset.fingerprint)
+
+    return TeacherVectors(out) if shards.finish(complete) else None
+
+
+def _checked(vectors: np.ndarray, what: str, rows: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        small: np.ndarray = vectors.astype(np.float16)
+    if not np.isfinite(small).all():
+        raise DataError(f"the teacher's vectors of {what} {rows[0]} to {rows[-1]} are not finite in float16")
+    return small
+
+
+def _record(width: int) -> np.dtype[np.void]:
+    return np.dtype([("query", np.int64), ("vector", np.float16, (width,))])

@@ -1,1 +1,0 @@
-"""What runs beside a stage: watchdog, launcher, signals, planned faults, the run folder, trackers, alerts."""

@@ -1,0 +1,358 @@
+"""Estimate a stage before it runs: memory per rank, communication per step, checkpoints, days."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from bigdssm.checkpoints.checkpoint import checkpoint_bytes
+from bigdssm.cluster.metrics import METRICS_FILE, read_stage
+from bigdssm.config import Config, EngineConfig, OptimizerConfig, StageConfig, StageName
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.tensors import Features
+from bigdssm.loader.batch import Batch
+from bigdssm.loader.chunks import Chunked
+from bigdssm.loader.step_plan import TokenBudget, plan_side, plan_step
+from bigdssm.losses.kernels import loss_bytes, loss_sent_bytes, vector_bytes
+from bigdssm.models import CrossEncoder, DualEncoder, Encoded, use_plain_attention
+from bigdssm.models.encoders import text_architectures
+from bigdssm.models.precision import settle_precision
+from bigdssm.retrieval.embed import CHUNK_TOKENS_CPU
+from bigdssm.retrieval.hard_negatives import UniformNegatives
+from bigdssm.training.batches import Batches, row_stream
+from bigdssm.training.encoding import EncodedChunk, pair_pieces, pieces_of, whole_features
+from bigdssm.training.objective import candidate_columns, num_negatives
+from bigdssm.training.optimizers import state_size
+
+BUCKET = 500_000_000  # elements that DeepSpeed reduces at once
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Numbers, not bytes: of all weights, of those trained, of the largest trained one, of the optimizer's states."""
+
+    weights: int
+    trained: int
+    largest: int
+    states: int
+
+    @classmethod
+    def of(cls, model: nn.Module, optimizer: OptimizerConfig) -> ModelSizes:
+        """Return the sizes of a model; its tensors may have no memory."""
+        trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        return cls(weights, sum(trained), max(trained), state_size(model, optimizer))
+
+    def share(self, world_size: int) -> int:
+        """Return how many trained weights a rank updates from ZeRO 1 on."""
+        return -(-self.trained // world_size)
+
+
+def held_bytes(engine: EngineConfig, sizes: ModelSizes, world_size: int) -> dict[str, int]:
+    """Return what weights and optimizer take on a rank all the time, by what for.
+
+    ZeRO 1 to 3 keep a float32 copy of the weights that a rank updates, also beside float32 weights.
+    """
+    stage, share, weights = engine.zero_stage, sizes.share(world_size), _weight(engine) * sizes.weights
+    if stage == 0:
+        return {"weights": weights, "optimizer's states": FP32 * sizes.states}
+    held = {
+        "weights": weights if stage < 3 else -(-weights // world_size),
+        "float32 copy of the weights": FP32 * share,
+        "optimizer's states": FP32 * -(-sizes.states // world_size),
+    }
+    if engine.offload_optimizer:
+        held["gradients on the host"] = FP32 * share
+    if stage == 3:
+        held["weights put together"] = weights
+        held["this rank's gradients"] = _weight(engine) * share
+    return held
+
+
+def step_bytes(engine: EngineConfig, sizes: ModelSizes, world_size: int) -> int:
+    """Return what the optimizer's step takes on a rank on top of that.
+
+    ZeRO 1 and 2 reduce gradients in a bucket as large as they are, and cut their own out of it; AdamW works on whole
+    flat groups.
+    """
+    if engine.zero_stage == 0:
+        bucket = FP32 * min(BUCKET, sizes.trained) if world_size > 1 else 0
+        return FP32 * sizes.trained + max(bucket, 2 * FP32 * sizes.largest)
+    gradients = FP32 * sizes.trained if engine.zero_stage < 3 else 0
+    return gradients + 4 * FP32 * sizes.share(world_size)
+
+
+def sent_bytes(engine: EngineConfig, sizes: ModelSizes) -> dict[str, int]:
+    """Return what is reduced and gathered in a step, by what for: an all-reduce counts twice."""
+    sent = {"weights' gradients": (1 if engine.zero_stage == 3 else 2) * FP32 * sizes.trained}
+    if engine.zero_stage in (1, 2):
+        sent["updated weights"] = _weight(engine) * sizes.trained
+    elif engine.zero_stage == 3:
+        sent["weights, for forward and backward"] = 2 * _weight(engine) * sizes.weights
+    return sent
+
+
+def _weight(engine: EngineConfig) -> int:
+    return 2 if engine.precision == "bf16_pure" else FP32
+
+
+HEAP_BELOW = 32 << 20  # bytes: larger allocations glibc maps by themselves, and gives back when they are freed
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within it, counts the bytes of all storages that operations make, until the last tensor of each is gone.
+
+    `in_heap` is the highest count of those that glibc takes from its heap.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = self.in_heap = self._heap_now = 0
+        self._counted: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count what it made."""
+        output = func(*args, **(kwargs or {}))
+        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in given:
+                self._count(leaf.untyped_storage())
+        return output
+
+    def _count(self, storage: Any) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._counted:
+            return
+        self._counted.add(key)
+        self._add(size)
+        self.peak = max(self.peak, self.now)
+        self.in_heap = max(self.in_heap, self._heap_now)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._counted.discard(key)
+        self._add(-size)
+
+    def _add(self, change: int) -> None:
+        self.now += change
+        if abs(change) < HEAP_BELOW:
+            self._heap_now += change
+
+
+FP32 = 4
+# What glibc's heap keeps in holes between what is in use, over that, as measured: tensors of many sizes come and go.
+# MALLOC_MMAP_THRESHOLD_=131072 does away with them (there 584 MB became 477), for page faults at every tensor.
+HEAP_HOLES = 0.35
+RUNTIME_BYTES = 100_000_000  # libraries' own when they are first used: what the smallest run takes
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One rank's memory in bytes, and what a step and a run take; see `lines`."""
+
+    held: dict[str, int]  # all the time, by what it is for
+    phases: dict[str, int]  # on top of it at the most, one after another
+    num_weights: int
+    table_weights: int  # of them, in embedding tables
+    negatives: int  # documents that a query is compared with, its own left out
+    # Bytes that a rank sends in a step, by what for, as if collectives went round a ring: there an all-gather or a
+    # reduce-scatter of S bytes sends S (N - 1) / N, an all-reduce twice that.
+    sent: dict[str, int]
+    checkpoint_bytes: int  # of all ranks
+    steps: int
+    rows_global: int
+    world_size: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Return the highest memory of a rank above that of a process which has imported everything."""
+        return sum(self.held.values()) + max(self.phases.values())
+
+    def days(self, rows_per_s: float) -> float:
+        """Return how long all steps take at so many rows a second of all ranks together."""
+        return self.steps * self.rows_global / rows_per_s / 86400
+
+    def lines(self, rows_per_s: float | None) -> list[str]:
+        """Return what people read."""
+        highest = max(self.phases, key=lambda name: self.phases[name])
+        lines = [f"{self.num_weights:,} weights, {self.table_weights:,} of them in tables; {self.world_size} ranks"]
+        lines += [f"  {name:42s} {_size(size)}" for name, size in self.held.items()]
+        lines += [f"  {name + ' (then)':42s} {_size(size)}" for name, size in self.phases.items()]
+        lines.append(f"memory of a rank, at its highest ({highest}): {_size(self.peak_bytes)}")
+        lines.append(f"{self.rows_global:,} rows a step; a query has {self.negatives:,} negatives")
+        lines += [f"  {name:42s} {_size(size)}" for name, size in self.sent.items()]
+        lines.append(f"sent by a rank in a step: {_size(sum(self.sent.values()))}")
+        lines.append(f"a checkpoint: {_size(self.checkpoint_bytes)}")
+        time = "unknown without rows a second (--rows-per-s, or a run that has some)"
+        if rows_per_s:
+            time = f"{self.days(rows_per_s):.2f} days at {rows_per_s:,.0f} rows a second"
+        lines.append(f"{self.steps:,} steps: {time}")
+        return lines
+
+
+def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int) -> Estimate:
+    """Return what the stage `name` of `config` takes on `world_size` ranks; of `dataset`, one step's rows are read."""
+    stage, engine = config.stage(name), config.engine
+    engine = settle_precision(engine, "cuda" if torch.cuda.is_available() else "cpu")
+    stream = row_stream(config, stage, dataset, rank=0, world_size=world_size)
+    share = replace(stage.loss, uniform_negatives=-(-stage.loss.uniform_negatives // world_size))
+    mined = UniformNegatives(dataset.catalogue.num_docs) if stage.loss.negatives else None  # before they are mined
+    batch = next(iter(Batches(stream, share, mined, config.run.seed, torch.device("cpu"))))
+    texts = text_architectures(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+    mode = FakeTensorMode()
+    with mode:
+        model = DualEncoder(config.model, dataset.schema, texts, stage.loss.scorer)
+        if engine.precision == "bf16_pure":
+            _to_bfloat16(model)
+    model.train()
+    if engine.precision != "fp32" and not torch.cuda.is_available():
+        use_plain_attention(model)  # as the engine does
+    if engine.checkpoint_activations:
+        model.checkpoint_activations()
+    sizes = ModelSizes.of(model, stage.optimizer)
+    held, in_step = held_bytes(engine, sizes, world_size), step_bytes(engine, sizes, world_size)
+    # and what is put aside while it is in place
+    averaged = {"moving average of the weights": 2 * FP32 * sizes.weights} if stage.weight_average else {}
+    saved = sizes.weights + sizes.states + (sizes.weights if stage.weight_average else 0)
+    kept, towers = _towers(model, mode, batch, engine)
+    rows, width = (len(batch.query_ids), len(batch.doc_ids)), config.model.dim
+    tile, both, known = config.engine.loss_tile, stage.loss.direction != "q2d", batch.known
+    vectors = vector_bytes(*rows, width)
+    loss, sent = 0, sent_bytes(engine, sizes)
+    if stage.loss.scorer is None:  # which compares a few documents for each query
+        loss = loss_bytes(
+            *rows, width, world_size, both=both, tile=tile, num_known=0 if known is None else len(known),
+            gathers_known=stage.loss.mask in ("batch", "user"),
+        )  # fmt: skip
+        sent = loss_sent_bytes(rows[1], width, world_size, both=both) | sent
+    steps = stage.steps or int(np.ceil(stage.epochs * stream.steps_per_epoch))
+    behind = engine.async_checkpoints and (stage.save_every_minutes > 0 or 0 < stage.save_every_steps < steps)
+    copied = {"copy that a checkpoint is written from": -(-checkpoint_bytes(saved) // world_size)} if behind else {}
+    return Estimate(
+        held={
+            **held,
+            **averaged,
+            **copied,
+            "batch": 2 * batch.nbytes,  # and the next one
+            "libraries at first use": RUNTIME_BYTES,
+        },
+        phases={
+            "loss, beside graphs that are kept": kept + vectors + loss,
+            "towers' activations and gradients": towers + vectors,
+            "optimizer's step": in_step,
+            "validation, mining": _encoding(model, mode, batch) + _documents(stage, width, dataset, world_size),
+        },
+        num_weights=sizes.weights,
+        table_weights=sum(parameter.numel() for parameter in model.tables.parameters()),
+        negatives=num_negatives(stage, batch, world_size, dataset.catalogue.num_docs),
+        sent={name: int(size * (world_size - 1) / world_size) for name, size in sent.items()},
+        checkpoint_bytes=checkpoint_bytes(saved),
+        steps=steps,
+        rows_global=stage.rows_global,
+        world_size=world_size,
+    )
+
+
+def recorded_rows_per_s(folder: Path) -> float | None:
+    """Return the median speed that a stage folder's metrics tell, None where there are none."""
+    if not (folder / METRICS_FILE).is_file():
+        return None
+    speeds = [record["rows_per_s"] for record in read_stage(folder).records if record.get("rows_per_s")]
+    return median(speeds) if speeds else None
+
+
+def _towers(model: DualEncoder, mode: FakeTensorMode, batch: Batch, engine: EngineConfig) -> tuple[int, int]:
+    """Return the bytes of the graphs that wait for the loss, and the most that encoding and backward take.
+
+    Gradients of the weights are in it, and the heap's holes.
+    """
+    plan = plan_step(batch, TokenBudget.of(engine, model.packs(training=True)))
+    pieces = [] if plan.whole else pieces_of(batch, plan)
+    places = {} if batch.places is None else {"places": batch.places}
+    listed = {} if model.scorer is None else {"listed": candidate_columns(batch)}
+    query, doc = whole_features(batch.query, plan.query), whole_features(batch.doc, plan.doc)
+    whole: dict[str, Any] = {"query": query, "doc": doc, **places}
+    fixed: list[dict[str, Any]] = []  # of towers that stay as they are
+    if isinstance(model.scorer, CrossEncoder):
+        fixed = [piece.inputs for piece in pieces] or [whole]
+        pieces = [*pair_pieces(model.scorer, batch, listed["listed"], TokenBudget.of(engine))]
+    kept_inputs = [piece.inputs for piece in pieces if piece.keep] if pieces else [{**whole, **listed}]
+    again = [piece.inputs for side in ("query", "doc", "pairs") if (piece := _largest(pieces, side)) is not None]
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=engine.precision == "bf16")
+
+    def encode(**given: Any) -> Encoded:
+        with autocast:
+            encoded: Encoded = model(**tree_map_only(Tensor, mode.from_tensor, given))
+        return encoded
+
+    with mode, LiveBytes() as live:
+        kept = [encode(**inputs) for inputs in kept_inputs]
+        waiting = live.now
+        with torch.no_grad():
+            for inputs in (*fixed, *again):
+                encode(**inputs)
+        if kept:
+            _backward(kept)
+            kept.clear()
+        for inputs in again:
+            _backward([encode(**inputs)])
+        return waiting, live.peak + int(HEAP_HOLES * live.in_heap)
+
+
+def _encoding(model: DualEncoder, mode: FakeTensorMode, batch: Batch) -> int:
+    """Return the bytes of encoding a catalogue's documents without a graph."""
+    plan = plan_side(batch.doc_lengths, len(batch.doc_ids), CHUNK_TOKENS_CPU)
+    chunk, side = plan.chunks[0], Chunked(batch.doc, plan)
+    features = cast(Features, side.features(chunk))  # the plan packs nothing
+    inputs = {name: mode.from_tensor(values) for name, values in features.items()}
+    with mode, torch.no_grad(), LiveBytes() as live:
+        model(doc=inputs)
+    return live.peak * max(1, CHUNK_TOKENS_CPU // max(1, chunk.tokens))
+
+
+def _documents(stage: StageConfig, width: int, dataset: Dataset, world_size: int) -> int:
+    """Return the bytes of the index vectors of a rank's share of the documents; an approximate index has them again."""
+    num_docs = dataset.catalogue.num_docs
+    mines = stage.loss.negatives > 0 and stage.mining.file is None and not stage.mining.uniform
+    copies = 2 if mines and num_docs > stage.mining.exact_up_to else 1
+    return copies * FP32 * -(-num_docs // world_size) * (width + 1)
+
+
+def _backward(encoded: Sequence[Encoded]) -> None:
+    """Push gradients of ones through the towers, as `Engine.backward` does with those of the loss."""
+    torch.stack(
+        [t.float().sum() for part in encoded for t in part if t is not None and t.requires_grad]
+    ).sum().backward()
+
+
+def _largest(pieces: Sequence[EncodedChunk], side: str) -> EncodedChunk | None:
+    """Return the piece of a side with the most cells among those that are encoded twice; None where there is none."""
+    own = [piece for piece in pieces if piece.name == side and not piece.keep]
+    return max(own, key=lambda piece: piece.chunk.tokens, default=None)
+
+
+def _to_bfloat16(model: nn.Module) -> None:
+    """What `model.bfloat16()` does, which cannot on tensors without memory."""
+    for owner in model.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                owner._parameters[name] = nn.Parameter(parameter.detach().bfloat16(), parameter.requires_grad)
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:,.0f} {unit}" if unit == "B" else f"{num_bytes:,.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.2f} GB"

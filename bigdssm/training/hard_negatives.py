@@ -1,0 +1,141 @@
+"""Where a stage's windows come from: a file, or mined by the weights it starts from, and again every so many steps.
+
+Files of what was mined stand in the stage's folder, one for the partitions that are trained on and, where it is mined
+again, for each step at which it was. A checkpoint goes on with the file of the last such step before it: by its own
+weights others would be found. Of that step itself, they are the same weights.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from bigdssm import distributed
+from bigdssm.checkpoints.checkpoint import CHECKPOINTS, checkpoints_in
+from bigdssm.config import Config, StageName
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import Rows
+from bigdssm.errors import CheckpointError
+from bigdssm.loader.row_stream import RowStream
+from bigdssm.retrieval.embed import DocumentVectors, Share, encode_catalogue, tower_encoders
+from bigdssm.retrieval.hard_negatives import HardNegatives, UniformNegatives
+from bigdssm.retrieval.mining import mine_to_file
+from bigdssm.training.batches import row_stream
+from bigdssm.training.encoding import RandomState
+from bigdssm.training.engine import Engine, device
+from bigdssm.training.resume import part_steps
+from bigdssm.utils.hashing import hash64
+from bigdssm.utils.log import Progress, get_logger
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class HardNegativeRefresh:
+    """Gives the windows of a stage's steps. Steps are those of the part over the present partitions."""
+
+    config: Config
+    name: StageName
+    engine: Engine
+    dataset: Dataset
+    folder: Path
+    progress: Progress
+
+    def begin(self, step: int, resumed: bool) -> tuple[HardNegatives | UniformNegatives | None, DocumentVectors | None]:
+        """Return the windows that `step` is made with, None where the loss lists no documents. A collective.
+
+        With them come the rank's index vectors of the documents, where they were encoded just now. What was mined is
+        there where a part is `resumed`; else nothing says of which dataset what lies there is. Raises CheckpointError
+        where it is lost.
+        """
+        stage = self.config.stage(self.name)
+        if stage.loss.negatives == 0:
+            return None, None
+        if stage.mining.uniform:
+            return UniformNegatives(self.dataset.catalogue.num_docs), None
+        mined_at = self._mined_at(step)
+        given = stage.mining.file
+        path = self.path(mined_at) if given is None else Path(given)
+        if (resumed or given is not None) and distributed.broadcast_object(path.exists()):
+            mined = HardNegatives.open(path)
+            if given is None:  # that of the config was checked at the start
+                mined.check_against(self.dataset)
+            return mined, None
+        if resumed and (step != mined_at or self._every_steps == 0):
+            raise CheckpointError(
+                f"{path} is missing: the run was trained with these negatives, and by now its weights would mine "
+                "others; bring the file back, or begin anew in another run.dir"
+            )
+        return self._mine(mined_at)
+
+    def again(self, step: int, part_step: int) -> HardNegatives:
+        """Return what the present weights mine for the steps from `step` on; older files go. A collective.
+
+        part_step: the run's step at which the part began. What no checkpoint can need is removed.
+        """
+        with RandomState.now().replayed():  # a resumed run goes on from what the checkpoint has
+            mined, _ = self._mine(step)
+        if distributed.is_main():
+            kept = [int(path.name.removeprefix("step-")) for path in checkpoints_in(self.folder / CHECKPOINTS)]
+            oldest = self._mined_at(max(0, min(kept, default=part_step + step) - part_step))
+            for old in range(0, oldest, self._every_steps):
+                self.path(old).unlink(missing_ok=True)
+        return mined
+
+    def steps_from(self, step: int) -> int:
+        """Return how many steps from `step` on are made with the windows of the first; there may be fewer."""
+        again = self._every_steps > 0 and self.config.stage(self.name).loss.negatives > 0
+        return self._mined_at(step) + self._every_steps - step if again else sys.maxsize
+
+    def path(self, step: int) -> Path:
+        """Return where what is mined at `step` stands: of the partitions that are trained on, other rows."""
+        part = _part(self.config, self.dataset)
+        at = f".step-{step:08d}" if self._every_steps else ""
+        return self.folder / f"mined_negatives{part}{at}.npy"
+
+    @property
+    def _every_steps(self) -> int:
+        return self.config.stage(self.name).mining.every_steps
+
+    def _mined_at(self, step: int) -> int:
+        return step // self._every_steps * self._every_steps if self._every_steps else 0
+
+    def _mine(self, step: int) -> tuple[HardNegatives, DocumentVectors]:
+        """Mine for the rows of the steps from `step` on until it is mined again, or of the stage."""
+        config, stage, mining = self.config, self.config.stage(self.name), self.config.stage(self.name).mining
+        share = Share(distributed.rank(), distributed.world_size(), progress=self.progress)
+        encoders = tower_encoders(self.engine.deepspeed, self.dataset, device())
+        documents = encode_catalogue(encoders, self.dataset.catalogue.num_docs, share)
+        with closing(row_stream(config, stage, self.dataset, share.rank, share.world_size)) as stream:
+            # not fewer at the stage's end: a resumed one may be longer
+            steps = self._every_steps or part_steps(stage, stream.steps_per_epoch)
+            some = steps < stream.steps_per_epoch
+            stream.step = step
+            which = f"the {steps} steps' rows" if some else "every train row"
+            logger.info("mining negatives at ranks %d to %d of %s", mining.first, mining.last, which)
+            mined = mine_to_file(
+                self.path(step), encoders, self.dataset, self._to_come(stream, steps) if some else None,
+                first=mining.first, last=mining.last, margin=mining.margin, exact_up_to=mining.exact_up_to,
+                documents=documents, share=share, exclude_seen=config.data.exclude_seen,
+            )  # fmt: skip
+        return mined, documents
+
+    def _to_come(self, stream: RowStream, steps: int) -> Iterator[Rows]:
+        """Yield this rank's rows of the next steps."""
+        for step, rows in enumerate(islice(stream, steps), start=1):
+            yield rows
+            self.progress("steps mined for", step, steps)
+        stream.check()  # rows that a rank could not read must not be missing from the file
+
+
+def _part(config: Config, dataset: Dataset) -> str:
+    """Return what tells the partitions that are trained on from others, nothing of a whole dataset."""
+    if config.data.from_partition is None and not config.data.mixture:
+        return ""
+    mixture = [(source.name, source.weight) for source in dataset.sources]
+    part = hash64(repr([mixture, config.data.mixture_batches, dataset.fingerprint])) % 2**64
+    return f".{part:016x}"

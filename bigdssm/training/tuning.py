@@ -1,0 +1,260 @@
+"""Hyperparameter search with Optuna over the keys of a YAML search space."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard, cast
+
+import optuna
+from omegaconf import OmegaConf
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from bigdssm.cluster.launcher import run_command
+from bigdssm.cluster.metrics import read_stage
+from bigdssm.cluster.run_folder import read_events, request_stop
+from bigdssm.config import Config, StageName, read_config
+from bigdssm.config.yaml_files import read_yaml
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import CheckpointError, ConfigError
+from bigdssm.evaluation.baselines import fit_baseline
+from bigdssm.evaluation.evaluate import evaluate_scores
+from bigdssm.utils.bounds import out_of_bounds
+from bigdssm.utils.hashing import hex64
+from bigdssm.utils.locks import WriterLock
+from bigdssm.utils.log import get_logger
+
+KNOWN = ("low", "high", "log", "choices")
+
+
+@dataclass(frozen=True)
+class Space:
+    """Where each key's values come from."""
+
+    keys: dict[str, BaseDistribution]
+
+    def inside(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those of `values` that the search could propose itself."""
+        return {key: value for key, value in values.items() if key in self.keys and _allows(self.keys[key], value)}
+
+    def ends(self) -> Iterator[tuple[str, Any]]:
+        """Yield (key, value) of the least and the largest of each, and of every choice."""
+        for key, distribution in self.keys.items():
+            if isinstance(distribution, CategoricalDistribution):
+                yield from ((key, choice) for choice in distribution.choices)
+            else:
+                assert isinstance(distribution, IntDistribution | FloatDistribution)
+                yield from ((key, distribution.low), (key, distribution.high))
+
+
+def read_space(path: Path) -> Space:
+    """Return the space of a YAML file. Raises ConfigError: what is wrong with it."""
+    needs = "keys with their values, such as `pretrain.optimizer.lr: {low: 1.0e-3, high: 1}`"
+    content = cast(dict[Any, Any], OmegaConf.to_container(read_yaml(path, needs)))
+    if not content:
+        raise ConfigError(f"{path} is empty, needs {needs}")
+    return Space({str(key): _distribution(f"{path}: {key}", given) for key, given in content.items()})
+
+
+def _distribution(where: str, given: Any) -> BaseDistribution:
+    if not isinstance(given, dict) or set(given) - set(KNOWN):
+        raise ConfigError(f"{where}: got {given!r}, needs {{low: …, high: …, log: true or false}} or {{choices: […]}}")
+    if "choices" in given:
+        choices = given["choices"]
+        if len(given) > 1 or not isinstance(choices, list) or not choices:
+            raise ConfigError(f"{where}: got {given!r}, needs a list of choices alone")
+        return CategoricalDistribution(choices)
+    low, high, log = given.get("low"), given.get("high"), given.get("log", False)
+    if not (_is_number(low) and _is_number(high) and low <= high and isinstance(log, bool) and (low > 0 or not log)):
+        raise ConfigError(f"{where}: got {given!r}, needs numbers low <= high, above 0 with log: true")
+    if isinstance(low, int) and isinstance(high, int):
+        return IntDistribution(low, high, log=log)
+    return FloatDistribution(float(low), float(high), log=log)
+
+
+def _allows(distribution: BaseDistribution, value: Any) -> bool:
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    return _is_number(value) and distribution.low <= value <= distribution.high
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+METRIC = "ndcg_at_10"  # of validation, what best/ is chosen by too
+PRUNED_AFTER = 5  # a fifth of the steps
+STOP_S = 600.0
+logger = get_logger(__name__)
+
+Value = Callable[[optuna.Trial, dict[str, Any]], float]
+"""From a trial and its values by key to what it reaches on validation. Raises TrialPruned."""
+
+
+@dataclass(frozen=True)
+class TuningStage:
+    """Trials are trainings of a stage, each in a process of its own."""
+
+    config: str
+    overrides: tuple[str, ...]
+    stage: StageName
+    out: Path
+
+    def __call__(self, trial: optuna.Trial, values: dict[str, Any]) -> float:
+        """Train with `values` and return the best validation."""
+        run = self.out / hex64(json.dumps([self.config, self.overrides, values]))
+        trial.set_user_attr("run", run.name)
+        chosen = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+        pruning = _Pruning(trial, run / self.stage)
+        ended = run_command(
+            run / "log", self.stage, "--config", self.config, *self.overrides, *chosen, f"run.dir={run}",
+            "--resume", "auto", look=pruning.look,
+        )  # fmt: skip
+        if pruning.pruned:
+            raise optuna.TrialPruned
+        ended.check()
+        if not (found := _validations(run / self.stage)):
+            raise ConfigError(f"{self.config}: its dataset has no validation split, so that nothing can be chosen")
+        return max(value for _, value in found)
+
+
+@dataclass
+class _Pruning:
+    """Asks a trial's training to stop where its first validation after a fifth of the steps is worse than others'."""
+
+    trial: optuna.Trial
+    folder: Path
+    looked: bool = False
+    pruned: bool = False
+
+    def look(self) -> None:
+        if self.looked or (early := _a_fifth(self.folder)) is None:
+            return
+        self.looked = True
+        self.trial.report(early, step=1)
+        self.pruned = self.trial.should_prune()
+        if self.pruned:
+            request_stop(self.folder, saving=False, timeout_s=STOP_S)
+
+
+@dataclass(frozen=True)
+class TuningBaseline:
+    """Trials fit a baseline with other options."""
+
+    name: str
+    dataset: Dataset
+    exclude_seen: bool
+
+    def __call__(self, trial: optuna.Trial, values: dict[str, Any]) -> float:
+        """Fit with `values` as options and return the metric of validation."""
+        scores = fit_baseline(self.name, self.dataset, values)
+        return evaluate_scores(scores, self.dataset, "validation", exclude_seen=self.exclude_seen).metrics[METRIC]
+
+
+def search(
+    value: Value, space: Space, out: Path, trials: int, *, first: Mapping[str, Any], seed: int = 0
+) -> list[FrozenTrial]:
+    """Return all trials of the search in `out`, going on with it until `trials` are finished; the best one first.
+
+    The first trial has the values `first`, where the space allows them. Raises the error of the trial that fails,
+    DataError: another search is under way in `out`; CheckpointError: its journal is damaged.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with WriterLock(out / "search.lock", out):
+        _mend(out / "study.log")
+        return _search(value, space, out, trials, first, seed)
+
+
+def _search(
+    value: Value, space: Space, out: Path, trials: int, first: Mapping[str, Any], seed: int
+) -> list[FrozenTrial]:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(str(out / "study.log"))),
+        study_name="search", direction="maximize", load_if_exists=True,
+        sampler=optuna.samplers.TPESampler(seed=seed),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=max(1, trials // 5)),
+    )  # fmt: skip
+    if not study.trials and (inside := space.inside(first)):
+        study.enqueue_trial(inside)
+    for broken_off in study.get_trials(states=(TrialState.RUNNING,)):
+        study.tell(broken_off.number, state=TrialState.FAIL)
+        study.enqueue_trial(broken_off.params)
+
+    done = (TrialState.COMPLETE, TrialState.PRUNED)
+    while len(study.get_trials(states=done)) < trials:
+        trial = study.ask(space.keys)  # what is broken off now is asked for again
+        try:
+            study.tell(trial, value(trial, trial.params))
+        except optuna.TrialPruned:
+            study.tell(trial, state=TrialState.PRUNED)
+    finished = study.get_trials(states=done)
+    return sorted(finished, key=lambda trial: (trial.state != TrialState.COMPLETE, -(trial.value or 0.0)))
+
+
+def _mend(journal: Path) -> None:
+    """Cut off what a kill or a full disk has left of a last record; what was begun by it is asked for again.
+
+    Raises CheckpointError: another record is damaged.
+    """
+    content = journal.read_bytes() if journal.exists() else b""
+    whole, newline, torn = content.rpartition(b"\n")
+    for number, line in enumerate(whole.split(b"\n") if newline else [], start=1):
+        try:
+            json.loads(line)["op_code"]
+        except (ValueError, KeyError, TypeError):
+            raise CheckpointError(
+                f"{journal} is damaged in line {number}, which is no record; remove it, and the search begins anew: "
+                "trainings that are finished are not run again"
+            ) from None
+    if torn:
+        logger.warning("%s: cut off the last record, which was never finished", journal)
+        os.truncate(journal, len(whole) + len(newline))
+
+
+def check_space(space: Space, path: str, overrides: Sequence[str], stage: StageName) -> None:
+    """Raise ConfigError where a key is none that the stage `stage` is trained by, or a value is out of its bounds."""
+    sections = ("data", "model", "engine", stage)
+    for key, value in space.ends():
+        if key.partition(".")[0] not in sections:
+            raise ConfigError(
+                f"the space's {key}: needs a key of {', '.join(sections)}: {stage} is trained for each value"
+            )
+        config = read_config(path, [*overrides, f"{key}={json.dumps(value)}"])
+        for bad, got, needed in out_of_bounds(config):
+            raise ConfigError(f"the space's {bad}: got {got}, needs {needed}")
+
+
+def values_of(config: Config, space: Space) -> dict[str, Any]:
+    """Return what a config has for the keys of a space. Raises ConfigError: no such key."""
+    found = {}
+    for key in space.keys:
+        content: Any = config.to_dict()
+        for part in key.split("."):
+            if not isinstance(content, dict) or part not in content:
+                raise ConfigError(f"the space's {key} is no key of the config")
+            content = content[part]
+        found[key] = content
+    return found
+
+
+def _validations(folder: Path) -> list[tuple[int, float]]:
+    """Return (step, metric) of every validation recorded."""
+    records = read_stage(folder).records if folder.exists() else []
+    return [(record["step"], record["validation"][METRIC]) for record in records if "validation" in record]
+
+
+def _a_fifth(folder: Path) -> float | None:
+    """Return the first validation after a fifth of the steps, before the last one."""
+    starts = [event for event in read_events(folder) if event["event"] == "start"] if folder.exists() else []
+    total = int(starts[-1].get("total_steps", 0)) if starts else 0
+    return next(
+        (value for step, value in _validations(folder) if total <= PRUNED_AFTER * step < PRUNED_AFTER * total), None
+    )

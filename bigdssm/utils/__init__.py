@@ -1,0 +1,1 @@
+"""Utilities without knowledge of the rest: atomic files, hashing, URLs, timing, bounds."""

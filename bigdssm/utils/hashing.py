@@ -1,0 +1,75 @@
+"""Hashes that are equal on every machine and in every version: 64-bit keys, checksums of files and source code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import xxhash
+
+_MASK = (1 << 64) - 1
+_GAMMA = 0x9E3779B97F4A7C15
+
+
+def hash64(text: str) -> int:
+    """Return the 64-bit signed hash of `text` that identifies documents and queries everywhere (xxh3)."""
+    return int(np.int64(np.uint64(xxhash.xxh3_64_intdigest(text.encode()))))
+
+
+def hex64(text: str) -> str:
+    """Return `hash64` of `text` in hex, to name a file or a folder by."""
+    return xxhash.xxh3_64_hexdigest(text.encode())
+
+
+def mix64(values: np.ndarray, key: int) -> np.ndarray:
+    """Return 64-bit hashes of integer `values` under `key`, uint64 (the finaliser of splitmix64, twice)."""
+    x = values.astype(np.uint64) + np.uint64(key & _MASK)
+    for _ in range(2):
+        x += np.uint64(_GAMMA)
+        x ^= x >> np.uint64(30)
+        x *= np.uint64(0xBF58476D1CE4E5B9)
+        x ^= x >> np.uint64(27)
+        x *= np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+    return x
+
+
+def derive_key(*parts: int) -> int:
+    """Return a 64-bit key made of integers, each at its place."""
+    key = 0
+    for part in parts:
+        key = int(mix64(np.array([part & _MASK], np.uint64), key)[0])
+    return key
+
+
+def file_checksum(path: Path, first: int = 0, last: int | None = None, *, bits: Literal[64, 128] = 128) -> str:
+    """Return the xxh3 of a file, or of its bytes [first, last), in hex.
+
+    A dataset's format has 64 bits, which tell damage; all others have 128, which also tell one model from another.
+    """
+    digest = xxhash.xxh3_64() if bits == 64 else xxhash.xxh3_128()
+    left = path.stat().st_size - first if last is None else last - first
+    with path.open("rb") as file:
+        file.seek(first)
+        while chunk := file.read(min(left, 1 << 22)):
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest.hexdigest()
+
+
+def json_checksum(content: object) -> str:
+    """Return the xxh3_128, in hex, of what JSON can hold, whatever the order of its keys; else of its text."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, default=str).encode())
+
+
+def code_checksum() -> str:
+    """Return a checksum of all source files of this package."""
+    root = Path(sys.modules["bigdssm"].__file__ or "").parent
+    digest = xxhash.xxh3_64()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(file.relative_to(root).as_posix().encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,8 @@
+"""`bigdssm list_candidates` as a file."""
+
+import sys
+
+from bigdssm.commands.list_candidates import main
+
+if __name__ == "__main__":
+    sys.exit(main())
