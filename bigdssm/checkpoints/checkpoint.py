@@ -96,12 +96,11 @@ def read_manifest(path: Path) -> Checkpoint:
     file = path / MANIFEST
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        format_ = content["format"] if "files" not in content else 1  # which did not tell it
-        if format_ != 1 and content.pop("checksum") != json_checksum(content):
+        if content.pop("checksum") != json_checksum(content):
             raise CheckpointError(f"{file} is damaged: its content does not have the checksum that it tells")
-        if format_ != FORMAT:
+        if content["format"] != FORMAT:
             raise OtherFormatError(
-                f"checkpoint {path} has format {format_}, this version reads {FORMAT}; go on with the version that "
+                f"checkpoint {path} has format {content['format']}, this version reads {FORMAT}; go on with the version that "
                 "wrote it, or begin anew in another run.dir"
             )
         tensors = {name: TensorKind(dtype, tuple(shape)) for name, dtype, shape in content["tensors"]}

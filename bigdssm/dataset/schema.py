@@ -112,7 +112,7 @@ class Schema:
         path = folder / SCHEMA_FILE
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            if (found := content.get("format", 1)) != FORMAT:
+            if (found := content.get("format")) != FORMAT:
                 raise DataError(f"{path} has format {found}, this version reads format {FORMAT}; make it again")
             sides = {side: {name: from_dict(f) for name, f in content[side].items()} for side in ("query", "doc")}
             for side, features in sides.items():

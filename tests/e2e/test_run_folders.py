@@ -26,6 +26,7 @@ from bigdssm.commands import evaluate, make_shards
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.training.resume import RULES, rule_of
+from bigdssm.utils.hashing import json_checksum
 from tests.distributed import small_run
 from tests.e2e.warm import ROOT, Command
 
@@ -96,7 +97,7 @@ def renamed(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (edited('"format": 4', '"format": 5'), "manifest.json is damaged: its content does not have the checksum"),
+        (edited('"format": 1', '"format": 5'), "manifest.json is damaged: its content does not have the checksum"),
         (renamed, "step-00000009 was written as step-00000008; give it that name again"),
     ],
     ids=["format", "folder"],
@@ -112,9 +113,9 @@ def test_a_checkpoint_of_another_version_is_refused_and_left(config: Path, run: 
     """Not passed over as if it were damaged: the run would begin anew over it."""
     for path in (run / "pretrain" / "checkpoints").glob("step-*/manifest.json"):
         content = json.loads(path.read_text())
-        content = {key: content[key] for key in ("step", "world_size", "state")} | {"files": {}}
-        path.write_text(json.dumps(content))
-    refused(pretrain(config, run, *STEPS, *RESUME).wait(), 4, "has format 1, this version reads 4; go on with the ver")
+        content = {key: content[key] for key in ("step", "world_size", "state")} | {"format": 2}
+        path.write_text(json.dumps({"checksum": json_checksum(content), **content}))
+    refused(pretrain(config, run, *STEPS, *RESUME).wait(), 4, "has format 2, this version reads 1; go on with the ver")
     assert (run / "pretrain" / "checkpoints" / "step-00000008").is_dir()
 
 

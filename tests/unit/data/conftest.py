@@ -65,7 +65,7 @@ class Writer:
             self._partition(name, seed=len(self.partitions))
             self.partitions.append(name)
         content = {
-            "format": 3,
+            "format": 1,
             "name": "tiny",
             "schema": self.schema.fingerprint(),
             "catalogue": [catalogue],

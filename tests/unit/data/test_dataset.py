@@ -72,7 +72,7 @@ PARTITION = "partitions/all"
 CASES = {
     "no folder": (shutil.rmtree, "dataset.json does not exist; .* is no dataset; bigdssm make_shards makes one"),
     "no dataset.json": (remove("dataset.json"), "dataset.json does not exist"),
-    "another format": (lambda d: edit(d / "dataset.json", format=1), "has format 1, this version reads 3; make it"),
+    "another format": (lambda d: edit(d / "dataset.json", format=2), "has format 2, this version reads 1; make it"),
     "broken JSON": (lambda d: (d / "dataset.json").write_text("{"), "dataset.json is damaged"),
     "another schema": (lambda d: edit(d / "dataset.json", schema="00"), "schema.json is not the one"),
     "no partitions": (lambda d: edit(d / "dataset.json", partitions=[]), "has no partitions"),

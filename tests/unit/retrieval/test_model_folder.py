@@ -147,10 +147,10 @@ def test_damaged_descriptions(copied: Path) -> None:
         ("{", "damaged"),
         ("[]", "damaged"),
         (json.dumps({**meta, "format": 99}), "format 99"),
-        (json.dumps({"format": 4}), "lacks"),
+        (json.dumps({"format": 1}), "lacks"),
         (
-            json.dumps({**meta, "format": 1}),
-            "of format 1, this version reads format 4; train again",
+            json.dumps({**meta, "format": 2}),
+            "of format 2, this version reads format 1; train again",
         ),
     ):
         (copied / "bigdssm.json").write_text(content)

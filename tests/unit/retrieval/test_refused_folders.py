@@ -80,10 +80,10 @@ def test_an_index_is_of_all_that_scores(tools: Tools, copies: Path, file: str) -
     assert "the index holds vectors of model" in tools.refused(4, *search(copies))
 
 
-def test_an_old_model_folder_says_what_it_is(tools: Tools, copies: Path) -> None:  # noqa: F811
-    edit(copies / "model" / "bigdssm.json", lambda meta: meta.update(format=1))
+def test_a_model_folder_of_another_format_is_named(tools: Tools, copies: Path) -> None:  # noqa: F811
+    edit(copies / "model" / "bigdssm.json", lambda meta: meta.update(format=2))
     message = tools.refused(4, *search(copies))
-    assert "is a model folder of format 1, this version reads format 4" in message
+    assert "is a model folder of format 2, this version reads format 1" in message
 
 
 def test_a_run_is_not_a_model_folder_but_holds_some(tools: Tools, copies: Path) -> None:  # noqa: F811

@@ -245,9 +245,9 @@ def test_a_file_with_other_vectors_is_named(model: DualEncoder, dataset: Dataset
         difference_from_model(copied / "vectors.npy", tower_encoders(model, dataset))
 
 
-def test_an_older_format_is_named(folder: Path, tmp_path: Path) -> None:
+def test_another_format_is_named(folder: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(folder, tmp_path / "copied"))
-    (copied / "meta.json").write_text(json.dumps({**asdict(read_meta(folder)), "format": 1}))
-    with pytest.raises(CheckpointError, match="has format 1"):
+    (copied / "meta.json").write_text(json.dumps({**asdict(read_meta(folder)), "format": 2}))
+    with pytest.raises(CheckpointError, match="has format 2"):
         read_meta(copied)
     assert not aside_of(folder).exists()
