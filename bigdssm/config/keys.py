@@ -384,6 +384,8 @@ def _feature(key: str, content: Any) -> Feature:
             near = difflib.get_close_matches(str(name), declared, 1)
             meant = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"unknown key {key}.{name}: {cls.type} has {', '.join(declared)}{meant}")
+    if missing := sorted(OmegaConf.missing_keys(literal(given))):  # which a merge leaves at their defaults
+        raise ConfigError(f"{key}.{missing[0]} is missing ('???'); give it a value")
     try:
         return cast(Feature, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), literal(given))))
     except OmegaConfBaseException as error:

@@ -16,7 +16,7 @@ from bigdssm.checkpoints.model_folder import load_model_folder, save_model_folde
 from bigdssm.config import Config, DataConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.schema import Schema
-from bigdssm.errors import CheckpointError
+from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.features import Vocabulary
 from bigdssm.loader.collate import Collator
 from bigdssm.models import DualEncoder, new_model
@@ -109,10 +109,15 @@ def test_the_config_of_a_folder_is_data(
     assert load_model_folder(tmp_path / "m").config.data.dir == text
 
 
-@pytest.mark.parametrize("text", ["${oc.env:HOME}", "???", "a\\${b}"])
+@pytest.mark.parametrize("text", ["${oc.env:HOME}", "?", "a\\${b}"])
 def test_the_declaration_of_a_feature_is_data_once_the_config_is_read(text: str) -> None:
     data = DataConfig(dir="d", doc={"tags": {"type": "categorical", "multi": True, "separator": text}})  # type: ignore[dict-item]
     assert data.doc["tags"].declaration()["separator"] == text
+
+
+def test_the_mark_of_a_missing_value_is_refused_in_a_feature() -> None:
+    with pytest.raises(ConfigError, match=r"data\.doc\.tags\.separator is missing \('\?\?\?'\); give it a value"):
+        DataConfig(dir="d", doc={"tags": {"type": "categorical", "multi": True, "separator": "???"}})  # type: ignore[dict-item]
 
 
 @pytest.fixture

@@ -169,7 +169,8 @@ def test_only_what_has_changed_is_encoded(tmp_path: Path) -> None:
     config = load_config(tmp_path / "c.yaml")
 
     def make(source: Path, target: IngestTarget) -> Dataset:
-        tables = PairTables((source,), doc_id_column="key", validation_fraction=0.0, test_fraction=0.0)
+        fractions = {} if target.append else {"validation_fraction": 0.0, "test_fraction": 0.0}
+        tables = PairTables((source,), doc_id_column="key", **fractions)
         make_pairs(config.data, tables, target)
         return Dataset.open(target.out)
 
