@@ -100,8 +100,8 @@ def read_manifest(path: Path) -> Checkpoint:
             raise CheckpointError(f"{file} is damaged: its content does not have the checksum that it tells")
         if content["format"] != FORMAT:
             raise OtherFormatError(
-                f"checkpoint {path} has format {content['format']}, this version reads {FORMAT}; go on with the version that "
-                "wrote it, or begin anew in another run.dir"
+                f"checkpoint {path} has format {content['format']}, this version reads {FORMAT}; go on with the "
+                "version that wrote it, or begin anew in another run.dir"
             )
         tensors = {name: TensorKind(dtype, tuple(shape)) for name, dtype, shape in content["tensors"]}
         names = list(tensors)
