@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bigdssm.config import Config, LossConfig, StageConfig
+from bigdssm.config import Config, StageConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.tensors import as_tensor
@@ -33,36 +33,35 @@ _UNIFORM = 0x756E69666F726D  # the purpose, as a key of its own beside the strea
 
 
 class BatchMaker:
-    """Makes a rank's batches of its rows: a function of them and their step, for whichever process reads them."""
+    """Makes a rank's batches of its rows: a function of them and their step, for whichever process reads them.
+
+    Loader processes get a copy: nothing of the trainer is in it.
+    """
 
     def __init__(
         self,
         stream: RowStream,
-        loss: LossConfig,
-        mined: HardNegatives | UniformNegatives | None,
-        seed: int,
-        teacher_margin: float | None = None,
-        teacher: TeacherVectors | None = None,
+        stage: StageConfig,
+        seed: int = 0,
+        hard_negatives: HardNegatives | UniformNegatives | None = None,
     ) -> None:
-        """`mined` is what each query's negatives are drawn from; what of `stream` is its rows' is not kept.
-
-        teacher_margin: what a judge puts above a query's own document less this is none of its negatives.
-        """
+        """Draw each query's negatives from `hard_negatives`, which may be replaced between calls of `read_batches`."""
         dataset = stream.dataset
-        self._dataset, self._loss, self._mined, self._seed = dataset, loss, mined, seed
-        self._teacher_margin, self._steps_per_epoch = teacher_margin, stream.steps_per_epoch
-        self._teacher = teacher
+        self.hard_negatives = hard_negatives
+        self._dataset, self._loss, self._seed = dataset, stage.loss, seed
+        self._teacher_margin, self._steps_per_epoch = stage.mining.teacher_margin, stream.steps_per_epoch
+        self._teacher = None if stage.teacher is None else TeacherVectors(Path(stage.teacher))
         self._rank, self._world_size = stream.rank, stream.world_size
         self._collator = Collator(dataset.schema, None if stream.inline else dataset.catalogue, dataset.pad_token_id)
         # read here, whose pages loader processes share
-        self._doc_ids = dataset.catalogue.doc_ids if loss.mask in ("user", "past") else None
+        self._doc_ids = dataset.catalogue.doc_ids if stage.loss.mask in ("user", "past") else None
 
     def __call__(self, rows: Rows) -> Batch:
         """Return the batch of a step, on the host."""
-        negatives, teacher = (None, None) if self._mined is None else self.listed(self._mined, rows)
+        negatives, scores = self.negatives(rows)
         batch = self._collator(rows, negatives=negatives, extra_docs=self._extra(rows.step))
-        if teacher is not None:
-            batch = replace(batch, teacher=torch.from_numpy(teacher))
+        if scores is not None:
+            batch = replace(batch, teacher=torch.from_numpy(scores))
         if self._teacher is not None:
             vectors = self._teacher.queries(rows.query_keys), self._teacher.documents[batch.doc_rows.numpy()]
             batch = replace(batch, teacher_query=as_tensor(vectors[0]), teacher_doc=as_tensor(vectors[1]))
@@ -72,12 +71,14 @@ class BatchMaker:
             batch = replace(batch, known=pairs_of_documents(batch, self._loss.mask))
         return batch
 
-    def listed(self, mined: HardNegatives | UniformNegatives, rows: Rows) -> SampledNegatives:
-        """Return what is listed for the queries of a batch."""
+    def negatives(self, rows: Rows) -> SampledNegatives | tuple[None, None]:
+        """Return the negatives of each query of a batch, and the teacher's scores where they are distilled."""
+        if self.hard_negatives is None:
+            return None, None
         epoch, k = rows.step // self._steps_per_epoch, self._loss.negatives
-        if isinstance(mined, UniformNegatives):
-            return mined.choose(rows, epoch, self._seed, k)
-        chosen = mined.choose(rows, epoch, self._seed, k, self._teacher_margin)
+        if isinstance(self.hard_negatives, UniformNegatives):
+            return self.hard_negatives.choose(rows, epoch, self._seed, k)
+        chosen = self.hard_negatives.choose(rows, epoch, self._seed, k, self._teacher_margin)
         return chosen if self._loss.distillation != "none" else chosen._replace(teacher=None)
 
     def uniform(self, step: int) -> np.ndarray | None:
@@ -96,33 +97,13 @@ class BatchMaker:
         return self.uniform(step)
 
 
-class Batches:
-    """This rank's batches, endlessly; what the stream cannot read is not agreed on here (see `RowStream.report`)."""
+def read_batches(stream: RowStream, make: BatchMaker, device: torch.device, num: int | None = None) -> Generator[Batch]:
+    """Yield the stream's next `num` batches (None: endlessly) on the rank's device, see `uploaded_batches`.
 
-    def __init__(
-        self,
-        stream: RowStream,
-        loss: LossConfig,
-        mined: HardNegatives | UniformNegatives | None,
-        seed: int,
-        device: torch.device,
-        teacher_margin: float | None = None,
-        teacher: TeacherVectors | None = None,
-    ) -> None:
-        """`mined` may be another from some batch on; see `BatchMaker`."""
-        self.mined = mined
-        self._stream, self._loss, self._seed, self._device = stream, loss, seed, device
-        self._teacher_margin, self._teacher = teacher_margin, teacher
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Yield batches on the rank's device."""
-        return self.first(None)
-
-    def first(self, num: int | None) -> Generator[Batch]:
-        """Yield the next `num` batches (None: endlessly) on the rank's device, see `uploaded_batches`."""
-        make = BatchMaker(self._stream, self._loss, self.mined, self._seed, self._teacher_margin, self._teacher)
-        with closing(self._stream.made(make, num)) as made:
-            yield from uploaded_batches(made, self._device)
+    A rank that cannot read yields empty ones: the ranks agree to stop by `RowStream.report`.
+    """
+    with closing(stream.made(make, num)) as made:
+        yield from uploaded_batches(made, device)
 
 
 def row_stream(

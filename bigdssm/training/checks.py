@@ -9,19 +9,18 @@ from pathlib import Path
 import torch
 
 from bigdssm import distributed
-from bigdssm.cluster.metrics import CONFIG_FILE, check_trackers
-from bigdssm.cluster.run_folder import RUNNING_FILE, versions
+from bigdssm.cluster.metrics import check_trackers
+from bigdssm.cluster.run_folder import versions
 from bigdssm.config import Config, StageConfig, StageName, check_many_queries, first_difference
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.joined import open_dataset
-from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
+from bigdssm.errors import BigDSSMError, ConfigError, DataError
 from bigdssm.loader.plain_stream import find_shards
 from bigdssm.models import DualEncoder
 from bigdssm.models.encoders import text_architectures
 from bigdssm.retrieval.hard_negatives import HardNegatives
 from bigdssm.retrieval.teacher_vectors import TeacherVectors
 from bigdssm.training.optimizers import find_optimizer
-from bigdssm.training.resume import check_resume
 from bigdssm.training.warm_start import check_warm_start
 from bigdssm.utils.log import get_logger
 
@@ -139,24 +138,6 @@ def initial_model(config: Config, name: StageName) -> Path | None:
     if init is not None:
         return Path(init)
     return config.stage_dir("pretrain") / "best" if name == "sft" else None
-
-
-def check_folder(config: Config, name: StageName, resume: bool) -> None:
-    """Raise unless the stage's folder is free, or this run's own and to be resumed.
-
-    Raises CheckpointError, and ConfigError where it is to be resumed with what may not change.
-    """
-    folder = config.stage_dir(name)
-    path = folder / CONFIG_FILE
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file, needs to be a folder or not there; choose another run.dir")
-    if not folder.exists() or all(file.name == RUNNING_FILE for file in folder.iterdir()):
-        return
-    if not resume:
-        raise CheckpointError(f"{folder} is not empty; go on with --resume auto, or choose another run.dir")
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is not a stage folder: it has no {CONFIG_FILE}; choose another run.dir")
-    check_resume(path, config, name)
 
 
 def check_agreement(config: Config, dataset: Dataset) -> None:

@@ -24,8 +24,9 @@ from bigdssm import distributed
 from bigdssm.checkpoints.shares import TensorPiece
 from bigdssm.config import EngineConfig, OptimizerConfig
 from bigdssm.errors import ConfigError, PeerError
-from bigdssm.loader.step_plan import TokenBudget
+from bigdssm.loader.step_plan import NOTHING_PACKED, TokenBudget
 from bigdssm.models import (
+    DualEncoder,
     Encoded,
     QueryPositions,
     Values,
@@ -130,7 +131,7 @@ class Engine:
     """A model under DeepSpeed: forward of one or both towers, backward from vector gradients, one step."""
 
     def __init__(self, model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, rows_per_rank: int) -> None:
-        self.zero_stage, self.budget = config.zero_stage, TokenBudget.of(config)
+        self.zero_stage = config.zero_stage
         self._state_of = find_optimizer(optimizer.name).state_of
         self.product_dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
         self._norm = float("nan")
@@ -138,6 +139,8 @@ class Engine:
             use_plain_attention(model)
         if config.precision != "fp32" and flash_runs_on(device()):
             use_packing(model)
+        packed = model.packs(training=True) if isinstance(model, DualEncoder) else NOTHING_PACKED
+        self.budget = TokenBudget.of(config, packed)
         if config.compile:
             compile_layers(model)
         built = deepspeed.initialize(

@@ -30,7 +30,7 @@ from bigdssm.models.encoders import text_architectures
 from bigdssm.models.precision import settle_precision
 from bigdssm.retrieval.embed import CHUNK_TOKENS_CPU
 from bigdssm.retrieval.hard_negatives import UniformNegatives
-from bigdssm.training.batches import Batches, row_stream
+from bigdssm.training.batches import BatchMaker, read_batches, row_stream
 from bigdssm.training.encoding import EncodedChunk, pair_pieces, pieces_of, whole_features
 from bigdssm.training.objective import candidate_columns, num_negatives
 from bigdssm.training.optimizers import state_size
@@ -206,9 +206,10 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     stage, engine = config.stage(name), config.engine
     engine = settle_precision(engine, "cuda" if torch.cuda.is_available() else "cpu")
     stream = row_stream(config, stage, dataset, rank=0, world_size=world_size)
-    share = replace(stage.loss, uniform_negatives=-(-stage.loss.uniform_negatives // world_size))
+    uniform = -(-stage.loss.uniform_negatives // world_size)
+    share = replace(stage, loss=replace(stage.loss, uniform_negatives=uniform), teacher=None)
     mined = UniformNegatives(dataset.catalogue.num_docs) if stage.loss.negatives else None  # before they are mined
-    batch = next(iter(Batches(stream, share, mined, config.run.seed, torch.device("cpu"))))
+    batch = next(read_batches(stream, BatchMaker(stream, share, config.run.seed, mined), torch.device("cpu")))
     texts = text_architectures(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
     mode = FakeTensorMode()
     with mode:
@@ -277,7 +278,8 @@ def _towers(model: DualEncoder, mode: FakeTensorMode, batch: Batch, engine: Engi
 
     Gradients of the weights are in it, and the heap's holes.
     """
-    plan = plan_step(batch, TokenBudget.of(engine, model.packs(training=True)))
+    budget = TokenBudget.of(engine, model.packs(training=True))
+    plan = plan_step(batch, budget)
     pieces = [] if plan.whole else pieces_of(batch, plan)
     places = {} if batch.places is None else {"places": batch.places}
     listed = {} if model.scorer is None else {"listed": candidate_columns(batch)}
@@ -286,7 +288,7 @@ def _towers(model: DualEncoder, mode: FakeTensorMode, batch: Batch, engine: Engi
     fixed: list[dict[str, Any]] = []  # of towers that stay as they are
     if isinstance(model.scorer, CrossEncoder):
         fixed = [piece.inputs for piece in pieces] or [whole]
-        pieces = [*pair_pieces(model.scorer, batch, listed["listed"], TokenBudget.of(engine))]
+        pieces = [*pair_pieces(model.scorer, batch, listed["listed"], budget)]
     kept_inputs = [piece.inputs for piece in pieces if piece.keep] if pieces else [{**whole, **listed}]
     again = [piece.inputs for side in ("query", "doc", "pairs") if (piece := _largest(pieces, side)) is not None]
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=engine.precision == "bf16")

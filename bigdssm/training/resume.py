@@ -1,10 +1,14 @@
-"""Resume: which keys may change, the stage length, and models whose vocabularies grew."""
+"""Resume: whether a stage may continue in its folder, from which checkpoint, and at which point of it.
+
+`check_folder` decides before anything is built, `find_start` once model and stream exist: identity of the run, rules
+per key, same part or new part, stage length. Tables of a new part may have grown.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +16,14 @@ import torch
 from torch import Tensor
 
 from bigdssm.checkpoints.checkpoint import MANIFEST, ReadCheckpoint, TensorReader
+from bigdssm.checkpoints.store import CheckpointStore
+from bigdssm.cluster.metrics import CONFIG_FILE
+from bigdssm.cluster.run_folder import RUNNING_FILE, run_identity
 from bigdssm.config import Config, StageConfig, StageName, config_from, load_written_config
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import CheckpointError, ConfigError
+from bigdssm.loader.row_stream import RowStream
 from bigdssm.models import DualEncoder
 from bigdssm.training.optimizers import schedule_factor
 from bigdssm.utils.log import get_logger
@@ -87,7 +96,100 @@ def rule_of(key: str, name: StageName) -> Rule:
     return RULES[key]
 
 
-def check_resume(path: Path, config: Config, name: StageName) -> None:
+@dataclass
+class StageProgress:
+    """Where a stage stands; the same on every rank, and part of every checkpoint."""
+
+    step: int = 0  # global batches consumed
+    applied: int = 0  # of them, those whose gradients were applied; what the schedule counts
+    skipped_in_row: int = 0
+    best: float = float("-inf")  # validation NDCG@10
+    best_step: int = 0
+    validations_since_best: int = 0
+    validated_at: int = -1
+    history: list[dict[str, Any]] = field(default_factory=list)  # every validation
+    # Where the present part began, the run having gone on over new partitions: steps and schedule count from there.
+    part_step: int = 0
+    part_applied: int = 0
+
+    def begin_part(self) -> None:
+        """Begin a new part here; validations are then over other rows, so that none so far compares with them."""
+        self.part_step, self.part_applied = self.step, self.applied
+        self.best, self.best_step, self.validations_since_best, self.validated_at = float("-inf"), self.step, 0, -1
+
+    def describe_best(self) -> str:
+        """Return for example `best validation NDCG@10 0.1234`, of the present part."""
+        if math.isfinite(self.best):
+            return f"best validation NDCG@10 {self.best:.4f}"
+        return "no validation split, the newest is best,"
+
+
+@dataclass(frozen=True)
+class StartPoint:
+    """Where a stage starts: at its beginning, or from a checkpoint, in the same part or at the start of a new one."""
+
+    run_id: str
+    progress: StageProgress
+    checkpoint: ReadCheckpoint | None = None
+    same_part: bool = False  # the stream continues where the checkpoint was written
+
+    @property
+    def precision(self) -> dict[str, str] | None:
+        """The precision that the run began with (see models/precision.py)."""
+        return None if self.checkpoint is None else self.checkpoint.state.get("precision")
+
+    def reader(self, model: DualEncoder) -> TensorReader | None:
+        """Return a reader of the checkpoint's tensors, with the new rows of a new `model` in a new part."""
+        if self.checkpoint is None:
+            return None
+        return self.checkpoint.reader() if self.same_part else GrownReader(self.checkpoint, model)
+
+    def describe(self, dataset: Dataset) -> str:
+        """Return the path of the checkpoint and, in a new part, its partitions."""
+        assert self.checkpoint is not None
+        names = ", ".join(partition.name for partition in dataset.partitions)
+        return f"{self.checkpoint.path}" + ("" if self.same_part else f", at the beginning of {names}")
+
+
+def check_folder(config: Config, name: StageName, resume: bool) -> None:
+    """Raise unless the stage's folder is free, or this run's own and to be resumed.
+
+    Raises CheckpointError, and ConfigError where it is to be resumed with what may not change.
+    """
+    folder = config.stage_dir(name)
+    path = folder / CONFIG_FILE
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file, needs to be a folder or not there; choose another run.dir")
+    if not folder.exists() or all(file.name == RUNNING_FILE for file in folder.iterdir()):
+        return
+    if not resume:
+        raise CheckpointError(f"{folder} is not empty; go on with --resume auto, or choose another run.dir")
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not a stage folder: it has no {CONFIG_FILE}; choose another run.dir")
+    _check_written_config(path, config, name)
+
+
+def find_start(config: Config, name: StageName, store: CheckpointStore, stream: RowStream, resume: bool) -> StartPoint:
+    """Return where the stage starts, with `resume` at the newest good checkpoint. A collective.
+
+    Raises CheckpointError: it is of another run or config; DataError: of another dataset; ConfigError: the stage became
+    shorter.
+    """
+    checkpoint = store.newest_good() if resume else None
+    run_id = run_identity(config.stage_dir(name), None if checkpoint is None else checkpoint.state.get("run_id"))
+    if checkpoint is None:
+        return StartPoint(run_id, StageProgress())
+    _check_origin(checkpoint, run_id, config, name)
+    progress = StageProgress(**checkpoint.state["progress"])
+    same_part = stream.check_state(checkpoint.state["stream"])
+    if same_part:
+        _check_length(checkpoint, progress, config.stage(name), name, stream.steps_per_epoch)
+    else:
+        progress.begin_part()
+    return StartPoint(run_id, progress, checkpoint, same_part)
+
+
+def _check_written_config(path: Path, config: Config, name: StageName) -> None:
     """Raise unless the stage that wrote its config to `path` may be resumed with `config`.
 
     Raises CheckpointError where the file cannot be read, ConfigError naming what may not change.
@@ -107,7 +209,7 @@ def check_resume(path: Path, config: Config, name: StageName) -> None:
         )
 
 
-def check_origin(checkpoint: ReadCheckpoint, run_id: str, config: Config, name: StageName) -> None:
+def _check_origin(checkpoint: ReadCheckpoint, run_id: str, config: Config, name: StageName) -> None:
     """Raise CheckpointError unless this run has written `checkpoint`, and with a config that `config` may follow."""
     fix = "move it out of the folder, or choose another run.dir"
     theirs = checkpoint.state.get("run_id", run_id)  # absent: from before runs had an identity
@@ -124,12 +226,11 @@ def check_origin(checkpoint: ReadCheckpoint, run_id: str, config: Config, name: 
         raise CheckpointError(f"checkpoint {checkpoint.path} was written with another config: {difference}; {fix}")
 
 
-def check_length(checkpoint: ReadCheckpoint, stage: StageConfig, name: StageName, steps_per_epoch: int) -> None:
-    """Say what a longer stage does to the learning rate. Raises ConfigError: a shorter one, or one without negatives.
-
-    For a stage that goes on where `checkpoint` was taken.
-    """
-    saved, progress = checkpoint.state["config"][name], checkpoint.state["progress"]
+def _check_length(
+    checkpoint: ReadCheckpoint, progress: StageProgress, stage: StageConfig, name: StageName, steps_per_epoch: int
+) -> None:
+    """Log the learning rate of a longer stage. Raises ConfigError: a shorter one, or one without negatives."""
+    saved = checkpoint.state["config"][name]
     steps = part_steps(stage, steps_per_epoch)
     before = part_steps(replace(stage, steps=saved["steps"], epochs=saved["epochs"]), steps_per_epoch)
     if steps < before:
@@ -146,7 +247,7 @@ def check_length(checkpoint: ReadCheckpoint, stage: StageConfig, name: StageName
             f"rows of these alone; begin anew in another run.dir, or mine with bigdssm mine_negatives for "
             f"{name}.mining.file"
         )
-    applied = progress["applied"] - progress["part_applied"]
+    applied = progress.applied - progress.part_applied
     was, now = (stage.optimizer.lr * schedule_factor(applied, total, stage.optimizer) for total in (before, steps))
     logger.info(
         "%s takes %d steps, before it was to take %d: the learning rate follows the longer schedule from here on, %.2e "

@@ -1,59 +1,38 @@
-"""Putting a stage together from the config, and running it: pretraining, and fine-tuning (SFT) from its result."""
+"""Run a stage: pretraining, or fine-tuning (SFT) from its result."""
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import yaml
 
 from bigdssm import distributed
-from bigdssm.checkpoints.checkpoint import CHECKPOINTS, ReadCheckpoint, is_checkpoint
+from bigdssm.checkpoints.checkpoint import CHECKPOINTS, is_checkpoint
 from bigdssm.checkpoints.model_folder import load_checkpoint_model, load_model_folder
 from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.cli import ProgressBar
-from bigdssm.cluster.faults import Faults
 from bigdssm.cluster.launcher import Launcher
 from bigdssm.cluster.metrics import CONFIG_FILE, Trackers
-from bigdssm.cluster.monitor import SpikeAlert
-from bigdssm.cluster.run_folder import (
-    CONSUMED,
-    SKIPPED,
-    STOP_FILE,
-    FolderLock,
-    RowLog,
-    record_start,
-    run_identity,
-    versions,
-)
+from bigdssm.cluster.run_folder import STOP_FILE, FolderLock, record_start
 from bigdssm.cluster.signals import StopRequest
 from bigdssm.cluster.watchdog import Watchdog
-from bigdssm.config import Config, EngineConfig, StageName, first_difference
+from bigdssm.config import Config, StageName, first_difference
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.loader.row_stream import RowStream
-from bigdssm.loader.step_plan import TokenBudget
 from bigdssm.models import DualEncoder, new_model
-from bigdssm.models.precision import saved_precision, settle_precision
-from bigdssm.retrieval.teacher_vectors import TeacherVectors
-from bigdssm.training.batches import Batches, row_stream
-from bigdssm.training.checks import check_agreement, check_folder, check_stage, initial_model
-from bigdssm.training.engine import Engine, device, init_process_group
-from bigdssm.training.hard_negatives import HardNegativeRefresh
-from bigdssm.training.health import Health, describe_ranks
-from bigdssm.training.loop import RunMonitors, SaveClock, Stage, StageProgress, restore, train
-from bigdssm.training.objective import Objective
-from bigdssm.training.optimizers import warmup_steps
-from bigdssm.training.resume import GrownReader, check_length, check_origin, grow_model, part_steps
-from bigdssm.training.validation import Validator, WeightAverage
-from bigdssm.training.warm_start import start_items
+from bigdssm.training.batches import BatchMaker, read_batches, row_stream
+from bigdssm.training.checks import check_agreement, check_stage, initial_model
+from bigdssm.training.engine import device, init_process_group
+from bigdssm.training.health import describe_ranks
+from bigdssm.training.loop import train
+from bigdssm.training.resume import StageProgress, check_folder, find_start, grow_model, part_steps
+from bigdssm.training.trainer import Trainer
 from bigdssm.utils import atomic
 from bigdssm.utils.log import get_logger
 
@@ -112,124 +91,27 @@ def run_stage(
                 return None
             after.enter_context(lock)
             store = after.enter_context(CheckpointStore(folder / CHECKPOINTS, stage_config.keep_checkpoints))
-            checkpoint = store.newest_good() if resume else None
-            run_id = run_identity(folder, checkpoint.state.get("run_id") if checkpoint is not None else None)
-            if checkpoint is not None:
-                check_origin(checkpoint, run_id, config, name)
-            new_part = checkpoint is not None and not stream.check_state(checkpoint.state["stream"])
-            if checkpoint is not None and not new_part:
-                check_length(checkpoint, stage_config, name, stream.steps_per_epoch)
+            start = find_start(config, name, store, stream, resume)
             _write_config(folder, config)
-            done = StageProgress(**checkpoint.state["progress"]) if checkpoint is not None else StageProgress()
+            done = start.progress
             trackers = Trackers(folder, config, done.step, len(done.history), cpu=device().type == "cpu")
             after.enter_context(closing(trackers))
             with ProgressBar() as bar, closing(stream):
-                alert = SpikeAlert(folder, distributed.rank(), distributed.world_size(), done.step)
-                watch = RunMonitors(watchdog, stop, Faults.from_environment(), alert)
-                saved = checkpoint.state.get("precision") if checkpoint is not None else None
-                how = settle_precision(config.engine, device().type, saved)
-                origin = {
-                    "config": config.to_dict(), "versions": versions(), "run_id": run_id,
-                    "precision": saved_precision(config.engine, how),
-                }  # fmt: skip
-                stage = _assemble(
-                    config, name, model, stream, store, checkpoint, new_part, trackers, bar, watch, how, origin
-                )
-                checkpoint = None  # all that was read of it is in its place: let go of it
-                record_start(folder, stage.progress.step, stage.total_steps)
+                trainer = Trainer(
+                    config, name, model, stream, start,
+                    store=store, trackers=trackers, bar=bar, watchdog=watchdog, stop=stop,
+                )  # fmt: skip
+                del start  # and with it what was read of the checkpoint
+                record_start(folder, done.step, trainer.total_steps)
                 logger.info(
                     "%s: %s, %d steps of %d rows on %s, from step %d, in %s",
-                    name, config.data.webdataset or f"{dataset.num_rows('train'):,} rows", stage.total_steps,
-                    stage_config.rows_global, describe_ranks(), stage.progress.step, folder,
+                    name, config.data.webdataset or f"{dataset.num_rows('train'):,} rows", trainer.total_steps,
+                    stage_config.rows_global, describe_ranks(), done.step, folder,
                 )  # fmt: skip
                 stop.wait_for_steps()
-                progress = train(stage)
-    logger.info("%s finished: %s at step %d", name, describe_best(progress), progress.best_step)
+                progress = train(trainer)
+    logger.info("%s finished: %s at step %d", name, progress.describe_best(), progress.best_step)
     return progress
-
-
-def describe_best(progress: StageProgress) -> str:
-    """Return for example `best validation NDCG@10 0.1234`, of the present part."""
-    if math.isfinite(progress.best):
-        return f"best validation NDCG@10 {progress.best:.4f}"
-    return "no validation split, the newest is best,"
-
-
-def _assemble(
-    config: Config, name: StageName, model: DualEncoder, stream: RowStream, store: CheckpointStore,
-    checkpoint: ReadCheckpoint | None, new_part: bool, trackers: Trackers, bar: ProgressBar, watch: RunMonitors,
-    how: EngineConfig, origin: dict[str, Any],
-) -> Stage:  # fmt: skip
-    stage_config, folder, dataset = config.stage(name), config.stage_dir(name), stream.dataset
-    rows_per_rank = stage_config.rows_global // distributed.world_size()
-    if checkpoint is not None:
-        read = GrownReader(checkpoint, model) if new_part else checkpoint.reader()
-        model.load_state_dict(read.weights())
-    elif stage_config.warm_start.window:
-        start_items(model, dataset, stage_config.warm_start)
-    if how.checkpoint_activations:
-        model.checkpoint_activations()
-    engine = Engine(model, how, stage_config.optimizer, max(1, rows_per_rank))
-    loss = stage_config.loss
-    counts = stream.doc_weights() if loss.sampling != "none" and loss.frequency == "counts" else None
-    objective = Objective(loss, config.model, how.loss_tile, counts, stream.queries_per_step, engine.product_dtype)
-    mining = HardNegativeRefresh(config, name, engine, dataset, folder, watch.progress)
-    before = StageProgress(**checkpoint.state["progress"]) if checkpoint is not None and not new_part else None
-    mined, documents = mining.begin(0 if before is None else before.step - before.part_step, before is not None)
-    torch.manual_seed(config.run.seed * 1_000_003 + distributed.rank() + 1)  # dropout differs between ranks
-    progress = StageProgress()
-    if checkpoint is not None:
-        progress = restore(checkpoint, read, engine, stream, objective, new_part)
-        over = f", at the beginning of {', '.join(p.name for p in dataset.partitions)}" if new_part else ""
-        logger.info("%s goes on from %s%s", name, checkpoint.path, over)
-    average = WeightAverage(engine.module, stage_config.weight_average) if stage_config.weight_average else None
-    if average is not None and checkpoint is not None:
-        average.restore(checkpoint.common_tensors())
-        documents = None  # of the weights, where validation takes their average
-    steps = part_steps(stage_config, stream.steps_per_epoch)
-    total_steps, warmup = progress.part_step + steps, warmup_steps(steps, stage_config.optimizer)
-    if warmup < stage_config.optimizer.warmup_steps:
-        logger.warning(
-            "%s.optimizer.warmup_steps=%d is more than half of the %d steps: warm-up takes %d of them",
-            name, stage_config.optimizer.warmup_steps, steps, warmup,
-        )  # fmt: skip
-    row_log = partial(
-        RowLog, folder, rank=distributed.rank(), world_size=distributed.world_size(), next_step=progress.step
-    )
-    return Stage(
-        name=name,
-        folder=folder,
-        config=stage_config,
-        origin=origin,
-        budget=TokenBudget.of(how, cast(DualEncoder, engine.module).packs(training=True)),
-        total_steps=total_steps,
-        starts_trained=initial_model(config, name) is not None or progress.part_step > 0,
-        engine=engine,
-        stream=stream,
-        batches=Batches(
-            stream,
-            loss,
-            mined,
-            config.run.seed,
-            device(),
-            stage_config.mining.teacher_margin,
-            None if stage_config.teacher is None else TeacherVectors(Path(stage_config.teacher)),
-        ),
-        mining=mining,
-        objective=objective,
-        average=average,
-        validator=Validator(dataset, config, name, rows_per_chunk=1024),
-        initial_documents=documents,
-        store=store,
-        async_checkpoints=how.async_checkpoints,
-        save_clock=SaveClock(stage_config.save_every_minutes),
-        health=Health(name, engine, trackers, bar, total_steps, stage_config.rows_global, stage_config.log_every_steps),
-        watch=watch,
-        consumed_log=row_log(CONSUMED) if config.debug.log_row_ids else None,
-        skipped_log=row_log(SKIPPED),
-        progress=progress,
-        stream_step=stream.step,
-    )
 
 
 def _model(config: Config, name: StageName, dataset: Dataset) -> DualEncoder:
@@ -279,7 +161,7 @@ def _write_config(folder: Path, config: Config) -> None:
 
 def _report_valid(config: Config, name: StageName, model: DualEncoder, stream: RowStream) -> None:
     stage = config.stage(name)
-    batch = next(iter(Batches(stream, replace(stage.loss, negatives=0), None, config.run.seed, device())))
+    batch = next(read_batches(stream, BatchMaker(stream, stage, config.run.seed), device()))
     parameters, steps = sum(p.numel() for p in model.parameters()), part_steps(stage, stream.steps_per_epoch)
     logger.info(
         "%s is valid: %s parameters, %d steps, a first batch of %d rows and %d documents on rank 0",

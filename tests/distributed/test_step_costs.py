@@ -68,4 +68,4 @@ def test_beside_the_loss_a_step_makes_one_gather(config: Path, tmp_path: Path, p
         assert len(steps) == STEPS - 1
         for callers in steps:
             assert any(caller.startswith("losses/") for caller in callers)
-            assert [c for c in callers if not c.startswith("losses/")] == ["training/agreement.py"]
+            assert [c for c in callers if not c.startswith("losses/")] == ["training/step.py"]

@@ -459,8 +459,8 @@ def with_a_nan(
     """Run with a NaN in rank 1's loss, or only in its towers' gradients, at one step; return the final weights."""
     from bigdssm.training import stages
     from bigdssm.training.engine import Engine
-    from bigdssm.training.loop import Stage
     from bigdssm.training.objective import Objective
+    from bigdssm.training.trainer import Trainer
 
     found, now = {}, -1
     call, backward, train = Objective.__call__, Engine.backward, stages.train
@@ -478,7 +478,7 @@ def with_a_nan(
             outputs = [(output, gradient * float("nan")) for output, gradient in outputs]
         backward(self, outputs)
 
-    def keep(stage: Stage) -> object:
+    def keep(stage: Trainer) -> object:
         progress = train(stage)
         found.update(stage.engine.state_dict())
         return progress

@@ -19,8 +19,9 @@ from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
 from bigdssm.models import new_model
 from bigdssm.retrieval.hard_negatives import window_records, write_mined
 from bigdssm.training.batches import row_stream
-from bigdssm.training.checks import check_folder, check_stage
+from bigdssm.training.checks import check_stage
 from bigdssm.training.hard_negatives import HardNegativeRefresh
+from bigdssm.training.resume import check_folder
 from bigdssm.training.validation import Validator
 from bigdssm.utils.log import no_progress
 from tests.distributed import small_run

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from bigdssm.cluster.run_folder import CONSUMED, RowLog
-from bigdssm.config import EngineConfig, LossConfig, OptimizerConfig, load_config
+from bigdssm.config import EngineConfig, LossConfig, MiningConfig, OptimizerConfig, StageConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.distributed import free_port
 from bigdssm.errors import DataError
@@ -28,12 +28,11 @@ from bigdssm.loader.step_plan import StepPlan, StepRequirements, TokenBudget, dr
 from bigdssm.loader.upload import upload_ahead
 from bigdssm.retrieval.hard_negatives import HardNegatives, window_records
 from bigdssm.training import engine
-from bigdssm.training.batches import Batches, BatchMaker, known_pairs
+from bigdssm.training.batches import BatchMaker, known_pairs, read_batches
 from bigdssm.training.encoding import RandomState
-from bigdssm.training.loop import StageProgress
 from bigdssm.training.objective import catalogue_share, is_shared
 from bigdssm.training.optimizers import build_optimizer, parameter_groups, schedule_factor, warmup_steps
-from bigdssm.training.stages import describe_best
+from bigdssm.training.resume import StageProgress
 from tests.conftest import NUM_ITEMS, TinyDataset
 
 
@@ -99,7 +98,7 @@ def test_shipped_configs_have_the_warm_up_that_they_name(path: Path) -> None:
     ],
 )
 def test_the_best_is_told_where_there_is_one(progress: StageProgress, words: str) -> None:
-    assert words in describe_best(progress) and "inf" not in describe_best(progress)
+    assert words in progress.describe_best() and "inf" not in progress.describe_best()
 
 
 def test_a_vector_of_a_row_is_no_list_however_many_zeros_it_ends_with() -> None:
@@ -154,9 +153,9 @@ def test_uniform_draws_differ_by_step_and_seed_and_take_any_seed() -> None:
     catalogue = SimpleNamespace(num_docs=10**6)
     dataset = SimpleNamespace(schema=None, catalogue=catalogue, pad_token_id=0)
     stream = SimpleNamespace(dataset=dataset, inline=False, steps_per_epoch=1, rank=0, world_size=1)
-    loss = LossConfig(uniform_negatives=5)
+    stage = StageConfig(loss=LossConfig(uniform_negatives=5))
     drawn = {
-        (seed, step): tuple(BatchMaker(stream, loss, None, seed).uniform(step))  # type: ignore[arg-type]
+        (seed, step): tuple(BatchMaker(stream, stage, seed).uniform(step))  # type: ignore[arg-type]
         for seed in (0, 1, 20251123, 2**32 - 1)
         for step in (0, 1)
     }
@@ -175,7 +174,8 @@ def test_what_a_judge_puts_above_a_querys_own_document_is_not_drawn(tiny_interac
     loss = LossConfig(name="softmax", negatives=5, distillation="kl")
 
     def drawn(teacher_margin: float | None) -> tuple[set[int], np.ndarray]:
-        negatives, scores = BatchMaker(stream, loss, mined, 0, teacher_margin).listed(mined, rows)
+        stage = StageConfig(loss=loss, mining=MiningConfig(teacher_margin=teacher_margin))
+        negatives, scores = BatchMaker(stream, stage, 0, mined).negatives(rows)
         assert scores is not None and (scores[:, 0] == 1).all()
         np.testing.assert_array_equal(scores[:, 1:], np.where(negatives < 0, np.nan, teacher[0, 1:][negatives]))
         return set(negatives[negatives >= 0].tolist()), scores
@@ -209,7 +209,8 @@ def test_ranks_share_the_catalogue_as_columns(tiny_interactions: TinyDataset, wo
     shares = []
     for rank in range(world_size):
         stream = PairStream(dataset, rows_global=24, lanes=4, rank=rank, world_size=world_size)
-        batch = next(iter(Batches(stream, loss, None, 0, torch.device("cpu"))))
+        make = BatchMaker(stream, StageConfig(loss=loss))
+        batch = next(read_batches(stream, make, torch.device("cpu")))
         docs, num_positives = batch.doc_rows.tolist(), len(set(batch.positive.tolist()))
         assert len(set(docs)) == len(docs) and set(batch.positive.tolist()) == set(range(num_positives))
         share = catalogue_share(NUM_ITEMS, rank, world_size).tolist()
@@ -365,6 +366,6 @@ def test_the_next_item_is_made_while_one_is_used_and_errors_come_when_they_are_d
 def test_a_stream_that_reads_ahead_says_where_it_stands_before_any_step(tiny_interactions: TinyDataset) -> None:
     stream = PairStream(Dataset.open(tiny_interactions.dir), rows_global=16, lanes=4)
     before = stream.state()
-    batches = Batches(stream, LossConfig(), None, 0, torch.device("cpu"))
-    assert [batch.step for batch in batches.first(3)] == [0, 1, 2]
+    batches = read_batches(stream, BatchMaker(stream, StageConfig()), torch.device("cpu"), 3)
+    assert [batch.step for batch in batches] == [0, 1, 2]
     assert stream.step == 3 and stream.state(0) == before and stream.state(2)["step"] == 2

@@ -120,6 +120,6 @@ def test_a_run_begins_there_and_goes_on_from_its_checkpoint(
         return dict(load_model_folder(folder).model.named_parameters())[NAME].detach()
 
     assert torch.allclose(table(trained.best), weight, atol=1e-7)
-    monkeypatch.setattr("bigdssm.training.stages.start_items", None)  # a run that is resumed has its own
+    monkeypatch.setattr("bigdssm.training.trainer.start_items", None)  # a run that is resumed has its own
     more = bigdssm.pretrain(tiny_interactions.config, [*where, *still, "pretrain.steps=2"], resume=True)
     assert torch.allclose(table(more.best), weight, atol=1e-7)

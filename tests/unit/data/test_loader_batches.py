@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from bigdssm.config import LossConfig
+from bigdssm.config import LossConfig, StageConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DataError
 from bigdssm.loader.batch import Batch, ListLengths
 from bigdssm.loader.pair_stream import PairStream
 from bigdssm.retrieval.hard_negatives import HardNegatives, UniformNegatives, window_records
-from bigdssm.training.batches import Batches
+from bigdssm.training.batches import BatchMaker, read_batches
 
 LANES, ROWS_GLOBAL = 6, 60
 CPU = torch.device("cpu")
@@ -61,14 +61,16 @@ def values(part: Any) -> Iterator[tuple[str, bytes]]:
         yield repr(part), b""
 
 
-def batches(dataset: Dataset, num_workers: int, start_step: int = 0, rank: int = 0, world_size: int = 1) -> Batches:
+def batches(
+    dataset: Dataset, num_workers: int, num: int, start_step: int = 0, rank: int = 0, world_size: int = 1
+) -> Iterator[Batch]:
     stream = PairStream(
         dataset, rows_global=ROWS_GLOBAL, lanes=LANES, rank=rank, world_size=world_size, num_workers=num_workers,
         start_step=start_step, window_blocks=2,
     )  # fmt: skip
     mask = "batch" if dataset.sequences is None else "user"
-    loss = LossConfig(name="softmax", negatives=3, uniform_negatives=7, mask=mask)
-    return Batches(stream, loss, UniformNegatives(dataset.catalogue.num_docs), 5, CPU)
+    stage = StageConfig(loss=LossConfig(name="softmax", negatives=3, uniform_negatives=7, mask=mask))
+    return read_batches(stream, BatchMaker(stream, stage, 5, UniformNegatives(dataset.catalogue.num_docs)), CPU, num)
 
 
 @pytest.mark.parametrize("kind", ["pieces", "texts"])
@@ -78,13 +80,13 @@ def test_batches_are_the_same_to_the_bit_on_any_number_of_loader_processes(
 ) -> None:
     """From the beginning, and where a run goes on in the middle of an epoch."""
     dataset = request.getfixturevalue(kind)
-    here = [list(values(batch)) for batch in batches(dataset, 0).first(21)]
+    here = [list(values(batch)) for batch in batches(dataset, 0, 21)]
     assert len({str(batch) for batch in here}) == 21
     for start in (0, 8):
-        there = [list(values(batch)) for batch in batches(dataset, num_workers, start).first(21 - start)]
+        there = [list(values(batch)) for batch in batches(dataset, num_workers, 21 - start, start)]
         assert there == here[start:]
     for rank in (0, 1):  # of which each has three lanes
-        one, other = (list(batches(dataset, number, 3, rank, 2).first(5)) for number in (0, num_workers))
+        one, other = (list(batches(dataset, number, 5, 3, rank, 2)) for number in (0, num_workers))
         assert all(len(batch.row_ids) == ROWS_GLOBAL // 2 for batch in one)
         assert [list(values(batch)) for batch in one] == [list(values(batch)) for batch in other]
 
@@ -110,17 +112,18 @@ def test_no_batch_is_made_behind_the_last_that_is_asked_for(pieces: Dataset, num
     keys = np.unique(np.concatenate([rows.query_keys for rows in islice(stream, 5)]))
     stream.close()
     again = PairStream(pieces, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=num_workers)
-    loss = LossConfig(name="softmax", negatives=2)
+    stage = StageConfig(loss=LossConfig(name="softmax", negatives=2))
     first = HardNegatives(window_records(keys, np.zeros((len(keys), 1), np.int32)))
-    made = Batches(again, loss, first, 0, CPU)
-    assert [int((batch.negatives >= 0).sum(dim=1).max()) for batch in made.first(5) if batch.negatives is not None] == (
-        [1] * 5
-    )
+    make = BatchMaker(again, stage, 0, first)
+    made = [batch.negatives for batch in read_batches(again, make, CPU, 5)]
+    assert [int((negatives >= 0).sum(dim=1).max()) for negatives in made if negatives is not None] == [1] * 5
     assert again.step == 5 and not again.report().failed
-    made.mined = UniformNegatives(pieces.catalogue.num_docs)
-    assert [batch.step for batch in made.first(4)] == [5, 6, 7, 8]
-    made.mined = first
-    assert [len(batch.row_ids) for batch in made.first(1)] == [0]  # a rank that cannot: the others are told
+    make.hard_negatives = UniformNegatives(pieces.catalogue.num_docs)
+    assert [batch.step for batch in read_batches(again, make, CPU, 4)] == [5, 6, 7, 8]
+    make.hard_negatives = first
+    assert [len(batch.row_ids) for batch in read_batches(again, make, CPU, 1)] == [
+        0
+    ]  # a rank that cannot: the others are told
     assert again.report().failed
     with pytest.raises(DataError, match=r"has no negatives for row .*mine again"):
         again.check()
@@ -167,12 +170,12 @@ def test_lanes_that_one_process_cannot_read_stop_the_rank_at_that_step(
 
 def test_a_batch_travels_as_one_tensor(pieces: Dataset) -> None:
     """A file of shared memory each would be 20 a batch."""
-    (batch,) = batches(pieces, 0).first(1)
+    (batch,) = batches(pieces, 0, 1)
     back = pickle.loads(pickle.dumps(batch))
     assert list(values(back)) == list(values(batch))
     assert len({tensor.untyped_storage().data_ptr() for tensor in back.tensors()}) == 1
     assert all(tensor.data_ptr() % 8 == 0 and tensor.is_contiguous() for tensor in back.tensors())
-    (sent,) = batches(pieces, 1).first(1)
+    (sent,) = batches(pieces, 1, 1)
     assert all(tensor.is_shared() for tensor in sent.tensors() if tensor.nbytes)
 
 

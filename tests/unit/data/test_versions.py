@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigdssm.config import DataConfig, LossConfig, SourceConfig
+from bigdssm.config import DataConfig, LossConfig, SourceConfig, StageConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.joined import open_dataset
 from bigdssm.dataset.rows import Rows
@@ -27,7 +27,7 @@ from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.ingest.verification import verify_dataset
 from bigdssm.loader.inspection import sample_rows
 from bigdssm.loader.pair_stream import PairStream
-from bigdssm.training.batches import Batches
+from bigdssm.training.batches import BatchMaker, read_batches
 from bigdssm.training.objective import is_shared
 from tests.unit.test_make_shards_killed import content
 
@@ -166,7 +166,8 @@ def test_a_batch_has_a_column_for_each_version_and_masks_go_by_document(grown: P
     shares: list[int] = []
     for rank in range(world_size):
         stream = PairStream(dataset, rows_global=240, lanes=4, rank=rank, world_size=world_size)
-        batch = next(iter(Batches(stream, LossConfig(columns="catalogue"), None, 0, torch.device("cpu"))))
+        make = BatchMaker(stream, StageConfig(loss=LossConfig(columns="catalogue")))
+        batch = next(read_batches(stream, make, torch.device("cpu")))
         assert batch.past is not None and batch.past.any() and not batch.past.all()
         docs = documents_of(dataset, batch.doc_rows[batch.positive].numpy())
         expected = [facts_of(doc, int(day))[0] for doc, day in zip(docs, batch.query["day"], strict=True)]

@@ -1,0 +1,192 @@
+"""The trainer of one stage: everything that its steps use, built from the config, and its state."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+
+from bigdssm import distributed
+from bigdssm.checkpoints.checkpoint import TensorReader
+from bigdssm.checkpoints.store import CheckpointStore
+from bigdssm.cli import ProgressBar
+from bigdssm.cluster.faults import Faults
+from bigdssm.cluster.metrics import Trackers
+from bigdssm.cluster.monitor import SpikeAlert
+from bigdssm.cluster.run_folder import CONSUMED, SKIPPED, RowLog, versions
+from bigdssm.cluster.signals import StopRequest
+from bigdssm.cluster.watchdog import Watchdog
+from bigdssm.config import Config, StageName
+from bigdssm.errors import Preempted
+from bigdssm.loader.batch import Batch
+from bigdssm.loader.row_stream import RowStream
+from bigdssm.models import DualEncoder
+from bigdssm.models.precision import saved_precision, settle_precision
+from bigdssm.training.batches import BatchMaker, read_batches
+from bigdssm.training.checks import initial_model
+from bigdssm.training.encoding import RandomState
+from bigdssm.training.engine import Engine, device
+from bigdssm.training.hard_negatives import HardNegativeRefresh
+from bigdssm.training.health import Health
+from bigdssm.training.objective import Objective
+from bigdssm.training.optimizers import schedule_factor, warmup_steps
+from bigdssm.training.resume import StartPoint, part_steps
+from bigdssm.training.validation import Validator, WeightAverage
+from bigdssm.training.warm_start import start_items
+from bigdssm.utils.log import get_logger
+
+logger = get_logger(__name__)
+
+
+class Trainer:
+    """Model, engine, data, loss and progress of a stage on this rank; `loop.train` runs it.
+
+    `state_dict` returns everything that the next step depends on; `load_state_dict` restores it.
+    """
+
+    def __init__(
+        self, config: Config, name: StageName, model: DualEncoder, stream: RowStream, start: StartPoint, *,
+        store: CheckpointStore, trackers: Trackers, bar: ProgressBar, watchdog: Watchdog, stop: StopRequest,
+    ) -> None:  # fmt: skip
+        """Build the stage and restore it to `start`. A collective.
+
+        Raises CheckpointError where hard negatives of a resumed run are lost, Preempted where the run is asked to stop
+        while they are mined.
+        """
+        self.name, self.stage, self.folder, self.progress = (
+            name,
+            config.stage(name),
+            config.stage_dir(name),
+            start.progress,
+        )
+        self.stream, self.stream_step = stream, stream.step  # the first step not consumed; the stream reads ahead
+        self.store, self.watchdog, self.stop, self.faults = store, watchdog, stop, Faults.from_environment()
+        stage, progress, dataset = self.stage, self.progress, stream.dataset
+        rank, world_size = distributed.rank(), distributed.world_size()
+
+        how = settle_precision(config.engine, device().type, start.precision)
+        self.async_checkpoints = how.async_checkpoints
+        self._origin = {
+            "config": config.to_dict(), "versions": versions(), "run_id": start.run_id,
+            "precision": saved_precision(config.engine, how),
+        }  # fmt: skip
+        read = start.reader(model)
+        if read is not None:
+            model.load_state_dict(read.weights())
+        elif stage.warm_start.window:
+            start_items(model, dataset, stage.warm_start)
+        if how.checkpoint_activations:
+            model.checkpoint_activations()
+        self.engine = Engine(model, how, stage.optimizer, max(1, stage.rows_global // world_size))
+        counted = stage.loss.sampling != "none" and stage.loss.frequency == "counts"
+        self.objective = Objective(
+            stage.loss, config.model, how.loss_tile, stream.doc_weights() if counted else None,
+            stream.queries_per_step, self.engine.product_dtype,
+        )  # fmt: skip
+        self.average = WeightAverage(self.engine.module, stage.weight_average) if stage.weight_average else None
+
+        self.mining = HardNegativeRefresh(config, name, self.engine, dataset, self.folder, self.report_work)
+        hard_negatives, documents = self.mining.begin(progress.step - progress.part_step, start.same_part)
+        self._make_batch = BatchMaker(stream, stage, config.run.seed, hard_negatives)
+
+        torch.manual_seed(config.run.seed * 1_000_003 + rank + 1)  # dropout differs between ranks
+        if read is not None:
+            self.load_state_dict(start, read)
+        steps = part_steps(stage, stream.steps_per_epoch)
+        self.total_steps = progress.part_step + steps
+        warmup = warmup_steps(steps, stage.optimizer)
+        if warmup < stage.optimizer.warmup_steps:
+            logger.warning(
+                "%s.optimizer.warmup_steps=%d is more than half of the %d steps: warm-up takes %d of them",
+                name, stage.optimizer.warmup_steps, steps, warmup,
+            )  # fmt: skip
+
+        self.validator = Validator(dataset, config, name, rows_per_chunk=1024)
+        self.starts_trained = initial_model(config, name) is not None or progress.part_step > 0
+        # This rank's index vectors by the initial weights, where mining has encoded them: none by their average.
+        self.initial_documents = None if self.average is not None and read is not None else documents
+        self.health = Health(
+            name, self.engine, trackers, bar, self.total_steps, stage.rows_global, stage.log_every_steps
+        )
+        self.alert = SpikeAlert(self.folder, rank, world_size, progress.step)
+        row_log = partial(RowLog, self.folder, rank=rank, world_size=world_size, next_step=progress.step)
+        self.consumed_log = row_log(CONSUMED) if config.debug.log_row_ids else None
+        self.skipped_log = row_log(SKIPPED)
+        self.saved_at = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the next step depends on, as `CheckpointStore.save` takes it."""
+        random = RandomState.now()
+        return {
+            "state": {
+                "stream": self.stream.state(self.stream_step),
+                "progress": asdict(self.progress),
+                **self._origin,
+            },
+            "common": self.objective.state() | ({} if self.average is None else self.average.state()),
+            "rank_state": {"cpu": random.cpu} | ({} if random.device is None else {"device": random.device}),
+            "pieces": self.engine.own_pieces(),
+        }
+
+    def load_state_dict(self, start: StartPoint, read: TensorReader) -> None:
+        """Restore the state of a checkpoint, which `read` reads; the model has its weights. A collective.
+
+        In a new part, the stream stays at its beginning. On another number of ranks, random states are new: dropout
+        then draws other masks.
+        """
+        assert start.checkpoint is not None
+        self.engine.restore(read, start.progress.applied)
+        common = start.checkpoint.common_tensors()
+        self.objective.restore(common)
+        if self.average is not None:
+            self.average.restore(common)
+        if (random := start.checkpoint.rank_state) is not None:
+            RandomState(random["cpu"], random.get("device")).restore()
+        if start.same_part:
+            self.stream.step = self.stream_step = start.checkpoint.state["stream"]["step"]
+        logger.info("%s goes on from %s", self.name, start.describe(self.stream.dataset))
+
+    def batches(self, num: int) -> Generator[Batch]:
+        """Yield the next `num` batches on this rank's device."""
+        return read_batches(self.stream, self._make_batch, device(), num)
+
+    def refresh_hard_negatives(self) -> None:
+        """Mine hard negatives for the coming steps by the present weights. A collective."""
+        self.store.settle()  # what is being written needs what was mined before it
+        step, part_step = self.progress.step, self.progress.part_step
+        with self.health.timed("mining"):
+            self._make_batch.hard_negatives = self.mining.again(step - part_step, part_step)
+
+    def steps_to_refresh(self) -> int:
+        """Return the number of steps until the stage ends or hard negatives are mined again."""
+        until_mined = self.mining.steps_from(self.progress.step - self.progress.part_step)
+        return min(self.total_steps - self.progress.step, until_mined)
+
+    def lr_factor(self) -> float:
+        """Return the learning rate of the next step, relative to its peak; the schedule counts applied steps."""
+        applied = self.progress.applied - self.progress.part_applied
+        return schedule_factor(applied, self.total_steps - self.progress.part_step, self.stage.optimizer)
+
+    def report_work(self, what: str, done: int, total: int | None) -> None:
+        """Report progress of long work between steps to the watchdog. A collective.
+
+        Raises Preempted where the run is asked to stop.
+        """
+        self.watchdog.beat(f"{what}: {done} of {total}")
+        if self.stop.agreed():
+            raise Preempted(f"asked to stop while {what}")
+
+    def is_over(self) -> bool:
+        """Return True where all steps are taken, or patience is exhausted."""
+        patience = self.stage.patience
+        out_of_patience = patience > 0 and self.progress.validations_since_best >= patience
+        return out_of_patience or self.progress.step >= self.total_steps
+
+    def is_save_due(self) -> bool:
+        """Return True where the last checkpoint is, on this rank, older than the config allows."""
+        every_s = 60.0 * self.stage.save_every_minutes
+        return every_s > 0 and time.monotonic() - self.saved_at >= every_s
