@@ -10,7 +10,7 @@ from bigdssm.losses.engine import (
     ranking_loss,
     relevance_weight,
 )
-from bigdssm.losses.inputs import LossInputError
+from bigdssm.losses.inputs import LossBatch, LossInputError
 from bigdssm.losses.output import LossOutput
 from bigdssm.losses.sampling import SAMPLINGS, CountedFrequency, StreamingFrequency, apply_sampling, sample_uniform
 from bigdssm.losses.scored import scored_loss
@@ -24,6 +24,7 @@ __all__ = [
     "CountedFrequency",
     "Distillation",
     "ListwiseKL",
+    "LossBatch",
     "LossInputError",
     "LossOutput",
     "MarginMSE",

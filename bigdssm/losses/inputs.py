@@ -7,7 +7,7 @@ import math
 import operator
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -80,23 +80,38 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 WANTS_U, WANTS_W, WANTS_ALPHA, WANTS_BETA = 1, 2, 4, 8
 
 
-@dataclass
-class LossInputs:
-    """One rank's input to a loss, checked. `acc` is the dtype of products, exponentials and sums."""
+@dataclass(frozen=True)
+class LossBatch:
+    """One rank's input to a loss: m queries, n document columns, k candidates per query; None where absent.
 
-    U: Tensor
-    W: Tensor
+    m and n may differ between ranks and be 0. U and W are float64, float32 or bfloat16; ids and columns are int64.
+    """
+
+    U: Tensor  # [m, D] queries
+    W: Tensor  # [n, D] documents
+    positive: Tensor | None = None  # [m] the column of each query's document, arange(m) by default; may repeat
+    _: KW_ONLY
+    alpha: Tensor | float  # one float: the factor of the products
+    beta: Tensor | None = None  # [n] added to a document's scores
+    neg_bias: Tensor | None = None  # [n] added where the document is a negative, q2d only; constant; −inf: never one
+    weight: Tensor | None = None  # [m] ≥ 0, constant
+    query_ids: Tensor | None = None  # [m] compared by the masks; without them each query is distinct
+    doc_ids: Tensor | None = None  # [n] the same for columns
+    known: Tensor | None = None  # [p, 2] (query id, doc id) of further positives; without query_ids (row, doc id)
+    negatives: Tensor | None = None  # [m, k] columns of each query's candidates (hard negatives), −1 for none
+    teacher: Tensor | None = None  # [m, 1 + k] a teacher's scores of the positive and the candidates
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossInputs(LossBatch):
+    """A validated `LossBatch` with its defaults filled in. `acc` is the dtype of products, exponentials and sums."""
+
     positive: Tensor
-    weight: Tensor
     alpha: Tensor
-    beta: Tensor | None
-    neg_bias: Tensor | None
-    query_ids: Tensor | None
-    doc_ids: Tensor | None
-    known: Tensor | None
+    weight: Tensor
     acc: torch.dtype
     wants: int  # bits: gradients of U, W, alpha, beta
-    given: str  # names of what is optional and there
+    given: str  # names of the optional fields present
 
     @property
     def operand(self) -> torch.dtype:
@@ -130,20 +145,11 @@ class GlobalSizes:
         return max(self.num_columns)
 
 
-def check_inputs(
-    U: Tensor,
-    W: Tensor,
-    positive: Tensor | None,
-    *,
-    alpha: Tensor | float,
-    beta: Tensor | None,
-    neg_bias: Tensor | None,
-    weight: Tensor | None,
-    query_ids: Tensor | None,
-    doc_ids: Tensor | None,
-    known: Tensor | None,
-) -> LossInputs:
-    """Return this rank's input with its defaults filled in; values are `global_sizes`'. Raises: LossInputError."""
+def check_inputs(batch: LossBatch) -> LossInputs:
+    """Return this rank's input with its defaults filled in; `global_sizes` checks values. Raises: LossInputError."""
+    U, W, positive, weight, alpha, known = (
+        batch.U, batch.W, batch.positive, batch.weight, batch.alpha, batch.known,
+    )  # fmt: skip
     for name, x in (("U", U), ("W", W)):
         require(isinstance(x, Tensor), f"{name} must be a tensor, got {type(x).__name__}")
         require(x.ndim == 2, f"{name} must be [rows, D], got shape {list(x.shape)}")
@@ -156,20 +162,19 @@ def check_inputs(
         positive = torch.arange(m, device=U.device)
     if weight is None:
         weight = torch.ones(m, dtype=torch.float64, device=U.device)
-    optional = {"beta": beta, "neg_bias": neg_bias, "query_ids": query_ids, "doc_ids": doc_ids, "known": known}
-    given = ", ".join(name for name, value in optional.items() if value is not None) or "none"
-    _check_rows({"positive": positive, "query_ids": query_ids}, m, torch.int64)
-    _check_rows({"doc_ids": doc_ids}, n, torch.int64)
+    _check_rows({"positive": positive, "query_ids": batch.query_ids}, m, torch.int64)
+    _check_rows({"doc_ids": batch.doc_ids}, n, torch.int64)
     _check_rows({"weight": weight}, m, None)
-    _check_rows({"beta": beta, "neg_bias": neg_bias}, n, None)
+    _check_rows({"beta": batch.beta, "neg_bias": batch.neg_bias}, n, None)
     require(m == 0 or n > 0, f"U has {m} queries, W no columns for their documents")
     require(not weight.requires_grad, "weight is a constant of the data: it gets no gradient")
-    require(
-        neg_bias is None or not neg_bias.requires_grad, "neg_bias is a constant of the sampling: it gets no gradient"
-    )
+    constant = batch.neg_bias is None or not batch.neg_bias.requires_grad
+    require(constant, "neg_bias is a constant of the sampling: it gets no gradient")
     if known is not None:
         require(isinstance(known, Tensor), f"known must be a tensor, got {type(known).__name__}")
-        require(doc_ids is not None, "known pairs need query_ids, or the queries' rows in their place, and doc_ids")
+        require(
+            batch.doc_ids is not None, "known pairs need query_ids, or the queries' rows in their place, and doc_ids"
+        )
         require(known.dtype == torch.int64, f"known must be int64, got {known.dtype}")
         require(known.ndim == 2 and known.shape[1] == 2, f"known must be [pairs, 2], got {list(known.shape)}")
     require(isinstance(alpha, Tensor | float | int), f"alpha must be one float, got {type(alpha).__name__}")
@@ -177,11 +182,15 @@ def check_inputs(
     require(alpha.numel() == 1 and alpha.is_floating_point(), f"alpha must be one float, got shape {list(alpha.shape)}")
     wants = 0
     if torch.is_grad_enabled():
-        for bit, leaf in ((WANTS_U, U), (WANTS_W, W), (WANTS_ALPHA, alpha), (WANTS_BETA, beta)):
+        for bit, leaf in ((WANTS_U, U), (WANTS_W, W), (WANTS_ALPHA, alpha), (WANTS_BETA, batch.beta)):
             wants |= bit if leaf is not None and leaf.requires_grad else 0
     acc = torch.float64 if U.dtype == torch.float64 else torch.float32
-    return LossInputs(U, W, positive, weight.detach().double(), alpha, **optional, acc=acc, wants=wants, given=given)
+    checked = {"positive": positive, "alpha": alpha, "weight": weight.detach().double()}
+    given = ", ".join(name for name in _OPTIONAL if getattr(batch, name) is not None) or "none"
+    return LossInputs(**{**vars(batch), **checked}, acc=acc, wants=wants, given=given)
 
+
+_OPTIONAL = ("beta", "neg_bias", "query_ids", "doc_ids", "known")  # the ranks must agree on which are given
 
 # of each rank, in the order in which they are sent; bad_…: how many values are
 _NUMBERS = (
@@ -194,16 +203,14 @@ _NUMBERS = (
 def global_sizes(
     x: LossInputs | LossInputError,
     shared: LossInputs | None,
-    negatives: Tensor | None,
     loss: str,
     device: torch.device,
     group: Group | None,
 ) -> tuple[LossInputs, GlobalSizes]:
     """Tell all ranks what this one has, and return its input with the sizes of all; a collective, and the one wait.
 
-    shared: the part of x that is gathered; negatives: listed ones. `loss` says in words which loss this is: the ranks
-    must agree on it. Raises: LossInputError on the ranks whose input is bad or where ranks disagree, PeerError on the
-    others.
+    shared: the part of x that is gathered. `loss` describes the loss in words: the ranks must agree on it. Raises:
+    LossInputError on the ranks whose input is bad or where ranks disagree, PeerError on the others.
     """
     if isinstance(x, LossInputError) or shared is None:
         assert isinstance(x, LossInputError)
@@ -213,7 +220,7 @@ def global_sizes(
         "the vector size D": str(x.U.shape[1]),
         "the dtype": str(x.U.dtype).removeprefix("torch."),
         "the loss or its direction": loss,
-        "which of beta, neg_bias, query_ids, doc_ids, known are given": x.given,
+        f"which of {', '.join(_OPTIONAL)} are given": x.given,
     }
     own = {
         "queries": x.U.shape[0],
@@ -232,7 +239,7 @@ def global_sizes(
         "bad_beta": 0 if x.beta is None else (x.beta.detach() == math.inf).sum(),
         "bad_neg_bias": 0 if x.neg_bias is None else (x.neg_bias == math.inf).sum(),
         "bad_known": _outside(x),
-        **dict(zip(("least_negative", "most_negative"), _ends(negatives), strict=True)),
+        **dict(zip(("least_negative", "most_negative"), _ends(x.negatives), strict=True)),
     }
     rows, table = exchange(None, agreed, [own[name] for name in _NUMBERS], _verdict, device, group)
     of_ranks = {name: list(values) for name, values in zip(_NUMBERS, zip(*rows, strict=True), strict=True)}

@@ -24,6 +24,7 @@ from bigdssm.losses import (
     DISTILLATIONS,
     BatchTeacher,
     CountedFrequency,
+    LossBatch,
     LossOutput,
     Softmax,
     StreamingFrequency,
@@ -36,6 +37,7 @@ from bigdssm.losses import (
     relevance_weight,
     scored_loss,
 )
+from bigdssm.losses.engine import Shared
 from bigdssm.losses.masks import occurrences
 from bigdssm.models import Encoded
 
@@ -133,24 +135,23 @@ class Objective:
 
         def loss(U: Tensor, W: Tensor) -> LossOutput:
             vectors = U.to(self._operand or U.dtype), W.to(self._operand or W.dtype)
-            output = contrastive_loss(
-                self._term, *vectors, positive=batch.positive,
-                alpha=encoded.alpha, beta=beta, neg_bias=neg_bias, weight=weight, doc_ids=batch.doc_ids, **queries,
-                negatives=None if self._options.all_columns else batch.negatives,
-                columns="all" if self._options.all_columns else "in_batch" if config.in_batch else "none",
-                direction=config.direction, tile=self._tile,
+            negatives = None if self._options.all_columns else batch.negatives
+            inputs = LossBatch(
+                *vectors, batch.positive, alpha=encoded.alpha, beta=beta, neg_bias=neg_bias, weight=weight,
+                doc_ids=batch.doc_ids, negatives=negatives, **queries,
             )  # fmt: skip
+            columns: Shared = "all" if self._options.all_columns else "in_batch" if config.in_batch else "none"
+            output = contrastive_loss(self._term, inputs, columns=columns, direction=config.direction, tile=self._tile)
             if config.distillation == "batch_kl":
                 return self._added(output, self._of_teacher(vectors, encoded, batch, weight))
             if self._distillation is None:
                 return output
             # of the serving score, without corrections or masks: the judge says what a listed document is worth
-            judged = contrastive_loss(
-                self._distillation, *vectors, positive=batch.positive, alpha=encoded.alpha,
-                beta=None if self._scalar_beta else encoded.beta, weight=weight, negatives=batch.negatives,
-                teacher=batch.teacher, columns="none",
+            inputs = LossBatch(
+                *vectors, batch.positive, alpha=encoded.alpha, beta=None if self._scalar_beta else encoded.beta,
+                weight=weight, negatives=batch.negatives, teacher=batch.teacher,
             )  # fmt: skip
-            return self._added(output, judged.loss)
+            return self._added(output, contrastive_loss(self._distillation, inputs, columns="none").loss)
 
         return matryoshka_loss(loss, encoded.U, encoded.W, config.widths, self._normalise)
 

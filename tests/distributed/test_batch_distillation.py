@@ -33,12 +33,13 @@ def copies(W: Tensor) -> Tensor:
 
 def dense(shards: list[Shard], alpha: float) -> tuple[Tensor, list[Tensor | None]]:
     """Return the loss of the concatenated batch and its gradients."""
-    x = reference.dense(shards, alpha)
-    U, W = (torch.cat([getattr(shard, side) for shard in shards]) for side in ("U", "W"))
-    judge, log_copies = teacher(U, W), copies(W).double().log()
+    x = reference.concatenate(shards, alpha)
+    assert x.beta is not None and x.weight is not None
+    judge, log_copies = teacher(x.U, x.W), copies(x.W).double().log()
+    S = x.alpha * (x.U @ x.W.T) + x.beta
     p = (judge.queries @ judge.documents.T / TEMPERATURE + log_copies).softmax(1)
-    kl = torch.nn.functional.kl_div((x.S + log_copies).log_softmax(1), p, reduction="none").sum(1)
-    return reference._gradients((x.weight * kl).sum() / x.weight.sum(), x.leaves)
+    kl = torch.nn.functional.kl_div((S + log_copies).log_softmax(1), p, reduction="none").sum(1)
+    return reference.gradients((x.weight * kl).sum() / x.weight.sum(), x)
 
 
 def loss(U: Tensor, W: Tensor, positive: Tensor, **given: Any) -> LossOutput:

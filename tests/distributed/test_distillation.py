@@ -1,8 +1,9 @@
-"""The terms that follow a judge, on 1 and 2 ranks, by vectors and by scores, against loops in float64."""
+"""The terms that follow a judge, on 1 and 2 ranks, by vectors and by scores, against dense matrices."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from bigdssm.errors import BigDSSMError
-from bigdssm.losses import DISTILLATIONS, PairCE, contrastive_loss, scored_loss
+from bigdssm.losses import DISTILLATIONS, LossBatch, PairCE, contrastive_loss, scored_loss
+from bigdssm.losses.reference import dense_loss
 
 from . import reference
 from .parity import assert_parity, run
@@ -30,34 +32,20 @@ def judge(U: Tensor, W: Tensor, positive: Tensor, negatives: Tensor) -> Tensor:
     return scores.masked_fill(scores > 2.0, torch.nan)
 
 
-def dense(name: str, shards: list[Shard], alpha: float) -> tuple[Tensor, list[Tensor | None]]:
-    """Return the loss of the concatenated batch and its gradients, query by query."""
-    x = reference.dense(shards, alpha)
-    total, first, row = x.S.sum() * 0, 0, 0
-    for shard in shards:
-        assert shard.negatives is not None
-        teacher = judge(shard.U, shard.W, shard.positive, shard.negatives)
-        for i, own in enumerate(shard.positive.tolist()):
-            listed = shard.negatives[i].tolist()
-            kept = [(first + own, 0)] + [(first + j, 1 + at) for at, j in enumerate(listed) if j >= 0 and j != own]
-            kept = [(column, at) for column, at in kept if not teacher[i, at].isnan()]
-            if len(kept) > 1 and kept[0][1] == 0:
-                S = torch.stack([x.S[row, column] for column, _ in kept])
-                T = torch.stack([teacher[i, at] for _, at in kept]) / TEMPERATURE
-                if name == "kl":
-                    term = torch.nn.functional.kl_div(S.log_softmax(0), T.softmax(0), reduction="sum")
-                else:
-                    term = torch.nn.functional.mse_loss(S[0] - S[1:], T[0] - T[1:])
-                total = total + x.weight[row] * term
-            row += 1
-        first += len(shard.W)
-    return reference._gradients(total / x.weight.sum(), x.leaves)
+def dense(name: str, shards: list[Shard], alpha: float) -> reference.Dense:
+    """Return the loss of the concatenated batch and its gradients."""
+    batch = reference.concatenate(shards, alpha)
+    assert batch.positive is not None and batch.negatives is not None
+    batch = replace(batch, teacher=judge(batch.U, batch.W, batch.positive, batch.negatives))
+    return reference.gradients(dense_loss(DISTILLATIONS[name](TEMPERATURE), batch, columns="none"), batch)
 
 
 def by_vectors(name: str, U: Tensor, W: Tensor, positive: Tensor, *, negatives: Tensor, **given: Any) -> Any:
     teacher = judge(U, W, positive, negatives)
     term = DISTILLATIONS[name](TEMPERATURE)
-    return contrastive_loss(term, U, W, positive, negatives=negatives, teacher=teacher, columns="none", **given)
+    return contrastive_loss(
+        term, LossBatch(U, W, positive, negatives=negatives, teacher=teacher, **given), columns="none"
+    )
 
 
 def by_scores(
@@ -97,23 +85,23 @@ def test_queries_that_nobody_judged_have_no_term(name: str) -> None:
     U, nan = U.requires_grad_(), torch.nan
     teacher = torch.tensor([[nan, 1.0, 2.0], [1.0, nan, nan], [3.0, 1.0, torch.inf]])
     negatives = torch.tensor([[1, 2], [0, 2], [0, 1]])
-    given = {"alpha": 2.0, "columns": "none"}
-    term = DISTILLATIONS[name]()
-    out = contrastive_loss(term, U, W, negatives=negatives, teacher=teacher, **given)  # type: ignore[arg-type]
+    whole = LossBatch(U, W, alpha=2.0, negatives=negatives, teacher=teacher)
+    loss = partial(contrastive_loss, DISTILLATIONS[name](), columns="none")
+    out = loss(whole)
     out.loss.backward()
     assert U.grad is not None and not U.grad[:2].any() and bool(U.grad[2].any())
-    alone = contrastive_loss(
-        term, U[2:], W, torch.tensor([2]), negatives=negatives[2:, :1], teacher=teacher[2:, :2], **given
-    )  # type: ignore[arg-type]
+    one = LossBatch(U[2:], W, torch.tensor([2]), alpha=2.0, negatives=negatives[2:, :1], teacher=teacher[2:, :2])
+    alone = loss(one)
     assert out.loss.item() == pytest.approx(alone.loss.item() / 3, rel=1e-12)
-    nothing = contrastive_loss(term, U, W, negatives=negatives, teacher=torch.full((3, 3), nan), **given)  # type: ignore[arg-type]
-    assert nothing.loss.item() == 0
+    assert loss(replace(whole, teacher=torch.full((3, 3), nan))).loss.item() == 0
 
 
 def refused(rank: int, world_size: int, calls: list[dict[str, Any]]) -> str:
     U, negatives = torch.ones(2, 3), torch.zeros(2, 2, dtype=torch.int64)
     try:
-        contrastive_loss(**{"U": U, "W": U, "alpha": 2.0, "negatives": negatives, "columns": "none", **calls[rank]})
+        call = {"U": U, "W": U, "alpha": 2.0, "negatives": negatives, "columns": "none", **calls[rank]}
+        term, columns = call.pop("term"), call.pop("columns")
+        contrastive_loss(term, LossBatch(**call), columns=columns)
     except BigDSSMError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"

@@ -31,7 +31,7 @@ def check(
     tolerance: float = 1e-10,
     matrix: bool = False,
 ) -> None:
-    expected = reference.ranking(name, shards, alpha, in_batch, margin=0.3, scalar_beta=beta)
+    expected = reference.ranking(name, shards, alpha, in_batch, margin=0.3, one_beta=beta)
     arguments = {"in_batch": in_batch, "margin": 0.3, "tile": tile}
     loss = partial(ranking_loss, name)
     found = run(pools, partial(by_matrix, loss) if matrix else loss, shards, alpha, beta=beta, **arguments)

@@ -20,7 +20,7 @@ from bigdssm.config import ModelConfig, load_config
 from bigdssm.config.losses import LOSSES, LossOptions
 from bigdssm.errors import BigDSSMError, ConfigError
 from bigdssm.loader.batch import Batch
-from bigdssm.losses import PairCE, Softmax, contrastive_loss, register
+from bigdssm.losses import LossBatch, PairCE, Softmax, contrastive_loss, register
 from bigdssm.losses.terms import TERMS
 from bigdssm.models import Encoded
 from bigdssm.training.objective import Objective
@@ -156,7 +156,9 @@ def test_a_name_that_nobody_registered_is_refused_and_one_that_is_taken(folder: 
 def disagree(rank: int, world_size: int, calls: list[dict[str, Any]]) -> str:
     U, W = torch.ones(2, 3), torch.ones(2, 3)
     try:
-        contrastive_loss(**{"U": U, "W": W, "alpha": 2.0, **calls[min(rank, len(calls) - 1)]})
+        call = {"U": U, "W": W, "alpha": 2.0, **calls[min(rank, len(calls) - 1)]}
+        options = {name: call.pop(name) for name in ("columns", "direction") if name in call}
+        contrastive_loss(call.pop("term"), LossBatch(**call), **options)
     except BigDSSMError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import textwrap
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bigdssm.losses import RANKING_NAMES, fps_loss, ranking_loss, scored_loss
+from bigdssm.losses.reference import dense_loss
 
 DIRECTIONS = ("q2d", "d2q", "both")
 DOUBLE = torch.float64
@@ -229,3 +233,8 @@ def test_excluded_negatives() -> None:
         torch.logsumexp(S[i, sorted({*some, i})], 0) - S[i, i] for i in range(5)
     ]).mean()  # fmt: skip
     assert float(fps_loss(U, W, alpha=9.0, neg_bias=out).loss) == pytest.approx(float(right), rel=1e-12)
+
+
+def test_the_page_shows_the_dense_definition() -> None:
+    page = (Path(__file__).parents[2] / "docs/loss.md").read_text(encoding="utf-8")
+    assert textwrap.indent(inspect.getsource(dense_loss), "    ") in page

@@ -10,7 +10,7 @@ import torch
 
 from bigdssm.config import LossConfig, ModelConfig
 from bigdssm.loader.batch import Batch
-from bigdssm.losses import ListwiseKL, MarginMSE, contrastive_loss, fps_loss, ranking_loss, scored_loss
+from bigdssm.losses import ListwiseKL, LossBatch, MarginMSE, contrastive_loss, fps_loss, ranking_loss, scored_loss
 from bigdssm.models import Encoded
 from bigdssm.training.objective import Objective
 
@@ -150,10 +150,10 @@ def test_a_judge_is_followed_beside_the_loss(name: str, term: ListwiseKL | Margi
         Objective(LossConfig(**base, **more), ModelConfig(score="dot"), None, COUNTS, 20)(ENCODED, batch)  # type: ignore[arg-type]
         for more in ({}, follow)
     )
-    judged = contrastive_loss(
-        term, U, W, POSITIVE, alpha=2.0, beta=BETA, weight=INDICATOR, negatives=BATCH.negatives, teacher=TEACHER,
-        columns="none",
-    ).loss  # fmt: skip
+    listed = LossBatch(
+        U, W, POSITIVE, alpha=2.0, beta=BETA, weight=INDICATOR, negatives=BATCH.negatives, teacher=TEACHER
+    )
+    judged = contrastive_loss(term, listed, columns="none").loss
     assert float(both.loss) == pytest.approx(float(plain.loss + 0.3 * judged), rel=1e-12)
     assert float(both.stats["distillation"]) == pytest.approx(float(judged), rel=1e-12) and float(judged) > 0.01
 

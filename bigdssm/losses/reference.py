@@ -1,0 +1,80 @@
+"""The losses by their dense definition: the whole score matrix on one rank, in float64, gradients by autograd.
+
+The engine equals it at any number of ranks, tiles and chunks; the tests compare both. Shape legend: m queries, n
+columns, k candidates, p known positives, L negatives of a query.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bigdssm.losses.distillation import ListwiseKL, MarginMSE
+from bigdssm.losses.inputs import LossBatch
+from bigdssm.losses.terms import PairCE, Sigmoid, Softmax, Term, Triplet
+
+
+def dense_loss(term: Term, batch: LossBatch, columns: str = "all", direction: str = "q2d") -> Tensor:
+    """Return the weighted mean of a term over the queries; arguments as in `contrastive_loss`."""
+    m, n = len(batch.U), len(batch.W)
+    positive = torch.arange(m) if batch.positive is None else batch.positive
+    weight = torch.ones(m).double() if batch.weight is None else batch.weight.double()
+    queries = torch.arange(m) if batch.query_ids is None else batch.query_ids
+    docs = torch.arange(n) if batch.doc_ids is None else batch.doc_ids
+
+    scores = batch.alpha * (batch.U.double() @ batch.W.double().T)  # [m, n]
+    if batch.beta is not None:
+        scores = scores + batch.beta.double()
+
+    # known positives: the pairs of weight > 0 of any query with the same id, and those given
+    pairs = torch.stack([queries, docs[positive]], 1)[weight > 0]
+    pairs = pairs if batch.known is None else torch.cat([pairs, batch.known])
+    same_query, same_doc = queries[:, None] == pairs[:, 0], docs[:, None] == pairs[:, 1]  # [m, p], [n, p]
+    known = (same_query.double() @ same_doc.double().T) > 0  # [m, n]
+
+    # a query's negatives: columns common to all queries, then its candidates; without known positives
+    column = {"all": torch.arange(n), "in_batch": positive, "none": positive[:0]}[columns].expand(m, -1)
+    column = column if batch.negatives is None else torch.cat([column, batch.negatives], 1)  # [m, L]
+    at = column.clamp(min=0)
+    negative = scores.gather(1, at) if batch.neg_bias is None else scores.gather(1, at) + batch.neg_bias.double()[at]
+    used = (column >= 0) & (at != positive[:, None]) & ~known.gather(1, at) & (negative > -torch.inf)
+
+    own = scores.gather(1, positive[:, None])  # [m, 1]
+    value = _value(term, own, negative.masked_fill(~used, 0.0), used, batch.teacher)
+    if direction != "q2d":  # the softmax over the queries in the positive's column, or the mean of both
+        others = scores.masked_fill(known, -torch.inf).T[positive]  # [m, m]
+        over_queries = torch.cat([own, others], 1).logsumexp(1) - own[:, 0]
+        value = over_queries if direction == "d2q" else (value + over_queries) / 2
+    return (weight * value).sum() / weight.sum().clamp(min=1e-300)
+
+
+def _value(term: Term, own: Tensor, negative: Tensor, used: Tensor, teacher: Tensor | None) -> Tensor:
+    """Return the term [m] of the positives' scores [m, 1] and the negatives' [m, L], 0 where not `used`."""
+
+    def softplus(x: Tensor) -> Tensor:
+        return torch.logaddexp(x, torch.zeros_like(x))
+
+    def mean(x: Tensor) -> Tensor:
+        return (x * used).sum(1) / used.sum(1).clamp(min=1)
+
+    if isinstance(term, ListwiseKL | MarginMSE):  # a candidate counts where both it and the positive have a score
+        assert teacher is not None
+        used = used & (scored := teacher.isfinite())[:, :1] & scored[:, 1:]
+        own_t, negative_t = (teacher.double() / term.temperature).masked_fill(~scored, 0.0).tensor_split([1], 1)
+    unused = torch.nn.functional.pad(~used, (1, 0))
+    match term:
+        case Softmax():
+            return torch.cat([own, negative], 1).masked_fill(unused, -torch.inf).logsumexp(1) - own[:, 0]
+        case Sigmoid():
+            return softplus(-own[:, 0]) + (softplus(negative) * used).sum(1)
+        case PairCE():
+            return mean(softplus(negative - own))
+        case Triplet(margin=margin):
+            return mean((margin + negative - own).clamp(min=0))
+        case ListwiseKL():
+            log_q = torch.cat([own, negative], 1).masked_fill(unused, -torch.inf).log_softmax(1)
+            log_p = torch.cat([own_t, negative_t], 1).masked_fill(unused, -torch.inf).log_softmax(1)
+            return (log_p.exp() * (log_p - log_q).masked_fill(unused, 0.0)).sum(1)
+        case MarginMSE():
+            return mean(((own - negative) - (own_t - negative_t)).square())
+    raise ValueError(f"{term} has no dense definition here")
