@@ -104,7 +104,7 @@ class Commit:
         folder = self.hash[:12] + ("-again" if self.hash == again else "")
         self.work, self.tree = work / folder, work / "trees" / folder
         self._table, self._jobs, self._tables = table, jobs, work / "tables"
-        listed = _git("ls-tree", "--name-only", self.hash, NAMES).strip()
+        listed = _git("ls-tree", "--full-tree", "--name-only", self.hash, NAMES).strip()
         self.names: Config = yaml.safe_load(_git("show", f"{self.hash}:{NAMES}")) if listed else {}
         self._unstable = yaml.safe_load((HERE / "names.yaml").read_text())["unstable"] + self.names.get("unstable", [])
         self._idle: SimpleQueue[subprocess.Popen[str]] = SimpleQueue()
