@@ -91,14 +91,6 @@ class Index:
             raise ConfigError(f"top {top}: needs at least 1")
         if exclude is not None and len(exclude) != len(vectors):
             raise ConfigError(f"exclude has keys of {len(exclude)} queries, there are {len(vectors)}")
-        if not np.isfinite(vectors).all():
-            raise ConfigError("a vector holds NaN or inf; encode queries whose features are finite")
-        for number, some in enumerate(exclude or ()):
-            if isinstance(some, str | bytes) or not all(isinstance(key, str) for key in some):
-                raise ConfigError(
-                    f"exclude[{number}] is {ascii(some)[:80]}, needs the document keys of query {number}, such as "
-                    "['i1', 'i2']"
-                )
         known = self._row_of if exclude is not None else {}
         excluded = [np.array([known[key] for key in some if key in known], np.int64) for some in exclude or ()]
         scores, rows = self.nearest(vectors, top, self.meta.model_checksum, excluded or None)

@@ -100,14 +100,14 @@ def test_vectors_do_not_depend_on_the_chunks_they_were_encoded_in(
 
 @pytest.mark.parametrize(
     ("exclude", "sentence"),
-    [(["i1"], "exclude[0] is 'i1', needs the document keys of query 0"), ([[1]], "exclude[0] is [1], needs")],
+    [(["i1"], "exclude[0]='i1': needs a list, each a text"), ([[1]], "exclude[0][0]=1: needs a text")],
 )
 def test_keys_that_would_exclude_nothing_are_refused(index_dir: Path, exclude: Any, sentence: str) -> None:
     index = open_index(index_dir)
     with pytest.raises(ConfigError) as refused:
         index.search(np.zeros((1, index.meta.width), np.float32), 3, exclude)
     assert sentence in str(refused.value)
-    with pytest.raises(ConfigError, match="a vector holds NaN or inf"):
+    with pytest.raises(ConfigError, match="vectors has a number that is not finite"):
         index.search(np.full((1, index.meta.width), np.nan, np.float32), 3)
     with pytest.raises(ConfigError, match="is no text in UTF-8"):
         index.row("\ud800")
