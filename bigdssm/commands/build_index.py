@@ -1,14 +1,15 @@
 """Build a FAISS inner-product index of a folder of document vectors.
 
     bigdssm build_index --vectors VECTORS --out INDEX [--type flat|sq8|binary|hnsw|ivf|ivfpq]
+    bigdssm build_index --vectors VECTORS --out INDEX --type hnsw links=64 search_width=400
     bigdssm build_index --vectors VECTORS --out INDEX --type binary --rescore 20
     bigdssm build_index --vectors VECTORS --out INDEX --type sq8 --width 64 --rescore 4
 
 flat is exact; sq8 (int8) has a byte a dimension and binary a bit; hnsw, ivf and ivfpq are fast on large catalogues, and
-tools/bench/bench_index.py shows what each costs. --width keeps the first dimensions alone, for a model that was trained
-with loss.widths. With --rescore N the index looks for N candidates for each document that is asked for, and the whole
-vectors, which stay on the disk, choose the best of them: then scores are exact. The index names the model whose vectors
-it holds and refuses another model's queries.
+tools/bench/bench_index.py shows what each costs. KEY=VALUE sets an option of the type (docs/config_keys.md). --width
+keeps the first dimensions alone, for a model that was trained with loss.widths. With --rescore N the index looks for N
+candidates for each document that is asked for, and the whole vectors, which stay on the disk, choose the best of them:
+then scores are exact. The index names the model whose vectors it holds and refuses another model's queries.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, cast
+
+from omegaconf import OmegaConf
 
 from bigdssm.cli import command
+from bigdssm.config.loading import changes_of
 from bigdssm.retrieval.index import build_index
-from bigdssm.retrieval.index_types import IndexType
+from bigdssm.retrieval.index_types import INDEX_TYPES
 
 
 @command
@@ -31,14 +35,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vectors", type=Path, required=True, help="folder written by bigdssm embed")
     parser.add_argument("--out", type=Path, required=True, help="folder for the index")
-    parser.add_argument("--type", choices=get_args(IndexType), default="flat", help="kind of index (%(default)s)")
+    parser.add_argument("--type", default="flat", help=f"{', '.join(INDEX_TYPES.names())} (%(default)s)")
+    parser.add_argument("options", nargs="*", metavar="KEY=VALUE", help="options of the type")
     parser.add_argument("--width", type=int, help="dimensions to search by (default: all)")
     parser.add_argument(
         "--rescore", type=int, default=0, metavar="N", help="candidates for each document (%(default)s)"
     )
     args = parser.parse_args(argv)
     started = time.perf_counter()
-    meta = build_index(args.vectors, args.out, args.type, width=args.width, rescore=args.rescore)
+    options = cast(dict[str, Any], OmegaConf.to_container(changes_of(args.options)))
+    meta = build_index(args.vectors, args.out, args.type, width=args.width, rescore=args.rescore, options=options)
     print(f"{args.out}: {meta.kind} index of {meta.num_docs} documents in {time.perf_counter() - started:.1f} s")
 
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Number
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 
-from bigdssm.config.yaml_files import first_line, literal
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature
-from bigdssm.features.base import feature_type
+from bigdssm.features.base import FEATURES
 from bigdssm.features.history import histories_of
 from bigdssm.utils.bounds import bounded
 
@@ -371,22 +368,4 @@ def _usual_sampling(loss: LossConfig, data: DataConfig) -> Literal["none", "corr
 
 
 def _feature(key: str, content: Any) -> Feature:
-    """Return a feature as YAML declares it. Raises ConfigError: `key` names it."""
-    if isinstance(content, Feature):
-        return content
-    if not isinstance(content, dict):
-        raise ConfigError(f"{key}: got {content!r}, needs a feature such as {{type: text}}")
-    cls = feature_type(content.get("type"), key)
-    given = {name: value for name, value in content.items() if name != "type"}
-    declared = [f.name for f in fields(cls) if not f.metadata.get("fitted")]
-    for name in given:
-        if name not in declared:
-            near = difflib.get_close_matches(str(name), declared, 1)
-            meant = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"unknown key {key}.{name}: {cls.type} has {', '.join(declared)}{meant}")
-    if missing := sorted(OmegaConf.missing_keys(literal(given))):  # which a merge leaves at their defaults
-        raise ConfigError(f"{key}.{missing[0]} is missing ('???'); give it a value")
-    try:
-        return cast(Feature, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), literal(given))))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{key}.{error.full_key}: {first_line(error)}") from None
+    return content if isinstance(content, Feature) else FEATURES.read(key, content)

@@ -13,9 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bigdssm.config.checks import check_config
 from bigdssm.config.keys import Config
-from bigdssm.config.yaml_files import as_kind, literal, read_yaml
+from bigdssm.config.yaml_files import as_kind, read_yaml
 from bigdssm.errors import ConfigError
 from bigdssm.utils.arguments import checked
+from bigdssm.utils.components import literal
 
 
 @checked
@@ -57,7 +58,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist; --config takes a YAML file such as those in configs/")
     content = read_yaml(path, "the sections run, data, model, …")
-    return as_kind(path, Config, content, _changes(overrides))
+    return as_kind(path, Config, content, changes_of(overrides))
 
 
 def load_written_config(path: Path) -> Config:
@@ -68,7 +69,8 @@ def load_written_config(path: Path) -> Config:
     return config_from(path, literal(OmegaConf.to_container(read_yaml(path, "the sections run, data, model, …"))))
 
 
-def _changes(overrides: Sequence[str]) -> DictConfig:
+def changes_of(overrides: Sequence[str]) -> DictConfig:
+    """Return `key=value` overrides as a container. Raises ConfigError."""
     for override in overrides:
         if not re.match(r"\w[^\[\]=]*(\[\d+\][^\[\]=]*)*=", override):
             raise ConfigError(f"override {override!r} is not of the form key=value, for example pretrain.steps=100")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from bigdssm.errors import ConfigError
+from bigdssm.utils.components import first_line
 
 Kind = TypeVar("Kind")
-_INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes before it, which escape it
 
 
 def read_yaml(path: Path, needs: str) -> DictConfig:
@@ -68,20 +67,6 @@ def _dotted(kind: type, prefix: str = "") -> Iterator[str]:
         for inner in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
             if isinstance(inner, type) and is_dataclass(inner):
                 yield from _dotted(inner, f"{prefix}{f.name}.")
-
-
-def literal(content: Any) -> Any:
-    """Return containers of values that are data: omegaconf interpolates none of their texts."""
-    if isinstance(content, dict):
-        return {key: literal(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [literal(value) for value in content]
-    return _INTERPOLATION.sub(r"\1\1\\${", content) if isinstance(content, str) else content
-
-
-def first_line(error: Exception) -> str:
-    """Return what omegaconf says of a key, without the lines that repeat it."""
-    return str(error).splitlines()[0]
 
 
 def first_difference(before: Any, now: Any, key: str = "") -> str | None:

@@ -8,7 +8,6 @@ from bigdssm.features.base import (
     Reader,
     encode_columns,
     encode_values,
-    feature_types,
     register,
 )
 from bigdssm.features.categorical import Categorical
@@ -37,7 +36,6 @@ __all__ = [
     "Vocabulary",
     "encode_columns",
     "encode_values",
-    "feature_types",
     "histories_of",
     "item_codes",
     "register",

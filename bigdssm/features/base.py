@@ -27,6 +27,7 @@ import pyarrow.compute as pc
 from bigdssm.errors import ConfigError
 from bigdssm.features.ragged import Column, Ragged, from_arrow
 from bigdssm.utils.bounds import out_of_bounds
+from bigdssm.utils.components import Registry
 
 if TYPE_CHECKING:
     from bigdssm.features.columns import RowCheck
@@ -255,34 +256,14 @@ def pad_lists(rows, fill):  # type: ignore[no-untyped-def]
     return padded
 
 
-_TYPES: dict[str, type[Feature]] = {}
-
-
-def register(cls: type[F]) -> type[F]:
-    """Make a type of features known under its `type`; a class decorator."""
-    _TYPES[cls.type] = cls
-    return cls
-
-
-def feature_types() -> tuple[str, ...]:
-    """Return the names of all types."""
-    return tuple(_TYPES)
-
-
-def feature_type(name: Any, key: str) -> type[Feature]:
-    """Return the class of a type. Raises ConfigError: `key` names what asked for it."""
-    if name not in _TYPES:
-        raise ConfigError(
-            f"{key}.type: got {name}, needs one of {', '.join(_TYPES)}, or a type whose module is imported first "
-            "(docs/extending.md)"
-        )
-    return _TYPES[name]
+FEATURES: Registry[Feature] = Registry("a type", "type")
+register = FEATURES.register
 
 
 def from_dict(content: Mapping[str, Any]) -> Feature:
     """Return the feature of `Feature.to_dict`. Raises TypeError, KeyError, ValueError: it is none."""
     given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items() if key != "type"}
-    feature = _TYPES[content["type"]](**given)
+    feature = FEATURES.classes[content["type"]](**given)
     hints = get_type_hints(type(feature))
     for key, value in given.items():
         if not _fits(value, hints[key]):

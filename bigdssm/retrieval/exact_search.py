@@ -227,7 +227,7 @@ def approximate_search(documents: DocumentVectors, num_docs: int, share: Share) 
     `documents` are the rank's share of `num_docs`. A collective, since building tells how it gets on.
     """
     # only here: who searches exactly need not load FAISS
-    from bigdssm.retrieval.index_types import IVF_ROUNDS, ROWS_AT_ONCE, faiss_index
+    from bigdssm.retrieval.index_types import IVF_ROUNDS, ROWS_AT_ONCE, InvertedFile
 
     total = IVF_ROUNDS + share.num_chunks(num_docs, ROWS_AT_ONCE)
     pieces = iter(range(1, total + 1))
@@ -238,7 +238,7 @@ def approximate_search(documents: DocumentVectors, num_docs: int, share: Share) 
     if len(documents):
         vectors = documents.vectors.cpu().numpy()
         coded = CodedVectors(vectors, "float32", vectors.shape[1])
-        index = faiss_index("ivf", coded, lambda: tell(next(pieces)))
+        index = InvertedFile().build(coded, lambda: tell(next(pieces)))
     for piece in pieces:  # that a rank with more documents has
         tell(piece)
     if not len(documents):

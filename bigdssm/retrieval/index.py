@@ -9,13 +9,12 @@ Processes on a machine share the pages of all files.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,7 +24,7 @@ from bigdssm.cli import check_width
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.features.ragged import Ragged
-from bigdssm.retrieval.index_types import AllowedDocuments, IndexType, faiss_index, scan
+from bigdssm.retrieval.index_types import AllowedDocuments, IndexBackend, index_type
 from bigdssm.retrieval.model import Model
 from bigdssm.retrieval.request import check_encoded
 from bigdssm.retrieval.vectors import (
@@ -62,7 +61,7 @@ class FoundDocument(NamedTuple):
 class Index:
     """An opened KNN index."""
 
-    index: faiss.Index
+    index: Any  # of the back-end that meta names
     meta: VectorsMeta
     keys: pa.ChunkedArray  # string [N]
     title: pa.ChunkedArray
@@ -175,18 +174,22 @@ class Index:
         """Return the vectors of documents, float32 [n, D+1], as exact as this kind of index keeps them."""
         if self.vectors is not None:
             return self.vectors[np.asarray(rows, np.int64)].copy()
-        found = [self.index.reconstruct(int(row)) for row in rows]
-        return np.array(found, np.float32).reshape(len(found), self.meta.width)
+        return self._backend.vectors_at(self.index, np.asarray(list(rows), np.int64))
+
+    @cached_property
+    def _backend(self) -> IndexBackend:
+        return index_type(self.meta.kind, self.meta.options)
 
     def _found(
         self, queries: np.ndarray, wanted: int, allowed: AllowedDocuments | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return (scores, rows), both [m, wanted], best first; see `scan`."""
+        """Return (scores, rows), both [m, wanted], best first."""
         searched = cut_like(queries, self.meta)
         if self.vectors is None:
-            return scan(self.index, searched, wanted, allowed)
+            return self._backend.search(self.index, searched, wanted, allowed)
         available = self.meta.num_docs if allowed is None else allowed.count
-        candidates = scan(self.index, searched, min(wanted * self.meta.rescored, available), allowed)[1]
+        wanted_again = min(wanted * self.meta.rescored, available)
+        candidates = self._backend.search(self.index, searched, wanted_again, allowed)[1]
         scores = np.stack([self.vectors[some] @ query for some, query in zip(candidates, queries, strict=True)])
         order = np.argsort(-scores, axis=1, kind="stable")[:, :wanted]
         return np.take_along_axis(scores, order, 1), np.take_along_axis(candidates, order, 1)
@@ -210,12 +213,19 @@ def _without(scores: np.ndarray, rows: np.ndarray, left_out: Ragged, top: int) -
 
 
 def build_index(
-    vectors_dir: Path, folder: Path, kind: IndexType = "flat", *, width: int | None = None, rescore: int = 0
+    vectors_dir: Path,
+    folder: Path,
+    kind: str | IndexBackend = "flat",
+    *,
+    width: int | None = None,
+    rescore: int = 0,
+    options: Mapping[str, Any] | None = None,
 ) -> VectorsMeta:
     """Build the inner-product index of a vectors folder and return its meta.
 
     flat is exact, sq8 (int8) is flat with a byte per dimension and binary with a bit; hnsw, ivf and ivfpq look at a
-    part of the catalogue only, and ivfpq keeps half a byte per dimension. `width` cuts the vectors, as of a model
+    part of the catalogue only, and ivfpq keeps half a byte per dimension; `options` are
+    the type's own (docs/config_keys.md). `width` cuts the vectors, as of a model
     that was trained with loss.widths; of `rescore` candidates for each document asked for, the folder's own vectors
     choose the best, which stay on the disk. Raises CheckpointError where `vectors_dir` is not a whole vectors folder,
     ConfigError where `folder` holds something else, ivfpq has too few documents, or width or rescore cannot be.
@@ -224,7 +234,8 @@ def build_index(
     meta = read_meta(vectors_dir)
     if meta.kind != VECTORS:
         raise CheckpointError(f"{vectors_dir} is an index; the vectors it was built from are needed")
-    built = planned(meta, kind, width, rescore)
+    backend = index_type(kind, options)
+    built = planned(meta, backend, width, rescore)
     vectors = load_vectors(vectors_dir, meta)
     if built.width != meta.width:
         cut = cut_like(vectors[:], built)
@@ -232,26 +243,29 @@ def build_index(
     check_file(vectors_dir / DOCUMENTS_FILE, meta.files.get(DOCUMENTS_FILE), META_FILE)
     check_free(folder, CONTENTS_FILE)
     with new_folder(folder) as aside:
-        faiss.write_index(faiss_index(kind, vectors), str(aside / INDEX_FILE))
+        backend.write(backend.build(vectors), aside / INDEX_FILE)
         for name in (DOCUMENTS_FILE, *([VECTORS_FILE] if rescore else [])):
             shutil.copyfile(vectors_dir / name, aside / name)
         write_meta(aside, built)
     return built
 
 
-def planned(meta: VectorsMeta, kind: IndexType, width: int | None, rescore: int) -> VectorsMeta:
+def planned(meta: VectorsMeta, backend: IndexBackend, width: int | None, rescore: int) -> VectorsMeta:
     """Return the meta of an index of these vectors. Raises ConfigError: it cannot be."""
-    if rescore < 0 or (kind == "binary" and rescore == 0):
+    kind, options = backend.type, asdict(backend)
+    if rescore < 0 or (backend.needs_rescore and rescore == 0):
         raise ConfigError(f"--type {kind} --rescore {rescore}: needs some candidates to score again, such as 20")
     if rescore and meta.whole:
         raise ConfigError(f"--rescore {rescore}: these vectors were cut when they were made; embed without --width")
     if width is None:
-        return replace(meta, kind=kind, rescored=rescore)
+        return replace(meta, kind=kind, options=options, rescored=rescore)
     check_width("--width", width, meta.width - 1)
     if not meta.score:
         raise ConfigError(f"--width {width}: these vectors do not say of which score they are; embed again")
     whole = meta.whole or meta.width
-    return replace(meta, kind=kind, rescored=rescore, width=width + 1, whole=0 if width + 1 == whole else whole)
+    return replace(
+        meta, kind=kind, options=options, rescored=rescore, width=width + 1, whole=0 if width + 1 == whole else whole
+    )
 
 
 @checked
@@ -259,21 +273,24 @@ def open_index(folder: str | Path, model: Model | None = None) -> Index:
     """Return the Index in `folder`. Raises CheckpointError: missing, damaged, no index, or of another than `model`."""
     folder = Path(folder)
     meta = read_meta(folder)
-    if meta.kind not in get_args(IndexType):
+    if meta.kind == VECTORS:
         raise CheckpointError(f"{folder} holds {meta.kind}, not an index; run bigdssm build_index on it")
+    try:
+        backend = index_type(meta.kind, meta.options)
+    except ConfigError as error:
+        raise CheckpointError(f"the index {folder} cannot be opened: {error}") from None
     for name in (INDEX_FILE, DOCUMENTS_FILE):
         check_file(folder / name, meta.files.get(name), META_FILE)
     try:
-        index = faiss.read_index(str(folder / INDEX_FILE), faiss.IO_FLAG_MMAP_IFC)
+        index = backend.read(folder / INDEX_FILE)
         with pa.memory_map(str(folder / DOCUMENTS_FILE)) as file:
             documents = pa.ipc.open_file(file).read_all()
-        if meta.kind in ("ivf", "ivfpq"):
-            faiss.extract_index_ivf(index).make_direct_map()  # finds a document's own vector
-    except (RuntimeError, OSError, pa.ArrowInvalid) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         raise CheckpointError(f"the index {folder} does not load: {' '.join(str(error).split())}") from None
-    if index.ntotal != meta.num_docs or index.d != meta.width or documents.num_rows != meta.num_docs:
+    rows, width = backend.shape(index)
+    if rows != meta.num_docs or width != meta.width or documents.num_rows != meta.num_docs:
         raise CheckpointError(
-            f"the index {folder} is damaged: {index.ntotal} vectors of width {index.d} and {documents.num_rows} "
+            f"the index {folder} is damaged: {rows} vectors of width {width} and {documents.num_rows} "
             f"documents, {META_FILE} says {meta.num_docs} of width {meta.width}"
         )
     vectors = None

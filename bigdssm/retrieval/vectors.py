@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -51,6 +51,7 @@ class VectorsMeta:
     score: str = ""  # dot or cosine: a cut vector of the latter gets its length again
     dtype: Dtype = "float32"  # what vectors.npy holds, see coding.py; of an index what it was built from
     rescored: int = 0  # of an index: candidates for each document asked for, which whole vectors score; 0: none
+    options: dict[str, Any] = field(default_factory=dict)  # of the index type
     files: dict[str, str] = field(default_factory=dict)  # checksums by name, filled in by `write_meta`
     format: int = FORMAT
 
@@ -209,8 +210,9 @@ def read_meta(folder: Path) -> VectorsMeta:
             )
         if content.pop("checksum") != json_checksum(content):
             raise CheckpointError(f"{folder / META_FILE} is damaged: its checksum is another; embed and index again")
-        if not isinstance(content["files"], dict):
-            raise TypeError(f"files is {content['files']!r}")
+        for name in ("files", "options"):
+            if not isinstance(content[name], dict):
+                raise TypeError(f"{name} is {content[name]!r}")
         return VectorsMeta(**content)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{folder} holds no {META_FILE}; it is neither vectors nor an index") from None

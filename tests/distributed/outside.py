@@ -1,5 +1,5 @@
 """What somebody adds from a module of their own, no file of the library changed: a type of features with its
-encoder, a loss term, an optimizer, a table source, an export and a metric."""
+encoder, a loss term, an optimizer, a table source, an index, an export and a metric."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,8 @@ from bigdssm.losses import PairTerm
 from bigdssm.losses import register as register_loss
 from bigdssm.models.encoders import Encoder, Parts, encodes
 from bigdssm.retrieval.embed import document_vectors, query_vectors
+from bigdssm.retrieval.index_types import AllowedDocuments, IndexBackend, register_index
+from bigdssm.retrieval.vectors import CodedVectors
 from bigdssm.training.optimizers import OptimizerKind, register_optimizer
 
 
@@ -149,6 +151,41 @@ class OrcSource(FileSource):
 
 
 register_source(".orc", OrcSource)
+
+
+@register_index
+@dataclass(frozen=True)
+class NumpyIndex(IndexBackend):
+    """Exact, of NumPy alone."""
+
+    type: ClassVar[str] = "numpy"
+
+    dtype: Literal["float32", "float16"] = "float32"  # of the file
+
+    def build(self, vectors: CodedVectors, after_piece: Any = None) -> np.ndarray:
+        return vectors[:].astype(self.dtype)
+
+    def write(self, index: np.ndarray, path: Path) -> None:
+        with path.open("wb") as file:
+            np.save(file, index)
+
+    def read(self, path: Path) -> np.ndarray:
+        return np.load(path, mmap_mode="r")
+
+    def shape(self, index: np.ndarray) -> tuple[int, int]:
+        return index.shape
+
+    def search(
+        self, index: np.ndarray, queries: np.ndarray, top: int, allowed: AllowedDocuments | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        scores = queries @ index.T.astype(np.float32)
+        if allowed is not None:
+            scores[:, ~allowed.mask] = -np.inf
+        rows = np.argsort(-scores, axis=1, kind="stable")[:, :top]
+        return np.take_along_axis(scores, rows, 1), rows
+
+    def vectors_at(self, index: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        return index[rows].astype(np.float32)
 
 
 def write_npz(model: ModelFolder, out: Path) -> Parity:

@@ -64,7 +64,14 @@ def write_table(folder: Path) -> None:
 
 
 def go_all_the_way(
-    rank: int, world_size: int, folder: Path, feature: dict[str, Any], value: Any, source: str, stage: dict[str, Any]
+    rank: int,
+    world_size: int,
+    folder: Path,
+    feature: dict[str, Any],
+    value: Any,
+    source: str,
+    stage: dict[str, Any],
+    index: dict[str, Any],
 ) -> dict[str, Any]:
     from . import outside  # noqa: F401, it registers what it holds
 
@@ -91,7 +98,7 @@ def go_all_the_way(
     small_run.run(rank, world_size, path, folder / "run")
     model = load_model_folder(folder / "run" / "pretrain" / "best")
     write_vectors(folder / "vectors", tower_encoders(model.model, dataset), dataset, model.checksum, ShardWork())
-    build_index(folder / "vectors", folder / "index", "flat")
+    build_index(folder / "vectors", folder / "index", **index)
     assert model.tokenizer_dir is not None
     queries = Queries(model.schema, TextTokenizer(model.tokenizer_dir), None, exclude_seen=True)
     typed = queries.of(Request(features={"asked": str(value), "word": "w1"}))
@@ -145,11 +152,13 @@ def test_a_type_of_features_goes_all_the_way(case: str, outside_pools: dict[int,
     feature, value = CASES[case]
     if "matrix" in feature:
         feature = {**feature, "matrix": str(tmp_path / "near.npy")}
+    index: dict[str, Any] = {}
     source, stage = "pairs.parquet", {"optimizer": {"lr": 0.01, "warmup_steps": 1}}
     if case == "from outside":  # all that the module registers
         source = "pairs.orc"
+        index = {"kind": "numpy", "options": {"dtype": "float32"}}
         stage = {"loss": {"name": "cubed", "margin": 0.5}, "optimizer": {"name": "heavy_ball", "lr": 0.02}}
-    (found,) = outside_pools[1].run(go_all_the_way, tmp_path, feature, value, source, stage)
+    (found,) = outside_pools[1].run(go_all_the_way, tmp_path, feature, value, source, stage, index)
     assert 0 <= found["validation"]["hr_at_1"] <= found["validation"]["hr_at_10"]
     assert found["losses"][-1] < found["losses"][0]
     assert found["found"] < 1e-5 and len(set(found["rows"])) == 3

@@ -27,11 +27,11 @@ for name in bigdssm.__all__:
     getattr(bigdssm, name)
 
 from bigdssm.export import card, hf_loading, onnx_loading
-from bigdssm.features.base import feature_type, feature_types
+from bigdssm.features.base import FEATURES
 for module in (hf_loading, onnx_loading):
     assert len(inspect.getsource(module)) > 100
-for name in feature_types():
-    assert all(inspect.getsource(code) for code in feature_type(name, "data").onnx_code)
+for cls in FEATURES.classes.values():
+    assert all(inspect.getsource(code) for code in cls.onnx_code)
 for suffix, held in (("html", "<html"), ("css", "body {{"), ("js", "use strict")):
     assert held in files("bigdssm.serving").joinpath("page." + suffix).read_text()
 """

@@ -35,7 +35,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.evaluation.metrics import mean_metrics
 from bigdssm.retrieval.embed import Encoders, tower_encoders
 from bigdssm.retrieval.index import Index, planned
-from bigdssm.retrieval.index_types import IndexType, faiss_index
+from bigdssm.retrieval.index_types import INDEX_TYPES, index_type
 from bigdssm.retrieval.vectors import (
     CodedVectors,
     Dtype,
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="dataset folder or URL")
     parser.add_argument("--split", default="test", help="where queries come from (%(default)s)")
     parser.add_argument("--queries", type=at_least(1), default=1000, help="number of queries (%(default)s)")
-    parser.add_argument("--types", nargs="+", choices=get_args(IndexType), default=get_args(IndexType), help="kinds")
+    parser.add_argument("--types", nargs="+", choices=INDEX_TYPES.names(), default=INDEX_TYPES.names(), help="kinds")
     parser.add_argument("--widths", nargs="+", type=int, default=[], help="also over vectors cut to these")
     parser.add_argument("--rescore", nargs="+", type=int, default=[], help="also with so many candidates scored again")
     parser.add_argument("--dtypes", nargs="+", choices=get_args(Dtype), default=["float32"], help="of the vectors")
@@ -99,12 +99,12 @@ def main() -> None:
     with ProgressBar() as progress:
         kinds = list(dict.fromkeys(["flat", *args.types]))  # flat is what the others are measured against
         plans = [
-            replace(planned(meta, kind, width, rescore), dtype=dtype)
+            replace(planned(meta, index_type(kind), width, rescore), dtype=dtype)
             for dtype in dict.fromkeys(["float32", *args.dtypes])
             for kind in kinds
             for width in (None, *args.widths)
             for rescore in (0, *args.rescore)
-            if rescore or kind != "binary"
+            if rescore or not index_type(kind).needs_rescore
         ]
         for number, plan in enumerate(plans):
             progress("kinds of index", number, len(plans))
@@ -146,7 +146,7 @@ def measure(
     started = time.perf_counter()
     whole = CodedVectors(coded(vectors, plan.dtype), plan.dtype, vectors.shape[1])
     searched = whole if not plan.whole else CodedVectors(cut_like(whole[:], plan), "float32", plan.width)
-    made = faiss_index(plan.kind, searched)  # type: ignore[arg-type]
+    made = index_type(plan.kind, plan.options).build(searched)
     build_s = time.perf_counter() - started
     faiss.omp_set_num_threads(1)
     names = pa.chunked_array([pa.nulls(0, pa.string())])

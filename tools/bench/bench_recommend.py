@@ -13,7 +13,6 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +28,7 @@ from bigdssm.ingest.api import make_dataset
 from bigdssm.models import new_model
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.index import build_index, open_index
-from bigdssm.retrieval.index_types import IndexType
+from bigdssm.retrieval.index_types import INDEX_TYPES
 from bigdssm.retrieval.recommend import RecommendOptions, Users, recommend
 from bigdssm.retrieval.shards import ShardWork
 from bigdssm.retrieval.vectors import write_vectors
@@ -48,7 +47,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=100_000, help="(%(default)s)")
     parser.add_argument("--documents", type=int, default=200_000, help="(%(default)s)")
     parser.add_argument("--top", type=int, default=10, help="documents of a query (%(default)s)")
-    parser.add_argument("--types", nargs="+", choices=get_args(IndexType), default=["flat"], help="kinds of index")
+    parser.add_argument("--types", nargs="+", choices=INDEX_TYPES.names(), default=["flat"], help="kinds of index")
     args = parser.parse_args()
     if not (args.out / "vectors").exists():
         prepare(args.out, args.users, args.documents)

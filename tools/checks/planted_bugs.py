@@ -381,7 +381,7 @@ BUGS = [
     Bug("filters", "one_condition_is_enough", "retrieval.filters:Filters._allowed",
         "passed &= feature.matches", "passed |= feature.matches",
         f"{UNIT}/retrieval/test_filters.py::test_a_filter_lets_through_what_it_says"),
-    Bug("filters", "too_few_are_found", "retrieval.scan:scan",
+    Bug("filters", "too_few_are_found", "retrieval.index_types:FaissIndex.search",
         "if short.any():", "if not short.any():",
         f"{UNIT}/retrieval/test_filters.py::test_every_index_finds_as_many_as_a_filter_lets_through"),
     Bug("exports", "other_vectors_written", "export.probe:Parity.check",

@@ -20,9 +20,10 @@ from typing import Any, get_args, get_type_hints
 import omegaconf
 
 from bigdssm.config.keys import Config
-from bigdssm.features import feature_types
-from bigdssm.features.base import feature_type
+from bigdssm.features.base import FEATURES
+from bigdssm.retrieval.index_types import INDEX_TYPES
 from bigdssm.utils.bounds import BOUND
+from bigdssm.utils.components import Registry
 
 HEAD = "| key | type | default | bounds | |\n|---|---|---|---|---|"
 PAGE = Path(__file__).parents[2] / "docs/config_keys.md"
@@ -36,7 +37,7 @@ line `section.key=value` changes a key. An unknown key, or a number out of its b
 before anything is written.
 
 ## Sections"""
-FEATURES = """\
+FEATURE_TYPES = """\
 ## Types of features
 
 `data.query` and `data.doc` name features, each of a type:
@@ -44,11 +45,17 @@ FEATURES = """\
     data:
       query:
         age: {type: numeric}"""
+INDEXES = """\
+## Types of index
+
+`bigdssm build_index --type TYPE KEY=VALUE …` takes the options of a type:"""
+COMPONENTS: tuple[tuple[str, Registry[Any]], ...] = ((FEATURE_TYPES, FEATURES), (INDEXES, INDEX_TYPES))
 
 
 def page() -> str:
     """Return the page as Markdown."""
-    return "\n\n".join([START, *sections(Config), FEATURES, *feature_sections()]) + "\n"
+    components = [part for about, registry in COMPONENTS for part in (about, *component_sections(registry))]
+    return "\n\n".join([START, *sections(Config), *components]) + "\n"
 
 
 def sections(root: type) -> Iterator[str]:
@@ -61,11 +68,12 @@ def sections(root: type) -> Iterator[str]:
             yield f"### {title}\n\n{inspect.getdoc(cls)}\n\n{HEAD}\n{table}"
 
 
-def feature_sections() -> Iterator[str]:
-    """Yield a heading and a table for each type of features that comes with the library."""
-    for name in feature_types():
-        cls = feature_type(name, name)
-        yield f"### `type: {name}`\n\n{inspect.getdoc(cls)}\n\n{HEAD}\n" + "\n".join(_rows(cls))
+def component_sections(registry: Registry[Any]) -> Iterator[str]:
+    """Yield a heading and a table of its own keys for each component that comes with the library."""
+    for name in registry.names():
+        cls = registry.classes[name]
+        rows = "\n".join(_rows(cls))
+        yield f"### `{registry.selector}: {name}`\n\n{inspect.getdoc(cls)}" + (f"\n\n{HEAD}\n{rows}" if rows else "")
 
 
 def _collect(cls: type, prefix: str, places: dict[type, list[str]]) -> None:

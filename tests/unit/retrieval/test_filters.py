@@ -16,7 +16,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical, Numeric, Vocabulary
 from bigdssm.retrieval.filters import Condition, Filters, parse_filter
 from bigdssm.retrieval.index import Index
-from bigdssm.retrieval.index_types import AllowedDocuments, IndexType, faiss_index
+from bigdssm.retrieval.index_types import AllowedDocuments, index_type
 from bigdssm.retrieval.vectors import CodedVectors, VectorsMeta
 
 NUM_DOCS, WIDTH = 12_000, 9
@@ -132,9 +132,9 @@ def vectors() -> np.ndarray:
 
 @pytest.fixture(scope="module", params=["flat", "sq8", "hnsw", "ivf", pytest.param("ivfpq", marks=pytest.mark.slow)])
 def index(request: pytest.FixtureRequest, vectors: np.ndarray) -> Index:
-    kind: IndexType = request.param
+    kind: str = request.param
     return Index(
-        faiss_index(kind, CodedVectors(vectors, "float32", WIDTH)),
+        index_type(kind).build(CodedVectors(vectors, "float32", WIDTH)),
         VectorsMeta(kind, "m", "d", NUM_DOCS, WIDTH),
         NAMES,
         NAMES,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval import embed
 from bigdssm.retrieval.embed import Encoders, tower_encoders
 from bigdssm.retrieval.index import Index, build_index, open_index
-from bigdssm.retrieval.index_types import AllowedDocuments, IndexType, faiss_index
+from bigdssm.retrieval.index_types import AllowedDocuments, index_type
 from bigdssm.retrieval.shards import ShardWork
 from bigdssm.retrieval.vectors import CodedVectors, VectorsMeta, write_meta, write_vectors
 
@@ -134,7 +135,10 @@ def test_the_nearest_documents_are_near_whatever_their_beta() -> None:
     vectors[:, 4] *= 100
     names = pa.chunked_array([pa.nulls(0, pa.string())])
     index = Index(
-        faiss_index("flat", CodedVectors(vectors, "float32", 5)), VectorsMeta("flat", "m", "d", 600, 5), names, names
+        index_type("flat").build(CodedVectors(vectors, "float32", 5)),
+        VectorsMeta("flat", "m", "d", 600, 5),
+        names,
+        names,
     )
     cosines, rows = index.similar(7, 5)
     expected = vectors[:, :4] @ vectors[7, :4]
@@ -150,7 +154,7 @@ def test_another_models_queries_are_refused(other_model_dir: Path, index_dir: Pa
 
 @pytest.mark.parametrize("kind", ["sq8", "hnsw", "ivf"])
 def test_approximate_indexes_find_most(
-    kind: IndexType, vectors_dir: Path, index_dir: Path, model_dir: Path, tmp_path: Path
+    kind: str, vectors_dir: Path, index_dir: Path, model_dir: Path, tmp_path: Path
 ) -> None:
     build_index(vectors_dir, tmp_path / "index", kind)
     checksum = load_model_folder(model_dir).checksum
@@ -199,7 +203,7 @@ def test_vectors_may_be_cut(
 
 @pytest.mark.parametrize(("kind", "width"), [("flat", 2), ("sq8", None), ("sq8", 3), ("binary", None), ("ivf", 4)])
 def test_candidates_are_scored_again_by_whole_vectors(
-    kind: IndexType, width: int | None, model_dir: Path, dataset: Dataset, index_dir: Path, tmp_path: Path
+    kind: str, width: int | None, model_dir: Path, dataset: Dataset, index_dir: Path, tmp_path: Path
 ) -> None:
     vectors = embedded(model_dir, dataset, tmp_path / "vectors")
     build_index(vectors, tmp_path / "index", kind, width=width, rescore=4)
@@ -217,6 +221,35 @@ def test_candidates_are_scored_again_by_whole_vectors(
             assert allowed is None or mask[rows].all()
     np.testing.assert_allclose(index.similar(3, 4)[0], exact.similar(3, 4)[0], rtol=1e-4, atol=1e-4)
     assert index.vectors is not None and isinstance(index.vectors.rows, np.memmap), "they stay on the disk"
+
+
+def test_a_type_of_index_has_options_of_its_own(vectors_dir: Path, tmp_path: Path) -> None:
+    arguments = ["--vectors", str(vectors_dir), "--out", str(tmp_path / "index"), "--type", "hnsw", "search_width=33"]
+    assert command.main(["build_index", *arguments]) == 0
+    index = open_index(tmp_path / "index")
+    assert index.meta.options == {"links": 32, "build_width": 200, "search_width": 33}
+    assert index.index.hnsw.efSearch == 33
+    vectors = CodedVectors(np.random.RandomState(0).randn(400, 5).astype(np.float32), "float32", 5)
+    for options, lists, probes in (({"lists": 7}, 7, 1), ({"lists": 9, "probes": 4}, 9, 4), ({}, 10, 1)):
+        built = index_type("ivf", options).build(vectors)
+        assert (built.nlist, built.nprobe) == (lists, probes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "reason"),
+    [
+        ("tree", {}, "type: got tree, needs one of flat, sq8, binary, hnsw, ivf, ivfpq"),
+        ("ivf", {"probe": 3}, "unknown key probe: ivf has lists, probes; did you mean probes?"),
+        ("flat", {"links": 3}, "unknown key links: flat has "),
+        ("hnsw", {"links": 1}, "links: got 1, needs at least 2"),
+        ("hnsw", {"links": "many"}, "links: "),
+    ],
+)
+def test_options_that_a_type_of_index_cannot_have(
+    kind: str, options: dict[str, Any], reason: str, vectors_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(reason)):
+        build_index(vectors_dir, tmp_path / "index", kind, options=options)
 
 
 def test_bits_alone_are_no_scores(vectors_dir: Path, tmp_path: Path) -> None:
@@ -254,7 +287,7 @@ def test_product_quantisation_from_a_folder_to_similar_documents(tmp_path: Path)
         close.append(len(set(rows) & set(exact.similar(row, 100)[1])) / 10)
     assert np.mean(close) > 0.7, "few of the ten are among the hundred nearest"
     with pytest.raises(ConfigError, match="40 documents, needs at least 9984"):
-        faiss_index("ivfpq", CodedVectors(vectors[:40], "float32", 9))
+        index_type("ivfpq").build(CodedVectors(vectors[:40], "float32", 9))
 
 
 def test_vectors_name_documents(vectors_dir: Path, index_dir: Path, dataset: Dataset) -> None:

@@ -25,7 +25,6 @@ from bigdssm.errors import CheckpointError, DataError
 from bigdssm.loader.collate import Collator
 from bigdssm.retrieval.embed import query_vectors, tower_encoders
 from bigdssm.retrieval.index import Index, build_index, open_index
-from bigdssm.retrieval.index_types import IndexType
 from bigdssm.retrieval.request import Event, Request
 from bigdssm.retrieval.search import (
     COMPARED_CHARACTERS,
@@ -154,7 +153,7 @@ def test_queries_asked_at_the_same_time_are_answered_together_and_each_its_own(s
 
 @pytest.mark.parametrize("kind", ["flat", "sq8", "hnsw", "ivf"])
 def test_the_nearest_documents_of_a_document(
-    kind: IndexType, model_dir: Path, index_dir: Path, dataset: Dataset, tmp_path: Path
+    kind: str, model_dir: Path, index_dir: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
     vectors_dir = index_dir.with_name("vectors")
     build_index(vectors_dir, tmp_path / "index", kind)

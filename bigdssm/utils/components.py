@@ -1,0 +1,112 @@
+"""Components that declare their configuration: frozen, torch-free dataclasses, registered by name.
+
+The fields of a component's dataclass are its keys, with type, default and bounds (`utils.bounds.bounded`); the comment
+at a field is its line in the reference of keys. Its methods build what it declares and import torch when called.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass, field, fields
+from importlib import import_module
+from typing import Any, Generic, TypeVar, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bigdssm.errors import ConfigError
+from bigdssm.utils.bounds import out_of_bounds
+
+REGISTRY = "registry"  # in the metadata of a field that is a component
+_INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes before it, which escape it
+
+C = TypeVar("C")
+D = TypeVar("D", bound=type)
+
+
+@dataclass(frozen=True)
+class Registry(Generic[C]):
+    """The components of one kind by name, and the one validation of a block that names one of them."""
+
+    noun: str  # for messages
+    selector: str  # the key that names the component, and the attribute of its class that holds the name
+    home: str | None = None  # module that registers the library's own, imported at the first look-up; torch-free
+    classes: dict[str, type[C]] = field(default_factory=dict)
+
+    def register(self, cls: D) -> D:
+        """Add a component; a class decorator."""
+        self.classes[getattr(cls, self.selector)] = cls
+        return cls
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names of all components, in the order of their registration."""
+        if self.home is not None:
+            import_module(self.home)
+        return tuple(self.classes)
+
+    def find(self, name: Any, key: str) -> type[C]:
+        """Return the class of a component. Raises ConfigError: `key` names the block."""
+        names = self.names()
+        if name not in names:
+            raise ConfigError(
+                f"{_dotted(key, self.selector)}: got {name}, needs one of {', '.join(names)}, or {self.noun} whose "
+                "module is imported first (docs/extending.md)"
+            )
+        return self.classes[name]
+
+    def node(self, key: str, content: Any, default: str | None = None) -> DictConfig:
+        """Return a block as the declaration of the component that it names, interpolations unresolved.
+
+        Raises ConfigError: `key` names the block.
+        """
+        if not isinstance(content, dict):
+            raise ConfigError(
+                f"{key}: got {content!r}, needs {self.noun} such as {{{self.selector}: {self.names()[0]}}}"
+            )
+        cls = self.find(content.get(self.selector, default), key)
+        declared = keys_of(cls)
+        given = {name: value for name, value in content.items() if name != self.selector or name in declared}
+        for name in given:
+            if name not in declared:
+                near = difflib.get_close_matches(str(name), declared, 1)
+                meant = f"; did you mean {near[0]}?" if near else ""
+                raise ConfigError(
+                    f"unknown key {_dotted(key, name)}: {getattr(cls, self.selector)} has {', '.join(declared)}{meant}"
+                )
+        if missing := sorted(OmegaConf.missing_keys(given)):  # which a merge leaves at their defaults
+            raise ConfigError(f"{_dotted(key, missing[0])} is missing ('???'); give it a value")
+        try:
+            return cast(DictConfig, OmegaConf.merge(OmegaConf.structured(cls), given))
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{_dotted(key, error.full_key)}: {first_line(error)}") from None
+
+    def read(self, key: str, content: Any) -> C:
+        """Return the component of a block whose values are data. Raises ConfigError: `key` names it."""
+        made = cast(C, OmegaConf.to_object(self.node(key, literal(content))))
+        for name, got, needed in out_of_bounds(made, key):
+            raise ConfigError(f"{name}: got {got}, needs {needed}")
+        return made
+
+
+def _dotted(key: str, name: Any) -> str:
+    return f"{key}.{name}" if key else f"{name}"
+
+
+def keys_of(cls: Any) -> list[str]:
+    """Return the keys of a component, those of its base first."""
+    return [f.name for f in fields(cls) if not f.metadata.get("fitted")]
+
+
+def literal(content: Any) -> Any:
+    """Return containers of values that are data: omegaconf interpolates none of their texts."""
+    if isinstance(content, dict):
+        return {key: literal(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [literal(value) for value in content]
+    return _INTERPOLATION.sub(r"\1\1\\${", content) if isinstance(content, str) else content
+
+
+def first_line(error: Exception) -> str:
+    """Return what omegaconf says of a key, without the lines that repeat it."""
+    return str(error).splitlines()[0]
