@@ -20,10 +20,10 @@ from bigdssm.dataset.catalogue import Catalogue
 from bigdssm.dataset.index import SplitIndex, read_index
 from bigdssm.dataset.mapped import MappedTable
 from bigdssm.dataset.partition import (
-    FORMAT,
     MixtureBatches,
     MixturePart,
     Partition,
+    read_dataset_json,
     read_json,
     read_partition,
     short_hash,
@@ -119,12 +119,7 @@ class Dataset:
         """
         remote = RemoteFolder(str(folder), cache or FileCache.of(), partitions, first) if is_url(folder) else None
         folder = remote.dir if remote else Path(folder)
-        content = read_json(folder / "dataset.json", f"{folder} is no dataset; bigdssm make_shards makes one")
-        if content.get("format") != FORMAT:
-            raise DataError(
-                f"{folder}/dataset.json has format {content.get('format')}, this version reads {FORMAT}; make it "
-                "again with bigdssm make_shards"
-            )
+        content = read_dataset_json(folder)
         schema = Schema.load(folder)
         if content["schema"] != schema.fingerprint():
             raise DataError(f"{folder}/schema.json is not the one that dataset.json was written with; copy both again")
@@ -179,8 +174,7 @@ class Dataset:
         """Return all partitions in the dataset's folder, opened or not. Raises DataError where one is damaged."""
         if self.siblings:
             return list(self.siblings)
-        content = read_json(self.dir / "dataset.json", "copy the dataset whole")
-        return [read_partition(self.dir, name) for name in content["partitions"]]
+        return [read_partition(self.dir, name) for name in read_dataset_json(self.dir)["partitions"]]
 
     def index(self, split: str) -> SplitIndex:
         """Return the split's blocks. Raises DataError: no such split, or a damaged index."""

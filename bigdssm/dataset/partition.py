@@ -4,17 +4,62 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from bigdssm.dataset.remote import RemoteFolder
 from bigdssm.errors import ConfigError, DataError
+from bigdssm.utils.arguments import shown
 
 FORMAT = 1
+
+
+class Leaf(NamedTuple):
+    """A kind of JSON value that holds no others."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+def one_of(*choices: str) -> Leaf:
+    """Return the kind of a text that is one of `choices`."""
+    return Leaf(f"one of {', '.join(choices)}", lambda value: isinstance(value, str) and value in choices)
+
+
+TEXT = Leaf("a text", lambda value: isinstance(value, str))
+COUNT = Leaf("a whole number of at least 0", lambda value: type(value) is int and value >= 0)
+WHOLE = Leaf("a whole number", lambda value: type(value) is int)
+NUMBER = Leaf("a number", lambda value: type(value) in (int, float) and abs(value) < float("inf"))
+TRUTH = Leaf("true or false", lambda value: isinstance(value, bool))
+TIME_OR_NONE = Leaf("a number or null", lambda value: value is None or NUMBER.fits(value))
+TEXT_OR_NONE = Leaf("a text or null", lambda value: value is None or TEXT.fits(value))
+# Shapes of JSON values: an object by its keys (`?`: may be missing; str: any), [of each], (of the first, …), a Leaf.
+FILE_SHAPE = {"file": TEXT, "rows": COUNT, "checksum": TEXT}
+ID_SOURCE = one_of("column", "content")
+DATASET_SHAPE = {
+    "name": TEXT,
+    "schema": TEXT,
+    "partitions": [TEXT],
+    "catalogue": [FILE_SHAPE],
+    "versions?": [FILE_SHAPE | {"since": TEXT}],
+    "text?": one_of("tokens", "raw"),
+    "users?": one_of("rows"),
+    "items?": one_of("events"),
+    "ids?": {"doc?": ID_SOURCE, "query?": ID_SOURCE},
+    "tokenizer?": {str: TEXT},
+    "times?": {"num_times": COUNT, "units": [(WHOLE, COUNT, NUMBER)]},
+    "split?": {
+        "how": one_of("random", "time", "column", "leave-one-out", "train"), "column?": TEXT_OR_NONE, "seed?": WHOLE,
+        "fractions?": (NUMBER, NUMBER), "whole_documents?": TRUTH,
+        "validation_from?": TIME_OR_NONE, "test_from?": TIME_OR_NONE, "train_from?": TIME_OR_NONE,
+    },
+}  # fmt: skip
+SPLIT_SHAPE = {"rows": COUNT, "queries": COUNT, "blocks": COUNT, "shards": [TEXT], "index_checksum": TEXT}
+PARTITION_SHAPE = {"splits": {str: SPLIT_SHAPE}, "counts_checksum": TEXT, "sequences?": [FILE_SHAPE]}
 
 
 @dataclass(frozen=True)
@@ -46,7 +91,50 @@ def read_partition(folder: Path, name: str) -> Partition:
     where = folder / "partitions" / name
     if where.parent != folder / "partitions" or name.startswith("."):
         raise DataError(f"{folder}/dataset.json: partition name {name!r} is not a plain folder name; refused")
-    return Partition(name, where, read_json(where / "partition.json", "copy the dataset whole"))
+    content = read_json(where / "partition.json", "copy the dataset whole")
+    _check_shape(where / "partition.json", content, PARTITION_SHAPE)
+    return Partition(name, where, content)
+
+
+def read_dataset_json(folder: Path) -> dict[str, Any]:
+    """Return the content of a dataset's dataset.json. Raises DataError: missing, of another format, or damaged."""
+    path = folder / "dataset.json"
+    content = read_json(path, f"{folder} is no dataset; bigdssm make_shards makes one")
+    if content.get("format") != FORMAT:
+        raise DataError(
+            f"{path} has format {shown(content.get('format'))}, this version reads {FORMAT}; make it again with "
+            "bigdssm make_shards"
+        )
+    _check_shape(path, content, DATASET_SHAPE)
+    return content
+
+
+def _check_shape(path: Path, content: Any, shape: Any) -> None:
+    """Raise DataError naming the first value of a file that has another shape."""
+    for fault in _misfits(content, shape, ""):
+        raise DataError(f"{path} is damaged: {fault}; copy the dataset whole")
+
+
+def _misfits(value: Any, shape: Any, key: str) -> Iterator[str]:
+    """Yield the values inside a JSON value that do not fit its shape: key, got, needed."""
+    if isinstance(shape, dict) and isinstance(value, dict):
+        dot = f"{key}." if key else ""
+        for name, inner in dict.fromkeys(value, shape[str]).items() if str in shape else shape.items():
+            plain = name if str in shape else name.removesuffix("?")
+            if plain in value:
+                yield from _misfits(value[plain], inner, f"{dot}{plain}")
+            elif plain == name:
+                yield f"{dot}{plain} is missing"
+    elif isinstance(value, list) and type(shape) in (list, tuple):
+        of_each = shape * len(value) if isinstance(shape, list) else shape
+        if len(of_each) != len(value):
+            yield f"{key} is {shown(value)}, needs {len(of_each)} values"
+        for number, (one, inner) in enumerate(zip(value, of_each, strict=False)):
+            yield from _misfits(one, inner, f"{key}[{number}]")
+    elif not isinstance(shape, Leaf):
+        yield f"{key} is {shown(value)}, needs {'an object' if isinstance(shape, dict) else 'a list'}"
+    elif not shape.fits(value):
+        yield f"{key} is {shown(value)}, needs {shape.words}"
 
 
 def read_json(path: Path, fix: str) -> dict[str, Any]:

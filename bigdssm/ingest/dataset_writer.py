@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from bigdssm.dataset.partition import FORMAT
+from bigdssm.dataset.partition import FORMAT, read_dataset_json
 from bigdssm.dataset.remote import KEYS_SUFFIX
 from bigdssm.dataset.schema import SCHEMA_FILE, VOCABULARIES, Schema
 from bigdssm.errors import ConfigError, DataError, UnavailableError
@@ -289,23 +289,6 @@ class DatasetWriter:
         if not any(self.spool.iterdir()):
             shutil.rmtree(self.staging)
         self._locks.close()
-
-
-def read_dataset_json(folder: Path) -> dict[str, Any]:
-    """Return the content of a dataset's dataset.json. Raises DataError where it is missing or not of this format."""
-    path = folder / DATASET_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        known = content["format"] == FORMAT
-    except FileNotFoundError:
-        raise DataError(f"{folder} is no dataset: it has no {DATASET_FILE}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged: {error!r}") from None
-    if not known:
-        raise DataError(
-            f"{path} has format {content['format']}, this version reads {FORMAT}; make it again with make_shards"
-        )
-    return dict(content)
 
 
 def _check_free(out: Path, overwrite: bool) -> None:

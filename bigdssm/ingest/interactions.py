@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +31,7 @@ from bigdssm.ingest.engines.spark import SparkTable, open_table
 from bigdssm.ingest.engines.tables import RowTable, read_facts
 from bigdssm.ingest.existing_events import EarlierEvents
 from bigdssm.ingest.fitting import FittedSide, fit, schema_to_fit
-from bigdssm.ingest.interaction_tables import InteractionTables, join_users, read_events, read_items, read_users
+from bigdssm.ingest.interaction_tables import InteractionTables, Split, join_users, read_events, read_items, read_users
 from bigdssm.ingest.job import (
     BLOCK_COLUMNS,
     CATALOGUE_COLUMNS,
@@ -42,7 +43,7 @@ from bigdssm.ingest.job import (
     ingestion,
 )
 from bigdssm.ingest.sorting import shuffled
-from bigdssm.ingest.splits import SPLITS, SplitTimes, check_fractions, check_own_split, quantiles
+from bigdssm.ingest.splits import SPLITS, SplitTimes, check_fractions, check_own_split, own_split, quantiles
 from bigdssm.utils.log import Progress, no_progress
 
 
@@ -177,7 +178,7 @@ def _split_of(run: Ingestion, tables: InteractionTables, events: RowTable) -> tu
     """
     engine, content = run.engine, run.writer.content
     never = SplitTimes(np.inf, np.inf, np.inf)
-    own = content.get(SPLIT) if run.writer.append and tables.split is None else None
+    own = own_split(run.writer, get_args(Split)) if tables.split is None else None
     how = own["how"] if own else tables.split or "leave-one-out"
     moments = never
     if own and how == "time":

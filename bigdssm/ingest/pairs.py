@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -59,7 +60,16 @@ from bigdssm.ingest.sources.beir import (
     write_entries,
     write_judgements,
 )
-from bigdssm.ingest.splits import DEFAULT_FRACTIONS, SPLITS, PairSplit, Splitter, SplitTime, SplitTimes, check_own_split
+from bigdssm.ingest.splits import (
+    DEFAULT_FRACTIONS,
+    SPLITS,
+    PairSplit,
+    Splitter,
+    SplitTime,
+    SplitTimes,
+    check_own_split,
+    own_split,
+)
 from bigdssm.utils.atomic import new_folder, real_place
 from bigdssm.utils.log import Progress, no_progress
 from bigdssm.utils.string_hashing import hash_strings
@@ -116,9 +126,8 @@ def make_pairs(
 
     Raises DataError or ConfigError with nothing left half-written.
     """
-    own_split = target.append and tables.split is None
     _check(config, tables, target)
-    splitter = None if own_split else _splitter(tables, target)
+    splitter = None if target.append and tables.split is None else _splitter(tables, target)
     sources = [open_table(path) for path in tables.files]
     with ingestion(config, target, sources, tables, progress) as run:
         writer, engine = run.writer, run.engine
@@ -129,7 +138,7 @@ def make_pairs(
         columns = {"doc": tables.doc_id_column, "query": tables.query_id_column}
         writer.identify(**{side: "content" if name is None else "column" for side, name in columns.items()})
         base = schema_to_fit(config, writer.out if writer.append else None, target.like)
-        if splitter is None and (own := writer.content.get(SPLIT)):
+        if splitter is None and (own := own_split(writer, get_args(PairSplit))):
             splitter = Splitter.of_dataset(own, tables.split_column)
         splitter = splitter or _splitter(tables, target)
         known = StoredDocuments.of(writer)

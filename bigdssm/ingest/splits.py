@@ -12,8 +12,9 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from bigdssm.errors import ConfigError
+from bigdssm.errors import ConfigError, DataError
 from bigdssm.features.columns import RowCheck, TimeUnits, check_time_units, is_empty, moment_of, strings, times
+from bigdssm.ingest.dataset_writer import DATASET_FILE, SPLIT, DatasetWriter
 from bigdssm.ingest.engines.local import LocalEngine
 from bigdssm.ingest.engines.tables import RowFile, RowTable, ranges, read_facts
 from bigdssm.ingest.row_keys import uniform
@@ -87,6 +88,22 @@ class SplitTimes:
         check_time_units([*facts, units.facts()], f"{where}, with {self.said},")
 
 
+def own_split(writer: DatasetWriter, choices: Sequence[str]) -> Mapping[str, Any] | None:
+    """Return the split that the dataset of an append has, one of `choices`; None: a new dataset, or it records none.
+
+    Raises DataError where it is none of them, or one by time without its times.
+    """
+    split = writer.content.get(SPLIT) if writer.append else None
+    if split is None:
+        return None
+    where, fix = f"{writer.out / DATASET_FILE} is damaged: split", "copy the dataset whole"
+    if split["how"] not in choices:
+        raise DataError(f"{where}.how is {split['how']}, needs one of {', '.join(choices)}; {fix}")
+    if missing := [name for name in CUT_OFFS if split["how"] == "time" and name not in split]:
+        raise DataError(f"{where}.{missing[0]} is missing; {fix}")
+    return dict(split)
+
+
 def check_own_split(fractions: tuple[float, float], **options: object) -> None:
     """Raise ConfigError where an append without a split has an option of one: the dataset's own split decides."""
     given = [
@@ -144,7 +161,7 @@ class Splitter:
         moments = SplitTimes.of_dataset(split) if split["how"] == "time" else None
         fractions = split.get("fractions", DEFAULT_FRACTIONS)
         return cls(
-            split["how"], column or split["column"], tuple(fractions), split.get("seed", 0),
+            split["how"], column or split.get("column"), tuple(fractions), split.get("seed", 0),
             split.get("whole_documents", False), moments,
         )  # fmt: skip
 

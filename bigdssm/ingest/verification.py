@@ -12,10 +12,11 @@ from bigdssm.dataset.blocks import read_block, read_range
 from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset, with_shards_of
 from bigdssm.dataset.index import SplitIndex, read_index
+from bigdssm.dataset.partition import read_dataset_json
 from bigdssm.dataset.remote import COUNTS_FILE
 from bigdssm.dataset.schema import VOCABULARIES
 from bigdssm.errors import DataError
-from bigdssm.ingest.dataset_writer import TOKENIZER, read_dataset_json
+from bigdssm.ingest.dataset_writer import TOKENIZER
 from bigdssm.ingest.writing import TAR_HEADER_BYTES
 from bigdssm.utils.hashing import file_checksum
 from bigdssm.utils.log import Progress, no_progress

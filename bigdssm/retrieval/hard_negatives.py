@@ -86,7 +86,7 @@ class HardNegatives:
             raise DataError(f"{path} is no file of mined negatives; make it with bigdssm mine_negatives") from None
         names = records.dtype.names or ()
         width = records.dtype["window"].shape[0] if "window" in names and records.dtype["window"].shape else 0
-        if records.dtype != record_type(width, judged="teacher" in names):
+        if not width or records.dtype != record_type(width, judged="teacher" in names):
             raise DataError(
                 f"{path} is no file of mined negatives: got {records.dtype}, needs records of query and window, or of "
                 "these and teacher; make it with bigdssm mine_negatives"
@@ -97,8 +97,14 @@ class HardNegatives:
         """Read the file whole. Raises DataError where it is damaged, or was made of another dataset."""
         if self._path is not None:
             check_seal(self._path, dataset.fingerprint, REMAKE)
-        row = self.queries[-1] >> EVENT_BITS if len(self) else -1
-        document = self._records["window"][:: max(1, len(self) // 10_000)].max(initial=-1)
+        queries, window = self.queries, self._records["window"]
+        if queries.min(initial=0) < 0 or (queries[1:] <= queries[:-1]).any() or window.min(initial=-1) < -1:
+            raise DataError(
+                f"{self._path} is no file of mined negatives: needs queries of at least 0 that ascend and documents "
+                f"of at least -1, which stands for none; {REMAKE}"
+            )
+        row = queries[-1] >> EVENT_BITS if len(self) else -1
+        document = window.max(initial=-1)
         rows, documents = dataset.num_rows("train"), dataset.catalogue.num_docs
         if row >= rows or document >= documents:
             raise DataError(

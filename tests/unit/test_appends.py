@@ -5,6 +5,7 @@ Newer events are added; repeats are counted, older events and other units refuse
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -211,6 +212,33 @@ def test_pairs_are_split_as_the_datasets_were(tmp_path: Path, how: str) -> None:
             )
             assert first == second and len(first) == base.rows[split]
         assert dataset.num_rows("train") == 2 * base.rows["train"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"split": ["time"]}, r"split is \['time'\], needs an object"),
+        ({"split": {"how": "column"}}, "split.how is column, needs one of leave-one-out, time, train"),
+        ({"split": {"how": "time", "test_from": 1, "train_from": 2}}, "split.validation_from is missing"),
+        ({"times": {"units": []}}, "times.num_times is missing"),
+        ({"times": 5}, "times is 5, needs an object"),
+    ],
+)
+def test_an_append_names_what_is_damaged(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    make(tmp_path, FIRST)
+    path = tmp_path / "out" / "dataset.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(DataError, match=rf"dataset.json is damaged: {words}; copy the dataset whole"):
+        make(tmp_path, [("u", "i3", 30, 1)], "day2", split=None)
+
+
+@pytest.mark.parametrize("split", [{"how": "leave-one-out"}, {"how": "time", "column": "time"}])
+def test_an_append_of_pairs_names_what_is_damaged(tmp_path: Path, split: dict[str, Any]) -> None:
+    make_pairs_of(tmp_path, range(9), split="train")
+    path = tmp_path / "out" / "dataset.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"split": split}))
+    with pytest.raises(DataError, match=r"dataset.json is damaged: split\.(how is leave|validation_from is missing)"):
+        make_pairs_of(tmp_path, range(9, 12), "day2")
 
 
 @pytest.mark.parametrize("option", [{"validation_fraction": 0.2}, {"test_from": 5}, {"until": 5}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +99,45 @@ def test_what_is_missing_is_named(copy: Path, case: str) -> None:
         dataset.doc_counts()
 
 
+SIZES = {"rows": 1, "queries": 1, "blocks": 1, "shards": [], "index_checksum": ""}
+MISFITS = [
+    ("dataset.json", {"split": ["time"]}, "split is ['time'], needs an object"),
+    ("dataset.json", {"split": {}}, "split.how is missing"),
+    ("dataset.json", {"split": {"how": "Time"}}, "split.how is 'Time', needs one of random, time, column, "),
+    ("dataset.json", {"split": {"how": "time", "test_from": "1"}}, "split.test_from is '1', needs a number or null"),
+    ("dataset.json", {"split": {"how": "random", "fractions": [0.1]}}, "split.fractions is [0.1], needs 2 values"),
+    ("dataset.json", {"split": {"how": "random", "seed": 0.5}}, "split.seed is 0.5, needs a whole number"),
+    ("dataset.json", {"times": {"units": []}}, "times.num_times is missing"),
+    ("dataset.json", {"times": {"num_times": 1, "units": [[0, 1]]}}, "times.units[0] is [0, 1], needs 3 values"),
+    ("dataset.json", {"times": {"num_times": 1, "units": [[0, 1, True]]}}, "units[0][2] is True, needs a number"),
+    ("dataset.json", {"partitions": {"all": 1}}, "partitions is {'all': 1}, needs a list"),
+    ("dataset.json", {"partitions": [1]}, "partitions[0] is 1, needs a text"),
+    ("dataset.json", {"catalogue": [{"file": "x", "checksum": ""}]}, "catalogue[0].rows is missing"),
+    ("dataset.json", {"catalogue": [{"file": "x", "rows": -1, "checksum": ""}]}, "catalogue[0].rows is -1, needs a "),
+    ("dataset.json", {"catalogue": [{"file": 1, "rows": True, "checksum": ""}]}, "catalogue[0].file is 1, needs a t"),
+    ("dataset.json", {"versions": None}, "versions is None, needs a list"),
+    ("dataset.json", {"schema": None}, "schema is None, needs a text"),
+    ("dataset.json", {"text": "Raw"}, "text is 'Raw', needs one of tokens, raw"),
+    ("dataset.json", {"ids": {"doc": "row"}}, "ids.doc is 'row', needs one of column, content"),
+    ("dataset.json", {"tokenizer": {"tokenizer.json": 5}}, "tokenizer.tokenizer.json is 5, needs a text"),
+    ("dataset.json", {"format": {"a": 1}}, "has format {'a': 1}, this version reads 1"),
+    (f"{PARTITION}/partition.json", {"splits": []}, "splits is [], needs an object"),
+    (f"{PARTITION}/partition.json", {"splits": {"train": SIZES | {"rows": "9"}}}, "splits.train.rows is '9', needs a "),
+    (f"{PARTITION}/partition.json", {"splits": {"train": {"rows": 9}}}, "splits.train.queries is missing"),
+    (f"{PARTITION}/partition.json", {"splits": {"train": SIZES | {"shards": [1]}}}, "splits.train.shards[0] is 1, n"),
+    (f"{PARTITION}/partition.json", {"counts_checksum": 7}, "counts_checksum is 7, needs a text"),
+    (f"{PARTITION}/partition.json", {"sequences": [[]]}, "sequences[0] is [], needs an object"),
+]
+
+
+@pytest.mark.parametrize(("file", "changes", "words"), MISFITS)
+def test_a_value_of_another_shape_is_damage(copy: Path, file: str, changes: dict[str, object], words: str) -> None:
+    edit(copy / file, **changes)
+    with pytest.raises(DataError, match=re.escape(words)) as refused:
+        Dataset.open(copy)
+    assert f"{copy / file} " in str(refused.value)
+
+
 def test_unknown_splits_and_partitions_are_named(interactions: Path) -> None:
     with pytest.raises(DataError, match=r"no rows in split 'dev'; its splits are \['test', 'train'\]"):
         Dataset.open(interactions).index("dev")
@@ -110,7 +150,7 @@ def test_sequences_missing_from_one_partition_are_named(tmp_path: Path, tools) -
     edit(folder / "partitions" / "b" / "partition.json", sequences=[])
     with pytest.raises(DataError, match=r"b has no sequences, other partitions have some"):
         Dataset.open(folder)
-    edit(folder / "partitions" / "a" / "partition.json", sequences=[{"file": "../x.arrow"}])
+    edit(folder / "partitions" / "a" / "partition.json", sequences=[{"file": "../x.arrow", "rows": 1, "checksum": ""}])
     with pytest.raises(DataError, match=r"names a file '../x.arrow', not a plain path inside it; refused"):
         Dataset.open(folder)
 

@@ -26,6 +26,7 @@ from bigdssm.commands import (
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.keys import write_keys
+from bigdssm.dataset.rows import EVENT_BITS
 from bigdssm.errors import DataError
 from bigdssm.features import Vector
 from bigdssm.features.columns import RowCheck, SourceBatch
@@ -84,6 +85,24 @@ def test_negatives_without_a_seal_are_refused(mined: Path, dataset: Dataset) -> 
     np.save(mined, np.load(mined))
     with pytest.raises(DataError, match=r"does not end in the fingerprint .* make it with bigdssm mine_negatives"):
         HardNegatives.open(mined).check_against(dataset)
+
+
+@pytest.mark.parametrize(
+    ("keys", "windows"),
+    [([0, 1], [[0], [-2]]), ([0, 1], [[-(2**31)], [-1]]), ([-1, 1], [[0], [1]]), ([1, 0], [[0], [1]]), ([1], [[]])],
+    ids=["below -1", "far below", "negative query", "descending", "width 0"],
+)
+def test_negatives_that_nothing_writes_are_refused(
+    dataset: Dataset, tmp_path: Path, keys: list[int], windows: list[list[int]]
+) -> None:
+    """Their seal is right: only the values tell."""
+    width = len(windows[0])
+    records = window_records(np.array(keys) << EVENT_BITS, np.array(windows, np.int32).reshape(len(keys), width))
+    write_mined(tmp_path / "mined.npy", records, dataset)
+    with pytest.raises(
+        DataError, match=r"mined\.npy is no file of mined negatives: .* make it with bigdssm mine_negat"
+    ):
+        HardNegatives.open(tmp_path / "mined.npy").check_against(dataset)
 
 
 @pytest.mark.parametrize("name", ["documents.npy", "queries.npy"])
