@@ -50,10 +50,10 @@ fi
 section lint ruff check bigdssm launch tools tests
 section format ruff format --check bigdssm launch tools tests
 section types mypy
-for folder in unit distributed e2e; do
+for folder in unit tools distributed e2e; do
     workers=()
     # The others run ranks, servers and scripts of their own; the slow ones of e2e take their time.
-    case "$folder $full" in unit* | "e2e 0") workers=(-n auto --dist loadfile) ;; esac
+    case "$folder $full" in unit* | tools* | "e2e 0") workers=(-n auto --dist loadfile) ;; esac
     section "$folder" pytest -q -rfEs --timeout "$timeout_s" --durations 5 ${workers[@]+"${workers[@]}"} -m "$selection" \
         "tests/$folder"
 done

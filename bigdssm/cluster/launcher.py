@@ -13,7 +13,7 @@ from pathlib import Path
 from bigdssm.errors import ConfigError
 
 DEEPSPEED_LAUNCHER = b"deepspeed.launcher.launch"
-STARTED_BY = "BIGDSSM_STARTED_BY"  # pid of the command (seeds, tune, evidence) that has started this run
+STARTED_BY = "BIGDSSM_STARTED_BY"  # pid of the command (seeds, tune, tools.evidence) that has started this run
 MEETING = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what ranks that talk to each other are told as well
 
 

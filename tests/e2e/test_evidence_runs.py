@@ -1,4 +1,4 @@
-"""launch/evidence.py and launch/tune.py as a user starts them: cells trained, shared, gone on with, pruned."""
+"""tools/evidence and launch/tune.py as a user starts them: cells trained, shared, gone on with, pruned."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ SMALL = ["model.dim=8", "model.query.mlp=[]", "model.doc.mlp=[]", "pretrain.rows
 SMALL += ["pretrain.optimizer.warmup_steps=2", "model.doc.text.layers=1", "model.doc.text.hidden=8"]
 
 
-def command(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, f"launch/{name}.py", *map(str, arguments)]
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, *map(str, arguments)]
     return subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
 
 
@@ -60,9 +60,9 @@ def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -
     }
     (tmp_path / "first.yaml").write_text(yaml.safe_dump(claim, sort_keys=False))
     out, page = tmp_path / "runs", tmp_path / "page.md"
-    done = command("evidence", tmp_path / "first.yaml", "--out", out, "--page", page, "--at-once", 2)
+    done = command("-m", "tools.evidence", tmp_path / "first.yaml", "--out", out, "--page", page, "--at-once", 2)
     assert done.returncode == 0, done.stdout + done.stderr
-    figures = json.loads(page.with_suffix(".json").read_text())["first"]["sets"]["tiny"]
+    figures = json.loads(page.with_name("results.json").read_text())["first"]["sets"]["tiny"]
     cells = {cell["cell"]: cell for cell in figures["cells"]}
     assert list(cells) == list(claim["cells"])
     assert cells["tuned"]["cpu_seconds"] > cells["more"]["cpu_seconds"] > cells["EASE"]["cpu_seconds"] >= 0
@@ -89,13 +89,13 @@ def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -
     assert sum("distillation" in log.read_text() for log in logs) == 2, "one by a judge, one by a teacher"
     assert cells["taught"]["cpu_seconds"] > cells["more"]["cpu_seconds"] + cells["other"]["cpu_seconds"]
     assert len(before) == 9 and len(list(out.glob("data/*/dataset.json"))) == 2
-    again = command("evidence", tmp_path / "first.yaml", "--out", out, "--page", page)
+    again = command("-m", "tools.evidence", tmp_path / "first.yaml", "--out", out, "--page", page)
     assert again.returncode == 0 and "begins" not in again.stderr + again.stdout and commands() == before
     assert "*more is better*" in page.read_text() and "| EASE |" in page.read_text()
 
     broken = {**claim, "cells": {"more": {}, "bad": {"set": ["pretrain.steps=-1"]}}, "expect": []}
     (tmp_path / "second.yaml").write_text(yaml.safe_dump(broken))
-    refused = command("evidence", tmp_path / "second.yaml", "--out", out)
+    refused = command("-m", "tools.evidence", tmp_path / "second.yaml", "--out", out)
     assert refused.returncode == 2 and "pretrain.steps: got -1" in refused.stderr
 
 
@@ -103,7 +103,7 @@ def test_a_search_over_trainings(tiny_interactions: TinyDataset, tmp_path: Path)
     (tmp_path / "space.yaml").write_text("pretrain.optimizer.lr: {choices: [0.001, 0.0000001]}\n")
     search = ["--config", tiny_interactions.config, "--space", tmp_path / "space.yaml", "--out", tmp_path / "out"]
     few = [*SMALL, "pretrain.steps=60", "pretrain.validate_every_steps=10", "pretrain.log_every_steps=10"]
-    done = command("tune", *search, "--trials", 3, *few)
+    done = command("launch/tune.py", *search, "--trials", 3, *few)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "out/best.json").read_text()) == ["pretrain.optimizer.lr=0.001"]
     assert "complete" in done.stdout

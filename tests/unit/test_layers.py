@@ -29,7 +29,6 @@ FLOORS = (
     ("export",),
     ("serving",),
     ("training",),
-    ("evidence",),
     ("commands",),  # command lines: parse, call one library function, print
     ("__main__",),
 )
@@ -45,6 +44,9 @@ RESERVED = {
 
 # Tools that measure this project against those libraries; they train and serve nothing.
 MEASURING = ("tools/bench/",)
+
+# Packages of tools, each importing the library and itself; `python -m tools.NAME` in a checkout.
+LABORATORY = ("tools/evidence/", "tools/public_data/")
 
 PRINTERS = ("bigdssm/commands/", "launch/", "tools/")
 
@@ -90,7 +92,9 @@ def violations(path: str, source: str) -> list[str]:
         if name.startswith("."):
             found.append(f"{where}: a relative import; write the whole name")
         parts = name.split(".")
-        if parts[0] in ("tools", "launch", "tests") and path.startswith(("bigdssm/", "launch/", "tools/")):
+        itself = any(path.startswith(own) and "/".join(parts).startswith(own) for own in LABORATORY)
+        outside = parts[0] in ("tools", "launch", "tests") and not itself
+        if outside and path.startswith(("bigdssm/", "launch/", "tools/")):
             found.append(f"{where}: imports {name}; launch/, tools/ and tests/ are nobody's library")
         other = parts[1] if parts[0] == "bigdssm" and len(parts) > 1 else layer
         if layer is not None and other != layer and LAYERS.get(other or "", -1) >= LAYERS[layer]:
@@ -156,6 +160,9 @@ def test_the_source_keeps_the_rules() -> None:
         ("bigdssm/losses/kernels/passes.py", "import triton.language as tl", "triton is imported outside"),
         ("bigdssm/loader/pair_stream.py", "from .batch import Batch", "relative import"),
         ("bigdssm/loader/pair_stream.py", "from tools.make_shards import main", "nobody's library"),
+        ("bigdssm/evaluation/evaluate.py", "from tools.evidence.claims import Claim", "nobody's library"),
+        ("tools/evidence/claims.py", "from tools.make_shards import main", "nobody's library"),
+        ("tools/evidence/claims.py", "from tools.public_data import files", "nobody's library"),
         ("bigdssm/__init__.py", "from bigdssm.config import Config", "imports nothing of its own"),
         ("bigdssm/loader/pair_stream.py", "def f():\n    print('x')", "print outside commands/, launch/ and tools/"),
         ("bigdssm/plugins/app.py", "", "no place among the rooms"),
@@ -175,6 +182,7 @@ def test_a_broken_rule_is_found(path: str, source: str, expected: str) -> None:
         ("bigdssm/distributed.py", "import torch.distributed as dist\nfrom bigdssm.errors import PeerError"),
         ("bigdssm/__init__.py", "if TYPE_CHECKING:\n    from bigdssm.losses import fps_loss"),
         ("tools/search.py", "from bigdssm.retrieval import index\nprint(1)"),
+        ("tools/evidence/page.py", "from tools.evidence.claims import Claim\nimport bigdssm.cli\nprint(1)"),
         ("bigdssm/commands/search.py", "from bigdssm.reports import estimate\nprint(1)"),
         ("tools/bench/bench_stream.py", "import webdataset"),
         ("bigdssm/losses/engine.py", "import torch\nfrom bigdssm import distributed\nimport webdatasets_of_others"),
@@ -203,19 +211,19 @@ def circle(imports: dict[str, set[str]]) -> list[str] | None:
 
 
 def imports_of_modules() -> dict[str, set[str]]:
-    """Return which modules of the library each of them imports at its top."""
+    """Return which modules of the library and of the tools' packages each of them imports at its top."""
     files = {
         file.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): file
-        for file in (ROOT / "bigdssm").rglob("*.py")
+        for folder in ("bigdssm", *LABORATORY)
+        for file in (ROOT / folder).rglob("*.py")
     }
     imports: dict[str, set[str]] = {}
     for module, file in files.items():
         body = ast.parse(file.read_text("utf-8")).body
         body += [node for top in body if isinstance(top, ast.If) for node in top.body]  # under TYPE_CHECKING
         tops = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
-        names = [name for node in tops for _, name in imported(node)]
-        found = {name if name in files else name.rpartition(".")[0] for name in names if name.startswith("bigdssm.")}
-        imports[module] = found & set(files)
+        names = [name for node in tops for _, name in imported(node) if "." in name]
+        imports[module] = {name if name in files else name.rpartition(".")[0] for name in names} & set(files)
     return imports
 
 

@@ -12,10 +12,10 @@ from typing import Any
 from bigdssm.cluster.launcher import run_command
 from bigdssm.config import load_config
 from bigdssm.errors import DataError
-from bigdssm.evidence.claims import Bench, Claim
-from bigdssm.evidence.running import Trial, run_trials
 from bigdssm.utils.hashing import hex64
 from bigdssm.utils.log import get_logger
+from tools.evidence.claims import Bench, Claim
+from tools.evidence.running import Trial, run_trials
 
 logger = get_logger(__name__)
 

@@ -13,10 +13,10 @@ from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
 from bigdssm.evaluation.comparison import MeasuredRows, System
-from bigdssm.evidence.benches import Figures
-from bigdssm.evidence.claims import Claim, Expectation, Verdict
-from bigdssm.evidence.kept import StoredTrial
-from bigdssm.evidence.running import Trial
+from tools.evidence.benches import Figures
+from tools.evidence.claims import Claim, Expectation, Verdict
+from tools.evidence.running import Trial
+from tools.evidence.stored import StoredTrial
 
 PARTS = 10  # of the split's rows, from those of the rarest documents to those of the most popular
 

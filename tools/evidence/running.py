@@ -30,10 +30,10 @@ from bigdssm.errors import ConfigError
 from bigdssm.evaluation.baselines import check_options, fit_baseline
 from bigdssm.evaluation.comparison import System, save_comparison
 from bigdssm.evaluation.evaluate import evaluate_scores
-from bigdssm.evidence.claims import Cell, Claim, DataSet
 from bigdssm.utils.atomic import write_text
 from bigdssm.utils.hashing import code_checksum, hex64
 from bigdssm.utils.log import MetricsWriter, get_logger, read_records
+from tools.evidence.claims import Cell, Claim, DataSet
 
 REPORT, COMMANDS, JUDGED, TAUGHT = "report.json", "commands.jsonl", "judged.npy", "teacher"
 logger = get_logger(__name__)

@@ -1,4 +1,4 @@
-"""What finished trials measured, in a file beside the page: it can be gone on with where their runs are no more.
+"""Stored results of finished trials (trials.jsonl), from which another machine can go on without their runs.
 
 One JSON line a trial: its name, the ranks of the split's queries and the CPU-seconds that they cost. Intervals are
 computed from the ranks, so whoever has the dataset can check the page without a training.
@@ -17,8 +17,8 @@ import numpy as np
 
 from bigdssm.errors import DataError
 from bigdssm.evaluation.comparison import SavedRanks, read_ranks
-from bigdssm.evidence.running import Trial, cpu_seconds
 from bigdssm.utils.atomic import write_text
+from tools.evidence.running import Trial, cpu_seconds
 
 DTYPE = np.dtype("<f4")  # of the ranks in the file
 
