@@ -27,7 +27,7 @@ from bigdssm.config.keys import (
     WarmStartConfig,
 )
 from bigdssm.config.loading import config_from, config_of, load_config, load_written_config, read_config
-from bigdssm.config.yaml_files import first_difference
+from bigdssm.config.yaml_files import differences, first_difference
 
 __all__ = [
     "DEFAULT_CACHE_BYTES",
@@ -54,6 +54,7 @@ __all__ = [
     "check_pieces",
     "config_from",
     "config_of",
+    "differences",
     "first_difference",
     "load_config",
     "load_written_config",

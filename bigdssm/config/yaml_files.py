@@ -71,10 +71,14 @@ def _dotted(kind: type, prefix: str = "") -> Iterator[str]:
 
 def first_difference(before: Any, now: Any, key: str = "") -> str | None:
     """Return `dotted.key was …, is …` for the first place in which two plain config containers differ, or None."""
+    return next((f"{place} was {was}, is {value}" for place, was, value in differences(before, now, key)), None)
+
+
+def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield (dotted key, before, now) of every place in which two plain config containers differ."""
     if not isinstance(before, dict) or not isinstance(now, dict):
-        return None if before == now else f"{key} was {before}, is {now}"
+        if before != now:
+            yield key, before, now
+        return
     for name in {**before, **now}:
-        found = first_difference(before.get(name), now.get(name), f"{key}.{name}" if key else name)
-        if found:
-            return found
-    return None
+        yield from differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)

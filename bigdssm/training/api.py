@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -54,12 +53,7 @@ def _train(config: Config, stage: StageName, resume: bool) -> Trained:
             stop=StopRequest(hear_signals=False),
         )  # fmt: skip
     assert progress is not None
-    chosen = [
-        entry
-        for entry in progress.history
-        if math.isfinite(progress.best) and entry["step"] == progress.best_step  # not of an earlier part
-    ]
-    return Trained(config.stage_dir(stage) / "best", chosen[-1] if chosen else {})
+    return Trained(config.stage_dir(stage) / "best", progress.best_metrics())
 
 
 @contextmanager

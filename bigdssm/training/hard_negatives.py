@@ -1,8 +1,8 @@
-"""Where a stage's windows come from: a file, or mined by the weights it starts from, and again every so many steps.
+"""Hard negatives of a stage: read from a file, or mined by its initial weights and again every so many steps.
 
-Files of what was mined stand in the stage's folder, one for the partitions that are trained on and, where it is mined
-again, for each step at which it was. A checkpoint goes on with the file of the last such step before it: by its own
-weights others would be found. Of that step itself, they are the same weights.
+Mined files are in the stage's folder, one per training partitions and, with `mining.every_steps`, per step of mining.
+A resume reads the file of the last such step before the checkpoint, since the checkpoint's weights would mine others;
+a lost file is mined again only where the checkpoint is of that very step.
 """
 
 from __future__ import annotations
@@ -36,21 +36,19 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class HardNegativeRefresh:
-    """Gives the windows of a stage's steps. Steps are those of the part over the present partitions."""
+    """Provides the hard negatives of a stage. Steps are counted from the beginning of the present part."""
 
     config: Config
     name: StageName
     engine: Engine
     dataset: Dataset
-    folder: Path
     progress: Progress
 
-    def begin(self, step: int, resumed: bool) -> tuple[HardNegatives | UniformNegatives | None, DocumentVectors | None]:
-        """Return the windows that `step` is made with, None where the loss lists no documents. A collective.
+    def load(self, step: int, resumed: bool) -> tuple[HardNegatives | UniformNegatives | None, DocumentVectors | None]:
+        """Return the hard negatives of `step`, None where the loss has none. A collective.
 
-        With them come the rank's index vectors of the documents, where they were encoded just now. What was mined is
-        there where a part is `resumed`; else nothing says of which dataset what lies there is. Raises CheckpointError
-        where it is lost.
+        Second, this rank's index vectors of the documents, where mining has just encoded them. A mined file is read
+        only where a part is `resumed`: an older one may be of another dataset. Raises CheckpointError where it is lost.
         """
         stage = self.config.stage(self.name)
         if stage.loss.negatives == 0:
@@ -72,30 +70,34 @@ class HardNegativeRefresh:
             )
         return self._mine(mined_at)
 
-    def again(self, step: int, part_step: int) -> HardNegatives:
-        """Return what the present weights mine for the steps from `step` on; older files go. A collective.
+    def refresh(self, step: int, part_step: int) -> HardNegatives:
+        """Mine by the present weights for the steps from `step` on. A collective.
 
-        part_step: the run's step at which the part began. What no checkpoint can need is removed.
+        Removes the files that no checkpoint needs. part_step: the run's step at which the part began.
         """
         with RandomState.now().replayed():  # a resumed run goes on from what the checkpoint has
             mined, _ = self._mine(step)
         if distributed.is_main():
-            kept = [int(path.name.removeprefix("step-")) for path in checkpoints_in(self.folder / CHECKPOINTS)]
+            kept = [int(path.name.removeprefix("step-")) for path in checkpoints_in(self._folder / CHECKPOINTS)]
             oldest = self._mined_at(max(0, min(kept, default=part_step + step) - part_step))
             for old in range(0, oldest, self._every_steps):
                 self.path(old).unlink(missing_ok=True)
         return mined
 
-    def steps_from(self, step: int) -> int:
-        """Return how many steps from `step` on are made with the windows of the first; there may be fewer."""
+    def steps_to_refresh(self, step: int) -> int:
+        """Return the number of steps from `step` on until hard negatives are mined again."""
         again = self._every_steps > 0 and self.config.stage(self.name).loss.negatives > 0
         return self._mined_at(step) + self._every_steps - step if again else sys.maxsize
 
     def path(self, step: int) -> Path:
-        """Return where what is mined at `step` stands: of the partitions that are trained on, other rows."""
+        """Return the file mined at `step` for the training partitions."""
         part = _part(self.config, self.dataset)
         at = f".step-{step:08d}" if self._every_steps else ""
-        return self.folder / f"mined_negatives{part}{at}.npy"
+        return self._folder / f"mined_negatives{part}{at}.npy"
+
+    @property
+    def _folder(self) -> Path:
+        return self.config.stage_dir(self.name)
 
     @property
     def _every_steps(self) -> int:
@@ -105,7 +107,7 @@ class HardNegativeRefresh:
         return step // self._every_steps * self._every_steps if self._every_steps else 0
 
     def _mine(self, step: int) -> tuple[HardNegatives, DocumentVectors]:
-        """Mine for the rows of the steps from `step` on until it is mined again, or of the stage."""
+        """Mine for the rows of the steps from `step` until the next mining, or to the end of the stage."""
         config, stage, mining = self.config, self.config.stage(self.name), self.config.stage(self.name).mining
         share = Share(distributed.rank(), distributed.world_size(), progress=self.progress)
         encoders = tower_encoders(self.engine.deepspeed, self.dataset, device())
@@ -133,7 +135,7 @@ class HardNegativeRefresh:
 
 
 def _part(config: Config, dataset: Dataset) -> str:
-    """Return what tells the partitions that are trained on from others, nothing of a whole dataset."""
+    """Return a fingerprint of the training partitions, empty for a whole dataset."""
     if config.data.from_partition is None and not config.data.mixture:
         return ""
     mixture = [(source.name, source.weight) for source in dataset.sources]

@@ -189,11 +189,11 @@ class Objective:
         known = None if batch.known is None else torch.stack([first + batch.known[:, 0], batch.known[:, 1]], 1)
         return {"query_ids": first + torch.arange(len(batch.query_ids), device=batch.query_ids.device), "known": known}
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Return what the next step's loss depends on besides the model; the same on every rank."""
         return {} if self._streaming is None else self._streaming.state_dict()
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from the `state` of a checkpoint."""
         if self._streaming is not None:
             self._streaming.load_state_dict(state)

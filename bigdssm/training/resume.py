@@ -7,7 +7,6 @@ per key, same part or new part, stage length. Tables of a new part may have grow
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from bigdssm.checkpoints.checkpoint import MANIFEST, ReadCheckpoint, TensorReade
 from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.cluster.metrics import CONFIG_FILE
 from bigdssm.cluster.run_folder import RUNNING_FILE, run_identity
-from bigdssm.config import Config, StageConfig, StageName, config_from, load_written_config
+from bigdssm.config import Config, StageConfig, StageName, config_from, differences, load_written_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import CheckpointError, ConfigError
@@ -116,6 +115,11 @@ class StageProgress:
         """Begin a new part here; validations are then over other rows, so that none so far compares with them."""
         self.part_step, self.part_applied = self.step, self.applied
         self.best, self.best_step, self.validations_since_best, self.validated_at = float("-inf"), self.step, 0, -1
+
+    def best_metrics(self) -> dict[str, Any]:
+        """Return the best validation of the present part, empty without one."""
+        chosen = (entry for entry in reversed(self.history) if entry["step"] == self.best_step)
+        return next(chosen, {}) if math.isfinite(self.best) else {}
 
     def describe_best(self) -> str:
         """Return for example `best validation NDCG@10 0.1234`, of the present part."""
@@ -262,26 +266,16 @@ def part_steps(stage: StageConfig, steps_per_epoch: int) -> int:
 
 def _forbidden(before: dict[str, Any], config: Config, name: StageName) -> str | None:
     """Return the first difference that another run would need, as `KEY was A, is B`."""
-    for key, was, now in _differences(before, config.to_dict()):
+    for key, was, now in differences(before, config.to_dict()):
         if rule_of(key, name) == "never":
             return f"{key} was {was}, is {now}"
     return None
 
 
-def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield (dotted key, before, now) of every place in which two plain config containers differ."""
-    if not isinstance(before, dict) or not isinstance(now, dict):
-        if before != now:
-            yield key, before, now
-        return
-    for name in {**before, **now}:
-        yield from _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
-
-
 def grow_model(model: DualEncoder, schema: Schema) -> None:
     """Give `model` the tables that `schema` needs, whose vocabularies begin with those of the model's own."""
     for name, (known, needed) in model.tables.grow(schema).items():
-        _say(f"table {name}", known, needed)
+        _log_growth(f"table {name}", known, needed)
     model.schema = schema
 
 
@@ -294,7 +288,7 @@ class GrownReader(TensorReader):
         for name, parameter in model.tables.named_parameters("tables"):
             known, needed = self.shape(name)[0], len(parameter)
             if known < needed:
-                _say(name, known, needed)
+                _log_growth(name, known, needed)
                 self._new_rows[name] = parameter.detach()[known:].float().clone()
 
     def __call__(self, name: str) -> Tensor:
@@ -307,7 +301,7 @@ class GrownReader(TensorReader):
         return torch.cat([tensor, torch.zeros_like(new_rows) if moment else new_rows])
 
 
-def _say(what: str, known: int, needed: int) -> None:
+def _log_growth(what: str, known: int, needed: int) -> None:
     logger.info(
         "%s: %d rows as they were, %d new ones for values that came with new partitions", what, known, needed - known
     )

@@ -57,12 +57,8 @@ class Trainer:
         Raises CheckpointError where hard negatives of a resumed run are lost, Preempted where the run is asked to stop
         while they are mined.
         """
-        self.name, self.stage, self.folder, self.progress = (
-            name,
-            config.stage(name),
-            config.stage_dir(name),
-            start.progress,
-        )
+        self.name, self.stage, self.folder = name, config.stage(name), config.stage_dir(name)
+        self.progress = start.progress
         self.stream, self.stream_step = stream, stream.step  # the first step not consumed; the stream reads ahead
         self.store, self.watchdog, self.stop, self.faults = store, watchdog, stop, Faults.from_environment()
         stage, progress, dataset = self.stage, self.progress, stream.dataset
@@ -89,8 +85,8 @@ class Trainer:
         )  # fmt: skip
         self.average = WeightAverage(self.engine.module, stage.weight_average) if stage.weight_average else None
 
-        self.mining = HardNegativeRefresh(config, name, self.engine, dataset, self.folder, self.report_work)
-        hard_negatives, documents = self.mining.begin(progress.step - progress.part_step, start.same_part)
+        self.mining = HardNegativeRefresh(config, name, self.engine, dataset, self.report_work)
+        hard_negatives, documents = self.mining.load(progress.step - progress.part_step, start.same_part)
         self._make_batch = BatchMaker(stream, stage, config.run.seed, hard_negatives)
 
         torch.manual_seed(config.run.seed * 1_000_003 + rank + 1)  # dropout differs between ranks
@@ -127,7 +123,7 @@ class Trainer:
                 "progress": asdict(self.progress),
                 **self._origin,
             },
-            "common": self.objective.state() | ({} if self.average is None else self.average.state()),
+            "common": self.objective.state_dict() | ({} if self.average is None else self.average.state_dict()),
             "rank_state": {"cpu": random.cpu} | ({} if random.device is None else {"device": random.device}),
             "pieces": self.engine.own_pieces(),
         }
@@ -141,9 +137,9 @@ class Trainer:
         assert start.checkpoint is not None
         self.engine.restore(read, start.progress.applied)
         common = start.checkpoint.common_tensors()
-        self.objective.restore(common)
+        self.objective.load_state_dict(common)
         if self.average is not None:
-            self.average.restore(common)
+            self.average.load_state_dict(common)
         if (random := start.checkpoint.rank_state) is not None:
             RandomState(random["cpu"], random.get("device")).restore()
         if start.same_part:
@@ -159,11 +155,11 @@ class Trainer:
         self.store.settle()  # what is being written needs what was mined before it
         step, part_step = self.progress.step, self.progress.part_step
         with self.health.timed("mining"):
-            self._make_batch.hard_negatives = self.mining.again(step - part_step, part_step)
+            self._make_batch.hard_negatives = self.mining.refresh(step - part_step, part_step)
 
     def steps_to_refresh(self) -> int:
         """Return the number of steps until the stage ends or hard negatives are mined again."""
-        until_mined = self.mining.steps_from(self.progress.step - self.progress.part_step)
+        until_mined = self.mining.steps_to_refresh(self.progress.step - self.progress.part_step)
         return min(self.total_steps - self.progress.step, until_mined)
 
     def lr_factor(self) -> float:

@@ -129,12 +129,12 @@ class WeightAverage:
             for name, weight in self._module.named_parameters():
                 weight.copy_(weights[name])
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Return what a checkpoint keeps; the same on every rank."""
         average = {_PREFIX + name: tensor.cpu() for name, tensor in self._average.items()}
         return {_PREFIX + "updates": torch.tensor([self.num_updates]), **average}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from a checkpoint's state. Where the module has grown since, the average begins anew."""
         saved = {name: state[_PREFIX + name] for name in self._average}
         if all(saved[name].shape == tensor.shape for name, tensor in self._average.items()):

@@ -105,12 +105,12 @@ def test_targets_that_rows_do_not_have_are_told(config: Config, caplog: pytest.L
     assert "data.targets_per_row=4 has no effect: every train row of" in caplog.text
 
 
-def mined_file(config: Config, dataset: Dataset, folder: Path) -> str:
-    mining = HardNegativeRefresh(config, "pretrain", None, dataset, folder, no_progress)  # type: ignore[arg-type]
+def mined_file(config: Config, dataset: Dataset) -> str:
+    mining = HardNegativeRefresh(config, "pretrain", None, dataset, no_progress)  # type: ignore[arg-type]
     return mining.path(10).name
 
 
-def test_mined_negatives_are_of_one_part(config: Config, tmp_path: Path) -> None:
+def test_mined_negatives_are_of_one_part(config: Config) -> None:
     """Another dataset, another weight: other rows to come, whose numbers may mean other documents."""
     dataset = Dataset.open(config.data.dir)
     grown = Dataset.open(config.data.dir)
@@ -120,12 +120,12 @@ def test_mined_negatives_are_of_one_part(config: Config, tmp_path: Path) -> None
     for some in mixed:
         for data in (dataset, grown):
             data.sources = (MixturePart("base", 0, 1, some.data.mixture[0].weight),)
-            named.append(mined_file(some, data, tmp_path))
+            named.append(mined_file(some, data))
     assert len(set(named)) == 4 and all(name.startswith("mined_negatives.") for name in named)
-    assert mined_file(config, dataset, tmp_path) == "mined_negatives.npy"
+    assert mined_file(config, dataset) == "mined_negatives.npy"
     mining = replace(config.pretrain.mining, every_steps=5)
     again = replace(config, pretrain=replace(config.pretrain, mining=mining))
-    assert mined_file(again, dataset, tmp_path) == "mined_negatives.step-00000010.npy"
+    assert mined_file(again, dataset) == "mined_negatives.step-00000010.npy"
 
 
 def test_negatives_that_were_mined_before_are_looked_at(config: Config, tmp_path: Path) -> None:
