@@ -165,9 +165,20 @@ def training_seconds(folder: Path) -> float:
     return seconds
 
 
+def metric_label(name: str) -> str:
+    """Return for example `NDCG@10` for ndcg_at_10 and `Recall@100` for recall_at_100."""
+    base, at, cut = name.partition("_at_")
+    return (base.upper() if len(base) <= 4 else base.capitalize()) + at.replace("_at_", "@") + cut
+
+
+def selecting(record: dict[str, Any]) -> float | None:
+    """Return the value of the metric that selects best/ in a validation's record; None of any other record."""
+    return float(record["validation"][record["selected_by"]]) if "validation" in record else None
+
+
 PANELS: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (
     ("loss [nats]", lambda record: record.get("loss")),
-    ("validation NDCG@10", lambda record: record.get("validation", {}).get("ndcg_at_10")),
+    ("validation, by the metric that selects best/", selecting),
     ("alpha (scale of the score)", lambda record: record.get("alpha")),
     ("training speed [rows/s]", lambda record: record.get("rows_per_s")),
 )

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bigdssm.cluster.metrics import METRICS_FILE, read_stage, stage_folders
+from bigdssm.cluster.metrics import METRICS_FILE, metric_label, read_stage, stage_folders
 from bigdssm.cluster.run_folder import is_locked, read_events, running
 from bigdssm.errors import DataError
 from bigdssm.utils.log import cut_back_of_rank, get_logger, read_records
@@ -87,9 +87,13 @@ def read_run_state(run: Path) -> RunState:
     if not records and not events:
         raise DataError(f"{folder / METRICS_FILE} holds nothing yet; has the run taken its first steps?")
     train = [record for record in records if "loss" in record]
+    validations = [record for record in records if "validation" in record]
     curves = {
         "loss": [record["loss"] for record in train],
-        "validation NDCG@10": [record["validation"]["ndcg_at_10"] for record in records if "validation" in record],
+        **{
+            f"validation {metric_label(name)}": [record["validation"][name] for record in validations]
+            for name in {record["selected_by"] for record in validations}
+        },
         "rows/s": [record["rows_per_s"] for record in train if "rows_per_s" in record],
     }
     return RunState(

@@ -33,7 +33,6 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.collection import bm25_run, model_run, pretrained_run
 from bigdssm.evaluation.comparison import (
-    SHOWN,
     SHOWN_OF_RUNS,
     System,
     as_json,
@@ -43,6 +42,7 @@ from bigdssm.evaluation.comparison import (
     table,
 )
 from bigdssm.evaluation.evaluate import evaluate_split
+from bigdssm.evaluation.metrics import shown_metrics
 from bigdssm.evaluation.reranking import encoders_of
 from bigdssm.evaluation.trec import Run, read_run, run_metrics, write_run
 from bigdssm.ingest.sources.beir import Collection, read_collection
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset = Dataset.open(args.data or data.dir, cache=FileCache.of(data))
         others = baseline_systems(dataset, args.split, data.exclude_seen)
         measure = partial(_evaluated, dataset=dataset, split=args.split)
-        title, shown = f"{dataset.num_queries(args.split)} queries", SHOWN
+        title, shown = f"{dataset.num_queries(args.split)} queries", shown_metrics()
     else:
         collection = read_collection(args.beir, args.split)
         others = _baselines_on_collection(collection, args)

@@ -26,6 +26,7 @@ from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.baselines import BASELINES, check_options
+from bigdssm.evaluation.metrics import find_metric
 from bigdssm.utils.atomic import write_json
 
 
@@ -55,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         for option, end in space.ends():
             check_options(args.baseline, {option: end}, all_of_them=False)
-        first, value = {}, TuningBaseline(args.baseline, Dataset.open(config.data.dir), config.data.exclude_seen)
+        dataset, metric = Dataset.open(config.data.dir), find_metric(config.stage(args.stage).validation_metric)
+        first, value = {}, TuningBaseline(args.baseline, dataset, config.data.exclude_seen, metric)
     found = search(value, space, args.out, args.trials, first=first, seed=args.seed)
     drawn = Table("trial", "validation NDCG@10", "")
     for key in space.keys:

@@ -279,6 +279,8 @@ class StageConfig:
     mining: MiningConfig = field(default_factory=MiningConfig)
     teacher: str | None = None  # folder of bigdssm embed_teacher, for loss.distillation=batch_kl
     validate_every_steps: int = bounded(0, 0, MAX_COUNT)  # 0: once, at the end
+    # The registered metric of validation that selects best/, and that patience and tuning go by; larger is better.
+    validation_metric: str = "ndcg_at_10"
     rerank: int = bounded(50, 2, MAX_COUNT)  # of the towers' best documents, that validation has a cross_encoder rank
     # Decay of a moving average of the weights, which validation measures and best/ keeps; 0: the weights themselves.
     weight_average: float = bounded(0.0, 0, below=1)

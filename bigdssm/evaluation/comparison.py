@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -15,16 +15,16 @@ import xxhash
 from rich.box import SIMPLE
 from rich.table import Table
 
+from bigdssm.cluster.metrics import metric_label
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
 from bigdssm.evaluation.baselines import Markov, Popularity
 from bigdssm.evaluation.evaluate import evaluate_scores
-from bigdssm.evaluation.metrics import Difference, means, paired_bootstrap, row_metrics, standard_errors
+from bigdssm.evaluation.metrics import Difference, means, paired_bootstrap, row_metrics, shown_metrics, standard_errors
 from bigdssm.utils.atomic import write_json
 from bigdssm.utils.hashing import file_checksum
 
-SHOWN = {"hr_at_10": "HR@10", "ndcg_at_10": "NDCG@10", "mrr": "MRR"}
-SHOWN_OF_RUNS = {"ndcg_at_10": "NDCG@10", "recall_at_100": "Recall@100", "mrr": "MRR"}
+SHOWN_OF_RUNS = ("ndcg_at_10", "recall_at_100", "mrr")
 MARKOV = "Markov, window 3"
 
 
@@ -105,12 +105,13 @@ def baseline_systems(dataset: Dataset, split: str, exclude_seen: bool = True) ->
     return found
 
 
-def table(systems: Sequence[System], title: str, shown: Mapping[str, str] = SHOWN) -> Table:
-    """Return the systems as a rich table: the metrics `shown` (by name: label) ± standard error, and seconds."""
+def table(systems: Sequence[System], title: str, shown: Sequence[str] | None = None) -> Table:
+    """Return the systems as a rich table: metrics (by default those of ranks) ± error, and seconds."""
+    shown = shown or shown_metrics()
     # Narrow enough for 80 columns, which is what rich takes where there is no terminal.
     drawn = Table(title=title, box=SIMPLE, show_edge=False, pad_edge=False, collapse_padding=True)
     drawn.add_column("system", no_wrap=True)
-    for label in (*shown.values(), "seconds"):
+    for label in (*map(metric_label, shown), "seconds"):
         drawn.add_column(label, justify="right", no_wrap=True)
     for system in systems:
         average, errors = means(system.values), system.errors()
@@ -119,11 +120,14 @@ def table(systems: Sequence[System], title: str, shown: Mapping[str, str] = SHOW
     return drawn
 
 
-def differences(pairs: Sequence[tuple[System, System]], shown: Mapping[str, str] = SHOWN) -> list[str]:
+def differences(pairs: Sequence[tuple[System, System]], shown: Sequence[str] | None = None) -> list[str]:
     """Return a sentence for each pair: the first less the second with 95 % intervals."""
     lines = []
     for a, b in pairs:
-        parts = [f"{label} {a.difference(b, name)}{_range_of_seeds(a, b, name)}" for name, label in shown.items()]
+        parts = [
+            f"{metric_label(name)} {a.difference(b, name)}{_range_of_seeds(a, b, name)}"
+            for name in shown or shown_metrics()
+        ]
         lines.append(f"{a.name} − {b.name}: {', '.join(parts)}")
     return lines
 
@@ -153,7 +157,7 @@ def as_json(systems: Sequence[System]) -> list[dict[str, Any]]:
 
 
 def differences_as_json(
-    pairs: Sequence[tuple[System, System]], shown: Mapping[str, str] = SHOWN
+    pairs: Sequence[tuple[System, System]], shown: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
     """Return one object per pair and metric: what less what, mean and 95 % interval."""
     return [
@@ -166,7 +170,7 @@ def differences_as_json(
             "high": None if np.isnan(found.high) else found.high,
         }
         for a, b in pairs
-        for metric in shown
+        for metric in shown or shown_metrics()
         for found in [a.difference(b, metric)]
     ]
 

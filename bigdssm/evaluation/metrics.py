@@ -11,8 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bigdssm.errors import ConfigError
+
 NUM_RESAMPLES = 2000
 CHUNK_DRAWS = 4_000_000
+NOT_SHOWN = ("recall_at_100",)  # in tables, which have 80 columns
 
 
 Metric = Callable[[np.ndarray], np.ndarray]
@@ -31,6 +34,21 @@ _METRICS: dict[str, Metric] = {
 def register_metric(name: str, metric: Metric) -> None:
     """Have validation and evaluation report a metric beside the others."""
     _METRICS[name] = metric
+
+
+def shown_metrics() -> tuple[str, ...]:
+    """Return the metrics that tables and log lines have; reports have all."""
+    return tuple(name for name in _METRICS if name not in NOT_SHOWN)
+
+
+def find_metric(name: str, key: str = "validation_metric") -> str:
+    """Return `name`. Raises ConfigError: no metric is registered under it; `key` names it in the config."""
+    if name not in _METRICS:
+        raise ConfigError(
+            f"{key}: got {name}, needs one of {', '.join(_METRICS)}, or a metric whose module is imported first "
+            "(docs/extending.md)"
+        )
+    return name
 
 
 def row_metrics(ranks: np.ndarray) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cluster.metrics import CONFIG_FILE, read_stage, stage_folders
+from bigdssm.cluster.metrics import CONFIG_FILE, metric_label, read_stage, selecting, stage_folders
 from bigdssm.cluster.run_folder import read_events
 from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset
@@ -112,13 +112,15 @@ def _course(folder: Path) -> dict[str, str]:
     records = read_stage(folder).records
     train = [record for record in records if "loss" in record]
     speeds = sorted(record["rows_per_s"] for record in train if record.get("rows_per_s"))
-    validations = [record["validation"]["ndcg_at_10"] for record in records if "validation" in record]
+    validations = [record for record in records if "validation" in record]
+    name = f" {metric_label(validations[-1]['selected_by'])}" if validations else ""
+    scores = [score for record in validations if (score := selecting(record)) is not None]
     events = read_events(folder)
     starts = [event for event in events if event["event"] == "start"]
     return {
         "last step": str(records[-1]["step"]) if records else "0",
         "last loss": f"{train[-1]['loss']:.4f}" if train else ABSENT,
-        "best validation NDCG@10": f"{max(validations):.4f}" if validations else ABSENT,
+        f"best validation{name}": f"{max(scores):.4f}" if validations else ABSENT,
         "rows/s (median)": f"{speeds[len(speeds) // 2]:,.0f}" if speeds else ABSENT,
         "ranks": str(starts[-1]["ranks"]) if starts else ABSENT,
         "starts": str(len(starts)),

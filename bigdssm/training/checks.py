@@ -15,6 +15,7 @@ from bigdssm.config import Config, StageConfig, StageName, check_many_queries, f
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.joined import open_dataset
 from bigdssm.errors import BigDSSMError, ConfigError, DataError
+from bigdssm.evaluation.metrics import find_metric
 from bigdssm.loader.plain_stream import find_shards
 from bigdssm.models import DualEncoder
 from bigdssm.models.encoders import text_architectures
@@ -46,6 +47,7 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
             f"{name}.weight_average: got {stage.weight_average}, needs 0 with engine.zero_stage=3: every rank averages "
             "whole weights; take 0, 1 or 2"
         )
+    find_metric(stage.validation_metric, f"{name}.validation_metric")
     check_trackers(config.run.trackers)
     dataset = open_dataset(config.data)
     dataset.check_against(config.data)

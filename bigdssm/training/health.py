@@ -13,8 +13,9 @@ import torch
 
 from bigdssm import distributed
 from bigdssm.cli import ProgressBar
-from bigdssm.cluster.metrics import Trackers
+from bigdssm.cluster.metrics import Trackers, metric_label
 from bigdssm.evaluation.evaluate import Evaluation
+from bigdssm.evaluation.metrics import shown_metrics
 from bigdssm.loader.batch import Batch
 from bigdssm.loader.step_plan import StepPlan
 from bigdssm.models import CrossEncoder, DualEncoder
@@ -126,15 +127,16 @@ class Health:
         table = self._whole.lines(peak_flops(device(), self._engine.product_dtype))
         logger.info("%s, where the time of this rank went: %s", self._name, "\n    ".join(table))
 
-    def after_validation(self, step: int, evaluation: Evaluation) -> None:
+    def after_validation(self, step: int, evaluation: Evaluation, selected_by: str) -> None:
         """Write a validation's record and line."""
         metrics = evaluation.metrics
-        self._trackers.log({"step": step, "validation": metrics, "seconds": evaluation.seconds})
+        record = {"step": step, "validation": metrics, "selected_by": selected_by, "seconds": evaluation.seconds}
+        self._trackers.log(record)
+        names = dict.fromkeys((selected_by, *shown_metrics()))
+        shown = "  ".join(f"{metric_label(name)} {metrics[name]:.4f}" for name in names)
         logger.info(
-            "%s %d/%d  validation: NDCG@10 %.4f  HR@10 %.4f  MRR %.4f  (%.1f s)",
-            self._name, step, self._total_steps, metrics["ndcg_at_10"], metrics["hr_at_10"], metrics["mrr"],
-            evaluation.seconds,
-        )  # fmt: skip
+            "%s %d/%d  validation: %s  (%.1f s)", self._name, step, self._total_steps, shown, evaluation.seconds
+        )
 
     def _counted(self) -> TimeTable:
         """Return the time since the last call, counted in the whole."""

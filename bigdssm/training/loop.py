@@ -122,11 +122,12 @@ def validate(trainer: Trainer, documents: DocumentVectors | None = None) -> None
     progress = trainer.progress
     with nullcontext() if trainer.average is None else trainer.average.in_place():
         evaluation = trainer.validator.evaluate(trainer.engine, trainer.report_work, documents)
-        score = evaluation.metrics["ndcg_at_10"] if evaluation else None
+        metric = trainer.stage.validation_metric
+        score = evaluation.metrics[metric] if evaluation else None
         progress.validated_at = progress.step
         if evaluation:
             progress.history.append({"step": progress.step, **evaluation.metrics})
-            trainer.health.after_validation(progress.step, evaluation)
+            trainer.health.after_validation(progress.step, evaluation, metric)
         if score is None or score > progress.best:  # without a split the newest is best
             progress.best_step, progress.validations_since_best = progress.step, 0
             progress.best = progress.best if score is None else score

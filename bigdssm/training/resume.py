@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bigdssm.checkpoints.checkpoint import MANIFEST, ReadCheckpoint, TensorReader
 from bigdssm.checkpoints.store import CheckpointStore
-from bigdssm.cluster.metrics import CONFIG_FILE
+from bigdssm.cluster.metrics import CONFIG_FILE, metric_label
 from bigdssm.cluster.run_folder import RUNNING_FILE, run_identity
 from bigdssm.config import Config, StageConfig, StageName, config_from, differences, load_written_config
 from bigdssm.dataset.dataset import Dataset
@@ -69,6 +69,7 @@ RULES: dict[str, Rule] = {
     "STAGE.teacher": "never",
     "STAGE.weight_average": "never",
     "STAGE.rerank": "never",  # what `best` is would be another thing from there on
+    "STAGE.validation_metric": "never",
     "STAGE.validate_every_steps": "may",
     "STAGE.patience": "may",
     "STAGE.save_every_steps": "may",
@@ -102,7 +103,7 @@ class StageProgress:
     step: int = 0  # global batches consumed
     applied: int = 0  # of them, those whose gradients were applied; what the schedule counts
     skipped_in_row: int = 0
-    best: float = float("-inf")  # validation NDCG@10
+    best: float = float("-inf")  # validation_metric
     best_step: int = 0
     validations_since_best: int = 0
     validated_at: int = -1
@@ -121,10 +122,10 @@ class StageProgress:
         chosen = (entry for entry in reversed(self.history) if entry["step"] == self.best_step)
         return next(chosen, {}) if math.isfinite(self.best) else {}
 
-    def describe_best(self) -> str:
+    def describe_best(self, metric: str) -> str:
         """Return for example `best validation NDCG@10 0.1234`, of the present part."""
         if math.isfinite(self.best):
-            return f"best validation NDCG@10 {self.best:.4f}"
+            return f"best validation {metric_label(metric)} {self.best:.4f}"
         return "no validation split, the newest is best,"
 
 

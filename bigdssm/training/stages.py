@@ -110,7 +110,8 @@ def run_stage(
                 )  # fmt: skip
                 stop.wait_for_steps()
                 progress = train(trainer)
-    logger.info("%s finished: %s at step %d", name, progress.describe_best(), progress.best_step)
+    best = progress.describe_best(stage_config.validation_metric)
+    logger.info("%s finished: %s at step %d", name, best, progress.best_step)
     return progress
 
 

@@ -17,7 +17,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from bigdssm.cluster.launcher import run_command
-from bigdssm.cluster.metrics import read_stage
+from bigdssm.cluster.metrics import read_stage, selecting
 from bigdssm.cluster.run_folder import read_events, request_stop
 from bigdssm.config import Config, StageName, read_config
 from bigdssm.config.yaml_files import read_yaml
@@ -89,7 +89,6 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-METRIC = "ndcg_at_10"  # of validation, what best/ is chosen by too
 PRUNED_AFTER = 5  # a fifth of the steps
 STOP_S = 600.0
 logger = get_logger(__name__)
@@ -151,11 +150,12 @@ class TuningBaseline:
     name: str
     dataset: Dataset
     exclude_seen: bool
+    metric: str
 
     def __call__(self, trial: optuna.Trial, values: dict[str, Any]) -> float:
         """Fit with `values` as options and return the metric of validation."""
         scores = fit_baseline(self.name, self.dataset, values)
-        return evaluate_scores(scores, self.dataset, "validation", exclude_seen=self.exclude_seen).metrics[METRIC]
+        return evaluate_scores(scores, self.dataset, "validation", exclude_seen=self.exclude_seen).metrics[self.metric]
 
 
 def search(
@@ -248,7 +248,7 @@ def values_of(config: Config, space: Space) -> dict[str, Any]:
 def _validations(folder: Path) -> list[tuple[int, float]]:
     """Return (step, metric) of every validation recorded."""
     records = read_stage(folder).records if folder.exists() else []
-    return [(record["step"], record["validation"][METRIC]) for record in records if "validation" in record]
+    return [(record["step"], value) for record in records if (value := selecting(record)) is not None]
 
 
 def _a_fifth(folder: Path) -> float | None:

@@ -122,9 +122,18 @@ def go_all_the_way(
         "apart": float(np.abs(vector - nothing).max()),
         "shown": [row["query.asked"] for row in sample_rows(dataset, count=400)],
         "fitted": dict((f"{side}.{f.name}", f.describe(1)) for side, f in describe(dataset).features)["query.asked"],
-        "validation": small_run.validations(folder / "run")[-1],
+        "validation": small_run.validations(folder / "run")[-1], "selected_by": selected_by(folder / "run"),
         "quarantine": [json.loads(line)["reason"] for line in bad],
     }  # fmt: skip
+
+
+def selected_by(run: Path) -> str:
+    """Return the metric that selects best/, of its record and of best/ itself."""
+    lines = map(json.loads, (run / "pretrain" / "metrics.jsonl").read_text().splitlines())
+    name: str = next(line["selected_by"] for line in lines if "validation" in line)
+    best = max(record[name] for record in small_run.validations(run))
+    assert load_model_folder(run / "pretrain" / "best").provenance["validation"] == best
+    return name
 
 
 def run_card(folder: Path) -> dict[str, Any]:
@@ -157,9 +166,14 @@ def test_a_type_of_features_goes_all_the_way(case: str, outside_pools: dict[int,
     if case == "from outside":  # all that the module registers
         source = "pairs.orc"
         index = {"kind": "numpy", "options": {"dtype": "float32"}}
-        stage = {"loss": {"name": "cubed", "margin": 0.5}, "optimizer": {"name": "heavy_ball", "lr": 0.02}}
+        stage = {
+            "loss": {"name": "cubed", "margin": 0.5},
+            "validation_metric": "hr_at_1",
+            "optimizer": {"name": "heavy_ball", "lr": 0.02},
+        }
     (found,) = outside_pools[1].run(go_all_the_way, tmp_path, feature, value, source, stage, index)
     assert 0 <= found["validation"]["hr_at_1"] <= found["validation"]["hr_at_10"]
+    assert found["selected_by"] == stage.get("validation_metric", "ndcg_at_10")
     assert found["losses"][-1] < found["losses"][0]
     assert found["found"] < 1e-5 and len(set(found["rows"])) == 3
     assert found["parity"] <= 1e-5 and found["card"] <= 1e-4 and found["apart"] > 1e-3

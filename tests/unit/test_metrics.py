@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import numpy as np
 import pytest
 import pytrec_eval
 import torch
+from rich.console import Console
 
+from bigdssm.cluster.metrics import metric_label
+from bigdssm.errors import ConfigError
+from bigdssm.evaluation import metrics
+from bigdssm.evaluation.comparison import System, differences, differences_as_json, table
 from bigdssm.evaluation.metrics import mean_metrics, means, paired_bootstrap, row_metrics, standard_errors
 from bigdssm.evaluation.ranks import ranks_of_scores
 
@@ -100,3 +106,30 @@ def test_bootstrap_refuses_rows_that_do_not_pair() -> None:
         paired_bootstrap(np.zeros(3), np.zeros(4))
     with pytest.raises(ValueError, match="paired rows"):
         paired_bootstrap(np.zeros(0), np.zeros(0))
+
+
+def test_a_registered_metric_is_shown_with_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_METRICS", dict(metrics._METRICS))
+    metrics.register_metric("hr_at_1", lambda ranks: ranks <= 1)
+    ranks, queries = np.array([1.0, 3.0, 20.0]), np.arange(3)
+    a = System.of_ranks("a", ranks, queries, 1.0)
+    b = System.of_ranks("b", ranks + 1, queries, 1.0)
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(table([a, b], "three rows"))
+    shown = console.export_text()
+    assert all(label in shown for label in ("HR@10", "NDCG@10", "MRR", "HR@1 ")) and "Recall@100" not in shown
+    assert "HR@1 +0.3333" in differences([(a, b)])[0]
+    assert "hr_at_1" in {entry["metric"] for entry in differences_as_json([(a, b)])}
+
+
+def test_a_metric_that_nobody_registered() -> None:
+    assert metrics.find_metric("mrr") == "mrr"
+    with pytest.raises(ConfigError, match=r"pretrain\.validation_metric: got map, needs one of hr_at_10"):
+        metrics.find_metric("map", "pretrain.validation_metric")
+
+
+@pytest.mark.parametrize(
+    ("name", "label"), [("ndcg_at_10", "NDCG@10"), ("mrr", "MRR"), ("recall_at_100", "Recall@100"), ("gini", "GINI")]
+)
+def test_labels_of_metrics(name: str, label: str) -> None:
+    assert metric_label(name) == label

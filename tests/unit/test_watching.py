@@ -36,7 +36,9 @@ def write_stage(run: Path, *, end: dict[str, object] | None, losses: list[float]
         {"step": step, "loss": loss, "rows_per_s": 100.0 * step, "dropped_fraction": 0.25, "memory_gb": 0.5}
         for step, loss in enumerate(losses, 1)
     ]
-    records.append({"step": len(losses), "validation": {"ndcg_at_10": 0.125}, "seconds": 1.0})
+    records.append(
+        {"step": len(losses), "validation": {"ndcg_at_10": 0.125}, "selected_by": "ndcg_at_10", "seconds": 1.0}
+    )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     events = [START] + ([end] if end else [])
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
@@ -142,7 +144,12 @@ def test_metrics_are_cut_back_to_the_checkpoint_that_a_run_goes_on_from(
     config = load_config(tiny_pairs.config, ["run.trackers=[]"])
     lines = [json.dumps({"step": step, "loss": 0.5}) for step in range(1, 6)]
     for place, step in ((3, 3), (4, 3), (7, 5)):
-        lines.insert(place, json.dumps({"step": step, "validation": {"ndcg_at_10": place / 8}, "seconds": 1.0}))
+        lines.insert(
+            place,
+            json.dumps(
+                {"step": step, "validation": {"ndcg_at_10": place / 8}, "selected_by": "ndcg_at_10", "seconds": 1.0}
+            ),
+        )
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 6, "lo')
     trackers = Trackers(tmp_path, config, step=3, num_validations=1)
     trackers.log({"step": 4, "loss": 0.25})

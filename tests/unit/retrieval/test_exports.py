@@ -293,7 +293,9 @@ def test_a_stages_best_brings_its_figures(make_source: Any, tmp_path: Path) -> N
         save_model_folder(
             tmp_path / "best", model.model, model.config, model.schema, model.tokenizer_dir, provenance
         )  # fmt: skip
-        (tmp_path / "metrics.jsonl").write_text('{"step": 3, "validation": {"ndcg_at_10": 0.25}, "seconds": 1}\n')
+        (tmp_path / "metrics.jsonl").write_text(
+            '{"step": 3, "validation": {"ndcg_at_10": 0.25}, "selected_by": "ndcg_at_10", "seconds": 1}\n'
+        )
         figures = stage_source(tmp_path, "best").figures
         assert (figures and figures.metrics) == recorded
     with pytest.raises(CheckpointError, match="has no checkpoint"):
