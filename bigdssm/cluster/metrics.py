@@ -45,16 +45,14 @@ class Trackers:
             self._trackers = [_open(name, folder, step) for name in config.run.trackers]
             for tracker in self._trackers:
                 tracker.start()
-                tracker.store_init_configuration(_flat(config.to_dict()))
+                tracker.store_init_configuration(flat(config.to_dict()))
 
     def log(self, record: dict[str, Any]) -> None:
         """Write one record; `step` is its step, numbers (one level of nesting allowed) go to the trackers."""
         if self._metrics is None:
             return
         self._metrics.write(record)
-        values = {
-            key: value for key, value in _flat(record).items() if isinstance(value, int | float) and key != "step"
-        }
+        values = {key: value for key, value in flat(record).items() if isinstance(value, int | float) and key != "step"}
         for tracker in self._trackers:
             tracker.log(values, step=record["step"])
 
@@ -95,14 +93,15 @@ def _open(name: str, folder: Path, step: int) -> Any:
     return tracker_class(name, logging_dir=folder, **purged)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], separator: str = "/", prefix: str = "") -> dict[str, Any]:
+    """Return nested dicts as one, their keys joined by `separator`; values are numbers, truths or texts."""
+    result: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}/")
+            result |= flat(value, separator, f"{prefix}{key}{separator}")
         else:
-            flat[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
-    return flat
+            result[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
+    return result
 
 
 STAGES: tuple[StageName, ...] = ("pretrain", "sft")

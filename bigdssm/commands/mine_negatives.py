@@ -26,7 +26,7 @@ from bigdssm.config import MiningConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.embed import DocumentVectors, Share, tower_encoders
-from bigdssm.retrieval.mining import mine_to_file
+from bigdssm.retrieval.mining import gather_mined, mine
 from bigdssm.retrieval.vectors import vectors_of
 
 
@@ -62,14 +62,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     with ProgressBar() as progress:
         share, documents = Share(distributed.rank(), distributed.world_size(), progress=progress), None
         if args.vectors is not None:
-            own = share.of(dataset.catalogue.num_docs)
-            vectors = vectors_of(args.vectors, folder.checksum, dataset, *own)
-            documents = DocumentVectors(torch.from_numpy(vectors), own[0])
-        mined = mine_to_file(
-            args.out, tower_encoders(folder.model, dataset), dataset, first=args.first, last=args.last,
+            start, stop = share.of(dataset.catalogue.num_docs)
+            vectors = vectors_of(args.vectors, folder.checksum, dataset, start, stop)
+            documents = DocumentVectors(torch.from_numpy(vectors), start)
+        own = mine(
+            tower_encoders(folder.model, dataset), dataset, first=args.first, last=args.last,
             margin=args.margin, exact_up_to=args.exact_up_to, documents=documents, share=share,
             exclude_seen=folder.config.data.exclude_seen,
         )  # fmt: skip
+        mined = gather_mined(args.out, own, dataset)
     if distributed.is_main():
         print(f"{args.out}: {len(mined)} queries, {mined.per_query():.1f} negatives each")
     distributed.shutdown()

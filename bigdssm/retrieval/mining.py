@@ -105,17 +105,19 @@ def mine(
 
     `rows` are those to mine for, in as many pieces on every rank; by default the rank's share of the split. Known
     positives (its target, and with `exclude_seen` all of the query's train documents and its own history, or the
-    document that it is) are taken out before ranks are counted; -1 stands where the catalogue ends, and with `margin`
-    where a document's score alpha * <u, w> + beta is above that of its own less the margin. In a catalogue of more than
-    `exact_up_to` documents each rank asks an approximate index of its share, and the log tells how much that finds of
-    what scoring all would. `documents` are the rank's share of the catalogue's index vectors where they were made
-    before. A collective over the ranks. Raises DivergedError where a vector is not finite.
+    document that it is) are taken out before ranks are counted, and windows end with the catalogue; -1 stands where a
+    ranking ends, and with `margin` where a document's score alpha * <u, w> + beta is above that of its own less the
+    margin. In a catalogue of more than `exact_up_to` documents each rank asks an approximate index of its share, and
+    the log tells how much that finds of what scoring all would. `documents` are the rank's share of the catalogue's
+    index vectors where they were made before. A collective over the ranks. Raises DivergedError where a vector is not
+    finite.
     """
     share = share or Share()
     if documents is None:
         documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
     error = DivergedError("the model's vectors hold NaN or inf; nothing mined")
     distributed.raise_together(None if all_finite(documents.vectors) else error)
+    last = min(last, max(dataset.catalogue.num_docs, first + 1))  # behind it there is nothing
     left_out = excluded_documents(dataset, exclude_seen)
     known = TrainPositives.of(dataset, share).pairs if exclude_seen else None
     num_docs = dataset.catalogue.num_docs
@@ -139,31 +141,13 @@ def mine(
     return window_records(mined, np.concatenate(windows)[first_of])
 
 
-def mine_to_file(
-    path: Path,
-    encoders: Encoders,
-    dataset: Dataset,
-    rows: Iterable[Rows] | None = None,
-    *,
-    first: int,
-    last: int,
-    margin: float | None = None,
-    exact_up_to: int | None = None,
-    documents: DocumentVectors | None = None,
-    share: Share | None = None,
-    exclude_seen: bool = True,
-) -> HardNegatives:
-    """Return what all ranks mine, mapped from the file `path`.
+def gather_mined(path: Path, own: np.ndarray, dataset: Dataset) -> HardNegatives:
+    """Return what all ranks mined (`own` of each), mapped from the file `path`; a collective.
 
     Every rank writes its records, so `path` must be on storage that all ranks see, as a run's folder is; the file
-    appears under its name when it is whole. Windows end with the catalogue. A collective; see `mine`.
+    appears under its name when it is whole.
     """
-    last = min(last, max(dataset.catalogue.num_docs, first + 1))  # behind it there is nothing
     path = real_place(path)
-    own = mine(
-        encoders, dataset, rows, first=first, last=last, margin=margin, exact_up_to=exact_up_to, documents=documents,
-        share=share, exclude_seen=exclude_seen,
-    )  # fmt: skip
     everything = np.unique(np.concatenate(distributed.all_gather_object(own["query"])))
     aside = aside_of(path)
     full: BigDSSMError | None = None

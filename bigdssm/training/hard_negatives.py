@@ -23,7 +23,7 @@ from bigdssm.errors import CheckpointError
 from bigdssm.loader.row_stream import RowStream
 from bigdssm.retrieval.embed import DocumentVectors, Share, encode_catalogue, tower_encoders
 from bigdssm.retrieval.hard_negatives import HardNegatives, UniformNegatives
-from bigdssm.retrieval.mining import mine_to_file
+from bigdssm.retrieval.mining import gather_mined, mine
 from bigdssm.training.batches import row_stream
 from bigdssm.training.encoding import RandomState
 from bigdssm.training.engine import Engine, device
@@ -119,12 +119,12 @@ class HardNegativeRefresh:
             stream.step = step
             which = f"the {steps} steps' rows" if some else "every train row"
             logger.info("mining negatives at ranks %d to %d of %s", mining.first, mining.last, which)
-            mined = mine_to_file(
-                self.path(step), encoders, self.dataset, self._to_come(stream, steps) if some else None,
+            own = mine(
+                encoders, self.dataset, self._to_come(stream, steps) if some else None,
                 first=mining.first, last=mining.last, margin=mining.margin, exact_up_to=mining.exact_up_to,
                 documents=documents, share=share, exclude_seen=config.data.exclude_seen,
             )  # fmt: skip
-        return mined, documents
+        return gather_mined(self.path(step), own, self.dataset), documents
 
     def _to_come(self, stream: RowStream, steps: int) -> Iterator[Rows]:
         """Yield this rank's rows of the next steps."""

@@ -24,7 +24,7 @@ from bigdssm.retrieval.hard_negatives import (
     window_records,
     write_mined,
 )
-from bigdssm.retrieval.mining import TrainPositives, mine, mine_to_file
+from bigdssm.retrieval.mining import TrainPositives, gather_mined, mine
 
 
 def brute_force(encoders: Encoders, dataset: Dataset, first: int, last: int) -> np.ndarray:
@@ -40,7 +40,7 @@ def brute_force(encoders: Encoders, dataset: Dataset, first: int, last: int) -> 
         for i in range(len(rows)):
             gone = positives[int(rows.query_ids[i])] | set(rows.seen(i).tolist())
             ranking = [doc for doc in np.argsort(-scores[i], kind="stable").tolist() if doc not in gone]
-            windows.append((ranking + [-1] * last)[first:last])
+            windows.append((ranking + [-1] * last)[first : min(last, len(documents))])
     return np.array(windows)
 
 
@@ -94,8 +94,8 @@ def test_held_out_items_are_not_avoided(model: DualEncoder, dataset: Dataset) ->
 
 def test_the_file_holds_every_row_or_those_asked_for(model: DualEncoder, dataset: Dataset, tmp_path: Path) -> None:
     encoders, path = tower_encoders(model, dataset), tmp_path / "mined.npy"
-    mined, everything = mine_to_file(path, encoders, dataset, first=1, last=4), np.arange(dataset.num_rows("train"))
-    windows = mine(encoders, dataset, first=1, last=4)["window"]
+    own, everything = mine(encoders, dataset, first=1, last=4), np.arange(dataset.num_rows("train"))
+    mined, windows = gather_mined(path, own, dataset), own["window"]
     keys = np.concatenate([rows.query_keys for rows in dataset.iterate("train", 1000)])
     np.testing.assert_array_equal(mined.queries, keys)
     np.testing.assert_array_equal(mined.queries >> EVENT_BITS, everything)
@@ -104,7 +104,8 @@ def test_the_file_holds_every_row_or_those_asked_for(model: DualEncoder, dataset
 
     rows = next(dataset.iterate("train", 1000))
     some = [rows.take(np.array([9, 2, 11])), rows.take(np.array([4, 2]))]
-    mined = mine_to_file(path, encoders, dataset, some, first=1, last=4, share=Share(rows_per_chunk=2))
+    own = mine(encoders, dataset, some, first=1, last=4, share=Share(rows_per_chunk=2))
+    mined = gather_mined(path, own, dataset)
     assert (mined.queries >> EVENT_BITS).tolist() == [2, 4, 9, 11]
     np.testing.assert_array_equal(mined.windows(keys[[11, 2, 2]]), windows[[11, 2, 2]])
     for others in ([3], [12], [2, 0]):

@@ -21,7 +21,7 @@ from bigdssm.features import Ragged
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.hard_negatives import HardNegatives, window_records, write_mined
-from bigdssm.retrieval.mining import mine_to_file
+from bigdssm.retrieval.mining import gather_mined, mine
 from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.retrieval.shards import ShardWork
 from bigdssm.retrieval.texts import Texts
@@ -33,7 +33,8 @@ from tests.unit.retrieval.test_tools import Tools, tools  # noqa: F401, fixtures
 def mined(model: DualEncoder, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Windows of all train queries; some places of them hold nothing."""
     path = tmp_path_factory.mktemp("mined") / "mined.npy"
-    found = mine_to_file(path, tower_encoders(model, dataset), dataset, first=1, last=5, margin=-5.0)
+    own = mine(tower_encoders(model, dataset), dataset, first=1, last=5, margin=-5.0)
+    found = gather_mined(path, own, dataset)
     assert 0 < (found.windows(found.queries) < 0).mean() < 0.9
     return path
 
