@@ -66,7 +66,7 @@ class TinyDataset:
 @pytest.fixture(autouse=True)
 def bf16_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let bfloat16 be computed on every machine, slowly on some: its results are tested on all of them."""
-    monkeypatch.setattr("bigdssm.models.precision.has_bf16", lambda: True)
+    monkeypatch.setattr("bigdssm.losses.precision.has_bf16", lambda: True)
 
 
 class QuietServer(ThreadingHTTPServer):

@@ -22,7 +22,7 @@ from bigdssm.cli import ProgressBar, at_least, command
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.pretrained import text_encoders
-from bigdssm.models.precision import takes_bf16
+from bigdssm.losses.precision import takes_bf16
 from bigdssm.retrieval.embed import Encoders, encode_in_bf16, tower_encoders
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork
 from bigdssm.retrieval.teacher_vectors import write_teacher

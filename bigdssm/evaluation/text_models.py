@@ -21,7 +21,7 @@ from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.pretrained import check_encoder, text_encoders
 from bigdssm.evaluation.teachers import Bm25Teacher
-from bigdssm.models.precision import takes_bf16
+from bigdssm.losses.precision import takes_bf16
 from bigdssm.retrieval.embed import Encoders
 from bigdssm.retrieval.texts import Texts
 

@@ -25,7 +25,8 @@ from bigdssm.loader.batch import lengths_of
 from bigdssm.loader.chunks import Chunked
 from bigdssm.loader.collate import Collator
 from bigdssm.loader.step_plan import NOTHING_PACKED, agreed_plan, plan_side
-from bigdssm.models import DualEncoder, Encoded, Values, precision
+from bigdssm.losses import precision
+from bigdssm.models import DualEncoder, Encoded, Values
 from bigdssm.models.dual_encoder import document_head, query_head
 from bigdssm.utils.log import Progress, no_progress
 

@@ -140,7 +140,7 @@ class StartPoint:
 
     @property
     def precision(self) -> dict[str, str] | None:
-        """The precision that the run began with (see models/precision.py)."""
+        """The precision that the run began with (see losses/precision.py)."""
         return None if self.checkpoint is None else self.checkpoint.state.get("precision")
 
     def reader(self, model: DualEncoder) -> TensorReader | None:

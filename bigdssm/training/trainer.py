@@ -24,8 +24,8 @@ from bigdssm.config import Config, StageName
 from bigdssm.errors import Preempted
 from bigdssm.loader.batch import Batch
 from bigdssm.loader.row_stream import RowStream
+from bigdssm.losses.precision import saved_precision, settle_precision
 from bigdssm.models import DualEncoder
-from bigdssm.models.precision import saved_precision, settle_precision
 from bigdssm.training.batches import BatchMaker, read_batches
 from bigdssm.training.checks import initial_model
 from bigdssm.training.encoding import RandomState

@@ -118,7 +118,7 @@ def _serve(rank: int, world_size: int, rendezvous: str, tasks: Any, results: Any
     import torch
     import torch.distributed as dist
 
-    from bigdssm.models import precision
+    from bigdssm.losses import precision
 
     precision.has_bf16 = lambda: True  # as tests/conftest.py does in the test's own process
     torch.set_num_threads(1)

@@ -13,8 +13,8 @@ from torch import nn
 
 import bigdssm
 from bigdssm.config import EngineConfig
+from bigdssm.losses import precision
 from bigdssm.losses.kernels import product_precision
-from bigdssm.models import precision
 from bigdssm.retrieval.embed import encode_in_bf16
 from tests.distributed import small_run
 from tests.distributed.spawn import run_ranks

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigdssm.losses import precision
 from bigdssm.losses.inputs import WANTS_ALPHA, WANTS_BETA, WANTS_U, WANTS_W, LossInputs
 from bigdssm.losses.kernels.columns import Columns, Tile
 from bigdssm.losses.masks import FalseNegatives, MaskMatrix, MaskPairs
-from bigdssm.models import precision
 
 # coordinates cost about 64 bytes an entry while they are made, the dense mask one byte per entry of the block
 _DENSE_FROM = 1 / 32
