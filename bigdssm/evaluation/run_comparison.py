@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cluster.metrics import CONFIG_FILE, metric_label, read_stage, selecting, stage_folders
+from bigdssm.cluster.metrics import CONFIG_FILE, flat, metric_label, read_stage, selecting, stage_folders
 from bigdssm.cluster.run_folder import read_events
 from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset
@@ -63,7 +61,7 @@ def compare(
     systems, reason = _measured(pair, split, data, progress)
     return Comparison(
         stage=pair[0].name,
-        config=_differing(*(_flat(yaml.safe_load((f / CONFIG_FILE).read_text(encoding="utf-8"))) for f in pair)),
+        config=_differing(*map(_config, pair)),
         versions=_differing(*map(_versions, pair)),
         data=_differing(*map(_data, pair)),
         course=_side_by_side(*map(_course, pair)),
@@ -92,6 +90,11 @@ def _measured(
     except BigDSSMError as error:
         return None, str(error)
     return (found[0], found[1]), ""
+
+
+def _config(folder: Path) -> dict[str, str]:
+    content = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    return {key: str(value) for key, value in flat(content, ".").items()}
 
 
 def _versions(folder: Path) -> dict[str, str]:
@@ -134,15 +137,3 @@ def _differing(a: dict[str, str], b: dict[str, str]) -> list[Differing]:
 
 def _side_by_side(a: dict[str, str], b: dict[str, str]) -> list[Differing]:
     return [Differing(key, a.get(key, ABSENT), b.get(key, ABSENT)) for key in {**a, **b}]
-
-
-def _flat(content: Any) -> dict[str, str]:
-    return dict(_items(content, ""))
-
-
-def _items(content: Any, key: str) -> Iterator[tuple[str, str]]:
-    if not isinstance(content, dict):
-        yield key, str(content)
-        return
-    for name, value in content.items():
-        yield from _items(value, f"{key}.{name}" if key else str(name))
