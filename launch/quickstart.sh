@@ -87,7 +87,7 @@ fi
 mkdir -p "$out"
 
 say "1/5  the data"
-run python tools/fetch_movielens.py --out "$source" ${movielens:+--movielens "$movielens"}
+run python -m tools.public_data movielens-100k --out "$source" ${movielens:+--movielens "$movielens"}
 run python tools/make_shards.py interactions --config "$config" --overwrite \
     --interactions "$source/ml-100k.inter" --items "$source/ml-100k.item" --users "$source/ml-100k.user"
 

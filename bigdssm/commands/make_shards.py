@@ -3,7 +3,6 @@
     bigdssm make_shards interactions --config F [key=value …] --interactions F --items F [--users F]
     bigdssm make_shards pairs --config F [key=value …] --pairs F [F …] [--group-column C]
     bigdssm make_shards webdataset --config F [key=value …] --shards F [F …]
-    bigdssm make_shards docstrings --config F [key=value …] [--site-packages DIR] [--packages NAME …]
 
 `--help` behind a sub-command says everything it takes. The schema comes from the config's `data` section. The dataset
 appears whole at the end. A making that was killed goes on where it was when the same command is given again over the
@@ -12,18 +11,15 @@ same files.
 
 import argparse
 import sys
-import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from bigdssm.cli import ProgressBar, refuse_options, run_main
-from bigdssm.config import load_config
 from bigdssm.errors import ConfigError
 from bigdssm.ingest.api import EngineName, make_dataset
 from bigdssm.ingest.engines.spark import PREFIX
 from bigdssm.ingest.job import IngestReport
-from bigdssm.ingest.public.docstrings import write_functions
 from bigdssm.utils.urls import is_url
 
 
@@ -125,18 +121,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--shards", dest="pairs", type=_table, nargs="+", required=True, help=".tar, also .tar.gz …")
     _add_pair_options(sub)
 
-    sub = commands.add_parser(
-        "docstrings",
-        parents=[common],
-        help="docstring → source of the functions of installed packages, which are parsed and never imported",
-    )
-    sub.set_defaults(run=_docstrings)
-    sub.add_argument("--site-packages", type=Path, default=Path(sysconfig.get_path("purelib")), help="(%(default)s)")
-    sub.add_argument("--packages", nargs="+", default=(), help="only these (default: all)")
-    sub.add_argument("--max-per-package", type=int, default=0, help="functions of each (default: all)")
-    sub.add_argument("--table", type=Path, help=".jsonl.gz for the functions (default: beside the dataset)")
-    _add_beir(sub)
-    _add_fractions(sub, "packages")
     return parser
 
 
@@ -222,17 +206,6 @@ def _pairs(args: argparse.Namespace) -> None:
         dedup=args.dedup,
         **_moments(args),
     )
-
-
-def _docstrings(args: argparse.Namespace) -> None:
-    out = args.out or load_config(args.config, args.overrides).data.dir
-    if args.table is None and is_url(out):
-        raise ConfigError(f"--out {out} is a URL: say with --table where the functions are kept")
-    table = args.table or Path(out).with_name(f"{Path(out).name}.jsonl.gz")
-    with ProgressBar() as progress:
-        count = write_functions(args.site_packages, table, args.packages, args.max_per_package, args.seed, progress)
-    print(f"{table}: {count:,} functions")
-    _make(args, pairs=table, doc_id_column="name", split_column="package", beir=args.beir)
 
 
 def _make(args: argparse.Namespace, **tables: Any) -> None:

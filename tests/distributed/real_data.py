@@ -20,7 +20,7 @@ from bigdssm.errors import DataError
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
-from bigdssm.ingest.public.movielens_100k import fetch_movielens, has_tables
+from tools.public_data.movielens_100k import fetch_movielens, has_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_PACKAGES = 3000

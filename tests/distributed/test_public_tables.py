@@ -10,7 +10,7 @@ from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestTarget
-from bigdssm.ingest.public.make import make_tables
+from tools.public_data.tables import make_tables
 
 from . import real_data
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 from webdataset import TarWriter
 
@@ -83,47 +82,6 @@ def test_pairs_from_the_command_line(tiny_pairs: Any, tmp_path: Path, capsys: An
     with pytest.raises(SystemExit) as caught:
         main(pairs_command(tiny_pairs, tmp_path / "o2", "--no-such-option"))
     assert caught.value.code == 2 and not (tmp_path / "o2").exists()
-
-
-FUNCTION = '''
-def {0}_{1}(basket):
-    """Return what the {0} holds of {1} things.{2}"""
-    held = basket["{0}"]
-    return [thing for thing in held if thing == "{1}"]
-'''
-
-
-def test_docstrings_of_packages_from_the_command_line(tmp_path: Path, capsys: Any) -> None:
-    site, names = tmp_path / "site", [f"package{n:02d}" for n in range(24)]
-    for name in names:
-        (site / name).mkdir(parents=True)
-        functions = "".join(FUNCTION.format(name, kind, "") for kind in ("small", "large", "round"))
-        (site / name / "__init__.py").write_text(f'raise RuntimeError("{name} was run")\n{functions}')
-    (site / names[0] / "strange.py").write_text(FUNCTION.format("strange", "half", " \\ud800"))  # half a character
-    (site / names[1] / "broken.py").write_text("def broken(:\n")
-    (site / names[2] / "latin.py").write_bytes(b'"""\xe4"""\n' + FUNCTION.format("latin", "old", "").encode())
-    (site / names[3] / "again.py").write_text(FUNCTION.format(names[0], "small", ""))  # another package's
-    command = [
-        "docstrings", "--config", str(ROOT / "configs/docstrings.yaml"), "model.query.text.init=null",
-        "data.tokenizer.vocab_size=200", f"data.dir={tmp_path / 'out'}", "--site-packages", str(site),
-        "--test-fraction", "0.2", "--validation-fraction", "0.2", "--beir", str(tmp_path / "beir"),
-    ]  # fmt: skip
-    assert tool("make_shards").main(command) == 0
-    said = capsys.readouterr().out
-    assert f"{tmp_path / 'out.jsonl.gz'}: 73 functions" in said and "73 documents" in said and "bad rows" not in said
-    dataset = Dataset.open(tmp_path / "out")
-    packages = {}
-    for split in ("train", "validation", "test"):
-        docs = np.concatenate([rows.doc_rows for rows in dataset.iterate(split, 100)])
-        packages[split] = {name.split(".")[0] for name in dataset.catalogue.title(docs)}
-    assert all(packages.values()) and sum(map(len, packages.values())) == len(names), "a package is in one split"
-    assert set.union(*packages.values()) == set(names)
-    assert len((tmp_path / "beir/corpus.jsonl").read_text().splitlines()) == 73
-    fewer = [*command, "--overwrite", "--max-per-package", "1", "--packages", *names[:12]]
-    assert tool("make_shards").main(fewer) == 0
-    assert sum(Dataset.open(tmp_path / "out").num_rows(split) for split in packages) == 12
-    assert tool("make_shards").main([*command, "--overwrite", "--packages", "package77"]) == 3
-    assert "holds no package 'package77'" in capsys.readouterr().err
 
 
 def test_what_is_not_there_is_named(tiny_pairs: Any, tmp_path: Path, capsys: Any) -> None:

@@ -15,14 +15,14 @@ from bigdssm.cluster.launcher import run_command
 
 def test_what_it_said_and_took_is_kept(tmp_path: Path) -> None:
     log = tmp_path / "made" / "log"
-    ended = run_command(log, "fetch_movielens", "--help")
+    ended = run_command(log, "inspect_shards", "--help")
     ended.check()
     once = log.read_text()
-    assert "--out" in once and ended.seconds > 0 and ended.cpu_seconds > 0.01
+    assert "--verify" in once and ended.seconds > 0 and ended.cpu_seconds > 0.01
     with pytest.raises(subprocess.CalledProcessError, match="returned non-zero exit status 2") as failed:
-        run_command(log, "fetch_movielens", "--nonsense").check()
+        run_command(log, "inspect_shards", "--nonsense").check()
     assert failed.value.cmd[-1] == f"# see {log}"
-    assert log.read_text().startswith(once) and "are required: --out" in log.read_text()
+    assert log.read_text().startswith(once) and "are required: dataset" in log.read_text()
 
 
 def test_it_is_looked_at_and_ends_with_who_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """What pretraining on other pairs is worth where a task has few labels of its own.
 
-    python tools/bench/bench_few_labels.py medquad --source ../shared/data --out few_labels.json     # 25 CPU-minutes
-    python tools/bench/bench_few_labels.py similar-packages --source ../shared/data --out similar.json     # 15
+    python -m tools.bench.bench_few_labels medquad --source ../shared/data --out few_labels.json     # 25 CPU-minutes
+    python -m tools.bench.bench_few_labels similar-packages --source ../shared/data --out similar.json     # 15
 
 A small BERT of random weights is pretrained with FPS on pairs of which there is much. With 50, 200, 1,000 and all
 labels of the task the pretrained model is fine-tuned, and one of random weights is trained as long. All rank all
@@ -35,10 +35,10 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.evaluation.comparison import System, save_comparison
 from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.evaluation.metrics import means
-from bigdssm.ingest.public.debian import read_build_depends
 from bigdssm.ingest.sources.files import LocalFile
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.utils.hashing import hash64
+from tools.public_data.debian import read_build_depends
 
 # Facets of debtags that do not say what a package is for.
 NO_PURPOSE = ("role", "implemented-in", "interface", "uitoolkit", "suite", "x11", "scope", "made-of")

@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("task", choices=sorted(TASKS))
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--pairs", type=Path, help="JSONL (.xz) with synopsis and description")
-    data.add_argument("--movielens", type=Path, help="folder with ml-100k.inter and .item (tools/fetch_movielens.py)")
+    data.add_argument("--movielens", type=Path, help="folder with ml-100k.inter and .item, of tools.public_data")
     parser.add_argument("--ranks", type=at_least(1), default=1)
     parser.add_argument("--rows", type=at_least(1), default=2048, help="global batch")
     parser.add_argument("--max-tokens", type=at_least(3), default=64, help="of queries and documents")

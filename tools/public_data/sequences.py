@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from bigdssm.ingest.public.files import PublicFile, PublicTable, check_file, public_data_error, require_folder
+from tools.public_data.files import PublicFile, PublicTable, check_file, public_data_error, require_folder
 
 EVENTS = ("user_id", "item_id", "position")
 S3REC_FILES = ("sequences.txt", "Beauty.txt", "Sports_and_Outdoors.txt", "Toys_and_Games.txt")

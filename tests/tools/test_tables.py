@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from bigdssm.commands.make_shards import main as make_shards
-from bigdssm.commands.make_tables import main
 from bigdssm.dataset.schema import Schema
+from tools.public_data.__main__ import main
 
 BEAUTY = "u1 a b c\nu2 b a\n"
 BEAUTY_ATTRIBUTES = {"a": [7, "x"], "c": [], "z": [9]}

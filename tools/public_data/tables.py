@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigdssm.errors import DataError
-from bigdssm.ingest.public.debian import KIND, read_build_depends
-from bigdssm.ingest.public.files import PublicTable, Reader
-from bigdssm.ingest.public.movielens import read_movielens_1m, read_movielens_latest
-from bigdssm.ingest.public.sequences import read_s3rec, read_sasrec
 from bigdssm.utils.atomic import new_file
+from tools.public_data.debian import KIND, read_build_depends
+from tools.public_data.files import PublicTable, Reader
+from tools.public_data.movielens import read_movielens_1m, read_movielens_latest
+from tools.public_data.sequences import read_s3rec, read_sasrec
 
 READERS: dict[str, Reader] = {
     "sasrec": read_sasrec,

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
-from bigdssm.ingest.public.files import PublicFile, PublicTable, find
 from bigdssm.utils.hashing import hash64
+from tools.public_data.files import PublicFile, PublicTable, find
 
 KIND = "debian-build-depends"
 COLUMNS = ("query_id", "query_description", "query_section", "doc_id", "doc_description", "doc_section")
