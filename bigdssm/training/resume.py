@@ -108,12 +108,12 @@ class StageProgress:
     validations_since_best: int = 0
     validated_at: int = -1
     history: list[dict[str, Any]] = field(default_factory=list)  # every validation
-    # Where the present part began, the run having gone on over new partitions: steps and schedule count from there.
+    # Beginning of the present part, which new partitions began: steps and schedule count from there.
     part_step: int = 0
     part_applied: int = 0
 
     def begin_part(self) -> None:
-        """Begin a new part here; validations are then over other rows, so that none so far compares with them."""
+        """Begin a new part: its validations are over other rows, so that earlier ones do not compare."""
         self.part_step, self.part_applied = self.step, self.applied
         self.best, self.best_step, self.validations_since_best, self.validated_at = float("-inf"), self.step, 0, -1
 
@@ -141,7 +141,7 @@ class StartPoint:
     @property
     def precision(self) -> dict[str, str] | None:
         """The precision that the run began with (see losses/precision.py)."""
-        return None if self.checkpoint is None else self.checkpoint.state.get("precision")
+        return None if self.checkpoint is None else self.checkpoint.state["precision"]
 
     def reader(self, model: DualEncoder) -> TensorReader | None:
         """Return a reader of the checkpoint's tensors, with the new rows of a new `model` in a new part."""
@@ -181,7 +181,7 @@ def find_start(config: Config, name: StageName, store: CheckpointStore, stream: 
     shorter.
     """
     checkpoint = store.newest_good() if resume else None
-    run_id = run_identity(config.stage_dir(name), None if checkpoint is None else checkpoint.state.get("run_id"))
+    run_id = run_identity(config.stage_dir(name), None if checkpoint is None else checkpoint.state["run_id"])
     if checkpoint is None:
         return StartPoint(run_id, StageProgress())
     _check_origin(checkpoint, run_id, config, name)
@@ -217,7 +217,7 @@ def _check_written_config(path: Path, config: Config, name: StageName) -> None:
 def _check_origin(checkpoint: ReadCheckpoint, run_id: str, config: Config, name: StageName) -> None:
     """Raise CheckpointError unless this run has written `checkpoint`, and with a config that `config` may follow."""
     fix = "move it out of the folder, or choose another run.dir"
-    theirs = checkpoint.state.get("run_id", run_id)  # absent: from before runs had an identity
+    theirs = checkpoint.state["run_id"]
     if theirs != run_id:
         raise CheckpointError(
             f"checkpoint {checkpoint.path} was written by another run ({theirs}, in "

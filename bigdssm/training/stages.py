@@ -72,7 +72,7 @@ def run_stage(
     stop = stop or StopRequest()
     init_process_group()
     lock = FolderLock(folder)
-    with ExitStack() as after:  # what ends behind the watchdog's back, such as trackers that upload
+    with ExitStack() as after:  # closed after the watchdog has ended: trackers may upload for long
         watchdog = Watchdog(
             config.engine.peer_timeout_s, launcher or Launcher(), folder / STOP_FILE, lock.end, stop.ask
         )
