@@ -7,7 +7,7 @@ import os
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Number
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from omegaconf import MISSING
 
@@ -16,6 +16,10 @@ from bigdssm.features import Feature
 from bigdssm.features.base import FEATURES
 from bigdssm.features.history import histories_of
 from bigdssm.utils.bounds import bounded
+from bigdssm.utils.components import Registry, component
+
+if TYPE_CHECKING:
+    import torch
 
 StageName = Literal["pretrain", "sft"]
 DEFAULT_CACHE_BYTES = 50 * 1024**3
@@ -222,19 +226,34 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """An optimizer, linear warm-up and a cosine to `final_lr_ratio`; the schedule counts applied steps."""
+    """The keys of every optimizer; linear warm-up and a cosine to `final_lr_ratio`, by applied steps.
 
-    # Or muon, for matrices with AdamW for the rest (engine.zero_stage=0), or one that training.optimizers was given.
-    name: str = "adamw"
+    A kind of optimizer is a subclass with keys of its own, registered in OPTIMIZERS.
+    """
+
+    whole_tensors: ClassVar[bool] = False  # it needs parameters as they are: ZeRO 1 to 3 would give it flat pieces
+
+    name: str = MISSING  # adamw; muon, for matrices with AdamW for the rest (engine.zero_stage=0); or one from outside
     lr: float = bounded(1e-3, 0, 10)
     embedding_lr_ratio: float = bounded(1.0, 0, 1_000_000)  # learning rate of embedding tables over lr
     weight_decay: float = bounded(0.01, 0, 10)  # matrices only: not biases, norms, tables, alpha
-    betas: tuple[float, float] = bounded((0.9, 0.98), 0, below=1)
-    eps: float = bounded(1e-8, 1e-30, 1)
-    momentum: float = bounded(0.95, 0, below=1)  # of muon
     warmup_steps: int = bounded(100, 0, MAX_COUNT)  # at most half of the stage's steps are taken
     final_lr_ratio: float = bounded(0.0, 0, 1000)
     gradient_clipping: float = bounded(1.0, 0, MAX_COUNT)  # 0 turns it off
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Return the optimizer of parameter groups, each with params, lr, weight_decay, `name` and `base_lr`."""
+        raise NotImplementedError
+
+    def state_of(self, group: str) -> tuple[str, ...]:
+        """Return the names of the tensors that it keeps of a parameter in a group, each of the parameter's shape.
+
+        Beside these it may keep one number, `step`. Checkpoints and estimates go by these names.
+        """
+        raise NotImplementedError
+
+
+OPTIMIZERS: Registry[OptimizerConfig] = Registry("an optimizer", "name", home="bigdssm.training.optimizers")
 
 
 @dataclass(frozen=True)
@@ -269,7 +288,7 @@ class StageConfig:
     """One stage of training."""
 
     loss: LossConfig = field(default_factory=LossConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = component(OPTIMIZERS, "adamw")
     rows_global: int = bounded(1024, 1, MAX_ROWS)
     epochs: float = bounded(1.0, 0, 100_000)
     steps: int = bounded(0, 0, MAX_COUNT)  # 0: as many as `epochs` says

@@ -10,11 +10,11 @@ from types import UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from bigdssm.errors import ConfigError
-from bigdssm.utils.components import first_line
+from bigdssm.utils.components import REGISTRY, first_line
 
 Kind = TypeVar("Kind")
 
@@ -37,7 +37,9 @@ def read_yaml(path: Path, needs: str) -> DictConfig:
 def as_kind(path: Path, kind: type[Kind], *contents: Any) -> Kind:
     """Return `contents`, later ones over earlier, as the dataclass `kind`. Raises ConfigError: which key is wrong."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(kind), *contents)
+        schema = OmegaConf.structured(kind)
+        _name_components(path, schema, kind, OmegaConf.merge({}, *contents))
+        merged = OmegaConf.merge(schema, *contents)
         if missing := sorted(OmegaConf.missing_keys(merged)):
             raise ConfigError(f"{path}: required key {missing[0]} is missing; give it a value")
         return cast(Kind, OmegaConf.to_object(merged))
@@ -47,6 +49,43 @@ def as_kind(path: Path, kind: type[Kind], *contents: Any) -> Kind:
         raise ConfigError(f"{path}: unknown key {error.full_key}: {found}{meant}") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error.full_key or kind.__name__.lower()}: {first_line(error)}") from None
+
+
+def _name_components(path: Path, schema: DictConfig, kind: Any, given: Any, prefix: str = "") -> None:
+    """Declare in `schema` the components that `given` names. Raises ConfigError: one is unknown, or its block wrong."""
+    if not isinstance(given, DictConfig) or given._is_interpolation() or given._is_none():
+        return
+    hints = get_type_hints(kind)
+    for f in fields(kind):
+        key, block = f"{prefix}{f.name}", given._get_node(f.name)
+        if not isinstance(block, DictConfig) or block._is_interpolation() or block._is_none():
+            continue
+        registry, node = f.metadata.get(REGISTRY), schema._get_node(f.name)
+        assert isinstance(node, DictConfig)
+        if registry is None:
+            section = _section(hints[f.name])
+            if section is None:
+                continue
+            if node._is_none():
+                with read_write(schema):
+                    schema[f.name] = OmegaConf.structured(section)
+            _name_components(path, schema[f.name], section, block, f"{key}.")
+            continue
+        content = cast(dict[str, Any], OmegaConf.to_container(block))
+        if registry.selector in content:
+            content[registry.selector] = block[registry.selector]  # interpolated
+        try:
+            declared = registry.declaration(key, content, getattr(OmegaConf.get_type(node), registry.selector))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+        with read_write(schema):
+            schema[f.name] = OmegaConf.structured(declared)
+
+
+def _section(hint: Any) -> type | None:
+    """Return the dataclass of a field that is a section, or may be none."""
+    inner = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return next((cls for cls in inner if isinstance(cls, type) and is_dataclass(cls)), None)
 
 
 def _nearest(key: str, kind: type) -> str:
@@ -63,10 +102,8 @@ def _dotted(kind: type, prefix: str = "") -> Iterator[str]:
     hints = get_type_hints(kind)
     for f in fields(cast(Any, kind)):
         yield f"{prefix}{f.name}"
-        hint = hints[f.name]
-        for inner in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
-            if isinstance(inner, type) and is_dataclass(inner):
-                yield from _dotted(inner, f"{prefix}{f.name}.")
+        if (section := _section(hints[f.name])) is not None:
+            yield from _dotted(section, f"{prefix}{f.name}.")
 
 
 def first_difference(before: Any, now: Any, key: str = "") -> str | None:

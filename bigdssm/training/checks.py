@@ -21,7 +21,6 @@ from bigdssm.models import DualEncoder
 from bigdssm.models.encoders import text_architectures
 from bigdssm.retrieval.hard_negatives import HardNegatives
 from bigdssm.retrieval.teacher_vectors import TeacherVectors
-from bigdssm.training.optimizers import find_optimizer
 from bigdssm.training.warm_start import check_warm_start
 from bigdssm.utils.log import get_logger
 
@@ -37,7 +36,7 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
     stage = config.stage(name)
     if world_size > config.data.lanes:
         raise ConfigError(f"{world_size} ranks, but data.lanes={config.data.lanes}: use at least one lane per rank")
-    if find_optimizer(stage.optimizer.name).whole_tensors and config.engine.zero_stage > 0:
+    if stage.optimizer.whole_tensors and config.engine.zero_stage > 0:
         raise ConfigError(
             f"engine.zero_stage: got {config.engine.zero_stage}, needs 0 with {name}.optimizer.name="
             f"{stage.optimizer.name}, which works on whole matrices: ZeRO 1 to 3 give each rank flat pieces of them"

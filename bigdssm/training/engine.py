@@ -36,7 +36,7 @@ from bigdssm.models import (
     use_plain_attention,
 )
 from bigdssm.training import portable
-from bigdssm.training.optimizers import build_optimizer, find_optimizer
+from bigdssm.training.optimizers import build_optimizer
 from bigdssm.utils import timing
 
 COLLECTIVE_TIMEOUT_S = 1800
@@ -132,7 +132,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, rows_per_rank: int) -> None:
         self.zero_stage = config.zero_stage
-        self._state_of = find_optimizer(optimizer.name).state_of
+        self._state_of = optimizer.state_of
         self.product_dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
         self._norm = float("nan")
         if config.precision != "fp32" and not _on_device():

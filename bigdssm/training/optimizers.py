@@ -1,39 +1,61 @@
-"""Optimizers by name, parameter groups and the learning-rate schedule."""
+"""Optimizers with their keys, parameter groups and the learning-rate schedule; torch-free until one is built."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import nn
+from bigdssm.config import OPTIMIZERS, OptimizerConfig
+from bigdssm.utils.bounds import bounded
 
-from bigdssm.config import OptimizerConfig
-from bigdssm.errors import ConfigError
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
-ADAM_STATE = ("exp_avg", "exp_avg_sq")
+register_optimizer = OPTIMIZERS.register
 
 
+@register_optimizer
 @dataclass(frozen=True)
-class OptimizerKind:
-    """An optimizer by name: how it is built, and which tensors it keeps of a parameter, each of the parameter's shape.
+class AdamW(OptimizerConfig):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
 
-    Beside these it may keep one number, `step`, of a parameter. Checkpoints and estimates go by what stands here.
-    """
+    name: str = "adamw"
+    betas: tuple[float, float] = bounded((0.9, 0.98), 0, below=1)
+    eps: float = bounded(1e-8, 1e-30, 1)
 
-    build: Callable[[list[dict[str, Any]], OptimizerConfig], torch.optim.Optimizer]
-    state_of: Callable[[str], tuple[str, ...]]  # the names of its tensors in a group of `parameter_groups`
-    whole_tensors: bool = False  # it needs parameters as they are: ZeRO 1 to 3 would give it flat pieces of them
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Return AdamW; on a GPU as one kernel for many parameters, where each would have a dozen of its own."""
+        import torch
+
+        on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
+        return torch.optim.AdamW(groups, betas=self.betas, eps=self.eps, fused=on_gpu or None)
+
+    def state_of(self, group: str) -> tuple[str, ...]:
+        """Return both moments."""
+        return ("exp_avg", "exp_avg_sq")
 
 
-_OPTIMIZERS: dict[str, OptimizerKind] = {}
+@register_optimizer
+@dataclass(frozen=True)
+class Muon(AdamW):
+    """Muon (Jordan 2024) for the matrices, AdamW for the rest; with engine.zero_stage=0."""
 
+    whole_tensors: ClassVar[bool] = True
 
-def register_optimizer(name: str, kind: OptimizerKind) -> None:
-    """Make an optimizer known to configs as `optimizer.name`."""
-    _OPTIMIZERS[name] = kind
+    name: str = "muon"
+    momentum: float = bounded(0.95, 0, below=1)
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Return both as one optimizer."""
+        from bigdssm.training.muon import MuonAndAdamW
+
+        return MuonAndAdamW(groups, self.momentum, AdamW(betas=self.betas, eps=self.eps))
+
+    def state_of(self, group: str) -> tuple[str, ...]:
+        """Return Muon's momentum of matrices, else AdamW's moments."""
+        return ("momentum_buffer",) if group == "matrices" else super().state_of(group)
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -42,6 +64,8 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     The rest are biases, norms, single vectors and alpha. Every group carries `name` and `base_lr`; empty groups are
     left out. Tables are not decayed: a row that is not in the batch must not move.
     """
+    from torch import nn
+
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "tables": [], "rest": []}
     for parameter in model.parameters():
@@ -61,68 +85,18 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     ]
 
 
-def find_optimizer(name: str) -> OptimizerKind:
-    """Return the optimizer that a config names. Raises ConfigError: none is registered under it."""
-    if name not in _OPTIMIZERS:
-        raise ConfigError(
-            f"optimizer.name: got {name}, needs one of {', '.join(_OPTIMIZERS)}, or an optimizer whose module is "
-            "imported first (docs/extending.md)"
-        )
-    return _OPTIMIZERS[name]
-
-
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Return the optimizer that `config` names, over `parameter_groups`."""
-    return find_optimizer(config.name).build(parameter_groups(model, config), config)
+    return config.build(parameter_groups(model, config))
 
 
 def state_size(model: nn.Module, config: OptimizerConfig) -> int:
     """Return how many numbers an optimizer keeps of all parameters of a model, beside the weights."""
-    kind = find_optimizer(config.name)
     return sum(
-        len(kind.state_of(group["name"])) * parameter.numel()
+        len(config.state_of(group["name"])) * parameter.numel()
         for group in parameter_groups(model, config)
         for parameter in group["params"]
     )
-
-
-class _MuonAndAdamW(torch.optim.Optimizer):
-    """Muon for the matrices, AdamW for the rest, as one optimizer: groups and states are shared with both."""
-
-    def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
-        super().__init__(groups, {})
-        matrices = [group for group in self.param_groups if group["name"] == "matrices"]
-        others = [group for group in self.param_groups if group["name"] != "matrices"]
-        self._both: list[torch.optim.Optimizer] = []
-        if matrices:
-            # its rate is scaled to what AdamW's would do to a matrix, so that one lr fits both
-            muon = torch.optim.Muon(matrices, momentum=config.momentum, adjust_lr_fn="match_rms_adamw")
-            self._both.append(muon)
-        if others:
-            self._both.append(_adamw(others, config))
-        for optimizer in self._both:
-            optimizer.state = self.state
-        self.param_groups = [group for optimizer in self._both for group in optimizer.param_groups]
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Take one step of both."""
-        for optimizer in self._both:
-            optimizer.step()
-
-
-def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
-    """Return AdamW; on a GPU as one kernel for many parameters, where each would have a dozen of its own."""
-    on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
-    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=on_gpu or None)
-
-
-register_optimizer("adamw", OptimizerKind(_adamw, lambda group: ADAM_STATE))
-register_optimizer(
-    "muon",
-    OptimizerKind(
-        _MuonAndAdamW, lambda group: ("momentum_buffer",) if group == "matrices" else ADAM_STATE, whole_tensors=True
-    ),
-)
 
 
 def warmup_steps(total_steps: int, config: OptimizerConfig) -> int:

@@ -26,7 +26,7 @@ from bigdssm import distributed
 from bigdssm.checkpoints.shares import TensorPiece, even_share
 
 StateOf = Callable[[str], tuple[str, ...]]
-"""The names of the tensors that the optimizer keeps of a parameter in a group, see `optimizers.OptimizerKind`."""
+"""The names of the tensors that the optimizer keeps of a parameter in a group, see `OptimizerConfig.state_of`."""
 
 
 def own_pieces(engine: Any, zero_stage: int, state_of: StateOf) -> Iterator[TensorPiece]:

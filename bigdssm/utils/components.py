@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from importlib import import_module
 from typing import Any, Generic, TypeVar, cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bigdssm.errors import ConfigError
@@ -55,35 +55,35 @@ class Registry(Generic[C]):
             )
         return self.classes[name]
 
-    def node(self, key: str, content: Any, default: str | None = None) -> DictConfig:
-        """Return a block as the declaration of the component that it names, interpolations unresolved.
+    def declaration(self, key: str, content: Any, default: str | None = None) -> type[C]:
+        """Return the class of the component that a block names, all of whose keys it has.
 
         Raises ConfigError: `key` names the block.
         """
         if not isinstance(content, dict):
-            raise ConfigError(
-                f"{key}: got {content!r}, needs {self.noun} such as {{{self.selector}: {self.names()[0]}}}"
-            )
+            example = f"{{{self.selector}: {self.names()[0]}}}"
+            raise ConfigError(f"{key}: got {content!r}, needs {self.noun} such as {example}")
         cls = self.find(content.get(self.selector, default), key)
         declared = keys_of(cls)
-        given = {name: value for name, value in content.items() if name != self.selector or name in declared}
-        for name in given:
-            if name not in declared:
+        for name in content:
+            if name not in (*declared, self.selector):
                 near = difflib.get_close_matches(str(name), declared, 1)
                 meant = f"; did you mean {near[0]}?" if near else ""
                 raise ConfigError(
                     f"unknown key {_dotted(key, name)}: {getattr(cls, self.selector)} has {', '.join(declared)}{meant}"
                 )
-        if missing := sorted(OmegaConf.missing_keys(given)):  # which a merge leaves at their defaults
-            raise ConfigError(f"{_dotted(key, missing[0])} is missing ('???'); give it a value")
-        try:
-            return cast(DictConfig, OmegaConf.merge(OmegaConf.structured(cls), given))
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{_dotted(key, error.full_key)}: {first_line(error)}") from None
+        return cls
 
     def read(self, key: str, content: Any) -> C:
         """Return the component of a block whose values are data. Raises ConfigError: `key` names it."""
-        made = cast(C, OmegaConf.to_object(self.node(key, literal(content))))
+        cls = self.declaration(key, content)
+        given = {name: literal(value) for name, value in content.items() if name in keys_of(cls)}
+        if missing := sorted(OmegaConf.missing_keys(given)):  # which a merge leaves at their defaults
+            raise ConfigError(f"{_dotted(key, missing[0])} is missing ('???'); give it a value")
+        try:
+            made = cast(C, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), given)))
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{_dotted(key, error.full_key)}: {first_line(error)}") from None
         for name, got, needed in out_of_bounds(made, key):
             raise ConfigError(f"{name}: got {got}, needs {needed}")
         return made
@@ -91,6 +91,12 @@ class Registry(Generic[C]):
 
 def _dotted(key: str, name: Any) -> str:
     return f"{key}.{name}" if key else f"{name}"
+
+
+def component(registry: Registry[C], default: str) -> C:
+    """Return a dataclass field that is one of the registered components."""
+    made: C = field(default_factory=lambda: registry.find(default, "")(), metadata={REGISTRY: registry})
+    return made
 
 
 def keys_of(cls: Any) -> list[str]:

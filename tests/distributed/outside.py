@@ -16,6 +16,7 @@ from pyarrow.orc import ORCFile
 from torch import Tensor, from_numpy, nn, optim
 
 from bigdssm.checkpoints.model_folder import ModelFolder
+from bigdssm.config import OptimizerConfig
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.metrics import register_metric
 from bigdssm.export.formats import ExportFormat, Parity, Probe, largest_difference, register_export
@@ -30,7 +31,8 @@ from bigdssm.models.encoders import Encoder, Parts, encodes
 from bigdssm.retrieval.embed import document_vectors, query_vectors
 from bigdssm.retrieval.index_types import AllowedDocuments, IndexBackend, register_index
 from bigdssm.retrieval.vectors import CodedVectors
-from bigdssm.training.optimizers import OptimizerKind, register_optimizer
+from bigdssm.training.optimizers import register_optimizer
+from bigdssm.utils.bounds import bounded
 
 
 def angle_input(feature, values, exported):  # type: ignore[no-untyped-def]
@@ -124,13 +126,20 @@ class Cubed(PairTerm):
 
 register_loss("cubed", Cubed)
 
-register_optimizer(
-    "heavy_ball",
-    OptimizerKind(
-        lambda groups, config: optim.SGD(groups, lr=config.lr, momentum=config.momentum),
-        lambda group: ("momentum_buffer",),
-    ),
-)
+
+@register_optimizer
+@dataclass(frozen=True)
+class HeavyBall(OptimizerConfig):
+    """Stochastic gradient descent with momentum (Polyak 1964)."""
+
+    name: str = "heavy_ball"
+    friction: float = bounded(0.1, above=0, at_most=1)  # one less the momentum
+
+    def build(self, groups: list[dict[str, Any]]) -> optim.Optimizer:
+        return optim.SGD(groups, momentum=1 - self.friction)
+
+    def state_of(self, group: str) -> tuple[str, ...]:
+        return ("momentum_buffer",)
 
 
 class OrcSource(FileSource):

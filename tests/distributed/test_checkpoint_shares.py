@@ -18,8 +18,9 @@ from bigdssm.checkpoints import shares
 from bigdssm.checkpoints.checkpoint import open_whole
 from bigdssm.checkpoints.shares import TensorPiece, even_share
 from bigdssm.checkpoints.store import CheckpointStore
-from bigdssm.config import EngineConfig, OptimizerConfig
+from bigdssm.config import EngineConfig
 from bigdssm.errors import BigDSSMError
+from bigdssm.training.optimizers import AdamW
 
 from . import small_run
 from .spawn import Pool
@@ -110,7 +111,7 @@ def one_step(
         newest = store.newest_good()
         if newest is not None:
             model.load_state_dict(newest.reader().weights())
-        engine = Engine(model, EngineConfig(zero_stage=zero_stage), OptimizerConfig(), 1)
+        engine = Engine(model, EngineConfig(zero_stage=zero_stage), AdamW(), 1)
         if newest is not None:
             engine.restore(newest.reader(), newest.step)
         begin = [piece.on_host(copy=True) for piece in engine.own_pieces()]

@@ -169,7 +169,7 @@ def test_a_type_of_features_goes_all_the_way(case: str, outside_pools: dict[int,
         stage = {
             "loss": {"name": "cubed", "margin": 0.5},
             "validation_metric": "hr_at_1",
-            "optimizer": {"name": "heavy_ball", "lr": 0.02},
+            "optimizer": {"name": "heavy_ball", "lr": 0.02, "friction": 0.2},
         }
     (found,) = outside_pools[1].run(go_all_the_way, tmp_path, feature, value, source, stage, index)
     assert 0 <= found["validation"]["hr_at_1"] <= found["validation"]["hr_at_10"]

@@ -24,6 +24,7 @@ from bigdssm.loader.step_plan import TokenBudget, plan_step
 from bigdssm.losses import LossOutput, fps_loss
 from bigdssm.models import DualEncoder, Encoded, new_model, use_packing
 from bigdssm.retrieval import embed
+from bigdssm.training.optimizers import AdamW
 from tests.packing import within_rows
 
 from . import small_run
@@ -159,7 +160,7 @@ def new_engine(case: Case, dropout: float) -> tuple[Any, Any]:
         use_packing(model, within_rows)
         assert model.packs(training=True) == ({"words", "history"}, {"words"})
     budget = TokenBudget.of(config, model.packs(training=True))
-    return Engine(model, config, OptimizerConfig(gradient_clipping=CLIPPING), 1), budget
+    return Engine(model, config, AdamW(gradient_clipping=CLIPPING), 1), budget
 
 
 def one_step(engine: Any, batch: Batch, budget: TokenBudget) -> Any:
@@ -272,7 +273,7 @@ def waits(rank: int, world_size: int, stage: int, chunk_tokens: int) -> tuple[in
     from bigdssm.training.engine import Engine
 
     config = EngineConfig(zero_stage=stage, chunk_tokens=chunk_tokens)
-    engine = Engine(small_model(0.0), config, OptimizerConfig(gradient_clipping=CLIPPING), 1)
+    engine = Engine(small_model(0.0), config, AdamW(gradient_clipping=CLIPPING), 1)
     assert len(engine.deepspeed.optimizer.param_groups) > 1
     for step in range(4):  # DeepSpeed's timer begins with the third
         with mock.patch.object(get_accelerator(), "synchronize") as synchronize, Reads() as reads:

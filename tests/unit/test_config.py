@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ import numpy as np
 import pytest
 import yaml
 
-from bigdssm.config import OptimizerConfig, config_of, first_difference, load_config
+from bigdssm.config import config_of, first_difference, load_config
 from bigdssm.errors import ConfigError
+from bigdssm.training.optimizers import AdamW, Muon
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -42,7 +45,7 @@ def path(tmp_path: Path) -> Path:
         ({"steps": -1}, "pretrain.steps: got -1, needs at least 0"),
         ({"steps": "two"}, "Config: pretrain.steps: .*two"),
         ({"steps": object()}, "Config: .* is no text, number, list or mapping"),
-        ({"optimizer": OptimizerConfig(lr=float("nan"))}, "pretrain.optimizer.lr: got nan, needs a finite number"),
+        ({"optimizer": AdamW(lr=float("nan"))}, "pretrain.optimizer.lr: got nan, needs a finite number"),
     ],
 )
 def test_a_config_of_python_callers_is_checked_as_a_file_is(path: Path, given: dict[str, Any], sentence: str) -> None:
@@ -290,3 +293,29 @@ def test_first_difference_names_the_deepest_key() -> None:
     a = {"x": {"y": {"z": 1}, "same": [1]}}
     assert first_difference(a, {"x": {"y": {"z": 2}, "same": [1]}}) == "x.y.z was 1, is 2"
     assert first_difference(a, a) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("pretrain.optimizer.momentum=0.5", "unknown key pretrain.optimizer.momentum: adamw has name, lr, "),
+        ("pretrain.optimizer.beta=[0.9, 0.9]", "did you mean betas?"),
+        ("sft.optimizer.name=adamv", "sft.optimizer.name: got adamv, needs one of adamw, muon, or an optimizer"),
+        ("pretrain.optimizer.name=null", "pretrain.optimizer.name: got None"),
+        ("pretrain.optimizer.name=${nobody}", "pretrain.optimizer.name: Interpolation key 'nobody' not found"),
+    ],
+)
+def test_an_optimizer_has_keys_of_its_own(path: Path, override: str, reason: str) -> None:
+    muon = load_config(path, ["sft.optimizer={name: muon, momentum: 0.5}", "sft.optimizer.lr=${pretrain.optimizer.lr}"])
+    assert muon.sft is not None and muon.pretrain.optimizer == AdamW(**asdict(muon.pretrain.optimizer))
+    assert muon.sft.optimizer == Muon(momentum=0.5, lr=muon.pretrain.optimizer.lr)
+    assert config_of(muon) == muon
+    with pytest.raises(ConfigError, match=re.escape(reason)):
+        load_config(path, [override])
+
+
+def test_reading_a_config_imports_no_torch(path: Path) -> None:
+    script = "import sys; from bigdssm.config import load_config"
+    script += f"; assert load_config({str(path)!r}, ['sft.optimizer.name=muon']).sft.optimizer.momentum == 0.95"
+    script += "; print({'torch', 'deepspeed', 'faiss'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "set()\n"

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from bigdssm.cluster.run_folder import CONSUMED, RowLog
-from bigdssm.config import EngineConfig, LossConfig, MiningConfig, OptimizerConfig, StageConfig, load_config
+from bigdssm.config import OPTIMIZERS, EngineConfig, LossConfig, MiningConfig, StageConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.distributed import free_port
 from bigdssm.errors import DataError
@@ -31,7 +31,7 @@ from bigdssm.training import engine
 from bigdssm.training.batches import BatchMaker, known_pairs, read_batches
 from bigdssm.training.encoding import RandomState
 from bigdssm.training.objective import catalogue_share, is_shared
-from bigdssm.training.optimizers import build_optimizer, parameter_groups, schedule_factor, warmup_steps
+from bigdssm.training.optimizers import AdamW, build_optimizer, parameter_groups, schedule_factor, warmup_steps
 from bigdssm.training.resume import StageProgress
 from tests.conftest import NUM_ITEMS, TinyDataset
 
@@ -48,7 +48,7 @@ class Everything(nn.Module):
 
 def test_only_matrices_decay() -> None:
     model = Everything()
-    config = OptimizerConfig(lr=0.1, embedding_lr_ratio=2.0, weight_decay=0.5)
+    config = AdamW(lr=0.1, embedding_lr_ratio=2.0, weight_decay=0.5)
     groups = {group["name"]: group for group in parameter_groups(model, config)}
     assert [id(p) for p in groups["matrices"]["params"]] == [id(model.layer.weight)]
     assert [id(p) for p in groups["tables"]["params"]] == [id(model.table.weight)]
@@ -63,7 +63,7 @@ def test_only_matrices_decay() -> None:
 
 
 def test_the_schedule_warms_up_and_falls_to_its_end() -> None:
-    config = OptimizerConfig(warmup_steps=10, final_lr_ratio=0.1)
+    config = AdamW(warmup_steps=10, final_lr_ratio=0.1)
     factors = [schedule_factor(step, 100, config) for step in range(101)]
     assert factors[:10] == sorted(factors[:10]) and factors[0] == pytest.approx(1 / 11)
     assert factors[10] == 1.0
@@ -74,7 +74,7 @@ def test_the_schedule_warms_up_and_falls_to_its_end() -> None:
 @pytest.mark.parametrize("steps", [1, 2, 3, 60, 150, 1000])
 def test_a_short_run_ends_at_the_end_of_its_schedule_too(steps: int) -> None:
     """Its warm-up is at most half of it: else the last step would have nearly the highest rate."""
-    factors = [schedule_factor(step, steps, OptimizerConfig(warmup_steps=100)) for step in range(steps + 1)]
+    factors = [schedule_factor(step, steps, AdamW(warmup_steps=100)) for step in range(steps + 1)]
     assert factors[steps] == pytest.approx(0.0 if steps > 1 else 1.0)
     assert steps < 60 or (factors[steps - 1] < 0.01 and max(factors) == 1.0)
 
@@ -262,9 +262,9 @@ def test_an_engine_without_a_launcher_compiles_nothing(tmp_path: Path) -> None:
     """DeepSpeed joins a process group by itself where none was made before."""
     code = """
 import torch
-from bigdssm.config import EngineConfig, OptimizerConfig
+from bigdssm.config import EngineConfig
 from bigdssm.training.engine import Engine
-Engine(torch.nn.Linear(2, 2), EngineConfig(), OptimizerConfig(), 1)
+Engine(torch.nn.Linear(2, 2), EngineConfig(), AdamW(), 1)
 """
     variables = {
         "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
@@ -298,10 +298,10 @@ def test_a_device_has_a_fused_optimizer_and_reductions_behind_the_backward(
             assert parameter is not None
             module._parameters[name] = There(parameter.detach(), parameter.requires_grad)
     for name in ("adamw", "muon"):
-        groups = build_optimizer(model, OptimizerConfig(name=name)).param_groups
+        groups = build_optimizer(model, OPTIMIZERS.find(name, "")()).param_groups
         assert {bool(group["fused"]) for group in groups if "betas" in group} == {device == "cuda"}
     for stage in (0, 1, 2, 3):
-        zero = engine.deepspeed_config(EngineConfig(zero_stage=stage), OptimizerConfig(), 8)["zero_optimization"]
+        zero = engine.deepspeed_config(EngineConfig(zero_stage=stage), AdamW(), 8)["zero_optimization"]
         overlapping = {"overlap_comm": True, "reduce_bucket_size": 50_000_000}
         assert zero == {"stage": stage, **(overlapping if device == "cuda" and stage else {})}
 

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from bigdssm import distributed
 from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.cli import at_least, run_main
-from bigdssm.config import EngineConfig, OptimizerConfig
+from bigdssm.config import EngineConfig
 from bigdssm.distributed import free_port
+from bigdssm.training.optimizers import AdamW
 
 WIDTH = 64
 
@@ -66,7 +67,7 @@ def _rank(rank: int, args: argparse.Namespace, folder: Path) -> None:
     from bigdssm.training.engine import Engine, init_process_group
 
     init_process_group()
-    engine = Engine(Table(args.weights), EngineConfig(zero_stage=args.zero_stage), OptimizerConfig(), 1)
+    engine = Engine(Table(args.weights), EngineConfig(zero_stage=args.zero_stage), AdamW(), 1)
     vectors: Any = engine.forward(query=torch.arange(64))  # type: ignore[arg-type]
     engine.backward([(vectors, torch.ones_like(vectors))])
     engine.step(1.0)

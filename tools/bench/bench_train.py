@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from bigdssm.cli import at_least
-from bigdssm.config import Config, EngineConfig, LossConfig, OptimizerConfig, load_config
+from bigdssm.config import Config, EngineConfig, LossConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.ingest.job import IngestTarget
@@ -51,13 +51,14 @@ from bigdssm.loader.pair_stream import PairStream
 from bigdssm.loader.step_plan import TokenBudget, plan_step
 from bigdssm.losses import fps_loss
 from bigdssm.models import Encoded, new_model
+from bigdssm.training.optimizers import AdamW
 from bigdssm.utils import timing
 from bigdssm.utils.hashing import hash64
 
 MINI_BATCHES = (16, 32, 64, 128, 256)
 SCALE = 20.0  # alpha, fixed on both sides
 HISTORY = 5  # titles in a query
-OPTIMIZER = OptimizerConfig(lr=1e-4, weight_decay=0.01)
+OPTIMIZER = AdamW(lr=1e-4, weight_decay=0.01)
 LANES = 8
 
 

@@ -12,18 +12,18 @@ import inspect
 import io
 import json
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import omegaconf
 
-from bigdssm.config.keys import Config
+from bigdssm.config.keys import OPTIMIZERS, Config, OptimizerConfig
 from bigdssm.features.base import FEATURES
 from bigdssm.retrieval.index_types import INDEX_TYPES
 from bigdssm.utils.bounds import BOUND
-from bigdssm.utils.components import Registry
+from bigdssm.utils.components import REGISTRY, Registry, keys_of
 
 HEAD = "| key | type | default | bounds | |\n|---|---|---|---|---|"
 PAGE = Path(__file__).parents[2] / "docs/config_keys.md"
@@ -49,12 +49,20 @@ INDEXES = """\
 ## Types of index
 
 `bigdssm build_index --type TYPE KEY=VALUE …` takes the options of a type:"""
-COMPONENTS: tuple[tuple[str, Registry[Any]], ...] = ((FEATURE_TYPES, FEATURES), (INDEXES, INDEX_TYPES))
+OPTIMIZER_KINDS = """\
+## Optimizers
+
+Beside the keys of every optimizer, `STAGE.optimizer` has those of the one that `name` says:"""
+COMPONENTS: tuple[tuple[str, Registry[Any], Any], ...] = (
+    (FEATURE_TYPES, FEATURES, None),
+    (OPTIMIZER_KINDS, OPTIMIZERS, OptimizerConfig),
+    (INDEXES, INDEX_TYPES, None),
+)
 
 
 def page() -> str:
     """Return the page as Markdown."""
-    components = [part for about, registry in COMPONENTS for part in (about, *component_sections(registry))]
+    components = [part for about, *some in COMPONENTS for part in (about, *component_sections(*some))]
     return "\n\n".join([START, *sections(Config), *components]) + "\n"
 
 
@@ -68,11 +76,12 @@ def sections(root: type) -> Iterator[str]:
             yield f"### {title}\n\n{inspect.getdoc(cls)}\n\n{HEAD}\n{table}"
 
 
-def component_sections(registry: Registry[Any]) -> Iterator[str]:
-    """Yield a heading and a table of its own keys for each component that comes with the library."""
+def component_sections(registry: Registry[Any], base: Any) -> Iterator[str]:
+    """Yield a heading and a table of keys for each component of the library, without those of `base`."""
+    common = [] if base is None else keys_of(base)
     for name in registry.names():
         cls = registry.classes[name]
-        rows = "\n".join(_rows(cls))
+        rows = "\n".join(_rows(cls, common))
         yield f"### `{registry.selector}: {name}`\n\n{inspect.getdoc(cls)}" + (f"\n\n{HEAD}\n{rows}" if rows else "")
 
 
@@ -85,11 +94,13 @@ def _collect(cls: type, prefix: str, places: dict[type, list[str]]) -> None:
                 _collect(inner, f"{prefix}.{name}{many}".lstrip("."), places)
 
 
-def _rows(cls: type) -> Iterator[str]:
+def _rows(cls: type, without: Sequence[str] = ()) -> Iterator[str]:
     """Yield a row of the table for each field that is a value, not a section of its own."""
     notes = {name: note for base in reversed(cls.__mro__[:-1]) for name, note in comments(base).items()}
     hints = get_type_hints(cls)
     for field in fields(cls):
+        if field.name in without or REGISTRY in field.metadata:
+            continue
         if field.metadata.get("fitted") or is_dataclass(field.default_factory) or _is_section(hints[field.name]):
             continue
         cells = (_type(str(field.type)), _default(field), field.metadata.get(BOUND, ""), notes.get(field.name, ""))

@@ -1,0 +1,34 @@
+"""Muon and AdamW as one optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bigdssm.training.optimizers import AdamW
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon for the matrices, AdamW for the rest, as one optimizer: groups and states are shared with both."""
+
+    def __init__(self, groups: list[dict[str, Any]], momentum: float, adamw: AdamW) -> None:
+        """Build both over `groups`, of which "matrices" is Muon's."""
+        super().__init__(groups, {})
+        matrices = [group for group in self.param_groups if group["name"] == "matrices"]
+        others = [group for group in self.param_groups if group["name"] != "matrices"]
+        self._both: list[torch.optim.Optimizer] = []
+        if matrices:
+            # its rate is scaled to what AdamW's would do to a matrix, so that one lr fits both
+            muon = torch.optim.Muon(matrices, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+            self._both.append(muon)
+        if others:
+            self._both.append(adamw.build(others))
+        for optimizer in self._both:
+            optimizer.state = self.state
+        self.param_groups = [group for optimizer in self._both for group in optimizer.param_groups]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take one step of both."""
+        for optimizer in self._both:
+            optimizer.step()
