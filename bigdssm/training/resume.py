@@ -215,8 +215,12 @@ def _check_written_config(path: Path, config: Config, name: StageName) -> None:
 
 
 def _check_origin(checkpoint: ReadCheckpoint, run_id: str, config: Config, name: StageName) -> None:
-    """Raise CheckpointError unless this run has written `checkpoint`, and with a config that `config` may follow."""
+    """Raise CheckpointError unless this stage of the run wrote `checkpoint`, with a config that `config` may follow."""
     fix = "move it out of the folder, or choose another run.dir"
+    if (stage := checkpoint.state.get("stage")) != name:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path} was written by the stage {stage}, needs one of {name}; {fix}"
+        )
     theirs = checkpoint.state["run_id"]
     if theirs != run_id:
         raise CheckpointError(

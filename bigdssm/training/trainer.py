@@ -67,7 +67,7 @@ class Trainer:
         how = settle_precision(config.engine, device().type, start.precision)
         self.async_checkpoints = how.async_checkpoints
         self._origin = {
-            "config": config.to_dict(), "versions": versions(), "run_id": start.run_id,
+            "config": config.to_dict(), "versions": versions(), "run_id": start.run_id, "stage": name,
             "precision": saved_precision(config.engine, how),
         }  # fmt: skip
         read = start.reader(model)

@@ -104,9 +104,10 @@ def test_older_events_are_refused(tmp_path: Path) -> None:
     assert [partition.name for partition in Dataset.open(tmp_path / "out").partitions] == ["base"]
 
 
-def test_older_events_within_what_may_be_bad_are_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"min_rating": 1.0}])
+def test_older_events_within_what_may_be_bad_are_left_out(tmp_path: Path, options: dict[str, Any]) -> None:
     make(tmp_path, FIRST)
-    assert make(tmp_path, OLDER, "day2", LENIENT).num_bad == 2
+    assert make(tmp_path, OLDER, "day2", LENIENT, **options).num_bad == 2
     assert sequence_of(tmp_path, "u") == (["i0", "i1", "i1", "i4"], [10, 20, 20, 30])
     assert sequence_of(tmp_path, "v") == (["i0", "i2", "i4"], [5, 6, 30])
 

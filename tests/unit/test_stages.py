@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from bigdssm.retrieval.hard_negatives import window_records, write_mined
 from bigdssm.training.batches import row_stream
 from bigdssm.training.checks import check_stage
 from bigdssm.training.hard_negatives import HardNegativeRefresh
-from bigdssm.training.resume import check_folder
+from bigdssm.training.resume import _check_origin, check_folder
 from bigdssm.training.validation import Validator
 from bigdssm.utils.log import no_progress
 from tests.distributed import small_run
@@ -78,6 +79,19 @@ def test_a_folder_that_is_in_use(config: Config) -> None:
     refused(config, CheckpointError, "not empty")
     with pytest.raises(CheckpointError, match=r"no config\.yaml"):
         check_folder(config, "pretrain", True)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", None])
+def test_checkpoints_of_another_stage_are_refused(config: Config, stage: str | None) -> None:
+    """Copied into sft/, those of the pretraining have its run's identity and config."""
+    state = {"run_id": "one", "config": config.to_dict(), "stage": stage}
+    checkpoint: Any = SimpleNamespace(path=Path("sft/checkpoints/step-00000004"), state=state)
+    if stage == "sft":
+        return _check_origin(checkpoint, "one", config, "sft")
+    with pytest.raises(
+        CheckpointError, match=f"step-00000004 was written by the stage {stage}, needs one of sft; move"
+    ):
+        _check_origin(checkpoint, "one", config, "sft")
 
 
 @pytest.mark.parametrize("tail", ["carry", "drop"])

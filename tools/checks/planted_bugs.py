@@ -453,6 +453,9 @@ BUGS = [
         "if device != \"cpu\" or has_bf16():", "if True:",
         f"{UNIT}/test_precision.py::test_towers_and_losses_narrow_where_there_are_instructions"),
     # What a stage, a search or a claim refuses or says.
+    Bug("resume", "checkpoints_of_another_stage", "training.resume:_check_origin",
+        "(stage := checkpoint.state.get(\"stage\")) != name", "(stage := name) != name",
+        f"{UNIT}/test_stages.py::test_checkpoints_of_another_stage_are_refused"),
     Bug("one at a time", "two_stages_in_a_process", "training.stages:_training",
         "threading.Lock()", "threading.Semaphore(9)",
         f"{UNIT}/test_api.py::test_a_second_stage_in_the_process_is_refused"),
