@@ -31,7 +31,7 @@ from typing import NamedTuple
 from planted_bugs import BUGS, Bug
 
 HERE = Path(__file__).resolve().parent
-PACKAGE = "bigdssm"
+PACKAGE, EVIDENCE = "bigdssm", "tools/evidence"
 TEST_TIMEOUT_S = 300
 
 
@@ -84,7 +84,7 @@ def find_place(tree: Path, bug: Bug) -> Place | str:
     """Return where the bug's fragment stands, exactly once in its symbol, or why there is no such place."""
     module, _, symbol = bug.symbol.partition(":")
     named = tree / PACKAGE / f"{module.replace('.', '/')}.py"
-    others = sorted(path for path in (tree / PACKAGE).rglob("*.py") if path != named)
+    others = sorted(path for folder in (PACKAGE, EVIDENCE) for path in (tree / folder).rglob("*.py") if path != named)
     found = []
     for path in [*([named] if named.exists() else []), *others]:
         if bug.old not in (text := path.read_text(encoding="utf-8")):
