@@ -187,7 +187,7 @@ BUGS = [
     Bug("device", "all_counts_scanned", "losses.sampling:CountedFrequency.log_expected",
         "self.counts[documents].double().clamp(min=1)", "self.counts.double().clamp(min=1)[documents]",
         f"{UNIT}/test_step_reads.py::test_a_correction_touches_the_columns_alone"),
-    Bug("device", "unfused_optimizer", "training.optimizers:_adamw",
+    Bug("device", "unfused_optimizer", "training.optimizers:AdamW.build",
         "fused=on_gpu or None", "fused=None",
         f"{UNIT}/test_training_parts.py::test_a_device_has_a_fused_optimizer_and_reductions_behind_the_backward"),
     # Checkpoints.
