@@ -16,7 +16,6 @@ from bigdssm.features.ragged import offsets_of
 EVENT_COLUMNS = ("items", "relevance")  # lists with one value an event; further ones of events stand beside them
 TIME_COLUMN = "event_time"  # such a list, float64, where events have times
 VERSION_COLUMN = "version"  # such a list, where items have times: which version of its item an event saw
-ROWS_PER_FILE = 1 << 20  # of a partition's sequences: a file's rows do not depend on who wrote it
 
 
 @dataclass(frozen=True)

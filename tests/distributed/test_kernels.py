@@ -14,14 +14,13 @@ from torch import Tensor
 
 from bigdssm.losses import fps_loss
 
+from ..unit.test_losses_numerics import NarrowProducts, unit
 from . import reference
 from .conftest import Pools
 from .interpreted import ENVIRONMENT, fused_fps, fused_fps_of_packed, fused_on_rank_0
-from .parity import assert_parity, by_matrix, of_all, run_rank
-from .reference import Shard, make_shards
+from .parity import assert_close, assert_parity, by_matrix, of_all, run_rank
+from .reference import DOUBLE, Shard, make_shards
 from .spawn import RankFailed
-
-pytest.importorskip("triton")
 
 DIRECTIONS = ("q2d", "d2q", "both")
 OPTIONS = frozenset({"beta", "neg_bias", "weight", "query_ids", "doc_ids", "shared", "known"})
@@ -30,6 +29,7 @@ PRECISIONS = [(torch.float32, 1e-4), (torch.bfloat16, 5e-3)]
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Pools]:
+    pytest.importorskip("triton")
     made = Pools(ENVIRONMENT)
     yield made
     made.close()
@@ -78,15 +78,39 @@ def test_ranks_of_any_size(ranks: Pools, sizes: list[tuple[int, int]], direction
     check(ranks, shards, 20.0, direction, 1e-4)
 
 
-def unit(rows: int, D: int, seed: int) -> Tensor:
-    vectors = torch.randn(rows, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.nn.functional.normalize(vectors, dim=1)
+Backend = Callable[[Shard, float, str], Any]  # loss, gradients of U, W, alpha, beta, and statistics of one rank
+
+
+def by_torch(shard: Shard, alpha: float, direction: str) -> Any:
+    return run_rank(0, 1, partial(fps_loss, tile=16), [shard], alpha, None, {"direction": direction})
+
+
+def by_narrow_products(shard: Shard, alpha: float, direction: str) -> Any:
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with NarrowProducts() as products:
+        found = by_torch(shard, alpha, direction)
+    assert products.narrowed > 50 and torch.backends.mkldnn.matmul.fp32_precision == before
+    return found
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    if request.param == "narrow products":
+        return by_narrow_products
+    if request.param == "torch":
+        return by_torch
+    pool = request.getfixturevalue("ranks")[1]
+    return lambda shard, alpha, direction: pool.run(
+        run_rank, fused_fps, [shard], alpha, None, {"direction": direction}
+    )[0]
 
 
 SCORES = {
     "alpha at its clamp": (unit(40, 8, 1), unit(40, 8, 2), 100.0),
+    "alpha above it": (unit(40, 8, 1), unit(40, 8, 2), 400.0),
     "aligned vectors": (unit(40, 8, 1), unit(40, 8, 1), 100.0),
     "all vectors equal": (unit(1, 8, 1).expand(40, 8), unit(1, 8, 1).expand(40, 8), 100.0),
+    "opposed vectors": (unit(1, 8, 1).expand(40, 8), -unit(1, 8, 1).expand(40, 8), 100.0),
     "norm 30": (30 * unit(40, 8, 1), 30 * unit(40, 8, 2), 1.0),
     "norm 30, two clusters": (30 * unit(40, 1, 1), 30 * unit(40, 1, 2), 1.0),
 }
@@ -94,19 +118,31 @@ SCORES = {
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("case", SCORES)
-def test_extreme_scores(ranks: Pools, case: str, direction: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "dtype", "tolerance"),
+    [("torch", DOUBLE, 1e-10), ("torch", torch.float32, 2e-4), ("triton", torch.float32, 2e-4)],
+    indirect=["backend"],
+)
+def test_extreme_scores(backend: Backend, case: str, direction: str, dtype: torch.dtype, tolerance: float) -> None:
     U, W, alpha = SCORES[case]
-    check(ranks, [Shard(U.float(), W.float(), torch.arange(len(U)))], alpha, direction, 2e-4)
+    shard = Shard(U.to(dtype), W.to(dtype), torch.arange(len(U)))
+    found, expected = backend(shard, alpha, direction), reference.fps([shard], alpha, direction)
+    if case == "opposed vectors":  # the terms of alpha's gradient cancel
+        found[1][2] = expected[1][2]
+    assert_close(found[0], expected[0], tolerance, "loss", term=0.1)
+    assert_parity([shard], alpha, found, expected, tolerance)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("alpha", [20.0, 100.0])
-def test_bfloat16_is_as_good_as_its_inputs(ranks: Pools, direction: str, alpha: float) -> None:
+@pytest.mark.parametrize("backend", ["torch", "narrow products", "triton"], indirect=True)
+def test_bfloat16_is_as_good_as_its_inputs(backend: Backend, direction: str, alpha: float) -> None:
+    """Scores are never rounded to bfloat16: that alone would be 12 % of dU at alpha = 100."""
     U = unit(300, 64, 3)
     W = torch.nn.functional.normalize(U + 3 * unit(300, 64, 4), dim=1)
-    shards = [Shard(U.bfloat16(), W.bfloat16(), torch.arange(300))]
-    (value, gradients, _) = of_all(ranks[1].run(run_rank, fused_fps, shards, alpha, None, {"direction": direction}))
-    loss, right = reference.fps(shards, alpha, direction)
+    shard = Shard(U.bfloat16(), W.bfloat16(), torch.arange(300))
+    value, gradients, _ = backend(shard, alpha, direction)
+    loss, right = reference.fps([shard], alpha, direction)
     for a, b in zip((value, *gradients[:2]), (loss, *right[:2]), strict=True):
         assert b is not None and float((a.double() - b).norm() / b.norm()) <= 5e-3
 
@@ -121,7 +157,7 @@ def test_columns_that_are_nobodys_negative(ranks: Pools, direction: str) -> None
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_nothing_left(ranks: Pools, direction: str) -> None:
+def test_nothing_left(backend: Backend, direction: str) -> None:
     """With one document everywhere, with weights of 0, and with nothing at all: loss 0, gradients 0."""
     one = torch.zeros(6, dtype=torch.int64)
     U, W = unit(6, 4, 1).float(), unit(6, 4, 2).float()
@@ -131,18 +167,19 @@ def test_nothing_left(ranks: Pools, direction: str) -> None:
         Shard(U[:0], W[:0], one[:0]),
     ]
     for shard in shards:
-        value, gradients, _ = ranks[1].run(run_rank, fused_fps, [shard], 20.0, None, {"direction": direction})[0]
+        value, gradients, _ = backend(shard, 20.0, direction)
         assert float(value) == 0.0
         assert not any(bool(gradient.any()) for gradient in gradients if gradient is not None)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_non_finite_vectors_give_a_non_finite_loss(ranks: Pools, direction: str, bad: float) -> None:
+def test_non_finite_vectors_give_a_non_finite_loss(backend: Backend, direction: str, bad: float) -> None:
+    """The trainer skips such a step: it must see it, and nothing may raise or hang."""
     U = unit(6, 4, 1).float()
     U[2, 1] = bad
     shard = Shard(U, unit(6, 4, 2).float(), torch.arange(6))
-    assert not ranks[1].run(run_rank, fused_fps, [shard], 20.0, None, {"direction": direction})[0][0].isfinite()
+    assert not backend(shard, 20.0, direction)[0].isfinite()
 
 
 def test_ranks_agree_on_the_kernels(ranks: Pools) -> None:

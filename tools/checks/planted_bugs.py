@@ -32,7 +32,7 @@ BUGS = [
         f"{RANKS}/test_ranking_parity.py::test_losses_on_scores_equal_those_on_vectors"),
     Bug("scale", "directions_added_not_averaged", "losses.terms:Softmax._over_queries",
         "(0.5, 0.5) if with_rows", "(1.0, 1.0) if with_rows",
-        f"{UNIT}/test_losses_numerics.py::test_extreme_scores"),
+        f"{RANKS}/test_kernels.py::test_extreme_scores"),
     Bug("scale", "merged_columns_count_once", "training.objective:Objective._on_vectors",
         "batch.multiplicity.double().log()", "torch.zeros_like(batch.multiplicity.double())",
         f"{UNIT}/test_objective.py::test_merged_columns_count_as_often_as_they_were"),

@@ -161,6 +161,7 @@ def gradient_kernel(
                 s = _drop(s, bits_ptr, slot, block * OWN, tile * OTHERS, OWN, OTHERS, False)
         slot = tl.load(slots_ptr + ((tile + 1) * OTHERS // 128) * stride, mask=tile + 1 < last, other=-1)
         inside = others < num_others
+        # BY_COLUMN: s is 0 where no row is, and 2^own_column may overflow: inf times a vector of 0 is NaN
         if ROW_PART:
             if BY_COLUMN:
                 exponent = tl.load(row_exponent_ptr + others, mask=inside, other=float("-inf"))
@@ -171,13 +172,13 @@ def gradient_kernel(
                 row_parts += tl.sum(g, 1)
             if COLUMN_PART:
                 if BY_COLUMN:
-                    g += tl.exp2(s + own_column[:, None])
+                    g += tl.exp2(tl.minimum(s + own_column[:, None], 127.0, propagate_nan=tl.PropagateNan.ALL))
                 else:
                     offset = tl.load(column_offset_ptr + others, mask=inside, other=float("-inf"))
                     g += tl.exp2(s + offset[None, :])
         else:
             if BY_COLUMN:
-                g = tl.exp2(s + own_column[:, None])
+                g = tl.exp2(tl.minimum(s + own_column[:, None], 127.0, propagate_nan=tl.PropagateNan.ALL))
             else:
                 offset = tl.load(column_offset_ptr + others, mask=inside, other=float("-inf"))
                 g = tl.exp2(s + offset[None, :])
