@@ -1,7 +1,7 @@
 """Search for a config's values, or a baseline's options, by what they reach on validation.
 
     bigdssm tune --config CONFIG --space SPACE.yaml --out DIR [--trials 10] [--stage pretrain] [key=value …]
-    bigdssm tune --config CONFIG --baseline ease --space SPACE.yaml --out DIR [--trials 10]
+    bigdssm tune --config CONFIG --baseline markov --space SPACE.yaml --out DIR [--trials 10]
 
 SPACE.yaml has the values of each key (bigdssm/training/tuning.py). The first trial has those of the config. A trial
 trains in a process of its own, in DIR; it is stopped where its first validation after a fifth of its steps is below the

@@ -1,4 +1,4 @@
-"""What a model has to beat: popularity, a Markov chain over the last items, the models of items and those of texts.
+"""Baselines: popularity, a Markov chain over the last items, and BM25; others register themselves in BASELINES.
 
 All are fitted to the train split alone and scored on the same rows, filter and ties as a model.
 """
@@ -18,8 +18,8 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.transitions import Transitions, last_items
 from bigdssm.errors import ConfigError
-from bigdssm.evaluation.item_models import Ease, ImplicitALS, ItemKNN
-from bigdssm.evaluation.text_models import Bm25Texts, PretrainedTexts, SentenceTransformerTexts
+from bigdssm.evaluation.teachers import Bm25Teacher
+from bigdssm.retrieval.texts import Texts
 from bigdssm.utils.arguments import argument
 
 
@@ -93,25 +93,32 @@ class MarkovVectors:
         return vectors @ self.documents.T
 
 
+@dataclass(frozen=True)
+class Bm25Texts:
+    """The score of a document is BM25's."""
+
+    judge: Bm25Teacher
+    documents: np.ndarray  # int64 [N], all of them
+
+    @classmethod
+    def fit(cls, dataset: Dataset) -> Bm25Texts:
+        """Return the baseline of `dataset`. Raises ConfigError: a side without texts, or a package is missing."""
+        return cls(Bm25Teacher(dataset, Texts(dataset)), np.arange(dataset.catalogue.num_docs))
+
+    def __call__(self, rows: Rows) -> np.ndarray:
+        """Return scores float64 [m, N]."""
+        return self.judge(rows, np.broadcast_to(self.documents, (len(rows), len(self.documents)))).astype(np.float64)
+
+
 BASELINES: dict[str, Any] = {  # by name; each has fit(dataset, **options), and gives scores [m, N] of Rows
     "popularity": Popularity,
     "markov": Markov,
     "markov_vectors": MarkovVectors,
-    "item_knn": ItemKNN,
-    "ease": Ease,
-    "ials": ImplicitALS,
     "bm25": Bm25Texts,
-    "pretrained": PretrainedTexts,
-    "sentence_transformers": SentenceTransformerTexts,
 }
 
-
-# The least that an option may be, and whether it must be above it.
-_LEAST: dict[str, tuple[float, bool]] = {
-    **dict.fromkeys(("window", "dim", "neighbours", "factors", "iterations", "steps", "rows"), (1, False)),
-    **dict.fromkeys(("regularisation", "weight", "lr"), (0, True)),
-    **dict.fromkeys(("warmup_steps", "seed"), (0, False)),
-}
+# The least value of an option, of any baseline, and whether that value itself is refused.
+LEAST: dict[str, tuple[float, bool]] = {"window": (1, False), "dim": (1, False)}
 
 
 def check_options(name: str, options: Mapping[str, Any], *, all_of_them: bool = True) -> None:
@@ -122,7 +129,7 @@ def check_options(name: str, options: Mapping[str, Any], *, all_of_them: bool = 
         if option not in known:
             raise ConfigError(f"the baseline {name} has no option {option}, but {', '.join(known) or 'none'}")
         value = argument(f"the baseline {name}: {option}", given, hints[option])
-        least, above = _LEAST.get(option, (-math.inf, False))
+        least, above = LEAST.get(option, (-math.inf, False))
         within = hints[option] not in (int, float) or (value > least if above else value >= least)
         if not within or value == math.inf:
             needed = f"{'above' if above else 'at least'} {least}" if math.isfinite(least) else "a finite number"

@@ -15,7 +15,9 @@ import optuna
 
 from bigdssm.commands.tune import main
 from bigdssm.config import load_config
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
+from bigdssm.evaluation.baselines import BASELINES, Popularity
 from bigdssm.training.tuning import Space, read_space, search, values_of
 
 
@@ -126,10 +128,10 @@ def test_a_space_that_a_trial_could_not_take_is_refused_first(
 
 
 def test_a_baselines_bounds_are_those_of_its_options(tiny_interactions: Any, tmp_path: Path, capsys: Any) -> None:
-    space(tmp_path, "regularisation: {low: -5.0, high: 10.0}")
+    space(tmp_path, "window: {low: -5, high: 10}")
     command = ["--config", str(tiny_interactions.config), "--space", str(tmp_path / "space.yaml")]
-    assert main([*command, "--baseline", "ease", "--out", str(tmp_path / "out")]) == 2
-    assert "the baseline ease: regularisation: got -5.0, needs above 0" in capsys.readouterr().err
+    assert main([*command, "--baseline", "markov", "--out", str(tmp_path / "out")]) == 2
+    assert "the baseline markov: window: got -5, needs at least 1" in capsys.readouterr().err
 
 
 def test_a_torn_journal_goes_on_and_a_damaged_one_is_a_sentence(tmp_path: Path) -> None:
@@ -167,14 +169,30 @@ def test_a_second_search_in_a_folder_is_refused(tmp_path: Path) -> None:
     assert len(search(value, where, out, 1, first={})) == 1
 
 
+class Power(Popularity):
+    @classmethod
+    def fit(cls, dataset: Dataset, power: int) -> Power:  # type: ignore[override]
+        return cls(dataset.doc_counts() * power)
+
+
+def test_a_baseline_from_outside_is_tuned_too(
+    tiny_interactions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BASELINES, "power", Power)
+    space(tmp_path, "power: {choices: [-1, 1]}")
+    command = ["--config", str(tiny_interactions.config), "--space", str(tmp_path / "space.yaml"), "--trials", "4"]
+    assert main([*command, "--baseline", "power", "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out/best.json").read_text())[0] in ("power=-1", "power=1")
+
+
 def test_a_baseline_is_tuned_by_the_command(tiny_interactions: Any, tmp_path: Path, capsys: Any) -> None:
-    space(tmp_path, "regularisation: {low: 1.0, high: 1000.0, log: true}")
+    space(tmp_path, "window: {low: 1, high: 9, log: true}")
     command = ["--config", str(tiny_interactions.config), "--space", str(tmp_path / "space.yaml"), "--trials", "3"]
-    assert main([*command, "--baseline", "ease", "--out", str(tmp_path / "out")]) == 0
+    assert main([*command, "--baseline", "markov", "--out", str(tmp_path / "out")]) == 0
     (best,) = json.loads((tmp_path / "out/best.json").read_text())
-    assert best.startswith("regularisation=") and "complete" in capsys.readouterr().out
+    assert best.startswith("window=") and "complete" in capsys.readouterr().out
     assert main([*command, "--out", str(tmp_path / "other")]) == 2
-    assert "the space's regularisation is no key of the config" in capsys.readouterr().err
+    assert "the space's window is no key of the config" in capsys.readouterr().err
     config = load_config(tiny_interactions.config)
     keys = space(tmp_path, "model.dim: {low: 1, high: 128}\npretrain.loss.widths: {choices: [8]}")
     assert keys.inside(values_of(config, keys)) == {"model.dim": 64}

@@ -26,6 +26,7 @@ from typing import Any, Literal, cast
 
 from omegaconf import MISSING, OmegaConf
 
+import tools.evidence.baselines  # noqa: F401, which registers them
 from bigdssm.config.yaml_files import as_kind, read_yaml
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.baselines import BASELINES

@@ -16,6 +16,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DataError
 from bigdssm.evaluation.baselines import fit_baseline
+from bigdssm.evaluation.pretrained import text_encoders
 from bigdssm.evaluation.teachers import PairTeacher, VectorTeacher, ensemble, score_pairs
 from bigdssm.features import Ragged
 from bigdssm.models import DualEncoder
@@ -143,7 +144,8 @@ def test_a_pretrained_encoder_may_judge_as_it_is(
             cosine = torch.nn.functional.cosine_similarity(query, vector(text), dim=0)
             assert judged[i, at] == pytest.approx(float(cosine), abs=1e-5)
     assert (np.isnan(judged) == (docs < 0)).all() and np.nanstd(judged) > 1e-3
-    everything = fit_baseline("pretrained", dataset, {"folder": str(tmp_path / "bert")})(rows)
+    encoders = text_encoders(tmp_path / "bert", texts)
+    everything = (encoders.queries(rows) @ encoders.documents(np.arange(dataset.catalogue.num_docs)).T).numpy()
     np.testing.assert_allclose(_of(everything, docs), judged, atol=1e-5)
 
 

@@ -1,6 +1,6 @@
-"""Baselines that read texts: BM25, a text encoder as it is, and one that sentence-transformers has trained.
+"""Baselines that read texts: a pretrained text encoder, and one trained by sentence-transformers.
 
-All see of a text what the towers see.
+Both read as much of a text as the towers.
 
 Shapes: m queries, N catalogue rows.
 """
@@ -20,29 +20,11 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.pretrained import check_encoder, text_encoders
-from bigdssm.evaluation.teachers import Bm25Teacher
 from bigdssm.losses.precision import takes_bf16
 from bigdssm.retrieval.embed import Encoders
 from bigdssm.retrieval.texts import Texts
 
 ROWS_AT_ONCE = 16_384
-
-
-@dataclass(frozen=True)
-class Bm25Texts:
-    """The score of a document is BM25's."""
-
-    judge: Bm25Teacher
-    documents: np.ndarray  # int64 [N], all of them
-
-    @classmethod
-    def fit(cls, dataset: Dataset) -> Bm25Texts:
-        """Return the baseline of `dataset`. Raises ConfigError: a side without texts, or a package is missing."""
-        return cls(Bm25Teacher(dataset, Texts(dataset)), np.arange(dataset.catalogue.num_docs))
-
-    def __call__(self, rows: Rows) -> np.ndarray:
-        """Return scores float64 [m, N]."""
-        return self.judge(rows, np.broadcast_to(self.documents, (len(rows), len(self.documents)))).astype(np.float64)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel
 
+import tools.evidence.baselines  # noqa: F401, which registers them
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.baselines import fit_baseline
@@ -54,7 +55,7 @@ def test_it_learns_from_the_train_pairs(dataset: Dataset, folder: Path) -> None:
 def test_what_it_asks_for(dataset: Dataset, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong, said in (
         ({"folder": "nowhere", "steps": 1}, "nowhere has no tokenizer.json"),
-        ({"folder": str(folder), "steps": 0}, "steps=0: needs at least 1"),
+        ({"folder": str(folder), "steps": 0}, "steps: got 0, needs at least 1"),
     ):
         with pytest.raises(ConfigError, match=said):
             fit_baseline("sentence_transformers", dataset, wrong)

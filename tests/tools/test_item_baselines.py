@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+import tools.evidence.baselines  # noqa: F401, which registers them
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.transitions import Transitions
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.baselines import fit_baseline
 from bigdssm.evaluation.evaluate import evaluate_scores
-from bigdssm.evaluation.item_models import history, positives
+from tools.evidence.item_baselines import history, positives
 
 
 @pytest.fixture(scope="module")
@@ -74,25 +74,6 @@ def test_item_knn_keeps_the_nearest_by_cosine(dataset: Dataset, X: np.ndarray) -
         others = np.delete(cosine[item], own)
         assert len(own) < 5 or kept[item, own].min() >= others.max() - 1e-6
     np.testing.assert_allclose(found(asked(dataset)), seen(dataset) @ kept, atol=1e-5)
-
-
-def test_vectors_of_a_chain_are_the_nearest_there_are(dataset: Dataset) -> None:
-    chain, rows = Transitions.of(dataset, 4), asked(dataset)
-    counts = np.zeros((chain.num_docs, chain.num_docs))
-    for item in range(len(counts)):
-        own = slice(chain.starts[item], chain.starts[item + 1])
-        counts[item, chain.followers[own]] = chain.counts[own]
-    left, lengths, right = np.linalg.svd(counts)
-    last = np.zeros((rows.num_queries, len(counts)))
-    for query in range(rows.num_queries):
-        for distance, item in enumerate(rows.seen(query)[-4:][::-1], start=1):
-            last[query, item] += 12 / distance
-    for dim in (3, len(counts) - 1):
-        found = fit_baseline("markov_vectors", dataset, {"window": 4, "dim": dim})
-        expected = last @ (left[:, :dim] * lengths[:dim]) @ right[:dim]
-        np.testing.assert_allclose(found(rows), expected, rtol=1e-6, atol=1e-6 * expected.max())
-    with pytest.raises(ConfigError, match="dim=0: needs at least 1"):
-        fit_baseline("markov_vectors", dataset, {"dim": 0})
 
 
 def test_als_solves_for_the_history(dataset: Dataset) -> None:

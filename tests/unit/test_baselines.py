@@ -1,0 +1,33 @@
+"""The package's baselines against their definitions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.transitions import Transitions
+from bigdssm.errors import ConfigError
+from bigdssm.evaluation.baselines import fit_baseline
+
+
+def test_vectors_of_a_chain_are_the_nearest_there_are(tiny_interactions: Any) -> None:
+    dataset = Dataset.open(tiny_interactions.dir)
+    chain, rows = Transitions.of(dataset, 4), next(iter(dataset.iterate("test", 1000)))
+    counts = np.zeros((chain.num_docs, chain.num_docs))
+    for item in range(len(counts)):
+        own = slice(chain.starts[item], chain.starts[item + 1])
+        counts[item, chain.followers[own]] = chain.counts[own]
+    left, lengths, right = np.linalg.svd(counts)
+    last = np.zeros((rows.num_queries, len(counts)))
+    for query in range(rows.num_queries):
+        for distance, item in enumerate(rows.seen(query)[-4:][::-1], start=1):
+            last[query, item] += 12 / distance
+    for dim in (3, len(counts) - 1):
+        found = fit_baseline("markov_vectors", dataset, {"window": 4, "dim": dim})
+        expected = last @ (left[:, :dim] * lengths[:dim]) @ right[:dim]
+        np.testing.assert_allclose(found(rows), expected, rtol=1e-6, atol=1e-6 * expected.max())
+    with pytest.raises(ConfigError, match="dim: got 0, needs at least 1"):
+        fit_baseline("markov_vectors", dataset, {"dim": 0})

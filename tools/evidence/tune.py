@@ -1,0 +1,9 @@
+"""`bigdssm tune` that offers the laboratory's baselines, too: `python -m tools.evidence.tune --baseline ease …`."""
+
+import sys
+
+import tools.evidence.baselines  # noqa: F401, which registers them
+from bigdssm.commands.tune import main
+
+if __name__ == "__main__":
+    sys.exit(main())
