@@ -165,6 +165,13 @@ def test_the_space_of_a_new_array_is_reserved(tmp_path: Path) -> None:
     assert not array.any()
 
 
+def test_an_array_without_space_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bigdssm.utils.array_file.os.posix_fallocate", no_space)
+    with pytest.raises(OSError, match=r"No space left on device: .*a\.npy"):
+        new_array(tmp_path / "a.npy", np.float32, (4,))
+    assert not list(tmp_path.iterdir())
+
+
 def vectors_of(matrix: Path, rows: int = 4) -> np.ndarray:
     batch = SourceBatch("table.csv", pa.table({"id": list(range(rows))}), np.arange(rows) + 1)
     feature = Vector(dim=2, matrix=str(matrix)).named("near")

@@ -327,6 +327,7 @@ def test_whatever_a_folder_raises_the_watcher_goes_on(
 ) -> None:
     monkeypatch.setattr("bigdssm.serving.live.RETRY_S", 0.01)
     tried: list[int] = []
+    looked: list[int] = []
 
     def opens() -> Searcher:
         tried.append(1)
@@ -335,7 +336,11 @@ def test_whatever_a_folder_raises_the_watcher_goes_on(
         return searcher
 
     class Failing(Unopened):
-        pass
+        def state(self) -> bytes:
+            looked.append(1)
+            if len(looked) == 1:
+                raise error
+            return b"new"
 
     Failing.opens = staticmethod(opens)  # type: ignore[assignment]
     with TestClient(make_app(searcher, folders=Failing(Path("m"), Path("i")), look_s=0.01)) as client:
@@ -343,6 +348,7 @@ def test_whatever_a_folder_raises_the_watcher_goes_on(
         while not counted(client)["bigdssm_taken_up_total"]:
             assert time.monotonic() < until
         assert client.post("/api/search", json={"user": "u7"}).status_code == 200
+    assert "m cannot be looked at: " in caplog.text
     assert "what lies in m is not taken up: " in caplog.text and len(tried) >= 3
 
 
