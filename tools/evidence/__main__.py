@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     store = args.store if args.store is not None or args.page is None else args.page.parent
     for name in () if store is None else ("results.json", "trials.jsonl"):
         check_file_to_write("--store", store / name)
+    if store is not None:
+        store.mkdir(parents=True, exist_ok=True)
     kept = {} if store is None else read_trials(store / "trials.jsonl")
     try:
         if not args.collect:
