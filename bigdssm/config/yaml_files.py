@@ -61,7 +61,8 @@ def _name_components(path: Path, schema: DictConfig, kind: Any, given: Any, pref
         if not isinstance(block, DictConfig) or block._is_interpolation() or block._is_none():
             continue
         registry, node = f.metadata.get(REGISTRY), schema._get_node(f.name)
-        assert isinstance(node, DictConfig)
+        if not isinstance(node, DictConfig):
+            continue  # the merge raises: keys below a value
         if registry is None:
             section = _section(hints[f.name])
             if section is None:

@@ -47,7 +47,6 @@ def make(folder: Path, **arguments: Any) -> Any:
         ({"split": "leave_one_out"}, "split='leave_one_out': needs one of 'leave-one-out', 'time', 'train'; did you"),
         ({"split": "Time"}, "did you mean 'time'?"),
         ({"split": 5}, "split=5: needs one of"),
-        ({"split": None}, "split=None: needs one of"),
         ({"split": "random"}, "split='random': needs one of"),
         ({"pairs": PAIRS, "split": "leave-one-out"}, "needs one of 'random', 'time', 'column', 'train'"),
         ({"pairs": PAIRS, "dedup": "no"}, "dedup='no': needs True or False"),

@@ -22,7 +22,7 @@ from bigdssm.checkpoints import checkpoint, model_folder
 from bigdssm.cli import PLUGINS
 from bigdssm.commands import make_shards
 from bigdssm.config.keys import SourceConfig, StageConfig
-from bigdssm.dataset import dataset
+from bigdssm.dataset import partition
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval import vectors
 from bigdssm.utils.bounds import bounded
@@ -148,7 +148,7 @@ def test_the_changelog_knows_the_version_and_its_formats() -> None:
     newest = re.findall(r"^## (\S+?),? ", changelog, re.MULTILINE)[0]
     assert newest == bigdssm.__version__
     formats = dict(re.findall(r"^\| ([a-z ]+) \| (\d+) \|", changelog, re.MULTILINE))
-    read = {"dataset": dataset, "checkpoint": checkpoint, "model folder": model_folder, "vectors and index": vectors}
+    read = {"dataset": partition, "checkpoint": checkpoint, "model folder": model_folder, "vectors and index": vectors}
     assert formats == {name: str(module.FORMAT) for name, module in read.items()}
 
 

@@ -25,7 +25,8 @@ SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
 from bigdssm.config import DataConfig, TokenizerConfig
-from bigdssm.making import cutting, fitting, interactions, making, pairs, steps, writing
+from bigdssm.ingest import cutting, fitting, interactions, job, pairs, writing
+from bigdssm.ingest.engines import tables as steps
 from bigdssm.features import Categorical, History, Numeric, Text, columns
 from bigdssm.utils.log import get_logger
 fitting.ROWS_PER_FIT = writing.DOCUMENTS_PER_FILE = 300
@@ -58,7 +59,7 @@ def make(kind, source, out, append, told):
     config = DataConfig(
         dir=out, query=features[0], doc=features[1], tokenizer=TokenizerConfig(vocab_size=200), max_bad_fraction=0.1
     )
-    target = making.IngestTarget(Path(out), "day1" if append else "base", append=append)
+    target = job.IngestTarget(Path(out), "day1" if append else "base", append=append)
     source = Path(source)
     if kind == "pairs":
         tables = pairs.PairTables(

@@ -459,8 +459,8 @@ import itertools, json
 from pathlib import Path
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.loader.pair_stream import PairStream
-from bigdssm.dataset.cache import Cache
-dataset = Dataset.open({url!r}, cache=Cache(Path({str(store.dir)!r}), {store.max_bytes}))
+from bigdssm.dataset.cache import FileCache
+dataset = Dataset.open({url!r}, cache=FileCache(Path({str(store.dir)!r}), {store.max_bytes}))
 stream = PairStream(dataset, rows_global=80, lanes=8, seed=3)
 print(json.dumps([[r.row_ids.tolist(), r.doc_rows.tolist()] for r in itertools.islice(stream, 14)]))
 """

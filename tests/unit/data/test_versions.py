@@ -85,7 +85,7 @@ def make_day(folder: Path, day: int, count: int = 300) -> IngestReport:
     }  # fmt: skip
     folder.mkdir(exist_ok=True)
     pq.write_table(pa.table(table), folder / f"{day}.parquet")
-    pairs = PairTables((folder / f"{day}.parquet",), doc_id_column="id", validation_fraction=0.1)
+    pairs = PairTables((folder / f"{day}.parquet",), doc_id_column="id", split="random", validation_fraction=0.1)
     return make_pairs(PAIRS, pairs, IngestTarget(folder / "data", f"day{day}", append=day > 0, processes=1))
 
 
