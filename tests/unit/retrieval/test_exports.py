@@ -151,7 +151,7 @@ def test_sentence_transformers_scores_as_the_trainer(
     model = run_card(tmp_path / "exported", monkeypatch)["model"]
     scores = model.similarity(model.encode_query(QUERIES), model.encode_document(DOCUMENTS))
     ours = settings == MODELS["cosine with beta"]  # the module in the folder
-    assert ours == (tmp_path / "exported" / "st_scored.py").exists()
+    assert ours == (tmp_path / "exported" / "sentence_transformers_module.py").exists()
     scale = source.model.model.log_alpha.exp() if settings["score"] == "cosine" and not ours else 1.0
     beta = source.model.model.beta if settings["score"] == "cosine" else None
     scores = scale * scores + (0.0 if beta is None else beta)
