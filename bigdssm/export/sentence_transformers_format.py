@@ -3,7 +3,7 @@
 A Router sends queries and documents through Transformer → Pooling → Dense …, and a Normalize ends both in a model
 whose score is cosine. In a model whose score is dot a last Dense puts alpha and beta into the vectors: documents are
 [alpha * w, beta] and queries [u, 1], so that their dot product is the training score. A beta per document beside cosine
-must not be normalised away: a module of ours, sentence_transformers_module.py, which the folder brings along, makes queries
+must not be normalised away: sentence_transformers_module.py, a module in the folder, makes queries
 [√alpha * u, 1] and documents [√alpha * w, beta]. A beta that all documents have ranks nothing beside cosine.
 """
 
