@@ -20,11 +20,11 @@ def main(folder: Path) -> None:
     np.save(folder / "st_queries.npy", model.encode_query(TEXTS))
     np.save(folder / "st_documents.npy", model.encode_document(TEXTS))
     for tower in sorted(path.parent for path in (folder / "hf").rglob("config.json")):
-        tokens = AutoTokenizer.from_pretrained(tower)(
+        tokens = AutoTokenizer.from_pretrained(tower, trust_remote_code=False)(
             TEXTS, padding=True, truncation=True, max_length=8, return_tensors="pt"
         )
         with torch.no_grad():
-            hidden = AutoModel.from_pretrained(tower).eval()(**tokens).last_hidden_state
+            hidden = AutoModel.from_pretrained(tower, trust_remote_code=False).eval()(**tokens).last_hidden_state
         np.save(folder / f"hf_{tower.name}.npy", hidden.numpy())
     for path in sorted((folder / "onnx").glob("*.onnx")):
         session = onnxruntime.InferenceSession(str(path))

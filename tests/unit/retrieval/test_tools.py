@@ -86,7 +86,8 @@ def run_dir(config: Config, model_dir: Path, other_model_dir: Path, tmp_path_fac
                 file.write(json.dumps(record) + "\n")
                 if step % 50 == 0:
                     validation = {"hr_at_10": 0.1, "ndcg_at_10": step / 1000, "mrr": 0.1}
-                    file.write(json.dumps({"step": step, "validation": validation, "seconds": 0.5}) + "\n")
+                    record = {"step": step, "validation": validation, "selected_by": "ndcg_at_10", "seconds": 0.5}
+                    file.write(json.dumps(record) + "\n")
             file.write('{"step": 110, "lo')  # killed while writing
     return run
 
