@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from bigdssm.config.keys import Config, DataConfig, LossConfig, ModelConfig, StageConfig, TowerConfig
-from bigdssm.config.losses import LOSSES
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature
 from bigdssm.features.history import histories_of
 from bigdssm.utils.bounds import out_of_bounds
+from bigdssm.utils.loss_options import LOSSES
 
 
 def check_config(config: Config) -> None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import platform
 import socket
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from bigdssm import distributed
-from bigdssm.config import EngineConfig
 from bigdssm.utils.log import get_logger
+
+if TYPE_CHECKING:  # the losses need torch and NumPy alone
+    from bigdssm.config import EngineConfig
 
 MISSING = "has no bfloat16 instructions (AVX512-BF16, AMX)"
 

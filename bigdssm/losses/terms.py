@@ -34,8 +34,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bigdssm.config.losses import LOSSES, LossOptions
 from bigdssm.losses.kernels import PairSums, RowSums, ScorePasses
+from bigdssm.utils.loss_options import LOSSES, LossOptions
 
 TERMS: dict[str, type[Term]] = {}  # by name, of the losses over in-batch and listed negatives
 

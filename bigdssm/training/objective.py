@@ -17,7 +17,6 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.config import LossConfig, ModelConfig, StageConfig
-from bigdssm.config.losses import LOSSES
 from bigdssm.dataset.tensors import Features
 from bigdssm.loader.batch import Batch
 from bigdssm.losses import (
@@ -40,6 +39,7 @@ from bigdssm.losses import (
 from bigdssm.losses.engine import Shared
 from bigdssm.losses.masks import occurrences
 from bigdssm.models import Encoded
+from bigdssm.utils.loss_options import LOSSES
 
 
 class Objective:

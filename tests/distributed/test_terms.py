@@ -17,13 +17,13 @@ import yaml
 from torch import Tensor, nn
 
 from bigdssm.config import ModelConfig, load_config
-from bigdssm.config.losses import LOSSES, LossOptions
 from bigdssm.errors import BigDSSMError, ConfigError
 from bigdssm.loader.batch import Batch
 from bigdssm.losses import LossBatch, PairCE, Softmax, contrastive_loss, register
 from bigdssm.losses.terms import TERMS
 from bigdssm.models import Encoded
 from bigdssm.training.objective import Objective
+from bigdssm.utils.loss_options import LOSSES, LossOptions
 
 from ..unit.test_config import MINIMAL
 from .spawn import Pool

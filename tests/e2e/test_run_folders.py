@@ -122,7 +122,7 @@ def test_a_checkpoint_of_another_version_is_refused_and_left(config: Path, run: 
 def test_a_manifest_without_a_format_is_damage(config: Path, run: Path) -> None:
     (run / "pretrain" / "checkpoints" / "step-00000008" / "manifest.json").write_text("{}")
     done = pretrain(config, run, *STEPS, *RESUME).wait()
-    assert done.code == 0 and "manifest.json is damaged: KeyError('format')" in done.log, done.log
+    assert done.code == 0 and "manifest.json is damaged: KeyError('checksum')" in done.log, done.log
 
 
 def test_a_checkpoint_without_its_stage_is_no_start(config: Path, run: Path, tmp_path: Path) -> None:
