@@ -25,7 +25,7 @@ from tests.unit.test_make_shards_killed import content
 TEXT, KINDS = Text(max_tokens=8), Categorical(multi=True, min_count=2)
 SIZES = {
     "cutting.SEQUENCES_AT_ONCE": 7,
-    "engine.SMALL_WORK": 0,
+    "engines.local.SMALL_WORK": 0,
     "fitting.ROWS_PER_FIT": 200,
     "writing.DOCUMENTS_PER_FILE": 100,
     "writing.BLOCKS_PER_SHARD": 2,
@@ -39,7 +39,7 @@ SIZES = {
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, size in SIZES.items():
-        monkeypatch.setattr(f"bigdssm.making.{name}", size)
+        monkeypatch.setattr(f"bigdssm.ingest.{name}", size)
 
 
 def write_tables(folder: Path, seed: int) -> None:

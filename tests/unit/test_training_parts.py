@@ -264,6 +264,7 @@ def test_an_engine_without_a_launcher_compiles_nothing(tmp_path: Path) -> None:
 import torch
 from bigdssm.config import EngineConfig
 from bigdssm.training.engine import Engine
+from bigdssm.training.optimizers import AdamW
 Engine(torch.nn.Linear(2, 2), EngineConfig(), AdamW(), 1)
 """
     variables = {
