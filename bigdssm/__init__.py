@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bigdssm.utils.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from bigdssm.checkpoints.hub import push_to_hub
@@ -34,32 +36,18 @@ __all__ = [
     "sft",
 ]
 
-_HOMES = {
-    "Dataset": "bigdssm.dataset.dataset",
-    "Event": "bigdssm.retrieval.request",
-    "Request": "bigdssm.retrieval.request",
-    "Searcher": "bigdssm.serving.searcher",
-    "fps_loss": "bigdssm.losses",
-    "from_pretrained": "bigdssm.retrieval.model",
-    "load_config": "bigdssm.config",
-    "load_model": "bigdssm.retrieval.model",
-    "make_dataset": "bigdssm.ingest.api",
-    "open_index": "bigdssm.retrieval.index",
-    "pretrain": "bigdssm.training.api",
-    "push_to_hub": "bigdssm.checkpoints.hub",
-    "sft": "bigdssm.training.api",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Return a public name, whose module is imported when it is first asked for: torch takes seconds."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'bigdssm' has no attribute {name!r}")
-    from importlib import import_module
-
-    globals()[name] = value = getattr(import_module(_HOMES[name]), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_attributes(
+    __name__,
+    {
+        "bigdssm.checkpoints.hub": ["push_to_hub"],
+        "bigdssm.config": ["load_config"],
+        "bigdssm.dataset.dataset": ["Dataset"],
+        "bigdssm.ingest.api": ["make_dataset"],
+        "bigdssm.losses": ["fps_loss"],
+        "bigdssm.retrieval.index": ["open_index"],
+        "bigdssm.retrieval.model": ["from_pretrained", "load_model"],
+        "bigdssm.retrieval.request": ["Event", "Request"],
+        "bigdssm.serving.searcher": ["Searcher"],
+        "bigdssm.training.api": ["pretrain", "sft"],
+    },
+)

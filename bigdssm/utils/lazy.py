@@ -1,0 +1,24 @@
+"""Package attributes that are imported on first access, so that importing the package does not import torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+
+def lazy_attributes(
+    package: str, modules: Mapping[str, Sequence[str]]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return `__getattr__` and `__dir__` of a package whose public names are listed by their module (PEP 562)."""
+    homes = {name: module for module, names in modules.items() for name in names}
+    namespace = vars(sys.modules[package])
+
+    def get(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        namespace[name] = value = getattr(import_module(homes[name]), name)
+        return value
+
+    return get, lambda: sorted({*namespace, *homes})
