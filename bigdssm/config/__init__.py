@@ -7,6 +7,7 @@ rejected with the nearest name; every message names the dotted key, what it got 
 from bigdssm.config.checks import check_config, check_many_queries, check_pieces
 from bigdssm.config.keys import (
     DEFAULT_CACHE_BYTES,
+    HISTORY_BLOCKS,
     OPTIMIZERS,
     Config,
     DataConfig,
@@ -32,6 +33,7 @@ from bigdssm.config.yaml_files import differences, first_difference
 
 __all__ = [
     "DEFAULT_CACHE_BYTES",
+    "HISTORY_BLOCKS",
     "OPTIMIZERS",
     "Config",
     "DataConfig",

@@ -9,6 +9,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.features import Feature
 from bigdssm.features.history import histories_of
 from bigdssm.utils.bounds import out_of_bounds
+from bigdssm.utils.components import components_of
 from bigdssm.utils.loss_options import LOSSES
 
 
@@ -37,11 +38,8 @@ def check_config(config: Config) -> None:
             text.init is not None or text.keep_layers == 0, f"model.{side}.text.keep_layers", text.keep_layers,
             "an init folder to keep them of; without one `layers` says how many there are",
         )  # fmt: skip
-        history = tower.history
-        _require(
-            history.block != "hstu" or history.positions == "relative", f"model.{side}.history.positions",
-            history.positions, "relative with block=hstu, which has no other",
-        )  # fmt: skip
+    for key, part in components_of(config):
+        part.check(key)
     if data.targets_per_row > 1:
         check_many_queries(f"data.targets_per_row={data.targets_per_row}", data, config.model)
     for side, features in (("query", data.query), ("doc", data.doc)):

@@ -16,10 +16,11 @@ from bigdssm.features import Feature
 from bigdssm.features.base import FEATURES
 from bigdssm.features.history import histories_of
 from bigdssm.utils.bounds import bounded
-from bigdssm.utils.components import Registry, component
+from bigdssm.utils.components import Component, Registry, component
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 StageName = Literal["pretrain", "sft"]
 DEFAULT_CACHE_BYTES = 50 * 1024**3
@@ -93,17 +94,21 @@ class TextEncoderConfig:
 
 
 @dataclass(frozen=True)
-class HistoryEncoderConfig:
-    """A transformer over the item vectors of a history."""
+class HistoryEncoderConfig(Component):
+    """A transformer over the item vectors of a history: the keys of every kind of block, which is its layer.
 
-    # A layer: SASRec's; one with gates, as in LiGR and eSASRec; or HSTU's, which has no feed-forward layer.
-    block: Literal["sasrec", "gated", "hstu"] = "sasrec"
+    A kind of block is a subclass with keys of its own, registered in HISTORY_BLOCKS.
+    """
+
+    # It attends by softmax(q kᵀ / √W) v (`models.blocks.attend`), which kernels for packed histories compute.
+    softmax_attention: ClassVar[bool] = True
+
+    block: str = MISSING  # sasrec; gated, as in LiGR and eSASRec; hstu; or one from outside
     # Of an item: its distance from the newest (age), from the oldest (absolute), or of two from each other, as a bias
-    # (relative) or as turns (rotary). Several queries of a row need another than age; hstu needs relative.
+    # (relative) or as turns (rotary). Several queries of a row need another than age; hstu has relative alone.
     positions: Literal["age", "absolute", "relative", "rotary"] = "age"
     layers: int = bounded(1, 1, 1024)
     heads: int = bounded(2, 1, 1024)
-    feedforward: int = bounded(2, 1, 64)  # width of the feed-forward layer over the item vectors'; hstu has none
     dropout: float = bounded(0.1, 0, below=1)
     item_dropout: float = bounded(0.1, 0, below=1)  # on the item vectors
     item_scale: bool = False  # item vectors times the root of their width, as in SASRec
@@ -112,6 +117,15 @@ class HistoryEncoderConfig:
     def allows_many_queries(self) -> bool:
         """Return whether one pass can give several queries of a row: an item's age is another to each of them."""
         return self.positions != "age"
+
+    def build(self, dim: int) -> nn.Module:
+        """Return a layer over vectors of width `dim`: a module called as `models.blocks.SasrecBlock` is."""
+        raise NotImplementedError
+
+
+HISTORY_BLOCKS: Registry[HistoryEncoderConfig] = Registry(
+    "a sequence block", "block", home="bigdssm.models.declarations"
+)
 
 
 @dataclass(frozen=True)
@@ -125,7 +139,7 @@ class TowerConfig:
     numeric_dim: int = bounded(16, 1, MAX_WIDTH)
     vector_dim: int = bounded(64, 1, MAX_WIDTH)  # of every feature that is a vector already
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
-    history: HistoryEncoderConfig = field(default_factory=HistoryEncoderConfig)
+    history: HistoryEncoderConfig = component(HISTORY_BLOCKS, "sasrec")
 
 
 @dataclass(frozen=True)
@@ -225,7 +239,7 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Component):
     """The keys of every optimizer; linear warm-up and a cosine to `final_lr_ratio`, by applied steps.
 
     A kind of optimizer is a subclass with keys of its own, registered in OPTIMIZERS.

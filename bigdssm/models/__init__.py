@@ -1,18 +1,25 @@
-"""Towers and the dual encoder; pure torch, no data."""
+"""Towers and the dual encoder, no data. Importing the package imports no torch: `declarations` needs none."""
 
-from bigdssm.models.dual_encoder import ALPHA_MAX, DualEncoder, Encoded, new_model
-from bigdssm.models.encoders import SideSize, compile_layers, use_packing, use_plain_attention
-from bigdssm.models.packed import (
-    Packed,
-    PackedLists,
-    QueryPositions,
-    RowGroup,
-    SequenceBounds,
-    Values,
-    flash_runs_on,
-    pack,
-)
-from bigdssm.models.scorers import CrossEncoder, MlpScorer, Scorer
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bigdssm.utils.lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from bigdssm.models.dual_encoder import ALPHA_MAX, DualEncoder, Encoded, new_model
+    from bigdssm.models.encoders import SideSize, compile_layers, use_packing, use_plain_attention
+    from bigdssm.models.packed import (
+        Packed,
+        PackedLists,
+        QueryPositions,
+        RowGroup,
+        SequenceBounds,
+        Values,
+        flash_runs_on,
+        pack,
+    )
+    from bigdssm.models.scorers import CrossEncoder, MlpScorer, Scorer
 
 __all__ = [
     "ALPHA_MAX",
@@ -35,3 +42,22 @@ __all__ = [
     "use_packing",
     "use_plain_attention",
 ]
+
+__getattr__, __dir__ = lazy_attributes(
+    __name__,
+    {
+        "bigdssm.models.dual_encoder": ["ALPHA_MAX", "DualEncoder", "Encoded", "new_model"],
+        "bigdssm.models.encoders": ["SideSize", "compile_layers", "use_packing", "use_plain_attention"],
+        "bigdssm.models.packed": [
+            "Packed",
+            "PackedLists",
+            "QueryPositions",
+            "RowGroup",
+            "SequenceBounds",
+            "Values",
+            "flash_runs_on",
+            "pack",
+        ],
+        "bigdssm.models.scorers": ["CrossEncoder", "MlpScorer", "Scorer"],
+    },
+)

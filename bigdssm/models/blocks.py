@@ -1,4 +1,4 @@
-"""Transformer blocks over histories, by the name of `model.query.history.block`, and their attention.
+"""Transformer blocks over histories and their attention; `declarations` has their keys.
 
 Shapes: R rows, h heads, A query positions, T key positions, E width, F feed-forward width,
 W width per head.
@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bigdssm.config import HistoryEncoderConfig
 from bigdssm.models.packed import Attention, RowGroup, SequenceBounds
 
 HIDDEN = -1e9  # added to the score of what is not seen; not -inf, of which SiLU makes NaN
@@ -139,18 +138,18 @@ class SasrecBlock(nn.Module):
     Source: Kang and McAuley 2018 (SASRec), eq. 2 to 6.
     """
 
-    def __init__(self, config: HistoryEncoderConfig, dim: int) -> None:
+    def __init__(self, dim: int, heads: int, feedforward: int, dropout: float) -> None:
         super().__init__()
-        self.heads = config.heads
+        self.heads = heads
         self.attention_norm = nn.LayerNorm(dim)
         self.query, self.key_value, self.output = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
         self.feedforward = nn.Sequential(
             nn.LayerNorm(dim),
-            nn.Linear(dim, config.feedforward * dim),
+            nn.Linear(dim, feedforward * dim),
             nn.GELU(),
-            nn.Linear(config.feedforward * dim, dim),
+            nn.Linear(feedforward * dim, dim),
         )
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, at: Tensor, over: Tensor, sight: AttentionContext) -> Tensor:
         """Return [R, A, E] at places `at` [R, A, E] attending over [R, T, E]."""
@@ -167,14 +166,14 @@ class GatedBlock(nn.Module):
     2020 for SwiGLU.
     """
 
-    def __init__(self, config: HistoryEncoderConfig, dim: int) -> None:
+    def __init__(self, dim: int, heads: int, feedforward: int, dropout: float) -> None:
         super().__init__()
-        self.heads = config.heads
+        self.heads = heads
         self.attention_norm, self.feedforward_norm = RootMeanSquareNorm(dim), RootMeanSquareNorm(dim)
         self.query, self.key_value, self.output = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
-        self.feedforward = SwiGlu(dim, config.feedforward * dim)
+        self.feedforward = SwiGlu(dim, feedforward * dim)
         self.attention_gate, self.feedforward_gate = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, at: Tensor, over: Tensor, sight: AttentionContext) -> Tensor:
         """Return [R, A, E] at places `at` [R, A, E] attending over [R, T, E]."""
@@ -228,14 +227,14 @@ class HstuBlock(nn.Module):
     eq. 1 to 3.
     """
 
-    def __init__(self, config: HistoryEncoderConfig, dim: int) -> None:
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads = config.heads
+        self.heads = heads
         self.norm, self.attended_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         # One linear layer in two halves, U and Q, K and V: the last layer needs the first where it is read alone.
         self.gate_query, self.key_value = nn.Linear(dim, 2 * dim), nn.Linear(dim, 2 * dim)
         self.output = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, at: Tensor, over: Tensor, sight: AttentionContext) -> Tensor:
         """Return [R, A, E] at places `at` [R, A, E] attending over [R, T, E]."""
@@ -251,8 +250,3 @@ class HstuBlock(nn.Module):
 def _pointwise(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     scores = q @ k.transpose(2, 3)
     return nn.functional.silu(scores + added(mask, scores.dtype)) @ v
-
-
-BLOCKS: dict[str, type[nn.Module]] = {"sasrec": SasrecBlock, "gated": GatedBlock, "hstu": HstuBlock}
-
-__all__ = ["BLOCKS", "HIDDEN", "AttentionContext", "AttentionLayout"]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import import_module
 from typing import Any, Generic, TypeVar, cast
 
@@ -20,6 +21,14 @@ from bigdssm.utils.bounds import out_of_bounds
 
 REGISTRY = "registry"  # in the metadata of a field that is a component
 _INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes before it, which escape it
+
+
+class Component:
+    """The base of components that stand in a config."""
+
+    def check(self, key: str) -> None:
+        """Raise ConfigError: values within their bounds that do not go together. `key` names the block."""
+
 
 C = TypeVar("C")
 D = TypeVar("D", bound=type)
@@ -97,6 +106,16 @@ def component(registry: Registry[C], default: str) -> C:
     """Return a dataclass field that is one of the registered components."""
     made: C = field(default_factory=lambda: registry.find(default, "")(), metadata={REGISTRY: registry})
     return made
+
+
+def components_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Component]]:
+    """Yield (dotted key, component) of every component in a config, or in a section of one."""
+    for f in fields(config):
+        key, value = f"{prefix}{f.name}", getattr(config, f.name)
+        if REGISTRY in f.metadata:
+            yield key, value
+        if is_dataclass(value):
+            yield from components_of(value, f"{key}.")
 
 
 def keys_of(cls: Any) -> list[str]:

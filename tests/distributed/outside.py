@@ -1,5 +1,5 @@
 """What somebody adds from a module of their own, no file of the library changed: a type of features with its
-encoder, a loss term, an optimizer, a table source, an index, an export and a metric."""
+encoder, a sequence block, a loss term, an optimizer, a table source, an index, an export and a metric."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyarrow.orc import ORCFile
 from torch import Tensor, from_numpy, nn, optim
 
 from bigdssm.checkpoints.model_folder import ModelFolder
-from bigdssm.config import OptimizerConfig
+from bigdssm.config import HistoryEncoderConfig, OptimizerConfig
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.metrics import register_metric
 from bigdssm.export.formats import ExportFormat, Parity, Probe, largest_difference, register_export
@@ -27,6 +27,8 @@ from bigdssm.ingest.sources.registry import register_source
 from bigdssm.ingest.sources.text import require_columns
 from bigdssm.losses import PairTerm
 from bigdssm.losses import register as register_loss
+from bigdssm.models.blocks import AttentionContext, attend, split
+from bigdssm.models.declarations import register_block
 from bigdssm.models.encoders import Encoder, Parts, encodes
 from bigdssm.retrieval.embed import document_vectors, query_vectors
 from bigdssm.retrieval.index_types import AllowedDocuments, IndexBackend, register_index
@@ -108,6 +110,30 @@ class AngleEncoder(Encoder):
 
     def forward(self, values: Tensor) -> Tensor:
         return self.layer(values.nan_to_num(nan=0.0))
+
+
+@register_block
+@dataclass(frozen=True)
+class Cosine(HistoryEncoderConfig):
+    """Attention by cosines, and no feed-forward layer."""
+
+    block: str = "cosine"
+    sharpness: float = bounded(4.0, above=0, at_most=100)  # times the cosines
+
+    def build(self, dim: int) -> nn.Module:
+        return CosineBlock(dim, self.heads, self.sharpness * (dim / self.heads) ** 0.5)
+
+
+class CosineBlock(nn.Module):
+    def __init__(self, dim: int, heads: int, scale: float) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, scale
+        self.norm, self.query, self.key_value = nn.LayerNorm(dim), nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
+
+    def forward(self, at: Tensor, over: Tensor, sight: AttentionContext) -> Tensor:
+        k, v = self.key_value(self.norm(over)).chunk(2, dim=2)
+        q, k, v = (split(part, self.heads) for part in (self.query(self.norm(at)), k, v))
+        return at + attend(nn.functional.normalize(q, dim=3) * self.scale, nn.functional.normalize(k, dim=3), v, sight)
 
 
 @dataclass(frozen=True)

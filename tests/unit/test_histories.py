@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bigdssm.config import (
+    HISTORY_BLOCKS,
     Config,
     DataConfig,
     HistoryEncoderConfig,
@@ -23,6 +24,7 @@ from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical, History, Numeric, Vocabulary
 from bigdssm.models import DualEncoder, QueryPositions, new_model, use_plain_attention
+from bigdssm.models.declarations import Sasrec
 
 NUM_ITEMS, MAX_ITEMS, WIDTH = 20, 9, 8
 QUERY = {
@@ -44,9 +46,8 @@ every_many = pytest.mark.parametrize(("block", "positions"), MANY)
 
 def model(block: Any, positions: Any, layers: int = 2, dropout: float = 0.0, **history: Any) -> DualEncoder:
     """A model in which every parameter matters."""
-    encoder = HistoryEncoderConfig(
-        block=block, positions=positions, layers=layers, dropout=dropout, item_dropout=dropout, **history
-    )
+    given = {"positions": positions, "layers": layers, "dropout": dropout, "item_dropout": dropout, **history}
+    encoder = HISTORY_BLOCKS.read("model.query.history", {"block": block, **given})
     config = ModelConfig(
         dim=6, score="dot", query=TowerConfig(mlp=(7,), history=encoder), doc=TowerConfig(embedding_dim=WIDTH)
     )
@@ -171,7 +172,8 @@ def test_what_has_no_places_is_said_of_the_row() -> None:
 
 @every_many
 def test_gradients_are_those_of_finite_differences(block: str, positions: str) -> None:
-    made = model(block, positions, layers=2, feedforward=1).double()
+    narrow = {} if block == "hstu" else {"feedforward": 1}
+    made = model(block, positions, layers=2, **narrow).double()
     encoder = made.query_tower.encoders["history"]
     names = [name for name, _ in encoder.named_parameters()]
     rows, places = (
@@ -269,18 +271,18 @@ def config(history: HistoryEncoderConfig) -> Config:
 
 @pytest.mark.parametrize(("block", "positions"), [*ALL, ("hstu", "age"), ("hstu", "absolute"), ("hstu", "rotary")])
 def test_blocks_and_positions_that_go_together(block: Any, positions: Any) -> None:
-    history = HistoryEncoderConfig(block=block, positions=positions)
+    given = {"block": block, "positions": positions}
     if (block, positions) in ALL:
-        check_config(config(history))
+        check_config(config(HISTORY_BLOCKS.read("model.query.history", given)))
     else:
-        needed = rf"model\.query\.history\.positions: got {positions}, needs relative with block=hstu"
+        needed = rf"model\.query\.history\.positions: Invalid value '{positions}', expected one of \['relative'\]"
         with pytest.raises(ConfigError, match=needed):
-            check_config(config(history))
+            HISTORY_BLOCKS.read("model.query.history", given)
 
 
 @pytest.mark.parametrize("positions", ["age", "absolute", "relative", "rotary"])
 def test_an_age_is_of_one_query(positions: Literal["age", "absolute", "relative", "rotary"]) -> None:
-    made = config(HistoryEncoderConfig(positions=positions))
+    made = config(Sasrec(positions=positions))
     check_many_queries("data.targets_per_row=4", replace(made.data, query={"age": QUERY["age"]}), made.model)
     if positions != "age":
         check_many_queries("data.targets_per_row=4", made.data, made.model)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import BertConfig
 
-from bigdssm.config import HistoryEncoderConfig, ModelConfig, TextEncoderConfig, TowerConfig
+from bigdssm.config import ModelConfig, TextEncoderConfig, TowerConfig
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical, History, Numeric, Text, Vocabulary
 from bigdssm.models import ALPHA_MAX, DualEncoder, MlpScorer, new_model, use_plain_attention
+from bigdssm.models.declarations import Sasrec
 from bigdssm.models.encoders import TextEncoder
 
 QUERY = {
@@ -27,7 +28,7 @@ DOC = {
 }
 CONFIG = ModelConfig(
     dim=32,
-    query=TowerConfig(history=HistoryEncoderConfig(layers=2)),
+    query=TowerConfig(history=Sasrec(layers=2)),
     doc=TowerConfig(text=TextEncoderConfig(layers=1, hidden=32)),
 )
 

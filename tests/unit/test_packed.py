@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bigdssm.config import HistoryEncoderConfig, ModelConfig, TextEncoderConfig, TowerConfig
+from bigdssm.config import HISTORY_BLOCKS, ModelConfig, TextEncoderConfig, TowerConfig
 from bigdssm.dataset.schema import Schema
 from bigdssm.features import Categorical, Feature, History, Numeric, Text, Vocabulary
 from bigdssm.loader import step_plan as plan_module
@@ -55,7 +55,9 @@ LISTS = {"query": {"history": 0, "words": PAD, "more": PAD}, "doc": {"title": PA
 def model(pooling: Any = "mean", dropout: float = 0.0, text_dropout: float = 0.0, **history: Any) -> DualEncoder:
     """A model in which every parameter matters."""
     text = TextEncoderConfig(hidden=16, pooling=pooling, dropout=text_dropout)
-    encoder = HistoryEncoderConfig(**{"layers": 2, "dropout": dropout, "item_dropout": dropout, **history})
+    encoder = HISTORY_BLOCKS.read(
+        "", {"block": "sasrec", "layers": 2, "dropout": dropout, "item_dropout": dropout, **history}
+    )
     config = ModelConfig(
         dim=6, score="dot", query=TowerConfig(mlp=(7,), text=text, history=encoder),
         doc=TowerConfig(mlp=(7,), embedding_dim=16, text=text),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bigdssm.config import HistoryEncoderConfig, LossConfig
+from bigdssm.config import HISTORY_BLOCKS, LossConfig
 from bigdssm.loader.batch import Batch
 from bigdssm.loader.step_plan import TokenBudget, draft_step
 from bigdssm.loader.upload import on_device
@@ -89,7 +89,7 @@ def _rows(spans: SequenceBounds, number: int) -> tuple[Tensor, Tensor]:
 
 
 def new_engine(case: Case) -> Engine:
-    history = HistoryEncoderConfig(block=case.block, positions=case.positions)  # type: ignore[arg-type]
+    history = HISTORY_BLOCKS.read("", {"block": case.block, "positions": case.positions})
     model = replace(MODEL, query=replace(MODEL.query, history=history))
     torch.manual_seed(0)
     module = new_model(model, SCHEMA, vocab_size=30).train()

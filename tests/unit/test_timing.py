@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig
 
-from bigdssm.config import HistoryEncoderConfig, ModelConfig, TextEncoderConfig, TowerConfig
+from bigdssm.config import HISTORY_BLOCKS, ModelConfig, TextEncoderConfig, TowerConfig
 from bigdssm.dataset.schema import Schema
 from bigdssm.features import Categorical, History, Numeric, Text, Vocabulary
 from bigdssm.loader.batch import lengths_of
@@ -105,7 +105,7 @@ def test_operations_by_formula_are_those_that_torch_counts(block: Any, positions
     config = ModelConfig(
         dim=24,
         beta="none",
-        query=TowerConfig(mlp=(20,), history=HistoryEncoderConfig(block=block, positions=positions, layers=2)),
+        query=TowerConfig(mlp=(20,), history=HISTORY_BLOCKS.find(block, "")(positions=positions, layers=2)),
         doc=TowerConfig(text=TextEncoderConfig(layers=2, hidden=16)),
     )
     places = QueryPositions(torch.tensor([0, 2, 0, 2, 1]), torch.tensor([0, 5, 3, 1, 2])) if many else None

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from bigdssm.cli import at_least
-from bigdssm.config import HistoryEncoderConfig, ModelConfig, TowerConfig
+from bigdssm.config import HISTORY_BLOCKS, ModelConfig, TowerConfig
 from bigdssm.dataset.schema import Schema
 from bigdssm.features import Categorical, History, Vocabulary
 from bigdssm.loader.batch import Lengths, lengths_of
@@ -76,9 +76,9 @@ def compare(args: argparse.Namespace) -> str:
 
 def tower(args: argparse.Namespace) -> DualEncoder:
     """Return a model whose query is a history."""
-    history = HistoryEncoderConfig(
-        block=args.block, positions=args.positions, layers=2, heads=2, feedforward=4, item_scale=True
-    )
+    wide = {} if args.block == "hstu" else {"feedforward": 4}
+    block = {"block": args.block, "positions": args.positions, "layers": 2, "heads": 2, "item_scale": True}
+    history = HISTORY_BLOCKS.read("", block | wide)
     config = ModelConfig(
         dim=args.width, score="dot", query=TowerConfig(residual="history", mlp=(), history=history),
         doc=TowerConfig(residual="item", mlp=(), embedding_dim=args.width),

@@ -46,11 +46,11 @@ def text_tower(bench: Bench, layers: int, width: int, rows: int, tokens: int) ->
 
 def history_tower(bench: Bench) -> tuple[nn.Module, TwoInputs, float]:
     """Return gated blocks over 200 items, a vector a place of them, and the operations of a forward of a side."""
-    from bigdssm.config import HistoryEncoderConfig
-    from bigdssm.models.blocks import BLOCKS, AttentionContext
+    from bigdssm.models.blocks import AttentionContext
+    from bigdssm.models.declarations import Gated
 
     width, items, rows = (32, 16, 4) if bench.small else (128, 200, 256)
-    config = HistoryEncoderConfig(block="gated", positions="rotary", layers=2, heads=4)
+    config = Gated(positions="rotary", layers=2, heads=4)
     place = torch.arange(items, device=bench.device)
     sight = AttentionContext(place, place, (place[:, None] >= place)[None, None], True, True)
 
@@ -58,7 +58,7 @@ def history_tower(bench: Bench) -> tuple[nn.Module, TwoInputs, float]:
         def __init__(self) -> None:
             super().__init__()
             self.table = nn.Embedding(50_000, width)
-            self.layers = nn.ModuleList(BLOCKS["gated"](config, width) for _ in range(config.layers))
+            self.layers = nn.ModuleList(config.build(width) for _ in range(config.layers))
 
         def forward(self, codes: Tensor, is_history: Tensor) -> Tensor:
             hidden = self.table(codes)

@@ -19,7 +19,7 @@ from typing import Any, get_args, get_type_hints
 
 import omegaconf
 
-from bigdssm.config.keys import OPTIMIZERS, Config, OptimizerConfig
+from bigdssm.config.keys import HISTORY_BLOCKS, OPTIMIZERS, Config, HistoryEncoderConfig, OptimizerConfig
 from bigdssm.features.base import FEATURES
 from bigdssm.retrieval.index_types import INDEX_TYPES
 from bigdssm.utils.bounds import BOUND
@@ -28,7 +28,7 @@ from bigdssm.utils.components import REGISTRY, Registry, keys_of
 HEAD = "| key | type | default | bounds | |\n|---|---|---|---|---|"
 PAGE = Path(__file__).parents[2] / "docs/config_keys.md"
 START = """\
-<!-- Made by tools/site/config_keys.py from bigdssm/config/keys.py and bigdssm/features/: edit those, and run it. -->
+<!-- Made by tools/site/config_keys.py from the declarations in bigdssm/: edit those, and run it. -->
 
 # Config keys
 
@@ -53,8 +53,13 @@ OPTIMIZER_KINDS = """\
 ## Optimizers
 
 Beside the keys of every optimizer, `STAGE.optimizer` has those of the one that `name` says:"""
+BLOCKS = """\
+## Sequence blocks
+
+Beside the keys of every block, `model.query.history` has those of the one that `block` says:"""
 COMPONENTS: tuple[tuple[str, Registry[Any], Any], ...] = (
     (FEATURE_TYPES, FEATURES, None),
+    (BLOCKS, HISTORY_BLOCKS, HistoryEncoderConfig),
     (OPTIMIZER_KINDS, OPTIMIZERS, OptimizerConfig),
     (INDEXES, INDEX_TYPES, None),
 )

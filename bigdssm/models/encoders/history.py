@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from bigdssm.config import HistoryEncoderConfig
 from bigdssm.errors import ConfigError
 from bigdssm.features import PADDING, History
-from bigdssm.models.blocks import BLOCKS, HIDDEN, AttentionContext, AttentionLayout
+from bigdssm.models.blocks import HIDDEN, AttentionContext, AttentionLayout
 from bigdssm.models.embedding_tables import INIT_STD, EmbeddingTables, table_name
 from bigdssm.models.encoders.base import Encoder, Parts, SideSize, encodes, linear_flops, packs_heads
 from bigdssm.models.packed import Packed, QueryPositions, RowGroup, SequenceBounds, Values
@@ -43,7 +43,7 @@ class HistoryEncoder(Encoder):
             self.positions = nn.Embedding(feature.max_items + 1, per_place)
             nn.init.normal_(self.positions.weight, std=INIT_STD)
         self.dropout = nn.Dropout(config.item_dropout)
-        self.layers = nn.ModuleList(BLOCKS[config.block](config, dim) for _ in range(config.layers))
+        self.layers = nn.ModuleList(config.build(dim) for _ in range(config.layers))
         self.norm = nn.LayerNorm(dim)
         self._recompute = self._plain_in_training = False
 
@@ -71,8 +71,9 @@ class HistoryEncoder(Encoder):
 
     @property
     def _has_kernel(self) -> bool:
-        """Return whether a kernel attends within packed histories: it adds no learned bias, which HSTU needs too."""
-        able = self.config.positions != "relative" and packs_heads(self.dim, self.config.heads)
+        """Return whether a kernel attends within packed histories: by a softmax, without a learned bias."""
+        config = self.config
+        able = config.softmax_attention and config.positions != "relative" and packs_heads(self.dim, config.heads)
         return self.packed_attention is not None and able
 
     def at(self, values: Values, places: QueryPositions) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder, model_checksum, save_model_folder
-from bigdssm.config import Config, TokenizerConfig, load_config
+from bigdssm.config import HISTORY_BLOCKS, Config, TokenizerConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.schema import Schema
 from bigdssm.dataset.tensors import to_features
@@ -333,7 +333,7 @@ def test_onnx_holds_histories_of_every_kind(
     """From a model folder; the export itself compares rows of all lengths, together and alone."""
     for package in ONNX:
         pytest.importorskip(package)
-    history = replace(config.model.query.history, block=block, positions=positions, layers=2, item_scale=True)
+    history = HISTORY_BLOCKS.find(block, "")(positions=positions, layers=2, item_scale=True)
     query = replace(config.model.query, history=history)
     changed = replace(config, model=replace(config.model, query=query))
     model = random_model(changed, dataset, seed=1)

@@ -1,0 +1,86 @@
+"""A sequence block of a module outside the package, with a key of its own, all the way.
+
+Training on two ranks in chunks, a stopped run that continues, best/ loaded again, vectors, an index and the estimate.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bigdssm.checkpoints.model_folder import load_model_folder
+from bigdssm.config import load_config
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.retrieval.index import build_index, open_index
+from bigdssm.retrieval.shards import ShardWork
+from bigdssm.retrieval.vectors import write_vectors
+from bigdssm.training.estimate import estimate
+
+from . import small_run
+from .spawn import Pool
+
+STEPS = ("pretrain.steps=8", "pretrain.optimizer.warmup_steps=0", "pretrain.save_every_steps=4")
+MODEL = ("model.query.history={block: cosine, sharpness: 2.0, layers: 2, positions: rotary, dropout: 0.0}",)
+
+
+def train(rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...], resume: bool) -> None:
+    from . import outside  # noqa: F401, it registers what it holds
+
+    small_run.run(rank, world_size, config, run_dir, overrides, "pretrain", resume)
+
+
+def use(rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Load best/ and use it: vectors of rows and documents, an index; and estimate the run."""
+    from . import outside
+
+    model = load_model_folder(run_dir / "pretrain" / "best")
+    history = model.config.model.query.history
+    assert isinstance(history, outside.Cosine) and history.sharpness == 2
+    dataset = Dataset.open(model.config.data.dir)
+    encoders = tower_encoders(model.model, dataset)
+    queries = np.concatenate([encoders.queries(rows).numpy() for rows in dataset.iterate("validation", 32)])
+    documents = encoders.documents(np.arange(dataset.catalogue.num_docs)).numpy()
+    write_vectors(run_dir / "vectors", encoders, dataset, model.checksum, ShardWork())
+    build_index(run_dir / "vectors", run_dir / "index")
+    scores, _ = open_index(run_dir / "index").nearest(
+        queries, 3, model.checksum, [np.array([], np.int64)] * len(queries)
+    )
+    loaded = load_config(config, [f"run.dir={run_dir}", *overrides])
+    return {
+        "queries": queries, "documents": documents, "provenance": model.provenance,
+        "found": float(np.abs(np.sort(queries @ documents.T)[:, ::-1][:, :3] - scores).max()),
+        "weights": sum(tensor.numel() for tensor in model.model.state_dict().values()),
+        "estimate": estimate(loaded, "pretrain", dataset, 2),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_run.write_dataset(tmp_path_factory.mktemp("data"))
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [record["loss"] for record in small_run.records(run_dir)]
+
+
+@pytest.mark.slow
+def test_parts_of_the_towers_from_outside(config: Path, tmp_path: Path, outside_pools: dict[int, Pool]) -> None:
+    whole, chunked = (*STEPS, *MODEL), (*STEPS, *MODEL, "engine.zero_stage=3", "engine.chunk_tokens=100")
+    outside_pools[2].run(train, config, tmp_path / "whole", whole, False)
+    outside_pools[2].run(train, config, tmp_path / "chunked", chunked, False)
+    np.testing.assert_allclose(losses(tmp_path / "chunked"), losses(tmp_path / "whole"), rtol=1e-4)
+    assert losses(tmp_path / "whole")[-1] < losses(tmp_path / "whole")[0]
+    (before,) = outside_pools[1].run(use, config, tmp_path / "chunked", chunked)
+    for file in (tmp_path / "chunked" / "pretrain" / "checkpoints" / "step-00000008").iterdir():
+        file.unlink()  # damaged: the run goes on from step 4
+    first = losses(tmp_path / "chunked")
+    outside_pools[2].run(train, config, tmp_path / "chunked", chunked, True)
+    assert losses(tmp_path / "chunked") == first
+    (after,) = outside_pools[1].run(use, config, tmp_path / "chunked", chunked)
+    for name in ("queries", "documents"):
+        np.testing.assert_array_equal(after[name], before[name])
+    assert after["found"] < 1e-5 and after["estimate"].num_weights == after["weights"]
