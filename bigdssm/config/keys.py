@@ -16,7 +16,7 @@ from bigdssm.features import Feature
 from bigdssm.features.base import FEATURES
 from bigdssm.features.history import histories_of
 from bigdssm.utils.bounds import bounded
-from bigdssm.utils.components import Component, Registry, component
+from bigdssm.utils.components import Component, Registry, component, named_components
 
 if TYPE_CHECKING:
     import torch
@@ -51,8 +51,8 @@ class DataConfig:
     """The dataset and its schema."""
 
     dir: str = MISSING
-    query: dict[str, Any] = field(default_factory=dict)  # Feature by name, each as its type declares it; see features/
-    doc: dict[str, Any] = field(default_factory=dict)
+    query: dict[str, Any] = named_components(FEATURES)  # Feature by name, each as its type declares it; see features/
+    doc: dict[str, Any] = named_components(FEATURES)
     title: str | None = None  # column of the document table shown to people; the document id by default
     # Queries are documents: both sides declare the same features, of columns of their own, one tower (model.doc) reads
     # both, a query's id is its document's, which is never its own answer, and a pair holds in both directions.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -61,6 +61,8 @@ def _name_components(path: Path, schema: DictConfig, kind: Any, given: Any, pref
         if not isinstance(block, DictConfig) or block._is_interpolation() or block._is_none():
             continue
         registry, node = f.metadata.get(REGISTRY), schema._get_node(f.name)
+        if isinstance(node, Sequence):  # for which omegaconf raises TypeError, naming no key
+            raise ConfigError(f"{path}: {key}: got a mapping, needs a list")
         if not isinstance(node, DictConfig):
             continue  # the merge raises: keys below a value
         if registry is None:
@@ -81,6 +83,7 @@ def _name_components(path: Path, schema: DictConfig, kind: Any, given: Any, pref
             raise ConfigError(f"{path}: {error}") from None
         with read_write(schema):
             schema[f.name] = OmegaConf.structured(declared)
+        _name_components(path, schema[f.name], declared, block, f"{key}.")
 
 
 def _section(hint: Any) -> type | None:

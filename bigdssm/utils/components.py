@@ -20,6 +20,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.utils.bounds import out_of_bounds
 
 REGISTRY = "registry"  # in the metadata of a field that is a component
+EACH = "each"  # in that of a field that holds components by name
 _INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes before it, which escape it
 
 
@@ -116,6 +117,12 @@ def components_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Componen
             yield key, value
         if is_dataclass(value):
             yield from components_of(value, f"{key}.")
+
+
+def named_components(registry: Registry[C]) -> dict[str, Any]:
+    """Return a dataclass field of components by name, none by default."""
+    made: dict[str, Any] = field(default_factory=dict, metadata={EACH: registry})
+    return made
 
 
 def keys_of(cls: Any) -> list[str]:

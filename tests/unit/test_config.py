@@ -147,6 +147,8 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
         ("pretrain.rows_global=-4", ["pretrain.rows_global", "got -4", "at least 1"]),
         ("pretrain.loss.name=fsp", ["pretrain.loss.name", "fsp", "'fps'"]),
         ("engine.zero_stage=4", ["engine.zero_stage", "4", "at least 0 and at most 3"]),
+        ("run.trackers={a: 1}", ["run.trackers: got a mapping, needs a list"]),
+        ("pretrain.optimizer.betas={}", ["pretrain.optimizer.betas: got a mapping, needs a list"]),
         ("engine={zero_stage: 0, precision: bf16_pure}", ["engine.zero_stage", "1, 2 or 3 with engine.precision=bf16"]),
         ("engine={zero_stage: 0, offload_optimizer: true}", ["engine.zero_stage", "1, 2 or 3", "offload_optimizer"]),
         ("engine={zero_stage: 3, compile: true}", ["engine.compile: got true", "false with engine.zero_stage=3"]),

@@ -7,7 +7,6 @@ import runpy
 import shlex
 import shutil
 import subprocess
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import dedent
@@ -25,7 +24,6 @@ from bigdssm.config.keys import SourceConfig, StageConfig
 from bigdssm.dataset import partition
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval import vectors
-from bigdssm.utils.bounds import bounded
 
 from .test_layers import LAYERS
 
@@ -93,27 +91,6 @@ def test_links_lead_somewhere(doc: Path) -> None:
         titles = re.findall(r"^#+ (.*)$", path.read_text("utf-8"), re.MULTILINE) if heading else []
         anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
         assert not heading or heading in anchors, f"{doc.name} links to {target}"
-
-
-@dataclass(frozen=True)
-class Commented:
-    """Where a comment may stand."""
-
-    plain: int = 0
-    behind: int = bounded(1, 0, below=9)  # said behind
-    # Said above,
-    # in two lines.
-    above: str | None = None  # and behind
-    within: int = (
-        2  # said within
-    )  # fmt: skip
-
-
-def test_a_comment_belongs_to_its_field() -> None:
-    comments = runpy.run_path(str(ROOT / "tools/site/config_keys.py"))["comments"](Commented)
-    assert comments["plain"] == "" and comments["behind"] == "said behind"
-    assert comments["above"] == "Said above, in two lines. and behind"
-    assert comments["within"].startswith("said within")
 
 
 NESTED = ("loss", "optimizer", "warm_start", "mining")  # sections of their own on the page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -43,6 +44,19 @@ def test_a_type_of_an_installed_package(installed: dict[str, str], tmp_path: Pat
     done = make(tmp_path, installed)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "dataset" / "dataset.json").is_file()
+
+
+def test_the_schema_of_configs_has_the_components_of_an_installed_package(installed: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "bigdssm.commands", "config", "--schema"]
+    printed = subprocess.run(command, env=installed, capture_output=True, text=True, check=True).stdout
+    schema = json.loads(printed)["$defs"]
+    [angle] = [
+        case["then"] for case in schema["DataConfig"]["properties"]["query"]["additionalProperties"]["allOf"]
+        if case["if"]["properties"]["type"]["const"] == "angle"
+    ]  # fmt: skip
+    assert angle["properties"]["whole"]["default"] == 360.0
+    assert angle["properties"]["whole"]["description"] == "what a whole turn is"
+    assert "one less the momentum" in printed, "the optimizer's comment"
 
 
 def test_a_package_that_cannot_be_imported(installed: dict[str, str], tmp_path: Path) -> None:

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import ast
 import inspect
-import io
 import json
-import tokenize
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import omegaconf
 
 from bigdssm.config.keys import HISTORY_BLOCKS, OPTIMIZERS, Config, HistoryEncoderConfig, OptimizerConfig
+from bigdssm.config.schema import all_comments, default_of
 from bigdssm.features.base import FEATURES
 from bigdssm.retrieval.index_types import INDEX_TYPES
 from bigdssm.utils.bounds import BOUND
@@ -34,7 +33,12 @@ START = """\
 
 A run's YAML has the sections `run`, `data`, `model`, `engine`, `pretrain` and, for fine-tuning, `sft`. On the command
 line `section.key=value` changes a key. An unknown key, or a number out of its bounds, ends the command with exit code 2
-before anything is written.
+before anything is written. `bigdssm config --config my.yaml` prints the resolved config.
+
+Editors complete and check keys by a JSON Schema, which also contains the components of installed plugins. Write it with
+`bigdssm config --schema > config.schema.json`, and name it in the first line of a config:
+
+    # yaml-language-server: $schema=config.schema.json
 
 ## Sections"""
 FEATURE_TYPES = """\
@@ -101,8 +105,7 @@ def _collect(cls: type, prefix: str, places: dict[type, list[str]]) -> None:
 
 def _rows(cls: type, without: Sequence[str] = ()) -> Iterator[str]:
     """Yield a row of the table for each field that is a value, not a section of its own."""
-    notes = {name: note for base in reversed(cls.__mro__[:-1]) for name, note in comments(base).items()}
-    hints = get_type_hints(cls)
+    notes, hints = all_comments(cls), get_type_hints(cls)
     for field in fields(cls):
         if field.name in without or REGISTRY in field.metadata:
             continue
@@ -126,26 +129,8 @@ def _type(source: str) -> str:
 
 def _default(field: Field[Any]) -> str:
     """Return a default as YAML writes it."""
-    value = field.default if field.default_factory is MISSING else field.default_factory()
-    return "must be given" if value is MISSING or value == omegaconf.MISSING else f"`{json.dumps(value)}`"
-
-
-def comments(cls: type) -> dict[str, str]:
-    """Return the comment of each field: that behind it or within it, after the lines of comment right above it."""
-    source = inspect.getsource(cls)
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    said = {token.start[0]: (token.string.lstrip("# "), token.line.lstrip()[0] == "#") for token in tokens
-            if token.type == tokenize.COMMENT}  # fmt: skip
-    found = {}
-    body = ast.parse(source).body[0]
-    assert isinstance(body, ast.ClassDef)
-    for node in body.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.end_lineno:
-            first = node.lineno
-            while said.get(first - 1, ("", False))[1]:
-                first -= 1
-            found[node.target.id] = " ".join(said[n][0] for n in range(first, node.end_lineno + 1) if n in said)
-    return found
+    value = default_of(field)
+    return "must be given" if value == omegaconf.MISSING else f"`{json.dumps(value)}`"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,46 @@
+"""Print the resolved and checked config of a run, or the JSON Schema of config files.
+
+    bigdssm config --config configs/tldr.yaml [key=value …]
+    bigdssm config --schema > config.schema.json
+
+The config is printed as YAML with every key, defaults included, and is a config file again. Editors complete and check
+a config file whose first line names the schema: `# yaml-language-server: $schema=config.schema.json`. The schema
+includes the components of installed plugins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+import yaml
+
+from bigdssm.cli import command
+from bigdssm.config import load_config
+from bigdssm.config.schema import config_schema
+from bigdssm.errors import ConfigError
+from bigdssm.utils.components import literal
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    printed = parser.add_mutually_exclusive_group(required=True)
+    printed.add_argument("--config", metavar="FILE", help="YAML file to resolve and check; see configs/")
+    printed.add_argument("--schema", action="store_true", help="print the JSON Schema of config files")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted config keys, with --config")
+    args = parser.parse_intermixed_args(argv)
+    if not args.schema:
+        config = literal(load_config(args.config, args.overrides).to_dict())
+        print(yaml.safe_dump(config, sort_keys=False), end="")
+        return
+    if args.overrides:
+        raise ConfigError(f"--schema takes no key=value, got {args.overrides[0]}; leave it out")
+    print(json.dumps(config_schema(), indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""The JSON Schema of a run's YAML, generated from the declarations of its keys: types, defaults, bounds, comments.
+
+A value may also be an OmegaConf interpolation. Strings are therefore restricted by a pattern and are among the types of
+every value; the keywords for objects, lists and numbers do not apply to them.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import io
+import tokenize
+from dataclasses import MISSING, Field, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import omegaconf
+
+from bigdssm.config.keys import Config
+from bigdssm.utils.bounds import BOUND, Bound
+from bigdssm.utils.components import EACH, REGISTRY, Registry
+
+Schema = dict[str, Any]
+
+OPEN: Schema = {"$ref": "#/$defs/interpolation"}
+INTERPOLATION: Schema = {
+    "description": "An OmegaConf interpolation, or ??? for a value that the command line gives.",
+    "pattern": r"\$\{|^\?\?\?$",
+}
+NUMBERS = {bool: "boolean", int: "integer", float: "number"}
+LIMITS = {"at_least": "minimum", "above": "exclusiveMinimum", "at_most": "maximum", "below": "exclusiveMaximum"}
+
+
+def config_schema() -> Schema:
+    """Return the JSON Schema (draft 2020-12) of a run's YAML, with the components of every imported plugin."""
+    sections: dict[str, Schema] = {"interpolation": INTERPOLATION}
+    root = _object(Config, sections)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", **root, "$defs": sections}
+
+
+def comments(cls: type) -> dict[str, str]:
+    """Return the comment of each field of a dataclass: that behind it or within it, after those right above it."""
+    source = inspect.getsource(cls)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    said = {token.start[0]: (token.string.lstrip("# "), token.line.lstrip()[0] == "#") for token in tokens
+            if token.type == tokenize.COMMENT}  # fmt: skip
+    found = {}
+    body = ast.parse(source).body[0]
+    assert isinstance(body, ast.ClassDef)
+    for node in body.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.end_lineno:
+            first = node.lineno
+            while said.get(first - 1, ("", False))[1]:
+                first -= 1
+            found[node.target.id] = " ".join(said[n][0] for n in range(first, node.end_lineno + 1) if n in said)
+    return found
+
+
+def all_comments(cls: type) -> dict[str, str]:
+    """Return the comments of a dataclass and of its bases."""
+    bases = [base for base in reversed(cls.__mro__) if is_dataclass(base)]
+    return {name: comment for base in bases for name, comment in comments(base).items()}
+
+
+def default_of(field: Field[Any]) -> Any:
+    """Return the default of a field, `omegaconf.MISSING` where a value must be given."""
+    value = field.default if field.default_factory is MISSING else field.default_factory()
+    return omegaconf.MISSING if value is MISSING else value
+
+
+def _object(cls: Any, sections: dict[str, Schema]) -> Schema:
+    """Return the keys of a dataclass; `sections` collects the definitions of those in its fields."""
+    hints, said = get_type_hints(cls), all_comments(cls)
+    properties: dict[str, Any] = {}
+    required = []
+    for field in fields(cls):
+        if field.metadata.get("fitted"):
+            continue
+        default = default_of(field)
+        schema = _field(field, hints[field.name], default, sections)
+        section = sections.get(str(schema.get("$ref")).rpartition("/")[2], {})
+        if default == omegaconf.MISSING or "required" in section:
+            required.append(field.name)
+        elif not is_dataclass(default):
+            schema["default"] = list(default) if isinstance(default, tuple) else default
+        if said.get(field.name):
+            schema["description"] = said[field.name]
+        properties[field.name] = schema
+    needs = {"required": required} if required else {}
+    return {"description": inspect.getdoc(cls), "properties": properties, **needs, "additionalProperties": False}
+
+
+def _field(field: Field[Any], hint: Any, default: Any, sections: dict[str, Schema]) -> Schema:
+    if EACH in field.metadata:
+        return {**_open("object"), "additionalProperties": _component(field.metadata[EACH], None, sections)}
+    if REGISTRY in field.metadata:
+        block = _component(field.metadata[REGISTRY], default, sections)
+        return _or_null(block) if NoneType in get_args(hint) else block
+    return _value(hint, field.metadata.get(BOUND), sections)
+
+
+def _component(registry: Registry[Any], default: Any, sections: dict[str, Schema]) -> Schema:
+    """Return a block that names a component, `default` where it does not, and has the keys of that one."""
+    selector, usual = registry.selector, getattr(default, registry.selector, None)
+    names: list[Schema] = []
+    cases = []
+    for name in registry.names():
+        keys = _object(registry.classes[name], sections)
+        keys["properties"][selector] = True
+        named = {} if name == usual else {"required": [selector]}
+        cases.append({"if": {"properties": {selector: {"const": name}}, **named}, "then": keys})
+        names.append({"const": name, "description": keys["description"]})
+    selected: Schema = {"anyOf": [*names, {"type": "string", **OPEN}]}
+    needs = {"required": [selector]} if usual is None else {}
+    if usual is not None:
+        selected["default"] = usual
+    return {**_open("object"), "properties": {selector: selected}, **needs, "allOf": cases}
+
+
+def _value(hint: Any, bound: Bound | None, sections: dict[str, Schema]) -> Schema:
+    """Return the values of a type, numbers within a bound."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        kinds = [_value(option, bound, sections) for option in inner if option is not NoneType]
+        made = kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
+        return _or_null(made) if NoneType in inner else made
+    if kind is Literal:
+        return {"anyOf": [{"enum": list(inner)}, {"type": "string", **OPEN}]}
+    if kind is str:
+        return {"type": ["string"]}
+    if kind in NUMBERS:
+        limits = {LIMITS[f.name]: getattr(bound, f.name) for f in fields(bound)} if bound else {}
+        return {**_open(NUMBERS[kind]), **{name: limit for name, limit in limits.items() if limit is not None}}
+    if kind in (list, tuple) and inner[1:] in ((), (...,)):
+        return {**_open("array"), "items": _value(inner[0], bound, sections)}
+    if kind is tuple:
+        items = [_value(one, bound, sections) for one in inner]
+        return {**_open("array"), "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
+    if isinstance(kind, type) and is_dataclass(kind):
+        name = kind.__name__
+        if name not in sections:
+            sections[name] = {**OPEN, **_object(kind, sections)}
+        return {"type": ["object", "string"], "$ref": f"#/$defs/{name}"}
+    return _open("object") if kind is dict else {}  # Any
+
+
+def _open(kind: str) -> Schema:
+    """Return values of a type, or an interpolation."""
+    return {"type": [kind, "string"], **OPEN}
+
+
+def _or_null(schema: Schema) -> Schema:
+    if "type" in schema:
+        return {**schema, "type": [*schema["type"], "null"]}
+    return {"anyOf": [*schema["anyOf"], {"type": "null"}]}

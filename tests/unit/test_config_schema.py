@@ -1,0 +1,139 @@
+"""The JSON Schema of configs: the committed file is the current one, and it refuses as the loader does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+from omegaconf import OmegaConf
+
+from bigdssm.commands import config as command
+from bigdssm.config import load_config
+from bigdssm.config.loading import changes_of
+from bigdssm.config.schema import comments
+from bigdssm.errors import ConfigError
+from bigdssm.utils.bounds import bounded
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SCHEMA = CONFIGS / "config.schema.json"
+SHIPPED = sorted(CONFIGS.glob("*.yaml"))
+EXAMPLE = CONFIGS / "movielens_100k.yaml"
+
+
+@pytest.fixture(scope="module")
+def validator() -> Draft202012Validator:
+    content = json.loads(SCHEMA.read_text("utf-8"))
+    Draft202012Validator.check_schema(content)
+    return Draft202012Validator(content)
+
+
+@dataclass(frozen=True)
+class Commented:
+    """Where a comment may stand."""
+
+    plain: int = 0
+    behind: int = bounded(1, 0, below=9)  # said behind
+    # Said above,
+    # in two lines.
+    above: str | None = None  # and behind
+    within: int = (
+        2  # said within
+    )  # fmt: skip
+
+
+def test_a_comment_belongs_to_its_field() -> None:
+    found = comments(Commented)
+    assert found["plain"] == "" and found["behind"] == "said behind"
+    assert found["above"] == "Said above, in two lines. and behind"
+    assert found["within"].startswith("said within")
+
+
+def test_the_committed_schema_is_that_of_the_source() -> None:
+    printed = subprocess.run(  # in a process of its own: other tests register components
+        [sys.executable, "-m", "bigdssm.commands", "config", "--schema"], capture_output=True, text=True, check=True
+    ).stdout
+    assert SCHEMA.read_text("utf-8") == printed, f"run bigdssm config --schema > configs/{SCHEMA.name}"
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_the_shipped_configs_name_the_schema_and_are_valid(
+    file: Path, validator: Draft202012Validator, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert file.read_text("utf-8").splitlines()[0] == f"# yaml-language-server: $schema={SCHEMA.name}"
+    validator.validate(OmegaConf.to_container(OmegaConf.load(file)))
+    assert command.main(["--config", str(file), "run.seed=7"]) == 0
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(capsys.readouterr().out)
+    validator.validate(yaml.safe_load(resolved.read_text()))
+    assert load_config(resolved) == load_config(file, ["run.seed=7"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "pretrain.steps=${run.seed}", "sft=${pretrain}", "data.dir=???", "pretrain.optimizer=${sft.optimizer}",
+        "data.doc.genres.min_count=${data.lanes}", "pretrain.optimizer={momentum: 0.9, name: muon}",
+        "engine.loss_tile=null",
+        "pretrain.optimizer.name=${sft.optimizer.name}", "model.score=${run.dir}", "data.lanes=8.0", "sft=null",
+    ],
+)  # fmt: skip
+def test_accepted(validator: Draft202012Validator, override: str) -> None:
+    assert best_match(validator.iter_errors(changed(override))) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "error"),
+    [
+        ("pretrain.rows_globl=64", "pretrain: Additional properties are not allowed ('rows_globl' was unexpected)"),
+        ("modle={}", ": Additional properties are not allowed ('modle' was unexpected)"),
+        ("sft={epoch: 1}", "sft: Additional properties are not allowed ('epoch' was unexpected)"),
+        ("data.query.age.wide=1", "data.query.age: Additional properties are not allowed ('wide' was unexpected)"),
+        (
+            "pretrain.optimizer.momentum=0.9",
+            "pretrain.optimizer: Additional properties are not allowed ('momentum' was unexpected)",
+        ),
+        ("pretrain.rows_global=many", "pretrain.rows_global: 'many' does not match"),
+        ("pretrain.rows_global=0.5", "pretrain.rows_global: 0.5 is not of type 'integer'"),
+        ("pretrain=null", "pretrain: None is not of type 'object'"),
+        ("model.query.mlp=8", "model.query.mlp: 8 is not of type 'array'"),
+        ("pretrain.optimizer.betas=[0.9]", "pretrain.optimizer.betas: [0.9] is too short"),
+        ("engine.zero_stage=4", "engine.zero_stage: 4 is greater than the maximum of 3"),
+        ("engine.loss_tile=0", "engine.loss_tile: 0 is less than the minimum of 1"),
+        ("model.query.dropout=1", "model.query.dropout: 1 is greater than or equal to the maximum of 1"),
+        ("model.query.mlp=[8, 0]", "model.query.mlp.1: 0 is less than the minimum of 1"),
+        ("pretrain.optimizer.lr=11", "pretrain.optimizer.lr: 11 is greater than the maximum of 10"),
+        ("model.score=euclid", "model.score: 'euclid'"),
+        ("pretrain.optimizer.name=adamm", "pretrain.optimizer.name: 'adamm'"),
+        ("data.query.age.type=number", "data.query.age.type: 'number'"),
+        ("data.query.old={column: age}", "data.query.old: 'type' is a required property"),
+    ],
+)
+def test_refused_as_the_loader_does(validator: Draft202012Validator, override: str, error: str) -> None:
+    found = best_match(validator.iter_errors(changed(override)))
+    assert found is not None
+    assert f"{'.'.join(map(str, found.absolute_path))}: {found.message}".startswith(error)
+    with pytest.raises(ConfigError):
+        load_config(EXAMPLE, [override])
+
+
+def test_folders_must_be_given(validator: Draft202012Validator) -> None:
+    messages = {error.message for error in validator.iter_errors({"data": {}})}
+    assert messages == {"'run' is a required property", "'dir' is a required property"}
+
+
+def changed(override: str) -> Any:
+    """Return the example with an override, its interpolations as they stand."""
+    return OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(EXAMPLE), changes_of([override])))
+
+
+def test_the_command_refuses_overrides_of_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--schema", "run.seed=1"]) == 2
+    assert capsys.readouterr().err == "error: --schema takes no key=value, got run.seed=1; leave it out\n"

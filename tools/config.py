@@ -1,0 +1,8 @@
+"""`bigdssm config` as a file."""
+
+import sys
+
+from bigdssm.commands.config import main
+
+if __name__ == "__main__":
+    sys.exit(main())
