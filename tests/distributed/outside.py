@@ -22,8 +22,7 @@ from bigdssm.evaluation.metrics import register_metric
 from bigdssm.export.formats import ExportFormat, Parity, Probe, largest_difference, register_export
 from bigdssm.features import Column, Feature, Reader, TextTokenizer, register
 from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, numbers
-from bigdssm.ingest.sources.base import FileSource, Part
-from bigdssm.ingest.sources.registry import register_source
+from bigdssm.ingest.sources.base import FileSource, Part, register_source
 from bigdssm.ingest.sources.text import require_columns
 from bigdssm.losses import PairTerm
 from bigdssm.losses import register as register_loss
@@ -168,8 +167,11 @@ class HeavyBall(OptimizerConfig):
         return ("momentum_buffer",)
 
 
+@register_source
 class OrcSource(FileSource):
     """An ORC file, a part for each stripe."""
+
+    suffixes: ClassVar[tuple[str, ...]] = (".orc",)
 
     def split(self) -> Sequence[Part]:
         """Return the stripes with the numbers of their first rows."""
@@ -183,9 +185,6 @@ class OrcSource(FileSource):
         require_columns(self.name, file.schema.names, columns)
         table = pa.Table.from_batches([file.read_stripe(part.number, list(columns))]).select(list(columns))
         yield SourceBatch(self.name, table, np.arange(table.num_rows) + part.first_row)
-
-
-register_source(".orc", OrcSource)
 
 
 @register_index

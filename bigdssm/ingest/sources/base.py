@@ -8,6 +8,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -80,7 +81,13 @@ class Source(ABC):
 
 
 class FileSource(Source):
-    """A source in one file, or in several that hold its rows one behind the other; by default one part."""
+    """A source in one file, or in several that hold its rows one behind the other; by default one part.
+
+    A format is a subclass that is registered with `register_source`.
+    """
+
+    suffixes: ClassVar[tuple[str, ...]]  # of the names of its files, in lower case
+    compressible: ClassVar[bool] = False  # also with .gz, .xz and .zst, which `TableFile.open` and `stream` undo
 
     def __init__(self, *files: TableFile, name: str = "") -> None:
         """`name` is by default the file's."""
@@ -103,6 +110,16 @@ class FileSource(Source):
     def split(self) -> Sequence[Part]:
         """Return one: where rows of text begin is known when all before them are read."""
         return [Part(0, 1, None)]
+
+
+SOURCES: dict[str, type[FileSource]] = {}  # by suffix
+Format = TypeVar("Format", bound=type[FileSource])
+
+
+def register_source(cls: Format) -> Format:
+    """Have files of a format's suffixes read by its class; a class decorator."""
+    SOURCES.update(dict.fromkeys(cls.suffixes, cls))
+    return cls
 
 
 def reading_error(error: Exception, name: str, row: int) -> Exception:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ from bigdssm.ingest.sources.base import (
     Part,
     as_utf8,
     reading_error,
+    register_source,
 )
 from bigdssm.ingest.sources.files import LocalFile, RemoteFile, TableFile
 from bigdssm.ingest.sources.text import column_names, require_columns
@@ -97,8 +98,11 @@ def _runs(rows: Sequence[int]) -> Iterator[range]:
 PARQUET_SUFFIX = ".parquet"
 
 
+@register_source
 class ParquetSource(ChunkedSource):
     """Parquet files, read by row groups."""
+
+    suffixes: ClassVar[tuple[str, ...]] = (PARQUET_SUFFIX,)
 
     def chunk_rows(self, file: TableFile) -> list[int]:
         """Return how many rows each row group has."""
@@ -128,12 +132,14 @@ def parquet_names(folder: str, names: Sequence[str]) -> list[str]:
     return visible
 
 
-ARROW_SUFFIXES = (".arrow", ".feather")
 FILE_MAGIC = b"ARROW1"
 
 
+@register_source
 class ArrowSource(ChunkedSource):
     """Arrow IPC files, read by record batches; in a stream those before a part's are passed over."""
+
+    suffixes: ClassVar[tuple[str, ...]] = (".arrow", ".feather")
 
     def chunk_rows(self, file: TableFile) -> list[int]:
         """Return how many rows each record batch has. Raises DataError: a stream at a URL."""

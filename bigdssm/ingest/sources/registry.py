@@ -1,4 +1,4 @@
-"""Which source reads a table, by what stands at a path or URL; a source of your own is registered here."""
+"""Open the table at a path or URL with the source of its format."""
 
 from __future__ import annotations
 
@@ -7,37 +7,18 @@ from pathlib import Path
 
 from bigdssm.errors import DataError
 from bigdssm.features.columns import ReportBad, SourceBatch
-from bigdssm.ingest.sources.base import Source
+from bigdssm.ingest.sources import webdataset  # noqa: F401, registers its format
+from bigdssm.ingest.sources.base import SOURCES, Source
 from bigdssm.ingest.sources.columnar import (
-    ARROW_SUFFIXES,
     PARQUET_SUFFIX,
-    ArrowSource,
     ParquetSource,
     is_saved_dataset,
     parquet_names,
     saved_dataset,
 )
 from bigdssm.ingest.sources.files import COMPRESSIONS, LocalFile, RemoteFile, TableFile
-from bigdssm.ingest.sources.text import DELIMITERS, JSON_SUFFIXES, DelimitedSource, JsonLinesSource, MissingColumn
-from bigdssm.ingest.sources.webdataset import SHARD_SUFFIX, WebDatasetSource
+from bigdssm.ingest.sources.text import MissingColumn
 from bigdssm.utils.urls import is_folder, is_url, join, names_in
-
-MakesSource = Callable[[TableFile], Source]
-
-_SOURCES: dict[str, MakesSource] = {PARQUET_SUFFIX: ParquetSource, **dict.fromkeys(ARROW_SUFFIXES, ArrowSource)}
-_COMPRESSIBLE: dict[str, MakesSource] = {  # read compressed, too
-    **dict.fromkeys(DELIMITERS, DelimitedSource),
-    **dict.fromkeys(JSON_SUFFIXES, JsonLinesSource),
-    SHARD_SUFFIX: WebDatasetSource,
-}
-
-
-def register_source(suffix: str, source: MakesSource, *, compressed: bool = False) -> None:
-    """Have files whose names end in `suffix` read by `source`, a class or a function that takes the file.
-
-    compressed: .gz, .xz and .zst of it, too, which `TableFile.open` and `stream` undo.
-    """
-    (_COMPRESSIBLE if compressed else _SOURCES)[suffix] = source
 
 
 def open_source(path: str | Path) -> Source:
@@ -77,11 +58,12 @@ def read_table(path: str | Path, columns: Collection[str], report_bad: ReportBad
 
 
 def _of_suffix(file: TableFile) -> Source:
-    source = _SOURCES.get(Path(file.name).suffix.lower()) or _COMPRESSIBLE.get(file.suffix)
+    compressible = {suffix: source for suffix, source in SOURCES.items() if source.compressible}
+    source = SOURCES.get(Path(file.name).suffix.lower()) or compressible.get(file.suffix)
     if source is None:
         raise DataError(
-            f"{file.name}: unknown table format; known are {', '.join([*_COMPRESSIBLE, *_SOURCES])}, "
-            f"{', '.join(_COMPRESSIBLE)} also with {', '.join(COMPRESSIONS)}"
+            f"{file.name}: unknown table format; known are {', '.join({**compressible, **SOURCES})}, "
+            f"{', '.join(compressible)} also with {', '.join(COMPRESSIONS)}"
         )
     return source(file)
 

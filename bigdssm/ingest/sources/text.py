@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,7 @@ import pyarrow.csv as pa_csv
 
 from bigdssm.errors import DataError
 from bigdssm.features.columns import ReportBad, SourceBatch
-from bigdssm.ingest.sources.base import BYTES_PER_BATCH, ROWS_PER_BATCH, FileSource, Part, as_utf8
+from bigdssm.ingest.sources.base import BYTES_PER_BATCH, ROWS_PER_BATCH, FileSource, Part, as_utf8, register_source
 
 # RecBole writes each column's type into the header, as in `item_id:token`.
 HEADER_TYPE = re.compile(r":(token|float)(_seq)?\Z")
@@ -61,8 +61,12 @@ DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".inter": "\t", ".item": 
 MAX_HEADER_BYTES = 64 << 20
 
 
+@register_source
 class DelimitedSource(FileSource):
     """A text file of lines of fields, the first of them the header; rows are numbered without it."""
+
+    suffixes: ClassVar[tuple[str, ...]] = tuple(DELIMITERS)
+    compressible: ClassVar[bool] = True
 
     def read(self, part: Part, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
         """Yield the file's rows."""
@@ -189,11 +193,12 @@ def _text(value: Any) -> str | None:
     return json.dumps(value, ensure_ascii=False)
 
 
-JSON_SUFFIXES = (".jsonl", ".ndjson")
-
-
+@register_source
 class JsonLinesSource(FileSource):
     """A text file of JSON objects; rows are its lines."""
+
+    suffixes: ClassVar[tuple[str, ...]] = (".jsonl", ".ndjson")
+    compressible: ClassVar[bool] = True
 
     def read(self, part: Part, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
         """Yield the file's rows."""

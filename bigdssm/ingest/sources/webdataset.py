@@ -13,22 +13,25 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 from bigdssm.errors import DataError
 from bigdssm.features.columns import ReportBad, SourceBatch
-from bigdssm.ingest.sources.base import FileSource, Part
+from bigdssm.ingest.sources.base import FileSource, Part, register_source
 from bigdssm.ingest.sources.files import TableFile
 from bigdssm.ingest.sources.text import MAX_RECORD_BYTES, Record, parse_object, record_batches
 
-SHARD_SUFFIX = ".tar"
 UNPICKLED_SUFFIXES = ("pyd", "pickle", "pkl", "pth")
 TEXT_SUFFIXES = ("txt", "text", "json", "cls", "id")
 KEY = "__key__"
 
 
+@register_source
 class WebDatasetSource(FileSource):
     """A shard; rows are its samples."""
+
+    suffixes: ClassVar[tuple[str, ...]] = (".tar",)
+    compressible: ClassVar[bool] = True
 
     def split(self) -> Sequence[Part]:
         """Return one. Raises DataError: the shard is not whole, or refused; see `check_shard`."""
