@@ -19,12 +19,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
-
-from omegaconf import OmegaConf
 
 from bigdssm.cli import command
-from bigdssm.config.loading import changes_of
+from bigdssm.config.loading import options_of
 from bigdssm.retrieval.index import build_index
 from bigdssm.retrieval.index_types import INDEX_TYPES
 
@@ -43,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     started = time.perf_counter()
-    options = cast(dict[str, Any], OmegaConf.to_container(changes_of(args.options)))
+    options = options_of(args.options)
     meta = build_index(args.vectors, args.out, args.type, width=args.width, rescore=args.rescore, options=options)
     print(f"{args.out}: {meta.kind} index of {meta.num_docs} documents in {time.perf_counter() - started:.1f} s")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -67,6 +67,11 @@ def load_written_config(path: Path) -> Config:
     Raises ConfigError as `load_config` does.
     """
     return config_from(path, literal(OmegaConf.to_container(read_yaml(path, "the sections run, data, model, …"))))
+
+
+def options_of(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the `key=value` options of a component. Raises ConfigError."""
+    return cast(dict[str, Any], OmegaConf.to_container(changes_of(overrides)))
 
 
 def changes_of(overrides: Sequence[str]) -> DictConfig:

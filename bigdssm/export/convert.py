@@ -15,17 +15,13 @@ from bigdssm.checkpoints.model_folder import (
     is_model_folder,
     load_checkpoint_model,
     load_model_folder,
-    save_model_folder,
 )
 from bigdssm.cluster.metrics import METRICS_FILE, read_stage
 from bigdssm.errors import CheckpointError, ConfigError
-from bigdssm.export import card
+from bigdssm.export import hf_format, model_format, onnx_format, sentence_transformers_format  # noqa: F401, formats
 from bigdssm.export.card import CARD_FILE, Figures, model_card
-from bigdssm.export.formats import FORMATS, ExportFormat, Parity, Probe, largest_difference, register_export
-from bigdssm.export.hf_format import write_hf
-from bigdssm.export.onnx_format import write_onnx
+from bigdssm.export.formats import ExportFormat, Parity, export_format
 from bigdssm.export.onnx_model import EXPORT_FILE
-from bigdssm.export.sentence_transformers_format import write_sentence_transformers
 from bigdssm.utils.atomic import new_folder, real_place, write_json
 
 
@@ -59,21 +55,23 @@ def folder_source(folder: Path) -> ExportSource:
     return ExportSource(load_model_folder(folder), folder.name)
 
 
-def export(source: ExportSource, out: Path, target: str = "model") -> Parity:
+def export(source: ExportSource, out: Path, kind: str | ExportFormat = "model") -> Parity:
     """Write `source` as the folder `out`, with a model card, and return how its vectors compare with the trainer's.
 
     Raises ConfigError where the format cannot hold the model or `out` holds something else, CheckpointError where the
-    vectors differ by more than `probe.PARITY_LIMIT`; nothing is written then.
+    vectors differ by more than `formats.PARITY_LIMIT`; nothing is written then.
     """
+    kind = export_format(kind)
+    target = kind.format
     out = real_place(out)
     if out.exists() and not _is_export(out, target) and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is no export of the format {target}; choose another --out")
     with new_folder(out) as aside:
-        parity = FORMATS[target].write(source.model, aside)
+        parity = kind.write(source.model, aside)
         parity.check(f"the {target} export")
-        said = model_card(source.model, out.name, target, parity, source.figures)
+        said = model_card(source.model, out.name, kind, parity, source.figures)
         (aside / CARD_FILE).write_text(said, encoding="utf-8")
-        if target != "model":
+        if target != model_format.ModelExport.format:
             made = {
                 "format": target,
                 "model_checksum": source.model.checksum,
@@ -88,22 +86,13 @@ def export(source: ExportSource, out: Path, target: str = "model") -> Parity:
 
 def _is_export(folder: Path, target: str) -> bool:
     """Return whether `folder` says that it is an export of this format."""
-    if target == "model":
+    if target == model_format.ModelExport.format:
         return (folder / META_FILE).is_file()
     try:
         marker = json.loads((folder / EXPORT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(marker, dict) and marker.get("format") == target
-
-
-def _write_model(model: ModelFolder, out: Path) -> Parity:
-    save_model_folder(out, model.model, model.config, model.schema, model.tokenizer_dir, model.provenance)
-    trainers, loaded = Probe(model), Probe(load_model_folder(out))
-    return Parity(
-        largest_difference(loaded.vectors["query"], trainers.vectors["query"]),
-        largest_difference(loaded.vectors["doc"], trainers.vectors["doc"]),
-    )
 
 
 def _validation(stage_dir: Path, step: Any) -> Figures | None:
@@ -114,12 +103,3 @@ def _validation(stage_dir: Path, step: Any) -> Figures | None:
         if record["step"] == step and "validation" in record:
             return Figures("validation", f"step {step} of {stage_dir.name}", record["validation"])
     return None
-
-
-register_export("model", ExportFormat(_write_model, "bigdssm", card.load_model))
-register_export(
-    "sentence-transformers",
-    ExportFormat(write_sentence_transformers, "sentence-transformers", card.load_sentence_transformers),
-)
-register_export("hf", ExportFormat(write_hf, "transformers", card.load_hf))
-register_export("onnx", ExportFormat(write_onnx, "onnx", card.load_onnx))

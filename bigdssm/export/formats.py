@@ -1,11 +1,16 @@
-"""Export formats, registered by name, and the probe batch on which each export is compared with the trainer."""
+"""Export formats: each declares its options and writes its folders, compared with the trainer on a probe batch.
+
+A new format is a subclass of `ExportFormat` that is registered with `register_export`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,6 +22,7 @@ from bigdssm.errors import CheckpointError
 from bigdssm.export.text_tower import SIDES, Side
 from bigdssm.features import Column, TextTokenizer, encode_values, texts_of
 from bigdssm.retrieval.embed import document_vectors, query_vectors
+from bigdssm.utils.components import Registry
 
 PROBE_ROWS = 64
 PARITY_LIMIT = 1e-5
@@ -92,17 +98,41 @@ def largest_difference(ours: Tensor, trainers: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class ExportFormat:
-    """How a model is written, and what the card of the folder says of it."""
+class ExportFormat(ABC):
+    """A format that models are written in; its fields are its options."""
 
-    write: Callable[[ModelFolder, Path], Parity]  # into a folder; how what it reads back compares with the trainer's
-    library: str  # that loads it, as the Hub calls it
-    loading: Callable[[ModelFolder, str], str]  # Markdown: how the folder of this name is loaded
+    format: ClassVar[str]
+    library: ClassVar[str]  # that loads a folder of the format, as the Hub calls it
+
+    @abstractmethod
+    def write(self, model: ModelFolder, out: Path) -> Parity:
+        """Write a model into the folder `out` and return how vectors that are read back compare with the trainer's.
+
+        Raises ConfigError: the format cannot hold the model, or a package is not installed.
+        """
+
+    @abstractmethod
+    def loading(self, model: ModelFolder, name: str) -> str:
+        """Return how the folder `name` is loaded, as Markdown for its model card."""
 
 
-FORMATS: dict[str, ExportFormat] = {}
+EXPORT_FORMATS: Registry[ExportFormat] = Registry("an export format", "format", home="bigdssm.export.convert")
+register_export = EXPORT_FORMATS.register
 
 
-def register_export(name: str, kind: ExportFormat) -> None:
-    """Make a format known to `convert_checkpoint --format`."""
-    FORMATS[name] = kind
+def export_format(kind: str | ExportFormat, options: Mapping[str, Any] | None = None) -> ExportFormat:
+    """Return a format by name, with options of its own. Raises ConfigError: no such format, option or value."""
+    if isinstance(kind, ExportFormat):
+        return export_format(kind.format, asdict(kind))
+    return EXPORT_FORMATS.read("", {**(options or {}), "format": kind})
+
+
+def python_block(*parts: str) -> str:
+    """Return parts of code as one block of Markdown."""
+    code = "\n\n".join(part.strip() for part in parts)
+    return f"```python\n{code}\n```"
+
+
+def source_of(module: str) -> str:
+    """Return the code of a module beside this one without its docstring, for a card; it is not imported here."""
+    return Path(__file__).with_name(module).read_text(encoding="utf-8").split('"""', 2)[2].strip()

@@ -5,13 +5,24 @@ OUT/query/, OUT/document/   config.json, model.safetensors, tokenizer files; pro
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from textwrap import dedent
+from typing import ClassVar
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from bigdssm.checkpoints.model_folder import ModelFolder
-from bigdssm.export.formats import Parity, Probe, largest_difference
+from bigdssm.export.formats import (
+    ExportFormat,
+    Parity,
+    Probe,
+    largest_difference,
+    python_block,
+    register_export,
+    source_of,
+)
 from bigdssm.export.hf_loading import load_tower
 from bigdssm.export.text_tower import (
     TextTower,
@@ -27,21 +38,35 @@ from bigdssm.utils.atomic import write_json
 FOLDERS = {"query": "query", "doc": "document"}
 
 
-def write_hf(model: ModelFolder, out: Path) -> Parity:
-    """Write both towers into the folder `out` and return how their vectors compare with the trainer's.
+@register_export
+@dataclass(frozen=True)
+class HuggingFaceExport(ExportFormat):
+    """AutoModel, AutoTokenizer and the projection of each tower; towers of one text."""
 
-    Raises ConfigError where a tower reads more than one text.
-    """
-    assert model.tokenizer_dir is not None
-    differences = {}
-    probe = Probe(model)
-    for tower in text_towers(model, "hf"):
-        folder = out / FOLDERS[tower.side]
-        save_encoder(tower, model.tokenizer_dir, folder)
-        _write_projection(model, tower, folder)
-        vectors = load_tower(folder)(probe.only_text(tower.side))
-        differences[tower.side] = largest_difference(vectors, probe.vectors[tower.side])
-    return Parity(differences["query"], differences["doc"])
+    format: ClassVar[str] = "hf"
+    library: ClassVar[str] = "transformers"
+
+    def write(self, model: ModelFolder, out: Path) -> Parity:
+        """Write both towers. Raises ConfigError where a tower reads more than one text."""
+        assert model.tokenizer_dir is not None
+        differences = {}
+        probe = Probe(model)
+        for tower in text_towers(model, self.format):
+            folder = out / FOLDERS[tower.side]
+            save_encoder(tower, model.tokenizer_dir, folder)
+            _write_projection(model, tower, folder)
+            vectors = load_tower(folder)(probe.only_text(tower.side))
+            differences[tower.side] = largest_difference(vectors, probe.vectors[tower.side])
+        return Parity(differences["query"], differences["doc"])
+
+    def loading(self, model: ModelFolder, name: str) -> str:
+        """Return the code, and what its scores are."""
+        example = f"""
+            encode_query, encode_document = load_tower("{name}/query"), load_tower("{name}/document")
+            scores = encode_query(["the text of a query"]) @ encode_document(["the text of a document"]).T
+            """
+        code = python_block(f"{source_of('hf_loading.py')}\n\n{dedent(example)}")
+        return f"{code}\n\nThe scores are the training scores."
 
 
 def _write_projection(model: ModelFolder, tower: TextTower, folder: Path) -> None:

@@ -8,10 +8,15 @@ OUT/schema.json, OUT/tokenizer/
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import json
 import logging
 import shutil
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from textwrap import dedent
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,7 +26,15 @@ from bigdssm.checkpoints.model_folder import TOKENIZER_DIR, ModelFolder
 from bigdssm.dataset.schema import SCHEMA_FILE
 from bigdssm.dataset.tensors import Features, pad_ids
 from bigdssm.errors import ConfigError
-from bigdssm.export.formats import Parity, Probe, largest_difference
+from bigdssm.export.formats import (
+    ExportFormat,
+    Parity,
+    Probe,
+    largest_difference,
+    python_block,
+    register_export,
+    source_of,
+)
 from bigdssm.export.onnx_int8 import quantize
 from bigdssm.export.onnx_model import onnx_session, run_onnx
 from bigdssm.export.text_tower import SIDES, Side, alpha
@@ -35,26 +48,64 @@ OPSET = 18
 SINGLE_ROWS = 8  # of the probe, run one by one as well: lengths and rows must be free
 
 
-def write_onnx(model: ModelFolder, out: Path) -> Parity:
-    """Write both towers into the folder `out` and return how what onnxruntime makes of them compares.
+@register_export
+@dataclass(frozen=True)
+class OnnxExport(ExportFormat):
+    """query.onnx and doc.onnx for onnxruntime; any towers."""
 
-    Raises ConfigError where the packages are not installed.
-    """
-    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        raise ConfigError(f"--format onnx needs {', '.join(missing)}: pip install 'bigdssm[onnx]'")
-    write_json(out / SCHEMA_FILE, model.schema.exported())
-    if model.tokenizer_dir is not None:
-        shutil.copytree(model.tokenizer_dir, out / TOKENIZER_DIR)
-    probe = Probe(model)
-    differences = {}
-    for side in SIDES:
-        features, path = probe.features[side], out / f"{side}.onnx"
-        declared: dict[str, Feature] = getattr(model.schema, side)
-        _export(_Tower(model, side), features, declared, path)
-        padding = pad_ids(declared, model.pad_token_id)
-        differences[side] = _difference(path, features, padding, probe.vectors[side])
-    quantize(out / "query.onnx", out / "query.int8.onnx")
-    return Parity(differences["query"], differences["doc"])
+    format: ClassVar[str] = "onnx"
+    library: ClassVar[str] = "onnx"
+
+    int8: bool = True  # also query.int8.onnx, the query tower with weights and products of 8 bits
+
+    def write(self, model: ModelFolder, out: Path) -> Parity:
+        """Write both towers. Raises ConfigError where the packages are not installed."""
+        if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+            raise ConfigError(f"--format {self.format} needs {', '.join(missing)}: pip install 'bigdssm[onnx]'")
+        write_json(out / SCHEMA_FILE, model.schema.exported())
+        if model.tokenizer_dir is not None:
+            shutil.copytree(model.tokenizer_dir, out / TOKENIZER_DIR)
+        probe = Probe(model)
+        differences = {}
+        for side in SIDES:
+            features, path = probe.features[side], out / f"{side}.onnx"
+            declared: dict[str, Feature] = getattr(model.schema, side)
+            _export(_Tower(model, side), features, declared, path)
+            padding = pad_ids(declared, model.pad_token_id)
+            differences[side] = _difference(path, features, padding, probe.vectors[side])
+        if self.int8:
+            quantize(out / "query.onnx", out / "query.int8.onnx")
+        return Parity(differences["query"], differences["doc"])
+
+    def loading(self, model: ModelFolder, name: str) -> str:
+        """Return the code, and what its scores are."""
+        example = {}
+        for side in SIDES:
+            declared: dict[str, Feature] = getattr(model.schema, side)
+            example[side] = ", ".join(f"{json.dumps(name)}: {feature.example}" for name, feature in declared.items())
+        code = f"""
+            encode_query, encode_document = load_tower("{name}", "query"), load_tower("{name}", "doc")
+            queries = encode_query([{{{example["query"]}}}])
+            documents = encode_document([{{{example["doc"]}}}])
+            scores = queries @ documents.T
+            """
+        loading = python_block(source_of("onnx_loading.py"), *_inputs(model), dedent(code))
+        scores = f"{loading}\n\nThe scores are the training scores."
+        if not self.int8:
+            return scores
+        return (
+            f"{scores} `query.int8.onnx` is the query tower with weights of 8 bits: "
+            f'`load_tower("{name}", "query", "query.int8.onnx")`; tools/bench/bench_onnx.py measures the cost in NDCG.'
+        )
+
+
+def _inputs(model: ModelFolder) -> list[str]:
+    """Return the code of the features' inputs, each function once, and the table of them."""
+    types = {feature.type: feature for features in model.schema.sides.values() for feature in features.values()}
+    functions = dict.fromkeys(function for feature in types.values() for function in feature.onnx_code)
+    table = ", ".join(f'"{name}": {feature.onnx_code[-1].__name__}' for name, feature in types.items())
+    code = [inspect.getsource(function).replace("  # type: ignore[no-untyped-def]", "") for function in functions]
+    return [*code, f"INPUTS.update({{{table}}})"]
 
 
 class _Tower(nn.Module):

@@ -12,8 +12,11 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
+from textwrap import dedent
+from typing import ClassVar
 
 import torch
 from safetensors.torch import save_file
@@ -21,7 +24,7 @@ from torch import Tensor
 
 from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.errors import ConfigError
-from bigdssm.export.formats import Parity, Probe, largest_difference
+from bigdssm.export.formats import ExportFormat, Parity, Probe, largest_difference, python_block, register_export
 from bigdssm.export.text_tower import (
     Side,
     TextTower,
@@ -34,7 +37,6 @@ from bigdssm.export.text_tower import (
 )
 from bigdssm.utils.atomic import write_json
 
-TARGET = "sentence-transformers"
 ROUTES: dict[Side, str] = {"query": "query", "doc": "document"}
 # Class names that every release since 5.0 resolves
 MODULE = "sentence_transformers.models"
@@ -42,57 +44,92 @@ CODE = Path(__file__).with_name("sentence_transformers_module.py")
 IDENTITY, GELU = "torch.nn.modules.linear.Identity", "torch.nn.modules.activation.GELU"
 
 
-def write_sentence_transformers(model: ModelFolder, out: Path) -> Parity:
-    """Write both towers into the folder `out` and return how what SentenceTransformer makes of it compares.
+@register_export
+@dataclass(frozen=True)
+class SentenceTransformersExport(ExportFormat):
+    """A folder for `SentenceTransformer(FOLDER)`; towers of one text."""
 
-    Raises ConfigError: a tower reads more than one text, or the package that the comparison is made with is not
-    installed.
-    """
-    query, doc = text_towers(model, TARGET)
-    if importlib.util.find_spec("sentence_transformers") is None:
-        raise ConfigError(
-            f"--format {TARGET}: the package is needed to check the result; pip install 'bigdssm[{TARGET}]'"
+    format: ClassVar[str] = "sentence-transformers"
+    library: ClassVar[str] = "sentence-transformers"
+
+    def write(self, model: ModelFolder, out: Path) -> Parity:
+        """Write both towers as the routes of one model.
+
+        Raises ConfigError: a tower reads more than one text, or the package that the comparison is made with is not
+        installed.
+        """
+        query, doc = text_towers(model, self.format)
+        if importlib.util.find_spec("sentence_transformers") is None:
+            raise ConfigError(
+                f"--format {self.format}: the package is needed to check the result; "
+                f"pip install 'bigdssm[{self.format}]'"
+            )
+        assert model.tokenizer_dir is not None
+        router = _RouterFolder(out)
+        # One encoder for both routes where they share it and cut texts at one length: the cut is the encoder's own.
+        shared = query.encoder is doc.encoder and query.max_tokens == doc.max_tokens
+        encoder = ""
+        for tower in (query, doc):
+            if not (shared and encoder):
+                encoder = router.add(tower.side, "Transformer")
+                save_encoder(tower, model.tokenizer_dir, out / encoder)
+                settings = {"max_seq_length": tower.max_tokens, "do_lower_case": False}
+                arguments = loading_arguments(tower)
+                write_json(out / encoder / "sentence_bert_config.json", {**settings, "model_args": arguments})
+            else:
+                router.reuse(tower.side, encoder)
+            pooling = router.add(tower.side, "Pooling")
+            write_json(out / pooling / "config.json", _pooling(tower))
+            for weight, bias, activation in _dense_layers(model, tower):
+                _write_dense(out / router.add(tower.side, "Dense"), weight, bias, activation)
+        router.write()
+        modules = [("", f"{MODULE}.Router")]
+        if brings_code(model):
+            modules.append(("1_NormalizeAllButLast", f"{CODE.stem}.NormalizeAllButLast"))
+            (out / "1_NormalizeAllButLast").mkdir()
+            write_json(out / "1_NormalizeAllButLast" / "config.json", {"scale": sqrt(alpha(model))})
+            shutil.copyfile(CODE, out / CODE.name)
+        elif not scores_by_dot(model):
+            modules.append(("1_Normalize", f"{MODULE}.Normalize"))
+            (out / "1_Normalize").mkdir()
+        listed = [
+            {"idx": idx, "name": str(idx), "path": path, "type": kind} for idx, (path, kind) in enumerate(modules)
+        ]
+        write_json(out / "modules.json", listed)
+        write_json(
+            out / "config_sentence_transformers.json",
+            {
+                "model_type": "SentenceTransformer",
+                "prompts": {"query": "", "document": ""},
+                "default_prompt_name": None,
+                "similarity_fn_name": "dot" if scores_by_dot(model) else "cosine",
+            },
         )
-    assert model.tokenizer_dir is not None
-    router = _RouterFolder(out)
-    # One encoder for both routes where they share it, unless they cut texts at different lengths: the cut is its own
-    shared = query.encoder is doc.encoder and query.max_tokens == doc.max_tokens
-    encoder = ""
-    for tower in (query, doc):
-        if not (shared and encoder):
-            encoder = router.add(tower.side, "Transformer")
-            save_encoder(tower, model.tokenizer_dir, out / encoder)
-            settings = {"max_seq_length": tower.max_tokens, "do_lower_case": False}
-            arguments = loading_arguments(tower)
-            write_json(out / encoder / "sentence_bert_config.json", {**settings, "model_args": arguments})
-        else:
-            router.reuse(tower.side, encoder)
-        pooling = router.add(tower.side, "Pooling")
-        write_json(out / pooling / "config.json", _pooling(tower))
-        for weight, bias, activation in _dense_layers(model, tower):
-            _write_dense(out / router.add(tower.side, "Dense"), weight, bias, activation)
-    router.write()
-    modules = [("", f"{MODULE}.Router")]
-    if brings_code(model):
-        modules.append(("1_NormalizeAllButLast", f"{CODE.stem}.NormalizeAllButLast"))
-        (out / "1_NormalizeAllButLast").mkdir()
-        write_json(out / "1_NormalizeAllButLast" / "config.json", {"scale": sqrt(alpha(model))})
-        shutil.copyfile(CODE, out / CODE.name)
-    elif not scores_by_dot(model):
-        modules.append(("1_Normalize", f"{MODULE}.Normalize"))
-        (out / "1_Normalize").mkdir()
-    listed = [{"idx": idx, "name": str(idx), "path": path, "type": kind} for idx, (path, kind) in enumerate(modules)]
-    write_json(out / "modules.json", listed)
-    write_json(
-        out / "config_sentence_transformers.json",
-        {
-            "model_type": "SentenceTransformer",
-            "prompts": {"query": "", "document": ""},
-            "default_prompt_name": None,
-            "similarity_fn_name": "dot" if scores_by_dot(model) else "cosine",
-        },
-    )
-    return _parity(model, out)
+        return _parity(model, out)
+
+    def loading(self, model: ModelFolder, name: str) -> str:
+        """Return the code, and what its scores are."""
+        trusted = ", trust_remote_code=True" if brings_code(model) else ""
+        code = f"""
+            from sentence_transformers import SentenceTransformer
+
+            model = SentenceTransformer("{name}"{trusted})
+            queries = model.encode_query(["the text of a query"])
+            documents = model.encode_document(["the text of a document"])
+            scores = model.similarity(queries, documents)
+            """
+        scores = (
+            "The scores are the training scores: alpha and beta are inside the vectors. Search by dot product; do not "
+            "normalise them."
+            if scores_by_dot(model)
+            else "The scores are cosines, <u, w>; alpha and beta are left out: the same for all, they rank nothing."
+        )
+        if trusted:
+            scores += (
+                f" `trust_remote_code` lets {CODE.name} of this folder run, which puts beta behind the cosine's vector."
+            )
+        routes = 'The two towers differ, so plain `encode` needs `task="query"` or `task="document"`.'
+        return f"{python_block(dedent(code))}\n\n{scores} {routes}"
 
 
 def scores_by_dot(model: ModelFolder) -> bool:

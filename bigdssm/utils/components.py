@@ -79,9 +79,8 @@ class Registry(Generic[C]):
             if name not in (*declared, self.selector):
                 near = difflib.get_close_matches(str(name), declared, 1)
                 meant = f"; did you mean {near[0]}?" if near else ""
-                raise ConfigError(
-                    f"unknown key {_dotted(key, name)}: {getattr(cls, self.selector)} has {', '.join(declared)}{meant}"
-                )
+                has = ", ".join(declared) or "no keys"
+                raise ConfigError(f"unknown key {_dotted(key, name)}: {getattr(cls, self.selector)} has {has}{meant}")
         return cls
 
     def read(self, key: str, content: Any) -> C:

@@ -222,20 +222,31 @@ class NumpyIndex(IndexBackend):
         return index[rows].astype(np.float32)
 
 
-def write_npz(model: ModelFolder, out: Path) -> Parity:
-    """Write the weights as NumPy has them, and compare the vectors of what is read back."""
-    np.savez(out / "weights.npz", **{name: t.numpy() for name, t in model.model.state_dict().items()})
-    with np.load(out / "weights.npz") as weights:
-        read = copy.deepcopy(model.model)
-        read.load_state_dict({name: from_numpy(weights[name]) for name in weights})
-    probe = Probe(model)
-    queries, documents = probe.vectors["query"], probe.vectors["doc"]
-    return Parity(
-        largest_difference(query_vectors(read, probe.features["query"]), queries),
-        largest_difference(document_vectors(read, probe.features["doc"]), documents),
-    )
+@register_export
+@dataclass(frozen=True)
+class NumpyExport(ExportFormat):
+    """The weights as NumPy has them."""
 
+    format: ClassVar[str] = "npz"
+    library: ClassVar[str] = "numpy"
 
-register_export("npz", ExportFormat(write_npz, "numpy", lambda model, name: f'`np.load("{name}/weights.npz")`'))
+    compressed: bool = False  # smaller, and slower to load
+
+    def write(self, model: ModelFolder, out: Path) -> Parity:
+        save = np.savez_compressed if self.compressed else np.savez
+        save(out / "weights.npz", **{name: t.numpy() for name, t in model.model.state_dict().items()})
+        with np.load(out / "weights.npz") as weights:
+            read = copy.deepcopy(model.model)
+            read.load_state_dict({name: from_numpy(weights[name]) for name in weights})
+        probe = Probe(model)
+        queries, documents = probe.vectors["query"], probe.vectors["doc"]
+        return Parity(
+            largest_difference(query_vectors(read, probe.features["query"]), queries),
+            largest_difference(document_vectors(read, probe.features["doc"]), documents),
+        )
+
+    def loading(self, model: ModelFolder, name: str) -> str:
+        return f'`np.load("{name}/weights.npz")`'
+
 
 register_metric("hr_at_1", lambda ranks: ranks <= 1)

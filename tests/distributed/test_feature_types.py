@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.tensors import to_features
 from bigdssm.export.convert import export, folder_source
+from bigdssm.export.formats import export_format
 from bigdssm.features import TextTokenizer
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
@@ -106,7 +108,11 @@ def go_all_the_way(
     scores, rows = open_index(folder / "index").nearest(vector, 3, model.checksum, [typed.seen])
     every = document_vectors(model.model, dataset.catalogue.features(np.arange(dataset.catalogue.num_docs))).numpy()
     parity = export(folder_source(folder / "run" / "pretrain" / "best"), folder / "exported", "onnx")
-    npz = export(folder_source(folder / "run" / "pretrain" / "best"), folder / "npz", "npz")
+    npz = export(
+        folder_source(folder / "run" / "pretrain" / "best"), folder / "npz", export_format("npz", {"compressed": True})
+    )
+    with zipfile.ZipFile(folder / "npz" / "weights.npz") as weights:
+        assert {entry.compress_type for entry in weights.infolist()} == {zipfile.ZIP_DEFLATED}
     assert 'np.load("npz/weights.npz")' in (folder / "npz" / "README.md").read_text()
     names = run_card(folder / "exported")
     from_card = names["encode_query"]([{"asked": value, "word": "w1"}, {"word": "w1"}])

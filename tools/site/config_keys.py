@@ -19,6 +19,7 @@ import omegaconf
 
 from bigdssm.config.keys import HISTORY_BLOCKS, OPTIMIZERS, Config, HistoryEncoderConfig, OptimizerConfig
 from bigdssm.config.schema import all_comments, default_of
+from bigdssm.export.formats import EXPORT_FORMATS
 from bigdssm.features.base import FEATURES
 from bigdssm.retrieval.index_types import INDEX_TYPES
 from bigdssm.utils.bounds import BOUND
@@ -53,6 +54,10 @@ INDEXES = """\
 ## Types of index
 
 `bigdssm build_index --type TYPE KEY=VALUE …` takes the options of a type:"""
+EXPORTS = """\
+## Export formats
+
+`bigdssm convert_checkpoint --format FORMAT KEY=VALUE …` takes the options of a format:"""
 OPTIMIZER_KINDS = """\
 ## Optimizers
 
@@ -66,6 +71,7 @@ COMPONENTS: tuple[tuple[str, Registry[Any], Any], ...] = (
     (BLOCKS, HISTORY_BLOCKS, HistoryEncoderConfig),
     (OPTIMIZER_KINDS, OPTIMIZERS, OptimizerConfig),
     (INDEXES, INDEX_TYPES, None),
+    (EXPORTS, EXPORT_FORMATS, None),
 )
 
 

@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder, model_checksum, save_model_folder
+from bigdssm.commands import convert_checkpoint
 from bigdssm.config import HISTORY_BLOCKS, Config, TokenizerConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.schema import Schema
@@ -381,6 +382,34 @@ def test_onnx_holds_towers_of_all_features(
     queries8 = card["load_tower"]("exported", "query", "query.int8.onnx")(queries)
     cosines = (queries8 * vectors).sum(1) / np.linalg.norm(queries8, axis=1) / np.linalg.norm(vectors, axis=1)
     assert queries8.shape == vectors.shape and cosines.min() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["onnx", "int9=false"], "unknown key int9: onnx has int8; did you mean int8?"),
+        (["onnx", "int8=some"], "int8: Value 'some' is not a valid bool"),
+        (["hf", "int8=false"], "unknown key int8: hf has no keys"),
+        (["tf"], "format: got tf, needs one of hf, model, onnx, sentence-transformers, or an export format whose"),
+    ],
+)
+def test_formats_and_options_that_there_are_not(
+    model_dir: Path, tmp_path: Path, arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = ["--model", str(model_dir), "--out", str(tmp_path / "out")]
+    assert convert_checkpoint.main(["--format", *arguments, *folders]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {error}") and not list(tmp_path.iterdir())
+
+
+def test_onnx_without_the_tower_in_int8(make_source: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ONNX:
+        pytest.importorskip(package)
+    assert export(make_source(), tmp_path / "model")
+    folders = ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "exported")]
+    assert convert_checkpoint.main([*folders, "--format", "onnx", "int8=false"]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'exported'}: onnx of {tmp_path / 'model'}, model\n")
+    assert {path.name for path in (tmp_path / "exported").glob("*.onnx")} == {"query.onnx", "doc.onnx"}
+    assert "int8" not in (tmp_path / "exported" / "README.md").read_text()
 
 
 @pytest.mark.slow

@@ -1,0 +1,41 @@
+"""`--format model`: the folder that the other tools take as --model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import dedent
+from typing import ClassVar
+
+from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder, save_model_folder
+from bigdssm.export.formats import ExportFormat, Parity, Probe, largest_difference, python_block, register_export
+
+
+@register_export
+@dataclass(frozen=True)
+class ModelExport(ExportFormat):
+    """Config, schema, tokenizer and weights, for every tool that takes `--model`."""
+
+    format: ClassVar[str] = "model"
+    library: ClassVar[str] = "bigdssm"
+
+    def write(self, model: ModelFolder, out: Path) -> Parity:
+        """Write a model folder and load it again."""
+        save_model_folder(out, model.model, model.config, model.schema, model.tokenizer_dir, model.provenance)
+        trainers, loaded = Probe(model), Probe(load_model_folder(out))
+        return Parity(
+            largest_difference(loaded.vectors["query"], trainers.vectors["query"]),
+            largest_difference(loaded.vectors["doc"], trainers.vectors["doc"]),
+        )
+
+    def loading(self, model: ModelFolder, name: str) -> str:
+        """Return the code, and what its scores are."""
+        code = f"""
+            from pathlib import Path
+            from bigdssm.checkpoints.model_folder import load_model_folder
+
+            folder = load_model_folder(Path("{name}"))
+            folder.model  # a torch module; folder.schema, folder.config and folder.tokenizer_dir come with it
+            """
+        tools = "`bigdssm embed`, `search`, `serve` and `evaluate` take this folder as `--model`."
+        return f"{python_block(dedent(code))}\n\n{tools}"
