@@ -113,6 +113,7 @@ def test_row_numbers_stay_right_over_many_batches(tmp_path: Path, monkeypatch: p
         ("t.csv", b"items\n", "no usable rows"),
         ("t.csv", b"items,items\n1,2\n", "twice"),
         ("t.xlsx", b"x", "unknown table format"),
+        ("t.parquet.gz", b"x", "unknown table format"),
         ("t.parquet", b"not parquet", "is damaged or not what its name says"),
         ("t.csv.xz", b"not xz", "is damaged or not what its name says"),
         ("t.csv.gz", b"not gzip", "is damaged or not what its name says"),
