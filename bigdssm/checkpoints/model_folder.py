@@ -24,10 +24,9 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
 
 from bigdssm.checkpoints.checkpoint import check_file, consolidated_state_dict, folder_checksums
-from bigdssm.config import Config, ScorerConfig, StageName, load_written_config
+from bigdssm.config import ARCHITECTURE_FILE, Config, ScorerConfig, StageName, TextEncoderConfig, load_written_config
 from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import TOKENIZER_FILE, Dataset, tokenizer_hash
 from bigdssm.dataset.schema import SCHEMA_FILE, Schema
@@ -57,7 +56,7 @@ class ModelFolder:
     @property
     def pad_token_id(self) -> int:
         """Return the token that pads texts, 0 without text features."""
-        ids = [encoder.pad_token_id for encoder in self.model.text.values() if isinstance(encoder, TextEncoder)]
+        ids = [cast(TextEncoder, encoder).pad_token_id for encoder in self.model.text.values()]
         return ids[0] if ids else 0
 
     def view(self, dataset: Dataset) -> Dataset:
@@ -127,7 +126,10 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
                 f"the model section of {CONFIG_FILE}, or sft.loss.mlp, is not what the model was trained with; undo "
                 "the edit, or copy the folder again (only other keys, such as data.dir, may change)"
             )
-        texts = {key: _architecture(folder, key, meta["checksums"]) for key in text_configs(config.model, schema)}
+        texts = {
+            key: _architecture(folder, key, text, meta["checksums"])
+            for key, text in text_configs(config.model, schema).items()
+        }
         weights = load_file(folder / WEIGHTS_FILE)
         with torch.device("meta"):  # so that a model that is larger than the file is refused before it takes memory
             _check_weights(weights, DualEncoder(config.model, schema, texts, own).state_dict())
@@ -177,9 +179,8 @@ def _write_all_but_weights(
     schema.save(folder)
     if tokenizer_dir is not None:
         shutil.copytree(tokenizer_dir, folder / TOKENIZER_DIR)
-    for key, encoder in model.text.items():
-        bert: Any = encoder.bert
-        bert.config.save_pretrained(folder / TEXT_DIR / key)
+    for key, text in text_configs(config.model, schema).items():
+        text.write_architecture(cast(TextEncoder, model.text[key]).architecture, folder / TEXT_DIR / key)
 
 
 def _identity(meta: Mapping[str, Any]) -> str:
@@ -245,12 +246,12 @@ def _scorer(config: Config, provenance: Mapping[str, Any]) -> ScorerConfig | Non
     return config.sft.loss.scorer if config.sft is not None and provenance.get("stage") == "sft" else None
 
 
-def _architecture(folder: Path, key: str, listed: Mapping[str, str]) -> PretrainedConfig:
-    name = f"{TEXT_DIR}/{key}/config.json"
+def _architecture(folder: Path, key: str, text: TextEncoderConfig, listed: Mapping[str, str]) -> Any:
+    name = f"{TEXT_DIR}/{key}/{ARCHITECTURE_FILE}"
     if name not in listed:  # whatever else stands there was not written with the folder
         raise CheckpointError(f"{META_FILE} does not list {name}, which the config asks for")
     try:
-        return AutoConfig.from_pretrained(folder / TEXT_DIR / key, local_files_only=True, trust_remote_code=False)
+        return text.read_architecture(folder / TEXT_DIR / key)
     except Exception as error:  # transformers and its libraries have errors of their own for values
         raise CheckpointError(f"{name} is no architecture: {error}") from None
 

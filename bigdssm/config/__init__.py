@@ -6,9 +6,11 @@ rejected with the nearest name; every message names the dotted key, what it got 
 
 from bigdssm.config.checks import check_config, check_many_queries, check_pieces
 from bigdssm.config.keys import (
+    ARCHITECTURE_FILE,
     DEFAULT_CACHE_BYTES,
     HISTORY_BLOCKS,
     OPTIMIZERS,
+    TEXT_ENCODERS,
     Config,
     DataConfig,
     DebugConfig,
@@ -24,6 +26,7 @@ from bigdssm.config.keys import (
     StageConfig,
     StageName,
     TextEncoderConfig,
+    TextInputs,
     TokenizerConfig,
     TowerConfig,
     WarmStartConfig,
@@ -32,9 +35,11 @@ from bigdssm.config.loading import config_from, config_of, load_config, load_wri
 from bigdssm.config.yaml_files import differences, first_difference
 
 __all__ = [
+    "ARCHITECTURE_FILE",
     "DEFAULT_CACHE_BYTES",
     "HISTORY_BLOCKS",
     "OPTIMIZERS",
+    "TEXT_ENCODERS",
     "Config",
     "DataConfig",
     "DebugConfig",
@@ -50,6 +55,7 @@ __all__ = [
     "StageConfig",
     "StageName",
     "TextEncoderConfig",
+    "TextInputs",
     "TokenizerConfig",
     "TowerConfig",
     "WarmStartConfig",

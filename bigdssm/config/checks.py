@@ -32,12 +32,6 @@ def check_config(config: Config) -> None:
         _require(engine.zero_stage > 0 or not needs_it, "engine.zero_stage", 0, f"1, 2 or 3 with {key}")
     # Stage 3 gathers a layer's weights in hooks around it, of which a compiled layer knows nothing.
     _require(engine.zero_stage < 3 or not engine.compile, "engine.compile", "true", "false with engine.zero_stage=3")
-    for side, tower in (("query", config.model.query), ("doc", config.model.doc)):
-        text = tower.text
-        _require(
-            text.init is not None or text.keep_layers == 0, f"model.{side}.text.keep_layers", text.keep_layers,
-            "an init folder to keep them of; without one `layers` says how many there are",
-        )  # fmt: skip
     for key, part in components_of(config):
         part.check(key)
     if data.targets_per_row > 1:

@@ -81,16 +81,54 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class TextEncoderConfig:
-    """A BERT: from a pretrained folder, or small and from scratch."""
+class TextInputs:
+    """The token ids that a text encoder is built for."""
 
-    init: str | None = None  # folder of a Hugging Face model; layers, hidden and heads are then the folder's
-    keep_layers: int = bounded(0, 0, 1024)  # with init: the first so many of its layers, for a lighter tower; 0: all
-    layers: int = bounded(2, 1, 1024)
-    hidden: int = bounded(128, 1, MAX_WIDTH)
-    heads: int = bounded(2, 1, 1024)
-    dropout: float = bounded(0.0, 0, below=1)  # inside the BERT, also in place of a pretrained folder's own
-    pooling: Literal["mean", "cls"] = "mean"
+    vocab_size: int
+    pad_token_id: int
+    max_tokens: int  # of its longest text
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig(Component):
+    """The keys of every text encoder.
+
+    A type of text encoder is a subclass with keys of its own, registered in TEXT_ENCODERS.
+    """
+
+    type: str = MISSING  # bert, of transformers; or one from outside
+    dropout: float = bounded(0.0, 0, below=1)  # inside the encoder, also in place of a pretrained folder's own
+
+    def architecture(self, inputs: TextInputs) -> Any:
+        """Return all that the weights' shapes depend on beside these keys, by default `inputs`.
+
+        A model folder holds it: neither the dataset nor a pretrained folder is needed to build the encoder again.
+        Raises ConfigError: a pretrained folder that does not fit.
+        """
+        return inputs
+
+    def build(self, architecture: Any) -> nn.Module:
+        """Return an encoder with new weights, a `models.encoders.TextEncoder`."""
+        raise NotImplementedError
+
+    def load_pretrained(self, encoder: nn.Module) -> None:
+        """Load the weights that training begins with, where these are not new. Raises ConfigError: they do not load."""
+
+    def write_architecture(self, architecture: Any, folder: Path) -> None:
+        """Write an architecture into the file ARCHITECTURE_FILE of a new folder."""
+        folder.mkdir(parents=True)
+        (folder / ARCHITECTURE_FILE).write_text(json.dumps(asdict(architecture)), encoding="utf-8")
+
+    def read_architecture(self, folder: Path) -> Any:
+        """Return a written architecture. Raises any error: the file is damaged."""
+        content = json.loads((folder / ARCHITECTURE_FILE).read_text(encoding="utf-8"))
+        if not all(type(value) is int for value in content.values()):
+            raise ValueError(f"{content} holds a value that is no integer")
+        return TextInputs(**content)
+
+
+ARCHITECTURE_FILE = "config.json"
+TEXT_ENCODERS: Registry[TextEncoderConfig] = Registry("a text encoder", "type", home="bigdssm.models.declarations")
 
 
 @dataclass(frozen=True)
@@ -138,7 +176,7 @@ class TowerConfig:
     embedding_dim: int = bounded(32, 1, MAX_WIDTH)  # of every categorical feature
     numeric_dim: int = bounded(16, 1, MAX_WIDTH)
     vector_dim: int = bounded(64, 1, MAX_WIDTH)  # of every feature that is a vector already
-    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    text: TextEncoderConfig = component(TEXT_ENCODERS, "bert")
     history: HistoryEncoderConfig = component(HISTORY_BLOCKS, "sasrec")
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bigdssm.config import TextEncoderConfig
 from bigdssm.errors import ConfigError
 from bigdssm.features import Text, TextTokenizer
 from bigdssm.features.canonical import columns_of_values
 from bigdssm.models import Values
-from bigdssm.models.encoders import pretrained_encoder
+from bigdssm.models.encoders.bert import pretrained_encoder
 from bigdssm.retrieval.embed import Encoders, encode_in_bf16, in_pieces
 from bigdssm.retrieval.texts import Texts
 from bigdssm.utils.log import Progress, no_progress
@@ -33,7 +32,7 @@ class PretrainedEncoder:
     def __init__(self, folder: Path, max_tokens: int = MAX_TOKENS, bf16: bool = False) -> None:
         """Raises ConfigError where `folder` holds no such encoder and tokenizer."""
         check_encoder(folder)
-        self._encoder = pretrained_encoder(TextEncoderConfig(init=str(folder))).eval()
+        self._encoder = pretrained_encoder(str(folder)).eval()
         if bf16:
             encode_in_bf16(self._encoder)
         self._tokenizer, self._features = TextTokenizer(folder), {"text": Text(max_tokens=max_tokens).named("text")}

@@ -15,7 +15,7 @@ from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.errors import ConfigError
 from bigdssm.features import texts_of
 from bigdssm.models import ALPHA_MAX
-from bigdssm.models.encoders import TextEncoder, text_keys
+from bigdssm.models.encoders import BertEncoder, text_configs, text_keys
 from bigdssm.utils.atomic import write_json
 
 Side = Literal["query", "doc"]
@@ -37,7 +37,7 @@ class TextTower:
     side: Side
     feature: str
     max_tokens: int
-    encoder: TextEncoder
+    encoder: BertEncoder
     layers: list[Layer]
 
 
@@ -92,7 +92,13 @@ def _text_tower(folder: ModelFolder, side: Side, target: str) -> TextTower:
     (feature,) = texts_of(features).values()
     tower = getattr(folder.model, f"{side}_tower")
     key = text_keys(folder.config.model, folder.schema)[side]
-    encoder: TextEncoder = folder.model.text[key]  # type: ignore[assignment]
+    encoder = folder.model.text[key]
+    if not isinstance(encoder, BertEncoder):
+        kind = text_configs(folder.config.model, folder.schema)[key].type
+        raise ConfigError(
+            f"--format {target}: the {side} tower's text encoder is {kind}; this format holds those of transformers "
+            "(bert), --format onnx holds any"
+        )
     return TextTower(side, feature.name, feature.max_tokens, encoder, _layers(tower.mlp))
 
 

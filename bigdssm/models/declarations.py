@@ -1,17 +1,21 @@
-"""Sequence blocks with their keys; torch-free until one is built."""
+"""Sequence blocks and text encoders with their keys; torch-free until one is built."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from bigdssm.config import HISTORY_BLOCKS, HistoryEncoderConfig
+from bigdssm.config import HISTORY_BLOCKS, TEXT_ENCODERS, HistoryEncoderConfig, TextEncoderConfig, TextInputs
+from bigdssm.config.keys import MAX_WIDTH
+from bigdssm.errors import ConfigError
 from bigdssm.utils.bounds import bounded
 
 if TYPE_CHECKING:
     from torch import nn
 
 register_block = HISTORY_BLOCKS.register
+register_text_encoder = TEXT_ENCODERS.register
 
 
 @register_block
@@ -58,3 +62,60 @@ class Hstu(HistoryEncoderConfig):
         from bigdssm.models.blocks import HstuBlock
 
         return HstuBlock(dim, self.heads, self.dropout)
+
+
+@register_text_encoder
+@dataclass(frozen=True)
+class Bert(TextEncoderConfig):
+    """A BERT: from a pretrained folder, or small and from scratch."""
+
+    type: str = "bert"
+    init: str | None = None  # folder of a Hugging Face model; layers, hidden and heads are then the folder's
+    keep_layers: int = bounded(0, 0, 1024)  # with init: the first so many of its layers, for a lighter tower; 0: all
+    layers: int = bounded(2, 1, 1024)
+    hidden: int = bounded(128, 1, MAX_WIDTH)
+    heads: int = bounded(2, 1, 1024)
+    pooling: Literal["mean", "cls"] = "mean"
+
+    def check(self, key: str) -> None:
+        """Raise ConfigError: layers to keep of nothing, or heads that do not divide the width."""
+        if self.init is None and self.keep_layers:
+            raise ConfigError(
+                f"{key}.keep_layers: got {self.keep_layers}, needs an init folder to keep them of; without one "
+                "`layers` says how many there are"
+            )
+        if self.init is None and self.hidden % self.heads:
+            raise ConfigError(f"{key}.hidden: got {self.hidden}, needs a multiple of {key}.heads={self.heads}")
+
+    def architecture(self, inputs: TextInputs) -> Any:
+        """Return a PretrainedConfig: the folder's, or that of a small BERT."""
+        from bigdssm.models.encoders import bert
+
+        if self.init is None:
+            return bert.new_architecture(inputs, self.layers, self.hidden, self.heads, self.dropout)
+        pad, vocab_size = inputs.pad_token_id, inputs.vocab_size
+        return bert.pretrained_architecture(self.init, vocab_size, pad, self.keep_layers, self.dropout)
+
+    def build(self, architecture: Any) -> nn.Module:
+        """Return an encoder with new weights."""
+        from bigdssm.models.encoders.bert import BertEncoder
+
+        return BertEncoder(architecture, self.pooling)
+
+    def load_pretrained(self, encoder: nn.Module) -> None:
+        """Load the folder's weights, where one is named."""
+        from bigdssm.models.encoders.bert import BertEncoder, load_pretrained
+
+        assert isinstance(encoder, BertEncoder)
+        if self.init is not None:
+            load_pretrained(encoder, self.init)
+
+    def write_architecture(self, architecture: Any, folder: Path) -> None:
+        """Write the file of transformers."""
+        architecture.save_pretrained(folder)
+
+    def read_architecture(self, folder: Path) -> Any:
+        """Return the PretrainedConfig of the file."""
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

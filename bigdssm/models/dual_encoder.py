@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from bigdssm.config import ModelConfig, ScorerConfig, TowerConfig
 from bigdssm.dataset.schema import Schema
@@ -20,7 +19,6 @@ from bigdssm.models.encoders import (
     Parts,
     TextEncoder,
     build_encoder,
-    load_pretrained,
     text_architectures,
     text_configs,
     text_keys,
@@ -143,7 +141,7 @@ class DualEncoder(nn.Module):
         self,
         config: ModelConfig,
         schema: Schema,
-        texts: Mapping[str, PretrainedConfig],
+        texts: Mapping[str, Any],
         scorer: ScorerConfig | None = None,
     ) -> None:
         super().__init__()
@@ -151,7 +149,7 @@ class DualEncoder(nn.Module):
         self.schema = schema
         self.tables = EmbeddingTables(schema, config.query.embedding_dim, config.doc.embedding_dim)
         keys, configs = text_keys(config, schema), text_configs(config, schema)
-        self.text = nn.ModuleDict({key: TextEncoder(texts[key], text.pooling) for key, text in configs.items()})
+        self.text = nn.ModuleDict({key: text.build(texts[key]) for key, text in configs.items()})
         if not schema.siamese:
             self.query_tower = Tower(schema.query, self._parts("query", keys.get("query")), config.dim)
         self.doc_tower = Tower(schema.doc, self._parts("doc", keys.get("doc")), config.dim)
@@ -254,8 +252,7 @@ def new_model(
     texts = text_architectures(config, schema, pad_token_id, vocab_size)
     model = DualEncoder(config, schema, texts, scorer)
     for key, text in text_configs(config, schema).items():
-        if text.init is not None:
-            load_pretrained(cast(TextEncoder, model.text[key]), text)
+        text.load_pretrained(model.text[key])
     return model
 
 

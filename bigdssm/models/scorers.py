@@ -5,24 +5,25 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, PretrainedConfig
+from transformers import BertConfig
 
 from bigdssm.config import ModelConfig, ScorerConfig
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import texts_of
 from bigdssm.models.encoders.base import SideSize, linear_flops
-from bigdssm.models.encoders.text import TextEncoder, text_configs, text_keys
+from bigdssm.models.encoders.bert import BertEncoder
+from bigdssm.models.encoders.text import text_configs, text_keys
 from bigdssm.models.packed import Values
 
 PREFIX = "scorer."  # of its weights in a whole model
 
-Build = Callable[[ScorerConfig, ModelConfig, Schema, Mapping[str, PretrainedConfig]], "Scorer"]
+Build = Callable[[ScorerConfig, ModelConfig, Schema, Mapping[str, Any]], "Scorer"]
 SCORERS: dict[str, Build] = {}
 
 
@@ -59,9 +60,7 @@ class MlpScorer(Scorer):
         self.rest = nn.Sequential(*layers[:-1])
 
     @classmethod
-    def build(
-        cls, scorer: ScorerConfig, config: ModelConfig, schema: Schema, texts: Mapping[str, PretrainedConfig]
-    ) -> MlpScorer:
+    def build(cls, scorer: ScorerConfig, config: ModelConfig, schema: Schema, texts: Mapping[str, Any]) -> MlpScorer:
         """Return a new one for a model."""
         return cls(config.dim, scorer.hidden)
 
@@ -91,7 +90,7 @@ class CrossEncoder(Scorer):
 
     takes_vectors = False
 
-    def __init__(self, text: TextEncoder, key: str, query: list[str], doc: list[str]) -> None:
+    def __init__(self, text: BertEncoder, key: str, query: list[str], doc: list[str]) -> None:
         """`key` names the text encoder of the model that it starts from, `query` and `doc` the texts of the sides."""
         super().__init__()
         self.text, self.key, self.texts = text, key, {"query": query, "doc": doc}
@@ -99,28 +98,27 @@ class CrossEncoder(Scorer):
         nn.init.zeros_(self.head.weight)  # it starts at the towers' ranking
 
     @classmethod
-    def build(
-        cls, scorer: ScorerConfig, config: ModelConfig, schema: Schema, texts: Mapping[str, PretrainedConfig]
-    ) -> CrossEncoder:
+    def build(cls, scorer: ScorerConfig, config: ModelConfig, schema: Schema, texts: Mapping[str, Any]) -> CrossEncoder:
         """Return a new one for a model. Raises ConfigError: a side without text, or no BERT."""
         read = {side: texts_of(features) for side, features in schema.sides.items()}
         for side, found in read.items():
             if not found:
                 raise ConfigError(f"sft.loss.cross_encoder=true: data.{side} has no text, needs one to read")
         key = text_keys(config, schema)["doc"]
-        architecture = copy.deepcopy(texts[key])
+        architecture, text_config = copy.deepcopy(texts[key]), text_configs(config, schema)[key]
         if not isinstance(architecture, BertConfig) or architecture.type_vocab_size < 2:
-            kind = type(architecture).__name__
-            raise ConfigError(f"sft.loss.cross_encoder=true: got a text encoder of {kind}, needs a BERT of two types")
+            kind = f"{text_config.type} ({type(architecture).__name__})"
+            raise ConfigError(f"sft.loss.cross_encoder=true: got a text encoder {kind}, needs a BERT of two types")
         longest = sum(feature.max_tokens for found in read.values() for feature in found.values())
         architecture.max_position_embeddings = max(architecture.max_position_embeddings, longest)
-        text = TextEncoder(architecture, text_configs(config, schema)[key].pooling)
+        text = text_config.build(architecture)
+        assert isinstance(text, BertEncoder)
         return cls(text, key, list(read["query"]), list(read["doc"]))
 
     def begin(self, texts: Mapping[str, nn.Module]) -> None:
         """Take the weights of the text encoder `key`; positions behind its last one begin again at its first."""
         trained = texts[self.key]
-        assert isinstance(trained, TextEncoder)
+        assert isinstance(trained, BertEncoder)
         state = trained.bert.state_dict()
         known, needed = len(state[POSITIONS]), self.text.bert.config.max_position_embeddings
         state[POSITIONS] = state[POSITIONS][torch.arange(needed) % known]

@@ -1,5 +1,5 @@
 """What somebody adds from a module of their own, no file of the library changed: a type of features with its
-encoder, a sequence block, a loss term, an optimizer, a table source, an index, an export and a metric."""
+encoder, a sequence block, a text encoder, a loss, an optimizer, a table source, an index, an export and a metric."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyarrow.orc import ORCFile
 from torch import Tensor, from_numpy, nn, optim
 
 from bigdssm.checkpoints.model_folder import ModelFolder
-from bigdssm.config import HistoryEncoderConfig, OptimizerConfig
+from bigdssm.config import HistoryEncoderConfig, OptimizerConfig, TextEncoderConfig, TextInputs
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.metrics import register_metric
 from bigdssm.export.formats import ExportFormat, Parity, Probe, largest_difference, register_export
@@ -27,8 +27,8 @@ from bigdssm.ingest.sources.text import require_columns
 from bigdssm.losses import PairTerm
 from bigdssm.losses import register as register_loss
 from bigdssm.models.blocks import AttentionContext, attend, split
-from bigdssm.models.declarations import register_block
-from bigdssm.models.encoders import Encoder, Parts, encodes
+from bigdssm.models.declarations import register_block, register_text_encoder
+from bigdssm.models.encoders import Encoder, Parts, TextEncoder, encodes
 from bigdssm.retrieval.embed import document_vectors, query_vectors
 from bigdssm.retrieval.index_types import AllowedDocuments, IndexBackend, register_index
 from bigdssm.retrieval.vectors import CodedVectors
@@ -133,6 +133,29 @@ class CosineBlock(nn.Module):
         k, v = self.key_value(self.norm(over)).chunk(2, dim=2)
         q, k, v = (split(part, self.heads) for part in (self.query(self.norm(at)), k, v))
         return at + attend(nn.functional.normalize(q, dim=3) * self.scale, nn.functional.normalize(k, dim=3), v, sight)
+
+
+@register_text_encoder
+@dataclass(frozen=True)
+class Bag(TextEncoderConfig):
+    """The mean of a text's token vectors."""
+
+    type: str = "bag"
+    width: int = bounded(64, 1, 4096)
+
+    def build(self, architecture: TextInputs) -> nn.Module:
+        return BagEncoder(architecture, self.width, self.dropout)
+
+
+class BagEncoder(TextEncoder):
+    def __init__(self, inputs: TextInputs, width: int, dropout: float) -> None:
+        super().__init__(inputs, width, inputs.pad_token_id)
+        self.words = nn.Embedding(inputs.vocab_size, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        weight = (tokens != self.pad_token_id).unsqueeze(2).to(self.words.weight.dtype)
+        return self.dropout((self.words(tokens) * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1))
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigdssm.config import EngineConfig, ModelConfig, OptimizerConfig, TextEncoderConfig, TowerConfig
+from bigdssm.config import EngineConfig, ModelConfig, OptimizerConfig, TowerConfig
 from bigdssm.dataset.schema import Schema
 from bigdssm.features import Categorical, History, Text, Vocabulary
 from bigdssm.loader.batch import Batch, lengths_of
 from bigdssm.loader.step_plan import TokenBudget, plan_step
 from bigdssm.losses import LossOutput, fps_loss
 from bigdssm.models import DualEncoder, Encoded, new_model, use_packing
+from bigdssm.models.declarations import Bert
 from bigdssm.retrieval import embed
 from bigdssm.training.optimizers import AdamW
 from tests.packing import within_rows
@@ -35,7 +36,7 @@ SCHEMA = Schema(
     {"words": TEXT, "history": History(of="item", max_items=6).named("history")},
     {"words": TEXT, "item": Categorical(vocabulary=Vocabulary.of("abcdefghijklmnopqrstuvwx")).named("item")},
 )
-TOWER = TowerConfig(mlp=(16,), embedding_dim=8, text=TextEncoderConfig(layers=1, hidden=16))
+TOWER = TowerConfig(mlp=(16,), embedding_dim=8, text=Bert(layers=1, hidden=16))
 MODEL = ModelConfig(dim=16, alpha_init=5.0, share_text=True, query=TOWER, doc=TOWER)
 LR, CLIPPING, STEPS = 0.5, 0.1, 5
 SHARES = {1: (24,), 2: (24, 0), 3: (13, 0, 11)}  # queries per rank: with several, one rank has none

@@ -1,4 +1,4 @@
-"""A sequence block of a module outside the package, with a key of its own, all the way.
+"""A sequence block and a text encoder of a module outside the package, with keys of their own, all the way.
 
 Training on two ranks in chunks, a stopped run that continues, best/ loaded again, vectors, an index and the estimate.
 """
@@ -10,10 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
-from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.config import load_config
+from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
+from bigdssm.config import Config, ModelConfig, ScorerConfig, TowerConfig, load_config
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.schema import Schema
+from bigdssm.errors import ConfigError
+from bigdssm.export.convert import export, folder_source
+from bigdssm.export.formats import Parity
+from bigdssm.export.text_tower import text_towers
+from bigdssm.features import Text
+from bigdssm.models import new_model
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.index import build_index, open_index
 from bigdssm.retrieval.shards import ShardWork
@@ -24,7 +32,10 @@ from . import small_run
 from .spawn import Pool
 
 STEPS = ("pretrain.steps=8", "pretrain.optimizer.warmup_steps=0", "pretrain.save_every_steps=4")
-MODEL = ("model.query.history={block: cosine, sharpness: 2.0, layers: 2, positions: rotary, dropout: 0.0}",)
+MODEL = (
+    "model.query.history={block: cosine, sharpness: 2.0, layers: 2, positions: rotary, dropout: 0.0}",
+    "model.doc.text={type: bag, width: 12}",
+)  # fmt: skip
 
 
 def train(rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...], resume: bool) -> None:
@@ -40,6 +51,7 @@ def use(rank: int, world_size: int, config: Path, run_dir: Path, overrides: tupl
     model = load_model_folder(run_dir / "pretrain" / "best")
     history = model.config.model.query.history
     assert isinstance(history, outside.Cosine) and history.sharpness == 2
+    assert model.config.model.doc.text == outside.Bag(width=12) and model.model.text["doc"].dim == 12
     dataset = Dataset.open(model.config.data.dir)
     encoders = tower_encoders(model.model, dataset)
     queries = np.concatenate([encoders.queries(rows).numpy() for rows in dataset.iterate("validation", 32)])
@@ -58,9 +70,38 @@ def use(rank: int, world_size: int, config: Path, run_dir: Path, overrides: tupl
     }  # fmt: skip
 
 
+def exported(rank: int, world_size: int, run_dir: Path) -> Parity:
+    from . import outside  # noqa: F401
+
+    return export(folder_source(run_dir / "pretrain" / "best"), run_dir / "exported", "onnx")
+
+
+def refused(rank: int, world_size: int) -> list[str]:
+    """Return the sentences of what needs a BERT."""
+    from . import outside
+
+    tower = TowerConfig(text=outside.Bag(width=8))
+    config, schema = ModelConfig(query=tower, doc=tower), Schema(*({"text": Text().named("text")} for _ in "qd"))
+    model = new_model(config, schema, vocab_size=50)
+    folder = ModelFolder(model, Config(model=config), schema, None, {}, "")
+    sentences = []
+    for attempt in (
+        lambda: text_towers(folder, "hf"),
+        lambda: new_model(config, schema, 0, 50, ScorerConfig("cross_encoder")),
+    ):
+        with pytest.raises(ConfigError) as error:
+            attempt()
+        sentences.append(str(error.value))
+    return sentences
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_run.write_dataset(tmp_path_factory.mktemp("data"))
+    path = small_run.write_dataset(tmp_path_factory.mktemp("data"))
+    content = yaml.safe_load(path.read_text())
+    del content["model"]["doc"]["text"]  # whose keys are a BERT's
+    path.write_text(yaml.safe_dump(content))
+    return path
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -84,3 +125,13 @@ def test_parts_of_the_towers_from_outside(config: Path, tmp_path: Path, outside_
     for name in ("queries", "documents"):
         np.testing.assert_array_equal(after[name], before[name])
     assert after["found"] < 1e-5 and after["estimate"].num_weights == after["weights"]
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    (parity,) = outside_pools[1].run(exported, tmp_path / "chunked")
+    assert max(parity.query, parity.doc) <= 1e-5
+
+
+def test_what_needs_a_bert_says_so(outside_pools: dict[int, Pool]) -> None:
+    ((of_export, of_scorer),) = outside_pools[1].run(refused)
+    assert of_export.startswith("--format hf: the query tower's text encoder is bag; this format holds those of ")
+    assert of_scorer == ("sft.loss.cross_encoder=true: got a text encoder bag (TextInputs), needs a BERT of two types")

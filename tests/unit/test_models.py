@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import BertConfig
 
-from bigdssm.config import ModelConfig, TextEncoderConfig, TowerConfig
+from bigdssm.config import ModelConfig, TowerConfig
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical, History, Numeric, Text, Vocabulary
 from bigdssm.models import ALPHA_MAX, DualEncoder, MlpScorer, new_model, use_plain_attention
-from bigdssm.models.declarations import Sasrec
-from bigdssm.models.encoders import TextEncoder
+from bigdssm.models.declarations import Bert, Sasrec
+from bigdssm.models.encoders import BertEncoder
 
 QUERY = {
     "history": History(of="item", max_items=6).named("history"),
@@ -29,7 +29,7 @@ DOC = {
 CONFIG = ModelConfig(
     dim=32,
     query=TowerConfig(history=Sasrec(layers=2)),
-    doc=TowerConfig(text=TextEncoderConfig(layers=1, hidden=32)),
+    doc=TowerConfig(text=Bert(layers=1, hidden=32)),
 )
 
 
@@ -155,7 +155,7 @@ def test_shared_text_is_one_encoder() -> None:
 def test_plain_attention_is_for_training_alone() -> None:
     fused, plain = model(), model()
     use_plain_attention(plain)
-    (encoder,) = (part for part in plain.modules() if isinstance(part, TextEncoder))
+    (encoder,) = (part for part in plain.modules() if isinstance(part, BertEncoder))
     batch = doc([[1, 2, 0], [3, 0, 0]], [[2, 3], [0, 0]])
     for mode, attention in ((True, "eager"), (False, "sdpa"), (True, "eager")):
         plain.train(mode)
@@ -165,7 +165,7 @@ def test_plain_attention_is_for_training_alone() -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_text_is_encoded_as_with_the_mask_that_transformers_makes(attention: str) -> None:
-    encoder = TextEncoder(BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2), "mean")
+    encoder = BertEncoder(BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2), "mean")
     encoder.bert.set_attn_implementation(attention)
     tokens = torch.tensor([[7, 3, 9, 4], [5, 6, 0, 0], [0, 0, 0, 0]])
     for some in (tokens, tokens[:1]):  # with padding, and without any

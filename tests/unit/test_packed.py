@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bigdssm.config import HISTORY_BLOCKS, ModelConfig, TextEncoderConfig, TowerConfig
+from bigdssm.config import HISTORY_BLOCKS, ModelConfig, TowerConfig
 from bigdssm.dataset.schema import Schema
 from bigdssm.features import Categorical, Feature, History, Numeric, Text, Vocabulary
 from bigdssm.loader import step_plan as plan_module
@@ -33,6 +33,7 @@ from bigdssm.models import (
     pack,
     use_packing,
 )
+from bigdssm.models.declarations import Bert
 from bigdssm.models.encoders import Encoder
 from bigdssm.models.packed import Attention
 from tests.packing import within_rows
@@ -54,7 +55,7 @@ LISTS = {"query": {"history": 0, "words": PAD, "more": PAD}, "doc": {"title": PA
 
 def model(pooling: Any = "mean", dropout: float = 0.0, text_dropout: float = 0.0, **history: Any) -> DualEncoder:
     """A model in which every parameter matters."""
-    text = TextEncoderConfig(hidden=16, pooling=pooling, dropout=text_dropout)
+    text = Bert(hidden=16, pooling=pooling, dropout=text_dropout)
     encoder = HISTORY_BLOCKS.read(
         "", {"block": "sasrec", "layers": 2, "dropout": dropout, "item_dropout": dropout, **history}
     )

@@ -92,7 +92,10 @@ def test_every_number_has_its_bounds_beside_it() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["model.query.text.heads=3"], "text.hidden=128 must be divisible by text.heads=3"),
+        (
+            ["model.query.text.heads=3"],
+            "model.query.text.hidden: got 128, needs a multiple of model.query.text.heads=3",
+        ),
         (["model.doc.residual=nope"], "model.doc.residual=nope is no doc feature"),
         (["model.doc.residual=section"], "model.doc.residual=section has width 32, but model.dim=64"),
         (["model.query.text.init=no/such"], "text.init=no/such is not a folder"),

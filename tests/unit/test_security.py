@@ -18,10 +18,10 @@ from bigdssm.checkpoints import checkpoint
 from bigdssm.checkpoints.model_folder import META_FILE, WEIGHTS_FILE, load_model_folder, save_model_folder
 from bigdssm.checkpoints.shares import whole_tensor
 from bigdssm.checkpoints.store import CheckpointStore
-from bigdssm.config import TextEncoderConfig, load_config
+from bigdssm.config import load_config
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError
 from bigdssm.models import new_model
-from bigdssm.models.encoders import pretrained_encoder
+from bigdssm.models.encoders.bert import pretrained_encoder
 from tests.conftest import TinyDataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,13 +138,13 @@ def test_a_pretrained_encoder_is_read_from_safetensors_only(tmp_path: Path, mark
         BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     )
     bert.save_pretrained(tmp_path / "bert")
-    config = TextEncoderConfig(init=str(tmp_path / "bert"))
-    pretrained_encoder(config, 30, 0)
+    folder = str(tmp_path / "bert")
+    pretrained_encoder(folder, 30, 0)
     plant(tmp_path / "bert", mark, "pytorch_model.bin")
-    pretrained_encoder(config, 30, 0)
+    pretrained_encoder(folder, 30, 0)
     (tmp_path / "bert" / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="does not load"):
-        pretrained_encoder(config, 30, 0)
+        pretrained_encoder(folder, 30, 0)
 
 
 def test_code_in_a_pretrained_folder_is_not_run(tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_code_in_a_pretrained_folder_is_not_run(tmp_path: Path, mark: Path, monk
     save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     with pytest.raises(ConfigError, match="does not load"):
-        pretrained_encoder(TextEncoderConfig(init=str(folder)), 30, 0)
+        pretrained_encoder(str(folder), 30, 0)
 
 
 def test_code_in_a_model_folder_is_not_run(model_folder: Path, mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,15 @@ from typing import Any, get_args, get_type_hints
 
 import omegaconf
 
-from bigdssm.config.keys import HISTORY_BLOCKS, OPTIMIZERS, Config, HistoryEncoderConfig, OptimizerConfig
+from bigdssm.config.keys import (
+    HISTORY_BLOCKS,
+    OPTIMIZERS,
+    TEXT_ENCODERS,
+    Config,
+    HistoryEncoderConfig,
+    OptimizerConfig,
+    TextEncoderConfig,
+)
 from bigdssm.config.schema import all_comments, default_of
 from bigdssm.export.formats import EXPORT_FORMATS
 from bigdssm.features.base import FEATURES
@@ -62,12 +70,17 @@ OPTIMIZER_KINDS = """\
 ## Optimizers
 
 Beside the keys of every optimizer, `STAGE.optimizer` has those of the one that `name` says:"""
+TEXTS = """\
+## Text encoders
+
+Beside the keys of every text encoder, `model.SIDE.text` has those of the one that `type` says:"""
 BLOCKS = """\
 ## Sequence blocks
 
 Beside the keys of every block, `model.query.history` has those of the one that `block` says:"""
 COMPONENTS: tuple[tuple[str, Registry[Any], Any], ...] = (
     (FEATURE_TYPES, FEATURES, None),
+    (TEXTS, TEXT_ENCODERS, TextEncoderConfig),
     (BLOCKS, HISTORY_BLOCKS, HistoryEncoderConfig),
     (OPTIMIZER_KINDS, OPTIMIZERS, OptimizerConfig),
     (INDEXES, INDEX_TYPES, None),
@@ -84,9 +97,10 @@ def page() -> str:
 def sections(root: type) -> Iterator[str]:
     """Yield a heading and a table for each dataclass that `root` reaches, with all the keys where it may stand."""
     places: dict[type, list[str]] = {}
-    _collect(root, "", places)
+    components: dict[type, Any] = {}
+    _collect(root, "", places, components)
     for cls, prefixes in places.items():
-        if table := "\n".join(_rows(cls)):
+        if table := "\n".join(_rows(cls, default=components.get(cls))):
             title = ", ".join(f"`{prefix}`" for prefix in prefixes)
             yield f"### {title}\n\n{inspect.getdoc(cls)}\n\n{HEAD}\n{table}"
 
@@ -100,16 +114,20 @@ def component_sections(registry: Registry[Any], base: Any) -> Iterator[str]:
         yield f"### `{registry.selector}: {name}`\n\n{inspect.getdoc(cls)}" + (f"\n\n{HEAD}\n{rows}" if rows else "")
 
 
-def _collect(cls: type, prefix: str, places: dict[type, list[str]]) -> None:
+def _collect(cls: type, prefix: str, places: dict[type, list[str]], components: dict[type, Any]) -> None:
+    """Add where dataclasses stand to `places`, and the default component of each kind to `components`."""
     places.setdefault(cls, []).append(prefix)
+    by_name = {f.name: f for f in fields(cls)}
     for name, hint in get_type_hints(cls).items():
         for inner in (hint, *get_args(hint)):
             if is_dataclass(inner) and isinstance(inner, type):
                 many = "[]" if getattr(hint, "__origin__", None) is list else ""
-                _collect(inner, f"{prefix}.{name}{many}".lstrip("."), places)
+                _collect(inner, f"{prefix}.{name}{many}".lstrip("."), places, components)
+                if name in by_name and REGISTRY in by_name[name].metadata:
+                    components[inner] = default_of(by_name[name])
 
 
-def _rows(cls: type, without: Sequence[str] = ()) -> Iterator[str]:
+def _rows(cls: type, without: Sequence[str] = (), default: Any = None) -> Iterator[str]:
     """Yield a row of the table for each field that is a value, not a section of its own."""
     notes, hints = all_comments(cls), get_type_hints(cls)
     for field in fields(cls):
@@ -117,7 +135,12 @@ def _rows(cls: type, without: Sequence[str] = ()) -> Iterator[str]:
             continue
         if field.metadata.get("fitted") or is_dataclass(field.default_factory) or _is_section(hints[field.name]):
             continue
-        cells = (_type(str(field.type)), _default(field), field.metadata.get(BOUND, ""), notes.get(field.name, ""))
+        cells = (
+            _type(str(field.type)),
+            _default(field, default),
+            field.metadata.get(BOUND, ""),
+            notes.get(field.name, ""),
+        )
         yield f"| `{field.name}` | " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -133,9 +156,11 @@ def _type(source: str) -> str:
     return f"`{source}`"
 
 
-def _default(field: Field[Any]) -> str:
-    """Return a default as YAML writes it."""
+def _default(field: Field[Any], component: Any) -> str:
+    """Return a default as YAML writes it; that of a kind of components is the default component's."""
     value = default_of(field)
+    if component is not None and value == omegaconf.MISSING:
+        value = getattr(component, field.name)
     return "must be given" if value == omegaconf.MISSING else f"`{json.dumps(value)}`"
 
 

@@ -10,18 +10,13 @@ from bigdssm.models.encoders.base import (
     use_packing,
     use_plain_attention,
 )
+from bigdssm.models.encoders.bert import BertEncoder
 from bigdssm.models.encoders.history import HistoryEncoder
 from bigdssm.models.encoders.scalar import CategoricalEncoder, NumericEncoder, VectorEncoder
-from bigdssm.models.encoders.text import (
-    TextEncoder,
-    load_pretrained,
-    pretrained_encoder,
-    text_architectures,
-    text_configs,
-    text_keys,
-)
+from bigdssm.models.encoders.text import TextEncoder, text_architectures, text_configs, text_keys
 
 __all__ = [
+    "BertEncoder",
     "CategoricalEncoder",
     "Encoder",
     "HistoryEncoder",
@@ -33,8 +28,6 @@ __all__ = [
     "build_encoder",
     "compile_layers",
     "encodes",
-    "load_pretrained",
-    "pretrained_encoder",
     "text_architectures",
     "text_configs",
     "text_keys",

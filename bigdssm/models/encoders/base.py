@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bigdssm.config import TowerConfig
 from bigdssm.errors import ConfigError
@@ -29,6 +30,7 @@ class Encoder(nn.Module, ABC):
     is_pretrained_part: ClassVar[bool] = False  # else each tower has one for itself
     dim: int
     compiled = False  # its layers, by torch.compile
+    recomputed = False  # its layers, in the backward
     packed_attention: Attention | None = None  # within rows of packed lists: the kernel, where there is one
 
     @abstractmethod
@@ -45,11 +47,21 @@ class Encoder(nn.Module, ABC):
         return vectors
 
     def checkpoint_activations(self) -> None:
-        """Keep as little as can be for the backward, which computes the rest again."""
+        """Keep only the layers' inputs for the backward, which computes the rest again."""
+        self.recomputed = True
 
     def transformer_layers(self) -> list[nn.Module]:
         """Return the layers of its transformer, where it has one."""
         return []
+
+    def run_layer(self, layer: nn.Module, *inputs: Any) -> Tensor:
+        """Return the output of a transformer layer; with `checkpoint_activations` its graph keeps the inputs alone."""
+        output: Tensor
+        if self.recomputed and self.training:
+            output = checkpoint(layer, *inputs, use_reentrant=False)
+        else:
+            output = layer(*inputs)
+        return output
 
     def use_packing(self, attention: Attention) -> None:
         """Attend within rows of packed lists by `attention`, where it can."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from bigdssm.config import HistoryEncoderConfig
 from bigdssm.errors import ConfigError
@@ -45,7 +44,7 @@ class HistoryEncoder(Encoder):
         self.dropout = nn.Dropout(config.item_dropout)
         self.layers = nn.ModuleList(config.build(dim) for _ in range(config.layers))
         self.norm = nn.LayerNorm(dim)
-        self._recompute = self._plain_in_training = False
+        self._plain_in_training = False
 
     @classmethod
     def build(cls, feature: History, parts: Parts) -> HistoryEncoder:
@@ -56,10 +55,6 @@ class HistoryEncoder(Encoder):
     def transformer_layers(self) -> list[nn.Module]:
         """Return its layers."""
         return list(self.layers)
-
-    def checkpoint_activations(self) -> None:
-        """Keep only the layers' inputs for the backward, which computes the rest again."""
-        self._recompute = True
 
     def use_plain_attention(self) -> None:
         """Multiply attention out in training."""
@@ -99,14 +94,14 @@ class HistoryEncoder(Encoder):
         bias = self._bias(hidden.dtype)
         sight = self._sight(place_T, place_T, bias)
         for layer in self.layers[:-1]:
-            hidden = self._run(layer, hidden, hidden, sight)
+            hidden = self.run_layer(layer, hidden, hidden, sight)
         last = self.layers[-1]
         if places is None:  # only the newest place is read, so the last layer computes only that one
             newest = hidden[torch.arange(num_rows, device=device), length_R].unsqueeze(1)
             sight = self._sight(length_R.unsqueeze(1), place_T, bias)
-            vectors = self._run(last, newest, hidden, sight).squeeze(1)
+            vectors = self.run_layer(last, newest, hidden, sight).squeeze(1)
         else:  # all of them: most are read, and rows share one mask
-            vectors = self._run(last, hidden, hidden, sight)[places.row, places.seen]
+            vectors = self.run_layer(last, hidden, hidden, sight)[places.row, places.seen]
         return vectors
 
     def _first(self, items_RT: Tensor, length_R: Tensor, place_T: Tensor) -> Tensor:
@@ -135,13 +130,13 @@ class HistoryEncoder(Encoder):
         order = None if self._has_kernel else items.longest_first
         sight = self._packed_sight(items, place, spans, bias, order)
         for layer in self.layers[:-1]:
-            hidden = self._run(layer, hidden, hidden, sight)
+            hidden = self.run_layer(layer, hidden, hidden, sight)
         last = self.layers[-1]
         if places is not None:
-            return self._run(last, hidden, hidden, sight)[0, spans.offsets[places.row] + places.seen]
+            return self.run_layer(last, hidden, hidden, sight)[0, spans.offsets[places.row] + places.seen]
         # only the newest place is read, as above; it sees all of its history
         newest = self._of_newest(sight, items, bias, order)
-        return self._run(last, hidden[:, spans.offsets[1:] - 1], hidden, newest).squeeze(0)
+        return self.run_layer(last, hidden[:, spans.offsets[1:] - 1], hidden, newest).squeeze(0)
 
     def _packed_sight(
         self, items: Packed, place: Tensor, spans: SequenceBounds, bias: Tensor | None, order: Tensor | None
@@ -214,14 +209,6 @@ class HistoryEncoder(Encoder):
         """Return whether attention by a mask is the fused kernel's."""
         learned_on_cpu = self.config.positions == "relative" and device.type == "cpu"  # has no fused backward
         return not (self.training and (self._plain_in_training or learned_on_cpu))
-
-    def _run(self, layer: nn.Module, at: Tensor, over: Tensor, sight: AttentionContext) -> Tensor:
-        output: Tensor
-        if self._recompute and self.training:
-            output = checkpoint(layer, at, over, sight, use_reentrant=False)
-        else:
-            output = layer(at, over, sight)
-        return output
 
     def flops(self, name: str, size: SideSize) -> float:
         """Return the operations of a forward; of rows of one query the last layer computes the newest place alone."""

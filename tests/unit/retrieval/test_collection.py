@@ -29,7 +29,7 @@ from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.ingest.sources.beir import Collection, CollectionEntry, read_collection
 from bigdssm.losses.engine import cut
 from bigdssm.models import DualEncoder
-from bigdssm.models.encoders import pretrained_encoder
+from bigdssm.models.encoders.bert import pretrained_encoder
 from bigdssm.retrieval.embed import cut_vectors, encode_in_bf16, tower_encoders
 from bigdssm.retrieval.hard_negatives import HardNegatives, sample_negatives, write_mined
 from bigdssm.retrieval.mining import mine
@@ -238,19 +238,17 @@ def test_damage_is_named(made: tuple[Dataset, Path, Config], tmp_path: Path) -> 
 def test_layers_of_a_pretrained_encoder_can_be_kept(tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 
-    from bigdssm.config import TextEncoderConfig
-
     BertModel(BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
                          intermediate_size=32, max_position_embeddings=16)).save_pretrained(tmp_path)  # fmt: skip
-    whole = pretrained_encoder(TextEncoderConfig(init=str(tmp_path)), 50, 0)
-    light = pretrained_encoder(TextEncoderConfig(init=str(tmp_path), keep_layers=2), 50, 0)
+    whole = pretrained_encoder(str(tmp_path), 50, 0)
+    light = pretrained_encoder(str(tmp_path), 50, 0, keep_layers=2)
     for name, weight in light.state_dict().items():
         torch.testing.assert_close(weight, whole.state_dict()[name])
     layers = [sum(".attention.output.dense.weight" in n for n in e.state_dict()) for e in (whole, light)]
     assert layers == [3, 2]
     assert {m.p for m in light.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
     with pytest.raises(ConfigError, match=r"keep_layers=4, but text.init=.* has 3 layers"):
-        pretrained_encoder(TextEncoderConfig(init=str(tmp_path), keep_layers=4), 50, 0)
+        pretrained_encoder(str(tmp_path), 50, 0, keep_layers=4)
 
 
 def test_the_tools_on_a_collection(
