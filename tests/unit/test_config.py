@@ -16,6 +16,7 @@ import yaml
 
 from bigdssm.config import config_of, first_difference, load_config
 from bigdssm.errors import ConfigError
+from bigdssm.models.declarations import Hstu
 from bigdssm.training.optimizers import AdamW, Muon
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -312,6 +313,28 @@ def test_an_optimizer_has_keys_of_its_own(path: Path, override: str, reason: str
     assert muon.sft is not None and muon.pretrain.optimizer == AdamW(**asdict(muon.pretrain.optimizer))
     assert muon.sft.optimizer == Muon(momentum=0.5, lr=muon.pretrain.optimizer.lr)
     assert config_of(muon) == muon
+    with pytest.raises(ConfigError, match=re.escape(reason)):
+        load_config(path, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("model.query.history={block: hstu, feedforward: 2}", "unknown key model.query.history.feedforward: hstu has "),
+        ("model.query.history={block: hstu, positions: age}", "model.query.history.positions: Invalid value 'age'"),
+        ("model.query.history.block=lstm", "model.query.history.block: got lstm, needs one of sasrec, gated, hstu, or"),
+        ("model.doc.text.type=bag", "model.doc.text.type: got bag, needs one of bert, or a text encoder whose module"),
+        ("model.doc.text.width=8", "unknown key model.doc.text.width: bert has type, dropout, init"),
+        ("model.doc.text.keep_layers=2", "model.doc.text.keep_layers: got 2, needs an init folder to keep them of"),
+        (
+            "model.doc.text={hidden: 9, heads: 2}",
+            "model.doc.text.hidden: got 9, needs a multiple of model.doc.text.heads",
+        ),
+    ],
+)
+def test_blocks_and_text_encoders_have_keys_of_their_own(path: Path, override: str, reason: str) -> None:
+    hstu = load_config(path, ["model.query.history.block=hstu"]).model.query.history
+    assert hstu == Hstu() and hstu.positions == "relative"
     with pytest.raises(ConfigError, match=re.escape(reason)):
         load_config(path, [override])
 
