@@ -14,7 +14,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -123,7 +123,7 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
         written = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if _config_checksum(written, own) != meta["config_checksum"]:
             raise CheckpointError(
-                f"the model section of {CONFIG_FILE}, or sft.loss.mlp, is not what the model was trained with; undo "
+                f"the model section of {CONFIG_FILE}, or sft.scorer, is not what the model was trained with; undo "
                 "the edit, or copy the folder again (only other keys, such as data.dir, may change)"
             )
         texts = {
@@ -190,8 +190,7 @@ def _identity(meta: Mapping[str, Any]) -> str:
 
 def _config_checksum(written: Mapping[str, Any], scorer: ScorerConfig | None) -> str:
     """Return the checksum of what a config says about scores, as it is written: keys that come later change nothing."""
-    of_scorer = () if scorer is None else scorer.hidden or scorer.type
-    return json_checksum([written.get("model"), of_scorer])
+    return json_checksum([written.get("model"), None if scorer is None else asdict(scorer)])
 
 
 def _serialised(weights: Mapping[str, Tensor]) -> bytes:
@@ -243,7 +242,7 @@ def _check_weights(weights: Mapping[str, Tensor], needed: Mapping[str, Tensor]) 
 
 def _scorer(config: Config, provenance: Mapping[str, Any]) -> ScorerConfig | None:
     """Return the scorer that the stage trained, if it did."""
-    return config.sft.loss.scorer if config.sft is not None and provenance.get("stage") == "sft" else None
+    return config.sft.scorer if config.sft is not None and provenance.get("stage") == "sft" else None
 
 
 def _architecture(folder: Path, key: str, text: TextEncoderConfig, listed: Mapping[str, str]) -> Any:
@@ -287,7 +286,7 @@ def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> Mod
         config = load_written_config(stage_dir / CONFIG_FILE)
         dataset = Dataset.open(config.data.dir, cache=FileCache.of(config.data))
         schema, tokenizer_dir = dataset.schema, dataset.tokenizer_dir
-        trained = config.stage(cast(StageName, stage_dir.name)).loss.scorer if own else scorer
+        trained = config.stage(cast(StageName, stage_dir.name)).scorer if own else scorer
         model = new_model(config.model, schema, dataset.pad_token_id, dataset.vocab_size, trained)
     try:
         (model.load_state_dict if own and scorer is None else model.load_towers)(state)

@@ -4,9 +4,9 @@
     bigdssm embed_teacher --data DATASET --out FOLDER --pretrained HF_FOLDER
     torchrun --nproc-per-node 8 -m bigdssm.commands.embed_teacher …     # the rows are shared out over the ranks
 
-FOLDER is what sft.teacher takes, with sft.loss.distillation=batch_kl. The teacher's scores are the products of its
-vectors: a model's own scores, or the cosines of a Hugging Face text encoder as it is, which reads the dataset's texts
-as its tokenizer gives them, cut to max_tokens. A run that was ended goes on from its finished shards.
+FOLDER is for sft.distillation={name: batch_kl, teacher: FOLDER}. The teacher's scores are the products of its vectors:
+a model's own scores, or the cosines of a Hugging Face text encoder as it is, which reads the dataset's texts as its
+tokenizer gives them, cut to max_tokens. A run that was ended goes on from its finished shards.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
     bigdssm list_candidates --data DATASET --out GRADED.npy --graded [--low 2]
     bigdssm list_candidates --data DATASET --out SHOWN.npy --given TABLE --query-column user --column shown
 
-The file has the format of bigdssm mine_negatives, for sft.mining.file; no model is needed.
+The file has the format of bigdssm mine_negatives, for sft.negatives.mining.file; no model is needed.
 
 --graded lists what each query id has rated in the train split, documents of a relevance of at most --low first. The
-relevances stand where a judge's scores would, for sft.loss.distillation; sft.mining.teacher_margin keeps what was rated
-as high as the row's own document from being its negative.
+relevances take the place of a teacher's scores, for sft.distillation; with negatives.mining.teacher_margin a document
+rated as high as the row's own is not its negative.
 
 --given lists what TABLE (CSV, TSV, JSONL or Parquet) has in --column, a list of document ids: impressions without a
 click, say. --query-column holds the ids of users or queries (where the dataset was made without, the text of a query

@@ -4,8 +4,8 @@
     bigdssm score_pairs --data DATASET --mined NPY --out JUDGED.npy --model MODEL [MODEL …] --pretrained FOLDER --bm25
     torchrun --nproc-per-node 8 -m bigdssm.commands.score_pairs …       # the queries are shared out over the ranks
 
-NPY is a file of bigdssm mine_negatives; JUDGED.npy is the same with the judge's scores, for sft.mining.file with
-sft.loss.distillation or sft.mining.teacher_margin. Judges are model folders, whatever scores in them, cross-encoders of
+NPY is a file of bigdssm mine_negatives; JUDGED.npy is the same with the judge's scores, for sft.negatives.mining.file
+with sft.distillation or mining.teacher_margin. Judges are model folders, whatever scores in them, cross-encoders of
 sentence-transformers, whose scores are their logits, Hugging Face text encoders as they are, whose scores are cosines,
 and BM25. Of several it is the mean of their scores, standardised within each query. All but model folders read the
 dataset's texts: as its tokenizer gives them, cut to max_tokens.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Number
 from pathlib import Path
@@ -14,13 +15,12 @@ from omegaconf import MISSING
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature
 from bigdssm.features.base import FEATURES
-from bigdssm.features.history import histories_of
-from bigdssm.utils.bounds import bounded
+from bigdssm.utils.bounds import bounded, out_of_bounds, require
 from bigdssm.utils.components import Component, Registry, component, named_components
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
 StageName = Literal["pretrain", "sft"]
 DEFAULT_CACHE_BYTES = 50 * 1024**3
@@ -219,61 +219,97 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
-class ScorerConfig:
-    """What scores pairs beside the product, or in place of it, as a LossConfig says."""
+class LossConfig(Component):
+    """The keys of every loss. A loss is a subclass with keys of its own, registered in LOSSES."""
 
-    type: Literal["mlp", "cross_encoder"]
-    hidden: tuple[int, ...] = ()  # widths of an MLP's hidden layers
+    all_columns: ClassVar[bool] = False  # over every column of the batch; else over in-batch and hard negatives
+    relative: ClassVar[bool] = True  # depends on differences of a query's scores alone: a beta of all documents cancels
 
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Which loss, over which negatives."""
-
-    name: str = "fps"  # or softmax, pair_ce, triplet, sigmoid, or one that losses.register was given
-    direction: Literal["q2d", "d2q", "both"] = "q2d"
-    weight: Literal["indicator", "relevance"] = "indicator"  # 1[r>0], or r itself
-    # Correction for popular in-batch documents; auto: corrected where queries have histories and a softmax takes their
-    # documents for negatives, else none (a Config has decided it).
-    sampling: Literal["auto", "none", "classic", "corrected"] = "auto"
-    gamma: float = bounded(1.0, 0, 10)  # its strength: 0 learns PMI, 1 learns p(doc|query)
-    frequency: Literal["counts", "streaming"] = (
-        "counts"  # what it knows of them: the catalogue's counts, or the batches
-    )
-    # Streaming: several times the number of documents (96 bytes each).
-    frequency_buckets: int = bounded(65536, 1, 2**26)
-    negatives: int = bounded(0, 0, 65_536)  # mined negatives per row
-    # Documents per step drawn uniformly from the catalogue, as extra columns.
-    uniform_negatives: int = bounded(0, 0, MAX_ROWS)
-    in_batch: bool = True  # SFT losses: the other documents of the global batch are negatives too
-    # What a query is compared with: the documents of the global batch, or all of the catalogue in every step.
-    columns: Literal["batch", "catalogue"] = "batch"
-    # Which of them are no negatives: batch: positives of the same query id, of any rank; user: and what its sequence
-    # holds up to its latest row; past: exactly what lies before the query; none: its own document alone; auto: batch,
-    # and none with data.exclude_seen=false, where what a user met may be what is asked for, or just not now.
-    mask: Literal["auto", "batch", "user", "past", "none"] = "auto"
-    margin: float = bounded(0.2, 0, 1_000_000)  # triplet
-    # What the scores of a judge, in mining.file, teach beside the loss: kl, the distribution over a row's own document
-    # and its listed ones; margin_mse, by how much the own stands above them. Or batch_kl: a teacher's distribution over
-    # the documents of the global batch.
-    distillation: Literal["none", "kl", "margin_mse", "batch_kl"] = "none"
-    distillation_weight: float = bounded(1.0, at_most=1_000_000, above=0)  # times it, beside the loss's 1
-    distillation_temperature: float = bounded(1.0, at_most=1_000_000, above=0)  # divides the judge's scores
+    name: str = MISSING  # fps, softmax, pair_ce, triplet, sigmoid, or one from outside
+    weight: Literal["indicator", "relevance"] = "indicator"  # of a row: 1[r>0], or r itself
     # Matryoshka: further widths, below model.dim, that vectors can be cut to.
     widths: tuple[int, ...] = bounded((), 1, MAX_WIDTH)
-    # Hidden widths of an MLP on [u, w, u * w] that scores in place of the product, and learns with the towers.
-    mlp: tuple[int, ...] = bounded((), 1, MAX_WIDTH)
-    # A BERT that reads both sides' texts as one, begun from the document tower's, adds to the product; the towers stay.
-    cross_encoder: bool = False
     # Times the mean squared norms of both towers' vectors, for model.score=dot.
     norm_penalty: float = bounded(0.0, 0, 1_000_000)
 
     @property
-    def scorer(self) -> ScorerConfig | None:
-        """Return what scores pairs beside the product, if anything does."""
-        if self.cross_encoder:
-            return ScorerConfig("cross_encoder")
-        return ScorerConfig("mlp", self.mlp) if self.mlp else None
+    def direction(self) -> str:
+        """Return q2d (the documents of a query compete), d2q (the queries of a document), or both."""
+        return "q2d"
+
+    def build(self) -> Any:
+        """Return the function of scores, a `losses.terms.Term`."""
+        raise NotImplementedError
+
+    def check_stage(self, name: StageName, config: Config) -> None:
+        """Raise ConfigError where this loss of the stage `name` contradicts the rest of the config."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig(Component):
+    """A correction of the scores of documents that are columns of a batch because they are popular."""
+
+    name: str = MISSING  # auto, none, classic, corrected, or one from outside
+
+    def resolve(self, stage: StageConfig, data: DataConfig) -> SamplingConfig:
+        """Return the correction of a stage, decided by its other keys where it is `auto`."""
+        return self
+
+    def check_stage(self, name: StageName, config: Config) -> None:
+        """Raise ConfigError where this correction in the stage `name` contradicts the rest of the config."""
+
+
+@dataclass(frozen=True)
+class FrequencyCorrection(SamplingConfig):
+    """The keys of every correction by the frequencies of documents."""
+
+    gamma: float = bounded(1.0, 0, 10)  # strength: 0 learns PMI, 1 learns p(doc|query)
+    frequency: Literal["counts", "streaming"] = "counts"  # of the catalogue, or estimated from the batches
+    # Streaming: several times the number of documents (96 bytes each).
+    frequency_buckets: int = bounded(65536, 1, 2**26)
+
+    def check_stage(self, name: StageName, config: Config) -> None:
+        """Raise ConfigError unless documents of the batch are negatives."""
+        negatives = config.stage(name).negatives
+        require(negatives.in_batch, f"{name}.sampling.name", self.name, "in_batch=true: it corrects in-batch documents")
+
+    def apply(
+        self, correction: Tensor, beta: Tensor | None, neg_bias: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return (beta, neg_bias) [n] with the `correction`, −γ log c [n], added to one of them."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class DistillationConfig(Component):
+    """The keys of every distillation: a teacher's scores, learned in addition to the loss."""
+
+    name: str = MISSING  # kl, margin_mse, batch_kl, or one from outside
+    weight: float = bounded(1.0, at_most=1_000_000, above=0)  # its factor; that of the loss is 1
+    temperature: float = bounded(1.0, at_most=1_000_000, above=0)  # divides the teacher's scores
+
+    def check_stage(self, name: StageName, config: Config) -> None:
+        """Raise ConfigError where this distillation in the stage `name` contradicts the rest of the config."""
+
+
+@dataclass(frozen=True)
+class ScorerConfig(Component):
+    """A score of pairs that replaces or extends the product of vectors; a stage `sft` trains it."""
+
+    name: str = MISSING  # mlp or cross_encoder
+
+    def build(self, model: ModelConfig, schema: Any, texts: Mapping[str, Any]) -> Any:
+        """Return a new `models.Scorer` of a model with a `Schema` and its text architectures. Raises ConfigError."""
+        raise NotImplementedError
+
+    def check_stage(self, name: StageName, config: Config) -> None:
+        """Raise ConfigError where this scorer in the stage `name` contradicts the rest of the config."""
+
+
+LOSSES: Registry[LossConfig] = Registry("a loss", "name", home="bigdssm.losses.declarations")
+SAMPLINGS: Registry[SamplingConfig] = Registry("a sampling correction", "name", home="bigdssm.losses.declarations")
+DISTILLATIONS: Registry[DistillationConfig] = Registry("a distillation", "name", home="bigdssm.losses.declarations")
+SCORERS: Registry[ScorerConfig] = Registry("a scorer", "name", home="bigdssm.models.declarations")
 
 
 @dataclass(frozen=True)
@@ -310,7 +346,7 @@ OPTIMIZERS: Registry[OptimizerConfig] = Registry("an optimizer", "name", home="b
 
 @dataclass(frozen=True)
 class MiningConfig:
-    """Where the mined negatives of a row come from: the ranks [first, last) of its own query's ranking."""
+    """Where the hard negatives of a row come from: the ranks [first, last) of its own query's ranking."""
 
     first: int = bounded(10, 0, MAX_COUNT)
     last: int = bounded(200, 1, MAX_COUNT)
@@ -328,6 +364,23 @@ class MiningConfig:
 
 
 @dataclass(frozen=True)
+class NegativesConfig:
+    """The documents that a query's own is compared with."""
+
+    in_batch: bool = True  # the other documents of the global batch; fps needs them
+    # All documents of the global batch, or all of the catalogue in every step; fps alone.
+    columns: Literal["batch", "catalogue"] = "batch"
+    # Documents per step drawn uniformly from the catalogue, as extra columns; fps alone.
+    uniform: int = bounded(0, 0, MAX_ROWS)
+    # Documents that are no negatives: batch: positives of the same query id, of any rank; user: and the items of its
+    # sequence up to its latest row; past: exactly the items before the query; none: its own document alone; auto:
+    # batch, and none with data.exclude_seen=false, where an earlier item may be the answer, or just not now.
+    mask: Literal["auto", "batch", "user", "past", "none"] = "auto"
+    hard: int = bounded(0, 0, 65_536)  # hard negatives per row
+    mining: MiningConfig = field(default_factory=MiningConfig)
+
+
+@dataclass(frozen=True)
 class WarmStartConfig:
     """Where a new model's table of the items in histories begins: at what meets in them (training/warm_start.py)."""
 
@@ -339,7 +392,12 @@ class WarmStartConfig:
 class StageConfig:
     """One stage of training."""
 
-    loss: LossConfig = field(default_factory=LossConfig)
+    loss: LossConfig = component(LOSSES, "fps")
+    negatives: NegativesConfig = field(default_factory=NegativesConfig)
+    # auto: corrected where queries have histories and a softmax takes their documents for negatives, else none.
+    sampling: SamplingConfig = component(SAMPLINGS, "auto")
+    distillation: DistillationConfig | None = component(DISTILLATIONS, None)
+    scorer: ScorerConfig | None = component(SCORERS, None)
     optimizer: OptimizerConfig = component(OPTIMIZERS, "adamw")
     rows_global: int = bounded(1024, 1, MAX_ROWS)
     epochs: float = bounded(1.0, 0, 100_000)
@@ -347,8 +405,6 @@ class StageConfig:
     # Model folder or checkpoint (STAGE/checkpoints/step-…) to start from; sft: by default its pretraining's best.
     init: str | None = None
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
-    mining: MiningConfig = field(default_factory=MiningConfig)
-    teacher: str | None = None  # folder of bigdssm embed_teacher, for loss.distillation=batch_kl
     validate_every_steps: int = bounded(0, 0, MAX_COUNT)  # 0: once, at the end
     # The registered metric of validation that selects best/, and that patience and tuning go by; larger is better.
     validation_metric: str = "ndcg_at_10"
@@ -395,8 +451,7 @@ class Config:
         for name in ("pretrain", "sft"):
             stage: StageConfig | None = getattr(self, name)
             if stage is not None:
-                loss = _settled(stage.loss, self.data)
-                object.__setattr__(self, name, replace(stage, loss=loss))
+                object.__setattr__(self, name, _resolved(name, stage, self.data))
 
     def stage(self, name: StageName) -> StageConfig:
         """Return the stage `name`. Raises ConfigError where the file has no such section."""
@@ -427,17 +482,14 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{value!r:.80} is no text, number, list or mapping")
 
 
-def _settled(loss: LossConfig, data: DataConfig) -> LossConfig:
-    """Return a loss with what is `auto` decided."""
-    mask = ("batch" if data.exclude_seen else "none") if loss.mask == "auto" else loss.mask
-    sampling = _usual_sampling(loss, data) if loss.sampling == "auto" else loss.sampling
-    return replace(loss, mask=mask, sampling=sampling)
-
-
-def _usual_sampling(loss: LossConfig, data: DataConfig) -> Literal["none", "corrected"]:
-    """Return what holds over time and over users for recommendation (docs/sequences.md); elsewhere nothing is known."""
-    samples = loss.name in ("fps", "softmax") and loss.in_batch and loss.columns == "batch"
-    return "corrected" if samples and histories_of(data.query) else "none"
+def _resolved(name: str, stage: StageConfig, data: DataConfig) -> StageConfig:
+    """Return a stage without `auto`. Raises ConfigError: a key of `sampling` is out of bounds."""
+    for key, got, needed in out_of_bounds(stage.sampling, f"{name}.sampling"):
+        raise ConfigError(f"{key}: got {got}, needs {needed}")
+    if stage.negatives.mask == "auto":
+        mask: Literal["batch", "none"] = "batch" if data.exclude_seen else "none"
+        stage = replace(stage, negatives=replace(stage.negatives, mask=mask))
+    return replace(stage, sampling=stage.sampling.resolve(stage, data))
 
 
 def _feature(key: str, content: Any) -> Feature:

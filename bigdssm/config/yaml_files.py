@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from bigdssm.errors import ConfigError
-from bigdssm.utils.components import REGISTRY, first_line
+from bigdssm.utils.components import REGISTRY, first_line, keys_of
 
 Kind = TypeVar("Kind")
 
@@ -38,8 +38,13 @@ def as_kind(path: Path, kind: type[Kind], *contents: Any) -> Kind:
     """Return `contents`, later ones over earlier, as the dataclass `kind`. Raises ConfigError: which key is wrong."""
     try:
         schema = OmegaConf.structured(kind)
-        _name_components(path, schema, kind, OmegaConf.merge({}, *contents))
-        merged = OmegaConf.merge(schema, *contents)
+        given: Any = OmegaConf.create({})
+        for content in contents:
+            later = OmegaConf.create(content)
+            _replace_components(kind, given, later)
+            given = OmegaConf.merge(given, later)
+        _name_components(path, schema, kind, given)
+        merged = OmegaConf.merge(schema, given)
         if missing := sorted(OmegaConf.missing_keys(merged)):
             raise ConfigError(f"{path}: required key {missing[0]} is missing; give it a value")
         return cast(Kind, OmegaConf.to_object(merged))
@@ -51,16 +56,37 @@ def as_kind(path: Path, kind: type[Kind], *contents: Any) -> Kind:
         raise ConfigError(f"{path}: {error.full_key or kind.__name__.lower()}: {first_line(error)}") from None
 
 
+def _replace_components(kind: Any, given: Any, later: Any) -> None:
+    """Remove keys of `given` that components named in `later` do not have: another component replaces them."""
+    if not isinstance(given, DictConfig) or not isinstance(later, DictConfig) or given._is_none() or later._is_none():
+        return
+    hints = get_type_hints(kind)
+    for f in fields(kind):
+        before, block = given._get_node(f.name), later._get_node(f.name)
+        registry = f.metadata.get(REGISTRY)
+        if registry is None:
+            if (section := _section(hints[f.name])) is not None:
+                _replace_components(section, before, block)
+        elif isinstance(before, DictConfig) and isinstance(block, DictConfig) and not before._is_none():
+            name = None if block._is_none() else block.get(registry.selector)
+            if name in registry.names() and name != before.get(registry.selector):
+                known = {*keys_of(registry.find(name, "")), registry.selector}
+                for key in [key for key in before if key not in known]:
+                    del before[key]
+
+
 def _name_components(path: Path, schema: DictConfig, kind: Any, given: Any, prefix: str = "") -> None:
     """Declare in `schema` the components that `given` names. Raises ConfigError: one is unknown, or its block wrong."""
     if not isinstance(given, DictConfig) or given._is_interpolation() or given._is_none():
         return
     hints = get_type_hints(kind)
     for f in fields(kind):
-        key, block = f"{prefix}{f.name}", given._get_node(f.name)
+        key, block, registry = f"{prefix}{f.name}", given._get_node(f.name), f.metadata.get(REGISTRY)
+        if registry is not None and block is not None and block._is_interpolation():
+            block = given[f.name]
         if not isinstance(block, DictConfig) or block._is_interpolation() or block._is_none():
             continue
-        registry, node = f.metadata.get(REGISTRY), schema._get_node(f.name)
+        node = schema._get_node(f.name)
         if isinstance(node, Sequence):  # for which omegaconf raises TypeError, naming no key
             raise ConfigError(f"{path}: {key}: got a mapping, needs a list")
         if not isinstance(node, DictConfig):
@@ -78,7 +104,8 @@ def _name_components(path: Path, schema: DictConfig, kind: Any, given: Any, pref
         if registry.selector in content:
             content[registry.selector] = block[registry.selector]  # interpolated
         try:
-            declared = registry.declaration(key, content, getattr(OmegaConf.get_type(node), registry.selector))
+            default = None if node._is_none() else getattr(OmegaConf.get_type(node), registry.selector)
+            declared = registry.declaration(key, content, default)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
         with read_write(schema):

@@ -125,7 +125,9 @@ class Batch:
     teacher: Tensor | None = None  # float32 [m, 1 + k]: a judge's scores of positive and negatives, NaN for none
     teacher_query: Tensor | None = None  # float16 [m, E]: a teacher's vectors, whose products are its scores
     teacher_doc: Tensor | None = None  # float16 [n, E]
-    known: Tensor | None = None  # int64 [p, 2]: (query id or, by loss.mask, number; doc id) of further no negatives
+    known: Tensor | None = (
+        None  # int64 [p, 2]: (query id or, by negatives.mask, number; doc id) of further no negatives
+    )
 
     @property
     def nbytes(self) -> int:

@@ -127,7 +127,9 @@ class PlainStream(RowStream):
 
     def doc_weights(self) -> np.ndarray:
         """Raise ConfigError: how often documents come is not known."""
-        raise ConfigError("data.webdataset: the frequencies of documents are not known; set loss.frequency=streaming")
+        raise ConfigError(
+            "data.webdataset: the frequencies of documents are not known; set sampling.frequency=streaming"
+        )
 
     def _steps(self, steps: range, make: Callable[[Rows], T]) -> WorkerSteps[T]:
         rank, rows = self.rank, self._rows_global

@@ -1,50 +1,81 @@
 """Losses: the Full Product Softmax and the fine-tuning losses, over any number of ranks; plain tensors in, no model."""
 
-from bigdssm.losses.distillation import DISTILLATIONS, BatchTeacher, Distillation, ListwiseKL, MarginMSE, batch_kl
-from bigdssm.losses.engine import (
-    RANKING_NAMES,
-    contrastive_loss,
-    fps_loss,
-    matryoshka_loss,
-    norm_penalty,
-    ranking_loss,
-    relevance_weight,
-)
-from bigdssm.losses.inputs import LossBatch, LossInputError
-from bigdssm.losses.output import LossOutput
-from bigdssm.losses.sampling import SAMPLINGS, CountedFrequency, StreamingFrequency, apply_sampling, sample_uniform
-from bigdssm.losses.scored import scored_loss
-from bigdssm.losses.terms import PairCE, PairTerm, Sigmoid, Softmax, Term, Triplet, find_term, register
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bigdssm.utils.lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from bigdssm.losses.declarations import (
+        FPS,
+        ListwiseKL,
+        MarginMSE,
+        PairCE,
+        PairLoss,
+        Sigmoid,
+        Softmax,
+        Triplet,
+        register_distillation,
+        register_loss,
+    )
+    from bigdssm.losses.distillation import BatchTeacher, batch_kl
+    from bigdssm.losses.engine import (
+        contrastive_loss,
+        fps_loss,
+        matryoshka_loss,
+        norm_penalty,
+        ranking_loss,
+        relevance_weight,
+    )
+    from bigdssm.losses.inputs import LossBatch, LossInputError
+    from bigdssm.losses.output import LossOutput
+    from bigdssm.losses.sampling import CountedFrequency, StreamingFrequency, apply_sampling, sample_uniform
+    from bigdssm.losses.scored import scored_loss
 
 __all__ = [
-    "DISTILLATIONS",
-    "RANKING_NAMES",
-    "SAMPLINGS",
+    "FPS",
     "BatchTeacher",
     "CountedFrequency",
-    "Distillation",
     "ListwiseKL",
     "LossBatch",
     "LossInputError",
     "LossOutput",
     "MarginMSE",
     "PairCE",
-    "PairTerm",
+    "PairLoss",
     "Sigmoid",
     "Softmax",
     "StreamingFrequency",
-    "Term",
     "Triplet",
     "apply_sampling",
     "batch_kl",
     "contrastive_loss",
-    "find_term",
     "fps_loss",
     "matryoshka_loss",
     "norm_penalty",
     "ranking_loss",
-    "register",
+    "register_distillation",
+    "register_loss",
     "relevance_weight",
     "sample_uniform",
     "scored_loss",
 ]
+
+__getattr__, __dir__ = lazy_attributes(
+    __name__,
+    {
+        "bigdssm.losses.declarations": [
+            "FPS", "ListwiseKL", "MarginMSE", "PairCE", "PairLoss", "Sigmoid", "Softmax", "Triplet",
+            "register_distillation", "register_loss",
+        ],
+        "bigdssm.losses.distillation": ["BatchTeacher", "batch_kl"],
+        "bigdssm.losses.engine": [
+            "contrastive_loss", "fps_loss", "matryoshka_loss", "norm_penalty", "ranking_loss", "relevance_weight",
+        ],
+        "bigdssm.losses.inputs": ["LossBatch", "LossInputError"],
+        "bigdssm.losses.output": ["LossOutput"],
+        "bigdssm.losses.sampling": ["CountedFrequency", "StreamingFrequency", "apply_sampling", "sample_uniform"],
+        "bigdssm.losses.scored": ["scored_loss"],
+    },
+)  # fmt: skip

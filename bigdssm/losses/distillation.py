@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -10,114 +9,58 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.distributed import Group
+from bigdssm.losses.declarations import ListDistillation
 from bigdssm.losses.inputs import LossInputError, exchange, require
 from bigdssm.losses.output import attach
 from bigdssm.losses.terms import Evaluated, Scores, Term, weighted
 
 
-@dataclass(frozen=True)
-class Distillation(Term):
-    """A term that needs a judge's scores (`teacher`), which the temperature divides."""
+class DistillationTerm(Term):
+    """A term of a teacher's scores."""
 
-    temperature: float = 1.0
-
-    judged = True
-
-    @abstractmethod
-    def value(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
-        """Return the term [m], as autograd needs it; where not `valid_ml` both scores are 0. Column 0 always is."""
-
-    @abstractmethod
-    def slope(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
-        """Return its derivatives by the scores, 0 where not `valid_ml`."""
+    uses_teacher = True
+    loss: ListDistillation
 
     def on_vectors(self, scores: Scores) -> Evaluated:
         """Return the values and their gradients; a collective."""
         assert scores.passes is None, "its documents are listed"
         inputs = self._inputs(scores.positive_m, scores.candidate_mk, scores.used_mk, scores.teacher_ml)
-        grad_ml = weighted(scores.weight_m[:, None], self.slope(*inputs))
+        grad_ml = weighted(scores.weight_m[:, None], self.loss.slope(*inputs))
         S_ml = inputs[0].masked_fill(~inputs[2], -torch.inf)
         largest_m = torch.cat([torch.full_like(S_ml[:, :1], -torch.inf), S_ml[:, 1:]], 1).amax(1)
         return Evaluated(
-            weighted(scores.weight_m, self.value(*inputs)), grad_ml[:, 0], grad_ml[:, 0], grad_ml[:, 1:], largest_m,
-            S_ml.logsumexp(1),
+            weighted(scores.weight_m, self.loss.value(*inputs)), grad_ml[:, 0], grad_ml[:, 0], grad_ml[:, 1:],
+            largest_m, S_ml.logsumexp(1),
         )  # fmt: skip
 
     def on_scores(self, positive_m: Tensor, negative_mk: Tensor, used_mk: Tensor, teacher_ml: Tensor | None) -> Tensor:
         """Return the values [m] as autograd needs them."""
-        return self.value(*self._inputs(positive_m, negative_mk, used_mk, teacher_ml))
+        return self.loss.value(*self._inputs(positive_m, negative_mk, used_mk, teacher_ml))
 
     def _inputs(
         self, positive_m: Tensor, candidate_mk: Tensor, used_mk: Tensor, teacher_ml: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return scores, the judge's over the temperature, and where both are; a query without them is left alone."""
+        """Return scores, the teacher's over the temperature, and where both are; a query without them is left alone."""
         assert teacher_ml is not None
         found_ml = teacher_ml.isfinite()
         valid_ml = torch.cat([torch.ones_like(found_ml[:, :1]), found_ml[:, :1] & found_ml[:, 1:] & used_mk], 1)
         # what is not used is filled before: no −inf reaches a gradient
         S_ml = torch.cat([positive_m[:, None], candidate_mk], 1).masked_fill(~valid_ml, 0.0)
-        T_ml = teacher_ml.to(S_ml.dtype).masked_fill(~(valid_ml & found_ml), 0.0) / self.temperature
+        T_ml = teacher_ml.to(S_ml.dtype).masked_fill(~(valid_ml & found_ml), 0.0) / self.loss.temperature
         return S_ml, T_ml, valid_ml
 
 
-@dataclass(frozen=True)
-class ListwiseKL(Distillation):
-    """The divergence of our softmax over the judged documents from the judge's."""
-
-    name = "kl"
-
-    def value(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
-        """Return the term."""
-        log_p, log_q = _log_softmax(T_ml, valid_ml), _log_softmax(S_ml, valid_ml)
-        return (log_p.exp() * (log_p - log_q).masked_fill(~valid_ml, 0.0)).sum(1)
-
-    def slope(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
-        """Return its derivatives."""
-        return _log_softmax(S_ml, valid_ml).exp() - _log_softmax(T_ml, valid_ml).exp()
-
-
-@dataclass(frozen=True)
-class MarginMSE(Distillation):
-    """The squared error of the margins by which a query's own document stands above the others."""
-
-    name = "margin_mse"
-
-    def value(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
-        """Return the term."""
-        return self._error(S_ml, T_ml, valid_ml).square().sum(1) / _others(valid_ml)
-
-    def slope(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
-        """Return its derivatives."""
-        slope_mk = -2 * self._error(S_ml, T_ml, valid_ml) / _others(valid_ml)[:, None]
-        return torch.cat([-slope_mk.sum(1, keepdim=True), slope_mk], 1)
-
-    def _error(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
-        """Return [m, k], 0 where not judged."""
-        excess_ml = S_ml - T_ml
-        return (excess_ml[:, :1] - excess_ml[:, 1:]).masked_fill(~valid_ml[:, 1:], 0.0)
-
-
-DISTILLATIONS: dict[str, type[Distillation]] = {term.name: term for term in (ListwiseKL, MarginMSE)}
-
-
 def check_teacher(term: Term, teacher: Tensor | None, rows: int, width: int) -> None:
-    """Raise LossInputError unless a judge's scores are there where the term needs them, [rows, 1 + width]."""
-    require(term.judged == (teacher is not None), f"teacher goes with terms that follow a judge, and {term} is "
-         f"{'one' if term.judged else 'none'}")  # fmt: skip
+    """Raise LossInputError unless a teacher's scores [rows, 1 + width] are given exactly where the term uses them."""
+    require(
+        term.uses_teacher == (teacher is not None),
+        f"{term} {'needs' if term.uses_teacher else 'takes no'} scores of a teacher",
+    )
     if teacher is not None:
         fits = teacher.is_floating_point() and list(teacher.shape) == [rows, 1 + width]
         require(
             fits, f"teacher must be floating point [{rows}, {1 + width}], got {teacher.dtype} {list(teacher.shape)}"
         )
-
-
-def _log_softmax(x_ml: Tensor, kept_ml: Tensor) -> Tensor:
-    return x_ml.masked_fill(~kept_ml, -torch.inf).log_softmax(1)
-
-
-def _others(valid_ml: Tensor) -> Tensor:
-    """Return how many documents but the own are judged, at least 1: [m]."""
-    return valid_ml[:, 1:].sum(1).clamp(min=1)
 
 
 STRIP_CELLS = 1 << 22  # of scores at once

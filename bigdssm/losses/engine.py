@@ -19,13 +19,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from bigdssm import distributed
+from bigdssm.config import LOSSES, LossConfig
 from bigdssm.distributed import Group
+from bigdssm.losses.declarations import FPS, ListDistillation
 from bigdssm.losses.distillation import check_teacher
 from bigdssm.losses.inputs import (
     GlobalSizes,
@@ -46,12 +48,11 @@ from bigdssm.losses.masks import (
     own_pairs,
 )
 from bigdssm.losses.output import LocalStats, LossOutput, attach, finish_gradients, reduce_output
-from bigdssm.losses.terms import TERMS, Scores, Softmax, Term, find_term
+from bigdssm.losses.terms import Scores, Term
 
 Direction = Literal["q2d", "d2q", "both"]
 Shared = Literal["all", "in_batch", "none"]
 _SHARED = {"all": "all columns", "in_batch": "in-batch and listed negatives", "none": "listed negatives"}
-RANKING_NAMES = tuple(TERMS)
 
 
 def fps_loss(
@@ -72,41 +73,38 @@ def fps_loss(
     Source: Yi et al. 2019 (in-batch softmax); the two-direction form is that of Radford et al. 2021, eq. in figure 3.
     """
     batch = LossBatch(U, W, positive, alpha=alpha, **optional)
-    return contrastive_loss(Softmax(), batch, direction=direction, tile=tile, group=group)
+    return contrastive_loss(FPS(direction=direction), batch, tile=tile, group=group)
 
 
 def ranking_loss(
-    name: str,
+    loss: LossConfig,
     U: Tensor,
     W: Tensor,
     positive: Tensor | None = None,
     *,
     alpha: Tensor | float,
     in_batch: bool = False,
-    margin: float = 0.2,
     tile: int | None = None,
     group: Group | None = None,
     **optional: Tensor | None,
 ) -> LossOutput:
-    """Return the loss of the term `name`; a collective. in_batch: also every other query's document is a negative.
+    """Return a loss such as `Triplet(margin=0.1)`; a collective. in_batch: the other queries' documents are negatives.
 
-    margin: of triplet. optional: further fields of `LossBatch`, above all negatives [m, k]. See `terms` for formulas.
+    optional: further fields of `LossBatch`, above all negatives [m, k].
     """
     batch = LossBatch(U, W, positive, alpha=alpha, **optional)
-    columns: Shared = "in_batch" if in_batch else "none"
-    return contrastive_loss(find_term(name, {"margin": margin}), batch, columns=columns, tile=tile, group=group)
+    return contrastive_loss(loss, batch, columns="in_batch" if in_batch else "none", tile=tile, group=group)
 
 
 def contrastive_loss(
-    term: Term | str,
+    loss: LossConfig | ListDistillation,
     batch: LossBatch,
     *,
     columns: Shared = "all",
-    direction: Direction = "q2d",
     tile: int | None = None,
     group: Group | None = None,
 ) -> LossOutput:
-    """Return the loss of a term over the documents of all ranks, candidates, or both; a collective.
+    """Return a loss over the documents of all ranks, candidates, or both; a collective.
 
     columns: the negatives of every query besides its candidates: `all` columns of all ranks; `in_batch`, the documents
     of all other queries, which count as often as they occur, so that it makes no difference which rows share a rank,
@@ -115,7 +113,7 @@ def contrastive_loss(
     The loss is the same on every rank; products are float32 (float64 for float64 input), sums of exponentials float64.
     Raises: LossInputError (PeerError on the ranks whose own input is good), on every rank.
     """
-    term, x, shared, kept, sizes = _validate(term, batch, columns, direction, tile, group)
+    term, direction, x, shared, kept, sizes = _validate(loss, batch, columns, tile, group)
     n, device = len(x.W), x.W.device
     # without ids a column is its own document, of its index among all ranks' as id
     docs_n = torch.arange(n, device=device) + sizes.rank * sizes.longest if x.doc_ids is None else x.doc_ids
@@ -132,23 +130,25 @@ def contrastive_loss(
             of_columns = passes.entries()
             entries, masked = entries + of_columns[0], masked + of_columns[1]
         local = LocalStats(x.weight, positive_m, found.largest_m, found.lse_m, entries, masked)
-        loss, stats = reduce_output(found.value_m.sum(), local, sizes.weight_sum, group)
-        loss = loss.to(x.acc)
+        mean, stats = reduce_output(found.value_m.sum(), local, sizes.weight_sum, group)
+        mean = mean.to(x.acc)
         if sizes.wants:
             sums = Gradients.zeros(x, sizes.wants, n) if passes is None else _spread(passes.own_gradients(), kept, n)
             candidates.add_gradients(found.candidate_grad_mk, sums)
             gradients = finish_gradients(x, sizes, sums, found.positive_grad_m, found.beta_grad_m)
-            loss = attach(loss, (x.U, x.W, x.alpha, x.beta), gradients)
-        return LossOutput(loss, stats)
+            mean = attach(mean, (x.U, x.W, x.alpha, x.beta), gradients)
+        return LossOutput(mean, stats)
 
 
 def _validate(
-    term: Term | str, batch: LossBatch, columns: str, direction: str, tile: int | None, group: Group | None
-) -> tuple[Term, LossInputs, LossInputs, Tensor | None, GlobalSizes]:
-    """Return the term, the input, the part of it that is gathered, the columns of that part, and all ranks' sizes."""
+    loss: LossConfig | ListDistillation, batch: LossBatch, columns: str, tile: int | None, group: Group | None
+) -> tuple[Term, Direction, LossInputs, LossInputs, Tensor | None, GlobalSizes]:
+    """Return term, direction, input, the part of it that is gathered, that part's columns, and all ranks' sizes."""
     x: LossInputs | LossInputError
-    shared, kept = None, None
+    term, direction, shared, kept = None, "q2d", None, None
     try:
+        term = build_term(loss)
+        direction = loss.direction if isinstance(loss, LossConfig) else "q2d"
         x = check_inputs(batch)
         _check_choice(term, x, columns, direction, tile)
         x, shared, kept = _share(x, columns, group)
@@ -158,14 +158,23 @@ def _validate(
     if shared is not None and triton_passes.available(shared):
         words += ", by Triton kernels"
     x, sizes = global_sizes(x, shared, words, getattr(batch.U, "device", torch.device("cpu")), group)
-    assert isinstance(term, Term) and shared is not None
-    return term, x, shared, kept, sizes
+    assert term is not None and shared is not None
+    return term, cast(Direction, direction), x, shared, kept, sizes
 
 
-def _check_choice(term: Term | str, x: LossInputs, columns: str, direction: str, tile: int | None) -> None:
-    require(isinstance(term, Term), f"the loss must be one of {', '.join(TERMS)}, got {term!r}")
-    assert isinstance(term, Term)
-    require(not term.judged or columns == "none", f"{term} looks at listed documents alone: it needs columns='none'")
+def build_term(loss: object) -> Term:
+    """Return the function of scores of a loss. Raises LossInputError: it is none."""
+    require(
+        isinstance(loss, LossConfig | ListDistillation),
+        f"the loss must be one of {', '.join(LOSSES.names())}, got {loss!r}",
+    )
+    return cast(LossConfig | ListDistillation, loss).build()
+
+
+def _check_choice(term: Term, x: LossInputs, columns: str, direction: str, tile: int | None) -> None:
+    require(
+        not term.uses_teacher or columns == "none", f"{term} compares listed documents alone: it needs columns='none'"
+    )
     require(columns in _SHARED, f"columns must be one of {', '.join(_SHARED)}, got {columns!r}")
     m, negatives = len(x.U), x.negatives
     allowed = term.directions if columns == "all" and negatives is None else ("q2d",)

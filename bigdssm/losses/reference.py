@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bigdssm.losses.distillation import ListwiseKL, MarginMSE
+from bigdssm.config import LossConfig
+from bigdssm.losses.declarations import FPS, ListDistillation, ListwiseKL, MarginMSE, PairCE, Sigmoid, Softmax, Triplet
 from bigdssm.losses.inputs import LossBatch
-from bigdssm.losses.terms import PairCE, Sigmoid, Softmax, Term, Triplet
 
 
-def dense_loss(term: Term, batch: LossBatch, columns: str = "all", direction: str = "q2d") -> Tensor:
-    """Return the weighted mean of a term over the queries; arguments as in `contrastive_loss`."""
+def dense_loss(loss: LossConfig | ListDistillation, batch: LossBatch, columns: str = "all") -> Tensor:
+    """Return the weighted mean of a loss over the queries; arguments as in `contrastive_loss`."""
     m, n = len(batch.U), len(batch.W)
     positive = torch.arange(m) if batch.positive is None else batch.positive
     weight = torch.ones(m).double() if batch.weight is None else batch.weight.double()
@@ -40,16 +40,20 @@ def dense_loss(term: Term, batch: LossBatch, columns: str = "all", direction: st
     used = (column >= 0) & (at != positive[:, None]) & ~known.gather(1, at) & (negative > -torch.inf)
 
     own = scores.gather(1, positive[:, None])  # [m, 1]
-    value = _value(term, own, negative.masked_fill(~used, 0.0), used, batch.teacher)
-    if direction != "q2d":  # the softmax over the queries in the positive's column, or the mean of both
+    value = _value(loss, own, negative.masked_fill(~used, 0.0), used, batch.teacher)
+    if (
+        isinstance(loss, FPS) and loss.direction != "q2d"
+    ):  # the softmax over the queries in the positive's column, or the mean of both
         others = scores.masked_fill(known, -torch.inf).T[positive]  # [m, m]
         over_queries = torch.cat([own, others], 1).logsumexp(1) - own[:, 0]
-        value = over_queries if direction == "d2q" else (value + over_queries) / 2
+        value = over_queries if loss.direction == "d2q" else (value + over_queries) / 2
     return (weight * value).sum() / weight.sum().clamp(min=1e-300)
 
 
-def _value(term: Term, own: Tensor, negative: Tensor, used: Tensor, teacher: Tensor | None) -> Tensor:
-    """Return the term [m] of the positives' scores [m, 1] and the negatives' [m, L], 0 where not `used`."""
+def _value(
+    loss: LossConfig | ListDistillation, own: Tensor, negative: Tensor, used: Tensor, teacher: Tensor | None
+) -> Tensor:
+    """Return the loss [m] of the positives' scores [m, 1] and the negatives' [m, L], 0 where not `used`."""
 
     def softplus(x: Tensor) -> Tensor:
         return torch.logaddexp(x, torch.zeros_like(x))
@@ -57,13 +61,13 @@ def _value(term: Term, own: Tensor, negative: Tensor, used: Tensor, teacher: Ten
     def mean(x: Tensor) -> Tensor:
         return (x * used).sum(1) / used.sum(1).clamp(min=1)
 
-    if isinstance(term, ListwiseKL | MarginMSE):  # a candidate counts where both it and the positive have a score
+    if isinstance(loss, ListwiseKL | MarginMSE):  # a candidate counts where both it and the positive have a score
         assert teacher is not None
         used = used & (scored := teacher.isfinite())[:, :1] & scored[:, 1:]
-        own_t, negative_t = (teacher.double() / term.temperature).masked_fill(~scored, 0.0).tensor_split([1], 1)
+        own_t, negative_t = (teacher.double() / loss.temperature).masked_fill(~scored, 0.0).tensor_split([1], 1)
     unused = torch.nn.functional.pad(~used, (1, 0))
-    match term:
-        case Softmax():
+    match loss:
+        case FPS() | Softmax():
             return torch.cat([own, negative], 1).masked_fill(unused, -torch.inf).logsumexp(1) - own[:, 0]
         case Sigmoid():
             return softplus(-own[:, 0]) + (softplus(negative) * used).sum(1)
@@ -77,4 +81,4 @@ def _value(term: Term, own: Tensor, negative: Tensor, used: Tensor, teacher: Ten
             return (log_p.exp() * (log_p - log_q).masked_fill(unused, 0.0)).sum(1)
         case MarginMSE():
             return mean(((own - negative) - (own_t - negative_t)).square())
-    raise ValueError(f"{term} has no dense definition here")
+    raise ValueError(f"{loss} has no dense definition here")

@@ -13,51 +13,27 @@ constant factor of c cancels; in `corrected` it does not, which is why c is a nu
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from bigdssm import distributed
+from bigdssm.config import FrequencyCorrection
 from bigdssm.distributed import Group
-from bigdssm.losses.inputs import LossInputError, add_biases
+from bigdssm.losses.inputs import LossInputError
 
-Sampling = Literal["none", "classic", "corrected"]
-SAMPLINGS = ("none", "classic", "corrected")
 _COUNTS_AT_ONCE = 1 << 20
 
 
-@dataclass(frozen=True)
-class Biases:
-    """The beta and neg_bias to call a loss with; beta keeps the gradient of the learned one."""
-
-    beta: Tensor | None
-    neg_bias: Tensor | None
-
-
 def apply_sampling(
-    sampling: Sampling,
-    log_expected: Tensor,
-    *,
-    gamma: float = 1.0,
-    beta: Tensor | None = None,
-    neg_bias: Tensor | None = None,
-) -> Biases:
-    """Return beta and neg_bias [n] with the correction of strength gamma added; log_expected [n] is log c.
-
-    Raises: LossInputError.
-    Source: classic, Yi et al. 2019, eq. 4; corrected, arXiv 2507.09331.
-    """
-    if sampling not in SAMPLINGS:
-        raise LossInputError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {sampling!r}")
+    sampling: FrequencyCorrection, log_expected: Tensor, *, beta: Tensor | None = None, neg_bias: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return beta and neg_bias [n] with a correction added; log_expected [n] is log c. Raises: LossInputError."""
     if log_expected.device.type == "cpu" and bool(log_expected.isnan().any()):  # on a device that would be waited for
         raise LossInputError("log_expected holds NaN")
-    if sampling == "none" or gamma == 0:
-        return Biases(beta, neg_bias)
-    correction = -gamma * log_expected
-    if sampling == "classic":
-        return Biases(add_biases(beta, correction), neg_bias)
-    return Biases(beta, add_biases(neg_bias, correction))
+    if sampling.gamma == 0:
+        return beta, neg_bias
+    return sampling.apply(-sampling.gamma * log_expected, beta, neg_bias)
 
 
 @dataclass

@@ -1,6 +1,6 @@
-"""The loss of a term on scores that a scorer has made, an MLP say; gradients by autograd.
+"""Losses on the scores of a scorer, such as an MLP; gradients by autograd.
 
-Terms, masks, weights and the scale of loss and gradients are those of `contrastive_loss` with listed negatives.
+Masks, weights and the scale of loss and gradients are those of `contrastive_loss` with listed negatives.
 
 Shape legend: m queries and k listed negatives of this rank.
 """
@@ -12,17 +12,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bigdssm.config import LossConfig
 from bigdssm.distributed import Group
+from bigdssm.losses.declarations import ListDistillation
 from bigdssm.losses.distillation import check_teacher
-from bigdssm.losses.engine import global_mean
+from bigdssm.losses.engine import build_term, global_mean
 from bigdssm.losses.inputs import LossInputError, exchange, require
 from bigdssm.losses.masks import count_known, find_known_positives, gather_pairs, own_pairs
 from bigdssm.losses.output import LocalStats, LossOutput, reduce_output
-from bigdssm.losses.terms import TERMS, Term, find_term, weighted
+from bigdssm.losses.terms import Term, weighted
 
 
 def scored_loss(
-    name: Term | str,
+    loss: LossConfig | ListDistillation,
     scores: Tensor,
     *,
     weight: Tensor | None = None,
@@ -30,20 +32,22 @@ def scored_loss(
     doc_ids: Tensor | None = None,
     known: Tensor | None = None,
     teacher: Tensor | None = None,
-    margin: float = 0.2,
     group: Group | None = None,
 ) -> LossOutput:
-    """Return the loss of the term `name` on the scores [m, 1 + k]; a collective.
+    """Return a loss on the scores [m, 1 + k]; a collective.
 
     Column 0 holds the positives, the others negatives, −inf where there is none. weight [m] ≥ 0. query_ids [m] and
     doc_ids [m, 1 + k], both or neither: negatives that are known positives of their query, on any rank, are dropped.
-    known int64 [p, 2]: (query id, document id) of further ones. teacher [m, 1 + k]: a judge's scores, for a term
-    of `distillation`. margin: of triplet.
+    known int64 [p, 2]: (query id, document id) of further ones. teacher [m, 1 + k]: a teacher's scores,
+    for a distillation.
     Raises: LossInputError (PeerError on the ranks whose own input is good), on every rank.
     """
-    term, error = find_term(name, {"margin": margin}), None
+    term, error = None, None
     numbers: list[Tensor | float] = [0.0, 0.0, 0.0, 0.0]
     try:
+        term = build_term(loss)
+        direction = getattr(loss, "direction", "q2d")
+        require(direction == "q2d", f"direction must be one of q2d, got {direction!r}")
         _check(term, scores, weight, query_ids, doc_ids, known, teacher)
         scores = scores if scores.dtype == torch.float64 else scores.float()  # terms and sums, not in bfloat16
         weight = torch.ones_like(scores[:, 0]) if weight is None else weight.detach().to(scores.dtype)
@@ -59,7 +63,7 @@ def scored_loss(
         return f"weight must be [{int(row[3])}], finite and not negative" if row[2] else None
 
     table, of_ranks = exchange(error, agreed, numbers, verdict, scores.device, group)
-    assert isinstance(term, Term) and weight is not None
+    assert term is not None and weight is not None
     drop = torch.zeros_like(scores[:, 1:], dtype=torch.bool)
     if query_ids is not None and doc_ids is not None:
         pairs = own_pairs(query_ids, doc_ids[:, 0], weight, known)
@@ -79,7 +83,7 @@ def scored_loss(
 
 
 def _check(
-    term: Term | str,
+    term: Term,
     scores: Tensor,
     weight: Tensor | None,
     query_ids: Tensor | None,
@@ -88,7 +92,6 @@ def _check(
     teacher: Tensor | None,
 ) -> None:
     """Raise LossInputError on what is wrong with this rank's input."""
-    require(isinstance(term, Term), f"the loss must be one of {', '.join(TERMS)}, got {term!r}")
     fits = scores.ndim == 2 and scores.shape[1] >= 2 and scores.is_floating_point()
     require(fits, f"scores must be floating point [m, 1 + k], got {scores.dtype} {list(scores.shape)}")
     m = scores.shape[0]
@@ -101,7 +104,6 @@ def _check(
         require(fits, f"{what} must be int64 {shape}, got {_kind(ids)}")
     fits = known is None or (known.dtype == torch.int64 and known.ndim == 2 and known.shape[1] == 2)
     require(fits, f"known must be int64 [pairs, 2], got {_kind(known)}")
-    assert isinstance(term, Term)
     check_teacher(term, teacher, m, scores.shape[1] - 1)
 
 

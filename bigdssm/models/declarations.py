@@ -1,15 +1,27 @@
-"""Sequence blocks and text encoders with their keys; torch-free until one is built."""
+"""Sequence blocks, text encoders and scorers with their keys; torch-free until one is built."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from bigdssm.config import HISTORY_BLOCKS, TEXT_ENCODERS, HistoryEncoderConfig, TextEncoderConfig, TextInputs
+from bigdssm.config import (
+    HISTORY_BLOCKS,
+    SCORERS,
+    TEXT_ENCODERS,
+    Config,
+    HistoryEncoderConfig,
+    ModelConfig,
+    ScorerConfig,
+    StageName,
+    TextEncoderConfig,
+    TextInputs,
+)
 from bigdssm.config.keys import MAX_WIDTH
 from bigdssm.errors import ConfigError
-from bigdssm.utils.bounds import bounded
+from bigdssm.utils.bounds import bounded, require
 
 if TYPE_CHECKING:
     from torch import nn
@@ -119,3 +131,68 @@ class Bert(TextEncoderConfig):
         from transformers import AutoConfig
 
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+@SCORERS.register
+@dataclass(frozen=True)
+class MlpConfig(ScorerConfig):
+    """An MLP on [u, w, u * w] that scores in place of the product, and learns with the towers."""
+
+    name: str = "mlp"
+    hidden: tuple[int, ...] = bounded((64,), 1, MAX_WIDTH)  # widths of the hidden layers, at least one
+
+    def build(self, model: ModelConfig, schema: Any, texts: Mapping[str, Any]) -> Any:
+        """Return a new scorer of a model."""
+        from bigdssm.models.scorers import MlpScorer
+
+        return MlpScorer(model.dim, self.hidden)
+
+    def check_stage(self, name: StageName, config: Config) -> None:
+        """Raise ConfigError unless the stage gives it documents, and both towers' vectors at once."""
+        _check_listed(self, name, config)
+        require(len(self.hidden) > 0, f"{name}.scorer.hidden", "[]", "at least one width")
+        every = config.stage(name).negatives.mining.every_steps
+        require(
+            every == 0, f"{name}.negatives.mining.every_steps", every,
+            f"0 with {name}.scorer.name=mlp, which trains no vectors to search by",
+        )  # fmt: skip
+        chunk = config.engine.chunk_tokens
+        require(
+            chunk == 0, "engine.chunk_tokens", chunk, f"0 with {name}.scorer.name=mlp: it needs both towers at once"
+        )
+
+
+@SCORERS.register
+@dataclass(frozen=True)
+class CrossEncoderConfig(ScorerConfig):
+    """A BERT over both sides' texts as one, started from the document tower's, added to the product."""
+
+    name: str = "cross_encoder"
+
+    def build(self, model: ModelConfig, schema: Any, texts: Mapping[str, Any]) -> Any:
+        """Return a new scorer of a model. Raises ConfigError: a side without text, or no BERT."""
+        from bigdssm.models.scorers import CrossEncoder
+
+        return CrossEncoder.build(model, schema, texts)
+
+    def check_stage(self, name: StageName, config: Config) -> None:
+        """Raise ConfigError unless the stage gives it documents, and asks nothing of the towers, which stay."""
+        _check_listed(self, name, config)
+        stage, given = config.stage(name), f"0 with {name}.scorer.name=cross_encoder"
+        every, penalty = stage.negatives.mining.every_steps, stage.loss.norm_penalty
+        require(
+            every == 0, f"{name}.negatives.mining.every_steps", every,
+            f"{given}, whose towers stay as they are, so that the same would be mined",
+        )  # fmt: skip
+        require(penalty == 0, f"{name}.loss.norm_penalty", penalty, f"{given}: it has no vectors")
+
+
+def _check_listed(scorer: ScorerConfig, name: StageName, config: Config) -> None:
+    """Raise ConfigError unless a fine-tuning stage lists documents for each query."""
+    stage, of = config.stage(name), f"{name}.scorer.name"
+    require(
+        not stage.loss.all_columns and not stage.negatives.in_batch, of, scorer.name,
+        "a loss other than fps, negatives.in_batch=false and negatives.hard: it scores documents given for each query",
+    )  # fmt: skip
+    require(name == "sft", of, scorer.name, "the stage sft: mining needs a model that can search")
+    require(not stage.loss.widths, of, scorer.name, "loss.widths=[]: it takes vectors whole")

@@ -25,7 +25,7 @@ from bigdssm.models.encoders import (
 )
 from bigdssm.models.encoders.base import SideSize, linear_flops
 from bigdssm.models.packed import PackedLists, QueryPositions, Values
-from bigdssm.models.scorers import PREFIX, SCORERS, Scorer
+from bigdssm.models.scorers import PREFIX, Scorer
 
 
 def query_head(U: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ class DualEncoder(nn.Module):
         self.beta_head = _beta_head(config.dim) if config.beta == "document" else None
         self.beta = nn.Parameter(torch.full((1,), config.beta_init)) if config.beta == "scalar" else None
         # Shape (1,): a 0-dim parameter breaks DeepSpeed's bf16 broadcast over gloo.
-        self.scorer = None if scorer is None else SCORERS[scorer.type](scorer, config, schema, texts)
+        self.scorer = None if scorer is None else scorer.build(config, schema, texts)
         self.log_alpha = nn.Parameter(torch.full((1,), math.log(config.alpha_init)), requires_grad=config.alpha_learned)
         if self.scorer is not None and not self.scorer.takes_vectors:
             for name, parameter in self.named_parameters():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig
 
-from bigdssm.config import ModelConfig, ScorerConfig
+from bigdssm.config import ModelConfig
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import texts_of
@@ -22,9 +22,6 @@ from bigdssm.models.encoders.text import text_configs, text_keys
 from bigdssm.models.packed import Values
 
 PREFIX = "scorer."  # of its weights in a whole model
-
-Build = Callable[[ScorerConfig, ModelConfig, Schema, Mapping[str, Any]], "Scorer"]
-SCORERS: dict[str, Build] = {}
 
 
 class Scorer(nn.Module, ABC):
@@ -59,11 +56,6 @@ class MlpScorer(Scorer):
             layers += [nn.Linear(width, following), nn.GELU()]
         self.rest = nn.Sequential(*layers[:-1])
 
-    @classmethod
-    def build(cls, scorer: ScorerConfig, config: ModelConfig, schema: Schema, texts: Mapping[str, Any]) -> MlpScorer:
-        """Return a new one for a model."""
-        return cls(config.dim, scorer.hidden)
-
     def begin(self, texts: Mapping[str, nn.Module]) -> None:
         """Take nothing: it starts as it was drawn."""
 
@@ -77,9 +69,6 @@ class MlpScorer(Scorer):
         """Return the scores […] of queries and documents […, D]."""
         scores: Tensor = self.rest(self.of_query(u) + self.of_doc(w) + self.of_product(u * w))
         return scores.squeeze(-1)
-
-
-SCORERS["mlp"] = MlpScorer.build
 
 
 POSITIONS = "embeddings.position_embeddings.weight"
@@ -98,17 +87,17 @@ class CrossEncoder(Scorer):
         nn.init.zeros_(self.head.weight)  # it starts at the towers' ranking
 
     @classmethod
-    def build(cls, scorer: ScorerConfig, config: ModelConfig, schema: Schema, texts: Mapping[str, Any]) -> CrossEncoder:
+    def build(cls, config: ModelConfig, schema: Schema, texts: Mapping[str, Any]) -> CrossEncoder:
         """Return a new one for a model. Raises ConfigError: a side without text, or no BERT."""
         read = {side: texts_of(features) for side, features in schema.sides.items()}
         for side, found in read.items():
             if not found:
-                raise ConfigError(f"sft.loss.cross_encoder=true: data.{side} has no text, needs one to read")
+                raise ConfigError(f"sft.scorer.name=cross_encoder: data.{side} has no text, needs one to read")
         key = text_keys(config, schema)["doc"]
         architecture, text_config = copy.deepcopy(texts[key]), text_configs(config, schema)[key]
         if not isinstance(architecture, BertConfig) or architecture.type_vocab_size < 2:
             kind = f"{text_config.type} ({type(architecture).__name__})"
-            raise ConfigError(f"sft.loss.cross_encoder=true: got a text encoder {kind}, needs a BERT of two types")
+            raise ConfigError(f"sft.scorer.name=cross_encoder: got a text encoder {kind}, needs a BERT of two types")
         longest = sum(feature.max_tokens for found in read.values() for feature in found.values())
         architecture.max_position_embeddings = max(architecture.max_position_embeddings, longest)
         text = text_config.build(architecture)
@@ -155,6 +144,3 @@ def joined(parts: list[tuple[Values, int]], pad: int) -> tuple[Tensor, Tensor]:
         types.scatter_(1, at, (text != pad).long() * kind)
         begin = begin + (text != pad).sum(1, keepdim=True)
     return tokens, types
-
-
-SCORERS["cross_encoder"] = CrossEncoder.build

@@ -57,8 +57,7 @@ class PairScorer:
         """Raise CheckpointError where it would score as the index does."""
         if self.scorer is None:
             raise CheckpointError(
-                "--rerank needs a model with a scorer beside its vectors; fine-tune one with "
-                "sft.loss.cross_encoder=true or sft.loss.mlp"
+                "--rerank needs a model with a scorer beside its vectors; fine-tune one with sft.scorer"
             )
 
     def score(self, queries: Columns, documents: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ from bigdssm.loader.plain_stream import PlainStream
 from bigdssm.loader.row_stream import RowStream
 from bigdssm.loader.upload import uploaded_batches
 from bigdssm.losses import sample_uniform
+from bigdssm.losses.declarations import BatchKL, ListDistillation
 from bigdssm.retrieval.hard_negatives import HardNegatives, SampledNegatives, UniformNegatives
 from bigdssm.retrieval.teacher_vectors import TeacherVectors
 from bigdssm.training.objective import catalogue_share
@@ -48,13 +49,15 @@ class BatchMaker:
         """Draw each query's negatives from `hard_negatives`, which may be replaced between calls of `read_batches`."""
         dataset = stream.dataset
         self.hard_negatives = hard_negatives
-        self._dataset, self._loss, self._seed = dataset, stage.loss, seed
-        self._teacher_margin, self._steps_per_epoch = stage.mining.teacher_margin, stream.steps_per_epoch
-        self._teacher = None if stage.teacher is None else TeacherVectors(Path(stage.teacher))
+        self._dataset, self._config, self._seed = dataset, stage.negatives, seed
+        self._distils = isinstance(stage.distillation, ListDistillation)
+        self._teacher_margin, self._steps_per_epoch = stage.negatives.mining.teacher_margin, stream.steps_per_epoch
+        teacher = stage.distillation.teacher if isinstance(stage.distillation, BatchKL) else None
+        self._teacher = None if teacher is None else TeacherVectors(Path(teacher))
         self._rank, self._world_size = stream.rank, stream.world_size
         self._collator = Collator(dataset.schema, None if stream.inline else dataset.catalogue, dataset.pad_token_id)
         # read here, whose pages loader processes share
-        self._doc_ids = dataset.catalogue.doc_ids if stage.loss.mask in ("user", "past") else None
+        self._doc_ids = dataset.catalogue.doc_ids if stage.negatives.mask in ("user", "past") else None
 
     def __call__(self, rows: Rows) -> Batch:
         """Return the batch of a step, on the host."""
@@ -66,33 +69,33 @@ class BatchMaker:
             vectors = self._teacher.queries(rows.query_keys), self._teacher.documents[batch.doc_rows.numpy()]
             batch = replace(batch, teacher_query=as_tensor(vectors[0]), teacher_doc=as_tensor(vectors[1]))
         if self._doc_ids is not None:
-            batch = replace(batch, known=known_pairs(rows, self._loss.mask, self._doc_ids))
+            batch = replace(batch, known=known_pairs(rows, self._config.mask, self._doc_ids))
         elif self._dataset.schema.siamese:
-            batch = replace(batch, known=pairs_of_documents(batch, self._loss.mask))
+            batch = replace(batch, known=pairs_of_documents(batch, self._config.mask))
         return batch
 
     def negatives(self, rows: Rows) -> SampledNegatives | tuple[None, None]:
         """Return the negatives of each query of a batch, and the teacher's scores where they are distilled."""
         if self.hard_negatives is None:
             return None, None
-        epoch, k = rows.step // self._steps_per_epoch, self._loss.negatives
+        epoch, k = rows.step // self._steps_per_epoch, self._config.hard
         if isinstance(self.hard_negatives, UniformNegatives):
             return self.hard_negatives.choose(rows, epoch, self._seed, k)
         chosen = self.hard_negatives.choose(rows, epoch, self._seed, k, self._teacher_margin)
-        return chosen if self._loss.distillation != "none" else chosen._replace(teacher=None)
+        return chosen if self._distils else chosen._replace(teacher=None)
 
     def uniform(self, step: int) -> np.ndarray | None:
         """Return this rank's share of the step's uniform draws, which do not depend on the number of ranks."""
-        if self._loss.uniform_negatives == 0:
+        if self._config.uniform == 0:
             return None
         generator = torch.Generator().manual_seed(derive_key(self._seed, _UNIFORM, step))
-        draws = sample_uniform(self._loss.uniform_negatives, self._dataset.catalogue.num_docs, generator).numpy()
+        draws = sample_uniform(self._config.uniform, self._dataset.catalogue.num_docs, generator).numpy()
         share: np.ndarray = draws[self._rank :: self._world_size]
         return share
 
     def _extra(self, step: int) -> np.ndarray | None:
         """Return the documents that are columns of this rank beside those that its rows name."""
-        if self._loss.columns == "catalogue":
+        if self._config.columns == "catalogue":
             return catalogue_share(self._dataset.catalogue.num_docs, self._rank, self._world_size)
         return self.uniform(step)
 

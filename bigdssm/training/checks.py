@@ -11,12 +11,13 @@ import torch
 from bigdssm import distributed
 from bigdssm.cluster.metrics import check_trackers
 from bigdssm.cluster.run_folder import versions
-from bigdssm.config import Config, StageConfig, StageName, check_many_queries, first_difference
+from bigdssm.config import Config, FrequencyCorrection, StageConfig, StageName, check_many_queries, first_difference
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.joined import open_dataset
 from bigdssm.errors import BigDSSMError, ConfigError, DataError
 from bigdssm.evaluation.metrics import find_metric
 from bigdssm.loader.plain_stream import find_shards
+from bigdssm.losses.declarations import BatchKL, ListDistillation
 from bigdssm.models import DualEncoder
 from bigdssm.models.encoders import text_architectures
 from bigdssm.retrieval.hard_negatives import HardNegatives
@@ -57,27 +58,31 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
             "data.targets_per_row=%d has no effect: every train row of %s gives one query; make the dataset again, or "
             "set it to 1", config.data.targets_per_row, dataset.dir,
         )  # fmt: skip
-    if stage.loss.mask in ("user", "past") and (dataset.sequences is None or config.data.webdataset is not None):
+    if stage.negatives.mask in ("user", "past") and (dataset.sequences is None or config.data.webdataset is not None):
         raise ConfigError(
-            f"{name}.loss.mask: got {stage.loss.mask}, needs batch or none: the rows of "
+            f"{name}.negatives.mask: got {stage.negatives.mask}, needs batch or none: the rows of "
             f"{config.data.webdataset or dataset.dir} are not of sequences, so that nothing lies before them"
         )
     if config.data.webdataset is not None:
         _check_plain(name, stage, config.data.webdataset)
     else:
         _check_rows(name, stage, dataset)
-    if stage.loss.negatives and stage.mining.file is not None:
-        mined = HardNegatives.open(Path(stage.mining.file))
+    if stage.negatives.hard and stage.negatives.mining.file is not None:
+        mined = HardNegatives.open(Path(stage.negatives.mining.file))
         mined.check_against(dataset)
-        needed = {"loss.distillation": stage.loss.distillation, "mining.teacher_margin": stage.mining.teacher_margin}
+        distillation = stage.distillation if isinstance(stage.distillation, ListDistillation) else None
+        needed = {
+            "distillation.name": None if distillation is None else distillation.name,
+            "negatives.mining.teacher_margin": stage.negatives.mining.teacher_margin,
+        }
         for key, value in needed.items():
-            if value not in ("none", None) and not mined.judged:
+            if value is not None and not mined.judged:
                 raise ConfigError(
-                    f"{name}.{key}: got {value}, needs a judge's scores, and {stage.mining.file} has none; bigdssm "
-                    "score_pairs writes them"
+                    f"{name}.{key}: got {value}, needs a teacher's scores, and {stage.negatives.mining.file} has none; "
+                    "bigdssm score_pairs writes them"
                 )
-    if stage.teacher is not None:
-        TeacherVectors(Path(stage.teacher)).check_against(dataset)
+    if isinstance(stage.distillation, BatchKL):
+        TeacherVectors(Path(stage.distillation.teacher)).check_against(dataset)
     _check_writable(config.stage_dir(name))
     source = initial_model(config, name)
     if stage.warm_start.window:
@@ -107,12 +112,14 @@ def _check_writable(folder: Path) -> None:
 def _check_plain(name: StageName, stage: StageConfig, shards: str) -> None:
     """Raise where a stage needs what plain shards do not have."""
     find_shards(shards)
-    loss, why = stage.loss, f"{shards} has its documents beside their queries, without a catalogue"
-    for key, value in (("negatives", loss.negatives), ("uniform_negatives", loss.uniform_negatives)):
+    why = f"{shards} has its documents beside their queries, without a catalogue"
+    for key in ("hard", "uniform"):
+        value = getattr(stage.negatives, key)
         if value:
-            raise ConfigError(f"{name}.loss.{key}: got {value}, needs 0: {why}")
-    if loss.sampling != "none" and loss.frequency == "counts":
-        raise ConfigError(f"{name}.loss.frequency: got counts, needs streaming (or sampling=none): {why}")
+            raise ConfigError(f"{name}.negatives.{key}: got {value}, needs 0: {why}")
+    sampling = stage.sampling
+    if isinstance(sampling, FrequencyCorrection) and sampling.frequency == "counts":
+        raise ConfigError(f"{name}.sampling.frequency: got counts, needs streaming (or sampling.name=none): {why}")
     if not stage.steps:
         raise ConfigError(f"{name}.steps: got 0, needs a number of steps: plain shards have no epochs")
 

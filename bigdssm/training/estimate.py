@@ -206,14 +206,14 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     stage, engine = config.stage(name), config.engine
     engine = settle_precision(engine, "cuda" if torch.cuda.is_available() else "cpu")
     stream = row_stream(config, stage, dataset, rank=0, world_size=world_size)
-    uniform = -(-stage.loss.uniform_negatives // world_size)
-    share = replace(stage, loss=replace(stage.loss, uniform_negatives=uniform), teacher=None)
-    mined = UniformNegatives(dataset.catalogue.num_docs) if stage.loss.negatives else None  # before they are mined
+    uniform = -(-stage.negatives.uniform // world_size)
+    share = replace(stage, negatives=replace(stage.negatives, uniform=uniform), distillation=None)
+    mined = UniformNegatives(dataset.catalogue.num_docs) if stage.negatives.hard else None  # before they are mined
     batch = next(read_batches(stream, BatchMaker(stream, share, config.run.seed, mined), torch.device("cpu")))
     texts = text_architectures(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
     mode = FakeTensorMode()
     with mode:
-        model = DualEncoder(config.model, dataset.schema, texts, stage.loss.scorer)
+        model = DualEncoder(config.model, dataset.schema, texts, stage.scorer)
         if engine.precision == "bf16_pure":
             _to_bfloat16(model)
     model.train()
@@ -231,10 +231,10 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     tile, both, known = config.engine.loss_tile, stage.loss.direction != "q2d", batch.known
     vectors = vector_bytes(*rows, width)
     loss, sent = 0, sent_bytes(engine, sizes)
-    if stage.loss.scorer is None:  # which compares a few documents for each query
+    if stage.scorer is None:  # which compares a few documents for each query
         loss = loss_bytes(
             *rows, width, world_size, both=both, tile=tile, num_known=0 if known is None else len(known),
-            gathers_known=stage.loss.mask in ("batch", "user"),
+            gathers_known=stage.negatives.mask in ("batch", "user"),
         )  # fmt: skip
         sent = loss_sent_bytes(rows[1], width, world_size, both=both) | sent
     steps = stage.steps or int(np.ceil(stage.epochs * stream.steps_per_epoch))
@@ -326,8 +326,8 @@ def _encoding(model: DualEncoder, mode: FakeTensorMode, batch: Batch) -> int:
 def _documents(stage: StageConfig, width: int, dataset: Dataset, world_size: int) -> int:
     """Return the bytes of the index vectors of a rank's share of the documents; an approximate index has them again."""
     num_docs = dataset.catalogue.num_docs
-    mines = stage.loss.negatives > 0 and stage.mining.file is None and not stage.mining.uniform
-    copies = 2 if mines and num_docs > stage.mining.exact_up_to else 1
+    mines = stage.negatives.hard > 0 and stage.negatives.mining.file is None and not stage.negatives.mining.uniform
+    copies = 2 if mines and num_docs > stage.negatives.mining.exact_up_to else 1
     return copies * FP32 * -(-num_docs // world_size) * (width + 1)
 
 

@@ -51,12 +51,12 @@ class HardNegativeRefresh:
         only where a part is `resumed`: an older one may be of another dataset. Raises CheckpointError where it is lost.
         """
         stage = self.config.stage(self.name)
-        if stage.loss.negatives == 0:
+        if stage.negatives.hard == 0:
             return None, None
-        if stage.mining.uniform:
+        if stage.negatives.mining.uniform:
             return UniformNegatives(self.dataset.catalogue.num_docs), None
         mined_at = self._mined_at(step)
-        given = stage.mining.file
+        given = stage.negatives.mining.file
         path = self.path(mined_at) if given is None else Path(given)
         if (resumed or given is not None) and distributed.broadcast_object(path.exists()):
             mined = HardNegatives.open(path)
@@ -86,7 +86,7 @@ class HardNegativeRefresh:
 
     def steps_to_refresh(self, step: int) -> int:
         """Return the number of steps from `step` on until hard negatives are mined again."""
-        again = self._every_steps > 0 and self.config.stage(self.name).loss.negatives > 0
+        again = self._every_steps > 0 and self.config.stage(self.name).negatives.hard > 0
         return self._mined_at(step) + self._every_steps - step if again else sys.maxsize
 
     def path(self, step: int) -> Path:
@@ -101,14 +101,14 @@ class HardNegativeRefresh:
 
     @property
     def _every_steps(self) -> int:
-        return self.config.stage(self.name).mining.every_steps
+        return self.config.stage(self.name).negatives.mining.every_steps
 
     def _mined_at(self, step: int) -> int:
         return step // self._every_steps * self._every_steps if self._every_steps else 0
 
     def _mine(self, step: int) -> tuple[HardNegatives, DocumentVectors]:
         """Mine for the rows of the steps from `step` until the next mining, or to the end of the stage."""
-        config, stage, mining = self.config, self.config.stage(self.name), self.config.stage(self.name).mining
+        config, stage, mining = self.config, self.config.stage(self.name), self.config.stage(self.name).negatives.mining
         share = Share(distributed.rank(), distributed.world_size(), progress=self.progress)
         encoders = tower_encoders(self.engine.deepspeed, self.dataset, device())
         documents = encode_catalogue(encoders, self.dataset.catalogue.num_docs, share)

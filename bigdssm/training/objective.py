@@ -16,30 +16,27 @@ import torch
 from torch import Tensor
 
 from bigdssm import distributed
-from bigdssm.config import LossConfig, ModelConfig, StageConfig
+from bigdssm.config import FrequencyCorrection, ModelConfig, StageConfig
 from bigdssm.dataset.tensors import Features
 from bigdssm.loader.batch import Batch
 from bigdssm.losses import (
-    DISTILLATIONS,
     BatchTeacher,
     CountedFrequency,
     LossBatch,
     LossOutput,
-    Softmax,
     StreamingFrequency,
     apply_sampling,
     batch_kl,
     contrastive_loss,
-    find_term,
     matryoshka_loss,
     norm_penalty,
     relevance_weight,
     scored_loss,
 )
+from bigdssm.losses.declarations import BatchKL, ListDistillation
 from bigdssm.losses.engine import Shared
 from bigdssm.losses.masks import occurrences
 from bigdssm.models import Encoded
-from bigdssm.utils.loss_options import LOSSES
 
 
 class Objective:
@@ -47,33 +44,32 @@ class Objective:
 
     def __init__(
         self,
-        config: LossConfig,
+        stage: StageConfig,
         model: ModelConfig,
         tile: int | None,
         doc_counts: np.ndarray | None,
         queries_per_step: float,
         operand: torch.dtype | None = None,
     ) -> None:
-        """`doc_counts`: how often each catalogue row is a positive, needed where `config` takes frequencies of it.
+        """`doc_counts`: how often each catalogue row is a positive, needed where the sampling correction uses them.
 
         operand: what vectors are rounded to for the products, normalised before; None: they stay as they are.
         """
-        self._config = config
-        self._options = LOSSES[config.name]
-        self._term = Softmax() if self._options.all_columns else find_term(config.name, vars(config))
-        named = DISTILLATIONS.get(config.distillation)
-        self._distillation = None if named is None else named(config.distillation_temperature)
+        self._stage, self._loss = stage, stage.loss
         self._normalise = model.score == "cosine"
         # A relative loss cancels it: its gradient would be rounding noise, which Adam turns into steps.
         self._scalar_beta = model.beta == "scalar"
-        self._without_beta = self._scalar_beta and self._options.relative
+        self._without_beta = self._scalar_beta and stage.loss.relative
         self._tile, self._operand = tile, operand
         self._counted = (
             None
             if doc_counts is None
-            else CountedFrequency(torch.from_numpy(doc_counts), queries_per_step, config.uniform_negatives)
+            else CountedFrequency(torch.from_numpy(doc_counts), queries_per_step, stage.negatives.uniform)
         )
-        self._streaming = StreamingFrequency(config.frequency_buckets) if config.frequency == "streaming" else None
+        sampling = stage.sampling
+        self._sampling = sampling if isinstance(sampling, FrequencyCorrection) else None
+        streams = self._sampling is not None and self._sampling.frequency == "streaming"
+        self._streaming = StreamingFrequency(self._sampling.frequency_buckets) if self._sampling and streams else None
 
     def __call__(self, encoded: Encoded, batch: Batch) -> LossOutput:
         """Return the loss of this rank's vectors; a collective.
@@ -81,17 +77,20 @@ class Objective:
         It is called once a step: a streaming estimate of frequencies takes the batch in, whether the step that follows
         is applied or skipped.
         """
-        config = self._config
-        weight = relevance_weight(batch.relevance, config.weight)
-        output = self._on_scores(encoded, batch, weight) if config.scorer else self._on_vectors(encoded, batch, weight)
-        if config.sampling != "none" and config.gamma > 0:  # it counts corrected scores, which nothing is served by
+        loss = self._loss
+        weight = relevance_weight(batch.relevance, loss.weight)
+        score = self._on_scores if self._stage.scorer else self._on_vectors
+        output = score(encoded, batch, weight)
+        if (
+            self._sampling is not None and self._sampling.gamma > 0
+        ):  # it counts corrected scores, which nothing is served by
             stats = {name: value for name, value in output.stats.items() if name != "in_batch_accuracy"}
             output = replace(output, stats=stats)
-        if config.norm_penalty == 0:
+        if loss.norm_penalty == 0:
             return output
         assert encoded.U is not None and encoded.W is not None
         norms = norm_penalty(encoded.U) + norm_penalty(encoded.W, batch.multiplicity)
-        return replace(output, loss=output.loss + config.norm_penalty * norms)
+        return replace(output, loss=output.loss + loss.norm_penalty * norms)
 
     def model_inputs(self, batch: Batch) -> Features:
         """Return what the model's forward takes beside both sides' features, for this loss."""
@@ -100,7 +99,7 @@ class Objective:
 
     def listed(self, batch: Batch) -> Tensor | None:
         """Return int64 [m, 1 + k], the columns that a scorer scores for each query, positives first; None without."""
-        return None if self._config.scorer is None else candidate_columns(batch)
+        return None if self._stage.scorer is None else candidate_columns(batch)
 
     def _on_scores(self, encoded: Encoded, batch: Batch, weight: Tensor) -> LossOutput:
         listed = self.listed(batch)
@@ -108,23 +107,24 @@ class Objective:
         absent = torch.nn.functional.pad(batch.negatives < 0, (1, 0))  # the positive is always there
         scores = encoded.scores.float().masked_fill(absent, -torch.inf)
         output = scored_loss(
-            self._term, scores, weight=weight, doc_ids=batch.doc_ids[listed], **self._queries(batch, gathered=True)
+            self._loss, scores, weight=weight, doc_ids=batch.doc_ids[listed], **self._queries(batch, gathered=True)
         )
-        if self._distillation is None:
+        distillation = self._stage.distillation
+        if not isinstance(distillation, ListDistillation):
             return output
         copies = torch.nn.functional.pad(batch.negatives == batch.positive[:, None], (1, 0))
         scores = scores.masked_fill(copies, -torch.inf)
-        return self._added(output, scored_loss(self._distillation, scores, weight=weight, teacher=batch.teacher).loss)
+        return self._added(output, scored_loss(distillation, scores, weight=weight, teacher=batch.teacher).loss)
 
     def _on_vectors(self, encoded: Encoded, batch: Batch, weight: Tensor) -> LossOutput:
         assert encoded.U is not None and encoded.W is not None
-        config = self._config
+        negatives, distillation = self._stage.negatives, self._stage.distillation
         beta = None if self._without_beta else encoded.beta
-        if self._options.all_columns:
+        if self._loss.all_columns:
             # A column into which c documents were merged stands for c columns: log c keeps the loss that of the
             # unmerged batch, which is what makes it the same at every number of ranks.
             copies, neg_bias = batch.multiplicity, batch.multiplicity.double().log()
-            if config.columns == "catalogue":
+            if negatives.columns == "catalogue":
                 shared = is_shared(batch, distributed.rank(), distributed.world_size())
                 neg_bias = torch.where(shared, 0.0, -torch.inf).double()
         else:
@@ -135,31 +135,32 @@ class Objective:
 
         def loss(U: Tensor, W: Tensor) -> LossOutput:
             vectors = U.to(self._operand or U.dtype), W.to(self._operand or W.dtype)
-            negatives = None if self._options.all_columns else batch.negatives
             inputs = LossBatch(
                 *vectors, batch.positive, alpha=encoded.alpha, beta=beta, neg_bias=neg_bias, weight=weight,
-                doc_ids=batch.doc_ids, negatives=negatives, **queries,
+                doc_ids=batch.doc_ids, negatives=None if self._loss.all_columns else batch.negatives, **queries,
             )  # fmt: skip
-            columns: Shared = "all" if self._options.all_columns else "in_batch" if config.in_batch else "none"
-            output = contrastive_loss(self._term, inputs, columns=columns, direction=config.direction, tile=self._tile)
-            if config.distillation == "batch_kl":
-                return self._added(output, self._of_teacher(vectors, encoded, batch, weight))
-            if self._distillation is None:
+            columns: Shared = "all" if self._loss.all_columns else "in_batch" if negatives.in_batch else "none"
+            output = contrastive_loss(self._loss, inputs, columns=columns, tile=self._tile)
+            if isinstance(distillation, BatchKL):
+                return self._added(output, self._of_teacher(distillation.temperature, vectors, encoded, batch, weight))
+            if not isinstance(distillation, ListDistillation):
                 return output
-            # of the serving score, without corrections or masks: the judge says what a listed document is worth
+            # of the serving score, without corrections or masks: the teacher scores every listed document
             inputs = LossBatch(
                 *vectors, batch.positive, alpha=encoded.alpha, beta=None if self._scalar_beta else encoded.beta,
                 weight=weight, negatives=batch.negatives, teacher=batch.teacher,
             )  # fmt: skip
-            return self._added(output, contrastive_loss(self._distillation, inputs, columns="none").loss)
+            return self._added(output, contrastive_loss(distillation, inputs, columns="none").loss)
 
-        return matryoshka_loss(loss, encoded.U, encoded.W, config.widths, self._normalise)
+        return matryoshka_loss(loss, encoded.U, encoded.W, self._loss.widths, self._normalise)
 
-    def _of_teacher(self, vectors: tuple[Tensor, Tensor], encoded: Encoded, batch: Batch, weight: Tensor) -> Tensor:
+    def _of_teacher(
+        self, temperature: float, vectors: tuple[Tensor, Tensor], encoded: Encoded, batch: Batch, weight: Tensor
+    ) -> Tensor:
         """Return how far the serving scores are from the teacher's, in the loss's directions; a collective."""
         assert batch.teacher_query is not None and batch.teacher_doc is not None
         (U, W), queries, documents = vectors, batch.teacher_query, batch.teacher_doc
-        alpha, temperature, direction = encoded.alpha, self._config.distillation_temperature, self._config.direction
+        alpha, direction = encoded.alpha, self._loss.direction
         found = []
         if direction in ("q2d", "both"):
             beta = None if self._scalar_beta else encoded.beta
@@ -173,15 +174,16 @@ class Objective:
 
     def _added(self, output: LossOutput, distillation: Tensor) -> LossOutput:
         """Return a loss with the distillation added to it, and to its statistics."""
+        assert self._stage.distillation is not None
         stats = {**output.stats, "distillation": distillation.detach()}
-        return LossOutput(output.loss + self._config.distillation_weight * distillation, stats)
+        return LossOutput(output.loss + self._stage.distillation.weight * distillation, stats)
 
     def _queries(self, batch: Batch, gathered: bool = False) -> dict[str, Any]:
         """Return the loss's query_ids and known pairs: by mask, queries of one id know of each other, or each is alone.
 
         gathered: numbers that no other rank has, for a loss that compares queries of all ranks in any case.
         """
-        if self._config.mask not in ("past", "none"):  # a loss outside a config has batch
+        if self._stage.negatives.mask not in ("past", "none"):  # a loss outside a config has batch
             return {"query_ids": batch.query_ids, "known": batch.known}
         if not gathered:
             return {"query_ids": None, "known": batch.known}
@@ -202,9 +204,8 @@ class Objective:
         self, beta: Tensor | None, neg_bias: Tensor | None, batch: Batch, copies: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return (beta, neg_bias) [n] with the sampling correction; `copies` [n] are the loss's columns of each."""
-        config = self._config
-        assert config.sampling != "auto", "a Config has decided it"
-        if config.sampling == "none":
+        assert self._stage.sampling.name != "auto", "a Config has decided it"
+        if self._sampling is None:
             return beta, neg_bias
         if self._streaming is not None:
             self._streaming.update(batch.doc_ids, copies)
@@ -212,8 +213,7 @@ class Objective:
         else:
             assert self._counted is not None
             log_expected = self._counted.log_expected(batch.doc_rows)
-        biases = apply_sampling(config.sampling, log_expected, gamma=config.gamma, beta=beta, neg_bias=neg_bias)
-        return biases.beta, biases.neg_bias
+        return apply_sampling(self._sampling, log_expected, beta=beta, neg_bias=neg_bias)
 
 
 def candidate_columns(batch: Batch) -> Tensor:
@@ -227,10 +227,10 @@ def num_negatives(stage: StageConfig, batch: Batch, world_size: int, num_docs: i
 
     `batch` is one rank's, num_docs the catalogue's.
     """
-    if stage.loss.columns == "catalogue":
+    if stage.negatives.columns == "catalogue":
         return num_docs - 1
-    if not LOSSES[stage.loss.name].all_columns:
-        return (len(batch.query_ids) * world_size - 1 if stage.loss.in_batch else 0) + stage.loss.negatives
+    if not stage.loss.all_columns:
+        return (len(batch.query_ids) * world_size - 1 if stage.negatives.in_batch else 0) + stage.negatives.hard
     return int(batch.multiplicity.sum()) * world_size - 1
 
 

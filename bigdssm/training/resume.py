@@ -65,8 +65,10 @@ RULES: dict[str, Rule] = {
     "STAGE.steps": "longer",
     "STAGE.init": "never",
     "STAGE.warm_start": "never",
-    "STAGE.mining": "never",
-    "STAGE.teacher": "never",
+    "STAGE.negatives": "never",
+    "STAGE.sampling": "never",
+    "STAGE.distillation": "never",
+    "STAGE.scorer": "never",
     "STAGE.weight_average": "never",
     "STAGE.rerank": "never",  # what `best` is would be another thing from there on
     "STAGE.validation_metric": "never",
@@ -249,12 +251,14 @@ def _check_length(
         )
     if steps == before:
         return
-    mined_once = stage.loss.negatives and stage.mining.file is None and stage.mining.every_steps == 0
+    mined_once = (
+        stage.negatives.hard and stage.negatives.mining.file is None and stage.negatives.mining.every_steps == 0
+    )
     if mined_once and before < steps_per_epoch:
         raise ConfigError(
             f"{name}.steps, {name}.epochs: got {steps} steps, needs {before} as before: negatives were mined for the "
             f"rows of these alone; begin anew in another run.dir, or mine with bigdssm mine_negatives for "
-            f"{name}.mining.file"
+            f"{name}.negatives.mining.file"
         )
     applied = progress.applied - progress.part_applied
     was, now = (stage.optimizer.lr * schedule_factor(applied, total, stage.optimizer) for total in (before, steps))

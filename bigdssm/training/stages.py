@@ -120,7 +120,7 @@ def _model(config: Config, name: StageName, dataset: Dataset) -> DualEncoder:
 
     Where the stage's loss trains a scorer, the model has a new one.
     """
-    source, scorer = initial_model(config, name), config.stage(name).loss.scorer
+    source, scorer = initial_model(config, name), config.stage(name).scorer
     if source is None:
         # .train(), since transformers gives a pretrained encoder out in evaluation mode
         return new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size, scorer).train()

@@ -20,7 +20,7 @@ from bigdssm.cluster.monitor import SpikeAlert
 from bigdssm.cluster.run_folder import CONSUMED, SKIPPED, RowLog, versions
 from bigdssm.cluster.signals import StopRequest
 from bigdssm.cluster.watchdog import Watchdog
-from bigdssm.config import Config, StageName
+from bigdssm.config import Config, FrequencyCorrection, StageName
 from bigdssm.errors import Preempted
 from bigdssm.loader.batch import Batch
 from bigdssm.loader.row_stream import RowStream
@@ -78,9 +78,9 @@ class Trainer:
         if how.checkpoint_activations:
             model.checkpoint_activations()
         self.engine = Engine(model, how, stage.optimizer, max(1, stage.rows_global // world_size))
-        counted = stage.loss.sampling != "none" and stage.loss.frequency == "counts"
+        counted = isinstance(stage.sampling, FrequencyCorrection) and stage.sampling.frequency == "counts"
         self.objective = Objective(
-            stage.loss, config.model, how.loss_tile, stream.doc_weights() if counted else None,
+            stage, config.model, how.loss_tile, stream.doc_weights() if counted else None,
             stream.queries_per_step, self.engine.product_dtype,
         )  # fmt: skip
         self.average = WeightAverage(self.engine.module, stage.weight_average) if stage.weight_average else None

@@ -17,6 +17,7 @@ from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.evaluation.evaluate import Evaluation, evaluate_split
 from bigdssm.evaluation.reranking import Reranking, encoders_of
 from bigdssm.models import DualEncoder
+from bigdssm.models.declarations import CrossEncoderConfig
 from bigdssm.retrieval.embed import DocumentVectors
 from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.training.engine import Engine, device
@@ -44,7 +45,7 @@ class Validator:
         if self._dataset.num_rows(SPLIT) == 0:
             return None
         rerank = None
-        if self._stage.loss.cross_encoder:
+        if isinstance(self._stage.scorer, CrossEncoderConfig):
             dataset, catalogue = self._dataset, self._dataset.catalogue
             scorer = PairScorer(engine.deepspeed, dataset.schema, dataset.pad_token_id, catalogue.columns, device())
             rerank = Reranking(scorer, self._stage.rerank)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
+from bigdssm.errors import ConfigError
+
 Default = TypeVar("Default")
 BOUND = "bound"
 
@@ -65,3 +67,9 @@ def out_of_bounds(value: Any, key: str = "", bound: Bound | None = None) -> Iter
         yield key, value, "a finite number" + (f", {bound}" if bound else "")
     elif isinstance(value, int | float) and bound is not None and not bound.holds(value):
         yield key, value, str(bound)
+
+
+def require(holds: bool, key: str, got: object, needed: str) -> None:
+    """Raise ConfigError, which names a config's key, its value and the needed one, unless the condition `holds`."""
+    if not holds:
+        raise ConfigError(f"{key}: got {got}, needs {needed}")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import import_module
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast, overload
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -45,8 +45,14 @@ class Registry(Generic[C]):
     classes: dict[str, type[C]] = field(default_factory=dict)
 
     def register(self, cls: D) -> D:
-        """Add a component; a class decorator."""
-        self.classes[getattr(cls, self.selector)] = cls
+        """Add a component; a class decorator. Raises ValueError: its name is taken."""
+        name = getattr(cls, self.selector)
+        known = self.classes.setdefault(name, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(
+                f"there is {self.noun} named {name!r}: {known.__module__}.{known.__qualname__}; rename this one"
+            )
+        self.classes[name] = cls  # also of a module that is loaded again
         return cls
 
     def names(self) -> tuple[str, ...]:
@@ -102,9 +108,16 @@ def _dotted(key: str, name: Any) -> str:
     return f"{key}.{name}" if key else f"{name}"
 
 
-def component(registry: Registry[C], default: str) -> C:
-    """Return a dataclass field that is one of the registered components."""
-    made: C = field(default_factory=lambda: registry.find(default, "")(), metadata={REGISTRY: registry})
+@overload
+def component(registry: Registry[C], default: str) -> C: ...
+@overload
+def component(registry: Registry[C], default: None) -> C | None: ...
+def component(registry: Registry[C], default: str | None) -> C | None:
+    """Return a dataclass field that is one of the registered components, by default that of a name, or none."""
+    metadata = {REGISTRY: registry}
+    if default is None:
+        return cast(C | None, field(default=None, metadata=metadata))
+    made: C = field(default_factory=lambda: registry.find(default, "")(), metadata=metadata)
     return made
 
 
@@ -112,7 +125,7 @@ def components_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Componen
     """Yield (dotted key, component) of every component in a config, or in a section of one."""
     for f in fields(config):
         key, value = f"{prefix}{f.name}", getattr(config, f.name)
-        if REGISTRY in f.metadata:
+        if REGISTRY in f.metadata and value is not None:
             yield key, value
         if is_dataclass(value):
             yield from components_of(value, f"{key}.")

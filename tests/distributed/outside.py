@@ -1,22 +1,23 @@
 """What somebody adds from a module of their own, no file of the library changed: a type of features with its
-encoder, a sequence block, a text encoder, a loss, an optimizer, a table source, an index, an export and a metric."""
+encoder, a sequence block, a text encoder, losses, a distillation, an optimizer, a table source, an index, an export and
+a metric."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 from pyarrow.orc import ORCFile
-from torch import Tensor, from_numpy, nn, optim
+from torch import Tensor, cat, from_numpy, nn, optim
 
 from bigdssm.checkpoints.model_folder import ModelFolder
-from bigdssm.config import HistoryEncoderConfig, OptimizerConfig, TextEncoderConfig, TextInputs
+from bigdssm.config import HistoryEncoderConfig, LossConfig, OptimizerConfig, TextEncoderConfig, TextInputs
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.metrics import register_metric
 from bigdssm.export.formats import ExportFormat, Parity, Probe, largest_difference, register_export
@@ -24,8 +25,9 @@ from bigdssm.features import Column, Feature, Reader, TextTokenizer, register
 from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, numbers
 from bigdssm.ingest.sources.base import FileSource, Part, register_source
 from bigdssm.ingest.sources.text import require_columns
-from bigdssm.losses import PairTerm
-from bigdssm.losses import register as register_loss
+from bigdssm.losses import PairLoss, register_distillation, register_loss
+from bigdssm.losses.declarations import ListDistillation
+from bigdssm.losses.terms import Evaluated, Scores, SoftmaxTerm
 from bigdssm.models.blocks import AttentionContext, attend, split
 from bigdssm.models.declarations import register_block, register_text_encoder
 from bigdssm.models.encoders import Encoder, Parts, TextEncoder, encodes
@@ -158,12 +160,13 @@ class BagEncoder(TextEncoder):
         return self.dropout((self.words(tokens) * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1))
 
 
+@register_loss
 @dataclass(frozen=True)
-class Cubed(PairTerm):
-    """The cube of what a negative scores above the positive less a margin."""
+class Cubed(PairLoss):
+    """The cube of a negative's score above the positive less a margin."""
 
-    name = "cubed"
-    margin: float = 0.2
+    name: str = "cubed"
+    margin: float = bounded(0.2, 0)
 
     def value(self, x: Tensor) -> Tensor:
         return (x + self.margin).clamp(min=0) ** 3
@@ -172,7 +175,48 @@ class Cubed(PairTerm):
         return x.add_(self.margin).clamp_(min=0).square_().mul_(3)
 
 
-register_loss("cubed", Cubed)
+@register_loss
+@dataclass(frozen=True)
+class AdditiveMargin(LossConfig):
+    """Softmax over all columns whose positive must lead by a margin (Wang et al. 2018, AM-Softmax)."""
+
+    all_columns: ClassVar[bool] = True
+
+    name: str = "additive_margin"
+    lead: float = bounded(0.1, 0)
+
+    def build(self) -> Any:
+        return AdditiveMarginTerm(self)
+
+
+class AdditiveMarginTerm(SoftmaxTerm):
+    def on_vectors(self, scores: Scores) -> Evaluated:
+        return super().on_vectors(replace(scores, positive_m=scores.positive_m - self.loss.lead))
+
+    def on_scores(self, positive_m: Tensor, negative_mk: Tensor, used_mk: Tensor, teacher_ml: Any) -> Tensor:
+        return super().on_scores(positive_m - self.loss.lead, negative_mk, used_mk, teacher_ml)
+
+
+@register_distillation
+@dataclass(frozen=True)
+class MarginHuber(ListDistillation):
+    """The Huber loss of the margins between a query's own document and its hard negatives."""
+
+    name: str = "margin_huber"
+    delta: float = bounded(1.0, above=0)
+
+    def value(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
+        size = self._error(S_ml, T_ml, valid_ml).abs()
+        small = size.clamp(max=self.delta)
+        return (small * (size - small / 2)).sum(1)
+
+    def slope(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
+        slope_mk = self._error(S_ml, T_ml, valid_ml).clamp(-self.delta, self.delta)
+        return cat([slope_mk.sum(1, keepdim=True), -slope_mk], 1)
+
+    def _error(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
+        excess_ml = S_ml - T_ml
+        return (excess_ml[:, :1] - excess_ml[:, 1:]).masked_fill(~valid_ml[:, 1:], 0.0)
 
 
 @register_optimizer

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigdssm.losses import LossBatch, Softmax, Term, find_term
+from bigdssm.config import LossConfig
+from bigdssm.losses import FPS, LossBatch
 from bigdssm.losses.reference import dense_loss
 
 DOUBLE = torch.float64
@@ -67,24 +68,22 @@ def gradients(loss: Tensor, batch: LossBatch) -> Dense:
     return loss.detach(), [next(found) if isinstance(leaf, Tensor) else None for leaf in leaves]
 
 
-def dense(term: Term, shards: list[Shard], alpha: float, one_beta: float | None = None, **options: str) -> Dense:
+def dense(loss: LossConfig, shards: list[Shard], alpha: float, one_beta: float | None = None, **options: str) -> Dense:
     """Return the dense loss of the concatenated batch, and its gradients."""
     batch = concatenate(shards, alpha, one_beta)
-    return gradients(dense_loss(term, batch, **options), batch)
+    return gradients(dense_loss(loss, batch, **options), batch)
 
 
 def fps(shards: list[Shard], alpha: float, direction: str) -> Dense:
     """Return the dense softmax over all columns."""
-    return dense(Softmax(), shards, alpha, direction=direction)
+    return dense(FPS(direction=direction), shards, alpha)  # type: ignore[arg-type]
 
 
 def ranking(
-    name: str, shards: list[Shard], alpha: float, in_batch: bool, margin: float = 0.2, one_beta: float | None = None
+    loss: LossConfig, shards: list[Shard], alpha: float, in_batch: bool, one_beta: float | None = None
 ) -> Dense:
-    """Return the dense loss of a named term."""
-    term = find_term(name, {"margin": margin})
-    assert isinstance(term, Term)
-    return dense(term, shards, alpha, one_beta, columns="in_batch" if in_batch else "none")
+    """Return the dense loss over in-batch and listed negatives."""
+    return dense(loss, shards, alpha, one_beta, columns="in_batch" if in_batch else "none")
 
 
 def make_shards(

@@ -53,7 +53,7 @@ CONFIG: dict[str, Any] = {
     "pretrain": {
         "rows_global": 96,
         "steps": 12,
-        "loss": {"sampling": "corrected", "mask": "user", "uniform_negatives": 24},
+        "negatives": {"mask": "user", "uniform": 24}, "sampling": {"name": "corrected"},
         "optimizer": {"lr": 0.01, "warmup_steps": 3},
         "save_every_steps": 0,
         "log_every_steps": 1,
@@ -61,8 +61,7 @@ CONFIG: dict[str, Any] = {
     "sft": {
         "rows_global": 48,
         "steps": 4,
-        "loss": {"name": "pair_ce", "negatives": 3, "in_batch": False},
-        "mining": {"first": 1, "last": 20},
+        "loss": {"name": "pair_ce"}, "negatives": {"hard": 3, "in_batch": False, "mining": {"first": 1, "last": 20}},
         "log_every_steps": 1,
     },
 }  # fmt: skip

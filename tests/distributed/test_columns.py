@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from bigdssm.config import LossConfig, ModelConfig, load_config
+from bigdssm.config import ModelConfig, NegativesConfig, StageConfig, load_config
 from bigdssm.dataset.joined import open_dataset
 from bigdssm.loader.batch import Batch
 from bigdssm.loader.collate import Collator, distinct_in_order
+from bigdssm.losses import Softmax
+from bigdssm.losses.declarations import NoCorrection
 from bigdssm.models import Encoded, new_model
+from bigdssm.models.declarations import MlpConfig
 from bigdssm.training.batches import row_stream
 from bigdssm.training.objective import Objective, catalogue_share
 
@@ -98,7 +101,8 @@ def run_rank(rank: int, world_size: int, dtype: torch.dtype, columns: str, mask:
         for x in (world.U[batch.row_ids], world.W[batch.doc_rows], world.beta[batch.doc_rows])
     )
     alpha = torch.tensor([ALPHA], dtype=torch.float64, requires_grad=True)
-    config = LossConfig(sampling="none", columns=columns, mask=mask)  # type: ignore[arg-type]
+    negatives = NegativesConfig(columns=columns, mask=mask)  # type: ignore[arg-type]
+    config = StageConfig(negatives=negatives, sampling=NoCorrection())
     out = Objective(config, ModelConfig(score="dot"), 8, None, ROWS)(Encoded(U, W, beta, alpha), batch)
     out.loss.backward()
     return out.loss.detach(), [U.grad, W.grad, beta.grad, alpha.grad], batch.doc_rows, out.stats
@@ -168,7 +172,8 @@ def run_mlp(rank: int, world_size: int) -> float:
         batch, doc_rows=rows, doc_ids=world.doc_ids[rows], negatives=torch.tensor([[n, n + 1]] * m).view(m, 2),
         known=torch.cat([seen, world.doc_ids[-1:].expand(len(seen), 1)], 1),
     )  # fmt: skip
-    config = LossConfig(sampling="none", name="softmax", in_batch=False, negatives=2, mlp=(4,), mask="past")
+    negatives = NegativesConfig(in_batch=False, hard=2, mask="past")
+    config = StageConfig(loss=Softmax(), negatives=negatives, sampling=NoCorrection(), scorer=MlpConfig())
     objective = Objective(config, ModelConfig(), None, None, ROWS)
     listed = objective.listed(batch)
     U, W = world.U[batch.row_ids], world.W[rows]
@@ -181,7 +186,7 @@ def test_numbers_of_queries_differ_between_ranks_where_pairs_are_gathered(pools:
 
 
 CATALOGUE = (
-    "pretrain.loss={columns: catalogue, mask: none, sampling: none, uniform_negatives: 0}", "pretrain.steps=2",
+    "pretrain={negatives: {columns: catalogue, mask: none, uniform: 0}, sampling: {name: none}}", "pretrain.steps=2",
 )  # fmt: skip
 
 
@@ -201,7 +206,7 @@ def first_loss(path: Path, overrides: tuple[str, ...]) -> float:
     with torch.no_grad():
         found = model(query=batch.query, doc=dataset.catalogue.features(np.arange(dataset.catalogue.num_docs)))
         scores = (found.alpha * found.U @ found.W.T + found.beta).double()
-    if config.pretrain.loss.mask == "past":
+    if config.pretrain.negatives.mask == "past":
         for row in range(len(rows)):
             before = np.setdiff1d(rows.seen(row), rows.doc_rows[row])
             scores[row, before] = -torch.inf
@@ -215,7 +220,7 @@ def first_loss(path: Path, overrides: tuple[str, ...]) -> float:
 def test_a_run_begins_at_the_softmax_over_all_documents(
     config: Path, tmp_path: Path, pools: dict[int, Pool], mask: str, modes: dict[int, tuple[str, ...]]
 ) -> None:
-    overrides = (*CATALOGUE, f"pretrain.loss.mask={mask}")
+    overrides = (*CATALOGUE, f"pretrain.negatives.mask={mask}")
     right, curves = first_loss(config, overrides), []
     for ranks, mode in modes.items():
         pools[ranks].run(small_run.run, config, tmp_path / f"{ranks}", (*overrides, *mode))

@@ -23,7 +23,8 @@ from .test_training import assert_same_curve
 
 SFT = (
     "sft={rows_global: 24, steps: 6, rerank: 10, log_every_steps: 1}",
-    "sft.loss={name: softmax, negatives: 3, in_batch: false, cross_encoder: true}", "sft.mining={first: 1, last: 20}",
+    "sft={loss: {name: softmax}, negatives: {hard: 3, in_batch: false, mining: {first: 1, last: 20}}}",
+    "sft.scorer.name=cross_encoder",
     "sft.optimizer={lr: 0.003, warmup_steps: 1}",
 )  # fmt: skip
 

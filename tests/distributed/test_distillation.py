@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bigdssm.errors import BigDSSMError
-from bigdssm.losses import DISTILLATIONS, LossBatch, PairCE, contrastive_loss, scored_loss
+from bigdssm.losses import ListwiseKL, LossBatch, MarginMSE, PairCE, contrastive_loss, scored_loss
 from bigdssm.losses.reference import dense_loss
 
 from . import reference
@@ -21,6 +21,7 @@ from .reference import DOUBLE, Shard, make_shards
 from .spawn import Pool
 
 TEMPERATURE = 1.7
+DISTILLATIONS = {kind.name: kind for kind in (ListwiseKL, MarginMSE)}
 OPTIONS = frozenset({"beta", "weight", "shared", "negatives"})
 SIZES = [(7, 12), (9, 11)]
 
@@ -37,12 +38,12 @@ def dense(name: str, shards: list[Shard], alpha: float) -> reference.Dense:
     batch = reference.concatenate(shards, alpha)
     assert batch.positive is not None and batch.negatives is not None
     batch = replace(batch, teacher=judge(batch.U, batch.W, batch.positive, batch.negatives))
-    return reference.gradients(dense_loss(DISTILLATIONS[name](TEMPERATURE), batch, columns="none"), batch)
+    return reference.gradients(dense_loss(DISTILLATIONS[name](temperature=TEMPERATURE), batch, columns="none"), batch)
 
 
 def by_vectors(name: str, U: Tensor, W: Tensor, positive: Tensor, *, negatives: Tensor, **given: Any) -> Any:
     teacher = judge(U, W, positive, negatives)
-    term = DISTILLATIONS[name](TEMPERATURE)
+    term = DISTILLATIONS[name](temperature=TEMPERATURE)
     return contrastive_loss(
         term, LossBatch(U, W, positive, negatives=negatives, teacher=teacher, **given), columns="none"
     )
@@ -54,7 +55,7 @@ def by_scores(
     listed = torch.cat([positive[:, None], negatives.clamp(min=0)], 1)
     scores = alpha * torch.einsum("md,mkd->mk", U, W[listed]) + beta[listed]
     absent = torch.nn.functional.pad((negatives < 0) | (negatives == positive[:, None]), (1, 0))
-    term, teacher = DISTILLATIONS[name](TEMPERATURE), judge(U, W, positive, negatives)
+    term, teacher = DISTILLATIONS[name](temperature=TEMPERATURE), judge(U, W, positive, negatives)
     return scored_loss(term, scores.masked_fill(absent, -torch.inf), weight=weight, teacher=teacher)
 
 
@@ -100,8 +101,8 @@ def refused(rank: int, world_size: int, calls: list[dict[str, Any]]) -> str:
     U, negatives = torch.ones(2, 3), torch.zeros(2, 2, dtype=torch.int64)
     try:
         call = {"U": U, "W": U, "alpha": 2.0, "negatives": negatives, "columns": "none", **calls[rank]}
-        term, columns = call.pop("term"), call.pop("columns")
-        contrastive_loss(term, LossBatch(**call), columns=columns)
+        loss, columns = call.pop("loss"), call.pop("columns")
+        contrastive_loss(loss, LossBatch(**call), columns=columns)
     except BigDSSMError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
@@ -110,15 +111,15 @@ def refused(rank: int, world_size: int, calls: list[dict[str, Any]]) -> str:
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"teacher": None}, r"teacher goes with terms that follow a judge, and kl\(temperature=1.0\) is one"),
+        ({"teacher": None}, r"kl\(temperature=1.0\) needs scores of a teacher"),
         ({"teacher": torch.ones(2, 2)}, r"teacher must be floating point \[2, 3\], got torch.float32 \[2, 2\]"),
         ({"teacher": torch.ones(2, 3).long()}, r"teacher must be floating point \[2, 3\], got torch.int64"),
-        ({"columns": "in_batch"}, r"kl\(temperature=1.0\) looks at listed documents alone: it needs columns='none'"),
-        ({"term": PairCE()}, "teacher goes with terms that follow a judge, and pair_ce is none"),
+        ({"columns": "in_batch"}, r"kl\(temperature=1.0\) compares listed documents alone: it needs columns='none'"),
+        ({"loss": PairCE()}, "pair_ce takes no scores of a teacher"),
     ],
 )
 def test_what_does_not_fit_is_refused_on_all_ranks(pools: dict[int, Pool], wrong: dict[str, Any], words: str) -> None:
-    good = {"term": DISTILLATIONS["kl"](), "teacher": torch.ones(2, 3)}
+    good = {"loss": DISTILLATIONS["kl"](), "teacher": torch.ones(2, 3)}
     assert re.search(f"LossInputError: {words}", refused(0, 1, [{**good, **wrong}]))
     errors = pools[2].run(refused, [good, {**good, **wrong}], timeout_s=20)
     assert errors[0].startswith("PeerError") and errors[1].startswith("LossInputError")

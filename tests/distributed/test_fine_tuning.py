@@ -25,7 +25,7 @@ from . import small_run
 from .spawn import Pool, RankFailed
 from .test_training import assert_same_curve, config, reference  # noqa: F401, fixtures
 
-AGAIN = ("sft.steps=8", "sft.mining.every_steps=3", "sft.save_every_steps=2", "sft.keep_checkpoints=2")
+AGAIN = ("sft.steps=8", "sft.negatives.mining.every_steps=3", "sft.save_every_steps=2", "sft.keep_checkpoints=2")
 
 
 class Stopped(Exception):
@@ -165,15 +165,16 @@ def test_a_teacher_is_followed_on_any_number_of_ranks(
 
     likes = Encoders(lambda rows: torch.ones(len(rows), 1), by_number)
     assert write_teacher(tmp_path / "teacher", likes, dataset, "likes", ShardWork()) is not None
-    loss = f"{{name: {name}, in_batch: true, negatives: 2, distillation: batch_kl, distillation_temperature: 0.5}}"
-    given = (start(reference), f"sft.teacher={tmp_path / 'teacher'}", f"sft.loss={loss}")
+    distillation = f"{{name: batch_kl, temperature: 0.5, teacher: {tmp_path / 'teacher'}}}"
+    blocks = f"{{loss: {{name: {name}}}, negatives: {{in_batch: true, hard: 2}}, distillation: {distillation}}}"
+    given = (start(reference), f"sft={blocks}")
     assert_is_followed(config, tmp_path, pools, given)
 
 
 @pytest.mark.parametrize(
     "loss",
-    ["{name: fps, in_batch: true, negatives: 3, distillation: kl, distillation_temperature: 0.5}",
-     "{name: pair_ce, in_batch: false, negatives: 3, distillation: margin_mse, distillation_weight: 0.1}"],
+    ["{loss: {name: fps}, negatives: {in_batch: true, hard: 3}, distillation: {name: kl, temperature: 0.5}}",
+     "{loss: {name: pair_ce}, negatives: {in_batch: false, hard: 3}, distillation: {name: margin_mse, weight: 0.1}}"],
     ids=["fps and kl", "pair_ce and margin_mse"],
 )  # fmt: skip
 def test_a_judge_is_followed_on_any_number_of_ranks(
@@ -186,5 +187,5 @@ def test_a_judge_is_followed_on_any_number_of_ranks(
     own = np.concatenate([rows.doc_rows for rows in dataset.iterate("train", 999)])
     scores = np.concatenate([own[:, None], mined["window"]], 1) / 10.0
     write_mined(tmp_path / "judged.npy", window_records(mined["query"], mined["window"], scores), dataset)
-    given = (start(reference), f"sft.mining.file={tmp_path / 'judged.npy'}", f"sft.loss={loss}")
+    given = (start(reference), f"sft.negatives.mining.file={tmp_path / 'judged.npy'}", f"sft={loss}")
     assert_is_followed(config, tmp_path, pools, given)

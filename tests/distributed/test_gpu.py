@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigdssm.losses import RANKING_NAMES, fps_loss, norm_penalty, ranking_loss
+from bigdssm.config import LossConfig
+from bigdssm.losses import PairCE, Sigmoid, Softmax, Triplet, fps_loss, norm_penalty, ranking_loss
 
 from . import reference
 from .interpreted import fused_fps
@@ -80,11 +81,11 @@ def test_kernels_give_the_same_bits_again(direction: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("name", RANKING_NAMES)
+@pytest.mark.parametrize("loss", [Softmax(), PairCE(), Triplet(), Sigmoid()], ids=lambda loss: loss.name)
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
-def test_ranking(name: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_ranking(loss: LossConfig, dtype: torch.dtype, tolerance: float) -> None:
     shard = batch(dtype, "negatives")
-    check(partial(ranking_loss, name, in_batch=True), shard, reference.ranking(name, [shard], 20.0, True), tolerance)
+    check(partial(ranking_loss, loss, in_batch=True), shard, reference.ranking(loss, [shard], 20.0, True), tolerance)
 
 
 def test_norm_penalty() -> None:

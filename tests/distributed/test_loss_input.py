@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bigdssm.errors import BigDSSMError
-from bigdssm.losses import fps_loss, ranking_loss, scored_loss
+from bigdssm.losses import FPS, PairCE, Triplet, fps_loss, ranking_loss, scored_loss
 
 from .spawn import Pool
 
@@ -80,7 +80,7 @@ def test_bad_input_stops_every_rank(pools: dict[int, Pool], case: str) -> None:
 
 
 def call_ranking(rank: int, world_size: int, bad: dict[str, Any]) -> str:
-    arguments = {**good(), "name": "pair_ce", "in_batch": True, **(bad if rank == 1 else {})}
+    arguments = {**good(), "loss": PairCE(), "in_batch": True, **(bad if rank == 1 else {})}
     try:
         ranking_loss(**arguments)
     except BigDSSMError as error:
@@ -91,14 +91,14 @@ def call_ranking(rank: int, world_size: int, bad: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("bad", "expected"),
     [
-        ({"name": "hinge"}, "the loss must be one of softmax, pair_ce, triplet, sigmoid, got 'hinge'"),
-        ({"name": "fps"}, "the loss must be one of softmax, pair_ce, triplet, sigmoid, got 'fps'"),
+        ({"loss": "hinge"}, "the loss must be one of fps, softmax, pair_ce, triplet, sigmoid, got 'hinge'"),
+        ({"loss": FPS(direction="both")}, "direction must be one of q2d, got 'both'"),
         ({"in_batch": False}, "needs negatives, in_batch=True, or both"),
         ({"negatives": torch.zeros(M, 2)}, "negatives must be int64"),
         ({"negatives": [[1]] * M}, "negatives must be int64, got list"),
         ({"negatives": torch.zeros(M + 1, 2, dtype=torch.int64)}, "negatives must be [3, k]"),
         ({"negatives": torch.full((M, 2), N)}, "negatives hold a column outside -1"),
-        ({"name": "triplet"}, "disagree on the loss or its direction"),
+        ({"loss": Triplet()}, "disagree on the loss or its direction"),
     ],
 )
 def test_bad_negatives_stop_every_rank(pools: dict[int, Pool], bad: dict[str, Any], expected: str) -> None:
@@ -108,7 +108,7 @@ def test_bad_negatives_stop_every_rank(pools: dict[int, Pool], bad: dict[str, An
 
 def call_scored(rank: int, world_size: int, bad: dict[str, Any]) -> str:
     ids = {"query_ids": torch.arange(M), "doc_ids": torch.zeros(M, 3, dtype=torch.int64)}
-    arguments = {"name": "pair_ce", "scores": torch.zeros(M, 3), **ids, **(bad if rank == 1 else {})}
+    arguments = {"loss": PairCE(), "scores": torch.zeros(M, 3), **ids, **(bad if rank == 1 else {})}
     try:
         scored_loss(**arguments)
     except BigDSSMError as error:
@@ -119,14 +119,14 @@ def call_scored(rank: int, world_size: int, bad: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("bad", "expected"),
     [
-        ({"name": "hinge"}, "the loss must be one of softmax, pair_ce, triplet, sigmoid, got 'hinge'"),
-        ({"name": "fps"}, "the loss must be one of softmax, pair_ce, triplet, sigmoid, got 'fps'"),
+        ({"loss": "hinge"}, "the loss must be one of fps, softmax, pair_ce, triplet, sigmoid, got 'hinge'"),
+        ({"loss": FPS(direction="both")}, "direction must be one of q2d, got 'both'"),
         ({"scores": torch.zeros(M, 1)}, "scores must be floating point [m, 1 + k]"),
         ({"weight": torch.full((M,), float("nan"))}, "weight must be [3], finite and not negative"),
         ({"query_ids": None}, "query_ids and doc_ids go together"),
         ({"doc_ids": torch.zeros(M, 2, dtype=torch.int64)}, "doc_ids must be int64 [3, 3]"),
         ({"known": torch.zeros(2, 3, dtype=torch.int64)}, "known must be int64 [pairs, 2]"),
-        ({"name": "triplet"}, "the ranks disagree on the loss"),
+        ({"loss": Triplet()}, "the ranks disagree on the loss"),
         ({"query_ids": None, "doc_ids": None}, "the ranks disagree on the loss, or on which of query_ids"),
     ],
 )

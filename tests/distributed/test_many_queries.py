@@ -56,11 +56,11 @@ def test_one_pass_over_a_piece_is_a_pass_over_each_of_its_beginnings(config: Pat
 
 
 LOSSES = {
-    "batch": ("loss.mask=batch", "loss.uniform_negatives=0"),
-    "user": ("loss.mask=user",),
-    "past": ("loss.mask=past",),
-    "none": ("loss.mask=none", "loss.sampling=none"),
-    "catalogue": ("loss.columns=catalogue", "loss.mask=past", "loss.sampling=none", "loss.uniform_negatives=0"),
+    "batch": ("negatives.mask=batch", "negatives.uniform=0"),
+    "user": ("negatives.mask=user",),
+    "past": ("negatives.mask=past",),
+    "none": ("negatives.mask=none", "sampling.name=none"),
+    "catalogue": ("negatives.columns=catalogue", "negatives.mask=past", "sampling.name=none", "negatives.uniform=0"),
 }
 
 
@@ -101,7 +101,7 @@ def test_groups_of_like_length_change_no_loss_under_zero_3(
     config: Path, tmp_path: Path, pools: dict[int, Pool]
 ) -> None:
     """Ranks have groups of their own, while every call of a module is a collective."""
-    said = ("pretrain.steps=3", "pretrain.loss.mask=past")
+    said = ("pretrain.steps=3", "pretrain.negatives.mask=past")
     pools[1].run(small_run.run, config, tmp_path / "one", (*said, "engine.chunk_tokens=0"))
     more = ("engine.chunk_tokens=100", "engine.zero_stage=3")
     groups = pools[2].run(in_groups, config, tmp_path / "two", (*said, *more))
@@ -112,7 +112,7 @@ def test_groups_of_like_length_change_no_loss_under_zero_3(
 @pytest.mark.slow
 def test_a_stopped_run_is_the_one_that_was_not(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
     said = (
-        "pretrain.steps=8", "pretrain.loss.mask=past", "engine.zero_stage=3", "engine.chunk_tokens=100",
+        "pretrain.steps=8", "pretrain.negatives.mask=past", "engine.zero_stage=3", "engine.chunk_tokens=100",
         "pretrain.save_every_steps=4",
     )  # fmt: skip
     for name in ("whole", "stopped"):
@@ -125,7 +125,7 @@ def test_a_stopped_run_is_the_one_that_was_not(config: Path, tmp_path: Path, poo
 
 @pytest.mark.slow
 def test_fine_tuning_mines_for_every_query(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
-    said = ("pretrain.steps=3", "pretrain.loss.mask=past", "sft.steps=3")
+    said = ("pretrain.steps=3", "pretrain.negatives.mask=past", "sft.steps=3")
     for ranks in (1, 2):
         folder = tmp_path / str(ranks)
         pools[ranks].run(small_run.run, config, folder, said)

@@ -53,7 +53,7 @@ def test_plain_shards_train_evaluate_and_go_on(tmp_path: Path, pools: dict[int, 
             small_run.run,
             config,
             tmp_path / "run",
-            ("pretrain.loss.sampling=corrected",),
+            ("pretrain.sampling.name=corrected",),
         )
     with pytest.raises(RankFailed, match=r"pretrain\.steps: got 0, needs a number of steps"):
         pools[2].run(small_run.run, config, tmp_path / "run", ("pretrain.steps=0",))

@@ -10,19 +10,21 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from bigdssm.losses import RANKING_NAMES, fps_loss, ranking_loss, scored_loss
+from bigdssm.config import LossConfig
+from bigdssm.losses import PairCE, Sigmoid, Softmax, Triplet, fps_loss, ranking_loss, scored_loss
 
 from . import reference
 from .parity import assert_close, assert_parity, by_matrix, run
 from .reference import Shard, make_shards
 from .spawn import Pool
 
+LOSSES = (Softmax(), PairCE(), Triplet(margin=0.3), Sigmoid())
 OPTIONS = ("beta", "neg_bias", "weight", "query_ids", "doc_ids", "shared", "known")
 
 
 def check(
     pools: dict[int, Pool],
-    name: str,
+    loss: LossConfig,
     shards: list[Shard],
     alpha: float,
     in_batch: bool,
@@ -31,10 +33,10 @@ def check(
     tolerance: float = 1e-10,
     matrix: bool = False,
 ) -> None:
-    expected = reference.ranking(name, shards, alpha, in_batch, margin=0.3, one_beta=beta)
-    arguments = {"in_batch": in_batch, "margin": 0.3, "tile": tile}
-    loss = partial(ranking_loss, name)
-    found = run(pools, partial(by_matrix, loss) if matrix else loss, shards, alpha, beta=beta, **arguments)
+    expected = reference.ranking(loss, shards, alpha, in_batch, one_beta=beta)
+    arguments = {"in_batch": in_batch, "tile": tile}
+    called = partial(ranking_loss, loss)
+    found = run(pools, partial(by_matrix, called) if matrix else called, shards, alpha, beta=beta, **arguments)
     assert_close(found[0], expected[0], min(tolerance, 1e-5), "loss")  # never rounded to bfloat16, as gradients are
     assert_parity(shards, alpha, found, expected, tolerance)
 
@@ -43,7 +45,7 @@ def check(
 def batches(draw: st.DrawFn) -> dict[str, Any]:
     ranks = draw(st.integers(1, 3))
     sizes = draw(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 9)), min_size=ranks, max_size=ranks))
-    name, in_batch = draw(st.sampled_from(RANKING_NAMES)), draw(st.booleans())
+    loss, in_batch = draw(st.sampled_from(LOSSES)), draw(st.booleans())
     options = draw(st.sets(st.sampled_from(OPTIONS)))
     if not in_batch or draw(st.booleans()):
         options |= {"negatives"}
@@ -57,12 +59,12 @@ def batches(draw: st.DrawFn) -> dict[str, Any]:
     )
     tile = draw(st.sampled_from([None, 1, 2, 3, 5]))
     return {
-        "name": name,
+        "loss": loss,
         "shards": shards,
         "alpha": draw(st.sampled_from([0.5, 20.0])),
         "in_batch": in_batch,
         "tile": tile,
-        "beta": draw(st.sampled_from([None, -0.7])) if name == "sigmoid" else None,
+        "beta": draw(st.sampled_from([None, -0.7])) if isinstance(loss, Sigmoid) else None,
         "matrix": draw(st.booleans()),
     }
 
@@ -79,37 +81,37 @@ def test_equals_dense_reference(pools: dict[int, Pool], batch: dict[str, Any]) -
     check(pools, **batch)
 
 
-@pytest.mark.parametrize("name", RANKING_NAMES)
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
 @pytest.mark.parametrize(("given_negatives", "in_batch"), [(True, False), (False, True), (True, True)])
 def test_each_loss_and_source_of_negatives(
-    pools: dict[int, Pool], name: str, given_negatives: bool, in_batch: bool
+    pools: dict[int, Pool], loss: LossConfig, given_negatives: bool, in_batch: bool
 ) -> None:
     options = {"neg_bias", "weight", "query_ids", "doc_ids", "known", "shared"}
     options |= {"negatives"} if given_negatives else set()
-    options |= {"beta"} if name != "sigmoid" else set()
-    beta = -0.7 if name == "sigmoid" else None
+    options |= {"beta"} if not isinstance(loss, Sigmoid) else set()
+    beta = -0.7 if isinstance(loss, Sigmoid) else None
     generator = torch.Generator().manual_seed(4)
     shards = make_shards(
         generator, [(7, 12), (0, 0), (9, 11)], 6, num_queries=6, num_docs=15, options=frozenset(options)
     )
-    check(pools, name, shards, 5.0, in_batch, 4, beta)
+    check(pools, loss, shards, 5.0, in_batch, 4, beta)
 
 
-@pytest.mark.parametrize("name", RANKING_NAMES)
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-3)])
-def test_lower_precision(pools: dict[int, Pool], name: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_lower_precision(pools: dict[int, Pool], loss: LossConfig, dtype: torch.dtype, tolerance: float) -> None:
     """On the same rounded inputs; bfloat16 gradients are rounded once, to 8 bits."""
     options = frozenset({"beta", "neg_bias", "query_ids", "doc_ids", "weight", "negatives", "shared"})
     shards = make_shards(
         torch.Generator().manual_seed(1), [(40, 60), (37, 37)], 32, num_queries=30, num_docs=50, options=options,
         dtype=dtype,
     )  # fmt: skip
-    check(pools, name, shards, 100.0, True, 16, tolerance=tolerance)
+    check(pools, loss, shards, 100.0, True, 16, tolerance=tolerance)
 
 
 def by_scores(
-    name: str, U: torch.Tensor, W: torch.Tensor, positive: torch.Tensor, *, alpha: torch.Tensor,
-    negatives: torch.Tensor, margin: float, neg_bias: torch.Tensor, doc_ids: torch.Tensor, **shared: Any,
+    loss: LossConfig, U: torch.Tensor, W: torch.Tensor, positive: torch.Tensor, *, alpha: torch.Tensor,
+    negatives: torch.Tensor, neg_bias: torch.Tensor, doc_ids: torch.Tensor, **shared: Any,
 ) -> Any:  # fmt: skip
     """Return `scored_loss` of scores that are products, made here, in ranking_loss' place."""
     listed = torch.cat([positive[:, None], negatives.clamp(min=0)], 1)
@@ -117,19 +119,19 @@ def by_scores(
     scores = scores + torch.cat([torch.zeros_like(scores[:, :1]), neg_bias[listed[:, 1:]]], 1)
     absent = torch.nn.functional.pad((negatives < 0) | (negatives == positive[:, None]), (1, 0))
     scores = scores.masked_fill(absent, -torch.inf)
-    return scored_loss(name, scores, doc_ids=doc_ids[listed], margin=margin, **shared)  # type: ignore[arg-type]
+    return scored_loss(loss, scores, doc_ids=doc_ids[listed], **shared)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", RANKING_NAMES)
-def test_losses_on_scores_equal_those_on_vectors(pools: dict[int, Pool], name: str) -> None:
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def test_losses_on_scores_equal_those_on_vectors(pools: dict[int, Pool], loss: LossConfig) -> None:
     options = frozenset({"neg_bias", "weight", "query_ids", "doc_ids", "known", "shared", "negatives"})
     shards = make_shards(
         torch.Generator().manual_seed(4), [(7, 12), (2, 3), (9, 11)], 6, num_queries=6, num_docs=15, options=options
     )
-    expected = reference.ranking(name, shards, 5.0, False, margin=0.3)
-    found = run(pools, partial(by_scores, name), shards, 5.0, margin=0.3)
+    expected = reference.ranking(loss, shards, 5.0, False)
+    found = run(pools, partial(by_scores, loss), shards, 5.0)
     assert_parity(shards, 5.0, found, expected, 1e-10)
-    on_vectors = run(pools, partial(ranking_loss, name), shards, 5.0, margin=0.3)
+    on_vectors = run(pools, partial(ranking_loss, loss), shards, 5.0)
     assert found[2]["in_batch_accuracy"] == on_vectors[2]["in_batch_accuracy"]
 
 
@@ -137,7 +139,7 @@ def test_in_batch_softmax_is_the_fps_loss(pools: dict[int, Pool]) -> None:
     shards = make_shards(
         torch.Generator().manual_seed(6), [(5, 5), (6, 6)], 4, num_docs=7, options=frozenset({"doc_ids"})
     )
-    found, found_grads, found_stats = run(pools, partial(ranking_loss, "softmax"), shards, 9.0, in_batch=True)
+    found, found_grads, found_stats = run(pools, partial(ranking_loss, Softmax()), shards, 9.0, in_batch=True)
     right, right_grads, right_stats = run(pools, fps_loss, shards, 9.0)
     assert_close(found, right, 1e-12, "loss")
     assert_close(found_grads[0], right_grads[0], 1e-12, "U")

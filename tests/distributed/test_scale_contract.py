@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bigdssm import distributed
-from bigdssm.losses import fps_loss, ranking_loss
+from bigdssm.losses import PairCE, fps_loss, ranking_loss
 
 from .spawn import Pool
 
@@ -56,7 +56,7 @@ def compute_loss(loss: str, outputs: tuple[Tensor, ...], rows: dict[str, Tensor]
     shared: dict[str, Any] = {name: rows[name] for name in ("weight", "query_ids", "doc_ids")}
     if loss == "fps":
         return fps_loss(U, W, alpha=alpha, beta=beta, direction="both", **shared).loss
-    return ranking_loss("pair_ce", U, W, alpha=alpha, beta=beta, in_batch=True, **shared).loss
+    return ranking_loss(PairCE(), U, W, alpha=alpha, beta=beta, in_batch=True, **shared).loss
 
 
 def train_plain(rank: int, world_size: int, loss: str, clip: float) -> list[Tensor]:

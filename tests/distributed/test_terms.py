@@ -16,28 +16,26 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from bigdssm.config import ModelConfig, load_config
+from bigdssm.config import LOSSES, ModelConfig, load_config
 from bigdssm.errors import BigDSSMError, ConfigError
 from bigdssm.loader.batch import Batch
-from bigdssm.losses import LossBatch, PairCE, Softmax, contrastive_loss, register
-from bigdssm.losses.terms import TERMS
+from bigdssm.losses import FPS, LossBatch, PairCE, Softmax, contrastive_loss, register_loss
 from bigdssm.models import Encoded
 from bigdssm.training.objective import Objective
-from bigdssm.utils.loss_options import LOSSES, LossOptions
 
 from ..unit.test_config import MINIMAL
 from .spawn import Pool
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, D, LISTED, MARGIN, ALPHA = 6, 4, 2, 0.5, 1.5
-OVERRIDES = ["sft={}", "sft.loss.name=squared", f"sft.loss.negatives={LISTED}", f"sft.loss.margin={MARGIN}"]
+OVERRIDES = ["sft={}", "sft.loss.name=squared", f"sft.negatives.hard={LISTED}", f"sft.loss.margin={MARGIN}"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config, and beside it the module that docs/loss.md prints."""
     folder = tmp_path_factory.mktemp("outside")
-    section = (ROOT / "docs/loss.md").read_text().split("## A term of your own")[1].split("\n## ")[0]
+    section = (ROOT / "docs/loss.md").read_text().split("## A loss of your own")[1].split("\n## ")[0]
     code = "\n".join(line for line in section.splitlines() if not line or line.startswith("    "))
     (folder / "outside_terms.py").write_text(dedent(code))
     (folder / "config.yaml").write_text(yaml.safe_dump(MINIMAL))
@@ -54,8 +52,7 @@ def registered(folder: Path) -> Iterator[None]:
     finally:
         sys.path.remove(str(folder))
         sys.modules.pop("outside_terms", None)
-        for known in (LOSSES, TERMS):
-            known.pop("squared", None)  # type: ignore[attr-defined]
+        LOSSES.classes.pop("squared", None)
 
 
 def towers() -> tuple[nn.Linear, nn.Linear]:
@@ -73,7 +70,7 @@ def whole() -> tuple[Tensor, Tensor, Tensor]:
 def train(rank: int, world_size: int, folder: Path, overrides: list[str]) -> tuple[float, list[Tensor], float]:
     """Return the loss of a config's term, this rank's gradients, and the loss after a step by their mean over ranks."""
     with registered(folder):
-        config = load_config(folder / "config.yaml", [*OVERRIDES, *overrides]).stage("sft").loss
+        config = load_config(folder / "config.yaml", [*OVERRIDES, *overrides]).stage("sft")
         objective = Objective(config, ModelConfig(score="dot"), None, None, ROWS)
         (q, d, listed), m = whole(), ROWS // world_size
         own = slice(rank * m, (rank + 1) * m)
@@ -90,7 +87,7 @@ def train(rank: int, world_size: int, folder: Path, overrides: list[str]) -> tup
         def loss() -> Tensor:
             U, W = query(q[own]), doc(columns)
             scores = None
-            if config.mlp:  # whatever made them
+            if config.scorer:  # whatever made them
                 picked = objective.listed(batch)
                 assert picked is not None
                 scores = ALPHA * torch.einsum("md,mkd->mk", U, W[picked])
@@ -123,8 +120,8 @@ def expected(in_batch: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize(
     ("overrides", "in_batch", "tolerance"),
-    [([], True, 1e-12), (["sft.loss.in_batch=false"], False, 1e-12),
-     (["sft.loss.in_batch=false", "sft.loss.mlp=[4]"], False, 1e-6)],
+    [([], True, 1e-12), (["sft.negatives.in_batch=false"], False, 1e-12),
+     (["sft.negatives.in_batch=false", "sft.scorer={name: mlp, hidden: [4]}"], False, 1e-6)],
     ids=["in_batch", "listed", "scores"],
 )  # fmt: skip
 def test_a_term_from_outside_trains_in_a_stages_objective(
@@ -141,39 +138,95 @@ def test_a_term_from_outside_trains_in_a_stages_objective(
 
 
 def test_a_name_that_nobody_registered_is_refused_and_one_that_is_taken(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"sft\.loss\.name: got squared, needs one of 'fps', 'softmax'"):
+    with pytest.raises(ConfigError, match=r"sft\.loss\.name: got squared, needs one of fps, softmax"):
         load_config(folder / "config.yaml", OVERRIDES)
     with registered(folder):
-        assert LOSSES["squared"] == LossOptions("squared")
-        with pytest.raises(ConfigError, match=r"sft\.loss\.direction: got both, needs q2d: squared has no other"):
+        with pytest.raises(ConfigError, match=r"unknown key sft\.loss\.direction: squared has .*margin"):
             load_config(folder / "config.yaml", [*OVERRIDES, "sft.loss.direction=both"])
-        with pytest.raises(ValueError, match="there is another loss called 'squared'"):
-            register("squared", PairCE)
-    with pytest.raises(ValueError, match="there is another loss called 'sigmoid'"):
-        register("sigmoid", PairCE)
+        with pytest.raises(ValueError, match=r"there is a loss named 'squared': outside_terms\.Squared"):
+            register_loss(type("Other", (PairCE,), {"name": "squared"}))
+    with pytest.raises(ValueError, match="there is a loss named 'sigmoid'"):
+        register_loss(type("Other", (PairCE,), {"name": "sigmoid"}))
+
+
+def outside_loss(rank: int, world_size: int, folder: Path, overrides: list[str]) -> tuple[float, float]:
+    """Return the loss of a config's objective on this rank's half of a batch, and its distillation."""
+    from . import outside  # noqa: F401, it registers what it holds
+
+    stage = load_config(folder / "config.yaml", overrides).pretrain
+    objective, m = Objective(stage, ModelConfig(score="dot"), None, None, ROWS), ROWS // world_size
+    (q, d, listed), own = whole(), slice(rank * m, (rank + 1) * m)
+    columns = torch.cat([d[own], listed.view(ROWS, LISTED, D)[own].flatten(0, 1)])
+    doc_ids = torch.arange(len(columns)) + 100 * rank
+    batch = Batch(
+        step=0, row_ids=torch.arange(m), query={}, doc={}, positive=torch.arange(m), relevance=torch.ones(m),
+        query_ids=torch.arange(m) + 100 * rank, doc_ids=doc_ids, doc_rows=doc_ids,
+        multiplicity=torch.ones_like(doc_ids), query_lengths={}, doc_lengths={},
+        negatives=m + torch.arange(m * LISTED).view(m, LISTED), teacher=torch.arange(3.0).expand(m, 3),
+    )  # fmt: skip
+    U, W = q[own].clone().requires_grad_(), columns.clone().requires_grad_()
+    out = objective(Encoded(U, W, None, torch.tensor([ALPHA])), batch)
+    slope = torch.autograd.grad(out.loss, [U, W])
+    step = sum(float((gradient * gradient).sum()) for gradient in slope)
+    moved = objective(Encoded(U - 1e-6 * slope[0], W - 1e-6 * slope[1], None, torch.tensor([ALPHA])), batch)
+    steps = torch.tensor([step, float(out.loss.detach() - moved.loss.detach())], dtype=torch.float64)
+    if world_size > 1:
+        torch.distributed.all_reduce(steps)
+    assert float(steps[1]) == pytest.approx(1e-6 * float(steps[0]), rel=1e-4)
+    return float(out.loss.detach()), float(out.stats.get("distillation", 0.0))
+
+
+MARGIN_HUBER = "distillation: {name: margin_huber, delta: 0.5, weight: 0.25, temperature: 2.0}"
+HARD = "negatives: {hard: 2, mining: {file: x.npy}}"
+TAUGHT = f"pretrain={{loss: {{name: softmax}}, sampling: {{name: none}}, {HARD}, {MARGIN_HUBER}}}"
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_losses_over_all_columns_and_distillations_come_from_outside(
+    outside_pools: dict[int, Pool], folder: Path, world_size: int
+) -> None:
+    q, d, listed = whole()
+    S = ALPHA * q @ torch.cat([d, listed]).T
+    shifted = S - 0.5 * torch.eye(ROWS, len(S[0]), dtype=torch.float64)
+    expected = torch.nn.functional.cross_entropy(shifted, torch.arange(ROWS))
+    lead = ["pretrain.loss={name: additive_margin, lead: 0.5}"]
+    for found, _ in outside_pools[world_size].run(outside_loss, folder, lead):
+        assert found == pytest.approx(float(expected), rel=1e-12)
+
+    own, hard = S.diagonal()[:, None], torch.stack([S[i, ROWS + LISTED * i :][:LISTED] for i in range(ROWS)])
+    teacher = torch.arange(3.0, dtype=torch.float64) / 2.0
+    error = (own - hard) - (teacher[0] - teacher[1:])
+    huber = torch.nn.functional.huber_loss(error, torch.zeros_like(error), reduction="none", delta=0.5).sum(1).mean()
+    plain = [TAUGHT.replace(f", {MARGIN_HUBER}", "")]
+    for (found, distilled), (alone, _) in zip(
+        outside_pools[world_size].run(outside_loss, folder, [TAUGHT]),
+        outside_pools[world_size].run(outside_loss, folder, plain), strict=True,
+    ):  # fmt: skip
+        assert distilled == pytest.approx(float(huber), rel=1e-12)
+        assert found == pytest.approx(alone + 0.25 * float(huber), rel=1e-12)
 
 
 def disagree(rank: int, world_size: int, calls: list[dict[str, Any]]) -> str:
     U, W = torch.ones(2, 3), torch.ones(2, 3)
     try:
         call = {"U": U, "W": W, "alpha": 2.0, **calls[min(rank, len(calls) - 1)]}
-        options = {name: call.pop(name) for name in ("columns", "direction") if name in call}
-        contrastive_loss(call.pop("term"), LossBatch(**call), **options)
+        options = {name: call.pop(name) for name in ("columns",) if name in call}
+        contrastive_loss(call.pop("loss"), LossBatch(**call), **options)
     except BigDSSMError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
 
 
-PAIR_CE = {"term": PairCE(), "columns": "in_batch"}
+PAIR_CE = {"loss": PairCE(), "columns": "in_batch"}
 
 
 @pytest.mark.parametrize(
     ("calls", "what", "words"),
     [
-        ([{"term": Softmax()}, PAIR_CE], "the loss or its direction",
+        ([{"loss": Softmax()}, PAIR_CE], "the loss or its direction",
          ["softmax over all columns, q2d", "pair_ce over in-batch and listed negatives, q2d"]),
-        ([{"term": Softmax()}, {"term": Softmax(), "direction": "both"}], "the loss or its direction",
-         ["softmax over all columns, q2d", "softmax over all columns, both"]),
+        ([{"loss": FPS()}, {"loss": FPS(direction="both")}], "the loss or its direction",
+         ["fps over all columns, q2d", "fps over all columns, both"]),
         ([PAIR_CE, {**PAIR_CE, "alpha": 3.0}], "alpha", ["2.0", "3.0"]),
         ([PAIR_CE, {**PAIR_CE, "beta": torch.zeros(2), "doc_ids": torch.arange(2)}],
          "which of beta, neg_bias, query_ids, doc_ids, known are given", ["none", "beta, doc_ids"]),

@@ -106,7 +106,7 @@ def test_the_gradient_cache_changes_nothing(
     assert_same_weights(tmp_path, reference)
 
 
-STREAMING = ("pretrain.loss.frequency=streaming", "pretrain.loss.frequency_buckets=512")
+STREAMING = ("pretrain.sampling.frequency=streaming", "pretrain.sampling.frequency_buckets=512")
 
 
 def common(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
@@ -174,20 +174,20 @@ TEXT_CONFIG: dict[str, Any] = {
     "pretrain": {
         "rows_global": 60,
         "steps": 6,
-        "loss": {"sampling": "classic"},
+        "sampling": {"name": "classic"},
         "log_every_steps": 1,
     },
 }
 
 FINE_TUNING = {
     "pair_ce, mined": ("sft.loss.name=pair_ce",),
-    "triplet, both": ("sft.loss.name=triplet", "sft.loss.in_batch=true", "sft.loss.weight=relevance"),
+    "triplet, both": ("sft.loss.name=triplet", "sft.negatives.in_batch=true", "sft.loss.weight=relevance"),
     "softmax, both": (
-        "sft.loss.name=softmax", "sft.loss.in_batch=true", "sft.loss.sampling=corrected",
-        "sft.loss.frequency=streaming", "sft.loss.mask=user",
+        "sft.loss.name=softmax", "sft.negatives.in_batch=true", "sft.sampling.name=corrected",
+        "sft.sampling.frequency=streaming", "sft.negatives.mask=user",
     ),
-    "pair_ce by an MLP": ("sft.loss.name=pair_ce", "sft.loss.mlp=[8]", "engine.zero_stage=3"),
-    "fps, mined columns": ("sft.loss.name=fps", "sft.loss.in_batch=true", "sft.loss.sampling=classic"),
+    "pair_ce by an MLP": ("sft.loss.name=pair_ce", "sft.scorer={name: mlp, hidden: [8]}", "engine.zero_stage=3"),
+    "fps, mined columns": ("sft.loss.name=fps", "sft.negatives.in_batch=true", "sft.sampling.name=classic"),
 }  # fmt: skip
 QUICK = ("pair_ce, mined", "fps, mined columns")
 
@@ -222,7 +222,7 @@ def test_negatives_mined_before_are_taken_and_lost_ones_missed(
     own, given = tmp_path / "own", tmp_path / "given"
     mined = own / "sft" / "mined_negatives.npy"
     pools[1].run(small_run.run, config, own, overrides, "sft")
-    pools[1].run(small_run.run, config, given, (*overrides, checkpoint, f"sft.mining.file={mined}"), "sft")
+    pools[1].run(small_run.run, config, given, (*overrides, checkpoint, f"sft.negatives.mining.file={mined}"), "sft")
     assert not (given / "sft" / "mined_negatives.npy").exists()
     assert_same_curve(given, own, tolerance=0, stage="sft")
     mined.unlink()
@@ -233,7 +233,11 @@ def test_negatives_mined_before_are_taken_and_lost_ones_missed(
 def test_a_scalar_beta_waits_for_the_sigmoid_loss(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
     """It stands still in pretraining, whose softmax it cancels in; vectors with a norm penalty all the way."""
     model = ("model.beta=scalar", "model.beta_init=-3.0", "model.score=dot", "model.alpha_init=1.0")
-    overrides = (*model, "pretrain.loss.norm_penalty=0.3", "sft.loss={name: sigmoid, negatives: 3, norm_penalty: 0.3}")
+    overrides = (
+        *model,
+        "pretrain.loss.norm_penalty=0.3",
+        "sft={loss: {name: sigmoid, norm_penalty: 0.3}, negatives: {hard: 3}}",
+    )
     for ranks in (1, 3):
         pools[ranks].run(small_run.run, config, tmp_path / f"{ranks}", overrides)
         pools[ranks].run(small_run.run, config, tmp_path / f"{ranks}", overrides, "sft")

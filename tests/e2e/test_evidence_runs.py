@@ -34,8 +34,8 @@ def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -
     bright = f"--like {tiny_interactions.dir} --rating-column rating --positive-rating 5"
     config = tmp_path / "config.yaml"
     content = yaml.safe_load(tiny_interactions.config.read_text())
-    loss, mining = {"name": "pair_ce", "negatives": 2}, {"first": 1, "last": 20}
-    content["sft"] = {"steps": 3, "rows_global": 64, "loss": loss, "mining": mining}
+    negatives = {"hard": 2, "mining": {"first": 1, "last": 20}}
+    content["sft"] = {"steps": 3, "rows_global": 64, "loss": {"name": "pair_ce"}, "negatives": negatives}
     config.write_text(yaml.safe_dump(content, sort_keys=False))
     claim: dict[str, Any] = {
         "claim": "more is better",
@@ -44,13 +44,17 @@ def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -
             "tuned": {"after": "more"},
             "more": {},
             "no titles": {"without": ["doc.title"]},
-            "scored": {"after": "more", "set": ["sft.loss.mlp=[4]", "sft.loss.in_batch=false"]},
-            "ranked": {"after": "more", "set": ["sft.loss.mlp=[4]", "sft.loss.in_batch=false"], "rerank": 5},
-            "judged": {"after": "more", "set": ["sft.loss.distillation=kl"], "judge": ["--model", "{start}"]},
+            "scored": {"after": "more", "set": ["sft.scorer={name: mlp, hidden: [4]}", "sft.negatives.in_batch=false"]},
+            "ranked": {
+                "after": "more",
+                "set": ["sft.scorer={name: mlp, hidden: [4]}", "sft.negatives.in_batch=false"],
+                "rerank": 5,
+            },
+            "judged": {"after": "more", "set": ["sft.distillation.name=kl"], "judge": ["--model", "{start}"]},
             "taught": {
                 "after": "more",
                 "teacher": "other",
-                "set": ["sft.loss.name=fps", "sft.loss.negatives=0", "sft.loss.distillation=batch_kl"],
+                "set": ["sft.loss.name=fps", "sft.negatives.hard=0", "sft.distillation.name=batch_kl"],
             },
             "other": {"set": ["pretrain.steps=3"]},
             "EASE": {"baseline": "ease"},

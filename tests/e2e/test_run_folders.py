@@ -413,7 +413,7 @@ def test_the_largest_weights_of_a_mixture_and_one_beyond(config: Path, tmp_path:
     (data / "dataset.json").write_text(json.dumps({**described, "partitions": ["base", "day2"]}))
     shutil.copytree(data / "partitions" / "base", data / "partitions" / "day2")
     huge = "data.mixture=[{partitions: [base], weight: 1e9}, {partitions: [day2], weight: 1e9}]"
-    arguments = (*STEPS, "data.lanes=6", "pretrain.loss.sampling=none")
+    arguments = (*STEPS, "data.lanes=6", "pretrain.sampling.name=none")
     done = pretrain(config, tmp_path / "run", *arguments, f"data.dir={data}", huge.replace("1e9", "1e308", 1)).wait()
     refused(done, 2, r"data\.mixture\[0\]\.weight: got 1e\+308, needs above 0 and at most")
     done = pretrain(config, tmp_path / "run", *arguments, f"data.dir={data}", huge).wait()

@@ -340,7 +340,7 @@ def test_what_is_kept_is_not_run_again_unless_another_starts_from_it(
         "b": {"set": ["pretrain.epochs=2"]},
         "tuned": {"after": "a", "set": ["sft.steps=1"]},
         "ranked": {"after": "a", "set": ["sft.steps=1"], "rerank": 5},
-        "taught": {"after": "a", "teacher": "b", "set": ["sft.loss.distillation=batch_kl"]},
+        "taught": {"after": "a", "teacher": "b", "set": ["sft.distillation.name=batch_kl"]},
     }
     planned = trials(read_claim(written(tmp_path, sets=sets, cells=cells)), tmp_path)
     begun: list[str] = []

@@ -67,10 +67,10 @@ def test_a_config_of_python_callers_may_hold_paths_and_numpys_numbers(path: Path
     ("key", "meant"),
     [
         ("pretrain.lr", "Did you mean pretrain.optimizer.lr?"),
-        ("sft.negatives", "Did you mean sft.loss.negatives?"),
-        ("sft.file", "Did you mean sft.mining.file?"),
+        ("sft.hard", "Did you mean sft.negatives.hard?"),
+        ("sft.file", "Did you mean sft.negatives.mining.file?"),
         ("model.embedding_dim", "Did you mean model.query.embedding_dim or model.doc.embedding_dim?"),
-        ("pretrain.loss.nmae", "Did you mean pretrain.loss.name?"),
+        ("pretrain.loss.nmae", "fps has name, weight, widths, norm_penalty, direction; did you mean name?"),
         ("engin.precision", "Did you mean engine?"),
     ],
 )
@@ -81,7 +81,7 @@ def test_an_unknown_key_names_the_one_that_is_meant(path: Path, key: str, meant:
 
 
 def test_an_unknown_loss_or_optimizer_may_be_one_that_was_not_imported(path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"needs one of 'fps', .*, or a loss whose module is imported first"):
+    with pytest.raises(ConfigError, match=r"needs one of fps, .*, or a loss whose module is imported first"):
         load_config(path, ["pretrain.loss.name=mine"])
 
 
@@ -96,25 +96,25 @@ def test_a_minimal_config_loads_and_survives_its_own_yaml(path: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("override", "sampling"),
     [
-        ("name: fps", "corrected"),
-        ("name: softmax", "corrected"),
-        ("sampling: none", "none"),
-        ("sampling: classic", "classic"),
-        ("columns: catalogue", "none"),
-        ("name: softmax, in_batch: false, negatives: 3", "none"),
-        ("name: pair_ce", "none"),
+        ("loss: {name: fps}", "corrected"),
+        ("loss: {name: softmax}", "corrected"),
+        ("sampling: {name: none}", "none"),
+        ("sampling: {name: classic}", "classic"),
+        ("negatives: {columns: catalogue}", "none"),
+        ("loss: {name: softmax}, negatives: {in_batch: false, hard: 3}", "none"),
+        ("loss: {name: pair_ce}", "none"),
     ],
 )
 def test_popular_documents_of_a_batch_are_corrected_where_queries_have_histories(
     path: Path, override: str, sampling: str
 ) -> None:
-    stages = [f"pretrain.loss={{{override}}}", f"sft.loss={{{override}}}"]
+    stages = [f"pretrain={{{override}}}", f"sft={{{override}}}"]
     config = load_config(path, stages)
-    assert [stage.loss.sampling for stage in (config.pretrain, config.sft) if stage] == [sampling] * 2
+    assert [stage.sampling.name for stage in (config.pretrain, config.sft) if stage] == [sampling] * 2
     content = yaml.safe_load(path.read_text())
     content["data"]["query"] = {"words": {"type": "text"}}
     path.write_text(yaml.safe_dump(content))
-    assert load_config(path, stages).pretrain.loss.sampling == (sampling if "sampling" in override else "none")
+    assert load_config(path, stages).pretrain.sampling.name == (sampling if "sampling" in override else "none")
 
 
 def header_overrides(file: Path) -> list[list[str]]:
@@ -146,7 +146,7 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
         ("pretrain.rows_global=many", ["pretrain.rows_global", "many"]),
         ("pretrain.rows_global=1001", ["pretrain.rows_global=1001", "data.lanes=8", "1000 or 1008"]),
         ("pretrain.rows_global=-4", ["pretrain.rows_global", "got -4", "at least 1"]),
-        ("pretrain.loss.name=fsp", ["pretrain.loss.name", "fsp", "'fps'"]),
+        ("pretrain.loss.name=fsp", ["pretrain.loss.name", "fsp", "one of fps"]),
         ("engine.zero_stage=4", ["engine.zero_stage", "4", "at least 0 and at most 3"]),
         ("run.trackers={a: 1}", ["run.trackers: got a mapping, needs a list"]),
         ("pretrain.optimizer.betas={}", ["pretrain.optimizer.betas: got a mapping, needs a list"]),
@@ -156,64 +156,93 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
         ("data.query.history.of=itme", ["data.query.history.of", "itme", "item"]),
         ("data.query.history.of=tags", ["data.query.history.of", "tags", "single-valued"]),
         ("model.alpha_init=0", ["model.alpha_init", "above 0"]),
-        ("pretrain.mining={first: 9, last: 9}", ["pretrain.mining", "first < last"]),
-        ("pretrain.loss={name: softmax, in_batch: false, negatives: 0}", ["pretrain.loss.negatives", "at least 1"]),
-        ("pretrain.loss.in_batch=false", ["pretrain.loss.in_batch", "fps"]),
-        ("sft.mining={file: x.npy, every_steps: 3}", ["sft.mining.every_steps: got 3, needs 0 with sft.mining.file"]),
-        ("sft.mining.teacher_margin=0.5", ["sft.mining.teacher_margin: got 0.5, needs sft.mining.file, with a judge"]),
+        ("pretrain.negatives.mining={first: 9, last: 9}", ["pretrain.negatives.mining", "first < last"]),
         (
-            "sft={loss: {name: softmax, mlp: [4], in_batch: false, negatives: 2}, mining: {every_steps: 3}}",
-            ["sft.mining.every_steps: got 3, needs 0 with sft.loss.mlp"],
+            "pretrain={loss: {name: softmax}, negatives: {in_batch: false, hard: 0}}",
+            ["pretrain.negatives.hard", "at least 1"],
+        ),
+        ("pretrain.negatives.in_batch=false", ["pretrain.negatives.in_batch", "fps"]),
+        (
+            "sft.negatives.mining={file: x.npy, every_steps: 3}",
+            ["sft.negatives.mining.every_steps: got 3, needs 0 with sft.negatives.mining.file"],
         ),
         (
-            "sft={loss: {name: softmax, cross_encoder: true, in_batch: false, negatives: 2}, mining: {every_steps: 3}}",
-            ["sft.mining.every_steps: got 3, needs 0 with sft.loss.cross_encoder"],
+            "sft.negatives.mining.teacher_margin=0.5",
+            ["sft.negatives.mining.teacher_margin: got 0.5, needs sft.negatives.mining.file, with a teacher"],
         ),
         (
-            "pretrain.mining.uniform=true",
-            ["pretrain.loss.negatives: got 0, needs at least 1 with pretrain.mining.unif"],
+            "sft={loss: {name: softmax}, scorer: {name: mlp},"
+            " negatives: {in_batch: false, hard: 2, mining: {every_steps: 3}}}",
+            ["sft.negatives.mining.every_steps: got 3, needs 0 with sft.scorer"],
         ),
         (
-            "pretrain={loss: {negatives: 2, name: softmax}, mining: {uniform: true, file: x.npy}}",
-            ["pretrain.mining.file: got x.npy, needs none with pretrain.mining.uniform=true"],
-        ),
-        ("sft.loss.distillation=kl", ["sft.loss.distillation: got kl, needs sft.mining.file, with a judge's scores"]),
-        ("sft={mining: {file: x.npy}, loss: {distillation: kl}}", ["sft.loss.negatives: got 0, needs at least 1"]),
-        ("sft.loss.distillation=batch_kl", ["sft.teacher: got None, needs a folder of bigdssm embed_teacher with"]),
-        (
-            "sft.teacher=x",
-            ["sft.teacher: got x, needs a folder of bigdssm embed_teacher with sft.loss.distillation=batc"],
+            "sft={loss: {name: softmax}, scorer: {name: cross_encoder},"
+            " negatives: {in_batch: false, hard: 2, mining: {every_steps: 3}}}",
+            ["sft.negatives.mining.every_steps: got 3, needs 0 with sft.scorer"],
         ),
         (
-            "sft={teacher: x, loss: {name: fps, distillation: batch_kl, columns: catalogue}}",
-            ["sft.loss.columns: got catalogue, needs batch with sft.loss.distillation=batch_kl"],
+            "pretrain.negatives.mining.uniform=true",
+            ["pretrain.negatives.hard: got 0, needs at least 1 with pretrain.negatives.mining.unif"],
         ),
-        ("pretrain.loss={name: pair_ce, direction: both}", ["pretrain.loss.direction", "both", "q2d"]),
-        ("pretrain.loss={name: pair_ce, uniform_negatives: 9}", ["pretrain.loss.uniform_negatives", "9"]),
+        (
+            "pretrain={negatives: {hard: 2, mining: {uniform: true, file: x.npy}}, loss: {name: softmax}}",
+            ["pretrain.negatives.mining.file: got x.npy, needs none with pretrain.negatives.mining.uniform=true"],
+        ),
+        (
+            "sft.distillation.name=kl",
+            ["sft.negatives.mining.file: got None, needs a file with a teacher's scores"],
+        ),
+        (
+            "sft={negatives: {mining: {file: x.npy}}, distillation: {name: kl}}",
+            ["sft.negatives.hard: got 0, needs at least 1"],
+        ),
+        (
+            "sft.distillation.name=batch_kl",
+            ["required key sft.distillation.teacher is missing"],
+        ),
+        (
+            "sft.distillation.teacher=x",
+            ["sft.distillation.name: got None, needs one of kl, margin_mse, batch_kl"],
+        ),
+        (
+            "sft={distillation: {teacher: x, name: batch_kl}, loss: {name: fps}, negatives: {columns: catalogue}}",
+            ["sft.negatives.columns: got catalogue, needs batch with sft.distillation.name=batch_kl"],
+        ),
+        ("pretrain.loss={name: pair_ce, direction: both}", ["unknown key pretrain.loss.direction", "pair_ce has"]),
+        ("pretrain={loss: {name: pair_ce}, negatives: {uniform: 9}}", ["pretrain.negatives.uniform", "9"]),
         ("pretrain.loss.mask_history=true", ["mask_history"]),
-        ("pretrain.loss={columns: catalogue, name: softmax}", ["pretrain.loss.columns", "batch with softmax"]),
         (
-            "pretrain.loss={columns: catalogue, direction: both}",
-            ["pretrain.loss.direction: got both, needs q2d with pretrain.loss.columns=catalogue: a document of no"],
+            "pretrain={negatives: {columns: catalogue}, loss: {name: softmax}}",
+            ["pretrain.negatives.columns", "batch with softmax"],
         ),
         (
-            "pretrain.loss={columns: catalogue, sampling: corrected}",
-            ["pretrain.loss.sampling: got corrected, needs none", "every document is a column, once"],
+            "pretrain={negatives: {columns: catalogue}, loss: {direction: both}}",
+            ["pretrain.loss.direction: got both, needs q2d with pretrain.negatives.columns=catalogue"],
         ),
         (
-            "pretrain.loss={columns: catalogue, uniform_negatives: 9}",
-            ["pretrain.loss.uniform_negatives: got 9, needs 0"],
-        ),
-        ("sft.loss={columns: catalogue, negatives: 3}", ["sft.loss.negatives: got 3, needs 0", "sft.loss.columns"]),
-        (
-            "pretrain.loss={sampling: none, frequency: streaming}",
-            ["pretrain.loss.frequency", "sampling=classic or corrected"],
+            "pretrain={negatives: {columns: catalogue}, sampling: {name: corrected}}",
+            ["pretrain.sampling.name: got corrected, needs none", "every document is a column, once"],
         ),
         (
-            "sft.loss={name: pair_ce, in_batch: false, negatives: 3, sampling: corrected}",
-            ["sft.loss.sampling", "in_batch=true"],
+            "pretrain={negatives: {columns: catalogue, uniform: 9}}",
+            ["pretrain.negatives.uniform: got 9, needs 0"],
         ),
-        ("pretrain.loss={sampling: classic, frequency_buckets: 0}", ["pretrain.loss.frequency_buckets", "got 0"]),
+        (
+            "sft={negatives: {columns: catalogue, hard: 3}}",
+            ["sft.negatives.hard: got 3, needs 0", "sft.negatives.columns"],
+        ),
+        (
+            "pretrain={sampling: {name: none, frequency: streaming}}",
+            ["unknown key pretrain.sampling.frequency: none has"],
+        ),
+        (
+            "sft={loss: {name: pair_ce}, negatives: {in_batch: false, hard: 3}, sampling: {name: corrected}}",
+            ["sft.sampling", "in_batch=true"],
+        ),
+        (
+            "pretrain={sampling: {name: classic, frequency_buckets: 0}}",
+            ["pretrain.sampling.frequency_buckets", "got 0"],
+        ),
         ("pretrain.loss.norm_penalty=0.1", ["pretrain.loss.norm_penalty", "score=cosine"]),
         ("run.seed=-1", ["run.seed", "got -1"]),
         ("data.num_workers=-1", ["data.num_workers", "at least 0"]),
@@ -224,14 +253,23 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
         ("pretrain.optimizer.betas=[0.9, 1.0]", ["pretrain.optimizer.betas", "1.0"]),
         ("sft.optimizer.gradient_clipping=-1", ["sft.optimizer.gradient_clipping", "at least 0"]),
         ("pretrain.loss.norm_penalty=-1", ["pretrain.loss.norm_penalty", "at least 0"]),
-        ("sft.loss={name: pair_ce, negatives: 3, mlp: [8]}", ["sft.loss.mlp", "[8]", "in_batch=false"]),
-        ("pretrain.loss={name: pair_ce, negatives: 3, in_batch: false, mlp: [8]}", ["pretrain.loss.mlp", "stage sft"]),
+        (
+            "sft={loss: {name: pair_ce}, negatives: {hard: 3}, scorer: {name: mlp, hidden: [8]}}",
+            ["sft.scorer.name: got mlp", "in_batch=false"],
+        ),
+        (
+            "pretrain={loss: {name: pair_ce}, negatives: {hard: 3, in_batch: false}, scorer: {name: mlp, hidden: [8]}}",
+            ["pretrain.scorer.name", "stage sft"],
+        ),
         ("pretrain.loss.widths=[48, 48]", ["pretrain.loss.widths", "[48, 48]", "distinct numbers"]),
         ("pretrain.loss.widths=[9999]", ["pretrain.loss.widths", "below model.dim"]),
-        ("sft.loss={name: pair_ce, negatives: 3, in_batch: false, mlp: [0]}", ["sft.loss.mlp[0]", "at least 1"]),
         (
-            "sft.loss={name: pair_ce, negatives: 3, in_batch: false, mlp: [8], widths: [4]}",
-            ["sft.loss.mlp", "widths=[]"],
+            "sft={loss: {name: pair_ce}, negatives: {hard: 3, in_batch: false}, scorer: {name: mlp, hidden: [0]}}",
+            ["sft.scorer.hidden[0]", "at least 1"],
+        ),
+        (
+            "sft={loss: {name: pair_ce, widths: [4]}, negatives: {hard: 3, in_batch: false}, scorer: {name: mlp}}",
+            ["sft.scorer", "widths=[]"],
         ),
         ("sft.loss.name=sigmoid", ["model.beta", "got document", "needs scalar", "sft.loss.name"]),
         ("model.beta=scalar", ["model.beta", "got scalar", "without a sigmoid loss"]),
@@ -254,9 +292,12 @@ def test_bad_values_are_named(path: Path, override: str, words: list[str]) -> No
     [
         (
             ["data.webdataset=x.tar"],
-            "data.webdataset: got x.tar, needs none with pretrain.loss.columns=catalogue: rows",
+            "data.webdataset: got x.tar, needs none with pretrain.negatives.columns=catalogue: rows",
         ),
-        (["model.doc.dropout=0.1"], "model.doc.dropout: got 0.1, needs 0.0 with pretrain.loss.columns=catalogue: a"),
+        (
+            ["model.doc.dropout=0.1"],
+            "model.doc.dropout: got 0.1, needs 0.0 with pretrain.negatives.columns=catalogue: a",
+        ),
         (["model.doc.text.dropout=0.1"], "model.doc.text.dropout: got 0.1, needs 0.0"),
         (["model.share_text=true", "model.query.text.dropout=0.1"], "model.query.text.dropout: got 0.1, needs 0.0"),
     ],
@@ -266,14 +307,14 @@ def test_the_catalogue_as_columns_needs_documents_that_are_the_same_on_all_ranks
 ) -> None:
     texts = ["data.doc.words={type: text}", "data.query.words={type: text}"]
     with pytest.raises(ConfigError) as caught:
-        load_config(path, ["pretrain.loss.columns=catalogue", *texts, *overrides])
+        load_config(path, ["pretrain.negatives.columns=catalogue", *texts, *overrides])
     assert words in str(caught.value)
     load_config(path, [*texts, *overrides])
 
 
 def test_negatives_mined_before_are_of_the_whole_dataset(path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"sft.mining.file: got x.npy, needs no data.from_partition"):
-        load_config(path, ["sft.mining.file=x.npy", "data.from_partition=day2"])
+    with pytest.raises(ConfigError, match=r"sft.negatives.mining.file: got x.npy, needs no data.from_partition"):
+        load_config(path, ["sft.negatives.mining.file=x.npy", "data.from_partition=day2"])
 
 
 def test_a_missing_file_a_missing_key_and_broken_yaml_are_named(path: Path, tmp_path: Path) -> None:

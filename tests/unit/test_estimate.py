@@ -72,8 +72,8 @@ def test_an_index_takes_the_share_of_the_documents_vectors_again(
     tiny_interactions: TinyDataset, world_size: int
 ) -> None:
     def highest(exact_up_to: int) -> int:
-        mines = "pretrain.loss={name: pair_ce, negatives: 2, in_batch: false}", "pretrain.rows_global=24"
-        limit = f"pretrain.mining.exact_up_to={exact_up_to}"
+        mines = "pretrain={loss: {name: pair_ce}, negatives: {hard: 2, in_batch: false}}", "pretrain.rows_global=24"
+        limit = f"pretrain.negatives.mining.exact_up_to={exact_up_to}"
         return of(tiny_interactions, *mines, limit, world_size=world_size).phases["validation, mining"]
 
     share = 4 * NUM_ITEMS // world_size * (load_config(tiny_interactions.config).model.dim + 1)
@@ -95,8 +95,8 @@ def test_the_catalogue_as_columns_is_what_ranks_share_and_send(tiny_interactions
     batch = "columns: batch, mask: past"
     columns = "columns: catalogue, mask: past"
     one, four, plain = (
-        of(tiny_interactions, f"pretrain.loss={{{loss}}}", "pretrain.rows_global=24", world_size=ranks)
-        for loss, ranks in ((columns, 1), (columns, 4), (batch, 4))
+        of(tiny_interactions, f"pretrain.negatives={{{negatives}}}", "pretrain.rows_global=24", world_size=ranks)
+        for negatives, ranks in ((columns, 1), (columns, 4), (batch, 4))
     )
     assert one.negatives == four.negatives == NUM_ITEMS - 1 and plain.negatives == 23
     dim = load_config(tiny_interactions.config).model.dim
@@ -123,8 +123,10 @@ def test_chunks_and_recomputation_take_less(tiny_pairs: TinyDataset) -> None:
 
 def test_a_cross_encoders_pairs_are_counted_and_the_towers_gradients_are_not(tiny_pairs: TinyDataset) -> None:
     def of_pairs(negatives: int, *overrides: str) -> Estimate:
-        loss = f"sft.loss={{name: softmax, negatives: {negatives}, in_batch: false, cross_encoder: true}}"
-        config = load_config(tiny_pairs.config, ["sft={rows_global: 48, steps: 5}", loss, *overrides])
+        loss = f"sft={{loss: {{name: softmax}}, negatives: {{hard: {negatives}, in_batch: false}}}}"
+        config = load_config(
+            tiny_pairs.config, ["sft={rows_global: 48, steps: 5}", loss, "sft.scorer.name=cross_encoder", *overrides]
+        )
         return estimate(config, "sft", open_dataset(config.data), 2)
 
     towers = "towers' activations and gradients"

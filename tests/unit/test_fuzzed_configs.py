@@ -27,8 +27,8 @@ from bigdssm.config import (
     DataConfig,
     DebugConfig,
     EngineConfig,
+    FrequencyCorrection,
     ModelConfig,
-    ScorerConfig,
     StageConfig,
     load_config,
 )
@@ -38,6 +38,7 @@ from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.models import new_model
+from bigdssm.models.declarations import MlpConfig
 from bigdssm.training.checks import check_stage
 from bigdssm.utils.bounds import BOUND, Bound
 from tests.conftest import WORDS, pick, write_config
@@ -74,12 +75,13 @@ WILD = [
     "${run.seed}", "???", "!!binary x", '"\\0"', "é", "[[1]]", "item", "history", "title",
 ]  # fmt: skip
 TOGETHER = [  # values that are refused, or do nothing, without others
-    ["STAGE.loss.name=softmax", "STAGE.loss.negatives=2", "STAGE.mining={first: 0, last: 4}"],
-    ["STAGE.loss={name: pair_ce, in_batch: false, negatives: 2}", "STAGE.mining={first: 1, last: 9}"],
-    ["STAGE.loss={name: triplet, in_batch: false, negatives: 1, mlp: [4]}", "STAGE.mining={first: 1, last: 3}"],
+    ["STAGE.loss.name=softmax", "STAGE.negatives.hard=2", "STAGE.negatives.mining={first: 0, last: 4}"],
+    ["STAGE={loss: {name: pair_ce}, negatives: {in_batch: false, hard: 2, mining: {first: 1, last: 9}}}"],
+    ["STAGE={loss: {name: triplet}, negatives: {in_batch: false, hard: 1, mining: {first: 1, last: 3}}}",
+     "STAGE.scorer={name: mlp, hidden: [4]}"],
     ["STAGE.loss.name=sigmoid", "model.beta=scalar"],
-    ["STAGE.loss={sampling: corrected, frequency: streaming, frequency_buckets: 16}"],
-    ["STAGE.loss={sampling: classic, uniform_negatives: 5, direction: both}"],
+    ["STAGE={sampling: {name: corrected, frequency: streaming, frequency_buckets: 16}}"],
+    ["STAGE={sampling: {name: classic}, negatives: {uniform: 5}, loss: {direction: both}}"],
     ["STAGE.loss.widths=[4, 2]", "STAGE.loss.norm_penalty=0.1", "model.score=dot"],
     ["engine.zero_stage=3", "engine.chunk_tokens=40", "engine.keep_graph_tokens=0"],
     ["engine.precision=bf16_pure", "engine.zero_stage=2", "engine.checkpoint_activations=true"],
@@ -91,7 +93,7 @@ TOGETHER = [  # values that are refused, or do nothing, without others
     ["data.lanes=3", "STAGE.rows_global=9", "data.tail=drop"],
     ["data.mixture=[{weight: 2}, {partitions: [base]}]", "data.mixture_batches=one_source"],
 ]  # fmt: skip
-MLP = ScorerConfig("mlp", (1,))
+MLP = MlpConfig(hidden=(1,))
 LEFT_ALONE = (
     "data.dir", "data.query", "data.doc", "run.dir", "data.cache_dir", "data.num_workers", "steps",
     "engine.compile",  # a minute in every run
@@ -185,11 +187,12 @@ def is_small(config: Config, stage: StageConfig, dataset: Dataset) -> bool:
             dataset.schema,
             dataset.pad_token_id,
             dataset.vocab_size,
-            stage.loss.scorer or MLP,
+            stage.scorer or MLP,
         )
-    loss = stage.loss
-    rows = stage.rows_global + loss.uniform_negatives + (loss.negatives + 1) * 8
-    held = loss.frequency_buckets if loss.frequency == "streaming" else 0
+    rows = stage.rows_global + stage.negatives.uniform + (stage.negatives.hard + 1) * 8
+    sampling = stage.sampling
+    streams = isinstance(sampling, FrequencyCorrection) and sampling.frequency == "streaming"
+    held = sampling.frequency_buckets if streams else 0  # type: ignore[attr-defined]
     weights, layers = sum(p.numel() for p in model.parameters()), len(list(model.modules()))
     return weights < MOST_WEIGHTS and rows < MOST_ROWS and 96 * held < MOST_BYTES and layers < 1000
 

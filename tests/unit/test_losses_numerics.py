@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from bigdssm.losses import RANKING_NAMES, fps_loss, ranking_loss, scored_loss
+from bigdssm.losses import PairCE, Sigmoid, Softmax, Triplet, fps_loss, ranking_loss, scored_loss
 from bigdssm.losses.reference import dense_loss
 
 DIRECTIONS = ("q2d", "d2q", "both")
@@ -53,7 +53,7 @@ def test_a_callers_autocast_changes_nothing(direction: str) -> None:
     negatives = torch.arange(80).view(40, 2) % 50
 
     def ranking(U: Tensor, W: Tensor) -> Tensor:
-        return ranking_loss("softmax", U, W, alpha=100.0, in_batch=True, negatives=negatives).loss
+        return ranking_loss(Softmax(), U, W, alpha=100.0, in_batch=True, negatives=negatives).loss
 
     def fps(U: Tensor, W: Tensor) -> Tensor:
         return fps_loss(U, W, alpha=100.0, direction=direction).loss  # type: ignore[arg-type]
@@ -69,8 +69,8 @@ def test_a_callers_autocast_changes_nothing(direction: str) -> None:
 
 def test_bfloat16_scores_are_widened_before_they_are_summed() -> None:
     scores = (10 * unit(64, 9, 1)).bfloat16()
-    for name in RANKING_NAMES:
-        found, right = (scored_loss(name, s).loss for s in (scores, scores.double()))  # type: ignore[arg-type]
+    for loss in (Softmax(), PairCE(), Triplet(), Sigmoid()):
+        found, right = (scored_loss(loss, s).loss for s in (scores, scores.double()))
         assert float(found) == pytest.approx(float(right), rel=1e-6)
 
 

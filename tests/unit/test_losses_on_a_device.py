@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigdssm.losses import fps_loss, norm_penalty, ranking_loss
+from bigdssm.losses import PairCE, Softmax, fps_loss, norm_penalty, ranking_loss
 from bigdssm.losses.kernels.columns import strip_rows
 from tests import simgpu
 from tests.distributed.reference import Shard, make_shards
@@ -25,7 +25,7 @@ FIXED = {"q2d": 370, "d2q": 400, "both": 420}
 EACH = {"q2d": 70, "d2q": 90, "both": 100}
 LOSSES = {
     **{direction: partial(fps_loss, direction=direction) for direction in DIRECTIONS},
-    **{name: partial(ranking_loss, name, in_batch=True) for name in ("softmax", "pair_ce")},
+    **{loss.name: partial(ranking_loss, loss, in_batch=True) for loss in (Softmax(), PairCE())},
 }  # fmt: skip
 
 

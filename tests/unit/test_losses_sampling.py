@@ -20,6 +20,7 @@ from bigdssm.losses import (
     norm_penalty,
     relevance_weight,
 )
+from bigdssm.losses.declarations import Classic, Corrected
 
 
 def load_tool() -> Any:
@@ -42,28 +43,27 @@ def world() -> Any:
 
 
 def test_each_correction_brings_the_gradient_nearer_to_the_full_softmax(world: Any) -> None:
-    none, classic, corrected = (gradient_bias(world, s, 1.0) for s in ("none", "classic", "corrected"))
-    half = gradient_bias(world, "corrected", 0.5)
+    none, classic, corrected = (gradient_bias(world, sampling) for sampling in (None, Classic(), Corrected()))
+    half = gradient_bias(world, Corrected(gamma=0.5))
     assert corrected < classic < none
     assert corrected < half < none
 
 
 def test_uniform_negatives_with_the_mixtures_counts_are_nearer_still(world: Any) -> None:
-    assert gradient_bias(world, "corrected", 1.0, num_uniform=2048) < gradient_bias(world, "corrected", 1.0)
+    assert gradient_bias(world, Corrected(), num_uniform=2048) < gradient_bias(world, Corrected())
 
 
-def test_strength_zero_and_none_change_nothing() -> None:
+def test_strength_zero_changes_nothing() -> None:
     log_expected = torch.tensor([-1.0, -2.0])
-    for biases in (apply_sampling("none", log_expected), apply_sampling("classic", log_expected, gamma=0.0)):
-        assert biases.beta is None and biases.neg_bias is None
+    assert apply_sampling(Classic(gamma=0.0), log_expected) == (None, None)
 
 
 def test_corrections_add_to_what_is_there() -> None:
     log_expected, own = torch.tensor([-1.0, -2.0]), torch.tensor([5.0, 7.0])
-    assert apply_sampling("classic", log_expected, gamma=0.5, beta=own).beta.tolist() == [5.5, 8.0]
-    assert apply_sampling("corrected", log_expected, neg_bias=own).neg_bias.tolist() == [6.0, 9.0]
-    with pytest.raises(LossInputError, match="sampling must be one of"):
-        apply_sampling("yes", log_expected)  # type: ignore[arg-type]
+    beta, neg_bias = apply_sampling(Classic(gamma=0.5), log_expected, beta=own)
+    assert beta is not None and beta.tolist() == [5.5, 8.0] and neg_bias is None
+    beta, neg_bias = apply_sampling(Corrected(), log_expected, neg_bias=own)
+    assert neg_bias is not None and neg_bias.tolist() == [6.0, 9.0] and beta is None
 
 
 def test_expected_columns_from_counts() -> None:

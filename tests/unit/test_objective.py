@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from bigdssm.config import LossConfig, ModelConfig
+from bigdssm.config import LossConfig, ModelConfig, NegativesConfig, StageConfig
 from bigdssm.loader.batch import Batch
-from bigdssm.losses import ListwiseKL, LossBatch, MarginMSE, contrastive_loss, fps_loss, ranking_loss, scored_loss
+from bigdssm.losses import (
+    FPS,
+    ListwiseKL,
+    LossBatch,
+    MarginMSE,
+    PairCE,
+    Sigmoid,
+    Softmax,
+    Triplet,
+    contrastive_loss,
+    fps_loss,
+    ranking_loss,
+    scored_loss,
+)
+from bigdssm.losses.declarations import Classic, Corrected, NoCorrection
 from bigdssm.models import Encoded
+from bigdssm.models.declarations import MlpConfig
 from bigdssm.training.objective import Objective
 
 M, N, D = 4, 6, 3
@@ -42,9 +58,15 @@ BATCH = Batch(
 IDS = {"query_ids": BATCH.query_ids, "doc_ids": BATCH.doc_ids}
 ENCODED = Encoded(U, W, BETA, ALPHA)
 INDICATOR = torch.tensor([1.0, 0.0, 1.0, 1.0])
+LISTED = NegativesConfig(in_batch=False, hard=2)
 
 
-def loss(config: LossConfig, model: ModelConfig | None = None, scores: torch.Tensor | None = None) -> float:
+def stage(loss: LossConfig | None = None, **blocks: Any) -> StageConfig:
+    """Return a stage without a sampling correction."""
+    return StageConfig(**{"loss": loss or FPS(), "sampling": NoCorrection(), **blocks})
+
+
+def loss(config: StageConfig, model: ModelConfig | None = None, scores: torch.Tensor | None = None) -> float:
     objective = Objective(config, model or ModelConfig(score="dot"), None, COUNTS, 20)
     return float(objective(Encoded(U, W, BETA, ALPHA, scores), BATCH).loss)
 
@@ -55,12 +77,12 @@ def fps(**arguments: object) -> float:
 
 
 def test_merged_columns_count_as_often_as_they_were() -> None:
-    assert loss(LossConfig(sampling="none")) == pytest.approx(fps(), rel=1e-12)
-    assert loss(LossConfig(sampling="none", direction="both")) == pytest.approx(fps(direction="both"), rel=1e-12)
+    assert loss(stage()) == pytest.approx(fps(), rel=1e-12)
+    assert loss(stage(FPS(direction="both"))) == pytest.approx(fps(direction="both"), rel=1e-12)
 
 
 def test_products_take_vectors_rounded_after_they_were_normalised() -> None:
-    objective = Objective(LossConfig(sampling="none", widths=(2,)), ModelConfig(), None, None, 20, torch.bfloat16)
+    objective = Objective(stage(FPS(widths=(2,))), ModelConfig(), None, None, 20, torch.bfloat16)
     found = float(objective(ENCODED, BATCH).loss)
 
     def rounded(vectors: torch.Tensor) -> torch.Tensor:
@@ -73,14 +95,14 @@ def test_products_take_vectors_rounded_after_they_were_normalised() -> None:
 
 
 def test_relevance_is_an_indicator_or_a_weight() -> None:
-    assert loss(LossConfig(sampling="none", weight="relevance")) == pytest.approx(fps(weight=RELEVANCE), rel=1e-12)
-    assert loss(LossConfig(sampling="none")) != pytest.approx(fps(weight=RELEVANCE), rel=1e-3)
+    assert loss(stage(FPS(weight="relevance"))) == pytest.approx(fps(weight=RELEVANCE), rel=1e-12)
+    assert loss(stage()) != pytest.approx(fps(weight=RELEVANCE), rel=1e-3)
 
 
 def test_the_sampling_correction_goes_on_all_columns_or_on_negatives() -> None:
     expected = (20 * torch.tensor(COUNTS).double().clamp(min=1) / 101 + 6 / N).log()
-    common = {"gamma": 0.5, "uniform_negatives": 6}
-    classic, corrected = (loss(LossConfig(sampling=kind, **common)) for kind in ("classic", "corrected"))
+    corrections = (Classic(gamma=0.5), Corrected(gamma=0.5))
+    classic, corrected = (loss(stage(sampling=kind, negatives=NegativesConfig(uniform=6))) for kind in corrections)
     assert classic == pytest.approx(fps(beta=BETA - 0.5 * expected), rel=1e-12)
     assert corrected == pytest.approx(fps(neg_bias=LOG_COPIES - 0.5 * expected), rel=1e-12)
 
@@ -88,11 +110,11 @@ def test_the_sampling_correction_goes_on_all_columns_or_on_negatives() -> None:
 def test_the_norm_penalty_is_the_mean_over_queries_and_over_unmerged_documents() -> None:
     documents = float((W.pow(2).sum(1) * MULTIPLICITY).sum() / MULTIPLICITY.sum())
     penalty = float(U.pow(2).sum(1).mean()) + documents
-    assert loss(LossConfig(sampling="none", norm_penalty=0.25)) == pytest.approx(fps() + 0.25 * penalty, rel=1e-12)
+    assert loss(stage(FPS(norm_penalty=0.25))) == pytest.approx(fps() + 0.25 * penalty, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["fps", "softmax"])
-def test_the_mask_says_which_queries_know_of_each_other(name: str) -> None:
+@pytest.mark.parametrize("kind", [FPS, Softmax])
+def test_the_mask_says_which_queries_know_of_each_other(kind: type[LossConfig]) -> None:
     """Rows 0 and 3 have one query id; what lies before row 2 is documents 101 and 102, before row 3 101."""
     ids, by_id = torch.tensor([7, 8, 9, 7]), torch.tensor([[9, 101], [9, 102], [7, 101]])
     by_row = torch.tensor([[2, 101], [2, 102], [3, 101]])
@@ -103,19 +125,19 @@ def test_the_mask_says_which_queries_know_of_each_other(name: str) -> None:
         ("past", by_row, {"query_ids": None, "known": by_row}), ("none", None, {"query_ids": None, "known": None}),
     ):  # fmt: skip
         batch = replace(BATCH, query_ids=ids, known=known)
-        config = LossConfig(sampling="none", name=name, mask=mask, weight="relevance")  # type: ignore[arg-type]
+        config = stage(kind(weight="relevance"), negatives=NegativesConfig(mask=mask))  # type: ignore[arg-type]
         found[mask] = float(Objective(config, ModelConfig(score="dot"), None, None, 20)(ENCODED, batch).loss)
         common = {"alpha": 2.0, "beta": BETA, "weight": RELEVANCE, "doc_ids": BATCH.doc_ids, **arguments}
-        if name == "fps":
+        if kind is FPS:
             right = fps_loss(U, W, POSITIVE, neg_bias=LOG_COPIES, **common)
         else:
-            right = ranking_loss(name, U, W, POSITIVE, in_batch=True, negatives=BATCH.negatives, **common)
+            right = ranking_loss(kind(), U, W, POSITIVE, in_batch=True, negatives=BATCH.negatives, **common)
         assert found[mask] == pytest.approx(float(right.loss), rel=1e-12)
     assert len({round(value, 9) for value in found.values()}) == 4
 
 
 def test_an_mlps_scores_are_masked_by_each_querys_past() -> None:
-    config = LossConfig(sampling="none", name="softmax", in_batch=False, negatives=2, mlp=(4,), mask="past")
+    config = stage(Softmax(), negatives=replace(LISTED, mask="past"), scorer=MlpConfig())
     scores = torch.randn(M, 3, generator=torch.Generator().manual_seed(1))
     found = [
         float(Objective(config, ModelConfig(), None, None, 20)(Encoded(U, W, BETA, ALPHA, scores), batch).loss)
@@ -129,42 +151,39 @@ def test_an_mlps_scores_are_masked_by_each_querys_past() -> None:
 
 def test_a_scalar_beta_takes_part_in_the_sigmoid_only() -> None:
     model = ModelConfig(score="dot", beta="scalar")
-    assert loss(LossConfig(sampling="none"), model) == pytest.approx(fps(beta=None), rel=1e-12)
-    sigmoid = ranking_loss("sigmoid", U, W, POSITIVE, alpha=2.0, beta=BETA, weight=INDICATOR, in_batch=True,
+    assert loss(stage(), model) == pytest.approx(fps(beta=None), rel=1e-12)
+    sigmoid = ranking_loss(Sigmoid(), U, W, POSITIVE, alpha=2.0, beta=BETA, weight=INDICATOR, in_batch=True,
                            negatives=BATCH.negatives, **IDS).loss  # fmt: skip
-    assert loss(LossConfig(sampling="none", name="sigmoid"), model) == pytest.approx(float(sigmoid), rel=1e-12)
+    assert loss(stage(Sigmoid()), model) == pytest.approx(float(sigmoid), rel=1e-12)
 
 
 TEACHER = torch.tensor([[1.0, 0.5, 2.0], [1.0, 0.0, np.nan], [np.nan, 1.0, 2.0], [0.5, 3.0, -1.0]])
 
 
-@pytest.mark.parametrize(
-    ("name", "term"), [("kl", ListwiseKL(2.0)), ("margin_mse", MarginMSE(2.0))], ids=["kl", "margin_mse"]
-)
-@pytest.mark.parametrize("base", [{"sampling": "corrected"}, {"sampling": "none", "name": "softmax", "negatives": 2}])
-def test_a_judge_is_followed_beside_the_loss(name: str, term: ListwiseKL | MarginMSE, base: dict[str, object]) -> None:
+@pytest.mark.parametrize("kind", [ListwiseKL, MarginMSE])
+@pytest.mark.parametrize("base", [stage(sampling=Corrected()), stage(Softmax(), negatives=NegativesConfig(hard=2))])
+def test_a_teacher_is_learned_in_addition_to_the_loss(kind: type[ListwiseKL | MarginMSE], base: StageConfig) -> None:
     """By the serving score, whatever corrections and masks the loss has."""
     batch = replace(BATCH, teacher=TEACHER)
-    follow = {"distillation": name, "distillation_weight": 0.3, "distillation_temperature": 2.0}
     plain, both = (
-        Objective(LossConfig(**base, **more), ModelConfig(score="dot"), None, COUNTS, 20)(ENCODED, batch)  # type: ignore[arg-type]
-        for more in ({}, follow)
+        Objective(config, ModelConfig(score="dot"), None, COUNTS, 20)(ENCODED, batch)
+        for config in (base, replace(base, distillation=kind(weight=0.3, temperature=2.0)))
     )
     listed = LossBatch(
         U, W, POSITIVE, alpha=2.0, beta=BETA, weight=INDICATOR, negatives=BATCH.negatives, teacher=TEACHER
     )
-    judged = contrastive_loss(term, listed, columns="none").loss
+    judged = contrastive_loss(kind(temperature=2.0), listed, columns="none").loss
     assert float(both.loss) == pytest.approx(float(plain.loss + 0.3 * judged), rel=1e-12)
     assert float(both.stats["distillation"]) == pytest.approx(float(judged), rel=1e-12) and float(judged) > 0.01
 
 
-def test_a_judge_is_followed_by_an_mlps_scores() -> None:
-    config = LossConfig(sampling="none", name="softmax", in_batch=False, negatives=2, mlp=(4,))
+def test_a_teacher_is_learned_by_an_mlps_scores() -> None:
+    config = stage(Softmax(), negatives=LISTED, scorer=MlpConfig())
     scores = torch.randn(M, 3, generator=torch.Generator().manual_seed(1))
     batch = replace(BATCH, teacher=TEACHER, negatives=torch.tensor([[3, 0], [5, -1], [3, 3], [4, 5]]))
     plain, both = (
         Objective(one, ModelConfig(), None, None, 20)(Encoded(U, W, BETA, ALPHA, scores), batch).loss
-        for one in (config, replace(config, distillation="kl", distillation_weight=0.3))
+        for one in (config, replace(config, distillation=ListwiseKL(weight=0.3)))
     )
     kept = scores.clone()
     kept[0, 2] = kept[1, 2] = -torch.inf  # a copy of the own document, and none
@@ -172,12 +191,11 @@ def test_a_judge_is_followed_by_an_mlps_scores() -> None:
     assert float(both) == pytest.approx(float(plain + 0.3 * judged), rel=1e-6) and float(judged) > 0.01
 
 
-@pytest.mark.parametrize("name", ["softmax", "pair_ce", "triplet"])
-def test_an_mlps_scores_take_the_place_of_products(name: str) -> None:
-    config = LossConfig(sampling="none", name=name, in_batch=False, negatives=2, mlp=(4,), margin=0.3)  # type: ignore[arg-type]
-    listed = Objective(config, ModelConfig(), None, None, 20).listed(BATCH)
+@pytest.mark.parametrize("config", [Softmax(), PairCE(), Triplet(margin=0.3)], ids=lambda loss: loss.name)
+def test_an_mlps_scores_replace_products(config: LossConfig) -> None:
+    scored = stage(config, negatives=LISTED, scorer=MlpConfig())
+    listed = Objective(scored, ModelConfig(), None, None, 20).listed(BATCH)
     assert listed is not None and listed.tolist() == [[0, 3, 4], [1, 5, 0], [0, 3, 3], [2, 4, 5]]
     scores = (2.0 * torch.einsum("md,mkd->mk", U, W[listed])).float()
-    right = ranking_loss(name, U, W, POSITIVE, alpha=2.0, weight=INDICATOR, negatives=BATCH.negatives, margin=0.3,
-                         **IDS).loss  # type: ignore[arg-type]  # fmt: skip
-    assert loss(config, scores=scores) == pytest.approx(float(right), rel=1e-5)
+    right = ranking_loss(config, U, W, POSITIVE, alpha=2.0, weight=INDICATOR, negatives=BATCH.negatives, **IDS).loss
+    assert loss(scored, scores=scores) == pytest.approx(float(right), rel=1e-5)

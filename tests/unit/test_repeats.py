@@ -56,7 +56,7 @@ def listening(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "pretrain": {
             "rows_global": 64, "steps": 80, "optimizer": {"lr": 0.02, "warmup_steps": 5},
-            "loss": {"columns": "catalogue"},
+            "negatives": {"columns": "catalogue"},
         },
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(content))
@@ -155,14 +155,16 @@ def test_mined_negatives_may_be_what_was_played_but_not_now(trained: Any) -> Non
     [("true", None, "batch"), ("false", None, "none"), ("false", "batch", "batch"), ("true", "past", "past")],
 )
 def test_the_key_decides_the_losses_mask(listening: Path, exclude_seen: str, mask: str | None, resolved: str) -> None:
-    given = [f"pretrain.loss.mask={mask}", f"sft={{loss: {{mask: {mask}}}}}"] if mask else ["sft={}"]
+    given = [f"pretrain.negatives.mask={mask}", f"sft={{negatives: {{mask: {mask}}}}}"] if mask else ["sft={}"]
     config: Config = load_config(listening, [f"data.exclude_seen={exclude_seen}", *given])
     for stage in ("pretrain", "sft"):
-        assert config.stage(stage).loss.mask == resolved  # type: ignore[arg-type]
+        assert config.stage(stage).negatives.mask == resolved  # type: ignore[arg-type]
     assert load_config(listening, [f"data.exclude_seen={exclude_seen}", *given]) == config
 
 
 @pytest.mark.parametrize("mask", ["user", "past"])
 def test_a_mask_of_what_was_seen_is_refused_with_repeats(listening: Path, mask: str) -> None:
-    with pytest.raises(ConfigError, match=f"loss.mask: got {mask}, needs none or batch with data.exclude_seen=false"):
-        load_config(listening, [f"pretrain.loss.mask={mask}"])
+    with pytest.raises(
+        ConfigError, match=f"negatives.mask: got {mask}, needs none or batch with data.exclude_seen=false"
+    ):
+        load_config(listening, [f"pretrain.negatives.mask={mask}"])

@@ -115,7 +115,7 @@ def test_neither_itself_nor_who_pairs_with_it_is_mined(dataset: Dataset, model: 
 
 @pytest.mark.parametrize("mask", ["batch", "none"])
 def test_neither_is_a_negative_of_the_loss(config_path: Path, dataset: Dataset, model: DualEncoder, mask: str) -> None:
-    config = load_config(config_path, [f"pretrain.loss.mask={mask}", "pretrain.loss.direction=q2d"])
+    config = load_config(config_path, [f"pretrain.negatives.mask={mask}", "pretrain.loss.direction=q2d"])
     stream = row_stream(config, config.pretrain, dataset, 0, 1)
     batch = next(read_batches(stream, BatchMaker(stream, config.pretrain), torch.device("cpu")))
     related = set(zip(batch.query_ids.tolist(), batch.doc_ids[batch.positive].tolist(), strict=True))

@@ -17,6 +17,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.partition import MixturePart
 from bigdssm.dataset.rows import EVENT_BITS
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
+from bigdssm.losses import ListwiseKL
 from bigdssm.models import new_model
 from bigdssm.retrieval.hard_negatives import window_records, write_mined
 from bigdssm.training.batches import row_stream
@@ -137,14 +138,16 @@ def test_mined_negatives_are_of_one_part(config: Config) -> None:
             named.append(mined_file(some, data))
     assert len(set(named)) == 4 and all(name.startswith("mined_negatives.") for name in named)
     assert mined_file(config, dataset) == "mined_negatives.npy"
-    mining = replace(config.pretrain.mining, every_steps=5)
-    again = replace(config, pretrain=replace(config.pretrain, mining=mining))
+    negatives = config.pretrain.negatives
+    negatives = replace(negatives, mining=replace(negatives.mining, every_steps=5))
+    again = replace(config, pretrain=replace(config.pretrain, negatives=negatives))
     assert mined_file(again, dataset) == "mined_negatives.step-00000010.npy"
 
 
 def test_negatives_that_were_mined_before_are_looked_at(config: Config, tmp_path: Path) -> None:
-    mining, loss = MiningConfig(file=str(tmp_path / "mined.npy")), replace(config.pretrain.loss, negatives=2)
-    config = replace(config, pretrain=replace(config.pretrain, mining=mining, loss=loss))
+    mining = MiningConfig(file=str(tmp_path / "mined.npy"))
+    negatives = replace(config.pretrain.negatives, hard=2, mining=mining)
+    config = replace(config, pretrain=replace(config.pretrain, negatives=negatives))
     refused(config, DataError, "mined.npy is no file of mined negatives: .*No such file")
     dataset = Dataset.open(config.data.dir)
     rows, documents = dataset.num_rows("train"), dataset.catalogue.num_docs
@@ -155,10 +158,11 @@ def test_negatives_that_were_mined_before_are_looked_at(config: Config, tmp_path
     records = window_records(np.array([rows - 1 << EVENT_BITS]), np.array([[documents - 1, -1]]))
     write_mined(tmp_path / "mined.npy", records, dataset)
     check_stage(config, "pretrain", 1)
-    judged = replace(config, pretrain=replace(config.pretrain, loss=replace(loss, distillation="kl")))
-    refused(judged, ConfigError, r"distillation: got kl, needs a judge's scores, and \S*mined.npy has none")
-    margin = replace(config, pretrain=replace(config.pretrain, mining=replace(mining, teacher_margin=0.0)))
-    refused(margin, ConfigError, r"mining\.teacher_margin: got 0.0, needs a judge's scores, and \S*mined.npy has none")
+    judged = replace(config, pretrain=replace(config.pretrain, distillation=ListwiseKL()))
+    refused(judged, ConfigError, r"distillation\.name: got kl, needs a teacher's scores, and \S*mined.npy has none")
+    negatives = replace(negatives, mining=replace(mining, teacher_margin=0.0))
+    margin = replace(config, pretrain=replace(config.pretrain, negatives=negatives))
+    refused(margin, ConfigError, r"teacher_margin: got 0.0, needs a teacher's scores, and \S*mined.npy has none")
     teacher = np.zeros((1, 3), np.float32)
     records = window_records(np.array([0]), np.array([[documents - 1, -1]]), teacher)
     write_mined(tmp_path / "mined.npy", records, dataset)

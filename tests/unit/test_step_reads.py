@@ -17,9 +17,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bigdssm
-from bigdssm.config import LossConfig
+from bigdssm.config import NegativesConfig, StageConfig
 from bigdssm.loader.step_plan import TokenBudget, plan_step
 from bigdssm.losses import CountedFrequency, StreamingFrequency
+from bigdssm.losses.declarations import Corrected
 from bigdssm.models import Encoded
 from bigdssm.training.objective import Objective
 from bigdssm.training.step import train_step
@@ -87,9 +88,7 @@ class PlainEngine:
 @pytest.mark.parametrize("frequency", ["counts", "streaming"])
 def test_a_step_reads_nothing_back_whatever_the_chunks(frequency: Any) -> None:
     engine, batch = PlainEngine(), share_of(0, 1, 0)
-    objective = Objective(
-        LossConfig(sampling="corrected", frequency=frequency), MODEL, None, np.arange(1.0, 40.0), 24.0
-    )
+    objective = Objective(StageConfig(sampling=Corrected(frequency=frequency)), MODEL, None, np.arange(1.0, 40.0), 24.0)
     for chunk_tokens, fewest in ((0, 2), (40, 8), (12, 20)):
         plan = plan_step(batch, TokenBudget(chunk_tokens, 0))
         assert len(plan.query.chunks) + len(plan.doc.chunks) >= fewest
@@ -103,8 +102,8 @@ def test_a_step_is_the_same_work_whatever_the_catalogue() -> None:
     work = []
     for num_documents in (CATALOGUE, 1000 * CATALOGUE):
         counts = np.lib.stride_tricks.as_strided(np.ones(1), (num_documents,), (0,))  # in 8 bytes
-        loss = LossConfig(sampling="corrected", frequency="counts", uniform_negatives=8)
-        objective = Objective(loss, MODEL, None, counts, 24.0)
+        stage = StageConfig(sampling=Corrected(), negatives=NegativesConfig(uniform=8))
+        objective = Objective(stage, MODEL, None, counts, 24.0)
         engine, batch = PlainEngine(), share_of(0, 1, 0)
         with Reads() as reads:
             train_step(engine, batch, plan_step(batch, TokenBudget(40, 0)), objective, 1.0)  # type: ignore[arg-type]

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bigdssm.config import HISTORY_BLOCKS, LossConfig
+from bigdssm.config import HISTORY_BLOCKS, StageConfig
 from bigdssm.loader.batch import Batch
 from bigdssm.loader.step_plan import TokenBudget, draft_step
 from bigdssm.loader.upload import on_device
+from bigdssm.losses.declarations import Corrected
 from bigdssm.models import Encoded, QueryPositions, SequenceBounds, new_model, use_packing
 from bigdssm.training.engine import Engine
 from bigdssm.training.objective import Objective
@@ -122,7 +123,7 @@ def test_what_a_step_asks_for(case: Case) -> None:
     """Whole and with a gradient cache, of few chunks and of many."""
     engine, host = new_engine(case), batch_of(case)
     objective = Objective(
-        LossConfig(sampling="corrected", frequency=case.frequency),  # type: ignore[arg-type]
+        StageConfig(sampling=Corrected(frequency=case.frequency)),  # type: ignore[arg-type]
         MODEL, None, np.arange(1.0, 40.0), 24.0,
     )  # fmt: skip
     streaming = case.frequency == "streaming"

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from bigdssm.cluster.run_folder import CONSUMED, RowLog
-from bigdssm.config import OPTIMIZERS, EngineConfig, LossConfig, MiningConfig, StageConfig, load_config
+from bigdssm.config import OPTIMIZERS, EngineConfig, MiningConfig, NegativesConfig, StageConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.distributed import free_port
 from bigdssm.errors import DataError
@@ -26,6 +26,7 @@ from bigdssm.loader.chunks import Chunked
 from bigdssm.loader.pair_stream import PairStream
 from bigdssm.loader.step_plan import StepPlan, StepRequirements, TokenBudget, draft_step, plan_side
 from bigdssm.loader.upload import upload_ahead
+from bigdssm.losses import ListwiseKL, Softmax
 from bigdssm.retrieval.hard_negatives import HardNegatives, window_records
 from bigdssm.training import engine
 from bigdssm.training.batches import BatchMaker, known_pairs, read_batches
@@ -153,7 +154,7 @@ def test_uniform_draws_differ_by_step_and_seed_and_take_any_seed() -> None:
     catalogue = SimpleNamespace(num_docs=10**6)
     dataset = SimpleNamespace(schema=None, catalogue=catalogue, pad_token_id=0)
     stream = SimpleNamespace(dataset=dataset, inline=False, steps_per_epoch=1, rank=0, world_size=1)
-    stage = StageConfig(loss=LossConfig(uniform_negatives=5))
+    stage = StageConfig(negatives=NegativesConfig(uniform=5))
     drawn = {
         (seed, step): tuple(BatchMaker(stream, stage, seed).uniform(step))  # type: ignore[arg-type]
         for seed in (0, 1, 20251123, 2**32 - 1)
@@ -171,14 +172,14 @@ def test_what_a_judge_puts_above_a_querys_own_document_is_not_drawn(tiny_interac
     teacher = np.tile(np.array([1, 0.2, 0.6, 1.5, np.nan, 0.7], np.float32), (m, 1))
     order = np.argsort(rows.query_keys)
     mined = HardNegatives(window_records(rows.query_keys[order], windows, teacher))
-    loss = LossConfig(name="softmax", negatives=5, distillation="kl")
 
     def drawn(teacher_margin: float | None) -> tuple[set[int], np.ndarray]:
-        stage = StageConfig(loss=loss, mining=MiningConfig(teacher_margin=teacher_margin))
-        negatives, scores = BatchMaker(stream, stage, 0, mined).negatives(rows)
+        negatives = NegativesConfig(hard=5, mining=MiningConfig(teacher_margin=teacher_margin))
+        stage = StageConfig(loss=Softmax(), negatives=negatives, distillation=ListwiseKL())
+        drawn, scores = BatchMaker(stream, stage, 0, mined).negatives(rows)
         assert scores is not None and (scores[:, 0] == 1).all()
-        np.testing.assert_array_equal(scores[:, 1:], np.where(negatives < 0, np.nan, teacher[0, 1:][negatives]))
-        return set(negatives[negatives >= 0].tolist()), scores
+        np.testing.assert_array_equal(scores[:, 1:], np.where(drawn < 0, np.nan, teacher[0, 1:][drawn]))
+        return set(drawn[drawn >= 0].tolist()), scores
 
     assert [drawn(margin)[0] for margin in (None, 0.0, 0.35, -1.0)] == [
         {0, 1, 2, 3, 4}, {0, 1, 3, 4}, {0, 1, 3}, {0, 1, 2, 3, 4}
@@ -205,11 +206,12 @@ def test_known_pairs_are_what_lies_before_each_query(tiny_interactions: TinyData
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_share_the_catalogue_as_columns(tiny_interactions: TinyDataset, world_size: int) -> None:
     """Every document is in one rank's share, behind the positives of the rank's rows, and stands in it once."""
-    dataset, loss = Dataset.open(tiny_interactions.dir), LossConfig(columns="catalogue", mask="past")
+    dataset = Dataset.open(tiny_interactions.dir)
+    stage = StageConfig(negatives=NegativesConfig(columns="catalogue", mask="past"))
     shares = []
     for rank in range(world_size):
         stream = PairStream(dataset, rows_global=24, lanes=4, rank=rank, world_size=world_size)
-        make = BatchMaker(stream, StageConfig(loss=loss))
+        make = BatchMaker(stream, stage)
         batch = next(read_batches(stream, make, torch.device("cpu")))
         docs, num_positives = batch.doc_rows.tolist(), len(set(batch.positive.tolist()))
         assert len(set(docs)) == len(docs) and set(batch.positive.tolist()) == set(range(num_positives))

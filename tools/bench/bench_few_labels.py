@@ -106,7 +106,7 @@ def bench(task: Task, source: Path, folder: Path, seed: int, out: Path) -> None:
             f"steps={steps}",
             f"validate_every_steps={steps // 2}",
         ]
-        loss = ["loss.name=fps", "loss.negatives=0", "loss.in_batch=true", "loss.direction=both"]
+        loss = ["loss.name=fps", "loss.direction=both", "negatives.hard=0", "negatives.in_batch=true"]
         alone = [*how, "optimizer={lr: 1.0e-3, warmup_steps: 5}"]
         tuned = [*how, *loss, "optimizer={lr: 3.0e-4, warmup_steps: 5}"]
         nothing = trained("pretrain", f"nothing-{name}", data, *(f"pretrain.{line}" for line in alone))

@@ -61,11 +61,11 @@ RUNS = {
     "FPS": None,
     "FPS goes on": [
         "sft.loss.name=fps",
-        "sft.loss.negatives=0",
-        "sft.loss.in_batch=true",
-        "sft.loss.sampling=corrected",
+        "sft.negatives.hard=0",
+        "sft.negatives.in_batch=true",
+        "sft.sampling.name=corrected",
     ],
-    "softmax over what was shown": ["sft.mining.file={folder}/shown.npy"],
+    "softmax over what was shown": ["sft.negatives.mining.file={folder}/shown.npy"],
 }
 
 

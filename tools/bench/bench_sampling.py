@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bigdssm.cli import at_least
 from bigdssm.losses import CountedFrequency, apply_sampling, fps_loss, sample_uniform
-from bigdssm.losses.sampling import Sampling
+from bigdssm.losses.declarations import Classic, Corrected, FrequencyCorrection
 
 ITEMS, BATCH, D = 10_000, 256, 8
 STEP_ROWS, STEP_DIM = 8192, 128
@@ -48,13 +48,14 @@ def main() -> None:
         return
     world = make_world()
     print(f"{ITEMS} items, {args.batches} batches of {BATCH}: relative bias of the gradient")
-    print(f"{'none':35s} {gradient_bias(world, 'none', batches=args.batches):.3f}")
-    for sampling in ("classic", "corrected"):
-        for gamma in (0.5, 1.0):
-            print(f"{f'{sampling}, gamma {gamma}':35s} {gradient_bias(world, sampling, gamma, 0, args.batches):.3f}")
+    print(f"{'none':35s} {gradient_bias(world, None, batches=args.batches):.3f}")
+    for kind in (Classic, Corrected):
+        for sampling in (kind(gamma=0.5), kind(gamma=1.0)):
+            name = f"{sampling.name}, gamma {sampling.gamma}"
+            print(f"{name:35s} {gradient_bias(world, sampling, 0, args.batches):.3f}")
     for num in (256, 2048):
         name = f"corrected, and {num} uniform columns"
-        print(f"{name:35s} {gradient_bias(world, 'corrected', 1.0, num, args.batches):.3f}")
+        print(f"{name:35s} {gradient_bias(world, Corrected(), num, args.batches):.3f}")
 
 
 def correction_ms(num_documents: int) -> tuple[float, float]:
@@ -67,9 +68,9 @@ def correction_ms(num_documents: int) -> tuple[float, float]:
     for _ in range(9):
         documents = torch.randint(num_documents, (STEP_ROWS,), generator=generator)
         started = time.process_time()
-        biases = apply_sampling("corrected", counted.log_expected(documents))
+        _, neg_bias = apply_sampling(Corrected(), counted.log_expected(documents))
         alone.append(time.process_time() - started)
-        fps_loss(U, W, alpha=20.0, doc_ids=documents, neg_bias=biases.neg_bias).loss.backward()
+        fps_loss(U, W, alpha=20.0, doc_ids=documents, neg_bias=neg_bias).loss.backward()
         whole.append(time.process_time() - started)
     return 1e3 * statistics.median(alone), 1e3 * statistics.median(whole)
 
@@ -82,10 +83,8 @@ def make_world() -> World:
     return World(items, queries, torch.softmax(TASTE * queries @ items.T + popularity.log(), 1))
 
 
-def gradient_bias(
-    world: World, sampling: Sampling, gamma: float = 1.0, num_uniform: int = 0, batches: int = 12
-) -> float:
-    """Return the relative bias."""
+def gradient_bias(world: World, sampling: FrequencyCorrection | None, num_uniform: int = 0, batches: int = 12) -> float:
+    """Return the relative bias; None: without a correction."""
     generator = torch.Generator().manual_seed(1)
     items, drawn = world.items, world.drawn
     log_expected = CountedFrequency(drawn.mean(0) * 1e9, BATCH, num_uniform).log_expected(torch.arange(ITEMS))
@@ -96,8 +95,8 @@ def gradient_bias(
         docs = torch.multinomial(drawn[rows], 1, generator=generator)[:, 0]
         columns = torch.cat([docs, sample_uniform(num_uniform, ITEMS, generator)])
         W = items[columns].requires_grad_()
-        biases = apply_sampling(sampling, log_expected[columns], gamma=gamma)
-        fps_loss(U, W, alpha=1.0, beta=biases.beta, neg_bias=biases.neg_bias, doc_ids=columns).loss.backward()
+        beta, neg_bias = (None, None) if sampling is None else apply_sampling(sampling, log_expected[columns])
+        fps_loss(U, W, alpha=1.0, beta=beta, neg_bias=neg_bias, doc_ids=columns).loss.backward()
         assert W.grad is not None
         total += W.grad.T @ items[columns]
         p = torch.softmax(U @ items.T, 1)

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from bigdssm.cli import at_least
-from bigdssm.config import Config, EngineConfig, LossConfig, load_config
+from bigdssm.config import Config, EngineConfig, StageConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.ingest.job import IngestTarget
@@ -50,6 +50,7 @@ from bigdssm.loader.collate import Collator
 from bigdssm.loader.pair_stream import PairStream
 from bigdssm.loader.step_plan import TokenBudget, plan_step
 from bigdssm.losses import fps_loss
+from bigdssm.losses.declarations import NoCorrection
 from bigdssm.models import Encoded, new_model
 from bigdssm.training.optimizers import AdamW
 from bigdssm.utils import timing
@@ -205,7 +206,7 @@ class Ours:
 
         self.model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size).train()
         self.engine = Engine(self.model, engine, OPTIMIZER, rows_global // dist.get_world_size())
-        self.objective = Objective(LossConfig(sampling="none"), config.model, None, None, rows_global)
+        self.objective = Objective(StageConfig(sampling=NoCorrection()), config.model, None, None, rows_global)
         self.budget = TokenBudget.of(engine, self.model.packs(training=True))
 
     def step(self, batch: Batch, keep_graph_tokens: int | None = None) -> float:

@@ -23,7 +23,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from bigdssm.cli import at_least
-from bigdssm.losses import fps_loss, ranking_loss
+from bigdssm.losses import PairCE, fps_loss, ranking_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 ROWS, D, ALPHA = 48, 16, 10.0
@@ -90,7 +90,7 @@ def _losses() -> dict[str, Callable[..., Loss]]:
             lambda U, W, alpha: fps_loss(U, W, alpha=alpha, direction=direction, group=group).loss
         )
     found["ranking_loss pair_ce, in batch"] = lambda rank, ranks, group=None: (
-        lambda U, W, alpha: ranking_loss("pair_ce", U, W, alpha=alpha, in_batch=True, group=group).loss
+        lambda U, W, alpha: ranking_loss(PairCE(), U, W, alpha=alpha, in_batch=True, group=group).loss
     )
     for others in (_open_clip, _sentence_transformers):
         with contextlib.suppress(ImportError):

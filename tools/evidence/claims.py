@@ -55,7 +55,9 @@ class Cell:
     make: str | None = None  # arguments of make_shards for what it learns from; it is measured on the set's dataset
     after: str | None = None  # a cell whose pretraining this one fine-tunes
     sft: bool = False  # fine-tune after pretraining; implied by `after`
-    judge: tuple[str, ...] = ()  # score_pairs: who judges what sft.mining finds; {start}: the model of `after`
+    judge: tuple[
+        str, ...
+    ] = ()  # score_pairs: who judges what sft.negatives.mining finds; {start}: the model of `after`
     teacher: str | None = None  # a cell whose pretrained model's vectors this one follows while it fine-tunes
     rerank: int | None = None  # measured with its scorer ranking the towers' best anew, in place of all documents
     baseline: str | None = None  # in place of a training

@@ -229,9 +229,9 @@ def _config_content(trial: Trial) -> Any:
     """Return a trial's config as YAML has it, with the files of its judges and its teacher."""
     content = _content(trial.claim, trial.set_name, trial.cell_name)
     if trial.cell.judge:
-        OmegaConf.update(content, "sft.mining.file", str(trial.folder / JUDGED))
+        OmegaConf.update(content, "sft.negatives.mining.file", str(trial.folder / JUDGED))
     if trial.teacher is not None:
-        OmegaConf.update(content, "sft.teacher", str(trial.teacher.folder / TAUGHT))
+        OmegaConf.update(content, "sft.distillation.teacher", str(trial.teacher.folder / TAUGHT))
     return content
 
 
@@ -244,7 +244,7 @@ def _judge(trial: Trial, config: Config) -> None:
     """Have the cell's judges score the ranks that its config mines, where they have not yet."""
     mined, judged = trial.folder / "mined.npy", trial.folder / JUDGED
     assert config.sft is not None
-    window = config.sft.mining
+    window = config.sft.negatives.mining
     if not mined.exists():
         _command(
             trial, "mine_negatives", "--model", str(trial.start), "--data", config.data.dir, "--out", str(mined),

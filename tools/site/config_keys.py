@@ -18,12 +18,20 @@ from typing import Any, get_args, get_type_hints
 import omegaconf
 
 from bigdssm.config.keys import (
+    DISTILLATIONS,
     HISTORY_BLOCKS,
+    LOSSES,
     OPTIMIZERS,
+    SAMPLINGS,
+    SCORERS,
     TEXT_ENCODERS,
     Config,
+    DistillationConfig,
     HistoryEncoderConfig,
+    LossConfig,
     OptimizerConfig,
+    SamplingConfig,
+    ScorerConfig,
     TextEncoderConfig,
 )
 from bigdssm.config.schema import all_comments, default_of
@@ -74,6 +82,22 @@ TEXTS = """\
 ## Text encoders
 
 Beside the keys of every text encoder, `model.SIDE.text` has those of the one that `type` says:"""
+LOSS_KINDS = """\
+## Losses
+
+Beside the keys of every loss, `STAGE.loss` has those of the one that `name` says:"""
+SAMPLING_KINDS = """\
+## Sampling corrections
+
+`STAGE.sampling` has the keys of the one that `name` says:"""
+DISTILLATION_KINDS = """\
+## Distillations
+
+Beside the keys of every distillation, `STAGE.distillation` has those of the one that `name` says:"""
+SCORER_KINDS = """\
+## Scorers
+
+`STAGE.scorer` has the keys of the one that `name` says:"""
 BLOCKS = """\
 ## Sequence blocks
 
@@ -82,6 +106,10 @@ COMPONENTS: tuple[tuple[str, Registry[Any], Any], ...] = (
     (FEATURE_TYPES, FEATURES, None),
     (TEXTS, TEXT_ENCODERS, TextEncoderConfig),
     (BLOCKS, HISTORY_BLOCKS, HistoryEncoderConfig),
+    (LOSS_KINDS, LOSSES, LossConfig),
+    (SAMPLING_KINDS, SAMPLINGS, SamplingConfig),
+    (DISTILLATION_KINDS, DISTILLATIONS, DistillationConfig),
+    (SCORER_KINDS, SCORERS, ScorerConfig),
     (OPTIMIZER_KINDS, OPTIMIZERS, OptimizerConfig),
     (INDEXES, INDEX_TYPES, None),
     (EXPORTS, EXPORT_FORMATS, None),

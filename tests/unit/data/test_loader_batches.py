@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from bigdssm.config import LossConfig, StageConfig
+from bigdssm.config import NegativesConfig, StageConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DataError
 from bigdssm.loader.batch import Batch, ListLengths
 from bigdssm.loader.pair_stream import PairStream
+from bigdssm.losses import Softmax
 from bigdssm.retrieval.hard_negatives import HardNegatives, UniformNegatives, window_records
 from bigdssm.training.batches import BatchMaker, read_batches
 
@@ -69,7 +70,7 @@ def batches(
         start_step=start_step, window_blocks=2,
     )  # fmt: skip
     mask = "batch" if dataset.sequences is None else "user"
-    stage = StageConfig(loss=LossConfig(name="softmax", negatives=3, uniform_negatives=7, mask=mask))
+    stage = StageConfig(loss=Softmax(), negatives=NegativesConfig(hard=3, uniform=7, mask=mask))
     return read_batches(stream, BatchMaker(stream, stage, 5, UniformNegatives(dataset.catalogue.num_docs)), CPU, num)
 
 
@@ -112,7 +113,7 @@ def test_no_batch_is_made_behind_the_last_that_is_asked_for(pieces: Dataset, num
     keys = np.unique(np.concatenate([rows.query_keys for rows in islice(stream, 5)]))
     stream.close()
     again = PairStream(pieces, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=num_workers)
-    stage = StageConfig(loss=LossConfig(name="softmax", negatives=2))
+    stage = StageConfig(loss=Softmax(), negatives=NegativesConfig(hard=2))
     first = HardNegatives(window_records(keys, np.zeros((len(keys), 1), np.int32)))
     make = BatchMaker(again, stage, 0, first)
     made = [batch.negatives for batch in read_batches(again, make, CPU, 5)]

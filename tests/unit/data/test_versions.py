@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigdssm.config import DataConfig, LossConfig, SourceConfig, StageConfig
+from bigdssm.config import DataConfig, NegativesConfig, SourceConfig, StageConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.joined import open_dataset
 from bigdssm.dataset.rows import Rows
@@ -166,7 +166,7 @@ def test_a_batch_has_a_column_for_each_version_and_masks_go_by_document(grown: P
     shares: list[int] = []
     for rank in range(world_size):
         stream = PairStream(dataset, rows_global=240, lanes=4, rank=rank, world_size=world_size)
-        make = BatchMaker(stream, StageConfig(loss=LossConfig(columns="catalogue")))
+        make = BatchMaker(stream, StageConfig(negatives=NegativesConfig(columns="catalogue")))
         batch = next(read_batches(stream, make, torch.device("cpu")))
         assert batch.past is not None and batch.past.any() and not batch.past.all()
         docs = documents_of(dataset, batch.doc_rows[batch.positive].numpy())

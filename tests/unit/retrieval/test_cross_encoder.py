@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bigdssm.checkpoints.model_folder import load_model_folder, save_model_folder
-from bigdssm.config import Config, ScorerConfig, load_config
+from bigdssm.config import Config, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.collection import entry_columns, reranked_run
@@ -19,6 +19,7 @@ from bigdssm.features import TextTokenizer
 from bigdssm.ingest.sources.beir import Collection, CollectionEntry
 from bigdssm.loader.collate import Collator
 from bigdssm.models import CrossEncoder, DualEncoder, new_model
+from bigdssm.models.declarations import CrossEncoderConfig
 from bigdssm.models.scorers import joined
 from bigdssm.retrieval import pair_scorer
 from bigdssm.retrieval.embed import tower_encoders
@@ -32,8 +33,8 @@ from tests.conftest import TinyDataset
 from .conftest import SMALL, random_model
 
 PAIRS = ("query.text.layers=1", "query.text.hidden=8")
-CROSS = "sft.loss={name: softmax, negatives: 3, in_batch: false, cross_encoder: true}"
-MLP = "sft.loss={name: softmax, negatives: 3, in_batch: false, mlp: [7]}"
+CROSS = "sft={loss: {name: softmax}, negatives: {hard: 3, in_batch: false}, scorer: {name: cross_encoder}}"
+MLP = "sft={loss: {name: softmax}, negatives: {hard: 3, in_batch: false}, scorer: {name: mlp, hidden: [7]}}"
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def config_of(tiny_pairs: TinyDataset, *overrides: str) -> Config:
 
 def folder_of(tiny_pairs: TinyDataset, pairs: Dataset, out: Path, *overrides: str) -> Path:
     config = config_of(tiny_pairs, *overrides)
-    scorer = None if config.sft is None else config.sft.loss.scorer
+    scorer = None if config.sft is None else config.sft.scorer
     model = random_model(config, pairs, seed=3, scorer=scorer)
     save_model_folder(out, model, config, pairs.schema, pairs.tokenizer_dir, {"stage": "sft" if scorer else "pretrain"})
     return out
@@ -96,7 +97,7 @@ def test_a_new_one_begins_at_the_document_towers_weights(
     tiny_pairs: TinyDataset, pairs: Dataset, tmp_path: Path
 ) -> None:
     source = folder_of(tiny_pairs, pairs, tmp_path / "towers")
-    model = load_model_folder(source, scorer=ScorerConfig("cross_encoder")).model
+    model = load_model_folder(source, scorer=CrossEncoderConfig()).model
     assert isinstance(model.scorer, CrossEncoder) and model.scorer.key == "doc"
     tower, own = model.text["doc"].state_dict(), model.scorer.text.state_dict()
     name = "bert.embeddings.position_embeddings.weight"
@@ -204,16 +205,16 @@ def test_what_cannot_be_read_or_ranked_is_refused(
     tmp_path: Path,
 ) -> None:
     config = load_config(tiny_interactions.config, ["model.dim=8"])
-    with pytest.raises(ConfigError, match=r"cross_encoder=true: data\.query has no text"):
-        new_model(config.model, dataset.schema, 0, dataset.vocab_size, ScorerConfig("cross_encoder"))
+    with pytest.raises(ConfigError, match=r"cross_encoder: data\.query has no text"):
+        new_model(config.model, dataset.schema, 0, dataset.vocab_size, CrossEncoderConfig())
     towers = load_model_folder(folder_of(tiny_pairs, pairs, tmp_path / "towers"))
     with pytest.raises(CheckpointError, match="--rerank needs a model with a scorer"):
         PairScorer.of(towers, pairs).check_reranks()
     with pytest.raises(CheckpointError, match="it has a scorer of its own"):
-        load_model_folder(cross_dir, scorer=ScorerConfig("cross_encoder"))
-    with pytest.raises(ConfigError, match=r"sft\.loss\.cross_encoder: got True, needs name other than fps"):
-        config_of(tiny_pairs, "sft.loss={cross_encoder: true, negatives: 3}")
-    with pytest.raises(ConfigError, match=r"pretrain\.loss\.cross_encoder: got True, needs the stage sft"):
+        load_model_folder(cross_dir, scorer=CrossEncoderConfig())
+    with pytest.raises(ConfigError, match=r"sft\.scorer\.name: got cross_encoder, needs a loss other than fps"):
+        config_of(tiny_pairs, "sft={scorer: {name: cross_encoder}, negatives: {hard: 3}}")
+    with pytest.raises(ConfigError, match=r"pretrain\.scorer\.name: got cross_encoder, needs the stage sft"):
         config_of(tiny_pairs, CROSS.replace("sft", "pretrain"))
     assert isinstance(load_model_folder(cross_dir).model, DualEncoder)
 

@@ -12,26 +12,27 @@ import pytest
 import torch
 
 from bigdssm.checkpoints.model_folder import load_model_folder, save_model_folder
-from bigdssm.config import ScorerConfig, load_config
+from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError
 from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.evaluation.reranking import encoders_of
 from bigdssm.loader.collate import Collator
 from bigdssm.models import DualEncoder, MlpScorer
+from bigdssm.models.declarations import MlpConfig
 
 from .conftest import SMALL, random_model
 
-MLP = ScorerConfig("mlp", (12, 5))
+MLP = MlpConfig(hidden=(12, 5))
 ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
 def mlp_dir(tiny_interactions: Any, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     overrides = [f"model.{override}" for override in SMALL]
-    loss = "sft.loss={name: pair_ce, negatives: 3, in_batch: false, mlp: [12, 5]}"
+    loss = "sft={loss: {name: pair_ce}, negatives: {hard: 3, in_batch: false}, scorer: {name: mlp, hidden: [12, 5]}}"
     config = load_config(tiny_interactions.config, [*overrides, loss])
-    model = random_model(config, dataset, seed=1, scorer=config.stage("sft").loss.scorer)
+    model = random_model(config, dataset, seed=1, scorer=config.stage("sft").scorer)
     folder = tmp_path_factory.mktemp("mlp") / "model"
     save_model_folder(folder, model, config, dataset.schema, dataset.tokenizer_dir, {"stage": "sft", "step": 3})
     return folder

@@ -55,7 +55,7 @@ def flip(path: Path) -> None:
 def test_a_config_that_would_score_otherwise_is_refused(tools: Tools, copies: Path, change: Any) -> None:  # noqa: F811
     edit(copies / "model" / "config.yaml", change)
     message = tools.refused(4, *search(copies))
-    assert "the model section of config.yaml, or sft.loss.mlp, is not what the model was trained with" in message
+    assert "the model section of config.yaml, or sft.scorer, is not what the model was trained with" in message
 
 
 def test_what_changes_no_score_may_be_edited(tools: Tools, copies: Path, dataset: Dataset) -> None:  # noqa: F811

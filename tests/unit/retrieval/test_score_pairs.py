@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
 from bigdssm.checkpoints.model_folder import load_model_folder, save_model_folder
-from bigdssm.config import Config, ScorerConfig, load_config
+from bigdssm.config import Config, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DataError
@@ -20,6 +20,7 @@ from bigdssm.evaluation.pretrained import text_encoders
 from bigdssm.evaluation.teachers import PairTeacher, VectorTeacher, ensemble, score_pairs
 from bigdssm.features import Ragged
 from bigdssm.models import DualEncoder
+from bigdssm.models.declarations import CrossEncoderConfig, MlpConfig
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.hard_negatives import HardNegatives, window_records, write_mined
 from bigdssm.retrieval.mining import gather_mined, mine
@@ -84,9 +85,9 @@ def test_a_models_scores_are_its_products(
 def test_an_mlp_may_judge(
     tools: Tools, mined: Path, tiny_interactions: Any, dataset: Dataset, tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip
-    loss = "{name: pair_ce, in_batch: false, negatives: 2, mlp: [5]}"
-    config = load_config(tiny_interactions.config, [*(f"model.{x}" for x in SMALL), "sft={}", f"sft.loss={loss}"])
-    model = random_model(config, dataset, seed=4, scorer=ScorerConfig("mlp", (5,)))
+    loss = "{loss: {name: pair_ce}, negatives: {in_batch: false, hard: 2}, scorer: {name: mlp, hidden: [5]}}"
+    config = load_config(tiny_interactions.config, [*(f"model.{x}" for x in SMALL), f"sft={loss}"])
+    model = random_model(config, dataset, seed=4, scorer=MlpConfig(hidden=(5,)))
     save_model_folder(tmp_path / "mlp", model, config, dataset.schema, dataset.tokenizer_dir, {"stage": "sft"})
     arguments = ("--data", dataset.dir, "--mined", mined, "--out", tmp_path / "judged.npy")
     tools.ran("score_pairs", *arguments, "--model", tmp_path / "mlp")
@@ -104,10 +105,10 @@ def test_a_cross_encoder_of_our_own_may_judge(
     tools: Tools, pairs: tuple[Dataset, Path, Config], tiny_pairs: Any, tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip
     dataset, path, _ = pairs
-    loss = "sft.loss={name: softmax, negatives: 3, in_batch: false, cross_encoder: true}"
+    loss = "sft={loss: {name: softmax}, negatives: {hard: 3, in_batch: false}, scorer: {name: cross_encoder}}"
     small = [*SMALL, "query.text.layers=1", "query.text.hidden=8"]
     config = load_config(tiny_pairs.config, [*(f"model.{override}" for override in small), loss])
-    model = random_model(config, dataset, seed=3, scorer=ScorerConfig("cross_encoder"))
+    model = random_model(config, dataset, seed=3, scorer=CrossEncoderConfig())
     save_model_folder(tmp_path / "cross", model, config, dataset.schema, dataset.tokenizer_dir, {"stage": "sft"})
     arguments = ("--data", dataset.dir, "--mined", path, "--out", tmp_path / "judged.npy")
     tools.ran("score_pairs", *arguments, "--model", tmp_path / "cross")

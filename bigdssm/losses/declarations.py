@@ -1,0 +1,320 @@
+"""Losses, sampling corrections and distillations with their keys; torch-free until one is built.
+
+With S⁺ the positive's score, S⁻_j those of query i's negatives A_i:
+
+    fps, softmax   log(1 + Σ_j∈A exp(S⁻_j − S⁺)); fps also over the queries in the positive's column, or their mean
+    pair_ce        mean over A of −log σ(S⁺ − S⁻_j)
+    triplet        mean over A of max(0, margin − S⁺ + S⁻_j)
+    sigmoid        −log σ(S⁺) − Σ_j∈A log σ(−S⁻_j), usually with one beta for all documents
+
+A loss of single negatives is its value and slope alone (`PairLoss`), from any module:
+
+    @register_loss
+    @dataclass(frozen=True)
+    class Squared(PairLoss):
+        name: str = "squared"
+        def value(self, x): return (x + 1).clamp(min=0).square()
+        def slope(self, x): return (x + 1).clamp_(min=0).mul_(2)
+
+Source: softmax and triplet, Karpukhin et al. 2020 and Schroff et al. 2015; pair_ce, Burges et al. 2005 (RankNet),
+eq. 3; sigmoid, Zhai et al. 2023 (SigLIP), eq. 1.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from omegaconf import MISSING
+
+from bigdssm.config import (
+    DISTILLATIONS,
+    LOSSES,
+    SAMPLINGS,
+    Config,
+    DataConfig,
+    DistillationConfig,
+    FrequencyCorrection,
+    LossConfig,
+    SamplingConfig,
+    StageConfig,
+    StageName,
+)
+from bigdssm.features.history import histories_of
+from bigdssm.utils.bounds import bounded, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+register_loss, register_sampling, register_distillation = LOSSES.register, SAMPLINGS.register, DISTILLATIONS.register
+
+
+def describe(loss: LossConfig | DistillationConfig) -> str:
+    """Return the name of a loss with the keys that are its own, for messages and for the ranks' agreement."""
+    common = {"direction", *(f.name for base in (LossConfig, DistillationConfig) for f in fields(base))} - {
+        "temperature"
+    }
+    keys = ", ".join(f"{f.name}={getattr(loss, f.name)!r}" for f in fields(loss) if f.name not in common)
+    return f"{loss.name}({keys})" if keys else loss.name
+
+
+@register_loss
+@dataclass(frozen=True)
+class FPS(LossConfig):
+    """The Full Product Softmax: the cross-entropy of the positive among all documents of the global batch."""
+
+    all_columns: ClassVar[bool] = True
+
+    name: str = "fps"
+    direction: Literal["q2d", "d2q", "both"] = "q2d"  # documents compete for a query, queries for a document, or both
+
+    def build(self) -> Any:
+        """Return the function of scores."""
+        from bigdssm.losses.terms import SoftmaxTerm
+
+        return SoftmaxTerm(self)
+
+
+@register_loss
+@dataclass(frozen=True)
+class Softmax(LossConfig):
+    """The cross-entropy of the positive among in-batch and hard negatives."""
+
+    name: str = "softmax"
+
+    def build(self) -> Any:
+        """Return the function of scores."""
+        from bigdssm.losses.terms import SoftmaxTerm
+
+        return SoftmaxTerm(self)
+
+
+@dataclass(frozen=True)
+class PairLoss(LossConfig):
+    """A loss of one negative at a time, a function of x: S⁻ − S⁺, or S⁻ where it is not `relative`.
+
+    A relative one is averaged over the query's negatives (0 without any). Another is summed over them, with the same
+    function of −S⁺ for the positive. Its negatives are in-batch and hard ones: it does not count merged columns.
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.all_columns:
+            raise TypeError(f"{cls.__name__}: a PairLoss is not over all columns; derive it from LossConfig")
+
+    def build(self) -> Any:
+        """Return the function of scores."""
+        from bigdssm.losses.terms import PairTerm
+
+        return PairTerm(self)
+
+    @abstractmethod
+    def value(self, x: Tensor) -> Tensor:
+        """Return the loss, elementwise, differentiable by autograd."""
+
+    @abstractmethod
+    def slope(self, x: Tensor) -> Tensor:
+        """Return its derivative; may overwrite x, which is −inf where there is no negative: 0 there."""
+
+
+@register_loss
+@dataclass(frozen=True)
+class PairCE(PairLoss):
+    """The logistic loss of a pair's order."""
+
+    name: str = "pair_ce"
+
+    def value(self, x: Tensor) -> Tensor:
+        """Return log(1 + exp(x))."""
+        from bigdssm.losses.terms import softplus
+
+        return softplus(x)
+
+    def slope(self, x: Tensor) -> Tensor:
+        """Return σ(x)."""
+        return x.sigmoid_()
+
+
+@register_loss
+@dataclass(frozen=True)
+class Triplet(PairLoss):
+    """The hinge loss of a pair's order."""
+
+    name: str = "triplet"
+    margin: float = bounded(0.2, 0, 1_000_000)  # in score units
+
+    def value(self, x: Tensor) -> Tensor:
+        """Return max(0, x + margin)."""
+        return (x + self.margin).clamp(min=0)
+
+    def slope(self, x: Tensor) -> Tensor:
+        """Return 1 where the hinge is open."""
+        return (x > -self.margin).to(x.dtype)
+
+
+@register_loss
+@dataclass(frozen=True)
+class Sigmoid(PairCE):
+    """The logistic loss of whether a document is the query's."""
+
+    relative: ClassVar[bool] = False
+
+    name: str = "sigmoid"
+
+
+@register_sampling
+@dataclass(frozen=True)
+class NoCorrection(SamplingConfig):
+    """No correction: in the limit a softmax learns log p(d|q) − log q(d), q the share of the documents in the data."""
+
+    name: str = "none"
+
+
+@register_sampling
+@dataclass(frozen=True)
+class AutoCorrection(FrequencyCorrection):
+    """`corrected` where queries have histories and a softmax takes documents of the batch for negatives, else `none`.
+
+    That holds over time and over users for recommendation (docs/sequences.md); elsewhere nothing is known.
+    """
+
+    name: str = "auto"
+
+    def resolve(self, stage: StageConfig, data: DataConfig) -> SamplingConfig:
+        """Return the correction of the stage."""
+        negatives = stage.negatives
+        samples = stage.loss.name in ("fps", "softmax") and negatives.in_batch and negatives.columns == "batch"
+        if samples and histories_of(data.query):
+            return Corrected(gamma=self.gamma, frequency=self.frequency, frequency_buckets=self.frequency_buckets)
+        return NoCorrection()
+
+
+@register_sampling
+@dataclass(frozen=True)
+class Classic(FrequencyCorrection):
+    """β − γ log c, everywhere in training, the positive included. Source: Yi et al. 2019, eq. 4."""
+
+    name: str = "classic"
+
+    def apply(
+        self, correction: Tensor, beta: Tensor | None, neg_bias: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return (beta, neg_bias) [n]."""
+        return correction if beta is None else beta + correction, neg_bias
+
+
+@register_sampling
+@dataclass(frozen=True)
+class Corrected(FrequencyCorrection):
+    """−γ log c on negatives alone: a positive is not in the batch by chance. Source: arXiv 2507.09331."""
+
+    name: str = "corrected"
+
+    def apply(
+        self, correction: Tensor, beta: Tensor | None, neg_bias: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return (beta, neg_bias) [n]."""
+        return beta, correction if neg_bias is None else neg_bias + correction
+
+
+@dataclass(frozen=True)
+class ListDistillation(DistillationConfig):
+    """A distillation of a teacher's scores of a query's own document and its hard negatives, in negatives.mining.file.
+
+    Shapes: m queries, l = 1 + k documents of each, the own document first.
+    """
+
+    @abstractmethod
+    def value(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
+        """Return the loss [m] of our scores S and the teacher's T, both 0 where not `valid_ml`; column 0 always is."""
+
+    @abstractmethod
+    def slope(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
+        """Return its derivatives by S, 0 where not `valid_ml`."""
+
+    def build(self) -> Any:
+        """Return the function of scores."""
+        from bigdssm.losses.distillation import DistillationTerm
+
+        return DistillationTerm(self)
+
+    def check_stage(self, name: StageName, config: Config) -> None:
+        """Raise ConfigError unless hard negatives come from a file with a teacher's scores."""
+        negatives = config.stage(name).negatives
+        given, key = f"with {name}.distillation.name={self.name}", f"{name}.negatives"
+        file = negatives.mining.file
+        require(file is not None, f"{key}.mining.file", file, f"a file with a teacher's scores {given}")
+        require(negatives.hard > 0, f"{key}.hard", negatives.hard, f"at least 1 {given}")
+
+
+@register_distillation
+@dataclass(frozen=True)
+class ListwiseKL(ListDistillation):
+    """The divergence of our softmax over the scored documents from the teacher's."""
+
+    name: str = "kl"
+
+    def value(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
+        """Return the loss [m]."""
+        log_p, log_q = _log_softmax(T_ml, valid_ml), _log_softmax(S_ml, valid_ml)
+        return (log_p.exp() * (log_p - log_q).masked_fill(~valid_ml, 0.0)).sum(1)
+
+    def slope(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
+        """Return its derivatives."""
+        return _log_softmax(S_ml, valid_ml).exp() - _log_softmax(T_ml, valid_ml).exp()
+
+
+@register_distillation
+@dataclass(frozen=True)
+class MarginMSE(ListDistillation):
+    """The squared error of the margins between a query's own document and the others."""
+
+    name: str = "margin_mse"
+
+    def value(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
+        """Return the loss [m]."""
+        return self._error(S_ml, T_ml, valid_ml).square().sum(1) / _others(valid_ml)
+
+    def slope(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
+        """Return its derivatives."""
+        import torch
+
+        slope_mk = -2 * self._error(S_ml, T_ml, valid_ml) / _others(valid_ml)[:, None]
+        return torch.cat([-slope_mk.sum(1, keepdim=True), slope_mk], 1)
+
+    def _error(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
+        """Return [m, k], 0 without a teacher's score."""
+        excess_ml = S_ml - T_ml
+        return (excess_ml[:, :1] - excess_ml[:, 1:]).masked_fill(~valid_ml[:, 1:], 0.0)
+
+
+@register_distillation
+@dataclass(frozen=True)
+class BatchKL(DistillationConfig):
+    """The divergence of our softmax over the documents of the global batch from a teacher's, by its vectors."""
+
+    name: str = "batch_kl"
+    teacher: str = MISSING  # folder of bigdssm embed_teacher
+
+    def check_stage(self, name: StageName, config: Config) -> None:
+        """Raise ConfigError unless the batch's documents are columns: vectors are found by rows of the catalogue."""
+        data, stage = config.data, config.stage(name)
+        for where, got, only in (
+            (f"{name}.negatives.columns", stage.negatives.columns, "batch"),
+            (f"{name}.scorer", None if stage.scorer is None else stage.scorer.name, None),
+            ("data.webdataset", data.webdataset, None),
+            ("data.from_partition", data.from_partition, None),
+            ("data.mixture", list(data.mixture), []),
+        ):
+            require(got == only, where, got, f"{only} with {name}.distillation.name={self.name}")
+
+
+def _log_softmax(x_ml: Tensor, kept_ml: Tensor) -> Tensor:
+    return x_ml.masked_fill(~kept_ml, -math.inf).log_softmax(1)
+
+
+def _others(valid_ml: Tensor) -> Tensor:
+    """Return the number of scored documents other than the own, at least 1: [m]."""
+    return valid_ml[:, 1:].sum(1).clamp(min=1)
