@@ -7,7 +7,7 @@ per key, same part or new part, stage length. Tables of a new part may have grow
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.loader.row_stream import RowStream
 from bigdssm.models import DualEncoder
 from bigdssm.training.optimizers import schedule_factor
+from bigdssm.utils.bounds import RESUME_MAY_CHANGE
 from bigdssm.utils.log import get_logger
 
 # may     may change: it changes what is computed where, kept or said, not what is learned
@@ -209,7 +210,7 @@ def _check_written_config(path: Path, config: Config, name: StageName) -> None:
             f"{path} does not load, so that this config cannot be compared with the run's: {reason}; bring it back, or "
             "choose another run.dir"
         ) from None
-    if difference := _forbidden(before, config, name):
+    if difference := forbidden_change(before, config, name):
         raise ConfigError(
             f"{path.parent} was run with another config: {difference}; resume needs the same (docs/faults.md has what "
             "may change)"
@@ -233,7 +234,7 @@ def _check_origin(checkpoint: ReadCheckpoint, run_id: str, config: Config, name:
         before = config_from(checkpoint.path / MANIFEST, checkpoint.state["config"]).to_dict()
     except ConfigError as error:
         raise CheckpointError(f"the config in a checkpoint cannot be compared with this one: {error}; {fix}") from None
-    if difference := _forbidden(before, config, name):
+    if difference := forbidden_change(before, config, name):
         raise CheckpointError(f"checkpoint {checkpoint.path} was written with another config: {difference}; {fix}")
 
 
@@ -273,12 +274,27 @@ def part_steps(stage: StageConfig, steps_per_epoch: int) -> int:
     return stage.steps or math.ceil(stage.epochs * steps_per_epoch)
 
 
-def _forbidden(before: dict[str, Any], config: Config, name: StageName) -> str | None:
+def forbidden_change(before: dict[str, Any], config: Config, name: StageName) -> str | None:
     """Return the first difference that another run would need, as `KEY was A, is B`."""
     for key, was, now in differences(before, config.to_dict()):
-        if rule_of(key, name) == "never":
+        if rule_of(key, name) == "never" and not _may_change(config, key):
             return f"{key} was {was}, is {now}"
     return None
+
+
+def _may_change(config: Config, key: str) -> bool:
+    """Return whether a component declares that a resume may change its `key`, dotted from the config's root."""
+    value: Any = config
+    for part in key.split("."):
+        if not is_dataclass(value):
+            return False
+        declared = next((f for f in fields(value) if f.name == part), None)
+        if declared is None:
+            return False
+        if declared.metadata.get(RESUME_MAY_CHANGE):
+            return True
+        value = getattr(value, part)
+    return False
 
 
 def grow_model(model: DualEncoder, schema: Schema) -> None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from bigdssm.errors import ConfigError
 
 Default = TypeVar("Default")
-BOUND = "bound"
+BOUND, RESUME_MAY_CHANGE = "bound", "resume_may_change"  # in the metadata of a field
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,14 @@ class Bound:
 
 def bounded(
     default: Default, at_least: float | None = None, at_most: float | None = None, *, above: float | None = None,
-    below: float | None = None,
+    below: float | None = None, resume_may_change: bool = False,
 ) -> Default:  # fmt: skip
-    """Return a dataclass field with this default and these bounds."""
-    made: Default = field(default=default, metadata={BOUND: Bound(at_least, above, at_most, below)})
+    """Return a dataclass field with this default and these bounds.
+
+    resume_may_change: a key of a component that changes where or how something is computed, not what is learned.
+    """
+    bound = Bound(at_least, above, at_most, below)
+    made: Default = field(default=default, metadata={BOUND: bound, RESUME_MAY_CHANGE: resume_may_change})
     return made
 
 

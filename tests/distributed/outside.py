@@ -225,10 +225,11 @@ class HeavyBall(OptimizerConfig):
     """Stochastic gradient descent with momentum (Polyak 1964)."""
 
     name: str = "heavy_ball"
+    foreach: bool = bounded(False, resume_may_change=True)  # many parameters per kernel: the same result
     friction: float = bounded(0.1, above=0, at_most=1)  # one less the momentum
 
     def build(self, groups: list[dict[str, Any]]) -> optim.Optimizer:
-        return optim.SGD(groups, momentum=1 - self.friction)
+        return optim.SGD(groups, momentum=1 - self.friction, foreach=self.foreach)
 
     def state_of(self, group: str) -> tuple[str, ...]:
         return ("momentum_buffer",)

@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -22,6 +23,7 @@ from bigdssm.loader.batch import Batch
 from bigdssm.losses import FPS, LossBatch, PairCE, Softmax, contrastive_loss, register_loss
 from bigdssm.models import Encoded
 from bigdssm.training.objective import Objective
+from bigdssm.training.resume import forbidden_change
 
 from ..unit.test_config import MINIMAL
 from .spawn import Pool
@@ -174,6 +176,21 @@ def outside_loss(rank: int, world_size: int, folder: Path, overrides: list[str])
         torch.distributed.all_reduce(steps)
     assert float(steps[1]) == pytest.approx(1e-6 * float(steps[0]), rel=1e-4)
     return float(out.loss.detach()), float(out.stats.get("distillation", 0.0))
+
+
+def changed_at_a_resume(rank: int, world_size: int, folder: Path, change: str) -> str | None:
+    from . import outside  # noqa: F401, it registers what it holds
+
+    given = ["pretrain.optimizer={name: heavy_ball, friction: 0.3}"]
+    before = load_config(folder / "config.yaml", given).to_dict()
+    return forbidden_change(before, load_config(folder / "config.yaml", [*given, change]), "pretrain")
+
+
+def test_a_component_declares_the_keys_that_a_resume_may_change(outside_pools: dict[int, Pool], folder: Path) -> None:
+    run = partial(outside_pools[1].run, changed_at_a_resume, folder)
+    assert run("pretrain.optimizer.foreach=true") == [None]
+    assert run("pretrain.optimizer.friction=0.2") == ["pretrain.optimizer.friction was 0.3, is 0.2"]
+    assert run("pretrain.loss.direction=both") == ["pretrain.loss.direction was q2d, is both"]
 
 
 MARGIN_HUBER = "distillation: {name: margin_huber, delta: 0.5, weight: 0.25, temperature: 2.0}"
