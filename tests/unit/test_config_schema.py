@@ -83,6 +83,7 @@ def test_the_shipped_configs_name_the_schema_and_are_valid(
         "data.doc.genres.min_count=${data.lanes}", "pretrain.optimizer={momentum: 0.9, name: muon}",
         "engine.loss_tile=null",
         "pretrain.optimizer.name=${sft.optimizer.name}", "model.score=${run.dir}", "data.lanes=8.0", "sft=null",
+        "sft.scorer=null", "sft.scorer={name: mlp, hidden: [8]}",
     ],
 )  # fmt: skip
 def test_accepted(validator: Draft202012Validator, override: str) -> None:
@@ -113,6 +114,11 @@ def test_accepted(validator: Draft202012Validator, override: str) -> None:
         ("model.score=euclid", "model.score: 'euclid'"),
         ("pretrain.optimizer.name=adamm", "pretrain.optimizer.name: 'adamm'"),
         ("data.query.age.type=number", "data.query.age.type: 'number'"),
+        ("sft.distillation={weight: 1}", "sft.distillation: 'name' is a required property"),
+        (
+            "sft.scorer={name: mlp, width: 8}",
+            "sft.scorer: Additional properties are not allowed ('width' was unexpected)",
+        ),
         ("data.query.old={column: age}", "data.query.old: 'type' is a required property"),
     ],
 )
