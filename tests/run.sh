@@ -50,13 +50,19 @@ fi
 section lint ruff check bigdssm launch tools tests
 section format ruff format --check bigdssm launch tools tests
 section types mypy
-for folder in unit tools distributed e2e; do
-    workers=()
-    # The others run ranks, servers and scripts of their own; the slow ones of e2e take their time.
-    case "$folder $full" in unit* | tools* | "e2e 0") workers=(-n auto --dist loadfile) ;; esac
-    section "$folder" pytest -q -rfEs --timeout "$timeout_s" --durations 5 ${workers[@]+"${workers[@]}"} -m "$selection" \
-        "tests/$folder"
-done
+tests() { # name, selection, folder, pytest's further options
+    local name=$1 selected=$2 folder=$3
+    shift 3
+    section "$name" pytest -q -rfEs --timeout "$timeout_s" --durations 5 "$@" -m "$selected" "tests/$folder"
+}
+# Tests of ranks, and the slow ones of e2e, take the cores and the time that they measure.
+tests unit "$selection" unit -n auto --dist loadfile
+tests tools "$selection" tools -n auto --dist loadfile
+tests distributed "$selection" distributed
+tests e2e "not slow" e2e -n auto --dist loadfile
+if [ $full = 1 ]; then
+    tests "e2e, slow" slow e2e
+fi
 
 say "summary"
 printf '%s\n' "${summary[@]}" "$(printf '%-14s %-6s %4d s' total "" $SECONDS)"

@@ -289,7 +289,7 @@ def test_deepspeed_waits_twice_at_most_however_many_chunks_there_are(pools: dict
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 3])
 def test_chunks_and_kept_graphs_change_no_weight(pools: dict[int, Pool], world_size: int) -> None:
     (plain,) = pools[1].run(plain_steps)
     start = dict(small_model(0.0).named_parameters())
