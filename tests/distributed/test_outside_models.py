@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
-from bigdssm.config import Config, ModelConfig, ScorerConfig, TowerConfig, load_config
+from bigdssm.config import Config, ModelConfig, TowerConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
@@ -22,6 +22,7 @@ from bigdssm.export.formats import Parity
 from bigdssm.export.text_tower import text_towers
 from bigdssm.features import Text
 from bigdssm.models import new_model
+from bigdssm.models.declarations import CrossEncoderConfig
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.index import build_index, open_index
 from bigdssm.retrieval.shards import ShardWork
@@ -87,7 +88,7 @@ def refused(rank: int, world_size: int) -> list[str]:
     sentences = []
     for attempt in (
         lambda: text_towers(folder, "hf"),
-        lambda: new_model(config, schema, 0, 50, ScorerConfig("cross_encoder")),
+        lambda: new_model(config, schema, 0, 50, CrossEncoderConfig()),
     ):
         with pytest.raises(ConfigError) as error:
             attempt()
