@@ -27,8 +27,6 @@ from bigdssm.errors import CheckpointError
 from bigdssm.utils.hashing import file_checksum, json_checksum
 
 MANIFEST = "manifest.json"
-# 1 had no checksum of the manifest itself, 2 one of each file as a whole, and no tensor in pieces; in 3 the dataset's
-# schema had another fingerprint
 FORMAT = 1
 
 

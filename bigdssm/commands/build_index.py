@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--rescore", type=int, default=0, metavar="N", help="candidates for each document (%(default)s)"
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     started = time.perf_counter()
     options = options_of(args.options)
     meta = build_index(args.vectors, args.out, args.type, width=args.width, rescore=args.rescore, options=options)

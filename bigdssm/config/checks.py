@@ -121,7 +121,7 @@ def _check_stage(name: StageName, config: Config) -> None:
     _check_negatives(name, stage, config)
     for component in (stage.loss, stage.sampling, stage.distillation, stage.scorer):
         if component is not None:
-            component.check_stage(name, config)
+            component.check_in_stage(name, config)
 
 
 def _check_loss(name: StageName, stage: StageConfig, model: ModelConfig) -> None:

@@ -218,12 +218,20 @@ class EngineConfig:
     loss_tile: int | None = bounded(None, 1, 2**31)
 
 
+class StageComponent(Component):
+    """The base of components of a stage."""
+
+    def check_in_stage(self, name: StageName, config: Config) -> None:
+        """Raise ConfigError: this component of the stage `name` contradicts the rest of the config."""
+
+
 @dataclass(frozen=True)
-class LossConfig(Component):
+class LossConfig(StageComponent):
     """The keys of every loss. A loss is a subclass with keys of its own, registered in LOSSES."""
 
     all_columns: ClassVar[bool] = False  # over every column of the batch; else over in-batch and hard negatives
     relative: ClassVar[bool] = True  # depends on differences of a query's scores alone: a beta of all documents cancels
+    softmax: ClassVar[bool] = False  # over sampled documents, whose popularity `sampling: auto` then corrects
 
     name: str = MISSING  # fps, softmax, pair_ce, triplet, sigmoid, or one from outside
     weight: Literal["indicator", "relevance"] = "indicator"  # of a row: 1[r>0], or r itself
@@ -241,12 +249,9 @@ class LossConfig(Component):
         """Return the function of scores, a `losses.terms.Term`."""
         raise NotImplementedError
 
-    def check_stage(self, name: StageName, config: Config) -> None:
-        """Raise ConfigError where this loss of the stage `name` contradicts the rest of the config."""
-
 
 @dataclass(frozen=True)
-class SamplingConfig(Component):
+class SamplingConfig(StageComponent):
     """A correction of the scores of documents that are columns of a batch because they are popular."""
 
     name: str = MISSING  # auto, none, classic, corrected, or one from outside
@@ -254,9 +259,6 @@ class SamplingConfig(Component):
     def resolve(self, stage: StageConfig, data: DataConfig) -> SamplingConfig:
         """Return the correction of a stage, decided by its other keys where it is `auto`."""
         return self
-
-    def check_stage(self, name: StageName, config: Config) -> None:
-        """Raise ConfigError where this correction in the stage `name` contradicts the rest of the config."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +270,7 @@ class FrequencyCorrection(SamplingConfig):
     # Streaming: several times the number of documents (96 bytes each).
     frequency_buckets: int = bounded(65536, 1, 2**26)
 
-    def check_stage(self, name: StageName, config: Config) -> None:
+    def check_in_stage(self, name: StageName, config: Config) -> None:
         """Raise ConfigError unless documents of the batch are negatives."""
         negatives = config.stage(name).negatives
         require(negatives.in_batch, f"{name}.sampling.name", self.name, "in_batch=true: it corrects in-batch documents")
@@ -281,19 +283,16 @@ class FrequencyCorrection(SamplingConfig):
 
 
 @dataclass(frozen=True)
-class DistillationConfig(Component):
+class DistillationConfig(StageComponent):
     """The keys of every distillation: a teacher's scores, learned in addition to the loss."""
 
     name: str = MISSING  # kl, margin_mse, batch_kl, or one from outside
     weight: float = bounded(1.0, at_most=1_000_000, above=0)  # its factor; that of the loss is 1
     temperature: float = bounded(1.0, at_most=1_000_000, above=0)  # divides the teacher's scores
 
-    def check_stage(self, name: StageName, config: Config) -> None:
-        """Raise ConfigError where this distillation in the stage `name` contradicts the rest of the config."""
-
 
 @dataclass(frozen=True)
-class ScorerConfig(Component):
+class ScorerConfig(StageComponent):
     """A score of pairs that replaces or extends the product of vectors; a stage `sft` trains it."""
 
     name: str = MISSING  # mlp or cross_encoder
@@ -301,9 +300,6 @@ class ScorerConfig(Component):
     def build(self, model: ModelConfig, schema: Any, texts: Mapping[str, Any]) -> Any:
         """Return a new `models.Scorer` of a model with a `Schema` and its text architectures. Raises ConfigError."""
         raise NotImplementedError
-
-    def check_stage(self, name: StageName, config: Config) -> None:
-        """Raise ConfigError where this scorer in the stage `name` contradicts the rest of the config."""
 
 
 LOSSES: Registry[LossConfig] = Registry("a loss", "name", home="bigdssm.losses.declarations")
@@ -367,10 +363,10 @@ class MiningConfig:
 class NegativesConfig:
     """The documents that a query's own is compared with."""
 
-    in_batch: bool = True  # the other documents of the global batch; fps needs them
-    # All documents of the global batch, or all of the catalogue in every step; fps alone.
+    in_batch: bool = True  # the other documents of the global batch; true for losses over all columns, such as fps
+    # All documents of the global batch, or all of the catalogue in every step, for losses over all columns.
     columns: Literal["batch", "catalogue"] = "batch"
-    # Documents per step drawn uniformly from the catalogue, as extra columns; fps alone.
+    # Documents per step drawn uniformly from the catalogue, as extra columns, for losses over all columns.
     uniform: int = bounded(0, 0, MAX_ROWS)
     # Documents that are no negatives: batch: positives of the same query id, of any rank; user: and the items of its
     # sequence up to its latest row; past: exactly the items before the query; none: its own document alone; auto:

@@ -1,6 +1,6 @@
 """Reads one block: the bytes at its place, their checksum, the Arrow batch in them, and what is wrong with its rows.
 
-Nothing here raises because of damage: a block or row that cannot be used comes back as a `Bad` that names it. Only
+Nothing here raises because of damage: a block or row that cannot be used comes back as a `BadRow` that names it. Only
 columns the schema knows are taken, and offsets and UTF-8 are validated before anything is indexed with them.
 """
 

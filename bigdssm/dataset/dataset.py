@@ -64,7 +64,7 @@ class Head:
 
 
 class Dataset:
-    """A dataset opened for reading, see `open`; or several joined, see joining.py."""
+    """A dataset opened for reading, see `open`; or several joined, see joined.py."""
 
     def __init__(self, head: Head, partitions: list[Partition], files: Sequence[CatalogueFile]) -> None:
         """For `open` and `joining.join`; `files` are the catalogue's, those of versions last."""

@@ -32,7 +32,9 @@ _METRICS: dict[str, Metric] = {
 
 
 def register_metric(name: str, metric: Metric) -> None:
-    """Have validation and evaluation report a metric beside the others."""
+    """Have validation and evaluation report a further metric. Raises ValueError: its name is taken."""
+    if _METRICS.setdefault(name, metric).__qualname__ != metric.__qualname__:
+        raise ValueError(f"there is a metric named {name!r}; rename this one")
     _METRICS[name] = metric
 
 

@@ -1,6 +1,6 @@
 """`--format onnx`: each tower as one file for onnxruntime, with any number of rows and any lengths.
 
-OUT/query.onnx, OUT/doc.onnx   inputs by feature name, as `data.batch.Features` has them; output vectors [n, D+1]
+OUT/query.onnx, OUT/doc.onnx   inputs by feature name, as `dataset.tensors.Features` has them; output vectors [n, D+1]
 OUT/query.int8.onnx            the query tower, which runs online, with weights and products of 8 bits (onnx_int8)
 OUT/schema.json, OUT/tokenizer/
 """

@@ -111,7 +111,7 @@ class PairStream(RowStream):
         return check_state(self.dataset, self.state(), state)
 
     def doc_weights(self) -> np.ndarray:
-        """Return how often each document comes as a positive, relative to all, float64 [num_docs] (any scale)."""
+        """Return how often each document comes as a positive, in an epoch, float64 [num_docs]."""
         if not isinstance(self.order, MixedOrder):
             return self.dataset.doc_counts().astype(np.float64)
         total = np.zeros(self.dataset.catalogue.num_docs)

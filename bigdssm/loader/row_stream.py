@@ -90,7 +90,7 @@ class RowStream(ABC):
 
     @abstractmethod
     def doc_weights(self) -> np.ndarray:
-        """Return how often each document comes as a positive, relative to all, float64 [num_docs] (any scale)."""
+        """Return how often each document comes as a positive, in an epoch, float64 [num_docs]."""
 
     @abstractmethod
     def _steps(self, steps: range, make: Callable[[Rows], T]) -> WorkerSteps[T]:

@@ -1,7 +1,7 @@
 """Loader processes: they read a rank's rows and make of them what is asked for, so that the training process need not.
 
-A process reads rows as its kind of `Steps` has it, makes what is asked for of each whole step that it gives, and gives
-every so many-th step, as many as there are processes.
+A process reads rows by its kind of `WorkerSteps`, makes the batch of each whole step that it returns, and returns every
+n-th step, n being the number of processes.
 """
 
 from __future__ import annotations

@@ -7,6 +7,14 @@ from typing import TYPE_CHECKING
 from bigdssm.utils.lazy import lazy_attributes
 
 if TYPE_CHECKING:
+    from bigdssm.losses.contrastive import (
+        contrastive_loss,
+        fps_loss,
+        matryoshka_loss,
+        norm_penalty,
+        ranking_loss,
+        relevance_weight,
+    )
     from bigdssm.losses.declarations import (
         FPS,
         ListwiseKL,
@@ -18,16 +26,9 @@ if TYPE_CHECKING:
         Triplet,
         register_distillation,
         register_loss,
+        register_sampling,
     )
     from bigdssm.losses.distillation import BatchTeacher, batch_kl
-    from bigdssm.losses.engine import (
-        contrastive_loss,
-        fps_loss,
-        matryoshka_loss,
-        norm_penalty,
-        ranking_loss,
-        relevance_weight,
-    )
     from bigdssm.losses.inputs import LossBatch, LossInputError
     from bigdssm.losses.output import LossOutput
     from bigdssm.losses.sampling import CountedFrequency, StreamingFrequency, apply_sampling, sample_uniform
@@ -57,6 +58,7 @@ __all__ = [
     "ranking_loss",
     "register_distillation",
     "register_loss",
+    "register_sampling",
     "relevance_weight",
     "sample_uniform",
     "scored_loss",
@@ -67,10 +69,10 @@ __getattr__, __dir__ = lazy_attributes(
     {
         "bigdssm.losses.declarations": [
             "FPS", "ListwiseKL", "MarginMSE", "PairCE", "PairLoss", "Sigmoid", "Softmax", "Triplet",
-            "register_distillation", "register_loss",
+            "register_distillation", "register_loss", "register_sampling",
         ],
         "bigdssm.losses.distillation": ["BatchTeacher", "batch_kl"],
-        "bigdssm.losses.engine": [
+        "bigdssm.losses.contrastive": [
             "contrastive_loss", "fps_loss", "matryoshka_loss", "norm_penalty", "ranking_loss", "relevance_weight",
         ],
         "bigdssm.losses.inputs": ["LossBatch", "LossInputError"],

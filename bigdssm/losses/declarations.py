@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from omegaconf import MISSING
 
@@ -48,11 +48,26 @@ from bigdssm.utils.bounds import bounded, require
 if TYPE_CHECKING:
     from torch import Tensor
 
-register_loss, register_sampling, register_distillation = LOSSES.register, SAMPLINGS.register, DISTILLATIONS.register
+register_loss = LOSSES.register
+Class = TypeVar("Class", bound=type)
+
+
+def register_sampling(cls: Class) -> Class:
+    """Add a sampling correction, a subclass of FrequencyCorrection; a class decorator."""
+    if not issubclass(cls, FrequencyCorrection):
+        raise TypeError(f"{cls.__name__}: a sampling correction is a FrequencyCorrection")
+    return SAMPLINGS.register(cls)
+
+
+def register_distillation(cls: Class) -> Class:
+    """Add a distillation of hard negatives, a subclass of ListDistillation; a class decorator."""
+    if not issubclass(cls, ListDistillation):
+        raise TypeError(f"{cls.__name__}: a distillation is a ListDistillation")
+    return DISTILLATIONS.register(cls)
 
 
 def describe(loss: LossConfig | DistillationConfig) -> str:
-    """Return the name of a loss with the keys that are its own, for messages and for the ranks' agreement."""
+    """Return the name of a loss with the keys that its value depends on, for messages and for the ranks' agreement."""
     common = {"direction", *(f.name for base in (LossConfig, DistillationConfig) for f in fields(base))} - {
         "temperature"
     }
@@ -66,6 +81,7 @@ class FPS(LossConfig):
     """The Full Product Softmax: the cross-entropy of the positive among all documents of the global batch."""
 
     all_columns: ClassVar[bool] = True
+    softmax: ClassVar[bool] = True
 
     name: str = "fps"
     direction: Literal["q2d", "d2q", "both"] = "q2d"  # documents compete for a query, queries for a document, or both
@@ -81,6 +97,8 @@ class FPS(LossConfig):
 @dataclass(frozen=True)
 class Softmax(LossConfig):
     """The cross-entropy of the positive among in-batch and hard negatives."""
+
+    softmax: ClassVar[bool] = True
 
     name: str = "softmax"
 
@@ -164,7 +182,7 @@ class Sigmoid(PairCE):
     name: str = "sigmoid"
 
 
-@register_sampling
+@SAMPLINGS.register
 @dataclass(frozen=True)
 class NoCorrection(SamplingConfig):
     """No correction: in the limit a softmax learns log p(d|q) − log q(d), q the share of the documents in the data."""
@@ -185,7 +203,7 @@ class AutoCorrection(FrequencyCorrection):
     def resolve(self, stage: StageConfig, data: DataConfig) -> SamplingConfig:
         """Return the correction of the stage."""
         negatives = stage.negatives
-        samples = stage.loss.name in ("fps", "softmax") and negatives.in_batch and negatives.columns == "batch"
+        samples = stage.loss.softmax and negatives.in_batch and negatives.columns == "batch"
         if samples and histories_of(data.query):
             return Corrected(gamma=self.gamma, frequency=self.frequency, frequency_buckets=self.frequency_buckets)
         return NoCorrection()
@@ -240,7 +258,7 @@ class ListDistillation(DistillationConfig):
 
         return DistillationTerm(self)
 
-    def check_stage(self, name: StageName, config: Config) -> None:
+    def check_in_stage(self, name: StageName, config: Config) -> None:
         """Raise ConfigError unless hard negatives come from a file with a teacher's scores."""
         negatives = config.stage(name).negatives
         given, key = f"with {name}.distillation.name={self.name}", f"{name}.negatives"
@@ -290,7 +308,7 @@ class MarginMSE(ListDistillation):
         return (excess_ml[:, :1] - excess_ml[:, 1:]).masked_fill(~valid_ml[:, 1:], 0.0)
 
 
-@register_distillation
+@DISTILLATIONS.register
 @dataclass(frozen=True)
 class BatchKL(DistillationConfig):
     """The divergence of our softmax over the documents of the global batch from a teacher's, by its vectors."""
@@ -298,7 +316,7 @@ class BatchKL(DistillationConfig):
     name: str = "batch_kl"
     teacher: str = MISSING  # folder of bigdssm embed_teacher
 
-    def check_stage(self, name: StageName, config: Config) -> None:
+    def check_in_stage(self, name: StageName, config: Config) -> None:
         """Raise ConfigError unless the batch's documents are columns: vectors are found by rows of the catalogue."""
         data, stage = config.data, config.stage(name)
         for where, got, only in (

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from bigdssm.config import LossConfig
 from bigdssm.distributed import Group
+from bigdssm.losses.contrastive import build_term, global_mean
 from bigdssm.losses.declarations import ListDistillation
 from bigdssm.losses.distillation import check_teacher
-from bigdssm.losses.engine import build_term, global_mean
 from bigdssm.losses.inputs import LossInputError, exchange, require
 from bigdssm.losses.masks import count_known, find_known_positives, gather_pairs, own_pairs
 from bigdssm.losses.output import LocalStats, LossOutput, reduce_output

@@ -25,7 +25,7 @@ class AttentionLayout(NamedTuple):
     over: Tensor  # int64 [T]
     newest_alone: bool  # one place of each history asks
     groups: tuple[RowGroup, ...]
-    masks: tuple[Tensor, ...]  # of each group, as Sight.mask
+    masks: tuple[Tensor, ...]  # of each group, as AttentionContext.mask
 
 
 class AttentionContext(NamedTuple):

@@ -147,7 +147,7 @@ class MlpConfig(ScorerConfig):
 
         return MlpScorer(model.dim, self.hidden)
 
-    def check_stage(self, name: StageName, config: Config) -> None:
+    def check_in_stage(self, name: StageName, config: Config) -> None:
         """Raise ConfigError unless the stage gives it documents, and both towers' vectors at once."""
         _check_listed(self, name, config)
         require(len(self.hidden) > 0, f"{name}.scorer.hidden", "[]", "at least one width")
@@ -175,7 +175,7 @@ class CrossEncoderConfig(ScorerConfig):
 
         return CrossEncoder.build(model, schema, texts)
 
-    def check_stage(self, name: StageName, config: Config) -> None:
+    def check_in_stage(self, name: StageName, config: Config) -> None:
         """Raise ConfigError unless the stage gives it documents, and asks nothing of the towers, which stay."""
         _check_listed(self, name, config)
         stage, given = config.stage(name), f"0 with {name}.scorer.name=cross_encoder"

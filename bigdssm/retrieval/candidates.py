@@ -1,7 +1,7 @@
 """Windows that are not mined but known: what a query has rated, and what it was shown and left.
 
-They are files as mined ones are (see mined.py), one window for each query of the train split. What a query's window
-holds of others' rows of the same query id is of the train split, too.
+They are files of hard negatives (see hard_negatives.py), one window for each query of the train split. A query's window
+also holds documents of other rows of its query id, of the train split alone.
 
 Shapes: p pairs of a query and a document, m queries, W places of a window.
 """

@@ -2,7 +2,7 @@
 
 vectors.fvecs     per document an int32 width and float32 values: FAISS, hnswlib, ann-benchmarks; of float32 alone
 vectors.parquet   doc_key, doc_title, vector (list of float32 or float16, or a code of int8 or uint8 with its scale and
-                  beta, see coding.py): Qdrant, Vespa, Elasticsearch, DuckDB, pandas
+                  beta): Qdrant, Vespa, Elasticsearch, DuckDB, pandas
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Folders of document vectors, which name their model: encoded in shards by any number of ranks, going on where killed.
 
-VECTORS/   vectors.npy (see coding.py, by default float32 [N, D+1]), documents.arrow (doc_key, doc_title), contents.npy
+VECTORS/   vectors.npy (`CodedVectors`, by default float32 [N, D+1]), documents.arrow (doc_key, doc_title), contents.npy
            (DOCUMENT [N]), meta.json (checksums of all of them and of itself)
 .VECTORS.unfinished/   the same while it grows, see shards.py
 """
@@ -49,7 +49,7 @@ class VectorsMeta:
     width: int  # D+1, or of cut vectors, of which the last number is beta as well
     whole: int = 0  # D+1 where vectors are cut to `width`, as queries are then; 0: they are not
     score: str = ""  # dot or cosine: a cut vector of the latter gets its length again
-    dtype: Dtype = "float32"  # what vectors.npy holds, see coding.py; of an index what it was built from
+    dtype: Dtype = "float32"  # what vectors.npy holds; of an index what it was built from
     rescored: int = 0  # of an index: candidates for each document asked for, which whole vectors score; 0: none
     options: dict[str, Any] = field(default_factory=dict)  # of the index type
     files: dict[str, str] = field(default_factory=dict)  # checksums by name, filled in by `write_meta`

@@ -70,7 +70,9 @@ def _take_steps(trainer: Trainer, batches: Iterator[Batch]) -> None:
     stage, progress, stop = trainer.stage, trainer.progress, trainer.stop
     loss_function = trainer.faults.in_loss(trainer.objective)
     coming = _fetch(trainer, batches) if not trainer.is_over() else None
-    needs = None if coming is None else most_needed(coming[1].needs)  # from here on agreed on one step ahead
+    # A pipeline of one step: while step s trains, the batch of s + 1 is fetched, and the ranks agree on the numbers of
+    # its chunks in the one collective of step s.
+    needs = None if coming is None else most_needed(coming[1].needs)
     while coming is not None and not trainer.is_over():
         assert needs is not None
         batch, draft = coming

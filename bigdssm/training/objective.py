@@ -33,8 +33,8 @@ from bigdssm.losses import (
     relevance_weight,
     scored_loss,
 )
+from bigdssm.losses.contrastive import Shared
 from bigdssm.losses.declarations import BatchKL, ListDistillation
-from bigdssm.losses.engine import Shared
 from bigdssm.losses.masks import occurrences
 from bigdssm.models import Encoded
 

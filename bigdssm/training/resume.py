@@ -34,7 +34,8 @@ from bigdssm.utils.log import get_logger
 # never   another run
 Rule = Literal["may", "longer", "part", "never"]
 
-# By key, or by section for all keys in it; STAGE is the stage that is resumed, OTHER the other one.
+# By key, or by section for all keys in it; STAGE is the stage that is resumed, OTHER the other one. A component may
+# declare that a key of its own may change (`resume_may_change`), which precedes its section's rule.
 RULES: dict[str, Rule] = {
     "run.dir": "may",
     "run.seed": "never",
@@ -169,7 +170,7 @@ def check_folder(config: Config, name: StageName, resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file, needs to be a folder or not there; choose another run.dir")
     if not folder.exists() or all(file.name == RUNNING_FILE for file in folder.iterdir()):
-        return
+        return  # nothing but the lock of a start that ended at once
     if not resume:
         raise CheckpointError(f"{folder} is not empty; go on with --resume auto, or choose another run.dir")
     if not path.is_file():

@@ -118,7 +118,8 @@ def run_stage(
 def _model(config: Config, name: StageName, dataset: Dataset) -> DualEncoder:
     """Return a new model, or the one that the stage starts from, checked against dataset and config.
 
-    Where the stage's loss trains a scorer, the model has a new one.
+    Where the stage trains a scorer, the model has a new one. A resumed stage begins here, too, for the
+    vocabularies and architecture; the checkpoint then has the weights.
     """
     source, scorer = initial_model(config, name), config.stage(name).scorer
     if source is None:
@@ -146,7 +147,7 @@ def _model_difference(theirs: Config, mine: Config) -> str | None:
     def shape(config: Config) -> dict[str, Any]:
         model = config.to_dict()["model"]
         for side in ("query", "doc"):
-            for section in (model[side], model[side]["history"]):
+            for section in (model[side], model[side]["history"], model[side]["text"]):
                 section.pop("dropout"), section.pop("item_dropout", None)
         return {key: value for key, value in model.items() if key not in ("alpha_init", "alpha_learned", "beta_init")}
 

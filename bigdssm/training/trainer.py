@@ -30,8 +30,8 @@ from bigdssm.training.batches import BatchMaker, read_batches
 from bigdssm.training.checks import initial_model
 from bigdssm.training.encoding import RandomState
 from bigdssm.training.engine import Engine, device
-from bigdssm.training.hard_negatives import HardNegativeRefresh
 from bigdssm.training.health import Health
+from bigdssm.training.negative_refresh import HardNegativeRefresh
 from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import schedule_factor, warmup_steps
 from bigdssm.training.resume import StartPoint, part_steps
@@ -45,7 +45,9 @@ logger = get_logger(__name__)
 class Trainer:
     """Model, engine, data, loss and progress of a stage on this rank; `loop.train` runs it.
 
-    `state_dict` returns everything that the next step depends on; `load_state_dict` restores it.
+    `state_dict` returns everything that the next step depends on. A resumed stage restores it in this order: precision,
+    before the engine is built; weights, before the engine copies them; hard negatives, before the first batch; and by
+    `load_state_dict` the rest: optimizer, loss, weight average, random states, position in the stream.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class Trainer:
 
         self.validator = Validator(dataset, config, name, rows_per_chunk=1024)
         self.starts_trained = initial_model(config, name) is not None or progress.part_step > 0
-        # This rank's index vectors by the initial weights, where mining has encoded them: none by their average.
+        # This rank's index vectors, where mining has encoded them; a resumed average of the weights has others.
         self.initial_documents = None if self.average is not None and read is not None else documents
         self.health = Health(
             name, self.engine, trackers, bar, self.total_steps, stage.rows_global, stage.log_every_steps

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import import_module
 from typing import Any, Generic, TypeVar, cast, overload
 
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bigdssm.errors import ConfigError
@@ -45,8 +45,13 @@ class Registry(Generic[C]):
     classes: dict[str, type[C]] = field(default_factory=dict)
 
     def register(self, cls: D) -> D:
-        """Add a component; a class decorator. Raises ValueError: its name is taken."""
-        name = getattr(cls, self.selector)
+        """Add a component; a class decorator.
+
+        Raises TypeError: no dataclass, or without a name; ValueError: the name is taken.
+        """
+        name, declared = getattr(cls, self.selector, MISSING), is_dataclass(cls)
+        if not declared or name == MISSING:
+            raise TypeError(f"{cls.__name__}: {self.noun} is a frozen dataclass with a {self.selector}")
         known = self.classes.setdefault(name, cls)
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(

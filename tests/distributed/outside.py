@@ -1,6 +1,6 @@
 """What somebody adds from a module of their own, no file of the library changed: a type of features with its
-encoder, a sequence block, a text encoder, losses, a distillation, an optimizer, a table source, an index, an export and
-a metric."""
+encoder, a sequence block, a text encoder, losses, a distillation, a sampling correction, an optimizer, a table source,
+an index, an export and a metric."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from pyarrow.orc import ORCFile
 from torch import Tensor, cat, from_numpy, nn, optim
 
 from bigdssm.checkpoints.model_folder import ModelFolder
-from bigdssm.config import HistoryEncoderConfig, LossConfig, OptimizerConfig, TextEncoderConfig, TextInputs
+from bigdssm.config import (
+    FrequencyCorrection,
+    HistoryEncoderConfig,
+    LossConfig,
+    OptimizerConfig,
+    TextEncoderConfig,
+    TextInputs,
+)
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.metrics import register_metric
 from bigdssm.export.formats import ExportFormat, Parity, Probe, largest_difference, register_export
@@ -25,7 +32,7 @@ from bigdssm.features import Column, Feature, Reader, TextTokenizer, register
 from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, numbers
 from bigdssm.ingest.sources.base import FileSource, Part, register_source
 from bigdssm.ingest.sources.text import require_columns
-from bigdssm.losses import PairLoss, register_distillation, register_loss
+from bigdssm.losses import PairLoss, register_distillation, register_loss, register_sampling
 from bigdssm.losses.declarations import ListDistillation
 from bigdssm.losses.terms import Evaluated, Scores, SoftmaxTerm
 from bigdssm.models.blocks import AttentionContext, attend, split
@@ -181,6 +188,7 @@ class AdditiveMargin(LossConfig):
     """Softmax over all columns whose positive must lead by a margin (Wang et al. 2018, AM-Softmax)."""
 
     all_columns: ClassVar[bool] = True
+    softmax: ClassVar[bool] = True  # popular documents are corrected by default
 
     name: str = "additive_margin"
     lead: float = bounded(0.1, 0)
@@ -217,6 +225,22 @@ class MarginHuber(ListDistillation):
     def _error(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
         excess_ml = S_ml - T_ml
         return (excess_ml[:, :1] - excess_ml[:, 1:]).masked_fill(~valid_ml[:, 1:], 0.0)
+
+
+@register_sampling
+@dataclass(frozen=True)
+class Shared(FrequencyCorrection):
+    """The correction of negatives, and a share of it for positives."""
+
+    name: str = "shared"
+    share: float = bounded(0.5, 0, 1)
+
+    def apply(
+        self, correction: Tensor, beta: Tensor | None, neg_bias: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        everywhere, negatives = self.share * correction, (1 - self.share) * correction
+        beta = everywhere if beta is None else beta + everywhere
+        return beta, negatives if neg_bias is None else neg_bias + negatives
 
 
 @register_optimizer

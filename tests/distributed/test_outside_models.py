@@ -135,4 +135,6 @@ def test_parts_of_the_towers_from_outside(config: Path, tmp_path: Path, outside_
 def test_what_needs_a_bert_says_so(outside_pools: dict[int, Pool]) -> None:
     ((of_export, of_scorer),) = outside_pools[1].run(refused)
     assert of_export.startswith("--format hf: the query tower's text encoder is bag; this format holds those of ")
-    assert of_scorer == ("sft.scorer.name=cross_encoder: got a text encoder bag (TextInputs), needs a BERT of two types")
+    assert of_scorer == (
+        "sft.scorer.name=cross_encoder: got a text encoder bag (TextInputs), needs a BERT of two types"
+    )

@@ -17,10 +17,20 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from bigdssm.config import LOSSES, ModelConfig, load_config
+from bigdssm.config import LOSSES, FrequencyCorrection, LossConfig, ModelConfig, load_config
 from bigdssm.errors import BigDSSMError, ConfigError
 from bigdssm.loader.batch import Batch
-from bigdssm.losses import FPS, LossBatch, PairCE, Softmax, contrastive_loss, register_loss
+from bigdssm.losses import (
+    FPS,
+    LossBatch,
+    PairCE,
+    Softmax,
+    apply_sampling,
+    contrastive_loss,
+    register_distillation,
+    register_loss,
+    register_sampling,
+)
 from bigdssm.models import Encoded
 from bigdssm.training.objective import Objective
 from bigdssm.training.resume import forbidden_change
@@ -178,6 +188,34 @@ def outside_loss(rank: int, world_size: int, folder: Path, overrides: list[str])
     return float(out.loss.detach()), float(out.stats.get("distillation", 0.0))
 
 
+def outside_correction(rank: int, world_size: int, folder: Path) -> list[tuple[float, float]]:
+    """Return beta and neg_bias of a config's correction with its whole share on one of them."""
+    from . import outside  # noqa: F401, it registers what it holds
+
+    biases = []
+    for share in (1.0, 0.0):
+        stage = load_config(folder / "config.yaml", [f"pretrain.sampling={{name: shared, share: {share}}}"]).pretrain
+        assert isinstance(stage.sampling, FrequencyCorrection)
+        beta, neg_bias = apply_sampling(stage.sampling, torch.tensor([2.0]))
+        assert beta is not None and neg_bias is not None
+        biases.append((float(beta), float(neg_bias)))
+    return biases
+
+
+def test_a_sampling_correction_comes_from_outside(outside_pools: dict[int, Pool], folder: Path) -> None:
+    assert outside_pools[1].run(outside_correction, folder) == [[(-2.0, 0.0), (0.0, -2.0)]]
+
+
+def test_components_of_another_kind_are_refused() -> None:
+    for register, needs in (
+        (register_distillation, "a ListDistillation"), (register_sampling, "a FrequencyCorrection"),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=needs):
+            register(PairCE)
+    with pytest.raises(TypeError, match="a loss is a frozen dataclass with a name"):
+        register_loss(type("Nameless", (LossConfig,), {}))
+
+
 def changed_at_a_resume(rank: int, world_size: int, folder: Path, change: str) -> str | None:
     from . import outside  # noqa: F401, it registers what it holds
 
@@ -206,7 +244,7 @@ def test_losses_over_all_columns_and_distillations_come_from_outside(
     S = ALPHA * q @ torch.cat([d, listed]).T
     shifted = S - 0.5 * torch.eye(ROWS, len(S[0]), dtype=torch.float64)
     expected = torch.nn.functional.cross_entropy(shifted, torch.arange(ROWS))
-    lead = ["pretrain.loss={name: additive_margin, lead: 0.5}"]
+    lead = ["pretrain={loss: {name: additive_margin, lead: 0.5}, sampling: {name: none}}"]
     for found, _ in outside_pools[world_size].run(outside_loss, folder, lead):
         assert found == pytest.approx(float(expected), rel=1e-12)
 

@@ -22,7 +22,7 @@ from bigdssm.models import new_model
 from bigdssm.retrieval.hard_negatives import window_records, write_mined
 from bigdssm.training.batches import row_stream
 from bigdssm.training.checks import check_stage
-from bigdssm.training.hard_negatives import HardNegativeRefresh
+from bigdssm.training.negative_refresh import HardNegativeRefresh
 from bigdssm.training.resume import _check_origin, check_folder
 from bigdssm.training.validation import Validator
 from bigdssm.utils.log import no_progress

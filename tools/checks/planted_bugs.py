@@ -84,7 +84,7 @@ BUGS = [
     Bug("masks", "rows_of_weight_0_are_positives", "losses.masks:own_pairs",
         "torch.argsort(weight_m <= 0, stable=True)", "torch.argsort(weight_m > 0, stable=True)",
         f"{RANKS}/test_fps_parity.py::test_equals_dense_reference"),
-    Bug("masks", "hard_negatives_unmasked", "losses.engine:_Candidates.__init__",
+    Bug("masks", "hard_negatives_unmasked", "losses.contrastive:_Candidates.__init__",
         "other_mk & known_mk, other_mk & ~known_mk", "other_mk & known_mk, other_mk",
         f"{RANKS}/test_ranking_parity.py::test_equals_dense_reference"),
     Bug("masks", "ids_compared_in_32_bits", "losses.ids:search",

@@ -117,8 +117,13 @@ Format = TypeVar("Format", bound=type[FileSource])
 
 
 def register_source(cls: Format) -> Format:
-    """Have files of a format's suffixes read by its class; a class decorator."""
-    SOURCES.update(dict.fromkeys(cls.suffixes, cls))
+    """Have files of a format's suffixes read by its class; a class decorator. Raises ValueError: one is taken."""
+    for suffix in cls.suffixes:
+        if SOURCES.setdefault(suffix, cls).__qualname__ != cls.__qualname__:
+            raise ValueError(
+                f"files *{suffix} are read by {SOURCES[suffix].__qualname__}; give {cls.__name__} another suffix"
+            )
+        SOURCES[suffix] = cls
     return cls
 
 

@@ -1,7 +1,7 @@
 """The seam: all work on the score matrix, the gather of its columns and the reduction of its gradients.
 
 What stands above (terms, masks, the engine) sees vectors of a value per query or per column, never a tile. The passes
-of the softmax losses are Triton kernels where `triton_matrix.available` says so, plain torch otherwise: same results.
+of the softmax losses are Triton kernels where `triton_passes.available` says so, plain torch otherwise: same results.
 
 Shape legend: m queries and n columns of this rank, N columns of all ranks, D vector size.
 """
@@ -111,9 +111,9 @@ class ScorePasses:
         return of_columns[self.positive_N]
 
     def rows(self, positive_m: Tensor, weight_m: Tensor, extra_log_sum_m: Tensor) -> RowSums:
-        """Return each query's log-sum-exp over the columns, as often as they count, and over the extra negatives.
+        """Add weight · softmax to the gradients, and return each query's log-sum-exp over columns and extra negatives.
 
-        Adds weight · softmax to the gradients; the positives' scores take part in its normaliser.
+        A column is counted as often as it was merged; the positives' scores take part in the softmax's normaliser.
         """
         columns = self.columns
         biases = columns.beta, columns.neg_bias, None if columns.copies is None else columns.copies.log()
@@ -123,7 +123,7 @@ class ScorePasses:
         return softmax_rows(self._matrix(*biases), positive_m, weight_m, extra_log_sum_m, self._sums)
 
     def pairs(self, value_and_slope: ValueAndSlope, positive_m: Tensor, scale_m: Tensor) -> PairSums:
-        """Return each query's sums over the columns of a term that looks at one of them; adds scale · slope."""
+        """Add scale · slope to the gradients, and return each query's sums over the columns of a pair loss."""
         matrix = self._matrix(self.columns.beta, self.columns.neg_bias)
         return pairwise_pass(matrix, value_and_slope, positive_m, scale_m, self.columns.counts(), self._sums)
 

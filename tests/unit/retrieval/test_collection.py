@@ -27,7 +27,7 @@ from bigdssm.features import Ragged, TextTokenizer
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.ingest.sources.beir import Collection, CollectionEntry, read_collection
-from bigdssm.losses.engine import cut
+from bigdssm.losses.contrastive import cut
 from bigdssm.models import DualEncoder
 from bigdssm.models.encoders.bert import pretrained_encoder
 from bigdssm.retrieval.embed import cut_vectors, encode_in_bf16, tower_encoders
