@@ -85,11 +85,11 @@ def test_scores_of_any_range_cost_two_more_vectors(pools: dict[int, Pool]) -> No
 def trace(rank: int, world_size: int, direction: str) -> list[str]:
     """Return what happens in a forward in order: gathers, the positives' scores, the wait for W, tiles."""
     import bigdssm.distributed as ours
-    from bigdssm.losses import engine
+    from bigdssm.losses import contrastive
     from bigdssm.losses.kernels.tiles import ScoreMatrix
 
     events: list[str] = []
-    originals = dist.all_gather_into_tensor, ours.PackedRows.wait, engine._positive_scores, ScoreMatrix.scores
+    originals = dist.all_gather_into_tensor, ours.PackedRows.wait, contrastive._positive_scores, ScoreMatrix.scores
 
     def noted(name: str, function: Any) -> Any:
         def noting(*args: Any, **kwargs: Any) -> Any:
@@ -100,13 +100,13 @@ def trace(rank: int, world_size: int, direction: str) -> list[str]:
 
     named = zip(("gather", "wait", "positives", "tile"), originals, strict=True)
     spies = [noted(name, function) for name, function in named]
-    dist.all_gather_into_tensor, ours.PackedRows.wait, engine._positive_scores, ScoreMatrix.scores = spies
+    dist.all_gather_into_tensor, ours.PackedRows.wait, contrastive._positive_scores, ScoreMatrix.scores = spies
     try:
         W = torch.nn.functional.normalize(torch.randn(M, D, generator=torch.Generator().manual_seed(rank)))
         fps_loss(W, W, alpha=2.0, beta=torch.zeros(M), query_ids=torch.arange(M), doc_ids=torch.arange(M),
                  direction=direction, tile=M // 2)  # type: ignore[arg-type]  # fmt: skip
     finally:
-        dist.all_gather_into_tensor, ours.PackedRows.wait, engine._positive_scores, ScoreMatrix.scores = originals
+        dist.all_gather_into_tensor, ours.PackedRows.wait, contrastive._positive_scores, ScoreMatrix.scores = originals
     return events
 
 
