@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -140,10 +140,21 @@ def contrastive_loss(
         return LossOutput(mean, stats)
 
 
+class _Call(NamedTuple):
+    """A validated call of a loss on this rank."""
+
+    term: Term
+    direction: Direction
+    x: LossInputs
+    gathered: LossInputs  # the part of x that every rank receives
+    kept: Tensor | None  # the columns of x in that part; None: all
+    sizes: GlobalSizes
+
+
 def _validate(
     loss: LossConfig | ListDistillation, batch: LossBatch, columns: str, tile: int | None, group: Group | None
-) -> tuple[Term, Direction, LossInputs, LossInputs, Tensor | None, GlobalSizes]:
-    """Return term, direction, input, the part of it that is gathered, that part's columns, and all ranks' sizes."""
+) -> _Call:
+    """Return the validated call, the same on every rank but for this one's input. A collective."""
     x: LossInputs | LossInputError
     term, direction, shared, kept = None, "q2d", None, None
     try:
@@ -159,7 +170,7 @@ def _validate(
         words += ", by Triton kernels"
     x, sizes = global_sizes(x, shared, words, getattr(batch.U, "device", torch.device("cpu")), group)
     assert term is not None and shared is not None
-    return term, cast(Direction, direction), x, shared, kept, sizes
+    return _Call(term, cast(Direction, direction), x, shared, kept, sizes)
 
 
 def build_term(loss: object) -> Term:
