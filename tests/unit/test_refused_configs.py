@@ -14,6 +14,7 @@ from bigdssm.commands import _stage
 from bigdssm.config import Config
 from bigdssm.training import stages
 from bigdssm.utils.bounds import BOUND
+from bigdssm.utils.components import REGISTRY
 
 ROOT = Path(__file__).parents[2]
 Launch = Callable[..., tuple[int, str]]
@@ -82,11 +83,13 @@ def test_every_number_has_its_bounds_beside_it() -> None:
             kinds = [hints[field.name], *getattr(hints[field.name], "__args__", ())]
             if {int, float} & set(kinds):
                 yield f"{key}.{field.name}", BOUND in field.metadata
-            for kind in filter(dataclasses.is_dataclass, kinds):
-                yield from numbers(kind, f"{key}.{field.name}")
+            registry = field.metadata.get(REGISTRY)
+            components = [] if registry is None else [registry.find(name, "") for name in registry.names()]
+            for kind in (*filter(dataclasses.is_dataclass, kinds), *components):
+                yield from numbers(kind, f"{key}.{field.name}.{kind.__name__}")
 
     found = dict(numbers(Config, ""))
-    assert len(found) > 100 and all(found.values()), [key for key, bound in found.items() if not bound]
+    assert len(found) > 250 and all(found.values()), [key for key, bound in found.items() if not bound]
 
 
 @pytest.mark.parametrize(
