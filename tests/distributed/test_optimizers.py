@@ -49,7 +49,7 @@ def test_a_stopped_run_is_the_one_that_was_not(
 
 def test_muon_needs_whole_matrices(config: Path, tmp_path: Path) -> None:
     overrides = [f"run.dir={tmp_path / 'run'}", "pretrain.optimizer.name=muon", "engine.zero_stage=1"]
-    with pytest.raises(ConfigError, match=r"engine\.zero_stage: got 1, needs 0 with pretrain\.optimizer\.name=muon"):
+    with pytest.raises(ConfigError, match=r"engine\.zero_stage: got 1"):
         check_stage(load_config(config, overrides), "pretrain", 1)
-    with pytest.raises(ConfigError, match=r"optimizer\.name: got adamv, needs one of adamw, muon"):
+    with pytest.raises(ConfigError, match=r"optimizer\.name: got adamv"):
         check_stage(load_config(config, [*overrides, "pretrain.optimizer.name=adamv"]), "pretrain", 1)

@@ -48,14 +48,14 @@ def test_plain_shards_train_evaluate_and_go_on(tmp_path: Path, pools: dict[int, 
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(content))
     make_pairs(load_config(config).data, PairTables(files=(tmp_path / "0.tar",)), IngestTarget(tmp_path / "dataset"))
-    with pytest.raises(RankFailed, match=r"loss\.frequency: got counts, needs streaming .*\.tar has its"):
+    with pytest.raises(RankFailed, match=r"sampling\.frequency: got counts"):
         pools[2].run(
             small_run.run,
             config,
             tmp_path / "run",
             ("pretrain.sampling.name=corrected",),
         )
-    with pytest.raises(RankFailed, match=r"pretrain\.steps: got 0, needs a number of steps"):
+    with pytest.raises(RankFailed, match=r"pretrain\.steps: got 0"):
         pools[2].run(small_run.run, config, tmp_path / "run", ("pretrain.steps=0",))
     pools[2].run(stop_after, config, tmp_path / "run", (), 1)
     pools[2].run(small_run.run, config, tmp_path / "run", (), "pretrain", True)

@@ -76,7 +76,7 @@ def test_a_device_gives_what_a_cpu_gives(loss: str, world_size: int, dtype: torc
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("known_each", "num_docs"), [(0, 10**6), (50, 10**6), (50, 400)])
-@pytest.mark.parametrize(("world_size", "m"), [(8, 128), (64, 16), (512, 4)])
+@pytest.mark.parametrize(("world_size", "m"), [(8, 128), (512, 4)])
 def test_what_a_loss_asks_for(world_size: int, m: int, known_each: int, direction: str, num_docs: int) -> None:
     """Pairs few, or so many that they are a matrix of bytes."""
     D, N = 16, world_size * m
@@ -100,8 +100,8 @@ def test_what_a_loss_asks_for(world_size: int, m: int, known_each: int, directio
 
 
 @pytest.mark.parametrize("biases", [("beta", "neg_bias"), ("beta",), ("neg_bias",), ()])
-@pytest.mark.parametrize("D", [64, 128, 256])
-@pytest.mark.parametrize(("world_size", "m"), [(8, 64), (64, 8), (512, 2)])
+@pytest.mark.parametrize("D", [64, 256])
+@pytest.mark.parametrize(("world_size", "m"), [(8, 64), (512, 2)])
 def test_what_is_sent_is_what_is_needed(world_size: int, m: int, D: int, biases: tuple[str, ...]) -> None:
     """Of every column its vector, id, biases and pair; the gradients of its vector and beta; and numbers of ranks."""
     kept = ("U", "W", "positive", "weight", "query_ids", "doc_ids", *biases)

@@ -89,9 +89,7 @@ def test_checkpoints_of_another_stage_are_refused(config: Config, stage: str | N
     checkpoint: Any = SimpleNamespace(path=Path("sft/checkpoints/step-00000004"), state=state)
     if stage == "sft":
         return _check_origin(checkpoint, "one", config, "sft")
-    with pytest.raises(
-        CheckpointError, match=f"step-00000004 was written by the stage {stage}, needs one of sft; move"
-    ):
+    with pytest.raises(CheckpointError, match=f"step-00000004 was written by the stage {stage}"):
         _check_origin(checkpoint, "one", config, "sft")
 
 

@@ -121,7 +121,7 @@ def test_what_is_decided_upon_is_read_under_the_lock(
         make(out)
 
     def refused() -> None:
-        with pytest.raises(DataError, match=r"another process is writing .*/out; wait for it"):
+        with pytest.raises(DataError, match=r"another process is writing .*/out"):
             others(other, out)
 
     with within(monkeypatch, name, refused):

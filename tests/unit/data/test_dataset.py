@@ -151,7 +151,7 @@ def test_sequences_missing_from_one_partition_are_named(tmp_path: Path, tools) -
     with pytest.raises(DataError, match=r"b has no sequences, other partitions have some"):
         Dataset.open(folder)
     edit(folder / "partitions" / "a" / "partition.json", sequences=[{"file": "../x.arrow", "rows": 1, "checksum": ""}])
-    with pytest.raises(DataError, match=r"names a file '../x.arrow', not a plain path inside it; refused"):
+    with pytest.raises(DataError, match=r"names a file '../x.arrow', not a plain path inside it"):
         Dataset.open(folder)
 
 
@@ -177,7 +177,7 @@ def test_indexes_that_cannot_be_are_refused(copy: Path, tools) -> None:
         return Dataset.open(copy)
 
     for name in ("../train-000000.tar", "/etc/x.tar", "..\\x.tar", ".hidden.tar", "train-000000.pickle", "pipe:cat x"):
-        with pytest.raises(DataError, match=r"is not a plain file name ending in \.tar; refused"):
+        with pytest.raises(DataError, match=r"is not a plain file name ending in \.tar"):
             attempt([(name, 512, 10, 5, 5, 0)], 5).index("train")
     with pytest.raises(DataError, match="blocks without bytes or rows"):
         attempt([("a.tar", 512, 10, 0, 0, 0)], 0).index("train")

@@ -201,7 +201,7 @@ def test_a_piece_longer_than_a_history_is_refused(tmp_path: Path) -> None:
     """Its first queries would have seen less than nothing."""
     query, doc = {"history": History(of="item_id", max_items=4)}, {"item_id": Categorical()}
     config = DataConfig(dir="x", query=query, doc=doc, targets_per_row=5)
-    with pytest.raises(ConfigError, match=r"targets_per_row: got 5, needs at most data\.query\.history\.max_items=4"):
+    with pytest.raises(ConfigError, match=r"targets_per_row: got 5"):
         make_interactions(
             config, InteractionTables(tmp_path / "e.csv", tmp_path / "i.csv"), IngestTarget(tmp_path / "data")
         )

@@ -307,7 +307,7 @@ def test_paths_out_of_the_dataset_are_refused(server: Server, store: FileCache, 
     content = json.loads(path.read_text())
     content["catalogue"][0]["file"] = place
     path.write_text(json.dumps(content))
-    with pytest.raises(DataError, match="not a plain path inside it; refused"):
+    with pytest.raises(DataError, match="not a plain path inside it"):
         Dataset.open(f"{server.url}/a/data", cache=store)
 
 
