@@ -190,7 +190,7 @@ def _identity(meta: Mapping[str, Any]) -> str:
 
 def _config_checksum(written: Mapping[str, Any], scorer: ScorerConfig | None) -> str:
     """Return the checksum of what a config says about scores, as it is written: keys that come later change nothing."""
-    return json_checksum([written.get("model"), None if scorer is None else asdict(scorer)])
+    return json_checksum([written.get("model"), () if scorer is None else asdict(scorer)])
 
 
 def _serialised(weights: Mapping[str, Tensor]) -> bytes:

@@ -170,5 +170,5 @@ def test_commands_urls_and_missing_shards_are_refused(plain: tuple[Dataset, Path
 def test_histories_are_refused(interactions: Path, plain: tuple[Dataset, Path]) -> None:
     with pytest.raises(ConfigError, match=r"data\.query\.history: samples are pairs"):
         PlainStream(Dataset.open(interactions), str(plain[1] / "000.tar"), rows_global=4)
-    with pytest.raises(ConfigError, match=r"set loss.frequency=streaming"):
+    with pytest.raises(ConfigError, match=r"set sampling.frequency=streaming"):
         stream(plain).doc_weights()
