@@ -78,14 +78,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "loss",
+    "changed",
     [
-        ["columns=catalogue", "mask=user"],
-        pytest.param(["sampling=corrected", "uniform_negatives=8"], marks=pytest.mark.slow),
+        ["negatives.columns=catalogue", "negatives.mask=user"],
+        pytest.param(["sampling.name=corrected", "negatives.uniform=8"], marks=pytest.mark.slow),
     ],
 )
-def test_each_document_is_found_once_as_it_is_now(folder: Path, loss: list[str], tmp_path: Path) -> None:
-    run = [f"run.dir={tmp_path / 'run'}", *(f"pretrain.loss.{word}" for word in loss)]
+def test_each_document_is_found_once_as_it_is_now(folder: Path, changed: list[str], tmp_path: Path) -> None:
+    run = [f"run.dir={tmp_path / 'run'}", *(f"pretrain.{word}" for word in changed)]
     best = bigdssm.pretrain(folder / "config.yaml", run).best
     log = (tmp_path / "run" / "pretrain" / "metrics.jsonl").read_text().splitlines()
     assert all(np.isfinite(json.loads(line).get("loss", 0)) for line in log)
