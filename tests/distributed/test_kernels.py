@@ -185,5 +185,5 @@ def test_non_finite_vectors_give_a_non_finite_loss(backend: Backend, direction: 
 def test_ranks_agree_on_the_kernels(ranks: Pools) -> None:
     """Their sums are reduced in other steps than those of the plain path."""
     shards = [Shard(unit(6, 4, k).float(), unit(6, 4, 9 + k).float(), torch.arange(6)) for k in range(2)]
-    with pytest.raises(RankFailed, match="rank 0 has softmax over all columns, both, by Triton kernels; rank 1 has"):
+    with pytest.raises(RankFailed, match="rank 0 has fps over all columns, both, by Triton kernels; rank 1 has"):
         ranks[2].run(run_rank, fused_on_rank_0, shards, 20.0, None, {"direction": "both"})
