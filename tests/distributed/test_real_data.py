@@ -64,8 +64,7 @@ def test_one_curve_at_any_world_size(
     "mode",
     [
         ("engine.precision=bf16", "engine.zero_stage=1", CHUNKS),
-        ("engine.precision=bf16_pure", "engine.zero_stage=2"),
-        ("engine.precision=bf16", "engine.zero_stage=3", "engine.checkpoint_activations=true"),
+        ("engine.precision=bf16_pure", "engine.zero_stage=3", "engine.checkpoint_activations=true"),
     ],
 )
 def test_one_curve_in_bfloat16(real: Real, tmp_path: Path, pools: dict[int, Pool], mode: tuple[str, ...]) -> None:
