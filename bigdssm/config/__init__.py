@@ -4,43 +4,52 @@ A YAML file has the sections `run`, `data`, `model`, `engine`, `pretrain` and (o
 rejected with the nearest name; every message names the dotted key, what it got and what it needs.
 """
 
-from bigdssm.config.checks import check_config, check_many_queries, check_pieces
-from bigdssm.config.keys import (
-    ARCHITECTURE_FILE,
-    DEFAULT_CACHE_BYTES,
-    DISTILLATIONS,
-    HISTORY_BLOCKS,
-    LOSSES,
-    OPTIMIZERS,
-    SAMPLINGS,
-    SCORERS,
-    TEXT_ENCODERS,
-    Config,
-    DataConfig,
-    DebugConfig,
-    DistillationConfig,
-    EngineConfig,
-    FrequencyCorrection,
-    HistoryEncoderConfig,
-    LossConfig,
-    MiningConfig,
-    ModelConfig,
-    NegativesConfig,
-    OptimizerConfig,
-    RunConfig,
-    SamplingConfig,
-    ScorerConfig,
-    SourceConfig,
-    StageConfig,
-    StageName,
-    TextEncoderConfig,
-    TextInputs,
-    TokenizerConfig,
-    TowerConfig,
-    WarmStartConfig,
-)
-from bigdssm.config.loading import config_from, config_of, load_config, load_written_config, read_config
-from bigdssm.config.yaml_files import differences, first_difference
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bigdssm.utils.lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from bigdssm.config.checks import check_config, check_many_queries, check_pieces
+    from bigdssm.config.components import (
+        DISTILLATIONS,
+        LOSSES,
+        OPTIMIZERS,
+        SAMPLINGS,
+        SCORERS,
+        DistillationConfig,
+        FrequencyCorrection,
+        LossConfig,
+        OptimizerConfig,
+        SamplingConfig,
+        ScorerConfig,
+        StageName,
+    )
+    from bigdssm.config.keys import (
+        ARCHITECTURE_FILE,
+        DEFAULT_CACHE_BYTES,
+        HISTORY_BLOCKS,
+        TEXT_ENCODERS,
+        Config,
+        DataConfig,
+        DebugConfig,
+        EngineConfig,
+        HistoryEncoderConfig,
+        MiningConfig,
+        ModelConfig,
+        NegativesConfig,
+        RunConfig,
+        SourceConfig,
+        StageConfig,
+        TextEncoderConfig,
+        TextInputs,
+        TokenizerConfig,
+        TowerConfig,
+        WarmStartConfig,
+    )
+    from bigdssm.config.loading import config_from, config_of, load_config, load_written_config, read_config
+    from bigdssm.config.yaml_files import differences, first_difference
 
 __all__ = [
     "ARCHITECTURE_FILE",
@@ -86,3 +95,49 @@ __all__ = [
     "load_written_config",
     "read_config",
 ]
+
+# A loss needs the bases of its keys, not the libraries that read files.
+__getattr__, __dir__ = lazy_attributes(
+    __name__,
+    {
+        "bigdssm.config.checks": ["check_config", "check_many_queries", "check_pieces"],
+        "bigdssm.config.components": [
+            "DISTILLATIONS",
+            "LOSSES",
+            "OPTIMIZERS",
+            "SAMPLINGS",
+            "SCORERS",
+            "DistillationConfig",
+            "FrequencyCorrection",
+            "LossConfig",
+            "OptimizerConfig",
+            "SamplingConfig",
+            "ScorerConfig",
+            "StageName",
+        ],
+        "bigdssm.config.keys": [
+            "ARCHITECTURE_FILE",
+            "DEFAULT_CACHE_BYTES",
+            "HISTORY_BLOCKS",
+            "TEXT_ENCODERS",
+            "Config",
+            "DataConfig",
+            "DebugConfig",
+            "EngineConfig",
+            "HistoryEncoderConfig",
+            "MiningConfig",
+            "ModelConfig",
+            "NegativesConfig",
+            "RunConfig",
+            "SourceConfig",
+            "StageConfig",
+            "TextEncoderConfig",
+            "TextInputs",
+            "TokenizerConfig",
+            "TowerConfig",
+            "WarmStartConfig",
+        ],
+        "bigdssm.config.loading": ["config_from", "config_of", "load_config", "load_written_config", "read_config"],
+        "bigdssm.config.yaml_files": ["differences", "first_difference"],
+    },
+)

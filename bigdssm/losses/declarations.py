@@ -27,26 +27,23 @@ from abc import abstractmethod
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from omegaconf import MISSING
-
-from bigdssm.config import (
+from bigdssm.config.components import (
     DISTILLATIONS,
     LOSSES,
     SAMPLINGS,
-    Config,
-    DataConfig,
     DistillationConfig,
     FrequencyCorrection,
     LossConfig,
     SamplingConfig,
-    StageConfig,
     StageName,
 )
-from bigdssm.features.history import histories_of
 from bigdssm.utils.bounds import bounded, require
+from bigdssm.utils.components import MISSING
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from bigdssm.config import Config, DataConfig, StageConfig
 
 register_loss = LOSSES.register
 Class = TypeVar("Class", bound=type)
@@ -202,6 +199,8 @@ class AutoCorrection(FrequencyCorrection):
 
     def resolve(self, stage: StageConfig, data: DataConfig) -> SamplingConfig:
         """Return the correction of the stage."""
+        from bigdssm.features.history import histories_of
+
         negatives = stage.negatives
         samples = stage.loss.softmax and negatives.in_batch and negatives.columns == "batch"
         if samples and histories_of(data.query):

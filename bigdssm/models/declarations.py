@@ -19,7 +19,7 @@ from bigdssm.config import (
     TextEncoderConfig,
     TextInputs,
 )
-from bigdssm.config.keys import MAX_WIDTH
+from bigdssm.config.components import MAX_WIDTH
 from bigdssm.errors import ConfigError
 from bigdssm.utils.bounds import bounded, require
 

@@ -13,12 +13,10 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import import_module
 from typing import Any, Generic, TypeVar, cast, overload
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from bigdssm.errors import ConfigError
 from bigdssm.utils.bounds import out_of_bounds
 
+MISSING = "???"  # omegaconf's: a key without a default
 REGISTRY = "registry"  # in the metadata of a field that is a component
 EACH = "each"  # in that of a field that holds components by name
 _INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes before it, which escape it
@@ -97,6 +95,9 @@ class Registry(Generic[C]):
     def read(self, key: str, content: Any) -> C:
         """Return the component of a block whose values are data. Raises ConfigError: `key` names it."""
         cls = self.declaration(key, content)
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
         given = {name: literal(value) for name, value in content.items() if name in keys_of(cls)}
         if missing := sorted(OmegaConf.missing_keys(given)):  # which a merge leaves at their defaults
             raise ConfigError(f"{_dotted(key, missing[0])} is missing ('???'); give it a value")

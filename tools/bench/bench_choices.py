@@ -23,15 +23,14 @@ from bigdssm.cli import run_main
 from bigdssm.config import load_config
 
 ROOT = Path(__file__).parents[2]
-LOSS = "pretrain.loss"
 CHOICES = {
     "negatives": {
-        "in-batch": [f"{LOSS}.columns=batch", f"{LOSS}.sampling=none"],
-        "corrected": [f"{LOSS}.columns=batch", f"{LOSS}.sampling=corrected"],
+        "in-batch": ["pretrain.negatives.columns=batch", "pretrain.sampling.name=none"],
+        "corrected": ["pretrain.negatives.columns=batch", "pretrain.sampling.name=corrected"],
         "corrected + uniform": [
-            f"{LOSS}.columns=batch", f"{LOSS}.sampling=corrected", f"{LOSS}.uniform_negatives=2048",
+            "pretrain.negatives.columns=batch", "pretrain.sampling.name=corrected", "pretrain.negatives.uniform=2048",
         ],
-        "catalogue": [f"{LOSS}.columns=catalogue", f"{LOSS}.sampling=none"],
+        "catalogue": ["pretrain.negatives.columns=catalogue", "pretrain.sampling.name=none"],
     },
     "depth": {str(layers): [f"model.query.history.layers={layers}"] for layers in (1, 2, 4, 8)},
     "items": {start: [f"pretrain.warm_start.window={window}"] for start, window in {"random": 0, "warm": 8}.items()},
