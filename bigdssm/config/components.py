@@ -1,4 +1,7 @@
-"""The bases and registries of a stage's components; importable with the standard library alone."""
+"""The bases and registries of a stage's components; importable with the standard library alone.
+
+`config` is a `Config`, `stage` a `StageConfig`, `data` a `DataConfig`, `model` a `ModelConfig`, of `keys`, above this.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from bigdssm.config.keys import Config, DataConfig, ModelConfig, StageConfig
-
 StageName = Literal["pretrain", "sft"]
 MAX_WIDTH, MAX_ROWS, MAX_COUNT = 2**14, 2**20, 10**9  # of vectors, of a step's rows, of anything counted
 
@@ -22,7 +23,7 @@ MAX_WIDTH, MAX_ROWS, MAX_COUNT = 2**14, 2**20, 10**9  # of vectors, of a step's 
 class StageComponent(Component):
     """The base of components of a stage."""
 
-    def check_in_stage(self, name: StageName, config: Config) -> None:
+    def check_in_stage(self, name: StageName, config: Any) -> None:
         """Raise ConfigError: this component of the stage `name` contradicts the rest of the config."""
 
 
@@ -57,7 +58,7 @@ class SamplingConfig(StageComponent):
 
     name: str = MISSING  # auto, none, classic, corrected, or one from outside
 
-    def resolve(self, stage: StageConfig, data: DataConfig) -> SamplingConfig:
+    def resolve(self, stage: Any, data: Any) -> SamplingConfig:
         """Return the correction of a stage, decided by its other keys where it is `auto`."""
         return self
 
@@ -71,7 +72,7 @@ class FrequencyCorrection(SamplingConfig):
     # Streaming: several times the number of documents (96 bytes each).
     frequency_buckets: int = bounded(65536, 1, 2**26)
 
-    def check_in_stage(self, name: StageName, config: Config) -> None:
+    def check_in_stage(self, name: StageName, config: Any) -> None:
         """Raise ConfigError unless documents of the batch are negatives."""
         negatives = config.stage(name).negatives
         require(negatives.in_batch, f"{name}.sampling.name", self.name, "in_batch=true: it corrects in-batch documents")
@@ -98,7 +99,7 @@ class ScorerConfig(StageComponent):
 
     name: str = MISSING  # mlp or cross_encoder
 
-    def build(self, model: ModelConfig, schema: Any, texts: Mapping[str, Any]) -> Any:
+    def build(self, model: Any, schema: Any, texts: Mapping[str, Any]) -> Any:
         """Return a new `models.Scorer` of a model with a `Schema` and its text architectures. Raises ConfigError."""
         raise NotImplementedError
 
