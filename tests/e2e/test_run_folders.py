@@ -177,7 +177,7 @@ def test_an_average_that_goes_on_over_new_rows_is_measured_by_its_own_vectors(tm
     done = Command("sft", *common, *drifting).wait()
     assert done.code == 0, done.log
     events = [(user, (3 * user + 5 * time) % 48, time) for user in range(30) for time in range(9)]  # nothing to learn
-    lines = ["user_id\titem_id\ttimestamp", *(f"u{user}\ti{item}\t{time}" for user, item, time in events)]
+    lines = ["user_id\titem_id\ttimestamp", *(f"u{user}\ti{item}\t{10**6 + time}" for user, item, time in events)]
     (tmp_path / "events.tsv").write_text("\n".join(lines))
     words = ["interactions", "--config", str(config), "--append", "day2"]
     words += [f"--{name}={tmp_path / file}.tsv" for name, file in TABLES.items()]
