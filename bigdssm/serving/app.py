@@ -16,7 +16,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, WrapValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, WrapValidator
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 
@@ -44,6 +44,11 @@ def _value(value: Any, check: Any) -> Any:
         return check(value)
     except ValidationError:
         raise PydanticCustomError("feature_value", VALUE) from None
+
+
+def _integer(value: Any) -> Any:
+    """Return an integral number as an int: to JSON Schema 10.0 is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 Value = Annotated[
@@ -75,7 +80,7 @@ class RequestBody(BaseModel):
     now: Number | None = Field(None, description="events after it are not known yet")
     filter: ShortText | None = Field(None, description="which documents may be found, as in year >= 1990")
     exclude_seen: StrictBool | None = Field(None, description="whether documents of events stay out; none: as trained")
-    top: Annotated[int, Field(ge=1, le=MOST_DOCUMENTS, strict=True)] = 10
+    top: Annotated[int, Field(ge=1, le=MOST_DOCUMENTS, strict=True), BeforeValidator(_integer)] = 10
 
     def request(self) -> Request:
         """Return it as the library takes it."""
