@@ -77,10 +77,8 @@ class FrequencyCorrection(SamplingConfig):
         negatives = config.stage(name).negatives
         require(negatives.in_batch, f"{name}.sampling.name", self.name, "in_batch=true: it corrects in-batch documents")
 
-    def apply(
-        self, correction: Tensor, beta: Tensor | None, neg_bias: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return (beta, neg_bias) [n] with the `correction`, −γ log c [n], added to one of them."""
+    def shares(self, correction: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the parts of the `correction`, −γ log c [n], for beta and for neg_bias; None where there is none."""
         raise NotImplementedError
 
 

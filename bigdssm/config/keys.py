@@ -110,7 +110,7 @@ class TextEncoderConfig(Component):
     dropout: float = bounded(0.0, 0, below=1)  # inside the encoder, also in place of a pretrained folder's own
 
     def architecture(self, inputs: TextInputs) -> Any:
-        """Return all that the weights' shapes depend on beside these keys, by default `inputs`.
+        """Return the values that the shapes of the weights depend on in addition to these keys, by default `inputs`.
 
         A model folder holds it: neither the dataset nor a pretrained folder is needed to build the encoder again.
         Raises ConfigError: a pretrained folder that does not fit.

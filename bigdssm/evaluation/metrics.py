@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bigdssm.errors import ConfigError
+from bigdssm.utils.components import add_named
 
 NUM_RESAMPLES = 2000
 CHUNK_DRAWS = 4_000_000
@@ -33,9 +34,7 @@ _METRICS: dict[str, Metric] = {
 
 def register_metric(name: str, metric: Metric) -> None:
     """Have validation and evaluation report a further metric. Raises ValueError: its name is taken."""
-    if _METRICS.setdefault(name, metric).__qualname__ != metric.__qualname__:
-        raise ValueError(f"there is a metric named {name!r}; rename this one")
-    _METRICS[name] = metric
+    add_named(_METRICS, name, metric, "a metric")
 
 
 def shown_metrics() -> tuple[str, ...]:

@@ -65,45 +65,41 @@ def register_distillation(cls: Class) -> Class:
 
 def describe(loss: LossConfig | DistillationConfig) -> str:
     """Return the name of a loss with the keys that its value depends on, for messages and for the ranks' agreement."""
-    common = {"direction", *(f.name for base in (LossConfig, DistillationConfig) for f in fields(base))} - {
-        "temperature"
-    }
+    common = {"direction", *(f.name for f in fields(LossConfig))}
     keys = ", ".join(f"{f.name}={getattr(loss, f.name)!r}" for f in fields(loss) if f.name not in common)
     return f"{loss.name}({keys})" if keys else loss.name
 
 
+@dataclass(frozen=True)
+class SoftmaxLoss(LossConfig):
+    """The cross-entropy of the positive among its negatives."""
+
+    softmax: ClassVar[bool] = True
+
+    def build(self) -> Any:
+        """Return the function of scores."""
+        from bigdssm.losses.terms import SoftmaxTerm
+
+        return SoftmaxTerm(self)
+
+
 @register_loss
 @dataclass(frozen=True)
-class FPS(LossConfig):
+class FPS(SoftmaxLoss):
     """The Full Product Softmax: the cross-entropy of the positive among all documents of the global batch."""
 
     all_columns: ClassVar[bool] = True
-    softmax: ClassVar[bool] = True
 
     name: str = "fps"
     direction: Literal["q2d", "d2q", "both"] = "q2d"  # documents compete for a query, queries for a document, or both
 
-    def build(self) -> Any:
-        """Return the function of scores."""
-        from bigdssm.losses.terms import SoftmaxTerm
-
-        return SoftmaxTerm(self)
-
 
 @register_loss
 @dataclass(frozen=True)
-class Softmax(LossConfig):
+class Softmax(SoftmaxLoss):
     """The cross-entropy of the positive among in-batch and hard negatives."""
 
-    softmax: ClassVar[bool] = True
-
     name: str = "softmax"
-
-    def build(self) -> Any:
-        """Return the function of scores."""
-        from bigdssm.losses.terms import SoftmaxTerm
-
-        return SoftmaxTerm(self)
 
 
 @dataclass(frozen=True)
@@ -215,11 +211,9 @@ class Classic(FrequencyCorrection):
 
     name: str = "classic"
 
-    def apply(
-        self, correction: Tensor, beta: Tensor | None, neg_bias: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return (beta, neg_bias) [n]."""
-        return correction if beta is None else beta + correction, neg_bias
+    def shares(self, correction: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the correction as a part of beta."""
+        return correction, None
 
 
 @register_sampling
@@ -229,11 +223,9 @@ class Corrected(FrequencyCorrection):
 
     name: str = "corrected"
 
-    def apply(
-        self, correction: Tensor, beta: Tensor | None, neg_bias: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return (beta, neg_bias) [n]."""
-        return beta, correction if neg_bias is None else neg_bias + correction
+    def shares(self, correction: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the correction as a part of neg_bias."""
+        return None, correction
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from bigdssm import distributed
 from bigdssm.config import FrequencyCorrection
 from bigdssm.distributed import Group
-from bigdssm.losses.inputs import LossInputError
+from bigdssm.losses.inputs import LossInputError, add_biases
 
 _COUNTS_AT_ONCE = 1 << 20
 
@@ -33,7 +33,8 @@ def apply_sampling(
         raise LossInputError("log_expected holds NaN")
     if sampling.gamma == 0:
         return beta, neg_bias
-    return sampling.apply(-sampling.gamma * log_expected, beta, neg_bias)
+    of_beta, of_neg_bias = sampling.shares(-sampling.gamma * log_expected)
+    return add_biases(beta, of_beta), add_biases(neg_bias, of_neg_bias)
 
 
 @dataclass

@@ -176,7 +176,7 @@ class CrossEncoderConfig(ScorerConfig):
         return CrossEncoder.build(model, schema, texts)
 
     def check_in_stage(self, name: StageName, config: Config) -> None:
-        """Raise ConfigError unless the stage gives it documents, and asks nothing of the towers, which stay."""
+        """Raise ConfigError unless the stage lists documents, and trains nothing of the towers, which are frozen."""
         _check_listed(self, name, config)
         stage, given = config.stage(name), f"0 with {name}.scorer.name=cross_encoder"
         every, penalty = stage.negatives.mining.every_steps, stage.loss.norm_penalty

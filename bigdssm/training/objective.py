@@ -68,8 +68,9 @@ class Objective:
         )
         sampling = stage.sampling
         self._sampling = sampling if isinstance(sampling, FrequencyCorrection) else None
-        streams = self._sampling is not None and self._sampling.frequency == "streaming"
-        self._streaming = StreamingFrequency(self._sampling.frequency_buckets) if self._sampling and streams else None
+        self._streaming = None
+        if self._sampling is not None and self._sampling.frequency == "streaming":
+            self._streaming = StreamingFrequency(self._sampling.frequency_buckets)
 
     def __call__(self, encoded: Encoded, batch: Batch) -> LossOutput:
         """Return the loss of this rank's vectors; a collective.
@@ -81,9 +82,7 @@ class Objective:
         weight = relevance_weight(batch.relevance, loss.weight)
         score = self._on_scores if self._stage.scorer else self._on_vectors
         output = score(encoded, batch, weight)
-        if (
-            self._sampling is not None and self._sampling.gamma > 0
-        ):  # it counts corrected scores, which nothing is served by
+        if self._sampling is not None and self._sampling.gamma > 0:  # it would count corrected scores
             stats = {name: value for name, value in output.stats.items() if name != "in_batch_accuracy"}
             output = replace(output, stats=stats)
         if loss.norm_penalty == 0:

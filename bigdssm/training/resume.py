@@ -7,9 +7,9 @@ per key, same part or new part, stage length. Tables of a new part may have grow
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from bigdssm.loader.row_stream import RowStream
 from bigdssm.models import DualEncoder
 from bigdssm.training.optimizers import schedule_factor
 from bigdssm.utils.bounds import RESUME_MAY_CHANGE
+from bigdssm.utils.components import components_of
 from bigdssm.utils.log import get_logger
 
 # may     may change: it changes what is computed where, kept or said, not what is learned
@@ -253,9 +254,8 @@ def _check_length(
         )
     if steps == before:
         return
-    mined_once = (
-        stage.negatives.hard and stage.negatives.mining.file is None and stage.negatives.mining.every_steps == 0
-    )
+    mining = stage.negatives.mining
+    mined_once = stage.negatives.hard and mining.file is None and mining.every_steps == 0
     if mined_once and before < steps_per_epoch:
         raise ConfigError(
             f"{name}.steps, {name}.epochs: got {steps} steps, needs {before} as before: negatives were mined for the "
@@ -285,17 +285,8 @@ def forbidden_change(before: dict[str, Any], config: Config, name: StageName) ->
 
 def _may_change(config: Config, key: str) -> bool:
     """Return whether a component declares that a resume may change its `key`, dotted from the config's root."""
-    value: Any = config
-    for part in key.split("."):
-        if not is_dataclass(value):
-            return False
-        declared = next((f for f in fields(value) if f.name == part), None)
-        if declared is None:
-            return False
-        if declared.metadata.get(RESUME_MAY_CHANGE):
-            return True
-        value = getattr(value, part)
-    return False
+    keys = ((f"{block}.{f.name}", f) for block, part in components_of(config) for f in fields(cast(Any, part)))
+    return any(key == name and f.metadata.get(RESUME_MAY_CHANGE) for name, f in keys)
 
 
 def grow_model(model: DualEncoder, schema: Schema) -> None:

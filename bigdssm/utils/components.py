@@ -29,6 +29,17 @@ class Component:
         """Raise ConfigError: values within their bounds that do not go together. `key` names the block."""
 
 
+def add_named(known: dict[str, Any], name: str, added: Any, noun: str) -> None:
+    """Add a class or function to those `known`; one of a module that is loaded again replaces itself.
+
+    Raises ValueError: the name is taken.
+    """
+    other = known.setdefault(name, added)
+    if (other.__module__, other.__qualname__) != (added.__module__, added.__qualname__):
+        raise ValueError(f"there is {noun} named {name!r}: {other.__module__}.{other.__qualname__}; rename this one")
+    known[name] = added
+
+
 C = TypeVar("C")
 D = TypeVar("D", bound=type)
 
@@ -50,12 +61,7 @@ class Registry(Generic[C]):
         name, declared = getattr(cls, self.selector, MISSING), is_dataclass(cls)
         if not declared or name == MISSING:
             raise TypeError(f"{cls.__name__}: {self.noun} is a frozen dataclass with a {self.selector}")
-        known = self.classes.setdefault(name, cls)
-        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(
-                f"there is {self.noun} named {name!r}: {known.__module__}.{known.__qualname__}; rename this one"
-            )
-        self.classes[name] = cls  # also of a module that is loaded again
+        add_named(self.classes, name, cls, self.noun)
         return cls
 
     def names(self) -> tuple[str, ...]:

@@ -235,12 +235,8 @@ class Shared(FrequencyCorrection):
     name: str = "shared"
     share: float = bounded(0.5, 0, 1)
 
-    def apply(
-        self, correction: Tensor, beta: Tensor | None, neg_bias: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        everywhere, negatives = self.share * correction, (1 - self.share) * correction
-        beta = everywhere if beta is None else beta + everywhere
-        return beta, negatives if neg_bias is None else neg_bias + negatives
+    def shares(self, correction: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        return self.share * correction, (1 - self.share) * correction
 
 
 @register_optimizer

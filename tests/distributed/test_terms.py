@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from textwrap import dedent
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from bigdssm.config import LOSSES, FrequencyCorrection, LossConfig, ModelConfig, load_config
 from bigdssm.errors import BigDSSMError, ConfigError
+from bigdssm.evaluation.metrics import register_metric
 from bigdssm.loader.batch import Batch
 from bigdssm.losses import (
     FPS,
@@ -79,25 +81,31 @@ def whole() -> tuple[Tensor, Tensor, Tensor]:
     return q, d, torch.randn(ROWS * LISTED, D, generator=generator, dtype=torch.float64)
 
 
+def share_of(rank: int, world_size: int) -> tuple[Tensor, Tensor, Batch]:
+    """Return the features of a rank's queries and columns, and their batch."""
+    (q, d, listed), m = whole(), ROWS // world_size
+    own = slice(rank * m, (rank + 1) * m)
+    columns = torch.cat([d[own], listed.view(ROWS, LISTED, D)[own].flatten(0, 1)])
+    doc_ids = torch.arange(len(columns)) + 100 * rank
+    batch = Batch(
+        step=0, row_ids=torch.arange(m), query={}, doc={}, positive=torch.arange(m), relevance=torch.ones(m),
+        query_ids=torch.arange(m) + 100 * rank, doc_ids=doc_ids, doc_rows=doc_ids,
+        multiplicity=torch.ones_like(doc_ids), query_lengths={}, doc_lengths={},
+        negatives=m + torch.arange(m * LISTED).view(m, LISTED),
+    )  # fmt: skip
+    return q[own], columns, batch
+
+
 def train(rank: int, world_size: int, folder: Path, overrides: list[str]) -> tuple[float, list[Tensor], float]:
     """Return the loss of a config's term, this rank's gradients, and the loss after a step by their mean over ranks."""
     with registered(folder):
         config = load_config(folder / "config.yaml", [*OVERRIDES, *overrides]).stage("sft")
         objective = Objective(config, ModelConfig(score="dot"), None, None, ROWS)
-        (q, d, listed), m = whole(), ROWS // world_size
-        own = slice(rank * m, (rank + 1) * m)
+        queries, columns, batch = share_of(rank, world_size)
         query, doc = towers()
-        columns = torch.cat([d[own], listed.view(ROWS, LISTED, D)[own].flatten(0, 1)])
-        negatives = m + torch.arange(m * LISTED).view(m, LISTED)
-        doc_ids = torch.arange(len(columns)) + 100 * rank
-        batch = Batch(
-            step=0, row_ids=torch.arange(m), query={}, doc={}, positive=torch.arange(m), relevance=torch.ones(m),
-            query_ids=torch.arange(m) + 100 * rank, doc_ids=doc_ids, doc_rows=doc_ids,
-            multiplicity=torch.ones_like(doc_ids), query_lengths={}, doc_lengths={}, negatives=negatives,
-        )  # fmt: skip
 
         def loss() -> Tensor:
-            U, W = query(q[own]), doc(columns)
+            U, W = query(queries), doc(columns)
             scores = None
             if config.scorer:  # whatever made them
                 picked = objective.listed(batch)
@@ -166,17 +174,10 @@ def outside_loss(rank: int, world_size: int, folder: Path, overrides: list[str])
     from . import outside  # noqa: F401, it registers what it holds
 
     stage = load_config(folder / "config.yaml", overrides).pretrain
-    objective, m = Objective(stage, ModelConfig(score="dot"), None, None, ROWS), ROWS // world_size
-    (q, d, listed), own = whole(), slice(rank * m, (rank + 1) * m)
-    columns = torch.cat([d[own], listed.view(ROWS, LISTED, D)[own].flatten(0, 1)])
-    doc_ids = torch.arange(len(columns)) + 100 * rank
-    batch = Batch(
-        step=0, row_ids=torch.arange(m), query={}, doc={}, positive=torch.arange(m), relevance=torch.ones(m),
-        query_ids=torch.arange(m) + 100 * rank, doc_ids=doc_ids, doc_rows=doc_ids,
-        multiplicity=torch.ones_like(doc_ids), query_lengths={}, doc_lengths={},
-        negatives=m + torch.arange(m * LISTED).view(m, LISTED), teacher=torch.arange(3.0).expand(m, 3),
-    )  # fmt: skip
-    U, W = q[own].clone().requires_grad_(), columns.clone().requires_grad_()
+    objective = Objective(stage, ModelConfig(score="dot"), None, None, ROWS)
+    queries, columns, batch = share_of(rank, world_size)
+    batch = replace(batch, teacher=torch.arange(3.0).expand(len(queries), 3))
+    U, W = queries.clone().requires_grad_(), columns.clone().requires_grad_()
     out = objective(Encoded(U, W, None, torch.tensor([ALPHA])), batch)
     slope = torch.autograd.grad(out.loss, [U, W])
     step = sum(float((gradient * gradient).sum()) for gradient in slope)
@@ -206,12 +207,14 @@ def test_a_sampling_correction_comes_from_outside(outside_pools: dict[int, Pool]
     assert outside_pools[1].run(outside_correction, folder) == [[(-2.0, 0.0), (0.0, -2.0)]]
 
 
-def test_components_of_another_kind_are_refused() -> None:
+def test_components_of_another_kind_and_taken_names_are_refused() -> None:
     for register, needs in (
         (register_distillation, "a ListDistillation"), (register_sampling, "a FrequencyCorrection"),
     ):  # fmt: skip
         with pytest.raises(TypeError, match=needs):
             register(PairCE)
+    with pytest.raises(ValueError, match=r"there is a metric named 'mrr': bigdssm\.evaluation\.metrics"):
+        register_metric("mrr", lambda ranks: ranks)
     with pytest.raises(TypeError, match="a loss is a frozen dataclass with a name"):
         register_loss(type("Nameless", (LossConfig,), {}))
 

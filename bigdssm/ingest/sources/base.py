@@ -18,6 +18,7 @@ from xxhash import xxh3_128_hexdigest
 from bigdssm.errors import DataError
 from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, is_broken
 from bigdssm.ingest.sources.files import TableFile
+from bigdssm.utils.components import add_named
 
 # What readers raise where a file is not what it should be.
 READING_ERRORS = (pa.ArrowException, OSError, lzma.LZMAError, zlib.error, EOFError, csv.Error)
@@ -119,11 +120,7 @@ Format = TypeVar("Format", bound=type[FileSource])
 def register_source(cls: Format) -> Format:
     """Have files of a format's suffixes read by its class; a class decorator. Raises ValueError: one is taken."""
     for suffix in cls.suffixes:
-        if SOURCES.setdefault(suffix, cls).__qualname__ != cls.__qualname__:
-            raise ValueError(
-                f"files *{suffix} are read by {SOURCES[suffix].__qualname__}; give {cls.__name__} another suffix"
-            )
-        SOURCES[suffix] = cls
+        add_named(SOURCES, suffix, cls, "a table source")
     return cls
 
 
