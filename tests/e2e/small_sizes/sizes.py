@@ -1,8 +1,13 @@
-"""What makes many parts, files and blocks of few rows in a making."""
+"""Small ingestion sizes, so that few rows make many parts, files and blocks."""
 
 import sys
 from collections.abc import Callable
 from typing import Any
+
+# With these every module that has one of the sizes is imported.
+import bigdssm.ingest.engines.spark
+import bigdssm.ingest.interactions
+import bigdssm.ingest.pairs  # noqa: F401
 
 SIZES = {
     "BLOCKS_PER_SHARD": 6,
