@@ -51,7 +51,7 @@ def test_the_tables_of_the_tutorial_become_its_dataset(tmp_path: Path, monkeypat
     exec(script, {})
     prepare, command = make.splitlines()
     assert prepare == "python make.py"
-    assert make_shards.main(shlex.split(command.removeprefix("python tools/make_shards.py "))) == 0
+    assert make_shards.main(shlex.split(command.removeprefix("bigdssm make_shards "))) == 0
     opened = Dataset.open("datasets/shop")
     assert [opened.num_rows(split) for split in ("train", "validation", "test")] == [10_200, 600, 600]
 
@@ -68,7 +68,7 @@ def test_the_pairs_of_another_library_become_a_dataset(tmp_path: Path, monkeypat
     (tmp_path / "pairs.jsonl").write_text("".join(pairs))
     monkeypatch.chdir(tmp_path)
     _, make, _ = commands.splitlines()
-    assert make_shards.main(shlex.split(make.removeprefix("python tools/make_shards.py "))) == 0
+    assert make_shards.main(shlex.split(make.removeprefix("bigdssm make_shards "))) == 0
     dataset = Dataset.open("datasets/mine")
     assert dataset.catalogue.num_docs == 100 and dataset.catalogue.title(np.array([0]))[0].startswith("document ")
 
