@@ -1,1 +1,1 @@
-"""A dataset on disk: partitions of shards, their index, the catalogue of documents, sequences; at a path or a URL."""
+"""Reading datasets: partitions of shards, split indexes, the document catalogue, sequences; local or at a URL."""

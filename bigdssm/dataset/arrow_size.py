@@ -1,7 +1,7 @@
-"""How many bytes an Arrow stream would take once decoded, read from its metadata without decompressing anything.
+"""The decoded size of an Arrow stream, computed from its metadata without decompression.
 
-A block of some kilobytes can claim to hold terabytes. Arrow allocates what a compressed buffer says in its first 8
-bytes, and zstd refuses to write more than that, so the sum of these numbers is what decoding takes at most.
+A block of some kilobytes can claim terabytes of content. Arrow allocates the size in the first 8 bytes of each
+compressed buffer, and zstd never writes more than that, so the sum of these sizes bounds the memory of decoding.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ RECORD_BATCH = 3  # MessageHeader in Arrow's Message.fbs
 
 
 class _Table:
-    """A flatbuffer table: just enough of the format to follow offsets."""
+    """A flatbuffer table: the minimum of the format that is needed to follow offsets."""
 
     def __init__(self, data: memoryview, position: int) -> None:
         self.data, self.position = data, position
         self.vtable = position - _int32(data, position)
 
     def field(self, number: int) -> int:
-        """Return the position of a field's value, 0 where it is not there."""
+        """Return the position of a field's value, 0 if the field is absent."""
         slot = 4 + 2 * number
         if slot >= _uint16(self.data, self.vtable):
             return 0
@@ -27,21 +27,21 @@ class _Table:
         return self.position + offset if offset else 0
 
     def follow(self, number: int) -> int:
-        """Return the position that an offset field points to, 0 where it is not there."""
+        """Return the target position of an offset field, 0 if the field is absent."""
         at = self.field(number)
         return at + _uint32(self.data, at) if at else 0
 
 
 def decoded_size(stream: bytes) -> int:
-    """Return the bytes that the record batches of an Arrow IPC stream take at most once decoded.
+    """Return an upper bound on the decoded bytes of an Arrow IPC stream's record batches.
 
-    Raises ValueError where it is no such stream, or holds dictionaries (blocks have none).
+    Raises ValueError: not an Arrow stream, or a stream with dictionaries (blocks have none).
     """
     data, position, total = memoryview(stream), 0, 0
     try:
         while position + 8 <= len(data):
             if _uint32(data, position) != 0xFFFFFFFF:
-                raise ValueError("no Arrow stream")
+                raise ValueError("not an Arrow stream")
             length = _int32(data, position + 4)
             if length == 0:
                 break
@@ -52,13 +52,13 @@ def decoded_size(stream: bytes) -> int:
             if kind == RECORD_BATCH:
                 total += _batch_size(data, _Table(data, message.follow(2)), body)
             elif kind != 1:
-                raise ValueError("an Arrow stream with dictionaries, which blocks do not have")
+                raise ValueError("an Arrow stream with dictionaries; blocks have none")
             at = message.field(3)
             position = body + (_int64(data, at) if at else 0)
             if position < body:
-                raise ValueError("no Arrow stream")
+                raise ValueError("not an Arrow stream")
     except (struct.error, IndexError):
-        raise ValueError("no Arrow stream, or a damaged one") from None
+        raise ValueError("not an Arrow stream, or a damaged one") from None
     return total
 
 

@@ -1,7 +1,7 @@
-"""Reads one block: the bytes at its place, their checksum, the Arrow batch in them, and what is wrong with its rows.
+"""Reading and validating one block: its bytes, their checksum, the Arrow batch, and the faults of its rows.
 
-Nothing here raises because of damage: a block or row that cannot be used comes back as a `BadRow` that names it. Only
-columns the schema knows are taken, and offsets and UTF-8 are validated before anything is indexed with them.
+Damage never raises here: an unusable block or row is returned as a `BadRow`. Only columns of the schema are read, and
+offsets and UTF-8 are validated before they are used as indices.
 """
 
 from __future__ import annotations
@@ -27,55 +27,55 @@ from bigdssm.features.history import histories_of
 from bigdssm.features.ragged import from_arrow
 
 MAX_DECODED_BYTES = 1 << 30
-CONNECTIONS = 8  # of one reading process: a block is some 100 kB, its latency counts
+CONNECTIONS = 8  # per reading process: for blocks of some 100 kB latency dominates
 _IPC = pa.ipc.IpcReadOptions(use_threads=False)
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """What was left out: a row of a block, one of its targets (`place` in the sequence), or (row None) the block."""
+    """A skipped row of a block, a skipped target of a row (at `position` in its sequence), or a block (row None)."""
 
     shard: str
     block: int
     row: int | None
-    rows: int  # how many rows this leaves out; 0 for a target of a row that has others
+    rows: int  # skipped rows; 0 for a target of a row that has others
     reason: str
-    place: int | None = None
+    position: int | None = None
 
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """The columns of a block, and the limits of their values."""
+    """The columns of a block, and the valid ranges of their values."""
 
     types: dict[str, pa.DataType]
     query: dict[str, Feature]  # by block column
-    num_docs: tuple[int, ...]  # catalogue rows of each partition's dataset
+    num_docs: tuple[int, ...]  # catalogue size, per partition
     vocab_size: int  # of the tokenizer, 0 without text
     sequences: tuple[MappedTable, ...] = field(default=())  # one per partition, or none
-    most_targets: int = 2**31  # of a row: its queries have seen parts of one history
+    max_targets: int = 2**31  # per row: all queries of a row share one history
 
     @classmethod
     def of(
         cls, schema: Schema, *, num_docs: tuple[int, ...], vocab_size: int,
-        sequences: tuple[MappedTable, ...], raw_text: bool = False, of_rows: bool = False,
+        sequences: tuple[MappedTable, ...], raw_text: bool = False, row_features: bool = False,
     ) -> BlockLayout:  # fmt: skip
-        """Return the layout that the schema and the presence of sequences imply.
+        """Derive the layout from the schema and the presence of sequences.
 
-        `raw_text`: texts are no tokens; `of_rows`: features of users are here, though sequences have them, too.
+        `raw_text`: blocks store untokenized texts. `row_features`: blocks store user features, as sequences do.
         """
         types = {"query_id": pa.int64(), "relevance": pa.float32(), "doc": pa.int64()}
         elsewhere: set[str] = set()
         if sequences:
             types = {"sequence": pa.int64(), "first": pa.int32(), "end": pa.int32()}
-            elsewhere = set() if of_rows else set(sequences[0].schema.names)
+            elsewhere = set() if row_features else set(sequences[0].schema.names)
         query = {n: f for n, f in stored(schema.query).items() if n not in elsewhere}
         types |= {name: f.raw_type if raw_text else f.arrow_type() for name, f in query.items()}
-        most_targets = min((history.max_items for history in histories_of(schema.query).values()), default=2**31)
-        return cls(types, query, num_docs, vocab_size, sequences, most_targets)
+        max_targets = min((history.max_items for history in histories_of(schema.query).values()), default=2**31)
+        return cls(types, query, num_docs, vocab_size, sequences, max_targets)
 
 
 def read_range(path: Path, offset: int, size: int) -> bytes:
-    """Return up to `size` bytes of a file. Raises OSError."""
+    """Read up to `size` bytes of a file at `offset`. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         return os.pread(handle, size, offset)
@@ -84,7 +84,7 @@ def read_range(path: Path, offset: int, size: int) -> bytes:
 
 
 def read_block(index: SplitIndex, block: int, layout: BlockLayout) -> tuple[pa.RecordBatch | None, list[BadRow]]:
-    """Return a block's columns (None where it cannot be used as a whole) and everything that is wrong with it."""
+    """Read a block: its columns (None if the whole block is unusable) and its bad rows."""
     shard, number, rows = index.shards[index.shard[block]], int(index.block[block]), int(index.rows[block])
 
     def whole(reason: str) -> tuple[None, list[BadRow]]:
@@ -101,13 +101,13 @@ def read_block(index: SplitIndex, block: int, layout: BlockLayout) -> tuple[pa.R
     except OSError as error:
         return whole(f"the shard cannot be read: {error.strerror}")
     if len(content) < size:
-        return whole(f"the shard is cut short: {len(content)} of the block's {size} bytes are there")
+        return whole(f"the shard is cut short: {len(content)} of the block's {size} bytes can be read")
     if xxhash.xxh3_64_intdigest(content) != int(index.checksum[block]):
         return whole("the bytes are damaged: their checksum is not the index's")
     try:
         batch = decode(content, layout)
         if batch.num_rows != rows:
-            return whole(f"it has {batch.num_rows} rows, the index says {rows}")
+            return whole(f"it has {batch.num_rows} rows, the index has {rows}")
     except (pa.ArrowException, OSError, ValueError) as error:
         return whole(f"it cannot be used: {' '.join(str(error).split())[:200]}")
     bad: dict[int, str] = {}
@@ -117,13 +117,15 @@ def read_block(index: SplitIndex, block: int, layout: BlockLayout) -> tuple[pa.R
             bad.setdefault(row, describe(row))
     targets = _bad_targets(batch, layout, partition, bad)
     rows_skipped = [BadRow(str(shard), number, row, 1, reason) for row, reason in sorted(bad.items())]
-    return batch, rows_skipped + [BadRow(str(shard), number, row, 0, reason, place) for row, place, reason in targets]
+    return batch, rows_skipped + [
+        BadRow(str(shard), number, row, 0, reason, position) for row, position, reason in targets
+    ]
 
 
 def read_blocks(
     index: SplitIndex, blocks: Sequence[int], layout: BlockLayout
 ) -> Iterator[tuple[pa.RecordBatch | None, list[BadRow]]]:
-    """Yield what `read_block` returns of each block; several at a time are fetched where they come over a network."""
+    """Yield `read_block` of each block; remote blocks are fetched concurrently."""
     if all(isinstance(index.shards[index.shard[block]], Path) for block in blocks):
         yield from (read_block(index, block, layout) for block in blocks)
         return
@@ -132,7 +134,7 @@ def read_blocks(
 
 
 def decode(content: bytes, layout: BlockLayout) -> pa.RecordBatch:
-    """Return the batch in an Arrow stream, its columns as in `layout.types`. Raises ValueError or an Arrow error."""
+    """Decode an Arrow stream into a batch with the columns of `layout.types`. Raises ValueError or an Arrow error."""
     if (needed := decoded_size(content)) > MAX_DECODED_BYTES:
         raise ValueError(f"it would take {needed:,} bytes decoded, more than the {MAX_DECODED_BYTES:,} allowed")
     batch = pa.ipc.open_stream(pa.py_buffer(content), options=_IPC).read_next_batch()
@@ -154,10 +156,10 @@ def decode(content: bytes, layout: BlockLayout) -> pa.RecordBatch:
 
 
 def _row_faults(batch: pa.RecordBatch, layout: BlockLayout, partition: int) -> Iterator[Fault]:
-    """Yield (mask over rows, what to say of one of them); later checks may rely on rows that earlier ones passed."""
+    """Yield (mask of bad rows, row → reason); later checks rely on the earlier ones."""
     columns: Mapping[str, pa.Array] = dict(zip(batch.schema.names, batch.columns, strict=True))
     if layout.sequences:
-        yield from _sequence_faults(columns, layout.sequences[partition], layout.most_targets)
+        yield from _sequence_faults(columns, layout.sequences[partition], layout.max_targets)
     else:
         yield from _pair_faults(columns, layout.num_docs[partition])
     for name, feature in layout.query.items():
@@ -174,11 +176,11 @@ def _pair_faults(columns: Mapping[str, pa.Array], num_docs: int) -> Iterator[Fau
         yield wrong, lambda row: f"relevance is {relevance[row]}, needs a number of at least 0"
     doc = columns["doc"].to_numpy()
     if outside(doc, 0, num_docs):
-        what = f"not a row of the catalogue's {num_docs}"
-        yield (doc < 0) | (doc >= num_docs), lambda row: f"unknown document: {doc[row]} is {what}"
+        limit = f"not a row of the catalogue's {num_docs}"
+        yield (doc < 0) | (doc >= num_docs), lambda row: f"unknown document: {doc[row]} is {limit}"
 
 
-def _sequence_faults(columns: Mapping[str, pa.Array], table: MappedTable, most_targets: int) -> Iterator[Fault]:
+def _sequence_faults(columns: Mapping[str, pa.Array], table: MappedTable, max_targets: int) -> Iterator[Fault]:
     sequence, first, end = (columns[name].to_numpy() for name in ("sequence", "first", "end"))
     outside = (sequence < 0) | (sequence >= table.num_rows)
     if outside.any():
@@ -188,28 +190,28 @@ def _sequence_faults(columns: Mapping[str, pa.Array], table: MappedTable, most_t
     if beyond.any():
         yield (
             beyond,
-            lambda row: f"targets {first[row]} to {end[row]} are no part of its sequence of {lengths[row]} events",
+            lambda row: f"targets {first[row]} to {end[row]} are outside its sequence of {lengths[row]} events",
         )
-    # in 64 bits: what is not a part of a sequence may be anything
-    too_many = ~beyond & (end.astype(np.int64) - first > most_targets)
+    # int64: the bounds of an invalid row are arbitrary and may overflow
+    too_many = ~beyond & (end.astype(np.int64) - first > max_targets)
     if too_many.any():
         yield (
             too_many,
-            lambda row: f"it has {end[row] - first[row]} targets, more than its history's {most_targets} items",
+            lambda row: f"it has {end[row] - first[row]} targets, more than its history's {max_targets} items",
         )
 
 
 def _bad_targets(
     batch: pa.RecordBatch, layout: BlockLayout, partition: int, bad: dict[int, str]
 ) -> list[tuple[int, int, str]]:
-    """Return (row, place, reason) of targets that cannot be used; a row that has no other is added to `bad`."""
+    """Return (row, position, reason) of unusable targets; rows without a usable target are added to `bad`."""
     if not layout.sequences:
         return []
     usable = np.setdiff1d(np.arange(batch.num_rows), list(bad))
     columns = [batch.column(batch.schema.get_field_index(n)).to_numpy()[usable] for n in ("sequence", "first", "end")]
     targets = Targets.of(layout.sequences[partition], *(column.astype(np.int64) for column in columns))
     num_docs = layout.num_docs[partition]
-    good = targets.good(num_docs)
+    good = targets.valid(num_docs)
     if good.all():
         return []
     left = np.bincount(targets.row[good], minlength=len(usable))
@@ -217,7 +219,7 @@ def _bad_targets(
     for number, reason in targets.faults(num_docs):
         row = int(usable[targets.row[number]])
         if left[targets.row[number]]:
-            alone.append((row, int(targets.place[number]), reason))
+            alone.append((row, int(targets.position[number]), reason))
         else:
             bad.setdefault(row, reason)
     return alone

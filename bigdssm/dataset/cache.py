@@ -1,8 +1,8 @@
-"""A folder of fetched files under a cap, shared by any number of processes of one machine.
+"""A size-limited folder of downloaded files, shared by any number of processes on one machine.
 
-An entry's name is a hash of the full URL it came from, its place there and its checksum, so that nothing can be taken
-for anything else. It is written under another name, checked, and renamed: what has its final name is whole. Advisory
-locks, which end with their process, say what is in use; `kill -9` leaves nothing that blocks or misleads.
+An entry's name is a hash of its URL, path or byte range, and checksum, so entries cannot be confused. It is written
+under a temporary name, verified, and renamed: an entry with its final name is complete. Advisory locks mark entries in
+use; they end with their process, so `kill -9` leaves no stale locks.
 """
 
 from __future__ import annotations
@@ -26,54 +26,54 @@ from bigdssm.errors import DataError
 from bigdssm.utils.atomic import UNFINISHED, aside_of, new_folder, put_file
 from bigdssm.utils.log import get_logger
 
-KEEP_FRACTION = 0.9  # of the cap, when the cache is full: making room is then rare
-POLL_S = 0.05  # while another process fetches the same
+KEEP_FRACTION = 0.9  # of the limit, after an eviction: makes evictions rare
+POLL_S = 0.05  # while another process fetches the same entry
 log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class FileCache:
-    """The files in `dir`, at most `max_bytes` of them; see the module."""
+    """A cache of files in `dir`, at most `max_bytes` in total."""
 
     dir: Path
     max_bytes: int
 
     @classmethod
     def of(cls, config: DataConfig | None = None) -> FileCache:
-        """Return the cache that `data.cache_dir` and `data.cache_bytes` name, or the user's default one."""
+        """Return the cache configured by `data.cache_dir` and `data.cache_bytes`, or the user's default cache."""
         named = config.cache_dir if config else None
         default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "bigdssm"
         folder = Path(named or default).expanduser().absolute()
         return cls(folder, config.cache_bytes if config else DEFAULT_CACHE_BYTES)
 
     def path(self, key: str) -> Path:
-        """Return where the entry `key` stands, whether it is there or not."""
+        """Return the path of entry `key`, which may not exist."""
         return self.dir / key[:2] / key[2:]
 
-    def block(self, key: str, checksum: int) -> bytes | None:
-        """Return a kept block, or None where it is not there, or not as it was written."""
+    def get_block(self, key: str, checksum: int) -> bytes | None:
+        """Return a cached block, or None if it is missing or its checksum differs."""
         path = self.path(key)
         try:
             content = path.read_bytes()
-            os.utime(path)  # the least recently used go first
+            os.utime(path)  # for the eviction of least recently used entries
         except OSError:
             return None
         return content if xxhash.xxh3_64_intdigest(content) == checksum else None
 
-    def keep_block(self, key: str, content: bytes) -> None:
-        """Keep a block, if there is room beside what is in use."""
+    def put_block(self, key: str, content: bytes) -> None:
+        """Store a block, if it fits next to the entries in use."""
         path = self.path(key)
         try:
             with self._locked() as lock:
                 if self._reserve(lock, len(content)):
                     path.parent.mkdir(exist_ok=True)
                     aside_of(path).write_bytes(content)
-                    os.replace(aside_of(path), path)  # not synced: a block is checked whenever it is read
-        except OSError as error:  # a full disk, say: the cache is only there to save time
+                    os.replace(aside_of(path), path)  # not synced: blocks are verified at every read
+        except OSError as error:  # for example a full disk: the cache is optional
             _warn_once(f"{self.dir}: blocks are not cached: {error.strerror}")
 
-    def hold(self, key: str) -> int | None:
-        """Return an open descriptor, until whose closing the entry stays, or None where there is no such entry."""
+    def acquire(self, key: str) -> int | None:
+        """Lock an entry against eviction until the returned descriptor is closed; None if there is no such entry."""
         path = self.path(key)
         try:
             fd = os.open(path, os.O_RDONLY)
@@ -83,24 +83,24 @@ class FileCache:
         if _is_at(fd, path):
             os.utime(path)
             return fd
-        os.close(fd)  # removed while it was being opened
+        os.close(fd)  # removed between open and lock
         return None
 
     def fill(self, key: str, size: int, write: Callable[[int], None]) -> int:
-        """Return what `hold` does, after `write` has put the entry's `size` bytes into a descriptor, here or elsewhere.
+        """Acquire an entry, calling `write` to fetch its `size` bytes into a descriptor if it is missing.
 
-        Of several processes one fetches and the others wait. Raises DataError: no room.
+        One process fetches, the others wait for it. Raises DataError: the cache is full.
         """
         path = self.path(key)
         part = aside_of(path)
-        while (held := self.hold(key)) is None:
+        while (held := self.acquire(key)) is None:
             part.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 if not _try_lock(fd) or not _is_at(fd, part):
                     time.sleep(POLL_S)
                     continue
-                if path.exists():  # by a process that was done before this one had the lock
+                if path.exists():  # written by another process before this one got the lock
                     part.unlink()
                     continue
                 try:
@@ -115,8 +115,8 @@ class FileCache:
         return held
 
     def link(self, name: str, url: str, entries: dict[str, str]) -> Path:
-        """Return a folder in which every path of `entries` leads to the entry of that key; all must be held."""
-        folder = self.dir / "trees" / key_of(url, json.dumps(entries, sort_keys=True)) / name
+        """Return a folder of symbolic links, path → cache entry; the caller must have acquired all entries."""
+        folder = self.dir / "trees" / cache_key(url, json.dumps(entries, sort_keys=True)) / name
         with self._locked():
             if not folder.exists():
                 with new_folder(folder.parent) as aside:
@@ -128,17 +128,17 @@ class FileCache:
 
     def _allot(self, fd: int, size: int) -> None:
         with self._locked() as lock:
-            os.ftruncate(fd, 0)  # of what a killed process left
+            os.ftruncate(fd, 0)  # discard a killed process's part
             if not self._reserve(lock, size):
                 raise DataError(
-                    f"data.cache_bytes={self.max_bytes} has no room for a file of {size} bytes beside those in use in "
+                    f"data.cache_bytes={self.max_bytes} has no room for a file of {size} bytes next to those in use in "
                     f"{self.dir}; allow more"
                 )
-            os.ftruncate(fd, size)  # so that whoever counts counts all of it
+            os.ftruncate(fd, size)  # reserve: other processes count the full size
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
-        """Hold the cache's one lock; its file has the number of bytes in the cache, never less than there are."""
+        """Hold the global lock, whose file stores an upper bound on the bytes in the cache."""
         self.dir.mkdir(parents=True, exist_ok=True)
         fd = os.open(self.dir / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -148,7 +148,7 @@ class FileCache:
             os.close(fd)
 
     def _reserve(self, lock: int, size: int) -> bool:
-        """Return whether `size` more bytes may be written, having removed what was used least recently."""
+        """Evict least recently used entries until `size` more bytes fit; return whether they fit."""
         counted = os.pread(lock, 20, 0)
         total = int(counted) if counted.isdigit() else self.max_bytes  # unknown: count
         if total + size > self.max_bytes:
@@ -158,7 +158,7 @@ class FileCache:
         return fits
 
     def _evict(self, goal: int) -> int:
-        """Return the bytes left after removing unused entries, oldest first, down to `goal`."""
+        """Remove unused entries, oldest first, down to `goal` bytes; return the remaining bytes."""
         entries: list[tuple[bool, int, int, Path]] = []
         for path in self.dir.glob("??/*"):
             with suppress(FileNotFoundError):
@@ -166,7 +166,7 @@ class FileCache:
                 entries.append((path.suffix != UNFINISHED, stat.st_mtime_ns, stat.st_size, path))
         total, before = sum(entry[2] for entry in entries), len(entries)
         for whole, _, size, path in sorted(entries):
-            if (total > goal or not whole) and _remove_unused(path):  # parts: what killed processes left
+            if (total > goal or not whole) and _remove_unused(path):  # not whole: left by killed processes
                 total -= size
                 before -= 1
         if before < len(entries):
@@ -176,8 +176,8 @@ class FileCache:
         return total
 
 
-def key_of(*identity: object) -> str:
-    """Return the name in the cache of what `identity` (URL, place, checksum, …) tells apart from all else."""
+def cache_key(*identity: object) -> str:
+    """Return the entry name of an identity (URL, byte range, checksum, …)."""
     return hashlib.sha256("\n".join(map(str, identity)).encode()).hexdigest()[:40]
 
 
@@ -202,7 +202,7 @@ def _try_lock(fd: int) -> bool:
 
 
 def _remove_unused(path: Path) -> bool:
-    """Remove an entry unless a process holds or fills it."""
+    """Remove an entry unless a process uses or writes it."""
     try:
         fd = os.open(path, os.O_RDONLY)
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""The catalogue (the corpus): every document's features once, memory-mapped; pairs refer to its rows.
+"""The catalogue (corpus): the features of all documents, memory-mapped, addressed by row.
 
-Where features changed, a document's row has the newest ones; rows behind the documents' are earlier versions of some.
+Row d < num_docs holds the newest features of document d; rows from num_docs on are earlier versions.
 """
 
 from __future__ import annotations
@@ -28,63 +28,63 @@ class Catalogue:
     def __init__(
         self, paths: Sequence[Path], schema: Schema, pad_token_id: int, versions: Versions | None = None
     ) -> None:
-        """Map the catalogue's files; of those of `versions` the documents' stand first.
+        """Map the catalogue's files, with the files of newer versions last.
 
-        Raises DataError: missing, unreadable, or without a column of the schema.
+        Raises DataError: a file is missing or unreadable, or lacks a column of the schema.
         """
         self._table, self.versions = MappedTable(paths), versions
         self._schema, self._pad_token_id = schema, pad_token_id
-        self._known: dict[str, Feature] | None = None  # of an earlier schema, see `limited_to`
+        self._encoded_by: dict[str, Feature] | None = None  # document features of an earlier schema, see `limited_to`
         names = self._table.schema.names
         for name in ("doc_key", "doc_id", "doc_title", *schema.doc):
             if name not in names:
                 raise DataError(f"{self._table.paths[0].parent}: the catalogue has no column {name}, only {names}")
 
     def limited_to(self, schema: Schema) -> Catalogue:
-        """Return the same documents as an earlier schema encodes them: values new since then are out of vocabulary."""
+        """Return a view encoded by an earlier schema: values it does not contain are out of vocabulary."""
         limited = copy(self)
-        limited._known = schema.doc
+        limited._encoded_by = schema.doc
         return limited
 
     @property
     def num_docs(self) -> int:
-        """Return the number of documents."""
+        """The number of documents."""
         return self._table.num_rows if self.versions is None else self.versions.num_docs
 
     @property
-    def every_row(self) -> np.ndarray:
-        """Return the rows of all documents and of whatever they were before, int64."""
+    def all_rows(self) -> np.ndarray:
+        """The rows of all documents and of their earlier versions, int64."""
         return np.arange(self.num_docs if self.versions is None else self.num_docs + self._table.num_rows)
 
     @property
     def file_rows(self) -> list[int]:
-        """Return the rows of each file."""
+        """The number of rows per file."""
         return self._table.file_rows
 
     @cached_property
     def doc_ids(self) -> np.ndarray:
-        """Return all documents' ids, int64 [num_docs]."""
-        return self._table.whole("doc_id")[: self.num_docs]
+        """The ids of all documents, int64 [num_docs]."""
+        return self._table.column("doc_id")[: self.num_docs]
 
-    def seen(
+    def visible_rows(
         self, documents: np.ndarray, partitions: np.ndarray, versions: np.ndarray | None = None
     ) -> np.ndarray | None:
-        """Return the rows of documents, int64, as rows of partitions, by number, see them, or in these versions.
+        """Return the rows of the document versions that are visible to examples of the given partitions, int64.
 
-        None where no document has changed. `versions` are as `Versions.named` takes them.
+        `partitions` are numbers; `versions` are explicit, see `Versions.version_rows`. None if no document has changed.
         """
         if self.versions is None:
             return None
         if versions is None:
-            return self.versions.seen(documents, partitions)
-        return self.versions.named(documents, versions)
+            return self.versions.visible_rows(documents, partitions)
+        return self.versions.version_rows(documents, versions)
 
-    def _at(self, rows: np.ndarray) -> np.ndarray:
-        return rows if self.versions is None else self.versions.place(rows)
+    def _file_rows(self, rows: np.ndarray) -> np.ndarray:
+        return rows if self.versions is None else self.versions.file_rows(rows)
 
     def ids(self, rows: np.ndarray) -> np.ndarray:
         """Return the ids of the documents at `rows`, int64."""
-        return np.asarray(self._table.take("doc_id", self._at(rows)))
+        return np.asarray(self._table.take("doc_id", self._file_rows(rows)))
 
     def columns(self, rows: np.ndarray) -> dict[str, Column]:
         """Return the features of the documents at `rows` (int64 [n]) as columns."""
@@ -92,8 +92,8 @@ class Catalogue:
 
     def column(self, feature: str, rows: np.ndarray) -> Column:
         """Return one feature of the documents at `rows` (int64 [n])."""
-        column = self._table.take(feature, self._at(rows))
-        return column if self._known is None else self._known[feature].without_unknown(column)
+        column = self._table.take(feature, self._file_rows(rows))
+        return column if self._encoded_by is None else self._encoded_by[feature].without_unknown(column)
 
     def codes(self, feature: str, rows: np.ndarray) -> np.ndarray:
         """Return the int32 codes of one categorical feature at `rows`."""
@@ -104,35 +104,35 @@ class Catalogue:
         return to_features(self._schema.doc, self.columns(rows), self._pad_token_id)
 
     def keys(self, rows: np.ndarray) -> list[str]:
-        """Return the documents' own ids, as in their table."""
-        return self._table.strings("doc_key", self._at(rows))
+        """Return the document keys (the ids in the source table) at `rows`."""
+        return self._table.strings("doc_key", self._file_rows(rows))
 
     def title(self, rows: np.ndarray) -> list[str]:
-        """Return what is shown to people."""
-        return self._table.strings("doc_title", self._at(rows))
+        """Return the titles at `rows`."""
+        return self._table.strings("doc_title", self._file_rows(rows))
 
     @cached_property
     def _by_id(self) -> np.ndarray:
         return np.argsort(self.doc_ids, kind="stable")
 
     def find(self, keys: Sequence[str]) -> np.ndarray:
-        """Return the rows of the documents with these keys, int64, -1 for a key that is not there."""
+        """Return the rows of documents by key, int64, -1 for an unknown key."""
         rows = self.rows_of(np.array([hash64(key) for key in keys], np.int64))
         known = np.flatnonzero(rows >= 0)
         same = [key == keys[at] for at, key in zip(known.tolist(), self.keys(rows[known]), strict=True)]
-        rows[known[~np.array(same, bool)]] = -1  # another key of the same hash
+        rows[known[~np.array(same, bool)]] = -1  # a hash collision
         return rows
 
     def rows_of(self, ids: np.ndarray) -> np.ndarray:
-        """Return the rows of the documents with these ids, int64, -1 for an id that is not there."""
+        """Return the rows of documents by id, int64, -1 for an unknown id."""
         if not len(ids) or not self.num_docs:
             return np.full(len(ids), -1, np.int64)
-        place = np.searchsorted(self.doc_ids, ids, sorter=self._by_id)
-        rows = self._by_id[np.minimum(place, self.num_docs - 1)]
+        position = np.searchsorted(self.doc_ids, ids, sorter=self._by_id)
+        rows = self._by_id[np.minimum(position, self.num_docs - 1)]
         return np.where(self.doc_ids[rows] == ids, rows, -1)
 
     def verify(self, checksums: Sequence[str]) -> None:
-        """Read every file whole. Raises DataError naming the first whose xxh3_64 is not the given one."""
+        """Verify the xxh3_64 checksum of every file. Raises DataError with the first damaged file."""
         for path, expected in zip(self._table.paths, checksums, strict=True):
             if file_checksum(path, bits=64) != expected:
                 raise DataError(f"{path} is damaged: its checksum is not the one in dataset.json; copy it again")

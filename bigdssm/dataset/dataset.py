@@ -47,60 +47,61 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True)
-class Head:
-    """What holds for all partitions of a dataset."""
+class DatasetHeader:
+    """Properties shared by all partitions of a dataset."""
 
     dir: Path
     name: str
     schema: Schema
-    text: str = "tokens"  # how texts stand in blocks; "raw": as they are
-    users: str = "sequences"  # where users' features stand for training; "rows": in blocks, as of each row
-    items: str = "partitions"  # what tells the version of an item that a row sees; "events": the time of each event
+    text: str = "tokens"  # encoding of texts in blocks; "raw": untokenized
+    users: str = "sequences"  # where training reads user features; "rows": from blocks, as of each row
+    items: str = "partitions"  # what selects a row's item versions; "events": the time of each event
 
     @property
     def dated(self) -> bool:
-        """Return whether versions of items have times, and sequences name those that events saw."""
+        """Whether item versions have times, and sequences store the version of each event."""
         return self.items == "events"
 
 
 class Dataset:
-    """A dataset opened for reading, see `open`; or several joined, see joined.py."""
+    """A dataset opened for reading (`open`), or several datasets joined (joined.py)."""
 
-    def __init__(self, head: Head, partitions: list[Partition], files: Sequence[CatalogueFile]) -> None:
-        """For `open` and `joining.join`; `files` are the catalogue's, those of versions last."""
-        self.head, self.partitions, self.catalogue_files = head, partitions, tuple(files)
-        self.dir, self.name, self.schema = head.dir, head.name, head.schema
-        self.tokenizer_dir: Path | None = head.dir / "tokenizer" if head.schema.has_text else None
+    def __init__(self, header: DatasetHeader, partitions: list[Partition], files: Sequence[CatalogueFile]) -> None:
+        """Called by `open` and `joined.join`; `files` are the catalogue's, files of newer versions last."""
+        self.header, self.partitions, self.catalogue_files = header, partitions, tuple(files)
+        self.dir, self.name, self.schema = header.dir, header.name, header.schema
+        self.tokenizer_dir: Path | None = header.dir / "tokenizer" if header.schema.has_text else None
         self.pad_token_id, self.vocab_size, self.tokenizer_hash = _read_tokenizer(self.tokenizer_dir)
         paths = [file.path for file in self.catalogue_files]
-        versions = Versions.read(self.catalogue_files, dated=head.dated)
-        self.catalogue = Catalogue(paths, head.schema, self.pad_token_id, versions)
+        versions = Versions.read(self.catalogue_files, dated=header.dated)
+        self.catalogue = Catalogue(paths, header.schema, self.pad_token_id, versions)
         got, expected = self.catalogue.file_rows, [file.rows for file in self.catalogue_files]
         if got != expected:
-            raise DataError(f"{self.dir}/catalogue: the files have {got} rows, dataset.json says {expected}")
+            raise DataError(f"{self.dir}/catalogue: the files have {got} rows, dataset.json has {expected}")
         sequences = [partition.sequence_files for partition in partitions]
         if any(sequences) and not all(sequences):
             raise DataError(f"{partitions[sequences.index([])].folder} has no sequences, other partitions have some")
         tables = tuple(MappedTable(paths) for paths in sequences if paths)
         for partition, table in zip(partitions, tables, strict=False):
-            said = [part["rows"] for part in partition.content["sequences"]]
-            if table.file_rows != said:
+            expected_rows = [part["rows"] for part in partition.content["sequences"]]
+            if table.file_rows != expected_rows:
                 raise DataError(
-                    f"{partition.folder}: the files of sequences have {table.file_rows} rows, partition.json says "
-                    f"{said}; copy the partition whole"
+                    f"{partition.folder}: the files of sequences have {table.file_rows} rows, partition.json has "
+                    f"{expected_rows}; copy the partition whole"
                 )
         self.sequences = MappedTable([path for paths in sequences for path in paths]) if tables else None
         self._sequence_base = offsets_of(np.array([table.num_rows for table in tables], np.int64))
         self.layout = BlockLayout.of(
-            head.schema, num_docs=tuple(partition.num_docs for partition in partitions),
-            vocab_size=self.vocab_size, sequences=tables, raw_text=head.text == "raw", of_rows=head.users == "rows",
+            header.schema, num_docs=tuple(partition.num_docs for partition in partitions),
+            vocab_size=self.vocab_size, sequences=tables, raw_text=header.text == "raw",
+            row_features=header.users == "rows",
         )  # fmt: skip
         self._first_doc = np.array([partition.first_doc for partition in partitions])
         self._numbers = np.array([partition.number for partition in partitions])
         self._indexes: dict[str, SplitIndex] = {}
-        self.sources: tuple[MixturePart, ...] = ()  # of a mixture; none: all partitions are one
+        self.sources: tuple[MixturePart, ...] = ()  # of a mixture; empty: a single source
         self.batches: MixtureBatches = "mixed"  # of a mixture
-        self.siblings: tuple[Partition, ...] = ()  # all partitions that are there, where several datasets were joined
+        self.siblings: tuple[Partition, ...] = ()  # of joined datasets: all partitions on disk
         self.pickled: tuple[Any, ...] | None = None
         self._whole: Dataset | None = None
 
@@ -110,19 +111,19 @@ class Dataset:
         cls, folder: str | Path, partitions: Sequence[str] | None = None, *, first: str | None = None,
         cache: FileCache | None = None,
     ) -> Dataset:  # fmt: skip
-        """Return the dataset in `folder`, or only some of its partitions, or only those from `first` on.
+        """Open a dataset: all partitions, the given ones, or those from partition `first` on.
 
-        A URL (http://, s3://, …) is read through `cache` (none: the user's default one).
+        A URL (http://, s3://, …) is read through `cache` (None: the user's default cache).
 
-        Raises DataError: no dataset there, of another format, damaged metadata, or a file missing (shards aside: a
-        missing shard is damage, which readers count and leave out).
+        Raises DataError: not a dataset, another format, damaged metadata, or a missing file (a missing shard does not
+        raise: readers skip and count its rows).
         """
         remote = RemoteFolder(str(folder), cache or FileCache.of(), partitions, first) if is_url(folder) else None
         folder = remote.dir if remote else Path(folder)
         content = read_dataset_json(folder)
         schema = Schema.load(folder)
         if content["schema"] != schema.fingerprint():
-            raise DataError(f"{folder}/schema.json is not the one that dataset.json was written with; copy both again")
+            raise DataError(f"{folder}/schema.json does not match dataset.json; copy both again")
         known = list(content["partitions"])
         names = known if partitions is None else list(partitions)
         if unknown := [name for name in [*names, *([first] if first else [])] if name not in known]:
@@ -132,26 +133,26 @@ class Dataset:
         if not names:
             raise DataError(f"{folder} has no partitions; bigdssm make_shards adds one")
         if not content["catalogue"]:
-            raise DataError(f"{folder}/dataset.json names no catalogue; make the dataset again")
+            raise DataError(f"{folder}/dataset.json names no catalogue; rebuild the dataset")
         files = catalogue_files(folder, content)
         num_docs = sum(file.rows for file in files if file.since is None)
         read = [
             replace(read_partition(folder, name), number=known.index(name), num_docs=num_docs, remote=remote)
             for name in names
         ]
-        places = {name: content[name] for name in ("text", "users", "items") if name in content}
-        head = Head(folder, content["name"], schema, **places)
-        dataset = cls(head, read, files)
+        options = {name: content[name] for name in ("text", "users", "items") if name in content}
+        header = DatasetHeader(folder, content["name"], schema, **options)
+        dataset = cls(header, read, files)
         if remote is not None:
             dataset.pickled = partial(cls.open, cache=remote.cache), (remote.url, names)
         return dataset
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as the path: a loader process maps the files itself."""
+        """Pickle by path: each loader process maps the files itself."""
         return self.pickled or (Dataset.open, (self.dir, [partition.name for partition in self.partitions]))
 
     def limited_to(self, schema: Schema) -> Dataset:
-        """Return the dataset as an earlier `schema` of it encodes rows: values new since then are out of vocabulary."""
+        """Return a view encoded by an earlier `schema`: values it does not contain are out of vocabulary."""
         if schema == self.whole.schema:
             return self.whole
         limited = copy(self)
@@ -161,29 +162,29 @@ class Dataset:
 
     @property
     def whole(self) -> Dataset:
-        """Return the dataset with its own schema: itself, unless it is limited to an earlier one."""
+        """The dataset with its full schema, see `limited_to`."""
         return self._whole or self
 
     @cached_property
     def fingerprint(self) -> str:
-        """Return a hash of schema, tokenizer and the partitions' rows."""
-        known = [self.head.schema.fingerprint(), self.tokenizer_hash, *(p.name + p.identity for p in self.partitions)]
+        """A hash of the schema, the tokenizer and the partitions' rows."""
+        known = [self.header.schema.fingerprint(), self.tokenizer_hash, *(p.name + p.identity for p in self.partitions)]
         return short_hash("\n".join(known).encode())
 
     def partitions_on_disk(self) -> list[Partition]:
-        """Return all partitions in the dataset's folder, opened or not. Raises DataError where one is damaged."""
+        """Read the metadata of all partitions in the folder, opened or not. Raises DataError: one is damaged."""
         if self.siblings:
             return list(self.siblings)
         return [read_partition(self.dir, name) for name in read_dataset_json(self.dir)["partitions"]]
 
     def index(self, split: str) -> SplitIndex:
-        """Return the split's blocks. Raises DataError: no such split, or a damaged index."""
+        """Return the block index of a split. Raises DataError: no such split, or a damaged index."""
         if split not in self._indexes:
             parts = []
             for number, partition in enumerate(self.partitions):
                 expected = partition.content["splits"].get(split)
                 if expected and expected["blocks"]:
-                    parts.append(with_shards_of(partition, read_index(partition.folder, split, expected, number)))
+                    parts.append(with_remote_shards(partition, read_index(partition.folder, split, expected, number)))
             if not parts:
                 known = sorted({name for partition in self.partitions for name in partition.content["splits"]})
                 raise DataError(f"{self.dir} has no rows in split {split!r}; its splits are {known}")
@@ -191,15 +192,15 @@ class Dataset:
         return self._indexes[split]
 
     def num_rows(self, split: str) -> int:
-        """Return the rows of a split, 0 where the dataset has none."""
+        """Return the number of rows in a split, 0 without such a split."""
         return sum(partition.content["splits"].get(split, {"rows": 0})["rows"] for partition in self.partitions)
 
     def num_queries(self, split: str) -> int:
-        """Return the queries that the rows of a split give, 0 where the dataset has none."""
+        """Return the number of queries in a split, 0 without such a split."""
         return sum(partition.content["splits"].get(split, {"queries": 0})["queries"] for partition in self.partitions)
 
     def doc_counts(self, partitions: range | None = None) -> np.ndarray:
-        """Return the train positives of every document, int64 [num_docs], summed over the partitions (or some)."""
+        """Return the number of train positives per document, int64 [num_docs], over all or some partitions."""
         total = np.zeros(self.catalogue.num_docs, np.int64)
         for partition in self.partitions if partitions is None else self.partitions[partitions.start : partitions.stop]:
             docs, counts = _positives(partition)
@@ -207,20 +208,20 @@ class Dataset:
         return total
 
     def has_positives(self) -> bool:
-        """Return whether any train row has a relevance above 0."""
+        """Return True if any train row has a relevance above 0."""
         return any(len(_positives(partition)[0]) for partition in self.partitions)
 
     def check_against(self, config: DataConfig) -> None:
-        """Raise ConfigError naming the first feature that `config` declares otherwise than the dataset has it."""
+        """Raise ConfigError with the first feature whose declaration in `config` differs from the dataset's."""
         difference = Schema.declared(config).difference(self.schema)
         if difference is not None:
             raise ConfigError(
-                f"data.dir={self.dir} was made with another schema than this config's: {difference}; "
-                f"make the dataset again with this config, or change the config"
+                f"data.dir={self.dir} was built with another schema than this config's: {difference}; "
+                f"rebuild the dataset with this config, or change the config"
             )
 
     def rows(self, split: str, step: int, row_ids: np.ndarray, batch: pa.RecordBatch) -> Rows:
-        """Return block columns (`layout.types`) with row ids as Rows: targets and histories come from the sequences."""
+        """Convert block columns (`layout.types`) to Rows; targets and histories are read from the sequences."""
         columns = {n: self._column(n, c) for n, c in zip(batch.schema.names, batch.columns, strict=True)}
         partition = np.zeros(len(row_ids), np.int64)
         if len(self.partitions) > 1:
@@ -229,94 +230,92 @@ class Dataset:
         if self.sequences is not None:
             sequence, first, end = (np.asarray(columns[name], np.int64) for name in ("sequence", "first", "end"))
             sequence = sequence + self._sequence_base[partition]
-            of_rows = {name: columns[name] for name in self.layout.query}
-            return self._pieces(split, step, row_ids, self.sequences, sequence, first, end, of_rows)
+            row_features = {name: columns[name] for name in self.layout.query}
+            return self._pieces(split, step, row_ids, self.sequences, sequence, first, end, row_features)
         query = {name: columns[name] for name in self.schema.query}
         doc_rows = np.asarray(columns["doc"]) + self._first_doc[partition]
         return Rows(
             step=step, row_ids=row_ids, query=query, doc_rows=doc_rows, relevance=np.asarray(columns["relevance"]),
             query_ids=np.asarray(columns["query_id"]),
-            doc_versions=self.catalogue.seen(doc_rows, self._numbers[partition]),
+            doc_versions=self.catalogue.visible_rows(doc_rows, self._numbers[partition]),
         )  # fmt: skip
 
     def _pieces(
         self, split: str, step: int, row_ids: np.ndarray, table: MappedTable,
-        sequence: np.ndarray, first: np.ndarray, end: np.ndarray, of_rows: dict[str, Column],
+        sequence: np.ndarray, first: np.ndarray, end: np.ndarray, row_features: dict[str, Column],
     ) -> Rows:  # fmt: skip
-        """Return rows that are pieces of sequences: a query for each target that can be used.
+        """Build rows from sequence segments, with one query per valid target.
 
-        `of_rows` are features that stand in the blocks.
+        `row_features` are the query features stored in blocks.
         """
-        targets = Targets.of(table, sequence, first, end, dated=self.head.dated)
-        targets = targets.take(targets.good(self.catalogue.num_docs))
+        targets = Targets.of(table, sequence, first, end, dated=self.header.dated)
+        targets = targets.take(targets.valid(self.catalogue.num_docs))
         query: dict[str, Column] = {}
         left_edge = np.zeros_like(end)
         for name, feature in self.schema.query.items():
             if isinstance(feature, History):
-                # what the last query has seen; the others, of one left edge with it, have seen less of it
+                # the history of the last query; earlier queries of the row read a prefix of it
                 query[name], left_edge = self._history(feature, table, sequence, end - 1)
             else:
-                query[name] = of_rows[name] if name in of_rows else self.query_column(table, name, sequence)
+                query[name] = row_features[name] if name in row_features else self.query_column(table, name, sequence)
         single = self.num_queries(split) == self.num_rows(split)
+        partition = self._numbers_of(sequence[targets.row])
         return Rows(
             step=step, row_ids=row_ids, query=query, doc_rows=targets.item, relevance=targets.relevance,
             query_ids=np.asarray(table.take("query_id", sequence[targets.row])), row=None if single else targets.row,
-            place=targets.place, left_edge=left_edge, sequence=sequence, sequences=table,
-            doc_versions=self.catalogue.seen(targets.item, self._numbers_of(sequence[targets.row]), targets.version),
+            position=targets.position, left_edge=left_edge, sequence=sequence, sequences=table,
+            doc_versions=self.catalogue.visible_rows(targets.item, partition, targets.version),
         )  # fmt: skip
 
-    def one_query_each(self, rows: Rows) -> Rows:
-        """Return rows of one query each; its history is what it has seen, the newest."""
-        if rows.row is None or rows.place is None or rows.sequence is None or self.sequences is None:
+    def one_query_per_row(self, rows: Rows) -> Rows:
+        """Expand rows to one query per row, each with its newest history."""
+        if rows.row is None or rows.position is None or rows.sequence is None or self.sequences is None:
             return rows
         sequence = rows.sequence[rows.row]
         query: dict[str, Column] = {}
         for name, feature in self.schema.query.items():
             if isinstance(feature, History):
-                query[name] = self._history(feature, self.sequences, sequence, rows.place)[0]
+                query[name] = self._history(feature, self.sequences, sequence, rows.position)[0]
             else:
                 query[name] = ragged.take(rows.query[name], rows.row)
-        every = np.arange(rows.num_queries)  # not None: the draws of a query among several are its own
+        every = np.arange(rows.num_queries)  # not None: random draws stay per query
         return replace(rows, row_ids=rows.row_ids[rows.row], query=query, sequence=sequence, row=every, left_edge=None)
 
     def _history(
         self, feature: History, table: MappedTable, sequence: np.ndarray, seen: np.ndarray
     ) -> tuple[Column, np.ndarray]:
-        """Return the codes of the newest of the items that were seen, and the place of the oldest of them."""
+        """Return the codes of the newest items before position `seen`, and the position of the oldest of them."""
         left_edge = np.maximum(0, seen - feature.max_items)
         items = table.take_slices("items", sequence, left_edge, seen)
         partition = np.repeat(self._numbers_of(sequence), items.lengths)
-        version = versions_of(table, sequence, left_edge, seen) if self.head.dated else None
+        version = versions_of(table, sequence, left_edge, seen) if self.header.dated else None
         return type(items)(self._codes(str(feature.of), items.values, partition, version), items.offsets), left_edge
 
     def _numbers_of(self, sequence: np.ndarray) -> np.ndarray:
-        """Return the number, among all of its dataset, of the partition that each sequence stands in, int64."""
+        """Return the dataset-wide partition number of each sequence, int64."""
         return self._numbers[np.searchsorted(self._sequence_base, sequence, "right") - 1]
 
     def _codes(self, feature: str, docs: np.ndarray, partition: np.ndarray, version: np.ndarray | None) -> np.ndarray:
-        """Return the codes of documents in histories, as `Catalogue.seen` has them.
-
-        Of one that is none, which is bad as a target, it is unknown.
-        """
+        """Return the item codes of histories, in the visible versions; invalid documents get the code for unknown."""
         known = (docs >= 0) & (docs < self.catalogue.num_docs)
         docs = docs if known.all() else np.where(known, docs, 0)
-        seen = self.catalogue.seen(docs, partition, version)
+        seen = self.catalogue.visible_rows(docs, partition, version)
         codes = item_codes(self.catalogue.codes(feature, docs if seen is None else seen))
         return codes if known.all() else np.where(known, codes, OUT_OF_VOCABULARY)
 
     def _column(self, name: str, array: pa.Array) -> Column:
-        """Return a block's column, texts tokenised."""
+        """Return a block's column with texts tokenized."""
         if pa.types.is_large_string(array.type):
             array = self.layout.query[name].encode(array, self.tokenizer)
         column = from_arrow(array)
         return self.limited_query({name: column})[name] if name in self.schema.query else column
 
     def query_column(self, table: MappedTable, name: str, rows: np.ndarray) -> Column:
-        """Return a query feature of the sequences `rows` of `table`."""
+        """Return a query feature of the sequences at `rows` of `table`."""
         return self.limited_query({name: table.take(name, rows)})[name]
 
     def limited_query(self, columns: dict[str, Column]) -> dict[str, Column]:
-        """Return query columns of the whole dataset as this one encodes them, see `limited_to`."""
+        """Re-encode query columns of the full schema by this view's schema, see `limited_to`."""
         if self._whole is None:
             return columns
         coded = {
@@ -327,24 +326,23 @@ class Dataset:
 
     @cached_property
     def tokenizer(self) -> TextTokenizer | None:
-        """Return the tokenizer, None without text features."""
+        """The tokenizer, None without text features."""
         return None if self.tokenizer_dir is None else TextTokenizer(self.tokenizer_dir)
 
-    def rows_at_once(self, split: str, num_queries: int) -> int:
-        """Return how many rows give about so many queries, at least 1."""
+    def rows_for_queries(self, split: str, num_queries: int) -> int:
+        """Return the number of rows (at least 1) that contain about `num_queries` queries."""
         return max(1, num_queries * self.num_rows(split) // max(1, self.num_queries(split)))
 
     def iterate(self, split: str, rows_per_batch: int, rank: int = 0, world_size: int = 1) -> Iterator[Rows]:
-        """Yield the rank's contiguous share of a split in dataset order, `rows_at_once` row ids at a time.
+        """Yield a rank's contiguous share of a split in dataset order, about `rows_per_batch` queries per batch.
 
-        Each query is a row of its own, with the history that it would have when it is served. What cannot be used is
-        left out, and named in a warning.
+        Each query becomes one row, with the history that serving would use. Unusable rows are skipped with a warning.
         """
         first, last = (self.num_rows(split) * k // world_size for k in (rank, rank + 1))
-        yield from self.between(split, first, last, self.rows_at_once(split, rows_per_batch))
+        yield from self.iterate_range(split, first, last, self.rows_for_queries(split, rows_per_batch))
 
-    def between(self, split: str, first: int, last: int, rows_per_batch: int) -> Iterator[Rows]:
-        """Yield the rows [first, last) of a split, so many row ids at a time; else as `iterate` does."""
+    def iterate_range(self, split: str, first: int, last: int, rows_per_batch: int) -> Iterator[Rows]:
+        """Yield the rows [first, last) of a split, `rows_per_batch` row ids per batch, see `iterate`."""
         index = self.index(split)
         pending: list[tuple[np.ndarray, pa.RecordBatch]] = []
         block = int(np.searchsorted(index.first_row, first, "right")) - 1
@@ -356,14 +354,14 @@ class Dataset:
             ids = np.concatenate([part[0] for part in pending])
             table = pa.concat_batches([part[1] for part in pending])
             inside, later = (ids >= begin) & (ids < end), ids >= end
-            yield self.one_query_each(self.rows(split, step, ids[inside], table.filter(pa.array(inside))))
+            yield self.one_query_per_row(self.rows(split, step, ids[inside], table.filter(pa.array(inside))))
             pending = [(ids[later], table.filter(pa.array(later)))]
 
     def _good_rows(self, index: SplitIndex, block: int) -> tuple[np.ndarray, pa.RecordBatch]:
         batch, bad = read_block(index, block, self.layout)
         for fault in bad:
             where = "" if fault.row is None else f", row {fault.row}"
-            where += "" if fault.place is None else f", place {fault.place}"
+            where += "" if fault.position is None else f", position {fault.position}"
             log.warning("left out: %s%s: %s", index.name(block), where, fault.reason)
         if batch is None:
             return np.empty(0, np.int64), empty_batch(self.layout)
@@ -372,39 +370,37 @@ class Dataset:
         return (row_ids[good], batch.take(pa.array(good))) if bad else (row_ids, batch)
 
 
-def with_shards_of(partition: Partition, index: SplitIndex) -> SplitIndex:
-    """Return an index of the partition with its shards at their URL, where it is at one."""
+def with_remote_shards(partition: Partition, index: SplitIndex) -> SplitIndex:
+    """Point the index of a remote partition at its shards' URLs."""
     if partition.remote is None:
         return index
-    at, file = f"partitions/{partition.folder.name}", partition.remote.file
-    return replace(index, shards=tuple(file(f"{at}/{path.name}") for path in index.shards))
+    parent, file = f"partitions/{partition.folder.name}", partition.remote.file
+    return replace(index, shards=tuple(file(f"{parent}/{path.name}") for path in index.shards))
 
 
 def _positives(partition: Partition) -> tuple[np.ndarray, np.ndarray]:
-    """Return the documents that a partition's train rows are relevant to, and how many are, int64; not read yet."""
+    """Return a partition's documents with train positives, and their counts (int64, memory-mapped)."""
     path = partition.folder / COUNTS_FILE
     table = MappedTable([path])
-    docs, counts = table.whole("doc"), table.whole("count")
+    docs, counts = table.column("doc"), table.column("count")
     if len(docs) and (docs.min() < 0 or docs.max() >= partition.num_docs or counts.min() < 1):
-        raise DataError(
-            f"{path} counts documents that the catalogue's {partition.num_docs} are not; make the partition again"
-        )
+        raise DataError(f"{path} counts documents outside the catalogue's {partition.num_docs}; rebuild the partition")
     return docs, counts
 
 
 def empty_batch(layout: BlockLayout) -> pa.RecordBatch:
-    """Return a batch of no rows."""
+    """Return an empty batch of this layout."""
     schema = pa.schema(list(layout.types.items()))
     return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)
 
 
 def tokenizer_hash(folder: Path) -> str:
-    """Return a hash of the tokenizer in `folder`. Raises OSError."""
+    """Hash the tokenizer in `folder`. Raises OSError."""
     return short_hash((folder / TOKENIZER_FILE).read_bytes())
 
 
 def _read_tokenizer(folder: Path | None) -> tuple[int, int, str]:
-    """Return pad token id, vocabulary size and a hash of the tokenizer."""
+    """Return the padding token id, vocabulary size and hash of the tokenizer."""
     if folder is None:
         return 0, 0, ""
     path = folder / TOKENIZER_FILE
@@ -412,10 +408,12 @@ def _read_tokenizer(folder: Path | None) -> tuple[int, int, str]:
         content = path.read_bytes()
         tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise DataError(f"{path} is no readable tokenizer ({error}); a dataset with text features needs one") from None
+        raise DataError(
+            f"{path} is not a readable tokenizer ({error}); a dataset with text features needs one"
+        ) from None
     declared = read_json(folder / "tokenizer_config.json", "copy the dataset whole").get("pad_token")
     name = declared.get("content") if isinstance(declared, dict) else declared
     pad = tokenizer.token_to_id(name) if name else None
     if pad is None:
-        raise DataError(f"{folder}: the tokenizer has no padding token ({name!r}); add one and make the dataset again")
+        raise DataError(f"{folder}: the tokenizer has no padding token ({name!r}); add one and rebuild the dataset")
     return pad, tokenizer.get_vocab_size(), short_hash(content)

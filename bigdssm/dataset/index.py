@@ -1,7 +1,7 @@
-"""The index of a split: where every block of rows stands, how many rows it has, and its checksum.
+"""The index of a split: shard, offset, number of rows and checksum of every block.
 
-The order of rows, the reading and every count come from the index; a shard's tar headers are not needed. A shard that
-was cut, replaced or deleted therefore shows as blocks that cannot be read, never as rows that are silently missing.
+Row order, reads and counts all use the index; tar headers of shards are not read. A truncated, replaced or deleted
+shard therefore appears as unreadable blocks, never as silently missing rows.
 """
 
 from __future__ import annotations
@@ -24,45 +24,45 @@ COLUMNS = {"offset": np.int64, "size": np.int64, "rows": np.int32, "queries": np
 
 @dataclass(frozen=True)
 class SplitIndex:
-    """The blocks of a split over all its partitions, in order; arrays are [blocks]."""
+    """The blocks of a split in all partitions, in order; arrays are [blocks]."""
 
     shards: tuple[Path | RemoteFile, ...]
     shard: np.ndarray  # int32: number in `shards`
-    partition: np.ndarray  # int32: number of the partition
+    partition: np.ndarray  # int32: partition number
     block: np.ndarray  # int32: number of the block within its partition's split
     offset: np.ndarray  # int64: of the block's bytes in the shard
     size: np.ndarray  # int64
     rows: np.ndarray  # int32
-    queries: np.ndarray  # int64: that its rows give
+    queries: np.ndarray  # int64: of its rows
     checksum: np.ndarray  # uint64: xxh3_64 of the bytes
 
     @cached_property
     def first_row(self) -> np.ndarray:
-        """Return the row ids at which blocks begin, int64 [blocks + 1]; the last entry is the number of rows."""
+        """The first row id of each block, int64 [blocks + 1]; the last entry is the number of rows."""
         return offsets_of(self.rows)
 
     @property
     def num_rows(self) -> int:
-        """Return the rows of the split."""
+        """The number of rows."""
         return int(self.first_row[-1])
 
     @property
     def num_queries(self) -> int:
-        """Return the queries that the rows of the split give."""
+        """The number of queries."""
         return int(self.queries.sum())
 
     @property
     def num_blocks(self) -> int:
-        """Return the blocks of the split."""
+        """The number of blocks."""
         return len(self.rows)
 
     def name(self, block: int) -> str:
-        """Return a block's shard and number as people need it in a message."""
+        """Format a block's shard and number for messages."""
         return f"{self.shards[self.shard[block]]}, block {self.block[block]}"
 
     @classmethod
     def concat(cls, parts: Sequence[SplitIndex]) -> SplitIndex:
-        """Return the blocks of several partitions below each other."""
+        """Concatenate the indexes of several partitions."""
         if len(parts) == 1:
             return parts[0]
         names = ("partition", "block", "offset", "size", "rows", "queries", "checksum")
@@ -73,15 +73,15 @@ class SplitIndex:
 
 
 def read_index(folder: Path, split: str, expected: dict[str, object], partition: int) -> SplitIndex:
-    """Return the index of one split of the partition in `folder`, checked against what its partition.json expects.
+    """Read a split's index from a partition's folder and validate it against partition.json (`expected`).
 
-    Raises DataError: missing or unreadable, of other shards (its checksum differs), or with entries that cannot be.
+    Raises DataError: missing, unreadable, another checksum, or invalid entries.
     """
     path = folder / f"{split}.index.arrow"
     try:
         content = path.read_bytes() if path.stat().st_size < 1 << 20 else pa.memory_map(str(path)).read_buffer()
     except FileNotFoundError:
-        raise DataError(f"{path} is missing; copy the dataset whole or make it again") from None
+        raise DataError(f"{path} is missing; copy the dataset whole or rebuild it") from None
     if xxhash.xxh3_64_hexdigest(content) != expected["index_checksum"]:
         raise DataError(f"{path} is damaged or of other shards: its checksum is not the one in partition.json")
     try:
@@ -91,17 +91,17 @@ def read_index(folder: Path, split: str, expected: dict[str, object], partition:
         code = shard.indices.to_numpy().astype(np.int32)
         arrays = {name: table.column(name).to_numpy().astype(dtype, copy=False) for name, dtype in COLUMNS.items()}
     except (pa.ArrowInvalid, KeyError, OSError) as error:
-        raise DataError(f"{path} is no index of this project: {error}") from None
+        raise DataError(f"{path} is not an index of this project: {error}") from None
     for name in names:
         if "/" in name or "\\" in name or name.startswith(".") or not name.endswith(".tar"):
             raise DataError(f"{path}: shard name {name!r} is not a plain file name ending in .tar; refused")
     size, rows, queries, offset = (arrays[key] for key in ("size", "rows", "queries", "offset"))
     if len(rows) and (size.min() < 1 or rows.min() < 1 or offset.min() < 0 or (queries < rows).any()):
-        raise DataError(f"{path} has blocks without bytes or rows; make the dataset again")
-    found = int(rows.sum()), int(queries.sum()), len(rows)
-    if found != (wanted := tuple(expected[key] for key in ("rows", "queries", "blocks"))):
-        got, said = ("{} rows of {} queries in {} blocks".format(*counts) for counts in (found, wanted))
-        raise DataError(f"{path} has {got}, partition.json says {said}")
+        raise DataError(f"{path} has blocks without bytes or rows; rebuild the dataset")
+    totals = int(rows.sum()), int(queries.sum()), len(rows)
+    if totals != (declared := tuple(expected[key] for key in ("rows", "queries", "blocks"))):
+        got, needed = ("{} rows of {} queries in {} blocks".format(*counts) for counts in (totals, declared))
+        raise DataError(f"{path} has {got}, partition.json has {needed}")
     count = len(rows)
     return SplitIndex(
         shards=tuple(folder / name for name in names),

@@ -1,9 +1,8 @@
-"""Opens what `data` of a config names: a dataset, or the sources of a mixture joined into one.
+"""Opening the dataset of a config: one dataset, or the sources of a mixture joined into one.
 
-The joined dataset has the sources' partitions one after the other, so that a row id is the row's number in that
-sequence: unique, and as long as the mixture is the same, the same. Sources have one schema and one tokenizer. Their
-catalogues are one too, or stand one after the other (pairs only: a sequence's items are rows of one catalogue); a
-document that is in two of them is then two documents of one id.
+The joined dataset concatenates the sources' partitions, so row ids are unique, and stable while the mixture stays the
+same. Sources share one schema and one tokenizer. They share one catalogue, or their catalogues are concatenated (pairs
+only: a sequence's items are rows of one catalogue); a document in two catalogues is then two documents with one id.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from bigdssm.utils.urls import is_url
 
 
 def open_dataset(config: DataConfig) -> Dataset:
-    """Return the dataset that `config` trains on. Raises DataError, or ConfigError: sources that do not go together."""
+    """Open the dataset of a training config. Raises DataError; ConfigError: incompatible sources."""
     cache = FileCache.of(config)
     if not config.mixture:
         return Dataset.open(config.dir, first=config.from_partition, cache=cache)
@@ -31,7 +30,7 @@ def open_dataset(config: DataConfig) -> Dataset:
 
 
 def join(parts: Sequence[Dataset], sources: Sequence[SourceConfig], main_dir: str, batches: MixtureBatches) -> Dataset:
-    """Return the datasets as one, a MixturePart each; partitions of other folders than `main_dir` get its name."""
+    """Join datasets, one MixturePart each; partitions outside `main_dir` are prefixed by their dataset's name."""
     for part, source in zip(parts[1:], sources[1:], strict=True):
         _check_same(parts[0], part, source.dir or main_dir)
     files, first_doc = _join_catalogues(parts)
@@ -39,11 +38,11 @@ def join(parts: Sequence[Dataset], sources: Sequence[SourceConfig], main_dir: st
     mixture = []
     siblings: dict[str, Partition] = {}
     for part, source, base in zip(parts, sources, first_doc, strict=True):
-        prefix = "" if source.dir is None or _place(source.dir) == _place(main_dir) else f"{part.name}/"
-        own = [replace(p, name=prefix + p.name, first_doc=base) for p in part.partitions]
-        name = "+".join(partition.name for partition in own)
-        mixture.append(MixturePart(name, len(partitions), len(partitions) + len(own), source.weight))
-        partitions += own
+        prefix = "" if source.dir is None or _normalized(source.dir) == _normalized(main_dir) else f"{part.name}/"
+        renamed = [replace(p, name=prefix + p.name, first_doc=base) for p in part.partitions]
+        name = "+".join(partition.name for partition in renamed)
+        mixture.append(MixturePart(name, len(partitions), len(partitions) + len(renamed), source.weight))
+        partitions += renamed
         siblings |= {prefix + p.name: replace(p, name=prefix + p.name) for p in part.partitions_on_disk()}
     names = [partition.name for partition in partitions]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -51,14 +50,13 @@ def join(parts: Sequence[Dataset], sources: Sequence[SourceConfig], main_dir: st
             f"data.mixture has the partition {twice[0]} twice; name each partition once, in folders of different names"
         )
     steps_per_round([source.name for source in mixture], [source.weight for source in mixture])
-    joined = Dataset(parts[0].head, partitions, files)
+    joined = Dataset(parts[0].header, partitions, files)
     joined.sources, joined.batches, joined.siblings = tuple(mixture), batches, tuple(siblings.values())
     joined.pickled = (join, (tuple(parts), tuple(sources), main_dir, batches))
     return joined
 
 
-def _place(folder: str) -> str:
-    """Return what is the same for two ways to name a dataset's folder."""
+def _normalized(folder: str) -> str:
     return folder if is_url(folder) else os.path.realpath(folder)
 
 
@@ -68,15 +66,15 @@ def _check_same(first: Dataset, other: Dataset, name: str) -> None:
         difference = _fitted_difference(first, other)
     if difference is None and first.tokenizer_hash != other.tokenizer_hash:
         difference = "the tokenizers differ"
-    fix = f"make it with `bigdssm make_shards … --like {first.dir}`"
-    for what, mine, its, needed in (
+    fix = f"build it with `bigdssm make_shards … --like {first.dir}`"
+    for name_of_part, mine, its, needed in (
         ("sequences", first.sequences is not None, other.sequences is not None, "interactions"),
-        ("texts", first.head.text, other.head.text, "--raw-text"),
-        ("users' features", first.head.users, other.head.users, "--users-time-column"),
-        ("items' features", first.head.items, other.head.items, "--items-time-column"),
+        ("texts", first.header.text, other.header.text, "--raw-text"),
+        ("users' features", first.header.users, other.header.users, "--users-time-column"),
+        ("items' features", first.header.items, other.header.items, "--items-time-column"),
     ):
         if difference is None and mine != its:
-            difference, fix = f"{what}: {mine} against {its}", f"make both with {needed}, or both without"
+            difference, fix = f"{name_of_part}: {mine} against {its}", f"build both with {needed}, or both without"
     if difference is not None:
         raise ConfigError(f"data.mixture: {name} cannot be mixed with {first.dir}: {difference}; {fix}")
 
@@ -92,7 +90,7 @@ def _fitted_difference(first: Dataset, other: Dataset) -> str:
 
 
 def _join_catalogues(parts: Sequence[Dataset]) -> tuple[list[CatalogueFile], list[int]]:
-    """Return the files of all distinct catalogues, versions last, and for each part the row at which its own begins."""
+    """Return the files of all distinct catalogues, newer versions last, and the first catalogue row of each part."""
     files: list[CatalogueFile] = []
     starts: dict[tuple[str, ...], int] = {}
     first_doc = []

@@ -1,4 +1,4 @@
-"""Sorted keys in mapped files: which row has a key, found by all processes in one copy of the memory."""
+"""Sorted keys in memory-mapped files: key → row lookup, shared by all processes on a machine."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import numpy as np
 from bigdssm.utils.array_file import new_array
 
 
-class Keys:
-    """Int64 keys with the rows that have them, over several files; picklable as their paths."""
+class SortedKeys:
+    """A map from int64 keys to rows in several files; pickled by path."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = tuple(files)
 
-    def __reduce__(self) -> tuple[type[Keys], tuple[Sequence[Path]]]:
-        return Keys, (self.files,)
+    def __reduce__(self) -> tuple[type[SortedKeys], tuple[Sequence[Path]]]:
+        return SortedKeys, (self.files,)
 
     @cached_property
     def _parts(self) -> list[np.ndarray]:
         return [np.load(path, mmap_mode="r", allow_pickle=False) for path in self.files]
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """Return the row of each key, int64, −1 where no file has it; of several files the last that has it counts."""
+        """Return the row of each key, int64, −1 for an unknown key; later files take precedence."""
         rows = np.full(len(keys), -1, np.int64)
-        # By the first 16 bits, so that each look-up goes on near the one before: three times as fast.
+        # Ordered by the top 16 bits for memory locality: three times as fast.
         order = np.argsort((keys >> 48).astype(np.int16), kind="stable")
         ordered = keys[order]
         for known, numbers in self._parts:
@@ -39,7 +39,7 @@ class Keys:
 
 
 def write_keys(path: Path, num_keys: int, pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Write (keys, rows) piece by piece, int64; the keys ascend over all pieces."""
+    """Write int64 (keys, rows) chunk by chunk; keys ascend over all chunks."""
     target = new_array(path, np.int64, (2, num_keys))
     at = 0
     for keys, rows in pieces:

@@ -1,7 +1,7 @@
-"""Arrow files, memory-mapped and read by row number: the catalogue and the sequences.
+"""Memory-mapped Arrow files with random access by row number: the catalogue and the sequences.
 
-Several files, and the record batches in them, stand below each other as one table. Nothing is read at opening but
-the files' footers, and all processes on a machine share the pages.
+The record batches of several files form one table. Opening reads only the footers, and all processes on a machine
+share the pages.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bigdssm.utils.arrow import open_arrow
 
 
 class MappedTable:
-    """Arrow files of one schema as one table with rows 0 … num_rows - 1."""
+    """Arrow files of one schema, as one table with rows 0 … num_rows - 1."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = list(paths)
@@ -39,28 +39,28 @@ class MappedTable:
 
     @property
     def num_rows(self) -> int:
-        """Return the number of rows of all files."""
+        """The number of rows in all files."""
         return int(self._starts[-1])
 
     def _parts(self, name: str) -> list[Column]:
         if name not in self._columns:
             arrays = [batch.column(batch.schema.get_field_index(name)) for batch in self._batches]
             if any(array.null_count for array in arrays):
-                raise DataError(f"{self.paths[0].parent}: column {name} has nulls; make the dataset again")
+                raise DataError(f"{self.paths[0].parent}: column {name} has nulls; rebuild the dataset")
             self._columns[name] = [from_arrow(array) for array in arrays]
         return self._columns[name]
 
-    def whole(self, name: str) -> np.ndarray:
-        """Return a fixed-width column; copied only where the table has several record batches."""
+    def column(self, name: str) -> np.ndarray:
+        """Return a whole fixed-width column; copied only if the table has several record batches."""
         parts = self._parts(name)
         return np.asarray(ragged.concat(parts) if parts else from_arrow(pa.array([], self.schema.field(name).type)))
 
     def take(self, name: str, rows: np.ndarray) -> Column:
-        """Return the column's values at `rows` (int64, each inside the table), in that order."""
+        """Return the column's values at `rows` (int64, in range), in that order."""
         return self._gather(name, rows, lambda part, local: ragged.take(part, local))
 
     def take_slices(self, name: str, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> Ragged:
-        """Return, for every i, the part [starts[i], ends[i]) of the list that the column holds at rows[i]."""
+        """Return, for every i, the slice [starts[i], ends[i]) of the list at rows[i]."""
 
         def cut(part: Ragged, local: np.ndarray, begin: np.ndarray, end: np.ndarray) -> Ragged:
             first = part.offsets[local]
@@ -69,15 +69,15 @@ class MappedTable:
         return self._gather(name, rows, cut, starts, ends)
 
     def lengths(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """Return the lengths of the lists that the column holds at `rows`, int64."""
+        """Return the lengths of the lists at `rows`, int64."""
         return self._gather(name, rows, lambda part, local: part.offsets[local + 1] - part.offsets[local])
 
     def strings(self, name: str, rows: np.ndarray) -> list[str]:
-        """Return the strings of a column at `rows`."""
+        """Return a string column's values at `rows`."""
         return list(self.arrow(name, rows).to_pylist())
 
     def arrow(self, name: str, rows: np.ndarray) -> pa.Array:
-        """Return a column's values at `rows` (int64, each inside the table), in that order."""
+        """Return the column's values at `rows` (int64, in range), in that order, as an Arrow array."""
         if not len(rows):
             return pa.array([], self.schema.field(name).type)
         groups, local, back = self._by_batch(rows)
@@ -85,13 +85,13 @@ class MappedTable:
         return pa.concat_arrays(pieces).take(pa.array(back))
 
     def _by_batch(self, rows: np.ndarray) -> tuple[list[tuple[int, np.ndarray]], np.ndarray, np.ndarray]:
-        """Return each record batch with those of `rows` that it has, all rows' places there, and the order back."""
+        """Group `rows` by record batch: (batch, indices into `rows`), the rows within batches, the inverse order."""
         batch_of = np.searchsorted(self._starts, rows, "right") - 1
         order = np.argsort(batch_of, kind="stable")
-        found, begins = np.unique(batch_of[order], return_index=True)
+        present, begins = np.unique(batch_of[order], return_index=True)
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
-        groups = list(zip(found.tolist(), np.split(order, begins[1:]), strict=True))
+        groups = list(zip(present.tolist(), np.split(order, begins[1:]), strict=True))
         return groups, rows - self._starts[batch_of], back
 
     def _gather(self, name: str, rows: np.ndarray, cut, *more: np.ndarray):  # type: ignore[no-untyped-def]

@@ -1,4 +1,4 @@
-"""Partitions, the immutable parts of a dataset, by their metadata; and the parts of a mixture."""
+"""Metadata of partitions (the immutable parts of a dataset), and the parts of a mixture."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ FORMAT = 1
 
 
 class Leaf(NamedTuple):
-    """A kind of JSON value that holds no others."""
+    """A scalar JSON type of the metadata schema."""
 
-    words: str
-    fits: Callable[[Any], bool]
+    description: str
+    accepts: Callable[[Any], bool]
 
 
 def one_of(*choices: str) -> Leaf:
-    """Return the kind of a text that is one of `choices`."""
+    """Return the type of a string enumeration."""
     return Leaf(f"one of {', '.join(choices)}", lambda value: isinstance(value, str) and value in choices)
 
 
-TEXT = Leaf("a text", lambda value: isinstance(value, str))
-COUNT = Leaf("a whole number of at least 0", lambda value: type(value) is int and value >= 0)
-WHOLE = Leaf("a whole number", lambda value: type(value) is int)
+TEXT = Leaf("a string", lambda value: isinstance(value, str))
+COUNT = Leaf("an integer of at least 0", lambda value: type(value) is int and value >= 0)
+INTEGER = Leaf("an integer", lambda value: type(value) is int)
 NUMBER = Leaf("a number", lambda value: type(value) in (int, float) and abs(value) < float("inf"))
-TRUTH = Leaf("true or false", lambda value: isinstance(value, bool))
-TIME_OR_NONE = Leaf("a number or null", lambda value: value is None or NUMBER.fits(value))
-TEXT_OR_NONE = Leaf("a text or null", lambda value: value is None or TEXT.fits(value))
-# Shapes of JSON values: an object by its keys (`?`: may be missing; str: any), [of each], (of the first, …), a Leaf.
+BOOLEAN = Leaf("true or false", lambda value: isinstance(value, bool))
+TIME_OR_NONE = Leaf("a number or null", lambda value: value is None or NUMBER.accepts(value))
+TEXT_OR_NONE = Leaf("a string or null", lambda value: value is None or TEXT.accepts(value))
+# Shapes of JSON values: {key: shape} (`key?`: optional; str: any key), [shape of items], (shape of item 0, …), a Leaf.
 FILE_SHAPE = {"file": TEXT, "rows": COUNT, "checksum": TEXT}
 ID_SOURCE = one_of("column", "content")
 DATASET_SHAPE = {
@@ -51,10 +51,10 @@ DATASET_SHAPE = {
     "items?": one_of("events"),
     "ids?": {"doc?": ID_SOURCE, "query?": ID_SOURCE},
     "tokenizer?": {str: TEXT},
-    "times?": {"num_times": COUNT, "units": [(WHOLE, COUNT, NUMBER)]},
+    "times?": {"num_times": COUNT, "units": [(INTEGER, COUNT, NUMBER)]},
     "split?": {
-        "how": one_of("random", "time", "column", "leave-one-out", "train"), "column?": TEXT_OR_NONE, "seed?": WHOLE,
-        "fractions?": (NUMBER, NUMBER), "whole_documents?": TRUTH,
+        "how": one_of("random", "time", "column", "leave-one-out", "train"), "column?": TEXT_OR_NONE, "seed?": INTEGER,
+        "fractions?": (NUMBER, NUMBER), "whole_documents?": BOOLEAN,
         "validation_from?": TIME_OR_NONE, "test_from?": TIME_OR_NONE, "train_from?": TIME_OR_NONE,
     },
 }  # fmt: skip
@@ -64,30 +64,30 @@ PARTITION_SHAPE = {"splits": {str: SPLIT_SHAPE}, "counts_checksum": TEXT, "seque
 
 @dataclass(frozen=True)
 class Partition:
-    """One immutable part of a dataset."""
+    """The metadata of one immutable part of a dataset."""
 
     name: str
     folder: Path
     content: dict[str, Any]  # of partition.json
-    number: int = 0  # among all of its dataset
-    num_docs: int = 0  # documents of its dataset's catalogue
-    first_doc: int = 0  # where that catalogue begins in the one of several joined datasets
-    remote: RemoteFolder | None = None  # where the dataset is at a URL
+    number: int = 0  # within its dataset
+    num_docs: int = 0  # of its dataset's catalogue
+    first_doc: int = 0  # catalogue offset within a joined dataset
+    remote: RemoteFolder | None = None  # of a dataset at a URL
 
     @property
     def sequence_files(self) -> list[Path]:
-        """Return the files of its sequences, in order; none for pairs."""
-        return [inside(self.folder, part["file"]) for part in self.content.get("sequences", [])]
+        """The sequence files, in order; empty for pairs."""
+        return [path_inside(self.folder, part["file"]) for part in self.content.get("sequences", [])]
 
     @property
     def identity(self) -> str:
-        """Return a hash of the partition's rows: its indexes hold every block's checksum."""
+        """A hash of the partition's rows, through the block checksums in its indexes."""
         known = {"fingerprint": self.content.get("fingerprint"), "splits": self.content["splits"]}
         return short_hash(json.dumps(known, sort_keys=True).encode())
 
 
 def read_partition(folder: Path, name: str) -> Partition:
-    """Return the partition `name` of the dataset in `folder`. Raises DataError: none there, or damaged."""
+    """Read the metadata of partition `name` of a dataset folder. Raises DataError: missing or damaged."""
     where = folder / "partitions" / name
     if where.parent != folder / "partitions" or name.startswith("."):
         raise DataError(f"{folder}/dataset.json: partition name {name!r} is not a plain folder name; refused")
@@ -97,12 +97,12 @@ def read_partition(folder: Path, name: str) -> Partition:
 
 
 def read_dataset_json(folder: Path) -> dict[str, Any]:
-    """Return the content of a dataset's dataset.json. Raises DataError: missing, of another format, or damaged."""
+    """Read a dataset's dataset.json. Raises DataError: missing, another format, or damaged."""
     path = folder / "dataset.json"
-    content = read_json(path, f"{folder} is no dataset; bigdssm make_shards makes one")
+    content = read_json(path, f"{folder} is not a dataset; bigdssm make_shards builds one")
     if content.get("format") != FORMAT:
         raise DataError(
-            f"{path} has format {shown(content.get('format'))}, this version reads {FORMAT}; make it again with "
+            f"{path} has format {shown(content.get('format'))}, this version reads {FORMAT}; rebuild it with "
             "bigdssm make_shards"
         )
     _check_shape(path, content, DATASET_SHAPE)
@@ -110,13 +110,13 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
 
 
 def _check_shape(path: Path, content: Any, shape: Any) -> None:
-    """Raise DataError naming the first value of a file that has another shape."""
+    """Raise DataError with the first value of another shape."""
     for fault in _misfits(content, shape, ""):
         raise DataError(f"{path} is damaged: {fault}; copy the dataset whole")
 
 
 def _misfits(value: Any, shape: Any, key: str) -> Iterator[str]:
-    """Yield the values inside a JSON value that do not fit its shape: key, got, needed."""
+    """Yield a message (key, got, needed) per value of another shape."""
     if isinstance(shape, dict) and isinstance(value, dict):
         dot = f"{key}." if key else ""
         for name, inner in dict.fromkeys(value, shape[str]).items() if str in shape else shape.items():
@@ -126,19 +126,19 @@ def _misfits(value: Any, shape: Any, key: str) -> Iterator[str]:
             elif plain == name:
                 yield f"{dot}{plain} is missing"
     elif isinstance(value, list) and type(shape) in (list, tuple):
-        of_each = shape * len(value) if isinstance(shape, list) else shape
-        if len(of_each) != len(value):
-            yield f"{key} is {shown(value)}, needs {len(of_each)} values"
-        for number, (one, inner) in enumerate(zip(value, of_each, strict=False)):
+        shapes = shape * len(value) if isinstance(shape, list) else shape
+        if len(shapes) != len(value):
+            yield f"{key} is {shown(value)}, needs {len(shapes)} values"
+        for number, (one, inner) in enumerate(zip(value, shapes, strict=False)):
             yield from _misfits(one, inner, f"{key}[{number}]")
     elif not isinstance(shape, Leaf):
         yield f"{key} is {shown(value)}, needs {'an object' if isinstance(shape, dict) else 'a list'}"
-    elif not shape.fits(value):
-        yield f"{key} is {shown(value)}, needs {shape.words}"
+    elif not shape.accepts(value):
+        yield f"{key} is {shown(value)}, needs {shape.description}"
 
 
 def read_json(path: Path, fix: str) -> dict[str, Any]:
-    """Return a file's JSON object. Raises DataError: missing (`fix` says what to do), damaged, or another value."""
+    """Read a JSON object from a file. Raises DataError: missing (`fix` ends the message), damaged, or no object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -146,29 +146,29 @@ def read_json(path: Path, fix: str) -> dict[str, Any]:
     except (ValueError, OSError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {error}") from None
     if not isinstance(content, dict):
-        raise DataError(f"{path} is damaged: no JSON object")
+        raise DataError(f"{path} is damaged: not a JSON object")
     return content
 
 
-def inside(folder: Path, place: str) -> Path:
-    """Return a file that metadata name. Raises DataError where that is not inside the folder."""
-    if Path(place).is_absolute() or ".." in Path(place).parts:
-        raise DataError(f"{folder}: its metadata names a file {place!r}, not a plain path inside it; refused")
-    return folder / place
+def path_inside(folder: Path, path: str) -> Path:
+    """Join a path from metadata to the folder. Raises DataError: it leads out of the folder."""
+    if Path(path).is_absolute() or ".." in Path(path).parts:
+        raise DataError(f"{folder}: its metadata names a file {path!r}, not a plain path inside it; refused")
+    return folder / path
 
 
 def short_hash(content: bytes) -> str:
-    """Return 16 hexadecimal digits of SHA-256."""
+    """Return the first 16 hexadecimal digits of the SHA-256."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
 MixtureBatches = Literal["mixed", "one_source"]
-ROUND_STEPS = 1000  # of a lane, over which the shares of a mixture are exact
+ROUND_STEPS = 1000  # per lane; the shares of a mixture are exact over these
 
 
 @dataclass(frozen=True)
 class MixturePart:
-    """The partitions [first, last) of a joined dataset, which come from one source."""
+    """The partitions [first, last) of a joined dataset that come from one source."""
 
     name: str
     first: int
@@ -177,11 +177,11 @@ class MixturePart:
 
 
 def steps_per_round(names: Sequence[str], weights: Sequence[float]) -> list[int]:
-    """Return how many of ROUND_STEPS each source gets: its share, the largest remainders rounded up.
+    """Divide ROUND_STEPS among the sources by weight, by largest remainders.
 
-    Raises ConfigError where a weight is too small for a single one.
+    Raises ConfigError: a weight is too small for a single step.
     """
-    shares = np.array(weights, float) / max(weights)  # their sum cannot overflow
+    shares = np.array(weights, float) / max(weights)  # normalized so that their sum cannot overflow
     exact = shares / shares.sum() * ROUND_STEPS
     steps = np.floor(exact).astype(np.int64)
     missing = ROUND_STEPS - int(steps.sum())

@@ -1,4 +1,4 @@
-"""Datasets at a URL: small and mapped files are fetched whole, blocks by range reads, all into the cache on disk."""
+"""Datasets at a URL: small and mapped files are downloaded whole, blocks by range requests, into the disk cache."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 import xxhash
 
-from bigdssm.dataset.cache import FileCache, key_of
+from bigdssm.dataset.cache import FileCache, cache_key
 from bigdssm.dataset.schema import SCHEMA_FILE, vocabulary_checksums
 from bigdssm.errors import DataError
 from bigdssm.utils.urls import CHUNK_BYTES, MISMATCHES, fetch, join, shown, size_of
 
-COUNTS_FILE = "counts.arrow"  # of a partition: the train positives of each document that has some
-KEYS_SUFFIX = ".keys.npy"  # of sorted keys, see keys.py
+COUNTS_FILE = "counts.arrow"  # per partition: train positives per document
+KEYS_SUFFIX = ".keys.npy"  # files of sorted keys, see keys.py
 SEQUENCE_KEYS_FILE = f"sequences{KEYS_SUFFIX}"
 
 
@@ -33,34 +33,34 @@ class RemoteFile:
 
     @property
     def name(self) -> str:
-        """Return the file's own name."""
+        """The file name."""
         return shown(self.url).rpartition("/")[2]
 
     def read(self, offset: int, size: int, checksum: int) -> bytes:
-        """Return the bytes of a block, from the cache where they are there.
+        """Read a block through the cache.
 
-        What the server has instead comes back as it is: shorter, or of another checksum. Raises FileNotFoundError: no
-        such shard; DataError: the server cannot be read, which is no damage.
+        Short or damaged content is returned unchanged, for the caller to report. Raises FileNotFoundError: no such
+        shard; DataError: the server is unreachable, which is not damage.
         """
-        key = key_of(self.url, offset, size, checksum)
-        content = self.cache.block(key, checksum)
+        key = cache_key(self.url, offset, size, checksum)
+        content = self.cache.get_block(key, checksum)
         if content is None:
             content = fetch(self.url, offset, size, lambda got: xxhash.xxh3_64_intdigest(got) == checksum)
             if xxhash.xxh3_64_intdigest(content) == checksum:
-                self.cache.keep_block(key, content)
+                self.cache.put_block(key, content)
         return content
 
 
 class RemoteFolder:
-    """A dataset's files at a URL, all but the shards held in the cache as long as this object lives."""
+    """The files of a dataset at a URL; all but the shards stay in the cache while this object lives."""
 
     def __init__(
         self, url: str, cache: FileCache, partitions: Sequence[str] | None = None, first: str | None = None
     ) -> None:
-        """Fetch what is not there; of the partitions only the named ones, or those from `first` on.
+        """Download missing files: of all partitions, the given ones, or those from `first` on.
 
-        Raises DataError: no dataset there, damaged, unreachable, or too large for the cache; ConfigError: no such kind
-        of URL, or a package is missing for it.
+        Raises DataError: not a dataset, damaged, unreachable, or too large for the cache; ConfigError: an unsupported
+        kind of URL, or a missing package for it.
         """
         self.url, self.cache = url, cache
         self._held: list[int] = []
@@ -68,7 +68,7 @@ class RemoteFolder:
         try:
             self.dir = self._mirror(partitions, first)
         except BaseException as error:
-            self._release()  # now, not when the last traceback that leads here is collected
+            self._release()  # now: the traceback keeps this object alive
             if isinstance(error, OSError):
                 raise DataError(f"data.cache_dir={cache.dir} cannot be used: {error}; choose another one") from None
             raise
@@ -80,12 +80,12 @@ class RemoteFolder:
         while self._held:
             os.close(self._held.pop())
 
-    def file(self, place: str) -> RemoteFile:
-        """Return the file that stands at `place` in the folder."""
-        return RemoteFile(join(self.url, place), self.cache)
+    def file(self, path: str) -> RemoteFile:
+        """Return the remote file at a relative path."""
+        return RemoteFile(join(self.url, path), self.cache)
 
     def _mirror(self, partitions: Sequence[str] | None, first: str | None) -> Path:
-        content = self._json("dataset.json", f"{shown(self.url)} is no dataset")
+        content = self._json("dataset.json", f"{shown(self.url)} is not a dataset")
         try:
             names = [str(name) for name in content["partitions"]]
             described = self._json(SCHEMA_FILE, "copy the dataset whole")
@@ -95,73 +95,73 @@ class RemoteFolder:
                 self._small(f"tokenizer/{file}", optional=True)
             for part in [*content["catalogue"], *content.get("versions", [])]:
                 self._large(part["file"], part["checksum"])
-            wanted = names[names.index(first) :] if first in names else names if partitions is None else partitions
+            required = names[names.index(first) :] if first in names else names if partitions is None else partitions
             for name in names:
-                self._partition(f"partitions/{name}", name in wanted)
+                self._partition(f"partitions/{name}", name in required)
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{shown(self.url)} holds metadata of another format: {error!r}") from None
         return self.cache.link(shown(self.url).rstrip("/").rpartition("/")[2] or "dataset", self.url, self._entries)
 
-    def _partition(self, place: str, wanted: bool) -> None:
-        content = self._json(f"{place}/partition.json", "copy the dataset whole")
-        if not wanted:
+    def _partition(self, path: str, required: bool) -> None:
+        content = self._json(f"{path}/partition.json", "copy the dataset whole")
+        if not required:
             return
         for split, described in content["splits"].items():
-            self._large(f"{place}/{split}.index.arrow", described["index_checksum"])
-        self._large(f"{place}/{COUNTS_FILE}", content["counts_checksum"])
+            self._large(f"{path}/{split}.index.arrow", described["index_checksum"])
+        self._large(f"{path}/{COUNTS_FILE}", content["counts_checksum"])
         for part in content.get("sequences", []):
-            self._large(f"{place}/{part['file']}", part["checksum"])
+            self._large(f"{path}/{part['file']}", part["checksum"])
 
-    def _json(self, place: str, fix: str) -> dict[str, Any]:
-        content = self._small(place, fix=fix)
+    def _json(self, path: str, fix: str) -> dict[str, Any]:
+        content = self._small(path, fix=fix)
         try:
             return dict(json.loads(content))
         except (ValueError, TypeError) as error:
-            raise DataError(f"{shown(join(self.url, place))} is damaged: {error}") from None
+            raise DataError(f"{shown(join(self.url, path))} is damaged: {error}") from None
 
-    def _small(self, place: str, *, optional: bool = False, fix: str = "copy the dataset whole") -> bytes:
-        """Fetch a file without a recorded checksum, at every opening, and return it."""
-        url = _checked_join(self.url, place)
+    def _small(self, path: str, *, optional: bool = False, fix: str = "copy the dataset whole") -> bytes:
+        """Download and return a file without a recorded checksum, at every opening."""
+        url = _checked_join(self.url, path)
         try:
-            content = fetch(url, None, None, _parses if place.endswith(".json") else lambda _: True)
+            content = fetch(url, None, None, _parses if path.endswith(".json") else lambda _: True)
         except FileNotFoundError:
             if optional:
                 return b""
             raise DataError(f"{shown(url)} does not exist; {fix}") from None
-        key = key_of(url, xxhash.xxh3_128_hexdigest(content))
-        self._hold(place, key, self.cache.fill(key, len(content), lambda fd: _write(fd, 0, content)))
+        key = cache_key(url, xxhash.xxh3_128_hexdigest(content))
+        self._hold(path, key, self.cache.fill(key, len(content), lambda fd: _write(fd, 0, content)))
         return content
 
-    def _large(self, place: str, checksum: str) -> None:
-        """Fetch a file, if the cache has not the one of this checksum."""
-        url = _checked_join(self.url, place)
-        key = key_of(url, checksum)
-        held = self.cache.hold(key)
+    def _large(self, path: str, checksum: str) -> None:
+        """Download a file unless the cache has it with this checksum."""
+        url = _checked_join(self.url, path)
+        key = cache_key(url, checksum)
+        held = self.cache.acquire(key)
         if held is None:
             try:
                 size = size_of(url)
                 held = self.cache.fill(key, size, lambda fd: _download(fd, url, size, checksum))
             except FileNotFoundError:
                 raise DataError(f"{shown(url)} does not exist; copy the dataset whole") from None
-        self._hold(place, key, held)
+        self._hold(path, key, held)
 
-    def _hold(self, place: str, key: str, held: int) -> None:
-        self._entries[place] = key
+    def _hold(self, path: str, key: str, held: int) -> None:
+        self._entries[path] = key
         self._held.append(held)
 
 
-def _checked_join(url: str, place: str) -> str:
-    if any(part in ("", ".", "..") for part in place.split("/")) or "\\" in place:
-        raise DataError(f"{shown(url)}: its metadata name a file {place!r}, not a plain path inside it; refused")
-    return join(url, place)
+def _checked_join(url: str, path: str) -> str:
+    if any(part in ("", ".", "..") for part in path.split("/")) or "\\" in path:
+        raise DataError(f"{shown(url)}: its metadata names a file {path!r}, not a plain path inside it; refused")
+    return join(url, path)
 
 
 def _download(fd: int, url: str, size: int, checksum: str) -> None:
     for _ in range(MISMATCHES):
         digest = xxhash.xxh3_64()
         for start in range(0, size, CHUNK_BYTES):
-            wanted = min(CHUNK_BYTES, size - start)
-            content = fetch(url, start, wanted, lambda got, wanted=wanted: len(got) == wanted)  # type: ignore[misc]
+            length = min(CHUNK_BYTES, size - start)
+            content = fetch(url, start, length, lambda got, length=length: len(got) == length)  # type: ignore[misc]
             digest.update(content)
             _write(fd, start, content)
         if digest.hexdigest() == checksum:

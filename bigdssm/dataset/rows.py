@@ -1,4 +1,4 @@
-"""Decoded rows, before they become tensors. A row gives one query or, where it is a piece of a sequence, several.
+"""Decoded rows, before their conversion to tensors. A row has one query; a segment of a sequence may have several.
 
 Shapes: R rows, m queries.
 """
@@ -15,26 +15,26 @@ from bigdssm.dataset.mapped import MappedTable
 from bigdssm.features import ragged
 from bigdssm.features.ragged import Column
 
-EVENT_BITS = 22  # of a query's key; its row id stands above them
+EVENT_BITS = 22  # low bits of a query key; the row id is in the bits above
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows as columns; a history holds the codes of what its row's last query has seen, the newest, oldest first."""
+    """Rows as columns; a history has the newest item codes before its row's last query, oldest first."""
 
     step: int
-    row_ids: np.ndarray  # int64 [R]: the row's number in the split
-    query: dict[str, Column]  # of each row
-    doc_rows: np.ndarray  # int64 [m]: the documents' catalogue rows; -1 without a catalogue
+    row_ids: np.ndarray  # int64 [R]: row number within the split
+    query: dict[str, Column]  # per row
+    doc_rows: np.ndarray  # int64 [m]: catalogue rows; -1 without a catalogue
     relevance: np.ndarray  # float32 [m]
     query_ids: np.ndarray  # int64 [m]
-    row: np.ndarray | None = None  # int64 [m], ascending: the row of each query; None: each row is one
-    place: np.ndarray | None = None  # int64 [m]: the query has seen items[:place] of its sequence
-    left_edge: np.ndarray | None = None  # int64 [R]: its history begins with items[left_edge]
-    sequence: np.ndarray | None = None  # int64 [R]: the number of the row's sequence
-    doc: dict[str, Column] = field(default_factory=dict)  # rows that bring their documents: the features of each
-    doc_ids: np.ndarray | None = None  # int64 [m], of rows that bring their documents
-    doc_versions: np.ndarray | None = None  # int64 [m]: those of the documents as the rows see them; None: as they are
+    row: np.ndarray | None = None  # int64 [m], ascending: the row of each query; None: one query per row
+    position: np.ndarray | None = None  # int64 [m]: in the sequence; the query's history is items[:position]
+    left_edge: np.ndarray | None = None  # int64 [R]: the history starts at items[left_edge]
+    sequence: np.ndarray | None = None  # int64 [R]: sequence number
+    doc: dict[str, Column] = field(default_factory=dict)  # rows with inline documents: their features
+    doc_ids: np.ndarray | None = None  # int64 [m], rows with inline documents
+    doc_versions: np.ndarray | None = None  # int64 [m]: rows of the visible versions; None: doc_rows
     sequences: MappedTable | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -42,60 +42,59 @@ class Rows:
         return len(self.row_ids)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle without the sequences: whoever gets the rows maps them himself."""
+        """Pickle without the sequences: the receiver maps them itself."""
         return {**self.__dict__, "sequences": None}
 
     @property
     def num_queries(self) -> int:
-        """Return m."""
+        """The number of queries, m."""
         return len(self.query_ids)
 
     @property
     def row_of_query(self) -> np.ndarray:
-        """Return the row of each query, int64 [m]."""
+        """The row of each query, int64 [m]."""
         return np.arange(len(self)) if self.row is None else self.row
 
     @property
     def query_keys(self) -> np.ndarray:
-        """Return what names each query everywhere, int64 [m]; ascends as (row id, place), pairs have no places."""
-        places = 0 if self.place is None else np.minimum(self.place, (1 << EVENT_BITS) - 1)
-        keys: np.ndarray = (self.row_ids[self.row_of_query] << EVENT_BITS) | places
+        """Globally unique keys of the queries, int64 [m], ordered by (row id, position); position is 0 for pairs."""
+        position = 0 if self.position is None else np.minimum(self.position, (1 << EVENT_BITS) - 1)
+        keys: np.ndarray = (self.row_ids[self.row_of_query] << EVENT_BITS) | position
         return keys
 
     def seen_ragged(
         self, queries: np.ndarray | None = None, newest: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the catalogue rows of every event before each query's own: values, offsets (int64 [m + 1]).
+        """Return the catalogue rows of the events before each query's target: values, offsets (int64 [m + 1]).
 
-        queries: the numbers of those asked for, by default all; newest: at most so many of each. Without sequences
-        nothing is seen.
+        queries: query numbers (default: all); newest: the maximum number per query. Empty without sequences.
         """
         queries = np.arange(self.num_queries) if queries is None else queries
-        if self.sequences is None or self.sequence is None or self.place is None:
+        if self.sequences is None or self.sequence is None or self.position is None:
             return np.empty(0, np.int64), np.zeros(len(queries) + 1, np.int64)
         sequence = self.sequence[self.row_of_query[queries]]
-        end = self.place[queries]
+        end = self.position[queries]
         start = np.zeros_like(end) if newest is None else np.maximum(end - newest, 0)
         seen = self.sequences.take_slices("items", sequence, start, end)
         return seen.values.astype(np.int64, copy=False), seen.offsets
 
     def seen(self, i: int) -> np.ndarray:
-        """Return the catalogue rows of every event before query i's own, int64, oldest first."""
+        """Return the catalogue rows of the events before query i's target, int64, oldest first."""
         return self.seen_ragged(np.array([i]))[0]
 
     def take(self, rows: np.ndarray) -> Rows:
-        """Return the given rows (int64), in the given order, with all their queries."""
+        """Select rows by number (int64), with all their queries."""
         row, queries = None, rows
         if self.row is not None:
             edges = np.searchsorted(self.row, np.arange(len(self) + 1))
-            found = ragged.gather_ranges(np.arange(self.num_queries), edges[rows], edges[rows + 1])
-            row, queries = np.repeat(np.arange(len(rows)), found.lengths), found.values
+            selected = ragged.gather_ranges(np.arange(self.num_queries), edges[rows], edges[rows + 1])
+            row, queries = np.repeat(np.arange(len(rows)), selected.lengths), selected.values
         return replace(self._taken(rows, queries), row=row)
 
     def _taken(self, rows: np.ndarray, queries: np.ndarray) -> Rows:
-        def taken(names: Sequence[str], places: np.ndarray) -> dict[str, Any]:
+        def taken(names: Sequence[str], numbers: np.ndarray) -> dict[str, Any]:
             present = [name for name in names if getattr(self, name) is not None]
-            return {name: getattr(self, name)[places] for name in present}
+            return {name: getattr(self, name)[numbers] for name in present}
 
         return Rows(
             step=self.step,
@@ -108,7 +107,7 @@ class Rows:
 
     @classmethod
     def concat(cls, parts: Sequence[Rows]) -> Rows:
-        """Return the rows of parts of one step below each other."""
+        """Concatenate rows of one step."""
         if len(parts) == 1:
             return parts[0]
 
@@ -130,4 +129,4 @@ class Rows:
 
 
 _OF_ROWS = ("row_ids", "sequence", "left_edge")
-_OF_QUERIES = ("doc_rows", "relevance", "query_ids", "place", "doc_ids", "doc_versions")
+_OF_QUERIES = ("doc_rows", "relevance", "query_ids", "position", "doc_ids", "doc_versions")

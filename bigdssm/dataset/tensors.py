@@ -1,4 +1,4 @@
-"""Columns to the tensors that models take."""
+"""Conversion of columns to the input tensors of models."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from bigdssm.features import Feature
 from bigdssm.features.ragged import Column
 
 Features = dict[str, torch.Tensor]
-"""One side's features by name, every tensor with one row per query or document, as `Feature.array` makes them.
+"""The features of one side by name, one tensor row per query or document, see `Feature.array`.
 
-Lists (texts, histories, several categories) are int64 [rows, T], padded at the end of a row.
+Lists (texts, histories, several categories) are int64 [rows, T], right-padded.
 """
 
 PadIds = dict[str, int]
-"""What one side's lists are padded with, by name; features that are not in it are no lists."""
+"""The padding value of each list feature of one side; other features have no entry."""
 
 
 def to_features(declared: Mapping[str, Feature], columns: Mapping[str, Column], pad_token_id: int) -> Features:
-    """Return columns (one per declared feature) as tensors by name."""
+    """Convert columns (one per declared feature) to tensors by name."""
     return {name: as_tensor(feature.array(columns[name], pad_token_id)) for name, feature in declared.items()}
 
 
 def pad_ids(declared: Mapping[str, Feature], pad_token_id: int) -> PadIds:
-    """Return what the declared features that are lists are padded with."""
+    """Return the padding values of the list features."""
     padding = {name: feature.padding(pad_token_id) for name, feature in declared.items()}
     return {name: fill for name, fill in padding.items() if fill is not None}
 
 
 def as_tensor(array: np.ndarray) -> torch.Tensor:
-    """Return a tensor of the array's values, copied where the array must not be written to."""
+    """Convert an array to a tensor; read-only arrays are copied."""
     return torch.from_numpy(array if array.flags.writeable else array.copy())

@@ -1,4 +1,4 @@
-"""Which documents follow which in the train split: a Markov chain's counts, and where vectors of items may begin."""
+"""Transition counts between documents in the train split, for Markov baselines and warm starts of item tables."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError, DataError
 
-MOST_APART = 16  # events: 1 / distance times their least common multiple, 720,720, squared is still exact
+MAX_WINDOW = 16  # events: the squared least common multiple of the distances, 720,720², is still exact
 QUERIES_AT_ONCE, MERGED_AT_ONCE = 1 << 16, 1 << 22
 
 
 @dataclass(frozen=True)
 class Transitions:
-    """count(i → j) sums 1 / distance over the train events j that have i among the `window` events before.
+    """count(i → j): the sum of 1 / distance over train events j with i among the `window` preceding events.
 
-    Distance 1 is the event just before. Every weight is kept times the least common multiple of the distances, so that
-    sums are exact and equal ones are equal.
+    The preceding event has distance 1. Weights are scaled by the least common multiple of the distances, so that sums
+    are exact integers.
     """
 
     num_docs: int
@@ -32,15 +32,15 @@ class Transitions:
 
     @classmethod
     def of(cls, dataset: Dataset, window: int) -> Transitions:
-        """Return those of `dataset`. Raises ConfigError: no such window; DataError: its rows have no history."""
-        if not 0 < window <= MOST_APART:
-            raise ConfigError(f"window={window}: needs at least 1 and at most {MOST_APART} events")
+        """Count the transitions in `dataset`. Raises ConfigError: invalid window; DataError: rows without histories."""
+        if not 0 < window <= MAX_WINDOW:
+            raise ConfigError(f"window={window}: needs at least 1 and at most {MAX_WINDOW} events")
         num_docs = dataset.catalogue.num_docs
         keys, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
         parts: list[tuple[np.ndarray, np.ndarray]] = []
         for rows in dataset.iterate("train", QUERIES_AT_ONCE):
             if rows.sequence is None:
-                raise DataError(f"{dataset.dir} holds pairs without histories, so that nothing follows anything")
+                raise DataError(f"{dataset.dir} has pairs without histories, so no transitions")
             weights, items, row = last_items(rows, window)
             relevant = rows.relevance[row] > 0
             parts.append(_summed([(items[relevant] * num_docs + rows.doc_rows[row[relevant]], weights[relevant])]))
@@ -52,20 +52,20 @@ class Transitions:
         return cls(num_docs, window, starts, keys % num_docs, counts)
 
     def matrix(self) -> csr_matrix:
-        """Return the counts as they are kept, float64 [N, N]."""
+        """Return the scaled counts, float64 [N, N]."""
         shape = (self.num_docs, self.num_docs)
         return csr_matrix((self.counts.astype(np.float64), self.followers, self.starts), shape)
 
 
 def _summed(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the keys of all parts, each once and ascending, and the sums of their counts, int64."""
+    """Sum counts by key: ascending distinct keys, int64 sums."""
     keys, inverse = np.unique(np.concatenate([part for part, _ in parts]), return_inverse=True)
     counts = np.bincount(inverse, np.concatenate([count for _, count in parts]), len(keys))  # exact up to 2⁵³
     return keys, counts.astype(np.int64)
 
 
 def last_items(rows: Rows, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (weight, catalogue row, row) of the newest `window` items of every history, int64."""
+    """Return (weight, catalogue row, row) of the newest `window` items per history, int64."""
     items, offsets = rows.seen_ragged(newest=window)
     row = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     distance = offsets[1:][row] - np.arange(len(items))

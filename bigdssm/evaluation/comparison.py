@@ -207,7 +207,7 @@ class MeasuredRows:
         digest = xxhash.xxh3_128(np.sort(dataset.catalogue.doc_ids).tobytes())
         for rows in dataset.iterate(split, 65_536):
             query_ids.append(rows.query_ids)
-            for column in (rows.query_ids, rows.place, dataset.catalogue.ids(rows.doc_rows), rows.relevance):
+            for column in (rows.query_ids, rows.position, dataset.catalogue.ids(rows.doc_rows), rows.relevance):
                 digest.update(b"" if column is None else np.ascontiguousarray(column).tobytes())
         return cls(np.concatenate(query_ids), digest.hexdigest())
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from bigdssm.dataset.keys import Keys
+from bigdssm.dataset.keys import SortedKeys
 from bigdssm.dataset.mapped import MappedTable
 from bigdssm.dataset.sequences import TIME_COLUMN, VERSION_COLUMN
-from bigdssm.dataset.versions import DOCUMENT_COLUMN, SINCE_COLUMN, CatalogueFile, Versions, distinct
+from bigdssm.dataset.versions import DOCUMENT_COLUMN, SINCE_COLUMN, CatalogueFile, Versions, distinct_documents
 from bigdssm.features import Feature, TextTokenizer, encode_columns
 from bigdssm.features.ragged import Ragged, offsets_of
 from bigdssm.ingest.documents import DistinctDocuments, canonical_of
@@ -62,10 +62,10 @@ class ItemVersions:
         return self._array("oldest")
 
     def find(self, items: np.ndarray, times: np.ndarray) -> np.ndarray:
-        """Return which version of each item held at a time, int32, as `Versions.named` takes them."""
+        """Return which version of each item held at a time, int32, as `Versions.version_rows` takes them."""
         if not len(self._versions.begin):
             return np.full(len(items), -1, np.int32)
-        place = self._versions.held(items.astype(np.int64), times)
+        place = self._versions.file_rows_at(items.astype(np.int64), times)
         return np.where(place < self.num_docs, -1, place - self.num_docs).astype(np.int32)
 
     def num_early(self, items: np.ndarray, times: np.ndarray) -> int:
@@ -81,12 +81,12 @@ def _versions(known: Sequence[CatalogueFile], documents: DistinctDocuments) -> t
     first = documents.table.read(columns=[SINCE_COLUMN]).column(SINCE_COLUMN).to_numpy()
     if known:
         table = MappedTable([file.path for file in known if file.since is None])
-        first = np.concatenate([table.whole(SINCE_COLUMN), first])
+        first = np.concatenate([table.column(SINCE_COLUMN), first])
     if earlier := [file.path for file in known if file.since is not None]:
         table = MappedTable(earlier)
-        document = np.concatenate([table.whole(DOCUMENT_COLUMN), document])
-        since = np.concatenate([table.whole(SINCE_COLUMN), since])
-    versions = Versions.of(documents.total, document, since, first[distinct(document)])
+        document = np.concatenate([table.column(DOCUMENT_COLUMN), document])
+        since = np.concatenate([table.column(SINCE_COLUMN), since])
+    versions = Versions.of(documents.total, document, since, first[distinct_documents(document)])
     oldest = first.copy()
     np.minimum.at(oldest, document, since)
     return versions, oldest
@@ -151,7 +151,7 @@ class SequenceCutter:
 
     events: RowTable  # in the order of their source
     sequences: RowTable
-    keys: Keys  # of the sequences, by user_id
+    keys: SortedKeys  # of the sequences, by user_id
     user: dict[str, Feature]  # features of a sequence's user
     text: TextTokenizer | None
     split: str
@@ -283,7 +283,7 @@ def cut_sequences(
     return folders, placed_files(folders, run.writer.partition_dir)
 
 
-def _by_range(keys: Keys, firsts: np.ndarray, events: pa.Table) -> tuple[pa.Table, np.ndarray]:
+def _by_range(keys: SortedKeys, firsts: np.ndarray, events: pa.Table) -> tuple[pa.Table, np.ndarray]:
     """Assign events to ranges of sequences, of which the first ones are given."""
     sequence = keys.find(events.column("user_id").to_numpy())
     file = np.searchsorted(firsts, sequence, "right") - 1

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigdssm.dataset.keys import Keys, write_keys
+from bigdssm.dataset.keys import SortedKeys, write_keys
 from bigdssm.dataset.mapped import MappedTable
 from bigdssm.dataset.versions import DOCUMENT_COLUMN, SINCE_COLUMN, CatalogueFile, Versions, catalogue_files
 from bigdssm.features import Feature
@@ -29,7 +29,7 @@ KNOWN_SINCE = "known_since"  # from when on the version holds that a row with a 
 class StoredDocuments:
     """Finds a dataset's documents by key; picklable as its files, which workers map."""
 
-    keys: Keys  # of all documents
+    keys: SortedKeys  # of all documents
     files: tuple[CatalogueFile, ...]  # those of versions last
     dated: bool  # whether they have times
 
@@ -37,7 +37,7 @@ class StoredDocuments:
     def of(cls, writer: DatasetWriter) -> StoredDocuments:
         """Return those of the dataset that is written."""
         files = tuple(catalogue_files(writer.out, writer.content))
-        return cls(Keys(writer.key_files), files, writer.content.get("items") == AS_OF["items"])
+        return cls(SortedKeys(writer.key_files), files, writer.content.get("items") == AS_OF["items"])
 
     @cached_property
     def _table(self) -> MappedTable:
@@ -60,11 +60,11 @@ class StoredDocuments:
             at = documents[known]
             if self.dated:
                 since = rows.column(SINCE_COLUMN).to_numpy()[known]
-                at = at if self._versions is None else self._versions.held(at, since)
+                at = at if self._versions is None else self._versions.file_rows_at(at, since)
                 began = np.asarray(self._table.take(SINCE_COLUMN, at))
                 known_since[known] = np.where(began <= since, began, -np.inf)
             elif self._versions is not None:
-                at = self._versions.place(at)
+                at = self._versions.file_rows(at)
             is_new[known] = rows.column("content").to_numpy()[known] != self._table.take("content", at)
             title = rows.column("doc_title").combine_chunks().take(pa.array(known)).cast(pa.large_string())
             is_new[known] |= pc.not_equal(title, self._table.arrow("doc_title", at)).to_numpy(zero_copy_only=False)
@@ -132,7 +132,7 @@ class DistinctDocuments:
 
     table: RowTable
     first: int  # the catalogue row of the first new one
-    keys: Keys  # of all documents, by doc_id
+    keys: SortedKeys  # of all documents, by doc_id
     changed: RowTable | None = None  # further versions of documents; `document` is each one's catalogue row
     versions: RowTable | None = None  # of rows with times, `since`: both
 
@@ -209,12 +209,12 @@ def number_versions(engine: LocalEngine, writer: DatasetWriter, found: RowTable)
     return DistinctDocuments(table, writer.num_known_docs, _keys(engine, writer, table), changed, versions)
 
 
-def _keys(engine: LocalEngine, writer: DatasetWriter, table: RowTable) -> Keys:
+def _keys(engine: LocalEngine, writer: DatasetWriter, table: RowTable) -> SortedKeys:
     """Return the keys of the dataset's documents and of the new ones, which get a file."""
     if not table.num_rows:
-        return Keys(writer.key_files)
+        return SortedKeys(writer.key_files)
     write_document_keys(engine, "documents", "doc_id", writer.num_known_docs, writer.new_key_file)
-    return Keys([*writer.key_files, writer.new_key_file])
+    return SortedKeys([*writer.key_files, writer.new_key_file])
 
 
 def first_rows(table: str, key: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bigdssm.dataset.keys import Keys
+from bigdssm.dataset.keys import SortedKeys
 from bigdssm.dataset.mapped import MappedTable
 from bigdssm.dataset.partition import Partition
 from bigdssm.dataset.remote import SEQUENCE_KEYS_FILE
@@ -34,8 +34,8 @@ class EarlierEvents:
         return EarlierEvents, (self.parts,)
 
     @cached_property
-    def _tables(self) -> list[tuple[MappedTable, Keys]]:
-        return [(MappedTable(files), Keys([keys])) for files, keys in self.parts]
+    def _tables(self) -> list[tuple[MappedTable, SortedKeys]]:
+        return [(MappedTable(files), SortedKeys([keys])) for files, keys in self.parts]
 
     def take(self, user_ids: np.ndarray, columns: Mapping[str, type], *, last: bool = False) -> dict[str, Ragged]:
         """Return list columns of the users' sequences, of `last` events only where it is set; none where not known.

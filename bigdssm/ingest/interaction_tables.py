@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from bigdssm.dataset.keys import Keys
+from bigdssm.dataset.keys import SortedKeys
 from bigdssm.dataset.schema import Schema
 from bigdssm.dataset.versions import SINCE_COLUMN
 from bigdssm.errors import DataError
@@ -341,7 +341,7 @@ def _why_left_out(tables: InteractionTables) -> str:
 @dataclass(frozen=True)
 class _EventReader:
     tables: InteractionTables
-    items: Keys
+    items: SortedKeys
     until: float | None = None  # events from then on are none
     earlier: EarlierEvents | None = None  # in time, of the dataset that grows
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.config import DataConfig, check_pieces
-from bigdssm.dataset.keys import Keys
+from bigdssm.dataset.keys import SortedKeys
 from bigdssm.dataset.partition import read_partition
 from bigdssm.dataset.remote import SEQUENCE_KEYS_FILE
 from bigdssm.dataset.sequences import TIME_COLUMN, VERSION_COLUMN
@@ -93,7 +93,7 @@ def make_interactions(
         key_file = writer.partition_dir / SEQUENCE_KEYS_FILE
         write_document_keys(engine, "sequences", "user_id", 0, key_file)
         cutting = SequenceCutter(
-            events=found, sequences=sequences, keys=Keys([key_file]), user=stored(schema.query), text=text,
+            events=found, sequences=sequences, keys=SortedKeys([key_file]), user=stored(schema.query), text=text,
             split=split, thresholds=(moments.validation, moments.test, moments.train_from),
             targets_per_row=config.targets_per_row,
             seed=target.seed, earlier=earlier, has_times=tables.time_column is not None, versions=versions,

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.config import DataConfig
-from bigdssm.dataset.keys import Keys
+from bigdssm.dataset.keys import SortedKeys
 from bigdssm.dataset.partition import read_partition
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DataError
@@ -341,7 +341,7 @@ def _train_positives(engine: LocalEngine, documents: DistinctDocuments) -> tuple
 
 
 def _encoded(
-    keys: Keys, features: dict[str, Feature], text: TextTokenizer | None, rows: pa.Table
+    keys: SortedKeys, features: dict[str, Feature], text: TextTokenizer | None, rows: pa.Table
 ) -> dict[str, pa.Array]:
     """Return the columns of a block; without `text` the queries' texts stay as they are."""
     columns = canonical_of(rows, "q", features)

@@ -10,7 +10,7 @@ from pathlib import Path
 from bigdssm.config import DEFAULT_CACHE_BYTES
 from bigdssm.dataset.blocks import read_block, read_range
 from bigdssm.dataset.cache import FileCache
-from bigdssm.dataset.dataset import Dataset, with_shards_of
+from bigdssm.dataset.dataset import Dataset, with_remote_shards
 from bigdssm.dataset.index import SplitIndex, read_index
 from bigdssm.dataset.partition import read_dataset_json
 from bigdssm.dataset.remote import COUNTS_FILE
@@ -49,7 +49,7 @@ def _damages(dataset: Dataset, progress: Progress) -> list[str]:
         damages += _compared(partition.folder, {COUNTS_FILE: content["counts_checksum"], **known})
         for split, expected in content["splits"].items():
             try:
-                index = with_shards_of(partition, read_index(partition.folder, split, expected, number))
+                index = with_remote_shards(partition, read_index(partition.folder, split, expected, number))
             except DataError as error:
                 damages.append(str(error))
                 continue
@@ -74,7 +74,7 @@ def _block_damages(dataset: Dataset, index: SplitIndex, block: int) -> Iterator[
     name = index.name(block)
     for bad in read_block(index, block, dataset.layout)[1]:
         row = "" if bad.row is None else f", row {bad.row}"
-        yield f"{name}{row}{'' if bad.place is None else f', place {bad.place}'}: {bad.reason}"
+        yield f"{name}{row}{'' if bad.position is None else f', position {bad.position}'}: {bad.reason}"
     shard = index.shards[index.shard[block]]
     if not isinstance(shard, Path) or not shard.is_file():
         return

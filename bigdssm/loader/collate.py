@@ -59,9 +59,9 @@ class Collator:
 
     def _places(self, rows: Rows) -> tuple[QueryPositions | None, np.ndarray | None]:
         """Return where the queries stand in their rows' histories, and how many there are of each row."""
-        if rows.row is None or rows.place is None or rows.left_edge is None:
+        if rows.row is None or rows.position is None or rows.left_edge is None:
             return None, None
-        seen = rows.place - rows.left_edge[rows.row]
+        seen = rows.position - rows.left_edge[rows.row]
         return QueryPositions(as_tensor(rows.row), as_tensor(seen)), np.bincount(rows.row, minlength=len(rows))
 
     def _inline(self, rows: Rows) -> tuple[Features, np.ndarray, np.ndarray, np.ndarray]:

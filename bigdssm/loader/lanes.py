@@ -77,7 +77,7 @@ class LaneReader:
         rows = self._dataset.rows(self._split, step, row_ids, batch)
         bad, self._bad = self._bad, []
         left_out = 0
-        if rows.place is not None:
+        if rows.position is not None:
             first, end = (batch.column(batch.schema.get_field_index(name)).to_numpy() for name in ("first", "end"))
             left_out = int(end.sum() - first.sum()) - rows.num_queries
         return LaneRows(rows, self._order.rows_per_lane_step * len(self._lanes), bad, left_out)

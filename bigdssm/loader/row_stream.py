@@ -197,7 +197,7 @@ class RowStream(ABC):
 
     def _name(self, fault: BadRow) -> None:
         """Name a bad row or block in the log and, where it does not stand there yet, in the quarantine file."""
-        key = (fault.shard, fault.block, fault.row, fault.place)
+        key = (fault.shard, fault.block, fault.row, fault.position)
         if key in self._named:
             return
         self._named.add(key)
@@ -206,7 +206,7 @@ class RowStream(ABC):
         if count or len(self._reasons) < MOST_KINDS:
             self._reasons[kind] = (first, count + max(1, fault.rows))
         row = "" if fault.row is None else f", row {fault.row}"
-        row += "" if fault.place is None else f", place {fault.place}"
+        row += "" if fault.position is None else f", position {fault.position}"
         log.warning("left out: %s, block %d%s: %s", fault.shard, fault.block, row, fault.reason)
         if self._quarantine is not None:
             if self._written is None:

@@ -157,7 +157,7 @@ def _write(
         whole = new_array(aside, record_type(width, judged), (dataset.num_queries("train"),))
         for first in range(0, dataset.num_rows("train"), ROWS_AT_ONCE):
             last = min(first + ROWS_AT_ONCE, dataset.num_rows("train"))
-            for rows in dataset.between("train", first, last, dataset.rows_at_once("train", ROWS_AT_ONCE)):
+            for rows in dataset.iterate_range("train", first, last, dataset.rows_for_queries("train", ROWS_AT_ONCE)):
                 records = whole[at : at + rows.num_queries]
                 records["query"] = rows.query_keys
                 records["window"], grades = of(rows)

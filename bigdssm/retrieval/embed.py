@@ -191,7 +191,7 @@ def encode_queries(
     """
     for piece in pieces_of(dataset, split, share or Share(), "queries encoded") if rows is None else rows:
         if piece is not None and piece.num_queries:
-            each = dataset.one_query_each(piece)
+            each = dataset.one_query_per_row(piece)
             yield each, encoders.queries(each)
         else:
             some = next(some for some in dataset.iterate(split, 1024) if len(some))
@@ -204,7 +204,7 @@ def pieces_of(dataset: Dataset, split: str, share: Share, what: str) -> Iterator
     `what` says what is done with them.
     """
     chunks = dataset.iterate(split, share.rows_per_chunk, share.rank, share.world_size)
-    num_rows, at_once = dataset.num_rows(split), dataset.rows_at_once(split, share.rows_per_chunk)
+    num_rows, at_once = dataset.num_rows(split), dataset.rows_for_queries(split, share.rows_per_chunk)
     begin, end = share.of(num_rows)
     for chunk in range(share.num_chunks(num_rows, at_once)):
         yield next(chunks, None)

@@ -55,7 +55,7 @@ def rows_of_queries(dataset: Dataset, keys: np.ndarray, queries_at_once: int) ->
     if not len(keys):
         return
     first, last = (keys[[0, -1]] >> EVENT_BITS).tolist()
-    for rows in dataset.between("train", first, last + 1, dataset.rows_at_once("train", queries_at_once)):
+    for rows in dataset.iterate_range("train", first, last + 1, dataset.rows_for_queries("train", queries_at_once)):
         asked = rows.take(np.flatnonzero(np.isin(rows.query_keys, keys)))
         if len(asked):
             yield asked

@@ -208,7 +208,7 @@ class Users(QuerySource):
         if dataset.sequences is None:
             raise DataError(f"{dataset.dir} holds pairs, no users; recommend for a split or a table instead")
         self._dataset, self._table = dataset, dataset.sequences
-        ids = self._table.whole("query_id")[::-1]  # a later partition knows more of a user
+        ids = self._table.column("query_id")[::-1]  # a later partition knows more of a user
         self._rows = np.sort(len(ids) - 1 - np.unique(ids, return_index=True)[1])
         self.num_rows = len(self._rows)
 
@@ -236,7 +236,7 @@ class SplitRows(QuerySource):
 
     def read(self, first: int, last: int) -> BulkQueries:
         """Return the queries of some rows."""
-        rows = next(self._dataset.between(self._split, first, last, last - first))
+        rows = next(self._dataset.iterate_range(self._split, first, last, last - first))
         keys = None
         if rows.sequences is not None and rows.sequence is not None:
             keys = rows.sequences.strings("query_key", rows.sequence)

@@ -190,7 +190,7 @@ def user_facts(dataset: Dataset, key: str) -> tuple[dict[str, Column], np.ndarra
     table = dataset.sequences
     if table is None:
         raise DataError(f"{dataset.dir} holds pairs, no users; describe the query by its features instead")
-    rows = np.flatnonzero(table.whole("query_id") == hash64(key))
+    rows = np.flatnonzero(table.column("query_id") == hash64(key))
     if not len(rows):
         some = "; ".join(some_users(table, NUM_SUGGESTIONS))
         raise DataError(f"no user is called {key!r}; some who are: {some}")
@@ -203,7 +203,7 @@ def user_facts(dataset: Dataset, key: str) -> tuple[dict[str, Column], np.ndarra
 
 def some_users(table: MappedTable, most: int) -> list[str]:
     """Return the keys of up to `most` users of a dataset's sequences, each once, in the order of their first rows."""
-    first = np.sort(np.unique(table.whole("query_id"), return_index=True)[1])[:most]
+    first = np.sort(np.unique(table.column("query_id"), return_index=True)[1])[:most]
     return table.strings("query_key", first)
 
 

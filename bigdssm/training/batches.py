@@ -142,8 +142,8 @@ def known_pairs(rows: Rows, mask: str, doc_ids: np.ndarray) -> Tensor:
     """
     if mask == "past":
         return name_pairs(np.arange(rows.num_queries), Ragged(*rows.seen_ragged()), doc_ids)
-    assert rows.place is not None
-    order = np.lexsort((rows.place, rows.query_ids))
+    assert rows.position is not None
+    order = np.lexsort((rows.position, rows.query_ids))
     is_latest = np.append(np.diff(rows.query_ids[order]) != 0, True)[: len(order)]
     latest = order[is_latest]
     return name_pairs(rows.query_ids[latest], Ragged(*rows.seen_ragged(latest)), doc_ids)

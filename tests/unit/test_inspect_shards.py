@@ -143,4 +143,4 @@ def test_damage_is_named(tiny_interactions: Any, tmp_path: Path, damage: str, ca
 
 def test_no_dataset_is_one_sentence(tmp_path: Path, capsys: Any) -> None:
     assert inspect_main([str(tmp_path)]) == 3 and inspect_main([str(tmp_path), "--verify"]) == 3
-    assert "is no dataset" in capsys.readouterr().err
+    assert "is not a dataset" in capsys.readouterr().err

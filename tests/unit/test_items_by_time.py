@@ -70,11 +70,11 @@ def seen(dataset: Dataset, split: str = "train") -> dict[tuple[str, int], tuple[
     assert dataset.sequences is not None
     for rows in dataset.iterate(split, 7):
         past = rows.query["past"]
-        assert rows.sequence is not None and rows.place is not None and isinstance(past, Ragged)
+        assert rows.sequence is not None and rows.position is not None and isinstance(past, Ragged)
         users = dataset.sequences.strings("query_key", rows.sequence)
         own = rows.doc_rows if rows.doc_versions is None else rows.doc_versions
         assert dataset.catalogue.keys(own) == dataset.catalogue.keys(rows.doc_rows)
-        for row, at in enumerate(zip(users, rows.place.tolist(), facts_at(dataset, own), strict=True)):
+        for row, at in enumerate(zip(users, rows.position.tolist(), facts_at(dataset, own), strict=True)):
             found[at[0], at[1]] = at[2], [names[code] for code in past[row].tolist()]
     return found
 
@@ -210,7 +210,7 @@ def test_without_times_a_dataset_knows_of_none(tmp_path: Path) -> None:
         assert file.read_bytes() == (tmp_path / "empty" / file.relative_to(tmp_path / "out")).read_bytes(), "'' is none"
     make(tmp_path, tmp_path / "dated")
     sources = [SourceConfig(dir=str(tmp_path / name)) for name in ("out", "dated")]
-    with pytest.raises(ConfigError, match=r"dated cannot be.* make both with --items-time-column, or both without"):
+    with pytest.raises(ConfigError, match=r"dated cannot be.* build both with --items-time-column, or both without"):
         open_dataset(replace(CONFIG, mixture=sources))
     with pytest.raises(ConfigError, match="has items' features as of each event, so give --items-time-column here"):
         make(tmp_path, tmp_path / "dated", "more", updated=None)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bigdssm.dataset.keys import Keys, write_keys
+from bigdssm.dataset.keys import SortedKeys, write_keys
 from bigdssm.ingest.engines.local import LocalEngine
 from bigdssm.ingest.engines.tables import FirstRows, RowFile, RowTable
 from bigdssm.ingest.sorting import deal, of_ordinal, order_of, ordinals_of, read_bucket, shuffled
@@ -86,9 +86,13 @@ def test_keys_are_found_where_they_stand_last(tmp_path: Path) -> None:
         known |= dict(zip(keys.tolist(), rows.tolist(), strict=True))
     near = np.array(list(known)[:200])[:, None] + [-1, 0, 1]  # what is beside a key is none
     wanted = RANDOM.permutation(np.concatenate([list(known), ends, near.ravel()]))
-    assert Keys(files).find(wanted).tolist() == [known.get(key, -1) for key in wanted.tolist()]
-    assert Keys(files).find(np.empty(0, np.int64)).tolist() == Keys([]).find(np.empty(0, np.int64)).tolist() == []
-    assert Keys([]).find(wanted[:2]).tolist() == [-1, -1]
+    assert SortedKeys(files).find(wanted).tolist() == [known.get(key, -1) for key in wanted.tolist()]
+    assert (
+        SortedKeys(files).find(np.empty(0, np.int64)).tolist()
+        == SortedKeys([]).find(np.empty(0, np.int64)).tolist()
+        == []
+    )
+    assert SortedKeys([]).find(wanted[:2]).tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize("waiting", [10, 200, 10_000])

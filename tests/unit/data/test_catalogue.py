@@ -50,7 +50,7 @@ def test_parts_in_several_files_are_one_table(tmp_path: Path, tools) -> None:
     begin = np.array([0, 1, 0, 1, 0, 0])
     cut = mapped.take_slices("list", rows, begin, mapped.lengths("list", rows))
     assert [cut[i].tolist() for i in range(len(rows))] == [values[r][b:] for r, b in zip(rows, begin, strict=True)]
-    assert mapped.whole("number").tolist() == list(range(50))
+    assert mapped.column("number").tolist() == list(range(50))
 
 
 def test_what_is_wrong_with_a_catalogue_is_named(tmp_path: Path, tools) -> None:

@@ -106,7 +106,7 @@ def test_damaged_files_cost_their_blocks_and_nothing_else(
     spoil(copy)
     rows, lines, stream = read(copy, tmp_path, num_workers=num_workers)
     assert len(rows) == STEPS
-    assert all((part.place == part.row_ids % 30).all() for part in rows)  # the others keep their own values
+    assert all((part.position == part.row_ids % 30).all() for part in rows)  # the others keep their own values
     assert missing(rows) == [row for block in blocks for row in range(64 * block, 64 * block + 64)]
     assert sorted({(line["block"], line["row"]) for line in lines}) == [(block, None) for block in blocks]
     assert len(lines) == len(blocks)
@@ -165,9 +165,9 @@ BAD_PAIRS = {
 }
 BAD_PIECES = {
     "unknown sequence": ("sequence", 11, "sequence 11 is not a row of the partition's 11"),
-    "end beyond the sequence": ("end", 31, "targets 17 to 31 are no part of its sequence of 30 events"),
-    "negative first": ("first", -1, "targets -1 to 18 are no part of its sequence"),
-    "no target": ("end", 17, "targets 17 to 17 are no part of its sequence"),
+    "end beyond the sequence": ("end", 31, "targets 17 to 31 are outside its sequence of 30 events"),
+    "negative first": ("first", -1, "targets -1 to 18 are outside its sequence"),
+    "no target": ("end", 17, "targets 17 to 17 are outside its sequence"),
 }
 BAD_TEXT_ROWS = {
     "empty text": ("words", [], "words has 0 tokens, needs 1 to 6"),
@@ -204,9 +204,9 @@ BAD_BLOCKS: dict[str, tuple[Callable[..., bytes], str]] = {
     ),
     "nulls": (lambda tools, c: tools.block_bytes(spoil(c, "end", 0, None)), "column end has nulls"),
     "fewer rows": (
-        lambda tools, c: tools.block_bytes({n: v.slice(1) for n, v in c.items()}), "it has 63 rows, the index says 64"
+        lambda tools, c: tools.block_bytes({n: v.slice(1) for n, v in c.items()}), "it has 63 rows, the index has 64"
     ),
-    "no Arrow": (lambda tools, c: b"\x80\x04}q\x00." * 20, "no Arrow stream"),
+    "no Arrow": (lambda tools, c: b"\x80\x04}q\x00." * 20, "not an Arrow stream"),
     "half an Arrow stream": (lambda tools, c: tools.block_bytes(c)[:-300], "it cannot be used"),
     "a dictionary": (
         lambda tools, c: tools.block_bytes({**c, "end": c["end"].dictionary_encode()}), "with dictionaries"

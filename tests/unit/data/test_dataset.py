@@ -39,7 +39,7 @@ def test_iterate_gives_a_split_in_order(interactions: Path, world_size: int, row
     ranks = [list(dataset.iterate("test", rows_per_batch, rank, world_size)) for rank in range(world_size)]
     ids = [rows.row_ids for batches in ranks for rows in batches]
     assert np.concatenate(ids).tolist() == list(range(100))
-    assert all((rows.place == rows.row_ids % 30).all() for batches in ranks for rows in batches)
+    assert all((rows.position == rows.row_ids % 30).all() for batches in ranks for rows in batches)
     assert all(len(rows) <= rows_per_batch for batches in ranks for rows in batches)
     assert all([rows.step for rows in batches] == list(range(len(batches))) for batches in ranks)
 
@@ -71,11 +71,11 @@ def remove(name: str):
 
 PARTITION = "partitions/all"
 CASES = {
-    "no folder": (shutil.rmtree, "dataset.json does not exist; .* is no dataset; bigdssm make_shards makes one"),
+    "no folder": (shutil.rmtree, "dataset.json does not exist; .* is not a dataset; bigdssm make_shards builds one"),
     "no dataset.json": (remove("dataset.json"), "dataset.json does not exist"),
-    "another format": (lambda d: edit(d / "dataset.json", format=2), "has format 2, this version reads 1; make it"),
+    "another format": (lambda d: edit(d / "dataset.json", format=2), "has format 2, this version reads 1; rebuild it"),
     "broken JSON": (lambda d: (d / "dataset.json").write_text("{"), "dataset.json is damaged"),
-    "another schema": (lambda d: edit(d / "dataset.json", schema="00"), "schema.json is not the one"),
+    "another schema": (lambda d: edit(d / "dataset.json", schema="00"), "schema.json does not match"),
     "no partitions": (lambda d: edit(d / "dataset.json", partitions=[]), "has no partitions"),
     "a partition elsewhere": (lambda d: edit(d / "dataset.json", partitions=["../x"]), "not a plain folder name"),
     "a catalogue elsewhere": (
@@ -106,26 +106,26 @@ MISFITS = [
     ("dataset.json", {"split": {"how": "Time"}}, "split.how is 'Time', needs one of random, time, column, "),
     ("dataset.json", {"split": {"how": "time", "test_from": "1"}}, "split.test_from is '1', needs a number or null"),
     ("dataset.json", {"split": {"how": "random", "fractions": [0.1]}}, "split.fractions is [0.1], needs 2 values"),
-    ("dataset.json", {"split": {"how": "random", "seed": 0.5}}, "split.seed is 0.5, needs a whole number"),
+    ("dataset.json", {"split": {"how": "random", "seed": 0.5}}, "split.seed is 0.5, needs an integer"),
     ("dataset.json", {"times": {"units": []}}, "times.num_times is missing"),
     ("dataset.json", {"times": {"num_times": 1, "units": [[0, 1]]}}, "times.units[0] is [0, 1], needs 3 values"),
     ("dataset.json", {"times": {"num_times": 1, "units": [[0, 1, True]]}}, "units[0][2] is True, needs a number"),
     ("dataset.json", {"partitions": {"all": 1}}, "partitions is {'all': 1}, needs a list"),
-    ("dataset.json", {"partitions": [1]}, "partitions[0] is 1, needs a text"),
+    ("dataset.json", {"partitions": [1]}, "partitions[0] is 1, needs a string"),
     ("dataset.json", {"catalogue": [{"file": "x", "checksum": ""}]}, "catalogue[0].rows is missing"),
     ("dataset.json", {"catalogue": [{"file": "x", "rows": -1, "checksum": ""}]}, "catalogue[0].rows is -1, needs a "),
-    ("dataset.json", {"catalogue": [{"file": 1, "rows": True, "checksum": ""}]}, "catalogue[0].file is 1, needs a t"),
+    ("dataset.json", {"catalogue": [{"file": 1, "rows": True, "checksum": ""}]}, "catalogue[0].file is 1, needs a s"),
     ("dataset.json", {"versions": None}, "versions is None, needs a list"),
-    ("dataset.json", {"schema": None}, "schema is None, needs a text"),
+    ("dataset.json", {"schema": None}, "schema is None, needs a string"),
     ("dataset.json", {"text": "Raw"}, "text is 'Raw', needs one of tokens, raw"),
     ("dataset.json", {"ids": {"doc": "row"}}, "ids.doc is 'row', needs one of column, content"),
-    ("dataset.json", {"tokenizer": {"tokenizer.json": 5}}, "tokenizer.tokenizer.json is 5, needs a text"),
+    ("dataset.json", {"tokenizer": {"tokenizer.json": 5}}, "tokenizer.tokenizer.json is 5, needs a string"),
     ("dataset.json", {"format": {"a": 1}}, "has format {'a': 1}, this version reads 1"),
     (f"{PARTITION}/partition.json", {"splits": []}, "splits is [], needs an object"),
     (f"{PARTITION}/partition.json", {"splits": {"train": SIZES | {"rows": "9"}}}, "splits.train.rows is '9', needs a "),
     (f"{PARTITION}/partition.json", {"splits": {"train": {"rows": 9}}}, "splits.train.queries is missing"),
     (f"{PARTITION}/partition.json", {"splits": {"train": SIZES | {"shards": [1]}}}, "splits.train.shards[0] is 1, n"),
-    (f"{PARTITION}/partition.json", {"counts_checksum": 7}, "counts_checksum is 7, needs a text"),
+    (f"{PARTITION}/partition.json", {"counts_checksum": 7}, "counts_checksum is 7, needs a string"),
     (f"{PARTITION}/partition.json", {"sequences": [[]]}, "sequences[0] is [], needs an object"),
 ]
 
@@ -161,7 +161,7 @@ def test_a_text_dataset_without_its_tokenizer_is_refused(texts: Path, tmp_path: 
     with pytest.raises(DataError, match=r"no padding token \('\[NONE\]'\)"):
         Dataset.open(folder)
     (folder / "tokenizer" / "tokenizer.json").unlink()
-    with pytest.raises(DataError, match="no readable tokenizer"):
+    with pytest.raises(DataError, match="is not a readable tokenizer"):
         Dataset.open(folder)
 
 
@@ -182,7 +182,7 @@ def test_indexes_that_cannot_be_are_refused(copy: Path, tools) -> None:
     with pytest.raises(DataError, match="blocks without bytes or rows"):
         attempt([("a.tar", 512, 10, 0, 0, 0)], 0).index("train")
     with pytest.raises(
-        DataError, match=r"5 rows of 5 queries in 1 blocks, partition\.json says 6 rows of 5 queries in 1"
+        DataError, match=r"5 rows of 5 queries in 1 blocks, partition\.json has 6 rows of 5 queries in 1"
     ):
         attempt([("a.tar", 512, 10, 5, 5, 0)], 6).index("train")
     shutil.copy(copy / PARTITION / "test.index.arrow", path)

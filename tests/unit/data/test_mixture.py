@@ -140,7 +140,7 @@ def test_partitions_by_weight_on_any_ranks_and_workers(days: Path, batches: str)
             parts = [next(stream) for stream in ranks]
             for rows in parts:
                 local, day = np.divmod(day_and_row(rows.row_ids), 10)
-                assert np.array_equal(rows.place, (local + day) % 30)
+                assert np.array_equal(rows.position, (local + day) % 30)
                 assert np.array_equal(rows.query["age"], local % 11 + 100 * day)
             together = np.sort(np.concatenate([rows.row_ids for rows in parts]))
             assert np.array_equal(together, np.sort(order.row_ids(step)))
@@ -279,7 +279,7 @@ def test_what_does_not_go_together_is_refused(pairs: tuple[Path, Path], days: Pa
     refused = [
         (
             SourceConfig(dir=str(other)),
-            r"doc\.kind was fitted to other data \(40 values against 40 .*; make it with .*--like",
+            r"doc\.kind was fitted to other data \(40 values against 40 .*; build it with .*--like",
         ),
         (SourceConfig(), "has the partition base twice"),
         (SourceConfig(dir=str(days)), "query features"),

@@ -49,8 +49,8 @@ def test_a_row_gives_a_query_for_each_target(folder: Path) -> None:
     assert stream.queries_per_step == 50 * dataset.num_queries("train") / 1000
     for rows in islice(stream, 21):
         expected = [(i, place) for i, row in enumerate(rows.row_ids.tolist()) for place in range(*piece(row))]
-        assert rows.row is not None and rows.place is not None
-        assert list(zip(rows.row.tolist(), rows.place.tolist(), strict=True)) == expected
+        assert rows.row is not None and rows.position is not None
+        assert list(zip(rows.row.tolist(), rows.position.tolist(), strict=True)) == expected
         seen, offsets = rows.seen_ragged()
         for query, (i, place) in enumerate(expected):
             items = events(int(rows.row_ids[i]))
@@ -69,12 +69,12 @@ def test_iterating_gives_each_query_a_row(folder: Path) -> None:
     found = []
     for rows in dataset.iterate("train", 64):
         assert (
-            rows.place is not None
+            rows.position is not None
             and rows.row_of_query.tolist() == list(range(len(rows)))
             and len(rows) == rows.num_queries <= 64
         )
-        found += list(zip(rows.row_ids.tolist(), rows.place.tolist(), strict=True))
-        for i, (row, place) in enumerate(zip(rows.row_ids.tolist(), rows.place.tolist(), strict=True)):
+        found += list(zip(rows.row_ids.tolist(), rows.position.tolist(), strict=True))
+        for i, (row, place) in enumerate(zip(rows.row_ids.tolist(), rows.position.tolist(), strict=True)):
             items = events(row)
             assert rows.query["history"][i].tolist() == [item + 2 for item in items[:place][-MAX_ITEMS:]]
             assert rows.query["age"][i] == row % 11 and rows.doc_rows[i] == items[place]  # type: ignore[index]
@@ -86,12 +86,12 @@ def test_rows_are_taken_with_their_queries(folder: Path) -> None:
     chosen = np.array([7, 3, 3])
     part = first.take(chosen)
     assert part.row_ids.tolist() == first.row_ids[chosen].tolist()
-    assert part.row is not None and part.place is not None
+    assert part.row is not None and part.position is not None
     wanted = [(i, place) for i, row in enumerate(part.row_ids.tolist()) for place in range(*piece(row))]
-    assert list(zip(part.row.tolist(), part.place.tolist(), strict=True)) == wanted
+    assert list(zip(part.row.tolist(), part.position.tolist(), strict=True)) == wanted
     both = Rows.concat([part, second.take(np.arange(3))])
     assert both.num_queries == part.num_queries + sum(1 + int(row) % TARGETS for row in second.row_ids[:3])
-    assert both.doc_rows.tolist() == [events(int(both.row_ids[r]))[p] for r, p in zip(both.row, both.place)]  # type: ignore[arg-type]  # noqa: B905
+    assert both.doc_rows.tolist() == [events(int(both.row_ids[r]))[p] for r, p in zip(both.row, both.position)]  # type: ignore[arg-type]  # noqa: B905
 
 
 def test_a_batch_says_where_its_queries_stand(folder: Path) -> None:
@@ -140,19 +140,19 @@ def test_a_bad_target_does_not_discard_its_row(tools, tmp_path: Path) -> None:
     stream = PairStream(dataset, rows_global=50, lanes=5, max_bad_fraction=1.0, quarantine=log)
     met = set()
     for rows in islice(stream, 22):
-        assert rows.row is not None and rows.place is not None
+        assert rows.row is not None and rows.position is not None
         for i, row in enumerate(rows.row_ids.tolist()):
-            its = rows.place[rows.row == i].tolist()
+            its = rows.position[rows.row == i].tolist()
             assert its == [place for place in range(*piece(row)) if place not in bad_places] and its
             met.add(row)
     alone = {row for row in range(1000) if set(range(*piece(row))) <= bad_places}
     assert alone and met == set(range(1000)) - alone
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    whole = {64 * line["block"] + line["row"] for line in lines if line["place"] is None}
-    single = {(64 * line["block"] + line["row"], line["place"]) for line in lines if line["place"] is not None}
+    whole = {64 * line["block"] + line["row"] for line in lines if line["position"] is None}
+    single = {(64 * line["block"] + line["row"], line["position"]) for line in lines if line["position"] is not None}
     assert whole == alone
     assert single == {(row, p) for row in set(range(1000)) - alone for p in range(*piece(row)) if p in bad_places}
-    assert {line["rows"] for line in lines if line["place"] is not None} == {0}
+    assert {line["rows"] for line in lines if line["position"] is not None} == {0}
 
 
 def test_bad_targets_count_as_parts_of_rows(tools, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_files_of_sequences_that_lack_rows_are_refused(tools, tmp_path: Path) ->
     path = folder / "partitions/all/sequences-000000.arrow"
     table = pa.ipc.open_file(path.read_bytes()).read_all()
     tools.write_arrow(path, table.slice(1))
-    with pytest.raises(DataError, match=r"sequences have \[10\] rows, partition\.json says \[11\]"):
+    with pytest.raises(DataError, match=r"sequences have \[10\] rows, partition\.json has \[11\]"):
         Dataset.open(folder)
 
 
@@ -192,8 +192,8 @@ def test_rows_of_more_targets_than_a_history_has_items_are_left_out(tools, tmp_p
     folder = tools.Writer(tmp_path / "data", targets_per_row=MAX_ITEMS + 2).write()
     stream = PairStream(folder, rows_global=50, lanes=5, max_bad_fraction=1.0)
     for rows in islice(stream, 20):
-        assert rows.row is not None and rows.place is not None and rows.left_edge is not None
-        assert np.bincount(rows.row).max() <= MAX_ITEMS and (rows.place >= rows.left_edge[rows.row]).all()
+        assert rows.row is not None and rows.position is not None and rows.left_edge is not None
+        assert np.bincount(rows.row).max() <= MAX_ITEMS and (rows.position >= rows.left_edge[rows.row]).all()
     assert stream.rows_bad == sum(1 + row % (MAX_ITEMS + 2) > MAX_ITEMS for row in range(1000))
 
 
@@ -235,8 +235,8 @@ def test_every_event_is_a_target_once_and_rows_are_cut_from_the_newest(targets_p
         assert sorted(found.get(user, [])) == sorted(cut)
     for split, distance in (("validation", 2), ("test", 1)):
         (held_out,) = dataset.iterate(split, 100)
-        assert held_out.place is not None and held_out.sequence is not None
+        assert held_out.position is not None and held_out.sequence is not None
         keys = dataset.sequences.strings("query_key", held_out.sequence)
         expected = {u: n - distance for u, n in lengths.items() if n > distance}
-        assert dict(zip(keys, held_out.place.tolist(), strict=True)) == expected
+        assert dict(zip(keys, held_out.position.tolist(), strict=True)) == expected
     assert dataset.doc_counts().sum() == sum(max(0, n - 3) for n in lengths.values())

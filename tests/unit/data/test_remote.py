@@ -283,7 +283,7 @@ def test_damage_on_the_server_is_damage(server: Server, store: FileCache, caplog
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda d: (d / "dataset.json").unlink(), r"a/data is no dataset"),
+        (lambda d: (d / "dataset.json").unlink(), r"a/data is not a dataset"),
         (lambda d: (d / "dataset.json").write_text("{"), r"dataset.json is damaged"),
         (lambda d: (d / "dataset.json").write_text("{}"), r"metadata of another format"),
         (lambda d: (d / "schema.json").unlink(), r"schema.json does not exist"),
@@ -411,7 +411,7 @@ def test_the_cap_holds_and_the_least_recently_used_go(server: Server, tmp_path: 
         for wanted in (blocks[0], (shard, *block)):  # the first block stays in use
             remote.RemoteFile(wanted[0].url, small).read(*wanted[1:])
             time.sleep(0.002)  # so that times of use differ
-        names[block[0], str(shard)] = small.path(remote.key_of(shard.url, *block))
+        names[block[0], str(shard)] = small.path(remote.cache_key(shard.url, *block))
         assert used(small) <= small.max_bytes
     there = [path.exists() for path in names.values()]
     assert there[0] and there[-1] and not all(there) and sum(there) >= 3
@@ -541,7 +541,7 @@ def test_parts_of_killed_processes_are_removed_and_overwritten(server: Server, s
     """Longer than the file, at the very name that the file will be written under."""
     url = f"{server.url}/a/data/catalogue/000000.arrow"
     checksum = json.loads((server.folder / "a/data/dataset.json").read_text())["catalogue"][0]["checksum"]
-    part = aside_of(store.path(remote.key_of(url, checksum)))
+    part = aside_of(store.path(remote.cache_key(url, checksum)))
     part.parent.mkdir(parents=True)
     part.write_bytes(b"\xff" * 100_000)
     stale = store.dir / "00" / ("." + "f" * 38 + ".unfinished")

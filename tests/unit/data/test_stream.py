@@ -39,7 +39,7 @@ def same(a: Rows, b: Rows) -> bool:
 
     def columns(rows: Rows) -> list[np.ndarray]:
         out = [rows.row_ids, rows.doc_rows, rows.relevance, rows.query_ids]
-        out += [value for value in (rows.row, rows.sequence, rows.place, rows.doc_ids) if value is not None]
+        out += [value for value in (rows.row, rows.sequence, rows.position, rows.doc_ids) if value is not None]
         for column in [*rows.query.values(), *rows.doc.values()]:
             out += [column.values, column.offsets] if isinstance(column, Ragged) else [column]
         return out
@@ -96,7 +96,7 @@ def test_two_partitions_are_one_order_with_their_own_sequences(tmp_path: Path, t
     folder = tools.Writer(tmp_path / "data", rows=300).write("day1", "day2")
     for rows in steps(folder, 14, num_workers=1):
         day, local = np.divmod(rows.row_ids, 300)
-        assert np.array_equal(rows.place, (local + day) % 30)
+        assert np.array_equal(rows.position, (local + day) % 30)
         assert np.array_equal(rows.query["age"], local % 11 + 100 * day)
         assert np.array_equal(rows.sequence, local % 11 + 11 * day)
         for i in range(len(rows)):

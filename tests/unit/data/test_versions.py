@@ -51,15 +51,15 @@ def test_versions_are_what_a_plain_reading_gives(num_docs: int, changes: list[tu
         known = [num_docs + n for n, (of, from_) in enumerate(changes) if of == doc]
         newest[doc] = [doc, *known][-1]
         seen[doc, partition] = [doc, *(place for place in known if since[place - num_docs] <= partition)][-1]
-    assert versions.place(np.arange(num_docs)).tolist() == list(newest.values())
-    rows = versions.seen(documents, partitions)
-    assert versions.place(rows).tolist() == list(seen.values())
+    assert versions.file_rows(np.arange(num_docs)).tolist() == list(newest.values())
+    rows = versions.visible_rows(documents, partitions)
+    assert versions.file_rows(rows).tolist() == list(seen.values())
     assert versions.documents(rows).tolist() == documents.tolist()
     assert (rows < num_docs).tolist() == [seen[pair] == newest[pair[0]] for pair in pairs]
     for number in range(-1, len(changes) + 1):  # the last is no version at all
         every = np.arange(num_docs)
         own = [0 <= number < len(changes) and changes[number][0] == doc for doc in every]
-        places = versions.place(versions.named(every, np.full(num_docs, number)))
+        places = versions.file_rows(versions.version_rows(every, np.full(num_docs, number)))
         assert places.tolist() == np.where(own, num_docs + number, every).tolist(), "of another document: its first"
 
 
@@ -152,7 +152,7 @@ def test_only_what_changed_is_written_and_nothing_else_touched(tmp_path: Path) -
     described = tmp_path / "data" / "dataset.json"
     content_of = described.read_text()
     described.write_text(content_of.replace('"since": "day1"', '"since": "day9"'))
-    with pytest.raises(DataError, match=r"versions-000000.arrow is of no partition"):
+    with pytest.raises(DataError, match=r"versions-000000.arrow belongs to no partition"):
         Dataset.open(tmp_path / "data")
     described.write_text(content_of)
     (tmp_path / "data/catalogue/versions-000000.arrow").unlink()
@@ -253,10 +253,10 @@ def test_histories_tell_items_as_they_were_for_the_partitions_rows(tmp_path: Pat
     assert dataset.sequences is not None
     met = set()
     for rows in dataset.iterate("train", 3):
-        assert rows.sequence is not None and rows.place is not None and rows.doc_versions is not None
+        assert rows.sequence is not None and rows.position is not None and rows.doc_versions is not None
         users, past = dataset.sequences.strings("query_key", rows.sequence), rows.query["past"]
         assert isinstance(past, Ragged)
-        for row, (user, place) in enumerate(zip(users, rows.place.tolist(), strict=True)):
+        for row, (user, place) in enumerate(zip(users, rows.position.tolist(), strict=True)):
             order = [*(ITEMS if user == "u" else ITEMS[::-1])] * 2
             day = int(rows.sequence[row] >= 2)
             met.add((user, day, place))

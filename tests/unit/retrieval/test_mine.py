@@ -163,7 +163,7 @@ def test_top_documents_leaves_out_what_it_is_told() -> None:
 
 def rows_of(row_ids: np.ndarray, row: np.ndarray | None = None, place: np.ndarray | None = None) -> Rows:
     nothing = np.zeros(len(row_ids) if row is None else len(row))
-    return Rows(0, row_ids, {}, nothing, nothing, nothing, row=row, place=place)
+    return Rows(0, row_ids, {}, nothing, nothing, nothing, row=row, position=place)
 
 
 def test_queries_of_one_row_have_draws_of_their_own() -> None:
