@@ -65,8 +65,8 @@ class TinyDataset:
 
 @pytest.fixture(autouse=True)
 def bf16_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let bfloat16 be computed on every machine, slowly on some: its results are tested on all of them."""
-    monkeypatch.setattr("bigdssm.losses.precision.has_bf16", lambda: True)
+    """Compute alike on all machines: bfloat16 without a warning, emulated on some, and `auto` as fp32."""
+    monkeypatch.setattr("bigdssm.losses.precision.instruction_set", lambda device="cpu": "arm_bf16")
 
 
 class QuietServer(ThreadingHTTPServer):
@@ -149,6 +149,7 @@ def pair_records() -> Iterator[dict[str, object]]:
 def write_config(root: Path, data: dict[str, object]) -> Path:
     """Write a config file for a dataset at root/dataset and runs in root/run."""
     path = root / "config.yaml"
-    content = {"run": {"dir": str(root / "run")}, "data": {"dir": str(root / "dataset"), **data}}
+    engine = {"precision": "fp32"}  # on all machines
+    content = {"run": {"dir": str(root / "run")}, "engine": engine, "data": {"dir": str(root / "dataset"), **data}}
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path

@@ -22,8 +22,8 @@ from bigdssm.cli import ProgressBar, at_least, command
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.pretrained import text_encoders
-from bigdssm.losses.precision import takes_bf16
-from bigdssm.retrieval.embed import Encoders, encode_in_bf16, tower_encoders
+from bigdssm.losses.precision import PRECISION_HELP, PRECISIONS, resolve_precision
+from bigdssm.retrieval.embed import Encoders, encode_in, tower_encoders
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork
 from bigdssm.retrieval.teacher_vectors import write_teacher
 from bigdssm.retrieval.texts import Texts
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     teacher = parser.add_mutually_exclusive_group(required=True)
     teacher.add_argument("--model", type=Path, metavar="FOLDER", help="model folder that teaches")
     teacher.add_argument("--pretrained", type=Path, metavar="FOLDER", help="text encoder that teaches as it is")
-    parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16, which some processors do faster")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help=PRECISION_HELP)
     parser.add_argument("--rows-per-shard", type=at_least(1), default=ROWS_PER_SHARD, help="rows a shard (%(default)s)")
     args = parser.parse_args(argv)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
@@ -57,15 +57,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _encoders(args: argparse.Namespace, dataset: Dataset) -> tuple[Encoders, str]:
     """Return the teacher, and what tells it from others."""
     if args.pretrained is not None:
-        in_bf16 = args.bf16 and takes_bf16()
-        encoders = text_encoders(args.pretrained, Texts(dataset), in_bf16)
-        return encoders, json_checksum([folder_checksums(args.pretrained), in_bf16])
+        precision = resolve_precision(args.precision)
+        encoders = text_encoders(args.pretrained, Texts(dataset), precision)
+        return encoders, json_checksum([folder_checksums(args.pretrained), precision])
     folder = load_model_folder(args.model)
     dataset = folder.view(dataset)
     if folder.model.scorer is not None:
         raise ConfigError(f"--model {args.model} scores by more than its vectors; bigdssm score_pairs takes it")
-    in_bf16 = args.bf16 and encode_in_bf16(folder.model)
-    return tower_encoders(folder.model, dataset), json_checksum([folder.checksum, in_bf16])
+    precision = encode_in(folder.model, args.precision)
+    return tower_encoders(folder.model, dataset), json_checksum([folder.checksum, precision])
 
 
 if __name__ == "__main__":

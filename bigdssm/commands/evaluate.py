@@ -42,7 +42,8 @@ from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.evaluation.reranking import Reranking, encoders_of
 from bigdssm.evaluation.trec import Run, read_qrels, read_run, run_metrics, write_qrels, write_run
 from bigdssm.ingest.sources.beir import Collection, read_collection
-from bigdssm.retrieval.embed import cut_vectors, encode_in_bf16, tower_encoders
+from bigdssm.losses.precision import PRECISION_HELP, PRECISIONS
+from bigdssm.retrieval.embed import cut_vectors, encode_in, tower_encoders
 from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.utils.atomic import write_json
 
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--rerank", type=at_least(2), metavar="K", help="also with the best K documents ranked anew by the scorer"
     )
-    parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16, which some processors do faster")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help=PRECISION_HELP)
     beir = parser.add_argument_group("a retrieval collection")
     beir.add_argument("--beir", type=Path, metavar="DIR", help="folder in BEIR's layout")
     beir.add_argument("--widths", type=int, nargs="+", default=[], help="also the model's vectors cut to these")
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 refuse_options(parser, args, [option], f"without --{needed}")
         _on_collection(args)
     elif args.run is not None and args.qrels is not None:
-        ignored = ["--model", "--data", "--baselines", "--compare", "--bf16", "--rerank", *OF_COLLECTIONS]
+        ignored = ["--model", "--data", "--baselines", "--compare", "--precision", "--rerank", *OF_COLLECTIONS]
         refuse_options(parser, args, ignored, "with --run and --qrels, which measure a run alone")
         qrels = read_qrels(args.qrels)
         started = perf_counter()
@@ -113,13 +114,15 @@ def _on_split(args: argparse.Namespace) -> None:
     folder = load_model_folder(args.model)
     how = {"dataset": dataset, "split": args.split, "exclude_seen": folder.config.data.exclude_seen}
     others = baseline_systems(**how) if args.baselines else []
-    model = _evaluated(name, folder, bf16=args.bf16, **how)
+    model = _evaluated(name, folder, precision=args.precision, **how)
     if args.rerank is not None:
         others.insert(0, model)
-        model = _evaluated(f"{name}, best {args.rerank} ranked anew", folder, bf16=False, rerank=args.rerank, **how)
+        model = _evaluated(
+            f"{name}, best {args.rerank} ranked anew", folder, precision="fp32", rerank=args.rerank, **how
+        )
     for name, path in zip(names, args.compare, strict=True):
         if path.is_dir():
-            others.append(_evaluated(name, load_model_folder(path), bf16=args.bf16, **how))
+            others.append(_evaluated(name, load_model_folder(path), precision=args.precision, **how))
         else:
             others.append(load_system(path, **how))
     pairs = [(model, other) for other in others]
@@ -133,11 +136,10 @@ def _on_split(args: argparse.Namespace) -> None:
 
 
 def _evaluated(
-    name: str, folder: ModelFolder, dataset: Dataset, split: str, exclude_seen: bool, bf16: bool,
+    name: str, folder: ModelFolder, dataset: Dataset, split: str, exclude_seen: bool, precision: str,
     rerank: int | None = None,
 ) -> System:  # fmt: skip
-    if bf16:
-        encode_in_bf16(folder.model)
+    encode_in(folder.model, precision)
     dataset = folder.view(dataset)
     reranking = None
     if rerank is not None:
@@ -169,8 +171,7 @@ def _on_collection(args: argparse.Namespace) -> None:
             folder = load_model_folder(args.model)
             for width in args.widths:
                 check_width("--widths", width, folder.config.model.dim)
-            if args.bf16:
-                encode_in_bf16(folder.model)
+            encode_in(folder.model, args.precision)
             queries, documents = model_vectors(folder.model, folder.schema, folder.tokenizer_dir, collection, progress)
             encoding_s = perf_counter() - started  # of every width too: each system's seconds are those of all it takes
             found = partial(vectors_run, collection, queries, documents, known)
@@ -191,10 +192,15 @@ def _on_collection(args: argparse.Namespace) -> None:
         if args.bm25:
             add("BM25", partial(bm25_run, collection, filter_known=known))
         if args.pretrained is not None:
-            options = {"max_tokens": args.max_tokens, "bf16": args.bf16, "filter_known": known, "progress": progress}
+            options = {
+                "max_tokens": args.max_tokens,
+                "precision": args.precision,
+                "filter_known": known,
+                "progress": progress,
+            }
             add(f"{args.pretrained.name} as it is", partial(pretrained_run, args.pretrained, collection, **options))
         for path in args.compare:
-            of_model = partial(_run_of_model, path, collection, args.bf16, known, progress)
+            of_model = partial(_run_of_model, path, collection, args.precision, known, progress)
             add(names[path], of_model if path.is_dir() else partial(read_run, path))
     if not runs:
         raise ConfigError("--beir needs something to evaluate: --model, --run, --bm25, --pretrained or --compare")
@@ -206,10 +212,9 @@ def _on_collection(args: argparse.Namespace) -> None:
     _show(args, systems, len(collection.qrels))
 
 
-def _run_of_model(path: Path, collection: Collection, bf16: bool, filter_known: bool, progress: ProgressBar) -> Run:
+def _run_of_model(path: Path, collection: Collection, precision: str, filter_known: bool, progress: ProgressBar) -> Run:
     folder = load_model_folder(path)
-    if bf16:
-        encode_in_bf16(folder.model)
+    encode_in(folder.model, precision)
     return model_run(
         folder.model, folder.schema, folder.tokenizer_dir, collection, filter_known=filter_known, progress=progress
     )

@@ -1,7 +1,7 @@
 """Report a run on a split: popularity, a Markov chain, the pretrained model, what fine-tuning adds.
 
     bigdssm report RUN [RUN …] --out REPORT.json [--split test]
-    bigdssm report RUN [RUN …] --out JSON --beir DIR [--bm25] [--pretrained FOLDER] [--compare TREC …] [--bf16]
+    bigdssm report RUN [RUN …] --out JSON --beir DIR [--bm25] [--pretrained FOLDER] [--compare TREC …]
 
 Evaluates RUN/pretrain/best and, where it is there, RUN/sft/best over the full catalogue. With --beir they are measured
 on a collection that bigdssm make_shards wrote beside the dataset, against BM25, a pretrained encoder as it is, and runs
@@ -46,7 +46,8 @@ from bigdssm.evaluation.metrics import shown_metrics
 from bigdssm.evaluation.reranking import encoders_of
 from bigdssm.evaluation.trec import Run, read_run, run_metrics, write_run
 from bigdssm.ingest.sources.beir import Collection, read_collection
-from bigdssm.retrieval.embed import encode_in_bf16
+from bigdssm.losses.precision import PRECISION_HELP, PRECISIONS
+from bigdssm.retrieval.embed import encode_in
 from bigdssm.utils.atomic import write_json
 
 
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--compare", type=Path, nargs="+", default=[], metavar="TREC", help="runs of other systems")
     parser.add_argument("--save-runs", type=Path, metavar="DIR", help="write all runs there in TREC's format")
     parser.add_argument("--filter-known", action="store_true", help="as with bigdssm evaluate")
-    parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16, which some processors do faster")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help=PRECISION_HELP)
     args = parser.parse_args(argv)
     check_file_to_write("--out", args.out)
     if args.beir is None:
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         refuse_options(parser, args, ["--data"], "with --beir, which has its own documents")
 
-    runs = [_trained_stages(run, args.bf16) for run in args.runs]
+    runs = [_trained_stages(run, args.precision) for run in args.runs]
     _check_seeds(args.runs, [next(iter(stages.values())).config for stages in runs])
     names = {stage: _stage_name(stage, folder.config) for stage, folder in runs[0].items()}
     if args.beir is None:
@@ -106,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(args.out, as_json([*others, *models]))
 
 
-def _trained_stages(run: Path, bf16: bool) -> dict[str, ModelFolder]:
+def _trained_stages(run: Path, precision: str) -> dict[str, ModelFolder]:
     found = {
         stage: load_model_folder(run / stage / "best")
         for stage in ("pretrain", "sft")
@@ -114,9 +115,8 @@ def _trained_stages(run: Path, bf16: bool) -> dict[str, ModelFolder]:
     }
     if not found:
         raise CheckpointError(f"{run} holds neither pretrain/best nor sft/best; train first")
-    if bf16:
-        for folder in found.values():
-            encode_in_bf16(folder.model)
+    for folder in found.values():
+        encode_in(folder.model, precision)
     return found
 
 
@@ -144,7 +144,7 @@ def _baselines_on_collection(collection: Collection, args: argparse.Namespace) -
         runs["BM25"] = partial(bm25_run, collection, filter_known=known)
     if args.pretrained is not None:
         name = f"{args.pretrained.name} as it is"
-        runs[name] = partial(pretrained_run, args.pretrained, collection, bf16=args.bf16, filter_known=known)
+        runs[name] = partial(pretrained_run, args.pretrained, collection, precision=args.precision, filter_known=known)
     names = names_apart(args.compare)
     runs |= {name: partial(read_run, path) for name, path in zip(names, args.compare, strict=True)}
     return [_measured(name, run, collection, args) for name, run in runs.items()]

@@ -211,8 +211,8 @@ class EngineConfig:
     """How steps are computed; none of it changes what is learned."""
 
     zero_stage: int = bounded(1, 0, 3)
-    # On processors without bfloat16 instructions (AVX512-BF16, AMX) all are fp32, and a line of the log says so.
-    precision: Literal["fp32", "bf16", "bf16_pure"] = "fp32"
+    # auto: bf16 on GPUs since Ampere and on processors with AMX or AVX512-BF16, else fp32; the same on all ranks.
+    precision: Literal["auto", "fp32", "bf16", "bf16_pure"] = "auto"
     offload_optimizer: bool = False
     checkpoint_activations: bool = False  # transformer layers are computed again in the backward, not kept
     compile: bool = False  # transformer layers by torch.compile, once for all lengths; not with zero_stage=3

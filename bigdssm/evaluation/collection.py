@@ -119,14 +119,14 @@ def reranked_run(collection: Collection, run: Run, folder: ModelFolder, top: int
 
 
 def pretrained_run(
-    folder: Path, collection: Collection, *, max_tokens: int = MAX_TOKENS, bf16: bool = False,
+    folder: Path, collection: Collection, *, max_tokens: int = MAX_TOKENS, precision: str = "fp32",
     filter_known: bool = False, top: int = TOP, progress: Progress = no_progress,
 ) -> Run:  # fmt: skip
     """Return the run of a Hugging Face text encoder as it is: the cosine of mean-pooled vectors.
 
     Raises ConfigError where `folder` holds no such encoder and tokenizer.
     """
-    encoder = PretrainedEncoder(folder, max_tokens, bf16)
+    encoder = PretrainedEncoder(folder, max_tokens, precision)
 
     def encoded(entries: Sequence[CollectionEntry], what: str) -> Tensor:
         return encoder([entry.text for entry in entries], what, progress)

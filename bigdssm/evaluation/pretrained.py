@@ -13,7 +13,7 @@ from bigdssm.features import Text, TextTokenizer
 from bigdssm.features.canonical import columns_of_values
 from bigdssm.models import Values
 from bigdssm.models.encoders.bert import pretrained_encoder
-from bigdssm.retrieval.embed import Encoders, encode_in_bf16, in_pieces
+from bigdssm.retrieval.embed import Encoders, encode_in, in_pieces
 from bigdssm.retrieval.texts import Texts
 from bigdssm.utils.log import Progress, no_progress
 
@@ -29,12 +29,11 @@ def check_encoder(folder: Path) -> None:
 class PretrainedEncoder:
     """Mean-pooled vectors of length 1, whose product is their cosine."""
 
-    def __init__(self, folder: Path, max_tokens: int = MAX_TOKENS, bf16: bool = False) -> None:
+    def __init__(self, folder: Path, max_tokens: int = MAX_TOKENS, precision: str = "fp32") -> None:
         """Raises ConfigError where `folder` holds no such encoder and tokenizer."""
         check_encoder(folder)
         self._encoder = pretrained_encoder(str(folder)).eval()
-        if bf16:
-            encode_in_bf16(self._encoder)
+        encode_in(self._encoder, precision)
         self._tokenizer, self._features = TextTokenizer(folder), {"text": Text(max_tokens=max_tokens).named("text")}
 
     def __call__(self, texts: Sequence[str], what: str = "texts encoded", progress: Progress = no_progress) -> Tensor:
@@ -48,7 +47,7 @@ class PretrainedEncoder:
         return torch.nn.functional.normalize(vectors.float(), dim=1)
 
 
-def text_encoders(folder: Path, texts: Texts, bf16: bool = False) -> Encoders:
+def text_encoders(folder: Path, texts: Texts, precision: str = "fp32") -> Encoders:
     """Return an encoder as it is for the texts of a dataset. Raises ConfigError where `folder` holds none."""
-    encoder = PretrainedEncoder(folder, bf16=bf16)
+    encoder = PretrainedEncoder(folder, precision=precision)
     return Encoders(lambda rows: encoder(texts.queries(rows)), lambda docs: encoder(texts.documents(docs)))

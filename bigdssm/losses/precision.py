@@ -1,6 +1,6 @@
-"""Whether products are computed in bfloat16, which a processor without instructions for it emulates.
+"""The precision of products: bfloat16 where the hardware computes it, float32 where it would be emulated.
 
-A product of 2048 × 512 × 512 on one core of an AMD EPYC with AVX2 alone: 1,830 ms in bfloat16, 47 ms in float32.
+A product of 2048 × 512 × 512 on one core of an AMD EPYC with AVX2 only: 1,830 ms in bfloat16, 47 ms in float32.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import socket
 from dataclasses import replace
+from timeit import repeat
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -18,53 +19,77 @@ from bigdssm.utils.log import get_logger
 if TYPE_CHECKING:  # the losses need torch and NumPy alone
     from bigdssm.config import EngineConfig
 
-MISSING = "has no bfloat16 instructions (AVX512-BF16, AMX)"
+# Instruction sets on which towers were measured to train faster in bfloat16; `auto` computes in float32 on all others.
+FASTER_IN_BF16 = {
+    "sm_80": "Ampere and later GPUs",
+    "amx": "2.6 times: MiniLM on a Xeon",
+    "avx512_bf16": "1.7 times: a tower of histories on an AMD EPYC",
+}
+
+PRECISIONS = ("fp32", "bf16", "auto")
+PRECISION_HELP = "precision of the products of towers; auto: the faster one on this machine (default: %(default)s)"
 
 logger = get_logger(__name__)
 
 
-def has_bf16() -> bool:
-    """Return whether this processor multiplies bfloat16 by instructions of its own."""
+def instruction_set(device: str = "cpu") -> str:
+    """Return the best bfloat16 instruction set of a device type: a key of `FASTER_IN_BF16`, `arm_bf16` or `none`."""
+    if device == "cuda":
+        return "sm_80" if torch.cuda.get_device_capability() >= (8, 0) else "none"
     cpu: Any = torch.cpu
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # on x86 true of AVX-512 without them, too
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return "arm_bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "none"
+    if cpu._is_amx_tile_supported():
+        return "amx"
+    # mkldnn's own test is also true of AVX-512 without bfloat16 instructions.
+    return "avx512_bf16" if cpu._is_avx512_bf16_supported() else "none"
 
 
-def takes_bf16(device: str = "cpu") -> bool:
-    """Return whether a device multiplies in bfloat16, as requested; where not, log one line."""
-    if device != "cpu" or has_bf16():
-        return True
-    logger.warning("bf16: computing in fp32, since the processor of %s %s", socket.gethostname(), MISSING)
-    return False
+def resolve_precision(requested: str, device: str = "cpu") -> str:
+    """Return `requested`, or for `auto` the faster one of fp32 and bf16 on this machine's device type.
+
+    Logs a measured warning if bfloat16 is requested and emulated.
+    """
+    found = instruction_set(device)
+    if requested == "auto":
+        return "bf16" if found in FASTER_IN_BF16 else "fp32"
+    if requested != "fp32" and found == "none" and device == "cpu":
+        logger.warning(
+            "precision %s: the processor of %s emulates bfloat16; a product takes %.0f times as long as in fp32; "
+            "use precision auto or fp32", requested, socket.gethostname(), emulation_factor(),
+        )  # fmt: skip
+    return requested
+
+
+def emulation_factor() -> float:
+    """Measure the time of a bfloat16 product of 256 × 512 × 512 over that of a float32 one."""
+    times = []
+    for dtype in (torch.bfloat16, torch.float32):
+        x, y = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+        times.append(min(repeat(lambda x=x, y=y: x @ y, number=1, repeat=3)))  # type: ignore[misc]
+    return times[0] / times[1]
 
 
 def settle_precision(engine: EngineConfig, device: str, saved: dict[str, str] | None = None) -> EngineConfig:
-    """Return `engine` with the precision that every rank computes in. A collective.
+    """Return `engine` with the precision that all ranks compute in. A collective.
 
-    On processors it is fp32 where any rank's has no bfloat16 instructions. A resumed run keeps the precision it began
-    with: `saved` is what its checkpoint has of `saved_precision`, and counts while the config requests the same.
+    `auto` is bf16 if that is the faster one on every rank. A resumed run keeps the precision that it began with if the
+    config still requests the same; `saved` comes from its checkpoint (`saved_precision`).
     """
     requested = engine.precision
-    if requested == "fp32" or device != "cpu":
-        return engine
-    hosts = distributed.all_gather_object(None if has_bf16() else socket.gethostname())
-    without = next((host for host in hosts if host is not None), None)
-    began = saved["computed"] if saved is not None and saved["requested"] == requested else None
-    precision = began or ("fp32" if without else requested)
-    what = f"engine.precision={requested}: computing in {precision}"
-    if began is None and without:
-        logger.warning("%s, since the processor of %s %s", what, without, MISSING)
-    elif began == "fp32":
-        logger.warning("%s, as this run began on a processor without bfloat16 instructions", what)
-    elif without:
+    choices = distributed.all_gather_object(resolve_precision(requested, device))
+    computed = choices[0] if len(set(choices)) == 1 else "fp32"
+    if saved is not None and saved["requested"] == requested and saved["computed"] != computed:
         logger.warning(
-            "%s, as this run began, although the processor of %s %s, which takes 20 to 60 times as long; "
-            "engine.precision=fp32 goes on in fp32", what, without, MISSING,
+            "engine.precision=%s: computing in %s, in which this run began; on this machine it would be %s",
+            requested, saved["computed"], computed,
         )  # fmt: skip
-    return replace(engine, precision=cast(Any, precision))
+        computed = saved["computed"]
+    elif requested == "auto":
+        logger.info("engine.precision=auto: computing in %s", computed)
+    return replace(engine, precision=cast(Any, computed))
 
 
 def saved_precision(requested: EngineConfig, settled: EngineConfig) -> dict[str, str]:
-    """Return what a checkpoint keeps for `settle_precision`."""
+    """Return the requested and the computed precision, as a checkpoint stores them."""
     return {"requested": requested.precision, "computed": settled.precision}

@@ -133,11 +133,12 @@ class Engine:
     def __init__(self, model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, rows_per_rank: int) -> None:
         self.zero_stage = config.zero_stage
         self._state_of = optimizer.state_of
-        self.product_dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+        narrow = config.precision in ("bf16", "bf16_pure")  # `auto` is settled before
+        self.product_dtype = torch.bfloat16 if narrow else torch.float32
         self._norm = float("nan")
-        if config.precision != "fp32" and not _on_device():
+        if narrow and not _on_device():
             use_plain_attention(model)
-        if config.precision != "fp32" and flash_runs_on(device()):
+        if narrow and flash_runs_on(device()):
             use_packing(model)
         packed = model.packs(training=True) if isinstance(model, DualEncoder) else NOTHING_PACKED
         self.budget = TokenBudget.of(config, packed)

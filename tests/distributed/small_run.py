@@ -22,6 +22,7 @@ NUM_USERS, NUM_ITEMS, NUM_GENRES = 60, 48, 4
 
 CONFIG: dict[str, Any] = {
     "run": {"dir": "replaced", "trackers": []},
+    "engine": {"precision": "fp32"},
     "data": {
         "dir": "replaced",
         "lanes": 6,

@@ -120,7 +120,7 @@ def _serve(rank: int, world_size: int, rendezvous: str, tasks: Any, results: Any
 
     from bigdssm.losses import precision
 
-    precision.has_bf16 = lambda: True  # as tests/conftest.py does in the test's own process
+    precision.instruction_set = lambda device="cpu": "arm_bf16"  # as tests/conftest.py does in the test's own process
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)

@@ -38,6 +38,7 @@ from tools.evidence.claims import Cell, Claim, DataSet
 REPORT, COMMANDS, JUDGED, TAUGHT = "report.json", "commands.jsonl", "judged.npy", "teacher"
 logger = get_logger(__name__)
 _making = Lock()  # of datasets, one at a time
+PRECISION = {"engine": {"precision": "fp32"}}  # unless a set's config has another: a claim's machines then agree
 _fitting = Lock()  # of baselines: they share this process's random state, and its processor time is what each took
 
 
@@ -266,7 +267,7 @@ def _embed_teacher(teacher: Trial, config: Config) -> None:
 
 def _precision(config: Config) -> list[str]:
     """Return the option of commands that encode as the towers were trained."""
-    return ["--bf16"] if config.engine.precision == "bf16" else []
+    return ["--precision", config.engine.precision]
 
 
 def cpu_seconds(trial: Trial) -> float:
@@ -286,7 +287,9 @@ def _spent(trial: Trial, *commands: str) -> float:
 def _content(claim: Claim, set_name: str, cell_name: str) -> Any:
     """Return a cell's config as YAML has it, without the features that it leaves out."""
     data, cell = claim.sets[set_name], claim.cell_on(set_name, cell_name)
-    content: Any = OmegaConf.merge(OmegaConf.load(data.config), OmegaConf.from_dotlist([*data.set, *cell.set]))
+    content: Any = OmegaConf.merge(
+        PRECISION, OmegaConf.load(data.config), OmegaConf.from_dotlist([*data.set, *cell.set])
+    )
     for left_out in cell.without:
         side, _, name = left_out.partition(".")
         if side not in ("query", "doc") or name not in content.data.get(side, {}):

@@ -20,7 +20,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.pretrained import check_encoder, text_encoders
-from bigdssm.losses.precision import takes_bf16
+from bigdssm.losses.precision import resolve_precision
 from bigdssm.retrieval.embed import Encoders
 from bigdssm.retrieval.texts import Texts
 
@@ -43,9 +43,9 @@ class PretrainedTexts(VectorTexts):
     """A Hugging Face text encoder as it is."""
 
     @classmethod
-    def fit(cls, dataset: Dataset, folder: str, bf16: bool = False) -> PretrainedTexts:
+    def fit(cls, dataset: Dataset, folder: str, precision: str = "fp32") -> PretrainedTexts:
         """Return the baseline of `dataset`. Raises ConfigError: a side without texts, or `folder` holds no encoder."""
-        encoders = text_encoders(Path(folder), Texts(dataset), bf16)
+        encoders = text_encoders(Path(folder), Texts(dataset), precision)
         return cls(encoders, encoders.documents(np.arange(dataset.catalogue.num_docs)))
 
 
@@ -58,7 +58,7 @@ class SentenceTransformerTexts(VectorTexts):
     @classmethod
     def fit(
         cls, dataset: Dataset, folder: str, steps: int, rows: int = 512, lr: float = 5e-5, warmup_steps: int = 0,
-        bf16: bool = False, seed: int = 0,
+        precision: str = "fp32", seed: int = 0,
     ) -> SentenceTransformerTexts:  # fmt: skip
         """Return the baseline of `dataset`: a Hugging Face text encoder, mean-pooled, trained by it as its docs advise.
 
@@ -89,7 +89,8 @@ class SentenceTransformerTexts(VectorTexts):
         with tempfile.TemporaryDirectory() as spool:
             arguments = Arguments(
                 spool, max_steps=steps, per_device_train_batch_size=rows, learning_rate=lr, warmup_steps=warmup_steps,
-                bf16=bf16 and takes_bf16(), seed=seed, batch_sampler="no_duplicates", use_cpu=True, save_strategy="no",
+                bf16=resolve_precision(precision) == "bf16",
+                seed=seed, batch_sampler="no_duplicates", use_cpu=True, save_strategy="no",
                 logging_strategy="no", report_to="none", disable_tqdm=True,
             )  # fmt: skip
             loss = MultipleNegativesRankingLoss(model)

@@ -200,7 +200,7 @@ def product_precision(x: LossInputs) -> Iterator[None]:
     device = x.U.device.type
     # autocast would round scores to bfloat16, and products added in place would be added to a copy
     with torch.autocast(device, enabled=False):
-        if x.U.dtype != torch.bfloat16 or device != "cpu" or not precision.has_bf16():
+        if x.U.dtype != torch.bfloat16 or device != "cpu" or precision.instruction_set() == "none":
             yield
             return
         backend: Any = torch.backends.mkldnn

@@ -30,7 +30,7 @@ from bigdssm.ingest.sources.beir import Collection, CollectionEntry, read_collec
 from bigdssm.losses.contrastive import cut
 from bigdssm.models import DualEncoder
 from bigdssm.models.encoders.bert import pretrained_encoder
-from bigdssm.retrieval.embed import cut_vectors, encode_in_bf16, tower_encoders
+from bigdssm.retrieval.embed import cut_vectors, encode_in, tower_encoders
 from bigdssm.retrieval.hard_negatives import HardNegatives, sample_negatives, write_mined
 from bigdssm.retrieval.mining import mine
 from tests.unit.retrieval.conftest import SMALL, random_model
@@ -99,7 +99,7 @@ def test_bfloat16_changes_the_products_alone(made: tuple[Dataset, Path, Config],
     dataset, folder, _ = made
     collection = read_collection(folder, "test")
     model = copy.deepcopy(text_model)
-    encode_in_bf16(model)
+    encode_in(model, "bf16")
     exact, rounded = (
         model_vectors(m, dataset.schema, dataset.tokenizer_dir, collection) for m in (text_model, model)
     )  # fmt: skip

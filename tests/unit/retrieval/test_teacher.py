@@ -37,7 +37,7 @@ def test_products_are_the_teachers_scores(
     products = found.queries(rows.query_keys[some]).astype(np.float32) @ found.documents.astype(np.float32).T
     np.testing.assert_allclose(products, scores.numpy(), rtol=0.01, atol=0.01)
     found.check_against(dataset)
-    in_bf16 = ("--data", dataset.dir, "--out", tmp_path / "in_bf16", "--bf16")
+    in_bf16 = ("--data", dataset.dir, "--out", tmp_path / "in_bf16", "--precision", "bf16")
     tools.ran("embed_teacher", *in_bf16, "--model", other_model_dir)
     rounded = TeacherVectors(tmp_path / "in_bf16").documents.astype(np.float32)
     np.testing.assert_allclose(rounded, documents.numpy(), atol=0.02 * np.abs(rounded).max())
