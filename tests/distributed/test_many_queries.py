@@ -112,7 +112,7 @@ def test_groups_of_like_length_change_no_loss_under_zero_3(
 @pytest.mark.slow
 def test_a_stopped_run_is_the_one_that_was_not(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
     said = (
-        "pretrain.steps=8", "pretrain.negatives.mask=past", "engine.zero_stage=3", "engine.chunk_tokens=100",
+        "pretrain.steps=8", "pretrain.negatives.mask=past", "engine.chunk_tokens=400",
         "pretrain.save_every_steps=4",
     )  # fmt: skip
     for name in ("whole", "stopped"):

@@ -26,6 +26,7 @@ CHUNKS = "engine.chunk_tokens=600"
 class Real:
     """A dataset's config, and a run on one rank at ZeRO 1 in float32."""
 
+    name: str
     config: Path
     reference: Path
 
@@ -33,7 +34,7 @@ class Real:
 @pytest.fixture(scope="module", params=list(SETS))
 def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, pools: dict[int, Pool]) -> Real:
     config = SETS[request.param](tmp_path_factory.mktemp(request.param))
-    found = Real(config, config.parent / "reference")
+    found = Real(request.param, config, config.parent / "reference")
     pools[1].run(small_run.run, config, found.reference, timeout_s=300)
     losses = [record["loss"] for record in small_run.records(found.reference)]
     assert len(losses) == STEPS and losses[-1] < losses[0] - 0.1
@@ -55,6 +56,8 @@ def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_one_curve_at_any_world_size(
     real: Real, tmp_path: Path, pools: dict[int, Pool], world_size: int, mode: tuple[str, ...]
 ) -> None:
+    if real.name != "debian_packages" and "engine.zero_stage=1" not in mode:
+        pytest.skip("the engine's modes are compared on one set")
     pools[world_size].run(small_run.run, real.config, tmp_path, mode, timeout_s=300)
     assert_same_curve(tmp_path, real.reference)
     assert_same_weights(tmp_path, real.reference)
@@ -68,6 +71,8 @@ def test_one_curve_at_any_world_size(
     ],
 )
 def test_one_curve_in_bfloat16(real: Real, tmp_path: Path, pools: dict[int, Pool], mode: tuple[str, ...]) -> None:
+    if real.name != "debian_packages":
+        pytest.skip("the engine's modes are compared on one set")
     pools[2].run(small_run.run, real.config, tmp_path, mode, timeout_s=300)
     pairs = zip(small_run.records(tmp_path), small_run.records(real.reference), strict=True)
     errors = [abs(mine["loss"] / theirs["loss"] - 1) for mine, theirs in pairs]

@@ -1,0 +1,91 @@
+"""Find names and docstrings that are not standard technical English.
+
+    python tools/checks/language.py [FOLDER …]
+
+Checks the public modules, classes, functions, arguments and fields against words that have a standard term, and the
+first lines of docstrings against clauses in place of nouns and verbs of people. It prints one line per finding; a
+reader decides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("bigdssm", "launch", "tools")
+
+WORDS = {  # in a name → the standard term
+    "anew": "a verb of its own (rebuild, rerank)", "asked": "requested", "beside": "the relation (sibling, extra)",
+    "found": "matched, result", "gate": "limits", "judge": "teacher", "judged": "scored", "judges": "teachers",
+    "kept": "retained", "listed": "candidates", "making": "ingestion", "met": "matched", "mined": "hard (negatives)",
+    "moment": "time", "moments": "times", "place": "position, row, offset, path", "places": "positions, rows, offsets",
+    "said": "reported", "sight": "mask, context", "spans": "bounds", "told": "explicit, reported", "wanted": "required",
+}  # fmt: skip
+CLAUSE = re.compile(
+    r"^(Return|Yield|Say|Tell|Note|Write|Read|Check|Find)s? (what|whatever|whether or not|how it|of)\b", re.I
+)
+PEOPLE = re.compile(
+    r"\b(tells?|told|says?|said|asks?|asked|knows?|knew|wants?|wanted|meets?|met|looks? at|forgives?|anew|beside|"
+    r"stands?|stood|what|whatever|so many|as ever)\b",
+    re.I,
+)
+
+
+def words(name: str) -> list[str]:
+    """Split an identifier in snake_case or CamelCase into lower-case words."""
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", name)]
+
+
+def findings(source: str) -> Iterator[tuple[int, str]]:
+    """Yield (line, sentence) for each finding in a module's source."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        for name in _public_names(node):
+            for word in sorted(set(words(name)) & WORDS.keys()):
+                yield getattr(node, "lineno", 1), f"name {name}: use {WORDS[word]} in place of {word!r}"
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            first = (ast.get_docstring(node) or "").partition("\n")[0]
+            found = CLAUSE.search(first) or PEOPLE.search(first)
+            if found:
+                yield getattr(node, "lineno", 1), f"docstring {first!r}: {found.group()!r}"
+
+
+def _public_names(node: ast.AST) -> list[str]:
+    match node:
+        case ast.FunctionDef(name=name, args=arguments) if not name.startswith("_"):
+            return [name, *(each.arg for each in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs])]
+        case ast.ClassDef(name=name, body=body) if not name.startswith("_"):
+            fields = [
+                each.target.id for each in body if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
+            ]
+            return [name, *(each for each in fields if not each.startswith("_"))]
+        case _:
+            return []
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the number of findings, at most 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "folders", nargs="*", type=Path, default=[ROOT / name for name in FOLDERS], help="folders of modules"
+    )
+    count = 0
+    for folder in parser.parse_args(argv).folders:
+        for path in sorted(folder.rglob("*.py")):
+            for word in sorted(set(words(path.stem)) & WORDS.keys()):
+                print(f"{path}: module: use {WORDS[word]} in place of {word!r}")
+                count += 1
+            for line, sentence in findings(path.read_text()):
+                print(f"{path}:{line}: {sentence}")
+                count += 1
+    print(f"{count} findings", file=sys.stderr)
+    return min(count, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
