@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole main job on real data, on this machine: MovieLens-100K, two ranks, some minutes.
+# The whole main job on real data, on this machine: MovieLens-100K, its GPUs or two CPU ranks, some minutes.
 #
 #   bash launch/quickstart.sh [--movielens PATH] [--seed N] [key=value ...]
 #
@@ -61,22 +61,13 @@ run() {
     [ $status = 0 ] || die "the command above ended with exit code $status; everything before it is kept in $out"
 }
 
-# Two ranks: on two GPUs where there are two, on one where there is one, else on the CPU's cores.
-gpus=$(python -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null)
-cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
-ranks=2
-[ "$gpus" != 1 ] || ranks=1
-if [ "$gpus" = 0 ]; then
-    export DS_ACCELERATOR=cpu
-    export OMP_NUM_THREADS=$((cores >= 2 * ranks ? cores / ranks : 1))
-    say "no GPU: $ranks ranks on $cores CPU cores (DS_ACCELERATOR=cpu OMP_NUM_THREADS=$OMP_NUM_THREADS)"
-fi
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+gpus=$(python -c 'import torch; print(torch.accelerator.device_count())' 2>/dev/null)
+ranks=()
+[ "$gpus" != 0 ] || ranks=(--ranks 2)
 
-free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 train() {
-    run deepspeed --log_level warning --num_gpus "$ranks" --master_port "$(free_port)" "$1" --config "$config" \
-        run.dir="$out" run.seed="$seed" ${changes[@]+"${changes[@]}"}
+    run bigdssm "$1" --config "$config" ${ranks[@]+"${ranks[@]}"} run.dir="$out" run.seed="$seed" ${changes[@]+"${changes[@]}"}
 }
 
 started=$SECONDS
@@ -92,8 +83,8 @@ run python tools/make_shards.py interactions --config "$config" --overwrite \
     --interactions "$source/ml-100k.inter" --items "$source/ml-100k.item" --users "$source/ml-100k.user"
 
 say "2/5  training: pretraining, then fine-tuning from it"
-train launch/pretrain.py
-train launch/sft.py
+train pretrain
+train sft
 
 say "3/5  a model folder, the documents' vectors, an index"
 run python tools/convert_checkpoint.py --run "$out/sft" --out "$out/model"

@@ -1,4 +1,4 @@
-"""The launcher above this rank, and commands in processes of their own."""
+"""The launcher above this rank, ranks on this machine, and commands in processes of their own."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
 
-from bigdssm.errors import ConfigError
+from bigdssm.cluster.signals import EARLY, StopRequest
+from bigdssm.errors import ConfigError, PeerError, Preempted
+from bigdssm.utils.log import get_logger
 
 DEEPSPEED_LAUNCHER = b"deepspeed.launcher.launch"
 STARTED_BY = "BIGDSSM_STARTED_BY"  # pid of the command (seeds, tune, tools.evidence) that has started this run
+FAILED_S = 30.0  # for the other ranks to end after one has failed; then they are killed
 MEETING = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what ranks that talk to each other are told as well
+
+logger = get_logger(__name__)
 
 
 class Launcher:
@@ -62,10 +68,15 @@ def launched_as() -> tuple[int, int]:
     return int(rank), int(world_size)
 
 
+def is_rank() -> bool:
+    """Return True in a process that a launcher has started as a rank."""
+    return os.environ.get("RANK", "") != ""
+
+
 def check_launch() -> int:
     """Return the number of ranks that are to meet. Raises ConfigError where the environment does not say how."""
     _, world_size = launched_as()
-    if os.environ.get("RANK", "") == "":
+    if not is_rank():
         return world_size
     given = {name: os.environ.get(name, "") for name in MEETING}
     numbers = (given["LOCAL_RANK"], given["MASTER_PORT"])
@@ -111,6 +122,48 @@ def _command(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
+
+
+def run_ranks(command: Sequence[str], ranks: int, stop: StopRequest, launcher: Launcher) -> int:
+    """Run `command` as all ranks of a run on this machine, and return the exit code of the rank that ended the run.
+
+    A request to stop, or the end of the launcher above, becomes SIGTERM to all ranks.
+    """
+    from bigdssm.distributed import free_port  # torch takes seconds to import
+
+    group = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    processes: list[subprocess.Popen[bytes]] = []
+    stopping, failed_at = False, float("inf")
+    stop.wait_for_steps()  # from here on a signal is for the ranks
+    try:
+        for rank in range(ranks):
+            variables = {**group, "RANK": rank, "LOCAL_RANK": rank}
+            env = {**environment(), **{name: str(value) for name, value in variables.items()}}
+            processes.append(subprocess.Popen(command, env=env))
+        while None in [process.poll() for process in processes]:
+            if not stopping and (stop.asked or launcher.lost()):
+                stopping = True
+                for process in processes:
+                    process.terminate()
+            if any(process.returncode not in (None, 0, Preempted.exit_code) for process in processes):
+                failed_at = min(failed_at, time.monotonic())
+                if time.monotonic() > failed_at + FAILED_S:
+                    break
+            time.sleep(0.1)
+        codes = {rank: process.returncode for rank, process in enumerate(processes) if process.returncode is not None}
+    finally:
+        for process in processes:
+            process.kill()  # does nothing to one that has ended
+            process.wait()
+    for rank, code in codes.items():
+        if code < 0 and not stopping:
+            logger.error("rank %d was ended by %s", rank, Signals(-code).name)
+    if reasons := [code for code in codes.values() if code > 0 and code != PeerError.exit_code]:
+        return min(reasons)
+    if stopping and all(code < 0 for code in codes.values()):  # before they had taken over the signal
+        logger.info(EARLY)
+        return Preempted.exit_code
+    return PeerError.exit_code if any(codes.values()) else 0
 
 
 LOOK_S = 1.0

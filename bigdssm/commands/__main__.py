@@ -17,16 +17,25 @@ from bigdssm.errors import ConfigError
 
 USAGE = """usage: bigdssm TOOL …
 
-Two-tower retrieval: make a dataset, train, index, search, measure. `bigdssm TOOL --help` says everything a tool takes.
-"""
+Two-tower retrieval. `bigdssm TOOL --help` lists the options of a tool."""
+GROUPS = {
+    "Ingest": ("make_shards", "inspect_shards"),
+    "Train": (
+        "config", "estimate", "pretrain", "list_candidates", "mine_negatives", "sample_negatives", "embed_teacher",
+        "score_pairs", "sft", "tune", "seeds",
+    ),
+    "Evaluate": ("evaluate", "report", "compare_runs", "plot_run"),
+    "Search and serve": ("convert_checkpoint", "embed", "build_index", "search", "recommend", "serve"),
+    "Operate": ("watch_run", "stop_run"),
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool that the command line names and return its exit code; without one, say which there are."""
+    """Run the tool that the command line names and return its exit code; without one, list the tools."""
     tool, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     names = [module.name for module in pkgutil.iter_modules(commands.__path__) if not module.name.startswith("_")]
     if tool in ("-h", "--help"):
-        return run_main(lambda: print(USAGE, *(f"  {name:<20}{_about(name)}" for name in names), sep="\n"))
+        return run_main(_print_tools)
     if tool == "--version":
         print(__version__)
         return 0
@@ -35,9 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         meant = f"did you mean {near[0]}?" if near else "`bigdssm --help` lists them"
         sys.stderr.write(f"error: bigdssm has no tool {tool!r}; {meant}\n")
         return ConfigError.exit_code
-    sys.argv[0] = f"bigdssm {tool}"  # what its --help calls it
-    code: int = importlib.import_module(f"bigdssm.commands.{tool}").main(arguments)
+    sys.argv[0] = f"bigdssm {tool}"  # the name in its --help
+    if argv is None:
+        sys.argv[1:] = arguments
+    code: int = importlib.import_module(f"bigdssm.commands.{tool}").main(None if argv is None else arguments)
     return code
+
+
+def _print_tools() -> None:
+    print(USAGE)
+    for group, names in GROUPS.items():
+        print(f"\n{group}:", *(f"  {name:<20}{_about(name)}" for name in names), sep="\n")
 
 
 def _about(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The command line that both stages share: `bigdssm STAGE --config F [key=value …]`, alone or as a rank."""
+"""The command line of both stages, `bigdssm STAGE --config F [key=value …]`: it starts ranks, or is one."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import os
 import sys
 from collections.abc import Sequence
 
-from bigdssm.cli import run_main
-from bigdssm.cluster.launcher import Launcher, check_launch
+from bigdssm.cli import at_least, run_main
+from bigdssm.cluster.launcher import Launcher, check_launch, is_rank, run_ranks
 from bigdssm.cluster.signals import StopRequest
 from bigdssm.config import StageName, load_config
-from bigdssm.errors import BigDSSMError, PeerError
-from bigdssm.utils.log import is_first_rank
+from bigdssm.errors import BigDSSMError, ConfigError, PeerError
+from bigdssm.utils.log import get_logger, is_first_rank
+
+CORES_PER_RANK = 4  # logical cores: about two physical ones
+
+logger = get_logger(__name__)
 
 
 def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:
@@ -20,9 +24,17 @@ def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:
     launcher = Launcher()
     arguments = _parser(about).parse_intermixed_args(argv)  # key=value may stand anywhere
 
-    def train() -> None:
+    def train() -> int | None:
         world_size = check_launch()
         stop = StopRequest()
+        if is_rank():
+            if arguments.ranks not in (None, world_size):
+                raise ConfigError(
+                    f"--ranks {arguments.ranks}: the launcher has started {world_size}; leave --ranks out"
+                )
+        elif (ranks := _prepare_ranks(arguments)) > 1:
+            command = sys.orig_argv[1:] if argv is None else ["-m", "bigdssm.commands", stage, *argv]
+            return run_ranks([sys.executable, *command], ranks, stop, launcher)
         # They take seconds; by now it is known who stands above this process, and signals are heard.
         from bigdssm import distributed
         from bigdssm.training.stages import run_stage, sole_stage
@@ -46,6 +58,7 @@ def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:
         finally:
             if not isinstance(sys.exc_info()[1], PeerError):
                 distributed.shutdown()
+        return None
 
     code = run_main(train)
     if code == PeerError.exit_code:
@@ -54,10 +67,42 @@ def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:
     return code
 
 
+def _prepare_ranks(arguments: argparse.Namespace) -> int:
+    """Return the number of ranks to start here, and set the environment that they inherit. Raises ConfigError."""
+    import torch
+    from joblib import cpu_count
+
+    lanes = load_config(arguments.config, arguments.overrides).data.lanes
+    forced = os.environ.get("DS_ACCELERATOR")
+    gpus = 0 if forced == "cpu" else torch.accelerator.device_count()
+    if gpus and (arguments.ranks or 1) > gpus:
+        raise ConfigError(
+            f"--ranks {arguments.ranks}: this machine has {gpus} GPUs; set DS_ACCELERATOR=cpu for its cores"
+        )
+    cores = cpu_count()
+    ranks: int = arguments.ranks or max(1, min(gpus or cores // CORES_PER_RANK, lanes))
+    where = forced or "gpu"
+    if not gpus:
+        where = os.environ["DS_ACCELERATOR"] = forced or "cpu"
+    if ranks > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
+    threads = os.environ.get("OMP_NUM_THREADS", cores)
+    logger.info(
+        "ranks: %d on %s, %s threads each of %d cores (--ranks, DS_ACCELERATOR, OMP_NUM_THREADS)",
+        ranks, where, threads, cores,
+    )  # fmt: skip
+    return ranks
+
+
 def _parser(about: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted config keys, for example run.seed=1")
+    parser.add_argument(
+        "--ranks", type=at_least(1), metavar="N",
+        help=f"processes to train with (default: one per GPU; without GPUs one per {CORES_PER_RANK} cores, at least 1; "
+        "at most data.lanes); under a launcher, its number",
+    )  # fmt: skip
     parser.add_argument("--resume", choices=["auto"], help="go on from the newest good checkpoint, if there is one")
     parser.add_argument("--validate", action="store_true", help="check config and data, make one batch, and stop")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # deepspeed passes it

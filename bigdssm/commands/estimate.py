@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
-    parser.add_argument("--stage", choices=["pretrain", "sft"], default="pretrain")
+    parser.add_argument("--stage", choices=["pretrain", "sft"], default="pretrain", help="(%(default)s)")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="ranks, with or without GPUs (default: 1)")
     parser.add_argument("--rows", type=int, metavar="R", help="rows of a step on all ranks, in place of the config's")
     parser.add_argument("--rows-per-s", type=float, metavar="X", help="speed of all ranks together, for the days")

@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=_table, help="dataset folder, or a URL such as s3://… (default: the config's data.dir)"
     )
     common.add_argument("--seed", type=int, default=0, help="of the shuffle and of random splits")
-    common.add_argument("--partition", default="base", help="name of a new dataset's first partition")
+    common.add_argument("--partition", default="base", help="name of a new dataset's first partition (%(default)s)")
     common.add_argument("--overwrite", action="store_true", help="replace the dataset that stands at --out")
     common.add_argument("--like", type=Path, metavar="DIR", help="take the schema and tokenizer of that dataset")
     common.add_argument("--append", metavar="NAME", help="add a partition to the dataset at --out")
@@ -95,9 +95,9 @@ def _parser() -> argparse.ArgumentParser:
         type=_table,
         help="one row per user, or several with --users-time-column; needed for query features but histories",
     )
-    sub.add_argument("--user-column", default="user_id")
-    sub.add_argument("--item-column", default="item_id")
-    sub.add_argument("--time-column", default="timestamp", help="'' where the events stand in order of time")
+    sub.add_argument("--user-column", default="user_id", help="(%(default)s)")
+    sub.add_argument("--item-column", default="item_id", help="(%(default)s)")
+    sub.add_argument("--time-column", default="timestamp", help="'' if events are in order of time (%(default)s)")
     sub.add_argument("--items-time-column", help="from when on a row of items holds: events see the newest before them")
     sub.add_argument("--users-time-column", help="from when on a row of users holds: rows see the newest before them")
     sub.add_argument("--rating-column", help="becomes the relevance, which is 1 otherwise")

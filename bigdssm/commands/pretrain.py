@@ -1,6 +1,6 @@
-"""Pretrain a config's model: on this process alone, or on ranks.
+"""Pretrain the model of a config on the GPUs of this machine, or on its cores; as a rank under a launcher.
 
-bigdssm pretrain --config my.yaml [key=value …]
+bigdssm pretrain --config my.yaml [--ranks N] [key=value …]
 deepspeed --module bigdssm.commands.pretrain --config my.yaml [key=value …]
 torchrun --nproc-per-node 2 -m bigdssm.commands.pretrain --config my.yaml [key=value …]
 """

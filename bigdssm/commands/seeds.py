@@ -1,11 +1,11 @@
 """Train a config with several seeds, both stages of each, and report their means.
 
-    bigdssm seeds --config configs/movielens_100k.yaml --seeds 0 1 2 [--ranks 2] [key=value …] [-- REPORT …]
+    bigdssm seeds --config configs/movielens_100k.yaml --seeds 0 1 2 [--ranks N] [key=value …] [-- REPORT …]
 
 Seed S is trained in RUN/seed-S (RUN: the config's run.dir), one after another; what was finished or broken off before
 goes on where it was. RUN/report.json holds means and intervals over the seeds; what stands behind `--` goes to
-`bigdssm report`, such as --beir DIR. The command that trains is `deepspeed`; on machines of your own, run the stages by
-themselves and `bigdssm report RUN/seed-*` over them.
+`bigdssm report`, such as --beir DIR. It trains on this machine; on several, run the stages under a launcher and then
+`bigdssm report RUN/seed-*`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pathlib import Path
 from bigdssm.cli import command
 from bigdssm.cluster.launcher import environment
 from bigdssm.config import load_config
-from bigdssm.distributed import free_port
 from bigdssm.errors import ConfigError
 
 
@@ -32,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         own, report = own[: own.index("--")], own[own.index("--") + 1 :]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
-    parser.add_argument("--seeds", nargs="+", required=True, metavar="S")
-    parser.add_argument("--ranks", type=int, default=2, help="on this machine (default: 2)")
+    parser.add_argument("--seeds", nargs="+", required=True, metavar="S", help="whole numbers, each once")
+    parser.add_argument("--ranks", type=int, help="as of `bigdssm pretrain`")
     args, others = parser.parse_known_args(own)
     if odd := [word for word in others if "=" not in word or word.startswith("-")]:
         parser.error(f"unknown option {odd[0]}")
@@ -44,17 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds = [int(word) for word in words]
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"--seeds {' '.join(words)}: needs each seed once")
-    if args.ranks < 1:
+    if args.ranks is not None and args.ranks < 1:
         raise ConfigError(f"--ranks {args.ranks}: needs at least 1")
     config, *_ = (load_config(args.config, [*overrides, f"run.seed={seed}"]) for seed in seeds)
     runs = [Path(config.run.dir) / f"seed-{seed}" for seed in seeds]
     for seed, run in zip(seeds, runs, strict=True):
         for stage in ("pretrain", "sft") if config.sft is not None else ("pretrain",):
-            launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "warning"]
-            launcher += ["--num_gpus", str(args.ranks)]
-            of_run = [*overrides, f"run.dir={run}", f"run.seed={seed}", "--resume", "auto"]
-            module = ["--module", f"bigdssm.commands.{stage}", "--config", args.config]
-            if code := _run(*launcher, "--master_port", free_port(), *module, *of_run):
+            line = [sys.executable, "-m", "bigdssm.commands", stage, "--config", args.config, *overrides]
+            line += [f"run.dir={run}", f"run.seed={seed}", "--resume", "auto"]
+            if code := _run(*line, *([] if args.ranks is None else ["--ranks", str(args.ranks)])):
                 return code
     out = Path(config.run.dir) / "report.json"
     return _run(sys.executable, "-m", "bigdssm.commands", "report", *map(str, runs), "--out", str(out), *report)

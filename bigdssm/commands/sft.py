@@ -1,6 +1,6 @@
-"""Fine-tune (SFT) what pretraining left: on this process alone, or on ranks.
+"""Fine-tune (SFT) the pretrained model of a config, on ranks as `bigdssm pretrain`.
 
-bigdssm sft --config my.yaml [key=value …]
+bigdssm sft --config my.yaml [--ranks N] [key=value …]
 deepspeed --module bigdssm.commands.sft --config my.yaml [key=value …]
 torchrun --nproc-per-node 2 -m bigdssm.commands.sft --config my.yaml [key=value …]
 """

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
     parser.add_argument("--space", type=Path, required=True, metavar="YAML", help="values to choose from")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the trials")
     parser.add_argument("--trials", type=at_least(1), default=10, help="(%(default)s)")
     parser.add_argument("--stage", choices=("pretrain", "sft"), default="pretrain", help="(%(default)s)")
     parser.add_argument("--baseline", choices=tuple(BASELINES), help="tune its options in place of a training")

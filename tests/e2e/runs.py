@@ -26,10 +26,12 @@ def environment(fault: str = "", **variables: str) -> dict[str, str]:
 
 
 def launcher(name: str, port: str | None = None) -> list[str]:
-    """Return the command of a launcher for two ranks on this machine."""
+    """Return the command of a launcher for two ranks on this machine, or of Python for the option --ranks."""
     port = port or free_port()
     if name == "deepspeed":
         return [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", port]
+    if name == "--ranks":
+        return [sys.executable]
     return [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", port]
 
 

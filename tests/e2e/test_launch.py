@@ -1,4 +1,4 @@
-"""Both stages as a user starts them: alone, under torchrun, under deepspeed; by file of launch/ and by module."""
+"""Both stages as a user starts them: alone, on ranks, under torchrun or deepspeed; by file of launch/ and by module."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_run.write_dataset(tmp_path_factory.mktemp("launch"))
 
 
-def start(*command: str | Path) -> subprocess.CompletedProcess[str]:
+def start(*command: str | Path, fault: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(part) for part in command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240
+        [str(part) for part in command], cwd=ROOT, env=environment(fault), capture_output=True, text=True, timeout=240
     )
 
 
@@ -64,3 +64,12 @@ def test_pretraining_under_torchrun_then_fine_tuning_under_deepspeed(config: Pat
     assert done.returncode == 0, done.stderr
     assert "sft finished" in done.stderr
     assert len(small_run.records(tmp_path / "run", "sft")) == 4
+
+
+def test_the_command_starts_ranks_and_ends_as_they_do(config: Path, tmp_path: Path) -> None:
+    command = (BIN / "bigdssm", "pretrain", "--ranks", "2", "--config", config, f"run.dir={tmp_path}/run")
+    done = start(*command, fault="term-launcher@3:1")  # SIGTERM to the command itself
+    assert done.returncode == 75, done.stderr
+    done = start(*command, "--resume", "auto", fault="kill@9:1")
+    assert done.returncode == 6, done.stderr
+    assert "rank 1 was ended by SIGKILL" in done.stderr and "on 2 ranks, from step" in done.stderr

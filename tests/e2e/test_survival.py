@@ -55,12 +55,14 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         ("deepspeed", "kill-launcher@9:1", {0}),  # DeepSpeed's runner takes a killed launcher for a success
         ("torchrun", "term@9:1", {1}),  # torchrun gives 1 for whatever its ranks gave
         ("torchrun", "kill-launcher@9", {137, -9}),
+        ("--ranks", "kill-launcher@9:1", {-9}),
     ],
 )
 def test_whoever_is_told_to_stop_the_ranks_save_and_end_in_time(
     config: Path, folder: Path, name: str, fault: str, codes: set[int]
 ) -> None:
     arguments = (*NEVER_ENDING, "data.num_workers=1", "engine.peer_timeout_s=60")
+    arguments += ("--ranks", "2") if name == "--ranks" else ()
     run = Run(folder, config, *arguments, command=launcher(name), variables=environment(fault))
     run.wait_for("BIGDSSM_FAULT: ")
     struck = time.monotonic()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import importlib
 import logging
 import os
 import re
@@ -345,6 +348,28 @@ def test_every_tool_runs_as_a_module(tool: str, monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(SystemExit) as ended:
         runpy.run_module(f"bigdssm.commands.{tool}", run_name="__main__")
     assert ended.value.code == 0 and "usage:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tool", sorted(path.stem for path in (ROOT / "bigdssm/commands").glob("[a-z]*.py")))
+def test_every_option_has_a_help_text_and_its_default(tool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsers: list[argparse.ArgumentParser] = []
+
+    def collect(parser: argparse.ArgumentParser, *arguments: Any) -> None:
+        parsers.append(parser)
+        raise SystemExit(0)
+
+    for name in ("parse_args", "parse_intermixed_args", "parse_known_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, collect)
+    with contextlib.suppress(SystemExit):
+        importlib.import_module(f"bigdssm.commands.{tool}").main([])
+    for action in (action for parser in parsers for action in parser._actions):
+        if isinstance(action, argparse._SubParsersAction):
+            parsers += action.choices.values()
+            continue
+        assert action.help, action.option_strings
+        has_default = action.default not in (None, False, [], argparse.SUPPRESS) and action.help != argparse.SUPPRESS
+        assert not has_default or "default" in action.help, action.option_strings
+    assert parsers
 
 
 def test_the_command_lists_its_tools_and_knows_the_nearest(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

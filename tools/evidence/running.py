@@ -204,7 +204,8 @@ def run_trial(trial: Trial) -> None:
     trained = {record["command"] for record in _commands(trial) if record["exit_code"] == 0}
     for stage in trial.stages:
         if stage not in trained:  # else another cell of this folder did
-            _command(trial, stage, "--config", str(trial.config_file), *overrides, "--resume", "auto")
+            options = ("--resume", "auto", "--ranks", "1")
+            _command(trial, stage, "--config", str(trial.config_file), *overrides, *options)
     ranked = [] if trial.cell.rerank is None else ["--rerank", str(trial.cell.rerank)]
     _command(
         trial, "evaluate", "--model", str(trial.model), "--data", measured, "--split", trial.claim.split,
