@@ -16,8 +16,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from bigdssm.errors import BigDSSMError, ConfigError, DataError
-from bigdssm.utils.log import setup_logging
+from bigdssm.errors import BigDSSMError, ConfigError, DataError, Preempted
+from bigdssm.utils.log import is_first_rank, setup_logging
 
 PLUGINS = "bigdssm.plugins"
 NOT_THERE = FileNotFoundError, IsADirectoryError, NotADirectoryError  # of data, such as a link whose file has gone
@@ -30,6 +30,10 @@ def run_main(main: Callable[[], int | None]) -> int:
         setup_logging()
         load_plugins()
         return main() or 0
+    except Preempted as stopped:  # no error; all ranks stop by the same sentence
+        if is_first_rank():
+            sys.stderr.write(f"{stopped}\n")
+        return stopped.exit_code
     except BigDSSMError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
@@ -120,7 +124,7 @@ def check_width(option: str, width: int, dim: int) -> None:
 
 
 class ProgressBar:
-    """A rich progress bar on stderr that appears only once the work has taken `delay_s`; quiet off a terminal.
+    """A rich progress bar of rank 0 on stderr that appears once the work has taken `delay_s`; none off a terminal.
 
     Call it as `progress(phase, done, total)`; total None is unknown. A new phase starts a new bar.
     """
@@ -139,15 +143,23 @@ class ProgressBar:
         if self._progress is not None:
             self._progress.stop()
 
-    def __call__(self, phase: str, done: int, total: int | None = None) -> None:
-        """Show that `done` of `total` is finished in `phase`."""
+    @property
+    def is_live(self) -> bool:
+        """Return True once the bar is on the terminal."""
+        return self._progress is not None
+
+    def __call__(self, phase: str, done: int, total: int | None = None, note: str = "") -> None:
+        """Show that `done` of `total` is finished in `phase`, with a `note` behind it."""
         if self._progress is None:
-            if not self._console.is_terminal or time.monotonic() - self._started < self._delay_s:
+            hidden = not self._console.is_terminal or not is_first_rank()
+            if hidden or time.monotonic() - self._started < self._delay_s:
                 return
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-            self._progress = Progress(*columns, TimeRemainingColumn(), console=self._console)
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(12), MofNCompleteColumn())
+            note_column = TextColumn("{task.fields[note]}")
+            self._progress = Progress(*columns, TimeRemainingColumn(), note_column, console=self._console)
             self._progress.start()
+            self._console.show_cursor()  # a watchdog that ends the process would leave it hidden
         if phase != self._phase:
             self._phase = phase
-            self._task = self._progress.add_task(phase, total=total)
-        self._progress.update(self._task, completed=done, total=total)
+            self._task = self._progress.add_task(phase, total=total, note=note)
+        self._progress.update(self._task, completed=done, total=total, note=note)

@@ -6,6 +6,7 @@ gradients: the losses compute theirs by hand and reduce them.
 
 from __future__ import annotations
 
+import logging
 import math
 import socket
 import warnings
@@ -22,6 +23,8 @@ from bigdssm.utils import timing
 
 # torch 2.13 calls it all_gather_single, and warns; 2.10 does not have that name
 warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*", FutureWarning)
+# DeepSpeed warns on its import that it computes on the CPU
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 T = TypeVar("T")
 Group = dist.ProcessGroup

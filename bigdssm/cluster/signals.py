@@ -14,7 +14,7 @@ from bigdssm.errors import Preempted
 from bigdssm.utils.log import is_first_rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-EARLY = "asked to stop before the first step; nothing was to be saved"
+EARLY = "stopped on request before the first step, with nothing to save; the same command starts again"
 
 
 class StopRequest:
@@ -75,7 +75,7 @@ class StopRequest:
         while number := os.read(heard, 1):
             if number[0] in SIGNALS and not self._has_state:
                 if is_first_rank():  # a launcher ends all ranks: one sentence is enough
-                    sys.stderr.write(f"error: {EARLY}\n")
+                    sys.stderr.write(f"{EARLY}\n")
                     sys.stderr.flush()
                 if self.at_end is not None:
                     self.at_end(Preempted.exit_code, EARLY)

@@ -44,6 +44,7 @@ LEAVING_S = 15.0  # that a main thread has for leaving by itself
 VERDICT, SURVEYOR = "verdict", "surveyor"
 NOTING_S = 2.0  # for the note of the end: the file system may be what hangs
 STOPPED_EXIT_CODE = 143  # what shells give for SIGTERM
+STOPPED = "stopped on request, ended without saving; --resume auto goes on from the last checkpoint"
 
 logger = get_logger(__name__)
 
@@ -278,7 +279,7 @@ class Watchdog:
             saving = self._stop_file.read_text(encoding="utf-8").strip() != STOP_NOW
             self._stop_file.unlink(missing_ok=True)
             if not saving:
-                self._condemn("asked to end at once", STOPPED_EXIT_CODE)
+                self._condemn(STOPPED, STOPPED_EXIT_CODE)
             logger.warning("asked to stop by %s; the run saves first", self._stop_file)
         else:
             return
@@ -328,10 +329,16 @@ class Watchdog:
 
     def _end(self, verdict: dict[str, Any]) -> None:
         """Say the verdict with all stacks of this process, and end it whatever the main thread does."""
-        sys.stderr.write(f"error: {verdict['text']}; rank {self._rank} ends without saving, its stacks:\n")
-        sys.stderr.flush()
-        self._note_end(verdict["code"], f"{verdict['text']}; ended without saving")
-        faulthandler.dump_traceback(all_threads=True)
+        if verdict["code"] == STOPPED_EXIT_CODE:
+            if self._rank == 0:
+                sys.stderr.write(f"{verdict['text']}\n")
+                sys.stderr.flush()
+            self._note_end(verdict["code"], verdict["text"])
+        else:
+            sys.stderr.write(f"error: {verdict['text']}; rank {self._rank} ends without saving, its stacks:\n")
+            sys.stderr.flush()
+            self._note_end(verdict["code"], f"{verdict['text']}; ended without saving")
+            faulthandler.dump_traceback(all_threads=True)
         self._let_all_read()
         if self._to_kill is not None and state_of(self._to_kill) == "T":  # launchers wait 30 s for it to heed SIGTERM
             os.kill(self._to_kill, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Pretrain the model of a config on the GPUs of this machine, or on its cores; as a rank under a launcher.
+"""Pretrain the model of a config on the GPUs or cores of this machine, or as a rank of a launcher.
 
 bigdssm pretrain --config my.yaml [--ranks N] [key=value …]
 deepspeed --module bigdssm.commands.pretrain --config my.yaml [key=value …]

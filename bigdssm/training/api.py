@@ -20,6 +20,7 @@ from bigdssm.training.encoding import RandomState
 from bigdssm.training.engine import leave_process_group
 from bigdssm.training.stages import run_stage, sole_stage
 from bigdssm.utils.arguments import checked
+from bigdssm.utils.log import default_logging
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def sft(config: Config | str | Path, overrides: Sequence[str] = (), *, resume: b
 
 
 def _train(config: Config, stage: StageName, resume: bool) -> Trained:
-    with sole_stage(), _as_it_was():
+    with sole_stage(), _as_it_was(), default_logging():
         progress = run_stage(
             config, stage, resume=resume, validate_only=False, world_size=check_launch(),
             stop=StopRequest(hear_signals=False),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -32,8 +33,9 @@ class Health:
 
     def __init__(
         self, name: str, engine: Engine, trackers: Trackers, bar: ProgressBar, total_steps: int, rows_global: int,
-        log_every_steps: int,
+        log_every_steps: int, describe_best: Callable[[], str],
     ) -> None:  # fmt: skip
+        self._describe_best, self._speed = describe_best, ""
         self._name, self._engine, self._trackers, self._bar = name, engine, trackers, bar
         self._total_steps, self._rows_global, self._every = total_steps, rows_global, log_every_steps
         self._whole = TimeTable()
@@ -63,7 +65,7 @@ class Health:
         self._tokens += plan.tokens
         told = zip(self._queries, result.agreed.notes, strict=True)
         self._queries = [queries + note.queries for queries, note in told]
-        self._bar(self._name, step, self._total_steps)
+        self._bar(self._name, step, self._total_steps, f"loss {result.loss:.4f}{self._speed}  {self._describe_best()}")
         if step % self._every and step != self._total_steps:
             return
         interval = self._counted()
@@ -93,8 +95,10 @@ class Health:
         }
         self._trackers.log({key: value for key, value in record.items() if value == value})  # JSON has no NaN
         eta_s = (self._total_steps - step) * seconds / interval.steps
+        self._speed = f"  {rows_per_s:,.0f} rows/s"
         accuracy = f"accuracy {stats['in_batch_accuracy']:.1%}  " if "in_batch_accuracy" in stats else ""
-        logger.info(
+        logger.log(
+            logging.DEBUG if self._bar.is_live else logging.INFO,  # the bar shows the newest; metrics.jsonl has all
             "%s %d/%d  loss %.4f  lr %.2e  |g| %.2f  alpha %.2f  %sdropped %.2f%%  %s rows/s  "
             "%s tokens/s  data wait %.0f%%  padding %.0f%%  distinct %.0f%%  skipped %d  %.2f GB  ETA %d:%02d",
             self._name, step, self._total_steps, result.loss, record["lr"], gradient_norm, result.agreed.alpha,

@@ -96,7 +96,7 @@ def run_stage(
             done = start.progress
             trackers = Trackers(folder, config, done.step, len(done.history), cpu=device().type == "cpu")
             after.enter_context(closing(trackers))
-            with ProgressBar() as bar, closing(stream):
+            with ProgressBar(delay_s=0.0) as bar, closing(stream):
                 trainer = Trainer(
                     config, name, model, stream, start,
                     store=store, trackers=trackers, bar=bar, watchdog=watchdog, stop=stop,

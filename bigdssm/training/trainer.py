@@ -6,6 +6,7 @@ import time
 from collections.abc import Generator
 from dataclasses import asdict
 from functools import partial
+from math import isfinite
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from bigdssm.checkpoints.checkpoint import TensorReader
 from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.cli import ProgressBar
 from bigdssm.cluster.faults import Faults
-from bigdssm.cluster.metrics import Trackers
+from bigdssm.cluster.metrics import Trackers, metric_label
 from bigdssm.cluster.monitor import SpikeAlert
 from bigdssm.cluster.run_folder import CONSUMED, SKIPPED, RowLog, versions
 from bigdssm.cluster.signals import StopRequest
@@ -107,9 +108,11 @@ class Trainer:
         self.starts_trained = initial_model(config, name) is not None or progress.part_step > 0
         # This rank's index vectors, where mining has encoded them; a resumed average of the weights has others.
         self.initial_documents = None if self.average is not None and read is not None else documents
+        metric = stage.validation_metric
         self.health = Health(
-            name, self.engine, trackers, bar, self.total_steps, stage.rows_global, stage.log_every_steps
-        )
+            name, self.engine, trackers, bar, self.total_steps, stage.rows_global, stage.log_every_steps,
+            lambda: f"best {metric_label(metric)} {progress.best:.4f}" if isfinite(progress.best) else "",
+        )  # fmt: skip
         self.alert = SpikeAlert(self.folder, rank, world_size, progress.step)
         row_log = partial(RowLog, self.folder, rank=rank, world_size=world_size, next_step=progress.step)
         self.consumed_log = row_log(CONSUMED) if config.debug.log_row_ids else None
@@ -176,7 +179,7 @@ class Trainer:
         """
         self.watchdog.beat(f"{what}: {done} of {total}")
         if self.stop.agreed():
-            raise Preempted(f"asked to stop while {what}")
+            raise Preempted(f"stopped on request while {what}; go on with --resume auto")
 
     def is_over(self) -> bool:
         """Return True where all steps are taken, or patience is exhausted."""

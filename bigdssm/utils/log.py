@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -52,6 +53,23 @@ def setup_logging(level: int = logging.INFO) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level)
     root.propagate = False
+
+
+@contextmanager
+def default_logging() -> Iterator[None]:
+    """Log as a command does in a program that has no handlers of its own, and take it back at the end."""
+    root = logging.getLogger("bigdssm")
+    if root.hasHandlers():
+        yield
+        return
+    before = root.level, root.propagate
+    setup_logging()
+    try:
+        yield
+    finally:
+        root.handlers.clear()
+        root.setLevel(before[0])
+        root.propagate = before[1]
 
 
 class MetricsWriter:

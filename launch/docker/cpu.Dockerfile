@@ -3,7 +3,7 @@
 #   docker build -f launch/docker/cpu.Dockerfile -t bigdssm:cpu .
 #   docker run --rm --user "$(id -u)" --shm-size 2g -v "$PWD/datasets:/workspace/datasets" \
 #     -v "$PWD/runs:/workspace/runs" bigdssm:cpu \
-#     deepspeed --num_gpus 2 launch/pretrain.py --config configs/movielens_100k.yaml
+#     bigdssm pretrain --config configs/movielens_100k.yaml
 #
 # The default PyTorch for Linux may be a large CUDA build: where your registry has CPU builds, name them with pip's own
 # options, as --build-arg PIP_EXTRA_INDEX_URL=… . Loader processes hand over their rows in /dev/shm.

@@ -3,7 +3,7 @@
 #   docker build -f launch/docker/cuda.Dockerfile -t bigdssm:cuda .
 #   docker run --rm --user "$(id -u)" --gpus all --shm-size 8g -v "$PWD/datasets:/workspace/datasets" \
 #     -v "$PWD/runs:/workspace/runs" bigdssm:cuda \
-#     deepspeed launch/pretrain.py --config configs/movielens_100k.yaml
+#     bigdssm pretrain --config configs/movielens_100k.yaml
 #
 # PyTorch brings its own CUDA libraries; the image's toolkit and compiler are for DeepSpeed, which looks for nvcc, and for
 # Triton and torch.compile. launch/trainjob.yaml and launch/slurm.sbatch run it on several machines.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +22,21 @@ pytestmark = pytest.mark.e2e
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_run.write_dataset(tmp_path_factory.mktemp("launch"))
+
+
+def on_a_terminal(*command: str | Path, fault: str = "") -> tuple[int, str]:
+    """Return the exit code of a command whose output is a terminal of 120 columns, and what it wrote there."""
+    ours, terminal = pty.openpty()
+    words = [str(part) for part in command]
+    variables = environment(fault, COLUMNS="120", TERM="xterm")
+    process = subprocess.Popen(words, cwd=ROOT, env=variables, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    written = b""
+    with contextlib.suppress(OSError):  # how Linux tells that the last writer has ended
+        while read := os.read(ours, 65_536):
+            written += read
+    os.close(ours)
+    return process.wait(60), written.decode(errors="replace")
 
 
 def start(*command: str | Path, fault: str = "") -> subprocess.CompletedProcess[str]:
@@ -68,8 +87,18 @@ def test_pretraining_under_torchrun_then_fine_tuning_under_deepspeed(config: Pat
 
 def test_the_command_starts_ranks_and_ends_as_they_do(config: Path, tmp_path: Path) -> None:
     command = (BIN / "bigdssm", "pretrain", "--ranks", "2", "--config", config, f"run.dir={tmp_path}/run")
-    done = start(*command, fault="term-launcher@3:1")  # SIGTERM to the command itself
-    assert done.returncode == 75, done.stderr
-    done = start(*command, "--resume", "auto", fault="kill@9:1")
+    code, written = on_a_terminal(
+        *command, "pretrain.validate_every_steps=2", fault="term-launcher@5:1"
+    )  # SIGTERM to it
+    assert code == 75, written
+    assert re.search(r"loss \d\.\d{4}  [\d,]+ rows/s  best NDCG@10 0\.\d{4}", written), written
+    assert "  lr " not in written, "lines of health in addition to the bar"
+    assert len(re.findall(r"stopped on request after step \d, saved; go on with --resume auto", written)) == 1
+    assert not re.search("error|launch.py|real_accelerator", written)
+    done = start(*command, "pretrain.validate_every_steps=2", "--resume", "auto", fault="kill@9:1")
     assert done.returncode == 6, done.stderr
-    assert "rank 1 was ended by SIGKILL" in done.stderr and "on 2 ranks, from step" in done.stderr
+    assert (
+        "  lr " in done.stderr
+        and "rank 1 was ended by SIGKILL" in done.stderr
+        and "on 2 ranks, from step" in done.stderr
+    )

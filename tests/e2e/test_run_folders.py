@@ -22,6 +22,7 @@ import pyarrow as pa
 import pytest
 import yaml
 
+from bigdssm.cluster.signals import EARLY
 from bigdssm.commands import evaluate, make_shards
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
@@ -383,7 +384,7 @@ def test_a_signal_before_the_first_step_ends_a_run_whatever_it_does(config: Path
         time.sleep(1.0)
         os.kill(waiting.pids[0], number)
         assert waiting.wait(10).code == 75, waiting.log
-        assert waiting.log == "error: asked to stop before the first step; nothing was to be saved\n"
+        assert waiting.log == f"{EARLY}\n"
     assert not (tmp_path / "run").exists()
 
 
@@ -397,7 +398,7 @@ def test_a_signal_before_the_first_step_is_told_to_the_other_ranks(config: Path,
     codes = mining.wait(30).codes
     assert codes[1] == 75 and codes[0] in (6, 75), mining.log  # told by rank 1, or they have agreed before
     end = json.loads((tmp_path / "run" / "sft" / "events.jsonl").read_text().splitlines()[-1])
-    assert end["exit_code"] == codes[0] and "asked to stop" in end["reason"]
+    assert end["exit_code"] == codes[0] and "stopped on request" in end["reason"]
 
 
 @pytest.mark.parametrize(("rows", "words"), [(10**12 + 2, r"at most 1,048,576"), (64 * 891 + 6, r"at most 57024 .*64")])

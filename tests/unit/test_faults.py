@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from bigdssm.cli import run_main
 from bigdssm.cluster.faults import VARIABLE, Fault, Faults, parse
 from bigdssm.cluster.launcher import Launcher, parent_of, state_of
 from bigdssm.cluster.monitor import SpikeAlert
 from bigdssm.cluster.signals import EARLY, StopRequest
 from bigdssm.errors import ConfigError, Preempted
+from bigdssm.utils.log import default_logging
 
 # A process named like DeepSpeed's launcher, under a runner; it starts a rank that tells what it has lost.
 RANK = """
@@ -138,7 +142,7 @@ def test_a_signal_between_steps_is_remembered() -> None:
             signal.signal(number, handler)
 
 
-@pytest.mark.parametrize(("rank", "said"), [("0", f"error: {EARLY}\n"), ("1", "")])
+@pytest.mark.parametrize(("rank", "said"), [("0", f"{EARLY}\n"), ("1", "")])
 def test_a_signal_before_the_first_step_is_told_by_one_rank(rank: str, said: str) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", EARLY_SIGNAL],
@@ -195,3 +199,22 @@ def test_states_of_processes() -> None:
     assert state_of(child.pid) == "Z"
     child.wait()
     assert state_of(child.pid) is None
+
+
+def test_a_stop_on_request_is_no_error(capsys: Any) -> None:
+    def stopped() -> None:
+        raise Preempted("stopped on request after step 3, saved; go on with --resume auto")
+
+    assert run_main(stopped) == 75
+    assert capsys.readouterr().err == "stopped on request after step 3, saved; go on with --resume auto\n"
+
+
+def test_a_program_without_logging_sees_the_lines_of_a_command(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = logging.getLogger("bigdssm")
+    for logger in (root, logging.getLogger()):
+        monkeypatch.setattr(logger, "handlers", [])
+    before = root.level, root.propagate
+    with default_logging():
+        root.info("step 1")
+    assert capsys.readouterr().err == "[0] step 1\n"
+    assert (root.level, root.propagate, root.handlers) == (*before, [])
