@@ -80,9 +80,13 @@ def test_concepts_name_every_package() -> None:
     assert named == set(LAYERS) - small
 
 
-@pytest.mark.parametrize(
-    "doc", [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-)
+DOCS = [
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+]
+
+
+@pytest.mark.parametrize("doc", DOCS)
 def test_links_lead_somewhere(doc: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", doc.read_text("utf-8")):
         file, _, heading = target.partition("#")
@@ -91,6 +95,35 @@ def test_links_lead_somewhere(doc: Path) -> None:
         titles = re.findall(r"^#+ (.*)$", path.read_text("utf-8"), re.MULTILINE) if heading else []
         anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
         assert not heading or heading in anchors, f"{doc.name} links to {target}"
+
+
+WRITTEN = [doc for doc in DOCS if doc.name not in ("config_keys.md", "evidence.md")]  # by hand
+SECTIONS = "run|data|model|engine|pretrain|sft|STAGE|SIDE|loss|negatives|mining|distillation|sampling|scorer|optimizer"
+SUFFIXES = ("py", "md", "sh", "json", "yaml")
+NO_KEYS = {  # attributes in code, and keys that the changelog renames
+    "backward", "decode", "display", "encode_documents", "encode_queries", "lead", "model", "repeats", "state_dict",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("doc", WRITTEN)
+def test_keys_files_and_options_exist(doc: Path) -> None:
+    text = re.sub(r"\\\n *", " ", doc.read_text("utf-8"))
+    schema = (ROOT / "configs/config.schema.json").read_text("utf-8")
+    keys = set(re.findall(r'"(\w+)": \{', schema)) | NO_KEYS
+    named = [key.split(".")[1:] for key in re.findall(rf"\b(?:{SECTIONS})(?:\.[a-z_]+)+", text)]
+    assert not [key for key in named if not keys.issuperset(key) and key[-1] not in SUFFIXES]
+    folders = "bigdssm|tools|launch|tests|losses|models|features|ingest|retrieval|training|evaluation"
+    files = re.findall(rf"\b(?:{folders})/[\w/]+\.(?:py|yaml|sh|sbatch)\b", text)
+    homes = (ROOT, ROOT / "bigdssm")
+    assert not [file for file in files if "NAME" not in file and not any((home / file).exists() for home in homes)]
+    shared = re.findall(r'"(--[\w-]+)"', (ROOT / "bigdssm/cli.py").read_text("utf-8"))
+    for command, line in re.findall(r"\bbigdssm (\w+)((?: [^`|#\n]*)?)", text):
+        source = ROOT / f"bigdssm/commands/{command}.py"
+        if source.exists():
+            stage = ["_stage"] if command in ("pretrain", "sft") else []
+            sources = [(ROOT / f"bigdssm/commands/{name}.py").read_text("utf-8") for name in (command, *stage)]
+            options = {"--help", *shared, *re.findall(r'"(--[\w-]+)"', "".join(sources))}
+            assert options.issuperset(re.findall(r"(?<!\S)(--[\w-]+)", line)), f"{doc.name}: bigdssm {command}{line}"
 
 
 NESTED = (
