@@ -273,7 +273,7 @@ def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> Mod
     """
     stage_dir = path.parent.parent
     state = consolidated_state_dict(path)
-    own = bool(Scorer.named(state))
+    own = bool(Scorer.weights_in(state))
     if is_model_folder(stage_dir / BEST):  # knows schema and architecture even where the dataset has gone
         folder = load_model_folder(stage_dir / BEST, scorer=None if own else scorer)
         model, config, schema, tokenizer_dir = folder.model, folder.config, folder.schema, folder.tokenizer_dir

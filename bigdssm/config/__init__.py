@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from bigdssm.utils.lazy import lazy_attributes
 
 if TYPE_CHECKING:
-    from bigdssm.config.checks import check_config, check_many_queries, check_pieces
+    from bigdssm.config.checks import check_config, check_history_lengths, check_many_queries
     from bigdssm.config.components import (
         DISTILLATIONS,
         LOSSES,
@@ -85,8 +85,8 @@ __all__ = [
     "TowerConfig",
     "WarmStartConfig",
     "check_config",
+    "check_history_lengths",
     "check_many_queries",
-    "check_pieces",
     "config_from",
     "config_of",
     "differences",
@@ -100,7 +100,7 @@ __all__ = [
 __getattr__, __dir__ = lazy_attributes(
     __name__,
     {
-        "bigdssm.config.checks": ["check_config", "check_many_queries", "check_pieces"],
+        "bigdssm.config.checks": ["check_config", "check_many_queries", "check_history_lengths"],
         "bigdssm.config.components": [
             "DISTILLATIONS",
             "LOSSES",

@@ -58,7 +58,7 @@ def check_many_queries(rows: str, data: DataConfig, model: ModelConfig) -> None:
             f"model.query.history.positions={history.positions} gives an item one position in a row, but with {rows} "
             "it is of another age to each of the row's queries; use relative"
         )
-    check_pieces(data)
+    check_history_lengths(data)
     lengths = {name: feature.max_items for name, feature in histories.items()}
     require(
         len(set(lengths.values())) == 1, "data.query", f"histories of max_items {lengths}",
@@ -66,7 +66,7 @@ def check_many_queries(rows: str, data: DataConfig, model: ModelConfig) -> None:
     )  # fmt: skip
 
 
-def check_pieces(data: DataConfig) -> None:
+def check_history_lengths(data: DataConfig) -> None:
     """Raise ConfigError where a history is too short for the first query of a row to have seen anything of it."""
     for name, feature in histories_of(data.query).items():
         require(

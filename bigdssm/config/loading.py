@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bigdssm.config.checks import check_config
 from bigdssm.config.keys import Config
-from bigdssm.config.yaml_files import as_kind, read_yaml
+from bigdssm.config.yaml_files import read_yaml, to_dataclass
 from bigdssm.errors import ConfigError
 from bigdssm.utils.arguments import checked
 from bigdssm.utils.components import literal
@@ -35,7 +35,7 @@ def config_of(config: Config | str | Path, overrides: Sequence[str] = ()) -> Con
 
 def config_from(source: Path, *contents: Any) -> Config:
     """Return the checked Config of plain containers, later ones over earlier. Raises ConfigError, naming `source`."""
-    config = as_kind(source, Config, *contents)
+    config = to_dataclass(source, Config, *contents)
     check_config(config)
     return config
 
@@ -58,7 +58,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist; --config takes a YAML file such as those in configs/")
     content = read_yaml(path, "the sections run, data, model, …")
-    return as_kind(path, Config, content, changes_of(overrides))
+    return to_dataclass(path, Config, content, changes_of(overrides))
 
 
 def load_written_config(path: Path) -> Config:

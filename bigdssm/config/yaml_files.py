@@ -34,7 +34,7 @@ def read_yaml(path: Path, needs: str) -> DictConfig:
     return content
 
 
-def as_kind(path: Path, kind: type[Kind], *contents: Any) -> Kind:
+def to_dataclass(path: Path, kind: type[Kind], *contents: Any) -> Kind:
     """Return `contents`, later ones over earlier, as the dataclass `kind`. Raises ConfigError: which key is wrong."""
     try:
         schema = OmegaConf.structured(kind)

@@ -21,7 +21,7 @@ from bigdssm.dataset.index import SplitIndex
 from bigdssm.dataset.mapped import MappedTable
 from bigdssm.dataset.schema import Schema
 from bigdssm.dataset.sequences import Targets
-from bigdssm.features import Feature, Text, stored
+from bigdssm.features import Feature, Text, stored_features
 from bigdssm.features.base import Fault, outside
 from bigdssm.features.history import histories_of
 from bigdssm.features.ragged import from_arrow
@@ -68,7 +68,7 @@ class BlockLayout:
         if sequences:
             types = {"sequence": pa.int64(), "first": pa.int32(), "end": pa.int32()}
             elsewhere = set() if row_features else set(sequences[0].schema.names)
-        query = {n: f for n, f in stored(schema.query).items() if n not in elsewhere}
+        query = {n: f for n, f in stored_features(schema.query).items() if n not in elsewhere}
         types |= {name: f.raw_type if raw_text else f.arrow_type() for name, f in query.items()}
         max_targets = min((history.max_items for history in histories_of(schema.query).values()), default=2**31)
         return cls(types, query, num_docs, vocab_size, sequences, max_targets)

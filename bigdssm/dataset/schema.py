@@ -38,8 +38,8 @@ class Schema:
     def declared(cls, config: DataConfig) -> Schema:
         """Return the unfitted schema that `config` declares."""
         return cls(
-            query={name: feature.named(name) for name, feature in config.query.items()},
-            doc={name: feature.named(name) for name, feature in config.doc.items()},
+            query={name: feature.with_name(name) for name, feature in config.query.items()},
+            doc={name: feature.with_name(name) for name, feature in config.doc.items()},
             title=config.title,
             siamese=config.siamese,
         )

@@ -34,7 +34,7 @@ class PretrainedEncoder:
         check_encoder(folder)
         self._encoder = pretrained_encoder(str(folder)).eval()
         encode_in(self._encoder, precision)
-        self._tokenizer, self._features = TextTokenizer(folder), {"text": Text(max_tokens=max_tokens).named("text")}
+        self._tokenizer, self._features = TextTokenizer(folder), {"text": Text(max_tokens=max_tokens).with_name("text")}
 
     def __call__(self, texts: Sequence[str], what: str = "texts encoded", progress: Progress = no_progress) -> Tensor:
         """Return float32 [n, H] for n texts, at least one."""

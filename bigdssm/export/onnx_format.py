@@ -133,7 +133,7 @@ def _export(tower: _Tower, features: Features, declared: dict[str, Feature], pat
         # Numbered: a feature may be called what is no Python identifier, and these names have to be.
         feature = declared[name]
         is_list = feature.padding(0) is not None
-        lengths = {1: torch.export.Dim(f"length_{number}", max=feature.longest)} if is_list else {}
+        lengths = {1: torch.export.Dim(f"length_{number}", max=feature.max_length)} if is_list else {}
         shapes.append({0: rows, **lengths})
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     before = [logger.level for logger in loggers]

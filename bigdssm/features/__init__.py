@@ -4,14 +4,14 @@ from bigdssm.features.base import (
     FIRST_CODE,
     OUT_OF_VOCABULARY,
     PADDING,
+    Decoder,
     Feature,
-    Reader,
     encode_columns,
     encode_values,
     register,
 )
 from bigdssm.features.categorical import Categorical
-from bigdssm.features.history import History, histories_of, item_codes, stored
+from bigdssm.features.history import History, histories_of, item_codes, stored_features
 from bigdssm.features.numeric import Numeric
 from bigdssm.features.ragged import Column, Ragged
 from bigdssm.features.text import Text, texts_of
@@ -25,11 +25,11 @@ __all__ = [
     "PADDING",
     "Categorical",
     "Column",
+    "Decoder",
     "Feature",
     "History",
     "Numeric",
     "Ragged",
-    "Reader",
     "Text",
     "TextTokenizer",
     "Vector",
@@ -39,6 +39,6 @@ __all__ = [
     "histories_of",
     "item_codes",
     "register",
-    "stored",
+    "stored_features",
     "texts_of",
 ]

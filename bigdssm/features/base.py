@@ -61,7 +61,7 @@ class Fitter(Protocol):
 
 
 @dataclass(frozen=True)
-class Reader:
+class Decoder:
     """What turns encoded values back into what people read."""
 
     tokenizer: TextTokenizer | None
@@ -83,7 +83,7 @@ class Feature(ABC):
     column: str | None = None  # column of the source table; the feature's own name by default
     name: str = field(default="", metadata=FITTED)
 
-    def named(self: F, name: str) -> F:
+    def with_name(self: F, name: str) -> F:
         """Return the feature under its name."""
         return replace(self, name=name, column=self.column or name)
 
@@ -141,12 +141,12 @@ class Feature(ABC):
         """Return what learns from the data, or None where there is nothing to learn."""
         return None
 
-    def counted(self, column: pa.Array) -> tuple[pa.Array, np.ndarray] | None:
+    def vocabulary_values(self, column: pa.Array) -> tuple[pa.Array, np.ndarray] | None:
         """Return the values (strings) that a vocabulary may get and the row of each, int64; None where it has none."""
         return None
 
     @property
-    def least_count(self) -> int:
+    def vocabulary_min_count(self) -> int:
         """Return how often a value must stand in train rows to come into its vocabulary."""
         return 1
 
@@ -154,7 +154,7 @@ class Feature(ABC):
         """Return the feature with values (strings, at least one) at the end of its vocabulary; they come to `path`."""
         raise NotImplementedError
 
-    def typed(self, value: str) -> Any:
+    def parse(self, value: str) -> Any:
         """Return the canonical value of what a person typed. Raises ConfigError."""
         return value
 
@@ -186,7 +186,7 @@ class Feature(ABC):
         return column
 
     @property
-    def longest(self) -> int | None:
+    def max_length(self) -> int | None:
         """Return the length that lists are cut to, None where they are not, or are none."""
         return None
 
@@ -229,11 +229,11 @@ class Feature(ABC):
         """Return a phrase on what it was fitted to, for people."""
 
     @abstractmethod
-    def shown(self, values: np.ndarray, reader: Reader) -> Any:
+    def display(self, values: np.ndarray, decoder: Decoder) -> Any:
         """Return one row's array as what people read."""
 
 
-def faults_of_codes(name: str, what: str, column: Column, low: int, high: int) -> Iterator[Fault]:
+def code_faults(name: str, what: str, column: Column, low: int, high: int) -> Iterator[Fault]:
     """Yield the rows with a code outside [low, high)."""
     values = column.values if isinstance(column, Ragged) else column
     if outside(values, low, high):

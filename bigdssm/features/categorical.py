@@ -18,10 +18,10 @@ from bigdssm.features.base import (
     FITTED,
     OUT_OF_VOCABULARY,
     PADDING,
+    Decoder,
     Fault,
     Feature,
-    Reader,
-    faults_of_codes,
+    code_faults,
     outside,
     pad_lists,
     register,
@@ -112,7 +112,7 @@ class Categorical(Feature):
         empty: np.ndarray = pc.list_value_length(column).to_numpy() == 0
         return empty
 
-    def counted(self, column: pa.Array) -> tuple[pa.Array, np.ndarray] | None:
+    def vocabulary_values(self, column: pa.Array) -> tuple[pa.Array, np.ndarray] | None:
         """Return the values that are not in the vocabulary, where there is one, and the row of each, int64."""
         if self.hash_buckets:
             return None
@@ -123,7 +123,7 @@ class Categorical(Feature):
         return column.filter(pa.array(new)), rows[new]
 
     @property
-    def least_count(self) -> int:
+    def vocabulary_min_count(self) -> int:
         """Return how often a value must stand in train rows to come into its vocabulary."""
         return self.min_count
 
@@ -132,7 +132,7 @@ class Categorical(Feature):
         part = write_part(path, values, first=len(self.vocabulary))
         return replace(self, vocabulary=self.vocabulary.with_file(part))
 
-    def typed(self, value: str) -> Any:
+    def parse(self, value: str) -> Any:
         """Return the value, or those that the separator parts."""
         if not self.multi:
             return value.strip()
@@ -172,7 +172,7 @@ class Categorical(Feature):
 
     def faults(self, column: Column, vocab_size: int) -> Iterator[Fault]:
         """Yield unknown codes."""
-        yield from faults_of_codes(self.name, "code", column, 0, self.num_codes)
+        yield from code_faults(self.name, "code", column, 0, self.num_codes)
 
     def matches(self, column: Column, operator: str, values: Sequence[str]) -> np.ndarray:
         """Return which rows have one of the values, bool [R]. Raises ConfigError: one that the vocabulary has not."""
@@ -225,7 +225,7 @@ class Categorical(Feature):
             else f"{len(self.vocabulary):,} values{several}"
         )
 
-    def shown(self, values: np.ndarray, reader: Reader) -> Any:
+    def display(self, values: np.ndarray, decoder: Decoder) -> Any:
         """Return the value or values; a hashed one is shown as its bucket."""
         names = [self._value(code) for code in np.atleast_1d(values).tolist() if code != PADDING]
         return names if self.multi else (names[0] if names else None)

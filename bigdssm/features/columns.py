@@ -307,7 +307,7 @@ class TimeUnits:
         return {"num_times": self._total, "units": [[power, *known] for power, known in self._found.items()]}
 
 
-def check_one_unit(moments: np.ndarray, where: str) -> None:
+def check_single_unit(moments: np.ndarray, where: str) -> None:
     """Raise DataError where times, float64, are in several units, as `check_time_units` has it."""
     units = TimeUnits()
     units.add(moments)
@@ -319,7 +319,7 @@ def check_time_units(facts: Iterable[Mapping[str, Any]], where: str) -> None:
 
     `facts` are those of TimeUnits, part by part.
     """
-    joined = joined_units(facts)
+    joined = merged_units(facts)
     if len(joined["units"]) > 1 and sum(count for _, count, _ in joined["units"]) >= 0.99 * joined["num_times"]:
         some_of_each = ", ".join(f"{count} such as {one:.0f}" for _, count, one in joined["units"])
         raise DataError(
@@ -327,7 +327,7 @@ def check_time_units(facts: Iterable[Mapping[str, Any]], where: str) -> None:
         )
 
 
-def joined_units(facts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def merged_units(facts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the facts of TimeUnits of several parts as those of one."""
     total, found = 0, dict[int, tuple[int, float]]()
     for some in facts:
@@ -338,7 +338,7 @@ def joined_units(facts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {"num_times": total, "units": [[power, *known] for power, known in sorted(found.items())]}
 
 
-def moment_of(value: float | str | date) -> float:
+def parse_time(value: float | str | date) -> float:
     """Return a time that stands in no column as `times` reads it: a number, a date, ISO 8601; NaN where it is none."""
     if isinstance(value, date):
         return _seconds(value) if value == value else float("nan")  # pandas' NaT is a date, and equals nothing

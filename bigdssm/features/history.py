@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.errors import ConfigError
-from bigdssm.features.base import OUT_OF_VOCABULARY, PADDING, Feature, Reader, pad_lists, register
+from bigdssm.features.base import OUT_OF_VOCABULARY, PADDING, Decoder, Feature, pad_lists, register
 from bigdssm.features.categorical import UNKNOWN, Categorical, codes_of, lists_of_codes
 from bigdssm.features.columns import RowCheck
 from bigdssm.features.ragged import Column
@@ -71,7 +71,7 @@ class History(Feature):
         return column
 
     @property
-    def longest(self) -> int:
+    def max_length(self) -> int:
         """Return the most items."""
         return self.max_items
 
@@ -87,10 +87,10 @@ class History(Feature):
         """Return what it holds."""
         return f"newest {self.max_items} of doc.{self.of}"
 
-    def shown(self, values: np.ndarray, reader: Reader) -> Any:
+    def display(self, values: np.ndarray, decoder: Decoder) -> Any:
         """Return the displays of the items, oldest first."""
         codes = [code for code in values.tolist() if code != PADDING]
-        return [UNKNOWN if code == OUT_OF_VOCABULARY else reader.item(str(self.of), code) for code in codes]
+        return [UNKNOWN if code == OUT_OF_VOCABULARY else decoder.item(str(self.of), code) for code in codes]
 
 
 def item_codes(codes: np.ndarray) -> np.ndarray:
@@ -104,6 +104,6 @@ def histories_of(features: Mapping[str, Feature]) -> dict[str, History]:
     return {name: feature for name, feature in features.items() if isinstance(feature, History)}
 
 
-def stored(features: Mapping[str, Feature]) -> dict[str, Feature]:
+def stored_features(features: Mapping[str, Feature]) -> dict[str, Feature]:
     """Return the features that have a column; the others follow from the sequences."""
     return {name: feature for name, feature in features.items() if not feature.from_sequence}

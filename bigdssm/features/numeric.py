@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.errors import ConfigError
-from bigdssm.features.base import FITTED, Feature, Reader, register
+from bigdssm.features.base import FITTED, Decoder, Feature, register
 from bigdssm.features.columns import RowCheck, numbers
 from bigdssm.features.ragged import Column
 from bigdssm.features.tokenizer import TextTokenizer
@@ -71,7 +71,7 @@ class Numeric(Feature):
         """Return what learns mean and deviation."""
         return _Moments(self.log)
 
-    def typed(self, value: str) -> float:
+    def parse(self, value: str) -> float:
         """Return the number. Raises ConfigError: it is none that 32 bits hold."""
         try:
             number = math.nan if "_" in value else float(value)  # 1_0 is a number to Python alone
@@ -91,7 +91,7 @@ class Numeric(Feature):
 
     def matches(self, column: Column, operator: str, values: Sequence[str]) -> np.ndarray:
         """Return which numbers compare so, bool [R]; a missing one never does. Raises ConfigError: a value is none."""
-        wanted = np.array([self.typed(value) for value in values], np.float32)
+        wanted = np.array([self.parse(value) for value in values], np.float32)
         found: np.ndarray = COMPARED[operator](np.asarray(column), wanted)
         return found
 
@@ -118,7 +118,7 @@ class Numeric(Feature):
         """Return its moments."""
         return f"mean {self.mean:.4g}, deviation {self.std:.4g}{' of log(1 + x)' if self.log else ''}"
 
-    def shown(self, values: np.ndarray, reader: Reader) -> Any:
+    def display(self, values: np.ndarray, decoder: Decoder) -> Any:
         """Return the number, None where it is missing."""
         return None if np.isnan(values) else float(values)
 

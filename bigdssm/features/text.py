@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigdssm.features.base import Fault, Feature, Reader, faults_of_codes, outside, pad_lists, register
+from bigdssm.features.base import Decoder, Fault, Feature, code_faults, outside, pad_lists, register
 from bigdssm.features.columns import MAX_FIELD_BYTES, RowCheck, strings
 from bigdssm.features.ragged import Column, Ragged
 from bigdssm.features.tokenizer import TextTokenizer
@@ -78,7 +78,7 @@ class Text(Feature):
     def faults(self, column: Column, vocab_size: int) -> Iterator[Fault]:
         """Yield unknown token ids, and texts without or with too many tokens."""
         assert isinstance(column, Ragged)
-        yield from faults_of_codes(self.name, "token id", column, 0, vocab_size)
+        yield from code_faults(self.name, "token id", column, 0, vocab_size)
         lengths = column.lengths
         if outside(lengths, 1, self.max_tokens + 1):
             wrong = (lengths < 1) | (lengths > self.max_tokens)
@@ -94,7 +94,7 @@ class Text(Feature):
             )
 
     @property
-    def longest(self) -> int:
+    def max_length(self) -> int:
         """Return the most tokens."""
         return self.max_tokens
 
@@ -116,11 +116,11 @@ class Text(Feature):
         """Return its limits."""
         return f"{vocab_size:,} word pieces, at most {self.max_tokens} tokens"
 
-    def shown(self, values: np.ndarray, reader: Reader) -> Any:
+    def display(self, values: np.ndarray, decoder: Decoder) -> Any:
         """Return the text, special tokens included."""
-        assert reader.tokenizer is not None
-        ids = values[values != reader.pad_token_id]
-        return reader.tokenizer.decode(Ragged.of_lists([ids]), special=True)[0]
+        assert decoder.tokenizer is not None
+        ids = values[values != decoder.pad_token_id]
+        return decoder.tokenizer.decode(Ragged.of_lists([ids]), special=True)[0]
 
 
 def texts_of(features: Mapping[str, Feature]) -> dict[str, Text]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features.base import Fault, Feature, Reader, register
+from bigdssm.features.base import Decoder, Fault, Feature, register
 from bigdssm.features.columns import RowCheck
 from bigdssm.features.ragged import Column
 from bigdssm.features.tokenizer import TextTokenizer
@@ -117,7 +117,7 @@ class Vector(Feature):
         """Return which vectors are NaN, bool [R]."""
         return np.isnan(_matrix_of(column, self.dim)[:, 0])
 
-    def typed(self, value: str) -> list[float]:
+    def parse(self, value: str) -> list[float]:
         """Return the numbers, parted by blanks or commas, with or without brackets. Raises ConfigError."""
         try:
             numbers = [float(part) for part in value.strip().strip("[]").replace(",", " ").split()]
@@ -160,7 +160,7 @@ class Vector(Feature):
         """Return its form."""
         return f"{self.dim} numbers, {self.dtype}{', of length 1' if self.normalize else ''}"
 
-    def shown(self, values: np.ndarray, reader: Reader) -> Any:
+    def display(self, values: np.ndarray, decoder: Decoder) -> Any:
         """Return the first numbers as text, None where it is missing."""
         if np.isnan(values).any():
             return None

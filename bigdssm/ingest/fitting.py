@@ -136,7 +136,7 @@ class FittedSide:
 
 def _learns(feature: Feature) -> bool:
     """Return whether the data tell a feature anything."""
-    return feature.fitter() is not None or feature.counted(pa.array([], feature.canonical_type)) is not None
+    return feature.fitter() is not None or feature.vocabulary_values(pa.array([], feature.canonical_type)) is not None
 
 
 def schema_to_fit(config: DataConfig, grown: Path | None, like: Path | None) -> Schema:
@@ -197,18 +197,18 @@ def fit_side(engine: LocalEngine, side: FittedSide, *, grow: bool) -> dict[str, 
             for state in states:
                 fitter.merge(state[name])
             fitted[name] = fitter.fitted(feature, grow=grow)
-        elif feature.counted(pa.array([], feature.canonical_type)) is not None:
-            values = _frequent(engine, step, number, feature.least_count)
+        elif feature.vocabulary_values(pa.array([], feature.canonical_type)) is not None:
+            values = _frequent(engine, step, number, feature.vocabulary_min_count)
             if values.num_rows:
                 batches = (piece.column("value").combine_chunks() for piece in values.batches(columns=["value"]))
                 fitted[name] = feature.with_values(engine.spool / f"{step}_{number}.arrow", batches)
     return fitted
 
 
-def _frequent(engine: LocalEngine, step: str, number: int, least_count: int) -> RowTable:
+def _frequent(engine: LocalEngine, step: str, number: int, vocabulary_min_count: int) -> RowTable:
     """Return the values that stand in enough rows, by the first place they stand at, then by the alphabet."""
     sums = f"SELECT value, sum(count) AS n, min(place) AS place FROM {step} WHERE feature = {number} GROUP BY value"
-    query = f"SELECT value, place FROM ({sums}) summed WHERE n >= {least_count}"
+    query = f"SELECT value, place FROM ({sums}) summed WHERE n >= {vocabulary_min_count}"
     return engine.select(f"{step}_{number}", query, order="place, value")
 
 
@@ -227,7 +227,7 @@ def _learn(side: FittedSide, job: tuple[int, int], folder: Path) -> None:
             if fitter := feature.fitter():
                 fitter.update(column)
                 states[name] = fitter.state()
-            if (found := feature.counted(column)) is not None:
+            if (found := feature.vocabulary_values(column)) is not None:
                 file.add(_counted(number, found[0], place[found[1]]))
     write_facts(folder, **states)
 

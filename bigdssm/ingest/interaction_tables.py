@@ -22,7 +22,7 @@ from bigdssm.features.columns import (
     TimeUnits,
     check_time_units,
     ids,
-    joined_units,
+    merged_units,
     relevances,
     strings,
     times,
@@ -307,7 +307,7 @@ def read_events(
     if moments is not None:
         moments.check_units(facts, f"{events.name}, column {tables.time_column!r}")
     if tables.time_column is not None:
-        run.writer.content[TIMES] = joined_units([run.writer.content[TIMES], *facts])
+        run.writer.content[TIMES] = merged_units([run.writer.content[TIMES], *facts])
     if num_left_out:
         run.notes.append(f"{num_left_out} interactions are {_why_left_out(tables)} and left out")
     engine.view(

@@ -15,14 +15,14 @@ from typing import get_args
 import numpy as np
 import pyarrow as pa
 
-from bigdssm.config import DataConfig, check_pieces
+from bigdssm.config import DataConfig, check_history_lengths
 from bigdssm.dataset.keys import SortedKeys
 from bigdssm.dataset.partition import read_partition
 from bigdssm.dataset.remote import SEQUENCE_KEYS_FILE
 from bigdssm.dataset.sequences import TIME_COLUMN, VERSION_COLUMN
 from bigdssm.dataset.versions import DOCUMENT_COLUMN, SINCE_COLUMN, catalogue_files
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import Feature, TextTokenizer, encode_columns, stored
+from bigdssm.features import Feature, TextTokenizer, encode_columns, stored_features
 from bigdssm.ingest.cutting import ItemVersions, SequenceCutter, cut_sequences
 from bigdssm.ingest.dataset_writer import PARTITIONS, SPLIT
 from bigdssm.ingest.documents import DistinctDocuments, canonical_of, write_document_keys
@@ -64,7 +64,7 @@ def make_interactions(
         writer, engine = run.writer, run.engine
         writer.identify(doc="column", query="column")
         base = schema_to_fit(config, writer.out if writer.append else None, target.like)
-        user = stored(base.query)
+        user = stored_features(base.query)
         if user and users is None:
             raise ConfigError(f"the query features {', '.join(user)} need a users table; give --users")
         as_of = bool(user) and tables.users_time_column is not None
@@ -93,7 +93,7 @@ def make_interactions(
         key_file = writer.partition_dir / SEQUENCE_KEYS_FILE
         write_document_keys(engine, "sequences", "user_id", 0, key_file)
         cutting = SequenceCutter(
-            events=found, sequences=sequences, keys=SortedKeys([key_file]), user=stored(schema.query), text=text,
+            events=found, sequences=sequences, keys=SortedKeys([key_file]), user=stored_features(schema.query), text=text,
             split=split, thresholds=(moments.validation, moments.test, moments.train_from),
             targets_per_row=config.targets_per_row,
             seed=target.seed, earlier=earlier, has_times=tables.time_column is not None, versions=versions,
@@ -149,7 +149,7 @@ def _check(config: DataConfig, tables: InteractionTables, *, append: bool) -> No
     check_names(config.doc, [*CATALOGUE_COLUMNS, *([DOCUMENT_COLUMN, SINCE_COLUMN] if dated else [])], "doc")
     of_events = [*([TIME_COLUMN] if tables.time_column else []), *([VERSION_COLUMN] if dated else [])]
     check_names(config.query, [*BLOCK_COLUMNS, *SEQUENCE_COLUMNS, *of_events], "query")
-    check_pieces(config)
+    check_history_lengths(config)
     check_fractions(tables.validation_fraction, tables.test_fraction)
     if append and tables.split is None:
         check_own_split(

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features.columns import RowCheck, TimeUnits, check_time_units, is_empty, moment_of, strings, times
+from bigdssm.features.columns import RowCheck, TimeUnits, check_time_units, is_empty, parse_time, strings, times
 from bigdssm.ingest.dataset_writer import DATASET_FILE, SPLIT, DatasetWriter
 from bigdssm.ingest.engines.local import LocalEngine
 from bigdssm.ingest.engines.tables import RowFile, RowTable, ranges, read_facts
@@ -116,7 +116,7 @@ def check_own_split(fractions: tuple[float, float], **options: object) -> None:
 
 
 def _read(option: str, value: float | str | date) -> float:
-    moment = moment_of(value)
+    moment = parse_time(value)
     if not np.isfinite(moment):
         raise ConfigError(f"{option} {value!r} is no number and no ISO-8601 time")
     return moment

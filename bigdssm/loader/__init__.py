@@ -1,1 +1,1 @@
-"""Data loading: the order of rows, loader processes, batches and the plan of a step."""
+"""Data loading: order of rows, loader processes, batches and the plan of a step."""

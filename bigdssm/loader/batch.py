@@ -1,4 +1,4 @@
-"""Batch: the rows of one training step on one rank, as tensors that are transferred together."""
+"""Batch: one rank's rows of a training step, as tensors that are transferred together."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from torch import Tensor
 from bigdssm.dataset.tensors import Features, PadIds
 from bigdssm.models import QueryPositions, SideSize
 
-ALIGNMENT = 64  # bytes: of what a processor loads at once
+ALIGNMENT = 64  # bytes: a cache line
 
 TensorSlot = tuple[int, torch.dtype, torch.Size]
-"""Where a tensor begins, in bytes, and what it is."""
+"""Byte offset, type and shape of a packed tensor."""
 
 
 def pack_tensors(content: Any) -> tuple[bytes, Tensor, list[TensorSlot]]:
-    """Return a pickle of `content` without its tensors, these as bytes, uint8, and the place of each.
+    """Return a pickle of `content` without its tensors, their bytes as one uint8 tensor, and the slot of each.
 
-    The tensors are the host's.
+    The tensors are on the host.
     """
     file = io.BytesIO()
     pickler = _WithoutTensors(file, pickle.HIGHEST_PROTOCOL)
     pickler.dump(content)
-    places, end = [], 0
+    slots, end = [], 0
     for tensor in pickler.tensors:
-        places.append((end, tensor.dtype, tensor.shape))
+        slots.append((end, tensor.dtype, tensor.shape))
         end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    whole = torch.empty(end, dtype=torch.uint8)
-    for tensor, place in zip(pickler.tensors, places, strict=True):
-        _at(whole, place).copy_(tensor)
-    return file.getvalue(), whole, places
+    buffer = torch.empty(end, dtype=torch.uint8)
+    for tensor, slot in zip(pickler.tensors, slots, strict=True):
+        _slot_view(buffer, slot).copy_(tensor)
+    return file.getvalue(), buffer, slots
 
 
-def unpack_tensors(content: bytes, whole: Tensor, places: Sequence[TensorSlot]) -> Any:
-    """Return what was packed; its tensors are parts of `whole`."""
-    return _WithTensors(io.BytesIO(content), [_at(whole, place) for place in places]).load()
+def unpack_tensors(content: bytes, buffer: Tensor, slots: Sequence[TensorSlot]) -> Any:
+    """Return the packed content; its tensors are views of `buffer`."""
+    return _WithTensors(io.BytesIO(content), [_slot_view(buffer, slot) for slot in slots]).load()
 
 
-def _at(whole: Tensor, place: TensorSlot) -> Tensor:
-    first, dtype, shape = place
-    return whole[first : first + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+def _slot_view(buffer: Tensor, slot: TensorSlot) -> Tensor:
+    offset, dtype, shape = slot
+    return buffer[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
 
 
 class _WithoutTensors(pickle.Pickler):
@@ -72,25 +72,25 @@ class _WithTensors(pickle.Unpickler):
 
 @dataclass(frozen=True)
 class ListLengths:
-    """Of one feature that is a list (tokens, history items, several values)."""
+    """Lengths per row of a list feature (tokens, history items, several values)."""
 
-    filled: np.ndarray  # int64 [rows]: cells that hold something
-    used: np.ndarray  # int64 [rows]: cells up to the last that does
+    filled: np.ndarray  # int64 [rows]: number of filled cells
+    used: np.ndarray  # int64 [rows]: number of cells up to the last filled one
     width: int  # columns of its tensor
-    fill: int  # what pads it
+    fill: int  # padding value
 
     def take(self, rows: Tensor) -> ListLengths:
-        """Return those of the given rows, int64."""
-        at = rows.cpu().numpy()
-        return ListLengths(self.filled[at], self.used[at], self.width, self.fill)
+        """Return the lengths of the given rows, int64."""
+        indices = rows.cpu().numpy()
+        return ListLengths(self.filled[indices], self.used[indices], self.width, self.fill)
 
 
 Lengths = Mapping[str, ListLengths]
-"""By feature; those that are no lists are not in it."""
+"""Lengths by list feature."""
 
 
 def lengths_of(features: Features, pad_ids: PadIds) -> Lengths:
-    """Return the lengths of one side's lists; the tensors are the host's."""
+    """Return the lengths of one side's list features; the tensors are on the host."""
     return {name: _lengths(features[name].numpy(), fill) for name, fill in pad_ids.items()}
 
 
@@ -104,51 +104,50 @@ def _lengths(values: np.ndarray, fill: int) -> ListLengths:
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's share of one global step."""
+    """One rank's share of a global step."""
 
     step: int
-    row_ids: Tensor  # int64 [R]: the row's number in the dataset's split; on the host, wherever the others are
+    row_ids: Tensor  # int64 [R]: row number in the dataset's split; always on the host
     query: Features  # R rows
-    doc: Features  # n rows: distinct documents, positives first, further columns (negatives) behind
-    positive: Tensor  # int64 [m]: the column of the query's document
+    doc: Features  # n rows: distinct documents, positives first, then further columns (negatives)
+    positive: Tensor  # int64 [m]: column of the query's positive document
     relevance: Tensor  # float32 [m]: r, not negative
     query_ids: Tensor  # int64 [m]
     doc_ids: Tensor  # int64 [n]
-    doc_rows: Tensor  # int64 [n]: catalogue rows; -1 where documents stand in the shards themselves
-    multiplicity: Tensor  # int64 [n]: how many positives, negatives and extra documents were merged in the column
-    query_lengths: Lengths  # on the host, wherever the tensors are
+    doc_rows: Tensor  # int64 [n]: catalogue rows; -1 if the rows contain their documents
+    counts: Tensor  # int64 [n]: number of positives, negatives and extra documents merged into the column
+    query_lengths: Lengths  # always on the host
     doc_lengths: Lengths
-    places: QueryPositions | None = None  # of the queries, row after row; None: each row is one, at its newest place
-    queries_of_row: np.ndarray | None = None  # int64 [R], on the host; None: one each
-    negatives: Tensor | None = None  # int64 [m, k]: columns of given negatives, -1 for none
-    past: Tensor | None = None  # bool [n]: whether a column is its document as rows saw it before it changed
-    teacher: Tensor | None = None  # float32 [m, 1 + k]: a judge's scores of positive and negatives, NaN for none
-    teacher_query: Tensor | None = None  # float16 [m, E]: a teacher's vectors, whose products are its scores
+    query_positions: QueryPositions | None = None  # row after row; None: one query per row, at its newest position
+    queries_of_row: np.ndarray | None = None  # int64 [R], on the host; None: one per row
+    negatives: Tensor | None = None  # int64 [m, k]: columns of hard negatives, -1 for none
+    superseded: Tensor | None = None  # bool [n]: whether the column is an earlier version of its document
+    teacher: Tensor | None = None  # float32 [m, 1 + k]: teacher scores of the positive and the negatives, NaN for none
+    teacher_query: Tensor | None = None  # float16 [m, E]: teacher vectors, whose products are the teacher scores
     teacher_doc: Tensor | None = None  # float16 [n, E]
-    known: Tensor | None = (
-        None  # int64 [p, 2]: (query id or, by negatives.mask, number; doc id) of further no negatives
-    )
+    # int64 [p, 2]: further masked pairs (query id or, depending on negatives.mask, query index; doc id)
+    known_positives: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of its tensors."""
+        """Return the size of all tensors in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors())
 
     @property
     def sizes(self) -> tuple[SideSize, SideSize]:
-        """Return how much the queries' side and the documents' hold."""
+        """Return the sizes of the query side and the document side."""
         query, doc = (
             {name: list_.filled for name, list_ in side.items()} for side in (self.query_lengths, self.doc_lengths)
         )
-        num_queries = None if self.places is None else len(self.query_ids)
+        num_queries = None if self.query_positions is None else len(self.query_ids)
         return SideSize(len(self.row_ids), query, num_queries), SideSize(len(self.doc_ids), doc)
 
     def __reduce__(self) -> tuple[Callable[..., Batch], tuple[Any, ...]]:
-        """Pickle as one tensor, which between processes is shared memory: each tensor would be a file to open."""
+        """Pickle as one tensor: between processes each tensor is a shared memory file to open."""
         return _of_packed, pack_tensors({f.name: getattr(self, f.name) for f in fields(self)})
 
     def tensors(self) -> list[Tensor]:
-        """Return its tensors."""
+        """Return all tensors."""
         return [tensor for f in fields(self) for tensor in _tensors(getattr(self, f.name))]
 
 

@@ -1,4 +1,4 @@
-"""Rows to the Batch that a training step works on."""
+"""Build a training batch from rows."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from bigdssm.models.packed import QueryPositions
 
 
 class Collator:
-    """Makes batches: each distinct document becomes one column, positives first."""
+    """Builds batches: one column per distinct document, positives first."""
 
     def __init__(self, schema: Schema, catalogue: Catalogue | None, pad_token_id: int) -> None:
-        """Take the dataset's schema, its catalogue (None where rows bring their documents) and the padding token."""
+        """`catalogue`: None if the rows contain their documents."""
         self._schema, self._catalogue, self._pad_token_id = schema, catalogue, pad_token_id
 
     def __call__(
         self, rows: Rows, *, negatives: np.ndarray | None = None, extra_docs: np.ndarray | None = None
     ) -> Batch:
-        """Return `rows` as a Batch; columns are the positives, then new documents among `negatives`, then `extra_docs`.
+        """Return `rows` as a Batch; columns are the positives, then new documents of `negatives`, then `extra_docs`.
 
-        `negatives` is int64 [m, k], catalogue rows with -1 for none; `extra_docs` int64 [e], catalogue rows. Raises
-        ConfigError where they are given without a catalogue.
+        negatives: int64 [m, k], catalogue rows, -1 for none. extra_docs: int64 [e], catalogue rows. Raises ConfigError:
+        one of them without a catalogue.
         """
         if self._catalogue is None:
             if negatives is not None or extra_docs is not None:
-                raise ConfigError("given negatives need a catalogue; these rows bring their documents")
+                raise ConfigError("hard and uniform negatives need a catalogue; these rows contain their documents")
             return self._batch(rows, *self._inline(rows))
         m = rows.num_queries
         given = np.empty(0, np.int64) if negatives is None else negatives[negatives >= 0]
         extra = np.empty(0, np.int64) if extra_docs is None else extra_docs
-        own = rows.doc_rows if rows.doc_versions is None else rows.doc_versions
-        distinct, column_of = distinct_in_order(np.concatenate([own, given, extra]))
+        positives = rows.doc_rows if rows.doc_versions is None else rows.doc_versions
+        distinct, column_of = distinct_in_order(np.concatenate([positives, given, extra]))
         mapped = None
         if negatives is not None:
             mapped = np.full(negatives.shape, -1, np.int64)
@@ -50,19 +50,19 @@ class Collator:
         batch = self._batch(rows, doc, column_of, self._catalogue.ids(distinct), distinct, mapped)
         if (versions := self._catalogue.versions) is None:
             return batch
-        past = as_tensor(distinct >= versions.num_docs)
-        return replace(batch, doc_rows=as_tensor(versions.documents(distinct)), past=past)
+        superseded = as_tensor(distinct >= versions.num_docs)
+        return replace(batch, doc_rows=as_tensor(versions.documents(distinct)), superseded=superseded)
 
     def query_features(self, columns: Mapping[str, Column]) -> Features:
-        """Return query columns (one per feature of the schema, as in Rows.query) as tensors."""
+        """Return the query columns of `Rows.query` as tensors."""
         return to_features(self._schema.query, columns, self._pad_token_id)
 
-    def _places(self, rows: Rows) -> tuple[QueryPositions | None, np.ndarray | None]:
-        """Return where the queries stand in their rows' histories, and how many there are of each row."""
+    def _query_positions(self, rows: Rows) -> tuple[QueryPositions | None, np.ndarray | None]:
+        """Return the queries' positions in their rows' histories, and the number of queries per row."""
         if rows.row is None or rows.position is None or rows.left_edge is None:
             return None, None
-        seen = rows.position - rows.left_edge[rows.row]
-        return QueryPositions(as_tensor(rows.row), as_tensor(seen)), np.bincount(rows.row, minlength=len(rows))
+        prefix_length = rows.position - rows.left_edge[rows.row]
+        return QueryPositions(as_tensor(rows.row), as_tensor(prefix_length)), np.bincount(rows.row, minlength=len(rows))
 
     def _inline(self, rows: Rows) -> tuple[Features, np.ndarray, np.ndarray, np.ndarray]:
         ids = np.empty(0, np.int64) if rows.doc_ids is None else rows.doc_ids
@@ -77,9 +77,9 @@ class Collator:
         self, rows: Rows, doc: Features, column_of: np.ndarray, doc_ids: np.ndarray, doc_rows: np.ndarray,
         negatives: np.ndarray | None = None,
     ) -> Batch:  # fmt: skip
-        """`column_of` is the column of every document before merging, the rows' positives first."""
+        """`column_of`: the column of each document before merging, positives first."""
         query = self.query_features(rows.query)
-        places, queries_of_row = self._places(rows)
+        query_positions, queries_of_row = self._query_positions(rows)
         return Batch(
             step=rows.step,
             row_ids=as_tensor(rows.row_ids),
@@ -90,19 +90,19 @@ class Collator:
             query_ids=as_tensor(rows.query_ids),
             doc_ids=as_tensor(doc_ids),
             doc_rows=as_tensor(doc_rows),
-            multiplicity=as_tensor(np.bincount(column_of, minlength=len(doc_ids))),
+            counts=as_tensor(np.bincount(column_of, minlength=len(doc_ids))),
             negatives=None if negatives is None else as_tensor(negatives),
             query_lengths=lengths_of(query, pad_ids(self._schema.query, self._pad_token_id)),
             doc_lengths=lengths_of(doc, pad_ids(self._schema.doc, self._pad_token_id)),
-            places=places,
+            query_positions=query_positions,
             queries_of_row=queries_of_row,
         )
 
 
 def distinct_in_order(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the distinct values in the order in which they first appear, and each value's place among them."""
-    found, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    """Return the distinct values in order of first appearance, and the index of each value in them."""
+    distinct, first, inverse = np.unique(values, return_index=True, return_inverse=True)
     order = np.argsort(first, kind="stable")
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    return found[order], place[inverse]
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return distinct[order], rank[inverse]

@@ -1,4 +1,4 @@
-"""What is in a dataset: sizes, schema, lengths, popular documents, duplicates, and rows as the model sees them."""
+"""Describe a dataset: sizes, schema, lengths, popular documents, duplicates, and decoded sample rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.index import read_index
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import DataError
-from bigdssm.features import Feature, Reader
+from bigdssm.features import Decoder, Feature
 from bigdssm.features.ragged import Ragged
 from bigdssm.ingest.dataset_writer import QUARANTINE_FILE
 from bigdssm.ingest.row_keys import pair_hash
@@ -23,53 +23,53 @@ from bigdssm.loader.collate import Collator
 MAX_SCAN_BLOCKS = 512  # about a million rows, spread evenly over the split
 MAX_SCAN_DOCS = 1_000_000
 PERCENTILES = (0, 25, 50, 75, 95, 100)
-MOST_BINS = 16
+MAX_BINS = 16
 
 
 @dataclass(frozen=True)
 class SplitSize:
-    """One split of one partition."""
+    """The size of one split of one partition."""
 
     partition: str
     split: str
     rows: int
-    queries: int  # that the rows give
+    queries: int  # of these rows
     blocks: int
     shards: int
     num_bytes: int
 
 
 @dataclass(frozen=True)
-class Lengths:
-    """How long a feature's lists are (tokens, values, history items)."""
+class LengthStatistics:
+    """Statistics of the lengths of a list feature (tokens, values, history items)."""
 
     feature: str
     percentiles: tuple[int, ...]  # at PERCENTILES
-    cut: float | None  # share of rows at the cap, None without one
-    histogram: tuple[int, ...]  # rows in up to MOST_BINS equal ranges from 0 to the longest
+    cut: float | None  # share of rows at the maximum length, None without one
+    histogram: tuple[int, ...]  # rows in at most MAX_BINS equal ranges from 0 to the longest
 
 
 @dataclass(frozen=True)
 class Description:
-    """Everything that bigdssm inspect_shards prints."""
+    """The output of bigdssm inspect_shards."""
 
     sizes: list[SplitSize]
-    features: list[tuple[str, Feature]]  # with their side
+    features: list[tuple[str, Feature]]  # (side, feature)
     vocab_size: int  # of the tokenizer, 0 without text
     num_docs: int
     docs_without_train_rows: int
-    num_versions: int  # of documents that changed, beside the first ones
-    seen_as_of: str  # what a row sees them as of
+    num_versions: int  # of changed documents, in addition to the first ones
+    seen_as_of: str  # partition or event: the time of the versions in a row
     top_docs: list[tuple[str, int]]  # title, train positives
-    lengths: list[Lengths]
+    lengths: list[LengthStatistics]
     scanned_queries: int
     unreadable_blocks: int
-    duplicate_pairs: int  # rows beyond the first of a (query_id, document) among the scanned ones
+    duplicate_pairs: int  # scanned rows with a (query_id, document) of an earlier one
     num_bad: int  # entries of the quarantine
 
 
 def describe(dataset: Dataset, split: str = "train", top: int = 10) -> Description:
-    """Return the description; `split` is what lengths and duplicates are counted in. Raises DataError."""
+    """Describe a dataset; lengths and duplicates are those of `split`. Raises DataError."""
     index = dataset.index(split)
     step = -(-index.num_blocks // MAX_SCAN_BLOCKS)
     lengths: dict[str, list[np.ndarray]] = {}
@@ -95,7 +95,7 @@ def describe(dataset: Dataset, split: str = "train", top: int = 10) -> Descripti
     hashes = np.concatenate(pairs) if pairs else np.empty(0, np.int64)
     quarantine = dataset.dir / QUARANTINE_FILE
     features = [(side, feature) for side in ("query", "doc") for feature in getattr(dataset.schema, side).values()]
-    caps = {f"{side}.{feature.name}": feature.longest for side, feature in features}
+    caps = {f"{side}.{feature.name}": feature.max_length for side, feature in features}
     return Description(
         sizes=_sizes(dataset),
         features=features,
@@ -128,18 +128,18 @@ def _sizes(dataset: Dataset) -> list[SplitSize]:
     return sizes
 
 
-def _lengths(name: str, lengths: np.ndarray, cap: int | None) -> Lengths:
+def _lengths(name: str, lengths: np.ndarray, cap: int | None) -> LengthStatistics:
     values = np.percentile(lengths, PERCENTILES, method="nearest") if len(lengths) else np.zeros(len(PERCENTILES))
     cut = None if cap is None or not len(lengths) else float((lengths >= cap).mean())
     longest = int(lengths.max(initial=0))
-    histogram = np.histogram(lengths, min(longest + 1, MOST_BINS), (0, longest + 1))[0]
-    return Lengths(name, tuple(int(value) for value in values), cut, tuple(histogram.tolist()))
+    histogram = np.histogram(lengths, min(longest + 1, MAX_BINS), (0, longest + 1))[0]
+    return LengthStatistics(name, tuple(int(value) for value in values), cut, tuple(histogram.tolist()))
 
 
 def sample_rows(dataset: Dataset, split: str = "train", count: int = 10) -> list[dict[str, Any]]:
-    """Return the split's first rows as the model gets them, decoded from the very tensors: feature → readable value.
+    """Return the split's first rows, decoded from the model's input tensors: feature → readable value.
 
-    Text is its tokens, a category its value, a history the displays of its items, oldest first.
+    Texts are their tokens, categories their values, histories the titles of their items, oldest first.
     """
     collate = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
     rows = next(dataset.iterate(split, count), None)
@@ -155,14 +155,14 @@ def sample_rows(dataset: Dataset, split: str = "train", count: int = 10) -> list
             items[of] = dict(zip(known.tolist(), dataset.catalogue.title(first), strict=True))
         return items[of][code]
 
-    reader = Reader(dataset.tokenizer, dataset.pad_token_id, item)
-    return [_shown(dataset.schema, batch, i, reader) for i in range(len(rows))]
+    decoder = Decoder(dataset.tokenizer, dataset.pad_token_id, item)
+    return [_decoded_row(dataset.schema, batch, i, decoder) for i in range(len(rows))]
 
 
-def _shown(schema: Schema, batch: Batch, i: int, reader: Reader) -> dict[str, Any]:
-    shown: dict[str, Any] = {"row": int(batch.row_ids[i]), "relevance": float(batch.relevance[i])}
+def _decoded_row(schema: Schema, batch: Batch, i: int, decoder: Decoder) -> dict[str, Any]:
+    row: dict[str, Any] = {"row": int(batch.row_ids[i]), "relevance": float(batch.relevance[i])}
     for name, feature in schema.query.items():
-        shown[f"query.{name}"] = feature.shown(batch.query[name][i].numpy(), reader)
+        row[f"query.{name}"] = feature.display(batch.query[name][i].numpy(), decoder)
     for name, feature in schema.doc.items():
-        shown[f"doc.{name}"] = feature.shown(batch.doc[name][int(batch.positive[i])].numpy(), reader)
-    return shown
+        row[f"doc.{name}"] = feature.display(batch.doc[name][int(batch.positive[i])].numpy(), decoder)
+    return row

@@ -1,4 +1,4 @@
-"""Assembles the rows of some lanes, step after step: what a loader process does."""
+"""Read the rows of some lanes, step by step, in a loader process."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from bigdssm.loader.order import Order, Window
 
 @dataclass
 class LaneRows:
-    """The rows that some lanes give to one step, and what their windows, read since the last step, hold of bad ones."""
+    """The rows of some lanes in one step, and the bad rows of the windows read since the last step."""
 
     rows: Rows
-    rows_planned: int  # as many would be here if none were bad
+    rows_planned: int  # including bad rows
     bad: list[BadRow] = field(default_factory=list)
-    targets_skipped: int = 0  # bad ones of rows that have others
+    targets_skipped: int = 0  # bad targets of rows with other, good ones
 
     @classmethod
     def joined(cls, parts: Sequence[LaneRows]) -> LaneRows:
-        """Return the parts of one step, given in the order of their lanes, as one."""
+        """Join the parts of one step, given in the order of their lanes."""
         return cls(
             Rows.concat([part.rows for part in parts]),
             sum(part.rows_planned for part in parts),
@@ -37,8 +37,8 @@ class LaneRows:
 
 
 @dataclass
-class _Loaded:
-    """A window whose good rows stand in the order in which the lane gives them."""
+class _LoadedWindow:
+    """The good rows of a window, in the lane's order."""
 
     plan: Window
     batch: pa.RecordBatch
@@ -47,40 +47,40 @@ class _Loaded:
 
 
 class LaneReader:
-    """Holds one window per lane, and per source of a mixture, in memory: each of at most window_blocks blocks.
+    """Reads lanes with one window of at most window_blocks blocks in memory per lane and source of a mixture.
 
-    A window is held once more while it is loaded.
+    While a window is loaded, it is in memory twice.
     """
 
     def __init__(self, dataset: Dataset, split: str, order: Order | MixedOrder, lanes: Sequence[int]) -> None:
-        """Prepare to read `lanes` of `split`; nothing is read yet."""
+        """Nothing is read before the first step."""
         self._dataset, self._split, self._order, self._lanes = dataset, split, order, lanes
         self._index = dataset.index(split)
-        self._loaded: dict[tuple[Order, int], _Loaded] = {}
+        self._loaded: dict[tuple[Order, int], _LoadedWindow] = {}
         self._bad: list[BadRow] = []
 
-    def parts(self, step: int) -> Iterator[LaneRows]:
-        """Yield the lanes' part of every step from `step` on, endlessly."""
+    def read_steps(self, step: int) -> Iterator[LaneRows]:
+        """Yield the lanes' rows of every step from `step` on, endlessly."""
         while True:
-            yield self.part(step)
+            yield self.read_step(step)
             step += 1
 
-    def part(self, step: int) -> LaneRows:
-        """Return the lanes' part of one global step, lane after lane."""
+    def read_step(self, step: int) -> LaneRows:
+        """Return the lanes' rows of one global step, lane after lane."""
         slices: list[tuple[np.ndarray, pa.RecordBatch]] = []
         for lane in self._lanes:
-            order, own_step = self._order.source_step(step, lane)
-            for epoch, first, last in order.spans(own_step, lane):
+            order, source_step_number = self._order.source_step(step, lane)
+            for epoch, first, last in order.ranges(source_step_number, lane):
                 slices += self._read(order, epoch, lane, first, last)
         row_ids = np.concatenate([ids for ids, _ in slices])
         batch = pa.concat_batches([batch for _, batch in slices])
         rows = self._dataset.rows(self._split, step, row_ids, batch)
         bad, self._bad = self._bad, []
-        left_out = 0
+        targets_skipped = 0
         if rows.position is not None:
             first, end = (batch.column(batch.schema.get_field_index(name)).to_numpy() for name in ("first", "end"))
-            left_out = int(end.sum() - first.sum()) - rows.num_queries
-        return LaneRows(rows, self._order.rows_per_lane_step * len(self._lanes), bad, left_out)
+            targets_skipped = int(end.sum() - first.sum()) - rows.num_queries
+        return LaneRows(rows, self._order.rows_per_lane_step * len(self._lanes), bad, targets_skipped)
 
     def _read(
         self, order: Order, epoch: int, lane: int, first: int, last: int
@@ -93,16 +93,20 @@ class LaneReader:
             yield window.row_ids[a:b], window.batch.slice(a, b - a)
             first = upto
 
-    def _window(self, order: Order, epoch: int, lane: int, position: int) -> _Loaded:
-        held = self._loaded.get((order, lane))
-        if held is None or held.plan.key[0] != epoch or not 0 <= position - held.plan.start < len(held.plan.order):
-            held = None
+    def _window(self, order: Order, epoch: int, lane: int, position: int) -> _LoadedWindow:
+        loaded = self._loaded.get((order, lane))
+        if (
+            loaded is None
+            or loaded.plan.key[0] != epoch
+            or not 0 <= position - loaded.plan.start < len(loaded.plan.order)
+        ):
+            loaded = None
             self._loaded.pop((order, lane), None)  # freed before the next one is read
-            self._loaded[order, lane] = held = self._load(order.window(epoch, lane, position))
-        return held
+            self._loaded[order, lane] = loaded = self._load(order.window(epoch, lane, position))
+        return loaded
 
-    def _load(self, plan: Window) -> _Loaded:
-        """Read the window's blocks and bring the good rows into its order once, so that a step is a slice."""
+    def _load(self, plan: Window) -> _LoadedWindow:
+        """Read the window's blocks and reorder the good rows once, so that a step is a slice."""
         batches, readable, good = [empty_batch(self._dataset.layout)], [], []
         contents = read_blocks(self._index, plan.blocks.tolist(), self._dataset.layout)
         for (batch, faults), first, last in zip(contents, plan.first.tolist(), plan.last.tolist(), strict=True):
@@ -113,11 +117,11 @@ class LaneReader:
             for fault in faults:
                 if fault.row is None:
                     self._bad.append(fault)
-                elif first <= fault.row < last:  # the others are another lane's
+                elif first <= fault.row < last:  # other rows belong to another lane
                     self._bad.append(fault)
                     usable[fault.row - first] &= fault.rows == 0
             good.append(usable)
         keep = np.concatenate(good)[plan.order]
-        place = np.cumsum(np.concatenate(readable)) - 1
-        batch = pa.concat_batches(batches).take(pa.array(place[plan.order[keep]]))
-        return _Loaded(plan, batch, plan.row_ids[plan.order[keep]], offsets_of(keep))
+        index = np.cumsum(np.concatenate(readable)) - 1
+        batch = pa.concat_batches(batches).take(pa.array(index[plan.order[keep]]))
+        return _LoadedWindow(plan, batch, plan.row_ids[plan.order[keep]], offsets_of(keep))

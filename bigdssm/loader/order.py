@@ -1,21 +1,21 @@
-"""The order of rows: a pure function of (seed, step), whatever the world size and the number of workers.
+"""The order of rows: a pure function of (seed, step), independent of the world size and the number of workers.
 
-An epoch permutes the blocks and lays them end to end; L lanes each own an equal range of the rows (a block may be
-shared by two lanes). A lane is read in windows of so many blocks, the rows of a window in the order of a hash of their
-row ids, and gives rows_global / L rows to every step. Rank k owns the lanes l ≡ k mod world size, and only ownership
-depends on the world size.
+An epoch permutes the blocks and concatenates them; each of L lanes (virtual data-parallel workers) covers an equal
+range of the rows (a block may be shared by two lanes). A lane is read in windows of window_blocks blocks, the rows of a
+window in the order of a hash of their row ids, and contributes rows_global / L rows to every step. Rank k reads the
+lanes l ≡ k mod world size; only this assignment depends on the world size.
 
-Permutations sort 64-bit hashes, ties by position. A Feistel permutation would also give single blocks without a
-sort, but lane boundaries need the running sum of rows over the permuted blocks anyway, so the plan of an epoch is
-O(blocks) either way: about 0.1 s and 12 MB for 10⁹ rows. Nothing here may change once a release is out: a resumed
-run would see other rows (golden hashes in the tests hold it).
+Permutations sort 64-bit hashes, ties by position. A Feistel permutation would give single blocks without a sort, but
+lane boundaries need the running sum of rows over the permuted blocks anyway, so the plan of an epoch is O(blocks)
+either way: about 0.1 s and 12 MB for 10⁹ rows. The order must not change after a release: a resumed run would read
+other rows (the tests compare golden hashes).
 
 The end of an epoch, `tail`:
-carry  lane l has n_l rows (all lanes together: every row exactly once), and goes on into its next epoch in the middle
-       of a step where n_l is no multiple of rows_global / L. Nothing is left out. steps_per_epoch is
-       ceil(N / rows_global): after so many steps every row was given.
-drop   an epoch is steps_per_epoch = floor(N / rows_global) whole steps; the last N mod rows_global rows of its order
-       (others in each epoch) are left out, and reported.
+carry  lane l has n_l rows (all lanes together: every row exactly once), and continues with its next epoch within a step
+       if n_l is not a multiple of rows_global / L. No row is dropped. After steps_per_epoch = ceil(N / rows_global)
+       steps every row was read.
+drop   an epoch has steps_per_epoch = floor(N / rows_global) full steps; the last N mod rows_global rows of its order
+       (different ones in each epoch) are dropped, and logged.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ WINDOW_BLOCKS = 16
 
 @dataclass(frozen=True)
 class Window:
-    """The blocks that one lane holds at once: fragments [first, last) of blocks, and the order of their rows."""
+    """The blocks that a lane loads together: fragments [first, last) of blocks, and the order of their rows."""
 
-    key: tuple[int, int, int]  # epoch, lane, number of the window in the lane
+    key: tuple[int, int, int]  # epoch, lane, index of the window in the lane
     start: int  # position in the lane of the window's first row
     blocks: np.ndarray  # int64 [fragments]
     first: np.ndarray  # int64 [fragments]: first row of the block that belongs to the lane
     last: np.ndarray  # int64 [fragments]
     row_ids: np.ndarray  # int64 [rows], fragment after fragment
-    order: np.ndarray  # int64 [rows]: positions in row_ids, in the order in which the lane gives them
+    order: np.ndarray  # int64 [rows]: indices into row_ids, in the lane's order
 
 
 @dataclass(frozen=True)
 class _Epoch:
     key: int
-    blocks: np.ndarray  # int64 [B]: the permuted block numbers
-    starts: np.ndarray  # int64 [B + 1]: position of each one's first row
+    blocks: np.ndarray  # int64 [B]: permuted block numbers
+    starts: np.ndarray  # int64 [B + 1]: position of the first row per block
 
 
 class Order:
@@ -62,9 +62,9 @@ class Order:
         self, rows: np.ndarray, *, rows_global: int, lanes: int, seed: int = 0, tail: Tail = "carry",
         window_blocks: int = WINDOW_BLOCKS, first_block: int = 0, first_row: int = 0,
     ) -> None:  # fmt: skip
-        """`first_block` and `first_row` are what the numbers of blocks and rows begin with: nothing but the names.
+        """`first_block` and `first_row` are offsets of the block numbers and row ids; they do not affect the order.
 
-        Raises ConfigError where rows_global and lanes do not go together, DataError where rows are too few.
+        Raises ConfigError: rows_global is not a multiple of lanes; DataError: too few rows.
         """
         if lanes < 1 or rows_global < 1 or rows_global % lanes:
             raise ConfigError(f"rows_global={rows_global} must be a positive multiple of lanes={lanes}")
@@ -91,27 +91,27 @@ class Order:
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
     def source_step(self, step: int, lane: int) -> tuple[Order, int]:
-        """Return (this order, `step`): of a single source what `MixedOrder.source_step` is of several."""
+        """Return (self, `step`), as `MixedOrder.source_step` does for several sources."""
         return self, step
 
     def lane_rows(self, lane: int) -> int:
-        """Return the rows that a lane gives in an epoch."""
+        """Return the number of a lane's rows in an epoch."""
         if self.tail == "drop":
             return self.steps_per_epoch * self.rows_per_lane_step
         return self._lane_start(lane + 1) - self._lane_start(lane)
 
-    def spans(self, step: int, lane: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (epoch, first, last): the positions [first, last) in `lane` that make its part of a global step."""
-        per_epoch, need = self.lane_rows(lane), self.rows_per_lane_step
-        epoch, first = divmod(step * need, per_epoch)
-        while need:
-            last = min(per_epoch, first + need)
+    def ranges(self, step: int, lane: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (epoch, first, last): the ranges of positions in `lane` that it contributes to a global step."""
+        per_epoch, remaining = self.lane_rows(lane), self.rows_per_lane_step
+        epoch, first = divmod(step * remaining, per_epoch)
+        while remaining:
+            last = min(per_epoch, first + remaining)
             yield epoch, first, last
-            need -= last - first
+            remaining -= last - first
             epoch, first = epoch + 1, 0
 
     def window(self, epoch: int, lane: int, position: int) -> Window:
-        """Return the window of `lane` that holds `position`."""
+        """Return the window of `lane` that contains `position`."""
         plan = self._epoch(epoch)
         begin, end = self._lane_start(lane), self._lane_start(lane + 1)
         lane_block = int(np.searchsorted(plan.starts, begin, "right")) - 1
@@ -127,14 +127,14 @@ class Order:
         offsets = offsets_of(lengths)
         row_ids = np.repeat(base + first - offsets[:-1], lengths) + np.arange(offsets[-1])
         order = np.argsort(mix64(row_ids, derive_key(plan.key, 1)), kind="stable")
-        names = blocks + self._first_block, first, last, row_ids + self._first_row_id
-        return Window((epoch, lane, number), max(int(starts[0]) - begin, 0), *names, order)
+        arrays = blocks + self._first_block, first, last, row_ids + self._first_row_id
+        return Window((epoch, lane, number), max(int(starts[0]) - begin, 0), *arrays, order)
 
     def row_ids(self, step: int, lanes: range | None = None) -> np.ndarray:
-        """Return the row ids of a global step, lane after lane, int64: the whole contract, without reading a row."""
+        """Return the row ids of a global step, lane after lane, int64, without reading a row."""
         out = []
         for lane in range(self.lanes) if lanes is None else lanes:
-            for epoch, first, last in self.spans(step, lane):
+            for epoch, first, last in self.ranges(step, lane):
                 while first < last:
                     window = self.window(epoch, lane, first)
                     upto = min(last, window.start + len(window.order))
@@ -150,6 +150,6 @@ class Order:
             key = derive_key(self.seed, epoch)
             blocks = np.argsort(mix64(np.arange(len(self.rows)), derive_key(key, 0)), kind="stable")
             self._epochs[epoch] = _Epoch(key, blocks, offsets_of(self.rows[blocks]))
-            while len(self._epochs) > 2:  # lanes drift apart by a row per epoch: two are in use at once
+            while len(self._epochs) > 2:  # lanes drift apart by one row per epoch: at most two epochs are in use
                 self._epochs.popitem(last=False)
         return self._epochs[epoch]

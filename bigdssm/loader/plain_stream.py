@@ -1,11 +1,11 @@
-"""PlainStream: trains on plain WebDataset shards by other writers as they are, through webdataset's own pipeline.
+"""PlainStream: train directly on plain WebDataset shards, through webdataset's pipeline.
 
-A dataset folder gives what shards alone do not have: a fitted schema, a tokenizer, held-out rows and a catalogue to
-evaluate on (made of some of the shards by `make_shards webdataset`). Texts are tokenised in the loader processes.
+A dataset folder provides the fitted schema, the tokenizer, held-out rows and the catalogue for evaluation (built from
+some of the shards by `make_shards webdataset`). Texts are tokenised in the loader processes.
 
-Shards are drawn with replacement, by each rank and loader process for itself, so that all ranks make the same number
-of steps over any number of shards. There is no index, and so no epoch, no exact resume and no checksum; what can be
-checked is: a shard whose headers are not whole, or that has members which readers unpickle, is refused.
+Each rank and loader process draws shards with replacement, so that all ranks run the same number of steps over any
+number of shards. Without an index there is no epoch, no exact resume and no checksum. A shard with incomplete headers,
+or with members that readers unpickle, is rejected.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ from bigdssm.utils.string_hashing import hash_strings
 from bigdssm.utils.urls import is_url
 
 T = TypeVar("T")
-SHUFFLED_SAMPLES = 5000  # held by each loader process
-FEWEST_JUDGED = 10_000  # rows: few bad ones early stop nothing
-ATTEMPTS = 20  # to fill a step before the shards are given up: each reads as many samples as are missing
+SHUFFLED_SAMPLES = 5000  # shuffle buffer per loader process
+MIN_ROWS_FOR_LIMIT = 10_000  # so that a few bad rows at the beginning do not stop the run
+ATTEMPTS = 20  # to fill a step before an error; each reads the number of missing samples
 log = get_logger(__name__)
 
 
 def find_shards(pattern: str) -> list[Path]:
-    """Return the shards that a path with {000..009} or {a,b} names.
+    """Return the shards of a path with {000..009} or {a,b}.
 
-    Raises DataError: none, a URL or a command, a missing shard.
+    Raises DataError: a URL or a command, a missing shard; ConfigError: an invalid pattern.
     """
     if pattern.startswith("pipe:") or is_url(pattern) or "::" in pattern:
         raise DataError(
-            f"data.webdataset={pattern}: only local shards are read as they are, commands are not run; copy them, or "
+            f"data.webdataset={pattern}: only local shards are read directly, commands are not run; copy them, or "
             f"repack them with bigdssm make_shards webdataset"
         )
     try:
@@ -70,10 +70,10 @@ def find_shards(pattern: str) -> list[Path]:
 
 
 class PlainStream(RowStream):
-    """Every step holds rows_global / R rows of this rank (the first ranks one more where that is not whole).
+    """Every step has rows_global / R rows of this rank, rounded up or down.
 
-    A sample that cannot be used is named, counted, and another one read in its place. Row ids are hashes of shard and
-    key; every relevance is 1; queries and documents are the same where all their features are.
+    An unusable sample is recorded, counted and replaced by another one. Row ids are hashes of shard and key; every
+    relevance is 1; queries and documents are identified by the hash of their features.
     """
 
     steps_per_epoch = 0
@@ -83,7 +83,7 @@ class PlainStream(RowStream):
         self, dataset: Dataset, pattern: str, *, rows_global: int, seed: int = 0, rank: int = 0, world_size: int = 1,
         num_workers: int = 0, start_step: int = 0, max_bad_fraction: float = 0.001, quarantine: Path | None = None,
     ) -> None:  # fmt: skip
-        """`pattern` as `find_shards` takes it. Raises ConfigError: the schema has histories; DataError: no shards."""
+        """`pattern`: see `find_shards`. Raises ConfigError: the schema has histories; DataError: no shards."""
         super().__init__(
             dataset, rank=rank, world_size=world_size, num_workers=num_workers, start_step=start_step,
             max_bad_fraction=max_bad_fraction, quarantine=quarantine,
@@ -91,22 +91,19 @@ class PlainStream(RowStream):
         for name, feature in dataset.schema.query.items():
             if feature.from_sequence:
                 raise ConfigError(
-                    f"data.query.{name}: samples are pairs and have no histories; leave out data.webdataset"
+                    f"data.query.{name}: WebDataset samples are pairs and have no histories; remove data.webdataset"
                 )
         self._paths, self._pattern = find_shards(pattern), pattern
         self._rows_global, self._seed = rows_global, seed
         self.queries_per_step = float(rows_global)
         if rank == 0:
             log.warning(
-                "%d plain shards without an index: a resumed run draws other rows than one not stopped, and damage in "
-                "their data is not noticed; bigdssm make_shards webdataset repacks them", len(self._paths),
+                "%d plain shards without an index: a resumed run draws different rows than an uninterrupted one, and "
+                "damaged data is not detected; bigdssm make_shards webdataset repacks them", len(self._paths),
             )  # fmt: skip
 
     def state(self, step: int | None = None) -> dict[str, Any]:
-        """Return where the stream stands before `step` (by default the next one) and what it depends on.
-
-        Plain JSON types, the same on every rank.
-        """
+        """Return the stream's state before `step` (by default the next one), in JSON types; equal on all ranks."""
         return {
             "step": self.step if step is None else step,
             "seed": self._seed,
@@ -117,34 +114,32 @@ class PlainStream(RowStream):
         }
 
     def check_state(self, state: dict[str, Any]) -> bool:
-        """Return True where the stream may go on behind `state`. Raises DataError naming everything that differs."""
-        mine = self.state()
-        differing = [key for key in {**mine, **state} if key != "step" and mine.get(key) != state.get(key)]
+        """Return True if the stream can resume from `state`. Raises DataError with all differences."""
+        current = self.state()
+        differing = [key for key in {**current, **state} if key != "step" and current.get(key) != state.get(key)]
         if differing:
-            told = "; ".join(f"{key} was {state.get(key)!r}, is {mine.get(key)!r}" for key in differing)
-            raise DataError(f"the stream cannot go on where it was, because {told}; restore that, or start a new run")
+            reasons = "; ".join(f"{key} was {state.get(key)!r}, is {current.get(key)!r}" for key in differing)
+            raise DataError(f"the stream cannot resume, because {reasons}; restore that, or start a new run")
         return True
 
     def doc_weights(self) -> np.ndarray:
-        """Raise ConfigError: how often documents come is not known."""
-        raise ConfigError(
-            "data.webdataset: the frequencies of documents are not known; set sampling.frequency=streaming"
-        )
+        """Raise ConfigError: document frequencies are unknown."""
+        raise ConfigError("data.webdataset: document frequencies are unknown; set sampling.frequency=streaming")
 
     def _steps(self, steps: range, make: Callable[[Rows], T]) -> WorkerSteps[T]:
         rank, rows = self.rank, self._rows_global
         count = rows * (rank + 1) // self.world_size - rows * rank // self.world_size
         return _Samples(self.dataset, self._paths, count, derive_key(self._seed, steps.start, rank), steps, make)
 
-    def _rows_judged(self, rows_read: int, step: int) -> int:
-        return max(rows_read, FEWEST_JUDGED)
+    def _rows_for_limit(self, rows_read: int, step: int) -> int:
+        return max(rows_read, MIN_ROWS_FOR_LIMIT)
 
     def _empty_rows(self) -> Rows:
-        return _Reader(self.dataset).rows(self.step, [])[0]
+        return _SampleConverter(self.dataset).rows(self.step, [])[0]
 
 
 class _Samples(WorkerSteps[T]):
-    """The given steps; each process draws samples for itself."""
+    """The given steps; each process draws samples independently."""
 
     def __init__(
         self, dataset: Dataset, paths: list[Path], rows_per_step: int, key: int, steps: range, make: Callable[[Rows], T]
@@ -155,79 +150,79 @@ class _Samples(WorkerSteps[T]):
         )  # fmt: skip
 
     def read(self, process: int, processes: int) -> Iterator[LaneRows]:
-        """Yield the whole steps `process`, `process` + `processes`, … of those that there are."""
+        """Yield the steps at the indices `process`, `process` + `processes`, …."""
         seed = derive_key(self._key, process)
         pipeline = wds.DataPipeline(
             wds.ResampledShards([str(path.absolute()) for path in self._paths], seed=seed, deterministic=True),
-            _whole_shards,
+            _checked_shards,
             wds.tarfile_to_samples(select_files=is_text),
             wds.shuffle(SHUFFLED_SAMPLES, initial=SHUFFLED_SAMPLES // 5, seed=seed),
         )
-        reader, samples = _Reader(self._dataset), iter(pipeline)
+        converter, samples = _SampleConverter(self._dataset), iter(pipeline)
         for step in self._steps[process::processes]:
             parts: list[Rows] = []
             bad: list[BadRow] = []
             for _ in range(ATTEMPTS):
-                wanted = self._rows_per_step - sum(map(len, parts))
-                rows, faults = reader.rows(step, list(islice(samples, wanted)))
+                missing_rows = self._rows_per_step - sum(map(len, parts))
+                rows, faults = converter.rows(step, list(islice(samples, missing_rows)))
                 parts.append(rows)
                 bad += faults
-                if len(rows) == wanted:
+                if len(rows) == missing_rows:
                     break
             else:
-                raise DataError(f"hardly a sample can be used; the last: {bad[-1].shard}, {bad[-1].reason}")
+                raise DataError(f"almost all samples are unusable; the last one: {bad[-1].shard}, {bad[-1].reason}")
             yield LaneRows(Rows.concat(parts), self._rows_per_step + len(bad), bad)
 
 
-def _whole_shards(shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Pass on what `check_shard` passes; each shard is checked once per process, unless it changes."""
+def _checked_shards(shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the shards, each checked by `check_shard` once per process and version."""
     for shard in shards:
         stat = os.stat(shard["url"])
-        _checked(shard["url"], stat.st_size, stat.st_mtime_ns)
+        _check(shard["url"], stat.st_size, stat.st_mtime_ns)
         yield shard
 
 
 @functools.cache
-def _checked(url: str, size: int, mtime_ns: int) -> None:
+def _check(url: str, size: int, mtime_ns: int) -> None:
     check_shard(LocalFile(Path(url)))
 
 
-class _Reader:
-    """Turns samples into rows, as make_shards does."""
+class _SampleConverter:
+    """Converts samples to rows, as make_shards does."""
 
     def __init__(self, dataset: Dataset) -> None:
         self._schema = dataset.schema
         self._text = TextTokenizer(dataset.tokenizer_dir) if dataset.tokenizer_dir else None
         features = [*dataset.schema.query.values(), *dataset.schema.doc.values()]
         self._columns = list(dict.fromkeys(feature.source for feature in features))
-        self._known = False  # whether a record had the columns
+        self._has_columns = False  # whether a record had the columns
 
     def rows(self, step: int, samples: list[dict[str, Any]]) -> tuple[Rows, list[BadRow]]:
-        """Return the usable samples as rows, and the others."""
+        """Return the usable samples as rows, and the unusable ones."""
         bad: list[BadRow] = []
         records: list[dict[str, Any]] = []
-        kept: list[dict[str, Any]] = []
+        readable: list[dict[str, Any]] = []
         for sample in samples:
             try:
                 records.append(record_of(sample))
-                kept.append(sample)
+                readable.append(sample)
             except (ValueError, RecursionError) as error:
                 bad.append(_fault(sample, str(error)))
 
         def report(file: str, row: int, reason: str, left_out: bool = True) -> None:
             if left_out:
-                bad.append(_fault(kept[row], reason))
+                bad.append(_fault(readable[row], reason))
 
-        places = list(range(len(records)))
-        batch = record_batch("samples", records, places, self._columns, self._known or not records, report)
-        self._known |= bool(records)
+        numbers = list(range(len(records)))
+        batch = record_batch("samples", records, numbers, self._columns, self._has_columns or not records, report)
+        self._has_columns |= bool(records)
         check = RowCheck(batch, report)
         query, doc = canonical(check, self._schema.query), canonical(check, self._schema.doc)
         check.fail(missing(query, self._schema.query), "no query: its features are empty")
         check.fail(missing(doc, self._schema.doc), "no document: its features are empty")
         good = pa.array(check.good)
         query, doc = query.filter(good), doc.filter(good)
-        names = [f"{kept[i]['__url__']}/{kept[i][KEY]}" for i in batch.rows[check.good].tolist()]
+        names = [f"{readable[i]['__url__']}/{readable[i][KEY]}" for i in batch.rows[check.good].tolist()]
         rows = Rows(
             step=step,
             row_ids=np.array([hash64(name) for name in names], np.int64),

@@ -1,7 +1,6 @@
-"""The plan of a step: what is encoded at once on each side, and what is kept for the backward.
+"""The plan of a step: the chunks of each side, and the chunks whose graph is retained for the backward.
 
-It is made on the host, from lengths that are known when a batch is made; no tensor is read for it. The step itself,
-encoding without training, the estimate and the health line all read it.
+Plans are computed on the host from the lengths in a batch; no device tensor is read.
 """
 
 from __future__ import annotations
@@ -20,26 +19,29 @@ from bigdssm.loader.batch import Batch, Lengths, ListLengths
 from bigdssm.models import PackedLists, RowGroup
 
 NOTHING_PACKED = PackedLists()
-ALIKE, ALIKE_CELLS = 3 / 4, 8  # rows are of like length from so much of the longest on, or so many cells below it
+SIMILAR_RATIO, SIMILAR_CELLS = (
+    3 / 4,
+    8,
+)  # rows are similar to the longest one above this ratio, or within this many cells
 
 
 @dataclass(frozen=True)
 class TokenBudget:
-    """How much is encoded at once and how much is kept for the backward, in tokens, padding and vectors counted."""
+    """Limits of a chunk and of the retained graphs, in tokens, including padding and one per output vector."""
 
-    chunk_tokens: int  # 0: both sides whole
+    chunk_tokens: int  # 0: no chunks
     retained_tokens: int
-    packed: PackedLists = NOTHING_PACKED  # these have no padding to count
+    packed: PackedLists = NOTHING_PACKED  # lists without padding
 
     @classmethod
     def of(cls, config: EngineConfig, packed: PackedLists = NOTHING_PACKED) -> TokenBudget:
-        """Return the budget that a config states; what is kept by default takes no more memory than one chunk."""
+        """Return the budget of a config; by default the retained graphs are as large as one chunk."""
         kept = config.keep_graph_tokens
         return cls(config.chunk_tokens, config.chunk_tokens if kept is None else kept, packed)
 
 
 class RowRun(NamedTuple):
-    """A chunk's part of a packed list: the cells [first, last) of all that are filled, in the side's order."""
+    """A chunk's slice [first, last) of the filled cells of a packed list, in the side's order."""
 
     first: int
     last: int
@@ -48,56 +50,56 @@ class RowRun(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows of one side that are encoded at once: the [first, last) of the side's order."""
+    """Rows [first, last) of a side's order that are encoded in one forward."""
 
     first: int
     last: int
-    outputs: slice  # of the side's outputs: its vectors
-    widths: Mapping[str, int]  # of its lists: what the longest of its rows uses
-    cells: int  # of its lists, padding among them
-    runs: Mapping[str, RowRun] = field(default_factory=dict)  # of its lists that are packed
+    outputs: slice  # of the side's outputs
+    widths: Mapping[str, int]  # by list: the width of its longest row
+    cells: int  # of all lists, including padding
+    runs: Mapping[str, RowRun] = field(default_factory=dict)  # by packed list
 
     @property
     def num_rows(self) -> int:
-        """Return its rows; 0 in a dummy, which only keeps this rank in step with the others."""
+        """Return the number of rows; 0 for a dummy chunk, which keeps the ranks' forwards in step."""
         return self.last - self.first
 
     @property
     def tokens(self) -> int:
-        """Return what it counts in a budget: its cells, and one a vector."""
+        """Return the tokens that count towards a budget: the cells, and one per vector."""
         return self.num_outputs + self.cells if self.num_rows else 1
 
     @property
     def num_outputs(self) -> int:
-        """Return its vectors: queries, or documents."""
+        """Return the number of vectors (queries or documents)."""
         return int(self.outputs.stop - self.outputs.start)
 
 
 @dataclass(frozen=True)
 class SidePlan:
-    """The chunks of one side, rows of like length together."""
+    """The chunks of one side; each has rows of similar length."""
 
-    order: np.ndarray  # int64 [rows]: the rows' numbers, chunk after chunk
-    outputs: np.ndarray  # int64 [vectors]: the numbers of the rows' queries or documents, in the same order
-    row_in_chunk: np.ndarray  # int64 [vectors]: the row of each among those of its chunk
+    order: np.ndarray  # int64 [rows]: row indices, chunk after chunk
+    outputs: np.ndarray  # int64 [vectors]: indices of the rows' queries or documents, in the same order
+    row_in_chunk: np.ndarray  # int64 [vectors]: row within the chunk
     chunks: tuple[Chunk, ...]
-    length: np.ndarray  # int64 [rows]: cells of each row's lists that hold something
-    dummy: Chunk  # one row for nothing: a rank without a forward or backward that others make stops ZeRO
-    packed: Mapping[str, int] = field(default_factory=dict)  # lists that are packed, and what pads each
+    length: np.ndarray  # int64 [rows]: number of filled cells
+    dummy: Chunk  # one row of padding: under ZeRO all ranks must run equally many forwards and backwards
+    packed: Mapping[str, int] = field(default_factory=dict)  # padding value by packed list
 
     @property
     def filled(self) -> int:
-        """Return the cells of lists that hold something."""
+        """Return the number of filled cells."""
         return int(self.length.sum())
 
     @property
     def cells(self) -> int:
-        """Return the cells of lists that are encoded, padding among them."""
+        """Return the number of encoded cells, including padding."""
         return sum(chunk.cells for chunk in self.chunks)
 
-    def filled_up(self, number: int) -> SidePlan:
-        """Return the plan with as many dummies behind as make its chunks `number`, at least one."""
-        return replace(self, chunks=self.chunks + (self.dummy,) * (max(1, number) - len(self.chunks)))
+    def padded_to(self, num_chunks: int) -> SidePlan:
+        """Return the plan with dummies appended up to `num_chunks` chunks, at least one."""
+        return replace(self, chunks=self.chunks + (self.dummy,) * (max(1, num_chunks) - len(self.chunks)))
 
 
 def plan_side(
@@ -107,11 +109,11 @@ def plan_side(
     outputs_of_row: np.ndarray | None = None,
     packed: frozenset[str] = NOTHING_PACKED.query,
 ) -> SidePlan:
-    """Return chunks of rows of like length, each within the budget of tokens (at least one row), longest rows first.
+    """Split rows, longest first, into chunks of at most `chunk_tokens` tokens (and at least one row).
 
-    Rows are sorted by their length in the widest list, then the next: that is where padding would cost most. A budget
-    of 0 puts all rows, as they are, into one chunk. outputs_of_row: the vectors that each gives, row after row; one by
-    default. packed: the lists that are.
+    Rows are sorted by their length in the widest list, then the next one: padding costs most there. With a budget of 0
+    all rows are one chunk, unsorted. outputs_of_row: number of vectors per row, by default 1. packed: names of packed
+    lists.
     """
     per_row = np.ones(num_rows, np.int64) if outputs_of_row is None else outputs_of_row
     length = sum((list_.filled for list_ in lengths.values()), np.zeros(num_rows, np.int64))
@@ -147,66 +149,66 @@ def _longest_first(lengths: Lengths, num_rows: int) -> np.ndarray:
 def _within(
     chunk_tokens: int, lengths: Lengths, packed: frozenset[str], per_row: np.ndarray, order: np.ndarray
 ) -> Iterator[tuple[int, int]]:
-    """Yield the [first, last) of the order that each chunk has."""
+    """Yield the range [first, last) of the order per chunk."""
     length_FR = {name: np.maximum(1, list_.filled)[order] for name, list_ in lengths.items()}
     first = 0
     while first < len(order):
-        some = slice(first, first + max(1, chunk_tokens))
-        tokens = np.cumsum(per_row[order[some]])
+        window = slice(first, first + max(1, chunk_tokens))
+        tokens = np.cumsum(per_row[order[window]])
         number = np.arange(1, len(tokens) + 1)
         for name, length_R in length_FR.items():
-            part = length_R[some]
-            tokens += np.cumsum(part) if name in packed else number * np.maximum.accumulate(part)
+            length = length_R[window]
+            tokens += np.cumsum(length) if name in packed else number * np.maximum.accumulate(length)
         last = first + max(1, int((tokens <= chunk_tokens).sum()))
         yield first, last
         first = last
 
 
 def _run(offsets: np.ndarray) -> RowRun:
-    return RowRun(int(offsets[0]), int(offsets[-1]), like_length(np.diff(offsets)))
+    return RowRun(int(offsets[0]), int(offsets[-1]), group_by_length(np.diff(offsets)))
 
 
-def like_length(length_R: np.ndarray) -> tuple[RowGroup, ...]:
-    """Return rows of like length together, the longest ones first: for lengths up to T some log T groups."""
+def group_by_length(length_R: np.ndarray) -> tuple[RowGroup, ...]:
+    """Group rows of similar length, longest first: O(log T) groups for lengths up to T."""
     longest_first = np.sort(length_R)[::-1]
     groups, first = [], 0
     while first < len(longest_first):
         longest = int(longest_first[first])
-        shortest = min(ALIKE * longest, longest - ALIKE_CELLS)
+        shortest = min(SIMILAR_RATIO * longest, longest - SIMILAR_CELLS)
         last = int(np.searchsorted(-longest_first, -shortest, side="right"))
         groups.append(RowGroup(last - first, longest))
         first = last
     return tuple(groups)
 
 
-def agreed_plan(plan: SidePlan) -> SidePlan:
-    """Return the plan with as many chunks as the rank that has most of them. A collective."""
-    return plan.filled_up(int(distributed.all_reduce(torch.tensor([len(plan.chunks)]), "max")))
+def synchronized_plan(plan: SidePlan) -> SidePlan:
+    """Return the plan with the maximum number of chunks over all ranks. A collective."""
+    return plan.padded_to(int(distributed.all_reduce(torch.tensor([len(plan.chunks)]), "max")))
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one rank encodes in a step, in how many pieces, and how many of them keep their graph."""
+    """One rank's chunks of a step, and the number of them whose graph is retained."""
 
     query: SidePlan
     doc: SidePlan
     whole: bool  # both sides in one forward
-    num_retained: int = 0  # of the pieces, queries' before documents': the last so many
-    pairs: SidePlan | None = None  # what a cross-encoder reads beside them
+    num_retained: int = 0  # chunks with a retained graph: the last ones, queries before documents
+    pairs: SidePlan | None = None  # of a cross-encoder
 
     @property
     def tokens(self) -> int:
-        """Return the cells of all lists (tokens, history items, values) that hold something."""
+        """Return the number of filled cells of all lists (tokens, history items, values)."""
         return sum(side.filled for side in self._sides)
 
     @property
     def num_queries(self) -> int:
-        """Return this rank's queries."""
+        """Return the number of this rank's queries."""
         return len(self.query.outputs)
 
     @property
     def padding(self) -> float:
-        """Return the share of what is encoded that is padding; 0 without lists."""
+        """Return the share of padding among the encoded cells; 0 without lists."""
         cells = sum(side.cells for side in self._sides)
         return 1 - self.tokens / cells if cells else 0.0
 
@@ -216,60 +218,60 @@ class StepPlan:
 
 
 class StepRequirements(NamedTuple):
-    """What the ranks agree on of a plan by its most: chunks of both sides, and of each the first whose graph is kept.
+    """Requirements of a rank's plan; the ranks take the element-wise maximum.
 
-    It is the last pieces that are kept, documents behind queries: where a document's chunk is not, no query's is.
+    Graphs of the last chunks are retained, documents after queries: query chunks only if all document chunks are.
     """
 
-    queries: int
+    queries: int  # number of chunks
     docs: int
-    first_query: int
+    first_query: int  # first chunk with a retained graph
     first_doc: int
 
 
 @dataclass(frozen=True)
 class StepDraft:
-    """One rank's plan of a batch, before the ranks agree on the number of chunks and on how many keep their graph."""
+    """One rank's plan of a batch, before it is synchronized with the other ranks."""
 
     query: SidePlan
     doc: SidePlan
-    whole: StepPlan | None  # where one chunk a side is enough here, and may be on every rank
-    needs: StepRequirements
+    whole: StepPlan | None  # used if one chunk per side is enough on all ranks; None: it is not on this rank
+    requirements: StepRequirements
 
-    def agreed(self, most: StepRequirements) -> StepPlan:
-        """Return the plan for the most that any rank needs, number by number."""
-        if max(most.queries, most.docs) <= 1:
+    def resolve(self, requirements: StepRequirements) -> StepPlan:
+        """Return the plan for the maximum of the ranks' requirements."""
+        if max(requirements.queries, requirements.docs) <= 1:
             assert self.whole is not None
             return self.whole
-        query, doc = self.query.filled_up(most.queries), self.doc.filled_up(most.docs)
-        kept_queries = 0 if most.first_doc else len(query.chunks) - most.first_query
-        return StepPlan(query, doc, False, len(doc.chunks) - most.first_doc + kept_queries)
+        query, doc = self.query.padded_to(requirements.queries), self.doc.padded_to(requirements.docs)
+        retained_queries = 0 if requirements.first_doc else len(query.chunks) - requirements.first_query
+        return StepPlan(query, doc, False, len(doc.chunks) - requirements.first_doc + retained_queries)
 
 
 def draft_step(batch: Batch, budget: TokenBudget) -> StepDraft:
-    """Return this rank's part of a batch's plan: chunks, and graphs kept from the last of them on while they fit."""
+    """Return this rank's plan of a batch; graphs are retained from the last chunk backwards within the budget."""
     query, doc = _sides(batch, budget, budget.chunk_tokens)
     if budget.chunk_tokens == 0:
         return StepDraft(query, doc, StepPlan(query, doc, whole=True), StepRequirements(1, 1, 0, 0))
     last_first = [chunk.tokens for chunk in reversed(query.chunks + doc.chunks)]
-    unkept = len(last_first) - int((np.cumsum(last_first) <= budget.retained_tokens).sum())
+    recomputes = len(last_first) - int((np.cumsum(last_first) <= budget.retained_tokens).sum())
     num_query, num_doc = len(query.chunks), len(doc.chunks)
     whole = StepPlan(*_sides(batch, budget, 0), whole=True) if max(num_query, num_doc) <= 1 else None
-    needs = StepRequirements(num_query, num_doc, min(unkept, num_query), max(0, unkept - num_query))
-    return StepDraft(query, doc, whole, needs)
+    first_query, first_doc = min(recomputed, num_query), max(0, recomputed - num_query)
+    return StepDraft(query, doc, whole, StepRequirements(num_query, num_doc, first_query, first_doc))
 
 
 def plan_step(batch: Batch, budget: TokenBudget) -> StepPlan:
-    """Return the plan of a batch: with chunks equally many and as many of them kept on every rank. A collective."""
+    """Return the plan of a batch, synchronized over all ranks. A collective."""
     draft = draft_step(batch, budget)
     if budget.chunk_tokens == 0:
-        return draft.agreed(draft.needs)
-    return draft.agreed(most_needed(draft.needs))
+        return draft.resolve(draft.requirements)
+    return draft.resolve(max_requirements(draft.requirements))
 
 
-def most_needed(needs: StepRequirements) -> StepRequirements:
-    """Return the most that any rank needs. A collective."""
-    return StepRequirements(*distributed.all_reduce(torch.tensor(needs), "max").tolist())
+def max_requirements(requirements: StepRequirements) -> StepRequirements:
+    """Return the element-wise maximum over all ranks. A collective."""
+    return StepRequirements(*distributed.all_reduce(torch.tensor(requirements), "max").tolist())
 
 
 def _sides(batch: Batch, budget: TokenBudget, chunk_tokens: int) -> tuple[SidePlan, SidePlan]:

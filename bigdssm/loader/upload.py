@@ -1,4 +1,4 @@
-"""Batches to a rank's device. To a GPU they are made and sent by a thread while the step before still runs."""
+"""Transfer batches to a rank's device. For a GPU, a thread prepares the next batch during the current step."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ T = TypeVar("T")
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the host on `device`, out of pinned memory, so that the host does not wait for the copy."""
+    """Copy a host tensor to `device`, through pinned memory, without blocking the host."""
     return (tensor if device.type == "cpu" else tensor.pin_memory()).to(device, non_blocking=True)
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch with its tensors on `device`, but for the numbers of its rows, which only the host reads."""
+    """Return the batch with its tensors on `device`, except the row ids, which only the host reads."""
 
     def moved(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -35,36 +35,36 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def uploaded_batches(batches: Iterator[Batch], device: torch.device) -> Generator[Batch]:
-    """Yield host batches on `device`; for a GPU the next one is made and sent meanwhile. Close it to end its thread."""
-    if device.type != "cuda":  # nothing would overlap: the host is the device
+    """Yield host batches on `device`; for a GPU the next one is prefetched. Close it to end its thread."""
+    if device.type != "cuda":  # nothing to overlap
         for batch in batches:
             yield on_device(batch, device)
         return
-    with closing(upload_ahead(_sent(batches, device))) as coming:
-        for batch, sent in coming:
+    with closing(prefetch(_sent(batches, device))) as sending:
+        for batch, sent in sending:
             now = torch.cuda.current_stream(device)
             now.wait_event(sent)
             for tensor in batch.tensors():
                 if tensor.is_cuda:
-                    tensor.record_stream(now)  # the other stream, whose memory it is, must not reuse it too early
+                    tensor.record_stream(now)  # else the copy stream could reuse its memory too early
             yield batch
 
 
-def upload_ahead(items: Iterator[T]) -> Generator[T]:
-    """Yield what `items` gives, in order, while a thread gets the next one; where that raises, raise when it is due."""
-    nothing: Any = object()
+def prefetch(items: Iterator[T]) -> Generator[T]:
+    """Yield the items in order while a thread fetches the next one; its exception is raised at that item."""
+    end: Any = object()
     with ThreadPoolExecutor(1, "batches") as thread:
-        coming = thread.submit(next, items, nothing)
-        while (item := coming.result()) is not nothing:
-            coming = thread.submit(next, items, nothing)
+        following = thread.submit(next, items, end)
+        while (item := following.result()) is not end:
+            following = thread.submit(next, items, end)
             yield item
 
 
 def _sent(batches: Iterator[Batch], device: torch.device) -> Iterator[tuple[Batch, torch.cuda.Event]]:
-    """Yield each batch on its way to the device, and when it is there."""
+    """Yield each batch with the event that its transfer has completed."""
     stream = torch.cuda.Stream(device)
     for batch in batches:
-        with torch.cuda.stream(stream):  # also makes `device` this thread's
+        with torch.cuda.stream(stream):  # also sets the thread's current device
             moved = on_device(batch, device)
             sent = stream.record_event()
         yield moved, sent

@@ -1,7 +1,6 @@
-"""Loader processes: they read a rank's rows and make of them what is asked for, so that the training process need not.
+"""Loader processes: they read a rank's rows and build the batches of its steps.
 
-A process reads rows by its kind of `WorkerSteps`, makes the batch of each whole step that it returns, and returns every
-n-th step, n being the number of processes.
+Each process reads rows through a subclass of `WorkerSteps` and returns every n-th step, for n processes.
 """
 
 from __future__ import annotations
@@ -25,77 +24,77 @@ from bigdssm.loader.lanes import LaneRows
 from bigdssm.utils.log import get_logger
 
 T = TypeVar("T")
-STEPS_AHEAD = 4  # that are read and made meanwhile, at least; two of each process
+STEPS_AHEAD = 4  # prefetched steps, at least; two per process
 log = get_logger(__name__)
 
 
 @dataclass
 class WorkerStep(Generic[T]):
-    """What was made of a rank's rows of one step, and what was met when they were read."""
+    """The result of a rank's rows of one step, and statistics of reading them."""
 
     step: int
-    what: T
+    value: T
     rows_planned: int
     rows_skipped: int
-    targets_skipped: int  # bad ones of rows that have others
+    targets_skipped: int  # bad targets of rows with other, good ones
     bad: list[BadRow]
 
     @classmethod
     def of(cls, read: LaneRows, make: Callable[[Rows], T]) -> WorkerStep[T]:
-        """Return what `make` makes of the rows that were read."""
+        """Return the result of `make` on the rows."""
         left_out = read.rows_planned - len(read.rows)
         return cls(read.rows.step, make(read.rows), read.rows_planned, left_out, read.targets_skipped, read.bad)
 
 
 class WorkerSteps(IterableDataset, Generic[T]):
-    """The steps of a rank, as `read` of its kind reads them."""
+    """The steps of a rank; subclasses implement `read`."""
 
     def __init__(self, make: Callable[[Rows], T]) -> None:
-        """`make` is called in whichever process has read a step."""
+        """`make` is called in the process that has read the step."""
         self._make = make
 
     @abstractmethod
     def read(self, process: int, processes: int) -> Iterator[LaneRows]:
-        """Yield the whole steps `process`, `process` + `processes`, … of those that there are."""
+        """Yield the steps at the indices `process`, `process` + `processes`, …."""
 
     def end(self) -> None:
-        """Have the processes end that do not wait for this one alone."""
+        """End processes that wait for other loader processes."""
 
     def __iter__(self) -> Iterator[WorkerStep[T] | str]:
-        """Yield the steps of this process, and as the last thing the message of whatever went wrong."""
+        """Yield the steps of this process; if one fails, the error message is the last item."""
         worker = get_worker_info()
         process, processes = (worker.id, worker.num_workers) if worker else (0, 1)
         if worker:
-            _one_core_each()
+            _use_one_core()
         return until_an_error(WorkerStep.of(read, self._make) for read in self.read(process, processes))
 
 
 def load(steps: WorkerSteps[T], num_workers: int) -> Generator[WorkerStep[T]]:
-    """Yield the steps in order, read in that many loader processes (0: in this one). Close it to end them.
+    """Yield the steps in order, read by `num_workers` processes (0: this one). Close it to end them.
 
-    Raises DataError: a process could not go on; PeerError: one died.
+    Raises DataError: reading failed; PeerError: a process died.
     """
     loader = DataLoader(
-        steps, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, worker_init_fn=_heed_only_the_parent,
+        steps, batch_size=None, num_workers=num_workers, collate_fn=_identity, worker_init_fn=_obey_parent_only,
         prefetch_factor=max(2, -(-STEPS_AHEAD // num_workers)) if num_workers else None,
-        generator=torch.Generator(),  # else it draws a seed from the one that dropout draws from, at a resume once more
+        generator=torch.Generator(),  # else it draws a seed from dropout's generator, once more at each resume
     )  # fmt: skip
     try:
         loaded = iter(loader)
         if num_workers:
-            _notice_deaths_when_reading()
-        for made in loaded:
-            if isinstance(made, str):
-                raise DataError(made)
-            yield made
-    except RuntimeError as error:  # torch's word for a loader process that was killed
+            _reset_sigchld()
+        for step in loaded:
+            if isinstance(step, str):
+                raise DataError(step)
+            yield step
+    except RuntimeError as error:  # raised by torch if a loader process was killed
         raise PeerError(f"a loader process died: {' '.join(str(error).split())}") from None
     finally:
         steps.end()
 
 
 def until_an_error(items: Iterator[T]) -> Iterator[T | str]:
-    """Yield the items, and as the last thing the message of whatever went wrong: all ranks must stop together."""
+    """Yield the items; on an error, yield its message instead of raising, so that all ranks can stop together."""
     try:
         yield from items
     except BigDSSMError as error:
@@ -105,34 +104,33 @@ def until_an_error(items: Iterator[T]) -> Iterator[T | str]:
         yield f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _notice_deaths_when_reading() -> None:
-    """Take torch's SIGCHLD handler away: it raises wherever the main thread happens to be, within a collective, too."""
+def _reset_sigchld() -> None:
+    """Remove torch's SIGCHLD handler: it raises anywhere in the main thread, even within a collective."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def _heed_only_the_parent(worker: int) -> None:
-    """Let a loader process end on its parent's SIGTERM alone.
+def _obey_parent_only(worker: int) -> None:
+    """Ignore SIGINT, and SIGTERM unless the parent sends it.
 
-    Launchers send the signal to every process below them, and a terminal its own: the rank needs its loaders to go on
-    to the step after which all ranks save.
+    Launchers and terminals signal the whole process group, but a rank needs its loaders until all ranks have saved.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    threading.Thread(target=_wait_for_sigterm, daemon=True).start()
 
 
-def _end_with_the_parent() -> None:
+def _wait_for_sigterm() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
-def _one_core_each() -> None:
-    """Let this loader process use one core: the processes are the parallelism."""
+def _use_one_core() -> None:
+    """Restrict this loader process to one core."""
     pa.set_cpu_count(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _as_it_is(made: Any) -> Any:
-    return made
+def _identity(item: Any) -> Any:
+    return item

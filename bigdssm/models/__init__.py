@@ -1,4 +1,4 @@
-"""Towers and the dual encoder, no data. Importing the package imports no torch: `declarations` needs none."""
+"""Towers, encoders and the dual encoder. Importing the package does not import torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from bigdssm.utils.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from bigdssm.models.dual_encoder import ALPHA_MAX, DualEncoder, Encoded, new_model
-    from bigdssm.models.encoders import SideSize, compile_layers, use_packing, use_plain_attention
+    from bigdssm.models.encoders import SideSize, compile_layers, use_eager_attention, use_packing
     from bigdssm.models.packed import (
         Packed,
         PackedLists,
@@ -39,15 +39,15 @@ __all__ = [
     "flash_runs_on",
     "new_model",
     "pack",
+    "use_eager_attention",
     "use_packing",
-    "use_plain_attention",
 ]
 
 __getattr__, __dir__ = lazy_attributes(
     __name__,
     {
         "bigdssm.models.dual_encoder": ["ALPHA_MAX", "DualEncoder", "Encoded", "new_model"],
-        "bigdssm.models.encoders": ["SideSize", "compile_layers", "use_packing", "use_plain_attention"],
+        "bigdssm.models.encoders": ["SideSize", "compile_layers", "use_packing", "use_eager_attention"],
         "bigdssm.models.packed": [
             "Packed",
             "PackedLists",

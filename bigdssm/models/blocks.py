@@ -14,126 +14,126 @@ from torch import Tensor, nn
 
 from bigdssm.models.packed import Attention, RowGroup, SequenceBounds
 
-HIDDEN = -1e9  # added to the score of what is not seen; not -inf, of which SiLU makes NaN
-TURNS_BASE = 10_000.0
+MASKED_SCORE = -1e9  # added to masked scores; -inf would give NaN through SiLU
+ROTARY_BASE = 10_000.0
 
 
 class AttentionLayout(NamedTuple):
-    """Where places of packed histories stand while they are attended over without a kernel: in groups, padded."""
+    """Padded layout of packed histories, in groups of similar length, for attention without a kernel."""
 
-    at: Tensor  # int64 [A]: among the places of all groups, one group behind the other
-    over: Tensor  # int64 [T]
-    newest_alone: bool  # one place of each history asks
+    query_slot: Tensor  # int64 [A]: index of each query position in the concatenated padded groups
+    key_slot: Tensor  # int64 [T]
+    newest_only: bool  # one query position per history
     groups: tuple[RowGroup, ...]
-    masks: tuple[Tensor, ...]  # of each group, as AttentionContext.mask
+    masks: tuple[Tensor, ...]  # per group, as AttentionContext.mask
 
 
 class AttentionContext(NamedTuple):
-    """Which places ask, and what they see; the same for all layers but the last, which may ask at one place alone.
+    """Query and key positions and the mask between them; shared by all layers, except the last one's query positions.
 
-    Packed histories are one row to a block: a place sees what it does within its own history. Its fields are in this
-    one tuple, since torch.compile looks for all that any call had in every call.
+    Packed histories are one row of a block: a position attends within its history only. All fields are in one tuple,
+    since torch.compile specializes on the set of arguments of a call.
     """
 
-    at: Tensor  # int64 [A] or [R, A]: each place in its history
-    over: Tensor  # int64 [T]
-    # bool, or float with the learned bias of a distance and HIDDEN where nothing is seen: [1 or R, 1 or h, A, T]
+    query_position: Tensor  # int64 [A] or [R, A]: position within its history
+    key_position: Tensor  # int64 [T]
+    # bool, or float: the learned bias of the distance, MASKED_SCORE where masked; [1 or R, 1 or h, A, T]
     mask: Tensor | None  # None: packed
-    fused: bool  # by the fused kernel, else multiplied out
+    fused: bool  # by the fused kernel, else eager
     rotary: bool
-    attention: Attention | None = None  # within packed histories, which lie at these offsets:
-    at_offsets: Tensor | None = None
-    over_offsets: Tensor | None = None
-    at_longest: int = 0
-    over_longest: int = 0
-    causal: bool = False  # else all of a history is seen, which its newest place does
+    attention: Attention | None = None  # kernel for packed histories at these offsets:
+    query_offsets: Tensor | None = None
+    key_offsets: Tensor | None = None
+    query_longest: int = 0
+    key_longest: int = 0
+    causal: bool = False  # else a query position attends over its whole history
     layout: AttentionLayout | None = None  # of packed histories, without a kernel
 
-    def each(self, by_mask: ByMask, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return [R, A, h * W], attention `by_mask` of padded histories, or of each group of packed ones."""
+    def apply_masked(self, attention: MaskedAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return [R, A, h * W]: `attention` over padded histories, or over each group of packed ones."""
         if self.layout is not None:
-            attended: Tensor = _in_groups(self.layout, by_mask, q[0], k[0], v[0])
+            attended: Tensor = _attend_in_groups(self.layout, attention, q[0], k[0], v[0])
             return attended.unsqueeze(0)
         assert self.mask is not None
-        return by_mask(q, k, v, self.mask).transpose(1, 2).flatten(2)
+        return attention(q, k, v, self.mask).transpose(1, 2).flatten(2)
 
-    def within(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return [1, A, h * W], attention of packed histories by a kernel, for q [1, h, A, W], k and v [1, h, T, W]."""
-        assert self.attention is not None and self.at_offsets is not None and self.over_offsets is not None
-        at, over = (
-            SequenceBounds(self.at_offsets, self.at_longest),
-            SequenceBounds(self.over_offsets, self.over_longest),
-        )
+    def apply_packed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return [1, A, h * W]: packed histories by the kernel, for q [1, h, A, W], k and v [1, h, T, W]."""
+        assert self.attention is not None and self.query_offsets is not None and self.key_offsets is not None
+        query_bounds = SequenceBounds(self.query_offsets, self.query_longest)
+        key_bounds = SequenceBounds(self.key_offsets, self.key_longest)
         q, k, v = (part[0].transpose(0, 1) for part in (q, k, v))
-        return self.attention(q, k, v, at, over, q.shape[2] ** -0.5, self.causal).flatten(1).unsqueeze(0)
+        attended = self.attention(q, k, v, query_bounds, key_bounds, q.shape[2] ** -0.5, self.causal)
+        return attended.flatten(1).unsqueeze(0)
 
 
-ByMask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+MaskedAttention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """[R, h, A, W] for q [R, h, A, W], k and v [R, h, T, W], and a mask that broadcasts to [R, h, A, T]."""
 
 
-def _in_groups(layout: AttentionLayout, by_mask: ByMask, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend_in_groups(layout: AttentionLayout, attention: MaskedAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return [A, h * W] for q [h, A, W], k and v [h, T, W]."""
-    num_over = [group.rows * group.longest for group in layout.groups]
-    num_at = [group.rows for group in layout.groups] if layout.newest_alone else num_over
-    found = []
+    num_keys = [group.rows * group.longest for group in layout.groups]
+    num_queries = [group.rows for group in layout.groups] if layout.newest_only else num_keys
+    outputs = []
     for group, mask, *parts in zip(
-        layout.groups, layout.masks, _laid(q, layout.at, num_at), _laid(k, layout.over, num_over),
-        _laid(v, layout.over, num_over), strict=True,
+        layout.groups, layout.masks, _pad_groups(q, layout.query_slot, num_queries),
+        _pad_groups(k, layout.key_slot, num_keys), _pad_groups(v, layout.key_slot, num_keys), strict=True,
     ):  # fmt: skip
-        own_q, own_k, own_v = (part.unflatten(0, (group.rows, -1)).transpose(1, 2) for part in parts)
-        found.append(by_mask(own_q, own_k, own_v, mask).transpose(1, 2).flatten(0, 1).flatten(1))
-    return torch.cat(found).index_select(0, layout.at)
+        group_q, group_k, group_v = (part.unflatten(0, (group.rows, -1)).transpose(1, 2) for part in parts)
+        outputs.append(attention(group_q, group_k, group_v, mask).transpose(1, 2).flatten(0, 1).flatten(1))
+    return torch.cat(outputs).index_select(0, layout.query_slot)
 
 
-def _laid(x: Tensor, place: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    """Return each group's [size, h, W] of x [h, A, W], zeros where its rows end earlier."""
-    return x.new_zeros((sum(sizes), x.shape[0], x.shape[2])).index_copy_(0, place, x.transpose(0, 1)).split(sizes)
+def _pad_groups(x: Tensor, slot: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """Return [size, h, W] per group for x [h, A, W], zeros as padding."""
+    return x.new_zeros((sum(sizes), x.shape[0], x.shape[2])).index_copy_(0, slot, x.transpose(0, 1)).split(sizes)
 
 
-def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a mask as what is added to scores, of their `dtype`."""
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask as a term to add to scores, in their `dtype`."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, HIDDEN)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, MASKED_SCORE)
 
 
-def split(x: Tensor, heads: int) -> Tensor:
+def split_heads(x: Tensor, heads: int) -> Tensor:
     """Return [R, h, A, W] for [R, A, h * W]."""
     return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, sight: AttentionContext) -> Tensor:
-    """Return [R, A, h * W]: softmax(q kᵀ / √W) v over what is seen, for q [R, h, A, W] and k, v [R, h, T, W]."""
-    if sight.rotary:
-        q, k = turned(q, sight.at), turned(k, sight.over)
-    if sight.attention is not None:
-        return sight.within(q, k, v)
-    return sight.each(nn.functional.scaled_dot_product_attention if sight.fused else _multiplied_out, q, k, v)
+def attend(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+    """Return [R, A, h * W]: masked softmax(q kᵀ / √W) v, for q [R, h, A, W] and k, v [R, h, T, W]."""
+    if context.rotary:
+        q, k = rotate(q, context.query_position), rotate(k, context.key_position)
+    if context.attention is not None:
+        return context.apply_packed(q, k, v)
+    attention = nn.functional.scaled_dot_product_attention if context.fused else _eager_attention
+    return context.apply_masked(attention, q, k, v)
 
 
-def _multiplied_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def _eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
-    # In bfloat16, too, softmax adds up in float32.
-    return torch.softmax(scores + added(mask, scores.dtype), dim=3) @ v
+    # softmax accumulates in float32 in bfloat16, too
+    return torch.softmax(scores + additive_mask(mask, scores.dtype), dim=3) @ v
 
 
-def turned(x: Tensor, place: Tensor) -> Tensor:
-    """Return [R, h, A, W] turned by its places [A] or [R, A]: products then depend on the distance of two places.
+def rotate(x: Tensor, position: Tensor) -> Tensor:
+    """Apply rotary embeddings to [R, h, A, W] by positions [A] or [R, A]; products then depend on the distance only.
 
-    Source: Su et al. 2021 (RoFormer), eq. 34; the pairs of numbers are those of both halves.
+    The rotated pairs are (i, i + W / 2). Source: Su et al. 2021 (RoFormer), eq. 34.
     """
     half = x.shape[3] // 2
-    speed = TURNS_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = place.unsqueeze(-1) * speed
-    angle = angle if place.dim() == 1 else angle.unsqueeze(1)  # all heads
+    frequency = ROTARY_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = position.unsqueeze(-1) * frequency
+    angle = angle if position.dim() == 1 else angle.unsqueeze(1)  # all heads
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=3)
 
 
 class SasrecBlock(nn.Module):
-    """A pre-norm transformer layer whose queries may stand at fewer places than its keys.
+    """A pre-norm transformer layer with possibly fewer query positions than key positions.
 
     Source: Kang and McAuley 2018 (SASRec), eq. 2 to 6.
     """
@@ -151,18 +151,18 @@ class SasrecBlock(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, at: Tensor, over: Tensor, sight: AttentionContext) -> Tensor:
-        """Return [R, A, E] at places `at` [R, A, E] attending over [R, T, E]."""
-        q = split(self.query(self.attention_norm(at)), self.heads)
-        k, v = (split(part, self.heads) for part in self.key_value(self.attention_norm(over)).chunk(2, dim=2))
-        hidden = at + self.dropout(self.output(attend(q, k, v, sight)))
+    def forward(self, x: Tensor, memory: Tensor, context: AttentionContext) -> Tensor:
+        """Return [R, A, E] for `x` [R, A, E] at the query positions, attending over `memory` [R, T, E]."""
+        q = split_heads(self.query(self.attention_norm(x)), self.heads)
+        k, v = (split_heads(part, self.heads) for part in self.key_value(self.attention_norm(memory)).chunk(2, dim=2))
+        hidden = x + self.dropout(self.output(attend(q, k, v, context)))
         return hidden + self.dropout(self.feedforward(hidden))
 
 
 class GatedBlock(nn.Module):
     """x + gate(norm x) * branch(norm x), for attention and then a SwiGLU feed-forward layer.
 
-    Source: Borisyuk et al. 2025 (LiGR) for the gates; Tikhonovich et al. 2025 (eSASRec) for them in SASRec; Shazeer
+    Source: Borisyuk et al. 2025 (LiGR) for the gates; Tikhonovich et al. 2025 (eSASRec) for gates in SASRec; Shazeer
     2020 for SwiGLU.
     """
 
@@ -175,20 +175,20 @@ class GatedBlock(nn.Module):
         self.attention_gate, self.feedforward_gate = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, at: Tensor, over: Tensor, sight: AttentionContext) -> Tensor:
-        """Return [R, A, E] at places `at` [R, A, E] attending over [R, T, E]."""
-        normed = self.attention_norm(at)
-        q = split(self.query(normed), self.heads)
-        normed_over = normed if over is at else self.attention_norm(over)
-        k, v = (split(part, self.heads) for part in self.key_value(normed_over).chunk(2, dim=2))
+    def forward(self, x: Tensor, memory: Tensor, context: AttentionContext) -> Tensor:
+        """Return [R, A, E] for `x` [R, A, E] at the query positions, attending over `memory` [R, T, E]."""
+        normed = self.attention_norm(x)
+        q = split_heads(self.query(normed), self.heads)
+        normed_memory = normed if memory is x else self.attention_norm(memory)
+        k, v = (split_heads(part, self.heads) for part in self.key_value(normed_memory).chunk(2, dim=2))
         gate = torch.sigmoid(self.attention_gate(normed))
-        hidden = at + self.dropout(gate * self.output(attend(q, k, v, sight)))
+        hidden = x + self.dropout(gate * self.output(attend(q, k, v, context)))
         normed = self.feedforward_norm(hidden)
         return hidden + self.dropout(torch.sigmoid(self.feedforward_gate(normed)) * self.feedforward(normed))
 
 
 class SwiGlu(nn.Module):
-    """A feed-forward layer: the product of a linear layer and SiLU of another, through a third."""
+    """A feed-forward layer: linear(SiLU(linear(x)) * linear(x))."""
 
     def __init__(self, dim: int, wide: int) -> None:
         super().__init__()
@@ -202,9 +202,9 @@ class SwiGlu(nn.Module):
 
 
 class RootMeanSquareNorm(nn.Module):
-    """x over its root mean square, times a weight. Source: Zhang and Sennrich 2019, eq. 4.
+    """RMSNorm; `nn.RMSNorm` takes 3 times as long on a CPU, forward and backward.
 
-    Written with a norm, since on a CPU `nn.RMSNorm` takes 3 times as long, forward and backward.
+    Source: Zhang and Sennrich 2019, eq. 4.
     """
 
     EPS = 1e-6
@@ -220,10 +220,10 @@ class RootMeanSquareNorm(nn.Module):
 
 
 class HstuBlock(nn.Module):
-    """Attention without a softmax: each place's weight is SiLU of its score, and U gates what comes of it.
+    """HSTU layer: attention weights SiLU(score) in place of a softmax, and an output gated by U.
 
-    The sum is divided by the number of places that are seen, where the authors divide by the longest history's: then
-    padding changes nothing, and the norm behind it takes the scale out either way. Source: Zhai et al. 2024 (HSTU),
+    The sum is divided by the number of attended positions, where the authors divide by the longest history: padding
+    then changes nothing, and the following norm removes the scale either way. Source: Zhai et al. 2024 (HSTU),
     eq. 1 to 3.
     """
 
@@ -231,22 +231,22 @@ class HstuBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm, self.attended_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        # One linear layer in two halves, U and Q, K and V: the last layer needs the first where it is read alone.
+        # Two halves of one linear layer: the last block applies (U, Q) at the newest position only.
         self.gate_query, self.key_value = nn.Linear(dim, 2 * dim), nn.Linear(dim, 2 * dim)
         self.output = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, at: Tensor, over: Tensor, sight: AttentionContext) -> Tensor:
-        """Return [R, A, E] at places `at` [R, A, E] attending over [R, T, E]."""
-        normed = self.norm(at)
-        normed_over = normed if over is at else self.norm(over)
+    def forward(self, x: Tensor, memory: Tensor, context: AttentionContext) -> Tensor:
+        """Return [R, A, E] for `x` [R, A, E] at the query positions, attending over `memory` [R, T, E]."""
+        normed = self.norm(x)
+        normed_memory = normed if memory is x else self.norm(memory)
         gate, query = nn.functional.silu(self.gate_query(normed)).chunk(2, dim=2)
-        key, value = nn.functional.silu(self.key_value(normed_over)).chunk(2, dim=2)
-        q, k, v = (split(part, self.heads) for part in (query, key, value))
-        attended = sight.each(_pointwise, q, k, v) / (sight.at + 1).unsqueeze(-1)
-        return at + self.output(self.dropout(gate * self.attended_norm(attended)))
+        key, value = nn.functional.silu(self.key_value(normed_memory)).chunk(2, dim=2)
+        q, k, v = (split_heads(part, self.heads) for part in (query, key, value))
+        attended = context.apply_masked(_pointwise, q, k, v) / (context.query_position + 1).unsqueeze(-1)
+        return x + self.output(self.dropout(gate * self.attended_norm(attended)))
 
 
 def _pointwise(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     scores = q @ k.transpose(2, 3)
-    return nn.functional.silu(scores + added(mask, scores.dtype)) @ v
+    return nn.functional.silu(scores + additive_mask(mask, scores.dtype)) @ v

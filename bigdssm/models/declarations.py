@@ -1,4 +1,4 @@
-"""Sequence blocks, text encoders and scorers with their keys; torch-free until one is built."""
+"""Config keys of sequence blocks, text encoders and scorers; torch is imported when one is built."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Sasrec(HistoryEncoderConfig):
     """LayerNorm, attention and a feed-forward layer (Kang and McAuley 2018)."""
 
     block: str = "sasrec"
-    feedforward: int = bounded(2, 1, 64)  # width of the feed-forward layer over the item vectors'
+    feedforward: int = bounded(2, 1, 64)  # width of the feed-forward layer, as a multiple of the item vectors'
 
     def build(self, dim: int) -> nn.Module:
         """Return SASRec's layer."""
@@ -53,7 +53,7 @@ class Gated(Sasrec):
     block: str = "gated"
 
     def build(self, dim: int) -> nn.Module:
-        """Return the layer with gates."""
+        """Return the gated layer."""
         from bigdssm.models.blocks import GatedBlock
 
         return GatedBlock(dim, self.heads, self.feedforward, self.dropout)
@@ -83,19 +83,16 @@ class Bert(TextEncoderConfig):
 
     type: str = "bert"
     init: str | None = None  # folder of a Hugging Face model; layers, hidden and heads are then the folder's
-    keep_layers: int = bounded(0, 0, 1024)  # with init: the first so many of its layers, for a lighter tower; 0: all
+    keep_layers: int = bounded(0, 0, 1024)  # with init: number of its first layers to keep, for a lighter tower; 0: all
     layers: int = bounded(2, 1, 1024)
     hidden: int = bounded(128, 1, MAX_WIDTH)
     heads: int = bounded(2, 1, 1024)
     pooling: Literal["mean", "cls"] = "mean"
 
     def check(self, key: str) -> None:
-        """Raise ConfigError: layers to keep of nothing, or heads that do not divide the width."""
+        """Raise ConfigError: keep_layers without init, or heads that do not divide the width."""
         if self.init is None and self.keep_layers:
-            raise ConfigError(
-                f"{key}.keep_layers: got {self.keep_layers}, needs an init folder to keep them of; without one "
-                "`layers` says how many there are"
-            )
+            raise ConfigError(f"{key}.keep_layers: got {self.keep_layers}, needs {key}.init; without it, set `layers`")
         if self.init is None and self.hidden % self.heads:
             raise ConfigError(f"{key}.hidden: got {self.hidden}, needs a multiple of {key}.heads={self.heads}")
 
@@ -115,7 +112,7 @@ class Bert(TextEncoderConfig):
         return BertEncoder(architecture, self.pooling)
 
     def load_pretrained(self, encoder: nn.Module) -> None:
-        """Load the folder's weights, where one is named."""
+        """Load the weights of the `init` folder, if there is one."""
         from bigdssm.models.encoders.bert import BertEncoder, load_pretrained
 
         assert isinstance(encoder, BertEncoder)
@@ -123,11 +120,11 @@ class Bert(TextEncoderConfig):
             load_pretrained(encoder, self.init)
 
     def write_architecture(self, architecture: Any, folder: Path) -> None:
-        """Write the file of transformers."""
+        """Write the config file of transformers."""
         architecture.save_pretrained(folder)
 
     def read_architecture(self, folder: Path) -> Any:
-        """Return the PretrainedConfig of the file."""
+        """Return the PretrainedConfig of a folder."""
         from transformers import AutoConfig
 
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -136,63 +133,63 @@ class Bert(TextEncoderConfig):
 @SCORERS.register
 @dataclass(frozen=True)
 class MlpConfig(ScorerConfig):
-    """An MLP on [u, w, u * w] that scores in place of the product, and learns with the towers."""
+    """An MLP on [u, w, u * w] that replaces the product, and is trained with the towers."""
 
     name: str = "mlp"
     hidden: tuple[int, ...] = bounded((64,), 1, MAX_WIDTH)  # widths of the hidden layers, at least one
 
     def build(self, model: ModelConfig, schema: Any, texts: Mapping[str, Any]) -> Any:
-        """Return a new scorer of a model."""
+        """Return a new scorer for a model."""
         from bigdssm.models.scorers import MlpScorer
 
         return MlpScorer(model.dim, self.hidden)
 
     def check_in_stage(self, name: StageName, config: Config) -> None:
-        """Raise ConfigError unless the stage gives it documents, and both towers' vectors at once."""
-        _check_listed(self, name, config)
+        """Raise ConfigError unless the stage has candidates per query, and encodes both towers at once."""
+        _check_candidates(self, name, config)
         require(len(self.hidden) > 0, f"{name}.scorer.hidden", "[]", "at least one width")
         every = config.stage(name).negatives.mining.every_steps
         require(
             every == 0, f"{name}.negatives.mining.every_steps", every,
-            f"0 with {name}.scorer.name=mlp, which trains no vectors to search by",
+            f"0 with {name}.scorer.name=mlp, which trains no vectors to search with",
         )  # fmt: skip
         chunk = config.engine.chunk_tokens
         require(
-            chunk == 0, "engine.chunk_tokens", chunk, f"0 with {name}.scorer.name=mlp: it needs both towers at once"
+            chunk == 0, "engine.chunk_tokens", chunk, f"0 with {name}.scorer.name=mlp, which needs both towers at once"
         )
 
 
 @SCORERS.register
 @dataclass(frozen=True)
 class CrossEncoderConfig(ScorerConfig):
-    """A BERT over both sides' texts as one, started from the document tower's, added to the product."""
+    """A BERT over the texts of both sides, initialized from the document tower's and added to the product."""
 
     name: str = "cross_encoder"
 
     def build(self, model: ModelConfig, schema: Any, texts: Mapping[str, Any]) -> Any:
-        """Return a new scorer of a model. Raises ConfigError: a side without text, or no BERT."""
+        """Return a new scorer for a model. Raises ConfigError: a side without text, or no BERT."""
         from bigdssm.models.scorers import CrossEncoder
 
         return CrossEncoder.build(model, schema, texts)
 
     def check_in_stage(self, name: StageName, config: Config) -> None:
-        """Raise ConfigError unless the stage lists documents, and trains nothing of the towers, which are frozen."""
-        _check_listed(self, name, config)
+        """Raise ConfigError unless the stage has candidates per query, and nothing that trains the frozen towers."""
+        _check_candidates(self, name, config)
         stage, given = config.stage(name), f"0 with {name}.scorer.name=cross_encoder"
         every, penalty = stage.negatives.mining.every_steps, stage.loss.norm_penalty
         require(
             every == 0, f"{name}.negatives.mining.every_steps", every,
-            f"{given}, whose towers stay as they are, so that the same would be mined",
+            f"{given}: its towers are frozen, so mining again gives the same negatives",
         )  # fmt: skip
-        require(penalty == 0, f"{name}.loss.norm_penalty", penalty, f"{given}: it has no vectors")
+        require(penalty == 0, f"{name}.loss.norm_penalty", penalty, f"{given}, which trains no vectors")
 
 
-def _check_listed(scorer: ScorerConfig, name: StageName, config: Config) -> None:
-    """Raise ConfigError unless a fine-tuning stage lists documents for each query."""
+def _check_candidates(scorer: ScorerConfig, name: StageName, config: Config) -> None:
+    """Raise ConfigError unless the stage is `sft` and has candidates per query."""
     stage, of = config.stage(name), f"{name}.scorer.name"
     require(
         not stage.loss.all_columns and not stage.negatives.in_batch, of, scorer.name,
-        "a loss other than fps, negatives.in_batch=false and negatives.hard: it scores documents given for each query",
+        "a loss other than fps, negatives.in_batch=false and negatives.hard: it scores candidates per query",
     )  # fmt: skip
-    require(name == "sft", of, scorer.name, "the stage sft: mining needs a model that can search")
-    require(not stage.loss.widths, of, scorer.name, "loss.widths=[]: it takes vectors whole")
+    require(name == "sft", of, scorer.name, "the stage sft: mining needs a pretrained model")
+    require(not stage.loss.widths, of, scorer.name, "loss.widths=[]: it takes vectors of full width")

@@ -15,8 +15,8 @@ from bigdssm.errors import ConfigError
 from bigdssm.features import Feature
 from bigdssm.models.embedding_tables import INIT_STD, EmbeddingTables
 from bigdssm.models.encoders import (
+    BuildContext,
     Encoder,
-    Parts,
     TextEncoder,
     build_encoder,
     text_architectures,
@@ -29,20 +29,20 @@ from bigdssm.models.scorers import PREFIX, Scorer
 
 
 def query_head(U: Tensor) -> Tensor:
-    """Return a query's part of the score, [u, 1]: float32 [m, D+1]."""
+    """Return the query factor of the score, [u, 1]: float32 [m, D+1]."""
     U = U.float()
     return torch.cat([U, torch.ones_like(U[:, :1])], dim=1)
 
 
 def document_head(W: Tensor, alpha: Tensor | float, beta: Tensor | None) -> Tensor:
-    """Return a document's part of the score, [alpha * w, beta], beta 0 where there is none: float32 [n, D+1]."""
+    """Return the document factor of the score, [alpha * w, beta], beta 0 if there is none: float32 [n, D+1]."""
     W = W.float()
     beta_n1 = torch.zeros_like(W[:, :1]) if beta is None else beta.float().unsqueeze(1)
     return torch.cat([alpha * W, beta_n1], dim=1)
 
 
 class _ByFeature(nn.ModuleDict):
-    """Modules by feature, which may be called `type` or `items` as methods of a module are."""
+    """Modules by feature; unlike nn.ModuleDict, names such as `type` or `items` are allowed."""
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
         self._modules[key] = module
@@ -51,23 +51,23 @@ class _ByFeature(nn.ModuleDict):
 class Tower(nn.Module):
     """One side of the dual encoder."""
 
-    def __init__(self, features: Mapping[str, Feature], parts: Parts, dim: int) -> None:
+    def __init__(self, features: Mapping[str, Feature], context: BuildContext, dim: int) -> None:
         super().__init__()
-        self.residual = parts.config.residual
-        encoders = {name: build_encoder(feature, parts) for name, feature in features.items()}
-        self.encoders = _ByFeature({name: e for name, e in encoders.items() if not e.is_pretrained_part})
-        self._models_own = (
-            {name: e for name, e in encoders.items() if e.is_pretrained_part},
-        )  # not modules of the tower
+        self.residual = context.config.residual
+        encoders = {name: build_encoder(feature, context) for name, feature in features.items()}
+        self.encoders = _ByFeature({name: e for name, e in encoders.items() if not e.is_shared})
+        self._shared_encoders = ({name: e for name, e in encoders.items() if e.is_shared},)  # not modules of the tower
         widths = {name: encoder.dim for name, encoder in self._all().items()}
-        self._check_residual(parts.side, widths, dim)
+        self._check_residual(context.side, widths, dim)
         width = sum(width for name, width in widths.items() if name != self.residual)
-        self.mlp = _mlp(width, parts.config, dim) if width else None
+        self.mlp = _mlp(width, context.config, dim) if width else None
 
-    def forward(self, features: Mapping[str, Values], places: QueryPositions | None = None) -> Tensor:
-        """Return [R, D] for one side's features of R rows, or [m, D] for queries at `places` of them."""
+    def forward(self, features: Mapping[str, Values], query_positions: QueryPositions | None = None) -> Tensor:
+        """Return [R, D] for one side's features of R rows, or [m, D] for queries at `query_positions` of them."""
         parts = {
-            name: encoder(features[name]) if places is None else encoder.at(features[name], places)
+            name: encoder(features[name])
+            if query_positions is None
+            else encoder.at_positions(features[name], query_positions)
             for name, encoder in self._all().items()
         }
         residual = parts.pop(self.residual) if self.residual else None
@@ -77,18 +77,18 @@ class Tower(nn.Module):
         output: Tensor = self.mlp(torch.cat(list(parts.values()), dim=1))
         return output if residual is None else output + residual
 
-    def packs(self, training: bool) -> frozenset[str]:
-        """Return the features whose lists may come packed."""
-        return frozenset(name for name, encoder in self._all().items() if encoder.packs(training))
+    def accepts_packed(self, training: bool) -> frozenset[str]:
+        """Return the features whose lists may be packed."""
+        return frozenset(name for name, encoder in self._all().items() if encoder.accepts_packed(training))
 
     def flops(self, size: SideSize) -> float:
-        """Return the operations of a forward's matrix products over a side of a batch, padding left out."""
-        own = 0.0 if self.mlp is None else size.vectors * linear_flops(self.mlp)
-        return own + sum(encoder.flops(name, size) for name, encoder in self._all().items())
+        """Return the operations of a forward's matrix products over one side of a batch, without padding."""
+        mlp_flops = 0.0 if self.mlp is None else size.vectors * linear_flops(self.mlp)
+        return mlp_flops + sum(encoder.flops(name, size) for name, encoder in self._all().items())
 
     def _all(self) -> dict[str, Encoder]:
-        """Return the encoders by feature, the model's own last: the order in which their vectors stand."""
-        return {**self.encoders, **self._models_own[0]}  # type: ignore[dict-item]
+        """Return the encoders by feature, shared ones last: the order of the concatenation."""
+        return {**self.encoders, **self._shared_encoders[0]}  # type: ignore[dict-item]
 
     def _check_residual(self, side: str, widths: dict[str, int], dim: int) -> None:
         if self.residual is None:
@@ -110,7 +110,7 @@ def _mlp(width: int, config: TowerConfig, dim: int) -> nn.Sequential:
         layers += [nn.Linear(width, hidden), nn.GELU(), nn.Dropout(config.dropout)]
         width = hidden
     head = nn.Linear(width, dim)
-    if config.residual:  # starts as a small addition to what the residual says
+    if config.residual:  # starts as a small addition to the residual
         nn.init.normal_(head.weight, std=INIT_STD)
         nn.init.zeros_(head.bias)
     return nn.Sequential(*layers, head)
@@ -120,20 +120,20 @@ ALPHA_MAX = 100.0
 
 
 class Encoded(NamedTuple):
-    """What one forward returns; a side not asked for is None. A tuple: ZeRO-3 looks for tensors in tuples only."""
+    """The result of one forward; a side that was not requested is None. A tuple: ZeRO-3 hooks search tuples only."""
 
     U: Tensor | None  # [m, D]
     W: Tensor | None  # [n, D]
     beta: Tensor | None  # [n]
     alpha: Tensor  # [1]
-    scores: Tensor | None = None  # by the model's scorer: [m, l] of the documents listed for each query, [p] of pairs
+    scores: Tensor | None = None  # of the model's scorer: [m, l] of candidates, [p] of pairs
 
 
 class DualEncoder(nn.Module):
-    """Query tower, document tower (of a siamese schema one), alpha, and beta: a head of the latter, or one for all.
+    """Query tower, document tower (one tower for a siamese schema), alpha, and beta per document or as a scalar.
 
-    Weights are new; `texts` are the architectures of its text encoders, by `text_keys`. `scorer` scores in place of the
-    product; where it does not take the towers' vectors, the towers stay as they are. Source: Huang et al. 2013 (DSSM);
+    Weights are new; `texts` are the architectures of the text encoders, by `text_keys`. `scorer` replaces or extends
+    the product; if it does not take the towers' vectors, the towers are frozen. Source: Huang et al. 2013 (DSSM);
     Radford et al. 2021 (CLIP) for the learned scale.
     """
 
@@ -151,8 +151,8 @@ class DualEncoder(nn.Module):
         keys, configs = text_keys(config, schema), text_configs(config, schema)
         self.text = nn.ModuleDict({key: text.build(texts[key]) for key, text in configs.items()})
         if not schema.siamese:
-            self.query_tower = Tower(schema.query, self._parts("query", keys.get("query")), config.dim)
-        self.doc_tower = Tower(schema.doc, self._parts("doc", keys.get("doc")), config.dim)
+            self.query_tower = Tower(schema.query, self._build_context("query", keys.get("query")), config.dim)
+        self.doc_tower = Tower(schema.doc, self._build_context("doc", keys.get("doc")), config.dim)
         if schema.siamese:  # a plain attribute: parameters and state have the tower once
             object.__setattr__(self, "query_tower", self.doc_tower)
         self.beta_head = _beta_head(config.dim) if config.beta == "document" else None
@@ -165,30 +165,30 @@ class DualEncoder(nn.Module):
                 parameter.requires_grad_(name.startswith(PREFIX))
 
     def load_towers(self, state: Mapping[str, Tensor]) -> None:
-        """Load all weights of a model without a scorer; where this one has one, it is new.
+        """Load all weights of a model without a scorer, and initialize this model's scorer, if any.
 
-        Raises RuntimeError: `state` is not that of such a model.
+        Raises RuntimeError: `state` does not belong to such a model.
         """
-        if scored := Scorer.named(state):
-            raise RuntimeError(f"it has a scorer of its own, with {', '.join(scored)}")
-        self.load_state_dict({**state, **Scorer.named(self.state_dict())})
+        if scored := Scorer.weights_in(state):
+            raise RuntimeError(f"it has a scorer, with {', '.join(scored)}")
+        self.load_state_dict({**state, **Scorer.weights_in(self.state_dict())})
         if self.scorer is not None:
-            self.scorer.begin(dict(self.text.items()))
+            self.scorer.initialize(dict(self.text.items()))
 
     def forward(
         self,
         query: Mapping[str, Values] | None = None,
         doc: Mapping[str, Values] | None = None,
-        listed: Tensor | None = None,
-        places: QueryPositions | None = None,
+        candidates: Tensor | None = None,
+        query_positions: QueryPositions | None = None,
         paired: bool = False,
     ) -> Encoded:
-        """Encode queries, documents, or both; alpha always comes along (ZeRO-3 hides it outside the forward).
+        """Encode queries, documents, or both; alpha is always returned (ZeRO-3 hides it outside the forward).
 
-        A row of `query` is one query that has seen its whole history; with `places` they are the m queries, each of
-        which has seen the beginning of its row's: histories are encoded in one pass, all else once a row.
-        listed int64 [m, l]: documents, by their place in `doc`, to score for each query by the MLP. paired: score row i
-        of both sides as a pair, by a scorer that reads features, beside the product, and encode nothing.
+        Without `query_positions`, a row of `query` is one query with its whole history. With them, there are m queries,
+        each with a prefix of its row's history: histories are encoded in one pass, other features once per row.
+        candidates int64 [m, l]: rows of `doc` to score for each query with the MLP. paired: only score row i of both
+        sides as a pair, with a scorer that takes features.
         """
         alpha = _clamp_above(self.log_alpha.float().exp(), ALPHA_MAX)
         if paired:
@@ -196,56 +196,56 @@ class DualEncoder(nn.Module):
             return Encoded(None, None, None, alpha, self.scorer(query, doc))
         U = W = beta = scores = None
         if query is not None:
-            U = self._scored(self.query_tower(query, places))
+            U = self._normalized(self.query_tower(query, query_positions))
         if doc is not None:
             output = self.doc_tower(doc)
-            W = self._scored(output)
+            W = self._normalized(output)
             if self.beta_head is not None:
                 beta = self.beta_head(output).squeeze(1)
             elif self.beta is not None:
                 # shape[0], not len(): an export would fix the number of rows
                 beta = self.beta.float() + W.new_zeros(W.shape[0], dtype=torch.float32)
-        if listed is not None:
+        if candidates is not None:
             assert U is not None and W is not None and self.scorer is not None
-            scores = self.scorer(U[:, None], W[listed])
+            scores = self.scorer(U[:, None], W[candidates])
         return Encoded(U, W, beta, alpha, scores)
 
     def checkpoint_activations(self) -> None:
-        """Have the transformers, whose activations grow with the length, compute them again in the backward."""
+        """Recompute the activations of the transformers in the backward."""
         for module in self.modules():
             if isinstance(module, Encoder):
                 module.checkpoint_activations()
 
-    def packs(self, training: bool) -> PackedLists:
-        """Return the features of both sides whose lists may come packed."""
-        return PackedLists(self.query_tower.packs(training), self.doc_tower.packs(training))
+    def accepts_packed(self, training: bool) -> PackedLists:
+        """Return the features of both sides whose lists may be packed."""
+        return PackedLists(self.query_tower.accepts_packed(training), self.doc_tower.accepts_packed(training))
 
     def flops(self, query: SideSize, doc: SideSize) -> float:
-        """Return the operations of matrix products in one forward over both sides of a batch, padding left out.
+        """Return the operations of matrix products in one forward over both sides of a batch, without padding.
 
-        It is the least that has to be computed; a backward takes twice as many. A linear layer takes
-        2 · inputs · outputs a row or token, attention over t tokens 4 · t² · width a layer.
+        This is a lower bound; a backward takes twice as many. A linear layer takes 2 · inputs · outputs per row or
+        token, attention over t tokens 4 · t² · width per layer.
         """
         return self.query_tower.flops(query) + self.doc_tower.flops(doc)
 
-    def _scored(self, vectors: Tensor) -> Tensor:
+    def _normalized(self, vectors: Tensor) -> Tensor:
         if self.config.score != "cosine":
             return vectors
         if not torch.is_autocast_enabled(vectors.device.type):
             return nn.functional.normalize(vectors, dim=1)
-        # which would round the norms to its dtype: the same error in all scores of a vector
+        # autocast would round the norms to its dtype: the same error in all scores of a vector
         with torch.autocast(vectors.device.type, enabled=False):
             return nn.functional.normalize(vectors.float(), dim=1)
 
-    def _parts(self, side: str, text_key: str | None) -> Parts:
+    def _build_context(self, side: str, text_key: str | None) -> BuildContext:
         text = None if text_key is None else cast(TextEncoder, self.text[text_key])
-        return Parts(side, getattr(self.config, side), self.tables, self.config.doc.embedding_dim, text)
+        return BuildContext(side, getattr(self.config, side), self.tables, self.config.doc.embedding_dim, text)
 
 
 def new_model(
     config: ModelConfig, schema: Schema, pad_token_id: int = 0, vocab_size: int = 0, scorer: ScorerConfig | None = None
 ) -> DualEncoder:
-    """Return a model to train: new weights, and those of the pretrained folders that `config` names.
+    """Return a model to train, with new weights and those of the pretrained folders in `config`.
 
     `vocab_size` is the tokenizer's (0 without text features). Raises ConfigError: a folder that does not fit.
     """
@@ -263,7 +263,7 @@ def _beta_head(dim: int) -> nn.Linear:
 
 
 class _ClampAbove(torch.autograd.Function):
-    """min(x, top) whose gradient still passes where it would lower x: a plain clamp would stick at the top."""
+    """min(x, top) that keeps gradients that lower x: with a plain clamp, x would stay at the top."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, top: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Embedding tables: storage behind one module, look-ups through names, so that storage can change alone."""
+"""Embedding tables of all categorical features, looked up by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INIT_STD = 0.02  # BERT's
 
 
 class EmbeddingTables(nn.Module):
-    """The tables of all categorical features of both sides; a history reads its item's table by the same name.
+    """The tables of all categorical features of both sides; a history uses the table of its items.
 
     Shapes: R rows, K values or items, E table width.
     """
@@ -28,7 +28,7 @@ class EmbeddingTables(nn.Module):
             self.tables[table_name(side, feature.name)] = _table(feature.num_codes, widths[side])
 
     def grow(self, schema: Schema) -> dict[str, tuple[int, int]]:
-        """Lengthen the tables to what `schema` needs, known rows kept; return (rows before, now) by table that grew."""
+        """Extend the tables to the vocabularies of `schema`; return (rows before, now) by extended table."""
         grown = {}
         for side, feature in _tabled(schema):
             name = table_name(side, feature.name)
@@ -42,20 +42,20 @@ class EmbeddingTables(nn.Module):
         return grown
 
     def look_up(self, name: str, codes: Tensor) -> Tensor:
-        """Return the vectors [*codes.shape, E] of int64 `codes` in table `name`; padding (0) gives zeros."""
+        """Return the vectors [*codes.shape, E] of int64 `codes` in table `name`; zeros for padding."""
         vectors: Tensor = self.tables[name](codes)
         return vectors
 
 
 def table_name(side: str, name: str) -> str:
-    """Return the name of the table of the feature `name` of `side` (query or doc)."""
+    """Return the name of the table of a feature; `side` is query or doc."""
     return f"{side}_{name}"
 
 
 def _tabled(schema: Schema) -> Iterator[tuple[str, Feature]]:
     for side, features in schema.sides.items():
         if side == "query" and schema.siamese:
-            continue  # the documents' are the queries' too
+            continue  # shared with the documents
         for feature in features.values():
             if feature.num_codes:
                 yield side, feature

@@ -24,7 +24,7 @@ from bigdssm.features.ragged import Column
 from bigdssm.loader.batch import lengths_of
 from bigdssm.loader.chunks import Chunked
 from bigdssm.loader.collate import Collator
-from bigdssm.loader.step_plan import NOTHING_PACKED, agreed_plan, plan_side
+from bigdssm.loader.step_plan import NOTHING_PACKED, plan_side, synchronized_plan
 from bigdssm.losses.precision import resolve_precision
 from bigdssm.models import DualEncoder, Encoded, Values
 from bigdssm.models.dual_encoder import document_head, query_head
@@ -90,7 +90,7 @@ def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | st
     """
     collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
 
-    packed = cast(DualEncoder, getattr(model, "module", model)).packs(training=False)
+    packed = cast(DualEncoder, getattr(model, "module", model)).accepts_packed(training=False)
 
     def queries(rows: Rows) -> Tensor:
         pads, features = pad_ids(dataset.schema.query, dataset.pad_token_id), collator.query_features(rows.query)
@@ -220,7 +220,7 @@ def in_chunks(
     The features are the host's: the chunks are planned there. `packed` are the lists that come so.
     """
     chunk_tokens = CHUNK_TOKENS_CPU if torch.device(device).type == "cpu" else CHUNK_TOKENS_GPU
-    plan = agreed_plan(plan_side(lengths_of(features, pads), num_rows, chunk_tokens, packed=packed))
+    plan = synchronized_plan(plan_side(lengths_of(features, pads), num_rows, chunk_tokens, packed=packed))
     side = Chunked(to_device(features, device), plan)
     return side.assemble([encode(side.features(chunk)) for chunk in plan.chunks])
 

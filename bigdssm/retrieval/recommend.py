@@ -26,7 +26,7 @@ from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.mapped import MappedTable
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import Column, Ragged, histories_of, stored
+from bigdssm.features import Column, Ragged, histories_of, stored_features
 from bigdssm.features.canonical import columns_of
 from bigdssm.features.columns import RowCheck, SourceBatch, strings, value_lists
 from bigdssm.ingest.sources.registry import read_table
@@ -216,7 +216,8 @@ class Users(QuerySource):
         """Return the queries of some users."""
         rows = self._rows[first:last]
         columns: dict[str, Column] = {
-            name: self._dataset.query_column(self._table, name, rows) for name in stored(self._dataset.schema.query)
+            name: self._dataset.query_column(self._table, name, rows)
+            for name in stored_features(self._dataset.schema.query)
         }
         seen = _events(self._table, rows)
         columns |= histories(self._dataset, seen)
@@ -258,7 +259,7 @@ class TableRows(QuerySource):
         if bool(histories_of(dataset.schema.query)) != (events_column is not None):
             needed = "none, as the model's queries have no" if events_column else "the documents of the queries'"
             raise ConfigError(f"--events-column {events_column}: needs {needed} histories")
-        self._dataset, features = dataset, stored(dataset.schema.query)
+        self._dataset, features = dataset, stored_features(dataset.schema.query)
         self._key_column, self._events_column = key_column, events_column
         wanted = {column: f"the feature {name}" for name, f in features.items() for column in f.source_columns}
         options = {"--key-column": key_column, "--events-column": events_column}
@@ -284,7 +285,7 @@ class TableRows(QuerySource):
         if keys is not None and self._dataset.schema.siamese:
             ids = np.array([hash64(key) for key in keys], np.int64)
             seen = Ragged.of_lists(_own(self._dataset, ids), np.int64)
-        features = stored(self._dataset.schema.query)
+        features = stored_features(self._dataset.schema.query)
         columns = columns_of(batch, features, self._dataset.tokenizer, _warn) if features else {}
         return BulkQueries(rows, keys, columns | histories(self._dataset, seen), seen)
 

@@ -15,9 +15,9 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.mapped import MappedTable
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import Column, Ragged, TextTokenizer, encode_values, histories_of, item_codes, stored
+from bigdssm.features import Column, Ragged, TextTokenizer, encode_values, histories_of, item_codes, stored_features
 from bigdssm.features.canonical import columns_of_values
-from bigdssm.features.columns import check_one_unit
+from bigdssm.features.columns import check_single_unit
 from bigdssm.features.ragged import gather_ranges
 from bigdssm.retrieval.filters import Filters
 from bigdssm.retrieval.index_types import AllowedDocuments
@@ -104,7 +104,7 @@ class Queries:
 
     def feature(self, name: str, value: Any) -> Column:
         """Return one value as a column. Raises ConfigError: no such feature, or a value that it cannot have."""
-        known = stored(self._schema.query)
+        known = stored_features(self._schema.query)
         if name not in known:
             events = "; give events in the place of a history" if name in self._schema.query else ""
             asked = (name if name.isprintable() else repr(name))[:COMPARED_CHARACTERS]
@@ -112,7 +112,7 @@ class Queries:
                 f"{asked} is not a query feature that can be given; these are: {', '.join(known)}{events}"
             )
         if isinstance(value, str):
-            return encode_values(known[name], [known[name].typed(value)], self._tokenizer)
+            return encode_values(known[name], [known[name].parse(value)], self._tokenizer)
         try:
             given, _ = columns_of_values([{name: value}], {name: known[name]}, self._schema.doc, self._tokenizer)
         except DataError as error:
@@ -175,7 +175,7 @@ def item_lookup(events: Sequence[Event], now: float | None) -> list[Event]:
         return list(events)
     moments = np.array(times if now is None else [*times, now], np.float64)
     try:
-        check_one_unit(moments, "the request")
+        check_single_unit(moments, "the request")
     except DataError as error:
         raise ConfigError(str(error)) from None
     order = np.argsort(moments[: len(times)], kind="stable")
@@ -195,7 +195,7 @@ def user_facts(dataset: Dataset, key: str) -> tuple[dict[str, Column], np.ndarra
         some = "; ".join(some_users(table, NUM_SUGGESTIONS))
         raise DataError(f"no user is called {key!r}; some who are: {some}")
     newest = rows[-1:]  # a later partition knows more of the user
-    columns = {name: dataset.query_column(table, name, newest) for name in stored(dataset.schema.query)}
+    columns = {name: dataset.query_column(table, name, newest) for name in stored_features(dataset.schema.query)}
     length = table.lengths("items", newest)
     events = table.take_slices("items", newest, np.zeros_like(length), length).values
     return columns, events.astype(np.int64)

@@ -24,7 +24,7 @@ from bigdssm.dataset.schema import Schema
 from bigdssm.dataset.tensors import to_features
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.export.onnx_model import EXPORT_FILE, query_tower, run_onnx
-from bigdssm.features import Column, TextTokenizer, histories_of, ragged, stored, texts_of
+from bigdssm.features import Column, TextTokenizer, histories_of, ragged, stored_features, texts_of
 from bigdssm.retrieval.embed import query_vectors
 from bigdssm.retrieval.index import FoundDocument, Index, cosines_with, open_index
 from bigdssm.retrieval.index_types import search_with
@@ -160,7 +160,7 @@ class Searcher:
         return {
             "model": self._folder.checksum, "index": meta.kind, "documents": meta.num_docs,
             "score": self._folder.config.model.score, "exclude_seen": self._folder.config.data.exclude_seen,
-            "features": {name: feature.type for name, feature in stored(schema.query).items()},
+            "features": {name: feature.type for name, feature in stored_features(schema.query).items()},
             "filters": self.queries.choices,
             "history": self.queries.has_history, "users": bool(self.users),
         }  # fmt: skip

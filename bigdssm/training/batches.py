@@ -69,9 +69,9 @@ class BatchMaker:
             vectors = self._teacher.queries(rows.query_keys), self._teacher.documents[batch.doc_rows.numpy()]
             batch = replace(batch, teacher_query=as_tensor(vectors[0]), teacher_doc=as_tensor(vectors[1]))
         if self._doc_ids is not None:
-            batch = replace(batch, known=known_pairs(rows, self._config.mask, self._doc_ids))
+            batch = replace(batch, known_positives=known_pairs(rows, self._config.mask, self._doc_ids))
         elif self._dataset.schema.siamese:
-            batch = replace(batch, known=pairs_of_documents(batch, self._config.mask))
+            batch = replace(batch, known_positives=pairs_of_documents(batch, self._config.mask))
         return batch
 
     def negatives(self, rows: Rows) -> SampledNegatives | tuple[None, None]:
@@ -105,7 +105,7 @@ def read_batches(stream: RowStream, make: BatchMaker, device: torch.device, num:
 
     A rank that cannot read yields empty ones: the ranks agree to stop by `RowStream.report`.
     """
-    with closing(stream.made(make, num)) as made:
+    with closing(stream.map_steps(make, num)) as made:
         yield from uploaded_batches(made, device)
 
 

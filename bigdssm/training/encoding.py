@@ -39,7 +39,7 @@ def encode(engine: Engine, batch: Batch, plan: StepPlan, further: Features) -> t
     further: what the model's forward takes for the queries beside both sides, by name; whole batches alone have it.
     """
     if isinstance(getattr(engine.module, "scorer", None), CrossEncoder):
-        return encode_pairs(engine, batch, plan, further["listed"])
+        return encode_pairs(engine, batch, plan, further["candidates"])
     encoded = _whole(engine, batch, plan, further) if plan.whole else _in_pieces(engine, batch, pieces_of(batch, plan))
     return *encoded, plan
 
@@ -47,8 +47,8 @@ def encode(engine: Engine, batch: Batch, plan: StepPlan, further: Features) -> t
 def _whole(engine: Engine, batch: Batch, plan: StepPlan, listed: Features) -> tuple[Encoded, Backward]:
     """Encode in one forward: every parameter has its gradient in one backward."""
     further: dict[str, Any] = dict(at_least_one(listed)) if listed else {}
-    if batch.places is not None:
-        further["places"] = batch.places
+    if batch.query_positions is not None:
+        further["query_positions"] = batch.query_positions
     query, doc = whole_features(batch.query, plan.query), whole_features(batch.doc, plan.doc)
     full = engine.forward(query, doc, **further)
     assert full.U is not None and full.W is not None
@@ -83,8 +83,11 @@ class EncodedChunk:
     @property
     def inputs(self) -> dict[str, Any]:
         """Return what the model's forward takes."""
-        places = self.side.places(self.chunk)
-        return {self.name: self.side.features(self.chunk), **({} if places is None else {"places": places})}
+        query_positions = self.side.query_positions(self.chunk)
+        return {
+            self.name: self.side.features(self.chunk),
+            **({} if query_positions is None else {"query_positions": query_positions}),
+        }
 
     def encode(self, engine: Engine) -> Encoded:
         """Return the chunk's vectors, without a graph."""
@@ -118,7 +121,7 @@ class EncodedChunk:
 
 def pieces_of(batch: Batch, plan: StepPlan) -> list[EncodedChunk]:
     """Return the pieces of a plan that is not whole, queries' before documents'."""
-    query, doc = Chunked(batch.query, plan.query, batch.places), Chunked(batch.doc, plan.doc)
+    query, doc = Chunked(batch.query, plan.query, batch.query_positions), Chunked(batch.doc, plan.doc)
     work = [("query", query, chunk) for chunk in plan.query.chunks] + [("doc", doc, chunk) for chunk in plan.doc.chunks]
     return [EncodedChunk(*what, keep=number >= len(work) - plan.num_retained) for number, what in enumerate(work)]
 
@@ -186,7 +189,9 @@ def pair_pieces(scorer: CrossEncoder, batch: Batch, listed: Tensor, budget: Toke
 
     The ranks agree on the number of pieces, and of those whose graph is kept.
     """
-    row = torch.arange(len(listed), device=listed.device) if batch.places is None else batch.places.row
+    row = (
+        torch.arange(len(listed), device=listed.device) if batch.query_positions is None else batch.query_positions.row
+    )
     row, column = row.repeat_interleave(listed.shape[1]), listed.flatten()
     query, doc = scorer.texts["query"], scorer.texts["doc"]
     features = join_sides(
@@ -200,7 +205,7 @@ def pair_pieces(scorer: CrossEncoder, batch: Batch, listed: Tensor, budget: Toke
     fits = np.cumsum([chunk.tokens for chunk in reversed(pairs.chunks)]) <= budget.retained_tokens
     unkept = len(pairs.chunks) - int(fits.sum()) if budget.chunk_tokens else 0
     number, most_unkept = distributed.all_reduce(torch.tensor([max(1, len(pairs.chunks)), unkept]), "max").tolist()
-    pairs = pairs.filled_up(number)
+    pairs = pairs.padded_to(number)
     side = Chunked(features, pairs)
     return [EncodedPairChunk("pairs", side, chunk, keep=i >= most_unkept) for i, chunk in enumerate(pairs.chunks)]
 

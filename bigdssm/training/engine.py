@@ -32,8 +32,8 @@ from bigdssm.models import (
     Values,
     compile_layers,
     flash_runs_on,
+    use_eager_attention,
     use_packing,
-    use_plain_attention,
 )
 from bigdssm.training import portable
 from bigdssm.training.optimizers import build_optimizer
@@ -137,10 +137,10 @@ class Engine:
         self.product_dtype = torch.bfloat16 if narrow else torch.float32
         self._norm = float("nan")
         if narrow and not _on_device():
-            use_plain_attention(model)
+            use_eager_attention(model)
         if narrow and flash_runs_on(device()):
             use_packing(model)
-        packed = model.packs(training=True) if isinstance(model, DualEncoder) else NOTHING_PACKED
+        packed = model.accepts_packed(training=True) if isinstance(model, DualEncoder) else NOTHING_PACKED
         self.budget = TokenBudget.of(config, packed)
         if config.compile:
             compile_layers(model)

@@ -26,7 +26,7 @@ from bigdssm.loader.chunks import Chunked
 from bigdssm.loader.step_plan import TokenBudget, plan_side, plan_step
 from bigdssm.losses.kernels import loss_bytes, loss_sent_bytes, vector_bytes
 from bigdssm.losses.precision import settle_precision
-from bigdssm.models import CrossEncoder, DualEncoder, Encoded, use_plain_attention
+from bigdssm.models import CrossEncoder, DualEncoder, Encoded, use_eager_attention
 from bigdssm.models.encoders import text_architectures
 from bigdssm.retrieval.embed import CHUNK_TOKENS_CPU
 from bigdssm.retrieval.hard_negatives import UniformNegatives
@@ -218,7 +218,7 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
             _to_bfloat16(model)
     model.train()
     if engine.precision != "fp32" and not torch.cuda.is_available():
-        use_plain_attention(model)  # as the engine does
+        use_eager_attention(model)  # as the engine does
     if engine.checkpoint_activations:
         model.checkpoint_activations()
     sizes = ModelSizes.of(model, stage.optimizer)
@@ -228,7 +228,7 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     saved = sizes.weights + sizes.states + (sizes.weights if stage.weight_average else 0)
     kept, towers = _towers(model, mode, batch, engine)
     rows, width = (len(batch.query_ids), len(batch.doc_ids)), config.model.dim
-    tile, both, known = config.engine.loss_tile, stage.loss.direction != "q2d", batch.known
+    tile, both, known = config.engine.loss_tile, stage.loss.direction != "q2d", batch.known_positives
     vectors = vector_bytes(*rows, width)
     loss, sent = 0, sent_bytes(engine, sizes)
     if stage.scorer is None:  # which compares a few documents for each query
@@ -278,17 +278,17 @@ def _towers(model: DualEncoder, mode: FakeTensorMode, batch: Batch, engine: Engi
 
     Gradients of the weights are in it, and the heap's holes.
     """
-    budget = TokenBudget.of(engine, model.packs(training=True))
+    budget = TokenBudget.of(engine, model.accepts_packed(training=True))
     plan = plan_step(batch, budget)
     pieces = [] if plan.whole else pieces_of(batch, plan)
-    places = {} if batch.places is None else {"places": batch.places}
-    listed = {} if model.scorer is None else {"listed": candidate_columns(batch)}
+    query_positions = {} if batch.query_positions is None else {"query_positions": batch.query_positions}
+    listed = {} if model.scorer is None else {"candidates": candidate_columns(batch)}
     query, doc = whole_features(batch.query, plan.query), whole_features(batch.doc, plan.doc)
-    whole: dict[str, Any] = {"query": query, "doc": doc, **places}
+    whole: dict[str, Any] = {"query": query, "doc": doc, **query_positions}
     fixed: list[dict[str, Any]] = []  # of towers that stay as they are
     if isinstance(model.scorer, CrossEncoder):
         fixed = [piece.inputs for piece in pieces] or [whole]
-        pieces = [*pair_pieces(model.scorer, batch, listed["listed"], budget)]
+        pieces = [*pair_pieces(model.scorer, batch, listed["candidates"], budget)]
     kept_inputs = [piece.inputs for piece in pieces if piece.keep] if pieces else [{**whole, **listed}]
     again = [piece.inputs for side in ("query", "doc", "pairs") if (piece := _largest(pieces, side)) is not None]
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=engine.precision == "bf16")

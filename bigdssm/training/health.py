@@ -71,7 +71,7 @@ class Health:
         interval = self._counted()
         seconds = interval.training_s
         # one read of the device for all that is on it
-        on_device = [*result.stats.values(), batch.multiplicity.sum()]
+        on_device = [*result.stats.values(), batch.counts.sum()]
         *values, columns = torch.stack([value.double() for value in on_device]).tolist()
         stats = dict(zip(result.stats, values, strict=True))
         gradient_norm = float(result.gradient_norm)
@@ -112,7 +112,7 @@ class Health:
 
     def _queries_told(self, batch: Batch, seconds: float) -> dict[str, float]:
         """Return queries a second, and how unevenly ranks have them, where rows give several."""
-        if batch.places is None:
+        if batch.query_positions is None:
             return {}
         total = sum(self._queries)
         told = {

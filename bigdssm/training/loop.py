@@ -13,7 +13,7 @@ from functools import partial
 
 from bigdssm.errors import DivergedError, Preempted
 from bigdssm.loader.batch import Batch
-from bigdssm.loader.step_plan import StepDraft, draft_step, most_needed
+from bigdssm.loader.step_plan import StepDraft, draft_step, max_requirements
 from bigdssm.retrieval.embed import DocumentVectors
 from bigdssm.training.resume import StageProgress
 from bigdssm.training.step import StepReport, StepResult, train_step
@@ -72,11 +72,11 @@ def _take_steps(trainer: Trainer, batches: Iterator[Batch]) -> None:
     coming = _fetch(trainer, batches) if not trainer.is_over() else None
     # A pipeline of one step: while step s trains, the batch of s + 1 is fetched, and the ranks agree on the numbers of
     # its chunks in the one collective of step s.
-    needs = None if coming is None else most_needed(coming[1].needs)
+    needs = None if coming is None else max_requirements(coming[1].requirements)
     while coming is not None and not trainer.is_over():
         assert needs is not None
         batch, draft = coming
-        plan = draft.agreed(needs)
+        plan = draft.resolve(needs)
         coming = _fetch(trainer, batches)
         trainer.watchdog.beat(f"step {progress.step}")
         trainer.faults.in_step(progress.step)
@@ -112,7 +112,7 @@ def _fetch(trainer: Trainer, batches: Iterator[Batch]) -> tuple[Batch, StepDraft
 def _report(trainer: Trainer, batch: Batch, coming: StepDraft | None) -> StepReport:
     """Return this rank's part of the step synchronisation; `coming` is the plan of the step after it."""
     report = StepReport(trainer.stop.asked, trainer.is_save_due(), len(batch.query_ids), trainer.stream.report())
-    return report if coming is None else report._replace(needs=coming.needs)
+    return report if coming is None else report._replace(needs=coming.requirements)
 
 
 def validate(trainer: Trainer, documents: DocumentVectors | None = None) -> None:

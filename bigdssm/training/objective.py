@@ -88,13 +88,13 @@ class Objective:
         if loss.norm_penalty == 0:
             return output
         assert encoded.U is not None and encoded.W is not None
-        norms = norm_penalty(encoded.U) + norm_penalty(encoded.W, batch.multiplicity)
+        norms = norm_penalty(encoded.U) + norm_penalty(encoded.W, batch.counts)
         return replace(output, loss=output.loss + loss.norm_penalty * norms)
 
     def model_inputs(self, batch: Batch) -> Features:
         """Return what the model's forward takes beside both sides' features, for this loss."""
         listed = self.listed(batch)
-        return {} if listed is None else {"listed": listed}
+        return {} if listed is None else {"candidates": listed}
 
     def listed(self, batch: Batch) -> Tensor | None:
         """Return int64 [m, 1 + k], the columns that a scorer scores for each query, positives first; None without."""
@@ -122,7 +122,7 @@ class Objective:
         if self._loss.all_columns:
             # A column into which c documents were merged stands for c columns: log c keeps the loss that of the
             # unmerged batch, which is what makes it the same at every number of ranks.
-            copies, neg_bias = batch.multiplicity, batch.multiplicity.double().log()
+            copies, neg_bias = batch.counts, batch.counts.double().log()
             if negatives.columns == "catalogue":
                 shared = is_shared(batch, distributed.rank(), distributed.world_size())
                 neg_bias = torch.where(shared, 0.0, -torch.inf).double()
@@ -164,7 +164,7 @@ class Objective:
         if direction in ("q2d", "both"):
             beta = None if self._scalar_beta else encoded.beta
             teacher = BatchTeacher(queries, documents, temperature)
-            found.append(batch_kl(U, W, teacher, alpha=alpha, beta=beta, weight=weight, copies=batch.multiplicity))
+            found.append(batch_kl(U, W, teacher, alpha=alpha, beta=beta, weight=weight, copies=batch.counts))
         if direction in ("d2q", "both"):  # each query's document among the queries; its bias is the same for all
             own = batch.positive
             teacher = BatchTeacher(documents[own], queries, temperature)
@@ -183,11 +183,15 @@ class Objective:
         gathered: numbers that no other rank has, for a loss that compares queries of all ranks in any case.
         """
         if self._stage.negatives.mask not in ("past", "none"):  # a loss outside a config has batch
-            return {"query_ids": batch.query_ids, "known": batch.known}
+            return {"query_ids": batch.query_ids, "known": batch.known_positives}
         if not gathered:
-            return {"query_ids": None, "known": batch.known}
+            return {"query_ids": None, "known": batch.known_positives}
         first = distributed.rank() << 40
-        known = None if batch.known is None else torch.stack([first + batch.known[:, 0], batch.known[:, 1]], 1)
+        known = (
+            None
+            if batch.known_positives is None
+            else torch.stack([first + batch.known_positives[:, 0], batch.known_positives[:, 1]], 1)
+        )
         return {"query_ids": first + torch.arange(len(batch.query_ids), device=batch.query_ids.device), "known": known}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -230,7 +234,7 @@ def num_negatives(stage: StageConfig, batch: Batch, world_size: int, num_docs: i
         return num_docs - 1
     if not stage.loss.all_columns:
         return (len(batch.query_ids) * world_size - 1 if stage.negatives.in_batch else 0) + stage.negatives.hard
-    return int(batch.multiplicity.sum()) * world_size - 1
+    return int(batch.counts.sum()) * world_size - 1
 
 
 def catalogue_share(num_docs: int, rank: int, world_size: int) -> np.ndarray:
@@ -241,4 +245,4 @@ def catalogue_share(num_docs: int, rank: int, world_size: int) -> np.ndarray:
 def is_shared(batch: Batch, rank: int, world_size: int) -> Tensor:
     """Return bool [n]: whether columns of a rank are of its share; what a document was before it changed is not."""
     own = batch.doc_rows % world_size == rank
-    return own if batch.past is None else own & ~batch.past
+    return own if batch.superseded is None else own & ~batch.superseded

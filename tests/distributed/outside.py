@@ -28,16 +28,16 @@ from bigdssm.config import (
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.metrics import register_metric
 from bigdssm.export.formats import ExportFormat, Parity, Probe, largest_difference, register_export
-from bigdssm.features import Column, Feature, Reader, TextTokenizer, register
+from bigdssm.features import Column, Decoder, Feature, TextTokenizer, register
 from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, numbers
 from bigdssm.ingest.sources.base import FileSource, Part, register_source
 from bigdssm.ingest.sources.text import require_columns
 from bigdssm.losses import PairLoss, register_distillation, register_loss, register_sampling
 from bigdssm.losses.declarations import ListDistillation
 from bigdssm.losses.terms import Evaluated, Scores, SoftmaxTerm
-from bigdssm.models.blocks import AttentionContext, attend, split
+from bigdssm.models.blocks import AttentionContext, attend, split_heads
 from bigdssm.models.declarations import register_block, register_text_encoder
-from bigdssm.models.encoders import Encoder, Parts, TextEncoder, encodes
+from bigdssm.models.encoders import BuildContext, Encoder, TextEncoder, encodes
 from bigdssm.retrieval.embed import document_vectors, query_vectors
 from bigdssm.retrieval.index_types import AllowedDocuments, IndexBackend, register_index
 from bigdssm.retrieval.vectors import CodedVectors
@@ -75,7 +75,7 @@ class Angle(Feature):
     def is_missing(self, column: pa.Array) -> np.ndarray:
         return np.isnan(column.to_numpy())
 
-    def typed(self, value: str) -> float:
+    def parse(self, value: str) -> float:
         try:
             return float(value)
         except ValueError:
@@ -99,7 +99,7 @@ class Angle(Feature):
     def describe(self, vocab_size: int) -> str:
         return f"{self.whole:g} a turn"
 
-    def shown(self, values: np.ndarray, reader: Reader) -> Any:
+    def display(self, values: np.ndarray, decoder: Decoder) -> Any:
         return round(float(np.arctan2(*values)) * self.whole / (2 * np.pi) % self.whole, 3)
 
 
@@ -113,8 +113,8 @@ class AngleEncoder(Encoder):
         self.layer = nn.Linear(2, dim)
 
     @classmethod
-    def build(cls, feature: Angle, parts: Parts) -> AngleEncoder:
-        return cls(parts.config.numeric_dim)
+    def build(cls, feature: Angle, context: BuildContext) -> AngleEncoder:
+        return cls(context.config.numeric_dim)
 
     def forward(self, values: Tensor) -> Tensor:
         return self.layer(values.nan_to_num(nan=0.0))
@@ -138,10 +138,10 @@ class CosineBlock(nn.Module):
         self.heads, self.scale = heads, scale
         self.norm, self.query, self.key_value = nn.LayerNorm(dim), nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
 
-    def forward(self, at: Tensor, over: Tensor, sight: AttentionContext) -> Tensor:
-        k, v = self.key_value(self.norm(over)).chunk(2, dim=2)
-        q, k, v = (split(part, self.heads) for part in (self.query(self.norm(at)), k, v))
-        return at + attend(nn.functional.normalize(q, dim=3) * self.scale, nn.functional.normalize(k, dim=3), v, sight)
+    def forward(self, x: Tensor, memory: Tensor, context: AttentionContext) -> Tensor:
+        k, v = self.key_value(self.norm(memory)).chunk(2, dim=2)
+        q, k, v = (split_heads(part, self.heads) for part in (self.query(self.norm(x)), k, v))
+        return x + attend(nn.functional.normalize(q, dim=3) * self.scale, nn.functional.normalize(k, dim=3), v, context)
 
 
 @register_text_encoder

@@ -62,9 +62,11 @@ class World:
             step=0, row_ids=torch.arange(first, stop), query={}, doc={},
             positive=torch.from_numpy(column_of[: stop - first]), relevance=self.relevance[first:stop],
             query_ids=self.query_ids[first:stop], doc_ids=self.doc_ids[rows], doc_rows=rows,
-            multiplicity=torch.from_numpy(np.bincount(column_of, minlength=len(docs))),
+            counts=torch.from_numpy(np.bincount(column_of, minlength=len(docs))),
             query_lengths={}, doc_lengths={},
-            known=torch.cat([*known, torch.zeros(0, 2, dtype=torch.int64)]) if mask in ("user", "past") else None,
+            known_positives=(
+                torch.cat([*known, torch.zeros(0, 2, dtype=torch.int64)]) if mask in ("user", "past") else None
+            ),
         )  # fmt: skip
 
     def kept(self, mask: str) -> Tensor:

@@ -48,7 +48,7 @@ PLACES = QueryPositions(torch.tensor([0, 0, 0, 2, 2, 3, 4, 5, 5]), torch.tensor(
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("chunk_tokens", [0, 25])
 @pytest.mark.parametrize(
-    ("side", "places", "given"),
+    ("side", "query_positions", "given"),
     [
         ("doc", None, {"pooling": "mean"}),
         ("doc", None, {"pooling": "cls"}),
@@ -59,7 +59,7 @@ PLACES = QueryPositions(torch.tensor([0, 0, 0, 2, 2, 3, 4, 5, 5]), torch.tensor(
     ],
 )
 def test_packed_lists_are_padded_ones(
-    side: str, places: QueryPositions | None, given: dict[str, str], chunk_tokens: int, compiled: bool
+    side: str, query_positions: QueryPositions | None, given: dict[str, str], chunk_tokens: int, compiled: bool
 ) -> None:
     plain, packed = model(**given).to(DEVICE), model(**given).to(DEVICE)
     never_packed(plain)
@@ -67,7 +67,7 @@ def test_packed_lists_are_padded_ones(
     if compiled:
         compile_layers(packed)
     with torch.autocast(DEVICE, torch.bfloat16):
-        expected, found = (vectors(made, side, chunk_tokens, places).float() for made in (plain, packed))
+        expected, found = (vectors(made, side, chunk_tokens, query_positions).float() for made in (plain, packed))
     assert (found - expected).abs().max() < 0.03 * expected.abs().max()
     ours, theirs = gradients(packed, found), gradients(plain, expected)
     largest = max(float(gradient.abs().max()) for gradient in theirs.values())

@@ -31,10 +31,10 @@ from tests.packing import within_rows
 from . import small_run
 from .spawn import Pool
 
-TEXT = Text(max_tokens=9).named("words")
+TEXT = Text(max_tokens=9).with_name("words")
 SCHEMA = Schema(
-    {"words": TEXT, "history": History(of="item", max_items=6).named("history")},
-    {"words": TEXT, "item": Categorical(vocabulary=Vocabulary.of("abcdefghijklmnopqrstuvwx")).named("item")},
+    {"words": TEXT, "history": History(of="item", max_items=6).with_name("history")},
+    {"words": TEXT, "item": Categorical(vocabulary=Vocabulary.of("abcdefghijklmnopqrstuvwx")).with_name("item")},
 )
 TOWER = TowerConfig(mlp=(16,), embedding_dim=8, text=Bert(layers=1, hidden=16))
 MODEL = ModelConfig(dim=16, alpha_init=5.0, share_text=True, query=TOWER, doc=TOWER)
@@ -87,7 +87,7 @@ def share_of(rank: int, world_size: int, step: int) -> Batch:
         query_ids=rows,
         doc_ids=doc_ids[columns],
         doc_rows=columns,
-        multiplicity=torch.bincount(column, minlength=len(columns)),
+        counts=torch.bincount(column, minlength=len(columns)),
         query_lengths=lengths_of(query, {"words": 0, "history": 0}),
         doc_lengths=lengths_of(doc, {"words": 0}),
     )
@@ -97,7 +97,7 @@ def loss_of(encoded: Encoded, batch: Batch) -> LossOutput:
     assert encoded.U is not None and encoded.W is not None
     return fps_loss(
         encoded.U, encoded.W, batch.positive, alpha=encoded.alpha, beta=encoded.beta, direction="both",
-        neg_bias=batch.multiplicity.double().log(), query_ids=batch.query_ids, doc_ids=batch.doc_ids,
+        neg_bias=batch.counts.double().log(), query_ids=batch.query_ids, doc_ids=batch.doc_ids,
     )  # fmt: skip
 
 
@@ -159,8 +159,8 @@ def new_engine(case: Case, dropout: float) -> tuple[Any, Any]:
     model = small_model(dropout)
     if case.packed:
         use_packing(model, within_rows)
-        assert model.packs(training=True) == ({"words", "history"}, {"words"})
-    budget = TokenBudget.of(config, model.packs(training=True))
+        assert model.accepts_packed(training=True) == ({"words", "history"}, {"words"})
+    budget = TokenBudget.of(config, model.accepts_packed(training=True))
     return Engine(model, config, AdamW(gradient_clipping=CLIPPING), 1), budget
 
 

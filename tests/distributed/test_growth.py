@@ -184,7 +184,7 @@ def test_another_run_starts_from_a_model_with_fewer_values(
 def test_what_is_not_growth_is_refused(grown: tuple[Path, Path], tmp_path: Path, pools: dict[int, Pool]) -> None:
     config, run_dir = grown[0], copy(grown[1], tmp_path)
     written = (run_dir / "pretrain" / "config.yaml").read_text()
-    with pytest.raises(RankFailed, match=r"partition day2 is new.*or go on over .* data\.from_partition=day2"):
+    with pytest.raises(RankFailed, match=r"partition day2 is new.*or continue on .* data\.from_partition=day2"):
         pools[1].run(small_run.run, config, run_dir, STREAMING, "pretrain", True)
     shutil.copytree(config.parent / "dataset", tmp_path / "dataset")
     elsewhere = yaml_with(config, tmp_path, str(tmp_path / "dataset"))

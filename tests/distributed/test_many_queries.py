@@ -41,17 +41,19 @@ def test_one_pass_over_a_piece_is_a_pass_over_each_of_its_beginnings(config: Pat
     batch = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)(
         next(PairStream(dataset, rows_global=60, lanes=6))
     )
-    assert batch.places is not None and len(batch.places.row) > 1.5 * len(batch.row_ids)
+    assert batch.query_positions is not None and len(batch.query_positions.row) > 1.5 * len(batch.row_ids)
     with torch.no_grad():
-        together = model(query=batch.query, places=batch.places).U
-        alone = {name: tensor[batch.places.row].clone() for name, tensor in batch.query.items()}
-        for query, seen in enumerate(batch.places.seen.tolist()):
+        together = model(query=batch.query, query_positions=batch.query_positions).U
+        alone = {name: tensor[batch.query_positions.row].clone() for name, tensor in batch.query.items()}
+        for query, seen in enumerate(batch.query_positions.prefix_length.tolist()):
             alone["history"][query, seen:] = 0
         torch.testing.assert_close(together, model(query=alone).U, rtol=0, atol=1e-5)
         chunked = plan_side(batch.query_lengths, len(batch.row_ids), 50, batch.queries_of_row)
         assert len(chunked.chunks) > 3
-        side = Chunked(batch.query, chunked, batch.places)
-        parts = [model(query=side.features(chunk), places=side.places(chunk)).U for chunk in chunked.chunks]
+        side = Chunked(batch.query, chunked, batch.query_positions)
+        parts = [
+            model(query=side.features(chunk), query_positions=side.query_positions(chunk)).U for chunk in chunked.chunks
+        ]
         torch.testing.assert_close(together, side.assemble(parts), rtol=0, atol=1e-5)
 
 
@@ -84,15 +86,15 @@ def test_ranks_and_chunks_change_no_loss(case: str, config: Path, tmp_path: Path
 
 def in_groups(rank: int, world_size: int, *given: Any) -> int:
     """Run a stage, histories of 8 items at most in groups as those of hundreds are; return the most of a chunk."""
-    most, like_length = 0, step_plan.like_length
+    most, group_by_length = 0, step_plan.group_by_length
 
     def counted(length_R: np.ndarray) -> tuple[RowGroup, ...]:
         nonlocal most
-        groups = like_length(length_R)
+        groups = group_by_length(length_R)
         most = max(most, len(groups))
         return groups
 
-    with mock.patch.multiple(step_plan, ALIKE_CELLS=0, like_length=counted):
+    with mock.patch.multiple(step_plan, SIMILAR_CELLS=0, group_by_length=counted):
         small_run.run(rank, world_size, *given)
     return most
 

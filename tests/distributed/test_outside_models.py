@@ -82,7 +82,7 @@ def refused(rank: int, world_size: int) -> list[str]:
     from . import outside
 
     tower = TowerConfig(text=outside.Bag(width=8))
-    config, schema = ModelConfig(query=tower, doc=tower), Schema(*({"text": Text().named("text")} for _ in "qd"))
+    config, schema = ModelConfig(query=tower, doc=tower), Schema(*({"text": Text().with_name("text")} for _ in "qd"))
     model = new_model(config, schema, vocab_size=50)
     folder = ModelFolder(model, Config(model=config), schema, None, {}, "")
     sentences = []
@@ -136,5 +136,5 @@ def test_what_needs_a_bert_says_so(outside_pools: dict[int, Pool]) -> None:
     ((of_export, of_scorer),) = outside_pools[1].run(refused)
     assert of_export.startswith("--format hf: the query tower's text encoder is bag; this format holds those of ")
     assert of_scorer == (
-        "sft.scorer.name=cross_encoder: got a text encoder bag (TextInputs), needs a BERT of two types"
+        "sft.scorer.name=cross_encoder: got a text encoder bag (TextInputs), needs a BERT with 2 token types"
     )

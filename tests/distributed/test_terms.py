@@ -90,7 +90,7 @@ def share_of(rank: int, world_size: int) -> tuple[Tensor, Tensor, Batch]:
     batch = Batch(
         step=0, row_ids=torch.arange(m), query={}, doc={}, positive=torch.arange(m), relevance=torch.ones(m),
         query_ids=torch.arange(m) + 100 * rank, doc_ids=doc_ids, doc_rows=doc_ids,
-        multiplicity=torch.ones_like(doc_ids), query_lengths={}, doc_lengths={},
+        counts=torch.ones_like(doc_ids), query_lengths={}, doc_lengths={},
         negatives=m + torch.arange(m * LISTED).view(m, LISTED),
     )  # fmt: skip
     return q[own], columns, batch

@@ -366,7 +366,10 @@ def test_an_optimizer_has_keys_of_its_own(path: Path, override: str, reason: str
         ("model.query.history.block=lstm", "model.query.history.block: got lstm, needs one of sasrec, gated, hstu, or"),
         ("model.doc.text.type=bag", "model.doc.text.type: got bag, needs one of bert, or a text encoder whose module"),
         ("model.doc.text.width=8", "unknown key model.doc.text.width: bert has type, dropout, init"),
-        ("model.doc.text.keep_layers=2", "model.doc.text.keep_layers: got 2, needs an init folder to keep them of"),
+        (
+            "model.doc.text.keep_layers=2",
+            "model.doc.text.keep_layers: got 2, needs model.doc.text.init; without it, set `layers`",
+        ),
         (
             "model.doc.text={hidden: 9, heads: 2}",
             "model.doc.text.hidden: got 9, needs a multiple of model.doc.text.heads",

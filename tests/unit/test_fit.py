@@ -56,7 +56,7 @@ def test_fit_counts_and_leaves_out_what_is_rare_or_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_per_fit: int
 ) -> None:
     monkeypatch.setattr("bigdssm.ingest.fitting.ROWS_PER_FIT", rows_per_fit)
-    features = {name: config.named(name) for name, config in CONFIGS.items()}
+    features = {name: config.with_name(name) for name, config in CONFIGS.items()}
     sizes = [0.0, 3.0, float("nan"), 8.0, 100.0]
     tables = [
         canonical(["b", "a", ""], [["y", "x"], [], ["x"]], sizes[:3]),
@@ -76,7 +76,7 @@ def test_fit_counts_and_leaves_out_what_is_rare_or_missing(
 
 
 def test_encoded_columns_hold_codes_in_the_schema_s_sense() -> None:
-    features = {name: config.named(name) for name, config in CONFIGS.items()}
+    features = {name: config.with_name(name) for name, config in CONFIGS.items()}
     features["kind"] = replace(features["kind"], vocabulary=Vocabulary.of(("b", "a")))
     features["tags"] = replace(features["tags"], vocabulary=Vocabulary.of(("x", "y")))
     table = canonical(["a", "?", "", "b"], [["y", "?"], [], ["x"], ["x", "y"]], [1.0, float("nan"), 3.0, 4.0])

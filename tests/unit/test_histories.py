@@ -23,15 +23,15 @@ from bigdssm.config import (
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical, History, Numeric, Vocabulary
-from bigdssm.models import DualEncoder, QueryPositions, new_model, use_plain_attention
+from bigdssm.models import DualEncoder, QueryPositions, new_model, use_eager_attention
 from bigdssm.models.declarations import Sasrec
 
 NUM_ITEMS, MAX_ITEMS, WIDTH = 20, 9, 8
 QUERY = {
-    "history": History(of="item", max_items=MAX_ITEMS).named("history"),
-    "age": Numeric(mean=30.0, std=10.0).named("age"),
+    "history": History(of="item", max_items=MAX_ITEMS).with_name("history"),
+    "age": Numeric(mean=30.0, std=10.0).with_name("age"),
 }
-DOC = {"item": Categorical(vocabulary=Vocabulary.of(map(str, range(NUM_ITEMS - 2)))).named("item")}
+DOC = {"item": Categorical(vocabulary=Vocabulary.of(map(str, range(NUM_ITEMS - 2)))).with_name("item")}
 ROWS = torch.tensor([[2, 3, 4, 5, 6, 7, 8], [9, 2, 9, 1, 0, 0, 0], [0] * 7, [5, 5, 5, 5, 5, 0, 0]])
 LENGTHS = [7, 4, 0, 5]
 
@@ -64,7 +64,7 @@ def query(rows: Tensor) -> dict[str, Tensor]:
     return {"history": rows, "age": torch.linspace(10.0, 60.0, 4)[: len(rows)]}
 
 
-def all_places(seed: int = 0) -> QueryPositions:
+def all_query_positions(seed: int = 0) -> QueryPositions:
     """Every place of every row, in no order."""
     pairs = [(row, seen) for row, length in enumerate(LENGTHS) for seen in range(length + 1)]
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
@@ -80,10 +80,10 @@ def gradients(made: DualEncoder, vectors: Tensor) -> dict[str, Tensor]:
 
 
 def assert_one_pass_is_many(made: DualEncoder) -> None:
-    places = all_places()
-    together = made(query(ROWS), places=places).U
+    query_positions = all_query_positions()
+    together = made(query(ROWS), query_positions=query_positions).U
     alone = []
-    for row, seen in zip(*map(Tensor.tolist, places), strict=True):
+    for row, seen in zip(*map(Tensor.tolist, query_positions), strict=True):
         features = query(ROWS)
         alone.append(made({"history": ROWS[row : row + 1, :seen], "age": features["age"][row : row + 1]}).U)
     apart = torch.cat(alone)
@@ -107,13 +107,13 @@ def test_one_pass_is_as_many_passes_at_any_depth(layers: int) -> None:
 
 @every_many
 def test_a_query_knows_nothing_that_comes_later(block: str, positions: str) -> None:
-    made, places = model(block, positions), all_places()
-    before = made(query(ROWS), places=places).U
+    made, query_positions = model(block, positions), all_query_positions()
+    before = made(query(ROWS), query_positions=query_positions).U
     for j in range(LENGTHS[0]):
         changed = ROWS.clone()
         changed[0, j] = 11
-        after = made(query(changed), places=places).U
-        blind = (places.row != 0) | (places.seen <= j)
+        after = made(query(changed), query_positions=query_positions).U
+        blind = (query_positions.row != 0) | (query_positions.prefix_length <= j)
         assert torch.equal(after[blind], before[blind]), f"item {j} is known before it happened"
         assert (after[~blind] - before[~blind]).abs().amax(dim=1).min() > 1e-5, f"item {j} is not known after"
 
@@ -124,8 +124,10 @@ def test_padding_changes_nothing(block: str, positions: str) -> None:
     longer = torch.nn.functional.pad(ROWS, (0, 2))
     torch.testing.assert_close(made(query(longer)).U, made(query(ROWS)).U)
     if positions != "age":
-        places = all_places()
-        torch.testing.assert_close(made(query(longer), places=places).U, made(query(ROWS), places=places).U)
+        query_positions = all_query_positions()
+        torch.testing.assert_close(
+            made(query(longer), query_positions=query_positions).U, made(query(ROWS), query_positions=query_positions).U
+        )
 
 
 @every
@@ -138,19 +140,26 @@ def test_positions_say_in_which_order_items_came(block: str, positions: str) -> 
 
 @every_many
 def test_places_come_in_any_order_and_rows_may_have_none(block: str, positions: str) -> None:
-    made, places = model(block, positions), all_places()
-    vectors = made(query(ROWS), places=places).U
+    made, query_positions = model(block, positions), all_query_positions()
+    vectors = made(query(ROWS), query_positions=query_positions).U
     order = torch.randperm(len(vectors))
     torch.testing.assert_close(
-        made(query(ROWS), places=QueryPositions(places.row[order], places.seen[order])).U, vectors[order]
+        made(
+            query(ROWS),
+            query_positions=QueryPositions(query_positions.row[order], query_positions.prefix_length[order]),
+        ).U,
+        vectors[order],
     )
-    some = (places.row == 1) | (places.row == 3)  # nothing of rows 0 and 2
+    some = (query_positions.row == 1) | (query_positions.row == 3)  # nothing of rows 0 and 2
     torch.testing.assert_close(
-        made(query(ROWS), places=QueryPositions(places.row[some], places.seen[some])).U, vectors[some]
+        made(
+            query(ROWS), query_positions=QueryPositions(query_positions.row[some], query_positions.prefix_length[some])
+        ).U,
+        vectors[some],
     )
     twice = QueryPositions(torch.tensor([1, 1]), torch.tensor([3, 3]))
-    torch.testing.assert_close(*made(query(ROWS), places=twice).U)
-    nothing = made(query(ROWS), places=QueryPositions(*torch.zeros(2, 0, dtype=torch.int64)))
+    torch.testing.assert_close(*made(query(ROWS), query_positions=twice).U)
+    nothing = made(query(ROWS), query_positions=QueryPositions(*torch.zeros(2, 0, dtype=torch.int64)))
     assert nothing.U.shape == (0, 6)
     found = gradients(made, nothing.U)  # there, and zero: ZeRO wants a gradient of every parameter
     own = {name for name, _ in made.named_parameters() if name.startswith(("query_tower", "tables"))}
@@ -158,16 +167,17 @@ def test_places_come_in_any_order_and_rows_may_have_none(block: str, positions: 
 
 
 def test_what_has_no_places_is_said_of_the_row() -> None:
-    made, places = model("sasrec", "relative"), all_places()
+    made, query_positions = model("sasrec", "relative"), all_query_positions()
     encoder = made.query_tower.encoders["age"]
     calls: list[int] = []
     encoder.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
     younger, older = (
-        made({"history": ROWS, "age": torch.tensor([30.0, 30.0, 30.0, age])}, places=places).U for age in (30.0, 50.0)
+        made({"history": ROWS, "age": torch.tensor([30.0, 30.0, 30.0, age])}, query_positions=query_positions).U
+        for age in (30.0, 50.0)
     )
     assert calls == [4, 4], "encoded for each query, not once for the row"
     differs = (younger != older).any(dim=1)
-    assert torch.equal(differs, places.row == 3)
+    assert torch.equal(differs, query_positions.row == 3)
 
 
 @every_many
@@ -176,14 +186,14 @@ def test_gradients_are_those_of_finite_differences(block: str, positions: str) -
     made = model(block, positions, layers=2, **narrow).double()
     encoder = made.query_tower.encoders["history"]
     names = [name for name, _ in encoder.named_parameters()]
-    rows, places = (
+    rows, query_positions = (
         torch.tensor([[2, 3, 4], [5, 0, 0]]),
         QueryPositions(torch.tensor([0, 1, 0, 0]), torch.tensor([3, 1, 0, 2])),
     )
 
     def vectors(*parameters: Tensor) -> Tensor:
         given = dict(zip(names, parameters, strict=True))
-        return torch.func.functional_call(encoder, given, (rows, places))
+        return torch.func.functional_call(encoder, given, (rows, query_positions))
 
     assert torch.autograd.gradcheck(vectors, tuple(encoder.parameters()), fast_mode=True)
 
@@ -200,7 +210,7 @@ def test_eight_layers_train(block: str, positions: str) -> None:
     features = {"history": rows, "age": torch.full((24,), 30.0)}
     losses = []
     for _ in range(60):
-        encoded = made(features, {"item": torch.arange(2, NUM_ITEMS)}, places=QueryPositions(row, seen))
+        encoded = made(features, {"item": torch.arange(2, NUM_ITEMS)}, query_positions=QueryPositions(row, seen))
         loss = torch.nn.functional.cross_entropy(encoded.U @ encoded.W.T, target)
         losses.append(loss.item())
         optimizer.zero_grad()
@@ -212,7 +222,7 @@ def test_eight_layers_train(block: str, positions: str) -> None:
 @every
 def test_attention_multiplied_out_is_the_fused_one(block: str, positions: str) -> None:
     fused, plain = model(block, positions), model(block, positions)
-    use_plain_attention(plain)
+    use_eager_attention(plain)
     for mode in (True, False):
         torch.testing.assert_close(plain.train(mode)(query(ROWS)).U, fused.train(mode)(query(ROWS)).U)
     plain.train()
@@ -234,7 +244,7 @@ def test_plain_attention_is_for_training_alone(monkeypatch: pytest.MonkeyPatch) 
     made = model("sasrec", "age")
     for plain, mode, expected in ((False, True, 2), (False, False, 2), (True, True, 0), (True, False, 2)):
         if plain:
-            use_plain_attention(made)
+            use_eager_attention(made)
         calls.clear()
         made.train(mode)(query(ROWS))
         assert len(calls) == expected, (plain, mode)
@@ -249,7 +259,7 @@ def test_activations_that_are_computed_again_are_the_same(block: str, positions:
         if again:
             made.checkpoint_activations()
         torch.manual_seed(3)
-        vectors = made(query(ROWS), places=None if positions == "age" else all_places()).U
+        vectors = made(query(ROWS), query_positions=None if positions == "age" else all_query_positions()).U
         found.append((vectors.detach(), gradients(made, vectors)))
     (vectors, grads), (vectors_again, grads_again) = found
     assert torch.equal(vectors, vectors_again)
@@ -286,7 +296,7 @@ def test_an_age_is_of_one_query(positions: Literal["age", "absolute", "relative"
     check_many_queries("data.targets_per_row=4", replace(made.data, query={"age": QUERY["age"]}), made.model)
     if positions != "age":
         check_many_queries("data.targets_per_row=4", made.data, made.model)
-        other = {**QUERY, "kinds": History(of="item", max_items=5).named("kinds")}
+        other = {**QUERY, "kinds": History(of="item", max_items=5).with_name("kinds")}
         with pytest.raises(ConfigError, match=r"max_items \{'history': 9, 'kinds': 5\}"):
             check_many_queries("data.targets_per_row=4", replace(made.data, query=other), made.model)
     else:

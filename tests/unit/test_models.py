@@ -12,19 +12,19 @@ from bigdssm.config import ModelConfig, TowerConfig
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical, History, Numeric, Text, Vocabulary
-from bigdssm.models import ALPHA_MAX, DualEncoder, MlpScorer, new_model, use_plain_attention
+from bigdssm.models import ALPHA_MAX, DualEncoder, MlpScorer, new_model, use_eager_attention
 from bigdssm.models.declarations import Bert, Sasrec
 from bigdssm.models.encoders import BertEncoder
 
 QUERY = {
-    "history": History(of="item", max_items=6).named("history"),
-    "gender": Categorical(vocabulary=Vocabulary.of(("f", "m"))).named("gender"),
-    "age": Numeric(mean=30.0, std=10.0).named("age"),
+    "history": History(of="item", max_items=6).with_name("history"),
+    "gender": Categorical(vocabulary=Vocabulary.of(("f", "m"))).with_name("gender"),
+    "age": Numeric(mean=30.0, std=10.0).with_name("age"),
 }
 DOC = {
-    "item": Categorical(vocabulary=Vocabulary.of("abcdefgh")).named("item"),
-    "genres": Categorical(multi=True, vocabulary=Vocabulary.of(("x", "y"))).named("genres"),
-    "title": Text(max_tokens=16).named("title"),
+    "item": Categorical(vocabulary=Vocabulary.of("abcdefgh")).with_name("item"),
+    "genres": Categorical(multi=True, vocabulary=Vocabulary.of(("x", "y"))).with_name("genres"),
+    "title": Text(max_tokens=16).with_name("title"),
 }
 CONFIG = ModelConfig(
     dim=32,
@@ -154,7 +154,7 @@ def test_shared_text_is_one_encoder() -> None:
 
 def test_plain_attention_is_for_training_alone() -> None:
     fused, plain = model(), model()
-    use_plain_attention(plain)
+    use_eager_attention(plain)
     (encoder,) = (part for part in plain.modules() if isinstance(part, BertEncoder))
     batch = doc([[1, 2, 0], [3, 0, 0]], [[2, 3], [0, 0]])
     for mode, attention in ((True, "eager"), (False, "sdpa"), (True, "eager")):

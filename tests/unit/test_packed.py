@@ -21,7 +21,7 @@ from bigdssm.features import Categorical, Feature, History, Numeric, Text, Vocab
 from bigdssm.loader import step_plan as plan_module
 from bigdssm.loader.batch import Lengths, lengths_of
 from bigdssm.loader.chunks import Chunked
-from bigdssm.loader.step_plan import StepPlan, like_length, plan_side
+from bigdssm.loader.step_plan import StepPlan, group_by_length, plan_side
 from bigdssm.models import (
     DualEncoder,
     PackedLists,
@@ -40,15 +40,15 @@ from tests.packing import within_rows
 
 NUM_ITEMS, PAD = 20, 3  # not every tokenizer pads with 0
 QUERY: dict[str, Feature] = {
-    "history": History(of="item", max_items=9).named("history"),
-    "words": Text(max_tokens=12).named("words"),
-    "more": Text(max_tokens=12).named("more"),
-    "age": Numeric(mean=30.0, std=10.0).named("age"),
+    "history": History(of="item", max_items=9).with_name("history"),
+    "words": Text(max_tokens=12).with_name("words"),
+    "more": Text(max_tokens=12).with_name("more"),
+    "age": Numeric(mean=30.0, std=10.0).with_name("age"),
 }
 DOC: dict[str, Feature] = {
-    "item": Categorical(vocabulary=Vocabulary.of(map(str, range(NUM_ITEMS - 2)))).named("item"),
-    "title": Text(max_tokens=12).named("title"),
-    "tags": Categorical(multi=True, vocabulary=Vocabulary.of(("a", "b"))).named("tags"),
+    "item": Categorical(vocabulary=Vocabulary.of(map(str, range(NUM_ITEMS - 2)))).with_name("item"),
+    "title": Text(max_tokens=12).with_name("title"),
+    "tags": Categorical(multi=True, vocabulary=Vocabulary.of(("a", "b"))).with_name("tags"),
 }
 LISTS = {"query": {"history": 0, "words": PAD, "more": PAD}, "doc": {"title": PAD, "tags": 0}}
 
@@ -78,7 +78,7 @@ def model(pooling: Any = "mean", dropout: float = 0.0, text_dropout: float = 0.0
 def never_packed(made: DualEncoder) -> None:
     for part in made.modules():
         if isinstance(part, Encoder):
-            part.packs = lambda training: False  # type: ignore[method-assign]
+            part.accepts_packed = lambda training: False  # type: ignore[method-assign]
 
 
 def padded(lengths: list[int], fill: int, first: int) -> Tensor:
@@ -102,18 +102,20 @@ def lengths(side: str) -> Lengths:
     return lengths_of(sides()[side], LISTS[side])
 
 
-def vectors(made: DualEncoder, side: str, chunk_tokens: int, places: QueryPositions | None = None) -> Tensor:
+def vectors(made: DualEncoder, side: str, chunk_tokens: int, query_positions: QueryPositions | None = None) -> Tensor:
     """The vectors of a side in the batch's order, by its plan."""
     device = made.log_alpha.device
     features = {name: values.to(device) for name, values in sides()[side].items()}
-    places = None if places is None else QueryPositions(*(part.to(device) for part in places))
-    per_row = None if places is None else torch.bincount(places.row, minlength=6).cpu().numpy()
-    packed = getattr(made.packs(made.training), side)
+    query_positions = (
+        None if query_positions is None else QueryPositions(*(part.to(device) for part in query_positions))
+    )
+    per_row = None if query_positions is None else torch.bincount(query_positions.row, minlength=6).cpu().numpy()
+    packed = getattr(made.accepts_packed(made.training), side)
     plan = plan_side(lengths(side), len(next(iter(features.values()))), chunk_tokens, per_row, packed)
-    chunked = Chunked(features, plan, places)
+    chunked = Chunked(features, plan, query_positions)
     parts = []
-    for chunk in plan.filled_up(len(plan.chunks) + 1).chunks:
-        further = {} if chunk.num_rows == 0 else {"places": chunked.places(chunk)}
+    for chunk in plan.padded_to(len(plan.chunks) + 1).chunks:
+        further = {} if chunk.num_rows == 0 else {"query_positions": chunked.query_positions(chunk)}
         encoded = made(**{side: chunked.features(chunk)}, **further)
         parts.append((encoded.U if side == "query" else encoded.W)[: chunk.num_outputs])
     return chunked.assemble(parts[:-1]) + parts[-1].sum()  # nothing of the dummy
@@ -126,17 +128,24 @@ def gradients(made: DualEncoder, of: Tensor) -> dict[str, Tensor]:
 
 
 def assert_packed_is_padded(
-    side: str, chunk_tokens: int, places: QueryPositions | None = None, by: Attention | None = within_rows, **given: Any
+    side: str,
+    chunk_tokens: int,
+    query_positions: QueryPositions | None = None,
+    by: Attention | None = within_rows,
+    **given: Any,
 ) -> None:
     plain, packed = model(**given), model(**given)
     never_packed(plain)
     if by is not None:
         use_packing(packed, by)
-    assert packed.packs(training=True) != plain.packs(training=True)
+    assert packed.accepts_packed(training=True) != plain.accepts_packed(training=True)
     if given.get("pooling") == "cls":  # a padded text of nothing has the vector of what pads it
         for made in (plain, packed):
             made.text["query"].register_forward_hook(lambda _, given, out: out * _some(given[0]))  # type: ignore[union-attr]
-    expected, found = vectors(plain, side, chunk_tokens, places), vectors(packed, side, chunk_tokens, places)
+    expected, found = (
+        vectors(plain, side, chunk_tokens, query_positions),
+        vectors(packed, side, chunk_tokens, query_positions),
+    )
     assert expected.std(dim=0).min() > 0.01, "the rows are hardly different"
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     ours, theirs = gradients(packed, found), gradients(plain, expected)
@@ -222,13 +231,13 @@ def test_rows_are_sorted_once_for_all_layers(many_groups: None) -> None:
 
 def test_rows_of_like_length_are_a_group() -> None:
     lengths_R = np.random.default_rng(0).integers(0, 201, 500)
-    groups = like_length(lengths_R)
+    groups = group_by_length(lengths_R)
     assert sum(group.rows for group in groups) == 500 and groups[0].longest == lengths_R.max()
     assert len(groups) <= 11 and all(a.longest > b.longest for a, b in pairwise(groups))
     padded = sum(group.rows * group.longest for group in groups)
     assert lengths_R.sum() <= padded <= 1.2 * lengths_R.sum()
-    assert like_length(np.array([7, 0, 3])) == ((3, 7),)
-    assert like_length(np.array([31, 0, 40, 30, 29])) == ((3, 40), (1, 29), (1, 0))
+    assert group_by_length(np.array([7, 0, 3])) == ((3, 7),)
+    assert group_by_length(np.array([31, 0, 40, 30, 29])) == ((3, 40), (1, 29), (1, 0))
 
 
 @SIZES
@@ -244,11 +253,11 @@ def test_a_packed_list_is_what_is_filled() -> None:
     packed = pack(rows, 0, 5, 3)
     assert packed.values.tolist() == [4, 5, 7, 8, 9]
     assert packed.row.tolist() == [0, 0, 2, 2, 2] and packed.place.tolist() == [0, 2, 1, 2, 3]
-    assert packed.spans.offsets.tolist() == [0, 2, 2, 5] and packed.spans.offsets.dtype == torch.int32
+    assert packed.bounds.offsets.tolist() == [0, 2, 2, 5] and packed.bounds.offsets.dtype == torch.int32
     part = packed.part(slice(1, 3), slice(2, 5), (RowGroup(1, 3), RowGroup(1, 0)))
-    assert part.spans.longest == 3 and packed.longest_first.tolist() == [2, 0, 1]
+    assert part.bounds.longest == 3 and packed.longest_first.tolist() == [2, 0, 1]
     assert part.values.tolist() == [7, 8, 9] and part.row.tolist() == [1, 1, 1]
-    assert part.spans.offsets.tolist() == [0, 0, 3] and part.lengths.tolist() == [0, 3]
+    assert part.bounds.offsets.tolist() == [0, 0, 3] and part.lengths.tolist() == [0, 3]
     assert pack(rows[:0], 0, 0, 0).num_rows == 0
 
 
@@ -273,9 +282,9 @@ def test_what_can_be_packed() -> None:
 
     def packs(training: bool = True, **given: Any) -> set[str]:
         made = model(**given)
-        assert made.packs(training) == PackedLists(frozenset(histories)), "texts are packed by a kernel alone"
+        assert made.accepts_packed(training) == PackedLists(frozenset(histories)), "texts are packed by a kernel alone"
         use_packing(made, within_rows)
-        return set(made.packs(training).query)
+        return set(made.accepts_packed(training).query)
 
     assert packs() == packs(dropout=0.3) == packs(training=False, text_dropout=0.3) == texts | histories
     assert packs(text_dropout=0.3) == histories, "attention has dropout"
@@ -289,13 +298,19 @@ def test_the_kernel_is_given_half_precision_under_autocast(again: bool) -> None:
     made, calls = model(positions="rotary", block="gated").train(), []
 
     def spied(
-        q: Tensor, k: Tensor, v: Tensor, at: SequenceBounds, over: SequenceBounds, scale: float, causal: bool = False
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        query_bounds: SequenceBounds,
+        key_bounds: SequenceBounds,
+        scale: float,
+        causal: bool = False,
     ) -> Tensor:
         calls.append(q.shape)
         assert {part.dtype for part in (q, k, v)} == {torch.bfloat16}
         assert all(part.stride(2) == 1 and part.shape[2] % 8 == 0 for part in (q, k, v))
-        assert {spans.offsets.dtype for spans in (at, over)} == {torch.int32}
-        return within_rows(q, k, v, at, over, scale, causal)
+        assert {bounds.offsets.dtype for bounds in (query_bounds, key_bounds)} == {torch.int32}
+        return within_rows(q, k, v, query_bounds, key_bounds, scale, causal)
 
     use_packing(made, spied)
     if again:
@@ -310,12 +325,18 @@ def test_the_kernel_is_given_half_precision_under_autocast(again: bool) -> None:
 
 
 def by_mask(
-    q: Tensor, k: Tensor, v: Tensor, at: SequenceBounds, over: SequenceBounds, scale: float, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_bounds: SequenceBounds,
+    key_bounds: SequenceBounds,
+    scale: float,
+    causal: bool = False,
 ) -> Tensor:
     """The same attention without reading offsets, so that it can be compiled."""
     row_A, row_B = (
-        torch.searchsorted(spans.offsets[1:].contiguous(), torch.arange(len(x), dtype=torch.int32), right=True)
-        for spans, x in ((at, q), (over, k))
+        torch.searchsorted(bounds.offsets[1:].contiguous(), torch.arange(len(x), dtype=torch.int32), right=True)
+        for bounds, x in ((query_bounds, q), (key_bounds, k))
     )
     mask = row_A.unsqueeze(1) == row_B
     own = (part.transpose(0, 1) for part in (q, k, v))

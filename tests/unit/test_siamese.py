@@ -121,7 +121,7 @@ def test_neither_is_a_negative_of_the_loss(config_path: Path, dataset: Dataset, 
     related = set(zip(batch.query_ids.tolist(), batch.doc_ids[batch.positive].tolist(), strict=True))
     related |= {(b, a) for a, b in related}
     encoded = model(batch.query, batch.doc)
-    S = encoded.alpha * encoded.U @ encoded.W.T + batch.multiplicity.log()
+    S = encoded.alpha * encoded.U @ encoded.W.T + batch.counts.log()
     own = encoded.alpha * (encoded.U * encoded.W[batch.positive]).sum(1)
     values, dropped = [], 0
     for i, query in enumerate(batch.query_ids.tolist()):
@@ -134,7 +134,7 @@ def test_neither_is_a_negative_of_the_loss(config_path: Path, dataset: Dataset, 
     ids = None if mask == "none" else batch.query_ids
     out = fps_loss(
         encoded.U, encoded.W, batch.positive, alpha=encoded.alpha, query_ids=ids, doc_ids=batch.doc_ids,
-        known=batch.known, neg_bias=batch.multiplicity.double().log(),
+        known=batch.known_positives, neg_bias=batch.counts.double().log(),
     )  # fmt: skip
     torch.testing.assert_close(out.loss, torch.stack(values).mean(), rtol=1e-5, atol=1e-6)
     assert dropped > 48

@@ -141,7 +141,7 @@ def check_of(values: list[object], bad: Bad) -> RowCheck:
 def test_numbers_that_cannot_be_read_are_missing_and_reported_but_the_row_stays() -> None:
     bad = Bad()
     check = check_of(["1.5", "", "V", "nan", "inf", "-3", None, "1_0"], bad)
-    values = Numeric(log=True).named("x").read(check).to_numpy()
+    values = Numeric(log=True).with_name("x").read(check).to_numpy()
     np.testing.assert_array_equal(values, [1.5, *[np.nan] * 7])
     assert check.good.all() and {row for row, _, left_out in bad.seen if not left_out} == {3, 5, 6, 8}
 

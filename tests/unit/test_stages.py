@@ -105,7 +105,7 @@ def test_the_tail_of_an_epoch_is_the_configs(config: Config, tail: str, caplog: 
     assert rows.steps_per_epoch == steps
     seen = np.concatenate([next(rows).row_ids for _ in range(steps)])
     assert len(np.unique(seen)) == dataset.num_rows("train") - (rest if tail == "drop" else 0)
-    assert (f"each epoch leaves out {rest} rows" in caplog.text) == (tail == "drop")
+    assert (f"each epoch drops {rest} rows" in caplog.text) == (tail == "drop")
 
 
 def test_targets_that_rows_do_not_have_are_told(config: Config, caplog: pytest.LogCaptureFixture) -> None:

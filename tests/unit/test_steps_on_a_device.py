@@ -72,10 +72,16 @@ CASES = [
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, at: SequenceBounds, over: SequenceBounds, scale: float, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_bounds: SequenceBounds,
+    key_bounds: SequenceBounds,
+    scale: float,
+    causal: bool = False,
 ) -> Tensor:
     """What the kernel does that attends within packed rows, reading nothing."""
-    (row_A, place_A), (row_B, place_B) = _rows(at, len(q)), _rows(over, len(k))
+    (row_A, place_A), (row_B, place_B) = _rows(query_bounds, len(q)), _rows(key_bounds, len(k))
     sees = row_A[:, None] == row_B
     if causal:
         sees &= place_A[:, None] >= place_B
@@ -113,7 +119,7 @@ def batch_of(case: Case) -> Batch:
         row_ids=rows,
         query={name: tensor[rows] for name, tensor in batch.query.items()},
         query_lengths={name: list_.take(rows) for name, list_ in batch.query_lengths.items()},
-        places=QueryPositions(rows.repeat_interleave(2), seen.flatten()),
+        query_positions=QueryPositions(rows.repeat_interleave(2), seen.flatten()),
         queries_of_row=np.full(12, 2),
     )
 
@@ -131,8 +137,10 @@ def test_what_a_step_asks_for(case: Case) -> None:
     with simgpu.ranks(64), simgpu.Device() as device:
         device.put_module(engine.module)
         for chunk_tokens, retained_tokens, fewest in ((0, 0, 2), (90, 0, 3), (12, 60, 20)):
-            draft = draft_step(host, TokenBudget(chunk_tokens, retained_tokens, engine.module.packs(training=True)))  # type: ignore[operator]
-            plan = draft.agreed(draft.needs)
+            draft = draft_step(
+                host, TokenBudget(chunk_tokens, retained_tokens, engine.module.accepts_packed(training=True))
+            )  # type: ignore[operator]
+            plan = draft.resolve(draft.requirements)
             pieces = len(plan.query.chunks) + len(plan.doc.chunks)
             assert pieces >= fewest and plan.whole == (chunk_tokens == 0)
             if plan.whole:  # the first step sends the catalogue's counts or the table of the estimate

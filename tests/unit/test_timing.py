@@ -96,11 +96,11 @@ def test_the_table_adds_up() -> None:
 def test_operations_by_formula_are_those_that_torch_counts(block: Any, positions: Any, many: bool) -> None:
     """With rows of one length, so that nothing is padding; each row one query, or many."""
     schema = Schema(
-        {"history": History(of="item", max_items=6).named("history")},
+        {"history": History(of="item", max_items=6).with_name("history")},
         {
-            "item": Categorical(vocabulary=Vocabulary.of("abcdefgh")).named("item"),
-            "year": Numeric().named("year"),
-            "title": Text(max_tokens=16).named("title"),
+            "item": Categorical(vocabulary=Vocabulary.of("abcdefgh")).with_name("item"),
+            "year": Numeric().with_name("year"),
+            "title": Text(max_tokens=16).with_name("title"),
         },
     )
     config = ModelConfig(
@@ -109,14 +109,14 @@ def test_operations_by_formula_are_those_that_torch_counts(block: Any, positions
         query=TowerConfig(mlp=(20,), history=HISTORY_BLOCKS.find(block, "")(positions=positions, layers=2)),
         doc=TowerConfig(text=Bert(layers=2, hidden=16)),
     )
-    places = QueryPositions(torch.tensor([0, 2, 0, 2, 1]), torch.tensor([0, 5, 3, 1, 2])) if many else None
+    query_positions = QueryPositions(torch.tensor([0, 2, 0, 2, 1]), torch.tensor([0, 5, 3, 1, 2])) if many else None
     model = new_model(config, schema, vocab_size=50).eval()
     query = {"history": torch.randint(2, 10, (3, 5))}
     doc = {"item": torch.arange(2, 9), "year": torch.ones(7), "title": torch.randint(1, 50, (7, 11))}
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model(query, doc, places=places)
+        model(query, doc, query_positions=query_positions)
     padded = {"title": torch.nn.functional.pad(doc["title"], (0, 4))}
-    of_queries = SideSize(3, {"history": np.full(3, 5)}, len(places.row) if places else None)
+    of_queries = SideSize(3, {"history": np.full(3, 5)}, len(query_positions.row) if query_positions else None)
     of_docs = SideSize(7, {"title": lengths_of(padded, {"title": 0})["title"].filled})
     assert model.flops(of_queries, of_docs) == pytest.approx(counter.get_total_flops(), rel=1e-6)
 

@@ -25,7 +25,7 @@ from bigdssm.loader.batch import ListLengths, lengths_of
 from bigdssm.loader.chunks import Chunked
 from bigdssm.loader.pair_stream import PairStream
 from bigdssm.loader.step_plan import StepPlan, StepRequirements, TokenBudget, draft_step, plan_side
-from bigdssm.loader.upload import upload_ahead
+from bigdssm.loader.upload import prefetch
 from bigdssm.losses import ListwiseKL, Softmax
 from bigdssm.retrieval.hard_negatives import HardNegatives, window_records
 from bigdssm.training import engine
@@ -220,7 +220,7 @@ def test_ranks_share_the_catalogue_as_columns(tiny_interactions: TinyDataset, wo
         assert [doc for doc, own in zip(docs, is_shared(batch, rank, world_size), strict=True) if own] == (
             [doc for doc in docs if doc in share]
         )
-        assert int(batch.multiplicity.sum()) == len(batch.positive) + len(share)
+        assert int(batch.counts.sum()) == len(batch.positive) + len(share)
         shares += share
     assert sorted(shares) == list(range(NUM_ITEMS))
 
@@ -229,7 +229,7 @@ def test_a_rank_without_rows_still_has_something_to_encode() -> None:
     features = {"text": torch.zeros(0, 0, dtype=torch.int64), "number": torch.zeros(0)}
     plan = plan_side(lengths_of(features, {"text": 0}), 0, 12)
     assert plan.chunks == ()
-    plan = plan.filled_up(2)
+    plan = plan.padded_to(2)
     side, (dummy, other) = Chunked(features, plan), plan.chunks
     taken = side.features(dummy)
     assert taken["text"].shape == (1, 1) and taken["number"].shape == (1,)
@@ -323,8 +323,10 @@ def test_one_reduction_agrees_on_chunks_and_on_those_kept() -> None:
                 row_ids=sides[0]["text"].filled, doc_ids=sides[1]["text"].filled,
             )  # fmt: skip
             drafts.append(draft_step(batch, budget))  # type: ignore[arg-type]
-        most = StepRequirements(*(max(numbers) for numbers in zip(*(draft.needs for draft in drafts), strict=True)))
-        plans = [draft.agreed(most) for draft in drafts]
+        most = StepRequirements(
+            *(max(numbers) for numbers in zip(*(draft.requirements for draft in drafts), strict=True))
+        )
+        plans = [draft.resolve(most) for draft in drafts]
         assert (
             len({(plan.whole, len(plan.query.chunks), len(plan.doc.chunks), plan.num_retained) for plan in plans}) == 1
         )
@@ -352,7 +354,7 @@ def test_the_next_item_is_made_while_one_is_used_and_errors_come_when_they_are_d
             yield number
         raise DataError("behind the last")
 
-    coming = upload_ahead(items())
+    coming = prefetch(items())
     for number in range(3):
         assert next(coming) == number
         assert made[number + 1].wait(5), "nobody asked for it yet"
@@ -360,7 +362,7 @@ def test_the_next_item_is_made_while_one_is_used_and_errors_come_when_they_are_d
     with pytest.raises(DataError, match="behind the last"):
         next(coming)
     threads = threading.active_count()
-    coming = upload_ahead(iter(range(10)))
+    coming = prefetch(iter(range(10)))
     assert next(coming) == 0 and threading.active_count() == threads + 1
     coming.close()
     assert threading.active_count() == threads

@@ -33,7 +33,7 @@ def in_parts(values: list[str], *ends: int) -> Vocabulary:
 
 
 def schema_of(known: Vocabulary) -> Schema:
-    return Schema({}, {"kind": Categorical(vocabulary=known).named("kind")})
+    return Schema({}, {"kind": Categorical(vocabulary=known).with_name("kind")})
 
 
 @pytest.mark.parametrize("distinct_hashes", [2**64 - 1, 7], ids=["hashes", "hashes that many strings share"])

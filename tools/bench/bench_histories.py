@@ -57,12 +57,12 @@ def compare(args: argparse.Namespace) -> str:
     history = history.to(device)
     row = torch.from_numpy(np.repeat(np.arange(args.rows), length_R))
     seen = torch.from_numpy(np.concatenate([np.arange(1, length + 1) for length in length_R]))
-    places, model = QueryPositions(row.to(device), seen.to(device)), tower(args).to(device)
+    query_positions, model = QueryPositions(row.to(device), seen.to(device)), tower(args).to(device)
     plans = {name: planned(args, lengths, length_R, packed) for name, packed in (("packed", True), ("padded", False))}
     seconds: dict[str, list[float]] = {name: [] for name in plans}
     for turn in range(args.turns + 1):
         for name, plan in plans.items():
-            took = timed(model, history, plan, places, args)
+            took = timed(model, history, plan, query_positions, args)
             if turn:  # the first warms up
                 seconds[name].append(took)
     packed, padded = (statistics.median(times) for times in seconds.values())
@@ -83,8 +83,8 @@ def tower(args: argparse.Namespace) -> DualEncoder:
         dim=args.width, score="dot", query=TowerConfig(residual="history", mlp=(), history=history),
         doc=TowerConfig(residual="item", mlp=(), embedding_dim=args.width),
     )  # fmt: skip
-    items = Categorical(vocabulary=Vocabulary.of(map(str, range(NUM_ITEMS)))).named("item")
-    schema = Schema({"history": History(of="item", max_items=args.items).named("history")}, {"item": items})
+    items = Categorical(vocabulary=Vocabulary.of(map(str, range(NUM_ITEMS)))).with_name("item")
+    schema = Schema({"history": History(of="item", max_items=args.items).with_name("history")}, {"item": items})
     model = new_model(config, schema).train()
     if args.precision == "bf16" and flash_runs_on(torch.device(args.device)):
         use_packing(model)
@@ -97,17 +97,17 @@ def planned(args: argparse.Namespace, lengths: Lengths, length_R: np.ndarray, pa
 
 
 def timed(
-    model: DualEncoder, history: torch.Tensor, plan: SidePlan, places: QueryPositions, args: argparse.Namespace
+    model: DualEncoder, history: torch.Tensor, plan: SidePlan, query_positions: QueryPositions, args: argparse.Namespace
 ) -> float:
     """Return the seconds of packing, and of a forward and backward of all chunks."""
     on_cpu = args.device == "cpu"
     clock = time.process_time if on_cpu else time.perf_counter
     autocast = torch.autocast(args.device, torch.bfloat16) if args.precision == "bf16" else nullcontext()
     begun = clock()
-    chunked = Chunked({"history": history}, plan, places)
+    chunked = Chunked({"history": history}, plan, query_positions)
     for chunk in plan.chunks:
         with autocast:
-            U = model(query=chunked.features(chunk), places=chunked.places(chunk)).U
+            U = model(query=chunked.features(chunk), query_positions=chunked.query_positions(chunk)).U
         U.float().sum().backward()
     if not on_cpu:
         torch.cuda.synchronize()

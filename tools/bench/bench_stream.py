@@ -200,7 +200,7 @@ def write_index(folder: Path, rows: int) -> None:
     blocks = -(-rows // per_block)
     counts = np.full(blocks, per_block, np.int32)
     counts[-1] = rows - per_block * (blocks - 1)
-    schema = Schema({"age": Numeric().named("age")}, {"year": Numeric().named("year")})
+    schema = Schema({"age": Numeric().with_name("age")}, {"year": Numeric().with_name("year")})
     schema.save(folder)
     partition = folder / "partitions" / "base"
     partition.mkdir(parents=True)
@@ -230,7 +230,7 @@ def write_index(folder: Path, rows: int) -> None:
 
 def catalogue(args: argparse.Namespace) -> None:
     docs, tokens = int(args.docs), 32
-    schema = Schema({}, {"title": Text(max_tokens=tokens).named("title")})
+    schema = Schema({}, {"title": Text(max_tokens=tokens).with_name("title")})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "000000.arrow"
         keys = pa.array(np.arange(docs)).cast(pa.string())

@@ -207,7 +207,7 @@ class Ours:
         self.model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size).train()
         self.engine = Engine(self.model, engine, OPTIMIZER, rows_global // dist.get_world_size())
         self.objective = Objective(StageConfig(sampling=NoCorrection()), config.model, None, None, rows_global)
-        self.budget = TokenBudget.of(engine, self.model.packs(training=True))
+        self.budget = TokenBudget.of(engine, self.model.accepts_packed(training=True))
 
     def step(self, batch: Batch, keep_graph_tokens: int | None = None) -> float:
         from bigdssm.training.step import train_step

@@ -52,7 +52,7 @@ def history_tower(bench: Bench) -> tuple[nn.Module, TwoInputs, float]:
     width, items, rows = (32, 16, 4) if bench.small else (128, 200, 256)
     config = Gated(positions="rotary", layers=2, heads=4)
     place = torch.arange(items, device=bench.device)
-    sight = AttentionContext(place, place, (place[:, None] >= place)[None, None], True, True)
+    context = AttentionContext(place, place, (place[:, None] >= place)[None, None], True, True)
 
     class Histories(nn.Module):
         def __init__(self) -> None:
@@ -64,7 +64,7 @@ def history_tower(bench: Bench) -> tuple[nn.Module, TwoInputs, float]:
             hidden = self.table(codes)
             if is_history.shape[0]:
                 for layer in self.layers:
-                    hidden = layer(hidden, hidden, sight)
+                    hidden = layer(hidden, hidden, context)
             return hidden.flatten(0, 1)  # type: ignore[no-any-return]
 
     history, target = (torch.randint(1, 50_000, (rows, items), device=bench.device) for _ in range(2))

@@ -27,7 +27,7 @@ from typing import Any, Literal, cast
 from omegaconf import MISSING, OmegaConf
 
 import tools.evidence.baselines  # noqa: F401, which registers them
-from bigdssm.config.yaml_files import as_kind, read_yaml
+from bigdssm.config.yaml_files import read_yaml, to_dataclass
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.baselines import BASELINES
 
@@ -139,7 +139,7 @@ class Claim:
 
 def read_claim(path: Path) -> Claim:
     """Return the claim of a YAML file. Raises ConfigError: what is wrong with it, and where."""
-    claim = as_kind(path, Claim, read_yaml(path, "claim, sets, cells and expect"))
+    claim = to_dataclass(path, Claim, read_yaml(path, "claim, sets, cells and expect"))
     _check(path, claim)
     return claim
 

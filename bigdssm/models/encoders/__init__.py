@@ -1,14 +1,14 @@
-"""Encoders, a module for each type of feature; importing this registers them."""
+"""Encoders, one module per type of feature; importing this package registers them."""
 
 from bigdssm.models.encoders.base import (
+    BuildContext,
     Encoder,
-    Parts,
     SideSize,
     build_encoder,
     compile_layers,
     encodes,
+    use_eager_attention,
     use_packing,
-    use_plain_attention,
 )
 from bigdssm.models.encoders.bert import BertEncoder
 from bigdssm.models.encoders.history import HistoryEncoder
@@ -17,11 +17,11 @@ from bigdssm.models.encoders.text import TextEncoder, text_architectures, text_c
 
 __all__ = [
     "BertEncoder",
+    "BuildContext",
     "CategoricalEncoder",
     "Encoder",
     "HistoryEncoder",
     "NumericEncoder",
-    "Parts",
     "SideSize",
     "TextEncoder",
     "VectorEncoder",
@@ -31,6 +31,6 @@ __all__ = [
     "text_architectures",
     "text_configs",
     "text_keys",
+    "use_eager_attention",
     "use_packing",
-    "use_plain_attention",
 ]

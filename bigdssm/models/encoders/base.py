@@ -1,4 +1,4 @@
-"""What encodes one feature of one side, and which class does it for which type of feature.
+"""Base class of the encoders of features, and their registry by type of feature.
 
 Shapes: R rows, m queries, T tokens or history items, K values, E table width, H encoder width.
 """
@@ -21,54 +21,54 @@ from bigdssm.features import Feature
 from bigdssm.models.embedding_tables import EmbeddingTables
 from bigdssm.models.packed import FLASH_WIDTHS, Attention, QueryPositions, Values, flash_attention
 
-RECOMPILE_LIMIT = 64  # of a layer, above which torch gives up compiling it; by default 8
+RECOMPILE_LIMIT = 64  # compiled graphs per layer; torch's default is 8
 
 
 class Encoder(nn.Module, ABC):
-    """A feature's values → one vector of width `dim` a row."""
+    """Maps the values of a feature to one vector of width `dim` per row."""
 
-    is_pretrained_part: ClassVar[bool] = False  # else each tower has one for itself
+    is_shared: ClassVar[bool] = False  # whether it belongs to the model; else each tower builds its own
     dim: int
-    compiled = False  # its layers, by torch.compile
-    recomputed = False  # its layers, in the backward
-    packed_attention: Attention | None = None  # within rows of packed lists: the kernel, where there is one
+    compiled = False  # whether torch.compile compiles its layers
+    recomputes = False  # whether the backward recomputes its layers
+    packed_attention: Attention | None = None  # kernel for packed lists, if there is one
 
     @abstractmethod
     def forward(self, values: Any) -> Tensor:
-        """Return [R, dim] for a tensor as `Feature.array` makes it, or for a packed list where `packs` says so."""
+        """Return [R, dim] for a tensor from `Feature.array`, or for a packed list if `accepts_packed`."""
 
-    def packs(self, training: bool) -> bool:
-        """Return whether its lists may come packed."""
+    def accepts_packed(self, training: bool) -> bool:
+        """Return whether its lists may be packed."""
         return False
 
-    def at(self, values: Values, places: QueryPositions) -> Tensor:
-        """Return [m, dim] for queries at places of rows: here what is said of the row, encoded once."""
-        vectors: Tensor = self(values)[places.row]
+    def at_positions(self, values: Values, query_positions: QueryPositions) -> Tensor:
+        """Return [m, dim] for queries at positions of rows; by default the vector of the row."""
+        vectors: Tensor = self(values)[query_positions.row]
         return vectors
 
     def checkpoint_activations(self) -> None:
-        """Keep only the layers' inputs for the backward, which computes the rest again."""
-        self.recomputed = True
+        """Keep only the layers' inputs for the backward, which recomputes the rest."""
+        self.recomputes = True
 
     def transformer_layers(self) -> list[nn.Module]:
-        """Return the layers of its transformer, where it has one."""
+        """Return the layers of its transformer, if it has one."""
         return []
 
     def run_layer(self, layer: nn.Module, *inputs: Any) -> Tensor:
-        """Return the output of a transformer layer; with `checkpoint_activations` its graph keeps the inputs alone."""
+        """Return the output of a transformer layer, recomputed in the backward after `checkpoint_activations`."""
         output: Tensor
-        if self.recomputed and self.training:
+        if self.recomputes and self.training:
             output = checkpoint(layer, *inputs, use_reentrant=False)
         else:
             output = layer(*inputs)
         return output
 
     def use_packing(self, attention: Attention) -> None:
-        """Attend within rows of packed lists by `attention`, where it can."""
+        """Use the kernel `attention` for packed lists, if supported."""
         self.packed_attention = attention
 
-    def use_plain_attention(self) -> None:
-        """Multiply attention out in training, where there is any."""
+    def use_eager_attention(self) -> None:
+        """Use eager attention in training, if it has any."""
 
     def flops(self, name: str, size: SideSize) -> float:
         """Return the operations of a forward's matrix products for the feature `name` of a side, padding left out."""
@@ -77,75 +77,75 @@ class Encoder(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class SideSize:
-    """How much one side of a batch holds, as the host knows it."""
+    """The size of one side of a batch, from lengths on the host."""
 
     rows: int
-    filled: Mapping[str, np.ndarray]  # by feature that is a list, int64 [R]: cells that hold something
-    queries: int | None = None  # at places of the rows; None: each row is one
+    filled: Mapping[str, np.ndarray]  # by list feature, int64 [R]: number of filled cells
+    queries: int | None = None  # at positions of the rows; None: one per row
 
     @property
     def vectors(self) -> int:
-        """Return the vectors that come of it."""
+        """Return the number of encoded vectors."""
         return self.rows if self.queries is None else self.queries
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What an encoder may be built from beside its feature."""
+class BuildContext:
+    """The parts of the model that an encoder may be built from, in addition to its feature."""
 
     side: str  # query or doc
     config: TowerConfig  # of the side
     tables: EmbeddingTables
     item_dim: int  # width of the tables of documents
-    text: Encoder | None  # of the model, for the side's texts
+    text: Encoder | None  # the model's text encoder of the side
 
 
 E = TypeVar("E", bound=type[Encoder])
-_ENCODERS: dict[str, Callable[[Feature, Parts], Encoder]] = {}
+_ENCODERS: dict[str, Callable[[Feature, BuildContext], Encoder]] = {}
 
 
 def encodes(feature_type: type[Feature]) -> Callable[[E], E]:
-    """Make a class the encoder of a type of features, by its class method `build(feature, parts)`; a decorator."""
+    """Register a class as the encoder of a type of feature; it has a class method `build(feature, context)`."""
 
-    def known(cls: E) -> E:
+    def register(cls: E) -> E:
         _ENCODERS[feature_type.type] = cls.build  # type: ignore[attr-defined]
         return cls
 
-    return known
+    return register
 
 
-def build_encoder(feature: Feature, parts: Parts) -> Encoder:
-    """Return the encoder of a feature. Raises ConfigError: nothing encodes its type."""
+def build_encoder(feature: Feature, context: BuildContext) -> Encoder:
+    """Return the encoder of a feature. Raises ConfigError: no encoder is registered for its type."""
     if feature.type not in _ENCODERS:
         raise ConfigError(f"no encoder of features of type {feature.type} is registered; see models.encoders.encodes")
-    return _ENCODERS[feature.type](feature, parts)
+    return _ENCODERS[feature.type](feature, context)
 
 
-def use_plain_attention(model: nn.Module) -> None:
-    """Let the model's encoders multiply attention out in training: the fused backward in bfloat16 is slow on a CPU.
+def use_eager_attention(model: nn.Module) -> None:
+    """Use eager attention in training: the fused backward in bfloat16 is slow on a CPU.
 
-    MiniLM on a Xeon with AMX, forward and backward a CPU-second: 4,700 tokens of texts of 70 against 2,700, 3,800 of
-    texts of 128 against 3,100. In float32 both take the same time. Without a backward the fused kernel is the faster
-    one: 15,600 tokens of texts of 128 against 8,300. 64 histories of 200 items through 2 layers of width 128 with 2
-    heads on an EPYC without AMX, forward and backward: 189 ms against 243, and 322 in float32.
+    MiniLM on a Xeon with AMX, forward and backward, eager against fused, per CPU-second: 4,700 tokens against 2,700
+    with texts of 70 tokens, 3,800 against 3,100 with texts of 128. In float32 both take the same time. Without a
+    backward the fused kernel is faster: 15,600 tokens against 8,300 with texts of 128. For 64 histories of 200 items,
+    2 layers of width 128 with 2 heads, on an EPYC without AMX: 189 ms against 243, and 322 in float32.
     """
     for part in model.modules():
         if isinstance(part, Encoder):
-            part.use_plain_attention()
+            part.use_eager_attention()
 
 
 def use_packing(model: nn.Module, attention: Attention = flash_attention) -> None:
-    """Have the model's encoders attend within packed lists by a kernel, where they can: then texts may come packed."""
+    """Use the kernel `attention` in all encoders that support it; texts may then be packed."""
     for part in model.modules():
         if isinstance(part, Encoder):
             part.use_packing(attention)
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
-    """Have the layers of the model's transformers compiled when they are first called, once for all lengths.
+    """Compile the transformer layers on their first call, once for all lengths.
 
-    All layers of a kind share what is compiled; it is one for each of: with and without gradients, training or not,
-    padded or packed, a history's last layer or not.
+    All layers of a kind share their compiled graphs: one per combination of with or without gradients, training or
+    not, padded or packed, a history's last layer or not.
     """
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     for part in model.modules():
@@ -155,12 +155,12 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
                 layer.compile(dynamic=True, backend=backend)
 
 
-def packs_heads(width: int, heads: int) -> bool:
-    """Return whether attention within packed rows takes heads of this model's width."""
+def supports_head_width(width: int, heads: int) -> bool:
+    """Return whether the kernel for packed rows supports the width of the heads."""
     return width // heads in FLASH_WIDTHS
 
 
 def linear_flops(module: nn.Module) -> float:
-    """Return the operations of all linear layers in `module`, a row; their weights may be sharded away."""
+    """Return the operations per row of all linear layers in `module`; their weights may be sharded (ZeRO-3)."""
     layers = (layer for layer in module.modules() if isinstance(layer, nn.Linear))
     return float(sum(2 * layer.in_features * layer.out_features for layer in layers))

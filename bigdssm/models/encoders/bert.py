@@ -25,20 +25,20 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bigdssm.config import TextInputs
 from bigdssm.errors import ConfigError
-from bigdssm.models.encoders.base import SideSize, linear_flops, packs_heads
+from bigdssm.models.encoders.base import SideSize, linear_flops, supports_head_width
 from bigdssm.models.encoders.text import TextEncoder
 from bigdssm.models.packed import Attention, Packed, SequenceBounds, Values
 
-NAME = "bigdssm_packed"  # among the attentions of transformers: the usual one for padded texts
-# What a padded call says of packing: torch.compile looks for all that any call had in every call.
+NAME = "bigdssm_packed"  # registered attention of transformers; for padded texts it is the default one
+# Packing arguments of a padded call: torch.compile specializes on the set of arguments of a call.
 PADDED: dict[str, Any] = {"packed_attention": None, "offsets": None, "longest": 0}
 
 
 def run_packed_bert(bert: BertModel, texts: Packed, attention: Attention) -> Tensor:
-    """Return the last hidden states, [P, H], of a BERT whose attention is `NAME`; positions are those in the text."""
+    """Return the last hidden states, [P, H], of a BERT whose attention is `NAME`."""
     hidden: Tensor = bert(
-        input_ids=texts.values.unsqueeze(0), position_ids=texts.place.unsqueeze(0), packed_attention=attention,
-        **texts.spans._asdict(),
+        input_ids=texts.values.unsqueeze(0), position_ids=texts.position.unsqueeze(0), packed_attention=attention,
+        **texts.bounds._asdict(),
     ).last_hidden_state  # fmt: skip
     return hidden[0]
 
@@ -48,10 +48,9 @@ def _attend(
     dropout: float = 0.0, packed_attention: Attention | None = None, offsets: Tensor | None = None, longest: int = 0,
     **further: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Return [1, P, h, W] for [1, h, P, W] that are packed, else what scaled_dot_product_attention does.
+    """Return [1, P, h, W] for packed [1, h, P, W], else call scaled_dot_product_attention.
 
-    Which of them is said in the call, not in the BERT's config: activations that the backward computes again are then
-    of the same kind.
+    Packing is an argument of the call and not in the BERT's config, so that recomputed activations use the same kind.
     """
     if packed_attention is None or offsets is None:
         padded: tuple[Tensor, None] = sdpa_attention_forward(
@@ -59,12 +58,12 @@ def _attend(
         )
         return padded
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
-    spans = SequenceBounds(offsets, longest)
-    return packed_attention(q, k, v, spans, spans, scaling).unsqueeze(0), None
+    bounds = SequenceBounds(offsets, longest)
+    return packed_attention(q, k, v, bounds, bounds, scaling).unsqueeze(0), None
 
 
 def _mask(attention_mask: Tensor | None = None, **further: Any) -> Tensor | None:
-    """Return no mask for packed texts, which bring none."""
+    """Return the SDPA mask, or None for packed texts."""
     if attention_mask is None:
         return None
     mask: Tensor | None = sdpa_mask(attention_mask=attention_mask, **further)
@@ -81,47 +80,47 @@ class BertEncoder(TextEncoder):
     def __init__(self, architecture: PretrainedConfig, pooling: Literal["mean", "cls"]) -> None:
         super().__init__(architecture, architecture.hidden_size, int(architecture.pad_token_id or 0))
         self.pooling = pooling
-        self.attention_otherwise: str | None = None  # where attention is plain in training
+        self.default_attention: str | None = None  # set if attention is eager in training
         self.bert = new_bert(architecture)
-        self.architecture = self.bert.config  # which may be a copy
+        self.architecture = self.bert.config  # may be a copy
 
     def transformer_layers(self) -> list[nn.Module]:
-        """Return its layers: what transformers can checkpoint, of any architecture."""
+        """Return the layers that transformers can checkpoint, for any architecture."""
         return [part for part in self.bert.modules() if isinstance(part, GradientCheckpointingLayer)]
 
     def checkpoint_activations(self) -> None:
-        """Keep only the layers' inputs for the backward, which computes the rest again."""
-        self.bert.config.use_cache = False  # there is none in an encoder, and transformers would warn of it
+        """Keep only the layers' inputs for the backward, which recomputes the rest."""
+        self.bert.config.use_cache = False  # avoids a warning; an encoder has no cache
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # its new name is not in every transformers 5
             self.bert.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def use_plain_attention(self) -> None:
-        """Multiply attention out in training."""
-        if self.attention_otherwise is None:
-            self.attention_otherwise = self.bert.config._attn_implementation
+    def use_eager_attention(self) -> None:
+        """Use eager attention in training."""
+        if self.default_attention is None:
+            self.default_attention = self.bert.config._attn_implementation
             self.train(self.training)
 
     def use_packing(self, attention: Attention) -> None:
-        """Take packed texts, where it can."""
+        """Accept packed texts, if the architecture is a BERT."""
         super().use_packing(attention)
         if isinstance(self.bert, BertModel):
             self.bert.set_attn_implementation(NAME)
 
     def train(self, mode: bool = True) -> BertEncoder:
-        """Train or evaluate, with the attention that is faster at it where that differs."""
+        """Set the mode, and the attention that is faster in it."""
         super().train(mode)
-        if self.attention_otherwise is not None:
-            self.bert.set_attn_implementation("eager" if mode else self.attention_otherwise)
+        if self.default_attention is not None:
+            self.bert.set_attn_implementation("eager" if mode else self.default_attention)
         return self
 
-    def packs(self, training: bool) -> bool:
-        """Return whether packed texts can be attended over: by a BERT, without dropout of attention."""
+    def accepts_packed(self, training: bool) -> bool:
+        """Return whether texts may be packed: a kernel, a BERT, a supported head width, no attention dropout."""
         config = self.bert.config
         return (
             self.packed_attention is not None
             and isinstance(self.bert, BertModel)
-            and packs_heads(self.dim, config.num_attention_heads)
+            and supports_head_width(self.dim, config.num_attention_heads)
             and not (training and config.attention_probs_dropout_prob > 0)
         )
 
@@ -130,7 +129,7 @@ class BertEncoder(TextEncoder):
         return self._packed(tokens) if isinstance(tokens, Packed) else self.pooled(tokens)
 
     def pooled(self, tokens_RT: Tensor, types_RT: Tensor | None = None) -> Tensor:
-        """Return [R, H] for token ids [R, T], padded at the end, and their token types, by default 0 of each."""
+        """Return [R, H] for token ids [R, T], padded at the end, and their token types, by default 0."""
         mask_RT = tokens_RT != self.pad_token_id
         further = PADDED if self.bert.config._attn_implementation == NAME else {}
         if types_RT is not None:
@@ -143,7 +142,7 @@ class BertEncoder(TextEncoder):
         return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
     def _attention_mask(self, mask_RT: Tensor) -> Tensor:
-        """Return the mask as a BERT's layers take it: of one of two dimensions it would ask a device what is in it."""
+        """Return the mask in the form of BERT's layers: a mask of two dimensions would be read from the device."""
         attention = self.bert.config._attn_implementation
         if not isinstance(self.bert, BertModel) or attention not in ("sdpa", "eager", NAME):
             return mask_RT.long()
@@ -154,10 +153,10 @@ class BertEncoder(TextEncoder):
         return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
     def _packed(self, tokens: Packed) -> Tensor:
-        """Return zeros for a text without a token, whose padded vector depends on the kernel of attention."""
+        """Return [R, H]; zeros for a text without tokens, whose padded vector would depend on the attention kernel."""
         assert self.packed_attention is not None
         hidden: Tensor = run_packed_bert(self.bert, tokens, self.packed_attention)
-        offsets = tokens.spans.offsets.long()
+        offsets = tokens.bounds.offsets.long()
         if self.pooling == "mean":
             sums = torch.segment_reduce(hidden, "sum", offsets=offsets, unsafe=True, initial=0)
             return sums / tokens.lengths.clamp(min=1).to(hidden.dtype).unsqueeze(1)
@@ -165,7 +164,7 @@ class BertEncoder(TextEncoder):
         return first.masked_fill((tokens.lengths == 0).unsqueeze(1), 0)
 
     def flops(self, name: str, size: SideSize) -> float:
-        """Return the operations of a forward: a token's linear layers, and attention over each text's own tokens."""
+        """Return the operations of a forward: linear layers per token, and attention within each text."""
         length_R = size.filled[name].astype(float)
         attention = float((length_R**2).sum()) * self.bert.config.num_hidden_layers * 4 * self.dim
         return float(length_R.sum()) * linear_flops(self) + attention
@@ -181,7 +180,7 @@ def pretrained_encoder(
 
 
 def load_pretrained(encoder: BertEncoder, folder: str) -> None:
-    """Give an encoder the weights of a folder. Raises ConfigError: they do not load."""
+    """Load the weights of a folder into an encoder. Raises ConfigError: they do not load."""
     try:
         model = AutoModel.from_pretrained(
             folder, config=encoder.bert.config, local_files_only=True, use_safetensors=True, trust_remote_code=False
@@ -194,7 +193,7 @@ def load_pretrained(encoder: BertEncoder, folder: str) -> None:
 
 
 def new_bert(architecture: PretrainedConfig) -> PreTrainedModel:
-    """Return a BERT with new weights, without the pooler: neither pooling uses it, and ZeRO wants a gradient of all."""
+    """Return a BERT with new weights, without the unused pooler: ZeRO requires a gradient for each parameter."""
     if isinstance(architecture, BertConfig):
         return BertModel(architecture, add_pooling_layer=False)
     model: PreTrainedModel = AutoModel.from_config(architecture, trust_remote_code=False)
@@ -203,7 +202,7 @@ def new_bert(architecture: PretrainedConfig) -> PreTrainedModel:
 
 
 def new_architecture(inputs: TextInputs, layers: int, hidden: int, heads: int, dropout: float) -> BertConfig:
-    """Return the architecture of a BERT that begins with new weights."""
+    """Return the architecture of a BERT that is trained from scratch."""
     return BertConfig(
         vocab_size=inputs.vocab_size,
         hidden_size=hidden,
@@ -220,15 +219,15 @@ def new_architecture(inputs: TextInputs, layers: int, hidden: int, heads: int, d
 def pretrained_architecture(
     folder: str, vocab_size: int = 0, pad_token_id: int | None = None, keep_layers: int = 0, dropout: float = 0.0
 ) -> PretrainedConfig:
-    """Return the architecture of the Hugging Face model in `folder`, with these layers (0: all) and this dropout.
+    """Return the architecture of the Hugging Face model in `folder`, with `keep_layers` layers (0: all) and `dropout`.
 
-    Raises ConfigError: it is no such folder, or has too few layers or words.
+    Raises ConfigError: not a model folder, or too few layers or word vectors.
     """
     if not os.path.isdir(folder):
-        raise ConfigError(f"text.init={folder} is not a folder; it takes the local folder of a Hugging Face BERT")
+        raise ConfigError(f"text.init={folder} is not a folder; set it to the local folder of a Hugging Face BERT")
     try:
         if not list(Path(folder).glob("*.safetensors")):
-            raise OSError("it has no *.safetensors, the one format of weights that is read")
+            raise OSError("it has no *.safetensors, the only supported format of weights")
         architecture = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"text.init={folder} does not load as a Hugging Face model: {error}") from None

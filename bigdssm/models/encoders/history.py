@@ -1,4 +1,4 @@
-"""Histories. Shapes: R rows, T items, A places that ask, m queries, E table width."""
+"""Encoder of histories. Shapes: R rows, T items, A query positions, m queries, E table width."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch import Tensor, nn
 from bigdssm.config import HistoryEncoderConfig
 from bigdssm.errors import ConfigError
 from bigdssm.features import PADDING, History
-from bigdssm.models.blocks import HIDDEN, AttentionContext, AttentionLayout
+from bigdssm.models.blocks import MASKED_SCORE, AttentionContext, AttentionLayout
 from bigdssm.models.embedding_tables import INIT_STD, EmbeddingTables, table_name
-from bigdssm.models.encoders.base import Encoder, Parts, SideSize, encodes, linear_flops, packs_heads
+from bigdssm.models.encoders.base import BuildContext, Encoder, SideSize, encodes, linear_flops, supports_head_width
 from bigdssm.models.packed import Packed, QueryPositions, RowGroup, SequenceBounds, Values
 
 
 @encodes(History)
 class HistoryEncoder(Encoder):
-    """A causal transformer over [start, oldest item, …, newest item]: the vector at place j has seen j items.
+    """A causal transformer over [start, oldest item, …, newest item]: the output at position j depends on j items.
 
-    The start token makes an empty history an ordinary one. A history's own vector is that of its newest place; with
-    `QueryPositions` one pass gives any number of queries. Positions count back from the newest item (`age`), so what
-    happened last has the same position in long and short histories; from the left edge (`absolute`); or they are the
-    distances of two places, as a learned bias of each head (`relative`) or as turns of queries and keys (`rotary`).
-    The biases are all layers' own, so that neither the mask with them nor its gradient grows with the depth.
-    Source: Kang and McAuley 2018 (SASRec); Raffel et al. 2020 (T5) for shared biases; `blocks` for what a layer does.
+    The start token makes an empty history an ordinary one. The vector of a history is the output at its newest
+    position; with `QueryPositions` one pass gives any number of queries. Positional information is the distance from
+    the newest item (`age`: the newest item has the same position in long and short histories), the distance from the
+    start (`absolute`), or the distance of query and key, as a learned bias per head (`relative`) or as rotary
+    embeddings (`rotary`). All layers share the biases, so that neither the mask nor its gradient grows with the depth.
+    Source: Kang and McAuley 2018 (SASRec); Raffel et al. 2020 (T5) for shared biases; see `blocks` for the layers.
     """
 
     def __init__(
@@ -38,77 +38,81 @@ class HistoryEncoder(Encoder):
         self._tables = (tables,)
         self.start = nn.Parameter(torch.randn(dim) * INIT_STD)
         if config.positions != "rotary":
-            per_place = config.heads if config.positions == "relative" else dim
-            self.positions = nn.Embedding(feature.max_items + 1, per_place)
+            width = config.heads if config.positions == "relative" else dim
+            self.positions = nn.Embedding(feature.max_items + 1, width)
             nn.init.normal_(self.positions.weight, std=INIT_STD)
         self.dropout = nn.Dropout(config.item_dropout)
         self.layers = nn.ModuleList(config.build(dim) for _ in range(config.layers))
         self.norm = nn.LayerNorm(dim)
-        self._plain_in_training = False
+        self._eager_in_training = False
 
     @classmethod
-    def build(cls, feature: History, parts: Parts) -> HistoryEncoder:
-        """Return the encoder of a feature, which reads the table of its items."""
+    def build(cls, feature: History, context: BuildContext) -> HistoryEncoder:
+        """Return the encoder of a feature; it shares the embedding table of its items."""
         table = table_name("doc", str(feature.of))
-        return cls(parts.config.history, feature, parts.item_dim, table, parts.tables)
+        return cls(context.config.history, feature, context.item_dim, table, context.tables)
 
     def transformer_layers(self) -> list[nn.Module]:
-        """Return its layers."""
+        """Return the transformer layers."""
         return list(self.layers)
 
-    def use_plain_attention(self) -> None:
-        """Multiply attention out in training."""
-        self._plain_in_training = True
+    def use_eager_attention(self) -> None:
+        """Use eager attention in training."""
+        self._eager_in_training = True
 
-    def packs(self, training: bool) -> bool:
-        """Return whether a kernel attends, or groups of like length do: their number is nothing to compile."""
+    def accepts_packed(self, training: bool) -> bool:
+        """Return whether there is a kernel, or the layers are not compiled (groups of rows would recompile them)."""
         return self._has_kernel or not self.compiled
 
     @property
     def _has_kernel(self) -> bool:
-        """Return whether a kernel attends within packed histories: by a softmax, without a learned bias."""
+        """Return whether the kernel can be used: softmax attention, no learned bias, a supported head width."""
         config = self.config
-        able = config.softmax_attention and config.positions != "relative" and packs_heads(self.dim, config.heads)
-        return self.packed_attention is not None and able
+        supported = (
+            config.softmax_attention and config.positions != "relative" and supports_head_width(self.dim, config.heads)
+        )
+        return self.packed_attention is not None and supported
 
-    def at(self, values: Values, places: QueryPositions) -> Tensor:
-        """Return [m, E] for queries at places of the rows [R, T]; places of one row share a pass."""
-        vectors: Tensor = self(values, places)
+    def at_positions(self, values: Values, query_positions: QueryPositions) -> Tensor:
+        """Return [m, E] for queries at positions of the rows [R, T]; queries of one row share a pass."""
+        vectors: Tensor = self(values, query_positions)
         return vectors
 
-    def forward(self, items: Values, places: QueryPositions | None = None) -> Tensor:
-        """Return [R, E] for item codes [R, T], oldest first, padded at the end, or packed; [m, E] at `places`."""
-        assert places is None or self.config.allows_many_queries
+    def forward(self, items: Values, query_positions: QueryPositions | None = None) -> Tensor:
+        """Return [R, E], or [m, E] at `query_positions`, for item codes [R, T], oldest first, padded or packed."""
+        assert query_positions is None or self.config.allows_many_queries
         if isinstance(items, Packed) and not self._has_kernel:
             items = items.if_full()
-        vectors = self._packed(items, places) if isinstance(items, Packed) else self._padded(items, places)
+        vectors = (
+            self._packed(items, query_positions) if isinstance(items, Packed) else self._padded(items, query_positions)
+        )
         normed: Tensor = self.norm(vectors)
         return normed
 
-    def _padded(self, items_RT: Tensor, places: QueryPositions | None) -> Tensor:
+    def _padded(self, items_RT: Tensor, query_positions: QueryPositions | None) -> Tensor:
         num_rows, num_items = items_RT.shape
         device = items_RT.device
         length_R = (items_RT != PADDING).sum(dim=1)
-        place_T = torch.arange(num_items + 1, device=device)
-        hidden = self._first(items_RT, length_R, place_T)
+        position_T = torch.arange(num_items + 1, device=device)
+        hidden = self._embed(items_RT, length_R, position_T)
         bias = self._bias(hidden.dtype)
-        sight = self._sight(place_T, place_T, bias)
+        context = self._context(position_T, position_T, bias)
         for layer in self.layers[:-1]:
-            hidden = self.run_layer(layer, hidden, hidden, sight)
+            hidden = self.run_layer(layer, hidden, hidden, context)
         last = self.layers[-1]
-        if places is None:  # only the newest place is read, so the last layer computes only that one
+        if query_positions is None:  # the last layer computes the newest position only
             newest = hidden[torch.arange(num_rows, device=device), length_R].unsqueeze(1)
-            sight = self._sight(length_R.unsqueeze(1), place_T, bias)
-            vectors = self.run_layer(last, newest, hidden, sight).squeeze(1)
-        else:  # all of them: most are read, and rows share one mask
-            vectors = self.run_layer(last, hidden, hidden, sight)[places.row, places.seen]
+            context = self._context(length_R.unsqueeze(1), position_T, bias)
+            vectors = self.run_layer(last, newest, hidden, context).squeeze(1)
+        else:  # all positions: most are used, and rows share one mask
+            vectors = self.run_layer(last, hidden, hidden, context)[query_positions.row, query_positions.prefix_length]
         return vectors
 
-    def _first(self, items_RT: Tensor, length_R: Tensor, place_T: Tensor) -> Tensor:
-        """Return [R, T + 1, E], what the first layer takes."""
+    def _embed(self, items_RT: Tensor, length_R: Tensor, position_T: Tensor) -> Tensor:
+        """Return the input of the first layer, [R, T + 1, E]."""
         vectors = self._items(items_RT)
         start = self.start.to(vectors.dtype).expand(items_RT.shape[0], 1, -1)
-        hidden = self._placed(torch.cat([start, vectors], dim=1), place_T, length_R.unsqueeze(1))
+        hidden = self._add_positions(torch.cat([start, vectors], dim=1), position_T, length_R.unsqueeze(1))
         dropped: Tensor = self.dropout(hidden)
         return dropped
 
@@ -116,89 +120,96 @@ class HistoryEncoder(Encoder):
         vectors = self._tables[0].look_up(self.table, items)
         return vectors * self.dim**0.5 if self.config.item_scale else vectors
 
-    def _placed(self, hidden: Tensor, place: Tensor, length: Tensor) -> Tensor:
-        """Return the vectors with those of their places, where positions have some; `length` is of their history."""
+    def _add_positions(self, hidden: Tensor, position: Tensor, length: Tensor) -> Tensor:
+        """Add position embeddings, if there are any; `length` is the length of the history."""
         if self.config.positions == "age":
-            hidden = hidden + self.positions((length - place).clamp(min=0))
+            hidden = hidden + self.positions((length - position).clamp(min=0))
         elif self.config.positions == "absolute":
-            hidden = hidden + self.positions(place)
+            hidden = hidden + self.positions(position)
         return hidden
 
-    def _packed(self, items: Packed, places: QueryPositions | None) -> Tensor:
-        hidden, place, spans = self._first_packed(items)
+    def _packed(self, items: Packed, query_positions: QueryPositions | None) -> Tensor:
+        hidden, position, bounds = self._embed_packed(items)
         bias = self._bias(hidden.dtype)
         order = None if self._has_kernel else items.longest_first
-        sight = self._packed_sight(items, place, spans, bias, order)
+        context = self._packed_context(items, position, bounds, bias, order)
         for layer in self.layers[:-1]:
-            hidden = self.run_layer(layer, hidden, hidden, sight)
+            hidden = self.run_layer(layer, hidden, hidden, context)
         last = self.layers[-1]
-        if places is not None:
-            return self.run_layer(last, hidden, hidden, sight)[0, spans.offsets[places.row] + places.seen]
-        # only the newest place is read, as above; it sees all of its history
-        newest = self._of_newest(sight, items, bias, order)
-        return self.run_layer(last, hidden[:, spans.offsets[1:] - 1], hidden, newest).squeeze(0)
+        if query_positions is not None:
+            return self.run_layer(last, hidden, hidden, context)[
+                0, bounds.offsets[query_positions.row] + query_positions.prefix_length
+            ]
+        # the newest position only, as above; it attends over its whole history
+        newest = self._newest_context(context, items, bias, order)
+        return self.run_layer(last, hidden[:, bounds.offsets[1:] - 1], hidden, newest).squeeze(0)
 
-    def _packed_sight(
-        self, items: Packed, place: Tensor, spans: SequenceBounds, bias: Tensor | None, order: Tensor | None
+    def _packed_context(
+        self, items: Packed, position: Tensor, bounds: SequenceBounds, bias: Tensor | None, order: Tensor | None
     ) -> AttentionContext:
-        """Return what places see where histories are packed: by the kernel, or group by group of rows in `order`."""
-        rotary, device = self.config.positions == "rotary", place.device
+        """Return the context of packed histories: for the kernel, or per group of rows in `order`."""
+        rotary, device = self.config.positions == "rotary", position.device
         if order is None:
-            each = (spans.offsets, spans.offsets, spans.longest, spans.longest)
-            return AttentionContext(place, place, None, True, rotary, self.packed_attention, *each, causal=True)
+            both = (bounds.offsets, bounds.offsets, bounds.longest, bounds.longest)
+            return AttentionContext(position, position, None, True, rotary, self.packed_attention, *both, causal=True)
         groups = tuple(RowGroup(group.rows, group.longest + 1) for group in items.groups)
-        begins, masks, end = [], [], 0
+        starts, masks, end = [], [], 0
         for rows, width in groups:
-            begins.append(torch.arange(rows, device=device) * width + end)
+            starts.append(torch.arange(rows, device=device) * width + end)
             end += rows * width
-            place_T = torch.arange(width, device=device)
-            masks.append(_mask(place_T, place_T, bias))
-        begin = torch.empty_like(order).index_copy_(0, order, torch.cat(begins))
-        at = begin[(place == 0).cumsum(0) - 1] + place
+            position_T = torch.arange(width, device=device)
+            masks.append(_mask(position_T, position_T, bias))
+        start = torch.empty_like(order).index_copy_(0, order, torch.cat(starts))
+        slot = start[(position == 0).cumsum(0) - 1] + position
         return AttentionContext(
-            place, place, None, self._fused(device), rotary, layout=AttentionLayout(at, at, False, groups, tuple(masks))
+            position,
+            position,
+            None,
+            self._fused(device),
+            rotary,
+            layout=AttentionLayout(slot, slot, False, groups, tuple(masks)),
         )
 
-    def _of_newest(
-        self, sight: AttentionContext, items: Packed, bias: Tensor | None, order: Tensor | None
+    def _newest_context(
+        self, context: AttentionContext, items: Packed, bias: Tensor | None, order: Tensor | None
     ) -> AttentionContext:
-        """Return what the newest place of each packed history sees of what is told by `sight`."""
-        length_R, layout = items.lengths, sight.layout
+        """Return `context` restricted to the newest position of each packed history."""
+        length_R, layout = items.lengths, context.layout
         number = torch.arange(items.num_rows + 1, device=length_R.device)
         if order is None or layout is None:
-            return sight._replace(at=length_R, at_offsets=number.int(), at_longest=1, causal=False)
+            return context._replace(query_position=length_R, query_offsets=number.int(), query_longest=1, causal=False)
         lengths = length_R[order].split([group.rows for group in layout.groups])
         masks = tuple(
             _mask(length.unsqueeze(1), torch.arange(group.longest, device=length.device), bias)
             for length, group in zip(lengths, layout.groups, strict=True)
         )
-        at = torch.empty_like(order).index_copy_(0, order, number[:-1])
-        return sight._replace(at=length_R, layout=layout._replace(at=at, newest_alone=True, masks=masks))
+        slot = torch.empty_like(order).index_copy_(0, order, number[:-1])
+        layout = layout._replace(query_slot=slot, newest_only=True, masks=masks)
+        return context._replace(query_position=length_R, layout=layout)
 
-    def _first_packed(self, items: Packed) -> tuple[Tensor, Tensor, SequenceBounds]:
-        """Return [1, P + R, E], what the first layer takes, each cell's place int64 [P + R], and where rows lie."""
+    def _embed_packed(self, items: Packed) -> tuple[Tensor, Tensor, SequenceBounds]:
+        """Return the first layer's input [1, P + R, E], the positions int64 [P + R] and the row bounds."""
         length_R, device = items.lengths, items.row.device
-        offsets, longest = items.spans
-        spans = SequenceBounds(offsets + torch.arange(len(offsets), dtype=torch.int32, device=device), longest + 1)
-        # Where items go between the start tokens, whose code is the padding's, place 0.
-        goes_to = torch.arange(1, len(items.row) + 1, device=device) + items.row
-        empty = goes_to.new_zeros(len(items.row) + items.num_rows)
-        codes, place = (empty.index_copy(0, goes_to, cells) for cells in (items.values, items.place + 1))
+        offsets, longest = items.bounds
+        bounds = SequenceBounds(offsets + torch.arange(len(offsets), dtype=torch.int32, device=device), longest + 1)
+        # Items are interleaved with one start token per row, which has code PADDING and position 0.
+        target = torch.arange(1, len(items.row) + 1, device=device) + items.row
+        empty = target.new_zeros(len(items.row) + items.num_rows)
+        codes, position = (empty.index_copy(0, target, cells) for cells in (items.values, items.position + 1))
         vectors = self._items(codes)
-        hidden = torch.where(place.unsqueeze(1) == 0, self.start.to(vectors.dtype), vectors)
-        length = length_R[(place == 0).cumsum(0) - 1]
-        return self.dropout(self._placed(hidden, place, length)).unsqueeze(0), place, spans
+        hidden = torch.where(position.unsqueeze(1) == 0, self.start.to(vectors.dtype), vectors)
+        length = length_R[(position == 0).cumsum(0) - 1]
+        return self.dropout(self._add_positions(hidden, position, length)).unsqueeze(0), position, bounds
 
-    def _sight(self, at: Tensor, over: Tensor, bias: Tensor | None) -> AttentionContext:
-        """Return what the places `at`, [A] or [R, A], see of the places `over` [T]."""
-        return AttentionContext(
-            at, over, _mask(at, over, bias), self._fused(over.device), self.config.positions == "rotary"
-        )
+    def _context(self, query_position: Tensor, key_position: Tensor, bias: Tensor | None) -> AttentionContext:
+        """Return the context of query positions, [A] or [R, A], and key positions [T]."""
+        mask, rotary = _mask(query_position, key_position, bias), self.config.positions == "rotary"
+        return AttentionContext(query_position, key_position, mask, self._fused(key_position.device), rotary)
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
-        """Return the learned bias of each distance, [T, h], where there is one.
+        """Return the learned bias per distance, [T, h], for positions=relative.
 
-        Once a forward, whatever the groups: under ZeRO-3 each call of a module is a collective.
+        Called once per forward, whatever the groups: under ZeRO-3 each call of a module is a collective.
         """
         if self.config.positions != "relative":
             return None
@@ -206,36 +217,36 @@ class HistoryEncoder(Encoder):
         return bias.to(dtype)
 
     def _fused(self, device: torch.device) -> bool:
-        """Return whether attention by a mask is the fused kernel's."""
-        learned_on_cpu = self.config.positions == "relative" and device.type == "cpu"  # has no fused backward
-        return not (self.training and (self._plain_in_training or learned_on_cpu))
+        """Return whether masked attention uses the fused kernel."""
+        learned_on_cpu = self.config.positions == "relative" and device.type == "cpu"  # no fused backward for the mask
+        return not (self.training and (self._eager_in_training or learned_on_cpu))
 
     def flops(self, name: str, size: SideSize) -> float:
-        """Return the operations of a forward; of rows of one query the last layer computes the newest place alone."""
+        """Return the operations of a forward; with one query per row the last layer computes one position only."""
         length_R = size.filled[name].astype(float) + 1  # the start token
         flops, key_value = 0.0, 4 * self.dim**2
         for number, layer in enumerate(self.layers, 1):
-            newest_alone = size.queries is None and number == len(self.layers)
-            read_R = np.ones_like(length_R) if newest_alone else length_R
+            newest_only = size.queries is None and number == len(self.layers)
+            read_R = np.ones_like(length_R) if newest_only else length_R
             flops += float(length_R.sum()) * key_value
             flops += float(read_R.sum()) * (linear_flops(layer) - key_value)
             flops += float((read_R * length_R).sum()) * 4 * self.dim
         return flops
 
 
-def _mask(at: Tensor, over: Tensor, bias: Tensor | None) -> Tensor:
-    """Return what places `at`, [A] or [R, A], see of the places `over` [T], and how: [1 or R, 1 or h, A, T]."""
-    distance = at.unsqueeze(-1) - over
+def _mask(query_position: Tensor, key_position: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the causal mask, [1 or R, 1 or h, A, T], for query positions [A] or [R, A] and key positions [T]."""
+    distance = query_position.unsqueeze(-1) - key_position
     mask = (distance >= 0).unsqueeze(-3)
     if bias is not None:
-        # the fused kernel of a device wants rows of numbers side by side
+        # the fused kernel of a GPU requires contiguous rows
         by_head = nn.functional.embedding(distance.clamp(min=0), bias).movedim(-1, -3).contiguous()
-        mask = by_head.masked_fill(~mask, HIDDEN)
-    return mask if mask.dim() == 4 else mask.unsqueeze(0)  # the fused kernel is for masks of 2 or 4 dimensions
+        mask = by_head.masked_fill(~mask, MASKED_SCORE)
+    return mask if mask.dim() == 4 else mask.unsqueeze(0)  # the fused kernel takes masks of 2 or 4 dimensions
 
 
 def _check_heads(config: HistoryEncoderConfig, dim: int) -> None:
-    """Raise ConfigError unless the heads divide the width, into even widths where positions turn pairs of numbers."""
+    """Raise ConfigError unless the heads divide the width, with an even head width for positions=rotary."""
     if dim % config.heads:
         raise ConfigError(
             f"model.query.history.heads={config.heads} must divide the items' model.doc.embedding_dim={dim}"

@@ -10,22 +10,22 @@ from torch import Tensor, nn
 
 from bigdssm.features import PADDING, Categorical, Numeric, Vector
 from bigdssm.models.embedding_tables import EmbeddingTables, table_name
-from bigdssm.models.encoders.base import Encoder, Parts, encodes
+from bigdssm.models.encoders.base import BuildContext, Encoder, encodes
 
 
 @encodes(Categorical)
 class CategoricalEncoder(Encoder):
-    """Mean of the table's vectors over the values of a row; a single value is its own mean."""
+    """The mean of the table's vectors over the values of a row."""
 
     def __init__(self, table: str, dim: int, tables: EmbeddingTables) -> None:
         super().__init__()
         self.table, self.dim = table, dim
-        self._tables = (tables,)  # in a tuple: the tables are the model's, not a submodule of each encoder
+        self._tables = (tables,)  # in a tuple, so that the tables are not a submodule of each encoder
 
     @classmethod
-    def build(cls, feature: Categorical, parts: Parts) -> CategoricalEncoder:
+    def build(cls, feature: Categorical, context: BuildContext) -> CategoricalEncoder:
         """Return the encoder of a feature."""
-        return cls(table_name(parts.side, feature.name), parts.config.embedding_dim, parts.tables)
+        return cls(table_name(context.side, feature.name), context.config.embedding_dim, context.tables)
 
     def forward(self, codes: Tensor) -> Tensor:
         """Return [R, E] for codes [R] or, multi-valued, [R, K]."""
@@ -36,13 +36,13 @@ class CategoricalEncoder(Encoder):
         return vectors.sum(dim=1) / count
 
 
-# Deviations from the mean that a number is clipped to: beyond what was trained on, a layer only extrapolates.
-MOST_DEVIATIONS = 10.0
+# Clipping bound in standard deviations: outside the range of the training data, a layer only extrapolates.
+MAX_DEVIATIONS = 10.0
 
 
 @encodes(Numeric)
 class NumericEncoder(Encoder):
-    """A normalised value, at most MOST_DEVIATIONS from 0, and whether it is missing, through one layer."""
+    """One layer over the normalised value, clipped to ±MAX_DEVIATIONS, and an indicator of missing values."""
 
     def __init__(self, feature: Numeric, dim: int) -> None:
         super().__init__()
@@ -50,9 +50,9 @@ class NumericEncoder(Encoder):
         self.layer = nn.Linear(2, dim)
 
     @classmethod
-    def build(cls, feature: Numeric, parts: Parts) -> NumericEncoder:
+    def build(cls, feature: Numeric, context: BuildContext) -> NumericEncoder:
         """Return the encoder of a feature."""
-        return cls(feature, parts.config.numeric_dim)
+        return cls(feature, context.config.numeric_dim)
 
     def forward(self, values_R: Tensor) -> Tensor:
         """Return [R, H] for float32 values [R]; NaN is missing."""
@@ -60,14 +60,14 @@ class NumericEncoder(Encoder):
         value = values_R.masked_fill(missing, self.feature.mean)
         if self.feature.log:
             value = torch.where(missing, value, value.clamp(min=0).log1p())
-        normalised = ((value - self.feature.mean) / self.feature.std).clamp(-MOST_DEVIATIONS, MOST_DEVIATIONS)
+        normalised = ((value - self.feature.mean) / self.feature.std).clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
         inputs = torch.stack([normalised, missing.to(value.dtype)], dim=1)
         return nn.functional.gelu(self.layer(inputs.to(self.layer.weight.dtype)))
 
 
 @encodes(Vector)
 class VectorEncoder(Encoder):
-    """The vector, zeros where it is missing, and whether it is, through one linear layer."""
+    """One linear layer over the vector, zeros if missing, and an indicator of missing vectors."""
 
     def __init__(self, feature: Vector, dim: int) -> None:
         super().__init__()
@@ -75,9 +75,9 @@ class VectorEncoder(Encoder):
         self.layer = nn.Linear(feature.dim + 1, dim)
 
     @classmethod
-    def build(cls, feature: Vector, parts: Parts) -> VectorEncoder:
+    def build(cls, feature: Vector, context: BuildContext) -> VectorEncoder:
         """Return the encoder of a feature."""
-        return cls(feature, parts.config.vector_dim)
+        return cls(feature, context.config.vector_dim)
 
     def forward(self, values_Rd: Tensor) -> Tensor:
         """Return [R, H] for float32 vectors [R, d]; NaN is missing."""

@@ -41,18 +41,18 @@ class Writer:
     @property
     def schema(self) -> Schema:
         doc = {
-            "item": Categorical(vocabulary=Vocabulary.of(f"i{i}" for i in range(NUM_DOCS))).named("item"),
-            "tags": Categorical(multi=True, vocabulary=Vocabulary.of(("a", "b", "c"))).named("tags"),
-            "year": Numeric(mean=1990.0, std=10.0).named("year"),
+            "item": Categorical(vocabulary=Vocabulary.of(f"i{i}" for i in range(NUM_DOCS))).with_name("item"),
+            "tags": Categorical(multi=True, vocabulary=Vocabulary.of(("a", "b", "c"))).with_name("tags"),
+            "year": Numeric(mean=1990.0, std=10.0).with_name("year"),
         }
-        query = {"age": Numeric().named("age")}
+        query = {"age": Numeric().with_name("age")}
         if self.text:
-            doc["title"] = Text(max_tokens=8).named("title")
-            query["words"] = Text(max_tokens=6).named("words")
-            query["job"] = Categorical(vocabulary=Vocabulary.of(("a", "b", "c"))).named("job")
-            query["likes"] = Categorical(multi=True, vocabulary=Vocabulary.of(("a", "b", "c"))).named("likes")
+            doc["title"] = Text(max_tokens=8).with_name("title")
+            query["words"] = Text(max_tokens=6).with_name("words")
+            query["job"] = Categorical(vocabulary=Vocabulary.of(("a", "b", "c"))).with_name("job")
+            query["likes"] = Categorical(multi=True, vocabulary=Vocabulary.of(("a", "b", "c"))).with_name("likes")
         if self.interactions:
-            query["history"] = History(of="item", max_items=5).named("history")
+            query["history"] = History(of="item", max_items=5).with_name("history")
         return Schema(query, doc)
 
     def write(self, *names: str) -> Path:

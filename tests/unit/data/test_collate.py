@@ -73,7 +73,7 @@ def test_rows_that_bring_their_documents_give_the_same_features(texts: Path) -> 
     assert all(torch.equal(its.doc[name], mine.doc[name]) for name in its.doc)
     assert mine.doc_rows.tolist() == [-1] * len(mine.doc_ids) and len(mine.doc_ids) < len(rows)
     assert len(plain(brought.take(np.empty(0, np.int64))).doc["title"]) == 0
-    with pytest.raises(ConfigError, match="given negatives need a catalogue"):
+    with pytest.raises(ConfigError, match="hard and uniform negatives need a catalogue"):
         plain(brought, extra_docs=np.array([1]))
 
 

@@ -124,7 +124,7 @@ def test_a_run_that_goes_on_names_no_block_twice(copy: Path, tmp_path: Path, cap
     caplog.clear()
     _, again, _ = read(copy, tmp_path, start_step=5)
     assert len(first) == 3 and again == first
-    assert caplog.text.count("left out: ") == 3  # what this process leaves out
+    assert caplog.text.count("skipped: ") == 3  # of this process
 
 
 def test_a_flipped_header_byte_costs_nothing(copy: Path, tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_a_block_that_would_fill_the_memory_is_refused_before_it_is_decoded(
 
 def test_a_block_of_raw_text_that_is_not_utf8_is_refused(tools) -> None:
     """Nothing that is tokenised while it is read may be anything but UTF-8; make_shards never writes other text."""
-    words = {"words": Text(max_tokens=6).named("words")}
+    words = {"words": Text(max_tokens=6).with_name("words")}
     layout = BlockLayout.of(Schema(words, {}), num_docs=(1,), vocab_size=9, sequences=(), raw_text=True)
     for text, good in ((b"na\xc3\xafve", True), (b"na\xefve", False)):
         offsets = pa.py_buffer(np.array([0, len(text)], np.int64))
@@ -296,7 +296,7 @@ def test_past_the_limit_the_stream_stops(copy: Path, tmp_path: Path) -> None:
     arguments = {"rows_global": 40, "lanes": LANES, "quarantine": tmp_path / "q.jsonl"}  # 25 steps are an epoch
     stream = PairStream(copy, max_bad_fraction=0.063, **arguments)
     with pytest.raises(
-        DataError, match=r"rows met are bad, more than data.max_bad_fraction=0.063 allows \(63\).*q.jsonl"
+        DataError, match=r"rows read are bad, more than data.max_bad_fraction=0.063 allows \(63\).*q.jsonl"
     ):
         list(islice(stream, 25))
         stream.check()  # as before a checkpoint

@@ -158,7 +158,7 @@ def test_old_partitions_must_still_be_there_unchanged(grown: tuple[Path, dict[st
     folder = Path(shutil.copytree(grown[0], tmp_path / "data"))
     content = json.loads((folder / "dataset.json").read_text())
     (folder / "dataset.json").write_text(json.dumps({**content, "partitions": ["day2"]}))
-    with pytest.raises(DataError, match="partition day1 is gone"):
+    with pytest.raises(DataError, match="partition day1 is missing"):
         PairStream(Dataset.open(folder, first="day2"), rows_global=100, lanes=4).check_state(first.state())
     with pytest.raises(DataError, match=r"no partition 'day3', only \['day1', 'day2'\]"):
         Dataset.open(grown[0], first="day3")

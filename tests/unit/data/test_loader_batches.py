@@ -100,7 +100,7 @@ def where(rows: Rows) -> tuple[int, int]:
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_every_loader_process_makes_its_share_of_the_steps(pieces: Dataset, num_workers: int) -> None:
     stream = PairStream(pieces, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=num_workers)
-    with closing(stream.made(where, 9)) as made:
+    with closing(stream.map_steps(where, 9)) as made:
         steps, processes = zip(*made, strict=True)
     assert steps == tuple(range(9)) and os.getpid() not in processes
     assert len(set(processes)) == num_workers and processes == processes[:num_workers] * (9 // num_workers)
@@ -140,7 +140,7 @@ def failing_at_7(rows: Rows) -> int:
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_what_cannot_be_made_stops_the_rank_at_its_step(pieces: Dataset, num_workers: int) -> None:
     stream = PairStream(pieces, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=num_workers)
-    with closing(stream.made(failing_at_7, 12)) as made:
+    with closing(stream.map_steps(failing_at_7, 12)) as made:
         assert list(islice(made, 7)) == [ROWS_GLOBAL] * 7 and not stream.report().failed
         assert list(made) == [0] * 5 and stream.report().failed
     with pytest.raises(DataError, match=r"rank 0 cannot read .*planted"):
@@ -163,7 +163,7 @@ def test_lanes_that_one_process_cannot_read_stop_the_rank_at_that_step(
 
     monkeypatch.setattr(lanes.LaneReader, "part", part)
     stream = PairStream(pieces, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=num_workers)
-    with closing(stream.made(len, 12)) as made:
+    with closing(stream.map_steps(len, 12)) as made:
         assert list(made) == [ROWS_GLOBAL] * 8 + [0] * 4
     with pytest.raises(DataError, match=r"rank 0 cannot read .*planted"):
         stream.check()
@@ -188,7 +188,7 @@ def test_loader_processes_that_wait_for_each_other_end_at_once(
     stream = PairStream(pieces, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=3)
     before = time.monotonic()
     for _ in range(3):
-        with closing(stream.made(len)) as made:
+        with closing(stream.map_steps(len)) as made:
             assert next(made) == ROWS_GLOBAL
     assert time.monotonic() - before < 30
 
@@ -208,5 +208,5 @@ def test_a_process_that_is_done_ends_when_others_have_its_parts(
 
     monkeypatch.setattr(lanes.LaneReader, "part", part)
     stream = PairStream(pieces, rows_global=12_000, lanes=LANES, num_workers=2)
-    with closing(stream.made(len, 3)) as made:
+    with closing(stream.map_steps(len, 3)) as made:
         assert list(made) == [12_000] * 3

@@ -59,11 +59,14 @@ def test_every_source_runs_through_its_own_epochs_and_has_its_share(make: Callab
     for lane in range(order.lanes):
         steps: list[list[int]] = [[] for _ in weights]
         for step in range(2 * ROUND_STEPS + 3):
-            source, own_step = order.source_step(step, lane)
-            steps[order.orders.index(source)].append(own_step)
+            source, source_step_number = order.source_step(step, lane)
+            steps[order.orders.index(source)].append(source_step_number)
         assert all(own == list(range(len(own))) for own in steps)  # no row of a source is skipped, none comes twice
         shares = np.array(
-            [sum(own_step < count for own_step in own) for own, count in zip(steps, order.steps_per_round, strict=True)]
+            [
+                sum(source_step_number < count for source_step_number in own)
+                for own, count in zip(steps, order.steps_per_round, strict=True)
+            ]
         )
         assert (
             shares.sum() == ROUND_STEPS
@@ -183,7 +186,7 @@ def test_a_changed_mixture_is_refused_by_name(days: Path) -> None:
         (stream(new, replace(old, weight=2)), r"mixture was \[\['day2', 750\], .*\], is \[\['day2', 600\]"),
         (stream(new, old, mixture_batches="one_source"), "batches was 'mixed', is 'one_source'"),
         (stream(old, new), "mixture was "),
-        (stream(new, replace(old, partitions=("day0",))), "partition day1 is gone"),
+        (stream(new, replace(old, partitions=("day0",))), "partition day1 is missing"),
         (PairStream(days, **NUMBERS), r"mixture was \[.*\], is None"),
     ]:
         with pytest.raises(DataError, match=message):

@@ -137,7 +137,7 @@ def test_samples_that_cannot_be_used_are_named_and_replaced(plain: tuple[Dataset
     with pytest.raises(DataError, match=r"are bad, more than data.max_bad_fraction=0.001"):
         list(islice(PlainStream(plain[0], str(shard), rows_global=20), 100))
     none = members(tmp_path / "none.tar", {"0.json": text(0, doc="")})
-    with pytest.raises(DataError, match=r"hardly a sample can be used; the last: .*no document"):
+    with pytest.raises(DataError, match=r"almost all samples are unusable; the last one: .*no document"):
         list(islice(PlainStream(plain[0], str(none), rows_global=20, max_bad_fraction=1), 20))
     with pytest.raises(DataError, match="did you mean 'querry'"):
         other = members(tmp_path / "o.tar", {"0.json": json.dumps({"querry": "a", "doc": "b"}).encode()})
@@ -160,7 +160,7 @@ def test_shards_that_are_not_safe_or_not_whole_are_refused(
 
 def test_commands_urls_and_missing_shards_are_refused(plain: tuple[Dataset, Path], tmp_path: Path) -> None:
     for pattern in (f"pipe:touch {tmp_path}/ran", "http://127.0.0.1/a.tar", f"{tmp_path}/a.tar::pipe:true"):
-        with pytest.raises(DataError, match="only local shards are read as they are, commands are not run"):
+        with pytest.raises(DataError, match="only local shards are read directly, commands are not run"):
             PlainStream(plain[0], pattern, rows_global=4)
     assert not (tmp_path / "ran").exists()
     with pytest.raises(DataError, match=r"shard .*/b\.tar does not exist"):
@@ -168,7 +168,7 @@ def test_commands_urls_and_missing_shards_are_refused(plain: tuple[Dataset, Path
 
 
 def test_histories_are_refused(interactions: Path, plain: tuple[Dataset, Path]) -> None:
-    with pytest.raises(ConfigError, match=r"data\.query\.history: samples are pairs"):
+    with pytest.raises(ConfigError, match=r"data\.query\.history: WebDataset samples are pairs"):
         PlainStream(Dataset.open(interactions), str(plain[1] / "000.tar"), rows_global=4)
     with pytest.raises(ConfigError, match=r"set sampling.frequency=streaming"):
         stream(plain).doc_weights()

@@ -98,10 +98,12 @@ def test_a_batch_says_where_its_queries_stand(folder: Path) -> None:
     dataset = Dataset.open(folder)
     rows = next(PairStream(dataset, rows_global=50, lanes=5))
     batch = Collator(dataset.schema, dataset.catalogue, 0)(rows)
-    assert batch.places is not None and batch.queries_of_row is not None
+    assert batch.query_positions is not None and batch.queries_of_row is not None
     assert batch.queries_of_row.tolist() == [1 + row % TARGETS for row in rows.row_ids.tolist()]
     assert len(batch.row_ids) == 50 and len(batch.query_ids) == len(batch.positive) == rows.num_queries
-    for row, seen, column in zip(*(part.tolist() for part in batch.places), batch.positive.tolist(), strict=True):
+    for row, seen, column in zip(
+        *(part.tolist() for part in batch.query_positions), batch.positive.tolist(), strict=True
+    ):
         number = int(batch.row_ids[row])
         place = int(batch.doc_rows[column])
         items = events(number)
@@ -167,7 +169,7 @@ def test_bad_targets_count_as_parts_of_rows(tools, tmp_path: Path) -> None:
     list(islice(stream, 20))
     assert stream.rows_bad == pytest.approx(lone + (left_out - gone) * 1000 / queries)
     strict = PairStream(dataset, rows_global=50, lanes=5, max_bad_fraction=0.9 * stream.rows_bad / 1000)
-    with pytest.raises(DataError, match=r"rows met are bad, more than data\.max_bad_fraction"):
+    with pytest.raises(DataError, match=r"rows read are bad, more than data\.max_bad_fraction"):
         list(islice(strict, 20))
         strict.check()
 

@@ -163,7 +163,7 @@ def test_changed_partitions_are_refused_by_name(tmp_path: Path, tools) -> None:
     writer = tools.Writer(tmp_path / "data")
     state = PairStream(writer.write("a", "b"), **arguments).state()
     only_a = PairStream(Dataset.open(writer.dir, ["a"]), **arguments)
-    with pytest.raises(DataError, match="partition b is gone"):
+    with pytest.raises(DataError, match="partition b is missing"):
         only_a.check_state(state)
     with pytest.raises(DataError, match="partition b is new"):
         PairStream(writer.dir, **arguments).check_state(only_a.state())

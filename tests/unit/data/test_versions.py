@@ -168,13 +168,13 @@ def test_a_batch_has_a_column_for_each_version_and_masks_go_by_document(grown: P
         stream = PairStream(dataset, rows_global=240, lanes=4, rank=rank, world_size=world_size)
         make = BatchMaker(stream, StageConfig(negatives=NegativesConfig(columns="catalogue")))
         batch = next(read_batches(stream, make, torch.device("cpu")))
-        assert batch.past is not None and batch.past.any() and not batch.past.all()
+        assert batch.superseded is not None and batch.superseded.any() and not batch.superseded.all()
         docs = documents_of(dataset, batch.doc_rows[batch.positive].numpy())
         expected = [facts_of(doc, int(day))[0] for doc, day in zip(docs, batch.query["day"], strict=True)]
         assert batch.doc["price"][batch.positive].tolist() == expected
         assert batch.doc_ids.tolist() == dataset.catalogue.ids(batch.doc_rows.numpy()).tolist()
         own = is_shared(batch, rank, world_size)
-        assert not (own & batch.past).any(), "what a document was is no negative of others"
+        assert not (own & batch.superseded).any(), "what a document was is no negative of others"
         shares += batch.doc_rows[own].tolist()
     assert sorted(shares) == list(range(num_docs)), "every document once, as it is now"
 

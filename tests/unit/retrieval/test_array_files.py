@@ -174,7 +174,7 @@ def test_an_array_without_space_leaves_no_file(tmp_path: Path, monkeypatch: pyte
 
 def vectors_of(matrix: Path, rows: int = 4) -> np.ndarray:
     batch = SourceBatch("table.csv", pa.table({"id": list(range(rows))}), np.arange(rows) + 1)
-    feature = Vector(dim=2, matrix=str(matrix)).named("near")
+    feature = Vector(dim=2, matrix=str(matrix)).with_name("near")
     return np.asarray(feature.read(RowCheck(batch, lambda *what: None)).flatten()).reshape(-1, 2)
 
 

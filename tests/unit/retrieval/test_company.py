@@ -15,7 +15,7 @@ from bigdssm.errors import CheckpointError
 from bigdssm.export.convert import export, folder_source
 from bigdssm.export.onnx_model import query_tower
 from bigdssm.features import Numeric
-from bigdssm.models.encoders.scalar import MOST_DEVIATIONS, NumericEncoder
+from bigdssm.models.encoders.scalar import MAX_DEVIATIONS, NumericEncoder
 from bigdssm.retrieval.index import Index, build_index, open_index
 from bigdssm.retrieval.index_types import index_type
 from bigdssm.retrieval.request import Event, Request
@@ -130,8 +130,8 @@ def test_how_many_another_asks_for_does_not_widen_a_search(
 
 
 def test_a_number_is_clipped_to_what_was_fitted() -> None:
-    encoder = NumericEncoder(Numeric(mean=30.0, std=2.0).named("age"), 4)
-    edge = 30 + 2 * MOST_DEVIATIONS
+    encoder = NumericEncoder(Numeric(mean=30.0, std=2.0).with_name("age"), 4)
+    edge = 30 + 2 * MAX_DEVIATIONS
     values = torch.tensor([edge, edge + 1, 1e6, 3e38, float("inf")])
     assert (encoder(values) == encoder(values[:1])).all()
     assert not torch.equal(encoder(values[:1]), encoder(values[:1] - 1))

@@ -112,7 +112,7 @@ def test_a_mistyped_value_is_compared_with_few(monkeypatch: pytest.MonkeyPatch) 
         return close_matches(word, known, *others)
 
     monkeypatch.setattr(difflib, "get_close_matches", counting)
-    shop = Categorical(vocabulary=Vocabulary.of(("x" * 10_000, *map(str, range(20_000))))).named("shop")
+    shop = Categorical(vocabulary=Vocabulary.of(("x" * 10_000, *map(str, range(20_000))))).with_name("shop")
     with pytest.raises(ConfigError, match="no document is known by shop"):
         shop.matches(np.arange(3), "=", ["y" * 9000])
     assert compared == [(80, 4999, 4)]
@@ -120,7 +120,7 @@ def test_a_mistyped_value_is_compared_with_few(monkeypatch: pytest.MonkeyPatch) 
 
 def test_hashed_values_cannot_be_told_apart() -> None:
     with pytest.raises(ConfigError, match="shop is hashed"):
-        Categorical(hash_buckets=7).named("shop").matches(np.arange(3), "=", ["a"])
+        Categorical(hash_buckets=7).with_name("shop").matches(np.arange(3), "=", ["a"])
 
 
 @pytest.fixture(scope="module")

@@ -113,12 +113,12 @@ def test_a_name_is_found_in_whatever_form_unicode_has_it() -> None:
 def test_typed_features(dataset: Dataset) -> None:
     schema = Schema(
         query={
-            "words": Text(max_tokens=4).named("words"),
-            "more": Text(max_tokens=6).named("more"),
-            "age": Numeric().named("age"),
-            "sex": Categorical(vocabulary=Vocabulary.of(("m", "f"))).named("sex"),
-            "tags": Categorical(multi=True, separator="|", vocabulary=Vocabulary.of(("a b", "c"))).named("tags"),
-            "look": Vector(dim=2).named("look"),
+            "words": Text(max_tokens=4).with_name("words"),
+            "more": Text(max_tokens=6).with_name("more"),
+            "age": Numeric().with_name("age"),
+            "sex": Categorical(vocabulary=Vocabulary.of(("m", "f"))).with_name("sex"),
+            "tags": Categorical(multi=True, separator="|", vocabulary=Vocabulary.of(("a b", "c"))).with_name("tags"),
+            "look": Vector(dim=2).with_name("look"),
         }
     )
     tokenizer = dataset.tokenizer
@@ -215,5 +215,5 @@ def test_a_filter_reaches_the_query(dataset: Dataset, queries: Queries) -> None:
     assert allowed is not None and np.flatnonzero(allowed.mask).tolist() == list(range(30, NUM_ITEMS))
     assert queries.of(Request("u8", filter="year >= 1990")).allowed is allowed, "a filter is looked up once"
     with pytest.raises(ConfigError, match="give the dataset with --data"):
-        schema = Schema(query={"age": Numeric().named("age")})
+        schema = Schema(query={"age": Numeric().with_name("age")})
         Queries(schema, None, None, True).of(Request(features={"age": 3}, filter="year > 1990"))
