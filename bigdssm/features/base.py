@@ -1,15 +1,15 @@
-"""What a feature is: a class for each type, which alone says how it is declared, read, fitted, encoded and shown.
+"""Base class of features. A type of feature is one class that declares, reads, fits, encodes and displays its values.
 
 A feature is declared in a config, fitted to the train rows of a dataset, and saved in the dataset's schema. On its way
-to a model a value has four forms, each a function of the one before:
+to a model a value has four forms, each a function of the previous one:
 
-    source     a cell of a table, of whatever type it has there
-    canonical  an Arrow value without nulls, before vocabulary and tokenizer (`canonical_type`); kept while making
+    source     a cell of a table, of any type
+    canonical  an Arrow value without nulls, before vocabulary and tokenizer (`canonical_type`); used during ingestion
     encoded    an Arrow value in shards and catalogue (`arrow_type`); read back as a Column
-    array      what tensors are made of: one value or vector a row, or padded lists
+    array      the NumPy form of a tensor: one value or vector per row, or padded lists
 
-A new type is a subclass in a module of its own, registered with `@register`; its encoder registers beside those of
-`models.encoders`. Shapes: R rows, T the longest list.
+A new type is a subclass, registered with `@register`; its encoder is registered with `models.encoders.encodes`.
+Shapes: R rows, T length of the longest list.
 """
 
 from __future__ import annotations
@@ -34,39 +34,39 @@ if TYPE_CHECKING:
     from bigdssm.features.tokenizer import TextTokenizer
 
 
-# Codes of values from a vocabulary: padding or missing; any other value; the vocabulary in its order.
+# Codes of categorical values: padding or missing, out of vocabulary, first value of the vocabulary.
 PADDING, OUT_OF_VOCABULARY, FIRST_CODE = 0, 1, 2
-FITTED: Mapping[str, Any] = {"fitted": True, "omegaconf_ignore": True}  # of fields that the data say, not the config
+FITTED: Mapping[str, Any] = {"fitted": True, "omegaconf_ignore": True}  # metadata of fields that are fitted to the data
 
 Fault = tuple[np.ndarray, Callable[[int], str]]
-"""Which rows are wrong, bool [R], and what to say of one of them."""
+"""Mask of invalid rows, bool [R], and the message for one of them."""
 
 F = TypeVar("F", bound="Feature")
 
 
 class Fitter(Protocol):
-    """Learns what a feature needs to know of the data, one batch of canonical values at a time."""
+    """Fits the parameters of a feature to batches of canonical values."""
 
     def update(self, column: pa.Array) -> None:
-        """Take in the values of some rows."""
+        """Add the values of some rows."""
 
     def state(self) -> Any:
-        """Return what was learned, as JSON types, for `merge`."""
+        """Return the state in JSON types, for `merge`."""
 
     def merge(self, state: Any) -> None:
-        """Take in what another one learned of the rows that follow."""
+        """Add the state of a fitter of the following rows."""
 
     def fitted(self, feature: Any, *, grow: bool) -> Any:
-        """Return `feature` as the values say; with `grow` it is fitted already, and only gets what is new."""
+        """Return the fitted feature; with `grow` it is fitted already and may only be extended."""
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """What turns encoded values back into what people read."""
+    """Context for decoding encoded values to readable ones."""
 
     tokenizer: TextTokenizer | None
     pad_token_id: int
-    item: Callable[[str, int], str]  # the title of the document with this code in this feature
+    item: Callable[[str, int], str]  # (feature, code) → title of the document
 
 
 @dataclass(frozen=True)
@@ -74,17 +74,17 @@ class Feature(ABC):
     """One feature of a query or a document. Fields marked FITTED come from the data, the others from the config."""
 
     type: ClassVar[str]
-    from_sequence: ClassVar[bool] = False  # its values are the events before the row's; no column holds them
-    example: ClassVar[str] = '"a value"'  # as Python, for model cards
-    # What makes an exported tower's input of JSON values, complete as it stands beside NumPy (`np`): functions whose
-    # source is copied into model cards, the last one of (`exported()`, values, `Exported`).
+    from_sequence: ClassVar[bool] = False  # values are the events before the row's event, not a column
+    example: ClassVar[str] = '"a value"'  # Python code, for model cards
+    # Functions that convert JSON values to an exported tower's input, with NumPy (`np`) only: their source is copied
+    # into model cards. The last one takes (`exported()`, values, `Exported`).
     onnx_code: ClassVar[tuple[Callable[..., Any], ...]] = ()
 
-    column: str | None = None  # column of the source table; the feature's own name by default
+    column: str | None = None  # column of the source table; by default the feature's name
     name: str = field(default="", metadata=FITTED)
 
     def with_name(self: F, name: str) -> F:
-        """Return the feature under its name."""
+        """Return the feature with its name."""
         return replace(self, name=name, column=self.column or name)
 
     @property
@@ -94,23 +94,23 @@ class Feature(ABC):
 
     @property
     def source_columns(self) -> list[str]:
-        """Return the columns that `read` needs of a table."""
+        """Return the columns of the source table that `read` requires."""
         return [self.source]
 
     def check(self, key: str, side: str, docs: Mapping[str, Feature]) -> None:  # noqa: B027, few types have anything
-        """Raise ConfigError where it cannot be: `key` names it in the config, `docs` are the documents' features."""
+        """Raise ConfigError if the declaration is invalid; `key` is its config key, `docs` the document features."""
 
     def declaration(self) -> dict[str, Any]:
-        """Return what the config says of it, as plain containers."""
-        said = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata.get("fitted")}
-        return {"type": self.type, **said}
+        """Return the feature's config section as plain containers."""
+        declared = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata.get("fitted")}
+        return {"type": self.type, **declared}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it but a vocabulary, as plain containers; `from_dict` is the way back."""
+        """Return all fields except the vocabulary as plain containers; inverse of `from_dict`."""
         return {"type": self.type, **{f.name: getattr(self, f.name) for f in fields(self)}}
 
     def exported(self) -> dict[str, Any]:
-        """Return all of it as plain containers, for the code in an exported model's card."""
+        """Return all fields as plain containers, for the code in an exported model's card."""
         return self.to_dict()
 
     # ----- source → canonical
@@ -123,97 +123,97 @@ class Feature(ABC):
     @property
     @abstractmethod
     def missing(self) -> Any:
-        """Return the canonical value of what is missing."""
+        """Return the canonical form of a missing value."""
 
     @abstractmethod
     def read(self, check: RowCheck) -> pa.Array:
-        """Return the canonical values of a batch; rows or values that cannot be are reported to `check`.
+        """Return the canonical values of a batch; invalid rows and values are reported to `check`.
 
-        Raises DataError where the whole column has a type that the feature cannot have.
+        Raises DataError: the column's type is not supported.
         """
 
     def is_missing(self, column: pa.Array) -> np.ndarray:
-        """Return which canonical values are missing, bool [R]."""
-        found: np.ndarray = pc.equal(column, pa.scalar(self.missing, self.canonical_type)).to_numpy(False)
-        return found
+        """Return the mask of missing canonical values, bool [R]."""
+        mask: np.ndarray = pc.equal(column, pa.scalar(self.missing, self.canonical_type)).to_numpy(False)
+        return mask
 
     def fitter(self) -> Fitter | None:
-        """Return what learns from the data, or None where there is nothing to learn."""
+        """Return a fitter, or None if the feature has no parameters to fit."""
         return None
 
     def vocabulary_values(self, column: pa.Array) -> tuple[pa.Array, np.ndarray] | None:
-        """Return the values (strings) that a vocabulary may get and the row of each, int64; None where it has none."""
+        """Return new candidates for the vocabulary (strings) and their rows, int64; None without a vocabulary."""
         return None
 
     @property
     def vocabulary_min_count(self) -> int:
-        """Return how often a value must stand in train rows to come into its vocabulary."""
+        """Return the minimum number of train rows with a value for it to enter the vocabulary."""
         return 1
 
     def with_values(self: F, path: Path, values: Iterable[pa.Array]) -> F:
-        """Return the feature with values (strings, at least one) at the end of its vocabulary; they come to `path`."""
+        """Return the feature with values (strings, at least one) appended to its vocabulary, written to `path`."""
         raise NotImplementedError
 
     def parse(self, value: str) -> Any:
-        """Return the canonical value of what a person typed. Raises ConfigError."""
+        """Return the canonical value of user input. Raises ConfigError."""
         return value
 
     # ----- canonical → encoded
 
     @abstractmethod
     def arrow_type(self, *, large: bool = False) -> pa.DataType:
-        """Return the Arrow type of encoded values; large: lists have offsets of 64 bits where they may need them."""
+        """Return the Arrow type of encoded values; large: lists have 64-bit offsets if they may need them."""
 
     @abstractmethod
     def encode(self, column: pa.Array, tokenizer: TextTokenizer | None, *, large: bool = False) -> pa.Array:
-        """Return canonical values encoded, of the type `arrow_type`."""
+        """Encode canonical values, as `arrow_type`."""
 
     @property
     def raw_type(self) -> pa.DataType:
-        """Return the Arrow type in shards whose texts are no tokens yet."""
+        """Return the Arrow type in shards with untokenised texts."""
         return self.arrow_type()
 
     def encode_raw(self, column: pa.Array) -> pa.Array:
-        """Return canonical values as such shards have them."""
+        """Encode canonical values, as `raw_type`."""
         return self.encode(column, None)
 
     def faults(self, column: Column, vocab_size: int) -> Iterator[Fault]:
-        """Yield what is wrong with encoded values that were read back; `vocab_size` is the tokenizer's."""
+        """Yield the faults of encoded values that were read from disk; `vocab_size` is the tokenizer's."""
         yield from ()
 
     def without_unknown(self, column: Column) -> Column:
-        """Return encoded values in which codes outside the feature's vocabulary are out of vocabulary."""
+        """Replace codes beyond the feature's vocabulary by OUT_OF_VOCABULARY."""
         return column
 
     @property
     def max_length(self) -> int | None:
-        """Return the length that lists are cut to, None where they are not, or are none."""
+        """Return the length that lists are truncated to; None if they are not, or the feature is not a list."""
         return None
 
     @property
     def num_codes(self) -> int:
-        """Return the rows that an embedding table of its codes needs, 0 where it has no table of its own."""
+        """Return the number of rows of its embedding table, 0 without one."""
         return 0
 
     def matches(self, column: Column, operator: str, values: Sequence[str]) -> np.ndarray:
-        """Return which encoded values fulfil a condition of a filter, bool [R]; `in` alone has several `values`.
+        """Return the mask of encoded values that match a filter condition, bool [R]; only `in` has several `values`.
 
-        Raises ConfigError: the feature has no such condition, or a value is none of its.
+        Raises ConfigError: the feature does not support the operator, or a value is invalid.
         """
         raise ConfigError(f"filter: {self.name} is of type {self.type}, needs a categorical or numeric feature")
 
     def choices(self, column: Column) -> dict[str, Any] | None:
-        """Return what people may choose from for a filter over these encoded values; None where there is nothing."""
+        """Return the filter choices for these encoded values (`values`, or `least` and `most`); None without any."""
         return None
 
     # ----- encoded → array
 
     def padding(self, pad_token_id: int) -> int | None:
-        """Return what lists are padded with, None where every row is one value or vector."""
+        """Return the padding value of lists, None if every row is one value or vector."""
         return None
 
     def array(self, column: Column, pad_token_id: int) -> np.ndarray:
-        """Return what a tensor is made of: int64 [R, T] for lists, else as `dtype`, [R] or [R, …]."""
+        """Return the array of a tensor: int64 [R, T] for lists, else int64 [R] unless overridden."""
         fill = self.padding(pad_token_id)
         if isinstance(column, Ragged):
             assert fill is not None
@@ -222,25 +222,25 @@ class Feature(ABC):
 
     @abstractmethod
     def probe(self, random: np.random.RandomState, rows: int, docs: Mapping[str, Feature]) -> Column:
-        """Return encoded values from its whole range, missing ones among them, to try a model on."""
+        """Return random encoded values of the whole range, including missing ones, to test a model with."""
 
     @abstractmethod
     def describe(self, vocab_size: int) -> str:
-        """Return a phrase on what it was fitted to, for people."""
+        """Return a readable summary of the fitted parameters."""
 
     @abstractmethod
     def display(self, values: np.ndarray, decoder: Decoder) -> Any:
-        """Return one row's array as what people read."""
+        """Return the readable value of one row's array."""
 
 
-def code_faults(name: str, what: str, column: Column, low: int, high: int) -> Iterator[Fault]:
+def code_faults(name: str, kind: str, column: Column, low: int, high: int) -> Iterator[Fault]:
     """Yield the rows with a code outside [low, high)."""
     values = column.values if isinstance(column, Ragged) else column
     if outside(values, low, high):
         wrong = (values < low) | (values >= high)
         if isinstance(column, Ragged):
             wrong = np.isin(np.arange(len(column)), np.searchsorted(column.offsets, np.flatnonzero(wrong), "right") - 1)
-        yield wrong, lambda row: f"{name} has a {what} outside the schema's {high}"
+        yield wrong, lambda row: f"{name} has a {kind} outside the schema's {high}"
 
 
 def outside(values: np.ndarray, low: int, high: int) -> bool:
@@ -249,7 +249,7 @@ def outside(values: np.ndarray, low: int, high: int) -> bool:
 
 
 def pad_lists(rows, fill):  # type: ignore[no-untyped-def]
-    """Return rows of numbers side by side, int64 [rows, T]."""
+    """Return padded lists of numbers, int64 [rows, T]."""
     padded = np.full((len(rows), max(1, *map(len, rows), 1)), fill, np.int64)
     for row, numbers in enumerate(rows):
         padded[row, : len(numbers)] = numbers
@@ -261,7 +261,7 @@ register = FEATURES.register
 
 
 def from_dict(content: Mapping[str, Any]) -> Feature:
-    """Return the feature of `Feature.to_dict`. Raises TypeError, KeyError, ValueError: it is none."""
+    """Inverse of `Feature.to_dict`. Raises TypeError, KeyError, ValueError: invalid content."""
     given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items() if key != "type"}
     feature = FEATURES.classes[content["type"]](**given)
     hints = get_type_hints(type(feature))
@@ -274,7 +274,7 @@ def from_dict(content: Mapping[str, Any]) -> Feature:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Return whether a value of JSON is of a field's declared type; types that JSON does not have are not looked at."""
+    """Return whether a JSON value has a field's declared type; types that do not exist in JSON are not checked."""
     options = get_args(hint)
     if get_origin(hint) is Literal:
         return value in options
@@ -287,7 +287,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def filterable(features: Mapping[str, Feature]) -> dict[str, Feature]:
-    """Return the features that filters can look at."""
+    """Return the features that support filters."""
     return {name: feature for name, feature in features.items() if type(feature).matches is not Feature.matches}
 
 
@@ -302,5 +302,5 @@ def encode_columns(
 
 
 def encode_values(feature: Feature, values: list[Any], tokenizer: TextTokenizer | None) -> Column:
-    """Return some canonical values as a column."""
+    """Encode canonical values as a column."""
     return from_arrow(feature.encode(pa.array(values, feature.canonical_type), tokenizer))

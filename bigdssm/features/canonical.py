@@ -1,4 +1,4 @@
-"""Canonical tables of one side, from source tables or from Python values (dicts, texts, Arrow tables, data frames)."""
+"""Read canonical tables of one side from source tables or Python values (dicts, strings, Arrow tables, data frames)."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from bigdssm.features.tokenizer import TextTokenizer
 
 
 def canonical(check: RowCheck, features: Mapping[str, Feature]) -> pa.Table:
-    """Return the canonical columns of all rows by feature name; rows that cannot be are failed in `check`.
+    """Return the canonical columns of all rows by feature name; invalid rows fail in `check`.
 
-    Raises DataError where a whole column has a type that the feature cannot have.
+    Raises DataError: a column's type is not supported.
     """
     return pa.table({name: feature.read(check) for name, feature in features.items()})
 
 
 def missing(table: pa.Table, features: Mapping[str, Feature]) -> np.ndarray:
-    """Return which rows say nothing: every text is empty, or, without text features, every value is missing; bool."""
+    """Return the mask of empty rows: all texts are empty, or, without text features, all values are missing."""
     empty = np.ones(table.num_rows, bool)
     for name, feature in (texts_of(features) or features).items():
         empty &= feature.is_missing(table.column(name).combine_chunks())
@@ -39,7 +39,7 @@ def missing(table: pa.Table, features: Mapping[str, Feature]) -> np.ndarray:
 def columns_of(
     batch: SourceBatch, features: Mapping[str, Feature], tokenizer: TextTokenizer | None, report_bad: ReportBad
 ) -> dict[str, Column]:
-    """Return the encoded columns of source rows by feature name, as shards and catalogue hold them."""
+    """Return the encoded columns of source rows by feature name, as in shards and catalogue."""
     table = canonical(RowCheck(batch, report_bad), features)
     encoded = encode_columns(table, features, tokenizer, large=True)
     return {name: from_arrow(column) for name, column in encoded.items()}
@@ -48,11 +48,11 @@ def columns_of(
 def columns_of_values(
     rows: Any, features: Mapping[str, Feature], docs: Mapping[str, Feature], tokenizer: TextTokenizer | None
 ) -> tuple[dict[str, Column], int]:
-    """Return the encoded columns of `rows` by feature name, and how many rows there are.
+    """Return the encoded columns of `rows` by feature name, and the number of rows.
 
-    `rows`: dicts of feature values, strings where one of `features` is a text, or an Arrow table or data frame with
-    columns named after features. What is not given is missing. `docs` are the documents' features, in one of which
-    a history's items are values. Raises DataError: an unknown feature, or a value that cannot be read.
+    rows: dicts of feature values, strings if exactly one of `features` is a text, or an Arrow table or data frame with
+    columns named after features; omitted values are missing. docs: the document features, which encode the items of
+    histories. Raises DataError: an unknown feature, or a value that cannot be read.
     """
     if is_table(rows):
         rows = as_table(rows)
@@ -62,21 +62,21 @@ def columns_of_values(
         rows = list(rows)
     num_rows = len(rows)
     given = _by_feature(rows, features)
-    found: dict[str, Column] = {}
+    columns: dict[str, Column] = {}
     for name, feature in features.items():
         if name not in given or pa.types.is_null(given[name].type):
             missing = pa.array([feature.missing] * num_rows, feature.canonical_type)
-            found[name] = from_arrow(feature.encode(missing, tokenizer, large=True))
+            columns[name] = from_arrow(feature.encode(missing, tokenizer, large=True))
         elif isinstance(feature, History):
-            found[name] = _history(name, given[name], feature, docs[str(feature.of)])
+            columns[name] = _history(name, given[name], feature, docs[str(feature.of)])
         else:
             batch = SourceBatch(name, pa.table({name: given[name]}), np.arange(num_rows))
-            found |= columns_of(batch, {name: replace(feature, column=name)}, tokenizer, _refuse)
-    return found, num_rows
+            columns |= columns_of(batch, {name: replace(feature, column=name)}, tokenizer, _refuse)
+    return columns, num_rows
 
 
 def is_table(rows: Any) -> bool:
-    """Return whether `rows` is an Arrow table, a data frame, or another table of Arrow's C interface; no series."""
+    """Return whether `rows` is an Arrow table, a data frame, or a table with Arrow's C interface (not a series)."""
     if isinstance(rows, pa.Table):
         return True
     kind = type(rows)
@@ -103,7 +103,7 @@ def as_table(rows: Any) -> pa.Table:
 
 
 def columns_of_dicts(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Return rows as columns, None where a row has no such key. Raises DataError: a row is no dict."""
+    """Return rows as columns, with None for missing keys. Raises DataError: a row is not a dict."""
     if wrong := [row for row in rows if not isinstance(row, Mapping)]:
         raise DataError(f"got rows of {type(wrong[0]).__name__}; give dicts, strings, an Arrow table or a data frame")
     names = dict.fromkeys(name for row in rows for name in row)
@@ -111,7 +111,7 @@ def columns_of_dicts(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _by_feature(rows: Any, features: Mapping[str, Feature]) -> dict[str, pa.Array]:
-    """Return the columns that are there. Raises DataError on one that is no feature's."""
+    """Return the given columns. Raises DataError: a column is not a feature."""
     if is_table(rows):
         table = as_table(rows)
         _check_names(table.column_names, features)
@@ -119,7 +119,7 @@ def _by_feature(rows: Any, features: Mapping[str, Feature]) -> dict[str, pa.Arra
     if rows and all(isinstance(row, str) for row in rows):
         texts = list(texts_of(features))
         if len(texts) != 1:
-            raise DataError(f"strings stand for the one text of a row, but there are {len(texts)}; give dicts")
+            raise DataError(f"got strings, which need exactly one text feature, but there are {len(texts)}; give dicts")
         return {texts[0]: _array(texts[0], rows)}
     columns = columns_of_dicts(rows)
     _check_names(columns, features)
@@ -133,16 +133,16 @@ def _check_names(names: Iterable[str], features: Mapping[str, Feature]) -> None:
             raise DataError(f"there are two columns {name!r}")
         seen.add(name)
         if name not in features:
-            of_source = [known for known, feature in features.items() if feature.source == name]
+            of_source = [other for other, feature in features.items() if feature.source == name]
             near = [*of_source, *difflib.get_close_matches(str(name), features, 1)]
-            meant = f"did you mean {near[0]!r}? The" if near else "the"
-            raise DataError(f"{name!r} is no feature; {meant} features are {', '.join(features)}")
+            hint = f"did you mean {near[0]!r}? The" if near else "the"
+            raise DataError(f"{name!r} is not a feature; {hint} features are {', '.join(features)}")
 
 
 def _array(name: str, values: Any) -> pa.Array:
-    """Return a column's values; NaN is missing. Raises DataError: they have several types, or are none."""
+    """Return a column's values as an Arrow array; NaN is missing. Raises DataError: no list, or mixed types."""
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise DataError(f"{name}: got {type(values).__name__}, needs a list of values, a value for each row")
+        raise DataError(f"{name}: got {type(values).__name__}, needs a list of values, one per row")
     if hasattr(values, "__arrow_c_stream__"):  # a series or a chunked array
         return pa.chunked_array(values).combine_chunks()
     if not hasattr(values, "dtype") or getattr(values, "ndim", 1) > 1:
@@ -154,20 +154,20 @@ def _array(name: str, values: Any) -> pa.Array:
 
 
 def _scalar(value: Any) -> Any:
-    """Return a value as Arrow infers its type: NumPy's dates as datetimes, tensors and series as arrays."""
+    """Convert a value for Arrow's type inference: NumPy's dates to datetimes, tensors and series to arrays."""
     if isinstance(value, np.datetime64):
         return value.astype("datetime64[us]").item()
     return np.asarray(value) if getattr(value, "ndim", 0) and hasattr(value, "__array__") else value
 
 
 def _unsigned(values: Any) -> pa.DataType | None:
-    """Return uint64 for Python's integers beyond int64, which Arrow does not infer; else None."""
+    """Return uint64 if there are integers beyond int64, which Arrow does not infer; else None."""
     whole = isinstance(values, list) and all(isinstance(value, int | np.integer | None) for value in values)
     return pa.uint64() if whole and max((value or 0 for value in values), default=0) >= 2**63 else None
 
 
 def _history(name: str, lists: pa.Array, feature: History, item: Feature) -> Column:
-    """Return the codes of items, the newest so many of each row."""
+    """Return the codes of the newest `max_items` items per row."""
     if not (pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)):
         raise DataError(f"{name} holds {lists.type}, needs lists of item values, oldest first")
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
@@ -179,5 +179,5 @@ def _history(name: str, lists: pa.Array, feature: History, item: Feature) -> Col
 
 
 def _refuse(file: str, row: int, reason: str, left_out: bool = True) -> None:
-    """Raise DataError: what is given by a program is to be right, where a table's value would be taken as missing."""
+    """Raise DataError: unlike a table's values, invalid values from a program are not treated as missing."""
     raise DataError(f"row {row}: {reason.removesuffix('; taken as missing')}")

@@ -1,4 +1,4 @@
-"""Categories: values of an exact vocabulary or hashed into buckets, one a row or several."""
+"""Categorical features: values of an exact vocabulary or hashed into buckets, one or several per row."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from bigdssm.utils.bounds import bounded
 from bigdssm.utils.string_hashing import hash_strings
 
 UNKNOWN = "<out of vocabulary>"
-# A mistyped value is compared with so many of the vocabulary, none longer than so many characters: within a second.
-MOST_COMPARED, COMPARED_CHARACTERS = 5000, 80
-MOST_CHOICES = 200  # values that people are shown to choose from
+# Limits of the search for a similar value: number of values of the vocabulary, and their length; within a second.
+MAX_COMPARED, MAX_COMPARED_CHARACTERS = 5000, 80
+MAX_CHOICES = 200  # values in the filter choices
 
 
 def codes_of(feature, values):  # type: ignore[no-untyped-def]
@@ -48,12 +48,12 @@ def codes_of(feature, values):  # type: ignore[no-untyped-def]
         return [
             2 + hashed % feature["hash_buckets"] if value else 0 for value, hashed in zip(values, hashes, strict=True)
         ]
-    known = {value: number for number, value in enumerate(feature["vocabulary"], start=2)}
-    return [known.get(value, 1) if value else 0 for value in values]
+    codes = {value: number for number, value in enumerate(feature["vocabulary"], start=2)}
+    return [codes.get(value, 1) if value else 0 for value in values]
 
 
 def categorical_input(feature, values, exported):  # type: ignore[no-untyped-def]
-    """Return codes, int64 [rows], or [rows, K] of lists."""
+    """Return codes, int64 [rows], or [rows, K] for lists."""
     if feature["multi"]:
         return pad_lists([codes_of(feature, value or []) for value in values], 0)
     return np.array(codes_of(feature, [value or "" for value in values]), np.int64)
@@ -62,28 +62,28 @@ def categorical_input(feature, values, exported):  # type: ignore[no-untyped-def
 @register
 @dataclass(frozen=True)
 class Categorical(Feature):
-    """A category, or several. A vocabulary only ever grows at its end, so that codes and tables keep their meaning."""
+    """A category, or several. Vocabularies are append-only, so that codes and embedding tables stay valid."""
 
     type: ClassVar[str] = "categorical"
     onnx_code: ClassVar = (pad_lists, codes_of, categorical_input)
 
     multi: bool = False  # several values in one cell, or a list
-    separator: str = " "  # multi: what parts the values in a cell
-    min_count: int = bounded(1, 1, 10**9)  # rarer values become out-of-vocabulary
-    hash_buckets: int = bounded(0, 0, 2**30)  # 0 keeps an exact vocabulary, else values are hashed into this many
+    separator: str = " "  # multi: separator of the values in a cell
+    min_count: int = bounded(1, 1, 10**9)  # rarer values are out of vocabulary
+    hash_buckets: int = bounded(0, 0, 2**30)  # number of hash buckets; 0: an exact vocabulary
     vocabulary: Vocabulary = field(default=Vocabulary(), metadata=FITTED)
 
     def check(self, key: str, side: str, docs: Mapping[str, Feature]) -> None:
-        """Raise ConfigError on several values that nothing parts."""
+        """Raise ConfigError: multi without a separator."""
         if self.multi and not self.separator:
-            raise ConfigError(f"{key}.separator: got '', needs what parts the values in a cell")
+            raise ConfigError(f"{key}.separator: got '', needs the separator of the values in a cell")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all but the vocabulary, which is in files."""
+        """Return all fields except the vocabulary, which is in files."""
         return {key: value for key, value in super().to_dict().items() if key != "vocabulary"}
 
     def exported(self) -> dict[str, Any]:
-        """Return all, the vocabulary as a list."""
+        """Return all fields, the vocabulary as a list."""
         return {**self.to_dict(), "vocabulary": list(self.vocabulary)}
 
     @property
@@ -102,18 +102,18 @@ class Categorical(Feature):
         return [] if self.multi else ""
 
     def read(self, check: RowCheck) -> pa.Array:
-        """Return the values without the blanks around them, null as ''; lists without empty values."""
+        """Return the trimmed values, null as ''; lists without empty values."""
         return value_lists(check, self.source, self.separator) if self.multi else strings(check, self.source)
 
     def is_missing(self, column: pa.Array) -> np.ndarray:
-        """Return which rows have no value, bool [R]."""
+        """Return the mask of rows without a value, bool [R]."""
         if not self.multi:
             return super().is_missing(column)
         empty: np.ndarray = pc.list_value_length(column).to_numpy() == 0
         return empty
 
     def vocabulary_values(self, column: pa.Array) -> tuple[pa.Array, np.ndarray] | None:
-        """Return the values that are not in the vocabulary, where there is one, and the row of each, int64."""
+        """Return the values outside the vocabulary and their rows, int64; None for hashed values."""
         if self.hash_buckets:
             return None
         rows = np.arange(len(column))
@@ -124,16 +124,16 @@ class Categorical(Feature):
 
     @property
     def vocabulary_min_count(self) -> int:
-        """Return how often a value must stand in train rows to come into its vocabulary."""
+        """Return `min_count`."""
         return self.min_count
 
     def with_values(self, path: Path, values: Iterable[pa.Array]) -> Categorical:
-        """Return the feature with values (strings, at least one) at the end of its vocabulary; they come to `path`."""
+        """Return the feature with values (strings, at least one) appended to its vocabulary, written to `path`."""
         part = write_part(path, values, first=len(self.vocabulary))
         return replace(self, vocabulary=self.vocabulary.with_file(part))
 
     def parse(self, value: str) -> Any:
-        """Return the value, or those that the separator parts."""
+        """Return the value, or the values split at the separator."""
         if not self.multi:
             return value.strip()
         parts = [part.strip() for part in value.split(None if self.separator == " " else self.separator)]
@@ -157,13 +157,13 @@ class Categorical(Feature):
         if self.hash_buckets:
             codes = (FIRST_CODE + hash_strings(values) % self.hash_buckets).astype(np.int32)
         else:
-            found = self.vocabulary.codes(values)
-            codes = np.where(found < 0, np.int32(OUT_OF_VOCABULARY), found + np.int32(FIRST_CODE))
+            indices = self.vocabulary.codes(values)
+            codes = np.where(indices < 0, np.int32(OUT_OF_VOCABULARY), indices + np.int32(FIRST_CODE))
         codes[is_empty(values)] = PADDING
         return codes
 
     def without_unknown(self, column: Column) -> Column:
-        """Return codes of which those that a later vocabulary added are out of vocabulary."""
+        """Replace codes of values added to the vocabulary later by OUT_OF_VOCABULARY."""
         values = column.values if isinstance(column, Ragged) else np.asarray(column)
         if not outside(values, 0, self.num_codes):
             return column
@@ -175,50 +175,50 @@ class Categorical(Feature):
         yield from code_faults(self.name, "code", column, 0, self.num_codes)
 
     def matches(self, column: Column, operator: str, values: Sequence[str]) -> np.ndarray:
-        """Return which rows have one of the values, bool [R]. Raises ConfigError: one that the vocabulary has not."""
+        """Return the mask of rows with one of the values, bool [R]. Raises ConfigError: an unknown value."""
         if operator not in ("=", "in"):
             raise ConfigError(f"filter: {self.name} {operator}: {self.name} is categorical, needs = or in")
         if self.hash_buckets:
-            raise ConfigError(f"filter: {self.name} is hashed, so that its values cannot be told apart")
+            raise ConfigError(f"filter: {self.name} is hashed, so that its values cannot be distinguished")
         codes = self.codes(pa.array(values, pa.string()))
         if (unknown := codes == OUT_OF_VOCABULARY).any():
             value = values[int(np.argmax(unknown))]
-            short = [known for known in self.vocabulary.cut(MOST_COMPARED) if len(known) <= COMPARED_CHARACTERS]
-            near = difflib.get_close_matches(value[:COMPARED_CHARACTERS], short, 1)
-            meant = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"filter: no document is known by {self.name} = {value[:80]!r}{meant}")
+            short = [other for other in self.vocabulary.cut(MAX_COMPARED) if len(other) <= MAX_COMPARED_CHARACTERS]
+            near = difflib.get_close_matches(value[:MAX_COMPARED_CHARACTERS], short, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"filter: no document has {self.name} = {value[:80]!r}{hint}")
         if not isinstance(column, Ragged):
             return np.isin(column, codes)
-        found = np.zeros(len(column), bool)
-        found[np.searchsorted(column.offsets, np.flatnonzero(np.isin(column.values, codes)), "right") - 1] = True
-        return found
+        mask = np.zeros(len(column), bool)
+        mask[np.searchsorted(column.offsets, np.flatnonzero(np.isin(column.values, codes)), "right") - 1] = True
+        return mask
 
     def choices(self, column: Column) -> dict[str, Any] | None:
-        """Return the values that are there, the most frequent first; None where each stands once, as keys do."""
+        """Return the existing values, most frequent first; None if each occurs once, as keys do."""
         counts = np.bincount(column.values if isinstance(column, Ragged) else np.asarray(column))[FIRST_CODE:]
         if self.hash_buckets or counts.max(initial=0) < 2:
             return None
-        most = np.argsort(-counts, kind="stable")[:MOST_CHOICES]
+        most = np.argsort(-counts, kind="stable")[:MAX_CHOICES]
         return {"values": [self.vocabulary[code] for code in most[counts[most] > 0].tolist()]}
 
     @property
     def num_codes(self) -> int:
-        """Return the rows that an embedding table needs."""
+        """Return the number of rows of the embedding table."""
         return FIRST_CODE + (self.hash_buckets or len(self.vocabulary))
 
     def padding(self, pad_token_id: int) -> int | None:
-        """Return 0 where there are several values."""
+        """Return 0 for lists of values."""
         return PADDING if self.multi else None
 
     def probe(self, random: np.random.RandomState, rows: int, docs: Mapping[str, Feature]) -> Column:
-        """Return codes of all kinds."""
+        """Return random codes."""
         if not self.multi:
             return random.randint(0, self.num_codes, rows).astype(np.int32)
         return lists_of_codes(random, rows, 4, self.num_codes)
 
     def describe(self, vocab_size: int) -> str:
-        """Return how many values there are."""
-        several = ", several at once" if self.multi else ""
+        """Return the number of values."""
+        several = ", several per row" if self.multi else ""
         return (
             f"{self.hash_buckets:,} buckets{several}"
             if self.hash_buckets
@@ -226,7 +226,7 @@ class Categorical(Feature):
         )
 
     def display(self, values: np.ndarray, decoder: Decoder) -> Any:
-        """Return the value or values; a hashed one is shown as its bucket."""
+        """Return the value or values; for hashed values the bucket."""
         names = [self._value(code) for code in np.atleast_1d(values).tolist() if code != PADDING]
         return names if self.multi else (names[0] if names else None)
 
@@ -237,11 +237,11 @@ class Categorical(Feature):
 
 
 def categorical_of(features: Mapping[str, Feature]) -> dict[str, Categorical]:
-    """Return the features that are categories."""
+    """Return the categorical features."""
     return {name: feature for name, feature in features.items() if isinstance(feature, Categorical)}
 
 
 def lists_of_codes(random: np.random.RandomState, rows: int, longest: int, num_codes: int) -> Ragged:
-    """Return rows of random codes, from none to `longest` a row."""
+    """Return rows of 0 to `longest` random codes."""
     lengths = np.linspace(0, longest, rows).astype(int)
     return Ragged.of_lists([random.randint(1, num_codes, length).tolist() for length in lengths])

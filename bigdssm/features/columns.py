@@ -1,7 +1,7 @@
-"""Columns of source tables as strings, lists of strings, numbers and times, with what is wrong with their rows.
+"""Read columns of source tables as strings, lists of strings, numbers and times, and report invalid rows.
 
-What a row cannot do without (ids, relevance, time) fails the row; a feature's value that cannot be read is reported and
-taken as missing: real tables have them.
+An invalid required value (id, relevance, time) fails the row; an invalid feature value is reported and treated as
+missing.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import pyarrow.compute as pc
 
 from bigdssm.errors import DataError
 
-MAX_FIELD_BYTES = 1 << 20  # of a text: a longer one would cost more than its block
+MAX_FIELD_BYTES = 1 << 20  # of a text
 BYTE_TYPES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
 MISSING_NUMBERS = ("", "nan", "na", "null", "none", "\\n")
-EXACT_BITS = {pa.float16(): 11, pa.float32(): 24, pa.float64(): 53}  # whole numbers below 2^bits are all there
+EXACT_BITS = {pa.float16(): 11, pa.float32(): 24, pa.float64(): 53}  # integers below 2^bits are exact
 THIS_CENTURY, EPOCH_POWERS = (946_684_800, 4_102_444_800), (0, 3, 6, 9)  # s since 1970; s, ms, µs, ns
 
 
 class ReportBad(Protocol):
-    """Takes what is wrong with a row; `left_out` is false where only a value is dropped and the row stays."""
+    """Callback for invalid rows; `left_out` is false if only a value is dropped and the row is kept."""
 
     def __call__(self, file: str, row: int, reason: str, left_out: bool = True) -> None:
         """Record it."""
@@ -33,7 +33,7 @@ class ReportBad(Protocol):
 
 @dataclass(frozen=True)
 class SourceBatch:
-    """Some rows of one file: `table` has the asked columns that exist, `rows` (int64) their numbers in the file."""
+    """Some rows of one file: `table` has the existing requested columns, `rows` (int64) the row numbers in the file."""
 
     file: str
     table: pa.Table
@@ -45,7 +45,7 @@ class SourceBatch:
 
 
 class RowCheck:
-    """Which rows of a batch are still good; the first thing wrong with a row is reported."""
+    """The mask of good rows of a batch; the first fault of a row is reported."""
 
     def __init__(self, batch: SourceBatch, report_bad: ReportBad) -> None:
         self.batch = batch
@@ -53,21 +53,21 @@ class RowCheck:
         self._report_bad = report_bad
 
     def fail(self, mask: np.ndarray, reason: str, values: Any = None) -> None:
-        """Report the rows in `mask` as bad; `{}` in `reason` stands for the row's entry in `values`."""
+        """Report the rows in `mask` as bad; `{}` in `reason` is replaced by the row's entry in `values`."""
         self._report(mask, reason, values, left_out=True)
         self.good &= ~mask
 
     def blank(self, mask: np.ndarray, reason: str, values: Any) -> None:
-        """Report the values in `mask`, which the caller takes as missing; their rows stay."""
+        """Report the values in `mask`, which the caller treats as missing; their rows are kept."""
         self._report(mask, f"{reason}; taken as missing", values, left_out=False)
 
     def _report(self, mask: np.ndarray, reason: str, values: Any, left_out: bool) -> None:
         for i in np.flatnonzero(mask & self.good).tolist():
-            said = reason if values is None else reason.replace("{}", _shown(values[i]), 1)
-            self._report_bad(self.batch.file, int(self.batch.rows[i]), said, left_out)
+            message = reason if values is None else reason.replace("{}", _formatted(values[i]), 1)
+            self._report_bad(self.batch.file, int(self.batch.rows[i]), message, left_out)
 
     def column(self, name: str) -> pa.Array:
-        """Return a source column as one array, of a plain type."""
+        """Return a source column as one array of a plain type."""
         column = self.batch.table.column(name)
         try:
             return plain(column.combine_chunks() if column.num_chunks != 1 else column.chunk(0))
@@ -77,9 +77,9 @@ class RowCheck:
 
 
 def plain(array: pa.Array) -> pa.Array:
-    """Return an array without what only says how its values are stored: dictionaries, runs, views; UUIDs as texts.
+    """Decode dictionaries, run-end encoding and views; UUIDs become texts.
 
-    Raises ArrowNotImplementedError: an extension type, such as pandas' periods, whose storage means something else.
+    Raises ArrowNotImplementedError: another extension type, such as pandas' periods.
     """
     kind = array.type
     if isinstance(kind, pa.UuidType):
@@ -102,14 +102,14 @@ def plain(array: pa.Array) -> pa.Array:
 
 
 def is_empty(column: pa.Array) -> np.ndarray:
-    """Return which strings are empty, bool."""
+    """Return the mask of empty strings, bool."""
     return pc.equal(column, "").to_numpy(zero_copy_only=False)
 
 
 def strings(check: RowCheck, name: str, *, trim: bool = True) -> pa.Array:
-    """Return a column as large_string, null as ''; whole floats and decimals are written as integers.
+    """Return a column as large_string, null as ''; whole floats and decimals are formatted as integers.
 
-    Raises DataError: lists, or values without a text.
+    Raises DataError: lists, or values without a text form.
     """
     array = check.column(name)
     if pa.types.is_nested(array.type):
@@ -118,15 +118,15 @@ def strings(check: RowCheck, name: str, *, trim: bool = True) -> pa.Array:
     array, broken = _texts(array, f"{check.batch.file}: column {name!r}")
     check.fail(broken, f"{name} is invalid UTF-8")
     lengths = pc.binary_length(array).to_numpy()
-    check.fail(lengths > MAX_FIELD_BYTES, f"{name} has {{}} bytes, at most {MAX_FIELD_BYTES} are taken", lengths)
+    check.fail(lengths > MAX_FIELD_BYTES, f"{name} has {{}} bytes, at most {MAX_FIELD_BYTES} are allowed", lengths)
     return pc.utf8_trim_whitespace(array) if trim else array
 
 
 def ids(check: RowCheck, name: str, *, lacks: str = "") -> pa.Array:
-    """Return a column of ids as large_string; a row without one (which `lacks` what it is of) is failed.
+    """Return a column of ids as large_string; rows with an invalid id fail.
 
-    So is one with a NUL character, which no command line can name, and a float at which neighbouring integers are
-    one: it stands for several ids.
+    Invalid ids are empty ones (reported as "no `lacks`"), those with a NUL character, which no command line can pass,
+    and floats that are not exact for integers: they may stand for several ids.
     """
     values = strings(check, name)
     check.fail(is_empty(values), f"{lacks and f'no {lacks}: '}{name} is empty")
@@ -140,9 +140,9 @@ def ids(check: RowCheck, name: str, *, lacks: str = "") -> pa.Array:
 
 
 def _texts(array: pa.Array, where: str) -> tuple[pa.Array, np.ndarray]:
-    """Return single values as large_string, null as '', and which are invalid UTF-8 (then ''), bool [R].
+    """Return single values as large_string, null as '', and the mask of invalid UTF-8 (as ''), bool [R].
 
-    A value's text depends on nothing but the value. Raises DataError: values have no text.
+    The text depends on the value only. Raises DataError: values without a text form.
     """
     array, kind = plain(array), array.type
     broken = np.zeros(len(array), bool)
@@ -153,7 +153,7 @@ def _texts(array: pa.Array, where: str) -> tuple[pa.Array, np.ndarray]:
         try:
             return pc.fill_null(array.cast(pa.large_string()), ""), broken
         except pa.ArrowInvalid:
-            broken = np.array([is_broken(value) for value in array.to_pylist()])
+            broken = np.array([is_invalid_utf8(value) for value in array.to_pylist()])
             array = pc.if_else(pa.array(broken), pa.scalar(b"", array.type), array)
     try:
         texts = array.cast(pa.large_string())
@@ -164,18 +164,18 @@ def _texts(array: pa.Array, where: str) -> tuple[pa.Array, np.ndarray]:
     return pc.fill_null(texts, ""), broken
 
 
-def is_broken(value: bytes | None) -> bool:
-    """Return whether bytes are no UTF-8."""
+def is_invalid_utf8(value: bytes | None) -> bool:
+    """Return whether bytes are invalid UTF-8."""
     return value is not None and value.decode(errors="ignore").encode() != value
 
 
 def _as_float64(array: pa.Array) -> np.ndarray:
-    found: np.ndarray = array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-    return found
+    values: np.ndarray = array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    return values
 
 
 def _float_strings(array: pa.Array) -> pa.Array:
-    """Return floats as the shortest text that reads back; whole ones as integers (columns with gaps), NaN as null."""
+    """Return floats as their shortest exact text; whole ones as integers (columns with gaps), NaN as null."""
     values = _as_float64(array)
     whole = (np.abs(values) < 2.0**53) & (values == np.floor(values))
     texts = pa.array(np.where(whole, values, 0).astype(np.int64)).cast(pa.large_string())
@@ -186,7 +186,7 @@ def _float_strings(array: pa.Array) -> pa.Array:
 
 
 def value_lists(check: RowCheck, name: str, separator: str) -> pa.Array:
-    """Return a column as list<large_string>, cells of a text column parted at `separator`; no empty values."""
+    """Return a column as list<large_string>, cells of a text column split at `separator`, without empty values."""
     array = check.column(name)
     if pa.types.is_fixed_size_list(array.type):
         array = array.cast(pa.list_(array.type.value_type))
@@ -197,7 +197,7 @@ def value_lists(check: RowCheck, name: str, separator: str) -> pa.Array:
         if pa.types.is_nested(array.type.value_type):
             raise DataError(f"{check.batch.file}: column {name!r} holds {array.type}, needs lists of single values")
         parts = array
-        if pa.types.is_string(array.type.value_type):  # readers check the strings of columns, not those of lists
+        if pa.types.is_string(array.type.value_type):  # readers validate strings in columns, but not in lists
             parts = array.cast(pa.list_(pa.binary()))
     lengths = pc.fill_null(pc.list_value_length(parts), 0).to_numpy(zero_copy_only=False)
     texts, broken = _texts(parts.flatten(), f"{check.batch.file}: column {name!r}")
@@ -211,17 +211,17 @@ def value_lists(check: RowCheck, name: str, separator: str) -> pa.Array:
 
 
 def relevances(check: RowCheck, name: str) -> np.ndarray:
-    """Return a relevance column as float64; rows where it is missing, infinite, negative or no number are failed."""
+    """Return a relevance column as float64; rows with a missing, infinite, negative or non-numeric value fail."""
     values, unreadable = numbers(check, name)
     check.fail(unreadable | ~(values >= 0), f"{name} is {{}}, needs a finite number ≥ 0", check.column(name))
     return values
 
 
 def numbers(check: RowCheck, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return a column as float64, missing as NaN, and which values are there but are no finite float32, bool [R].
+    """Return a column as float64, missing as NaN, and the mask of values that are not a finite float32, bool [R].
 
-    Dates and timestamps are seconds since 1970 (UTC), durations and times of day seconds. Raises DataError: the column
-    holds something else.
+    Dates and timestamps are seconds since 1970 (UTC), durations and times of day seconds. Raises DataError: another
+    type of column.
     """
     array = check.column(name)
     if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
@@ -260,16 +260,16 @@ def _parse_numbers(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         for i, text in enumerate(candidates.to_pylist()):
             try:
                 values[i] = np.nan if text is None else float(text)
-                unparsable[i] = text is not None and "_" in text  # Python's own notation
+                unparsable[i] = text is not None and "_" in text  # valid in Python only
             except ValueError:
                 unparsable[i] = True
         return values, unparsable
 
 
 def times(check: RowCheck, name: str) -> np.ndarray:
-    """Return a time column as float64 seconds (numbers as they are; ISO 8601 and timestamps since 1970, UTC).
+    """Return a time column as float64 seconds (numbers unchanged; ISO 8601 and timestamps since 1970, UTC).
 
-    A row without a time that can be read is failed.
+    Rows without a valid time fail.
     """
     array = check.column(name)
     if pa.types.is_timestamp(array.type) or pa.types.is_date(array.type):
@@ -278,7 +278,7 @@ def times(check: RowCheck, name: str) -> np.ndarray:
         raise DataError(f"{check.batch.file}: column {name!r} holds {array.type}, needs dates, timestamps or numbers")
     else:
         values, unreadable = numbers(check, name)
-        values = values.copy()  # Arrow's own memory cannot be written
+        values = values.copy()  # Arrow's memory is read-only
         for i in np.flatnonzero(unreadable).tolist():
             values[i] = _parse_iso(str(array[i].as_py()))
     check.fail(~np.isfinite(values), f"{name} is {{}}, needs a number or an ISO-8601 time", array)
@@ -286,62 +286,62 @@ def times(check: RowCheck, name: str) -> np.ndarray:
 
 
 class TimeUnits:
-    """How many of some times are dates of 2000 to 2100 in seconds, in 1/1000 …, and one of each."""
+    """Counts and examples of times that are dates of 2000 to 2100 in s, ms, µs or ns."""
 
     def __init__(self) -> None:
         self._total = 0
-        self._found: dict[int, tuple[int, float]] = {}  # by power of 1/10
+        self._units: dict[int, tuple[int, float]] = {}  # by power of 1/10: count and example
 
-    def add(self, moments: np.ndarray) -> None:
-        """Take in times, float64."""
-        self._total += len(moments)
+    def add(self, values: np.ndarray) -> None:
+        """Add times, float64."""
+        self._total += len(values)
         for power in EPOCH_POWERS:
             first, last = (seconds * 10.0**power for seconds in THIS_CENTURY)
-            mask = (moments >= first) & (moments < last)
+            mask = (values >= first) & (values < last)
             if mask.any():
-                count, one = self._found.get(power, (0, float(moments[mask][0])))
-                self._found[power] = count + int(mask.sum()), one
+                count, example = self._units.get(power, (0, float(values[mask][0])))
+                self._units[power] = count + int(mask.sum()), example
 
     def facts(self) -> dict[str, Any]:
-        """Return them as JSON types, for `check_time_units`."""
-        return {"num_times": self._total, "units": [[power, *known] for power, known in self._found.items()]}
+        """Return the counts in JSON types, for `check_time_units`."""
+        return {"num_times": self._total, "units": [[power, *unit] for power, unit in self._units.items()]}
 
 
-def check_single_unit(moments: np.ndarray, where: str) -> None:
-    """Raise DataError where times, float64, are in several units, as `check_time_units` has it."""
+def check_single_unit(values: np.ndarray, where: str) -> None:
+    """Raise DataError if times, float64, are in several units; see `check_time_units`."""
     units = TimeUnits()
-    units.add(moments)
+    units.add(values)
     check_time_units([units.facts()], where)
 
 
 def check_time_units(facts: Iterable[Mapping[str, Any]], where: str) -> None:
-    """Raise DataError where nearly all times are dates of 2000 to 2100, but some in seconds and others in 1/1000 …
+    """Raise DataError if nearly all times are dates of 2000 to 2100, but in different units (seconds, ms, …).
 
-    `facts` are those of TimeUnits, part by part.
+    `facts`: of the `TimeUnits` of each part.
     """
-    joined = merged_units(facts)
-    if len(joined["units"]) > 1 and sum(count for _, count, _ in joined["units"]) >= 0.99 * joined["num_times"]:
-        some_of_each = ", ".join(f"{count} such as {one:.0f}" for _, count, one in joined["units"])
+    merged = merged_units(facts)
+    if len(merged["units"]) > 1 and sum(count for _, count, _ in merged["units"]) >= 0.99 * merged["num_times"]:
+        examples = ", ".join(f"{count} such as {example:.0f}" for _, count, example in merged["units"])
         raise DataError(
-            f"{where} mixes units of time: {some_of_each}; give all in seconds since 1970, or all in another unit"
+            f"{where} mixes units of time: {examples}; give all in seconds since 1970, or all in another unit"
         )
 
 
 def merged_units(facts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the facts of TimeUnits of several parts as those of one."""
-    total, found = 0, dict[int, tuple[int, float]]()
-    for some in facts:
-        total += some["num_times"]
-        for power, count, one in some["units"]:
-            before, first = found.get(power, (0, one))
-            found[power] = before + count, first
-    return {"num_times": total, "units": [[power, *known] for power, known in sorted(found.items())]}
+    """Merge the facts of several `TimeUnits`."""
+    total, units = 0, dict[int, tuple[int, float]]()
+    for part in facts:
+        total += part["num_times"]
+        for power, count, example in part["units"]:
+            before, first = units.get(power, (0, example))
+            units[power] = before + count, first
+    return {"num_times": total, "units": [[power, *unit] for power, unit in sorted(units.items())]}
 
 
 def parse_time(value: float | str | date) -> float:
-    """Return a time that stands in no column as `times` reads it: a number, a date, ISO 8601; NaN where it is none."""
+    """Parse a single time as `times` does: a number, a date or ISO 8601; NaN if invalid."""
     if isinstance(value, date):
-        return _seconds(value) if value == value else float("nan")  # pandas' NaT is a date, and equals nothing
+        return _seconds(value) if value == value else float("nan")  # pandas' NaT is a date that does not equal itself
     try:
         return float(value)
     except ValueError:
@@ -350,22 +350,22 @@ def parse_time(value: float | str | date) -> float:
 
 def _parse_iso(text: str) -> float:
     try:
-        moment = datetime.fromisoformat(text.strip().replace("Z", "+00:00"))
+        parsed = datetime.fromisoformat(text.strip().replace("Z", "+00:00"))
     except ValueError:
         return float("nan")
-    return _seconds(moment)
+    return _seconds(parsed)
 
 
-def _seconds(moment: date) -> float:
-    """Return seconds since 1970, UTC where it has no time zone."""
-    if not isinstance(moment, datetime):
-        moment = datetime.combine(moment, time())
-    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+def _seconds(value: date) -> float:
+    """Return seconds since 1970; without a time zone, the time is UTC."""
+    if not isinstance(value, datetime):
+        value = datetime.combine(value, time())
+    return (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).timestamp()
 
 
-def _shown(value: Any) -> str:
+def _formatted(value: Any) -> str:
     try:
         text = repr(value.as_py()) if isinstance(value, pa.Scalar) else str(value)
-    except (ValueError, OverflowError):  # a date that Python has not
+    except (ValueError, OverflowError):  # a date beyond Python's range
         text = f"a {value.type} out of range"
     return text if len(text) <= 60 else text[:57] + "…"

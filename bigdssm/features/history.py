@@ -1,4 +1,4 @@
-"""Histories: the documents that a query's user met before, oldest first, newest last."""
+"""History features: the documents of a user's earlier events, oldest first."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ def history_input(feature, values, exported):  # type: ignore[no-untyped-def]
     """Return the codes of the newest items, int64 [rows, T]."""
     item, most = exported.schema["doc"][feature["of"]], feature["max_items"]
     codes = [codes_of(item, (value or [])[-most:]) for value in values]
-    return pad_lists([[max(code, 1) for code in row] for row in codes], 0)  # 0 says where a history ends
+    return pad_lists([[max(code, 1) for code in row] for row in codes], 0)  # 0 marks the end of a history
 
 
 @register
 @dataclass(frozen=True)
 class History(Feature):
-    """Codes of earlier documents, in the vocabulary of one of their features. Rows have them from the sequences."""
+    """Codes of earlier documents, in the vocabulary of one of their features, read from the sequences."""
 
     type: ClassVar[str] = "history"
     from_sequence: ClassVar[bool] = True
     example: ClassVar[str] = '["a value"]'
     onnx_code: ClassVar = (pad_lists, codes_of, history_input)
 
-    of: str | None = None  # the single-valued categorical document feature that stands for an item
-    max_items: int = bounded(50, 1, 65_536)  # the newest so many
+    of: str | None = None  # the single-valued categorical document feature that identifies an item
+    max_items: int = bounded(50, 1, 65_536)  # number of newest items
 
     def check(self, key: str, side: str, docs: Mapping[str, Feature]) -> None:
-        """Raise ConfigError on a document's history, or one of no feature that can stand for an item."""
+        """Raise ConfigError: a history on the document side, or `of` is not a single-valued categorical feature."""
         if side != "query":
             raise ConfigError(f"{key}: got type=history on a document, needs a query feature")
-        known = [name for name, doc in docs.items() if isinstance(doc, Categorical) and not doc.multi]
-        if self.of not in known:
+        valid = [name for name, doc in docs.items() if isinstance(doc, Categorical) and not doc.multi]
+        if self.of not in valid:
             raise ConfigError(
-                f"{key}.of: got {self.of}, needs a single-valued categorical document feature, one of {known}"
+                f"{key}.of: got {self.of}, needs a single-valued categorical document feature, one of {valid}"
             )
 
     @property
     def canonical_type(self) -> pa.DataType:
-        """Return a list of int32: histories have no other form than their codes."""
+        """Return a list of int32: the canonical form is the codes."""
         return pa.list_(pa.int32())
 
     @property
@@ -59,7 +59,7 @@ class History(Feature):
         return []
 
     def read(self, check: RowCheck) -> pa.Array:
-        """Never: no column of a table holds a history."""
+        """Not implemented: histories have no column."""
         raise NotImplementedError
 
     def arrow_type(self, *, large: bool = False) -> pa.DataType:
@@ -67,12 +67,12 @@ class History(Feature):
         return pa.list_(pa.int32())
 
     def encode(self, column: pa.Array, tokenizer: TextTokenizer | None, *, large: bool = False) -> pa.Array:
-        """Return the codes, the newest so many."""
+        """Return the codes unchanged."""
         return column
 
     @property
     def max_length(self) -> int:
-        """Return the most items."""
+        """Return `max_items`."""
         return self.max_items
 
     def padding(self, pad_token_id: int) -> int:
@@ -84,26 +84,26 @@ class History(Feature):
         return lists_of_codes(random, rows, self.max_items, docs[str(self.of)].num_codes)
 
     def describe(self, vocab_size: int) -> str:
-        """Return what it holds."""
+        """Return the maximum length and the item feature."""
         return f"newest {self.max_items} of doc.{self.of}"
 
     def display(self, values: np.ndarray, decoder: Decoder) -> Any:
-        """Return the displays of the items, oldest first."""
+        """Return the titles of the items, oldest first."""
         codes = [code for code in values.tolist() if code != PADDING]
         return [UNKNOWN if code == OUT_OF_VOCABULARY else decoder.item(str(self.of), code) for code in codes]
 
 
 def item_codes(codes: np.ndarray) -> np.ndarray:
-    """Return codes as a history holds them: an item without a value is unknown, since 0 says where a history ends."""
-    known: np.ndarray = np.maximum(codes, OUT_OF_VOCABULARY)
-    return known
+    """Return codes for a history: an item without a value is out of vocabulary, since 0 marks the end of a history."""
+    items: np.ndarray = np.maximum(codes, OUT_OF_VOCABULARY)
+    return items
 
 
 def histories_of(features: Mapping[str, Feature]) -> dict[str, History]:
-    """Return the features that are histories."""
+    """Return the history features."""
     return {name: feature for name, feature in features.items() if isinstance(feature, History)}
 
 
 def stored_features(features: Mapping[str, Feature]) -> dict[str, Feature]:
-    """Return the features that have a column; the others follow from the sequences."""
+    """Return the features with a column; the others are derived from the sequences."""
     return {name: feature for name, feature in features.items() if not feature.from_sequence}

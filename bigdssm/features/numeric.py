@@ -1,4 +1,4 @@
-"""Numbers, normalised by what the dataset was fitted to."""
+"""Numeric features, normalised by mean and standard deviation of the train rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bigdssm.features.ragged import Column
 from bigdssm.features.tokenizer import TextTokenizer
 from bigdssm.utils.bounds import BOUND, Bound
 
-COMPARED: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+COMPARISONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "=": np.equal, "<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal, "in": np.isin,
 }  # fmt: skip
 
@@ -30,7 +30,7 @@ def numeric_input(feature, values, exported):  # type: ignore[no-untyped-def]
 @register
 @dataclass(frozen=True)
 class Numeric(Feature):
-    """A number; NaN is missing. One that cannot be read is reported and missing: real tables have them.
+    """A number; NaN is missing. Values that cannot be read are reported and missing.
 
     Dates and timestamps are seconds since 1970 (UTC), durations and times of day are seconds.
     """
@@ -54,7 +54,7 @@ class Numeric(Feature):
         return math.nan
 
     def read(self, check: RowCheck) -> pa.Array:
-        """Return the numbers, NaN where one cannot be read."""
+        """Return the numbers, NaN if one cannot be read."""
         values, unreadable = numbers(check, self.source)
         check.blank(unreadable, f"{self.source} is {{}}, needs a finite 32-bit number", check.column(self.source))
         if self.log:
@@ -64,17 +64,17 @@ class Numeric(Feature):
         return pa.array(np.where(unreadable, np.nan, values))
 
     def is_missing(self, column: pa.Array) -> np.ndarray:
-        """Return which numbers are NaN, bool [R]."""
+        """Return the mask of NaN, bool [R]."""
         return np.isnan(column.to_numpy())
 
-    def fitter(self) -> _Moments:
-        """Return what learns mean and deviation."""
-        return _Moments(self.log)
+    def fitter(self) -> _RunningMeanStd:
+        """Return the fitter of mean and deviation."""
+        return _RunningMeanStd(self.log)
 
     def parse(self, value: str) -> float:
-        """Return the number. Raises ConfigError: it is none that 32 bits hold."""
+        """Return the number. Raises ConfigError: not a finite 32-bit number."""
         try:
-            number = math.nan if "_" in value else float(value)  # 1_0 is a number to Python alone
+            number = math.nan if "_" in value else float(value)  # 1_0 is a number in Python only
         except ValueError:
             number = math.nan
         if not abs(number) <= float(np.finfo(np.float32).max):
@@ -90,18 +90,18 @@ class Numeric(Feature):
         return pa.array(column.to_numpy(zero_copy_only=False).astype(np.float32))
 
     def matches(self, column: Column, operator: str, values: Sequence[str]) -> np.ndarray:
-        """Return which numbers compare so, bool [R]; a missing one never does. Raises ConfigError: a value is none."""
-        wanted = np.array([self.parse(value) for value in values], np.float32)
-        found: np.ndarray = COMPARED[operator](np.asarray(column), wanted)
-        return found
+        """Return the mask of matching numbers, bool [R]; missing ones never match. Raises ConfigError: no number."""
+        operands = np.array([self.parse(value) for value in values], np.float32)
+        mask: np.ndarray = COMPARISONS[operator](np.asarray(column), operands)
+        return mask
 
     def choices(self, column: Column) -> dict[str, Any] | None:
-        """Return the least and the most of the numbers that are there."""
+        """Return the minimum and the maximum."""
         values = np.asarray(column)
-        there = values[np.isfinite(values)]
-        if not len(there):
+        present = values[np.isfinite(values)]
+        if not len(present):
             return None
-        least, most = (float(str(edge)) for edge in (there.min(), there.max()))  # 12.34, not 12.340000152587891
+        least, most = (float(str(bound)) for bound in (present.min(), present.max()))  # 12.34, not 12.340000152587891
         return {"least": least, "most": most}
 
     def array(self, column: Column, pad_token_id: int) -> np.ndarray:
@@ -109,21 +109,21 @@ class Numeric(Feature):
         return np.asarray(column, np.float32)
 
     def probe(self, random: np.random.RandomState, rows: int, docs: Mapping[str, Feature]) -> Column:
-        """Return numbers of its range, a fifth of them missing."""
+        """Return normally distributed numbers, a fifth of them missing."""
         values = self.mean + self.std * random.randn(rows)
         values = np.abs(values) if self.log else values
         return np.where(random.rand(rows) < 0.2, np.nan, values).astype(np.float32)
 
     def describe(self, vocab_size: int) -> str:
-        """Return its moments."""
+        """Return mean and deviation."""
         return f"mean {self.mean:.4g}, deviation {self.std:.4g}{' of log(1 + x)' if self.log else ''}"
 
     def display(self, values: np.ndarray, decoder: Decoder) -> Any:
-        """Return the number, None where it is missing."""
+        """Return the number, None if missing."""
         return None if np.isnan(values) else float(values)
 
 
-class _Moments:
+class _RunningMeanStd:
     """Mean and deviation of a stream, merged batch by batch (Chan's formula: no cancellation of large sums)."""
 
     def __init__(self, log: bool) -> None:

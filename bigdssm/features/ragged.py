@@ -1,4 +1,4 @@
-"""Rows of different lengths, kept as one value array and its offsets."""
+"""Ragged columns: rows of different lengths, stored as one value array and offsets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Ragged:
     """Rows of different lengths: row i is values[offsets[i]:offsets[i + 1]]."""
 
     values: np.ndarray
-    offsets: np.ndarray  # int64 [rows + 1], begins with 0
+    offsets: np.ndarray  # int64 [rows + 1], starts at 0
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -31,20 +31,20 @@ class Ragged:
 
     @classmethod
     def of_lists(cls, rows: Sequence[Sequence[int] | np.ndarray], dtype: type = np.int32) -> Ragged:
-        """Return the rows of a sequence of sequences."""
+        """Return the rows of a list of lists."""
         lengths = np.fromiter((len(row) for row in rows), np.int64, len(rows))
         parts: list[np.ndarray] = [np.asarray(row, dtype) for row in rows]
         return cls(np.concatenate(parts) if parts else np.empty(0, dtype), offsets_of(lengths))
 
     @classmethod
     def concat(cls, parts: Sequence[Ragged]) -> Ragged:
-        """Return the rows of all parts, one part's below the other's."""
+        """Concatenate the rows of all parts."""
         lengths = np.concatenate([part.lengths for part in parts])
         return cls(np.concatenate([part.values for part in parts]), offsets_of(lengths))
 
     @classmethod
     def of_arrow(cls, array: pa.Array) -> Ragged:
-        """Return the rows of a list or large_list array without nulls; copied are only 32-bit offsets, or a slice's."""
+        """Return the rows of a list or large_list array without nulls; values are not copied."""
         offsets = array.offsets.to_numpy().astype(np.int64, copy=False)
         values = array.values.to_numpy()[offsets[0] : offsets[-1]]
         return cls(values, offsets - offsets[0] if offsets[0] else offsets)
@@ -54,7 +54,7 @@ class Ragged:
         return gather_ranges(self.values, self.offsets[rows], self.offsets[rows + 1])
 
     def padded(self, fill: int, dtype: type = np.int64) -> np.ndarray:
-        """Return the rows side by side as [rows, longest row, at least 1], `fill` behind each row's end."""
+        """Return the rows padded with `fill`, [rows, length of the longest row, at least 1]."""
         lengths = self.lengths
         width = max(1, int(lengths.max(initial=0)))
         out: np.ndarray = np.full((len(self), width), fill, dtype)
@@ -79,11 +79,11 @@ def gather_ranges(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> R
 
 
 Column = np.ndarray | Ragged
-"""One column of rows: fixed width, or ragged."""
+"""One column: fixed width, or ragged."""
 
 
 def concat(columns: Sequence[Column]) -> Column:
-    """Return columns of one kind below each other."""
+    """Concatenate columns of one kind."""
     if len(columns) == 1:
         return columns[0]
     rows = [column for column in columns if isinstance(column, Ragged)]

@@ -1,4 +1,4 @@
-"""Texts: tokenised, cut to their first tokens."""
+"""Text features: tokenised, truncated to their first tokens."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def text_input(feature, values, exported):  # type: ignore[no-untyped-def]
 @register
 @dataclass(frozen=True)
 class Text(Feature):
-    """A text, for a tower's BERT; a missing one is ''."""
+    """A text, for a tower's text encoder; '' is missing."""
 
     type: ClassVar[str] = "text"
     example: ClassVar[str] = '"a text"'
     onnx_code: ClassVar = (pad_lists, text_input)
 
-    max_tokens: int = bounded(64, 3, 65_536)  # longer texts are cut, their first tokens stay
+    max_tokens: int = bounded(64, 3, 65_536)  # longer texts are truncated to their first tokens
 
     @property
     def canonical_type(self) -> pa.DataType:
@@ -47,11 +47,11 @@ class Text(Feature):
         return ""
 
     def read(self, check: RowCheck) -> pa.Array:
-        """Return the texts as they are, null as ''."""
+        """Return the texts unchanged, null as ''."""
         return strings(check, self.source, trim=False)
 
     def is_missing(self, column: pa.Array) -> np.ndarray:
-        """Return which texts are empty or blank, bool [R]."""
+        """Return the mask of empty or blank texts, bool [R]."""
         return super().is_missing(pc.utf8_trim_whitespace(column))
 
     def arrow_type(self, *, large: bool = False) -> pa.DataType:
@@ -85,35 +85,35 @@ class Text(Feature):
             yield wrong, lambda row: f"{self.name} has {lengths[row]} tokens, needs 1 to {self.max_tokens}"
 
     def raw_faults(self, column: pa.Array) -> Iterator[Fault]:
-        """Yield texts that are too long to be tokenised."""
+        """Yield texts that are too long for tokenisation."""
         lengths = pc.binary_length(column).to_numpy()
         if outside(lengths, 0, MAX_FIELD_BYTES + 1):
             yield (
                 lengths > MAX_FIELD_BYTES,
-                lambda row: f"{self.name} has {lengths[row]} bytes, at most {MAX_FIELD_BYTES} are taken",
+                lambda row: f"{self.name} has {lengths[row]} bytes, at most {MAX_FIELD_BYTES} are allowed",
             )
 
     @property
     def max_length(self) -> int:
-        """Return the most tokens."""
+        """Return `max_tokens`."""
         return self.max_tokens
 
     def padding(self, pad_token_id: int) -> int:
-        """Return the tokenizer's padding."""
+        """Return the tokenizer's padding token."""
         return pad_token_id
 
     def texts(self, random: np.random.RandomState, rows: int, words: list[str]) -> list[str]:
-        """Return texts of these words, in all lengths from none to more than is read, to try a model on."""
+        """Return random texts of these words, from empty to longer than `max_tokens`, to test a model with."""
         lengths = np.linspace(0, 1.5 * self.max_tokens, rows).astype(int)
         drawn = [random.choice(words, length) for length in lengths]
-        return [" ".join(some).capitalize() + "." * (len(some) % 3) for some in drawn]
+        return [" ".join(chosen).capitalize() + "." * (len(chosen) % 3) for chosen in drawn]
 
     def probe(self, random: np.random.RandomState, rows: int, docs: Mapping[str, Feature]) -> Column:
-        """Not for texts, which need a tokenizer: `texts` are what a model is tried on."""
+        """Not implemented, since texts need a tokenizer: use `texts`."""
         raise NotImplementedError
 
     def describe(self, vocab_size: int) -> str:
-        """Return its limits."""
+        """Return the size of the vocabulary and the maximum length."""
         return f"{vocab_size:,} word pieces, at most {self.max_tokens} tokens"
 
     def display(self, values: np.ndarray, decoder: Decoder) -> Any:
@@ -124,5 +124,5 @@ class Text(Feature):
 
 
 def texts_of(features: Mapping[str, Feature]) -> dict[str, Text]:
-    """Return the features that are texts."""
+    """Return the text features."""
     return {name: feature for name, feature in features.items() if isinstance(feature, Text)}

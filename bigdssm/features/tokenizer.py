@@ -1,4 +1,4 @@
-"""Texts as token ids, and back, by the tokenizer of a dataset or a model folder."""
+"""Encode and decode texts with the tokenizer of a dataset or a model folder."""
 
 from __future__ import annotations
 
@@ -14,48 +14,47 @@ from tokenizers import Tokenizer
 
 from bigdssm.features.ragged import Ragged, concat, gather_ranges
 
-TEXTS_AT_ONCE = 4096  # encodings take about 100 bytes a token until they are arrays
-BYTES_AT_ONCE = 1 << 23  # of texts whose words are told apart
+TEXTS_PER_CALL = 4096  # encodings take about 100 bytes per token until they are arrays
+BYTES_PER_PIECE = 1 << 23  # of texts that are split into words together
 
 
 class TextTokenizer:
-    """Texts → token ids, special tokens included, with the tokenizer of a folder; uses all cores, in any threads."""
+    """Texts → token ids, including special tokens, with a folder's tokenizer; multi-threaded and thread-safe."""
 
     def __init__(self, folder: Path) -> None:
         self._file = str(folder / "tokenizer.json")
-        self._cutting: dict[int | None, Tokenizer] = {}  # one for each length: another would disturb other threads
+        self._by_length: dict[int | None, Tokenizer] = {}  # one per length: changing it would affect other threads
 
     def encode(self, texts: pa.Array, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (ids int32, offsets int64 [rows + 1]): text i is ids[offsets[i]:offsets[i + 1]], cut to max_tokens."""
+        """Return (ids int32, offsets int64 [rows + 1]): text i is ids[offsets[i]:offsets[i + 1]]."""
         rows = [
-            self._joined(piece, max_tokens) if self._parts_at_blanks else self._tokenized(piece, max_tokens)
+            self._tokenize_words(piece, max_tokens) if self._splits_at_spaces else self._tokenize(piece, max_tokens)
             for piece in _pieces(texts)
         ]
         joined = concat(rows) if rows else Ragged(np.empty(0, np.int32), np.zeros(1, np.int64))
         assert isinstance(joined, Ragged)
         return joined.values, joined.offsets
 
-    def _tokenized(self, texts: pa.Array, max_tokens: int | None, *, special: bool = True) -> Ragged:
-        """Return the token ids of texts: all that the library does."""
-        if max_tokens not in self._cutting:
+    def _tokenize(self, texts: pa.Array, max_tokens: int | None, *, special: bool = True) -> Ragged:
+        if max_tokens not in self._by_length:
             tokenizer = Tokenizer.from_file(self._file)
             tokenizer.no_padding()
             tokenizer.no_truncation() if max_tokens is None else tokenizer.enable_truncation(max_tokens)
-            self._cutting[max_tokens] = tokenizer
+            self._by_length[max_tokens] = tokenizer
         ids: list[list[int]] = []
-        for start in range(0, len(texts), TEXTS_AT_ONCE):
-            chunk = texts.slice(start, TEXTS_AT_ONCE).to_pylist()
-            encodings = self._cutting[max_tokens].encode_batch_fast(chunk, add_special_tokens=special)
+        for start in range(0, len(texts), TEXTS_PER_CALL):
+            chunk = texts.slice(start, TEXTS_PER_CALL).to_pylist()
+            encodings = self._by_length[max_tokens].encode_batch_fast(chunk, add_special_tokens=special)
             ids += [encoding.ids for encoding in encodings]
         return Ragged.of_lists(ids)
 
-    def _joined(self, texts: pa.Array, max_tokens: int) -> Ragged:
-        """Return what `_tokenized` does, but each distinct word is tokenised once: a third of the time, or less."""
+    def _tokenize_words(self, texts: pa.Array, max_tokens: int) -> Ragged:
+        """Same as `_tokenize`, but tokenise each distinct word once: at most a third of the time."""
         words = pc.split_pattern(pc.replace_substring(texts, "\n", " "), " ")
         distinct = words.flatten().dictionary_encode()
-        tokens = self._tokenized(distinct.dictionary, None, special=False).take(distinct.indices.to_numpy())
+        tokens = self._tokenize(distinct.dictionary, None, special=False).take(distinct.indices.to_numpy())
         starts = tokens.offsets[np.append(0, np.cumsum(pc.list_value_length(words).to_numpy()))]
-        before, behind = self._around
+        before, behind = self._special_tokens
         ends = np.minimum(starts[1:], starts[:-1] + max_tokens - len(before) - len(behind))
         values = np.concatenate([tokens.values, before, behind]).astype(np.int32)
         first, last = len(tokens.values), len(values) - len(behind)
@@ -66,32 +65,32 @@ class TextTokenizer:
         return Ragged(parts.values, parts.offsets[::3])
 
     @cached_property
-    def _parts_at_blanks(self) -> bool:
-        """Return whether a text's tokens are those of its words in a row: BERT's, which parts at blanks before all."""
+    def _splits_at_spaces(self) -> bool:
+        """Return whether the tokens of a text are those of its words, concatenated: BERT splits at spaces first."""
         described = json.loads(Path(self._file).read_text(encoding="utf-8"))
         kinds = [(described[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer", "model")]
         whole = all(not {" ", "\n"} & set(token["content"]) for token in described["added_tokens"])
         return whole and kinds == ["BertNormalizer", "BertPreTokenizer", "WordPiece"]
 
     @cached_property
-    def _around(self) -> tuple[list[int], list[int]]:
-        """Return the special tokens before and behind a text."""
-        alone, whole = (self._tokenized(pa.array(["a"]), None, special=s).values.tolist() for s in (False, True))
+    def _special_tokens(self) -> tuple[list[int], list[int]]:
+        """Return the special tokens before and after a text."""
+        alone, whole = (self._tokenize(pa.array(["a"]), None, special=s).values.tolist() for s in (False, True))
         at = next(at for at in range(len(whole)) if whole[at : at + len(alone)] == alone)
         return whole[:at], whole[at + len(alone) :]
 
     def decode(self, tokens: Ragged, *, special: bool = False) -> list[str]:
-        """Return the texts that token ids stand for, as the tokenizer writes them: cut, and in its case."""
+        """Decode token ids to texts."""
         rows = [tokens[row].tolist() for row in range(len(tokens))]
         return self._whole.decode_batch(rows, skip_special_tokens=not special)
 
     def words(self) -> list[str]:
-        """Return the whole words of the vocabulary, without the marks that some tokenizers put before them."""
+        """Return the alphanumeric tokens of the vocabulary, sorted, without word-start markers."""
         return sorted(word for word in {token.lstrip("▁Ġ") for token in self._whole.get_vocab()} if word.isalnum())
 
     @property
     def vocab_size(self) -> int:
-        """Return the number of its tokens."""
+        """Return the size of the vocabulary."""
         return int(self._whole.get_vocab_size())
 
     @cached_property
@@ -100,11 +99,11 @@ class TextTokenizer:
 
 
 def _pieces(texts: pa.Array) -> Iterator[pa.Array]:
-    """Yield texts of about BYTES_AT_ONCE at a time, one at least."""
+    """Yield slices of about BYTES_PER_PIECE, at least one text each."""
     ends = np.cumsum(pc.binary_length(texts).to_numpy())
     first = 0
     while first < len(texts):
         before = ends[first - 1] if first else 0
-        last = max(first + 1, int(np.searchsorted(ends, before + BYTES_AT_ONCE, "right")))
+        last = max(first + 1, int(np.searchsorted(ends, before + BYTES_PER_PIECE, "right")))
         yield texts.slice(first, last - first)
         first = last

@@ -1,4 +1,4 @@
-"""Vectors that another model made: columns of lists of numbers, or the rows of a .npy matrix beside the table."""
+"""Vector features: precomputed vectors, as columns of lists or as the rows of a .npy matrix."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bigdssm.features.tokenizer import TextTokenizer
 from bigdssm.utils.bounds import bounded
 
 MAX_DIM = 2**14
-SHOWN = 4  # numbers of a vector that people are shown
+DISPLAYED_NUMBERS = 4  # of a vector
 
 
 def vector_input(feature, values, exported):  # type: ignore[no-untyped-def]
@@ -37,15 +37,15 @@ def vector_input(feature, values, exported):  # type: ignore[no-untyped-def]
 @register
 @dataclass(frozen=True)
 class Vector(Feature):
-    """A vector of `dim` numbers; all NaN is missing. One that cannot be read is reported and missing."""
+    """A vector of `dim` numbers; all NaN is missing. Vectors that cannot be read are reported and missing."""
 
     type: ClassVar[str] = "vector"
     onnx_code: ClassVar = (vector_input,)
 
-    dim: int = bounded(0, 0, MAX_DIM)  # numbers in each; 0 is no choice, say how many there are
-    normalize: bool = False  # to a length of 1
-    dtype: Literal["float32", "float16"] = "float32"  # in shards and catalogue: half the bytes, a thousandth off
-    matrix: str | None = None  # a .npy file whose row i belongs to the table's row i, in place of a column
+    dim: int = bounded(0, 0, MAX_DIM)  # length of the vectors, required
+    normalize: bool = False  # to a norm of 1
+    dtype: Literal["float32", "float16"] = "float32"  # in shards and catalogue; float16: half the bytes, error 1/1000
+    matrix: str | None = None  # a .npy file in place of a column; its row i belongs to the table's row i
 
     @property
     def example(self) -> str:  # type: ignore[override]
@@ -54,13 +54,13 @@ class Vector(Feature):
 
     @property
     def source_columns(self) -> list[str]:
-        """Return its column, none where a matrix has the vectors."""
+        """Return its column; none with a matrix."""
         return [] if self.matrix is not None else super().source_columns
 
     def check(self, key: str, side: str, docs: Mapping[str, Feature]) -> None:
-        """Raise ConfigError where nobody said how long the vectors are."""
+        """Raise ConfigError: dim is not set."""
         if self.dim < 1:
-            raise ConfigError(f"{key}.dim: got {self.dim}, needs how many numbers each vector has")
+            raise ConfigError(f"{key}.dim: got {self.dim}, needs the length of the vectors")
 
     @property
     def canonical_type(self) -> pa.DataType:
@@ -69,11 +69,11 @@ class Vector(Feature):
 
     @property
     def missing(self) -> list[float]:
-        """Return NaN in every place."""
+        """Return a vector of NaN."""
         return [math.nan] * self.dim
 
     def read(self, check: RowCheck) -> pa.Array:
-        """Return the vectors; what is no vector, or is not finite in its dtype, is missing."""
+        """Return the vectors; invalid ones, and ones that are not finite in the dtype, are missing."""
         if self.matrix is not None and self.source not in check.batch.table.column_names:
             values, wrong = self._of_matrix(check)
         else:
@@ -85,7 +85,7 @@ class Vector(Feature):
         return self._lists(values)
 
     def _of_lists(self, check: RowCheck) -> tuple[np.ndarray, np.ndarray]:
-        """Return float32 [R, dim], NaN where there is nothing, and which rows hold another number of numbers."""
+        """Return float32 [R, dim], NaN for missing vectors, and the mask of vectors of another length."""
         array = check.column(self.source)
         if pa.types.is_null(array.type):
             return np.full((len(array), self.dim), np.nan, np.float32), np.zeros(len(array), bool)
@@ -105,7 +105,7 @@ class Vector(Feature):
 
     def _of_matrix(self, check: RowCheck) -> tuple[np.ndarray, np.ndarray]:
         matrix = _matrix_in(str(self.matrix), self.dim)
-        rows = check.batch.rows - 1  # tables count from 1
+        rows = check.batch.rows - 1  # table rows are counted from 1
         beyond = rows >= len(matrix)
         check.blank(beyond, f"{self.matrix} has {len(matrix)} rows, and none for row {{}}", check.batch.rows)
         return np.array(matrix[np.where(beyond, 0, rows)], np.float32), beyond
@@ -114,11 +114,11 @@ class Vector(Feature):
         return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).ravel()), self.dim)
 
     def is_missing(self, column: pa.Array) -> np.ndarray:
-        """Return which vectors are NaN, bool [R]."""
+        """Return the mask of NaN vectors, bool [R]."""
         return np.isnan(_matrix_of(column, self.dim)[:, 0])
 
     def parse(self, value: str) -> list[float]:
-        """Return the numbers, parted by blanks or commas, with or without brackets. Raises ConfigError."""
+        """Return the numbers, separated by spaces or commas, with or without brackets. Raises ConfigError."""
         try:
             numbers = [float(part) for part in value.strip().strip("[]").replace(",", " ").split()]
         except ValueError:
@@ -132,7 +132,7 @@ class Vector(Feature):
         return pa.list_(pa.float16() if self.dtype == "float16" else pa.float32(), self.dim)
 
     def encode(self, column: pa.Array, tokenizer: TextTokenizer | None, *, large: bool = False) -> pa.Array:
-        """Return the vectors, normalised where that is asked for."""
+        """Return the vectors, normalised if `normalize` is set."""
         values = _matrix_of(column, self.dim)
         if self.normalize:
             values = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
@@ -150,22 +150,22 @@ class Vector(Feature):
         return np.asarray(column, np.float32)
 
     def probe(self, random: np.random.RandomState, rows: int, docs: Mapping[str, Feature]) -> Column:
-        """Return vectors of normal numbers, a fifth of them missing."""
+        """Return normally distributed vectors, a fifth of them missing."""
         values = random.randn(rows, self.dim)
         if self.normalize:
             values /= np.linalg.norm(values, axis=1, keepdims=True)
         return np.where(random.rand(rows, 1) < 0.2, np.nan, values).astype(self.dtype)
 
     def describe(self, vocab_size: int) -> str:
-        """Return its form."""
-        return f"{self.dim} numbers, {self.dtype}{', of length 1' if self.normalize else ''}"
+        """Return dimension, dtype and normalization."""
+        return f"{self.dim} numbers, {self.dtype}{', norm 1' if self.normalize else ''}"
 
     def display(self, values: np.ndarray, decoder: Decoder) -> Any:
-        """Return the first numbers as text, None where it is missing."""
+        """Return the first numbers as text, None if missing."""
         if np.isnan(values).any():
             return None
-        first = json.dumps([round(float(value), 4) for value in values[:SHOWN]])
-        return first if len(values) <= SHOWN else f"{first[:-1]}, … {len(values)} numbers]"
+        first = json.dumps([round(float(value), 4) for value in values[:DISPLAYED_NUMBERS]])
+        return first if len(values) <= DISPLAYED_NUMBERS else f"{first[:-1]}, … {len(values)} numbers]"
 
 
 def _is_fixed(dtype: pa.DataType) -> bool:
@@ -178,21 +178,21 @@ def _matrix_of(column: pa.Array, dim: int) -> np.ndarray:
 
 
 def _matrix_in(path: str, dim: int) -> np.ndarray:
-    """Return the mapped matrix [N, dim] that the file holds now. Raises DataError: no such file, or another one."""
+    """Return the memory-mapped matrix [N, dim], reopened if the file has changed. Raises DataError: it is invalid."""
     try:
-        found = os.stat(path)
+        stat = os.stat(path)
     except OSError as error:
         raise DataError(f"matrix {path} cannot be read: {error.strerror}") from None
-    return _open_matrix(path, dim, (found.st_ino, found.st_size, found.st_mtime_ns))
+    return _open_matrix(path, dim, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
 
 
 @lru_cache(maxsize=16)
 def _open_matrix(path: str, dim: int, version: tuple[int, ...]) -> np.ndarray:
-    """Return the mapped matrix; `version` differs where the file was replaced."""
+    """Return the memory-mapped matrix; `version` identifies the file's content in the cache."""
     try:
         matrix: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"matrix {path} is no .npy file of numbers: {' '.join(str(error).split())}") from None
+        raise DataError(f"matrix {path} is not a .npy file of numbers: {' '.join(str(error).split())}") from None
     if matrix.ndim != 2 or matrix.shape[1] != dim or matrix.dtype.kind not in "fiu":
         raise DataError(f"matrix {path} holds {matrix.dtype} {list(matrix.shape)}, needs numbers [rows, {dim}]")
     return matrix

@@ -1,16 +1,16 @@
-"""Vocabularies: the distinct strings that a feature knows, in the order of their codes, mapped from files.
+"""Vocabularies: the distinct strings of a feature in the order of their codes, memory-mapped from files.
 
-A vocabulary consists of parts, one for each partition that brought new values. A part is one Arrow file of one record
-batch, written once and mapped by all processes that look values up:
+A vocabulary consists of parts, one per partition with new values. A part is one Arrow file with one record batch,
+written once and memory-mapped by all processes that look up values:
 
     value   the strings, in the order of their codes
-    hash    the hashes of all of them, sorted
-    code    of each hash: where its string stands among the values
+    hash    the hashes of all strings, sorted
+    code    per hash: the index of its string in `value`
 
-so that row i of `value` has nothing to do with row i of `hash`. Its metadata tell how many values stand before it, and
-a digest of its values and their codes; the sum of the parts' digests tells vocabularies apart, however they are cut.
+Row i of `value` is unrelated to row i of `hash`. The metadata contain the number of values in earlier parts, and a
+digest of the values and their codes; the sum of the parts' digests identifies a vocabulary, whatever its parts.
 
-Shapes: R strings that are looked up, V values of a part.
+Shapes: R strings to look up, V values of a part.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from bigdssm.utils.atomic import new_file, remove
 from bigdssm.utils.hashing import file_checksum, mix64
 from bigdssm.utils.string_hashing import flat_strings, hash_strings
 
-MAX_VALUES = 2**31 - 8  # codes are int32, and the first of them are no values
-VALUES_AT_ONCE = 1 << 16
+MAX_VALUES = 2**31 - 8  # codes are int32, and the first ones are reserved
+ITERATION_BATCH = 1 << 16
 
 _COLUMNS = {"value": pa.large_string(), "hash": pa.uint64(), "code": pa.int32()}
 
@@ -53,18 +53,18 @@ class Vocabulary:
     """An immutable sequence of distinct strings; equal to another one with the same values in the same order."""
 
     def __init__(self, parts: Sequence[_Part] = ()) -> None:
-        """For `of`, `open` and what makes one of another."""
+        """Use `of` or `open`."""
         self._parts = tuple(parts)
         self._firsts = np.cumsum([0, *(len(part.values) for part in parts)])
 
     @classmethod
     def of(cls, values: Iterable[str]) -> Vocabulary:
-        """Return one in memory."""
+        """Return a vocabulary in memory."""
         return cls().grown(pa.array(values, pa.large_string()))
 
     @classmethod
     def open(cls, files: Iterable[PartFile]) -> Vocabulary:
-        """Return the one in these files, in this order. Raises DataError: missing, or no part, or not of these rows."""
+        """Return the vocabulary of these files, in this order. Raises DataError: a missing or invalid file."""
         vocabulary = cls()
         for file in files:
             vocabulary = vocabulary.with_file(file)
@@ -72,50 +72,47 @@ class Vocabulary:
 
     @property
     def files(self) -> tuple[PartFile, ...]:
-        """Return the files of the parts; for one that `saved` returned."""
+        """Return the files of the parts, if the vocabulary was saved."""
         return tuple(part.file for part in self._parts if part.file is not None)
 
     @property
     def checksum(self) -> str:
-        """Return 64 bits, in hex, that tell its values and their order."""
+        """Return a 64-bit digest of the values and their order, in hex."""
         return f"{sum(part.digest for part in self._parts) % 2**64:016x}"
 
     def grown(self, values: pa.Array) -> Vocabulary:
-        """Return it with a part in memory behind the others; `values`, large_string, are distinct and not in it."""
+        """Return it with a part appended in memory; `values`, large_string, are distinct and new."""
         return Vocabulary([*self._parts, _Part.of(values, len(self))]) if len(values) else self
 
     def with_file(self, file: PartFile) -> Vocabulary:
-        """Return it with the part in a file behind the others. Raises DataError: that is not where it belongs."""
+        """Return it with the part in a file appended. Raises DataError: it does not follow this vocabulary."""
         part = _Part.open(file)
         if part.first != len(self):
-            raise DataError(f"{file.path} belongs behind {part.first} values, here are {len(self)}; copy all parts")
+            raise DataError(f"{file.path} follows {part.first} values, here are {len(self)}; copy all parts")
         return Vocabulary([*self._parts, part])
 
     def cut(self, size: int) -> Vocabulary:
-        """Return its first so many values."""
-        kept = zip(self._parts, self._firsts.tolist(), strict=False)
-        return Vocabulary([part.cut(size - first) for part, first in kept if first < size])
+        """Return its first `size` values."""
+        parts = zip(self._parts, self._firsts.tolist(), strict=False)
+        return Vocabulary([part.cut(size - first) for part, first in parts if first < size])
 
     def saved(self, folder: Path, stem: str) -> Vocabulary:
-        """Return it in files of `folder` called STEM.NUMBER.arrow; parts that are files already are linked or copied.
-
-        Raises OSError, which names the file.
-        """
+        """Save it in files STEM.NUMBER.arrow of `folder`; existing files are linked or copied. Raises OSError."""
         if self._parts:
             folder.mkdir(parents=True, exist_ok=True)
-        places = (folder / f"{stem}.{number:06d}.arrow" for number in range(len(self._parts)))
-        return Vocabulary([part.saved(path) for part, path in zip(self._parts, places, strict=True)])
+        paths = (folder / f"{stem}.{number:06d}.arrow" for number in range(len(self._parts)))
+        return Vocabulary([part.saved(path) for part, path in zip(self._parts, paths, strict=True)])
 
     def codes(self, values: pa.Array) -> np.ndarray:
-        """Return the code of every string, int32 [R], -1 where it is unknown. Nulls are not for it."""
+        """Return the code of every string, int32 [R], -1 if unknown; `values` has no nulls."""
         values = values.cast(pa.large_string())
         hashes = hash_strings(values).view(np.uint64)
         codes = np.full(len(values), -1, np.int32)
-        left = np.argsort(hashes)  # a search for one value after the next finds them near each other
+        remaining = np.argsort(hashes)  # sorted searches are local in memory
         for part in self._parts:
-            found = part.find(values, hashes, left)
-            codes[left] = np.where(found < 0, -1, found + part.first)
-            left = left[found < 0]
+            indices = part.find(values, hashes, remaining)
+            codes[remaining] = np.where(indices < 0, -1, indices + part.first)
+            remaining = remaining[indices < 0]
         return codes
 
     def __len__(self) -> int:
@@ -130,8 +127,8 @@ class Vocabulary:
 
     def __iter__(self) -> Iterator[str]:
         for part in self._parts:
-            for first in range(0, len(part.values), VALUES_AT_ONCE):
-                yield from part.values.slice(first, VALUES_AT_ONCE).to_pylist()
+            for first in range(0, len(part.values), ITERATION_BATCH):
+                yield from part.values.slice(first, ITERATION_BATCH).to_pylist()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Vocabulary):
@@ -150,12 +147,12 @@ class Vocabulary:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """Some values, mapped from a file or in memory, and how to find them."""
+    """Values with their hash index, memory-mapped from a file or in memory."""
 
     values: pa.Array  # large_string [V]
     hashes: np.ndarray  # uint64 [V], sorted
     codes: np.ndarray  # int32 [V]
-    first: int  # the values of the parts before it
+    first: int  # number of values in earlier parts
     digest: int
     file: PartFile | None = None
 
@@ -176,9 +173,9 @@ class _Part:
             batch.validate()
             first, digest = (int(reader.schema.metadata[key]) for key in (b"first", b"digest"))
         except (pa.ArrowInvalid, ValueError, KeyError, TypeError, IndexError) as error:
-            raise DataError(f"{file.path} is no part of a vocabulary ({error}); copy it again") from None
+            raise DataError(f"{file.path} is not part of a vocabulary ({error}); copy it again") from None
         if batch.num_rows != file.rows:
-            raise DataError(f"{file.path} has {batch.num_rows} values, needs {file.rows}; copy its folder whole")
+            raise DataError(f"{file.path} has {batch.num_rows} values, needs {file.rows}; copy the whole folder")
         return cls(batch["value"], batch["hash"].to_numpy(), batch["code"].to_numpy(), first, digest, file)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -193,31 +190,31 @@ class _Part:
         return _Part.open(replace(self.file, path=path))
 
     def cut(self, size: int) -> _Part:
-        """Return its first so many values: itself, or what is in memory."""
+        """Return its first `size` values: itself, or a part in memory."""
         return self if size >= len(self.values) else _Part.of(self.values.slice(0, size), self.first)
 
     def find(self, values: pa.Array, hashes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Return the place here of those of R strings that stand in `rows`, int64 [rows], -1 where it has them not."""
-        found = np.full(len(rows), -1, np.int64)
-        left = np.arange(len(rows))
+        """Return the index in this part of the strings at `rows`, int64 [rows], -1 if unknown."""
+        indices = np.full(len(rows), -1, np.int64)
+        remaining = np.arange(len(rows))
         at = np.searchsorted(self.hashes, hashes[rows])
-        while True:  # once, and again as long as strings have another's hash
-            met = at < len(self.hashes)
-            met[met] = self.hashes[at[met]] == hashes[rows[left[met]]]
-            left, at = left[met], at[met]
-            if not len(left):
-                return found
-            places = self.codes[at]
-            same = pc.equal(self.values.take(pa.array(places)), values.take(pa.array(rows[left]))).to_numpy(False)
-            found[left[same]] = places[same]
-            left, at = left[~same], at[~same] + 1
+        while True:  # repeated for hash collisions only
+            match = at < len(self.hashes)
+            match[match] = self.hashes[at[match]] == hashes[rows[remaining[match]]]
+            remaining, at = remaining[match], at[match]
+            if not len(remaining):
+                return indices
+            codes = self.codes[at]
+            same = pc.equal(self.values.take(pa.array(codes)), values.take(pa.array(rows[remaining]))).to_numpy(False)
+            indices[remaining[same]] = codes[same]
+            remaining, at = remaining[~same], at[~same] + 1
 
 
 def write_part(path: Path, batches: Iterable[pa.Array], first: int = 0) -> PartFile:
-    """Write strings, distinct and at least one, as the part of a vocabulary behind `first` other values.
+    """Write distinct strings, at least one, as the part of a vocabulary after `first` other values.
 
-    Beside a batch it holds 20 bytes a value in memory, and on disk for a time twice what it writes. Raises DataError:
-    too many values; OSError, which names the file.
+    It needs one batch and 20 bytes per value in memory, and temporarily twice the file's size on disk. Raises
+    DataError: too many values; OSError.
     """
     with new_file(path) as aside, ExitStack() as stack:
         contents, ends, hashes = (stack.enter_context(tempfile.TemporaryFile(dir=path.parent)) for _ in range(3))
@@ -247,7 +244,7 @@ def write_part(path: Path, batches: Iterable[pa.Array], first: int = 0) -> PartF
 
 
 def _digest(hashes: np.ndarray, codes: np.ndarray) -> int:
-    """Return the sum of a hash of each value and its code, whatever the order in which they come."""
+    """Return the sum of the hashes of each value and its code, which is independent of their order."""
     return int(mix64(hashes ^ mix64(codes, 0), 0).sum())
 
 
@@ -257,9 +254,9 @@ def _mapped(file: IO[bytes]) -> pa.Buffer:
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name, or, on another file system, a copy: parts are never changed."""
-    remove(target)  # what a killed run left
-    source = source.resolve()  # not a link to a link, such as those into a cache
+    """Hard-link a file, or copy it to another file system; parts are immutable."""
+    remove(target)  # left by a killed run
+    source = source.resolve()  # the file, not a symbolic link, for example into a cache
     try:
         os.link(source, target)
     except OSError:

@@ -286,8 +286,8 @@ def test_what_is_not_given_is_missing_and_what_is_wrong_is_refused(folder: Path,
     assert np.abs(title - model.encode_documents([{"title": "word1 word2"}])).max() <= 1e-6
     assert np.abs(title - model.encode_documents(["word7"])).max() > 1e-4
     for side, rows, sentence in (
-        ("documents", [{"tilte": "a"}], "'tilte' is no feature; did you mean 'title'"),
-        ("documents", pa.table({"size": [1.0]}), "'size' is no feature; did you mean 'number'"),
+        ("documents", [{"tilte": "a"}], "'tilte' is not a feature; did you mean 'title'"),
+        ("documents", pa.table({"size": [1.0]}), "'size' is not a feature; did you mean 'number'"),
         ("documents", [{"number": "many"}], "row 0: number is 'many', needs"),
         ("documents", [{"title": "a"}, {"seen": [1.0, 2.0]}], "row 1: seen has 2 numbers, needs 3"),
         ("documents", [{"title": "a"}, "b"], "got rows of str"),

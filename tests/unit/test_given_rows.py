@@ -75,7 +75,7 @@ def test_rows_that_programs_give(rows: Any, same: list[dict[str, Any]]) -> None:
         ([{"c": "\ud800"}], "c: values of one feature need one type"),
         ([{"c": 2**64}], "c: values of one feature need one type"),
         ([{"n": 1j}], "n: values of one feature need one type"),
-        ([{"x": 1}], "'x' is no feature; the features are c, n, v, m"),
+        ([{"x": 1}], "'x' is not a feature; the features are c, n, v, m"),
         (pd.DataFrame([[1, 2]], columns=["n", "n"]), "Duplicate column names"),
         (pd.DataFrame({"n": pd.arrays.SparseArray([0.0, 1.0])}), "column n"),
         (pd.DataFrame({"c": pd.period_range("2020", periods=2, freq="D")}), "column 'c' holds"),

@@ -100,7 +100,7 @@ def bytes_with_blanks(folder: Path) -> None:
     ],
 )
 def test_ids_are_the_librarys(make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr("bigdssm.features.tokenizer.BYTES_AT_ONCE", 1000)
+    monkeypatch.setattr("bigdssm.features.tokenizer.BYTES_PER_PIECE", 1000)
     make(tmp_path / "tokenizer")
     library = Tokenizer.from_file(str(tmp_path / "tokenizer/tokenizer.json"))
     texts = [

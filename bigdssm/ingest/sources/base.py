@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from xxhash import xxh3_128_hexdigest
 
 from bigdssm.errors import DataError
-from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, is_broken
+from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, is_invalid_utf8
 from bigdssm.ingest.sources.files import TableFile
 from bigdssm.utils.components import add_named
 
@@ -155,7 +155,9 @@ def as_utf8(batch: SourceBatch, report_bad: ReportBad) -> SourceBatch:
             try:
                 column = column.cast(pa.large_string())
             except pa.ArrowInvalid:
-                check.fail(np.array(list(map(is_broken, column.to_pylist()))), f"invalid UTF-8 in column {name!r}")
+                check.fail(
+                    np.array(list(map(is_invalid_utf8, column.to_pylist()))), f"invalid UTF-8 in column {name!r}"
+                )
                 good = pc.if_else(pa.array(check.good), column, pa.scalar(b"", column.type))
                 column = good.cast(pa.large_string())
         columns[name] = column

@@ -65,7 +65,7 @@ def test_a_filter_lets_through_what_it_says(dataset: Dataset, text: str, fits: C
         ('genres = "Comedy', "begins a quote that does not end"),
         ('genres = "\\x"', "needs a string as in JSON"),
         ("genre = Comedy", "'genre' is no feature of documents, which have item_id, title, genres, year; did you mean"),
-        ("genres = Comdey", "no document is known by genres = 'Comdey'; did you mean 'Comedy'"),
+        ("genres = Comdey", "no document has genres = 'Comdey'; did you mean 'Comedy'"),
         ("genres < Comedy", "genres is categorical, needs = or in"),
         ("title = anchor", "title is of type text, needs a categorical or numeric feature"),
         ("year > old", "year is 'old', needs a number"),
@@ -113,7 +113,7 @@ def test_a_mistyped_value_is_compared_with_few(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(difflib, "get_close_matches", counting)
     shop = Categorical(vocabulary=Vocabulary.of(("x" * 10_000, *map(str, range(20_000))))).with_name("shop")
-    with pytest.raises(ConfigError, match="no document is known by shop"):
+    with pytest.raises(ConfigError, match="no document has shop"):
         shop.matches(np.arange(3), "=", ["y" * 9000])
     assert compared == [(80, 4999, 4)]
 
