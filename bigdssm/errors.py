@@ -1,14 +1,14 @@
-"""The errors a user can cause or meet; each carries the exit code its process ends with."""
+"""Errors for users, each with the exit code of the process."""
 
 
 class BigDSSMError(Exception):
-    """Base of every error this package raises on purpose; the message is one sentence a user can act on."""
+    """Base of all errors of this package; the message is one sentence that a user can act on."""
 
     exit_code = 1
 
 
 class ConfigError(BigDSSMError):
-    """A configuration or a command line that cannot work, found before anything is written."""
+    """An invalid configuration or command line; raised before anything is written."""
 
     exit_code = 2
 
@@ -20,7 +20,7 @@ class DataError(BigDSSMError):
 
 
 class UnavailableError(DataError):
-    """Data at a URL that cannot be had now; what was finished before stays for another attempt."""
+    """Data at a URL that is temporarily unavailable; completed work is kept for another attempt."""
 
 
 class CheckpointError(BigDSSMError):
@@ -30,18 +30,18 @@ class CheckpointError(BigDSSMError):
 
 
 class DivergedError(BigDSSMError):
-    """Training that cannot go on: too many non-finite steps in a row."""
+    """Training has diverged: too many consecutive non-finite steps."""
 
     exit_code = 5
 
 
 class PeerError(BigDSSMError):
-    """A rank that died, hangs, or disagrees with the others."""
+    """A rank that died, hangs, or is inconsistent with the others."""
 
     exit_code = 6
 
 
 class Preempted(BigDSSMError):
-    """A run that was asked to stop and saved its state first (75 is EX_TEMPFAIL: start me again)."""
+    """A run that was stopped from outside after saving its state (75 is EX_TEMPFAIL: restart it)."""
 
     exit_code = 75

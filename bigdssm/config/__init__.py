@@ -1,7 +1,7 @@
-"""The configuration of a run: its keys, what they must be together, and reading them.
+"""The configuration of a run: keys, validation and loading.
 
 A YAML file has the sections `run`, `data`, `model`, `engine`, `pretrain` and (optionally) `sft`. Unknown keys are
-rejected with the nearest name; every message names the dotted key, what it got and what it needs.
+rejected with the most similar name; every message contains the dotted key, the value and the requirement.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ __all__ = [
     "read_config",
 ]
 
-# A loss needs the bases of its keys, not the libraries that read files.
+# Losses import the base classes of their keys without the libraries that read files.
 __getattr__, __dir__ = lazy_attributes(
     __name__,
     {

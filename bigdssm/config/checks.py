@@ -1,4 +1,4 @@
-"""What a config's values must be together; of one alone, `keys` says its bounds."""
+"""Validation of a config as a whole; the bounds of single values are in `keys`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bigdssm.utils.components import components_of
 
 
 def check_config(config: Config) -> None:
-    """Raise ConfigError with one sentence on the first thing in `config` that cannot work."""
+    """Raise ConfigError for the first invalid value or conflict in `config`."""
     for key, got, needed in out_of_bounds(config):
         raise ConfigError(f"{key}: got {got}, needs {needed}")
     data, model, engine = config.data, config.model, config.engine
@@ -29,7 +29,7 @@ def check_config(config: Config) -> None:
         ("engine.precision=bf16_pure", engine.precision == "bf16_pure"),
     ):
         require(engine.zero_stage > 0 or not needs_it, "engine.zero_stage", 0, f"1, 2 or 3 with {key}")
-    # Stage 3 gathers a layer's weights in hooks around it, of which a compiled layer knows nothing.
+    # Stage 3 gathers a layer's weights in hooks, which a compiled layer does not call.
     require(engine.zero_stage < 3 or not engine.compile, "engine.compile", "true", "false with engine.zero_stage=3")
     for key, part in components_of(config):
         part.check(key)
@@ -45,77 +45,82 @@ def check_config(config: Config) -> None:
         _check_stage(name, config)
     if model.beta == "scalar":
         fits = any(not config.stage(name).loss.relative for name in names)
-        require(fits, "model.beta", "scalar", "document or none without a sigmoid loss: in all others it cancels")
+        require(fits, "model.beta", "scalar", "document or none without a sigmoid loss: in other losses it cancels")
 
 
 def check_many_queries(rows: str, data: DataConfig, model: ModelConfig) -> None:
-    """Raise ConfigError where several queries of a row cannot come from one pass; `rows` says what rows they are."""
+    """Raise ConfigError if one pass cannot encode several queries per row; `rows` names the setting in messages."""
     histories, history = histories_of(data.query), model.query.history
     if not histories:
         return
     if not history.allows_many_queries:
         raise ConfigError(
-            f"model.query.history.positions={history.positions} gives an item one position in a row, but with {rows} "
-            "it is of another age to each of the row's queries; use relative"
+            f"model.query.history.positions={history.positions} has one position per item of a row, but with {rows} "
+            "an item's age differs between the row's queries; use relative"
         )
     check_history_lengths(data)
     lengths = {name: feature.max_items for name, feature in histories.items()}
     require(
         len(set(lengths.values())) == 1, "data.query", f"histories of max_items {lengths}",
-        f"one max_items with {rows}: a row's queries know the same items of each",
+        f"one max_items with {rows}: all histories of a query have the same items",
     )  # fmt: skip
 
 
 def check_history_lengths(data: DataConfig) -> None:
-    """Raise ConfigError where a history is too short for the first query of a row to have seen anything of it."""
+    """Raise ConfigError if a history is shorter than the number of targets per row."""
     for name, feature in histories_of(data.query).items():
         require(
             data.targets_per_row <= feature.max_items, "data.targets_per_row", data.targets_per_row,
-            f"at most data.query.{name}.max_items={feature.max_items}: a row's queries have seen parts of one history",
+            f"at most data.query.{name}.max_items={feature.max_items}: a row's queries share one history",
         )  # fmt: skip
 
 
 def _check_sources(data: DataConfig) -> None:
     if data.mixture:
-        require(data.webdataset is None, "data.webdataset", data.webdataset, "no mixture beside it")
+        require(data.webdataset is None, "data.webdataset", data.webdataset, "no mixture")
         require(
             data.from_partition is None, "data.from_partition", data.from_partition,
-            "no mixture beside it; name partitions in the mixture",
+            "no mixture; set the partitions in the mixture",
         )  # fmt: skip
 
 
 def _check_siamese(data: DataConfig, model: ModelConfig) -> None:
-    declared = [[(name, _apart_from_column(f)) for name, f in side.items()] for side in (data.query, data.doc)]
+    declared = [[(name, _without_column(f)) for name, f in side.items()] for side in (data.query, data.doc)]
     given = "with data.siamese=true:"
     for key, got, fits, needed in (
         (
             "data.query",
             list(data.query),
             declared[0] == declared[1],
-            f"data.doc's features, columns apart, {given} one tower",
+            f"the features of data.doc, except their columns, {given} one tower",
         ),
-        ("data.title", data.title, data.title is None, f"null {given} documents are shown by their ids"),
-        ("data.exclude_seen", data.exclude_seen, data.exclude_seen, f"true {given} a query is never its own answer"),
+        ("data.title", data.title, data.title is None, f"null {given} documents are displayed by id"),
+        ("data.exclude_seen", data.exclude_seen, data.exclude_seen, f"true {given} a query is never its own result"),
         ("data.webdataset", data.webdataset, data.webdataset is None, f"null {given} documents need a catalogue"),
-        ("model.query", "another tower", model.query in (TowerConfig(), model.doc), f"none {given} model.doc is both"),
+        (
+            "model.query",
+            "another tower",
+            model.query in (TowerConfig(), model.doc),
+            f"none {given} model.doc is used for both",
+        ),
         ("model.share_text", True, not model.share_text, f"false {given} the whole tower is shared"),
     ):
         require(fits, key, got, needed)
 
 
-def _apart_from_column(feature: Feature) -> dict[str, Any]:
+def _without_column(feature: Feature) -> dict[str, Any]:
     return {key: value for key, value in feature.declaration().items() if key != "column"}
 
 
 def _check_stage(name: StageName, config: Config) -> None:
-    """Raise ConfigError on the first key of a stage that contradicts another one."""
+    """Raise ConfigError for the first conflict of a stage's keys."""
     data, stage = config.data, config.stage(name)
     rows, lanes = stage.rows_global, data.lanes
     if rows % lanes:
         below, above = rows // lanes * lanes, (rows // lanes + 1) * lanes
         fix = f"use {below} or {above}" if below else f"use {above}"
         raise ConfigError(f"{name}.rows_global={rows} must be divisible by data.lanes={lanes}; {fix}")
-    require(stage.steps > 0 or stage.epochs > 0, f"{name}.epochs", stage.epochs, "above 0 where steps is 0")
+    require(stage.steps > 0 or stage.epochs > 0, f"{name}.epochs", stage.epochs, "above 0 if steps is 0")
     require(stage.init is None or bool(stage.init.strip()), f"{name}.init", repr(stage.init), "a folder, or null")
     _check_loss(name, stage, config.model)
     _check_negatives(name, stage, config)
@@ -131,27 +136,27 @@ def _check_loss(name: StageName, stage: StageConfig, model: ModelConfig) -> None
     if model.score == "cosine":
         require(loss.norm_penalty == 0, f"{key}.norm_penalty", loss.norm_penalty, "0: model.score=cosine has norms 1")
     if not loss.relative and stage.scorer is None:
-        require(model.beta == "scalar", "model.beta", model.beta, f"scalar where {key}.name is {loss.name}")
+        require(model.beta == "scalar", "model.beta", model.beta, f"scalar if {key}.name is {loss.name}")
 
 
 def _check_negatives(name: StageName, stage: StageConfig, config: Config) -> None:
     loss, negatives, mining, data = stage.loss, stage.negatives, stage.negatives.mining, config.data
     key, over_all = f"{name}.negatives", loss.all_columns
     require(negatives.in_batch or not over_all, f"{key}.in_batch", False, f"true for {loss.name}, over the whole batch")
-    mined_or_batch = negatives.in_batch or negatives.hard > 0
-    require(mined_or_batch, f"{key}.hard", negatives.hard, "at least 1 where in_batch is false")
+    has_negatives = negatives.in_batch or negatives.hard > 0
+    require(has_negatives, f"{key}.hard", negatives.hard, "at least 1 if in_batch is false")
     uniform = negatives.uniform
     require(over_all or uniform == 0, f"{key}.uniform", uniform, f"0: {loss.name} takes no extra columns")
     require(
         data.exclude_seen or negatives.mask not in ("user", "past"), f"{key}.mask", negatives.mask,
-        "none or batch with data.exclude_seen=false: what a user met before may be a negative",
+        "none or batch with data.exclude_seen=false: a user's earlier items may be negatives",
     )  # fmt: skip
     require(mining.first < mining.last, f"{key}.mining", f"[{mining.first}, {mining.last})", "first < last")
     if mining.uniform:
-        with_it = f"with {key}.mining.uniform=true"
-        require(negatives.hard > 0, f"{key}.hard", negatives.hard, f"at least 1 {with_it}")
-        require(mining.file is None, f"{key}.mining.file", mining.file, f"none {with_it}")
-        require(mining.every_steps == 0, f"{key}.mining.every_steps", mining.every_steps, f"0 {with_it}")
+        setting = f"with {key}.mining.uniform=true"
+        require(negatives.hard > 0, f"{key}.hard", negatives.hard, f"at least 1 {setting}")
+        require(mining.file is None, f"{key}.mining.file", mining.file, f"none {setting}")
+        require(mining.every_steps == 0, f"{key}.mining.every_steps", mining.every_steps, f"0 {setting}")
     if mining.file is None:
         window = mining.last - mining.first
         fits = mining.uniform or negatives.hard <= window
@@ -161,30 +166,30 @@ def _check_negatives(name: StageName, stage: StageConfig, config: Config) -> Non
     else:
         require(
             data.from_partition is None and not data.mixture, f"{key}.mining.file", mining.file,
-            "no data.from_partition or data.mixture, which number the rows otherwise",
+            "no data.from_partition or data.mixture, which change the row numbers",
         )  # fmt: skip
         every = mining.every_steps
-        require(every == 0, f"{key}.mining.every_steps", every, f"0 with {key}.mining.file: nothing is mined then")
+        require(every == 0, f"{key}.mining.every_steps", every, f"0 with {key}.mining.file, which replaces mining")
     if negatives.columns == "catalogue":
         _check_catalogue_columns(name, stage, config)
 
 
 def _check_catalogue_columns(name: StageName, stage: StageConfig, config: Config) -> None:
-    """Each document is a column once: nothing is sampled, and two ranks' vectors of a document must be the same."""
+    """Raise ConfigError unless each document is one column, with the same vector on all ranks."""
     model, data, loss, negatives = config.model, config.data, stage.loss, stage.negatives
     key = f"{name}.negatives.columns"
     require(loss.all_columns, key, negatives.columns, f"batch with {loss.name}, which is not over all columns")
     texts = {side: any(f.type == "text" for f in getattr(data, side).values()) for side in ("query", "doc")}
     encoder = "query" if model.share_text and texts["query"] else "doc"
     text_dropout = getattr(model, encoder).text.dropout if texts["doc"] else 0.0
-    once = "every document is a column, once"
+    once = "every document is exactly one column"
     same = "a document's vector must be the same on all ranks"
     for where, got, needed, why in (
-        (f"{name}.loss.direction", loss.direction, "q2d", "a document of no query has no term in its column"),
+        (f"{name}.loss.direction", loss.direction, "q2d", "a document without a query has no term in its column"),
         (f"{name}.sampling.name", stage.sampling.name, "none", once),
         (f"{name}.negatives.uniform", negatives.uniform, 0, once),
         (f"{name}.negatives.hard", negatives.hard, 0, once),
-        ("data.webdataset", data.webdataset or "none", "none", "rows that bring their documents have no catalogue"),
+        ("data.webdataset", data.webdataset or "none", "none", "rows that contain their documents have no catalogue"),
         ("model.doc.dropout", model.doc.dropout, 0.0, same),
         (f"model.{encoder}.text.dropout", text_dropout, 0.0, same),
     ):

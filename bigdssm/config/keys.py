@@ -1,4 +1,4 @@
-"""The keys of a run's YAML as frozen dataclasses, each with its default and its bounds."""
+"""The keys of a run's YAML as frozen dataclasses, with defaults and bounds."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DEFAULT_CACHE_BYTES = 50 * 1024**3
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Where token ids come from."""
+    """The tokenizer of texts."""
 
     path: str | None = None  # folder of a Hugging Face tokenizer; none: WordPiece is trained on the dataset's texts
     vocab_size: int = bounded(8000, 1, 2**22)  # of a trained one
@@ -48,11 +48,11 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One part of a mixture: a dataset, or some of its partitions."""
+    """One source of a mixture: a dataset, or some of its partitions."""
 
     dir: str | None = None  # none: data.dir
-    partitions: tuple[str, ...] = ()  # empty: all of its partitions
-    # Share of the rows, over the sum of all weights; kept to a thousandth.
+    partitions: tuple[str, ...] = ()  # empty: all partitions
+    # Share of the rows, relative to the sum of all weights; rounded to a thousandth.
     weight: float = bounded(1.0, at_most=MAX_COUNT, above=0)
 
 
@@ -61,28 +61,29 @@ class DataConfig:
     """The dataset and its schema."""
 
     dir: str = MISSING
-    query: dict[str, Any] = named_components(FEATURES)  # Feature by name, each as its type declares it; see features/
+    query: dict[str, Any] = named_components(FEATURES)  # features by name, with the keys of their type
     doc: dict[str, Any] = named_components(FEATURES)
-    title: str | None = None  # column of the document table shown to people; the document id by default
-    # Queries are documents: both sides declare the same features, of columns of their own, one tower (model.doc) reads
-    # both, a query's id is its document's, which is never its own answer, and a pair holds in both directions.
+    title: str | None = None  # column of the document table with display titles; by default the document id
+    # Queries are documents: both sides declare the same features, from separate columns; one tower (model.doc) encodes
+    # both; a query has its document's id and never returns itself; a pair applies in both directions.
     siamese: bool = False
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    # Most targets of a train row made of interactions: one pass over a piece of a sequence gives a query for each.
+    # Maximum number of targets per train row built from interactions: one pass over a segment of a sequence encodes a
+    # query per target.
     targets_per_row: int = bounded(1, 1, 65_536)
-    # Whether what a user met before may be the answer again (music, groceries). It decides the losses' mask, what is
-    # mined, what evaluation counts, and what search, serve and recommend leave out.
+    # Whether a user's earlier items are excluded: from negatives, mining, evaluation, search, serve and recommend.
+    # False for repeated consumption (music, groceries).
     exclude_seen: bool = True
-    lanes: int = bounded(8, 1, 65_536)  # fixed order lanes; divides rows_global, at least the world size
+    lanes: int = bounded(8, 1, 65_536)  # virtual data-parallel workers; divides rows_global, at least the world size
     num_workers: int = bounded(1, 0, 1024)  # loader processes per rank
-    max_bad_fraction: float = bounded(0.001, 0, 1)  # of the rows met; past it the run stops
+    max_bad_fraction: float = bounded(0.001, 0, 1)  # of the rows read; the run stops above it
     cache_dir: str | None = None  # where a dataset at a URL is cached; none: bigdssm/ in the user's cache folder
-    cache_bytes: int = bounded(DEFAULT_CACHE_BYTES, 1, 2**62)  # most that all files in it take
-    from_partition: str | None = None  # train on the dataset's partitions from this one on; none: on all of them
-    webdataset: str | None = None  # train on these plain shards (path with {000..009}), `dir` giving all but train rows
+    cache_bytes: int = bounded(DEFAULT_CACHE_BYTES, 1, 2**62)  # maximum size of the cache
+    from_partition: str | None = None  # train on the partitions from this one on; none: on all
+    webdataset: str | None = None  # train on these plain shards (path with {000..009}); `dir` provides everything else
     mixture: list[SourceConfig] = field(default_factory=list)  # several datasets or partitions, by weight
-    mixture_batches: Literal["mixed", "one_source"] = "mixed"  # a step's lanes each from one source, or all of them
-    tail: Literal["carry", "drop"] = "carry"  # an epoch's rows that fill no step: into the next, or left out
+    mixture_batches: Literal["mixed", "one_source"] = "mixed"  # one source per lane and step, or per step
+    tail: Literal["carry", "drop"] = "carry"  # an epoch's last rows that fill no step: carried over, or dropped
 
     def __post_init__(self) -> None:
         for side in ("query", "doc"):
@@ -92,27 +93,27 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TextInputs:
-    """The token ids that a text encoder is built for."""
+    """The properties of token ids that a text encoder is built for."""
 
     vocab_size: int
     pad_token_id: int
-    max_tokens: int  # of its longest text
+    max_tokens: int  # of the longest text
 
 
 @dataclass(frozen=True)
 class TextEncoderConfig(Component):
     """The keys of every text encoder.
 
-    A type of text encoder is a subclass with keys of its own, registered in TEXT_ENCODERS.
+    A type of text encoder is a subclass with additional keys, registered in TEXT_ENCODERS.
     """
 
-    type: str = MISSING  # bert, of transformers; or one from outside
-    dropout: float = bounded(0.0, 0, below=1)  # inside the encoder, also in place of a pretrained folder's own
+    type: str = MISSING  # bert, of transformers; or a registered one
+    dropout: float = bounded(0.0, 0, below=1)  # inside the encoder; replaces that of a pretrained folder
 
     def architecture(self, inputs: TextInputs) -> Any:
-        """Return the values that the shapes of the weights depend on in addition to these keys, by default `inputs`.
+        """Return the values, in addition to these keys, that determine the shapes of the weights; by default `inputs`.
 
-        A model folder holds it: neither the dataset nor a pretrained folder is needed to build the encoder again.
+        It is saved in the model folder, so that the encoder can be rebuilt without the dataset or a pretrained folder.
         Raises ConfigError: a pretrained folder that does not fit.
         """
         return inputs
@@ -122,18 +123,18 @@ class TextEncoderConfig(Component):
         raise NotImplementedError
 
     def load_pretrained(self, encoder: nn.Module) -> None:
-        """Load the weights that training begins with, where these are not new. Raises ConfigError: they do not load."""
+        """Load pretrained weights, if there are any. Raises ConfigError: they do not load."""
 
     def write_architecture(self, architecture: Any, folder: Path) -> None:
-        """Write an architecture into the file ARCHITECTURE_FILE of a new folder."""
+        """Write an architecture to ARCHITECTURE_FILE in a new folder."""
         folder.mkdir(parents=True)
         (folder / ARCHITECTURE_FILE).write_text(json.dumps(asdict(architecture)), encoding="utf-8")
 
     def read_architecture(self, folder: Path) -> Any:
-        """Return a written architecture. Raises any error: the file is damaged."""
+        """Read an architecture. Raises any exception: the file is damaged."""
         content = json.loads((folder / ARCHITECTURE_FILE).read_text(encoding="utf-8"))
         if not all(type(value) is int for value in content.values()):
-            raise ValueError(f"{content} holds a value that is no integer")
+            raise ValueError(f"{content} has a value that is not an integer")
         return TextInputs(**content)
 
 
@@ -143,31 +144,32 @@ TEXT_ENCODERS: Registry[TextEncoderConfig] = Registry("a text encoder", "type", 
 
 @dataclass(frozen=True)
 class HistoryEncoderConfig(Component):
-    """A transformer over the item vectors of a history: the keys of every kind of block, which is its layer.
+    """A transformer over the item vectors of a history: the keys of every type of block (its layer).
 
-    A kind of block is a subclass with keys of its own, registered in HISTORY_BLOCKS.
+    A type of block is a subclass with additional keys, registered in HISTORY_BLOCKS.
     """
 
-    # It attends by softmax(q kᵀ / √W) v (`models.blocks.attend`), which kernels for packed histories compute.
+    # Whether it uses `models.blocks.attend`, softmax(q kᵀ / √W) v, which kernels for packed histories support.
     softmax_attention: ClassVar[bool] = True
 
-    block: str = MISSING  # sasrec; gated, as in LiGR and eSASRec; hstu; or one from outside
-    # Of an item: its distance from the newest (age), from the oldest (absolute), or of two from each other, as a bias
-    # (relative) or as turns (rotary). Several queries of a row need another than age; hstu has relative alone.
+    block: str = MISSING  # sasrec; gated, as in LiGR and eSASRec; hstu; or a registered one
+    # Position of an item: its distance from the newest item (age) or from the oldest (absolute), or the distance of two
+    # items as a learned bias (relative) or rotary embedding (rotary). Several queries per row exclude age; hstu has
+    # relative only.
     positions: Literal["age", "absolute", "relative", "rotary"] = "age"
     layers: int = bounded(1, 1, 1024)
     heads: int = bounded(2, 1, 1024)
     dropout: float = bounded(0.1, 0, below=1)
     item_dropout: float = bounded(0.1, 0, below=1)  # on the item vectors
-    item_scale: bool = False  # item vectors times the root of their width, as in SASRec
+    item_scale: bool = False  # item vectors times the square root of their width, as in SASRec
 
     @property
     def allows_many_queries(self) -> bool:
-        """Return whether one pass can give several queries of a row: an item's age is another to each of them."""
+        """Return whether one pass can encode several queries of a row; ages differ between queries."""
         return self.positions != "age"
 
     def build(self, dim: int) -> nn.Module:
-        """Return a layer over vectors of width `dim`: a module called as `models.blocks.SasrecBlock` is."""
+        """Return a layer over vectors of width `dim`, with the `forward` of `models.blocks.SasrecBlock`."""
         raise NotImplementedError
 
 
@@ -178,14 +180,14 @@ HISTORY_BLOCKS: Registry[HistoryEncoderConfig] = Registry(
 
 @dataclass(frozen=True)
 class TowerConfig:
-    """Encoders → concatenation → MLP → D-dim vector."""
+    """Encoders → concatenation → MLP → vector of width model.dim."""
 
     mlp: tuple[int, ...] = bounded((128,), 1, MAX_WIDTH)  # hidden widths; empty: one linear layer
     residual: str | None = None  # feature whose vector (width model.dim) skips the MLP and is added to its output
     dropout: float = bounded(0.0, 0, below=1)
     embedding_dim: int = bounded(32, 1, MAX_WIDTH)  # of every categorical feature
     numeric_dim: int = bounded(16, 1, MAX_WIDTH)
-    vector_dim: int = bounded(64, 1, MAX_WIDTH)  # of every feature that is a vector already
+    vector_dim: int = bounded(64, 1, MAX_WIDTH)  # of every vector feature
     text: TextEncoderConfig = component(TEXT_ENCODERS, "bert")
     history: HistoryEncoderConfig = component(HISTORY_BLOCKS, "sasrec")
 
@@ -198,9 +200,9 @@ class ModelConfig:
     score: Literal["dot", "cosine"] = "cosine"
     alpha_init: float = bounded(10.0, at_most=10_000, above=0)
     alpha_learned: bool = True
-    # Part of the score everywhere: learned per document; one for all, which only `sigmoid` can learn; or none.
+    # Bias in the score: learned per document; a scalar, which only the loss `sigmoid` can learn; or none.
     beta: Literal["document", "scalar", "none"] = "document"
-    beta_init: float = bounded(-10.0, -10_000, 10_000)  # of a scalar beta (SigLIP's)
+    beta_init: float = bounded(-10.0, -10_000, 10_000)  # of a scalar beta (as in SigLIP)
     share_text: bool = False  # one text encoder for both towers
     query: TowerConfig = field(default_factory=TowerConfig)
     doc: TowerConfig = field(default_factory=TowerConfig)
@@ -208,57 +210,57 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How steps are computed; none of it changes what is learned."""
+    """How steps are computed; none of these keys changes the trained function beyond rounding."""
 
     zero_stage: int = bounded(1, 0, 3)
     # auto: bf16 on GPUs since Ampere and on processors with AMX or AVX512-BF16, else fp32; the same on all ranks.
     precision: Literal["auto", "fp32", "bf16", "bf16_pure"] = "auto"
     offload_optimizer: bool = False
-    checkpoint_activations: bool = False  # transformer layers are computed again in the backward, not kept
-    compile: bool = False  # transformer layers by torch.compile, once for all lengths; not with zero_stage=3
-    # Gradient cache: tokens and vectors encoded at once per tower; 0 encodes all rows at once.
+    checkpoint_activations: bool = False  # recompute transformer layers in the backward
+    compile: bool = False  # torch.compile transformer layers, once for all lengths; not with zero_stage=3
+    # Gradient cache: tokens and vectors per chunk and tower; 0: no chunks.
     chunk_tokens: int = bounded(0, 0, 2**40)
-    # Of them kept for the backward, not encoded again; none: chunk_tokens.
+    # Tokens and vectors of the chunks whose graph is retained for the backward, not recomputed; none: chunk_tokens.
     keep_graph_tokens: int | None = bounded(None, 0, 2**40)
-    # Without a sign of life from a rank, or without progress, before the others stop.
+    # Seconds without a heartbeat from a rank, or without progress, before the others stop.
     peer_timeout_s: float = bounded(300.0, 5, 1_000_000)
-    # A checkpoint is written from a copy while the next steps run; false: they wait for it.
+    # Write a checkpoint from a copy while the next steps run; false: the steps wait for it.
     async_checkpoints: bool = True
-    # Columns of the score matrix held at once; none: chosen by the loss.
+    # Columns of the score matrix per tile; none: chosen by the loss.
     loss_tile: int | None = bounded(None, 1, 2**31)
 
 
 @dataclass(frozen=True)
 class MiningConfig:
-    """Where the hard negatives of a row come from: the ranks [first, last) of its own query's ranking."""
+    """The source of a row's hard negatives: the ranks [first, last) of its query's ranking."""
 
     first: int = bounded(10, 0, MAX_COUNT)
     last: int = bounded(200, 1, MAX_COUNT)
-    # Leave out what scores above the query's own document less this much, in score units.
+    # Exclude documents whose score exceeds that of the positive minus this margin.
     margin: float | None = bounded(None, -1_000_000, 1_000_000)
-    # Documents of a catalogue that are all scored; of more, by an approximate index, about an eighth.
+    # Size of a catalogue up to which all documents are scored; above it an approximate index scores about an eighth.
     exact_up_to: int = bounded(1_000_000, 0, MAX_COUNT)
-    # Mined again, by the weights of the moment, every so many steps; 0: once.
+    # Mine again with the current weights every this many steps; 0: once.
     every_steps: int = bounded(0, 0, MAX_COUNT)
-    # Of bigdssm mine_negatives, by any model, or list_candidates: in place of all of the above.
+    # File of bigdssm mine_negatives, by any model, or list_candidates; replaces all of the above.
     file: str | None = None
-    # Leave out what a judge's score in the file puts above the query's own document less this much, in its units.
+    # Exclude documents whose teacher score in the file exceeds that of the positive minus this margin.
     teacher_margin: float | None = bounded(None, -1_000_000, 1_000_000)
-    uniform: bool = False  # in place of mining: documents drawn uniformly from the catalogue, others in each epoch
+    uniform: bool = False  # draw documents uniformly from the catalogue instead of mining, different ones in each epoch
 
 
 @dataclass(frozen=True)
 class NegativesConfig:
-    """The documents that a query's own is compared with."""
+    """The negatives of a query."""
 
     in_batch: bool = True  # the other documents of the global batch; true for losses over all columns, such as fps
-    # All documents of the global batch, or all of the catalogue in every step, for losses over all columns.
+    # For losses over all columns: the documents of the global batch, or the whole catalogue in every step.
     columns: Literal["batch", "catalogue"] = "batch"
-    # Documents per step drawn uniformly from the catalogue, as extra columns, for losses over all columns.
+    # For losses over all columns: documents per step drawn uniformly from the catalogue, as extra columns.
     uniform: int = bounded(0, 0, MAX_ROWS)
-    # Documents that are no negatives: batch: positives of the same query id, of any rank; user: and the items of its
-    # sequence up to its latest row; past: exactly the items before the query; none: its own document alone; auto:
-    # batch, and none with data.exclude_seen=false, where an earlier item may be the answer, or just not now.
+    # Documents that are masked as negatives: batch: positives of the same query id, on any rank; user: also the items
+    # of its sequence up to its latest row; past: exactly the items before the query; none: only its positive; auto:
+    # batch, or none with data.exclude_seen=false.
     mask: Literal["auto", "batch", "user", "past", "none"] = "auto"
     hard: int = bounded(0, 0, 65_536)  # hard negatives per row
     mining: MiningConfig = field(default_factory=MiningConfig)
@@ -266,9 +268,9 @@ class NegativesConfig:
 
 @dataclass(frozen=True)
 class WarmStartConfig:
-    """Where a new model's table of the items in histories begins: at what meets in them (training/warm_start.py)."""
+    """Initialization of a new model's item table from item co-occurrence in histories (training/warm_start.py)."""
 
-    window: int = bounded(0, 0, 16)  # events apart that count, each by 1 / distance; 0: random numbers, as all tables
+    window: int = bounded(0, 0, 16)  # maximum distance of events, weighted by 1 / distance; 0: random initialization
     length: float = bounded(0.6, at_most=1000, above=0)  # root mean square of the vectors
 
 
@@ -278,34 +280,34 @@ class StageConfig:
 
     loss: LossConfig = component(LOSSES, "fps")
     negatives: NegativesConfig = field(default_factory=NegativesConfig)
-    # auto: corrected where queries have histories and a softmax takes their documents for negatives, else none.
+    # auto: corrected if queries have histories and a softmax uses in-batch negatives, else none.
     sampling: SamplingConfig = component(SAMPLINGS, "auto")
     distillation: DistillationConfig | None = component(DISTILLATIONS, None)
     scorer: ScorerConfig | None = component(SCORERS, None)
     optimizer: OptimizerConfig = component(OPTIMIZERS, "adamw")
     rows_global: int = bounded(1024, 1, MAX_ROWS)
     epochs: float = bounded(1.0, 0, 100_000)
-    steps: int = bounded(0, 0, MAX_COUNT)  # 0: as many as `epochs` says
-    # Model folder or checkpoint (STAGE/checkpoints/step-…) to start from; sft: by default its pretraining's best.
+    steps: int = bounded(0, 0, MAX_COUNT)  # 0: from `epochs`
+    # Model folder or checkpoint (STAGE/checkpoints/step-…) to start from; sft: by default best/ of its pretraining.
     init: str | None = None
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     validate_every_steps: int = bounded(0, 0, MAX_COUNT)  # 0: once, at the end
-    # The registered metric of validation that selects best/, and that patience and tuning go by; larger is better.
+    # The registered validation metric for best/, patience and tuning; larger is better.
     validation_metric: str = "ndcg_at_10"
-    rerank: int = bounded(50, 2, MAX_COUNT)  # of the towers' best documents, that validation has a cross_encoder rank
-    # Decay of a moving average of the weights, which validation measures and best/ keeps; 0: the weights themselves.
+    rerank: int = bounded(50, 2, MAX_COUNT)  # number of the towers' best documents that a cross_encoder re-ranks
+    # Decay of an exponential moving average of the weights, used for validation and best/; 0: the weights themselves.
     weight_average: float = bounded(0.0, 0, below=1)
-    patience: int = bounded(0, 0, MAX_COUNT)  # stop after so many validations without a better one; 0: never
+    patience: int = bounded(0, 0, MAX_COUNT)  # stop after this many validations without improvement; 0: never
     save_every_steps: int = bounded(500, 0, MAX_COUNT)  # 0: not by steps
     save_every_minutes: float = bounded(0.0, 0, 1_000_000)  # since the last checkpoint; 0: not by time
     keep_checkpoints: int = bounded(2, 1, MAX_COUNT)
     log_every_steps: int = bounded(10, 1, MAX_COUNT)
-    max_skipped_steps: int = bounded(5, 1, MAX_COUNT)  # non-finite steps in a row before the run stops
+    max_skipped_steps: int = bounded(5, 1, MAX_COUNT)  # consecutive non-finite steps before the run stops
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run writes and what follows it."""
+    """The folder, seed and trackers of a run."""
 
     dir: str = MISSING
     seed: int = bounded(0, 0, 2**32 - 1)
@@ -314,14 +316,14 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DebugConfig:
-    """Switches for looking closer."""
+    """Debugging switches."""
 
     log_row_ids: bool = False  # write each consumed step's row ids per rank into the run's folder
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything about a run."""
+    """The configuration of a run."""
 
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -338,14 +340,14 @@ class Config:
                 object.__setattr__(self, name, _resolved(name, stage, self.data))
 
     def stage(self, name: StageName) -> StageConfig:
-        """Return the stage `name`. Raises ConfigError where the file has no such section."""
+        """Return the stage `name`. Raises ConfigError: the section is missing."""
         stage = self.pretrain if name == "pretrain" else self.sft
         if stage is None:
-            raise ConfigError(f"the config has no section `{name}:`; add one (an empty one takes the defaults)")
+            raise ConfigError(f"the config has no section `{name}:`; add one (an empty one has the defaults)")
         return stage
 
     def stage_dir(self, name: StageName) -> Path:
-        """Return the folder that the stage `name` writes."""
+        """Return the folder of the stage `name`."""
         return Path(self.run.dir) / name
 
     def to_dict(self) -> dict[str, Any]:
@@ -358,16 +360,16 @@ class Config:
 
 
 def _plain(value: Any) -> Any:
-    """Return what JSON has for a path, or for NumPy's number. Raises TypeError."""
+    """Convert a path or a NumPy number for JSON. Raises TypeError."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, Number) and hasattr(value, "item"):
         return value.item()
-    raise TypeError(f"{value!r:.80} is no text, number, list or mapping")
+    raise TypeError(f"{value!r:.80} is not a text, number, list or mapping")
 
 
 def _resolved(name: str, stage: StageConfig, data: DataConfig) -> StageConfig:
-    """Return a stage without `auto`. Raises ConfigError: a key of `sampling` is out of bounds."""
+    """Return a stage with `auto` values resolved. Raises ConfigError: a key of `sampling` is out of bounds."""
     for key, got, needed in out_of_bounds(stage.sampling, f"{name}.sampling"):
         raise ConfigError(f"{key}: got {got}, needs {needed}")
     if stage.negatives.mask == "auto":

@@ -1,4 +1,4 @@
-"""A Config of a YAML file and `key=value` overrides, checked as a whole."""
+"""Load a Config from a YAML file and `key=value` overrides, and validate it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from bigdssm.utils.components import literal
 
 @checked
 def config_of(config: Config | str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Return a Config, checked as one that was read, or that of a YAML file with `overrides`. Raises ConfigError."""
+    """Validate a Config, or load it from a YAML file with `overrides`. Raises ConfigError."""
     if not isinstance(config, Config):
         return load_config(config, overrides)
     if overrides:
-        raise ConfigError("key=value changes a config file; of a Config make another with dataclasses.replace")
+        raise ConfigError("key=value overrides apply to a config file; change a Config with dataclasses.replace")
     try:
         content = config.to_dict()
     except TypeError as error:
@@ -34,7 +34,7 @@ def config_of(config: Config | str | Path, overrides: Sequence[str] = ()) -> Con
 
 
 def config_from(source: Path, *contents: Any) -> Config:
-    """Return the checked Config of plain containers, later ones over earlier. Raises ConfigError, naming `source`."""
+    """Return the validated Config of plain containers, later ones over earlier. Raises ConfigError with `source`."""
     config = to_dataclass(source, Config, *contents)
     check_config(config)
     return config
@@ -42,10 +42,9 @@ def config_from(source: Path, *contents: Any) -> Config:
 
 @checked
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Return the checked Config of the YAML file `path` with `key=value` overrides (dotted keys, YAML values).
+    """Return the validated Config of the YAML file `path` with `key=value` overrides (dotted keys, YAML values).
 
-    Raises ConfigError: missing file, YAML that does not parse, unknown or missing keys, wrong types, or values that
-    do not go together.
+    Raises ConfigError: missing file, invalid YAML, unknown or missing keys, wrong types, or conflicting values.
     """
     config = read_config(path, overrides)
     check_config(config)
@@ -53,7 +52,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Return the Config that `load_config` returns, whose values may not go together. Raises ConfigError."""
+    """Load a Config without validating it as a whole. Raises ConfigError."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist; --config takes a YAML file such as those in configs/")
@@ -62,7 +61,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_written_config(path: Path) -> Config:
-    """Return the checked Config of a YAML file that a stage wrote, whose values are data: `${…}` has no meaning.
+    """Return the validated Config of a YAML file written by a stage, without interpolation of `${…}`.
 
     Raises ConfigError as `load_config` does.
     """

@@ -1,7 +1,7 @@
-"""The JSON Schema of a run's YAML, generated from the declarations of its keys: types, defaults, bounds, comments.
+"""The JSON Schema of a run's YAML, generated from the dataclasses: types, defaults, bounds, comments.
 
-A value may also be an OmegaConf interpolation. Strings are therefore restricted by a pattern and are among the types of
-every value; the keywords for objects, lists and numbers do not apply to them.
+A value may also be an OmegaConf interpolation: strings are restricted by a pattern, and every value may be a string;
+the keywords for objects, lists and numbers do not apply to strings.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Schema = dict[str, Any]
 
 OPEN: Schema = {"$ref": "#/$defs/interpolation"}
 INTERPOLATION: Schema = {
-    "description": "An OmegaConf interpolation, or ??? for a value that the command line gives.",
+    "description": "An OmegaConf interpolation, or ??? for a value given on the command line.",
     "pattern": r"\$\{|^\?\?\?$",
 }
 NUMBERS = {bool: "boolean", int: "integer", float: "number"}
@@ -39,21 +39,21 @@ def config_schema() -> Schema:
 
 
 def comments(cls: type) -> dict[str, str]:
-    """Return the comment of each field of a dataclass: that behind it or within it, after those right above it."""
+    """Return the comment per field of a dataclass: the lines above it, then the comments within and after it."""
     source = inspect.getsource(cls)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    said = {token.start[0]: (token.string.lstrip("# "), token.line.lstrip()[0] == "#") for token in tokens
-            if token.type == tokenize.COMMENT}  # fmt: skip
-    found = {}
+    lines = {token.start[0]: (token.string.lstrip("# "), token.line.lstrip()[0] == "#") for token in tokens
+             if token.type == tokenize.COMMENT}  # fmt: skip
+    result = {}
     body = ast.parse(source).body[0]
     assert isinstance(body, ast.ClassDef)
     for node in body.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.end_lineno:
             first = node.lineno
-            while said.get(first - 1, ("", False))[1]:
+            while lines.get(first - 1, ("", False))[1]:
                 first -= 1
-            found[node.target.id] = " ".join(said[n][0] for n in range(first, node.end_lineno + 1) if n in said)
-    return found
+            result[node.target.id] = " ".join(lines[n][0] for n in range(first, node.end_lineno + 1) if n in lines)
+    return result
 
 
 def all_comments(cls: type) -> dict[str, str]:
@@ -63,14 +63,14 @@ def all_comments(cls: type) -> dict[str, str]:
 
 
 def default_of(field: Field[Any]) -> Any:
-    """Return the default of a field, `omegaconf.MISSING` where a value must be given."""
+    """Return the default of a field, `omegaconf.MISSING` if it is required."""
     value = field.default if field.default_factory is MISSING else field.default_factory()
     return omegaconf.MISSING if value is MISSING else value
 
 
 def _object(cls: Any, sections: dict[str, Schema]) -> Schema:
-    """Return the keys of a dataclass; `sections` collects the definitions of those in its fields."""
-    hints, said = get_type_hints(cls), all_comments(cls)
+    """Return the schema of a dataclass; `sections` collects the definitions of nested dataclasses."""
+    hints, descriptions = get_type_hints(cls), all_comments(cls)
     properties: dict[str, Any] = {}
     required = []
     for field in fields(cls):
@@ -83,8 +83,8 @@ def _object(cls: Any, sections: dict[str, Schema]) -> Schema:
             required.append(field.name)
         elif not is_dataclass(default):
             schema["default"] = list(default) if isinstance(default, tuple) else default
-        if said.get(field.name):
-            schema["description"] = said[field.name]
+        if descriptions.get(field.name):
+            schema["description"] = descriptions[field.name]
         properties[field.name] = schema
     needs = {"required": required} if required else {}
     return {"description": inspect.getdoc(cls), "properties": properties, **needs, "additionalProperties": False}
@@ -100,7 +100,7 @@ def _field(field: Field[Any], hint: Any, default: Any, sections: dict[str, Schem
 
 
 def _component(registry: Registry[Any], default: Any, sections: dict[str, Schema]) -> Schema:
-    """Return a block that names a component, `default` where it does not, and has the keys of that one."""
+    """Return the schema of a component's block: the selector, and the keys of the selected component."""
     selector, usual = registry.selector, getattr(default, registry.selector, None)
     names: list[Schema] = []
     cases = []
@@ -118,12 +118,12 @@ def _component(registry: Registry[Any], default: Any, sections: dict[str, Schema
 
 
 def _value(hint: Any, bound: Bound | None, sections: dict[str, Schema]) -> Schema:
-    """Return the values of a type, numbers within a bound."""
+    """Return the schema of a type, with a bound for numbers."""
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
         kinds = [_value(option, bound, sections) for option in inner if option is not NoneType]
-        made = kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
-        return _or_null(made) if NoneType in inner else made
+        schema = kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
+        return _or_null(schema) if NoneType in inner else schema
     if kind is Literal:
         return {"anyOf": [{"enum": list(inner)}, {"type": "string", **OPEN}]}
     if kind is str:
@@ -145,7 +145,7 @@ def _value(hint: Any, bound: Bound | None, sections: dict[str, Schema]) -> Schem
 
 
 def _open(kind: str) -> Schema:
-    """Return values of a type, or an interpolation."""
+    """Return the schema of a type or an interpolation."""
     return {"type": [kind, "string"], **OPEN}
 
 

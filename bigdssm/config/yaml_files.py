@@ -20,12 +20,15 @@ Kind = TypeVar("Kind")
 
 
 def read_yaml(path: Path, needs: str) -> DictConfig:
-    """Return the mapping that a YAML file holds. Raises ConfigError: no such file, no YAML, or not what it `needs`."""
+    """Return the mapping in a YAML file. Raises ConfigError: the file is missing, invalid, or not a mapping.
+
+    `needs` describes the expected content in messages.
+    """
     try:
         content: DictConfig | ListConfig = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML in UTF-8: {' '.join(str(error).split())}") from None
-    except OSError as error:  # what omegaconf raises of a lone word or number, too
+    except OSError as error:  # omegaconf also raises it for a single scalar
         raise ConfigError(f"{path} cannot be read, needs {needs}: {error.strerror or error}") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error.full_key or 'key'}: {first_line(error)}") from None
@@ -35,7 +38,7 @@ def read_yaml(path: Path, needs: str) -> DictConfig:
 
 
 def to_dataclass(path: Path, kind: type[Kind], *contents: Any) -> Kind:
-    """Return `contents`, later ones over earlier, as the dataclass `kind`. Raises ConfigError: which key is wrong."""
+    """Merge `contents`, later ones over earlier, into the dataclass `kind`. Raises ConfigError with the wrong key."""
     try:
         schema = OmegaConf.structured(kind)
         given: Any = OmegaConf.create({})
@@ -49,15 +52,15 @@ def to_dataclass(path: Path, kind: type[Kind], *contents: Any) -> Kind:
             raise ConfigError(f"{path}: required key {missing[0]} is missing; give it a value")
         return cast(Kind, OmegaConf.to_object(merged))
     except ConfigKeyError as error:
-        found = first_line(error).partition(". Did you mean")[0]  # without the sections that it is in
-        meant = _nearest(str(error.full_key), kind)
-        raise ConfigError(f"{path}: unknown key {error.full_key}: {found}{meant}") from None
+        reason = first_line(error).partition(". Did you mean")[0]  # omegaconf's hint has no sections
+        hint = _similar_keys(str(error.full_key), kind)
+        raise ConfigError(f"{path}: unknown key {error.full_key}: {reason}{hint}") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error.full_key or kind.__name__.lower()}: {first_line(error)}") from None
 
 
 def _replace_components(kind: Any, given: Any, later: Any) -> None:
-    """Remove keys of `given` that components named in `later` do not have: another component replaces them."""
+    """Remove the keys of components in `given` that `later` replaces by components without these keys."""
     if not isinstance(given, DictConfig) or not isinstance(later, DictConfig) or given._is_none() or later._is_none():
         return
     hints = get_type_hints(kind)
@@ -70,13 +73,13 @@ def _replace_components(kind: Any, given: Any, later: Any) -> None:
         elif isinstance(before, DictConfig) and isinstance(block, DictConfig) and not before._is_none():
             name = None if block._is_none() else block.get(registry.selector)
             if name in registry.names() and name != before.get(registry.selector):
-                known = {*keys_of(registry.find(name, "")), registry.selector}
-                for key in [key for key in before if key not in known]:
+                valid = {*keys_of(registry.find(name, "")), registry.selector}
+                for key in [key for key in before if key not in valid]:
                     del before[key]
 
 
 def _name_components(path: Path, schema: DictConfig, kind: Any, given: Any, prefix: str = "") -> None:
-    """Declare in `schema` the components that `given` names. Raises ConfigError: one is unknown, or its block wrong."""
+    """Declare in `schema` the components named in `given`. Raises ConfigError: one is unknown or invalid."""
     if not isinstance(given, DictConfig) or given._is_interpolation() or given._is_none():
         return
     hints = get_type_hints(kind)
@@ -87,10 +90,10 @@ def _name_components(path: Path, schema: DictConfig, kind: Any, given: Any, pref
         if not isinstance(block, DictConfig) or block._is_interpolation() or block._is_none():
             continue
         node = schema._get_node(f.name)
-        if isinstance(node, Sequence):  # for which omegaconf raises TypeError, naming no key
+        if isinstance(node, Sequence):  # omegaconf would raise TypeError without a key
             raise ConfigError(f"{path}: {key}: got a mapping, needs a list")
         if not isinstance(node, DictConfig):
-            continue  # the merge raises: keys below a value
+            continue  # keys below a value: the merge raises
         if registry is None:
             section = _section(hints[f.name])
             if section is None:
@@ -114,22 +117,22 @@ def _name_components(path: Path, schema: DictConfig, kind: Any, given: Any, pref
 
 
 def _section(hint: Any) -> type | None:
-    """Return the dataclass of a field that is a section, or may be none."""
+    """Return the dataclass of a field that is a (possibly optional) section."""
     inner = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return next((cls for cls in inner if isinstance(cls, type) and is_dataclass(cls)), None)
 
 
-def _nearest(key: str, kind: type) -> str:
-    """Return `. Did you mean …?` with the keys of `kind` that a dotted `key` may stand for, or nothing."""
-    known = list(_dotted(kind))
+def _similar_keys(key: str, kind: type) -> str:
+    """Return `. Did you mean …?` with the keys of `kind` that are similar to the dotted `key`, or ''."""
+    keys = list(_dotted(kind))
     section, _, name = key.partition(".")
-    inner = [other for other in known if other.startswith(f"{section}.") and other.endswith(f".{name}")]
-    near = inner[:3] if name and inner else difflib.get_close_matches(key, known, 1)
+    inner = [other for other in keys if other.startswith(f"{section}.") and other.endswith(f".{name}")]
+    near = inner[:3] if name and inner else difflib.get_close_matches(key, keys, 1)
     return f". Did you mean {' or '.join(near)}?" if near else ""
 
 
 def _dotted(kind: type, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of a dataclass, and of those in its fields."""
+    """Yield the dotted keys of a dataclass and its nested dataclasses."""
     hints = get_type_hints(kind)
     for f in fields(cast(Any, kind)):
         yield f"{prefix}{f.name}"
@@ -138,12 +141,12 @@ def _dotted(kind: type, prefix: str = "") -> Iterator[str]:
 
 
 def first_difference(before: Any, now: Any, key: str = "") -> str | None:
-    """Return `dotted.key was …, is …` for the first place in which two plain config containers differ, or None."""
-    return next((f"{place} was {was}, is {value}" for place, was, value in differences(before, now, key)), None)
+    """Return `dotted.key was …, is …` for the first difference of two plain config containers, or None."""
+    return next((f"{dotted} was {was}, is {value}" for dotted, was, value in differences(before, now, key)), None)
 
 
 def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield (dotted key, before, now) of every place in which two plain config containers differ."""
+    """Yield (dotted key, before, now) for every difference of two plain config containers."""
     if not isinstance(before, dict) or not isinstance(now, dict):
         if before != now:
             yield key, before, now

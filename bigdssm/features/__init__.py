@@ -1,4 +1,4 @@
-"""The types of features, one module each; see base.py. Torch-free: what a model makes of them is in models/encoders."""
+"""Types of features, one module each; see base.py. Without torch: their encoders are in models/encoders."""
 
 from bigdssm.features.base import (
     FIRST_CODE,

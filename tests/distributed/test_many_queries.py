@@ -142,9 +142,9 @@ def test_fine_tuning_mines_for_every_query(config: Path, tmp_path: Path, pools: 
 
 
 REFUSED = {
-    "ages": (("model.query.history.positions=age",), "positions=age gives an item one position in a row"),
+    "ages": (("model.query.history.positions=age",), "positions=age has one position per item of a row"),
     "ages, said later": (
-        ("data.targets_per_row=1", "model.query.history.positions=age"), "positions=age gives an item one position",
+        ("data.targets_per_row=1", "model.query.history.positions=age"), "positions=age has one position per item",
     ),
 }  # fmt: skip
 

@@ -45,7 +45,7 @@ def path(tmp_path: Path) -> Path:
         ({"steps": 2.5}, "Config: pretrain.steps: .*2.5"),
         ({"steps": -1}, "pretrain.steps: got -1, needs at least 0"),
         ({"steps": "two"}, "Config: pretrain.steps: .*two"),
-        ({"steps": object()}, "Config: .* is no text, number, list or mapping"),
+        ({"steps": object()}, "Config: .* is not a text, number, list or mapping"),
         ({"optimizer": AdamW(lr=float("nan"))}, "pretrain.optimizer.lr: got nan, needs a finite number"),
     ],
 )
@@ -221,7 +221,7 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
         ),
         (
             "pretrain={negatives: {columns: catalogue}, sampling: {name: corrected}}",
-            ["pretrain.sampling.name: got corrected, needs none", "every document is a column, once"],
+            ["pretrain.sampling.name: got corrected, needs none", "every document is exactly one column"],
         ),
         (
             "pretrain={negatives: {columns: catalogue, uniform: 9}}",

@@ -486,7 +486,7 @@ BUGS = [
         "words = [word for word in args.seeds if \"=\" not in word]", "words = args.seeds",
         f"{UNIT}/test_seeds_command.py::test_overrides_stand_anywhere"),
     Bug("refusals", "no_near_key", "config.yaml_files:to_dataclass",
-        "{found}{meant}\")", "{found}\")",
+        "{reason}{hint}\")", "{reason}\")",
         f"{UNIT}/test_config.py::test_an_unknown_key_names_the_one_that_is_meant"),
     Bug("refusals", "losses_are_what_is_imported", "utils.components:Registry.find",
         "module is imported first (docs/extending.md)", "",
