@@ -251,11 +251,11 @@ class Dataset:
         targets = Targets.of(table, sequence, first, end, dated=self.header.dated)
         targets = targets.take(targets.valid(self.catalogue.num_docs))
         query: dict[str, Column] = {}
-        left_edge = np.zeros_like(end)
+        history_start = np.zeros_like(end)
         for name, feature in self.schema.query.items():
             if isinstance(feature, History):
                 # the history of the last query; earlier queries of the row read a prefix of it
-                query[name], left_edge = self._history(feature, table, sequence, end - 1)
+                query[name], history_start = self._history(feature, table, sequence, end - 1)
             else:
                 query[name] = row_features[name] if name in row_features else self.query_column(table, name, sequence)
         single = self.num_queries(split) == self.num_rows(split)
@@ -263,7 +263,7 @@ class Dataset:
         return Rows(
             step=step, row_ids=row_ids, query=query, doc_rows=targets.item, relevance=targets.relevance,
             query_ids=np.asarray(table.take("query_id", sequence[targets.row])), row=None if single else targets.row,
-            position=targets.position, left_edge=left_edge, sequence=sequence, sequences=table,
+            position=targets.position, history_start=history_start, sequence=sequence, sequences=table,
             doc_versions=self.catalogue.visible_rows(targets.item, partition, targets.version),
         )  # fmt: skip
 
@@ -279,17 +279,19 @@ class Dataset:
             else:
                 query[name] = ragged.take(rows.query[name], rows.row)
         every = np.arange(rows.num_queries)  # not None: random draws stay per query
-        return replace(rows, row_ids=rows.row_ids[rows.row], query=query, sequence=sequence, row=every, left_edge=None)
+        return replace(
+            rows, row_ids=rows.row_ids[rows.row], query=query, sequence=sequence, row=every, history_start=None
+        )
 
     def _history(
         self, feature: History, table: MappedTable, sequence: np.ndarray, seen: np.ndarray
     ) -> tuple[Column, np.ndarray]:
         """Return the codes of the newest items before position `seen`, and the position of the oldest of them."""
-        left_edge = np.maximum(0, seen - feature.max_items)
-        items = table.take_slices("items", sequence, left_edge, seen)
+        history_start = np.maximum(0, seen - feature.max_items)
+        items = table.take_slices("items", sequence, history_start, seen)
         partition = np.repeat(self._numbers_of(sequence), items.lengths)
-        version = versions_of(table, sequence, left_edge, seen) if self.header.dated else None
-        return type(items)(self._codes(str(feature.of), items.values, partition, version), items.offsets), left_edge
+        version = versions_of(table, sequence, history_start, seen) if self.header.dated else None
+        return type(items)(self._codes(str(feature.of), items.values, partition, version), items.offsets), history_start
 
     def _numbers_of(self, sequence: np.ndarray) -> np.ndarray:
         """Return the dataset-wide partition number of each sequence, int64."""

@@ -30,7 +30,7 @@ class Rows:
     query_ids: np.ndarray  # int64 [m]
     row: np.ndarray | None = None  # int64 [m], ascending: the row of each query; None: one query per row
     position: np.ndarray | None = None  # int64 [m]: in the sequence; the query's history is items[:position]
-    left_edge: np.ndarray | None = None  # int64 [R]: the history starts at items[left_edge]
+    history_start: np.ndarray | None = None  # int64 [R]: the history starts at items[history_start]
     sequence: np.ndarray | None = None  # int64 [R]: sequence number
     doc: dict[str, Column] = field(default_factory=dict)  # rows with inline documents: their features
     doc_ids: np.ndarray | None = None  # int64 [m], rows with inline documents
@@ -128,5 +128,5 @@ class Rows:
         )
 
 
-_OF_ROWS = ("row_ids", "sequence", "left_edge")
+_OF_ROWS = ("row_ids", "sequence", "history_start")
 _OF_QUERIES = ("doc_rows", "relevance", "query_ids", "position", "doc_ids", "doc_versions")

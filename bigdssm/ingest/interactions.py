@@ -93,8 +93,8 @@ def make_interactions(
         key_file = writer.partition_dir / SEQUENCE_KEYS_FILE
         write_document_keys(engine, "sequences", "user_id", 0, key_file)
         cutting = SequenceCutter(
-            events=found, sequences=sequences, keys=SortedKeys([key_file]), user=stored_features(schema.query), text=text,
-            split=split, thresholds=(moments.validation, moments.test, moments.train_from),
+            events=found, sequences=sequences, keys=SortedKeys([key_file]), user=stored_features(schema.query),
+            text=text, split=split, thresholds=(moments.validation, moments.test, moments.train_from),
             targets_per_row=config.targets_per_row,
             seed=target.seed, earlier=earlier, has_times=tables.time_column is not None, versions=versions,
         )  # fmt: skip

@@ -59,9 +59,9 @@ class Collator:
 
     def _query_positions(self, rows: Rows) -> tuple[QueryPositions | None, np.ndarray | None]:
         """Return the queries' positions in their rows' histories, and the number of queries per row."""
-        if rows.row is None or rows.position is None or rows.left_edge is None:
+        if rows.row is None or rows.position is None or rows.history_start is None:
             return None, None
-        prefix_length = rows.position - rows.left_edge[rows.row]
+        prefix_length = rows.position - rows.history_start[rows.row]
         return QueryPositions(as_tensor(rows.row), as_tensor(prefix_length)), np.bincount(rows.row, minlength=len(rows))
 
     def _inline(self, rows: Rows) -> tuple[Features, np.ndarray, np.ndarray, np.ndarray]:

@@ -254,7 +254,7 @@ def draft_step(batch: Batch, budget: TokenBudget) -> StepDraft:
     if budget.chunk_tokens == 0:
         return StepDraft(query, doc, StepPlan(query, doc, whole=True), StepRequirements(1, 1, 0, 0))
     last_first = [chunk.tokens for chunk in reversed(query.chunks + doc.chunks)]
-    recomputes = len(last_first) - int((np.cumsum(last_first) <= budget.retained_tokens).sum())
+    recomputed = len(last_first) - int((np.cumsum(last_first) <= budget.retained_tokens).sum())
     num_query, num_doc = len(query.chunks), len(doc.chunks)
     whole = StepPlan(*_sides(batch, budget, 0), whole=True) if max(num_query, num_doc) <= 1 else None
     first_query, first_doc = min(recomputed, num_query), max(0, recomputed - num_query)

@@ -135,7 +135,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut short": (lambda d: os.truncate(d / "vocabularies" / FILE, 5000), "no readable Arrow file"),
     "rows": (lambda d: edit(d, lambda c: described(c)["files"][0].update(rows=999)), "has 1000 values, needs 999"),
     "another part": (replaced_by_the_second, "has 1 values, needs 1000"),
-    "another table": (replaced_by_another_table, "no part of a vocabulary"),
+    "another table": (replaced_by_another_table, "not part of a vocabulary"),
     "order": (lambda d: edit(d, lambda c: described(c)["files"].reverse()), "follows 1000 values, here are 0"),
     "less": (lambda d: edit(d, lambda c: described(c)["files"].pop()), "does not match"),
     "values": (lambda d: edit(d, lambda c: described(c).update(checksum="0")), "does not match"),

@@ -110,7 +110,7 @@ BUGS = [
         "(distance >= 0)", "(distance >= -1)",
         f"{UNIT}/test_histories.py::test_a_query_knows_nothing_that_comes_later"),
     Bug("queries", "places_from_the_left_edge", "loader.collate:Collator._query_positions",
-        "rows.position - rows.left_edge[rows.row]", "rows.position - rows.left_edge[rows.row] - 1",
+        "rows.position - rows.history_start[rows.row]", "rows.position - rows.history_start[rows.row] - 1",
         f"{UNIT}/data/test_queries.py::test_a_batch_says_where_its_queries_stand"),
     Bug("queries", "ages_from_the_oldest", "models.encoders.history:HistoryEncoder._add_positions",
         "(length - position).clamp(min=0)", "position",

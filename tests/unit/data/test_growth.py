@@ -142,9 +142,9 @@ def test_a_vocabulary_that_has_not_only_grown_is_refused(
 def test_a_refusal_says_how_to_go_on(grown: tuple[Path, dict[str, str]]) -> None:
     first, second = streams(grown[0])
     whole = PairStream(grown[0], rows_global=100, lanes=4)
-    with pytest.raises(DataError, match=r"day2 is new.* over the new partitions with data\.from_partition=day2"):
+    with pytest.raises(DataError, match=r"day2 is new.* on the new partitions with data\.from_partition=day2"):
         whole.check_state(first.state())
-    with pytest.raises(DataError, match=r"day1 is new.* where it was with data\.from_partition=day2"):
+    with pytest.raises(DataError, match=r"day1 is new.* resume with data\.from_partition=day2"):
         whole.check_state(second.state())
 
 

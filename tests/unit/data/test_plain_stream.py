@@ -91,7 +91,7 @@ def test_resuming_is_warned_of_and_what_differs_refused(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         first = stream(plain)
-    assert "4 plain shards without an index: a resumed run draws other rows" in caplog.text
+    assert "4 plain shards without an index: a resumed run draws different rows" in caplog.text
     rows = list(islice(first, 5))
     state = json.loads(json.dumps(first.state()))
     assert [np.array_equal(a.row_ids, b.row_ids) for a, b in zip(rows, stream(plain), strict=False)] == [True] * 5

@@ -194,8 +194,8 @@ def test_rows_of_more_targets_than_a_history_has_items_are_left_out(tools, tmp_p
     folder = tools.Writer(tmp_path / "data", targets_per_row=MAX_ITEMS + 2).write()
     stream = PairStream(folder, rows_global=50, lanes=5, max_bad_fraction=1.0)
     for rows in islice(stream, 20):
-        assert rows.row is not None and rows.position is not None and rows.left_edge is not None
-        assert np.bincount(rows.row).max() <= MAX_ITEMS and (rows.position >= rows.left_edge[rows.row]).all()
+        assert rows.row is not None and rows.position is not None and rows.history_start is not None
+        assert np.bincount(rows.row).max() <= MAX_ITEMS and (rows.position >= rows.history_start[rows.row]).all()
     assert stream.rows_bad == sum(1 + row % (MAX_ITEMS + 2) > MAX_ITEMS for row in range(1000))
 
 

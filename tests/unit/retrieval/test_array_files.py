@@ -188,7 +188,7 @@ def test_a_matrix_that_was_replaced_is_read_again(tmp_path: Path) -> None:
         (np.zeros((4, 3)), r"holds float64 \[4, 3\], needs numbers \[rows, 2\]"),
         (np.zeros(4), r"holds float64 \[4\]"),
         (np.array([["a", "b"]]), "holds <U1"),
-        (np.array([[1, None]], object), r"is no \.npy file of numbers"),
+        (np.array([[1, None]], object), r"is not a \.npy file of numbers"),
         (np.zeros((4, 2), complex), "holds complex128"),
     ):
         np.save(tmp_path / "new.npy", other, allow_pickle=True)
@@ -197,7 +197,7 @@ def test_a_matrix_that_was_replaced_is_read_again(tmp_path: Path) -> None:
             vectors_of(path)
     for content in (b"", b"\x93NUMPY", path.read_bytes()[:-40]):
         path.write_bytes(content)
-        with pytest.raises(DataError, match=r"near\.npy is no \.npy file"):
+        with pytest.raises(DataError, match=r"near\.npy is not a \.npy file"):
             vectors_of(path)
     path.unlink()
     with pytest.raises(DataError, match=r"near\.npy cannot be read: No such file"):
