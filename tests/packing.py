@@ -1,4 +1,4 @@
-"""What stands for the kernel that attends within packed rows, where there is none."""
+"""A reference implementation of the attention kernel for packed rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def within_rows(
     scale: float,
     causal: bool = False,
 ) -> Tensor:
-    """What flash_attention does, row by row."""
+    """Same as flash_attention, row by row."""
     assert (
         max(query_bounds.offsets.diff()) <= query_bounds.longest
         and max(key_bounds.offsets.diff()) <= key_bounds.longest

@@ -1,4 +1,4 @@
-"""A small dataset of pairs of documents of one domain: words that stand next to each other in a circle."""
+"""A small dataset of pairs of documents of one domain: adjacent words on a circle."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from bigdssm.ingest.pairs import PairTables, make_pairs
 from tests.conftest import WORDS
 
 CIRCLE = 60
-NUM_DOCS = CIRCLE + 1  # the last is a query alone
+NUM_DOCS = CIRCLE + 1  # the last one is only a query
 FEATURES = ("text", "kind", "size")
 
 
 def document(number: int, side: str) -> dict[str, Any]:
-    """Return a document's columns on a side."""
+    """Return a document's columns for one side."""
     words = [WORDS[(number * step + step) % len(WORDS)] for step in (1, 3, 7)]
     values = (" ".join(words), f"k{number % 4}", number * 3)
     return {f"{side}_key": f"d{number}", **{f"{side}_{name}": v for name, v in zip(FEATURES, values, strict=True)}}
 
 
 def write_dataset(folder: Path, model: dict[str, Any] | None = None) -> Path:
-    """Make the dataset in `folder`, one shared tower being configured; return the config's path."""
+    """Build the dataset in `folder` with one shared tower; return the config's path."""
     pairs = [(number, (number + step) % CIRCLE) for number in range(CIRCLE) for step in (1, 2, 5, 11)]
     pairs += [(CIRCLE, number) for number in range(3)]
     rows = [document(a, "a") | document(b, "b") for a, b in pairs]

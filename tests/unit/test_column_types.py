@@ -1,4 +1,4 @@
-"""Source columns of every Arrow type as ids, categories, numbers, times and lists: exact, or refused in a sentence."""
+"""Source columns of every Arrow type as ids, categories, numbers, times and lists: exact, or rejected."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def check_of(column: Any) -> tuple[RowCheck, list[str]]:
 def test_the_text_of_a_value(column: Any, expected: list[str]) -> None:
     check, said = check_of(column)
     assert strings(check, "c").to_pylist() == expected and not said
-    for place, text in enumerate(expected):  # of each alone, too
+    for place, text in enumerate(expected):  # also one by one
         assert strings(check_of(check.column("c").slice(place, 1))[0], "c").to_pylist() == [text]
 
 

@@ -1,4 +1,4 @@
-"""The config: what is refused, and with which words."""
+"""Configs: invalid ones and their messages."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_popular_documents_of_a_batch_are_corrected_where_queries_have_histories
 
 
 def header_overrides(file: Path) -> list[list[str]]:
-    """Return the override lines of a config's header: `#   key=value key=value …`, continued behind a backslash."""
+    """Return the override lines of a config's header: `#   key=value key=value …`, continued after a backslash."""
     header = file.read_text().split("\n\n")[0].replace("\\\n#", "")
     lines = [shlex.split(line[4:]) for line in header.splitlines() if line.startswith("#   ")]
     return [words for words in lines if all(re.match(r"[a-z_.]+=", word) for word in words)]

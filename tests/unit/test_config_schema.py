@@ -1,4 +1,4 @@
-"""The JSON Schema of configs: the committed file is the current one, and it refuses as the loader does."""
+"""The JSON Schema of configs: the committed file is current, and rejects the same configs as the loader."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def validator() -> Draft202012Validator:
 
 @dataclass(frozen=True)
 class Commented:
-    """Where a comment may stand."""
+    """A dataclass with comments in all possible positions."""
 
     plain: int = 0
     behind: int = bounded(1, 0, below=9)  # said behind
@@ -57,7 +57,7 @@ def test_a_comment_belongs_to_its_field() -> None:
 
 
 def test_the_committed_schema_is_that_of_the_source() -> None:
-    printed = subprocess.run(  # in a process of its own: other tests register components
+    printed = subprocess.run(  # in a separate process: other tests register components
         [sys.executable, "-m", "bigdssm.commands", "config", "--schema"], capture_output=True, text=True, check=True
     ).stdout
     assert SCHEMA.read_text("utf-8") == printed, f"run bigdssm config --schema > configs/{SCHEMA.name}"
@@ -136,7 +136,7 @@ def test_folders_must_be_given(validator: Draft202012Validator) -> None:
 
 
 def changed(override: str) -> Any:
-    """Return the example with an override, its interpolations as they stand."""
+    """Return the example with an override, without resolving interpolations."""
     return OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(EXAMPLE), changes_of([override])))
 
 

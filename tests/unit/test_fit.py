@@ -1,4 +1,4 @@
-"""Vocabularies, normalisation and the tokenizer are a function of the data, and grow only at their end."""
+"""Vocabularies, normalisation and the tokenizer are a function of the data; vocabularies are append-only."""
 
 import sys
 import tracemalloc
@@ -103,7 +103,7 @@ def test_the_trained_tokenizer_is_bert_like_and_loads_through_auto_tokenizer(tmp
 
 @pytest.mark.parametrize("vocab_size", [85, 150])
 def test_the_same_texts_give_the_same_ids_every_time(vocab_size: int) -> None:
-    """The trainer's hash maps are seeded anew each time, in one process too."""
+    """The trainer's hash maps have a new seed each time, also within one process."""
     assert len({train_wordpiece(lambda: TEXTS, vocab_size, True).to_str() for _ in range(6)}) == 1
 
 

@@ -1,4 +1,4 @@
-"""Configs drawn at random: what the checks let pass builds a model and trains two steps, all else ends in exit code 2.
+"""Random configs: a valid one builds a model and trains two steps, an invalid one ends with exit code 2.
 
 The whole of launch/pretrain.py and launch/sft.py runs, DeepSpeed's engine included, hundreds of times in one process.
 """
@@ -44,11 +44,11 @@ from bigdssm.utils.bounds import BOUND, Bound
 from tests.conftest import WORDS, pick, write_config
 
 EXAMPLES = 200
-MOST_WEIGHTS, MOST_ROWS, MOST_BYTES = 300_000, 256, 1 << 24  # beyond them a config is only checked
+MOST_WEIGHTS, MOST_ROWS, MOST_BYTES = 300_000, 256, 1 << 24  # above these limits a config is only validated
 TEXT = {"type": "text", "max_tokens": 6}
 HISTORY = {"type": "history", "of": "item", "max_items": 5}
 ITEM = {"type": "categorical", "column": "item_id"}
-# The features of each dataset: (query, doc); those with a history are made of interactions, the others of pairs.
+# Features by dataset: (query, doc); datasets with a history are built from interactions, the others from pairs.
 DATASETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "everything": (
         {"history": HISTORY, "about": TEXT, "age": {"type": "numeric"}, "type": {"type": "categorical"}},
@@ -74,7 +74,7 @@ WILD = [
     "true", "many", "''", "'8'", "0x10", "1e3", "1_000", "[]", "[0]", "[4]", "[8, 4]", "[-1]", "[.nan]", "{}", "{a: 1}",
     "${run.seed}", "???", "!!binary x", '"\\0"', "é", "[[1]]", "item", "history", "title",
 ]  # fmt: skip
-TOGETHER = [  # values that are refused, or do nothing, without others
+TOGETHER = [  # values that are invalid or have no effect without others
     ["STAGE.loss.name=softmax", "STAGE.negatives.hard=2", "STAGE.negatives.mining={first: 0, last: 4}"],
     ["STAGE={loss: {name: pair_ce}, negatives: {in_batch: false, hard: 2, mining: {first: 1, last: 9}}}"],
     ["STAGE={loss: {name: triplet}, negatives: {in_batch: false, hard: 1, mining: {first: 1, last: 3}}}",
@@ -147,7 +147,7 @@ def override(rng: random.Random) -> str:
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return the config of each dataset."""
+    """Return the config by dataset."""
     root, configs = tmp_path_factory.mktemp("fuzzed"), {}
     titles = [f"{WORDS[i]} {WORDS[i + 3]}" for i in range(24)]
     items = [f"i{i},{titles[i]},{'|'.join('abcd'[: i % 4])},{i * i if i % 5 else ''}" for i in range(24)]
@@ -223,14 +223,14 @@ def test_what_is_valid_trains_and_all_else_is_refused(datasets: dict[str, Path],
             dataset = check_stage(config, "pretrain", 1)
             small = is_small(config, config.stage(stage), dataset)  # type: ignore[arg-type]
         except BigDSSMError:
-            small = True  # the command says the same
+            small = True  # the command reports the same
         if not small:
             return "too large to be tried"
         code, said = launch("pretrain", config_file, overrides)
         if code == 0 and stage == "sft":
             code, said = launch("sft", config_file, overrides)
         shutil.rmtree(run, ignore_errors=True)
-        assert code in (0, 2, 3), (name, stage, drawn, code, said)  # 3: a partition or file that is not there
+        assert code in (0, 2, 3), (name, stage, drawn, code, said)  # 3: a missing partition or file
         assert code == 0 or said.splitlines()[-1].startswith("error: "), said
         return f"exit code {code}"
 

@@ -1,4 +1,4 @@
-"""Rows as programs give them: pandas, NumPy, Arrow, polars and Python values, read exactly or refused in a sentence."""
+"""Rows from programs: pandas, NumPy, Arrow, polars and Python values are read exactly or rejected with a message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Histories: many queries from one pass, what each of them sees, and every block and kind of positions alike."""
+"""Histories: many queries per pass, causality, for all blocks and kinds of positions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DOC = {"item": Categorical(vocabulary=Vocabulary.of(map(str, range(NUM_ITEMS - 2
 ROWS = torch.tensor([[2, 3, 4, 5, 6, 7, 8], [9, 2, 9, 1, 0, 0, 0], [0] * 7, [5, 5, 5, 5, 5, 0, 0]])
 LENGTHS = [7, 4, 0, 5]
 
-MANY = [  # every block with all positions under which one pass gives many queries
+MANY = [  # every block with all positions that support many queries per pass
     *((block, positions) for block in ("sasrec", "gated") for positions in ("absolute", "relative", "rotary")),
     ("hstu", "relative"),
 ]
@@ -45,7 +45,7 @@ every_many = pytest.mark.parametrize(("block", "positions"), MANY)
 
 
 def model(block: Any, positions: Any, layers: int = 2, dropout: float = 0.0, **history: Any) -> DualEncoder:
-    """A model in which every parameter matters."""
+    """A model in which every parameter affects the output."""
     given = {"positions": positions, "layers": layers, "dropout": dropout, "item_dropout": dropout, **history}
     encoder = HISTORY_BLOCKS.read("model.query.history", {"block": block, **given})
     config = ModelConfig(
@@ -65,7 +65,7 @@ def query(rows: Tensor) -> dict[str, Tensor]:
 
 
 def all_query_positions(seed: int = 0) -> QueryPositions:
-    """Every place of every row, in no order."""
+    """Every position of every row, shuffled."""
     pairs = [(row, seen) for row, length in enumerate(LENGTHS) for seen in range(length + 1)]
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
     row, seen = torch.tensor(pairs)[order].T
@@ -114,8 +114,10 @@ def test_a_query_knows_nothing_that_comes_later(block: str, positions: str) -> N
         changed[0, j] = 11
         after = made(query(changed), query_positions=query_positions).U
         blind = (query_positions.row != 0) | (query_positions.prefix_length <= j)
-        assert torch.equal(after[blind], before[blind]), f"item {j} is known before it happened"
-        assert (after[~blind] - before[~blind]).abs().amax(dim=1).min() > 1e-5, f"item {j} is not known after"
+        assert torch.equal(after[blind], before[blind]), f"item {j} affects earlier queries"
+        assert (after[~blind] - before[~blind]).abs().amax(dim=1).min() > 1e-5, (
+            f"item {j} does not affect later queries"
+        )
 
 
 @every
@@ -132,7 +134,7 @@ def test_padding_changes_nothing(block: str, positions: str) -> None:
 
 @every
 def test_positions_say_in_which_order_items_came(block: str, positions: str) -> None:
-    """To one layer, which without them would know the newest item from the others and no more."""
+    """With one layer, which without positions would only distinguish the newest item."""
     rows = torch.tensor([[2, 3, 4, 5], [3, 2, 4, 5], [2, 4, 3, 5]])
     vectors = model(block, positions, layers=1)({"history": rows, "age": torch.full((3,), 30.0)}).U
     assert torch.pdist(vectors).min() > 1e-4
@@ -150,7 +152,7 @@ def test_places_come_in_any_order_and_rows_may_have_none(block: str, positions: 
         ).U,
         vectors[order],
     )
-    some = (query_positions.row == 1) | (query_positions.row == 3)  # nothing of rows 0 and 2
+    some = (query_positions.row == 1) | (query_positions.row == 3)  # no queries of rows 0 and 2
     torch.testing.assert_close(
         made(
             query(ROWS), query_positions=QueryPositions(query_positions.row[some], query_positions.prefix_length[some])
@@ -161,7 +163,7 @@ def test_places_come_in_any_order_and_rows_may_have_none(block: str, positions: 
     torch.testing.assert_close(*made(query(ROWS), query_positions=twice).U)
     nothing = made(query(ROWS), query_positions=QueryPositions(*torch.zeros(2, 0, dtype=torch.int64)))
     assert nothing.U.shape == (0, 6)
-    found = gradients(made, nothing.U)  # there, and zero: ZeRO wants a gradient of every parameter
+    found = gradients(made, nothing.U)  # zero, but not None: ZeRO requires a gradient of every parameter
     own = {name for name, _ in made.named_parameters() if name.startswith(("query_tower", "tables"))}
     assert own <= found.keys() and all(gradient.count_nonzero() == 0 for gradient in found.values())
 
@@ -200,7 +202,7 @@ def test_gradients_are_those_of_finite_differences(block: str, positions: str) -
 
 @pytest.mark.parametrize(("block", "positions"), [("sasrec", "rotary"), ("gated", "relative"), ("hstu", "relative")])
 def test_eight_layers_train(block: str, positions: str) -> None:
-    """The next item of a sequence is the one before its last: to be found by its place."""
+    """The next item equals the second newest one, so that the task requires positions."""
     made = model(block, positions, layers=8)
     generator = torch.Generator().manual_seed(1)
     rows = torch.randint(2, NUM_ITEMS, (24, MAX_ITEMS), generator=generator)
@@ -252,7 +254,7 @@ def test_plain_attention_is_for_training_alone(monkeypatch: pytest.MonkeyPatch) 
 
 @every
 def test_activations_that_are_computed_again_are_the_same(block: str, positions: str) -> None:
-    """With dropout, whose masks have to be replayed."""
+    """With dropout, whose masks must be replayed."""
     found = []
     for again in (False, True):
         made = model(block, positions, dropout=0.3)

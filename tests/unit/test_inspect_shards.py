@@ -1,4 +1,4 @@
-"""The inspection shows what the model gets, and no damage passes --verify unnamed."""
+"""The inspection shows the model's inputs, and --verify reports all damage."""
 
 import importlib.util
 import json
@@ -73,7 +73,7 @@ def test_every_figure_is_the_one_of_the_rows(tmp_path: Path, capsys: Any) -> Non
     assert lengths.histogram == (2, 4, 3, 2) and sum(lengths.histogram) == 11
     assert inspect_main([str(tmp_path / "data"), "--rows", "0"]) == 0
     line = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ query.tags")][-1]
-    assert line.split("│")[-2].strip() == "▆█▆▄"  # 3, 4, 3 and 2 rows, the one of day2 among them
+    assert line.split("│")[-2].strip() == "▆█▆▄"  # 3, 4, 3 and 2 rows, including day2's
     row = sample_rows(Dataset.open(tmp_path / "data"), count=12)[-1]
     assert (row["query.tags"], row["query.n"], row["doc.kind"]) == ([], 50, "new")
     flip(shard, 700)
@@ -105,7 +105,7 @@ def cut(path: Path, place: int) -> None:
 
 
 def place_of_a_word(folder: Path) -> int:
-    """Return where a word piece's letter is, which can be another one and the tokenizer still opens."""
+    """Return the offset of a word piece's letter; with another letter there the tokenizer still loads."""
     return (folder / "tokenizer/tokenizer.json").read_bytes().index(b'"##e"') + 3
 
 

@@ -1,4 +1,4 @@
-"""The rules of the architecture, read off the source: who imports whom, who may touch which library, who prints.
+"""Architecture rules, checked on the source: imports between packages, use of libraries, printing.
 
 `violations` is itself checked on planted sources, so that a rule that catches nothing does not pass for one that holds.
 """
@@ -39,7 +39,7 @@ RESERVED = {
     "deepspeed": ("bigdssm/training/engine.py", "bigdssm/training/portable.py"),
     "webdataset": ("bigdssm/ingest/", "bigdssm/loader/"),
     "torch.distributed": ("bigdssm/distributed.py",),
-    "triton": ("bigdssm/losses/kernels/triton_kernels.py",),  # which only launches on a card import
+    "triton": ("bigdssm/losses/kernels/triton_kernels.py",),  # imported by launches on a GPU only
 }
 
 # Tools that measure this project against those libraries; they train and serve nothing.
@@ -76,7 +76,7 @@ def violations(path: str, source: str) -> list[str]:
     """Return one sentence per broken rule in the `source` of the file `path` (relative to the repository)."""
     found = []
     tree = ast.parse(source, path)
-    if path == "bigdssm/__init__.py":  # what only type checkers follow
+    if path == "bigdssm/__init__.py":  # followed by type checkers only
         tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")]
     own = path.removesuffix(".py").split("/")[1:2] if path.startswith("bigdssm/") else []
     layer = None if own in ([], ["__init__"]) else own[0]
@@ -198,7 +198,7 @@ def test_what_the_rules_allow_passes(path: str, source: str) -> None:
 
 
 def circle(imports: dict[str, set[str]]) -> list[str] | None:
-    """Return modules that import each other in a circle, None where there is none; `imports` by module."""
+    """Return an import cycle, or None; `imports` by module."""
     done: set[str] = set()
 
     def walk(module: str, path: list[str]) -> list[str] | None:
@@ -216,7 +216,7 @@ def circle(imports: dict[str, set[str]]) -> list[str] | None:
 
 
 def imports_of_modules() -> dict[str, set[str]]:
-    """Return which modules of the library and of the tools' packages each of them imports at its top."""
+    """Return the top-level imports by module of the library and the tools' packages."""
     files = {
         file.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): file
         for folder in ("bigdssm", *LABORATORY)

@@ -1,4 +1,4 @@
-"""Texts and histories laid end to end give the vectors and gradients that padded ones give.
+"""Packed texts and histories give the same vectors and gradients as padded ones.
 
 Here attention within rows is a loop over them: the kernel that has it in one launch is CUDA's.
 """
@@ -54,7 +54,7 @@ LISTS = {"query": {"history": 0, "words": PAD, "more": PAD}, "doc": {"title": PA
 
 
 def model(pooling: Any = "mean", dropout: float = 0.0, text_dropout: float = 0.0, **history: Any) -> DualEncoder:
-    """A model in which every parameter matters."""
+    """A model in which every parameter affects the output."""
     text = Bert(hidden=16, pooling=pooling, dropout=text_dropout)
     encoder = HISTORY_BLOCKS.read(
         "", {"block": "sasrec", "layers": 2, "dropout": dropout, "item_dropout": dropout, **history}
@@ -89,7 +89,7 @@ def padded(lengths: list[int], fill: int, first: int) -> Tensor:
 
 
 def sides() -> dict[str, dict[str, Tensor]]:
-    """Rows of all lengths, 0 among them; a text with its padding token as a word within it."""
+    """Rows of all lengths, including 0; one text contains the padding token."""
     words = padded([3, 12, 1, 5, 0, 2], PAD, 5)
     words[1, 4] = PAD
     history = padded([9, 0, 4, 1, 0, 7], 0, 2)
@@ -118,7 +118,7 @@ def vectors(made: DualEncoder, side: str, chunk_tokens: int, query_positions: Qu
         further = {} if chunk.num_rows == 0 else {"query_positions": chunked.query_positions(chunk)}
         encoded = made(**{side: chunked.features(chunk)}, **further)
         parts.append((encoded.U if side == "query" else encoded.W)[: chunk.num_outputs])
-    return chunked.assemble(parts[:-1]) + parts[-1].sum()  # nothing of the dummy
+    return chunked.assemble(parts[:-1]) + parts[-1].sum()  # without the dummy
 
 
 def gradients(made: DualEncoder, of: Tensor) -> dict[str, Tensor]:
@@ -139,7 +139,7 @@ def assert_packed_is_padded(
     if by is not None:
         use_packing(packed, by)
     assert packed.accepts_packed(training=True) != plain.accepts_packed(training=True)
-    if given.get("pooling") == "cls":  # a padded text of nothing has the vector of what pads it
+    if given.get("pooling") == "cls":  # the vector of an empty padded text is that of the padding token
         for made in (plain, packed):
             made.text["query"].register_forward_hook(lambda _, given, out: out * _some(given[0]))  # type: ignore[union-attr]
     expected, found = (
@@ -185,7 +185,7 @@ GROUPED = pytest.mark.parametrize(
 
 @pytest.fixture
 def many_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of 9 items at most, in as many groups as those of hundreds are."""
+    """At most 9 items per row, in as many groups as rows of hundreds."""
     monkeypatch.setattr(plan_module, "ALIKE_CELLS", 0)
 
 
@@ -207,7 +207,7 @@ def test_many_queries_of_histories_in_groups(block: str, positions: str, chunk_t
 
 
 def test_modules_are_called_as_often_packed_as_padded(many_groups: None) -> None:
-    """Under ZeRO-3 every call of a module gathers its weights, on all ranks: whatever the groups of each."""
+    """Under ZeRO-3 every call of a module gathers its weights on all ranks: the calls must not depend on groups."""
 
     def calls(packed: bool) -> list[int]:
         made, found = model(positions="relative", block="gated"), Counter[nn.Module]()
@@ -262,14 +262,14 @@ def test_a_packed_list_is_what_is_filled() -> None:
 
 
 def test_a_plan_counts_what_is_encoded() -> None:
-    """Packed lists have no padding, neither in the budget nor in what is told of a step."""
+    """Packed lists have no padding, neither in the budget nor in a step's report."""
     given, every = lengths("query"), frozenset(LISTS["query"])
     whole = plan_side(given, 6, 0, packed=every)
     plan = plan_side(given, 6, 25, packed=every)
     tokens = sum(int(list_.filled.sum()) for list_ in given.values())
     assert whole.cells == plan.cells == plan.filled == tokens == 62
     assert StepPlan(plan, plan_side({}, 2, 25), whole=False).padding == 0
-    # a text that is empty counts as one, for its chunk does something for it
+    # an empty text counts as one token, since its chunk computes its vector
     assert all(chunk.tokens <= 25 or chunk.num_rows == 1 for chunk in plan.chunks)
     assert len(plan.chunks) < len(plan_side(given, 6, 25).chunks)
     some = plan_side(given, 6, 25, packed=frozenset({"words"}))
@@ -294,7 +294,7 @@ def test_what_can_be_packed() -> None:
 
 @pytest.mark.parametrize("again", [False, True])
 def test_the_kernel_is_given_half_precision_under_autocast(again: bool) -> None:
-    """Also where activations are computed again, which must not attend over all texts as if they were one."""
+    """Recomputed activations must also attend within texts."""
     made, calls = model(positions="rotary", block="gated").train(), []
 
     def spied(
@@ -355,7 +355,7 @@ def by_mask(
 def test_compiled_layers_give_the_same_for_all_lengths_from_a_few_graphs(
     by: Attention | None, history: dict[str, Any]
 ) -> None:
-    """Packed, and padded in a dummy and where no kernel attends; what a backend makes of graphs is torch's matter."""
+    """Packed, and padded in dummies and without a kernel; the backend is not tested."""
     plain, made = model(**history), model(**history)
     never_packed(plain)
     if by is not None:
@@ -370,6 +370,6 @@ def test_compiled_layers_give_the_same_for_all_lengths_from_a_few_graphs(
         ours, theirs = gradients(made, found), gradients(plain, expected)
         for name in theirs:
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-4)
-    # whatever the shapes of chunks; sizes of 1 have graphs of their own
+    # independent of the shapes of chunks; sizes of 1 have separate graphs
     assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12
     assert not torch._dynamo.utils.counters["graph_break"]

@@ -1,4 +1,4 @@
-"""What an installed package registers is known to every command line."""
+"""Components registered by an installed package are available to all commands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def installed(tmp_path: Path) -> dict[str, str]:
-    """Return an environment in which a package is installed whose module registers the type of features `angle`."""
+    """Return an environment with an installed package that registers the feature type `angle`."""
     site = tmp_path / "site"
     (site / "toy-1.0.dist-info").mkdir(parents=True)
     (site / "toy-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")

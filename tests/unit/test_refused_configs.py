@@ -1,4 +1,4 @@
-"""Configs that cannot work, given to the command lines: exit code 2 and one sentence, before any process group."""
+"""Invalid configs on the command line: exit code 2 and one sentence, before any process group."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_what_cannot_be_built_or_written(
 ) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "sealed").mkdir()
-    may = os.access  # whoever is root may write everywhere
+    may = os.access  # root may write everywhere
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "sealed" and may(path, mode))
     overrides = [override.format(tmp=tmp_path) for override in overrides]
     assert_refused(launch("--config", tiny_pairs.config, "--validate", *overrides), words.format(tmp=tmp_path))
@@ -132,7 +132,7 @@ def test_heads_that_do_not_divide_a_historys_items(launch: Launch, tiny_interact
     [
         ({"WORLD_SIZE": "many"}, "RANK= WORLD_SIZE=many: needs a rank from 0 and below the number of ranks"),
         ({"WORLD_SIZE": "0"}, "RANK= WORLD_SIZE=0: needs a rank"),
-        ({"WORLD_SIZE": "2"}, "RANK= WORLD_SIZE=2: needs a rank"),  # each of the two would train alone
+        ({"WORLD_SIZE": "2"}, "RANK= WORLD_SIZE=2: needs a rank"),  # both would train independently
         ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK=5 WORLD_SIZE=2: needs a rank"),
         ({"RANK": "1", "WORLD_SIZE": "2"}, "LOCAL_RANK= MASTER_ADDR= MASTER_PORT= beside RANK=1: needs this rank's"),
         ({"RANK": "0", "LOCAL_RANK": "x", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}, "LOCAL_RANK=x MASTER_ADDR=a"),

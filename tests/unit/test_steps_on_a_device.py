@@ -1,4 +1,4 @@
-"""What a whole step asks of a device and of its ranks, counted on a simulated one: it does not grow with chunks."""
+"""Launches, synchronizations and collectives of a step on a simulated device: bounded per chunk."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from bigdssm.training.step import train_step
 from tests import simgpu
 from tests.distributed.test_gradient_cache import MODEL, SCHEMA, share_of
 
-# launches of a step but for its chunks; of a chunk's forward, forward once more and backward; of `attend` in it
+# launches of a step without its chunks; of a chunk's forward, second forward and backward; of `attend` in it
 FIXED, EACH, ATTEND = 700, 370, 140
 
 
 class DeepSpeed:
-    """What the engine asks of DeepSpeed at ZeRO stage 0, of which the loss, the towers and the norm are counted."""
+    """The calls of the engine to DeepSpeed at ZeRO stage 0; the loss, the towers and the norm are counted."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -54,13 +54,13 @@ class DeepSpeed:
 
 @dataclass(frozen=True)
 class Case:
-    """A way through the towers: how histories and texts are laid out, and where log q comes from."""
+    """A code path of the towers: layout of histories and texts, and the source of log q."""
 
     block: str = "sasrec"
     positions: str = "age"
     frequency: str = "counts"
-    kernel: bool = False  # one attends within rows that are packed, texts too
-    many: bool = False  # queries of a row
+    kernel: bool = False  # a kernel for packed rows, including texts
+    many: bool = False  # queries per row
 
 
 CASES = [
@@ -80,7 +80,7 @@ def attend(
     scale: float,
     causal: bool = False,
 ) -> Tensor:
-    """What the kernel does that attends within packed rows, reading nothing."""
+    """Same as the kernel for packed rows, without reading the device."""
     (row_A, place_A), (row_B, place_B) = _rows(query_bounds, len(q)), _rows(key_bounds, len(k))
     sees = row_A[:, None] == row_B
     if causal:
@@ -108,7 +108,7 @@ def new_engine(case: Case) -> Engine:
 
 
 def batch_of(case: Case) -> Batch:
-    """Return 24 queries, of as many rows or two of each of 12."""
+    """Return 24 queries, one per row or two per row."""
     batch = share_of(0, 1, 0)
     if not case.many:
         return batch
@@ -126,7 +126,7 @@ def batch_of(case: Case) -> Batch:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_what_a_step_asks_for(case: Case) -> None:
-    """Whole and with a gradient cache, of few chunks and of many."""
+    """Without and with a gradient cache, with few and many chunks."""
     engine, host = new_engine(case), batch_of(case)
     objective = Objective(
         StageConfig(sampling=Corrected(frequency=case.frequency)),  # type: ignore[arg-type]
@@ -149,7 +149,7 @@ def test_what_a_step_asks_for(case: Case) -> None:
             result = train_step(engine, on_device(host, simgpu.PLACE), plan, objective, 1.0)
             assert result.applied and result.gradient_norm > 0
             assert not device.mixed and not device.uploads
-            # the loss, the gather, the norm; of the estimate, how many documents each rank has
+            # the loss, the gather, the norm; for the estimate, the number of documents per rank
             assert sum(device.waits.values()) <= 3 + 1 + 1 + streaming <= 8, device.waits
             waits.append(device.waits)
             assert device.launches <= FIXED + pieces * (EACH + ATTEND * case.kernel), device.operations

@@ -1,4 +1,4 @@
-"""Where the time goes: spans in spans, the table, and the operations of the towers' matrix products."""
+"""Timing: nested spans, the table, and the operations of the towers' matrix products."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_span_counts_what_the_spans_in_it_do_not() -> None:
 
 
 def test_on_a_device_the_clock_is_its_stream_s_and_no_span_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host runs ahead of a device that works 0.3 s on what took no time to start."""
+    """The host runs ahead of a device that works 0.3 s on an asynchronous launch."""
     stream_s, waits = 100.0, 0
 
     class Event:
@@ -67,14 +67,14 @@ def test_on_a_device_the_clock_is_its_stream_s_and_no_span_waits_for_it(monkeypa
         with timing.span("communication"):
             stream_s += 0.1
     with timing.span("data wait"):
-        time.sleep(0.02)  # while the device still works
+        time.sleep(0.02)  # while the device is still busy
     assert waits == 0
     assert timing.taken() == pytest.approx({"encode": 0.3, "encode/communication": 0.1, "data wait": 0.0})
     assert waits == 1
     for _ in range(5000):
         with timing.span("much"):
             stream_s += 0.001
-    assert waits == 2  # what is unread has a bound
+    assert waits == 2  # the number of unread events is bounded
     assert timing.taken() == pytest.approx({"much": 5.0})
     monkeypatch.undo()
     timing.taken()
@@ -94,7 +94,7 @@ def test_the_table_adds_up() -> None:
 @pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize(("block", "positions"), [("sasrec", "absolute"), ("gated", "rotary"), ("hstu", "relative")])
 def test_operations_by_formula_are_those_that_torch_counts(block: Any, positions: Any, many: bool) -> None:
-    """With rows of one length, so that nothing is padding; each row one query, or many."""
+    """Rows of one length, without padding; one query per row, or many."""
     schema = Schema(
         {"history": History(of="item", max_items=6).with_name("history")},
         {

@@ -1,4 +1,4 @@
-"""A text's token ids are those that the library gives, however they are come by."""
+"""Token ids equal those of the tokenizers library on all code paths."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def bert_with(*added: AddedToken) -> Callable[[Path], None]:
 
 
 def bytes_with_blanks(folder: Path) -> None:
-    """Tokens begin with the blanks before them."""
+    """Tokens start with the preceding spaces."""
     folder.mkdir()
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.NFC(), pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,4 +1,4 @@
-"""Vocabularies: look-ups agree with a dictionary, however the values are cut into files, which are mapped, not read."""
+"""Vocabularies: look-ups equal a dictionary's for any split into files, which are memory-mapped."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FILE = "doc.kind.000000.arrow"
 
 
 def in_parts(values: list[str], *ends: int) -> Vocabulary:
-    """Return a vocabulary in memory, a part up to each end."""
+    """Return a vocabulary in memory with a part up to each end."""
     found = Vocabulary()
     for first, end in zip((0, *ends), (*ends, len(values)), strict=True):
         found = found.grown(pa.array(values[first:end], pa.large_string()))

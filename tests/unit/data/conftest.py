@@ -1,4 +1,4 @@
-"""Writes tiny datasets by hand, so that what is read is checked against the format and not against our writer."""
+"""Writes tiny datasets by hand, so that reading is tested against the format and not against our writer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WORDS = ["[PAD]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(50))]
 
 @dataclass
 class Writer:
-    """Makes a dataset folder; fields say what kind, and what to spoil is up to the test."""
+    """Writes a dataset folder of a given kind; tests damage it."""
 
     dir: Path
     rows: int = 1000
@@ -203,7 +203,7 @@ def checksum(path: Path) -> str:
 
 
 class Tools:
-    """What tests need beside the Writer (this file cannot be imported by name)."""
+    """Helpers for tests, in addition to the Writer (this file cannot be imported by name)."""
 
     NUM_DOCS = NUM_DOCS
     Writer = Writer

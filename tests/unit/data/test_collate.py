@@ -1,4 +1,4 @@
-"""Batches: distinct documents once, positives first, every value where it belongs."""
+"""Batches: one column per distinct document, positives first, all values correct."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damage is named, counted and left out; the number of steps stays; past the limit the stream stops."""
+"""Damaged rows are reported, counted and skipped; steps do not change; above the limit the stream stops."""
 
 from __future__ import annotations
 
@@ -106,13 +106,13 @@ def test_damaged_files_cost_their_blocks_and_nothing_else(
     spoil(copy)
     rows, lines, stream = read(copy, tmp_path, num_workers=num_workers)
     assert len(rows) == STEPS
-    assert all((part.position == part.row_ids % 30).all() for part in rows)  # the others keep their own values
+    assert all((part.position == part.row_ids % 30).all() for part in rows)  # the others are unchanged
     assert missing(rows) == [row for block in blocks for row in range(64 * block, 64 * block + 64)]
     assert sorted({(line["block"], line["row"]) for line in lines}) == [(block, None) for block in blocks]
     assert len(lines) == len(blocks)
     assert all(line["shard"] == str(copy / FIRST_SHARD) and reason in line["reason"] for line in lines)
     assert stream.rows_read == STEPS * ROWS_GLOBAL
-    assert 64 * len(blocks) <= stream.rows_bad < 64 * len(blocks) + 64  # step 21 reaches into the second epoch
+    assert 64 * len(blocks) <= stream.rows_bad < 64 * len(blocks) + 64  # step 21 includes rows of the second epoch
 
 
 def test_a_run_that_goes_on_names_no_block_twice(copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -120,7 +120,7 @@ def test_a_run_that_goes_on_names_no_block_twice(copy: Path, tmp_path: Path, cap
     _, first, _ = read(copy, tmp_path)
     quarantine = tmp_path / "run" / "quarantine.jsonl"
     lines = quarantine.read_bytes().splitlines(keepends=True)
-    quarantine.write_bytes(b"".join(lines[:-1]) + lines[-1][:30])  # killed while it wrote the third
+    quarantine.write_bytes(b"".join(lines[:-1]) + lines[-1][:30])  # killed while writing the third
     caplog.clear()
     _, again, _ = read(copy, tmp_path, start_step=5)
     assert len(first) == 3 and again == first
@@ -135,7 +135,7 @@ def test_a_flipped_header_byte_costs_nothing(copy: Path, tmp_path: Path) -> None
 
 
 def put_block(folder: Path, tools, content: bytes, rows: int = 64) -> None:
-    """Replace block 0 by other bytes, with an index that vouches for them."""
+    """Replace block 0 by other bytes, and update the index."""
     shard = folder / "partitions/all/evil.tar"
     shard.write_bytes(bytes(512) + content)
     path = folder / "partitions/all/train.index.arrow"
@@ -246,7 +246,7 @@ def test_a_block_that_would_fill_the_memory_is_refused_before_it_is_decoded(
 
 
 def test_a_block_of_raw_text_that_is_not_utf8_is_refused(tools) -> None:
-    """Nothing that is tokenised while it is read may be anything but UTF-8; make_shards never writes other text."""
+    """Texts that are tokenised while reading must be UTF-8; make_shards never writes others."""
     words = {"words": Text(max_tokens=6).with_name("words")}
     layout = BlockLayout.of(Schema(words, {}), num_docs=(1,), vocab_size=9, sequences=(), raw_text=True)
     for text, good in ((b"na\xc3\xafve", True), (b"na\xefve", False)):
@@ -265,7 +265,7 @@ def test_a_block_of_raw_text_that_is_not_utf8_is_refused(tools) -> None:
 
 @pytest.mark.parametrize("position", range(0, 1200, 7))
 def test_no_flipped_byte_of_a_block_crashes_the_reader(position: int, tools, tmp_path: Path) -> None:
-    """Even where index and checksum vouch for it: offsets and lengths are validated before they are used."""
+    """Offsets and lengths are validated before use, even if index and checksum match."""
     content = bytearray(tools.block_bytes(tools.Writer(tmp_path).columns(0, 64, 0), compression=None))
     content[position % len(content)] ^= 0xFF
     folder = tools.Writer(tmp_path / "data").write()
@@ -301,7 +301,7 @@ def test_past_the_limit_the_stream_stops(copy: Path, tmp_path: Path) -> None:
         list(islice(stream, 25))
         stream.check()  # as before a checkpoint
     assert stream.rows_bad == 64
-    for start_step in (0, 10):  # 10: the first rows met are the end of one epoch and the beginning of another
+    for start_step in (0, 10):  # 10: the first rows are the end of one epoch and the start of the next
         stream = PairStream(copy, max_bad_fraction=0.065, start_step=start_step, **arguments)
         assert len(list(islice(stream, 200))) == 200
 
@@ -311,7 +311,7 @@ def test_a_bad_row_early_in_a_good_dataset_does_not_stop_it(tools, tmp_path: Pat
     folder = writer.write()
     put_block(folder, tools, tools.block_bytes(spoil(writer.columns(0, 64, 0), "end", 17, -1)))
     stream = PairStream(folder, rows_global=8, lanes=8, max_bad_fraction=0.001)
-    assert len(list(islice(stream, 300))) == 300  # 1 of 1,000, although at times 1 of fewer rows met
+    assert len(list(islice(stream, 300))) == 300  # 1 of 1,000, although temporarily 1 of fewer rows
 
 
 def test_iterate_warns_of_what_it_leaves_out(copy: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""Opening a dataset, iterating over a split in order, and what is said about a dataset that is not one."""
+"""Opening a dataset, iterating over a split in order, and the messages for invalid datasets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What make_shards writes is what the stream reads; a dataset grows by partitions and leaves the old ones alone."""
+"""The stream reads the rows that make_shards wrote; new partitions do not change existing ones."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def epoch(dataset: Dataset) -> np.ndarray:
-    """Return the lines of the source in the order in which an epoch gives them."""
+    """Return the lines of the source in the order of an epoch."""
     stream = PairStream(dataset, rows_global=100, lanes=4)
     parts = [np.asarray(next(stream).query["line"]) for _ in range(stream.steps_per_epoch)]
     return np.concatenate(parts).astype(np.int64)
@@ -166,7 +166,7 @@ def test_old_partitions_must_still_be_there_unchanged(grown: tuple[Path, dict[st
 
 def test_neighbours_of_the_source_are_far_apart(grown: tuple[Path, dict[str, str]]) -> None:
     lines = epoch(Dataset.open(grown[0], ["day1"]))
-    assert np.abs(np.diff(lines)).mean() >= 0.3 * ROWS  # given one after the other: far apart in the source
+    assert np.abs(np.diff(lines)).mean() >= 0.3 * ROWS  # consecutive rows: far apart in the source
     place = np.empty(ROWS, np.int64)
     place[lines] = np.arange(ROWS)
-    assert np.abs(np.diff(place)).mean() >= 0.3 * ROWS  # neighbours in the source: given far apart
+    assert np.abs(np.diff(place)).mean() >= 0.3 * ROWS  # neighbours in the source: far apart in the epoch

@@ -1,4 +1,4 @@
-"""Batches made in loader processes: the same to the bit whatever their number, and none of it left to the trainer."""
+"""Batches of loader processes: bit-identical for any number of processes, and built entirely there."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory: pytest.TempPathFactory, tools: Any) -> Dataset:
-    """Sequences whose rows give up to three queries."""
+    """Sequences with up to three queries per row."""
     return Dataset.open(tools.Writer(tmp_path_factory.mktemp("pieces") / "data", targets_per_row=3).write())
 
 
@@ -79,21 +79,21 @@ def batches(
 def test_batches_are_the_same_to_the_bit_on_any_number_of_loader_processes(
     kind: str, num_workers: int, request: pytest.FixtureRequest
 ) -> None:
-    """From the beginning, and where a run goes on in the middle of an epoch."""
+    """From the beginning, and after a resume within an epoch."""
     dataset = request.getfixturevalue(kind)
     here = [list(values(batch)) for batch in batches(dataset, 0, 21)]
     assert len({str(batch) for batch in here}) == 21
     for start in (0, 8):
         there = [list(values(batch)) for batch in batches(dataset, num_workers, 21 - start, start)]
         assert there == here[start:]
-    for rank in (0, 1):  # of which each has three lanes
+    for rank in (0, 1):  # with three lanes each
         one, other = (list(batches(dataset, number, 5, 3, rank, 2)) for number in (0, num_workers))
         assert all(len(batch.row_ids) == ROWS_GLOBAL // 2 for batch in one)
         assert [list(values(batch)) for batch in one] == [list(values(batch)) for batch in other]
 
 
 def where(rows: Rows) -> tuple[int, int]:
-    """Return the step and the process that makes it."""
+    """Return the step and the process that builds it."""
     return rows.step, os.getpid()
 
 
@@ -108,7 +108,7 @@ def test_every_loader_process_makes_its_share_of_the_steps(pieces: Dataset, num_
 
 @pytest.mark.parametrize("num_workers", [0, 3])
 def test_no_batch_is_made_behind_the_last_that_is_asked_for(pieces: Dataset, num_workers: int) -> None:
-    """Later ones are made with other windows: rows behind these steps are not mined."""
+    """Later steps have other mining windows: their rows have no hard negatives yet."""
     stream = PairStream(pieces, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=num_workers)
     keys = np.unique(np.concatenate([rows.query_keys for rows in islice(stream, 5)]))
     stream.close()
@@ -124,14 +124,14 @@ def test_no_batch_is_made_behind_the_last_that_is_asked_for(pieces: Dataset, num
     make.hard_negatives = first
     assert [len(batch.row_ids) for batch in read_batches(again, make, CPU, 1)] == [
         0
-    ]  # a rank that cannot: the others are told
+    ]  # a rank that failed: the others receive the error
     assert again.report().failed
     with pytest.raises(DataError, match=r"has no negatives for row .*mine again"):
         again.check()
 
 
 def failing_at_7(rows: Rows) -> int:
-    """Fail at a step that has rows, as negatives that were not mined do."""
+    """Fail at a step with rows, as missing hard negatives do."""
     if rows.step == 7 and len(rows):
         raise DataError("planted")
     return len(rows)
@@ -151,7 +151,7 @@ def test_what_cannot_be_made_stops_the_rank_at_its_step(pieces: Dataset, num_wor
 def test_lanes_that_one_process_cannot_read_stop_the_rank_at_that_step(
     pieces: Dataset, num_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever process gives the step: it has been sent why there is no part."""
+    """For any process of the step: the error is sent in place of the part."""
     from bigdssm.loader import lanes
 
     whole = lanes.LaneReader.part
@@ -170,7 +170,7 @@ def test_lanes_that_one_process_cannot_read_stop_the_rank_at_that_step(
 
 
 def test_a_batch_travels_as_one_tensor(pieces: Dataset) -> None:
-    """A file of shared memory each would be 20 a batch."""
+    """With one file of shared memory per tensor there would be 20 per batch."""
     (batch,) = batches(pieces, 0, 1)
     back = pickle.loads(pickle.dumps(batch))
     assert list(values(back)) == list(values(batch))
@@ -183,7 +183,7 @@ def test_a_batch_travels_as_one_tensor(pieces: Dataset) -> None:
 def test_loader_processes_that_wait_for_each_other_end_at_once(
     pieces: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not when torch's patience with each of them is over, which here is a minute."""
+    """And not after torch's timeout per process, which is a minute here."""
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 60)
     stream = PairStream(pieces, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=3)
     before = time.monotonic()

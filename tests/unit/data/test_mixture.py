@@ -1,4 +1,4 @@
-"""Several sources in one stream: shares as the weights say, every contract of a single source kept."""
+"""Several sources in one stream: exact shares by weight, and all guarantees of a single source."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 @st.composite
 def mixtures(draw: st.DrawFn) -> Callable[[], MixedOrder]:
-    """Return a function that makes the same mixture again."""
+    """Return a function that opens the mixture again."""
     lanes, per_lane = draw(st.integers(1, 8)), draw(st.integers(1, 5))
     weights = draw(st.lists(st.floats(0.01, 1), min_size=1, max_size=4))
     blocks = [draw(st.lists(st.integers(1, 20), min_size=lanes, max_size=20)) for _ in weights]
@@ -93,7 +93,7 @@ def test_a_step_does_not_depend_on_those_before_nor_on_who_asks(
 
 
 def test_the_order_of_a_mixture_never_changes() -> None:
-    """A release that changes this hash makes every resumed run see other rows than it would have seen."""
+    """A release that changes this hash changes the rows of every resumed run."""
     sizes = [np.array([100 + 37 * i % 61 for i in range(n)], np.int32) for n in (53, 20)]
     orders = [Order(rows, rows_global=96, lanes=8, seed=i, window_blocks=3) for i, rows in enumerate(sizes)]
     digest = xxhash.xxh3_64()
@@ -193,7 +193,7 @@ def test_a_changed_mixture_is_refused_by_name(days: Path) -> None:
             changed.check_state(state)
     with pytest.raises(DataError, match="mixture was None, is"):
         stream(*WEIGHTED).check_state(PairStream(days, **NUMBERS).state())
-    # a new partition in it begins a new part, with the old ones unchanged
+    # a new partition in it starts a new segment; the old ones must be unchanged
     before = PairStream(Dataset.open(days, ["day0", "day1"]), **NUMBERS).state()
     assert stream(*WEIGHTED).check_state(before) is False
     with pytest.raises(DataError, match="partition day0 has changed"):
@@ -207,7 +207,7 @@ def test_a_changed_mixture_is_refused_by_name(days: Path) -> None:
 
 @pytest.mark.parametrize("batches", ["mixed", "one_source"])
 def test_memory_is_bounded_by_lanes_window_and_sources(tmp_path: Path, tools, batches: str) -> None:
-    """One window a lane and source, and one more while it is loaded: not by the partitions, nor by how long it runs."""
+    """One window per lane and source, and one more during loading; independent of partitions and duration."""
     lanes, window, rows_per_block, num_sources = 4, 3, 100, 3
     writer = tools.Writer(tmp_path / "data", rows=12_000, rows_per_block=rows_per_block, interactions=False, text=True)
     writer.write("a", "b", "c")
@@ -221,7 +221,7 @@ def test_memory_is_bounded_by_lanes_window_and_sources(tmp_path: Path, tools, ba
         most = max(most, pa.total_allocated_bytes() - before)
         assert len(rows) == 64
     held = lanes * num_sources * window_bytes
-    assert held / 2 < most < held + 2 * window_bytes, (most, held)  # the one being loaded, and its copy in order
+    assert held / 2 < most < held + 2 * window_bytes, (most, held)  # the window being loaded, and its reordered copy
     assert most < 0.15 * 36_000 * bytes_per_row
 
 

@@ -43,7 +43,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
     for name, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b"), ("DEFAULT_REGION", "us-east-1")):
         monkeypatch.setenv(f"AWS_{name}", value)
-    s3fs.S3FileSystem.clear_instance_cache()  # those of another test are connected to its server
+    s3fs.S3FileSystem.clear_instance_cache()  # instances of other tests are connected to their server
     files = s3fs.S3FileSystem()
     files.mkdir("bucket")
     yield Store("s3://bucket", files)
@@ -66,7 +66,7 @@ def test_rows_damage_and_the_cache(
     bucket.files.put(str(interactions), "bucket/dt=1/data", recursive=True)
     cache = FileCache(tmp_path / "cache", 1 << 30)
     dataset = Dataset.open(url, cache=cache)
-    next(iter(dataset.iterate("test", 10)))  # this process has its connections before the others are forked
+    next(iter(dataset.iterate("test", 10)))  # this process is connected before the others are forked
     assert steps(dataset, num_workers=2) == steps(local)
 
     index, shards = dataset.index("train"), "bucket/dt=1/data/partitions/all"

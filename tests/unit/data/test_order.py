@@ -32,7 +32,7 @@ def orders(draw: st.DrawFn, tail: str) -> Order:
 
 
 def lane_epoch(order: Order, lane: int, epoch: int) -> np.ndarray:
-    """Return the rows of one lane and epoch, put together from the windows."""
+    """Return the rows of one lane and epoch, from its windows."""
     parts, position, rows = [], 0, order.lane_rows(lane)
     while position < rows:
         window = order.window(epoch, lane, position)
@@ -92,7 +92,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize(("tail", "seed"), list(GOLDEN))
 def test_the_order_never_changes(tail: str, seed: int) -> None:
-    """A release that changes these hashes makes every resumed run see other rows than it would have seen."""
+    """A release that changes these hashes changes the rows of every resumed run."""
     rows = np.array([100 + 37 * i % 61 for i in range(53)], np.int32)
     order = Order(rows, rows_global=96, lanes=8, seed=seed, tail=tail, window_blocks=3)  # type: ignore[arg-type]
     digest = xxhash.xxh3_64()
@@ -102,7 +102,7 @@ def test_the_order_never_changes(tail: str, seed: int) -> None:
 
 
 def test_neighbours_of_the_source_are_far_apart_and_epochs_differ(tmp_path: Path) -> None:
-    """A million rows, written as a making would and then ordered; the figures stand in docs/stream.md."""
+    """A million rows in the order of ingestion; the numbers are in docs/stream.md."""
     num_rows = 10**6
     rows_per_block = block_rows(num_rows)
     order = Order(uniform(num_rows, rows_per_block), rows_global=65536, lanes=8)
@@ -114,16 +114,16 @@ def test_neighbours_of_the_source_are_far_apart_and_epochs_differ(tmp_path: Path
     place = np.unique(source_rows, return_index=True)[1]
     assert np.abs(np.diff(place)).mean() >= 0.33 * num_rows  # neighbours in the source: steps apart
     assert np.abs(np.diff(source_rows)).mean() >= 0.33 * num_rows  # rows of one step: from all over the source
-    # the order alone already takes the rows that it gives one after another from all over the dataset …
+    # the order takes consecutive rows from all over the dataset …
     assert np.abs(np.diff(epochs[0])).mean() >= 0.3 * num_rows
     assert np.mean(epochs[0] == epochs[1]) < 1e-4
-    assert np.mean(lane_epoch(order, 0, 0) == lane_epoch(order, 0, 1)) < 1e-4  # also where no carried rows shift them
+    assert np.mean(lane_epoch(order, 0, 0) == lane_epoch(order, 0, 1)) < 1e-4  # also without carried rows
     # … and mixes the blocks of a window: rows of one block rarely follow each other
     assert np.mean(epochs[0][1:] // rows_per_block == epochs[0][:-1] // rows_per_block) < 0.1
 
 
 def written_order(num_rows: int, seed: int = 0) -> np.ndarray:
-    """Return which source row stands at each row of a dataset, as makings of pairs shuffle them."""
+    """Return the source row per row of a dataset, in the shuffled order of ingested pairs."""
     return np.argsort(shuffle_keys(np.arange(num_rows), seed), kind="stable")
 
 
@@ -137,7 +137,7 @@ def test_every_lane_meets_every_shard_over_time() -> None:
 
 
 def test_block_keys_are_uniform() -> None:
-    """Over many epochs every block stands equally often in every place (chi-square, 16 × 16 cells)."""
+    """Over many epochs every block is equally often at every position (chi-square, 16 × 16 cells)."""
     counts = np.zeros((16, 16))
     for epoch in range(3000):
         order = Order(np.ones(16, np.int32), rows_global=16, lanes=1, seed=5)

@@ -1,4 +1,4 @@
-"""Plain WebDataset shards train as they are: right rows on every rank, bad samples replaced, dangerous ones refused."""
+"""Training on plain WebDataset shards: correct rows on every rank, bad samples replaced, dangerous ones rejected."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def sample(i: int) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Path]:
-    """A dataset made of the first shard, and the folder of all of them."""
+    """A dataset of the first shard, and the folder of all shards."""
     folder = tmp_path_factory.mktemp("plain")
     for shard in range(SHARDS):
         with TarWriter(str(folder / f"{shard:03d}.tar"), encoder=True) as writer:
@@ -82,8 +82,8 @@ def test_rows_of_all_shards_with_their_own_values(plain: tuple[Dataset, Path], n
             ages += age
     for rank in ranks:
         rank.close()
-    assert all(len(own) > 0.8 * SHARDS * SAMPLES for own in ids)  # each rank meets all shards
-    assert np.abs(np.diff(ages)).mean() > 60  # and in another order than theirs
+    assert all(len(own) > 0.8 * SHARDS * SAMPLES for own in ids)  # each rank reads all shards
+    assert np.abs(np.diff(ages)).mean() > 60  # and not in their order
 
 
 def test_resuming_is_warned_of_and_what_differs_refused(

@@ -1,4 +1,4 @@
-"""Rows that are pieces of sequences: a query for each target, from one left edge."""
+"""Rows that are segments of sequences: a query per target, with a common start of the history."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_row_gives_a_query_for_each_target(folder: Path) -> None:
 
 
 def test_iterating_gives_each_query_a_row(folder: Path) -> None:
-    """With the history that it would have when it is served: not from its piece's left edge."""
+    """With its full history as in serving, not from the start of its segment."""
     dataset = Dataset.open(folder)
     expected = [(row, place) for row in range(1000) for place in range(*piece(row))]
     found = []
@@ -108,7 +108,7 @@ def test_a_batch_says_where_its_queries_stand(folder: Path) -> None:
         place = int(batch.doc_rows[column])
         items = events(number)
         left = max(0, piece(number)[1] - 1 - MAX_ITEMS)
-        assert items[left + seen] == place  # it has seen items[left : left + seen], and its target comes next
+        assert items[left + seen] == place  # its history is items[left : left + seen], and its target comes next
         assert (batch.query["history"][row, :seen] > 0).all()
 
 
@@ -124,7 +124,7 @@ def test_a_plan_counts_queries_and_keeps_them_with_their_rows() -> None:
 
 
 def spoil_targets(folder: Path, tools) -> None:
-    """Give every event 12 a relevance that cannot be, and every event 3 an item of no catalogue."""
+    """Give every event 12 an invalid relevance, and every event 3 an unknown item."""
     path = folder / "partitions/all/sequences-000000.arrow"
     table = pa.ipc.open_file(path.read_bytes()).read_all().to_pydict()
     for items, relevance in zip(table["items"], table["relevance"], strict=True):
@@ -181,7 +181,7 @@ def test_items_of_no_catalogue_are_in_no_mask() -> None:
 
 
 def test_files_of_sequences_that_lack_rows_are_refused(tools, tmp_path: Path) -> None:
-    """Sequences are numbered over the files: all behind a missing one would be another user's."""
+    """Sequences are numbered across the files: a missing file would assign them to other users."""
     folder = tools.Writer(tmp_path / "data").write()
     path = folder / "partitions/all/sequences-000000.arrow"
     table = pa.ipc.open_file(path.read_bytes()).read_all()
@@ -200,7 +200,7 @@ def test_rows_of_more_targets_than_a_history_has_items_are_left_out(tools, tmp_p
 
 
 def test_a_piece_longer_than_a_history_is_refused(tmp_path: Path) -> None:
-    """Its first queries would have seen less than nothing."""
+    """Its first queries would have a negative prefix length."""
     query, doc = {"history": History(of="item_id", max_items=4)}, {"item_id": Categorical()}
     config = DataConfig(dir="x", query=query, doc=doc, targets_per_row=5)
     with pytest.raises(ConfigError, match=r"targets_per_row: got 5"):

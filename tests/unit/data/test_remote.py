@@ -1,4 +1,4 @@
-"""A dataset at a URL: the same rows as on disk whatever the server does, a cache never wrong and never too large."""
+"""A dataset at a URL: the same rows as on disk for any server fault, and a correct cache of bounded size."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Server:
         self._server.server_close()
 
     def every(self, n: int, fault: Callable[[http.server.BaseHTTPRequestHandler, bytes], None]) -> None:
-        """Answer all but every n-th request for the same bytes by `fault`; n = 0: all of them."""
+        """Answer requests with `fault`, except every n-th one for the same bytes; n = 0: all requests."""
         counts: defaultdict[tuple[str, ...], Iterator[int]] = defaultdict(lambda: itertools.count(1))
 
         def strike(handler: http.server.BaseHTTPRequestHandler, content: bytes) -> bool:
@@ -114,13 +114,13 @@ def resetting(handler, content: bytes) -> None:
 
 
 def cut_off(handler, content: bytes) -> None:
-    """Promise all bytes, give half, and hang up."""
+    """Announce all bytes, send half, and close the connection."""
     answer(handler, 206, content[: len(content) // 2], len(content))
     handler.close_connection = True
 
 
 def short(handler, content: bytes) -> None:
-    """Give half of the bytes as if that were all."""
+    """Send half of the bytes as if complete."""
     answer(handler, 206, content[: len(content) // 2])
 
 
@@ -180,7 +180,7 @@ def test_the_rows_are_those_on_disk(server: Server, store: FileCache, interactio
     assert dataset.doc_counts().tolist() == local.doc_counts().tolist()
     assert dataset.catalogue.keys(np.arange(3)) == ["d0", "d1", "d2"]
     assert list(dataset.schema.doc["item"].vocabulary) == [f"i{number}" for number in range(37)]
-    next(iter(dataset.iterate("train", 10)))  # this process has its connections before the others are forked
+    next(iter(dataset.iterate("train", 10)))  # this process is connected before the others are forked
     assert steps(dataset, num_workers=workers) == steps(local)
 
 
@@ -208,7 +208,7 @@ def test_texts_come_with_their_tokenizer(texts: Path, store: FileCache) -> None:
 
 
 def test_an_object_store(interactions: Path, store: FileCache) -> None:
-    """`memory://` stands for every file system of fsspec without asyncio."""
+    """`memory://` represents all file systems of fsspec without asyncio."""
     import fsspec
 
     files = fsspec.filesystem("memory")
@@ -233,7 +233,7 @@ assert next(iter(Dataset.open({str(interactions)!r}).iterate("train", 100))).row
 
 @pytest.mark.parametrize("fault", [failing, resetting, cut_off, short])
 def test_faults_that_pass_change_nothing(server: Server, store: FileCache, interactions: Path, fault) -> None:
-    """Most answers are wrong, while the dataset is opened and while it is read."""
+    """Most responses are wrong, during opening and reading."""
     server.every(3, fault)
     dataset = Dataset.open(f"{server.url}/a/data", cache=store)
     server.every(5, fault)
@@ -251,7 +251,7 @@ def test_slow_bodies_are_given_up(server: Server, store: FileCache, monkeypatch:
 
 
 def test_a_server_that_stays_away_ends_the_run(server: Server, store: FileCache) -> None:
-    """It is no damage: nothing may be left out because of it, so that the run can go on exactly."""
+    """This is not damage: no rows may be skipped, so that the run can resume exactly."""
     dataset = Dataset.open(f"{server.url}/a/data", cache=store)
     server.every(0, failing)
     with pytest.raises(DataError, match=r"train-000000.tar cannot be reached: 8 attempts failed, the last with .*500"):
@@ -271,7 +271,7 @@ def test_damage_on_the_server_is_damage(server: Server, store: FileCache, caplog
     content[int(index.offset[4]) + 20] ^= 1
     (folder / "train-000001.tar").write_bytes(content)
     with (folder / "train-000002.tar").open("r+b") as file:
-        file.truncate(int(index.offset[9]) + 10)  # blocks 10 and 11 begin behind the end
+        file.truncate(int(index.offset[9]) + 10)  # blocks 10 and 11 start beyond the end
     rows = sum(len(rows) for rows in dataset.iterate("train", 100))
     lost = [0, 1, 2, 3, 4, 9, 10, 11]
     assert rows == 1000 - int(index.rows[lost].sum())
@@ -367,7 +367,7 @@ def test_same_names_in_other_folders_are_other_files(server: Server, store: File
 
 
 def test_a_changed_block_is_not_taken_from_the_cache(server: Server, store: FileCache) -> None:
-    """The checksum is part of the name: the same place in the same shard, made again."""
+    """The checksum is part of the name: the same offset of the same shard, written again."""
     dataset = Dataset.open(f"{server.url}/a/data", cache=store)
     shard, offset, size, checksum = blocks_of(dataset)[0]
     shard.read(offset, size, checksum)
@@ -380,7 +380,7 @@ def test_a_changed_block_is_not_taken_from_the_cache(server: Server, store: File
 
 
 def test_a_torn_block_in_the_cache_is_fetched_again(server: Server, store: FileCache) -> None:
-    """As a machine's crash may leave it: the name is there, not all the bytes."""
+    """As after a machine's crash: the file exists, but is incomplete."""
     dataset = Dataset.open(f"{server.url}/a/data", cache=store)
     shard, *block = blocks_of(dataset)[0]
     before = set(entries(store))
@@ -415,7 +415,7 @@ def test_the_cap_holds_and_the_least_recently_used_go(server: Server, tmp_path: 
         assert used(small) <= small.max_bytes
     there = [path.exists() for path in names.values()]
     assert there[0] and there[-1] and not all(there) and sum(there) >= 3
-    assert steps(held)  # what a process has open is not evicted for blocks
+    assert steps(held)  # open files are not evicted for blocks
     assert all(path.exists() for path in held.dir.rglob("*") if path.is_symlink())
 
 
@@ -476,10 +476,10 @@ def expected_of(folder: Path) -> list[list[list[int]]]:
 
 
 def test_processes_fill_one_cache_together(server: Server, store: FileCache, interactions: Path) -> None:
-    """Under a cap that makes them evict each other's blocks; large files are fetched once."""
+    """With a cap at which they evict each other's blocks; large files are fetched once."""
     fixed = sum(p.stat().st_size for p in interactions.rglob("*") if p.is_file() and p.suffix != ".tar")
     small = FileCache(store.dir, fixed + 20_000)
-    server.fault = lambda handler, content: bool(time.sleep(0.005))  # so that they meet
+    server.fault = lambda handler, content: bool(time.sleep(0.005))  # so that they overlap
     processes = [reader(f"{server.url}/a/data", small) for _ in range(2)]
     peak = 0
     while any(process.poll() is None for process in processes):
@@ -504,7 +504,7 @@ def used_now(store: FileCache) -> int:
 
 
 def test_kill_in_a_fill_leaves_nothing_that_is_believed(server: Server, store: FileCache, interactions: Path) -> None:
-    """A process is killed half through the catalogue while another waits for that fill; the other one fetches it."""
+    """A process is killed while fetching the catalogue and another one waits for it; the other one fetches it."""
     url, path = f"{server.url}/a/data", "/a/data/catalogue/000000.arrow"
     stuck = threading.Event()
 
@@ -538,7 +538,7 @@ def test_kill_in_a_fill_leaves_nothing_that_is_believed(server: Server, store: F
 
 
 def test_parts_of_killed_processes_are_removed_and_overwritten(server: Server, store: FileCache) -> None:
-    """Longer than the file, at the very name that the file will be written under."""
+    """Longer than the file, with the name of the file."""
     url = f"{server.url}/a/data/catalogue/000000.arrow"
     checksum = json.loads((server.folder / "a/data/dataset.json").read_text())["catalogue"][0]["checksum"]
     part = aside_of(store.path(remote.cache_key(url, checksum)))

@@ -1,4 +1,4 @@
-"""What a rank gets is its lanes' share of the order, whatever the number of workers, ranks and restarts."""
+"""A rank reads its lanes' share of the order, for any number of workers, ranks and restarts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def steps(dataset: Path | Dataset, count: int, **arguments: int) -> list[Rows]:
 
 
 def same(a: Rows, b: Rows) -> bool:
-    """Return True where two Rows agree in every value."""
+    """Return whether two Rows are equal in all values."""
 
     def columns(rows: Rows) -> list[np.ndarray]:
         out = [rows.row_ids, rows.doc_rows, rows.relevance, rows.query_ids]
@@ -194,7 +194,7 @@ def test_order_is_untouched_by_the_global_random_state(interactions: Path) -> No
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_opening_a_stream_leaves_the_global_random_state_alone(interactions: Path, num_workers: int) -> None:
-    """Or a resumed run would draw other dropout masks than one that went on."""
+    """Otherwise a resumed run would draw other dropout masks than an uninterrupted one."""
     before = torch.get_rng_state()
     stream = PairStream(interactions, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=num_workers)
     next(stream)
@@ -260,7 +260,7 @@ def test_texts_tokenised_while_reading_are_those_tokenised_before(
     assert all(same(a, b) for a, b in zip(before, while_reading, strict=True))
     held_out = [list(Dataset.open(tmp_path / name).iterate("test", 100)) for name in ("tokens", "raw")]
     assert all(same(a, b) for a, b in zip(*held_out, strict=True))
-    # a partition that is added is of the same kind
+    # an added partition has the same kind
     make_pairs(config, PairTables(files=(tmp_path / "t.jsonl",)), IngestTarget(tmp_path / "raw", "more", append=True))
     assert len(steps(tmp_path / "raw", 40)) == 40
     monkeypatch.setattr("bigdssm.features.text.MAX_FIELD_BYTES", 10)

@@ -1,4 +1,4 @@
-"""Documents that change: a partition's rows see them as they were when it was added, all else as they are now."""
+"""Changing documents: a partition's rows have the versions of its time, everything else the current ones."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_versions_are_what_a_plain_reading_gives(num_docs: int, changes: list[tu
     assert versions.file_rows(rows).tolist() == list(seen.values())
     assert versions.documents(rows).tolist() == documents.tolist()
     assert (rows < num_docs).tolist() == [seen[pair] == newest[pair[0]] for pair in pairs]
-    for number in range(-1, len(changes) + 1):  # the last is no version at all
+    for number in range(-1, len(changes) + 1):  # the last one is not a version
         every = np.arange(num_docs)
         own = [0 <= number < len(changes) and changes[number][0] == doc for doc in every]
         places = versions.file_rows(versions.version_rows(every, np.full(num_docs, number)))
@@ -69,7 +69,7 @@ def facts_of(doc: int, day: int) -> Facts:
 
 
 def make_day(folder: Path, day: int, count: int = 300) -> IngestReport:
-    """Append a day of pairs, which brings new documents and, of some, features that never count: not the first ones."""
+    """Append a day of pairs with new documents, and with later features of some that are ignored."""
     random = np.random.RandomState(day)
     docs = random.randint(0, 20 + 5 * day, count)
     facts = [facts_of(doc, day) for doc in docs]
@@ -174,7 +174,7 @@ def test_a_batch_has_a_column_for_each_version_and_masks_go_by_document(grown: P
         assert batch.doc["price"][batch.positive].tolist() == expected
         assert batch.doc_ids.tolist() == dataset.catalogue.ids(batch.doc_rows.numpy()).tolist()
         own = is_shared(batch, rank, world_size)
-        assert not (own & batch.superseded).any(), "what a document was is no negative of others"
+        assert not (own & batch.superseded).any(), "an earlier version is not a negative of others"
         shares += batch.doc_rows[own].tolist()
     assert sorted(shares) == list(range(num_docs)), "every document once, as it is now"
 
