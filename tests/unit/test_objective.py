@@ -124,7 +124,7 @@ def test_the_mask_says_which_queries_know_of_each_other(kind: type[LossConfig]) 
         ("batch", None, {**given, "known": None}), ("user", by_id, given),
         ("past", by_row, {"query_ids": None, "known": by_row}), ("none", None, {"query_ids": None, "known": None}),
     ):  # fmt: skip
-        batch = replace(BATCH, query_ids=ids, known=known)
+        batch = replace(BATCH, query_ids=ids, known_positives=known)
         config = stage(kind(weight="relevance"), negatives=NegativesConfig(mask=mask))  # type: ignore[arg-type]
         found[mask] = float(Objective(config, ModelConfig(score="dot"), None, None, 20)(ENCODED, batch).loss)
         common = {"alpha": 2.0, "beta": BETA, "weight": RELEVANCE, "doc_ids": BATCH.doc_ids, **arguments}

@@ -186,7 +186,7 @@ GROUPED = pytest.mark.parametrize(
 @pytest.fixture
 def many_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """At most 9 items per row, in as many groups as rows of hundreds."""
-    monkeypatch.setattr(plan_module, "ALIKE_CELLS", 0)
+    monkeypatch.setattr(plan_module, "SIMILAR_CELLS", 0)
 
 
 @SIZES
@@ -252,9 +252,9 @@ def test_a_packed_list_is_what_is_filled() -> None:
     rows = torch.tensor([[4, 0, 5, 0], [0, 0, 0, 0], [0, 7, 8, 9]])
     packed = pack(rows, 0, 5, 3)
     assert packed.values.tolist() == [4, 5, 7, 8, 9]
-    assert packed.row.tolist() == [0, 0, 2, 2, 2] and packed.place.tolist() == [0, 2, 1, 2, 3]
+    assert packed.row.tolist() == [0, 0, 2, 2, 2] and packed.position.tolist() == [0, 2, 1, 2, 3]
     assert packed.bounds.offsets.tolist() == [0, 2, 2, 5] and packed.bounds.offsets.dtype == torch.int32
-    part = packed.part(slice(1, 3), slice(2, 5), (RowGroup(1, 3), RowGroup(1, 0)))
+    part = packed.slice_rows(slice(1, 3), slice(2, 5), (RowGroup(1, 3), RowGroup(1, 0)))
     assert part.bounds.longest == 3 and packed.longest_first.tolist() == [2, 0, 1]
     assert part.values.tolist() == [7, 8, 9] and part.row.tolist() == [1, 1, 1]
     assert part.bounds.offsets.tolist() == [0, 0, 3] and part.lengths.tolist() == [0, 3]

@@ -154,14 +154,14 @@ def test_lanes_that_one_process_cannot_read_stop_the_rank_at_that_step(
     """For any process of the step: the error is sent in place of the part."""
     from bigdssm.loader import lanes
 
-    whole = lanes.LaneReader.part
+    original = lanes.LaneReader.read_step
 
-    def part(self: Any, step: int) -> Any:
+    def read_step(self: Any, step: int) -> Any:
         if step == 8 and 0 in self._lanes:
             raise DataError("planted")
-        return whole(self, step)
+        return original(self, step)
 
-    monkeypatch.setattr(lanes.LaneReader, "part", part)
+    monkeypatch.setattr(lanes.LaneReader, "read_step", read_step)
     stream = PairStream(pieces, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=num_workers)
     with closing(stream.map_steps(len, 12)) as made:
         assert list(made) == [ROWS_GLOBAL] * 8 + [0] * 4
@@ -199,14 +199,14 @@ def test_a_process_that_is_done_ends_when_others_have_its_parts(
     """The last part of process 1, larger than a pipe, is read a second after its iteration has ended."""
     from bigdssm.loader import lanes
 
-    whole = lanes.LaneReader.part
+    original = lanes.LaneReader.read_step
 
-    def part(self: Any, step: int) -> Any:
+    def read_step(self: Any, step: int) -> Any:
         if step == 2 and 0 in self._lanes:
             time.sleep(1)
-        return whole(self, step)
+        return original(self, step)
 
-    monkeypatch.setattr(lanes.LaneReader, "part", part)
+    monkeypatch.setattr(lanes.LaneReader, "read_step", read_step)
     stream = PairStream(pieces, rows_global=12_000, lanes=LANES, num_workers=2)
     with closing(stream.map_steps(len, 3)) as made:
         assert list(made) == [12_000] * 3
