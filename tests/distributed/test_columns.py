@@ -172,7 +172,7 @@ def run_mlp(rank: int, world_size: int) -> float:
     seen = (batch.row_ids % 2 == 0).nonzero()
     batch = replace(
         batch, doc_rows=rows, doc_ids=world.doc_ids[rows], negatives=torch.tensor([[n, n + 1]] * m).view(m, 2),
-        known=torch.cat([seen, world.doc_ids[-1:].expand(len(seen), 1)], 1),
+        known_positives=torch.cat([seen, world.doc_ids[-1:].expand(len(seen), 1)], 1),
     )  # fmt: skip
     negatives = NegativesConfig(in_batch=False, hard=2, mask="past")
     config = StageConfig(loss=Softmax(), negatives=negatives, sampling=NoCorrection(), scorer=MlpConfig())
