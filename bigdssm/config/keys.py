@@ -240,7 +240,7 @@ class MiningConfig:
     margin: float | None = bounded(None, -1_000_000, 1_000_000)
     # Size of a catalogue up to which all documents are scored; above it an approximate index scores about an eighth.
     exact_up_to: int = bounded(1_000_000, 0, MAX_COUNT)
-    # Mine again with the current weights every this many steps; 0: once.
+    # Number of steps after which negatives are mined again, with the current weights; 0: once.
     every_steps: int = bounded(0, 0, MAX_COUNT)
     # File of bigdssm mine_negatives, by any model, or list_candidates; replaces all of the above.
     file: str | None = None
