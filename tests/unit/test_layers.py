@@ -1,6 +1,6 @@
 """Architecture rules, checked on the source: imports between packages, use of libraries, printing.
 
-`violations` is itself checked on planted sources, so that a rule that catches nothing does not pass for one that holds.
+`violations` is tested on sources with planted violations.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The rooms of the library, ground first. A module imports only from lower floors and from its own room; rooms of one
-# floor do not know each other. Within a room modules do not import each other in a circle.
-FLOORS = (
+# The packages of the library by layer, lowest first. A module imports only from lower layers and from its own package;
+# packages of one layer do not import each other. There are no import cycles within a package.
+LAYERS = (
     ("errors",),
     ("utils",),
     ("cli", "features"),  # features: torch-free; configs declare them
@@ -32,7 +32,7 @@ FLOORS = (
     ("commands",),  # command lines: parse, call one library function, print
     ("__main__",),
 )
-LAYERS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+LAYER_OF = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}
 
 # Library → the only files or folders that may import it.
 RESERVED = {
@@ -79,29 +79,31 @@ def violations(path: str, source: str) -> list[str]:
     if path == "bigdssm/__init__.py":  # followed by type checkers only
         tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")]
     own = path.removesuffix(".py").split("/")[1:2] if path.startswith("bigdssm/") else []
-    layer = None if own in ([], ["__init__"]) else own[0]
-    if layer is not None and layer not in LAYERS:
-        return [f"{path}: {layer} has no place among the rooms; give it one in this test and say why"]
+    package = None if own in ([], ["__init__"]) else own[0]
+    if package is not None and package not in LAYER_OF:
+        return [f"{path}: {package} has no layer; add it to LAYERS in this test"]
     for line, name in imported(tree):
         where = f"{path}:{line}"
         for library, allowed in RESERVED.items():
             if f"{name}.".startswith(f"{library}.") and not path.startswith((*allowed, *MEASURING)):
                 found.append(f"{where}: {library} is imported outside {', '.join(allowed)}")
         if f"{name}.".startswith("torch.") and path.startswith("bigdssm/features/"):
-            found.append(f"{where}: torch is imported in features/; what a model makes of them is in models/encoders")
+            found.append(f"{where}: torch is imported in features/; encoders of features are in models/encoders")
         if name.startswith("."):
-            found.append(f"{where}: a relative import; write the whole name")
+            found.append(f"{where}: a relative import; use the absolute name")
         parts = name.split(".")
         itself = any(path.startswith(own) and "/".join(parts).startswith(own) for own in LABORATORY)
         measured = path.startswith(MEASURING) and f"{'/'.join(parts[:2])}/" in LABORATORY
         outside = parts[0] in ("tools", "launch", "tests") and not itself and not measured
         if outside and path.startswith(("bigdssm/", "launch/", "tools/")):
-            found.append(f"{where}: imports {name}; launch/, tools/ and tests/ are nobody's library")
-        other = parts[1] if parts[0] == "bigdssm" and len(parts) > 1 else layer
-        if layer is not None and other != layer and LAYERS.get(other or "", -1) >= LAYERS[layer]:
-            found.append(f"{where}: {layer} (floor {LAYERS[layer]}) imports {name} (floor {LAYERS[other or '']})")
+            found.append(f"{where}: imports {name}; launch/, tools/ and tests/ are not libraries")
+        other = parts[1] if parts[0] == "bigdssm" and len(parts) > 1 else package
+        if package is not None and other != package and LAYER_OF.get(other or "", -1) >= LAYER_OF[package]:
+            found.append(
+                f"{where}: {package} (layer {LAYER_OF[package]}) imports {name} (layer {LAYER_OF[other or '']})"
+            )
         if path == "bigdssm/__init__.py" and parts[0] == "bigdssm" and parts[1:3] != ["utils", "lazy"]:
-            found.append(f"{where}: the package imports nothing of its own, so that a part is cheap to import")
+            found.append(f"{where}: __init__.py must not import modules of the package, so that imports stay cheap")
     if not path.startswith(PRINTERS):
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
@@ -124,26 +126,26 @@ def test_the_source_keeps_the_rules() -> None:
         (
             "bigdssm/losses/contrastive.py",
             "from bigdssm.loader.batch import Batch",
-            "losses (floor 5) imports bigdssm.loader",
+            "losses (layer 5) imports bigdssm.loader",
         ),
         (
             "bigdssm/models/dual_encoder.py",
             "import bigdssm.losses.contrastive",
-            "models (floor 5) imports bigdssm.losses",
+            "models (layer 5) imports bigdssm.losses",
         ),
         (
             "bigdssm/loader/pair_stream.py",
             "from bigdssm import training",
-            "loader (floor 7) imports bigdssm.training",
+            "loader (layer 7) imports bigdssm.training",
         ),
         (
             "bigdssm/config/keys.py",
             "def f():\n    from bigdssm.dataset.schema import Schema",
-            "config (floor 3) imports",
+            "config (layer 3) imports",
         ),
-        ("bigdssm/dataset/dataset.py", "from bigdssm.loader.order import Order", "dataset (floor 4) imports"),
-        ("bigdssm/ingest/sources/base.py", "from bigdssm.loader import order", "ingest (floor 6) imports"),
-        ("bigdssm/features/text.py", "from bigdssm.dataset.schema import Schema", "features (floor 2) imports"),
+        ("bigdssm/dataset/dataset.py", "from bigdssm.loader.order import Order", "dataset (layer 4) imports"),
+        ("bigdssm/ingest/sources/base.py", "from bigdssm.loader import order", "ingest (layer 6) imports"),
+        ("bigdssm/features/text.py", "from bigdssm.dataset.schema import Schema", "features (layer 2) imports"),
         ("bigdssm/features/text.py", "import torch", "torch is imported in features"),
         ("bigdssm/training/loop.py", "import deepspeed", "deepspeed is imported outside"),
         ("bigdssm/training/loop.py", "from deepspeed.utils import groups", "deepspeed is imported outside"),
@@ -153,7 +155,7 @@ def test_the_source_keeps_the_rules() -> None:
         (
             "bigdssm/evaluation/run_comparison.py",
             "from bigdssm.commands import embed",
-            "evaluation (floor 9) imports bigdssm.commands",
+            "evaluation (layer 9) imports bigdssm.commands",
         ),
         ("bigdssm/losses/contrastive.py", "import torch.distributed as dist", "torch.distributed is imported outside"),
         ("bigdssm/losses/contrastive.py", "from torch import distributed", "torch.distributed is imported outside"),
@@ -164,13 +166,13 @@ def test_the_source_keeps_the_rules() -> None:
         ),
         ("bigdssm/losses/kernels/passes.py", "import triton.language as tl", "triton is imported outside"),
         ("bigdssm/loader/pair_stream.py", "from .batch import Batch", "relative import"),
-        ("bigdssm/loader/pair_stream.py", "from tools.make_shards import main", "nobody's library"),
-        ("bigdssm/evaluation/evaluate.py", "from tools.evidence.claims import Claim", "nobody's library"),
-        ("tools/evidence/claims.py", "from tools.make_shards import main", "nobody's library"),
-        ("tools/evidence/claims.py", "from tools.public_data import files", "nobody's library"),
-        ("bigdssm/__init__.py", "from bigdssm.config import Config", "imports nothing of its own"),
+        ("bigdssm/loader/pair_stream.py", "from tools.make_shards import main", "are not libraries"),
+        ("bigdssm/evaluation/evaluate.py", "from tools.evidence.claims import Claim", "are not libraries"),
+        ("tools/evidence/claims.py", "from tools.make_shards import main", "are not libraries"),
+        ("tools/evidence/claims.py", "from tools.public_data import files", "are not libraries"),
+        ("bigdssm/__init__.py", "from bigdssm.config import Config", "must not import modules of the package"),
         ("bigdssm/loader/pair_stream.py", "def f():\n    print('x')", "print outside commands/, launch/ and tools/"),
-        ("bigdssm/plugins/app.py", "", "no place among the rooms"),
+        ("bigdssm/plugins/app.py", "", "has no layer"),
     ],
 )
 def test_a_broken_rule_is_found(path: str, source: str, expected: str) -> None:
