@@ -25,7 +25,7 @@ from bigdssm.dataset import partition
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval import vectors
 
-from .test_layers import LAYERS
+from .test_layers import LAYER_OF
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,7 +77,7 @@ def test_concepts_name_every_package() -> None:
     table = (ROOT / "docs/concepts.md").read_text("utf-8").split("## Packages")[1].split("\n## ")[0]
     named = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)", row)}
     small = {"__main__", "cli"}
-    assert named == set(LAYERS) - small
+    assert named == set(LAYER_OF) - small
 
 
 DOCS = [
@@ -148,7 +148,7 @@ def test_the_page_of_keys_is_that_of_the_source() -> None:
     assert (
         "| `patience` | `int` | `0` | at least 0 and at most 1,000,000,000 | stop after" in tables["`pretrain`, `sft`"]
     )
-    assert "| `dim` | `int` | `0` | at least 0 and at most 16,384 | numbers in each" in tables["`type: vector`"]
+    assert "| `dim` | `int` | `0` | at least 0 and at most 16,384 | length of the vectors" in tables["`type: vector`"]
 
 
 def test_the_menu_has_every_page_once() -> None:

@@ -140,7 +140,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "less": (lambda d: edit(d, lambda c: described(c)["files"].pop()), "does not match"),
     "values": (lambda d: edit(d, lambda c: described(c).update(checksum="0")), "does not match"),
     "outside": (lambda d: edit(d, lambda c: described(c)["files"][0].update(file="vocabularies/../x")), "refused"),
-    "format": (lambda d: edit(d, lambda c: c.update(format=2)), "has format 2, this version reads format 1; make it"),
+    "format": (lambda d: edit(d, lambda c: c.update(format=2)), "has format 2, this version reads format 1; rebuild"),
     "nothing": (lambda d: edit(d, lambda c: c.pop("vocabularies")), "damaged or of another version"),
 }
 
