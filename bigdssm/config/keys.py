@@ -292,7 +292,8 @@ class StageConfig:
     init: str | None = None
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     validate_every_steps: int = bounded(0, 0, MAX_COUNT)  # 0: once, at the end
-    # The registered validation metric for best/, patience and tuning; larger is better.
+    # The registered validation metric, larger is better: best/ is the latest validation within a standard error of the
+    # highest, and leaves trained initial weights only for a gain beyond it. Patience and tuning use it, too.
     validation_metric: str = "ndcg_at_10"
     rerank: int = bounded(50, 2, MAX_COUNT)  # number of the towers' best documents that a cross_encoder re-ranks
     # Decay of an exponential moving average of the weights, used for validation and best/; 0: the weights themselves.

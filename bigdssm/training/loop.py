@@ -18,6 +18,7 @@ from bigdssm.retrieval.embed import DocumentVectors
 from bigdssm.training.resume import StageProgress
 from bigdssm.training.step import StepReport, StepResult, train_step
 from bigdssm.training.trainer import Trainer
+from bigdssm.training.validation import BestSelection
 from bigdssm.utils.log import get_logger
 
 logger = get_logger(__name__)
@@ -116,7 +117,7 @@ def _report(trainer: Trainer, batch: Batch, coming: StepDraft | None) -> StepRep
 
 
 def validate(trainer: Trainer, documents: DocumentVectors | None = None) -> None:
-    """Evaluate on the validation split; keep the weights, or their average, in best/ where they are the best so far.
+    """Evaluate on the validation split; write the weights, or their average, to best/ if they are selected.
 
     A collective. `documents` are the rank's share of the catalogue's index vectors by the present weights, where they
     exist. Raises Preempted where the run is asked to stop meanwhile.
@@ -130,13 +131,16 @@ def validate(trainer: Trainer, documents: DocumentVectors | None = None) -> None
         if evaluation:
             progress.history.append({"step": progress.step, **evaluation.metrics})
             trainer.health.after_validation(progress.step, evaluation, metric)
-        if score is None or score > progress.best:  # without a split the newest is best
-            progress.best_step, progress.validations_since_best = progress.step, 0
+        is_taken, is_highest = True, True  # without a split the newest is best
+        if evaluation:
+            of_start = trainer.starts_trained and progress.step == progress.part_step
+            is_taken, is_highest = trainer.selection.add(evaluation, metric, of_start=of_start)
+        progress.validations_since_best = 0 if is_highest else progress.validations_since_best + 1
+        if is_taken:
+            progress.best_step = progress.step
             progress.best = progress.best if score is None else score
             origin = {"stage": trainer.name, "step": progress.step, "validation": score}
             trainer.validator.keep(trainer.engine, origin)
-        else:
-            progress.validations_since_best += 1
 
 
 def replace_best(trainer: Trainer) -> None:
@@ -146,7 +150,7 @@ def replace_best(trainer: Trainer) -> None:
         "%s: best/ of step %d is lost; the best from step %d on takes its place",
         trainer.name, progress.best_step, progress.step,
     )  # fmt: skip
-    progress.best = float("-inf")
+    progress.best, trainer.selection = float("-inf"), BestSelection()
     validate(trainer)
     progress.validations_since_best = since  # a stage that was out of patience still is
 

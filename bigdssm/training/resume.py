@@ -108,9 +108,9 @@ class StageProgress:
     step: int = 0  # global batches consumed
     applied: int = 0  # of them, those whose gradients were applied; what the schedule counts
     skipped_in_row: int = 0
-    best: float = float("-inf")  # validation_metric
+    best: float = float("-inf")  # validation_metric of the weights in best/
     best_step: int = 0
-    validations_since_best: int = 0
+    validations_since_best: int = 0  # since the highest mean, which patience counts
     validated_at: int = -1
     history: list[dict[str, Any]] = field(default_factory=list)  # every validation
     # Beginning of the present part, which new partitions began: steps and schedule count from there.

@@ -36,7 +36,7 @@ from bigdssm.training.negative_refresh import HardNegativeRefresh
 from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import schedule_factor, warmup_steps
 from bigdssm.training.resume import StartPoint, part_steps
-from bigdssm.training.validation import Validator, WeightAverage
+from bigdssm.training.validation import BestSelection, Validator, WeightAverage
 from bigdssm.training.warm_start import start_items
 from bigdssm.utils.log import get_logger
 
@@ -86,6 +86,7 @@ class Trainer:
             stage, config.model, how.loss_tile, stream.doc_weights() if counted else None,
             stream.queries_per_step, self.engine.product_dtype,
         )  # fmt: skip
+        self.selection = BestSelection()
         self.average = WeightAverage(self.engine.module, stage.weight_average) if stage.weight_average else None
 
         self.mining = HardNegativeRefresh(config, name, self.engine, dataset, self.report_work)
@@ -128,7 +129,9 @@ class Trainer:
                 "progress": asdict(self.progress),
                 **self._origin,
             },
-            "common": self.objective.state_dict() | ({} if self.average is None else self.average.state_dict()),
+            "common": self.objective.state_dict()
+            | ({} if self.average is None else self.average.state_dict())
+            | self.selection.state_dict(),
             "rank_state": {"cpu": random.cpu} | ({} if random.device is None else {"device": random.device}),
             "pieces": self.engine.own_pieces(),
         }
@@ -148,6 +151,7 @@ class Trainer:
         if (random := start.checkpoint.rank_state) is not None:
             RandomState(random["cpu"], random.get("device")).restore()
         if start.same_part:
+            self.selection.load_state_dict(common)
             self.stream.step = self.stream_step = start.checkpoint.state["stream"]["step"]
         logger.info("%s goes on from %s", self.name, start.describe(self.stream.dataset))
 

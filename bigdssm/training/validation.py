@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from bigdssm.config import Config, StageName
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.evaluation.evaluate import Evaluation, evaluate_split
+from bigdssm.evaluation.metrics import means, row_metrics, standard_errors
 from bigdssm.evaluation.reranking import Reranking, encoders_of
 from bigdssm.models import DualEncoder
 from bigdssm.models.declarations import CrossEncoderConfig
@@ -95,7 +97,56 @@ class Validator:
             distributed.raise_together(error)
 
 
-_PREFIX = "average."
+class BestSelection:
+    """Decides which validation's weights best/ holds, so that noise alone decides nothing.
+
+    Among a stage's own validations it is the latest within one standard error of the highest. A stage that starts from
+    trained weights keeps these until a validation exceeds theirs by more than one standard error. Errors are those of
+    the paired differences of rows, clustered by query.
+    """
+
+    def __init__(self) -> None:
+        self._start: np.ndarray | None = None  # float64 [rows with a rank], the metric of the initial weights
+        self._highest: np.ndarray | None = None  # of the validation with the highest mean
+
+    def add(self, evaluation: Evaluation, metric: str, *, of_start: bool) -> tuple[bool, bool]:
+        """Add the next validation; return whether best/ takes its weights, and whether its mean is the highest."""
+        values = row_metrics(evaluation.ranks)[metric]
+        query_ids = evaluation.query_ids[~np.isnan(evaluation.ranks)]
+        if of_start:
+            self._start = values
+        if self._highest is None:
+            self._highest = values
+            return True, True
+        is_highest = bool(values.mean() > self._highest.mean())
+        if is_highest:
+            self._highest = values
+        to_highest = _paired(values, self._highest, query_ids)
+        is_taken = to_highest[0] >= -to_highest[1]
+        if self._start is not None:
+            gain, error = _paired(values, self._start, query_ids)
+            is_taken = is_taken and gain > error
+        return is_taken, is_highest
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the tensors of a checkpoint; the same on every rank."""
+        state = {_SELECTION + "start": self._start, _SELECTION + "highest": self._highest}
+        return {name: torch.from_numpy(values) for name, values in state.items() if values is not None}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from the tensors of a checkpoint."""
+        start, highest = (state.get(_SELECTION + name) for name in ("start", "highest"))
+        self._start = None if start is None else start.numpy()
+        self._highest = None if highest is None else highest.numpy()
+
+
+def _paired(a: np.ndarray, b: np.ndarray, query_ids: np.ndarray) -> tuple[float, float]:
+    """Return the mean of a − b and its standard error, 0 below two queries."""
+    difference = {"": a - b}
+    return means(difference)[""], float(np.nan_to_num(standard_errors(difference, query_ids)[""]))
+
+
+_SELECTION, _PREFIX = "selection.", "average."
 
 
 class WeightAverage:

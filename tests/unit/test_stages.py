@@ -17,6 +17,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.partition import MixturePart
 from bigdssm.dataset.rows import EVENT_BITS
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
+from bigdssm.evaluation.evaluate import Evaluation
 from bigdssm.losses import ListwiseKL
 from bigdssm.models import new_model
 from bigdssm.retrieval.hard_negatives import window_records, write_mined
@@ -24,7 +25,7 @@ from bigdssm.training.batches import row_stream
 from bigdssm.training.checks import check_stage
 from bigdssm.training.negative_refresh import HardNegativeRefresh
 from bigdssm.training.resume import _check_origin, check_folder
-from bigdssm.training.validation import Validator
+from bigdssm.training.validation import BestSelection, Validator
 from bigdssm.utils.log import no_progress
 from tests.distributed import small_run
 
@@ -193,3 +194,50 @@ def test_a_best_that_a_kill_left_between_two_renames_is_not_lost(config: Config)
     best.rename(best.with_name(".best.replaced"))
     assert not validator.has_lost_best()
     assert load_model_folder(best).provenance["step"] == 1
+
+
+def evaluation(ranks: list[float], query_ids: list[int] | None = None) -> Evaluation:
+    """Return an evaluation whose metric `mrr` of a row is 1 / rank."""
+    ids = np.arange(len(ranks)) if query_ids is None else np.array(query_ids)
+    return Evaluation(np.array(ranks), ids, {}, 0.0)
+
+
+NOISE = [1.0, 2.0] * 20  # two validations that differ in half of the rows by as much, in either direction
+SWAPPED = [2.0, 1.0] * 19 + [2.0, 2.0]
+BETTER = [1.0] * 40
+
+
+@pytest.mark.parametrize(
+    ("of_start", "validations", "taken", "highest"),
+    [
+        (False, (NOISE, SWAPPED, NOISE), (True, True, True), (True, False, False)),  # the latest within the error
+        (False, (BETTER, NOISE, BETTER), (True, False, True), (True, False, False)),
+        (False, (NOISE, BETTER, [1.0] * 37 + [2.0] * 3), (True, True, False), (True, True, False)),
+        (True, (SWAPPED, NOISE, SWAPPED), (True, False, False), (True, True, False)),  # noise leaves no trained start
+        (True, (NOISE, BETTER, NOISE), (True, True, False), (True, True, False)),
+        (False, ([1.0], [2.0], [1.0]), (True, False, True), (True, False, False)),  # one row has no error
+    ],
+)
+def test_best_is_not_decided_by_noise(
+    of_start: bool, validations: tuple[list[float], ...], taken: tuple[bool, ...], highest: tuple[bool, ...]
+) -> None:
+    whole, resumed = BestSelection(), BestSelection()
+    results = []
+    for number, ranks in enumerate(validations):
+        start = of_start and number == 0
+        results.append(whole.add(evaluation(ranks), "mrr", of_start=start))
+        assert resumed.add(evaluation(ranks), "mrr", of_start=start) == results[-1]
+        state, resumed = resumed.state_dict(), BestSelection()
+        resumed.load_state_dict(state)
+    assert (tuple(t for t, _ in results), tuple(h for _, h in results)) == (taken, highest)
+
+
+def test_rows_of_one_query_are_one_observation() -> None:
+    """40 rows of two queries improve together: two observations, of which one alone gains, prove nothing."""
+    gains = [1.0] * 20 + [2.0] * 20
+    for query_ids, leaves in ((None, True), ([0] * 20 + [1] * 20, False)):
+        selection = BestSelection()
+        selection.add(evaluation([2.0] * 40, query_ids), "mrr", of_start=True)
+        assert selection.add(evaluation(gains, query_ids), "mrr", of_start=False)[0] is leaves
+    rows_without_rank = evaluation([np.nan, 1.0, 2.0], [0, 1, 2])
+    assert BestSelection().add(rows_without_rank, "mrr", of_start=False) == (True, True)

@@ -1,0 +1,264 @@
+"""The gradient cache under DeepSpeed with the negatives of all ranks: this project and sentence-transformers.
+
+    python tools/bench/bench_cached_step.py losses              # three steps of a tiny BERT at each ZeRO stage
+    python tools/bench/bench_cached_step.py cost --rows 512     # seconds and memory of a step of a larger BERT
+
+Both sides train one BERT with mean pooling for queries and documents, from the same weights, on the same batches, with
+the same SGD, in-batch softmax over the documents of all ranks (cosine, scale 20), on CPU ranks. `around`: the loss
+is called around the DeepSpeed engine, as SentenceTransformerTrainer calls it; `inside`: it is in the engine's module.
+The plain loss of either side is the reference: a cached step has to give its curve. Each case has processes of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+SCALE = 20.0
+WORDS = 500  # and five special tokens
+STAGES = (0, 1, 2, 3)
+CASES = ("plain", "cached around", "cached inside", "ours", "ours, chunks")
+Step = Callable[[], float]  # the loss: of this rank, or its mean over ranks
+
+
+def write_encoder(folder: Path, args: argparse.Namespace) -> None:
+    """Write a random BERT and its tokenizer."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(WORDS))]
+    (folder / "vocab.txt").write_text("\n".join(tokens))
+    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    bert = BertModel(
+        BertConfig(
+            vocab_size=len(tokens), hidden_size=args.hidden, num_hidden_layers=args.layers,
+            num_attention_heads=max(2, args.hidden // 64), intermediate_size=4 * args.hidden, pad_token_id=0,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        ),
+        add_pooling_layer=False,
+    )  # fmt: skip
+    with torch.no_grad():
+        bert.embeddings.word_embeddings.weight.mul_(100)  # so that texts differ
+    bert.save_pretrained(folder)
+
+
+def local_tokens(args: argparse.Namespace, rank: int, ranks: int) -> tuple[Tensor, Tensor]:
+    """Return this rank's queries and documents, int64 [rows, tokens]; a document begins as its query does."""
+    generator = torch.Generator().manual_seed(7)
+    total, length = args.rows * ranks, args.tokens
+    queries = torch.randint(5, WORDS, (total, length), generator=generator)
+    rest = torch.randint(5, WORDS, (total, length), generator=generator)
+    documents = torch.cat([queries[:, : length // 2], rest[:, length // 2 :]], 1)
+    its = slice(rank * args.rows, (rank + 1) * args.rows)
+    return queries[its], documents[its]
+
+
+def deepspeed_config(stage: int, rows: int) -> dict[str, object]:
+    """Return a config that shards small parameters, too."""
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 50_000}
+    return {
+        "train_micro_batch_size_per_gpu": rows, "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False, "zero_optimization": zero, "steps_per_print": 10**9,
+    }  # fmt: skip
+
+
+def peer_step(args: argparse.Namespace, folder: Path, tokens: tuple[Tensor, Tensor]) -> Step:
+    """Return a step of sentence-transformers' loss under DeepSpeed."""
+    import deepspeed
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.losses import (
+        CachedMultipleNegativesRankingLoss,
+        MultipleNegativesRankingLoss,
+    )
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    modules = [Transformer(str(folder), max_seq_length=args.tokens), Pooling(args.hidden, "mean")]
+    model = SentenceTransformer(modules=modules, device="cpu").train()
+    if args.case == "plain":
+        loss = MultipleNegativesRankingLoss(model, scale=SCALE, gather_across_devices=True)
+    else:
+        loss = CachedMultipleNegativesRankingLoss(
+            model, scale=SCALE, gather_across_devices=True, mini_batch_size=args.chunk
+        )
+    inside = args.case == "cached inside"
+    module = _Inside(loss) if inside else model
+    optimizer = torch.optim.SGD(module.parameters(), lr=args.lr)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(args.stage, args.rows))
+    if not inside:
+        loss.model = engine
+    features = [{"input_ids": side, "attention_mask": torch.ones_like(side)} for side in tokens]
+
+    def step() -> float:
+        value = engine(features) if inside else loss(features, None)
+        engine.backward(value)
+        engine.step()
+        return float(value.detach())
+
+    return step
+
+
+class _Inside(nn.Module):
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, features: list[dict[str, Tensor]]) -> Tensor:
+        value: Tensor = self.loss(features, None)
+        return value
+
+
+def our_step(args: argparse.Namespace, folder: Path, tokens: tuple[Tensor, Tensor]) -> Step:
+    """Return this project's training step."""
+    from bigdssm.config import EngineConfig, ModelConfig, TowerConfig
+    from bigdssm.dataset.schema import Schema
+    from bigdssm.features import Text
+    from bigdssm.loader.batch import Batch, lengths_of
+    from bigdssm.loader.step_plan import TokenBudget, plan_step
+    from bigdssm.losses import LossOutput, fps_loss
+    from bigdssm.models import Encoded, new_model
+    from bigdssm.models.declarations import Bert
+    from bigdssm.training import engine as engine_module
+    from bigdssm.training.optimizers import AdamW
+    from bigdssm.training.step import train_step
+
+    text = Text(max_tokens=args.tokens).named("text")
+    tower = TowerConfig(residual="text", mlp=(), text=Bert(init=str(folder), dropout=0.0))
+    model = new_model(
+        ModelConfig(
+            dim=args.hidden, score="cosine", alpha_init=SCALE, alpha_learned=False, beta="none", share_text=True,
+            query=tower, doc=tower,
+        ),
+        Schema({"text": text}, {"text": text}), vocab_size=WORDS + 5,
+    ).train()  # fmt: skip
+    chunk_tokens = args.chunk * args.tokens if args.case == "ours, chunks" else 0
+    config = EngineConfig(precision="fp32", zero_stage=args.stage, chunk_tokens=chunk_tokens, keep_graph_tokens=0)
+    engine_module.build_optimizer = lambda model, _: torch.optim.SGD(  # type: ignore[assignment]
+        [{"params": list(model.parameters()), "lr": args.lr, "base_lr": args.lr}]
+    )
+    engine_module.deepspeed_config = lambda *_: deepspeed_config(args.stage, args.rows)  # type: ignore[assignment]
+    engine = engine_module.Engine(model, config, AdamW(gradient_clipping=0.0), args.rows)
+    rows = torch.arange(args.rows) + args.rank * args.rows
+    query, doc = ({"text": side} for side in tokens)
+    batch = Batch(
+        step=0, row_ids=rows, query=query, doc=doc, positive=torch.arange(args.rows),
+        relevance=torch.ones(args.rows), query_ids=rows, doc_ids=rows, doc_rows=rows,
+        multiplicity=torch.ones(args.rows, dtype=torch.int64),
+        query_lengths=lengths_of(query, {"text": 0}), doc_lengths=lengths_of(doc, {"text": 0}),
+    )  # fmt: skip
+
+    def loss(encoded: Encoded, batch: Batch) -> LossOutput:
+        assert encoded.U is not None and encoded.W is not None
+        return fps_loss(encoded.U, encoded.W, batch.positive, alpha=SCALE)
+
+    budget = TokenBudget.of(config, model.packs(training=True))
+    return lambda: train_step(engine, batch, plan_step(batch, budget), loss, 1.0).loss  # the mean over ranks
+
+
+def one_case(args: argparse.Namespace) -> None:
+    """Run the steps of one case on this rank; rank 0 writes its results."""
+    import deepspeed
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    deepspeed.init_distributed("gloo", verbose=False)
+    args.rank, ranks = dist.get_rank(), dist.get_world_size()
+    tokens = local_tokens(args, args.rank, ranks)
+    step = (our_step if args.case.startswith("ours") else peer_step)(args, args.encoder, tokens)
+    base, losses, seconds = _peak_mb(), [], []
+    for _ in range(args.steps):
+        started = time.perf_counter()
+        mean = torch.tensor(step())
+        seconds.append(time.perf_counter() - started)
+        dist.all_reduce(mean)
+        losses.append(float(mean) / ranks)
+    if args.rank == 0:
+        result = {"losses": losses, "seconds": statistics.median(seconds[1:]), "megabytes": _peak_mb() - base}
+        args.out.write_text(json.dumps(result))
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def run_case(args: argparse.Namespace, case: str, stage: int, encoder: Path) -> dict[str, object]:
+    """Run one case in processes of its own; return its results, or the error that ended it."""
+    out = encoder / "result.json"
+    out.unlink(missing_ok=True)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={args.ranks}",
+        __file__,
+    ]
+    sizes = ("rows", "tokens", "layers", "hidden", "chunk", "steps", "lr")
+    options = [word for name in sizes for word in (f"--{name}", str(getattr(args, name)))]
+    child = ["--case", case, "--stage", str(stage), "--encoder", str(encoder), "--out", str(out)]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run([*command, args.task, *options, *child], capture_output=True, text=True, env=environment)
+    if out.exists():
+        result: dict[str, object] = json.loads(out.read_text())
+        return result
+    errors = [
+        line.strip() for line in done.stderr.splitlines() if "Error: " in line and "torch.distributed" not in line
+    ]
+    return {"error": errors[0].partition("]: ")[2] or errors[0] if errors else f"exit code {done.returncode}"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=("losses", "cost"), help="compare curves, or time and memory")
+    for name, value, text in (
+        ("ranks", 2, "CPU ranks"), ("rows", 16, "rows per rank"), ("tokens", 8, "tokens per text"),
+        ("layers", 2, "layers of the BERT"), ("hidden", 64, "width of the BERT"),
+        ("chunk", 4, "texts per chunk or mini-batch"), ("steps", 3, "steps per case"),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=0.1, help="learning rate (default: %(default)s)")
+    parser.add_argument("--stages", type=int, nargs="+", default=list(STAGES), help="ZeRO stages (default: all)")
+    parser.add_argument("--cases", choices=CASES, nargs="+", default=list(CASES), help="cases (default: all)")
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--stage", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--encoder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.case:
+        one_case(args)
+        return
+    releases = ", ".join(f"{name} {version(name)}" for name in ("sentence-transformers", "deepspeed", "torch"))
+    print(
+        f"{releases}; {args.ranks} CPU ranks × {args.rows} rows of {args.tokens} tokens, chunks of {args.chunk} texts"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        write_encoder(Path(folder), args)
+        for case in args.cases:
+            for stage in args.stages:
+                result = run_case(args, case, stage, Path(folder))
+                print(f"| {case} | ZeRO {stage} | {_shown(args.task, result)} |", flush=True)
+
+
+def _shown(task: str, result: dict[str, object]) -> str:
+    if "error" in result:
+        return str(result["error"])
+    if task == "losses":
+        return ", ".join(f"{loss:.6f}" for loss in result["losses"])  # type: ignore[attr-defined]
+    return f"{result['seconds']:.2f} s, {result['megabytes']:.0f} MB"
+
+
+if __name__ == "__main__":
+    main()
