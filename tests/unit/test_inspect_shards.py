@@ -89,32 +89,32 @@ def test_a_sound_dataset_verifies(tiny_pairs: Any, tiny_interactions: Any) -> No
     assert inspect_main([str(tiny_pairs.dir), "--verify"]) == 0
 
 
-def block_place(folder: Path, block: int) -> tuple[int, int]:
+def block_range(folder: Path, block: int) -> tuple[int, int]:
     index = pa.ipc.open_file(str(folder / "partitions/base/train.index.arrow")).read_all().to_pylist()
     return index[block]["offset"], index[block]["size"]
 
 
-def flip(path: Path, place: int) -> None:
+def flip(path: Path, offset: int) -> None:
     content = bytearray(path.read_bytes())
-    content[place] ^= 0x10
+    content[offset] ^= 0x10
     path.write_bytes(bytes(content))
 
 
-def cut(path: Path, place: int) -> None:
-    path.write_bytes(path.read_bytes()[:place])
+def cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
 
 
-def place_of_a_word(folder: Path) -> int:
+def word_piece_offset(folder: Path) -> int:
     """Return the offset of a word piece's letter; with another letter there the tokenizer still loads."""
     return (folder / "tokenizer/tokenizer.json").read_bytes().index(b'"##e"') + 3
 
 
 SHARD, VOCABULARY = "partitions/base/train-000000.tar", "vocabularies/doc.item_id.000000.arrow"
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "payload": (lambda d: flip(d / SHARD, block_place(d, 1)[0] + 9), "train-000000.tar, block 1: .*damaged"),
-    "header": (lambda d: flip(d / SHARD, block_place(d, 2)[0] - 400), "train-000000.tar, block 2: .*header"),
-    "cut in data": (lambda d: cut(d / SHARD, block_place(d, 3)[0] + 50), "train-000000.tar, block 3: .*cut short"),
-    "cut in header": (lambda d: cut(d / SHARD, block_place(d, 3)[0] - 100), "train-000000.tar, block 3: .*cut short"),
+    "payload": (lambda d: flip(d / SHARD, block_range(d, 1)[0] + 9), "train-000000.tar, block 1: .*damaged"),
+    "header": (lambda d: flip(d / SHARD, block_range(d, 2)[0] - 400), "train-000000.tar, block 2: .*header"),
+    "cut in data": (lambda d: cut(d / SHARD, block_range(d, 3)[0] + 50), "train-000000.tar, block 3: .*cut short"),
+    "cut in header": (lambda d: cut(d / SHARD, block_range(d, 3)[0] - 100), "train-000000.tar, block 3: .*cut short"),
     "no shard": (lambda d: (d / SHARD).unlink(), "train-000000.tar, block 0: .*missing"),
     "index": (lambda d: flip(d / "partitions/base/train.index.arrow", 300), "train.index.arrow is damaged"),
     "catalogue": (lambda d: flip(d / "catalogue/000000.arrow", 2000), "catalogue/000000.arrow is damaged"),
@@ -122,7 +122,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda d: flip(d / "partitions/base/sequences-000000.arrow", 2000),
         "sequences-000000.arrow is damaged",
     ),
-    "tokenizer": (lambda d: flip(d / "tokenizer/tokenizer.json", place_of_a_word(d)), "tokenizer.json is damaged"),
+    "tokenizer": (lambda d: flip(d / "tokenizer/tokenizer.json", word_piece_offset(d)), "tokenizer.json is damaged"),
     "vocabulary": (
         lambda d: flip(d / VOCABULARY, os.stat(d / VOCABULARY).st_size // 2),
         "item_id.000000.arrow is damaged",

@@ -199,7 +199,7 @@ def test_what_the_rules_allow_passes(path: str, source: str) -> None:
     assert violations(path, source) == []
 
 
-def circle(imports: dict[str, set[str]]) -> list[str] | None:
+def import_cycle(imports: dict[str, set[str]]) -> list[str] | None:
     """Return an import cycle, or None; `imports` by module."""
     done: set[str] = set()
 
@@ -237,6 +237,6 @@ def imports_of_modules() -> dict[str, set[str]]:
 def test_no_modules_import_each_other_in_a_circle() -> None:
     imports = imports_of_modules()
     assert len(imports) > 100 and "bigdssm.utils.hashing" in imports["bigdssm.loader.order"]
-    assert circle(imports) is None
+    assert import_cycle(imports) is None
     imports["bigdssm.dataset.mapped"].add("bigdssm.dataset.dataset")
-    assert "bigdssm.dataset.mapped" in (circle(imports) or ())
+    assert "bigdssm.dataset.mapped" in (import_cycle(imports) or ())

@@ -81,18 +81,18 @@ def attend(
     causal: bool = False,
 ) -> Tensor:
     """Same as the kernel for packed rows, without reading the device."""
-    (row_A, place_A), (row_B, place_B) = _rows(query_bounds, len(q)), _rows(key_bounds, len(k))
+    (row_A, position_A), (row_B, position_B) = _rows(query_bounds, len(q)), _rows(key_bounds, len(k))
     sees = row_A[:, None] == row_B
     if causal:
-        sees &= place_A[:, None] >= place_B
+        sees &= position_A[:, None] >= position_B
     scores = torch.einsum("ahw,bhw->hab", q, k).mul(scale).masked_fill(~sees, -1e30)
     return torch.einsum("hab,bhw->ahw", scores.softmax(-1), v)
 
 
-def _rows(spans: SequenceBounds, number: int) -> tuple[Tensor, Tensor]:
-    cell = torch.arange(number, device=spans.offsets.device)
-    row = torch.searchsorted(spans.offsets[1:].long(), cell, right=True)
-    return row, cell - spans.offsets[row]
+def _rows(bounds: SequenceBounds, number: int) -> tuple[Tensor, Tensor]:
+    cell = torch.arange(number, device=bounds.offsets.device)
+    row = torch.searchsorted(bounds.offsets[1:].long(), cell, right=True)
+    return row, cell - bounds.offsets[row]
 
 
 def new_engine(case: Case) -> Engine:

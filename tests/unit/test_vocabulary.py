@@ -95,7 +95,7 @@ def test_what_grows_writes_the_new_values_alone(tmp_path: Path) -> None:
 
 
 def test_another_file_system_gets_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*places: object) -> None:
+    def refused(*paths: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 
     known = Vocabulary.of(VALUES).saved(tmp_path / "one", "a")

@@ -110,11 +110,11 @@ class Writer:
         """Return block columns of rows first … first + count, their values functions of the row's number."""
         row = np.arange(first, first + count)
         if self.interactions:
-            place = (row + seed) % (ITEMS_PER_SEQUENCE + 1 - self.targets_per_row)
-            end = place + 1 + row % self.targets_per_row
+            start = (row + seed) % (ITEMS_PER_SEQUENCE + 1 - self.targets_per_row)
+            end = start + 1 + row % self.targets_per_row
             return {
                 "sequence": pa.array(row % 11),
-                "first": pa.array(place.astype(np.int32)),
+                "first": pa.array(start.astype(np.int32)),
                 "end": pa.array(end.astype(np.int32)),
             }
         columns = {"query_id": pa.array(row * 10 + seed), "relevance": pa.array((row % 3 / 2).astype(np.float32))}

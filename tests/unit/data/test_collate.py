@@ -102,6 +102,6 @@ def test_no_rows_make_an_empty_batch(interactions: Path, texts: Path) -> None:
 @settings(deadline=None)
 @given(st.lists(st.integers(-5, 5)))
 def test_distinct_in_order(values: list[int]) -> None:
-    distinct, place = distinct_in_order(np.array(values, np.int64))
+    distinct, index = distinct_in_order(np.array(values, np.int64))
     assert distinct.tolist() == list(dict.fromkeys(values))
-    assert distinct[place].tolist() == values
+    assert distinct[index].tolist() == values

@@ -167,6 +167,6 @@ def test_old_partitions_must_still_be_there_unchanged(grown: tuple[Path, dict[st
 def test_neighbours_of_the_source_are_far_apart(grown: tuple[Path, dict[str, str]]) -> None:
     lines = epoch(Dataset.open(grown[0], ["day1"]))
     assert np.abs(np.diff(lines)).mean() >= 0.3 * ROWS  # consecutive rows: far apart in the source
-    place = np.empty(ROWS, np.int64)
-    place[lines] = np.arange(ROWS)
-    assert np.abs(np.diff(place)).mean() >= 0.3 * ROWS  # neighbours in the source: far apart in the epoch
+    position = np.empty(ROWS, np.int64)
+    position[lines] = np.arange(ROWS)
+    assert np.abs(np.diff(position)).mean() >= 0.3 * ROWS  # neighbours in the source: far apart in the epoch

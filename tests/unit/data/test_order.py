@@ -111,8 +111,8 @@ def test_neighbours_of_the_source_are_far_apart_and_epochs_differ(tmp_path: Path
         steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
         epochs.append(np.concatenate([order.row_ids(step) for step in steps]))
     source_rows = written_order(num_rows)[epochs[0]]
-    place = np.unique(source_rows, return_index=True)[1]
-    assert np.abs(np.diff(place)).mean() >= 0.33 * num_rows  # neighbours in the source: steps apart
+    position = np.unique(source_rows, return_index=True)[1]
+    assert np.abs(np.diff(position)).mean() >= 0.33 * num_rows  # neighbours in the source: steps apart
     assert np.abs(np.diff(source_rows)).mean() >= 0.33 * num_rows  # rows of one step: from all over the source
     # the order takes consecutive rows from all over the dataset …
     assert np.abs(np.diff(epochs[0])).mean() >= 0.3 * num_rows

@@ -48,14 +48,14 @@ def test_a_row_gives_a_query_for_each_target(folder: Path) -> None:
     stream = PairStream(dataset, rows_global=50, lanes=5)
     assert stream.queries_per_step == 50 * dataset.num_queries("train") / 1000
     for rows in islice(stream, 21):
-        expected = [(i, place) for i, row in enumerate(rows.row_ids.tolist()) for place in range(*piece(row))]
+        expected = [(i, position) for i, row in enumerate(rows.row_ids.tolist()) for position in range(*piece(row))]
         assert rows.row is not None and rows.position is not None
         assert list(zip(rows.row.tolist(), rows.position.tolist(), strict=True)) == expected
         seen, offsets = rows.seen_ragged()
-        for query, (i, place) in enumerate(expected):
+        for query, (i, position) in enumerate(expected):
             items = events(int(rows.row_ids[i]))
-            assert rows.doc_rows[query] == items[place] and rows.relevance[query] == items[place] % 3 / 2
-            assert seen[offsets[query] : offsets[query + 1]].tolist() == rows.seen(query).tolist() == items[:place]
+            assert rows.doc_rows[query] == items[position] and rows.relevance[query] == items[position] % 3 / 2
+            assert seen[offsets[query] : offsets[query + 1]].tolist() == rows.seen(query).tolist() == items[:position]
         for i, row in enumerate(rows.row_ids.tolist()):
             end = piece(row)[1]
             left = max(0, end - 1 - MAX_ITEMS)
@@ -65,7 +65,7 @@ def test_a_row_gives_a_query_for_each_target(folder: Path) -> None:
 def test_iterating_gives_each_query_a_row(folder: Path) -> None:
     """With its full history as in serving, not from the start of its segment."""
     dataset = Dataset.open(folder)
-    expected = [(row, place) for row in range(1000) for place in range(*piece(row))]
+    expected = [(row, position) for row in range(1000) for position in range(*piece(row))]
     found = []
     for rows in dataset.iterate("train", 64):
         assert (
@@ -74,10 +74,10 @@ def test_iterating_gives_each_query_a_row(folder: Path) -> None:
             and len(rows) == rows.num_queries <= 64
         )
         found += list(zip(rows.row_ids.tolist(), rows.position.tolist(), strict=True))
-        for i, (row, place) in enumerate(zip(rows.row_ids.tolist(), rows.position.tolist(), strict=True)):
+        for i, (row, position) in enumerate(zip(rows.row_ids.tolist(), rows.position.tolist(), strict=True)):
             items = events(row)
-            assert rows.query["history"][i].tolist() == [item + 2 for item in items[:place][-MAX_ITEMS:]]
-            assert rows.query["age"][i] == row % 11 and rows.doc_rows[i] == items[place]  # type: ignore[index]
+            assert rows.query["history"][i].tolist() == [item + 2 for item in items[:position][-MAX_ITEMS:]]
+            assert rows.query["age"][i] == row % 11 and rows.doc_rows[i] == items[position]  # type: ignore[index]
     assert found == expected
 
 
@@ -87,7 +87,7 @@ def test_rows_are_taken_with_their_queries(folder: Path) -> None:
     part = first.take(chosen)
     assert part.row_ids.tolist() == first.row_ids[chosen].tolist()
     assert part.row is not None and part.position is not None
-    wanted = [(i, place) for i, row in enumerate(part.row_ids.tolist()) for place in range(*piece(row))]
+    wanted = [(i, position) for i, row in enumerate(part.row_ids.tolist()) for position in range(*piece(row))]
     assert list(zip(part.row.tolist(), part.position.tolist(), strict=True)) == wanted
     both = Rows.concat([part, second.take(np.arange(3))])
     assert both.num_queries == part.num_queries + sum(1 + int(row) % TARGETS for row in second.row_ids[:3])
@@ -105,10 +105,10 @@ def test_a_batch_says_where_its_queries_stand(folder: Path) -> None:
         *(part.tolist() for part in batch.query_positions), batch.positive.tolist(), strict=True
     ):
         number = int(batch.row_ids[row])
-        place = int(batch.doc_rows[column])
+        position = int(batch.doc_rows[column])
         items = events(number)
         left = max(0, piece(number)[1] - 1 - MAX_ITEMS)
-        assert items[left + seen] == place  # its history is items[left : left + seen], and its target comes next
+        assert items[left + seen] == position  # its history is items[left : left + seen], and its target comes next
         assert (batch.query["history"][row, :seen] > 0).all()
 
 
@@ -138,22 +138,22 @@ def test_a_bad_target_does_not_discard_its_row(tools, tmp_path: Path) -> None:
     spoil_targets(folder, tools)
     dataset = Dataset.open(folder)
     log = tmp_path / "quarantine.jsonl"
-    bad_places = {3, 12}
+    bad_positions = {3, 12}
     stream = PairStream(dataset, rows_global=50, lanes=5, max_bad_fraction=1.0, quarantine=log)
     met = set()
     for rows in islice(stream, 22):
         assert rows.row is not None and rows.position is not None
         for i, row in enumerate(rows.row_ids.tolist()):
             its = rows.position[rows.row == i].tolist()
-            assert its == [place for place in range(*piece(row)) if place not in bad_places] and its
+            assert its == [position for position in range(*piece(row)) if position not in bad_positions] and its
             met.add(row)
-    alone = {row for row in range(1000) if set(range(*piece(row))) <= bad_places}
+    alone = {row for row in range(1000) if set(range(*piece(row))) <= bad_positions}
     assert alone and met == set(range(1000)) - alone
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     whole = {64 * line["block"] + line["row"] for line in lines if line["position"] is None}
     single = {(64 * line["block"] + line["row"], line["position"]) for line in lines if line["position"] is not None}
     assert whole == alone
-    assert single == {(row, p) for row in set(range(1000)) - alone for p in range(*piece(row)) if p in bad_places}
+    assert single == {(row, p) for row in set(range(1000)) - alone for p in range(*piece(row)) if p in bad_positions}
     assert {line["rows"] for line in lines if line["position"] is not None} == {0}
 
 
@@ -162,7 +162,7 @@ def test_bad_targets_count_as_parts_of_rows(tools, tmp_path: Path) -> None:
     spoil_targets(folder, tools)
     dataset = Dataset.open(folder)
     queries = dataset.num_queries("train")
-    left_out = sum(place in (3, 12) for row in range(1000) for place in range(*piece(row)))
+    left_out = sum(position in (3, 12) for row in range(1000) for position in range(*piece(row)))
     lone = sum(set(range(*piece(row))) <= {3, 12} for row in range(1000))
     gone = sum(1 + row % TARGETS for row in range(1000) if set(range(*piece(row))) <= {3, 12})
     stream = PairStream(dataset, rows_global=50, lanes=5, max_bad_fraction=1.0)
@@ -232,8 +232,8 @@ def test_every_event_is_a_target_once_and_rows_are_cut_from_the_newest(targets_p
         found.setdefault(user, []).append(list(range(first, end)))
     # leave-one-out: the last two events are validation's and test's, and the first has no history
     for user, length in lengths.items():
-        places = list(range(1, length - 2))
-        cut = [places[max(0, end - targets_per_row) : end] for end in range(len(places), 0, -targets_per_row)]
+        positions = list(range(1, length - 2))
+        cut = [positions[max(0, end - targets_per_row) : end] for end in range(len(positions), 0, -targets_per_row)]
         assert sorted(found.get(user, [])) == sorted(cut)
     for split, distance in (("validation", 2), ("test", 1)):
         (held_out,) = dataset.iterate(split, 100)
